@@ -1,0 +1,47 @@
+"""HybriMoE: hybrid CPU-GPU scheduling for Mixture-of-Experts models that do not fit the GPU.
+
+>>> import hybrimoe
+>>> model = hybrimoe.load("/models/Qwen3-30B-A3B")          # meta device -> inject -> stream weights
+>>> injection = hybrimoe.inject(loaded_transformers_model)  # or any model that is already in memory
+
+Importing this package loads neither torch nor transformers; they come with the first use of `load` or `inject`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hybrimoe.checkpoint import load
+    from hybrimoe.config import DeployConfig, load_config
+    from hybrimoe.errors import HybriMoEError
+    from hybrimoe.injection import Injection, inject
+
+try:
+    __version__ = version("hybrimoe")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0+source"
+
+_HOMES = {
+    "load": "hybrimoe.checkpoint",
+    "inject": "hybrimoe.injection",
+    "Injection": "hybrimoe.injection",
+    "DeployConfig": "hybrimoe.config",
+    "load_config": "hybrimoe.config",
+    "HybriMoEError": "hybrimoe.errors",
+}
+
+__all__ = ["DeployConfig", "HybriMoEError", "Injection", "__version__", "inject", "load", "load_config"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names from their homes on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hybrimoe' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
