@@ -66,7 +66,7 @@ def test_lower_packages_import_only_what_they_may(package: str) -> None:
     for path in _files(package):
         for name, top, line in _imports(path):
             allowed = EVERYWHERE[package] | STDLIB | (set() if top else LAZILY[package])
-            # A module that is itself loaded lazily (gpu_kernels/triton, cpu_kernels/backends) may name its extra on top.
+            # A module that is itself loaded lazily (gpu_kernels/triton, cpu_kernels/backends) may name it on top.
             if name not in allowed and not (name in LAZILY[package] and path.parent.name in ("triton", "backends")):
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
