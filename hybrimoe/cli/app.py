@@ -1,0 +1,185 @@
+"""The `hybrimoe` program: finds the commands, loads the one that is asked for, turns errors into messages.
+
+A command is a module `hybrimoe/cli/<name>.py` (`explain-step` lives in `explain_step.py`) with
+
+    def register(app: typer.Typer) -> None:
+        app.command("name")(function)            # or app.add_typer(sub_app, name="name")
+
+and a line in `COMMANDS`. Only the module of the command that runs is imported, so `hybrimoe --help` needs neither
+torch nor transformers; command modules keep their heavy imports inside functions all the same, for their own help.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_group
+
+from hybrimoe.cli import render
+
+RUN, UNDERSTAND, MEASURE = "Run a model", "Understand what happens", "Measure and simulate"
+
+# name -> (line of the help, panel of the help); in the order in which the help lists them
+COMMANDS: dict[str, tuple[str, str]] = {
+    "generate": ("Stream the completion of one prompt.", RUN),
+    "chat": ("Talk with a model; the KV cache is kept from turn to turn.", RUN),
+    "serve": ("Serve a model over an OpenAI-compatible HTTP API.", RUN),
+    "explain": ("Show which rule places which module where; reads no weights.", UNDERSTAND),
+    "rules": ("Check a rule file, or print the JSON Schema of rule files.", UNDERSTAND),
+    "plan": ("Show what fits: experts per tier, KV room, expected hit rate and speed.", UNDERSTAND),
+    "explain-step": ("Explain the schedule of one step: lanes, critical path, idle time.", UNDERSTAND),
+    "doctor": ("Say what works on this machine and what does not.", UNDERSTAND),
+    "calibrate": ("Measure this machine into a hardware profile.", MEASURE),
+    "trace": ("Record and analyse the expert routing of a model.", MEASURE),
+    "simulate": ("Compare scheduling policies on a trace and a hardware profile.", MEASURE),
+    "bench": ("Measure kernels, decoding, prefill, and policies side by side.", MEASURE),
+}
+
+
+def _module_of(command: str) -> str:
+    return f"hybrimoe.cli.{command.replace('-', '_')}"
+
+
+class LazyGroup(TyperGroup):
+    """A command group which lists its commands from a table and imports only the one that is run."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        for name, (line, panel) in COMMANDS.items():
+            if importlib.util.find_spec(_module_of(name)) is not None:
+                stub = TyperCommand(name, short_help=line, help=line, rich_help_panel=panel)
+                self.commands.setdefault(name, stub)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The real command named by `args[0]`, loaded now; an unknown name is a usage error with a suggestion."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in COMMANDS:
+            command = load_command(name)
+        return name, command, rest
+
+    def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
+        """Run one command line. Every way a command can fail ends here, as one message and an exit code."""
+        words = list(sys.argv[1:] if args is None else args)
+        options = words[: words.index("--")] if "--" in words else words
+        debug = "--debug" in options or os.environ.get("HYBRIMOE_DEBUG", "") not in ("", "0")
+        if "--debug" in options:
+            words.remove("--debug")
+        try:
+            result = super().main(words, standalone_mode=False, **extra)
+            code = result if isinstance(result, int) else 0
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            code = 130
+        except Exception as error:
+            code = report(error, as_json="--json" in options, debug=debug)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+def load_command(name: str) -> Any:
+    """Import `hybrimoe.cli.<name>` and build its command."""
+    module = importlib.import_module(_module_of(name))
+    holder = typer.Typer(pretty_exceptions_enable=False)
+    module.register(holder)
+    return get_group(holder).commands[name]
+
+
+def report(error: Exception, *, as_json: bool, debug: bool) -> int:
+    """Show `error` as one message (a JSON document on stdout with `as_json`); returns the exit code.
+
+    Errors of the command line parser, of HybriMoE's packages and of the operating system say all that a user needs;
+    anything else is a defect of ours, and says so. With `debug` the traceback comes too, in every case.
+    """
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        _silence_closed_pipe()
+        return 1
+    if debug:
+        render.traceback_to_stderr(error)
+    code = exit_code(error)
+    is_usage = hasattr(error, "format_message")
+    if as_json:
+        render.emit_json({"error": {"type": type(error).__name__, "message": _message(error), "exit_code": code}})
+    elif is_usage:
+        error.show()  # type: ignore[attr-defined]  # usage line, hint and message, from the parser
+    else:
+        render.error(_message(error))
+    return code
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for wrong usage or configuration, else 1 (an error class may carry its own `exit_code`)."""
+    from hybrimoe.errors import ConfigError
+
+    return 2 if isinstance(error, ConfigError) else int(getattr(error, "exit_code", 1))
+
+
+OUR_PACKAGES = ("hybrimoe", "cpu_kernels", "gpu_kernels", "scheduler", "yaml_rules")
+
+
+def _message(error: Exception) -> str:
+    if hasattr(error, "format_message"):
+        return str(error.format_message())
+    text = str(error).strip() or type(error).__name__
+    if type(error).__module__.split(".")[0] in OUR_PACKAGES:
+        return text
+    if isinstance(error, OSError):
+        return text
+    if isinstance(error, MemoryError):
+        return f"out of memory: {text}"
+    if isinstance(error, typer.Abort):
+        return "aborted"
+    return f"unexpected {type(error).__name__}: {text}\nThis is a defect of HybriMoE; --debug shows where it came from."
+
+
+def _silence_closed_pipe() -> None:
+    """The reader of our output has gone (`| head`): nothing can be said, and the exit must not try to flush."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("hybrimoe")
+        except PackageNotFoundError:
+            number = "(not installed; running from a source tree)"
+        typer.echo(f"hybrimoe {number}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="hybrimoe",
+    cls=LazyGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run Mixture-of-Experts models with experts split between the CPU and an accelerator.",
+)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
+) -> None:
+    """Options of the program itself. Both act before a command runs: `main` reads --debug, a callback --version."""
+
+
+def main() -> None:
+    """The console entry point."""
+    app()

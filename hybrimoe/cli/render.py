@@ -1,0 +1,72 @@
+"""What the commands print with: results to stdout, notes and errors to stderr, JSON in one shape.
+
+Consoles are made at each call, because tests and pipes replace `sys.stdout`. With `--json`, stdout carries exactly one
+JSON document (a result, or `{"error": {...}}`); everything else a command says goes to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def out() -> Console:
+    """A console on stdout, for results."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def err() -> Console:
+    """A console on stderr, for notes, progress and errors."""
+    return Console(stderr=True, highlight=False, soft_wrap=False)
+
+
+def emit_json(data: Any) -> None:
+    """Write one JSON document to stdout. Dataclasses, paths, sets and numpy values are understood."""
+    sys.stdout.write(json.dumps(data, indent=2, default=_plain, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, torch tensors
+        return value.tolist()
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON")
+
+
+def note(text: str) -> None:
+    """A dim remark on stderr (no markup is read from `text`)."""
+    err().print(escape(text), style="dim")
+
+
+def error(text: str) -> None:
+    """An error on stderr (no markup is read from `text`)."""
+    err().print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+
+
+def traceback_to_stderr(problem: BaseException) -> None:
+    """The full traceback of `problem`, for --debug."""
+    sys.stderr.write("".join(traceback.format_exception(problem)))
+
+
+def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A compact table: the first column is text, the others are right-aligned figures."""
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        result.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        result.add_row(*(escape(str(cell)) for cell in row))
+    return result
