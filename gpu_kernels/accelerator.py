@@ -1,0 +1,121 @@
+"""The accelerator protocol: slots of expert records, a copy lane and a compute lane, events between them.
+
+Two implementations: `EmulatedAccelerator` (threads on the host) and `TorchAccelerator` (any torch.accelerator
+device). Both keep the same order rules, so an executor needs to know only this file:
+
+- copies run one at a time in the order of submission; a copy into a slot starts only after the last computation
+  submitted before it that reads the slot has ended;
+- computations run one at a time in the order of submission, each not before the last copy submitted before it into
+  its slot has ended;
+- nothing blocks the submitting thread; `Event.wait` blocks it and raises `LaneError` if that piece of work failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpu_kernels import Dispatch, ExpertSpec
+
+ByteArray = npt.NDArray[np.uint8]
+
+
+@runtime_checkable
+class Event(Protocol):
+    """The end of one piece of work on one lane."""
+
+    def done(self) -> bool:
+        """True once the work has ended (also when it failed); never blocks."""
+        ...
+
+    def wait(self) -> None:
+        """Blocks until the work has ended. Raises LaneError if it failed."""
+        ...
+
+    def span_us(self) -> tuple[float, float]:
+        """Start and end in us on the host's monotonic clock (`clock_us`); only after the work has ended."""
+        ...
+
+
+@dataclass(slots=True)
+class LayerWork:
+    """Inputs and result rows of one call of one layer, shared by the lanes.
+
+    `hidden`: [T, H] in the model's dtype, on the model's device. `host_hidden`: float32 [T, H] on the host.
+    `host_rows`: float32 [T * top_k, H] on the host, row t * top_k + j; a lane writes only the rows of its experts.
+    `device_rows`: the same rows on the accelerator when it does not share the host's memory, else None.
+    `host_positions`: positions (into dispatch.expert_ids) whose rows the CPU lane wrote; read by `combine`.
+    """
+
+    dispatch: Dispatch
+    hidden: torch.Tensor
+    host_hidden: npt.NDArray[np.float32]
+    host_rows: npt.NDArray[np.float32]
+    device_rows: torch.Tensor | None = None
+    host_positions: Sequence[int] = field(default_factory=tuple)
+
+
+class Accelerator(Protocol):
+    """Slot memory and two FIFO lanes of one device."""
+
+    @property
+    def name(self) -> str:
+        """What is printed, e.g. 'emulated' or 'NVIDIA RTX A6000 (cuda:0)'."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """'emulated' or the torch device type ('cuda', 'xpu', 'cpu')."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where hidden states are expected."""
+        ...
+
+    @property
+    def n_slots(self) -> int:
+        """Slots allocated now."""
+        ...
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        ...
+
+    def allocate(self, n_slots: int, slot_bytes: int) -> None:
+        """Drains the lanes, then replaces the slot memory (contents are lost). 0 slots frees it."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Device memory that slots may still take; None where the host's memory is the limit."""
+        ...
+
+    def needs_pinned_host(self) -> bool:
+        """True when host records should be page-locked for asynchronous copies."""
+        ...
+
+    def copy_to_slot(self, slot: int, record: ByteArray) -> Event:
+        """Submits the copy of a host record (uint8 [n], n <= slot_bytes) into a slot."""
+        ...
+
+    def run_experts(self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork) -> Event:
+        """Submits experts in order; expert `dispatch.expert_ids[positions[i]]` is read from `slots[i]`."""
+        ...
+
+    def combine(self, work: LayerWork) -> torch.Tensor:
+        """[T, H] float32 on `device`: each token's rows added in top-k order. All lanes of `work` must have ended."""
+        ...
+
+    def synchronize(self) -> None:
+        """Blocks until both lanes are empty; failures of drained work are dropped (their events keep them)."""
+        ...
+
+    def close(self) -> None:
+        """Drains, stops the lanes and frees the slots; safe to call twice."""
+        ...

@@ -1,0 +1,21 @@
+"""Errors of this package: one root, a ValueError, so that callers need no import to catch bad input."""
+
+
+class AcceleratorError(ValueError):
+    """Root of everything that this package raises on bad input or a failed lane."""
+
+
+class DeviceNotFoundError(AcceleratorError):
+    """The device that was asked for does not exist on this machine."""
+
+
+class SlotError(AcceleratorError):
+    """A slot number, slot size or record size that does not fit what was allocated."""
+
+
+class LaneError(AcceleratorError):
+    """A copy or a computation on the accelerator failed; the cause is chained."""
+
+
+class ClosedError(AcceleratorError):
+    """The accelerator was used after close()."""
