@@ -1,0 +1,82 @@
+"""Pure decision core: costs, balance, cache and prefetch policies, planner, task graph, simulator, traces.
+
+State and events in, plans out: no torch, no clock, no threads, no environment. Names load on first use, so that
+importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scheduler.balancing import BALANCE_POLICIES, BalancePlan, LayerCosts, balance, evaluate
+    from scheduler.costs import CostModel
+    from scheduler.demand import LayerDemand, Phase, Prediction
+    from scheduler.errors import CostError, DemandError, PolicyError, ProfileError, SchedulerError, SlotError
+    from scheduler.future import Future
+    from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Transfer, TransferEnded
+    from scheduler.planner import Planner
+    from scheduler.policies import POLICIES, Policy, resolve_policy
+    from scheduler.profile import HardwareProfile, ModelShape
+    from scheduler.slots import SlotState, SlotTable
+
+_HOMES = {
+    "balancing": ("LayerCosts", "BalancePlan", "balance", "evaluate", "BALANCE_POLICIES"),
+    "costs": ("CostModel",),
+    "demand": ("Phase", "LayerDemand", "Prediction"),
+    "errors": ("SchedulerError", "CostError", "DemandError", "SlotError", "ProfileError", "PolicyError"),
+    "future": ("Future",),
+    "plan": ("LaneState", "Transfer", "LayerPlan", "ObservedTask", "TransferEnded", "LayerEnded", "Event"),
+    "planner": ("Planner",),
+    "policies": ("Policy", "resolve_policy", "POLICIES"),
+    "profile": ("HardwareProfile", "ModelShape"),
+    "slots": ("SlotState", "SlotTable"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BALANCE_POLICIES",
+    "POLICIES",
+    "BalancePlan",
+    "CostError",
+    "CostModel",
+    "DemandError",
+    "Event",
+    "Future",
+    "HardwareProfile",
+    "LaneState",
+    "LayerCosts",
+    "LayerDemand",
+    "LayerEnded",
+    "LayerPlan",
+    "ModelShape",
+    "ObservedTask",
+    "Phase",
+    "Planner",
+    "Policy",
+    "PolicyError",
+    "Prediction",
+    "ProfileError",
+    "SchedulerError",
+    "SlotError",
+    "SlotState",
+    "SlotTable",
+    "Transfer",
+    "TransferEnded",
+    "balance",
+    "evaluate",
+    "resolve_policy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

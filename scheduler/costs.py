@@ -1,0 +1,153 @@
+"""Predicted durations: CPU and accelerator us of one expert by tokens, link us of one expert; corrected by drift.
+
+Shape of a cost: a memory floor (the expert's bytes must be read, however few tokens there are), then linear in
+tokens (arithmetic). Measured tables replace the formula point by point. What really ran is fed back with
+``observe``; an exponentially weighted mean of observed / predicted, kept within bounds, scales each lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.errors import CostError, ProfileError, did_you_mean
+from scheduler.plan import ObservedTask
+from scheduler.profile import HardwareProfile, ModelShape, table_key
+
+Floats = npt.NDArray[np.float64]
+
+GRID_TOKENS: Final = 512
+"""Costs of 0..GRID_TOKENS tokens are tabulated; beyond, the last slope goes on."""
+DRIFT_WEIGHT: Final = 0.05
+"""Weight of one observation in the moving mean: about 20 observations to follow a change."""
+DRIFT_BOUNDS: Final = (0.25, 4.0)
+"""A lane is never believed to be more than 4 times slower or faster than its profile says."""
+LANES: Final = {"cpu": 0, "accel": 1, "link": 2}
+
+
+class CostModel:
+    """Costs of every MoE layer of one model on one machine. All layers of one expert size share one table."""
+
+    def __init__(
+        self,
+        profile: HardwareProfile,
+        shape: ModelShape,
+        dtype: str = "bfloat16",
+        record_bytes: int | Sequence[int] | None = None,
+    ) -> None:
+        """``record_bytes``: what really crosses the link for one expert (all layers, or one number a layer)."""
+        if dtype not in profile.cpu.gflops:
+            raise ProfileError(f"{profile.name} has no CPU rate for {dtype!r}{did_you_mean(dtype, profile.cpu.gflops)}")
+        given = shape.expert_bytes(dtype) if record_bytes is None else record_bytes
+        sizes = [given] * shape.n_layers if isinstance(given, int) else [int(b) for b in given]
+        if len(sizes) != shape.n_layers or min(sizes) < 1:
+            raise CostError(f"record_bytes: expected {shape.n_layers} positive sizes, found {sizes}")
+        kinds = sorted(set(sizes))
+        flops = float(shape.expert_flops())
+        key = table_key(shape.hidden, shape.inter, dtype)
+        tokens = np.arange(GRID_TOKENS + 2, dtype=np.float64)
+        cpu, accel = profile.cpu, profile.accel
+        cpu_rows = [
+            _curve(tokens, cpu.overhead_us, size / (cpu.read_gbps * 1e3), flops / (cpu.gflops[dtype] * 1e3),
+                   cpu.table.get(key, ()))
+            for size in kinds
+        ]  # fmt: skip
+        accel_rows = [
+            _curve(tokens, accel.launch_us, size / (accel.mem_gbps * 1e3), flops / (accel.tflops * 1e6),
+                   accel.table.get(key, ()))
+            for size in kinds
+        ]  # fmt: skip
+        link = [profile.link.latency_us + size / (profile.link.gbps * 1e3) for size in kinds]
+        self._build(
+            np.array([kinds.index(size) for size in sizes], np.int64), np.array(cpu_rows), np.array(accel_rows),
+            np.array(link, np.float64), profile.contention.cpu_with_link, profile.contention.link_with_cpu,
+            profile.dense.attention_us + profile.dense.gate_us + profile.dense.sync_us,
+        )  # fmt: skip
+
+    @classmethod
+    def uniform(
+        cls,
+        n_layers: int,
+        cpu_us: float = 100.0,
+        accel_us: float = 20.0,
+        transfer_us: float = 300.0,
+        cpu_us_per_token: float = 0.0,
+        accel_us_per_token: float = 0.0,
+        dense_us: float = 0.0,
+    ) -> CostModel:
+        """The same made-up costs in every layer: ``cpu_us + (n - 1) * cpu_us_per_token`` and so on. For tests."""
+        model = cls.__new__(cls)
+        tokens = np.arange(GRID_TOKENS + 2, dtype=np.float64)
+        cpu = np.where(tokens > 0, cpu_us + (tokens - 1) * cpu_us_per_token, 0.0)
+        accel = np.where(tokens > 0, accel_us + (tokens - 1) * accel_us_per_token, 0.0)
+        model._build(
+            np.zeros(n_layers, np.int64), cpu[None], accel[None], np.array([transfer_us], np.float64), 1.0, 1.0, dense_us
+        )
+        return model
+
+    def _build(
+        self, kind: npt.NDArray[np.int64], cpu: Floats, accel: Floats, link: Floats,
+        cpu_with_link: float, link_with_cpu: float, dense_us: float,
+    ) -> None:  # fmt: skip
+        for name, values in (("cpu", cpu), ("accel", accel), ("transfer", link)):
+            if not np.all(np.isfinite(values)) or np.any(values < 0):
+                raise CostError(f"{name}_us must be finite and not negative")
+        self.n_layers = int(kind.size)
+        self.kind, self.cpu_grid, self.accel_grid, self.link_us = kind, cpu, accel, link
+        self.cpu_with_link, self.link_with_cpu, self.dense_us = cpu_with_link, link_with_cpu, dense_us
+        self.drift = np.ones(3)
+        """float64[3]: observed / predicted of cpu, accel and link."""
+
+    def cpu_us(self, layer: int, n_tokens: npt.ArrayLike, link_busy: bool = False) -> Floats:
+        """us of one expert on ``n_tokens`` tokens (any shape) on the CPU; slower while the link reads host memory."""
+        scale = self.drift[0] / (self.cpu_with_link if link_busy else 1.0)
+        return _look_up(self.cpu_grid[self.kind[layer]], n_tokens) * scale
+
+    def accel_us(self, layer: int, n_tokens: npt.ArrayLike) -> Floats:
+        """us of one resident expert on ``n_tokens`` tokens (any shape) on the accelerator."""
+        return _look_up(self.accel_grid[self.kind[layer]], n_tokens) * self.drift[1]
+
+    def transfer_us(self, layer: int, cpu_busy: bool = False) -> float:
+        """us of one expert over the link; slower while the CPU reads host memory."""
+        return float(self.link_us[self.kind[layer]] * self.drift[2] / (self.link_with_cpu if cpu_busy else 1.0))
+
+    def observe(self, task: ObservedTask) -> None:
+        """Moves the lane's drift towards observed / predicted. Raises CostError for a time that cannot be."""
+        if not (0.0 <= task.us < np.inf) or task.lane not in LANES or not 0 <= task.layer < self.n_layers:
+            raise CostError(f"expected a finite us >= 0 of a known lane and layer, found {task}")
+        kind = self.kind[task.layer]
+        if task.lane == "link":
+            expected = self.link_us[kind]
+        else:
+            grid = self.cpu_grid if task.lane == "cpu" else self.accel_grid
+            expected = _look_up(grid[kind], task.n_tokens)
+        if expected <= 0.0 or task.us == 0.0:
+            return
+        lane = LANES[task.lane]
+        moved = (1.0 - DRIFT_WEIGHT) * self.drift[lane] + DRIFT_WEIGHT * task.us / expected
+        self.drift[lane] = min(max(moved, DRIFT_BOUNDS[0]), DRIFT_BOUNDS[1])
+
+
+def _curve(
+    tokens: Floats, overhead_us: float, floor_us: float, us_per_token: float, table: Sequence[tuple[int, float]]
+) -> Floats:
+    """us for each entry of ``tokens``: the formula, or the measured points joined by lines."""
+    formula = overhead_us + np.maximum(floor_us, tokens * us_per_token)
+    if table:
+        at = np.array([n for n, _ in table], np.float64)
+        us = np.array([t for _, t in table], np.float64)
+        slope = (us[-1] - us[-2]) / (at[-1] - at[-2]) if at.size > 1 else us_per_token
+        beyond = us[-1] + np.maximum(tokens - at[-1], 0.0) * max(slope, 0.0)
+        formula = np.where(tokens > at[-1], beyond, np.interp(tokens, at, us))
+    formula[tokens == 0] = 0.0
+    return formula
+
+
+def _look_up(row: Floats, n_tokens: npt.ArrayLike) -> Floats:
+    n = np.asarray(n_tokens)
+    inside = row[np.minimum(n, GRID_TOKENS + 1)]
+    beyond = np.maximum(n - (GRID_TOKENS + 1), 0) * (row[-1] - row[-2])
+    return np.asarray(inside + beyond, np.float64)

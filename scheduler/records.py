@@ -1,0 +1,48 @@
+"""What really ran: one :class:`TaskRecord` per task, written by the executor or by the simulator."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Lane = Literal["cpu", "accel", "link", "disk"]
+TaskKind = Literal[
+    "attention",
+    "gate",
+    "shared_expert",
+    "cpu_expert",
+    "accel_expert",
+    "transfer",
+    "evict",
+    "prefetch",
+    "combine",
+]
+
+LANES: tuple[Lane, ...] = ("cpu", "accel", "link", "disk")
+NO_EXPERT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """One executed task.
+
+    Times are microseconds since any fixed origin that all records of a run share. ``layer`` is the MoE
+    layer index, ``expert`` is ``-1`` for tasks that belong to no expert, ``step`` the planner's step number.
+    """
+
+    lane: Lane
+    kind: TaskKind
+    layer: int
+    expert: int
+    n_tokens: int
+    bytes: int
+    start_us: float
+    end_us: float
+    step: int = 0
+
+    @property
+    def duration_us(self) -> float:
+        """Wall time of the task."""
+        return self.end_us - self.start_us
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)

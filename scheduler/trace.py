@@ -1,0 +1,282 @@
+"""Recorded routing: the .npz trace format, its validation, and its steps.
+
+Arrays: ``expert_ids`` int16 [tokens, layers, top_k] (``-1`` absent), ``expert_weights`` float16 of the same shape
+(optional), ``sequence`` int32 [tokens], ``phase`` uint8 [tokens] (0 prefill, 1 decode), ``meta`` JSON text, optional
+``predicted_ids`` int16 [tokens, layers, horizon, p]: the routing that the gates of layers l + 1, l + 2, ... gave from
+layer l's hidden state, best first.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.errors import SchedulerError
+
+Phase = Literal["prefill", "decode"]
+PHASE_CODES: dict[Phase, int] = {"prefill": 0, "decode": 1}
+REQUIRED_ARRAYS = ("expert_ids", "sequence", "phase", "meta")
+REQUIRED_META = ("model", "num_layers", "num_experts", "top_k")
+
+
+class TraceError(SchedulerError):
+    """A trace file or its arrays cannot be used; the message says what was expected and found."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceStep:
+    """Tokens ``start:stop`` of the trace that are computed together."""
+
+    sequence: int
+    phase: Phase
+    start: int
+    stop: int
+    first: bool  # first step of its sequence
+
+    @property
+    def n_tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """Routing of one model over some sequences; see the module's docstring for shapes and dtypes."""
+
+    expert_ids: NDArray[np.int16]
+    sequence: NDArray[np.int32]
+    phase: NDArray[np.uint8]
+    meta: Mapping[str, Any]
+    expert_weights: NDArray[np.float16] | None = None
+    predicted_ids: NDArray[np.int16] | None = None
+    name: str = field(default="trace")
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.expert_ids.shape[0])
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.expert_ids.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.expert_ids.shape[2])
+
+    @property
+    def n_experts(self) -> int:
+        return int(self.meta["num_experts"])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Trace":
+        """Read and validate a trace; raises :class:`TraceError` for anything else."""
+        path = Path(path)
+        arrays = _read_arrays(path)
+        missing = [name for name in REQUIRED_ARRAYS if name not in arrays]
+        if missing:
+            raise TraceError(f"{path} is no routing trace: arrays {missing} are missing, found {sorted(arrays)}")
+        return cls(
+            expert_ids=_as_dtype(arrays["expert_ids"], np.int16, "expert_ids", path),
+            sequence=_as_dtype(arrays["sequence"], np.int32, "sequence", path),
+            phase=_as_dtype(arrays["phase"], np.uint8, "phase", path),
+            meta=_read_meta(arrays["meta"], path),
+            expert_weights=_optional(arrays, "expert_weights", np.float16, path),
+            predicted_ids=_optional(arrays, "predicted_ids", np.int16, path),
+            name=path.stem,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write atomically (a temporary file beside ``path``, then a rename)."""
+        path = Path(path)
+        arrays: dict[str, NDArray[Any]] = {
+            "expert_ids": self.expert_ids,
+            "sequence": self.sequence,
+            "phase": self.phase,
+            "meta": np.array(json.dumps(dict(self.meta), sort_keys=True)),
+        }
+        if self.expert_weights is not None:
+            arrays["expert_weights"] = self.expert_weights
+        if self.predicted_ids is not None:
+            arrays["predicted_ids"] = self.predicted_ids
+        with NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as handle:
+            try:
+                np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
+                handle.flush()
+                os.replace(handle.name, path)
+            except BaseException:
+                os.unlink(handle.name)
+                raise
+
+    def has_phase(self, phase: Phase) -> bool:
+        return bool((self.phase == PHASE_CODES[phase]).any())
+
+    def require_phase(self, phase: Phase) -> None:
+        """Raise :class:`TraceError` when the trace has no token of ``phase``."""
+        if not self.has_phase(phase):
+            other = "decode" if phase == "prefill" else "prefill"
+            raise TraceError(f"trace {self.name!r} has no {phase} tokens, only {other}; choose --phase {other}")
+
+    def steps(self, phase: Phase | None = None, prefill_chunk: int | None = None) -> Iterator[TraceStep]:
+        """Steps in order: each prefill as one step (or chunks of ``prefill_chunk`` tokens), each decode token as one."""
+        if phase is not None:
+            self.require_phase(phase)
+        for start, stop in self.sequence_spans():
+            first = True
+            for step in self._sequence_steps(start, stop, prefill_chunk):
+                if phase is None or step.phase == phase:
+                    yield replace(step, first=first)
+                    first = False
+
+    def _sequence_steps(self, start: int, stop: int, prefill_chunk: int | None) -> Iterator[TraceStep]:
+        sequence = int(self.sequence[start])
+        n_prefill = int((self.phase[start:stop] == PHASE_CODES["prefill"]).sum())
+        chunk = prefill_chunk or max(1, n_prefill)
+        for begin in range(start, start + n_prefill, chunk):
+            yield TraceStep(sequence, "prefill", begin, min(begin + chunk, start + n_prefill), False)
+        for token in range(start + n_prefill, stop):
+            yield TraceStep(sequence, "decode", token, token + 1, False)
+
+    def sequence_spans(self) -> list[tuple[int, int]]:
+        """(start, stop) of each sequence in file order."""
+        cuts = np.flatnonzero(np.diff(self.sequence)) + 1
+        edges = [0, *cuts.tolist(), self.n_tokens]
+        return list(zip(edges[:-1], edges[1:], strict=True))
+
+    def head(self, n_tokens: int) -> "Trace":
+        """The first ``n_tokens`` tokens."""
+        return self._take(np.arange(min(n_tokens, self.n_tokens)))
+
+    def select_sequences(self, sequences: "list[int] | NDArray[np.int32]") -> "Trace":
+        """Only these sequences, in file order; used to keep tuning and evaluation apart."""
+        return self._take(np.flatnonzero(np.isin(self.sequence, np.asarray(sequences))))
+
+    def as_prefill(self, n_tokens: int) -> "Trace":
+        """Cut the token stream into prompts of exactly ``n_tokens``: routing recorded token by token, used as prefill.
+
+        Neighbouring sequences are joined where one is shorter than a prompt. The remainder is dropped.
+        """
+        n_prompts = self.n_tokens // n_tokens
+        if n_prompts < 1:
+            raise TraceError(f"trace {self.name!r} has {self.n_tokens} tokens, fewer than one prompt of {n_tokens}")
+        taken = self._take(np.arange(n_prompts * n_tokens))
+        return replace(
+            taken,
+            sequence=np.repeat(np.arange(n_prompts, dtype=np.int32), n_tokens),
+            phase=np.zeros(n_prompts * n_tokens, dtype=np.uint8),
+        )
+
+    def _take(self, index: NDArray[np.intp]) -> "Trace":
+        return replace(
+            self,
+            expert_ids=self.expert_ids[index],
+            sequence=self.sequence[index],
+            phase=self.phase[index],
+            expert_weights=None if self.expert_weights is None else self.expert_weights[index],
+            predicted_ids=None if self.predicted_ids is None else self.predicted_ids[index],
+        )
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    if not path.is_file():
+        raise TraceError(f"no trace at {path}: expected a .npz file")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not hasattr(archive, "files"):
+                raise TraceError(f"{path} holds a single array; a trace is an .npz archive with {REQUIRED_ARRAYS}")
+            return {name: archive[name] for name in archive.files}
+    except TraceError:
+        raise
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, zipfile.LargeZipFile) as error:
+        raise TraceError(f"{path} is damaged or no .npz trace ({error}); record it again") from error
+    except Exception as error:  # zlib.error and struct.error from a damaged archive have no common root
+        raise TraceError(f"{path} is damaged ({type(error).__name__}: {error}); record it again") from error
+
+
+def _read_meta(array: NDArray[Any], path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(str(array[()]))
+    except json.JSONDecodeError as error:
+        raise TraceError(f"{path}: meta must be JSON text ({error})") from error
+    if not isinstance(meta, dict):
+        raise TraceError(f"{path}: meta must be a JSON object, found {type(meta).__name__}")
+    return meta
+
+
+def _as_dtype(array: NDArray[Any], dtype: type, name: str, path: Path) -> NDArray[Any]:
+    """Convert within the same kind (int32 ids are fine, floats as ids are not) and refuse what does not fit."""
+    wanted = np.dtype(dtype)
+    if (array.dtype.kind in "iu") != (wanted.kind in "iu") or array.dtype.kind not in "iuf":
+        raise TraceError(f"{path}: {name} must be {wanted}, found {array.dtype}")
+    converted = array.astype(wanted)
+    if wanted.kind in "iu" and not np.array_equal(converted, array):
+        raise TraceError(f"{path}: {name} holds values that do not fit {wanted}")
+    return converted
+
+
+def _optional(arrays: Mapping[str, NDArray[Any]], name: str, dtype: type, path: Path) -> NDArray[Any] | None:
+    return _as_dtype(arrays[name], dtype, name, path) if name in arrays else None
+
+
+def _check(trace: Trace) -> None:
+    _check_meta(trace)
+    _check_shapes(trace)
+    n_experts = trace.n_experts
+    _check_ids(trace.expert_ids, n_experts, f"trace {trace.name!r}: expert_ids")
+    if trace.predicted_ids is not None:
+        _check_ids(trace.predicted_ids, n_experts, f"trace {trace.name!r}: predicted_ids")
+    if trace.expert_weights is not None and not np.isfinite(trace.expert_weights).all():
+        raise TraceError(f"trace {trace.name!r}: expert_weights hold NaN or infinite values")
+    if not np.isin(trace.phase, (0, 1)).all():
+        raise TraceError(f"trace {trace.name!r}: phase must be 0 (prefill) or 1 (decode), found {int(trace.phase.max())}")
+    _check_order(trace)
+
+
+def _check_meta(trace: Trace) -> None:
+    missing = [key for key in REQUIRED_META if key not in trace.meta]
+    if missing:
+        raise TraceError(f"trace {trace.name!r}: meta lacks {missing}; it has {sorted(trace.meta)}")
+    for key in REQUIRED_META[1:]:
+        value = trace.meta[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise TraceError(f"trace {trace.name!r}: meta {key} must be a positive integer, found {value!r}")
+
+
+def _check_shapes(trace: Trace) -> None:
+    ids = trace.expert_ids
+    expected = (trace.meta["num_layers"], trace.meta["top_k"])
+    if ids.ndim != 3 or ids.shape[1:] != expected:
+        raise TraceError(f"trace {trace.name!r}: expert_ids must be [tokens, {expected[0]}, {expected[1]}], found {list(ids.shape)}")
+    if ids.shape[0] == 0:
+        raise TraceError(f"trace {trace.name!r} is empty: it has no token")
+    for name in ("sequence", "phase"):
+        if getattr(trace, name).shape != ids.shape[:1]:
+            raise TraceError(f"trace {trace.name!r}: {name} must have {ids.shape[0]} entries, found {list(getattr(trace, name).shape)}")
+    if trace.expert_weights is not None and trace.expert_weights.shape != ids.shape:
+        raise TraceError(f"trace {trace.name!r}: expert_weights must be {list(ids.shape)}, found {list(trace.expert_weights.shape)}")
+    predicted = trace.predicted_ids
+    if predicted is not None and (predicted.ndim != 4 or predicted.shape[:2] != ids.shape[:2]):
+        raise TraceError(f"trace {trace.name!r}: predicted_ids must be [{ids.shape[0]}, {ids.shape[1]}, horizon, p], found {list(predicted.shape)}")
+
+
+def _check_ids(ids: NDArray[np.int16], n_experts: int, what: str) -> None:
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if low < -1 or high >= n_experts:
+        raise TraceError(f"{what} must lie in -1..{n_experts - 1}, found {low}..{high}")
+
+
+def _check_order(trace: Trace) -> None:
+    runs = [int(trace.sequence[start]) for start, _ in trace.sequence_spans()]
+    if len(set(runs)) != len(runs):
+        raise TraceError(f"trace {trace.name!r}: the tokens of a sequence must be contiguous; a sequence id returns")
+    same = trace.sequence[1:] == trace.sequence[:-1]
+    if (same & (trace.phase[1:] < trace.phase[:-1])).any():
+        raise TraceError(f"trace {trace.name!r}: prefill tokens follow decode tokens inside a sequence")
