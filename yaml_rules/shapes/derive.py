@@ -1,0 +1,125 @@
+"""From the keys of a Hugging Face configuration to the sizes that decide what a step costs.
+
+Families name the same size differently; each tuple below lists the names in use, most specific first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from yaml_rules.errors import YamlRulesError
+
+N_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts", "num_routed_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
+EXPERT_INTER = ("moe_intermediate_size", "expert_intermediate_size", "moe_ffn_hidden_size", "intermediate_size_moe", "ffn_dim")
+SHARED_INTER = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
+N_SHARED = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
+FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "first_k_dense")
+EVERY = ("decoder_sparse_step", "interleave_moe_layer_step", "expert_layer_period", "moe_layer_freq", "moe_layer_interval")
+#: Families whose experts have no gate projection (two matrices each).
+NOT_GATED = ("nemotron_h",)
+KV_BYTES_PER_VALUE = 2  # bfloat16 cache
+
+
+def derive_shape(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Sizes of the decoder described by ``config``; raises YamlRulesError for a dense model or a missing size."""
+    text = config.get("text_config")
+    merged = {**config, **text} if isinstance(text, Mapping) else dict(config)
+    n_experts = _first(merged, N_EXPERTS)
+    if not n_experts:
+        raise YamlRulesError(f"{name} is a dense model: its configuration has none of {', '.join(N_EXPERTS)}")
+    n_layers = _need(merged, ("num_hidden_layers", "n_layer"), name)
+    hidden = _need(merged, ("hidden_size", "d_model"), name)
+    inter = _need(merged, (*EXPERT_INTER, "intermediate_size"), name)
+    n_moe = len(moe_layers(merged, n_layers))
+    return {
+        "name": name,
+        "n_layers": n_moe,
+        "n_experts": n_experts,
+        "top_k": _need(merged, TOP_K, name),
+        "hidden": hidden,
+        "inter": inter,
+        "gated": merged.get("model_type") not in NOT_GATED,
+        "attention_params": _attention_params(merged, hidden, name),
+        "shared_params": 3 * hidden * _shared_inter(merged, inter),
+        "head_params": hidden * _need(merged, ("vocab_size",), name),
+        "kv_bytes": _kv_values(merged, hidden, name) * KV_BYTES_PER_VALUE,
+        "n_dense_layers": n_layers - n_moe,
+        "dense_params": 3 * hidden * int(merged.get("intermediate_size") or 0) if n_layers > n_moe else 0,
+    }
+
+
+def moe_layers(config: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
+    """Decoder layers that have experts, by whichever convention the configuration uses."""
+    frequency = _first(config, EVERY) if not isinstance(config.get("moe_layer_freq"), list) else 1
+    every = max(1, int(frequency or 1))
+    offset = int(config.get("expert_layer_offset") or 0)
+    first = int(_first(config, FIRST_DENSE) or 0)
+    dense = {int(index) for index in config.get("mlp_only_layers") or ()}
+    listed = config.get("moe_layers")
+    if isinstance(listed, list) and listed:
+        return tuple(int(index) for index in listed)
+    flags = config.get("moe_layer_freq")
+    if isinstance(flags, list):
+        return tuple(index for index, flag in enumerate(flags[:n_layers]) if flag)
+    kinds = config.get("mlp_layer_types")
+    if isinstance(kinds, list) and kinds:
+        return tuple(index for index, kind in enumerate(kinds) if kind in ("sparse", "moe"))
+    if "expert_layer_period" in config:
+        return tuple(index for index in range(n_layers) if index % every == offset)
+    if "decoder_sparse_step" in config or "interleave_moe_layer_step" in config:
+        return tuple(i for i in range(n_layers) if i >= first and i not in dense and (i + 1) % every == 0)
+    return tuple(i for i in range(first, n_layers) if i not in dense and i % every == 0)
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _need(config: Mapping[str, Any], names: tuple[str, ...], model: str) -> int:
+    value = _first(config, names)
+    if value is None or value < 1:
+        raise YamlRulesError(f"{model}: the configuration has no positive {' or '.join(names)}")
+    return value
+
+
+def _shared_inter(config: Mapping[str, Any], inter: int) -> int:
+    total = _first(config, SHARED_INTER)
+    if total is not None:
+        return total
+    return (_first(config, N_SHARED) or 0) * inter
+
+
+def _head_dim(config: Mapping[str, Any], hidden: int, name: str) -> int:
+    return _first(config, ("head_dim",)) or hidden // _need(config, ("num_attention_heads", "n_head"), name)
+
+
+def _attention_params(config: Mapping[str, Any], hidden: int, name: str) -> int:
+    heads = _need(config, ("num_attention_heads", "n_head"), name)
+    if _first(config, ("kv_lora_rank",)):
+        return _mla_params(config, hidden, heads)
+    head_dim = _head_dim(config, hidden, name)
+    kv_heads = _first(config, ("num_key_value_heads",)) or heads
+    return 2 * hidden * head_dim * (heads + kv_heads)
+
+
+def _mla_params(config: Mapping[str, Any], hidden: int, heads: int) -> int:
+    """Multi-head latent attention: low-rank query and key/value projections (DeepSeek-V2, section 2.1)."""
+    nope, rope, value = (int(config.get(key) or 0) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    kv_rank, q_rank = int(config["kv_lora_rank"]), int(config.get("q_lora_rank") or 0)
+    query = q_rank * (hidden + heads * (nope + rope)) if q_rank else hidden * heads * (nope + rope)
+    return query + hidden * (kv_rank + rope) + kv_rank * heads * (nope + value) + heads * value * hidden
+
+
+def _kv_values(config: Mapping[str, Any], hidden: int, name: str) -> int:
+    """Cached numbers per token and layer."""
+    rank = _first(config, ("kv_lora_rank",))
+    if rank:
+        return rank + int(config.get("qk_rope_head_dim") or 0)
+    heads = _need(config, ("num_attention_heads", "n_head"), name)
+    return 2 * (_first(config, ("num_key_value_heads",)) or heads) * _head_dim(config, hidden, name)
