@@ -24,7 +24,9 @@ BYTES_PER_UNIT = {
     "gib": 2**30,
     "tib": 2**40,
 }
-_NUMBER_AND_UNIT = re.compile(r"(?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*(?P<unit>[a-z%]*)", re.IGNORECASE)
+_NUMBER_AND_UNIT = re.compile(
+    r"(?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*(?P<unit>[a-z%]*)", re.IGNORECASE
+)
 _EXPECTED = 'expected a size like "6GiB", a share like 0.25 (above 0, at most 1), a whole number, "auto" or "none"'
 
 
@@ -56,11 +58,13 @@ class Amount:
             return min(total_experts, max(1, math.floor(self.value * total_experts + 1e-9)))
         if self.kind == "count":
             if self.value > total_experts:
-                raise BudgetError(f"asked for {int(self.value)} expert slots, but the model has {total_experts} experts in all")
+                raise BudgetError(
+                    f"asked for {int(self.value)} expert slots, but the model has {total_experts} experts in all"
+                )
             return int(self.value)
         if self.value < expert_bytes:
             raise BudgetError(
-                f"{self} holds no expert: one expert takes {_size_text(expert_bytes)}; give at least that, or 0 for none"
+                f"{self} holds no expert: one expert takes {_size_text(expert_bytes)}; give that or more, or 0"
             )
         return min(total_experts, int(self.value) // expert_bytes)
 
@@ -123,7 +127,9 @@ def _share(value: float, written: object) -> Amount:
     if value == 0:
         return Amount("none")
     if not (0 < value <= 1):
-        raise ConfigError(f"a share must be above 0 and at most 1, found {written!r}; write a whole number for a number of experts")
+        raise ConfigError(
+            f"a share must be above 0 and at most 1, found {written!r}; write a whole number for a number of experts"
+        )
     return Amount("share", value)
 
 

@@ -68,5 +68,5 @@ class MissingExtraError(HybriMoEError, ImportError):
 
     def __init__(self, extra: str, reason: str = "") -> None:
         because = f" ({reason})" if reason else ""
-        super().__init__(f"this needs the optional extra {extra!r}{because}; install it: pip install 'hybrimoe[{extra}]'")
+        super().__init__(f"this needs the extra {extra!r}{because}; install it: pip install 'hybrimoe[{extra}]'")
         self.extra = extra

@@ -43,6 +43,14 @@ class Located:
                 return self.lines[path[:end]]
         return None
 
+    def sub(self, path: KeyPath) -> Located:
+        """The part of the document under `path`, with its lines."""
+        data = self.data
+        for key in path:
+            data = data[key]
+        inner = {key[len(path) :]: line for key, line in self.lines.items() if key[: len(path)] == path}
+        return Located(data, self.source, inner)
+
     def where(self, path: KeyPath = ()) -> str:
         """`file:line` of a key path (`file` alone where the line is unknown)."""
         line = self.line(path)
@@ -142,7 +150,7 @@ class _Reader:
 
     def _check_tag(self, node: yaml.Node) -> None:
         if node.tag.removeprefix(_TAG_PREFIX) not in _PLAIN_TAGS[type(node)]:
-            raise self._error(node, f"the tag {node.tag!r} is not allowed: rule and configuration files hold plain data")
+            raise self._error(node, f"the tag {node.tag!r} is not allowed: expected plain data")
 
     def _read_scalar(self, node: yaml.Node) -> Any:
         self._check_tag(node)

@@ -1,0 +1,62 @@
+"""Parsers of single configuration values: accelerators, threads, rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+
+from hybrimoe.errors import ConfigError, did_you_mean
+
+_WORDS = ("auto", "none", "emulated")
+_DEVICE_TYPES = ("cuda", "xpu", "npu", "mps", "hpu", "mtia")
+_DEVICE = re.compile(rf"(?:{'|'.join(_DEVICE_TYPES)})(?::\d+)?")
+
+
+def parse_accelerators(value: object) -> tuple[str, ...]:
+    """One accelerator name, or a list in order of preference, as a tuple.
+
+    Raises ConfigError for what is no name of a device; whether the device is here is checked when it is opened.
+    """
+    if value is None:
+        return ("none",)
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names:
+        raise ConfigError(f"expected a device such as cuda:0, {', '.join(_WORDS)}, or a list of them; found {value!r}")
+    for name in names:
+        if not isinstance(name, str) or not (name in _WORDS or _DEVICE.fullmatch(name)):
+            near = did_you_mean(str(name), [*_WORDS, *(f"{device}:0" for device in _DEVICE_TYPES)])
+            raise ConfigError(f"{name!r} is no accelerator; expected cuda:0, xpu:0, {', '.join(_WORDS)}{near}")
+    return tuple(names)
+
+
+def _parse_threads(value: object) -> object:
+    if value is None or value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"expected a number of threads of at least 1, or auto; found {value!r}")
+    return value
+
+
+def check_rules(value: object) -> Any:
+    """Rules are a shipped name or a file (text), or inline: a list of rules or a mapping with `rules:`."""
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list | Mapping) and value:
+        return value
+    raise ConfigError(f"expected a shipped rule set, a file, or a list of rules; found {value!r}")
+
+
+Accelerators = Annotated[
+    tuple[str, ...],
+    BeforeValidator(parse_accelerators),
+    PlainSerializer(lambda names: names[0] if len(names) == 1 else list(names)),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
+Threads = Annotated[
+    int | str,
+    BeforeValidator(_parse_threads),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+]

@@ -1,0 +1,76 @@
+"""From the deployment configuration to the settings of a runtime session."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hybrimoe.amounts import Amount
+from hybrimoe.errors import DeviceError
+from hybrimoe.runtime.config import RuntimeConfig
+
+if TYPE_CHECKING:
+    from hybrimoe.config import DeployConfig
+
+
+def runtime_config(config: DeployConfig) -> RuntimeConfig:
+    """Settings of a session for `config`; see `DeployConfig.runtime`."""
+    accelerator = choose_accelerator(config.accelerator)
+    return RuntimeConfig(
+        accelerator=accelerator,
+        gpu_expert_slots=slots_setting(config.memory.gpu_experts),
+        expert_dtype=config.cpu.expert_dtype,
+        backend=config.cpu.backend,
+        threads=config.cpu.threads if isinstance(config.cpu.threads, int) else None,
+        policy=config.scheduler.policy_name(),
+        policy_params=config.scheduler.parameters,
+        lookahead=config.scheduler.lookahead,
+        seed=config.scheduler.seed,
+        kv_reserve_bytes=_kv_bytes(config.memory.kv, accelerator),
+    )
+
+
+def slots_setting(amount: Amount) -> int | float | str:
+    """An amount in the form of `RuntimeConfig.gpu_expert_slots`: count, share, exact size text or "auto"."""
+    if amount.kind == "count":
+        return int(amount.value)
+    if amount.kind == "share":
+        return float(amount.value)
+    return 0 if amount.kind == "none" else str(amount)
+
+
+def choose_accelerator(names: tuple[str, ...]) -> str:
+    """The first accelerator of a preference list that is here. A single name is taken as it is.
+
+    In a list of several, "auto" counts as here only where torch finds a real accelerator.
+    Raises DeviceError where none of the list is here.
+    """
+    if len(names) == 1:
+        return names[0]
+    for name in names:
+        if name in ("none", "emulated") or _is_here(name):
+            return name
+    raise DeviceError(f"none of the accelerators {', '.join(names)} is here; add emulated or none to the list")
+
+
+def _is_here(name: str) -> bool:
+    if not torch.accelerator.is_available():
+        return False
+    if name == "auto":
+        return True
+    device, current = torch.device(name), torch.accelerator.current_accelerator()
+    here = current is not None and current.type == device.type
+    return here and (device.index or 0) < torch.accelerator.device_count()
+
+
+def _kv_bytes(amount: Amount, accelerator: str) -> int | None:
+    """Bytes to keep free for the KV cache; None where the session estimates them. A share is of the device's memory."""
+    if amount.kind == "auto":
+        return None
+    if amount.kind == "bytes":
+        return int(amount.value)
+    if accelerator in ("none", "emulated") or not _is_here(accelerator):
+        return None
+    _, total_bytes = torch.accelerator.get_memory_info(None if accelerator == "auto" else torch.device(accelerator))
+    return int(amount.value * total_bytes)
