@@ -80,7 +80,7 @@ class LazyGroup(TyperGroup):
             sys.stdout.flush()
         except KeyboardInterrupt:
             code = 130
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # the last line of defence: a message, never a bare traceback
             code = report(error, as_json="--json" in options, debug=debug)
         if standalone_mode:
             sys.exit(code)
@@ -118,10 +118,8 @@ def report(error: Exception, *, as_json: bool, debug: bool) -> int:
 
 
 def exit_code(error: BaseException) -> int:
-    """2 for wrong usage or configuration, else 1 (an error class may carry its own `exit_code`)."""
-    from hybrimoe.errors import ConfigError
-
-    return 2 if isinstance(error, ConfigError) else int(getattr(error, "exit_code", 1))
+    """The error class says its own (2 for wrong usage and configuration); without one it is 1."""
+    return int(getattr(error, "exit_code", 1))
 
 
 OUR_PACKAGES = ("hybrimoe", "cpu_kernels", "gpu_kernels", "scheduler", "yaml_rules")

@@ -1,0 +1,21 @@
+"""Text from a model: streaming replies, sampling as in transformers, conversations with a reused KV cache."""
+
+from hybrimoe.generation.chat import Conversation, Turn
+from hybrimoe.generation.engine import FinishReason, Reply, ReplyTimes, TextGenerator
+from hybrimoe.generation.interrupt import Interrupt, interruptible
+from hybrimoe.generation.kv_cache import PrefixCache
+from hybrimoe.generation.sampling import Sampler, SamplingOptions
+
+__all__ = [
+    "Conversation",
+    "FinishReason",
+    "Interrupt",
+    "PrefixCache",
+    "Reply",
+    "ReplyTimes",
+    "Sampler",
+    "SamplingOptions",
+    "TextGenerator",
+    "Turn",
+    "interruptible",
+]

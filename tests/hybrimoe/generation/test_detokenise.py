@@ -1,0 +1,83 @@
+"""Streamed text against the text of all tokens at once."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrimoe.generation.detokenise import IncrementalDecoder, StopTexts
+
+TEXTS = [
+    "plain words, all ASCII",
+    "naïve café",
+    "日本語のテキスト",
+    "a🙂b👩‍👩‍👧c",
+    "tab\tnew\n\nline  two spaces",
+    "Ω≈ç√∫",
+]
+
+
+def pieces(tokenizer, ids, prompt_ids=()):
+    decoder = IncrementalDecoder(tokenizer, prompt_ids)
+    return [*(decoder.push(token) for token in ids), decoder.flush()]
+
+
+def test_joined_pieces_are_the_text_and_no_piece_has_a_partial_character(byte_tokenizer):
+    for text in TEXTS:
+        got = pieces(byte_tokenizer, byte_tokenizer(text)["input_ids"])
+        assert "".join(got) == text
+        assert not any("\ufffd" in piece for piece in got)
+
+
+def test_a_prompt_is_context_and_is_not_given_again(byte_tokenizer):
+    prompt, text = "für dich: ", "größer 🙂"
+    got = pieces(byte_tokenizer, byte_tokenizer(text)["input_ids"], byte_tokenizer(prompt)["input_ids"])
+    assert "".join(got) == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=30), prompt=st.text(max_size=10))
+def test_every_text_comes_out_whole(byte_tokenizer, text, prompt):
+    got = pieces(byte_tokenizer, byte_tokenizer(text)["input_ids"], byte_tokenizer(prompt)["input_ids"])
+    assert "".join(got) == text
+
+
+def test_bytes_that_are_no_character_do_not_stop_the_stream(byte_tokenizer):
+    lead = byte_tokenizer("é")["input_ids"][0]  # the first of two bytes
+    word = byte_tokenizer("abc")["input_ids"]
+    got = pieces(byte_tokenizer, [lead] * 20 + word)
+    assert "".join(got).endswith("abc")
+    assert "\ufffd" in "".join(got)
+    assert "".join(pieces(byte_tokenizer, [*word, lead])) == "abc\ufffd"
+
+
+def test_special_tokens_give_no_text(byte_tokenizer):
+    eos = byte_tokenizer.eos_token_id
+    ids = byte_tokenizer("ab")["input_ids"]
+    assert "".join(pieces(byte_tokenizer, [ids[0], *[eos] * 12, ids[1], eos])) == "ab"
+
+
+def shown(stop, stream):
+    stops = StopTexts(stop)
+    text = "".join(stops.push(piece) for piece in stream)
+    return text + stops.flush(), stops.found
+
+
+def test_a_stop_text_over_several_pieces_ends_the_text_before_it():
+    assert shown(["END"], ["on", "e E", "N", "D two"]) == ("one ", "END")
+    assert shown(["END"], ["one E", "N", "ough"]) == ("one ENough", None)
+    assert shown(["\n\n", "END"], ["a\n", "bEND\n\n"]) == ("a\nb", "END")
+    assert shown([], ["a", "b"]) == ("ab", None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    stream=st.lists(st.text(alphabet="ab", max_size=3), max_size=12),
+    stop=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3),
+)
+def test_streaming_finds_what_a_search_in_the_whole_text_finds(stream, stop):
+    """Pieces come one character at a time here, as then the earliest END of a stop text decides, as in a stream."""
+    whole = "".join(stream)
+    ends = [(whole.index(s) + len(s), whole.index(s)) for s in stop if s in whole]
+    expected = whole[: min(ends)[1]] if ends else whole
+    text, found = shown(stop, list(whole))
+    assert text == expected
+    assert (found is not None) == bool(ends)
