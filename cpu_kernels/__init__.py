@@ -1,0 +1,44 @@
+"""Expert feed-forward networks on the CPU: packing, SIMD kernels, and backends behind one protocol."""
+
+from cpu_kernels.backends import CpuBackend, get_backend
+from cpu_kernels.dispatch import Dispatch, build_dispatch, combine
+from cpu_kernels.errors import (
+    ActivationValueError,
+    BackendError,
+    DispatchError,
+    IsaError,
+    KernelError,
+    LayoutError,
+    ThreadingError,
+)
+from cpu_kernels.layout import LAYOUT_VERSION
+from cpu_kernels.pack import pack_expert, unpack_expert
+from cpu_kernels.reference import apply_activation, reference_ffn, relative_error, tolerance
+from cpu_kernels.spec import DTYPES, Activation, ExpertDtype, ExpertSpec, ExpertWeights
+
+__all__ = [
+    "DTYPES",
+    "LAYOUT_VERSION",
+    "Activation",
+    "ActivationValueError",
+    "BackendError",
+    "CpuBackend",
+    "Dispatch",
+    "DispatchError",
+    "ExpertDtype",
+    "ExpertSpec",
+    "ExpertWeights",
+    "IsaError",
+    "KernelError",
+    "LayoutError",
+    "ThreadingError",
+    "apply_activation",
+    "build_dispatch",
+    "combine",
+    "get_backend",
+    "pack_expert",
+    "reference_ffn",
+    "relative_error",
+    "tolerance",
+    "unpack_expert",
+]
