@@ -52,7 +52,7 @@ class ExpertsLayout:
         return ExpertSpec(self.hidden, self.inter, dtype, self.activation, self.has_bias)
 
     def expert(self, index: int) -> ExpertWeights:
-        """Weights of expert `index` (0 <= index < num_experts): up and gate [I, H], down [H, I], biases [I], [I], [H]."""
+        """Weights of expert `index`: up and gate [I, H], down [H, I], their biases [I], [I], [H]."""
         if not 0 <= index < self.num_experts:
             raise IndexError(f"expert {index} of {self.num_experts}")
         down = self._matrix("down_proj", index)
@@ -156,8 +156,8 @@ def _refuse_quantised(module: nn.Module) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UnsupportedExpertsError(
-                f"{type(module).__name__}.{name} is stored as {parameter.dtype}; expected a floating dtype of 16 bits or"
-                " more. Load the model dequantised, or use hybrimoe.load"
+                f"{type(module).__name__}.{name} is stored as {parameter.dtype}; expected a floating dtype, at least 16"
+                " bits. Load the model dequantised, or use hybrimoe.load"
             )
 
 
