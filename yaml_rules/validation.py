@@ -1,0 +1,72 @@
+"""Turns pydantic's findings into one message per mistake: `file:line: key: expected ..., found ...`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from yaml_rules.located import KeyPath
+from yaml_rules.suggest import did_you_mean
+
+_PYDANTIC_MAPPING = "a valid dictionary or instance of"
+
+
+def messages(
+    error: ValidationError, model: type[BaseModel], where: Callable[[KeyPath], str], show: Callable[[KeyPath], str]
+) -> list[str]:
+    """One message per finding of `error`, in pydantic's order.
+
+    where: `file:line` of a key path inside the validated data; show: how the key path is written in the message.
+    """
+    return [_message(detail, model, where, show) for detail in error.errors()]
+
+
+def data_path(loc: tuple[int | str, ...], model: type[BaseModel]) -> KeyPath:
+    """pydantic's location without the union tags that it appends behind fields that are no section."""
+    path: list[str | int] = []
+    for key in loc:
+        path.append(key)
+        if _section(model, tuple(path)) is None:
+            break
+    return tuple(path)
+
+
+def _message(
+    detail: ErrorDetails, model: type[BaseModel], where: Callable[[KeyPath], str], show: Callable[[KeyPath], str]
+) -> str:
+    path = data_path(detail["loc"], model)
+    place, key = where(path), show(path)
+    if detail["type"] == "extra_forbidden":
+        fields = _names(_section(model, path[:-1]) or model)
+        near = did_you_mean(str(path[-1]), fields)
+        return f"{place}: unknown key {key!r}{near} (known here: {', '.join(fields)})"
+    if detail["type"] == "missing":
+        return f"{place}: {key}: this key is required"
+    if detail["type"] == "value_error":  # raised by a parser of ours, which names what it found
+        return f"{place}: {key}: {detail['ctx']['error']}"
+    expected = detail["msg"].removeprefix("Input ").replace(_PYDANTIC_MAPPING, "a mapping of keys for")
+    return f"{place}: {key}: {expected}, found {_shorten(detail['input'])}"
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _names(model: type[BaseModel]) -> list[str]:
+    return sorted(field.alias or name for name, field in model.model_fields.items())
+
+
+def _section(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+    current = model
+    for key in path:
+        by_alias = {field.alias or name: field for name, field in current.model_fields.items()}
+        field = by_alias.get(str(key))
+        annotation = field.annotation if field is not None else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        current = annotation
+    return current
