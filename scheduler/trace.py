@@ -32,13 +32,14 @@ class TraceError(SchedulerError):
 
 @dataclass(frozen=True, slots=True)
 class TraceStep:
-    """Tokens ``start:stop`` of the trace that are computed together."""
+    """Tokens ``start:stop`` of the trace that are computed together; ``position`` tokens of the sequence precede them."""
 
     sequence: int
     phase: Phase
     start: int
     stop: int
-    first: bool  # first step of its sequence
+    position: int
+    first: bool = False  # first step of its sequence
 
     @property
     def n_tokens(self) -> int:
@@ -141,9 +142,9 @@ class Trace:
         n_prefill = int((self.phase[start:stop] == PHASE_CODES["prefill"]).sum())
         chunk = prefill_chunk or max(1, n_prefill)
         for begin in range(start, start + n_prefill, chunk):
-            yield TraceStep(sequence, "prefill", begin, min(begin + chunk, start + n_prefill), False)
+            yield TraceStep(sequence, "prefill", begin, min(begin + chunk, start + n_prefill), begin - start)
         for token in range(start + n_prefill, stop):
-            yield TraceStep(sequence, "decode", token, token + 1, False)
+            yield TraceStep(sequence, "decode", token, token + 1, token - start)
 
     def sequence_spans(self) -> list[tuple[int, int]]:
         """(start, stop) of each sequence in file order."""

@@ -1,0 +1,112 @@
+"""Intra-layer load balance: which activated experts run on the CPU, which on the accelerator, what is transferred.
+
+``balance(costs, policy)`` is the public door; the planner calls the same compiled kernels through ``kernel_of``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.balancing import optimal as _optimal
+from scheduler.balancing import peers as _peers
+from scheduler.balancing.problem import PRIORITY, BalancePlan, LayerCosts
+from scheduler.balancing.timeline import plan_makespan
+from scheduler.errors import CostError, PolicyError, did_you_mean
+
+Kernel = Callable[[Any, Any, Any, Any], tuple[float, float]]
+
+_KERNELS: dict[str, tuple[Kernel, frozenset[str]]] = {
+    "optimal": (_optimal.optimal, frozenset({"node_limit"})),
+    "hybrimoe": (_peers.hybrimoe, frozenset()),
+    "static": (_peers.static_mapping, frozenset()),
+    "on_demand": (_peers.on_demand, frozenset()),
+    "layers": (_peers.whole_layers, frozenset()),
+    "fiddler": (_peers.fiddler, frozenset({"form"})),
+    "monde": (_peers.monde, frozenset({"hot"})),
+    "bandwidth": (_peers.bandwidth, frozenset()),
+    "cpu_only": (_peers.cpu_only, frozenset()),
+    "accel_only": (_peers.on_demand, frozenset()),
+}
+"""Policy name -> compiled kernel and the parameters it knows."""
+
+BALANCE_POLICIES: tuple[str, ...] = tuple(_KERNELS)
+
+
+def balance(
+    costs: LayerCosts, policy: str = "optimal", *, priority: npt.ArrayLike | None = None, **params: Any
+) -> BalancePlan:
+    """Plans one layer.
+
+    policy: one of BALANCE_POLICIES. params: ``node_limit`` (optimal: search nodes, None = automatic), ``form``
+    (fiddler: "sum" or "max"), ``hot`` (monde: number of hot experts, None = by bandwidth ratio). ``priority``
+    (bandwidth): one number an expert, the highest are fetched first; default equal.
+    Raises PolicyError for an unknown policy or parameter, CostError for costs that cannot be.
+    """
+    if not isinstance(costs, LayerCosts):
+        raise CostError(f"balance expects LayerCosts, found {type(costs).__name__}")
+    kernel, numbers = kernel_of(policy, **params)
+    n = costs.table.shape[1]
+    if priority is not None:
+        values = np.asarray(priority, np.float64)
+        if values.shape != (n,) or not np.all(np.isfinite(values)):
+            raise CostError(f"priority: expected {n} finite numbers, found shape {values.shape}")
+        costs.table[PRIORITY] = values
+    plan = np.empty(3 + 3 * n, np.int64)
+    makespan_us, bound_us = kernel(costs.table, costs.ready, numbers, plan)
+    flat = plan.tolist()
+    accel, link = 3 + n, 3 + 2 * n
+    return BalancePlan(
+        tuple(flat[3 : 3 + flat[0]]), tuple(flat[accel : accel + flat[1]]), tuple(flat[link : link + flat[2]]),
+        makespan_us, bound_us,
+    )  # fmt: skip
+
+
+_DEFAULTS = np.array([-1.0, 0.0])
+
+
+def kernel_of(policy: str, **params: Any) -> tuple[Kernel, npt.NDArray[np.float64]]:
+    """The compiled kernel of a policy and its parameter vector float64[2]. Raises PolicyError."""
+    found = _KERNELS.get(policy)
+    if found is None:
+        raise PolicyError(f"unknown balance policy {policy!r}{did_you_mean(str(policy), _KERNELS)}")
+    kernel, known = found
+    if not params:
+        return kernel, _DEFAULTS
+    for name in params:
+        if name not in known:
+            raise PolicyError(f"balance {policy}: unknown parameter {name!r}{did_you_mean(name, known)}")
+    form = params.get("form", "sum")
+    if form not in ("sum", "max"):
+        raise PolicyError(f"balance fiddler: form must be 'sum' or 'max', found {form!r}")
+    if form == "max":
+        kernel = _optimal.fiddler_max
+    number = params.get("node_limit", params.get("hot"))
+    if number is None:
+        return kernel, _DEFAULTS
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise PolicyError(f"balance {policy}: expected an integer of at least 0, found {number!r}")
+    return kernel, np.array([float(number), 0.0])
+
+
+def evaluate(
+    costs: LayerCosts, cpu: tuple[int, ...], accel: tuple[int, ...], transfers: tuple[int, ...]
+) -> float:
+    """Makespan in us of any plan under the contract's semantics. Raises CostError if it is no valid plan."""
+    n = len(costs)
+    if sorted((*cpu, *accel)) != list(range(n)):
+        raise CostError(f"every one of the {n} experts must be placed once, found cpu {cpu} and accel {accel}")
+    needed = {e for e in accel if costs.table[3, e] < 0}
+    if sorted(transfers) != sorted(needed):
+        raise CostError(f"transfers must be the accelerator's misses {sorted(needed)}, found {transfers}")
+    plan = np.zeros(3 + 3 * n, np.int64)
+    plan[:3] = len(cpu), len(accel), len(transfers)
+    for block, experts in enumerate((cpu, accel, transfers)):
+        plan[3 + block * n : 3 + block * n + len(experts)] = experts
+    return float(plan_makespan(costs.table, costs.ready, plan))
+
+
+__all__ = ["BALANCE_POLICIES", "BalancePlan", "Kernel", "LayerCosts", "balance", "evaluate", "kernel_of"]

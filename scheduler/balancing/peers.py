@@ -1,0 +1,166 @@
+"""Balance policies of the paper and its peers (compiled). All share one signature: see ``timeline``.
+
+"Load" is cpu_us: it grows with an expert's tokens, so the order is the same. Ties go to the lower position.
+The accelerator takes residents first (high load first, those under way last), then transfers in link order,
+high load first, unless a policy says otherwise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.balancing.timeline import by_key, plan_makespan, write_plan
+from scheduler.compiled import compiled
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+Bounds = tuple[float, float]
+
+
+@compiled
+def _finish(table: Floats, ready: Floats, on_accel: Flags, plan: Ints) -> Bounds:
+    """Writes the plan of a placement in the common order and times it."""
+    n = table.shape[1]
+    here = table[3] >= 0.0
+    late = here & (table[3] > ready[1])
+    order = np.empty(n, np.int64)
+    first = by_key(-table[0], here & ~late)
+    second = by_key(table[3], late)
+    third = by_key(-table[0], ~here)
+    order[: first.size] = first
+    order[first.size : first.size + second.size] = second
+    order[first.size + second.size :] = third
+    write_plan(table, on_accel, order, plan)
+    return plan_makespan(table, ready, plan), 0.0
+
+
+@compiled
+def static_mapping(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
+    """KTransformers: residents on the accelerator, everything else on the CPU, nothing moves."""
+    return _finish(table, ready, table[3] >= 0.0, plan)
+
+
+@compiled
+def on_demand(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
+    """MoE-Infinity, llama.cpp's expert cache: every miss is transferred, the accelerator computes everything."""
+    return _finish(table, ready, np.ones(table.shape[1], np.bool_), plan)
+
+
+@compiled
+def cpu_only(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
+    """Everything on the CPU (placement ``cpu``)."""
+    return _finish(table, ready, np.zeros(table.shape[1], np.bool_), plan)
+
+
+@compiled
+def whole_layers(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
+    """llama.cpp --n-cpu-moe: a layer whose activated experts are all resident runs on the accelerator, else the CPU."""
+    return _finish(table, ready, np.full(table.shape[1], np.all(table[3] >= 0.0)), plan)
+
+
+@compiled
+def fiddler(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
+    """Fiddler (arXiv 2402.07033), the sum form of its code: expert by expert the cheaper of c(n) and t + g(n).
+
+    A resident has t = 0; equal costs stay off the link (CPU for a miss, accelerator for a resident).
+    """
+    here = table[3] >= 0.0
+    there = np.where(here, table[1] <= table[0], table[2] + table[1] < table[0])
+    return _finish(table, ready, there, plan)
+
+
+@compiled
+def monde(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
+    """MoNDE (arXiv 2405.18832): the H hottest experts on the accelerator, cold ones where they lie, both sides at once.
+
+    params[0] = H, or -1: H = round(n * r_link / (r_link + r_cpu)), rates as experts a us (1 / mean transfer,
+    1 / least cpu_us, which is the bandwidth-bound time of a cold expert). A cold resident stays on the accelerator.
+    """
+    n = table.shape[1]
+    hot = int(params[0])
+    if hot < 0:
+        link = table[2].mean()
+        hot = int(np.floor(n * table[0].min() / max(link + table[0].min(), 1e-300) + 0.5))
+    on_accel = table[3] >= 0.0
+    order = by_key(-table[0], np.ones(n, np.bool_))
+    for position in order[: min(hot, n)]:
+        on_accel[position] = True
+    return _finish(table, ready, on_accel, plan)
+
+
+@compiled
+def bandwidth(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
+    """FreeToken q* (arXiv 2608.16157): of M misses fetch round(M * p / (p + c)), the rest runs on the CPU.
+
+    p and c are the rates of link and CPU in experts a us, from the misses' mean transfer_us and cpu_us. The most
+    recently active (highest priority) misses are fetched first, ties by position; residents stay.
+    """
+    on_accel = table[3] >= 0.0
+    misses = by_key(-table[4], ~on_accel)
+    link = 0.0
+    cpu = 0.0
+    for position in misses:
+        link += table[2, position]
+        cpu += table[0, position]
+    fetch = int(np.floor(misses.size * cpu / max(link + cpu, 1e-300) + 0.5))
+    for position in misses[:fetch]:
+        on_accel[position] = True
+    return _finish(table, ready, on_accel, plan)
+
+
+@compiled
+def hybrimoe(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
+    """HybriMoE's greedy (arXiv 2504.05897, section 4.2 and Fig. 5).
+
+    Queues: accelerator = residents, high load first; CPU = misses, low load first, then residents, low load first
+    (stealing); link = misses, high load first. The lane that gets free first acts (ties: accelerator, CPU, link): it
+    takes the head of its queue. What the link takes leaves the CPU's queue and enters the accelerator's by load; the
+    accelerator keeps that order and waits if the head is still under way. Ends when every expert has run.
+    """
+    n = table.shape[1]
+    arrival = table[3].copy()
+    open_ = np.ones(n, np.bool_)
+    here = table[3] >= 0.0
+    clock = ready.copy()
+    plan[0], plan[1], plan[2] = 0, 0, 0
+    placed = 0
+    while placed < n:
+        heads = _heads(table[0], open_, here, arrival)
+        lane = -1
+        for candidate in (1, 0, 2):
+            if heads[candidate] >= 0 and (lane < 0 or clock[candidate] < clock[lane]):
+                lane = candidate
+        expert = heads[lane]
+        plan[3 + lane * n + plan[lane]] = expert
+        plan[lane] += 1
+        if lane == 2:
+            clock[2] += table[2, expert]
+            arrival[expert] = clock[2]
+            continue
+        start = clock[0] if lane == 0 else max(clock[1], arrival[expert])
+        clock[lane] = start + table[lane, expert]
+        open_[expert] = False
+        placed += 1
+    return plan_makespan(table, ready, plan), 0.0
+
+
+@compiled
+def _heads(load: Floats, open_: Flags, here: Flags, arrival: Floats) -> tuple[int, int, int]:
+    """Heads of the three queues (-1: empty): CPU, accelerator, link."""
+    miss, steal, accel, link = -1, -1, -1, -1
+    for i in range(load.size):
+        if not open_[i]:
+            continue
+        if arrival[i] >= 0.0:
+            if accel < 0 or load[i] > load[accel]:
+                accel = i
+            if here[i] and (steal < 0 or load[i] < load[steal]):
+                steal = i
+        else:
+            if miss < 0 or load[i] < load[miss]:
+                miss = i
+            if link < 0 or load[i] > load[link]:
+                link = i
+    return (miss if miss >= 0 else steal), accel, link

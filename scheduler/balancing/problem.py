@@ -1,0 +1,124 @@
+"""The intra-layer problem and its answer, as the public contract states them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.compiled import compiled
+from scheduler.errors import CostError
+
+Floats = npt.NDArray[np.float64]
+
+CPU, ACCEL, TRANSFER, ARRIVAL, PRIORITY = range(5)
+"""Rows of a cost table float64[5, n]. ARRIVAL is -1 for an expert that is not resident, else when it is there."""
+NOT_RESIDENT = -1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCosts:
+    """Costs in us of one layer's n activated experts: one entry an expert in every array.
+
+    cpu_us, accel_us, transfer_us: finite, at least 0; resident: booleans. The three ready times say when each lane
+    gets free. ``arrival_us`` (optional) is for residents whose bytes are still under way from an earlier transfer of
+    the same link, so at most ``link_ready_us``: the accelerator may not start them before. Not read for the others.
+    Raises CostError for anything else.
+    """
+
+    cpu_us: npt.ArrayLike
+    accel_us: npt.ArrayLike
+    transfer_us: npt.ArrayLike
+    resident: npt.ArrayLike
+    cpu_ready_us: float = 0.0
+    accel_ready_us: float = 0.0
+    link_ready_us: float = 0.0
+    arrival_us: npt.ArrayLike | None = None
+    table: Floats = field(init=False, repr=False)
+    ready: Floats = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        cpu = _numbers("cpu_us", self.cpu_us)
+        n = cpu.size
+        if n == 0:
+            raise CostError("no activated experts: expected at least 1 entry in cpu_us")
+        table = np.empty((5, n))
+        table[CPU] = cpu
+        table[ACCEL] = _numbers("accel_us", self.accel_us, n)
+        table[TRANSFER] = _numbers("transfer_us", self.transfer_us, n)
+        table[ARRIVAL] = 0.0 if self.arrival_us is None else _numbers("arrival_us", self.arrival_us, n)
+        table[PRIORITY] = 0.0
+        ready = np.array((self.cpu_ready_us, self.accel_ready_us, self.link_ready_us), np.float64)
+        if not accept(table, ready, _booleans(self.resident, n)):
+            _name_the_bad(table, ready)
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "ready", ready)
+
+    def __len__(self) -> int:
+        return int(self.table.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class BalancePlan:
+    """Positions (0..n-1) in execution order; ``transfers`` in link order. No schedule can beat ``bound_us``.
+
+    ``bound_us`` equals ``makespan_us`` where the policy proved its plan optimal, and is 0 for the heuristics.
+    """
+
+    cpu: tuple[int, ...]
+    accel: tuple[int, ...]
+    transfers: tuple[int, ...]
+    makespan_us: float
+    bound_us: float = 0.0
+
+
+@compiled
+def accept(table: Floats, ready: Floats, resident: npt.NDArray[np.bool_]) -> bool:
+    """Whether all costs and times can be; if so, marks who is not resident in the arrival row."""
+    for row in range(4):
+        for value in table[row]:
+            if not 0.0 <= value < np.inf:
+                return False
+    for value in ready:
+        if not 0.0 <= value < np.inf:
+            return False
+    for position in range(resident.size):
+        if not resident[position]:
+            table[3, position] = NOT_RESIDENT
+        elif table[3, position] > ready[2]:
+            return False
+    return True
+
+
+def _numbers(name: str, values: npt.ArrayLike, n: int | None = None) -> npt.NDArray[Any]:
+    array = values if isinstance(values, np.ndarray) else np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise CostError(f"{name}: expected real numbers, found dtype {array.dtype}")
+    if array.ndim != 1 or (n is not None and array.size != n):
+        raise CostError(f"{name}: expected shape ({'n' if n is None else n},), found {array.shape}")
+    return array
+
+
+def _booleans(values: npt.ArrayLike, n: int) -> npt.NDArray[np.bool_]:
+    array = values if isinstance(values, np.ndarray) else np.asarray(values)
+    if array.shape != (n,):
+        raise CostError(f"resident: expected shape ({n},), found {array.shape}")
+    if array.dtype.kind == "b":
+        return array
+    if array.dtype.kind in "iu" and bool(np.all((array == 0) | (array == 1))):
+        return array.astype(np.bool_)
+    raise CostError(f"resident: expected booleans, found dtype {array.dtype}")
+
+
+def _name_the_bad(table: Floats, ready: Floats) -> NoReturn:
+    for name, row in zip(("cpu_us", "accel_us", "transfer_us", "arrival_us"), table, strict=False):
+        for position, value in enumerate(row):
+            if not 0.0 <= value < np.inf and not (name == "arrival_us" and value == NOT_RESIDENT):
+                raise CostError(f"{name}[{position}]: expected a finite number of at least 0, found {value}")
+    for name, value in zip(("cpu_ready_us", "accel_ready_us", "link_ready_us"), ready, strict=True):
+        if not 0.0 <= value < np.inf:
+            raise CostError(f"{name}: expected a finite number of at least 0, found {value}")
+    late = int(np.argmax(table[ARRIVAL]))
+    raise CostError(f"arrival_us[{late}] {table[ARRIVAL, late]} is after link_ready_us {ready[2]}: a link is in order")

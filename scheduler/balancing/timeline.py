@@ -1,0 +1,94 @@
+"""The semantics of a balance plan, in one place: what a placement and its orders take (compiled).
+
+A plan travels as int64[3 + 3n]: counts of CPU, accelerator and transferred experts, then three blocks of n
+positions. Every policy kernel has the signature ``(table float64[5, n], ready float64[3], params float64[2],
+plan int64[3 + 3n]) -> (makespan_us, bound_us)``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.compiled import compiled
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@compiled
+def plan_makespan(table: Floats, ready: Floats, plan: Ints) -> float:
+    """Latest end of the compute lanes; a lane without an expert does not count."""
+    n = table.shape[1]
+    n_cpu, n_accel, n_transfers = plan[0], plan[1], plan[2]
+    arrival = table[3].copy()
+    link = ready[2]
+    for i in range(n_transfers):
+        expert = plan[3 + 2 * n + i]
+        link += table[2, expert]
+        arrival[expert] = link
+    cpu = ready[0]
+    for i in range(n_cpu):
+        cpu += table[0, plan[3 + i]]
+    accel = ready[1]
+    for i in range(n_accel):
+        expert = plan[3 + n + i]
+        accel = max(accel, arrival[expert]) + table[1, expert]
+    return max(cpu if n_cpu > 0 else 0.0, accel if n_accel > 0 else 0.0)
+
+
+@compiled
+def by_key(key: Floats, chosen: npt.NDArray[np.bool_]) -> Ints:
+    """Positions with ``chosen``, ascending by ``key``; ties by position (insertion sort: n is small)."""
+    order = np.empty(key.size, np.int64)
+    n = 0
+    for position in range(key.size):
+        if not chosen[position]:
+            continue
+        i = n
+        while i > 0 and key[order[i - 1]] > key[position]:
+            order[i] = order[i - 1]
+            i -= 1
+        order[i] = position
+        n += 1
+    return order[:n]
+
+
+@compiled
+def johnson_order(table: Floats) -> Ints:
+    """Order in which an accelerator takes experts without loss: all n positions, whatever subset it gets.
+
+    Residents first, by arrival; then the rest by Johnson's rule for a two-machine flow shop (link, accelerator):
+    those with transfer <= compute by rising transfer, then the others by falling compute. Ties by position.
+    (S. M. Johnson, 1954. A later start of either machine only shifts its own sum, so the rule stays optimal;
+    residents are jobs without a first operation, which the rule puts first.)
+    """
+    n = table.shape[1]
+    here = table[3] >= 0.0
+    short = ~here & (table[2] <= table[1])
+    order = np.empty(n, np.int64)
+    first = by_key(table[3], here)
+    second = by_key(table[2], short)
+    third = by_key(-table[1], ~here & ~short)
+    order[: first.size] = first
+    order[first.size : first.size + second.size] = second
+    order[first.size + second.size :] = third
+    return order
+
+
+@compiled
+def write_plan(table: Floats, on_accel: npt.NDArray[np.bool_], order: Ints, plan: Ints) -> None:
+    """Fills ``plan`` from a placement: the accelerator and the link follow ``order``, the CPU takes short ones first."""
+    n = table.shape[1]
+    n_accel = 0
+    n_transfers = 0
+    for position in order:
+        if on_accel[position]:
+            plan[3 + n + n_accel] = position
+            n_accel += 1
+            if table[3, position] < 0.0:
+                plan[3 + 2 * n + n_transfers] = position
+                n_transfers += 1
+    cpu = by_key(table[0], ~on_accel)
+    plan[3 : 3 + cpu.size] = cpu
+    plan[0], plan[1], plan[2] = cpu.size, n_accel, n_transfers

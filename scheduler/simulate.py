@@ -1,0 +1,228 @@
+"""Discrete simulation of a trace on a hardware profile: the runtime's planner, with time instead of an executor.
+
+    result = Simulator(trace, profile, shape, SimulationConfig(policy="ours", cache_ratio=0.25)).run()
+
+Deterministic: equal inputs give equal results. Times are simulated, never measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.costs import CostModel
+from scheduler.demand import LayerDemand
+from scheduler.future import Future
+from scheduler.graph.tasks import DenseTimes, PlannedLayer
+from scheduler.plan import LaneState, LayerEnded, TransferEnded
+from scheduler.planner import Planner
+from scheduler.profile import HardwareProfile, ModelShape
+from scheduler.records import TaskRecord
+from scheduler.simulate_dense import DenseCosts
+from scheduler.simulate_engine import Engine, HostTier, SimulationError
+from scheduler.simulate_stats import PhaseResult, PhaseStats, PrefetchJudge
+from scheduler.slots import SlotState
+from scheduler.trace import Phase, Trace, TraceStep
+from scheduler.trace_demand import DemandSource
+from scheduler.trace_predict import Predictions
+
+__all__ = ["PhaseResult", "SimulationConfig", "SimulationError", "Simulator", "check_fit", "simulate", "slots_for"]
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationConfig:
+    """What is simulated. ``cache_ratio`` is the share of all experts that has a slot; ``n_slots`` overrides it."""
+
+    policy: str = "ours"
+    cache_ratio: float = 0.25
+    n_slots: int | None = None
+    expert_dtype: str = "int4"
+    dense_dtype: str = "int8"
+    lookahead: int = 3
+    prefill_chunk: int | None = None
+    context_tokens: int = 512
+    host_ratio: float = 1.0
+    seed: int = 0
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.cache_ratio <= 1.0:
+            raise SimulationError(f"cache ratio must lie in 0..1 (a share of all experts), found {self.cache_ratio}")
+        if not 0.0 < self.host_ratio <= 1.0:
+            raise SimulationError(f"host ratio must lie above 0 and at most at 1, found {self.host_ratio}")
+        if self.n_slots is not None and self.n_slots < 0:
+            raise SimulationError(f"number of slots must not be negative, found {self.n_slots}")
+
+
+def slots_for(config: SimulationConfig, shape: ModelShape) -> int:
+    """Slots of the pool; raises when there are more than experts."""
+    total = shape.n_layers * shape.n_experts
+    n_slots = round(config.cache_ratio * total) if config.n_slots is None else config.n_slots
+    if n_slots > total:
+        raise SimulationError(f"{n_slots} slots for {total} experts of {shape.name}: use at most {total}")
+    return n_slots
+
+
+def check_fit(trace: Trace, shape: ModelShape) -> None:
+    """Raise :class:`SimulationError` unless the trace was recorded on a model of this shape."""
+    for what, of_trace, of_shape in (
+        ("MoE layers", trace.n_layers, shape.n_layers),
+        ("experts a layer", trace.n_experts, shape.n_experts),
+        ("experts a token (top-k)", trace.top_k, shape.top_k),
+    ):
+        if of_trace != of_shape:
+            raise SimulationError(
+                f"trace {trace.name!r} ({trace.meta.get('model')}) has {of_trace} {what}, model shape {shape.name!r} has "
+                f"{of_shape}; choose the shape of the traced model, or a synthetic trace of this shape"
+            )
+
+
+class Simulator:
+    """Drives one :class:`Planner` over all steps of a trace.
+
+    ``frequencies`` float [layers, experts] is what a profile of other sequences says about use (for the warm-up);
+    None leaves the start to the policy. ``predictions`` are what gate lookahead would give. With ``keep_records``
+    the executed tasks and the planned layers are kept (for one step, not for long traces).
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        profile: HardwareProfile,
+        shape: ModelShape,
+        config: SimulationConfig = SimulationConfig(),
+        predictions: Predictions | None = None,
+        frequencies: NDArray[np.float64] | None = None,
+        phase: Phase | None = None,
+        keep_records: bool = False,
+    ) -> None:
+        check_fit(trace, shape)
+        self.trace, self.profile, self.shape, self.config = trace, profile, shape, config
+        self.source = DemandSource(trace, predictions)
+        self.steps: Sequence[TraceStep] = list(trace.steps(phase, config.prefill_chunk))
+        self.dense = DenseCosts(profile, shape, config.dense_dtype)
+        self.n_slots = slots_for(config, shape)
+        self.planner = self._planner()
+        self.engine = self._engine(keep_records, frequencies)
+        self.layers: list[PlannedLayer] = []
+        self._judge = PrefetchJudge(trace.n_layers, trace.n_experts)
+        self._warm_up(frequencies)
+
+    def _planner(self) -> Planner:
+        config = self.config
+        believed = CostModel(self.dense.planner_profile(config.context_tokens), self.shape, config.expert_dtype)
+        future = Future([self.source.routing(step) for step in self.steps])
+        return Planner(
+            self.shape.n_layers, self.shape.n_experts, self.n_slots, believed, policy=config.policy,
+            lookahead=config.lookahead, seed=config.seed, future=future, **config.params,
+        )  # fmt: skip
+
+    def _engine(self, keep_records: bool, frequencies: NDArray[np.float64] | None) -> Engine:
+        config, shape = self.config, self.shape
+        expert_bytes = shape.expert_bytes(config.expert_dtype)
+        host = None
+        if config.host_ratio < 1.0:
+            if self.profile.disk is None:
+                raise SimulationError(f"profile {self.profile.name!r} has no disk; host ratio must be 1")
+            capacity = max(1, round(config.host_ratio * shape.n_layers * shape.n_experts))
+            host = HostTier(capacity, self.profile.disk.latency_us + expert_bytes / (self.profile.disk.gbps * 1e3))
+            host.preload(_most_used(frequencies, shape))
+        return Engine(CostModel(self.profile, shape, config.expert_dtype), expert_bytes, keep_records, host)
+
+    def _warm_up(self, frequencies: NDArray[np.float64] | None) -> None:
+        """Initial residents are loaded before the clock starts."""
+        for transfer in self.planner.warm_up(frequencies):
+            self.planner.on_event(TransferEnded(transfer.layer, transfer.expert, transfer.slot))
+
+    def run(self) -> list[PhaseResult]:
+        """Simulate every step; one result for each phase that occurs, prefill first."""
+        stats: dict[Phase, PhaseStats] = {}
+        for index, step in enumerate(self.steps):
+            if step.first:
+                self.planner.begin_sequence()
+            collected = stats.setdefault(step.phase, PhaseStats())
+            self._run_step(index, step, collected)
+        self._judge.settle_into(stats)
+        order: tuple[Phase, ...] = ("prefill", "decode")
+        return [
+            stats[phase].result(self.config.policy, self.config.cache_ratio, phase, self.n_slots) for phase in order if phase in stats
+        ]
+
+    def _run_step(self, index: int, step: TraceStep, stats: PhaseStats) -> None:
+        engine = self.engine
+        stats.begin(engine.now_us, engine.busy)
+        self.planner.begin_step(step.phase, step.n_tokens)
+        context = self._context(step)
+        dense = DenseTimes(
+            self.dense.attention_us(step.n_tokens, context), self.dense.gate_us(step.n_tokens),
+            self.dense.shared_us(step.n_tokens), self.dense.combine_us(),
+        )  # fmt: skip
+        for demand in self.source.step(step):
+            self._run_layer(index, demand, dense, stats)
+        engine.dense("attention", self.shape.n_layers, 1, self.dense.head_us(step.n_tokens), index)
+        stats.end(engine.now_us, engine.busy, step.n_tokens)
+
+    def _context(self, step: TraceStep) -> int:
+        """Tokens that the step attends to: those before it in its sequence, in decode at least the configured ones."""
+        return max(step.position, self.config.context_tokens if step.phase == "decode" else 0)
+
+    def _run_layer(self, index: int, demand: LayerDemand, dense: DenseTimes, stats: PhaseStats) -> None:
+        engine, planner, layer = self.engine, self.planner, demand.layer
+        engine.dense("attention", layer, demand.n_tokens_total, dense.attention_us, index)
+        engine.dense("gate", layer, demand.n_tokens_total, dense.gate_us, index)
+        for event in engine.take_ended():
+            planner.on_event(event)
+        stats.count_demand(demand, self._resident(layer))
+        self._judge.demand(demand)
+        plan = planner.plan_layer(demand, LaneState(0.0, dense.shared_us, engine.link_ready_us()))
+        stats.count_plan(plan)
+        self._judge.planned(plan, demand.phase)
+        observed = engine.run_layer(plan, demand, dense.shared_us)
+        if engine.keep_records:
+            self.layers.append(PlannedLayer(plan, demand, dense))
+        for event in engine.take_ended():
+            planner.on_event(event)
+        planner.on_event(LayerEnded(layer, observed))
+        engine.dense("combine", layer, demand.n_tokens_total, dense.combine_us, index)
+
+    def _resident(self, layer: int) -> NDArray[np.bool_]:
+        """bool [experts]: bytes are in a slot now."""
+        table, width = self.planner.slots, self.shape.n_experts
+        slots = table.slot_of[layer * width : (layer + 1) * width]
+        if table.n_slots == 0:
+            return np.zeros(width, np.bool_)
+        return (slots >= 0) & (table.state[slots] >= SlotState.RESIDENT)
+
+    def resident_slots(self) -> dict[int, tuple[int, int]]:
+        """slot -> (layer, expert) of everything whose bytes are there now."""
+        table = self.planner.slots
+        held = ((slot, table.occupant(slot)) for slot in range(table.n_slots) if table.state[slot] >= SlotState.RESIDENT)
+        return {slot: key for slot, key in held if key is not None}
+
+    @property
+    def records(self) -> list[TaskRecord]:
+        """Executed tasks in start order (``keep_records``)."""
+        return sorted(self.engine.records, key=lambda r: (r.start_us, r.end_us))
+
+
+def _most_used(frequencies: NDArray[np.float64] | None, shape: ModelShape) -> list[tuple[int, int]]:
+    total = shape.n_layers * shape.n_experts
+    order = range(total) if frequencies is None else np.argsort(-np.ravel(frequencies), kind="stable").tolist()
+    return [divmod(int(key), shape.n_experts) for key in order]
+
+
+def simulate(
+    trace: Trace,
+    profile: HardwareProfile,
+    shape: ModelShape,
+    config: SimulationConfig = SimulationConfig(),
+    predictions: Predictions | None = None,
+    frequencies: NDArray[np.float64] | None = None,
+    phase: Phase | None = None,
+) -> list[PhaseResult]:
+    """Build a :class:`Simulator` and run it."""
+    return Simulator(trace, profile, shape, config, predictions, frequencies, phase).run()

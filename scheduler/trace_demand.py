@@ -1,0 +1,99 @@
+"""From the routing of a trace to the demands that the planner sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.demand import LayerDemand, Prediction
+from scheduler.trace import Trace, TraceStep
+from scheduler.trace_predict import Predictions
+
+
+
+class DemandSource:
+    """Builds the :class:`LayerDemand` of each step and layer of a trace.
+
+    ``gate_scores`` is the mean routing weight over the step's tokens; without recorded weights every selected expert
+    of a token counts 1 / top_k.
+    """
+
+    def __init__(self, trace: Trace, predictions: Predictions | None = None) -> None:
+        self.trace = trace
+        self.predictions = predictions
+        self._order = np.argsort(trace.expert_ids, axis=-1, kind="stable")
+        self._ids = np.take_along_axis(trace.expert_ids, self._order, axis=-1).astype(np.int32)
+        weights = _weights(trace)
+        self._weights = np.take_along_axis(weights, self._order, axis=-1)
+
+    def layer(self, step: TraceStep, layer: int) -> LayerDemand:
+        """Demand of MoE layer ``layer`` for the tokens of ``step``."""
+        ids = self._ids[step.start : step.stop, layer].ravel()
+        weights = self._weights[step.start : step.stop, layer].ravel()
+        present = ids >= 0
+        if not present.all():
+            ids, weights = ids[present], weights[present]
+        scores = np.bincount(ids, weights, self.trace.n_experts) / step.n_tokens
+        if step.n_tokens == 1 and _ascends(ids):
+            experts, counts = ids, np.ones(ids.size, np.int32)
+        else:
+            per_expert = np.bincount(ids, minlength=self.trace.n_experts)
+            experts = np.flatnonzero(per_expert).astype(np.int32)
+            counts = per_expert[experts].astype(np.int32)
+        return LayerDemand(
+            layer, step.phase, step.n_tokens, experts, counts, scores.astype(np.float32), self._predicted(step, layer)
+        )
+
+    def step(self, step: TraceStep) -> Iterator[LayerDemand]:
+        """Demands of all layers in order."""
+        for layer in range(self.trace.n_layers):
+            yield self.layer(step, layer)
+
+    def routing(self, step: TraceStep) -> NDArray[np.int16]:
+        """Expert ids [tokens, layers, top_k] of the step, for the oracles."""
+        return self.trace.expert_ids[step.start : step.stop]
+
+    def _predicted(self, step: TraceStep, layer: int) -> tuple[Prediction, ...]:
+        predictions = self.predictions
+        if predictions is None:
+            return ()
+        found = []
+        for ahead in range(1, predictions.horizon + 1):
+            if layer + ahead >= self.trace.n_layers:
+                break
+            ids = predictions.ids[step.start : step.stop, layer, ahead - 1]
+            scores = predictions.scores[step.start : step.stop, layer, ahead - 1]
+            prediction = _prediction(layer + ahead, ids, scores, self.trace.n_experts)
+            if prediction is not None:
+                found.append(prediction)
+        return tuple(found)
+
+
+def _weights(trace: Trace) -> NDArray[np.float64]:
+    if trace.expert_weights is not None:
+        return trace.expert_weights.astype(np.float64)
+    return np.where(trace.expert_ids >= 0, 1.0 / trace.top_k, 0.0)
+
+
+def _ascends(ids: NDArray[np.int32]) -> bool:
+    return bool((ids[1:] > ids[:-1]).all())
+
+
+def _prediction(
+    layer: int, ids: NDArray[np.int16], scores: NDArray[np.float32], n_experts: int
+) -> Prediction | None:
+    """Predicted demand of one layer from ids and scores [tokens, p]; None where nothing was predicted."""
+    n_tokens = ids.shape[0]
+    flat, weight = ids.ravel(), scores.ravel()
+    present = flat >= 0
+    if not present.any():
+        return None
+    flat, weight = flat[present].astype(np.int32), weight[present]
+    if n_tokens == 1:
+        return Prediction(layer, flat, np.ones(flat.size, np.float32), weight.astype(np.float32))
+    counts = np.bincount(flat, minlength=n_experts)
+    mean_score = np.bincount(flat, weight, n_experts) / n_tokens
+    experts = np.flatnonzero(counts).astype(np.int32)
+    return Prediction(layer, experts, counts[experts].astype(np.float32), mean_score[experts].astype(np.float32))
