@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -31,8 +32,17 @@ def err() -> Console:
 
 def emit_json(data: Any) -> None:
     """Write one JSON document to stdout. Dataclasses, paths, sets and numpy values are understood."""
-    sys.stdout.write(json.dumps(data, indent=2, default=_plain, ensure_ascii=False) + "\n")
+    text = json.dumps(data, indent=2, default=_plain, ensure_ascii=False)
+    sys.stdout.write(_NUMBERS.sub(_on_one_line, text) + "\n")
     sys.stdout.flush()
+
+
+# A list of numbers over several lines; inside JSON strings there are no line ends, so nothing else looks like this.
+_NUMBERS = re.compile(r"\[\n\s+([-+.\deE]+(?:,\n\s+[-+.\deE]+)*)\n\s+\]")
+
+
+def _on_one_line(numbers: re.Match[str]) -> str:
+    return "[" + re.sub(r",\n\s+", ", ", numbers[1]) + "]"
 
 
 def _plain(value: Any) -> Any:

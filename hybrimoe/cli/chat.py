@@ -1,0 +1,219 @@
+"""`hybrimoe chat`: a conversation in the terminal or over a pipe, one line a message."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hybrimoe.cli import common, render
+
+if TYPE_CHECKING:
+    from hybrimoe.cli.common_model import OpenModel
+    from hybrimoe.generation import Conversation, SamplingOptions
+
+INTERRUPTED = 130
+
+
+def register(app: typer.Typer) -> None:
+    """Add `chat`."""
+    app.command("chat")(chat)
+
+
+def chat(
+    model: common.ModelArgument = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="A system message.")] = None,
+    max_new_tokens: common.NewTokensOption = None,
+    temperature: common.TemperatureOption = None,
+    top_p: common.TopPOption = None,
+    top_k: common.TopKOption = None,
+    min_p: common.MinPOption = None,
+    repetition_penalty: common.RepetitionOption = None,
+    seed: common.SeedOption = None,
+    stop: common.StopOption = None,
+    config: common.ConfigOption = None,
+    accelerator: common.AcceleratorOption = None,
+    slots: common.SlotsOption = None,
+    dtype: common.DtypeOption = None,
+    policy: common.PolicyOption = None,
+    threads: common.ThreadsOption = None,
+    lookahead: common.LookaheadOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only replies.", rich_help_panel=common.OUTPUT)] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line for each reply.", rich_help_panel=common.OUTPUT)
+    ] = False,
+) -> None:
+    """Talk with a model. A line is a message; a backslash at its end continues it on the next line.
+
+    /help lists the commands. Ctrl-C stops a reply; Ctrl-D or /exit leaves. Works in a pipe, too.
+    """
+    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.generation import Conversation
+
+    options = common.sampling_options(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        seed=seed, stop=stop, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    deployment = common.deploy_config(
+        config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
+        lookahead=lookahead,
+    )  # fmt: skip
+    with open_model(deployment, show_progress=not quiet) as opened:
+        conversation = Conversation(opened.generator, system=system)
+        ChatLoop(opened, conversation, options, quiet=quiet, as_json=as_json).run()
+
+
+class ChatLoop:
+    """Reads messages and commands from stdin until its end; nothing that goes wrong with a message ends the loop."""
+
+    def __init__(
+        self, opened: OpenModel, conversation: Conversation, options: SamplingOptions, *, quiet: bool, as_json: bool
+    ) -> None:
+        self.opened = opened
+        self.conversation = conversation
+        self.options = options
+        self.quiet = quiet
+        self.as_json = as_json
+        self.at_terminal = sys.stdin.isatty() and not as_json
+        self.last: dict[str, Any] | None = None
+        self.commands: dict[str, tuple[str, Callable[[], bool]]] = {
+            "/help": ("list the commands", self._help),
+            "/reset": ("forget the conversation", self._reset),
+            "/stats": ("speed, cache and lanes of the last reply", self._stats),
+            "/timeline": ("draw what each lane did in the last reply", self._timeline),
+            "/exit": ("leave (so does Ctrl-D)", lambda: False),
+        }
+
+    def run(self) -> None:
+        """The loop. Raises typer.Exit(130) when Ctrl-C is pressed twice while it waits for a message."""
+        self._greet()
+        presses = 0
+        while True:
+            try:
+                message = self._read()
+            except KeyboardInterrupt:
+                presses += 1
+                if presses > 1 or not self.at_terminal:
+                    raise typer.Exit(INTERRUPTED) from None
+                render.note("\npress Ctrl-C again to leave")
+                continue
+            presses = 0
+            if message is None or not self._handle(message):
+                return
+
+    def _greet(self) -> None:
+        if self.quiet:
+            return
+        if not self.conversation.has_template:
+            render.note("this model has no chat template: the conversation is given to it as a plain transcript")
+        if self.at_terminal:
+            render.note(f"{self.opened.name}; /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
+
+    def _read(self) -> str | None:
+        """The next message; None at the end of stdin."""
+        lines: list[str] = []
+        while True:
+            if self.at_terminal:
+                sys.stderr.write("... " if lines else "> ")
+                sys.stderr.flush()
+            line = sys.stdin.readline()
+            if not line:
+                return "\n".join(lines) if lines else None
+            line = line.rstrip("\r\n")
+            if not line.endswith("\\"):
+                return "\n".join([*lines, line])
+            lines.append(line[:-1])
+
+    def _handle(self, message: str) -> bool:
+        """Answer a message or do a command; False ends the loop."""
+        from hybrimoe.errors import HybriMoEError
+
+        if not message.strip():
+            return True
+        word = message.split()[0]
+        if word in self.commands:
+            return self.commands[word][1]()
+        if word.startswith("/") and "/" not in word[1:] and len(message.split()) == 1:
+            return self._unknown(word)
+        try:
+            self._answer(message)
+        except HybriMoEError as error:
+            if self.as_json:
+                self._emit({"error": {"type": type(error).__name__, "message": str(error)}})
+            else:
+                render.error(str(error))
+        return True
+
+    def _answer(self, message: str) -> None:
+        from hybrimoe.cli import render_summary
+        from hybrimoe.cli.common_model import stream_out
+        from hybrimoe.generation import interruptible
+
+        self.opened.reset_stats()
+        self._record()
+        with interruptible() as interrupt:
+            turn = self.conversation.send(message, self.options, should_stop=interrupt)
+            if turn.n_dropped and not self.quiet:
+                render.note(f"the context is full: the oldest {turn.n_dropped} messages are no longer part of it")
+            if self.as_json:
+                "".join(turn)
+            else:
+                stream_out(turn)
+                stream_out(["\n"])
+        self.last = render_summary.reply_as_dict(turn.reply, self.opened.stats())
+        if self.as_json:
+            self._emit({"model": self.opened.name, **self.last, "dropped_messages": turn.n_dropped})
+        elif not self.quiet:
+            render.note(f"[{render_summary.one_line(self.last)}]")
+
+    def _record(self) -> None:
+        """A new recording for each reply, so that /timeline has the last one. A record costs about a microsecond."""
+        if self.opened.session is not None and self.at_terminal:
+            self.opened.session.record_timeline(True)
+
+    def _emit(self, data: dict[str, Any]) -> None:
+        import json
+
+        sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+    def _help(self) -> bool:
+        for name, (line, _) in self.commands.items():
+            render.note(f"{name:<10} {line}")
+        render.note("any other line is a message; a backslash at its end continues it on the next line")
+        return True
+
+    def _reset(self) -> bool:
+        self.conversation.reset()
+        render.note("the conversation is forgotten")
+        return True
+
+    def _stats(self) -> bool:
+        from hybrimoe.cli import render_summary
+
+        if self.last is None:
+            render.note("no reply yet")
+        else:
+            render.err().print(render_summary.summary(self.last), style="dim")
+        return True
+
+    def _timeline(self) -> bool:
+        from hybrimoe.cli import render_summary
+        from hybrimoe.cli.render_timeline import timeline
+
+        records = list(self.opened.session.timeline) if self.opened.session is not None else []
+        if self.last is None or not records:
+            render.note("nothing was recorded yet (a conversation in a terminal records each reply)")
+            return True
+        console = render.err()
+        label = render_summary.provenance(self.last["experts"])
+        console.print(timeline(records, label=label, width=console.width))
+        return True
+
+    def _unknown(self, word: str) -> bool:
+        from hybrimoe.errors import did_you_mean
+
+        render.note(f"{word} is no command{did_you_mean(word, list(self.commands))}; /help lists them")
+        return True

@@ -1,0 +1,110 @@
+"""Opens the model of a command: configuration, weights, tokenizer; quiet libraries, a bar on stderr while it loads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrimoe.cli import render
+
+if TYPE_CHECKING:
+    from hybrimoe.config import DeployConfig
+    from hybrimoe.generation import TextGenerator
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(slots=True)
+class OpenModel:
+    """A model that is ready to reply, its session (None where nothing was injected), and what it was opened from."""
+
+    generator: TextGenerator
+    session: Any
+    name: str
+    config: DeployConfig
+
+    def stats(self) -> dict[str, Any] | None:
+        """The session's counters since the last `reset_stats`, as plain data."""
+        return None if self.session is None else dict(self.session.stats().as_dict())
+
+    def reset_stats(self) -> None:
+        """Start counting anew; the slots keep what they hold."""
+        if self.session is not None:
+            self.session.reset_stats()
+
+    def close(self) -> None:
+        """Stop the session's lanes."""
+        if self.session is not None:
+            self.session.close()
+
+
+@contextmanager
+def open_model(config: DeployConfig, *, show_progress: bool = True) -> Iterator[OpenModel]:
+    """Load the model of `config`; its lanes stop when the block ends."""
+    quiet_libraries()
+    import hybrimoe
+    from hybrimoe.generation import TextGenerator
+    from hybrimoe.generation.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    with progress_bar(show_progress) as progress:
+        model = hybrimoe.load(config.model, config=config, progress=progress)
+    name = "demo" if config.model is None else config.model
+    opened = OpenModel(TextGenerator(model, tokenizer), model.hybrimoe.session, name, config)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no remarks of transformers: what a user must know, HybriMoE says itself."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def progress_bar(shown: bool = True) -> Iterator[Progress]:
+    """A bar on stderr that a loader moves by `progress(done, total, what)`; nothing where stderr is no terminal."""
+    console = render.err()
+    if not shown or not console.is_terminal:
+        yield lambda done, total, what: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def move(done: int, total: int, what: str) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)
+
+        yield move
+
+
+def write_trace(path: Path, records: list[Any], label: str) -> None:
+    """Write a Chrome/Perfetto trace. Raises OSError with the path where it cannot be written."""
+    import json
+
+    from scheduler.graph.export import chrome_trace
+
+    path.write_text(json.dumps(chrome_trace(records, label)), encoding="utf-8")
+
+
+def stream_out(pieces: Iterator[str] | Any) -> None:
+    """Write text to stdout as it comes; characters that the terminal cannot show become `?`."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()

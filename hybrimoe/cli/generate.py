@@ -1,0 +1,149 @@
+"""`hybrimoe generate`: one prompt, its completion as a stream, then what it cost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hybrimoe.cli import common, render
+
+if TYPE_CHECKING:
+    from hybrimoe.cli.common_model import OpenModel
+    from hybrimoe.generation import Reply, SamplingOptions
+
+
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ended, as shells have it (128 + SIGINT)."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add `generate`."""
+    app.command("generate")(generate)
+
+
+def generate(
+    model: common.ModelArgument = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
+    ] = None,
+    max_new_tokens: common.NewTokensOption = None,
+    temperature: common.TemperatureOption = None,
+    top_p: common.TopPOption = None,
+    top_k: common.TopKOption = None,
+    min_p: common.MinPOption = None,
+    repetition_penalty: common.RepetitionOption = None,
+    seed: common.SeedOption = None,
+    stop: common.StopOption = None,
+    config: common.ConfigOption = None,
+    accelerator: common.AcceleratorOption = None,
+    slots: common.SlotsOption = None,
+    dtype: common.DtypeOption = None,
+    policy: common.PolicyOption = None,
+    threads: common.ThreadsOption = None,
+    lookahead: common.LookaheadOption = None,
+    timeline: common.TimelineOption = False,
+    trace: common.TraceOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.", rich_help_panel=common.OUTPUT)] = False,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Stream the completion of one prompt, then say how fast it was and what each lane did.
+
+    The prompt comes from --prompt, --prompt-file or stdin. Text goes to stdout, everything else to stderr. Ctrl-C ends
+    the text; the summary of what there is still follows.
+    """
+    text = read_prompt(prompt, prompt_file)
+    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.generation import interruptible
+
+    options = common.sampling_options(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        seed=seed, stop=stop, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    deployment = common.deploy_config(
+        config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
+        lookahead=lookahead,
+    )  # fmt: skip
+    check_writable(trace)
+    with open_model(deployment, show_progress=not quiet) as opened, interruptible() as interrupt:
+        reply = run(opened, text, options, interrupt, record=timeline or trace is not None, echo=not as_json)
+        report(opened, reply, timeline=timeline, trace=trace, quiet=quiet, as_json=as_json)
+    if interrupt.pressed:
+        raise typer.Exit(INTERRUPTED)
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt from the one place where it was given.
+
+    Raises:
+        typer.BadParameter: given twice, or not at all with a terminal on stdin.
+        PromptError: the file is no UTF-8 text.
+    """
+    from hybrimoe.errors import PromptError
+
+    if prompt is not None and prompt_file is not None:
+        raise typer.BadParameter("give --prompt or --prompt-file, not both")
+    if prompt is not None:
+        return prompt
+    if prompt_file is None and sys.stdin.isatty():
+        raise typer.BadParameter('no prompt: give --prompt "some text", --prompt-file FILE, or text on stdin')
+    try:
+        if prompt_file is None or str(prompt_file) == "-":
+            text = sys.stdin.read()
+        else:
+            text = prompt_file.read_text(encoding="utf-8")
+        return text.removesuffix("\n")  # the end of a file or of `echo`, not of the prompt
+    except UnicodeDecodeError as error:
+        raise PromptError(f"the prompt in {prompt_file or 'stdin'} is no UTF-8 text: {error}") from error
+
+
+def check_writable(path: Path | None) -> None:
+    """Fail before the model is loaded, not after the text was generated. Raises OSError."""
+    if path is not None:
+        with path.open("a"):
+            pass
+
+
+def run(opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, *, record: bool, echo: bool) -> Reply:
+    """Generate; the text is written to stdout as it comes where `echo` is set."""
+    from hybrimoe.cli.common_model import stream_out
+
+    prompt_ids = opened.generator.encode(text)
+    reply = opened.generator.reply(prompt_ids, options, should_stop=interrupt)
+    opened.reset_stats()
+    if record and opened.session is not None:
+        opened.session.record_timeline(True)
+    if echo:
+        stream_out(reply)
+        stream_out(["\n"])
+    else:
+        "".join(reply)
+    return reply
+
+
+def report(opened: OpenModel, reply: Reply, *, timeline: bool, trace: Path | None, quiet: bool, as_json: bool) -> None:
+    """The summary, the timeline and the trace file of one reply."""
+    from hybrimoe.cli import render_summary
+    from hybrimoe.cli.common_model import write_trace
+
+    experts = opened.stats()
+    records = list(opened.session.timeline) if (timeline or trace) and opened.session is not None else []
+    label = render_summary.provenance(experts)
+    result = {"model": opened.name, **render_summary.reply_as_dict(reply, experts), "provenance": label}
+    if trace is not None:
+        write_trace(trace, records, f"hybrimoe generate {opened.name} ({label})")
+    if as_json:
+        render.emit_json(result | ({"timeline": records} if timeline else {}) | {"config": opened.config.as_dict()})
+        return
+    console = render.err()
+    if timeline:
+        from hybrimoe.cli.render_timeline import timeline as draw
+
+        console.print(draw(records, label=label, width=console.width))
+    if not quiet:
+        console.print(render_summary.summary(result), style="dim")
+    if trace is not None and not quiet:
+        render.note(f"trace    {trace} (open it at https://ui.perfetto.dev)")

@@ -1,0 +1,167 @@
+"""The program around the commands: help without heavy imports, errors as one message, exit codes."""
+
+import errno
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from hybrimoe.cli import app as app_module
+from hybrimoe.errors import ConfigError, ModelError
+
+
+@pytest.fixture
+def failing(hybrimoe, monkeypatch):
+    """Makes `hybrimoe generate` raise what it is given, and runs it."""
+
+    def run(error, *words):
+        holder = typer.Typer()
+
+        @holder.callback()
+        def group():
+            pass
+
+        @holder.command("generate")
+        def generate(as_json: bool = typer.Option(False, "--json")):
+            raise error
+
+        command = typer.main.get_group(holder).commands["generate"]
+        monkeypatch.setattr(app_module, "load_command", lambda name: command)
+        return hybrimoe("generate", *words)
+
+    return run
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy():
+    code = (
+        "import sys, hybrimoe.cli.app as a\n"
+        "a.app(['--help'], standalone_mode=False)\n"
+        "print('HEAVY', sorted({'torch', 'transformers', 'numba', 'scipy', 'networkx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "HEAVY []" in done.stdout
+    for name in app_module.COMMANDS:
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", app_module.COMMANDS)
+def test_every_command_registers_under_its_name_and_has_help_and_json(hybrimoe, name):
+    shown = hybrimoe(name, "--help")
+    assert shown.code == 0, shown.err
+    assert name in shown.out
+    command = app_module.load_command(name)
+    leaves = list(getattr(command, "commands", {}).values()) or [command]
+    for leaf in leaves:
+        options = [option for parameter in leaf.params for option in parameter.opts]
+        assert "--json" in options, f"{name} {leaf.name} has no --json"
+
+
+def test_an_unknown_command_suggests_the_nearest_one(hybrimoe):
+    result = hybrimoe("genrate")
+    assert result.code == 2
+    assert "generate" in result.err
+    assert result.out == ""
+    as_json = hybrimoe("genrate", "--json")
+    assert as_json.code == 2
+    assert "generate" in as_json.data["error"]["message"]
+
+
+def test_an_unknown_option_is_wrong_usage(hybrimoe):
+    result = hybrimoe("generate", "--promt", "x")
+    assert result.code == 2
+    assert "--prompt" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_version(hybrimoe):
+    result = hybrimoe("--version")
+    assert result.code == 0
+    assert result.out.startswith("hybrimoe ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ModelError("no experts in [here]"), 1),
+        (ConfigError("no experts in [here]"), 2),
+        (FileNotFoundError(errno.ENOENT, "no experts in [here]"), 1),
+        (MemoryError("no experts in [here]"), 1),
+    ],
+)
+def test_an_error_is_one_message_and_an_exit_code(failing, error, code):
+    result = failing(error)
+    assert result.code == code
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert "no experts in [here]" in result.err
+    assert "defect" not in result.err
+    assert "Traceback" not in result.err
+
+
+def test_with_json_an_error_is_a_json_document_on_stdout(failing):
+    result = failing(ModelError("no experts"), "--json")
+    assert result.code == 1
+    assert result.data == {"error": {"type": "ModelError", "message": "no experts", "exit_code": 1}}
+    assert result.err == ""
+
+
+def test_an_unexpected_error_says_so_and_debug_shows_where_it_came_from(failing, monkeypatch):
+    short = failing(ZeroDivisionError("division by zero"))
+    assert short.code == 1
+    assert "unexpected ZeroDivisionError: division by zero" in short.err
+    assert "--debug" in short.err
+    assert "Traceback" not in short.err
+    assert "Traceback" in failing(ZeroDivisionError("x"), "--debug").err
+    monkeypatch.setenv("HYBRIMOE_DEBUG", "1")
+    assert "Traceback" in failing(ZeroDivisionError("x")).err
+
+
+def test_ctrl_c_is_exit_code_130(failing):
+    result = failing(KeyboardInterrupt())
+    assert result.code == 130
+    assert "Traceback" not in result.err
+
+
+def test_a_closed_pipe_is_no_error_message():
+    command = f"{sys.executable} -m hybrimoe --help | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+
+
+def test_completion_knows_the_commands(monkeypatch):
+    env = {
+        "_HYBRIMOE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "hybrimoe gen",
+        "COMP_CWORD": "1",
+        "PATH": "/usr/bin:/bin",
+    }
+    code = "from hybrimoe.cli.app import app; app(prog_name='hybrimoe')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env, check=False
+    )
+    assert done.stdout.split() == ["generate"]
+
+
+def test_the_benchmarks_of_the_package_are_commands(hybrimoe):
+    import pkgutil
+
+    import hybrimoe.bench as bench
+
+    names = [found.name for found in pkgutil.iter_modules(bench.__path__) if not found.name.startswith("_")]
+    shown = hybrimoe("bench", "--help").out
+    for name in names:
+        assert callable(importlib.import_module(f"hybrimoe.bench.{name}").register)
+        assert name in shown
+
+
+def test_json_keeps_number_lists_on_one_line_and_leaves_text_alone(capsys):
+    from hybrimoe.cli.render import emit_json
+
+    data = {"ids": [1, -2, 3.5e-7], "text": "a [\n 1,\n 2\n] b [ 1, 2 ]", "empty": [], "nested": [[1], [2, 3]]}
+    emit_json(data)
+    text = capsys.readouterr().out
+    assert json.loads(text) == data
+    assert "[1, -2, 3.5e-07]" in text
