@@ -19,7 +19,13 @@ def _torch(threads: int | None) -> CpuBackend:
     return TorchBackend()
 
 
-BACKENDS: dict[str, Callable[[int | None], CpuBackend]] = {"reference": _reference, "torch": _torch}
+def _numba(threads: int | None) -> CpuBackend:
+    from cpu_kernels.backends.numba_backend import NumbaBackend
+
+    return NumbaBackend(threads)
+
+
+BACKENDS: dict[str, Callable[[int | None], CpuBackend]] = {"numba": _numba, "torch": _torch, "reference": _reference}
 
 
 def get_backend(name: str = "auto", threads: int | None = None) -> CpuBackend:
@@ -28,7 +34,7 @@ def get_backend(name: str = "auto", threads: int | None = None) -> CpuBackend:
     threads: size of its part of the thread pool, None = all physical cores. Raises BackendError for an unknown name or
     a backend that cannot run here (with the reason).
     """
-    chosen = "torch" if name == "auto" else name
+    chosen = "numba" if name == "auto" else name
     if chosen not in BACKENDS:
         near = difflib.get_close_matches(chosen, BACKENDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,71 @@
+"""What the Numba drivers need below Numba's own level: a call by address, an atomic counter, bits as float."""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+
+from cpu_kernels.compiled import inline_kernel
+
+_I64 = ir.IntType(64)
+
+
+@intrinsic
+def call_panel(
+    typingctx: Any,
+    function: Any,
+    weights: Any,
+    row_block_bytes: Any,
+    n_blocks: Any,
+    x: Any,
+    x_row_bytes: Any,
+    row_ids: Any,
+    n_rows: Any,
+    out: Any,
+) -> Any:
+    """Calls the compiled `panel` (cpu_kernels.simd.tiles) at address `function`; addresses and sizes are int64."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I64] * 8)
+        target = builder.inttoptr(arguments[0], kind.as_pointer())
+        builder.call(target, arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9), code
+
+
+@intrinsic
+def take_ticket(typingctx: Any, counter: Any) -> Any:
+    """Adds 1 to the int64 at address `counter` atomically; returns the value before."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(_I64, 1), "monotonic")
+
+    return types.int64(types.int64), code
+
+
+@intrinsic
+def float_from_bits(typingctx: Any, bits: Any) -> Any:
+    """The float32 with the bits of an int32."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), code
+
+
+@intrinsic
+def _float_pointer(typingctx: Any, address: Any) -> Any:
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), code
+
+
+@inline_kernel
+def floats_at(address: int, n: int) -> np.ndarray:
+    """float32 [n] at an address, without a copy."""
+    return carray(_float_pointer(address), (n,))

@@ -1,0 +1,197 @@
+"""The inner kernels: 64 rows of a packed matrix times the activations of some tokens, for one dtype and ISA.
+
+Each module exports one function, `panel`::
+
+    panel(weights, row_block_bytes, n_blocks, x, x_row_bytes, row_ids, n_rows, out)
+    out[i, r] += sum over columns of W[r, column] * x[row_ids[i], column]      i < n_rows, r < 64
+
+over `n_blocks` blocks of 64 columns. `weights` and `x` point at the first of them, `out` is float32 [n_rows, 64] and
+`row_ids` int32 [n_rows]. It walks the tokens in register tiles of some tokens by some vectors of rows. Each output is
+one chain of fused multiply-adds in ascending column order in every tile, so its bits depend on nothing but its inputs.
+"""
+
+from llvmlite import ir
+
+from cpu_kernels.isa import Isa
+from cpu_kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, GROUP, LINE_BYTES, LINES, block_bytes, is_quantised
+from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, GroupDot, Simd
+
+PANEL_ROWS = 64
+PANEL_NAME = "panel"
+PREFETCH_BYTES = 2304  # ahead of the load, per stream; measured best for DRAM streams on Zen 3 and Zen 4
+GROUPS = BLOCK_COLUMNS // GROUP
+# A quantised activation block: int8 [64], float32 scale [2], int32 correction [2] (= -offset * sum of the group).
+X_SCALES = BLOCK_COLUMNS
+X_CORRECTIONS = X_SCALES + 4 * GROUPS
+X_BLOCK_BYTES = X_CORRECTIONS + 4 * GROUPS
+WORD_BYTES = 4  # of a row in a line
+SCALE_BYTES = 2
+Row = tuple[ir.Value, ir.Value]  # a vector of rows: address of its block, first row in it
+
+
+def x_block_bytes(dtype: str) -> int:
+    """Bytes of 64 columns of one row of activations as `panel` reads them."""
+    return X_BLOCK_BYTES if is_quantised(dtype) else 4 * BLOCK_COLUMNS
+
+
+def build_module(dtype: str, isa: Isa, emulate_dot: bool = False) -> ir.Module:
+    """LLVM module with `panel` for a dtype. emulate_dot: byte products in plain arithmetic, for tests on any CPU."""
+    module = ir.Module(f"hybrimoe_{dtype}_{isa.name}")
+    tiles = isa.integer_tiles if is_quantised(dtype) else isa.float_tiles
+    functions = [(tokens, _tile_function(module, dtype, isa, tokens, n, emulate_dot)) for tokens, n in tiles]
+    _panel_function(module, isa, functions)
+    return module
+
+
+def _panel_function(module: ir.Module, isa: Isa, tiles: list[tuple[int, ir.Function]]) -> None:
+    """Walks the tokens, as many as possible in the largest tile, the rest in ever smaller ones."""
+    arguments = [POINTER, I64, I64, POINTER, I64, POINTER, I64, POINTER]
+    panel = ir.Function(module, ir.FunctionType(VOID, arguments), PANEL_NAME)
+    weights, stride, n_blocks, x, x_stride, row_ids, n_rows, out = panel.args
+    s = Simd(ir.IRBuilder(panel.append_basic_block()), isa)
+    done: ir.Value = s.const(0)
+    for n_tokens, tile in tiles:
+        left = s.b.sub(n_rows, done)
+        stop = s.b.add(done, s.b.sub(left, s.b.srem(left, s.const(n_tokens))))
+        with s.loop(done, stop, n_tokens) as i:
+            ids = s.offset(row_ids, s.b.mul(i, s.const(4)))
+            s.b.call(tile, [weights, stride, n_blocks, x, x_stride, ids, s.offset(out, s.b.mul(i, s.const(4 * PANEL_ROWS)))])
+        done = stop
+    s.b.ret_void()
+
+
+def _tile_function(
+    module: ir.Module, dtype: str, isa: Isa, n_tokens: int, n_vectors: int, emulate_dot: bool
+) -> ir.Function:
+    """tile(weights, row_block_bytes, n_blocks, x, x_row_bytes, row_ids, out): n_tokens x 64 rows, n_vectors at a time."""
+    arguments = [POINTER, I64, I64, POINTER, I64, POINTER, POINTER]
+    function = ir.Function(module, ir.FunctionType(VOID, arguments), f"tile_{n_tokens}x{n_vectors}")
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    s = Simd(ir.IRBuilder(function.append_basic_block()), isa, emulate_dot)
+    tile = _Tile(s, dtype, n_tokens, n_vectors, function)
+    tile.body()
+    s.b.ret_void()
+    return function
+
+
+class _Tile:
+    """Writes the code of one register tile."""
+
+    def __init__(self, s: Simd, dtype: str, n_tokens: int, n_vectors: int, function: ir.Function) -> None:
+        self.s, self.dtype, self.n_tokens, self.n_vectors = s, dtype, n_tokens, n_vectors
+        self.weights, self.stride, self.n_blocks, x, x_stride, row_ids, self.out = function.args
+        self.x_rows = []
+        for token in range(n_tokens):
+            row = s.b.sext(s.load(s.offset(row_ids, 4 * token), I32, 4), I64)
+            self.x_rows.append(s.offset(x, s.b.mul(row, x_stride)))
+        self.sums = [[s.b.alloca(s.f32) for _ in range(n_vectors)] for _ in range(n_tokens)]
+
+    def body(self) -> None:
+        """All 64 rows: vectors in groups of n_vectors; in each group all column blocks."""
+        s = self.s
+        per_block = BLOCK_ROWS // s.lanes
+        if self.n_vectors % per_block and per_block % self.n_vectors:
+            raise ValueError(f"{self.n_vectors} vectors of {s.lanes} rows neither fill nor divide row blocks")
+        with s.loop(s.const(0), s.const(PANEL_ROWS // s.lanes), self.n_vectors) as first:
+            start = s.offset(self.weights, s.b.mul(s.b.udiv(first, s.const(per_block)), self.stride))
+            part = s.b.urem(first, s.const(per_block))
+            out = s.offset(self.out, s.b.mul(first, s.const(4 * s.lanes)))
+            self._each_sum(out, load=True)
+            with s.loop(s.const(0), self.n_blocks) as block:
+                self._block(start, part, block)
+            self._each_sum(out, load=False)
+
+    def _each_sum(self, out: ir.Value, load: bool) -> None:
+        s = self.s
+        for token, row in enumerate(self.sums):
+            for vector, total in enumerate(row):
+                place = s.offset(out, 4 * (PANEL_ROWS * token + s.lanes * vector))
+                if load:
+                    s.b.store(s.load(place, s.f32), total)
+                else:
+                    s.store(s.b.load(total, typ=s.f32), place)
+
+    def _block(self, start: ir.Value, part: ir.Value, block: ir.Value) -> None:
+        """One block of 64 columns. `part`: which part of a 16-row line the first vector takes."""
+        s = self.s
+        per_block = BLOCK_ROWS // s.lanes
+        step = s.b.mul(block, s.const(block_bytes(self.dtype)))
+        blocks = [
+            s.offset(s.offset(start, step), s.b.mul(self.stride, s.const(i))) for i in range(-(-self.n_vectors // per_block))
+        ]
+        rows = []
+        for vector in range(self.n_vectors):
+            lane = s.b.mul(s.b.add(part, s.const(vector % per_block)), s.const(s.lanes))
+            rows.append((blocks[vector // per_block], lane))
+        x_step = s.b.mul(block, s.const(x_block_bytes(self.dtype)))
+        x = [s.offset(row, x_step) for row in self.x_rows]
+        self._prefetch(blocks)
+        if is_quantised(self.dtype):
+            for group in range(GROUPS):
+                self._integer_group(rows, x, group)
+        else:
+            for line in range(LINES[self.dtype]):
+                self._float_line(rows, x, line)
+
+    def _place(self, row: Row, n_bytes: int, lane_bytes: int) -> ir.Value:
+        """Address of the vector's lanes in the line at n_bytes of its block; lane_bytes: bytes of a row in that line."""
+        return self.s.offset(self.s.offset(row[0], n_bytes), self.s.b.mul(row[1], self.s.const(lane_bytes)))
+
+    def _prefetch(self, starts: list[ir.Value]) -> None:
+        for start in starts:
+            for place in range(0, block_bytes(self.dtype), LINE_BYTES):
+                self.s.prefetch(self.s.offset(start, PREFETCH_BYTES + place))
+
+    def _integer_group(self, rows: list[Row], x: list[ir.Value], group: int) -> None:
+        """32 columns: byte products in int32, then one float multiply-add with both scales."""
+        s, bits = self.s, 4 if self.dtype == "int4" else 8
+        dots = []
+        for source in x:
+            correction = s.splat_load(s.offset(source, X_CORRECTIONS + 4 * group), I32)
+            dots.append([GroupDot(s, bits, correction) for _ in rows])
+        for line, columns in self._group_lines(group):
+            codes = [self._codes(row, line) for row in rows]
+            for half, column in enumerate(columns):
+                for source, row_dots in zip(x, dots, strict=True):
+                    signed = s.as_bytes(s.splat_load(s.offset(source, column), I32))
+                    for dot, code in zip(row_dots, codes, strict=True):
+                        dot.add(code[half], signed)
+        scale_place = LINES[self.dtype] * LINE_BYTES + 2 * BLOCK_ROWS * group
+        scales = [s.load_bf16(self._place(row, scale_place, SCALE_BYTES)) for row in rows]
+        for token, (source, row_dots) in enumerate(zip(x, dots, strict=True)):
+            x_scale = s.splat_load(s.offset(source, X_SCALES + 4 * group), F32)
+            for vector, dot in enumerate(row_dots):
+                scale = s.b.fmul(scales[vector], x_scale)
+                self._accumulate(token, vector, s.to_f32(dot.result()), scale)
+
+    def _group_lines(self, group: int) -> list[tuple[int, tuple[int, ...]]]:
+        """(line, first column of each of its parts) of a group: int4 lines hold two parts, in low and high nibbles."""
+        first = GROUP * group
+        if self.dtype == "int4":
+            return [(4 * group + j, (first + 4 * j, first + GROUP // 2 + 4 * j)) for j in range(4)]
+        return [(8 * group + j, (first + 4 * j,)) for j in range(8)]
+
+    def _codes(self, row: Row, line: int) -> tuple[ir.Value, ...]:
+        s = self.s
+        packed = s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.u8)
+        return (s.low_nibbles(packed), s.high_nibbles(packed)) if self.dtype == "int4" else (packed,)
+
+    def _float_line(self, rows: list[Row], x: list[ir.Value], line: int) -> None:
+        """One line of float weights: one column (float32) or two (bfloat16)."""
+        s = self.s
+        words = [s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.i32) for row in rows]
+        per_line = BLOCK_COLUMNS // LINES[self.dtype]
+        for half in range(per_line):
+            if per_line == 1:
+                weights = [s.b.bitcast(word, s.f32) for word in words]
+            else:
+                weights = [(s.high_bf16 if half else s.low_bf16)(word) for word in words]
+            for token, source in enumerate(x):
+                value = s.splat_load(s.offset(source, 4 * (per_line * line + half)), F32)
+                for vector, weight in enumerate(weights):
+                    self._accumulate(token, vector, weight, value)
+
+    def _accumulate(self, token: int, vector: int, left: ir.Value, right: ir.Value) -> None:
+        total = self.sums[token][vector]
+        self.s.b.store(self.s.mul_add(left, right, self.s.b.load(total, typ=self.s.f32)), total)

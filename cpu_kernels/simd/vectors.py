@@ -1,0 +1,205 @@
+"""Vector types and operations over LLVM IR: one definition per operation, the width comes from the ISA.
+
+`Simd` writes instructions through an llvmlite builder. Values are LLVM values; a kernel body is a Python function that
+calls these operations, and Python loops in it are unrolled code.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from llvmlite import ir
+
+from cpu_kernels.isa import Isa
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F32 = ir.FloatType()
+POINTER = ir.PointerType()
+VOID = ir.VoidType()
+
+
+class Simd:
+    """Operations of one ISA. A vector has `lanes` 32-bit lanes, which also hold 2 x 16 or 4 x 8 bits each."""
+
+    def __init__(self, builder: ir.IRBuilder, isa: Isa, emulate_dot: bool = False) -> None:
+        self.b = builder
+        self.isa = isa
+        self.lanes = isa.lanes
+        self.dot_kind = "generic" if emulate_dot else isa.dot
+        self.f32 = ir.VectorType(F32, self.lanes)
+        self.i32 = ir.VectorType(I32, self.lanes)
+        self.i16 = ir.VectorType(I16, 2 * self.lanes)
+        self.u8 = ir.VectorType(I8, 4 * self.lanes)
+
+    # Scalars, addresses, control flow
+
+    def const(self, value: int) -> ir.Constant:
+        """A 64-bit integer."""
+        return ir.Constant(I64, value)
+
+    def offset(self, pointer: ir.Value, n_bytes: ir.Value | int) -> ir.Value:
+        """pointer + n_bytes."""
+        count = self.const(n_bytes) if isinstance(n_bytes, int) else n_bytes
+        return self.b.gep(pointer, [count], source_etype=I8)
+
+    @contextmanager
+    def loop(self, start: ir.Value, stop: ir.Value, step: int = 1) -> Iterator[ir.Value]:
+        """``for i in range(start, stop, step)``; yields i."""
+        before = self.b.block
+        head, body, after = (self.b.append_basic_block(name) for name in ("head", "body", "after"))
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        index = self.b.phi(I64)
+        index.add_incoming(start, before)
+        self.b.cbranch(self.b.icmp_signed("<", index, stop), body, after)
+        self.b.position_at_end(body)
+        yield index
+        index.add_incoming(self.b.add(index, self.const(step)), self.b.block)
+        self.b.branch(head)
+        self.b.position_at_end(after)
+
+    # Memory
+
+    def load(self, pointer: ir.Value, kind: ir.Type, align: int = 1) -> ir.Value:
+        """An (unaligned) load of any type."""
+        return self.b.load(pointer, typ=kind, align=align)
+
+    def store(self, value: ir.Value, pointer: ir.Value, align: int = 1) -> None:
+        """An (unaligned) store."""
+        self.b.store(value, pointer, align=align)
+
+    def prefetch(self, pointer: ir.Value) -> None:
+        """Reads the cache line of `pointer` ahead of use; harmless for any address."""
+        self._call("llvm.prefetch.p0", VOID, [pointer, *(ir.Constant(I32, value) for value in (0, 3, 1))])
+
+    def splat(self, scalar: ir.Value) -> ir.Value:
+        """All lanes = scalar."""
+        kind = ir.VectorType(scalar.type, self.lanes)
+        first = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
+        mask = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
+        return self.b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), mask)
+
+    def splat_load(self, pointer: ir.Value, kind: ir.Type) -> ir.Value:
+        """All lanes = the 32-bit value at `pointer`."""
+        return self.splat(self.load(pointer, kind, 4))
+
+    # Arithmetic
+
+    def zero(self, kind: ir.Type) -> ir.Constant:
+        """All bits 0."""
+        return ir.Constant(kind, None)
+
+    def constant(self, kind: ir.VectorType, value: int) -> ir.Constant:
+        """All elements = value."""
+        return ir.Constant(kind, [value] * kind.count)
+
+    def mul_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        """x * y + z, with one rounding where the ISA has the instruction."""
+        name = "fma" if self.isa.fused else "fmuladd"
+        return self._call(f"llvm.{name}.v{self.lanes}f32", self.f32, [x, y, z])
+
+    def to_f32(self, x: ir.Value) -> ir.Value:
+        """int32 -> float32."""
+        return self.b.sitofp(x, self.f32)
+
+    def low_nibbles(self, x: ir.Value) -> ir.Value:
+        """Low four bits of each byte."""
+        return self.b.and_(x, self.constant(self.u8, 15))
+
+    def high_nibbles(self, x: ir.Value) -> ir.Value:
+        """High four bits of each byte."""
+        words = self.b.lshr(self.b.bitcast(x, self.i16), self.constant(self.i16, 4))
+        return self.low_nibbles(self.b.bitcast(words, self.u8))
+
+    def low_bf16(self, x: ir.Value) -> ir.Value:
+        """Low half of each 32-bit lane, a bfloat16, as float32."""
+        return self.b.bitcast(self.b.shl(x, self.constant(self.i32, 16)), self.f32)
+
+    def high_bf16(self, x: ir.Value) -> ir.Value:
+        """High half of each 32-bit lane, a bfloat16, as float32."""
+        return self.b.bitcast(self.b.and_(x, self.constant(self.i32, 0xFFFF0000)), self.f32)
+
+    def load_bf16(self, pointer: ir.Value) -> ir.Value:
+        """`lanes` consecutive bfloat16 as float32."""
+        halves = self.load(pointer, ir.VectorType(I16, self.lanes))
+        return self.low_bf16(self.b.zext(halves, self.i32))
+
+    def as_bytes(self, x: ir.Value) -> ir.Value:
+        """The same bits as 8-bit elements."""
+        return self.b.bitcast(x, self.u8)
+
+    def as_words(self, x: ir.Value) -> ir.Value:
+        """The same bits as 32-bit elements."""
+        return self.b.bitcast(x, self.i32)
+
+    # Byte products
+
+    def dot_bytes(self, acc: ir.Value, codes: ir.Value, signed: ir.Value) -> ir.Value:
+        """acc[i] + sum over the 4 bytes of lane i of unsigned codes * signed, in int32 (vpdpbusd)."""
+        if self.dot_kind == "vnni":
+            bits = 32 * self.lanes
+            return self._call(f"llvm.x86.avx512.vpdpbusd.{bits}", self.i32, [acc, codes, signed])
+        for byte in range(4):
+            weight = self.b.lshr(self.as_words(codes), self.constant(self.i32, 8 * byte))
+            weight = self.b.and_(weight, self.constant(self.i32, 255))
+            left = self.b.shl(self.as_words(signed), self.constant(self.i32, 24 - 8 * byte))
+            acc = self.b.add(acc, self.b.mul(weight, self.b.ashr(left, self.constant(self.i32, 24))))
+        return acc
+
+    def dot_pairs(self, codes: ir.Value, signed: ir.Value) -> ir.Value:
+        """int16[i] = sum over bytes 2i, 2i + 1 of unsigned codes * signed (vpmaddubsw; must not overflow)."""
+        return self._call(self._x86("pmadd.ub.sw", "pmaddubs.w"), self.i16, [codes, signed])
+
+    def add_pairs(self, acc: ir.Value, x: ir.Value) -> ir.Value:
+        """acc[i] + int16 x[2i] + x[2i + 1] (vpmaddwd with ones)."""
+        ones = self.constant(self.i16, 1)
+        return self.b.add(acc, self._call(self._x86("pmadd.wd", "pmaddw.d"), self.i32, [x, ones]))
+
+    def copy_sign(self, x: ir.Value, sign: ir.Value) -> ir.Value:
+        """Per byte: x if sign > 0, -x if sign < 0 (either where sign is 0: its product is 0)."""
+        if self.lanes == 8:
+            return self._call("llvm.x86.avx2.psign.b", self.u8, [x, sign])
+        negative = self.b.icmp_signed("<", sign, self.zero(self.u8))
+        return self.b.select(negative, self.b.sub(self.zero(self.u8), x), x)
+
+    def absolute(self, x: ir.Value) -> ir.Value:
+        """Absolute value per byte."""
+        return self._call(f"llvm.abs.v{4 * self.lanes}i8", self.u8, [x, ir.Constant(I1, 0)])
+
+    def _x86(self, avx2: str, avx512: str) -> str:
+        return f"llvm.x86.avx2.{avx2}" if self.lanes == 8 else f"llvm.x86.avx512.{avx512}.512"
+
+    def _call(self, name: str, result: ir.Type, arguments: Sequence[ir.Value]) -> ir.Value:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
+        return self.b.call(function, arguments)
+
+
+class GroupDot:
+    """Sum over one group of 32 columns for one token and one vector of rows, by the ISA's byte products.
+
+    `bits` is 4 or 8: 16 products of 4-bit codes fit 16 bits, those of 8-bit codes do not, so without vpdpbusd they
+    become sign-and-magnitude products, which need no correction for the codes' offset.
+    """
+
+    def __init__(self, simd: Simd, bits: int, correction: ir.Value) -> None:
+        self.s = simd
+        self.bits = bits
+        self.pairwise = simd.dot_kind == "maddubs"
+        self.total = simd.zero(simd.i32) if self.pairwise and bits == 8 else correction
+        self.narrow: ir.Value | None = None
+
+    def add(self, codes: ir.Value, signed: ir.Value) -> None:
+        """Adds four columns: unsigned codes (offset by 8 or 128) times signed activations."""
+        if not self.pairwise:
+            self.total = self.s.dot_bytes(self.total, codes, signed)
+        elif self.bits == 4:
+            products = self.s.dot_pairs(codes, signed)
+            self.narrow = products if self.narrow is None else self.s.b.add(self.narrow, products)
+        else:
+            weight = self.s.b.xor(codes, self.s.constant(self.s.u8, 0x80))
+            products = self.s.dot_pairs(self.s.absolute(weight), self.s.copy_sign(signed, weight))
+            self.total = self.s.add_pairs(self.total, products)
+
+    def result(self) -> ir.Value:
+        """int32 per lane."""
+        return self.total if self.narrow is None else self.s.add_pairs(self.total, self.narrow)
