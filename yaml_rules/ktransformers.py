@@ -38,7 +38,7 @@ class Entry:
 
 TABLE: tuple[Entry, ...] = (
     Entry("default", "placement", "the module stays as it is, on the given device"),
-    Entry("experts.KTransformersExperts", "experts", "hybrid_experts, or by its devices cpu_ or accelerator_experts"),
+    Entry("experts.KTransformersExperts", "experts", "hybrid_experts, or cpu_ or accelerator_experts by its devices"),
     Entry("experts.KTransformersExpertsV2", "experts", "as KTransformersExperts"),
     Entry("experts.KTransformersMLPExpert", "experts", "as KTransformersExperts (its name in early releases)"),
     Entry("experts.KLlama4Experts", "experts", "as KTransformersExperts"),
