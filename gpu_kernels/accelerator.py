@@ -12,7 +12,7 @@ device). Both keep the same order rules, so an executor needs to know only this 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -48,16 +48,20 @@ class LayerWork:
 
     `hidden`: [T, H] in the model's dtype, on the model's device. `host_hidden`: float32 [T, H] on the host.
     `host_rows`: float32 [T * top_k, H] on the host, row t * top_k + j; a lane writes only the rows of its experts.
-    `device_rows`: the same rows on the accelerator when it does not share the host's memory, else None.
     `host_positions`: positions (into dispatch.expert_ids) whose rows the CPU lane wrote; read by `combine`.
+    `transform`: applied to result rows [N, H] before the routing weights, which `dispatch` then must not hold (all 1);
+    `weights`, float32 [T * top_k], are multiplied in afterwards. None: rows are complete as the kernels write them.
+    `device_state`: the accelerator's own tensors for this call (rows, indices) when it has its own memory.
     """
 
     dispatch: Dispatch
     hidden: torch.Tensor
     host_hidden: npt.NDArray[np.float32]
     host_rows: npt.NDArray[np.float32]
-    device_rows: torch.Tensor | None = None
     host_positions: Sequence[int] = field(default_factory=tuple)
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+    weights: npt.NDArray[np.float32] | None = None
+    device_state: object | None = None
 
 
 class Accelerator(Protocol):
@@ -108,8 +112,12 @@ class Accelerator(Protocol):
         """Submits experts in order; expert `dispatch.expert_ids[positions[i]]` is read from `slots[i]`."""
         ...
 
-    def combine(self, work: LayerWork) -> torch.Tensor:
-        """[T, H] float32 on `device`: each token's rows added in top-k order. All lanes of `work` must have ended."""
+    def combine(self, work: LayerWork, events: Sequence[Event]) -> torch.Tensor:
+        """[T, H] float32 on `device`: each token's rows added in top-k order.
+
+        The CPU lane must have ended; `events` are all computations submitted for `work`. Waits for them (on the host
+        or only in the order of the stream) and raises LaneError if one failed.
+        """
         ...
 
     def synchronize(self) -> None:

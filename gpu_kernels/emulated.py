@@ -1,0 +1,151 @@
+"""An accelerator made of host threads: the same asynchrony, order rules and hazards, no device needed.
+
+Records live in an arena of their own. While a copy is in flight its slot is filled with 0xFF bytes, which read as
+NaN in every float32, bfloat16 and float16 (so also in the scales of int8 and int4 records): a computation that does
+not wait for its transfer gives NaN, not a plausible number. Experts are computed by the CPU kernels, so results do
+not depend on where an expert ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cpu_kernels import CpuBackend, ExpertSpec, get_backend
+from gpu_kernels.accelerator import ByteArray, Event, LayerWork
+from gpu_kernels.combining import combine_on_host
+from gpu_kernels.errors import ClosedError, SlotError
+from gpu_kernels.pacing import Pacing
+from gpu_kernels.slot_events import SlotEvents
+from gpu_kernels.streams import HostEvent, HostStream, Pacer
+
+POISON_BYTE = 0xFF
+ALIGNMENT_BYTES = 64
+
+
+class EmulatedAccelerator:
+    """Slots in host memory, one thread per lane. `pacing` slows link and compute down to a device's rates."""
+
+    kind = "emulated"
+    device = torch.device("cpu")
+
+    def __init__(self, backend: CpuBackend | None = None, pacing: Pacing | None = None, *, poison: bool = True) -> None:
+        self.name = "emulated accelerator" if pacing is None else "emulated accelerator (paced)"
+        self._backend = backend if backend is not None else get_backend("auto", threads=1)
+        self._pacing = pacing
+        self._poison = poison
+        self._copy = HostStream("hybrimoe-copy", precise_sleep=pacing is not None)
+        self._compute = HostStream("hybrimoe-compute", precise_sleep=pacing is not None)
+        self._copy_pacer, self._compute_pacer = Pacer(), Pacer()
+        self._closed = False
+        self._slot_bytes = 0
+        self._set_arena(0, 0)
+
+    @property
+    def n_slots(self) -> int:
+        """Slots allocated now."""
+        return len(self._arena)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return self._slot_bytes
+
+    def allocate(self, n_slots: int, slot_bytes: int) -> None:
+        """Replaces the slot memory; contents are lost. Raises SlotError for negative sizes, ClosedError after close."""
+        if n_slots < 0 or slot_bytes < 0:
+            raise SlotError(f"cannot allocate {n_slots} slots of {slot_bytes} bytes; both must be 0 or more")
+        self._check_open()
+        self.synchronize()
+        self._set_arena(n_slots, slot_bytes)
+
+    def free_bytes(self) -> int | None:
+        """None: slots take host memory, which this class does not limit."""
+        return None
+
+    def needs_pinned_host(self) -> bool:
+        """False: copies are made by a host thread."""
+        return False
+
+    def copy_to_slot(self, slot: int, record: ByteArray) -> HostEvent:
+        """Submits the copy of `record` (uint8 [n], n <= slot_bytes) into a slot."""
+        self._check_open()
+        if record.nbytes > self._slot_bytes:
+            raise SlotError(f"a record of {record.nbytes} bytes does not fit a slot of {self._slot_bytes} bytes")
+        event = HostEvent(f"copy into slot {slot}")
+        reader = self._events.on_write(slot, event)
+        target = self._arena[slot]
+
+        def job(event: HostEvent) -> None:
+            if reader is not None:
+                reader.wait_end()
+            event.begin()
+            self._transfer(target, record, event.start_us)
+
+        return self._copy.submit(job, event)
+
+    def run_experts(
+        self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork
+    ) -> HostEvent:
+        """Submits experts in order; their rows are written into `work.host_rows`."""
+        self._check_open()
+        event = HostEvent(f"experts in slots {list(slots)}")
+        writes = self._events.on_read(slots, event)
+        records = self._addresses[list(slots)]
+        where = np.asarray(positions, dtype=np.int32)
+
+        def job(event: HostEvent) -> None:
+            for write in writes:
+                write.wait()
+            event.begin()
+            self._backend.run(spec, records, where, work.dispatch, work.host_hidden, work.host_rows)
+            if self._pacing is not None:
+                self._pace_compute(spec, where, work, event.start_us)
+
+        return self._compute.submit(job, event)
+
+    def combine(self, work: LayerWork, events: Sequence[Event]) -> torch.Tensor:
+        """[T, H] float32: waits for `events`, then adds each token's rows in top-k order."""
+        for event in events:
+            event.wait()
+        return combine_on_host(work)
+
+    def synchronize(self) -> None:
+        """Blocks until both lanes are empty."""
+        self._compute.drain()
+        self._copy.drain()
+        self._compute.drain()
+
+    def close(self) -> None:
+        """Drains and stops the lanes, frees the arena; safe to call twice."""
+        self._closed = True
+        self._copy.close()
+        self._compute.close()
+        self._set_arena(0, 0)
+
+    def _transfer(self, target: ByteArray, record: ByteArray, start_us: float) -> None:
+        if self._poison:
+            target.fill(POISON_BYTE)
+        if self._pacing is not None:
+            self._copy_pacer.pace(start_us, self._pacing.transfer_us(record.nbytes))
+        np.copyto(target[: record.nbytes], record)
+
+    def _pace_compute(self, spec: ExpertSpec, where: np.ndarray, work: LayerWork, start_us: float) -> None:
+        assert self._pacing is not None
+        counts = np.diff(work.dispatch.offsets)[where]
+        self._compute_pacer.pace(start_us, sum(self._pacing.expert_us(spec, int(n)) for n in counts))
+
+    def _set_arena(self, n_slots: int, slot_bytes: int) -> None:
+        stride = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        raw = np.empty(n_slots * stride + ALIGNMENT_BYTES, dtype=np.uint8)
+        offset = -raw.ctypes.data % ALIGNMENT_BYTES
+        self._arena = raw[offset : offset + n_slots * stride].reshape(n_slots, stride)[:, :slot_bytes]
+        self._addresses = raw.ctypes.data + offset + np.arange(n_slots, dtype=np.uint64) * np.uint64(stride)
+        self._slot_bytes = slot_bytes
+        self._events: SlotEvents[HostEvent] = SlotEvents(n_slots)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the accelerator is closed; open a new one")

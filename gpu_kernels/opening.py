@@ -1,0 +1,44 @@
+"""From a device name to an accelerator."""
+
+from __future__ import annotations
+
+import torch
+
+from cpu_kernels import get_backend
+from gpu_kernels.accelerator import Accelerator
+from gpu_kernels.emulated import EmulatedAccelerator
+from gpu_kernels.errors import DeviceNotFoundError
+from gpu_kernels.pacing import Pacing
+from gpu_kernels.torch_accelerator import TorchAccelerator
+
+
+def open_accelerator(name: str = "auto", *, backend: str = "auto", pacing: Pacing | None = None) -> Accelerator | None:
+    """Opens "emulated", a torch device such as "cuda:0", the first real device ("auto"), or nothing ("none").
+
+    "auto" gives None on a machine without a torch.accelerator device: an emulation saves no time, so it must be asked
+    for. `backend` and `pacing` belong to the emulation: the CPU kernels that compute, and rates to slow down to.
+    Raises DeviceNotFoundError for what does not exist here.
+    """
+    if name == "none":
+        return None
+    if name == "emulated":
+        return EmulatedAccelerator(get_backend(backend, 1), pacing)
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return None if found is None else TorchAccelerator(torch.device(found.type, 0))
+    return TorchAccelerator(_existing_device(name))
+
+
+def _existing_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceNotFoundError(f"{name!r} is no device; expected none, emulated, auto or e.g. cuda:0") from error
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if here is not None else 0
+    if here is None or device.type != here.type or (device.index or 0) >= count:
+        there = "torch finds no accelerator" if here is None else f"torch finds {count} x {here.type}"
+        raise DeviceNotFoundError(
+            f"{name!r} does not exist on this machine: {there}. Use none (experts on the CPU) or emulated (for tests)"
+        )
+    return torch.device(device.type, device.index or 0)

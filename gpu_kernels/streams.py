@@ -1,0 +1,151 @@
+"""FIFO streams and events on host threads: the asynchrony of the emulated accelerator."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+
+from gpu_kernels.errors import ClosedError, LaneError
+
+PR_SET_TIMERSLACK = 29
+"""prctl option, linux/prctl.h."""
+TIMER_SLACK_NS = 1000
+"""Linux' default of 50 us would be a fifth of a paced transfer."""
+
+
+def clock_us() -> float:
+    """The host's monotonic clock in us; all spans of all lanes use it."""
+    return time.perf_counter_ns() * 1e-3
+
+
+class HostEvent:
+    """The end of a job of a HostStream. Jobs move it: begin, then finish or fail."""
+
+    __slots__ = ("_error", "_gate", "_label", "_state", "end_us", "start_us")
+
+    def __init__(self, label: str = "work") -> None:
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self._state = 0
+        self._error: BaseException | None = None
+        self._label = label
+        self.start_us = 0.0
+        self.end_us = 0.0
+
+    def begin(self) -> None:
+        """Marks the start: after what the job had to wait for."""
+        self.start_us = clock_us()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Ends the job and wakes the waiters; further calls are ignored."""
+        if self._state:
+            return
+        self.end_us = clock_us()
+        self._error = error
+        self._state = 1
+        self._gate.release()
+
+    def done(self) -> bool:
+        """True once the job has ended or failed."""
+        return self._state == 1
+
+    def wait_end(self) -> None:
+        """Blocks until the job has ended, failed or not."""
+        if not self._state:
+            with self._gate:
+                pass
+
+    def wait(self) -> None:
+        """Blocks until the job has ended. Raises LaneError with the cause if it failed."""
+        self.wait_end()
+        if self._error is not None:
+            raise LaneError(f"{self._label} failed: {self._error!r}") from self._error
+
+    def span_us(self) -> tuple[float, float]:
+        """(start, end) in us of `clock_us`."""
+        return self.start_us, self.end_us
+
+
+Job = Callable[[HostEvent], None]
+
+
+class HostStream:
+    """One daemon thread that runs jobs in the order of submission."""
+
+    def __init__(self, name: str, *, precise_sleep: bool = False) -> None:
+        self.name = name
+        self._precise_sleep = precise_sleep
+        self._jobs: SimpleQueue[tuple[Job, HostEvent] | None] = SimpleQueue()
+        self._closed = False
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job, event: HostEvent) -> HostEvent:
+        """Queues a job and returns its event. Raises ClosedError after close(), and in a forked process."""
+        if self._closed:
+            raise ClosedError(f"{self.name} is closed; open a new accelerator")
+        if os.getpid() != self._process:
+            raise ClosedError(f"{self.name} belongs to process {self._process}: threads do not survive a fork")
+        self._jobs.put((job, event))
+        return event
+
+    def drain(self) -> None:
+        """Blocks until everything submitted so far has ended."""
+        if not self._closed and self.alive and self._thread is not threading.current_thread():
+            self.submit(lambda event: event.begin(), HostEvent("drain")).wait_end()
+
+    def close(self) -> None:
+        """Runs what is queued, stops the thread and joins it; safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._jobs.put(None)
+        if self.alive and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """True while the thread runs (in this process)."""
+        return os.getpid() == self._process and self._thread.is_alive()
+
+    def _loop(self) -> None:
+        if self._precise_sleep:
+            _reduce_timer_slack()
+        while (item := self._jobs.get()) is not None:
+            job, event = item
+            try:
+                job(event)
+            except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the event
+                event.finish(error)
+            else:
+                event.finish()
+            del item, job, event
+
+
+class Pacer:
+    """Stretches jobs of one lane to given durations, without drift from late wake-ups."""
+
+    def __init__(self) -> None:
+        self._lane_end_us = 0.0
+
+    def pace(self, start_us: float, duration_us: float) -> None:
+        """Sleeps until `duration_us` after the start, or after the lane's paced end if that is later by jitter only."""
+        jitter_us = 1000.0
+        base_us = self._lane_end_us if 0.0 <= start_us - self._lane_end_us < jitter_us else start_us
+        self._lane_end_us = base_us + duration_us
+        remaining_us = self._lane_end_us - clock_us()
+        if remaining_us > 0.0:
+            time.sleep(remaining_us * 1e-6)
+
+
+def _reduce_timer_slack() -> None:
+    """Makes sleeps of this thread exact to a few us where the system has prctl (Linux)."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS, 0, 0, 0)

@@ -1,0 +1,234 @@
+"""Any torch.accelerator device (CUDA, ROCm, XPU): slots in device memory, a copy stream beside the compute stream.
+
+The compute lane is the stream that is current when experts are submitted, so results are ordered with the model's
+own work and the host never waits for an expert. Host records that are page-locked are copied asynchronously; others
+go through a ring of page-locked staging buffers. On device "cpu" the same code runs synchronously (for tests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cpu_kernels import ExpertSpec, reference_ffn, unpack_expert
+from gpu_kernels.accelerator import ByteArray, Event, LayerWork
+from gpu_kernels.errors import ClosedError, SlotError
+from gpu_kernels.slot_events import SlotEvents
+from gpu_kernels.streams import clock_us
+from gpu_kernels.torch_events import DeviceEvent, DoneEvent, TimeOrigin, on_stream
+
+STAGING_BUFFERS = 4
+"""Page-locked records under way at once when the host's records are not page-locked."""
+ALIGNMENT_BYTES = 256
+
+
+@dataclass(slots=True)
+class DeviceRows:
+    """One call's tensors on the device: hidden float32 [T, H], result rows float32 [T * top_k, H], routing."""
+
+    hidden: torch.Tensor
+    rows: torch.Tensor
+    row_ids: torch.Tensor
+    weights: torch.Tensor
+
+
+class TorchAccelerator:
+    """Slots and lanes of one torch device."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.kind = self.device.type
+        self._synchronous = self.kind == "cpu"
+        self.name = "torch on the host" if self._synchronous else f"{_device_name(self.device)} ({self.device})"
+        self._copy_stream = None if self._synchronous else torch.Stream(self.device)
+        self._origin = None if self._synchronous else TimeOrigin(self.device)
+        self._staging: list[tuple[torch.Tensor, Event | None]] = []
+        self._next_staging = 0
+        self._closed = False
+        self._set_slots(0, 0)
+
+    @property
+    def n_slots(self) -> int:
+        """Slots allocated now."""
+        return len(self._slots)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return self._slot_bytes
+
+    def allocate(self, n_slots: int, slot_bytes: int) -> None:
+        """Replaces the slot memory; contents are lost. Raises SlotError where the device has not enough memory."""
+        if n_slots < 0 or slot_bytes < 0:
+            raise SlotError(f"cannot allocate {n_slots} slots of {slot_bytes} bytes; both must be 0 or more")
+        self._check_open()
+        self.synchronize()
+        self._set_slots(0, 0)
+        try:
+            self._set_slots(n_slots, slot_bytes)
+        except torch.OutOfMemoryError as error:
+            raise SlotError(
+                f"{n_slots} slots of {slot_bytes / 2**20:.1f} MiB do not fit {self.name}: ask for fewer"
+            ) from error
+
+    def free_bytes(self) -> int | None:
+        """Free device memory plus what the slots take now; None on the host."""
+        if self._synchronous:
+            return None
+        free, _ = torch.accelerator.get_memory_info(self.device)
+        return int(free) + self._slots.numel()
+
+    def needs_pinned_host(self) -> bool:
+        """True on a real device."""
+        return not self._synchronous
+
+    def copy_to_slot(self, slot: int, record: ByteArray) -> Event:
+        """Submits the copy of `record` (uint8 [n], n <= slot_bytes) into a slot, on the copy stream."""
+        self._check_open()
+        if record.nbytes > self._slot_bytes:
+            raise SlotError(f"a record of {record.nbytes} bytes does not fit a slot of {self._slot_bytes} bytes")
+        source = torch.from_numpy(record)
+        if self._synchronous:
+            start_us = clock_us()
+            self._events.on_write(slot, DoneEvent(start_us, start_us))
+            self._slots[slot, : record.nbytes].copy_(source)
+            done = DoneEvent(start_us, clock_us())
+            self._events.on_write(slot, done)
+            return done
+        index = None if source.is_pinned() else self._stage(source)
+        event = self._copy_async(slot, source if index is None else self._staging[index][0][: record.nbytes])
+        if index is not None:
+            self._staging[index] = (self._staging[index][0], event)
+        return event
+
+    def run_experts(self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork) -> Event:
+        """Submits experts in order on the current stream; rows go to the call's rows on the device."""
+        self._check_open()
+        state = self._state(work)
+        stream = None if self._synchronous else torch.accelerator.current_stream(self.device)
+        start_us = clock_us()
+        begin = self._record(stream)
+        for slot, position in zip(slots, positions, strict=True):
+            end = DoneEvent(start_us, start_us) if self._synchronous else self._device_event(begin, stream)
+            for write in self._events.on_read([slot], end):
+                if stream is not None and isinstance(write, DeviceEvent):
+                    stream.wait_event(write.end)
+            self._run_expert(spec, slot, int(position), work, state)
+            if isinstance(end, DeviceEvent) and stream is not None:
+                end.end.record(stream)
+        return end if not self._synchronous else DoneEvent(start_us, clock_us())
+
+    def combine(self, work: LayerWork, events: Sequence[Event]) -> torch.Tensor:
+        """[T, H] float32 on the device: rows of the CPU lane are uploaded, then rows are added in top-k order."""
+        state = self._state(work)
+        self._upload_host_rows(work, state)
+        if work.transform is not None:
+            filled = state.row_ids
+            state.rows[filled] = work.transform(state.rows[filled]).float()
+            assert work.weights is not None
+            state.rows *= torch.from_numpy(work.weights).to(self.device).unsqueeze(1)
+        by_token = state.rows.view(work.dispatch.n_tokens, work.dispatch.top_k, -1)
+        out = by_token[:, 0].clone()
+        for j in range(1, work.dispatch.top_k):
+            out += by_token[:, j]
+        return out
+
+    def synchronize(self) -> None:
+        """Blocks until the device is idle."""
+        if not self._synchronous:
+            torch.accelerator.synchronize(self.device)
+
+    def close(self) -> None:
+        """Drains the device and frees slots and staging; safe to call twice."""
+        if not self._closed:
+            self.synchronize()
+            self._closed = True
+            self._staging = []
+            self._set_slots(0, 0)
+
+    def _run_expert(self, spec: ExpertSpec, slot: int, position: int, work: LayerWork, state: DeviceRows) -> None:
+        offsets = work.dispatch.offsets
+        rows = state.row_ids[int(offsets[position]) : int(offsets[position + 1])]
+        weights = unpack_expert(spec, self._slots[slot, : spec.record_bytes])
+        with torch.no_grad():
+            result = reference_ffn(spec, weights, state.hidden[rows // work.dispatch.top_k])
+            state.rows[rows] = result * state.weights[rows].unsqueeze(1)
+
+    def _state(self, work: LayerWork) -> DeviceRows:
+        """The call's device tensors, made on first use. Rows that no expert fills stay 0."""
+        if not isinstance(work.device_state, DeviceRows):
+            dispatch = work.dispatch
+            shape = (dispatch.n_tokens * dispatch.top_k, work.host_hidden.shape[1])
+            make = torch.zeros if dispatch.has_absent else torch.empty
+            work.device_state = DeviceRows(
+                hidden=work.hidden.to(self.device, torch.float32),
+                rows=make(shape, dtype=torch.float32, device=self.device),
+                row_ids=torch.from_numpy(dispatch.rows).to(self.device, torch.int64),
+                weights=torch.from_numpy(dispatch.weights).to(self.device),
+            )
+        return work.device_state
+
+    def _upload_host_rows(self, work: LayerWork, state: DeviceRows) -> None:
+        offsets, positions = work.dispatch.offsets, list(work.host_positions)
+        if not positions:
+            return
+        parts = [torch.from_numpy(work.dispatch.rows[offsets[p] : offsets[p + 1]]).long() for p in positions]
+        rows = torch.cat(parts)
+        values = torch.from_numpy(work.host_rows)[rows]
+        state.rows[rows.to(self.device)] = values.to(self.device)
+
+    def _copy_async(self, slot: int, source: torch.Tensor) -> DeviceEvent:
+        stream = self._copy_stream
+        assert stream is not None
+        event = self._device_event(None, stream)
+        reader = self._events.on_write(slot, event)
+        with on_stream(stream):
+            if isinstance(reader, DeviceEvent):
+                stream.wait_event(reader.end)
+            event.start.record(stream)
+            self._slots[slot, : source.numel()].copy_(source, non_blocking=True)
+            event.end.record(stream)
+        return event
+
+    def _stage(self, source: torch.Tensor) -> int:
+        """Copies a pageable record into the next page-locked buffer, once that one's last copy has ended."""
+        if not self._staging:
+            for _ in range(STAGING_BUFFERS):
+                self._staging.append((torch.empty(self._slot_bytes, dtype=torch.uint8, pin_memory=True), None))
+        index = self._next_staging
+        self._next_staging = (index + 1) % STAGING_BUFFERS
+        buffer, event = self._staging[index]
+        if event is not None:
+            event.wait()
+        buffer[: source.numel()].copy_(source)
+        return index
+
+    def _record(self, stream: torch.Stream | None) -> torch.Event | None:
+        if stream is None:
+            return None
+        event = torch.Event(self.device, enable_timing=True)
+        event.record(stream)
+        return event
+
+    def _device_event(self, start: torch.Event | None, stream: torch.Stream | None) -> DeviceEvent:
+        assert self._origin is not None
+        begin = torch.Event(self.device, enable_timing=True) if start is None else start
+        return DeviceEvent(self._origin, begin, torch.Event(self.device, enable_timing=True))
+
+    def _set_slots(self, n_slots: int, slot_bytes: int) -> None:
+        stride = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self._slots = torch.empty((n_slots, stride), dtype=torch.uint8, device=self.device)
+        self._slot_bytes = slot_bytes
+        self._staging = []
+        self._events: SlotEvents[DeviceEvent | DoneEvent] = SlotEvents(n_slots)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the accelerator is closed; open a new one")
+
+
+def _device_name(device: torch.device) -> str:
+    module = torch.get_device_module(device)
+    return str(module.get_device_name(device)) if hasattr(module, "get_device_name") else device.type

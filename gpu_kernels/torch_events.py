@@ -1,0 +1,77 @@
+"""Events and streams of a torch device; on the host ("cpu") they degrade to work that has already ended."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+
+from gpu_kernels.errors import LaneError
+from gpu_kernels.streams import clock_us
+
+
+class DoneEvent:
+    """Work that ran synchronously."""
+
+    __slots__ = ("_end_us", "_start_us")
+
+    def __init__(self, start_us: float, end_us: float) -> None:
+        self._start_us, self._end_us = start_us, end_us
+
+    def done(self) -> bool:
+        """Always True."""
+        return True
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+    def span_us(self) -> tuple[float, float]:
+        """(start, end) in us of `clock_us`."""
+        return self._start_us, self._end_us
+
+
+class DeviceEvent:
+    """A pair of timing events around work on a device stream; `origin` ties device time to the host clock."""
+
+    __slots__ = ("_origin", "end", "start")
+
+    def __init__(self, origin: TimeOrigin, start: torch.Event, end: torch.Event) -> None:
+        self._origin, self.start, self.end = origin, start, end
+
+    def done(self) -> bool:
+        """True once the device has passed the end."""
+        return bool(self.end.query())
+
+    def wait(self) -> None:
+        """Blocks the host until the end. Raises LaneError for an asynchronous device error."""
+        try:
+            self.end.synchronize()
+        except RuntimeError as error:
+            raise LaneError(f"the device reported an error: {error}") from error
+
+    def span_us(self) -> tuple[float, float]:
+        """(start, end) in us of `clock_us`, (0, 0) while the work is under way."""
+        if not self.done():
+            return 0.0, 0.0
+        return self._origin.host_us(self.start), self._origin.host_us(self.end)
+
+
+class TimeOrigin:
+    """One device event whose host time is known."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.accelerator.synchronize(device)
+        self._event = torch.Event(device, enable_timing=True)
+        self._event.record(torch.accelerator.current_stream(device))
+        self._event.synchronize()
+        self._us = clock_us()
+
+    def host_us(self, event: torch.Event) -> float:
+        """Host time of a finished device event."""
+        return self._us + self._event.elapsed_time(event) * 1e3
+
+
+def on_stream(stream: torch.Stream | None) -> AbstractContextManager[object]:
+    """Makes `stream` current; nothing for None (the host)."""
+    return contextlib.nullcontext() if stream is None else stream

@@ -1,0 +1,75 @@
+"""How many slots: from the setting (count, share, size, auto) and the device's free memory to a number."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from gpu_kernels import Accelerator
+from hybrimoe.amounts import parse_amount
+from hybrimoe.errors import BudgetError
+
+EMULATED_AUTO_SHARE = 0.25
+"""Share of all experts that "auto" caches on the emulated accelerator: the paper's tightest setting."""
+DEVICE_RESERVE_BYTES = 512 << 20
+"""Left free on a real device for activations and the allocator's fragmentation."""
+DEFAULT_KV_RESERVE_BYTES = 1 << 30
+"""KV room where neither the setting nor the model's configuration says more."""
+KV_TOKENS = 8192
+"""Context that "auto" keeps KV room for, if the model's own is not shorter."""
+KV_VALUE_BYTES = 2
+"""Keys and values are kept in 16 bits."""
+
+
+def resolve_slots(
+    setting: int | float | str, n_experts: int, slot_bytes: int, accelerator: Accelerator, reserve: int
+) -> int:
+    """Number of slots for `n_experts` experts (all layers) of at most `slot_bytes` each.
+
+    More slots than experts are clamped with a warning. Raises BudgetError for negative counts, for a size below one
+    expert, and for an automatic budget that cannot hold one.
+    """
+    if isinstance(setting, int) and not isinstance(setting, bool) and setting > n_experts:
+        warnings.warn(f"{setting} slots for {n_experts} experts: {n_experts} are enough", UserWarning, stacklevel=2)
+        return n_experts
+    if setting == "auto":
+        return _auto_slots(n_experts, slot_bytes, accelerator, reserve)
+    return parse_amount(setting).to_experts(n_experts, slot_bytes, auto=0)
+
+
+def reserve_bytes(model: nn.Module | None, accelerator: Accelerator, kv_reserve_bytes: int | None) -> int:
+    """Device bytes that slots must leave: KV cache, dense weights that are still to be loaded, activations."""
+    kv_bytes = kv_cache_bytes(model) if kv_reserve_bytes is None else kv_reserve_bytes
+    dense_bytes = 0
+    if model is not None:
+        dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.device != accelerator.device)
+    return kv_bytes + dense_bytes + DEVICE_RESERVE_BYTES
+
+
+def kv_cache_bytes(model: nn.Module | None) -> int:
+    """Keys and values of KV_TOKENS tokens (or the model's whole context), from its configuration."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    n_layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    if not (n_layers and heads and hidden):
+        return DEFAULT_KV_RESERVE_BYTES
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    n_tokens = min(KV_TOKENS, getattr(config, "max_position_embeddings", None) or KV_TOKENS)
+    return int(2 * n_layers * kv_heads * head_dim * KV_VALUE_BYTES * n_tokens)
+
+
+def _auto_slots(n_experts: int, slot_bytes: int, accelerator: Accelerator, reserve: int) -> int:
+    free_bytes = accelerator.free_bytes()
+    if free_bytes is None:
+        return max(1, round(EMULATED_AUTO_SHARE * n_experts))
+    slots = (free_bytes - reserve) // slot_bytes
+    if slots < 1:
+        raise BudgetError(
+            f"{accelerator.name} has {free_bytes / 2**20:.0f} MiB free, of which {reserve / 2**20:.0f} MiB are kept for"
+            f" the KV cache, dense weights and activations, so one expert of {slot_bytes / 2**20:.1f} MiB does not fit."
+            " Set gpu_expert_slots to 0 (all experts on the CPU), lower the kv budget, or choose a smaller expert_dtype"
+        )
+    return min(int(slots), n_experts)

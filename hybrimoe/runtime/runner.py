@@ -1,0 +1,237 @@
+"""The path of one layer call: tensors -> demand -> plan -> lanes -> output; what was observed goes to the planner."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpu_kernels import Dispatch
+from gpu_kernels.streams import clock_us
+from hybrimoe.runtime.executor import Executor, LayerRun, accel_records, share_out
+from hybrimoe.runtime.layers import Layer, apply_norm
+from hybrimoe.runtime.lookahead import Lookahead
+from hybrimoe.runtime.routing import Workspace, layer_demand, layer_work
+from hybrimoe.runtime.stats import Counters, StatsRecorder
+from hybrimoe.runtime.steps import Step, StepTracker
+from scheduler import (
+    CostModel,
+    LaneState,
+    LayerDemand,
+    LayerEnded,
+    LayerPlan,
+    ObservedTask,
+    Phase,
+    Prediction,
+    Transfer,
+)
+from scheduler.graph import PlannedLayer
+from scheduler.records import TaskRecord
+
+if TYPE_CHECKING:
+    from scheduler import Planner
+
+RoutingRecorder = Callable[[int, npt.NDArray[np.integer], npt.NDArray[np.float32], tuple[Prediction, ...]], None]
+MAX_UNREPORTED = 4
+"""Layers whose accelerator times are still unknown (real devices run behind the host) before the oldest is dropped."""
+
+
+class Runner:
+    """Runs layer calls of a started session. `planner` None: no slots, every expert runs on the CPU lane."""
+
+    def __init__(
+        self, layers: Sequence[Layer], executor: Executor, planner: Planner | None, costs: CostModel | None,
+        stats: StatsRecorder, tracker: StepTracker,
+    ) -> None:  # fmt: skip
+        self._layers = list(layers)
+        self._executor = executor
+        self.planner = planner
+        self.costs = costs
+        self._stats = stats
+        self._tracker = tracker
+        self._workspace = Workspace()
+        self._n_experts = max(layer.num_experts for layer in layers)
+        self._record_bytes = tuple(layer.spec.record_bytes for layer in layers)
+        self._unreported: deque[LayerRun] = deque()
+        self._step_index = -1
+        self._phase: Phase = "prefill"
+        self.lookahead: Lookahead | None = None
+        self.routing_recorder: RoutingRecorder | None = None
+        self.tracing = False
+        self.timeline: list[TaskRecord] = []
+        self.plans: list[PlannedLayer] = []
+        self.activations = np.zeros((len(layers), self._n_experts), dtype=np.float64)
+
+    def run(
+        self, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """One call of layer `index`; see HybridExperts.forward."""
+        began_us = clock_us()
+        layer = self._layers[index]
+        work = layer_work(hidden, top_k_index, top_k_weights, layer.num_experts, layer.spec.hidden, self._workspace)
+        norm = layer.transform()
+        if norm is not None:
+            work.transform, work.weights = partial(apply_norm, norm), work.dispatch.weights
+            work.dispatch = _with_unit_weights(work.dispatch)
+        if not len(work.dispatch.expert_ids):
+            return torch.zeros_like(hidden)
+        self._begin_step(self._tracker.next(index, work.dispatch.n_tokens), work.dispatch.n_tokens)
+        counters = self._stats.of(self._phase, index)
+        self._report_transfers()
+        demand = self._demand(index, layer, work.hidden, work.host_hidden, work.dispatch, top_k_index)
+        self._count_demand(counters, index, demand)
+        plan = self._plan(index, layer, demand)
+        self._stats.plan(counters, plan, self._record_bytes)
+        planned_us = clock_us()
+        assert layer.backend is not None
+        out, run = self._executor.run(plan, layer.spec, layer.backend, work, trace=self.tracing)
+        ran_us = clock_us()
+        self._after(plan, demand, run, counters)
+        result = out.to(hidden.dtype).reshape(hidden.shape)
+        counters.wall_us += clock_us() - began_us
+        counters.overhead_us += clock_us() - began_us - (ran_us - planned_us)
+        return result
+
+    def warm_up(self, transfers: Sequence[Transfer], *, planned: bool) -> None:
+        """Starts transfers before the first step."""
+        if transfers:
+            self._executor.start_transfers(transfers, self._step_index, planned=planned)
+            self._stats.warmup_transfers += len(transfers)
+
+    def take_over(self, previous: Runner) -> None:
+        """Continues another runner's records, hooks and counts (its slots and plans are gone)."""
+        self.routing_recorder, self.activations = previous.routing_recorder, previous.activations
+        self.tracing, self.timeline, self.plans = previous.tracing, previous.timeline, previous.plans
+        if self.lookahead is not None and previous.lookahead is not None:
+            self.lookahead = previous.lookahead
+
+    def drain(self) -> None:
+        """Waits for the work under way and reports it; completes the timeline."""
+        if self._executor.slots is not None:
+            self._executor.slots.accelerator.synchronize()
+        self.report()
+
+    def report(self) -> None:
+        """Reports what has ended so far to planner and counters."""
+        self._report_transfers()
+        self._report_runs()
+
+    @property
+    def slots_filled(self) -> int:
+        """Slots that hold an expert or will once their copy ends."""
+        return 0 if self._executor.slots is None else len(self._executor.slots.resident_keys())
+
+    def _begin_step(self, step: Step, n_tokens: int) -> None:
+        self._phase = step.phase
+        if not step.new:
+            return
+        self._step_index += 1
+        if self.planner is not None:
+            if step.new_sequence:
+                self.planner.begin_sequence()
+            self.planner.begin_step(step.phase, n_tokens)
+
+    def _demand(
+        self, index: int, layer: Layer, hidden: torch.Tensor, host_hidden: npt.NDArray[np.float32],
+        dispatch: Dispatch, top_k_index: torch.Tensor,
+    ) -> LayerDemand:  # fmt: skip
+        predictions: tuple[Prediction, ...] = ()
+        lookahead = self.lookahead
+        if lookahead is not None and self.planner is not None:
+            if not lookahead.learned(index):
+                lookahead.learn(index, hidden, top_k_index.reshape(len(hidden), -1).cpu().numpy())
+            if self._misses_ahead(index):
+                predictions = lookahead.predict(index, hidden, host_hidden, dispatch.top_k)
+        if self.routing_recorder is not None:
+            shape = (dispatch.n_tokens, dispatch.top_k)
+            ids = top_k_index.reshape(shape).cpu().numpy()
+            self.routing_recorder(index, ids, dispatch.weights.reshape(shape), predictions)
+        self.activations[index, dispatch.expert_ids] += 1.0
+        return layer_demand(index, self._phase, dispatch, self._n_experts, predictions)
+
+    def _misses_ahead(self, index: int) -> bool:
+        """False where every expert has a slot, so that nothing can be prefetched (recorders want them anyway)."""
+        assert self.planner is not None
+        table = self.planner.slots
+        return self.routing_recorder is not None or table.n_slots < table.n_layers * table.n_experts
+
+    def _count_demand(self, counters: Counters, index: int, demand: LayerDemand) -> None:
+        layer = self._layers[index]
+        table = self.planner.slots if self.planner is not None and layer.placement == "hybrid" else None
+        self._stats.demand(counters, index, demand.expert_ids, demand.n_tokens_total, table)
+        if layer.first_slot is not None:
+            self._stats.pinned(counters, len(demand.expert_ids))
+
+    def _plan(self, index: int, layer: Layer, demand: LayerDemand) -> LayerPlan:
+        if layer.placement == "hybrid" and self.planner is not None:
+            assert self._executor.slots is not None
+            assert self.costs is not None
+            busy_us = self._executor.slots.link_busy_us(clock_us(), self.costs.transfer_us)
+            return self.planner.plan_layer(demand, LaneState(link_ready_us=busy_us))
+        experts = tuple(demand.expert_ids.tolist())
+        if layer.first_slot is None:
+            return LayerPlan(self._step_index, index, experts, (), (), (), (), 0.0)
+        slots = tuple(layer.first_slot + expert for expert in experts)
+        return LayerPlan(self._step_index, index, (), experts, slots, (), (), 0.0)
+
+    def _after(self, plan: LayerPlan, demand: LayerDemand, run: LayerRun, counters: Counters) -> None:
+        counters.cpu_us += run.cpu_us
+        self._unreported.append(run)
+        self._report_transfers()
+        if self.planner is not None and self._layers[plan.layer].placement == "hybrid":
+            self.planner.on_event(LayerEnded(plan.layer, self._observed_cpu(run)))
+        if self.tracing:
+            self.plans.append(PlannedLayer(plan, demand))
+            self.timeline += run.records
+        self._report_runs()
+
+    def _observed_cpu(self, run: LayerRun) -> tuple[ObservedTask, ...]:
+        if not run.cpu_n_tokens or self.costs is None:
+            return ()
+        us = share_out(run.cpu_us, run.cpu_n_tokens, partial(self.costs.cpu_us, run.layer))
+        return (ObservedTask("cpu", run.layer, run.cpu_n_tokens[0], us),)
+
+    def _report_transfers(self) -> None:
+        """Tells the planner which copies have ended."""
+        if self._executor.slots is None:
+            return
+        for item in self._executor.slots.take_ended():
+            ended = item.ended()
+            self._stats.of(self._phase, ended.layer).link_us += ended.us
+            if item.traced:
+                self.timeline.append(item.record())
+            if self.planner is not None and item.planned:
+                self.planner.on_event(ended)
+
+    def _report_runs(self) -> None:
+        """Accelerator times of layers whose work has ended: counted, observed, and recorded if traced."""
+        while self._unreported and all(event.done() for event in self._unreported[0].events):
+            self._report_run(self._unreported.popleft())
+        while len(self._unreported) > MAX_UNREPORTED and not self.tracing:
+            self._unreported.popleft()
+
+    def _report_run(self, run: LayerRun) -> None:
+        total_us, n_tokens = 0.0, []
+        for group in run.groups:
+            assert group.event is not None
+            start_us, end_us = group.event.span_us()
+            total_us += end_us - start_us
+            n_tokens += group.n_tokens
+        if not n_tokens:
+            return
+        self._stats.of(self._phase, run.layer).accel_us += total_us
+        if run.traced:
+            self.timeline += accel_records(run)
+        if self.costs is not None:
+            us = share_out(total_us, n_tokens, partial(self.costs.accel_us, run.layer))
+            self.costs.observe(ObservedTask("accel", run.layer, n_tokens[0], us))
+
+
+def _with_unit_weights(dispatch: Dispatch) -> Dispatch:
+    ones = np.ones_like(dispatch.weights)
+    return Dispatch(dispatch.top_k, dispatch.n_tokens, dispatch.expert_ids, dispatch.offsets, dispatch.rows, ones)

@@ -1,0 +1,317 @@
+"""Session: what one injected model shares at run time. Add layers, finalize, start, run them, close."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cpu_kernels import ExpertDtype
+from gpu_kernels import Accelerator
+from hybrimoe import experts_layout
+from hybrimoe.errors import ModelError
+from hybrimoe.runtime.backends import backend_for, cpu_threads, open_device
+from hybrimoe.runtime.config import RuntimeConfig
+from hybrimoe.runtime.hybrid_experts import HybridExperts
+from hybrimoe.runtime.layers import PLACEMENTS, Layer, Placement
+from hybrimoe.runtime.lookahead import ProbeSink, RoutingCaptured, run_probe
+from hybrimoe.runtime.runner import RoutingRecorder, Runner
+from hybrimoe.runtime.startup import Frequencies, Startup
+from hybrimoe.runtime.stats import SessionStats, StatsRecorder
+from hybrimoe.runtime.steps import StepTracker
+from hybrimoe.runtime.store import ExpertStore, LayerSpec
+from scheduler import CostModel
+from scheduler.graph import PlannedLayer
+from scheduler.records import TaskRecord
+
+if TYPE_CHECKING:
+    from scheduler import Planner
+
+
+class Session:
+    """Owns store, slots, lanes and planner of one model. Calls of its layers are serialised by a lock.
+
+    A call that fails or is interrupted loses nothing but its own result: the next call first waits for the lanes
+    and starts with empty slots.
+    """
+
+    def __init__(self, config: RuntimeConfig | None = None) -> None:
+        self.config = RuntimeConfig() if config is None else config
+        self._lock = threading.RLock()
+        self._layers: list[Layer] = []
+        self._store: ExpertStore | None = None
+        self._accelerator: Accelerator | None = None
+        self._runner: Runner | None = None
+        self._stats = StatsRecorder(0)
+        self._tracker = StepTracker(self.config.decode_max_tokens)
+        self._model: weakref.ref[nn.Module] | None = None
+        self._sink: ProbeSink | None = None
+        self._clean = True
+        self._closed = False
+        self._finalizer: weakref.finalize[..., Any] | None = None
+
+    # Building ---------------------------------------------------------------------------------------------------
+
+    def add_layer(
+        self, path: str, module: nn.Module, placement: Placement = "hybrid", expert_dtype: ExpertDtype | None = None
+    ) -> HybridExperts:
+        """Registers an experts module (in the order of the model's layers) and returns what replaces it.
+
+        Raises UnsupportedExpertsError for a module that is no experts module, ModelError after `finalize`.
+        """
+        if self._store is not None or self._closed:
+            raise ModelError(f"cannot add {path}: the session is {'closed' if self._closed else 'already finalized'}")
+        if placement not in PLACEMENTS:
+            raise ModelError(f"placement {placement!r} is unknown; expected one of {', '.join(PLACEMENTS)}")
+        layout = experts_layout.read(module)
+        spec = layout.spec(expert_dtype or self.config.expert_dtype)
+        experts = HybridExperts(self, len(self._layers), module, layout.num_experts)
+        self._layers.append(Layer(path, spec, layout.num_experts, placement, layout, experts))
+        return experts
+
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """Path, spec and number of experts of each layer, in order."""
+        return tuple(layer.layer_spec for layer in self._layers)
+
+    def finalize(
+        self, model: nn.Module | None = None, *, store: ExpertStore | None = None,
+        frequencies: Frequencies | None = None,
+    ) -> None:  # fmt: skip
+        """Opens the devices and fills the store; then starts, unless weights are still to come (meta modules).
+
+        model: watched for prefill and decode, and searched for routers. store: ready-made records (nothing is packed).
+        frequencies: [layers, experts] activation counts that choose what is cached first.
+        Raises DeviceError, ConfigError, BudgetError, ModelError.
+        """
+        if not self._layers:
+            raise ModelError("no layer was added to the session: nothing to run")
+        if self._store is not None:
+            raise ModelError("the session is already finalized")
+        self._accelerator = open_device(self.config)
+        if self._accelerator is not None:
+            self._finalizer = weakref.finalize(self, self._accelerator.close)
+        threads = cpu_threads(self.config, self._accelerator)
+        for layer in self._layers:
+            layer.backend = backend_for(self.config.backend, threads, layer.spec)
+        if model is not None:
+            self._model = weakref.ref(model)
+            self._tracker.bind(model)
+        deferred = store is None and any(layer.layout is not None and layer.layout.is_meta for layer in self._layers)
+        self._store = store if store is not None else self._new_store()
+        if store is None:
+            self._pack()
+        if not deferred:
+            self.start(frequencies)
+
+    def start(self, frequencies: Frequencies | None = None) -> None:
+        """Measures costs, allocates slots, makes the planner and starts the warm-up. The store must be complete."""
+        with self._lock:
+            if self._runner is not None:
+                raise ModelError("the session was already started")
+            self._stats = StatsRecorder(len(self._layers))
+            self._start_runner(self.config.gpu_expert_slots, None, frequencies)
+
+    # Running ----------------------------------------------------------------------------------------------------
+
+    def run_layer(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """One call of one layer; see HybridExperts.forward."""
+        with self._lock:
+            if self._sink is not None:
+                self._sink.top_k_index, self._sink.top_k_weights = top_k_index, top_k_weights
+                raise RoutingCaptured
+            runner = self._ready()
+            self._clean = False
+            out = runner.run(layer, hidden, top_k_index, top_k_weights)
+            self._clean = True
+            return out
+
+    def announce_step(self, phase: str) -> None:
+        """For callers that do not call the bound model: the next layer call starts a step of this phase."""
+        if phase not in ("prefill", "decode"):
+            raise ModelError(f"phase must be prefill or decode, found {phase!r}")
+        self._tracker.announce("prefill" if phase == "prefill" else "decode")
+
+    def resize_slots(self, slots: int | float | str) -> int:
+        """Changes the number of slots while the session lives; contents start over with the most used experts.
+
+        Returns the new number. Raises BudgetError for what cannot be, ModelError without an accelerator.
+        """
+        with self._lock:
+            runner = self._ready()
+            if self._accelerator is None:
+                raise ModelError("there is no accelerator, so there are no slots to resize")
+            runner.drain()
+            self._start_runner(slots, runner, runner.activations if runner.activations.any() else None)
+            return self.n_slots
+
+    def close(self) -> None:
+        """Stops the lanes and releases device memory; layers can no longer run. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            self._tracker.unbind()
+            self._runner = None
+            if self._finalizer is not None:
+                self._finalizer()
+
+    # Looking ----------------------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> ExpertStore:
+        """The experts' bytes. Raises ModelError before `finalize`."""
+        if self._store is None:
+            raise ModelError("the session has no store yet; call finalize() first")
+        return self._store
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """The open accelerator, or None."""
+        return self._accelerator
+
+    @property
+    def n_slots(self) -> int:
+        """Accelerator slots, 0 without an accelerator."""
+        return 0 if self._accelerator is None else self._accelerator.n_slots
+
+    @property
+    def started(self) -> bool:
+        """True while layers can run."""
+        return self._runner is not None and not self._closed
+
+    @property
+    def planner(self) -> Planner | None:
+        """The planner of the hybrid layers, None where every placement is fixed."""
+        return None if self._runner is None else self._runner.planner
+
+    @property
+    def costs(self) -> CostModel | None:
+        """Predicted durations as corrected so far."""
+        return None if self._runner is None else self._runner.costs
+
+    @property
+    def routing_recorder(self) -> RoutingRecorder | None:
+        """Called with (layer, top_k_index [T, k], top_k_weights [T, k], predictions) at each layer call."""
+        return None if self._runner is None else self._runner.routing_recorder
+
+    @routing_recorder.setter
+    def routing_recorder(self, recorder: RoutingRecorder | None) -> None:
+        with self._lock:
+            self._ready().routing_recorder = recorder
+
+    def record_timeline(self, on: bool) -> None:
+        """Starts recording (dropping an earlier recording), or stops it; experts then run one by one on each lane."""
+        with self._lock:
+            runner = self._ready()
+            runner.drain()
+            if on:
+                runner.timeline, runner.plans = [], []
+            runner.tracing = on
+
+    @property
+    def timeline(self) -> list[TaskRecord]:
+        """What ran while recording, by start time; waits for transfers under way. Kept after recording stops."""
+        with self._lock:
+            runner = self._ready()
+            runner.drain()
+            return sorted(runner.timeline, key=lambda record: (record.start_us, record.end_us))
+
+    @property
+    def plans(self) -> list[PlannedLayer]:
+        """The plans and demands of the recorded layer calls, in order."""
+        return list(self._ready().plans)
+
+    def stats(self) -> SessionStats:
+        """A snapshot of the counters."""
+        with self._lock:
+            runner = self._runner
+            if runner is not None and self._clean and not self._closed:
+                runner.report()
+            by_phase = self._stats.by_phase()
+            return SessionStats(
+                by_phase=by_phase,
+                layers={layer.path: c for layer, c in zip(self._layers, self._stats.by_layer(), strict=False)},
+                accelerator="none" if self._accelerator is None else self._accelerator.name,
+                accelerator_kind="none" if self._accelerator is None else self._accelerator.kind,
+                policy=self.config.policy,
+                n_slots=self.n_slots,
+                slots_filled=0 if runner is None else runner.slots_filled,
+                n_experts=sum(layer.num_experts for layer in self._layers),
+                store_bytes=0 if self._store is None else self._store.nbytes,
+                warmup_transfers=self._stats.warmup_transfers,
+                failures=self._stats.failures,
+            )
+
+    def reset_stats(self) -> None:
+        """Sets all counters to zero."""
+        with self._lock:
+            if self._runner is not None and self._clean:
+                self._runner.report()
+            self._stats.reset()
+
+    def describe_layer(self, layer: int) -> str:
+        """One line for `print(model)`."""
+        item = self._layers[layer]
+        spec = item.spec
+        return f"{item.num_experts} x [{spec.hidden} -> {spec.inter} -> {spec.hidden}], {spec.dtype}, {item.placement}"
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> Runner:
+        """The runner, recovered if the last call did not end. Raises ModelError before start and after close."""
+        if self._closed:
+            raise ModelError("the session is closed: restore() the model, or inject it again")
+        if self._runner is None:
+            raise ModelError("the session has not started: weights are missing (load them, then call start())")
+        if not self._clean:
+            self._recover()
+        return self._runner
+
+    def _recover(self) -> None:
+        """After a failed or interrupted call: waits for the lanes, forgets the slots, keeps costs and counters."""
+        assert self._runner is not None
+        self._stats.failures += 1
+        self._stats.forget_slots()
+        self._tracker.restart()
+        self._start_runner(None, self._runner, None)
+        self._clean = True
+
+    def _start_runner(
+        self, setting: int | float | str | None, previous: Runner | None, frequencies: Frequencies | None
+    ) -> None:
+        """Replaces the runner; `setting` None keeps the slots, `previous` hands over costs, hooks and records."""
+        model = None if self._model is None else self._model()
+        startup = Startup(
+            self.config, self._layers, self.store, self._accelerator, model, self._probe, self._stats, self._tracker
+        )
+        self._runner = startup.runner(setting, previous, frequencies)
+
+    def _probe(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The routing that `block` would give for hidden [T, H]; its experts are not run."""
+        self._sink = ProbeSink()
+        try:
+            return run_probe(block, hidden, self._sink)
+        finally:
+            self._sink = None
+
+    def _new_store(self) -> ExpertStore:
+        pinned = self._accelerator is not None and self._accelerator.needs_pinned_host()
+        return ExpertStore(self.layer_specs(), pinned=pinned)
+
+    def _pack(self) -> None:
+        """Packs every layer whose weights are there, and lets go of its module."""
+        for index, layer in enumerate(self._layers):
+            layout = layer.layout
+            if layout is not None and not layout.is_meta:
+                for expert in range(layer.num_experts):
+                    self.store.write(index, expert, layout.expert(expert))
+            layer.layout = None

@@ -1,0 +1,108 @@
+"""SlotCache: what the accelerator's slots hold, and the transfers under way; the planner's SlotTable made real.
+
+The planner decides on its own `scheduler.SlotTable`; this class performs its transfers and knows, in order of
+submission, which expert each slot holds, so that a plan which reads a slot that holds something else is refused
+instead of computed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu_kernels import Accelerator, Event
+from hybrimoe.errors import HybriMoEError
+from scheduler import Transfer, TransferEnded
+from scheduler.records import TaskRecord
+
+Key = tuple[int, int]
+
+
+class PlanError(HybriMoEError):
+    """A plan that cannot be performed as it stands: a defect of a policy, not of the input."""
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A transfer that was submitted and whose end was not reported yet."""
+
+    transfer: Transfer
+    event: Event
+    n_bytes: int
+    step: int
+    traced: bool
+    planned: bool
+
+    def ended(self) -> TransferEnded:
+        """What the planner is told. Raises LaneError if the copy failed."""
+        self.event.wait()
+        start_us, end_us = self.event.span_us()
+        move = self.transfer
+        return TransferEnded(move.layer, move.expert, move.slot, end_us - start_us)
+
+    def record(self) -> TaskRecord:
+        """The finished copy as a timeline entry."""
+        start_us, end_us = self.event.span_us()
+        kind = "transfer" if self.transfer.kind == "demand" else "prefetch"
+        return TaskRecord(
+            "link", kind, self.transfer.layer, self.transfer.expert, 0, self.n_bytes, start_us, end_us, self.step
+        )
+
+
+class SlotCache:
+    """Slot contents in order of submission, and the FIFO of transfers under way."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._holds: list[Key | None] = [None] * accelerator.n_slots
+        self._pending: deque[InFlight] = deque()
+
+    @property
+    def n_slots(self) -> int:
+        """Slots of the accelerator."""
+        return len(self._holds)
+
+    def submit(
+        self, transfer: Transfer, record: npt.NDArray[np.uint8], step: int, *, traced: bool, planned: bool
+    ) -> None:
+        """Starts one transfer; it follows all earlier ones. `planned`: it belongs to the planner's slots."""
+        if not 0 <= transfer.slot < len(self._holds):
+            raise PlanError(f"{transfer} names slot {transfer.slot} of {len(self._holds)}")
+        event = self.accelerator.copy_to_slot(transfer.slot, record)
+        self._holds[transfer.slot] = (transfer.layer, transfer.expert)
+        self._pending.append(InFlight(transfer, event, record.nbytes, step, traced, planned))
+
+    def check(self, slot: int, key: Key) -> None:
+        """Raises PlanError unless the slot holds (or will hold, once its copy ends) this expert."""
+        if not 0 <= slot < len(self._holds) or self._holds[slot] != key:
+            held = self._holds[slot] if 0 <= slot < len(self._holds) else "nothing (no such slot)"
+            raise PlanError(f"layer {key[0]} expert {key[1]} is planned on slot {slot}, which holds {held}")
+
+    def take_ended(self) -> list[InFlight]:
+        """Transfers that ended since the last call, in link order."""
+        ended = []
+        while self._pending and self._pending[0].event.done():
+            ended.append(self._pending.popleft())
+        return ended
+
+    def link_busy_us(self, now_us: float, transfer_us: Callable[[int], float]) -> float:
+        """Expected us until the transfers under way have ended; `transfer_us` maps a layer to its copy time."""
+        if not self._pending:
+            return 0.0
+        total_us = sum(transfer_us(item.transfer.layer) for item in self._pending)
+        start_us = self._pending[0].event.span_us()[0]
+        return max(0.0, total_us - (now_us - start_us if start_us else 0.0))
+
+    def resident_keys(self) -> list[Key]:
+        """(layer, expert) of every filled slot, by slot."""
+        return [key for key in self._holds if key is not None]
+
+    def reset(self) -> None:
+        """Waits for the lanes, then forgets what the slots hold."""
+        self.accelerator.synchronize()
+        self._pending.clear()
+        self._holds = [None] * self.accelerator.n_slots

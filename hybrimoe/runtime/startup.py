@@ -1,0 +1,163 @@
+"""From a session's settings to a runner: slots, costs, planner, lookahead, warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+import scheduler
+from gpu_kernels import Accelerator, AcceleratorError
+from hybrimoe.errors import BudgetError
+from hybrimoe.runtime.budget import reserve_bytes, resolve_slots
+from hybrimoe.runtime.config import RuntimeConfig
+from hybrimoe.runtime.executor import Executor
+from hybrimoe.runtime.layers import Layer
+from hybrimoe.runtime.lookahead import Lookahead
+from hybrimoe.runtime.measure import measure_profile
+from hybrimoe.runtime.runner import Runner
+from hybrimoe.runtime.slots import SlotCache
+from hybrimoe.runtime.stats import StatsRecorder
+from hybrimoe.runtime.steps import StepTracker
+from hybrimoe.runtime.store import ExpertStore
+from scheduler import CostModel, ModelShape, Transfer
+
+Frequencies = npt.NDArray[np.floating]
+Probe = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
+
+
+@dataclass(slots=True)
+class Startup:
+    """The parts of a session that a runner is made of."""
+
+    config: RuntimeConfig
+    layers: Sequence[Layer]
+    store: ExpertStore
+    accelerator: Accelerator | None
+    model: nn.Module | None
+    probe: Probe
+    stats: StatsRecorder
+    tracker: StepTracker
+
+    def runner(
+        self, setting: int | float | str | None, previous: Runner | None, frequencies: Frequencies | None
+    ) -> Runner:
+        """A runner with freshly filled slots. `setting` None keeps the slot memory; `previous` hands over its costs,
+        counters and hooks. Raises BudgetError where slots do not fit."""
+        if setting is not None:
+            self._allocate(setting)
+        n_planned = self._n_planned_slots()
+        has_slots = self.accelerator is not None and self.accelerator.n_slots > 0
+        costs = previous.costs if previous is not None else (self._costs() if n_planned else None)
+        if n_planned and costs is None:
+            costs = self._costs()
+        planner = self._planner(n_planned, costs) if n_planned and costs is not None else None
+        slots = SlotCache(self.accelerator) if has_slots and self.accelerator is not None else None
+        runner = Runner(self.layers, Executor(self.store, slots), planner, costs, self.stats, self.tracker)
+        if planner is not None and self._wants_lookahead():
+            runner.lookahead = self._lookahead()
+        if previous is not None:
+            runner.take_over(previous)
+        runner.warm_up(self._pinned_transfers(n_planned), planned=False)
+        if planner is not None:
+            runner.warm_up(planner.warm_up(frequencies), planned=True)
+        return runner
+
+    def _wants_lookahead(self) -> bool:
+        policy = scheduler.resolve_policy(self.config.policy, **self.config.policy_params)
+        return policy.prefetch != "none" and self.config.lookahead > 0
+
+    def _slotted(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.placement != "cpu"]
+
+    def _n_pinned(self) -> int:
+        return sum(layer.num_experts for layer in self.layers if layer.placement == "accelerator")
+
+    def _n_planned_slots(self) -> int:
+        """Slots that the planner owns: the first ones. Layers placed on the accelerator own the rest."""
+        if self.accelerator is None or all(layer.placement != "hybrid" for layer in self.layers):
+            return 0
+        return self.accelerator.n_slots - self._n_pinned()
+
+    def _allocate(self, setting: int | float | str) -> None:
+        accelerator, slotted = self.accelerator, self._slotted()
+        if accelerator is None or not slotted:
+            return
+        slot_bytes = max(layer.spec.record_bytes for layer in slotted)
+        n_experts = sum(layer.num_experts for layer in slotted)
+        reserve = reserve_bytes(self.model, accelerator, self.config.kv_reserve_bytes)
+        n_slots = resolve_slots(setting, n_experts, slot_bytes, accelerator, reserve)
+        n_pinned = self._n_pinned()
+        if n_slots < n_pinned:
+            if setting != "auto" or accelerator.free_bytes() is not None:
+                raise BudgetError(
+                    f"layers placed on the accelerator hold {n_pinned} experts, but there are {n_slots} slots;"
+                    " raise gpu_expert_slots or place fewer layers there"
+                )
+            n_slots = n_pinned
+        try:
+            accelerator.allocate(n_slots, slot_bytes)
+        except (AcceleratorError, MemoryError) as error:
+            raise BudgetError(str(error) or f"no memory for {n_slots} slots of {slot_bytes} bytes") from error
+
+    def _costs(self) -> CostModel:
+        """From the given profile, or from a short measurement of the first hybrid layer."""
+        index = next(i for i, layer in enumerate(self.layers) if layer.placement == "hybrid")
+        layer = self.layers[index]
+        profile = self.config.profile
+        if profile is None:
+            assert layer.backend is not None
+            profile = measure_profile(self.store, index, layer.backend, self.accelerator)
+        shape = ModelShape(
+            name=layer.path,
+            n_layers=len(self.layers),
+            n_experts=max(item.num_experts for item in self.layers),
+            top_k=1,
+            hidden=layer.spec.hidden,
+            inter=layer.spec.inter,
+            gated=layer.spec.activation.gated,
+        )
+        return CostModel(profile, shape, layer.spec.dtype, [item.spec.record_bytes for item in self.layers])
+
+    def _planner(self, n_slots: int, costs: CostModel) -> scheduler.Planner:
+        return scheduler.Planner(
+            len(self.layers),
+            max(layer.num_experts for layer in self.layers),
+            n_slots,
+            costs,
+            policy=self.config.policy,
+            lookahead=self.config.lookahead,
+            seed=self.config.seed,
+            **self.config.policy_params,
+        )
+
+    def _lookahead(self) -> Lookahead | None:
+        if self.model is None:
+            return None
+        blocks = []
+        for layer in self.layers:
+            parent = layer.path.rpartition(".")[0]
+            try:
+                blocks.append(self.model.get_submodule(parent))
+            except AttributeError:
+                return None
+        experts = [layer.experts for layer in self.layers]
+        counts = [layer.num_experts for layer in self.layers]
+        return Lookahead(blocks, experts, counts, self.config.lookahead, self.probe)
+
+    def _pinned_transfers(self, first_slot: int) -> list[Transfer]:
+        """Gives layers placed on the accelerator their slots; without an accelerator they run on the CPU."""
+        transfers: list[Transfer] = []
+        for index, layer in enumerate(self.layers):
+            layer.first_slot = None
+            if layer.placement == "accelerator" and self.accelerator is not None:
+                layer.first_slot = first_slot + len(transfers)
+                transfers += [
+                    Transfer(index, expert, layer.first_slot + expert, None, "warmup", 0.0, True)
+                    for expert in range(layer.num_experts)
+                ]
+        return transfers

@@ -1,0 +1,189 @@
+"""Counters of a session: what was hit, moved and computed, per layer, per phase and in total."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler import LayerPlan, Phase, SlotState, SlotTable, TransferEnded
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass(slots=True)
+class Counters:
+    """Sums over calls. An activated expert is a hit if its bytes were resident when it was demanded, else a miss;
+    `late_prefetches` are misses whose prefetch was still under way. Times in us, sizes in bytes."""
+
+    calls: int = 0
+    tokens: int = 0
+    activated: int = 0
+    hits: int = 0
+    misses: int = 0
+    late_prefetches: int = 0
+    cpu_experts: int = 0
+    accel_experts: int = 0
+    transfers: int = 0
+    prefetches: int = 0
+    prefetches_used: int = 0
+    prefetches_wasted: int = 0
+    transfer_bytes: int = 0
+    cpu_us: float = 0.0
+    accel_us: float = 0.0
+    link_us: float = 0.0
+    overhead_us: float = 0.0
+    wall_us: float = 0.0
+
+    def add(self, other: Counters) -> None:
+        """Adds another one's sums."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over activated experts; None before the first."""
+        return self.hits / self.activated if self.activated else None
+
+    @property
+    def prefetch_precision(self) -> float | None:
+        """Share of the prefetches whose fate is known that were used before eviction; None if there are none."""
+        resolved = self.prefetches_used + self.prefetches_wasted
+        return self.prefetches_used / resolved if resolved else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        return values | {"hit_rate": self.hit_rate, "prefetch_precision": self.prefetch_precision}
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStats:
+    """A snapshot: sums by phase and by layer (module path), and what the session runs on."""
+
+    by_phase: dict[Phase, Counters]
+    layers: dict[str, Counters]
+    accelerator: str
+    accelerator_kind: str
+    policy: str
+    n_slots: int
+    slots_filled: int
+    n_experts: int
+    store_bytes: int
+    warmup_transfers: int
+    failures: int
+
+    @property
+    def total(self) -> Counters:
+        """Sums over everything."""
+        return _total(self.by_phase.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers for JSON. Times of an emulated accelerator are emulated times."""
+        return {
+            "accelerator": self.accelerator,
+            "accelerator_kind": self.accelerator_kind,
+            "policy": self.policy,
+            "n_slots": self.n_slots,
+            "slots_filled": self.slots_filled,
+            "n_experts": self.n_experts,
+            "store_bytes": self.store_bytes,
+            "warmup_transfers": self.warmup_transfers,
+            "failures": self.failures,
+            "total": self.total.as_dict(),
+            **{phase: counters.as_dict() for phase, counters in self.by_phase.items()},
+            "layers": {path: counters.as_dict() for path, counters in self.layers.items()},
+        }
+
+
+class StatsRecorder:
+    """Counts per phase and layer while a session runs."""
+
+    def __init__(self, n_layers: int) -> None:
+        self._counters = {phase: [Counters() for _ in range(n_layers)] for phase in PHASES}
+        self._prefetched: dict[tuple[int, int], Counters] = {}
+        self.warmup_transfers = 0
+        self.failures = 0
+
+    def of(self, phase: Phase, layer: int) -> Counters:
+        """The counters to add to."""
+        return self._counters[phase][layer]
+
+    def demand(
+        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int, table: SlotTable | None
+    ) -> None:
+        """Counts one call's demand against the slots as they are before planning."""
+        counters.calls += 1
+        counters.tokens += n_tokens
+        counters.activated += len(expert_ids)
+        hits = late = 0
+        if table is not None and table.n_slots:
+            slots = table.slot_of[layer * table.n_experts + expert_ids]
+            states = table.state[slots[slots >= 0]]
+            hits = int(np.count_nonzero(states >= SlotState.RESIDENT))
+            late = int(len(states) - hits)
+        self.hit(counters, len(expert_ids), hits, late)
+        if self._prefetched:
+            for expert in expert_ids.tolist():
+                issued = self._prefetched.pop((layer, expert), None)
+                if issued is not None:
+                    issued.prefetches_used += 1
+
+    def pinned(self, counters: Counters, activated: int) -> None:
+        """Turns the last call's misses into hits: its layer's experts have slots of their own."""
+        counters.hits += activated
+        counters.misses -= activated
+
+    def hit(self, counters: Counters, activated: int, hits: int, late: int) -> None:
+        """Adds hits and misses of `activated` experts."""
+        counters.hits += hits
+        counters.misses += activated - hits
+        counters.late_prefetches += late
+
+    def plan(self, counters: Counters, plan: LayerPlan, record_bytes: tuple[int, ...]) -> None:
+        """Counts what a plan places and moves."""
+        counters.cpu_experts += len(plan.cpu)
+        counters.accel_experts += len(plan.accel)
+        counters.transfers += len(plan.transfers)
+        counters.prefetches += len(plan.prefetches)
+        for transfer in (*plan.transfers, *plan.prefetches):
+            counters.transfer_bytes += record_bytes[transfer.layer]
+            if transfer.evicts is not None:
+                wasted = self._prefetched.pop(transfer.evicts, None)
+                if wasted is not None:
+                    wasted.prefetches_wasted += 1
+            if transfer.kind == "prefetch":
+                self._prefetched[transfer.layer, transfer.expert] = counters
+
+    def transfers_ended(self, phase: Phase, ended: Iterable[TransferEnded]) -> None:
+        """Adds link time."""
+        for event in ended:
+            self._counters[phase][event.layer].link_us += event.us
+
+    def forget_slots(self) -> None:
+        """The slots were emptied: prefetches under way have no fate."""
+        self._prefetched.clear()
+
+    def reset(self) -> None:
+        """Sets every counter to zero; slot contents stay."""
+        self._counters = {phase: [Counters() for _ in layers] for phase, layers in self._counters.items()}
+        self._prefetched.clear()
+        self.warmup_transfers = self.failures = 0
+
+    def by_phase(self) -> dict[Phase, Counters]:
+        """Sums over layers."""
+        return {phase: _total(layers) for phase, layers in self._counters.items()}
+
+    def by_layer(self) -> list[Counters]:
+        """Sums over phases."""
+        return [_total(pair) for pair in zip(*self._counters.values(), strict=True)]
+
+
+def _total(parts: Iterable[Counters]) -> Counters:
+    total = Counters()
+    for part in parts:
+        total.add(part)
+    return total

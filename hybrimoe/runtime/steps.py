@@ -1,0 +1,77 @@
+"""Where a call of a layer belongs: a new step or the current one, prefill or decode, a new sequence or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from scheduler import Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """`new`: the first call of a step. `new_sequence`: that step starts a prompt."""
+
+    phase: Phase
+    new: bool
+    new_sequence: bool
+
+
+class StepTracker:
+    """Follows the calls of the layers of one model.
+
+    A step starts when the layer index does not rise, or when the bound model was just called. Decode is told from
+    the model's input (one new position per sequence) where a model is bound, else from the number of tokens.
+    """
+
+    def __init__(self, decode_max_tokens: int) -> None:
+        self._decode_max_tokens = decode_max_tokens
+        self._handle: RemovableHandle | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the current step."""
+        self._last_layer = -1
+        self._phase: Phase | None = None
+        self._announced: Phase | None = None
+
+    def bind(self, model: nn.Module) -> None:
+        """Watches the model's calls until `unbind`."""
+        self.unbind()
+        self._handle = model.register_forward_pre_hook(self._on_model_call, with_kwargs=True)
+
+    def unbind(self) -> None:
+        """Removes the hook."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def announce(self, phase: Phase) -> None:
+        """The next layer call starts a step of this phase (for callers that do not call the model itself)."""
+        self._announced = phase
+
+    def next(self, layer: int, n_tokens: int) -> Step:
+        """Classifies one call."""
+        previous = self._phase
+        new = self._announced is not None or previous is None or layer <= self._last_layer
+        self._last_layer = layer
+        if not new:
+            assert previous is not None
+            return Step(previous, new=False, new_sequence=False)
+        self._phase = self._announced or ("decode" if n_tokens <= self._decode_max_tokens else "prefill")
+        self._announced = None
+        starts = previous is None or (previous == "decode" and self._phase == "prefill")
+        return Step(self._phase, new=True, new_sequence=starts)
+
+    def _on_model_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if inputs is None and args:
+            inputs = args[0]
+        if isinstance(inputs, torch.Tensor) and inputs.dim() >= 2:
+            self._announced = "decode" if inputs.shape[1] == 1 else "prefill"

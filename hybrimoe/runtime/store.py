@@ -1,0 +1,139 @@
+"""ExpertStore: the one owner of the experts' packed bytes in host memory (or in a memory-mapped packed file).
+
+All records lie in one uint8 buffer: layer after layer, expert after expert, without gaps. A record's size is fixed by
+its layer's ExpertSpec and is a multiple of 64 bytes, so every record is as well aligned as the buffer.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpu_kernels import ExpertSpec, ExpertWeights, pack_expert, unpack_expert
+from hybrimoe.errors import BudgetError, CheckpointError
+
+ByteArray = npt.NDArray[np.uint8]
+ALIGNMENT_BYTES = 64
+HUGE_PAGE_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One MoE layer: its module path in the model, the kernel spec of each of its experts, and their number."""
+
+    path: str
+    spec: ExpertSpec
+    num_experts: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its records."""
+        return self.num_experts * self.spec.record_bytes
+
+
+class ExpertStore:
+    """Packed records of every expert. `record(layer, expert)` is a view, never a copy."""
+
+    def __init__(self, layers: Sequence[LayerSpec], *, pinned: bool = False) -> None:
+        self._attach(tuple(layers), _allocate(sum(layer.nbytes for layer in layers), pinned))
+
+    @classmethod
+    def from_buffer(cls, layers: Sequence[LayerSpec], buffer: ByteArray) -> ExpertStore:
+        """A store over existing bytes (for example a memory map); they may be read-only.
+
+        Raises CheckpointError if the size or the alignment does not fit the layers.
+        """
+        expected = sum(layer.nbytes for layer in layers)
+        if buffer.dtype != np.uint8 or buffer.ndim != 1 or buffer.nbytes != expected:
+            raise CheckpointError(
+                f"packed experts: expected {expected} bytes (uint8), found {buffer.dtype}{list(buffer.shape)};"
+                " pack the model again"
+            )
+        if buffer.ctypes.data % ALIGNMENT_BYTES:
+            raise CheckpointError(f"packed experts must start at a multiple of {ALIGNMENT_BYTES} bytes in memory")
+        store = cls.__new__(cls)
+        store._attach(tuple(layers), buffer)
+        return store
+
+    def record(self, layer: int, expert: int) -> ByteArray:
+        """uint8 [record_bytes] view of one expert."""
+        return self._records[layer][expert]
+
+    def addresses(self, layer: int) -> npt.NDArray[np.uint64]:
+        """uint64 [num_experts]: where each record of a layer starts."""
+        return self._addresses[layer]
+
+    def write(self, layer: int, expert: int, weights: ExpertWeights) -> None:
+        """Packs one expert's float weights into its record. Raises CheckpointError where its values are not finite."""
+        for name in ("up", "down", "gate", "gate_bias", "up_bias", "down_bias"):
+            values = getattr(weights, name)
+            if values is not None and not torch.isfinite(values.sum(dtype=torch.float32)):
+                if torch.isfinite(values).all():
+                    continue
+                raise CheckpointError(
+                    f"{self.layers[layer].path}, expert {expert}: {name} has values that are NaN or infinite;"
+                    " the checkpoint is damaged"
+                )
+        pack_expert(self.layers[layer].spec, weights, self.record(layer, expert))
+
+    def read(self, layer: int, expert: int) -> ExpertWeights:
+        """The weights of one expert, dequantised; bit-exact for float32 and bfloat16."""
+        return unpack_expert(self.layers[layer].spec, self.record(layer, expert))
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """What is stored, in layer order."""
+        return self._layers
+
+    @property
+    def buffer(self) -> ByteArray:
+        """All records as one uint8 array."""
+        return self._buffer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return int(self._buffer.nbytes)
+
+    def _attach(self, layers: tuple[LayerSpec, ...], buffer: ByteArray) -> None:
+        self._layers = layers
+        self._buffer = buffer
+        self._records: list[ByteArray] = []
+        self._addresses: list[npt.NDArray[np.uint64]] = []
+        offset = 0
+        for layer in layers:
+            stride = layer.spec.record_bytes
+            self._records.append(buffer[offset : offset + layer.nbytes].reshape(layer.num_experts, stride))
+            start = np.uint64(buffer.ctypes.data + offset)
+            self._addresses.append(start + np.arange(layer.num_experts, dtype=np.uint64) * np.uint64(stride))
+            offset += layer.nbytes
+
+
+def _allocate(n_bytes: int, pinned: bool) -> ByteArray:
+    """Aligned bytes, page-locked if asked, on huge pages where the system offers them (fewer TLB misses)."""
+    if pinned:
+        tensor = torch.empty(n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, pin_memory=True)
+        return _aligned(tensor.numpy(), n_bytes)
+    if n_bytes < HUGE_PAGE_BYTES:
+        return _aligned(np.empty(n_bytes + ALIGNMENT_BYTES, dtype=np.uint8), n_bytes)
+    try:
+        memory = mmap.mmap(-1, n_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError, OverflowError) as error:
+        raise BudgetError(
+            f"the experts need {n_bytes / 2**30:.2f} GiB of host memory, which the system refused ({error});"
+            " choose a smaller expert_dtype (int8, int4)"
+        ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return _aligned(np.frombuffer(memory, dtype=np.uint8), n_bytes)
+
+
+def _aligned(raw: ByteArray, n_bytes: int) -> ByteArray:
+    boundary = HUGE_PAGE_BYTES if raw.nbytes >= n_bytes + HUGE_PAGE_BYTES else ALIGNMENT_BYTES
+    offset = -raw.ctypes.data % boundary
+    return raw[offset : offset + n_bytes]
