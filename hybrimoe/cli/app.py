@@ -90,7 +90,7 @@ class LazyGroup(TyperGroup):
 def load_command(name: str) -> Any:
     """Import `hybrimoe.cli.<name>` and build its command."""
     module = importlib.import_module(_module_of(name))
-    holder = typer.Typer(pretty_exceptions_enable=False)
+    holder = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="markdown")
     module.register(holder)
     return get_group(holder).commands[name]
 

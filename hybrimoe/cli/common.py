@@ -118,7 +118,7 @@ def _names(accelerator: str | None) -> str | list[str] | None:
 
 
 def sampling_options(**given: Any) -> SamplingOptions:
-    """Sampling options from those of a command line; in `stop` (None or a list) \\n and \\t are a line end and a tab."""
+    """Sampling options of a command line; in `stop` (None or a list) \\n and \\t stand for a line end and a tab."""
     from hybrimoe.generation import SamplingOptions
 
     stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in given.pop("stop") or ())

@@ -1,0 +1,25 @@
+"""Options that `bench decode` and `bench prefill` share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+PolicyList = Annotated[list[str] | None, typer.Option("--policy", help="Policy to measure; may be repeated.")]
+DtypeList = Annotated[list[str] | None, typer.Option("--dtype", help="Expert dtype to measure; may be repeated.")]
+CompareOption = Annotated[
+    bool,
+    typer.Option("--compare-policies", help="Cache off against cache on: no slots, then the known policies and ours."),
+]
+ShapeOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Random weights in a real shape instead of a model.")
+]
+LayersOption = Annotated[int | None, typer.Option(help="With --shape: only so many layers.")]
+PlainOption = Annotated[bool, typer.Option("--plain/--no-plain", help="Plain transformers beside it.")]
+GgufOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="A GGUF file for llama.cpp beside it (llama-cpp-python).")
+]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Counted rounds.")]
+QuickOption = Annotated[bool, typer.Option("--quick", help="A short run: few rounds and tokens.")]
+QUICK_ROUNDS = 3

@@ -1,0 +1,62 @@
+"""`hybrimoe bench decode`: policies and dtypes side by side, in tokens a second."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hybrimoe.bench import _options
+from hybrimoe.cli import common
+
+
+def register(app: typer.Typer) -> None:
+    """Add `decode`."""
+    app.command("decode")(decode)
+
+
+def decode(
+    model: common.ModelArgument = None,
+    shape: _options.ShapeOption = None,
+    layers: _options.LayersOption = None,
+    policy: _options.PolicyList = None,
+    dtype: _options.DtypeList = None,
+    compare_policies: _options.CompareOption = False,
+    plain: _options.PlainOption = True,
+    gguf: _options.GgufOption = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Decode steps a round.")] = 64,
+    rounds: _options.RoundsOption = 7,
+    config: common.ConfigOption = None,
+    accelerator: common.AcceleratorOption = None,
+    slots: common.SlotsOption = None,
+    threads: common.ThreadsOption = None,
+    quick: _options.QuickOption = False,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Tokens a second of decoding: policies and dtypes side by side in alternating rounds.
+
+    Before anything is timed, the logits of every contender are compared with plain transformers'; wrong numbers end
+    the benchmark. Figures with an emulated accelerator say so: that lane runs on the CPU, too.
+    """
+    from hybrimoe.bench import _model_bench
+
+    request = _model_bench.Request(
+        kind="decode",
+        model=model,
+        shape=shape,
+        layers=layers,
+        policies=tuple(policy or ()),
+        dtypes=tuple(dtype or ()),
+        compare_policies=compare_policies,
+        plain=plain,
+        gguf=gguf,
+        prompt_tokens=prompt_tokens,
+        new_tokens=min(new_tokens, 24) if quick else new_tokens,
+        rounds=min(rounds, _options.QUICK_ROUNDS) if quick else rounds,
+        config=config,
+        accelerator=accelerator,
+        slots=slots,
+        threads=threads,
+    )
+    _model_bench.run(request, as_json=as_json)
