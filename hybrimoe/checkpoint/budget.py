@@ -1,0 +1,25 @@
+"""Whether the experts fit host memory, asked before they are read."""
+
+from __future__ import annotations
+
+import psutil
+
+from hybrimoe.amounts import Amount
+from hybrimoe.errors import BudgetError
+
+
+def check_host_memory(host: Amount, needed_bytes: int) -> None:
+    """Raises BudgetError where a store of `needed_bytes` is more than `host` allows, or than is available ("auto")."""
+    memory = psutil.virtual_memory()
+    match host.kind:
+        case "bytes":
+            allowed, what = int(host.value), "memory.host allows"
+        case "share":
+            allowed, what = int(host.value * memory.total), f"memory.host allows {host} of all memory,"
+        case _:
+            allowed, what = memory.available, "this machine has free"
+    if needed_bytes > allowed:
+        raise BudgetError(
+            f"the packed experts need {needed_bytes / 2**30:.2f} GiB of host memory, {what} {allowed / 2**30:.2f} GiB;"
+            " choose a smaller expert_dtype (int8, int4)"
+        )

@@ -1,0 +1,174 @@
+"""From checkpoint keys to model parameters, by transformers' own conversion mapping, without loading anything.
+
+`plan_conversions` renames every key as `from_pretrained` does and groups the sources of each parameter. A `Conversion`
+then gives its parameters whole, or one expert's slice of them: where all operations of the mapping keep experts apart
+(stacking per-expert tensors, joining gate and up, transposing, ...), only that expert's tensors are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from hybrimoe.checkpoint.dequantise import Source
+from hybrimoe.checkpoint.source import listed
+from hybrimoe.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShapes:
+    """What operations of the mapping ask a model for: the configuration, and shapes of parameters.
+
+    With `first_entries` each shape has 1 in its first dimension: the view of a single expert.
+    """
+
+    config: Any
+    shapes: Mapping[str, torch.Size]
+    first_entries: bool = False
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """An empty parameter of the right shape. Raises AttributeError for a name that the model does not have."""
+        if name not in self.shapes:
+            raise AttributeError(name)
+        shape = self.shapes[name]
+        return torch.empty((1, *shape[1:]) if self.first_entries else shape, device="meta")
+
+
+@dataclass(slots=True)
+class Conversion:
+    """The sources of one parameter (or of several, for a converter with several targets).
+
+    target: key of the (first) parameter. sources: by pattern of the converter, in natural order of their keys.
+    """
+
+    target: str
+    converter: WeightConverter | None
+    sources: dict[str, list[Source]] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Keys of all parameters that this gives, where they can be told before converting."""
+        if self.converter is None:
+            return (self.target,)
+        first, *_ = patterns = self.converter.target_patterns
+        return tuple(self.target.replace(first, pattern, 1) for pattern in patterns)
+
+    def source_keys(self) -> list[str]:
+        """Keys of all sources."""
+        return [source.key for group in self.sources.values() for source in group]
+
+    def whole(self, shapes: ModelShapes) -> dict[str, torch.Tensor]:
+        """Every parameter of this conversion, by key."""
+        return self._convert({pattern: [s.read() for s in group] for pattern, group in self.sources.items()}, shapes)
+
+    def keeps_experts_apart(self, num_experts: int) -> bool:
+        """True where one expert's slice needs that expert's sources only."""
+        if self.converter is None:
+            return len(self.source_keys()) == 1
+        if len(self.converter.target_patterns) != 1:
+            return False
+        merged = _merges_first(self.converter)
+        counts = {len(group) for group in self.sources.values()}
+        fits = counts == {num_experts} if merged else counts == {1} and self._stacked(num_experts)
+        return fits and all(_keeps_first_dimension(op) for op in self.converter.operations)
+
+    def expert(self, index: int, shapes: ModelShapes) -> torch.Tensor:
+        """[1, ...]: expert `index` of the parameter. Only where `keeps_experts_apart`."""
+        if self.converter is None:
+            return next(iter(self.sources.values()))[0].read_slice(index)
+        if _merges_first(self.converter):
+            tensors = {pattern: [group[index].read()] for pattern, group in self.sources.items()}
+        else:
+            tensors = {pattern: [group[0].read_slice(index)] for pattern, group in self.sources.items()}
+        return next(iter(self._convert(tensors, shapes).values()))
+
+    def _stacked(self, num_experts: int) -> bool:
+        return all(
+            s.shape[:1] == (num_experts,) and len(s.shape) == 3 for group in self.sources.values() for s in group
+        )
+
+    def _convert(self, tensors: dict[str, list[torch.Tensor]], shapes: ModelShapes) -> dict[str, torch.Tensor]:
+        if self.converter is None:
+            return {self.target: next(iter(tensors.values()))[0]}
+        converter = deepcopy(self.converter)
+        for pattern, group in tensors.items():
+            for tensor in group:
+                converter.add_tensor(self.target, pattern, pattern, lambda tensor=tensor: tensor)
+        try:
+            converted = converter.convert(self.target, model=shapes, config=shapes.config)
+        except (ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+            raise CheckpointError(
+                f"{self.target} cannot be made from {listed(self.source_keys())}: {error};"
+                " the checkpoint does not match its config.json"
+            ) from error
+        return {key: value[0] if isinstance(value, list) else value for key, value in converted.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionPlan:
+    """All conversions by target key, and the checkpoint's keys that no parameter takes."""
+
+    conversions: dict[str, Conversion]
+    unknown: tuple[str, ...]
+
+
+def plan_conversions(model: PreTrainedModel, sources: Mapping[str, Source]) -> ConversionPlan:
+    """Groups `sources` by the parameter of the (meta) `model` that they make, as `from_pretrained` would."""
+    transforms = get_model_conversion_mapping(model)
+    renamings, converters = _split(transforms)
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    parameters = model.state_dict()
+    conversions: dict[str, Conversion] = {}
+    unknown: list[str] = []
+    for key in sorted(sources, key=dot_natural_key):
+        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if renamed not in parameters and key in parameters:
+            renamed, pattern = key, None
+        if renamed not in parameters:
+            unknown.append(key)
+            continue
+        converter = by_pattern[pattern] if pattern is not None else None
+        conversion = conversions.setdefault(renamed, Conversion(renamed, converter))
+        conversion.sources.setdefault(pattern or key, []).append(sources[key])
+    return ConversionPlan(conversions, tuple(unknown))
+
+
+def _split(transforms: Iterable[WeightTransform]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    transforms = list(transforms)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    return renamings, [entry for entry in transforms if isinstance(entry, WeightConverter)]
+
+
+def _merges_first(converter: WeightConverter) -> bool:
+    return isinstance(converter.operations[0], MergeModulelist)
+
+
+def _keeps_first_dimension(operation: object) -> bool:
+    """True for operations on [E, ., .] tensors that treat the entries of dimension 0 alike and apart."""
+    match operation:
+        case MergeModulelist():
+            return bool(operation.dim == 0)
+        case Concatenate() | Interleave() | Chunk():
+            return operation.dim in (1, 2, -1, -2)
+        case Transpose():
+            return {operation.dim0, operation.dim1} <= {1, 2, -1, -2}
+        case _:
+            return False

@@ -1,0 +1,167 @@
+"""The part of a model that is not experts: built on the meta device, then loaded, tied and completed like transformers
+does in `from_pretrained`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
+from hybrimoe.checkpoint.source import listed, read_config_dict
+from hybrimoe.errors import CheckpointError, ModelError
+
+AUTO_CLASSES = (
+    (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+)
+DeviceOf = Callable[[str], torch.device | None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_config(directory: Path) -> PreTrainedConfig:
+    """The model's configuration, without its quantisation (weights are dequantised when they are read)."""
+    raw = read_config_dict(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"{directory}: transformers cannot read config.json ({raw['model_type']}): {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def dense_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of all weights but experts: by name, or ("auto", "int8", "int4") as the model's configuration says."""
+    own = config.get_text_config().dtype or config.dtype
+    return DTYPES.get(name, own if isinstance(own, torch.dtype) else torch.float32)
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of `config` without storage. Raises ModelError where transformers has no language model for it."""
+    auto: Any = next((auto for mapping, auto in AUTO_CLASSES if type(config) in mapping), None)
+    if auto is None:
+        raise ModelError(f"transformers has no language model with experts for model_type {config.model_type!r}")
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"config.json describes no valid {config.model_type} model: {error}") from error
+    return model.eval()
+
+
+def load_dense(
+    model: PreTrainedModel,
+    conversions: Iterable[Conversion],
+    shapes: ModelShapes,
+    dtypes: Mapping[str, torch.dtype],
+    device_of: DeviceOf,
+) -> set[str]:
+    """Reads the sources of `conversions` into `model`, each cast to its entry of `dtypes`; gives the loaded keys.
+
+    device_of: the device of the module at a path, None for the CPU.
+
+    Raises CheckpointError for a shape or dtype that does not match, and for values that are not finite.
+    """
+    loaded: set[str] = set()
+    for conversion in conversions:
+        for key, tensor in conversion.whole(shapes).items():
+            if key not in shapes.shapes:
+                raise CheckpointError(f"{listed(conversion.source_keys())} gives {key}, which the model does not have")
+            _check(key, tensor, shapes.shapes[key], dtypes[key], conversion)
+            _set(model, key, tensor.to(dtypes[key]).to(device_of(key.rpartition(".")[0])))
+            loaded.add(key)
+    return loaded
+
+
+def complete(model: PreTrainedModel, loaded: set[str], plan: ConversionPlan, *, unknown_keys: str) -> None:
+    """Ties weights, computes buffers that no checkpoint stores, and checks that nothing is missing or left over.
+
+    Raises CheckpointError naming parameters without weights and (unknown_keys="error") weights without a parameter.
+    """
+    missing = set(model.state_dict()) - loaded
+    info = LoadStateDictInfo(
+        missing_keys=missing,
+        unexpected_keys=set(plan.unknown),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+    _check_keys(model, info, unknown_keys)
+    model.mark_tied_weights_as_initialized(info)
+    model._move_missing_keys_from_meta_to_device(missing, {"": "cpu"}, None, None)
+    model._initialize_missing_keys(False)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    model.requires_grad_(False)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise CheckpointError(f"no values for {listed(left)}; the checkpoint does not match its config.json")
+
+
+def _check_keys(model: PreTrainedModel, info: LoadStateDictInfo, unknown_keys: str) -> None:
+    report = LoadStateDictInfo(
+        missing_keys=set(info.missing_keys) - set(model.all_tied_weights_keys),
+        unexpected_keys=set(info.unexpected_keys),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+    model._adjust_missing_and_unexpected_keys(report)
+    if report.missing_keys:
+        names = sorted(report.missing_keys)
+        raise CheckpointError(
+            f"the checkpoint lacks {listed(names)}; a shard is missing or config.json is another model's"
+        )
+    if report.unexpected_keys and unknown_keys == "error":
+        names = sorted(report.unexpected_keys)
+        raise CheckpointError(
+            f"the checkpoint has weights that the model does not know: {listed(names)}; config.json is another model's,"
+            ' or they may be left out: unknown_keys="ignore"'
+        )
+
+
+def _check(key: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype, conversion: Conversion) -> None:
+    names = listed(conversion.source_keys())
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{key}: config.json asks for shape {list(shape)}, the checkpoint gives {list(tensor.shape)} ({names})"
+        )
+    if tensor.is_floating_point() != dtype.is_floating_point:
+        raise CheckpointError(f"{key}: the model has {dtype}, the checkpoint gives {tensor.dtype} ({names})")
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{names} has values that are NaN or infinite (for {key}); the checkpoint is damaged")
+
+
+def _set(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
+    path, _, name = key.rpartition(".")
+    module = model.get_submodule(path)
+    value: torch.Tensor = tensor
+    if name not in module._buffers:
+        value = nn.Parameter(tensor, requires_grad=False)
+    value._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves such tensors as they are
+    setattr(module, name, value)
+
+
+def strict_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of each parameter and buffer: as the (meta) model was built, or float32 where its class insists."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    patterns = [(re.compile(pattern), wanted) for pattern, wanted in plan.items()]
+    return {
+        key: next((wanted for pattern, wanted in patterns if pattern.search(key)), tensor.dtype)
+        for key, tensor in model.state_dict().items()
+    }

@@ -1,0 +1,11 @@
+"""Errors that only loading raises."""
+
+from hybrimoe.errors import CheckpointError
+
+
+class UnsupportedCheckpointError(CheckpointError):
+    """A checkpoint in a format or quantisation that is not read; the message says which ones are."""
+
+
+class PackedFileWarning(UserWarning):
+    """The packed experts could not be written, so the next start reads the checkpoint again. Nothing is lost."""

@@ -1,0 +1,124 @@
+"""Streams the experts of a checkpoint, one at a time, in the normal form that a store packs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpu_kernels import ExpertWeights
+from hybrimoe.checkpoint.conversion import Conversion, ModelShapes
+from hybrimoe.checkpoint.source import listed
+from hybrimoe.errors import CheckpointError
+from hybrimoe.experts_layout import ExpertsLayout
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSource:
+    """Where the experts of one layer come from: a conversion for each parameter of the replaced module."""
+
+    path: str
+    layout: ExpertsLayout
+    parameters: dict[str, Conversion]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of this layer."""
+        return self.layout.num_experts
+
+    def stream(self, shapes: ModelShapes) -> Iterator[ExpertWeights]:
+        """The experts in order. Reads one expert's tensors at a time wherever the conversion keeps experts apart.
+
+        Raises CheckpointError for a shape or dtype that does not match the configuration.
+        """
+        apart = {name: c.keeps_experts_apart(self.num_experts) for name, c in self.parameters.items()}
+        whole = {name: self._whole(name, shapes) for name in self.parameters if not apart[name]}
+        single = dataclasses.replace(shapes, first_entries=True)
+        for index in range(self.num_experts):
+            entries = {
+                name: conversion.expert(index, single) if apart[name] else whole[name][index : index + 1]
+                for name, conversion in self.parameters.items()
+            }
+            for name, entry in entries.items():
+                self._check(name, index, entry, single)
+            yield dataclasses.replace(self.layout, module=_holder(entries)).expert(0)
+
+    def source_keys(self, index: int) -> list[str]:
+        """Names of the checkpoint's tensors that expert `index` is made from (all of the layer's where fused)."""
+        names: list[str] = []
+        for conversion in self.parameters.values():
+            for group in conversion.sources.values():
+                names += [group[index].key] if len(group) == self.num_experts else [source.key for source in group]
+        return names
+
+    def _whole(self, name: str, shapes: ModelShapes) -> torch.Tensor:
+        tensor = self.parameters[name].whole(shapes)[f"{self.path}.{name}"]
+        if tensor.shape != shapes.shapes[f"{self.path}.{name}"]:
+            raise self._mismatch(name, tuple(tensor.shape), tuple(shapes.shapes[f"{self.path}.{name}"]))
+        return tensor
+
+    def _check(self, name: str, index: int, entry: torch.Tensor, single: ModelShapes) -> None:
+        expected = single.get_parameter(f"{self.path}.{name}").shape
+        if entry.shape != expected:
+            raise self._mismatch(name, tuple(entry.shape[1:]), tuple(expected[1:]), index)
+        if not entry.is_floating_point():
+            raise CheckpointError(
+                f"{listed(self.source_keys(index))}: expected floating point weights, found {entry.dtype};"
+                " the checkpoint is quantised in a way that is not read"
+            )
+
+    def _mismatch(
+        self, name: str, found: tuple[int, ...], expected: tuple[int, ...], index: int | None = None
+    ) -> CheckpointError:
+        keys = self.parameters[name].source_keys() if index is None else self.source_keys(index)
+        which = f"{self.path}.{name}" + ("" if index is None else f", expert {index}")
+        return CheckpointError(
+            f"{which}: config.json asks for shape {list(expected)}, the checkpoint gives {list(found)} ({listed(keys)})"
+        )
+
+
+def layer_sources(
+    experts: Mapping[str, nn.Module], layouts: Mapping[str, ExpertsLayout], conversions: Mapping[str, Conversion]
+) -> list[LayerSource]:
+    """The sources of each experts module. Raises CheckpointError where a parameter or an expert is missing."""
+    by_parameter = {target: conversion for conversion in conversions.values() for target in conversion.targets}
+    sources: list[LayerSource] = []
+    for path, module in experts.items():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if missing := [f"{path}.{name}" for name in names if f"{path}.{name}" not in by_parameter]:
+            raise CheckpointError(
+                f"the checkpoint lacks the experts' weights {listed(missing)}; fetch the missing shards"
+            )
+        source = LayerSource(path, layouts[path], {name: by_parameter[f"{path}.{name}"] for name in names})
+        _check_counts(source)
+        sources.append(source)
+    return sources
+
+
+def _check_counts(source: LayerSource) -> None:
+    """Per-expert tensors must be there once per expert."""
+    for name, conversion in source.parameters.items():
+        counts = {pattern: len(group) for pattern, group in conversion.sources.items()}
+        if conversion.converter is not None and set(conversion.converter.source_patterns) != set(counts):
+            lacking = sorted(set(conversion.converter.source_patterns) - set(counts))
+            raise CheckpointError(f"{source.path}.{name}: the checkpoint has no tensors like {listed(lacking)}")
+        if len(set(counts.values())) > 1 or (
+            conversion.converter is not None
+            and len(conversion.converter.target_patterns) == 1
+            and not set(counts.values()) <= {1, source.num_experts}
+        ):
+            found = ", ".join(f"{count} like {pattern}" for pattern, count in counts.items())
+            raise CheckpointError(
+                f"{source.path}.{name}: config.json asks for {source.num_experts} experts, the checkpoint has {found};"
+                " a shard is missing or config.json belongs to another model"
+            )
+
+
+def _holder(entries: dict[str, torch.Tensor]) -> Any:
+    """Looks like an experts module with one expert."""
+    return SimpleNamespace(**entries)

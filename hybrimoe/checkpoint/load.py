@@ -1,0 +1,180 @@
+"""`load`: configuration -> model on the meta device -> inject -> dense weights -> experts, one by one, into the store.
+
+At no time is there a second copy of the experts: what is in memory is the packed store, the dense weights, and the one
+expert (or, for the few fused checkpoints whose conversion mixes experts, the one layer) that is being packed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hybrimoe.checkpoint import packed
+from hybrimoe.checkpoint.budget import check_host_memory
+from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes, plan_conversions
+from hybrimoe.checkpoint.dense import complete, dense_dtype, load_dense, meta_model, read_config, strict_dtypes
+from hybrimoe.checkpoint.dequantise import dequantised
+from hybrimoe.checkpoint.errors import PackedFileWarning
+from hybrimoe.checkpoint.experts import LayerSource, layer_sources
+from hybrimoe.checkpoint.progress import Progress, progress_of
+from hybrimoe.checkpoint.source import (
+    Checkpoint,
+    is_demo,
+    listed,
+    model_directory,
+    open_checkpoint,
+    read_config_dict,
+)
+from hybrimoe.config import DeployConfig, load_config
+from hybrimoe.errors import CheckpointError, ConfigError, ModelError
+from hybrimoe.experts_layout import ExpertsLayout, find_experts, read
+from hybrimoe.runtime.store import ExpertStore, LayerSpec
+
+if TYPE_CHECKING:
+    from hybrimoe.injection import Injection
+
+UnknownKeys = Literal["error", "ignore"]
+
+
+def load(
+    path_or_hub_id: str | Path | None = None,
+    config: str | Path | Mapping[str, Any] | DeployConfig | None = None,
+    *,
+    progress: Progress | bool | None = None,
+    packed_file: bool = True,
+    unknown_keys: UnknownKeys = "error",
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Loads a mixture-of-experts model with its experts in a hybrid runtime; `model.hybrimoe` is the `Injection`.
+
+    path_or_hub_id: a model directory or hub id; None takes the deployment's `model`, and without one the demo model.
+    config: deployment configuration (file, preset name, mapping or `DeployConfig`); `overrides` go over it
+        (`accelerator`, `gpu_expert_slots`, `expert_dtype`, `policy`, `rules`, ... as in `hybrimoe.load_config`).
+    progress: called with (bytes done, bytes in total, what); True draws a bar on stderr, False does not, None does
+        where stderr is a terminal.
+    packed_file: keep the packed experts beside the model (or in the cache directory where that cannot be written:
+        $HYBRIMOE_CACHE, else ~/.cache/hybrimoe), and map them at the next start.
+    unknown_keys: "error" or "ignore" weights of the checkpoint that the model does not have.
+
+    Raises ModelError (no model, a dense model), CheckpointError (shards, shapes, dtypes, values, keys), BudgetError
+    (the experts do not fit host memory), and what `hybrimoe.inject` raises. Warns with PackedFileWarning where the
+    packed file cannot be written; the model is loaded all the same.
+    """
+    if unknown_keys not in ("error", "ignore"):
+        raise ConfigError(f'unknown_keys is "error" or "ignore", found {unknown_keys!r}')
+    deployment = load_config(config, model=None if path_or_hub_id is None else str(path_or_hub_id), **overrides)
+    loader = Loader.open(deployment, packed_file=packed_file)
+    with progress_of(progress) as show:
+        return loader.load(show, unknown_keys)
+
+
+@dataclass(slots=True)
+class Loader:
+    """One loading: the opened checkpoint, the model without storage, and how the one becomes the other."""
+
+    deployment: DeployConfig
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    plan: ConversionPlan
+    shapes: ModelShapes
+    layouts: dict[str, ExpertsLayout]
+    places: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, deployment: DeployConfig, *, packed_file: bool) -> Loader:
+        """Reads config.json and the headers of the checkpoint; no weights yet."""
+        directory = model_directory(deployment.model)
+        hf_config = read_config(directory)
+        checkpoint = open_checkpoint(directory)
+        model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config))
+        layouts = {path: read(module) for path, module in find_experts(model)}
+        if not layouts:
+            raise ModelError(f"{directory} is a dense model ({hf_config.model_type}): it has no experts to place")
+        plan = plan_conversions(model, dequantised(checkpoint.tensors, read_config_dict(directory)))
+        shapes = ModelShapes(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()})
+        places = packed.folders(directory, beside=not is_demo(directory)) if packed_file else ()
+        return cls(deployment, checkpoint, model, plan, shapes, layouts, places)
+
+    def load(self, show: Progress, unknown_keys: UnknownKeys) -> PreTrainedModel:
+        """Injects the model, then fills it. Where something fails the session is closed before the error goes on."""
+        from hybrimoe.injection import inject
+
+        dtypes = strict_dtypes(self.model, next(self.model.parameters()).dtype)
+        found: list[bool] = []
+
+        def open_store(layers: tuple[LayerSpec, ...]) -> ExpertStore | None:
+            file = packed.find(self.places, layers, packed.describe(layers, self.checkpoint.files))
+            found.append(file is not None)
+            if file is not None:
+                return file.open()
+            check_host_memory(self.deployment.memory.host, sum(layer.nbytes for layer in layers))
+            return None
+
+        injection = inject(self.model, config=self.deployment, store=open_store)
+        try:
+            self._fill(injection, dtypes, show, unknown_keys, mapped=found == [True])
+        except BaseException:
+            injection.session.close()
+            raise
+        return self.model
+
+    def _fill(
+        self, injection: Injection, dtypes: dict[str, Any], show: Progress, unknown_keys: UnknownKeys, *, mapped: bool
+    ) -> None:
+        own = {f"{path}.{name}" for path, module in injection.originals.items() for name in _own_names(module)}
+        sources = layer_sources(injection.originals, self.layouts, self.plan.conversions)
+        dense = [conversion for conversion in self.plan.conversions.values() if own.isdisjoint(conversion.targets)]
+        loaded = load_dense(self.model, dense, self.shapes, dtypes, injection.device_of)
+        complete(self.model, loaded, self.plan, unknown_keys=unknown_keys)
+        if not mapped:
+            layers = self._stream(injection.session.store, sources, show)
+            self._keep(injection.session.store, layers, show)
+            injection.session.start()
+
+    def _stream(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> tuple[LayerSpec, ...]:
+        """Packs every expert of the checkpoint into the store."""
+        by_path = {source.path: source for source in sources}
+        done = 0
+        for layer, spec in enumerate(store.layers):
+            source = by_path[spec.path]
+            for expert, weights in enumerate(source.stream(self.shapes)):
+                try:
+                    store.write(layer, expert, weights)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{error} (from {listed(source.source_keys(expert))})") from error
+                done += spec.spec.record_bytes
+                show(done, store.nbytes, "packing experts")
+        return store.layers
+
+    def _keep(self, store: ExpertStore, layers: tuple[LayerSpec, ...], show: Progress) -> None:
+        """Writes the packed file to the first place that takes it; none taking it is a warning."""
+        if not self.places:
+            return
+        header, problems = packed.describe(layers, self.checkpoint.files), []
+        show(0, store.nbytes, "writing packed experts")
+        for place in self.places:
+            try:
+                packed.write(place, store.buffer, header)
+            except OSError as error:
+                problems.append(f"{place}: {error.strerror or error}")
+                continue
+            show(store.nbytes, store.nbytes, "writing packed experts")
+            return
+        warnings.warn(
+            PackedFileWarning(
+                f"the packed experts ({store.nbytes / 2**20:.0f} MiB) could not be kept for the next start:"
+                f" {'; '.join(problems)}; set ${packed.CACHE_VARIABLE} to a directory with room,"
+                " or pass packed_file=False"
+            ),
+            stacklevel=2,
+        )
+
+
+def _own_names(module: nn.Module) -> Iterator[str]:
+    return (name for name, _ in module.named_parameters(recurse=False))

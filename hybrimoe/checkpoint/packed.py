@@ -1,0 +1,177 @@
+"""Packed experts on disk: what a store holds, in one file, so that the next start maps it instead of packing again.
+
+File: magic, u32 header length, JSON header (format and record layout versions, layers, fingerprint of the sources),
+padding to a page, then all records as they lie in an `ExpertStore`. A file is written under a temporary name, synced,
+and renamed when it is whole: a half file never has the final name. Each writer has a temporary file of its own, locked
+while it lives, so several processes may pack the same model at once, and files of killed ones are swept away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels import LAYOUT_VERSION
+from hybrimoe.checkpoint.safetensors_file import SafetensorsFile
+from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
+
+MAGIC = b"HYBRIMOE"
+FORMAT_VERSION = 1
+SUFFIX, PARTIAL_SUFFIX = ".hybrimoe", ".partial"
+PAGE_BYTES = 4096
+CHUNK_BYTES = 64 << 20  # written at a time
+KEY_DIGITS = 12  # of the hash in a file's name
+CACHE_VARIABLE = "HYBRIMOE_CACHE"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFile:
+    """A whole packed file that fits the model: `open` maps it."""
+
+    path: Path
+    layers: tuple[LayerSpec, ...]
+    offset_bytes: int
+
+    def open(self) -> ExpertStore:
+        """A store over the mapped, read-only file."""
+        n_bytes = sum(layer.nbytes for layer in self.layers)
+        mapped = np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.offset_bytes, shape=(n_bytes,))
+        return ExpertStore.from_buffer(self.layers, mapped)
+
+
+def describe(layers: Sequence[LayerSpec], files: Sequence[SafetensorsFile]) -> dict[str, Any]:
+    """The header that a packed file must have to stand for these layers, packed from these checkpoint files."""
+    return {
+        "format": FORMAT_VERSION,
+        "layout": LAYOUT_VERSION,
+        "layers": [
+            {
+                "path": layer.path,
+                "num_experts": layer.num_experts,
+                "hidden": layer.spec.hidden,
+                "inter": layer.spec.inter,
+                "dtype": layer.spec.dtype,
+                "has_bias": layer.spec.has_bias,
+                "gated": layer.spec.activation.gated,
+                "record_bytes": layer.spec.record_bytes,
+            }
+            for layer in layers
+        ],
+        "source": [[f.path.name, f.size_bytes, f.path.stat().st_mtime_ns, f.header_sha256] for f in files],
+    }
+
+
+def file_name(header: dict[str, Any]) -> str:
+    """Name of the packed file: the dtypes in it and a hash of layers and layout, so that variants lie side by side."""
+    dtypes = "-".join(sorted({layer["dtype"] for layer in header["layers"]}))
+    key = hashlib.sha256(json.dumps([header["layout"], header["layers"]]).encode()).hexdigest()[:KEY_DIGITS]
+    return f"experts-{dtypes}-{key}{SUFFIX}"
+
+
+def folders(directory: Path, *, beside: bool) -> tuple[Path, ...]:
+    """Where the packed file of a model may lie, best first: beside it, then in the cache directory."""
+    root = Path(os.environ.get(CACHE_VARIABLE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hybrimoe")
+    key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:KEY_DIGITS]
+    cache = root.expanduser() / f"{directory.resolve().name}-{key}"
+    return (directory, cache) if beside else (cache,)
+
+
+def find(places: Sequence[Path], layers: tuple[LayerSpec, ...], header: dict[str, Any]) -> PackedFile | None:
+    """The packed file for these layers in one of `places`; None where none is whole and fresh."""
+    for place in places:
+        path = place / file_name(header)
+        with contextlib.suppress(OSError):
+            offset_bytes = _matching_offset(path, header)
+            if offset_bytes is not None:
+                return PackedFile(path, layers, offset_bytes)
+    return None
+
+
+def write(place: Path, store_buffer: ByteArray, header: dict[str, Any]) -> Path:
+    """Writes a packed file into `place` (made if missing), returns its path. Raises OSError; then nothing is left."""
+    place.mkdir(parents=True, exist_ok=True)
+    _sweep(place)
+    path, head = place / file_name(header), _encode(header)
+    descriptor, name = tempfile.mkstemp(prefix=path.stem + "-", suffix=PARTIAL_SUFFIX, dir=place)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _reserve(file.fileno(), len(head) + store_buffer.nbytes)
+            for chunk in _chunks(head, store_buffer):
+                _write_all(file.fileno(), chunk)
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o644)
+            os.replace(name, path)
+        _sync_folder(place)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    return path
+
+
+def _matching_offset(path: Path, header: dict[str, Any]) -> int | None:
+    """Where the records start, if the file is whole and its header is `header`."""
+    with path.open("rb") as file:
+        start = file.read(len(MAGIC) + 4)
+        if len(start) < len(MAGIC) + 4 or not start.startswith(MAGIC):
+            return None
+        (length,) = struct.unpack("<I", start[len(MAGIC) :])
+        try:
+            found = json.loads(file.read(length))
+        except ValueError:
+            return None
+    offset_bytes = -(-(len(MAGIC) + 4 + length) // PAGE_BYTES) * PAGE_BYTES
+    n_bytes = sum(layer["num_experts"] * layer["record_bytes"] for layer in header["layers"])
+    whole = path.stat().st_size == offset_bytes + n_bytes
+    return offset_bytes if whole and found == header else None
+
+
+def _encode(header: dict[str, Any]) -> bytes:
+    text = json.dumps(header).encode()
+    head = MAGIC + struct.pack("<I", len(text)) + text
+    return head + bytes(-len(head) % PAGE_BYTES)
+
+
+def _chunks(head: bytes, records: ByteArray) -> Iterator[memoryview]:
+    yield memoryview(head)
+    for start in range(0, records.nbytes, CHUNK_BYTES):
+        yield records[start : start + CHUNK_BYTES].data
+
+
+def _write_all(descriptor: int, chunk: memoryview) -> None:
+    while chunk:
+        chunk = chunk[os.write(descriptor, chunk) :]
+
+
+def _reserve(descriptor: int, n_bytes: int) -> None:
+    """Takes the space at once, so that a full disk is found before anything is written."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, n_bytes)
+
+
+def _sweep(place: Path) -> None:
+    """Removes partial files whose writer is gone (nobody holds their lock)."""
+    for partial in place.glob(f"*{PARTIAL_SUFFIX}"):
+        with contextlib.suppress(OSError), partial.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+
+
+def _sync_folder(place: Path) -> None:
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

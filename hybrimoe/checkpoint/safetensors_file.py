@@ -1,0 +1,141 @@
+"""Reads safetensors files with plain positioned reads, tensor by tensor or one expert's slice at a time.
+
+The header is checked against the file's size when the file is opened, so that a truncated shard is found before a byte
+of weights is read. Reads copy into memory of their own: nothing is mapped, so resident memory is what is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
+from hybrimoe.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+LENGTH_BYTES = 8  # a safetensors file starts with the header's length as u64, little endian
+MAX_HEADER_BYTES = 100_000_000  # limit of the format
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file: where it lies and what it is."""
+
+    key: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor, in its stored dtype."""
+        return _read(self, self.offset_bytes, self.shape)
+
+    def read_slice(self, index: int) -> torch.Tensor:
+        """Row `index` of the first dimension, kept as a dimension of size 1."""
+        if not 0 <= index < self.shape[0]:
+            raise CheckpointError(f"{self.key} has {self.shape[0]} entries, entry {index} was asked for ({self.file})")
+        row_shape = (1, *self.shape[1:])
+        return _read(self, self.offset_bytes + index * math.prod(row_shape) * self.dtype.itemsize, row_shape)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """The checked header of one file."""
+
+    path: Path
+    size_bytes: int
+    header_sha256: str
+    tensors: dict[str, StoredTensor]
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Reads and checks the header of `path`. Raises CheckpointError for a truncated or damaged file."""
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            raw = file.read(LENGTH_BYTES)
+            length = struct.unpack("<Q", raw)[0] if len(raw) == LENGTH_BYTES else -1
+            if not 0 < length <= min(MAX_HEADER_BYTES, size_bytes - LENGTH_BYTES):
+                raise _damaged(path, size_bytes, "its header is cut off or no safetensors header")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        header: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise _damaged(path, size_bytes, "its header is no JSON") from error
+    header.pop("__metadata__", None)
+    start = LENGTH_BYTES + length
+    tensors = {key: _stored(path, key, entry, start) for key, entry in header.items()}
+    expected_bytes = max((tensor.offset_bytes + tensor.nbytes for tensor in tensors.values()), default=start)
+    if expected_bytes > size_bytes:
+        raise _damaged(path, size_bytes, f"its header promises {expected_bytes} bytes")
+    return SafetensorsFile(path, size_bytes, hashlib.sha256(text).hexdigest(), tensors)
+
+
+def _stored(path: Path, key: str, entry: Any, start: int) -> StoredTensor:
+    try:
+        name, shape, (begin, end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header's entry for {key} is damaged; fetch the file again") from error
+    if name not in DTYPES:
+        raise UnsupportedCheckpointError(f"{path}: {key} has dtype {name}; readable are {', '.join(DTYPES)}")
+    tensor = StoredTensor(key, path, DTYPES[name], shape, start + begin)
+    if tensor.nbytes != end - begin:
+        raise CheckpointError(
+            f"{path}: {key} {name}{list(shape)} needs {tensor.nbytes} bytes, the header gives {end - begin};"
+            " the file is damaged, fetch it again"
+        )
+    return tensor
+
+
+def _read(tensor: StoredTensor, offset_bytes: int, shape: tuple[int, ...]) -> torch.Tensor:
+    raw = torch.empty(math.prod(shape) * tensor.dtype.itemsize, dtype=torch.uint8)
+    view, done = memoryview(raw.numpy().data), 0
+    try:
+        descriptor = os.open(tensor.file, os.O_RDONLY)
+        try:
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], offset_bytes + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{tensor.file} ends inside {tensor.key}: the file is truncated; fetch it again"
+                    )
+                done += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {tensor.key} from {tensor.file}: {error.strerror}") from error
+    return raw.view(tensor.dtype).reshape(shape)
+
+
+def _damaged(path: Path, size_bytes: int, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated or damaged: it has {size_bytes} bytes, and {what}; fetch it again")

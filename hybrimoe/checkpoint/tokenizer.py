@@ -1,0 +1,26 @@
+"""The tokenizer that belongs to a model directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hybrimoe.checkpoint.source import model_directory
+from hybrimoe.errors import ModelError
+
+
+def load_tokenizer(path_or_hub_id: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory, hub id, or (None) the demo model.
+
+    Raises ModelError where there is no model, or no tokenizer in it.
+    """
+    directory = model_directory(path_or_hub_id)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{directory} has no usable tokenizer ({reason}); expected tokenizer.json beside the weights"
+        ) from error
+    return tokenizer
