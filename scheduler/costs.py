@@ -118,16 +118,22 @@ class CostModel:
         """Moves the lane's drift towards observed / predicted. Raises CostError for a time that cannot be."""
         if not (0.0 <= task.us < np.inf) or task.lane not in LANES or not 0 <= task.layer < self.n_layers:
             raise CostError(f"expected a finite us >= 0 of a known lane and layer, found {task}")
-        kind = self.kind[task.layer]
         if task.lane == "link":
-            expected = self.link_us[kind]
-        else:
-            grid = self.cpu_grid if task.lane == "cpu" else self.accel_grid
-            expected = _look_up(grid[kind], task.n_tokens)
-        if expected <= 0.0 or task.us == 0.0:
+            self.observe_transfer(task.layer, task.us)
             return
-        lane = LANES[task.lane]
-        moved = (1.0 - DRIFT_WEIGHT) * self.drift[lane] + DRIFT_WEIGHT * task.us / expected
+        grid = self.cpu_grid if task.lane == "cpu" else self.accel_grid
+        self._follow(LANES[task.lane], task.us, float(_look_up(grid[self.kind[task.layer]], task.n_tokens)))
+
+    def observe_transfer(self, layer: int, us: float) -> None:
+        """``observe`` for one copy over the link, which is expected to have run beside the CPU."""
+        if not 0.0 <= us < np.inf:
+            raise CostError(f"a transfer took {us} us: expected a finite number of at least 0")
+        self._follow(LANES["link"], us, float(self.link_us[self.kind[layer]]) / self.link_with_cpu)
+
+    def _follow(self, lane: int, us: float, expected_us: float) -> None:
+        if expected_us <= 0.0 or us == 0.0:
+            return
+        moved = (1.0 - DRIFT_WEIGHT) * float(self.drift[lane]) + DRIFT_WEIGHT * us / expected_us
         self.drift[lane] = min(max(moved, DRIFT_BOUNDS[0]), DRIFT_BOUNDS[1])
 
 

@@ -1,1 +1,320 @@
-"""The planner: demand and events in, plans out. The runtime and the simulator drive this one object."""
+"""The planner: demand and events in, plans out. The runtime and the simulator drive this one object.
+
+No clock, no threads: the same calls give the same plans.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.balancing import kernel_of
+from scheduler.cache import CACHE_POLICIES
+from scheduler.costs import CostModel
+from scheduler.decide import POLICY_CODES, REUSE, decide, pick_slot
+from scheduler.demand import LayerDemand, Phase
+from scheduler.errors import DemandError, PolicyError, SlotError
+from scheduler.explain import Explanation, explain
+from scheduler.future import Future
+from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, Transfer, TransferEnded, TransferKind
+from scheduler.policies import Policy, resolve_policy
+from scheduler.prefetch import PREFETCH_POLICIES
+from scheduler.setting import Scorer, Setting, make
+from scheduler.slots import SlotTable
+from scheduler.warm_up import preferred
+
+Placement = Literal["hybrid", "cpu", "accelerator"]
+
+MAX_PREFETCHES: Final = 8
+"""Prefetches that one layer may start, however long the link idles: later layers know more."""
+NOW: Final = LaneState()
+_FORCED: Final = {"cpu": "cpu_only", "accelerator": "accel_only"}
+
+
+class Planner:
+    """Plans every layer of every step, and keeps the slot table that its plans lead to.
+
+    ``n_slots`` are shared by all layers (more than there are experts is cut; 0 plans everything on the CPU).
+    ``policy``: a preset or ``balance/prefetch/cache``, ``params`` its parameters. ``placements``: one of "hybrid",
+    "cpu", "accelerator" a layer. ``future``: recorded routing for the oracles. ``scorer``, ``prefetch_scorer``: for
+    the ``learned`` policies. Nothing is drawn at random; ``seed`` is kept for the record.
+    Raises PolicyError, SlotError or DemandError for what cannot be.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        n_experts: int,
+        n_slots: int,
+        costs: CostModel,
+        policy: str | Policy = "ours",
+        lookahead: int = 3,
+        seed: int = 0,
+        *,
+        placements: Sequence[Placement] | None = None,
+        future: Future | None = None,
+        scorer: Scorer | None = None,
+        prefetch_scorer: Scorer | None = None,
+        **params: Any,
+    ) -> None:
+        if costs.n_layers != n_layers:
+            raise DemandError(f"the cost model has {costs.n_layers} layers, the planner {n_layers}")
+        if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0:
+            raise PolicyError(f"lookahead must be an integer of at least 0, found {lookahead!r}")
+        self.n_layers, self.n_experts, self.costs, self.seed = n_layers, n_experts, costs, seed
+        self.policy = resolve_policy(policy, **params)
+        self.slots = SlotTable(n_slots, n_layers, n_experts)
+        self._setting = Setting(n_layers, n_experts, self.slots, costs, lookahead, future, scorer, prefetch_scorer)
+        self.cache = make("cache", self.policy.cache, CACHE_POLICIES, self._setting, self.policy.params)
+        self.prefetch = make("prefetch", self.policy.prefetch, PREFETCH_POLICIES, self._setting, self.policy.params)
+        self._placements = _check_placements(placements, n_layers)
+        self._codes = self._balance_codes()
+        self._recency = np.zeros(n_layers * n_experts)
+        self._clock, self._step = 0, -1
+        self._in_flight: dict[int, int] = {}
+        self._arrival = np.zeros(self.slots.n_slots)
+        self._claimed: list[deque[tuple[list[int], list[int]]]] = [deque() for _ in range(n_layers)]
+        self._demands: dict[int, tuple[LayerDemand, LaneState]] = {}
+        self._ready, self._scales = np.zeros(3), np.zeros(3)
+
+    def _balance_codes(self) -> list[tuple[int, npt.NDArray[np.float64]]]:
+        """Compiled policy code and parameters of each layer."""
+        known = ("form", "hot", "node_limit")
+        own = {key: value for key, value in self.policy.params.items() if key in known}
+        _, numbers = kernel_of(self.policy.balance, **own)
+        name = "fiddler_max" if own.get("form") == "max" else self.policy.balance
+        codes = []
+        for placement in self._placements:
+            forced = "cpu_only" if self.slots.n_slots == 0 else _FORCED.get(placement, name)
+            codes.append((POLICY_CODES[forced], numbers))
+        return codes
+
+    def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]:
+        """Fills the free slots before the first step: by use ``frequencies`` [n_layers, n_experts], or low ids first.
+
+        The transfers are in link order; each needs its TransferEnded event. Raises DemandError for a wrong shape.
+        """
+        known = None if frequencies is None else np.asarray(frequencies, np.float64)
+        if known is not None and (known.shape != (self.n_layers, self.n_experts) or not np.all(known >= 0)):
+            raise DemandError(
+                f"frequencies: expected [{self.n_layers}, {self.n_experts}] of at least 0, found shape {known.shape}"
+            )
+        self.cache.warmed(known)
+        offered = np.array([placement != "cpu" for placement in self._placements])
+        transfers = []
+        free = iter(np.flatnonzero(self.slots.key_of < 0).tolist())
+        for key in preferred(self.cache, self.slots, known, offered):
+            slot = next(free, None)
+            if slot is None:
+                break
+            transfers.append(self._start(slot, key, "warmup", 0.0, True))
+        return tuple(transfers)
+
+    def begin_sequence(self, future: Future | None = None) -> None:
+        """A new sequence starts; what is resident stays. ``future``: its recorded routing, for the oracles."""
+        if future is not None:
+            self._setting.future = future
+        self._setting.step = -1
+        self.cache.begin_sequence()
+        self.prefetch.begin_sequence()
+
+    def begin_step(self, phase: Phase, n_tokens: int) -> None:
+        """One forward pass starts: a prefill chunk or a decode step of ``n_tokens`` tokens."""
+        if phase not in ("prefill", "decode") or n_tokens < 0:
+            raise DemandError(f"expected prefill or decode and n_tokens >= 0, found {phase!r} and {n_tokens}")
+        self._step += 1
+        self._setting.step += 1
+
+    def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan:
+        """The plan of one layer; its transfers are in flight and its experts in use from now on.
+
+        Raises DemandError if the demand does not fit the model (the full check is ``demand.validate``).
+        """
+        layer, ids = demand.layer, _int32(demand.expert_ids)
+        n = ids.size
+        if not 0 <= layer < self.n_layers:
+            raise DemandError(f"layer {layer} is outside 0..{self.n_layers - 1}")
+        if n and not (0 <= ids[0] and ids[-1] < self.n_experts and demand.n_tokens.size == n):
+            raise DemandError(f"layer {layer}: expert ids must ascend within 0..{self.n_experts - 1}, one n_tokens each")
+        self._demands[layer] = (demand, lanes)
+        self.cache.observe(demand)
+        self.prefetch.observe(demand)
+        self.cache.refresh(layer)
+        if n == 0:
+            self._claimed[layer].append(([], []))
+            prefetches = self._plan_prefetches(demand, lanes.link_ready_us, 0.0)
+            return LayerPlan(self._step, layer, (), (), (), (), prefetches, 0.0)
+        return self._plan_active(demand, ids, lanes)
+
+    def _plan_active(self, demand: LayerDemand, ids: npt.NDArray[np.int32], lanes: LaneState) -> LayerPlan:
+        layer, n = demand.layer, ids.size
+        makespan, flat = self._decide(demand, ids, lanes)
+        experts = ids.tolist()
+        first_key = layer * self.n_experts
+        accel_positions = flat[3 + n : 3 + n + flat[1]]
+        demanded = set(flat[3 + 2 * n : 3 + 2 * n + flat[2]])
+        accel, slots, transfers, awaited = [], [], {}, []
+        for position in accel_positions:
+            expert, slot = experts[position], flat[3 + 3 * n + position]
+            if position in demanded:
+                transfers[position] = self._start_demand(demand, position, slot, flat[3 + 4 * n + position], expert)
+            elif first_key + expert in self._in_flight:
+                awaited.append(expert)
+            self.slots.claim(slot)
+            accel.append(expert)
+            slots.append(slot)
+        leaving = [t.slot for t in transfers.values() if not t.admit]
+        self._claimed[layer].append((slots, leaving))
+        link_end = lanes.link_ready_us + len(transfers) * float(self._scales[2])
+        return LayerPlan(
+            self._step, layer, tuple([experts[p] for p in flat[3 : 3 + flat[0]]]), tuple(accel), tuple(slots),
+            tuple([transfers[p] for p in flat[3 + 2 * n : 3 + 2 * n + flat[2]]]),
+            self._plan_prefetches(demand, link_end, makespan), makespan, tuple(awaited),
+        )  # fmt: skip
+
+    def _decide(self, demand: LayerDemand, ids: npt.NDArray[np.int32], lanes: LaneState) -> tuple[float, list[int]]:
+        """Runs the compiled decision: makespan and the flat plan (see ``decide``)."""
+        layer, costs, cache, slots = demand.layer, self.costs, self.cache, self.slots
+        first_key = layer * self.n_experts
+        ready, scales = self._ready, self._scales
+        ready[0], ready[1], ready[2] = lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us
+        transfer_us = costs.transfer_us(layer, cpu_busy=True)
+        scales[0] = costs.drift[0] / (costs.cpu_with_link if lanes.link_ready_us > 0 else 1.0)
+        scales[1], scales[2] = costs.drift[1], transfer_us
+        if self._in_flight:
+            self._estimate_arrivals(lanes.link_ready_us, transfer_us)
+        kind = costs.kind[layer]
+        code, params = self._codes[layer]
+        out = np.empty(3 + 5 * ids.size, np.int64)
+        capacity = int(cache.capacities[layer]) if cache.scope == "layer" else -1
+        makespan = decide(
+            code, params, ids, _int32(demand.n_tokens), first_key, first_key + self.n_experts, capacity,
+            costs.cpu_grid[kind], costs.accel_grid[kind], scales, ready, slots.slot_of, slots.key_of, slots.state,
+            slots.claims, self._arrival, cache.keep, self._recency, out,
+        )  # fmt: skip
+        self._clock += 1
+        self._recency[ids + first_key] = self._clock
+        return makespan, out.tolist()
+
+    def _estimate_arrivals(self, link_ready_us: float, transfer_us: float) -> None:
+        """The link is in order, so the last transfer in flight lands when the link gets free, the others before."""
+        behind = len(self._in_flight)
+        for slot in self._in_flight.values():
+            behind -= 1
+            self._arrival[slot] = max(link_ready_us - behind * transfer_us, 0.0)
+
+    def _start_demand(self, demand: LayerDemand, position: int, slot: int, evicted: int, expert: int) -> Transfer:
+        layer = demand.layer
+        n_tokens = int(demand.n_tokens[position])
+        gain = float(self.costs.cpu_us(layer, n_tokens) - self.costs.accel_us(layer, n_tokens))
+        key = layer * self.n_experts + expert
+        return self._start(slot, key, "demand", gain, self.cache.admits(key), chained=evicted == REUSE)
+
+    def _start(
+        self, slot: int, key: int, kind: TransferKind, gain_us: float, admit: bool, chained: bool = False
+    ) -> Transfer:
+        """Puts ``key`` in flight into ``slot`` and tells the cache policy."""
+        old = self.slots.chain_transfer(slot, key) if chained else self.slots.begin_transfer(slot, key)
+        if old >= 0:
+            self._in_flight.pop(old, None)
+        self._in_flight[key] = slot
+        if self.cache.tracks_slots:
+            if old >= 0:
+                self.cache.evicted(old)
+            self.cache.inserted(key)
+        layer, expert = divmod(key, self.n_experts)
+        return Transfer(layer, expert, slot, None if old < 0 else divmod(old, self.n_experts), kind, gain_us, admit)
+
+    def _plan_prefetches(self, demand: LayerDemand, link_end_us: float, makespan_us: float) -> tuple[Transfer, ...]:
+        """Prefetches that start before the next layer's demand can need the link."""
+        transfer_us = self.costs.transfer_us(demand.layer, cpu_busy=True)
+        idle_us = makespan_us + self.costs.dense_us - link_end_us
+        if idle_us <= 0.0 or not self.slots.n_slots:
+            return ()
+        limit = MAX_PREFETCHES if transfer_us <= 0.0 else min(math.ceil(idle_us / transfer_us), MAX_PREFETCHES)
+        keys, gains = self.prefetch.propose(demand, limit)
+        if not keys.size:
+            return ()
+        taken = self._needed_soon(demand)
+        started = []
+        for key, gain in zip(keys.tolist(), gains.tolist(), strict=True):
+            slot = self._prefetch_slot(key, taken)
+            if slot >= 0 and self._worth_it(slot, gain):
+                started.append(self._start(slot, key, "prefetch", gain, True))
+        return tuple(started)
+
+    def _needed_soon(self, demand: LayerDemand) -> npt.NDArray[np.bool_]:
+        """bool[n_slots]: experts that this demand's predictions name; prefetches do not evict them."""
+        taken = np.zeros(self.slots.n_slots, np.bool_)
+        for prediction in demand.predictions:
+            slots = self.slots.slot_of[prediction.layer * self.n_experts + prediction.expert_ids]
+            taken[slots[slots >= 0]] = True
+        return taken
+
+    def _prefetch_slot(self, key: int, taken: npt.NDArray[np.bool_]) -> int:
+        layer = key // self.n_experts
+        if self._placements[layer] == "cpu":
+            return -1
+        capacity = int(self.cache.capacities[layer]) if self.cache.scope == "layer" else -1
+        first_key = layer * self.n_experts
+        slots = self.slots
+        return pick_slot(
+            slots.key_of, slots.state, slots.claims, self.cache.keep, taken, first_key, first_key + self.n_experts, capacity
+        )
+
+    def _worth_it(self, slot: int, gain_us: float) -> bool:
+        """Policies whose ``keep`` is in us do not let a prefetch evict what is worth more."""
+        key = int(self.slots.key_of[slot])
+        return key < 0 or not self.cache.keeps_us or gain_us > float(self.cache.keep[key])
+
+    def on_event(self, event: Event) -> None:
+        """What the executor saw: a transfer or a layer has ended. Raises SlotError if nothing of the kind was planned."""
+        if isinstance(event, TransferEnded):
+            key = event.layer * self.n_experts + event.expert
+            self.slots.end_transfer(event.slot, key)
+            if self._in_flight.get(key) == event.slot:
+                del self._in_flight[key]
+            if event.us > 0.0:
+                self.costs.observe_transfer(event.layer, event.us)
+        elif isinstance(event, LayerEnded):
+            self._end_layer(event)
+        else:
+            raise SlotError(f"expected TransferEnded or LayerEnded, found {type(event).__name__}")
+
+    def _end_layer(self, event: LayerEnded) -> None:
+        if not 0 <= event.layer < self.n_layers or not self._claimed[event.layer]:
+            raise SlotError(f"layer {event.layer} has ended, but no plan of it is open")
+        slots, leaving = self._claimed[event.layer].popleft()
+        for slot in slots:
+            self.slots.release(slot)
+        for slot in leaving:
+            if self.slots.state[slot] == 2 and not self.slots.claims[slot]:
+                self.slots.free(slot)
+        for task in event.observed:
+            self.costs.observe(task)
+
+    def explain(self, plan: LayerPlan) -> Explanation:
+        """Why the latest plan of a layer is as it is. Raises DemandError for an older plan."""
+        found = self._demands.get(plan.layer)
+        if found is None or plan.step != self._step:
+            raise DemandError(f"only plans of the current step can be explained, found step {plan.step}")
+        return explain(plan, found[0], found[1], self.costs, self.slots)
+
+
+def _check_placements(placements: Sequence[Placement] | None, n_layers: int) -> tuple[Placement, ...]:
+    given: tuple[Placement, ...] = ("hybrid",) * n_layers if placements is None else tuple(placements)
+    if len(given) != n_layers or any(p not in ("hybrid", "cpu", "accelerator") for p in given):
+        raise PolicyError(f"placements: expected {n_layers} of hybrid, cpu, accelerator, found {given}")
+    return given
+
+
+def _int32(array: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """A contiguous writable int32 array: the one type that the compiled decision knows."""
+    if array.dtype == np.int32 and array.flags.carray:
+        return array
+    return np.array(array, np.int32)

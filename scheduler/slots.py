@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from enum import IntEnum
 
 import numpy as np
@@ -13,7 +14,7 @@ NO_KEY = -1
 
 
 class SlotState(IntEnum):
-    """free -> in flight -> resident <-> in use; resident -> free or (evicted) in flight again."""
+    """free -> in flight -> resident <-> in use; resident -> free, or evicted: in flight with another expert."""
 
     FREE = 0
     IN_FLIGHT = 1
@@ -24,9 +25,10 @@ class SlotState(IntEnum):
 class SlotTable:
     """``n_slots`` slots for the experts of ``n_layers`` x ``n_experts``; flat arrays, key = layer * n_experts + expert.
 
-    ``key_of`` int32[n_slots] (-1 empty), ``state`` uint8[n_slots], ``slot_of`` int32[n_layers * n_experts] (-1 absent),
-    ``claimed`` bool[n_slots]: a plan whose layer has not ended computes from this slot.
-    Every illegal transition raises SlotError and changes nothing.
+    ``key_of`` int64[n_slots] (-1 empty), ``state`` int64[n_slots], ``slot_of`` int64[n_layers * n_experts] (-1 absent),
+    ``claims`` int64[n_slots]: plans that compute from the slot and whose layer has not ended.
+    More slots than experts are cut to the number of experts. Every illegal transition raises SlotError and changes
+    nothing.
     """
 
     def __init__(self, n_slots: int, n_layers: int, n_experts: int) -> None:
@@ -34,10 +36,11 @@ class SlotTable:
             raise SlotError(f"need n_slots >= 0 and a model, found {n_slots} slots, {n_layers} x {n_experts} experts")
         self.n_layers, self.n_experts = n_layers, n_experts
         self.n_slots = min(n_slots, n_layers * n_experts)
-        self.key_of = np.full(self.n_slots, NO_KEY, np.int32)
-        self.state = np.zeros(self.n_slots, np.uint8)
-        self.claimed = np.zeros(self.n_slots, np.bool_)
-        self.slot_of = np.full(n_layers * n_experts, NO_SLOT, np.int32)
+        self.key_of = np.full(self.n_slots, NO_KEY, np.int64)
+        self.state = np.zeros(self.n_slots, np.int64)
+        self.claims = np.zeros(self.n_slots, np.int64)
+        self.slot_of = np.full(n_layers * n_experts, NO_SLOT, np.int64)
+        self._overtaken: Counter[tuple[int, int]] = Counter()
 
     def slot(self, layer: int, expert: int) -> int:
         """The slot that holds or will hold this expert, or -1."""
@@ -62,3 +65,80 @@ class SlotTable:
         """Number of slots in each state."""
         found = np.bincount(self.state, minlength=4)
         return {state: int(found[state]) for state in SlotState}
+
+    def begin_transfer(self, slot: int, key: int) -> int:
+        """A free slot, or one whose resident no plan uses, starts to receive ``key``. Returns the evicted key or -1."""
+        self._check_absent(key)
+        state = self.state[slot]
+        if state not in (SlotState.FREE, SlotState.RESIDENT) or self.claims[slot]:
+            raise SlotError(f"slot {slot} is {self._describe(slot)}: only a free or idle resident slot can be rewritten")
+        return self._receive(slot, key)
+
+    def chain_transfer(self, slot: int, key: int) -> int:
+        """The slot of an expert that a plan computes from receives ``key`` after its last read. Returns the old key.
+
+        The executor owns the wait; a TransferEnded of the old expert may still come and is expected then.
+        """
+        self._check_absent(key)
+        if not self.claims[slot]:
+            raise SlotError(f"slot {slot} is {self._describe(slot)}: only a slot that a plan uses can be chained")
+        old = int(self.key_of[slot])
+        if self.state[slot] == SlotState.IN_FLIGHT:
+            self._overtaken[(slot, old)] += 1
+        return self._receive(slot, key)
+
+    def end_transfer(self, slot: int, key: int) -> None:
+        """The bytes of ``key`` are in ``slot``: resident, or in use if a plan waits for it."""
+        if self._overtaken and self._overtaken[(slot, key)] > 0:
+            self._overtaken[(slot, key)] -= 1
+            self._overtaken += Counter()
+            return
+        if not 0 <= slot < self.n_slots or self.key_of[slot] != key or self.state[slot] != SlotState.IN_FLIGHT:
+            expert = divmod(key, self.n_experts)
+            raise SlotError(f"no transfer of layer {expert[0]} expert {expert[1]} into slot {slot} is under way")
+        self.state[slot] = SlotState.IN_USE if self.claims[slot] else SlotState.RESIDENT
+
+    def claim(self, slot: int) -> None:
+        """A plan computes from this slot until ``release``."""
+        if self.state[slot] == SlotState.FREE:
+            raise SlotError(f"slot {slot} is free: nothing to compute from")
+        self.claims[slot] += 1
+        if self.state[slot] == SlotState.RESIDENT:
+            self.state[slot] = SlotState.IN_USE
+
+    def release(self, slot: int) -> None:
+        """One plan that used this slot has ended."""
+        if self.claims[slot] < 1:
+            raise SlotError(f"slot {slot} is {self._describe(slot)}: no plan uses it")
+        self.claims[slot] -= 1
+        if self.claims[slot] == 0 and self.state[slot] == SlotState.IN_USE:
+            self.state[slot] = SlotState.RESIDENT
+
+    def free(self, slot: int) -> int:
+        """An idle resident leaves; returns its key."""
+        if self.state[slot] != SlotState.RESIDENT:
+            raise SlotError(f"slot {slot} is {self._describe(slot)}: only an idle resident can leave")
+        key = int(self.key_of[slot])
+        self.slot_of[key] = NO_SLOT
+        self.key_of[slot] = NO_KEY
+        self.state[slot] = SlotState.FREE
+        return key
+
+    def _receive(self, slot: int, key: int) -> int:
+        old = int(self.key_of[slot])
+        if old != NO_KEY:
+            self.slot_of[old] = NO_SLOT
+        self.key_of[slot] = key
+        self.slot_of[key] = slot
+        self.state[slot] = SlotState.IN_FLIGHT
+        return old
+
+    def _check_absent(self, key: int) -> None:
+        if self.slot_of[key] != NO_SLOT:
+            expert = divmod(key, self.n_experts)
+            raise SlotError(f"layer {expert[0]} expert {expert[1]} is already in slot {self.slot_of[key]}")
+
+    def _describe(self, slot: int) -> str:
+        occupant = self.occupant(slot)
+        held = "" if occupant is None else f" (layer {occupant[0]} expert {occupant[1]})"
+        return f"{self.state_of(slot).name.lower().replace('_', ' ')}{held}"

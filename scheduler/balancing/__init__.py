@@ -92,6 +92,11 @@ def kernel_of(policy: str, **params: Any) -> tuple[Kernel, npt.NDArray[np.float6
     return kernel, np.array([float(number), 0.0])
 
 
+def parameters_of_balance(policy: str) -> frozenset[str]:
+    """Names of a balance policy's parameters."""
+    return _KERNELS[policy][1]
+
+
 def evaluate(
     costs: LayerCosts, cpu: tuple[int, ...], accel: tuple[int, ...], transfers: tuple[int, ...]
 ) -> float:
@@ -109,4 +114,4 @@ def evaluate(
     return float(plan_makespan(costs.table, costs.ready, plan))
 
 
-__all__ = ["BALANCE_POLICIES", "BalancePlan", "Kernel", "LayerCosts", "balance", "evaluate", "kernel_of"]
+__all__ = ["BALANCE_POLICIES", "BalancePlan", "Kernel", "LayerCosts", "balance", "evaluate", "kernel_of", "parameters_of_balance"]

@@ -1,0 +1,22 @@
+"""Prefetch policies: which experts of later layers to bring while the link idles."""
+
+from __future__ import annotations
+
+from scheduler.prefetch.base import NoPrefetch, PrefetchPolicy
+from scheduler.prefetch.gates import GateTopK, Impact
+from scheduler.prefetch.learned import PREFETCH_FEATURES, LearnedPrefetch
+from scheduler.prefetch.statistics import ActivationMatrixPrefetch, History, Perfect
+from scheduler.prefetch.value import ValuePrefetch
+
+PREFETCH_POLICIES: dict[str, type[PrefetchPolicy]] = {
+    "none": NoPrefetch,
+    "impact": Impact,
+    "gate_topk": GateTopK,
+    "history": History,
+    "activation_matrix": ActivationMatrixPrefetch,
+    "learned": LearnedPrefetch,
+    "perfect": Perfect,
+    "value": ValuePrefetch,
+}
+
+__all__ = ["PREFETCH_FEATURES", "PREFETCH_POLICIES", "PrefetchPolicy"]
