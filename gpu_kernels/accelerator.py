@@ -64,6 +64,7 @@ class LayerWork:
     device_state: object | None = None
 
 
+@runtime_checkable
 class Accelerator(Protocol):
     """Slot memory and two FIFO lanes of one device."""
 

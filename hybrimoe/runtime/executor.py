@@ -82,14 +82,12 @@ class Executor:
             return combine_on_host(work), run
         return self.accelerator.combine(work, run.events), run
 
-    def start_transfers(
-        self, transfers: Sequence[Transfer], step: int, *, traced: bool = False, planned: bool = True
-    ) -> None:
-        """Submits transfers in link order. `planned`: the planner is to be told of their ends."""
+    def start_transfers(self, transfers: Sequence[Transfer], step: int, *, traced: bool = False) -> None:
+        """Submits transfers in link order."""
         assert self.slots is not None
         for transfer in transfers:
             record = self._store.record(transfer.layer, transfer.expert)
-            self.slots.submit(transfer, record, step, traced=traced, planned=planned)
+            self.slots.submit(transfer, record, step, traced=traced)
 
     def _submit(self, plan: LayerPlan, spec: ExpertSpec, work: LayerWork, run: LayerRun) -> None:
         """Interleaves transfers and computations so that each sees the slot contents that the plan means."""

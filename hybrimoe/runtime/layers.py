@@ -18,10 +18,7 @@ PLACEMENTS: tuple[Placement, ...] = ("hybrid", "cpu", "accelerator")
 
 @dataclass(slots=True)
 class Layer:
-    """One injected layer. `layout` (and with it the replaced module) is dropped once its weights are in the store.
-
-    `first_slot`: of a layer placed on the accelerator, whose experts keep slots of their own.
-    """
+    """One injected layer. `layout` (and with it the replaced module) is dropped once its weights are in the store."""
 
     path: str
     spec: ExpertSpec
@@ -30,7 +27,6 @@ class Layer:
     layout: ExpertsLayout | None
     experts: nn.Module
     backend: CpuBackend | None = None
-    first_slot: int | None = None
 
     @property
     def layer_spec(self) -> LayerSpec:

@@ -83,9 +83,9 @@ class Runner:
         self._begin_step(self._tracker.next(index, work.dispatch.n_tokens), work.dispatch.n_tokens)
         counters = self._stats.of(self._phase, index)
         self._report_transfers()
-        demand = self._demand(index, layer, work.hidden, work.host_hidden, work.dispatch, top_k_index)
+        demand = self._demand(index, work.hidden, work.host_hidden, work.dispatch, top_k_index)
         self._count_demand(counters, index, demand)
-        plan = self._plan(index, layer, demand)
+        plan = self._plan(index, demand)
         self._stats.plan(counters, plan, self._record_bytes)
         planned_us = clock_us()
         assert layer.backend is not None
@@ -97,10 +97,10 @@ class Runner:
         counters.overhead_us += clock_us() - began_us - (ran_us - planned_us)
         return result
 
-    def warm_up(self, transfers: Sequence[Transfer], *, planned: bool) -> None:
+    def warm_up(self, transfers: Sequence[Transfer]) -> None:
         """Starts transfers before the first step."""
         if transfers:
-            self._executor.start_transfers(transfers, self._step_index, planned=planned)
+            self._executor.start_transfers(transfers, self._step_index)
             self._stats.warmup_transfers += len(transfers)
 
     def take_over(self, previous: Runner) -> None:
@@ -137,7 +137,7 @@ class Runner:
             self.planner.begin_step(step.phase, n_tokens)
 
     def _demand(
-        self, index: int, layer: Layer, hidden: torch.Tensor, host_hidden: npt.NDArray[np.float32],
+        self, index: int, hidden: torch.Tensor, host_hidden: npt.NDArray[np.float32],
         dispatch: Dispatch, top_k_index: torch.Tensor,
     ) -> LayerDemand:  # fmt: skip
         predictions: tuple[Prediction, ...] = ()
@@ -161,29 +161,22 @@ class Runner:
         return self.routing_recorder is not None or table.n_slots < table.n_layers * table.n_experts
 
     def _count_demand(self, counters: Counters, index: int, demand: LayerDemand) -> None:
-        layer = self._layers[index]
-        table = self.planner.slots if self.planner is not None and layer.placement == "hybrid" else None
+        table = None if self.planner is None else self.planner.slots
         self._stats.demand(counters, index, demand.expert_ids, demand.n_tokens_total, table)
-        if layer.first_slot is not None:
-            self._stats.pinned(counters, len(demand.expert_ids))
 
-    def _plan(self, index: int, layer: Layer, demand: LayerDemand) -> LayerPlan:
-        if layer.placement == "hybrid" and self.planner is not None:
-            assert self._executor.slots is not None
-            assert self.costs is not None
-            busy_us = self._executor.slots.link_busy_us(clock_us(), self.costs.transfer_us)
-            return self.planner.plan_layer(demand, LaneState(link_ready_us=busy_us))
-        experts = tuple(demand.expert_ids.tolist())
-        if layer.first_slot is None:
-            return LayerPlan(self._step_index, index, experts, (), (), (), (), 0.0)
-        slots = tuple(layer.first_slot + expert for expert in experts)
-        return LayerPlan(self._step_index, index, (), experts, slots, (), (), 0.0)
+    def _plan(self, index: int, demand: LayerDemand) -> LayerPlan:
+        if self.planner is None:
+            return LayerPlan(self._step_index, index, tuple(demand.expert_ids.tolist()), (), (), (), (), 0.0)
+        assert self._executor.slots is not None
+        assert self.costs is not None
+        busy_us = self._executor.slots.link_busy_us(clock_us(), self.costs.transfer_us)
+        return self.planner.plan_layer(demand, LaneState(link_ready_us=busy_us))
 
     def _after(self, plan: LayerPlan, demand: LayerDemand, run: LayerRun, counters: Counters) -> None:
         counters.cpu_us += run.cpu_us
         self._unreported.append(run)
         self._report_transfers()
-        if self.planner is not None and self._layers[plan.layer].placement == "hybrid":
+        if self.planner is not None:
             self.planner.on_event(LayerEnded(plan.layer, self._observed_cpu(run)))
         if self.tracing:
             self.plans.append(PlannedLayer(plan, demand))
@@ -205,7 +198,7 @@ class Runner:
             self._stats.of(self._phase, ended.layer).link_us += ended.us
             if item.traced:
                 self.timeline.append(item.record())
-            if self.planner is not None and item.planned:
+            if self.planner is not None:
                 self.planner.on_event(ended)
 
     def _report_runs(self) -> None:

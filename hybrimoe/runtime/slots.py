@@ -35,7 +35,6 @@ class InFlight:
     n_bytes: int
     step: int
     traced: bool
-    planned: bool
 
     def ended(self) -> TransferEnded:
         """What the planner is told. Raises LaneError if the copy failed."""
@@ -66,15 +65,13 @@ class SlotCache:
         """Slots of the accelerator."""
         return len(self._holds)
 
-    def submit(
-        self, transfer: Transfer, record: npt.NDArray[np.uint8], step: int, *, traced: bool, planned: bool
-    ) -> None:
-        """Starts one transfer; it follows all earlier ones. `planned`: it belongs to the planner's slots."""
+    def submit(self, transfer: Transfer, record: npt.NDArray[np.uint8], step: int, *, traced: bool = False) -> None:
+        """Starts one transfer; it follows all earlier ones."""
         if not 0 <= transfer.slot < len(self._holds):
             raise PlanError(f"{transfer} names slot {transfer.slot} of {len(self._holds)}")
         event = self.accelerator.copy_to_slot(transfer.slot, record)
         self._holds[transfer.slot] = (transfer.layer, transfer.expert)
-        self._pending.append(InFlight(transfer, event, record.nbytes, step, traced, planned))
+        self._pending.append(InFlight(transfer, event, record.nbytes, step, traced))
 
     def check(self, slot: int, key: Key) -> None:
         """Raises PlanError unless the slot holds (or will hold, once its copy ends) this expert."""

@@ -24,7 +24,7 @@ from hybrimoe.runtime.slots import SlotCache
 from hybrimoe.runtime.stats import StatsRecorder
 from hybrimoe.runtime.steps import StepTracker
 from hybrimoe.runtime.store import ExpertStore
-from scheduler import CostModel, ModelShape, Transfer
+from scheduler import CostModel, ModelShape
 
 Frequencies = npt.NDArray[np.floating]
 Probe = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
@@ -50,21 +50,18 @@ class Startup:
         counters and hooks. Raises BudgetError where slots do not fit."""
         if setting is not None:
             self._allocate(setting)
-        n_planned = self._n_planned_slots()
-        has_slots = self.accelerator is not None and self.accelerator.n_slots > 0
-        costs = previous.costs if previous is not None else (self._costs() if n_planned else None)
-        if n_planned and costs is None:
-            costs = self._costs()
-        planner = self._planner(n_planned, costs) if n_planned and costs is not None else None
-        slots = SlotCache(self.accelerator) if has_slots and self.accelerator is not None else None
+        slots, planner, costs = None, None, None
+        if self.accelerator is not None and self.accelerator.n_slots and self._slotted():
+            costs = self._costs() if previous is None or previous.costs is None else previous.costs
+            slots = SlotCache(self.accelerator)
+            planner = self._planner(self.accelerator.n_slots, costs)
         runner = Runner(self.layers, Executor(self.store, slots), planner, costs, self.stats, self.tracker)
         if planner is not None and self._wants_lookahead():
             runner.lookahead = self._lookahead()
         if previous is not None:
             runner.take_over(previous)
-        runner.warm_up(self._pinned_transfers(n_planned), planned=False)
         if planner is not None:
-            runner.warm_up(planner.warm_up(frequencies), planned=True)
+            runner.warm_up(planner.warm_up(frequencies))
         return runner
 
     def _wants_lookahead(self) -> bool:
@@ -74,15 +71,6 @@ class Startup:
     def _slotted(self) -> list[Layer]:
         return [layer for layer in self.layers if layer.placement != "cpu"]
 
-    def _n_pinned(self) -> int:
-        return sum(layer.num_experts for layer in self.layers if layer.placement == "accelerator")
-
-    def _n_planned_slots(self) -> int:
-        """Slots that the planner owns: the first ones. Layers placed on the accelerator own the rest."""
-        if self.accelerator is None or all(layer.placement != "hybrid" for layer in self.layers):
-            return 0
-        return self.accelerator.n_slots - self._n_pinned()
-
     def _allocate(self, setting: int | float | str) -> None:
         accelerator, slotted = self.accelerator, self._slotted()
         if accelerator is None or not slotted:
@@ -91,22 +79,14 @@ class Startup:
         n_experts = sum(layer.num_experts for layer in slotted)
         reserve = reserve_bytes(self.model, accelerator, self.config.kv_reserve_bytes)
         n_slots = resolve_slots(setting, n_experts, slot_bytes, accelerator, reserve)
-        n_pinned = self._n_pinned()
-        if n_slots < n_pinned:
-            if setting != "auto" or accelerator.free_bytes() is not None:
-                raise BudgetError(
-                    f"layers placed on the accelerator hold {n_pinned} experts, but there are {n_slots} slots;"
-                    " raise gpu_expert_slots or place fewer layers there"
-                )
-            n_slots = n_pinned
         try:
             accelerator.allocate(n_slots, slot_bytes)
         except (AcceleratorError, MemoryError) as error:
             raise BudgetError(str(error) or f"no memory for {n_slots} slots of {slot_bytes} bytes") from error
 
     def _costs(self) -> CostModel:
-        """From the given profile, or from a short measurement of the first hybrid layer."""
-        index = next(i for i, layer in enumerate(self.layers) if layer.placement == "hybrid")
+        """From the given profile, or from a short measurement of the first layer that uses slots."""
+        index = next(i for i, layer in enumerate(self.layers) if layer.placement != "cpu")
         layer = self.layers[index]
         profile = self.config.profile
         if profile is None:
@@ -132,6 +112,7 @@ class Startup:
             policy=self.config.policy,
             lookahead=self.config.lookahead,
             seed=self.config.seed,
+            placements=[layer.placement for layer in self.layers],
             **self.config.policy_params,
         )
 
@@ -148,16 +129,3 @@ class Startup:
         experts = [layer.experts for layer in self.layers]
         counts = [layer.num_experts for layer in self.layers]
         return Lookahead(blocks, experts, counts, self.config.lookahead, self.probe)
-
-    def _pinned_transfers(self, first_slot: int) -> list[Transfer]:
-        """Gives layers placed on the accelerator their slots; without an accelerator they run on the CPU."""
-        transfers: list[Transfer] = []
-        for index, layer in enumerate(self.layers):
-            layer.first_slot = None
-            if layer.placement == "accelerator" and self.accelerator is not None:
-                layer.first_slot = first_slot + len(transfers)
-                transfers += [
-                    Transfer(index, expert, layer.first_slot + expert, None, "warmup", 0.0, True)
-                    for expert in range(layer.num_experts)
-                ]
-        return transfers

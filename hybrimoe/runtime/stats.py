@@ -132,11 +132,6 @@ class StatsRecorder:
                 if issued is not None:
                     issued.prefetches_used += 1
 
-    def pinned(self, counters: Counters, activated: int) -> None:
-        """Turns the last call's misses into hits: its layer's experts have slots of their own."""
-        counters.hits += activated
-        counters.misses -= activated
-
     def hit(self, counters: Counters, activated: int, hits: int, late: int) -> None:
         """Adds hits and misses of `activated` experts."""
         counters.hits += hits

@@ -1,0 +1,116 @@
+"""FIFO streams and events on host threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from gpu_kernels.errors import ClosedError, LaneError
+from gpu_kernels.streams import HostEvent, HostStream, Pacer, clock_us
+
+
+def test_jobs_run_in_order_of_submission_and_off_the_calling_thread() -> None:
+    stream = HostStream("test")
+    seen: list[tuple[int, str]] = []
+    events = [
+        stream.submit(lambda event, i=i: seen.append((i, threading.current_thread().name)), HostEvent())
+        for i in range(50)
+    ]
+    for event in events:
+        event.wait()
+    stream.close()
+    assert [i for i, _ in seen] == list(range(50))
+    assert {name for _, name in seen} == {"test"}
+
+
+def test_submission_does_not_wait_for_the_job() -> None:
+    stream, gate = HostStream("test"), threading.Event()
+    event = stream.submit(lambda event: gate.wait(), HostEvent())
+    assert not event.done()
+    gate.set()
+    event.wait()
+    assert event.done()
+    stream.close()
+
+
+def test_a_failing_job_raises_at_the_waiter_and_the_stream_goes_on() -> None:
+    stream = HostStream("test")
+
+    def fail(event: HostEvent) -> None:
+        raise ZeroDivisionError("bad job")
+
+    failed = stream.submit(fail, HostEvent("the copy"))
+    after = stream.submit(lambda event: event.begin(), HostEvent())
+    with pytest.raises(LaneError, match="the copy failed.*bad job") as caught:
+        failed.wait()
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    after.wait()
+    failed.wait_end()
+    stream.close()
+
+
+def test_spans_start_at_begin_and_end_at_the_end() -> None:
+    stream = HostStream("test")
+
+    def job(event: HostEvent) -> None:
+        time.sleep(0.01)
+        event.begin()
+        time.sleep(0.005)
+
+    before_us = clock_us()
+    event = stream.submit(job, HostEvent())
+    event.wait()
+    start_us, end_us = event.span_us()
+    assert start_us - before_us >= 9_000
+    assert end_us - start_us >= 4_000
+    stream.close()
+
+
+def test_close_runs_what_is_queued_and_refuses_more() -> None:
+    stream = HostStream("test")
+    events = [stream.submit(lambda event: time.sleep(0.001), HostEvent()) for _ in range(5)]
+    stream.close()
+    stream.close()
+    assert all(event.done() for event in events)
+    assert not stream.alive
+    with pytest.raises(ClosedError, match="closed"):
+        stream.submit(lambda event: None, HostEvent())
+
+
+def test_many_threads_may_wait_for_one_event() -> None:
+    stream, gate = HostStream("test"), threading.Event()
+    event = stream.submit(lambda event: gate.wait(), HostEvent())
+    threads = [threading.Thread(target=event.wait) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    gate.set()
+    for thread in threads:
+        thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in threads)
+    stream.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_is_told_instead_of_waiting_forever() -> None:
+    stream = HostStream("test")
+    child = os.fork()
+    if child == 0:
+        try:
+            stream.submit(lambda event: None, HostEvent())
+        except ClosedError as error:
+            os._exit(0 if "fork" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    stream.close()
+
+
+def test_pacing_does_not_drift_over_many_jobs() -> None:
+    pacer, started_us = Pacer(), clock_us()
+    for _ in range(20):
+        pacer.pace(clock_us(), 1_000.0)
+    took_us = clock_us() - started_us
+    assert 19_900 <= took_us < 40_000
