@@ -29,7 +29,7 @@ _OPERATORS = "ktransformers.operators."
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the table: a pattern over the class path behind `ktransformers.operators.`, and what it means here."""
+    """One line of the table: a pattern over the class path after `ktransformers.operators.`, and what it means."""
 
     pattern: str
     effect: Effect
@@ -40,10 +40,10 @@ TABLE: tuple[Entry, ...] = (
     Entry("default", "placement", "the module stays as it is, on the given device"),
     Entry("experts.KTransformersExperts", "experts", "hybrid_experts, or cpu_ or accelerator_experts by its devices"),
     Entry("experts.KTransformersExpertsV2", "experts", "as KTransformersExperts"),
-    Entry("experts.KTransformersMLPExpert", "experts", "as KTransformersExperts (its name in early releases)"),
+    Entry("experts.KTransformersMLPExpert", "experts", "as KTransformersExperts (an early name)"),
     Entry("experts.KLlama4Experts", "experts", "as KTransformersExperts"),
-    Entry("experts.K*Experts*", "refused", "an experts kernel that is not known here"),
-    Entry("experts.*", "placement", "the block around the experts is transformers' own"),
+    Entry("experts.*MoE*", "placement", "the block around the experts is transformers' own"),
+    Entry("experts.*Moe*", "placement", "the block around the experts is transformers' own"),
     Entry("linear.KTransformersLinear", "placement", "linear layers are computed by torch"),
     Entry("linear.KTransformerLinear", "placement", "linear layers are computed by torch"),
     Entry("RoPE.*", "placement", "rotary embeddings are transformers' own"),

@@ -24,7 +24,7 @@ _PLAIN_TAGS: dict[type[yaml.Node], frozenset[str]] = {
     yaml.MappingNode: frozenset({"map"}),
 }
 
-MAX_NODES = 200_000  # far above any rule file; stops alias bombs
+MAX_NODES = 50_000  # far above any rule file; stops alias bombs
 MAX_BYTES = 16 * 1024 * 1024
 
 

@@ -29,19 +29,32 @@ def model_config(model: str | Path | None) -> PreTrainedConfig:
 
 
 def meta_model(source: str | Path | PreTrainedConfig | None) -> PreTrainedModel:
-    """The causal language model of a directory, hub id or configuration, on the meta device. No weights are read.
+    """The language model of a directory, hub id or configuration, on the meta device. No weights are read.
 
-    Raises ModelError where `model_config` does, and for a configuration without a causal language model.
+    Raises ModelError where `model_config` and `auto_class` do.
     """
-    from transformers import AutoModelForCausalLM
-
     config: Any = model_config(source) if source is None or isinstance(source, str | Path) else source
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{config.model_type}: transformers has no causal language model for it: {reason}") from error
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The transformers auto class that builds the language model of a configuration: causal, else image and text.
+
+    Raises ModelError for a model type that has neither.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise ModelError(f"{config.model_type}: transformers {_transformers_version()} has no language model of this type")
+
+
+def _transformers_version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
 
 
 def _model_name(model: str | Path | None) -> str:

@@ -122,11 +122,12 @@ def _check_every_rule(
             winner, path = walk.taken_by[index]
             taker = rules[winner].where()
             text = f"{rule.where()} is shadowed: earlier rules take all its modules ({path}: by {taker})"
-            forgiven = rule.lenient or (rule.rule.inherited and not rules[winner].rule.inherited)
+            overridden = rule.rule.inherited and not rules[winner].rule.inherited
         else:
             described = [(path, class_names(module)) for path, module in modules]
             text = f"{rule.where(('match',))}: match: {why_nothing_matches(rule, described)}"
-            forgiven = rule.lenient or rule.rule.form.optional
+            overridden = False
+        forgiven = rule.lenient or rule.rule.form.optional or overridden
         (remarks if forgiven else mistakes).append(text)
     if mistakes:
         raise RuleError("\n".join(mistakes))
