@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount
 from hybrimoe.config_errors import config_error
+from hybrimoe.config_policy import check_scheduler, resolved_policy
 from hybrimoe.config_values import Accelerators, Threads, check_rules
 from hybrimoe.errors import ConfigError, unknown
 from yaml_rules import shipped
@@ -79,14 +80,7 @@ class SchedulerConfig(BaseModel):
 
     def policy_name(self) -> str:
         """The policy as `scheduler.resolve_policy` takes it: a preset, or balance/prefetch/cache."""
-        base = self.policy or "ours"
-        if self.balance is None and self.prefetch is None and self.cache is None:
-            return base
-        from scheduler import resolve_policy
-
-        preset = resolve_policy(base)
-        parts = (self.balance or preset.balance, self.prefetch or preset.prefetch, self.cache or preset.cache)
-        return "/".join(parts)
+        return resolved_policy(self)[0]
 
 
 class ServerConfig(_Section):
@@ -228,8 +222,6 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _validated(data: dict[str, Any], located: Located, given: Mapping[str, Any]) -> DeployConfig:
     from pydantic import ValidationError
-
-    from hybrimoe.config_policy import check_scheduler
 
     empty_sections = [key for key in ("memory", "cpu", "scheduler", "server") if key in data and data[key] is None]
     try:

@@ -1,4 +1,4 @@
-"""Checks the scheduler section of a configuration against the policies that exist."""
+"""The scheduler section of a configuration against the policies that exist."""
 
 from __future__ import annotations
 
@@ -6,21 +6,57 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.config_errors import locate
-from hybrimoe.errors import ConfigError
+from hybrimoe.errors import ConfigError, did_you_mean
 from yaml_rules.located import Located
 
 if TYPE_CHECKING:
     from hybrimoe.config import SchedulerConfig
 
+DEFAULT_POLICY = "ours"
+_PARTS = ("balance", "prefetch", "cache")
+
+
+def resolved_policy(section: SchedulerConfig) -> tuple[str, dict[str, Any]]:
+    """Policy name and parameters as `scheduler.resolve_policy` takes them.
+
+    A part that is named beside a preset replaces the preset's; of the preset's own parameters those stay that the new
+    parts know. Raises scheduler.PolicyError for names that do not exist.
+    """
+    from scheduler import resolve_policy
+
+    base = section.policy or DEFAULT_POLICY
+    if not any(getattr(section, part) for part in _PARTS):
+        return base, section.parameters
+    preset = resolve_policy(base)
+    name = "/".join(getattr(section, part) or getattr(preset, part) for part in _PARTS)
+    resolve_policy(name)
+    kept = {key: value for key, value in preset.params.items() if _knows(name, key, value)}
+    return name, {**kept, **section.parameters}
+
 
 def check_scheduler(section: SchedulerConfig, located: Located, given: Mapping[str, Any]) -> None:
     """Raises ConfigError where a policy, one of its parts or a parameter does not exist; names file and line."""
+    from scheduler import resolve_policy
+    from scheduler.errors import SchedulerError
+
+    key = next((part for part in ("policy", *_PARTS) if getattr(section, part)), "policy")
     try:
-        from scheduler import resolve_policy
-    except ImportError:
-        return
+        name, _ = resolved_policy(section)
+        resolve_policy(name)
+        for key, value in section.parameters.items():
+            resolve_policy(name, **{key: value})
+    except (SchedulerError, TypeError) as error:
+        near = did_you_mean(key, type(section).model_fields) if key in section.parameters else ""
+        where = locate(("scheduler", key), located, given)
+        raise ConfigError(f"{where}: scheduler.{key}: {error.args[0] if error.args else error}{near}") from error
+
+
+def _knows(policy: str, parameter: str, value: Any) -> bool:
+    from scheduler import resolve_policy
+    from scheduler.errors import SchedulerError
+
     try:
-        resolve_policy(section.policy_name(), **section.parameters)
-    except (ValueError, KeyError, TypeError) as error:
-        where = locate(("scheduler",), located, given)
-        raise ConfigError(f"{where}: scheduler: {error.args[0] if error.args else error}") from error
+        resolve_policy(policy, **{parameter: value})
+    except SchedulerError:
+        return False
+    return True

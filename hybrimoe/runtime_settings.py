@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hybrimoe.amounts import Amount
+from hybrimoe.config_policy import resolved_policy
 from hybrimoe.errors import DeviceError
 from hybrimoe.runtime.config import RuntimeConfig
 
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
 def runtime_config(config: DeployConfig) -> RuntimeConfig:
     """Settings of a session for `config`; see `DeployConfig.runtime`."""
     accelerator = choose_accelerator(config.accelerator)
+    policy, policy_params = resolved_policy(config.scheduler)
     return RuntimeConfig(
         accelerator=accelerator,
         gpu_expert_slots=slots_setting(config.memory.gpu_experts),
         expert_dtype=config.cpu.expert_dtype,
         backend=config.cpu.backend,
         threads=config.cpu.threads if isinstance(config.cpu.threads, int) else None,
-        policy=config.scheduler.policy_name(),
-        policy_params=config.scheduler.parameters,
+        policy=policy,
+        policy_params=policy_params,
         lookahead=config.scheduler.lookahead,
         seed=config.scheduler.seed,
         kv_reserve_bytes=_kv_bytes(config.memory.kv, accelerator),

@@ -9,7 +9,7 @@ import pytest
 
 from hybrimoe.amounts import Amount, parse_amount
 from hybrimoe.config import DeployConfig, default_preset, json_schema, load_config
-from hybrimoe.errors import BudgetError, ConfigError
+from hybrimoe.errors import BudgetError, ConfigError, DeviceError
 from yaml_rules import shipped
 
 GIB = 2**30
@@ -186,6 +186,52 @@ def test_inline_rules_keep_their_lines(tmp_path: Path) -> None:
     located = load_config(write(tmp_path, "model: x\nrules:\n  - match: {name: a}\n")).located_rules()
     assert not isinstance(located, str)
     assert located.where((0, "match")).endswith("deploy.yaml:3")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("scheduler:\n  policy: hybrimo\n", 2, "scheduler.policy: unknown policy 'hybrimo'.*did you mean 'hybrimoe'"),
+        ("scheduler:\n  lookahed: 2\n", 2, "scheduler.lookahed: .*did you mean 'lookahead'"),
+        ("scheduler:\n  lookahead: 1\n  cache: mrz\n", 3, "scheduler.cache: .*unknown cache policy 'mrz'"),
+        ("scheduler: {policy: hybrimoe}\nrules: auto\n# x\n", 1, ""),
+    ],
+)
+def test_policies_are_checked(tmp_path: Path, text: str, line: int, message: str) -> None:
+    path = write(tmp_path, text)
+    if not message:
+        assert load_config(path).scheduler.policy_name() == "hybrimoe"
+        return
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+
+
+def test_parts_replace_those_of_the_preset_and_keep_its_other_parameters() -> None:
+    from hybrimoe.config_policy import resolved_policy
+
+    changed = load_config({"scheduler": {"policy": "hobbit", "cache": "lru"}}).scheduler
+    assert changed.policy_name() == "on_demand/gate_topk/lru"
+    assert resolved_policy(changed)[1]["depth"] == 3
+    tuned = load_config({"scheduler": {"balance": "hybrimoe", "prefetch": "impact", "cache": "mrs", "alpha": 0.1}})
+    assert tuned.scheduler.policy_name() == "hybrimoe/impact/mrs"
+    assert tuned.scheduler.parameters == {"alpha": 0.1}
+
+
+def test_runtime_settings() -> None:
+    config = load_config(
+        {"accelerator": ["cuda:63", "emulated"]}, gpu_expert_slots="1.5MiB", threads=2, policy="static"
+    )
+    settings = config.runtime()
+    assert (settings.accelerator, settings.threads, settings.policy) == ("emulated", 2, "static")
+    assert parse_amount(settings.gpu_expert_slots) == Amount("bytes", 3 * 2**19)
+    slots = [
+        load_config({}, gpu_expert_slots=value).runtime().gpu_expert_slots for value in (7, 0.5, "auto", "none", 1)
+    ]
+    assert slots == [7, 0.5, "auto", 0, 1]
+    assert [type(value) for value in slots] == [int, float, str, int, int]
+    with pytest.raises(DeviceError, match="none of the accelerators cuda:63, xpu:63 is here"):
+        load_config({"accelerator": ["cuda:63", "xpu:63"]}).runtime()
 
 
 def test_json_schema_knows_every_section() -> None:
