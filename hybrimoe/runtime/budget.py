@@ -40,6 +40,8 @@ def resolve_slots(
 
 def reserve_bytes(model: nn.Module | None, accelerator: Accelerator, kv_reserve_bytes: int | None) -> int:
     """Device bytes that slots must leave: KV cache, dense weights that are still to be loaded, activations."""
+    if accelerator.free_bytes() is None:
+        return 0
     kv_bytes = kv_cache_bytes(model) if kv_reserve_bytes is None else kv_reserve_bytes
     dense_bytes = 0
     if model is not None:
@@ -51,14 +53,23 @@ def kv_cache_bytes(model: nn.Module | None) -> int:
     """Keys and values of KV_TOKENS tokens (or the model's whole context), from its configuration."""
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
-    n_layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
-    hidden = getattr(config, "hidden_size", None)
+    n_layers, heads = _size(config, "num_hidden_layers"), _size(config, "num_attention_heads")
+    hidden = _size(config, "hidden_size")
     if not (n_layers and heads and hidden):
         return DEFAULT_KV_RESERVE_BYTES
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    n_tokens = min(KV_TOKENS, getattr(config, "max_position_embeddings", None) or KV_TOKENS)
-    return int(2 * n_layers * kv_heads * head_dim * KV_VALUE_BYTES * n_tokens)
+    head_dim = _size(config, "head_dim") or hidden // heads
+    kv_heads = _size(config, "num_key_value_heads") or heads
+    n_tokens = min(KV_TOKENS, _size(config, "max_position_embeddings") or KV_TOKENS)
+    return 2 * n_layers * kv_heads * head_dim * KV_VALUE_BYTES * n_tokens
+
+
+def _size(config: object, name: str) -> int:
+    """A number of the configuration; 0 where it has none, or (as some do by raising) none for all layers."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:
+        return 0
+    return value if isinstance(value, int) else 0
 
 
 def _auto_slots(n_experts: int, slot_bytes: int, accelerator: Accelerator, reserve: int) -> int:

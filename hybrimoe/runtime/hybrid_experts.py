@@ -15,7 +15,7 @@ class HybridExperts(nn.Module):
     """Called as the module it replaces: `experts(hidden[T, H], top_k_index[T, k], top_k_weights[T, k])`.
 
     Holds no weights: they are in the session's ExpertStore. Plain attributes of the replaced module that others read
-    (num_experts, config, has_gate, ...) are kept. Inference only: the output carries no gradient.
+    (num_experts, config, has_gate, ...) and its child modules (activation, norm) are kept. Inference only: the output carries no gradient.
     """
 
     def __init__(self, session: Session, layer: int, replaced: nn.Module, num_experts: int) -> None:
@@ -23,6 +23,8 @@ class HybridExperts(nn.Module):
         for name, value in vars(replaced).items():
             if not name.startswith("_") and name != "training":
                 setattr(self, name, value)
+        for name, child in replaced.named_children():
+            self.add_module(name, child)
         self.num_experts = num_experts
         self.layer = layer
         self._session = session
