@@ -61,7 +61,7 @@ def balance(
     accel, link = 3 + n, 3 + 2 * n
     return BalancePlan(
         tuple(flat[3 : 3 + flat[0]]), tuple(flat[accel : accel + flat[1]]), tuple(flat[link : link + flat[2]]),
-        makespan_us, bound_us,
+        float(makespan_us), float(bound_us),
     )  # fmt: skip
 
 

@@ -1,0 +1,100 @@
+"""The slot table: every legal path, every illegal one, and a random walk that keeps it consistent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler import SlotError, SlotState, SlotTable
+
+
+def test_life_of_a_slot() -> None:
+    table = SlotTable(2, n_layers=2, n_experts=4)
+    assert table.begin_transfer(0, key=5) == -1
+    assert table.state_of(0) is SlotState.IN_FLIGHT and table.occupant(0) == (1, 1) and table.resident(1) == ()
+    table.end_transfer(0, 5)
+    assert table.state_of(0) is SlotState.RESIDENT and table.resident(1) == (1,) and table.slot(1, 1) == 0
+    table.claim(0)
+    assert table.state_of(0) is SlotState.IN_USE
+    table.release(0)
+    assert table.begin_transfer(0, key=2) == 5 and table.slot(1, 1) == -1
+    table.end_transfer(0, 2)
+    assert table.free(0) == 2
+    assert table.counts()[SlotState.FREE] == 2
+
+
+def test_a_claim_made_in_flight_holds_after_landing() -> None:
+    table = SlotTable(1, 1, 4)
+    table.begin_transfer(0, 1)
+    table.claim(0)
+    table.end_transfer(0, 1)
+    assert table.state_of(0) is SlotState.IN_USE
+
+
+def test_illegal_transitions_raise_and_change_nothing() -> None:
+    table = SlotTable(2, 1, 4)
+    table.begin_transfer(0, 1)
+    for act, message in [
+        (lambda: table.begin_transfer(0, 2), "in flight"),
+        (lambda: table.begin_transfer(1, 1), "already in slot 0"),
+        (lambda: table.end_transfer(0, 2), "no transfer of layer 0 expert 2"),
+        (lambda: table.end_transfer(7, 2), "no transfer"),
+        (lambda: table.claim(1), "free"),
+        (lambda: table.release(0), "no plan uses it"),
+        (lambda: table.free(0), "only an idle resident"),
+        (lambda: table.chain_transfer(0, 2), "only a slot that a plan uses"),
+    ]:
+        with pytest.raises(SlotError, match=message):
+            act()
+    table.end_transfer(0, 1)
+    table.claim(0)
+    with pytest.raises(SlotError, match="in use"):
+        table.begin_transfer(0, 3)
+    with pytest.raises(SlotError, match="in use"):
+        table.free(0)
+    assert table.occupant(0) == (0, 1)
+
+
+def test_chained_slot_expects_the_overtaken_transfer_to_end() -> None:
+    table = SlotTable(1, 1, 4)
+    table.begin_transfer(0, 1)
+    table.claim(0)
+    assert table.chain_transfer(0, 2) == 1
+    table.claim(0)
+    table.end_transfer(0, 1)
+    assert table.state_of(0) is SlotState.IN_FLIGHT
+    table.end_transfer(0, 2)
+    table.release(0)
+    table.release(0)
+    assert table.state_of(0) is SlotState.RESIDENT and table.occupant(0) == (0, 2)
+    with pytest.raises(SlotError, match="no transfer"):
+        table.end_transfer(0, 1)
+
+
+def test_sizes_are_cut_or_refused() -> None:
+    assert SlotTable(99, 2, 4).n_slots == 8
+    assert SlotTable(0, 2, 4).counts()[SlotState.FREE] == 0
+    with pytest.raises(SlotError, match="n_slots >= 0"):
+        SlotTable(-1, 2, 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 7)), max_size=60))
+def test_random_walk_stays_consistent(actions: list[tuple[int, int, int]]) -> None:
+    table = SlotTable(4, 2, 4)
+    for action, slot, key in actions:
+        try:
+            (
+                lambda: table.begin_transfer(slot, key), lambda: table.end_transfer(slot, key), lambda: table.claim(slot),
+                lambda: table.release(slot), lambda: table.free(slot), lambda: table.chain_transfer(slot, key),
+            )[action]()  # fmt: skip
+        except SlotError:
+            continue
+    held = {int(k): s for s, k in enumerate(table.key_of) if k >= 0}
+    assert len(held) == np.count_nonzero(table.key_of >= 0), "no expert twice"
+    assert all(table.slot_of[k] == held.get(k, -1) for k in range(8))
+    assert np.all((table.state == SlotState.FREE) == (table.key_of < 0))
+    assert np.all(table.claims[table.state == SlotState.IN_USE] > 0)
+    assert np.all(table.claims[table.state == SlotState.RESIDENT] == 0)
