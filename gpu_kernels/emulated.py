@@ -34,6 +34,7 @@ class EmulatedAccelerator:
     def __init__(self, backend: CpuBackend | None = None, pacing: Pacing | None = None, *, poison: bool = True) -> None:
         self.name = "emulated accelerator" if pacing is None else "emulated accelerator (paced)"
         self._backend = backend if backend is not None else get_backend("auto", threads=1)
+        self._fallback = get_backend("torch", threads=1)
         self._pacing = pacing
         self._poison = poison
         self._copy = HostStream("hybrimoe-copy", precise_sleep=pacing is not None)
@@ -93,6 +94,7 @@ class EmulatedAccelerator:
         self._check_open()
         event = HostEvent(f"experts in slots {list(slots)}")
         writes = self._events.on_read(slots, event)
+        backend = self._backend if self._backend.supports(spec) is None else self._fallback
         records = self._addresses[list(slots)]
         where = np.asarray(positions, dtype=np.int32)
 
@@ -100,7 +102,7 @@ class EmulatedAccelerator:
             for write in writes:
                 write.wait()
             event.begin()
-            self._backend.run(spec, records, where, work.dispatch, work.host_hidden, work.host_rows)
+            backend.run(spec, records, where, work.dispatch, work.host_hidden, work.host_rows)
             if self._pacing is not None:
                 self._pace_compute(spec, where, work, event.start_us)
 
