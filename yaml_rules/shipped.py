@@ -49,3 +49,14 @@ def find(kind: Kind, name_or_path: str | Path) -> Path:
             f"{path}: " + ("expected a YAML file, found a directory" if path.is_dir() else "no such file")
         )
     return path_of(kind, text)
+
+
+def summary(kind: Kind, name: str) -> str:
+    """What a shipped file is for: the first sentence of the comment at its top."""
+    lines = path_of(kind, name).read_text(encoding="utf-8").splitlines()
+    comment: list[str] = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    return " ".join(comment).split(". ")[0].rstrip(".")

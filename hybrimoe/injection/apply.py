@@ -15,7 +15,7 @@ from hybrimoe.errors import ConfigError, HybriMoEError, ModelError, unknown
 from hybrimoe.injection.explain import Explanation, explain_resolution
 from hybrimoe.injection.operators import DefaultKwargs, ExpertsKwargs
 from hybrimoe.injection.placement import Placements, device_is_here, require_device
-from hybrimoe.injection.resolve import Hit, Resolution, resolve
+from hybrimoe.injection.resolve import Hit, Resolution, claimed_modules, resolve
 from hybrimoe.injection.rules import RulesSource, read_rules
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Application:
         self.remarks: list[str] = list(resolution.remarks)
         self._sites = _sites_of(model)
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        self._claimed = frozenset(id(hit.module) for hit in resolution.hits)
+        self._claimed = claimed_modules(resolution.hits)
 
     def replace_experts(self, hit: Hit) -> None:
         """Put HybridExperts of the hit's placement where the experts module is."""

@@ -13,7 +13,7 @@ from torch import nn
 from cpu_kernels import ExpertDtype
 from hybrimoe.injection.meta import meta_model
 from hybrimoe.injection.operators import DefaultKwargs, ExpertsKwargs
-from hybrimoe.injection.resolve import Hit, Resolution, resolve
+from hybrimoe.injection.resolve import Hit, Resolution, claimed_modules, resolve
 from hybrimoe.injection.rules import RulesSource, read_rules
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def explain_resolution(
     model: nn.Module, resolution: Resolution, expert_dtype: ExpertDtype, remarks: Iterable[str] | None = None
 ) -> Explanation:
     """The explanation of a resolution that was made already."""
-    claimed = frozenset(id(hit.module) for hit in resolution.hits)
+    claimed = claimed_modules(resolution.hits)
     rows = tuple(_row(hit, expert_dtype, claimed) for hit in resolution.hits)
     config = getattr(model, "config", None)
     replaced = [row for row in rows if row.bytes_by_dtype]
@@ -114,8 +114,9 @@ def _row(hit: Hit, expert_dtype: ExpertDtype, claimed: frozenset[int]) -> Row:
     own = _own_bytes(hit.module, claimed - {id(hit.module)}, set())
     if hit.layout is None or rule.operator is None or rule.operator.placement is None:
         device = rule.kwargs.device if isinstance(rule.kwargs, DefaultKwargs) else None
-        op = "ignored" if rule.operator is None else rule.operator.name
-        return Row(hit.path, class_name, rule.where(), op, device or "", weight_bytes=own)
+        if rule.operator is None:
+            return Row(hit.path, class_name, rule.where(), "ignored", "")
+        return Row(hit.path, class_name, rule.where(), rule.operator.name, device or "", weight_bytes=own)
     chosen = rule.kwargs.expert_dtype if isinstance(rule.kwargs, ExpertsKwargs) else None
     layout = hit.layout
     return Row(

@@ -34,6 +34,11 @@ class Resolution:
     remarks: tuple[str, ...]
 
 
+def claimed_modules(hits: Iterable[Hit]) -> frozenset[int]:
+    """Ids of the modules that a rule with an effect is for."""
+    return frozenset(id(hit.module) for hit in hits if hit.rule.operator is not None)
+
+
 @dataclass(slots=True)
 class _Walk:
     """What a pass over the modules found out, by position of the rule."""

@@ -1,0 +1,95 @@
+"""`hybrimoe explain`: which rule is for which module of a model, with operator, device and bytes; reads no weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hybrimoe.cli import render
+from hybrimoe.cli.common import ConfigOption, DtypeOption, JsonOption, ModelArgument, deploy_config
+
+if TYPE_CHECKING:
+    from hybrimoe.injection import Explanation
+    from hybrimoe.injection.explain import Row
+
+RulesOption = Annotated[
+    str | None, typer.Option("--rules", metavar="FILE", help="Rule file or shipped rule set; default as in the config.")
+]
+AllOption = Annotated[bool, typer.Option("--all", help="One line for every module instead of one for all layers.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("explain")(explain_command)
+
+
+def explain_command(
+    model: ModelArgument = None,
+    rules: RulesOption = None,
+    config: ConfigOption = None,
+    dtype: DtypeOption = None,
+    every_module: AllOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which rule places which module where, and how many bytes that takes. No weights are read."""
+    from hybrimoe.cli.common_model import quiet_libraries
+
+    deployment = deploy_config(config, model=model, dtype=dtype)
+    quiet_libraries()
+    from hybrimoe.injection import explain
+
+    source = deployment.located_rules() if rules is None else rules
+    explanation = explain(deployment.model, source, deployment.cpu.expert_dtype)
+    if as_json:
+        render.emit_json(explanation.as_dict())
+    else:
+        show(explanation, every_module=every_module)
+
+
+def show(explanation: Explanation, *, every_module: bool = False) -> None:
+    """Print an explanation as tables."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    out = render.out()
+    out.print(f"{explanation.model} ({explanation.model_type}), rules {short_rule(explanation.rules)}", markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("module", no_wrap=True)
+    for column in ("operator", "device", "experts", "bytes", "rule"):
+        table.add_column(column, justify="right" if column in ("experts", "bytes") else "left")
+    for name, rows in [(row.path, (row,)) for row in explanation.rows] if every_module else explanation.grouped():
+        table.add_row(*(escape(cell) for cell in _cells(name, rows)))
+    out.print(table)
+    if any(explanation.totals.values()):
+        totals = ", ".join(f"{size(total)} as {dtype}" for dtype, total in explanation.totals.items())
+        out.print(f"\nreplaced experts: {totals}")
+    out.print(f"modules without a rule: {size(explanation.other_bytes)}")
+    for path in explanation.untouched_experts:
+        out.print(f"experts without a rule: {path}")
+    for remark in explanation.remarks:
+        out.print(short_rule(remark), style="dim", markup=False)
+
+
+def _cells(name: str, rows: tuple[Row, ...]) -> tuple[str, ...]:
+    first, count = rows[0], len(rows)
+    own = count * (first.bytes_by_dtype[first.expert_dtype] if first.bytes_by_dtype else first.weight_bytes)
+    operator = f"{first.op} {first.expert_dtype}".strip()
+    rule = short_rule(first.rule).partition(": rule")[0]
+    return name, operator, first.device or "as it is", str(count * first.n_experts or ""), size(own), rule
+
+
+def short_rule(text: str) -> str:
+    """A place `folder/file.yaml:3: rule 0` without the folder."""
+    place, colon, rest = text.partition(":")
+    return place.replace("\\", "/").rsplit("/", 1)[-1] + colon + rest
+
+
+def size(n_bytes: int) -> str:
+    """Bytes as people read them."""
+    amount = float(n_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
