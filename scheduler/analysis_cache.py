@@ -1,7 +1,8 @@
 """Hit rates of cache policies on a trace, each layer with its own slots and every miss inserted (compiled).
 
 The reference for ``scheduler.cache``, which works on one pool: a hit is an activated expert that its layer's cache holds
-before the token; the experts of the current token are never evicted for each other while another one can be.
+before the token. A policy never evicts an expert of the current token while it has another; the oracle (Belady) may, since
+it knows when that one comes back.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _replay(
                 hits += cached[expert]
                 current[expert] = token
                 if policy == LRU:
-                    value[expert] = token * top_k + j + 1
+                    value[expert] = token + 1
                 elif policy == LFU:
                     value[expert] += 1.0
                 elif policy == MRS:
@@ -109,7 +110,7 @@ def _replay(
                 if expert < 0 or cached[expert]:
                     continue
                 if held == n_slots:
-                    leaves = _least(value, cached, current, token)
+                    leaves = _least(value, cached, current, -2 if policy == BELADY else token)
                     cached[leaves] = False
                     held -= 1
                 cached[expert] = True
@@ -119,7 +120,7 @@ def _replay(
 
 @compiled
 def _least(value: NDArray[np.float64], cached: NDArray[np.bool_], current: NDArray[np.int64], token: int) -> int:
-    """Cached expert of least value, one that the current token does not use if there is any."""
+    """Cached expert of least value, one that ``token`` (-2: no protection) does not use if there is any."""
     best, best_current = -1, -1
     for expert in range(value.size):
         if not cached[expert]:

@@ -85,8 +85,9 @@ class Simulator:
     """Drives one :class:`Planner` over all steps of a trace.
 
     ``frequencies`` float [layers, experts] is what a profile of other sequences says about use (for the warm-up);
-    None leaves the start to the policy. ``predictions`` are what gate lookahead would give. With ``keep_records``
-    the executed tasks and the planned layers are kept (for one step, not for long traces).
+    None leaves the start to the policy. ``predictions`` are what gate lookahead would give. ``source`` reuses another
+    simulator's demands of the same trace and predictions. With ``keep_records`` the executed tasks and the planned
+    layers are kept (for one step, not for long traces).
     """
 
     def __init__(
@@ -99,10 +100,11 @@ class Simulator:
         frequencies: NDArray[np.float64] | None = None,
         phase: Phase | None = None,
         keep_records: bool = False,
+        source: DemandSource | None = None,
     ) -> None:
         check_fit(trace, shape)
         self.trace, self.profile, self.shape, self.config = trace, profile, shape, config
-        self.source = DemandSource(trace, predictions)
+        self.source = DemandSource(trace, predictions) if source is None else source
         self.steps: Sequence[TraceStep] = list(trace.steps(phase, config.prefill_chunk))
         self.dense = DenseCosts(profile, shape, config.dense_dtype)
         self.n_slots = slots_for(config, shape)
@@ -115,11 +117,17 @@ class Simulator:
     def _planner(self) -> Planner:
         config = self.config
         believed = CostModel(self.dense.planner_profile(config.context_tokens), self.shape, config.expert_dtype)
-        future = Future([self.source.routing(step) for step in self.steps])
         return Planner(
             self.shape.n_layers, self.shape.n_experts, self.n_slots, believed, policy=config.policy,
-            lookahead=config.lookahead, seed=config.seed, future=future, **config.params,
+            lookahead=config.lookahead, seed=config.seed, **config.params,
         )  # fmt: skip
+
+    def _future(self, sequence: int) -> Future | None:
+        """Recorded routing of one sequence, for policies that are oracles; the others get none to look at."""
+        if self.planner.policy.cache != "belady" and self.planner.policy.prefetch != "perfect":
+            return None
+        steps = (self.source.routing(step) for step in self.steps if step.sequence == sequence)
+        return Future(steps, self.trace.n_layers, self.trace.n_experts)
 
     def _engine(self, keep_records: bool, frequencies: NDArray[np.float64] | None) -> Engine:
         config, shape = self.config, self.shape
@@ -143,13 +151,15 @@ class Simulator:
         stats: dict[Phase, PhaseStats] = {}
         for index, step in enumerate(self.steps):
             if step.first:
-                self.planner.begin_sequence()
+                self.planner.begin_sequence(self._future(step.sequence))
             collected = stats.setdefault(step.phase, PhaseStats())
             self._run_step(index, step, collected)
         self._judge.settle_into(stats)
         order: tuple[Phase, ...] = ("prefill", "decode")
         return [
-            stats[phase].result(self.config.policy, self.config.cache_ratio, phase, self.n_slots) for phase in order if phase in stats
+            stats[phase].result(self.config.policy, self.config.cache_ratio, phase, self.n_slots)
+            for phase in order
+            if phase in stats
         ]
 
     def _run_step(self, index: int, step: TraceStep, stats: PhaseStats) -> None:
@@ -200,7 +210,9 @@ class Simulator:
     def resident_slots(self) -> dict[int, tuple[int, int]]:
         """slot -> (layer, expert) of everything whose bytes are there now."""
         table = self.planner.slots
-        held = ((slot, table.occupant(slot)) for slot in range(table.n_slots) if table.state[slot] >= SlotState.RESIDENT)
+        held = (
+            (slot, table.occupant(slot)) for slot in range(table.n_slots) if table.state[slot] >= SlotState.RESIDENT
+        )
         return {slot: key for slot, key in held if key is not None}
 
     @property
@@ -223,6 +235,7 @@ def simulate(
     predictions: Predictions | None = None,
     frequencies: NDArray[np.float64] | None = None,
     phase: Phase | None = None,
+    source: DemandSource | None = None,
 ) -> list[PhaseResult]:
     """Build a :class:`Simulator` and run it."""
-    return Simulator(trace, profile, shape, config, predictions, frequencies, phase).run()
+    return Simulator(trace, profile, shape, config, predictions, frequencies, phase, source=source).run()

@@ -48,7 +48,11 @@ class DenseCosts:
             FLOPS_PER_PAIR_AND_HIDDEN * shape.hidden * pairs / (accel.tflops * 1e6),
         )
         one = self._block_us(shape.attention_params, n_tokens, ATTENTION_LAUNCHES) + cache_us
-        extra = shape.n_dense_layers * (one + self._block_us(shape.dense_params, n_tokens, SHARED_LAUNCHES)) / shape.n_layers
+        extra = (
+            shape.n_dense_layers
+            * (one + self._block_us(shape.dense_params, n_tokens, SHARED_LAUNCHES))
+            / shape.n_layers
+        )
         return max(one, self.profile.dense.attention_us) + extra
 
     def gate_us(self, n_tokens: int) -> float:

@@ -106,7 +106,8 @@ class Engine:
     def take_ended(self) -> list[TransferEnded]:
         """Events of the copies that have ended by now, in link order; each is reported once."""
         events = [
-            TransferEnded(c.transfer.layer, c.transfer.expert, c.transfer.slot, c.end_us - c.start_us) for c in self._ended
+            TransferEnded(c.transfer.layer, c.transfer.expert, c.transfer.slot, c.end_us - c.start_us)
+            for c in self._ended
         ]
         self._ended.clear()
         return events
@@ -126,7 +127,9 @@ class Engine:
 
     def _enqueue(self, plan: LayerPlan) -> None:
         for transfer in (*plan.transfers, *plan.prefetches):
-            ready = self.now_us if self.host is None else self.host.ready_us((transfer.layer, transfer.expert), self.now_us)
+            ready = (
+                self.now_us if self.host is None else self.host.ready_us((transfer.layer, transfer.expert), self.now_us)
+            )
             self._queue.append(Copy(transfer, plan.step, self.costs.transfer_us(transfer.layer), ready))
 
     def _cpu_from(self, plan: LayerPlan) -> Floats:
@@ -154,7 +157,9 @@ class Engine:
             self.costs.cpu_with_link, self.costs.link_with_cpu, cpu_start, cpu_end, accel_start, accel_end, start, end,
         )  # fmt: skip
         if finished < 0.0:
-            raise SimulationError(f"step {plan.step} layer {plan.layer}: accelerator and link wait for each other: {plan}")
+            raise SimulationError(
+                f"step {plan.step} layer {plan.layer}: accelerator and link wait for each other: {plan}"
+            )
         self._settle(left, start, end)
         self.now_us = max(finished, self.now_us + shared_us)
         self._advance_link(self.now_us, finished)
@@ -192,8 +197,17 @@ class Engine:
     def _record_copy(self, copy: Copy) -> None:
         kind: TaskKind = "prefetch" if copy.transfer.kind == "prefetch" else "transfer"
         self.records.append(
-            TaskRecord("link", kind, copy.transfer.layer, copy.transfer.expert, 0, self.expert_bytes, copy.start_us,
-                       copy.end_us, copy.step)  # fmt: skip
+            TaskRecord(
+                "link",
+                kind,
+                copy.transfer.layer,
+                copy.transfer.expert,
+                0,
+                self.expert_bytes,
+                copy.start_us,
+                copy.end_us,
+                copy.step,
+            )  # fmt: skip
         )
 
     def _account(
@@ -210,9 +224,13 @@ class Engine:
             end = began_us + shared_us
             self.records.append(TaskRecord("accel", "shared_expert", plan.layer, -1, 0, 0, began_us, end, plan.step))
         for expert, begin, end in zip(plan.cpu, cpu_start.tolist(), cpu_end.tolist(), strict=True):
-            self.records.append(TaskRecord("cpu", "cpu_expert", plan.layer, expert, tokens[expert], 0, begin, end, plan.step))
+            self.records.append(
+                TaskRecord("cpu", "cpu_expert", plan.layer, expert, tokens[expert], 0, begin, end, plan.step)
+            )
         for expert, begin, end in zip(plan.accel, accel_start.tolist(), accel_end.tolist(), strict=True):
-            self.records.append(TaskRecord("accel", "accel_expert", plan.layer, expert, tokens[expert], 0, begin, end, plan.step))
+            self.records.append(
+                TaskRecord("accel", "accel_expert", plan.layer, expert, tokens[expert], 0, begin, end, plan.step)
+            )
 
     @staticmethod
     def _observe(plan: LayerPlan, tokens: dict[int, int], times: tuple[Floats, ...]) -> tuple[ObservedTask, ...]:

@@ -156,6 +156,14 @@ class Trace:
         """The first ``n_tokens`` tokens."""
         return self._take(np.arange(min(n_tokens, self.n_tokens)))
 
+    def tail(self, n_tokens: int) -> "Trace":
+        """The last ``n_tokens`` tokens."""
+        return self._take(np.arange(max(0, self.n_tokens - n_tokens), self.n_tokens))
+
+    def with_predictions(self, predicted_ids: NDArray[np.int16]) -> "Trace":
+        """The same routing with these predictions."""
+        return replace(self, predicted_ids=predicted_ids)
+
     def select_sequences(self, sequences: "list[int] | NDArray[np.int32]") -> "Trace":
         """Only these sequences, in file order; used to keep tuning and evaluation apart."""
         return self._take(np.flatnonzero(np.isin(self.sequence, np.asarray(sequences))))
@@ -190,7 +198,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise TraceError(f"no trace at {path}: expected a .npz file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             if not hasattr(archive, "files"):
                 raise TraceError(f"{path} holds a single array; a trace is an .npz archive with {REQUIRED_ARRAYS}")
             return {name: archive[name] for name in archive.files}
@@ -237,7 +245,9 @@ def _check(trace: Trace) -> None:
     if trace.expert_weights is not None and not np.isfinite(trace.expert_weights).all():
         raise TraceError(f"trace {trace.name!r}: expert_weights hold NaN or infinite values")
     if not np.isin(trace.phase, (0, 1)).all():
-        raise TraceError(f"trace {trace.name!r}: phase must be 0 (prefill) or 1 (decode), found {int(trace.phase.max())}")
+        raise TraceError(
+            f"trace {trace.name!r}: phase must be 0 (prefill) or 1 (decode), found {int(trace.phase.max())}"
+        )
     _check_order(trace)
 
 
@@ -255,17 +265,25 @@ def _check_shapes(trace: Trace) -> None:
     ids = trace.expert_ids
     expected = (trace.meta["num_layers"], trace.meta["top_k"])
     if ids.ndim != 3 or ids.shape[1:] != expected:
-        raise TraceError(f"trace {trace.name!r}: expert_ids must be [tokens, {expected[0]}, {expected[1]}], found {list(ids.shape)}")
+        raise TraceError(
+            f"trace {trace.name!r}: expert_ids must be [tokens, {expected[0]}, {expected[1]}], found {list(ids.shape)}"
+        )
     if ids.shape[0] == 0:
         raise TraceError(f"trace {trace.name!r} is empty: it has no token")
     for name in ("sequence", "phase"):
         if getattr(trace, name).shape != ids.shape[:1]:
-            raise TraceError(f"trace {trace.name!r}: {name} must have {ids.shape[0]} entries, found {list(getattr(trace, name).shape)}")
+            raise TraceError(
+                f"trace {trace.name!r}: {name} must have {ids.shape[0]} entries, found {list(getattr(trace, name).shape)}"
+            )
     if trace.expert_weights is not None and trace.expert_weights.shape != ids.shape:
-        raise TraceError(f"trace {trace.name!r}: expert_weights must be {list(ids.shape)}, found {list(trace.expert_weights.shape)}")
+        raise TraceError(
+            f"trace {trace.name!r}: expert_weights must be {list(ids.shape)}, found {list(trace.expert_weights.shape)}"
+        )
     predicted = trace.predicted_ids
     if predicted is not None and (predicted.ndim != 4 or predicted.shape[:2] != ids.shape[:2]):
-        raise TraceError(f"trace {trace.name!r}: predicted_ids must be [{ids.shape[0]}, {ids.shape[1]}, horizon, p], found {list(predicted.shape)}")
+        raise TraceError(
+            f"trace {trace.name!r}: predicted_ids must be [{ids.shape[0]}, {ids.shape[1]}, horizon, p], found {list(predicted.shape)}"
+        )
 
 
 def _check_ids(ids: NDArray[np.int16], n_experts: int, what: str) -> None:

@@ -12,7 +12,6 @@ from scheduler.trace import Trace, TraceStep
 from scheduler.trace_predict import Predictions
 
 
-
 class DemandSource:
     """Builds the :class:`LayerDemand` of each step and layer of a trace.
 
@@ -27,9 +26,16 @@ class DemandSource:
         self._ids = np.take_along_axis(trace.expert_ids, self._order, axis=-1).astype(np.int32)
         weights = _weights(trace)
         self._weights = np.take_along_axis(weights, self._order, axis=-1)
+        self._made: dict[tuple[int, int, int], LayerDemand] = {}
 
     def layer(self, step: TraceStep, layer: int) -> LayerDemand:
-        """Demand of MoE layer ``layer`` for the tokens of ``step``."""
+        """Demand of MoE layer ``layer`` for the tokens of ``step``; made once, since several policies ask for it."""
+        key = (step.start, step.stop, layer)
+        if key not in self._made:
+            self._made[key] = self._make(step, layer)
+        return self._made[key]
+
+    def _make(self, step: TraceStep, layer: int) -> LayerDemand:
         ids = self._ids[step.start : step.stop, layer].ravel()
         weights = self._weights[step.start : step.stop, layer].ravel()
         present = ids >= 0
@@ -81,9 +87,7 @@ def _ascends(ids: NDArray[np.int32]) -> bool:
     return bool((ids[1:] > ids[:-1]).all())
 
 
-def _prediction(
-    layer: int, ids: NDArray[np.int16], scores: NDArray[np.float32], n_experts: int
-) -> Prediction | None:
+def _prediction(layer: int, ids: NDArray[np.int16], scores: NDArray[np.float32], n_experts: int) -> Prediction | None:
     """Predicted demand of one layer from ids and scores [tokens, p]; None where nothing was predicted."""
     n_tokens = ids.shape[0]
     flat, weight = ids.ravel(), scores.ravel()

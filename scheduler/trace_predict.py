@@ -100,7 +100,9 @@ class TransitionPredictor:
         self._frequency = active.mean(axis=0)
         for ahead in range(1, min(self.horizon, trace.n_layers - 1) + 1):
             together = np.einsum("tle,tlf->lef", active[:, :-ahead], active[:, ahead:], optimize=True)
-            self._given.append((together + 0.5 * self._frequency[ahead:, None]) / (active[:, :-ahead].sum(0)[..., None] + 0.5))
+            self._given.append(
+                (together + 0.5 * self._frequency[ahead:, None]) / (active[:, :-ahead].sum(0)[..., None] + 0.5)
+            )
         part = trace.head(FIT_TOKENS)
         usage = usage_average(part)
         shown = active[: part.n_tokens]

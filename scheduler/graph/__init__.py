@@ -87,8 +87,17 @@ class TaskGraph:
         """The simulated execution as records, in start order."""
         schedule = self.simulate()
         records = [
-            TaskRecord(t.lane, t.kind, t.layer, t.expert, t.n_tokens, t.bytes, schedule.start_us[t.id],
-                       schedule.end_us[t.id], t.step)  # fmt: skip
+            TaskRecord(
+                t.lane,
+                t.kind,
+                t.layer,
+                t.expert,
+                t.n_tokens,
+                t.bytes,
+                schedule.start_us[t.id],
+                schedule.end_us[t.id],
+                t.step,
+            )  # fmt: skip
             for t in self.tasks
         ]
         return sorted(records, key=lambda record: (record.start_us, record.end_us))

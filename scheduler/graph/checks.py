@@ -109,7 +109,9 @@ def _replay_layer(item: PlannedLayer, contents: dict[int, tuple[int, int] | None
     return problems
 
 
-def check_records(graph: "nx.DiGraph[int]", tasks: Sequence[Task], records: Sequence[TaskRecord], slack_us: float) -> list[str]:
+def check_records(
+    graph: "nx.DiGraph[int]", tasks: Sequence[Task], records: Sequence[TaskRecord], slack_us: float
+) -> list[str]:
     """The records are a linear extension of the graph, complete, and no lane ran two tasks at once."""
     matched, problems = _match(tasks, records)
     ready_us: dict[int, float] = {}
@@ -118,7 +120,9 @@ def check_records(graph: "nx.DiGraph[int]", tasks: Sequence[Task], records: Sequ
         record = matched.get(node)
         if record is not None and record.start_us < ready - slack_us:
             late = max(graph.predecessors(node), key=lambda p: ready_us[p])
-            problems.append(f"{tasks[node].label} started {ready - record.start_us:.1f} us before {tasks[late].label} ended")
+            problems.append(
+                f"{tasks[node].label} started {ready - record.start_us:.1f} us before {tasks[late].label} ended"
+            )
         ready_us[node] = ready if record is None else max(ready, record.end_us)
     return problems + _check_lanes(records, slack_us)
 
@@ -139,7 +143,9 @@ def _match(tasks: Sequence[Task], records: Sequence[TaskRecord]) -> tuple[dict[i
             problems.append(f"{task.label} of step {task.step} was planned and never ran")
     for key, left in by_key.items():
         if left:
-            problems.append(f"{len(left)} x {key[1]} layer {key[2]} expert {key[3]} of step {key[0]} ran and was not planned")
+            problems.append(
+                f"{len(left)} x {key[1]} layer {key[2]} expert {key[3]} of step {key[0]} ran and was not planned"
+            )
     return matched, problems
 
 
@@ -161,7 +167,9 @@ def _check_lanes(records: Iterable[TaskRecord], slack_us: float) -> list[str]:
         last = None
         for record in (r for r in ordered if r.lane == lane):
             if last is not None and record.start_us < last.end_us - slack_us:
-                problems.append(f"lane {lane} ran {last.kind} expert {last.expert} and {record.kind} expert {record.expert} at once")
+                problems.append(
+                    f"lane {lane} ran {last.kind} expert {last.expert} and {record.kind} expert {record.expert} at once"
+                )
             last = record if last is None or record.end_us > last.end_us else last
     return problems
 

@@ -12,7 +12,9 @@ from scheduler.records import Lane
 SAME_INSTANT_US = 1e-6
 
 
-def list_schedule(graph: "nx.DiGraph[int]", tasks: Sequence[Task], lane_order: Mapping[Lane, Sequence[int]]) -> Schedule:
+def list_schedule(
+    graph: "nx.DiGraph[int]", tasks: Sequence[Task], lane_order: Mapping[Lane, Sequence[int]]
+) -> Schedule:
     """Run every lane first in, first out; a task starts when its lane and its predecessors are done.
 
     Raises ``ValueError`` when the lane orders and the dependencies wait for each other.
@@ -24,11 +26,14 @@ def list_schedule(graph: "nx.DiGraph[int]", tasks: Sequence[Task], lane_order: M
     schedule = Schedule()
     heads: list[tuple[float, int]] = []
 
+    offered: set[Lane] = set()  # lanes whose next task waits in the heap: at most one each
+
     def offer(lane: Lane) -> None:
         order = lane_order[lane]
-        if position[lane] < len(order) and waiting[order[position[lane]]] == 0:
+        if lane not in offered and position[lane] < len(order) and waiting[order[position[lane]]] == 0:
             node = order[position[lane]]
             position[lane] += 1
+            offered.add(lane)
             heappush(heads, (max(free_us[lane], ready_us[node]), node))
 
     for lane in lane_order:
@@ -39,6 +44,7 @@ def list_schedule(graph: "nx.DiGraph[int]", tasks: Sequence[Task], lane_order: M
         end = start + task.duration_us
         schedule.start_us[node], schedule.end_us[node] = start, end
         free_us[task.lane] = end
+        offered.discard(task.lane)
         woken = {task.lane}
         for successor in graph.successors(node):
             waiting[successor] -= 1

@@ -12,11 +12,23 @@ from yaml_rules.errors import YamlRulesError
 
 N_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts", "num_routed_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
-EXPERT_INTER = ("moe_intermediate_size", "expert_intermediate_size", "moe_ffn_hidden_size", "intermediate_size_moe", "ffn_dim")
+EXPERT_INTER = (
+    "moe_intermediate_size",
+    "expert_intermediate_size",
+    "moe_ffn_hidden_size",
+    "intermediate_size_moe",
+    "ffn_dim",
+)
 SHARED_INTER = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
 N_SHARED = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
 FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "first_k_dense")
-EVERY = ("decoder_sparse_step", "interleave_moe_layer_step", "expert_layer_period", "moe_layer_freq", "moe_layer_interval")
+EVERY = (
+    "decoder_sparse_step",
+    "interleave_moe_layer_step",
+    "expert_layer_period",
+    "moe_layer_freq",
+    "moe_layer_interval",
+)
 #: Families whose experts have no gate projection (two matrices each).
 NOT_GATED = ("nemotron_h",)
 KV_BYTES_PER_VALUE = 2  # bfloat16 cache

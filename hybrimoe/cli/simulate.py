@@ -1,0 +1,99 @@
+"""`hybrimoe simulate`: policies side by side on a trace, a hardware profile and a model shape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hybrimoe.cli import render
+from hybrimoe.cli.common import JsonOption
+
+if TYPE_CHECKING:
+    from scheduler.simulate import PhaseResult
+
+DEFAULT_POLICIES = ("static", "hybrimoe", "ours", "oracle")
+DEFAULT_RATIO = 0.25
+DEFAULT_TOKENS = 2000
+
+PolicyOption = Annotated[
+    list[str] | None, typer.Option("--policy", metavar="NAME", help="A preset or balance/prefetch/cache; repeatable.")
+]
+RatioOption = Annotated[
+    list[float] | None,
+    typer.Option("--cache-ratio", metavar="R", help="Share of all experts that has a slot; repeatable."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add `simulate`."""
+    app.command("simulate")(simulate)
+
+
+def simulate(
+    trace: Annotated[
+        str | None, typer.Option("--trace", metavar="T", help="An .npz trace, demo, or synthetic. Default: demo.")
+    ] = None,
+    hardware: Annotated[
+        str, typer.Option("--hardware", metavar="P", help="Hardware profile: a name or a file.")
+    ] = "rtx4090-ryzen9",
+    model_shape: Annotated[
+        str | None, typer.Option("--model-shape", metavar="M", help="Model shape: a name, config.json, or directory.")
+    ] = None,
+    policy: PolicyOption = None,
+    cache_ratio: RatioOption = None,
+    phase: Annotated[str | None, typer.Option(help="prefill or decode only. Default: both, where the trace has them.")] = None,
+    expert_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8, or int4.")] = "int4",
+    dense_dtype: Annotated[str, typer.Option(help="Weights outside the experts.")] = "int8",
+    predictions: Annotated[
+        str, typer.Option(help="Routing known ahead: auto, recorded, transition, noisy, or none.")
+    ] = "auto",
+    lookahead: Annotated[int, typer.Option(help="Layers ahead that are predicted.")] = 3,
+    max_tokens: Annotated[int, typer.Option(help="Simulate at most so many tokens; 0: all.")] = DEFAULT_TOKENS,
+    host_ratio: Annotated[float, typer.Option(help="Share of all experts that host memory holds; the rest is on disk.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed, the same numbers.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Simulate policies on a trace. The first quarter of its sequences is the profile, the others are simulated."""
+    from hybrimoe.tracing.simulation import SimulationRequest, run_simulations
+
+    request = SimulationRequest(
+        trace=trace,
+        hardware=hardware,
+        model_shape=model_shape,
+        policies=tuple(policy or DEFAULT_POLICIES),
+        cache_ratios=tuple(cache_ratio or (DEFAULT_RATIO,)),
+        phase=phase,
+        expert_dtype=expert_dtype,
+        dense_dtype=dense_dtype,
+        predictions=predictions,
+        lookahead=lookahead,
+        max_tokens=max_tokens,
+        host_ratio=host_ratio,
+        seed=seed,
+    )
+    report = run_simulations(request)
+    for text in report.notes:
+        render.note(text)
+    if as_json:
+        render.emit_json(report.rows())
+    else:
+        _show(report.results, report.title)
+
+
+COLUMNS = ("policy", "cached", "phase", "tokens", "ms", "speed-up", "hit rate", "CPU", "accelerator", "link", "transfers",
+           "prefetches", "precision")  # fmt: skip
+
+
+def _show(results: list[PhaseResult], title: str) -> None:
+    base: dict[tuple[Any, ...], float] = {}
+    rows = []
+    for r in results:
+        first = base.setdefault((r.cache_ratio, r.phase), r.latency_ms)
+        precision = f"{r.prefetch_precision:.0%}" if r.prefetches else "-"
+        rows.append(
+            (r.policy, f"{r.cache_ratio:.0%}", r.phase, r.tokens, f"{r.latency_ms:.2f}", f"{first / r.latency_ms:.2f}x",
+             f"{r.hit_rate:.1%}", f"{r.cpu_busy:.0%}", f"{r.accel_busy:.0%}", f"{r.link_busy:.0%}", r.transfers,
+             r.prefetches, precision)
+        )  # fmt: skip
+    render.out().print(render.table(title, COLUMNS, rows))

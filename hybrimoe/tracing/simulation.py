@@ -1,0 +1,115 @@
+"""Runs a request of `hybrimoe simulate`: every policy at every cache ratio on one trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+from hybrimoe.errors import ConfigError, did_you_mean
+from hybrimoe.profiles import open_hardware
+from hybrimoe.tracing.sources import open_trace, split
+from scheduler.analysis import expert_frequencies
+from scheduler.policies import resolve_policy
+from scheduler.simulate import PhaseResult, SimulationConfig, check_fit, simulate
+from scheduler.trace import Phase, Trace
+from scheduler.trace_demand import DemandSource
+from scheduler.trace_predict import PredictionKind, predictions_for
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationRequest:
+    """What a command line asks for; names are resolved by :func:`run_simulations`."""
+
+    trace: str | None
+    hardware: str
+    model_shape: str | None
+    policies: tuple[str, ...]
+    cache_ratios: tuple[float, ...]
+    phase: str | None = None
+    expert_dtype: str = "int4"
+    dense_dtype: str = "int8"
+    predictions: str = "auto"
+    lookahead: int = 3
+    max_tokens: int = 2000
+    host_ratio: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationReport:
+    """Results in request order, with what was assumed."""
+
+    results: list[PhaseResult]
+    hardware: str
+    model_shape: str
+    trace: str
+    notes: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """One line for tables."""
+        return f"{self.model_shape} on {self.hardware}, trace {self.trace} (simulated)"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain mapping per policy, cache ratio and phase."""
+        where = {"hardware": self.hardware, "model_shape": self.model_shape, "trace": self.trace, "kind": "simulated"}
+        return [{**result.as_dict(), **where} for result in self.results]
+
+
+def run_simulations(request: SimulationRequest) -> SimulationReport:
+    """Simulate every policy at every ratio. Names and settings are checked before anything runs."""
+    phase = _phase(request.phase)
+    kind = _kind(request.predictions)
+    configs = [_config(request, policy, ratio) for ratio in request.cache_ratios for policy in request.policies]
+    profile = open_hardware(request.hardware)
+    found = open_trace(request.trace, request.model_shape, seed=request.seed)
+    check_fit(found.trace, found.shape)
+    calibration, evaluation = split(found.trace)
+    evaluation = _cut(evaluation, request.max_tokens)
+    if phase is not None:
+        evaluation.require_phase(phase)
+    predictions = predictions_for(evaluation, kind, calibration, request.seed)
+    source = DemandSource(evaluation, predictions)
+    known = expert_frequencies(calibration)
+    results = [
+        result
+        for config in configs
+        for result in simulate(evaluation, profile, found.shape, config, None, known, phase, source)
+    ]
+    told = "none" if predictions is None else predictions.kind
+    notes = (*found.notes, f"{evaluation.n_tokens} of {found.trace.n_tokens} tokens; routing ahead: {told}")
+    return SimulationReport(results, profile.name, found.shape.name, found.trace.name, notes)
+
+
+def _config(request: SimulationRequest, policy: str, ratio: float) -> SimulationConfig:
+    resolve_policy(policy)
+    return SimulationConfig(
+        policy=policy,
+        cache_ratio=ratio,
+        expert_dtype=request.expert_dtype,
+        dense_dtype=request.dense_dtype,
+        lookahead=request.lookahead,
+        host_ratio=request.host_ratio,
+        seed=request.seed,
+    )
+
+
+def _phase(name: str | None) -> Phase | None:
+    if name is None:
+        return None
+    if name not in get_args(Phase):
+        raise ConfigError(f"unknown phase {name!r}{did_you_mean(name, get_args(Phase))}; use prefill or decode")
+    return cast(Phase, name)
+
+
+def _kind(name: str) -> PredictionKind:
+    if name not in get_args(PredictionKind):
+        known = get_args(PredictionKind)
+        raise ConfigError(f"unknown predictions {name!r}{did_you_mean(name, known)}; use one of {', '.join(known)}")
+    return cast(PredictionKind, name)
+
+
+def _cut(trace: Trace, max_tokens: int) -> Trace:
+    if max_tokens < 0:
+        raise ConfigError(f"--max-tokens must be at least 0 (all), found {max_tokens}")
+    return trace if max_tokens == 0 else trace.head(max_tokens)
