@@ -84,7 +84,13 @@ class CostModel:
         cpu = np.where(tokens > 0, cpu_us + (tokens - 1) * cpu_us_per_token, 0.0)
         accel = np.where(tokens > 0, accel_us + (tokens - 1) * accel_us_per_token, 0.0)
         model._build(
-            np.zeros(n_layers, np.int64), cpu[None], accel[None], np.array([transfer_us], np.float64), 1.0, 1.0, dense_us
+            np.zeros(n_layers, np.int64),
+            cpu[None],
+            accel[None],
+            np.array([transfer_us], np.float64),
+            1.0,
+            1.0,
+            dense_us,
         )
         return model
 
@@ -104,11 +110,11 @@ class CostModel:
     def cpu_us(self, layer: int, n_tokens: npt.ArrayLike, link_busy: bool = False) -> Floats:
         """us of one expert on ``n_tokens`` tokens (any shape) on the CPU; slower while the link reads host memory."""
         scale = self.drift[0] / (self.cpu_with_link if link_busy else 1.0)
-        return _look_up(self.cpu_grid[self.kind[layer]], n_tokens) * scale
+        return np.asarray(_look_up(self.cpu_grid[self.kind[layer]], n_tokens) * scale)
 
     def accel_us(self, layer: int, n_tokens: npt.ArrayLike) -> Floats:
         """us of one resident expert on ``n_tokens`` tokens (any shape) on the accelerator."""
-        return _look_up(self.accel_grid[self.kind[layer]], n_tokens) * self.drift[1]
+        return np.asarray(_look_up(self.accel_grid[self.kind[layer]], n_tokens) * self.drift[1])
 
     def transfer_us(self, layer: int, cpu_busy: bool = False) -> float:
         """us of one expert over the link; slower while the CPU reads host memory."""

@@ -9,7 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.balancing.optimal import fiddler_max, optimal
-from scheduler.balancing.peers import bandwidth, cpu_only, fiddler, hybrimoe, monde, on_demand, static_mapping, whole_layers
+from scheduler.balancing.peers import (
+    bandwidth,
+    cpu_only,
+    fiddler,
+    hybrimoe,
+    monde,
+    on_demand,
+    static_mapping,
+    whole_layers,
+)
 from scheduler.balancing.timeline import plan_makespan
 from scheduler.compiled import compiled
 
@@ -55,8 +64,8 @@ def grid_us(row: Floats, n_tokens: int) -> float:
     """Tabulated cost of ``n_tokens`` tokens; the last slope goes on beyond the table."""
     last = row.size - 1
     if n_tokens <= last:
-        return row[n_tokens]
-    return row[last] + (n_tokens - last) * (row[last] - row[last - 1])
+        return float(row[n_tokens])
+    return float(row[last] + (n_tokens - last) * (row[last] - row[last - 1]))
 
 
 @compiled
@@ -85,7 +94,7 @@ def pick_slot(key_of: Ints, state: Ints, claims: Ints, keep: Floats, taken: npt.
 
     capacity >= 0: the layer of keys first_key..end_key holds at most that many slots and evicts its own experts only.
     """
-    held, free, victim = 0, -1, -1
+    held, free, victim, least = 0, -1, -1, 0.0
     for slot in range(key_of.size):
         key = key_of[slot]
         own = first_key <= key < end_key
@@ -94,13 +103,11 @@ def pick_slot(key_of: Ints, state: Ints, claims: Ints, keep: Floats, taken: npt.
         if taken[slot] or claims[slot] > 0:
             continue
         if state[slot] == FREE:
-            if free < 0:
-                free = slot
+            free = slot if free < 0 else free
         elif state[slot] == RESIDENT and (own or capacity < 0):
-            if victim < 0 or keep[key] < keep[key_of[victim]] or (
-                keep[key] == keep[key_of[victim]] and key < key_of[victim]
-            ):
-                victim = slot
+            worth = keep[key]
+            if victim < 0 or worth < least or (worth == least and key < key_of[victim]):
+                victim, least = slot, worth
     if free >= 0 and (capacity < 0 or held < capacity):
         return free
     return victim

@@ -65,7 +65,7 @@ class LayerDemand:
 def _check_ids(where: str, ids: npt.NDArray[np.int32], n_experts: int) -> None:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise DemandError(f"{where}: expert_ids must be a 1-d integer array, found {ids.dtype}{list(ids.shape)}")
-    if ids.size and not (0 <= int(ids.min()) and int(ids.max()) < n_experts):
+    if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < n_experts):
         raise DemandError(f"{where}: expert ids must lie in 0..{n_experts - 1}, found {ids.min()}..{ids.max()}")
 
 

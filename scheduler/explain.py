@@ -43,7 +43,10 @@ def explain(plan: LayerPlan, demand: LayerDemand, lanes: LaneState, costs: CostM
     moved = {t.expert for t in plan.transfers}
     gone = {t.evicts for t in (*plan.transfers, *plan.prefetches)}
     here = np.array(
-        [e not in moved and (e in plan.accel or slots.slot(plan.layer, e) >= 0 or (plan.layer, e) in gone) for e in ids.tolist()],
+        [
+            e not in moved and (e in plan.accel or slots.slot(plan.layer, e) >= 0 or (plan.layer, e) in gone)
+            for e in ids.tolist()
+        ],
         np.bool_,
     )  # fmt: skip
     cpu_us = costs.cpu_us(plan.layer, demand.n_tokens, lanes.link_ready_us > 0)

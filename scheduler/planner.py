@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.balancing import kernel_of
+from scheduler.balancing import kernel_of, parameters_of_balance
 from scheduler.cache import CACHE_POLICIES
 from scheduler.costs import CostModel
 from scheduler.decide import POLICY_CODES, REUSE, decide, pick_slot
@@ -25,7 +25,7 @@ from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, Transfer, Tr
 from scheduler.policies import Policy, resolve_policy
 from scheduler.prefetch import PREFETCH_POLICIES
 from scheduler.setting import Scorer, Setting, make
-from scheduler.slots import SlotTable
+from scheduler.slots import RESIDENT, SlotTable
 from scheduler.warm_up import preferred
 
 Placement = Literal["hybrid", "cpu", "accelerator"]
@@ -84,7 +84,7 @@ class Planner:
 
     def _balance_codes(self) -> list[tuple[int, npt.NDArray[np.float64]]]:
         """Compiled policy code and parameters of each layer."""
-        known = ("form", "hot", "node_limit")
+        known = parameters_of_balance(self.policy.balance)
         own = {key: value for key, value in self.policy.params.items() if key in known}
         _, numbers = kernel_of(self.policy.balance, **own)
         name = "fiddler_max" if own.get("form") == "max" else self.policy.balance
@@ -139,8 +139,10 @@ class Planner:
         n = ids.size
         if not 0 <= layer < self.n_layers:
             raise DemandError(f"layer {layer} is outside 0..{self.n_layers - 1}")
-        if n and not (0 <= ids[0] and ids[-1] < self.n_experts and demand.n_tokens.size == n):
-            raise DemandError(f"layer {layer}: expert ids must ascend within 0..{self.n_experts - 1}, one n_tokens each")
+        if n and not (ids[0] >= 0 and ids[-1] < self.n_experts and demand.n_tokens.size == n):
+            raise DemandError(
+                f"layer {layer}: expert ids must ascend within 0..{self.n_experts - 1}, one n_tokens each"
+            )
         self._demands[layer] = (demand, lanes)
         self.cache.observe(demand)
         self.prefetch.observe(demand)
@@ -264,7 +266,14 @@ class Planner:
         first_key = layer * self.n_experts
         slots = self.slots
         return pick_slot(
-            slots.key_of, slots.state, slots.claims, self.cache.keep, taken, first_key, first_key + self.n_experts, capacity
+            slots.key_of,
+            slots.state,
+            slots.claims,
+            self.cache.keep,
+            taken,
+            first_key,
+            first_key + self.n_experts,
+            capacity,
         )
 
     def _worth_it(self, slot: int, gain_us: float) -> bool:
@@ -273,7 +282,7 @@ class Planner:
         return key < 0 or not self.cache.keeps_us or gain_us > float(self.cache.keep[key])
 
     def on_event(self, event: Event) -> None:
-        """What the executor saw: a transfer or a layer has ended. Raises SlotError if nothing of the kind was planned."""
+        """What the executor saw: a transfer or a layer has ended. Raises SlotError if that was not planned."""
         if isinstance(event, TransferEnded):
             key = event.layer * self.n_experts + event.expert
             self.slots.end_transfer(event.slot, key)
@@ -293,7 +302,7 @@ class Planner:
         for slot in slots:
             self.slots.release(slot)
         for slot in leaving:
-            if self.slots.state[slot] == 2 and not self.slots.claims[slot]:
+            if self.slots.state[slot] == RESIDENT and not self.slots.claims[slot]:
                 self.slots.free(slot)
         for task in event.observed:
             self.costs.observe(task)
@@ -307,7 +316,8 @@ class Planner:
 
 
 def _check_placements(placements: Sequence[Placement] | None, n_layers: int) -> tuple[Placement, ...]:
-    given: tuple[Placement, ...] = ("hybrid",) * n_layers if placements is None else tuple(placements)
+    everywhere: Placement = "hybrid"
+    given = (everywhere,) * n_layers if placements is None else tuple(placements)
     if len(given) != n_layers or any(p not in ("hybrid", "cpu", "accelerator") for p in given):
         raise PolicyError(f"placements: expected {n_layers} of hybrid, cpu, accelerator, found {given}")
     return given

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from scheduler.balancing import BALANCE_POLICIES, parameters_of_balance
+from scheduler.balancing import BALANCE_POLICIES, kernel_of, parameters_of_balance
 from scheduler.cache import CACHE_POLICIES
+from scheduler.costs import CostModel
 from scheduler.errors import PolicyError, did_you_mean
+from scheduler.future import Future
 from scheduler.prefetch import PREFETCH_POLICIES
-from scheduler.setting import parameters_of
+from scheduler.setting import Setting, make, parameters_of
+from scheduler.slots import SlotTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,20 @@ def resolve_policy(policy: str | Policy, **params: Any) -> Policy:
     for name in params:
         if name not in known:
             raise PolicyError(f"policy {found.name}: unknown parameter {name!r}{did_you_mean(name, known)}")
-    return replace(found, params=MappingProxyType({**found.params, **params})) if params else found
+    if not params:
+        return found
+    merged = replace(found, params=MappingProxyType({**found.params, **params}))
+    _check_values(merged)
+    return merged
+
+
+def _check_values(policy: Policy) -> None:
+    """Makes the three policies once for a model of one expert, so that bad values are refused here."""
+    known = parameters_of_balance(policy.balance)
+    kernel_of(policy.balance, **{key: value for key, value in policy.params.items() if key in known})
+    toy = Setting(1, 1, SlotTable(1, 1, 1), CostModel.uniform(1), future=Future([], 1, 1))
+    make("prefetch", policy.prefetch, PREFETCH_POLICIES, toy, policy.params)
+    make("cache", policy.cache, CACHE_POLICIES, toy, policy.params)
 
 
 def _by_name(name: str) -> Policy:
@@ -81,4 +97,4 @@ def _by_name(name: str) -> Policy:
     for part, (kind, table) in zip(parts, tables, strict=True):
         if part not in table:
             raise PolicyError(f"policy {name!r}: unknown {kind} policy {part!r}{did_you_mean(part, table)}")
-    return Policy(*parts)
+    return Policy(parts[0], parts[1], parts[2])

@@ -84,5 +84,7 @@ def integer(policy: str, name: str, value: Any, low: int) -> int:
 def choice(policy: str, name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """``value`` if it is allowed; raises PolicyError."""
     if value not in allowed:
-        raise PolicyError(f"{policy}: {name} must be one of {allowed}, found {value!r}{did_you_mean(str(value), allowed)}")
+        raise PolicyError(
+            f"{policy}: {name} must be one of {allowed}, found {value!r}{did_you_mean(str(value), allowed)}"
+        )
     return str(value)

@@ -22,6 +22,10 @@ class SlotState(IntEnum):
     IN_USE = 3
 
 
+FREE, IN_FLIGHT, RESIDENT, IN_USE = (int(state) for state in SlotState)
+"""The same as plain integers: an enum member costs a look-up on the hot path."""
+
+
 class SlotTable:
     """``n_slots`` slots for the experts of ``n_layers`` x ``n_experts``; flat arrays, key = layer * n_experts + expert.
 
@@ -59,7 +63,7 @@ class SlotTable:
         """Experts of a layer whose bytes are there (resident or in use), ascending."""
         slots = self.slot_of[layer * self.n_experts : (layer + 1) * self.n_experts]
         held = np.flatnonzero(slots >= 0)
-        return tuple(int(e) for e in held if self.state[slots[e]] >= SlotState.RESIDENT)
+        return tuple(int(e) for e in held if self.state[slots[e]] >= RESIDENT)
 
     def counts(self) -> dict[SlotState, int]:
         """Number of slots in each state."""
@@ -70,8 +74,10 @@ class SlotTable:
         """A free slot, or one whose resident no plan uses, starts to receive ``key``. Returns the evicted key or -1."""
         self._check_absent(key)
         state = self.state[slot]
-        if state not in (SlotState.FREE, SlotState.RESIDENT) or self.claims[slot]:
-            raise SlotError(f"slot {slot} is {self._describe(slot)}: only a free or idle resident slot can be rewritten")
+        if state not in (FREE, RESIDENT) or self.claims[slot]:
+            raise SlotError(
+                f"slot {slot} is {self._describe(slot)}: only a free or idle resident slot can be rewritten"
+            )
         return self._receive(slot, key)
 
     def chain_transfer(self, slot: int, key: int) -> int:
@@ -83,7 +89,7 @@ class SlotTable:
         if not self.claims[slot]:
             raise SlotError(f"slot {slot} is {self._describe(slot)}: only a slot that a plan uses can be chained")
         old = int(self.key_of[slot])
-        if self.state[slot] == SlotState.IN_FLIGHT:
+        if self.state[slot] == IN_FLIGHT:
             self._overtaken[(slot, old)] += 1
         return self._receive(slot, key)
 
@@ -93,35 +99,35 @@ class SlotTable:
             self._overtaken[(slot, key)] -= 1
             self._overtaken += Counter()
             return
-        if not 0 <= slot < self.n_slots or self.key_of[slot] != key or self.state[slot] != SlotState.IN_FLIGHT:
+        if not 0 <= slot < self.n_slots or self.key_of[slot] != key or self.state[slot] != IN_FLIGHT:
             expert = divmod(key, self.n_experts)
             raise SlotError(f"no transfer of layer {expert[0]} expert {expert[1]} into slot {slot} is under way")
-        self.state[slot] = SlotState.IN_USE if self.claims[slot] else SlotState.RESIDENT
+        self.state[slot] = IN_USE if self.claims[slot] else RESIDENT
 
     def claim(self, slot: int) -> None:
         """A plan computes from this slot until ``release``."""
-        if self.state[slot] == SlotState.FREE:
+        if self.state[slot] == FREE:
             raise SlotError(f"slot {slot} is free: nothing to compute from")
         self.claims[slot] += 1
-        if self.state[slot] == SlotState.RESIDENT:
-            self.state[slot] = SlotState.IN_USE
+        if self.state[slot] == RESIDENT:
+            self.state[slot] = IN_USE
 
     def release(self, slot: int) -> None:
         """One plan that used this slot has ended."""
         if self.claims[slot] < 1:
             raise SlotError(f"slot {slot} is {self._describe(slot)}: no plan uses it")
         self.claims[slot] -= 1
-        if self.claims[slot] == 0 and self.state[slot] == SlotState.IN_USE:
-            self.state[slot] = SlotState.RESIDENT
+        if self.claims[slot] == 0 and self.state[slot] == IN_USE:
+            self.state[slot] = RESIDENT
 
     def free(self, slot: int) -> int:
         """An idle resident leaves; returns its key."""
-        if self.state[slot] != SlotState.RESIDENT:
+        if self.state[slot] != RESIDENT:
             raise SlotError(f"slot {slot} is {self._describe(slot)}: only an idle resident can leave")
         key = int(self.key_of[slot])
         self.slot_of[key] = NO_SLOT
         self.key_of[slot] = NO_KEY
-        self.state[slot] = SlotState.FREE
+        self.state[slot] = FREE
         return key
 
     def _receive(self, slot: int, key: int) -> int:
@@ -130,7 +136,7 @@ class SlotTable:
             self.slot_of[old] = NO_SLOT
         self.key_of[slot] = key
         self.slot_of[key] = slot
-        self.state[slot] = SlotState.IN_FLIGHT
+        self.state[slot] = IN_FLIGHT
         return old
 
     def _check_absent(self, key: int) -> None:

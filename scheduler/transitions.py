@@ -28,7 +28,7 @@ def count_transitions(counts: Floats, sources: Ids, targets: Ids, decay: float) 
 
 @compiled
 def follow(counts: Floats, sources: Ids, prior: npt.NDArray[np.float64], trust: float) -> npt.NDArray[np.float64]:
-    """float64[E]: mean over active sources of P(target | source), shrunk to ``prior`` [E] by ``trust`` pseudo-counts."""
+    """float64[E]: mean over active sources of P(target | source), shrunk to ``prior`` by ``trust`` pseudo-counts."""
     n = prior.size
     chance = np.zeros(n)
     for source in sources:

@@ -97,9 +97,7 @@ def parameters_of_balance(policy: str) -> frozenset[str]:
     return _KERNELS[policy][1]
 
 
-def evaluate(
-    costs: LayerCosts, cpu: tuple[int, ...], accel: tuple[int, ...], transfers: tuple[int, ...]
-) -> float:
+def evaluate(costs: LayerCosts, cpu: tuple[int, ...], accel: tuple[int, ...], transfers: tuple[int, ...]) -> float:
     """Makespan in us of any plan under the contract's semantics. Raises CostError if it is no valid plan."""
     n = len(costs)
     if sorted((*cpu, *accel)) != list(range(n)):
@@ -114,4 +112,13 @@ def evaluate(
     return float(plan_makespan(costs.table, costs.ready, plan))
 
 
-__all__ = ["BALANCE_POLICIES", "BalancePlan", "Kernel", "LayerCosts", "balance", "evaluate", "kernel_of", "parameters_of_balance"]
+__all__ = [
+    "BALANCE_POLICIES",
+    "BalancePlan",
+    "Kernel",
+    "LayerCosts",
+    "balance",
+    "evaluate",
+    "kernel_of",
+    "parameters_of_balance",
+]

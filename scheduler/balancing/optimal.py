@@ -297,7 +297,7 @@ def fiddler_max(table: Floats, ready: Floats, params: Floats, plan: Ints) -> tup
     flat[1] = np.where(here, table[1], table[1] + table[2])
     flat[2] = 0.0
     flat[3] = 0.0
-    _, bound = optimal(flat, np.zeros(3), params, plan)
+    optimal(flat, np.zeros(3), params, plan)
     on_accel = np.zeros(n, np.bool_)
     for i in range(plan[1]):
         on_accel[plan[3 + n + i]] = True

@@ -78,7 +78,7 @@ def johnson_order(table: Floats) -> Ints:
 
 @compiled
 def write_plan(table: Floats, on_accel: npt.NDArray[np.bool_], order: Ints, plan: Ints) -> None:
-    """Fills ``plan`` from a placement: the accelerator and the link follow ``order``, the CPU takes short ones first."""
+    """Fills ``plan`` from a placement: the accelerator and the link follow ``order``, the CPU goes short first."""
     n = table.shape[1]
     n_accel = 0
     n_transfers = 0

@@ -45,13 +45,23 @@ class Impact(PrefetchPolicy):
         kind = costs.kind[layer]
         slots = self.setting.slots.slot_of[layer * self.setting.n_experts + prediction.expert_ids]
         return predicted_table(
-            prediction.n_tokens, slots, costs.cpu_grid[kind], costs.accel_grid[kind], costs.drift, costs.transfer_us(layer)
+            prediction.n_tokens,
+            slots,
+            costs.cpu_grid[kind],
+            costs.accel_grid[kind],
+            costs.drift,
+            costs.transfer_us(layer),
         )
 
 
 @compiled
 def predicted_table(
-    n_tokens: npt.NDArray[np.float32], slots: npt.NDArray[np.int64], cpu: Floats, accel: Floats, drift: Floats, link: float
+    n_tokens: npt.NDArray[np.float32],
+    slots: npt.NDArray[np.int64],
+    cpu: Floats,
+    accel: Floats,
+    drift: Floats,
+    link: float,
 ) -> Floats:
     """Cost table float64[5, P] of a predicted demand; token counts are rounded up, at least 1."""
     table = np.zeros((5, n_tokens.size))
@@ -105,7 +115,9 @@ class GateTopK(PrefetchPolicy):
             absent = self.absent(prediction.layer, experts)
             if absent.any():
                 keys.append(prediction.layer * self.setting.n_experts + experts[absent])
-                gains.append(self.saving_us(prediction.layer, np.maximum(prediction.n_tokens[chosen][absent], 1).astype(int)))
+                gains.append(
+                    self.saving_us(prediction.layer, np.maximum(prediction.n_tokens[chosen][absent], 1).astype(int))
+                )
                 if self.only_if_cached:
                     break
         if not keys:

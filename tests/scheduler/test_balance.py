@@ -66,7 +66,8 @@ def subset_optimum(costs: LayerCosts) -> float:
     n = len(costs)
     best = np.inf
     johnson = sorted(
-        range(n), key=lambda i: (0, costs.table[2, i]) if costs.table[2, i] <= costs.table[1, i] else (1, -costs.table[1, i])
+        range(n),
+        key=lambda i: (0, costs.table[2, i]) if costs.table[2, i] <= costs.table[1, i] else (1, -costs.table[1, i]),
     )
     for mask in range(1 << n):
         accel = [i for i in johnson if mask >> i & 1]
@@ -86,7 +87,7 @@ def test_optimal_is_exact_for_nine_and_ten_general_experts() -> None:
 
 
 def test_optimal_on_thresholds_equals_branch_and_bound() -> None:
-    """Equal accelerator and transfer costs take the enumeration; a 1e-7 ripple sends the same instance to the search."""
+    """Equal accelerator and transfer costs take the enumeration; a ripple sends the same instance to the search."""
     rng = np.random.default_rng(3)
     for _ in range(40):
         n = int(rng.integers(2, 13))
@@ -158,7 +159,8 @@ def test_large_instances_report_a_gap_that_holds() -> None:
         check_valid(costs, plan)
         assert 0.0 < plan.bound_us <= plan.makespan_us <= 1.1 * plan.bound_us
         more = balance(costs, "optimal", node_limit=200_000)
-        assert plan.bound_us <= more.makespan_us + 1e-6 and more.makespan_us <= plan.makespan_us
+        assert plan.bound_us <= more.makespan_us + 1e-6
+        assert more.makespan_us <= plan.makespan_us
 
 
 def test_no_policy_beats_optimal_and_every_plan_is_valid() -> None:
@@ -197,14 +199,15 @@ PEER_PLANS = {
 
 @pytest.mark.parametrize("policy", BALANCE_POLICIES)
 def test_peers_by_hand(policy: str) -> None:
-    """monde: H = round(3 * 10 / (20 + 10)) = 1, the hottest is 1. bandwidth: mean c 25, t 20: round(2 * 25 / 45) = 1."""
+    """monde: H = round(3 * 10 / (20 + 10)) = 1, the hottest is 1. bandwidth: c 25, t 20: round(2 * 25 / 45) = 1."""
     plan = balance(LayerCosts([10, 40, 30], [5, 5, 5], [20, 20, 20], [False, False, True]), policy)
     assert (plan.cpu, plan.accel, plan.transfers) == PEER_PLANS[policy]
 
 
 def test_layers_runs_on_the_accelerator_only_if_all_are_resident() -> None:
     plan = balance(LayerCosts([1, 2], [1, 1], [9, 9], [True, True]), "layers")
-    assert plan.cpu == () and plan.accel == (1, 0)
+    assert plan.cpu == ()
+    assert plan.accel == (1, 0)
 
 
 def test_bandwidth_fetches_the_most_recently_active() -> None:
@@ -248,26 +251,26 @@ def test_a_late_resident_is_waited_for() -> None:
 
 
 BAD = [
-    (dict(cpu_us=[]), "no activated experts"),
-    (dict(cpu_us=[1.0, np.nan]), r"cpu_us\[1\]"),
-    (dict(accel_us=[-1.0, 1.0]), r"accel_us\[0\]"),
-    (dict(transfer_us=[np.inf, 1.0]), r"transfer_us\[0\]"),
-    (dict(accel_us=[1.0]), r"accel_us: expected shape \(2,\)"),
-    (dict(cpu_us=[[1.0, 2.0]]), "cpu_us: expected shape"),
-    (dict(cpu_us=["a", "b"]), "cpu_us: expected real numbers"),
-    (dict(accel_us=[1j, 1.0]), "accel_us: expected real numbers"),
-    (dict(resident=[True]), "resident: expected shape"),
-    (dict(resident=[0.5, 1.0]), "resident: expected booleans"),
-    (dict(resident=[2, 1]), "resident: expected booleans"),
-    (dict(link_ready_us=-1.0), "link_ready_us"),
-    (dict(cpu_ready_us=float("nan")), "cpu_ready_us"),
-    (dict(arrival_us=[5.0, 0.0]), "link is in order"),
+    ({"cpu_us": []}, "no activated experts"),
+    ({"cpu_us": [1.0, np.nan]}, r"cpu_us\[1\]"),
+    ({"accel_us": [-1.0, 1.0]}, r"accel_us\[0\]"),
+    ({"transfer_us": [np.inf, 1.0]}, r"transfer_us\[0\]"),
+    ({"accel_us": [1.0]}, r"accel_us: expected shape \(2,\)"),
+    ({"cpu_us": [[1.0, 2.0]]}, "cpu_us: expected shape"),
+    ({"cpu_us": ["a", "b"]}, "cpu_us: expected real numbers"),
+    ({"accel_us": [1j, 1.0]}, "accel_us: expected real numbers"),
+    ({"resident": [True]}, "resident: expected shape"),
+    ({"resident": [0.5, 1.0]}, "resident: expected booleans"),
+    ({"resident": [2, 1]}, "resident: expected booleans"),
+    ({"link_ready_us": -1.0}, "link_ready_us"),
+    ({"cpu_ready_us": float("nan")}, "cpu_ready_us"),
+    ({"arrival_us": [5.0, 0.0]}, "link is in order"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_costs_say_what_is_wrong(change: dict, message: str) -> None:
-    good = dict(cpu_us=[1.0, 2.0], accel_us=[1.0, 1.0], transfer_us=[3.0, 3.0], resident=[True, False])
+    good = {"cpu_us": [1.0, 2.0], "accel_us": [1.0, 1.0], "transfer_us": [3.0, 3.0], "resident": [True, False]}
     with pytest.raises(CostError, match=message):
         LayerCosts(**{**good, **change})
 
@@ -306,9 +309,13 @@ def test_the_plain_python_path_gives_the_same_plans() -> None:
     )
     outputs = [
         subprocess.run(
-            [sys.executable, "-c", script], env={**os.environ, "NUMBA_DISABLE_JIT": flag}, capture_output=True, text=True
+            [sys.executable, "-c", script],
+            env={**os.environ, "NUMBA_DISABLE_JIT": flag},
+            capture_output=True,
+            text=True,
         )
         for flag in ("0", "1")
     ]
     assert all(o.returncode == 0 for o in outputs), outputs[1].stderr
-    assert outputs[0].stdout == outputs[1].stdout and outputs[0].stdout
+    assert outputs[0].stdout == outputs[1].stdout
+    assert outputs[0].stdout

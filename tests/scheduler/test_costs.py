@@ -29,7 +29,7 @@ def model(**changes: object) -> CostModel:
 
 
 def test_memory_floor_then_linear() -> None:
-    """1.5 M weights = 3 MB in bfloat16: 300 us at 10 GB/s; 3 MFLOP a token = 30 us at 100 GFLOP/s: floor to 10 tokens."""
+    """1.5 M weights = 3 MB in bfloat16: 300 us at 10 GB/s; 3 MFLOP a token = 30 us at 100 GFLOP/s: 10 tokens."""
     costs = model()
     assert costs.cpu_us(0, [0, 1, 10, 20]).tolist() == pytest.approx([0.0, 305.0, 305.0, 605.0])
     assert costs.accel_us(0, 1) == pytest.approx(8 + 6.0)
@@ -83,7 +83,9 @@ def test_observed_nonsense_is_refused(us: float) -> None:
 
 
 def test_profile_round_trip() -> None:
-    profile = HardwareProfile.from_mapping(mapping(disk={"gbps": 3.0}, cpu={**MAPPING["cpu"], "table": {"a": [[1, 2.0]]}}))
+    profile = HardwareProfile.from_mapping(
+        mapping(disk={"gbps": 3.0}, cpu={**MAPPING["cpu"], "table": {"a": [[1, 2.0]]}})
+    )
     assert HardwareProfile.from_mapping(profile.to_mapping()) == profile
 
 
@@ -120,7 +122,8 @@ def test_bad_shapes() -> None:
         ModelShape.from_mapping({"hiden": 3})
     with pytest.raises(ProfileError, match="unknown expert dtype"):
         SHAPE.expert_bytes("int5")
-    assert SHAPE.expert_bytes("int4") == 1_500_000 * 0.5625 and SHAPE.expert_flops(2) == 6_000_000
+    assert SHAPE.expert_bytes("int4") == 1_500_000 * 0.5625
+    assert SHAPE.expert_flops(2) == 6_000_000
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1.0])

@@ -13,13 +13,18 @@ from scheduler import SlotError, SlotState, SlotTable
 def test_life_of_a_slot() -> None:
     table = SlotTable(2, n_layers=2, n_experts=4)
     assert table.begin_transfer(0, key=5) == -1
-    assert table.state_of(0) is SlotState.IN_FLIGHT and table.occupant(0) == (1, 1) and table.resident(1) == ()
+    assert table.state_of(0) is SlotState.IN_FLIGHT
+    assert table.occupant(0) == (1, 1)
+    assert table.resident(1) == ()
     table.end_transfer(0, 5)
-    assert table.state_of(0) is SlotState.RESIDENT and table.resident(1) == (1,) and table.slot(1, 1) == 0
+    assert table.state_of(0) is SlotState.RESIDENT
+    assert table.resident(1) == (1,)
+    assert table.slot(1, 1) == 0
     table.claim(0)
     assert table.state_of(0) is SlotState.IN_USE
     table.release(0)
-    assert table.begin_transfer(0, key=2) == 5 and table.slot(1, 1) == -1
+    assert table.begin_transfer(0, key=2) == 5
+    assert table.slot(1, 1) == -1
     table.end_transfer(0, 2)
     assert table.free(0) == 2
     assert table.counts()[SlotState.FREE] == 2
@@ -68,7 +73,8 @@ def test_chained_slot_expects_the_overtaken_transfer_to_end() -> None:
     table.end_transfer(0, 2)
     table.release(0)
     table.release(0)
-    assert table.state_of(0) is SlotState.RESIDENT and table.occupant(0) == (0, 2)
+    assert table.state_of(0) is SlotState.RESIDENT
+    assert table.occupant(0) == (0, 2)
     with pytest.raises(SlotError, match="no transfer"):
         table.end_transfer(0, 1)
 
@@ -85,11 +91,10 @@ def test_sizes_are_cut_or_refused() -> None:
 def test_random_walk_stays_consistent(actions: list[tuple[int, int, int]]) -> None:
     table = SlotTable(4, 2, 4)
     for action, slot, key in actions:
+        method = ("begin_transfer", "end_transfer", "claim", "release", "free", "chain_transfer")[action]
+        arguments = (slot,) if method in ("claim", "release", "free") else (slot, key)
         try:
-            (
-                lambda: table.begin_transfer(slot, key), lambda: table.end_transfer(slot, key), lambda: table.claim(slot),
-                lambda: table.release(slot), lambda: table.free(slot), lambda: table.chain_transfer(slot, key),
-            )[action]()  # fmt: skip
+            getattr(table, method)(*arguments)
         except SlotError:
             continue
     held = {int(k): s for s, k in enumerate(table.key_of) if k >= 0}
