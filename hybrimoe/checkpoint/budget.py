@@ -21,5 +21,14 @@ def check_host_memory(host: Amount, needed_bytes: int) -> None:
     if needed_bytes > allowed:
         raise BudgetError(
             f"the packed experts need {needed_bytes / 2**30:.2f} GiB of host memory, {what} {allowed / 2**30:.2f} GiB;"
+            " choose a smaller expert_dtype (int8, int4), or let them stay on disk (memory.disk: auto)"
+        )
+
+
+def check_disk(disk: Amount, needed_bytes: int) -> None:
+    """Raises BudgetError where a packed file of `needed_bytes` is more than a size given for `disk` allows."""
+    if disk.kind == "bytes" and needed_bytes > disk.value:
+        raise BudgetError(
+            f"the packed experts need {needed_bytes / 2**30:.2f} GiB, memory.disk allows {disk.value / 2**30:.2f} GiB;"
             " choose a smaller expert_dtype (int8, int4)"
         )

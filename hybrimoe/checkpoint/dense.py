@@ -4,7 +4,7 @@ does in `from_pretrained`."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ AUTO_CLASSES = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
     (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
 )
-DeviceOf = Callable[[str], torch.device | None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,31 +67,39 @@ def load_dense(
     conversions: Iterable[Conversion],
     shapes: ModelShapes,
     dtypes: Mapping[str, torch.dtype],
-    device_of: DeviceOf,
+    device: torch.device | None = None,
+    only: Set[str] | None = None,
 ) -> set[str]:
     """Reads the sources of `conversions` into `model`, each cast to its entry of `dtypes`; gives the loaded keys.
 
-    device_of: the device of the module at a path, None for the CPU.
+    device: where the weights go, None for the CPU. only: keys to keep, where a conversion gives more than is wanted.
 
     Raises CheckpointError for a shape or dtype that does not match, and for values that are not finite.
     """
     loaded: set[str] = set()
     for conversion in conversions:
         for key, tensor in conversion.whole(shapes).items():
+            if only is not None and key not in only:
+                continue
             if key not in shapes.shapes:
                 raise CheckpointError(f"{listed(conversion.source_keys())} gives {key}, which the model does not have")
             _check(key, tensor, shapes.shapes[key], dtypes[key], conversion)
-            _set(model, key, tensor.to(dtypes[key]).to(device_of(key.rpartition(".")[0])))
+            _set(model, key, tensor.to(dtypes[key]).to(device))
             loaded.add(key)
     return loaded
 
 
-def complete(model: PreTrainedModel, loaded: set[str], plan: ConversionPlan, *, unknown_keys: str) -> None:
+def complete(
+    model: PreTrainedModel, loaded: set[str], later: set[str], plan: ConversionPlan, *, unknown_keys: str
+) -> None:
     """Ties weights, computes buffers that no checkpoint stores, and checks that nothing is missing or left over.
 
+    later: keys of parameters that stay on the meta device for now (the experts).
     Raises CheckpointError naming parameters without weights and (unknown_keys="error") weights without a parameter.
     """
-    missing = set(model.state_dict()) - loaded
+    for key in later:
+        model.get_parameter(key)._is_hf_initialized = True
+    missing = set(model.state_dict()) - loaded - later
     info = LoadStateDictInfo(
         missing_keys=missing,
         unexpected_keys=set(plan.unknown),
@@ -107,8 +114,8 @@ def complete(model: PreTrainedModel, loaded: set[str], plan: ConversionPlan, *, 
     model._initialize_missing_keys(False)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     model.requires_grad_(False)
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if left := [name for name, tensor in tensors if tensor.is_meta and name not in later]:
         raise CheckpointError(f"no values for {listed(left)}; the checkpoint does not match its config.json")
 
 

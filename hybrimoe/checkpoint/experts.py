@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 
 from cpu_kernels import ExpertWeights
 from hybrimoe.checkpoint.conversion import Conversion, ModelShapes
@@ -82,19 +81,17 @@ class LayerSource:
         )
 
 
-def layer_sources(
-    experts: Mapping[str, nn.Module], layouts: Mapping[str, ExpertsLayout], conversions: Mapping[str, Conversion]
-) -> list[LayerSource]:
+def layer_sources(layouts: Mapping[str, ExpertsLayout], conversions: Mapping[str, Conversion]) -> list[LayerSource]:
     """The sources of each experts module. Raises CheckpointError where a parameter or an expert is missing."""
     by_parameter = {target: conversion for conversion in conversions.values() for target in conversion.targets}
     sources: list[LayerSource] = []
-    for path, module in experts.items():
-        names = [name for name, _ in module.named_parameters(recurse=False)]
+    for path, layout in layouts.items():
+        names = [name for name, _ in layout.module.named_parameters(recurse=False)]
         if missing := [f"{path}.{name}" for name in names if f"{path}.{name}" not in by_parameter]:
             raise CheckpointError(
                 f"the checkpoint lacks the experts' weights {listed(missing)}; fetch the missing shards"
             )
-        source = LayerSource(path, layouts[path], {name: by_parameter[f"{path}.{name}"] for name in names})
+        source = LayerSource(path, layout, {name: by_parameter[f"{path}.{name}"] for name in names})
         _check_counts(source)
         sources.append(source)
     return sources

@@ -7,16 +7,15 @@ expert (or, for the few fused checkpoints whose conversion mixes experts, the on
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from hybrimoe.checkpoint import packed
-from hybrimoe.checkpoint.budget import check_host_memory
+from hybrimoe.checkpoint.budget import check_disk, check_host_memory
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes, plan_conversions
 from hybrimoe.checkpoint.dense import complete, dense_dtype, load_dense, meta_model, read_config, strict_dtypes
 from hybrimoe.checkpoint.dequantise import dequantised
@@ -106,38 +105,45 @@ class Loader:
         from hybrimoe.injection import inject
 
         dtypes = strict_dtypes(self.model, next(self.model.parameters()).dtype)
-        found: list[bool] = []
+        sources = layer_sources(self.layouts, self.plan.conversions)
+        experts = {f"{source.path}.{name}" for source in sources for name in source.parameters}
+        dense = [conversion for conversion in self.plan.conversions.values() if experts.isdisjoint(conversion.targets)]
+        loaded = load_dense(self.model, dense, self.shapes, dtypes)
+        complete(self.model, loaded, experts, self.plan, unknown_keys=unknown_keys)
 
         def open_store(layers: tuple[LayerSpec, ...]) -> ExpertStore | None:
-            file = packed.find(self.places, layers, packed.describe(layers, self.checkpoint.files))
-            found.append(file is not None)
-            if file is not None:
+            if file := packed.find(self.places, layers, packed.describe(layers, self.checkpoint.files)):
                 return file.open()
+            disk = self.deployment.memory.disk
+            if disk.kind != "none":
+                check_disk(disk, sum(layer.nbytes for layer in layers))
+                return self._pack_on_disk(layers, sources, show)
             check_host_memory(self.deployment.memory.host, sum(layer.nbytes for layer in layers))
             return None
 
         injection = inject(self.model, config=self.deployment, store=open_store)
         try:
-            self._fill(injection, dtypes, show, unknown_keys, mapped=found == [True])
+            self._load_unreplaced(injection, sources, dtypes)
+            if not injection.session.started:
+                self._pack(injection.session.store, sources, show)
+                injection.session.start()
         except BaseException:
             injection.session.close()
             raise
         return self.model
 
-    def _fill(
-        self, injection: Injection, dtypes: dict[str, Any], show: Progress, unknown_keys: UnknownKeys, *, mapped: bool
-    ) -> None:
-        own = {f"{path}.{name}" for path, module in injection.originals.items() for name in _own_names(module)}
-        sources = layer_sources(injection.originals, self.layouts, self.plan.conversions)
-        dense = [conversion for conversion in self.plan.conversions.values() if own.isdisjoint(conversion.targets)]
-        loaded = load_dense(self.model, dense, self.shapes, dtypes, injection.device_of)
-        complete(self.model, loaded, self.plan, unknown_keys=unknown_keys)
-        if not mapped:
-            layers = self._stream(injection.session.store, sources, show)
-            self._keep(injection.session.store, layers, show)
-            injection.session.start()
+    def _load_unreplaced(self, injection: Injection, sources: list[LayerSource], dtypes: dict[str, Any]) -> None:
+        """Reads experts whole where the rules leave the model's own module in place."""
+        for source in (source for source in sources if source.path not in injection.originals):
+            keys = {f"{source.path}.{name}" for name in source.parameters}
+            device = injection.device_of(source.path)
+            load_dense(self.model, source.parameters.values(), self.shapes, dtypes, device, keys)
 
-    def _stream(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> tuple[LayerSpec, ...]:
+    def _pack(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> None:
+        self._stream(store, sources, show)
+        self._keep(store, show)
+
+    def _stream(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> None:
         """Packs every expert of the checkpoint into the store."""
         by_path = {source.path: source for source in sources}
         done = 0
@@ -150,13 +156,31 @@ class Loader:
                     raise CheckpointError(f"{error} (from {listed(source.source_keys(expert))})") from error
                 done += spec.spec.record_bytes
                 show(done, store.nbytes, "packing experts")
-        return store.layers
 
-    def _keep(self, store: ExpertStore, layers: tuple[LayerSpec, ...], show: Progress) -> None:
+    def _pack_on_disk(self, layers: tuple[LayerSpec, ...], sources: list[LayerSource], show: Progress) -> ExpertStore:
+        """Packs straight into a packed file and maps it: experts that do not fit host memory."""
+        header = packed.describe(layers, self.checkpoint.files)
+        problems: list[str] = []
+        for place in self.places:
+            try:
+                with packed.fill(place, layers, header) as store:
+                    self._stream(store, sources, show)
+            except OSError as error:
+                problems.append(f"{place}: {error.strerror or error}")
+                continue
+            if file := packed.find((place,), layers, header):
+                return file.open()
+        raise CheckpointError(
+            f"memory.disk: the packed experts need {sum(layer.nbytes for layer in layers) / 2**30:.2f} GiB on disk:"
+            f" {'; '.join(problems) or 'packed_file=False leaves no place for them'};"
+            f" set ${packed.CACHE_VARIABLE} to a directory with room"
+        )
+
+    def _keep(self, store: ExpertStore, show: Progress) -> None:
         """Writes the packed file to the first place that takes it; none taking it is a warning."""
         if not self.places:
             return
-        header, problems = packed.describe(layers, self.checkpoint.files), []
+        header, problems = packed.describe(store.layers, self.checkpoint.files), []
         show(0, store.nbytes, "writing packed experts")
         for place in self.places:
             try:
@@ -174,7 +198,3 @@ class Loader:
             ),
             stacklevel=2,
         )
-
-
-def _own_names(module: nn.Module) -> Iterator[str]:
-    return (name for name, _ in module.named_parameters(recurse=False))

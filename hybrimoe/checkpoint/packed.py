@@ -32,6 +32,7 @@ SUFFIX, PARTIAL_SUFFIX = ".hybrimoe", ".partial"
 PAGE_BYTES = 4096
 CHUNK_BYTES = 64 << 20  # written at a time
 KEY_DIGITS = 12  # of the hash in a file's name
+FILE_MODE = 0o644
 CACHE_VARIABLE = "HYBRIMOE_CACHE"
 
 
@@ -98,27 +99,51 @@ def find(places: Sequence[Path], layers: tuple[LayerSpec, ...], header: dict[str
     return None
 
 
-def write(place: Path, store_buffer: ByteArray, header: dict[str, Any]) -> Path:
+def write(place: Path, records: ByteArray, header: dict[str, Any]) -> Path:
     """Writes a packed file into `place` (made if missing), returns its path. Raises OSError; then nothing is left."""
+    with _whole_or_nothing(place, header) as (descriptor, offset_bytes):
+        for start in range(0, records.nbytes, CHUNK_BYTES):
+            _write_all(descriptor, records[start : start + CHUNK_BYTES].data, offset_bytes + start)
+    return place / file_name(header)
+
+
+@contextlib.contextmanager
+def fill(place: Path, layers: tuple[LayerSpec, ...], header: dict[str, Any]) -> Iterator[ExpertStore]:
+    """A writable store over a packed file in the making, for experts that do not fit memory.
+
+    The file is kept if the block ends well. Raises OSError; then nothing is left.
+    """
+    n_bytes = sum(layer.nbytes for layer in layers)
+    with _whole_or_nothing(place, header) as (descriptor, offset_bytes):
+        with os.fdopen(os.dup(descriptor), "r+b") as file:
+            mapped = np.memmap(file, dtype=np.uint8, mode="r+", offset=offset_bytes, shape=(n_bytes,))
+        yield ExpertStore.from_buffer(layers, mapped)
+        mapped.flush()
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(place: Path, header: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    """A locked temporary file with header and room for the records (its descriptor, where records start), renamed to
+    its final name when the block ends well, removed when it does not."""
     place.mkdir(parents=True, exist_ok=True)
     _sweep(place)
     path, head = place / file_name(header), _encode(header)
     descriptor, name = tempfile.mkstemp(prefix=path.stem + "-", suffix=PARTIAL_SUFFIX, dir=place)
     try:
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            _reserve(file.fileno(), len(head) + store_buffer.nbytes)
-            for chunk in _chunks(head, store_buffer):
-                _write_all(file.fileno(), chunk)
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)
-            os.replace(name, path)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _reserve(descriptor, len(head) + _records_bytes(header))
+        _write_all(descriptor, memoryview(head), 0)
+        yield descriptor, len(head)
+        os.fsync(descriptor)
+        os.fchmod(descriptor, FILE_MODE)
+        os.replace(name, path)
         _sync_folder(place)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    return path
+    finally:
+        os.close(descriptor)
 
 
 def _matching_offset(path: Path, header: dict[str, Any]) -> int | None:
@@ -133,8 +158,7 @@ def _matching_offset(path: Path, header: dict[str, Any]) -> int | None:
         except ValueError:
             return None
     offset_bytes = -(-(len(MAGIC) + 4 + length) // PAGE_BYTES) * PAGE_BYTES
-    n_bytes = sum(layer["num_experts"] * layer["record_bytes"] for layer in header["layers"])
-    whole = path.stat().st_size == offset_bytes + n_bytes
+    whole = path.stat().st_size == offset_bytes + _records_bytes(header)
     return offset_bytes if whole and found == header else None
 
 
@@ -144,15 +168,14 @@ def _encode(header: dict[str, Any]) -> bytes:
     return head + bytes(-len(head) % PAGE_BYTES)
 
 
-def _chunks(head: bytes, records: ByteArray) -> Iterator[memoryview]:
-    yield memoryview(head)
-    for start in range(0, records.nbytes, CHUNK_BYTES):
-        yield records[start : start + CHUNK_BYTES].data
-
-
-def _write_all(descriptor: int, chunk: memoryview) -> None:
+def _write_all(descriptor: int, chunk: memoryview, offset_bytes: int) -> None:
     while chunk:
-        chunk = chunk[os.write(descriptor, chunk) :]
+        count = os.pwrite(descriptor, chunk, offset_bytes)
+        chunk, offset_bytes = chunk[count:], offset_bytes + count
+
+
+def _records_bytes(header: dict[str, Any]) -> int:
+    return sum(layer["num_experts"] * layer["record_bytes"] for layer in header["layers"])
 
 
 def _reserve(descriptor: int, n_bytes: int) -> None:

@@ -16,6 +16,7 @@ INDEX_NAME, SINGLE_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.sa
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 EXPECTED = f"a directory with {CONFIG_NAME} and *.safetensors, or a hub id"
+EXPECTED = f"a directory with {CONFIG_NAME} and *.safetensors, or a hub id"
 SHOWN_NAMES = 3  # names that an error lists before "and N more"
 
 
@@ -39,14 +40,10 @@ def model_directory(path_or_hub_id: str | Path | None) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise ModelError(
-            f"{path} is a file; expected a model directory with {CONFIG_NAME} and *.safetensors, or a hub id"
-        )
+        raise ModelError(f"{path} is a file; expected {EXPECTED}")
     if HUB_ID.match(str(path_or_hub_id)):
         return _from_hub(str(path_or_hub_id))
-    raise ModelError(
-        f"no model directory {path}; expected a directory with {CONFIG_NAME} and *.safetensors, or a hub id"
-    )
+    raise ModelError(f"no model directory {path}; expected {EXPECTED}")
 
 
 def read_config_dict(directory: Path) -> dict[str, Any]:

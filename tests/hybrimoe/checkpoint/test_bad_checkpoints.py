@@ -1,0 +1,216 @@
+"""What is wrong with a model directory is said, with names, before anything is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from hybrimoe.checkpoint import UnsupportedCheckpointError, load, load_tokenizer
+from hybrimoe.errors import BudgetError, CheckpointError, HybriMoEError, ModelError
+
+from .conftest import SMALL
+
+Edit = Callable[[Callable[[dict[str, torch.Tensor]], Any]], Path]
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+
+
+def fails(error: type[HybriMoEError], match: str, directory: Path, **options: Any) -> None:
+    """Loading must fail in this way, and leave no packed file behind."""
+    with pytest.raises(error, match=match):
+        load(directory, accelerator="none", expert_dtype="float32", policy="static", progress=False, **options)
+    if directory.is_dir():
+        assert not list(directory.glob("*.hybrimoe"))
+        assert not list(directory.glob("*.partial"))
+
+
+def test_expert_keys_are_what_this_file_says(edit: Edit) -> None:
+    edit(lambda tensors: tensors[EXPERT])
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    fails(ModelError, "no model directory", tmp_path / "a" / "b" / "c")
+
+
+def test_a_file_instead_of_a_directory(directory: Path) -> None:
+    fails(ModelError, "is a file; expected a directory", directory / "config.json")
+
+
+def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    fails(ModelError, "is no model directory: it has no config.json", tmp_path / "empty")
+
+
+def test_a_config_that_is_no_json(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+    fails(ModelError, "cannot be read as JSON", directory)
+
+
+def test_a_config_without_a_model_type(directory: Path) -> None:
+    (directory / "config.json").write_text("{}")
+    fails(ModelError, "no model_type", directory)
+
+
+def test_an_unknown_model_type(edit_config: Callable[..., Path]) -> None:
+    fails(ModelError, "nosuchmodel", edit_config(model_type="nosuchmodel"))
+
+
+def test_a_dense_model(tmp_path: Path) -> None:
+    config = LlamaConfig(**{key: value for key, value in SMALL.items() if "experts" not in key})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    fails(ModelError, "is a dense model", tmp_path / "dense")
+
+
+def test_no_weights(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    fails(CheckpointError, "has no weights: expected model.safetensors", directory)
+
+
+def test_weights_in_another_format(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    fails(UnsupportedCheckpointError, "pytorch_model.bin.*convert it to safetensors", directory)
+
+
+def test_a_truncated_file(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    fails(CheckpointError, "truncated or damaged.*its header promises", directory)
+
+
+def test_a_file_cut_inside_its_header(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    fails(CheckpointError, "its header is cut off", directory)
+
+
+def test_a_file_that_is_no_safetensors(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(b"<!DOCTYPE html><html>not found</html>" * 99)
+    fails(CheckpointError, "truncated or damaged", directory)
+
+
+def test_a_missing_shard(tmp_path: Path, mixtral: PreTrainedModel) -> None:
+    mixtral.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
+    shards[1].unlink()
+    fails(CheckpointError, f"lacks {shards[1].name}.*fetch the missing shards", tmp_path / "sharded")
+
+
+def test_an_index_that_names_what_a_shard_lacks(tmp_path: Path, mixtral: PreTrainedModel) -> None:
+    directory = tmp_path / "sharded"
+    mixtral.save_pretrained(directory, max_shard_size="40KB")
+    shards = sorted(directory.glob("*.safetensors"))
+    shutil.copy(shards[0], shards[1])
+    fails(CheckpointError, f"not found in {shards[1].name}", directory)
+
+
+def test_a_damaged_index(tmp_path: Path, mixtral: PreTrainedModel) -> None:
+    mixtral.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}}))
+    fails(CheckpointError, "cannot be read as a safetensors index", tmp_path / "sharded")
+
+
+def test_a_missing_expert(edit: Edit) -> None:
+    fails(CheckpointError, "asks for 4 experts.*3 like.*w1", edit(lambda tensors: tensors.pop(EXPERT)))
+
+
+def test_a_missing_projection_of_all_experts(edit: Edit) -> None:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if ".layers.0." in key and key.endswith("w3.weight")]:
+            del tensors[key]
+
+    fails(CheckpointError, r"layers.0.mlp.experts.gate_up_proj.*no tensors like .*w3", edit(drop))
+
+
+def test_all_experts_of_a_layer_missing(edit: Edit) -> None:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if ".layers.1." in key and ".experts." in key]:
+            del tensors[key]
+
+    fails(CheckpointError, "lacks the experts.*model.layers.1.mlp.experts", edit(drop))
+
+
+def test_a_missing_dense_weight(edit: Edit) -> None:
+    fails(CheckpointError, "lacks model.norm.weight", edit(lambda tensors: tensors.pop("model.norm.weight")))
+
+
+def test_more_experts_than_the_config_says(edit_config: Callable[..., Path]) -> None:
+    fails(CheckpointError, "asks for 3 experts, the checkpoint has 4", edit_config(num_local_experts=3))
+
+
+def test_an_expert_of_another_shape(edit: Edit) -> None:
+    def shrink(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[EXPERT] = tensors[EXPERT][:40].clone()
+
+    fails(
+        CheckpointError,
+        r"expert 2: config.json asks for shape \[96, 32\], the checkpoint gives \[88, 32\]",
+        edit(shrink),
+    )
+
+
+def test_a_config_of_other_sizes(edit_config: Callable[..., Path]) -> None:
+    fails(CheckpointError, "config.json asks for shape", edit_config(intermediate_size=64))
+
+
+def test_a_dense_weight_of_another_shape(edit: Edit) -> None:
+    def shrink(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = torch.ones(31)
+
+    fails(CheckpointError, r"model.norm.weight: config.json asks for shape \[32\]", edit(shrink))
+
+
+def test_whole_numbers_where_weights_belong(edit: Edit) -> None:
+    def round_all(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if ".experts." in key]:
+            tensors[key] = tensors[key].to(torch.int8)
+
+    fails(CheckpointError, "expected floating point weights, found torch.int8", edit(round_all))
+
+
+def test_whole_numbers_in_a_dense_weight(edit: Edit) -> None:
+    def round_norm(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
+
+    fails(
+        CheckpointError,
+        "model.norm.weight: the model has torch.float32, the checkpoint gives torch.int32",
+        edit(round_norm),
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", [EXPERT, "model.layers.0.self_attn.q_proj.weight"])
+def test_values_that_are_not_finite(key: str, value: float, edit: Edit) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[key][1, 2] = value
+
+    fails(CheckpointError, f"(?s){key.replace('.', '.')}.*damaged|damaged.*{key}", edit(spoil))
+
+
+def test_a_weight_that_the_model_does_not_know(edit: Edit) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.adapter.weight"] = torch.ones(3)
+
+    directory = edit(add)
+    fails(CheckpointError, "does not know: model.layers.0.adapter.weight", directory)
+    load(directory, accelerator="none", policy="static", progress=False, unknown_keys="ignore")
+
+
+def test_a_quantisation_that_is_not_read(edit_config: Callable[..., Path]) -> None:
+    directory = edit_config(quantization_config={"quant_method": "gptq", "bits": 4})
+    fails(UnsupportedCheckpointError, "quantised with gptq; readable are fp8, mxfp4", directory)
+
+
+def test_host_memory_that_is_too_small(directory: Path) -> None:
+    fails(BudgetError, "need 0.00 GiB of host memory, memory.host allows", directory, memory={"host": "1KiB"})
+
+
+def test_a_directory_without_a_tokenizer(directory: Path) -> None:
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        load_tokenizer(directory)
