@@ -55,11 +55,11 @@ def show(explanation: Explanation, *, every_module: bool = False) -> None:
     out = render.out()
     out.print(f"{explanation.model} ({explanation.model_type}), rules {short_rule(explanation.rules)}", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("module", no_wrap=True)
-    for column in ("operator", "device", "experts", "bytes", "rule"):
-        table.add_column(column, justify="right" if column in ("experts", "bytes") else "left")
+    table.add_column("module", overflow="fold")
+    for column in ("operator", "device", "experts", "bytes", "line"):
+        table.add_column(column, justify="right" if column in ("experts", "bytes") else "left", no_wrap=True)
     for name, rows in [(row.path, (row,)) for row in explanation.rows] if every_module else explanation.grouped():
-        table.add_row(*(escape(cell) for cell in _cells(name, rows)))
+        table.add_row(*(escape(cell) for cell in _cells(name, rows, explanation.rules)))
     out.print(table)
     if any(explanation.totals.values()):
         totals = ", ".join(f"{size(total)} as {dtype}" for dtype, total in explanation.totals.items())
@@ -71,12 +71,14 @@ def show(explanation: Explanation, *, every_module: bool = False) -> None:
         out.print(short_rule(remark), style="dim", markup=False)
 
 
-def _cells(name: str, rows: tuple[Row, ...]) -> tuple[str, ...]:
+def _cells(name: str, rows: tuple[Row, ...], source: str) -> tuple[str, ...]:
     first, count = rows[0], len(rows)
     own = count * (first.bytes_by_dtype[first.expert_dtype] if first.bytes_by_dtype else first.weight_bytes)
     operator = f"{first.op} {first.expert_dtype}".strip()
-    rule = short_rule(first.rule).partition(": rule")[0]
-    return name, operator, first.device or "as it is", str(count * first.n_experts or ""), size(own), rule
+    device = "both" if first.op == "hybrid_experts" else first.device or "as it is"
+    place = first.rule.partition(": rule")[0]
+    rule = place.removeprefix(f"{source}:") if place.startswith(f"{source}:") else short_rule(place)
+    return name, operator, device, str(count * first.n_experts or ""), size(own), rule
 
 
 def short_rule(text: str) -> str:
@@ -90,6 +92,6 @@ def size(n_bytes: int) -> str:
     amount = float(n_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+            return f"{amount:.0f}{unit}" if unit == "B" else f"{amount:.1f}{unit}"
         amount /= 1024
-    return f"{amount:.1f} TiB"
+    return f"{amount:.1f}TiB"

@@ -1,0 +1,87 @@
+"""`hybrimoe explain` and `hybrimoe rules`: tables, JSON, exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from yaml_rules import shipped
+
+BAD = "- match: {nam: experts}\n  replace: {op: hybrid_experts}\n"
+
+
+def test_explain_the_demo_model(hybrimoe: Any) -> None:
+    outcome = hybrimoe("explain")
+    assert outcome.code == 0
+    assert "model.layers.0-7.mlp.experts" in outcome.out.replace("\n", "")
+    assert "hybrid_experts int4" in outcome.out
+
+
+def test_explain_as_json(hybrimoe: Any) -> None:
+    outcome = hybrimoe("explain", "--rules", "cpu", "--dtype", "int8", "--json")
+    assert outcome.code == 0
+    data = outcome.data
+    assert data["model_type"] == "qwen3_moe"
+    assert len(data["rows"]) == 8
+    assert {(row["op"], row["expert_dtype"], row["n_experts"]) for row in data["rows"]} == {("cpu_experts", "int8", 32)}
+    assert data["totals"]["int8"] == sum(row["bytes_by_dtype"]["int8"] for row in data["rows"])
+
+
+def test_explain_every_module(hybrimoe: Any) -> None:
+    outcome = hybrimoe("explain", "--all")
+    assert outcome.out.count("hybrid_experts") == 8
+
+
+def test_explain_what_is_no_model(hybrimoe: Any, tmp_path: Path) -> None:
+    outcome = hybrimoe("explain", tmp_path)
+    assert outcome.code == 1
+    assert "expected a config.json" in outcome.err
+    assert outcome.out == ""
+
+
+def test_rules_check(hybrimoe: Any, tmp_path: Path) -> None:
+    assert hybrimoe("rules", "check", "moe").code == 0
+    path = tmp_path / "bad.yaml"
+    path.write_text(BAD, encoding="utf-8")
+    outcome = hybrimoe("rules", "check", path)
+    assert outcome.code == 1
+    assert f"{path}:1: rule 0: unknown key 'match.nam'; did you mean 'name'" in outcome.err.replace("\n", "")
+    found = hybrimoe("rules", "check", path, "--json")
+    assert (found.code, "rule 0" in found.data["error"]["message"]) == (1, True)
+
+
+def test_rules_check_on_a_model(hybrimoe: Any, tmp_path: Path) -> None:
+    from hybrimoe.demo import demo_model_path
+
+    good = hybrimoe("rules", "check", "careful", "--model", demo_model_path(), "--json")
+    assert (good.data["ok"], good.data["modules"], good.data["experts"]) == (True, 8, 256)
+    path = tmp_path / "nothing.yaml"
+    path.write_text(BAD.replace("nam:", "name:").replace("experts}", "xperts_}", 1), encoding="utf-8")
+    assert hybrimoe("rules", "check", path).code == 0
+    outcome = hybrimoe("rules", "check", path, "--model", demo_model_path())
+    assert (outcome.code, "no module's name matches" in outcome.err) == (1, True)
+
+
+def test_rules_list_and_show(hybrimoe: Any) -> None:
+    listed = hybrimoe("rules", "list", "--json").data
+    assert {entry["name"] for entry in listed if entry["kind"] == "rules"} == set(shipped.names("rules"))
+    assert all(entry["summary"] for entry in listed)
+    assert "hybrid_experts" in hybrimoe("rules", "show", "moe").out
+    shown = hybrimoe("rules", "show", "careful", "--json").data
+    assert [rule["replace"]["op"] for rule in shown] == ["hybrid_experts"] * 2
+
+
+@pytest.mark.parametrize("words", [(), ("--deploy",)])
+def test_rules_schema_accepts_every_shipped_file(hybrimoe: Any, words: tuple[str, ...]) -> None:
+    import jsonschema
+    from yaml_rules.located import read_yaml
+
+    schema = hybrimoe("rules", "schema", *words).data
+    validator = jsonschema.Draft202012Validator(schema)
+    kind = "deploy" if words else "rules"
+    for name in shipped.names(kind):
+        assert list(validator.iter_errors(read_yaml(shipped.path_of(kind, name)).data)) == []
+    wrong = {"modle": "x"} if words else [{"match": {"name": "x"}, "replace": {"op": "hybrid_expert"}}]
+    assert list(validator.iter_errors(wrong))
