@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe.cli import render_summary
 from hybrimoe.errors import MissingExtraError, ModelError
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ class Contender:
     def _keep(self, phase: str) -> None:
         if self.session is not None:
             stats = self.session.stats().as_dict()
-            self.counters.append({**stats["by_phase"][phase], "n_slots": stats["n_slots"]})
+            self.counters.append(
+                {**stats[phase], "emulated": render_summary.is_emulated(stats), "slots": stats["n_slots"]}
+            )
 
 
 @contextmanager

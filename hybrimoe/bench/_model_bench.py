@@ -99,13 +99,12 @@ def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict
 
 def _row(contender: Any, values: Sequence[float], cosines: dict[str, float]) -> dict[str, Any]:
     counters = contender.counters[1:]  # the first round only warmed up
-    accelerated = bool(counters) and counters[-1]["n_slots"] > 0
-    emulated = accelerated and "emulated" in contender.session.stats().as_dict()["accelerator"]
+    accelerated = any(c["slots"] for c in counters)
     resolved = sum(c["prefetches_used"] + c["prefetches_wasted"] for c in counters)
     activated = sum(c["activated"] for c in counters)
     return {
         "name": contender.label,
-        "provenance": "measured, accelerator emulated" if emulated else "measured",
+        "provenance": "measured, accelerator emulated" if any(c["emulated"] for c in counters) else "measured",
         "dtype": contender.dtype,
         "tokens_per_s": _harness.spread(values),
         "hit_rate": sum(c["hits"] for c in counters) / activated if accelerated and activated else None,

@@ -55,9 +55,9 @@ class CheckpointSource:
 
     def hybrid(self, deployment: DeployConfig, progress: Callable[[int, int, str], None]) -> Any:
         """The model with hybrid experts."""
-        import hybrimoe
+        from hybrimoe.checkpoint import load
 
-        return hybrimoe.load(self.model, config=deployment, progress=progress)
+        return load(self.model, config=deployment, progress=progress)
 
 
 class RandomSource:
@@ -81,11 +81,11 @@ class RandomSource:
 
     def hybrid(self, deployment: DeployConfig, progress: Callable[[int, int, str], None]) -> Any:
         """The same shape with hybrid experts; the experts are only ever there in their stored form."""
-        import hybrimoe
+        from hybrimoe.injection import inject
         from hybrimoe.injection.meta import meta_model
 
-        model = meta_model(self.config).to(torch.bfloat16)
-        injection = hybrimoe.inject(model, config=deployment)
+        model = meta_model(self.config)
+        injection = inject(model, config=deployment)
         store = injection.session.store
         _require_memory(store.nbytes, f"experts in {deployment.cpu.expert_dtype}")
         _fill(injection.session, progress)
@@ -110,7 +110,7 @@ def _config(shape: str, layers: int | None) -> Any:
         if not 1 <= layers <= whole:
             raise ConfigError(f"--layers must be between 1 and {whole} for {shape}, found {layers}")
         settings["num_hidden_layers"] = layers
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return AutoConfig.for_model(settings.pop("model_type"), dtype="bfloat16", **settings)
 
 
 def _fill(session: Any, progress: Callable[[int, int, str], None]) -> None:

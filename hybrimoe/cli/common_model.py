@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,13 +47,12 @@ class OpenModel:
 def open_model(config: DeployConfig, *, show_progress: bool = True) -> Iterator[OpenModel]:
     """Load the model of `config`; its lanes stop when the block ends."""
     quiet_libraries()
-    import hybrimoe
+    from hybrimoe.checkpoint import load, load_tokenizer
     from hybrimoe.generation import TextGenerator
-    from hybrimoe.generation.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
-    with progress_bar(show_progress) as progress:
-        model = hybrimoe.load(config.model, config=config, progress=progress)
+    with progress_bar(show_progress) as progress, warnings_as_notes():
+        model = load(config.model, config=config, progress=progress)
     name = "demo" if config.model is None else config.model
     opened = OpenModel(TextGenerator(model, tokenizer), model.hybrimoe.session, name, config)
     try:
@@ -70,16 +70,26 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Warnings of the block become notes on stderr, without file names and source lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        render.note(f"note: {text}")
+
+
+@contextmanager
 def progress_bar(shown: bool = True) -> Iterator[Progress]:
     """A bar on stderr that a loader moves by `progress(done, total, what)`; nothing where stderr is no terminal."""
     console = render.err()
     if not shown or not console.is_terminal:
         yield lambda done, total, what: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True) as bar:
         tasks: dict[str, Any] = {}
 

@@ -89,9 +89,9 @@ END_WORDS = {
 
 
 def _cache(experts: Mapping[str, Any]) -> Text:
-    total, by_phase = experts["total"], experts["by_phase"]
+    total = experts["total"]
     rates = ", ".join(
-        f"{phase} {percent(by_phase[phase]['hit_rate'])}" for phase in ("prefill", "decode") if by_phase[phase]["calls"]
+        f"{phase} {percent(experts[phase]['hit_rate'])}" for phase in ("prefill", "decode") if experts[phase]["calls"]
     )
     mib = total["transfer_bytes"] / MIB
     return Text(
@@ -108,7 +108,7 @@ def lane_rows(experts: Mapping[str, Any]) -> list[tuple[str, float, int, str]]:
     total = experts["total"]
     rows = [("CPU", total["cpu_us"], total["cpu_experts"], "experts")]
     if experts["n_slots"]:
-        rows.append((accelerator_words(experts["accelerator"]), total["accel_us"], total["accel_experts"], "experts"))
+        rows.append((accelerator_words(experts), total["accel_us"], total["accel_experts"], "experts"))
         rows.append(("link", total["link_us"], total["transfers"] + total["prefetches"], "transfers"))
     return rows
 
@@ -122,15 +122,19 @@ def _lanes(experts: Mapping[str, Any]) -> Any:
     return render.table(None, ("lane", "busy", "of expert time", "did"), rows)
 
 
-def accelerator_words(name: str) -> str:
+def accelerator_words(experts: Mapping[str, Any]) -> str:
     """The accelerator for people; an emulated one always says so."""
-    return "accelerator (emulated)" if "emulated" in name else f"accelerator ({name})"
+    return f"accelerator ({'emulated' if is_emulated(experts) else experts['accelerator']})"
+
+
+def is_emulated(experts: Mapping[str, Any]) -> bool:
+    """Whether a part of the work ran on the emulated accelerator."""
+    return bool(experts["n_slots"] > 0 and experts["accelerator_kind"] == "emulated")
 
 
 def provenance(experts: Mapping[str, Any] | None) -> str:
     """`measured`, or `emulated` where a part of the work ran on the emulated accelerator."""
-    emulated = experts is not None and experts["n_slots"] > 0 and "emulated" in experts["accelerator"]
-    return "emulated accelerator" if emulated else "measured"
+    return "emulated accelerator" if experts is not None and is_emulated(experts) else "measured"
 
 
 def one_line(result: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Text from a model: streaming replies, sampling as in transformers, conversations with a reused KV cache."""
 
-from hybrimoe.generation.chat import Conversation, Turn
+from hybrimoe.generation.chat import Conversation, Turn, chat_options, encode_chat, has_chat_template
 from hybrimoe.generation.engine import FinishReason, Reply, ReplyTimes, TextGenerator
 from hybrimoe.generation.interrupt import Interrupt, interruptible
 from hybrimoe.generation.kv_cache import PrefixCache
@@ -17,5 +17,8 @@ __all__ = [
     "SamplingOptions",
     "TextGenerator",
     "Turn",
+    "chat_options",
+    "encode_chat",
+    "has_chat_template",
     "interruptible",
 ]

@@ -11,7 +11,7 @@ from hybrimoe.generation.engine import Reply, TextGenerator
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.sampling import DEFAULT_NEW_TOKENS, SamplingOptions
 
-__all__ = ["Conversation", "Turn"]
+__all__ = ["Conversation", "Turn", "chat_options", "encode_chat", "has_chat_template"]
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() }}: {{ message['content'] }}\n{% endfor %}"
@@ -52,7 +52,7 @@ class Conversation:
         self.generator = generator
         self.system = system
         self.messages: list[dict[str, str]] = []
-        self.has_template = bool(getattr(generator.tokenizer, "chat_template", None))
+        self.has_template = has_chat_template(generator.tokenizer)
         self._cache = PrefixCache(generator.model)
         self.reset()
 
@@ -76,7 +76,7 @@ class Conversation:
         """
         if not text.strip():
             raise PromptError("the message is empty: type some text, or /help for the commands")
-        options = self._with_plain_stops(options or SamplingOptions())
+        options = chat_options(self.generator.tokenizer, options or SamplingOptions())
         messages = [*self.messages, {"role": "user", "content": text}]
         kept, prompt_ids = self._fit(messages, options)
         reply = self.generator.reply(prompt_ids, options, cache=self._cache, should_stop=should_stop)
@@ -84,16 +84,8 @@ class Conversation:
         return Turn(self, reply, len(messages) - len(kept))
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of `messages` through the model's chat template, ready for the assistant's words."""
-        template = None if self.has_template else PLAIN_TEMPLATE
-        tokenizer: Any = self.generator.tokenizer
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates are programs of the model's author and raise what they like
-            raise ModelError(f"the model's chat template rejects this conversation: {error}") from error
-        return list(tokenizer(text, add_special_tokens=not self.has_template)["input_ids"])
+        """Token ids of `messages`, ready for the assistant's words; see `encode_chat`."""
+        return encode_chat(self.generator.tokenizer, messages)
 
     def _fit(self, messages: list[dict[str, str]], options: SamplingOptions) -> tuple[list[dict[str, str]], list[int]]:
         """The newest messages that leave room for a reply, and their prompt; the system message always stays."""
@@ -110,10 +102,34 @@ class Conversation:
         self.generator.check_prompt(len(prompt_ids))
         return messages, prompt_ids
 
-    def _with_plain_stops(self, options: SamplingOptions) -> SamplingOptions:
-        if self.has_template:
-            return options
-        return replace(options, stop=(*options.stop, *PLAIN_STOP))
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether the model brings a chat template; else conversations are given to it as a plain transcript."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def chat_options(tokenizer: Any, options: SamplingOptions) -> SamplingOptions:
+    """The options of a chat reply: a plain transcript ends where the model would speak for the user."""
+    return options if has_chat_template(tokenizer) else replace(options, stop=(*options.stop, *PLAIN_STOP))
+
+
+def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of `messages` through the model's chat template, ready for the assistant's words.
+
+    Raises:
+        ModelError: the template rejects the conversation, for instance a role that it does not know.
+    """
+    with_template = has_chat_template(tokenizer)
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=None if with_template else PLAIN_TEMPLATE,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except Exception as error:  # templates are programs of the model's author and raise what they like
+        raise ModelError(f"the model's chat template rejects this conversation: {error}") from error
+    return list(tokenizer(text, add_special_tokens=not with_template)["input_ids"])
 
 
 def _next_user(messages: list[dict[str, str]], start: int) -> int:

@@ -1,0 +1,62 @@
+"""Prometheus metrics of a server, in a registry of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from hybrimoe.generation import Reply
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """Counts of requests and tokens, times to the first and between tokens, and the expert cache's own counters."""
+
+    def __init__(self, experts: Callable[[], dict[str, Any] | None], n_waiting: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        self._experts = experts
+        new: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter("hybrimoe_requests", "Requests by path and status.", ["path", "status"], **new)
+        self._prompt = Counter("hybrimoe_prompt_tokens", "Prompt tokens.", **new)
+        self._reused = Counter("hybrimoe_prompt_tokens_reused", "Prompt tokens that came from the KV cache.", **new)
+        self._generated = Counter("hybrimoe_generated_tokens", "Generated tokens.", **new)
+        self._ttft = Histogram("hybrimoe_ttft_seconds", "Time to the first token.", buckets=SECONDS, **new)
+        self._tbt = Histogram("hybrimoe_tbt_seconds", "Time between tokens.", buckets=SECONDS, **new)
+        waiting = Gauge("hybrimoe_requests_waiting", "Requests in the queue.", **new)
+        waiting.set_function(n_waiting)
+        self._gauges = {
+            name: Gauge(f"hybrimoe_expert_{name}", words, **new)
+            for name, words in {
+                "hits": "Activated experts that were resident.",
+                "misses": "Activated experts that were not resident.",
+                "transfers": "Demand transfers.",
+                "prefetches": "Prefetches.",
+                "transfer_bytes": "Bytes moved to the accelerator.",
+                "hit_rate": "Hits over activated experts.",
+                "cpu_us": "Busy time of the CPU lane.",
+                "accel_us": "Busy time of the accelerator lane.",
+                "link_us": "Busy time of the link.",
+            }.items()
+        }
+
+    def observe(self, reply: Reply) -> None:
+        """Count a finished reply."""
+        self._prompt.inc(len(reply.prompt_ids))
+        self._reused.inc(reply.n_reused)
+        self._generated.inc(len(reply.token_ids))
+        if reply.token_ids:
+            self._ttft.observe(reply.times.ttft_us / 1e6)
+        for us in reply.times.between_tokens_us:
+            self._tbt.observe(us / 1e6)
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        experts = self._experts()
+        if experts is not None:
+            for name, gauge in self._gauges.items():
+                gauge.set(experts["total"][name] or 0.0)
+        return generate_latest(self.registry)
