@@ -12,12 +12,15 @@ from scheduler import HardwareProfile
 
 
 def open_device(config: RuntimeConfig) -> Accelerator | None:
-    """The accelerator of the configuration; None for "none". Raises DeviceError where it does not exist."""
+    """The accelerator of the configuration; None for "none". Raises DeviceError where it does not exist,
+    ConfigError where the CPU backend of an emulation cannot run."""
     pacing = None if config.pacing is None else pacing_of(config.pacing)
     try:
         return open_accelerator(config.accelerator, backend=config.backend, pacing=pacing)
     except AcceleratorError as error:
         raise DeviceError(str(error)) from error
+    except BackendError as error:
+        raise ConfigError(str(error)) from error
 
 
 def cpu_threads(config: RuntimeConfig, accelerator: Accelerator | None) -> int | None:

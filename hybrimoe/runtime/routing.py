@@ -43,8 +43,13 @@ def layer_work(
     if hidden.shape[-1] != hidden_size or not hidden.is_floating_point():
         raise ModelError(f"experts expect floating hidden states [T, {hidden_size}], found {_describe(hidden)}")
     flat = hidden.detach().reshape(-1, hidden_size)
-    index = top_k_index.detach().reshape(len(flat), -1) if len(flat) else top_k_index.reshape(0, top_k_index.shape[-1])
-    weights = top_k_weights.detach().reshape(index.shape)
+    top_k = top_k_index.shape[-1]
+    if top_k_index.shape != top_k_weights.shape or top_k_index.numel() != len(flat) * top_k:
+        raise ModelError(
+            f"{len(flat)} tokens need top_k_index and top_k_weights [{len(flat)}, k], found"
+            f" {_describe(top_k_index)} and {_describe(top_k_weights)}"
+        )
+    index, weights = top_k_index.detach().reshape(-1, top_k), top_k_weights.detach().reshape(-1, top_k)
     host_hidden = flat.to("cpu", torch.float32).contiguous().numpy()
     dispatch = build_dispatch(index.cpu().numpy(), weights.to("cpu", torch.float32).numpy(), num_experts)
     rows = workspace.rows(dispatch.n_tokens * dispatch.top_k, hidden_size)

@@ -63,6 +63,8 @@ class Runner:
         self.lookahead: Lookahead | None = None
         self.routing_recorder: RoutingRecorder | None = None
         self.tracing = False
+        self.clean = True
+        """False while a call runs, and after one that did not end: slots and plans may then disagree."""
         self.timeline: list[TaskRecord] = []
         self.plans: list[PlannedLayer] = []
         self.activations = np.zeros((len(layers), self._n_experts), dtype=np.float64)
@@ -74,11 +76,13 @@ class Runner:
         began_us = clock_us()
         layer = self._layers[index]
         work = layer_work(hidden, top_k_index, top_k_weights, layer.num_experts, layer.spec.hidden, self._workspace)
+        self.clean = False
         norm = layer.transform()
         if norm is not None:
             work.transform, work.weights = partial(apply_norm, norm), work.dispatch.weights
             work.dispatch = _with_unit_weights(work.dispatch)
         if not len(work.dispatch.expert_ids):
+            self.clean = True
             return torch.zeros_like(hidden)
         self._begin_step(self._tracker.next(index, work.dispatch.n_tokens), work.dispatch.n_tokens)
         counters = self._stats.of(self._phase, index)
@@ -95,6 +99,7 @@ class Runner:
         result = out.to(hidden.dtype).reshape(hidden.shape)
         counters.wall_us += clock_us() - began_us
         counters.overhead_us += clock_us() - began_us - (ran_us - planned_us)
+        self.clean = True
         return result
 
     def warm_up(self, transfers: Sequence[Transfer]) -> None:

@@ -49,7 +49,6 @@ class Session:
         self._tracker = StepTracker(self.config.decode_max_tokens)
         self._model: weakref.ref[nn.Module] | None = None
         self._sink: ProbeSink | None = None
-        self._clean = True
         self._closed = False
         self._finalizer: weakref.finalize[..., Any] | None = None
 
@@ -124,11 +123,7 @@ class Session:
             if self._sink is not None:
                 self._sink.top_k_index, self._sink.top_k_weights = top_k_index, top_k_weights
                 raise RoutingCaptured
-            runner = self._ready()
-            self._clean = False
-            out = runner.run(layer, hidden, top_k_index, top_k_weights)
-            self._clean = True
-            return out
+            return self._ready().run(layer, hidden, top_k_index, top_k_weights)
 
     def announce_step(self, phase: str) -> None:
         """For callers that do not call the bound model: the next layer call starts a step of this phase."""
@@ -228,7 +223,7 @@ class Session:
         """A snapshot of the counters."""
         with self._lock:
             runner = self._runner
-            if runner is not None and self._clean and not self._closed:
+            if runner is not None and runner.clean and not self._closed:
                 runner.report()
             by_phase = self._stats.by_phase()
             return SessionStats(
@@ -248,7 +243,7 @@ class Session:
     def reset_stats(self) -> None:
         """Sets all counters to zero."""
         with self._lock:
-            if self._runner is not None and self._clean:
+            if self._runner is not None and self._runner.clean:
                 self._runner.report()
             self._stats.reset()
 
@@ -272,18 +267,18 @@ class Session:
             raise ModelError("the session is closed: restore() the model, or inject it again")
         if self._runner is None:
             raise ModelError("the session has not started: weights are missing (load them, then call start())")
-        if not self._clean:
-            self._recover()
+        if not self._runner.clean:
+            self._recover(self._runner)
         return self._runner
 
-    def _recover(self) -> None:
+    def _recover(self, broken: Runner) -> None:
         """After a failed or interrupted call: waits for the lanes, forgets the slots, keeps costs and counters."""
-        assert self._runner is not None
+        if self._accelerator is not None:
+            self._accelerator.synchronize()
         self._stats.failures += 1
         self._stats.forget_slots()
         self._tracker.restart()
-        self._start_runner(None, self._runner, None)
-        self._clean = True
+        self._start_runner(None, broken, None)
 
     def _start_runner(
         self, setting: int | float | str | None, previous: Runner | None, frequencies: Frequencies | None

@@ -82,13 +82,19 @@ def routing(n_tokens: int, n_experts: int, top_k: int, seed: int) -> tuple[torch
 
 @pytest.fixture
 def make_rig() -> Iterator[Callable[..., Rig]]:
-    """Builds rigs, and closes them. Keywords beyond the named ones go to RuntimeConfig."""
+    """Builds rigs, and closes them. Keywords beyond the named ones go to RuntimeConfig.
+
+    The torch backend is the default here: what runs is tested, not how fast, and it has nothing to compile.
+    """
     rigs: list[Rig] = []
 
     def make(
         n_layers: int = 3, n_experts: int = 8, placement: Any = "hybrid", start: bool = True, **settings: Any
     ) -> Rig:
-        defaults = {"accelerator": "emulated", "gpu_expert_slots": 6, "expert_dtype": "float32", "profile": PROFILE}
+        defaults = {
+            "accelerator": "emulated", "gpu_expert_slots": 6, "expert_dtype": "float32", "profile": PROFILE,
+            "backend": "torch",
+        }  # fmt: skip
         session = Session(RuntimeConfig(**(defaults | settings)))
         originals = [MiniExperts(n_experts, seed) for seed in range(n_layers)]
         placements = [placement] * n_layers if isinstance(placement, str) else placement

@@ -40,7 +40,7 @@ def test_output_is_that_of_the_replaced_module(make_rig: MakeRig, policy: str, s
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_bits_do_not_depend_on_placement(make_rig: MakeRig, dtype: str) -> None:
-    base = run_steps(make_rig(expert_dtype=dtype, accelerator="none"))
+    base = run_steps(make_rig(expert_dtype=dtype, accelerator="none", backend="auto"))
     for settings in (
         {"policy": "cpu_only/none/lru"},
         {"policy": "accel_only/none/lru", "gpu_expert_slots": 2},
@@ -49,7 +49,7 @@ def test_bits_do_not_depend_on_placement(make_rig: MakeRig, dtype: str) -> None:
         {"placement": "accelerator"},
         {"placement": ["cpu", "accelerator", "hybrid"]},
     ):
-        for out, wanted in zip(run_steps(make_rig(expert_dtype=dtype, **settings)), base, strict=True):
+        for out, wanted in zip(run_steps(make_rig(expert_dtype=dtype, backend="auto", **settings)), base, strict=True):
             assert torch.equal(out, wanted), settings
 
 
@@ -132,7 +132,9 @@ def test_quantised_experts_stay_within_their_tolerance(make_rig: MakeRig, dtype:
         with torch.no_grad():
             rig.originals[0].gate_up_proj[expert] = torch.cat([stored.gate, stored.up])
             rig.originals[0].down_proj[expert] = stored.down
-    assert relative_error(rig.call(0, hidden, index, weights), rig.expected(0, hidden, index, weights)) < tolerance(spec)
+    assert relative_error(rig.call(0, hidden, index, weights), rig.expected(0, hidden, index, weights)) < tolerance(
+        spec
+    )
 
 
 def test_two_sessions_in_one_process_do_not_meet(make_rig: MakeRig) -> None:
