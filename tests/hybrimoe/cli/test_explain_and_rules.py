@@ -76,6 +76,7 @@ def test_rules_list_and_show(hybrimoe: Any) -> None:
 @pytest.mark.parametrize("words", [(), ("--deploy",)])
 def test_rules_schema_accepts_every_shipped_file(hybrimoe: Any, words: tuple[str, ...]) -> None:
     import jsonschema
+
     from yaml_rules.located import read_yaml
 
     schema = hybrimoe("rules", "schema", *words).data

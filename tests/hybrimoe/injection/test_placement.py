@@ -77,5 +77,5 @@ def test_only_plain_containers_are_walked() -> None:
 def test_devices_that_are_not_here() -> None:
     assert device_is_here(CPU)
     assert not device_is_here(torch.device("cuda:63"))
-    with pytest.raises(DeviceError, match="r.yaml:1: the device 'cuda:63' is not here: torch finds"):
+    with pytest.raises(DeviceError, match=r"r.yaml:1: the device 'cuda:63' is not here: torch finds"):
         require_device(torch.device("cuda:63"), "r.yaml:1")
