@@ -27,8 +27,7 @@ class Isa:
     lanes: int  # 32-bit lanes of a vector
     dot: DotKind
     features: tuple[str, ...]  # LLVM feature names that the CPU must have
-    integer_tiles: tuple[tuple[int, int], ...]
-    float_tiles: tuple[tuple[int, int], ...]
+    tiles: tuple[tuple[int, int], ...]
     about: str
 
     @property
@@ -39,18 +38,20 @@ class Isa:
 
 _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
-_WIDE = ((4, 2), (2, 2), (1, 4))
-_WIDE_FLOAT = ((6, 4), (4, 4), (2, 4), (1, 4))
-_NARROW = ((4, 1), (2, 2), (1, 4))
-_NARROW_FLOAT = ((4, 2), (2, 4), (1, 4))
+# One vector of rows by up to 8 tokens: a row block is then a single stream, which the hardware prefetchers follow at the
+# bandwidth of a plain read (2 or 4 streams at once reach 70 % of it; software prefetch lost everywhere; Zen 4, measured).
+_WIDE = ((8, 1), (4, 1), (2, 1), (1, 1))
+# 256 bit: two vectors are one row block. 4 tokens take one at a time, because there are 16 registers.
+_NARROW = ((4, 1), (2, 2), (1, 2))
+_QUARTER = ((4, 1), (2, 2), (1, 4))
 
 # In order of preference: the first that the CPU supports runs.
 PATHS: tuple[Isa, ...] = (
-    Isa("avx512vnni", 16, "vnni", (*_AVX512, "avx512vnni"), _WIDE, _WIDE_FLOAT, "512-bit vpdpbusd"),
-    Isa("avx512", 16, "maddubs", _AVX512, _WIDE, _WIDE_FLOAT, "512-bit vpmaddubsw + vpmaddwd"),
-    Isa("avxvnni", 8, "vnni", (*_AVX2, "avxvnni"), _NARROW, _NARROW_FLOAT, "256-bit vpdpbusd (VEX)"),
-    Isa("avx2", 8, "maddubs", _AVX2, _NARROW, _NARROW_FLOAT, "256-bit vpmaddubsw + vpmaddwd"),
-    Isa("portable", 4, "generic", (), _NARROW, _NARROW_FLOAT, "128-bit vectors, whatever LLVM makes of them"),
+    Isa("avx512vnni", 16, "vnni", (*_AVX512, "avx512vnni"), _WIDE, "512-bit vpdpbusd"),
+    Isa("avx512", 16, "maddubs", _AVX512, _WIDE, "512-bit vpmaddubsw + vpmaddwd"),
+    Isa("avxvnni", 8, "vnni", (*_AVX2, "avxvnni"), _NARROW, "256-bit vpdpbusd (VEX)"),
+    Isa("avx2", 8, "maddubs", _AVX2, _NARROW, "256-bit vpmaddubsw + vpmaddwd"),
+    Isa("portable", 4, "generic", (), _QUARTER, "128-bit vectors, whatever LLVM makes of them"),
 )
 BY_NAME = {path.name: path for path in PATHS}
 
@@ -71,6 +72,14 @@ def cpu_features() -> frozenset[str]:
         return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
     except RuntimeError:  # LLVM cannot tell on this platform: only the portable path is safe
         return frozenset()
+
+
+def path_features(isa: Isa, features: frozenset[str]) -> frozenset[str]:
+    """`features` without those that only better paths need: a forced path runs as it would on an older CPU."""
+    better = PATHS[: [path.name for path in PATHS].index(isa.name)]
+    beyond = {name for path in better for name in path.features} - set(isa.features)
+    wide = set() if "avx512f" in isa.features else {name for name in features if name.startswith(("avx512", "avx10"))}
+    return features - beyond - wide
 
 
 def missing_features(isa: Isa, features: frozenset[str]) -> tuple[str, ...]:

@@ -58,14 +58,52 @@ def float_from_bits(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def _float_pointer(typingctx: Any, address: Any) -> Any:
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
+def call_worker(typingctx: Any, function: Any, call: Any, thread: Any) -> Any:
+    """Calls a compiled `worker` at address `function` with its two int64 arguments."""
 
-    return types.CPointer(types.float32)(types.int64), code
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I64] * 2)
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), code
+
+
+def _pointer_to(kind: types.Type) -> Any:
+    @intrinsic
+    def pointer(typingctx: Any, address: Any) -> Any:
+        def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(kind).as_pointer())
+
+        return types.CPointer(kind)(types.int64), code
+
+    return pointer
+
+
+_float_pointer, _int32_pointer, _int64_pointer, _byte_pointer = (
+    _pointer_to(kind) for kind in (types.float32, types.int32, types.int64, types.uint8)
+)
 
 
 @inline_kernel
 def floats_at(address: int, n: int) -> np.ndarray:
     """float32 [n] at an address, without a copy."""
     return carray(_float_pointer(address), (n,))
+
+
+@inline_kernel
+def int32s_at(address: int, n: int) -> np.ndarray:
+    """int32 [n] at an address, without a copy."""
+    return carray(_int32_pointer(address), (n,))
+
+
+@inline_kernel
+def int64s_at(address: int, n: int) -> np.ndarray:
+    """int64 [n] at an address, without a copy."""
+    return carray(_int64_pointer(address), (n,))
+
+
+@inline_kernel
+def bytes_at(address: int, n: int) -> np.ndarray:
+    """uint8 [n] at an address, without a copy."""
+    return carray(_byte_pointer(address), (n,))

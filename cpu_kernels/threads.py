@@ -9,6 +9,7 @@ import threading
 from functools import cache
 
 import numba
+from numba.np.ufunc import parallel
 
 from cpu_kernels.errors import ThreadingError
 
@@ -49,33 +50,25 @@ _LOCK = threading.Lock()
 _layer: list[str] = []
 
 
-def ensure_safe_layer() -> str:
-    """Starts the pool on a safe layer and returns its name; raises ThreadingError with what to install otherwise."""
+def start_pool(n_threads: int) -> str:
+    """Starts Numba's pool (kernels from the disk cache need it even for one thread) and returns the name of its layer.
+
+    Raises ThreadingError, with what to install, if more than one thread is wanted and no safe layer loads.
+    """
     with _LOCK:
         if not _layer:
             _layer.append(_start())
-        return _layer[0]
+    if n_threads > 1 and _layer[0] not in SAFE_LAYERS:
+        raise ThreadingError(
+            f"Numba's threading layer is {_layer[0]!r}; {n_threads} threads need OpenMP (package libgomp1 on Debian and Ubuntu, "
+            "libomp on macOS) or TBB (pip install tbb). Install one, or run with 1 thread."
+        )
+    return _layer[0]
 
 
 def _start() -> str:
-    from numba.np.ufunc import parallel
-
-    if not getattr(parallel, "_is_initialized", False):
-        wanted = str(numba.config.THREADING_LAYER)
-        if wanted not in (*SAFE_LAYERS, "threadsafe"):
-            numba.config.THREADING_LAYER = "threadsafe"
-            numba.config.THREADING_LAYER_PRIORITY = [*SAFE_LAYERS, "workqueue"]
-    try:
-        parallel._launch_threads()
-        name = str(numba.threading_layer())
-    except ValueError as error:
-        raise ThreadingError(_ADVICE) from error
-    if name not in SAFE_LAYERS:
-        raise ThreadingError(_ADVICE)
-    return name
-
-
-_ADVICE = (
-    "no safe threading layer loads. Numba needs OpenMP (package libgomp1 on Debian and Ubuntu, libomp on macOS) or TBB "
-    "(pip install tbb). Its workqueue layer is not used: two generations at once would abort the process."
-)
+    if str(numba.config.THREADING_LAYER) not in SAFE_LAYERS:  # a choice made by the user stays
+        numba.config.THREADING_LAYER = "default"
+        numba.config.THREADING_LAYER_PRIORITY = [*SAFE_LAYERS, "workqueue"]
+    parallel._launch_threads()
+    return str(numba.threading_layer())

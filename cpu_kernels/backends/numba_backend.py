@@ -17,7 +17,7 @@ from cpu_kernels.quantise import OFFSET
 from cpu_kernels.simd.compile import panel_address
 from cpu_kernels.simd.tiles import x_block_bytes
 from cpu_kernels.spec import KINDS, Activation, ExpertSpec
-from cpu_kernels.threads import ensure_safe_layer, resolve_threads
+from cpu_kernels.threads import resolve_threads, start_pool
 
 # Columns / 64 of a weight panel that stays in L1 while many tokens pass over it.
 SPLIT_BLOCKS = {"int4": 8, "int8": 4, "bfloat16": 4, "float32": 2}
@@ -42,10 +42,9 @@ class NumbaBackend:
     def __init__(self, threads: int | None = None) -> None:
         self.choice: IsaChoice = detect()
         self.n_threads = resolve_threads(threads)
-        if self.n_threads > 1:
-            ensure_safe_layer()
+        self.threading_layer = start_pool(self.n_threads)
         self._plans: dict[ExpertSpec, _Plan] = {}
-        self._workspace = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._workspace = np.empty(0, np.uint8)
         self._lock = threading.Lock()
 
     def supports(self, spec: ExpertSpec) -> str | None:
@@ -70,8 +69,11 @@ class NumbaBackend:
         plan = self._plans.get(spec) or self._plan(spec)
         n_threads = 1 if spec.record_bytes * positions.size < SERIAL_BYTES else self.n_threads
         with self._lock:
-            x = self._room(0, dispatch.n_tokens * plan.x_row_bytes)
-            h = self._room(1, dispatch.rows.size * plan.h_row_bytes)
+            workspace = self._room(
+                layer.workspace_bytes(
+                    positions.size, dispatch.n_tokens, dispatch.rows.size, plan.x_row_bytes, plan.h_row_bytes
+                )
+            )
             if n_threads > 1:
                 numba.set_num_threads(n_threads)
             bad = layer.run_layer(
@@ -85,18 +87,17 @@ class NumbaBackend:
                 dispatch.top_k,
                 hidden,
                 out_rows,
-                x,
-                h,
+                workspace,
                 n_threads,
             )
         if bad >= 0:
             raise_not_finite(bad)
 
-    def _room(self, index: int, n_bytes: int) -> np.ndarray:
+    def _room(self, n_bytes: int) -> np.ndarray:
         """A workspace of at least n_bytes, kept between calls."""
-        if self._workspace[index].size < n_bytes:
-            self._workspace[index] = np.empty(n_bytes * 5 // 4, np.uint8)
-        return self._workspace[index]
+        if self._workspace.size < n_bytes:
+            self._workspace = np.empty(n_bytes * 5 // 4, np.uint8)
+        return self._workspace
 
     def _plan(self, spec: ExpertSpec) -> _Plan:
         reason = self.supports(spec)
@@ -113,6 +114,8 @@ class NumbaBackend:
         plan[layer.DOWN], plan[layer.HAS_BIAS] = layout.down_offset, spec.has_bias
         plan[layer.GATE_BIAS], plan[layer.UP_BIAS] = layout.gate_bias_offset, layout.up_bias_offset
         plan[layer.DOWN_BIAS], plan[layer.SPLIT_BLOCKS] = layout.down_bias_offset, SPLIT_BLOCKS[spec.dtype]
+        plan[layer.PREPARE_WORKER], plan[layer.UP_WORKER] = layer.PREPARE.address, layer.UP.address
+        plan[layer.DOWN_WORKER] = layer.DOWN_PROJECTION.address
         made = _Plan(
             plan,
             _parameters(spec.activation),

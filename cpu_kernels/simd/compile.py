@@ -10,7 +10,7 @@ from pathlib import Path
 from llvmlite import binding as llvm
 
 from cpu_kernels.cache_dir import kernel_cache_dir
-from cpu_kernels.isa import BY_NAME, Isa, cpu_features
+from cpu_kernels.isa import BY_NAME, Isa, cpu_features, path_features
 from cpu_kernels.simd.tiles import PANEL_NAME, build_module
 
 _LOCK = threading.Lock()
@@ -26,9 +26,10 @@ class Target:
 
 
 def host_target(isa: Isa) -> Target:
-    """This CPU. Features are the detected ones, so that a path never gets instructions the system disabled."""
-    features = ",".join(f"+{name}" for name in sorted(cpu_features()))
-    return Target(llvm.get_process_triple(), llvm.get_host_cpu_name() if features else "", features)
+    """This CPU, with the detected features as far as `isa` goes (the system may disable some, a path may be forced)."""
+    features = path_features(isa, cpu_features())
+    written = ",".join(f"{'+' if name in features else '-'}{name}" for name in sorted(cpu_features()))
+    return Target(llvm.get_process_triple(), llvm.get_host_cpu_name() if written else "", written)
 
 
 def assembly(dtype: str, isa: Isa, target: Target) -> str:

@@ -18,12 +18,12 @@ from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, GroupDot, Sim
 
 PANEL_ROWS = 64
 PANEL_NAME = "panel"
-PREFETCH_BYTES = 2304  # ahead of the load, per stream; measured best for DRAM streams on Zen 3 and Zen 4
 GROUPS = BLOCK_COLUMNS // GROUP
 # A quantised activation block: int8 [64], float32 scale [2], int32 correction [2] (= -offset * sum of the group).
 X_SCALES = BLOCK_COLUMNS
 X_CORRECTIONS = X_SCALES + 4 * GROUPS
 X_BLOCK_BYTES = X_CORRECTIONS + 4 * GROUPS
+FLOAT_UNROLL = 16  # lines
 WORD_BYTES = 4  # of a row in a line
 SCALE_BYTES = 2
 Row = tuple[ir.Value, ir.Value]  # a vector of rows: address of its block, first row in it
@@ -37,8 +37,7 @@ def x_block_bytes(dtype: str) -> int:
 def build_module(dtype: str, isa: Isa, emulate_dot: bool = False) -> ir.Module:
     """LLVM module with `panel` for a dtype. emulate_dot: byte products in plain arithmetic, for tests on any CPU."""
     module = ir.Module(f"hybrimoe_{dtype}_{isa.name}")
-    tiles = isa.integer_tiles if is_quantised(dtype) else isa.float_tiles
-    functions = [(tokens, _tile_function(module, dtype, isa, tokens, n, emulate_dot)) for tokens, n in tiles]
+    functions = [(tokens, _tile_function(module, dtype, isa, tokens, n, emulate_dot)) for tokens, n in isa.tiles]
     _panel_function(module, isa, functions)
     return module
 
@@ -126,22 +125,15 @@ class _Tile:
             rows.append((blocks[vector // per_block], lane))
         x_step = s.b.mul(block, s.const(x_block_bytes(self.dtype)))
         x = [s.offset(row, x_step) for row in self.x_rows]
-        self._prefetch(blocks)
         if is_quantised(self.dtype):
             for group in range(GROUPS):
                 self._integer_group(rows, x, group)
         else:
-            for line in range(LINES[self.dtype]):
-                self._float_line(rows, x, line)
+            self._float_lines(rows, x)
 
     def _place(self, row: Row, n_bytes: int, lane_bytes: int) -> ir.Value:
         """Address of the vector's lanes in the line at n_bytes of its block; lane_bytes: bytes of a row in that line."""
         return self.s.offset(self.s.offset(row[0], n_bytes), self.s.b.mul(row[1], self.s.const(lane_bytes)))
-
-    def _prefetch(self, starts: list[ir.Value]) -> None:
-        for start in starts:
-            for place in range(0, block_bytes(self.dtype), LINE_BYTES):
-                self.s.prefetch(self.s.offset(start, PREFETCH_BYTES + place))
 
     def _integer_group(self, rows: list[Row], x: list[ir.Value], group: int) -> None:
         """32 columns: byte products in int32, then one float multiply-add with both scales."""
@@ -177,18 +169,28 @@ class _Tile:
         packed = s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.u8)
         return (s.low_nibbles(packed), s.high_nibbles(packed)) if self.dtype == "int4" else (packed,)
 
-    def _float_line(self, rows: list[Row], x: list[ir.Value], line: int) -> None:
+    def _float_lines(self, rows: list[Row], x: list[ir.Value]) -> None:
+        """All lines of a float block, FLOAT_UNROLL at a time."""
+        s = self.s
+        line_columns = BLOCK_COLUMNS // LINES[self.dtype]
+        with s.loop(s.const(0), s.const(LINES[self.dtype]), FLOAT_UNROLL) as line:
+            step, x_step = s.b.mul(line, s.const(LINE_BYTES)), s.b.mul(line, s.const(4 * line_columns))
+            here = [(s.offset(block, step), lane) for block, lane in rows]
+            x_here = [s.offset(source, x_step) for source in x]
+            for i in range(FLOAT_UNROLL):
+                self._float_line(here, x_here, i, line_columns)
+
+    def _float_line(self, rows: list[Row], x: list[ir.Value], line: int, line_columns: int) -> None:
         """One line of float weights: one column (float32) or two (bfloat16)."""
         s = self.s
         words = [s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.i32) for row in rows]
-        per_line = BLOCK_COLUMNS // LINES[self.dtype]
-        for half in range(per_line):
-            if per_line == 1:
+        for half in range(line_columns):
+            if line_columns == 1:
                 weights = [s.b.bitcast(word, s.f32) for word in words]
             else:
                 weights = [(s.high_bf16 if half else s.low_bf16)(word) for word in words]
             for token, source in enumerate(x):
-                value = s.splat_load(s.offset(source, 4 * (per_line * line + half)), F32)
+                value = s.splat_load(s.offset(source, 4 * (line_columns * line + half)), F32)
                 for vector, weight in enumerate(weights):
                     self._accumulate(token, vector, weight, value)
 

@@ -67,10 +67,6 @@ class Simd:
         """An (unaligned) store."""
         self.b.store(value, pointer, align=align)
 
-    def prefetch(self, pointer: ir.Value) -> None:
-        """Reads the cache line of `pointer` ahead of use; harmless for any address."""
-        self._call("llvm.prefetch.p0", VOID, [pointer, *(ir.Constant(I32, value) for value in (0, 3, 1))])
-
     def splat(self, scalar: ir.Value) -> ir.Value:
         """All lanes = scalar."""
         kind = ir.VectorType(scalar.type, self.lanes)
