@@ -15,7 +15,8 @@ class HybridExperts(nn.Module):
     """Called as the module it replaces: `experts(hidden[T, H], top_k_index[T, k], top_k_weights[T, k])`.
 
     Holds no weights: they are in the session's ExpertStore. Plain attributes of the replaced module that others read
-    (num_experts, config, has_gate, ...) and its child modules (activation, norm) are kept. Inference only: the output carries no gradient.
+    (num_experts, config, has_gate, ...) and its child modules (activation, norm) are kept. Inference only: the output
+    carries no gradient.
     """
 
     def __init__(self, session: Session, layer: int, replaced: nn.Module, num_experts: int) -> None:

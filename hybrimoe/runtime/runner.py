@@ -126,10 +126,9 @@ class Runner:
         self._report_transfers()
         self._report_runs()
 
-    @property
-    def slots_filled(self) -> int:
-        """Slots that hold an expert or will once their copy ends."""
-        return 0 if self._executor.slots is None else len(self._executor.slots.resident_keys())
+    def slot_contents(self) -> dict[int, tuple[int, int]]:
+        """Slot -> (layer, expert) that it holds or will once its copy ends."""
+        return {} if self._executor.slots is None else self._executor.slots.contents()
 
     def _begin_step(self, step: Step, n_tokens: int) -> None:
         self._phase = step.phase

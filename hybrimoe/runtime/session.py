@@ -219,6 +219,11 @@ class Session:
         """The plans and demands of the recorded layer calls, in order."""
         return list(self._ready().plans)
 
+    def slot_contents(self) -> dict[int, tuple[int, int]]:
+        """Slot -> (layer, expert) of what the slots hold or are being filled with."""
+        with self._lock:
+            return self._ready().slot_contents()
+
     def stats(self) -> SessionStats:
         """A snapshot of the counters."""
         with self._lock:
@@ -233,7 +238,7 @@ class Session:
                 accelerator_kind="none" if self._accelerator is None else self._accelerator.kind,
                 policy=self.config.policy,
                 n_slots=self.n_slots,
-                slots_filled=0 if runner is None else runner.slots_filled,
+                slots_filled=0 if runner is None else len(runner.slot_contents()),
                 n_experts=sum(layer.num_experts for layer in self._layers),
                 store_bytes=0 if self._store is None else self._store.nbytes,
                 warmup_transfers=self._stats.warmup_transfers,

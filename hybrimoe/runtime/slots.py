@@ -94,9 +94,9 @@ class SlotCache:
         start_us = self._pending[0].event.span_us()[0]
         return max(0.0, total_us - (now_us - start_us if start_us else 0.0))
 
-    def resident_keys(self) -> list[Key]:
-        """(layer, expert) of every filled slot, by slot."""
-        return [key for key in self._holds if key is not None]
+    def contents(self) -> dict[int, Key]:
+        """Slot -> (layer, expert) of every filled slot."""
+        return {slot: key for slot, key in enumerate(self._holds) if key is not None}
 
     def reset(self) -> None:
         """Waits for the lanes, then forgets what the slots hold."""

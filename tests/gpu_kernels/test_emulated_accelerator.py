@@ -100,7 +100,7 @@ def test_a_read_that_does_not_wait_for_its_copy_gives_nan(make_experts: Callable
         accelerator = EmulatedAccelerator(pacing=slow)
         accelerator.allocate(1, experts.spec.record_bytes)
         event = accelerator.copy_to_slot(0, experts.records[0])
-        while not accelerator._arena[0, 0] == POISON_BYTE:
+        while accelerator._arena[0, 0] != POISON_BYTE:
             assert not event.done()
         work = experts.work(1, 1)
         get_backend("torch").run(

@@ -44,7 +44,7 @@ def test_a_failing_job_raises_at_the_waiter_and_the_stream_goes_on() -> None:
 
     failed = stream.submit(fail, HostEvent("the copy"))
     after = stream.submit(lambda event: event.begin(), HostEvent())
-    with pytest.raises(LaneError, match="the copy failed.*bad job") as caught:
+    with pytest.raises(LaneError, match=r"the copy failed.*bad job") as caught:
         failed.wait()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     after.wait()
