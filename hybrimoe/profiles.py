@@ -20,6 +20,7 @@ def open_hardware(source: str | Path) -> HardwareProfile:
 
 
 def open_shape(source: str | Path, *, n_layers: int | None = None) -> ModelShape:
-    """A shipped shape (``mixtral-8x7b``), a config.json, or a model directory; ``n_layers`` overrides the MoE layers."""
+    """A shipped shape (``mixtral-8x7b``), a config.json, or a model directory; ``n_layers`` overrides the MoE
+    layers."""
     shape = ModelShape.from_mapping(load_shape(source))
     return shape if n_layers is None else replace(shape, n_layers=n_layers)

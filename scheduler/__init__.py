@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from scheduler.demand import LayerDemand, Phase, Prediction
     from scheduler.errors import CostError, DemandError, PolicyError, ProfileError, SchedulerError, SlotError
     from scheduler.future import Future
+    from scheduler.graph import GraphError, PlannedLayer, TaskGraph, chrome_trace
     from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Transfer, TransferEnded
     from scheduler.planner import Planner
     from scheduler.policies import POLICIES, Policy, resolve_policy
     from scheduler.profile import HardwareProfile, ModelShape
+    from scheduler.records import TaskRecord
+    from scheduler.simulate import PhaseResult, SimulationConfig, Simulator
     from scheduler.slots import SlotState, SlotTable
+    from scheduler.trace import Trace, TraceError
 
 _HOMES = {
     "balancing": ("LayerCosts", "BalancePlan", "balance", "evaluate", "BALANCE_POLICIES"),
@@ -27,10 +31,14 @@ _HOMES = {
     "demand": ("Phase", "LayerDemand", "Prediction"),
     "errors": ("SchedulerError", "CostError", "DemandError", "SlotError", "ProfileError", "PolicyError"),
     "future": ("Future",),
+    "graph": ("GraphError", "PlannedLayer", "TaskGraph", "chrome_trace"),
     "plan": ("LaneState", "Transfer", "LayerPlan", "ObservedTask", "TransferEnded", "LayerEnded", "Event"),
     "planner": ("Planner",),
     "policies": ("Policy", "resolve_policy", "POLICIES"),
     "profile": ("HardwareProfile", "ModelShape"),
+    "records": ("TaskRecord",),
+    "simulate": ("PhaseResult", "SimulationConfig", "Simulator"),
+    "trace": ("Trace", "TraceError"),
     "slots": ("SlotState", "SlotTable"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -44,6 +52,7 @@ __all__ = [
     "DemandError",
     "Event",
     "Future",
+    "GraphError",
     "HardwareProfile",
     "LaneState",
     "LayerCosts",
@@ -53,18 +62,27 @@ __all__ = [
     "ModelShape",
     "ObservedTask",
     "Phase",
+    "PhaseResult",
+    "PlannedLayer",
     "Planner",
     "Policy",
     "PolicyError",
     "Prediction",
     "ProfileError",
     "SchedulerError",
+    "SimulationConfig",
+    "Simulator",
     "SlotError",
     "SlotState",
     "SlotTable",
+    "TaskGraph",
+    "TaskRecord",
+    "Trace",
+    "TraceError",
     "Transfer",
     "TransferEnded",
     "balance",
+    "chrome_trace",
     "evaluate",
     "resolve_policy",
 ]

@@ -34,7 +34,8 @@ class SrpResult:
 
 
 def window_counts(trace: Trace, window: int) -> Ints:
-    """n_f for f = 0..window, [layers, experts, window + 1]: windows (stride 1, inside a sequence) with f activations."""
+    """n_f for f = 0..window, [layers, experts, window + 1]: windows (stride 1, inside a sequence) with f
+    activations."""
     active = one_hot(trace).astype(np.int64)
     counts = np.zeros((trace.n_layers, trace.n_experts, window + 1), np.int64)
     for start, stop in trace.sequence_spans():
@@ -83,9 +84,9 @@ def srp_per_layer(trace: Trace, window: int) -> Floats:
 def sch(trace: Trace, capacity: int, window: int) -> float:
     """Segment cache best hit rate: an oracle cache of ``capacity`` experts a layer.
 
-    On insertion into a full cache the expert with the fewest activations in the next ``window`` tokens leaves (ties: the
-    least recently used, then the smallest id). All of a token's hits are tested before its experts are inserted; the
-    first touch into a free slot counts as a hit. Report it against capacity / top_k.
+    On insertion into a full cache the expert with the fewest activations in the next ``window`` tokens leaves (ties:
+    the least recently used, then the smallest id). All of a token's hits are tested before its experts are inserted;
+    the first touch into a free slot counts as a hit. Report it against capacity / top_k.
     """
     hits = total = 0
     active = one_hot(trace).astype(np.int64)

@@ -1,8 +1,8 @@
 """Hit rates of cache policies on a trace, each layer with its own slots and every miss inserted (compiled).
 
-The reference for ``scheduler.cache``, which works on one pool: a hit is an activated expert that its layer's cache holds
-before the token. A policy never evicts an expert of the current token while it has another; the oracle (Belady) may, since
-it knows when that one comes back.
+The reference for ``scheduler.cache``, which works on one pool: a hit is an activated expert that its layer's cache
+holds before the token. A policy never evicts an expert of the current token while it has another; the oracle (Belady)
+may, since it knows when that one comes back.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def _replay(
     policy: int,
     alpha: float,
 ) -> tuple[int, int]:
-    """(hits, activations). ``value`` is what a policy keeps: the cached expert with the smallest one leaves, ties by id."""
+    """(hits, activations). ``value`` is what a policy keeps: the cached expert with the smallest one leaves, ties by
+    id."""
     n_tokens, n_layers, top_k = ids.shape
     hits, seen = 0, 0
     for layer in range(n_layers):

@@ -20,6 +20,7 @@ from scheduler.future import Future
 from scheduler.graph.tasks import DenseTimes, PlannedLayer
 from scheduler.plan import LaneState, LayerEnded, TransferEnded
 from scheduler.planner import Planner
+from scheduler.policies import resolve_policy
 from scheduler.profile import HardwareProfile, ModelShape
 from scheduler.records import TaskRecord
 from scheduler.simulate_dense import DenseCosts
@@ -76,8 +77,8 @@ def check_fit(trace: Trace, shape: ModelShape) -> None:
     ):
         if of_trace != of_shape:
             raise SimulationError(
-                f"trace {trace.name!r} ({trace.meta.get('model')}) has {of_trace} {what}, model shape {shape.name!r} has "
-                f"{of_shape}; choose the shape of the traced model, or a synthetic trace of this shape"
+                f"trace {trace.name!r} ({trace.meta.get('model')}) has {of_trace} {what}, model shape {shape.name!r} "
+                f"has {of_shape}; choose the shape of the traced model, or a synthetic trace of this shape"
             )
 
 
@@ -119,12 +120,14 @@ class Simulator:
         believed = CostModel(self.dense.planner_profile(config.context_tokens), self.shape, config.expert_dtype)
         return Planner(
             self.shape.n_layers, self.shape.n_experts, self.n_slots, believed, policy=config.policy,
-            lookahead=config.lookahead, seed=config.seed, **config.params,
+            lookahead=config.lookahead, seed=config.seed,
+            future=self._future(self.steps[0].sequence), **config.params,
         )  # fmt: skip
 
     def _future(self, sequence: int) -> Future | None:
         """Recorded routing of one sequence, for policies that are oracles; the others get none to look at."""
-        if self.planner.policy.cache != "belady" and self.planner.policy.prefetch != "perfect":
+        policy = resolve_policy(self.config.policy, **self.config.params)
+        if policy.cache != "belady" and policy.prefetch != "perfect":
             return None
         steps = (self.source.routing(step) for step in self.steps if step.sequence == sequence)
         return Future(steps, self.trace.n_layers, self.trace.n_experts)

@@ -207,7 +207,7 @@ class Engine:
                 copy.start_us,
                 copy.end_us,
                 copy.step,
-            )  # fmt: skip
+            )
         )
 
     def _account(

@@ -17,7 +17,8 @@ from scheduler.trace import Phase
 
 @dataclass(frozen=True, slots=True)
 class PhaseResult:
-    """Outcome of one phase. ``latency_ms`` is the mean per decode token or per prefill; busy figures are shares of time.
+    """Outcome of one phase. ``latency_ms`` is the mean per decode token or per prefill; busy figures are shares of
+    time.
 
     ``hit_rate``: share of activated (layer, expert) pairs whose bytes were in a slot when the layer was planned.
     ``prefetch_precision``: share of prefetches whose expert was activated the next time its layer ran; 0 without any.

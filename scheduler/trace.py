@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Literal
@@ -32,7 +33,8 @@ class TraceError(SchedulerError):
 
 @dataclass(frozen=True, slots=True)
 class TraceStep:
-    """Tokens ``start:stop`` of the trace that are computed together; ``position`` tokens of the sequence precede them."""
+    """Tokens ``start:stop`` of the trace that are computed together; ``position`` tokens of the sequence precede
+    them."""
 
     sequence: int
     phase: Phase
@@ -127,7 +129,8 @@ class Trace:
             raise TraceError(f"trace {self.name!r} has no {phase} tokens, only {other}; choose --phase {other}")
 
     def steps(self, phase: Phase | None = None, prefill_chunk: int | None = None) -> Iterator[TraceStep]:
-        """Steps in order: each prefill as one step (or chunks of ``prefill_chunk`` tokens), each decode token as one."""
+        """Steps in order: each prefill as one step (or chunks of ``prefill_chunk`` tokens), each decode token as
+        one."""
         if phase is not None:
             self.require_phase(phase)
         for start, stop in self.sequence_spans():
@@ -150,7 +153,7 @@ class Trace:
         """(start, stop) of each sequence in file order."""
         cuts = np.flatnonzero(np.diff(self.sequence)) + 1
         edges = [0, *cuts.tolist(), self.n_tokens]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(pairwise(edges))
 
     def head(self, n_tokens: int) -> "Trace":
         """The first ``n_tokens`` tokens."""
@@ -262,28 +265,22 @@ def _check_meta(trace: Trace) -> None:
 
 
 def _check_shapes(trace: Trace) -> None:
-    ids = trace.expert_ids
+    ids, where = trace.expert_ids, f"trace {trace.name!r}"
     expected = (trace.meta["num_layers"], trace.meta["top_k"])
     if ids.ndim != 3 or ids.shape[1:] != expected:
-        raise TraceError(
-            f"trace {trace.name!r}: expert_ids must be [tokens, {expected[0]}, {expected[1]}], found {list(ids.shape)}"
-        )
-    if ids.shape[0] == 0:
-        raise TraceError(f"trace {trace.name!r} is empty: it has no token")
-    for name in ("sequence", "phase"):
-        if getattr(trace, name).shape != ids.shape[:1]:
-            raise TraceError(
-                f"trace {trace.name!r}: {name} must have {ids.shape[0]} entries, found {list(getattr(trace, name).shape)}"
-            )
-    if trace.expert_weights is not None and trace.expert_weights.shape != ids.shape:
-        raise TraceError(
-            f"trace {trace.name!r}: expert_weights must be {list(ids.shape)}, found {list(trace.expert_weights.shape)}"
-        )
-    predicted = trace.predicted_ids
+        raise TraceError(f"{where}: expert_ids must be [tokens, {expected[0]}, {expected[1]}], found {list(ids.shape)}")
+    n_tokens = ids.shape[0]
+    if n_tokens == 0:
+        raise TraceError(f"{where} is empty: it has no token")
+    for name, array in (("sequence", trace.sequence), ("phase", trace.phase)):
+        if array.shape != (n_tokens,):
+            raise TraceError(f"{where}: {name} must have {n_tokens} entries, found shape {list(array.shape)}")
+    weights, predicted = trace.expert_weights, trace.predicted_ids
+    if weights is not None and weights.shape != ids.shape:
+        raise TraceError(f"{where}: expert_weights must be {list(ids.shape)}, found {list(weights.shape)}")
     if predicted is not None and (predicted.ndim != 4 or predicted.shape[:2] != ids.shape[:2]):
-        raise TraceError(
-            f"trace {trace.name!r}: predicted_ids must be [{ids.shape[0]}, {ids.shape[1]}, horizon, p], found {list(predicted.shape)}"
-        )
+        wanted = f"[{n_tokens}, {ids.shape[1]}, horizon, p]"
+        raise TraceError(f"{where}: predicted_ids must be {wanted}, found {list(predicted.shape)}")
 
 
 def _check_ids(ids: NDArray[np.int16], n_experts: int, what: str) -> None:

@@ -90,11 +90,11 @@ def _ascends(ids: NDArray[np.int32]) -> bool:
 def _prediction(layer: int, ids: NDArray[np.int16], scores: NDArray[np.float32], n_experts: int) -> Prediction | None:
     """Predicted demand of one layer from ids and scores [tokens, p]; None where nothing was predicted."""
     n_tokens = ids.shape[0]
-    flat, weight = ids.ravel(), scores.ravel()
+    flat, weight = ids.ravel().astype(np.int32), scores.ravel()
     present = flat >= 0
     if not present.any():
         return None
-    flat, weight = flat[present].astype(np.int32), weight[present]
+    flat, weight = flat[present], weight[present]
     if n_tokens == 1:
         return Prediction(layer, flat, np.ones(flat.size, np.float32), weight.astype(np.float32))
     counts = np.bincount(flat, minlength=n_experts)

@@ -72,7 +72,8 @@ def noisy(
 
 
 def _unused(truth: NDArray[np.int16], n_experts: int, rng: np.random.Generator) -> NDArray[np.int16]:
-    """Distinct experts outside each row of ``truth`` (last axis), as many as the row has; -1 where there are too few."""
+    """Distinct experts outside each row of ``truth`` (last axis), as many as the row has; -1 where there are too
+    few."""
     noise = rng.random((*truth.shape[:-1], n_experts), dtype=np.float32)
     np.put_along_axis(noise, np.maximum(truth, 0).astype(np.int64), 2.0, axis=-1)
     order = np.argsort(noise, axis=-1)[..., : truth.shape[-1]]
@@ -140,7 +141,8 @@ def one_hot(trace: Trace) -> Floats:
 
 
 def usage_average(trace: Trace) -> Floats:
-    """Decayed average of each expert's use at the tokens BEFORE each token of its sequence, [tokens, layers, experts]."""
+    """Decayed average of each expert's use at the tokens BEFORE each token of its sequence, [tokens, layers,
+    experts]."""
     active = one_hot(trace)
     average = np.empty_like(active)
     for start, stop in trace.sequence_spans():

@@ -42,7 +42,9 @@ def simulate(
     ] = None,
     policy: PolicyOption = None,
     cache_ratio: RatioOption = None,
-    phase: Annotated[str | None, typer.Option(help="prefill or decode only. Default: both, where the trace has them.")] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="prefill or decode only. Default: both, where the trace has them.")
+    ] = None,
     expert_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8, or int4.")] = "int4",
     dense_dtype: Annotated[str, typer.Option(help="Weights outside the experts.")] = "int8",
     predictions: Annotated[
@@ -50,7 +52,9 @@ def simulate(
     ] = "auto",
     lookahead: Annotated[int, typer.Option(help="Layers ahead that are predicted.")] = 3,
     max_tokens: Annotated[int, typer.Option(help="Simulate at most so many tokens; 0: all.")] = DEFAULT_TOKENS,
-    host_ratio: Annotated[float, typer.Option(help="Share of all experts that host memory holds; the rest is on disk.")] = 1.0,
+    host_ratio: Annotated[
+        float, typer.Option(help="Share of all experts that host memory holds; the rest is on disk.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed, the same numbers.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -81,8 +85,7 @@ def simulate(
         _show(report.results, report.title)
 
 
-COLUMNS = ("policy", "cached", "phase", "tokens", "ms", "speed-up", "hit rate", "CPU", "accelerator", "link", "transfers",
-           "prefetches", "precision")  # fmt: skip
+COLUMNS = ("policy", "slots", "phase", "ms", "gain", "hits", "CPU", "accel", "link", "copies", "ahead", "right")
 
 
 def _show(results: list[PhaseResult], title: str) -> None:
@@ -92,7 +95,7 @@ def _show(results: list[PhaseResult], title: str) -> None:
         first = base.setdefault((r.cache_ratio, r.phase), r.latency_ms)
         precision = f"{r.prefetch_precision:.0%}" if r.prefetches else "-"
         rows.append(
-            (r.policy, f"{r.cache_ratio:.0%}", r.phase, r.tokens, f"{r.latency_ms:.2f}", f"{first / r.latency_ms:.2f}x",
+            (r.policy, f"{r.cache_ratio:.0%}", r.phase, f"{r.latency_ms:.2f}", f"{first / r.latency_ms:.2f}x",
              f"{r.hit_rate:.1%}", f"{r.cpu_busy:.0%}", f"{r.accel_busy:.0%}", f"{r.link_busy:.0%}", r.transfers,
              r.prefetches, precision)
         )  # fmt: skip

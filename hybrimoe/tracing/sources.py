@@ -38,11 +38,14 @@ class TraceInput:
     notes: tuple[str, ...] = ()
 
 
-def open_trace(source: str | None, shape: str | None, *, seed: int = 0, sequences: int = SYNTHETIC_SEQUENCES) -> TraceInput:
+def open_trace(
+    source: str | None, shape: str | None, *, seed: int = 0, sequences: int = SYNTHETIC_SEQUENCES
+) -> TraceInput:
     """Trace and shape from what a command line gives.
 
-    No source: the demo trace, or a synthetic one where a shape is given that the demo model does not have. No shape: that
-    of the demo model, of the trace's model where a shipped shape has its sizes, else the trace's sizes must be given.
+    No source: the demo trace, or a synthetic one where a shape is given that the demo model does not have. No shape:
+    that of the demo model, of the trace's model where a shipped shape has its sizes, else the trace's sizes must be
+    given.
     """
     if source == SYNTHETIC or (source is None and shape is not None and not _is_demo_shape(open_shape(shape))):
         found = open_shape(shape if shape is not None else DEMO_MODEL)

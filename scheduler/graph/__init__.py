@@ -97,7 +97,7 @@ class TaskGraph:
                 schedule.start_us[t.id],
                 schedule.end_us[t.id],
                 t.step,
-            )  # fmt: skip
+            )
             for t in self.tasks
         ]
         return sorted(records, key=lambda record: (record.start_us, record.end_us))

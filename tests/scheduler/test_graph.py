@@ -37,7 +37,8 @@ def costs(n_layers=4):
 
 
 def two_layers():
-    """Layer 0: 2 on the CPU, 0 resident, 1 transferred over a free slot; prefetch of (1, 5), which layer 1 then reads."""
+    """Layer 0: 2 on the CPU, 0 resident, 1 transferred over a free slot; prefetch of (1, 5), which layer 1 then
+    reads."""
     first = plan(0, cpu=[2], accel=[0, 1], slots=[0, 1], transfers=[transfer(0, 1, 1)],
                  prefetches=[transfer(1, 5, 2, kind="prefetch")])  # fmt: skip
     second = plan(1, cpu=[6], accel=[5], slots=[2])

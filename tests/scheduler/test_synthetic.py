@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from scheduler.analysis_cache import layer_hit_rate
 from scheduler.errors import SchedulerError
-from scheduler.synthetic import FITTED_TO, LOCALITIES, Locality, generate, statistics
+from scheduler.synthetic import FITTED_TO, PUBLISHED_HITS, Locality, generate, statistics
 from scheduler.trace import Trace
 
 SIZES = {"gpt-oss-20b": (8, 32, 4, 511, 2), "olmoe-1b-7b": (8, 64, 8, 299, 1)}
@@ -14,17 +15,26 @@ SIZES = {"gpt-oss-20b": (8, 32, 4, 511, 2), "olmoe-1b-7b": (8, 64, 8, 299, 1)}
 TOLERANCE = 0.06
 
 
-@pytest.mark.parametrize("name", sorted(LOCALITIES))
+@pytest.mark.parametrize("name", sorted(FITTED_TO))
 def test_statistics_match_the_fitted_trace(name):
     trace = generate(*SIZES[name], locality=name, recall=None)
     assert list(statistics(trace).as_dict().values()) == pytest.approx(FITTED_TO[name], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", sorted(LOCALITIES))
+@pytest.mark.parametrize("name", sorted(FITTED_TO))
 def test_the_stated_statistics_are_those_of_the_real_trace(real_traces, name):
     trace = Trace.load(real_traces / f"{name}.decode.npz").head(1000)
     real = replace(trace, expert_ids=trace.expert_ids[:, :8], expert_weights=None, meta={**trace.meta, "num_layers": 8})
     assert list(statistics(real).as_dict().values()) == pytest.approx(FITTED_TO[name], abs=0.001)
+
+
+@pytest.mark.parametrize(("name", "n_experts", "top_k"), [("qwen2-57b-a14b", 64, 8), ("deepseek-v2-lite", 64, 6)])
+def test_localities_of_published_hit_rates(name, n_experts, top_k):
+    trace = generate(8, n_experts, top_k, 256, 4, locality=name, recall=None)
+    found = [layer_hit_rate(trace, "lru", n_experts // 4), layer_hit_rate(trace, "mrs", n_experts // 4, 0.1)]
+    assert found == pytest.approx(PUBLISHED_HITS[name], abs=0.02)
+    mixtral = generate(8, 8, 2, 256, 4, locality="mixtral-8x7b", recall=None)
+    assert layer_hit_rate(mixtral, "lru", 2) == pytest.approx(PUBLISHED_HITS["mixtral-8x7b"][0], abs=0.02)
 
 
 def test_equal_arguments_give_equal_traces():

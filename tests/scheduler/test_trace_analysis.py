@@ -28,7 +28,8 @@ def one_layer(rows, n_experts=4, sequence=None):
 
 
 def test_srp_by_hand():
-    # windows of 2: (0,0) (0,1) (1,1): expert 0 counts 2 1 0, expert 1 counts 0 1 2; n_0 = 2, n_1 = 2, n_2 = 2 (4 experts: + 6 zeros)
+    # windows of 2: (0,0) (0,1) (1,1): expert 0 counts 2 1 0, expert 1 counts 0 1 2; n_0 = 2, n_1 = 2, n_2 = 2 (4
+    # experts: + 6 zeros)
     trace = one_layer([[0], [0], [1], [1]])
     counts = window_counts(trace, 2).sum(axis=(0, 1))
     assert counts.tolist() == [8, 2, 2]
@@ -74,7 +75,8 @@ def test_cache_replays_by_hand():
     often = one_layer([[0], [0], [0], [1], [2], [0]])
     assert layer_hit_rate(often, "lfu", 2) == pytest.approx(3 / 6)
     assert layer_hit_rate(often, "lru", 2) == pytest.approx(2 / 6)
-    # MRS, a = 0.5: after 0 0 0 its score .875 decays to .21875 at token 4, when 2 enters and 1 (.25) is above it: 0 leaves
+    # MRS, a = 0.5: after 0 0 0 its score .875 decays to .21875 at token 4, when 2 enters and 1 (.25) is above it: 0
+    # leaves
     assert layer_hit_rate(often, "mrs", 2, alpha=0.5) == pytest.approx(2 / 6)
     assert layer_hit_rate(often, "mrs", 2, alpha=0.1) == pytest.approx(3 / 6)
 
@@ -143,9 +145,10 @@ def test_noisy_predictions_have_the_stated_recall():
 @pytest.mark.parametrize(
     ("name", "slots", "facts"),
     [
-        ("gpt-oss-20b", (8, 16), {("lru", 0.1): (0.706, 0.913), ("mrs", 0.5): (0.715, 0.915), ("mrs", 0.1): (0.741, 0.922),
-                                  ("belady", 0.1): (0.831, 0.959)}),
-        ("olmoe-1b-7b", (16, 32), {("lru", 0.1): (0.598, 0.799), ("mrs", 0.1): (0.617, 0.818), ("belady", 0.1): (0.748, 0.910)}),
+        ("gpt-oss-20b", (8, 16), {("lru", 0.1): (0.706, 0.913), ("mrs", 0.5): (0.715, 0.915), ("mrs", 0.1): (0.741,
+        0.922), ("belady", 0.1): (0.831, 0.959)}),
+        ("olmoe-1b-7b", (16, 32), {("lru", 0.1): (0.598, 0.799), ("mrs", 0.1): (0.617, 0.818), ("belady", 0.1):
+        (0.748, 0.910)}),
     ],
 )  # fmt: skip
 def test_published_hit_rates(real_traces, name, slots, facts):

@@ -60,7 +60,8 @@ def test_shapes_agree_with_transformers_defaults(tmp_path, config_class, shape):
 
 
 def test_shape_from_a_nested_config_and_layer_conventions(tmp_path):
-    text = {"num_hidden_layers": 6, "hidden_size": 8, "moe_intermediate_size": 4, "num_experts": 4, "num_experts_per_tok": 2,
+    text = {"num_hidden_layers": 6,
+            "hidden_size": 8, "moe_intermediate_size": 4, "num_experts": 4, "num_experts_per_tok": 2,
             "num_attention_heads": 2, "vocab_size": 10, "mlp_only_layers": [0], "decoder_sparse_step": 2}  # fmt: skip
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "outer", "text_config": text}))
