@@ -17,7 +17,7 @@ class Shape:
     vocab_size: int = 4096
     hidden_size: int = 192
     expert_size: int = 64
-    num_layers: int = 8
+    num_layers: int = 6
     num_experts: int = 32
     top_k: int = 4
     num_heads: int = 3

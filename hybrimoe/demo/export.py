@@ -9,7 +9,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3MoeForC
 
 __all__ = ["export_model"]
 
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 200}
+SAMPLING = {
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_p": 0.95,
+    "top_k": 50,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 200,
+}
 """Defaults written to generation_config.json: greedy text of so small a model repeats itself."""
 
 

@@ -2,11 +2,14 @@
 
 import json
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hybrimoe.errors import CheckpointError, ConfigError
 
 
 class RunFiles:
@@ -26,6 +29,20 @@ class RunFiles:
         """Records what the run was started with."""
         _replace(self.settings, json.dumps(settings, indent=2).encode() + b"\n")
 
+    def check_settings(self, settings: Mapping[str, Any], may_differ: frozenset[str]) -> None:
+        """Refuses to continue a run with settings that would compute something else.
+
+        Raises:
+            ConfigError: names the first setting, other than those in `may_differ`, that is not what the run has.
+        """
+        earlier = json.loads(self.settings.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if name not in may_differ and earlier.get(name) != value:
+                raise ConfigError(
+                    f"the run in {self.directory} was started with {name}={earlier.get(name)}, found {value}; "
+                    f"continue with the same value or choose another --out"
+                )
+
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replaces the checkpoint; a stop at any moment leaves either the old or the new one."""
         temporary = self.checkpoint.with_suffix(".tmp")
@@ -36,10 +53,20 @@ class RunFiles:
         os.replace(temporary, self.checkpoint)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None if the run has none."""
+        """The last checkpoint, or None if the run has none.
+
+        Raises:
+            CheckpointError: the file is not a whole checkpoint.
+        """
         if not self.checkpoint.exists():
             return None
-        state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"expected a whole training checkpoint in {self.checkpoint}, found one that does not load ({error}); "
+                f"restore it, or remove it to start the run again"
+            ) from error
         return state
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybrimoe.demo.architecture import Shape
+from hybrimoe.errors import ConfigError
 
 __all__ = ["Settings"]
 
@@ -18,8 +19,8 @@ class Settings:
     seq_len: int = 512
     stable_seq_len: int = 256
     """Before the decay each window is read as shorter ones: attention over 256 tokens is a quarter cheaper in all."""
-    learning_rate: float = 1.5e-3
-    warmup_steps: int = 200
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
     decay_share: float = 0.2
     """Length of the decay, as a share of the steps before it."""
     balance_weight: float = 0.04
@@ -39,15 +40,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.threads:
-            raise ValueError(
+            raise ConfigError(
                 f"expected batch_size to be a multiple of threads, found {self.batch_size} and {self.threads}"
             )
         if self.seq_len % self.stable_seq_len:
-            raise ValueError(
+            raise ConfigError(
                 f"expected seq_len to be a multiple of stable_seq_len, found {self.seq_len} and {self.stable_seq_len}"
             )
         if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"expected precision bf16 or fp32, found {self.precision!r}")
+            raise ConfigError(f"expected precision bf16 or fp32, found {self.precision!r}")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Settings":

@@ -24,9 +24,20 @@ from hybrimoe.demo.trainer import Trainer
 __all__ = ["main", "open_run"]
 
 
+MAY_CHANGE = frozenset(
+    {"max_tokens", "max_hours", "log_steps", "checkpoint_steps", "evaluate_steps", "evaluate_windows"}
+)
+"""Settings that a run can be continued with in another value: they do not touch what a step computes."""
+
+
 def open_run(settings: Settings, corpora: Path, out: Path) -> tuple[Trainer, PreTrainedTokenizerBase]:
     """Reads the corpora, trains or loads the run's tokenizer, and resumes the run if it has a checkpoint."""
     files = RunFiles(out)
+    values = dataclasses.asdict(settings)
+    if files.settings.exists():
+        files.check_settings(values, MAY_CHANGE)
+    else:
+        files.write_settings(values)
     documents = read_corpora(corpora)
     if not files.tokenizer.is_dir():
         texts = (document.text for document in documents if not document.held_out)
@@ -34,8 +45,7 @@ def open_run(settings: Settings, corpora: Path, out: Path) -> tuple[Trainer, Pre
         train_tokenizer(texts, shape.vocab_size, shape.max_positions).save_pretrained(files.tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(files.tokenizer)
     trainer = Trainer(settings, encode_corpus(documents, tokenizer, settings.seed), tokenizer, files)
-    if not trainer.resume():
-        files.write_settings(dataclasses.asdict(settings))
+    trainer.resume()
     return trainer, tokenizer
 
 
@@ -54,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)  # the trainer's own threads share the work; inside them a product runs on one
     settings = Settings(
         learning_rate=options.learning_rate,
         batch_size=options.batch_size,

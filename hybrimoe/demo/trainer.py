@@ -18,6 +18,7 @@ from hybrimoe.demo.architecture import new_model
 from hybrimoe.demo.balance_loss import balance_loss, layer_load, load_entropy, router_z_loss
 from hybrimoe.demo.data import Corpus, WindowSampler, token_byte_lengths
 from hybrimoe.demo.evaluate import evaluate_stream
+from hybrimoe.demo.muon import Muon
 from hybrimoe.demo.run_files import RunFiles
 from hybrimoe.demo.schedule import Schedule
 from hybrimoe.demo.settings import Settings
@@ -50,9 +51,7 @@ class Trainer:
         self.model: Qwen3MoeForCausalLM = new_model(settings.shape, settings.seed)
         self.parameters = list(self.model.parameters())
         self.pool = ThreadPoolExecutor(settings.threads, initializer=torch.set_num_threads, initargs=(1,))
-        self.optimizer = torch.optim.AdamW(
-            self._parameter_groups(), lr=settings.learning_rate, betas=ADAM_BETAS, fused=True
-        )
+        self.optimizers = self._new_optimizers()
         self.schedule = Schedule(settings.learning_rate, settings.warmup_steps)
         self.step = 0
         self._earlier_cpu_s = 0.0
@@ -60,13 +59,25 @@ class Trainer:
         self._last_log = (time.perf_counter(), 0)
         torch.manual_seed(settings.seed)
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        vectors = [p for p in self.parameters if p.ndim < 2]
-        return [
-            {"params": matrices, "weight_decay": WEIGHT_DECAY},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+    def _new_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices inside the layers; AdamW for embeddings, routers and norms."""
+        stacked, matrices, tables, vectors = (list[Tensor]() for _ in range(4))
+        for name, parameter in self.model.named_parameters():
+            if name.endswith("gate_up_proj"):
+                stacked.append(parameter)
+            elif name.endswith("_proj") or ("self_attn" in name and parameter.ndim == 2):
+                matrices.append(parameter)
+            else:
+                (tables if parameter.ndim == 2 else vectors).append(parameter)
+        rate = self.settings.learning_rate
+        muon = Muon(
+            [{"params": stacked, "blocks": 2}, {"params": matrices, "blocks": 1}],
+            lr=rate,
+            weight_decay=WEIGHT_DECAY,
+            pool=self.pool,
+        )
+        groups = [{"params": tables, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+        return [muon, torch.optim.AdamW(groups, lr=rate, betas=ADAM_BETAS, fused=True)]
 
     @property
     def tokens(self) -> int:
@@ -85,7 +96,8 @@ class Trainer:
         if state is None:
             return False
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.schedule = Schedule(**state["schedule"])
         self.step, self._earlier_cpu_s = state["step"], state["cpu_s"]
         self._last_log = (time.perf_counter(), self.step)
@@ -98,7 +110,7 @@ class Trainer:
         self.files.save_checkpoint(
             {
                 "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "schedule": dataclasses.asdict(self.schedule),
                 "step": self.step,
                 "cpu_s": self._earlier_cpu_s + time.process_time() - self._cpu_start_s,
@@ -132,11 +144,12 @@ class Trainer:
         parts = self.settings.threads
         results = list(self.pool.map(self._gradients, inputs.chunk(parts), targets.chunk(parts)))
         for parameter, *gradients in zip(self.parameters, *(result.gradients for result in results), strict=True):
-            parameter.grad = torch.stack(gradients).mean(dim=0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.learning_rate(self.step)
+            parameter.grad = sum(gradients[1:], gradients[0]).div_(parts)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.schedule.learning_rate(self.step)
+            optimizer.step()
         self.step += 1
         losses = {name: sum(result.losses[name] for result in results) / parts for name in results[0].losses}
         loads = [torch.stack(layer).mean(dim=0) for layer in zip(*(result.loads for result in results), strict=True)]
@@ -169,16 +182,19 @@ class Trainer:
         return self.schedule.end is not None and self.step >= self.schedule.end
 
     def _start_decay_if_due(self) -> None:
-        if self.schedule.decay_start is not None:
-            return
-        share = 1 + self.settings.decay_share
-        tokens, hours = self.settings.max_tokens, self.settings.max_hours
-        out_of_tokens = tokens is not None and self.tokens * share >= tokens
-        out_of_time = hours is not None and self.trained_hours * share >= hours
-        if out_of_tokens or out_of_time or self.files.finish.exists():
-            steps = max(1, round(self.step * self.settings.decay_share))
+        if self.schedule.decay_start is None and (steps := self._due_decay()):
             self.schedule = dataclasses.replace(self.schedule, decay_start=self.step, decay_steps=steps)
             logger.info("decay starts at step %d and takes %d steps", self.step, steps)
+
+    def _due_decay(self) -> int:
+        """Steps of the decay that has to start now; 0 if none has."""
+        settings, share = self.settings, 1 + self.settings.decay_share
+        if settings.max_tokens is not None and self.tokens * share >= settings.max_tokens:
+            return max(1, settings.max_tokens // (settings.batch_size * settings.seq_len) - self.step)
+        out_of_time = settings.max_hours is not None and self.trained_hours * share >= settings.max_hours
+        if out_of_time or self.files.finish.exists():
+            return max(1, round(self.step * settings.decay_share))
+        return 0
 
     def _log(self, losses: dict[str, float], loads: tuple[Tensor, ...]) -> None:
         now, (then, step_then) = time.perf_counter(), self._last_log
