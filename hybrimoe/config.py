@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount
 from hybrimoe.config_errors import config_error
 from hybrimoe.config_policy import check_scheduler, resolved_policy
-from hybrimoe.config_values import Accelerators, Threads, check_rules
+from hybrimoe.config_values import Accelerators, ModelName, Threads, check_rules
 from hybrimoe.errors import ConfigError, unknown
 from yaml_rules import shipped
 from yaml_rules.errors import YamlRulesError
@@ -95,9 +95,7 @@ class DeployConfig(_Section):
 
     model_config = ConfigDict(extra="forbid", frozen=True, title="HybriMoE deployment")
 
-    model: str | None = Field(
-        default=None, min_length=1, description="Model directory or hub id; omitted = the demo model."
-    )
+    model: ModelName | None = Field(default=None, description="Model directory or hub id; omitted = the demo model.")
     rules: Annotated[Any, BeforeValidator(check_rules)] = Field(
         default="auto", description="Shipped name, file or inline list."
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from hybrimoe.errors import ConfigError, did_you_mean
 
@@ -42,6 +43,8 @@ def _parse_threads(value: object) -> object:
 
 def check_rules(value: object) -> Any:
     """Rules are a shipped name or a file (text), or inline: a list of rules or a mapping with `rules:`."""
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list | Mapping) and value:
@@ -49,6 +52,11 @@ def check_rules(value: object) -> Any:
     raise ConfigError(f"expected a shipped rule set, a file, or a list of rules; found {value!r}")
 
 
+def _path_as_text(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+ModelName = Annotated[str, BeforeValidator(_path_as_text), Field(min_length=1)]
 Accelerators = Annotated[
     tuple[str, ...],
     BeforeValidator(parse_accelerators),

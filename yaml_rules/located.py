@@ -70,7 +70,7 @@ def read_yaml(path: str | Path) -> Located:
     if file.stat().st_size > MAX_BYTES:
         raise YamlRulesError(f"{file}: larger than {MAX_BYTES // 2**20} MiB; this is no YAML file of HybriMoE")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise YamlRulesError(f"{file}: expected UTF-8 text, found byte {error.start} that is not") from error
     except OSError as error:

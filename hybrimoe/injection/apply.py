@@ -31,6 +31,10 @@ MARK = "hybrimoe"
 """Attribute of an injected model that holds its Injection."""
 
 
+SAVE = "save_pretrained"
+"""Method that an injected model refuses: it would write a checkpoint without experts."""
+
+
 class OpenStore(Protocol):
     """Gives the store of already packed experts for these layers, or None where there is none."""
 
@@ -139,8 +143,12 @@ class Injection:
         self._application.undo()
         self.session.close()
         if self.model.__dict__.get(MARK) is self:
-            del self.model.__dict__[MARK]
+            del self.model.__dict__[MARK], self.model.__dict__[SAVE]
         self._active = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Injection:
+        """A copy of an injected model shares the session, which owns threads and device memory."""
+        return self
 
     def __enter__(self) -> Injection:
         return self
@@ -216,6 +224,7 @@ def inject(
         raise
     injection = Injection(model, deployment, resolution, application)
     model.__dict__[MARK] = injection
+    model.__dict__[SAVE] = _refuse_save
     return injection
 
 
@@ -254,6 +263,10 @@ def _finalize(
 ) -> None:
     opened = None if store is None else store(session.layer_specs())
     session.finalize(model, store=opened, frequencies=frequencies)
+
+
+def _refuse_save(*_: object, **__: object) -> None:
+    raise ModelError(f"an injected model holds no experts to save; call model.{MARK}.restore() first")
 
 
 def _refuse_second_injection(model: nn.Module) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from hybrimoe.errors import ModelError
 
@@ -13,60 +11,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def model_config(model: str | Path | None) -> PreTrainedConfig:
-    """Configuration of a local directory or a hub id; None is the demo model of the package.
+def meta_model(source: str | Path | PreTrainedConfig | None) -> PreTrainedModel:
+    """The language model of a directory, hub id or configuration, as `hybrimoe.load` builds it before it reads weights.
 
-    Raises ModelError for a directory that is no model, an unknown model type, and a hub id that cannot be read.
+    None is the demo model. Of a hub id only config.json is fetched. Raises ModelError for a directory that is no model,
+    a hub id that cannot be read, and a model type without a language model.
     """
+    from hybrimoe.checkpoint.dense import dense_dtype
+    from hybrimoe.checkpoint.dense import meta_model as build
+
+    config = model_config(source) if source is None or isinstance(source, str | Path) else source
+    return build(config, dense_dtype("auto", config))
+
+
+def model_config(model: str | Path | None) -> PreTrainedConfig:
+    """Configuration of a directory or hub id; None is the demo model. Raises ModelError as `meta_model` does."""
+    from hybrimoe.checkpoint.dense import read_config
+    from hybrimoe.checkpoint.source import HUB_ID, model_directory
+
+    if model is None or Path(model).expanduser().exists() or not HUB_ID.match(str(model)):
+        return read_config(model_directory(model))
+    return _hub_config(str(model))
+
+
+def _hub_config(hub_id: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    name = _model_name(model)
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(hub_id)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{name}: its configuration cannot be read: {first}") from error
-
-
-def meta_model(source: str | Path | PreTrainedConfig | None) -> PreTrainedModel:
-    """The language model of a directory, hub id or configuration, on the meta device. No weights are read.
-
-    Raises ModelError where `model_config` and `auto_class` do.
-    """
-    config: Any = model_config(source) if source is None or isinstance(source, str | Path) else source
-    with torch.device("meta"):
-        return auto_class(config).from_config(config)
-
-
-def auto_class(config: PreTrainedConfig) -> Any:
-    """The transformers auto class that builds the language model of a configuration: causal, else image and text.
-
-    Raises ModelError for a model type that has neither.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in auto._model_mapping:
-            return auto
-    raise ModelError(f"{config.model_type}: transformers {_transformers_version()} has no language model of this type")
-
-
-def _transformers_version() -> str:
-    import transformers
-
-    return str(transformers.__version__)
-
-
-def _model_name(model: str | Path | None) -> str:
-    if model is None:
-        from hybrimoe.demo import demo_model_path
-
-        return str(demo_model_path())
-    path = Path(model).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{path} is no model directory: expected a config.json in it, found none")
-    if path.is_file():
-        raise ModelError(f"{path} is a file: expected a model directory in Hugging Face layout, or a hub id")
-    if not path.exists() and (path.is_absolute() or str(model).startswith((".", "~"))):
-        raise ModelError(f"{path}: no such directory")
-    return str(path) if path.exists() else str(model)
+        raise ModelError(f"{hub_id}: its configuration cannot be fetched from the hub: {first}") from error

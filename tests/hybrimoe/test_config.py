@@ -170,6 +170,13 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "model: Qwen/Qwen3-30B-A3B\n")).model == "Qwen/Qwen3-30B-A3B"
 
 
+def test_paths_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "windows.yaml"
+    path.write_bytes("\ufeffserver:\r\n  port: 81\r\n".encode())
+    config = load_config(path, model=tmp_path, rules=tmp_path / "rules.yaml")
+    assert (config.server.port, config.model, config.rules) == (81, str(tmp_path), str(tmp_path / "rules.yaml"))
+
+
 def test_an_unknown_preset_and_a_missing_file() -> None:
     with pytest.raises(ConfigError, match="unknown deployment preset 'low-vrm'; did you mean 'low-vram'"):
         load_config("low-vrm")

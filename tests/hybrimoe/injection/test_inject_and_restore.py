@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,6 +171,26 @@ def test_a_rule_may_choose_the_dtype_of_its_layers(qwen3: PreTrainedModel) -> No
     with hybrimoe.inject(qwen3, rules, accelerator="none", expert_dtype="float32") as injection:
         assert [layer.spec.dtype for layer in injection.session.layer_specs()] == ["float32", "int8", "float32"]
         assert [layer.path for layer in injection.session.layer_specs()] == EXPERTS
+
+
+def test_an_injected_model_is_not_saved_without_its_experts(qwen3: PreTrainedModel, tmp_path: Path) -> None:
+    with (
+        hybrimoe.inject(qwen3, accelerator="none", expert_dtype="float32"),
+        pytest.raises(ModelError, match=r"no experts to save; call model.hybrimoe.restore\(\) first"),
+    ):
+        qwen3.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    qwen3.save_pretrained(tmp_path)
+    again = type(qwen3).from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(qwen3))
+
+
+def test_a_copy_of_an_injected_model_runs_in_the_same_session(qwen3: PreTrainedModel) -> None:
+    with hybrimoe.inject(qwen3, accelerator="none", expert_dtype="float32") as injection:
+        expected = logits(qwen3)
+        twin = copy.deepcopy(qwen3)
+        assert torch.equal(logits(twin), expected)
+        assert twin.hybrimoe is injection
 
 
 def test_training_mode_set_while_injected_is_kept(qwen3: PreTrainedModel) -> None:
