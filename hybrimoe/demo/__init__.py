@@ -6,6 +6,8 @@ Importing this module loads neither torch nor transformers.
 from importlib.resources import files
 from pathlib import Path
 
+from hybrimoe.errors import ModelError
+
 __all__ = ["demo_model_path"]
 
 
@@ -13,11 +15,11 @@ def demo_model_path() -> Path:
     """Directory of the shipped model in Hugging Face layout (config.json, tokenizer.json, model.safetensors).
 
     Raises:
-        FileNotFoundError: the installation carries no model (a source tree without the package data).
+        ModelError: the installation carries no model (a source tree without the package data).
     """
     directory = Path(str(files("hybrimoe.demo").joinpath("model")))
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(
+        raise ModelError(
             f"expected the demo model's config.json in {directory}, found none; reinstall hybrimoe, or train the "
             f"model with: python -m hybrimoe.demo.train --corpora DIR --out RUN --export {directory}"
         )
