@@ -12,6 +12,7 @@ from cpu_kernels.errors import (
     ThreadingError,
 )
 from cpu_kernels.layout import LAYOUT_VERSION
+from cpu_kernels.linear import LinearSpec, pack_linear, run_linear, unpack_linear
 from cpu_kernels.pack import pack_expert, unpack_expert
 from cpu_kernels.reference import apply_activation, reference_ffn, relative_error, tolerance
 from cpu_kernels.spec import DTYPES, Activation, ExpertDtype, ExpertSpec, ExpertWeights
@@ -31,14 +32,18 @@ __all__ = [
     "IsaError",
     "KernelError",
     "LayoutError",
+    "LinearSpec",
     "ThreadingError",
     "apply_activation",
     "build_dispatch",
     "combine",
     "get_backend",
     "pack_expert",
+    "pack_linear",
     "reference_ffn",
     "relative_error",
+    "run_linear",
     "tolerance",
     "unpack_expert",
+    "unpack_linear",
 ]

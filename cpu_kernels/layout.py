@@ -59,6 +59,7 @@ class RecordLayout:
     hidden_padded: int
     inter_padded: int
     down_offset: int
+    down_end: int
     gate_bias_offset: int
     up_bias_offset: int
     down_bias_offset: int
@@ -71,8 +72,8 @@ def record_layout(hidden: int, inter: int, dtype: str, gated: bool, has_bias: bo
     down = matrix_bytes(inter, hidden, dtype) * (2 if gated else 1)
     gate_bias = down + matrix_bytes(hidden, inter, dtype)
     if not has_bias:
-        return RecordLayout(hidden_padded, inter_padded, down, gate_bias, gate_bias, gate_bias, gate_bias)
+        return RecordLayout(hidden_padded, inter_padded, down, *[gate_bias] * 5)
     up_bias = gate_bias + (4 * inter_padded if gated else 0)
     down_bias = up_bias + 4 * inter_padded
     end = down_bias + 4 * hidden_padded
-    return RecordLayout(hidden_padded, inter_padded, down, gate_bias, up_bias, down_bias, end)
+    return RecordLayout(hidden_padded, inter_padded, down, gate_bias, gate_bias, up_bias, down_bias, end)

@@ -7,6 +7,7 @@ import ctypes
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from cpu_kernels.errors import LayoutError
 from cpu_kernels.layout import (
@@ -15,12 +16,12 @@ from cpu_kernels.layout import (
     GROUP,
     INTERLEAVE,
     LINES,
+    PAD,
     block_bytes,
     is_quantised,
-    matrix_bytes,
     padded,
 )
-from cpu_kernels.quantise import dequantise, quantise
+from cpu_kernels.quantise import BITS, dequantise, pack_quantised, pack_words
 from cpu_kernels.spec import ExpertSpec, ExpertWeights
 
 Record = np.ndarray | torch.Tensor
@@ -33,24 +34,25 @@ def pack_expert(spec: ExpertSpec, weights: ExpertWeights, out: np.ndarray) -> No
     Raises LayoutError for wrong shapes, a wrong buffer, or weights that are not finite.
     """
     weights.check(spec)
-    record = _record_tensor(spec, out)
-    first = weights.up if weights.gate is None else _interleave(weights.gate, weights.up)
-    down_offset = spec.layout.down_offset
-    record[:down_offset].copy_(_pack_matrix(first, spec.dtype, "gate/up" if spec.activation.gated else "up"))
-    end = down_offset + matrix_bytes(spec.hidden, spec.inter, spec.dtype)
-    record[down_offset:end].copy_(_pack_matrix(weights.down, spec.dtype, "down"))
+    record = record_tensor(spec.record_bytes, out)
+    first = record[: spec.layout.down_offset]
+    if weights.gate is None:
+        pack_matrix(weights.up, spec.dtype, "up", first)
+    else:
+        pack_matrix(weights.gate, spec.dtype, "gate", first, place=0, step=4)
+        pack_matrix(weights.up, spec.dtype, "up", first, place=2, step=4)
+    pack_matrix(weights.down, spec.dtype, "down", record[spec.layout.down_offset : spec.layout.down_end])
     if spec.has_bias:
         _pack_biases(spec, weights, record)
 
 
 def unpack_expert(spec: ExpertSpec, record: Record) -> ExpertWeights:
     """The weights of a record on the record's device: bfloat16 for bfloat16 specs, else (dequantised) float32."""
-    data = _record_tensor(spec, record)
+    data = record_tensor(spec.record_bytes, record)
     layout, gated = spec.layout, spec.activation.gated
     rows = 2 * layout.inter_padded if gated else layout.inter_padded
-    first = _unpack_matrix(data[: layout.down_offset], rows, layout.hidden_padded, spec.dtype)
-    end = layout.down_offset + matrix_bytes(spec.hidden, spec.inter, spec.dtype)
-    down = _unpack_matrix(data[layout.down_offset : end], layout.hidden_padded, layout.inter_padded, spec.dtype)
+    first = unpack_matrix(data[: layout.down_offset], rows, layout.hidden_padded, spec.dtype)
+    down = unpack_matrix(data[layout.down_offset : layout.down_end], layout.hidden_padded, layout.inter_padded, spec.dtype)
     gate, up = _deinterleave(first) if gated else (None, first)
     return ExpertWeights(
         up=up[: spec.inter, : spec.hidden],
@@ -62,13 +64,10 @@ def unpack_expert(spec: ExpertSpec, record: Record) -> ExpertWeights:
     )
 
 
-def _record_tensor(spec: ExpertSpec, record: Record) -> torch.Tensor:
-    dtype_ok = record.dtype in (torch.uint8, np.uint8)
-    if not dtype_ok or tuple(record.shape) != (spec.record_bytes,):
-        raise LayoutError(
-            f"a record of {spec.hidden} x {spec.inter} {spec.dtype} is uint8[{spec.record_bytes}], "
-            f"found {record.dtype}{list(record.shape)}"
-        )
+def record_tensor(n_bytes: int, record: Record) -> torch.Tensor:
+    """A torch view of a record; raises LayoutError unless it is contiguous uint8[n_bytes]."""
+    if record.dtype not in (torch.uint8, np.uint8) or tuple(record.shape) != (n_bytes,):
+        raise LayoutError(f"this record must be uint8[{n_bytes}], found {record.dtype}{list(record.shape)}")
     if isinstance(record, torch.Tensor):
         if not record.is_contiguous():
             raise LayoutError("a record must be contiguous")
@@ -84,55 +83,36 @@ def _unlocked(array: np.ndarray) -> np.ndarray:
     return np.ctypeslib.as_array(pointer, shape=array.shape)
 
 
-def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """[I, H] x 2 -> [2 * padded(I), H]: 32 rows of gate, 32 rows of up, and so on."""
-    both = torch.stack([_pad_rows(gate), _pad_rows(up)])
-    return both.view(2, -1, INTERLEAVE, gate.shape[1]).transpose(0, 1).reshape(-1, gate.shape[1])
-
-
 def _deinterleave(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     parts = both.view(-1, 2, INTERLEAVE, both.shape[1])
     return parts[:, 0].reshape(-1, both.shape[1]), parts[:, 1].reshape(-1, both.shape[1])
 
 
-def _pad_rows(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(matrix, (0, 0, 0, padded(matrix.shape[0]) - matrix.shape[0]))
+def pack_matrix(
+    matrix: torch.Tensor, dtype: str, name: str, out: torch.Tensor, place: int = 0, step: int = 2
+) -> None:
+    """Writes a float matrix [N, K] into `out`, uint8 of the size that N and K padded to 64 have.
 
-
-def _pack_matrix(matrix: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
-    """[N, K] float -> uint8[matrix_bytes]."""
-    rows, columns = matrix.shape
-    matrix = torch.nn.functional.pad(matrix.detach(), (0, padded(columns) - columns, 0, padded(rows) - rows))
-    if not bool(torch.isfinite(matrix.sum(dtype=torch.float64))):
-        raise LayoutError(f"the {name} weights contain NaN or infinity; the checkpoint is damaged or was overflowed")
-    scales = None
+    place and step: first row block and distance from 32 rows to the next, in row blocks of 16 (for interleaving).
+    Raises LayoutError, naming the matrix, if a weight is not finite.
+    """
+    matrix = matrix.detach()
+    if matrix.shape[1] % BLOCK_COLUMNS:
+        matrix = functional.pad(matrix, (0, padded(matrix.shape[1]) - matrix.shape[1]))
+    if matrix.shape[0] % PAD:
+        matrix = functional.pad(matrix, (0, 0, 0, padded(matrix.shape[0]) - matrix.shape[0]))
     if is_quantised(dtype):
-        codes, scales = quantise(matrix.float(), dtype)
-        words = _words_of_codes(codes, dtype)
+        source = matrix.float().contiguous().numpy()
+        finite = pack_quantised(source, BITS[dtype], out.numpy(), block_bytes(dtype), place, step)
     else:
-        words = matrix.to(getattr(torch, dtype)).contiguous().view(torch.int32)
-    return _blocks(words.view(torch.int32), scales, LINES[dtype]).view(torch.uint8).flatten()
+        source = matrix.to(getattr(torch, dtype)).contiguous()
+        finite = bool(torch.isfinite(source.abs().amax()))
+        pack_words(source.view(torch.int32).numpy(), out.view(torch.int32).numpy(), place, step)
+    if not finite:
+        raise LayoutError(f"the {name} weights contain NaN or infinity: the checkpoint is damaged or overflowed its dtype")
 
 
-def _blocks(words: torch.Tensor, scales: torch.Tensor | None, lines: int) -> torch.Tensor:
-    """int32 words [N, K / 64 * lines] (and bfloat16 scales [N, K / 32]) -> int32 [N / 16, K / 64, words of a block]."""
-    row_blocks = words.shape[0] // BLOCK_ROWS
-    parts = [words.view(row_blocks, BLOCK_ROWS, -1, lines).permute(0, 2, 3, 1).flatten(2)]
-    if scales is not None:
-        grouped = scales.view(row_blocks, BLOCK_ROWS, -1, BLOCK_COLUMNS // GROUP).permute(0, 2, 3, 1)
-        parts.append(grouped.flatten(2).contiguous().view(torch.int32))
-    return torch.cat(parts, dim=2) if scales is not None else parts[0].contiguous()
-
-
-def _words_of_codes(codes: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Unsigned codes uint8 [N, K] -> int32 words [N, K / 64 * lines]."""
-    if dtype == "int8":
-        return codes.view(torch.int32)
-    halves = codes.view(codes.shape[0], -1, 2, GROUP // 2)
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).contiguous().view(codes.shape[0], -1).view(torch.int32)
-
-
-def _unpack_matrix(data: torch.Tensor, rows: int, columns: int, dtype: str) -> torch.Tensor:
+def unpack_matrix(data: torch.Tensor, rows: int, columns: int, dtype: str) -> torch.Tensor:
     """uint8[matrix_bytes] -> [rows, columns] (padded sizes), bfloat16 or float32."""
     lines = LINES[dtype]
     blocks = data.view(torch.int32).view(rows // BLOCK_ROWS, columns // BLOCK_COLUMNS, block_bytes(dtype) // 4)

@@ -58,6 +58,16 @@ def float_from_bits(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def bits_of_float(typingctx: Any, x: Any) -> Any:
+    """The bits of a float32 as int32."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), code
+
+
+@intrinsic
 def call_worker(typingctx: Any, function: Any, call: Any, thread: Any) -> Any:
     """Calls a compiled `worker` at address `function` with its two int64 arguments."""
 

@@ -2,8 +2,10 @@
 
 import difflib
 from collections.abc import Callable
+from functools import cache
 
 from cpu_kernels.backends.base import CpuBackend
+from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.backends.reference import ReferenceBackend
 from cpu_kernels.backends.torch_backend import TorchBackend
 from cpu_kernels.errors import BackendError
@@ -20,8 +22,6 @@ def _torch(threads: int | None) -> CpuBackend:
 
 
 def _numba(threads: int | None) -> CpuBackend:
-    from cpu_kernels.backends.numba_backend import NumbaBackend
-
     return NumbaBackend(threads)
 
 
@@ -40,3 +40,9 @@ def get_backend(name: str = "auto", threads: int | None = None) -> CpuBackend:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise BackendError(f"unknown CPU backend {name!r}; expected auto, {', '.join(BACKENDS)}.{hint}")
     return BACKENDS[chosen](threads)
+
+
+@cache
+def shared_backend(threads: int | None = None) -> NumbaBackend:
+    """The numba backend that linear layers of this process share."""
+    return NumbaBackend(threads)

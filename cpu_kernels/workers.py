@@ -1,0 +1,218 @@
+"""What the threads of the pool run: preparing tokens, the first and the second half of the experts.
+
+Threads take tasks (an expert x 64 packed rows) from a counter, so unequal loads and a busy core even out.
+"""
+
+import numpy as np
+
+from cpu_kernels.call import (
+    PANEL,
+    IN_TRUE,
+    INTER_TRUE,
+    OUT_TRUE,
+    IN,
+    INTER,
+    OUT,
+    BLOCK_BYTES,
+    X_BYTES,
+    CODE_OFFSET,
+    GATED,
+    KIND,
+    DOWN,
+    HAS_BIAS,
+    GATE_BIAS,
+    UP_BIAS,
+    DOWN_BIAS,
+    SPLIT_BLOCKS,
+    N_EXPERTS,
+    N_TOKENS,
+    PARAMETERS,
+    RECORDS,
+    INPUT,
+    WEIGHTS,
+    OUT_ROWS,
+    STARTS,
+    TOKENS,
+    FLAT,
+    WANTED,
+    X,
+    H,
+    CALL_SIZE,
+    NEXT_TOKEN,
+    NEXT_UP,
+    NEXT_DOWN,
+    NOT_FINITE,
+    row_bytes_of,
+    counter_address,
+)
+from cpu_kernels.compiled import Worker, inline_kernel
+from cpu_kernels.elementwise import ABSOLUTE_BITS, INFINITY_BITS, activate, gate_times_up, quantise_block
+from cpu_kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, INTERLEAVE
+from cpu_kernels.primitives import bytes_at, call_panel, floats_at, int32s_at, int64s_at, take_ticket
+from cpu_kernels.simd.tiles import PANEL_ROWS
+
+ROW_CHUNK = 128  # tokens a task handles at a time: its float32 results (32 KiB) and their activations stay in L2
+SMALL_ROWS = 8  # up to this many tokens a task streams its weights once, over all columns
+PANEL_BLOCKS = PANEL_ROWS // BLOCK_ROWS
+N_PARAMETERS = 5
+
+
+def _prepare(call_address: int, thread: int) -> None:
+    """Worker: quantises (or copies, padded) the wanted tokens into X."""
+    call = int64s_at(call_address, CALL_SIZE)
+    wanted = bytes_at(call[WANTED], call[N_TOKENS])
+    n_true, row_bytes, block_bytes = call[IN_TRUE], row_bytes_of(call, IN), call[X_BYTES]
+    padded = np.zeros(BLOCK_COLUMNS, np.float32)
+    while True:
+        token = take_ticket(counter_address(call, NEXT_TOKEN))
+        if token >= wanted.size:
+            return
+        if not wanted[token]:
+            continue
+        source = floats_at(call[INPUT] + 4 * n_true * token, n_true)
+        target = bytes_at(call[X] + row_bytes * token, row_bytes)
+        for block in range(call[IN] // BLOCK_COLUMNS):
+            columns = source[block * BLOCK_COLUMNS : (block + 1) * BLOCK_COLUMNS]
+            if columns.size < BLOCK_COLUMNS:
+                for i in range(columns.size):
+                    padded[i] = columns[i]
+                columns = padded
+            if not _write_block(call, columns, 0, BLOCK_COLUMNS, target[block * block_bytes : (block + 1) * block_bytes]):
+                int64s_at(counter_address(call, NOT_FINITE), 1)[0] = token + 1
+
+
+@inline_kernel
+def _write_block(call: np.ndarray, values: np.ndarray, place: int, size: int, out: np.ndarray) -> bool:
+    """values[:size] as columns place .. place + size of a block of activations; False if a value is not finite."""
+    if call[CODE_OFFSET] > 0:
+        return quantise_block(values, place, size, call[CODE_OFFSET], out)
+    target = out.view(np.float32)
+    bits = values.view(np.int32)
+    largest = np.int32(0)
+    for i in range(size):
+        target[place + i] = values[i]
+        largest = max(largest, bits[i] & ABSOLUTE_BITS)
+    return largest < INFINITY_BITS
+
+
+@inline_kernel
+def _fill(buffer: np.ndarray, bias: np.ndarray, n_rows: int) -> None:
+    """Each of n_rows rows of 64 = bias."""
+    for row in range(n_rows):
+        for i in range(PANEL_ROWS):
+            buffer[row * PANEL_ROWS + i] = bias[i]
+
+
+@inline_kernel
+def _products(
+    call: np.ndarray, matrix: int, n_blocks: int, x: int, row_ids: int, n_rows: int, out: int
+) -> None:
+    """Adds 64 matrix rows times n_rows activation rows to `out`, in column parts that fit L1 if there are many rows."""
+    row_block_bytes = n_blocks * call[BLOCK_BYTES]
+    part = n_blocks if n_rows <= SMALL_ROWS else call[SPLIT_BLOCKS]
+    for block in range(0, n_blocks, part):
+        call_panel(
+            call[PANEL],
+            matrix + block * call[BLOCK_BYTES],
+            row_block_bytes,
+            min(part, n_blocks - block),
+            x + block * call[X_BYTES],
+            n_blocks * call[X_BYTES],
+            row_ids,
+            n_rows,
+            out,
+        )
+
+
+def _up(call_address: int, thread: int) -> None:
+    """Worker of region 1. Task: 32 (gated) or 64 intermediate columns of an expert for all its tokens."""
+    call = int64s_at(call_address, CALL_SIZE)
+    records, starts = int64s_at(call[RECORDS], call[N_EXPERTS]), int64s_at(call[STARTS], call[N_EXPERTS] + 1)
+    n_columns = INTERLEAVE if call[GATED] else PANEL_ROWS
+    n_panels, n_blocks = call[INTER] // n_columns, call[IN] // BLOCK_COLUMNS
+    buffer = np.empty(ROW_CHUNK * PANEL_ROWS, np.float32)
+    bias = np.zeros(PANEL_ROWS, np.float32)
+    while True:
+        task = take_ticket(counter_address(call, NEXT_UP))
+        if task >= records.size * n_panels:
+            return
+        expert, panel = task // n_panels, task % n_panels
+        matrix = records[expert] + panel * PANEL_BLOCKS * n_blocks * call[BLOCK_BYTES]
+        _read_up_bias(call, records[expert], panel * n_columns, bias)
+        for start in range(starts[expert], starts[expert + 1], ROW_CHUNK):
+            n_rows = min(ROW_CHUNK, starts[expert + 1] - start)
+            _fill(buffer, bias, n_rows)
+            _products(call, matrix, n_blocks, call[X], call[TOKENS] + 4 * start, n_rows, buffer.ctypes.data)
+            _finish_up(call, buffer, panel * n_columns, n_columns, start, n_rows)
+
+
+@inline_kernel
+def _read_up_bias(call: np.ndarray, record: int, column: int, bias: np.ndarray) -> None:
+    """Starting values of a panel's rows: gate bias [32], up bias [32], or up bias [64] if ungated."""
+    if not call[HAS_BIAS]:
+        return
+    gated = call[GATED]
+    up = record + call[UP_BIAS] + 4 * column
+    first = floats_at(record + call[GATE_BIAS] + 4 * column if gated else up, INTERLEAVE)
+    second = floats_at(up if gated else up + 4 * INTERLEAVE, INTERLEAVE)
+    for i in range(INTERLEAVE):
+        bias[i] = first[i]
+        bias[INTERLEAVE + i] = second[i]
+
+
+@inline_kernel
+def _finish_up(call: np.ndarray, buffer: np.ndarray, column: int, n_columns: int, start: int, n_rows: int) -> None:
+    """Activation of each row of `buffer`, written to columns column .. column + n_columns of the rows of H."""
+    parameters = floats_at(call[PARAMETERS], N_PARAMETERS)
+    n_true = max(0, min(n_columns, call[INTER_TRUE] - column))  # padding stays 0
+    target = call[H] + start * row_bytes_of(call, INTER) + column // BLOCK_COLUMNS * call[X_BYTES]
+    for row in range(n_rows):
+        values = buffer[row * PANEL_ROWS : (row + 1) * PANEL_ROWS]
+        if call[GATED]:
+            gate_times_up(call[KIND], parameters, values[:INTERLEAVE], values[INTERLEAVE:], n_true)
+        else:
+            activate(call[KIND], parameters[0], values, n_true)
+        out = bytes_at(target + row * row_bytes_of(call, INTER), call[X_BYTES])
+        _write_block(call, values, column % BLOCK_COLUMNS, n_columns, out)
+
+
+def _down(call_address: int, thread: int) -> None:
+    """Worker of region 2. Task: 64 output columns of an expert for all its tokens."""
+    call = int64s_at(call_address, CALL_SIZE)
+    records, starts = int64s_at(call[RECORDS], call[N_EXPERTS]), int64s_at(call[STARTS], call[N_EXPERTS] + 1)
+    n_panels, n_blocks = call[OUT] // PANEL_ROWS, call[INTER] // BLOCK_COLUMNS
+    buffer = np.empty(ROW_CHUNK * PANEL_ROWS, np.float32)
+    bias = np.zeros(PANEL_ROWS, np.float32)
+    ids = np.arange(ROW_CHUNK).astype(np.int32)
+    while True:
+        task = take_ticket(counter_address(call, NEXT_DOWN))
+        if task >= records.size * n_panels:
+            return
+        expert, panel = task // n_panels, task % n_panels
+        matrix = records[expert] + call[DOWN] + panel * PANEL_BLOCKS * n_blocks * call[BLOCK_BYTES]
+        if call[HAS_BIAS]:
+            source = floats_at(records[expert] + call[DOWN_BIAS] + 4 * panel * PANEL_ROWS, PANEL_ROWS)
+            for i in range(PANEL_ROWS):
+                bias[i] = source[i]
+        for start in range(starts[expert], starts[expert + 1], ROW_CHUNK):
+            n_rows = min(ROW_CHUNK, starts[expert + 1] - start)
+            _fill(buffer, bias, n_rows)
+            h = call[H] + start * row_bytes_of(call, INTER)
+            _products(call, matrix, n_blocks, h, ids.ctypes.data, n_rows, buffer.ctypes.data)
+            _finish_down(call, buffer, panel * PANEL_ROWS, start, n_rows)
+
+
+@inline_kernel
+def _finish_down(call: np.ndarray, buffer: np.ndarray, column: int, start: int, n_rows: int) -> None:
+    """Rows of `buffer` times their routing weight, to columns column .. column + 64 of their rows of OUT_ROWS."""
+    flat = int32s_at(call[FLAT] + 4 * start, n_rows)
+    n_columns = min(PANEL_ROWS, call[OUT_TRUE] - column)
+    for row in range(n_rows):
+        values = buffer[row * PANEL_ROWS : (row + 1) * PANEL_ROWS]
+        target = floats_at(call[OUT_ROWS] + 4 * (flat[row] * call[OUT_TRUE] + column), n_columns)
+        weight = floats_at(call[WEIGHTS] + 4 * flat[row], 1)[0] if call[WEIGHTS] else np.float32(1)
+        for i in range(n_columns):
+            target[i] = weight * values[i]
+
+
+PREPARE_WORK, UP_WORK, DOWN_WORK = Worker(_prepare), Worker(_up), Worker(_down)
