@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hybrimoe.runtime.config import RuntimeConfig
 
 ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int4"]
-DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
 
 

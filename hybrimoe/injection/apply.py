@@ -77,6 +77,14 @@ class Application:
         require_device(device, f"{hit.rule.where()}: {hit.path}")
         self.placements.place(hit.path, hit.module, device, self._claimed)
 
+    def remark_missing_accelerator(self, resolution: Resolution) -> None:
+        """Say which rules want an accelerator that the session does not have."""
+        if self.session.accelerator is not None and self.session.n_slots:
+            return
+        for hit in resolution.experts:
+            if hit.rule.operator is not None and hit.rule.operator.placement == "accelerator":
+                self._remark_once(f"{hit.rule.where()}: no accelerator slots here, the CPU computes these experts")
+
     def undo(self) -> None:
         """Put every module and weight back; a second call does nothing."""
         while self._replaced:
@@ -218,6 +226,7 @@ def inject(
     try:
         _apply(application, resolution)
         _finalize(model, session, store, frequencies)
+        application.remark_missing_accelerator(resolution)
     except BaseException:
         application.undo()
         session.close()

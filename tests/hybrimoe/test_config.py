@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hybrimoe.amounts import Amount, parse_amount
 from hybrimoe.config import DeployConfig, default_preset, json_schema, load_config
@@ -243,3 +246,27 @@ def test_runtime_settings() -> None:
 
 def test_json_schema_knows_every_section() -> None:
     assert set(json_schema()["properties"]) == {"model", "rules", "accelerator", "memory", "cpu", "scheduler", "server"}
+
+
+@given(
+    st.one_of(
+        st.integers(0, 10**6).map(lambda count: Amount("count", count)),
+        st.floats(1e-6, 1.0).map(lambda share: Amount("share", share)),
+        st.integers(1, 2**50).map(lambda size: Amount("bytes", size)),
+        st.sampled_from([Amount("auto"), Amount("none")]),
+    )
+)
+def test_every_amount_survives_its_own_text(amount: Amount) -> None:
+    assert parse_amount(str(amount)) == amount
+
+
+@given(st.floats(1e-6, 1.0), st.integers(1, 10_000), st.integers(0, 10_000))
+def test_a_share_is_never_none_and_never_more_than_all(share: float, total: int, auto: int) -> None:
+    assert 1 <= Amount("share", share).to_experts(total, 1, auto) <= total
+    assert Amount("auto").to_experts(total, 1, auto) == min(total, auto)
+
+
+@given(st.text(max_size=40))
+def test_no_text_crashes_the_parser(text: str) -> None:
+    with contextlib.suppress(ConfigError):  # any other exception fails
+        assert parse_amount(text).value >= 0

@@ -193,6 +193,16 @@ def test_a_copy_of_an_injected_model_runs_in_the_same_session(qwen3: PreTrainedM
         assert twin.hybrimoe is injection
 
 
+def test_accelerator_experts_without_an_accelerator_are_remarked(qwen3: PreTrainedModel) -> None:
+    rules = [{"match": {"name": r"\.experts$"}, "replace": {"op": "accelerator_experts"}}]
+    expected = logits(qwen3)
+    with hybrimoe.inject(qwen3, rules, accelerator="none", expert_dtype="float32") as injection:
+        assert injection.remarks == ("<rules>: rule 0: no accelerator slots here, the CPU computes these experts",)
+        torch.testing.assert_close(logits(qwen3), expected, rtol=0, atol=1e-4)
+    with hybrimoe.inject(qwen3, rules, accelerator="emulated", gpu_expert_slots=4) as injection:
+        assert injection.remarks == ()
+
+
 def test_training_mode_set_while_injected_is_kept(qwen3: PreTrainedModel) -> None:
     injection = hybrimoe.inject(qwen3, accelerator="none")
     qwen3.train()

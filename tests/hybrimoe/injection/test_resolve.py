@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
@@ -180,3 +182,32 @@ def test_explain_counts_bytes_without_reading_weights(qwen3_meta: PreTrainedMode
 
 def test_careful_rules_keep_the_first_layers_precise(qwen3_meta: PreTrainedModel) -> None:
     assert {row.expert_dtype for row in explain(qwen3_meta, "careful", "int4").rows} == {"bfloat16"}
+
+
+CONDITIONS: list[dict[str, Any]] = [
+    {"name": r"\.mlp"},
+    {"name": "layers", "layers": "0-1"},
+    {"class": "Linear"},
+    {"class": "*Experts"},
+    {"layers": 2},
+    {"name": r"self_attn\.[qk]"},
+    {"class": ["Qwen3MoeAttention", "Qwen3MoeTopKRouter"]},
+]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.sampled_from(CONDITIONS), st.booleans()), min_size=1, max_size=5),
+)
+def test_the_winner_is_the_first_rule_that_accepts_the_module(
+    qwen3_meta: PreTrainedModel, chosen: list[tuple[dict[str, Any], bool]]
+) -> None:
+    rules = [rule(match, "default", recursive=recursive, optional=True) for match, recursive in chosen]
+    found = paths(qwen3_meta, *rules)
+    bound = read_rules(rules).rules
+    for path, module in qwen3_meta.named_modules():
+        names = tuple(cls.__name__ for cls in type(module).__mro__)
+        around = [path.rsplit(".", depth)[0] for depth in range(1, path.count(".") + 1)]
+        closed = any(outer in found and not chosen[found[outer]][1] for outer in around)
+        first = next((index for index, one in enumerate(bound) if path and one.match.accepts(path, names)), None)
+        assert found.get(path) == (None if closed else first)
