@@ -77,14 +77,6 @@ class Application:
         require_device(device, f"{hit.rule.where()}: {hit.path}")
         self.placements.place(hit.path, hit.module, device, self._claimed)
 
-    def remark_missing_accelerator(self, resolution: Resolution) -> None:
-        """Say which rules want an accelerator that the session does not have."""
-        if self.session.accelerator is not None and self.session.n_slots:
-            return
-        for hit in resolution.experts:
-            if hit.rule.operator is not None and hit.rule.operator.placement == "accelerator":
-                self._remark_once(f"{hit.rule.where()}: no accelerator slots here, the CPU computes these experts")
-
     def undo(self) -> None:
         """Put every module and weight back; a second call does nothing."""
         while self._replaced:
@@ -125,7 +117,7 @@ class Injection:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What of the rules has no effect here, and why."""
-        return tuple(self._application.remarks)
+        return (*self._application.remarks, *self._without_accelerator())
 
     def device_of(self, path: str) -> torch.device | None:
         """Device that the rules give the module at `path`; None where they do not say."""
@@ -163,6 +155,18 @@ class Injection:
 
     def __exit__(self, *_: object) -> None:
         self.restore()
+
+    def _without_accelerator(self) -> tuple[str, ...]:
+        """Remarks on rules that want an accelerator where the session has no slots (known once it has started)."""
+        session = self.session
+        if session.accelerator is not None and (session.n_slots or not session.started):
+            return ()
+        rules = dict.fromkeys(
+            hit.rule.where()
+            for hit in self.resolution.experts
+            if hit.rule.operator is not None and hit.rule.operator.placement == "accelerator"
+        )
+        return tuple(f"{rule}: no accelerator slots here, the CPU computes these experts" for rule in rules)
 
     def _rebuild_deferred(self) -> None:
         deferred = [
@@ -226,7 +230,6 @@ def inject(
     try:
         _apply(application, resolution)
         _finalize(model, session, store, frequencies)
-        application.remark_missing_accelerator(resolution)
     except BaseException:
         application.undo()
         session.close()
