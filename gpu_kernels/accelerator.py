@@ -46,7 +46,7 @@ class Event(Protocol):
 class LayerWork:
     """Inputs and result rows of one call of one layer, shared by the lanes.
 
-    `hidden`: [T, H] in the model's dtype, on the model's device. `host_hidden`: float32 [T, H] on the host.
+    `hidden`: T tokens [..., H] in the model's dtype, on the model's device. `host_hidden`: float32 [T, H] on the host.
     `host_rows`: float32 [T * top_k, H] on the host, row t * top_k + j; a lane writes only the rows of its experts.
     `host_positions`: positions (into dispatch.expert_ids) whose rows the CPU lane wrote; read by `combine`.
     `transform`: applied to result rows [N, H] before the routing weights, which `dispatch` then must not hold (all 1);

@@ -163,7 +163,7 @@ class TorchAccelerator:
             shape = (dispatch.n_tokens * dispatch.top_k, work.host_hidden.shape[1])
             make = torch.zeros if dispatch.has_absent else torch.empty
             work.device_state = DeviceRows(
-                hidden=work.hidden.to(self.device, torch.float32),
+                hidden=work.hidden.to(self.device, torch.float32).reshape(work.host_hidden.shape),
                 rows=make(shape, dtype=torch.float32, device=self.device),
                 row_ids=torch.from_numpy(dispatch.rows).to(self.device, torch.int64),
                 weights=torch.from_numpy(dispatch.weights).to(self.device),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
 from gpu_kernels import Accelerator
@@ -27,12 +25,9 @@ def resolve_slots(
 ) -> int:
     """Number of slots for `n_experts` experts (all layers) of at most `slot_bytes` each.
 
-    More slots than experts are clamped with a warning. Raises BudgetError for negative counts, for a size below one
-    expert, and for an automatic budget that cannot hold one.
+    Sizes and shares are caps; a count above the number of experts is an error. Raises BudgetError for that, for a size
+    below one expert, and for an automatic budget that cannot hold one; ConfigError for what is no amount.
     """
-    if isinstance(setting, int) and not isinstance(setting, bool) and setting > n_experts:
-        warnings.warn(f"{setting} slots for {n_experts} experts: {n_experts} are enough", UserWarning, stacklevel=2)
-        return n_experts
     if setting == "auto":
         return _auto_slots(n_experts, slot_bytes, accelerator, reserve)
     return parse_amount(setting).to_experts(n_experts, slot_bytes, auto=0)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels import CpuBackend, ExpertSpec
-from gpu_kernels import Accelerator, Event, LayerWork
+from gpu_kernels import Event, LayerWork
 from gpu_kernels.combining import combine_on_host
 from gpu_kernels.streams import clock_us
 from hybrimoe.runtime.slots import PlanError, SlotCache
@@ -31,10 +31,10 @@ Ints = npt.NDArray[np.int64]
 class AccelGroup:
     """Experts submitted to the accelerator as one piece of work."""
 
-    experts: list[int]
-    slots: list[int]
-    positions: list[int]
-    n_tokens: list[int]
+    experts: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    n_tokens: list[int] = field(default_factory=list)
     event: Event | None = None
 
 
@@ -56,31 +56,42 @@ class LayerRun:
         return [group.event for group in self.groups if group.event is not None]
 
 
+class LayerCall:
+    """What the lanes of one call share: spec, backend, tensors, and where each active expert stands in them."""
+
+    __slots__ = ("backend", "n_tokens", "position", "spec", "work")
+
+    def __init__(self, spec: ExpertSpec, backend: CpuBackend, work: LayerWork) -> None:
+        self.spec, self.backend, self.work = spec, backend, work
+        dispatch = work.dispatch
+        self.position = {expert: at for at, expert in enumerate(dispatch.expert_ids.tolist())}
+        self.n_tokens: list[int] = (dispatch.offsets[1:] - dispatch.offsets[:-1]).tolist()
+
+
 class Executor:
-    """Performs plans; owns no policy and no weights. `accelerator` None: everything runs on the CPU lane."""
+    """Performs plans; owns no policy and no weights. `slots` None: everything runs on the CPU lane."""
 
     def __init__(self, store: ExpertStore, slots: SlotCache | None) -> None:
         self._store = store
         self.slots = slots
 
-    @property
-    def accelerator(self) -> Accelerator | None:
-        """The device behind the slots."""
-        return None if self.slots is None else self.slots.accelerator
-
-    def run(
-        self, plan: LayerPlan, spec: ExpertSpec, backend: CpuBackend, work: LayerWork, *, trace: bool
-    ) -> tuple[torch.Tensor, LayerRun]:
+    def run(self, plan: LayerPlan, call: LayerCall, *, trace: bool) -> tuple[torch.Tensor, LayerRun]:
         """Runs one layer. Returns its output, float32 [T, H], and what happened.
 
         `trace`: run experts one by one, so that each gets its own record. Raises LaneError where a lane failed.
         """
         run = LayerRun(plan.layer, plan.step, trace)
-        self._submit(plan, spec, work, run)
-        work.host_positions = self._run_cpu(plan, spec, backend, work, run)
-        if self.accelerator is None or not (run.groups or work.hidden.device.type != "cpu"):
-            return combine_on_host(work), run
-        return self.accelerator.combine(work, run.events), run
+        positions = np.array([call.position[expert] for expert in plan.cpu], dtype=np.int32)
+        if self.slots is not None:
+            self._submit(plan, call, run, self.slots)
+        elif plan.accel or plan.transfers or plan.prefetches:
+            raise PlanError(f"layer {plan.layer}: a plan with accelerator work, but there is no accelerator")
+        if plan.cpu:
+            self._run_cpu(plan, call, positions, run)
+        call.work.host_positions = positions
+        if self.slots is not None and (run.groups or call.work.hidden.device.type != "cpu"):
+            return self.slots.accelerator.combine(call.work, run.events), run
+        return combine_on_host(call.work), run
 
     def start_transfers(self, transfers: Sequence[Transfer], step: int, *, traced: bool = False) -> None:
         """Submits transfers in link order."""
@@ -89,63 +100,52 @@ class Executor:
             record = self._store.record(transfer.layer, transfer.expert)
             self.slots.submit(transfer, record, step, traced=traced)
 
-    def _submit(self, plan: LayerPlan, spec: ExpertSpec, work: LayerWork, run: LayerRun) -> None:
+    def _submit(self, plan: LayerPlan, call: LayerCall, run: LayerRun, slots: SlotCache) -> None:
         """Interleaves transfers and computations so that each sees the slot contents that the plan means."""
-        if self.slots is None:
-            if plan.accel or plan.transfers or plan.prefetches:
-                raise PlanError(f"layer {plan.layer}: a plan with accelerator work, but there is no accelerator")
-            return
         sent = 0
-        arrives = {transfer.expert: i for i, transfer in enumerate(plan.transfers) if transfer.layer == plan.layer}
+        arrives = {transfer.expert: at for at, transfer in enumerate(plan.transfers)}
         group: AccelGroup | None = None
-        positions = positions_of(work, plan.accel)
-        for expert, slot, position in zip(plan.accel, plan.accel_slots, positions, strict=True):
+        for expert, slot in zip(plan.accel, plan.accel_slots, strict=True):
             needed = arrives.get(expert, -1)
-            waits = needed >= 0 or expert in plan.awaited
-            if group is not None and (waits or run.traced):
-                self._send(spec, group, work, run)
+            if group is not None and (needed >= 0 or run.traced or expert in plan.awaited):
+                _send(group, call, run, slots)
                 group = None
             if needed >= sent:
                 self.start_transfers(plan.transfers[sent : needed + 1], plan.step, traced=run.traced)
                 sent = needed + 1
-            self.slots.check(slot, (plan.layer, expert))
+            slots.check(slot, (plan.layer, expert))
             if group is None:
-                group = AccelGroup([], [], [], [])
-            _append(group, expert, slot, position, work)
+                group = AccelGroup()
+            at = call.position[expert]
+            group.experts.append(expert)
+            group.slots.append(slot)
+            group.positions.append(at)
+            group.n_tokens.append(call.n_tokens[at])
         if group is not None:
-            self._send(spec, group, work, run)
+            _send(group, call, run, slots)
         self.start_transfers((*plan.transfers[sent:], *plan.prefetches), plan.step, traced=run.traced)
 
-    def _send(self, spec: ExpertSpec, group: AccelGroup, work: LayerWork, run: LayerRun) -> None:
-        assert self.slots is not None
-        group.event = self.slots.accelerator.run_experts(spec, group.slots, group.positions, work)
-        run.groups.append(group)
-
-    def _run_cpu(
-        self, plan: LayerPlan, spec: ExpertSpec, backend: CpuBackend, work: LayerWork, run: LayerRun
-    ) -> npt.NDArray[np.int32]:
-        """The CPU lane: all its experts in one call, or one by one when traced. Returns their positions."""
-        positions = positions_of(work, plan.cpu)
-        if not plan.cpu:
-            return positions
-        records = self._store.addresses(plan.layer)[np.asarray(plan.cpu)]
-        offsets = work.dispatch.offsets
-        run.cpu_n_tokens = (offsets[positions + 1] - offsets[positions]).tolist()
+    def _run_cpu(self, plan: LayerPlan, call: LayerCall, positions: npt.NDArray[np.int32], run: LayerRun) -> None:
+        """The CPU lane: all its experts in one call, or one by one when traced."""
+        work = call.work
+        records = self._store.addresses(plan.layer)[work.dispatch.expert_ids[positions]]
+        run.cpu_n_tokens = [call.n_tokens[at] for at in positions.tolist()]
         step = 1 if run.traced else len(positions)
         for first in range(0, len(positions), step):
             chunk = slice(first, first + step)
             start_us = clock_us()
-            backend.run(spec, records[chunk], positions[chunk], work.dispatch, work.host_hidden, work.host_rows)
+            call.backend.run(
+                call.spec, records[chunk], positions[chunk], work.dispatch, work.host_hidden, work.host_rows
+            )
             end_us = clock_us()
             run.cpu_us += end_us - start_us
             if run.traced:
                 run.records.append(_cpu_record(plan, first, run.cpu_n_tokens[first], start_us, end_us))
-        return positions
 
 
-def positions_of(work: LayerWork, experts: tuple[int, ...]) -> npt.NDArray[np.int32]:
-    """int32 [n]: where each expert id stands in the dispatch."""
-    return np.searchsorted(work.dispatch.expert_ids, np.asarray(experts, dtype=np.int32)).astype(np.int32)
+def _send(group: AccelGroup, call: LayerCall, run: LayerRun, slots: SlotCache) -> None:
+    group.event = slots.accelerator.run_experts(call.spec, group.slots, group.positions, call.work)
+    run.groups.append(group)
 
 
 def accel_records(run: LayerRun) -> list[TaskRecord]:
@@ -172,11 +172,3 @@ def share_out(total_us: float, n_tokens: list[int], cost_us: Callable[[Ints], np
 
 def _cpu_record(plan: LayerPlan, at: int, n_tokens: int, start_us: float, end_us: float) -> TaskRecord:
     return TaskRecord("cpu", "cpu_expert", plan.layer, plan.cpu[at], n_tokens, 0, start_us, end_us, plan.step)
-
-
-def _append(group: AccelGroup, expert: int, slot: int, position: int, work: LayerWork) -> None:
-    offsets = work.dispatch.offsets
-    group.experts.append(expert)
-    group.slots.append(slot)
-    group.positions.append(int(position))
-    group.n_tokens.append(int(offsets[position + 1] - offsets[position]))

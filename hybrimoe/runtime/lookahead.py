@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from hybrimoe.runtime.compiled import SIGMOID, SOFTMAX, predict_token
 from scheduler import Prediction
 
 Floats = npt.NDArray[np.float32]
@@ -75,6 +76,37 @@ class LinearGate:
 
 
 @dataclass(frozen=True, slots=True)
+class GateStack:
+    """All layers' linear gates in one array: weights [L, E, H], bias and correction [L, E], scoring [L]."""
+
+    weights: Floats
+    bias: Floats
+    correction: Floats
+    scoring: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, gates: Sequence[LinearGate]) -> GateStack:
+        """Stacks gates of one shape."""
+        zeros = np.zeros(len(gates[0].weight), np.float32)
+        return cls(
+            np.stack([gate.weight for gate in gates]),
+            np.stack([zeros if gate.bias is None else gate.bias for gate in gates]),
+            np.stack([zeros if gate.correction is None else gate.correction for gate in gates]),
+            np.array([SOFTMAX if gate.scoring == "softmax" else SIGMOID for gate in gates]),
+        )
+
+    def predict(self, x: Floats, first: int, last: int, top_k: int) -> tuple[Prediction, ...]:
+        """Layers `first`..`last` from one token's hidden state float32 [H]."""
+        part = slice(first, last + 1)
+        k = min(top_k, self.weights.shape[1])
+        ids, scores = predict_token(
+            self.weights[part], self.bias[part], self.correction[part], self.scoring[part], x, k
+        )
+        ones = np.ones(k, np.float32)
+        return tuple([Prediction(first + i, ids[i], ones, scores[i]) for i in range(len(ids))])
+
+
+@dataclass(frozen=True, slots=True)
 class ProbedGate:
     """Runs `block` on a hidden state [T, H] and returns the routing that its experts were called with."""
 
@@ -100,7 +132,7 @@ class Lookahead:
         self._probe = probe
         self._gates: list[Gate | None] = [None] * len(self._blocks)
         self._learned = [False] * len(self._blocks)
-        self._stack: Floats | None = None
+        self._stack: GateStack | None = None
         self._budget_bytes = MAX_STACK_BYTES
 
     def learned(self, layer: int) -> bool:
@@ -126,6 +158,8 @@ class Lookahead:
         if last <= layer or not all(self._learned[layer + 1 : last + 1]):
             return ()
         n_tokens = len(host_hidden)
+        if n_tokens == 1 and self._stack is not None:
+            return self._stack.predict(host_hidden[0], layer + 1, last, top_k)
         stride = -(-n_tokens // MAX_TOKENS)
         x = host_hidden if stride == 1 else np.ascontiguousarray(host_hidden[::stride])
         scale = n_tokens / len(x)
@@ -146,20 +180,17 @@ class Lookahead:
         """[layers, T, E] by one product where all gates are linear and of one shape."""
         if self._stack is None:
             return None
-        weights = self._stack[first : last + 1]
+        weights = self._stack.weights[first : last + 1]
         n_layers, n_experts, _ = weights.shape
-        if len(x) == 1:
-            flat = weights.reshape(n_layers * n_experts, -1) @ x[0]
-            return flat.reshape(n_layers, 1, n_experts)
         flat = x @ weights.reshape(n_layers * n_experts, -1).T
         return flat.reshape(len(x), n_layers, n_experts).transpose(1, 0, 2)
 
     def _build_stack(self) -> None:
         gates = [gate for gate in self._gates if isinstance(gate, LinearGate)]
         if len(gates) == len(self._gates) and len({gate.weight.shape for gate in gates}) == 1:
-            self._stack = np.stack([gate.weight for gate in gates])
+            self._stack = GateStack.of(gates)
             for layer, gate in enumerate(gates):
-                self._gates[layer] = LinearGate(self._stack[layer], gate.bias, gate.correction, gate.scoring)
+                self._gates[layer] = LinearGate(self._stack.weights[layer], gate.bias, gate.correction, gate.scoring)
 
     def _linear_gate(self, layer: int, x: torch.Tensor, index: Ints) -> LinearGate | None:
         host = x.float().cpu().numpy()

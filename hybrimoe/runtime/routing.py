@@ -9,6 +9,7 @@ import torch
 from cpu_kernels import Dispatch, build_dispatch
 from gpu_kernels import LayerWork
 from hybrimoe.errors import ModelError
+from hybrimoe.runtime.compiled import gate_scores
 from scheduler import LayerDemand, Phase, Prediction
 
 WORKSPACE_BYTES = 64 << 20
@@ -42,32 +43,41 @@ def layer_work(
     """
     if hidden.shape[-1] != hidden_size or not hidden.is_floating_point():
         raise ModelError(f"experts expect floating hidden states [T, {hidden_size}], found {_describe(hidden)}")
-    flat = hidden.detach().reshape(-1, hidden_size)
+    hidden = hidden.detach()
+    host_hidden = host_floats(hidden).reshape(-1, hidden_size)
     top_k = top_k_index.shape[-1]
-    if top_k_index.shape != top_k_weights.shape or top_k_index.numel() != len(flat) * top_k:
+    if top_k_index.shape != top_k_weights.shape or top_k_index.numel() != len(host_hidden) * top_k:
         raise ModelError(
-            f"{len(flat)} tokens need top_k_index and top_k_weights [{len(flat)}, k], found"
+            f"{len(host_hidden)} tokens need top_k_index and top_k_weights [{len(host_hidden)}, k], found"
             f" {_describe(top_k_index)} and {_describe(top_k_weights)}"
         )
-    index, weights = top_k_index.detach().reshape(-1, top_k), top_k_weights.detach().reshape(-1, top_k)
-    host_hidden = flat.to("cpu", torch.float32).contiguous().numpy()
-    dispatch = build_dispatch(index.cpu().numpy(), weights.to("cpu", torch.float32).numpy(), num_experts)
+    weights = host_floats(top_k_weights.detach()).reshape(-1, top_k)
+    dispatch = build_dispatch(host_index(top_k_index).reshape(-1, top_k), weights, num_experts)
     rows = workspace.rows(dispatch.n_tokens * dispatch.top_k, hidden_size)
-    return LayerWork(dispatch, flat, host_hidden, rows)
+    return LayerWork(dispatch, hidden, host_hidden, rows)
+
+
+def host_floats(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
+    """C-contiguous float32 values on the host; shares memory where they are so already."""
+    if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+        tensor = tensor.to("cpu", torch.float32)
+    return np.ascontiguousarray(tensor.numpy())
+
+
+def host_index(tensor: torch.Tensor) -> npt.NDArray[np.integer]:
+    """Expert ids on the host."""
+    return (tensor if tensor.device.type == "cpu" else tensor.cpu()).numpy()
 
 
 def layer_demand(
     layer: int, phase: Phase, dispatch: Dispatch, n_experts: int, predictions: tuple[Prediction, ...]
 ) -> LayerDemand:
     """What the planner sees of a call. `n_experts`: of the planner, at least the layer's own."""
-    offsets = dispatch.offsets
+    ids, offsets = dispatch.expert_ids, dispatch.offsets
     scores = np.zeros(n_experts, dtype=np.float32)
-    if len(dispatch.rows):
-        scores[dispatch.expert_ids] = np.add.reduceat(dispatch.weights[dispatch.rows], offsets[:-1])
-        if dispatch.n_tokens > 1:
-            scores /= dispatch.n_tokens
+    gate_scores(ids, offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, scores)
     n_tokens = offsets[1:] - offsets[:-1]
-    return LayerDemand(layer, phase, dispatch.n_tokens, dispatch.expert_ids, n_tokens, scores, predictions)
+    return LayerDemand(layer, phase, dispatch.n_tokens, ids, n_tokens, scores, predictions)
 
 
 def _describe(tensor: torch.Tensor) -> str:

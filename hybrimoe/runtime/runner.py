@@ -12,11 +12,12 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels import Dispatch
+from gpu_kernels import LayerWork
 from gpu_kernels.streams import clock_us
-from hybrimoe.runtime.executor import Executor, LayerRun, accel_records, share_out
+from hybrimoe.runtime.executor import Executor, LayerCall, LayerRun, accel_records, share_out
 from hybrimoe.runtime.layers import Layer, apply_norm
 from hybrimoe.runtime.lookahead import Lookahead
-from hybrimoe.runtime.routing import Workspace, layer_demand, layer_work
+from hybrimoe.runtime.routing import Workspace, host_index, layer_demand, layer_work
 from hybrimoe.runtime.stats import Counters, StatsRecorder
 from hybrimoe.runtime.steps import Step, StepTracker
 from scheduler import (
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from scheduler import Planner
 
 RoutingRecorder = Callable[[int, npt.NDArray[np.integer], npt.NDArray[np.float32], tuple[Prediction, ...]], None]
+OBSERVE_EVERY = 4
+"""Steps from one correction of the costs by observed times to the next."""
 MAX_UNREPORTED = 4
 """Layers whose accelerator times are still unknown (real devices run behind the host) before the oldest is dropped."""
 
@@ -76,29 +79,31 @@ class Runner:
         began_us = clock_us()
         layer = self._layers[index]
         work = layer_work(hidden, top_k_index, top_k_weights, layer.num_experts, layer.spec.hidden, self._workspace)
+        if not len(work.dispatch.expert_ids):
+            return torch.zeros_like(hidden)
         self.clean = False
         norm = layer.transform()
         if norm is not None:
             work.transform, work.weights = partial(apply_norm, norm), work.dispatch.weights
             work.dispatch = _with_unit_weights(work.dispatch)
-        if not len(work.dispatch.expert_ids):
-            self.clean = True
-            return torch.zeros_like(hidden)
         self._begin_step(self._tracker.next(index, work.dispatch.n_tokens), work.dispatch.n_tokens)
         counters = self._stats.of(self._phase, index)
         self._report_transfers()
-        demand = self._demand(index, work.hidden, work.host_hidden, work.dispatch, top_k_index)
-        self._count_demand(counters, index, demand)
+        demand = self._demand(index, work, top_k_index)
+        table = None if self.planner is None else self.planner.slots
+        self._stats.demand(counters, index, demand.expert_ids, demand.n_tokens_total, table)
         plan = self._plan(index, demand)
         self._stats.plan(counters, plan, self._record_bytes)
-        planned_us = clock_us()
         assert layer.backend is not None
-        out, run = self._executor.run(plan, layer.spec, layer.backend, work, trace=self.tracing)
+        call = LayerCall(layer.spec, layer.backend, work)
+        planned_us = clock_us()
+        out, run = self._executor.run(plan, call, trace=self.tracing)
         ran_us = clock_us()
         self._after(plan, demand, run, counters)
         result = out.to(hidden.dtype).reshape(hidden.shape)
-        counters.wall_us += clock_us() - began_us
-        counters.overhead_us += clock_us() - began_us - (ran_us - planned_us)
+        ended_us = clock_us()
+        counters.wall_us += ended_us - began_us
+        counters.overhead_us += ended_us - began_us - (ran_us - planned_us)
         self.clean = True
         return result
 
@@ -140,33 +145,31 @@ class Runner:
                 self.planner.begin_sequence()
             self.planner.begin_step(step.phase, n_tokens)
 
-    def _demand(
-        self, index: int, hidden: torch.Tensor, host_hidden: npt.NDArray[np.float32],
-        dispatch: Dispatch, top_k_index: torch.Tensor,
-    ) -> LayerDemand:  # fmt: skip
+    def _demand(self, index: int, work: LayerWork, top_k_index: torch.Tensor) -> LayerDemand:
+        dispatch = work.dispatch
         predictions: tuple[Prediction, ...] = ()
-        lookahead = self.lookahead
-        if lookahead is not None and self.planner is not None:
-            if not lookahead.learned(index):
-                lookahead.learn(index, hidden, top_k_index.reshape(len(hidden), -1).cpu().numpy())
-            if self._misses_ahead(index):
-                predictions = lookahead.predict(index, hidden, host_hidden, dispatch.top_k)
+        if self.lookahead is not None:
+            predictions = self._predict(self.lookahead, index, work, top_k_index)
         if self.routing_recorder is not None:
             shape = (dispatch.n_tokens, dispatch.top_k)
-            ids = top_k_index.reshape(shape).cpu().numpy()
-            self.routing_recorder(index, ids, dispatch.weights.reshape(shape), predictions)
+            self.routing_recorder(
+                index, host_index(top_k_index).reshape(shape), dispatch.weights.reshape(shape), predictions
+            )
         self.activations[index, dispatch.expert_ids] += 1.0
         return layer_demand(index, self._phase, dispatch, self._n_experts, predictions)
 
-    def _misses_ahead(self, index: int) -> bool:
-        """False where every expert has a slot, so that nothing can be prefetched (recorders want them anyway)."""
-        assert self.planner is not None
-        table = self.planner.slots
-        return self.routing_recorder is not None or table.n_slots < table.n_layers * table.n_experts
-
-    def _count_demand(self, counters: Counters, index: int, demand: LayerDemand) -> None:
-        table = None if self.planner is None else self.planner.slots
-        self._stats.demand(counters, index, demand.expert_ids, demand.n_tokens_total, table)
+    def _predict(
+        self, lookahead: Lookahead, index: int, work: LayerWork, top_k_index: torch.Tensor
+    ) -> tuple[Prediction, ...]:
+        """Routing of the next layers. Not where every expert has a slot already (recorders want it anyway)."""
+        hidden = work.hidden.reshape(work.host_hidden.shape)
+        if not lookahead.learned(index):
+            lookahead.learn(index, hidden, host_index(top_k_index).reshape(len(hidden), -1))
+        if self.planner is not None and self.routing_recorder is None:
+            table = self.planner.slots
+            if table.n_slots == table.n_layers * table.n_experts:
+                return ()
+        return lookahead.predict(index, hidden, work.host_hidden, work.dispatch.top_k)
 
     def _plan(self, index: int, demand: LayerDemand) -> LayerPlan:
         if self.planner is None:
@@ -188,7 +191,7 @@ class Runner:
         self._report_runs()
 
     def _observed_cpu(self, run: LayerRun) -> tuple[ObservedTask, ...]:
-        if not run.cpu_n_tokens or self.costs is None:
+        if not run.cpu_n_tokens or self.costs is None or run.step % OBSERVE_EVERY:
             return ()
         us = share_out(run.cpu_us, run.cpu_n_tokens, partial(self.costs.cpu_us, run.layer))
         return (ObservedTask("cpu", run.layer, run.cpu_n_tokens[0], us),)
@@ -224,7 +227,7 @@ class Runner:
         self._stats.of(self._phase, run.layer).accel_us += total_us
         if run.traced:
             self.timeline += accel_records(run)
-        if self.costs is not None:
+        if self.costs is not None and not run.step % OBSERVE_EVERY:
             us = share_out(total_us, n_tokens, partial(self.costs.accel_us, run.layer))
             self.costs.observe(ObservedTask("accel", run.layer, n_tokens[0], us))
 

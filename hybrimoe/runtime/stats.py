@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hybrimoe.runtime.compiled import count_hits
 from scheduler import LayerPlan, Phase, SlotState, SlotTable, TransferEnded
 
+RESIDENT = int(SlotState.RESIDENT)
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
@@ -121,22 +123,15 @@ class StatsRecorder:
         counters.activated += len(expert_ids)
         hits = late = 0
         if table is not None and table.n_slots:
-            slots = table.slot_of[layer * table.n_experts + expert_ids]
-            states = table.state[slots[slots >= 0]]
-            hits = int(np.count_nonzero(states >= SlotState.RESIDENT))
-            late = int(len(states) - hits)
-        self.hit(counters, len(expert_ids), hits, late)
+            hits, late = count_hits(expert_ids, layer * table.n_experts, table.slot_of, table.state, RESIDENT)
+        counters.hits += hits
+        counters.misses += len(expert_ids) - hits
+        counters.late_prefetches += late
         if self._prefetched:
             for expert in expert_ids.tolist():
                 issued = self._prefetched.pop((layer, expert), None)
                 if issued is not None:
                     issued.prefetches_used += 1
-
-    def hit(self, counters: Counters, activated: int, hits: int, late: int) -> None:
-        """Adds hits and misses of `activated` experts."""
-        counters.hits += hits
-        counters.misses += activated - hits
-        counters.late_prefetches += late
 
     def plan(self, counters: Counters, plan: LayerPlan, record_bytes: tuple[int, ...]) -> None:
         """Counts what a plan places and moves."""

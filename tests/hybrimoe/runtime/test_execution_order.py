@@ -69,7 +69,7 @@ def routed(rig: Rig, layer: int, n_tokens: int, top_k: int, seed: int) -> tuple[
     return hidden, index, weights
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     policy=st.sampled_from(POLICIES),
     slots=st.integers(1, N_LAYERS * N_EXPERTS),

@@ -54,13 +54,6 @@ def test_no_accelerator_runs_everything_on_the_cpu(make_rig: MakeRig) -> None:
     assert rig.session.stats().accelerator == "none"
 
 
-def test_more_slots_than_experts_are_clamped_with_a_warning(make_rig: MakeRig) -> None:
-    with pytest.warns(UserWarning, match="100 slots for 24 experts"):
-        rig = make_rig(gpu_expert_slots=100)
-    assert rig.session.n_slots == 24
-    check_works(rig)
-
-
 def test_shares_and_sizes(make_rig: MakeRig) -> None:
     record = make_rig().session.layer_specs()[0].spec.record_bytes
     assert make_rig(gpu_expert_slots=0.5).session.n_slots == 12
@@ -73,6 +66,7 @@ def test_shares_and_sizes(make_rig: MakeRig) -> None:
     ("settings", "error", "message"),
     [
         ({"gpu_expert_slots": "100B"}, BudgetError, "holds no expert"),
+        ({"gpu_expert_slots": 25}, BudgetError, "asked for 25 expert slots, but the model has 24"),
         ({"gpu_expert_slots": -3}, ConfigError, "negative"),
         ({"gpu_expert_slots": "lots"}, ConfigError, "lots"),
         ({"accelerator": "cuda:93"}, DeviceError, "cuda:93"),

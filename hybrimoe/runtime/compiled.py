@@ -1,0 +1,90 @@
+"""Small compiled pieces of a layer call's bookkeeping. They keep the GIL: they end before it could be handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+
+SOFTMAX, SIGMOID = 0, 1
+
+
+def _compiled(function: Function) -> Function:
+    return cast(Function, numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"})(function))
+
+
+@_compiled
+def gate_scores(
+    expert_ids: Ints, offsets: Ints, rows: Ints, weights: Floats, n_tokens: int, scores: Floats
+) -> None:  # pragma: no cover - compiled
+    """scores float32 [E], given as zeros: each active expert's routing weight, averaged over the step's tokens."""
+    for i in range(expert_ids.size):
+        total = np.float32(0.0)
+        for j in range(offsets[i], offsets[i + 1]):
+            total += weights[rows[j]]
+        scores[expert_ids[i]] = total / np.float32(n_tokens)
+
+
+@_compiled
+def count_hits(
+    expert_ids: Ints, first_key: int, slot_of: Ints, state: npt.NDArray[np.uint8], resident: int
+) -> tuple[int, int]:  # pragma: no cover - compiled
+    """(resident, in flight) among the active experts; `resident` is the lowest state whose bytes are there."""
+    hits, late = 0, 0
+    for i in range(expert_ids.size):
+        slot = slot_of[first_key + expert_ids[i]]
+        if slot >= 0:
+            if state[slot] >= resident:
+                hits += 1
+            else:
+                late += 1
+    return hits, late
+
+
+@_compiled
+def predict_token(
+    weights: Floats, bias: Floats, correction: Floats, scoring: npt.NDArray[np.int64], x: Floats, top_k: int
+) -> tuple[Ints, Floats]:  # pragma: no cover - compiled
+    """Routing of one token by the linear gates of D layers.
+
+    weights [D, E, H], bias and correction [D, E], scoring [D], x [H] -> ids int32 [D, k] ascending, their gate
+    probabilities float32 [D, k]. The k largest of score + correction are chosen; ties go to the lower id.
+    """
+    n_layers, n_experts, hidden = weights.shape
+    ids = np.empty((n_layers, top_k), np.int32)
+    chosen_probability = np.empty((n_layers, top_k), np.float32)
+    probability = np.empty(n_experts, np.float32)
+    rank = np.empty(n_experts, np.float32)
+    for layer in range(n_layers):
+        for expert in range(n_experts):
+            row = weights[layer, expert]
+            total = np.float32(0.0)
+            for column in range(hidden):
+                total += row[column] * x[column]
+            probability[expert] = total + bias[layer, expert]
+        if scoring[layer] == SOFTMAX:
+            probability -= probability.max()
+            probability[:] = np.exp(probability)
+            rank[:] = probability / probability.sum() + correction[layer]
+        else:
+            probability[:] = np.float32(1.0) / (np.float32(1.0) + np.exp(-probability))
+            rank[:] = probability + correction[layer]
+        scale = np.float32(1.0) / max(probability.sum(), np.float32(1e-20))
+        for k in range(top_k):
+            best = 0
+            for expert in range(1, n_experts):
+                if rank[expert] > rank[best]:
+                    best = expert
+            ids[layer, k] = best
+            rank[best] = -np.inf
+        ids[layer].sort()
+        for k in range(top_k):
+            chosen_probability[layer, k] = probability[ids[layer, k]] * scale
+    return ids, chosen_probability
