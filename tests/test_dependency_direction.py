@@ -27,6 +27,8 @@ LAZILY: dict[str, set[str]] = {
     "yaml_rules": set(),
 }
 FORBIDDEN_IN_SCHEDULER = {"time", "threading", "os", "logging", "asyncio", "multiprocessing", "subprocess"}
+# Folders whose modules are imported only where their extra is needed.
+LOADED_ON_DEMAND = {"triton", "backends", "server"}
 OPTIONAL = {
     "triton", "onnxruntime", "intel_extension_for_pytorch", "ray", "matplotlib", "joblib", "scipy", "pyarrow", "pandas",
     "fastapi", "uvicorn", "prometheus_client", "llama_cpp", "httpx", "starlette", "gguf", "accelerate",
@@ -66,8 +68,7 @@ def test_lower_packages_import_only_what_they_may(package: str) -> None:
     for path in _files(package):
         for name, top, line in _imports(path):
             allowed = EVERYWHERE[package] | STDLIB | (set() if top else LAZILY[package])
-            # A module that is itself loaded lazily (gpu_kernels/triton, cpu_kernels/backends) may name it on top.
-            if name not in allowed and not (name in LAZILY[package] and path.parent.name in ("triton", "backends")):
+            if name not in allowed and not (name in LAZILY[package] and path.parent.name in LOADED_ON_DEMAND):
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
 
@@ -87,7 +88,7 @@ def test_optional_parts_are_imported_lazily() -> None:
         f"{path.relative_to(ROOT)}:{line} imports {name} at module level"
         for package in PACKAGES
         for path in _files(package)
-        if path.parent.name != "triton"
+        if path.parent.name not in LOADED_ON_DEMAND
         for name, top, line in _imports(path)
         if top and name in OPTIONAL
     ]

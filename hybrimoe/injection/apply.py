@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from hybrimoe.dense_linear import PackedDense
     from hybrimoe.runtime.config import RuntimeConfig
     from hybrimoe.runtime.session import Session
     from hybrimoe.runtime.stats import SessionStats
@@ -106,6 +107,7 @@ class Injection:
         self.resolution = resolution
         self.session = application.session
         self.originals: Mapping[str, nn.Module] = application.originals
+        self.dense: PackedDense | None = None
         self._application = application
         self._active = True
 
@@ -118,6 +120,20 @@ class Injection:
     def remarks(self) -> tuple[str, ...]:
         """What of the rules has no effect here, and why."""
         return (*self._application.remarks, *self._without_accelerator())
+
+    def pack_dense(self, *, keep_originals: bool) -> None:
+        """Packs the dense layers on the CPU where the configuration says `cpu.dense_dtype: int8`; else does nothing.
+
+        keep_originals: hold on to them for `restore`. Raises CheckpointError where a weight is not finite.
+        """
+        cpu = self.config.cpu
+        if cpu.dense_dtype != "int8":
+            return
+        from hybrimoe.dense_linear import pack_linears
+
+        sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
+        threads = cpu.threads if isinstance(cpu.threads, int) else None
+        self.dense = pack_linears(self.model, sizes, keep_originals=keep_originals, threads=threads)
 
     def device_of(self, path: str) -> torch.device | None:
         """Device that the rules give the module at `path`; None where they do not say."""
@@ -135,11 +151,19 @@ class Injection:
         """Make the model exactly what it was: the same modules and weights, no wrappers. A second call does nothing.
 
         Experts that were loaded straight into the store are written back into the module from it; raises ModelError
-        where the store holds them as int8 or int4, which is not what the checkpoint holds.
+        where the store holds them as int8 or int4, which is not what the checkpoint holds, and where dense layers
+        were loaded as int8.
         """
         if not self._active:
             return
+        if self.dense is not None and not self.dense.reversible:
+            raise ModelError(
+                "the dense layers were loaded as int8 (cpu.dense_dtype), from which the model's weights cannot be had"
+                " back; load with another dense_dtype, or load the model again with transformers"
+            )
         self._rebuild_deferred()
+        if self.dense is not None:
+            self.dense.undo()
         self._application.undo()
         self.session.close()
         if self.model.__dict__.get(MARK) is self:
@@ -168,12 +192,14 @@ class Injection:
         )
         return tuple(f"{rule}: no accelerator slots here, the CPU computes these experts" for rule in rules)
 
+    @property
+    def deferred(self) -> list[tuple[int, nn.Module]]:
+        """Layer indices and modules of the experts that had no weights when they were injected."""
+        experts = enumerate(self.resolution.experts)
+        return [(layer, hit.module) for layer, hit in experts if hit.layout is not None and hit.layout.is_meta]
+
     def _rebuild_deferred(self) -> None:
-        deferred = [
-            (layer, hit.module)
-            for layer, hit in enumerate(self.resolution.experts)
-            if hit.layout is not None and hit.layout.is_meta
-        ]
+        deferred = self.deferred
         if not deferred:
             return
         from hybrimoe.checkpoint.rebuild import rebuild_experts
@@ -235,6 +261,8 @@ def inject(
         session.close()
         raise
     injection = Injection(model, deployment, resolution, application)
+    if not injection.deferred:
+        injection.pack_dense(keep_originals=True)
     model.__dict__[MARK] = injection
     model.__dict__[SAVE] = _refuse_save
     return injection
