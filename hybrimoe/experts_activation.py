@@ -46,6 +46,9 @@ class GateFunction:
             return self._shell.act_fn(first)  # type: ignore[operator, no-any-return]
         if not self._concatenated:
             first = torch.stack(first.chunk(2, dim=-1), dim=-1).flatten(-2)
+        if not hasattr(self._shell, "_apply_gate"):
+            gate, up = first.chunk(2, dim=-1)
+            return self._shell.act_fn(gate) * up  # type: ignore[operator, no-any-return]
         return self._shell._apply_gate(first)  # type: ignore[operator, no-any-return]
 
     def __eq__(self, other: object) -> bool:

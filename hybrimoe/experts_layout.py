@@ -22,6 +22,8 @@ from hybrimoe.errors import UnsupportedExpertsError
 from hybrimoe.experts_activation import recognise_activation
 
 ROUTED_CALL = ("hidden_states", "top_k_index", "top_k_weights")
+SORTED_EXPERTS = ("Llama4TextExperts",)
+"""Classes of undecorated experts with Llama-4's call, see `hybrimoe.experts_sorted`; stored transposed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,6 +105,8 @@ def is_experts(module: nn.Module) -> bool:
     """True for an experts module with transformers' common call: decorated ones, and those of the same form."""
     if "_is_expert_parallel" in module.__dict__ and hasattr(module, "is_concatenated"):
         return True
+    if type(module).__name__ in SORTED_EXPERTS:
+        return True
     has_weights = _has_3d(module, "gate_up_proj") and _has_3d(module, "down_proj")
     return has_weights and hasattr(module, "_apply_gate") and _call_names(module)[:3] == ROUTED_CALL
 
@@ -121,7 +125,7 @@ def read(module: nn.Module) -> ExpertsLayout:
     _refuse_quantised(module)
     gated, has_bias = bool(getattr(module, "has_gate", True)), bool(getattr(module, "has_bias", False))
     concatenated = bool(getattr(module, "is_concatenated", True))
-    transposed = bool(getattr(module, "is_transposed", False))
+    transposed = bool(getattr(module, "is_transposed", type(module).__name__ in SORTED_EXPERTS))
     num_experts, hidden, inter = _sizes(module, gated, transposed)
     norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
     return ExpertsLayout(

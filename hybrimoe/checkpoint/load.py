@@ -31,6 +31,7 @@ from hybrimoe.checkpoint.source import (
     read_config_dict,
 )
 from hybrimoe.config import DeployConfig, load_config
+from hybrimoe.dense_linear import pack_linears
 from hybrimoe.errors import CheckpointError, ConfigError, ModelError
 from hybrimoe.experts_layout import ExpertsLayout, find_experts, read
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
@@ -124,6 +125,7 @@ class Loader:
         injection = inject(self.model, config=self.deployment, store=open_store)
         try:
             self._load_unreplaced(injection, sources, dtypes)
+            self._place_dense(injection)
             if not injection.session.started:
                 self._pack(injection.session.store, sources, show)
                 injection.session.start()
@@ -138,6 +140,16 @@ class Loader:
             keys = {f"{source.path}.{name}" for name in source.parameters}
             device = injection.device_of(source.path)
             load_dense(self.model, source.parameters.values(), self.shapes, dtypes, device, keys)
+
+    def _place_dense(self, injection: Injection) -> None:
+        """Dense weights go to a real accelerator where the rules do not place them; the others are packed if asked."""
+        accelerator = injection.session.accelerator
+        placed = any(injection.device_of(path) for path, _ in self.model.named_modules())
+        if accelerator is not None and accelerator.kind != "emulated" and not placed:
+            self.model.to(accelerator.device)
+        if self.deployment.cpu.dense_dtype == "int8":
+            sizes = frozenset(layout.num_experts for layout in self.layouts.values())
+            pack_linears(self.model, sizes, keep_originals=False, threads=injection.session.config.threads)
 
     def _pack(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> None:
         self._stream(store, sources, show)

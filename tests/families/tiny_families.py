@@ -132,7 +132,7 @@ FAMILIES: dict[str, Tiny] = {
     **_plain("qwen3_next", layer_types=LINEAR_AND_FULL),
     "aria": Tiny("aria_text"),
     "bailing_hybrid": Tiny("bailing_hybrid", {**MLA, "layer_types": LINEAR_AND_FULL}),
-    "deepseek_v4": Tiny("deepseek_v4"),
+    "deepseek_v4": Tiny("deepseek_v4", {"mlp_layer_types": ["hash_moe", "moe"]}),
     "dots3_note": Tiny("dots3_note_text", {**MLA, "mlp_layer_types": SPARSE}),
     "ernie4_5_moe": Tiny("ernie4_5_moe", {"moe_layer_start_index": 0}),
     "flint": Tiny("flint", {"mlp_only_layers": []}),
@@ -164,6 +164,8 @@ FAMILIES: dict[str, Tiny] = {
         },
     ),
     "zaya": Tiny("zaya", {"num_experts_per_tok": 1}),
+    "llama4": Tiny("llama4_text", {"intermediate_size_mlp": 32, "attention_chunk_size": 64}),
+    "step3p7": Tiny("step3p7", text={"mlp_layer_types": SPARSE, "swiglu_limits": [3.0, 3.0]}),
     "deepseek_ocr2": Tiny("deepseek_ocr2", text={"mlp_layer_types": SPARSE}),
     "ernie4_5_vl_moe": Tiny(
         "ernie4_5_vl_moe", text={"moe_intermediate_size": [16, 16], "head_dim": 8, "rope_parameters": MROPE}
@@ -185,6 +187,7 @@ FAMILIES: dict[str, Tiny] = {
     "qwen3_vl_moe": Tiny("qwen3_vl_moe", text={}),
     "unlimited_ocr": Tiny("unlimited_ocr", text={"mlp_layer_types": SPARSE}),
 }
+UNDECORATED = ("llama4", "step3p7")  # experts without the decorator, in a form that is read all the same
 NOT_CAUSAL: dict[str, str] = {
     "diffusion_gemma": "denoises blocks of text (DiffusionGemmaForBlockDiffusion); it has no causal language model",
     "openai_privacy_filter": "classifies tokens (OpenAIPrivacyFilterForTokenClassification); no causal language model",
@@ -237,8 +240,11 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 def _enlarge(model: nn.Module) -> None:
-    """Redraws experts and routers so that routing has clear winners and experts matter for the logits."""
+    """Redraws experts, routers and hash tables: routing gets clear winners, and experts matter for the logits."""
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("tid2eid"):
+                buffer.copy_(torch.rand(len(buffer), SMALL["num_experts"]).argsort(dim=-1)[:, : buffer.shape[1]])
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 parameter.normal_(std=EXPERT_STD)

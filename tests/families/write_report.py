@@ -1,0 +1,113 @@
+"""Writes the table of model families: `python tests/families/write_report.py` (about two minutes).
+
+Runs every tiny family in every placement, and writes docs/families.json (results), docs/families.md (the whole table)
+and the short table between the markers in README.md. The tests check that all three fit the installed transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from family_check import PLACEMENTS, compare, describe, plain_outputs
+from tiny_families import FAMILIES, NOT_CAUSAL, tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+JSON_FILE, TABLE_FILE, README = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md", ROOT / "README.md"
+BEGIN, END = "<!-- families:begin (python tests/families/write_report.py) -->", "<!-- families:end -->"
+TOLERANCE = 1e-4
+
+
+def measure(family: str) -> dict[str, Any]:
+    """One family's row: what its experts are, and its largest deviation in each placement."""
+    model = tiny_model(family)
+    plain = plain_outputs(model)
+    results = {placement: compare(model, plain, placement) for placement in PLACEMENTS}
+    works = all(
+        max(r.prefill_error, r.decode_error) <= TOLERANCE and r.same_tokens and r.restored for r in results.values()
+    )
+    errors = {name: float(f"{max(r.prefill_error, r.decode_error):.0e}") for name, r in results.items()}
+    return describe(family) | {"works": works, "max_logit_error": errors}
+
+
+def report() -> dict[str, Any]:
+    """All rows, with the version of transformers they hold for."""
+    return {
+        "transformers": transformers.__version__,
+        "tolerance": TOLERANCE,
+        "families": {family: measure(family) for family in sorted(FAMILIES)},
+        "not_supported": dict(sorted(NOT_CAUSAL.items())),
+    }
+
+
+def long_table(data: Mapping[str, Any]) -> str:
+    """docs/families.md."""
+    lines = [
+        "# Model families",
+        "",
+        f"Every causal-LM family of transformers {data['transformers']} whose experts carry",
+        "`@use_experts_implementation`, built tiny with random float32 weights and compared with plain transformers:",
+        "the largest deviation of a logit, over a prompt and six tokens generated with a KV cache (allowed:",
+        f"{data['tolerance']:g}); the same greedy tokens; and bit-exact equality after `restore()`. Placements: all",
+        "experts on the CPU, all on the (emulated) accelerator, and mixed.",
+        "Written by `python tests/families/write_report.py`; `make test` checks it.",
+        "",
+        "| family | model | experts | gate | stored | CPU | accelerator | mixed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for family, row in data["families"].items():
+        cells = [f"{row['max_logit_error'][placement]:.0e}" for placement in ("cpu", "accelerator", "mixed")]
+        cells = cells if row["works"] else [f"{cell} (fails)" for cell in cells]
+        names = (f"`{row['model_class']}`", f"`{row['experts_class']}`", row["gate"], row["form"])
+        lines.append(
+            f"| {family} | {' | '.join(name.replace('|', chr(92) + '|') for name in names)} | {' | '.join(cells)} |"
+        )
+    lines += ["", "Not supported, with the reason:", "", "| family | why |", "|---|---|"]
+    lines += [f"| {family} | {reason} |" for family, reason in data["not_supported"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def short_table(data: Mapping[str, Any]) -> str:
+    """The part of the README between the markers."""
+    works = [family for family, row in data["families"].items() if row["works"]]
+    fails = [family for family, row in data["families"].items() if not row["works"]]
+    worst = max(max(row["max_logit_error"].values()) for row in data["families"].values())
+    lines = [
+        f"{len(works)} families of transformers {data['transformers']} work; the largest deviation of a logit from",
+        f"plain transformers is {worst:.0e} in float32 (details: [docs/families.md](docs/families.md)).",
+        "",
+        "| | families |",
+        "|---|---|",
+        f"| work | {', '.join(works)} |",
+    ]
+    if fails:
+        lines.append(f"| fail | {', '.join(fails)} |")
+    lines += [f"| {family}: no | {reason} |" for family, reason in data["not_supported"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str, table: str) -> str:
+    """`readme` with `table` between its markers. Raises ValueError where they are missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md has no markers {BEGIN} and {END}")
+    return f"{before}{begin}\n{table}{end}{after}"
+
+
+def main() -> None:
+    """Measures and writes all three files."""
+    torch.set_num_threads(1)
+    data = report()
+    JSON_FILE.parent.mkdir(exist_ok=True)
+    JSON_FILE.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    TABLE_FILE.write_text(long_table(data), encoding="utf-8")
+    README.write_text(with_table(README.read_text(encoding="utf-8"), short_table(data)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
