@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from hybrimoe.experts_sorted import run_sorted
 
 if TYPE_CHECKING:
     from hybrimoe.runtime.session import Session
@@ -37,13 +40,19 @@ class HybridExperts(nn.Module):
         return self._session
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum over j of top_k_weights[:, j] * FFN_{top_k_index[:, j]}(hidden_states), in hidden_states' dtype.
 
         hidden_states: floating [T, H] (or [..., H]); top_k_index: integer [T, k], -1 or >= num_experts = absent;
         top_k_weights: floating [T, k]. Raises ModelError before the session has started or after it was closed.
+        With hidden_states alone it is Llama-4's call, see `hybrimoe.experts_sorted`.
         """
+        if top_k_index is None or top_k_weights is None:
+            return run_sorted(hidden_states, self.num_experts, partial(self._session.run_layer, self.layer))
         return self._session.run_layer(self.layer, hidden_states, top_k_index, top_k_weights)
 
     def extra_repr(self) -> str:
