@@ -6,11 +6,12 @@ An expert maps IN columns (hidden) to INTER to OUT (hidden); a linear layer has 
 
 import numpy as np
 
-from cpu_kernels.compiled import inline_kernel
+from cpu_kernels.compiled import Whole, inline_kernel
 from cpu_kernels.layout import BLOCK_COLUMNS
 
-(PANEL, IN_TRUE, INTER_TRUE, OUT_TRUE, IN, INTER, OUT, BLOCK_BYTES, X_BYTES, CODE_OFFSET, GATED, KIND, DOWN, HAS_BIAS,
- GATE_BIAS, UP_BIAS, DOWN_BIAS, SPLIT_BLOCKS, PREPARE_WORKER, UP_WORKER, DOWN_WORKER, PLAN_SIZE) = range(22)  # fmt: skip
+(PANEL, IN_TRUE, INTER_TRUE, OUT_TRUE, IN, INTER, OUT, BLOCK_BYTES, X_BYTES, CODE_OFFSET, GATED, KIND, DOWN,
+ HAS_BIAS, GATE_BIAS, UP_BIAS, DOWN_BIAS, SPLIT_BLOCKS, PREPARE_WORKER, UP_WORKER, DOWN_WORKER,
+ PLAN_SIZE) = range(22)  # fmt: skip
 (N_EXPERTS, N_TOKENS, N_ROWS, PARAMETERS, RECORDS, INPUT, WEIGHTS, OUT_ROWS, STARTS, TOKENS, FLAT, WANTED, X, H,
  COUNTERS, CALL_SIZE) = range(PLAN_SIZE, PLAN_SIZE + 16)  # fmt: skip
 
@@ -20,12 +21,12 @@ NEXT_TOKEN, NEXT_UP, NEXT_DOWN, NOT_FINITE, N_COUNTERS = range(5)
 
 
 @inline_kernel
-def row_bytes_of(call: np.ndarray, size: int) -> int:
+def row_bytes_of(call: np.ndarray, size: Whole) -> Whole:
     """Bytes of a row of activations of IN or INTER columns."""
     return call[size] // BLOCK_COLUMNS * call[X_BYTES]
 
 
 @inline_kernel
-def counter_address(call: np.ndarray, name: int) -> int:
+def counter_address(call: np.ndarray, name: Whole) -> Whole:
     """Address of a counter."""
     return call[COUNTERS] + LINE * name

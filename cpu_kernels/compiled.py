@@ -11,6 +11,12 @@ import numba
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
+# Scalars inside compiled code: float32, int32 and bool of Numba, for which Python has no static types of its own.
+Real = Any
+Whole = Any
+Truth = Any
+COMPILED_FROM = ("call", "compiled", "dispatch", "elementwise", "layer", "layout", "primitives", "quantise", "workers",
+                 "backends/base", "simd/tiles")  # fmt: skip
 WORKER_SIGNATURE = "void(int64, int64)"
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,8 +43,8 @@ def inline_kernel(function: F) -> F:
 class Worker:
     """A function ``(call: int64, thread: int64) -> None`` that threads run by address; compiled when first asked for.
 
-    Compiling the big functions once by themselves, and looping over their addresses in one tiny parallel kernel, takes a
-    third of the time that Numba needs for the same code inside `prange` bodies.
+    Compiling the big functions once by themselves, and looping over their addresses in one tiny parallel kernel, takes
+    a third of the time that Numba needs for the same code inside `prange` bodies.
     """
 
     def __init__(self, function: Callable[[int, int], None]) -> None:
@@ -54,7 +60,7 @@ class Worker:
                 _stamp(made)
             made.compile()
             self._compiled = made
-        return int(self._compiled.address)
+        return cast(int, self._compiled.address)
 
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
@@ -93,6 +99,7 @@ def _stamp(compiled: Any) -> None:
 
 @cache
 def package_stamp() -> str:
-    """Hash of this package's sources."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    """Hash of the sources that compiled code comes from, constants included."""
+    here = Path(__file__).parent
+    sources = [here / f"{name}.py" for name in COMPILED_FROM]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

@@ -31,7 +31,7 @@ class Dispatch:
     @property
     def has_absent(self) -> bool:
         """Whether some rows belong to no expert."""
-        return self.rows.shape[0] != self.n_tokens * self.top_k
+        return len(self.rows) != self.n_tokens * self.top_k
 
 
 def build_dispatch(top_k_index: np.ndarray, top_k_weights: np.ndarray, num_experts: int) -> Dispatch:

@@ -5,8 +5,8 @@ No fast-math: the same input gives the same bits, whatever is computed beside it
 
 import numpy as np
 
-from cpu_kernels.compiled import inline_kernel
-from cpu_kernels.layout import BLOCK_COLUMNS, GROUP
+from cpu_kernels.compiled import Real, Truth, Whole, inline_kernel
+from cpu_kernels.layout import GROUP
 from cpu_kernels.primitives import float_from_bits
 from cpu_kernels.simd.tiles import X_BLOCK_BYTES, X_CORRECTIONS, X_SCALES
 from cpu_kernels.spec import KINDS
@@ -32,7 +32,7 @@ SQRT_HALF = f32(0.7071067811865476)
 
 
 @inline_kernel
-def exp(x: float) -> float:
+def exp(x: Real) -> Real:
     """e ** x, clamped to the range of normal float32."""
     x = min(max(x, EXP_MIN), EXP_MAX)
     n = (x * LOG2_E + ROUND) - ROUND
@@ -43,13 +43,13 @@ def exp(x: float) -> float:
 
 
 @inline_kernel
-def sigmoid(x: float) -> float:
+def sigmoid(x: Real) -> Real:
     """1 / (1 + e ** -x)."""
     return f32(1) / (f32(1) + exp(-x))
 
 
 @inline_kernel
-def erf(x: float) -> float:
+def erf(x: Real) -> Real:
     """The error function."""
     t, s = abs(x), x * x
     r = f32(-1.72853470e-5) * t + f32(3.83197126e-4)
@@ -64,7 +64,7 @@ def erf(x: float) -> float:
 
 
 @inline_kernel
-def activate(kind: int, alpha: float, x: np.ndarray, n: int) -> None:
+def activate(kind: Whole, alpha: Real, x: np.ndarray, n: Whole) -> None:
     """x[:n] = act(x[:n]) in place. The kinds of cpu_kernels.spec but `custom`."""
     if kind == SILU:
         for i in range(n):
@@ -76,7 +76,7 @@ def activate(kind: int, alpha: float, x: np.ndarray, n: int) -> None:
         for i in range(n):
             inner = GELU_TANH_A * (x[i] + GELU_TANH_B * x[i] * x[i] * x[i])
             x[i] = x[i] * sigmoid(inner + inner)
-    elif kind == RELU or kind == RELU2:
+    elif kind in (RELU, RELU2):
         for i in range(n):
             x[i] = max(x[i], f32(0)) * (max(x[i], f32(0)) if kind == RELU2 else f32(1))
     elif kind == SIGMOID:
@@ -85,7 +85,7 @@ def activate(kind: int, alpha: float, x: np.ndarray, n: int) -> None:
 
 
 @inline_kernel
-def gate_times_up(kind: int, parameters: np.ndarray, gate: np.ndarray, up: np.ndarray, n: int) -> None:
+def gate_times_up(kind: Whole, parameters: np.ndarray, gate: np.ndarray, up: np.ndarray, n: Whole) -> None:
     """gate[:n] = the gated activation of gate[:n] and up[:n]; limits that do not apply are infinite."""
     for i in range(n):
         gate[i] = min(gate[i], parameters[GATE_MAX])
@@ -96,7 +96,7 @@ def gate_times_up(kind: int, parameters: np.ndarray, gate: np.ndarray, up: np.nd
 
 
 @inline_kernel
-def quantise_block(x: np.ndarray, place: int, size: int, code_offset: int, out: np.ndarray) -> bool:
+def quantise_block(x: np.ndarray, place: Whole, size: Whole, code_offset: Whole, out: np.ndarray) -> Truth:
     """Writes float32 x[:size], size 32 or 64, as columns place .. place + size of a quantised block.
 
     out: uint8 [X_BLOCK_BYTES] (cpu_kernels.simd.tiles). Returns False if a value is not finite.
@@ -104,7 +104,7 @@ def quantise_block(x: np.ndarray, place: int, size: int, code_offset: int, out: 
     codes = out.view(np.int8)
     scales = out[X_SCALES:X_CORRECTIONS].view(np.float32)
     corrections = out[X_CORRECTIONS:X_BLOCK_BYTES].view(np.int32)
-    finite = True
+    finite: Truth = True
     for start in range(0, size, GROUP):
         target = place + start
         scale, total = quantise_group(x[start : start + GROUP], codes[target : target + GROUP])
@@ -115,7 +115,7 @@ def quantise_block(x: np.ndarray, place: int, size: int, code_offset: int, out: 
 
 
 @inline_kernel
-def quantise_group(x: np.ndarray, codes: np.ndarray) -> tuple[float, int]:
+def quantise_group(x: np.ndarray, codes: np.ndarray) -> tuple[Real, Whole]:
     """float32 [32] -> int8 [32], scale (infinite if a value is not finite) and sum of the codes."""
     bits = x.view(np.int32)
     largest = np.int32(0)

@@ -38,8 +38,8 @@ class Isa:
 
 _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
-# One vector of rows by up to 8 tokens: a row block is then a single stream, which the hardware prefetchers follow at the
-# bandwidth of a plain read (2 or 4 streams at once reach 70 % of it; software prefetch lost everywhere; Zen 4, measured).
+# One vector of rows by up to 8 tokens: a row block is then a single stream, which the hardware prefetchers follow at
+# the bandwidth of a plain read (2 or 4 streams at once reach 70 % of it; software prefetch lost; Zen 4, measured).
 _WIDE = ((8, 1), (4, 1), (2, 1), (1, 1))
 # 256 bit: two vectors are one row block. 4 tokens take one at a time, because there are 16 registers.
 _NARROW = ((4, 1), (2, 2), (1, 2))
@@ -94,9 +94,9 @@ def choose_isa(features: frozenset[str], wanted: str | None = None) -> IsaChoice
             raise IsaError(f"{ENV_ISA}={wanted!r} is unknown; expected one of {', '.join(BY_NAME)}")
         missing = missing_features(BY_NAME[wanted], features)
         if missing:
-            raise IsaError(f"{ENV_ISA}={wanted} needs {', '.join(missing)}, which this CPU or its system lacks; unset it")
+            raise IsaError(f"{ENV_ISA}={wanted} needs {', '.join(missing)}, which this CPU or its system lacks")
         return IsaChoice(BY_NAME[wanted], f"asked for by {ENV_ISA}", ())
-    rejected = []
+    rejected: list[tuple[str, str]] = []
     for path in PATHS:
         missing = missing_features(path, features)
         if not missing:

@@ -8,35 +8,35 @@ import numpy as np
 from numba import prange
 
 from cpu_kernels.call import (
-    IN,
-    INTER,
-    PREPARE_WORKER,
-    UP_WORKER,
+    CALL_SIZE,
+    COUNTERS,
     DOWN_WORKER,
-    PLAN_SIZE,
-    N_EXPERTS,
-    N_TOKENS,
-    N_ROWS,
-    PARAMETERS,
-    RECORDS,
+    FLAT,
+    IN,
     INPUT,
-    WEIGHTS,
+    INTER,
+    LINE,
+    N_COUNTERS,
+    N_EXPERTS,
+    N_ROWS,
+    N_TOKENS,
+    NOT_FINITE,
     OUT_ROWS,
+    PARAMETERS,
+    PLAN_SIZE,
+    PREPARE_WORKER,
+    RECORDS,
     STARTS,
     TOKENS,
-    FLAT,
+    UP_WORKER,
     WANTED,
-    X,
+    WEIGHTS,
     H,
-    COUNTERS,
-    CALL_SIZE,
-    LINE,
-    NOT_FINITE,
-    N_COUNTERS,
-    row_bytes_of,
+    X,
     counter_address,
+    row_bytes_of,
 )
-from cpu_kernels.compiled import inline_kernel, kernel, parallel_kernel
+from cpu_kernels.compiled import Whole, inline_kernel, kernel, parallel_kernel
 from cpu_kernels.primitives import bytes_at, call_worker, int32s_at, int64s_at
 
 SMALL_TOKENS = 8  # up to this many tokens are prepared by the calling thread
@@ -77,8 +77,9 @@ def run_layer(
     call[INPUT], call[WEIGHTS], call[OUT_ROWS] = hidden.ctypes.data, weights.ctypes.data, out_rows.ctypes.data
     _lay_out(call, address + 8 * CALL_SIZE, positions, offsets, rows, top_k)
     _region(plan[PREPARE_WORKER], address, 1 if hidden.shape[0] <= SMALL_TOKENS else n_threads)
-    if _not_finite(call) >= 0:
-        return _not_finite(call)
+    bad: int = _not_finite(call)
+    if bad >= 0:
+        return bad
     _region(plan[UP_WORKER], address, n_threads)
     _region(plan[DOWN_WORKER], address, n_threads)
     return -1
@@ -115,8 +116,9 @@ def run_linear_layer(
     for token in range(n_tokens):
         flat[token], wanted[token] = token, 1
     _region(plan[PREPARE_WORKER], address, 1 if n_tokens <= SMALL_TOKENS else n_threads)
-    if _not_finite(call) >= 0:
-        return _not_finite(call)
+    bad: int = _not_finite(call)
+    if bad >= 0:
+        return bad
     _region(plan[DOWN_WORKER], address, n_threads)
     return -1
 
@@ -140,7 +142,7 @@ def run_on_threads(worker: int, call: int, n_threads: int) -> None:
 def _lay_out(
     call: np.ndarray, free: int, positions: np.ndarray, offsets: np.ndarray, rows: np.ndarray, top_k: int
 ) -> None:
-    """Divides the workspace and fills its tables: first local row of each expert, token and flat row of each local row."""
+    """Divides the workspace and fills its tables: first row of each expert, token and flat row of each row."""
     n_rows = 0
     for position in positions:
         n_rows += offsets[position + 1] - offsets[position]
@@ -182,6 +184,6 @@ def _clear_counters(call: np.ndarray) -> None:
 
 
 @inline_kernel
-def _not_finite(call: np.ndarray) -> int:
+def _not_finite(call: np.ndarray) -> Whole:
     """A token whose input is not finite, or -1."""
     return int64s_at(counter_address(call, NOT_FINITE), 1)[0] - 1

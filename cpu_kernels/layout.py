@@ -1,7 +1,7 @@
 """Byte layout of a packed expert: one contiguous record, the same for every instruction set and machine.
 
-A matrix [N, K] is padded with zeros to multiples of 64 and cut into blocks of 16 rows x 64 columns, stored row block by
-row block, columns ascending inside. A block is a list of 64-byte lines; in each line the 32-bit word r belongs to row r:
+A matrix [N, K] is padded with zeros to multiples of 64 and cut into blocks of 16 rows x 64 columns, stored row block
+by row block, columns ascending inside. A block is a list of 64-byte lines; in each the 32-bit word r belongs to row r:
 
 | dtype    | word of row r in line i                                        | lines | scales           | block  |
 |----------|----------------------------------------------------------------|-------|------------------|--------|

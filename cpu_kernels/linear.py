@@ -24,7 +24,7 @@ class LinearSpec:
         if self.dtype not in DTYPES:
             raise KernelError(f"dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
         if self.in_features < 1 or self.out_features < 1:
-            raise KernelError(f"a linear layer needs at least 1 x 1 weights, found {self.out_features} x {self.in_features}")
+            raise KernelError(f"expected at least 1 x 1 weights, found {self.out_features} x {self.in_features}")
 
     @cached_property
     def record_bytes(self) -> int:
@@ -64,7 +64,8 @@ def check_linear(spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray)
     n_tokens = x.shape[0] if x.ndim == 2 else -1
     for name, array, shape in (("x", x, (n_tokens, spec.in_features)), ("out", out, (n_tokens, spec.out_features))):
         if array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous:
-            raise LayoutError(f"{name} must be C-contiguous float32{list(shape)}, found {array.dtype}{list(array.shape)}")
+            found = f"{array.dtype}{list(array.shape)}"
+            raise LayoutError(f"{name} must be C-contiguous float32{list(shape)}, found {found}")
     if address == 0:
         raise LayoutError("the address of the packed matrix is 0")
     if not out.flags.writeable or np.may_share_memory(x, out):

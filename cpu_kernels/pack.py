@@ -51,8 +51,9 @@ def unpack_expert(spec: ExpertSpec, record: Record) -> ExpertWeights:
     data = record_tensor(spec.record_bytes, record)
     layout, gated = spec.layout, spec.activation.gated
     rows = 2 * layout.inter_padded if gated else layout.inter_padded
-    first = unpack_matrix(data[: layout.down_offset], rows, layout.hidden_padded, spec.dtype)
-    down = unpack_matrix(data[layout.down_offset : layout.down_end], layout.hidden_padded, layout.inter_padded, spec.dtype)
+    hidden, inter = layout.hidden_padded, layout.inter_padded
+    first = unpack_matrix(data[: layout.down_offset], rows, hidden, spec.dtype)
+    down = unpack_matrix(data[layout.down_offset : layout.down_end], hidden, inter, spec.dtype)
     gate, up = _deinterleave(first) if gated else (None, first)
     return ExpertWeights(
         up=up[: spec.inter, : spec.hidden],
@@ -88,9 +89,7 @@ def _deinterleave(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return parts[:, 0].reshape(-1, both.shape[1]), parts[:, 1].reshape(-1, both.shape[1])
 
 
-def pack_matrix(
-    matrix: torch.Tensor, dtype: str, name: str, out: torch.Tensor, place: int = 0, step: int = 2
-) -> None:
+def pack_matrix(matrix: torch.Tensor, dtype: str, name: str, out: torch.Tensor, place: int = 0, step: int = 2) -> None:
     """Writes a float matrix [N, K] into `out`, uint8 of the size that N and K padded to 64 have.
 
     place and step: first row block and distance from 32 rows to the next, in row blocks of 16 (for interleaving).
@@ -102,14 +101,14 @@ def pack_matrix(
     if matrix.shape[0] % PAD:
         matrix = functional.pad(matrix, (0, 0, 0, padded(matrix.shape[0]) - matrix.shape[0]))
     if is_quantised(dtype):
-        source = matrix.float().contiguous().numpy()
-        finite = pack_quantised(source, BITS[dtype], out.numpy(), block_bytes(dtype), place, step)
+        values = matrix.float().contiguous().numpy()
+        finite = bool(pack_quantised(values, BITS[dtype], out.numpy(), block_bytes(dtype), place, step))
     else:
         source = matrix.to(getattr(torch, dtype)).contiguous()
         finite = bool(torch.isfinite(source.abs().amax()))
         pack_words(source.view(torch.int32).numpy(), out.view(torch.int32).numpy(), place, step)
     if not finite:
-        raise LayoutError(f"the {name} weights contain NaN or infinity: the checkpoint is damaged or overflowed its dtype")
+        raise LayoutError(f"the {name} weights contain NaN or infinity: the checkpoint is damaged")
 
 
 def unpack_matrix(data: torch.Tensor, rows: int, columns: int, dtype: str) -> torch.Tensor:

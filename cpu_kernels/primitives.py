@@ -98,22 +98,26 @@ _float_pointer, _int32_pointer, _int64_pointer, _byte_pointer = (
 @inline_kernel
 def floats_at(address: int, n: int) -> np.ndarray:
     """float32 [n] at an address, without a copy."""
-    return carray(_float_pointer(address), (n,))
+    array: np.ndarray = carray(_float_pointer(address), (n,))
+    return array
 
 
 @inline_kernel
 def int32s_at(address: int, n: int) -> np.ndarray:
     """int32 [n] at an address, without a copy."""
-    return carray(_int32_pointer(address), (n,))
+    array: np.ndarray = carray(_int32_pointer(address), (n,))
+    return array
 
 
 @inline_kernel
 def int64s_at(address: int, n: int) -> np.ndarray:
     """int64 [n] at an address, without a copy."""
-    return carray(_int64_pointer(address), (n,))
+    array: np.ndarray = carray(_int64_pointer(address), (n,))
+    return array
 
 
 @inline_kernel
 def bytes_at(address: int, n: int) -> np.ndarray:
     """uint8 [n] at an address, without a copy."""
-    return carray(_byte_pointer(address), (n,))
+    array: np.ndarray = carray(_byte_pointer(address), (n,))
+    return array

@@ -1,14 +1,14 @@
 """Group quantisation of weights: int8 and int4, symmetric, one bfloat16 scale per row and 32 columns.
 
-Scales are bfloat16, not float16: the same 16 bits, but no underflow for small weights, a conversion that is one shift on
-every CPU, and checkpoints that are int4 with bfloat16 scales already (Kimi K2) keep their scales. Codes are rounded
+Scales are bfloat16, not float16: the same 16 bits, but no underflow for small weights, a conversion that is one shift
+on every CPU, and checkpoints that are int4 with bfloat16 scales already (Kimi K2) keep their scales. Codes are rounded
 against the stored (rounded) scale, so the scale's own rounding adds no error.
 """
 
 import numpy as np
 import torch
 
-from cpu_kernels.compiled import inline_kernel, kernel
+from cpu_kernels.compiled import Real, Truth, Whole, inline_kernel, kernel
 from cpu_kernels.elementwise import ABSOLUTE_BITS, INFINITY_BITS, ROUND
 from cpu_kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, GROUP
 from cpu_kernels.primitives import bits_of_float, float_from_bits
@@ -17,8 +17,8 @@ OFFSET = {"int8": 128, "int4": 8}  # stored code = q + OFFSET: unsigned, as vpdp
 BITS = {"int8": 8, "int4": 4}
 INT8_MAX = 127
 INT4_MIN, INT4_MAX = -8, 7
-# Candidates for (extreme value of a group) / scale in int4; the one with the least squared error wins. -8 uses the whole
-# code range, values nearer to 0 clip the extreme and round the rest more finely, +7 helps groups with two extremes.
+# Candidates for (extreme value of a group) / scale in int4; the one with the least squared error wins. -8 uses all of
+# the code range, values nearer to 0 clip the extreme and round the rest more finely, +7 helps groups with two extremes.
 INT4_DIVISORS = np.array([-8.0, -8.6, -7.5, 7.0, 7.6], np.float32)
 TINY = np.float32(1e-30)  # groups below are stored as zeros
 WORDS = GROUP // 4  # 32-bit words of the codes of a group
@@ -32,7 +32,9 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, dtype: str) -> torch.T
 
 
 @kernel
-def pack_quantised(source: np.ndarray, bits: int, out: np.ndarray, block_bytes: int, first: int, step: int) -> bool:
+def pack_quantised(
+    source: np.ndarray, bits: Whole, out: np.ndarray, block_bytes: Whole, first: Whole, step: Whole
+) -> Truth:
     """Quantises float32 [N, K], N and K multiples of 64, into packed row blocks (layout: `cpu_kernels.layout`).
 
     Two row blocks (32 rows) go to places first, first + 1 of `out` (uint8), the next two to first + step, and so on.
@@ -42,7 +44,7 @@ def pack_quantised(source: np.ndarray, bits: int, out: np.ndarray, block_bytes: 
     scale_place = block_bytes // 2 - 2 * BLOCK_ROWS  # in 16-bit units
     codes = np.empty(GROUP, np.int8)
     words = codes.view(np.int32)
-    largest = i32(0)
+    largest: Whole = i32(0)
     for row in range(source.shape[0]):
         row_block, r = row // BLOCK_ROWS, row % BLOCK_ROWS
         place = (first + row_block // 2 * step + row_block % 2) * row_block_bytes
@@ -59,10 +61,10 @@ def pack_quantised(source: np.ndarray, bits: int, out: np.ndarray, block_bytes: 
 
 
 @inline_kernel
-def _extreme(values: np.ndarray) -> float:
+def _extreme(values: np.ndarray) -> Real:
     """The value with the largest magnitude; NaN and infinity count as largest."""
     bits = values.view(np.int32)
-    largest = i32(0)
+    largest: Whole = i32(0)
     for i in range(GROUP):
         largest = max(largest, bits[i] & ABSOLUTE_BITS)
     lowest = f32(0)
@@ -73,14 +75,14 @@ def _extreme(values: np.ndarray) -> float:
 
 
 @inline_kernel
-def _bfloat16_bits(x: float) -> int:
+def _bfloat16_bits(x: Real) -> Whole:
     """The nearest bfloat16 (ties to even) in the low 16 bits."""
     bits = bits_of_float(x)
     return (bits + i32(0x7FFF) + ((bits >> i32(16)) & i32(1))) >> i32(16)
 
 
 @inline_kernel
-def _round(values: np.ndarray, scale: float, low: int, high: int, codes: np.ndarray) -> float:
+def _round(values: np.ndarray, scale: Real, low: Whole, high: Whole, codes: np.ndarray) -> Real:
     """codes = values / scale, rounded and clamped; returns the squared error."""
     inverse = f32(1) / scale if abs(scale) > TINY else f32(0)
     error = f32(0)
@@ -92,15 +94,16 @@ def _round(values: np.ndarray, scale: float, low: int, high: int, codes: np.ndar
 
 
 @inline_kernel
-def _int8_codes(values: np.ndarray, extreme: float, codes: np.ndarray) -> int:
+def _int8_codes(values: np.ndarray, extreme: Real, codes: np.ndarray) -> Whole:
     scale = _bfloat16_bits(abs(extreme) / f32(INT8_MAX))
     _round(values, float_from_bits(scale << i32(16)), -INT8_MAX, INT8_MAX, codes)
     return scale
 
 
 @inline_kernel
-def _int4_codes(values: np.ndarray, extreme: float, codes: np.ndarray) -> int:
-    best, least = i32(0), f32(np.inf)
+def _int4_codes(values: np.ndarray, extreme: Real, codes: np.ndarray) -> Whole:
+    best: Whole = i32(0)
+    least: Real = f32(np.inf)
     for divisor in INT4_DIVISORS:
         scale = _bfloat16_bits(extreme / divisor)
         error = _round(values, float_from_bits(scale << i32(16)), INT4_MIN, INT4_MAX, codes)
@@ -111,7 +114,7 @@ def _int4_codes(values: np.ndarray, extreme: float, codes: np.ndarray) -> int:
 
 
 @inline_kernel
-def _store_codes(words: np.ndarray, bits: int, block: np.ndarray, group: int, row: int) -> None:
+def _store_codes(words: np.ndarray, bits: Whole, block: np.ndarray, group: Whole, row: Whole) -> None:
     """The codes of a group (int8 [32] as 8 words) to their lines of a block (as words)."""
     if bits == 8:
         for j in range(WORDS):
@@ -125,8 +128,8 @@ def _store_codes(words: np.ndarray, bits: int, block: np.ndarray, group: int, ro
 
 
 @kernel
-def pack_words(source: np.ndarray, out: np.ndarray, first: int, step: int) -> None:
-    """Like `pack_quantised` for float weights: rows of int32 words [N, W], N and W multiples of 32, into `out` (int32)."""
+def pack_words(source: np.ndarray, out: np.ndarray, first: Whole, step: Whole) -> None:
+    """Like `pack_quantised` for float weights: int32 words [N, W], N and W multiples of 32, into `out` (int32)."""
     n_words = source.shape[1]
     for row_block in range(source.shape[0] // BLOCK_ROWS):
         place = (first + row_block // 2 * step + row_block % 2) * n_words * BLOCK_ROWS

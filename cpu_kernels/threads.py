@@ -1,7 +1,7 @@
 """The thread pool: Numba's, on OpenMP or TBB, sized to physical cores.
 
-The workqueue layer is refused: it takes about 470 us a region where OpenMP takes 4 (measured), and it aborts the process
-when two Python threads use it at once.
+The workqueue layer is refused: it takes about 470 us a region where OpenMP takes 4 (measured), and it aborts the
+process when two Python threads use it at once.
 """
 
 import os
@@ -60,8 +60,8 @@ def start_pool(n_threads: int) -> str:
             _layer.append(_start())
     if n_threads > 1 and _layer[0] not in SAFE_LAYERS:
         raise ThreadingError(
-            f"Numba's threading layer is {_layer[0]!r}; {n_threads} threads need OpenMP (package libgomp1 on Debian and Ubuntu, "
-            "libomp on macOS) or TBB (pip install tbb). Install one, or run with 1 thread."
+            f"Numba's threading layer is {_layer[0]!r}; {n_threads} threads need OpenMP (libgomp1 on Debian and "
+            "Ubuntu, libomp on macOS) or TBB (pip install tbb). Install one, or run with 1 thread."
         )
     return _layer[0]
 

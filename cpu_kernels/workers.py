@@ -6,46 +6,46 @@ Threads take tasks (an expert x 64 packed rows) from a counter, so unequal loads
 import numpy as np
 
 from cpu_kernels.call import (
-    PANEL,
-    IN_TRUE,
-    INTER_TRUE,
-    OUT_TRUE,
-    IN,
-    INTER,
-    OUT,
     BLOCK_BYTES,
-    X_BYTES,
+    CALL_SIZE,
     CODE_OFFSET,
-    GATED,
-    KIND,
     DOWN,
-    HAS_BIAS,
-    GATE_BIAS,
-    UP_BIAS,
     DOWN_BIAS,
-    SPLIT_BLOCKS,
+    FLAT,
+    GATE_BIAS,
+    GATED,
+    HAS_BIAS,
+    IN,
+    IN_TRUE,
+    INPUT,
+    INTER,
+    INTER_TRUE,
+    KIND,
     N_EXPERTS,
     N_TOKENS,
-    PARAMETERS,
-    RECORDS,
-    INPUT,
-    WEIGHTS,
-    OUT_ROWS,
-    STARTS,
-    TOKENS,
-    FLAT,
-    WANTED,
-    X,
-    H,
-    CALL_SIZE,
+    NEXT_DOWN,
     NEXT_TOKEN,
     NEXT_UP,
-    NEXT_DOWN,
     NOT_FINITE,
-    row_bytes_of,
+    OUT,
+    OUT_ROWS,
+    OUT_TRUE,
+    PANEL,
+    PARAMETERS,
+    RECORDS,
+    SPLIT_BLOCKS,
+    STARTS,
+    TOKENS,
+    UP_BIAS,
+    WANTED,
+    WEIGHTS,
+    X_BYTES,
+    H,
+    X,
     counter_address,
+    row_bytes_of,
 )
-from cpu_kernels.compiled import Worker, inline_kernel
+from cpu_kernels.compiled import Truth, Whole, Worker, inline_kernel
 from cpu_kernels.elementwise import ABSOLUTE_BITS, INFINITY_BITS, activate, gate_times_up, quantise_block
 from cpu_kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, INTERLEAVE
 from cpu_kernels.primitives import bytes_at, call_panel, floats_at, int32s_at, int64s_at, take_ticket
@@ -77,12 +77,13 @@ def _prepare(call_address: int, thread: int) -> None:
                 for i in range(columns.size):
                     padded[i] = columns[i]
                 columns = padded
-            if not _write_block(call, columns, 0, BLOCK_COLUMNS, target[block * block_bytes : (block + 1) * block_bytes]):
+            place = target[block * block_bytes : (block + 1) * block_bytes]
+            if not _write_block(call, columns, 0, BLOCK_COLUMNS, place):
                 int64s_at(counter_address(call, NOT_FINITE), 1)[0] = token + 1
 
 
 @inline_kernel
-def _write_block(call: np.ndarray, values: np.ndarray, place: int, size: int, out: np.ndarray) -> bool:
+def _write_block(call: np.ndarray, values: np.ndarray, place: Whole, size: Whole, out: np.ndarray) -> Truth:
     """values[:size] as columns place .. place + size of a block of activations; False if a value is not finite."""
     if call[CODE_OFFSET] > 0:
         return quantise_block(values, place, size, call[CODE_OFFSET], out)
@@ -96,7 +97,7 @@ def _write_block(call: np.ndarray, values: np.ndarray, place: int, size: int, ou
 
 
 @inline_kernel
-def _fill(buffer: np.ndarray, bias: np.ndarray, n_rows: int) -> None:
+def _fill(buffer: np.ndarray, bias: np.ndarray, n_rows: Whole) -> None:
     """Each of n_rows rows of 64 = bias."""
     for row in range(n_rows):
         for i in range(PANEL_ROWS):
@@ -105,7 +106,7 @@ def _fill(buffer: np.ndarray, bias: np.ndarray, n_rows: int) -> None:
 
 @inline_kernel
 def _products(
-    call: np.ndarray, matrix: int, n_blocks: int, x: int, row_ids: int, n_rows: int, out: int
+    call: np.ndarray, matrix: Whole, n_blocks: Whole, x: Whole, row_ids: Whole, n_rows: Whole, out: Whole
 ) -> None:
     """Adds 64 matrix rows times n_rows activation rows to `out`, in column parts that fit L1 if there are many rows."""
     row_block_bytes = n_blocks * call[BLOCK_BYTES]
@@ -147,7 +148,7 @@ def _up(call_address: int, thread: int) -> None:
 
 
 @inline_kernel
-def _read_up_bias(call: np.ndarray, record: int, column: int, bias: np.ndarray) -> None:
+def _read_up_bias(call: np.ndarray, record: Whole, column: Whole, bias: np.ndarray) -> None:
     """Starting values of a panel's rows: gate bias [32], up bias [32], or up bias [64] if ungated."""
     if not call[HAS_BIAS]:
         return
@@ -161,7 +162,9 @@ def _read_up_bias(call: np.ndarray, record: int, column: int, bias: np.ndarray) 
 
 
 @inline_kernel
-def _finish_up(call: np.ndarray, buffer: np.ndarray, column: int, n_columns: int, start: int, n_rows: int) -> None:
+def _finish_up(
+    call: np.ndarray, buffer: np.ndarray, column: Whole, n_columns: Whole, start: Whole, n_rows: Whole
+) -> None:
     """Activation of each row of `buffer`, written to columns column .. column + n_columns of the rows of H."""
     parameters = floats_at(call[PARAMETERS], N_PARAMETERS)
     n_true = max(0, min(n_columns, call[INTER_TRUE] - column))  # padding stays 0
@@ -203,7 +206,7 @@ def _down(call_address: int, thread: int) -> None:
 
 
 @inline_kernel
-def _finish_down(call: np.ndarray, buffer: np.ndarray, column: int, start: int, n_rows: int) -> None:
+def _finish_down(call: np.ndarray, buffer: np.ndarray, column: Whole, start: Whole, n_rows: Whole) -> None:
     """Rows of `buffer` times their routing weight, to columns column .. column + 64 of their rows of OUT_ROWS."""
     flat = int32s_at(call[FLAT] + 4 * start, n_rows)
     n_columns = min(PANEL_ROWS, call[OUT_TRUE] - column)

@@ -36,7 +36,8 @@ class CpuBackend(Protocol):
 
         records: uint64 [n], addresses of the packed experts; positions: int32 [n], indices into
         dispatch.expert_ids without repeats; hidden: float32 [T, H]; out_rows: float32 [T * top_k, H]. Rows of other
-        experts are not touched. The GIL is released. Raises DispatchError, LayoutError, ActivationValueError, BackendError.
+        experts are not touched. The GIL is released. Raises DispatchError, LayoutError, ActivationValueError and
+        BackendError.
         """
         ...
 
@@ -63,8 +64,8 @@ def check_run(
     bad = _first_bad_position(positions, records, dispatch.expert_ids.size)
     if bad >= 0:
         raise DispatchError(
-            f"positions[{bad}] = {positions[bad]} (record address {records[bad]:#x}) is out of range, repeated or has no "
-            f"record: positions index the {dispatch.expert_ids.size} active experts of the dispatch, each at most once"
+            f"positions[{bad}] = {positions[bad]} (record address {records[bad]:#x}) is out of range, repeated or "
+            f"has no record: positions index the {dispatch.expert_ids.size} active experts, each at most once"
         )
 
 
@@ -72,15 +73,16 @@ def _check_array(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ..
     if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
         layout = "" if array.flags.c_contiguous else ", not contiguous"
         raise LayoutError(
-            f"{name} must be C-contiguous {np.dtype(dtype)}{list(shape)}, found {array.dtype}{list(array.shape)}{layout}"
+            f"{name} must be C-contiguous {np.dtype(dtype)}{list(shape)}, "
+            f"found {array.dtype}{list(array.shape)}{layout}"
         )
 
 
 def raise_not_finite(row: int) -> None:
     """Reports the first input row that is not finite."""
     raise ActivationValueError(
-        f"hidden[{row}] contains NaN or infinity before the experts: the error lies in an earlier layer, its weights or "
-        "its dtype (float16 overflows where bfloat16 does not)"
+        f"hidden[{row}] contains NaN or infinity before the experts: the error lies in an earlier layer, its weights "
+        "or its dtype (float16 overflows where bfloat16 does not)"
     )
 
 

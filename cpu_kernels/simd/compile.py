@@ -86,7 +86,8 @@ def _cache_file(dtype: str, isa: Isa, target: Target, emulate_dot: bool) -> Path
 def _source_hash() -> str:
     """Hash of the sources that determine the code, so that an update never meets old kernels."""
     here = Path(__file__).parent
-    sources = [here / "tiles.py", here / "vectors.py", here / "compile.py", here.parent / "isa.py", here.parent / "layout.py"]
+    sources = [here / "tiles.py", here / "vectors.py", here / "compile.py"]
+    sources += [here.parent / "isa.py", here.parent / "layout.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
@@ -97,7 +98,7 @@ def _optimised(dtype: str, isa: Isa, machine: llvm.TargetMachine, emulate_dot: b
     module = llvm.parse_assembly(str(source))
     module.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False  # written as vectors already
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False  # is written as such
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
     return module

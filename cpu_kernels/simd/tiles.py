@@ -54,7 +54,8 @@ def _panel_function(module: ir.Module, isa: Isa, tiles: list[tuple[int, ir.Funct
         stop = s.b.add(done, s.b.sub(left, s.b.srem(left, s.const(n_tokens))))
         with s.loop(done, stop, n_tokens) as i:
             ids = s.offset(row_ids, s.b.mul(i, s.const(4)))
-            s.b.call(tile, [weights, stride, n_blocks, x, x_stride, ids, s.offset(out, s.b.mul(i, s.const(4 * PANEL_ROWS)))])
+            place = s.offset(out, s.b.mul(i, s.const(4 * PANEL_ROWS)))
+            s.b.call(tile, [weights, stride, n_blocks, x, x_stride, ids, place])
         done = stop
     s.b.ret_void()
 
@@ -62,7 +63,7 @@ def _panel_function(module: ir.Module, isa: Isa, tiles: list[tuple[int, ir.Funct
 def _tile_function(
     module: ir.Module, dtype: str, isa: Isa, n_tokens: int, n_vectors: int, emulate_dot: bool
 ) -> ir.Function:
-    """tile(weights, row_block_bytes, n_blocks, x, x_row_bytes, row_ids, out): n_tokens x 64 rows, n_vectors at a time."""
+    """tile(weights, row_block_bytes, n_blocks, x, x_row_bytes, row_ids, out): 64 rows, n_vectors at a time."""
     arguments = [POINTER, I64, I64, POINTER, I64, POINTER, POINTER]
     function = ir.Function(module, ir.FunctionType(VOID, arguments), f"tile_{n_tokens}x{n_vectors}")
     function.linkage = "internal"
@@ -116,9 +117,9 @@ class _Tile:
         s = self.s
         per_block = BLOCK_ROWS // s.lanes
         step = s.b.mul(block, s.const(block_bytes(self.dtype)))
-        blocks = [
-            s.offset(s.offset(start, step), s.b.mul(self.stride, s.const(i))) for i in range(-(-self.n_vectors // per_block))
-        ]
+        first = s.offset(start, step)
+        n_blocks = -(-self.n_vectors // per_block)
+        blocks = [s.offset(first, s.b.mul(self.stride, s.const(i))) for i in range(n_blocks)]
         rows = []
         for vector in range(self.n_vectors):
             lane = s.b.mul(s.b.add(part, s.const(vector % per_block)), s.const(s.lanes))
@@ -132,7 +133,7 @@ class _Tile:
             self._float_lines(rows, x)
 
     def _place(self, row: Row, n_bytes: int, lane_bytes: int) -> ir.Value:
-        """Address of the vector's lanes in the line at n_bytes of its block; lane_bytes: bytes of a row in that line."""
+        """Address of the vector's rows in the line at n_bytes of its block; lane_bytes: bytes of a row there."""
         return self.s.offset(self.s.offset(row[0], n_bytes), self.s.b.mul(row[1], self.s.const(lane_bytes)))
 
     def _integer_group(self, rows: list[Row], x: list[ir.Value], group: int) -> None:
