@@ -47,9 +47,11 @@ class OpenModel:
 def open_model(config: DeployConfig, *, show_progress: bool = True) -> Iterator[OpenModel]:
     """Load the model of `config`; its lanes stop when the block ends."""
     quiet_libraries()
-    from hybrimoe.checkpoint import load, load_tokenizer
+    from hybrimoe.checkpoint import load, load_tokenizer, model_directory
+    from hybrimoe.checkpoint.source import read_config_dict
     from hybrimoe.generation import TextGenerator
 
+    read_config_dict(model_directory(config.model))  # no model is a clearer message than no tokenizer
     tokenizer = load_tokenizer(config.model)
     with progress_bar(show_progress) as progress, warnings_as_notes():
         model = load(config.model, config=config, progress=progress)
@@ -92,8 +94,10 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True) as bar:
         tasks: dict[str, Any] = {}
+        begin = bar.add_task("starting (the first start compiles kernels)", total=None)
 
         def move(done: int, total: int, what: str) -> None:
+            bar.update(begin, visible=False)
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total or None)
             bar.update(tasks[what], completed=done, total=total or None)

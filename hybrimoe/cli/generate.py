@@ -80,14 +80,22 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
     Raises:
         typer.BadParameter: given twice, or not at all with a terminal on stdin.
-        PromptError: the file is no UTF-8 text.
+        PromptError: it is empty, or no UTF-8 text.
     """
     from hybrimoe.errors import PromptError
 
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give --prompt or --prompt-file, not both")
-    if prompt is not None:
-        return prompt
+    text = prompt if prompt is not None else _read(prompt_file)
+    if not text.strip():
+        raise PromptError("the prompt is empty: expected some text to continue")
+    return text
+
+
+def _read(prompt_file: Path | None) -> str:
+    """A file, or stdin. Its last line end is the end of the file or of `echo`, not of the prompt."""
+    from hybrimoe.errors import PromptError
+
     if prompt_file is None and sys.stdin.isatty():
         raise typer.BadParameter('no prompt: give --prompt "some text", --prompt-file FILE, or text on stdin')
     try:
@@ -95,9 +103,9 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
             text = sys.stdin.read()
         else:
             text = prompt_file.read_text(encoding="utf-8")
-        return text.removesuffix("\n")  # the end of a file or of `echo`, not of the prompt
     except UnicodeDecodeError as error:
         raise PromptError(f"the prompt in {prompt_file or 'stdin'} is no UTF-8 text: {error}") from error
+    return text.removesuffix("\n")
 
 
 def check_writable(path: Path | None) -> None:

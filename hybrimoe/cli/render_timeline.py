@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from statistics import median_low
 from typing import TYPE_CHECKING
@@ -29,6 +31,7 @@ KINDS = {
 LANE_TITLES = {"cpu": "CPU", "accel": "accel", "link": "link", "disk": "disk"}
 TITLE_COLUMNS, BUSY_COLUMNS = 6, 7
 LAYERS_A_PIECE = 12
+GAP_SHARE = 0.02
 SEEN_COLUMNS = 0.02
 """A task that fills less of a column than this is not drawn."""
 
@@ -41,8 +44,10 @@ def timeline(records: Sequence[TaskRecord], *, label: str, width: int = 80) -> G
     steps: dict[int, list[TaskRecord]] = defaultdict(list)
     for record in records:
         steps[record.step].append(record)
-    parts = [_step(name, steps[step], label, width) for name, step in _chosen(steps)]
-    return Group(*parts, _legend({record.kind for record in records})) if parts else Group("no step was recorded")
+    if not steps:
+        return Group("no step was recorded")
+    parts = [_step(name, steps[step], width) for name, step in _chosen(steps)]
+    return Group(*parts, _legend({record.kind for record in records}), Text(f"times: {label}", style="dim"))
 
 
 def _chosen(steps: dict[int, list[TaskRecord]]) -> list[tuple[str, int]]:
@@ -63,17 +68,44 @@ def _span(records: Sequence[TaskRecord]) -> tuple[float, float]:
     return min(record.start_us for record in records), max(record.end_us for record in records)
 
 
-def _step(name: str, records: Sequence[TaskRecord], label: str, width: int) -> Group:
+def _step(name: str, records: Sequence[TaskRecord], width: int) -> Group:
     """One step; a deep model's is cut into pieces of `LAYERS_A_PIECE` layers, one below the other."""
+    begin, finish = _span(records)
+    records, working_us = _without_gaps(records)
     start, end = _span(records)
     begins = _layer_begins(records)
     cuts = [start, *sorted(begins.values())[LAYERS_A_PIECE::LAYERS_A_PIECE], end]
     pieces = [_piece(records, begins, low, high, width) for low, high in pairwise(cuts)]
-    return Group(Text(f"{name}: {(end - start) / 1000:.2f} ms, {label}", style="bold"), *pieces, "")
+    title = f"{name}: {(finish - begin) / 1000:.2f} ms, a lane works in {working_us / 1000:.2f} ms of it"
+    return Group(Text(title, style="bold"), *pieces, "")
+
+
+def _without_gaps(records: Sequence[TaskRecord]) -> tuple[list[TaskRecord], float]:
+    """The records moved together where no lane works (attention, norms), and the time in which any lane works.
+
+    Such a gap is shown with at most `GAP_SHARE` of the working time, so that small models are more than blanks.
+    """
+    busy: list[list[float]] = []
+    for record in sorted(records, key=lambda item: (item.start_us, item.end_us)):
+        if busy and record.start_us <= busy[-1][1]:
+            busy[-1][1] = max(busy[-1][1], record.end_us)
+        else:
+            busy.append([record.start_us, record.end_us])
+    working_us = sum(stop - start for start, stop in busy)
+    moved_us, shifts = 0.0, [(busy[0][0], 0.0)]
+    for before, after in pairwise(busy):
+        moved_us += max(0.0, after[0] - before[1] - GAP_SHARE * working_us)
+        shifts.append((after[0], moved_us))
+    starts = [start for start, _ in shifts]
+    moved = []
+    for record in records:
+        shift = shifts[bisect_right(starts, record.start_us) - 1][1]
+        moved.append(replace(record, start_us=record.start_us - shift, end_us=record.end_us - shift))
+    return moved, working_us
 
 
 def _piece(records: Sequence[TaskRecord], begins: dict[int, float], low: float, high: float, width: int) -> Group:
-    """Every lane from `low` to `high` us: a bar and the share of that time in which the lane was busy."""
+    """Every lane from `low` to `high` us: a bar and the share of the shown time in which it works."""
     from scheduler.graph.export import gantt
 
     columns = max(10, width - TITLE_COLUMNS - BUSY_COLUMNS)

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hybrimoe.cli.app import app
@@ -23,7 +24,7 @@ class Outcome:
         return json.loads(self.out)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def hybrimoe():
     """Call it with the words of a command line, and `stdin` text."""
 
@@ -34,3 +35,16 @@ def hybrimoe():
         return Outcome(result.exit_code, result.stdout, result.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_machine(tmp_path_factory):
+    """The demo model is packed once for all command lines, nothing is left in the home directory, and torch computes
+    with one thread: the model is too small for more, and other tests may be running."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRIMOE_CACHE", str(tmp_path_factory.mktemp("packed")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,206 @@
+"""`hybrimoe generate` on the demo model, from the command line to the last line of the summary."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from transformers import AutoModelForCausalLM
+
+from hybrimoe.checkpoint import load_tokenizer
+from hybrimoe.cli.generate import read_prompt
+from hybrimoe.demo import demo_model_path
+from hybrimoe.errors import PromptError
+
+PROMPT = "It was a bright morning, and Elizabeth"
+SAMPLED = ("--temperature", "0.8", "--top-p", "0.9", "--seed", "7", "--max-new-tokens", "12")
+
+
+@pytest.fixture(scope="module")
+def run(hybrimoe, tmp_path_factory):
+    """One run with everything recorded: its JSON document and its trace file."""
+    trace = tmp_path_factory.mktemp("trace") / "run.json"
+    result = hybrimoe("generate", "-p", PROMPT, *SAMPLED, "--json", "--timeline", "--trace", trace)
+    assert result.code == 0, result.err
+    assert result.err == ""
+    return result.data, json.loads(trace.read_text())
+
+
+def test_text_goes_to_stdout_and_summary_and_timeline_to_stderr(hybrimoe, run, tmp_path):
+    trace = tmp_path / "run.json"
+    result = hybrimoe("generate", "--prompt", PROMPT, *SAMPLED, "--timeline", "--trace", trace)
+    assert result.code == 0, result.err
+    assert result.out == run[0]["text"] + "\n", "the same seed gives the same text"
+    for words in ("prefill", "decode", "tokens/s", "first token after", "hit rate", "precision", "CPU", "seed 7"):
+        assert words in result.err
+    for words in ("prefill, step", "decode, step", "CPU expert", "accelerator expert", "L0", str(trace)):
+        assert words in result.err.replace("\n", "")
+    assert "accelerator (emulated)" in result.err
+    assert max(len(line) for line in result.err.splitlines() if "trace" not in line) <= 80
+    assert trace.stat().st_size > 0
+
+
+def test_json_has_text_counts_speed_and_lanes(run):
+    data, trace = run
+    assert data["model"] == "demo"
+    assert data["new_tokens"] == len(data["token_ids"]) == 12
+    assert data["finish_reason"] == "length"
+    assert data["seed"] == 7
+    assert data["prefill"]["tokens"] == data["prompt_tokens"] > 4
+    assert data["decode"]["tokens"] == 11
+    assert 0 < data["decode"]["median_us"] <= data["decode"]["p95_us"]
+    assert data["provenance"] == "emulated accelerator"
+    experts = data["experts"]
+    total = experts["total"]
+    assert total["hits"] + total["misses"] == total["activated"] == total["cpu_experts"] + total["accel_experts"]
+    assert experts["n_slots"] == experts["n_experts"] // 4, "the demo preset caches a quarter"
+    assert experts["prefill"]["calls"] * 11 == experts["decode"]["calls"]
+    assert {"cpu", "accel"} <= {record["lane"] for record in data["timeline"]}
+    events = trace["traceEvents"]
+    assert sum(event["ph"] == "X" for event in events) == len(data["timeline"])
+    assert all({"pid", "tid", "ts", "name"} <= set(event) for event in events)
+
+
+def test_greedy_text_of_exact_experts_is_that_of_transformers(hybrimoe):
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(None)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, do_sample=False, max_new_tokens=12, repetition_penalty=1.0)
+    expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    words = ("-t", "0", "--repetition-penalty", "1", "-n", "12", "--config", "high-quality", "--accelerator", "none")
+    result = hybrimoe("generate", "-p", PROMPT, *words)
+    assert result.out == expected + "\n"
+    assert "accelerator" not in result.err
+
+
+def test_another_seed_gives_another_text_and_a_stop_text_ends_it(hybrimoe, run):
+    text = run[0]["text"]
+    stop = text[8:11]
+    data = hybrimoe("generate", "-p", PROMPT, *SAMPLED, "--json", "--stop", stop).data
+    assert data["finish_reason"] == "stop"
+    assert data["text"] == text[: text.index(stop)]
+    other = hybrimoe("generate", *SAMPLED, "--seed", "8", "-q", stdin=PROMPT + "\n")
+    assert other.code == 0
+    assert other.err == ""
+    assert other.out != text + "\n"
+
+
+def test_a_prompt_comes_from_one_place_without_the_last_line_end(tmp_path, monkeypatch):
+    file = tmp_path / "prompt.txt"
+    file.write_text("für dich\n\n", encoding="utf-8")
+    assert read_prompt(None, file) == "für dich\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("piped\n"))
+    assert read_prompt(None, Path("-")) == "piped"
+    monkeypatch.setattr("sys.stdin", io.StringIO("piped"))
+    assert read_prompt(None, None) == "piped"
+    assert read_prompt("given\n", None) == "given\n"
+    file.write_bytes(b"\xff\xfe broken")
+    with pytest.raises(PromptError, match="no UTF-8 text"):
+        read_prompt(None, file)
+
+
+def test_without_a_prompt_a_terminal_is_told_how_to_give_one(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    with pytest.raises(typer.BadParameter, match="--prompt"):
+        read_prompt(None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("-p", ""), 1, "the prompt is empty"),
+        (("-p", "word " * 4000), 1, "context is 2048 tokens"),
+        (("-p", "x", "--prompt-file", "y"), 2, "not both"),
+        (("--prompt-file", "/nonexistent/prompt.txt"), 1, "/nonexistent/prompt.txt"),
+        (("-p", "x", "--top-p", "3"), 2, "top_p must be between 0.0 and 1.0"),
+        (("-p", "x", "-n", "0"), 2, "max_new_tokens must be at least 1"),
+        (("-p", "x", "-t", "hot"), 2, "temperature"),
+        (("-p", "x", "--policy", "hybrimo"), 2, "did you mean 'hybrimoe'"),
+        (("-p", "x", "--dtype", "int5"), 2, "int4"),
+        (("-p", "x", "--slots", "10B"), 1, "10"),
+        (("-p", "x", "--slots", "many"), 2, "many"),
+        (("-p", "x", "--accelerator", "cuda:7"), 1, "cuda"),
+        (("-p", "x", "--accelerator", "gpu"), 2, "gpu"),
+        (("-p", "x", "--config", "/nonexistent.yaml"), 2, "/nonexistent.yaml"),
+        (("-p", "x", "--trace", "/nonexistent/trace.json"), 1, "/nonexistent/trace.json"),
+        (("/nonexistent/model", "-p", "x"), 1, "/nonexistent/model"),
+    ],
+)
+def test_bad_input_is_one_clear_message(hybrimoe, words, code, message):
+    result = hybrimoe("generate", *words)
+    assert result.code == code, result.err
+    assert message in " ".join(result.err.split())
+    assert "Traceback" not in result.err
+    assert "defect" not in result.err
+    assert result.out == ""
+
+
+def test_with_json_bad_input_is_a_json_document(hybrimoe):
+    result = hybrimoe("generate", "-p", "x", "--policy", "hybrimo", "--json")
+    assert result.code == 2
+    assert "hybrimoe" in result.data["error"]["message"]
+    assert result.err == ""
+
+
+def test_a_directory_that_is_no_model_and_one_without_experts(hybrimoe, tmp_path):
+    result = hybrimoe("generate", tmp_path, "-p", "x")
+    assert result.code == 1
+    assert "config.json" in result.err
+    dense = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 32, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(dense))
+    result = hybrimoe("generate", tmp_path, "-p", "x")
+    assert result.code == 1
+    assert "defect" not in result.err
+
+
+def test_an_unknown_key_of_a_deployment_file_is_named_with_its_line(hybrimoe, tmp_path):
+    file = tmp_path / "deploy.yaml"
+    file.write_text("accelerator: none\nmemroy:\n  gpu_experts: 3\n")
+    result = hybrimoe("generate", "-p", "x", "--config", file)
+    assert result.code == 2
+    assert f"{file}:2" in result.err.replace("\n", "")
+    assert "memory" in result.err
+
+
+def test_a_deployment_file_is_used_and_options_go_over_it(hybrimoe, tmp_path):
+    file = tmp_path / "deploy.yaml"
+    file.write_text("accelerator: emulated\nmemory: {gpu_experts: 16}\ncpu: {expert_dtype: int4}\n")
+    few = ("generate", "-p", PROMPT, "-n", "2", "--json", "--config", file)
+    data = hybrimoe(*few).data
+    assert data["experts"]["n_slots"] == 16
+    data = hybrimoe(*few, "--slots", "0").data
+    assert data["experts"]["n_slots"] == 0
+    assert data["experts"]["total"]["accel_experts"] == 0
+    assert data["provenance"] == "measured"
+
+
+def test_ctrl_c_ends_the_text_and_the_summary_of_what_there_is_follows():
+    command = [sys.executable, "-m", "hybrimoe", "generate", "-p", PROMPT, "-n", "1500", "--seed", "1", "-t", "1"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        first = process.stdout.read(8)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(first) == 8
+    assert out.endswith(b"\n")
+    assert b"interrupted" in err
+    assert b"tokens/s" in err
+    assert b"Traceback" not in err
+
+
+def test_a_reader_that_closes_the_pipe_ends_the_program_without_an_error():
+    command = f"{sys.executable} -m hybrimoe generate -q -n 400 -p 'It was' --accelerator none | head -c 4"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert len(done.stdout) == 4
+    assert done.stderr == ""
