@@ -23,6 +23,7 @@ from scheduler.planner import Planner
 from scheduler.policies import resolve_policy
 from scheduler.profile import HardwareProfile, ModelShape
 from scheduler.records import TaskRecord
+from scheduler.setting import Scorer
 from scheduler.simulate_dense import DenseCosts
 from scheduler.simulate_engine import Engine, HostTier, SimulationError
 from scheduler.simulate_stats import PhaseResult, PhaseStats, PrefetchJudge
@@ -87,8 +88,8 @@ class Simulator:
 
     ``frequencies`` float [layers, experts] is what a profile of other sequences says about use (for the warm-up);
     None leaves the start to the policy. ``predictions`` are what gate lookahead would give. ``source`` reuses another
-    simulator's demands of the same trace and predictions. With ``keep_records`` the executed tasks and the planned
-    layers are kept (for one step, not for long traces).
+    simulator's demands of the same trace and predictions. The scorers are what ``learned`` policies ask. With
+    ``keep_records`` the executed tasks and the planned layers are kept (for one step, not for long traces).
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class Simulator:
         phase: Phase | None = None,
         keep_records: bool = False,
         source: DemandSource | None = None,
+        scorer: Scorer | None = None,
+        prefetch_scorer: Scorer | None = None,
     ) -> None:
         check_fit(trace, shape)
         self.trace, self.profile, self.shape, self.config = trace, profile, shape, config
@@ -109,19 +112,20 @@ class Simulator:
         self.steps: Sequence[TraceStep] = list(trace.steps(phase, config.prefill_chunk))
         self.dense = DenseCosts(profile, shape, config.dense_dtype)
         self.n_slots = slots_for(config, shape)
-        self.planner = self._planner()
+        self.planner = self._planner(scorer, prefetch_scorer)
         self.engine = self._engine(keep_records, frequencies)
         self.layers: list[PlannedLayer] = []
         self._judge = PrefetchJudge(trace.n_layers, trace.n_experts)
         self._warm_up(frequencies)
 
-    def _planner(self) -> Planner:
+    def _planner(self, scorer: Scorer | None, prefetch_scorer: Scorer | None) -> Planner:
         config = self.config
         believed = CostModel(self.dense.planner_profile(config.context_tokens), self.shape, config.expert_dtype)
         return Planner(
             self.shape.n_layers, self.shape.n_experts, self.n_slots, believed, policy=config.policy,
             lookahead=config.lookahead, seed=config.seed,
-            future=self._future(self.steps[0].sequence), **config.params,
+            scorer=scorer, prefetch_scorer=prefetch_scorer, future=self._future(self.steps[0].sequence),
+            **config.params,
         )  # fmt: skip
 
     def _future(self, sequence: int) -> Future | None:
@@ -239,6 +243,10 @@ def simulate(
     frequencies: NDArray[np.float64] | None = None,
     phase: Phase | None = None,
     source: DemandSource | None = None,
+    scorer: Scorer | None = None,
+    prefetch_scorer: Scorer | None = None,
 ) -> list[PhaseResult]:
     """Build a :class:`Simulator` and run it."""
-    return Simulator(trace, profile, shape, config, predictions, frequencies, phase, source=source).run()
+    return Simulator(
+        trace, profile, shape, config, predictions, frequencies, phase, False, source, scorer, prefetch_scorer
+    ).run()

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import numpy as np
@@ -110,14 +109,13 @@ class Trace:
             arrays["expert_weights"] = self.expert_weights
         if self.predicted_ids is not None:
             arrays["predicted_ids"] = self.predicted_ids
-        with NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as handle:
-            try:
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as handle:
                 np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
-                handle.flush()
-                os.replace(handle.name, path)
-            except BaseException:
-                os.unlink(handle.name)
-                raise
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def has_phase(self, phase: Phase) -> bool:
         return bool((self.phase == PHASE_CODES[phase]).any())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,6 +56,12 @@ def simulate(
     host_ratio: Annotated[
         float, typer.Option(help="Share of all experts that host memory holds; the rest is on disk.")
     ] = 1.0,
+    cache_model: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Net of `trace train --target cache`, for learned caches.")
+    ] = None,
+    prefetch_model: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Net of `trace train --target prefetch`, for learned prefetch.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed, the same numbers.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,6 +82,8 @@ def simulate(
         max_tokens=max_tokens,
         host_ratio=host_ratio,
         seed=seed,
+        cache_model=cache_model,
+        prefetch_model=prefetch_model,
     )
     report = run_simulations(request)
     for text in report.notes:
@@ -85,7 +94,7 @@ def simulate(
         _show(report.results, report.title)
 
 
-COLUMNS = ("policy", "slots", "phase", "ms", "gain", "hits", "CPU", "accel", "link", "copies", "ahead", "right")
+COLUMNS = ("policy", "slots", "phase", "ms", "gain", "hits", "CPU", "acc", "link", "copies", "prefetched")
 
 
 def _show(results: list[PhaseResult], title: str) -> None:
@@ -93,10 +102,10 @@ def _show(results: list[PhaseResult], title: str) -> None:
     rows = []
     for r in results:
         first = base.setdefault((r.cache_ratio, r.phase), r.latency_ms)
-        precision = f"{r.prefetch_precision:.0%}" if r.prefetches else "-"
+        ahead = f"{r.prefetches} ({r.prefetch_precision:.0%})" if r.prefetches else "-"
         rows.append(
             (r.policy, f"{r.cache_ratio:.0%}", r.phase, f"{r.latency_ms:.2f}", f"{first / r.latency_ms:.2f}x",
              f"{r.hit_rate:.1%}", f"{r.cpu_busy:.0%}", f"{r.accel_busy:.0%}", f"{r.link_busy:.0%}", r.transfers,
-             r.prefetches, precision)
+             ahead)
         )  # fmt: skip
     render.out().print(render.table(title, COLUMNS, rows))

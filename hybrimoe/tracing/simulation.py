@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast, get_args
 
 from hybrimoe.errors import ConfigError, did_you_mean
 from hybrimoe.profiles import open_hardware
+from hybrimoe.tracing.onnx_net import OnnxScorer
 from hybrimoe.tracing.sources import open_trace, split
 from scheduler.analysis import expert_frequencies
 from scheduler.policies import resolve_policy
@@ -33,6 +35,8 @@ class SimulationRequest:
     max_tokens: int = 2000
     host_ratio: float = 1.0
     seed: int = 0
+    cache_model: Path | None = None
+    prefetch_model: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +75,13 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
     predictions = predictions_for(evaluation, kind, calibration, request.seed)
     source = DemandSource(evaluation, predictions)
     known = expert_frequencies(calibration)
+    scorer, prefetch_scorer = _scorer(request.cache_model), _scorer(request.prefetch_model)
     results = [
         result
         for config in configs
-        for result in simulate(evaluation, profile, found.shape, config, None, known, phase, source)
+        for result in simulate(
+            evaluation, profile, found.shape, config, None, known, phase, source, scorer, prefetch_scorer
+        )
     ]
     told = "none" if predictions is None else predictions.kind
     notes = (*found.notes, f"{evaluation.n_tokens} of {found.trace.n_tokens} tokens; routing ahead: {told}")
@@ -92,6 +99,10 @@ def _config(request: SimulationRequest, policy: str, ratio: float) -> Simulation
         host_ratio=request.host_ratio,
         seed=request.seed,
     )
+
+
+def _scorer(path: Path | None) -> OnnxScorer | None:
+    return None if path is None else OnnxScorer(path)
 
 
 def _phase(name: str | None) -> Phase | None:

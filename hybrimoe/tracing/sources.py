@@ -50,12 +50,16 @@ def open_trace(
     if source == SYNTHETIC or (source is None and shape is not None and not _is_demo_shape(open_shape(shape))):
         found = open_shape(shape if shape is not None else DEMO_MODEL)
         return TraceInput(_synthetic(found, seed, sequences), found, ("trace: synthetic routing of this shape",))
-    path = DEMO_TRACE if source in (None, DEMO) else Path(str(source)).expanduser()
-    trace = Trace.load(path)
+    trace = load_trace(source or DEMO)
     if shape is not None:
         return TraceInput(trace, open_shape(shape))
-    found, note = _shape_of(trace, demo=path == DEMO_TRACE)
+    found, note = _shape_of(trace, demo=source in (None, DEMO))
     return TraceInput(trace, found, (note,))
+
+
+def load_trace(source: str) -> Trace:
+    """A trace by file or the name ``demo``."""
+    return Trace.load(DEMO_TRACE if source == DEMO else Path(source).expanduser())
 
 
 def _synthetic(shape: ModelShape, seed: int, sequences: int) -> Trace:

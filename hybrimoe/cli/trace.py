@@ -1,0 +1,123 @@
+"""`hybrimoe trace`: record the routing of a model, analyse it, train predictors on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hybrimoe.cli import render
+from hybrimoe.cli.common import ConfigOption, JsonOption, ModelArgument
+
+
+def register(app: typer.Typer) -> None:
+    """Add `trace record`, `trace analyze` and `trace train`."""
+    group = typer.Typer(no_args_is_help=True, help="Record and analyse the expert routing of a model.")
+    group.command("record")(record)
+    group.command("analyze")(analyze)
+    group.command("train")(train)
+    app.add_typer(group, name="trace")
+
+
+def record(
+    model: ModelArgument = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .npz to write.")] = Path("trace.npz"),
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt, one sequence each; repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt a line.")] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Decode steps a prompt.")] = 64,
+    horizon: Annotated[int, typer.Option(min=0, help="Layers ahead that are predicted.")] = 3,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="The same seed, the same text.")] = 0,
+    licence: Annotated[str, typer.Option(help="Licence of the trace, kept in the file.")] = "Apache-2.0",
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate replies and record ids, weights and predicted routing of every layer, in prefill and decode."""
+    from hybrimoe.cli.common import deploy_config
+    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.generation import SamplingOptions
+    from hybrimoe.tracing.prompts import DEFAULT_PROMPTS
+    from hybrimoe.tracing.record import record_texts
+
+    texts = [*(prompt or ()), *_lines(prompts)] or list(DEFAULT_PROMPTS)
+    deployment = deploy_config(config, model=model, accelerator="none" if config is None else None)
+    options = SamplingOptions(max_new_tokens=new_tokens, temperature=temperature, seed=seed)
+    with open_model(deployment, show_progress=not as_json) as opened:
+        trace = record_texts(opened.generator, texts, options, source=opened.name, licence=licence, horizon=horizon)
+    trace.save(out)
+    facts = {"file": str(out), "tokens": trace.n_tokens, "sequences": len(texts), "layers": trace.n_layers,
+             "experts": trace.n_experts, "top_k": trace.top_k, "bytes": out.stat().st_size}  # fmt: skip
+    if as_json:
+        render.emit_json(facts)
+    else:
+        told = (
+            f"{trace.n_tokens} tokens of {len(texts)} sequences, {trace.n_layers} layers of {trace.n_experts} experts"
+        )
+        render.out().print(f"{out}: {told}", soft_wrap=True)
+
+
+def _lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    from hybrimoe.errors import PromptError
+
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} cannot be read as text: {error}") from error
+    if not found:
+        raise PromptError(f"{path} holds no prompt: expected one a line")
+    return found
+
+
+def analyze(
+    trace: Annotated[str, typer.Argument(metavar="TRACE", help="An .npz trace, or demo.")] = "demo",
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained HTML page.")] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the plots as PNG files.")] = None,
+    slow_tokens: Annotated[int, typer.Option(min=2, help="Tokens for SCH and the planner's cache policies.")] = 400,
+    as_json: JsonOption = False,
+) -> None:
+    """Hit-rate curves, SRP and SCH, reuse, load, predictors, and whether the model suits offloading."""
+    from hybrimoe.tracing.analyse import analyse
+    from hybrimoe.tracing.report import tables, write_figures, write_html
+    from hybrimoe.tracing.sources import load_trace
+
+    report = analyse(load_trace(trace), slow_tokens=slow_tokens)
+    written = [] if plots is None else write_figures(report, plots)
+    if html is not None:
+        write_html(report, html)
+        written.append(html)
+    if as_json:
+        render.emit_json(report)
+    else:
+        for title, columns, rows in tables(report):
+            render.out().print(render.table(title, columns, rows))
+            render.out().print()
+        render.out().print(report["verdict"]["text"])
+    for path in written:
+        render.note(f"written: {path}")
+
+
+def train(
+    traces: Annotated[
+        list[str] | None, typer.Argument(metavar="TRACE...", help=".npz traces of one model, or demo.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .onnx to write.")] = Path(
+        "predictor.onnx"
+    ),
+    target: Annotated[str, typer.Option(help="cache (next use) or prefetch (next layer's routing).")] = "cache",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples.")] = 8,
+    seed: Annotated[int, typer.Option(help="The same seed, the same predictor.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the small net of the `learned` policies; it is judged on the last quarter of the sequences."""
+    from hybrimoe.tracing.learn import train_predictor
+    from hybrimoe.tracing.sources import load_trace
+
+    found = train_predictor([load_trace(name) for name in traces or ["demo"]], target, out, epochs=epochs, seed=seed)
+    if as_json:
+        render.emit_json(found)
+    else:
+        rows = [(key, f"{value:.4f}" if isinstance(value, float) else str(value)) for key, value in found.items()]
+        render.out().print(render.table(f"Predictor {out}", ("", ""), rows))

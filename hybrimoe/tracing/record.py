@@ -1,0 +1,225 @@
+"""Records the routing of a model while it generates: ids, weights, and what the next layers' gates predict.
+
+Hooks on the experts modules see (hidden, top_k_index, top_k_weights) of every call, on plain transformers models and on
+injected ones alike. At the end of a step the gates of the next layers are applied to each layer's hidden state, for all
+tokens, which gives ``predicted_ids``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from hybrimoe import experts_layout
+from hybrimoe.errors import ModelError
+from hybrimoe.runtime.hybrid_experts import HybridExperts
+from hybrimoe.runtime.lookahead import LinearGate, Lookahead, ProbeSink, RoutingCaptured, run_probe
+from scheduler.trace import PHASE_CODES, Phase, Trace
+
+if TYPE_CHECKING:
+    from hybrimoe.generation import SamplingOptions, TextGenerator
+
+DEFAULT_HORIZON = 3
+#: Predicted experts kept for each of a token's top-k, best first.
+WIDTH_PER_TOP_K = 2
+ABSENT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """One call of a layer's experts: hidden [T, H], top_k_index int16 [T, k], top_k_weights float16 [T, k]."""
+
+    hidden: torch.Tensor
+    index: NDArray[np.int16]
+    weights: NDArray[np.float16]
+
+
+@dataclass(slots=True)
+class Recorded:
+    """Arrays of one step, [T, layers, ...]."""
+
+    ids: NDArray[np.int16]
+    weights: NDArray[np.float16]
+    predicted: NDArray[np.int16]
+    sequence: int
+    phase: Phase
+
+
+@dataclass(slots=True)
+class RoutingTap:
+    """Listens to a model. Use :func:`listening`; call :meth:`begin_sequence` before each new text.
+
+    Within a step the last call of a layer counts: earlier ones are lookahead probes of the runtime.
+    """
+
+    model: nn.Module
+    horizon: int = DEFAULT_HORIZON
+    steps: list[Recorded] = field(default_factory=list)
+    _experts: list[nn.Module] = field(default_factory=list)
+    _calls: dict[int, LayerCall] = field(default_factory=dict)
+    _lookahead: Lookahead | None = None
+    _sink: ProbeSink | None = None
+    _sequence: int = -1
+    _fresh: bool = True
+
+    def __post_init__(self) -> None:
+        paths, self._experts = experts_modules(self.model)
+        blocks = [self.model.get_submodule(path.rpartition(".")[0]) for path in paths]
+        self._lookahead = Lookahead(
+            blocks, self._experts, [num_experts(module) for module in self._experts], self.horizon, self._probe
+        )
+
+    def begin_sequence(self) -> None:
+        """The next step starts a new sequence with its prefill."""
+        self.flush()
+        self._sequence += 1
+        self._fresh = True
+
+    def flush(self) -> None:
+        """Turn the calls of the step that has ended into arrays."""
+        if len(self._calls) < len(self._experts):
+            self._calls.clear()
+            return
+        calls = [self._calls[layer] for layer in range(len(self._experts))]
+        self._calls = {}
+        n_tokens = calls[0].index.shape[0]
+        phase: Phase = "prefill" if self._fresh or n_tokens > 1 else "decode"
+        self._fresh = False
+        ids = np.stack([call.index for call in calls], axis=1)
+        weights = np.stack([call.weights for call in calls], axis=1)
+        self.steps.append(Recorded(ids, weights, self._predict(calls), self._sequence, phase))
+
+    def heard(self, layer: int, arguments: tuple[Any, ...]) -> None:
+        """A layer's experts are called."""
+        hidden, index, weights = arguments[:3]
+        if self._sink is not None:
+            self._sink.top_k_index, self._sink.top_k_weights = index, weights
+            raise RoutingCaptured
+        n_experts = num_experts(self._experts[layer])
+        chosen = index.detach().cpu().numpy().astype(np.int64)
+        chosen = np.where((chosen >= 0) & (chosen < n_experts), chosen, ABSENT).astype(np.int16)
+        flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        self._calls[layer] = LayerCall(flat, chosen, weights.detach().float().cpu().numpy().astype(np.float16))
+
+    def _predict(self, calls: Sequence[LayerCall]) -> NDArray[np.int16]:
+        """int16 [T, layers, horizon, width]."""
+        lookahead = self._lookahead
+        assert lookahead is not None
+        for layer, call in enumerate(calls):
+            if not lookahead.learned(layer):
+                lookahead.learn(layer, call.hidden, call.index)
+        n_tokens, top_k = calls[0].index.shape
+        width = min(WIDTH_PER_TOP_K * top_k, min(num_experts(module) for module in self._experts))
+        found = np.full((n_tokens, len(calls), self.horizon, width), ABSENT, np.int16)
+        for layer, call in enumerate(calls):
+            host = call.hidden.float().cpu().numpy()
+            for ahead in range(1, min(self.horizon, len(calls) - 1 - layer) + 1):
+                best = self._gate_choice(layer + ahead, call.hidden, host, width)
+                if best is not None:
+                    found[:, layer, ahead - 1, : best.shape[1]] = best
+        return found
+
+    def _gate_choice(
+        self, layer: int, hidden: torch.Tensor, host: NDArray[np.float32], width: int
+    ) -> NDArray[np.int16] | None:
+        assert self._lookahead is not None
+        gate = self._lookahead.gate(layer)
+        if gate is None:
+            return None
+        if isinstance(gate, LinearGate):
+            scores, _ = gate.scores(host @ gate.weight.T)
+            return np.argsort(-scores, axis=1, kind="stable")[:, :width].astype(np.int16)
+        routing = gate.run(hidden)
+        return None if routing is None else routing[0].cpu().numpy().astype(np.int16)[:, :width]
+
+    def _probe(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        self._sink = ProbeSink()
+        try:
+            return run_probe(block, hidden, self._sink)
+        finally:
+            self._sink = None
+
+    def trace(self, source: str, licence: str, name: str = "recorded") -> Trace:
+        """Everything heard so far. Raises ModelError when no complete step was."""
+        self.flush()
+        if not self.steps:
+            raise ModelError("nothing was recorded: the model ran no complete step with its experts")
+        n_tokens = [len(step.ids) for step in self.steps]
+        first = self.steps[0]
+        meta = {
+            "model": source,
+            "num_layers": first.ids.shape[1],
+            "num_experts": max(num_experts(module) for module in self._experts),
+            "top_k": first.ids.shape[2],
+            "source": f"hybrimoe trace record {source}",
+            "licence": licence,
+            "horizon": self.horizon,
+        }
+        return Trace(
+            expert_ids=np.concatenate([step.ids for step in self.steps]),
+            sequence=np.repeat([step.sequence for step in self.steps], n_tokens).astype(np.int32),
+            phase=np.repeat([PHASE_CODES[step.phase] for step in self.steps], n_tokens).astype(np.uint8),
+            meta=meta,
+            expert_weights=np.concatenate([step.weights for step in self.steps]),
+            predicted_ids=np.concatenate([step.predicted for step in self.steps]),
+            name=name,
+        )
+
+
+def experts_modules(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
+    """Paths and modules of a model's experts in layer order, replaced or not. Raises ModelError for a dense model."""
+    found: list[tuple[str, nn.Module]] = [
+        (path, module) for path, module in model.named_modules() if isinstance(module, HybridExperts)
+    ]
+    found = found or experts_layout.find_experts(model)
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no experts: there is no routing to record")
+    return [path for path, _ in found], [module for _, module in found]
+
+
+def num_experts(module: nn.Module) -> int:
+    """Number of experts of an experts module."""
+    return int(module.num_experts)  # type: ignore[arg-type]
+
+
+@contextmanager
+def listening(model: nn.Module, horizon: int = DEFAULT_HORIZON) -> Iterator[RoutingTap]:
+    """Hooks on ``model`` for the block; the tap keeps what it heard."""
+    tap = RoutingTap(model, horizon)
+    handles = [model.register_forward_pre_hook(lambda *_: tap.flush())]
+    for layer, module in enumerate(tap._experts):
+        handles.append(module.register_forward_pre_hook(_listener(tap, layer), with_kwargs=True))
+    try:
+        yield tap
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _listener(tap: RoutingTap, layer: int) -> Any:
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tap.heard(layer, (*arguments, *(kwargs[name] for name in names[len(arguments) :])))
+
+    return hook
+
+
+def record_texts(
+    generator: TextGenerator, prompts: Sequence[str], options: SamplingOptions, *, source: str, licence: str,
+    horizon: int = DEFAULT_HORIZON,
+) -> Trace:  # fmt: skip
+    """Generate a reply to each prompt and record its routing; each prompt is one sequence."""
+    with listening(generator.model, horizon) as tap:
+        for prompt in prompts:
+            tap.begin_sequence()
+            for _ in generator.reply(generator.encode(prompt), options):
+                pass
+        return tap.trace(source, licence)
