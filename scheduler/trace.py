@@ -7,7 +7,6 @@ layer l's hidden state, best first.
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -79,7 +78,7 @@ class Trace:
         return int(self.meta["num_experts"])
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Trace":
+    def load(cls, path: str | Path) -> "Trace":
         """Read and validate a trace; raises :class:`TraceError` for anything else."""
         path = Path(path)
         arrays = _read_arrays(path)
@@ -96,7 +95,7 @@ class Trace:
             name=path.stem,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | Path) -> None:
         """Write atomically (a temporary file beside ``path``, then a rename)."""
         path = Path(path)
         arrays: dict[str, NDArray[Any]] = {
@@ -109,7 +108,7 @@ class Trace:
             arrays["expert_weights"] = self.expert_weights
         if self.predicted_ids is not None:
             arrays["predicted_ids"] = self.predicted_ids
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.partial")
         try:
             with partial.open("wb") as handle:
                 np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]

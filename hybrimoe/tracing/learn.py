@@ -125,9 +125,8 @@ def _example(
     if not same.all() or stop == token + 1:
         return None
     assert isinstance(planner.cache, Learned)
-    return planner.cache.features(layer).astype(np.float32), active[token + 1 : stop, layer].any(axis=0).astype(
-        np.float32
-    )
+    used_again = np.asarray(active[token + 1 : stop, layer].any(axis=0), np.float32)
+    return planner.cache.features(layer).astype(np.float32), used_again
 
 
 Layers = tuple[Floats, Floats, Floats, Floats]

@@ -1,0 +1,131 @@
+"""From rows to the tables of the ablation: Table III, average speed-ups, hit rates, share of the way to the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from hybrimoe.bench._ablation_cases import PAPER_HITS, PAPER_SPEEDUP, TABLE_3
+
+Row = dict[str, Any]
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Plain data of every experiment that has rows."""
+    found = {
+        "table3": _table_3([row for row in rows if row["experiment"] == "table3"]),
+        "speedups": _speedups([row for row in rows if row["experiment"] == "paper"]),
+        "hits": _hits([row for row in rows if row["experiment"] == "hits"]),
+        "policies": _policies([row for row in rows if row["experiment"] == "policies"]),
+    }
+    return {"kind": "simulated", **{name: table for name, table in found.items() if table}}
+
+
+def _table_3(rows: Sequence[Row]) -> list[Row]:
+    seconds = {(row["label"], row["phase"]): row["latency_ms"] / 1e3 for row in rows}
+    result = []
+    for label, (policy, prefill, decode) in TABLE_3.items():
+        for phase, paper in (("prefill", prefill), ("decode", decode)):
+            if (label, phase) in seconds:
+                simulated = seconds[label, phase]
+                base = seconds["baseline", phase]
+                off = None if paper is None else simulated / paper - 1.0
+                result.append({"step": label, "policy": policy, "phase": phase, "simulated_s": simulated,
+                               "paper_s": paper, "off": off, "speedup": base / simulated})  # fmt: skip
+    return result
+
+
+def _speedups(rows: Sequence[Row]) -> list[Row]:
+    """Mean and range over models, shares and lengths of the speed-up over static."""
+    base = {_setting(row): row["latency_ms"] for row in rows if row["policy"] == "static"}
+    result = []
+    for phase, paper in PAPER_SPEEDUP.items():
+        for policy in sorted({row["policy"] for row in rows} - {"static"}):
+            gains = [base[_setting(r)] / r["latency_ms"] for r in rows if r["phase"] == phase and r["policy"] == policy]
+            if gains:
+                result.append({"phase": phase, "policy": policy, "mean": fmean(gains), "least": min(gains),
+                               "most": max(gains), "paper": paper if policy == "hybrimoe" else None})  # fmt: skip
+    return result
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    return (row["hardware"], row["shape"], row["trace"], row["cache_ratio"], row["phase"], row["n_prefill"])
+
+
+def _hits(rows: Sequence[Row]) -> list[Row]:
+    found = {(row["shape"], row["label"]): row["hit_rate"] for row in rows}
+    return [
+        {"shape": shape, "cache": cache, "simulated": found[shape, cache], "paper": paper}
+        for shape, pair in PAPER_HITS.items()
+        for cache, paper in zip(("lru", "mrs"), pair, strict=True)
+        if (shape, cache) in found
+    ]
+
+
+def _policies(rows: Sequence[Row]) -> list[Row]:
+    """Per policy over all traces, profiles and shares: speed-up over static, and share of the way to the oracle."""
+    by_setting: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        by_setting.setdefault(_setting(row), {})[row["policy"]] = row
+    whole = [group for group in by_setting.values() if {"static", "oracle"} <= set(group)]
+    result = []
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        groups = [group for group in whole if policy in group]
+        gains = [group["static"]["latency_ms"] / group[policy]["latency_ms"] for group in groups]
+        shares = [share for group in groups if (share := oracle_share(group, policy)) is not None]
+        precise = [group[policy]["prefetch_precision"] for group in groups if group[policy]["prefetches"]]
+        if gains:
+            result.append({"policy": policy, "settings": len(gains), "speedup": fmean(gains), "median": median(gains),
+                           "hit_rate": fmean(group[policy]["hit_rate"] for group in groups),
+                           "oracle_share": fmean(shares) if shares else None,
+                           "prefetch_precision": fmean(precise) if precise else None})  # fmt: skip
+    return result
+
+
+def oracle_share(group: dict[str, Row], policy: str) -> float | None:
+    """(static - policy) / (static - oracle) in time; None where the oracle gains nothing."""
+    static, oracle = group["static"]["latency_ms"], group["oracle"]["latency_ms"]
+    return None if static - oracle <= 1e-9 else (static - group[policy]["latency_ms"]) / (static - oracle)
+
+
+def tables(summary: dict[str, Any]) -> list[Table]:
+    """(title, columns, rows) for the terminal and the HTML page."""
+    found: list[Table] = []
+    if "table3" in summary:
+        rows = [(r["step"], r["phase"], f"{r['simulated_s']:.3f} s", _seconds(r["paper_s"]), _signed(r["off"]),
+                 f"{r['speedup']:.2f}x")
+                for r in summary["table3"]]  # fmt: skip
+        found.append(
+            ("Table III, Qwen2-57B-A14B, 25 % cached", ("step", "phase", "simulated", "paper", "off", "gain"), rows)
+        )
+    if "speedups" in summary:
+        rows = [(f"{r['policy']}, {r['phase']}", f"{r['mean']:.2f}x", f"{r['least']:.2f} - {r['most']:.2f}",
+                 "-" if r["paper"] is None else f"{r['paper']:.2f}x") for r in summary["speedups"]]  # fmt: skip
+        found.append(("Speed-up over static, paper's machine and models", ("", "mean", "range", "paper"), rows))
+    if "hits" in summary:
+        rows = [(f"{r['shape']}, {r['cache']}", f"{r['simulated']:.1%}", f"{r['paper']:.1%}") for r in summary["hits"]]
+        found.append(("Hit rates at 25 %", ("", "simulated", "paper"), rows))
+    if "policies" in summary:
+        found.append(_policy_table(summary["policies"]))
+    return found
+
+
+def _policy_table(rows: Iterable[Row]) -> Table:
+    columns = ("policy", "speed-up", "median", "hits", "of the way to the oracle", "prefetch right")
+    cells = [(r["policy"], f"{r['speedup']:.2f}x", f"{r['median']:.2f}x", f"{r['hit_rate']:.1%}",
+              _percent(r["oracle_share"]), _percent(r["prefetch_precision"])) for r in rows]  # fmt: skip
+    return "Every policy, mean over traces, profiles and cache shares (decode)", columns, cells
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} s"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.0%}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
