@@ -54,7 +54,7 @@ def unpack_expert(spec: ExpertSpec, record: Record) -> ExpertWeights:
     hidden, inter = layout.hidden_padded, layout.inter_padded
     first = unpack_matrix(data[: layout.down_offset], rows, hidden, spec.dtype)
     down = unpack_matrix(data[layout.down_offset : layout.down_end], hidden, inter, spec.dtype)
-    gate, up = _deinterleave(first) if gated else (None, first)
+    gate, up = deinterleave(first) if gated else (None, first)
     return ExpertWeights(
         up=up[: spec.inter, : spec.hidden],
         down=down[: spec.hidden, : spec.inter],
@@ -84,7 +84,8 @@ def _unlocked(array: np.ndarray) -> np.ndarray:
     return np.ctypeslib.as_array(pointer, shape=array.shape)
 
 
-def _deinterleave(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def deinterleave(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up from the rows of the first part of a gated record."""
     parts = both.view(-1, 2, INTERLEAVE, both.shape[1])
     return parts[:, 0].reshape(-1, both.shape[1]), parts[:, 1].reshape(-1, both.shape[1])
 
@@ -113,15 +114,25 @@ def pack_matrix(matrix: torch.Tensor, dtype: str, name: str, out: torch.Tensor, 
 
 def unpack_matrix(data: torch.Tensor, rows: int, columns: int, dtype: str) -> torch.Tensor:
     """uint8[matrix_bytes] -> [rows, columns] (padded sizes), bfloat16 or float32."""
-    lines = LINES[dtype]
-    blocks = data.view(torch.int32).view(rows // BLOCK_ROWS, columns // BLOCK_COLUMNS, block_bytes(dtype) // 4)
-    words = blocks[:, :, : lines * BLOCK_ROWS].reshape(*blocks.shape[:2], lines, BLOCK_ROWS)
-    words = words.permute(0, 3, 1, 2).reshape(rows, -1).contiguous()
-    if not is_quantised(dtype):
-        return words.view(getattr(torch, dtype))
-    tail = blocks[:, :, lines * BLOCK_ROWS :].contiguous().view(torch.bfloat16)
+    if is_quantised(dtype):
+        return dequantise(*unpack_codes(data, rows, columns, dtype), dtype)
+    return _words(data, rows, columns, dtype)[0].view(getattr(torch, dtype))
+
+
+def unpack_codes(data: torch.Tensor, rows: int, columns: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8[matrix_bytes] of int8 or int4 -> unsigned codes uint8 [rows, columns], scales bfloat16 [rows, columns / 32]
+    (padded sizes); what they mean: `cpu_kernels.quantise`."""
+    words, blocks = _words(data, rows, columns, dtype)
+    tail = blocks[:, :, LINES[dtype] * BLOCK_ROWS :].contiguous().view(torch.bfloat16)
     scales = tail.view(*blocks.shape[:2], -1, BLOCK_ROWS).permute(0, 3, 1, 2).reshape(rows, -1)
-    return dequantise(_codes_of_words(words, dtype), scales, dtype)
+    return _codes_of_words(words, dtype), scales
+
+
+def _words(data: torch.Tensor, rows: int, columns: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 32-bit words of each row, int32 [rows, words of a row], and all blocks with their scales."""
+    blocks = data.view(torch.int32).view(rows // BLOCK_ROWS, columns // BLOCK_COLUMNS, block_bytes(dtype) // 4)
+    words = blocks[:, :, : LINES[dtype] * BLOCK_ROWS].reshape(*blocks.shape[:2], LINES[dtype], BLOCK_ROWS)
+    return words.permute(0, 3, 1, 2).reshape(rows, -1).contiguous(), blocks
 
 
 def _codes_of_words(words: torch.Tensor, dtype: str) -> torch.Tensor:
