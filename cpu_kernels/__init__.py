@@ -16,6 +16,7 @@ from cpu_kernels.linear import LinearSpec, pack_linear, run_linear, unpack_linea
 from cpu_kernels.pack import pack_expert, unpack_expert
 from cpu_kernels.reference import apply_activation, reference_ffn, relative_error, tolerance
 from cpu_kernels.spec import DTYPES, Activation, ExpertDtype, ExpertSpec, ExpertWeights
+from cpu_kernels.warm import warm_up
 
 __all__ = [
     "DTYPES",
@@ -46,4 +47,5 @@ __all__ = [
     "tolerance",
     "unpack_expert",
     "unpack_linear",
+    "warm_up",
 ]

@@ -25,7 +25,25 @@ def _numba(threads: int | None) -> CpuBackend:
     return NumbaBackend(threads)
 
 
-BACKENDS: dict[str, Callable[[int | None], CpuBackend]] = {"numba": _numba, "torch": _torch, "reference": _reference}
+def _onnx(threads: int | None) -> CpuBackend:
+    from cpu_kernels.backends.onnx_backend import OnnxBackend
+
+    return OnnxBackend(threads)
+
+
+def _ipex(threads: int | None) -> CpuBackend:
+    from cpu_kernels.backends.ipex_backend import IpexBackend
+
+    return IpexBackend(threads)
+
+
+BACKENDS: dict[str, Callable[[int | None], CpuBackend]] = {
+    "numba": _numba,
+    "torch": _torch,
+    "onnx": _onnx,
+    "ipex": _ipex,
+    "reference": _reference,
+}
 
 
 def get_backend(name: str = "auto", threads: int | None = None) -> CpuBackend:

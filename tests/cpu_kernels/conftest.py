@@ -64,7 +64,7 @@ def make_pool() -> Callable[..., Pool]:
 
 @pytest.fixture
 def route() -> Callable[..., tuple[ck.Dispatch, np.ndarray]]:
-    """route(n_tokens, top_k, n_experts, hidden, seed=0): a dispatch with absent and duplicate experts, and its input."""
+    """route(n_tokens, top_k, n_experts, hidden, seed=0): a dispatch with absent and duplicate experts; its input."""
 
     def make(n_tokens: int, top_k: int, n_experts: int, hidden: int, seed: int = 0) -> tuple[ck.Dispatch, np.ndarray]:
         rng = np.random.default_rng(seed)

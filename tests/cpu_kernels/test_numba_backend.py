@@ -99,7 +99,7 @@ def test_large_and_unequal_loads(
     index[:, 1] = 1 + (np.arange(600) % 40 == 0) + 2 * (np.arange(600) == 7)
     x = np.random.default_rng(1).standard_normal((600, 192)).astype(np.float32)
     dispatch = ck.build_dispatch(index, np.full((600, 2), 0.5, np.float32), 4)
-    assert dispatch.n_tokens_per_expert.max() == 600 and dispatch.n_tokens_per_expert.min() == 1
+    assert sorted(dispatch.n_tokens_per_expert.tolist()) == [1, 15, 584, 600]
     assert_parity(spec, pool.run(backend, dispatch, x), pool.run(reference, dispatch, x))
 
 
@@ -229,5 +229,5 @@ def test_linear(backend: Any, dtype: ck.ExpertDtype) -> None:
     with pytest.raises(ck.LayoutError, match=r"x must be C-contiguous float32\[13, 150\]"):
         backend.linear(spec, record.ctypes.data, x.astype(np.float64), out)
     x[3, 4] = np.nan
-    with pytest.raises(ck.ActivationValueError, match="hidden\\[3\\]"):
+    with pytest.raises(ck.ActivationValueError, match=r"hidden\[3\]"):
         backend.linear(spec, record.ctypes.data, x, out)

@@ -1,0 +1,48 @@
+"""Compiles (or loads from the cache) everything a first run needs, in steps that a progress bar can show."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from cpu_kernels.backends import NumbaBackend
+from cpu_kernels.dispatch import build_dispatch, combine
+from cpu_kernels.pack import pack_expert
+from cpu_kernels.simd.compile import panel_address
+from cpu_kernels.spec import Activation, ExpertDtype, ExpertSpec, ExpertWeights
+
+Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next ("" at the end)
+SIZE = 192  # of the square expert that is run once: large enough for the parallel path
+
+
+def warm_up(
+    dtypes: ExpertDtype | Iterable[ExpertDtype] = ("bfloat16",),
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> None:
+    """Makes the kernels of `dtypes` ready: about 10 s with an empty cache, 1 s with a filled one."""
+    wanted = (dtypes,) if isinstance(dtypes, str) else tuple(dtypes)
+    backend = NumbaBackend(threads)
+    steps: list[tuple[str, Callable[[], object]]] = []
+    for dtype in wanted:
+        steps.append((f"{dtype} kernel", lambda dtype=dtype: panel_address(dtype, backend.choice.isa.name)))
+        steps.append((f"{dtype} layer", lambda dtype=dtype: _run_once(backend, dtype)))
+    for done, (label, step) in enumerate(steps):
+        if progress is not None:
+            progress(done, len(steps), label)
+        step()
+    if progress is not None:
+        progress(len(steps), len(steps), "")
+
+
+def _run_once(backend: NumbaBackend, dtype: ExpertDtype) -> None:
+    """Packs and runs one small expert through every compiled function."""
+    spec = ExpertSpec(SIZE, SIZE, dtype, Activation("silu"))
+    record = np.zeros(spec.record_bytes, np.uint8)
+    weight = torch.zeros(SIZE, SIZE)
+    pack_expert(spec, ExpertWeights(weight, weight, weight), record)
+    dispatch = build_dispatch(np.zeros((1, 2), np.int64), np.ones((1, 2), np.float32), 1)
+    hidden = np.zeros((1, SIZE), np.float32)
+    rows = np.zeros((2, SIZE), np.float32)
+    backend.run(spec, np.array([record.ctypes.data], np.uint64), np.zeros(1, np.int32), dispatch, hidden, rows)
+    combine(rows, dispatch, hidden)

@@ -1,0 +1,245 @@
+"""Vector paths: choice, override, arithmetic of every path on this CPU, and the code they compile to on others."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+import cpu_kernels as ck
+from cpu_kernels import isa
+from cpu_kernels.layout import BLOCK_ROWS, GROUP, block_bytes, is_quantised
+from cpu_kernels.pack import pack_matrix, unpack_matrix
+from cpu_kernels.primitives import call_panel
+from cpu_kernels.quantise import OFFSET
+from cpu_kernels.simd.compile import Target, assembly, panel_address
+from cpu_kernels.simd.tiles import x_block_bytes
+
+X86 = "x86_64-unknown-linux-gnu"
+AVX512 = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"})
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (AVX512 | {"avx512vnni", "avxvnni"}, "avx512vnni"),
+        (AVX512, "avx512"),
+        (frozenset({"avx2", "fma", "avxvnni"}), "avxvnni"),
+        (frozenset({"avx2", "fma"}), "avx2"),
+        (frozenset({"avx2"}), "portable"),
+        (frozenset({"neon", "dotprod"}), "portable"),
+        (frozenset(), "portable"),
+    ],
+)
+def test_choice(features: frozenset[str], expected: str) -> None:
+    choice = isa.choose_isa(features)
+    assert choice.isa.name == expected
+    assert all("lacks" in reason for _, reason in choice.rejected)
+
+
+def test_override_is_checked() -> None:
+    assert isa.choose_isa(AVX512, "avx2").isa.name == "avx2"
+    with pytest.raises(ck.IsaError, match="needs avx512vnni"):
+        isa.choose_isa(AVX512, "avx512vnni")
+    with pytest.raises(ck.IsaError, match="'sse9' is unknown; expected one of avx512vnni"):
+        isa.choose_isa(AVX512, "sse9")
+
+
+def test_a_forced_path_compiles_without_better_instructions() -> None:
+    features = AVX512 | {"avx512vnni", "avx512vbmi", "avxvnni", "bmi2"}
+    assert isa.path_features(isa.BY_NAME["avx2"], features) == {"avx2", "fma", "bmi2"}
+    assert isa.path_features(isa.BY_NAME["portable"], features) == {"bmi2"}
+    assert isa.path_features(isa.BY_NAME["avx512vnni"], features) == features
+
+
+@njit
+def run_panel(
+    function: int,
+    weights: np.ndarray,
+    row_block_bytes: int,
+    n_blocks: int,
+    x: np.ndarray,
+    x_row_bytes: int,
+    ids: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    call_panel(
+        function,
+        weights.ctypes.data,
+        row_block_bytes,
+        n_blocks,
+        x.ctypes.data,
+        x_row_bytes,
+        ids.ctypes.data,
+        out.shape[0],
+        out.ctypes.data,
+    )
+
+
+@cache
+def case(dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Packed weights [64, 192], activations as `panel` reads them, row ids, and the exact product."""
+    generator = torch.Generator().manual_seed(5)
+    matrix = torch.randn(64, 192, generator=generator)
+    packed = torch.zeros(4 * 3 * block_bytes(dtype), dtype=torch.uint8)
+    pack_matrix(matrix, dtype, "test", packed)
+    x = torch.randn(15, 192, generator=generator)
+    if is_quantised(dtype):
+        groups = x.view(15, -1, GROUP)
+        scales = groups.abs().amax(2) / 127
+        codes = (groups / scales.unsqueeze(2)).round()
+        x = (codes * scales.unsqueeze(2)).view(15, 192)
+        sums = (-OFFSET[dtype] * codes.sum(2)).int()
+        parts = [codes.to(torch.int8).view(15, 3, 64), scales.view(15, 3, 2), sums.view(15, 3, 2)]
+        data = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=2).contiguous()
+    else:
+        data = x.view(torch.uint8)
+    ids = np.random.default_rng(0).permutation(15).astype(np.int32)
+    product = x.double() @ unpack_matrix(packed, 64, 192, dtype).double().T
+    return packed.numpy(), data.numpy(), ids, product.numpy()[ids]
+
+
+def runnable() -> list[tuple[str, bool]]:
+    """(path, emulated): each path that this CPU has, and those with vpdpbusd with it written in plain arithmetic."""
+    have = isa.cpu_features()
+    paths = [(path.name, False) for path in isa.PATHS if not isa.missing_features(path, have)]
+    wide_enough = [p for p in isa.PATHS if not {"avx2", "fma"} - have or p.name == "portable"]
+    return paths + [(path.name, True) for path in wide_enough if path.dot == "vnni"]
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+@pytest.mark.parametrize(("name", "emulated"), runnable())
+def test_arithmetic_of_each_integer_path(name: str, emulated: bool, dtype: str) -> None:
+    check_panel(name, emulated, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", [name for name, emulated in runnable() if not emulated])
+def test_arithmetic_of_each_float_path(name: str, dtype: str) -> None:
+    check_panel(name, False, dtype)
+
+
+def check_panel(name: str, emulated: bool, dtype: str) -> None:
+    packed, x, ids, expected = case(dtype)
+    function = panel_address(dtype, name, emulated)
+    out = np.ones((15, 64), np.float32)  # panel adds to what is there
+    sizes = (3 * block_bytes(dtype), 3)
+    run_panel(function, packed, *sizes, x, 3 * x_block_bytes(dtype), ids, out)
+    np.testing.assert_allclose(out - 1, expected, atol=2e-5 * np.abs(expected).max())
+    singles = np.ones((15, 64), np.float32)
+    for i in range(15):  # every tile gives the same bits
+        run_panel(function, packed, *sizes, x, 3 * x_block_bytes(dtype), ids[i:], singles[i : i + 1])
+    assert np.array_equal(singles, out)
+
+
+def test_vpdpbusd_and_emulation_give_the_same_bits() -> None:
+    names = [name for name, emulated in runnable() if not emulated and isa.BY_NAME[name].dot == "vnni"]
+    for dtype in ("int4", "int8"):
+        packed, x, ids, _ = case(dtype)
+        for name in names:
+            results = []
+            for emulated in (False, True):
+                out = np.zeros((15, 64), np.float32)
+                function = panel_address(dtype, name, emulated)
+                run_panel(function, packed, 3 * block_bytes(dtype), 3, x, 3 * x_block_bytes(dtype), ids, out)
+                results.append(out)
+            assert np.array_equal(*results)
+
+
+TARGETS = [
+    ("avx512vnni", Target(X86, "znver4", ""), "int4"),
+    ("avx512vnni", Target(X86, "sapphirerapids", ""), "int8"),
+    ("avx512", Target(X86, "skylake-avx512", ""), "int4"),
+    ("avxvnni", Target(X86, "alderlake", ""), "int4"),
+    ("avx2", Target(X86, "znver3", ""), "int8"),
+    ("avx512vnni", Target(X86, "sapphirerapids", ""), "bfloat16"),
+    ("avx2", Target(X86, "haswell", ""), "float32"),
+]
+BYTE_PRODUCT = {"avx512vnni": "vpdpbusd", "avx512": "vpmaddubsw", "avxvnni": "vpdpbusd", "avx2": "vpmaddubsw"}
+
+
+@pytest.mark.parametrize(("name", "target", "dtype"), TARGETS, ids=lambda v: getattr(v, "cpu", v))
+def test_assembly_for_other_cpus(name: str, target: Target, dtype: str) -> None:
+    """Full-width registers, the right products, no spill storm, no scalar loop."""
+    path = isa.BY_NAME[name]
+    text = assembly(dtype, path, target)
+    loops = tile_loops(text)
+    assert len(loops) >= len(path.tiles)
+    wide, product = (
+        ("%zmm" if path.lanes == 16 else "%ymm"),
+        ("vfmadd" if not is_quantised(dtype) else BYTE_PRODUCT[name]),
+    )
+    for loop in loops:
+        products = [line for line in loop if product in line]
+        assert products
+        assert all(wide in line for line in products)
+        spills = [line for line in loop if "(%rsp)" in line and wide in line]
+        assert len(spills) <= 0.15 * len(loop)
+        scalar = [line for line in loop if re.search(r"\b(v?mulss|v?fmadd\d+ss|v?cvtsi2ss|imul[lb])\b", line)]
+        assert not scalar
+    if name == "avxvnni":
+        assert "{vex}" in text or "zmm" not in text
+
+
+def tile_loops(text: str) -> list[list[str]]:
+    """Instructions of the innermost loops that hold products: from a label to the jump back to it."""
+    lines = text.splitlines()
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
+    loops = []
+    for i, line in enumerate(lines):
+        jump = re.match(r"\s+j\w+\s+(\.LBB\w+)", line)
+        if jump and labels.get(jump[1], i) < i:
+            body = [text for text in lines[labels[jump[1]] : i] if text.startswith("\t") and not text.startswith("\t.")]
+            inner = any(re.match(r"\s+j\w+\s+\.LBB", text) for text in body)
+            if not inner and any(re.search("vpdpbusd|vpmaddubsw|vfmadd", text) for text in body):
+                loops.append(body)
+    return loops
+
+
+def test_portable_path_compiles_for_aarch64() -> None:
+    from llvmlite import binding as llvm
+
+    try:
+        llvm.initialize_all_targets()
+        llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+    except RuntimeError:
+        pytest.skip("this llvmlite is built without the AArch64 target")
+    text = assembly("int4", isa.BY_NAME["portable"], Target("aarch64-unknown-linux-gnu", "neoverse-n1", ""))
+    assert re.search(r"\bv\d+\.4s", text)
+
+
+@pytest.mark.parametrize("name", ["avx2", "portable"])
+def test_whole_backend_on_a_forced_path(name: str) -> None:
+    """In a process of its own, as a user would set it."""
+    if isa.missing_features(isa.BY_NAME[name], isa.cpu_features()):
+        pytest.skip(f"this CPU lacks {name}")
+    code = (
+        "import numpy as np, torch, cpu_kernels as ck\n"
+        "spec = ck.ExpertSpec(128, 96, 'int4'); w = torch.randn(96, 128) * 0.1\n"
+        "record = np.zeros(spec.record_bytes, np.uint8)\n"
+        "ck.pack_expert(spec, ck.ExpertWeights(w, w.T.contiguous(), w), record)\n"
+        "d = ck.build_dispatch(np.zeros((5, 1), np.int64), np.ones((5, 1), np.float32), 1)\n"
+        "x = np.random.default_rng(0).standard_normal((5, 128)).astype(np.float32)\n"
+        "y = [np.zeros_like(x), np.zeros_like(x)]\n"
+        "for name, out in zip(('numba', 'reference'), y):\n"
+        "    b = ck.get_backend(name)\n"
+        "    b.run(spec, np.array([record.ctypes.data], np.uint64), np.zeros(1, np.int32), d, x, out)\n"
+        "error = ck.relative_error(torch.from_numpy(y[0]), torch.from_numpy(y[1]))\n"
+        "print(ck.get_backend('numba').choice.isa.name, error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {isa.ENV_ISA: name}, capture_output=True, text=True, check=True
+    )
+    path, error = result.stdout.split()
+    assert path == name
+    assert float(error) < ck.tolerance(ck.ExpertSpec(128, 96, "int4"))
+
+
+def test_blocks_are_whole_cache_lines() -> None:
+    assert all(block_bytes(dtype) % 64 == 0 for dtype in ck.DTYPES)
+    assert BLOCK_ROWS * 4 == 64
