@@ -111,7 +111,7 @@ class LlamaCpp:
         try:
             from llama_cpp import Llama
         except ImportError as error:
-            raise MissingExtraError("bench", "llama.cpp comparison: pip install llama-cpp-python") from error
+            raise MissingExtraError("bench", "--gguf needs llama-cpp-python as well") from error
         self.label = "llama.cpp"
         self.dtype: str | None = None
         self.counters: list[dict[str, Any]] = []

@@ -15,45 +15,52 @@ def turns(result):
     return [json.loads(line) for line in result.out.splitlines()]
 
 
-def test_each_line_is_a_message_and_the_cache_is_kept(hybrimoe):
-    result = hybrimoe("chat", *SHORT, "--json", stdin="Good morning\n\nAnd then\\\nwhat?\n")
+@pytest.fixture(scope="module")
+def conversation(hybrimoe):
+    """Five lines with JSON: two turns, one of them over two lines, a reset, one more turn, one that is too long."""
+    lines = ["Good morning", "", "And then\\", "what?", "/reset", "Good morning", "word " * 4000]
+    result = hybrimoe("chat", *SHORT, "--json", stdin="\n".join(lines) + "\n")
     assert result.code == 0, result.err
-    first, second = turns(result)
+    return turns(result)
+
+
+def test_each_line_is_a_message_and_the_cache_is_kept(conversation):
+    first, second = conversation[:2]
     assert first["new_tokens"] == second["new_tokens"] == 6
     assert first["reused_tokens"] == 0
     assert second["reused_tokens"] >= first["prompt_tokens"]
     assert second["prompt_tokens"] > first["prompt_tokens"] + 6
-    again = turns(hybrimoe("chat", *SHORT, "--json", stdin="Good morning\n"))
-    assert again[0]["text"] == first["text"]
+    assert second["experts"]["total"]["calls"] > 0
 
 
-def test_replies_go_to_stdout_and_the_rest_to_stderr(hybrimoe):
-    result = hybrimoe("chat", *SHORT, stdin="Good morning\n/stats\n/reset\n/help\n/exit\nnever read\n")
+def test_reset_forgets(conversation):
+    first, _, again = conversation[:3]
+    assert again["text"] == first["text"]
+    assert again["reused_tokens"] == 0
+
+
+def test_a_message_that_is_too_long_is_an_error_of_its_own(conversation):
+    assert len(conversation) == 4
+    assert conversation[3]["error"]["type"] == "PromptError"
+    assert "context is 2048 tokens" in conversation[3]["error"]["message"]
+
+
+def test_replies_go_to_stdout_and_the_rest_to_stderr(hybrimoe, conversation):
+    stdin = f"/stats\n/stat\n{'word ' * 4000}\nGood morning\n/stats\n/timeline\n/reset\n/help\n/exit\nnever read\n"
+    result = hybrimoe("chat", *SHORT, stdin=stdin)
     assert result.code == 0
-    text = turns(hybrimoe("chat", *SHORT, "--json", stdin="Good morning\n"))[0]["text"]
-    assert result.out == text + "\n"
-    for words in ("tokens/s", "hit rate", "is forgotten", "/timeline", "lane"):
-        assert words in result.err
-    quiet = hybrimoe("chat", *SHORT, "--quiet", stdin="Good morning\n")
-    assert quiet.out == text + "\n"
-    assert quiet.err == ""
+    assert result.out == conversation[0]["text"] + "\n"
+    told = " ".join(result.err.split())
+    for words in ("no reply yet", "did you mean '/stats'", "context is 2048 tokens", "tokens/s", "hit rate", "lane"):
+        assert words in told
+    for words in ("nothing was recorded", "is forgotten", "/timeline"):
+        assert words in told
 
 
-def test_reset_forgets(hybrimoe):
-    first, second = turns(hybrimoe("chat", *SHORT, "--json", stdin="Good morning\n/reset\nGood morning\n"))
-    assert first["text"] == second["text"]
-    assert second["reused_tokens"] == 0
-
-
-def test_an_unknown_command_and_a_message_that_is_too_long_do_not_end_the_chat(hybrimoe):
-    result = hybrimoe("chat", *SHORT, stdin=f"/stat\n{'word ' * 4000}\nGood morning\n")
-    assert result.code == 0
-    assert "'/stats'" in result.err
-    assert "context is 2048 tokens" in " ".join(result.err.split())
-    assert result.out.strip()
-    lines = turns(hybrimoe("chat", *SHORT, "--json", stdin=f"{'word ' * 4000}\nGood morning\n"))
-    assert lines[0]["error"]["type"] == "PromptError"
-    assert lines[1]["text"]
+def test_quiet_is_only_replies(hybrimoe, conversation):
+    result = hybrimoe("chat", *SHORT, "--quiet", stdin="Good morning\n")
+    assert result.out == conversation[0]["text"] + "\n"
+    assert result.err == ""
 
 
 @pytest.mark.parametrize("words", [("--policy", "nope"), ("--seed", "-1"), ("--config", "/nonexistent.yaml")])
@@ -65,7 +72,7 @@ def test_wrong_usage_ends_before_the_model_is_loaded(hybrimoe, words):
 
 def test_ctrl_c_stops_the_reply_and_not_the_program():
     """The reply is streamed unbuffered, so that the signal is sent when its first characters are there."""
-    command = [sys.executable, "-m", "hybrimoe", "chat", "-n", "300", "--seed", "3", "-t", "1"]
+    command = [sys.executable, "-m", "hybrimoe", "chat", "-n", "80", "--seed", "3", "-t", "1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, env=dict(os.environ)) as process:
         process.stdin.write(b"Good morning\n")

@@ -1,0 +1,179 @@
+"""The decode and prefill benchmarks: fair rounds, refusal of wrong numbers, and one real run of each."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from hybrimoe.bench import _contenders, _harness, _model_bench, _sources
+from hybrimoe.cli import render
+from hybrimoe.cli.app import app
+from hybrimoe.config import load_config
+from hybrimoe.errors import ConfigError, MissingExtraError, ModelError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_machine(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRIMOE_CACHE", str(tmp_path_factory.mktemp("packed")))
+        yield
+    torch.set_num_threads(threads)
+
+
+def run(*words):
+    result = CliRunner().invoke(app, ["bench", *words, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_rounds_alternate_each_begins_with_another_and_the_first_does_not_count():
+    order = []
+    counts = {"a": 0, "b": 0, "c": 0}
+
+    def measure(name):
+        order.append(name)
+        counts[name] += 1
+        return float(counts[name])
+
+    values = _harness.alternate({name: name for name in counts}, measure, 3)
+    assert values == {name: [2.0, 3.0, 4.0] for name in counts}
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert _harness.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "rounds": [3.0, 1.0, 2.0]}
+
+
+class Fake(_contenders.Contender):
+    """A contender whose logits are given."""
+
+    def __init__(self, label, dtype, values):
+        super().__init__(label, generator=None, dtype=dtype)
+        self.values = np.asarray(values, np.float32)
+
+    def logits(self, prompt_ids):
+        return self.values
+
+
+def test_wrong_logits_end_the_benchmark_and_right_ones_are_told():
+    plain = Fake("transformers", None, [1.0, 2.0, 3.0])
+    near, far = Fake("ours", "int4", [1.1, 2.0, 2.9]), Fake("broken", "int4", [3.0, -2.0, 1.0])
+    cosines = _contenders.check_parity([plain, near], [1])
+    assert set(cosines) == {"ours"}
+    assert 0.99 < cosines["ours"] < 1.0
+    with pytest.raises(ModelError, match=r"broken: logits have a cosine of .* to transformers"):
+        _contenders.check_parity([plain, near, far], [1])
+    with pytest.raises(ModelError, match="to ours"):
+        _contenders.check_parity([near, far], [1])
+    with pytest.raises(ModelError, match="nan"):
+        _contenders.check_parity([plain, Fake("nan", "int4", [np.nan, 1.0, 1.0])], [1])
+    with pytest.raises(ModelError):
+        _contenders.check_parity([plain, Fake("nearly", "float32", [1.1, 2.0, 2.9])], [1])
+
+
+def test_decode_of_the_demo_model_side_by_side():
+    words = ("decode", "--policy", "static", "--policy", "ours", "--rounds", "2", "-n", "2", "--prompt-tokens", "4")
+    result = run(*words)
+    names = [row["name"] for row in result["results"]]
+    assert names == ["transformers", "static", "ours"]
+    for row in result["results"]:
+        assert len(row["tokens_per_s"]["rounds"]) == 2
+        assert 0 < row["tokens_per_s"]["min"] <= row["tokens_per_s"]["median"] <= row["tokens_per_s"]["max"]
+    plain, static, ours = result["results"]
+    assert plain["provenance"] == "measured"
+    assert plain["hit_rate"] is None
+    assert ours["provenance"] == static["provenance"] == "measured, accelerator emulated"
+    assert 0 <= ours["hit_rate"] <= 1
+    assert ours["logits_cosine"] > 0.9
+    assert result["machine"]["cpu"]
+
+
+def test_random_weights_in_a_real_shape_need_no_checkpoint(monkeypatch):
+    tiny = {"hidden_size": 64, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 100}
+    make = _sources._config
+
+    def shrunk(shape, layers):
+        config = make(shape, layers)
+        for name, value in tiny.items():
+            setattr(config, name, value)
+        return config
+
+    monkeypatch.setattr(_sources, "_config", shrunk)
+    result = run(
+        "prefill", "--shape", "olmoe-1b-7b", "--layers", "2", "--no-plain", "--dtype", "int4", "--dtype", "float32",
+        "--policy", "ours", "--accelerator", "none", "--rounds", "1", "--prompt-tokens", "12",
+    )  # fmt: skip
+    assert result["weights"] == "random"
+    assert [row["name"] for row in result["results"]] == ["ours int4", "ours float32"]
+    source = _sources.RandomSource("olmoe-1b-7b", 2)
+    config = load_config({"accelerator": "none", "cpu": {"expert_dtype": "float32"}})
+    models = [source.hybrid(config, lambda *done: None) for _ in range(2)]
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        first, second = (model(input_ids=ids).logits for model in models)
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+    for model in models:
+        model.hybrimoe.session.close()
+
+
+def test_comparing_policies_sets_cache_off_beside_cache_on():
+    request = _model_bench.Request(
+        kind="decode", model=None, shape=None, layers=None, policies=(), dtypes=("int4", "int8"), compare_policies=True,
+        plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, config=None, accelerator=None, slots=None,
+        threads=None,
+    )  # fmt: skip
+    labels = [label for label, _ in request.variants()]
+    assert labels[:2] == ["cache off (CPU only) int4", "static int4"]
+    assert "ours int8" in labels
+    assert len(set(labels)) == len(labels) == 2 * (1 + len(_model_bench.COMPARED_POLICIES))
+    assert request.variants()[0][1]["slots"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("decode", "--shape", "olmoe"), "did you mean 'olmoe-1b-7b'"),
+        (("decode", "--shape", "olmoe-1b-7b", "--layers", "17"), "between 1 and 16"),
+        (("decode", "--layers", "3"), "--layers goes with --shape"),
+        (("decode", "model", "--shape", "olmoe-1b-7b"), "not both"),
+        (("prefill", "--policy", "nope"), "nope"),
+        (("prefill", "--rounds", "0"), "--rounds"),
+    ],
+)
+def test_wrong_usage_is_told(words, message):
+    result = CliRunner().invoke(app, ["bench", *words])
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_llama_cpp_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(MissingExtraError, match="llama-cpp-python"):
+        _contenders.LlamaCpp("model.gguf", None)
+
+
+def test_the_table_says_what_is_emulated(monkeypatch):
+    rows = [
+        {"name": "transformers", "provenance": "measured", "tokens_per_s": _harness.spread([10.0]), "hit_rate": None,
+         "prefetch_precision": None, "logits_cosine": None},
+        {"name": "ours", "provenance": "measured, accelerator emulated", "tokens_per_s": _harness.spread([25.0]),
+         "hit_rate": 0.5, "prefetch_precision": 0.8, "logits_cosine": 0.99},
+    ]  # fmt: skip
+    told = io.StringIO()
+    monkeypatch.setattr(render, "out", lambda: Console(file=told, width=80))
+    _model_bench._show({"bench": "decode", "model": "demo", "weights": "checkpoint", "prompt_tokens": 8, "rounds": 1,
+                        "machine": _harness.machine(), "results": rows})  # fmt: skip
+    text = told.getvalue()
+    assert "2.50x" in text
+    assert "the accelerator is emulated" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_config_that_is_no_shape_is_refused():
+    with pytest.raises(ConfigError, match="unknown model shape"):
+        _sources.RandomSource("no-such-shape", None)
