@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.integer]
 Ints = npt.NDArray[np.int32]
 
 SOFTMAX, SIGMOID = 0, 1
@@ -34,7 +35,7 @@ def gate_scores(
 
 @_compiled
 def count_hits(
-    expert_ids: Ints, first_key: int, slot_of: Ints, state: npt.NDArray[np.uint8], resident: int
+    expert_ids: Ints, first_key: int, slot_of: Integers, state: Integers, resident: int
 ) -> tuple[int, int]:  # pragma: no cover - compiled
     """(resident, in flight) among the active experts; `resident` is the lowest state whose bytes are there."""
     hits, late = 0, 0

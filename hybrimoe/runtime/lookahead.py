@@ -35,6 +35,8 @@ CHECK_TOKENS = 16
 """Tokens on which a gate is checked against the real routing."""
 MIN_AGREEMENT = 0.9
 """Share of real choices that a gate must reproduce on its own layer to be believed about later ones."""
+MIN_LOGIT = np.float32(-80.0)
+"""exp(80) is near the end of float32; a sigmoid there is 0."""
 MAX_STACK_BYTES = 256 << 20
 """Float32 copies of all gates beyond this are not made; gates are then probed."""
 
@@ -67,12 +69,11 @@ class LinearGate:
         if self.scoring == "softmax":
             probabilities = _softmax(logits)
         else:
-            raw = 1.0 / (1.0 + np.exp(-logits))
-            probabilities = raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-20)
+            raw = np.asarray(1.0 / (1.0 + np.exp(-np.maximum(logits, MIN_LOGIT))), np.float32)
+            probabilities = np.asarray(raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-20), np.float32)
             if self.correction is not None:
                 return raw + self.correction, probabilities
-        chosen = probabilities if self.correction is None else probabilities + self.correction
-        return chosen, probabilities
+        return probabilities if self.correction is None else probabilities + self.correction, probabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +153,11 @@ class Lookahead:
         if all(self._learned):
             self._build_stack()
 
-    def predict(self, layer: int, hidden: torch.Tensor, host_hidden: Floats, top_k: int) -> tuple[Prediction, ...]:
-        """Predictions for the layers after `layer` from its hidden state [T, H]; nearest first."""
-        last = min(layer + self._depth, len(self._gates) - 1)
+    def predict(
+        self, layer: int, hidden: torch.Tensor, host_hidden: Floats, top_k: int, depth: int | None = None
+    ) -> tuple[Prediction, ...]:
+        """Predictions for the layers after `layer` from its hidden state [T, H]; nearest first, at most `depth`."""
+        last = min(layer + (self._depth if depth is None else depth), len(self._gates) - 1)
         if last <= layer or not all(self._learned[layer + 1 : last + 1]):
             return ()
         n_tokens = len(host_hidden)

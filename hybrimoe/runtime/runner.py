@@ -100,7 +100,7 @@ class Runner:
         out, run = self._executor.run(plan, call, trace=self.tracing)
         ran_us = clock_us()
         self._after(plan, demand, run, counters)
-        result = out.to(hidden.dtype).reshape(hidden.shape)
+        result = out.to(hidden.device, hidden.dtype).reshape(hidden.shape)
         ended_us = clock_us()
         counters.wall_us += ended_us - began_us
         counters.overhead_us += ended_us - began_us - (ran_us - planned_us)
@@ -161,15 +161,21 @@ class Runner:
     def _predict(
         self, lookahead: Lookahead, index: int, work: LayerWork, top_k_index: torch.Tensor
     ) -> tuple[Prediction, ...]:
-        """Routing of the next layers. Not where every expert has a slot already (recorders want it anyway)."""
+        """Routing of as many following layers as the policy reads; of all within lookahead for a recorder."""
+        planner, depth = self.planner, None
+        if self.routing_recorder is None:
+            if planner is None or not planner.layers_ahead or self._all_cached(planner):
+                return ()
+            depth = planner.layers_ahead
         hidden = work.hidden.reshape(work.host_hidden.shape)
         if not lookahead.learned(index):
             lookahead.learn(index, hidden, host_index(top_k_index).reshape(len(hidden), -1))
-        if self.planner is not None and self.routing_recorder is None:
-            table = self.planner.slots
-            if table.n_slots == table.n_layers * table.n_experts:
-                return ()
-        return lookahead.predict(index, hidden, work.host_hidden, work.dispatch.top_k)
+        return lookahead.predict(index, hidden, work.host_hidden, work.dispatch.top_k, depth)
+
+    @staticmethod
+    def _all_cached(planner: Planner) -> bool:
+        """Every expert has a slot: there is nothing to prefetch."""
+        return planner.slots.n_slots == planner.n_layers * planner.n_experts
 
     def _plan(self, index: int, demand: LayerDemand) -> LayerPlan:
         if self.planner is None:

@@ -77,19 +77,20 @@ class Session:
 
     def finalize(
         self, model: nn.Module | None = None, *, store: ExpertStore | None = None,
-        frequencies: Frequencies | None = None,
+        frequencies: Frequencies | None = None, accelerator: Accelerator | None = None,
     ) -> None:  # fmt: skip
         """Opens the devices and fills the store; then starts, unless weights are still to come (meta modules).
 
         model: watched for prefill and decode, and searched for routers. store: ready-made records (nothing is packed).
-        frequencies: [layers, experts] activation counts that choose what is cached first.
+        frequencies: [layers, experts] activation counts that choose what is cached first. accelerator: an open one in
+        place of the configured one; the session closes it.
         Raises DeviceError, ConfigError, BudgetError, ModelError.
         """
         if not self._layers:
             raise ModelError("no layer was added to the session: nothing to run")
         if self._store is not None:
             raise ModelError("the session is already finalized")
-        self._accelerator = open_device(self.config)
+        self._accelerator = open_device(self.config) if accelerator is None else accelerator
         if self._accelerator is not None:
             self._finalizer = weakref.finalize(self, self._accelerator.close)
         threads = cpu_threads(self.config, self._accelerator)
@@ -161,6 +162,11 @@ class Session:
         if self._store is None:
             raise ModelError("the session has no store yet; call finalize() first")
         return self._store
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """What the session knows of each layer, in order."""
+        return tuple(self._layers)
 
     @property
     def accelerator(self) -> Accelerator | None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gpu_kernels import Accelerator, Event
 from hybrimoe.errors import HybriMoEError
 from scheduler import Transfer, TransferEnded
-from scheduler.records import TaskRecord
+from scheduler.records import TaskKind, TaskRecord
 
 Key = tuple[int, int]
 
@@ -46,7 +46,7 @@ class InFlight:
     def record(self) -> TaskRecord:
         """The finished copy as a timeline entry."""
         start_us, end_us = self.event.span_us()
-        kind = "transfer" if self.transfer.kind == "demand" else "prefetch"
+        kind: TaskKind = "transfer" if self.transfer.kind == "demand" else "prefetch"
         return TaskRecord(
             "link", kind, self.transfer.layer, self.transfer.expert, 0, self.n_bytes, start_us, end_us, self.step
         )

@@ -56,17 +56,13 @@ class Startup:
             slots = SlotCache(self.accelerator)
             planner = self._planner(self.accelerator.n_slots, costs)
         runner = Runner(self.layers, Executor(self.store, slots), planner, costs, self.stats, self.tracker)
-        if planner is not None and self._wants_lookahead():
+        if self.config.lookahead > 0:
             runner.lookahead = self._lookahead()
         if previous is not None:
             runner.take_over(previous)
         if planner is not None:
             runner.warm_up(planner.warm_up(frequencies))
         return runner
-
-    def _wants_lookahead(self) -> bool:
-        policy = scheduler.resolve_policy(self.config.policy, **self.config.policy_params)
-        return policy.prefetch != "none" and self.config.lookahead > 0
 
     def _slotted(self) -> list[Layer]:
         return [layer for layer in self.layers if layer.placement != "cpu"]

@@ -62,7 +62,8 @@ class ExpertStore:
 
     def record(self, layer: int, expert: int) -> ByteArray:
         """uint8 [record_bytes] view of one expert."""
-        return self._records[layer][expert]
+        record: ByteArray = self._records[layer][expert]
+        return record
 
     def addresses(self, layer: int) -> npt.NDArray[np.uint64]:
         """uint64 [num_experts]: where each record of a layer starts."""

@@ -101,9 +101,9 @@ def test_predictions_are_what_the_next_routers_give(router: Callable[[], nn.Modu
     torch.manual_seed(3)
     blocks = [Block(router, i) for i in range(5)]
     _, session = build(blocks)
+    for block in blocks:
+        predictions_of(session, block, torch.randn(1, 12, HIDDEN))
     with torch.no_grad():
-        for block in blocks:
-            block(torch.randn(1, 12, HIDDEN))
         x = torch.randn(1, n_tokens, HIDDEN)
         found = predictions_of(session, blocks[1], x)
         assert [p.layer for p in found] == [2, 3, 4]
@@ -163,9 +163,36 @@ def test_probing_leaves_the_model_as_it_was() -> None:
     session.close()
 
 
-@pytest.mark.parametrize("settings", [{"policy": "hybrimoe/none/mrs"}, {"lookahead": 0}])
-def test_nothing_is_predicted_where_nothing_asks_for_it(settings: dict[str, Any]) -> None:
-    blocks = [Block(LinearRouter, i) for i in range(3)]
+def demanded(session: Session, blocks: list[Block]) -> list[int]:
+    """How many layers ahead each planned layer was told of."""
+    session.record_timeline(True)
+    with torch.no_grad():
+        for block in [*blocks, *blocks]:
+            block(torch.randn(1, 4, HIDDEN))
+    return [len(item.demand.predictions) for item in session.plans[len(blocks) :]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, [3, 2, 1, 0]),
+        ({"lookahead": 1}, [1, 1, 1, 0]),
+        ({"lookahead": 0}, [0, 0, 0, 0]),
+        ({"policy": "hybrimoe/none/mrs"}, [0, 0, 0, 0]),
+        ({"gpu_expert_slots": 1.0}, [0, 0, 0, 0]),
+    ],
+)
+def test_only_what_the_policy_reads_is_predicted(settings: dict[str, Any], wanted: list[int]) -> None:
+    blocks = [Block(LinearRouter, i) for i in range(4)]
     _, session = build(blocks, **settings)
-    assert predictions_of(session, blocks[0], torch.randn(1, 4, HIDDEN)) == ()
+    assert demanded(session, blocks) == wanted
+    session.close()
+
+
+def test_a_recorder_gets_predictions_without_slots_too() -> None:
+    blocks = [Block(LinearRouter, i) for i in range(4)]
+    _, session = build(blocks, gpu_expert_slots=0)
+    for block in blocks:
+        predictions_of(session, block, torch.randn(1, 4, HIDDEN))
+    assert len(predictions_of(session, blocks[0], torch.randn(1, 4, HIDDEN))) == 3
     session.close()

@@ -1,0 +1,45 @@
+"""`hybrimoe bench overhead`: what planning, bookkeeping and dispatch add to the kernels of a decode step."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hybrimoe.bench import _options
+from hybrimoe.cli import common
+
+
+def register(app: typer.Typer) -> None:
+    """Add `overhead`."""
+    app.command("overhead")(overhead)
+
+
+def overhead(
+    shape: Annotated[str, typer.Option(metavar="NAME", help="A shipped model shape.")] = "olmoe-1b-7b",
+    layers: Annotated[int, typer.Option(min=2, help="MoE layers that are built.")] = 4,
+    policy: _options.PolicyList = None,
+    dtype: Annotated[str, typer.Option(help="Expert dtype.")] = "int4",
+    slots: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the experts with a slot.")] = 0.25,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps a round.")] = 50,
+    rounds: _options.RoundsOption = 7,
+    quick: _options.QuickOption = False,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Microseconds of one layer call beside its kernels, without and with an emulated accelerator.
+
+    Each contender runs the same routing twice: with the real kernels, and with kernels that compute nothing, so that
+    what is left is the overhead. Results are compared with the reference before anything is timed.
+    """
+    from hybrimoe.bench import _overhead_bench
+
+    request = _overhead_bench.Request(
+        shape=shape,
+        layers=layers,
+        policies=tuple(policy or ("ours", "hybrimoe")),
+        dtype=dtype,
+        slots=slots,
+        steps=min(steps, 15) if quick else steps,
+        rounds=min(rounds, _options.QUICK_ROUNDS) if quick else rounds,
+    )
+    _overhead_bench.run(request, as_json=as_json)
