@@ -9,6 +9,7 @@ import threading
 from functools import cache
 
 import numba
+import torch
 from numba.np.ufunc import parallel
 
 from cpu_kernels.errors import ThreadingError
@@ -70,5 +71,7 @@ def _start() -> str:
     if str(numba.config.THREADING_LAYER) not in SAFE_LAYERS:  # a choice made by the user stays
         numba.config.THREADING_LAYER = "default"
         numba.config.THREADING_LAYER_PRIORITY = [*SAFE_LAYERS, "workqueue"]
+    torch_threads = torch.get_num_threads()
     parallel._launch_threads()
+    torch.set_num_threads(torch_threads)  # both may share one OpenMP library, and launching sets this thread's default
     return str(numba.threading_layer())

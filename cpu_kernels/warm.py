@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from cpu_kernels.backends import NumbaBackend
+from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.dispatch import build_dispatch, combine
 from cpu_kernels.pack import pack_expert
 from cpu_kernels.simd.compile import panel_address
