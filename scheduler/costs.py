@@ -104,6 +104,9 @@ class CostModel:
         self.n_layers = int(kind.size)
         self.kind, self.cpu_grid, self.accel_grid, self.link_us = kind, cpu, accel, link
         self.cpu_with_link, self.link_with_cpu, self.dense_us = cpu_with_link, link_with_cpu, dense_us
+        self.cpu_rows = [cpu[k] for k in kind.tolist()]
+        self.accel_rows = [accel[k] for k in kind.tolist()]
+        self._link_by_layer = [float(link[k]) for k in kind.tolist()]
         self.drift = np.ones(3)
         """float64[3]: observed / predicted of cpu, accel and link."""
 
@@ -116,9 +119,19 @@ class CostModel:
         """us of one resident expert on ``n_tokens`` tokens (any shape) on the accelerator."""
         return np.asarray(_look_up(self.accel_grid[self.kind[layer]], n_tokens) * self.drift[1])
 
+    def one_token_us(self, layer: int) -> tuple[float, float]:
+        """(cpu_us, accel_us) of one expert on one token, without an array on the way."""
+        drift = self.drift
+        return float(self.cpu_rows[layer][1] * drift[0]), float(self.accel_rows[layer][1] * drift[1])
+
+    def gain_us(self, layer: int, n_tokens: int) -> float:
+        """cpu_us - accel_us of one expert on ``n_tokens`` tokens."""
+        cpu, accel = _look_up_one(self.cpu_rows[layer], n_tokens), _look_up_one(self.accel_rows[layer], n_tokens)
+        return float(cpu * self.drift[0] - accel * self.drift[1])
+
     def transfer_us(self, layer: int, cpu_busy: bool = False) -> float:
         """us of one expert over the link; slower while the CPU reads host memory."""
-        return float(self.link_us[self.kind[layer]] * self.drift[2] / (self.link_with_cpu if cpu_busy else 1.0))
+        return float(self._link_by_layer[layer] * self.drift[2] / (self.link_with_cpu if cpu_busy else 1.0))
 
     def observe(self, task: ObservedTask) -> None:
         """Moves the lane's drift towards observed / predicted. Raises CostError for a time that cannot be."""
@@ -127,14 +140,14 @@ class CostModel:
         if task.lane == "link":
             self.observe_transfer(task.layer, task.us)
             return
-        grid = self.cpu_grid if task.lane == "cpu" else self.accel_grid
-        self._follow(LANES[task.lane], task.us, float(_look_up(grid[self.kind[task.layer]], task.n_tokens)))
+        rows = self.cpu_rows if task.lane == "cpu" else self.accel_rows
+        self._follow(LANES[task.lane], task.us, _look_up_one(rows[task.layer], task.n_tokens))
 
     def observe_transfer(self, layer: int, us: float) -> None:
         """``observe`` for one copy over the link, which is expected to have run beside the CPU."""
         if not 0.0 <= us < np.inf:
             raise CostError(f"a transfer took {us} us: expected a finite number of at least 0")
-        self._follow(LANES["link"], us, float(self.link_us[self.kind[layer]]) / self.link_with_cpu)
+        self._follow(LANES["link"], us, self._link_by_layer[layer] / self.link_with_cpu)
 
     def _follow(self, lane: int, us: float, expected_us: float) -> None:
         if expected_us <= 0.0 or us == 0.0:
@@ -156,6 +169,13 @@ def _curve(
         formula = np.where(tokens > at[-1], beyond, np.interp(tokens, at, us))
     formula[tokens == 0] = 0.0
     return formula
+
+
+def _look_up_one(row: Floats, n_tokens: int) -> float:
+    last = row.size - 1
+    if n_tokens <= last:
+        return float(row[n_tokens])
+    return float(row[last] + (n_tokens - last) * (row[last] - row[last - 1]))
 
 
 def _look_up(row: Floats, n_tokens: npt.ArrayLike) -> Floats:

@@ -20,6 +20,7 @@ from scheduler.balancing.peers import (
     whole_layers,
 )
 from scheduler.balancing.timeline import plan_makespan
+from scheduler.balancing.valued import valued
 from scheduler.compiled import compiled
 
 Floats = npt.NDArray[np.float64]
@@ -28,8 +29,10 @@ Ints = npt.NDArray[np.int64]
 POLICY_CODES = {
     "optimal": 0, "hybrimoe": 1, "static": 2, "on_demand": 3, "accel_only": 3, "layers": 4, "fiddler": 5, "monde": 6,
     "bandwidth": 7, "cpu_only": 8, "fiddler_max": 9,
+    "value": 10,
 }  # fmt: skip
 
+BANDWIDTH_CODE, VALUE_CODE = 7, 10
 FREE, RESIDENT = 0, 2
 REUSE = -2
 """In ``evicted``: the slot's expert of this very plan is overwritten after its last read."""
@@ -114,6 +117,45 @@ def pick_slot(key_of: Ints, state: Ints, claims: Ints, keep: Floats, taken: npt.
 
 
 @compiled
+def victim_worths(
+    key_of: Ints, state: Ints, claims: Ints, keep: Floats, first_key: int, ids: npt.NDArray[np.int32]
+) -> Floats:
+    """float64[A] ascending: worth of what the next A transfers would evict (0: a free slot).
+
+    Experts of this demand are left out. Where slots run out, the last worth goes on: a slot of this layer is reused.
+    """
+    worths = np.full(ids.size, np.inf)
+    for slot in range(key_of.size):
+        worth = 0.0
+        if state[slot] == RESIDENT and claims[slot] == 0:
+            key = key_of[slot]
+            worth = keep[key]
+            if worth >= worths[-1] or _contains(ids, key - first_key):
+                continue
+        elif state[slot] != FREE:
+            continue
+        i = ids.size - 1
+        while i > 0 and worths[i - 1] > worth:
+            worths[i] = worths[i - 1]
+            i -= 1
+        if worths[i] > worth:
+            worths[i] = worth
+    last = 0.0
+    for i in range(worths.size):
+        last = worths[i] if worths[i] < np.inf else last
+        worths[i] = last
+    return worths
+
+
+@compiled
+def _contains(ids: npt.NDArray[np.int32], expert: int) -> bool:
+    found = False
+    for candidate in ids:
+        found = found or candidate == expert
+    return found
+
+
+@compiled
 def assign_slots(
     ids: npt.NDArray[np.int32], first_key: int, end_key: int, capacity: int, table: Floats, slot_of: Ints,
     key_of: Ints, state: Ints, claims: Ints, keep: Floats, plan: Ints, slots: Ints, evicted: Ints,
@@ -188,7 +230,11 @@ def decide(
     n = ids.size
     table = fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[2], slot_of, state, arrival, priority)
     plan = out[: 3 + 3 * n]
-    makespan = run_policy(code, table, ready, params, plan)
+    if code == VALUE_CODE:
+        victims = victim_worths(key_of, state, claims, keep, first_key, ids)
+        makespan = valued(table, ready, victims, params[0], params[1], plan)
+    else:
+        makespan = run_policy(code, table, ready, params, plan)
     slots, evicted = out[3 + 3 * n : 3 + 4 * n], out[3 + 4 * n :]
     if assign_slots(
         ids, first_key, end_key, capacity, table, slot_of, key_of, state, claims, keep, plan, slots, evicted

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scheduler.balancing import kernel_of, parameters_of_balance
 from scheduler.cache import CACHE_POLICIES
 from scheduler.costs import CostModel
-from scheduler.decide import POLICY_CODES, REUSE, decide, pick_slot
+from scheduler.decide import BANDWIDTH_CODE, POLICY_CODES, REUSE, decide, pick_slot
 from scheduler.demand import LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.explain import Explanation, explain
@@ -73,19 +73,24 @@ class Planner:
         self.cache = make("cache", self.policy.cache, CACHE_POLICIES, self._setting, self.policy.params)
         self.prefetch = make("prefetch", self.policy.prefetch, PREFETCH_POLICIES, self._setting, self.policy.params)
         self._placements = _check_placements(placements, n_layers)
+        self._valued = self.policy.balance == "value"
         self._codes = self._balance_codes()
         self._recency = np.zeros(n_layers * n_experts)
         self._clock, self._step = 0, -1
         self._in_flight: dict[int, int] = {}
         self._arrival = np.zeros(self.slots.n_slots)
-        self._claimed: list[deque[tuple[list[int], list[int]]]] = [deque() for _ in range(n_layers)]
+        self._claimed: list[deque[tuple[npt.NDArray[np.int64], list[int]]]] = [deque() for _ in range(n_layers)]
         self._demands: dict[int, tuple[LayerDemand, LaneState]] = {}
         self._ready, self._scales = np.zeros(3), np.zeros(3)
+        self._nobody = np.zeros(self.slots.n_slots, np.bool_)
+        self._chained = False
 
     def _balance_codes(self) -> list[tuple[int, npt.NDArray[np.float64]]]:
         """Compiled policy code and parameters of each layer."""
         known = parameters_of_balance(self.policy.balance)
         own = {key: value for key, value in self.policy.params.items() if key in known}
+        if self._valued:
+            own = {"cpu_rate": self.costs.cpu_with_link, **own}
         _, numbers = kernel_of(self.policy.balance, **own)
         name = "fiddler_max" if own.get("form") == "max" else self.policy.balance
         codes = []
@@ -93,6 +98,11 @@ class Planner:
             forced = "cpu_only" if self.slots.n_slots == 0 else _FORCED.get(placement, name)
             codes.append((POLICY_CODES[forced], numbers))
         return codes
+
+    @property
+    def layers_ahead(self) -> int:
+        """How many following layers' predictions the policies read: more need not be made."""
+        return self.prefetch.layers_ahead
 
     def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]:
         """Fills the free slots before the first step: by use ``frequencies`` [n_layers, n_experts], or low ids first.
@@ -148,7 +158,7 @@ class Planner:
         self.prefetch.observe(demand)
         self.cache.refresh(layer)
         if n == 0:
-            self._claimed[layer].append(([], []))
+            self._claimed[layer].append((np.empty(0, np.int64), []))
             prefetches = self._plan_prefetches(demand, lanes.link_ready_us, 0.0)
             return LayerPlan(self._step, layer, (), (), (), (), prefetches, 0.0)
         return self._plan_active(demand, ids, lanes)
@@ -159,24 +169,22 @@ class Planner:
         experts = ids.tolist()
         first_key = layer * self.n_experts
         accel_positions = flat[3 + n : 3 + n + flat[1]]
-        demanded = set(flat[3 + 2 * n : 3 + 2 * n + flat[2]])
-        accel, slots, transfers, awaited = [], [], {}, []
-        for position in accel_positions:
-            expert, slot = experts[position], flat[3 + 3 * n + position]
-            if position in demanded:
-                transfers[position] = self._start_demand(demand, position, slot, flat[3 + 4 * n + position], expert)
-            elif first_key + expert in self._in_flight:
-                awaited.append(expert)
-            self.slots.claim(slot)
-            accel.append(expert)
-            slots.append(slot)
-        leaving = [t.slot for t in transfers.values() if not t.admit]
-        self._claimed[layer].append((slots, leaving))
+        demanded = flat[3 + 2 * n : 3 + 2 * n + flat[2]]
+        accel = [experts[p] for p in accel_positions]
+        slots = [flat[3 + 3 * n + p] for p in accel_positions]
+        awaited: list[int] = []
+        if self._in_flight:
+            awaited = [e for e in accel if first_key + e in self._in_flight]
+        started = self._start_demands(demand, flat, accel_positions) if demanded else {}
+        transfers = [started[p] for p in demanded]
+        held = np.array(slots, np.int64)
+        if len(started) == 0 or not self._chained:
+            self.slots.claim_all(held)
+        self._claimed[layer].append((held, [t.slot for t in transfers if not t.admit]))
         link_end = lanes.link_ready_us + len(transfers) * float(self._scales[2])
         return LayerPlan(
             self._step, layer, tuple([experts[p] for p in flat[3 : 3 + flat[0]]]), tuple(accel), tuple(slots),
-            tuple([transfers[p] for p in flat[3 + 2 * n : 3 + 2 * n + flat[2]]]),
-            self._plan_prefetches(demand, link_end, makespan), makespan, tuple(awaited),
+            tuple(transfers), self._plan_prefetches(demand, link_end, makespan), makespan, tuple(awaited),
         )  # fmt: skip
 
     def _decide(self, demand: LayerDemand, ids: npt.NDArray[np.int32], lanes: LaneState) -> tuple[float, list[int]]:
@@ -185,23 +193,28 @@ class Planner:
         first_key = layer * self.n_experts
         ready, scales = self._ready, self._scales
         ready[0], ready[1], ready[2] = lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us
-        transfer_us = costs.transfer_us(layer, cpu_busy=True)
-        scales[0] = costs.drift[0] / (costs.cpu_with_link if lanes.link_ready_us > 0 else 1.0)
+        transfer_us = self._transfer_us(layer)
+        contended = lanes.link_ready_us > 0 and not self._valued
+        scales[0] = costs.drift[0] / (costs.cpu_with_link if contended else 1.0)
         scales[1], scales[2] = costs.drift[1], transfer_us
         if self._in_flight:
             self._estimate_arrivals(lanes.link_ready_us, transfer_us)
-        kind = costs.kind[layer]
         code, params = self._codes[layer]
         out = np.empty(3 + 5 * ids.size, np.int64)
         capacity = int(cache.capacities[layer]) if cache.scope == "layer" else -1
         makespan = decide(
             code, params, ids, _int32(demand.n_tokens), first_key, first_key + self.n_experts, capacity,
-            costs.cpu_grid[kind], costs.accel_grid[kind], scales, ready, slots.slot_of, slots.key_of, slots.state,
-            slots.claims, self._arrival, cache.keep, self._recency, out,
+            costs.cpu_rows[layer], costs.accel_rows[layer], scales, ready, slots.slot_of, slots.key_of, slots.state,
+            slots.claims, self._arrival, cache.keep, cache.keep if self._valued else self._recency, out,
         )  # fmt: skip
         self._clock += 1
-        self._recency[ids + first_key] = self._clock
+        if code == BANDWIDTH_CODE:
+            self._recency[ids + first_key] = self._clock
         return makespan, out.tolist()
+
+    def _transfer_us(self, layer: int) -> float:
+        """us of one transfer beside a working CPU."""
+        return self.costs.transfer_us(layer, cpu_busy=True)
 
     def _estimate_arrivals(self, link_ready_us: float, transfer_us: float) -> None:
         """The link is in order, so the last transfer in flight lands when the link gets free, the others before."""
@@ -210,12 +223,25 @@ class Planner:
             behind -= 1
             self._arrival[slot] = max(link_ready_us - behind * transfer_us, 0.0)
 
-    def _start_demand(self, demand: LayerDemand, position: int, slot: int, evicted: int, expert: int) -> Transfer:
-        layer = demand.layer
-        n_tokens = int(demand.n_tokens[position])
-        gain = float(self.costs.cpu_us(layer, n_tokens) - self.costs.accel_us(layer, n_tokens))
-        key = layer * self.n_experts + expert
-        return self._start(slot, key, "demand", gain, self.cache.admits(key), chained=evicted == REUSE)
+    def _start_demands(self, demand: LayerDemand, flat: list[int], accel_positions: list[int]) -> dict[int, Transfer]:
+        """Starts the demand transfers of a flat plan, by position. Sets ``_chained`` where slots are handed on.
+
+        Slots that one expert of the plan hands to another are claimed turn by turn, in accelerator order.
+        """
+        n, first_key = demand.expert_ids.size, demand.layer * self.n_experts
+        demanded = flat[3 + 2 * n : 3 + 2 * n + flat[2]]
+        self._chained = any(flat[3 + 4 * n + p] == REUSE for p in demanded)
+        started = {}
+        for position in accel_positions if self._chained else demanded:
+            slot = flat[3 + 3 * n + position]
+            if not self._chained or position in demanded:
+                key = first_key + int(demand.expert_ids[position])
+                gain = self.costs.gain_us(demand.layer, int(demand.n_tokens[position]))
+                reuse = flat[3 + 4 * n + position] == REUSE
+                started[position] = self._start(slot, key, "demand", gain, self.cache.admits(key), reuse)
+            if self._chained:
+                self.slots.claim(slot)
+        return started
 
     def _start(
         self, slot: int, key: int, kind: TransferKind, gain_us: float, admit: bool, chained: bool = False
@@ -234,7 +260,7 @@ class Planner:
 
     def _plan_prefetches(self, demand: LayerDemand, link_end_us: float, makespan_us: float) -> tuple[Transfer, ...]:
         """Prefetches that start before the next layer's demand can need the link."""
-        transfer_us = self.costs.transfer_us(demand.layer, cpu_busy=True)
+        transfer_us = self._transfer_us(demand.layer)
         idle_us = makespan_us + self.costs.dense_us - link_end_us
         if idle_us <= 0.0 or not self.slots.n_slots:
             return ()
@@ -242,16 +268,19 @@ class Planner:
         keys, gains = self.prefetch.propose(demand, limit)
         if not keys.size:
             return ()
-        taken = self._needed_soon(demand)
+        taken = self._nobody if self.cache.keeps_us else self._needed_soon(demand)
         started = []
         for key, gain in zip(keys.tolist(), gains.tolist(), strict=True):
             slot = self._prefetch_slot(key, taken)
-            if slot >= 0 and self._worth_it(slot, gain):
+            if slot >= 0 and self._worth_it(slot, key, gain):
                 started.append(self._start(slot, key, "prefetch", gain, True))
         return tuple(started)
 
     def _needed_soon(self, demand: LayerDemand) -> npt.NDArray[np.bool_]:
-        """bool[n_slots]: experts that this demand's predictions name; prefetches do not evict them."""
+        """bool[n_slots]: experts that this demand's predictions name; prefetches do not evict them.
+
+        A cache policy that keeps by us has already raised those that the next layer needs.
+        """
         taken = np.zeros(self.slots.n_slots, np.bool_)
         for prediction in demand.predictions:
             slots = self.slots.slot_of[prediction.layer * self.n_experts + prediction.expert_ids]
@@ -276,10 +305,12 @@ class Planner:
             capacity,
         )
 
-    def _worth_it(self, slot: int, gain_us: float) -> bool:
+    def _worth_it(self, slot: int, newcomer: int, gain_us: float) -> bool:
         """Policies whose ``keep`` is in us do not let a prefetch evict what is worth more."""
         key = int(self.slots.key_of[slot])
-        return key < 0 or not self.cache.keeps_us or gain_us > float(self.cache.keep[key])
+        return not self.cache.keeps_us or gain_us + float(self.cache.keep[newcomer]) > (
+            0.0 if key < 0 else float(self.cache.keep[key])
+        )
 
     def on_event(self, event: Event) -> None:
         """What the executor saw: a transfer or a layer has ended. Raises SlotError if that was not planned."""
@@ -299,8 +330,7 @@ class Planner:
         if not 0 <= event.layer < self.n_layers or not self._claimed[event.layer]:
             raise SlotError(f"layer {event.layer} has ended, but no plan of it is open")
         slots, leaving = self._claimed[event.layer].popleft()
-        for slot in slots:
-            self.slots.release(slot)
+        self.slots.release_all(slots)
         for slot in leaving:
             if self.slots.state[slot] == RESIDENT and not self.slots.claims[slot]:
                 self.slots.free(slot)

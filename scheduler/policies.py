@@ -47,7 +47,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         "hobbit": _policy("on_demand", "gate_topk", "hobbit", depth=3, only_if_cached=True),
         "fate": _policy("on_demand", "gate_topk", "arc", depth=1, share=0.75, n_shallow=2),
         "hybrimoe": _policy("hybrimoe", "impact", "mrs"),
-        "ours": _policy("optimal", "value", "value"),
+        "ours": _policy("value", "value", "value"),
         "oracle": _policy("optimal", "perfect", "belady"),
     }
 )

@@ -23,7 +23,9 @@ Made = TypeVar("Made")
 
 @dataclass(slots=True, eq=False)
 class Setting:
-    """Shared by the policies of one planner. ``step`` counts ``begin_step`` since the sequence began, from 0."""
+    """Shared by the policies of one planner. ``step`` counts ``begin_step`` since the sequence began, from 0.
+    ``value``: the belief that cache and prefetch ``value`` share (value_model).
+    """
 
     n_layers: int
     n_experts: int
@@ -34,6 +36,7 @@ class Setting:
     scorer: Scorer | None = None
     prefetch_scorer: Scorer | None = None
     step: int = -1
+    value: object = None
 
     @property
     def n_keys(self) -> int:

@@ -6,7 +6,9 @@ from collections import Counter
 from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 
+from scheduler.compiled import compiled
 from scheduler.errors import SlotError
 
 NO_SLOT = -1
@@ -120,6 +122,18 @@ class SlotTable:
         if self.claims[slot] == 0 and self.state[slot] == IN_USE:
             self.state[slot] = RESIDENT
 
+    def claim_all(self, slots: npt.NDArray[np.int64]) -> None:
+        """``claim`` for every slot of a plan, in one compiled call."""
+        bad = _claim(slots, self.state, self.claims)
+        if bad >= 0:
+            raise SlotError(f"slot {bad} is free: nothing to compute from")
+
+    def release_all(self, slots: npt.NDArray[np.int64]) -> None:
+        """``release`` for every slot of a plan, in one compiled call."""
+        bad = _release(slots, self.state, self.claims)
+        if bad >= 0:
+            raise SlotError(f"slot {bad} is {self._describe(bad)}: no plan uses it")
+
     def free(self, slot: int) -> int:
         """An idle resident leaves; returns its key."""
         if self.state[slot] != RESIDENT:
@@ -148,3 +162,28 @@ class SlotTable:
         occupant = self.occupant(slot)
         held = "" if occupant is None else f" (layer {occupant[0]} expert {occupant[1]})"
         return f"{self.state_of(slot).name.lower().replace('_', ' ')}{held}"
+
+
+@compiled
+def _claim(slots: npt.NDArray[np.int64], state: npt.NDArray[np.int64], claims: npt.NDArray[np.int64]) -> int:
+    """Claims all slots, or none and returns the first that is free (-1: done)."""
+    for slot in slots:
+        if state[slot] == FREE:
+            return int(slot)
+    for slot in slots:
+        claims[slot] += 1
+        if state[slot] == RESIDENT:
+            state[slot] = IN_USE
+    return -1
+
+
+@compiled
+def _release(slots: npt.NDArray[np.int64], state: npt.NDArray[np.int64], claims: npt.NDArray[np.int64]) -> int:
+    """Releases all slots; returns the first that nobody had claimed (-1: done)."""
+    for slot in slots:
+        if claims[slot] < 1:
+            return int(slot)
+        claims[slot] -= 1
+        if claims[slot] == 0 and state[slot] == IN_USE:
+            state[slot] = RESIDENT
+    return -1

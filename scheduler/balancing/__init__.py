@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from scheduler.balancing import optimal as _optimal
 from scheduler.balancing import peers as _peers
+from scheduler.balancing import valued as _valued
 from scheduler.balancing.problem import PRIORITY, BalancePlan, LayerCosts
 from scheduler.balancing.timeline import plan_makespan
 from scheduler.errors import CostError, PolicyError, did_you_mean
@@ -30,6 +31,7 @@ _KERNELS: dict[str, tuple[Kernel, frozenset[str]]] = {
     "bandwidth": (_peers.bandwidth, frozenset()),
     "cpu_only": (_peers.cpu_only, frozenset()),
     "accel_only": (_peers.on_demand, frozenset()),
+    "value": (_valued.value, frozenset({"link_price", "cpu_rate"})),
 }
 """Policy name -> compiled kernel and the parameters it knows."""
 
@@ -42,8 +44,9 @@ def balance(
     """Plans one layer.
 
     policy: one of BALANCE_POLICIES. params: ``node_limit`` (optimal: search nodes, None = automatic), ``form``
-    (fiddler: "sum" or "max"), ``hot`` (monde: number of hot experts, None = by bandwidth ratio). ``priority``
-    (bandwidth): one number an expert, the highest are fetched first; default equal.
+    (fiddler: "sum" or "max"), ``hot`` (monde: number of hot experts, None = by bandwidth ratio), ``link_price``
+    and ``cpu_rate`` (value: us that a transfer must earn beside its makespan; CPU's share of its rate while the link
+    works). ``priority`` (bandwidth: the highest are fetched first; value: worth in us of residency): default 0.
     Raises PolicyError for an unknown policy or parameter, CostError for costs that cannot be.
     """
     if not isinstance(costs, LayerCosts):
@@ -74,11 +77,13 @@ def kernel_of(policy: str, **params: Any) -> tuple[Kernel, npt.NDArray[np.float6
     if found is None:
         raise PolicyError(f"unknown balance policy {policy!r}{did_you_mean(str(policy), _KERNELS)}")
     kernel, known = found
-    if not params:
+    if not params and policy != "value":
         return kernel, _DEFAULTS
     for name in params:
         if name not in known:
             raise PolicyError(f"balance {policy}: unknown parameter {name!r}{did_you_mean(name, known)}")
+    if policy == "value":
+        return kernel, _value_parameters(params)
     form = params.get("form", "sum")
     if form not in ("sum", "max"):
         raise PolicyError(f"balance fiddler: form must be 'sum' or 'max', found {form!r}")
@@ -90,6 +95,16 @@ def kernel_of(policy: str, **params: Any) -> tuple[Kernel, npt.NDArray[np.float6
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
         raise PolicyError(f"balance {policy}: expected an integer of at least 0, found {number!r}")
     return kernel, np.array([float(number), 0.0])
+
+
+def _value_parameters(params: dict[str, Any]) -> npt.NDArray[np.float64]:
+    numbers = np.array([0.0, 1.0])
+    for i, (name, low, high) in enumerate((("link_price", 0.0, 1e9), ("cpu_rate", 1e-3, 1.0))):
+        given = params.get(name, numbers[i])
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not low <= given <= high:
+            raise PolicyError(f"balance value: {name} must be a number in [{low}, {high}], found {given!r}")
+        numbers[i] = given
+    return numbers
 
 
 def parameters_of_balance(policy: str) -> frozenset[str]:

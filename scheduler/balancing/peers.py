@@ -118,6 +118,8 @@ def hybrimoe(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds
     (stealing); link = misses, high load first. The lane that gets free first acts (ties: accelerator, CPU, link): it
     takes the head of its queue. What the link takes leaves the CPU's queue and enters the accelerator's by load; the
     accelerator keeps that order and waits if the head is still under way. Ends when every expert has run.
+    The CPU steals only what it ends no later than the accelerator would end its queue (the stolen one is its last):
+    the paper does not say so, but without it a slow CPU would make every layer wait for a steal.
     """
     n = table.shape[1]
     arrival = table[3].copy()
@@ -127,7 +129,7 @@ def hybrimoe(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds
     plan[0], plan[1], plan[2] = 0, 0, 0
     placed = 0
     while placed < n:
-        heads = _heads(table[0], open_, here, arrival)
+        heads = _heads(table, clock, open_, here, arrival)
         lane = -1
         for candidate in (1, 0, 2):
             if heads[candidate] >= 0 and (lane < 0 or clock[candidate] < clock[lane]):
@@ -147,13 +149,17 @@ def hybrimoe(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds
 
 
 @compiled
-def _heads(load: Floats, open_: Flags, here: Flags, arrival: Floats) -> tuple[int, int, int]:
+def _heads(table: Floats, clock: Floats, open_: Flags, here: Flags, arrival: Floats) -> tuple[int, int, int]:
     """Heads of the three queues (-1: empty): CPU, accelerator, link."""
+    load = table[0]
     miss, steal, accel, link = -1, -1, -1, -1
+    queue_end, landed_end = clock[1], 0.0
     for i in range(load.size):
         if not open_[i]:
             continue
         if arrival[i] >= 0.0:
+            queue_end += table[1, i]
+            landed_end = max(landed_end, arrival[i] + table[1, i])
             if accel < 0 or load[i] > load[accel]:
                 accel = i
             if here[i] and (steal < 0 or load[i] < load[steal]):
@@ -163,4 +169,6 @@ def _heads(load: Floats, open_: Flags, here: Flags, arrival: Floats) -> tuple[in
                 miss = i
             if link < 0 or load[i] > load[link]:
                 link = i
+    if steal >= 0 and clock[0] + load[steal] > max(queue_end, landed_end):
+        steal = -1
     return (miss if miss >= 0 else steal), accel, link

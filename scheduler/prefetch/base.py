@@ -20,6 +20,11 @@ class PrefetchPolicy:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
+    @property
+    def layers_ahead(self) -> int:
+        """How many following layers' predictions are read."""
+        return 0
+
     def begin_sequence(self) -> None:
         """A new sequence starts."""
 

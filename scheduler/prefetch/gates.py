@@ -23,6 +23,10 @@ class Impact(PrefetchPolicy):
     layer's gains are taken anew after each choice; ends where no gain is left.
     """
 
+    @property
+    def layers_ahead(self) -> int:
+        return self.setting.lookahead
+
     def propose(self, demand: LayerDemand, limit: int) -> Proposals:
         tables = [(p, self._table(p)) for p in self.ahead(demand) if p.expert_ids.size]
         gains = [impact_gains(table) for _, table in tables]
@@ -105,6 +109,10 @@ class GateTopK(PrefetchPolicy):
         self.depth = integer("gate_topk", "depth", depth, 1)
         self.only_if_cached = bool(only_if_cached)
         self.share = None if share is None else number("gate_topk", "share", share, 0.0, 1.0)
+
+    @property
+    def layers_ahead(self) -> int:
+        return min(self.depth, self.setting.lookahead)
 
     def propose(self, demand: LayerDemand, limit: int) -> Proposals:
         keys: list[npt.NDArray[np.int64]] = []

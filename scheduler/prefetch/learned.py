@@ -34,6 +34,10 @@ class LearnedPrefetch(PrefetchPolicy):
         self.last = np.zeros((n_layers, n_experts), np.float32)
         self.previous: LayerDemand | None = None
 
+    @property
+    def layers_ahead(self) -> int:
+        return min(1, self.setting.lookahead)
+
     def begin_sequence(self) -> None:
         self.previous = None
         self.last[:] = 0.0

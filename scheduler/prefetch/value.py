@@ -1,4 +1,4 @@
-"""Prefetch policy ``value`` (ours): what the next layer needs almost surely, if that beats what it would evict."""
+"""Prefetch policy ``value`` (ours): absent experts whose expected saving beats the link's price and what they evict."""
 
 from __future__ import annotations
 
@@ -7,48 +7,43 @@ import numpy as np
 from scheduler.demand import LayerDemand
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals
 from scheduler.setting import Setting, number
-from scheduler.transitions import count_transitions, follow
+from scheduler.value_model import ValueModel
 
-COUNT_DECAY = 0.998
-PRIOR_TRUST = 8.0
+DELAY_SHARE = 0.05
+"""Part of a transfer's time by which later demand on the link is delayed on average (tuned)."""
 
 
 class ValuePrefetch(PrefetchPolicy):
-    """Experts of the next layer whose chance of use now is above ``certainty``; gain = chance * saving + later worth.
+    """gain = chance * saving - price of the link, for absent experts of the next layer with chance >= ``certainty``.
 
-    The chance is the gate's prediction where there is one, else the mean of P(expert | active experts of this layer)
-    from running counts, shrunk to the expert's own rate.
+    The chance is measured: forecasts and gate predictions of absent experts are binned, and the share that came true is
+    kept per layer (``value_model``). The price is ``link_share`` of a transfer's time; by default the CPU time lost to
+    contention, 1 - (CPU's share of its rate beside the link), plus 0.05. Decode only: a prefill's layers use the link.
     """
 
-    def __init__(self, setting: Setting, certainty: float = 0.75) -> None:
+    def __init__(self, setting: Setting, certainty: float = 0.7, link_share: float | None = None) -> None:
         super().__init__(setting)
         self.certainty = number("value", "certainty", certainty, 0.0, 1.0)
-        n_layers, n_experts = setting.n_layers, setting.n_experts
-        self.counts = np.zeros((n_layers, n_experts, n_experts + 1), np.float32)
-        self.rate = np.zeros((n_layers, n_experts))
-        self.previous: LayerDemand | None = None
+        contended = 1.0 - setting.costs.cpu_with_link + DELAY_SHARE
+        self.link_share = contended if link_share is None else number("value", "link_share", link_share, 0.0, 10.0)
+        self.model = ValueModel.of(setting)
+
+    @property
+    def layers_ahead(self) -> int:
+        return min(1, self.setting.lookahead)
 
     def begin_sequence(self) -> None:
-        self.previous = None
+        self.model.begin_sequence()
 
     def observe(self, demand: LayerDemand) -> None:
-        before = self.previous
-        if before is not None and before.layer + 1 == demand.layer:
-            count_transitions(self.counts[before.layer], before.expert_ids, demand.expert_ids, COUNT_DECAY)
-        self.previous = demand
-        self.rate[demand.layer] *= 0.95
-        self.rate[demand.layer, demand.expert_ids] += 0.05
+        self.model.observe(demand)
 
     def propose(self, demand: LayerDemand, limit: int) -> Proposals:
-        layer = demand.layer + 1
-        if layer >= self.setting.n_layers:
+        model = self.model
+        if not model.n_candidates or model.chances[0] < self.certainty or not self.setting.lookahead:
             return NOTHING
-        n = self.setting.n_experts
-        chance = follow(self.counts[demand.layer], demand.expert_ids, self.rate[layer], PRIOR_TRUST)
-        for prediction in demand.predictions:
-            if prediction.layer == layer:
-                chance[prediction.expert_ids] = np.maximum(chance[prediction.expert_ids], 0.9)
-        chance[self.setting.slots.slot_of[layer * n : layer * n + n] >= 0] = 0.0
-        order = np.argsort(-chance, kind="stable")[:limit]
-        order = order[chance[order] >= self.certainty]
-        return layer * n + order, chance[order] * 4.0 * self.saving_us(layer)
+        chances = model.chances[: min(model.n_candidates, limit)]
+        chances = chances[: int(np.searchsorted(-chances, -self.certainty, side="right"))]
+        price = self.link_share * self.setting.costs.transfer_us(model.ahead, cpu_busy=True)
+        gains = chances * model.saving_us(model.ahead) - price
+        return model.ahead * self.setting.n_experts + model.experts[: chances.size], gains

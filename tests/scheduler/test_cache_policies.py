@@ -162,10 +162,10 @@ def test_learned_features_by_hand_and_scorer_is_used() -> None:
 
 
 def test_value_counts_us() -> None:
-    """keep = horizon * 80 us * (share * fast + (1 - share) * slow), one use from nothing."""
-    value = policy("value", fast_share=0.5, horizon=2.0)
+    """keep = horizon * 80 us * (0.32 * fast + 0.48 * slow), one use from nothing: 0.4 and 0.05."""
+    value = policy("value", horizon=2.0)
     value.observe(demand(0, {1: 1.0}))
-    assert value.keep[1] == pytest.approx(2.0 * 80.0 * 0.5 * (0.15 + 0.02), rel=0.2)
+    assert value.keep[1] == pytest.approx(2.0 * 80.0 * (0.32 * 0.4 + 0.48 * 0.05))
     assert value.keep[0] == 0.0
 
 

@@ -47,14 +47,14 @@ def test_none_proposes_nothing() -> None:
 def test_impact_takes_the_largest_makespan_gain_first() -> None:
     """Layer 1: one expert of 2 tokens, CPU 200. Resident it takes 20: gain 180. Layer 2: one of 1 token: gain 80.
 
-    Layer 3: expert 0 resident, expert 1 missing: the greedy's CPU computes it either way (100 us): no gain.
+    Layer 3: expert 0 resident (20 us), expert 1 missing with 1 token: 100 against 40 with both there: gain 60.
     """
     given = setting(held=(12,))
     proposals = policy("impact", given).propose(
         demand(0, [0], predicted(1, [2], [2]), predicted(2, [1], [1]), predicted(3, [0, 1], [1, 1])), 8
     )
-    assert proposals[0].tolist() == [4 + 2, 8 + 1]
-    assert proposals[1].tolist() == pytest.approx([180, 80])
+    assert proposals[0].tolist() == [4 + 2, 8 + 1, 12 + 1]
+    assert proposals[1].tolist() == pytest.approx([180, 80, 60])
 
 
 def test_impact_looks_only_so_far_and_not_at_what_is_there() -> None:
@@ -64,7 +64,7 @@ def test_impact_looks_only_so_far_and_not_at_what_is_there() -> None:
 
 
 def test_impact_gains_are_taken_anew_after_each_choice() -> None:
-    """Three misses: CPU 100 | link 50, 100 and accelerator 70, 120: 120. With one there 100; a second changes nothing."""
+    """Three misses: CPU 100 | link 50, 100 and accelerator 70, 120. With one there 100; a second changes nothing."""
     keys, gains = policy("impact", setting()).propose(demand(0, [0], predicted(1, [0, 1, 2], [1, 1, 1])), 8)
     assert keys.tolist() == [4]
     assert gains.tolist() == pytest.approx([20.0])
