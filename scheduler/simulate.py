@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from scheduler.costs import CostModel
 from scheduler.demand import LayerDemand
+from scheduler.explain import Explanation
 from scheduler.future import Future
 from scheduler.graph.tasks import DenseTimes, PlannedLayer
 from scheduler.plan import LaneState, LayerEnded, TransferEnded
@@ -115,6 +116,7 @@ class Simulator:
         self.planner = self._planner(scorer, prefetch_scorer)
         self.engine = self._engine(keep_records, frequencies)
         self.layers: list[PlannedLayer] = []
+        self.explanations: list[Explanation] = []
         self._judge = PrefetchJudge(trace.n_layers, trace.n_experts)
         self._warm_up(frequencies)
 
@@ -157,10 +159,7 @@ class Simulator:
         """Simulate every step; one result for each phase that occurs, prefill first."""
         stats: dict[Phase, PhaseStats] = {}
         for index, step in enumerate(self.steps):
-            if step.first:
-                self.planner.begin_sequence(self._future(step.sequence))
-            collected = stats.setdefault(step.phase, PhaseStats())
-            self._run_step(index, step, collected)
+            self._run_step(index, step, stats.setdefault(step.phase, PhaseStats()))
         self._judge.settle_into(stats)
         order: tuple[Phase, ...] = ("prefill", "decode")
         return [
@@ -169,8 +168,22 @@ class Simulator:
             if phase in stats
         ]
 
+    def run_to(self, index: int) -> float:
+        """Simulate up to step ``index``; only that step is recorded and explained. Returns its latency in us."""
+        if not 0 <= index < len(self.steps):
+            raise SimulationError(f"step {index} is not there: the trace has steps 0..{len(self.steps) - 1}")
+        for earlier in range(index):
+            self._run_step(earlier, self.steps[earlier], PhaseStats())
+        self.engine.keep_records = True
+        began_us = self.engine.now_us
+        self._run_step(index, self.steps[index], PhaseStats())
+        self.engine.keep_records = False
+        return self.engine.now_us - began_us
+
     def _run_step(self, index: int, step: TraceStep, stats: PhaseStats) -> None:
         engine = self.engine
+        if step.first:
+            self.planner.begin_sequence(self._future(step.sequence))
         stats.begin(engine.now_us, engine.busy)
         self.planner.begin_step(step.phase, step.n_tokens)
         context = self._context(step)
@@ -198,9 +211,11 @@ class Simulator:
         plan = planner.plan_layer(demand, LaneState(0.0, dense.shared_us, engine.link_ready_us()))
         stats.count_plan(plan)
         self._judge.planned(plan, demand.phase)
+        explanation = planner.explain(plan) if engine.keep_records else None
         observed = engine.run_layer(plan, demand, dense.shared_us)
-        if engine.keep_records:
+        if explanation is not None:
             self.layers.append(PlannedLayer(plan, demand, dense))
+            self.explanations.append(explanation)
         for event in engine.take_ended():
             planner.on_event(event)
         planner.on_event(LayerEnded(layer, observed))

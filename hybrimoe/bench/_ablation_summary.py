@@ -92,24 +92,32 @@ def oracle_share(group: dict[str, Row], policy: str) -> float | None:
 
 def tables(summary: dict[str, Any]) -> list[Table]:
     """(title, columns, rows) for the terminal and the HTML page."""
-    found: list[Table] = []
-    if "table3" in summary:
-        rows = [(r["step"], r["phase"], f"{r['simulated_s']:.3f} s", _seconds(r["paper_s"]), _signed(r["off"]),
-                 f"{r['speedup']:.2f}x")
-                for r in summary["table3"]]  # fmt: skip
-        found.append(
-            ("Table III, Qwen2-57B-A14B, 25 % cached", ("step", "phase", "simulated", "paper", "off", "gain"), rows)
-        )
-    if "speedups" in summary:
-        rows = [(f"{r['policy']}, {r['phase']}", f"{r['mean']:.2f}x", f"{r['least']:.2f} - {r['most']:.2f}",
-                 "-" if r["paper"] is None else f"{r['paper']:.2f}x") for r in summary["speedups"]]  # fmt: skip
-        found.append(("Speed-up over static, paper's machine and models", ("", "mean", "range", "paper"), rows))
-    if "hits" in summary:
-        rows = [(f"{r['shape']}, {r['cache']}", f"{r['simulated']:.1%}", f"{r['paper']:.1%}") for r in summary["hits"]]
-        found.append(("Hit rates at 25 %", ("", "simulated", "paper"), rows))
-    if "policies" in summary:
-        found.append(_policy_table(summary["policies"]))
-    return found
+    makers = {"table3": _table_3_table, "speedups": _speedup_table, "hits": _hit_table, "policies": _policy_table}
+    return [make(summary[name]) for name, make in makers.items() if name in summary]
+
+
+def _table_3_table(rows: Iterable[Row]) -> Table:
+    columns = ("step", "policy", "phase", "simulated", "paper", "off", "gain")
+    cells = [
+        (r["step"], r["policy"], r["phase"], f"{r['simulated_s']:.3f} s", _seconds(r["paper_s"]), _signed(r["off"]),
+         f"{r['speedup']:.2f}x")
+        for r in rows
+    ]  # fmt: skip
+    return "Table III, Qwen2-57B-A14B, 25 % cached", columns, cells
+
+
+def _speedup_table(rows: Iterable[Row]) -> Table:
+    cells = [
+        (f"{r['policy']}, {r['phase']}", f"{r['mean']:.2f}x", f"{r['least']:.2f} - {r['most']:.2f}",
+         "-" if r["paper"] is None else f"{r['paper']:.2f}x")
+        for r in rows
+    ]  # fmt: skip
+    return "Speed-up over static, paper's machine and models", ("", "mean", "range", "paper"), cells
+
+
+def _hit_table(rows: Iterable[Row]) -> Table:
+    cells = [(f"{r['shape']}, {r['cache']}", f"{r['simulated']:.1%}", f"{r['paper']:.1%}") for r in rows]
+    return "Hit rates at 25 %", ("", "simulated", "paper"), cells
 
 
 def _policy_table(rows: Iterable[Row]) -> Table:
