@@ -13,7 +13,7 @@ device). Both keep the same order rules, so an executor needs to know only this 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -58,7 +58,7 @@ class LayerWork:
     hidden: torch.Tensor
     host_hidden: npt.NDArray[np.float32]
     host_rows: npt.NDArray[np.float32]
-    host_positions: Sequence[int] = field(default_factory=tuple)
+    host_positions: Sequence[int] | npt.NDArray[np.int32] = ()
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None
     weights: npt.NDArray[np.float32] | None = None
     device_state: object | None = None

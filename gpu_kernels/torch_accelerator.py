@@ -171,7 +171,7 @@ class TorchAccelerator:
         return work.device_state
 
     def _upload_host_rows(self, work: LayerWork, state: DeviceRows) -> None:
-        offsets, positions = work.dispatch.offsets, list(work.host_positions)
+        offsets, positions = work.dispatch.offsets, [int(position) for position in work.host_positions]
         if not positions:
             return
         parts = [torch.from_numpy(work.dispatch.rows[offsets[p] : offsets[p + 1]]).long() for p in positions]
