@@ -10,9 +10,6 @@ anew, which takes longer than running them: choose another backend then.
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import threading
-import weakref
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -22,7 +19,7 @@ import torch
 
 from cpu_kernels.backends.base import PerExpertBackend, check_run
 from cpu_kernels.backends.onnx_graph import build_model, graph_bytes, unsupported
-from cpu_kernels.backends.prepared import PreparedExperts
+from cpu_kernels.backends.prepared import PreparedExperts, shared_cache
 from cpu_kernels.dispatch import Dispatch
 from cpu_kernels.errors import BackendError
 from cpu_kernels.spec import ExpertSpec
@@ -35,10 +32,6 @@ ENV_CACHE_GIB = "HYBRIMOE_ONNX_CACHE"
 CACHE_GIB = 4.0
 LOG_ERRORS = 3  # ONNX Runtime's severity: warnings about the graph are of no use to a user of the backend
 PACKAGES = ("onnx", "onnxruntime")
-Sessions = PreparedExperts["InferenceSession"]
-
-_LOCK = threading.Lock()
-_shared: weakref.WeakValueDictionary[str, Sessions] = weakref.WeakValueDictionary()
 
 
 class OnnxBackend(PerExpertBackend):
@@ -58,7 +51,7 @@ class OnnxBackend(PerExpertBackend):
             )
         self.n_threads = resolve_threads(threads)
         self.version = importlib.metadata.version("onnxruntime")
-        self.sessions = shared_sessions()
+        self.sessions: PreparedExperts[InferenceSession] = shared_cache(self.name, ENV_CACHE_GIB, CACHE_GIB)
         self._pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="hybrimoe-onnx")
 
     def supports(self, spec: ExpertSpec) -> str | None:
@@ -100,6 +93,7 @@ class OnnxBackend(PerExpertBackend):
 def open_session(spec: ExpertSpec, record: np.ndarray) -> InferenceSession:
     """A session of the expert packed in `record`, computing on the thread that calls it."""
     import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -109,31 +103,15 @@ def open_session(spec: ExpertSpec, record: np.ndarray) -> InferenceSession:
         return onnxruntime.InferenceSession(
             build_model(spec, record).SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-    except (RuntimeError, ValueError) as error:
+    except (
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.NotImplemented,
+        state.RuntimeException,
+    ) as error:
         version = importlib.metadata.version("onnxruntime")
         raise BackendError(
             f"ONNX Runtime {version} does not take the graph of {spec.dtype} experts "
             f"({spec.hidden} x {spec.inter}): {error}. Use another backend, or a newer onnxruntime"
         ) from error
-
-
-def shared_sessions() -> Sessions:
-    """The sessions of this process; freed when the last backend that holds them goes."""
-    with _LOCK:
-        sessions = _shared.get("sessions")
-        if sessions is None:
-            sessions = PreparedExperts(cache_bytes())
-            _shared["sessions"] = sessions
-        return sessions
-
-
-def cache_bytes() -> int:
-    """Limit for all sessions, from HYBRIMOE_ONNX_CACHE (GiB) or CACHE_GIB."""
-    text = os.environ.get(ENV_CACHE_GIB) or str(CACHE_GIB)
-    try:
-        gib = float(text)
-    except ValueError:
-        gib = -1.0
-    if not 0 <= gib < float("inf"):
-        raise BackendError(f"{ENV_CACHE_GIB}={text!r} is not a size in GiB, such as 4 or 0.5")
-    return int(gib * 2**30)

@@ -126,7 +126,11 @@ class _Graph:
         attributes = {"N": shape[0], "K": shape[1], "bits": bits, "block_size": GROUP}
         attributes["accuracy_level"] = self.accuracy_level
         self.node("MatMulNBits", inputs, product, domain="com.microsoft", **attributes)
-        return product if bias is None else self.node("Add", [product, self.constant(f"{output}.bias", bias.numpy())], output)
+        return (
+            product
+            if bias is None
+            else self.node("Add", [product, self.constant(f"{output}.bias", bias.numpy())], output)
+        )
 
 
 def _expert(graph: _Graph, spec: ExpertSpec, record: np.ndarray) -> None:

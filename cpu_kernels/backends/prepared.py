@@ -1,13 +1,16 @@
 """Experts in the form of another library, kept between calls in a cache of bounded size."""
 
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from cpu_kernels.errors import BackendError
 from cpu_kernels.spec import ExpertSpec
 
 SAMPLE_WORDS = 512  # 8-byte words of a record whose order is checked, beside the exclusive or of all
@@ -65,3 +68,32 @@ def fingerprint(record: np.ndarray) -> Fingerprint:
     words = record.view(np.uint64)
     step = max(1, words.size // SAMPLE_WORDS)
     return int(np.bitwise_xor.reduce(words)), words[::step].tobytes()
+
+
+_SHARED_LOCK = threading.Lock()
+_shared: weakref.WeakValueDictionary[str, PreparedExperts[Any]] = weakref.WeakValueDictionary()
+
+
+def shared_cache(name: str, variable: str, default_gib: float) -> PreparedExperts[Any]:
+    """The cache called `name`, one for all layers and models of this process; freed with the last backend that has it.
+
+    Its limit is the environment variable `variable` in GiB, else `default_gib`, at the time it is made.
+    Raises BackendError for a variable that is not a size.
+    """
+    with _SHARED_LOCK:
+        cache = _shared.get(name)
+        if cache is None:
+            cache = _shared[name] = PreparedExperts(limit_bytes(variable, default_gib))
+        return cache
+
+
+def limit_bytes(variable: str, default_gib: float) -> int:
+    """Bytes from an environment variable in GiB; raises BackendError if it is not a size."""
+    text = os.environ.get(variable) or str(default_gib)
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = -1.0
+    if not 0 <= gib < float("inf"):
+        raise BackendError(f"{variable}={text!r} is not a size in GiB, such as 4 or 0.5")
+    return int(gib * 2**30)

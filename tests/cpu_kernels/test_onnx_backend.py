@@ -3,7 +3,7 @@
 import gc
 import importlib.util
 import threading
-from collections.abc import Callable
+import weakref
 
 import numpy as np
 import onnx
@@ -12,11 +12,10 @@ import pytest
 import torch
 
 import cpu_kernels as ck
-from cpu_kernels.backends import onnx_backend, onnx_graph
+from cpu_kernels.backends import onnx_backend, onnx_graph, prepared
 from cpu_kernels.backends.onnx_backend import OnnxBackend
 from cpu_kernels.backends.onnx_graph import FLOAT_ACCURACY, build_model, export_expert
 
-MakePool = Callable[..., object]
 ACTIVATIONS = [
     ck.Activation("silu"),
     ck.Activation("silu", alpha=1.702, gate_max=0.7, up_limit=0.7, up_offset=1.0),
@@ -146,7 +145,7 @@ def test_rewritten_records_are_noticed(backend, reference, make_pool, route) -> 
 
 
 def test_sessions_are_shared_bounded_and_freed(make_pool, route, monkeypatch) -> None:
-    monkeypatch.setattr(onnx_backend, "_shared", type(onnx_backend._shared)())
+    monkeypatch.setattr(prepared, "_shared", weakref.WeakValueDictionary())
     spec = ck.ExpertSpec(64, 64, "int8")
     monkeypatch.setenv(onnx_backend.ENV_CACHE_GIB, str(2.5 * onnx_graph.graph_bytes(spec) / 2**30))
     one, two = OnnxBackend(1), OnnxBackend(1)
@@ -158,7 +157,7 @@ def test_sessions_are_shared_bounded_and_freed(make_pool, route, monkeypatch) ->
     assert one.sessions.used_bytes <= one.sessions.limit_bytes
     del one, two
     gc.collect()
-    assert not onnx_backend._shared
+    assert not prepared._shared
 
 
 def test_custom_activations_and_giants_are_refused(backend, make_pool, route) -> None:
@@ -185,13 +184,6 @@ def test_without_onnxruntime_the_extra_is_named(monkeypatch) -> None:
     monkeypatch.setattr(onnx_backend, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
     with pytest.raises(ck.BackendError, match=r"needs onnxruntime.*pip install 'hybrimoe\[onnx\]'"):
         ck.get_backend("onnx")
-
-
-@pytest.mark.parametrize("text", ["lots", "-1", "nan", "inf"])
-def test_a_wrong_cache_size_is_named(monkeypatch, text) -> None:
-    monkeypatch.setenv(onnx_backend.ENV_CACHE_GIB, text)
-    with pytest.raises(ck.BackendError, match=f"HYBRIMOE_ONNX_CACHE='{text}' is not a size in GiB"):
-        onnx_backend.cache_bytes()
 
 
 def test_a_graph_that_onnxruntime_refuses_is_reported(monkeypatch, make_pool) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import cpu_kernels as ck
-from cpu_kernels.backends.prepared import PreparedExperts, fingerprint
+from cpu_kernels.backends.prepared import PreparedExperts, fingerprint, limit_bytes, shared_cache
 
 SPEC = ck.ExpertSpec(64, 64, "int4")
 
@@ -66,3 +66,20 @@ def test_specs_of_one_address_are_apart(records: np.ndarray) -> None:
     other = ck.ExpertSpec(64, 64, "int4", ck.Activation("gelu"))
     assert cache.get(SPEC, records[0], lambda: (1, 1)) == 1
     assert cache.get(other, records[0], lambda: (2, 1)) == 2
+
+
+def test_one_cache_a_name_as_long_as_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRIMOE_TEST_CACHE", "0.5")
+    one = shared_cache("test", "HYBRIMOE_TEST_CACHE", 4)
+    assert one.limit_bytes == 2**29
+    assert shared_cache("test", "HYBRIMOE_TEST_CACHE", 4) is one
+    del one
+    monkeypatch.delenv("HYBRIMOE_TEST_CACHE")
+    assert shared_cache("test", "HYBRIMOE_TEST_CACHE", 4).limit_bytes == 4 * 2**30
+
+
+@pytest.mark.parametrize("text", ["lots", "-1", "nan", "inf"])
+def test_a_wrong_size_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("HYBRIMOE_TEST_CACHE", text)
+    with pytest.raises(ck.BackendError, match=f"HYBRIMOE_TEST_CACHE='{text}' is not a size in GiB"):
+        limit_bytes("HYBRIMOE_TEST_CACHE", 4)
