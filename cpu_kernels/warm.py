@@ -1,6 +1,7 @@
 """Compiles (or loads from the cache) everything a first run needs, in steps that a progress bar can show."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ def warm_up(
     backend = NumbaBackend(threads)
     steps: list[tuple[str, Callable[[], object]]] = []
     for dtype in wanted:
-        steps.append((f"{dtype} kernel", lambda dtype=dtype: panel_address(dtype, backend.choice.isa.name)))
-        steps.append((f"{dtype} layer", lambda dtype=dtype: _run_once(backend, dtype)))
+        steps.append((f"{dtype} kernel", partial(panel_address, dtype, backend.choice.isa.name)))
+        steps.append((f"{dtype} layer", partial(_run_once, backend, dtype)))
     for done, (label, step) in enumerate(steps):
         if progress is not None:
             progress(done, len(steps), label)
