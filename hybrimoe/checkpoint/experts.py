@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -30,22 +30,11 @@ class LayerSource:
         """Experts of this layer."""
         return self.layout.num_experts
 
-    def stream(self, shapes: ModelShapes) -> Iterator[ExpertWeights]:
-        """The experts in order. Reads one expert's tensors at a time wherever the conversion keeps experts apart.
-
-        Raises CheckpointError for a shape or dtype that does not match the configuration.
-        """
+    def reader(self, shapes: ModelShapes) -> ExpertReader:
+        """Prepares reading; what cannot be read expert by expert is read now, as a whole layer."""
         apart = {name: c.keeps_experts_apart(self.num_experts) for name, c in self.parameters.items()}
         whole = {name: self._whole(name, shapes) for name in self.parameters if not apart[name]}
-        single = dataclasses.replace(shapes, first_entries=True)
-        for index in range(self.num_experts):
-            entries = {
-                name: conversion.expert(index, single) if apart[name] else whole[name][index : index + 1]
-                for name, conversion in self.parameters.items()
-            }
-            for name, entry in entries.items():
-                self._check(name, index, entry, single)
-            yield dataclasses.replace(self.layout, module=_holder(entries)).expert(0)
+        return ExpertReader(self, dataclasses.replace(shapes, first_entries=True), whole)
 
     def source_keys(self, index: int) -> list[str]:
         """Names of the checkpoint's tensors that expert `index` is made from (all of the layer's where fused)."""
@@ -58,20 +47,10 @@ class LayerSource:
     def _whole(self, name: str, shapes: ModelShapes) -> torch.Tensor:
         tensor = self.parameters[name].whole(shapes)[f"{self.path}.{name}"]
         if tensor.shape != shapes.shapes[f"{self.path}.{name}"]:
-            raise self._mismatch(name, tuple(tensor.shape), tuple(shapes.shapes[f"{self.path}.{name}"]))
+            raise self.mismatch(name, tuple(tensor.shape), tuple(shapes.shapes[f"{self.path}.{name}"]))
         return tensor
 
-    def _check(self, name: str, index: int, entry: torch.Tensor, single: ModelShapes) -> None:
-        expected = single.get_parameter(f"{self.path}.{name}").shape
-        if entry.shape != expected:
-            raise self._mismatch(name, tuple(entry.shape[1:]), tuple(expected[1:]), index)
-        if not entry.is_floating_point():
-            raise CheckpointError(
-                f"{listed(self.source_keys(index))}: expected floating point weights, found {entry.dtype};"
-                " the checkpoint is quantised in a way that is not read"
-            )
-
-    def _mismatch(
+    def mismatch(
         self, name: str, found: tuple[int, ...], expected: tuple[int, ...], index: int | None = None
     ) -> CheckpointError:
         keys = self.parameters[name].source_keys() if index is None else self.source_keys(index)
@@ -79,6 +58,35 @@ class LayerSource:
         return CheckpointError(
             f"{which}: config.json asks for shape {list(expected)}, the checkpoint gives {list(found)} ({listed(keys)})"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertReader:
+    """Reads single experts of a layer; safe to use from several threads."""
+
+    source: LayerSource
+    shapes: ModelShapes
+    whole: dict[str, torch.Tensor]
+
+    def expert(self, index: int) -> ExpertWeights:
+        """Expert `index` in normal form. Raises CheckpointError for a shape or dtype that does not match."""
+        entries = {
+            name: self.whole[name][index : index + 1] if name in self.whole else conversion.expert(index, self.shapes)
+            for name, conversion in self.source.parameters.items()
+        }
+        for name, entry in entries.items():
+            self._check(name, index, entry)
+        return dataclasses.replace(self.source.layout, module=_holder(entries)).expert(0)
+
+    def _check(self, name: str, index: int, entry: torch.Tensor) -> None:
+        expected = self.shapes.get_parameter(f"{self.source.path}.{name}").shape
+        if entry.shape != expected:
+            raise self.source.mismatch(name, tuple(entry.shape[1:]), tuple(expected[1:]), index)
+        if not entry.is_floating_point():
+            raise CheckpointError(
+                f"{listed(self.source.source_keys(index))}: expected floating point weights, found {entry.dtype};"
+                " the checkpoint is quantised in a way that is not read"
+            )
 
 
 def layer_sources(layouts: Mapping[str, ExpertsLayout], conversions: Mapping[str, Conversion]) -> list[LayerSource]:

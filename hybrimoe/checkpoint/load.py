@@ -25,11 +25,11 @@ from hybrimoe.checkpoint.progress import Progress, progress_of
 from hybrimoe.checkpoint.source import (
     Checkpoint,
     is_demo,
-    listed,
     model_directory,
     open_checkpoint,
     read_config_dict,
 )
+from hybrimoe.checkpoint.stream import pack_experts
 from hybrimoe.config import DeployConfig, load_config
 from hybrimoe.dense_linear import pack_linears
 from hybrimoe.errors import CheckpointError, ConfigError, ModelError
@@ -152,22 +152,8 @@ class Loader:
             pack_linears(self.model, sizes, keep_originals=False, threads=injection.session.config.threads)
 
     def _pack(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> None:
-        self._stream(store, sources, show)
+        pack_experts(store, sources, self.shapes, show)
         self._keep(store, show)
-
-    def _stream(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> None:
-        """Packs every expert of the checkpoint into the store."""
-        by_path = {source.path: source for source in sources}
-        done = 0
-        for layer, spec in enumerate(store.layers):
-            source = by_path[spec.path]
-            for expert, weights in enumerate(source.stream(self.shapes)):
-                try:
-                    store.write(layer, expert, weights)
-                except CheckpointError as error:
-                    raise CheckpointError(f"{error} (from {listed(source.source_keys(expert))})") from error
-                done += spec.spec.record_bytes
-                show(done, store.nbytes, "packing experts")
 
     def _pack_on_disk(self, layers: tuple[LayerSpec, ...], sources: list[LayerSource], show: Progress) -> ExpertStore:
         """Packs straight into a packed file and maps it: experts that do not fit host memory."""
@@ -176,7 +162,7 @@ class Loader:
         for place in self.places:
             try:
                 with packed.fill(place, layers, header) as store:
-                    self._stream(store, sources, show)
+                    pack_experts(store, sources, self.shapes, show)
             except OSError as error:
                 problems.append(f"{place}: {error.strerror or error}")
                 continue

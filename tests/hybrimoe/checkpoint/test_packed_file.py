@@ -23,10 +23,18 @@ from hybrimoe.errors import BudgetError, CheckpointError
 
 TOKENS = torch.arange(3, 15)[None]
 OPTIONS: dict[str, Any] = {"policy": "static", "accelerator": "none", "expert_dtype": "bfloat16", "progress": False}
-LOAD = (
-    "import sys; from hybrimoe.checkpoint import load;"
-    "load(sys.argv[1], accelerator='none', policy='static', expert_dtype='bfloat16', progress=False)"
-)
+WRITE = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from cpu_kernels import ExpertSpec
+from hybrimoe.checkpoint import packed
+from hybrimoe.runtime.store import LayerSpec
+layers = (LayerSpec("layer", ExpertSpec(64, 64, "float32"), 4),)
+header = packed.describe(layers, ())
+records = np.full(layers[0].nbytes, 7, dtype=np.uint8)
+place = Path(sys.argv[1])
+"""
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
@@ -148,13 +156,16 @@ def test_a_full_disk_leaves_nothing_behind(directory: Path, own_cache: Path, mon
     assert not [file for place in (directory, own_cache) for file in place.rglob("*") if "experts" in file.name]
 
 
+def run(script: str, *arguments: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", WRITE + script, *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+
 def test_a_kill_during_packing_leaves_a_half_file_that_is_swept_away(directory: Path) -> None:
-    stop = (
-        "import os, signal; from hybrimoe.checkpoint import packed;"
-        "packed._sync_folder = packed._write_all = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
-    )
-    killed = subprocess.run([sys.executable, "-c", stop + LOAD, str(directory)], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    stop = "packed._sync_folder = os.fsync = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+    killed = run(stop + "packed.write(place, records, header)", directory)
+    _, errors = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, errors
     assert packed_files(directory) == []
     assert len(list(directory.glob("*.partial"))) == 1
     assert packing(directory)
@@ -171,14 +182,19 @@ def test_a_partial_file_that_is_being_written_is_left_alone(directory: Path) -> 
     assert list(directory.glob("*.partial")) == []
 
 
-def test_two_processes_pack_at_once(directory: Path) -> None:
-    command = [sys.executable, "-c", LOAD, str(directory)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+def test_two_processes_pack_the_same_model_at_once(tmp_path: Path) -> None:
+    """Each writes and reads back many times; what it finds is always whole."""
+    script = """
+for _ in range(40):
+    packed.write(place, records, header)
+    store = packed.find((place,), layers, header).open()
+    assert (store.buffer == 7).all()
+"""
+    processes = [run(script, tmp_path / "model") for _ in range(2)]
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    assert len(packed_files(directory)) == 1
-    assert list(directory.glob("*.partial")) == []
-    assert not packing(directory)
+    assert len(packed_files(tmp_path)) == 1
+    assert list(tmp_path.rglob("*.partial")) == []
 
 
 def test_the_disk_tier_packs_straight_into_the_file(directory: Path) -> None:
@@ -191,12 +207,12 @@ def test_the_disk_tier_packs_straight_into_the_file(directory: Path) -> None:
 
 
 def test_the_disk_tier_without_a_place_is_an_error(directory: Path) -> None:
-    with pytest.raises(CheckpointError, match="memory.disk: the packed experts need.*packed_file=False"):
+    with pytest.raises(CheckpointError, match=r"memory\.disk: the packed experts need.*packed_file=False"):
         load(directory, **OPTIONS, memory={"disk": "auto"}, packed_file=False)
 
 
 def test_a_disk_tier_that_is_too_small(directory: Path) -> None:
-    with pytest.raises(BudgetError, match="memory.disk allows"):
+    with pytest.raises(BudgetError, match=r"memory\.disk allows"):
         load(directory, **OPTIONS, memory={"disk": "1KiB"})
     assert packed_files(directory) == []
 
