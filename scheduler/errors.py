@@ -27,7 +27,9 @@ class ProfileError(SchedulerError):
 
 
 class PolicyError(SchedulerError):
-    """An unknown policy or parameter name, or a parameter outside its range."""
+    """An unknown policy or parameter name, or a parameter outside its range: wrong usage."""
+
+    exit_code = 2
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
