@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from cpu_kernels import ExpertSpec, reference_ffn, unpack_expert
 from gpu_kernels.accelerator import ByteArray, Event, LayerWork
 from gpu_kernels.errors import ClosedError, SlotError
+from gpu_kernels.fused_choice import Group, load_fused
 from gpu_kernels.slot_events import SlotEvents
 from gpu_kernels.streams import clock_us
 from gpu_kernels.torch_events import DeviceEvent, DoneEvent, TimeOrigin, on_stream
@@ -35,9 +37,10 @@ class DeviceRows:
 
 
 class TorchAccelerator:
-    """Slots and lanes of one torch device."""
+    """Slots and lanes of one torch device. `fused`: use the Triton kernels, by default where they are installed and the
+    device is not the host."""
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, *, fused: bool | None = None) -> None:
         self.device = torch.device(device)
         self.kind = self.device.type
         self._synchronous = self.kind == "cpu"
@@ -46,6 +49,7 @@ class TorchAccelerator:
         self._origin = None if self._synchronous else TimeOrigin(self.device)
         self._staging: list[tuple[torch.Tensor, Event | None]] = []
         self._next_staging = 0
+        self._fused = load_fused() if (not self._synchronous if fused is None else fused) else None
         self._closed = False
         self._set_slots(0, 0)
 
@@ -109,16 +113,16 @@ class TorchAccelerator:
         state = self._state(work)
         stream = None if self._synchronous else torch.accelerator.current_stream(self.device)
         start_us = clock_us()
-        begin = self._record(stream)
-        for slot, position in zip(slots, positions, strict=True):
-            end = DoneEvent(start_us, start_us) if self._synchronous else self._device_event(begin, stream)
-            for write in self._events.on_read([slot], end):
-                if stream is not None and isinstance(write, DeviceEvent):
-                    stream.wait_event(write.end)
-            self._run_expert(spec, slot, int(position), work, state)
-            if isinstance(end, DeviceEvent) and stream is not None:
-                end.end.record(stream)
-        return end if not self._synchronous else DoneEvent(start_us, clock_us())
+        end = DoneEvent(start_us, start_us) if stream is None else self._device_event(self._record(stream))
+        for write in self._events.on_read(slots, end):
+            if stream is not None and isinstance(write, DeviceEvent):
+                stream.wait_event(write.end)
+        with torch.no_grad():
+            self._compute(spec, slots, [int(position) for position in positions], work, state)
+        if stream is not None and isinstance(end, DeviceEvent):
+            end.end.record(stream)
+            return end
+        return DoneEvent(start_us, clock_us())
 
     def combine(self, work: LayerWork, events: Sequence[Event]) -> torch.Tensor:
         """[T, H] float32 on the device: rows of the CPU lane are uploaded, then rows are added in top-k order."""
@@ -148,13 +152,37 @@ class TorchAccelerator:
             self._staging = []
             self._set_slots(0, 0)
 
+    def _compute(
+        self, spec: ExpertSpec, slots: Sequence[int], positions: list[int], work: LayerWork, state: DeviceRows
+    ) -> None:
+        """Rows of a group: by the fused kernels where there are few tokens, else dequantised, expert by expert."""
+
+        def by_torch() -> None:
+            for slot, position in zip(slots, positions, strict=True):
+                self._run_expert(spec, slot, position, work, state)
+
+        offsets = work.dispatch.offsets
+        n_tokens = [int(offsets[position + 1] - offsets[position]) for position in positions]
+        if self._fused is not None and self._fused.accepts(spec, n_tokens):
+            self._fused.run(spec, self._slots, self._group(slots, positions, n_tokens, work, state), by_torch)
+        else:
+            by_torch()
+
     def _run_expert(self, spec: ExpertSpec, slot: int, position: int, work: LayerWork, state: DeviceRows) -> None:
         offsets = work.dispatch.offsets
         rows = state.row_ids[int(offsets[position]) : int(offsets[position + 1])]
         weights = unpack_expert(spec, self._slots[slot, : spec.record_bytes])
-        with torch.no_grad():
-            result = reference_ffn(spec, weights, state.hidden[rows // work.dispatch.top_k])
-            state.rows[rows] = result * state.weights[rows].unsqueeze(1)
+        result = reference_ffn(spec, weights, state.hidden[rows // work.dispatch.top_k])
+        state.rows[rows] = result * state.weights[rows].unsqueeze(1)
+
+    def _group(
+        self, slots: Sequence[int], positions: list[int], n_tokens: list[int], work: LayerWork, state: DeviceRows
+    ) -> Group:
+        starts = work.dispatch.offsets
+        rows = torch.cat([state.row_ids[int(starts[p]) : int(starts[p + 1])] for p in positions])
+        offsets = torch.tensor([0, *accumulate(n_tokens)], dtype=torch.int32).to(self.device)
+        slot_ids = torch.tensor(list(slots), dtype=torch.int32).to(self.device)
+        return Group(slot_ids, offsets, rows, n_tokens, state.hidden, state.weights, work.dispatch.top_k, state.rows)
 
     def _state(self, work: LayerWork) -> DeviceRows:
         """The call's device tensors, made on first use. Rows that no expert fills stay 0."""
@@ -182,7 +210,7 @@ class TorchAccelerator:
     def _copy_async(self, slot: int, source: torch.Tensor) -> DeviceEvent:
         stream = self._copy_stream
         assert stream is not None
-        event = self._device_event(None, stream)
+        event = self._device_event(None)
         reader = self._events.on_write(slot, event)
         with on_stream(stream):
             if isinstance(reader, DeviceEvent):
@@ -205,14 +233,12 @@ class TorchAccelerator:
         buffer[: source.numel()].copy_(source)
         return index
 
-    def _record(self, stream: torch.Stream | None) -> torch.Event | None:
-        if stream is None:
-            return None
+    def _record(self, stream: torch.Stream) -> torch.Event:
         event = torch.Event(self.device, enable_timing=True)
         event.record(stream)
         return event
 
-    def _device_event(self, start: torch.Event | None, stream: torch.Stream | None) -> DeviceEvent:
+    def _device_event(self, start: torch.Event | None) -> DeviceEvent:
         assert self._origin is not None
         begin = torch.Event(self.device, enable_timing=True) if start is None else start
         return DeviceEvent(self._origin, begin, torch.Event(self.device, enable_timing=True))

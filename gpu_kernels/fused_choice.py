@@ -1,0 +1,106 @@
+"""Whether the fused Triton kernels run a spec here: installed, supported, and right on their first use.
+
+They are compiled for the device at hand when they are first called, so the first group of each spec is computed by
+torch too and compared: kernels that do not compile or do not agree are reported once and not used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from cpu_kernels import ExpertSpec, relative_error
+
+AGREEMENT = 1e-4
+"""Relative error allowed between the fused kernels and torch: both add in float32, in another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Experts of one call as device tensors; see `gpu_kernels.triton.fused.run_group`."""
+
+    slot_ids: torch.Tensor
+    offsets: torch.Tensor
+    rows: torch.Tensor
+    n_tokens: list[int]
+    hidden: torch.Tensor
+    weights: torch.Tensor
+    top_k: int
+    out: torch.Tensor
+
+
+class FusedModule(Protocol):
+    """What this module needs of `gpu_kernels.triton.fused`."""
+
+    MAX_TOKENS: int
+
+    def supports(self, spec: ExpertSpec) -> bool:
+        """Whether the kernels know the spec's activation."""
+        ...
+
+    def run_group(
+        self, spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor,
+        rows: torch.Tensor, n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Computes the group's rows into `out`."""
+        ...
+
+
+def load_fused() -> FusedChoice | None:
+    """The fused kernels, or None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from gpu_kernels.triton import fused
+
+    return FusedChoice(fused)
+
+
+class FusedChoice:
+    """Runs groups by the fused kernels where they were found right."""
+
+    def __init__(self, module: FusedModule) -> None:
+        self._module = module
+        self._right: dict[ExpertSpec, bool] = {}
+
+    def accepts(self, spec: ExpertSpec, n_tokens: list[int]) -> bool:
+        """Whether `run` may be called: few tokens, known activation, not found wrong before."""
+        few = max(n_tokens) <= self._module.MAX_TOKENS
+        return few and self._module.supports(spec) and self._right.get(spec, True)
+
+    def run(self, spec: ExpertSpec, slots: torch.Tensor, group: Group, by_torch: Callable[[], None]) -> None:
+        """Computes the group's rows; on the first use of a spec also by `by_torch`, whose rows then stand."""
+        if self._right.get(spec):
+            self._launch(spec, slots, group)
+            return
+        problem = self._try(spec, slots, group)
+        rows = group.out[group.rows].clone()
+        by_torch()
+        if problem is None and relative_error(rows, group.out[group.rows]) > AGREEMENT:
+            problem = "results differ from torch's"
+        self._right[spec] = problem is None
+        if problem is not None:
+            what = f"{spec.dtype} experts [{spec.hidden}, {spec.inter}]"
+            warnings.warn(
+                f"the fused Triton kernels are not used for {what}: {problem}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _try(self, spec: ExpertSpec, slots: torch.Tensor, group: Group) -> str | None:
+        try:
+            self._launch(spec, slots, group)
+        except Exception as error:  # noqa: BLE001 - a compiler of another project: its errors have no common root
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _launch(self, spec: ExpertSpec, slots: torch.Tensor, group: Group) -> None:
+        self._module.run_group(
+            spec, slots, group.slot_ids, group.offsets, group.rows, group.n_tokens, group.hidden, group.weights,
+            group.top_k, group.out,
+        )  # fmt: skip

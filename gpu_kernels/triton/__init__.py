@@ -1,0 +1,1 @@
+"""Fused expert kernels in Triton that read packed records; import only where Triton is installed."""
