@@ -139,7 +139,8 @@ def generate(
         sequence=np.repeat(np.arange(n_sequences, dtype=np.int32), n_tokens),
         phase=phase,
         meta={
-            "model": f"synthetic ({label} locality)",
+            "model": "synthetic",
+            "locality": label,
             "num_layers": n_layers,
             "num_experts": n_experts,
             "top_k": top_k,

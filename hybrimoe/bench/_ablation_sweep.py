@@ -24,12 +24,12 @@ from scheduler.analysis import expert_frequencies
 from scheduler.profile import ModelShape
 from scheduler.simulate import SimulationConfig, simulate
 from scheduler.synthetic import LOCALITIES, generate
-from scheduler.trace import Phase, Trace
+from scheduler.trace import PHASE_CODES, Phase, Trace
 from scheduler.trace_demand import DemandSource
 from scheduler.trace_predict import predictions_for
 
 #: Bump when the meaning of a row changes: cached rows of another version are not used.
-ROW_VERSION = 1
+ROW_VERSION = 2
 SYNTHETIC = "synthetic"
 #: Sequences of a synthetic trace: the first ones are the profile, the others are simulated.
 PROFILE_SEQUENCES = 2
@@ -102,9 +102,11 @@ def _synthetic(shape: ModelShape, n_prefill: int, n_decode: int, sequences: int,
 
 
 def _only(trace: Trace, phase: Phase, n_tokens: int, sequences: int) -> Trace:
-    """The first sequences, or for decode the first tokens of the trace, as far as they are wanted."""
+    """The first sequences; for decode, the tokens up to the ``n_tokens``-th decode token."""
+    trace.require_phase(phase)
     if phase == "decode":
-        return trace.head(n_tokens) if n_tokens else trace
+        decoded = np.cumsum(trace.phase == PHASE_CODES["decode"])
+        return trace.head(int(np.searchsorted(decoded, n_tokens)) + 1) if n_tokens else trace
     return trace.select_sequences([int(trace.sequence[start]) for start, _ in trace.sequence_spans()][:sequences])
 
 

@@ -33,6 +33,7 @@ NEXT_USE_TOKENS = 4
 REPLAY_SHARE = 0.25
 #: Tokens replayed of each trace, and the share of sequences kept for judging.
 MAX_TOKENS = 3000
+MIN_TOKENS = 16
 JUDGE_SHARE = 0.25
 HIDDEN_UNITS = 16
 BATCH, LEARNING_RATE = 4096, 0.01
@@ -48,6 +49,11 @@ def train_predictor(
     """
     if target not in TARGETS:
         raise ConfigError(unknown("target", target, TARGETS))
+    for trace in traces:
+        if trace.n_tokens < MIN_TOKENS:
+            raise ModelError(
+                f"trace {trace.name!r} has {trace.n_tokens} tokens, too short to learn from ({MIN_TOKENS})"
+            )
     pairs = [_judge_split(trace) for trace in traces]
     x, y = _examples([train for train, _ in pairs], target)
     x_judge, y_judge = _examples([judge for _, judge in pairs], target)

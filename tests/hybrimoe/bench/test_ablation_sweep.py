@@ -1,0 +1,112 @@
+"""The ablation: rows say where they come from, a stopped sweep goes on, tables follow from rows."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from hybrimoe.bench import _ablation_sweep
+from hybrimoe.bench._ablation_cases import every_policy, hit_rates, speedups, table_3
+from hybrimoe.bench._ablation_summary import oracle_share, summarise, tables
+from hybrimoe.bench._ablation_sweep import DEMO, Case, cached_row, run_case, sweep
+from hybrimoe.bench.ablation import build_cases, write
+from hybrimoe.errors import MissingExtraError
+
+CASE = Case("policies", "static", "laptop", "", DEMO, 0.25, "decode", n_decode=12)
+
+
+def test_a_row_names_its_origin():
+    row = run_case(CASE)
+    assert row["kind"] == "simulated"
+    assert row["latency_ms"] > 0
+    assert {"hybrimoe", "python", "commit", "numpy", "hardware", "seed"} <= set(row)
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch):
+    cases = [replace(CASE, policy=policy) for policy in ("static", "fiddler", "freetoken")]
+    ran = []
+
+    def stops(case):
+        if case.policy == "freetoken" and len(ran) < 3:
+            ran.append("stop")
+            raise KeyboardInterrupt
+        ran.append(case.policy)
+        return run_case(case)
+
+    monkeypatch.setattr(_ablation_sweep, "run_case", stops)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(cases, tmp_path)
+    assert ran == ["fiddler", "stop"]
+    rows = sweep(cases[:2], tmp_path)
+    assert ran == ["fiddler", "stop", "static"]
+    assert [row["policy"] for row in rows] == ["static", "fiddler"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_half_written_row_is_computed_again(tmp_path):
+    (tmp_path / f"{CASE.key}.json").write_text('{"latency_ms"')
+    assert cached_row(CASE, tmp_path)["policy"] == "static"
+    assert json.loads((tmp_path / f"{CASE.key}.json").read_text())["policy"] == "static"
+    assert CASE.key != replace(CASE, seed=1).key
+
+
+def test_several_processes_give_the_same_rows(tmp_path):
+    cases = [replace(CASE, policy=policy) for policy in ("static", "fiddler")]
+    alone = sweep(cases, tmp_path / "one")
+    together = sweep(cases, tmp_path / "two", jobs=2)
+    assert alone == together
+
+
+def test_cluster_needs_ray(tmp_path):
+    pytest.importorskip("joblib")
+    with pytest.raises(MissingExtraError, match="ray"):
+        sweep([CASE], tmp_path, cluster=True)
+
+
+def test_the_papers_experiments_are_there():
+    assert {case.label for case in table_3(8)} == {
+        "baseline",
+        "+ scheduling",
+        "+ prefetching",
+        "+ caching",
+        "all",
+        "ours",
+    }
+    found = speedups(8)
+    assert {case.n_prefill for case in found if case.phase == "prefill"} == {32, 128, 512, 1024}
+    assert {case.cache_ratio for case in found if case.phase == "decode"} == {0.25, 0.5, 0.75}
+    assert {case.label for case in hit_rates(8)} == {"lru", "mrs"}
+    every = every_policy([(DEMO, "")], 8, (0.25,))
+    assert len({case.hardware for case in every}) == 5
+    assert "oracle" in {case.policy for case in every}
+    assert len({case.key for case in build_cases(("table3", "paper", "hits", "policies"), [], quick=False)}) > 250
+
+
+def row(policy, latency_ms, **more):
+    plain = {"experiment": "policies", "hardware": "h", "shape": "s", "trace": "t", "cache_ratio": 0.25, "phase": "decode",
+             "n_prefill": 0, "hit_rate": 0.5, "prefetches": 0, "prefetch_precision": 0.0}  # fmt: skip
+    return {**plain, "policy": policy, "label": policy, "latency_ms": latency_ms, **more}
+
+
+def test_share_of_the_way_to_the_oracle():
+    group = {name: row(name, ms) for name, ms in (("static", 10.0), ("ours", 6.0), ("oracle", 5.0))}
+    assert oracle_share(group, "ours") == pytest.approx(0.8)
+    assert oracle_share({**group, "oracle": row("oracle", 10.0)}, "ours") is None
+    (ours,) = [r for r in summarise(list(group.values()))["policies"] if r["policy"] == "ours"]
+    assert ours["speedup"] == pytest.approx(10 / 6)
+
+
+def test_tables_and_files(tmp_path):
+    rows = [
+        row("static", 210.0, experiment="table3", label="baseline"),
+        row("hybrimoe", 110.0, experiment="table3", label="all"),
+    ]
+    rows += [row("static", 10.0), row("ours", 6.0), row("oracle", 5.0)]
+    summary = summarise(rows)
+    steps = {(r["step"], r["phase"]): r for r in summary["table3"]}
+    assert steps["all", "decode"]["speedup"] == pytest.approx(210 / 110)
+    assert steps["all", "decode"]["off"] == pytest.approx(0.0)
+    assert tables(summary)[0][0].startswith("Table III")
+    names = {path.name for path in write(tmp_path, rows, summary)}
+    assert names >= {"rows.csv", "summary.json", "report.html"}
+    assert "simulated" in (tmp_path / "report.html").read_text()

@@ -1,0 +1,139 @@
+"""`simulate`, `trace`, `plan`, `explain-step` and `bench ablation` as command lines."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hybrimoe.tracing.sources import DEMO_TRACE as DEMO
+from scheduler.trace import Trace
+
+REQUIRED = {
+    "policy", "cache_ratio", "phase", "tokens", "latency_ms", "hit_rate", "cpu_busy", "accel_busy", "link_busy",
+    "transfers", "prefetches", "prefetch_precision",
+}  # fmt: skip
+
+
+def test_simulate_prints_a_list_of_objects(hybrimoe):
+    done = hybrimoe(
+        "simulate", "--hardware", "laptop", "--policy", "static", "--policy", "ours", "--cache-ratio", "0.25",
+        "--cache-ratio", "0.5", "--max-tokens", "80", "--json",
+    )  # fmt: skip
+    assert done.code == 0
+    rows = done.data
+    assert {(r["policy"], r["cache_ratio"]) for r in rows} == {(p, c) for p in ("static", "ours") for c in (0.25, 0.5)}
+    assert {r["phase"] for r in rows} == {"prefill", "decode"}
+    for row in rows:
+        assert row.keys() >= REQUIRED
+        assert row["kind"] == "simulated"
+        assert row["latency_ms"] > 0
+    assert rows == hybrimoe(
+        "simulate", "--hardware", "laptop", "--policy", "static", "--policy", "ours", "--cache-ratio", "0.25",
+        "--cache-ratio", "0.5", "--max-tokens", "80", "--json",
+    ).data  # fmt: skip
+
+
+def test_simulate_as_a_table(hybrimoe):
+    done = hybrimoe("simulate", "--max-tokens", "30", "--policy", "static", "--phase", "prefill")
+    assert done.code == 0
+    assert "simulated" in done.out
+    assert "decode" not in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--policy", "outs"], None, "did you mean 'ours'"),
+        (["--hardware", "laptob"], None, "did you mean 'laptop'"),
+        (["--model-shape", "mixtral-8x7"], None, "did you mean 'mixtral-8x7b'"),
+        (["--cache-ratio", "1.5"], None, "cache ratio must lie in 0..1"),
+        (["--trace", "missing.npz"], 1, "no trace at"),
+        (["--trace", "demo", "--model-shape", "mixtral-8x7b"], 1, "model shape 'mixtral-8x7b'"),
+        (["--phase", "decoding"], 2, "did you mean 'decode'"),
+        (["--predictions", "non"], 2, "did you mean 'none'"),
+        (["--max-tokens", "-1"], 2, "at least 0"),
+    ],
+)
+def test_simulate_refuses_bad_input(hybrimoe, words, code, message):
+    done = hybrimoe("simulate", *words, "--json")
+    assert done.code == code if code is not None else done.code != 0
+    assert message in done.data["error"]["message"]
+
+
+def test_damaged_trace_and_empty_phase(hybrimoe, tmp_path):
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 broken")
+    assert "damaged" in hybrimoe("simulate", "--trace", tmp_path / "bad.npz", "--json").data["error"]["message"]
+    demo = Trace.load(DEMO)
+    decode = Trace(demo.expert_ids, demo.sequence, np.ones_like(demo.phase), demo.meta)
+    decode.save(tmp_path / "decode.npz")
+    shape = str(DEMO.parents[2] / "demo" / "model")
+    done = hybrimoe(
+        "simulate", "--trace", tmp_path / "decode.npz", "--model-shape", shape, "--phase", "prefill", "--json"
+    )
+    assert "no prefill tokens" in done.data["error"]["message"]
+
+
+def test_trace_record_analyze_train_simulate(hybrimoe, tmp_path):
+    """The whole way: record the demo model, look at it, learn from it, use what was learned."""
+    path = tmp_path / "t.npz"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("In the beginning\n\nShe could not\nThe table\n")
+    done = hybrimoe("trace", "record", "-o", path, "--prompts", prompts, "-n", "6", "--json")
+    assert done.code == 0, done.err
+    assert done.data["sequences"] == 3
+    trace = Trace.load(path)
+    assert trace.has_phase("prefill")
+    assert trace.has_phase("decode")
+    report = hybrimoe("trace", "analyze", path, "--slow-tokens", "10", "--html", tmp_path / "r.html", "--json").data
+    assert set(report["pool_curves"]) >= {"lru", "mrs", "belady", "value"}
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page
+    net = tmp_path / "n.onnx"
+    assert hybrimoe("trace", "train", path, "-o", net, "--epochs", "1", "--json").data["target"] == "cache"
+    shape = str(DEMO.parents[2] / "demo" / "model")
+    rows = hybrimoe(
+        "simulate",
+        "--trace",
+        path,
+        "--model-shape",
+        shape,
+        "--policy",
+        "optimal/none/learned",
+        "--cache-model",
+        net,
+        "--json",
+    ).data
+    assert rows[0]["policy"] == "optimal/none/learned"
+
+
+def test_trace_record_refuses_an_empty_prompt_file(hybrimoe, tmp_path):
+    (tmp_path / "p.txt").write_text("\n")
+    done = hybrimoe("trace", "record", "--prompts", tmp_path / "p.txt", "--json")
+    assert done.code == 1
+    assert "holds no prompt" in done.data["error"]["message"]
+
+
+def test_plan(hybrimoe):
+    found = hybrimoe(
+        "plan", "olmoe-1b-7b", "--hardware", "laptop", "--gpu-memory", "2GiB", "--host-memory", "8GiB", "--json"
+    ).data
+    assert 0 < found["device_experts"] < found["n_experts"] == 1024
+    assert 0.0 < found["expected"]["hit_rate"] <= 1.0
+    assert found["expected"]["kind"] == "simulated"
+    text = hybrimoe("plan", "--host-memory", "4GiB")
+    assert text.code == 0
+    assert "experts in device slots" in text.out
+    assert "like 12GiB" in hybrimoe("plan", "--gpu-memory", "12", "--json").data["error"]["message"]
+
+
+def test_explain_step(hybrimoe, tmp_path):
+    done = hybrimoe("explain-step", "--hardware", "laptop", "--step", "2", "--chrome", tmp_path / "c.json", "--json")
+    facts = done.data
+    assert len(facts["layers"]) == Trace.load(DEMO).n_layers
+    assert {"expert", "cpu_us", "accel_us", "transfer_us", "lane"} <= set(facts["layers"][0]["decisions"][0])
+    assert facts["would_bring_us"].keys() >= {"one more slot", "one more GB/s of link"}
+    assert sum(facts["critical_path_us"].values()) == pytest.approx(facts["graph_makespan_us"])
+    assert json.loads((tmp_path / "c.json").read_text())["traceEvents"]
+    assert "Critical path" in hybrimoe("explain-step", "--step", "2", "--timeline").out
+    assert "the trace has steps 0" in hybrimoe("explain-step", "--step", "99999", "--json").data["error"]["message"]

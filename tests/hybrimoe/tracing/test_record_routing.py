@@ -1,0 +1,91 @@
+"""Recording: what is written is what the router chose, on plain and on injected models."""
+
+import numpy as np
+import pytest
+import torch
+
+import hybrimoe
+from hybrimoe.errors import ModelError
+from hybrimoe.tracing.record import listening
+from scheduler.analysis import predictor_quality
+from scheduler.trace_predict import recorded
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+
+
+@pytest.fixture
+def model():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=LAYERS,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=EXPERTS, num_experts_per_tok=TOP_K,
+        decoder_sparse_step=1, max_position_embeddings=64, output_router_logits=True,
+        norm_topk_prob=True,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def run(model, tap, n_sequences=2):
+    """A prompt of 5 tokens and 3 decode steps, twice; returns the router's own top-k, [tokens, layers, k]."""
+    chosen = []
+    with torch.no_grad():
+        for sequence in range(n_sequences):
+            tap.begin_sequence()
+            cache = None
+            for ids in [torch.arange(5)[None] + sequence, *(torch.tensor([[7 + i]]) for i in range(3))]:
+                out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                picks = [logits.reshape(-1, EXPERTS).topk(TOP_K).indices for logits in out.router_logits]
+                chosen.append(torch.stack(picks, dim=1).numpy())
+    return np.concatenate(chosen)
+
+
+def test_records_what_the_router_chose(model):
+    with listening(model, horizon=2) as tap:
+        truth = run(model, tap)
+        trace = tap.trace("tiny", "Apache-2.0")
+    assert (trace.n_tokens, trace.n_layers, trace.top_k, trace.n_experts) == (16, LAYERS, TOP_K, EXPERTS)
+    np.testing.assert_array_equal(np.sort(trace.expert_ids), np.sort(truth))
+    assert trace.expert_weights.astype(float).sum(-1) == pytest.approx(1.0, abs=0.01)
+    assert [(s.sequence, s.phase, s.n_tokens) for s in trace.steps()][:2] == [(0, "prefill", 5), (0, "decode", 1)]
+    assert trace.sequence.tolist() == [0] * 8 + [1] * 8
+    assert model._forward_pre_hooks == {}
+
+
+def test_predictions_are_the_next_gates_on_this_hidden_state(model):
+    seen = {}
+    experts = model.model.layers[0].mlp.experts
+    with listening(model, horizon=1) as tap:
+        handle = experts.register_forward_pre_hook(lambda _, args: seen.update(hidden=seen.get("hidden", args[0])))
+        run(model, tap, n_sequences=1)
+        handle.remove()
+        trace = tap.trace("tiny", "Apache-2.0")
+    logits = seen["hidden"].detach().reshape(-1, 32) @ model.model.layers[1].mlp.gate.weight.detach().T
+    best = logits.argsort(dim=-1, descending=True)[:, : 2 * TOP_K].numpy()
+    np.testing.assert_array_equal(trace.predicted_ids[:5, 0, 0], best)
+    assert (trace.predicted_ids[:, -1] == -1).all()
+    assert 0.0 < predictor_quality(trace, recorded(trace))[0].recall <= 1.0
+
+
+def test_an_injected_model_gives_the_same_trace(model):
+    with listening(model, horizon=2) as tap:
+        run(model, tap)
+        plain = tap.trace("tiny", "Apache-2.0")
+    injection = hybrimoe.inject(model, accelerator="emulated", gpu_expert_slots=6, expert_dtype="float32")
+    try:
+        with listening(model, horizon=2) as tap:
+            run(model, tap)
+            hybrid = tap.trace("tiny", "Apache-2.0")
+    finally:
+        injection.restore()
+    np.testing.assert_array_equal(plain.expert_ids, hybrid.expert_ids)
+    np.testing.assert_array_equal(plain.predicted_ids, hybrid.predicted_ids)
+
+
+def test_a_dense_model_and_silence_are_errors(model):
+    with pytest.raises(ModelError, match="no experts"), listening(torch.nn.Linear(2, 2)):
+        pass
+    with listening(model) as tap, pytest.raises(ModelError, match="nothing was recorded"):
+        tap.trace("tiny", "Apache-2.0")
