@@ -133,15 +133,21 @@ class CostModel:
         """us of one expert over the link; slower while the CPU reads host memory."""
         return float(self._link_by_layer[layer] * self.drift[2] / (self.link_with_cpu if cpu_busy else 1.0))
 
-    def observe(self, task: ObservedTask) -> None:
-        """Moves the lane's drift towards observed / predicted. Raises CostError for a time that cannot be."""
+    def observe(self, task: ObservedTask, link_share: float = 0.0) -> None:
+        """Moves the lane's drift towards observed / predicted. Raises CostError for a time that cannot be.
+
+        ``link_share``: part of the task's time during which the link worked; a CPU task is expected to be slower then.
+        """
         if not (0.0 <= task.us < np.inf) or task.lane not in LANES or not 0 <= task.layer < self.n_layers:
             raise CostError(f"expected a finite us >= 0 of a known lane and layer, found {task}")
         if task.lane == "link":
             self.observe_transfer(task.layer, task.us)
             return
         rows = self.cpu_rows if task.lane == "cpu" else self.accel_rows
-        self._follow(LANES[task.lane], task.us, _look_up_one(rows[task.layer], task.n_tokens))
+        expected = _look_up_one(rows[task.layer], task.n_tokens)
+        if task.lane == "cpu":
+            expected *= 1.0 + link_share * (1.0 / self.cpu_with_link - 1.0)
+        self._follow(LANES[task.lane], task.us, expected)
 
     def observe_transfer(self, layer: int, us: float) -> None:
         """``observe`` for one copy over the link, which is expected to have run beside the CPU."""

@@ -79,7 +79,7 @@ class Planner:
         self._clock, self._step = 0, -1
         self._in_flight: dict[int, int] = {}
         self._arrival = np.zeros(self.slots.n_slots)
-        self._claimed: list[deque[tuple[npt.NDArray[np.int64], list[int]]]] = [deque() for _ in range(n_layers)]
+        self._claimed: list[deque[tuple[npt.NDArray[np.int64], list[int], float]]] = [deque() for _ in range(n_layers)]
         self._demands: dict[int, tuple[LayerDemand, LaneState]] = {}
         self._ready, self._scales = np.zeros(3), np.zeros(3)
         self._nobody = np.zeros(self.slots.n_slots, np.bool_)
@@ -158,7 +158,7 @@ class Planner:
         self.prefetch.observe(demand)
         self.cache.refresh(layer)
         if n == 0:
-            self._claimed[layer].append((np.empty(0, np.int64), []))
+            self._claimed[layer].append((np.empty(0, np.int64), [], 0.0))
             prefetches = self._plan_prefetches(demand, lanes.link_ready_us, 0.0)
             return LayerPlan(self._step, layer, (), (), (), (), prefetches, 0.0)
         return self._plan_active(demand, ids, lanes)
@@ -180,8 +180,9 @@ class Planner:
         held = np.array(slots, np.int64)
         if len(started) == 0 or not self._chained:
             self.slots.claim_all(held)
-        self._claimed[layer].append((held, [t.slot for t in transfers if not t.admit]))
         link_end = lanes.link_ready_us + len(transfers) * float(self._scales[2])
+        link_share = min(link_end / makespan, 1.0) if self._valued and makespan > 0.0 else 0.0
+        self._claimed[layer].append((held, [t.slot for t in transfers if not t.admit], link_share))
         return LayerPlan(
             self._step, layer, tuple([experts[p] for p in flat[3 : 3 + flat[0]]]), tuple(accel), tuple(slots),
             tuple(transfers), self._plan_prefetches(demand, link_end, makespan), makespan, tuple(awaited),
@@ -329,13 +330,28 @@ class Planner:
     def _end_layer(self, event: LayerEnded) -> None:
         if not 0 <= event.layer < self.n_layers or not self._claimed[event.layer]:
             raise SlotError(f"layer {event.layer} has ended, but no plan of it is open")
-        slots, leaving = self._claimed[event.layer].popleft()
+        slots, leaving, link_share = self._claimed[event.layer].popleft()
         self.slots.release_all(slots)
         for slot in leaving:
             if self.slots.state[slot] == RESIDENT and not self.slots.claims[slot]:
                 self.slots.free(slot)
         for task in event.observed:
-            self.costs.observe(task)
+            self.costs.observe(task, link_share)
+
+    def resize(self, n_slots: int) -> tuple[tuple[int, int], ...]:
+        """Changes the number of slots between steps; returns the (layer, expert) that lost theirs.
+
+        The last slots go first. Raises SlotError if one of them is in flight or in use.
+        """
+        gone = self.slots.resize(n_slots)
+        n = self.slots.n_slots
+        self._arrival, self._nobody = np.zeros(n), np.zeros(n, np.bool_)
+        self.cache.resized(n)
+        if self.cache.tracks_slots:
+            for key in gone:
+                self.cache.evicted(key)
+        self._codes = self._balance_codes()
+        return tuple(divmod(key, self.n_experts) for key in gone)
 
     def explain(self, plan: LayerPlan) -> Explanation:
         """Why the latest plan of a layer is as it is. Raises DemandError for an older plan."""

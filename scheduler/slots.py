@@ -144,6 +144,27 @@ class SlotTable:
         self.state[slot] = FREE
         return key
 
+    def resize(self, n_slots: int) -> list[int]:
+        """Adds free slots at the end, or takes the last ones away; returns the keys that lost theirs.
+
+        Raises SlotError if a slot that would go is in flight or in use: finish the step first.
+        """
+        if n_slots < 0:
+            raise SlotError(f"need n_slots >= 0, found {n_slots}")
+        n = min(n_slots, self.slot_of.size)
+        for slot in range(n, self.n_slots):
+            if self.state[slot] not in (FREE, RESIDENT) or self.claims[slot]:
+                raise SlotError(
+                    f"slot {slot} is {self._describe(slot)}: a slot in flight or in use cannot be taken away"
+                )
+        gone = [self.free(slot) for slot in range(n, self.n_slots) if self.state[slot] == RESIDENT]
+        extra = max(n - self.n_slots, 0)
+        self.key_of = np.concatenate((self.key_of[:n], np.full(extra, NO_KEY, np.int64)))
+        self.state = np.concatenate((self.state[:n], np.zeros(extra, np.int64)))
+        self.claims = np.concatenate((self.claims[:n], np.zeros(extra, np.int64)))
+        self.n_slots = n
+        return gone
+
     def _receive(self, slot: int, key: int) -> int:
         old = int(self.key_of[slot])
         if old != NO_KEY:

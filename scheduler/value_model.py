@@ -220,14 +220,13 @@ class ValueModel:
         for prediction in demand.predictions:
             if prediction.layer == layer:
                 given, scores = prediction.expert_ids, prediction.scores
-        saving = self.saving_us(layer)
+        saving, slot_of = self.saving_us(layer), self.setting.slots.slot_of
         part = slice(layer * n, layer * n + n)
         self.ahead = layer
         self.n_candidates = look_ahead(
-            demand.expert_ids, self.counts[layer - 1], self.rates[layer], self.keep[part], saving, self.horizon * saving,
-            self.setting.slots.slot_of[part],
-            given, scores, self.own[layer], self.shared, self.experts, self.cells,
-            self.chances,
+            demand.expert_ids, self.counts[layer - 1], self.rates[layer], self.keep[part], saving,
+            self.horizon * saving, slot_of[part], given, scores, self.own[layer], self.shared, self.experts,
+            self.cells, self.chances,
         )  # fmt: skip
 
 

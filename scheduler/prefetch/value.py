@@ -42,8 +42,8 @@ class ValuePrefetch(PrefetchPolicy):
         model = self.model
         if not model.n_candidates or model.chances[0] < self.certainty or not self.setting.lookahead:
             return NOTHING
-        chances = model.chances[: min(model.n_candidates, limit)]
-        chances = chances[: int(np.searchsorted(-chances, -self.certainty, side="right"))]
         price = self.link_share * self.setting.costs.transfer_us(model.ahead, cpu_busy=True)
-        gains = chances * model.saving_us(model.ahead) - price
-        return model.ahead * self.setting.n_experts + model.experts[: chances.size], gains
+        saving, first_key = model.saving_us(model.ahead), model.ahead * self.setting.n_experts
+        sure = [c for c in model.chances[: min(model.n_candidates, limit)].tolist() if c >= self.certainty]
+        keys = [first_key + expert for expert in model.experts[: len(sure)].tolist()]
+        return np.array(keys, np.int64), np.array([chance * saving - price for chance in sure])

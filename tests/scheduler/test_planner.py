@@ -358,6 +358,36 @@ def test_explain_names_costs_and_alternatives() -> None:
         target.explain(plan)
 
 
+def test_resize_between_steps() -> None:
+    target = planner(6, "ours")
+    land(target, target.warm_up())
+    target.begin_step("decode", 1)
+    plan = target.plan_layer(demand(0, {0: 1, 1: 1}))
+    with pytest.raises(SlotError, match="in use cannot be taken away"):
+        target.resize(0)
+    finish(target, plan)
+    gone = target.resize(2)
+    assert len(gone) == 4
+    assert all(target.slots.slot(*key) == -1 for key in gone)
+    assert target.resize(99) == ()
+    assert target.slots.n_slots == N_LAYERS * N_EXPERTS
+    assert len(target.warm_up()) == N_LAYERS * N_EXPERTS - 2
+    empty = planner(3, "hybrimoe")
+    empty.resize(0)
+    empty.begin_step("decode", 1)
+    assert empty.plan_layer(demand(1, {3: 1})).cpu == (3,)
+    with pytest.raises(SlotError, match="n_slots >= 0"):
+        empty.resize(-1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "ahead"),
+    [("static", 0), ("moe_infinity", 0), ("hybrimoe", 3), ("adapmoe", 1), ("hobbit", 3), ("ours", 1), ("oracle", 0)],
+)
+def test_layers_ahead_says_which_predictions_are_read(policy: str, ahead: int) -> None:
+    assert planner(policy=policy, future=Future([], N_LAYERS, N_EXPERTS)).layers_ahead == ahead
+
+
 def test_an_empty_demand_gives_an_empty_plan() -> None:
     target = planner()
     target.begin_step("decode", 1)
