@@ -128,7 +128,7 @@ class IpexBackend(PerExpertBackend):
     def supports(self, spec: ExpertSpec) -> str | None:
         """None, or why `spec` does not run here."""
         if spec.dtype in ("int8", "int4"):
-            return "its weight-only int8 and int4 are slower than float32 (measured), so they are left out; use numba"
+            return "its weight-only int8 and int4 are right but slow, so they are left out; use numba"
         if spec.dtype == "bfloat16" and not self.has_bfloat16:
             return "bfloat16 needs AVX512-BF16 or AMX, which this CPU lacks; use expert_dtype float32, or numba"
         return None
