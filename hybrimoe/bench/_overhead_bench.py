@@ -20,6 +20,8 @@ from yaml_rules.shapes import load_shape
 
 SEED = 0
 WEIGHT_SCALE = 0.02
+GATE_SCALE = 2.0
+"""Standard deviation of the router's logits."""
 DRIFT = 0.3
 """Step of the random walk of hidden states: neighbouring tokens share about half of their experts."""
 WARM_STEPS = 20
@@ -63,7 +65,7 @@ class Router(nn.Module):
 
     def __init__(self, hidden: int, n_experts: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(n_experts, hidden))
+        self.weight = nn.Parameter(torch.randn(n_experts, hidden) * GATE_SCALE / hidden**0.5)
 
 
 class Experts(nn.Module):

@@ -51,12 +51,19 @@ def count_hits(
 
 @_compiled
 def predict_token(
-    weights: Floats, bias: Floats, correction: Floats, scoring: npt.NDArray[np.int64], x: Floats, top_k: int
+    weights: Floats,
+    bias: Floats,
+    correction: Floats,
+    corrected: npt.NDArray[np.bool_],
+    scoring: npt.NDArray[np.int64],
+    x: Floats,
+    top_k: int,
 ) -> tuple[Ints, Floats]:  # pragma: no cover - compiled
     """Routing of one token by the linear gates of D layers.
 
     weights [D, E, H], bias and correction [D, E], scoring [D], x [H] -> ids int32 [D, k] ascending, their gate
-    probabilities float32 [D, k]. The k largest of score + correction are chosen; ties go to the lower id.
+    probabilities float32 [D, k]. The k largest logits are chosen, or the k largest of score + correction where there is
+    a correction (`corrected` [D]); ties go to the lower id.
     """
     n_layers, n_experts, hidden = weights.shape
     ids = np.empty((n_layers, top_k), np.int32)
@@ -70,12 +77,14 @@ def predict_token(
             for column in range(hidden):
                 total += row[column] * x[column]
             probability[expert] = total + bias[layer, expert]
+        rank[:] = probability
         if scoring[layer] == SOFTMAX:
             probability -= probability.max()
             probability[:] = np.exp(probability)
-            rank[:] = probability / probability.sum() + correction[layer]
+            probability /= probability.sum()
         else:
             probability[:] = np.float32(1.0) / (np.float32(1.0) + np.exp(-probability))
+        if corrected[layer]:
             rank[:] = probability + correction[layer]
         scale = np.float32(1.0) / max(probability.sum(), np.float32(1e-20))
         for k in range(top_k):

@@ -93,6 +93,13 @@ class Executor:
             return self.slots.accelerator.combine(call.work, run.events), run
         return combine_on_host(call.work), run
 
+    def run_on_cpu(self, layer: int, spec: ExpertSpec, backend: CpuBackend, work: LayerWork) -> torch.Tensor:
+        """Every active expert of a layer on the CPU lane, without a plan. Returns the output, float32 [T, H]."""
+        ids = work.dispatch.expert_ids
+        records = self._store.addresses(layer)[ids]
+        backend.run(spec, records, np.arange(len(ids), dtype=np.int32), work.dispatch, work.host_hidden, work.host_rows)
+        return combine_on_host(work)
+
     def start_transfers(self, transfers: Sequence[Transfer], step: int, *, traced: bool = False) -> None:
         """Submits transfers in link order."""
         assert self.slots is not None

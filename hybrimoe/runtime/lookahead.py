@@ -63,26 +63,28 @@ class LinearGate:
     scoring: Scoring
 
     def scores(self, logits: Floats) -> tuple[Floats, Floats]:
-        """Logits [T, E] (without bias) -> (scores that choose, gate probabilities), float32 [T, E] each."""
+        """Logits [T, E] (without bias) -> (what chooses, gate probabilities), float32 [T, E] each.
+
+        Logits choose where there is no correction: scores far from the top round to the same number.
+        """
         if self.bias is not None:
             logits = logits + self.bias
         if self.scoring == "softmax":
-            probabilities = _softmax(logits)
+            raw = probabilities = _softmax(logits)
         else:
             raw = np.asarray(1.0 / (1.0 + np.exp(-np.maximum(logits, MIN_LOGIT))), np.float32)
             probabilities = np.asarray(raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-20), np.float32)
-            if self.correction is not None:
-                return raw + self.correction, probabilities
-        return probabilities if self.correction is None else probabilities + self.correction, probabilities
+        return (logits if self.correction is None else raw + self.correction), probabilities
 
 
 @dataclass(frozen=True, slots=True)
 class GateStack:
-    """All layers' linear gates in one array: weights [L, E, H], bias and correction [L, E], scoring [L]."""
+    """All layers' linear gates in one array: weights [L, E, H], bias, correction [L, E], corrected, scoring [L]."""
 
     weights: Floats
     bias: Floats
     correction: Floats
+    corrected: npt.NDArray[np.bool_]
     scoring: npt.NDArray[np.int64]
 
     @classmethod
@@ -93,6 +95,7 @@ class GateStack:
             np.stack([gate.weight for gate in gates]),
             np.stack([zeros if gate.bias is None else gate.bias for gate in gates]),
             np.stack([zeros if gate.correction is None else gate.correction for gate in gates]),
+            np.array([gate.correction is not None for gate in gates]),
             np.array([SOFTMAX if gate.scoring == "softmax" else SIGMOID for gate in gates]),
         )
 
@@ -101,7 +104,7 @@ class GateStack:
         part = slice(first, last + 1)
         k = min(top_k, self.weights.shape[1])
         ids, scores = predict_token(
-            self.weights[part], self.bias[part], self.correction[part], self.scoring[part], x, k
+            self.weights[part], self.bias[part], self.correction[part], self.corrected[part], self.scoring[part], x, k
         )
         ones = np.ones(k, np.float32)
         return tuple([Prediction(first + i, ids[i], ones, scores[i]) for i in range(len(ids))])

@@ -88,6 +88,33 @@ class Runner:
             work.dispatch = _with_unit_weights(work.dispatch)
         self._begin_step(self._tracker.next(index, work.dispatch.n_tokens), work.dispatch.n_tokens)
         counters = self._stats.of(self._phase, index)
+        if self.planner is None and self.routing_recorder is None and not self.tracing:
+            out, lanes_us = self._run_on_cpu(index, layer, work, counters)
+        else:
+            out, lanes_us = self._run_planned(index, layer, work, top_k_index, counters)
+        result = out.to(hidden.device, hidden.dtype).reshape(hidden.shape)
+        took_us = clock_us() - began_us
+        counters.wall_us += took_us
+        counters.overhead_us += took_us - lanes_us
+        self.clean = True
+        return result
+
+    def _run_on_cpu(self, index: int, layer: Layer, work: LayerWork, counters: Counters) -> tuple[torch.Tensor, float]:
+        """Without slots there is nothing to plan. Returns the output and the lanes' us."""
+        ids = work.dispatch.expert_ids
+        self._stats.demand(counters, index, ids, work.dispatch.n_tokens, None)
+        counters.cpu_experts += len(ids)
+        assert layer.backend is not None
+        start_us = clock_us()
+        out = self._executor.run_on_cpu(index, layer.spec, layer.backend, work)
+        us = clock_us() - start_us
+        counters.cpu_us += us
+        return out, us
+
+    def _run_planned(
+        self, index: int, layer: Layer, work: LayerWork, top_k_index: torch.Tensor, counters: Counters
+    ) -> tuple[torch.Tensor, float]:
+        """Demand, plan, lanes, observation. Returns the output and the lanes' us."""
         self._report_transfers()
         demand = self._demand(index, work, top_k_index)
         table = None if self.planner is None else self.planner.slots
@@ -96,16 +123,11 @@ class Runner:
         self._stats.plan(counters, plan, self._record_bytes)
         assert layer.backend is not None
         call = LayerCall(layer.spec, layer.backend, work)
-        planned_us = clock_us()
+        start_us = clock_us()
         out, run = self._executor.run(plan, call, trace=self.tracing)
-        ran_us = clock_us()
+        us = clock_us() - start_us
         self._after(plan, demand, run, counters)
-        result = out.to(hidden.device, hidden.dtype).reshape(hidden.shape)
-        ended_us = clock_us()
-        counters.wall_us += ended_us - began_us
-        counters.overhead_us += ended_us - began_us - (ran_us - planned_us)
-        self.clean = True
-        return result
+        return out, us
 
     def warm_up(self, transfers: Sequence[Transfer]) -> None:
         """Starts transfers before the first step."""

@@ -28,6 +28,18 @@ class LinearRouter(nn.Module):
         return weights, index
 
 
+class SaturatedRouter(LinearRouter):
+    """Logits so far apart that most probabilities are exactly 0: only the logits still have an order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(N_EXPERTS, HIDDEN) * 40)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, index = (x @ self.weight.T).topk(TOP_K)
+        return torch.softmax(logits, -1), index
+
+
 class CorrectedSigmoidRouter(LinearRouter):
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +107,7 @@ def predictions_of(session: Session, block: Block, x: torch.Tensor) -> tuple:
     return seen[-1]
 
 
-@pytest.mark.parametrize("router", [LinearRouter, CorrectedSigmoidRouter, TwoLayerRouter])
+@pytest.mark.parametrize("router", [LinearRouter, SaturatedRouter, CorrectedSigmoidRouter, TwoLayerRouter])
 @pytest.mark.parametrize("n_tokens", [1, 7])
 def test_predictions_are_what_the_next_routers_give(router: Callable[[], nn.Module], n_tokens: int) -> None:
     torch.manual_seed(3)
@@ -112,7 +124,7 @@ def test_predictions_are_what_the_next_routers_give(router: Callable[[], nn.Modu
             counts = np.bincount(index.reshape(-1), minlength=N_EXPERTS)
             assert prediction.expert_ids.tolist() == np.flatnonzero(counts).tolist()
             assert prediction.n_tokens.tolist() == counts[prediction.expert_ids].tolist()
-            assert ((prediction.scores > 0) & (prediction.scores <= 1)).all()
+            assert ((prediction.scores >= 0) & (prediction.scores <= 1)).all()
     session.close()
 
 
