@@ -13,9 +13,6 @@ from cpu_kernels.simd.tiles import x_block_bytes
 from cpu_kernels.spec import KINDS, Activation, ExpertSpec
 from cpu_kernels.workers import DOWN_WORK, N_PARAMETERS, PREPARE_WORK, UP_WORK
 
-# Columns / 64 of a weight panel that stays in L1 while many tokens pass over it.
-SPLIT_BLOCKS = {"int4": 8, "int8": 4, "bfloat16": 4, "float32": 2}
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -50,7 +47,6 @@ def _base(dtype: str, isa_name: str, n_in: int, n_inter: int, n_out: int) -> np.
     vector[[call.IN, call.INTER, call.OUT]] = padded(n_in), padded(n_inter), padded(n_out)
     vector[call.BLOCK_BYTES], vector[call.X_BYTES] = block_bytes(dtype), x_block_bytes(dtype)
     vector[call.CODE_OFFSET] = OFFSET[dtype] if is_quantised(dtype) else 0
-    vector[call.SPLIT_BLOCKS] = SPLIT_BLOCKS[dtype]
     vector[call.PREPARE_WORKER], vector[call.DOWN_WORKER] = PREPARE_WORK.address, DOWN_WORK.address
     return vector
 

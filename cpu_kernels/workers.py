@@ -33,7 +33,6 @@ from cpu_kernels.call import (
     PANEL,
     PARAMETERS,
     RECORDS,
-    SPLIT_BLOCKS,
     STARTS,
     TOKENS,
     UP_BIAS,
@@ -52,7 +51,6 @@ from cpu_kernels.primitives import bytes_at, call_panel, floats_at, int32s_at, i
 from cpu_kernels.simd.tiles import PANEL_ROWS
 
 ROW_CHUNK = 128  # tokens a task handles at a time: its float32 results (32 KiB) and their activations stay in L2
-SMALL_ROWS = 8  # up to this many tokens a task streams its weights once, over all columns
 PANEL_BLOCKS = PANEL_ROWS // BLOCK_ROWS
 N_PARAMETERS = 5
 
@@ -108,21 +106,9 @@ def _fill(buffer: np.ndarray, bias: np.ndarray, n_rows: Whole) -> None:
 def _products(
     call: np.ndarray, matrix: Whole, n_blocks: Whole, x: Whole, row_ids: Whole, n_rows: Whole, out: Whole
 ) -> None:
-    """Adds 64 matrix rows times n_rows activation rows to `out`, in column parts that fit L1 if there are many rows."""
+    """Adds 64 matrix rows times n_rows activation rows to `out`."""
     row_block_bytes = n_blocks * call[BLOCK_BYTES]
-    part = n_blocks if n_rows <= SMALL_ROWS else call[SPLIT_BLOCKS]
-    for block in range(0, n_blocks, part):
-        call_panel(
-            call[PANEL],
-            matrix + block * call[BLOCK_BYTES],
-            row_block_bytes,
-            min(part, n_blocks - block),
-            x + block * call[X_BYTES],
-            n_blocks * call[X_BYTES],
-            row_ids,
-            n_rows,
-            out,
-        )
+    call_panel(call[PANEL], matrix, row_block_bytes, n_blocks, x, n_blocks * call[X_BYTES], row_ids, n_rows, out)
 
 
 def _up(call_address: int, thread: int) -> None:

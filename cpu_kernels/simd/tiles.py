@@ -5,8 +5,8 @@ Each module exports one function, `panel`::
     panel(weights, row_block_bytes, n_blocks, x, x_row_bytes, row_ids, n_rows, out)
     out[i, r] += sum over columns of W[r, column] * x[row_ids[i], column]      i < n_rows, r < 64
 
-over `n_blocks` blocks of 64 columns. `weights` and `x` point at the first of them, `out` is float32 [n_rows, 64] and
-`row_ids` int32 [n_rows]. It walks the tokens in register tiles of some tokens by some vectors of rows. Each output is
+over `n_blocks` blocks of 64 columns; `out` is float32 [n_rows, 64] and `row_ids` int32 [n_rows]. It takes 16 rows at a
+time, and the tokens in register tiles of some tokens by some vectors of rows. Each output is
 one chain of fused multiply-adds in ascending column order in every tile, so its bits depend on nothing but its inputs.
 """
 
@@ -24,6 +24,7 @@ X_SCALES = BLOCK_COLUMNS
 X_CORRECTIONS = X_SCALES + 4 * GROUPS
 X_BLOCK_BYTES = X_CORRECTIONS + 4 * GROUPS
 FLOAT_UNROLL = 16  # lines
+L1_WEIGHT_BYTES = 9216  # of a row block that stay in L1 (32 KiB) beside the activations of a tile
 WORD_BYTES = 4  # of a row in a line
 SCALE_BYTES = 2
 Row = tuple[ir.Value, ir.Value]  # a vector of rows: address of its block, first row in it
@@ -38,39 +39,59 @@ def build_module(dtype: str, isa: Isa, emulate_dot: bool = False) -> ir.Module:
     """LLVM module with `panel` for a dtype. emulate_dot: byte products in plain arithmetic, for tests on any CPU."""
     module = ir.Module(f"hybrimoe_{dtype}_{isa.name}")
     functions = [(tokens, _tile_function(module, dtype, isa, tokens, n, emulate_dot)) for tokens, n in isa.tiles]
-    _panel_function(module, isa, functions)
+    _panel_function(module, dtype, isa, functions)
     return module
 
 
-def _panel_function(module: ir.Module, isa: Isa, tiles: list[tuple[int, ir.Function]]) -> None:
-    """Walks the tokens, as many as possible in the largest tile, the rest in ever smaller ones."""
+def _panel_function(module: ir.Module, dtype: str, isa: Isa, tiles: list[tuple[int, ir.Function]]) -> None:
+    """Row block by row block (a single stream of weights), in parts that stay in L1 while the tokens pass over them."""
     arguments = [POINTER, I64, I64, POINTER, I64, POINTER, I64, POINTER]
     panel = ir.Function(module, ir.FunctionType(VOID, arguments), PANEL_NAME)
     weights, stride, n_blocks, x, x_stride, row_ids, n_rows, out = panel.args
     s = Simd(ir.IRBuilder(panel.append_basic_block()), isa)
+    few = s.b.icmp_signed("<=", n_rows, s.const(tiles[0][0]))
+    part = s.b.select(few, n_blocks, s.const(L1_WEIGHT_BYTES // block_bytes(dtype)))
+    with s.loop(s.const(0), s.const(PANEL_ROWS // BLOCK_ROWS)) as row_block:
+        start = s.offset(weights, s.b.mul(row_block, stride))
+        place = s.offset(out, s.b.mul(row_block, s.const(4 * BLOCK_ROWS)))
+        with s.loop(s.const(0), n_blocks, part) as block:
+            left = s.b.sub(n_blocks, block)
+            count = s.b.select(s.b.icmp_signed("<", left, part), left, part)
+            here = s.offset(start, s.b.mul(block, s.const(block_bytes(dtype))))
+            x_here = s.offset(x, s.b.mul(block, s.const(x_block_bytes(dtype))))
+            _all_tokens(s, tiles, [here, count, x_here, x_stride], row_ids, n_rows, place)
+    s.b.ret_void()
+
+
+def _all_tokens(
+    s: Simd,
+    tiles: list[tuple[int, ir.Function]],
+    arguments: list[ir.Value],
+    row_ids: ir.Value,
+    n_rows: ir.Value,
+    out: ir.Value,
+) -> None:
+    """As many tokens as possible in the largest tile, the rest in ever smaller ones."""
     done: ir.Value = s.const(0)
     for n_tokens, tile in tiles:
         left = s.b.sub(n_rows, done)
         stop = s.b.add(done, s.b.sub(left, s.b.srem(left, s.const(n_tokens))))
         with s.loop(done, stop, n_tokens) as i:
             ids = s.offset(row_ids, s.b.mul(i, s.const(4)))
-            place = s.offset(out, s.b.mul(i, s.const(4 * PANEL_ROWS)))
-            s.b.call(tile, [weights, stride, n_blocks, x, x_stride, ids, place])
+            s.b.call(tile, [*arguments, ids, s.offset(out, s.b.mul(i, s.const(4 * PANEL_ROWS)))])
         done = stop
-    s.b.ret_void()
 
 
 def _tile_function(
     module: ir.Module, dtype: str, isa: Isa, n_tokens: int, n_vectors: int, emulate_dot: bool
 ) -> ir.Function:
-    """tile(weights, row_block_bytes, n_blocks, x, x_row_bytes, row_ids, out): 64 rows, n_vectors at a time."""
-    arguments = [POINTER, I64, I64, POINTER, I64, POINTER, POINTER]
+    """tile(row_block, n_blocks, x, x_row_bytes, row_ids, out): 16 rows x n_tokens, n_vectors of rows at a time."""
+    arguments = [POINTER, I64, POINTER, I64, POINTER, POINTER]
     function = ir.Function(module, ir.FunctionType(VOID, arguments), f"tile_{n_tokens}x{n_vectors}")
     function.linkage = "internal"
     function.attributes.add("noinline")
     s = Simd(ir.IRBuilder(function.append_basic_block()), isa, emulate_dot)
-    tile = _Tile(s, dtype, n_tokens, n_vectors, function)
-    tile.body()
+    _Tile(s, dtype, n_tokens, n_vectors, function).body()
     s.b.ret_void()
     return function
 
@@ -80,7 +101,7 @@ class _Tile:
 
     def __init__(self, s: Simd, dtype: str, n_tokens: int, n_vectors: int, function: ir.Function) -> None:
         self.s, self.dtype, self.n_tokens, self.n_vectors = s, dtype, n_tokens, n_vectors
-        self.weights, self.stride, self.n_blocks, x, x_stride, row_ids, self.out = function.args
+        self.weights, self.n_blocks, x, x_stride, row_ids, self.out = function.args
         self.x_rows = []
         for token in range(n_tokens):
             row = s.b.sext(s.load(s.offset(row_ids, 4 * token), I32, 4), I64)
@@ -88,18 +109,13 @@ class _Tile:
         self.sums = [[s.b.alloca(s.f32) for _ in range(n_vectors)] for _ in range(n_tokens)]
 
     def body(self) -> None:
-        """All 64 rows: vectors in groups of n_vectors; in each group all column blocks."""
+        """All 16 rows: vectors in groups of n_vectors; in each group all column blocks."""
         s = self.s
-        per_block = BLOCK_ROWS // s.lanes
-        if self.n_vectors % per_block and per_block % self.n_vectors:
-            raise ValueError(f"{self.n_vectors} vectors of {s.lanes} rows neither fill nor divide row blocks")
-        with s.loop(s.const(0), s.const(PANEL_ROWS // s.lanes), self.n_vectors) as first:
-            start = s.offset(self.weights, s.b.mul(s.b.udiv(first, s.const(per_block)), self.stride))
-            part = s.b.urem(first, s.const(per_block))
-            out = s.offset(self.out, s.b.mul(first, s.const(4 * s.lanes)))
+        with s.loop(s.const(0), s.const(BLOCK_ROWS // s.lanes), self.n_vectors) as part:
+            out = s.offset(self.out, s.b.mul(part, s.const(4 * s.lanes)))
             self._each_sum(out, load=True)
             with s.loop(s.const(0), self.n_blocks) as block:
-                self._block(start, part, block)
+                self._block(part, block)
             self._each_sum(out, load=False)
 
     def _each_sum(self, out: ir.Value, load: bool) -> None:
@@ -112,18 +128,13 @@ class _Tile:
                 else:
                     s.store(s.b.load(total, typ=s.f32), place)
 
-    def _block(self, start: ir.Value, part: ir.Value, block: ir.Value) -> None:
+    def _block(self, part: ir.Value, block: ir.Value) -> None:
         """One block of 64 columns. `part`: which part of a 16-row line the first vector takes."""
         s = self.s
-        per_block = BLOCK_ROWS // s.lanes
-        step = s.b.mul(block, s.const(block_bytes(self.dtype)))
-        first = s.offset(start, step)
-        n_blocks = -(-self.n_vectors // per_block)
-        blocks = [s.offset(first, s.b.mul(self.stride, s.const(i))) for i in range(n_blocks)]
+        start = s.offset(self.weights, s.b.mul(block, s.const(block_bytes(self.dtype))))
         rows = []
         for vector in range(self.n_vectors):
-            lane = s.b.mul(s.b.add(part, s.const(vector % per_block)), s.const(s.lanes))
-            rows.append((blocks[vector // per_block], lane))
+            rows.append((start, s.b.mul(s.b.add(part, s.const(vector)), s.const(s.lanes))))
         x_step = s.b.mul(block, s.const(x_block_bytes(self.dtype)))
         x = [s.offset(row, x_step) for row in self.x_rows]
         if is_quantised(self.dtype):

@@ -42,7 +42,7 @@ class Simd:
         return self.b.gep(pointer, [count], source_etype=I8)
 
     @contextmanager
-    def loop(self, start: ir.Value, stop: ir.Value, step: int = 1) -> Iterator[ir.Value]:
+    def loop(self, start: ir.Value, stop: ir.Value, step: ir.Value | int = 1) -> Iterator[ir.Value]:
         """``for i in range(start, stop, step)``; yields i."""
         before = self.b.block
         head, body, after = (self.b.append_basic_block(name) for name in ("head", "body", "after"))
@@ -53,7 +53,8 @@ class Simd:
         self.b.cbranch(self.b.icmp_signed("<", index, stop), body, after)
         self.b.position_at_end(body)
         yield index
-        index.add_incoming(self.b.add(index, self.const(step)), self.b.block)
+        increment = self.const(step) if isinstance(step, int) else step
+        index.add_incoming(self.b.add(index, increment), self.b.block)
         self.b.branch(head)
         self.b.position_at_end(after)
 
