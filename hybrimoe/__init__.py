@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybrimoe.checkpoint.load import load
+    from hybrimoe.checkpoint.loading import load
     from hybrimoe.config import DeployConfig, load_config
     from hybrimoe.errors import HybriMoEError
     from hybrimoe.injection import Injection, inject

@@ -89,6 +89,14 @@ class ExpertsLayout:
         return both[0::2], both[1::2]
 
 
+FOREIGN_EXPERTS = {
+    "DbrxExperts": "its weights are one matrix over all experts and each layer cuts its own experts out of it",
+    "JetMoeParallelExperts": "each projection is a module of its own that takes tokens sorted by expert",
+    "LongcatFlashExperts": "some of its experts are the identity and have no weights",
+}
+"""Experts of transformers' causal language models that cannot be replaced, and why."""
+
+
 def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """All experts modules of `model` that `read` understands, as (dotted path, module), in the order of execution.
 
@@ -169,10 +177,12 @@ def _refuse_foreign_experts(model: nn.Module) -> None:
     """Raises for models that do have experts, in a form that transformers' common call does not cover."""
     for path, module in model.named_modules():
         name = type(module).__name__
-        if name.endswith(("Experts", "ParallelExperts")) and any(p.dim() == 3 for p in module.parameters()):
+        if name in FOREIGN_EXPERTS:
+            raise UnsupportedExpertsError(f"{path} ({name}) cannot be replaced: {FOREIGN_EXPERTS[name]}")
+        if name.endswith("Experts") and any(p.dim() == 3 for p in module.parameters()):
             raise UnsupportedExpertsError(
-                f"{path} ({name}) holds experts outside transformers' common call: expected forward{ROUTED_CALL},"
-                f" found forward{_call_names(module)}"
+                f"{path} ({name}) holds experts outside transformers' common form: expected 3-D gate_up_proj and"
+                f" down_proj, _apply_gate and forward{ROUTED_CALL}, found forward{_call_names(module)}"
             )
 
 

@@ -1,11 +1,27 @@
 """Loading: from a checkpoint on disk to a model whose experts live in a packed store."""
 
-from hybrimoe.checkpoint.errors import PackedFileWarning, UnsupportedCheckpointError
-from hybrimoe.checkpoint.load import load
-from hybrimoe.checkpoint.packed import PackedFile
-from hybrimoe.checkpoint.rebuild import rebuild_experts
-from hybrimoe.checkpoint.source import model_directory
-from hybrimoe.checkpoint.tokenizer import load_tokenizer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hybrimoe.checkpoint.errors import PackedFileWarning, UnsupportedCheckpointError
+    from hybrimoe.checkpoint.loading import load
+    from hybrimoe.checkpoint.packed import PackedFile
+    from hybrimoe.checkpoint.rebuild import rebuild_experts
+    from hybrimoe.checkpoint.source import model_directory
+    from hybrimoe.checkpoint.tokenizer import load_tokenizer
+
+_MODULE_OF = {
+    "PackedFile": "packed",
+    "PackedFileWarning": "errors",
+    "UnsupportedCheckpointError": "errors",
+    "load": "loading",
+    "load_tokenizer": "tokenizer",
+    "model_directory": "source",
+    "rebuild_experts": "rebuild",
+}
 
 __all__ = [
     "PackedFile",
@@ -16,3 +32,10 @@ __all__ = [
     "model_directory",
     "rebuild_experts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports public names from their modules on first use: torch and transformers take seconds."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

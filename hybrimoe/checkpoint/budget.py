@@ -8,14 +8,17 @@ from hybrimoe.amounts import Amount
 from hybrimoe.errors import BudgetError
 
 
-def check_host_memory(host: Amount, needed_bytes: int) -> None:
-    """Raises BudgetError where a store of `needed_bytes` is more than `host` allows, or than is available ("auto")."""
+def check_host_memory(host: Amount, needed_bytes: int, num_experts: int) -> None:
+    """Raises BudgetError where `num_experts` of `needed_bytes` together are more than `host` allows ("auto": than what
+    is available)."""
     memory = psutil.virtual_memory()
     match host.kind:
         case "bytes":
             allowed, what = int(host.value), "memory.host allows"
         case "share":
             allowed, what = int(host.value * memory.total), f"memory.host allows {host} of all memory,"
+        case "count":
+            allowed, what = int(host.value * needed_bytes / num_experts), f"memory.host allows {host} experts,"
         case _:
             allowed, what = memory.available, "this machine has free"
     if needed_bytes > allowed:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import FAMILIES, NOT_CAUSAL, SMALL, UNDECORATED, decorated_families, tiny_config, tiny_model
+from tiny_families import FAMILIES, FOREIGN, NOT_CAUSAL, SMALL, UNDECORATED, decorated_families, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cpu_kernels import reference_ffn
-from hybrimoe.experts_layout import SORTED_EXPERTS, ExpertsLayout, find_experts, read
+from hybrimoe.errors import UnsupportedExpertsError
+from hybrimoe.experts_layout import FOREIGN_EXPERTS, SORTED_EXPERTS, ExpertsLayout, find_experts, read
 
 pytestmark = pytest.mark.families
 
@@ -85,6 +86,15 @@ def test_meta_model_gives_the_same_layout(family: str) -> None:
     for (_, placeholder), (_, module) in zip(find_experts(meta), real, strict=True):
         assert read(placeholder).is_meta
         assert read(placeholder).spec("bfloat16") == read(module).spec("bfloat16")
+
+
+@pytest.mark.parametrize("family", FOREIGN)
+def test_experts_of_another_form_are_refused_with_the_reason(family: str) -> None:
+    tiny, class_name = FOREIGN[family]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(tiny))
+    with pytest.raises(UnsupportedExpertsError, match=f"{class_name}.*{FOREIGN_EXPERTS[class_name]}"):
+        find_experts(model)
 
 
 def _routing(num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:

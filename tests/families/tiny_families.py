@@ -188,6 +188,12 @@ FAMILIES: dict[str, Tiny] = {
     "unlimited_ocr": Tiny("unlimited_ocr", text={"mlp_layer_types": SPARSE}),
 }
 UNDECORATED = ("llama4", "step3p7")  # experts without the decorator, in a form that is read all the same
+FOREIGN: dict[str, tuple[Tiny, str]] = {
+    "dbrx": (Tiny("dbrx", {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}}), "DbrxExperts"),
+    "jetmoe": (Tiny("jetmoe"), "JetMoeParallelExperts"),
+    "longcat_flash": (Tiny("longcat_flash"), "LongcatFlashExperts"),
+}
+"""Causal language models without the decorator that are refused, and the class that the refusal names."""
 NOT_CAUSAL: dict[str, str] = {
     "diffusion_gemma": "denoises blocks of text (DiffusionGemmaForBlockDiffusion); it has no causal language model",
     "openai_privacy_filter": "classifies tokens (OpenAIPrivacyFilterForTokenClassification); no causal language model",

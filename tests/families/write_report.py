@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import transformers
 from family_check import PLACEMENTS, compare, describe, plain_outputs
-from tiny_families import FAMILIES, NOT_CAUSAL, tiny_model
+from tiny_families import FAMILIES, FOREIGN, NOT_CAUSAL, tiny_model
+
+from hybrimoe.experts_layout import FOREIGN_EXPERTS
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON_FILE, TABLE_FILE, README = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md", ROOT / "README.md"
@@ -40,8 +42,14 @@ def report() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "tolerance": TOLERANCE,
         "families": {family: measure(family) for family in sorted(FAMILIES)},
-        "not_supported": dict(sorted(NOT_CAUSAL.items())),
+        "not_supported": not_supported(),
     }
+
+
+def not_supported() -> dict[str, str]:
+    """Families that do not work, with the reason."""
+    foreign = {family: FOREIGN_EXPERTS[class_name] for family, (_, class_name) in FOREIGN.items()}
+    return dict(sorted((NOT_CAUSAL | foreign).items()))
 
 
 def long_table(data: Mapping[str, Any]) -> str:
@@ -50,7 +58,8 @@ def long_table(data: Mapping[str, Any]) -> str:
         "# Model families",
         "",
         f"Every causal-LM family of transformers {data['transformers']} whose experts carry",
-        "`@use_experts_implementation`, built tiny with random float32 weights and compared with plain transformers:",
+        "`@use_experts_implementation`, and Llama-4 and Step-3.7 which do not: built tiny with random float32 weights",
+        "and compared with plain transformers:",
         "the largest deviation of a logit, over a prompt and six tokens generated with a KV cache (allowed:",
         f"{data['tolerance']:g}); the same greedy tokens; and bit-exact equality after `restore()`. Placements: all",
         "experts on the CPU, all on the (emulated) accelerator, and mixed.",
@@ -102,7 +111,11 @@ def with_table(readme: str, table: str) -> str:
 def main() -> None:
     """Measures and writes all three files."""
     torch.set_num_threads(1)
-    data = report()
+    write(report())
+
+
+def write(data: Mapping[str, Any]) -> None:
+    """Writes the three files from a run's results."""
     JSON_FILE.parent.mkdir(exist_ok=True)
     JSON_FILE.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     TABLE_FILE.write_text(long_table(data), encoding="utf-8")

@@ -207,8 +207,13 @@ def test_a_quantisation_that_is_not_read(edit_config: Callable[..., Path]) -> No
     fails(UnsupportedCheckpointError, "quantised with gptq; readable are fp8, mxfp4", directory)
 
 
-def test_host_memory_that_is_too_small(directory: Path) -> None:
-    fails(BudgetError, "need 0.00 GiB of host memory, memory.host allows", directory, memory={"host": "1KiB"})
+@pytest.mark.parametrize("host", ["1KiB", 7, 1e-9])
+def test_host_memory_that_is_too_small(host: str | float, directory: Path) -> None:
+    fails(BudgetError, r"need 0\.00 GiB of host memory, memory\.host allows", directory, memory={"host": host})
+
+
+def test_host_memory_for_exactly_all_experts(directory: Path) -> None:
+    load(directory, accelerator="none", policy="static", progress=False, memory={"host": 8})
 
 
 def test_a_directory_without_a_tokenizer(directory: Path) -> None:

@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, GptOssConfig, GraniteMoeConfig, P
 import hybrimoe
 from cpu_kernels import DTYPES, pack_expert
 from hybrimoe.checkpoint import load
+from hybrimoe.dense_linear import PackedLinear
 from hybrimoe.errors import ConfigError, ModelError
 from hybrimoe.experts_layout import find_experts, read
 
 from .conftest import SMALL
 
+MEAN_ERROR_INT8 = 0.1  # of logits this small a model: int8 activations of 32 values, now and then another expert
 TOKENS = torch.arange(3, 15)[None]
 OPTIONS: dict[str, Any] = {"policy": "static", "accelerator": "none", "expert_dtype": "float32", "progress": False}
 
@@ -89,6 +91,16 @@ def test_weights_are_cast_to_the_dense_dtype_and_buffers_are_right(directory: Pa
     assert dense.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(value, model.get_parameter(name)) for name, value in dense.items())
     assert not any(value.requires_grad for value in model.parameters())
+
+
+def test_dense_weights_in_int8(directory: Path, mixtral: PreTrainedModel) -> None:
+    model = load(directory, **OPTIONS, dense_dtype="int8")
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert "model.layers.0.self_attn.q_proj" in packed
+    assert "lm_head" in packed
+    assert not any("gate" in name for name in packed), "routers stay as they are"
+    expected = logits(mixtral)
+    assert float((logits(model) - expected).abs().mean() / expected.abs().mean()) < MEAN_ERROR_INT8
 
 
 def test_generation_goes_on_from_the_loaded_model(directory: Path, mixtral: PreTrainedModel) -> None:

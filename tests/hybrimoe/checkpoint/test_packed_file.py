@@ -185,7 +185,7 @@ def test_a_partial_file_that_is_being_written_is_left_alone(directory: Path) -> 
 def test_two_processes_pack_the_same_model_at_once(tmp_path: Path) -> None:
     """Each writes and reads back many times; what it finds is always whole."""
     script = """
-for _ in range(40):
+for _ in range(15):
     packed.write(place, records, header)
     store = packed.find((place,), layers, header).open()
     assert (store.buffer == 7).all()

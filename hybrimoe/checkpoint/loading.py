@@ -119,7 +119,8 @@ class Loader:
             if disk.kind != "none":
                 check_disk(disk, sum(layer.nbytes for layer in layers))
                 return self._pack_on_disk(layers, sources, show)
-            check_host_memory(self.deployment.memory.host, sum(layer.nbytes for layer in layers))
+            num_experts = sum(layer.num_experts for layer in layers)
+            check_host_memory(self.deployment.memory.host, sum(layer.nbytes for layer in layers), num_experts)
             return None
 
         injection = inject(self.model, config=self.deployment, store=open_store)
