@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import Annotated, Any
 
@@ -53,7 +54,8 @@ def serve(
             render.emit_json({"url": url, "model": name or opened.name})
         else:
             render.note(f"{name or opened.name} at {url}/v1 (Ctrl-C ends it)")
-        uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down by then; Ctrl-C is how a server ends
+            uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[listener])
 
 
 def _uvicorn() -> Any:

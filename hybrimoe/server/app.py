@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from hybrimoe.errors import HybriMoEError, ModelError
 from hybrimoe.generation import chat_options, encode_chat
@@ -215,6 +216,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         where = ".".join(str(part) for part in problem["loc"] if part != "body")
         message = f"{where}: {problem['msg']}" if where else str(problem["msg"])
         return JSONResponse(_error(message, INVALID_REQUEST, "invalid_request", where or None), status_code=400)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_page(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(_error(str(error.detail), INVALID_REQUEST), status_code=error.status_code)
 
     @app.exception_handler(ValueError)
     async def refused(_: Request, error: ValueError) -> JSONResponse:

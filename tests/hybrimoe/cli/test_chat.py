@@ -72,7 +72,7 @@ def test_wrong_usage_ends_before_the_model_is_loaded(hybrimoe, words):
 
 def test_ctrl_c_stops_the_reply_and_not_the_program():
     """The reply is streamed unbuffered, so that the signal is sent when its first characters are there."""
-    command = [sys.executable, "-m", "hybrimoe", "chat", "-n", "80", "--seed", "3", "-t", "1"]
+    command = [sys.executable, "-m", "hybrimoe", "chat", "-n", "40", "--seed", "3", "-t", "1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, env=dict(os.environ)) as process:
         process.stdin.write(b"Good morning\n")

@@ -156,13 +156,14 @@ def test_a_bad_request_is_an_error_object_that_says_why(call, path, body, status
 
 
 def test_models_and_health(call):
-    models, card, missing, health = call.together(
-        ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("GET", "/v1/models/other"), ("GET", "/health")
-    )
+    paths = ("/v1/models", "/v1/models/tiny", "/v1/models/other", "/health", "/v1/nothing")
+    models, card, missing, health, nothing = call.together(*(("GET", path) for path in paths))
     assert [entry["id"] for entry in models.json()["data"]] == ["tiny"]
     assert card.json()["id"] == "tiny"
     assert missing.status_code == 404
     assert health.json()["status"] == "ok"
+    assert nothing.status_code == 404
+    assert nothing.json()["error"]["message"] == "Not Found"
 
 
 def test_metrics_count_requests_tokens_and_the_expert_cache(generator):
