@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -50,9 +51,7 @@ class OnnxBackend(PerExpertBackend):
                 f"backend 'onnx' needs {' and '.join(missing)}, not installed here: pip install 'hybrimoe[onnx]'"
             )
         self.n_threads = resolve_threads(threads)
-        self.version = importlib.metadata.version("onnxruntime")
         self.sessions: PreparedExperts[InferenceSession] = shared_cache(self.name, ENV_CACHE_GIB, CACHE_GIB)
-        self._pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="hybrimoe-onnx")
 
     def supports(self, spec: ExpertSpec) -> str | None:
         """None, or why an expert of `spec` cannot be an ONNX graph."""
@@ -77,7 +76,9 @@ class OnnxBackend(PerExpertBackend):
         for i in np.argsort(-n_rows, kind="stable").tolist():
             one = slice(i, i + 1)
             running.append(
-                self._pool.submit(super().run, spec, records[one], positions[one], dispatch, hidden, out_rows)
+                _pool(self.n_threads).submit(
+                    super().run, spec, records[one], positions[one], dispatch, hidden, out_rows
+                )
             )
         wait(running)  # all of them, before an error leaves: they write to out_rows
         for future in running:
@@ -88,6 +89,12 @@ class OnnxBackend(PerExpertBackend):
         session = self.sessions.get(spec, record, lambda: (open_session(spec, record), graph_bytes(spec)))
         (result,) = session.run(["y"], {"x": x.numpy()})
         return torch.from_numpy(result)
+
+
+@cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    """The threads that backends of this size share, over all layers."""
+    return ThreadPoolExecutor(n_threads, thread_name_prefix="hybrimoe-onnx")
 
 
 def open_session(spec: ExpertSpec, record: np.ndarray) -> InferenceSession:

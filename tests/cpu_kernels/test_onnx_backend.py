@@ -193,3 +193,22 @@ def test_a_graph_that_onnxruntime_refuses_is_reported(monkeypatch, make_pool) ->
     monkeypatch.setattr(onnx_backend, "build_model", lambda *_: broken)
     with pytest.raises(ck.BackendError, match=r"ONNX Runtime .* does not take the graph of int4 experts \(32 x 32\)"):
         onnx_backend.open_session(spec, make_pool(spec).memory[0])
+
+
+def test_a_model_of_transformers_runs_on_it() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    import hybrimoe
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+    ids = torch.arange(7).unsqueeze(0)
+    settings = {"accelerator": "none", "expert_dtype": "float32", "config": {"cpu": {"backend": "onnx"}}}
+    with torch.no_grad():
+        plain = model(ids).logits
+        injection = hybrimoe.inject(model, **settings)
+        mixed = model(ids).logits
+        injection.restore()
+    torch.testing.assert_close(mixed, plain, rtol=1e-4, atol=1e-5)
