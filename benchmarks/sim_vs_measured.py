@@ -51,7 +51,8 @@ def build_model() -> torch.nn.Module:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=512, hidden_size=HIDDEN, intermediate_size=HIDDEN, moe_intermediate_size=INTER,
-        num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=EXPERTS, num_experts_per_tok=TOP_K,
+        num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+        num_experts=EXPERTS, num_experts_per_tok=TOP_K,
         decoder_sparse_step=1, max_position_embeddings=512, norm_topk_prob=True,
     )  # fmt: skip
     return Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
