@@ -1,4 +1,4 @@
-"""Every family's checkpoint on disk is streamed into the store and gives plain transformers' logits, and its weights."""
+"""Every family's checkpoint on disk is streamed into the store; logits and weights are plain transformers'."""
 
 from __future__ import annotations
 
