@@ -4,8 +4,12 @@ The parity suite is ipex_parity.py, which tests/ipex/run.sh runs in an environme
 """
 
 import importlib
+import os
+import platform
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +91,16 @@ def test_dtypes_are_refused_by_name(machine, monkeypatch) -> None:
 def test_a_missing_distribution_has_no_version() -> None:
     assert ipex_backend._version("no-such-distribution-1") is None
     assert ipex_backend._version("torch")
+
+
+def test_the_script_refuses_another_python(tmp_path) -> None:
+    old = tmp_path / "python"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    script = Path(__file__).resolve().parents[1] / "ipex" / "run.sh"
+    environment = os.environ | {"PYTHON": str(old), "HYBRIMOE_IPEX_VENV": str(tmp_path / "venv")}
+    result = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    on_linux = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+    assert ("Python 3.9.1 found" if on_linux else "exists for Linux on x86-64") in result.stderr
+    assert not (tmp_path / "venv").exists()
