@@ -103,7 +103,7 @@ def render_card(
 ) -> str:
     """The card as Markdown with the metadata block that model hubs read."""
     template = package_files("hybrimoe.demo").joinpath("card_template.md").read_text(encoding="utf-8")
-    steps = [record for record in metrics if "loss" in record]
+    logged = [record for record in metrics if "loss" in record]
     shape = settings.shape
     return template.format(
         shape=shape,
@@ -113,11 +113,11 @@ def render_card(
         active=f"{counts['active']:,}",
         expert_size=f"{3 * shape.hidden_size * shape.expert_size:,}",
         corpora=_corpora_table(results),
-        tokens=f"{steps[-1]['tokens']:,}",
-        tokens_argument=steps[-1]["tokens"],
+        tokens=f"{metrics[-1]['tokens']:,}",
+        tokens_argument=metrics[-1]["tokens"],
         even_share=f"{100 / shape.num_experts:.2f}",
-        steps=f"{steps[-1]['step']:,}",
-        hours=f"{steps[-1]['hours'] * settings.threads:.2f}",
+        steps=f"{metrics[-1]['step']:,}",
+        hours=f"{logged[-1]['hours'] * settings.threads:.2f}",
         batch_tokens=f"{settings.batch_size * settings.seq_len:,}",
         settings=settings,
         curve=_curve_table(metrics),
@@ -153,7 +153,7 @@ def _curve_table(metrics: Sequence[Mapping[str, Any]]) -> str:
         if "loss" in record:
             losses.append(record["loss"])
         elif losses:
-            bits = [f"{value:.3f}" for value in record["bits_per_byte"].values()]
+            bits = [f"{record['bits_per_byte'][domain]:.3f}" for domain in SOURCES]
             rows.append([f"{record['tokens'] / 1e6:.2f}", f"{sum(losses) / len(losses):.3f}", *bits])
             losses = []
     stride = -(-len(rows) // CURVE_ROWS) if rows else 1

@@ -40,6 +40,9 @@ def test_the_command_trains_exports_and_the_card_says_what_came_out(command, cor
     assert re.search(r"\| postgresql \| [\d,]+ \| [\d,]+ \| \d\.\d{3} \|", text)
     assert len(re.findall(r"^\| [01] \| 0\.\d{3} \|", text, re.MULTILINE)) == 2, "a row of router load a layer"
     assert "Regents of the University of California" in (model_folder / "THIRD-PARTY.md").read_text()
+    last = RunFiles(tmp_path / "run").read_metrics()[-1]["bits_per_byte"]
+    row = [f"{last[domain]:.3f}" for domain in ("austen", "web", "postgresql")]
+    assert f"| {' | '.join(row)} |" in text
     assert ET.parse(model_folder / "curve.svg").getroot().tag.endswith("svg")
 
 
