@@ -21,6 +21,7 @@ from hybrimoe.checkpoint.dense import complete, dense_dtype, load_dense, meta_mo
 from hybrimoe.checkpoint.dequantise import dequantised
 from hybrimoe.checkpoint.errors import PackedFileWarning
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources
+from hybrimoe.checkpoint.place import place_dense
 from hybrimoe.checkpoint.progress import Progress, progress_of
 from hybrimoe.checkpoint.source import (
     Checkpoint,
@@ -31,7 +32,6 @@ from hybrimoe.checkpoint.source import (
 )
 from hybrimoe.checkpoint.stream import pack_experts
 from hybrimoe.config import DeployConfig, load_config
-from hybrimoe.dense_linear import pack_linears
 from hybrimoe.errors import CheckpointError, ConfigError, ModelError
 from hybrimoe.experts_layout import ExpertsLayout, find_experts, read
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
@@ -113,6 +113,7 @@ class Loader:
         complete(self.model, loaded, experts, self.plan, unknown_keys=unknown_keys)
 
         def open_store(layers: tuple[LayerSpec, ...]) -> ExpertStore | None:
+            place_dense(self.model, self.deployment)  # before the session measures what memory is left for slots
             if file := packed.find(self.places, layers, packed.describe(layers, self.checkpoint.files)):
                 return file.open()
             disk = self.deployment.memory.disk
@@ -126,7 +127,7 @@ class Loader:
         injection = inject(self.model, config=self.deployment, store=open_store)
         try:
             self._load_unreplaced(injection, sources, dtypes)
-            self._place_dense(injection)
+            injection.pack_dense(keep_originals=False)
             if not injection.session.started:
                 self._pack(injection.session.store, sources, show)
                 injection.session.start()
@@ -139,18 +140,8 @@ class Loader:
         """Reads experts whole where the rules leave the model's own module in place."""
         for source in (source for source in sources if source.path not in injection.originals):
             keys = {f"{source.path}.{name}" for name in source.parameters}
-            device = injection.device_of(source.path)
+            device = injection.device_of(source.path) or next(self.model.get_input_embeddings().parameters()).device
             load_dense(self.model, source.parameters.values(), self.shapes, dtypes, device, keys)
-
-    def _place_dense(self, injection: Injection) -> None:
-        """Dense weights go to a real accelerator where the rules do not place them; the others are packed if asked."""
-        accelerator = injection.session.accelerator
-        placed = any(injection.device_of(path) for path, _ in self.model.named_modules())
-        if accelerator is not None and accelerator.kind != "emulated" and not placed:
-            self.model.to(accelerator.device)
-        if self.deployment.cpu.dense_dtype == "int8":
-            sizes = frozenset(layout.num_experts for layout in self.layouts.values())
-            pack_linears(self.model, sizes, keep_originals=False, threads=injection.session.config.threads)
 
     def _pack(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> None:
         pack_experts(store, sources, self.shapes, show)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hybrimoe.checkpoint import UnsupportedCheckpointError, load, load_tokenizer
-from hybrimoe.errors import BudgetError, CheckpointError, HybriMoEError, ModelError
+from hybrimoe.errors import BudgetError, CheckpointError, DeviceError, HybriMoEError, ModelError
 
 from .conftest import SMALL
 
@@ -214,6 +214,12 @@ def test_host_memory_that_is_too_small(host: str | float, directory: Path) -> No
 
 def test_host_memory_for_exactly_all_experts(directory: Path) -> None:
     load(directory, accelerator="none", policy="static", progress=False, memory={"host": 8})
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+def test_a_device_that_is_not_here(directory: Path) -> None:
+    with pytest.raises(DeviceError, match="cuda:0"):
+        load(directory, accelerator="cuda:0", policy="static", progress=False)
 
 
 def test_a_directory_without_a_tokenizer(directory: Path) -> None:

@@ -101,6 +101,8 @@ def test_dense_weights_in_int8(directory: Path, mixtral: PreTrainedModel) -> Non
     assert not any("gate" in name for name in packed), "routers stay as they are"
     expected = logits(mixtral)
     assert float((logits(model) - expected).abs().mean() / expected.abs().mean()) < MEAN_ERROR_INT8
+    with pytest.raises(ModelError, match="dense"):
+        model.hybrimoe.restore()
 
 
 def test_generation_goes_on_from_the_loaded_model(directory: Path, mixtral: PreTrainedModel) -> None:

@@ -1,0 +1,53 @@
+"""Dense weights on the accelerator: attention, routers and shared experts run there unless the rules say otherwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hybrimoe.config import DeployConfig
+from hybrimoe.injection.placement import device_is_here
+from hybrimoe.runtime_settings import choose_accelerator
+
+
+def place_dense(model: nn.Module, deployment: DeployConfig) -> None:
+    """Moves every weight and buffer that is loaded to the deployment's accelerator.
+
+    Does nothing without a real accelerator, or where rules have placed something already. What is still on the meta
+    device stays there; tied weights stay tied.
+    """
+    device = dense_device(deployment)
+    tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta]
+    if device is None or any(tensor.device.type != "cpu" for tensor in tensors):
+        return
+    move(model, device)
+
+
+def dense_device(deployment: DeployConfig) -> torch.device | None:
+    """The torch device of the deployment's accelerator; None for the emulated one, none, or one that is not here (which
+    the session refuses when it opens it)."""
+    name = choose_accelerator(deployment.accelerator)
+    if name in ("none", "emulated"):
+        return None
+    if name != "auto":
+        device = torch.device(name)
+        return device if device_is_here(device) else None
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """Puts all parameters and buffers that have storage on `device`, each once."""
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or tensor.is_meta:
+                    continue
+                if id(tensor) not in moved:
+                    moved[id(tensor)] = _on(tensor, device)
+                tensors[name] = moved[id(tensor)]  # type: ignore[assignment]
+
+
+def _on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    copy = tensor.detach().to(device)
+    return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
