@@ -13,7 +13,7 @@ from cpu_kernels.errors import (
 )
 from cpu_kernels.layout import LAYOUT_VERSION
 from cpu_kernels.linear import LinearSpec, pack_linear, run_linear, unpack_linear
-from cpu_kernels.memory import huge_pages
+from cpu_kernels.memory import page_aligned
 from cpu_kernels.pack import pack_expert, unpack_expert
 from cpu_kernels.reference import apply_activation, reference_ffn, relative_error, tolerance
 from cpu_kernels.spec import DTYPES, Activation, ExpertDtype, ExpertSpec, ExpertWeights
@@ -40,9 +40,9 @@ __all__ = [
     "build_dispatch",
     "combine",
     "get_backend",
-    "huge_pages",
     "pack_expert",
     "pack_linear",
+    "page_aligned",
     "reference_ffn",
     "relative_error",
     "run_linear",

@@ -81,7 +81,7 @@ def ours(dtype: ck.ExpertDtype) -> Callable[[Setting], Callable[[int], Call]]:
         shape = setting.shape
         spec = ck.ExpertSpec(shape.hidden, shape.inter, dtype)
         n_sets = setting.n_sets(8 * spec.record_bytes / (3 * shape.hidden * shape.inter))
-        memory = ck.huge_pages(n_sets * shape.k * spec.record_bytes).reshape(-1, spec.record_bytes)
+        memory = ck.page_aligned(n_sets * shape.k * spec.record_bytes).reshape(-1, spec.record_bytes)
         ck.pack_expert(spec, ck.ExpertWeights(setting.up, setting.down, setting.gate), memory[0])
         memory[1:] = memory[0]
         backend = ck.get_backend("numba")

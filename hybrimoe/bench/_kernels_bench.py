@@ -23,7 +23,7 @@ from hybrimoe.errors import HybriMoEError
 POOL_BYTES = 200 << 20  # weight sets together exceed this: several times the last-level cache
 ROUND_SECONDS = 0.12  # of calls of one contender in a round, three calls at least
 # Allowed |y - float32| / |float32| (Frobenius norms) against unquantised weights; a contender above it is not timed.
-PARITY = {4: 0.16, 8: 0.03, 8.5: 0.03, 4.5: 0.16, 5: 0.16, 16: 0.02, 32: 1e-4}
+PARITY = {4.5: 0.16, 5: 0.16, 8: 0.08, 8.5: 0.03, 16: 0.02, 32: 1e-4}  # 8: one activation scale a tensor
 PARITY_TOKENS = 2
 
 
