@@ -39,7 +39,7 @@ class Isa:
 _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
 # One vector of rows by up to 8 tokens: a row block is then a single stream, which the hardware prefetchers follow at
-# the bandwidth of a plain read (2 or 4 streams at once reach 70 % of it; software prefetch lost; Zen 4, measured).
+# the bandwidth of a plain read (2 or 4 streams at once reach 70 % of it; Zen 4, measured).
 _WIDE = ((8, 1), (4, 1), (2, 1), (1, 1))
 # 256 bit: two vectors are one row block, the stream of a single token. More tokens take one, for want of registers.
 _NARROW = ((4, 1), (2, 1), (1, 2))

@@ -25,6 +25,9 @@ X_CORRECTIONS = X_SCALES + 4 * GROUPS
 X_BLOCK_BYTES = X_CORRECTIONS + 4 * GROUPS
 FLOAT_UNROLL = 16  # lines
 L1_WEIGHT_BYTES = 9216  # of a row block that stay in L1 (32 KiB) beside the activations of a tile
+# How far ahead weights are asked for, into L2: the next part while this one is in L1. With few tokens the out-of-order
+# window is too short for the latency of memory: at 4 tokens int4 streams 29 GB/s instead of 18 (Zen 4, 2 threads).
+PREFETCH_BYTES = L1_WEIGHT_BYTES
 WORD_BYTES = 4  # of a row in a line
 SCALE_BYTES = 2
 Row = tuple[ir.Value, ir.Value]  # a vector of rows: address of its block, first row in it
@@ -137,6 +140,8 @@ class _Tile:
             rows.append((start, s.b.mul(s.b.add(part, s.const(vector)), s.const(s.lanes))))
         x_step = s.b.mul(block, s.const(x_block_bytes(self.dtype)))
         x = [s.offset(row, x_step) for row in self.x_rows]
+        for place in range(0, block_bytes(self.dtype), LINE_BYTES):
+            s.prefetch(s.offset(start, PREFETCH_BYTES + place))
         if is_quantised(self.dtype):
             for group in range(GROUPS):
                 self._integer_group(rows, x, group)
