@@ -115,7 +115,7 @@ class ExpertStore:
 
 
 def _allocate(n_bytes: int, pinned: bool) -> ByteArray:
-    """Bytes at a 64-byte boundary, page-locked if asked. No huge pages: measured slower to read on a virtual machine."""
+    """Bytes at a 64-byte boundary, page-locked if asked. No huge pages: measured slower on a virtual machine."""
     if pinned:
         return _aligned(torch.empty(n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, pin_memory=True).numpy(), n_bytes)
     if n_bytes < mmap.PAGESIZE:
