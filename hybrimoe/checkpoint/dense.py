@@ -14,10 +14,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
@@ -60,6 +62,19 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ModelError(f"config.json describes no valid {config.model_type} model: {error}") from error
     return model.eval()
+
+
+def read_generation_defaults(model: PreTrainedModel, directory: Path) -> None:
+    """Takes over generation_config.json (sampling defaults, end tokens), as `from_pretrained` does, if there is one.
+
+    Raises ModelError where the file cannot be read.
+    """
+    if not (directory / GENERATION_CONFIG_NAME).is_file() or not model.can_generate():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ModelError(f"{directory / GENERATION_CONFIG_NAME}: transformers cannot read it: {error}") from error
 
 
 def load_dense(

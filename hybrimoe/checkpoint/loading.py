@@ -17,7 +17,15 @@ from transformers import PreTrainedModel
 from hybrimoe.checkpoint import packed
 from hybrimoe.checkpoint.budget import check_disk, check_host_memory
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes, plan_conversions
-from hybrimoe.checkpoint.dense import complete, dense_dtype, load_dense, meta_model, read_config, strict_dtypes
+from hybrimoe.checkpoint.dense import (
+    complete,
+    dense_dtype,
+    load_dense,
+    meta_model,
+    read_config,
+    read_generation_defaults,
+    strict_dtypes,
+)
 from hybrimoe.checkpoint.dequantise import dequantised
 from hybrimoe.checkpoint.errors import PackedFileWarning
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources
@@ -93,6 +101,7 @@ class Loader:
         hf_config = read_config(directory)
         checkpoint = open_checkpoint(directory)
         model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config))
+        read_generation_defaults(model, directory)
         layouts = {path: read(module) for path, module in find_experts(model)}
         if not layouts:
             raise ModelError(f"{directory} is a dense model ({hf_config.model_type}): it has no experts to place")

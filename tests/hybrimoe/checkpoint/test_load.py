@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GptOssConfig, GraniteMoeConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 import hybrimoe
 from cpu_kernels import DTYPES, pack_expert
@@ -176,3 +183,17 @@ def test_restore_refuses_what_would_lose_bits(dtype: str, directory: Path) -> No
 def test_unknown_keys_takes_two_words(directory: Path) -> None:
     with pytest.raises(ConfigError, match="unknown_keys"):
         load(directory, **OPTIONS, unknown_keys="whatever")  # type: ignore[arg-type]
+
+
+def test_sampling_defaults_come_with_the_checkpoint(directory: Path) -> None:
+    GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=5).save_pretrained(directory)
+    loaded = load(directory, accelerator="none", expert_dtype="float32", progress=False)
+    assert loaded.generation_config.do_sample
+    assert loaded.generation_config.temperature == 0.7
+    assert loaded.generation_config.eos_token_id == 5
+
+
+def test_a_damaged_generation_config_is_named(directory: Path) -> None:
+    (directory / "generation_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        load(directory, accelerator="none", expert_dtype="float32", progress=False)
