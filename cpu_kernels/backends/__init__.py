@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cache
 
 from cpu_kernels.backends.base import CpuBackend
+from cpu_kernels.backends.choice import measured_choice
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.backends.reference import ReferenceBackend
 from cpu_kernels.backends.torch_backend import TorchBackend
@@ -47,12 +48,12 @@ BACKENDS: dict[str, Callable[[int | None], CpuBackend]] = {
 
 
 def get_backend(name: str = "auto", threads: int | None = None) -> CpuBackend:
-    """The backend called `name`; "auto" takes the fastest that runs everywhere.
+    """The backend called `name`; "auto" takes the fastest of the last `hybrimoe calibrate`, or numba.
 
     threads: size of its part of the thread pool, None = all physical cores. Raises BackendError for an unknown name or
     a backend that cannot run here (with the reason).
     """
-    chosen = "numba" if name == "auto" else name
+    chosen = measured_choice().backend if name == "auto" else name
     if chosen not in BACKENDS:
         near = difflib.get_close_matches(chosen, BACKENDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
