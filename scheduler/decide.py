@@ -1,9 +1,11 @@
-"""The hot path of the planner (compiled): costs, balance and slots of one layer on flat arrays, no objects.
+"""The hot path of the planner: costs, balance and slots of one layer on flat arrays, in compiled parts, no objects.
 
 Slot arrays are read only here; ``SlotTable`` performs what is decided.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,40 +28,19 @@ from scheduler.compiled import compiled
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-POLICY_CODES = {
-    "optimal": 0, "hybrimoe": 1, "static": 2, "on_demand": 3, "accel_only": 3, "layers": 4, "fiddler": 5, "monde": 6,
-    "bandwidth": 7, "cpu_only": 8, "fiddler_max": 9,
-    "value": 10,
-}  # fmt: skip
+Kernel = Callable[[Floats, Floats, Floats, Ints], tuple[float, float]]
 
-BANDWIDTH_CODE, VALUE_CODE = 7, 10
+VALUE = "value"
+KERNELS: dict[str, Kernel] = {
+    "optimal": optimal, "hybrimoe": hybrimoe, "static": static_mapping, "on_demand": on_demand, "accel_only": on_demand,
+    "layers": whole_layers, "fiddler": fiddler, "fiddler_max": fiddler_max, "monde": monde, "bandwidth": bandwidth,
+    "cpu_only": cpu_only,
+}  # fmt: skip
+"""Balance policies by name. Each is compiled when it is first used: one function over all would take half a minute."""
+
 FREE, RESIDENT = 0, 2
 REUSE = -2
 """In ``evicted``: the slot's expert of this very plan is overwritten after its last read."""
-
-
-@compiled
-def run_policy(code: int, table: Floats, ready: Floats, params: Floats, plan: Ints) -> float:
-    """Makespan and plan of the balance policy with this code."""
-    if code == 0:
-        return optimal(table, ready, params, plan)[0]
-    if code == 1:
-        return hybrimoe(table, ready, params, plan)[0]
-    if code == 2:
-        return static_mapping(table, ready, params, plan)[0]
-    if code == 3:
-        return on_demand(table, ready, params, plan)[0]
-    if code == 4:
-        return whole_layers(table, ready, params, plan)[0]
-    if code == 5:
-        return fiddler(table, ready, params, plan)[0]
-    if code == 6:
-        return monde(table, ready, params, plan)[0]
-    if code == 7:
-        return bandwidth(table, ready, params, plan)[0]
-    if code == 8:
-        return cpu_only(table, ready, params, plan)[0]
-    return fiddler_max(table, ready, params, plan)[0]
 
 
 @compiled
@@ -220,24 +201,26 @@ def _move_to_cpu(table: Floats, plan: Ints, slots: Ints) -> None:
         plan[block] = kept
 
 
-@compiled
 def decide(
-    code: int, params: Floats, ids: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], first_key: int,
+    policy: str, params: Floats, ids: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], first_key: int,
     end_key: int, capacity: int, cpu: Floats, accel: Floats, scales: Floats, ready: Floats, slot_of: Ints, key_of: Ints,
     state: Ints, claims: Ints, arrival: Floats, keep: Floats, priority: Floats, out: Ints,
 ) -> float:  # fmt: skip
-    """Plans one layer: out int64[3 + 5A] = plan (timeline), slots, evicted. Returns the predicted makespan in us."""
+    """Plans one layer: out int64[3 + 5A] = plan (timeline), slots, evicted. Returns the predicted makespan in us.
+
+    policy: "value" or a key of ``KERNELS``, params its parameters. Calls compiled parts, one after another.
+    """
     n = ids.size
     table = fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[2], slot_of, state, arrival, priority)
     plan = out[: 3 + 3 * n]
-    if code == VALUE_CODE:
+    if policy == VALUE:
         victims = victim_worths(key_of, state, claims, keep, first_key, ids)
         makespan = valued(table, ready, victims, params[0], params[1], plan)
     else:
-        makespan = run_policy(code, table, ready, params, plan)
+        makespan = KERNELS[policy](table, ready, params, plan)[0]
     slots, evicted = out[3 + 3 * n : 3 + 4 * n], out[3 + 4 * n :]
     if assign_slots(
         ids, first_key, end_key, capacity, table, slot_of, key_of, state, claims, keep, plan, slots, evicted
     ):
         makespan = plan_makespan(table, ready, plan)
-    return makespan
+    return float(makespan)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scheduler.balancing import kernel_of, parameters_of_balance
 from scheduler.cache import CACHE_POLICIES
 from scheduler.costs import CostModel
-from scheduler.decide import BANDWIDTH_CODE, POLICY_CODES, REUSE, decide, pick_slot
+from scheduler.decide import REUSE, decide, pick_slot
 from scheduler.demand import LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.explain import Explanation, explain
@@ -74,7 +74,7 @@ class Planner:
         self.prefetch = make("prefetch", self.policy.prefetch, PREFETCH_POLICIES, self._setting, self.policy.params)
         self._placements = _check_placements(placements, n_layers)
         self._valued = self.policy.balance == "value"
-        self._codes = self._balance_codes()
+        self._balance = self._balance_of_layers()
         self._recency = np.zeros(n_layers * n_experts)
         self._clock, self._step = 0, -1
         self._in_flight: dict[int, int] = {}
@@ -85,19 +85,19 @@ class Planner:
         self._nobody = np.zeros(self.slots.n_slots, np.bool_)
         self._chained = False
 
-    def _balance_codes(self) -> list[tuple[int, npt.NDArray[np.float64]]]:
-        """Compiled policy code and parameters of each layer."""
+    def _balance_of_layers(self) -> list[tuple[str, npt.NDArray[np.float64]]]:
+        """Balance policy (as ``decide`` names it) and its parameters, of each layer."""
         known = parameters_of_balance(self.policy.balance)
         own = {key: value for key, value in self.policy.params.items() if key in known}
         if self._valued:
             own = {"cpu_rate": self.costs.cpu_with_link, **own}
         _, numbers = kernel_of(self.policy.balance, **own)
         name = "fiddler_max" if own.get("form") == "max" else self.policy.balance
-        codes = []
+        policies = []
         for placement in self._placements:
             forced = "cpu_only" if self.slots.n_slots == 0 else _FORCED.get(placement, name)
-            codes.append((POLICY_CODES[forced], numbers))
-        return codes
+            policies.append((forced, numbers))
+        return policies
 
     @property
     def layers_ahead(self) -> int:
@@ -200,16 +200,16 @@ class Planner:
         scales[1], scales[2] = costs.drift[1], transfer_us
         if self._in_flight:
             self._estimate_arrivals(lanes.link_ready_us, transfer_us)
-        code, params = self._codes[layer]
+        policy, params = self._balance[layer]
         out = np.empty(3 + 5 * ids.size, np.int64)
         capacity = int(cache.capacities[layer]) if cache.scope == "layer" else -1
         makespan = decide(
-            code, params, ids, _int32(demand.n_tokens), first_key, first_key + self.n_experts, capacity,
+            policy, params, ids, _int32(demand.n_tokens), first_key, first_key + self.n_experts, capacity,
             costs.cpu_rows[layer], costs.accel_rows[layer], scales, ready, slots.slot_of, slots.key_of, slots.state,
             slots.claims, self._arrival, cache.keep, cache.keep if self._valued else self._recency, out,
         )  # fmt: skip
         self._clock += 1
-        if code == BANDWIDTH_CODE:
+        if policy == "bandwidth":
             self._recency[ids + first_key] = self._clock
         return makespan, out.tolist()
 
@@ -350,7 +350,7 @@ class Planner:
         if self.cache.tracks_slots:
             for key in gone:
                 self.cache.evicted(key)
-        self._codes = self._balance_codes()
+        self._balance = self._balance_of_layers()
         return tuple(divmod(key, self.n_experts) for key in gone)
 
     def explain(self, plan: LayerPlan) -> Explanation:
