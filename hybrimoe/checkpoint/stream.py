@@ -17,14 +17,16 @@ from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ExpertStore
 
 MAX_WORKERS = 8  # beyond it, disk and memory bandwidth decide
-EXPERTS_PER_WORKER = 8  # of a layer: an expert being packed takes up to about four times its size
+EXPERTS_PER_WORKER = 10
+"""Of a layer: packing an expert takes up to 20 bytes a weight for a while (measured, int4), ten times its bfloat16
+size, so that all workers together stay below one layer of the checkpoint."""
 
 
 def pack_experts(store: ExpertStore, sources: Sequence[LayerSource], shapes: ModelShapes, show: Progress) -> None:
     """Reads every layer of `store` from its source (by path) and packs it.
 
-    In memory at a time, beside the store: a few experts, together less than a layer. `show` is called from this thread.
-    Raises CheckpointError for what does not match or is not finite, naming the checkpoint's tensors.
+    In memory at a time, beside the store: a few experts, less than one layer of the checkpoint. `show` is called from
+    this thread. Raises CheckpointError for what does not match or is not finite, naming the checkpoint's tensors.
     """
     by_path = {source.path: source for source in sources}
     done = 0
