@@ -25,6 +25,7 @@ from hybrimoe.runtime.stats import StatsRecorder
 from hybrimoe.runtime.steps import StepTracker
 from hybrimoe.runtime.store import ExpertStore
 from scheduler import CostModel, ModelShape
+from scheduler.rehearsal import rehearse
 
 Frequencies = npt.NDArray[np.floating]
 Probe = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
@@ -61,6 +62,7 @@ class Startup:
         if previous is not None:
             runner.take_over(previous)
         if planner is not None:
+            rehearse(self.config.policy, self.config.policy_params, self.config.lookahead)
             runner.warm_up(planner.warm_up(frequencies))
         return runner
 
