@@ -60,6 +60,12 @@ class Simd:
 
     # Memory
 
+    def scratch(self, n_bytes: int) -> ir.Value:
+        """n_bytes of stack, on a cache line boundary; for the entry block of a function."""
+        place = self.b.alloca(I8, self.const(n_bytes))
+        place.align = 64
+        return place
+
     def load(self, pointer: ir.Value, kind: ir.Type, align: int = 1) -> ir.Value:
         """An (unaligned) load of any type."""
         return self.b.load(pointer, typ=kind, align=align)
