@@ -92,9 +92,20 @@ def predict_token(
             for expert in range(1, n_experts):
                 if rank[expert] > rank[best]:
                     best = expert
-            ids[layer, k] = best
             rank[best] = -np.inf
-        ids[layer].sort()
+            place = k
+            while place > 0 and ids[layer, place - 1] > best:
+                ids[layer, place] = ids[layer, place - 1]
+                place -= 1
+            ids[layer, place] = best
         for k in range(top_k):
             chosen_probability[layer, k] = probability[ids[layer, k]] * scale
     return ids, chosen_probability
+
+
+def make_ready() -> None:
+    """Compiles (or loads from the cache) what the first token would otherwise wait for."""
+    gates = np.zeros((2, 4, 8), np.float32)
+    per_expert = np.zeros((2, 4), np.float32)
+    scoring = np.array([SOFTMAX, SIGMOID], np.int64)
+    predict_token(gates, per_expert, per_expert, np.ones(2, np.bool_), scoring, np.ones(8, np.float32), 2)

@@ -14,6 +14,7 @@ import scheduler
 from gpu_kernels import Accelerator, AcceleratorError
 from hybrimoe.errors import BudgetError
 from hybrimoe.runtime.budget import reserve_bytes, resolve_slots
+from hybrimoe.runtime.compiled import make_ready
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.executor import Executor
 from hybrimoe.runtime.layers import Layer
@@ -59,6 +60,7 @@ class Startup:
         runner = Runner(self.layers, Executor(self.store, slots), planner, costs, self.stats, self.tracker)
         if self.config.lookahead > 0:
             runner.lookahead = self._lookahead()
+            make_ready()
         if previous is not None:
             runner.take_over(previous)
         if planner is not None:
