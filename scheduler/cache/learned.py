@@ -18,7 +18,7 @@ class Learned(CachePolicy):
 
     Features (CACHE_FEATURES, all in [0, 1]): 1 / (steps since the last use + 1); uses / most uses in the layer;
     moving mean of use (weight 0.1); gate score at the last use. The planner's ``scorer`` maps float32[n, 4] to
-    float32[n]; without one ``default_scorer``, fitted on gpt-oss-20b routing, is used.
+    float32[n] (`hybrimoe trace train` makes one); without it ``default_scorer``, weights set by hand, is used.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -46,5 +46,5 @@ class Learned(CachePolicy):
 
 
 def default_scorer(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Logit of use at the next step, a linear fit."""
+    """Logit of use at the next step; the weights are set by hand, not trained."""
     return np.asarray(features @ np.array([0.6, 1.0, 4.0, 0.8], np.float32), np.float32)

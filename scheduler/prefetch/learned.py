@@ -76,6 +76,6 @@ class LearnedPrefetch(PrefetchPolicy):
 
 
 def default_scorer(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Logistic fit on gpt-oss-20b routing; the gate column, which that trace lacks, is weighted by hand."""
+    """Logit of use; the weights are set by hand, not trained (`hybrimoe trace train` makes a trained scorer)."""
     logits = features @ np.array([6.0, 2.5, 0.5, 6.0], np.float32) - 3.5
     return np.asarray(1.0 / (1.0 + np.exp(-logits)), np.float32)
