@@ -6,7 +6,7 @@ No fast-math: the same input gives the same bits, whatever is computed beside it
 import numpy as np
 
 from cpu_kernels.compiled import Real, Truth, Whole, inline_kernel
-from cpu_kernels.layout import GROUP
+from cpu_kernels.layout import GROUP, INTERLEAVE
 from cpu_kernels.primitives import float_from_bits
 from cpu_kernels.simd.tiles import X_BLOCK_BYTES, X_CORRECTIONS, X_SCALES
 from cpu_kernels.spec import KINDS
@@ -64,34 +64,34 @@ def erf(x: Real) -> Real:
 
 
 @inline_kernel
-def activate(kind: Whole, alpha: Real, x: np.ndarray, n: Whole) -> None:
-    """x[:n] = act(x[:n]) in place. The kinds of cpu_kernels.spec but `custom`."""
+def activate(kind: Whole, alpha: Real, x: np.ndarray) -> None:
+    """x[:32] = act(x[:32]) in place (a constant length, so that LLVM needs no loop). The kinds of spec but `custom`."""
     if kind == SILU:
-        for i in range(n):
+        for i in range(INTERLEAVE):
             x[i] = x[i] * sigmoid(alpha * x[i])
     elif kind == GELU:
-        for i in range(n):
+        for i in range(INTERLEAVE):
             x[i] = f32(0.5) * x[i] * (f32(1) + erf(x[i] * SQRT_HALF))
     elif kind == GELU_TANH:
-        for i in range(n):
+        for i in range(INTERLEAVE):
             inner = GELU_TANH_A * (x[i] + GELU_TANH_B * x[i] * x[i] * x[i])
             x[i] = x[i] * sigmoid(inner + inner)
     elif kind in (RELU, RELU2):
-        for i in range(n):
+        for i in range(INTERLEAVE):
             x[i] = max(x[i], f32(0)) * (max(x[i], f32(0)) if kind == RELU2 else f32(1))
     elif kind == SIGMOID:
-        for i in range(n):
+        for i in range(INTERLEAVE):
             x[i] = sigmoid(x[i])
 
 
 @inline_kernel
-def gate_times_up(kind: Whole, parameters: np.ndarray, gate: np.ndarray, up: np.ndarray, n: Whole) -> None:
-    """gate[:n] = the gated activation of gate[:n] and up[:n]; limits that do not apply are infinite."""
-    for i in range(n):
+def gate_times_up(kind: Whole, parameters: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
+    """gate[:32] = the gated activation of gate[:32] and up[:32]; limits that do not apply are infinite."""
+    for i in range(INTERLEAVE):
         gate[i] = min(gate[i], parameters[GATE_MAX])
-    activate(kind, parameters[ALPHA], gate, n)
+    activate(kind, parameters[ALPHA], gate)
     limit, offset, highest = parameters[UP_LIMIT], parameters[UP_OFFSET], parameters[ACT_MAX]
-    for i in range(n):
+    for i in range(INTERLEAVE):
         gate[i] = min(gate[i], highest) * (min(max(up[i], -limit), limit) + offset)
 
 

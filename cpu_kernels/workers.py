@@ -153,14 +153,17 @@ def _finish_up(
 ) -> None:
     """Activation of each row of `buffer`, written to columns column .. column + n_columns of the rows of H."""
     parameters = floats_at(call[PARAMETERS], N_PARAMETERS)
-    n_true = max(0, min(n_columns, call[INTER_TRUE] - column))  # padding stays 0
+    n_true = max(0, min(n_columns, call[INTER_TRUE] - column))  # padding becomes 0
     target = call[H] + start * row_bytes_of(call, INTER) + column // BLOCK_COLUMNS * call[X_BYTES]
     for row in range(n_rows):
         values = buffer[row * PANEL_ROWS : (row + 1) * PANEL_ROWS]
         if call[GATED]:
-            gate_times_up(call[KIND], parameters, values[:INTERLEAVE], values[INTERLEAVE:], n_true)
+            gate_times_up(call[KIND], parameters, values[:INTERLEAVE], values[INTERLEAVE:])
         else:
-            activate(call[KIND], parameters[0], values, n_true)
+            activate(call[KIND], parameters[0], values[:INTERLEAVE])
+            activate(call[KIND], parameters[0], values[INTERLEAVE:])
+        for i in range(n_true, n_columns):
+            values[i] = np.float32(0)
         out = bytes_at(target + row * row_bytes_of(call, INTER), call[X_BYTES])
         _write_block(call, values, column % BLOCK_COLUMNS, n_columns, out)
 
