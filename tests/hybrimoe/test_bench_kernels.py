@@ -1,0 +1,83 @@
+"""`hybrimoe bench kernels` and `bench quality`: rows, refusal of wrong results, files."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybrimoe.bench import _kernel_peers, _kernels_bench
+from hybrimoe.bench._kernel_peers import Call, Setting, Shape
+from hybrimoe.cli.app import app
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kernels_bench, "SHAPES", (Shape("tiny", 128, 64, 2),))
+    monkeypatch.setattr(_kernels_bench, "POOL_BYTES", 1 << 20)
+    monkeypatch.setattr(_kernels_bench, "ROUND_SECONDS", 0.001)
+
+
+def run(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as left:
+        app(arguments)
+    return int(left.value.code or 0)
+
+
+def test_rows_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, figure = tmp_path / "rows.csv", tmp_path / "figure.png"
+    options = ["--shape", "tiny", "--tokens", "1", "--tokens", "3", "--rounds", "2", "--json"]
+    assert run(["bench", "kernels", *options, "--csv", str(table), "--plot", str(figure)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    names = {row["contender"] for row in result["rows"]}
+    assert {"ours int4", "ours int8", "ours bfloat16", "ours float32", "torch float32", "torch int8 dynamic"} <= names
+    assert len(result["rows"]) == 2 * len(names)
+    assert all(row["ms_min"] <= row["ms"] <= row["ms_max"] for row in result["rows"])
+    with table.open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(result["rows"])
+    assert figure.stat().st_size > 1000
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(setting: Setting) -> object:
+        def for_tokens(n_tokens: int) -> Call:
+            return lambda number: 1.5 * setting.expected(setting.x(n_tokens))
+
+        return for_tokens
+
+    wrong = _kernels_bench.Contender("wrong", 32, broken)  # type: ignore[arg-type]
+    monkeypatch.setattr(_kernels_bench, "CONTENDERS", (wrong,))
+    assert run(["bench", "kernels", "--shape", "tiny"]) == 1
+    assert "wrong is off by 50.00%" in capsys.readouterr().err
+
+
+def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "kernels", "--shape", "huge"]) == 1
+    assert "expected tiny" in capsys.readouterr().err
+    assert run(["bench", "kernels", "--only", "nobody"]) == 1
+    assert "ours int4" in capsys.readouterr().err
+
+
+def test_sets_exceed_the_pool() -> None:
+    setting = Setting(Shape("tiny", 128, 64, 2), 1 << 20)
+    assert setting.n_sets(4.5) * setting.shape.weights * 4.5 / 8 >= 1 << 20
+    assert setting.shape.flops(3) == 2 * 3 * 3 * 128 * 64 * 2
+
+
+def test_onnx_layer_matches_float32_within_its_quantisation() -> None:
+    pytest.importorskip("onnxruntime")
+    setting = Setting(Shape("tiny", 128, 64, 2), 1 << 16)
+    result = _kernel_peers.onnxruntime_int4(setting)(3)(0)
+    expected = setting.expected(setting.x(3))
+    assert np.linalg.norm(result - expected) < 0.2 * np.linalg.norm(expected)
+
+
+def test_quality_table(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--windows", "1", "--experts", "1", "--dtype", "int8", "--dtype", "int4", "--json"]
+    assert run(["bench", "quality", *options]) == 0
+    int8, int4 = json.loads(capsys.readouterr().out)["rows"]
+    assert int8["weight_error"] < int4["weight_error"] < 0.2
+    assert int8["kernel_error"] < 0.05
+    assert int8["greedy_agreement"] > 0.9
+    assert int4["logit_cosine"] > 0.99
