@@ -9,7 +9,7 @@ from hypothesis import given, settings
 import cpu_kernels as ck
 from cpu_kernels import layout
 
-# Largest error as a share of a group's extreme. int4 may clip the opposite end: 8.6 steps to the extreme, 7 on that side.
+# Largest error as a share of a group's extreme. int4 may clip the other end: 8.6 steps to the extreme, 7 on that side.
 ROUNDING = {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.5 / 127 * 1.01, "int4": 1.6 / 8.6 * 1.02}
 
 
