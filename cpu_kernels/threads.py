@@ -25,6 +25,15 @@ def physical_cores() -> int:
     return max(1, len({_core_of(cpu) for cpu in usable}))
 
 
+def core_ids() -> tuple[int, ...]:
+    """One usable CPU number of each physical core, ascending."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    first: dict[str, int] = {}
+    for cpu in sorted(usable):
+        first.setdefault(_core_of(cpu), cpu)
+    return tuple(first.values())
+
+
 def _core_of(cpu: int) -> str:
     """A name that hyper-threads of one core share."""
     try:

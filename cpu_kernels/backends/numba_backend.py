@@ -11,9 +11,10 @@ from cpu_kernels.dispatch import Dispatch
 from cpu_kernels.errors import BackendError
 from cpu_kernels.isa import IsaChoice, detect
 from cpu_kernels.linear import LinearSpec, check_linear
+from cpu_kernels.pinning import pin_once
 from cpu_kernels.plans import Plan, expert_plan, linear_plan
 from cpu_kernels.spec import ExpertSpec
-from cpu_kernels.threads import resolve_threads, start_pool
+from cpu_kernels.threads import core_ids, resolve_threads, start_pool
 
 SERIAL_BYTES = 128 * 1024  # below this much weight a second thread costs more than it saves
 
@@ -30,6 +31,7 @@ class NumbaBackend:
         self.choice: IsaChoice = detect()
         self.n_threads = resolve_threads(threads)
         self.threading_layer = start_pool(self.n_threads)
+        self._cores = core_ids()
         self._plans: dict[ExpertSpec | LinearSpec, Plan] = {}
         self._workspace = np.empty(0, np.uint8)
         self._lock = threading.Lock()
@@ -89,6 +91,7 @@ class NumbaBackend:
     def _threads_for(self, weight_bytes: int) -> int:
         n_threads = 1 if weight_bytes < SERIAL_BYTES else self.n_threads
         if n_threads > 1:
+            pin_once(n_threads, self._cores)
             numba.set_num_threads(n_threads)  # of the calling thread
         return n_threads
 

@@ -67,6 +67,26 @@ def test_torch_keeps_its_thread_count() -> None:
     assert result.stdout.strip() == "1"
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="pinning needs sched_setaffinity (Linux)")
+def test_pinning_is_an_option() -> None:
+    """With HYBRIMOE_PIN=1 a thread of the pool may run on one CPU only, and the calling thread on all of its own."""
+    code = PROBE + (
+        "import os, threading\n"
+        "sets = [os.sched_getaffinity(int(task)) for task in os.listdir('/proc/self/task')]\n"
+        "print(min(map(len, sets)), len(os.sched_getaffinity(threading.get_native_id())))\n"
+    )
+    counts = {}
+    for pin in ("0", "1"):
+        environment = os.environ | {"HYBRIMOE_PIN": pin}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        counts[pin] = [int(word) for word in result.stdout.split()[1:]]
+    cpus = len(os.sched_getaffinity(0))
+    assert counts["0"] == [cpus, cpus]
+    assert counts["1"] == [1, cpus]
+
+
 def test_read_only_cache_directory_is_said_and_survived(tmp_path: object) -> None:
     """No writable place at all: one warning, right results."""
     code = (
