@@ -25,6 +25,7 @@ from cpu_kernels.bandwidth import ReadBandwidth
 from gpu_kernels import Accelerator, LayerWork
 from gpu_kernels.opening import open_accelerator
 from hybrimoe.bench._harness import machine
+from hybrimoe.profiles import accelerator_note
 from scheduler.profile import AccelProfile, ContentionProfile, CpuProfile, HardwareProfile, LinkProfile, table_key
 
 Points = tuple[tuple[int, float], ...]  # (n_tokens, us of one expert)
@@ -150,7 +151,7 @@ class _Run:
             source += "; no accelerator: its figures repeat the CPU's"
             link_gbps = cpu.read_gbps
         else:
-            source += f"; accelerator {accelerator.name} ({accelerator.kind})"
+            source += f"; {accelerator_note(accelerator.name, accelerator.kind)}"
         rates = [_rates(key, points) for key, points in table.items()]
         accel = AccelProfile(
             mem_gbps=max(gbps for gbps, _ in rates), tflops=max(rate for _, rate in rates) * 1e-3, table=table

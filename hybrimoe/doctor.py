@@ -22,6 +22,7 @@ REQUIRED = {
     "torch": "2.8",
     "transformers": "5.0",
     "numba": "0.62",
+    "llvmlite": "0.45",
     "numpy": "2.0",
     "networkx": "3.2",
     "pyyaml": "6.0",

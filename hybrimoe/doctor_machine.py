@@ -25,7 +25,6 @@ from yaml_rules.errors import YamlRulesError
 GIB = 2**30
 LEAST_MEMORY_GIB = 1.0  # the demo model with torch and transformers takes about half of it
 LEAST_DISK_GIB = 2.0
-PROFILE_NAME = "profile.yaml"
 
 
 def checks() -> Iterator[Check]:
@@ -122,13 +121,8 @@ def packed_root() -> Path:
     return folders(Path("any"), beside=False)[0].parent
 
 
-def profile_path() -> Path:
-    """Where this machine's calibration is kept."""
-    return packed_root() / PROFILE_NAME
-
-
 def _profile() -> Check:
-    from hybrimoe.profiles import open_hardware
+    from hybrimoe.profiles import open_hardware, profile_path
 
     path = profile_path()
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Hardware profiles and model shapes by name or file, as the scheduler's types."""
+"""Hardware profiles and model shapes by name or file, as the scheduler's types; this machine's own calibration."""
 
 from __future__ import annotations
 
@@ -6,9 +6,36 @@ from dataclasses import replace
 from pathlib import Path
 
 from scheduler.errors import ProfileError
-from scheduler.profile import HardwareProfile, ModelShape
+from scheduler.profile import HardwareProfile, ModelShape, table_key
 from yaml_rules.hardware import load_hardware
 from yaml_rules.shapes import load_shape
+
+PROFILE_NAME = "profile.yaml"
+
+
+def profile_path() -> Path:
+    """Where `hybrimoe calibrate` keeps this machine's profile: in the cache directory of packed models."""
+    from hybrimoe.checkpoint.packed import folders
+
+    return folders(Path("any"), beside=False)[0].parent / PROFILE_NAME
+
+
+def accelerator_note(name: str, kind: str) -> str:
+    """How a calibration's `source` names the accelerator that it measured."""
+    return f"accelerator {name} ({kind})"
+
+
+def calibrated(hidden: int, inter: int, dtype: str, name: str, kind: str) -> HardwareProfile | None:
+    """This machine's calibration if it measured experts of this shape and dtype on this accelerator; else None.
+
+    Raises ProfileError where the file is damaged; `hybrimoe calibrate` writes it anew.
+    """
+    path = profile_path()
+    if not path.is_file():
+        return None
+    profile, key = open_hardware(path), table_key(hidden, inter, dtype)
+    measured = key in profile.cpu.table and key in profile.accel.table
+    return profile if measured and accelerator_note(name, kind) in profile.source else None
 
 
 def open_hardware(source: str | Path) -> HardwareProfile:

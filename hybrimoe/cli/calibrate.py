@@ -34,9 +34,8 @@ def calibrate(
 ) -> None:
     """Measure CPU, link and accelerator, alone and while the others run, into a profile (under 90 s)."""
     from hybrimoe import calibrate as calibration
-    from hybrimoe.doctor_machine import profile_path
     from hybrimoe.errors import ConfigError
-    from hybrimoe.profiles import open_shape
+    from hybrimoe.profiles import open_shape, profile_path
 
     wrong = [name for name in dtype or () if name not in DTYPES]
     if wrong:

@@ -13,6 +13,7 @@ from torch import nn
 import scheduler
 from gpu_kernels import Accelerator, AcceleratorError
 from hybrimoe.errors import BudgetError
+from hybrimoe.profiles import calibrated
 from hybrimoe.runtime.budget import reserve_bytes, resolve_slots
 from hybrimoe.runtime.compiled import make_ready
 from hybrimoe.runtime.config import RuntimeConfig
@@ -85,10 +86,13 @@ class Startup:
             raise BudgetError(str(error) or f"no memory for {n_slots} slots of {slot_bytes} bytes") from error
 
     def _costs(self) -> CostModel:
-        """From the given profile, or from a short measurement of the first layer that uses slots."""
+        """From the given profile, this machine's calibration, or a short measurement of the first layer with slots."""
         index = next(i for i, layer in enumerate(self.layers) if layer.placement != "cpu")
         layer = self.layers[index]
+        spec, device = layer.spec, self.accelerator
         profile = self.config.profile
+        if profile is None and device is not None:
+            profile = calibrated(spec.hidden, spec.inter, spec.dtype, device.name, device.kind)
         if profile is None:
             assert layer.backend is not None
             profile = measure_profile(self.store, index, layer.backend, self.accelerator)

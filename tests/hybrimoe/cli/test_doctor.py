@@ -10,7 +10,7 @@ import torch
 
 import cpu_kernels as ck
 from cpu_kernels import cache_dir
-from hybrimoe import doctor, doctor_machine, doctor_parts
+from hybrimoe import doctor, doctor_machine, doctor_parts, profiles
 from hybrimoe.doctor import Check
 from hybrimoe.errors import ModelError
 
@@ -165,11 +165,11 @@ def test_calibration_profiles(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
     assert line(doctor_machine.checks(), "calibration").status == "info"
     shipped = Path(doctor_machine.__file__).parents[1] / "yaml_rules" / "hardware" / "laptop.yaml"
-    doctor_machine.profile_path().write_text(shipped.read_text())
+    profiles.profile_path().write_text(shipped.read_text())
     check = line(doctor_machine.checks(), "calibration")
     assert check.status == "ok"
     assert "laptop" in check.found
-    doctor_machine.profile_path().write_text("name: [")
+    profiles.profile_path().write_text("name: [")
     assert line(doctor_machine.checks(), "calibration").status == "warn"
 
 
