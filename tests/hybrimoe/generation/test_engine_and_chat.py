@@ -118,6 +118,15 @@ def test_times_cover_every_token(generator):
     assert all(time > 0 for time in reply.times.between_tokens_us)
 
 
+@pytest.fixture
+def listening_to_ctrl_c():
+    """A background job starts with SIGINT ignored, and so do the tests in it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("listening_to_ctrl_c")
 def test_ctrl_c_ends_the_reply_between_tokens_and_a_second_one_the_program(generator):
     ids = generator.encode(TEXT)
     cache = PrefixCache(generator.model)
