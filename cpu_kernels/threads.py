@@ -6,6 +6,8 @@ process when two Python threads use it at once.
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numba
@@ -56,6 +58,23 @@ def resolve_threads(threads: int | None = None) -> int:
     return min(count, limit)
 
 
+@contextmanager
+def torch_threads(n_threads: int) -> Iterator[None]:
+    """Inside, torch's operators that this thread calls run on `n_threads`.
+
+    torch keeps one number for each thread and another for threads yet to come, and `set_num_threads` writes both: put
+    back, so that a thread started later does not run on one core because this one once asked for that.
+    """
+    before = torch.get_num_threads()
+    if before != n_threads:
+        torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        if before != n_threads:
+            torch.set_num_threads(before)
+
+
 _LOCK = threading.Lock()
 _layer: list[str] = []
 
@@ -80,7 +99,7 @@ def _start() -> str:
     if str(numba.config.THREADING_LAYER) not in SAFE_LAYERS:  # a choice made by the user stays
         numba.config.THREADING_LAYER = "default"
         numba.config.THREADING_LAYER_PRIORITY = [*SAFE_LAYERS, "workqueue"]
-    torch_threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     parallel._launch_threads()
-    torch.set_num_threads(torch_threads)  # both may share one OpenMP library, and launching sets this thread's default
+    torch.set_num_threads(before)  # both may share one OpenMP library, and launching sets this thread's default
     return str(numba.threading_layer())

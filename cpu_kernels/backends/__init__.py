@@ -19,7 +19,7 @@ def _reference(threads: int | None) -> CpuBackend:
 
 
 def _torch(threads: int | None) -> CpuBackend:
-    return TorchBackend()
+    return TorchBackend(threads)
 
 
 def _numba(threads: int | None) -> CpuBackend:

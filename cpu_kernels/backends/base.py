@@ -2,6 +2,7 @@
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -123,12 +124,20 @@ class PerExpertBackend(ABC):
         if row >= 0:
             raise_not_finite(row)
         x, rows_out = torch.from_numpy(hidden), torch.from_numpy(out_rows)
-        with torch.no_grad():
-            for address, position in zip(records.tolist(), positions.tolist(), strict=True):
-                part = slice(int(dispatch.offsets[position]), int(dispatch.offsets[position + 1]))
-                rows = torch.from_numpy(dispatch.rows[part].astype(np.int64))
-                weights = torch.from_numpy(dispatch.weights)[rows].unsqueeze(1)
+
+        def run_one(address: int, position: int) -> None:
+            part = slice(int(dispatch.offsets[position]), int(dispatch.offsets[position + 1]))
+            rows = torch.from_numpy(dispatch.rows[part].astype(np.int64))
+            weights = torch.from_numpy(dispatch.weights)[rows].unsqueeze(1)
+            with torch.no_grad():
                 rows_out[rows] = self.ffn(spec, record_view(address, spec), x[rows // dispatch.top_k]) * weights
+
+        self.run_each(run_one, records.tolist(), positions.tolist())
+
+    def run_each(self, run_one: Callable[[int, int], None], addresses: list[int], positions: list[int]) -> None:
+        """Calls ``run_one(address, position)`` for every expert; they write to rows of their own."""
+        for address, position in zip(addresses, positions, strict=True):
+            run_one(address, position)
 
 
 @kernel

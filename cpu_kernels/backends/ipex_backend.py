@@ -16,8 +16,6 @@ import importlib
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +30,7 @@ from cpu_kernels.isa import cpu_features
 from cpu_kernels.pack import unpack_expert
 from cpu_kernels.reference import apply_activation
 from cpu_kernels.spec import ExpertSpec
-from cpu_kernels.threads import resolve_threads
+from cpu_kernels.threads import resolve_threads, torch_threads
 
 PACKAGE, MODULE = "intel-extension-for-pytorch", "intel_extension_for_pytorch"
 IPEX_VERSION, TORCH_SERIES = "2.8.0", "2.8"
@@ -143,7 +141,7 @@ class IpexBackend(PerExpertBackend):
         out_rows: np.ndarray,
     ) -> None:
         """See `CpuBackend.run`."""
-        with _torch_threads(self.n_threads):
+        with torch_threads(self.n_threads):
             super().run(spec, records, positions, dispatch, hidden, out_rows)
 
     def ffn(self, spec: ExpertSpec, record: np.ndarray, x: torch.Tensor) -> torch.Tensor:
@@ -162,14 +160,3 @@ def pack(spec: ExpertSpec, record: np.ndarray) -> PackedExpert:
     gate = None if weights.gate is None else PackedLinear.pack(weights.gate, weights.gate_bias, dtype)
     up = PackedLinear.pack(weights.up, weights.up_bias, dtype)
     return PackedExpert(gate, up, PackedLinear.pack(weights.down, weights.down_bias, dtype))
-
-
-@contextmanager
-def _torch_threads(n_threads: int) -> Iterator[None]:
-    """torch computes with `n_threads` in this thread, and with what it was afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import torch
-
+from cpu_kernels.threads import torch_threads
 from hybrimoe.checkpoint.conversion import ModelShapes
 from hybrimoe.checkpoint.experts import ExpertReader, LayerSource
 from hybrimoe.checkpoint.progress import Progress
@@ -33,7 +32,7 @@ def pack_experts(store: ExpertStore, sources: Sequence[LayerSource], shapes: Mod
     for layer, spec in enumerate(store.layers):
         reader = by_path[spec.path].reader(shapes)
         workers = max(1, min(os.cpu_count() or 1, MAX_WORKERS, spec.num_experts // EXPERTS_PER_WORKER))
-        with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             for _ in pool.map(partial(_pack, store, layer, reader), range(spec.num_experts)):
                 done += spec.spec.record_bytes
                 show(done, store.nbytes, "packing experts")
@@ -41,7 +40,8 @@ def pack_experts(store: ExpertStore, sources: Sequence[LayerSource], shapes: Mod
 
 def _pack(store: ExpertStore, layer: int, reader: ExpertReader, expert: int) -> None:
     try:
-        store.write(layer, expert, reader.expert(expert))
+        with torch_threads(1):
+            store.write(layer, expert, reader.expert(expert))
     except CheckpointError as error:
         names = listed(reader.source.source_keys(expert))
         if names in str(error):

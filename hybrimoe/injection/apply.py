@@ -53,7 +53,6 @@ class Application:
         self._sites = _sites_of(model)
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         self._claimed = claimed_modules(resolution.hits)
-        self._torch_threads = torch.get_num_threads()  # Numba's OpenMP layer shares torch's and may change it
 
     def replace_experts(self, hit: Hit) -> None:
         """Put HybridExperts of the hit's placement where the experts module is."""
@@ -85,8 +84,6 @@ class Application:
             original.train(getattr(parent, name).training)
             setattr(parent, name, original)
         self.placements.undo()
-        if torch.get_num_threads() != self._torch_threads:
-            torch.set_num_threads(self._torch_threads)
 
     def _remark_once(self, text: str) -> None:
         if text not in self.remarks:
