@@ -37,6 +37,7 @@ POOL_BYTES = 128 << 20  # of packed experts: more than the last-level cache, so 
 MAX_POOL_EXPERTS = 64
 BACKEND_POINTS = (1, 16)  # tokens at which backends compete
 CONTENTION_SECONDS = 0.4
+GIB = 1 << 30
 LEAST_SHARE = 0.05  # of its own rate that a lane is credited with beside the other
 
 
@@ -153,9 +154,11 @@ class _Run:
         else:
             source += f"; {accelerator_note(accelerator.name, accelerator.kind)}"
         rates = [_rates(key, points) for key, points in table.items()]
+        free_bytes = None if accelerator is None else accelerator.free_bytes()
         accel = AccelProfile(
-            mem_gbps=max(gbps for gbps, _ in rates), tflops=max(rate for _, rate in rates) * 1e-3, table=table
-        )
+            mem_gbps=max(gbps for gbps, _ in rates), tflops=max(rate for _, rate in rates) * 1e-3, table=table,
+            memory_gib=(free_bytes or 0) / GIB,
+        )  # fmt: skip
         return HardwareProfile(
             name=self.request.name,
             provenance="measured",

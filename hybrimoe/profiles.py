@@ -11,6 +11,7 @@ from yaml_rules.hardware import load_hardware
 from yaml_rules.shapes import load_shape
 
 PROFILE_NAME = "profile.yaml"
+DEFAULT_HARDWARE = "rtx4090-ryzen9"
 
 
 def profile_path() -> Path:
@@ -36,6 +37,28 @@ def calibrated(hidden: int, inter: int, dtype: str, name: str, kind: str) -> Har
     profile, key = open_hardware(path), table_key(hidden, inter, dtype)
     measured = key in profile.cpu.table and key in profile.accel.table
     return profile if measured and accelerator_note(name, kind) in profile.source else None
+
+
+def hardware_for_plan(source: str | Path | None, device_memory_given: bool) -> tuple[HardwareProfile, str]:
+    """The profile that `hybrimoe plan` uses, and a sentence that says which one it is and why.
+
+    Without ``source`` it is this machine's calibration, if there is one that says how much memory the accelerator has
+    (or the caller knows it: ``device_memory_given``), else ``DEFAULT_HARDWARE``.
+    """
+    path = profile_path()
+    if source is not None:
+        profile = open_hardware(source)
+        return profile, f"hardware: {profile.name} ({profile.provenance}), as asked"
+    if not path.is_file():
+        reason = "this machine has no calibration (hybrimoe calibrate makes one)"
+    else:
+        profile = open_hardware(path)
+        if profile.accel.memory_gib > 0.0 or device_memory_given:
+            return profile, f"hardware: this machine's calibration, {path} ({profile.source})"
+        reason = (
+            f"this machine's calibration, {path}, measured no accelerator memory; give --gpu-memory to plan with it"
+        )
+    return open_hardware(DEFAULT_HARDWARE), f"hardware: {DEFAULT_HARDWARE} (datasheet); {reason}"
 
 
 def open_hardware(source: str | Path) -> HardwareProfile:

@@ -19,8 +19,9 @@ def register(app: typer.Typer) -> None:
 def plan(
     model: ModelArgument = None,
     hardware: Annotated[
-        str, typer.Option(help="Hardware profile: a name, or a file of `calibrate`.")
-    ] = "rtx4090-ryzen9",
+        str | None,
+        typer.Option(help="Hardware profile: a name or a file. Default: this machine's calibration, else a datasheet."),
+    ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens that the KV cache must hold.")] = 8192,
     expert_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8, or int4.")] = "int4",
     dense_dtype: Annotated[str, typer.Option(help="Weights outside the experts.")] = "int8",
@@ -39,21 +40,23 @@ def plan(
     """
     import psutil
 
-    from hybrimoe.profiles import open_hardware, open_shape
+    from hybrimoe.profiles import hardware_for_plan, open_shape
     from hybrimoe.tracing.planning import expect, fit
     from hybrimoe.tracing.sources import DEMO_MODEL
     from scheduler.policies import resolve_policy
 
     resolve_policy(policy)
-    shape, profile = open_shape(model or DEMO_MODEL), open_hardware(hardware)
+    shape = open_shape(model or DEMO_MODEL)
+    profile, taken = hardware_for_plan(hardware, gpu_memory is not None)
     host = psutil.virtual_memory().total if host_memory is None else _bytes(host_memory)
     found = fit(
         shape, profile, context=context, expert_dtype=expert_dtype, dense_dtype=dense_dtype,
         device_bytes=None if gpu_memory is None else _bytes(gpu_memory), host_bytes=host,
     )  # fmt: skip
     expected = expect(found, shape, profile, policy, expert_dtype, dense_dtype)
+    render.note(taken)
     if as_json:
-        render.emit_json({**asdict(found), "expected": expected})
+        render.emit_json({**asdict(found), "hardware_taken": taken, "expected": expected})
     else:
         _show(asdict(found), expected)
 

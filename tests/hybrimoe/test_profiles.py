@@ -47,3 +47,19 @@ def test_a_damaged_calibration_is_named(calibration: Path) -> None:
     calibration.write_text("cpu: {read_gbps: -1}", encoding="utf-8")
     with pytest.raises(ProfileError, match=r"profile\.yaml"):
         profiles.calibrated(64, 32, "int4", "emulated accelerator", "emulated")
+
+
+def test_plan_takes_the_calibration_only_if_it_knows_the_memory(calibration: Path) -> None:
+    named, told = profiles.hardware_for_plan("laptop", False)
+    assert (named.name, "laptop (datasheet), as asked" in told) == ("laptop", True)
+    other, told = profiles.hardware_for_plan(None, False)
+    assert other.name == profiles.DEFAULT_HARDWARE
+    assert "measured no accelerator memory" in told
+    assert "--gpu-memory" in told
+    given, told = profiles.hardware_for_plan(None, True)
+    assert given.name == "here"
+    assert str(calibration) in told
+    calibration.write_text(calibration.read_text().replace("tflops: 0.1,", "tflops: 0.1, memory_gib: 8,"))
+    assert profiles.hardware_for_plan(None, False)[0].accel.memory_gib == 8.0
+    calibration.unlink()
+    assert "has no calibration" in profiles.hardware_for_plan(None, False)[1]

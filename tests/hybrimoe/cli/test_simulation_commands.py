@@ -124,6 +124,7 @@ def test_plan(hybrimoe):
     text = hybrimoe("plan", "--host-memory", "4GiB")
     assert text.code == 0
     assert "experts in device slots" in text.out
+    assert "hardware: rtx4090-ryzen9 (datasheet)" in " ".join(text.err.split())
     assert "like 12GiB" in hybrimoe("plan", "--gpu-memory", "12", "--json").data["error"]["message"]
 
 
