@@ -89,7 +89,8 @@ class Simulator:
 
     ``frequencies`` float [layers, experts] is what a profile of other sequences says about use (for the warm-up);
     None leaves the start to the policy. ``predictions`` are what gate lookahead would give. ``source`` reuses another
-    simulator's demands of the same trace and predictions. The scorers are what ``learned`` policies ask. With
+    simulator's demands of the same trace and predictions. ``steps`` replaces the trace's own (see
+    ``scheduler.batching.routes.batched``). The scorers are what ``learned`` policies ask. With
     ``keep_records`` the executed tasks and the planned layers are kept (for one step, not for long traces).
     """
 
@@ -106,11 +107,12 @@ class Simulator:
         source: DemandSource | None = None,
         scorer: Scorer | None = None,
         prefetch_scorer: Scorer | None = None,
+        steps: Sequence[TraceStep] | None = None,
     ) -> None:
         check_fit(trace, shape)
         self.trace, self.profile, self.shape, self.config = trace, profile, shape, config
         self.source = DemandSource(trace, predictions) if source is None else source
-        self.steps: Sequence[TraceStep] = list(trace.steps(phase, config.prefill_chunk))
+        self.steps: Sequence[TraceStep] = list(trace.steps(phase, config.prefill_chunk) if steps is None else steps)
         self.dense = DenseCosts(profile, shape, config.dense_dtype)
         self.n_slots = slots_for(config, shape)
         self.planner = self._planner(scorer, prefetch_scorer)
@@ -188,12 +190,12 @@ class Simulator:
         self.planner.begin_step(step.phase, step.n_tokens)
         context = self._context(step)
         dense = DenseTimes(
-            self.dense.attention_us(step.n_tokens, context), self.dense.gate_us(step.n_tokens),
+            self.dense.attention_us(step.n_tokens, context, step.n_sequences), self.dense.gate_us(step.n_tokens),
             self.dense.shared_us(step.n_tokens), self.dense.combine_us(),
         )  # fmt: skip
         for demand in self.source.step(step):
             self._run_layer(index, demand, dense, stats)
-        engine.dense("attention", self.shape.n_layers, 1, self.dense.head_us(step.n_tokens), index)
+        engine.dense("attention", self.shape.n_layers, 1, self.dense.head_us(step.n_sequences), index)
         stats.end(engine.now_us, engine.busy, step.n_tokens)
 
     def _context(self, step: TraceStep) -> int:

@@ -35,16 +35,17 @@ class DenseCosts:
         compute_us = 2.0 * params * n_tokens / (accel.tflops * 1e6)
         return launches * accel.launch_us + max(read_us, compute_us)
 
-    def attention_us(self, n_tokens: int, context: int) -> float:
-        """One attention block over ``n_tokens`` new tokens that see up to ``context`` earlier ones.
+    def attention_us(self, n_tokens: int, context: int, n_sequences: int = 1) -> float:
+        """One attention block over ``n_tokens`` new tokens, as many of each sequence, that see up to ``context``
+        earlier ones of their own sequence.
 
         A measured decode time in the profile (``dense.attention_us``) is the floor. Dense decoder layers, where the
         model has any, are spread evenly over the MoE layers.
         """
         accel, shape = self.profile.accel, self.shape
-        pairs = n_tokens * (context + (n_tokens + 1) / 2)
+        pairs = n_tokens * (context + (n_tokens / n_sequences + 1) / 2)
         cache_us = max(
-            shape.kv_bytes * (context + n_tokens) / (accel.mem_gbps * 1e3),
+            shape.kv_bytes * (n_sequences * context + n_tokens) / (accel.mem_gbps * 1e3),
             FLOPS_PER_PAIR_AND_HIDDEN * shape.hidden * pairs / (accel.tflops * 1e6),
         )
         one = self._block_us(shape.attention_params, n_tokens, ATTENTION_LAUNCHES) + cache_us
@@ -68,9 +69,9 @@ class DenseCosts:
         """Adding the two lanes' results."""
         return self.profile.accel.launch_us
 
-    def head_us(self, n_tokens: int) -> float:
-        """Output head for the last token of each step (a prefill needs one row only)."""
-        return self._block_us(self.shape.head_params, min(n_tokens, 1), 1)
+    def head_us(self, n_sequences: int = 1) -> float:
+        """Output head for the last token of each sequence of a step (a prefill needs one row only)."""
+        return self._block_us(self.shape.head_params, n_sequences, 1)
 
     def planner_profile(self, context: int) -> HardwareProfile:
         """The profile with attention and gate filled in for a decode token, for the planner's link budget."""

@@ -32,7 +32,7 @@ class TraceError(SchedulerError):
 @dataclass(frozen=True, slots=True)
 class TraceStep:
     """Tokens ``start:stop`` of the trace that are computed together; ``position`` tokens of the sequence precede
-    them."""
+    them. ``n_sequences``: a step of a batch has as many tokens of each of them."""
 
     sequence: int
     phase: Phase
@@ -40,6 +40,7 @@ class TraceStep:
     stop: int
     position: int
     first: bool = False  # first step of its sequence
+    n_sequences: int = 1
 
     @property
     def n_tokens(self) -> int:
@@ -182,6 +183,10 @@ class Trace:
             sequence=np.repeat(np.arange(n_prompts, dtype=np.int32), n_tokens),
             phase=np.zeros(n_prompts * n_tokens, dtype=np.uint8),
         )
+
+    def reordered(self, index: NDArray[np.intp], sequence: NDArray[np.int32], phase: NDArray[np.uint8]) -> "Trace":
+        """Tokens ``index`` of this trace in that order, as other sequences and phases."""
+        return replace(self._take(index), sequence=sequence, phase=phase)
 
     def _take(self, index: NDArray[np.intp]) -> "Trace":
         return replace(
