@@ -84,6 +84,13 @@ def integer(policy: str, name: str, value: Any, low: int) -> int:
     return value
 
 
+def flag(policy: str, name: str, value: Any) -> bool:
+    """``value`` if it is true or false; raises PolicyError."""
+    if not isinstance(value, bool):
+        raise PolicyError(f"{policy}: {name} must be true or false, found {value!r}")
+    return value
+
+
 def choice(policy: str, name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """``value`` if it is allowed; raises PolicyError."""
     if value not in allowed:

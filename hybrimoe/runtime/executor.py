@@ -27,15 +27,13 @@ from scheduler.records import TaskRecord
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class AccelGroup:
-    """Experts submitted to the accelerator as one piece of work."""
+    """Experts submitted to the accelerator as one piece of work, and its end."""
 
-    experts: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    n_tokens: list[int] = field(default_factory=list)
-    event: Event | None = None
+    experts: tuple[int, ...]
+    n_tokens: list[int]
+    event: Event
 
 
 @dataclass(slots=True)
@@ -53,7 +51,7 @@ class LayerRun:
     @property
     def events(self) -> list[Event]:
         """Events of all groups, in order."""
-        return [group.event for group in self.groups if group.event is not None]
+        return [group.event for group in self.groups]
 
 
 class LayerCall:
@@ -80,18 +78,31 @@ class Executor:
 
         `trace`: run experts one by one, so that each gets its own record. Raises LaneError where a lane failed.
         """
+        run = self.submit(plan, call, trace=trace)
+        self.compute(plan, call, run)
+        return self.combine(call, run), run
+
+    def submit(self, plan: LayerPlan, call: LayerCall, *, trace: bool) -> LayerRun:
+        """Starts a plan's transfers and its work on the accelerator; `compute` and `combine` must follow."""
         run = LayerRun(plan.layer, plan.step, trace)
-        positions = np.array([call.position[expert] for expert in plan.cpu], dtype=np.int32)
         if self.slots is not None:
             self._submit(plan, call, run, self.slots)
         elif plan.accel or plan.transfers or plan.prefetches:
             raise PlanError(f"layer {plan.layer}: a plan with accelerator work, but there is no accelerator")
+        return run
+
+    def compute(self, plan: LayerPlan, call: LayerCall, run: LayerRun) -> None:
+        """The CPU lane's experts, in the calling thread."""
+        positions = np.array([call.position[expert] for expert in plan.cpu], dtype=np.int32)
         if plan.cpu:
             self._run_cpu(plan, call, positions, run)
         call.work.host_positions = positions
+
+    def combine(self, call: LayerCall, run: LayerRun) -> torch.Tensor:
+        """Waits for the accelerator; the layer's output, float32 [T, H]."""
         if self.slots is not None and (run.groups or call.work.hidden.device.type != "cpu"):
-            return self.slots.accelerator.combine(call.work, run.events), run
-        return combine_on_host(call.work), run
+            return self.slots.accelerator.combine(call.work, run.events)
+        return combine_on_host(call.work)
 
     def run_on_cpu(self, layer: int, spec: ExpertSpec, backend: CpuBackend, work: LayerWork) -> torch.Tensor:
         """Every active expert of a layer on the CPU lane, without a plan. Returns the output, float32 [T, H]."""
@@ -109,27 +120,18 @@ class Executor:
 
     def _submit(self, plan: LayerPlan, call: LayerCall, run: LayerRun, slots: SlotCache) -> None:
         """Interleaves transfers and computations so that each sees the slot contents that the plan means."""
-        sent = 0
-        arrives = {transfer.expert: at for at, transfer in enumerate(plan.transfers)}
-        group: AccelGroup | None = None
-        for expert, slot in zip(plan.accel, plan.accel_slots, strict=True):
-            needed = arrives.get(expert, -1)
-            if group is not None and (needed >= 0 or run.traced or expert in plan.awaited):
-                _send(group, call, run, slots)
-                group = None
-            if needed >= sent:
-                self.start_transfers(plan.transfers[sent : needed + 1], plan.step, traced=run.traced)
-                sent = needed + 1
-            slots.check(slot, (plan.layer, expert))
-            if group is None:
-                group = AccelGroup()
-            at = call.position[expert]
-            group.experts.append(expert)
-            group.slots.append(slot)
-            group.positions.append(at)
-            group.n_tokens.append(call.n_tokens[at])
-        if group is not None:
-            _send(group, call, run, slots)
+        sent = begun = 0
+        if plan.transfers or plan.awaited or run.traced:
+            arrives = {transfer.expert: at for at, transfer in enumerate(plan.transfers)}
+            for at, expert in enumerate(plan.accel):
+                needed = arrives.get(expert, -1)
+                if needed >= 0 or run.traced or expert in plan.awaited:
+                    _send(plan, call, run, slots, slice(begun, at))
+                    begun = at
+                if needed >= sent:
+                    self.start_transfers(plan.transfers[sent : needed + 1], plan.step, traced=run.traced)
+                    sent = needed + 1
+        _send(plan, call, run, slots, slice(begun, len(plan.accel)))
         self.start_transfers((*plan.transfers[sent:], *plan.prefetches), plan.step, traced=run.traced)
 
     def _run_cpu(self, plan: LayerPlan, call: LayerCall, positions: npt.NDArray[np.int32], run: LayerRun) -> None:
@@ -150,16 +152,22 @@ class Executor:
                 run.records.append(_cpu_record(plan, first, run.cpu_n_tokens[first], start_us, end_us))
 
 
-def _send(group: AccelGroup, call: LayerCall, run: LayerRun, slots: SlotCache) -> None:
-    group.event = slots.accelerator.run_experts(call.spec, group.slots, group.positions, call.work)
-    run.groups.append(group)
+def _send(plan: LayerPlan, call: LayerCall, run: LayerRun, slots: SlotCache, part: slice) -> None:
+    """Submits a part of the plan's accelerator experts as one piece of work."""
+    experts = plan.accel[part]
+    if not experts:
+        return
+    held = plan.accel_slots[part]
+    slots.check(plan.layer, experts, held)
+    positions = [call.position[expert] for expert in experts]
+    event = slots.accelerator.run_experts(call.spec, held, positions, call.work)
+    run.groups.append(AccelGroup(experts, [call.n_tokens[at] for at in positions], event))
 
 
 def accel_records(run: LayerRun) -> list[TaskRecord]:
     """Timeline entries of a traced run's accelerator work (one expert a group); its events must have ended."""
     records = []
     for group in run.groups:
-        assert group.event is not None
         start_us, end_us = group.event.span_us()
         records.append(
             TaskRecord(

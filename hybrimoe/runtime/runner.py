@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from cpu_kernels import Dispatch
 from gpu_kernels import LayerWork
@@ -42,6 +44,15 @@ OBSERVE_EVERY = 4
 """Steps from one correction of the costs by observed times to the next."""
 MAX_UNREPORTED = 4
 """Layers whose accelerator times are still unknown (real devices run behind the host) before the oldest is dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCall:
+    """One layer call that was planned and not yet performed."""
+
+    demand: LayerDemand
+    plan: LayerPlan
+    call: LayerCall
 
 
 class Runner:
@@ -84,9 +95,8 @@ class Runner:
         self.clean = False
         norm = layer.transform()
         if norm is not None:
-            work.transform, work.weights = partial(apply_norm, norm), work.dispatch.weights
-            work.dispatch = _with_unit_weights(work.dispatch)
-        self._begin_step(self._tracker.next(index, work.dispatch.n_tokens), work.dispatch.n_tokens)
+            postpone_weights(work, norm)
+        self.begin_step(self._tracker.next(index, work.dispatch.n_tokens), work.dispatch.n_tokens)
         counters = self._stats.of(self._phase, index)
         if self.planner is None and self.routing_recorder is None and not self.tracing:
             out, lanes_us = self._run_on_cpu(index, layer, work, counters)
@@ -115,19 +125,26 @@ class Runner:
         self, index: int, layer: Layer, work: LayerWork, top_k_index: torch.Tensor, counters: Counters
     ) -> tuple[torch.Tensor, float]:
         """Demand, plan, lanes, observation. Returns the output and the lanes' us."""
+        opened = self.plan_call(index, layer, work, top_k_index, counters)
+        start_us = clock_us()
+        out, run = self._executor.run(opened.plan, opened.call, trace=self.tracing)
+        us = clock_us() - start_us
+        self.finish_call(opened.plan, opened.demand, run, counters)
+        return out, us
+
+    def plan_call(
+        self, index: int, layer: Layer, work: LayerWork, top_k_index: torch.Tensor, counters: Counters,
+        lanes: LaneState | None = None,
+    ) -> PlannedCall:  # fmt: skip
+        """Demand and plan of one call, counted. `lanes`: when they get free; None: only the link's queue is known."""
         self._report_transfers()
         demand = self._demand(index, work, top_k_index)
         table = None if self.planner is None else self.planner.slots
         self._stats.demand(counters, index, demand.expert_ids, demand.n_tokens_total, table)
-        plan = self._plan(index, demand)
+        plan = self._plan(index, demand, lanes)
         self._stats.plan(counters, plan, self._record_bytes)
         assert layer.backend is not None
-        call = LayerCall(layer.spec, layer.backend, work)
-        start_us = clock_us()
-        out, run = self._executor.run(plan, call, trace=self.tracing)
-        us = clock_us() - start_us
-        self._after(plan, demand, run, counters)
-        return out, us
+        return PlannedCall(demand, plan, LayerCall(layer.spec, layer.backend, work))
 
     def warm_up(self, transfers: Sequence[Transfer]) -> None:
         """Starts transfers before the first step."""
@@ -141,6 +158,13 @@ class Runner:
         self.tracing, self.timeline, self.plans = previous.tracing, previous.timeline, previous.plans
         if self.lookahead is not None and previous.lookahead is not None:
             self.lookahead = previous.lookahead
+
+    def trace(self, on: bool) -> None:
+        """Starts recording (dropping an earlier recording), or stops it."""
+        self.drain()
+        if on:
+            self.timeline, self.plans = [], []
+        self.tracing = on
 
     def drain(self) -> None:
         """Waits for the work under way and reports it; completes the timeline."""
@@ -157,7 +181,8 @@ class Runner:
         """Slot -> (layer, expert) that it holds or will once its copy ends."""
         return {} if self._executor.slots is None else self._executor.slots.contents()
 
-    def _begin_step(self, step: Step, n_tokens: int) -> None:
+    def begin_step(self, step: Step, n_tokens: int) -> None:
+        """Tells the planner where this call belongs, if it is the first of a step."""
         self._phase = step.phase
         if not step.new:
             return
@@ -175,10 +200,17 @@ class Runner:
         if self.routing_recorder is not None:
             shape = (dispatch.n_tokens, dispatch.top_k)
             self.routing_recorder(
-                index, host_index(top_k_index).reshape(shape), dispatch.weights.reshape(shape), predictions
+                index,
+                host_index(top_k_index).reshape(shape),
+                self._router_weights(dispatch).reshape(shape),
+                predictions,
             )
         self.activations[index, dispatch.expert_ids] += 1.0
         return layer_demand(index, self._phase, dispatch, self._n_experts, predictions)
+
+    def _router_weights(self, dispatch: Dispatch) -> npt.NDArray[np.float32]:
+        """The router's weights float32 [T * k] of the call under way."""
+        return dispatch.weights
 
     def _predict(
         self, lookahead: Lookahead, index: int, work: LayerWork, top_k_index: torch.Tensor
@@ -199,15 +231,20 @@ class Runner:
         """Every expert has a slot: there is nothing to prefetch."""
         return planner.slots.n_slots == planner.n_layers * planner.n_experts
 
-    def _plan(self, index: int, demand: LayerDemand) -> LayerPlan:
+    def _plan(self, index: int, demand: LayerDemand, lanes: LaneState | None) -> LayerPlan:
         if self.planner is None:
             return LayerPlan(self._step_index, index, tuple(demand.expert_ids.tolist()), (), (), (), (), 0.0)
-        assert self._executor.slots is not None
-        assert self.costs is not None
-        busy_us = self._executor.slots.link_busy_us(clock_us(), self.costs.transfer_us)
-        return self.planner.plan_layer(demand, LaneState(link_ready_us=busy_us))
+        return self.planner.plan_layer(demand, LaneState(link_ready_us=self.link_busy_us()) if lanes is None else lanes)
 
-    def _after(self, plan: LayerPlan, demand: LayerDemand, run: LayerRun, counters: Counters) -> None:
+    def link_busy_us(self) -> float:
+        """Expected us until this runner's transfers under way have ended."""
+        slots = self._executor.slots
+        if slots is None or self.costs is None:
+            return 0.0
+        return slots.link_busy_us(clock_us(), self.costs.transfer_us)
+
+    def finish_call(self, plan: LayerPlan, demand: LayerDemand, run: LayerRun, counters: Counters) -> None:
+        """Tells planner and counters what a performed plan took."""
         counters.cpu_us += run.cpu_us
         self._unreported.append(run)
         self._report_transfers()
@@ -246,7 +283,6 @@ class Runner:
     def _report_run(self, run: LayerRun) -> None:
         total_us, n_tokens = 0.0, []
         for group in run.groups:
-            assert group.event is not None
             start_us, end_us = group.event.span_us()
             total_us += end_us - start_us
             n_tokens += group.n_tokens
@@ -260,6 +296,11 @@ class Runner:
             self.costs.observe(ObservedTask("accel", run.layer, n_tokens[0], us))
 
 
-def _with_unit_weights(dispatch: Dispatch) -> Dispatch:
+def postpone_weights(work: LayerWork, norm: nn.Module) -> None:
+    """Families with a norm over each expert's output: the routing weights are multiplied in after it."""
+    dispatch = work.dispatch
+    work.transform, work.weights = partial(apply_norm, norm), dispatch.weights
     ones = np.ones_like(dispatch.weights)
-    return Dispatch(dispatch.top_k, dispatch.n_tokens, dispatch.expert_ids, dispatch.offsets, dispatch.rows, ones)
+    work.dispatch = Dispatch(
+        dispatch.top_k, dispatch.n_tokens, dispatch.expert_ids, dispatch.offsets, dispatch.rows, ones
+    )

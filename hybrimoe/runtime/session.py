@@ -206,11 +206,7 @@ class Session:
     def record_timeline(self, on: bool) -> None:
         """Starts recording (dropping an earlier recording), or stops it; experts then run one by one on each lane."""
         with self._lock:
-            runner = self._ready()
-            runner.drain()
-            if on:
-                runner.timeline, runner.plans = [], []
-            runner.tracing = on
+            self._ready().trace(on)
 
     @property
     def timeline(self) -> list[TaskRecord]:
