@@ -92,8 +92,8 @@ class EmulatedAccelerator:
     ) -> HostEvent:
         """Submits experts in order; their rows are written into `work.host_rows`."""
         self._check_open()
-        event = HostEvent(f"experts in slots {list(slots)}")
-        writes = self._events.on_read(slots, event)
+        event = HostEvent("experts on the emulated accelerator")
+        writes = [write for write in self._events.on_read(slots, event) if not write.succeeded]
         backend = self._backend if self._backend.supports(spec) is None else self._fallback
         records = self._addresses[list(slots)]
         where = np.asarray(positions, dtype=np.int32)
@@ -113,6 +113,14 @@ class EmulatedAccelerator:
         for event in events:
             event.wait()
         return combine_on_host(work)
+
+    def sibling(self) -> EmulatedAccelerator:
+        """A second, empty arena behind the same streams and pacers."""
+        self._check_open()
+        other = EmulatedAccelerator.__new__(EmulatedAccelerator)
+        other.__dict__.update(self.__dict__)
+        other._set_arena(0, 0)
+        return other
 
     def synchronize(self) -> None:
         """Blocks until both lanes are empty."""

@@ -67,6 +67,11 @@ class HostEvent:
         if self._error is not None:
             raise LaneError(f"{self._label} failed: {self._error!r}") from self._error
 
+    @property
+    def succeeded(self) -> bool:
+        """True once the job has ended without an error."""
+        return self._state == 1 and self._error is None
+
     def span_us(self) -> tuple[float, float]:
         """(start, end) in us of `clock_us`."""
         return self.start_us, self.end_us

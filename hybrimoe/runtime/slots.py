@@ -8,7 +8,7 @@ instead of computed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,11 +73,13 @@ class SlotCache:
         self._holds[transfer.slot] = (transfer.layer, transfer.expert)
         self._pending.append(InFlight(transfer, event, record.nbytes, step, traced))
 
-    def check(self, slot: int, key: Key) -> None:
-        """Raises PlanError unless the slot holds (or will hold, once its copy ends) this expert."""
-        if not 0 <= slot < len(self._holds) or self._holds[slot] != key:
-            held = self._holds[slot] if 0 <= slot < len(self._holds) else "nothing (no such slot)"
-            raise PlanError(f"layer {key[0]} expert {key[1]} is planned on slot {slot}, which holds {held}")
+    def check(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> None:
+        """Raises PlanError unless each slot holds (or will hold, once its copy ends) the layer's expert."""
+        holds, n_slots = self._holds, len(self._holds)
+        for expert, slot in zip(experts, slots, strict=True):
+            if not 0 <= slot < n_slots or holds[slot] != (layer, expert):
+                held = holds[slot] if 0 <= slot < n_slots else "nothing (no such slot)"
+                raise PlanError(f"layer {layer} expert {expert} is planned on slot {slot}, which holds {held}")
 
     def take_ended(self) -> list[InFlight]:
         """Transfers that ended since the last call, in link order."""
