@@ -1,20 +1,24 @@
-"""Where compiled kernels are kept between starts."""
+"""Where files are kept between starts: compiled kernels here, packed models and calibrations by `hybrimoe`."""
 
 import os
 import tempfile
 from functools import cache
 from pathlib import Path
 
-ENV_CACHE = "HYBRIMOE_CACHE_DIR"
+ENV_CACHE = "HYBRIMOE_CACHE"
+
+
+def cache_home() -> Path:
+    """The folder of all that is kept: HYBRIMOE_CACHE, else hybrimoe in the user's cache directory."""
+    chosen = os.environ.get(ENV_CACHE)
+    return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hybrimoe").expanduser()
 
 
 def candidate_dirs() -> tuple[Path, ...]:
-    """Directories to try, in order: the user's choice alone if there is one, else Numba's and the usual cache."""
-    if os.environ.get(ENV_CACHE):
-        return (Path(os.environ[ENV_CACHE]) / "kernels",)
-    numba = [Path(os.environ["NUMBA_CACHE_DIR"])] if os.environ.get("NUMBA_CACHE_DIR") else []
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (*numba, Path(base) / "hybrimoe" / "kernels")
+    """Where compiled kernels may lie, in order: in a folder that was chosen, in Numba's, in the usual one."""
+    numba = os.environ.get("NUMBA_CACHE_DIR")
+    own = cache_home() / "kernels"
+    return (own,) if os.environ.get(ENV_CACHE) or not numba else (Path(numba), own)
 
 
 @cache

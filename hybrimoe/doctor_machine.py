@@ -17,7 +17,6 @@ from cpu_kernels import cache_dir
 from cpu_kernels.isa import ENV_ISA, detect
 from cpu_kernels.threads import physical_cores, resolve_threads, start_pool
 from gpu_kernels import AcceleratorError, open_accelerator
-from hybrimoe.checkpoint.packed import CACHE_VARIABLE, folders
 from hybrimoe.doctor import Check, guarded
 from hybrimoe.errors import HybriMoEError
 from yaml_rules.errors import YamlRulesError
@@ -89,13 +88,13 @@ def _memory() -> Check:
 
 
 def _disk() -> Check:
-    place = packed_root()
+    place = cache_dir.cache_home()
     while not place.exists() and place != place.parent:
         place = place.parent
     free = shutil.disk_usage(place).free
     found = f"{free / GIB:.1f} GiB free at {place}"
     if free < LEAST_DISK_GIB * GIB:
-        return Check("disk", "warn", found, f"make room, or set {CACHE_VARIABLE} to a larger disk")
+        return Check("disk", "warn", found, f"make room, or set {cache_dir.ENV_CACHE} to a larger disk")
     return Check("disk", "ok", found)
 
 
@@ -109,16 +108,11 @@ def _kernel_cache() -> Check:
 
 
 def _packed_cache() -> Check:
-    root = packed_root()
+    root = cache_dir.cache_home()
     if not cache_dir.is_writable(root):
-        advice = f"models are packed at each start (slow): set {CACHE_VARIABLE} to a directory you may write to"
+        advice = f"models are packed at each start (slow): set {cache_dir.ENV_CACHE} to a directory you may write to"
         return Check("packed models", "warn", f"not writable: {root}", advice)
     return Check("packed models", "ok", str(root))
-
-
-def packed_root() -> Path:
-    """The directory under which packed models are kept that do not lie beside their checkpoint."""
-    return folders(Path("any"), beside=False)[0].parent
 
 
 def _profile() -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from cpu_kernels.cache_dir import cache_home
 from scheduler.errors import ProfileError
 from scheduler.profile import HardwareProfile, ModelShape, table_key
 from yaml_rules.hardware import load_hardware
@@ -15,10 +16,8 @@ DEFAULT_HARDWARE = "rtx4090-ryzen9"
 
 
 def profile_path() -> Path:
-    """Where `hybrimoe calibrate` keeps this machine's profile: in the cache directory of packed models."""
-    from hybrimoe.checkpoint.packed import folders
-
-    return folders(Path("any"), beside=False)[0].parent / PROFILE_NAME
+    """Where `hybrimoe calibrate` keeps this machine's profile."""
+    return cache_home() / PROFILE_NAME
 
 
 def accelerator_note(name: str, kind: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel
 
+from cpu_kernels.cache_dir import ENV_CACHE
 from hybrimoe.checkpoint import packed
 from hybrimoe.checkpoint.budget import check_disk, check_host_memory
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes, plan_conversions
@@ -172,7 +173,7 @@ class Loader:
         raise CheckpointError(
             f"memory.disk: the packed experts need {sum(layer.nbytes for layer in layers) / 2**30:.2f} GiB on disk:"
             f" {'; '.join(problems) or 'packed_file=False leaves no place for them'};"
-            f" set ${packed.CACHE_VARIABLE} to a directory with room"
+            f" set ${ENV_CACHE} to a directory with room"
         )
 
     def _keep(self, store: ExpertStore, show: Progress) -> None:
@@ -192,7 +193,7 @@ class Loader:
         warnings.warn(
             PackedFileWarning(
                 f"the packed experts ({store.nbytes / 2**20:.0f} MiB) could not be kept for the next start:"
-                f" {'; '.join(problems)}; set ${packed.CACHE_VARIABLE} to a directory with room,"
+                f" {'; '.join(problems)}; set ${ENV_CACHE} to a directory with room,"
                 " or pass packed_file=False"
             ),
             stacklevel=2,

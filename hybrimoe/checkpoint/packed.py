@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels import LAYOUT_VERSION
+from cpu_kernels.cache_dir import cache_home
 from hybrimoe.checkpoint.safetensors_file import SafetensorsFile
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 
@@ -33,7 +34,6 @@ PAGE_BYTES = 4096
 CHUNK_BYTES = 64 << 20  # written at a time
 KEY_DIGITS = 12  # of the hash in a file's name
 FILE_MODE = 0o644
-CACHE_VARIABLE = "HYBRIMOE_CACHE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +82,8 @@ def file_name(header: dict[str, Any]) -> str:
 
 def folders(directory: Path, *, beside: bool) -> tuple[Path, ...]:
     """Where the packed file of a model may lie, best first: beside it, then in the cache directory."""
-    root = Path(os.environ.get(CACHE_VARIABLE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hybrimoe")
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:KEY_DIGITS]
-    cache = root.expanduser() / f"{directory.resolve().name}-{key}"
+    cache = cache_home() / f"{directory.resolve().name}-{key}"
     return (directory, cache) if beside else (cache,)
 
 

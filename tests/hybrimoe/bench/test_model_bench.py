@@ -18,11 +18,11 @@ from hybrimoe.errors import ConfigError, MissingExtraError, ModelError
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_machine(tmp_path_factory):
+def small_machine(tmp_path_factory, private_cache):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HYBRIMOE_CACHE", str(tmp_path_factory.mktemp("packed")))
+        patch.setenv("HYBRIMOE_CACHE", str(private_cache(tmp_path_factory.mktemp("packed"))))
         yield
     torch.set_num_threads(threads)
 

@@ -26,9 +26,9 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private_cache: Callable[[Path], Path]) -> Path:
     """Packed files that do not lie beside the model go here."""
-    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(private_cache(tmp_path / "cache")))
     return tmp_path / "cache"
 
 

@@ -38,13 +38,13 @@ def hybrimoe():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_machine(tmp_path_factory):
+def small_machine(tmp_path_factory, private_cache):
     """The demo model is packed once for all command lines, nothing is left in the home directory, and torch computes
     with one thread: the model is too small for more, and other tests may be running."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HYBRIMOE_CACHE", str(tmp_path_factory.mktemp("packed")))
+        patch.setenv("HYBRIMOE_CACHE", str(private_cache(tmp_path_factory.mktemp("packed"))))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(threads)

@@ -126,7 +126,7 @@ def test_unwritable_caches_are_warnings_with_the_variable_to_set(monkeypatch, tm
     monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(cache_dir, "kernel_cache_dir", lambda: None)
     checks = list(doctor_machine.checks())
-    for name, variable in (("packed models", "HYBRIMOE_CACHE"), ("kernel cache", "HYBRIMOE_CACHE_DIR")):
+    for name, variable in (("packed models", "HYBRIMOE_CACHE"), ("kernel cache", "HYBRIMOE_CACHE")):
         assert line(checks, name).status == "warn"
         assert variable in line(checks, name).advice
     assert line(checks, "disk").status == "ok"

@@ -1,0 +1,22 @@
+"""Shared by all tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cpu_kernels.cache_dir import kernel_cache_dir
+
+
+@pytest.fixture(scope="session")
+def private_cache() -> Callable[[Path], Path]:
+    """Makes a folder for HYBRIMOE_CACHE that is a test's own, but for the compiled kernels: those take a while."""
+    kernels = kernel_cache_dir()
+
+    def make(folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        if kernels is not None and not (folder / "kernels").exists():
+            (folder / "kernels").symlink_to(kernels.resolve(), target_is_directory=True)
+        return folder
+
+    return make
