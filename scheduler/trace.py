@@ -186,14 +186,16 @@ class Trace:
 
     def reordered(self, index: NDArray[np.intp], sequence: NDArray[np.int32], phase: NDArray[np.uint8]) -> "Trace":
         """Tokens ``index`` of this trace in that order, as other sequences and phases."""
-        return replace(self._take(index), sequence=sequence, phase=phase)
+        return self._take(index, sequence=sequence, phase=phase)
 
-    def _take(self, index: NDArray[np.intp]) -> "Trace":
+    def _take(
+        self, index: NDArray[np.intp], sequence: NDArray[np.int32] | None = None, phase: NDArray[np.uint8] | None = None
+    ) -> "Trace":
         return replace(
             self,
             expert_ids=self.expert_ids[index],
-            sequence=self.sequence[index],
-            phase=self.phase[index],
+            sequence=self.sequence[index] if sequence is None else sequence,
+            phase=self.phase[index] if phase is None else phase,
             expert_weights=None if self.expert_weights is None else self.expert_weights[index],
             predicted_ids=None if self.predicted_ids is None else self.predicted_ids[index],
         )
