@@ -121,6 +121,13 @@ class Accelerator(Protocol):
         """
         ...
 
+    def sibling(self) -> Accelerator:
+        """A second, empty slot memory on the same device, with slots of its own size, behind the same two lanes.
+
+        Closing either of the two ends the lanes for both.
+        """
+        ...
+
     def synchronize(self) -> None:
         """Blocks until both lanes are empty; failures of drained work are dropped (their events keep them)."""
         ...

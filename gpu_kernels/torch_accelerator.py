@@ -139,6 +139,15 @@ class TorchAccelerator:
             out += by_token[:, j]
         return out
 
+    def sibling(self) -> TorchAccelerator:
+        """A second, empty slot memory behind the same streams; staging buffers are its own."""
+        self._check_open()
+        other = TorchAccelerator.__new__(TorchAccelerator)
+        other.__dict__.update(self.__dict__)
+        other._next_staging = 0
+        other._set_slots(0, 0)
+        return other
+
     def synchronize(self) -> None:
         """Blocks until the device is idle."""
         if not self._synchronous:

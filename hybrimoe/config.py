@@ -72,6 +72,10 @@ class SchedulerConfig(BaseModel):
     cache: str | None = Field(default=None, description="What stays in the slots; replaces the preset's.")
     lookahead: int = Field(default=3, ge=0, le=64, description="Layers ahead whose routers are asked.")
     seed: int = Field(default=0, ge=0, description="Seed of policies that draw random numbers.")
+    lossy: str | dict[str, Any] | None = Field(
+        default=None,
+        description="A lossy policy such as hobbit, or {kind: hobbit, t1: 0.6}; none (the default) loses nothing.",
+    )
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def load_config(source: str | Path | Mapping[str, Any] | DeployConfig | None = N
 
     source: path of a YAML file, name of a shipped preset, a mapping, or None for the preset of `default_preset`.
     overrides: top-level keys ("model", "memory", ...; mappings are merged), the keyword names of `hybrimoe.inject`
-        (gpu_expert_slots, expert_dtype, backend, threads, policy, lookahead), or dotted keys; None means not given.
+        (gpu_expert_slots, expert_dtype, backend, threads, policy, lookahead, lossy), or dotted keys; None means not given.
 
     Raises ConfigError that lists every mistake as `file:line: key: what was expected`.
     """
@@ -177,6 +181,7 @@ _ALIASES: dict[str, KeyPath] = {
     "policy": ("scheduler", "policy"),
     "lookahead": ("scheduler", "lookahead"),
     "seed": ("scheduler", "seed"),
+    "lossy": ("scheduler", "lossy"),
 }
 
 
@@ -212,8 +217,8 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         below = result.get(key)
         if key == "scheduler" and isinstance(value, Mapping) and "policy" in value and isinstance(below, Mapping):
-            below = {name: below[name] for name in ("lookahead", "seed") if name in below}
-        mergeable = isinstance(below, Mapping) and isinstance(value, Mapping) and key != "rules"
+            below = {name: below[name] for name in ("lookahead", "seed", "lossy") if name in below}
+        mergeable = isinstance(below, Mapping) and isinstance(value, Mapping) and key not in ("rules", "lossy")
         result[key] = _merged(below, value) if mergeable and isinstance(below, Mapping) else value
     return result
 

@@ -39,6 +39,7 @@ def check_scheduler(section: SchedulerConfig, located: Located, given: Mapping[s
     from scheduler import resolve_policy
     from scheduler.errors import SchedulerError
 
+    _check_lossy(section, located, given)
     key = next((part for part in ("policy", *_PARTS) if getattr(section, part)), "policy")
     try:
         name, _ = resolved_policy(section)
@@ -49,6 +50,16 @@ def check_scheduler(section: SchedulerConfig, located: Located, given: Mapping[s
         near = did_you_mean(key, type(section).model_fields) if key in section.parameters else ""
         where = locate(("scheduler", key), located, given)
         raise ConfigError(f"{where}: scheduler.{key}: {error.args[0] if error.args else error}{near}") from error
+
+
+def _check_lossy(section: SchedulerConfig, located: Located, given: Mapping[str, Any]) -> None:
+    from scheduler.errors import PolicyError
+    from scheduler.relax import resolve_lossy
+
+    try:
+        resolve_lossy(section.lossy)
+    except (PolicyError, TypeError) as error:
+        raise ConfigError(f"{locate(('scheduler', 'lossy'), located, given)}: scheduler.lossy: {error}") from error
 
 
 def _knows(policy: str, parameter: str, value: Any) -> bool:

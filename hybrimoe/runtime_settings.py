@@ -10,6 +10,7 @@ from hybrimoe.amounts import Amount
 from hybrimoe.config_policy import resolved_policy
 from hybrimoe.errors import DeviceError
 from hybrimoe.runtime.config import RuntimeConfig
+from scheduler.relax import resolve_lossy
 
 if TYPE_CHECKING:
     from hybrimoe.config import DeployConfig
@@ -30,6 +31,7 @@ def runtime_config(config: DeployConfig) -> RuntimeConfig:
         lookahead=config.scheduler.lookahead,
         seed=config.scheduler.seed,
         kv_reserve_bytes=_kv_bytes(config.memory.kv, accelerator),
+        lossy=resolve_lossy(config.scheduler.lossy),
     )
 
 

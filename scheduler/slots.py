@@ -63,9 +63,14 @@ class SlotTable:
 
     def resident(self, layer: int) -> tuple[int, ...]:
         """Experts of a layer whose bytes are there (resident or in use), ascending."""
+        return tuple(np.flatnonzero(self.resident_mask(layer)).tolist())
+
+    def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]:
+        """bool[n_experts]: experts of a layer whose bytes are there (resident or in use)."""
         slots = self.slot_of[layer * self.n_experts : (layer + 1) * self.n_experts]
-        held = np.flatnonzero(slots >= 0)
-        return tuple(int(e) for e in held if self.state[slots[e]] >= RESIDENT)
+        if not self.n_slots:
+            return np.zeros(self.n_experts, np.bool_)
+        return (slots >= 0) & (self.state[slots] >= RESIDENT)
 
     def counts(self) -> dict[SlotState, int]:
         """Number of slots in each state."""

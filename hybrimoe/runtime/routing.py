@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -32,11 +34,28 @@ class Workspace:
         return self._rows[:size].reshape(n_rows, hidden)
 
 
-def layer_work(
-    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, hidden_size: int,
-    workspace: Workspace,
-) -> LayerWork:  # fmt: skip
-    """Checks one call's tensors and groups its routing by expert.
+@dataclass(frozen=True, slots=True, eq=False)
+class CallInputs:
+    """One call's tensors on the host: host_hidden float32 [T, H], ids integer [T, k], weights float32 [T, k]."""
+
+    hidden: torch.Tensor
+    host_hidden: npt.NDArray[np.float32]
+    ids: npt.NDArray[np.integer]
+    weights: npt.NDArray[np.float32]
+
+    def work(
+        self, ids: npt.NDArray[np.integer], weights: npt.NDArray[np.float32], num_experts: int, workspace: Workspace
+    ) -> LayerWork:
+        """The work of this routing of the call (the router's, or a part of it), grouped by expert."""
+        dispatch = build_dispatch(ids, weights, num_experts)
+        rows = workspace.rows(dispatch.n_tokens * dispatch.top_k, self.host_hidden.shape[1])
+        return LayerWork(dispatch, self.hidden, self.host_hidden, rows)
+
+
+def call_inputs(
+    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, hidden_size: int
+) -> CallInputs:
+    """Checks one call's tensors and brings them to the host.
 
     hidden: [..., hidden_size] floating; top_k_index: [T, k] integer; top_k_weights: [T, k] floating. Raises ModelError
     where shapes do not fit together.
@@ -52,9 +71,16 @@ def layer_work(
             f" {_describe(top_k_index)} and {_describe(top_k_weights)}"
         )
     weights = host_floats(top_k_weights.detach()).reshape(-1, top_k)
-    dispatch = build_dispatch(host_index(top_k_index).reshape(-1, top_k), weights, num_experts)
-    rows = workspace.rows(dispatch.n_tokens * dispatch.top_k, hidden_size)
-    return LayerWork(dispatch, hidden, host_hidden, rows)
+    return CallInputs(hidden, host_hidden, host_index(top_k_index).reshape(-1, top_k), weights)
+
+
+def layer_work(
+    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, hidden_size: int,
+    workspace: Workspace,
+) -> LayerWork:  # fmt: skip
+    """Checks one call's tensors and groups its routing by expert; see `call_inputs`."""
+    inputs = call_inputs(hidden, top_k_index, top_k_weights, hidden_size)
+    return inputs.work(inputs.ids, inputs.weights, num_experts, workspace)
 
 
 def host_floats(tensor: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -62,18 +62,18 @@ class Runner:
         self, layers: Sequence[Layer], executor: Executor, planner: Planner | None, costs: CostModel | None,
         stats: StatsRecorder, tracker: StepTracker,
     ) -> None:  # fmt: skip
-        self._layers = list(layers)
-        self._executor = executor
+        self.layers = list(layers)
+        self.executor = executor
         self.planner = planner
         self.costs = costs
         self._stats = stats
-        self._tracker = tracker
-        self._workspace = Workspace()
+        self.tracker = tracker
+        self.workspace = Workspace()
         self._n_experts = max(layer.num_experts for layer in layers)
         self._record_bytes = tuple(layer.spec.record_bytes for layer in layers)
         self._unreported: deque[LayerRun] = deque()
         self._step_index = -1
-        self._phase: Phase = "prefill"
+        self.phase: Phase = "prefill"
         self.lookahead: Lookahead | None = None
         self.routing_recorder: RoutingRecorder | None = None
         self.tracing = False
@@ -88,16 +88,16 @@ class Runner:
     ) -> torch.Tensor:
         """One call of layer `index`; see HybridExperts.forward."""
         began_us = clock_us()
-        layer = self._layers[index]
-        work = layer_work(hidden, top_k_index, top_k_weights, layer.num_experts, layer.spec.hidden, self._workspace)
+        layer = self.layers[index]
+        work = layer_work(hidden, top_k_index, top_k_weights, layer.num_experts, layer.spec.hidden, self.workspace)
         if not len(work.dispatch.expert_ids):
             return torch.zeros_like(hidden)
         self.clean = False
         norm = layer.transform()
         if norm is not None:
             postpone_weights(work, norm)
-        self.begin_step(self._tracker.next(index, work.dispatch.n_tokens), work.dispatch.n_tokens)
-        counters = self._stats.of(self._phase, index)
+        self.begin_step(self.tracker.next(index, work.dispatch.n_tokens), work.dispatch.n_tokens)
+        counters = self._stats.of(self.phase, index)
         if self.planner is None and self.routing_recorder is None and not self.tracing:
             out, lanes_us = self._run_on_cpu(index, layer, work, counters)
         else:
@@ -116,7 +116,7 @@ class Runner:
         counters.cpu_experts += len(ids)
         assert layer.backend is not None
         start_us = clock_us()
-        out = self._executor.run_on_cpu(index, layer.spec, layer.backend, work)
+        out = self.executor.run_on_cpu(index, layer.spec, layer.backend, work)
         us = clock_us() - start_us
         counters.cpu_us += us
         return out, us
@@ -127,7 +127,7 @@ class Runner:
         """Demand, plan, lanes, observation. Returns the output and the lanes' us."""
         opened = self.plan_call(index, layer, work, top_k_index, counters)
         start_us = clock_us()
-        out, run = self._executor.run(opened.plan, opened.call, trace=self.tracing)
+        out, run = self.executor.run(opened.plan, opened.call, trace=self.tracing)
         us = clock_us() - start_us
         self.finish_call(opened.plan, opened.demand, run, counters)
         return out, us
@@ -146,10 +146,25 @@ class Runner:
         assert layer.backend is not None
         return PlannedCall(demand, plan, LayerCall(layer.spec, layer.backend, work))
 
+    def counters(self, index: int) -> Counters:
+        """What calls of this layer are counted in, in the phase under way."""
+        return self._stats.of(self.phase, index)
+
+    def predicted_us(self, opened: PlannedCall) -> tuple[float, float]:
+        """Predicted work of a planned call on the CPU and on the accelerator, waiting left out."""
+        costs, plan, call = self.costs, opened.plan, opened.call
+        if costs is None:
+            return 0.0, 0.0
+        cpu = [call.n_tokens[call.position[expert]] for expert in plan.cpu]
+        accel = [call.n_tokens[call.position[expert]] for expert in plan.accel]
+        return float(costs.cpu_us(plan.layer, np.array(cpu, np.int64)).sum()), float(
+            costs.accel_us(plan.layer, np.array(accel, np.int64)).sum()
+        )
+
     def warm_up(self, transfers: Sequence[Transfer]) -> None:
         """Starts transfers before the first step."""
         if transfers:
-            self._executor.start_transfers(transfers, self._step_index)
+            self.executor.start_transfers(transfers, self._step_index)
             self._stats.warmup_transfers += len(transfers)
 
     def take_over(self, previous: Runner) -> None:
@@ -168,8 +183,8 @@ class Runner:
 
     def drain(self) -> None:
         """Waits for the work under way and reports it; completes the timeline."""
-        if self._executor.slots is not None:
-            self._executor.slots.accelerator.synchronize()
+        if self.executor.slots is not None:
+            self.executor.slots.accelerator.synchronize()
         self.report()
 
     def report(self) -> None:
@@ -179,11 +194,11 @@ class Runner:
 
     def slot_contents(self) -> dict[int, tuple[int, int]]:
         """Slot -> (layer, expert) that it holds or will once its copy ends."""
-        return {} if self._executor.slots is None else self._executor.slots.contents()
+        return {} if self.executor.slots is None else self.executor.slots.contents()
 
     def begin_step(self, step: Step, n_tokens: int) -> None:
         """Tells the planner where this call belongs, if it is the first of a step."""
-        self._phase = step.phase
+        self.phase = step.phase
         if not step.new:
             return
         self._step_index += 1
@@ -206,7 +221,7 @@ class Runner:
                 predictions,
             )
         self.activations[index, dispatch.expert_ids] += 1.0
-        return layer_demand(index, self._phase, dispatch, self._n_experts, predictions)
+        return layer_demand(index, self.phase, dispatch, self._n_experts, predictions)
 
     def _router_weights(self, dispatch: Dispatch) -> npt.NDArray[np.float32]:
         """The router's weights float32 [T * k] of the call under way."""
@@ -238,7 +253,7 @@ class Runner:
 
     def link_busy_us(self) -> float:
         """Expected us until this runner's transfers under way have ended."""
-        slots = self._executor.slots
+        slots = self.executor.slots
         if slots is None or self.costs is None:
             return 0.0
         return slots.link_busy_us(clock_us(), self.costs.transfer_us)
@@ -263,11 +278,11 @@ class Runner:
 
     def _report_transfers(self) -> None:
         """Tells the planner which copies have ended."""
-        if self._executor.slots is None:
+        if self.executor.slots is None:
             return
-        for item in self._executor.slots.take_ended():
+        for item in self.executor.slots.take_ended():
             ended = item.ended()
-            self._stats.of(self._phase, ended.layer).link_us += ended.us
+            self._stats.of(self.phase, ended.layer).link_us += ended.us
             if item.traced:
                 self.timeline.append(item.record())
             if self.planner is not None:
@@ -288,7 +303,7 @@ class Runner:
             n_tokens += group.n_tokens
         if not n_tokens:
             return
-        self._stats.of(self._phase, run.layer).accel_us += total_us
+        self._stats.of(self.phase, run.layer).accel_us += total_us
         if run.traced:
             self.timeline += accel_records(run)
         if self.costs is not None and not run.step % OBSERVE_EVERY:

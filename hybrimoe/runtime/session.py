@@ -18,6 +18,8 @@ from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.hybrid_experts import HybridExperts
 from hybrimoe.runtime.layers import PLACEMENTS, Layer, Placement
 from hybrimoe.runtime.lookahead import ProbeSink, RoutingCaptured, run_probe
+from hybrimoe.runtime.low_copy import LowCopy, make_low_copy
+from hybrimoe.runtime.relaxed_startup import relaxed_runner
 from hybrimoe.runtime.runner import RoutingRecorder, Runner
 from hybrimoe.runtime.startup import Frequencies, Startup
 from hybrimoe.runtime.stats import SessionStats, StatsRecorder
@@ -46,6 +48,7 @@ class Session:
         self._accelerator: Accelerator | None = None
         self._runner: Runner | None = None
         self._stats = StatsRecorder(0)
+        self._low: LowCopy | None = None
         self._tracker = StepTracker(self.config.decode_max_tokens)
         self._model: weakref.ref[nn.Module] | None = None
         self._sink: ProbeSink | None = None
@@ -111,7 +114,7 @@ class Session:
         with self._lock:
             if self._runner is not None:
                 raise ModelError("the session was already started")
-            self._stats = StatsRecorder(len(self._layers))
+            self._stats = self._new_stats()
             self._start_runner(self.config.gpu_expert_slots, None, frequencies)
 
     # Running ----------------------------------------------------------------------------------------------------
@@ -245,6 +248,8 @@ class Session:
                 store_bytes=0 if self._store is None else self._store.nbytes,
                 warmup_transfers=self._stats.warmup_transfers,
                 failures=self._stats.failures,
+                lossy=None if self.config.lossy is None else self.config.lossy.name,
+                n_low_slots=0 if self._low is None or self._low.accelerator is None else self._low.accelerator.n_slots,
             )
 
     def reset_stats(self) -> None:
@@ -295,7 +300,21 @@ class Session:
         startup = Startup(
             self.config, self._layers, self.store, self._accelerator, model, self._probe, self._stats, self._tracker
         )
-        self._runner = startup.runner(setting, previous, frequencies)
+        lossy = self.config.lossy
+        if lossy is None:
+            self._runner = startup.runner(setting, previous, frequencies)
+            return
+        if lossy.low is not None and self._low is None:
+            self._low = self._make_low_copy(lossy.low.low_dtype)
+        self._runner = relaxed_runner(startup, lossy, self._low, setting, previous, frequencies)
+
+    def _make_low_copy(self, dtype: Any) -> LowCopy:
+        threads = cpu_threads(self.config, self._accelerator)
+        return make_low_copy(self._layers, self.store, dtype, self._accelerator, self.config.backend, threads)
+
+    def _new_stats(self) -> StatsRecorder:
+        lossy, n = self.config.lossy, len(self._layers)
+        return StatsRecorder(n, StatsRecorder(n) if lossy is not None and lossy.low is not None else None)
 
     def _probe(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The routing that `block` would give for hidden [T, H]; its experts are not run."""

@@ -45,6 +45,7 @@ class Startup:
     probe: Probe
     stats: StatsRecorder
     tracker: StepTracker
+    make_runner: Callable[..., Runner] = Runner
 
     def runner(
         self, setting: int | float | str | None, previous: Runner | None, frequencies: Frequencies | None
@@ -52,15 +53,15 @@ class Startup:
         """A runner with freshly filled slots. `setting` None keeps the slot memory; `previous` hands over its costs,
         counters and hooks. Raises BudgetError where slots do not fit."""
         if setting is not None:
-            self._allocate(setting)
+            self.allocate(self.slots_of(setting))
         slots, planner, costs = None, None, None
         if self.accelerator is not None and self.accelerator.n_slots and self._slotted():
             costs = self._costs() if previous is None or previous.costs is None else previous.costs
             slots = SlotCache(self.accelerator)
             planner = self._planner(self.accelerator.n_slots, costs)
-        runner = Runner(self.layers, Executor(self.store, slots), planner, costs, self.stats, self.tracker)
+        runner = self.make_runner(self.layers, Executor(self.store, slots), planner, costs, self.stats, self.tracker)
         if self.config.lookahead > 0:
-            runner.lookahead = self._lookahead()
+            runner.lookahead = self.new_lookahead(self.config.lookahead)
             make_ready()
         if previous is not None:
             runner.take_over(previous)
@@ -72,18 +73,28 @@ class Startup:
     def _slotted(self) -> list[Layer]:
         return [layer for layer in self.layers if layer.placement != "cpu"]
 
-    def _allocate(self, setting: int | float | str) -> None:
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the largest record that has a slot; 0 where no layer has."""
+        return max((layer.spec.record_bytes for layer in self._slotted()), default=0)
+
+    def slots_of(self, setting: int | float | str) -> int:
+        """Number of slots that a setting stands for; 0 without accelerator or layer to cache."""
         accelerator, slotted = self.accelerator, self._slotted()
         if accelerator is None or not slotted:
-            return
-        slot_bytes = max(layer.spec.record_bytes for layer in slotted)
+            return 0
         n_experts = sum(layer.num_experts for layer in slotted)
         reserve = reserve_bytes(self.model, accelerator, self.config.kv_reserve_bytes)
-        n_slots = resolve_slots(setting, n_experts, slot_bytes, accelerator, reserve)
+        return resolve_slots(setting, n_experts, self.slot_bytes, accelerator, reserve)
+
+    def allocate(self, n_slots: int) -> None:
+        """Replaces the slot memory, if there is an accelerator. Raises BudgetError where it does not fit."""
+        if self.accelerator is None or not self.slot_bytes:
+            return
         try:
-            accelerator.allocate(n_slots, slot_bytes)
+            self.accelerator.allocate(n_slots, self.slot_bytes)
         except (AcceleratorError, MemoryError) as error:
-            raise BudgetError(str(error) or f"no memory for {n_slots} slots of {slot_bytes} bytes") from error
+            raise BudgetError(str(error) or f"no memory for {n_slots} slots of {self.slot_bytes} bytes") from error
 
     def _costs(self) -> CostModel:
         """From the given profile, this machine's calibration, or a short measurement of the first layer with slots."""
@@ -120,7 +131,8 @@ class Startup:
             **self.config.policy_params,
         )
 
-    def _lookahead(self) -> Lookahead | None:
+    def new_lookahead(self, depth: int) -> Lookahead | None:
+        """Knows the gates of all layers once they have run; None where the model's blocks cannot be found."""
         if self.model is None:
             return None
         blocks = []
@@ -132,4 +144,4 @@ class Startup:
                 return None
         experts = [layer.experts for layer in self.layers]
         counts = [layer.num_experts for layer in self.layers]
-        return Lookahead(blocks, experts, counts, self.config.lookahead, self.probe)
+        return Lookahead(blocks, experts, counts, depth, self.probe)

@@ -19,7 +19,9 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 @dataclass(slots=True)
 class Counters:
     """Sums over calls. An activated expert is a hit if its bytes were resident when it was demanded, else a miss;
-    `late_prefetches` are misses whose prefetch was still under way. Times in us, sizes in bytes."""
+    `late_prefetches` are misses whose prefetch was still under way. Times in us, sizes in bytes. Of a lossy policy:
+    `routed` (token, expert) pairs that the router asked for, of which `skipped`, `substituted` and `lowered` (computed
+    from the low-precision copy)."""
 
     calls: int = 0
     tokens: int = 0
@@ -39,6 +41,10 @@ class Counters:
     link_us: float = 0.0
     overhead_us: float = 0.0
     wall_us: float = 0.0
+    routed: int = 0
+    skipped: int = 0
+    substituted: int = 0
+    lowered: int = 0
 
     def add(self, other: Counters) -> None:
         """Adds another one's sums."""
@@ -77,6 +83,8 @@ class SessionStats:
     store_bytes: int
     warmup_transfers: int
     failures: int
+    lossy: str | None = None
+    n_low_slots: int = 0
 
     @property
     def total(self) -> Counters:
@@ -89,6 +97,8 @@ class SessionStats:
             "accelerator": self.accelerator,
             "accelerator_kind": self.accelerator_kind,
             "policy": self.policy,
+            "lossy": self.lossy,
+            "n_low_slots": self.n_low_slots,
             "n_slots": self.n_slots,
             "slots_filled": self.slots_filled,
             "n_experts": self.n_experts,
@@ -102,9 +112,10 @@ class SessionStats:
 
 
 class StatsRecorder:
-    """Counts per phase and layer while a session runs."""
+    """Counts per phase and layer while a session runs. `low`: what the low-precision copies add to it."""
 
-    def __init__(self, n_layers: int) -> None:
+    def __init__(self, n_layers: int, low: StatsRecorder | None = None) -> None:
+        self.low = low
         self._counters = {phase: [Counters() for _ in range(n_layers)] for phase in PHASES}
         self._prefetched: dict[tuple[int, int], Counters] = {}
         self.warmup_transfers = 0
@@ -156,20 +167,36 @@ class StatsRecorder:
     def forget_slots(self) -> None:
         """The slots were emptied: prefetches under way have no fate."""
         self._prefetched.clear()
+        if self.low is not None:
+            self.low.forget_slots()
 
     def reset(self) -> None:
         """Sets every counter to zero; slot contents stay."""
         self._counters = {phase: [Counters() for _ in layers] for phase, layers in self._counters.items()}
         self._prefetched.clear()
         self.warmup_transfers = self.failures = 0
+        if self.low is not None:
+            self.low.reset()
 
     def by_phase(self) -> dict[Phase, Counters]:
         """Sums over layers."""
-        return {phase: _total(layers) for phase, layers in self._counters.items()}
+        own = {phase: _total(layers) for phase, layers in self._counters.items()}
+        if self.low is None:
+            return own
+        low = self.low.by_phase()
+        return {phase: _with_low(counters, low[phase]) for phase, counters in own.items()}
 
     def by_layer(self) -> list[Counters]:
         """Sums over phases."""
-        return [_total(pair) for pair in zip(*self._counters.values(), strict=True)]
+        own = [_total(pair) for pair in zip(*self._counters.values(), strict=True)]
+        return own if self.low is None else [_with_low(*pair) for pair in zip(own, self.low.by_layer(), strict=True)]
+
+
+def _with_low(own: Counters, low: Counters) -> Counters:
+    """Sums of both parts of the same calls on the same tokens."""
+    total = _total((own, low))
+    total.calls, total.tokens = own.calls, own.tokens
+    return total
 
 
 def _total(parts: Iterable[Counters]) -> Counters:

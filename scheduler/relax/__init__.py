@@ -53,6 +53,11 @@ class Lossy:
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     low: LowCopy | None = None
 
+    @property
+    def needs_expert_norms(self) -> bool:
+        """Whether the relaxation wants ``RelaxSetting.expert_norms``."""
+        return RELAXATIONS[self.kind].needs_expert_norms
+
     def make(self, setting: RelaxSetting) -> Relaxation:
         """The relaxation for one model. Raises PolicyError where parameters do not fit it."""
         return RELAXATIONS[self.kind](setting, **self.params)
@@ -86,6 +91,7 @@ def resolve_lossy(given: str | Mapping[str, Any] | None) -> Lossy | None:
         if name != "kind" and name not in known:
             raise PolicyError(f"lossy {kind}: unknown parameter {name!r}{did_you_mean(str(name), known)}")
     params = {key: value for key, value in mapping.items() if key != "kind" and key not in of_copy}
-    low = LowCopy(**{key: mapping[key] for key in of_copy if key in mapping}) if maker.uses_low_copy else None
+    copied: dict[str, Any] = {key: mapping[key] for key in of_copy if key in mapping}
+    low = LowCopy(**copied) if maker.uses_low_copy else None
     maker(RelaxSetting(1, 1), **params)
     return Lossy(kind, MappingProxyType(params), low)

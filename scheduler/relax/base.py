@@ -78,7 +78,6 @@ class RelaxSetting:
 
     n_layers: int
     n_experts: int
-    top_k: int = 0
     expert_bytes: int = 0
     expert_norms: Floats | None = None
     router: Callable[[int], Floats | None] = field(default=lambda layer: None)

@@ -21,7 +21,7 @@ from scheduler.setting import flag, number
 
 
 class Hobbit(Relaxation):
-    """A token's experts in the order of their routing weights w (as shares of the token's sum); s_i = w_0 + .. + w_{i-1}.
+    """A token's experts by falling routing weight w (as shares of the token's sum); s_i = w_0 + .. + w_{i-1}.
 
     s_i <= t1: full precision; t1 < s_i <= t2: the low copy; above: skipped. Rank 0 is always full. As in the source
     this is for experts that are not resident (``misses_only``); False applies it to all of them, which makes the

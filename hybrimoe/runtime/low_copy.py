@@ -1,0 +1,67 @@
+"""The low-precision copy of the experts: a second store, and slots of its own behind the same lanes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cpu_kernels import ExpertDtype
+from gpu_kernels import Accelerator
+from hybrimoe.runtime.backends import backend_for
+from hybrimoe.runtime.layers import Layer
+from hybrimoe.runtime.store import ExpertStore
+
+PACKING_THREADS = 2
+"""Packing takes a few times an expert's float32 size for a while; two at a time stay far below one layer."""
+
+
+@dataclass(slots=True)
+class LowCopy:
+    """Layers as the low part sees them (spec and backend of the copy), their bytes, and the slot memory for them."""
+
+    layers: list[Layer]
+    store: ExpertStore
+    accelerator: Accelerator | None
+
+
+def make_low_copy(
+    layers: Sequence[Layer], store: ExpertStore, dtype: ExpertDtype, accelerator: Accelerator | None, backend: str,
+    threads: int | None,
+) -> LowCopy:  # fmt: skip
+    """Packs a copy of every expert of a complete store as `dtype`.
+
+    Raises ConfigError where the backend cannot run it, BudgetError where the host has no memory for it.
+    """
+    low_layers = [_low_layer(layer, dtype, backend, threads) for layer in layers]
+    pinned = accelerator is not None and accelerator.needs_pinned_host()
+    copy = ExpertStore([layer.layer_spec for layer in low_layers], pinned=pinned)
+
+    def pack(at: tuple[int, int]) -> None:
+        copy.write(*at, store.read(*at))
+
+    places = [(index, expert) for index, layer in enumerate(layers) for expert in range(layer.num_experts)]
+    with ThreadPoolExecutor(PACKING_THREADS) as pool:
+        for _ in pool.map(pack, places):
+            pass
+    return LowCopy(low_layers, copy, None if accelerator is None else accelerator.sibling())
+
+
+def split_slots(n_slots: int, high_bytes: int, low_bytes: int, low_share: float, n_experts: int) -> tuple[int, int]:
+    """(full-precision slots, low slots) in the memory of `n_slots` full-precision slots.
+
+    The low ones get the share `low_share` of it, at most one slot an expert; what they leave is the others'. A memory
+    of one slot or more holds at least one full-precision slot.
+    """
+    total_bytes = n_slots * high_bytes
+    n_low = min(int(low_share * total_bytes) // low_bytes, n_experts)
+    n_high = (total_bytes - n_low * low_bytes) // high_bytes
+    if n_slots and not n_high:
+        return 1, 0
+    return n_high, n_low
+
+
+def _low_layer(layer: Layer, dtype: ExpertDtype, backend: str, threads: int | None) -> Layer:
+    spec = dataclasses.replace(layer.spec, dtype=dtype)
+    return dataclasses.replace(layer, spec=spec, layout=None, backend=backend_for(backend, threads, spec))

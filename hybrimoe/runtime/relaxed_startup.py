@@ -1,0 +1,85 @@
+"""From a lossy policy to its runner: the relaxation, the low-precision copy, and how slot memory is shared."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hybrimoe.runtime.lookahead import LinearGate, Lookahead
+from hybrimoe.runtime.low_copy import LowCopy, split_slots
+from hybrimoe.runtime.relaxed import RelaxedRunner
+from hybrimoe.runtime.runner import Runner
+from hybrimoe.runtime.startup import Frequencies, Startup
+from hybrimoe.runtime.store import ExpertStore
+from scheduler.relax import Lossy, Relaxation, RelaxSetting
+
+
+def relaxed_runner(
+    startup: Startup, lossy: Lossy, low: LowCopy | None, setting: int | float | str | None, previous: Runner | None,
+    frequencies: Frequencies | None,
+) -> RelaxedRunner:  # fmt: skip
+    """`Startup.runner` for a lossy policy; what the relaxation has learned goes on from `previous`."""
+    before = previous if isinstance(previous, RelaxedRunner) else None
+    low_startup = None if low is None else _low_startup(startup, low)
+    if setting is not None:
+        _allocate(startup, low_startup, lossy, setting)
+    low_runner = None
+    if low_startup is not None:
+        low_runner = low_startup.runner(None, None if before is None else before.low, frequencies)
+    gates = startup.new_lookahead(startup.config.lookahead) if before is None else before.gates
+    relaxation = _relaxation(lossy, startup, gates) if before is None else before.relaxation
+    make = partial(RelaxedRunner, relaxation=relaxation, low=low_runner, gates=gates)
+    runner = dataclasses.replace(startup, make_runner=make).runner(None, previous, frequencies)
+    assert isinstance(runner, RelaxedRunner)
+    runner.lookahead = gates if startup.config.lookahead > 0 else None
+    return runner
+
+
+def _low_startup(startup: Startup, low: LowCopy) -> Startup:
+    """The same settings for the low part; its routing is not predicted."""
+    assert startup.stats.low is not None
+    config = dataclasses.replace(startup.config, lookahead=0)
+    return dataclasses.replace(
+        startup, config=config, layers=low.layers, store=low.store, accelerator=low.accelerator, stats=startup.stats.low
+    )
+
+
+def _allocate(startup: Startup, low: Startup | None, lossy: Lossy, setting: int | float | str) -> None:
+    n_slots = startup.slots_of(setting)
+    if low is None or lossy.low is None or not n_slots:
+        startup.allocate(n_slots)
+        return
+    n_experts = sum(layer.num_experts for layer in low.layers if layer.placement != "cpu")
+    n_high, n_low = split_slots(n_slots, startup.slot_bytes, low.slot_bytes, lossy.low.low_share, n_experts)
+    startup.allocate(n_high)
+    low.allocate(n_low)
+
+
+def _relaxation(lossy: Lossy, startup: Startup, gates: Lookahead | None) -> Relaxation:
+    layers = startup.layers
+    norms = None
+    if lossy.needs_expert_norms:
+        norms = expert_norms(startup.store)
+
+    def router(layer: int) -> npt.NDArray[np.float32] | None:
+        gate = None if gates is None else gates.gate(layer)
+        return gate.weight if isinstance(gate, LinearGate) else None
+
+    n_experts = max(layer.num_experts for layer in layers)
+    record_bytes = max(layer.spec.record_bytes for layer in layers)
+    return lossy.make(RelaxSetting(len(layers), n_experts, record_bytes, norms, router))
+
+
+def expert_norms(store: ExpertStore) -> npt.NDArray[np.float32]:
+    """float32 [layers, experts]: length of all weights of each expert together."""
+    norms = np.zeros((len(store.layers), max(layer.num_experts for layer in store.layers)), np.float32)
+    for index, layer in enumerate(store.layers):
+        for expert in range(layer.num_experts):
+            weights = store.read(index, expert)
+            matrices = [m for m in (weights.gate, weights.up, weights.down) if m is not None]
+            norms[index, expert] = float(torch.stack([m.float().square().sum() for m in matrices]).sum().sqrt())
+    return norms
