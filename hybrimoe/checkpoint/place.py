@@ -49,5 +49,7 @@ def move(model: nn.Module, device: torch.device) -> None:
 
 
 def _on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if tensor.device == device:
+        return tensor
     copy = tensor.detach().to(device)
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy

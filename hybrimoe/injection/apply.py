@@ -147,8 +147,8 @@ class Injection:
     def restore(self) -> None:
         """Make the model exactly what it was: the same modules and weights, no wrappers. A second call does nothing.
 
-        Experts that were loaded straight into the store are written back into the module from it; raises ModelError
-        where the store holds them as int8 or int4, which is not what the checkpoint holds, and where dense layers
+        Experts that were loaded straight into the store are written back into the module from it, and the model is on
+        the CPU then; raises ModelError where the store holds them as int8 or int4, which is not what the checkpoint holds, and where dense layers
         were loaded as int8.
         """
         if not self._active:
@@ -199,10 +199,12 @@ class Injection:
         deferred = self.deferred
         if not deferred:
             return
+        from hybrimoe.checkpoint.place import move
         from hybrimoe.checkpoint.rebuild import rebuild_experts
 
         for layer, module in deferred:
             rebuild_experts(module, self.session.store, layer)
+        move(self.model, torch.device("cpu"))  # where the experts are now: whole models fit host memory, not a GPU
 
 
 def inject(

@@ -172,6 +172,16 @@ def test_restore_of_a_bfloat16_model_from_a_bfloat16_store(
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no torch accelerator here")
+def test_restore_after_running_on_a_device_leaves_all_of_it_on_the_cpu(
+    directory: Path, mixtral: PreTrainedModel
+) -> None:
+    model = load(directory, **OPTIONS | {"accelerator": "auto"})
+    model.hybrimoe.restore()
+    assert {value.device.type for value in model.state_dict().values()} == {"cpu"}
+    assert_same_model(model, mixtral)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 def test_restore_refuses_what_would_lose_bits(dtype: str, directory: Path) -> None:
     model = load(directory, **OPTIONS | {"expert_dtype": dtype})
