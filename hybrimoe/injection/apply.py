@@ -148,8 +148,8 @@ class Injection:
         """Make the model exactly what it was: the same modules and weights, no wrappers. A second call does nothing.
 
         Experts that were loaded straight into the store are written back into the module from it, and the model is on
-        the CPU then; raises ModelError where the store holds them as int8 or int4, which is not what the checkpoint holds, and where dense layers
-        were loaded as int8.
+        the CPU then; raises ModelError where the store holds them as int8 or int4, which is not what the checkpoint
+        holds, and where dense layers were loaded as int8.
         """
         if not self._active:
             return
