@@ -5,19 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import PromptError
-from hybrimoe.generation.detokenise import IncrementalDecoder, StopTexts
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.sampling import Sampler, SamplingOptions
+from hybrimoe.generation.transcript import FinishReason, Transcript
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["FinishReason", "Reply", "ReplyTimes", "TextGenerator"]
-
-FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
 PREFILL_CHUNK_TOKENS = 2048
 """Tokens of a prompt that go through the model at once; bounds the memory of activations, not the result."""
@@ -144,22 +142,35 @@ class Reply:
     ) -> None:
         self.prompt_ids = prompt_ids
         self.seed = options.seed
-        self.text = ""
-        self.token_ids: list[int] = []
         self.n_reused = 0
-        self.finish_reason: FinishReason | None = None
         self.times = ReplyTimes()
         self._generator = generator
         self._cache = cache
         self._should_stop = should_stop
         self._sampler = Sampler(generator.model, options, prompt_ids)
-        self._decoder = IncrementalDecoder(generator.tokenizer, prompt_ids)
-        self._stops = StopTexts(options.stop)
+        self._transcript = Transcript(
+            generator.tokenizer, prompt_ids, eos_token_ids=self._sampler.eos_token_ids,
+            max_new_tokens=self._sampler.max_new_tokens, context_tokens=generator.context_tokens, stop=options.stop,
+        )  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        """All pieces so far, joined."""
+        return self._transcript.text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The new tokens so far."""
+        return self._transcript.token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the reply ended; None before."""
+        return self._transcript.finish_reason
 
     def __iter__(self) -> Iterator[str]:
         for piece in self._pieces():
             if piece:
-                self.text += piece
                 yield piece
 
     def _pieces(self) -> Iterator[str]:
@@ -174,15 +185,13 @@ class Reply:
             else:
                 self.times.ttft_us = (now - started) / 1000
             last = now
-            self.token_ids.append(token)
-            if token not in self._sampler.eos_token_ids:
-                yield self._stops.push(self._decoder.push(token))
-            self.finish_reason = self._reason_to_end(token)
+            yield self._transcript.push(token)
+            if self.finish_reason is None and self._should_stop():
+                self._transcript.finish_reason = "interrupted"
             if self.finish_reason is not None:
                 break
             logits = self._generator.forward([token], self._cache)
-        yield self._stops.push(self._decoder.flush())
-        yield self._stops.flush()
+        yield self._transcript.end()
 
     def _prefill(self) -> torch.Tensor | None:
         """Logits after the prompt; None where it was interrupted."""
@@ -191,19 +200,7 @@ class Reply:
         chunk = self._generator.prefill_chunk_tokens
         for start in range(self.n_reused, len(self.prompt_ids), chunk):
             if self._should_stop():
-                self.finish_reason = "interrupted"
+                self._transcript.finish_reason = "interrupted"
                 return None
             logits = self._generator.forward(self.prompt_ids[start : start + chunk], self._cache)
         return logits
-
-    def _reason_to_end(self, token: int) -> FinishReason | None:
-        limit = self._generator.context_tokens
-        if token in self._sampler.eos_token_ids:
-            return "eos"
-        if self._stops.found is not None:
-            return "stop"
-        if len(self.token_ids) >= self._sampler.max_new_tokens:
-            return "length"
-        if limit is not None and len(self.prompt_ids) + len(self.token_ids) >= limit:
-            return "context"
-        return "interrupted" if self._should_stop() else None
