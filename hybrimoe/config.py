@@ -151,7 +151,8 @@ def load_config(source: str | Path | Mapping[str, Any] | DeployConfig | None = N
 
     source: path of a YAML file, name of a shipped preset, a mapping, or None for the preset of `default_preset`.
     overrides: top-level keys ("model", "memory", ...; mappings are merged), the keyword names of `hybrimoe.inject`
-        (gpu_expert_slots, expert_dtype, backend, threads, policy, lookahead, lossy), or dotted keys; None means not given.
+        (gpu_expert_slots, expert_dtype, backend, threads, policy, lookahead, lossy), or dotted keys; None means not
+        given.
 
     Raises ConfigError that lists every mistake as `file:line: key: what was expected`.
     """

@@ -52,6 +52,23 @@ def check_scheduler(section: SchedulerConfig, located: Located, given: Mapping[s
         raise ConfigError(f"{where}: scheduler.{key}: {error.args[0] if error.args else error}{near}") from error
 
 
+def lossy_option(text: str) -> dict[str, Any]:
+    """`kind` or `kind:name=value,name=value` of a command line as the mapping that a deployment file has.
+
+    Raises ConfigError for a part without `=`; kind, names and values are checked where the mapping is used.
+    """
+    import yaml
+
+    kind, _, rest = text.partition(":")
+    found: dict[str, Any] = {"kind": kind.strip()}
+    for part in filter(None, rest.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or not value.strip():
+            raise ConfigError(f"lossy {text!r}: expected KIND or KIND:name=value,name=value, found {part!r}")
+        found[name.strip()] = yaml.safe_load(value)
+    return found
+
+
 def _check_lossy(section: SchedulerConfig, located: Located, given: Mapping[str, Any]) -> None:
     from scheduler.errors import PolicyError
     from scheduler.relax import resolve_lossy

@@ -38,6 +38,7 @@ def chat(
     slots: common.SlotsOption = None,
     dtype: common.DtypeOption = None,
     policy: common.PolicyOption = None,
+    lossy: common.LossyOption = None,
     threads: common.ThreadsOption = None,
     lookahead: common.LookaheadOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only replies.", rich_help_panel=common.OUTPUT)] = False,
@@ -58,7 +59,7 @@ def chat(
     )  # fmt: skip
     deployment = common.deploy_config(
         config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
-        lookahead=lookahead,
+        lookahead=lookahead, lossy=lossy,
     )  # fmt: skip
     with open_model(deployment, show_progress=not quiet) as opened:
         conversation = Conversation(opened.generator, system=system)

@@ -50,6 +50,14 @@ PolicyOption = Annotated[
         metavar="NAME", help="ours, hybrimoe, static, ..., or balance/prefetch/cache.", rich_help_panel=PLACEMENT
     ),
 ]
+LossyOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND",
+        help="Lossy policy: hobbit, skip, ..., with parameters as in hobbit:t1=0.5,t2=0.8; none. See docs/lossy.md.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the CPU lane.", rich_help_panel=PLACEMENT)]
 LookaheadOption = Annotated[
     int | None, typer.Option(help="Layers ahead whose routers are asked.", rich_help_panel=PLACEMENT)
@@ -97,9 +105,11 @@ def deploy_config(
     policy: str | None = None,
     threads: int | None = None,
     lookahead: int | None = None,
+    lossy: str | None = None,
 ) -> DeployConfig:
     """The deployment that a command line describes: a file or preset, with the given options on top."""
     from hybrimoe.config import load_config
+    from hybrimoe.config_policy import lossy_option
 
     return load_config(
         config,
@@ -110,6 +120,7 @@ def deploy_config(
         policy=policy,
         threads=threads,
         lookahead=lookahead,
+        lossy=None if lossy is None else lossy_option(lossy),
     )
 
 

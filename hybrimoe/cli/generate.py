@@ -43,6 +43,7 @@ def generate(
     slots: common.SlotsOption = None,
     dtype: common.DtypeOption = None,
     policy: common.PolicyOption = None,
+    lossy: common.LossyOption = None,
     threads: common.ThreadsOption = None,
     lookahead: common.LookaheadOption = None,
     timeline: common.TimelineOption = False,
@@ -65,7 +66,7 @@ def generate(
     )  # fmt: skip
     deployment = common.deploy_config(
         config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
-        lookahead=lookahead,
+        lookahead=lookahead, lossy=lossy,
     )  # fmt: skip
     check_writable(trace)
     with open_model(deployment, show_progress=not quiet) as opened, interruptible() as interrupt:

@@ -60,7 +60,7 @@ def summary(result: Mapping[str, Any]) -> Group:
     """The lines that follow a reply: speed, cache, lanes."""
     parts: list[Any] = [_speed(result)]
     if result.get("experts"):
-        parts += [_cache(result["experts"]), _lanes(result["experts"])]
+        parts += [_cache(result["experts"]), *_lossy(result["experts"]), _lanes(result["experts"])]
     return Group(*parts)
 
 
@@ -101,6 +101,20 @@ def _cache(experts: Mapping[str, Any]) -> Text:
         f"policy   {experts['policy']}; planning and dispatch {ms(total['overhead_us'])} "
         f"of {ms(total['wall_us'])} in the expert layers"
     )
+
+
+def _lossy(experts: Mapping[str, Any]) -> list[Text]:
+    """What a lossy policy did to the routing; nothing where there is none."""
+    if not experts.get("lossy"):
+        return []
+    total = experts["total"]
+    told = [f"{percent(total[key] / total['routed'])} {words}" for key, words in LOSSY_WORDS.items() if total[key]]
+    shares = ", ".join(told) or "none changed"
+    slots = f"; {experts['n_low_slots']} low-precision slots" if experts["n_low_slots"] else ""
+    return [Text(f"lossy    {experts['lossy']}: of the routed experts {shares}{slots}")]
+
+
+LOSSY_WORDS = {"skipped": "skipped", "substituted": "substituted", "lowered": "in low precision"}
 
 
 def lane_rows(experts: Mapping[str, Any]) -> list[tuple[str, float, int, str]]:
@@ -148,6 +162,8 @@ def one_line(result: Mapping[str, Any]) -> str:
     ]
     if experts and experts["n_slots"]:
         words.append(f"hit rate {percent(experts['total']['hit_rate'])} ({provenance(experts)})")
+    if experts and experts.get("lossy"):
+        words.append(f"lossy: {experts['lossy']}")
     if result["finish_reason"] in ("interrupted", "context"):
         words.append(END_WORDS[result["finish_reason"]])
     return ", ".join(words)

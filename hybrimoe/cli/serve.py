@@ -28,6 +28,7 @@ def serve(
     slots: common.SlotsOption = None,
     dtype: common.DtypeOption = None,
     policy: common.PolicyOption = None,
+    lossy: common.LossyOption = None,
     threads: common.ThreadsOption = None,
     lookahead: common.LookaheadOption = None,
     as_json: common.JsonOption = False,
@@ -43,7 +44,7 @@ def serve(
 
     deployment = common.deploy_config(
         config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
-        lookahead=lookahead,
+        lookahead=lookahead, lossy=lossy,
     )  # fmt: skip
     address, number = host or deployment.server.host, deployment.server.port if port is None else port
     listener = _listen(address, number)

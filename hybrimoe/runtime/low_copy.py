@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cpu_kernels import ExpertDtype
 from gpu_kernels import Accelerator
+from hybrimoe.errors import ConfigError
 from hybrimoe.runtime.backends import backend_for
 from hybrimoe.runtime.layers import Layer
 from hybrimoe.runtime.store import ExpertStore
@@ -32,9 +33,16 @@ def make_low_copy(
 ) -> LowCopy:  # fmt: skip
     """Packs a copy of every expert of a complete store as `dtype`.
 
-    Raises ConfigError where the backend cannot run it, BudgetError where the host has no memory for it.
+    Raises ConfigError where a copy would not be smaller than the expert, and where the backend cannot run it,
+    BudgetError where the host has no memory for it.
     """
     low_layers = [_low_layer(layer, dtype, backend, threads) for layer in layers]
+    for layer, low in zip(layers, low_layers, strict=True):
+        if low.spec.record_bytes >= layer.spec.record_bytes:
+            raise ConfigError(
+                f"{layer.path}: a low-precision copy as {dtype} is not smaller than the expert as {layer.spec.dtype};"
+                " choose a larger expert_dtype (--dtype int8 or bfloat16) or a smaller low_dtype"
+            )
     pinned = accelerator is not None and accelerator.needs_pinned_host()
     copy = ExpertStore([layer.layer_spec for layer in low_layers], pinned=pinned)
 
