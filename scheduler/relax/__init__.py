@@ -15,6 +15,8 @@ from scheduler.errors import PolicyError, did_you_mean
 from scheduler.profile import BYTES_PER_WEIGHT
 from scheduler.relax.base import FULL, LOW, Relaxation, Relaxed, RelaxSetting, Routing
 from scheduler.relax.hobbit import Hobbit
+from scheduler.relax.kept import EMoe, SwapMoe
+from scheduler.relax.misses import Skip, Substitute
 from scheduler.setting import choice, number, parameters_of
 
 __all__ = [
@@ -30,7 +32,13 @@ __all__ = [
     "resolve_lossy",
 ]
 
-RELAXATIONS: Final[Mapping[str, type[Relaxation]]] = MappingProxyType({kind.name: kind for kind in (Hobbit,)})
+RELAXATIONS: Final[Mapping[str, type[Relaxation]]] = MappingProxyType(
+    {kind.name: kind for kind in (Hobbit, Skip, Substitute, SwapMoe, EMoe)}
+)
+
+
+CHECKED_EXPERTS: Final = 256
+"""Experts of the one-layer model for which parameters are tried before a real model is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,5 +101,6 @@ def resolve_lossy(given: str | Mapping[str, Any] | None) -> Lossy | None:
     params = {key: value for key, value in mapping.items() if key != "kind" and key not in of_copy}
     copied: dict[str, Any] = {key: mapping[key] for key in of_copy if key in mapping}
     low = LowCopy(**copied) if maker.uses_low_copy else None
-    maker(RelaxSetting(1, 1), **params)
+    budget = params.get("budget")
+    maker(RelaxSetting(1, max(CHECKED_EXPERTS, budget if isinstance(budget, int) else 0)), **params)
     return Lossy(kind, MappingProxyType(params), low)
