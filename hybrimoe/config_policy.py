@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe.amounts import parse_amount
 from hybrimoe.config_errors import locate
 from hybrimoe.errors import ConfigError, did_you_mean
 from yaml_rules.located import Located
@@ -69,13 +70,28 @@ def lossy_option(text: str) -> dict[str, Any]:
     return found
 
 
+def lossy_settings(given: str | Mapping[str, Any] | None) -> str | Mapping[str, Any] | None:
+    """The `lossy` entry as `scheduler.relax.resolve_lossy` takes it: a budget written as "2GiB", "25%" or "64" becomes
+    bytes, a share or a number of experts. Raises ConfigError for a text that is no amount."""
+    if not isinstance(given, Mapping) or not isinstance(given.get("budget"), str):
+        return given
+    amount = parse_amount(given["budget"])
+    rest = {key: value for key, value in given.items() if key != "budget"}
+    if amount.kind == "auto":
+        return rest
+    if amount.kind == "none":
+        raise ConfigError("lossy: budget: expected the experts to keep, found none; leave it out or say how many")
+    key = "budget_bytes" if amount.kind == "bytes" else "budget"
+    return {**rest, key: float(amount.value) if amount.kind == "share" else int(amount.value)}
+
+
 def _check_lossy(section: SchedulerConfig, located: Located, given: Mapping[str, Any]) -> None:
     from scheduler.errors import PolicyError
     from scheduler.relax import resolve_lossy
 
     try:
-        resolve_lossy(section.lossy)
-    except (PolicyError, TypeError) as error:
+        resolve_lossy(lossy_settings(section.lossy))
+    except (PolicyError, ConfigError, TypeError) as error:
         raise ConfigError(f"{locate(('scheduler', 'lossy'), located, given)}: scheduler.lossy: {error}") from error
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hybrimoe.amounts import Amount
-from hybrimoe.config_policy import resolved_policy
+from hybrimoe.config_policy import lossy_settings, resolved_policy
 from hybrimoe.errors import DeviceError
 from hybrimoe.runtime.config import RuntimeConfig
 from scheduler.relax import resolve_lossy
@@ -31,7 +31,7 @@ def runtime_config(config: DeployConfig) -> RuntimeConfig:
         lookahead=config.scheduler.lookahead,
         seed=config.scheduler.seed,
         kv_reserve_bytes=_kv_bytes(config.memory.kv, accelerator),
-        lossy=resolve_lossy(config.scheduler.lossy),
+        lossy=resolve_lossy(lossy_settings(config.scheduler.lossy)),
     )
 
 

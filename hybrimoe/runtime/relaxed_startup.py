@@ -32,6 +32,7 @@ def relaxed_runner(
         low_runner = low_startup.runner(None, None if before is None else before.low, frequencies)
     gates = startup.new_lookahead(startup.config.lookahead) if before is None else before.gates
     relaxation = _relaxation(lossy, startup, gates) if before is None else before.relaxation
+    relaxation.follow_slots(0 if startup.accelerator is None else startup.accelerator.n_slots)
     make = partial(RelaxedRunner, relaxation=relaxation, low=low_runner, gates=gates)
     runner = dataclasses.replace(startup, make_runner=make).runner(None, previous, frequencies)
     assert isinstance(runner, RelaxedRunner)

@@ -12,6 +12,7 @@ from torch import nn
 from cpu_kernels import ExpertDtype
 from gpu_kernels import Accelerator
 from hybrimoe import experts_layout
+from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime.backends import backend_for, cpu_threads, open_device
 from hybrimoe.runtime.config import RuntimeConfig
@@ -19,6 +20,7 @@ from hybrimoe.runtime.hybrid_experts import HybridExperts
 from hybrimoe.runtime.layers import PLACEMENTS, Layer, Placement
 from hybrimoe.runtime.lookahead import ProbeSink, RoutingCaptured, run_probe
 from hybrimoe.runtime.low_copy import LowCopy, make_low_copy
+from hybrimoe.runtime.relaxed import RelaxedRunner
 from hybrimoe.runtime.relaxed_startup import relaxed_runner
 from hybrimoe.runtime.runner import RoutingRecorder, Runner
 from hybrimoe.runtime.startup import Frequencies, Startup
@@ -147,6 +149,22 @@ class Session:
             runner.drain()
             self._start_runner(slots, runner, runner.activations if runner.activations.any() else None)
             return self.n_slots
+
+    def resize_budget(self, budget: int | float | str) -> int:
+        """Changes, while the session lives, how many experts a lossy policy with a memory budget keeps.
+
+        budget: a number of experts over all layers, a share, or a size. Returns the number of experts. Raises
+        ModelError where no lossy policy runs, BudgetError or PolicyError for what cannot be.
+        """
+        with self._lock:
+            runner = self._ready()
+            if not isinstance(runner, RelaxedRunner):
+                raise ModelError("nothing lossy runs here: set scheduler.lossy to swapmoe or emoe to have a budget")
+            n_experts = sum(layer.num_experts for layer in self._layers)
+            expert_bytes = max(layer.spec.record_bytes for layer in self._layers)
+            kept = parse_amount(budget).to_experts(n_experts, expert_bytes, auto=self.n_slots)
+            runner.relaxation.resize(kept)
+            return kept
 
     def close(self) -> None:
         """Stops the lanes and releases device memory; layers can no longer run. Safe to call twice."""

@@ -114,6 +114,9 @@ class Relaxation:
         """A new memory budget, in experts over all layers. Raises PolicyError where there is none to change."""
         raise PolicyError(f"{self.name} has no memory budget that could be changed; swapmoe and emoe have one")
 
+    def follow_slots(self, n_slots: int) -> None:
+        """The accelerator has so many full-precision slots from now on; for budgets that were not given."""
+
     def as_dict(self) -> dict[str, Any]:
         """What the policy believes now, for statistics. Plain data."""
         return {}

@@ -20,16 +20,16 @@ class Kept(Relaxation):
     """The kept experts of each layer are those of the highest ``worth``, as many as the memory budget holds.
 
     budget: a share of all experts (float in (0, 1]) or their number (int), split evenly over the layers, the first
-    ones get what is left; ``budget_bytes`` instead: a size in full precision. An entry of another expert falls to the
-    kept expert that the router likes next (or, where the gates are not known, to the one of the highest worth); its
-    weight is scaled by the two gate probabilities and the token's weights add up to what they did before. A layer
-    chooses its first set by the first input that it sees.
+    ones get what is left; ``budget_bytes`` instead: a size in full precision; neither: as many as there are slots (half
+    of all where there are none). An entry of another expert falls to the kept expert that the router likes next (or,
+    where the gates are not known, to the one of the highest worth); its weight is scaled by the two gate probabilities
+    and the token's weights add up to what they did before. A layer chooses its first set by the first input it sees.
     """
 
     needs_scores = True
 
     def __init__(
-        self, setting: RelaxSetting, budget: float | int = SHARE, budget_bytes: int | None = None,
+        self, setting: RelaxSetting, budget: float | int | None = None, budget_bytes: int | None = None,
         forget: float = FORGET,
     ) -> None:  # fmt: skip
         super().__init__(setting)
@@ -37,7 +37,8 @@ class Kept(Relaxation):
         self.worth, self.kept = np.zeros(shape), np.zeros(shape, np.bool_)
         self.updates = 0
         self.forget = number(self.name, "forget", forget, 0.0, 1.0)
-        self.budget = self._experts(budget, budget_bytes)
+        self._follows_slots = budget is None and budget_bytes is None
+        self.budget = self._experts(SHARE if budget is None else budget, budget_bytes)
         self._check(self.budget)
 
     def relax(self, routing: Routing) -> Relaxed:
@@ -76,7 +77,12 @@ class Kept(Relaxation):
         """A new budget; each layer that has run chooses anew at once."""
         self._check(n_experts)
         self.budget = n_experts
-        self._choose_all()
+        for layer in np.flatnonzero(self.kept.any(axis=1)).tolist():
+            self._choose(layer)
+
+    def follow_slots(self, n_slots: int) -> None:
+        if self._follows_slots and n_slots:
+            self.resize(max(n_slots, self.setting.n_layers))
 
     def as_dict(self) -> dict[str, Any]:
         return {"budget": self.budget, "kept": int(self.kept.sum()), "updates": self.updates}
@@ -132,8 +138,8 @@ class SwapMoe(Kept):
     needs_expert_norms = True
 
     def __init__(
-        self, setting: RelaxSetting, budget: float | int = SHARE, budget_bytes: int | None = None, frequency: int = 16,
-        forget: float = FORGET,
+        self, setting: RelaxSetting, budget: float | int | None = None, budget_bytes: int | None = None,
+        frequency: int = 16, forget: float = FORGET,
     ) -> None:  # fmt: skip
         super().__init__(setting, budget, budget_bytes, forget)
         self.frequency = integer(self.name, "frequency", frequency, 1)
@@ -167,8 +173,8 @@ class EMoe(Kept):
     name = "emoe"
 
     def __init__(
-        self, setting: RelaxSetting, budget: float | int = SHARE, budget_bytes: int | None = None, period: int = 40,
-        forget: float = FORGET,
+        self, setting: RelaxSetting, budget: float | int | None = None, budget_bytes: int | None = None,
+        period: int = 40, forget: float = FORGET,
     ) -> None:  # fmt: skip
         super().__init__(setting, budget, budget_bytes, forget)
         self.period = integer(self.name, "period", period, 1)

@@ -15,7 +15,8 @@ from scheduler.relax import FULL, LOW, RELAXATIONS, LowCopy, RelaxSetting, Routi
 def routing(ids, weights, resident, scores=None, norms=None, layer=0):
     made = Routing(
         layer, "decode", np.array(ids, np.int32), np.array(weights, np.float32), np.array(resident, np.bool_),
-        None if scores is None else np.array(scores, np.float32), None if norms is None else np.array(norms, np.float32),
+        None if scores is None else np.array(scores, np.float32),
+        None if norms is None else np.array(norms, np.float32),
     )  # fmt: skip
     made.validate()
     return made
