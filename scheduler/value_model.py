@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from scheduler.compiled import compiled
 from scheduler.demand import LayerDemand
+from scheduler.residency import MIX, WEIGHTS, Residency
 from scheduler.setting import Setting
 from scheduler.transitions import count_transitions, follow
 
@@ -21,10 +22,6 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
 
-FAST, SLOW = 0.4, 0.05
-"""Weights of the newest token in the two moving means of use."""
-MIX = (0.32, 0.48, 0.20)
-"""Least-squares weights of fast, slow and warm-up rate for use at the next token (gpt-oss-20b, tuning half)."""
 FORECAST = (1.42, 0.38, 1.10)
 """Logistic weights of follow chance, rate of use (both as log-odds) and a constant (gpt-oss-20b, tuning half)."""
 COUNT_DECAY, PRIOR_TRUST = 0.998, 8.0
@@ -40,31 +37,34 @@ FOLLOW_TOKENS: Final = 4
 
 
 @compiled
-def update_rates(rates: Floats, keep: Floats, ids: Ids, n_tokens: Ids, n_total: int, worth_us: float) -> None:
+def update_rates(
+    rates: Floats, keep: Floats, ids: Ids, n_tokens: Ids, n_total: int, saving_us: float, factors: Floats
+) -> None:
     """One layer's routing arrives, in place.
 
-    rates float64[3, E]: fast mean, slow mean, warm-up share of use; keep float64[E] = worth_us * chance of use at the
-    next token. The warm-up share becomes a rate by the experts a token that are seen now.
+    rates float64[3, E]: fast, slow and very slow moving mean of use; keep float64[E] = saving_us * uses to come.
     """
     total = max(n_total, 1)
-    active = 0.0
-    for i in range(ids.size):
-        active += n_tokens[i]
-    for row in range(2):
-        stay = (1.0 - (FAST if row == 0 else SLOW)) ** total
+    for row in range(3):
+        stay = (1.0 - WEIGHTS[row]) ** total
         for e in range(keep.size):
             rates[row, e] *= stay
         for i in range(ids.size):
             rates[row, ids[i]] += (1.0 - stay) * min(n_tokens[i] / total, 1.0)
     for e in range(keep.size):
-        keep[e] = worth_us * chance_of_use(rates, e, active / total)
+        keep[e] = saving_us * uses_to_come(rates, e, factors)
 
 
 @compiled
-def chance_of_use(rates: Floats, expert: int, per_token: float) -> float:
-    """Chance that an expert is used by its layer's next token; ``per_token`` experts are."""
-    chance = MIX[0] * rates[0, expert] + MIX[1] * rates[1, expert] + MIX[2] * min(rates[2, expert] * per_token, 1.0)
-    return float(chance)
+def chance_of_use(rates: Floats, expert: int) -> float:
+    """Chance that an expert is used by its layer's next token."""
+    return float(MIX[0] * rates[0, expert] + MIX[1] * rates[1, expert] + MIX[2] * rates[2, expert])
+
+
+@compiled
+def uses_to_come(rates: Floats, expert: int, factors: Floats) -> float:
+    """Uses expected while an expert's residency pays (``residency``)."""
+    return float(factors[0] * rates[0, expert] + factors[1] * rates[1, expert] + factors[2] * rates[2, expert])
 
 
 @compiled
@@ -109,7 +109,7 @@ def learn_fate(own: Floats, shared: Floats, cells: Ints, experts: Ints, ids: Ids
 
 @compiled
 def look_ahead(
-    ids: Ids, counts: npt.NDArray[np.float32], rates: Floats, keep: Floats, saving_us: float, worth_us: float,
+    ids: Ids, counts: npt.NDArray[np.float32], rates: Floats, keep: Floats, saving_us: float, factors: Floats,
     slots: Ints, given: Ids, scores: npt.NDArray[np.float32], own: Floats, shared: Floats, experts: Ints, cells: Ints,
     chances: Floats,
 ) -> int:  # fmt: skip
@@ -118,21 +118,20 @@ def look_ahead(
     ``given``, ``scores``: the gate's prediction, empty if there is none. Writes up to CANDIDATES absent experts, their
     bins and calibrated chances, likeliest first (ties: lower id), and returns how many.
     """
-    per_token = float(ids.size)
     n_experts = slots.size
     prior = np.empty(n_experts)
     gate = np.zeros(n_experts)
     for i in range(given.size):
         gate[given[i]] = scores[i]
     for e in range(n_experts):
-        prior[e] = chance_of_use(rates, e, per_token)
+        prior[e] = chance_of_use(rates, e)
     following = follow(counts, ids, prior, PRIOR_TRUST)
     n = 0
     for e in range(n_experts):
         odds = FORECAST[0] * log_odds(following[e]) + FORECAST[1] * log_odds(prior[e]) + FORECAST[2]
         forecast = 1.0 / (1.0 + np.exp(-odds))
         if slots[e] >= 0:
-            keep[e] = worth_us * prior[e] + saving_us * max(forecast, min(gate[e], 1.0))
+            keep[e] = saving_us * (uses_to_come(rates, e, factors) + max(forecast, min(gate[e], 1.0)))
             continue
         chance = calibrated(own, shared, forecast, gate[e])
         i = n
@@ -153,11 +152,12 @@ class ValueModel:
     [: n_candidates] of layer ``ahead``.
     """
 
-    def __init__(self, setting: Setting, horizon: float) -> None:
-        self.setting, self.horizon = setting, horizon
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.residency = setting, Residency(setting.slots.n_slots)
         n_layers, n_experts = setting.n_layers, setting.n_experts
         self.keep = np.zeros(setting.n_keys)
         self.rates = np.zeros((n_layers, 3, n_experts))
+        self._shares = np.zeros(n_layers, np.bool_)
         self.counts = np.zeros((n_layers, n_experts, n_experts + 1), np.float32)
         self.own, self.shared = np.zeros((n_layers, 2, N_BINS * N_BINS)), np.zeros((2, N_BINS * N_BINS))
         self.experts, self.cells = np.zeros(CANDIDATES, np.int64), np.zeros(CANDIDATES, np.int64)
@@ -167,12 +167,10 @@ class ValueModel:
         self._no_ids, self._no_scores = np.empty(0, np.int32), np.empty(0, np.float32)
 
     @classmethod
-    def of(cls, setting: Setting, horizon: float | None = None) -> ValueModel:
-        """The setting's model, made on first use; the cache policy's horizon wins."""
+    def of(cls, setting: Setting) -> ValueModel:
+        """The setting's model, made on first use."""
         if not isinstance(setting.value, cls):
-            setting.value = cls(setting, DEFAULT_HORIZON if horizon is None else horizon)
-        elif horizon is not None:
-            setting.value.horizon = horizon
+            setting.value = cls(setting)
         return setting.value
 
     def saving_us(self, layer: int) -> float:
@@ -189,11 +187,12 @@ class ValueModel:
         """Known use before the first step."""
         if frequencies is None:
             return
-        self.rates[:, 2] = frequencies / np.maximum(frequencies.sum(axis=1, keepdims=True), 1e-300)
-        self.rates[:, 1] = np.minimum(self.rates[:, 2] * 4.0, 1.0)
+        shares = frequencies / np.maximum(frequencies.sum(axis=1, keepdims=True), 1e-300)
+        self.rates[:, 1:] = shares[:, None]
+        self._shares[:] = True
         rows = self.keep.reshape(self.setting.n_layers, -1)
         for layer in range(self.setting.n_layers):
-            rows[layer] = self.horizon * self.saving_us(layer) * self.rates[layer, 1]
+            rows[layer] = self.saving_us(layer) * shares[layer]
 
     def observe(self, demand: LayerDemand) -> None:
         """Learns from a layer's routing and looks at the next one. Arrays as LayerDemand says (int32, contiguous)."""
@@ -202,18 +201,30 @@ class ValueModel:
             return
         self._seen = demand
         layer, ids, n = demand.layer, demand.expert_ids, self.setting.n_experts
-        worth = self.horizon * self.saving_us(layer)
         if self.n_candidates and self.ahead == layer:
             m = self.n_candidates
             learn_fate(self.own[layer], self.shared, self.cells[:m], self.experts[:m], ids)
         few = demand.n_tokens_total <= FOLLOW_TOKENS
+        if before is None or before.layer >= layer:
+            self.residency.begin_step(self.setting.slots.n_slots, few)
         if few and before is not None and before.layer + 1 == layer:
             count_transitions(self.counts[before.layer], before.expert_ids, ids, COUNT_DECAY)
         keep = self.keep[layer * n : layer * n + n]
-        update_rates(self.rates[layer], keep, ids, demand.n_tokens, demand.n_tokens_total, worth)
+        if self._shares[layer]:
+            self._to_rates(demand)
+        update_rates(
+            self.rates[layer], keep, ids, demand.n_tokens, demand.n_tokens_total, self.saving_us(layer),
+            self.residency.factors,
+        )  # fmt: skip
         self.n_candidates = 0
         if few and layer + 1 < self.setting.n_layers:
             self._look(demand, layer + 1)
+
+    def _to_rates(self, demand: LayerDemand) -> None:
+        """Known shares of use become rates by the experts a token that are seen now."""
+        per_token = float(demand.n_tokens.sum()) / max(demand.n_tokens_total, 1)
+        np.minimum(self.rates[demand.layer] * per_token, 1.0, out=self.rates[demand.layer])
+        self._shares[demand.layer] = False
 
     def _look(self, demand: LayerDemand, layer: int) -> None:
         n, given, scores = self.setting.n_experts, self._no_ids, self._no_scores
@@ -225,10 +236,6 @@ class ValueModel:
         self.ahead = layer
         self.n_candidates = look_ahead(
             demand.expert_ids, self.counts[layer - 1], self.rates[layer], self.keep[part], saving,
-            self.horizon * saving, slot_of[part], given, scores, self.own[layer], self.shared, self.experts,
+            self.residency.factors, slot_of[part], given, scores, self.own[layer], self.shared, self.experts,
             self.cells, self.chances,
         )  # fmt: skip
-
-
-DEFAULT_HORIZON = 2.0
-"""Tokens over which residency pays (tuned: gpt-oss-20b's tuning half, two machines)."""

@@ -162,11 +162,22 @@ def test_learned_features_by_hand_and_scorer_is_used() -> None:
 
 
 def test_value_counts_us() -> None:
-    """keep = horizon * 80 us * (0.32 * fast + 0.48 * slow), one use from nothing: 0.4 and 0.05."""
-    value = policy("value", horizon=2.0)
+    """Residency that pays for one token only: keep = 80 us * (0.32 * 0.4 + 0.48 * 0.05 + 0.20 * 0.02), one use."""
+    value = policy("value", lifetime_share=0.0)
     value.observe(demand(0, {1: 1.0}))
-    assert value.keep[1] == pytest.approx(2.0 * 80.0 * (0.32 * 0.4 + 0.48 * 0.05))
+    assert value.keep[1] == pytest.approx(80.0 * (0.32 * 0.4 + 0.48 * 0.05 + 0.20 * 0.02))
     assert value.keep[0] == 0.0
+
+
+def test_value_turns_known_shares_into_rates() -> None:
+    """Half of layer 0's activations go to expert 1; two experts a token: it is used by every token."""
+    value = policy("value")
+    value.warmed(np.array([[1.0, 2.0, 1.0, 0.0]] * 2))
+    value.observe(demand(0, {0: 0.5, 2: 0.5}))
+    rates = value.model.rates[0]
+    assert rates[1, 1] == pytest.approx(0.95)
+    assert rates[2, 1] == pytest.approx(0.98)
+    assert rates[2, 0] == pytest.approx(0.5 * 0.98 + 0.02)
 
 
 def test_dynamic_programming_gives_slots_where_they_hit_most() -> None:
@@ -197,7 +208,7 @@ def test_lru_sizes_by_dynamic_programming_and_shallow_first() -> None:
         ("lru", {"sizes": "odd"}, "sizes must be one of"),
         ("hobbit", {"w_lru": -1}, "w_lru"),
         ("arc", {"n_shallow": -1}, "n_shallow"),
-        ("value", {"horizon": "long"}, "horizon"),
+        ("value", {"lifetime_share": "long"}, "lifetime_share"),
         ("lrv", {}, "did you mean"),
     ],
 )
