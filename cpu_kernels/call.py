@@ -9,15 +9,16 @@ import numpy as np
 from cpu_kernels.compiled import Whole, inline_kernel
 from cpu_kernels.layout import BLOCK_COLUMNS
 
-(PANEL, IN_TRUE, INTER_TRUE, OUT_TRUE, IN, INTER, OUT, BLOCK_BYTES, X_BYTES, CODE_OFFSET, GATED, KIND, DOWN,
+(PANEL, EXACT_PANEL, PREPARE, FINISH, IN_TRUE, INTER_TRUE, OUT_TRUE, IN, INTER, OUT, BLOCK_BYTES, X_BYTES, GATED, DOWN,
  HAS_BIAS, GATE_BIAS, UP_BIAS, DOWN_BIAS, PREPARE_WORKER, UP_WORKER, DOWN_WORKER,
- PLAN_SIZE) = range(21)  # fmt: skip
+ PLAN_SIZE) = range(22)  # fmt: skip
 (N_EXPERTS, N_TOKENS, N_ROWS, PARAMETERS, RECORDS, INPUT, WEIGHTS, OUT_ROWS, STARTS, TOKENS, FLAT, WANTED, X, H,
- COUNTERS, CALL_SIZE) = range(PLAN_SIZE, PLAN_SIZE + 16)  # fmt: skip
+ COUNTERS, X_PANEL, H_PANEL, CALL_SIZE) = range(PLAN_SIZE, PLAN_SIZE + 18)  # fmt: skip
 
 LINE = 64  # bytes: sections of the workspace and counters are this far apart
-# Counters (int64, a cache line each): next token, next task of region 1 and 2, 1 + a token that is not finite
-NEXT_TOKEN, NEXT_UP, NEXT_DOWN, NOT_FINITE, N_COUNTERS = range(5)
+# Counters (int64, a cache line each): next token, next task of region 1 and 2, 1 + a token that is not finite, 1 if a
+# token needs the second parts of split activations
+NEXT_TOKEN, NEXT_UP, NEXT_DOWN, NOT_FINITE, INEXACT, N_COUNTERS = range(6)
 
 
 @inline_kernel

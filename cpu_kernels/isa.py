@@ -31,6 +31,11 @@ class Isa:
     about: str
 
     @property
+    def bf16_dot(self) -> bool:
+        """Whether vdpbf16ps multiplies pairs of bfloat16."""
+        return "avx512bf16" in self.features
+
+    @property
     def fused(self) -> bool:
         """Whether fused multiply-add is an instruction (elsewhere LLVM decides)."""
         return "fma" in self.features
@@ -38,6 +43,7 @@ class Isa:
 
 _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+_VNNI = (*_AVX512, "avx512vnni")
 # One vector of rows by up to 8 tokens: a row block is then a single stream, which the hardware prefetchers follow at
 # the bandwidth of a plain read (2 or 4 streams at once reach 70 % of it; Zen 4, measured).
 _WIDE = ((8, 1), (4, 1), (2, 1), (1, 1))
@@ -47,7 +53,8 @@ _QUARTER = ((4, 1), (2, 2), (1, 4))
 
 # In order of preference: the first that the CPU supports runs.
 PATHS: tuple[Isa, ...] = (
-    Isa("avx512vnni", 16, "vnni", (*_AVX512, "avx512vnni"), _WIDE, "512-bit vpdpbusd"),
+    Isa("avx512bf16", 16, "vnni", (*_VNNI, "avx512bf16"), _WIDE, "512-bit vpdpbusd and vdpbf16ps"),
+    Isa("avx512vnni", 16, "vnni", _VNNI, _WIDE, "512-bit vpdpbusd"),
     Isa("avx512", 16, "maddubs", _AVX512, _WIDE, "512-bit vpmaddubsw + vpmaddwd"),
     Isa("avxvnni", 8, "vnni", (*_AVX2, "avxvnni"), _NARROW, "256-bit vpdpbusd (VEX)"),
     Isa("avx2", 8, "maddubs", _AVX2, _NARROW, "256-bit vpmaddubsw + vpmaddwd"),

@@ -11,8 +11,11 @@ from cpu_kernels.call import (
     CALL_SIZE,
     COUNTERS,
     DOWN_WORKER,
+    EXACT_PANEL,
     FLAT,
+    H_PANEL,
     IN,
+    INEXACT,
     INPUT,
     INTER,
     LINE,
@@ -22,6 +25,7 @@ from cpu_kernels.call import (
     N_TOKENS,
     NOT_FINITE,
     OUT_ROWS,
+    PANEL,
     PARAMETERS,
     PLAN_SIZE,
     PREPARE_WORKER,
@@ -31,6 +35,7 @@ from cpu_kernels.call import (
     UP_WORKER,
     WANTED,
     WEIGHTS,
+    X_PANEL,
     H,
     X,
     counter_address,
@@ -65,7 +70,7 @@ def run_layer(
 ) -> int:
     """out_rows[r] = weights[r] * FFN(hidden[r // top_k]); returns -1, or a token whose input is not finite.
 
-    plan int64 [PLAN_SIZE]; parameters float32, see `elementwise`; records uint64 [n], positions int32 [n]; offsets,
+    plan int64 [PLAN_SIZE]; parameters float32, see `simd.rows`; records uint64 [n], positions int32 [n]; offsets,
     rows, weights, top_k: fields of a Dispatch; hidden float32 [T, H]; workspace uint8 [workspace_bytes(...)].
     """
     address = (workspace.ctypes.data + LINE - 1) // LINE * LINE
@@ -80,6 +85,7 @@ def run_layer(
     bad: int = _not_finite(call)
     if bad >= 0:
         return bad
+    call[X_PANEL], call[H_PANEL] = _panel_for_x(call), call[PANEL]
     _region(plan[UP_WORKER], address, n_threads)
     _region(plan[DOWN_WORKER], address, n_threads)
     return -1
@@ -119,6 +125,7 @@ def run_linear_layer(
     bad: int = _not_finite(call)
     if bad >= 0:
         return bad
+    call[H_PANEL] = _panel_for_x(call)
     _region(plan[DOWN_WORKER], address, n_threads)
     return -1
 
@@ -181,6 +188,12 @@ def _section(call: np.ndarray, name: int, free: int, n_bytes: int) -> int:
 def _clear_counters(call: np.ndarray) -> None:
     for name in range(N_COUNTERS):
         int64s_at(counter_address(call, name), 1)[0] = 0
+
+
+@inline_kernel
+def _panel_for_x(call: np.ndarray) -> Whole:
+    """The panel that the prepared tokens need: without second parts where all are 0 (the bits are the same)."""
+    return call[PANEL] if int64s_at(counter_address(call, INEXACT), 1)[0] else call[EXACT_PANEL]
 
 
 @inline_kernel

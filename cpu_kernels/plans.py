@@ -5,13 +5,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels import call
-from cpu_kernels.elementwise import ACT_MAX, ALPHA, GATE_MAX, UP_LIMIT, UP_OFFSET
-from cpu_kernels.layout import BLOCK_COLUMNS, block_bytes, is_quantised, padded
-from cpu_kernels.quantise import OFFSET
-from cpu_kernels.simd.compile import panel_address
-from cpu_kernels.simd.tiles import x_block_bytes
-from cpu_kernels.spec import KINDS, Activation, ExpertSpec
-from cpu_kernels.workers import DOWN_WORK, N_PARAMETERS, PREPARE_WORK, UP_WORK
+from cpu_kernels.isa import BY_NAME
+from cpu_kernels.layout import BLOCK_COLUMNS, block_bytes, padded
+from cpu_kernels.simd.compile import kernel_address
+from cpu_kernels.simd.formats import format_of
+from cpu_kernels.simd.rows import (
+    ACT_MAX,
+    ALPHA,
+    GATE_MAX,
+    N_PARAMETERS,
+    UP_LIMIT,
+    UP_OFFSET,
+    FinishKernel,
+    PrepareKernel,
+)
+from cpu_kernels.simd.tiles import PanelKernel
+from cpu_kernels.spec import Activation, ExpertDtype, ExpertSpec
+from cpu_kernels.workers import DOWN_WORK, PREPARE_WORK, UP_WORK
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,25 +38,30 @@ def expert_plan(spec: ExpertSpec, isa_name: str) -> Plan:
     """The plan of an expert; compiles (or loads) the kernels it names."""
     layout = spec.layout
     vector = _base(spec.dtype, isa_name, spec.hidden, spec.inter, spec.hidden)
-    vector[call.GATED], vector[call.KIND] = spec.activation.gated, KINDS.index(spec.activation.kind)
+    vector[call.GATED] = spec.activation.gated
+    finish = FinishKernel(format_of(spec.dtype, BY_NAME[isa_name]), spec.activation.kind, spec.activation.gated)
+    vector[call.FINISH] = kernel_address(finish, isa_name)
     vector[call.DOWN], vector[call.HAS_BIAS] = layout.down_offset, spec.has_bias
     vector[call.GATE_BIAS], vector[call.UP_BIAS] = layout.gate_bias_offset, layout.up_bias_offset
     vector[call.DOWN_BIAS], vector[call.UP_WORKER] = layout.down_bias_offset, UP_WORK.address
     return _plan(vector, spec.activation)
 
 
-def linear_plan(in_features: int, out_features: int, dtype: str, isa_name: str) -> Plan:
+def linear_plan(in_features: int, out_features: int, dtype: ExpertDtype, isa_name: str) -> Plan:
     """The plan of one packed matrix."""
     return _plan(_base(dtype, isa_name, in_features, in_features, out_features), Activation("identity", gated=False))
 
 
-def _base(dtype: str, isa_name: str, n_in: int, n_inter: int, n_out: int) -> np.ndarray:
+def _base(dtype: ExpertDtype, isa_name: str, n_in: int, n_inter: int, n_out: int) -> np.ndarray:
     vector = np.zeros(call.PLAN_SIZE, np.int64)
-    vector[call.PANEL] = panel_address(dtype, isa_name)
+    form = format_of(dtype, BY_NAME[isa_name])
+    vector[call.PANEL] = kernel_address(PanelKernel(dtype), isa_name)
+    exact = PanelKernel(dtype, first_parts_only=form.kind == "split")
+    vector[call.EXACT_PANEL] = kernel_address(exact, isa_name)
+    vector[call.PREPARE] = kernel_address(PrepareKernel(form), isa_name)
     vector[[call.IN_TRUE, call.INTER_TRUE, call.OUT_TRUE]] = n_in, n_inter, n_out
     vector[[call.IN, call.INTER, call.OUT]] = padded(n_in), padded(n_inter), padded(n_out)
-    vector[call.BLOCK_BYTES], vector[call.X_BYTES] = block_bytes(dtype), x_block_bytes(dtype)
-    vector[call.CODE_OFFSET] = OFFSET[dtype] if is_quantised(dtype) else 0
+    vector[call.BLOCK_BYTES], vector[call.X_BYTES] = block_bytes(dtype), form.block_bytes
     vector[call.PREPARE_WORKER], vector[call.DOWN_WORKER] = PREPARE_WORK.address, DOWN_WORK.address
     return vector
 

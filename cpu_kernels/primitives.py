@@ -12,6 +12,18 @@ from cpu_kernels.compiled import inline_kernel
 _I64 = ir.IntType(64)
 
 
+def _kernel_call(n_arguments: int, result: types.Type) -> Any:
+    """Signature and code of a call of machine code by address: an address, then n_arguments addresses and sizes."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        returned = ir.VoidType() if result == types.void else _I64
+        kind = ir.FunctionType(returned, [_I64] * n_arguments)
+        value = builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value() if result == types.void else value
+
+    return result(*[types.int64] * (n_arguments + 1)), code
+
+
 @intrinsic
 def call_panel(
     typingctx: Any,
@@ -26,14 +38,29 @@ def call_panel(
     out: Any,
 ) -> Any:
     """Calls the compiled `panel` (cpu_kernels.simd.tiles) at address `function`; addresses and sizes are int64."""
+    return _kernel_call(8, types.void)
 
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_I64] * 8)
-        target = builder.inttoptr(arguments[0], kind.as_pointer())
-        builder.call(target, arguments[1:])
-        return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9), code
+@intrinsic
+def call_prepare(typingctx: Any, function: Any, source: Any, n_true: Any, target: Any) -> Any:
+    """Calls the compiled `prepare` (cpu_kernels.simd.rows) at address `function`; returns its flags."""
+    return _kernel_call(3, types.int64)
+
+
+@intrinsic
+def call_finish(
+    typingctx: Any,
+    function: Any,
+    sums: Any,
+    n_rows: Any,
+    parameters: Any,
+    n_true: Any,
+    target: Any,
+    target_bytes: Any,
+    column: Any,
+) -> Any:
+    """Calls the compiled `finish` (cpu_kernels.simd.rows) at address `function`."""
+    return _kernel_call(7, types.void)
 
 
 @intrinsic
@@ -70,13 +97,7 @@ def bits_of_float(typingctx: Any, x: Any) -> Any:
 @intrinsic
 def call_worker(typingctx: Any, function: Any, call: Any, thread: Any) -> Any:
     """Calls a compiled `worker` at address `function` with its two int64 arguments."""
-
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_I64] * 2)
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), code
+    return _kernel_call(2, types.void)
 
 
 def _pointer_to(kind: types.Type) -> Any:

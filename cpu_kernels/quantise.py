@@ -9,11 +9,9 @@ import numpy as np
 import torch
 
 from cpu_kernels.compiled import Real, Truth, Whole, inline_kernel, kernel
-from cpu_kernels.elementwise import ABSOLUTE_BITS, INFINITY_BITS, ROUND
-from cpu_kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, GROUP
+from cpu_kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, GROUP, OFFSET
 from cpu_kernels.primitives import bits_of_float, float_from_bits
 
-OFFSET = {"int8": 128, "int4": 8}  # stored code = q + OFFSET: unsigned, as vpdpbusd wants its first operand
 BITS = {"int8": 8, "int4": 4}
 INT8_MAX = 127
 INT4_MIN, INT4_MAX = -8, 7
@@ -23,6 +21,9 @@ INT4_DIVISORS = np.array([-8.0, -8.6, -7.5, 7.0, 7.6], np.float32)
 TINY = np.float32(1e-30)  # groups below are stored as zeros
 WORDS = GROUP // 4  # 32-bit words of the codes of a group
 f32, i32 = np.float32, np.int32
+INFINITY_BITS = i32(0x7F800000)
+ABSOLUTE_BITS = i32(0x7FFFFFFF)
+ROUND = f32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
 
 
 def dequantise(codes: torch.Tensor, scales: torch.Tensor, dtype: str) -> torch.Tensor:

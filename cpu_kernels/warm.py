@@ -9,7 +9,8 @@ import torch
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.dispatch import build_dispatch, combine
 from cpu_kernels.pack import pack_expert
-from cpu_kernels.simd.compile import panel_address
+from cpu_kernels.simd.compile import kernel_address
+from cpu_kernels.simd.tiles import PanelKernel
 from cpu_kernels.spec import Activation, ExpertDtype, ExpertSpec, ExpertWeights
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next ("" at the end)
@@ -26,7 +27,7 @@ def warm_up(
     backend = NumbaBackend(threads)
     steps: list[tuple[str, Callable[[], object]]] = []
     for dtype in wanted:
-        steps.append((f"{dtype} kernel", partial(panel_address, dtype, backend.choice.isa.name)))
+        steps.append((f"{dtype} kernel", partial(kernel_address, PanelKernel(dtype), backend.choice.isa.name)))
         steps.append((f"{dtype} layer", partial(_run_once, backend, dtype)))
     for done, (label, step) in enumerate(steps):
         if progress is not None:

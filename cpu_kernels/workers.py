@@ -8,19 +8,20 @@ import numpy as np
 from cpu_kernels.call import (
     BLOCK_BYTES,
     CALL_SIZE,
-    CODE_OFFSET,
     DOWN,
     DOWN_BIAS,
+    FINISH,
     FLAT,
     GATE_BIAS,
     GATED,
+    H_PANEL,
     HAS_BIAS,
     IN,
     IN_TRUE,
+    INEXACT,
     INPUT,
     INTER,
     INTER_TRUE,
-    KIND,
     N_EXPERTS,
     N_TOKENS,
     NEXT_DOWN,
@@ -30,8 +31,8 @@ from cpu_kernels.call import (
     OUT,
     OUT_ROWS,
     OUT_TRUE,
-    PANEL,
     PARAMETERS,
+    PREPARE,
     RECORDS,
     STARTS,
     TOKENS,
@@ -39,59 +40,48 @@ from cpu_kernels.call import (
     WANTED,
     WEIGHTS,
     X_BYTES,
+    X_PANEL,
     H,
     X,
     counter_address,
     row_bytes_of,
 )
-from cpu_kernels.compiled import Truth, Whole, Worker, inline_kernel
-from cpu_kernels.elementwise import ABSOLUTE_BITS, INFINITY_BITS, activate, gate_times_up, quantise_block
+from cpu_kernels.compiled import Whole, Worker, inline_kernel
 from cpu_kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, INTERLEAVE
-from cpu_kernels.primitives import bytes_at, call_panel, floats_at, int32s_at, int64s_at, take_ticket
+from cpu_kernels.primitives import (
+    bytes_at,
+    call_finish,
+    call_panel,
+    call_prepare,
+    floats_at,
+    int32s_at,
+    int64s_at,
+    take_ticket,
+)
+from cpu_kernels.simd import formats
 from cpu_kernels.simd.tiles import PANEL_ROWS
 
 ROW_CHUNK = 128  # tokens a task handles at a time: its float32 results (32 KiB) and their activations stay in L2
 PANEL_BLOCKS = PANEL_ROWS // BLOCK_ROWS
-N_PARAMETERS = 5
 
 
 def _prepare(call_address: int, thread: int) -> None:
-    """Worker: quantises (or copies, padded) the wanted tokens into X."""
+    """Worker: writes the wanted tokens into X in the format that the panel reads."""
     call = int64s_at(call_address, CALL_SIZE)
     wanted = bytes_at(call[WANTED], call[N_TOKENS])
-    n_true, row_bytes, block_bytes = call[IN_TRUE], row_bytes_of(call, IN), call[X_BYTES]
-    padded = np.zeros(BLOCK_COLUMNS, np.float32)
+    n_true, row_bytes = call[IN_TRUE], row_bytes_of(call, IN)
     while True:
         token = take_ticket(counter_address(call, NEXT_TOKEN))
         if token >= wanted.size:
             return
         if not wanted[token]:
             continue
-        source = floats_at(call[INPUT] + 4 * n_true * token, n_true)
-        target = bytes_at(call[X] + row_bytes * token, row_bytes)
-        for block in range(call[IN] // BLOCK_COLUMNS):
-            columns = source[block * BLOCK_COLUMNS : (block + 1) * BLOCK_COLUMNS]
-            if columns.size < BLOCK_COLUMNS:
-                for i in range(columns.size):
-                    padded[i] = columns[i]
-                columns = padded
-            place = target[block * block_bytes : (block + 1) * block_bytes]
-            if not _write_block(call, columns, 0, BLOCK_COLUMNS, place):
-                int64s_at(counter_address(call, NOT_FINITE), 1)[0] = token + 1
-
-
-@inline_kernel
-def _write_block(call: np.ndarray, values: np.ndarray, place: Whole, size: Whole, out: np.ndarray) -> Truth:
-    """values[:size] as columns place .. place + size of a block of activations; False if a value is not finite."""
-    if call[CODE_OFFSET] > 0:
-        return quantise_block(values, place, size, call[CODE_OFFSET], out)
-    target = out.view(np.float32)
-    bits = values.view(np.int32)
-    largest = np.int32(0)
-    for i in range(size):
-        target[place + i] = values[i]
-        largest = max(largest, bits[i] & ABSOLUTE_BITS)
-    return largest < INFINITY_BITS
+        source, target = call[INPUT] + 4 * n_true * token, call[X] + row_bytes * token
+        flags = call_prepare(call[PREPARE], source, n_true, target)
+        if flags & formats.NOT_FINITE:
+            int64s_at(counter_address(call, NOT_FINITE), 1)[0] = token + 1
+        if flags & formats.INEXACT:
+            int64s_at(counter_address(call, INEXACT), 1)[0] = 1
 
 
 @inline_kernel
@@ -104,11 +94,11 @@ def _fill(buffer: np.ndarray, bias: np.ndarray, n_rows: Whole) -> None:
 
 @inline_kernel
 def _products(
-    call: np.ndarray, matrix: Whole, n_blocks: Whole, x: Whole, row_ids: Whole, n_rows: Whole, out: Whole
+    call: np.ndarray, panel: Whole, matrix: Whole, n_blocks: Whole, x: Whole, row_ids: Whole, n_rows: Whole, out: Whole
 ) -> None:
     """Adds 64 matrix rows times n_rows activation rows to `out`."""
     row_block_bytes = n_blocks * call[BLOCK_BYTES]
-    call_panel(call[PANEL], matrix, row_block_bytes, n_blocks, x, n_blocks * call[X_BYTES], row_ids, n_rows, out)
+    call_panel(panel, matrix, row_block_bytes, n_blocks, x, n_blocks * call[X_BYTES], row_ids, n_rows, out)
 
 
 def _up(call_address: int, thread: int) -> None:
@@ -129,8 +119,10 @@ def _up(call_address: int, thread: int) -> None:
         for start in range(starts[expert], starts[expert + 1], ROW_CHUNK):
             n_rows = min(ROW_CHUNK, starts[expert + 1] - start)
             _fill(buffer, bias, n_rows)
-            _products(call, matrix, n_blocks, call[X], call[TOKENS] + 4 * start, n_rows, buffer.ctypes.data)
-            _finish_up(call, buffer, panel * n_columns, n_columns, start, n_rows)
+            _products(
+                call, call[X_PANEL], matrix, n_blocks, call[X], call[TOKENS] + 4 * start, n_rows, buffer.ctypes.data
+            )
+            _finish_up(call, buffer.ctypes.data, panel * n_columns, start, n_rows)
 
 
 @inline_kernel
@@ -148,24 +140,12 @@ def _read_up_bias(call: np.ndarray, record: Whole, column: Whole, bias: np.ndarr
 
 
 @inline_kernel
-def _finish_up(
-    call: np.ndarray, buffer: np.ndarray, column: Whole, n_columns: Whole, start: Whole, n_rows: Whole
-) -> None:
-    """Activation of each row of `buffer`, written to columns column .. column + n_columns of the rows of H."""
-    parameters = floats_at(call[PARAMETERS], N_PARAMETERS)
-    n_true = max(0, min(n_columns, call[INTER_TRUE] - column))  # padding becomes 0
-    target = call[H] + start * row_bytes_of(call, INTER) + column // BLOCK_COLUMNS * call[X_BYTES]
-    for row in range(n_rows):
-        values = buffer[row * PANEL_ROWS : (row + 1) * PANEL_ROWS]
-        if call[GATED]:
-            gate_times_up(call[KIND], parameters, values[:INTERLEAVE], values[INTERLEAVE:])
-        else:
-            activate(call[KIND], parameters[0], values[:INTERLEAVE])
-            activate(call[KIND], parameters[0], values[INTERLEAVE:])
-        for i in range(n_true, n_columns):
-            values[i] = np.float32(0)
-        out = bytes_at(target + row * row_bytes_of(call, INTER), call[X_BYTES])
-        _write_block(call, values, column % BLOCK_COLUMNS, n_columns, out)
+def _finish_up(call: np.ndarray, sums: Whole, column: Whole, start: Whole, n_rows: Whole) -> None:
+    """Activation of n_rows rows of sums, written to columns from `column` of rows start .. of H; padding becomes 0."""
+    row_bytes = row_bytes_of(call, INTER)
+    n_true = max(0, min(PANEL_ROWS, call[INTER_TRUE] - column))
+    target = call[H] + start * row_bytes
+    call_finish(call[FINISH], sums, n_rows, call[PARAMETERS], n_true, target, row_bytes, column)
 
 
 def _down(call_address: int, thread: int) -> None:
@@ -190,7 +170,7 @@ def _down(call_address: int, thread: int) -> None:
             n_rows = min(ROW_CHUNK, starts[expert + 1] - start)
             _fill(buffer, bias, n_rows)
             h = call[H] + start * row_bytes_of(call, INTER)
-            _products(call, matrix, n_blocks, h, ids.ctypes.data, n_rows, buffer.ctypes.data)
+            _products(call, call[H_PANEL], matrix, n_blocks, h, ids.ctypes.data, n_rows, buffer.ctypes.data)
             _finish_down(call, buffer, panel * PANEL_ROWS, start, n_rows)
 
 

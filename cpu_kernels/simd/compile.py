@@ -6,14 +6,32 @@ import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 from llvmlite import binding as llvm
+from llvmlite import ir
 
 from cpu_kernels.cache_dir import kernel_cache_dir
 from cpu_kernels.isa import BY_NAME, Isa, cpu_features, path_features
-from cpu_kernels.simd.tiles import PANEL_NAME, build_module
 
 _LOCK = threading.Lock()
+
+
+class VectorKernel(Protocol):
+    """A function written over `cpu_kernels.simd.vectors`; equal kernels are compiled once."""
+
+    @property
+    def symbol(self) -> str:
+        """Name of the function in its module."""
+
+    @property
+    def name(self) -> str:
+        """Of the kernel and all its parameters."""
+
+    def build(self, isa: Isa) -> ir.Module:
+        """LLVM module with the function."""
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,27 +50,25 @@ def host_target(isa: Isa) -> Target:
     return Target(llvm.get_process_triple(), llvm.get_host_cpu_name() if written else "", written)
 
 
-def assembly(dtype: str, isa: Isa, target: Target) -> str:
-    """Optimised assembly of `panel` for a CPU that need not be this one."""
+def assembly(kernel: VectorKernel, isa: Isa, target: Target) -> str:
+    """Optimised assembly of a kernel for a CPU that need not be this one."""
     machine = _machine(target)
-    return str(machine.emit_assembly(_optimised(dtype, isa, machine, False)))
+    return str(machine.emit_assembly(_optimised(kernel, isa, machine)))
 
 
 @cache
-def panel_address(dtype: str, isa_name: str, emulate_dot: bool = False) -> int:
-    """Address of the compiled `panel` for this CPU; compiled once, then read from the cache directory."""
+def kernel_address(kernel: VectorKernel, isa_name: str) -> int:
+    """Address of the compiled function for this CPU; compiled once, then read from the cache directory."""
     with _LOCK:
-        engine = _engine(isa_name, dtype, emulate_dot)
-        return int(engine.get_function_address(PANEL_NAME))
+        return int(_engine(kernel, BY_NAME[isa_name]).get_function_address(kernel.symbol))
 
 
 _ENGINES: list[llvm.ExecutionEngine] = []  # own the machine code, which lives as long as the process
 
 
-def _engine(isa_name: str, dtype: str, emulate_dot: bool) -> llvm.ExecutionEngine:
-    isa = BY_NAME[isa_name]
+def _engine(kernel: VectorKernel, isa: Isa) -> llvm.ExecutionEngine:
     target = host_target(isa)
-    code = _object_code(dtype, isa, target, emulate_dot)
+    code = _object_code(kernel, isa, target)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(target))
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -60,12 +76,12 @@ def _engine(isa_name: str, dtype: str, emulate_dot: bool) -> llvm.ExecutionEngin
     return engine
 
 
-def _object_code(dtype: str, isa: Isa, target: Target, emulate_dot: bool) -> bytes:
-    place = _cache_file(dtype, isa, target, emulate_dot)
+def _object_code(kernel: VectorKernel, isa: Isa, target: Target) -> bytes:
+    place = _cache_file(kernel, isa, target)
     if place is not None and place.exists():
         return place.read_bytes()
     machine = _machine(target)
-    code = bytes(machine.emit_object(_optimised(dtype, isa, machine, emulate_dot)))
+    code = bytes(machine.emit_object(_optimised(kernel, isa, machine)))
     if place is not None:
         partial = place.with_suffix(f".{os.getpid()}.part")
         partial.write_bytes(code)
@@ -73,26 +89,26 @@ def _object_code(dtype: str, isa: Isa, target: Target, emulate_dot: bool) -> byt
     return code
 
 
-def _cache_file(dtype: str, isa: Isa, target: Target, emulate_dot: bool) -> Path | None:
+def _cache_file(kernel: VectorKernel, isa: Isa, target: Target) -> Path | None:
     directory = kernel_cache_dir()
     if directory is None:
         return None
-    parts = [target.triple, target.cpu, target.features, str(llvm.llvm_version_info), _source_hash(), str(emulate_dot)]
-    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return directory / f"{dtype}-{isa.name}-{name}.o"
+    parts = [target.triple, target.cpu, target.features, str(llvm.llvm_version_info), _source_hash()]
+    stamp = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return directory / f"{kernel.name}-{isa.name}-{stamp}.o"
 
 
 @cache
 def _source_hash() -> str:
     """Hash of the sources that determine the code, so that an update never meets old kernels."""
     here = Path(__file__).parent
-    sources = [here / "tiles.py", here / "vectors.py", here / "compile.py"]
+    sources = sorted(here.glob("*.py"))
     sources += [here.parent / "isa.py", here.parent / "layout.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
-def _optimised(dtype: str, isa: Isa, machine: llvm.TargetMachine, emulate_dot: bool) -> llvm.ModuleRef:
-    source = build_module(dtype, isa, emulate_dot)
+def _optimised(kernel: VectorKernel, isa: Isa, machine: llvm.TargetMachine) -> llvm.ModuleRef:
+    source = kernel.build(isa)
     source.triple = machine.triple
     source.data_layout = str(machine.target_data)
     module = llvm.parse_assembly(str(source))

@@ -11,20 +11,16 @@ one chain of fused multiply-adds in ascending column order in every tile, so its
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llvmlite import ir
 
 from cpu_kernels.isa import Isa
 from cpu_kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, GROUP, LINE_BYTES, LINES, block_bytes, is_quantised
+from cpu_kernels.simd.formats import GROUPS, LOW_PARTS, X_CORRECTIONS, X_SCALES, format_of
 from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, GroupDot, Simd
 
 PANEL_ROWS = 64
-PANEL_NAME = "panel"
-GROUPS = BLOCK_COLUMNS // GROUP
-# A quantised activation block: int8 [64], float32 scale [2], int32 correction [2] (= -offset * sum of the group).
-X_SCALES = BLOCK_COLUMNS
-X_CORRECTIONS = X_SCALES + 4 * GROUPS
-X_BLOCK_BYTES = X_CORRECTIONS + 4 * GROUPS
 FLOAT_UNROLL = 16  # lines
 L1_WEIGHT_BYTES = 9216  # of a row block that stay in L1 (32 KiB) beside the activations of a tile
 # How far ahead weights are asked for, into L2: the next part while this one is in L1. With few tokens the out-of-order
@@ -36,9 +32,34 @@ Tiles = list[tuple[int, ir.Function]]  # tokens of a tile, its code; from large 
 Row = tuple[ir.Value, ir.Value]  # a vector of rows: address of its block, first row in it
 
 
-def x_block_bytes(dtype: str) -> int:
-    """Bytes of 64 columns of one row of activations as `panel` reads them."""
-    return X_BLOCK_BYTES if is_quantised(dtype) else 4 * BLOCK_COLUMNS
+@dataclass(frozen=True, slots=True)
+class PanelKernel:
+    """`panel` for a dtype.
+
+    first_parts_only: of split activations; right where the second parts are 0. emulate_dot: products of narrow types in
+    plain arithmetic, for tests on any CPU.
+    """
+
+    dtype: str
+    first_parts_only: bool = False
+    emulate_dot: bool = False
+    symbol: ClassVar[str] = "panel"
+
+    @property
+    def name(self) -> str:
+        """Of the file that keeps it."""
+        return self.dtype + "-first" * self.first_parts_only + "-emulated" * self.emulate_dot
+
+    def build(self, isa: Isa) -> ir.Module:
+        """LLVM module with `panel`."""
+        module = ir.Module(self.name)
+        few = [(n, _tile_function(module, self, SOURCES[self.dtype], isa, n, m)) for n, m in isa.tiles]
+        if self.dtype == "int4":
+            many = [(n, _tile_function(module, self, UNPACKED, isa, n, m)) for n, m in isa.tiles]
+            _panel_function(module, self, isa, few, many, _unpack_function(module, isa))
+        else:
+            _panel_function(module, self, isa, few, few, None)
+        return module
 
 
 @dataclass(frozen=True)
@@ -59,20 +80,8 @@ SOURCES = {
 UNPACKED = Source("int8", 4, prefetch=False)  # int4 codes in the layout of int8, in scratch memory
 
 
-def build_module(dtype: str, isa: Isa, emulate_dot: bool = False) -> ir.Module:
-    """LLVM module with `panel` for a dtype. emulate_dot: byte products in plain arithmetic, for tests on any CPU."""
-    module = ir.Module(f"hybrimoe_{dtype}_{isa.name}")
-    few = [(n, _tile_function(module, SOURCES[dtype], isa, n, m, emulate_dot)) for n, m in isa.tiles]
-    if dtype == "int4":
-        many = [(n, _tile_function(module, UNPACKED, isa, n, m, emulate_dot)) for n, m in isa.tiles]
-        _panel_function(module, dtype, isa, few, many, _unpack_function(module, isa))
-    else:
-        _panel_function(module, dtype, isa, few, few, None)
-    return module
-
-
 def _panel_function(
-    module: ir.Module, dtype: str, isa: Isa, few: Tiles, many: Tiles, unpack: ir.Function | None
+    module: ir.Module, kernel: PanelKernel, isa: Isa, few: Tiles, many: Tiles, unpack: ir.Function | None
 ) -> None:
     """Row block by row block (a single stream of weights).
 
@@ -80,7 +89,8 @@ def _panel_function(
     tiles pass over them; int4 codes are unpacked for that, once a part.
     """
     arguments = [POINTER, I64, I64, POINTER, I64, POINTER, I64, POINTER]
-    panel = ir.Function(module, ir.FunctionType(VOID, arguments), PANEL_NAME)
+    dtype, x_block_bytes = kernel.dtype, format_of(kernel.dtype, isa).block_bytes
+    panel = ir.Function(module, ir.FunctionType(VOID, arguments), kernel.symbol)
     weights, stride, n_blocks, x, x_stride, row_ids, n_rows, out = panel.args
     s = Simd(ir.IRBuilder(panel.append_basic_block()), isa)
     part_blocks = L1_WEIGHT_BYTES // block_bytes(dtype)
@@ -99,7 +109,7 @@ def _panel_function(
                 if unpack is not None:
                     s.b.call(unpack, [here, count, scratch])
                     here = scratch
-                x_here = s.offset(x, s.b.mul(block, s.const(x_block_bytes(dtype))))
+                x_here = s.offset(x, s.b.mul(block, s.const(x_block_bytes)))
                 _all_tokens(s, many, [here, count, x_here, x_stride], row_ids, n_rows, place)
     s.b.ret_void()
 
@@ -146,13 +156,13 @@ def _all_tokens(
 
 
 def _tile_function(
-    module: ir.Module, source: Source, isa: Isa, n_tokens: int, n_vectors: int, emulate_dot: bool
+    module: ir.Module, kernel: PanelKernel, source: Source, isa: Isa, n_tokens: int, n_vectors: int
 ) -> ir.Function:
     """tile(row_block, n_blocks, x, x_row_bytes, row_ids, out): 16 rows x n_tokens, n_vectors of rows at a time."""
     name = f"tile_{source.layout}_{source.bits}_{n_tokens}x{n_vectors}"
     function = _internal(module, name, [POINTER, I64, POINTER, I64, POINTER, POINTER])
-    s = Simd(ir.IRBuilder(function.append_basic_block()), isa, emulate_dot)
-    _Tile(s, source, n_tokens, n_vectors, function).body()
+    s = Simd(ir.IRBuilder(function.append_basic_block()), isa, kernel.emulate_dot)
+    _Tile(s, source, n_tokens, n_vectors, function, kernel.first_parts_only).body()
     s.b.ret_void()
     return function
 
@@ -167,8 +177,11 @@ def _internal(module: ir.Module, name: str, arguments: list[ir.Type]) -> ir.Func
 class _Tile:
     """Writes the code of one register tile."""
 
-    def __init__(self, s: Simd, source: Source, n_tokens: int, n_vectors: int, function: ir.Function) -> None:
+    def __init__(
+        self, s: Simd, source: Source, n_tokens: int, n_vectors: int, function: ir.Function, first_parts_only: bool
+    ) -> None:
         self.s, self.source, self.layout, self.n_vectors = s, source, source.layout, n_vectors
+        self.form, self.first_parts_only = format_of(source.layout, s.isa), first_parts_only
         self.weights, self.n_blocks, x, x_stride, row_ids, self.out = function.args
         self.x_rows = []
         for token in range(n_tokens):
@@ -203,7 +216,7 @@ class _Tile:
         rows = []
         for vector in range(self.n_vectors):
             rows.append((start, s.b.mul(s.b.add(part, s.const(vector)), s.const(s.lanes))))
-        x_step = s.b.mul(block, s.const(x_block_bytes(self.layout)))
+        x_step = s.b.mul(block, s.const(self.form.block_bytes))
         x = [s.offset(row, x_step) for row in self.x_rows]
         for place in range(0, block_bytes(self.layout) if self.source.prefetch else 0, LINE_BYTES):
             s.prefetch(s.offset(start, PREFETCH_BYTES + place))
@@ -255,12 +268,27 @@ class _Tile:
         """All lines of a float block, FLOAT_UNROLL at a time."""
         s = self.s
         line_columns = BLOCK_COLUMNS // LINES[self.layout]
+        x_bytes = line_columns * (2 if self.form.kind == "split" else 4)  # of a line's columns, in each part
         with s.loop(s.const(0), s.const(LINES[self.layout]), FLOAT_UNROLL) as line:
-            step, x_step = s.b.mul(line, s.const(LINE_BYTES)), s.b.mul(line, s.const(4 * line_columns))
+            step, x_step = s.b.mul(line, s.const(LINE_BYTES)), s.b.mul(line, s.const(x_bytes))
             here = [(s.offset(block, step), lane) for block, lane in rows]
             x_here = [s.offset(source, x_step) for source in x]
             for i in range(FLOAT_UNROLL):
-                self._float_line(here, x_here, i, line_columns)
+                if self.form.kind == "split":
+                    self._split_line(here, x_here, i)
+                else:
+                    self._float_line(here, x_here, i, line_columns)
+
+    def _split_line(self, rows: list[Row], x: list[ir.Value], line: int) -> None:
+        """One line of bfloat16 weights, two columns, times the parts of split activations."""
+        s = self.s
+        words = [s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.i32) for row in rows]
+        for token, source in enumerate(x):
+            for part in (0,) if self.first_parts_only else (0, LOW_PARTS):
+                pair = s.splat_load(s.offset(source, part + 4 * line), I32)
+                for vector, word in enumerate(words):
+                    total = self.sums[token][vector]
+                    s.b.store(s.dot_bf16(s.b.load(total, typ=s.f32), word, pair), total)
 
     def _float_line(self, rows: list[Row], x: list[ir.Value], line: int, line_columns: int) -> None:
         """One line of float weights: one column (float32) or two (bfloat16)."""

@@ -13,6 +13,22 @@ from cpu_kernels.isa import Isa
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
+
+
+class _Bf16(ir.Type):  # type: ignore[misc] # llvmlite is not typed
+    """LLVM's bfloat, which llvmlite does not name; only bit casts make and use it."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bf16)
+
+    def __hash__(self) -> int:
+        return hash(_Bf16)
+
+
+BF16 = _Bf16()
 POINTER = ir.PointerType()
 VOID = ir.VoidType()
 
@@ -29,6 +45,8 @@ class Simd:
         self.i32 = ir.VectorType(I32, self.lanes)
         self.i16 = ir.VectorType(I16, 2 * self.lanes)
         self.u8 = ir.VectorType(I8, 4 * self.lanes)
+        self.bf16 = ir.VectorType(BF16, 2 * self.lanes)
+        self.bf16_dot = isa.bf16_dot and not emulate_dot
 
     # Scalars, addresses, control flow
 
@@ -58,12 +76,17 @@ class Simd:
         self.b.branch(head)
         self.b.position_at_end(after)
 
+    def real(self, value: float) -> ir.Constant:
+        """A float32 (rounded from `value`)."""
+        return ir.Constant(F32, value)
+
     # Memory
 
     def scratch(self, n_bytes: int) -> ir.Value:
         """n_bytes of stack, on a cache line boundary; for the entry block of a function."""
         place = self.b.alloca(I8, self.const(n_bytes))
         place.align = 64
+        place.type = POINTER  # whatever is loaded from it
         return place
 
     def load(self, pointer: ir.Value, kind: ir.Type, align: int = 1) -> ir.Value:
@@ -96,7 +119,7 @@ class Simd:
         """All bits 0."""
         return ir.Constant(kind, None)
 
-    def constant(self, kind: ir.VectorType, value: int) -> ir.Constant:
+    def constant(self, kind: ir.VectorType, value: float) -> ir.Constant:
         """All elements = value."""
         return ir.Constant(kind, [value] * kind.count)
 
@@ -104,6 +127,34 @@ class Simd:
         """x * y + z, with one rounding where the ISA has the instruction."""
         name = "fma" if self.isa.fused else "fmuladd"
         return self._call(f"llvm.{name}.v{self.lanes}f32", self.f32, [x, y, z])
+
+    def minimum(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        """min(x, y) of floats; y where one of them is NaN."""
+        return self.b.select(self.b.fcmp_ordered("<", x, y), x, y)
+
+    def maximum(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        """max(x, y) of floats; y where one of them is NaN."""
+        return self.b.select(self.b.fcmp_ordered(">", x, y), x, y)
+
+    def max_words(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        """max(x, y) of unsigned 32-bit integers."""
+        return self._call(f"llvm.umax.v{self.lanes}i32", self.i32, [x, y])
+
+    def reduce(self, x: ir.Value, operation: str) -> ir.Value:
+        """int32 from all lanes of int32; operation: add, or, umax."""
+        return self._call(f"llvm.vector.reduce.{operation}.v{self.lanes}i32", I32, [x])
+
+    def narrow(self, x: ir.Value, bits: int) -> ir.Value:
+        """The low 8 or 16 bits of each int32 lane, packed."""
+        return self.b.trunc(x, ir.VectorType(ir.IntType(bits), self.lanes))
+
+    def absolute_floats(self, x: ir.Value) -> ir.Value:
+        """|x|."""
+        return self._call(f"llvm.fabs.v{self.lanes}f32", self.f32, [x])
+
+    def copy_sign_floats(self, x: ir.Value, sign: ir.Value) -> ir.Value:
+        """|x| with the sign of `sign`."""
+        return self._call(f"llvm.copysign.v{self.lanes}f32", self.f32, [x, sign])
 
     def to_f32(self, x: ir.Value) -> ir.Value:
         """int32 -> float32."""
@@ -139,7 +190,22 @@ class Simd:
         """The same bits as 32-bit elements."""
         return self.b.bitcast(x, self.i32)
 
-    # Byte products
+    def as_floats(self, x: ir.Value) -> ir.Value:
+        """The same bits as float32."""
+        return self.b.bitcast(x, self.f32)
+
+    # Products of narrow types
+
+    def dot_bf16(self, acc: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+        """float32 acc[i] + x[i].high * y[i].high, then + x[i].low * y[i].low, halves of int32 lanes (vdpbf16ps).
+
+        The instruction rounds as two fused multiply-adds in this order do, but takes subnormal values as 0.
+        """
+        if not self.bf16_dot:
+            acc = self.mul_add(self.high_bf16(x), self.high_bf16(y), acc)
+            return self.mul_add(self.low_bf16(x), self.low_bf16(y), acc)
+        pairs = [self.b.bitcast(value, self.bf16) for value in (x, y)]
+        return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", self.f32, [acc, *pairs])
 
     def dot_bytes(self, acc: ir.Value, codes: ir.Value, signed: ir.Value) -> ir.Value:
         """acc[i] + sum over the 4 bytes of lane i of unsigned codes * signed, in int32 (vpdpbusd)."""

@@ -13,12 +13,13 @@ from numba import njit
 
 import cpu_kernels as ck
 from cpu_kernels import isa
-from cpu_kernels.layout import BLOCK_ROWS, GROUP, block_bytes, is_quantised
+from cpu_kernels.layout import BLOCK_ROWS, GROUP, OFFSET, block_bytes
 from cpu_kernels.pack import pack_matrix, unpack_matrix
 from cpu_kernels.primitives import call_panel
-from cpu_kernels.quantise import OFFSET
-from cpu_kernels.simd.compile import Target, assembly, panel_address
-from cpu_kernels.simd.tiles import x_block_bytes
+from cpu_kernels.simd.compile import Target, VectorKernel, assembly, kernel_address
+from cpu_kernels.simd.formats import Format, format_of
+from cpu_kernels.simd.rows import FinishKernel, PrepareKernel
+from cpu_kernels.simd.tiles import PanelKernel
 
 X86 = "x86_64-unknown-linux-gnu"
 AVX512 = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"})
@@ -27,7 +28,9 @@ AVX512 = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"
 @pytest.mark.parametrize(
     ("features", "expected"),
     [
+        (AVX512 | {"avx512vnni", "avxvnni", "avx512bf16"}, "avx512bf16"),
         (AVX512 | {"avx512vnni", "avxvnni"}, "avx512vnni"),
+        (AVX512 | {"avx512bf16"}, "avx512"),
         (AVX512, "avx512"),
         (frozenset({"avx2", "fma", "avxvnni"}), "avxvnni"),
         (frozenset({"avx2", "fma"}), "avx2"),
@@ -46,12 +49,13 @@ def test_override_is_checked() -> None:
     assert isa.choose_isa(AVX512, "avx2").isa.name == "avx2"
     with pytest.raises(ck.IsaError, match="needs avx512vnni"):
         isa.choose_isa(AVX512, "avx512vnni")
-    with pytest.raises(ck.IsaError, match="'sse9' is unknown; expected one of avx512vnni"):
+    with pytest.raises(ck.IsaError, match="'sse9' is unknown; expected one of avx512bf16"):
         isa.choose_isa(AVX512, "sse9")
 
 
 def test_a_forced_path_compiles_without_better_instructions() -> None:
     features = AVX512 | {"avx512vnni", "avx512vbmi", "avxvnni", "bmi2"}
+    assert isa.path_features(isa.BY_NAME["avx512vnni"], features | {"avx512bf16"}) == features
     assert isa.path_features(isa.BY_NAME["avx2"], features) == {"avx2", "fma", "bmi2"}
     assert isa.path_features(isa.BY_NAME["portable"], features) == {"bmi2"}
     assert isa.path_features(isa.BY_NAME["avx512vnni"], features) == features
@@ -82,30 +86,42 @@ def run_panel(
 
 
 @cache
-def case(dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def case(dtype: str, form: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Packed weights [64, 192], activations as `panel` reads them, row ids, and the exact product."""
     generator = torch.Generator().manual_seed(5)
     matrix = torch.randn(64, 192, generator=generator)
     packed = torch.zeros(4 * 3 * block_bytes(dtype), dtype=torch.uint8)
     pack_matrix(matrix, dtype, "test", packed)
-    x = torch.randn(15, 192, generator=generator)
-    if is_quantised(dtype):
-        groups = x.view(15, -1, GROUP)
-        scales = groups.abs().amax(2) / 127
-        codes = (groups / scales.unsqueeze(2)).round()
-        x = (codes * scales.unsqueeze(2)).view(15, 192)
-        sums = (-OFFSET[dtype] * codes.sum(2)).int()
-        parts = [codes.to(torch.int8).view(15, 3, 64), scales.view(15, 3, 2), sums.view(15, 3, 2)]
-        data = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=2).contiguous()
-    else:
-        data = x.view(torch.uint8)
+    x, data = WRITERS[form](torch.randn(15, 192, generator=generator), dtype)
     ids = np.random.default_rng(0).permutation(15).astype(np.int32)
     product = x.double() @ unpack_matrix(packed, 64, 192, dtype).double().T
     return packed.numpy(), data.numpy(), ids, product.numpy()[ids]
 
 
+def quantised(x: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the codes stand for, and the blocks."""
+    groups = x.view(15, -1, GROUP)
+    scales = groups.abs().amax(2) / 127
+    codes = (groups / scales.unsqueeze(2)).round()
+    sums = (-OFFSET[dtype] * codes.sum(2)).int()
+    parts = [codes.to(torch.int8).view(15, 3, 64), scales.view(15, 3, 2), sums.view(15, 3, 2)]
+    data = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=2).contiguous()
+    return (codes * scales.unsqueeze(2)).view(15, 192), data
+
+
+def split(x: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What both parts stand for, and the blocks."""
+    high = x.bfloat16()
+    low = (x - high.float()).bfloat16()
+    data = torch.stack([high.view(15, 3, 64), low.view(15, 3, 64)], dim=2)
+    return high.float() + low.float(), data.contiguous().view(torch.uint8)
+
+
+WRITERS = {"plain": lambda x, dtype: (x, x.view(torch.uint8)), "quantised": quantised, "split": split}
+
+
 def runnable() -> list[tuple[str, bool]]:
-    """(path, emulated): each path that this CPU has, and those with vpdpbusd with it written in plain arithmetic."""
+    """(path, emulated): each path that this CPU has, and those with narrow products with them in plain arithmetic."""
     have = isa.cpu_features()
     paths = [(path.name, False) for path in isa.PATHS if not isa.missing_features(path, have)]
     wide_enough = [p for p in isa.PATHS if not {"avx2", "fma"} - have or p.name == "portable"]
@@ -115,75 +131,110 @@ def runnable() -> list[tuple[str, bool]]:
 @pytest.mark.parametrize("dtype", ["int4", "int8"])
 @pytest.mark.parametrize(("name", "emulated"), runnable())
 def test_arithmetic_of_each_integer_path(name: str, emulated: bool, dtype: str) -> None:
-    check_panel(name, emulated, dtype)
+    check_panel(name, PanelKernel(dtype, emulate_dot=emulated))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", [name for name, emulated in runnable() if not emulated])
 def test_arithmetic_of_each_float_path(name: str, dtype: str) -> None:
-    check_panel(name, False, dtype)
+    check_panel(name, PanelKernel(dtype))
 
 
-def check_panel(name: str, emulated: bool, dtype: str) -> None:
-    packed, x, ids, expected = case(dtype)
-    function = panel_address(dtype, name, emulated)
-    out = np.ones((15, 64), np.float32)  # panel adds to what is there
-    sizes = (3 * block_bytes(dtype), 3)
-    run_panel(function, packed, *sizes, x, 3 * x_block_bytes(dtype), ids, out)
-    np.testing.assert_allclose(out - 1, expected, atol=2e-5 * np.abs(expected).max())
-    singles = np.ones((15, 64), np.float32)
-    for i in range(15):  # every tile gives the same bits
-        run_panel(function, packed, *sizes, x, 3 * x_block_bytes(dtype), ids[i:], singles[i : i + 1])
-    assert np.array_equal(singles, out)
+@pytest.mark.parametrize("name", [name for name, emulated in runnable() if emulated and isa.BY_NAME[name].bf16_dot])
+def test_arithmetic_of_emulated_bfloat16_products(name: str) -> None:
+    check_panel(name, PanelKernel("bfloat16", emulate_dot=True))
 
 
-def test_vpdpbusd_and_emulation_give_the_same_bits() -> None:
-    names = [name for name, emulated in runnable() if not emulated and isa.BY_NAME[name].dot == "vnni"]
-    for dtype in ("int4", "int8"):
-        packed, x, ids, _ = case(dtype)
-        for name in names:
-            results = []
-            for emulated in (False, True):
-                out = np.zeros((15, 64), np.float32)
-                function = panel_address(dtype, name, emulated)
-                run_panel(function, packed, 3 * block_bytes(dtype), 3, x, 3 * x_block_bytes(dtype), ids, out)
-                results.append(out)
-            assert np.array_equal(*results)
+def products(name: str, kernel: PanelKernel) -> tuple[np.ndarray, np.ndarray]:
+    """Ones plus the product, from one call and from a call for each row; `panel` adds to what is there."""
+    form = format_of(kernel.dtype, isa.BY_NAME[name])
+    packed, x, ids, _ = case(kernel.dtype, form.kind)
+    function, sizes = kernel_address(kernel, name), (3 * block_bytes(kernel.dtype), 3)
+    together, singles = np.ones((15, 64), np.float32), np.ones((15, 64), np.float32)
+    run_panel(function, packed, *sizes, x, 3 * form.block_bytes, ids, together)
+    for i in range(15):
+        run_panel(function, packed, *sizes, x, 3 * form.block_bytes, ids[i:], singles[i : i + 1])
+    return together, singles
 
 
+def check_panel(name: str, kernel: PanelKernel) -> None:
+    together, singles = products(name, kernel)
+    expected = case(kernel.dtype, format_of(kernel.dtype, isa.BY_NAME[name]).kind)[3]
+    np.testing.assert_allclose(together - 1, expected, atol=2e-5 * np.abs(expected).max())
+    assert np.array_equal(singles, together)  # every tile gives the same bits
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16"])
+def test_narrow_products_and_their_emulation_give_the_same_bits(dtype: str) -> None:
+    for name in [name for name, emulated in runnable() if not emulated and isa.BY_NAME[name].dot == "vnni"]:
+        if dtype != "bfloat16" or isa.BY_NAME[name].bf16_dot:
+            real, emulated = (products(name, PanelKernel(dtype, emulate_dot=e))[0] for e in (False, True))
+            assert np.array_equal(real, emulated)
+
+
+@pytest.mark.parametrize(("name", "emulated"), [(n, e) for n, e in runnable() if isa.BY_NAME[n].bf16_dot])
+def test_first_parts_are_enough_where_the_second_are_zero(name: str, emulated: bool) -> None:
+    packed, x, ids, _ = case("bfloat16", "split")
+    x = x.copy().reshape(15, 3, 2, 128)
+    x[:, :, 1] = 0
+    results = []
+    for first_parts_only in (False, True):
+        out = np.ones((15, 64), np.float32)
+        kernel = PanelKernel("bfloat16", first_parts_only, emulated)
+        run_panel(kernel_address(kernel, name), packed, 3 * block_bytes("bfloat16"), 3, x, 3 * 256, ids, out)
+        results.append(out)
+    assert np.array_equal(*results)
+
+
+ZNVER4, SAPPHIRE = Target(X86, "znver4", ""), Target(X86, "sapphirerapids", "")
 TARGETS = [
-    ("avx512vnni", Target(X86, "znver4", ""), "int4"),
-    ("avx512vnni", Target(X86, "sapphirerapids", ""), "int8"),
-    ("avx512", Target(X86, "skylake-avx512", ""), "int4"),
-    ("avxvnni", Target(X86, "alderlake", ""), "int4"),
-    ("avx2", Target(X86, "znver3", ""), "int8"),
-    ("avx512vnni", Target(X86, "sapphirerapids", ""), "bfloat16"),
-    ("avx2", Target(X86, "haswell", ""), "float32"),
+    ("avx512vnni", ZNVER4, PanelKernel("int4"), "vpdpbusd"),
+    ("avx512vnni", SAPPHIRE, PanelKernel("int8"), "vpdpbusd"),
+    ("avx512", Target(X86, "skylake-avx512", ""), PanelKernel("int4"), "vpmaddubsw"),
+    ("avxvnni", Target(X86, "alderlake", ""), PanelKernel("int4"), "vpdpbusd"),
+    ("avx2", Target(X86, "znver3", ""), PanelKernel("int8"), "vpmaddubsw"),
+    ("avx512bf16", ZNVER4, PanelKernel("bfloat16"), "vdpbf16ps"),
+    ("avx512bf16", SAPPHIRE, PanelKernel("bfloat16", first_parts_only=True), "vdpbf16ps"),
+    ("avx512vnni", SAPPHIRE, PanelKernel("bfloat16"), "vfmadd"),
+    ("avx2", Target(X86, "haswell", ""), PanelKernel("float32"), "vfmadd"),
 ]
-BYTE_PRODUCT = {"avx512vnni": "vpdpbusd", "avx512": "vpmaddubsw", "avxvnni": "vpdpbusd", "avx2": "vpmaddubsw"}
+SCALAR = r"\b(v?mulss|v?fmadd\d+ss|v?cvtsi2ss|imul[lb])\b"
 
 
-@pytest.mark.parametrize(("name", "target", "dtype"), TARGETS, ids=lambda v: getattr(v, "cpu", v))
-def test_assembly_for_other_cpus(name: str, target: Target, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "target", "kernel", "product"), TARGETS, ids=lambda v: getattr(v, "cpu", getattr(v, "name", v))
+)
+def test_assembly_for_other_cpus(name: str, target: Target, kernel: PanelKernel, product: str) -> None:
     """Full-width registers, the right products, no spill storm, no scalar loop."""
     path = isa.BY_NAME[name]
-    text = assembly(dtype, path, target)
+    text = assembly(kernel, path, target)
     loops = tile_loops(text)
     assert len(loops) >= len(path.tiles)
-    wide, product = (
-        ("%zmm" if path.lanes == 16 else "%ymm"),
-        ("vfmadd" if not is_quantised(dtype) else BYTE_PRODUCT[name]),
-    )
+    wide = "%zmm" if path.lanes == 16 else "%ymm"
     for loop in loops:
         products = [line for line in loop if product in line]
         assert products
         assert all(wide in line for line in products)
         spills = [line for line in loop if "(%rsp)" in line and wide in line]
         assert len(spills) <= 0.15 * len(loop)
-        scalar = [line for line in loop if re.search(r"\b(v?mulss|v?fmadd\d+ss|v?cvtsi2ss|imul[lb])\b", line)]
-        assert not scalar
+        assert not [line for line in loop if re.search(SCALAR, line)]
     if name == "avxvnni":
         assert "{vex}" in text or "zmm" not in text
+
+
+FINISH = FinishKernel(Format("quantised", 8), "silu", gated=True)
+
+
+@pytest.mark.parametrize("kernel", [FINISH, PrepareKernel(FINISH.form)], ids=lambda kernel: kernel.symbol)
+@pytest.mark.parametrize(("name", "target", "wide"), [("avx512vnni", ZNVER4, "zmm"), ("avx2", ZNVER4, "ymm")])
+def test_assembly_of_rows(name: str, target: Target, wide: str, kernel: VectorKernel) -> None:
+    """Vectors as wide as the path's and no scalar loop of multiplications, exponentials or roundings."""
+    text = assembly(kernel, isa.BY_NAME[name], target)
+    assert re.search(rf"vmulps\s.*%{wide}", text)
+    assert not re.search(r"vcvttss2si|vroundss|vcvtss2si", text)
+    if kernel is FINISH:  # `prepare` calls memcpy for the columns of an incomplete block
+        assert "callq" not in text
+        assert re.search(rf"vdivps\s.*%{wide}", text)
 
 
 def tile_loops(text: str) -> list[list[str]]:
@@ -196,7 +247,7 @@ def tile_loops(text: str) -> list[list[str]]:
         if jump and labels.get(jump[1], i) < i:
             body = [text for text in lines[labels[jump[1]] : i] if text.startswith("\t") and not text.startswith("\t.")]
             inner = any(re.match(r"\s+j\w+\s+\.LBB", text) for text in body)
-            if not inner and any(re.search("vpdpbusd|vpmaddubsw|vfmadd", text) for text in body):
+            if not inner and any(re.search("vpdpbusd|vpmaddubsw|vfmadd|vdpbf16ps", text) for text in body):
                 loops.append(body)
     return loops
 
@@ -209,7 +260,9 @@ def test_portable_path_compiles_for_aarch64() -> None:
         llvm.Target.from_triple("aarch64-unknown-linux-gnu")
     except RuntimeError:
         pytest.skip("this llvmlite is built without the AArch64 target")
-    text = assembly("int4", isa.BY_NAME["portable"], Target("aarch64-unknown-linux-gnu", "neoverse-n1", ""))
+    text = assembly(
+        PanelKernel("int4"), isa.BY_NAME["portable"], Target("aarch64-unknown-linux-gnu", "neoverse-n1", "")
+    )
     assert re.search(r"\bv\d+\.4s", text)
 
 
