@@ -31,7 +31,7 @@ RUN, UNDERSTAND, MEASURE = "Run a model", "Understand what happens", "Measure an
 
 # name -> (line of the help, panel of the help); in the order in which the help lists them
 COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("Stream the completion of one prompt.", RUN),
+    "generate": ("Stream the completion of one prompt, or run many in batches.", RUN),
     "chat": ("Talk with a model; the KV cache is kept from turn to turn.", RUN),
     "serve": ("Serve a model over an OpenAI-compatible HTTP API.", RUN),
     "explain": ("Show which rule places which module where; reads no weights.", UNDERSTAND),

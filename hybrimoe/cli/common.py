@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hybrimoe.config import DeployConfig
     from hybrimoe.generation import SamplingOptions
 
-PLACEMENT, SAMPLING, OUTPUT = "Where it runs", "Sampling", "Output"
+PLACEMENT, SAMPLING, OUTPUT, BATCHES = "Where it runs", "Sampling", "Output", "Many prompts"
 
 ModelArgument = Annotated[
     str | None,

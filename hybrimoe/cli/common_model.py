@@ -82,7 +82,9 @@ def warnings_as_notes() -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(shown: bool = True) -> Iterator[Progress]:
+def progress_bar(
+    shown: bool = True, beginning: str = "starting (the first start compiles kernels)"
+) -> Iterator[Progress]:
     """A bar on stderr that a loader moves by `progress(done, total, what)`; nothing where stderr is no terminal."""
     console = render.err()
     if not shown or not console.is_terminal:
@@ -94,7 +96,7 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True) as bar:
         tasks: dict[str, Any] = {}
-        begin = bar.add_task("starting (the first start compiles kernels)", total=None)
+        begin = bar.add_task(beginning, total=None)
 
         def move(done: int, total: int, what: str) -> None:
             bar.update(begin, visible=False)

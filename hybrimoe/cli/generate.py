@@ -1,4 +1,4 @@
-"""`hybrimoe generate`: one prompt, its completion as a stream, then what it cost."""
+"""`hybrimoe generate`: one prompt, its completion as a stream, then what it cost; or many in batches."""
 
 from __future__ import annotations
 
@@ -30,6 +30,32 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Many prompts: one a line, or .jsonl; - is stdin. Prints JSON Lines.",
+            rich_help_panel=common.BATCHES,
+        ),
+    ] = None,
+    batching: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Which prompts run together: none (as they come), expertflow (like routes), moe-lightning (sized by "
+            "the hardware). All lossless. Default: none.",
+            rich_help_panel=common.BATCHES,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Prompts at once; for moe-lightning at most so many. Default: 8; its own plan.",
+            rich_help_panel=common.BATCHES,
+        ),
+    ] = None,
     max_new_tokens: common.NewTokensOption = None,
     temperature: common.TemperatureOption = None,
     top_p: common.TopPOption = None,
@@ -55,8 +81,15 @@ def generate(
 
     The prompt comes from --prompt, --prompt-file or stdin. Text goes to stdout, everything else to stderr. Ctrl-C ends
     the text; the summary of what there is still follows.
+
+    With --prompts many prompts run in padded batches. Each gives a line of JSON on stdout, in the order of the file;
+    Ctrl-C keeps those that have ended.
     """
-    text = read_prompt(prompt, prompt_file)
+    if prompts is None and (batching is not None or batch_size is not None):
+        raise typer.BadParameter("--batching and --batch-size are for many prompts: give --prompts FILE")
+    if prompts is not None and (prompt is not None or prompt_file is not None or timeline or trace is not None):
+        raise typer.BadParameter("--prompts does not go with --prompt, --prompt-file, --timeline and --trace")
+    text = read_prompt(prompt, prompt_file) if prompts is None else read_file(prompts)
     from hybrimoe.cli.common_model import open_model
     from hybrimoe.generation import interruptible
 
@@ -68,6 +101,13 @@ def generate(
         config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
         lookahead=lookahead, lossy=lossy,
     )  # fmt: skip
+    if prompts is not None:
+        from hybrimoe.cli import generate_batch
+
+        job = generate_batch.JobOptions(str(prompts), batching or "none", batch_size, quiet, as_json)
+        if generate_batch.run(deployment, text, options, job):
+            raise typer.Exit(INTERRUPTED)
+        return
     check_writable(trace)
     with open_model(deployment, show_progress=not quiet) as opened, interruptible() as interrupt:
         reply = run(opened, text, options, interrupt, record=timeline or trace is not None, echo=not as_json)
@@ -77,7 +117,7 @@ def generate(
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt from the one place where it was given.
+    """The prompt from the one place where it was given. A last line end is the end of the file, not of the prompt.
 
     Raises:
         typer.BadParameter: given twice, or not at all with a terminal on stdin.
@@ -87,26 +127,22 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give --prompt or --prompt-file, not both")
-    text = prompt if prompt is not None else _read(prompt_file)
+    text = prompt if prompt is not None else read_file(prompt_file).removesuffix("\n")
     if not text.strip():
         raise PromptError("the prompt is empty: expected some text to continue")
     return text
 
 
-def _read(prompt_file: Path | None) -> str:
-    """A file, or stdin. Its last line end is the end of the file or of `echo`, not of the prompt."""
+def read_file(path: Path | None) -> str:
+    """The text of a file; `-` and None are stdin. Raises PromptError where it is no UTF-8 text, OSError."""
     from hybrimoe.errors import PromptError
 
-    if prompt_file is None and sys.stdin.isatty():
+    if path is None and sys.stdin.isatty():
         raise typer.BadParameter('no prompt: give --prompt "some text", --prompt-file FILE, or text on stdin')
     try:
-        if prompt_file is None or str(prompt_file) == "-":
-            text = sys.stdin.read()
-        else:
-            text = prompt_file.read_text(encoding="utf-8")
+        return sys.stdin.read() if path is None or str(path) == "-" else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise PromptError(f"the prompt in {prompt_file or 'stdin'} is no UTF-8 text: {error}") from error
-    return text.removesuffix("\n")
+        raise PromptError(f"the prompt in {path or 'stdin'} is no UTF-8 text: {error}") from error
 
 
 def check_writable(path: Path | None) -> None:

@@ -37,6 +37,12 @@ def emit_json(data: Any) -> None:
     sys.stdout.flush()
 
 
+def emit_json_line(data: Any) -> None:
+    """Write one line of JSON to stdout (JSON Lines)."""
+    sys.stdout.write(json.dumps(data, default=_plain, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
 # A list of numbers over several lines; inside JSON strings there are no line ends, so nothing else looks like this.
 _NUMBERS = re.compile(r"\[\n\s+([-+.\deE]+(?:,\n\s+[-+.\deE]+)*)\n\s+\]")
 
