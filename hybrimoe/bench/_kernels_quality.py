@@ -13,16 +13,18 @@ import torch
 from torch.nn import functional
 
 import cpu_kernels as ck
-from hybrimoe.errors import ModelError
+from hybrimoe.bench._quality_text import compare, text_windows, window_logits
 
-WINDOW = 512  # tokens of a window of text
 MAX_SAMPLES = 256  # rows of an expert that its error is measured on
 REFERENCE: ck.ExpertDtype = "float32"
 
 
 @dataclass(frozen=True)
 class Request:
-    """model None = the demo model; text None = the model card beside it; experts: how many are compared a layer."""
+    """model None = the demo model; text None = the held-out text beside it, else its card.
+
+    experts: how many of a layer are compared.
+    """
 
     model: str | None
     text: Path | None
@@ -36,17 +38,17 @@ def run(request: Request, progress: Callable[[str], None] = lambda text: None) -
     rows = []
     progress(f"experts as {REFERENCE}")
     with _loaded(request.model, REFERENCE) as model:
-        windows, source = _windows(model, request)
+        windows, source = text_windows(Path(model.config._name_or_path), request.text, request.windows)
         inputs: dict[int, torch.Tensor] = {}
         hooks = [layer.register_forward_pre_hook(_keep(inputs, number)) for number, layer in enumerate(_experts(model))]
-        expected = _logits(model, windows)
+        expected = window_logits(model, windows)
         for hook in hooks:
             hook.remove()
         errors = {dtype: _expert_errors(model, inputs, dtype, request.experts) for dtype in request.dtypes}
     for dtype in request.dtypes:
         progress(f"experts as {dtype}")
         with _loaded(request.model, dtype) as model:
-            logits = _logits(model, windows)
+            logits = window_logits(model, windows)
         rows.append({"dtype": dtype, **errors[dtype], **_compare(logits, expected, windows)})
     return {"text": source, "tokens": sum(len(window) for window in windows), "rows": rows}
 
@@ -75,40 +77,10 @@ def _keep(inputs: dict[int, torch.Tensor], layer: int) -> Callable[[Any, tuple[t
     return hook
 
 
-def _windows(model: Any, request: Request) -> tuple[list[torch.Tensor], str]:
-    """Token ids of consecutive windows of the text."""
-    from transformers import AutoTokenizer
-
-    folder = Path(model.config._name_or_path)
-    path = request.text or folder / "README.md"
-    if not path.is_file():
-        raise ModelError(f"there is no text at {path}; name one with --text")
-    ids = torch.tensor(
-        AutoTokenizer.from_pretrained(folder)(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    )
-    windows = [window for window in ids.split(WINDOW)[: request.windows] if len(window) > 1]
-    if not windows:
-        raise ModelError(f"{path} is too short")
-    return windows, str(path.name)
-
-
-@torch.inference_mode()
-def _logits(model: Any, windows: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [model(window.unsqueeze(0)).logits[0].float() for window in windows]
-
-
 def _compare(logits: list[torch.Tensor], expected: list[torch.Tensor], windows: list[torch.Tensor]) -> dict[str, float]:
     """Perplexity, share of positions with the same greedy token, and mean cosine of the logits."""
-    losses, same, cosines = [], [], []
-    for mine, theirs, ids in zip(logits, expected, windows, strict=True):
-        losses.append(functional.cross_entropy(mine[:-1], ids[1:], reduction="none"))
-        same.append((mine.argmax(1) == theirs.argmax(1)).float())
-        cosines.append(functional.cosine_similarity(mine, theirs, dim=1))
-    return {
-        "perplexity": float(torch.cat(losses).mean().exp()),
-        "greedy_agreement": float(torch.cat(same).mean()),
-        "logit_cosine": float(torch.cat(cosines).mean()),
-    }
+    perplexity, same, cosine = compare(logits, expected, [ids[1:] for ids in windows], functional.cosine_similarity)
+    return {"perplexity": perplexity, "greedy_agreement": same, "logit_cosine": cosine}
 
 
 def _expert_errors(model: Any, inputs: dict[int, torch.Tensor], dtype: ck.ExpertDtype, limit: int) -> dict[str, float]:

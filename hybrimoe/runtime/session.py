@@ -27,12 +27,10 @@ from hybrimoe.runtime.startup import Frequencies, Startup
 from hybrimoe.runtime.stats import SessionStats, StatsRecorder
 from hybrimoe.runtime.steps import StepTracker
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
-from scheduler import CostModel
+from scheduler import CostModel, Planner
 from scheduler.graph import PlannedLayer
+from scheduler.recording import RecordedPlanner, Recording
 from scheduler.records import TaskRecord
-
-if TYPE_CHECKING:
-    from scheduler import Planner
 
 
 class Session:
@@ -54,6 +52,7 @@ class Session:
         self._tracker = StepTracker(self.config.decode_max_tokens)
         self._model: weakref.ref[nn.Module] | None = None
         self._sink: ProbeSink | None = None
+        self._make_planner: Callable[..., Planner] = Planner
         self._closed = False
         self._finalizer: weakref.finalize[..., Any] | None = None
 
@@ -229,6 +228,32 @@ class Session:
         with self._lock:
             self._ready().trace(on)
 
+    def record_run(self) -> None:
+        """Starts a recording that `scheduler.replay` can follow exactly; slots start over with the most used experts.
+
+        Experts run one by one on each lane. Raises ModelError without an accelerator, or where a lossy policy runs.
+        """
+        with self._lock:
+            runner = self._ready()
+            if runner.planner is None or self.config.lossy is not None:
+                raise ModelError(
+                    "only plans can be recorded, and nothing is planned here: choose an accelerator (emulated, cuda:0), "
+                    "slots, and no lossy policy"
+                )
+            runner.drain()
+            self._make_planner = RecordedPlanner
+            self._start_runner(None, runner, runner.activations if runner.activations.any() else None)
+            self._ready().trace(True)
+
+    @property
+    def recording(self) -> Recording:
+        """What ran since `record_run`. Raises ModelError where nothing was recorded."""
+        planner, tasks = self.planner, self.timeline
+        if not isinstance(planner, RecordedPlanner):
+            raise ModelError("nothing was recorded: call record_run() first")
+        sizes = {layer.spec.record_bytes for layer in self._layers}
+        return replace(planner.recording, tasks=tasks, expert_bytes=max(sizes))
+
     @property
     def timeline(self) -> list[TaskRecord]:
         """What ran while recording, by start time; waits for transfers under way. Kept after recording stops."""
@@ -263,7 +288,7 @@ class Session:
                 n_slots=self.n_slots,
                 slots_filled=0 if runner is None else len(runner.slot_contents()),
                 n_experts=sum(layer.num_experts for layer in self._layers),
-                store_bytes=0 if self._store is None else self._store.nbytes,
+                store_bytes=sum(store.nbytes for store in (self._store, self._low and self._low.store) if store),
                 warmup_transfers=self._stats.warmup_transfers,
                 failures=self._stats.failures,
                 lossy=None if self.config.lossy is None else self.config.lossy.name,
@@ -316,8 +341,9 @@ class Session:
         """Replaces the runner; `setting` None keeps the slots, `previous` hands over costs, hooks and records."""
         model = None if self._model is None else self._model()
         startup = Startup(
-            self.config, self._layers, self.store, self._accelerator, model, self._probe, self._stats, self._tracker
-        )
+            self.config, self._layers, self.store, self._accelerator, model, self._probe, self._stats, self._tracker,
+            make_planner=self._make_planner,
+        )  # fmt: skip
         lossy = self.config.lossy
         if lossy is None:
             self._runner = startup.runner(setting, previous, frequencies)
