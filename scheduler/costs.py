@@ -7,8 +7,8 @@ tokens (arithmetic). Measured tables replace the formula point by point. What re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +92,26 @@ class CostModel:
             1.0,
             dense_us,
         )
+        return model
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Plain data of tables, contention and drift as they are now."""
+        return {
+            "kind": self.kind.tolist(), "cpu": self.cpu_grid.tolist(), "accel": self.accel_grid.tolist(),
+            "link": self.link_us.tolist(), "cpu_with_link": self.cpu_with_link, "link_with_cpu": self.link_with_cpu,
+            "dense_us": self.dense_us, "drift": self.drift.tolist(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> CostModel:
+        """The model that ``as_mapping`` described. Raises CostError for impossible values, KeyError for missing."""
+        model = cls.__new__(cls)
+        model._build(
+            np.array(values["kind"], np.int64), np.array(values["cpu"], np.float64),
+            np.array(values["accel"], np.float64), np.array(values["link"], np.float64),
+            values["cpu_with_link"], values["link_with_cpu"], values["dense_us"],
+        )  # fmt: skip
+        model.drift[:] = values["drift"]
         return model
 
     def _build(

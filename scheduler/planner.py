@@ -21,7 +21,7 @@ from scheduler.demand import LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.explain import Explanation, explain
 from scheduler.future import Future
-from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, Transfer, TransferEnded, TransferKind
+from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Transfer, TransferEnded, TransferKind
 from scheduler.policies import Policy, resolve_policy
 from scheduler.prefetch import PREFETCH_POLICIES
 from scheduler.setting import Scorer, Setting, make
@@ -326,6 +326,10 @@ class Planner:
             self._end_layer(event)
         else:
             raise SlotError(f"expected TransferEnded or LayerEnded, found {type(event).__name__}")
+
+    def observe(self, task: ObservedTask) -> None:
+        """A task's duration that became known after its layer's end. Raises CostError for a time that cannot be."""
+        self.costs.observe(task)
 
     def _end_layer(self, event: LayerEnded) -> None:
         if not 0 <= event.layer < self.n_layers or not self._claimed[event.layer]:

@@ -43,6 +43,10 @@ def simulate(
     ] = None,
     policy: PolicyOption = None,
     cache_ratio: RatioOption = None,
+    lossy: Annotated[
+        list[str] | None,
+        typer.Option("--lossy", metavar="KIND", help="Each policy with this lossy one, too; repeatable."),
+    ] = None,
     phase: Annotated[
         str | None, typer.Option(help="prefill or decode only. Default: both, where the trace has them.")
     ] = None,
@@ -63,9 +67,18 @@ def simulate(
         Path | None, typer.Option(metavar="FILE", help="Net of `trace train --target prefetch`, for learned prefetch.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed, the same numbers.")] = 0,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Instead: follow a run recorded by `trace capture` and compare, plan by plan."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Simulate policies on a trace. The first quarter of its sequences is the profile, the others are simulated."""
+    if replay is not None:
+        _replay(replay, as_json=as_json)
+        return
     from hybrimoe.tracing.simulation import SimulationRequest, run_simulations
 
     request = SimulationRequest(
@@ -74,6 +87,7 @@ def simulate(
         model_shape=model_shape,
         policies=tuple(policy or DEFAULT_POLICIES),
         cache_ratios=tuple(cache_ratio or (DEFAULT_RATIO,)),
+        lossy=tuple(lossy or ()),
         phase=phase,
         expert_dtype=expert_dtype,
         dense_dtype=dense_dtype,
@@ -109,3 +123,39 @@ def _show(results: list[PhaseResult], title: str) -> None:
              ahead)
         )  # fmt: skip
     render.out().print(render.table(title, COLUMNS, rows))
+
+
+def _replay(path: Path, *, as_json: bool) -> None:
+    """Exit code 1 where the replay differs from the run."""
+    from hybrimoe.tracing.replay import replay_file
+
+    found = replay_file(path)
+    if as_json:
+        render.emit_json(found)
+    else:
+        _show_replay(found)
+    if not found["exact"]:
+        raise typer.Exit(1)
+
+
+def _show_replay(found: dict[str, Any]) -> None:
+    out = render.out()
+    verdict = "exact: every plan, transfer and hit is reproduced" if found["exact"] else "NOT exact"
+    out.print(f"{found['file']}: {verdict}")
+    rows = [(name, str(found[name])) for name in ("plans", "transfers", "prefetches")]
+    rows.append(("hits", f"{found['hits']} of {found['activated']} ({found['hit_rate']:.1%})"))
+    for phase, times in found["phases"].items():
+        told = f"recorded {times['recorded_us']:.0f} us ({found['facts']['lanes']})"
+        rows.append((f"{phase}, {times['steps']} steps", told))
+        rows.append(("  with recorded durations and waits", f"{times['replayed_us']:.0f} us (simulated)"))
+        rows.append(("  with recorded durations alone", f"{times['durations_us']:.0f} us (simulated)"))
+    out.print(render.table("Replay", ("", ""), rows))
+    first = found["divergence"]
+    if first is not None:
+        out.print(
+            f"First difference: step {first['step']}, layer {first['layer']}, {first['what']}: recorded "
+            f"{first['recorded']}, replayed {first['replayed']}. {first['why']}", markup=False, soft_wrap=True,
+        )  # fmt: skip
+        then, now = found["facts"].get("versions"), found["versions"]
+        if then != now:
+            out.print(f"Recorded by {then}, replayed by {now}.", markup=False, soft_wrap=True)

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from hybrimoe.cli import render
-from hybrimoe.cli.common import ConfigOption, JsonOption, ModelArgument
+from hybrimoe.cli.common import AcceleratorOption, ConfigOption, JsonOption, ModelArgument, PolicyOption, SlotsOption
 
 
 def register(app: typer.Typer) -> None:
-    """Add `trace record`, `trace analyze` and `trace train`."""
+    """Add `trace record`, `trace capture`, `trace analyze` and `trace train`."""
     group = typer.Typer(no_args_is_help=True, help="Record and analyse the expert routing of a model.")
     group.command("record")(record)
+    group.command("capture")(capture)
     group.command("analyze")(analyze)
     group.command("train")(train)
     app.add_typer(group, name="trace")
@@ -55,6 +56,42 @@ def record(
             f"{trace.n_tokens} tokens of {len(texts)} sequences, {trace.n_layers} layers of {trace.n_experts} experts"
         )
         render.out().print(f"{out}: {told}", soft_wrap=True)
+
+
+def capture(
+    model: ModelArgument = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The recording to write.")] = Path(
+        "run.json.gz"
+    ),
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")] = "Once upon a time",
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Decode steps.")] = 32,
+    config: ConfigOption = None,
+    accelerator: AcceleratorOption = None,
+    slots: SlotsOption = None,
+    policy: PolicyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate one reply and record every plan, demand, event and task, for `simulate --replay`.
+
+    Experts run one by one on each lane meanwhile, so the run is slower than others. Without --accelerator and --config
+    the accelerator is emulated.
+    """
+    from hybrimoe.cli.common import deploy_config
+    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.tracing.replay import capture_run
+
+    device = "emulated" if accelerator is None and config is None else accelerator
+    deployment = deploy_config(config, model=model, accelerator=device, slots=slots, policy=policy)
+    with open_model(deployment, show_progress=not as_json) as opened:
+        recording = capture_run(opened.generator, opened.session, prompt, new_tokens, opened.name)
+    recording.save(out)
+    facts = {"file": str(out), "plans": len(recording.plans), "tasks": len(recording.tasks),
+             "bytes": out.stat().st_size, **recording.facts}  # fmt: skip
+    if as_json:
+        render.emit_json(facts)
+    else:
+        told = f"{facts['plans']} plans and {facts['tasks']} tasks ({recording.facts['lanes']})"
+        render.out().print(f"{out}: {told}; replay it with: hybrimoe simulate --replay {out}", soft_wrap=True)
 
 
 def _lines(path: Path | None) -> list[str]:

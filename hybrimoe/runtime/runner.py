@@ -306,9 +306,9 @@ class Runner:
         self._stats.of(self.phase, run.layer).accel_us += total_us
         if run.traced:
             self.timeline += accel_records(run)
-        if self.costs is not None and not run.step % OBSERVE_EVERY:
-            us = share_out(total_us, n_tokens, partial(self.costs.accel_us, run.layer))
-            self.costs.observe(ObservedTask("accel", run.layer, n_tokens[0], us))
+        if self.planner is not None and not run.step % OBSERVE_EVERY:
+            us = share_out(total_us, n_tokens, partial(self.planner.costs.accel_us, run.layer))
+            self.planner.observe(ObservedTask("accel", run.layer, n_tokens[0], us))
 
 
 def postpone_weights(work: LayerWork, norm: nn.Module) -> None:

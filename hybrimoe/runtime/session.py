@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -237,8 +239,8 @@ class Session:
             runner = self._ready()
             if runner.planner is None or self.config.lossy is not None:
                 raise ModelError(
-                    "only plans can be recorded, and nothing is planned here: choose an accelerator (emulated, cuda:0), "
-                    "slots, and no lossy policy"
+                    "only plans can be recorded, and nothing is planned here: choose an accelerator (emulated, cuda:0) "
+                    "with slots, and no lossy policy"
                 )
             runner.drain()
             self._make_planner = RecordedPlanner

@@ -46,6 +46,7 @@ class Startup:
     stats: StatsRecorder
     tracker: StepTracker
     make_runner: Callable[..., Runner] = Runner
+    make_planner: Callable[..., scheduler.Planner] = scheduler.Planner
 
     def runner(
         self, setting: int | float | str | None, previous: Runner | None, frequencies: Frequencies | None
@@ -119,7 +120,7 @@ class Startup:
         return CostModel(profile, shape, layer.spec.dtype, [item.spec.record_bytes for item in self.layers])
 
     def _planner(self, n_slots: int, costs: CostModel) -> scheduler.Planner:
-        return scheduler.Planner(
+        return self.make_planner(
             len(self.layers),
             max(layer.num_experts for layer in self.layers),
             n_slots,

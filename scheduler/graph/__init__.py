@@ -1,6 +1,7 @@
 """The schedule of a step as one directed acyclic graph: validated, simulated, explained, exported."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import networkx as nx
 
@@ -53,6 +54,11 @@ class TaskGraph:
     def from_plans(cls, items: Sequence[PlannedLayer], durations: Durations, expert_bytes: int) -> "TaskGraph":
         """Graph of planned layers in execution order; all layers share one expert size in bytes."""
         return cls(items, *build(items, durations, expert_bytes), expert_bytes)
+
+    def with_durations(self, duration_us: Mapping[int, float]) -> "TaskGraph":
+        """The same tasks and edges, the tasks named by id with other durations."""
+        tasks = [replace(task, duration_us=duration_us.get(task.id, task.duration_us)) for task in self.tasks]
+        return TaskGraph(self.items, self.graph, self.lane_order, tasks, self.expert_bytes)
 
     def validate(self, n_slots: int | None = None, resident: SlotContents | None = None) -> None:
         """Raise :class:`GraphError` unless the plan keeps every rule (see :mod:`scheduler.graph.checks`)."""

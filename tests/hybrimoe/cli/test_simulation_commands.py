@@ -1,5 +1,6 @@
 """`simulate`, `trace`, `plan`, `explain-step` and `bench ablation` as command lines."""
 
+import gzip
 import json
 
 import numpy as np
@@ -138,3 +139,33 @@ def test_explain_step(hybrimoe, tmp_path):
     assert json.loads((tmp_path / "c.json").read_text())["traceEvents"]
     assert "Critical path" in hybrimoe("explain-step", "--step", "2", "--timeline").out
     assert "the trace has steps 0" in hybrimoe("explain-step", "--step", "99999", "--json").data["error"]["message"]
+
+
+def test_a_captured_run_is_replayed_exactly(hybrimoe, tmp_path):
+    path = tmp_path / "run.json.gz"
+    made = hybrimoe("trace", "capture", "-o", path, "-n", "6", "--slots", "0.25", "--json").data
+    assert made["plans"] > 6
+    assert made["lanes"] == "emulated accelerator, measured"
+    found = hybrimoe("simulate", "--replay", path, "--json").data
+    assert found["exact"]
+    assert found["plans"] == made["plans"]
+    assert found["divergence"] is None
+    decode = found["phases"]["decode"]
+    assert decode["replayed_us"] == pytest.approx(decode["recorded_us"], rel=0.02)
+    assert decode["durations_us"] <= decode["replayed_us"]
+    assert "exact: every plan" in hybrimoe("simulate", "--replay", path).out
+
+
+def test_a_replay_that_differs_fails_and_says_where(hybrimoe, tmp_path):
+    path = tmp_path / "run.json.gz"
+    hybrimoe("trace", "capture", "-o", path, "-n", "3", "--slots", "0.25", "--json")
+    body = json.loads(gzip.decompress(path.read_bytes()))
+    body["setup"]["policy"] = "static"
+    path.write_bytes(gzip.compress(json.dumps(body).encode()))
+    told = hybrimoe("simulate", "--replay", path)
+    assert told.code == 1
+    assert "First difference: step" in told.out
+    refused = hybrimoe("trace", "capture", "--accelerator", "none", "-o", path, "--json")
+    assert refused.code == 1
+    assert "choose an accelerator" in refused.data["error"]["message"]
+    assert "no recording" in hybrimoe("simulate", "--replay", DEMO, "--json").data["error"]["message"]

@@ -1,0 +1,225 @@
+"""What a planner was told and what it answered, call by call: enough to drive another planner to the same plans.
+
+``RecordedPlanner`` is a planner that writes this down while it works. A ``Recording`` adds the tasks that really ran
+(``TaskRecord``) and is saved as gzip JSON; float64 values survive that exactly. ``scheduler.replay`` reads it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.costs import CostModel
+from scheduler.demand import LayerDemand, Phase, Prediction
+from scheduler.errors import SchedulerError
+from scheduler.future import Future
+from scheduler.graph import PlannedLayer
+from scheduler.plan import (
+    Event,
+    LaneState,
+    LayerEnded,
+    LayerPlan,
+    ObservedTask,
+    Transfer,
+    TransferEnded,
+)
+from scheduler.planner import NOW, Planner
+from scheduler.records import TaskRecord
+
+FORMAT, VERSION = "hybrimoe recording", 1
+
+
+class RecordingError(SchedulerError):
+    """A recording cannot be read; the message says what was expected and found."""
+
+
+class Call(NamedTuple):
+    """One call of a planner's method: its name, the arguments, and (``warm_up``, ``plan_layer``) its answer.
+
+    ``hits``: activated experts of ``plan_layer`` whose bytes were in a slot before.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    answer: Any = None
+    hits: int = 0
+
+
+@dataclass(slots=True)
+class Recording:
+    """``setup``: the planner's arguments (costs as ``CostModel.as_mapping``); ``calls`` in order; ``tasks``: what ran,
+    by start time; ``facts``: model, versions, machine, free text for people."""
+
+    setup: dict[str, Any]
+    calls: list[Call] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    expert_bytes: int = 0
+
+    @property
+    def plans(self) -> list[PlannedLayer]:
+        """The recorded plans with their demands, in order."""
+        return [PlannedLayer(call.answer, call.args[0]) for call in self.calls if call.name == "plan_layer"]
+
+    def planner(self) -> Planner:
+        """A planner as the recorded one was at its start. Raises SchedulerError where the setup cannot be."""
+        given = dict(self.setup)
+        params = given.pop("params")
+        return Planner(**{**given, "costs": CostModel.from_mapping(given["costs"])}, **params)
+
+    def save(self, path: Path) -> None:
+        """Writes the file. Raises OSError."""
+        body = {
+            "format": FORMAT, "version": VERSION, "setup": self.setup, "facts": self.facts,
+            "expert_bytes": self.expert_bytes, "calls": [_encode(call) for call in self.calls],
+            "tasks": [list(asdict(task).values()) for task in self.tasks],
+        }  # fmt: skip
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            json.dump(body, file, default=_plain)
+
+    @classmethod
+    def load(cls, path: Path) -> Recording:
+        """Reads a file. Raises RecordingError for what is no recording, OSError where it cannot be opened."""
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                body = json.load(file)
+        except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
+            raise RecordingError(f"{path} is no recording of a run (gzip JSON of `trace capture`): {error}") from error
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise RecordingError(f"{path}: expected a file of `hybrimoe trace capture`, found something else")
+        if body.get("version") != VERSION:
+            raise RecordingError(f"{path}: version {body.get('version')!r}, this program reads {VERSION}; record again")
+        try:
+            return cls(
+                dict(body["setup"]), [_decode(entry) for entry in body["calls"]],
+                [TaskRecord(*values) for values in body["tasks"]], dict(body["facts"]), int(body["expert_bytes"]),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise RecordingError(f"{path} is damaged: {type(error).__name__} {error}") from error
+
+
+class RecordedPlanner(Planner):
+    """A planner that keeps what it is told and answers, in ``recording``."""
+
+    def __init__(
+        self, n_layers: int, n_experts: int, n_slots: int, costs: CostModel, policy: str = "ours", lookahead: int = 3,
+        seed: int = 0, *, placements: Any = None, **params: Any,
+    ) -> None:  # fmt: skip
+        setup = {
+            "n_layers": n_layers, "n_experts": n_experts, "n_slots": n_slots, "costs": costs.as_mapping(),
+            "policy": policy, "lookahead": lookahead, "seed": seed,
+            "placements": None if placements is None else list(placements), "params": dict(params),
+        }  # fmt: skip
+        super().__init__(n_layers, n_experts, n_slots, costs, policy, lookahead, seed, placements=placements, **params)
+        self.recording = Recording(setup)
+
+    def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]:
+        transfers = super().warm_up(frequencies)
+        self._note("warm_up", (None if frequencies is None else np.asarray(frequencies, np.float64),), transfers)
+        return transfers
+
+    def begin_sequence(self, future: Future | None = None) -> None:
+        super().begin_sequence(future)
+        self._note("begin_sequence", ())
+
+    def begin_step(self, phase: Phase, n_tokens: int) -> None:
+        super().begin_step(phase, n_tokens)
+        self._note("begin_step", (phase, n_tokens))
+
+    def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan:
+        hits = resident_hits(self, demand)
+        plan = super().plan_layer(demand, lanes)
+        self._note("plan_layer", (demand, lanes), plan, hits)
+        return plan
+
+    def on_event(self, event: Event) -> None:
+        super().on_event(event)
+        self._note("on_event", (event,))
+
+    def observe(self, task: ObservedTask) -> None:
+        super().observe(task)
+        self._note("observe", (task,))
+
+    def _note(self, name: str, args: tuple[Any, ...], answer: Any = None, hits: int = 0) -> None:
+        self.recording.calls.append(Call(name, args, answer, hits))
+
+
+def resident_hits(planner: Planner, demand: LayerDemand) -> int:
+    """Activated experts whose bytes are in a slot now."""
+    return len(set(planner.slots.resident(demand.layer)).intersection(demand.expert_ids.tolist()))
+
+
+def _encode(call: Call) -> list[Any]:
+    args = [
+        _plain(arg) if isinstance(arg, np.ndarray) or hasattr(arg, "__dataclass_fields__") else arg for arg in call.args
+    ]
+    if call.name == "on_event":
+        args.append(type(call.args[0]).__name__)
+    return [call.name, args, _plain(call.answer), call.hits]
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready data of arrays, numpy numbers and (tuples of) dataclasses."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    return value
+
+
+def _decode(entry: Any) -> Call:
+    name, args, answer, hits = entry
+    if name == "plan_layer":
+        return Call(name, (_demand(args[0]), LaneState(**args[1])), _plan(answer), int(hits))
+    if name == "warm_up":
+        known = None if args[0] is None else np.array(args[0], np.float64)
+        return Call(name, (known,), tuple(_transfer(item) for item in answer))
+    if name == "on_event":
+        return Call(name, (_event(*args),))
+    if name == "observe":
+        return Call(name, (ObservedTask(**args[0]),))
+    if name in ("begin_sequence", "begin_step"):
+        return Call(name, tuple(args))
+    raise RecordingError(f"unknown call {name!r}")
+
+
+def _event(body: Mapping[str, Any], kind: str) -> Event:
+    if kind == "TransferEnded":
+        return TransferEnded(**body)
+    return LayerEnded(body["layer"], tuple(ObservedTask(**task) for task in body["observed"]))
+
+
+def _demand(body: Mapping[str, Any]) -> LayerDemand:
+    ahead = tuple(
+        Prediction(
+            item["layer"], np.array(item["expert_ids"], np.int32), np.array(item["n_tokens"], np.float32),
+            np.array(item["scores"], np.float32),
+        )
+        for item in body["predictions"]
+    )  # fmt: skip
+    return LayerDemand(
+        body["layer"], body["phase"], body["n_tokens_total"], np.array(body["expert_ids"], np.int32),
+        np.array(body["n_tokens"], np.int32), np.array(body["gate_scores"], np.float32), ahead,
+    )  # fmt: skip
+
+
+def _transfer(body: Mapping[str, Any]) -> Transfer:
+    return Transfer(**{**body, "evicts": None if body["evicts"] is None else tuple(body["evicts"])})
+
+
+def _plan(body: Mapping[str, Any]) -> LayerPlan:
+    moves = {name: tuple(_transfer(item) for item in body[name]) for name in ("transfers", "prefetches")}
+    experts = {name: tuple(body[name]) for name in ("cpu", "accel", "accel_slots", "awaited")}
+    return LayerPlan(**{**body, **experts, **moves})

@@ -1,0 +1,187 @@
+"""Recorded plans simulated again: with the durations that were recorded, or with those of a cost model.
+
+The time between layers (attention, router, planning: the host's) is taken as it was recorded; what is simulated are
+the lanes. ``service`` splits each recorded task into its own duration and the lag between the moment when it could have
+started (its dependencies and the task before it on its lane had ended) and the moment when it did: dispatch, wake-up
+and synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Final, NamedTuple
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.graph import DenseTimes, Durations, PlannedLayer, Task, TaskGraph
+from scheduler.records import Lane, TaskRecord
+
+COMPUTE: Final = ("cpu_expert", "accel_expert")
+HOST: Final[Lane] = "disk"
+"""The lane of the time between layers: the one lane that no expert uses here."""
+
+
+class StepTime(NamedTuple):
+    """us in which layers of one step ran, without the time between them."""
+
+    step: int
+    phase: str
+    simulated_us: float
+    recorded_us: float
+
+    @property
+    def error(self) -> float:
+        """|simulated - recorded| / recorded."""
+        return abs(self.simulated_us - self.recorded_us) / self.recorded_us
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """Median us from when a task could start to when it did, by lane: what dispatch and synchronisation cost."""
+
+    cpu_us: float = 0.0
+    accel_us: float = 0.0
+    link_us: float = 0.0
+
+    def of(self, lane: Lane) -> float:
+        """us of one lane."""
+        return {"cpu": self.cpu_us, "accel": self.accel_us, "link": self.link_us}.get(lane, 0.0)
+
+
+class Retiming:
+    """Plans and what ran, joined: the graph of all steps with the recorded time between layers on the host's lane.
+
+    Layers without a record of each of their computations are left out, and so is the rest of their step.
+    """
+
+    def __init__(self, plans: Sequence[PlannedLayer], tasks: Sequence[TaskRecord], expert_bytes: int) -> None:
+        self._spans = _spans(tasks)
+        whole = _whole_steps(plans, self._spans)
+        self.items, self.gaps_us = self._with_gaps([item for item in plans if item.plan.step in whole])
+        self.graph = TaskGraph.from_plans(self.items, _Nothing(), expert_bytes)
+        self._record = _match(self.graph.tasks, tasks)
+
+    def _with_gaps(self, plans: Iterable[PlannedLayer]) -> tuple[list[PlannedLayer], dict[tuple[int, int], float]]:
+        items, gaps, ended = [], {}, None
+        for item in plans:
+            key = (item.plan.step, item.plan.layer)
+            start, end = self._spans[key]
+            gaps[key] = 0.0 if ended is None else max(start - ended, 0.0)
+            items.append(item._replace(dense=DenseTimes(attention_us=gaps[key], lane=HOST)))
+            ended = end
+        return items, gaps
+
+    def lags(self, before_step: int | None = None) -> Lag:
+        """Median lag of each lane, over the steps before ``before_step``."""
+        found: dict[str, list[float]] = {"cpu": [], "accel": [], "link": []}
+        for task, lag in self._lags():
+            if before_step is None or task.step < before_step:
+                found[task.lane].append(lag)
+        return Lag(*(median(values) if values else 0.0 for values in found.values()))
+
+    def _lags(self) -> list[tuple[Task, float]]:
+        """Recorded tasks with their lag; a layer's first task has none, a prefetch before it a negative one."""
+        before = {b: a for order in self.graph.lane_order.values() for a, b in pairwise(order)}
+        ended: dict[int, float] = {}
+        result = []
+        for node in nx.topological_sort(self._with_lanes(before)):
+            task, record = self.graph.tasks[node], self._record.get(node)
+            ready = max((ended[p] for p in (*self.graph.graph.predecessors(node), before.get(node)) if p in ended),
+                        default=float("-inf"))  # fmt: skip
+            if task.kind == "gate":
+                ready = self._spans[task.step, task.layer][0]
+            if record is not None:
+                result.append((task, record.start_us - ready))
+            ended[node] = ready if record is None else record.end_us
+        return result
+
+    def _with_lanes(self, before: Mapping[int, int]) -> nx.DiGraph[int]:
+        joined = self.graph.graph.copy()
+        joined.add_edges_from((a, b) for b, a in before.items())
+        return joined
+
+    def step_times(self, costs: Durations | None = None, lag: Lag = Lag()) -> list[StepTime]:
+        """Each step with the recorded durations (``costs`` None) or those of ``costs``, each task longer by its lag."""
+        durations = {
+            task.id: (self._record[task.id].duration_us if costs is None else _cost_us(costs, task)) + lag.of(task.lane)
+            for task in self.graph.tasks
+            if task.id in self._record
+        }
+        return self._by_step(self.graph.with_durations(durations))
+
+    def replayed(self) -> list[StepTime]:
+        """Each step with recorded durations and recorded lags: what ran, if the graph explains it."""
+        lags = {task.id: lag for task, lag in self._lags()}
+        durations = {node: max(record.duration_us + lags[node], 0.0) for node, record in self._record.items()}
+        return self._by_step(self.graph.with_durations(durations))
+
+    def _by_step(self, graph: TaskGraph) -> list[StepTime]:
+        schedule, tasks = graph.simulate(), graph.tasks
+        begun: dict[tuple[int, int], float] = {}
+        spent: dict[tuple[int, int], float] = {}
+        for task in tasks:
+            key = (task.step, task.layer)
+            if task.kind == "gate":
+                begun[key] = schedule.end_us[task.id]
+            elif task.kind in COMPUTE:
+                spent[key] = max(spent.get(key, 0.0), schedule.end_us[task.id] - begun[key])
+        times: dict[int, list[float]] = {}
+        phases = {}
+        for item in self.items:
+            key = (item.plan.step, item.plan.layer)
+            start, end = self._spans[key]
+            total = times.setdefault(item.plan.step, [0.0, 0.0])
+            total[0], total[1] = total[0] + spent[key], total[1] + end - start
+            phases[item.plan.step] = item.demand.phase
+        return [StepTime(step, phases[step], *total) for step, total in times.items()]
+
+
+class _Nothing:
+    """Durations before the records are put in."""
+
+    def cpu_us(self, layer: int, n_tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        return np.zeros(len(n_tokens))
+
+    accel_us = cpu_us
+
+    def transfer_us(self, layer: int) -> float:
+        return 0.0
+
+
+def _cost_us(costs: Durations, task: Task) -> float:
+    if task.lane == "link":
+        return costs.transfer_us(task.layer)
+    of_lane = costs.cpu_us if task.lane == "cpu" else costs.accel_us
+    return float(of_lane(task.layer, np.array([task.n_tokens], np.int32))[0])
+
+
+def _spans(tasks: Iterable[TaskRecord]) -> dict[tuple[int, int], tuple[float, float]]:
+    """(start, end) of each (step, layer): its first computation or demand transfer, its last computation."""
+    spans: dict[tuple[int, int], tuple[float, float]] = {}
+    for record in tasks:
+        if record.kind in (*COMPUTE, "transfer"):
+            key = (record.step, record.layer)
+            start, end = spans.get(key, (record.start_us, record.start_us))
+            spans[key] = min(start, record.start_us), max(end, record.end_us if record.kind in COMPUTE else end)
+    return spans
+
+
+def _whole_steps(plans: Iterable[PlannedLayer], spans: Mapping[tuple[int, int], tuple[float, float]]) -> set[int]:
+    known: dict[int, bool] = {}
+    for item in plans:
+        step = item.plan.step
+        known[step] = known.get(step, True) and (step, item.plan.layer) in spans
+    return {step for step, whole in known.items() if whole}
+
+
+def _match(tasks: Iterable[Task], records: Iterable[TaskRecord]) -> dict[int, TaskRecord]:
+    """Record of each task id, in order of start where a key occurs twice."""
+    by_key: dict[tuple[int, str, int, int], list[TaskRecord]] = {}
+    for record in sorted(records, key=lambda r: (r.start_us, r.end_us)):
+        by_key.setdefault((record.step, record.kind, record.layer, record.expert), []).append(record)
+    return {task.id: found.pop(0) for task in tasks if (found := by_key.get(task.key))}
