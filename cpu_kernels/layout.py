@@ -30,6 +30,7 @@ INTERLEAVE = 32  # rows of gate, then as many rows of up
 SCALE_BYTES = BLOCK_ROWS * (BLOCK_COLUMNS // GROUP) * 2
 LINES = {"float32": 64, "bfloat16": 32, "int8": 16, "int4": 8}
 LINE_BYTES = 64
+BITS = {"int8": 8, "int4": 4}  # of a code
 OFFSET = {"int8": 128, "int4": 8}  # stored code = q + OFFSET: unsigned, as vpdpbusd wants its first operand
 
 

@@ -12,7 +12,6 @@ from cpu_kernels.compiled import Real, Truth, Whole, inline_kernel, kernel
 from cpu_kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, GROUP, OFFSET
 from cpu_kernels.primitives import bits_of_float, float_from_bits
 
-BITS = {"int8": 8, "int4": 4}
 INT8_MAX = 127
 INT4_MIN, INT4_MAX = -8, 7
 # Candidates for (extreme value of a group) / scale in int4; the one with the least squared error wins. -8 uses all of

@@ -16,7 +16,7 @@ from typing import ClassVar
 from llvmlite import ir
 
 from cpu_kernels.isa import Isa
-from cpu_kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, GROUP, LINE_BYTES, LINES, block_bytes, is_quantised
+from cpu_kernels.layout import BITS, BLOCK_COLUMNS, BLOCK_ROWS, GROUP, LINE_BYTES, LINES, block_bytes, is_quantised
 from cpu_kernels.simd.formats import GROUPS, LOW_PARTS, X_CORRECTIONS, X_SCALES, format_of
 from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, GroupDot, Simd
 
@@ -53,40 +53,16 @@ class PanelKernel:
     def build(self, isa: Isa) -> ir.Module:
         """LLVM module with `panel`."""
         module = ir.Module(self.name)
-        few = [(n, _tile_function(module, self, SOURCES[self.dtype], isa, n, m)) for n, m in isa.tiles]
-        if self.dtype == "int4":
-            many = [(n, _tile_function(module, self, UNPACKED, isa, n, m)) for n, m in isa.tiles]
-            _panel_function(module, self, isa, few, many, _unpack_function(module, isa))
-        else:
-            _panel_function(module, self, isa, few, few, None)
+        _panel_function(module, self, isa, [(n, _tile_function(module, self, isa, n, m)) for n, m in isa.tiles])
         return module
 
 
-@dataclass(frozen=True)
-class Source:
-    """How a tile finds weights: the layout of a block, the bits of its codes, and whether it asks for later ones."""
-
-    layout: str
-    bits: int = 0
-    prefetch: bool = True
-
-
-SOURCES = {
-    "float32": Source("float32"),
-    "bfloat16": Source("bfloat16"),
-    "int8": Source("int8", 8),
-    "int4": Source("int4", 4),
-}
-UNPACKED = Source("int8", 4, prefetch=False)  # int4 codes in the layout of int8, in scratch memory
-
-
-def _panel_function(
-    module: ir.Module, kernel: PanelKernel, isa: Isa, few: Tiles, many: Tiles, unpack: ir.Function | None
-) -> None:
+def _panel_function(module: ir.Module, kernel: PanelKernel, isa: Isa, tiles: Tiles) -> None:
     """Row block by row block (a single stream of weights).
 
     Tokens that fill one tile at most take all columns at once. More tokens take them in parts that stay in L1 while the
-    tiles pass over them; int4 codes are unpacked for that, once a part.
+    tiles pass over them. Each tile unpacks int4 codes anew: those instructions go to pipes that products leave idle
+    (1.3 cycles a vpdpbusd with and without them; unpacking once a part, into L1, takes 1.5 at 16 tokens; Zen 4).
     """
     arguments = [POINTER, I64, I64, POINTER, I64, POINTER, I64, POINTER]
     dtype, x_block_bytes = kernel.dtype, format_of(kernel.dtype, isa).block_bytes
@@ -94,46 +70,20 @@ def _panel_function(
     weights, stride, n_blocks, x, x_stride, row_ids, n_rows, out = panel.args
     s = Simd(ir.IRBuilder(panel.append_basic_block()), isa)
     part_blocks = L1_WEIGHT_BYTES // block_bytes(dtype)
-    scratch = s.scratch(part_blocks * block_bytes("int8")) if unpack is not None else None
-    is_few = s.b.icmp_signed("<=", n_rows, s.const(few[0][0]))
+    is_few = s.b.icmp_signed("<=", n_rows, s.const(tiles[0][0]))
     with s.loop(s.const(0), s.const(PANEL_ROWS // BLOCK_ROWS)) as row_block:
         start = s.offset(weights, s.b.mul(row_block, stride))
         place = s.offset(out, s.b.mul(row_block, s.const(4 * BLOCK_ROWS)))
         with s.b.if_else(is_few) as (then, otherwise):
             with then:
-                _all_tokens(s, few, [start, n_blocks, x, x_stride], row_ids, n_rows, place)
+                _all_tokens(s, tiles, [start, n_blocks, x, x_stride], row_ids, n_rows, place)
             with otherwise, s.loop(s.const(0), n_blocks, part_blocks) as block:
                 left = s.b.sub(n_blocks, block)
                 count = s.b.select(s.b.icmp_signed("<", left, s.const(part_blocks)), left, s.const(part_blocks))
                 here = s.offset(start, s.b.mul(block, s.const(block_bytes(dtype))))
-                if unpack is not None:
-                    s.b.call(unpack, [here, count, scratch])
-                    here = scratch
                 x_here = s.offset(x, s.b.mul(block, s.const(x_block_bytes)))
-                _all_tokens(s, many, [here, count, x_here, x_stride], row_ids, n_rows, place)
+                _all_tokens(s, tiles, [here, count, x_here, x_stride], row_ids, n_rows, place)
     s.b.ret_void()
-
-
-def _unpack_function(module: ir.Module, isa: Isa) -> ir.Function:
-    """unpack(int4 blocks, n_blocks, scratch): the same codes and scales as blocks in the layout of int8."""
-    function = _internal(module, "unpack_int4", [POINTER, I64, POINTER])
-    source, n_blocks, scratch = function.args
-    s = Simd(ir.IRBuilder(function.append_basic_block()), isa)
-    with s.loop(s.const(0), n_blocks) as block:
-        start = s.offset(source, s.b.mul(block, s.const(block_bytes("int4"))))
-        target = s.offset(scratch, s.b.mul(block, s.const(block_bytes("int8"))))
-        for place in range(0, block_bytes("int4"), LINE_BYTES):
-            s.prefetch(s.offset(start, PREFETCH_BYTES + place))
-        for part in range(0, LINE_BYTES, WORD_BYTES * isa.lanes):
-            for line in range(LINES["int4"]):
-                low = line // 4 * 8 + line % 4  # line of the low nibbles; the high ones are 16 columns on
-                packed = s.load(s.offset(start, LINE_BYTES * line + part), s.u8)
-                s.store(s.low_nibbles(packed), s.offset(target, LINE_BYTES * low + part))
-                s.store(s.high_nibbles(packed), s.offset(target, LINE_BYTES * (low + 4) + part))
-            scales = s.load(s.offset(start, LINES["int4"] * LINE_BYTES + part), s.u8)
-            s.store(scales, s.offset(target, LINES["int8"] * LINE_BYTES + part))
-    s.b.ret_void()
-    return function
 
 
 def _all_tokens(
@@ -155,14 +105,11 @@ def _all_tokens(
         done = stop
 
 
-def _tile_function(
-    module: ir.Module, kernel: PanelKernel, source: Source, isa: Isa, n_tokens: int, n_vectors: int
-) -> ir.Function:
+def _tile_function(module: ir.Module, kernel: PanelKernel, isa: Isa, n_tokens: int, n_vectors: int) -> ir.Function:
     """tile(row_block, n_blocks, x, x_row_bytes, row_ids, out): 16 rows x n_tokens, n_vectors of rows at a time."""
-    name = f"tile_{source.layout}_{source.bits}_{n_tokens}x{n_vectors}"
-    function = _internal(module, name, [POINTER, I64, POINTER, I64, POINTER, POINTER])
+    function = _internal(module, f"tile_{n_tokens}x{n_vectors}", [POINTER, I64, POINTER, I64, POINTER, POINTER])
     s = Simd(ir.IRBuilder(function.append_basic_block()), isa, kernel.emulate_dot)
-    _Tile(s, source, n_tokens, n_vectors, function, kernel.first_parts_only).body()
+    _Tile(s, kernel, n_tokens, n_vectors, function).body()
     s.b.ret_void()
     return function
 
@@ -177,11 +124,9 @@ def _internal(module: ir.Module, name: str, arguments: list[ir.Type]) -> ir.Func
 class _Tile:
     """Writes the code of one register tile."""
 
-    def __init__(
-        self, s: Simd, source: Source, n_tokens: int, n_vectors: int, function: ir.Function, first_parts_only: bool
-    ) -> None:
-        self.s, self.source, self.layout, self.n_vectors = s, source, source.layout, n_vectors
-        self.form, self.first_parts_only = format_of(source.layout, s.isa), first_parts_only
+    def __init__(self, s: Simd, kernel: PanelKernel, n_tokens: int, n_vectors: int, function: ir.Function) -> None:
+        self.s, self.dtype, self.n_vectors = s, kernel.dtype, n_vectors
+        self.form, self.first_parts_only = format_of(kernel.dtype, s.isa), kernel.first_parts_only
         self.weights, self.n_blocks, x, x_stride, row_ids, self.out = function.args
         self.x_rows = []
         for token in range(n_tokens):
@@ -212,15 +157,15 @@ class _Tile:
     def _block(self, part: ir.Value, block: ir.Value) -> None:
         """One block of 64 columns. `part`: which part of a 16-row line the first vector takes."""
         s = self.s
-        start = s.offset(self.weights, s.b.mul(block, s.const(block_bytes(self.layout))))
+        start = s.offset(self.weights, s.b.mul(block, s.const(block_bytes(self.dtype))))
         rows = []
         for vector in range(self.n_vectors):
             rows.append((start, s.b.mul(s.b.add(part, s.const(vector)), s.const(s.lanes))))
         x_step = s.b.mul(block, s.const(self.form.block_bytes))
         x = [s.offset(row, x_step) for row in self.x_rows]
-        for place in range(0, block_bytes(self.layout) if self.source.prefetch else 0, LINE_BYTES):
+        for place in range(0, block_bytes(self.dtype), LINE_BYTES):
             s.prefetch(s.offset(start, PREFETCH_BYTES + place))
-        if is_quantised(self.layout):
+        if is_quantised(self.dtype):
             for group in range(GROUPS):
                 self._integer_group(rows, x, group)
         else:
@@ -232,7 +177,7 @@ class _Tile:
 
     def _integer_group(self, rows: list[Row], x: list[ir.Value], group: int) -> None:
         """32 columns: byte products in int32, then one float multiply-add with both scales."""
-        s, bits = self.s, self.source.bits
+        s, bits = self.s, BITS[self.dtype]
         dots = []
         for source in x:
             correction = s.splat_load(s.offset(source, X_CORRECTIONS + 4 * group), I32)
@@ -244,7 +189,7 @@ class _Tile:
                     signed = s.as_bytes(s.splat_load(s.offset(source, column), I32))
                     for dot, code in zip(row_dots, codes, strict=True):
                         dot.add(code[half], signed)
-        scale_place = LINES[self.layout] * LINE_BYTES + 2 * BLOCK_ROWS * group
+        scale_place = LINES[self.dtype] * LINE_BYTES + 2 * BLOCK_ROWS * group
         scales = [s.load_bf16(self._place(row, scale_place, SCALE_BYTES)) for row in rows]
         for token, (source, row_dots) in enumerate(zip(x, dots, strict=True)):
             x_scale = s.splat_load(s.offset(source, X_SCALES + 4 * group), F32)
@@ -255,21 +200,21 @@ class _Tile:
     def _group_lines(self, group: int) -> list[tuple[int, tuple[int, ...]]]:
         """(line, first column of each of its parts) of a group: int4 lines hold two parts, in low and high nibbles."""
         first = GROUP * group
-        if self.layout == "int4":
+        if self.dtype == "int4":
             return [(4 * group + j, (first + 4 * j, first + GROUP // 2 + 4 * j)) for j in range(4)]
         return [(8 * group + j, (first + 4 * j,)) for j in range(8)]
 
     def _codes(self, row: Row, line: int) -> tuple[ir.Value, ...]:
         s = self.s
         packed = s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.u8)
-        return (s.low_nibbles(packed), s.high_nibbles(packed)) if self.layout == "int4" else (packed,)
+        return (s.low_nibbles(packed), s.high_nibbles(packed)) if self.dtype == "int4" else (packed,)
 
     def _float_lines(self, rows: list[Row], x: list[ir.Value]) -> None:
         """All lines of a float block, FLOAT_UNROLL at a time."""
         s = self.s
-        line_columns = BLOCK_COLUMNS // LINES[self.layout]
+        line_columns = BLOCK_COLUMNS // LINES[self.dtype]
         x_bytes = line_columns * (2 if self.form.kind == "split" else 4)  # of a line's columns, in each part
-        with s.loop(s.const(0), s.const(LINES[self.layout]), FLOAT_UNROLL) as line:
+        with s.loop(s.const(0), s.const(LINES[self.dtype]), FLOAT_UNROLL) as line:
             step, x_step = s.b.mul(line, s.const(LINE_BYTES)), s.b.mul(line, s.const(x_bytes))
             here = [(s.offset(block, step), lane) for block, lane in rows]
             x_here = [s.offset(source, x_step) for source in x]
