@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from cpu_kernels.errors import LayoutError
-from cpu_kernels.layout import (
+from cpu_kernels.layout import BITS, (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     GROUP,
@@ -21,7 +21,7 @@ from cpu_kernels.layout import (
     is_quantised,
     padded,
 )
-from cpu_kernels.quantise import BITS, dequantise, pack_quantised, pack_words
+from cpu_kernels.quantise import dequantise, pack_quantised, pack_words
 from cpu_kernels.spec import ExpertSpec, ExpertWeights
 
 Record = np.ndarray | torch.Tensor

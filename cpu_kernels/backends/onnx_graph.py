@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from cpu_kernels.errors import BackendError
-from cpu_kernels.layout import GROUP, is_quantised, padded
+from cpu_kernels.layout import BITS, GROUP, is_quantised, padded
 from cpu_kernels.pack import deinterleave, record_tensor, unpack_codes, unpack_expert
-from cpu_kernels.quantise import BITS
 from cpu_kernels.spec import Activation, ExpertSpec
 
 if TYPE_CHECKING:
