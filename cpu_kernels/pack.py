@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from cpu_kernels.errors import LayoutError
-from cpu_kernels.layout import BITS, (
+from cpu_kernels.layout import (
+    BITS,
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     GROUP,
