@@ -114,7 +114,7 @@ def _lossy(experts: Mapping[str, Any]) -> list[Text]:
     return [Text(f"lossy    {experts['lossy']}: of the routed experts {shares}{slots}")]
 
 
-LOSSY_WORDS = {"skipped": "skipped", "substituted": "substituted", "lowered": "in low precision"}
+LOSSY_WORDS = {"skipped": "skipped", "substituted": "substituted", "lowered": "in low precision", "deferred": "late"}
 
 
 def lane_rows(experts: Mapping[str, Any]) -> list[tuple[str, float, int, str]]:

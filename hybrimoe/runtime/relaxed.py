@@ -1,7 +1,8 @@
-"""A runner with a lossy policy: relaxes the routing, then runs its parts (full precision, low copy) side by side."""
+"""A runner with a lossy policy: relaxes the routing, then runs its parts side by side (full, low copy, late)."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,15 @@ import torch
 
 from cpu_kernels import Dispatch
 from gpu_kernels.streams import clock_us
-from hybrimoe.runtime.executor import LayerRun
+from hybrimoe.runtime.deferral import DeferredLane
+from hybrimoe.runtime.executor import LayerCall, LayerRun
 from hybrimoe.runtime.lookahead import LinearGate, Lookahead
 from hybrimoe.runtime.routing import CallInputs, call_inputs
 from hybrimoe.runtime.runner import PlannedCall, Runner, postpone_weights
 from hybrimoe.runtime.stats import Counters
 from hybrimoe.runtime.steps import Step
-from scheduler import LaneState, Prediction
-from scheduler.relax import FULL, LOW, Relaxation, Relaxed, Routing
+from scheduler import LaneState, LayerPlan, Prediction
+from scheduler.relax import FULL, LATE, LOW, Relaxation, Relaxed, Routing
 
 Floats = npt.NDArray[np.float32]
 
@@ -26,14 +28,16 @@ class RelaxedRunner(Runner):
     """Runs the relaxed routing of each layer. `low`: the runner of the low-precision copies, None where none are used.
 
     Both parts have slots, planner and costs of their own and share the lanes: the low part is planned behind the other
-    one's work, both are submitted, the CPU lane runs both, then their outputs are added. `gates` tell the scores of
-    all experts; None where the model's routers cannot be asked.
+    one's work, both are submitted, the CPU lane runs both, then their outputs are added. Late experts have a CPU lane
+    of their own: it goes on while the model does, and the next layer adds their output before its own CPU experts run.
+    `gates` tell the scores of all experts; None where the model's routers cannot be asked.
     """
 
     def __init__(self, *args: Any, relaxation: Relaxation, low: Runner | None, gates: Lookahead | None) -> None:
         super().__init__(*args)
         self.relaxation, self.low, self.gates = relaxation, low, gates
         self._given: Floats = np.empty(0, np.float32)
+        self.late = DeferredLane(self.executor)
         if low is not None:
             low.timeline = self.timeline
 
@@ -63,6 +67,8 @@ class RelaxedRunner(Runner):
     def begin_step(self, step: Step, n_tokens: int) -> None:
         """Tells both planners and the relaxation where this call belongs."""
         super().begin_step(step, n_tokens)
+        if step.new:
+            self.late.drop()  # of a step that did not go on
         if self.low is not None:
             self.low.begin_step(step, n_tokens)
         if step.new and step.new_sequence:
@@ -74,6 +80,7 @@ class RelaxedRunner(Runner):
         if self.low is not None:
             self.low.timeline = self.timeline
         if isinstance(previous, RelaxedRunner):
+            previous.late.drop()
             self.gates = previous.gates if self.lookahead is None else self.lookahead
 
     def trace(self, on: bool) -> None:
@@ -98,6 +105,8 @@ class RelaxedRunner(Runner):
             index, self.phase, ids, inputs.weights, self._resident(index, n_experts), self._scores(index, inputs), norms
         )
         relaxed = self.relaxation.relax(routing)
+        if relaxed.parts is not None and self.layers[index].placement == "accelerator":  # its experts have no CPU lane
+            relaxed = dataclasses.replace(relaxed, parts=np.where(relaxed.parts == LATE, np.uint8(FULL), relaxed.parts))
         counters.routed += int((ids >= 0).sum())
         counters.skipped += relaxed.skipped
         counters.substituted += relaxed.substituted
@@ -132,26 +141,65 @@ class RelaxedRunner(Runner):
                 running.append((runner, opened, runner.executor.submit(opened.plan, opened.call, trace=runner.tracing)))
                 lanes_us += clock_us() - start_us
         start_us = clock_us()
+        before = self._take_late(len(inputs.ids))
         for runner, opened, run in running:
             runner.executor.compute(opened.plan, opened.call, run)
+        if relaxed.parts is not None:
+            self._start_late(index, inputs, np.where(relaxed.parts == LATE, relaxed.expert_ids, -1), relaxed.weights)
         outputs = [runner.executor.combine(opened.call, run) for runner, opened, run in running]
         lanes_us += clock_us() - start_us
         for runner, opened, run in running:
             runner.finish_call(opened.plan, opened.demand, run, runner.counters(index))
+        if before is not None:
+            outputs.append(before.to(outputs[0].device) if outputs else before)
         if not outputs:
             return torch.zeros(inputs.host_hidden.shape), lanes_us
-        return (outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]), lanes_us
+        out = outputs[0]
+        for more in outputs[1:]:
+            out = out + more
+        return out, lanes_us
+
+    def _take_late(self, n_tokens: int) -> torch.Tensor | None:
+        """The output of the late experts of the layer before; None where there were none."""
+        late = self.late.take(n_tokens)
+        if late is None:
+            return None
+        self.counters(late.run.layer).cpu_us += late.run.cpu_us
+        if late.run.traced:
+            self.timeline += late.run.records
+        return late.output
+
+    def _start_late(self, index: int, inputs: CallInputs, ids: npt.NDArray[np.integer], weights: Floats) -> None:
+        """Begins the layer's late experts on copies of its inputs; counted as CPU experts that were not resident."""
+        own = dataclasses.replace(inputs, host_hidden=inputs.host_hidden.copy())
+        layer = self.layers[index]
+        work = own.work(ids, weights.copy(), layer.num_experts, self.late.workspace)
+        experts = work.dispatch.expert_ids
+        if not len(experts):
+            return
+        norm = layer.transform()
+        if norm is not None:
+            postpone_weights(work, norm)
+        counters = self.counters(index)
+        table = None if self.planner is None else self.planner.slots
+        self._stats.demand(counters, index, experts, work.dispatch.n_tokens, table)
+        counters.cpu_experts += len(experts)
+        counters.deferred += int((ids >= 0).sum())
+        assert layer.backend is not None
+        plan = LayerPlan(self._step_index, index, tuple(experts.tolist()), (), (), (), (), 0.0)
+        call = LayerCall(layer.spec, layer.backend, work)
+        costs = self.costs
+        expected_us = 0.0 if costs is None else float(costs.cpu_us(index, np.array(call.n_tokens)).sum())
+        self.late.start(plan, call, trace=self.tracing, expected_us=expected_us)
 
     def _parts(self, relaxed: Relaxed) -> list[tuple[Runner, npt.NDArray[np.int32]]]:
         """Runner and expert ids [T, k] of each part; entries of other parts are absent."""
         if relaxed.parts is None:
             return [(self, relaxed.expert_ids)]
-        assert self.low is not None
         ids = relaxed.expert_ids
         absent = np.int32(-1)
-        return [
-            (runner, np.where(relaxed.parts == part, ids, absent)) for part, runner in ((FULL, self), (LOW, self.low))
-        ]
+        runners = [(FULL, self)] if self.low is None else [(FULL, self), (LOW, self.low)]
+        return [(runner, np.where(relaxed.parts == part, ids, absent)) for part, runner in runners]
 
     def _plan_part(
         self, runner: Runner, index: int, inputs: CallInputs, ids: npt.NDArray[np.int32], weights: Floats,
@@ -170,7 +218,7 @@ class RelaxedRunner(Runner):
     def _lanes(self, before: list[tuple[Runner, PlannedCall, LayerRun]]) -> LaneState:
         """When the lanes get free: both parts' transfers, and the predicted work of the parts before."""
         link_us = self.link_busy_us() + (0.0 if self.low is None else self.low.link_busy_us())
-        cpu_us = accel_us = 0.0
+        cpu_us, accel_us = self.late.remaining_us(), 0.0
         for runner, opened, _ in before:
             cpu, accel = runner.predicted_us(opened)
             cpu_us, accel_us = cpu_us + cpu, accel_us + accel

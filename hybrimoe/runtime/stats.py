@@ -20,8 +20,8 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 class Counters:
     """Sums over calls. An activated expert is a hit if its bytes were resident when it was demanded, else a miss;
     `late_prefetches` are misses whose prefetch was still under way. Times in us, sizes in bytes. Of a lossy policy:
-    `routed` (token, expert) pairs that the router asked for, of which `skipped`, `substituted` and `lowered` (computed
-    from the low-precision copy)."""
+    `routed` (token, expert) pairs that the router asked for, of which `skipped`, `substituted`, `lowered` (computed
+    from the low-precision copy) and `deferred` (added to the next layer's output)."""
 
     calls: int = 0
     tokens: int = 0
@@ -45,6 +45,7 @@ class Counters:
     skipped: int = 0
     substituted: int = 0
     lowered: int = 0
+    deferred: int = 0
 
     def add(self, other: Counters) -> None:
         """Adds another one's sums."""

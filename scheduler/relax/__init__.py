@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from scheduler.errors import PolicyError, did_you_mean
 from scheduler.profile import BYTES_PER_WEIGHT
-from scheduler.relax.base import FULL, LOW, Relaxation, Relaxed, RelaxSetting, Routing
+from scheduler.relax.base import FULL, LATE, LOW, Relaxation, Relaxed, RelaxSetting, Routing
+from scheduler.relax.deferral import Defer
 from scheduler.relax.hobbit import Hobbit
 from scheduler.relax.kept import EMoe, SwapMoe
 from scheduler.relax.misses import Skip, Substitute
@@ -21,6 +22,7 @@ from scheduler.setting import choice, number, parameters_of
 
 __all__ = [
     "FULL",
+    "LATE",
     "LOW",
     "RELAXATIONS",
     "Lossy",
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 RELAXATIONS: Final[Mapping[str, type[Relaxation]]] = MappingProxyType(
-    {kind.name: kind for kind in (Hobbit, Skip, Substitute, SwapMoe, EMoe)}
+    {kind.name: kind for kind in (Hobbit, Skip, Substitute, SwapMoe, EMoe, Defer)}
 )
 
 

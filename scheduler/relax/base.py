@@ -20,8 +20,8 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
 
 ABSENT: Final = -1
-FULL, LOW = 0, 1
-"""Parts: experts as stored, and their low-precision copies."""
+FULL, LOW, LATE = 0, 1, 2
+"""Parts: experts as stored, their low-precision copies, and experts whose result the next MoE layer adds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +57,7 @@ class Routing:
 class Relaxed:
     """Routing to run in place of the router's. expert_ids int32[T, k], -1 absent or skipped; weights float32[T, k].
 
-    parts uint8[T, k]: FULL or LOW of each entry; None where all are FULL. The counts are (token, expert) pairs.
+    parts uint8[T, k]: FULL, LOW or LATE of each entry; None where all are FULL. The counts are (token, expert) pairs.
     """
 
     expert_ids: Ids
