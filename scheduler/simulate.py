@@ -24,6 +24,7 @@ from scheduler.planner import Planner
 from scheduler.policies import resolve_policy
 from scheduler.profile import HardwareProfile, ModelShape
 from scheduler.records import TaskRecord
+from scheduler.relax import Lossy
 from scheduler.setting import Scorer
 from scheduler.simulate_dense import DenseCosts
 from scheduler.simulate_engine import Engine, HostTier, SimulationError
@@ -38,7 +39,10 @@ __all__ = ["PhaseResult", "SimulationConfig", "SimulationError", "Simulator", "c
 
 @dataclass(frozen=True, slots=True)
 class SimulationConfig:
-    """What is simulated. ``cache_ratio`` is the share of all experts that has a slot; ``n_slots`` overrides it."""
+    """What is simulated. ``cache_ratio`` is the share of all experts that has a slot; ``n_slots`` overrides it.
+
+    ``lossy``: a lossy policy between router and planner, see ``scheduler.relax``.
+    """
 
     policy: str = "ours"
     cache_ratio: float = 0.25
@@ -51,6 +55,7 @@ class SimulationConfig:
     host_ratio: float = 1.0
     seed: int = 0
     params: dict[str, Any] = field(default_factory=dict)
+    lossy: Lossy | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.cache_ratio <= 1.0:
@@ -263,7 +268,10 @@ def simulate(
     scorer: Scorer | None = None,
     prefetch_scorer: Scorer | None = None,
 ) -> list[PhaseResult]:
-    """Build a :class:`Simulator` and run it."""
-    return Simulator(
+    """Build a :class:`Simulator` (of a lossy policy where ``config`` has one) and run it."""
+    from scheduler.simulate_lossy import LossySimulator
+
+    make = Simulator if config.lossy is None else LossySimulator
+    return make(
         trace, profile, shape, config, predictions, frequencies, phase, False, source, scorer, prefetch_scorer
     ).run()

@@ -117,20 +117,27 @@ class Engine:
         tokens = dict(zip(demand.expert_ids.tolist(), demand.n_tokens.tolist(), strict=True))
         known = len(self._queue)
         self._enqueue(plan)
-        cpu_us = self.costs.cpu_us(plan.layer, np.array([tokens[e] for e in plan.cpu], np.int64))
-        accel_us = self.costs.accel_us(plan.layer, np.array([tokens[e] for e in plan.accel], np.int64))
+        cpu_us, accel_us = self._compute_us(plan, tokens)
         cpu_from = self._cpu_from(plan)
         began_us = self.now_us
         times = self._run(plan, known, cpu_us, cpu_from, accel_us, shared_us)
         self._account(plan, tokens, times, began_us, shared_us)
         return self._observe(plan, tokens, times)
 
+    def _compute_us(self, plan: LayerPlan, tokens: dict[int, int]) -> tuple[Floats, Floats]:
+        """us of each expert of the CPU lane and of the accelerator."""
+        cpu_us = self.costs.cpu_us(plan.layer, np.array([tokens[e] for e in plan.cpu], np.int64))
+        return cpu_us, self.costs.accel_us(plan.layer, np.array([tokens[e] for e in plan.accel], np.int64))
+
+    def _transfer_us(self, transfer: Transfer) -> float:
+        return self.costs.transfer_us(transfer.layer)
+
     def _enqueue(self, plan: LayerPlan) -> None:
         for transfer in (*plan.transfers, *plan.prefetches):
             ready = (
                 self.now_us if self.host is None else self.host.ready_us((transfer.layer, transfer.expert), self.now_us)
             )
-            self._queue.append(Copy(transfer, plan.step, self.costs.transfer_us(transfer.layer), ready))
+            self._queue.append(Copy(transfer, plan.step, self._transfer_us(transfer), ready))
 
     def _cpu_from(self, plan: LayerPlan) -> Floats:
         if self.host is None:

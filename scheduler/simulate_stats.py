@@ -21,6 +21,8 @@ class PhaseResult:
     time.
 
     ``hit_rate``: share of activated (layer, expert) pairs whose bytes were in a slot when the layer was planned.
+    ``lossy``: the lossy policy, empty without; ``changed``: share of the routed (token, expert) pairs that it skipped,
+    substituted or lowered.
     ``prefetch_precision``: share of prefetches whose expert was activated the next time its layer ran; 0 without any.
     """
 
@@ -42,6 +44,8 @@ class PhaseResult:
     p95_latency_ms: float
     stolen: int
     late_prefetches: int
+    lossy: str = ""
+    changed: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON and tables."""

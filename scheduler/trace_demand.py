@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.demand import LayerDemand, Prediction
+from scheduler.demand import LayerDemand, Phase, Prediction
 from scheduler.trace import Trace, TraceStep
 from scheduler.trace_predict import Predictions
 
@@ -38,18 +38,8 @@ class DemandSource:
     def _make(self, step: TraceStep, layer: int) -> LayerDemand:
         ids = self._ids[step.start : step.stop, layer].ravel()
         weights = self._weights[step.start : step.stop, layer].ravel()
-        present = ids >= 0
-        if not present.all():
-            ids, weights = ids[present], weights[present]
-        scores = np.bincount(ids, weights, self.trace.n_experts) / step.n_tokens
-        if step.n_tokens == 1 and _ascends(ids):
-            experts, counts = ids, np.ones(ids.size, np.int32)
-        else:
-            per_expert = np.bincount(ids, minlength=self.trace.n_experts)
-            experts = np.flatnonzero(per_expert).astype(np.int32)
-            counts = per_expert[experts].astype(np.int32)
-        return LayerDemand(
-            layer, step.phase, step.n_tokens, experts, counts, scores.astype(np.float32), self._predicted(step, layer)
+        return demand_of(
+            layer, step.phase, step.n_tokens, ids, weights, self.trace.n_experts, self.predicted(step, layer)
         )
 
     def step(self, step: TraceStep) -> Iterator[LayerDemand]:
@@ -61,7 +51,13 @@ class DemandSource:
         """Expert ids [tokens, layers, top_k] of the step, for the oracles."""
         return self.trace.expert_ids[step.start : step.stop]
 
-    def _predicted(self, step: TraceStep, layer: int) -> tuple[Prediction, ...]:
+    def routed(self, step: TraceStep, layer: int) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        """Expert ids and weights [tokens, top_k] of the step at a layer, each token's ids ascending (absent first)."""
+        rows = slice(step.start, step.stop)
+        return self._ids[rows, layer], self._weights[rows, layer]
+
+    def predicted(self, step: TraceStep, layer: int) -> tuple[Prediction, ...]:
+        """Predicted demand of the layers after `layer`."""
         predictions = self.predictions
         if predictions is None:
             return ()
@@ -75,6 +71,24 @@ class DemandSource:
             if prediction is not None:
                 found.append(prediction)
         return tuple(found)
+
+
+def demand_of(
+    layer: int, phase: Phase, n_tokens: int, ids: NDArray[np.int32], weights: NDArray[np.floating], n_experts: int,
+    predictions: tuple[Prediction, ...],
+) -> LayerDemand:  # fmt: skip
+    """The demand of flat routing: expert ids (-1 absent) and weights of all tokens' entries."""
+    present = ids >= 0
+    if not present.all():
+        ids, weights = ids[present], weights[present]
+    scores = np.bincount(ids, weights, n_experts) / n_tokens
+    if n_tokens == 1 and _ascends(ids):
+        experts, counts = ids, np.ones(ids.size, np.int32)
+    else:
+        per_expert = np.bincount(ids, minlength=n_experts)
+        experts = np.flatnonzero(per_expert).astype(np.int32)
+        counts = per_expert[experts].astype(np.int32)
+    return LayerDemand(layer, phase, n_tokens, experts, counts, scores.astype(np.float32), predictions)
 
 
 def _weights(trace: Trace) -> NDArray[np.float64]:

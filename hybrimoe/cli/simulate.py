@@ -118,11 +118,18 @@ def _show(results: list[PhaseResult], title: str) -> None:
         first = base.setdefault((r.cache_ratio, r.phase), r.latency_ms)
         ahead = f"{r.prefetches} ({r.prefetch_precision:.0%})" if r.prefetches else "-"
         rows.append(
-            (r.policy, f"{r.cache_ratio:.0%}", r.phase, f"{r.latency_ms:.2f}", f"{first / r.latency_ms:.2f}x",
+            (_name(r), f"{r.cache_ratio:.0%}", r.phase, f"{r.latency_ms:.2f}", f"{first / r.latency_ms:.2f}x",
              f"{r.hit_rate:.1%}", f"{r.cpu_busy:.0%}", f"{r.accel_busy:.0%}", f"{r.link_busy:.0%}", r.transfers,
              ahead)
         )  # fmt: skip
     render.out().print(render.table(title, COLUMNS, rows))
+
+
+def _name(result: PhaseResult) -> str:
+    """The policy, and the kind of the lossy one with the share of routed experts that it changed."""
+    if not result.lossy:
+        return result.policy
+    return f"{result.policy} + {result.lossy.split(' ')[0]} ({result.changed:.0%})"
 
 
 def _replay(path: Path, *, as_json: bool) -> None:

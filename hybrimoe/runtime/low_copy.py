@@ -56,20 +56,6 @@ def make_low_copy(
     return LowCopy(low_layers, copy, None if accelerator is None else accelerator.sibling())
 
 
-def split_slots(n_slots: int, high_bytes: int, low_bytes: int, low_share: float, n_experts: int) -> tuple[int, int]:
-    """(full-precision slots, low slots) in the memory of `n_slots` full-precision slots.
-
-    The low ones get the share `low_share` of it, at most one slot an expert; what they leave is the others'. A memory
-    of one slot or more holds at least one full-precision slot.
-    """
-    total_bytes = n_slots * high_bytes
-    n_low = min(int(low_share * total_bytes) // low_bytes, n_experts)
-    n_high = (total_bytes - n_low * low_bytes) // high_bytes
-    if n_slots and not n_high:
-        return 1, 0
-    return n_high, n_low
-
-
 def _low_layer(layer: Layer, dtype: ExpertDtype, backend: str, threads: int | None) -> Layer:
     spec = dataclasses.replace(layer.spec, dtype=dtype)
     return dataclasses.replace(layer, spec=spec, layout=None, backend=backend_for(backend, threads, spec))

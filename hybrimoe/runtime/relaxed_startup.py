@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from hybrimoe.runtime.lookahead import LinearGate, Lookahead
-from hybrimoe.runtime.low_copy import LowCopy, split_slots
+from hybrimoe.runtime.low_copy import LowCopy
 from hybrimoe.runtime.relaxed import RelaxedRunner
 from hybrimoe.runtime.runner import Runner
 from hybrimoe.runtime.startup import Frequencies, Startup
@@ -55,7 +55,7 @@ def _allocate(startup: Startup, low: Startup | None, lossy: Lossy, setting: int 
         startup.allocate(n_slots)
         return
     n_experts = sum(layer.num_experts for layer in low.layers if layer.placement != "cpu")
-    n_high, n_low = split_slots(n_slots, startup.slot_bytes, low.slot_bytes, lossy.low.low_share, n_experts)
+    n_high, n_low = lossy.low.split(n_slots, startup.slot_bytes, low.slot_bytes, n_experts)
     startup.allocate(n_high)
     low.allocate(n_low)
 

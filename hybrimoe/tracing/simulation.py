@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from hybrimoe.config_policy import lossy_option, lossy_settings
 from hybrimoe.errors import ConfigError, did_you_mean
 from hybrimoe.profiles import open_hardware
 from hybrimoe.tracing.onnx_net import OnnxScorer
 from hybrimoe.tracing.sources import open_trace, split
 from scheduler.analysis import expert_frequencies
 from scheduler.policies import resolve_policy
+from scheduler.relax import Lossy, resolve_lossy
 from scheduler.simulate import PhaseResult, SimulationConfig, check_fit, simulate
 from scheduler.trace import Phase, Trace
 from scheduler.trace_demand import DemandSource
@@ -27,6 +29,7 @@ class SimulationRequest:
     model_shape: str | None
     policies: tuple[str, ...]
     cache_ratios: tuple[float, ...]
+    lossy: tuple[str, ...] = ()
     phase: str | None = None
     expert_dtype: str = "int4"
     dense_dtype: str = "int8"
@@ -64,7 +67,13 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
     """Simulate every policy at every ratio. Names and settings are checked before anything runs."""
     phase = _phase(request.phase)
     kind = _kind(request.predictions)
-    configs = [_config(request, policy, ratio) for ratio in request.cache_ratios for policy in request.policies]
+    variants = (None, *[resolve_lossy(lossy_settings(lossy_option(text))) for text in request.lossy])
+    configs = [
+        _config(request, policy, ratio, lossy)
+        for ratio in request.cache_ratios
+        for policy in request.policies
+        for lossy in variants
+    ]
     profile = open_hardware(request.hardware)
     found = open_trace(request.trace, request.model_shape, seed=request.seed)
     check_fit(found.trace, found.shape)
@@ -88,7 +97,7 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
     return SimulationReport(results, profile.name, found.shape.name, found.trace.name, notes)
 
 
-def _config(request: SimulationRequest, policy: str, ratio: float) -> SimulationConfig:
+def _config(request: SimulationRequest, policy: str, ratio: float, lossy: Lossy | None) -> SimulationConfig:
     resolve_policy(policy)
     return SimulationConfig(
         policy=policy,
@@ -98,6 +107,7 @@ def _config(request: SimulationRequest, policy: str, ratio: float) -> Simulation
         lookahead=request.lookahead,
         host_ratio=request.host_ratio,
         seed=request.seed,
+        lossy=lossy,
     )
 
 

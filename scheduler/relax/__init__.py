@@ -54,6 +54,17 @@ class LowCopy:
         choice("low copy", "low_dtype", self.low_dtype, tuple(BYTES_PER_WEIGHT))
         number("low copy", "low_share", self.low_share, 0.0, 1.0)
 
+    def split(self, n_slots: int, high_bytes: int, low_bytes: int, n_experts: int) -> tuple[int, int]:
+        """(full-precision slots, low slots) in the memory of ``n_slots`` full-precision slots.
+
+        The low ones get ``low_share`` of it, at most one slot an expert; what they leave is the others'. A memory of
+        one slot or more holds at least one full-precision slot.
+        """
+        total_bytes = n_slots * high_bytes
+        n_low = min(int(self.low_share * total_bytes) // low_bytes, n_experts)
+        n_high = (total_bytes - n_low * low_bytes) // high_bytes
+        return (1, 0) if n_slots and not n_high else (n_high, n_low)
+
 
 @dataclass(frozen=True, slots=True)
 class Lossy:

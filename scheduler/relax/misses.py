@@ -31,25 +31,27 @@ class Skip(Relaxation):
     left out where a^2 * S_l <= threshold.
 
     a: its routing weight as a share of the token's sum; S_l: ``sensitivity`` of layer l (the source: the sum of the
-    Fisher information's diagonal), one number a layer, 1 without. The heaviest expert of a token is never skipped.
+    Fisher information's diagonal), one number a layer, 1 without; threshold: (1 / 2k)^2 if not given, half of an even
+    share. The heaviest expert of a token is never skipped.
     ``misses_only`` False: resident ones, too. ``renormalise``: the others take over the weight.
     """
 
     name = "skip"
 
     def __init__(
-        self, setting: RelaxSetting, threshold: float = 0.02, sensitivity: Sequence[float] | None = None,
+        self, setting: RelaxSetting, threshold: float | None = None, sensitivity: Sequence[float] | None = None,
         misses_only: bool = True, renormalise: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(setting)
-        self.threshold = number("skip", "threshold", threshold, 0.0, float("inf"))
+        self.threshold = None if threshold is None else number("skip", "threshold", threshold, 0.0, float("inf"))
         self.sensitivity = _per_layer(sensitivity, setting.n_layers)
         self.misses_only = flag("skip", "misses_only", misses_only)
         self.renormalise = flag("skip", "renormalise", renormalise)
 
     def relax(self, routing: Routing) -> Relaxed:
         ids, weights = routing.expert_ids, routing.weights
-        light = shares(weights, ids) ** 2 * self.sensitivity[routing.layer] <= self.threshold
+        threshold = (0.5 / ids.shape[1]) ** 2 if self.threshold is None else self.threshold
+        light = shares(weights, ids) ** 2 * self.sensitivity[routing.layer] <= threshold
         skip = light & _movable(routing, self.misses_only)
         kept = np.where(skip, np.int32(ABSENT), ids)
         if self.renormalise and skip.any():
@@ -60,22 +62,24 @@ class Skip(Relaxation):
 class Substitute(Relaxation):
     """A routed expert that is not resident is replaced by the resident one most like it (BuddyMoE, arXiv 2511.10054).
 
-    Only where its share of the token's weight is at most ``max_share``; the heaviest expert of a token stays. The
-    stand-in takes over the weight. Likeness of experts i and j: ``router``: cosine of their rows of the router's
-    matrix; ``coactivation`` (and where no matrix is known): c_ij / sqrt(c_i c_j), c_ij = tokens so far that were
-    routed to both. Likeness below ``min_similarity`` does not count. Without any resident the expert stays.
+    Only where its share of the token's weight is at most ``max_share`` (1 / k, an even share, if not given); the
+    heaviest expert of a token stays. The stand-in takes over the weight. Likeness of experts i and j: ``router``:
+    cosine of their rows of the router's matrix; ``coactivation`` (and where no matrix is known): c_ij / sqrt(c_i c_j),
+    c_ij = tokens so far that were routed to both. Likeness below ``min_similarity`` does not count. Without any
+    resident the expert stays.
     """
 
     name = "substitute"
     needs_scores = True
 
     def __init__(
-        self, setting: RelaxSetting, similarity: str = "router", min_similarity: float = 0.0, max_share: float = 0.3
-    ) -> None:
+        self, setting: RelaxSetting, similarity: str = "router", min_similarity: float = 0.0,
+        max_share: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(setting)
         self.similarity = choice("substitute", "similarity", similarity, SIMILARITIES)
         self.min_similarity = number("substitute", "min_similarity", min_similarity, -1.0, 1.0)
-        self.max_share = number("substitute", "max_share", max_share, 0.0, 1.0)
+        self.max_share = None if max_share is None else number("substitute", "max_share", max_share, 0.0, 1.0)
         self._cosines: dict[int, Floats] = {}
         self._together = np.zeros((setting.n_layers, setting.n_experts, setting.n_experts), np.float32)
 
@@ -83,7 +87,8 @@ class Substitute(Relaxation):
         ids, weights = routing.expert_ids, routing.weights
         likeness = self._likeness(routing.layer, routing.resident.size)
         self._count(routing.layer, ids)
-        wanted = _movable(routing, misses_only=True) & (shares(weights, ids) <= self.max_share)
+        max_share = 1.0 / ids.shape[1] if self.max_share is None else self.max_share
+        wanted = _movable(routing, misses_only=True) & (shares(weights, ids) <= max_share)
         if not wanted.any() or not routing.resident.any():
             return Relaxed(ids, weights)
         new = replaced(ids, weights, wanted, routing.resident, lambda tokens, experts: likeness[experts])

@@ -200,6 +200,15 @@ def test_a_routing_that_does_not_fit_is_refused():
         routing([[0]], [[1.0]], NOBODY, scores=[[1.0]])
 
 
+@pytest.mark.parametrize(
+    ("share", "given_memory", "expected"),
+    [(0.25, (8, 100, 25, 99), (6, 8)), (0.0, (8, 100, 25, 99), (8, 0)), (0.25, (8, 100, 25, 4), (7, 4)),
+     (1.0, (1, 100, 25, 99), (1, 0)), (0.5, (0, 100, 25, 99), (0, 0)), (0.33, (10, 100, 30, 99), (6, 11))],
+)  # fmt: skip
+def test_slot_memory_is_split(share, given_memory, expected):
+    assert LowCopy(low_share=share).split(*given_memory) == expected
+
+
 @st.composite
 def routings(draw):
     n_tokens, n_experts, top_k = draw(st.integers(1, 5)), 6, draw(st.integers(1, 4))

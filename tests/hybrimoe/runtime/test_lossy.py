@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hybrimoe.errors import BudgetError, ConfigError, ModelError
-from hybrimoe.runtime.low_copy import split_slots
 from hybrimoe.runtime.relaxed import RelaxedRunner
 from hybrimoe.runtime.runner import Runner
 from scheduler.errors import PolicyError
@@ -113,15 +112,6 @@ def test_both_parts_use_slots_of_their_own_on_one_accelerator(make_rig):
     low = session._stats.low.by_phase()["decode"]
     assert low.accel_experts > 0
     assert low.transfer_bytes == low.transfers * session._low.layers[0].spec.record_bytes
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [((8, 100, 25, 0.25, 99), (6, 8)), ((8, 100, 25, 0.0, 99), (8, 0)), ((8, 100, 25, 0.25, 4), (7, 4)),
-     ((1, 100, 25, 1.0, 99), (1, 0)), ((0, 100, 25, 0.5, 99), (0, 0)), ((10, 100, 30, 0.33, 99), (6, 11))],
-)  # fmt: skip
-def test_slot_memory_is_split(given, expected):
-    assert split_slots(*given) == expected
 
 
 def test_slots_are_resized_for_both_parts_and_what_was_learned_stays(make_rig):
