@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cpu_kernels.cache_dir import kernel_cache_dir
+from hybrimoe.cli.waiting import set_wait_policy
+
+set_wait_policy(["test"])  # as the program does, before torch is imported: tests may share the cores with other work
+
+from cpu_kernels.cache_dir import kernel_cache_dir  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_group
 
 from hybrimoe.cli import render
+from hybrimoe.cli.waiting import set_wait_policy
 
 RUN, UNDERSTAND, MEASURE = "Run a model", "Understand what happens", "Measure and simulate"
 
@@ -180,4 +181,5 @@ def root(
 
 def main() -> None:
     """The console entry point."""
+    set_wait_policy(sys.argv[1:])
     app()
