@@ -144,6 +144,7 @@ def _row(variant: Variant, base: Variant, windows: list[torch.Tensor], following
         "skipped": decode["skipped"] / routed,
         "substituted": decode["substituted"] / routed,
         "lowered": decode["lowered"] / routed,
+        "deferred": decode["deferred"] / routed,
         "host_mib": stats["store_bytes"] / 2**20,
     }
 

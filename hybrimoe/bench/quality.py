@@ -10,7 +10,7 @@ import typer
 from hybrimoe.bench import _options
 from hybrimoe.cli import common
 
-CHANGES = {"skipped": "skipped", "substituted": "substituted", "lowered": "low"}
+CHANGES = {"skipped": "skipped", "substituted": "substituted", "lowered": "low", "deferred": "late"}
 DECODE_WINDOWS = 4
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 
