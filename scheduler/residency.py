@@ -46,12 +46,15 @@ class Residency:
         self._count += 1
 
     def begin_step(self, n_slots: int, few_tokens: bool) -> None:
-        """A step begins. Transfers are counted over steps of few tokens: a prefill's say nothing about decode."""
+        """A step begins. Transfers are counted over steps of few tokens: a prefill's say nothing about decode.
+
+        In a prefill residency pays for one token only: every layer wants the link, what is brought for later delays it.
+        """
         if self._counting:
             rest = 1.0 - TRANSFER_WEIGHT
             self._transfers_a_token = rest * self._transfers_a_token + TRANSFER_WEIGHT * self._count
         self._count, self._counting = 0, few_tokens
-        self._expect(n_slots)
+        self._expect(n_slots if few_tokens else 0)
 
     def _expect(self, n_slots: int) -> None:
         lifetime = n_slots / max(self._transfers_a_token, LEAST_TRANSFERS)

@@ -207,6 +207,8 @@ class ValueModel:
         few = demand.n_tokens_total <= FOLLOW_TOKENS
         if before is None or before.layer >= layer:
             self.residency.begin_step(self.setting.slots.n_slots, few)
+            if not few:
+                self._protect_later_layers(demand)
         if few and before is not None and before.layer + 1 == layer:
             count_transitions(self.counts[before.layer], before.expert_ids, ids, COUNT_DECAY)
         keep = self.keep[layer * n : layer * n + n]
@@ -219,6 +221,36 @@ class ValueModel:
         self.n_candidates = 0
         if few and layer + 1 < self.setting.n_layers:
             self._look(demand, layer + 1)
+
+    def loads(self, layer: int, demand: LayerDemand) -> Floats:
+        """float64[E]: tokens that each expert of a layer will get from the tokens of ``demand`` (a prefill's).
+
+        The gates' prediction where there is one, else its rate of use, halfway to all experts alike.
+        """
+        for prediction in demand.predictions:
+            if prediction.layer == layer:
+                named = np.zeros(self.setting.n_experts)
+                named[prediction.expert_ids] = prediction.n_tokens
+                return named
+        activations = float(demand.n_tokens.sum())
+        even = activations / self.setting.n_experts
+        known = np.array(MIX) @ self.rates[layer]
+        total = float(known.sum())
+        return even + 0.5 * (known * (activations / total) - even) if total > 0.0 else np.full(known.size, even)
+
+    def load_saving_us(self, layer: int, loads: Floats) -> Floats:
+        """us that each resident of a layer saves with so many tokens; what gets none saves nothing."""
+        n_tokens, costs = np.ceil(loads).astype(np.int64), self.setting.costs
+        return np.asarray(np.maximum(costs.cpu_us(layer, n_tokens) - costs.accel_us(layer, n_tokens), 0.0))
+
+    def _protect_later_layers(self, demand: LayerDemand) -> None:
+        """A prefill will use nearly every expert of the layers ahead: they are worth that much until it is their turn.
+
+        What makes room are the layers behind, whose turn comes last.
+        """
+        rows = self.keep.reshape(self.setting.n_layers, -1)
+        for layer in range(demand.layer + 1, self.setting.n_layers):
+            rows[layer] += self.load_saving_us(layer, self.loads(layer, demand))
 
     def _to_rates(self, demand: LayerDemand) -> None:
         """Known shares of use become rates by the experts a token that are seen now."""

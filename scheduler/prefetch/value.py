@@ -7,7 +7,7 @@ import numpy as np
 from scheduler.demand import LayerDemand
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals
 from scheduler.setting import Setting, number
-from scheduler.value_model import ValueModel
+from scheduler.value_model import FOLLOW_TOKENS, ValueModel
 
 DELAY_SHARE = 0.05
 """Part of a transfer's time by which later demand on the link is delayed on average (tuned)."""
@@ -18,7 +18,8 @@ class ValuePrefetch(PrefetchPolicy):
 
     The chance is measured: forecasts and gate predictions of absent experts are binned, and the share that came true is
     kept per layer (``value_model``). The price is ``link_share`` of a transfer's time; by default the CPU time lost to
-    contention, 1 - (CPU's share of its rate beside the link), plus 0.05. Decode only: a prefill's layers use the link.
+    contention, 1 - (CPU's share of its rate beside the link), plus 0.05. In a prefill, which uses nearly every expert,
+    the next layer's absent experts are streamed in by expected load, each worth what it saves with those tokens.
     """
 
     def __init__(self, setting: Setting, certainty: float = 0.7, link_share: float | None = None) -> None:
@@ -40,6 +41,8 @@ class ValuePrefetch(PrefetchPolicy):
 
     def propose(self, demand: LayerDemand, limit: int) -> Proposals:
         model = self.model
+        if demand.n_tokens_total > FOLLOW_TOKENS:
+            return self._streamed(demand, limit)
         if not model.n_candidates or model.chances[0] < self.certainty or not self.setting.lookahead:
             return NOTHING
         price = self.link_share * self.setting.costs.transfer_us(model.ahead, cpu_busy=True)
@@ -47,3 +50,15 @@ class ValuePrefetch(PrefetchPolicy):
         sure = [c for c in model.chances[: min(model.n_candidates, limit)].tolist() if c >= self.certainty]
         keys = [first_key + expert for expert in model.experts[: len(sure)].tolist()]
         return np.array(keys, np.int64), np.array([chance * saving - price for chance in sure])
+
+    def _streamed(self, demand: LayerDemand, limit: int) -> Proposals:
+        """Absent experts of the next layer, heaviest expected load first (ties: lower id)."""
+        layer, n = demand.layer + 1, self.setting.n_experts
+        if layer >= self.setting.n_layers or not self.setting.lookahead:
+            return NOTHING
+        loads = self.model.loads(layer, demand)
+        gains = self.model.load_saving_us(layer, loads)
+        gains -= self.link_share * self.setting.costs.transfer_us(layer, cpu_busy=True)
+        absent = np.flatnonzero((self.setting.slots.slot_of[layer * n : layer * n + n] < 0) & (gains > 0.0))
+        best = absent[np.argsort(-loads[absent], kind="stable")][:limit]
+        return best + layer * n, gains[best]

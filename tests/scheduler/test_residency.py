@@ -28,9 +28,10 @@ def test_transfers_shorten_the_stay_and_idle_steps_lengthen_it() -> None:
 
 def test_a_prefill_says_nothing_about_decode() -> None:
     residency = Residency(100)
-    residency.begin_step(100, few_tokens=False)
-    residency.transferred()
     before = residency.horizon
+    residency.begin_step(100, few_tokens=False)
+    assert residency.horizon == 1.0
+    residency.transferred()
     residency.begin_step(100, few_tokens=True)
     assert residency.horizon == before
 

@@ -11,6 +11,7 @@ from scheduler import (
     LayerCosts,
     LayerDemand,
     LayerEnded,
+    LayerPlan,
     Planner,
     PolicyError,
     Prediction,
@@ -107,6 +108,57 @@ def test_good_predictions_are_prefetched_and_bad_ones_are_not() -> None:
     assert useful > 0.85 * made
     made, _ = run_predicted(right=0.1)
     assert made <= 6, "prefetching stops by itself where the gates ahead do not predict"
+
+
+def prefill(planner: Planner, layer: int, loads: dict[int, int], ahead: dict[int, float] | None = None) -> LayerPlan:
+    """One layer of a prefill of 64 tokens, everything done at once."""
+    named = ()
+    if ahead is not None:
+        ids = np.array(sorted(ahead), np.int32)
+        tokens = np.array([ahead[e] for e in ids.tolist()], np.float32)
+        named = (Prediction(layer + 1, ids, tokens, tokens / 64),)
+    counts = np.array([loads[e] for e in sorted(loads)], np.int32)
+    demand = LayerDemand(
+        layer, "prefill", 64, np.array(sorted(loads), np.int32), counts, np.zeros(8, np.float32), named
+    )
+    plan = planner.plan_layer(demand)
+    for t in (*plan.transfers, *plan.prefetches):
+        planner.on_event(TransferEnded(t.layer, t.expert, t.slot))
+    planner.on_event(LayerEnded(layer))
+    return plan
+
+
+def prefilling(n_slots: int, transfer_us: float) -> Planner:
+    """3 layers of 8 experts: 100 us on the CPU, 10 on the accelerator, the link idles for long between layers."""
+    planner = Planner(3, 8, n_slots, CostModel.uniform(3, 100.0, 10.0, transfer_us, 1.0, 0.0, 5000.0), "ours")
+    for t in planner.warm_up(np.ones((3, 8))):
+        planner.on_event(TransferEnded(t.layer, t.expert, t.slot))
+    planner.begin_step("prefill", 64)
+    return planner
+
+
+def test_a_prefill_streams_the_next_layer_by_expected_load() -> None:
+    planner = prefilling(12, 300.0)
+    prefill(planner, 0, dict.fromkeys(range(8), 16), dict.fromkeys(range(8), 0.0))
+    here = set(planner.slots.resident(2))
+    absent = sorted(set(range(8)) - here)
+    ahead = {e: float(10 + e) for e in absent} | dict.fromkeys(here, 5.0)
+    plan = prefill(planner, 1, dict.fromkeys(range(8), 16), ahead)
+    brought = [(t.layer, t.expert) for t in plan.prefetches]
+    assert brought == [(2, e) for e in reversed(absent)][: len(brought)]
+    assert len(brought) >= 3
+    assert all(t.evicts is None or t.evicts[0] == 0 for t in plan.prefetches), "the layer behind makes room"
+
+
+def test_a_prefill_does_not_stream_what_gets_no_tokens_or_costs_more_than_it_saves() -> None:
+    planner = prefilling(12, 300.0)
+    absent = sorted(set(range(8)) - set(planner.slots.resident(1)))
+    plan = prefill(planner, 0, dict.fromkeys(range(8), 16), {absent[0]: 9.0})
+    assert [t.expert for t in plan.prefetches] == [absent[0]]
+    dear = prefilling(12, 300.0)
+    dear.prefetch.link_share = 9.0
+    assert prefill(dear, 0, dict.fromkeys(range(8), 16)).prefetches == ()
+    assert prefill(prefilling(12, 300.0), 2, dict.fromkeys(range(8), 16)).prefetches == (), "there is no next layer"
 
 
 def test_bad_parameters() -> None:
