@@ -13,7 +13,7 @@ from cpu_kernels.layout import BLOCK_COLUMNS
  HAS_BIAS, GATE_BIAS, UP_BIAS, DOWN_BIAS, PREPARE_WORKER, UP_WORKER, DOWN_WORKER,
  PLAN_SIZE) = range(22)  # fmt: skip
 (N_EXPERTS, N_TOKENS, N_ROWS, PARAMETERS, RECORDS, INPUT, WEIGHTS, OUT_ROWS, STARTS, TOKENS, FLAT, WANTED, X, H,
- COUNTERS, X_PANEL, H_PANEL, CALL_SIZE) = range(PLAN_SIZE, PLAN_SIZE + 18)  # fmt: skip
+ COUNTERS, X_PANEL, H_PANEL, N_THREADS, CALL_SIZE) = range(PLAN_SIZE, PLAN_SIZE + 19)  # fmt: skip
 
 LINE = 64  # bytes: sections of the workspace and counters are this far apart
 # Counters (int64, a cache line each): next token, next task of region 1 and 2, 1 + a token that is not finite, 1 if a

@@ -22,6 +22,7 @@ from cpu_kernels.call import (
     N_COUNTERS,
     N_EXPERTS,
     N_ROWS,
+    N_THREADS,
     N_TOKENS,
     NOT_FINITE,
     OUT_ROWS,
@@ -77,7 +78,7 @@ def run_layer(
     call = int64s_at(address, CALL_SIZE)
     for i in range(PLAN_SIZE):
         call[i] = plan[i]
-    call[N_EXPERTS], call[N_TOKENS] = positions.size, hidden.shape[0]
+    call[N_EXPERTS], call[N_TOKENS], call[N_THREADS] = positions.size, hidden.shape[0], n_threads
     call[PARAMETERS], call[RECORDS] = parameters.ctypes.data, records.ctypes.data
     call[INPUT], call[WEIGHTS], call[OUT_ROWS] = hidden.ctypes.data, weights.ctypes.data, out_rows.ctypes.data
     _lay_out(call, address + 8 * CALL_SIZE, positions, offsets, rows, top_k)
@@ -105,7 +106,7 @@ def run_linear_layer(
         call[i] = plan[i]
     n_tokens = x.shape[0]
     call[N_EXPERTS], call[N_TOKENS], call[N_ROWS], call[WEIGHTS] = 1, n_tokens, n_tokens, 0
-    call[INPUT], call[OUT_ROWS] = x.ctypes.data, out.ctypes.data
+    call[INPUT], call[OUT_ROWS], call[N_THREADS] = x.ctypes.data, out.ctypes.data, n_threads
     free = address + 8 * CALL_SIZE
     free = _section(call, COUNTERS, free, LINE * N_COUNTERS)
     free = _section(call, RECORDS, free, 8)

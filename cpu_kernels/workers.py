@@ -1,6 +1,7 @@
 """What the threads of the pool run: preparing tokens, the first and the second half of the experts.
 
-Threads take tasks (an expert x 64 packed rows) from a counter, so unequal loads and a busy core even out.
+Threads take tasks (an expert x 64 packed rows) from a counter, so unequal loads and a busy core even out: most of them
+in runs, whose weights lie one behind the other, the last ones singly.
 """
 
 import numpy as np
@@ -23,6 +24,7 @@ from cpu_kernels.call import (
     INTER,
     INTER_TRUE,
     N_EXPERTS,
+    N_THREADS,
     N_TOKENS,
     NEXT_DOWN,
     NEXT_TOKEN,
@@ -63,6 +65,9 @@ from cpu_kernels.simd.tiles import PANEL_ROWS
 
 ROW_CHUNK = 128  # tokens a task handles at a time: its float32 results (32 KiB) and their activations stay in L2
 PANEL_BLOCKS = PANEL_ROWS // BLOCK_ROWS
+# A thread takes about 6 runs, 3/4 of all tasks together. Long runs keep the prefetchers, ours and the CPU's, on
+# what the same thread reads next: 4 to 8 % less time at 1 token, up to 11 % at 4, than single tasks (Zen 4, 2 threads).
+RUNS_OF_A_THREAD, RUN_SHARE = 6, (3, 4)
 
 
 def _prepare(call_address: int, thread: int) -> None:
@@ -101,6 +106,19 @@ def _products(
     call_panel(panel, matrix, row_block_bytes, n_blocks, x, n_blocks * call[X_BYTES], row_ids, n_rows, out)
 
 
+@inline_kernel
+def _take_run(call: np.ndarray, counter: Whole, n_tasks: Whole) -> tuple[Whole, Whole]:
+    """First task of the next run and the one after its last; the first is n_tasks or more when none is left."""
+    share, whole = RUN_SHARE
+    length = max(1, n_tasks * share // (whole * RUNS_OF_A_THREAD * call[N_THREADS]))
+    n_runs = n_tasks * share // whole // length
+    ticket = take_ticket(counter_address(call, counter))
+    if ticket < n_runs:
+        return ticket * length, (ticket + 1) * length
+    single = n_runs * length + ticket - n_runs
+    return single, single + 1
+
+
 def _up(call_address: int, thread: int) -> None:
     """Worker of region 1. Task: 32 (gated) or 64 intermediate columns of an expert for all its tokens."""
     call = int64s_at(call_address, CALL_SIZE)
@@ -108,21 +126,20 @@ def _up(call_address: int, thread: int) -> None:
     n_columns = INTERLEAVE if call[GATED] else PANEL_ROWS
     n_panels, n_blocks = call[INTER] // n_columns, call[IN] // BLOCK_COLUMNS
     buffer = np.empty(ROW_CHUNK * PANEL_ROWS, np.float32)
-    bias = np.zeros(PANEL_ROWS, np.float32)
+    bias, sums = np.zeros(PANEL_ROWS, np.float32), buffer.ctypes.data
     while True:
-        task = take_ticket(counter_address(call, NEXT_UP))
-        if task >= records.size * n_panels:
+        first, stop = _take_run(call, NEXT_UP, records.size * n_panels)
+        if first >= records.size * n_panels:
             return
-        expert, panel = task // n_panels, task % n_panels
-        matrix = records[expert] + panel * PANEL_BLOCKS * n_blocks * call[BLOCK_BYTES]
-        _read_up_bias(call, records[expert], panel * n_columns, bias)
-        for start in range(starts[expert], starts[expert + 1], ROW_CHUNK):
-            n_rows = min(ROW_CHUNK, starts[expert + 1] - start)
-            _fill(buffer, bias, n_rows)
-            _products(
-                call, call[X_PANEL], matrix, n_blocks, call[X], call[TOKENS] + 4 * start, n_rows, buffer.ctypes.data
-            )
-            _finish_up(call, buffer.ctypes.data, panel * n_columns, start, n_rows)
+        for task in range(first, stop):
+            expert, panel = task // n_panels, task % n_panels
+            matrix = records[expert] + panel * PANEL_BLOCKS * n_blocks * call[BLOCK_BYTES]
+            _read_up_bias(call, records[expert], panel * n_columns, bias)
+            for start in range(starts[expert], starts[expert + 1], ROW_CHUNK):
+                n_rows = min(ROW_CHUNK, starts[expert + 1] - start)
+                _fill(buffer, bias, n_rows)
+                _products(call, call[X_PANEL], matrix, n_blocks, call[X], call[TOKENS] + 4 * start, n_rows, sums)
+                _finish_up(call, sums, panel * n_columns, start, n_rows)
 
 
 @inline_kernel
@@ -157,21 +174,28 @@ def _down(call_address: int, thread: int) -> None:
     bias = np.zeros(PANEL_ROWS, np.float32)
     ids = np.arange(ROW_CHUNK).astype(np.int32)
     while True:
-        task = take_ticket(counter_address(call, NEXT_DOWN))
-        if task >= records.size * n_panels:
+        first, stop = _take_run(call, NEXT_DOWN, records.size * n_panels)
+        if first >= records.size * n_panels:
             return
-        expert, panel = task // n_panels, task % n_panels
-        matrix = records[expert] + call[DOWN] + panel * PANEL_BLOCKS * n_blocks * call[BLOCK_BYTES]
-        if call[HAS_BIAS]:
-            source = floats_at(records[expert] + call[DOWN_BIAS] + 4 * panel * PANEL_ROWS, PANEL_ROWS)
-            for i in range(PANEL_ROWS):
-                bias[i] = source[i]
-        for start in range(starts[expert], starts[expert + 1], ROW_CHUNK):
-            n_rows = min(ROW_CHUNK, starts[expert + 1] - start)
-            _fill(buffer, bias, n_rows)
-            h = call[H] + start * row_bytes_of(call, INTER)
-            _products(call, call[H_PANEL], matrix, n_blocks, h, ids.ctypes.data, n_rows, buffer.ctypes.data)
-            _finish_down(call, buffer, panel * PANEL_ROWS, start, n_rows)
+        for task in range(first, stop):
+            expert, panel = task // n_panels, task % n_panels
+            matrix = records[expert] + call[DOWN] + panel * PANEL_BLOCKS * n_blocks * call[BLOCK_BYTES]
+            _read_down_bias(call, records[expert], panel * PANEL_ROWS, bias)
+            for start in range(starts[expert], starts[expert + 1], ROW_CHUNK):
+                n_rows = min(ROW_CHUNK, starts[expert + 1] - start)
+                _fill(buffer, bias, n_rows)
+                h = call[H] + start * row_bytes_of(call, INTER)
+                _products(call, call[H_PANEL], matrix, n_blocks, h, ids.ctypes.data, n_rows, buffer.ctypes.data)
+                _finish_down(call, buffer, panel * PANEL_ROWS, start, n_rows)
+
+
+@inline_kernel
+def _read_down_bias(call: np.ndarray, record: Whole, column: Whole, bias: np.ndarray) -> None:
+    """Starting values of a panel's rows."""
+    if call[HAS_BIAS]:
+        source = floats_at(record + call[DOWN_BIAS] + 4 * column, PANEL_ROWS)
+        for i in range(PANEL_ROWS):
+            bias[i] = source[i]
 
 
 @inline_kernel
