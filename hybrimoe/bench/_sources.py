@@ -80,11 +80,15 @@ class RandomSource:
         return AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16).eval()
 
     def hybrid(self, deployment: DeployConfig, progress: Callable[[int, int, str], None]) -> Any:
-        """The same shape with hybrid experts; the experts are only ever there in their stored form."""
-        from hybrimoe.injection import inject
-        from hybrimoe.injection.meta import meta_model
+        """The same shape with hybrid experts, its dense layers as the deployment says, in the order of `load`.
 
-        model = meta_model(self.config)
+        The experts are only ever there in their stored form.
+        """
+        from hybrimoe.checkpoint.dense import dense_dtype, meta_model
+        from hybrimoe.checkpoint.place import place_dense
+        from hybrimoe.injection import inject
+
+        model = meta_model(self.config, dense_dtype(deployment.cpu.dense_dtype, self.config))
         injection = inject(model, config=deployment)
         store = injection.session.store
         _require_memory(store.nbytes, f"experts in {deployment.cpu.expert_dtype}")
@@ -93,6 +97,8 @@ class RandomSource:
         torch.manual_seed(SEED)
         model.init_weights()
         model.tie_weights()
+        place_dense(model, deployment)
+        injection.pack_dense(keep_originals=False)
         injection.session.start()
         return model.eval()
 

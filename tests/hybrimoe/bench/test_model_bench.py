@@ -14,6 +14,7 @@ from hybrimoe.bench import _contenders, _harness, _model_bench, _sources
 from hybrimoe.cli import render
 from hybrimoe.cli.app import app
 from hybrimoe.config import load_config
+from hybrimoe.dense_linear import PackedLinear
 from hybrimoe.errors import ConfigError, MissingExtraError, ModelError
 
 
@@ -117,7 +118,16 @@ def test_random_weights_in_a_real_shape_need_no_checkpoint(monkeypatch):
         first, second = (model(input_ids=ids).logits for model in models)
     assert torch.equal(first, second)
     assert first.isfinite().all()
-    for model in models:
+    packed = source.hybrid(
+        load_config({"accelerator": "none", "cpu": {"expert_dtype": "float32", "dense_dtype": "int8"}}),
+        lambda *done: None,
+    )
+    assert isinstance(packed.model.layers[0].self_attn.q_proj, PackedLinear), "dense layers are as configured"
+    with torch.inference_mode():
+        logits = packed(input_ids=ids).logits
+    assert not torch.equal(logits, first)
+    assert torch.cosine_similarity(logits.double().flatten(), first.double().flatten(), dim=0) > 0.99
+    for model in [*models, packed]:
         model.hybrimoe.session.close()
 
 
