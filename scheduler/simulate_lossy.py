@@ -78,7 +78,11 @@ class LossySimulator(Simulator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         lossy, shape = _lossy(self.config), self.shape
-        setting = RelaxSetting(shape.n_layers, shape.n_experts, shape.expert_bytes(self.config.expert_dtype))
+        setting = RelaxSetting(
+            shape.n_layers, shape.n_experts, shape.expert_bytes(self.config.expert_dtype),
+            low_bytes=0 if lossy.low is None else shape.expert_bytes(lossy.low.low_dtype),
+            frequencies=kwargs.get("frequencies", args[5] if len(args) > 5 else None),
+        )  # fmt: skip
         self.relaxation = lossy.make(setting)
         self.relaxation.follow_slots(self.planner.slots.n_slots)
         self._routed, self._changed = Counter[str](), Counter[str]()

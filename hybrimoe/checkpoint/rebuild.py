@@ -16,7 +16,8 @@ STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def rebuild_experts(module: nn.Module, store: ExpertStore, layer: int) -> None:
     """Gives an experts module on the meta device its weights back from `store`, bit for bit, in place.
 
-    Raises ModelError where the store holds less than the module (int8, int4, or bfloat16 of a float32 model).
+    Raises ModelError where the store holds less than the module (int8, int4, bfloat16 of a float32 model, or only some
+    of the experts).
     """
     _require_lossless(module, store, layer)
     for name, parameter in list(module.named_parameters(recurse=False)):
@@ -28,6 +29,11 @@ def rebuild_experts(module: nn.Module, store: ExpertStore, layer: int) -> None:
 
 
 def _require_lossless(module: nn.Module, store: ExpertStore, layer: int) -> None:
+    if not store.complete:
+        raise ModelError(
+            f"{store.layers[layer].path}: some experts are kept in low precision only (scheduler.lossy), from which"
+            " the model's weights cannot be had back; load the model again without it"
+        )
     stored = store.layers[layer].spec.dtype
     wanted = next(module.parameters(recurse=False)).dtype
     exact = stored in STORE_DTYPES and PRECISION_BITS[STORE_DTYPES[stored]] >= PRECISION_BITS[wanted]

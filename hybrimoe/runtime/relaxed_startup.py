@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from hybrimoe.runtime.lookahead import LinearGate, Lookahead
-from hybrimoe.runtime.low_copy import LowCopy
+from hybrimoe.runtime.low_copy import LowCopy, copy_errors
 from hybrimoe.runtime.relaxed import RelaxedRunner
 from hybrimoe.runtime.runner import Runner
 from hybrimoe.runtime.startup import Frequencies, Startup
@@ -27,14 +27,20 @@ def relaxed_runner(
     low_startup = None if low is None else _low_startup(startup, low)
     if setting is not None:
         _allocate(startup, low_startup, lossy, setting)
+    gates = startup.new_lookahead(startup.config.lookahead) if before is None else before.gates
+    relaxation = _relaxation(lossy, startup, low, gates, frequencies) if before is None else before.relaxation
+    relaxation.follow_slots(0 if startup.accelerator is None else startup.accelerator.n_slots)
     low_runner = None
     if low_startup is not None:
-        low_runner = low_startup.runner(None, None if before is None else before.low, frequencies)
-    gates = startup.new_lookahead(startup.config.lookahead) if before is None else before.gates
-    relaxation = _relaxation(lossy, startup, gates) if before is None else before.relaxation
-    relaxation.follow_slots(0 if startup.accelerator is None else startup.accelerator.n_slots)
+        low_before = None if before is None else before.low
+        if low_before is not None and low_before.activations.any():
+            low_used: Frequencies | None = low_before.activations
+        else:
+            low_used = _of_part(frequencies, relaxation.low)
+        low_runner = low_startup.runner(None, low_before, low_used)
     make = partial(RelaxedRunner, relaxation=relaxation, low=low_runner, gates=gates)
-    runner = dataclasses.replace(startup, make_runner=make).runner(None, previous, frequencies)
+    used = _of_part(frequencies, ~relaxation.low)
+    runner = dataclasses.replace(startup, make_runner=make).runner(None, previous, used)
     assert isinstance(runner, RelaxedRunner)
     runner.lookahead = gates if startup.config.lookahead > 0 else None
     return runner
@@ -60,19 +66,38 @@ def _allocate(startup: Startup, low: Startup | None, lossy: Lossy, setting: int 
     low.allocate(n_low)
 
 
-def _relaxation(lossy: Lossy, startup: Startup, gates: Lookahead | None) -> Relaxation:
-    layers = startup.layers
-    norms = None
-    if lossy.needs_expert_norms:
-        norms = expert_norms(startup.store)
+def _of_part(frequencies: Frequencies | None, part: npt.NDArray[np.bool_]) -> Frequencies | None:
+    """Use of the experts that live in a part, 0 for the others; as given where every expert is in both."""
+    if not part.size:
+        return frequencies
+    return np.where(part, 1.0 if frequencies is None else np.maximum(frequencies, 1e-9), 0.0)
+
+
+def _relaxation(
+    lossy: Lossy, startup: Startup, low: LowCopy | None, gates: Lookahead | None, frequencies: Frequencies | None
+) -> Relaxation:
+    """The relaxation; where an expert has only one of the two precisions, the stores let go of the other."""
 
     def router(layer: int) -> npt.NDArray[np.float32] | None:
         gate = None if gates is None else gates.gate(layer)
         return gate.weight if isinstance(gate, LinearGate) else None
 
-    n_experts = max(layer.num_experts for layer in layers)
-    record_bytes = max(layer.spec.record_bytes for layer in layers)
-    return lossy.make(RelaxSetting(len(layers), n_experts, record_bytes, norms, router))
+    layers, store = startup.layers, startup.store
+    counts = np.array([layer.num_experts for layer in layers])
+    setting = RelaxSetting(
+        len(layers), int(counts.max()), max(layer.spec.record_bytes for layer in layers),
+        expert_norms(store) if lossy.needs_expert_norms else None, router,
+        exists=np.arange(counts.max())[None, :] < counts[:, None],
+    )  # fmt: skip
+    if low is not None and lossy.one_copy:
+        setting.low_bytes = max(layer.spec.record_bytes for layer in low.layers)
+        setting.low_errors = copy_errors(store, low.store)
+        setting.frequencies = None if frequencies is None else np.asarray(frequencies, np.float64)
+    relaxation = lossy.make(setting)
+    if low is not None and lossy.one_copy:
+        store.drop(relaxation.low)
+        low.store.drop(~relaxation.low)
+    return relaxation
 
 
 def expert_norms(store: ExpertStore) -> npt.NDArray[np.float32]:

@@ -36,7 +36,10 @@ class LayerSpec:
 
 
 class ExpertStore:
-    """Packed records of every expert. `record(layer, expert)` is a view, never a copy."""
+    """Packed records of every expert. `record(layer, expert)` is a view, never a copy.
+
+    `complete`: False once records were dropped.
+    """
 
     def __init__(self, layers: Sequence[LayerSpec], *, pinned: bool = False) -> None:
         self._attach(tuple(layers), _allocate(sum(layer.nbytes for layer in layers), pinned))
@@ -61,8 +64,7 @@ class ExpertStore:
 
     def record(self, layer: int, expert: int) -> ByteArray:
         """uint8 [record_bytes] view of one expert."""
-        record: ByteArray = self._records[layer][expert]
-        return record
+        return self._records[layer][expert]
 
     def addresses(self, layer: int) -> npt.NDArray[np.uint64]:
         """uint64 [num_experts]: where each record of a layer starts."""
@@ -85,6 +87,29 @@ class ExpertStore:
         """The weights of one expert, dequantised; bit-exact for float32 and bfloat16."""
         return unpack_expert(self.layers[layer].spec, self.record(layer, expert))
 
+    def drop(self, gone: npt.NDArray[np.bool_]) -> None:
+        """Gives up the records of experts [layers, experts]; the others move to memory of their size.
+
+        A dropped expert reads as zeros, so that a transfer of it is harmless; it is never to be computed.
+        """
+        kept = [np.flatnonzero(~row[: layer.num_experts]) for row, layer in zip(gone, self._layers, strict=True)]
+        sizes = [layer.spec.record_bytes for layer in self._layers]
+        hole_bytes = max(sizes)
+        pinned = torch.from_numpy(self._buffer[:1]).is_pinned() if self._buffer.flags.writeable else False
+        total_bytes = sum(len(experts) * size for experts, size in zip(kept, sizes, strict=True))
+        buffer = _allocate(total_bytes + hole_bytes, pinned)
+        buffer[total_bytes:] = 0
+        hole, offset, places = total_bytes, 0, []
+        for index, (experts, size) in enumerate(zip(kept, sizes, strict=True)):
+            at = np.full(self._layers[index].num_experts, hole, np.int64)
+            for expert in experts.tolist():
+                buffer[offset : offset + size] = self.record(index, expert)
+                at[expert] = offset
+                offset += size
+            places.append(at)
+        self._place(buffer, places)
+        self.complete = False
+
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """What is stored, in layer order."""
@@ -102,16 +127,22 @@ class ExpertStore:
 
     def _attach(self, layers: tuple[LayerSpec, ...], buffer: ByteArray) -> None:
         self._layers = layers
-        self._buffer = buffer
-        self._records: list[ByteArray] = []
-        self._addresses: list[npt.NDArray[np.uint64]] = []
-        offset = 0
+        self.complete = True
+        offset, places = 0, []
         for layer in layers:
-            stride = layer.spec.record_bytes
-            self._records.append(buffer[offset : offset + layer.nbytes].reshape(layer.num_experts, stride))
-            start = np.uint64(buffer.ctypes.data + offset)
-            self._addresses.append(start + np.arange(layer.num_experts, dtype=np.uint64) * np.uint64(stride))
+            places.append(offset + np.arange(layer.num_experts, dtype=np.int64) * layer.spec.record_bytes)
             offset += layer.nbytes
+        self._place(buffer, places)
+
+    def _place(self, buffer: ByteArray, places: Sequence[npt.NDArray[np.int64]]) -> None:
+        """Records lie in `buffer` at these offsets, one array [num_experts] a layer."""
+        self._buffer = buffer
+        self._records: list[list[ByteArray]] = []
+        self._addresses: list[npt.NDArray[np.uint64]] = []
+        for layer, offsets in zip(self._layers, places, strict=True):
+            size = layer.spec.record_bytes
+            self._records.append([buffer[offset : offset + size] for offset in offsets.tolist()])
+            self._addresses.append(np.uint64(buffer.ctypes.data) + offsets.astype(np.uint64))
 
 
 def _allocate(n_bytes: int, pinned: bool) -> ByteArray:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from scheduler.errors import PolicyError, did_you_mean
 from scheduler.profile import BYTES_PER_WEIGHT
 from scheduler.relax.base import FULL, LATE, LOW, Relaxation, Relaxed, RelaxSetting, Routing
+from scheduler.relax.bit_width import BitWidth
 from scheduler.relax.deferral import Defer
 from scheduler.relax.hobbit import Hobbit
 from scheduler.relax.kept import EMoe, SwapMoe
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 RELAXATIONS: Final[Mapping[str, type[Relaxation]]] = MappingProxyType(
-    {kind.name: kind for kind in (Hobbit, Skip, Substitute, SwapMoe, EMoe, Defer)}
+    {kind.name: kind for kind in (Hobbit, Skip, Substitute, SwapMoe, EMoe, BitWidth, Defer)}
 )
 
 
@@ -78,6 +79,11 @@ class Lossy:
     def needs_expert_norms(self) -> bool:
         """Whether the relaxation wants ``RelaxSetting.expert_norms``."""
         return RELAXATIONS[self.kind].needs_expert_norms
+
+    @property
+    def one_copy(self) -> bool:
+        """Whether each expert is used in one precision only."""
+        return RELAXATIONS[self.kind].one_copy
 
     def make(self, setting: RelaxSetting) -> Relaxation:
         """The relaxation for one model. Raises PolicyError where parameters do not fit it."""

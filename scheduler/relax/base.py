@@ -73,7 +73,9 @@ class RelaxSetting:
     """What a relaxation may know of the model when it is made.
 
     expert_norms float32[L, E]: length of each expert's weights (None: taken as equal). expert_bytes: one record in full
-    precision. router(layer): the router's matrix float32[E, H], None where it is not known (yet).
+    precision, low_bytes: one of its low copy. router(layer): the router's matrix float32[E, H], None where it is not
+    known (yet). low_errors float64[L, E]: relative error of each expert's output from its copy; frequencies
+    float64[L, E]: how often it is used (None: taken as equal). exists bool[L, E]: layers may have fewer experts than E.
     """
 
     n_layers: int
@@ -81,13 +83,22 @@ class RelaxSetting:
     expert_bytes: int = 0
     expert_norms: Floats | None = None
     router: Callable[[int], Floats | None] = field(default=lambda layer: None)
+    low_bytes: int = 0
+    low_errors: npt.NDArray[np.float64] | None = None
+    frequencies: npt.NDArray[np.float64] | None = None
+    exists: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), np.bool_))
+
+    def __post_init__(self) -> None:
+        if not self.exists.size:
+            self.exists = np.ones((self.n_layers, self.n_experts), np.bool_)
 
 
 class Relaxation:
     """A lossy policy. Parameters are keywords of ``__init__`` after ``setting``; PolicyError for what cannot be.
 
     uses_low_copy: entries may be LOW, so a low-precision copy of the experts is needed. needs_scores, needs_norms,
-    needs_expert_norms: what ``Routing`` and ``RelaxSetting`` must bring for it to work as its source says.
+    needs_expert_norms: what ``Routing`` and ``RelaxSetting`` must bring for it to work as its source says. one_copy: an
+    expert is only ever used in one of the two precisions; ``low`` bool[L, E] says which have the low one.
     """
 
     name: ClassVar[str]
@@ -95,9 +106,11 @@ class Relaxation:
     needs_scores: ClassVar[bool] = False
     needs_norms: ClassVar[bool] = False
     needs_expert_norms: ClassVar[bool] = False
+    one_copy: ClassVar[bool] = False
 
     def __init__(self, setting: RelaxSetting) -> None:
         self.setting = setting
+        self.low = np.zeros((0, 0), np.bool_)
 
     def begin_sequence(self) -> None:
         """A new prompt starts."""

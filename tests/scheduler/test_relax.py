@@ -178,6 +178,8 @@ def test_predictions_of_kept_sets_name_kept_experts_only():
         ({"kind": "swapmoe", "budget": 1.5}, "budget must be a number"),
         ({"kind": "swapmoe", "frequency": 0}, "frequency must be an integer"),
         ({"kind": "emoe", "period": 0.5}, "period must be an integer"),
+        ({"kind": "bit_width", "budget": 2.0}, "budget must be a number"),
+        ({"kind": "bit_width", "budget_bytes": -1}, "budget_bytes must be an integer"),
         ({"t1": 1}, "expected a kind"),
         (3, "expected a kind"),
     ],
@@ -198,6 +200,38 @@ def test_a_routing_that_does_not_fit_is_refused():
         routing([[4]], [[1.0]], NOBODY)
     with pytest.raises(DemandError, match="scores must be"):
         routing([[0]], [[1.0]], NOBODY, scores=[[1.0]])
+
+
+def test_bit_width_gives_full_precision_where_it_matters_most():
+    # Sensitivity error * use: layer 0 [.2, .9, .1, .4], layer 1 [.6, .4, 0, .3]. 8 experts, 10 or 4 bytes: low all 32;
+    # a budget of 51 bytes pays three upgrades of 6: .9, .6, then .4 twice, of which the earlier layer comes first.
+    errors = np.array([[0.1, 0.3, 0.1, 0.2], [0.2, 0.2, 0.1, 0.1]])
+    used = np.array([[2, 3, 1, 2], [3, 2, 0, 3]], np.float64)
+    setting = RelaxSetting(2, 4, 10, low_bytes=4, low_errors=errors, frequencies=used)
+    policy = resolve_lossy({"kind": "bit_width", "budget_bytes": 51}).make(setting)
+    assert policy.low.tolist() == [[True, False, True, False], [False, True, True, True]]
+    assert policy.as_dict() == {"low_experts": 5, "full_experts": 3}
+    found = policy.relax(routing([[0, 1, 3]], [[0.5, 0.3, 0.2]], NOBODY))
+    assert found.parts.tolist() == [[LOW, FULL, FULL]]
+    assert found.lowered == 1
+    ones = np.ones(3, np.float32)
+    kept = policy.predicted((Prediction(1, np.array([0, 1, 3], np.int32), ones, ones),))
+    assert kept[0].expert_ids.tolist() == [0]
+
+
+def test_bit_width_needs_room_for_the_low_records():
+    setting = RelaxSetting(2, 4, 10, low_bytes=4)
+    with pytest.raises(PolicyError, match=r"take 32 bytes, the budget is 31; .* share of 0.40"):
+        resolve_lossy({"kind": "bit_width", "budget_bytes": 31}).make(setting)
+    everything = resolve_lossy({"kind": "bit_width", "budget": 1.0}).make(setting)
+    assert not everything.low.any()
+
+
+def test_layers_with_fewer_experts_keep_no_bytes_for_the_missing_ones():
+    exists = np.array([[True, True, True], [True, False, False]])
+    setting = RelaxSetting(2, 3, 10, low_bytes=4, exists=exists)
+    policy = resolve_lossy({"kind": "bit_width", "budget_bytes": 22}).make(setting)
+    assert policy.low.tolist() == [[False, True, True], [True, False, False]]
 
 
 @pytest.mark.parametrize(

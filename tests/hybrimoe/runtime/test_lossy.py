@@ -189,6 +189,44 @@ def test_a_copy_that_is_no_smaller_is_refused(make_rig):
         lossy_rig(make_rig, ALL_LOW | {"low_dtype": "float32"})
 
 
+BIT_WIDTH = {"kind": "bit_width", "budget": 0.75, "low_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("slots", [0, 9, 24])
+def test_bit_width_keeps_each_expert_in_one_store(make_rig, slots):
+    rig = lossy_rig(make_rig, BIT_WIDTH, gpu_expert_slots=slots)
+    session = rig.session
+    low = session._runner.relaxation.low
+    assert low.sum() == 12  # half of the experts at half of the bytes
+    full_bytes, low_bytes = (layers[0].spec.record_bytes for layers in (session.layers, session._low.layers))
+    holes = full_bytes + low_bytes
+    assert session.stats().store_bytes == 12 * full_bytes + 12 * low_bytes + holes
+    stores = session.store, session._low.store
+    for layer in range(3):
+        for expert in range(8):
+            assert stores[int(low[layer, expert])].record(layer, expert).any()
+            assert not stores[1 - int(low[layer, expert])].record(layer, expert).any()
+        hidden, index, weights = routing(4, 8, 3, layer)
+        expected = torch.zeros_like(hidden)
+        for token in range(4):
+            for expert, weight in zip(index[token].tolist(), weights[token].tolist(), strict=True):
+                w = stores[int(low[layer, expert])].read(layer, expert)
+                inner = torch.nn.functional.silu(w.gate.float() @ hidden[token]) * (w.up.float() @ hidden[token])
+                expected[token] += weight * (w.down.float() @ inner)
+        torch.testing.assert_close(rig.call(layer, hidden, index, weights), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_bit_width_chooses_by_error_and_use(make_rig):
+    used = torch.ones(3, 8).double().numpy()
+    used[:, 4:] = 1000.0
+    rig = lossy_rig(make_rig, BIT_WIDTH, start=False)
+    rig.session.finalize(frequencies=used)
+    assert rig.session._runner.relaxation.low[:, :4].all()
+    before = steps(rig)
+    rig.session.resize_slots(12)
+    assert all(torch.equal(a, b) for a, b in zip(before, steps(rig), strict=True))
+
+
 def test_a_recorder_sees_the_routers_own_routing(make_rig):
     rig = lossy_rig(make_rig, {"kind": "skip", "threshold": 1.0})
     seen = []
