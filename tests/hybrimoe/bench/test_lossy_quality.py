@@ -56,7 +56,7 @@ def test_the_command_writes_csv_and_refuses_wrong_kinds(monkeypatch, tmp_path):
 
     rows = [{"policy": "lossless", "perplexity": 2.0, "greedy_agreement": 1.0, "decode_perplexity": 2.0,
              "decode_greedy_agreement": 1.0, "decode_divergence": 0.0, "tokens_per_s": 5.0, "hit_rate": None,
-             "transfer_kib_per_token": 0.0, "skipped": 0.0, "substituted": 0.0, "lowered": 0.0,
+             "transfer_kib_per_token": 0.0, "skipped": 0.0, "substituted": 0.0, "lowered": 0.0, "deferred": 0.0,
              "provenance": "measured"}]  # fmt: skip
     asked = []
 
