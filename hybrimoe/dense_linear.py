@@ -1,31 +1,34 @@
-"""`cpu.dense_dtype: int8`: the linear layers around the experts (attention, shared experts, lm_head) in 8 bits.
+"""`cpu.dense_dtype: int8` or `int4`: the linear layers around the experts (attention, shared experts, lm_head), packed.
 
-Weights take 8.5 bits instead of 16 or 32 and are read at that rate by the kernels of `cpu_kernels.linear`; activations
-are rounded to int8 per group of 32, as in int8 experts. Routers stay as they are: a wrong expert costs more than the
-few bytes of a router.
+Weights take 8.5 or 4.5 bits instead of 16 or 32 and are read at that rate by the kernels of `cpu_kernels.linear`;
+activations are rounded to int8 per group of 32, as in quantised experts. Routers stay as they are: a wrong expert costs
+more than the few bytes of a router. With int4 the output layer is int8: each error in it is one in the logits.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from cpu_kernels import LinearSpec, pack_linear, run_linear, unpack_linear
 from hybrimoe.errors import CheckpointError
 
+PackedDtype = Literal["int8", "int4"]
 ROUTER_NAME = re.compile(r"(^|\.)(gate|router|classifier|shared_expert_gate)(\.|$)")
 MIN_FEATURES = 32
 """Smaller matrices are not worth a kernel call."""
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b, W packed in int8 groups of 32. Takes the place of an `nn.Linear` on the CPU; inference only."""
+    """y = x W^T + b, W packed in groups of 32. Takes the place of an `nn.Linear` on the CPU; inference only."""
 
-    def __init__(self, linear: nn.Linear, threads: int | None = None) -> None:
+    def __init__(self, linear: nn.Linear, dtype: PackedDtype = "int8", threads: int | None = None) -> None:
         """linear: finite weights on the CPU. threads: as in `cpu_kernels.get_backend`.
 
         Raises CheckpointError where a weight is not finite.
@@ -34,7 +37,7 @@ class PackedLinear(nn.Module):
         if not bool(torch.isfinite(linear.weight).all()):
             raise CheckpointError("a dense weight is NaN or infinite; the checkpoint is damaged")
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.spec = LinearSpec(linear.in_features, linear.out_features, "int8")
+        self.spec = LinearSpec(linear.in_features, linear.out_features, dtype)
         self.bias = linear.bias
         self.weight_dtype = linear.weight.dtype
         self._threads = threads
@@ -63,7 +66,8 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, int8"
+        size = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{size}, bias={self.bias is not None}, {self.spec.dtype}"
 
 
 @dataclass(slots=True)
@@ -88,20 +92,22 @@ class PackedDense:
 
 
 def pack_linears(
-    model: nn.Module, num_experts: frozenset[int], *, keep_originals: bool, threads: int | None = None
-) -> PackedDense:
-    """Packs every `nn.Linear` of `model` that is on the CPU and is no router.
+    model: nn.Module, num_experts: frozenset[int], dtype: PackedDtype = "int8", *, keep_originals: bool,
+    threads: int | None = None,
+) -> PackedDense:  # fmt: skip
+    """Packs every `nn.Linear` of `model` that is on the CPU and is no router; the output layer never below int8.
 
     num_experts: sizes of the model's routers; a layer with so many outputs whose name does not say otherwise is taken
     for one. keep_originals: hold on to the layers, so that `undo` can put them back.
     """
     packed = PackedDense()
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             full = f"{path}.{name}" if path else name
             if type(child) is not nn.Linear or not _worth_packing(full, child, num_experts):
                 continue
-            replacement = PackedLinear(child, threads)
+            replacement = PackedLinear(child, "int8" if child is output else dtype, threads)
             replacement.train(child.training)
             setattr(parent, name, replacement)
             packed.paths.append(full)

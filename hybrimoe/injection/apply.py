@@ -119,18 +119,19 @@ class Injection:
         return (*self._application.remarks, *self._without_accelerator())
 
     def pack_dense(self, *, keep_originals: bool) -> None:
-        """Packs the dense layers on the CPU where the configuration says `cpu.dense_dtype: int8`; else does nothing.
+        """Packs the dense layers on the CPU where `cpu.dense_dtype` is int8 or int4; else does nothing.
 
         keep_originals: hold on to them for `restore`. Raises CheckpointError where a weight is not finite.
         """
         cpu = self.config.cpu
-        if cpu.dense_dtype != "int8":
+        dtype = cpu.dense_dtype
+        if dtype != "int8" and dtype != "int4":
             return
         from hybrimoe.dense_linear import pack_linears
 
         sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
         threads = cpu.threads if isinstance(cpu.threads, int) else None
-        self.dense = pack_linears(self.model, sizes, keep_originals=keep_originals, threads=threads)
+        self.dense = pack_linears(self.model, sizes, dtype, keep_originals=keep_originals, threads=threads)
 
     def device_of(self, path: str) -> torch.device | None:
         """Device that the rules give the module at `path`; None where they do not say."""
@@ -149,14 +150,15 @@ class Injection:
 
         Experts that were loaded straight into the store are written back into the module from it, and the model is on
         the CPU then; raises ModelError where the store holds them as int8 or int4, which is not what the checkpoint
-        holds, and where dense layers were loaded as int8.
+        holds, and where dense layers were loaded as int8 or int4.
         """
         if not self._active:
             return
         if self.dense is not None and not self.dense.reversible:
             raise ModelError(
-                "the dense layers were loaded as int8 (cpu.dense_dtype), from which the model's weights cannot be had"
-                " back; load with another dense_dtype, or load the model again with transformers"
+                f"the dense layers were loaded as {self.config.cpu.dense_dtype} (cpu.dense_dtype), from which the"
+                " model's weights cannot be had back; load with another dense_dtype, or load the model again with"
+                " transformers"
             )
         self._rebuild_deferred()
         if self.dense is not None:

@@ -1,4 +1,4 @@
-"""Dense layers in 8 bits: right within the rounding, routers left alone, and undone exactly."""
+"""Dense layers in 8 or 4 bits: right within the rounding, routers left alone, and undone exactly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hybrimoe
-from hybrimoe.dense_linear import PackedLinear, pack_linears
+from hybrimoe.dense_linear import PackedDtype, PackedLinear, pack_linears
 from hybrimoe.errors import CheckpointError
 
 
@@ -27,17 +27,20 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.parametrize(("packed_dtype", "error"), [("int8", 0.02), ("int4", 0.15)])
 @pytest.mark.parametrize("shape", [(96,), (1, 96), (3, 5, 96), (0, 96)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_layer_computes_what_the_layer_did(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_packed_layer_computes_what_the_layer_did(
+    shape: tuple[int, ...], dtype: torch.dtype, packed_dtype: PackedDtype, error: float
+) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(96, 130).to(dtype)
     x = torch.randn(*shape).to(dtype)
-    out = PackedLinear(linear)(x)
+    out = PackedLinear(linear, packed_dtype)(x)
     assert out.shape == (*shape[:-1], 130)
     assert out.dtype == dtype
     if x.numel():
-        assert relative(out.float(), linear(x).float()) < 0.02
+        assert relative(out.float(), linear(x).float()) < error
 
 
 def test_the_weights_can_be_read() -> None:
