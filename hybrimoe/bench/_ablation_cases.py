@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hybrimoe.bench._ablation_sweep import SYNTHETIC, Case
+from scheduler.relax import RELAXATIONS
 from scheduler.trace import Phase
 
 PAPER_HARDWARE = "a6000-xeon5220r"
@@ -31,6 +32,8 @@ HEADLINE = ("static", "hybrimoe", "ours")
 EVERY_POLICY = ("static", "llama_cpp", "moe_infinity", "fiddler", "freetoken", "adapmoe", "hobbit", "fate", "hybrimoe",
                 "ours", "oracle")  # fmt: skip
 EVERY_HARDWARE = ("a6000-xeon5220r", "rtx4090-ryzen9", "rtx5090-xeon", "laptop", "h100")
+LOSSY_SHAPE = "qwen3-30b-a3b"
+LOSSY_HARDWARE = ("a6000-xeon5220r", "rtx4090-ryzen9", "laptop")
 
 
 def table_3(decode_tokens: int) -> list[Case]:
@@ -68,6 +71,17 @@ def every_policy(traces: Sequence[tuple[str, str]], decode_tokens: int, ratios: 
         for ratio in ratios
         for policy in EVERY_POLICY
     ]
+
+
+def lossy(decode_tokens: int) -> list[Case]:
+    """Every lossy policy at its defaults beside ours and static, bfloat16 experts, 25 % cached, decode."""
+    return [
+        Case("lossy", policy, hardware, LOSSY_SHAPE, SYNTHETIC, 0.25, "decode", 32, decode_tokens, 2,
+             label=kind or "lossless", expert_dtype="bfloat16", lossy=kind)
+        for hardware in LOSSY_HARDWARE
+        for policy in ("static", "ours")
+        for kind in ("", *sorted(RELAXATIONS))
+    ]  # fmt: skip
 
 
 def hit_rates(decode_tokens: int) -> list[Case]:

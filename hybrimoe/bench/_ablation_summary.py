@@ -19,6 +19,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "speedups": _speedups([row for row in rows if row["experiment"] == "paper"]),
         "hits": _hits([row for row in rows if row["experiment"] == "hits"]),
         "policies": _policies([row for row in rows if row["experiment"] == "policies"]),
+        "lossy": _lossy([row for row in rows if row["experiment"] == "lossy"]),
     }
     return {"kind": "simulated", **{name: table for name, table in found.items() if table}}
 
@@ -84,6 +85,19 @@ def _policies(rows: Sequence[Row]) -> list[Row]:
     return result
 
 
+def _lossy(rows: Sequence[Row]) -> list[Row]:
+    """Per lossy policy and policy, over the profiles: speed-up over the lossless run of the same policy."""
+    base = {(row["hardware"], row["policy"]): row["latency_ms"] for row in rows if row["label"] == "lossless"}
+    result = []
+    for policy, label in dict.fromkeys((row["policy"], row["label"]) for row in rows):
+        own = [row for row in rows if (row["policy"], row["label"]) == (policy, label)]
+        gains = [base[row["hardware"], policy] / row["latency_ms"] for row in own]
+        result.append({"policy": policy, "lossy": label, "speedup": fmean(gains), "least": min(gains),
+                       "most": max(gains), "hit_rate": fmean(row["hit_rate"] for row in own),
+                       "changed": fmean(row["changed"] for row in own)})  # fmt: skip
+    return result
+
+
 def oracle_share(group: dict[str, Row], policy: str) -> float | None:
     """(static - policy) / (static - oracle) in time; None where the oracle gains nothing."""
     static, oracle = group["static"]["latency_ms"], group["oracle"]["latency_ms"]
@@ -92,7 +106,8 @@ def oracle_share(group: dict[str, Row], policy: str) -> float | None:
 
 def tables(summary: dict[str, Any]) -> list[Table]:
     """(title, columns, rows) for the terminal and the HTML page."""
-    makers = {"table3": _table_3_table, "speedups": _speedup_table, "hits": _hit_table, "policies": _policy_table}
+    makers = {"table3": _table_3_table, "speedups": _speedup_table, "hits": _hit_table, "policies": _policy_table,
+              "lossy": _lossy_table}  # fmt: skip
     return [make(summary[name]) for name, make in makers.items() if name in summary]
 
 
@@ -125,6 +140,13 @@ def _policy_table(rows: Iterable[Row]) -> Table:
     cells = [(r["policy"], f"{r['speedup']:.2f}x", f"{r['median']:.2f}x", f"{r['hit_rate']:.1%}",
               _percent(r["oracle_share"]), _percent(r["prefetch_precision"])) for r in rows]  # fmt: skip
     return "Every policy, mean over traces, profiles and cache shares (decode)", columns, cells
+
+
+def _lossy_table(rows: Iterable[Row]) -> Table:
+    columns = ("policy", "lossy", "speed-up", "range", "hits", "routed experts changed")
+    cells = [(r["policy"], r["lossy"], f"{r['speedup']:.2f}x", f"{r['least']:.2f} - {r['most']:.2f}",
+              f"{r['hit_rate']:.1%}", f"{r['changed']:.0%}") for r in rows]  # fmt: skip
+    return "Lossy policies over the lossless run, mean over profiles (quality: bench quality --lossy)", columns, cells
 
 
 def _seconds(value: float | None) -> str:

@@ -22,6 +22,7 @@ from hybrimoe.profiles import open_hardware, open_shape
 from hybrimoe.tracing.sources import DEFAULT_LOCALITY, DEMO, load_trace, open_trace, split
 from scheduler.analysis import expert_frequencies
 from scheduler.profile import ModelShape
+from scheduler.relax import resolve_lossy
 from scheduler.simulate import SimulationConfig, simulate
 from scheduler.synthetic import LOCALITIES, generate
 from scheduler.trace import PHASE_CODES, Phase, Trace
@@ -29,7 +30,7 @@ from scheduler.trace_demand import DemandSource
 from scheduler.trace_predict import predictions_for
 
 #: Bump when the meaning of a row changes: cached rows of another version are not used.
-ROW_VERSION = 2
+ROW_VERSION = 3
 SYNTHETIC = "synthetic"
 #: Sequences of a synthetic trace: the first ones are the profile, the others are simulated.
 PROFILE_SEQUENCES = 2
@@ -38,7 +39,10 @@ PACKAGES = ("numpy", "numba", "networkx", "torch", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row to compute. ``trace`` is a file, demo, or synthetic (of ``n_prefill`` + ``n_decode`` tokens)."""
+    """One row to compute. ``trace`` is a file, demo, or synthetic (of ``n_prefill`` + ``n_decode`` tokens).
+
+    ``lossy``: kind of the lossy policy beside ``policy``, empty without.
+    """
 
     experiment: str
     policy: str
@@ -55,6 +59,7 @@ class Case:
     dense_dtype: str = "int8"
     expert_dtype: str = "int4"
     seed: int = 0
+    lossy: str = ""
 
     @property
     def key(self) -> str:
@@ -115,7 +120,7 @@ def run_case(case: Case) -> dict[str, Any]:
     inputs = _inputs(case.shape, case.trace, case.phase, case.n_prefill, case.n_decode, case.sequences, case.seed)
     config = SimulationConfig(
         policy=case.policy, cache_ratio=case.cache_ratio, dense_dtype=case.dense_dtype, expert_dtype=case.expert_dtype,
-        seed=case.seed,
+        seed=case.seed, lossy=resolve_lossy(case.lossy or None),
     )  # fmt: skip
     profile = open_hardware(case.hardware)
     results = simulate(

@@ -12,7 +12,7 @@ import typer
 from hybrimoe.cli import render
 from hybrimoe.cli.common import JsonOption
 
-EXPERIMENTS = ("table3", "paper", "hits", "policies")
+EXPERIMENTS = ("table3", "paper", "hits", "policies", "lossy")
 #: Decode tokens of each row; quick is for a look, full for figures to report.
 QUICK_TOKENS, FULL_TOKENS = 24, 128
 QUICK_PREFILLS = (32, 128)
@@ -82,6 +82,7 @@ def build_cases(experiments: tuple[str, ...], traces: list[str], *, quick: bool,
             tokens,
             QUICK_RATIOS if quick else FULL_RATIOS,
         ),
+        "lossy": lambda: paper.lossy(tokens),
     }
     return [replace(case, seed=seed) for name in experiments for case in made[name]()]
 

@@ -112,3 +112,22 @@ def test_tables_and_files(tmp_path):
     names = {path.name for path in write(tmp_path, rows, summary)}
     assert names >= {"rows.csv", "summary.json", "report.html"}
     assert "simulated" in (tmp_path / "report.html").read_text()
+
+
+def test_lossy_rows_are_set_against_the_lossless_run_of_the_same_policy_and_machine():
+    from hybrimoe.bench._ablation_cases import lossy
+    from hybrimoe.bench._ablation_summary import summarise, tables
+
+    times = {("a", "lossless"): 10.0, ("a", "skip"): 5.0, ("b", "lossless"): 30.0, ("b", "skip"): 10.0}
+    rows = [
+        {"experiment": "lossy", "policy": "ours", "hardware": machine, "label": label, "latency_ms": ms,
+         "hit_rate": 0.5, "changed": 0.0 if label == "lossless" else 0.25}
+        for (machine, label), ms in times.items()
+    ]  # fmt: skip
+    found = summarise(rows)
+    skip = found["lossy"][1]
+    assert (skip["lossy"], skip["speedup"], skip["least"], skip["most"]) == ("skip", 2.5, 2.0, 3.0)
+    assert tables(found)[0][2][1][2:] == ("2.50x", "2.00 - 3.00", "50.0%", "25%")
+    cases = lossy(8)
+    assert {case.lossy for case in cases} >= {"", "hobbit", "skip", "substitute", "swapmoe", "emoe", "bit_width"}
+    assert len({case.key for case in cases}) == len(cases)
