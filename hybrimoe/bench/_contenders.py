@@ -30,12 +30,13 @@ SEED = 1
 
 @dataclass(slots=True)
 class Contender:
-    """One column of a comparison. `dtype` None: not judged by `LOGITS_COSINE`."""
+    """One column of a comparison. `dtype` None or `lossy`: not judged by `LOGITS_COSINE`."""
 
     label: str
     generator: TextGenerator
     session: Any = None
     dtype: str | None = None
+    lossy: bool = False
     counters: list[dict[str, Any]] = field(default_factory=list)
 
     def prefill(self, prompt_ids: Sequence[int]) -> float:
@@ -84,13 +85,13 @@ class Contender:
 
 
 @contextmanager
-def hybrid(label: str, make: Callable[[], Any], tokenizer: Any, dtype: str) -> Iterator[Contender]:
+def hybrid(label: str, make: Callable[[], Any], tokenizer: Any, dtype: str, lossy: bool = False) -> Iterator[Contender]:
     """A model with hybrid experts, made by `make` (hybrimoe.load, or random weights)."""
     from hybrimoe.generation import TextGenerator
 
     model = make()
     try:
-        yield Contender(label, TextGenerator(model, tokenizer), model.hybrimoe.session, dtype)
+        yield Contender(label, TextGenerator(model, tokenizer), model.hybrimoe.session, dtype, lossy)
     finally:
         model.hybrimoe.session.close()
         del model
@@ -145,7 +146,7 @@ def check_parity(contenders: Sequence[Any], prompt_ids: Sequence[int]) -> dict[s
     """
     import numpy as np
 
-    judged = [contender for contender in contenders if isinstance(contender, Contender)]
+    judged = [contender for contender in contenders if isinstance(contender, Contender) and not contender.lossy]
     reference = {contender.dtype: contender for contender in reversed(judged)}
     cosines: dict[str, float] = {}
     for contender in judged:

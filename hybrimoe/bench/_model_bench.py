@@ -38,6 +38,7 @@ class Request:
     accelerator: str | None
     slots: str | None
     threads: int | None
+    lossy: tuple[str, ...] = ()
 
     def variants(self) -> list[tuple[str, dict[str, Any]]]:
         """(label, overrides of the deployment) of each hybrid contender, in the order in which they are shown."""
@@ -46,10 +47,13 @@ class Request:
         for dtype in self.dtypes or (None,):
             if self.compare_policies:
                 found.append((CACHE_OFF, {"slots": "0", "dtype": dtype}))
-            found += [
-                (policy or "as configured", {"policy": policy, "slots": self.slots, "dtype": dtype})
-                for policy in policies
-            ]
+            for policy in policies:
+                named, common_to_all = (
+                    policy or "as configured",
+                    {"policy": policy, "slots": self.slots, "dtype": dtype},
+                )
+                found.append((named, common_to_all))
+                found += [(f"{named} + {lossy}", {**common_to_all, "lossy": lossy}) for lossy in self.lossy]
         if len(self.dtypes) > 1:
             found = [(f"{label} {overrides['dtype']}", overrides) for label, overrides in found]
         return found
@@ -138,7 +142,8 @@ def _openers(request: Request, progress: Any) -> tuple[int, list[Callable[[ExitS
 
         def opener(stack: ExitStack, label: str = label, deployment: Any = deployment) -> Any:
             make = partial(source.hybrid, deployment, progress)
-            return stack.enter_context(_contenders.hybrid(label, make, source.tokenizer, deployment.cpu.expert_dtype))
+            dtype, lossy = deployment.cpu.expert_dtype, deployment.runtime().lossy is not None
+            return stack.enter_context(_contenders.hybrid(label, make, source.tokenizer, dtype, lossy))
 
         openers.append(opener)
     if request.gguf is not None:

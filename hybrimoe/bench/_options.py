@@ -7,6 +7,10 @@ from typing import Annotated
 import typer
 
 PolicyList = Annotated[list[str] | None, typer.Option("--policy", help="Policy to measure; may be repeated.")]
+LossyList = Annotated[
+    list[str] | None,
+    typer.Option("--lossy", metavar="KIND", help="Each policy with this lossy one, too; may be repeated."),
+]
 DtypeList = Annotated[list[str] | None, typer.Option("--dtype", help="Expert dtype to measure; may be repeated.")]
 CompareOption = Annotated[
     bool,

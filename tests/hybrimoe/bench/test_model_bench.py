@@ -187,3 +187,21 @@ def test_the_table_says_what_is_emulated(monkeypatch):
 def test_a_config_that_is_no_shape_is_refused():
     with pytest.raises(ConfigError, match="unknown model shape"):
         _sources.RandomSource("no-such-shape", None)
+
+
+def test_lossy_policies_stand_beside_each_policy_and_are_not_judged_by_their_logits():
+    request = _model_bench.Request(
+        kind="decode", model=None, shape=None, layers=None, policies=("ours", "static"), dtypes=(),
+        compare_policies=False, plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, config=None,
+        accelerator=None, slots=None, threads=None, lossy=("skip",),
+    )  # fmt: skip
+    assert [label for label, _ in request.variants()] == ["ours", "ours + skip", "static", "static + skip"]
+    assert request.variants()[1][1] == {"policy": "ours", "slots": None, "dtype": None, "lossy": "skip"}
+
+    class Fixed(_contenders.Contender):
+        def logits(self, prompt_ids):
+            return np.array([1.0, 0.0] if self.label != "lossy" else [0.0, 1.0], np.float32)
+
+    exact = [Fixed(label, None, None, "int4") for label in ("first", "second")]
+    cosines = _contenders.check_parity([Fixed("lossy", None, None, "int4", lossy=True), *exact], [1])
+    assert cosines == {"second": 1.0}
