@@ -64,8 +64,9 @@ class Setting:
         return max(1 if set_bytes > 2 * self.pool_bytes else 2, -(-self.pool_bytes // int(set_bytes)))
 
     def x(self, n_tokens: int) -> torch.Tensor:
-        """Inputs [M, H]."""
-        return torch.randn(n_tokens, self.shape.hidden, generator=torch.Generator().manual_seed(1))
+        """Inputs float32 [M, H] with values that are bfloat16, as those of a bfloat16 model."""
+        x = torch.randn(n_tokens, self.shape.hidden, generator=torch.Generator().manual_seed(1))
+        return x.bfloat16().float()
 
     def expected(self, x: torch.Tensor) -> np.ndarray:
         """Mean of the k (equal) experts in float32."""
@@ -74,8 +75,8 @@ class Setting:
         return result
 
 
-def ours(dtype: ck.ExpertDtype) -> Callable[[Setting], Callable[[int], Call]]:
-    """The numba backend, its wrapper and `combine` included."""
+def ours(dtype: ck.ExpertDtype, backend_name: str = "numba") -> Callable[[Setting], Callable[[int], Call]]:
+    """A backend of this package, its wrapper and `combine` included."""
 
     def make(setting: Setting) -> Callable[[int], Call]:
         shape = setting.shape
@@ -84,7 +85,7 @@ def ours(dtype: ck.ExpertDtype) -> Callable[[Setting], Callable[[int], Call]]:
         memory = ck.page_aligned(n_sets * shape.k * spec.record_bytes).reshape(-1, spec.record_bytes)
         ck.pack_expert(spec, ck.ExpertWeights(setting.up, setting.down, setting.gate), memory[0])
         memory[1:] = memory[0]
-        backend = ck.get_backend("numba")
+        backend = ck.get_backend(backend_name)
         addresses = np.array([record.ctypes.data for record in memory], np.uint64).reshape(n_sets, shape.k)
 
         def for_tokens(n_tokens: int) -> Call:
@@ -238,5 +239,16 @@ def llama_cpp(kind: str) -> Callable[[Setting], Callable[[int], Call]]:
         from hybrimoe.bench import _kernel_ggml
 
         return _kernel_ggml.make_layers(setting, kind)
+
+    return make
+
+
+def kt_kernel(dtype: str) -> Callable[[Setting], Callable[[int], Call]]:
+    """KTransformers' kernels; dtype "int4" or "bfloat16"."""
+
+    def make(setting: Setting) -> Callable[[int], Call]:
+        from hybrimoe.bench import _kernel_kt
+
+        return _kernel_kt.make_layers(setting, dtype)
 
     return make

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from hybrimoe.bench import _kernel_peers, _kernels_bench
+from hybrimoe.bench import _kernel_kt, _kernel_peers, _kernels_bench
 from hybrimoe.bench._kernel_peers import Call, Setting, Shape
 from hybrimoe.cli.app import app
 
@@ -71,6 +74,29 @@ def test_onnx_layer_matches_float32_within_its_quantisation() -> None:
     result = _kernel_peers.onnxruntime_int4(setting)(3)(0)
     expected = setting.expected(setting.x(3))
     assert np.linalg.norm(result - expected) < 0.2 * np.linalg.norm(expected)
+
+
+def test_kt_kernel_codes_stand_for_the_weights() -> None:
+    weight = Setting(Shape("tiny", 128, 64, 2), 1 << 16).gate
+    codes, scales = _kernel_kt.codes_and_scales(weight)
+    pairs = torch.stack([codes & 15, codes >> 4], dim=2).view(weight.shape).float() - 8
+    restored = (pairs.view(64, -1, 32) * scales.float().unsqueeze(2)).view(weight.shape)
+    assert (restored - weight).norm() < 0.12 * weight.norm()
+
+
+def test_report_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--shape", "tiny", "--tokens", "1", "--tokens", "3", "--rounds", "1", "--only", "ours int", "--json"]
+    runs = [tmp_path / "1.json", tmp_path / "2.json"]
+    for path in runs:
+        assert run(["bench", "kernels", *options]) == 0
+        path.write_text(capsys.readouterr().out, encoding="utf-8")
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels_report.py"
+    made = subprocess.run(
+        [sys.executable, script, *runs, "--avx2", runs[0]], capture_output=True, text=True, check=True
+    ).stdout
+    assert "2 runs; a cell is the median" in made
+    assert made.count("| ours int4 |") == 5  # ms, share and GFLOP/s; ms of the other path at 1 and 3 tokens
+    assert "| 3 | -, - |" in made
 
 
 def test_quality_table(capsys: pytest.CaptureFixture[str]) -> None:
