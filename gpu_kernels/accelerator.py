@@ -42,6 +42,10 @@ class Event(Protocol):
         ...
 
 
+Unfold = Callable[[torch.Tensor, torch.Tensor], None]
+"""(bytes that came over the link, uint8 [n]; the slot, uint8 [slot_bytes]), both on the device: writes the slot."""
+
+
 @dataclass(slots=True)
 class LayerWork:
     """Inputs and result rows of one call of one layer, shared by the lanes.
@@ -105,8 +109,12 @@ class Accelerator(Protocol):
         """True when host records should be page-locked for asynchronous copies."""
         ...
 
-    def copy_to_slot(self, slot: int, record: ByteArray) -> Event:
-        """Submits the copy of a host record (uint8 [n], n <= slot_bytes) into a slot."""
+    def copy_to_slot(self, slot: int, record: ByteArray, unfold: Unfold | None = None) -> Event:
+        """Submits the copy of a host record (uint8 [n], n <= slot_bytes) into a slot.
+
+        With `unfold` the bytes cross the link as they are and `unfold(bytes, slot)` writes the slot on the device,
+        from them and from what the slot holds.
+        """
         ...
 
     def run_experts(self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork) -> Event:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cpu_kernels import CpuBackend, ExpertSpec, get_backend
-from gpu_kernels.accelerator import ByteArray, Event, LayerWork
+from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
 from gpu_kernels.combining import combine_on_host
 from gpu_kernels.errors import ClosedError, SlotError
 from gpu_kernels.pacing import Pacing
@@ -70,8 +70,11 @@ class EmulatedAccelerator:
         """False: copies are made by a host thread."""
         return False
 
-    def copy_to_slot(self, slot: int, record: ByteArray) -> HostEvent:
-        """Submits the copy of `record` (uint8 [n], n <= slot_bytes) into a slot."""
+    def copy_to_slot(self, slot: int, record: ByteArray, unfold: Unfold | None = None) -> HostEvent:
+        """Submits the copy of `record` (uint8 [n], n <= slot_bytes) into a slot, through `unfold` if given.
+
+        A slot that is unfolded into is not poisoned: `unfold` may need what it holds.
+        """
         self._check_open()
         if record.nbytes > self._slot_bytes:
             raise SlotError(f"a record of {record.nbytes} bytes does not fit a slot of {self._slot_bytes} bytes")
@@ -83,7 +86,7 @@ class EmulatedAccelerator:
             if reader is not None:
                 reader.wait_end()
             event.begin()
-            self._transfer(target, record, event.start_us)
+            self._transfer(target, record, event.start_us, unfold)
 
         return self._copy.submit(job, event)
 
@@ -135,12 +138,15 @@ class EmulatedAccelerator:
         self._compute.close()
         self._set_arena(0, 0)
 
-    def _transfer(self, target: ByteArray, record: ByteArray, start_us: float) -> None:
-        if self._poison:
+    def _transfer(self, target: ByteArray, record: ByteArray, start_us: float, unfold: Unfold | None) -> None:
+        if self._poison and unfold is None:
             target.fill(POISON_BYTE)
         if self._pacing is not None:
             self._copy_pacer.pace(start_us, self._pacing.transfer_us(record.nbytes))
-        np.copyto(target[: record.nbytes], record)
+        if unfold is None:
+            np.copyto(target[: record.nbytes], record)
+        else:
+            unfold(torch.from_numpy(record), torch.from_numpy(target))
 
     def _pace_compute(self, spec: ExpertSpec, where: np.ndarray, work: LayerWork, start_us: float) -> None:
         assert self._pacing is not None

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 
 from cpu_kernels import ExpertSpec, reference_ffn, unpack_expert
-from gpu_kernels.accelerator import ByteArray, Event, LayerWork
+from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
 from gpu_kernels.errors import ClosedError, SlotError
 from gpu_kernels.fused_choice import Group, load_fused
 from gpu_kernels.slot_events import SlotEvents
@@ -88,7 +88,7 @@ class TorchAccelerator:
         """True on a real device."""
         return not self._synchronous
 
-    def copy_to_slot(self, slot: int, record: ByteArray) -> Event:
+    def copy_to_slot(self, slot: int, record: ByteArray, unfold: Unfold | None = None) -> Event:
         """Submits the copy of `record` (uint8 [n], n <= slot_bytes) into a slot, on the copy stream."""
         self._check_open()
         if record.nbytes > self._slot_bytes:
@@ -97,12 +97,12 @@ class TorchAccelerator:
         if self._synchronous:
             start_us = clock_us()
             self._events.on_write(slot, DoneEvent(start_us, start_us))
-            self._slots[slot, : record.nbytes].copy_(source)
+            _put(source, self._slots[slot], unfold)
             done = DoneEvent(start_us, clock_us())
             self._events.on_write(slot, done)
             return done
         index = None if source.is_pinned() else self._stage(source)
-        event = self._copy_async(slot, source if index is None else self._staging[index][0][: record.nbytes])
+        event = self._copy_async(slot, source if index is None else self._staging[index][0][: record.nbytes], unfold)
         if index is not None:
             self._staging[index] = (self._staging[index][0], event)
         return event
@@ -216,7 +216,7 @@ class TorchAccelerator:
         values = torch.from_numpy(work.host_rows)[rows]
         state.rows[rows.to(self.device)] = values.to(self.device)
 
-    def _copy_async(self, slot: int, source: torch.Tensor) -> DeviceEvent:
+    def _copy_async(self, slot: int, source: torch.Tensor, unfold: Unfold | None) -> DeviceEvent:
         stream = self._copy_stream
         assert stream is not None
         event = self._device_event(None)
@@ -225,7 +225,7 @@ class TorchAccelerator:
             if isinstance(reader, DeviceEvent):
                 stream.wait_event(reader.end)
             event.start.record(stream)
-            self._slots[slot, : source.numel()].copy_(source, non_blocking=True)
+            _put(source, self._slots[slot], unfold)
             event.end.record(stream)
         return event
 
@@ -267,3 +267,11 @@ class TorchAccelerator:
 def _device_name(device: torch.device) -> str:
     module = torch.get_device_module(device)
     return str(module.get_device_name(device)) if hasattr(module, "get_device_name") else device.type
+
+
+def _put(source: torch.Tensor, slot: torch.Tensor, unfold: Unfold | None) -> None:
+    """Host bytes into a slot, on the current stream; what `unfold` reads is a copy of them on the device."""
+    if unfold is None:
+        slot[: source.numel()].copy_(source, non_blocking=True)
+    else:
+        unfold(source.to(slot.device, non_blocking=True), slot)

@@ -84,6 +84,11 @@ class LossySimulator(Simulator):
             frequencies=kwargs.get("frequencies", args[5] if len(args) > 5 else None),
         )  # fmt: skip
         self.relaxation = lossy.make(setting)
+        if self.relaxation.uses_planes:
+            raise SimulationError(
+                f"{lossy.kind} is not simulated: what its bit planes move depends on the run; measure it with"
+                " bench quality --lossy on the emulated accelerator"
+            )
         self.relaxation.follow_slots(self.planner.slots.n_slots)
         self._routed, self._changed = Counter[str](), Counter[str]()
 

@@ -102,10 +102,12 @@ def _of_lossy(
     if len(dtypes) > 1:
         raise ConfigError(f"--lossy takes one --dtype, found {', '.join(dtypes)}")
     quiet_libraries()
-    kinds = [kind for given in lossy for kind in (sorted(RELAXATIONS) if given == "all" else [given])]
+    dtype = dtypes[0] if dtypes else "bfloat16"
+    fitting = sorted(name for name, kind in RELAXATIONS.items() if dtype == "int4" or not kind.uses_planes)
+    kinds = [kind for given in lossy for kind in (fitting if given == "all" else [given])]
     request = _lossy_quality.Request(
         model, text, tuple(dict.fromkeys(kinds)), windows, DECODE_WINDOWS, decode_tokens,
-        dtypes[0] if dtypes else "bfloat16", **placed,
+        dtype, **placed,
     )  # fmt: skip
     result = _lossy_quality.run(request, render.note)
     columns = ["policy", "ppl", "same", "dec. ppl", "same", "KL", "tok/s", "hits", "KiB/tok", "changed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from gpu_kernels.streams import clock_us
 from hybrimoe.runtime.deferral import DeferredLane
 from hybrimoe.runtime.executor import LayerCall, LayerRun
 from hybrimoe.runtime.lookahead import LinearGate, Lookahead
+from hybrimoe.runtime.planes import PlaneSlots, PlaneStore
 from hybrimoe.runtime.routing import CallInputs, call_inputs
 from hybrimoe.runtime.runner import PlannedCall, Runner, postpone_weights
 from hybrimoe.runtime.stats import Counters
 from hybrimoe.runtime.steps import Step
-from scheduler import LaneState, LayerPlan, Prediction
+from scheduler import LaneState, LayerPlan, Prediction, Transfer
 from scheduler.relax import FULL, LATE, LOW, Relaxation, Relaxed, Routing
 
 Floats = npt.NDArray[np.float32]
@@ -38,6 +40,10 @@ class RelaxedRunner(Runner):
         self.relaxation, self.low, self.gates = relaxation, low, gates
         self._given: Floats = np.empty(0, np.float32)
         self.late = DeferredLane(self.executor)
+        slots = self.executor.slots
+        self._planes = slots if isinstance(slots, PlaneSlots) else None
+        if self._planes is not None:  # which counts what crosses the link itself
+            self._record_bytes = (0,) * len(self.layers)
         if low is not None:
             low.timeline = self.timeline
 
@@ -64,6 +70,11 @@ class RelaxedRunner(Runner):
         self.clean = True
         return result
 
+    @property
+    def planes(self) -> PlaneStore | None:
+        """The experts' bit planes; None where they cross the link as they are."""
+        return None if self._planes is None else self._planes.planes
+
     def begin_step(self, step: Step, n_tokens: int) -> None:
         """Tells both planners and the relaxation where this call belongs."""
         super().begin_step(step, n_tokens)
@@ -73,6 +84,12 @@ class RelaxedRunner(Runner):
             self.low.begin_step(step, n_tokens)
         if step.new and step.new_sequence:
             self.relaxation.begin_sequence()
+
+    def warm_up(self, transfers: Sequence[Transfer]) -> None:
+        """Starts transfers before the first step; no call is charged for their bytes."""
+        super().warm_up(transfers)
+        if self._planes is not None:
+            self._planes.take_counts()
 
     def take_over(self, previous: Runner) -> None:
         """Continues another runner's records, hooks and counts."""
@@ -134,12 +151,16 @@ class RelaxedRunner(Runner):
         """The output, float32 [T, H], and the lanes' us."""
         running: list[tuple[Runner, PlannedCall, LayerRun]] = []
         lanes_us = 0.0
+        if self._planes is not None:
+            self._planes.want(relaxed.whole)
         for runner, ids in self._parts(relaxed):
             opened = self._plan_part(runner, index, inputs, ids, relaxed.weights, top_k_index, running)
             if opened is not None:
                 start_us = clock_us()
                 running.append((runner, opened, runner.executor.submit(opened.plan, opened.call, trace=runner.tracing)))
                 lanes_us += clock_us() - start_us
+                if self._planes is not None:
+                    self._count_planes(self._planes, opened, self.counters(index))
         start_us = clock_us()
         before = self._take_late(len(inputs.ids))
         for runner, opened, run in running:
@@ -158,6 +179,14 @@ class RelaxedRunner(Runner):
         for more in outputs[1:]:
             out = out + more
         return out, lanes_us
+
+    @staticmethod
+    def _count_planes(slots: PlaneSlots, opened: PlannedCall, counters: Counters) -> None:
+        """Bytes that this call put on the link, and pairs that are computed without their expert's low bits."""
+        n_bytes, rough = slots.take_counts()
+        counters.transfer_bytes += n_bytes
+        call = opened.call
+        counters.lowered += sum(call.n_tokens[call.position[expert]] for expert in rough)
 
     def _take_late(self, n_tokens: int) -> torch.Tensor | None:
         """The output of the late experts of the layer before; None where there were none."""

@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gpu_kernels import Accelerator
 from hybrimoe.runtime.lookahead import LinearGate, Lookahead
 from hybrimoe.runtime.low_copy import LowCopy, copy_errors
+from hybrimoe.runtime.planes import PlaneSlots, PlaneStore
 from hybrimoe.runtime.relaxed import RelaxedRunner
 from hybrimoe.runtime.runner import Runner
 from hybrimoe.runtime.startup import Frequencies, Startup
@@ -40,10 +42,19 @@ def relaxed_runner(
         low_runner = low_startup.runner(None, low_before, low_used)
     make = partial(RelaxedRunner, relaxation=relaxation, low=low_runner, gates=gates)
     used = _of_part(frequencies, ~relaxation.low)
-    runner = dataclasses.replace(startup, make_runner=make).runner(None, previous, used)
+    startup = dataclasses.replace(startup, make_runner=make)
+    if relaxation.uses_planes and startup.accelerator is not None:
+        startup.make_slots = partial(PlaneSlots, _planes(startup, startup.accelerator, before))
+    runner = startup.runner(None, previous, used)
     assert isinstance(runner, RelaxedRunner)
     runner.lookahead = gates if startup.config.lookahead > 0 else None
     return runner
+
+
+def _planes(startup: Startup, accelerator: Accelerator, before: RelaxedRunner | None) -> PlaneStore:
+    """The bit planes of all experts, made once a session."""
+    known = None if before is None else before.planes
+    return PlaneStore(startup.store, pinned=accelerator.needs_pinned_host()) if known is None else known
 
 
 def _low_startup(startup: Startup, low: LowCopy) -> Startup:

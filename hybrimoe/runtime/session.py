@@ -22,6 +22,7 @@ from hybrimoe.runtime.hybrid_experts import HybridExperts
 from hybrimoe.runtime.layers import PLACEMENTS, Layer, Placement
 from hybrimoe.runtime.lookahead import ProbeSink, RoutingCaptured, run_probe
 from hybrimoe.runtime.low_copy import LowCopy, make_low_copy
+from hybrimoe.runtime.planes import PlaneStore
 from hybrimoe.runtime.relaxed import RelaxedRunner
 from hybrimoe.runtime.relaxed_startup import relaxed_runner
 from hybrimoe.runtime.runner import RoutingRecorder, Runner
@@ -290,12 +291,17 @@ class Session:
                 n_slots=self.n_slots,
                 slots_filled=0 if runner is None else len(runner.slot_contents()),
                 n_experts=sum(layer.num_experts for layer in self._layers),
-                store_bytes=sum(store.nbytes for store in (self._store, self._low and self._low.store) if store),
+                store_bytes=sum(store.nbytes for store in self._stores(runner)),
                 warmup_transfers=self._stats.warmup_transfers,
                 failures=self._stats.failures,
                 lossy=None if self.config.lossy is None else self.config.lossy.name,
                 n_low_slots=0 if self._low is None or self._low.accelerator is None else self._low.accelerator.n_slots,
             )
+
+    def _stores(self, runner: Runner | None) -> list[ExpertStore | PlaneStore]:
+        """Everything that holds experts in host memory."""
+        planes = runner.planes if isinstance(runner, RelaxedRunner) else None
+        return [store for store in (self._store, self._low and self._low.store, planes) if store]
 
     def reset_stats(self) -> None:
         """Sets all counters to zero."""

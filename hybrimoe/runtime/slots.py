@@ -28,24 +28,30 @@ class PlanError(HybriMoEError):
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A transfer that was submitted and whose end was not reported yet."""
+    """A transfer that was submitted and whose end was not reported yet. `began`: its first copy, where it has two."""
 
     transfer: Transfer
     event: Event
     n_bytes: int
     step: int
     traced: bool
+    began: Event | None = None
+
+    def span_us(self) -> tuple[float, float]:
+        """Start and end of the whole transfer; only after it has ended."""
+        start_us, end_us = self.event.span_us()
+        return (start_us if self.began is None else self.began.span_us()[0]), end_us
 
     def ended(self) -> TransferEnded:
         """What the planner is told. Raises LaneError if the copy failed."""
         self.event.wait()
-        start_us, end_us = self.event.span_us()
+        start_us, end_us = self.span_us()
         move = self.transfer
         return TransferEnded(move.layer, move.expert, move.slot, end_us - start_us)
 
     def record(self) -> TaskRecord:
         """The finished copy as a timeline entry."""
-        start_us, end_us = self.event.span_us()
+        start_us, end_us = self.span_us()
         kind: TaskKind = "transfer" if self.transfer.kind == "demand" else "prefetch"
         return TaskRecord(
             "link", kind, self.transfer.layer, self.transfer.expert, 0, self.n_bytes, start_us, end_us, self.step
@@ -67,11 +73,19 @@ class SlotCache:
 
     def submit(self, transfer: Transfer, record: npt.NDArray[np.uint8], step: int, *, traced: bool = False) -> None:
         """Starts one transfer; it follows all earlier ones."""
+        self.check_slot(transfer)
+        event = self.accelerator.copy_to_slot(transfer.slot, record)
+        self.began(InFlight(transfer, event, record.nbytes, step, traced))
+
+    def check_slot(self, transfer: Transfer) -> None:
+        """Raises PlanError where there is no such slot."""
         if not 0 <= transfer.slot < len(self._holds):
             raise PlanError(f"{transfer} names slot {transfer.slot} of {len(self._holds)}")
-        event = self.accelerator.copy_to_slot(transfer.slot, record)
-        self._holds[transfer.slot] = (transfer.layer, transfer.expert)
-        self._pending.append(InFlight(transfer, event, record.nbytes, step, traced))
+
+    def began(self, item: InFlight) -> None:
+        """Notes a transfer that was submitted to the accelerator."""
+        self._holds[item.transfer.slot] = (item.transfer.layer, item.transfer.expert)
+        self._pending.append(item)
 
     def check(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> None:
         """Raises PlanError unless each slot holds (or will hold, once its copy ends) the layer's expert."""

@@ -47,6 +47,7 @@ class Startup:
     tracker: StepTracker
     make_runner: Callable[..., Runner] = Runner
     make_planner: Callable[..., scheduler.Planner] = scheduler.Planner
+    make_slots: Callable[[Accelerator], SlotCache] = SlotCache
 
     def runner(
         self, setting: int | float | str | None, previous: Runner | None, frequencies: Frequencies | None
@@ -58,7 +59,7 @@ class Startup:
         slots, planner, costs = None, None, None
         if self.accelerator is not None and self.accelerator.n_slots and self._slotted():
             costs = self._costs() if previous is None or previous.costs is None else previous.costs
-            slots = SlotCache(self.accelerator)
+            slots = self.make_slots(self.accelerator)
             planner = self._planner(self.accelerator.n_slots, costs)
         runner = self.make_runner(self.layers, Executor(self.store, slots), planner, costs, self.stats, self.tracker)
         if self.config.lookahead > 0:

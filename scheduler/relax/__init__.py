@@ -19,6 +19,7 @@ from scheduler.relax.deferral import Defer
 from scheduler.relax.hobbit import Hobbit
 from scheduler.relax.kept import EMoe, SwapMoe
 from scheduler.relax.misses import Skip, Substitute
+from scheduler.relax.planes import D2Moe
 from scheduler.setting import choice, number, parameters_of
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 RELAXATIONS: Final[Mapping[str, type[Relaxation]]] = MappingProxyType(
-    {kind.name: kind for kind in (Hobbit, Skip, Substitute, SwapMoe, EMoe, BitWidth, Defer)}
+    {kind.name: kind for kind in (Hobbit, Skip, Substitute, SwapMoe, EMoe, BitWidth, Defer, D2Moe)}
 )
 
 

@@ -57,12 +57,14 @@ class Routing:
 class Relaxed:
     """Routing to run in place of the router's. expert_ids int32[T, k], -1 absent or skipped; weights float32[T, k].
 
-    parts uint8[T, k]: FULL, LOW or LATE of each entry; None where all are FULL. The counts are (token, expert) pairs.
+    parts uint8[T, k]: FULL, LOW or LATE of each entry; None where all are FULL. whole bool[E]: experts that need all
+    bits, where there are bit planes; None: all. The counts are (token, expert) pairs.
     """
 
     expert_ids: Ids
     weights: Floats
     parts: npt.NDArray[np.uint8] | None = None
+    whole: npt.NDArray[np.bool_] | None = None
     skipped: int = 0
     substituted: int = 0
     lowered: int = 0
@@ -96,13 +98,15 @@ class RelaxSetting:
 class Relaxation:
     """A lossy policy. Parameters are keywords of ``__init__`` after ``setting``; PolicyError for what cannot be.
 
-    uses_low_copy: entries may be LOW, so a low-precision copy of the experts is needed. needs_scores, needs_norms,
+    uses_low_copy: entries may be LOW, so a low-precision copy of the experts is needed. uses_planes: experts cross the
+    link as bit planes (int4 only). needs_scores, needs_norms,
     needs_expert_norms: what ``Routing`` and ``RelaxSetting`` must bring for it to work as its source says. one_copy: an
     expert is only ever used in one of the two precisions; ``low`` bool[L, E] says which have the low one.
     """
 
     name: ClassVar[str]
     uses_low_copy: ClassVar[bool] = False
+    uses_planes: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
     needs_norms: ClassVar[bool] = False
     needs_expert_norms: ClassVar[bool] = False

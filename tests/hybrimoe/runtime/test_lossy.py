@@ -90,7 +90,8 @@ def test_where_an_expert_runs_does_not_change_the_bits_of_either_part(make_rig):
 @pytest.mark.parametrize("placement", ["hybrid", "cpu", "accelerator"])
 def test_every_kind_runs_with_every_placement_in_prefill_and_decode(make_rig, kind, placement):
     chosen = {"kind": kind, "low_dtype": "bfloat16"} if RELAXATIONS[kind].uses_low_copy else kind
-    rig = lossy_rig(make_rig, chosen, placement=placement)
+    dtype = "int4" if RELAXATIONS[kind].uses_planes else "float32"
+    rig = lossy_rig(make_rig, chosen, placement=placement, expert_dtype=dtype)
     outputs = steps(rig, 1, n_tokens=9) + steps(rig, 4)
     assert all(torch.isfinite(out).all() and out.abs().sum() > 0 for out in outputs)
     stats = rig.session.stats()
