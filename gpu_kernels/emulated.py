@@ -19,7 +19,7 @@ from gpu_kernels.combining import combine_on_host
 from gpu_kernels.errors import ClosedError, SlotError
 from gpu_kernels.pacing import Pacing
 from gpu_kernels.slot_events import SlotEvents
-from gpu_kernels.streams import HostEvent, HostStream, Pacer
+from gpu_kernels.streams import HostEvent, HostStream, Pacer, clock_us
 
 POISON_BYTE = 0xFF
 ALIGNMENT_BYTES = 64
@@ -40,6 +40,7 @@ class EmulatedAccelerator:
         self._copy = HostStream("hybrimoe-copy", precise_sleep=pacing is not None)
         self._compute = HostStream("hybrimoe-compute", precise_sleep=pacing is not None)
         self._copy_pacer, self._compute_pacer = Pacer(), Pacer()
+        self._host_copy_us = 0.0
         self._closed = False
         self._slot_bytes = 0
         self._set_arena(0, 0)
@@ -80,13 +81,14 @@ class EmulatedAccelerator:
             raise SlotError(f"a record of {record.nbytes} bytes does not fit a slot of {self._slot_bytes} bytes")
         event = HostEvent(f"copy into slot {slot}")
         reader = self._events.on_write(slot, event)
-        target = self._arena[slot]
+        target, submitted_us = self._arena[slot], clock_us()
 
         def job(event: HostEvent) -> None:
             if reader is not None:
                 reader.wait_end()
             event.begin()
-            self._transfer(target, record, event.start_us, unfold)
+            ready_us = submitted_us if reader is None else max(submitted_us, reader.end_us)
+            self._transfer(target, record, event, ready_us, unfold)
 
         return self._copy.submit(job, event)
 
@@ -100,6 +102,7 @@ class EmulatedAccelerator:
         backend = self._backend if self._backend.supports(spec) is None else self._fallback
         records = self._addresses[list(slots)]
         where = np.asarray(positions, dtype=np.int32)
+        submitted_us = clock_us()
 
         def job(event: HostEvent) -> None:
             for write in writes:
@@ -107,7 +110,8 @@ class EmulatedAccelerator:
             event.begin()
             backend.run(spec, records, where, work.dispatch, work.host_hidden, work.host_rows)
             if self._pacing is not None:
-                self._pace_compute(spec, where, work, event.start_us)
+                ready_us = max([submitted_us, *(write.end_us for write in writes)])
+                self._pace_compute(spec, where, work, event, ready_us)
 
         return self._compute.submit(job, event)
 
@@ -138,20 +142,28 @@ class EmulatedAccelerator:
         self._compute.close()
         self._set_arena(0, 0)
 
-    def _transfer(self, target: ByteArray, record: ByteArray, start_us: float, unfold: Unfold | None) -> None:
+    def _transfer(
+        self, target: ByteArray, record: ByteArray, event: HostEvent, ready_us: float, unfold: Unfold | None
+    ) -> None:
         if self._poison and unfold is None:
             target.fill(POISON_BYTE)
         if self._pacing is not None:
-            self._copy_pacer.pace(start_us, self._pacing.transfer_us(record.nbytes))
+            link_us = self._pacing.transfer_us(record.nbytes)
+            self._copy_pacer.pace(event, ready_us, link_us, self._host_copy_us)
+        began_us = clock_us()
         if unfold is None:
             np.copyto(target[: record.nbytes], record)
         else:
             unfold(torch.from_numpy(record), torch.from_numpy(target))
+        self._host_copy_us = 0.5 * (self._host_copy_us + clock_us() - began_us)
 
-    def _pace_compute(self, spec: ExpertSpec, where: np.ndarray, work: LayerWork, start_us: float) -> None:
+    def _pace_compute(
+        self, spec: ExpertSpec, where: np.ndarray, work: LayerWork, event: HostEvent, ready_us: float
+    ) -> None:
         assert self._pacing is not None
         counts = np.diff(work.dispatch.offsets)[where]
-        self._compute_pacer.pace(start_us, sum(self._pacing.expert_us(spec, int(n)) for n in counts))
+        device_us = sum(self._pacing.expert_us(spec, int(n)) for n in counts)
+        self._compute_pacer.pace(event, ready_us, device_us)
 
     def _set_arena(self, n_slots: int, slot_bytes: int) -> None:
         stride = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -134,19 +134,32 @@ class HostStream:
 
 
 class Pacer:
-    """Stretches jobs of one lane to given durations, without drift from late wake-ups."""
+    """Stretches jobs of one lane to given durations, as a device would that starts a job as soon as it can.
+
+    What the host adds (a thread that wakes up late, a sleep that is a little long) is not the device's: up to
+    `HOST_JITTER_US` the next job makes up for it. Beyond that the host's own work was slower than the device.
+    """
+
+    HOST_JITTER_US = 200.0
 
     def __init__(self) -> None:
         self._lane_end_us = 0.0
+        self._last = HostEvent("no job yet")
 
-    def pace(self, start_us: float, duration_us: float) -> None:
-        """Sleeps until `duration_us` after the start, or after the lane's paced end if that is later by jitter only."""
-        jitter_us = 1000.0
-        base_us = self._lane_end_us if 0.0 <= start_us - self._lane_end_us < jitter_us else start_us
-        self._lane_end_us = base_us + duration_us
-        remaining_us = self._lane_end_us - clock_us()
+    def pace(self, event: HostEvent, ready_us: float, duration_us: float, rest_us: float = 0.0) -> None:
+        """Sleeps until `rest_us` before the job's end on the device; its start there becomes the event's.
+
+        ready_us: when the job was submitted and all it depends on had ended; it starts then, or when the lane's last
+        job has ended. rest_us: time that the caller still needs to do the job.
+        """
+        start_us = max(self._lane_end_us, ready_us)
+        event.start_us, self._last = max(start_us, self._last.end_us), event
+        self._lane_end_us = start_us + duration_us
+        remaining_us = self._lane_end_us - rest_us - clock_us()
         if remaining_us > 0.0:
             time.sleep(remaining_us * 1e-6)
+        elif remaining_us < -self.HOST_JITTER_US:
+            self._lane_end_us -= remaining_us
 
 
 def _reduce_timer_slack() -> None:

@@ -23,6 +23,9 @@ GRID_TOKENS: Final = 512
 """Costs of 0..GRID_TOKENS tokens are tabulated; beyond, the last slope goes on."""
 DRIFT_WEIGHT: Final = 0.05
 """Weight of one observation in the moving mean: about 20 observations to follow a change."""
+OUTLIER: Final = 1.25
+"""One observation counts as at most this many times the drift so far, and at least its inverse: a task that the
+operating system interrupted says nothing about the next one. A real change of 4 times is followed in 110 tasks."""
 DRIFT_BOUNDS: Final = (0.25, 4.0)
 """A lane is never believed to be more than 4 times slower or faster than its profile says."""
 LANES: Final = {"cpu": 0, "accel": 1, "link": 2}
@@ -178,7 +181,9 @@ class CostModel:
     def _follow(self, lane: int, us: float, expected_us: float) -> None:
         if expected_us <= 0.0 or us == 0.0:
             return
-        moved = (1.0 - DRIFT_WEIGHT) * float(self.drift[lane]) + DRIFT_WEIGHT * us / expected_us
+        known = float(self.drift[lane])
+        seen = min(max(us / expected_us, known / OUTLIER), known * OUTLIER)
+        moved = (1.0 - DRIFT_WEIGHT) * known + DRIFT_WEIGHT * seen
         self.drift[lane] = min(max(moved, DRIFT_BOUNDS[0]), DRIFT_BOUNDS[1])
 
 

@@ -96,7 +96,7 @@ def test_a_slot_is_not_rewritten_before_its_reader_has_ended(make_experts: Calla
 def test_a_read_that_does_not_wait_for_its_copy_gives_nan(make_experts: Callable[..., Experts]) -> None:
     for dtype in ("float32", "bfloat16", "int8", "int4"):
         experts = make_experts(dtype)
-        slow = Pacing(link_gbps=1e-3, link_latency_us=0, mem_gbps=1e3, tflops=1e3, launch_us=0)
+        slow = Pacing(link_gbps=1e-4, link_latency_us=0, mem_gbps=1e3, tflops=1e3, launch_us=0)
         accelerator = EmulatedAccelerator(pacing=slow)
         accelerator.allocate(1, experts.spec.record_bytes)
         event = accelerator.copy_to_slot(0, experts.records[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -108,9 +109,33 @@ def test_a_forked_process_is_told_instead_of_waiting_forever() -> None:
     stream.close()
 
 
+def paced(pacer: Pacer, ready_us: float, duration_us: float, rest_us: float = 0.0) -> HostEvent:
+    """A job that does nothing but keep the pace."""
+    event = HostEvent()
+    event.begin()
+    pacer.pace(event, ready_us, duration_us, rest_us)
+    event.finish()
+    return event
+
+
 def test_pacing_does_not_drift_over_many_jobs() -> None:
     pacer, started_us = Pacer(), clock_us()
-    for _ in range(20):
-        pacer.pace(clock_us(), 1_000.0)
+    events = [paced(pacer, started_us, 1_000.0) for _ in range(20)]
     took_us = clock_us() - started_us
     assert 19_900 <= took_us < 40_000
+    assert all(after.start_us >= before.end_us for before, after in pairwise(events))
+
+
+def test_a_paced_job_that_waited_is_not_shortened() -> None:
+    """It was ready 400 us after the lane's last job had ended, and takes its whole time from then on."""
+    pacer, started_us = Pacer(), clock_us()
+    paced(pacer, started_us, 1_000.0)
+    paced(pacer, started_us + 1_400.0, 1_000.0)
+    assert clock_us() - started_us >= 2_390.0
+
+
+def test_the_rest_of_a_paced_job_is_left_to_the_caller() -> None:
+    pacer, started_us = Pacer(), clock_us()
+    first = paced(pacer, started_us, 500_000.0, rest_us=499_000.0)
+    assert first.end_us - started_us < 400_000.0
+    assert paced(pacer, started_us, 1_000.0, rest_us=501_000.0).start_us == started_us + 500_000.0
