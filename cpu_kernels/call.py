@@ -17,7 +17,7 @@ from cpu_kernels.layout import BLOCK_COLUMNS
 
 LINE = 64  # bytes: sections of the workspace and counters are this far apart
 # Counters (int64, a cache line each): next token, next task of region 1 and 2, 1 + a token that is not finite, 1 if a
-# token needs the second parts of split activations
+# token is not bfloat16
 NEXT_TOKEN, NEXT_UP, NEXT_DOWN, NOT_FINITE, INEXACT, N_COUNTERS = range(6)
 
 

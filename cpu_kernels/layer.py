@@ -193,7 +193,7 @@ def _clear_counters(call: np.ndarray) -> None:
 
 @inline_kernel
 def _panel_for_x(call: np.ndarray) -> Whole:
-    """The panel that the prepared tokens need: without second parts where all are 0 (the bits are the same)."""
+    """The panel for the prepared tokens: that of bfloat16 pairs where they are bfloat16 (the bits are the same)."""
     return call[PANEL] if int64s_at(counter_address(call, INEXACT), 1)[0] else call[EXACT_PANEL]
 
 

@@ -5,10 +5,10 @@ A row is a list of blocks of 64 columns:
 | format    | block                                                                                        | bytes |
 |-----------|----------------------------------------------------------------------------------------------|-------|
 | plain     | float32 [64]                                                                                 | 256   |
-| split     | bfloat16 [64] x rounded, bfloat16 [64] what is left of x: together 16 bits or more of it     | 256   |
+| paired    | float32 [64], then the high halves of the same values as bfloat16 [64]                       | 384   |
 | quantised | int8 [64], float32 scale [2], int32 correction [2] (= -offset * sum of the codes), by groups | 80    |
 
-Values that are bfloat16 already, as those of a bfloat16 model, leave nothing: their second part is 0.
+The second half of a paired block is for vdpbf16ps, where the values are bfloat16: those of a bfloat16 model are.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ GROUPS = BLOCK_COLUMNS // GROUP
 X_SCALES = BLOCK_COLUMNS
 X_CORRECTIONS = X_SCALES + 4 * GROUPS
 X_BLOCK_BYTES = X_CORRECTIONS + 4 * GROUPS
-LOW_PARTS = 2 * BLOCK_COLUMNS  # bytes of the first parts of a split block
-NOT_FINITE, INEXACT = 1, 2  # flags: a value is not finite; a second part of a split block is not 0
+PAIRS = 4 * BLOCK_COLUMNS  # where the bfloat16 of a paired block begin
+NOT_FINITE, INEXACT = 1, 2  # flags: a value is not finite; one of a paired block is not bfloat16, or subnormal
 
 ABSOLUTE_BITS, INFINITY_BITS = 0x7FFFFFFF, 0x7F800000
-HIGH_HALF = 0xFFFF0000
-LARGEST_ROUNDED = 0x7F7F8000  # float32 bits from here on are no finite bfloat16 when rounded
+LOW_HALF = 0xFFFF
+SMALLEST_NORMAL_BITS = 0x00800000
 ROUND_BITS = 0x4B400000  # of 1.5 * 2**23: adding it rounds to the nearest even integer, which is the change of the bits
 ROUND = 12582912.0
 CODE_MAX = 127
@@ -41,31 +41,30 @@ TINY = 1e-30  # groups below are stored as zeros
 class Format:
     """One of the formats; `offset` is that of the weight codes that meet quantised activations."""
 
-    kind: Literal["plain", "split", "quantised"]
+    kind: Literal["plain", "paired", "quantised"]
     offset: int = 0
 
     @property
     def block_bytes(self) -> int:
         """Bytes of 64 columns of a row."""
-        return X_BLOCK_BYTES if self.kind == "quantised" else 4 * BLOCK_COLUMNS
+        return {"plain": 4 * BLOCK_COLUMNS, "paired": 6 * BLOCK_COLUMNS, "quantised": X_BLOCK_BYTES}[self.kind]
 
 
 def format_of(dtype: str, isa: Isa) -> Format:
     """The format of activations that the kernels of a weight dtype read."""
     if is_quantised(dtype):
         return Format("quantised", OFFSET[dtype])
-    return Format("split" if dtype == "bfloat16" and isa.bf16_dot else "plain")
+    return Format("paired" if dtype == "bfloat16" and isa.bf16_dot else "plain")
 
 
 def write_group(s: Simd, form: Format, values: Sequence[ir.Value], block: ir.Value, group: ir.Value) -> ir.Value:
     """Writes 32 columns (vectors of float32) as group 0 or 1 (int64) of a block; returns flags (int64)."""
     if form.kind == "quantised":
         return _write_quantised(s, form.offset, values, block, group)
-    if form.kind == "split":
-        return _write_split(s, values, block, group)
     for i, x in enumerate(values):
         s.store(x, s.offset(s.offset(block, s.b.mul(group, s.const(4 * GROUP))), 4 * s.lanes * i))
-    return _flag(s, s.b.icmp_unsigned(">=", _largest(s, values), ir.Constant(I32, INFINITY_BITS)), NOT_FINITE)
+    bad = _flag(s, s.b.icmp_unsigned(">=", _largest(s, values), ir.Constant(I32, INFINITY_BITS)), NOT_FINITE)
+    return s.b.or_(bad, _write_pairs(s, values, block, group)) if form.kind == "paired" else bad
 
 
 def _largest(s: Simd, values: Sequence[ir.Value]) -> ir.Value:
@@ -104,33 +103,19 @@ def _write_quantised(s: Simd, offset: int, values: Sequence[ir.Value], block: ir
     return _flag(s, s.b.icmp_unsigned("==", finite, ir.Constant(I1, 0)), NOT_FINITE)
 
 
-def _write_split(s: Simd, values: Sequence[ir.Value], block: ir.Value, group: ir.Value) -> ir.Value:
-    """x rounded to bfloat16 (cut where that would be infinite), then the rest rounded; 0 where x is not finite."""
-    left: ir.Value | None = None
-    first = s.offset(block, s.b.mul(group, s.const(2 * GROUP)))
+def _write_pairs(s: Simd, values: Sequence[ir.Value], block: ir.Value, group: ir.Value) -> ir.Value:
+    """The bfloat16 of a paired block; flags where products with them are not those of the values (vdpbf16ps takes
+    subnormal values as 0)."""
+    lost: ir.Value | None = None
+    first = s.offset(s.offset(block, s.b.mul(group, s.const(2 * GROUP))), PAIRS)
     for i, x in enumerate(values):
-        size = s.b.and_(s.as_words(x), s.constant(s.i32, ABSOLUTE_BITS))
-        cut = s.b.and_(s.as_words(x), s.constant(s.i32, HIGH_HALF))
-        large = s.b.icmp_unsigned(">=", size, s.constant(s.i32, LARGEST_ROUNDED))
-        high = s.b.select(large, cut, _rounded(s, x))
-        rest = _rounded(s, s.b.fsub(x, s.as_floats(high)))
-        finite = s.b.icmp_unsigned("<", size, s.constant(s.i32, INFINITY_BITS))
-        low = s.b.select(finite, rest, s.zero(s.i32))
-        for part, place in ((high, 0), (low, LOW_PARTS)):
-            halves = s.narrow(s.b.lshr(part, s.constant(s.i32, 16)), 16)
-            s.store(halves, s.offset(first, place + 2 * s.lanes * i))
-        left = low if left is None else s.b.or_(left, low)
-    bad = _flag(s, s.b.icmp_unsigned(">=", _largest(s, values), ir.Constant(I32, INFINITY_BITS)), NOT_FINITE)
-    inexact = _flag(s, s.b.icmp_unsigned("!=", s.reduce(left, "or"), ir.Constant(I32, 0)), INEXACT)
-    return s.b.or_(bad, inexact)
-
-
-def _rounded(s: Simd, x: ir.Value) -> ir.Value:
-    """x rounded to the nearest even bfloat16, as the high half of int32 lanes."""
-    bits = s.as_words(x)
-    odd = s.b.and_(s.b.lshr(bits, s.constant(s.i32, 16)), s.constant(s.i32, 1))
-    up = s.b.add(s.b.add(bits, s.constant(s.i32, 0x7FFF)), odd)
-    return s.b.and_(up, s.constant(s.i32, HIGH_HALF))
+        bits = s.as_words(x)
+        s.store(s.narrow(s.b.lshr(bits, s.constant(s.i32, 16)), 16), s.offset(first, 2 * s.lanes * i))
+        size = s.b.and_(bits, s.constant(s.i32, ABSOLUTE_BITS))
+        subnormal = s.b.icmp_unsigned("<", size, s.constant(s.i32, SMALLEST_NORMAL_BITS))
+        low = s.b.select(subnormal, size, s.b.and_(bits, s.constant(s.i32, LOW_HALF)))
+        lost = low if lost is None else s.b.or_(lost, low)
+    return _flag(s, s.b.icmp_unsigned("!=", s.reduce(lost, "or"), ir.Constant(I32, 0)), INEXACT)
 
 
 def or_flags(s: Simd, place: ir.Value, flags: ir.Value) -> None:

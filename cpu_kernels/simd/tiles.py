@@ -6,8 +6,8 @@ Each module exports one function, `panel`::
     out[i, r] += sum over columns of W[r, column] * x[row_ids[i], column]      i < n_rows, r < 64
 
 over `n_blocks` blocks of 64 columns; `out` is float32 [n_rows, 64] and `row_ids` int32 [n_rows]. It takes 16 rows at a
-time, and the tokens in register tiles of some tokens by some vectors of rows. Each output is
-one chain of fused multiply-adds in ascending column order in every tile, so its bits depend on nothing but its inputs.
+time, and the tokens in register tiles of some tokens by some vectors of rows. Each output is one chain of fused
+multiply-adds in the same order of columns in every tile, so its bits depend on nothing but its inputs.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from llvmlite import ir
 
 from cpu_kernels.isa import Isa
 from cpu_kernels.layout import BITS, BLOCK_COLUMNS, BLOCK_ROWS, GROUP, LINE_BYTES, LINES, block_bytes, is_quantised
-from cpu_kernels.simd.formats import GROUPS, LOW_PARTS, X_CORRECTIONS, X_SCALES, format_of
+from cpu_kernels.simd.formats import GROUPS, PAIRS, X_CORRECTIONS, X_SCALES, format_of
 from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, GroupDot, Simd
 
 PANEL_ROWS = 64
@@ -39,19 +39,19 @@ Row = tuple[ir.Value, ir.Value]  # a vector of rows: address of its block, first
 class PanelKernel:
     """`panel` for a dtype.
 
-    first_parts_only: of split activations; right where the second parts are 0. emulate_dot: products of narrow types in
-    plain arithmetic, for tests on any CPU.
+    pairs: multiplies the bfloat16 of paired activations; the same bits as from their float32, where these are
+    bfloat16 (and no value subnormal). emulate_dot: products of narrow types in plain arithmetic, for tests on any CPU.
     """
 
     dtype: str
-    first_parts_only: bool = False
+    pairs: bool = False
     emulate_dot: bool = False
     symbol: ClassVar[str] = "panel"
 
     @property
     def name(self) -> str:
         """Of the file that keeps it."""
-        return self.dtype + "-first" * self.first_parts_only + "-emulated" * self.emulate_dot
+        return self.dtype + "-pairs" * self.pairs + "-emulated" * self.emulate_dot
 
     def build(self, isa: Isa) -> ir.Module:
         """LLVM module with `panel`."""
@@ -129,7 +129,7 @@ class _Tile:
 
     def __init__(self, s: Simd, kernel: PanelKernel, n_tokens: int, n_vectors: int, function: ir.Function) -> None:
         self.s, self.dtype, self.n_vectors = s, kernel.dtype, n_vectors
-        self.form, self.first_parts_only = format_of(kernel.dtype, s.isa), kernel.first_parts_only
+        self.form, self.pairs = format_of(kernel.dtype, s.isa), kernel.pairs
         self.weights, self.n_blocks, x, x_stride, row_ids, self.out = function.args
         self.x_rows = []
         for token in range(n_tokens):
@@ -217,33 +217,32 @@ class _Tile:
         """All lines of a float block, FLOAT_UNROLL at a time."""
         s = self.s
         line_columns = BLOCK_COLUMNS // LINES[self.dtype]
-        x_bytes = line_columns * (2 if self.form.kind == "split" else 4)  # of a line's columns, in each part
+        x_bytes, x_first = (2 * line_columns, PAIRS) if self.pairs else (4 * line_columns, 0)  # of a line's columns
         with s.loop(s.const(0), s.const(LINES[self.dtype]), FLOAT_UNROLL) as line:
             step, x_step = s.b.mul(line, s.const(LINE_BYTES)), s.b.mul(line, s.const(x_bytes))
             here = [(s.offset(block, step), lane) for block, lane in rows]
-            x_here = [s.offset(source, x_step) for source in x]
+            x_here = [s.offset(s.offset(source, x_step), x_first) for source in x]
             for i in range(FLOAT_UNROLL):
-                if self.form.kind == "split":
-                    self._split_line(here, x_here, i)
+                if self.pairs:
+                    self._pair_line(here, x_here, i)
                 else:
                     self._float_line(here, x_here, i, line_columns)
 
-    def _split_line(self, rows: list[Row], x: list[ir.Value], line: int) -> None:
-        """One line of bfloat16 weights, two columns, times the parts of split activations."""
+    def _pair_line(self, rows: list[Row], x: list[ir.Value], line: int) -> None:
+        """One line of bfloat16 weights times the bfloat16 of two columns."""
         s = self.s
         words = [s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.i32) for row in rows]
         for token, source in enumerate(x):
-            for part in (0,) if self.first_parts_only else (0, LOW_PARTS):
-                pair = s.splat_load(s.offset(source, part + 4 * line), I32)
-                for vector, word in enumerate(words):
-                    total = self.sums[token][vector]
-                    s.b.store(s.dot_bf16(s.b.load(total, typ=s.f32), word, pair), total)
+            pair = s.splat_load(s.offset(source, 4 * line), I32)
+            for vector, word in enumerate(words):
+                total = self.sums[token][vector]
+                s.b.store(s.dot_bf16(s.b.load(total, typ=s.f32), word, pair), total)
 
     def _float_line(self, rows: list[Row], x: list[ir.Value], line: int, line_columns: int) -> None:
         """One line of float weights: one column (float32) or two (bfloat16)."""
         s = self.s
         words = [s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.i32) for row in rows]
-        for half in range(line_columns):
+        for half in reversed(range(line_columns)):  # the order of vdpbf16ps
             if line_columns == 1:
                 weights = [s.b.bitcast(word, s.f32) for word in words]
             else:

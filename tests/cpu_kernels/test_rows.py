@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from cpu_kernels import isa
 from cpu_kernels.simd.compile import kernel_address
-from cpu_kernels.simd.formats import INEXACT, LOW_PARTS, NOT_FINITE, X_CORRECTIONS, X_SCALES, Format
+from cpu_kernels.simd.formats import INEXACT, NOT_FINITE, PAIRS, X_CORRECTIONS, X_SCALES, Format
 from cpu_kernels.simd.rows import (
     ACT_MAX,
     ALPHA,
@@ -23,7 +23,7 @@ from cpu_kernels.simd.rows import (
 )
 
 PATHS = [path.name for path in isa.PATHS if not isa.missing_features(path, isa.cpu_features())]
-FORMATS = {"plain": Format("plain"), "split": Format("split"), "quantised": Format("quantised", 8)}
+FORMATS = {"plain": Format("plain"), "paired": Format("paired"), "quantised": Format("quantised", 8)}
 KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -59,11 +59,10 @@ def finish(
     return blocks
 
 
-def parts(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [n, 64] of the first and the second parts of split blocks."""
-    words = blocks.view(np.uint16).astype(np.uint32) << 16
-    floats = words.view(np.float32)
-    return floats[:, : LOW_PARTS // 2], floats[:, LOW_PARTS // 2 :]
+def halves(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [n, 64] of the float32 and of the bfloat16 of paired blocks."""
+    words = np.ascontiguousarray(blocks[:, PAIRS:]).view(np.uint16).astype(np.uint32) << 16
+    return np.ascontiguousarray(blocks[:, :PAIRS]).view(np.float32), words.view(np.float32)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -95,28 +94,20 @@ def test_quantised_groups_match_their_definition(path: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_split_rows_keep_sixteen_bits(path: str) -> None:
-    x = np.random.default_rng(1).standard_normal(128).astype(np.float32) * np.float32(1e3)
-    blocks, flags = prepare("split", x, path)
-    high, low = parts(blocks)
+def test_paired_rows_say_whether_they_are_bfloat16(path: str) -> None:
+    x = np.random.default_rng(1).standard_normal(100).astype(np.float32)
+    blocks, flags = prepare("paired", x, path)
     assert flags == INEXACT
-    assert np.array_equal(high.ravel(), torch.from_numpy(x).bfloat16().float().numpy())
-    assert np.abs(high.ravel() + low.ravel() - x).max() <= np.abs(x).max() * 2.0**-17
-    exact, flags = prepare("split", high.ravel().copy(), path)
+    assert np.array_equal(halves(blocks)[0].ravel()[:100], x)
+    rounded = torch.from_numpy(x).bfloat16().float().numpy()
+    rounded[3] = 0
+    blocks, flags = prepare("paired", rounded, path)
     assert flags == 0
-    assert np.array_equal(parts(exact)[0], high)
-    assert not parts(exact)[1].any()
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_split_rows_at_the_end_of_the_range(path: str) -> None:
-    largest = np.finfo(np.float32).max
-    x = np.array([largest, -largest, np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-45], np.float32)
-    for value in x:
-        blocks, flags = prepare("split", np.array([value], np.float32), path)
-        both = sum(float(part[0, 0]) for part in parts(blocks))
-        assert bool(flags & NOT_FINITE) == (not np.isfinite(value))
-        np.testing.assert_allclose(both, float(value), rtol=2.0**-15, atol=1e-40)
+    for part in halves(blocks):
+        assert np.array_equal(part.ravel()[:100], rounded)
+        assert not part.ravel()[100:].any()
+    rounded[99] = 2.0**-130  # a bfloat16, but subnormal
+    assert prepare("paired", rounded, path)[1] == INEXACT
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -131,8 +122,6 @@ def test_values_that_are_not_finite_are_flagged(path: str, form: str, bad: float
     if form == "quantised":
         assert not blocks[1, :X_SCALES].any()
         assert np.isinf(blocks[1, X_SCALES:X_CORRECTIONS].view(np.float32)[0])
-    if form == "split":
-        assert flags & INEXACT == 0
 
 
 def test_a_group_of_zeros_has_scale_zero() -> None:
@@ -177,7 +166,7 @@ def test_large_values_and_nan(kind: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("form", ["split", "quantised"])
+@pytest.mark.parametrize("form", ["paired", "quantised"])
 def test_finished_rows_have_the_format_of_prepared_ones(path: str, form: str) -> None:
     sums = np.random.default_rng(3).standard_normal((3, 64)).astype(np.float32)
     blocks = finish(FinishKernel(FORMATS[form], "identity", False), sums, path)
