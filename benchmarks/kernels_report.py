@@ -54,11 +54,11 @@ def main() -> None:
 
 
 def collect(results: Iterable[dict[str, Any]]) -> Rows:
-    """Rows of all runs by what they are about."""
+    """Rows of all runs by what they are about; each says which run it is of."""
     rows: Rows = defaultdict(list)
-    for result in results:
+    for number, result in enumerate(results):
         for row in result["rows"]:
-            rows[row["shape"], row["tokens"], row["contender"]].append(row)
+            rows[row["shape"], row["tokens"], row["contender"]].append({**row, "run": number})
     return dict(rows)
 
 
@@ -128,10 +128,10 @@ def goal_table(rows: Rows) -> str:
 
 
 def ratio(ours: list[dict[str, Any]] | None, other: list[dict[str, Any]] | None) -> str:
-    """How much faster ours is."""
-    if not ours or not other:
-        return "-"
-    return spread([b["ms"] / a["ms"] for a, b in zip(ours, other, strict=False)], ".2f")
+    """How much faster ours is, in runs that measured both."""
+    mine = {row["run"]: row["ms"] for row in ours or []}
+    found = [row["ms"] / mine[row["run"]] for row in other or [] if row["run"] in mine]
+    return spread(found, ".2f") if found else "-"
 
 
 def path_table(rows: Rows) -> str:
