@@ -68,6 +68,14 @@ def open_hardware(source: str | Path) -> HardwareProfile:
         raise ProfileError(f"{source}: {error}") from error
 
 
+def with_accelerators(profile: HardwareProfile, count: int | None, shared_link: bool) -> HardwareProfile:
+    """The profile with so many accelerators like its own; None: as many as it says."""
+    link = replace(profile.link, shared=profile.link.shared or shared_link)
+    return replace(
+        profile, accel=replace(profile.accel, count=profile.accel.count if count is None else count), link=link
+    )
+
+
 def open_shape(source: str | Path, *, n_layers: int | None = None) -> ModelShape:
     """A shipped shape (``mixtral-8x7b``), a config.json, or a model directory; ``n_layers`` overrides the MoE
     layers."""

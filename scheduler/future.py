@@ -29,6 +29,14 @@ class Future:
         for i in range(len(rows) - 1, -1, -1):
             self.next_use[i] = np.where(self.n_tokens[i] > 0, i, self.next_use[i + 1])
 
+    def layers(self, first: int, n_layers: int) -> Future:
+        """The same steps as seen by a model of these layers only."""
+        part = Future.__new__(Future)
+        part.n_layers, part.n_experts = n_layers, self.n_experts
+        part.next_use = self.next_use[:, first : first + n_layers]
+        part.n_tokens = self.n_tokens[:, first : first + n_layers]
+        return part
+
     def _count(self, step: int, ids: npt.NDArray[np.integer]) -> None:
         if ids.ndim != 3 or ids.shape[1] != self.n_layers:
             raise DemandError(f"future step {step}: expected [tokens, {self.n_layers}, top_k], found {ids.shape}")

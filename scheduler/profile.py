@@ -38,19 +38,26 @@ class CpuProfile:
 
 @dataclass(frozen=True, slots=True)
 class AccelProfile:
+    """One accelerator; ``count`` like it are in the machine (``memory_gib`` is each one's own)."""
+
     mem_gbps: float
     tflops: float
     launch_us: float = 10.0
     memory_gib: float = 0.0
     table: CostTable = field(default_factory=dict)
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class LinkProfile:
-    """Host to device: effective (not nominal) rate of a pinned copy, and what one copy costs beside it."""
+    """Host to device: effective (not nominal) rate of a pinned copy, and what one copy costs beside it.
+
+    Several accelerators have a link each, or one together (``shared``).
+    """
 
     gbps: float
     latency_us: float = 10.0
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +207,12 @@ def _read_table(table: Any, lane: str) -> dict[str, tuple[tuple[int, float], ...
 def _check_profile(profile: HardwareProfile) -> None:
     if profile.provenance not in ("measured", "datasheet"):
         raise ProfileError(f"{profile.name}: provenance must be measured or datasheet, found {profile.provenance!r}")
+    if isinstance(profile.accel.count, bool) or not isinstance(profile.accel.count, int) or profile.accel.count < 1:
+        raise ProfileError(
+            f"{profile.name}: accel.count must be an integer of at least 1, found {profile.accel.count!r}"
+        )
+    if not isinstance(profile.link.shared, bool):
+        raise ProfileError(f"{profile.name}: link.shared must be true or false, found {profile.link.shared!r}")
     positive = {
         "cpu.read_gbps": profile.cpu.read_gbps, "accel.mem_gbps": profile.accel.mem_gbps,
         "accel.tflops": profile.accel.tflops, "link.gbps": profile.link.gbps,

@@ -13,11 +13,17 @@ TaskKind = Literal[
     "transfer",
     "evict",
     "prefetch",
+    "read",
     "combine",
 ]
 
 LANES: tuple[Lane, ...] = ("cpu", "accel", "link", "disk")
 NO_EXPERT = -1
+
+
+def lane_name(lane: Lane, unit: int) -> str:
+    """Name of a lane: its kind, and from the second accelerator on its number."""
+    return f"{lane}:{unit}" if unit else lane
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,12 @@ class TaskRecord:
     start_us: float
     end_us: float
     step: int = 0
+    unit: int = 0
+
+    @property
+    def lane_name(self) -> str:
+        """The lane; of the second and further accelerators (``unit`` 1, 2, ...) with its number: ``accel:1``."""
+        return lane_name(self.lane, self.unit)
 
     @property
     def duration_us(self) -> float:

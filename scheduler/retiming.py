@@ -42,15 +42,21 @@ class StepTime(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Lag:
-    """Median us from when a task could start to when it did, by lane: what dispatch and synchronisation cost."""
+    """Median us from when a task could start to when it did, by lane: what dispatch and synchronisation cost.
+
+    ``first_*``: of a layer's first task on the lane, which the host has to start.
+    """
 
     cpu_us: float = 0.0
     accel_us: float = 0.0
     link_us: float = 0.0
+    first_cpu_us: float = 0.0
+    first_accel_us: float = 0.0
+    first_link_us: float = 0.0
 
-    def of(self, lane: Lane) -> float:
-        """us of one lane."""
-        return {"cpu": self.cpu_us, "accel": self.accel_us, "link": self.link_us}.get(lane, 0.0)
+    def of(self, lane: Lane, first: bool) -> float:
+        """us of one task of a lane."""
+        return float(getattr(self, f"first_{lane}_us" if first else f"{lane}_us"))
 
 
 class Retiming:
@@ -65,6 +71,7 @@ class Retiming:
         self.items, self.gaps_us = self._with_gaps([item for item in plans if item.plan.step in whole])
         self.graph = TaskGraph.from_plans(self.items, _Nothing(), expert_bytes)
         self._record = _match(self.graph.tasks, tasks)
+        self._first = _first_tasks(self.graph.tasks)
 
     def _with_gaps(self, plans: Iterable[PlannedLayer]) -> tuple[list[PlannedLayer], dict[tuple[int, int], float]]:
         items, gaps, ended = [], {}, None
@@ -78,11 +85,12 @@ class Retiming:
 
     def lags(self, before_step: int | None = None) -> Lag:
         """Median lag of each lane, over the steps before ``before_step``."""
-        found: dict[str, list[float]] = {"cpu": [], "accel": [], "link": []}
+        found: dict[str, list[float]] = {}
         for task, lag in self._lags():
             if before_step is None or task.step < before_step:
-                found[task.lane].append(lag)
-        return Lag(*(median(values) if values else 0.0 for values in found.values()))
+                name = f"first_{task.lane}_us" if task.id in self._first else f"{task.lane}_us"
+                found.setdefault(name, []).append(lag)
+        return Lag(**{name: median(values) for name, values in found.items()})
 
     def _lags(self) -> list[tuple[Task, float]]:
         """Recorded tasks with their lag; a layer's first task has none, a prefetch before it a negative one."""
@@ -108,7 +116,8 @@ class Retiming:
     def step_times(self, costs: Durations | None = None, lag: Lag = Lag()) -> list[StepTime]:
         """Each step with the recorded durations (``costs`` None) or those of ``costs``, each task longer by its lag."""
         durations = {
-            task.id: (self._record[task.id].duration_us if costs is None else _cost_us(costs, task)) + lag.of(task.lane)
+            task.id: (self._record[task.id].duration_us if costs is None else _cost_us(costs, task))
+            + lag.of(task.lane, task.id in self._first)
             for task in self.graph.tasks
             if task.id in self._record
         }
@@ -151,6 +160,17 @@ class _Nothing:
 
     def transfer_us(self, layer: int) -> float:
         return 0.0
+
+
+def _first_tasks(tasks: Iterable[Task]) -> set[int]:
+    """Ids of each layer's first expert task on each lane; prefetches belong to the layer that planned them."""
+    first: dict[tuple[int, int, Lane], int] = {}
+    planned_by = -1
+    for task in tasks:
+        planned_by = task.layer if task.kind == "gate" else planned_by
+        if task.kind in (*COMPUTE, "transfer", "prefetch"):
+            first.setdefault((task.step, planned_by, task.lane), task.id)
+    return set(first.values())
 
 
 def _cost_us(costs: Durations, task: Task) -> float:

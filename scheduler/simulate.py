@@ -19,7 +19,7 @@ from scheduler.demand import LayerDemand
 from scheduler.explain import Explanation
 from scheduler.future import Future
 from scheduler.graph.tasks import DenseTimes, PlannedLayer
-from scheduler.plan import LaneState, LayerEnded, TransferEnded
+from scheduler.plan import LaneState, LayerEnded, LayerPlan, TransferEnded
 from scheduler.planner import Planner
 from scheduler.policies import resolve_policy
 from scheduler.profile import HardwareProfile, ModelShape
@@ -221,12 +221,15 @@ class Simulator:
         explanation = planner.explain(plan) if engine.keep_records else None
         observed = engine.run_layer(plan, demand, dense.shared_us)
         if explanation is not None:
-            self.layers.append(PlannedLayer(plan, demand, dense))
+            self.layers.append(self._planned(plan, demand, dense))
             self.explanations.append(explanation)
         for event in engine.take_ended():
             planner.on_event(event)
         planner.on_event(LayerEnded(layer, observed))
         engine.dense("combine", layer, demand.n_tokens_total, dense.combine_us, index)
+
+    def _planned(self, plan: LayerPlan, demand: LayerDemand, dense: DenseTimes) -> PlannedLayer:
+        return PlannedLayer(plan, demand, dense)
 
     def _resident(self, layer: int) -> NDArray[np.bool_]:
         """bool [experts]: bytes are in a slot now."""
@@ -256,6 +259,18 @@ def _most_used(frequencies: NDArray[np.float64] | None, shape: ModelShape) -> li
     return [divmod(int(key), shape.n_experts) for key in order]
 
 
+def simulator_class(profile: HardwareProfile, config: SimulationConfig) -> type[Simulator]:
+    """The simulator for a lossy policy, for several accelerators, or the plain one. Raises SimulationError for both."""
+    from scheduler.simulate_lossy import LossySimulator
+    from scheduler.simulate_multi import MultiSimulator
+
+    if profile.accel.count == 1:
+        return Simulator if config.lossy is None else LossySimulator
+    if config.lossy is not None:
+        raise SimulationError(f"a lossy policy is simulated with one accelerator only, found {profile.accel.count}")
+    return MultiSimulator
+
+
 def simulate(
     trace: Trace,
     profile: HardwareProfile,
@@ -268,10 +283,7 @@ def simulate(
     scorer: Scorer | None = None,
     prefetch_scorer: Scorer | None = None,
 ) -> list[PhaseResult]:
-    """Build a :class:`Simulator` (of a lossy policy where ``config`` has one) and run it."""
-    from scheduler.simulate_lossy import LossySimulator
-
-    make = Simulator if config.lossy is None else LossySimulator
-    return make(
+    """Build the right :class:`Simulator` and run it."""
+    return simulator_class(profile, config)(
         trace, profile, shape, config, predictions, frequencies, phase, False, source, scorer, prefetch_scorer
     ).run()

@@ -134,15 +134,26 @@ class Engine:
 
     def _enqueue(self, plan: LayerPlan) -> None:
         for transfer in (*plan.transfers, *plan.prefetches):
-            ready = (
-                self.now_us if self.host is None else self.host.ready_us((transfer.layer, transfer.expert), self.now_us)
-            )
+            ready = self._host_ready_us(transfer.layer, transfer.expert, plan.step)
             self._queue.append(Copy(transfer, plan.step, self._transfer_us(transfer), ready))
 
     def _cpu_from(self, plan: LayerPlan) -> Floats:
         if self.host is None:
             return np.full(len(plan.cpu), self.now_us)
-        return np.array([self.host.ready_us((plan.layer, e), self.now_us) for e in plan.cpu], np.float64)
+        return np.array([self._host_ready_us(plan.layer, e, plan.step) for e in plan.cpu], np.float64)
+
+    def _host_ready_us(self, layer: int, expert: int, step: int) -> float:
+        """When an expert is in host memory; a read from disk is recorded."""
+        if self.host is None:
+            return self.now_us
+        known = self.host.reads
+        ready_us = self.host.ready_us((layer, expert), self.now_us)
+        if self.keep_records and self.host.reads > known:
+            begin_us = ready_us - self.host.read_us
+            self.records.append(
+                TaskRecord("disk", "read", layer, expert, 0, self.expert_bytes, begin_us, ready_us, step)
+            )
+        return ready_us
 
     def _run(
         self, plan: LayerPlan, known: int, cpu_us: Floats, cpu_from: Floats, accel_us: Floats, shared_us: float

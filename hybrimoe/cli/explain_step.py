@@ -33,6 +33,7 @@ def explain_step(
     policy: Annotated[str, typer.Option(metavar="NAME", help="A preset or balance/prefetch/cache.")] = "ours",
     cache_ratio: Annotated[float, typer.Option(metavar="R", help="Share of all experts that has a slot.")] = 0.25,
     step: Annotated[int, typer.Option(help="Which step of the simulated sequences, from 0.")] = 16,
+    accelerators: Annotated[int | None, typer.Option(help="So many accelerators. Default: profile.")] = None,
     timeline: Annotated[bool, typer.Option("--timeline", help="Draw what each lane did.")] = False,
     chrome: Annotated[
         Path | None, typer.Option("--chrome", metavar="FILE", help="Write a Chrome/Perfetto trace.")
@@ -44,7 +45,7 @@ def explain_step(
     from hybrimoe.tracing.step import explain_step as explained
     from scheduler.graph import chrome_trace
 
-    report = explained(trace, hardware, model_shape, policy, cache_ratio, step, seed)
+    report = explained(trace, hardware, model_shape, policy, cache_ratio, step, seed, accelerators)
     for text in report.facts["notes"]:
         render.note(text)
     if chrome is not None:

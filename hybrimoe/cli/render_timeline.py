@@ -26,6 +26,7 @@ KINDS = {
     "attention": ("▁", "bright_black", "attention"),
     "gate": ("▂", "bright_black", "gate"),
     "combine": ("▂", "bright_black", "combine"),
+    "read": ("▬", "white", "read from disk"),
     "evict": ("·", "red", "eviction"),
 }
 LANE_TITLES = {"cpu": "CPU", "accel": "accel", "link": "link", "disk": "disk"}
@@ -115,9 +116,15 @@ def _piece(records: Sequence[TaskRecord], begins: dict[int, float], low: float, 
         spans = [(max(s.start_us, low), min(s.end_us, high), s.kind) for s in row.segments]
         busy = sum(max(0.0, stop - begin) for begin, stop, _ in spans) / max(high - low, 1e-9)
         bar = _bar([((begin - low) * scale, (stop - low) * scale, kind) for begin, stop, kind in spans], columns)
-        title = Text(f"{LANE_TITLES[row.lane]:<{TITLE_COLUMNS}}")
+        title = Text(f"{_title(row.lane):<{TITLE_COLUMNS}}")
         lines.append(title + bar + Text(f" {min(busy, 1):>5.0%}", style="dim"))
     return Group(*lines)
+
+
+def _title(lane: str) -> str:
+    """Of one lane; several accelerators and links are numbered: acc 1, link 1."""
+    kind, _, number = lane.partition(":")
+    return f"{LANE_TITLES[kind][:4].rstrip('e')} {number}"[:TITLE_COLUMNS] if number else LANE_TITLES[kind]
 
 
 def _layer_begins(records: Sequence[TaskRecord]) -> dict[int, float]:

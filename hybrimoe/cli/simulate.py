@@ -60,6 +60,10 @@ def simulate(
     host_ratio: Annotated[
         float, typer.Option(help="Share of all experts that host memory holds; the rest is on disk.")
     ] = 1.0,
+    accelerators: Annotated[
+        int | None, typer.Option(help="So many accelerators, each with its layers, slots and link. Default: profile.")
+    ] = None,
+    shared_link: Annotated[bool, typer.Option("--shared-link", help="All accelerators behind one link.")] = False,
     cache_model: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Net of `trace train --target cache`, for learned caches.")
     ] = None,
@@ -95,6 +99,8 @@ def simulate(
         lookahead=lookahead,
         max_tokens=max_tokens,
         host_ratio=host_ratio,
+        accelerators=accelerators,
+        shared_link=shared_link,
         seed=seed,
         cache_model=cache_model,
         prefetch_model=prefetch_model,

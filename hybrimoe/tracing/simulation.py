@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 from hybrimoe.config_policy import lossy_option, lossy_settings
 from hybrimoe.errors import ConfigError, did_you_mean
-from hybrimoe.profiles import open_hardware
+from hybrimoe.profiles import open_hardware, with_accelerators
 from hybrimoe.tracing.onnx_net import OnnxScorer
 from hybrimoe.tracing.sources import open_trace, split
 from scheduler.analysis import expert_frequencies
@@ -37,6 +37,8 @@ class SimulationRequest:
     lookahead: int = 3
     max_tokens: int = 2000
     host_ratio: float = 1.0
+    accelerators: int | None = None
+    shared_link: bool = False
     seed: int = 0
     cache_model: Path | None = None
     prefetch_model: Path | None = None
@@ -74,7 +76,7 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
         for policy in request.policies
         for lossy in variants
     ]
-    profile = open_hardware(request.hardware)
+    profile = with_accelerators(open_hardware(request.hardware), request.accelerators, request.shared_link)
     found = open_trace(request.trace, request.model_shape, seed=request.seed)
     check_fit(found.trace, found.shape)
     calibration, evaluation = split(found.trace)

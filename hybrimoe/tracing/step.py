@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hybrimoe.errors import ConfigError
-from hybrimoe.profiles import open_hardware
+from hybrimoe.profiles import open_hardware, with_accelerators
 from hybrimoe.tracing.sources import open_trace, split
 from scheduler.analysis import expert_frequencies
 from scheduler.graph import TaskGraph
 from scheduler.profile import HardwareProfile
 from scheduler.records import TaskRecord
-from scheduler.simulate import SimulationConfig, Simulator
+from scheduler.simulate import SimulationConfig, Simulator, simulator_class
 from scheduler.trace_demand import DemandSource
 from scheduler.trace_predict import predictions_for
 
@@ -27,8 +27,9 @@ class StepReport:
 
 
 def explain_step(
-    trace: str | None, hardware: str, shape: str | None, policy: str, cache_ratio: float, step: int, seed: int = 0
-) -> StepReport:
+    trace: str | None, hardware: str, shape: str | None, policy: str, cache_ratio: float, step: int, seed: int = 0,
+    accelerators: int | None = None,
+) -> StepReport:  # fmt: skip
     """Simulate up to ``step`` and explain it. ``phase`` of the step is whatever the trace has there."""
     if step < 0:
         raise ConfigError(f"--step counts from 0, found {step}")
@@ -36,11 +37,13 @@ def explain_step(
     calibration, evaluation = split(found.trace)
     source = DemandSource(evaluation, predictions_for(evaluation, "auto", calibration, seed))
     known = expert_frequencies(calibration)
-    profile = open_hardware(hardware)
+    profile = with_accelerators(open_hardware(hardware), accelerators, shared_link=False)
     config = SimulationConfig(policy=policy, cache_ratio=cache_ratio, seed=seed)
 
     def simulator(on: HardwareProfile, with_config: SimulationConfig) -> Simulator:
-        return Simulator(evaluation, on, found.shape, with_config, frequencies=known, source=source)
+        return simulator_class(on, with_config)(
+            evaluation, on, found.shape, with_config, frequencies=known, source=source
+        )
 
     run = simulator(profile, config)
     latency_us = run.run_to(step)

@@ -10,7 +10,7 @@ from scheduler.graph.checks import GraphError, SlotContents, check_records, chec
 from scheduler.graph.export import chrome_trace, gantt
 from scheduler.graph.tasks import DenseTimes, Durations, GanttRow, PlannedLayer, Schedule, Segment, Task, as_plain
 from scheduler.graph.timing import critical_path, idle_us, list_schedule
-from scheduler.records import Lane, TaskRecord
+from scheduler.records import TaskRecord
 
 __all__ = [
     "DenseTimes",
@@ -39,7 +39,7 @@ class TaskGraph:
         self,
         items: Sequence[PlannedLayer],
         graph: "nx.DiGraph[int]",
-        lane_order: dict[Lane, list[int]],
+        lane_order: dict[str, list[int]],
         tasks: list[Task],
         expert_bytes: int,
     ) -> None:
@@ -103,6 +103,7 @@ class TaskGraph:
                 schedule.start_us[t.id],
                 schedule.end_us[t.id],
                 t.step,
+                t.unit,
             )
             for t in self.tasks
         ]

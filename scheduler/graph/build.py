@@ -22,7 +22,8 @@ class GraphBuilder:
 
     def __init__(self, durations: Durations, expert_bytes: int) -> None:
         self.graph: nx.DiGraph[int] = nx.DiGraph()
-        self.lane_order: dict[Lane, list[int]] = {"cpu": [], "accel": [], "link": [], "disk": []}
+        self.lane_order: dict[str, list[int]] = {"cpu": [], "accel": [], "link": [], "disk": []}
+        self._units: dict[Lane, int] = {}
         self.tasks: list[Task] = []
         self._durations = durations
         self._expert_bytes = expert_bytes
@@ -33,6 +34,7 @@ class GraphBuilder:
     def add_layer(self, item: PlannedLayer) -> None:
         """Add the tasks of one layer and the transfers planned during it."""
         plan, dense = item.plan, item.dense
+        self._units = {"accel": item.unit, "link": item.link_unit}
         attention = self._add(dense.lane, "attention", plan.layer, plan.step, dense.attention_us, after=self._tail())
         gate = self._add(dense.lane, "gate", plan.layer, plan.step, dense.gate_us, after=[attention])
         shared = self._add_shared(item, gate)
@@ -62,10 +64,11 @@ class GraphBuilder:
         slot: int = -1,
         after: Iterable[int] = (),
     ) -> int:
-        task = Task(len(self.tasks), lane, kind, layer, step, duration_us, expert, n_tokens, n_bytes, slot)
+        unit = self._units.get(lane, 0)
+        task = Task(len(self.tasks), lane, kind, layer, step, duration_us, expert, n_tokens, n_bytes, slot, unit)
         self.tasks.append(task)
         self.graph.add_node(task.id, task=task)
-        self.lane_order[lane].append(task.id)
+        self.lane_order.setdefault(task.lane_name, []).append(task.id)
         for source in after:
             self._edge(source, task.id, "data")
         return task.id
@@ -165,7 +168,7 @@ class GraphBuilder:
 
 def build(
     items: Iterable[PlannedLayer], durations: Durations, expert_bytes: int
-) -> tuple["nx.DiGraph[int]", dict[Lane, list[int]], list[Task]]:
+) -> tuple["nx.DiGraph[int]", dict[str, list[int]], list[Task]]:
     """Graph, lane orders and tasks of ``items`` in execution order."""
     builder = GraphBuilder(durations, expert_bytes)
     for item in items:

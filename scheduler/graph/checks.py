@@ -7,7 +7,7 @@ import networkx as nx
 
 from scheduler.errors import SchedulerError
 from scheduler.graph.tasks import PlannedLayer, Task, TaskKey
-from scheduler.records import LANES, TaskRecord
+from scheduler.records import TaskRecord
 
 #: Kinds an execution must contain exactly as planned; dense work is checked when it was recorded.
 REQUIRED_KINDS = frozenset({"cpu_expert", "accel_expert", "transfer"})
@@ -163,9 +163,9 @@ def _compare(task: Task, record: TaskRecord) -> list[str]:
 def _check_lanes(records: Iterable[TaskRecord], slack_us: float) -> list[str]:
     problems = []
     ordered = sorted(records, key=lambda r: (r.start_us, r.end_us))
-    for lane in LANES:
+    for lane in sorted({record.lane_name for record in ordered}):
         last = None
-        for record in (r for r in ordered if r.lane == lane):
+        for record in (r for r in ordered if r.lane_name == lane):
             if last is not None and record.start_us < last.end_us - slack_us:
                 problems.append(
                     f"lane {lane} ran {last.kind} expert {last.expert} and {record.kind} expert {record.expert} at once"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from scheduler.demand import LayerDemand
 from scheduler.plan import LayerPlan
-from scheduler.records import NO_EXPERT, Lane, TaskKind
+from scheduler.records import NO_EXPERT, Lane, TaskKind, lane_name
 
 EdgeKind = Literal["data", "slot"]
 #: Identifies a task across plan and execution: (step, kind, layer, expert).
@@ -30,6 +30,12 @@ class Task:
     n_tokens: int = 0
     bytes: int = 0
     slot: int = -1
+    unit: int = 0
+
+    @property
+    def lane_name(self) -> str:
+        """The lane, with its number from the second accelerator on (``records.lane_name``)."""
+        return lane_name(self.lane, self.unit)
 
     @property
     def key(self) -> TaskKey:
@@ -65,11 +71,13 @@ class DenseTimes:
 
 
 class PlannedLayer(NamedTuple):
-    """A layer's demand, the plan made for it, and the dense work around it."""
+    """A layer's demand, the plan made for it, the dense work around it, and which accelerator and link it has."""
 
     plan: LayerPlan
     demand: LayerDemand
     dense: DenseTimes = DenseTimes()
+    unit: int = 0
+    link_unit: int = 0
 
 
 @dataclass(slots=True)

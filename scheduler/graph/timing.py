@@ -6,15 +6,12 @@ from heapq import heappop, heappush
 import networkx as nx
 
 from scheduler.graph.tasks import Schedule, Task
-from scheduler.records import Lane
 
 #: Times closer than this are the same instant (floating-point sums of microseconds).
 SAME_INSTANT_US = 1e-6
 
 
-def list_schedule(
-    graph: "nx.DiGraph[int]", tasks: Sequence[Task], lane_order: Mapping[Lane, Sequence[int]]
-) -> Schedule:
+def list_schedule(graph: "nx.DiGraph[int]", tasks: Sequence[Task], lane_order: Mapping[str, Sequence[int]]) -> Schedule:
     """Run every lane first in, first out; a task starts when its lane and its predecessors are done.
 
     Raises ``ValueError`` when the lane orders and the dependencies wait for each other.
@@ -26,9 +23,9 @@ def list_schedule(
     schedule = Schedule()
     heads: list[tuple[float, int]] = []
 
-    offered: set[Lane] = set()  # lanes whose next task waits in the heap: at most one each
+    offered: set[str] = set()  # lanes whose next task waits in the heap: at most one each
 
-    def offer(lane: Lane) -> None:
+    def offer(lane: str) -> None:
         order = lane_order[lane]
         if lane not in offered and position[lane] < len(order) and waiting[order[position[lane]]] == 0:
             node = order[position[lane]]
@@ -43,13 +40,13 @@ def list_schedule(
         task = tasks[node]
         end = start + task.duration_us
         schedule.start_us[node], schedule.end_us[node] = start, end
-        free_us[task.lane] = end
-        offered.discard(task.lane)
-        woken = {task.lane}
+        free_us[task.lane_name] = end
+        offered.discard(task.lane_name)
+        woken = {task.lane_name}
         for successor in graph.successors(node):
             waiting[successor] -= 1
             ready_us[successor] = max(ready_us[successor], end)
-            woken.add(tasks[successor].lane)
+            woken.add(tasks[successor].lane_name)
         for lane in lane_order:  # fixed order: ties never depend on set order
             if lane in woken:
                 offer(lane)
@@ -60,7 +57,7 @@ def list_schedule(
 
 
 def critical_path(
-    graph: "nx.DiGraph[int]", tasks: Sequence[Task], lane_order: Mapping[Lane, Sequence[int]], schedule: Schedule
+    graph: "nx.DiGraph[int]", tasks: Sequence[Task], lane_order: Mapping[str, Sequence[int]], schedule: Schedule
 ) -> list[int]:
     """Chain of task ids without a gap that ends with the last task: shortening none of them helps nothing.
 
@@ -87,5 +84,5 @@ def idle_us(tasks: Sequence[Task], schedule: Schedule) -> dict[str, float]:
     """Makespan less busy time of each lane that has a task."""
     busy: dict[str, float] = {}
     for task in tasks:
-        busy[task.lane] = busy.get(task.lane, 0.0) + task.duration_us
+        busy[task.lane_name] = busy.get(task.lane_name, 0.0) + task.duration_us
     return {lane: schedule.makespan_us - total for lane, total in sorted(busy.items())}

@@ -169,3 +169,14 @@ def test_a_replay_that_differs_fails_and_says_where(hybrimoe, tmp_path):
     assert refused.code == 1
     assert "choose an accelerator" in refused.data["error"]["message"]
     assert "no recording" in hybrimoe("simulate", "--replay", DEMO, "--json").data["error"]["message"]
+
+
+def test_several_accelerators(hybrimoe):
+    rows = hybrimoe("simulate", "--accelerators", "2", "--policy", "ours", "--max-tokens", "40", "--json").data
+    assert all(row["policy"] == "ours" and row["latency_ms"] > 0 for row in rows)
+    drawn = hybrimoe("explain-step", "--step", "2", "--accelerators", "2", "--timeline").out
+    assert "acc 0" in drawn
+    assert "acc 1" in drawn
+    refused = hybrimoe("simulate", "--accelerators", "0", "--json")
+    assert refused.code == 1
+    assert "at least 1, found 0" in refused.data["error"]["message"]
