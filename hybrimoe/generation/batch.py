@@ -78,6 +78,7 @@ def generate_batch(
 def probe_batch(generator: TextGenerator, prompts: Sequence[BatchPrompt]) -> np.typing.NDArray[np.float64]:
     """Route vectors of prompts, float64 [n, layers, experts]: one prefill of all, whose logits are thrown away.
 
+    Padded prompts may stand at shifted positions here, which can move a route of a model with absolute positions.
     Raises ConfigError where the model's experts were not replaced: nothing tells their routing then.
     """
     import torch
@@ -87,7 +88,11 @@ def probe_batch(generator: TextGenerator, prompts: Sequence[BatchPrompt]) -> np.
     ids, mask = left_padded([prompts[at].token_ids for at in order])
     device = generator.model.device
     with listening(generator.model, padding), torch.inference_mode():
-        generator.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        inputs = generator.model.prepare_inputs_for_generation(
+            ids.to(device), attention_mask=mask.to(device), past_key_values=None, is_first_iteration=True,
+            **generator.forward_kwargs | {"use_cache": False},
+        )  # fmt: skip
+        generator.model(**inputs)
     if padding.activations is None or padding.tokens is None:
         raise ConfigError("grouping by routes needs a mixture-of-experts model whose experts were replaced")
     routes = padding.activations / np.maximum(padding.tokens, 1)[:, None, None]

@@ -44,7 +44,10 @@ class ReplyTimes:
 
 
 class TextGenerator:
-    """A model and its tokenizer, ready to reply. Greedy and seeded tokens are those of `model.generate`."""
+    """A model and its tokenizer, ready to reply. Greedy and seeded tokens are those of `model.generate`.
+
+    forward_kwargs: what a forward call of the model takes beside its inputs; logits of the last token only, if it can.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, *, prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> None:
         import inspect
@@ -53,9 +56,9 @@ class TextGenerator:
         self.tokenizer = tokenizer
         self.prefill_chunk_tokens = prefill_chunk_tokens
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._forward_kwargs: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        self.forward_kwargs: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if takes_logits_to_keep:
-            self._forward_kwargs["logits_to_keep"] = 1
+            self.forward_kwargs["logits_to_keep"] = 1
 
     @property
     def context_tokens(self) -> int | None:
@@ -114,7 +117,7 @@ class TextGenerator:
         try:
             with torch.inference_mode():
                 inputs = self.model.prepare_inputs_for_generation(
-                    ids, past_key_values=cache.states, is_first_iteration=not cache.token_ids, **self._forward_kwargs
+                    ids, past_key_values=cache.states, is_first_iteration=not cache.token_ids, **self.forward_kwargs
                 )
                 outputs = self.model(**inputs)
         except BaseException:

@@ -11,7 +11,6 @@ from scheduler.batching.lightning import (
     MemoryLeft,
     Roofline,
     Workload,
-    balanced_micro_batches,
     plan_lightning,
 )
 from scheduler.batching.routes import activation_counts, batched, counted_distinct, expected_distinct, route_vectors
@@ -29,7 +28,6 @@ __all__ = [
     "Workload",
     "activation_counts",
     "balanced_kmeans",
-    "balanced_micro_batches",
     "batched",
     "batching_kind",
     "counted_distinct",

@@ -194,23 +194,6 @@ def plan_lightning(
     return best
 
 
-def balanced_micro_batches(lengths: Sequence[int], n_micro_batches: int, micro_batch: int) -> list[list[int]]:
-    """Prompts in micro-batches with about the same number of tokens (the paper's request batching, appendix).
-
-    Longest first, each to the micro-batch with the fewest tokens that has room (ties: the first). Empty ones are left
-    out. Raises SchedulerError for more prompts than room.
-    """
-    if len(lengths) > n_micro_batches * micro_batch:
-        raise SchedulerError(f"{len(lengths)} prompts for {n_micro_batches} micro-batches of {micro_batch}")
-    parts: list[list[int]] = [[] for _ in range(n_micro_batches)]
-    tokens = [0] * n_micro_batches
-    for at in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        to = min((g for g in range(n_micro_batches) if len(parts[g]) < micro_batch), key=lambda g: (tokens[g], g))
-        parts[to].append(at)
-        tokens[to] += lengths[at]
-    return [part for part in parts if part]
-
-
 def _candidates(cap: int) -> Iterator[tuple[int, int]]:
     """(micro-batch, number of them), by batch size: 1, 2, 3, 4, 6, 8, 12, 16, ... each, and the cap itself."""
     sizes = sorted({s for e in range(cap.bit_length()) for s in (1 << e, 3 << e) if s <= cap} | {cap})

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from scheduler.batching import MemoryLeft, Roofline, Workload, balanced_micro_batches, plan_lightning
+from scheduler.batching import MemoryLeft, Roofline, Workload, plan_lightning
 from scheduler.errors import SchedulerError
 from scheduler.profile import LinkProfile, ModelShape
 
@@ -92,15 +92,6 @@ def test_memory_bounds_the_batch_and_moves_the_attention(roofline):
     assert plan_lightning(roofline, WORK, max_batch=5).batch <= 5
     with pytest.raises(SchedulerError, match="does not fit the memory"):
         plan_lightning(roofline, WORK, MemoryLeft(accel_bytes=10))
-
-
-def test_micro_batches_have_about_as_many_tokens():
-    """Longest first to the emptiest: 9 | 7, then 5 to the second, 4 to the first, 1 to the second (12 tokens)."""
-    assert balanced_micro_batches([1, 9, 5, 4, 7], 2, 3) == [[1, 3], [4, 2, 0]]
-    assert balanced_micro_batches([3, 3], 4, 1) == [[0], [1]]
-    assert balanced_micro_batches([9, 1, 1, 1], 2, 2) == [[0, 3], [1, 2]], "a full one takes no more"
-    with pytest.raises(SchedulerError, match="3 prompts for 1"):
-        balanced_micro_batches([1, 1, 1], 1, 2)
 
 
 @pytest.mark.parametrize("bad", [{"n_prompts": 0}, {"prompt_tokens": 0}, {"new_tokens": 0}])
