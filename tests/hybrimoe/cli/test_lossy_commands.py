@@ -7,13 +7,13 @@ from hybrimoe.config_policy import lossy_option
 from hybrimoe.errors import ConfigError, ModelError
 from scheduler.relax import RELAXATIONS
 
-PLACES = ("emulated", "none")
+RUNS = [*((kind, "emulated") for kind in sorted(RELAXATIONS)), *((kind, "none") for kind in ("hobbit", "bit_width"))]
 
 
-@pytest.mark.parametrize("kind", sorted(RELAXATIONS))
-@pytest.mark.parametrize("accelerator", PLACES)
+@pytest.mark.parametrize(("kind", "accelerator"), RUNS)
 def test_every_kind_generates_and_says_that_it_is_lossy(hybrimoe, kind, accelerator):
-    words = ["generate", "-p", "The King", "-n", 6, "-t", 0, "--dtype", "bfloat16", "--lossy", kind]
+    dtype = "int4" if RELAXATIONS[kind].uses_planes else "bfloat16"
+    words = ["generate", "-p", "The King", "-n", 6, "-t", 0, "--dtype", dtype, "--lossy", kind]
     found = hybrimoe(*words, "--accelerator", accelerator, "--json")
     assert found.code == 0, found.err
     experts = found.data["experts"]
@@ -92,3 +92,19 @@ def test_experts_that_were_given_up_cannot_be_restored():
     with pytest.raises(ModelError, match="kept in low precision only"):
         model.hybrimoe.restore()
     model.hybrimoe.session.close()
+
+
+def test_the_document_names_every_kind_and_parameter():
+    from dataclasses import fields
+    from pathlib import Path
+
+    from scheduler.relax import LowCopy
+    from scheduler.setting import parameters_of
+
+    text = (Path(__file__).parents[3] / "docs" / "lossy.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    for kind, maker in RELAXATIONS.items():
+        known = set(parameters_of(maker)) | ({f.name for f in fields(LowCopy)} if maker.uses_low_copy else set())
+        shared = {"budget_bytes"} if kind in ("swapmoe", "emoe") else set()  # said once below the table: "2GiB"
+        missing = {name for name in known - shared if f"`{name}`" not in rows[kind]}
+        assert not missing, f"{kind}: {missing}"
