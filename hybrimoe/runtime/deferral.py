@@ -24,7 +24,7 @@ class Late:
 
 
 class DeferredLane:
-    """One worker thread with at most one layer's late experts. The thread ends with the object.
+    """One worker thread, started by the first late experts, with at most one layer's experts at a time.
 
     The inputs of `start` must not change until `take` or `drop`: give it copies. `workspace` holds the result rows.
     """
@@ -37,7 +37,8 @@ class DeferredLane:
         self.workspace = Workspace()
 
     def start(self, plan: LayerPlan, call: LayerCall, *, trace: bool, expected_us: float) -> None:
-        """Begins `plan.cpu` of a call. Raises ModelError while another layer's experts are pending."""
+        """Begins `plan.cpu` of a call. Raises ModelError while another layer's experts are pending, RuntimeError after
+        `close`."""
         if self._pending is not None:
             raise ModelError("the late experts of a layer are still pending: take or drop them first")
         self._ends_us = clock_us() + expected_us
@@ -62,6 +63,11 @@ class DeferredLane:
         pending, self._pending = self._pending, None
         if pending is not None:
             wait([pending])
+
+    def close(self) -> None:
+        """Forgets what is pending and ends the thread. Safe to call twice; `start` is refused afterwards."""
+        self.drop()
+        self._worker.shutdown()
 
     def remaining_us(self) -> float:
         """Expected us until the pending experts have ended."""

@@ -97,8 +97,12 @@ class RelaxedRunner(Runner):
         if self.low is not None:
             self.low.timeline = self.timeline
         if isinstance(previous, RelaxedRunner):
-            previous.late.drop()
+            previous.close()
             self.gates = previous.gates if self.lookahead is None else self.lookahead
+
+    def close(self) -> None:
+        """Ends the lane of the late experts."""
+        self.late.close()
 
     def trace(self, on: bool) -> None:
         """Starts recording (dropping an earlier recording), or stops it. `plans` are those of full precision."""

@@ -187,6 +187,9 @@ class Runner:
             self.executor.slots.accelerator.synchronize()
         self.report()
 
+    def close(self) -> None:
+        """Ends what only this runner uses: another one follows, or the session is closed."""
+
     def report(self) -> None:
         """Reports what has ended so far to planner and counters."""
         self._report_transfers()

@@ -173,6 +173,8 @@ class Session:
         with self._lock:
             self._closed = True
             self._tracker.unbind()
+            if self._runner is not None:
+                self._runner.close()
             self._runner = None
             if self._finalizer is not None:
                 self._finalizer()

@@ -181,12 +181,23 @@ def test_late_experts_are_on_the_timeline(make_rig):
     assert sorted(record.layer for record in records) == [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_the_worker_ends_with_the_session(make_rig):
-    rig = deferring(make_rig)
+def test_the_worker_ends_with_the_session_and_with_a_replaced_runner(make_rig):
+    others = set(threading.enumerate())
+
+    def workers():
+        return {thread for thread in threading.enumerate() if thread.name.startswith("hybrimoe-late")} - others
+
+    rig = deferring(make_rig, accelerator="emulated")
     one_step(rig, 0, layers=2)
-    workers = [thread for thread in threading.enumerate() if thread.name.startswith("hybrimoe-late")]
-    assert workers
+    first = workers()
+    assert len(first) == 1
+    rig.session.resize_slots(4)
+    assert not workers()
+    one_step(rig, 1, layers=2)
+    assert len(workers()) == 1
+    rig.session._runner.clean = False
+    one_step(rig, 2)
+    assert len(workers()) == 1
     rig.session.close()
-    for worker in workers:
-        worker.join(20.0)
-        assert not worker.is_alive()
+    rig.session.close()
+    assert not workers()
