@@ -67,12 +67,14 @@ def _low_startup(startup: Startup, low: LowCopy) -> Startup:
 
 
 def _allocate(startup: Startup, low: Startup | None, lossy: Lossy, setting: int | float | str) -> None:
-    n_slots = startup.slots_of(setting)
-    if low is None or lossy.low is None or not n_slots:
-        startup.allocate(n_slots)
+    if low is None or lossy.low is None:
+        startup.allocate(startup.slots_of(setting))
         return
-    n_experts = sum(layer.num_experts for layer in low.layers if layer.placement != "cpu")
-    n_high, n_low = lossy.low.split(n_slots, startup.slot_bytes, low.slot_bytes, n_experts)
+    low.allocate(0)
+    n_high, n_low = startup.slots_of(setting), 0
+    if n_high:
+        n_experts = sum(layer.num_experts for layer in low.layers if layer.placement != "cpu")
+        n_high, n_low = lossy.low.split(n_high, startup.slot_bytes, low.slot_bytes, n_experts)
     startup.allocate(n_high)
     low.allocate(n_low)
 

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from gpu_kernels import TorchAccelerator
 from hybrimoe.errors import BudgetError, ConfigError, ModelError
 from hybrimoe.runtime.relaxed import RelaxedRunner
 from hybrimoe.runtime.runner import Runner
@@ -123,6 +124,9 @@ def test_slots_are_resized_for_both_parts_and_what_was_learned_stays(make_rig):
     assert rig.session.stats().n_low_slots == 16
     assert rig.session._runner.relaxation is relaxation
     assert all(torch.equal(a, b) for a, b in zip(before, steps(rig), strict=True))
+    assert rig.session.resize_slots(0) == 0
+    assert rig.session.stats().n_low_slots == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, steps(rig), strict=True))
 
 
 def test_a_failed_call_is_recovered_from(make_rig, monkeypatch):
@@ -237,3 +241,13 @@ def test_a_recorder_sees_the_routers_own_routing(make_rig):
     assert torch.equal(torch.from_numpy(seen[0][0]), index)
     assert torch.equal(torch.from_numpy(seen[0][1]), weights)
     assert isinstance(rig.session._runner, RelaxedRunner)
+
+
+def test_a_torch_device_keeps_slots_of_both_sizes(make_rig):
+    rig = lossy_rig(make_rig, ALL_LOW | {"low_share": 0.5}, start=False, policy="on_demand/none/lru")
+    rig.session.finalize(accelerator=TorchAccelerator("cpu"))
+    assert rig.session.stats().n_low_slots > 0
+    expected = steps(lossy_rig(make_rig, ALL_LOW, accelerator="none"), n_tokens=2)
+    for found, wanted in zip(steps(rig, n_tokens=2), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    assert rig.session._stats.low.by_phase()["decode"].accel_experts > 0
