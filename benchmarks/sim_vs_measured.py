@@ -3,13 +3,13 @@
     python benchmarks/sim_vs_measured.py [--policy ours ...] [--steps 40] [--rounds 3] [--plot error.png] [--json]
 
 A model with random weights decodes on the runtime: CPU kernels for real, accelerator and link emulated and paced to a
-profile. For each policy and round a new session measures its profile at its start, as every session does, and lives
-through ``CALIBRATION_STEPS`` steps; then its cost model is frozen, drift included, and so are the median lags of the
-lanes (dispatch, wake-up) in those steps. The steps that follow are simulated as one task graph from their plans and
-these frozen costs alone; only the time between layers (attention, router, planning) is taken as measured. Printed: the
-median of |simulated - measured| / measured over steps for the time in which layers ran, by round; and the same with the
-recorded durations in place of the frozen costs, which tells the schedule's error from the cost model's. Run it on a
-quiet machine.
+profile. For each policy and round a new session measures its profile at its start, as every session does. Each step
+after the first ``LAG_STEPS`` is then predicted by what was known before it ran: the session's cost model with its drift
+at that moment, and the median lags of the lanes (dispatch, wake-up) in the ``LAG_STEPS`` steps before. Simulated is one
+task graph of the plans with these costs; only the time between layers (attention, router, planning) is taken as
+measured. Printed: the median of |simulated - measured| / measured over steps for the time in which layers ran, by
+round; the same with the recorded durations and no lags in place of the predicted ones, which tells the schedule's error
+from the costs'. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hybrimoe.runtime.backends import pacing_of
 from hybrimoe.tracing import plots
 from scheduler import CostModel
 from scheduler.profile import AccelProfile, CpuProfile, HardwareProfile, LinkProfile
-from scheduler.retiming import Lag, Retiming, StepTime
+from scheduler.retiming import Retiming, StepTime
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTER = 6, 16, 4, 1024, 1024
 #: The emulated device: an expert of 6.3 MB (bfloat16) takes 0.1 ms there and 1.5 ms over the link; the host's CPU lane
@@ -47,7 +47,7 @@ PACING = HardwareProfile(
     link=LinkProfile(gbps=4.2, latency_us=5.0),
 )
 POLICIES = ("static", "freetoken", "hybrimoe", "ours")
-CALIBRATION_STEPS = 20
+LAG_STEPS = 20
 
 
 class DeviceKernel:
@@ -72,7 +72,7 @@ class DeviceKernel:
 
 
 class Round(NamedTuple):
-    """Step times of one session: with frozen costs and lags, and with recorded durations."""
+    """Step times of one session: predicted before each step, and with recorded durations."""
 
     predicted: list[StepTime]
     recorded: list[StepTime]
@@ -104,11 +104,10 @@ def open_session(model: torch.nn.Module, policy: str) -> Session:
     return session
 
 
-def decode(model: torch.nn.Module, steps: int, first: int) -> None:
-    """``steps`` single tokens, each on its own: the experts are the same work as with a cache."""
+def decode(model: torch.nn.Module, step: int) -> None:
+    """A single token on its own: the experts are the same work as with a cache."""
     with torch.inference_mode():
-        for step in range(steps):
-            model(input_ids=torch.tensor([[(7 * (step + first)) % 512]]), use_cache=False)
+        model(input_ids=torch.tensor([[(7 * step) % 512]]), use_cache=False)
 
 
 def measure(policy: str, steps: int) -> Round:
@@ -117,25 +116,27 @@ def measure(policy: str, steps: int) -> Round:
     session = open_session(model, policy)
     try:
         session.record_timeline(True)
-        decode(model, CALIBRATION_STEPS, 0)
-        costs, begin = _freeze(session)
-        decode(model, steps, CALIBRATION_STEPS)
+        known = [_costs_now(session)]
+        for step in range(LAG_STEPS + steps):
+            decode(model, step)
+            known.append(_costs_now(session))
         session.record_timeline(False)
-        joined = Retiming(session.plans, session.timeline, session.layer_specs()[0].spec.record_bytes)
-        lag = joined.lags(before_step=begin)
-        return Round(_from(joined.step_times(costs, lag), begin), _from(joined.step_times(None, Lag()), begin))
+        plans = session.plans
+        first = plans[0].plan.step
+        joined = Retiming(plans, session.timeline, session.layer_specs()[0].spec.record_bytes)
+        lags = {step: joined.lags(step - LAG_STEPS, step) for step in {item.plan.step for item in plans}}
+        predicted = joined.step_times(lambda step: known[step - first], lambda step: lags[step])
+        return Round(*(_after(times, first + LAG_STEPS) for times in (predicted, joined.step_times())))
     finally:
         session.close()
 
 
-def _freeze(session: Session) -> tuple[CostModel, int]:
-    """The costs as they are now, and the step that comes next."""
-    costs = session.costs
-    assert costs is not None
-    return CostModel.from_mapping(costs.as_mapping()), session.plans[-1].plan.step + 1
+def _costs_now(session: Session) -> CostModel:
+    assert session.costs is not None
+    return CostModel.from_mapping(session.costs.as_mapping())
 
 
-def _from(times: Sequence[StepTime], begin: int) -> list[StepTime]:
+def _after(times: Sequence[StepTime], begin: int) -> list[StepTime]:
     return [time for time in times if time.step >= begin]
 
 

@@ -8,7 +8,7 @@ and synchronisation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -72,6 +72,7 @@ class Retiming:
         self.graph = TaskGraph.from_plans(self.items, _Nothing(), expert_bytes)
         self._record = _match(self.graph.tasks, tasks)
         self._first = _first_tasks(self.graph.tasks)
+        self._lagging = self._lags()
 
     def _with_gaps(self, plans: Iterable[PlannedLayer]) -> tuple[list[PlannedLayer], dict[tuple[int, int], float]]:
         items, gaps, ended = [], {}, None
@@ -83,11 +84,11 @@ class Retiming:
             ended = end
         return items, gaps
 
-    def lags(self, before_step: int | None = None) -> Lag:
-        """Median lag of each lane, over the steps before ``before_step``."""
+    def lags(self, first_step: int = 0, end_step: int | None = None) -> Lag:
+        """Median lag of each lane, over the steps from ``first_step`` to before ``end_step`` (None: all)."""
         found: dict[str, list[float]] = {}
-        for task, lag in self._lags():
-            if before_step is None or task.step < before_step:
+        for task, lag in self._lagging:
+            if first_step <= task.step and (end_step is None or task.step < end_step):
                 name = f"first_{task.lane}_us" if task.id in self._first else f"{task.lane}_us"
                 found.setdefault(name, []).append(lag)
         return Lag(**{name: median(values) for name, values in found.items()})
@@ -113,19 +114,22 @@ class Retiming:
         joined.add_edges_from((a, b) for b, a in before.items())
         return joined
 
-    def step_times(self, costs: Durations | None = None, lag: Lag = Lag()) -> list[StepTime]:
-        """Each step with the recorded durations (``costs`` None) or those of ``costs``, each task longer by its lag."""
-        durations = {
-            task.id: (self._record[task.id].duration_us if costs is None else _cost_us(costs, task))
-            + lag.of(task.lane, task.id in self._first)
-            for task in self.graph.tasks
-            if task.id in self._record
-        }
+    def step_times(
+        self, costs: Callable[[int], Durations] | None = None, lag: Callable[[int], Lag] | None = None
+    ) -> list[StepTime]:
+        """Each step with the recorded durations (``costs`` None) or those of its ``costs``, each task longer by the
+        step's lag."""
+        durations = {}
+        for task in self.graph.tasks:
+            if task.id in self._record:
+                own = self._record[task.id].duration_us if costs is None else _cost_us(costs(task.step), task)
+                wait = 0.0 if lag is None else lag(task.step).of(task.lane, task.id in self._first)
+                durations[task.id] = own + wait
         return self._by_step(self.graph.with_durations(durations))
 
     def replayed(self) -> list[StepTime]:
         """Each step with recorded durations and recorded lags: what ran, if the graph explains it."""
-        lags = {task.id: lag for task, lag in self._lags()}
+        lags = {task.id: lag for task, lag in self._lagging}
         durations = {node: max(record.duration_us + lags[node], 0.0) for node, record in self._record.items()}
         return self._by_step(self.graph.with_durations(durations))
 

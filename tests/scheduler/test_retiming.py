@@ -49,13 +49,15 @@ def test_with_the_recorded_waits_it_is_what_ran(joined: Retiming) -> None:
 
 def test_lags_are_medians_by_lane(joined: Retiming) -> None:
     assert joined.lags() == Lag(cpu_us=5.0, first_cpu_us=0.0, first_accel_us=8.0, first_link_us=3.0)
-    assert joined.lags(before_step=0) == Lag()
+    assert joined.lags(2) == joined.lags(end_step=0) == Lag()
 
 
 def test_costs_of_a_model_and_lags(joined: Retiming) -> None:
     """CPU 50 + 7 + 50 + 5 = 112, accelerator 20 + 10 + 30 + 2 = 62."""
     costs = CostModel.uniform(1, cpu_us=50.0, accel_us=30.0, transfer_us=20.0)
-    times = joined.step_times(costs, Lag(cpu_us=5.0, first_cpu_us=7.0, first_accel_us=2.0, first_link_us=10.0))
+    times = joined.step_times(
+        lambda step: costs, lambda step: Lag(cpu_us=5.0, first_cpu_us=7.0, first_accel_us=2.0, first_link_us=10.0)
+    )
     assert [t.simulated_us for t in times] == pytest.approx([112.0, 112.0])
 
 
