@@ -1,0 +1,76 @@
+"""Writes docs/ablation.md from a finished `hybrimoe bench ablation`.
+
+    python benchmarks/ablation_report.py ablation/ > docs/ablation.md
+
+Everything in it is simulated. The tables are those of the command; the last one lists each trace, machine and share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hybrimoe.bench._ablation_summary import oracle_share, tables
+
+Row = dict[str, str]
+INTRODUCTION = """# Ablation: simulated
+
+Written by `benchmarks/ablation_report.py` from a full `hybrimoe bench ablation` at commit {commit} ({rows} rows,
+hybrimoe {version}). Traces of the last tables: {traces}. A file's first quarter of sequences is the warm-up's profile,
+the sequences that follow are simulated.
+"""
+COLUMNS = ("machine", "cached", "static ms", "FreeToken ms", "paper ms", "ours ms", "oracle ms", "ours / static",
+           "ours / FreeToken", "of the way to the oracle", "prefetch right")  # fmt: skip
+
+
+def main() -> None:
+    """Print the document."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    with (folder / "rows.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    settings = [row for row in rows if row["experiment"] == "policies"]
+    names = sorted({Path(row["trace"]).stem for row in settings})
+    print(
+        INTRODUCTION.format(
+            commit=rows[0]["commit"][:7], rows=len(rows), version=rows[0]["hybrimoe"], traces=", ".join(names)
+        )
+    )
+    for title, columns, cells in tables(summary):
+        print(f"## {title}\n\n{markdown(columns, cells)}\n")
+    for name in names:
+        mine = [row for row in settings if Path(row["trace"]).stem == name]
+        print(f"## {name}: decode by machine and share cached\n\n{markdown(COLUMNS, by_setting(mine))}\n")
+
+
+def markdown(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def by_setting(rows: Iterable[Row]) -> list[list[str]]:
+    """One line for each machine and share."""
+    groups: dict[tuple[str, float], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["hardware"], float(row["cache_ratio"])), {})[row["policy"]] = row
+    return [_line(machine, share, group) for (machine, share), group in sorted(groups.items())]
+
+
+def _line(machine: str, share: float, group: dict[str, Row]) -> list[str]:
+    ms = {policy: float(row["latency_ms"]) for policy, row in group.items()}
+    ours = group["ours"]
+    way = oracle_share({policy: {"latency_ms": value} for policy, value in ms.items()}, "ours")
+    right = f"{float(ours['prefetch_precision']):.0%}" if int(ours["prefetches"]) else "-"
+    times = [f"{ms[policy]:.1f}" for policy in ("static", "freetoken", "hybrimoe", "ours", "oracle")]
+    gains = [f"{ms[policy] / ms['ours']:.2f}" for policy in ("static", "freetoken")]
+    return [machine, f"{share:.0%}", *times, *gains, "-" if way is None else f"{way:.0%}", right]
+
+
+if __name__ == "__main__":
+    main()
