@@ -123,9 +123,10 @@ class PerExpertBackend(ABC):
         row = int(_first_bad_row(hidden)) if positions.size else -1
         if row >= 0:
             raise_not_finite(row)
-        x, rows_out = torch.from_numpy(hidden), torch.from_numpy(out_rows)
 
         def run_one(address: int, position: int) -> None:
+            # Tensors are made here: one of a caller in inference mode could not be written by another thread.
+            x, rows_out = torch.from_numpy(hidden), torch.from_numpy(out_rows)
             part = slice(int(dispatch.offsets[position]), int(dispatch.offsets[position + 1]))
             rows = torch.from_numpy(dispatch.rows[part].astype(np.int64))
             weights = torch.from_numpy(dispatch.weights)[rows].unsqueeze(1)
