@@ -93,18 +93,21 @@ def _cache_file(kernel: VectorKernel, isa: Isa, target: Target) -> Path | None:
     directory = kernel_cache_dir()
     if directory is None:
         return None
-    parts = [target.triple, target.cpu, target.features, str(llvm.llvm_version_info), _source_hash()]
+    parts = [target.triple, target.cpu, target.features, str(llvm.llvm_version_info), _SOURCES]
     stamp = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return directory / f"{kernel.name}-{isa.name}-{stamp}.o"
 
 
-@cache
 def _source_hash() -> str:
     """Hash of the sources that determine the code, so that an update never meets old kernels."""
     here = Path(__file__).parent
     sources = sorted(here.glob("*.py"))
     sources += [here.parent / "isa.py", here.parent / "layout.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+# At import: later the files may be those of an update, while this process still has the old code.
+_SOURCES = _source_hash()
 
 
 def _optimised(kernel: VectorKernel, isa: Isa, machine: llvm.TargetMachine) -> llvm.ModuleRef:

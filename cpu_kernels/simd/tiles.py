@@ -225,8 +225,8 @@ class _Tile:
             for i in range(FLOAT_UNROLL):
                 if self.pairs:
                     self._pair_line(here, x_here, i)
-                else:
-                    self._float_line(here, x_here, i, line_columns)
+                else:  # of two columns the second first, as vdpbf16ps does: all kinds of float give the same bits
+                    self._float_line(here, x_here, i ^ 1 if line_columns == 1 else i, line_columns)
 
     def _pair_line(self, rows: list[Row], x: list[ir.Value], line: int) -> None:
         """One line of bfloat16 weights times the bfloat16 of two columns."""
@@ -242,7 +242,7 @@ class _Tile:
         """One line of float weights: one column (float32) or two (bfloat16)."""
         s = self.s
         words = [s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.i32) for row in rows]
-        for half in reversed(range(line_columns)):  # the order of vdpbf16ps
+        for half in reversed(range(line_columns)):
             if line_columns == 1:
                 weights = [s.b.bitcast(word, s.f32) for word in words]
             else:

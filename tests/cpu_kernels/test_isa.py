@@ -178,6 +178,24 @@ def test_bfloat16_pairs_give_the_same_bits_as_float32(name: str, emulated: bool)
     assert np.array_equal(pairs, products(name, PanelKernel("bfloat16"))[0])
 
 
+@pytest.mark.parametrize("name", [name for name, emulated in runnable() if not emulated])
+def test_float32_and_bfloat16_give_the_same_bits_for_the_same_weights(name: str) -> None:
+    matrix = torch.randn(64, 192, generator=torch.Generator().manual_seed(6)).bfloat16().float()
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        form = format_of(dtype, isa.BY_NAME[name])
+        packed = torch.zeros(4 * 3 * block_bytes(dtype), dtype=torch.uint8)
+        pack_matrix(matrix, dtype, "test", packed)
+        _, x, ids, _ = case("bfloat16", "paired")
+        if form.kind == "plain":  # the first part of the paired blocks
+            x = x.reshape(15, 3, -1)[:, :, : form.block_bytes].copy()
+        out = np.zeros((15, 64), np.float32)
+        sizes = (3 * block_bytes(dtype), 3)
+        run_panel(kernel_address(PanelKernel(dtype), name), packed.numpy(), *sizes, x, 3 * form.block_bytes, ids, out)
+        results.append(out)
+    assert np.array_equal(*results)
+
+
 ZNVER4, SAPPHIRE = Target(X86, "znver4", ""), Target(X86, "sapphirerapids", "")
 TARGETS = [
     ("avx512vnni", ZNVER4, PanelKernel("int4"), "vpdpbusd"),
