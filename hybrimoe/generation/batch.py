@@ -79,7 +79,7 @@ def probe_batch(generator: TextGenerator, prompts: Sequence[BatchPrompt]) -> np.
     """Route vectors of prompts, float64 [n, layers, experts]: one prefill of all, whose logits are thrown away.
 
     Padded prompts may stand at shifted positions here, which can move a route of a model with absolute positions.
-    Raises ConfigError where the model's experts were not replaced: nothing tells their routing then.
+    Raises ConfigError where nothing tells the routing: experts that were not replaced, or Llama 4's sorted tokens.
     """
     import torch
 
@@ -94,7 +94,10 @@ def probe_batch(generator: TextGenerator, prompts: Sequence[BatchPrompt]) -> np.
         )  # fmt: skip
         generator.model(**inputs)
     if padding.activations is None or padding.tokens is None:
-        raise ConfigError("grouping by routes needs a mixture-of-experts model whose experts were replaced")
+        raise ConfigError(
+            "grouping by routes needs a model whose experts were replaced and are told which token goes where"
+            f" ({type(generator.model).__name__} does not show it); use --batching none or moe-lightning"
+        )
     routes = padding.activations / np.maximum(padding.tokens, 1)[:, None, None]
     return np.asarray(routes[np.argsort(order)])
 

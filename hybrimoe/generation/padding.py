@@ -81,11 +81,15 @@ class Padding:
         return index.masked_fill(away[:, None], ABSENT)
 
     def finish(self, n_experts: Sequence[int]) -> None:
-        """The model's call has ended: count its routing (the last call of each layer: earlier ones are probes)."""
+        """The model's call has ended: count its routing (the last call of each layer: earlier ones are probes).
+
+        Layers that were not called (experts for images) count nothing.
+        """
         real, seen = self._real, self._seen
-        if not self.count or real is None or not seen or len(seen) < len(n_experts):
+        if not self.count or real is None or not seen:
             return
-        ids = np.stack([seen[layer] for layer in range(len(n_experts))], axis=1)
+        nowhere = np.full_like(next(iter(seen.values())), ABSENT)
+        ids = np.stack([seen.get(layer, nowhere) for layer in range(len(n_experts))], axis=1)
         rows = ids.reshape(*real.shape, *ids.shape[1:])
         if self.activations is None or self.tokens is None:
             self.activations = np.zeros((len(real), len(n_experts), max(n_experts)))
