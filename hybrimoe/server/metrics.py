@@ -40,6 +40,11 @@ class Metrics:
                 "cpu_us": "Busy time of the CPU lane.",
                 "accel_us": "Busy time of the accelerator lane.",
                 "link_us": "Busy time of the link.",
+                "routed": "Under a lossy policy: (token, expert) pairs that the router asked for; 0 if lossless.",
+                "skipped": "Routed pairs that a lossy policy left out.",
+                "substituted": "Routed pairs for which another expert was computed.",
+                "lowered": "Routed pairs that were computed in low precision.",
+                "deferred": "Routed pairs whose result came one layer late.",
             }.items()
         }
 

@@ -56,7 +56,8 @@ def call(generator):
     return one
 
 
-COUNTERS = ("hits", "misses", "transfers", "prefetches", "transfer_bytes", "hit_rate", "cpu_us", "accel_us", "link_us")
+COUNTERS = ("hits", "misses", "transfers", "prefetches", "transfer_bytes", "hit_rate", "cpu_us", "accel_us", "link_us",
+            "routed", "skipped", "substituted", "lowered", "deferred")  # fmt: skip
 
 
 def events(response):
@@ -179,6 +180,7 @@ def test_metrics_count_requests_tokens_and_the_expert_cache(generator):
     assert "hybrimoe_generated_tokens_total 8.0" in text
     assert 'hybrimoe_requests_total{path="/v1/completions",status="200"} 1.0' in text
     assert "hybrimoe_expert_hit_rate 5.0" in text
+    assert "hybrimoe_expert_skipped 5.0" in text, "nobody serves lossy replies unknowingly"
     assert "hybrimoe_ttft_seconds_count 1.0" in text
 
 
