@@ -23,9 +23,9 @@ GRID_TOKENS: Final = 512
 """Costs of 0..GRID_TOKENS tokens are tabulated; beyond, the last slope goes on."""
 DRIFT_WEIGHT: Final = 0.05
 """Weight of one observation in the moving mean: about 20 observations to follow a change."""
-OUTLIER: Final = 1.25
+OUTLIER: Final = 1.5
 """One observation counts as at most this many times the drift so far, and at least its inverse: a task that the
-operating system interrupted says nothing about the next one. A real change of 4 times is followed in 110 tasks."""
+operating system interrupted says nothing about the next one. A real change of 4 times is followed in 57 tasks."""
 DRIFT_BOUNDS: Final = (0.25, 4.0)
 """A lane is never believed to be more than 4 times slower or faster than its profile says."""
 LANES: Final = {"cpu": 0, "accel": 1, "link": 2}

@@ -233,7 +233,7 @@ def test_observed_times_correct_the_costs() -> None:
     target.begin_step("decode", 1)
     target.plan_layer(demand(0, {0: 1}))
     target.on_event(LayerEnded(0, (ObservedTask("cpu", 0, 1, 200.0),)))
-    assert float(target.costs.cpu_us(0, 1)) == pytest.approx(101.25), "twice as long counts as 1.25 times"
+    assert float(target.costs.cpu_us(0, 1)) == pytest.approx(102.5), "twice as long counts as 1.5 times"
     target.observe(ObservedTask("accel", 0, 1, 11.0))
     assert float(target.costs.accel_us(0, 1)) == pytest.approx(0.95 * 10.0 + 0.05 * 11.0)
 
