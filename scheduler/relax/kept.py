@@ -97,8 +97,9 @@ class Kept(Relaxation):
 
     def _choose(self, layer: int) -> None:
         best = np.argsort(-self.worth[layer], kind="stable")[: self.layer_budget(layer)]
-        self.kept[layer] = False
-        self.kept[layer, best] = True
+        row = np.zeros(self.setting.n_experts, np.bool_)
+        row[best] = True
+        self.kept[layer] = row
 
     def _choose_all(self) -> None:
         """A new set for every layer that has one; what was seen counts less from now on."""
