@@ -25,12 +25,12 @@ INTRODUCTION = """# Expert kernels: measured
 Written by `benchmarks/kernels_report.py` from runs of `hybrimoe bench kernels` (benchmarks/kernels.py): {machine},
 {threads} threads, virtual machine, shared. {runs} runs; a cell is the median over the runs of the median over a run's
 alternating rounds, with the range of the runs behind it. Weights come from memory, inputs are bfloat16 numbers. The
-read bandwidth measured in the same rounds moved between {low:.0f} and {high:.0f} GB/s, probably as the host put the
-virtual cores on one chiplet or on two, so compare rows of one shape and one number of tokens. llama.cpp is libggml of
-llama-cpp-python with repacked Q4_0 weights; ONNX Runtime is MatMulNBits at accuracy level 4; torch int8 is fbgemm with
-one activation scale a tensor (looser numerics). kt-kernel and IPEX need a torch of their own: they ran in processes of
-their own, between those of the others; IPEX runs as this package's backend, which reads each record once more to see
-whether it changed.
+read bandwidth measured in the same rounds moved between {low:.0f} and {high:.0f} GB/s (other load; and probably whether
+the host had the virtual cores on one chiplet or on two), so compare rows of one shape and one number of tokens.
+llama.cpp is libggml of llama-cpp-python with repacked Q4_0 weights; ONNX Runtime is MatMulNBits at accuracy level 4;
+torch int8 is fbgemm with one activation scale a tensor (looser numerics). kt-kernel and IPEX need a torch of their own:
+they ran in processes of their own, between those of the others. kt-kernel's threads spin, which on two shared cores is
+unfair to it. IPEX runs as this package's backend, which reads each record once more to see whether it changed.
 """
 
 
@@ -88,6 +88,8 @@ def table(rows: Rows, tokens: int, cell: Callable[[list[dict[str, Any]]], str], 
 
 def spread(values: list[float], form: str) -> str:
     """Median and range."""
+    if not values:
+        return "-"
     middle = format(median(values), form)
     low, high = format(min(values), form), format(max(values), form)
     return middle if low == high else f"{middle} ({low} - {high})"
@@ -98,8 +100,9 @@ def speed_tables(rows: Rows) -> str:
     parts = [
         "## Milliseconds of a layer call, 1 token an expert\n",
         table(rows, 1, lambda found: spread([row["ms"] for row in found], ".2f")),
-        "Share of the read bandwidth measured in the same rounds, 1 token:\n",
-        table(rows, 1, lambda found: spread([row["bandwidth_share"] for row in found], ".0%")),
+        "Share of the read bandwidth measured in the same rounds, 1 token (without runs whose read was disturbed: a",
+        "share above 100 %):\n",
+        table(rows, 1, lambda found: spread([s for row in found if (s := row["bandwidth_share"]) <= 1], ".0%")),
     ]
     for tokens in sorted({n for _, n, _ in rows if n > 1}):
         parts.append(f"## GFLOP/s, {tokens} tokens an expert\n")
@@ -116,22 +119,29 @@ def goal_table(rows: Rows) -> str:
         f"| tokens | {' | '.join(shapes)} |",
         "|---|" + "---|" * len(shapes),
     ]
-    for tokens in sorted({n for _, n, _ in rows}):
-        cells = []
-        for shape in shapes:
-            peers = [rows[shape, tokens, name] for name in INT4_PEERS if (shape, tokens, name) in rows]
-            best = min(peers, key=lambda found: median(row["ms"] for row in found), default=None)
-            against = [best, rows.get((shape, tokens, FBGEMM))]
-            cells.append(", ".join(ratio(rows.get((shape, tokens, "ours int4")), other) for other in against))
+    counts = sorted({n for _, n, _ in rows})
+    for tokens in counts:
+        cells = [", ".join(spread(found, ".2f") for found in ratios(rows, shape, tokens)) for shape in shapes]
         lines.append(f"| {tokens} | {' | '.join(cells)} |")
+    lines += ["\nThe least and the largest of the shapes' medians:\n", f"| tokens | {' | '.join(map(str, counts))} |"]
+    lines.append("|---|" + "---|" * len(counts))
+    for index, label in enumerate(("ours / best int4 peer", "ours / torch int8 (fbgemm)")):
+        cells = []
+        for tokens in counts:
+            medians = [median(r) for shape in shapes if (r := ratios(rows, shape, tokens)[index])]
+            cells.append(f"{min(medians):.2f} to {max(medians):.2f}" if medians else "-")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def ratio(ours: list[dict[str, Any]] | None, other: list[dict[str, Any]] | None) -> str:
-    """How much faster ours is, in runs that measured both."""
-    mine = {row["run"]: row["ms"] for row in ours or []}
-    found = [row["ms"] / mine[row["run"]] for row in other or [] if row["run"] in mine]
-    return spread(found, ".2f") if found else "-"
+def ratios(rows: Rows, shape: str, tokens: int) -> tuple[list[float], list[float]]:
+    """How much faster our int4 is than the best int4 kernel of the others, and than fbgemm, in runs that had both."""
+    mine = {row["run"]: row["ms"] for row in rows.get((shape, tokens, "ours int4"), [])}
+    peers = [rows[shape, tokens, name] for name in INT4_PEERS if (shape, tokens, name) in rows]
+    best = min(peers, key=lambda found: median(row["ms"] for row in found), default=[])
+    both = (best, rows.get((shape, tokens, FBGEMM), []))
+    of_peer, of_fbgemm = ([r["ms"] / mine[r["run"]] for r in found if r["run"] in mine] for found in both)
+    return of_peer, of_fbgemm
 
 
 def path_table(rows: Rows) -> str:
