@@ -21,19 +21,23 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple, cast
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from hybrimoe.cli.waiting import set_wait_policy
 
-from cpu_kernels import CpuBackend, Dispatch, ExpertSpec
-from gpu_kernels import EmulatedAccelerator
-from hybrimoe.experts_layout import find_experts
-from hybrimoe.runtime import RuntimeConfig, Session
-from hybrimoe.runtime.backends import pacing_of
-from hybrimoe.tracing import plots
-from scheduler import CostModel
-from scheduler.profile import AccelProfile, CpuProfile, HardwareProfile, LinkProfile
-from scheduler.retiming import Retiming, StepTime
+set_wait_policy(["bench"])  # before torch is imported
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+from cpu_kernels import CpuBackend, Dispatch, ExpertSpec  # noqa: E402
+from gpu_kernels import EmulatedAccelerator  # noqa: E402
+from hybrimoe.experts_layout import find_experts  # noqa: E402
+from hybrimoe.runtime import RuntimeConfig, Session  # noqa: E402
+from hybrimoe.runtime.backends import pacing_of  # noqa: E402
+from hybrimoe.tracing import plots  # noqa: E402
+from scheduler import CostModel  # noqa: E402
+from scheduler.profile import AccelProfile, CpuProfile, HardwareProfile, LinkProfile  # noqa: E402
+from scheduler.retiming import Retiming, StepTime  # noqa: E402
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTER = 6, 16, 4, 1024, 1024
 #: The emulated device: an expert of 6.3 MB (bfloat16) takes 0.1 ms there and 1.5 ms over the link; the host's CPU lane
