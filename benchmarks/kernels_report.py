@@ -171,7 +171,7 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
     lines.append(
         "\nWhere int8 activations are too coarse (outliers inside a group of 32), `bfloat16` and `float32` experts"
     )
-    lines.append("keep 16 bits of mantissa or more of them.")
+    lines.append("do not round activations at all.")
     return "\n".join(lines)
 
 
