@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from cpu_kernels import CpuBackend, ExpertSpec
 from hybrimoe.experts_layout import ExpertsLayout
-from hybrimoe.runtime.store import LayerSpec
+from hybrimoe.runtime.store import ExpertStore, LayerSpec
 
 Placement = Literal["hybrid", "cpu", "accelerator"]
 PLACEMENTS: tuple[Placement, ...] = ("hybrid", "cpu", "accelerator")
@@ -37,6 +38,16 @@ class Layer:
         """The norm over an expert's output that some families apply before the routing weight."""
         norm = self.experts._modules.get("post_expert_norm")
         return norm if getattr(self.experts, "has_post_expert_norm", False) else None
+
+
+def pack_layers(layers: Sequence[Layer], store: ExpertStore) -> None:
+    """Writes every layer whose weights are there into the store, and lets go of the modules."""
+    for index, layer in enumerate(layers):
+        layout = layer.layout
+        if layout is not None and not layout.is_meta:
+            for expert in range(layer.num_experts):
+                store.write(index, expert, layout.expert(expert))
+        layer.layout = None
 
 
 def apply_norm(norm: nn.Module, rows: torch.Tensor) -> torch.Tensor:

@@ -19,13 +19,13 @@ from hybrimoe.errors import ModelError
 from hybrimoe.runtime.backends import backend_for, cpu_threads, open_device
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.hybrid_experts import HybridExperts
-from hybrimoe.runtime.layers import PLACEMENTS, Layer, Placement
+from hybrimoe.runtime.layers import PLACEMENTS, Layer, Placement, pack_layers
 from hybrimoe.runtime.lookahead import ProbeSink, RoutingCaptured, run_probe
 from hybrimoe.runtime.low_copy import LowCopy, make_low_copy
-from hybrimoe.runtime.planes import PlaneStore
 from hybrimoe.runtime.relaxed import RelaxedRunner
 from hybrimoe.runtime.relaxed_startup import relaxed_runner
 from hybrimoe.runtime.runner import RoutingRecorder, Runner
+from hybrimoe.runtime.snapshot import snapshot
 from hybrimoe.runtime.startup import Frequencies, Startup
 from hybrimoe.runtime.stats import SessionStats, StatsRecorder
 from hybrimoe.runtime.steps import StepTracker
@@ -107,9 +107,11 @@ class Session:
             self._model = weakref.ref(model)
             self._tracker.bind(model)
         deferred = store is None and any(layer.layout is not None and layer.layout.is_meta for layer in self._layers)
-        self._store = store if store is not None else self._new_store()
         if store is None:
-            self._pack()
+            pinned = self._accelerator is not None and self._accelerator.needs_pinned_host()
+            store = ExpertStore(self.layer_specs(), pinned=pinned)
+            pack_layers(self._layers, store)
+        self._store = store
         if not deferred:
             self.start(frequencies)
 
@@ -283,27 +285,7 @@ class Session:
             runner = self._runner
             if runner is not None and runner.clean and not self._closed:
                 runner.report()
-            by_phase = self._stats.by_phase()
-            return SessionStats(
-                by_phase=by_phase,
-                layers={layer.path: c for layer, c in zip(self._layers, self._stats.by_layer(), strict=False)},
-                accelerator="none" if self._accelerator is None else self._accelerator.name,
-                accelerator_kind="none" if self._accelerator is None else self._accelerator.kind,
-                policy=self.config.policy,
-                n_slots=self.n_slots,
-                slots_filled=0 if runner is None else len(runner.slot_contents()),
-                n_experts=sum(layer.num_experts for layer in self._layers),
-                store_bytes=sum(store.nbytes for store in self._stores(runner)),
-                warmup_transfers=self._stats.warmup_transfers,
-                failures=self._stats.failures,
-                lossy=None if self.config.lossy is None else self.config.lossy.name,
-                n_low_slots=0 if self._low is None or self._low.accelerator is None else self._low.accelerator.n_slots,
-            )
-
-    def _stores(self, runner: Runner | None) -> list[ExpertStore | PlaneStore]:
-        """Everything that holds experts in host memory."""
-        planes = runner.planes if isinstance(runner, RelaxedRunner) else None
-        return [store for store in (self._store, self._low and self._low.store, planes) if store]
+            return snapshot(self.config, self._layers, self._stats, self._store, self._accelerator, runner, self._low)
 
     def reset_stats(self) -> None:
         """Sets all counters to zero."""
@@ -377,16 +359,3 @@ class Session:
             return run_probe(block, hidden, self._sink)
         finally:
             self._sink = None
-
-    def _new_store(self) -> ExpertStore:
-        pinned = self._accelerator is not None and self._accelerator.needs_pinned_host()
-        return ExpertStore(self.layer_specs(), pinned=pinned)
-
-    def _pack(self) -> None:
-        """Packs every layer whose weights are there, and lets go of its module."""
-        for index, layer in enumerate(self._layers):
-            layout = layer.layout
-            if layout is not None and not layout.is_meta:
-                for expert in range(layer.num_experts):
-                    self.store.write(index, expert, layout.expert(expert))
-            layer.layout = None
