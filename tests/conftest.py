@@ -7,7 +7,7 @@ import pytest
 
 from hybrimoe.cli.waiting import set_wait_policy
 
-set_wait_policy(["test"])  # as the program does, before torch is imported: tests may share the cores with other work
+set_wait_policy(["serve"])  # as a server does, before torch is imported: tests may share the cores with other work
 
 from cpu_kernels.cache_dir import kernel_cache_dir  # noqa: E402
 

@@ -1,39 +1,58 @@
-"""Idle threads of parallel regions sleep, unless somebody wants otherwise."""
+"""Idle threads of parallel regions sleep, unless one job has the machine to itself or somebody wants otherwise."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from hybrimoe.cli.waiting import set_wait_policy
+from hybrimoe.cli.waiting import others_run, set_wait_policy
 
 
-def test_threads_sleep_by_default() -> None:
-    environment: dict[str, str] = {}
-    set_wait_policy(["generate", "-p", "x"], environment)
-    assert environment == {"OMP_WAIT_POLICY": "passive"}
+def chosen(words: list[str], busy: bool, **environment: str) -> dict[str, str]:
+    set_wait_policy(words, environment, lambda: busy)
+    return environment
 
 
-@pytest.mark.parametrize("chosen", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "5"}])
-def test_the_users_choice_stays(chosen: dict[str, str]) -> None:
-    environment = dict(chosen)
-    set_wait_policy(["chat"], environment)
-    assert environment == chosen
+@pytest.mark.parametrize("command", ["generate", "bench", "calibrate", "trace"])
+def test_one_job_spins_on_an_idle_machine_and_sleeps_on_a_busy_one(command: str) -> None:
+    assert chosen([command, "x"], busy=False) == {}
+    assert chosen([command, "x"], busy=True) == {"OMP_WAIT_POLICY": "passive"}
+
+
+@pytest.mark.parametrize("words", [["chat"], ["serve", "--port", "80"], ["explain"], []])
+def test_what_lasts_sleeps(words: list[str]) -> None:
+    assert chosen(words, busy=False) == {"OMP_WAIT_POLICY": "passive"}
+
+
+@pytest.mark.parametrize("choice", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "5"}])
+def test_the_users_choice_stays(choice: dict[str, str]) -> None:
+    assert chosen(["chat"], busy=True, **choice) == choice
 
 
 def test_kernels_are_measured_as_their_peers_are() -> None:
-    environment: dict[str, str] = {}
-    set_wait_policy(["bench", "kernels", "--quick"], environment)
-    assert environment == {}
-    set_wait_policy(["bench", "decode"], environment)
-    assert environment == {"OMP_WAIT_POLICY": "passive"}
+    assert chosen(["bench", "kernels", "--quick"], busy=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "busy"),
+    [("0.5 0.4 0.3 1/300 12", False), ("0.5 0.4 0.3 2/300 12", True), ("9.0 9.0 9.0 17/300 12", True), ("?", True)],
+)
+def test_other_work_is_what_runs_now(tmp_path: Path, text: str, busy: bool) -> None:
+    (tmp_path / "loadavg").write_text(text)
+    assert others_run(tmp_path / "loadavg") is busy
+
+
+def test_a_system_that_does_not_say_counts_as_busy(tmp_path: Path) -> None:
+    assert others_run(tmp_path / "absent") is True
 
 
 def test_the_program_chooses_before_torch_is_there() -> None:
     code = (
         "import os, sys\n"
         "from hybrimoe.cli import app\n"
+        "sys.argv = ['hybrimoe', 'chat']\n"
         "app.LazyGroup.main = lambda *a, **k: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
         "app.main()"
     )
