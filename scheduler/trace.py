@@ -204,13 +204,11 @@ class Trace:
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise TraceError(f"no trace at {path}: expected a .npz file")
+    if not zipfile.is_zipfile(path):  # numpy would speak of pickled data
+        raise TraceError(f"{path} is damaged or no .npz trace (an archive with {REQUIRED_ARRAYS}); record it again")
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise TraceError(f"{path} holds a single array; a trace is an .npz archive with {REQUIRED_ARRAYS}")
             return {name: archive[name] for name in archive.files}
-    except TraceError:
-        raise
     except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, zipfile.LargeZipFile) as error:
         raise TraceError(f"{path} is damaged or no .npz trace ({error}); record it again") from error
     except Exception as error:  # zlib.error and struct.error from a damaged archive have no common root
