@@ -134,7 +134,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 def read_file(path: Path | None) -> str:
-    """The text of a file; `-` and None are stdin. Raises PromptError where it is no UTF-8 text, OSError."""
+    """The text of a file; `-` and None are stdin. Raises PromptError where it cannot be read or is no UTF-8 text."""
     from hybrimoe.errors import PromptError
 
     if path is None and sys.stdin.isatty():
@@ -143,6 +143,8 @@ def read_file(path: Path | None) -> str:
         return sys.stdin.read() if path is None or str(path) == "-" else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(f"the prompt in {path or 'stdin'} is no UTF-8 text: {error}") from error
+    except OSError as error:
+        raise PromptError(f"cannot read {path} ({error.strerror}): expected a text file, or - for stdin") from error
 
 
 def check_writable(path: Path | None) -> None:

@@ -104,6 +104,9 @@ def test_wrong_usage(hybrimoe, prompts, words, told):
 def test_bad_files(hybrimoe, tmp_path):
     missing = hybrimoe("generate", "--prompts", tmp_path / "none.txt")
     assert (missing.code, "none.txt" in missing.err.replace("\n", "")) == (1, True)
+    assert "expected a text file, or - for stdin" in " ".join(missing.err.split())
+    folder = hybrimoe("generate", "--prompt-file", tmp_path)
+    assert (folder.code, "expected a text file" in " ".join(folder.err.split())) == (1, True)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     assert "has no prompts" in hybrimoe("generate", "--prompts", empty).err
