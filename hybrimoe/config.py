@@ -88,10 +88,11 @@ class SchedulerConfig(BaseModel):
 
 
 class ServerConfig(_Section):
-    """Where `hybrimoe serve` listens."""
+    """Where `hybrimoe serve` listens, and what it keeps between requests."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=1, le=65535)
+    conversations: int = Field(default=4, ge=1, le=256, description="Latest conversations whose KV caches are kept.")
 
 
 class DeployConfig(_Section):

@@ -23,6 +23,9 @@ def serve(
     ] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in the API.")] = None,
+    conversations: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Latest conversations whose KV caches are kept (4).")
+    ] = None,
     config: common.ConfigOption = None,
     accelerator: common.AcceleratorOption = None,
     slots: common.SlotsOption = None,
@@ -35,7 +38,8 @@ def serve(
 ) -> None:
     """Serve /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics until Ctrl-C.
 
-    Requests are answered one at a time, in the order in which they come. With --json, one line on stdout says where
+    Requests are answered one at a time, in the order in which they come; one that continues a kept conversation
+    computes only what is new. With --json, one line on stdout says where
     the server listens.
     """
     uvicorn = _uvicorn()
@@ -50,7 +54,8 @@ def serve(
     listener = _listen(address, number)
     with listener, open_model(deployment) as opened:
         url = f"http://{address}:{listener.getsockname()[1]}"
-        application = create_app(opened.generator, name or opened.name, opened.stats)
+        kept = conversations or deployment.server.conversations
+        application = create_app(opened.generator, name or opened.name, opened.stats, kept)
         if as_json:
             render.emit_json({"url": url, "model": name or opened.name})
         else:

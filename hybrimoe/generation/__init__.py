@@ -3,7 +3,7 @@
 from hybrimoe.generation.chat import Conversation, Turn, chat_options, encode_chat, has_chat_template
 from hybrimoe.generation.engine import FinishReason, Reply, ReplyTimes, TextGenerator
 from hybrimoe.generation.interrupt import Interrupt, interruptible
-from hybrimoe.generation.kv_cache import PrefixCache
+from hybrimoe.generation.kv_cache import PrefixCache, PrefixCaches
 from hybrimoe.generation.sampling import Sampler, SamplingOptions
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "FinishReason",
     "Interrupt",
     "PrefixCache",
+    "PrefixCaches",
     "Reply",
     "ReplyTimes",
     "Sampler",

@@ -1,11 +1,14 @@
-"""The KV cache of one conversation, which knows the tokens it holds and reuses what the next prompt shares."""
+"""KV caches of conversations, which know the tokens they hold and reuse what the next prompt shares."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["PrefixCache"]
+__all__ = ["PrefixCache", "PrefixCaches"]
+
+KEPT_SHARE = 0.5
+"""A prompt that shares less of a conversation than this does not crop it: it is another one's beginning."""
 
 
 class PrefixCache:
@@ -20,10 +23,13 @@ class PrefixCache:
         self.states: Any = None
         self.token_ids: list[int] = []
 
+    def n_shared(self, prompt_ids: Sequence[int]) -> int:
+        """How many tokens `prompt_ids` and the cache begin with alike."""
+        return _common_prefix(self.token_ids, prompt_ids)
+
     def reuse(self, prompt_ids: Sequence[int]) -> int:
         """Fit the cache to `prompt_ids`; returns how many of its tokens need no computing (at most all but one)."""
-        shared = _common_prefix(self.token_ids, prompt_ids)
-        shared = min(shared, len(prompt_ids) - 1)
+        shared = min(self.n_shared(prompt_ids), len(prompt_ids) - 1)
         if shared <= 0 or not self._crop(len(self.token_ids) - shared):
             self.clear()
             return 0
@@ -58,6 +64,44 @@ class PrefixCache:
         except (RuntimeError, NotImplementedError, ValueError):
             return False
         return bool(self.states.get_seq_length() == len(self.token_ids) - n_tokens)
+
+
+class PrefixCaches:
+    """Caches of the `n_conversations` latest conversations, so that users who take turns do not undo each other's.
+
+    max_tokens: what all of them may hold together with the prompt that is answered; the least recent are cleared first.
+    """
+
+    def __init__(self, model: Any, n_conversations: int, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._caches = [PrefixCache(model) for _ in range(n_conversations)]
+
+    def for_prompt(self, prompt_ids: Sequence[int]) -> PrefixCache:
+        """The cache to answer `prompt_ids` with; from now on it is the most recent one.
+
+        The conversation that it continues: of those of which it keeps KEPT_SHARE or more, the one that it shares most
+        with, of equals the most recent. Else an empty cache, else the least recent one.
+        """
+        continued = [cache for cache in self._caches if cache.n_shared(prompt_ids) > KEPT_SHARE * len(cache.token_ids)]
+        empty = [cache for cache in self._caches if not cache.token_ids]
+        if continued:
+            chosen = max(continued, key=lambda cache: (cache.n_shared(prompt_ids), self._caches.index(cache)))
+        else:
+            chosen = (empty or self._caches)[0]
+        self._caches.remove(chosen)
+        self._caches.append(chosen)
+        self._make_room(len(prompt_ids))
+        return chosen
+
+    def _make_room(self, n_tokens: int) -> None:
+        """Clear the least recent conversations until `n_tokens` fit beside what the others hold."""
+        *idle, _ = self._caches
+        held = sum(len(cache.token_ids) for cache in idle)
+        for cache in idle:
+            if held + n_tokens <= self.max_tokens:
+                return
+            held -= len(cache.token_ids)
+            cache.clear()
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

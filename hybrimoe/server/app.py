@@ -54,13 +54,17 @@ CHAT = Form("chatcmpl", "chat.completion", "chat.completion.chunk", chat=True)
 
 
 def create_app(
-    generator: TextGenerator, name: str, experts: Callable[[], dict[str, Any] | None] = lambda: None
+    generator: TextGenerator,
+    name: str,
+    experts: Callable[[], dict[str, Any] | None] = lambda: None,
+    conversations: int = 1,
 ) -> FastAPI:
     """The application for one model.
 
-    name: what /v1/models lists. experts: the session's counters for /metrics, or None.
+    name: what /v1/models lists. experts: the session's counters for /metrics, or None. conversations: how many of them
+    keep their KV cache between requests.
     """
-    worker = Worker(generator)
+    worker = Worker(generator, conversations)
     metrics = Metrics(experts, lambda: worker.n_waiting)
 
     @asynccontextmanager

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hybrimoe.errors import HybriMoEError, ModelError
-from hybrimoe.generation import PrefixCache, SamplingOptions
+from hybrimoe.generation import PrefixCaches, SamplingOptions
+from hybrimoe.runtime.budget import KV_TOKENS
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply, TextGenerator
@@ -51,11 +52,12 @@ class Job:
 
 
 class Worker:
-    """Owns the generator and one KV cache, so that a prompt which continues the last one is not computed again."""
+    """Owns the generator and the KV caches of `conversations`: a prompt that continues one is not computed again."""
 
-    def __init__(self, generator: TextGenerator, queue_length: int = QUEUE_LENGTH) -> None:
+    def __init__(self, generator: TextGenerator, conversations: int = 1, queue_length: int = QUEUE_LENGTH) -> None:
         self.generator = generator
-        self._cache = PrefixCache(generator.model)
+        max_tokens = generator.context_tokens or KV_TOKENS
+        self._caches = PrefixCaches(generator.model, conversations, min(max_tokens, KV_TOKENS))
         self._jobs: queue.Queue[Job | None] = queue.Queue(maxsize=queue_length)
         self._thread: threading.Thread | None = None
 
@@ -102,9 +104,8 @@ class Worker:
 
     def _generate(self, job: Job) -> None:
         try:
-            job.reply = self.generator.reply(
-                job.prompt_ids, job.options, cache=self._cache, should_stop=job.cancelled.is_set
-            )
+            cache = self._caches.for_prompt(job.prompt_ids)
+            job.reply = self.generator.reply(job.prompt_ids, job.options, cache=cache, should_stop=job.cancelled.is_set)
             for piece in job.reply:
                 job.send(piece)
         except Exception as error:  # noqa: BLE001  # it belongs to the request; the worker serves the next one

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hybrimoe.errors import ModelError, PromptError
-from hybrimoe.generation import Conversation, PrefixCache, SamplingOptions, TextGenerator, interruptible
+from hybrimoe.generation import Conversation, PrefixCache, PrefixCaches, SamplingOptions, TextGenerator, interruptible
 
 CONTEXT = 128
 TEXT = "She had been so long in the world that she knew it well."
@@ -63,6 +63,48 @@ def test_states_that_cannot_be_cropped_start_anew(generator, monkeypatch):
     reply = run(generator.reply(ids[:-3], SamplingOptions(max_new_tokens=4), cache=cache))
     assert reply.n_reused == 0
     assert reply.token_ids == run(generator.reply(ids[:-3], SamplingOptions(max_new_tokens=4))).token_ids
+
+
+def test_conversations_that_take_turns_keep_their_caches(generator):
+    caches = PrefixCaches(generator.model, 2, max_tokens=1000)
+    options = SamplingOptions(max_new_tokens=4)
+    talks = [generator.encode(TEXT), generator.encode("Quite another talk, of other things.")]
+    for turn in range(3):
+        for number, talk in enumerate(talks):
+            reply = run(generator.reply(talk, options, cache=caches.for_prompt(talk)))
+            assert reply.token_ids == run(generator.reply(talk, options)).token_ids
+            assert (reply.n_reused > 0) == (turn > 0)
+            talks[number] = talk + reply.token_ids + [7, 8, 9]
+
+
+def filled(generator, caches, *prompts):
+    for prompt in prompts:
+        caches.for_prompt(prompt).extended(prompt, None)
+
+
+def test_the_least_recent_conversation_makes_room(generator):
+    caches = PrefixCaches(generator.model, 2, max_tokens=1000)
+    old, new, third = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]
+    filled(generator, caches, old, new)
+    assert caches.for_prompt([*old, 12]).token_ids == old
+    assert caches.for_prompt(third).token_ids == new, "old was used after new"
+
+
+def test_a_common_beginning_is_no_continuation(generator):
+    caches = PrefixCaches(generator.model, 2, max_tokens=1000)
+    talk = [1, 2, 3, 4, 5, 6, 7, 8]
+    filled(generator, caches, talk)
+    assert caches.for_prompt([1, 2, 3, 20, 21]).token_ids == [], "3 of 8 tokens: the talk is kept whole"
+    assert caches.for_prompt([1, 2, 3, 4, 5, 20]).token_ids == talk
+
+
+def test_kept_conversations_leave_room_for_the_prompt(generator):
+    caches = PrefixCaches(generator.model, 3, max_tokens=10)
+    first, second = [1, 2, 3, 4], [5, 6, 7, 8]
+    filled(generator, caches, first, second)
+    caches.for_prompt([9, 10, 11])
+    assert caches.for_prompt([*second, 9]).token_ids == second
+    assert caches.for_prompt([*first, 9]).token_ids == [], "11 tokens were one too many"
 
 
 def test_a_failed_forward_leaves_no_half_filled_cache(generator, monkeypatch):
