@@ -104,6 +104,24 @@ class Planner:
         """How many following layers' predictions the policies read: more need not be made."""
         return self.prefetch.layers_ahead
 
+    @property
+    def all_cached(self) -> bool:
+        """Every expert has a slot: there is nothing to prefetch."""
+        return self.slots.n_slots == self.n_layers * self.n_experts
+
+    @property
+    def cost_models(self) -> tuple[CostModel, ...]:
+        """The cost model of each accelerator: here the only one."""
+        return (self.costs,)
+
+    def table(self, layer: int) -> tuple[SlotTable, int]:
+        """The slots of the layer's accelerator (here the only one), and the layer's number in them."""
+        return self.slots, layer
+
+    def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]:
+        """bool [experts]: bytes are in a slot now."""
+        return self.slots.resident_mask(layer)
+
     def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]:
         """Fills the free slots before the first step: by use ``frequencies`` [n_layers, n_experts], or low ids first.
 

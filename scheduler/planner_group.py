@@ -1,49 +1,48 @@
 """Several accelerators behind the interface of one planner: each has a block of layers, slots and a planner of its own.
 
-The rule: layers are shared out in contiguous blocks as even as they go, the first ones larger; all experts of a layer
-belong to its accelerator (as in KTransformers' multi-GPU rule files and llama.cpp's ``--split-mode layer``: hidden
-states cross once a block). Slots are shared out in proportion to the layers. Outside, slots and layers are numbered as
-if there were one pool: accelerator a's slots follow those of a - 1.
+All experts of a layer belong to its accelerator (``scheduler.layer_blocks`` says which). Outside, slots and layers are
+numbered as if there were one pool: accelerator a's slots follow those of a - 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from scheduler.costs import CostModel
 from scheduler.demand import LayerDemand, Phase
-from scheduler.errors import DemandError
 from scheduler.explain import Explanation
 from scheduler.future import Future
-from scheduler.plan import Event, LaneState, LayerPlan, Transfer, TransferEnded
+from scheduler.layer_blocks import Block
+from scheduler.plan import Event, LaneState, LayerPlan, ObservedTask, Transfer, TransferEnded
 from scheduler.planner import NOW, Planner
-from scheduler.slots import RESIDENT
+from scheduler.slots import RESIDENT, SlotTable
 
 
-class Block(NamedTuple):
-    """Layers and slots of one accelerator, as ranges of the whole."""
+class GroupCosts:
+    """Predicted durations of every layer, from the cost model of its accelerator (``CostModel``'s own methods)."""
 
-    first_layer: int
-    n_layers: int
-    first_slot: int
-    n_slots: int
+    def __init__(self, parts: Sequence[tuple[CostModel, int]]) -> None:
+        """``parts``: of each layer, the cost model of its block and the layer's number there."""
+        self._parts = list(parts)
 
+    def cpu_us(self, layer: int, n_tokens: npt.ArrayLike, link_busy: bool = False) -> npt.NDArray[np.float64]:
+        """As ``CostModel.cpu_us``."""
+        costs, own = self._parts[layer]
+        return costs.cpu_us(own, n_tokens, link_busy)
 
-def blocks(n_layers: int, n_slots: int, n_units: int) -> list[Block]:
-    """The rule above. Raises DemandError for more accelerators than layers."""
-    if not 1 <= n_units <= n_layers:
-        raise DemandError(f"{n_units} accelerators for {n_layers} MoE layers: each needs at least one")
-    layers = [n_layers // n_units + (unit < n_layers % n_units) for unit in range(n_units)]
-    ends = np.cumsum(layers)
-    slots = np.diff(np.round(n_slots * np.concatenate(([0], ends)) / n_layers)).astype(int)
-    return [
-        Block(int(ends[unit]) - layers[unit], layers[unit], int(slots[:unit].sum()), int(slots[unit]))
-        for unit in range(n_units)
-    ]
+    def accel_us(self, layer: int, n_tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """As ``CostModel.accel_us``."""
+        costs, own = self._parts[layer]
+        return costs.accel_us(own, n_tokens)
+
+    def transfer_us(self, layer: int, cpu_busy: bool = False) -> float:
+        """As ``CostModel.transfer_us``."""
+        costs, own = self._parts[layer]
+        return costs.transfer_us(own, cpu_busy)
 
 
 class PlannerGroup:
@@ -54,16 +53,41 @@ class PlannerGroup:
         self.planners = [make(part) for part in self.parts]
         self._unit = [unit for unit, part in enumerate(self.parts) for _ in range(part.n_layers)]
         self._latest: dict[int, LayerPlan] = {}
+        self.n_layers, self.n_experts = len(self._unit), max(planner.n_experts for planner in self.planners)
+        homes = [(self.planners[unit], layer - self.parts[unit].first_layer) for layer, unit in enumerate(self._unit)]
+        self._homes = homes
+        self.costs = GroupCosts([(planner.costs, own) for planner, own in homes])
+
+    @property
+    def layers_ahead(self) -> int:
+        """As ``Planner.layers_ahead``: the most that one of the planners reads."""
+        return max(planner.layers_ahead for planner in self.planners)
+
+    @property
+    def all_cached(self) -> bool:
+        """As ``Planner.all_cached``: of every accelerator."""
+        return all(planner.all_cached for planner in self.planners)
+
+    @property
+    def cost_models(self) -> tuple[CostModel, ...]:
+        """The cost model of each accelerator's block, in order."""
+        return tuple(planner.costs for planner in self.planners)
+
+    def table(self, layer: int) -> tuple[SlotTable, int]:
+        """The slots of the layer's accelerator, and the layer's number in them."""
+        planner, own = self._homes[layer]
+        return planner.slots, own
 
     def unit(self, layer: int) -> int:
         """The accelerator of a layer; what follows the last layer is on the last one."""
         return self._unit[min(layer, len(self._unit) - 1)]
 
-    def warm_up(self, frequencies: npt.NDArray[np.float64] | None = None) -> tuple[Transfer, ...]:
+    def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]:
         """As ``Planner.warm_up``."""
         found: list[Transfer] = []
+        every = None if frequencies is None else np.asarray(frequencies)
         for part, planner in zip(self.parts, self.planners, strict=True):
-            known = None if frequencies is None else frequencies[part.first_layer : part.first_layer + part.n_layers]
+            known = None if every is None else every[part.first_layer : part.first_layer + part.n_layers]
             found += [_outside(transfer, part) for transfer in planner.warm_up(known)]
         return tuple(found)
 
@@ -102,6 +126,11 @@ class PlannerGroup:
         observed = tuple(replace(task, layer=layer) for task in event.observed)
         self.planners[unit].on_event(replace(event, layer=layer, observed=observed))
 
+    def observe(self, task: ObservedTask) -> None:
+        """As ``Planner.observe``."""
+        planner, own = self._homes[task.layer]
+        planner.observe(replace(task, layer=own))
+
     def explain(self, plan: LayerPlan) -> Explanation:
         """As ``Planner.explain``."""
         found = self.planners[self.unit(plan.layer)].explain(self._latest[plan.layer])
@@ -109,8 +138,8 @@ class PlannerGroup:
 
     def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]:
         """bool [experts]: bytes are in a slot now."""
-        unit = self.unit(layer)
-        return self.planners[unit].slots.resident_mask(layer - self.parts[unit].first_layer)
+        planner, own = self._homes[layer]
+        return planner.slots.resident_mask(own)
 
     def contents(self) -> dict[int, tuple[int, int]]:
         """slot -> (layer, expert) of everything whose bytes are there now."""

@@ -1,7 +1,7 @@
 """What a planner was told and what it answered, call by call: enough to drive another planner to the same plans.
 
-``RecordedPlanner`` is a planner that writes this down while it works. A ``Recording`` adds the tasks that really ran
-(``TaskRecord``) and is saved as gzip JSON; float64 values survive that exactly. ``scheduler.replay`` reads it.
+``Recorder`` writes this down while a planner works. A ``Recording`` adds the tasks that really ran (``TaskRecord``) and
+is saved as gzip JSON; float64 values survive that exactly. ``scheduler.replay`` reads it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from scheduler.demand import LayerDemand, Phase, Prediction
 from scheduler.errors import SchedulerError
 from scheduler.future import Future
 from scheduler.graph import PlannedLayer
+from scheduler.layer_planner import Costs, LayerPlanner
 from scheduler.plan import (
     Event,
     LaneState,
@@ -31,10 +32,12 @@ from scheduler.plan import (
     Transfer,
     TransferEnded,
 )
-from scheduler.planner import NOW, Planner
+from scheduler.planner import NOW
+from scheduler.planner_setup import PlannerSetup
 from scheduler.records import TaskRecord
+from scheduler.slots import SlotTable
 
-FORMAT, VERSION = "hybrimoe recording", 1
+FORMAT, VERSION = "hybrimoe recording", 2
 
 
 class RecordingError(SchedulerError):
@@ -55,8 +58,8 @@ class Call(NamedTuple):
 
 @dataclass(slots=True)
 class Recording:
-    """``setup``: the planner's arguments (costs as ``CostModel.as_mapping``); ``calls`` in order; ``tasks``: what ran,
-    by start time; ``facts``: model, versions, machine, free text for people."""
+    """``setup``: the planner's (``PlannerSetup.as_mapping``); ``calls`` in order; ``tasks``: what ran, by start time;
+    ``facts``: model, versions, machine, free text for people."""
 
     setup: dict[str, Any]
     calls: list[Call] = field(default_factory=list)
@@ -69,11 +72,13 @@ class Recording:
         """The recorded plans with their demands, in order."""
         return [PlannedLayer(call.answer, call.args[0]) for call in self.calls if call.name == "plan_layer"]
 
-    def planner(self) -> Planner:
+    def planner(self) -> LayerPlanner:
         """A planner as the recorded one was at its start. Raises SchedulerError where the setup cannot be."""
-        given = dict(self.setup)
-        params = given.pop("params")
-        return Planner(**{**given, "costs": CostModel.from_mapping(given["costs"])}, **params)
+        try:
+            setup = PlannerSetup.from_mapping(self.setup)
+        except (KeyError, TypeError) as error:
+            raise RecordingError(f"the recording's setup is damaged: {type(error).__name__} {error}") from error
+        return setup.planner()
 
     def save(self, path: Path) -> None:
         """Writes the file. Raises OSError."""
@@ -106,55 +111,92 @@ class Recording:
             raise RecordingError(f"{path} is damaged: {type(error).__name__} {error}") from error
 
 
-class RecordedPlanner(Planner):
-    """A planner that keeps what it is told and answers, in ``recording``."""
+class Recorder:
+    """A planner that passes everything on to another one and keeps what that is told and answers, in ``recording``."""
 
-    def __init__(
-        self, n_layers: int, n_experts: int, n_slots: int, costs: CostModel, policy: str = "ours", lookahead: int = 3,
-        seed: int = 0, *, placements: Any = None, **params: Any,
-    ) -> None:  # fmt: skip
-        setup = {
-            "n_layers": n_layers, "n_experts": n_experts, "n_slots": n_slots, "costs": costs.as_mapping(),
-            "policy": policy, "lookahead": lookahead, "seed": seed,
-            "placements": None if placements is None else list(placements), "params": dict(params),
-        }  # fmt: skip
-        super().__init__(n_layers, n_experts, n_slots, costs, policy, lookahead, seed, placements=placements, **params)
-        self.recording = Recording(setup)
+    def __init__(self, setup: PlannerSetup) -> None:
+        self.recording = Recording(setup.as_mapping())
+        self.planner = setup.planner()
+
+    @property
+    def n_layers(self) -> int:
+        """As ``Planner.n_layers``."""
+        return self.planner.n_layers
+
+    @property
+    def n_experts(self) -> int:
+        """As ``Planner.n_experts``."""
+        return self.planner.n_experts
+
+    @property
+    def costs(self) -> Costs:
+        """As ``Planner.costs``."""
+        return self.planner.costs
+
+    @property
+    def cost_models(self) -> tuple[CostModel, ...]:
+        """As ``Planner.cost_models``."""
+        return self.planner.cost_models
+
+    @property
+    def layers_ahead(self) -> int:
+        """As ``Planner.layers_ahead``."""
+        return self.planner.layers_ahead
+
+    @property
+    def all_cached(self) -> bool:
+        """As ``Planner.all_cached``."""
+        return self.planner.all_cached
+
+    def table(self, layer: int) -> tuple[SlotTable, int]:
+        """As ``Planner.table``."""
+        return self.planner.table(layer)
+
+    def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]:
+        """As ``Planner.resident_mask``."""
+        return self.planner.resident_mask(layer)
 
     def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]:
-        transfers = super().warm_up(frequencies)
-        self._note("warm_up", (None if frequencies is None else np.asarray(frequencies, np.float64),), transfers)
+        """As ``Planner.warm_up``."""
+        known = None if frequencies is None else np.array(frequencies, np.float64)  # a copy: counts go on
+        transfers = self.planner.warm_up(frequencies)
+        self._note("warm_up", (known,), transfers)
         return transfers
 
     def begin_sequence(self, future: Future | None = None) -> None:
-        super().begin_sequence(future)
+        """As ``Planner.begin_sequence``."""
+        self.planner.begin_sequence(future)
         self._note("begin_sequence", ())
 
     def begin_step(self, phase: Phase, n_tokens: int) -> None:
-        super().begin_step(phase, n_tokens)
+        """As ``Planner.begin_step``."""
+        self.planner.begin_step(phase, n_tokens)
         self._note("begin_step", (phase, n_tokens))
 
     def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan:
-        hits = resident_hits(self, demand)
-        plan = super().plan_layer(demand, lanes)
+        """As ``Planner.plan_layer``."""
+        hits = resident_hits(self.planner, demand)
+        plan = self.planner.plan_layer(demand, lanes)
         self._note("plan_layer", (demand, lanes), plan, hits)
         return plan
 
     def on_event(self, event: Event) -> None:
-        super().on_event(event)
+        """As ``Planner.on_event``."""
+        self.planner.on_event(event)
         self._note("on_event", (event,))
 
     def observe(self, task: ObservedTask) -> None:
-        super().observe(task)
+        """As ``Planner.observe``."""
+        self.planner.observe(task)
         self._note("observe", (task,))
 
     def _note(self, name: str, args: tuple[Any, ...], answer: Any = None, hits: int = 0) -> None:
         self.recording.calls.append(Call(name, args, answer, hits))
 
 
-def resident_hits(planner: Planner, demand: LayerDemand) -> int:
+def resident_hits(planner: LayerPlanner, demand: LayerDemand) -> int:
     """Activated experts whose bytes are in a slot now."""
-    return len(set(planner.slots.resident(demand.layer)).intersection(demand.expert_ids.tolist()))
+    return int(planner.resident_mask(demand.layer)[demand.expert_ids].sum())
 
 
 def _encode(call: Call) -> list[Any]:

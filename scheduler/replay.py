@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from scheduler.errors import SchedulerError
+from scheduler.layer_planner import LayerPlanner
 from scheduler.plan import LayerPlan
-from scheduler.planner import Planner
 from scheduler.recording import Call, Recording, resident_hits
 
 
@@ -63,7 +63,7 @@ def replay(recording: Recording) -> Replay:
     return Replay(plans, len(recording.calls), transfers, prefetches, hits, activated, None)
 
 
-def _answer(planner: Planner, call: Call) -> Divergence | None:
+def _answer(planner: LayerPlanner, call: Call) -> Divergence | None:
     """Performs one call; what differed, or None."""
     step = -1
     layer = getattr(call.args[0], "layer", -1) if call.args else -1

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from scheduler.costs import CostModel
 from scheduler.demand import LayerDemand
 from scheduler.graph.tasks import DenseTimes, PlannedLayer
+from scheduler.layer_blocks import Block, blocks
 from scheduler.plan import LayerPlan
 from scheduler.planner import Planner
-from scheduler.planner_group import Block, PlannerGroup, blocks
+from scheduler.planner_group import PlannerGroup
 from scheduler.records import TaskRecord
 from scheduler.setting import Scorer
 from scheduler.simulate import Simulator

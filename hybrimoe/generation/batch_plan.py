@@ -44,12 +44,12 @@ def plan_job(
     """
     import psutil
 
-    if session is None or not session.n_slots or session.accelerator is None:
+    if session is None or not session.n_slots:
         raise ConfigError(
             "moe-lightning overlaps link, CPU and accelerator, and this session has no accelerator slots;"
             " use --batching none or expertflow, or --accelerator emulated"
         )
-    layers, accelerator = session.layers, session.accelerator
+    layers, accelerator = session.layers, session.accelerators[0]
     profile, hardware = hardware_for_plan(None, True)
     host_bytes = round(MEMORY_SHARE * psutil.virtual_memory().available)
     free_bytes = accelerator.free_bytes()

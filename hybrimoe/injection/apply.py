@@ -182,7 +182,7 @@ class Injection:
     def _without_accelerator(self) -> tuple[str, ...]:
         """Remarks on rules that want an accelerator where the session has no slots (known once it has started)."""
         session = self.session
-        if session.accelerator is not None and (session.n_slots or not session.started):
+        if session.accelerators and (session.n_slots or not session.started):
             return ()
         rules = dict.fromkeys(
             hit.rule.where()

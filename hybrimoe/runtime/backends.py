@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from cpu_kernels import BackendError, CpuBackend, ExpertSpec, get_backend
 from gpu_kernels import Accelerator, AcceleratorError, Pacing, open_accelerator
@@ -11,21 +12,40 @@ from hybrimoe.runtime.config import RuntimeConfig
 from scheduler import HardwareProfile
 
 
-def open_device(config: RuntimeConfig) -> Accelerator | None:
-    """The accelerator of the configuration; None for "none". Raises DeviceError where it does not exist,
-    ConfigError where the CPU backend of an emulation cannot run."""
+def open_devices(config: RuntimeConfig) -> list[Accelerator]:
+    """The accelerators of the configuration; empty for "none". Raises DeviceError where one does not exist,
+    ConfigError where the CPU backend of an emulation cannot run, or for several accelerators and a lossy policy."""
+    names = (config.accelerator,) if isinstance(config.accelerator, str) else config.accelerator
+    if len(names) > 1 and config.lossy is not None:
+        raise ConfigError(
+            f"a lossy policy runs with one accelerator, found {len(names)} ({', '.join(names)}): name one of them, or"
+            " leave scheduler.lossy out"
+        )
     pacing = None if config.pacing is None else pacing_of(config.pacing)
+    opened: list[Accelerator] = []
     try:
-        return open_accelerator(config.accelerator, backend=config.backend, pacing=pacing)
-    except AcceleratorError as error:
-        raise DeviceError(str(error)) from error
-    except BackendError as error:
-        raise ConfigError(str(error)) from error
+        for name in names:
+            found = open_accelerator(name, backend=config.backend, pacing=pacing)
+            opened += [] if found is None else [found]
+    except (AcceleratorError, BackendError) as error:
+        close_all(opened)
+        kind = ConfigError if isinstance(error, BackendError) else DeviceError
+        raise kind(str(error)) from error
+    return opened
 
 
-def cpu_threads(config: RuntimeConfig, accelerator: Accelerator | None) -> int | None:
-    """Threads of the CPU lane: as configured; one core less beside an emulated accelerator, whose lanes need one."""
-    if config.threads is not None or accelerator is None or accelerator.kind != "emulated":
+def close_all(accelerators: Sequence[Accelerator]) -> None:
+    """Closes each of them."""
+    for accelerator in accelerators:
+        accelerator.close()
+
+
+def cpu_threads(config: RuntimeConfig, accelerators: Sequence[Accelerator]) -> int | None:
+    """Threads of the CPU lane: as configured; one core less beside emulated accelerators, whose lanes need one.
+
+    Layers follow each other, so of several emulated accelerators one computes at a time.
+    """
+    if config.threads is not None or all(accelerator.kind != "emulated" for accelerator in accelerators):
         return config.threads
     return max(1, (os.cpu_count() or 1) - 1)
 

@@ -1,11 +1,10 @@
-"""How many slots: from the setting (count, share, size, auto) and the device's free memory to a number."""
+"""What fits a device: its free memory without what must stay free, in slots."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from gpu_kernels import Accelerator
-from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import BudgetError
 
 EMULATED_AUTO_SHARE = 0.25
@@ -18,19 +17,6 @@ KV_TOKENS = 8192
 """Context that "auto" keeps KV room for, if the model's own is not shorter."""
 KV_VALUE_BYTES = 2
 """Keys and values are kept in 16 bits."""
-
-
-def resolve_slots(
-    setting: int | float | str, n_experts: int, slot_bytes: int, accelerator: Accelerator, reserve: int
-) -> int:
-    """Number of slots for `n_experts` experts (all layers) of at most `slot_bytes` each.
-
-    Sizes and shares are caps; a count above the number of experts is an error. Raises BudgetError for that, for a size
-    below one expert, and for an automatic budget that cannot hold one; ConfigError for what is no amount.
-    """
-    if setting == "auto":
-        return _auto_slots(n_experts, slot_bytes, accelerator, reserve)
-    return parse_amount(setting).to_experts(n_experts, slot_bytes, auto=0)
 
 
 def reserve_bytes(model: nn.Module | None, accelerator: Accelerator, kv_reserve_bytes: int | None) -> int:
@@ -67,7 +53,13 @@ def _size(config: object, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _auto_slots(n_experts: int, slot_bytes: int, accelerator: Accelerator, reserve: int) -> int:
+def auto_slots(n_experts: int, slot_bytes: int, accelerator: Accelerator, reserve: int) -> int:
+    """Slots for `n_experts` experts of at most `slot_bytes` each that fit the device beside `reserve` bytes.
+
+    Raises BudgetError where not even one fits.
+    """
+    if not n_experts:
+        return 0
     free_bytes = accelerator.free_bytes()
     if free_bytes is None:
         return max(1, round(EMULATED_AUTO_SHARE * n_experts))

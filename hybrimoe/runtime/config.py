@@ -15,7 +15,7 @@ from scheduler.relax import Lossy
 class RuntimeConfig:
     """Settings of one session.
 
-    accelerator: "auto", "none", "emulated", or a torch device such as "cuda:0".
+    accelerator: "auto", "none", "emulated", or a torch device such as "cuda:0"; several: each gets a block of layers.
     gpu_expert_slots: total over all layers: an int, a float share of all experts in (0, 1], a size ("6GiB"), or "auto".
     expert_dtype: default storage of experts; a layer may override it.
     backend, threads: CPU backend by name and its threads (None: chosen by cpu_kernels).
@@ -28,7 +28,7 @@ class RuntimeConfig:
     kv_reserve_bytes: for "auto" slots on a real device: memory left for the KV cache (None: estimated).
     """
 
-    accelerator: str = "auto"
+    accelerator: str | tuple[str, ...] = "auto"
     gpu_expert_slots: int | float | str = "auto"
     expert_dtype: ExpertDtype = "bfloat16"
     backend: str = "auto"

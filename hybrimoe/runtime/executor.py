@@ -47,6 +47,7 @@ class LayerRun:
     cpu_n_tokens: list[int] = field(default_factory=list)
     groups: list[AccelGroup] = field(default_factory=list)
     records: list[TaskRecord] = field(default_factory=list)
+    unit: int = 0
 
     @property
     def events(self) -> list[Event]:
@@ -67,11 +68,19 @@ class LayerCall:
 
 
 class Executor:
-    """Performs plans; owns no policy and no weights. `slots` None: everything runs on the CPU lane."""
+    """Performs plans; owns no policy and no weights.
 
-    def __init__(self, store: ExpertStore, slots: SlotCache | None) -> None:
+    `caches`: the slots of each accelerator; none: everything runs on the CPU lane. `unit_of`: each layer's accelerator.
+    """
+
+    def __init__(self, store: ExpertStore, caches: Sequence[SlotCache] = (), unit_of: Sequence[int] = ()) -> None:
         self._store = store
-        self.slots = slots
+        self.caches = tuple(caches)
+        self._slots_of = [self.caches[unit] for unit in unit_of]
+
+    def slots_of(self, layer: int) -> SlotCache | None:
+        """The slots of a layer's accelerator."""
+        return self._slots_of[layer] if self._slots_of else None
 
     def run(self, plan: LayerPlan, call: LayerCall, *, trace: bool) -> tuple[torch.Tensor, LayerRun]:
         """Runs one layer. Returns its output, float32 [T, H], and what happened.
@@ -84,9 +93,11 @@ class Executor:
 
     def submit(self, plan: LayerPlan, call: LayerCall, *, trace: bool) -> LayerRun:
         """Starts a plan's transfers and its work on the accelerator; `compute` and `combine` must follow."""
+        slots = self.slots_of(plan.layer)
         run = LayerRun(plan.layer, plan.step, trace)
-        if self.slots is not None:
-            self._submit(plan, call, run, self.slots)
+        if slots is not None:
+            run.unit = slots.unit
+            self._submit(plan, call, run, slots)
         elif plan.accel or plan.transfers or plan.prefetches:
             raise PlanError(f"layer {plan.layer}: a plan with accelerator work, but there is no accelerator")
         return run
@@ -100,8 +111,9 @@ class Executor:
 
     def combine(self, call: LayerCall, run: LayerRun) -> torch.Tensor:
         """Waits for the accelerator; the layer's output, float32 [T, H]."""
-        if self.slots is not None and (run.groups or call.work.hidden.device.type != "cpu"):
-            return self.slots.accelerator.combine(call.work, run.events)
+        slots = self.slots_of(run.layer)
+        if slots is not None and (run.groups or call.work.hidden.device.type != "cpu"):
+            return slots.accelerator.combine(call.work, run.events)
         return combine_on_host(call.work)
 
     def run_on_cpu(self, layer: int, spec: ExpertSpec, backend: CpuBackend, work: LayerWork) -> torch.Tensor:
@@ -112,11 +124,10 @@ class Executor:
         return combine_on_host(work)
 
     def start_transfers(self, transfers: Sequence[Transfer], step: int, *, traced: bool = False) -> None:
-        """Submits transfers in link order."""
-        assert self.slots is not None
+        """Submits transfers in the order of their links."""
         for transfer in transfers:
             record = self._store.record(transfer.layer, transfer.expert)
-            self.slots.submit(transfer, record, step, traced=traced)
+            self._slots_of[transfer.layer].submit(transfer, record, step, traced=traced)
 
     def _submit(self, plan: LayerPlan, call: LayerCall, run: LayerRun, slots: SlotCache) -> None:
         """Interleaves transfers and computations so that each sees the slot contents that the plan means."""
@@ -160,21 +171,17 @@ def _send(plan: LayerPlan, call: LayerCall, run: LayerRun, slots: SlotCache, par
     held = plan.accel_slots[part]
     slots.check(plan.layer, experts, held)
     positions = [call.position[expert] for expert in experts]
-    event = slots.accelerator.run_experts(call.spec, held, positions, call.work)
+    event = slots.accelerator.run_experts(call.spec, slots.own(held), positions, call.work)
     run.groups.append(AccelGroup(experts, [call.n_tokens[at] for at in positions], event))
 
 
 def accel_records(run: LayerRun) -> list[TaskRecord]:
     """Timeline entries of a traced run's accelerator work (one expert a group); its events must have ended."""
-    records = []
-    for group in run.groups:
-        start_us, end_us = group.event.span_us()
-        records.append(
-            TaskRecord(
-                "accel", "accel_expert", run.layer, group.experts[0], group.n_tokens[0], 0, start_us, end_us, run.step
-            )
-        )
-    return records
+    return [
+        TaskRecord("accel", "accel_expert", run.layer, group.experts[0], group.n_tokens[0], 0, *group.event.span_us(),
+                   run.step, run.unit)
+        for group in run.groups
+    ]  # fmt: skip
 
 
 def share_out(total_us: float, n_tokens: list[int], cost_us: Callable[[Ints], npt.NDArray[np.float64]]) -> float:

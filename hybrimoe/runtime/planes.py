@@ -70,8 +70,8 @@ class PlaneSlots(SlotCache):
     and wanted with them gets them before its computation.
     """
 
-    def __init__(self, planes: PlaneStore, accelerator: Accelerator) -> None:
-        super().__init__(accelerator)
+    def __init__(self, planes: PlaneStore, accelerator: Accelerator, first_slot: int = 0, unit: int = 0) -> None:
+        super().__init__(accelerator, first_slot, unit)
         self.planes = planes
         self._moved_bytes = 0
         self._rough: list[int] = []

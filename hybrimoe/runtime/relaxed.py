@@ -40,7 +40,7 @@ class RelaxedRunner(Runner):
         self.relaxation, self.low, self.gates = relaxation, low, gates
         self._given: Floats = np.empty(0, np.float32)
         self.late = DeferredLane(self.executor)
-        slots = self.executor.slots
+        slots = self.executor.caches[0] if self.executor.caches else None
         self._planes = slots if isinstance(slots, PlaneSlots) else None
         if self._planes is not None:  # which counts what crosses the link itself
             self._record_bytes = (0,) * len(self.layers)
@@ -138,7 +138,7 @@ class RelaxedRunner(Runner):
         """bool [n_experts]: bytes of the full-precision expert are in a slot now."""
         if self.planner is None:
             return np.zeros(n_experts, np.bool_)
-        return self.planner.slots.resident_mask(index)[:n_experts]
+        return self.planner.resident_mask(index)[:n_experts]
 
     def _scores(self, index: int, inputs: CallInputs) -> Floats | None:
         """Gate probabilities float32 [T, E] of all experts of the layer."""
@@ -214,7 +214,7 @@ class RelaxedRunner(Runner):
         if norm is not None:
             postpone_weights(work, norm)
         counters = self.counters(index)
-        table = None if self.planner is None else self.planner.slots
+        table = None if self.planner is None else self.planner.table(index)
         self._stats.demand(counters, index, experts, work.dispatch.n_tokens, table)
         counters.cpu_experts += len(experts)
         counters.deferred += int((ids >= 0).sum())
@@ -246,11 +246,11 @@ class RelaxedRunner(Runner):
         norm = layer.transform()
         if norm is not None:
             postpone_weights(work, norm)
-        return runner.plan_call(index, layer, work, top_k_index, runner.counters(index), self._lanes(before))
+        return runner.plan_call(index, layer, work, top_k_index, runner.counters(index), self._lanes(index, before))
 
-    def _lanes(self, before: list[tuple[Runner, PlannedCall, LayerRun]]) -> LaneState:
+    def _lanes(self, index: int, before: list[tuple[Runner, PlannedCall, LayerRun]]) -> LaneState:
         """When the lanes get free: both parts' transfers, and the predicted work of the parts before."""
-        link_us = self.link_busy_us() + (0.0 if self.low is None else self.low.link_busy_us())
+        link_us = self.link_busy_us(index) + (0.0 if self.low is None else self.low.link_busy_us(index))
         cpu_us, accel_us = self.late.remaining_us(), 0.0
         for runner, opened, _ in before:
             cpu, accel = runner.predicted_us(opened)

@@ -17,6 +17,7 @@ from hybrimoe.runtime.relaxed import RelaxedRunner
 from hybrimoe.runtime.runner import Runner
 from hybrimoe.runtime.startup import Frequencies, Startup
 from hybrimoe.runtime.store import ExpertStore
+from hybrimoe.runtime.units import Unit
 from scheduler.relax import Lossy, Relaxation, RelaxSetting
 
 
@@ -62,21 +63,22 @@ def _low_startup(startup: Startup, low: LowCopy) -> Startup:
     assert startup.stats.low is not None
     config = dataclasses.replace(startup.config, lookahead=0)
     return dataclasses.replace(
-        startup, config=config, layers=low.layers, store=low.store, accelerator=low.accelerator, stats=startup.stats.low
-    )
+        startup, config=config, layers=low.layers, store=low.store, stats=startup.stats.low,
+        units=[] if low.accelerator is None else [Unit(0, low.accelerator, range(len(low.layers)))],
+    )  # fmt: skip
 
 
 def _allocate(startup: Startup, low: Startup | None, lossy: Lossy, setting: int | float | str) -> None:
     if low is None or lossy.low is None:
         startup.allocate(startup.slots_of(setting))
         return
-    low.allocate(0)
-    n_high, n_low = startup.slots_of(setting), 0
+    low.allocate([0] * len(low.units))
+    n_high, n_low = sum(startup.slots_of(setting)), 0
     if n_high:
         n_experts = sum(layer.num_experts for layer in low.layers if layer.placement != "cpu")
         n_high, n_low = lossy.low.split(n_high, startup.slot_bytes, low.slot_bytes, n_experts)
-    startup.allocate(n_high)
-    low.allocate(n_low)
+    startup.allocate([n_high] * len(startup.units))
+    low.allocate([n_low] * len(low.units))
 
 
 def _of_part(frequencies: Frequencies | None, part: npt.NDArray[np.bool_]) -> Frequencies | None:

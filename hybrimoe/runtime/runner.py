@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,6 @@ from hybrimoe.runtime.routing import Workspace, host_index, layer_demand, layer_
 from hybrimoe.runtime.stats import Counters, StatsRecorder
 from hybrimoe.runtime.steps import Step, StepTracker
 from scheduler import (
-    CostModel,
     LaneState,
     LayerDemand,
     LayerEnded,
@@ -34,10 +32,8 @@ from scheduler import (
     Transfer,
 )
 from scheduler.graph import PlannedLayer
+from scheduler.layer_planner import Costs, LayerPlanner
 from scheduler.records import TaskRecord
-
-if TYPE_CHECKING:
-    from scheduler import Planner
 
 RoutingRecorder = Callable[[int, npt.NDArray[np.integer], npt.NDArray[np.float32], tuple[Prediction, ...]], None]
 OBSERVE_EVERY = 4
@@ -59,13 +55,13 @@ class Runner:
     """Runs layer calls of a started session. `planner` None: no slots, every expert runs on the CPU lane."""
 
     def __init__(
-        self, layers: Sequence[Layer], executor: Executor, planner: Planner | None, costs: CostModel | None,
-        stats: StatsRecorder, tracker: StepTracker,
+        self, layers: Sequence[Layer], executor: Executor, planner: LayerPlanner | None, stats: StatsRecorder,
+        tracker: StepTracker,
     ) -> None:  # fmt: skip
         self.layers = list(layers)
         self.executor = executor
         self.planner = planner
-        self.costs = costs
+        self.costs: Costs | None = None if planner is None else planner.costs
         self._stats = stats
         self.tracker = tracker
         self.workspace = Workspace()
@@ -139,7 +135,7 @@ class Runner:
         """Demand and plan of one call, counted. `lanes`: when they get free; None: only the link's queue is known."""
         self._report_transfers()
         demand = self._demand(index, work, top_k_index)
-        table = None if self.planner is None else self.planner.slots
+        table = None if self.planner is None else self.planner.table(index)
         self._stats.demand(counters, index, demand.expert_ids, demand.n_tokens_total, table)
         plan = self._plan(index, demand, lanes)
         self._stats.plan(counters, plan, self._record_bytes)
@@ -183,8 +179,8 @@ class Runner:
 
     def drain(self) -> None:
         """Waits for the work under way and reports it; completes the timeline."""
-        if self.executor.slots is not None:
-            self.executor.slots.accelerator.synchronize()
+        for slots in self.executor.caches:
+            slots.accelerator.synchronize()
         self.report()
 
     def close(self) -> None:
@@ -197,7 +193,7 @@ class Runner:
 
     def slot_contents(self) -> dict[int, tuple[int, int]]:
         """Slot -> (layer, expert) that it holds or will once its copy ends."""
-        return {} if self.executor.slots is None else self.executor.slots.contents()
+        return {slot: key for slots in self.executor.caches for slot, key in slots.contents().items()}
 
     def begin_step(self, step: Step, n_tokens: int) -> None:
         """Tells the planner where this call belongs, if it is the first of a step."""
@@ -236,7 +232,7 @@ class Runner:
         """Routing of as many following layers as the policy reads; of all within lookahead for a recorder."""
         planner, depth = self.planner, None
         if self.routing_recorder is None:
-            if planner is None or not planner.layers_ahead or self._all_cached(planner):
+            if planner is None or not planner.layers_ahead or planner.all_cached:
                 return ()
             depth = planner.layers_ahead
         hidden = work.hidden.reshape(work.host_hidden.shape)
@@ -244,19 +240,16 @@ class Runner:
             lookahead.learn(index, hidden, host_index(top_k_index).reshape(len(hidden), -1))
         return lookahead.predict(index, hidden, work.host_hidden, work.dispatch.top_k, depth)
 
-    @staticmethod
-    def _all_cached(planner: Planner) -> bool:
-        """Every expert has a slot: there is nothing to prefetch."""
-        return planner.slots.n_slots == planner.n_layers * planner.n_experts
-
     def _plan(self, index: int, demand: LayerDemand, lanes: LaneState | None) -> LayerPlan:
         if self.planner is None:
             return LayerPlan(self._step_index, index, tuple(demand.expert_ids.tolist()), (), (), (), (), 0.0)
-        return self.planner.plan_layer(demand, LaneState(link_ready_us=self.link_busy_us()) if lanes is None else lanes)
+        if lanes is None:
+            lanes = LaneState(link_ready_us=self.link_busy_us(index))
+        return self.planner.plan_layer(demand, lanes)
 
-    def link_busy_us(self) -> float:
-        """Expected us until this runner's transfers under way have ended."""
-        slots = self.executor.slots
+    def link_busy_us(self, layer: int) -> float:
+        """Expected us until this runner's transfers under way have ended on the link of the layer's accelerator."""
+        slots = self.executor.slots_of(layer)
         if slots is None or self.costs is None:
             return 0.0
         return slots.link_busy_us(clock_us(), self.costs.transfer_us)
@@ -269,7 +262,7 @@ class Runner:
         if self.planner is not None:
             self.planner.on_event(LayerEnded(plan.layer, self._observed_cpu(run)))
         if self.tracing:
-            self.plans.append(PlannedLayer(plan, demand))
+            self.plans.append(PlannedLayer(plan, demand, unit=run.unit, link_unit=run.unit))
             self.timeline += run.records
         self._report_runs()
 
@@ -281,15 +274,14 @@ class Runner:
 
     def _report_transfers(self) -> None:
         """Tells the planner which copies have ended."""
-        if self.executor.slots is None:
-            return
-        for item in self.executor.slots.take_ended():
-            ended = item.ended()
-            self._stats.of(self.phase, ended.layer).link_us += ended.us
-            if item.traced:
-                self.timeline.append(item.record())
-            if self.planner is not None:
-                self.planner.on_event(ended)
+        for slots in self.executor.caches:
+            for item in slots.take_ended():
+                ended = item.ended()
+                self._stats.of(self.phase, ended.layer).link_us += ended.us
+                if item.traced:
+                    self.timeline.append(item.record())
+                if self.planner is not None:
+                    self.planner.on_event(ended)
 
     def _report_runs(self) -> None:
         """Accelerator times of layers whose work has ended: counted, observed, and recorded if traced."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from gpu_kernels import Accelerator
 from hybrimoe import experts_layout
 from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import ModelError
-from hybrimoe.runtime.backends import backend_for, cpu_threads, open_device
+from hybrimoe.runtime.backends import backend_for, close_all, cpu_threads, open_devices
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.hybrid_experts import HybridExperts
 from hybrimoe.runtime.layers import PLACEMENTS, Layer, Placement, pack_layers
@@ -30,9 +30,11 @@ from hybrimoe.runtime.startup import Frequencies, Startup
 from hybrimoe.runtime.stats import SessionStats, StatsRecorder
 from hybrimoe.runtime.steps import StepTracker
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
-from scheduler import CostModel, Planner
+from hybrimoe.runtime.units import Unit, share_layers
 from scheduler.graph import PlannedLayer
-from scheduler.recording import RecordedPlanner, Recording
+from scheduler.layer_planner import Costs, LayerPlanner
+from scheduler.planner_setup import PlannerSetup
+from scheduler.recording import Recorder, Recording
 from scheduler.records import TaskRecord
 
 
@@ -48,14 +50,15 @@ class Session:
         self._lock = threading.RLock()
         self._layers: list[Layer] = []
         self._store: ExpertStore | None = None
-        self._accelerator: Accelerator | None = None
+        self._accelerators: tuple[Accelerator, ...] = ()
+        self._units: list[Unit] = []
         self._runner: Runner | None = None
         self._stats = StatsRecorder(0)
         self._low: LowCopy | None = None
         self._tracker = StepTracker(self.config.decode_max_tokens)
         self._model: weakref.ref[nn.Module] | None = None
         self._sink: ProbeSink | None = None
-        self._make_planner: Callable[..., Planner] = Planner
+        self._make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
         self._closed = False
         self._finalizer: weakref.finalize[..., Any] | None = None
 
@@ -84,23 +87,25 @@ class Session:
 
     def finalize(
         self, model: nn.Module | None = None, *, store: ExpertStore | None = None,
-        frequencies: Frequencies | None = None, accelerator: Accelerator | None = None,
+        frequencies: Frequencies | None = None, accelerator: Accelerator | Sequence[Accelerator] | None = None,
     ) -> None:  # fmt: skip
         """Opens the devices and fills the store; then starts, unless weights are still to come (meta modules).
 
         model: watched for prefill and decode, and searched for routers. store: ready-made records (nothing is packed).
-        frequencies: [layers, experts] activation counts that choose what is cached first. accelerator: an open one in
-        place of the configured one; the session closes it.
+        frequencies: [layers, experts] activation counts that choose what is cached first. accelerator: open ones in
+        place of the configured ones; the session closes them.
         Raises DeviceError, ConfigError, BudgetError, ModelError.
         """
         if not self._layers:
             raise ModelError("no layer was added to the session: nothing to run")
         if self._store is not None:
             raise ModelError("the session is already finalized")
-        self._accelerator = open_device(self.config) if accelerator is None else accelerator
-        if self._accelerator is not None:
-            self._finalizer = weakref.finalize(self, self._accelerator.close)
-        threads = cpu_threads(self.config, self._accelerator)
+        if accelerator is None:
+            self._accelerators = tuple(open_devices(self.config))
+        else:
+            self._accelerators = tuple(accelerator) if isinstance(accelerator, Sequence) else (accelerator,)
+        self._finalizer = weakref.finalize(self, close_all, self._accelerators)
+        threads = cpu_threads(self.config, self._accelerators)
         for layer in self._layers:
             layer.backend = backend_for(self.config.backend, threads, layer.spec)
         if model is not None:
@@ -108,7 +113,7 @@ class Session:
             self._tracker.bind(model)
         deferred = store is None and any(layer.layout is not None and layer.layout.is_meta for layer in self._layers)
         if store is None:
-            pinned = self._accelerator is not None and self._accelerator.needs_pinned_host()
+            pinned = any(device.needs_pinned_host() for device in self._accelerators)
             store = ExpertStore(self.layer_specs(), pinned=pinned)
             pack_layers(self._layers, store)
         self._store = store
@@ -121,6 +126,8 @@ class Session:
             if self._runner is not None:
                 raise ModelError("the session was already started")
             self._stats = self._new_stats()
+            model = None if self._model is None else self._model()
+            self._units = share_layers(self._layers, self._accelerators, model, self.config.kv_reserve_bytes)
             self._start_runner(self.config.gpu_expert_slots, None, frequencies)
 
     # Running ----------------------------------------------------------------------------------------------------
@@ -148,7 +155,7 @@ class Session:
         """
         with self._lock:
             runner = self._ready()
-            if self._accelerator is None:
+            if not self._accelerators:
                 raise ModelError("there is no accelerator, so there are no slots to resize")
             runner.drain()
             self._start_runner(slots, runner, runner.activations if runner.activations.any() else None)
@@ -196,14 +203,19 @@ class Session:
         return tuple(self._layers)
 
     @property
-    def accelerator(self) -> Accelerator | None:
-        """The open accelerator, or None."""
-        return self._accelerator
+    def accelerators(self) -> tuple[Accelerator, ...]:
+        """The open accelerators, in the order of their layers; empty without one."""
+        return self._accelerators
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """Each accelerator with its layers; empty before the start."""
+        return tuple(self._units)
 
     @property
     def n_slots(self) -> int:
-        """Accelerator slots, 0 without an accelerator."""
-        return 0 if self._accelerator is None else self._accelerator.n_slots
+        """Slots of all accelerators, 0 without one."""
+        return sum(device.n_slots for device in self._accelerators)
 
     @property
     def started(self) -> bool:
@@ -211,12 +223,12 @@ class Session:
         return self._runner is not None and not self._closed
 
     @property
-    def planner(self) -> Planner | None:
+    def planner(self) -> LayerPlanner | None:
         """The planner of the hybrid layers, None where every placement is fixed."""
         return None if self._runner is None else self._runner.planner
 
     @property
-    def costs(self) -> CostModel | None:
+    def costs(self) -> Costs | None:
         """Predicted durations as corrected so far."""
         return None if self._runner is None else self._runner.costs
 
@@ -248,7 +260,7 @@ class Session:
                     "with slots, and no lossy policy"
                 )
             runner.drain()
-            self._make_planner = RecordedPlanner
+            self._make_planner = Recorder
             self._start_runner(None, runner, runner.activations if runner.activations.any() else None)
             self._ready().trace(True)
 
@@ -256,7 +268,7 @@ class Session:
     def recording(self) -> Recording:
         """What ran since `record_run`. Raises ModelError where nothing was recorded."""
         planner, tasks = self.planner, self.timeline
-        if not isinstance(planner, RecordedPlanner):
+        if not isinstance(planner, Recorder):
             raise ModelError("nothing was recorded: call record_run() first")
         sizes = {layer.spec.record_bytes for layer in self._layers}
         return replace(planner.recording, tasks=tasks, expert_bytes=max(sizes))
@@ -285,7 +297,7 @@ class Session:
             runner = self._runner
             if runner is not None and runner.clean and not self._closed:
                 runner.report()
-            return snapshot(self.config, self._layers, self._stats, self._store, self._accelerator, runner, self._low)
+            return snapshot(self.config, self._layers, self._stats, self._store, self._units, runner, self._low)
 
     def reset_stats(self) -> None:
         """Sets all counters to zero."""
@@ -320,8 +332,8 @@ class Session:
 
     def _recover(self, broken: Runner) -> None:
         """After a failed or interrupted call: waits for the lanes, forgets the slots, keeps costs and counters."""
-        if self._accelerator is not None:
-            self._accelerator.synchronize()
+        for device in self._accelerators:
+            device.synchronize()
         self._stats.failures += 1
         self._stats.forget_slots()
         self._tracker.restart()
@@ -333,7 +345,7 @@ class Session:
         """Replaces the runner; `setting` None keeps the slots, `previous` hands over costs, hooks and records."""
         model = None if self._model is None else self._model()
         startup = Startup(
-            self.config, self._layers, self.store, self._accelerator, model, self._probe, self._stats, self._tracker,
+            self.config, self._layers, self.store, self._units, model, self._probe, self._stats, self._tracker,
             make_planner=self._make_planner,
         )  # fmt: skip
         lossy = self.config.lossy
@@ -345,8 +357,9 @@ class Session:
         self._runner = relaxed_runner(startup, lossy, self._low, setting, previous, frequencies)
 
     def _make_low_copy(self, dtype: Any) -> LowCopy:
-        threads = cpu_threads(self.config, self._accelerator)
-        return make_low_copy(self._layers, self.store, dtype, self._accelerator, self.config.backend, threads)
+        threads = cpu_threads(self.config, self._accelerators)
+        first = self._accelerators[0] if self._accelerators else None
+        return make_low_copy(self._layers, self.store, dtype, first, self.config.backend, threads)
 
     def _new_stats(self) -> StatsRecorder:
         lossy, n = self.config.lossy, len(self._layers)

@@ -36,6 +36,7 @@ class InFlight:
     step: int
     traced: bool
     began: Event | None = None
+    unit: int = 0
 
     def span_us(self) -> tuple[float, float]:
         """Start and end of the whole transfer; only after it has ended."""
@@ -54,15 +55,20 @@ class InFlight:
         start_us, end_us = self.span_us()
         kind: TaskKind = "transfer" if self.transfer.kind == "demand" else "prefetch"
         return TaskRecord(
-            "link", kind, self.transfer.layer, self.transfer.expert, 0, self.n_bytes, start_us, end_us, self.step
-        )
+            "link", kind, self.transfer.layer, self.transfer.expert, 0, self.n_bytes, start_us, end_us, self.step,
+            self.unit,
+        )  # fmt: skip
 
 
 class SlotCache:
-    """Slot contents in order of submission, and the FIFO of transfers under way."""
+    """Slot contents of one accelerator in order of submission, and the FIFO of transfers under way.
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    Slots are numbered as the planner does, from `first_slot` (where there are several accelerators; `unit` is the
+    accelerator's number).
+    """
+
+    def __init__(self, accelerator: Accelerator, first_slot: int = 0, unit: int = 0) -> None:
+        self.accelerator, self.first_slot, self.unit = accelerator, first_slot, unit
         self._holds: list[Key | None] = [None] * accelerator.n_slots
         self._pending: deque[InFlight] = deque()
 
@@ -74,26 +80,34 @@ class SlotCache:
     def submit(self, transfer: Transfer, record: npt.NDArray[np.uint8], step: int, *, traced: bool = False) -> None:
         """Starts one transfer; it follows all earlier ones."""
         self.check_slot(transfer)
-        event = self.accelerator.copy_to_slot(transfer.slot, record)
-        self.began(InFlight(transfer, event, record.nbytes, step, traced))
+        event = self.accelerator.copy_to_slot(transfer.slot - self.first_slot, record)
+        self.began(InFlight(transfer, event, record.nbytes, step, traced, unit=self.unit))
 
     def check_slot(self, transfer: Transfer) -> None:
         """Raises PlanError where there is no such slot."""
-        if not 0 <= transfer.slot < len(self._holds):
-            raise PlanError(f"{transfer} names slot {transfer.slot} of {len(self._holds)}")
+        if not 0 <= transfer.slot - self.first_slot < len(self._holds):
+            raise PlanError(f"{transfer} names slot {transfer.slot}, expected {self._numbers()}")
 
     def began(self, item: InFlight) -> None:
         """Notes a transfer that was submitted to the accelerator."""
-        self._holds[item.transfer.slot] = (item.transfer.layer, item.transfer.expert)
+        self._holds[item.transfer.slot - self.first_slot] = (item.transfer.layer, item.transfer.expert)
         self._pending.append(item)
+
+    def own(self, slots: Sequence[int]) -> Sequence[int]:
+        """The accelerator's own numbers of these slots."""
+        return slots if not self.first_slot else [slot - self.first_slot for slot in slots]
 
     def check(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> None:
         """Raises PlanError unless each slot holds (or will hold, once its copy ends) the layer's expert."""
         holds, n_slots = self._holds, len(self._holds)
-        for expert, slot in zip(experts, slots, strict=True):
+        for expert, slot in zip(experts, self.own(slots), strict=True):
             if not 0 <= slot < n_slots or holds[slot] != (layer, expert):
-                held = holds[slot] if 0 <= slot < n_slots else "nothing (no such slot)"
-                raise PlanError(f"layer {layer} expert {expert} is planned on slot {slot}, which holds {held}")
+                held = holds[slot] if 0 <= slot < n_slots else f"nothing (the slots here are {self._numbers()})"
+                name = slot + self.first_slot
+                raise PlanError(f"layer {layer} expert {expert} is planned on slot {name}, which holds {held}")
+
+    def _numbers(self) -> str:
+        return f"{self.first_slot}..{self.first_slot + len(self._holds) - 1}" if self._holds else "none"
 
     def take_ended(self) -> list[InFlight]:
         """Transfers that ended since the last call, in link order."""
@@ -112,7 +126,7 @@ class SlotCache:
 
     def contents(self) -> dict[int, Key]:
         """Slot -> (layer, expert) of every filled slot."""
-        return {slot: key for slot, key in enumerate(self._holds) if key is not None}
+        return {slot: key for slot, key in enumerate(self._holds, self.first_slot) if key is not None}
 
     def reset(self) -> None:
         """Waits for the lanes, then forgets what the slots hold."""

@@ -10,11 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-import scheduler
 from gpu_kernels import Accelerator, AcceleratorError
 from hybrimoe.errors import BudgetError
 from hybrimoe.profiles import calibrated
-from hybrimoe.runtime.budget import reserve_bytes, resolve_slots
 from hybrimoe.runtime.compiled import make_ready
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.executor import Executor
@@ -26,7 +24,10 @@ from hybrimoe.runtime.slots import SlotCache
 from hybrimoe.runtime.stats import StatsRecorder
 from hybrimoe.runtime.steps import StepTracker
 from hybrimoe.runtime.store import ExpertStore
+from hybrimoe.runtime.units import Unit, blocks_of, slots_by_unit
 from scheduler import CostModel, ModelShape
+from scheduler.layer_planner import LayerPlanner
+from scheduler.planner_setup import PlannerSetup
 from scheduler.rehearsal import rehearse
 
 Frequencies = npt.NDArray[np.floating]
@@ -40,14 +41,19 @@ class Startup:
     config: RuntimeConfig
     layers: Sequence[Layer]
     store: ExpertStore
-    accelerator: Accelerator | None
+    units: Sequence[Unit]
     model: nn.Module | None
     probe: Probe
     stats: StatsRecorder
     tracker: StepTracker
     make_runner: Callable[..., Runner] = Runner
-    make_planner: Callable[..., scheduler.Planner] = scheduler.Planner
-    make_slots: Callable[[Accelerator], SlotCache] = SlotCache
+    make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
+    make_slots: Callable[[Accelerator, int, int], SlotCache] = SlotCache
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """The first accelerator: all that a lossy policy has."""
+        return self.units[0].accelerator if self.units else None
 
     def runner(
         self, setting: int | float | str | None, previous: Runner | None, frequencies: Frequencies | None
@@ -56,12 +62,12 @@ class Startup:
         counters and hooks. Raises BudgetError where slots do not fit."""
         if setting is not None:
             self.allocate(self.slots_of(setting))
-        slots, planner, costs = None, None, None
-        if self.accelerator is not None and self.accelerator.n_slots and self._slotted():
-            costs = self._costs() if previous is None or previous.costs is None else previous.costs
-            slots = self.make_slots(self.accelerator)
-            planner = self._planner(self.accelerator.n_slots, costs)
-        runner = self.make_runner(self.layers, Executor(self.store, slots), planner, costs, self.stats, self.tracker)
+        planner, executor = None, Executor(self.store)
+        if self._slotted() and any(unit.accelerator.n_slots for unit in self.units):
+            known = None if previous is None else previous.planner
+            planner = self._planner([self._costs(unit) for unit in self.units] if known is None else known.cost_models)
+            executor = self._executor()
+        runner = self.make_runner(self.layers, executor, planner, self.stats, self.tracker)
         if self.config.lookahead > 0:
             runner.lookahead = self.new_lookahead(self.config.lookahead)
             make_ready()
@@ -80,58 +86,56 @@ class Startup:
         """Bytes of the largest record that has a slot; 0 where no layer has."""
         return max((layer.spec.record_bytes for layer in self._slotted()), default=0)
 
-    def slots_of(self, setting: int | float | str) -> int:
-        """Number of slots that a setting stands for; 0 without accelerator or layer to cache."""
-        accelerator, slotted = self.accelerator, self._slotted()
-        if accelerator is None or not slotted:
-            return 0
-        n_experts = sum(layer.num_experts for layer in slotted)
-        reserve = reserve_bytes(self.model, accelerator, self.config.kv_reserve_bytes)
-        return resolve_slots(setting, n_experts, self.slot_bytes, accelerator, reserve)
+    def slots_of(self, setting: int | float | str) -> list[int]:
+        """Number of slots of each accelerator that a setting stands for; 0 without a layer to cache."""
+        return slots_by_unit(
+            setting, self.units, self.layers, self.slot_bytes, self.model, self.config.kv_reserve_bytes
+        )
 
-    def allocate(self, n_slots: int) -> None:
-        """Replaces the slot memory, if there is an accelerator. Raises BudgetError where it does not fit."""
-        if self.accelerator is None or not self.slot_bytes:
+    def allocate(self, n_slots: Sequence[int]) -> None:
+        """Replaces the slot memory of each accelerator. Raises BudgetError where it does not fit."""
+        if not self.slot_bytes:
             return
-        try:
-            self.accelerator.allocate(n_slots, self.slot_bytes)
-        except (AcceleratorError, MemoryError) as error:
-            raise BudgetError(str(error) or f"no memory for {n_slots} slots of {self.slot_bytes} bytes") from error
+        for unit, n in zip(self.units, n_slots, strict=True):
+            try:
+                unit.accelerator.allocate(n, self.slot_bytes)
+            except (AcceleratorError, MemoryError) as error:
+                raise BudgetError(str(error) or f"no memory for {n} slots of {self.slot_bytes} bytes") from error
 
-    def _costs(self) -> CostModel:
-        """From the given profile, this machine's calibration, or a short measurement of the first layer with slots."""
-        index = next(i for i, layer in enumerate(self.layers) if layer.placement != "cpu")
+    def _executor(self) -> Executor:
+        firsts = [block.first_slot for block in blocks_of(self.units)]
+        caches = [self.make_slots(unit.accelerator, firsts[unit.index], unit.index) for unit in self.units]
+        return Executor(self.store, caches, [unit.index for unit in self.units for _ in unit.layers])
+
+    def _costs(self, unit: Unit) -> CostModel:
+        """Of the unit's layers: from the given profile, this machine's calibration, or a short measurement of the first
+        layer with slots."""
+        with_slots = (i for i in unit.layers if self.layers[i].placement != "cpu")
+        index = next(with_slots, unit.layers[0])
         layer = self.layers[index]
-        spec, device = layer.spec, self.accelerator
-        profile = self.config.profile
-        if profile is None and device is not None:
-            profile = calibrated(spec.hidden, spec.inter, spec.dtype, device.name, device.kind)
+        spec, device = layer.spec, unit.accelerator
+        profile = self.config.profile or calibrated(spec.hidden, spec.inter, spec.dtype, device.name, device.kind)
         if profile is None:
             assert layer.backend is not None
-            profile = measure_profile(self.store, index, layer.backend, self.accelerator)
+            profile = measure_profile(self.store, index, layer.backend, device if device.n_slots else None)
         shape = ModelShape(
             name=layer.path,
-            n_layers=len(self.layers),
+            n_layers=len(unit.layers),
             n_experts=max(item.num_experts for item in self.layers),
             top_k=1,
             hidden=layer.spec.hidden,
             inter=layer.spec.inter,
             gated=layer.spec.activation.gated,
         )
-        return CostModel(profile, shape, layer.spec.dtype, [item.spec.record_bytes for item in self.layers])
+        return CostModel(profile, shape, spec.dtype, [self.layers[i].spec.record_bytes for i in unit.layers])
 
-    def _planner(self, n_slots: int, costs: CostModel) -> scheduler.Planner:
-        return self.make_planner(
-            len(self.layers),
-            max(layer.num_experts for layer in self.layers),
-            n_slots,
-            costs,
-            policy=self.config.policy,
-            lookahead=self.config.lookahead,
-            seed=self.config.seed,
-            placements=[layer.placement for layer in self.layers],
-            **self.config.policy_params,
-        )
+    def _planner(self, costs: Sequence[CostModel]) -> LayerPlanner:
+        setup = PlannerSetup(
+            max(layer.num_experts for layer in self.layers), costs, blocks_of(self.units),
+            [layer.placement for layer in self.layers], self.config.policy, self.config.lookahead, self.config.seed,
+            self.config.policy_params,
+        )  # fmt: skip
+        return self.make_planner(setup)
 
     def new_lookahead(self, depth: int) -> Lookahead | None:
         """Knows the gates of all layers once they have run; None where the model's blocks cannot be found."""

@@ -70,16 +70,32 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitStats:
+    """One accelerator: its layers (indices), slots, and the sums over its layers (their CPU lane included)."""
+
+    name: str
+    kind: str
+    layers: range
+    n_slots: int
+    slots_filled: int
+    counters: Counters
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "name": self.name, "kind": self.kind, "first_layer": self.layers.start, "n_layers": len(self.layers),
+            "n_slots": self.n_slots, "slots_filled": self.slots_filled, "total": self.counters.as_dict(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class SessionStats:
     """A snapshot: sums by phase and by layer (module path), and what the session runs on."""
 
     by_phase: dict[Phase, Counters]
     layers: dict[str, Counters]
-    accelerator: str
-    accelerator_kind: str
+    accelerators: tuple[UnitStats, ...]
     policy: str
-    n_slots: int
-    slots_filled: int
     n_experts: int
     store_bytes: int
     warmup_transfers: int
@@ -91,6 +107,29 @@ class SessionStats:
     def total(self) -> Counters:
         """Sums over everything."""
         return _total(self.by_phase.values())
+
+    @property
+    def accelerator(self) -> str:
+        """Names of the accelerators; "none" without one."""
+        names = [unit.name for unit in self.accelerators]
+        counts = {name: names.count(name) for name in names}
+        return ", ".join(name if n == 1 else f"{n} x {name}" for name, n in counts.items()) or "none"
+
+    @property
+    def accelerator_kind(self) -> str:
+        """ "emulated" where one of them is (its times are emulated times), else the torch device type, or "none"."""
+        kinds = sorted({unit.kind for unit in self.accelerators})
+        return "emulated" if "emulated" in kinds else ", ".join(kinds) or "none"
+
+    @property
+    def n_slots(self) -> int:
+        """Slots of all accelerators."""
+        return sum(unit.n_slots for unit in self.accelerators)
+
+    @property
+    def slots_filled(self) -> int:
+        """Slots that hold an expert, or are being filled with one."""
+        return sum(unit.slots_filled for unit in self.accelerators)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts and numbers for JSON. Times of an emulated accelerator are emulated times."""
@@ -108,6 +147,7 @@ class SessionStats:
             "failures": self.failures,
             "total": self.total.as_dict(),
             **{phase: counters.as_dict() for phase, counters in self.by_phase.items()},
+            "accelerators": [unit.as_dict() for unit in self.accelerators],
             "layers": {path: counters.as_dict() for path, counters in self.layers.items()},
         }
 
@@ -127,15 +167,17 @@ class StatsRecorder:
         return self._counters[phase][layer]
 
     def demand(
-        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int, table: SlotTable | None
-    ) -> None:
-        """Counts one call's demand against the slots as they are before planning."""
+        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int,
+        table: tuple[SlotTable, int] | None,
+    ) -> None:  # fmt: skip
+        """Counts one call's demand against the slots as they are before planning (`LayerPlanner.table`)."""
         counters.calls += 1
         counters.tokens += n_tokens
         counters.activated += len(expert_ids)
         hits = late = 0
-        if table is not None and table.n_slots:
-            hits, late = count_hits(expert_ids, layer * table.n_experts, table.slot_of, table.state, RESIDENT)
+        if table is not None and table[0].n_slots:
+            slots, own = table
+            hits, late = count_hits(expert_ids, own * slots.n_experts, slots.slot_of, slots.state, RESIDENT)
         counters.hits += hits
         counters.misses += len(expert_ids) - hits
         counters.late_prefetches += late

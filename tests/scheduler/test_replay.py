@@ -11,19 +11,22 @@ import numpy as np
 import pytest
 
 from scheduler import CostModel, LaneState, LayerDemand, LayerEnded, ObservedTask, TransferEnded
-from scheduler.recording import RecordedPlanner, Recording, RecordingError
+from scheduler.layer_blocks import blocks
+from scheduler.planner_setup import PlannerSetup
+from scheduler.recording import Recorder, Recording, RecordingError
 from scheduler.records import TaskRecord
 from scheduler.replay import replay
 
 LAYERS, EXPERTS = 3, 16
 
 
-def run(policy: str = "ours", steps: int = 30) -> Recording:
+def run(policy: str = "ours", steps: int = 30, n_accelerators: int = 1) -> Recording:
     """A prefill and some decode steps with drifting times, as a runtime would report them."""
     rng = np.random.default_rng(3)
-    costs = CostModel.uniform(LAYERS, 100.0, 15.0, 120.0, 10.0, 1.0, dense_us=200.0)
-    costs.drift[:] = 1.1, 0.9, 1.3
-    planner = RecordedPlanner(LAYERS, EXPERTS, 20, costs, policy, 2, placements=["hybrid"] * LAYERS)
+    parts = blocks(LAYERS, 20, n_accelerators)
+    costs = [CostModel.uniform(part.n_layers, 100.0, 15.0, 120.0, 10.0, 1.0, dense_us=200.0) for part in parts]
+    costs[0].drift[:] = 1.1, 0.9, 1.3
+    planner = Recorder(PlannerSetup(EXPERTS, costs, parts, ["hybrid"] * LAYERS, policy, 2))
     for transfer in planner.warm_up(rng.random((LAYERS, EXPERTS))):
         planner.on_event(TransferEnded(transfer.layer, transfer.expert, transfer.slot, 100.0))
     planner.begin_sequence()
@@ -49,9 +52,10 @@ def run(policy: str = "ours", steps: int = 30) -> Recording:
     return recording
 
 
+@pytest.mark.parametrize("n_accelerators", [1, 2])
 @pytest.mark.parametrize("policy", ["ours", "hybrimoe", "freetoken", "fate"])
-def test_a_saved_recording_is_replayed_exactly(policy: str, tmp_path: Path) -> None:
-    recording = run(policy)
+def test_a_saved_recording_is_replayed_exactly(policy: str, n_accelerators: int, tmp_path: Path) -> None:
+    recording = run(policy, n_accelerators=n_accelerators)
     recording.save(tmp_path / "run.json.gz")
     found = replay(Recording.load(tmp_path / "run.json.gz"))
     assert found.exact, found.divergence
@@ -90,7 +94,7 @@ def test_the_first_difference_is_named(tmp_path: Path) -> None:
     assert (found.recorded, found.replayed) != (None, None)
 
     def slower_link(body: Any) -> None:
-        body["setup"]["costs"]["drift"][2] = 4.0
+        body["setup"]["costs"][0]["drift"][2] = 4.0
 
     found = replay(changed(run("hybrimoe/none/lru"), tmp_path, slower_link)).divergence
     assert found is not None
@@ -118,6 +122,8 @@ def test_bad_files(tmp_path: Path) -> None:
         changed(run(steps=1), tmp_path, lambda body: body.update(version=7))
     with pytest.raises(RecordingError, match=r"damaged.*setup"):
         changed(run(steps=1), tmp_path, lambda body: body.pop("setup"))
+    with pytest.raises(RecordingError, match=r"damaged.*blocks"):
+        replay(changed(run(steps=1), tmp_path, lambda body: body["setup"].pop("blocks")))
     run(steps=1).save(path)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(RecordingError, match="no recording"):

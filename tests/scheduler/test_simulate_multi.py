@@ -10,7 +10,7 @@ import pytest
 
 from scheduler.errors import DemandError, ProfileError
 from scheduler.graph import TaskGraph, chrome_trace, gantt
-from scheduler.planner_group import Block, blocks
+from scheduler.layer_blocks import Block, blocks, layers_of, slots_of
 from scheduler.profile import AccelProfile, CpuProfile, DiskProfile, HardwareProfile, LinkProfile, ModelShape
 from scheduler.simulate import SimulationConfig, SimulationError, Simulator, simulate, simulator_class
 from scheduler.simulate_multi import MultiSimulator
@@ -109,3 +109,15 @@ def test_bad_profiles() -> None:
         simulator(generate(6, 16, 2, 4, locality="olmoe-1b-7b"), many)
     with pytest.raises(SimulationError, match="one accelerator only"):
         simulator_class(TWO, SimulationConfig(lossy=object()))  # type: ignore[arg-type]
+
+
+def test_blocks_by_shares_and_by_experts_that_may_have_slots() -> None:
+    assert layers_of([8] * 6, [1.0, 1.0]) == [3, 3]
+    assert layers_of([8] * 8, [3.0, 1.0]) == [6, 2], "three times the memory, three times the layers"
+    assert layers_of([0, 0, 0, 0, 8, 8], [1.0, 1.0]) == [5, 1], "layers on the CPU count for nothing"
+    assert layers_of([8] * 3, [1.0, 0.0, 0.0]) == [1, 1, 1], "each has at least one layer"
+    assert layers_of([0] * 3, [0.0, 0.0]) == [1, 2], "no experts and no shares: any cut will do"
+    assert layers_of([1] * 9, [1 / 3] * 3) == [3, 3, 3], "rounding of floats moves no layer"
+    assert slots_of([8, 8, 8, 8, 0, 8], [4, 2], 10) == [8, 2]
+    assert slots_of([0, 0], [1, 1], 4) == [0, 0]
+    assert sum(slots_of([7, 5, 3, 9], [1, 1, 2], 11)) == 11

@@ -214,7 +214,7 @@ def test_a_failing_prefetch_reaches_the_caller(make_rig: MakeRig, monkeypatch: p
     rig = make_rig(policy="ours", gpu_expert_slots=3, start=False)
     monkeypatch.setattr(EmulatedAccelerator, "_transfer", _raise(OSError("link down")))
     rig.session.finalize()
-    rig.session.accelerator.synchronize()  # type: ignore[union-attr]
+    rig.session.accelerators[0].synchronize()
     with pytest.raises(LaneError, match="link down"):
         rig.call(0, *CALL)
     monkeypatch.undo()

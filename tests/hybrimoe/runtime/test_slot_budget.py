@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hybrimoe.errors import BudgetError
-from hybrimoe.runtime.budget import DEVICE_RESERVE_BYTES, KV_TOKENS, kv_cache_bytes, reserve_bytes, resolve_slots
+from hybrimoe.runtime.budget import DEVICE_RESERVE_BYTES, KV_TOKENS, auto_slots, kv_cache_bytes, reserve_bytes
 
 MIB = 1 << 20
 
@@ -48,14 +48,14 @@ def test_auto_takes_what_the_reserves_leave() -> None:
     device: Any = Device(2048 * MIB)
     reserve = reserve_bytes(None, device, 512 * MIB)
     assert reserve == 512 * MIB + DEVICE_RESERVE_BYTES
-    assert resolve_slots("auto", 10_000, 4 * MIB, device, reserve) == (2048 * MIB - reserve) // (4 * MIB)
-    assert resolve_slots("auto", 7, 4 * MIB, device, reserve) == 7
+    assert auto_slots(10_000, 4 * MIB, device, reserve) == (2048 * MIB - reserve) // (4 * MIB)
+    assert auto_slots(7, 4 * MIB, device, reserve) == 7
 
 
 def test_auto_without_room_says_what_takes_it() -> None:
     device: Any = Device(600 * MIB)
     with pytest.raises(BudgetError, match=r"600 MiB free, of which 1024 MiB are kept.*4\.0 MiB does not fit"):
-        resolve_slots("auto", 64, 4 * MIB, device, reserve_bytes(None, device, 512 * MIB))
+        auto_slots(64, 4 * MIB, device, reserve_bytes(None, device, 512 * MIB))
 
 
 def test_weights_still_to_be_loaded_are_kept_free_and_loaded_ones_are_not_counted_twice() -> None:
@@ -80,6 +80,6 @@ def test_kv_room_follows_the_configuration() -> None:
 def test_the_hosts_memory_is_no_limit_of_ours() -> None:
     device: Any = Device(None)
     assert reserve_bytes(None, device, None) == 0
-    assert resolve_slots("auto", 100, MIB, device, 0) == 25
-    assert resolve_slots("auto", 1, MIB, device, 0) == 1
-    assert resolve_slots(0, 100, MIB, device, 0) == 0
+    assert auto_slots(100, MIB, device, 0) == 25
+    assert auto_slots(1, MIB, device, 0) == 1
+    assert auto_slots(0, MIB, device, 0) == 0

@@ -56,7 +56,7 @@ def table_with(resident: list[int], in_flight: list[int]) -> SlotTable:
 def test_hits_misses_and_late_prefetches() -> None:
     recorder = StatsRecorder(2)
     counters = recorder.of("decode", 1)
-    recorder.demand(counters, 1, np.array([1, 2, 3, 5], np.int32), 1, table_with([1, 5, 7], [3]))
+    recorder.demand(counters, 1, np.array([1, 2, 3, 5], np.int32), 1, (table_with([1, 5, 7], [3]), 1))
     assert (counters.hits, counters.misses, counters.late_prefetches) == (2, 2, 1)
     assert counters.hit_rate == 0.5
     recorder.demand(counters, 1, np.array([0], np.int32), 1, None)
