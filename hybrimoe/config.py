@@ -105,7 +105,7 @@ class DeployConfig(_Section):
         default="auto", description="Shipped name, file or inline list."
     )
     accelerator: Accelerators = Field(
-        default=("auto",), description="Device, emulated, none or auto; a list is a preference order."
+        default=("auto",), description="Device, emulated, none or auto; a list: all of them, a block of layers each."
     )
     memory: MemoryConfig = MemoryConfig()
     cpu: CpuConfig = CpuConfig()
@@ -132,7 +132,7 @@ class DeployConfig(_Section):
         return self._located.sub(("rules",)) if here else Located(self.rules, "<rules>")
 
     def runtime(self) -> RuntimeConfig:
-        """The settings of a runtime session. Raises DeviceError where no accelerator of the list is here."""
+        """The settings of a runtime session."""
         from hybrimoe.runtime_settings import runtime_config
 
         return runtime_config(self)

@@ -17,9 +17,11 @@ _DEVICE = re.compile(rf"(?:{'|'.join(_DEVICE_TYPES)})(?::\d+)?")
 
 
 def parse_accelerators(value: object) -> tuple[str, ...]:
-    """One accelerator name, or a list in order of preference, as a tuple.
+    """One accelerator name, or a list of those to use together, as a tuple.
 
-    Raises ConfigError for what is no name of a device; whether the device is here is checked when it is opened.
+    In a list `auto` may stand first: what follows is for a machine where torch finds no accelerator. Raises ConfigError
+    for what is no name of a device, for a device that stands twice, and for words that cannot stand in this place;
+    whether a device is here is checked when it is opened.
     """
     if value is None:
         return ("none",)
@@ -30,7 +32,23 @@ def parse_accelerators(value: object) -> tuple[str, ...]:
         if not isinstance(name, str) or not (name in _WORDS or _DEVICE.fullmatch(name)):
             near = did_you_mean(str(name), [*_WORDS, *(f"{device}:0" for device in _DEVICE_TYPES)])
             raise ConfigError(f"{name!r} is no accelerator; expected cuda:0, xpu:0, {', '.join(_WORDS)}{near}")
+    _check_together(tuple(names[1:] if names[0] == "auto" else names))
     return tuple(names)
+
+
+def _check_together(names: tuple[str, ...]) -> None:
+    """Raises ConfigError for names that cannot be used together. (Emulated ones may: each is a device of its own.)"""
+    devices = [name if ":" in name else f"{name}:0" for name in names if name != "emulated"]
+    twice = next((name for name in devices if devices.count(name) > 1), None)
+    if twice is not None and twice not in ("auto:0", "none:0"):
+        raise ConfigError(f"{twice} stands twice in the list; a list uses all of its devices, each once")
+    if "auto" in names:
+        raise ConfigError(
+            "auto can only stand first in a list: what follows it is for machines without an accelerator, as in"
+            " [auto, emulated]. To use several devices, name them: [cuda:0, cuda:1]"
+        )
+    if "none" in names and len(names) > 1:
+        raise ConfigError("none cannot stand beside other accelerators: a list uses all of its devices")
 
 
 def _parse_threads(value: object) -> object:

@@ -75,8 +75,10 @@ def _accelerator() -> Check:
     if device is None:
         return Check("accelerator", "info", "none: experts run on the CPU", "for a trial: --accelerator emulated")
     device.close()
-    kind = torch.accelerator.current_accelerator()
-    return Check("accelerator", "ok", f"{torch.accelerator.device_count()} x {kind}")
+    count, kind = torch.accelerator.device_count(), torch.accelerator.current_accelerator()
+    assert kind is not None
+    every = ", ".join(f"{kind.type}:{index}" for index in range(count))
+    return Check("accelerator", "ok", f"{count} x {kind.type}", f"to use all: accelerator: [{every}]" * (count > 1))
 
 
 def _memory() -> Check:

@@ -8,7 +8,6 @@ import torch
 
 from hybrimoe.amounts import Amount
 from hybrimoe.config_policy import lossy_settings, resolved_policy
-from hybrimoe.errors import DeviceError
 from hybrimoe.runtime.config import RuntimeConfig
 from scheduler.relax import resolve_lossy
 
@@ -18,10 +17,10 @@ if TYPE_CHECKING:
 
 def runtime_config(config: DeployConfig) -> RuntimeConfig:
     """Settings of a session for `config`; see `DeployConfig.runtime`."""
-    accelerator = choose_accelerator(config.accelerator)
+    accelerators = choose_accelerators(config.accelerator)
     policy, policy_params = resolved_policy(config.scheduler)
     return RuntimeConfig(
-        accelerator=accelerator,
+        accelerator=accelerators[0] if len(accelerators) == 1 else accelerators,
         gpu_expert_slots=slots_setting(config.memory.gpu_experts),
         expert_dtype=config.cpu.expert_dtype,
         backend=config.cpu.backend,
@@ -30,7 +29,7 @@ def runtime_config(config: DeployConfig) -> RuntimeConfig:
         policy_params=policy_params,
         lookahead=config.scheduler.lookahead,
         seed=config.scheduler.seed,
-        kv_reserve_bytes=_kv_bytes(config.memory.kv, accelerator),
+        kv_reserve_bytes=_kv_bytes(config.memory.kv, accelerators[0]),
         lossy=resolve_lossy(lossy_settings(config.scheduler.lossy)),
     )
 
@@ -44,18 +43,11 @@ def slots_setting(amount: Amount) -> int | float | str:
     return 0 if amount.kind == "none" else str(amount)
 
 
-def choose_accelerator(names: tuple[str, ...]) -> str:
-    """The first accelerator of a preference list that is here. A single name is taken as it is.
-
-    In a list of several, "auto" counts as here only where torch finds a real accelerator.
-    Raises DeviceError where none of the list is here.
-    """
-    if len(names) == 1:
-        return names[0]
-    for name in names:
-        if name in ("none", "emulated") or _is_here(name):
-            return name
-    raise DeviceError(f"none of the accelerators {', '.join(names)} is here; add emulated or none to the list")
+def choose_accelerators(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The accelerators to use together: all names, except that what follows "auto" is for machines without one."""
+    if names[0] != "auto" or len(names) == 1:
+        return names
+    return ("auto",) if _is_here("auto") else names[1:]
 
 
 def _is_here(name: str) -> bool:

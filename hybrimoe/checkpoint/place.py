@@ -7,11 +7,11 @@ from torch import nn
 
 from hybrimoe.config import DeployConfig
 from hybrimoe.injection.placement import device_is_here
-from hybrimoe.runtime_settings import choose_accelerator
+from hybrimoe.runtime_settings import choose_accelerators
 
 
 def place_dense(model: nn.Module, deployment: DeployConfig) -> None:
-    """Moves every weight and buffer that is loaded to the deployment's accelerator.
+    """Moves every weight and buffer that is loaded to the deployment's accelerator, of several the first.
 
     Does nothing without a real accelerator, or where rules have placed something already. What is still on the meta
     device stays there; tied weights stay tied.
@@ -24,9 +24,9 @@ def place_dense(model: nn.Module, deployment: DeployConfig) -> None:
 
 
 def dense_device(deployment: DeployConfig) -> torch.device | None:
-    """The torch device of the deployment's accelerator; None for the emulated one, none, or one that is not here (which
-    the session refuses when it opens it)."""
-    name = choose_accelerator(deployment.accelerator)
+    """The torch device of the deployment's (first) accelerator; None for the emulated one, none, or one that is not
+    here (which the session refuses when it opens it)."""
+    name = choose_accelerators(deployment.accelerator)[0]
     if name in ("none", "emulated"):
         return None
     if name != "auto":

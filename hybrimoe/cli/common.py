@@ -29,7 +29,9 @@ ConfigOption = Annotated[
 AcceleratorOption = Annotated[
     str | None,
     typer.Option(
-        metavar="DEVICE", help="cuda:0, xpu:0, emulated, none, or auto; a,b is a preference.", rich_help_panel=PLACEMENT
+        metavar="DEVICE",
+        help="cuda:0, xpu:0, emulated, none, or auto; a,b uses both, a block of layers each.",
+        rich_help_panel=PLACEMENT,
     ),
 ]
 SlotsOption = Annotated[
@@ -125,7 +127,7 @@ def deploy_config(
 
 
 def _names(accelerator: str | None) -> str | list[str] | None:
-    return accelerator.split(",") if accelerator and "," in accelerator else accelerator
+    return [name.strip() for name in accelerator.split(",")] if accelerator and "," in accelerator else accelerator
 
 
 def sampling_options(**given: Any) -> SamplingOptions:

@@ -26,7 +26,10 @@ def plan(
     expert_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8, or int4.")] = "int4",
     dense_dtype: Annotated[str, typer.Option(help="Weights outside the experts.")] = "int8",
     gpu_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Device memory, like 12GiB. Default: profile.")
+        str | None, typer.Option(metavar="SIZE", help="Memory of one device, like 12GiB. Default: profile.")
+    ] = None,
+    accelerators: Annotated[
+        int | None, typer.Option(min=1, help="So many equal devices, a block of layers each. Default: profile.")
     ] = None,
     host_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Host memory. Default: this machine's.")
@@ -40,7 +43,7 @@ def plan(
     """
     import psutil
 
-    from hybrimoe.profiles import hardware_for_plan, open_shape
+    from hybrimoe.profiles import hardware_for_plan, open_shape, with_accelerators
     from hybrimoe.tracing.planning import expect, fit
     from hybrimoe.tracing.sources import DEMO_MODEL
     from scheduler.policies import resolve_policy
@@ -48,6 +51,7 @@ def plan(
     resolve_policy(policy)
     shape = open_shape(model or DEMO_MODEL)
     profile, taken = hardware_for_plan(hardware, gpu_memory is not None)
+    profile = with_accelerators(profile, accelerators, shared_link=False)
     host = psutil.virtual_memory().total if host_memory is None else _bytes(host_memory)
     found = fit(
         shape, profile, context=context, expert_dtype=expert_dtype, dense_dtype=dense_dtype,
@@ -81,6 +85,7 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
         ("dense weights on the device", _gib(found["dense_bytes"])),
         (f"KV cache of {found['context']} tokens", _gib(found["kv_bytes"])),
         ("experts in device slots", experts(found["device_experts"])),
+        *_by_accelerator(found),
         ("experts in host memory", experts(found["host_experts"])),
         ("experts outside host memory", experts(found["disk_experts"])),
         ("longest context with a slot a layer", f"{found['max_context']} tokens"),
@@ -89,6 +94,17 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
         ("expected prefill (simulated)", f"{expected['prefill_tokens_per_s']:.0f} tokens/s"),
     ]
     render.out().print(render.table(f"{found['model']} on {found['hardware']}", ("", ""), rows))
+
+
+def _by_accelerator(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """A row for each of several accelerators."""
+    layers, slots = found["layers_by_accelerator"], found["experts_by_accelerator"]
+    if len(layers) == 1:
+        return []
+    return [
+        (f"  accelerator {unit}", f"{n_layers} MoE layers, {n_slots} slots")
+        for unit, (n_layers, n_slots) in enumerate(zip(layers, slots, strict=True))
+    ]
 
 
 def _gib(n_bytes: float) -> str:

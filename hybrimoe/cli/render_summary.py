@@ -121,9 +121,11 @@ def lane_rows(experts: Mapping[str, Any]) -> list[tuple[str, float, int, str]]:
     """(lane, busy us, items, what the items are) of each lane that exists."""
     total = experts["total"]
     rows = [("CPU", total["cpu_us"], total["cpu_experts"], "experts")]
-    if experts["n_slots"]:
-        rows.append((accelerator_words(experts), total["accel_us"], total["accel_experts"], "experts"))
-        rows.append(("link", total["link_us"], total["transfers"] + total["prefetches"], "transfers"))
+    units = experts["accelerators"] if experts["n_slots"] else []
+    for number, unit in enumerate(units):
+        of, name = unit["total"], f" {number}" if len(units) > 1 else ""
+        rows.append((f"accelerator{name} ({_words(unit)})", of["accel_us"], of["accel_experts"], "experts"))
+        rows.append((f"link{name}", of["link_us"], of["transfers"] + of["prefetches"], "transfers"))
     return rows
 
 
@@ -136,9 +138,9 @@ def _lanes(experts: Mapping[str, Any]) -> Any:
     return render.table(None, ("lane", "busy", "of expert time", "did"), rows)
 
 
-def accelerator_words(experts: Mapping[str, Any]) -> str:
+def _words(unit: Mapping[str, Any]) -> str:
     """The accelerator for people; an emulated one always says so."""
-    return f"accelerator ({'emulated' if is_emulated(experts) else experts['accelerator']})"
+    return "emulated" if unit["kind"] == "emulated" else str(unit["name"])
 
 
 def is_emulated(experts: Mapping[str, Any]) -> bool:

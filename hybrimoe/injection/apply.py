@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -142,8 +142,16 @@ class Injection:
         return self.session.stats()
 
     def explain(self) -> Explanation:
-        """Which rule is for which module, with its operator, device and bytes."""
-        return explain_resolution(self.model, self.resolution, self.config.cpu.expert_dtype, self.remarks)
+        """Which rule is for which module, with its operator, device (which of several accelerators) and bytes."""
+        experts = self.resolution.experts
+        units = self.session.units if len(self.session.units) > 1 else ()
+        places = {
+            experts[layer].path: f"accelerator {unit.index} ({unit.accelerator.name})"
+            for unit in units
+            for layer in unit.layers
+        }
+        dtype = self.config.cpu.expert_dtype
+        return explain_resolution(self.model, self.resolution, dtype, self.remarks, places)
 
     def restore(self) -> None:
         """Make the model exactly what it was: the same modules and weights, no wrappers. A second call does nothing.
@@ -212,7 +220,7 @@ class Injection:
 def inject(
     model: nn.Module,
     rules: RulesSource | None = None,
-    accelerator: str | None = None,
+    accelerator: str | Sequence[str] | None = None,
     gpu_expert_slots: int | float | str | None = None,
     expert_dtype: str | None = None,
     scheduler: Mapping[str, Any] | None = None,
@@ -226,7 +234,7 @@ def inject(
     """Replace the experts of a transformers model, as the rules say, by experts that CPU and accelerator share.
 
     rules: "auto", a shipped name, a file, or inline rules.
-    accelerator: "cuda:0" or another torch device, "emulated", "none", "auto", or a list in order of preference.
+    accelerator: "cuda:0" or another torch device, "emulated", "none", "auto", or a list: each gets a block of layers.
     gpu_expert_slots: experts on the accelerator at a time, over all layers: a number, a share in (0, 1], "6GiB", auto.
     expert_dtype: "float32", "bfloat16", "int8" or "int4".
     scheduler: `{"policy": ...}` and parameters, as in the deployment file.
@@ -243,7 +251,7 @@ def inject(
     _refuse_second_injection(model)
     deployment = load_config(
         {} if config is None else config,
-        accelerator=accelerator,
+        accelerator=accelerator if accelerator is None or isinstance(accelerator, str) else list(accelerator),
         gpu_expert_slots=gpu_expert_slots,
         expert_dtype=expert_dtype,
         scheduler=scheduler,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
@@ -89,11 +90,15 @@ def explain(
 
 
 def explain_resolution(
-    model: nn.Module, resolution: Resolution, expert_dtype: ExpertDtype, remarks: Iterable[str] | None = None
-) -> Explanation:
-    """The explanation of a resolution that was made already."""
+    model: nn.Module, resolution: Resolution, expert_dtype: ExpertDtype, remarks: Iterable[str] | None = None,
+    accelerators: Mapping[str, str] = MappingProxyType({}),
+) -> Explanation:  # fmt: skip
+    """The explanation of a resolution that was made already. `accelerators`: by path, where there are several."""
     claimed = claimed_modules(resolution.hits)
-    rows = tuple(_row(hit, expert_dtype, claimed) for hit in resolution.hits)
+    rows = tuple(
+        replace(row, device=row.device.replace("accelerator", accelerators.get(row.path, "accelerator")))
+        for row in (_row(hit, expert_dtype, claimed) for hit in resolution.hits)
+    )
     config = getattr(model, "config", None)
     replaced = [row for row in rows if row.bytes_by_dtype]
     return Explanation(

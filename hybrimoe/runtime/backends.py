@@ -30,7 +30,8 @@ def open_devices(config: RuntimeConfig) -> list[Accelerator]:
     except (AcceleratorError, BackendError) as error:
         close_all(opened)
         kind = ConfigError if isinstance(error, BackendError) else DeviceError
-        raise kind(str(error)) from error
+        several = f"{error}. A list uses all of its devices: {', '.join(names)}; [auto, emulated] takes what is here"
+        raise kind(str(error) if len(names) == 1 else several) from error
     return opened
 
 

@@ -48,6 +48,18 @@ class Metrics:
             }.items()
         }
 
+        self._by_accelerator = {
+            name: Gauge(f"hybrimoe_accelerator_{name}", words, ["unit", "name"], **new)
+            for name, words in {
+                "n_slots": "Slots for experts.",
+                "n_layers": "MoE layers whose experts it holds.",
+                "accel_us": "Busy time of its compute lane.",
+                "link_us": "Busy time of its link.",
+                "hit_rate": "Hits over activated experts of its layers.",
+                "transfer_bytes": "Bytes moved to it.",
+            }.items()
+        }
+
     def observe(self, reply: Reply) -> None:
         """Count a finished reply."""
         self._prompt.inc(len(reply.prompt_ids))
@@ -64,4 +76,7 @@ class Metrics:
         if experts is not None:
             for name, gauge in self._gauges.items():
                 gauge.set(experts["total"][name] or 0.0)
+            for number, unit in enumerate(experts["accelerators"]):
+                for name, gauge in self._by_accelerator.items():
+                    gauge.labels(str(number), unit["name"]).set(({**unit["total"], **unit})[name] or 0.0)
         return generate_latest(self.registry)

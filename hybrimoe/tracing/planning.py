@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrimoe.errors import BudgetError
+from scheduler.layer_blocks import layers_of
 from scheduler.profile import BYTES_PER_WEIGHT, HardwareProfile, ModelShape
-from scheduler.simulate import SimulationConfig, Simulator
+from scheduler.simulate import SimulationConfig, simulate
 from scheduler.synthetic import LOCALITIES, generate
 from scheduler.trace_demand import DemandSource
 from scheduler.trace_predict import recorded
@@ -23,7 +24,8 @@ DEFAULT_LOCALITY = "olmoe-1b-7b"
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Bytes and experts by tier. ``max_context`` is the longest context that would fit beside one slot a layer."""
+    """Bytes and experts by tier; ``device_bytes`` of each accelerator. ``device_experts`` is the sum over
+    ``experts_by_accelerator``. ``max_context`` is the longest context that would fit beside one slot a layer."""
 
     model: str
     hardware: str
@@ -38,6 +40,8 @@ class Fit:
     host_experts: int
     disk_experts: int
     max_context: int
+    layers_by_accelerator: tuple[int, ...]
+    experts_by_accelerator: tuple[int, ...]
 
 
 def fit(
@@ -46,7 +50,9 @@ def fit(
 ) -> Fit:  # fmt: skip
     """Dense weights and KV cache first, then as many experts as there is room for; the rest in host memory, then disk.
 
-    Raises BudgetError where dense weights and KV cache alone do not fit the device, or experts fit nowhere.
+    Of several accelerators (``profile.accel.count``) the first has dense weights and KV cache, and each has a block of
+    layers in proportion to the room that it has, as in the runtime. Raises BudgetError where dense weights and KV cache
+    alone do not fit the device, or experts fit nowhere; DemandError for more accelerators than layers.
     """
     device = round(profile.accel.memory_gib * GIB) if device_bytes is None else device_bytes
     total, size = shape.n_layers * shape.n_experts, shape.expert_bytes(expert_dtype)
@@ -59,16 +65,20 @@ def fit(
             f"{shape.name}: dense weights ({_gib(dense)}), KV cache of {context} tokens ({_gib(kv)}) and reserve do "
             f"not fit the {_gib(device)} of {profile.name}; shorten --context, or use a smaller --dense-dtype"
         )
-    slots = min(total, room // size)
+    rooms = [room, *[device - DEVICE_RESERVE_BYTES] * (profile.accel.count - 1)]
+    blocks = layers_of([shape.n_experts] * shape.n_layers, [float(left) for left in rooms])
+    by_device = [min(n * shape.n_experts, left // size) for n, left in zip(blocks, rooms, strict=True)]
+    slots = sum(by_device)
     in_host = min(total, max(0, host_bytes - HOST_RESERVE_BYTES) // size)
     if in_host + slots < total and profile.disk is None:
         raise BudgetError(
             f"{shape.name}: {total - in_host - slots} of {total} experts fit neither host memory nor device"
         )
-    spare = device - dense - DEVICE_RESERVE_BYTES - min(total, shape.n_layers) * size
+    spare = device - dense - DEVICE_RESERVE_BYTES - min(total, blocks[0]) * size
     return Fit(
         shape.name, profile.name, total, size, dense, kv, context, device, host_bytes, int(slots), int(in_host),
-        int(total - in_host), max(0, int(spare // max(1, shape.kv_bytes * layers))),
+        int(total - in_host), max(0, int(spare // max(1, shape.kv_bytes * layers))), tuple(blocks),
+        tuple(int(slots) for slots in by_device),
     )  # fmt: skip
 
 
@@ -99,7 +109,7 @@ def expect(
         expert_dtype=expert_dtype, dense_dtype=dense_dtype, context_tokens=found.context, host_ratio=share,
     )  # fmt: skip
     source = DemandSource(trace, predictions)
-    prefill, decode = Simulator(trace, profile, shape, config, source=source).run()
+    prefill, decode = simulate(trace, profile, shape, config, source=source)
     return {
         "policy": policy,
         "locality": locality,

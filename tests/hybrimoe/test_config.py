@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe.amounts import Amount, parse_amount
 from hybrimoe.config import DeployConfig, default_preset, json_schema, load_config
 from hybrimoe.errors import BudgetError, ConfigError, DeviceError
+from hybrimoe.runtime.backends import open_devices
+from hybrimoe.runtime_settings import choose_accelerators
 from yaml_rules import shipped
 
 GIB = 2**30
@@ -117,6 +120,10 @@ def test_amounts_as_experts() -> None:
         ("cpu:\n  threads: 0\n", 2, "cpu.threads: expected a number of threads"),
         ("accelerator: cuda0\n", 1, "'cuda0' is no accelerator; .*did you mean 'cuda:0'"),
         ("accelerator: []\n", 1, "accelerator: expected a device"),
+        ("accelerator: [cuda:0, cuda]\n", 1, "accelerator: cuda:0 stands twice in the list"),
+        ("accelerator: [emulated, auto]\n", 1, r"accelerator: auto can only stand first.*\[cuda:0, cuda:1\]"),
+        ("accelerator: [emulated, none]\n", 1, "accelerator: none cannot stand beside"),
+        ("accelerator: [auto, none, emulated]\n", 1, "accelerator: none cannot stand beside"),
         ("memory:\n  kv: 12\n", 2, "memory.kv: .*expected auto or bytes or share"),
         ("memory:\n  gpu_experts: 1.5\n", 2, "a share must be above 0 and at most 1, found 1.5"),
         ("memory: 3\n", 1, "memory: .*mapping of keys.*found 3"),
@@ -229,9 +236,7 @@ def test_parts_replace_those_of_the_preset_and_keep_its_other_parameters() -> No
 
 
 def test_runtime_settings() -> None:
-    config = load_config(
-        {"accelerator": ["cuda:63", "emulated"]}, gpu_expert_slots="1.5MiB", threads=2, policy="static"
-    )
+    config = load_config({"accelerator": ["emulated"]}, gpu_expert_slots="1.5MiB", threads=2, policy="static")
     settings = config.runtime()
     assert (settings.accelerator, settings.threads, settings.policy) == ("emulated", 2, "static")
     assert parse_amount(settings.gpu_expert_slots) == Amount("bytes", 3 * 2**19)
@@ -240,8 +245,22 @@ def test_runtime_settings() -> None:
     ]
     assert slots == [7, 0.5, "auto", 0, 1]
     assert [type(value) for value in slots] == [int, float, str, int, int]
-    with pytest.raises(DeviceError, match="none of the accelerators cuda:63, xpu:63 is here"):
-        load_config({"accelerator": ["cuda:63", "xpu:63"]}).runtime()
+
+
+def test_a_list_of_accelerators_means_all_of_them() -> None:
+    settings = load_config({"accelerator": ["emulated", "emulated"]}).runtime()
+    assert settings.accelerator == ("emulated", "emulated")
+    with pytest.raises(DeviceError, match=r"cuda:63.* not exist.*uses all of its devices: emulated, cuda:63; \[auto"):
+        open_devices(load_config({"accelerator": ["emulated", "cuda:63"]}).runtime())
+    assert choose_accelerators(("cuda:0", "cuda:1")) == ("cuda:0", "cuda:1")
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_what_follows_auto_is_for_machines_without_an_accelerator(here: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: here)
+    assert choose_accelerators(("auto", "emulated", "emulated")) == (("auto",) if here else ("emulated", "emulated"))
+    assert choose_accelerators(("auto", "none")) == (("auto",) if here else ("none",))
+    assert choose_accelerators(("auto",)) == ("auto",)
 
 
 def test_json_schema_knows_every_section() -> None:

@@ -10,6 +10,7 @@ import torch
 
 import cpu_kernels as ck
 from cpu_kernels import cache_dir
+from gpu_kernels import EmulatedAccelerator
 from hybrimoe import doctor, doctor_machine, doctor_parts, profiles
 from hybrimoe.doctor import Check
 from hybrimoe.errors import ModelError
@@ -152,6 +153,13 @@ def test_no_safe_threading_layer_is_broken(monkeypatch) -> None:
 def test_accelerators(monkeypatch) -> None:
     if not torch.accelerator.is_available():
         assert line(doctor_machine.checks(), "accelerator").status == "info"
+
+    with monkeypatch.context() as two:
+        two.setattr(doctor_machine, "open_accelerator", lambda _: EmulatedAccelerator())
+        two.setattr(torch.accelerator, "device_count", lambda: 2)
+        two.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        check = line(doctor_machine.checks(), "accelerator")
+        assert (check.found, check.advice) == ("2 x cuda", "to use all: accelerator: [cuda:0, cuda:1]")
 
     def fail(_):
         raise RuntimeError("CUDA driver is too old")

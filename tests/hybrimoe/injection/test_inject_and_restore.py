@@ -243,3 +243,13 @@ def test_a_meta_model_gets_its_weights_later(qwen3: PreTrainedModel, qwen3_meta:
             setattr(qwen3.get_submodule(parent), name, hybrid)
     torch.testing.assert_close(logits(qwen3), expected, rtol=0, atol=1e-4)
     injection.session.close()
+
+
+def test_a_list_of_accelerators_gives_each_its_layers(qwen3: PreTrainedModel) -> None:
+    expected = logits(qwen3)
+    two = ["emulated", "emulated"]
+    with hybrimoe.inject(qwen3, accelerator=two, gpu_expert_slots=0.5, expert_dtype="float32") as injection:
+        torch.testing.assert_close(logits(qwen3), expected)
+        devices = [row.device for row in injection.explain().rows if row.n_experts]
+        assert injection.config.accelerator == tuple(two)
+    assert devices == [f"cpu + accelerator {unit} (emulated accelerator)" for unit in (0, 0, 1)]

@@ -33,7 +33,8 @@ def generator():
 @pytest.fixture
 def call(generator):
     """Sends requests to a fresh application; `call(method, path, body)`, or several at once with `call.together`."""
-    app = create_app(generator, "tiny", lambda: {"total": dict.fromkeys(COUNTERS, 5.0)})
+    unit = {"name": "emulated", "n_slots": 6, "n_layers": 2, "total": dict.fromkeys(COUNTERS, 2.5)}
+    app = create_app(generator, "tiny", lambda: {"total": dict.fromkeys(COUNTERS, 5.0), "accelerators": [unit, unit]})
 
     async def request(client, method, path, body=None):
         return await client.request(method, path, json=body)
@@ -168,7 +169,8 @@ def test_models_and_health(call):
 
 
 def test_metrics_count_requests_tokens_and_the_expert_cache(generator):
-    app = create_app(generator, "tiny", lambda: {"total": dict.fromkeys(COUNTERS, 5.0)})
+    unit = {"name": "emulated", "n_slots": 6, "n_layers": 2, "total": dict.fromkeys(COUNTERS, 2.5)}
+    app = create_app(generator, "tiny", lambda: {"total": dict.fromkeys(COUNTERS, 5.0), "accelerators": [unit, unit]})
 
     async def run():
         transport = httpx.ASGITransport(app=app)
@@ -181,6 +183,8 @@ def test_metrics_count_requests_tokens_and_the_expert_cache(generator):
     assert 'hybrimoe_requests_total{path="/v1/completions",status="200"} 1.0' in text
     assert "hybrimoe_expert_hit_rate 5.0" in text
     assert "hybrimoe_expert_skipped 5.0" in text, "nobody serves lossy replies unknowingly"
+    assert 'hybrimoe_accelerator_n_slots{name="emulated",unit="1"} 6.0' in text
+    assert 'hybrimoe_accelerator_link_us{name="emulated",unit="0"} 2.5' in text
     assert "hybrimoe_ttft_seconds_count 1.0" in text
 
 
