@@ -16,7 +16,7 @@ Real = Any
 Whole = Any
 Truth = Any
 COMPILED_FROM = ("call", "compiled", "dispatch", "layer", "layout", "pinning", "primitives", "quantise",
-                 "workers", "bandwidth", "backends/base", "simd/formats", "simd/tiles")  # fmt: skip
+                 "routed", "workers", "bandwidth", "backends/base", "simd/formats", "simd/tiles")  # fmt: skip
 WORKER_SIGNATURE = "void(int64, int64)"
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -51,7 +51,7 @@ def build_dispatch(top_k_index: np.ndarray, top_k_weights: np.ndarray, num_exper
         raise DispatchError(f"num_experts must be at least 1, found {num_experts}")
     flat = np.ascontiguousarray(top_k_index, dtype=np.int64).reshape(-1)
     weights = np.ascontiguousarray(top_k_weights).reshape(-1)
-    expert_ids, offsets, rows, problem = _group(flat, weights, num_experts)
+    expert_ids, offsets, rows, problem = group_rows(flat, weights, num_experts)
     if problem >= 0:
         raise DispatchError(
             f"token {problem // top_k_index.shape[1]}: expert id {flat[problem]} with weight {weights[problem]}; "
@@ -74,7 +74,7 @@ def combine(out_rows: np.ndarray, dispatch: Dispatch, out: np.ndarray) -> None:
     if np.may_share_memory(out_rows, out):
         raise DispatchError("out_rows and out overlap; give combine() two separate buffers")
     present = _present(dispatch.rows, n_rows) if dispatch.has_absent else _ALL_PRESENT
-    _combine(out_rows, present, dispatch.top_k, out)
+    combine_rows(out_rows, present, dispatch.top_k, out)
 
 
 _ALL_PRESENT = np.zeros(0, np.bool_)
@@ -86,7 +86,7 @@ def _describe(array: np.ndarray) -> str:
 
 
 @kernel
-def _group(
+def group_rows(
     flat: np.ndarray, weights: np.ndarray, num_experts: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:  # pragma: no cover - compiled
     """Counting sort of rows by expert; `problem` is the first bad row or -1."""
@@ -128,7 +128,7 @@ def _present(rows: np.ndarray, n_rows: int) -> np.ndarray:  # pragma: no cover -
 
 
 @kernel
-def _combine(out_rows: np.ndarray, present: np.ndarray, top_k: int, out: np.ndarray) -> None:  # pragma: no cover
+def combine_rows(out_rows: np.ndarray, present: np.ndarray, top_k: int, out: np.ndarray) -> None:  # pragma: no cover
     for token in range(out.shape[0]):
         target = out[token]
         target[:] = np.float32(0)

@@ -111,8 +111,8 @@ def _pointer_to(kind: types.Type) -> Any:
     return pointer
 
 
-_float_pointer, _int32_pointer, _int64_pointer, _byte_pointer = (
-    _pointer_to(kind) for kind in (types.float32, types.int32, types.int64, types.uint8)
+_float_pointer, _int32_pointer, _int64_pointer, _byte_pointer, _half_pointer = (
+    _pointer_to(kind) for kind in (types.float32, types.int32, types.int64, types.uint8, types.uint16)
 )
 
 
@@ -141,4 +141,11 @@ def int64s_at(address: int, n: int) -> np.ndarray:
 def bytes_at(address: int, n: int) -> np.ndarray:
     """uint8 [n] at an address, without a copy."""
     array: np.ndarray = carray(_byte_pointer(address), (n,))
+    return array
+
+
+@inline_kernel
+def halves_at(address: int, n: int) -> np.ndarray:
+    """uint16 [n] at an address, without a copy: the bits of bfloat16 values."""
+    array: np.ndarray = carray(_half_pointer(address), (n,))
     return array

@@ -46,5 +46,7 @@ def _run_once(backend: NumbaBackend, dtype: ExpertDtype) -> None:
     dispatch = build_dispatch(np.zeros((1, 2), np.int64), np.ones((1, 2), np.float32), 1)
     hidden = np.zeros((1, SIZE), np.float32)
     rows = np.zeros((2, SIZE), np.float32)
-    backend.run(spec, np.array([record.ctypes.data], np.uint64), np.zeros(1, np.int32), dispatch, hidden, rows)
+    records = np.array([record.ctypes.data], np.uint64)
+    backend.run(spec, records, np.zeros(1, np.int32), dispatch, hidden, rows)
     combine(rows, dispatch, hidden)
+    backend.run_routed(spec, records, torch.zeros(1, SIZE), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))

@@ -4,14 +4,15 @@ import threading
 
 import numba
 import numpy as np
+import torch
 
-from cpu_kernels import layer
+from cpu_kernels import layer, routed
 from cpu_kernels.backends.base import check_run, raise_not_finite
 from cpu_kernels.dispatch import Dispatch
 from cpu_kernels.errors import BackendError
 from cpu_kernels.isa import IsaChoice, detect
 from cpu_kernels.linear import LinearSpec, check_linear
-from cpu_kernels.pinning import pin_once
+from cpu_kernels.pinning import pin_once, wanted
 from cpu_kernels.plans import Plan, expert_plan, linear_plan
 from cpu_kernels.spec import ExpertSpec
 from cpu_kernels.threads import core_ids, resolve_threads, start_pool
@@ -32,6 +33,7 @@ class NumbaBackend:
         self.n_threads = resolve_threads(threads)
         self.threading_layer = start_pool(self.n_threads)
         self._cores = core_ids()
+        self._pins = wanted()
         self._plans: dict[ExpertSpec | LinearSpec, Plan] = {}
         self._workspace = np.empty(0, np.uint8)
         self._lock = threading.Lock()
@@ -75,6 +77,34 @@ class NumbaBackend:
         if bad >= 0:
             raise_not_finite(bad)
 
+    def run_routed(
+        self, spec: ExpertSpec, records: np.ndarray, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, int] | None:
+        """A whole layer call from the router's tensors: the output, like `hidden`, and the number of active experts.
+
+        records: uint64 [E], addresses of all packed experts of the layer. None where this short way does not apply; the
+        long one (`build_dispatch`, `run`, `combine`) then does, or says what is wrong with the input.
+        """
+        if not routed.fits(hidden, index, weights, spec.hidden):
+            return None
+        plan = self._plans.get(spec) or self._expert_plan(spec)
+        n_tokens, top_k = index.shape
+        n_rows = n_tokens * top_k
+        out = torch.empty_like(hidden)
+        scratch = routed.scratch_bytes(n_tokens, n_rows, spec.hidden)
+        if self._pins:
+            pin_once(self.n_threads, self._cores)
+        with self._lock:
+            done = routed.run_routed(
+                plan.vector, plan.parameters, records, index.data_ptr(), weights.data_ptr(),
+                routed.FLOATS[weights.dtype], hidden.data_ptr(), routed.FLOATS[hidden.dtype], out.data_ptr(), n_tokens,
+                top_k, spec.hidden, self._room(plan, min(n_rows, records.size), n_tokens, n_rows, scratch), scratch,
+                self.n_threads, (SERIAL_BYTES - 1) // spec.record_bytes,
+            )  # fmt: skip
+        if done <= routed.NOT_FINITE:
+            raise_not_finite(routed.NOT_FINITE - done)
+        return None if done < 0 else (out, done)
+
     def linear(self, spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray) -> None:
         """See `cpu_kernels.linear.run_linear`."""
         check_linear(spec, address, x, out)
@@ -91,13 +121,14 @@ class NumbaBackend:
     def _threads_for(self, weight_bytes: int) -> int:
         n_threads = 1 if weight_bytes < SERIAL_BYTES else self.n_threads
         if n_threads > 1:
-            pin_once(n_threads, self._cores)
+            if self._pins:
+                pin_once(n_threads, self._cores)
             numba.set_num_threads(n_threads)  # of the calling thread
         return n_threads
 
-    def _room(self, plan: Plan, n_experts: int, n_tokens: int, n_rows: int) -> np.ndarray:
+    def _room(self, plan: Plan, n_experts: int, n_tokens: int, n_rows: int, more_bytes: int = 0) -> np.ndarray:
         """The workspace, grown if needed and kept between calls."""
-        n_bytes = layer.workspace_bytes(n_experts, n_tokens, n_rows, plan.x_row_bytes, plan.h_row_bytes)
+        n_bytes = layer.workspace_bytes(n_experts, n_tokens, n_rows, plan.x_row_bytes, plan.h_row_bytes) + more_bytes
         if self._workspace.size < n_bytes:
             self._workspace = np.empty(n_bytes * 5 // 4, np.uint8)
         return self._workspace

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from cpu_kernels import CpuBackend, ExpertSpec, ExpertWeights, reference_ffn, relative_error, tolerance
+from cpu_kernels import ExpertWeights, reference_ffn, relative_error, routed, tolerance
+from cpu_kernels import layer as kernel_driver
 from gpu_kernels import EmulatedAccelerator
-from hybrimoe.bench._harness import alternate, busy_warning, machine, spread
+from gpu_kernels.streams import HostEvent
+from hybrimoe.bench._harness import busy_warning, machine, spread
+from hybrimoe.bench._stopwatch import Stopwatch, Timed, Times
 from hybrimoe.cli import render
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime import HybridExperts, RuntimeConfig, Session
-from scheduler import ModelShape
+from hybrimoe.runtime.lookahead import Lookahead
+from scheduler import ModelShape, Planner
 from yaml_rules.shapes import load_shape
 
 SEED = 0
@@ -25,6 +30,24 @@ GATE_SCALE = 2.0
 DRIFT = 0.3
 """Step of the random walk of hidden states: neighbouring tokens share about half of their experts."""
 WARM_STEPS = 20
+
+TIMED = (
+    Timed("bookkeeping", HybridExperts, "forward"),
+    Timed("kernels", kernel_driver, "run_layer"),
+    Timed("kernels", routed, "run_routed"),
+    Timed("waiting", HostEvent, "wait"),
+    Timed("prediction", Lookahead, "predict"),
+    Timed("planning", Planner, "plan_layer"),
+    Timed("planning", Planner, "on_event"),
+    Timed("planning", Planner, "observe"),
+    Timed("dispatch", EmulatedAccelerator, "run_experts"),
+    Timed("dispatch", EmulatedAccelerator, "copy_to_slot"),
+)
+"""What is timed; the rest of a call is bookkeeping: tensors, grouping by expert, counters, the sum of the rows."""
+SECTIONS = tuple(dict.fromkeys(item.section for item in TIMED))
+OVERHEAD = tuple(name for name in SECTIONS if name not in ("kernels", "waiting"))
+"""Sections in which no expert of the layer is computed or waited for: their CPU time is the overhead."""
+NOTHING = Times()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +61,6 @@ class Request:
     slots: float
     steps: int
     rounds: int
-
-
-class NoKernel:
-    """A backend that computes nothing: what a call still costs is overhead."""
-
-    name = "nothing"
-
-    def supports(self, spec: ExpertSpec) -> str | None:
-        """Everything."""
-        return None
-
-    def run(self, *arguments: object) -> None:
-        """Returns at once."""
-
-
-class NoDevice(EmulatedAccelerator):
-    """Lanes that copy nothing."""
-
-    def _transfer(self, *arguments: object) -> None:
-        """Returns at once."""
 
 
 class Router(nn.Module):
@@ -94,17 +97,15 @@ Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Contender:
-    """One session; `null` sessions have kernels and copies that do nothing."""
+    """One session over random weights. `policy` None: no accelerator."""
 
-    def __init__(self, request: Request, policy: str | None, null: bool) -> None:
+    def __init__(self, request: Request, policy: str | None) -> None:
         shape = ModelShape.from_mapping(load_shape(request.shape))
         self.top_k, self.hidden = shape.top_k, shape.hidden
         torch.manual_seed(SEED)
         self.model = nn.Module()
         self.model.layers = nn.ModuleList()
-        accelerator = None
-        if policy is not None:
-            accelerator = NoDevice(cast(CpuBackend, NoKernel())) if null else EmulatedAccelerator()
+        accelerator = None if policy is None else EmulatedAccelerator()
         config = RuntimeConfig(
             "none", request.slots, request.dtype, policy=policy or "ours",  # type: ignore[arg-type]
             threads=1 if policy else None,
@@ -121,9 +122,6 @@ class Contender:
         self.session.finalize(self.model, accelerator=accelerator)
         self._fill_store(shape.n_experts, shape.hidden, shape.inter)
         self.session.start()
-        if null:
-            for layer in self.session.layers:
-                layer.backend = cast(CpuBackend, NoKernel())
 
     def _fill_store(self, n_experts: int, hidden: int, inter: int) -> None:
         """One random expert a layer, stored for each: values do not matter, bytes do."""
@@ -163,15 +161,15 @@ class Contender:
 
     def check(self) -> None:
         """Raises ModelError where the output of a call is not that of the reference."""
-        layer = self.session.layer_specs()[0]
+        spec = self.session.layer_specs()[0].spec
         hidden, index, weights = self.calls(1)[0][0]
         expected = sum(
-            weight * reference_ffn(layer.spec, self.session.store.read(0, expert), hidden)
+            weight * reference_ffn(spec, self.session.store.read(0, expert), hidden)
             for expert, weight in zip(index[0].tolist(), weights[0].tolist(), strict=True)
         )
         with torch.no_grad():
             error = relative_error(self.experts[0](hidden, index, weights), torch.as_tensor(expected))
-        if error > tolerance(layer.spec):
+        if error > tolerance(spec):
             raise ModelError(f"refusing to measure: outputs differ from the reference by {error:.2g}")
 
 
@@ -183,46 +181,71 @@ def run(request: Request, *, as_json: bool) -> None:
         return
     if result["remark"]:
         render.note(result["remark"])
+    columns = ("what runs", "layer us", *SECTIONS, "held up", "overhead us", "share")
     rows = [
-        (row["name"], f"{row['layer_us']['median']:.0f}", f"{row['overhead_us']['median']:.0f}",
-         f"{row['share']:.1%}", f"{row['lanes']}")
+        (row["name"], f"{row['layer_us']['median']:.0f}",
+         *(f"{row['sections_us'][name]['median']:.0f}" for name in SECTIONS),
+         f"{row['held_up_us']['median']:.0f}", f"{row['overhead_us']['median']:.0f}", f"{row['share']:.1%}")
         for row in result["contenders"]
     ]  # fmt: skip
-    title = f"One MoE layer of {request.shape}, {request.dtype}, one token; us, median of {request.rounds} rounds"
-    render.out().print(render.table(title, ("what runs", "layer us", "overhead us", "share", "overhead is"), rows))
+    title = f"One MoE layer of {request.shape}, {request.dtype}, one token: us of the calling thread, measured"
+    render.out().print(render.table(title, columns, rows))
+    render.note(
+        f"Medians of {request.rounds} rounds. Overhead = {' + '.join(OVERHEAD)}, CPU time. Held up: not running in"
+        " them, because others had the core or Python's lock (the threads of an emulated accelerator do)."
+    )
 
 
 def measure(request: Request) -> dict[str, Any]:
-    """us of a layer call with and without kernels, per contender."""
+    """us of a layer call, and of its sections, per contender."""
     remark = busy_warning()
     names: list[str | None] = [None, *request.policies]
-    contenders = []
-    for policy in names:
-        values = _measure_one(request, policy)
-        layer, bare = spread(values["layer"]), spread(values["overhead"])
-        contenders.append(
-            {
-                "name": "CPU only" if policy is None else f"emulated accelerator, {policy}",
-                "lanes": "measured" if policy is None else "measured (accelerator emulated)",
-                "layer_us": layer,
-                "overhead_us": bare,
-                "share": bare["median"] / layer["median"],
-            }
-        )
+    contenders = [_measure_one(request, policy) for policy in names]
     return {"request": asdict(request), "machine": machine(), "remark": remark, "contenders": contenders}
 
 
-def _measure_one(request: Request, policy: str | None) -> dict[str, list[float]]:
-    real, bare = Contender(request, policy, null=False), Contender(request, policy, null=True)
+def _measure_one(request: Request, policy: str | None) -> dict[str, Any]:
+    contender = Contender(request, policy)
+    layer_us: list[float] = []
+    watches: list[Stopwatch] = []
     try:
-        real.check()
-        steps = real.calls(WARM_STEPS + request.steps)
-        for contender in (real, bare):
-            contender.run(steps[:WARM_STEPS])
-        return alternate({"layer": real, "overhead": bare}, lambda c: _layer_us(c, steps[WARM_STEPS:]), request.rounds)
+        contender.check()
+        steps = contender.calls(WARM_STEPS + request.steps)
+        contender.run(steps[:WARM_STEPS])
+        for _ in range(request.rounds):
+            layer_us.append(_layer_us(contender, steps[WARM_STEPS:]))
+            watch = Stopwatch("bookkeeping")
+            with watch.watching(TIMED):
+                contender.run(steps[WARM_STEPS:])
+            watches.append(watch)
     finally:
-        real.session.close()
-        bare.session.close()
+        contender.session.close()
+    layer, overhead = spread(layer_us), spread([watch.median_us(_overhead_us) for watch in watches])
+    return {
+        "name": "CPU only" if policy is None else f"emulated accelerator, {policy}",
+        "lanes": "measured" if policy is None else "measured (accelerator emulated)",
+        "layer_us": layer,
+        "overhead_us": overhead,
+        "sections_us": {
+            name: spread([watch.median_us(partial(_section_us, name)) for watch in watches]) for name in SECTIONS
+        },
+        "held_up_us": spread([watch.median_us(_held_up_us) for watch in watches]),
+        "share": overhead["median"] / layer["median"],
+    }
+
+
+def _section_us(name: str, call: dict[str, Times]) -> float:
+    times = call.get(name, NOTHING)
+    return times.cpu_us if name in OVERHEAD else times.wall_us
+
+
+def _overhead_us(call: dict[str, Times]) -> float:
+    return sum(_section_us(name, call) for name in OVERHEAD)
+
+
+def _held_up_us(call: dict[str, Times]) -> float:
+    """Outside kernels and waits: not running, because others had the core or Python's lock."""
+    return sum(call[name].wall_us - call[name].cpu_us for name in OVERHEAD if name in call)
 
 
 def _layer_us(contender: Contender, steps: list[list[Call]]) -> float:

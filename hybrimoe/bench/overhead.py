@@ -28,8 +28,9 @@ def overhead(
 ) -> None:
     """Microseconds of one layer call beside its kernels, without and with an emulated accelerator.
 
-    Each contender runs the same routing twice: with the real kernels, and with kernels that compute nothing, so that
-    what is left is the overhead. Results are compared with the reference before anything is timed.
+    The sections of each call are timed in the calling thread while the real kernels run: they push the program out of
+    the caches, which makes the same code several times as slow as alone. Results are compared with the reference before
+    anything is timed.
     """
     from hybrimoe.bench import _overhead_bench
 

@@ -82,6 +82,10 @@ class Executor:
         """The slots of a layer's accelerator."""
         return self._slots_of[layer] if self._slots_of else None
 
+    def addresses(self, layer: int) -> npt.NDArray[np.uint64]:
+        """uint64 [num_experts]: where each record of a layer starts in host memory."""
+        return self._store.addresses(layer)
+
     def run(self, plan: LayerPlan, call: LayerCall, *, trace: bool) -> tuple[torch.Tensor, LayerRun]:
         """Runs one layer. Returns its output, float32 [T, H], and what happened.
 

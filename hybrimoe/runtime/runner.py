@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cpu_kernels import Dispatch
+from cpu_kernels.backends.numba_backend import NumbaBackend
 from gpu_kernels import LayerWork
 from gpu_kernels.streams import clock_us
 from hybrimoe.runtime.executor import Executor, LayerCall, LayerRun, accel_records, share_out
@@ -65,6 +66,7 @@ class Runner:
         self._stats = stats
         self.tracker = tracker
         self.workspace = Workspace()
+        self._norms = [layer.transform() for layer in layers]
         self._n_experts = max(layer.num_experts for layer in layers)
         self._record_bytes = tuple(layer.spec.record_bytes for layer in layers)
         self._unreported: deque[LayerRun] = deque()
@@ -85,16 +87,21 @@ class Runner:
         """One call of layer `index`; see HybridExperts.forward."""
         began_us = clock_us()
         layer = self.layers[index]
+        alone = self.planner is None and self.routing_recorder is None and not self.tracing
+        if alone and self._norms[index] is None:
+            done = self._run_routed(index, layer, hidden, top_k_index, top_k_weights, began_us)
+            if done is not None:
+                return done
         work = layer_work(hidden, top_k_index, top_k_weights, layer.num_experts, layer.spec.hidden, self.workspace)
         if not len(work.dispatch.expert_ids):
             return torch.zeros_like(hidden)
         self.clean = False
-        norm = layer.transform()
+        norm = self._norms[index]
         if norm is not None:
             postpone_weights(work, norm)
         self.begin_step(self.tracker.next(index, work.dispatch.n_tokens), work.dispatch.n_tokens)
         counters = self._stats.of(self.phase, index)
-        if self.planner is None and self.routing_recorder is None and not self.tracing:
+        if alone:
             out, lanes_us = self._run_on_cpu(index, layer, work, counters)
         else:
             out, lanes_us = self._run_planned(index, layer, work, top_k_index, counters)
@@ -104,6 +111,28 @@ class Runner:
         counters.overhead_us += took_us - lanes_us
         self.clean = True
         return result
+
+    def _run_routed(
+        self, index: int, layer: Layer, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
+        began_us: float,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """The short way of a call of few tokens without slots; None where it does not apply: nothing has happened."""
+        backend = layer.backend
+        if not isinstance(backend, NumbaBackend):
+            return None
+        self.clean = False
+        start_us = clock_us()
+        done = backend.run_routed(layer.spec, self.executor.addresses(index), hidden, top_k_index, top_k_weights)
+        cpu_us = clock_us() - start_us
+        self.clean = True
+        if done is None:
+            return None
+        out, n_active = done
+        if n_active:
+            n_tokens = len(top_k_index)
+            self.begin_step(self.tracker.next(index, n_tokens), n_tokens)
+            self.counters(index).ran_on_cpu(n_tokens, n_active, cpu_us, clock_us() - began_us)
+        return out
 
     def _run_on_cpu(self, index: int, layer: Layer, work: LayerWork, counters: Counters) -> tuple[torch.Tensor, float]:
         """Without slots there is nothing to plan. Returns the output and the lanes' us."""

@@ -47,6 +47,17 @@ class Counters:
     lowered: int = 0
     deferred: int = 0
 
+    def ran_on_cpu(self, n_tokens: int, n_experts: int, cpu_us: float, wall_us: float) -> None:
+        """Counts one call without slots: every active expert was a miss and ran on the CPU."""
+        self.calls += 1
+        self.tokens += n_tokens
+        self.activated += n_experts
+        self.misses += n_experts
+        self.cpu_experts += n_experts
+        self.cpu_us += cpu_us
+        self.wall_us += wall_us
+        self.overhead_us += wall_us - cpu_us
+
     def add(self, other: Counters) -> None:
         """Adds another one's sums."""
         for item in fields(self):

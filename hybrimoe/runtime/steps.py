@@ -21,6 +21,12 @@ class Step:
     new_sequence: bool
 
 
+SAME_STEP: dict[Phase, Step] = {
+    "prefill": Step("prefill", new=False, new_sequence=False),
+    "decode": Step("decode", new=False, new_sequence=False),
+}
+
+
 class StepTracker:
     """Follows the calls of the layers of one model.
 
@@ -61,7 +67,7 @@ class StepTracker:
         self._last_layer = layer
         if not new:
             assert previous is not None
-            return Step(previous, new=False, new_sequence=False)
+            return SAME_STEP[previous]
         self._phase = self._announced or ("decode" if n_tokens <= self._decode_max_tokens else "prefill")
         self._announced = None
         starts = previous is None or (previous == "decode" and self._phase == "prefill")
