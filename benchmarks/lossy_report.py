@@ -2,7 +2,9 @@
 
 hybrimoe bench quality --lossy all --json > quality.json
 hybrimoe bench ablation --experiment lossy --out ablation
-python benchmarks/lossy_report.py quality.json ablation/summary.json
+python benchmarks/lossy_report.py --quality quality.json --ablation ablation/summary.json
+
+Either may be left out: what it gave stays as it is.
 """
 
 from __future__ import annotations
@@ -13,24 +15,35 @@ from pathlib import Path
 from typing import Any
 
 DOC = Path(__file__).resolve().parents[1] / "docs" / "lossy.md"
-BEGIN, END = "<!-- lossy:begin (python benchmarks/lossy_report.py) -->", "<!-- lossy:end -->"
+BEGIN, END = "<!-- lossy-{name}:begin (python benchmarks/lossy_report.py) -->", "<!-- lossy-{name}:end -->"
 WORDS = {"skipped": "skipped", "substituted": "substituted", "lowered": "low", "deferred": "late"}
 
 
 def main() -> None:
-    """Replace what stands between the marks."""
+    """Replace what stands between the marks of each section that is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("quality", type=Path, nargs="+", help="JSON of `bench quality --lossy`, one or more.")
-    parser.add_argument("ablation", type=Path, help="summary.json of `bench ablation`.")
+    parser.add_argument("--quality", type=Path, nargs="+", help="JSON of `bench quality --lossy`, one or more.")
+    parser.add_argument("--ablation", type=Path, help="summary.json of `bench ablation`.")
     parser.add_argument("--doc", type=Path, default=DOC)
     arguments = parser.parse_args()
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.quality]
-    summary = json.loads(arguments.ablation.read_text(encoding="utf-8"))
+    if not arguments.quality and not arguments.ablation:
+        parser.error("expected --quality, --ablation, or both")
     text = arguments.doc.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    parts = [quality_section(result) for result in results] + [speed_section(summary["lossy"])]
-    arguments.doc.write_text(before + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + after, encoding="utf-8")
+    if arguments.quality:
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.quality]
+        text = with_section(text, "quality", "\n\n".join(quality_section(result) for result in results))
+    if arguments.ablation:
+        summary = json.loads(arguments.ablation.read_text(encoding="utf-8"))
+        text = with_section(text, "speed", speed_section(summary["lossy"]))
+    arguments.doc.write_text(text, encoding="utf-8")
+
+
+def with_section(text: str, name: str, section: str) -> str:
+    """The document with ``section`` between the marks of ``name``."""
+    begin, end = BEGIN.format(name=name), END.format(name=name)
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def quality_section(result: dict[str, Any]) -> str:
@@ -59,17 +72,25 @@ def _quality_row(row: dict[str, Any]) -> tuple[str, ...]:
 def speed_section(rows: list[dict[str, Any]]) -> str:
     """Simulated speed on a real model's shape."""
     title = (
-        "Simulated decode speed over the lossless run of the same policy: Qwen3-30B-A3B, bfloat16 experts, 25 % cached,"
-        " synthetic routing, mean\n(and range) over RTX A6000 + Xeon 5220R, RTX 4090 + Ryzen 9 and a laptop"
-        " (`hybrimoe bench ablation --experiment lossy`)."
+        "Simulated decode speed over the lossless run of the same policy and dtype: Qwen3-30B-A3B, 25 % of the experts"
+        " cached, synthetic\nrouting, mean (and range) over RTX A6000 + Xeon 5220R, RTX 4090 + Ryzen 9 and a laptop"
+        " (`hybrimoe bench ablation --experiment lossy`).\nMiB a token: what crosses the link, lossless / lossy."
     )
+    lossless = {_of(row): row["mib_per_token"] for row in rows if row["lossy"] == "lossless"}
     cells = [
-        (row["lossy"], row["policy"], f"{row['speedup']:.2f} ({row['least']:.2f} to {row['most']:.2f})",
-         f"{row['hit_rate']:.0%}", f"{row['changed']:.0%}")
+        (row["lossy"], row["expert_dtype"], row["policy"],
+         f"{row['speedup']:.2f} ({row['least']:.2f} to {row['most']:.2f})", f"{row['hit_rate']:.0%}",
+         f"{lossless[_of(row)]:.0f} / {row['mib_per_token']:.0f}", f"{row['changed']:.0%}")
         for row in rows
         if row["lossy"] != "lossless"
     ]  # fmt: skip
-    return title + "\n\n" + _table(("lossy", "beside", "speed-up", "hits", "routed experts changed"), sorted(cells))
+    columns = ("lossy", "experts", "beside", "speed-up", "hits", "MiB a token", "routed experts changed")
+    return title + "\n\n" + _table(columns, sorted(cells))
+
+
+def _of(row: dict[str, Any]) -> tuple[str, str]:
+    """What a lossless run is compared with."""
+    return row["policy"], row["expert_dtype"]
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

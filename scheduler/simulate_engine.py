@@ -32,18 +32,20 @@ class Copy:
     step: int
     left_us: float
     from_us: float
+    n_bytes: int
     start_us: float = NOT_STARTED
     end_us: float = NOT_STARTED
 
 
 @dataclass(slots=True)
 class Busy:
-    """Busy time of each lane so far, in us."""
+    """Busy time of each lane so far, in us, and the bytes that were put on the link."""
 
     cpu: float = 0.0
     accel: float = 0.0
     link: float = 0.0
     disk: float = 0.0
+    link_bytes: int = 0
 
 
 class HostTier:
@@ -107,10 +109,14 @@ class Engine:
         """Events of the copies that have ended by now, in link order; each is reported once."""
         events = [
             TransferEnded(c.transfer.layer, c.transfer.expert, c.transfer.slot, c.end_us - c.start_us)
-            for c in self._ended
+            for c in self._ended_transfers()
         ]
         self._ended.clear()
         return events
+
+    def _ended_transfers(self) -> list[Copy]:
+        """Those of the ended copies that a planner hears of."""
+        return self._ended
 
     def run_layer(self, plan: LayerPlan, demand: LayerDemand, shared_us: float) -> tuple[ObservedTask, ...]:
         """Perform one plan; afterwards ``now_us`` is the end of the compute lanes. Returns a sample of durations."""
@@ -132,10 +138,18 @@ class Engine:
     def _transfer_us(self, transfer: Transfer) -> float:
         return self.costs.transfer_us(transfer.layer)
 
+    def _transfer_bytes(self, transfer: Transfer) -> int:
+        return self.expert_bytes
+
     def _enqueue(self, plan: LayerPlan) -> None:
         for transfer in (*plan.transfers, *plan.prefetches):
-            ready = self._host_ready_us(transfer.layer, transfer.expert, plan.step)
-            self._queue.append(Copy(transfer, plan.step, self._transfer_us(transfer), ready))
+            self._add(Copy, transfer, plan.step, self._transfer_us(transfer), self._transfer_bytes(transfer))
+
+    def _add(self, kind: type[Copy], transfer: Transfer, step: int, us: float, n_bytes: int) -> None:
+        """Puts a copy on the link, which carries it once its bytes are in host memory."""
+        ready = self._host_ready_us(transfer.layer, transfer.expert, step)
+        self._queue.append(kind(transfer, step, us, ready, n_bytes))
+        self.busy.link_bytes += n_bytes
 
     def _cpu_from(self, plan: LayerPlan) -> Floats:
         if self.host is None:
@@ -221,7 +235,7 @@ class Engine:
                 copy.transfer.layer,
                 copy.transfer.expert,
                 0,
-                self.expert_bytes,
+                copy.n_bytes,
                 copy.start_us,
                 copy.end_us,
                 copy.step,

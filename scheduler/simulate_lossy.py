@@ -1,10 +1,10 @@
-"""Simulation with a lossy policy: the relaxed routing of each layer, low-precision copies on the same lanes."""
+"""Simulation with a lossy policy: the relaxed routing of each layer, low-precision copies or planes on its lanes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -18,58 +18,13 @@ from scheduler.planner import Planner
 from scheduler.relax import FULL, LATE, LOW, Lossy, Relaxed, RelaxSetting, Routing
 from scheduler.simulate import SimulationConfig, Simulator
 from scheduler.simulate_engine import Engine, SimulationError
+from scheduler.simulate_pair import PairEngine
+from scheduler.simulate_planes import PlaneEngine, planes
 from scheduler.simulate_stats import PhaseResult, PhaseStats
 from scheduler.trace import TraceStep
 from scheduler.trace_demand import demand_of
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(slots=True)
-class PairEngine(Engine):
-    """Expert ids from ``n_experts`` on are the low-precision copies of those below.
-
-    Late experts keep the CPU lane beyond the end of their layer, until ``late_until_us``; the next one waits for them.
-    """
-
-    low_costs: CostModel | None = None
-    n_experts: int = 0
-    late_until_us: float = 0.0
-    _cpu_free_us: float = 0.0
-
-    def wait_for_late(self) -> None:
-        """The layer needs the late results of the one before it."""
-        if self.late_until_us > self.now_us:
-            self._advance_link(self.late_until_us)
-            self.now_us = self.late_until_us
-
-    def start_late(self, us: float) -> None:
-        """``us`` of late experts follow this layer's work on the CPU lane."""
-        self.late_until_us = max(self._cpu_free_us, self.late_until_us) + us
-        self.busy.cpu += us
-
-    def _cpu_from(self, plan: LayerPlan) -> Floats:
-        return np.maximum(Engine._cpu_from(self, plan), self.late_until_us)
-
-    def _account(
-        self, plan: LayerPlan, tokens: dict[int, int], times: tuple[Floats, ...], began_us: float, shared_us: float
-    ) -> None:
-        self._cpu_free_us = max(float(times[1].max(initial=began_us)), began_us)
-        Engine._account(self, plan, tokens, times, began_us, shared_us)
-
-    def _compute_us(self, plan: LayerPlan, tokens: dict[int, int]) -> tuple[Floats, Floats]:
-        own, low = self.costs, self.low_costs or self.costs
-
-        def us(experts: tuple[int, ...], lane: str) -> Floats:
-            models = [low if expert >= self.n_experts else own for expert in experts]
-            each = zip(experts, models, strict=True)
-            return np.array([float(getattr(model, lane)(plan.layer, tokens[e])) for e, model in each], np.float64)
-
-        return us(plan.cpu, "cpu_us"), us(plan.accel, "accel_us")
-
-    def _transfer_us(self, transfer: Transfer) -> float:
-        low = self.low_costs if transfer.expert >= self.n_experts else None
-        return (low or self.costs).transfer_us(transfer.layer)
 
 
 class LossySimulator(Simulator):
@@ -84,13 +39,9 @@ class LossySimulator(Simulator):
             frequencies=kwargs.get("frequencies", args[5] if len(args) > 5 else None),
         )  # fmt: skip
         self.relaxation = lossy.make(setting)
-        if self.relaxation.uses_planes:
-            raise SimulationError(
-                f"{lossy.kind} is not simulated: what its bit planes move depends on the run; measure it with"
-                " bench quality --lossy on the emulated accelerator"
-            )
         self.relaxation.follow_slots(self.planner.slots.n_slots)
         self._routed, self._changed = Counter[str](), Counter[str]()
+        self._whole: NDArray[np.bool_] | None = None
 
     def _planner(self, *args: Any) -> Planner:
         """The planner of full precision; the low one is made beside it, and takes its part of the slots."""
@@ -116,12 +67,22 @@ class LossySimulator(Simulator):
         return super()._planner(*args)
 
     def _engine(self, keep_records: bool, frequencies: NDArray[np.float64] | None) -> Engine:
-        plain, low = super()._engine(keep_records, frequencies), _lossy(self.config).low
-        low_costs = None if low is None else CostModel(self.profile, self.shape, low.low_dtype)
-        return PairEngine(
-            plain.costs, plain.expert_bytes, keep_records, plain.host, low_costs=low_costs,
-            n_experts=self.shape.n_experts,
-        )  # fmt: skip
+        plain, lossy = super()._engine(keep_records, frequencies), _lossy(self.config)
+        base = (plain.costs, plain.expert_bytes, keep_records, plain.host)
+        n_experts = self.shape.n_experts
+        if lossy.uses_planes:
+            if self.config.expert_dtype != "int4":
+                raise SimulationError(
+                    f"{lossy.kind}: bit planes need int4 experts, found {self.config.expert_dtype}; use"
+                    " --expert-dtype int4"
+                )
+            high, low_plane = planes(self.profile, plain.expert_bytes)
+            return PlaneEngine(*base, n_experts=n_experts, high=high, low=low_plane)
+        if lossy.low is None:
+            return PairEngine(*base, n_experts=n_experts)
+        low_dtype = lossy.low.low_dtype
+        low_costs, low_bytes = CostModel(self.profile, self.shape, low_dtype), self.shape.expert_bytes(low_dtype)
+        return PairEngine(*base, low_costs=low_costs, low_bytes=low_bytes, n_experts=n_experts)
 
     def _warm_up(self, frequencies: NDArray[np.float64] | None) -> None:
         super()._warm_up(frequencies)
@@ -159,7 +120,12 @@ class LossySimulator(Simulator):
         if self.low is not None and low.expert_ids.size:
             low_plan = self._plan(self.low, low, self._behind(plan, full, dense.shared_us), stats)
         merged, both = _merged(plan, low_plan, full, low, self.shape.n_experts)
+        if isinstance(engine, PlaneEngine):
+            engine.wanted = self._whole
         observed = engine.run_layer(merged, both, dense.shared_us)
+        if isinstance(engine, PlaneEngine):
+            tokens = dict(zip(full.expert_ids.tolist(), full.n_tokens.tolist(), strict=True))
+            self._changed[demand.phase] += sum(tokens[expert] for expert in engine.take_rough())
         engine.wait_for_late()
         if late.expert_ids.size:
             engine.start_late(float(engine.costs.cpu_us(layer, late.n_tokens).sum()))
@@ -186,6 +152,7 @@ class LossySimulator(Simulator):
         relaxed: Relaxed = self.relaxation.relax(
             Routing(layer, step.phase, ids, given.astype(np.float32), self.planner.slots.resident_mask(layer))
         )
+        self._whole = relaxed.whole
         self._routed[step.phase] += int((ids >= 0).sum())
         self._changed[step.phase] += relaxed.skipped + relaxed.substituted + relaxed.lowered
         parts = np.full(ids.shape, FULL, np.uint8) if relaxed.parts is None else relaxed.parts

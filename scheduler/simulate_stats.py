@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ class PhaseResult:
     ``hit_rate``: share of activated (layer, expert) pairs whose bytes were in a slot when the layer was planned.
     ``lossy``: the lossy policy, empty without; ``changed``: share of the routed (token, expert) pairs that it skipped,
     substituted or lowered.
+    ``link_bytes``: put on the link, transfers and prefetches together, over the whole phase.
     ``prefetch_precision``: share of prefetches whose expert was activated the next time its layer ran; 0 without any.
     """
 
@@ -44,6 +45,7 @@ class PhaseResult:
     p95_latency_ms: float
     stolen: int
     late_prefetches: int
+    link_bytes: int
     lossy: str = ""
     changed: float = 0.0
 
@@ -68,23 +70,24 @@ class PhaseStats:
     late: int = 0
     busy: Busy = field(default_factory=Busy)
     _begin_us: float = 0.0
-    _begin_busy: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    _begin_busy: Busy = field(default_factory=Busy)
     _resident: NDArray[np.bool_] | None = None
 
     def begin(self, now_us: float, busy: Busy) -> None:
         """A step starts."""
         self._begin_us = now_us
-        self._begin_busy = (busy.cpu, busy.accel, busy.link, busy.disk)
+        self._begin_busy = replace(busy)
 
     def end(self, now_us: float, busy: Busy, n_tokens: int) -> None:
         """A step has ended."""
         self.tokens += n_tokens
         self.step_us.append(now_us - self._begin_us)
-        cpu, accel, link, disk = self._begin_busy
-        self.busy.cpu += busy.cpu - cpu
-        self.busy.accel += busy.accel - accel
-        self.busy.link += busy.link - link
-        self.busy.disk += busy.disk - disk
+        before = self._begin_busy
+        self.busy.cpu += busy.cpu - before.cpu
+        self.busy.accel += busy.accel - before.accel
+        self.busy.link += busy.link - before.link
+        self.busy.disk += busy.disk - before.disk
+        self.busy.link_bytes += busy.link_bytes - before.link_bytes
 
     def count_demand(self, demand: LayerDemand, resident: NDArray[np.bool_]) -> None:
         """Hits and misses of a layer, before anything is planned for it."""
@@ -123,6 +126,7 @@ class PhaseStats:
             p95_latency_ms=float(np.percentile(per_step, 95)),
             stolen=self.stolen,
             late_prefetches=self.late,
+            link_bytes=self.busy.link_bytes,
         )
 
 

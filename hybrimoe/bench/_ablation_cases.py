@@ -74,13 +74,19 @@ def every_policy(traces: Sequence[tuple[str, str]], decode_tokens: int, ratios: 
 
 
 def lossy(decode_tokens: int) -> list[Case]:
-    """Every lossy policy at its defaults beside ours and static, bfloat16 experts, 25 % cached, decode."""
+    """Every lossy policy at its defaults beside ours and static, 25 % cached, decode; the lossless run in its dtype.
+
+    Experts are bfloat16, and int4 for policies that need bit planes.
+    """
+    kinds = {dtype: ["", *sorted(name for name, made in RELAXATIONS.items() if made.uses_planes == (dtype == "int4"))]
+             for dtype in ("bfloat16", "int4")}  # fmt: skip
     return [
         Case("lossy", policy, hardware, LOSSY_SHAPE, SYNTHETIC, 0.25, "decode", 32, decode_tokens, 2,
-             label=kind or "lossless", expert_dtype="bfloat16", lossy=kind)
+             label=kind or "lossless", expert_dtype=dtype, lossy=kind)
         for hardware in LOSSY_HARDWARE
         for policy in ("static", "ours")
-        for kind in ("", *sorted(name for name, made in RELAXATIONS.items() if not made.uses_planes))
+        for dtype in kinds
+        for kind in kinds[dtype]
     ]  # fmt: skip
 
 

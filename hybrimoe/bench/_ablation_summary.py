@@ -86,14 +86,19 @@ def _policies(rows: Sequence[Row]) -> list[Row]:
 
 
 def _lossy(rows: Sequence[Row]) -> list[Row]:
-    """Per lossy policy and policy, over the profiles: speed-up over the lossless run of the same policy."""
-    base = {(row["hardware"], row["policy"]): row["latency_ms"] for row in rows if row["label"] == "lossless"}
+    """Per lossy policy and policy, over the profiles: speed-up over the lossless run of the same policy and dtype."""
+
+    def group(row: Row) -> tuple[str, ...]:
+        return row["policy"], row["expert_dtype"], row["label"]
+
+    base = {(row["hardware"], *group(row)[:2]): row for row in rows if row["label"] == "lossless"}
     result = []
-    for policy, label in dict.fromkeys((row["policy"], row["label"]) for row in rows):
-        own = [row for row in rows if (row["policy"], row["label"]) == (policy, label)]
-        gains = [base[row["hardware"], policy] / row["latency_ms"] for row in own]
-        result.append({"policy": policy, "lossy": label, "speedup": fmean(gains), "least": min(gains),
-                       "most": max(gains), "hit_rate": fmean(row["hit_rate"] for row in own),
+    for policy, dtype, label in dict.fromkeys(group(row) for row in rows):
+        own = [row for row in rows if group(row) == (policy, dtype, label)]
+        gains = [base[row["hardware"], policy, dtype]["latency_ms"] / row["latency_ms"] for row in own]
+        result.append({"policy": policy, "expert_dtype": dtype, "lossy": label, "speedup": fmean(gains),
+                       "least": min(gains), "most": max(gains), "hit_rate": fmean(row["hit_rate"] for row in own),
+                       "mib_per_token": fmean(row["link_bytes"] / row["tokens"] for row in own) / 2**20,
                        "changed": fmean(row["changed"] for row in own)})  # fmt: skip
     return result
 
@@ -143,9 +148,9 @@ def _policy_table(rows: Iterable[Row]) -> Table:
 
 
 def _lossy_table(rows: Iterable[Row]) -> Table:
-    columns = ("policy", "lossy", "speed-up", "range", "hits", "routed experts changed")
-    cells = [(r["policy"], r["lossy"], f"{r['speedup']:.2f}x", f"{r['least']:.2f} - {r['most']:.2f}",
-              f"{r['hit_rate']:.1%}", f"{r['changed']:.0%}") for r in rows]  # fmt: skip
+    columns = ("policy", "lossy", "experts", "speed-up", "range", "hits", "MiB a token", "routed experts changed")
+    cells = [(r["policy"], r["lossy"], r["expert_dtype"], f"{r['speedup']:.2f}x", f"{r['least']:.2f} - {r['most']:.2f}",
+              f"{r['hit_rate']:.1%}", f"{r['mib_per_token']:.0f}", f"{r['changed']:.0%}") for r in rows]  # fmt: skip
     return "Lossy policies over the lossless run, mean over profiles (quality: bench quality --lossy)", columns, cells
 
 

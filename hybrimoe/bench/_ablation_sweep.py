@@ -30,7 +30,7 @@ from scheduler.trace_demand import DemandSource
 from scheduler.trace_predict import predictions_for
 
 #: Bump when the meaning of a row changes: cached rows of another version are not used.
-ROW_VERSION = 3
+ROW_VERSION = 4
 SYNTHETIC = "synthetic"
 #: Sequences of a synthetic trace: the first ones are the profile, the others are simulated.
 PROFILE_SEQUENCES = 2

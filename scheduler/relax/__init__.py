@@ -82,6 +82,11 @@ class Lossy:
         return RELAXATIONS[self.kind].needs_expert_norms
 
     @property
+    def uses_planes(self) -> bool:
+        """Whether experts cross the link as bit planes."""
+        return RELAXATIONS[self.kind].uses_planes
+
+    @property
     def one_copy(self) -> bool:
         """Whether each expert is used in one precision only."""
         return RELAXATIONS[self.kind].one_copy

@@ -45,11 +45,6 @@ def test_a_policy_that_changes_nothing_is_simulated_as_the_lossless_one(trace, p
     assert all(result.lossy.startswith("hobbit") and result.changed == 0.0 for result in unchanged)
 
 
-def test_bit_planes_are_not_simulated(trace):
-    with pytest.raises(SimulationError, match="d2moe is not simulated"):
-        run(trace, "d2moe")
-
-
 @pytest.mark.parametrize("kind", sorted(kind for kind in RELAXATIONS if not RELAXATIONS[kind].uses_planes))
 @pytest.mark.parametrize("policy", ["ours", "static"])
 def test_every_kind_is_simulated_in_both_phases_and_is_deterministic(trace, kind, policy):

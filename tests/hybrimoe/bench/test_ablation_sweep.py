@@ -117,17 +117,22 @@ def test_tables_and_files(tmp_path):
 def test_lossy_rows_are_set_against_the_lossless_run_of_the_same_policy_and_machine():
     from hybrimoe.bench._ablation_cases import lossy
     from hybrimoe.bench._ablation_summary import summarise, tables
+    from scheduler.relax import RELAXATIONS
 
     times = {("a", "lossless"): 10.0, ("a", "skip"): 5.0, ("b", "lossless"): 30.0, ("b", "skip"): 10.0}
     rows = [
         {"experiment": "lossy", "policy": "ours", "hardware": machine, "label": label, "latency_ms": ms,
-         "hit_rate": 0.5, "changed": 0.0 if label == "lossless" else 0.25}
-        for (machine, label), ms in times.items()
+         "hit_rate": 0.5, "changed": 0.0 if label == "lossless" else 0.25, "expert_dtype": dtype,
+         "link_bytes": 8 << 20, "tokens": 4}
+        for (machine, label), ms in times.items() for dtype, ms in (("bfloat16", ms), ("int4", ms / 4))
     ]  # fmt: skip
     found = summarise(rows)
-    skip = found["lossy"][1]
-    assert (skip["lossy"], skip["speedup"], skip["least"], skip["most"]) == ("skip", 2.5, 2.0, 3.0)
-    assert tables(found)[0][2][1][2:] == ("2.50x", "2.00 - 3.00", "50.0%", "25%")
+    skip = next(row for row in found["lossy"] if (row["lossy"], row["expert_dtype"]) == ("skip", "bfloat16"))
+    assert (skip["speedup"], skip["least"], skip["most"], skip["mib_per_token"]) == (2.5, 2.0, 3.0, 2.0)
+    drawn = [row[3:] for row in tables(found)[0][2] if row[1] == "skip"]
+    assert drawn == [("2.50x", "2.00 - 3.00", "50.0%", "2", "25%")] * 2, "each dtype against its own lossless run"
     cases = lossy(8)
-    assert {case.lossy for case in cases} >= {"", "hobbit", "skip", "substitute", "swapmoe", "emoe", "bit_width"}
+    assert {case.lossy for case in cases} == {"", *RELAXATIONS}
+    assert {case.expert_dtype for case in cases if case.lossy == "d2moe"} == {"int4"}
+    assert {case.expert_dtype for case in cases if case.lossy == ""} == {"int4", "bfloat16"}
     assert len({case.key for case in cases}) == len(cases)
