@@ -1,5 +1,6 @@
 """Expert feed-forward networks on the CPU: packing, SIMD kernels, and backends behind one protocol."""
 
+from cpu_kernels.attention import decode_attention, supports_decode_attention
 from cpu_kernels.backends import CpuBackend, get_backend
 from cpu_kernels.dispatch import Dispatch, build_dispatch, combine
 from cpu_kernels.errors import (
@@ -39,6 +40,7 @@ __all__ = [
     "apply_activation",
     "build_dispatch",
     "combine",
+    "decode_attention",
     "get_backend",
     "pack_expert",
     "pack_linear",
@@ -46,6 +48,7 @@ __all__ = [
     "reference_ffn",
     "relative_error",
     "run_linear",
+    "supports_decode_attention",
     "tolerance",
     "unpack_expert",
     "unpack_linear",

@@ -15,8 +15,9 @@ from numba.core.sigutils import normalize_signature
 Real = Any
 Whole = Any
 Truth = Any
-COMPILED_FROM = ("call", "compiled", "dispatch", "layer", "layout", "pinning", "primitives", "quantise",
-                 "routed", "workers", "bandwidth", "backends/base", "simd/formats", "simd/tiles")  # fmt: skip
+COMPILED_FROM = ("attention_workers", "call", "compiled", "dispatch", "layer", "layout", "pinning", "primitives",
+                 "quantise", "routed", "workers", "bandwidth", "backends/base", "simd/attention", "simd/formats",
+                 "simd/tiles")  # fmt: skip
 WORKER_SIGNATURE = "void(int64, int64)"
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -64,6 +64,27 @@ def call_finish(
 
 
 @intrinsic
+def call_attend(
+    typingctx: Any,
+    function: Any,
+    query: Any,
+    keys: Any,
+    key_bytes: Any,
+    values: Any,
+    value_bytes: Any,
+    bias: Any,
+    n_tokens: Any,
+    dim: Any,
+    v_dim: Any,
+    scores: Any,
+    stats: Any,
+    out: Any,
+) -> Any:
+    """Calls the compiled `attend` (cpu_kernels.simd.attention) at address `function`."""
+    return _kernel_call(12, types.void)
+
+
+@intrinsic
 def take_ticket(typingctx: Any, counter: Any) -> Any:
     """Adds 1 to the int64 at address `counter` atomically; returns the value before."""
 

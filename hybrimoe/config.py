@@ -57,6 +57,9 @@ class CpuConfig(_Section):
     dense_dtype: DenseDtypeName = Field(
         default="auto", description="How all other weights are stored; auto as in the model."
     )
+    attention: Literal["auto", "torch"] = Field(
+        default="auto", description="Decode steps of bfloat16 attention on the CPU: auto is our kernel."
+    )
 
 
 class SchedulerConfig(BaseModel):
@@ -178,6 +181,7 @@ _ALIASES: dict[str, KeyPath] = {
     "gpu_expert_slots": ("memory", "gpu_experts"),
     "expert_dtype": ("cpu", "expert_dtype"),
     "dense_dtype": ("cpu", "dense_dtype"),
+    "attention": ("cpu", "attention"),
     "backend": ("cpu", "backend"),
     "threads": ("cpu", "threads"),
     "policy": ("scheduler", "policy"),

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from cpu_kernels import layer, routed
+from cpu_kernels.attention_workers import attention_bytes, run_attention
 from cpu_kernels.backends.base import check_run, raise_not_finite
 from cpu_kernels.dispatch import Dispatch
 from cpu_kernels.errors import BackendError
@@ -18,6 +19,7 @@ from cpu_kernels.spec import ExpertSpec
 from cpu_kernels.threads import core_ids, resolve_threads, start_pool
 
 SERIAL_BYTES = 128 * 1024  # below this much weight a second thread costs more than it saves
+SERIAL_CONTEXT_BYTES = 1024 * 1024  # the same for keys and values, most of which the last step left in a cache
 
 
 class NumbaBackend:
@@ -118,8 +120,27 @@ class NumbaBackend:
         if bad >= 0:
             raise_not_finite(bad)
 
-    def _threads_for(self, weight_bytes: int) -> int:
-        n_threads = 1 if weight_bytes < SERIAL_BYTES else self.n_threads
+    def attend(
+        self,
+        kernels: tuple[int, int, int],
+        sizes: tuple[int, int, int, int, int, int],
+        scale: float,
+        query: np.ndarray,
+        keys: tuple[int, int, int, int],
+        values: tuple[int, int, int, int],
+        bias: np.ndarray,
+        out: np.ndarray,
+        n_bytes: int,
+    ) -> None:
+        """See `cpu_kernels.attention_workers.run_attention`; n_bytes: of the keys and values that it reads."""
+        n_batch, n_kv_heads, group, n_tokens, dim, v_dim = sizes
+        needed = attention_bytes(n_batch * n_kv_heads * group, n_batch, n_tokens, dim, v_dim)
+        n_threads = self._threads_for(n_bytes, SERIAL_CONTEXT_BYTES)
+        with self._lock:
+            run_attention(kernels, sizes, scale, query, keys, values, bias, out, self._grown(needed), n_threads)
+
+    def _threads_for(self, n_bytes: int, serial_bytes: int = SERIAL_BYTES) -> int:
+        n_threads = 1 if n_bytes < serial_bytes else self.n_threads
         if n_threads > 1:
             if self._pins:
                 pin_once(n_threads, self._cores)
@@ -128,7 +149,11 @@ class NumbaBackend:
 
     def _room(self, plan: Plan, n_experts: int, n_tokens: int, n_rows: int, more_bytes: int = 0) -> np.ndarray:
         """The workspace, grown if needed and kept between calls."""
-        n_bytes = layer.workspace_bytes(n_experts, n_tokens, n_rows, plan.x_row_bytes, plan.h_row_bytes) + more_bytes
+        needed = layer.workspace_bytes(n_experts, n_tokens, n_rows, plan.x_row_bytes, plan.h_row_bytes)
+        return self._grown(needed + more_bytes)
+
+    def _grown(self, n_bytes: int) -> np.ndarray:
+        """The workspace with at least n_bytes."""
         if self._workspace.size < n_bytes:
             self._workspace = np.empty(n_bytes * 5 // 4, np.uint8)
         return self._workspace

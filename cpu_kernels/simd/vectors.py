@@ -4,7 +4,7 @@
 calls these operations, and Python loops in it are unrolled code.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from llvmlite import ir
@@ -143,6 +143,29 @@ class Simd:
     def reduce(self, x: ir.Value, operation: str) -> ir.Value:
         """int32 from all lanes of int32; operation: add, or, umax."""
         return self._call(f"llvm.vector.reduce.{operation}.v{self.lanes}i32", I32, [x])
+
+    def sum_floats(self, x: ir.Value) -> ir.Value:
+        """float32 sum of all lanes, by halves: the same order on every CPU of the ISA."""
+        return self._halved(x, self.b.fadd)
+
+    def max_float(self, x: ir.Value) -> ir.Value:
+        """float32 maximum of all lanes."""
+        return self._halved(x, self.maximum)
+
+    def _halved(self, x: ir.Value, operation: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+        """Lane 0 of x after log2(lanes) times ``x = operation(low half, high half)``."""
+        width = self.lanes
+        while width > 1:
+            width //= 2
+            nothing = ir.Constant(x.type, ir.Undefined)
+            low, high = (
+                self.b.shuffle_vector(
+                    x, nothing, ir.Constant(ir.VectorType(I32, width), list(range(first, first + width)))
+                )
+                for first in (0, width)
+            )
+            x = operation(low, high)
+        return self.b.extract_element(x, ir.Constant(I32, 0))
 
     def narrow(self, x: ir.Value, bits: int) -> ir.Value:
         """The low 8 or 16 bits of each int32 lane, packed."""

@@ -98,7 +98,7 @@ class RandomSource:
         model.init_weights()
         model.tie_weights()
         place_dense(model, deployment)
-        injection.pack_dense(keep_originals=False)
+        injection.prepare_dense(keep_originals=False)
         injection.session.start()
         return model.eval()
 

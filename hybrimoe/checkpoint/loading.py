@@ -137,7 +137,7 @@ class Loader:
         injection = inject(self.model, config=self.deployment, store=open_store)
         try:
             self._load_unreplaced(injection, sources, dtypes)
-            injection.pack_dense(keep_originals=False)
+            injection.prepare_dense(keep_originals=False)
             if not injection.session.started:
                 self._pack(injection.session.store, sources, show)
                 injection.session.start()

@@ -49,9 +49,9 @@ class PrefixCache:
     def _new_states(self) -> Any:
         if not self._model._supports_default_dynamic_cache():
             return None  # the model makes its own kind in its first call
-        from transformers import DynamicCache
+        from hybrimoe.generation.growing import growing_cache
 
-        return DynamicCache(config=self._model.config.get_text_config(decoder=True))
+        return growing_cache(self._model.config.get_text_config(decoder=True))
 
     def _crop(self, n_tokens: int) -> bool:
         """Drop the last `n_tokens`; False where the states cannot give back their past."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from hybrimoe.decode_attention import DecodeAttention
     from hybrimoe.dense_linear import PackedDense
     from hybrimoe.runtime.config import RuntimeConfig
     from hybrimoe.runtime.session import Session
@@ -105,6 +106,7 @@ class Injection:
         self.session = application.session
         self.originals: Mapping[str, nn.Module] = application.originals
         self.dense: PackedDense | None = None
+        self.attention: DecodeAttention | None = None
         self._application = application
         self._active = True
 
@@ -118,20 +120,32 @@ class Injection:
         """What of the rules has no effect here, and why."""
         return (*self._application.remarks, *self._without_accelerator())
 
-    def pack_dense(self, *, keep_originals: bool) -> None:
-        """Packs the dense layers on the CPU where `cpu.dense_dtype` is int8 or int4; else does nothing.
+    def prepare_dense(self, *, keep_originals: bool) -> None:
+        """What the deployment's `cpu` section says of all that is not experts: their dtype, and the attention.
 
-        keep_originals: hold on to them for `restore`. Raises CheckpointError where a weight is not finite.
+        keep_originals: hold on to packed layers for `restore`. Raises CheckpointError where a weight is not finite.
         """
         cpu = self.config.cpu
+        threads = cpu.threads if isinstance(cpu.threads, int) else None
+        if cpu.attention == "auto":
+            self._use_decode_attention(threads)
         dtype = cpu.dense_dtype
         if dtype != "int8" and dtype != "int4":
             return
         from hybrimoe.dense_linear import pack_linears
 
         sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
-        threads = cpu.threads if isinstance(cpu.threads, int) else None
         self.dense = pack_linears(self.model, sizes, dtype, keep_originals=keep_originals, threads=threads)
+
+    def _use_decode_attention(self, threads: int | None) -> None:
+        """Where the kernels' threads do not start (experts may run on another backend), a remark says so."""
+        from cpu_kernels import ThreadingError
+        from hybrimoe.decode_attention import use_decode_attention
+
+        try:
+            self.attention = use_decode_attention(self.model, threads)
+        except ThreadingError as error:
+            self._application.remarks.append(f"attention stays with torch: {error}")
 
     def device_of(self, path: str) -> torch.device | None:
         """Device that the rules give the module at `path`; None where they do not say."""
@@ -171,6 +185,8 @@ class Injection:
         self._rebuild_deferred()
         if self.dense is not None:
             self.dense.undo()
+        if self.attention is not None:
+            self.attention.undo()
         self._application.undo()
         self.session.close()
         if self.model.__dict__.get(MARK) is self:
@@ -271,7 +287,7 @@ def inject(
         raise
     injection = Injection(model, deployment, resolution, application)
     if not injection.deferred:
-        injection.pack_dense(keep_originals=True)
+        injection.prepare_dense(keep_originals=True)
     model.__dict__[MARK] = injection
     model.__dict__[SAVE] = _refuse_save
     return injection

@@ -1,0 +1,192 @@
+"""Attention of one query token per head over a run of cached tokens, as flash decoding's first step.
+
+attend(q, k, k_bytes, v, v_bytes, bias, n_tokens, dim, v_dim, scores, stats, out)
+
+q float32 [heads, dim], scaled already; k and v: rows of bfloat16, k_bytes and v_bytes apart, that all the heads share.
+bias float32 [n_tokens] is added to every head's scores. scores: scratch float32 [heads, CHUNK]. For each head, stats
+gets m = max score and the sum of exp(score - m) (float32 [heads, 2]), out the sum of exp(score - m) * v (float32
+[heads, v_dim]). dim and v_dim are multiples of the ISA's lanes; n_tokens is 1 to CHUNK.
+
+Partial results of runs are joined by ``exp(m - max m)`` (Dao et al., Flash-Decoding, 2023).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llvmlite import ir
+
+from cpu_kernels.isa import Isa
+from cpu_kernels.simd.functions import exp
+from cpu_kernels.simd.vectors import F32, I64, POINTER, VOID, Simd
+
+CHUNK = 256
+"""Cached tokens of a run: keys and values of 128 columns (128 KiB) stay in L2 for the heads that share them."""
+HEAD_BLOCK = 4
+"""Query heads that share one reading of keys and values."""
+LOWEST = -1.0e38
+"""Below every score; finite, so that a run whose tokens are all masked has no inf - inf."""
+PREFETCH_TOKENS = 8
+"""How far ahead of its use a row of values is asked for."""
+VALUE_VECTORS = 4
+"""Vectors of values that HEAD_BLOCK heads sum in registers."""
+
+Body = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+
+
+@dataclass(frozen=True, slots=True)
+class AttendKernel:
+    """`attend` for a number of query heads that share keys and values."""
+
+    n_heads: int
+    symbol: ClassVar[str] = "attend"
+
+    @property
+    def name(self) -> str:
+        """Of the file that keeps it."""
+        return f"attend-{self.n_heads}"
+
+    def build(self, isa: Isa) -> ir.Module:
+        """LLVM module with `attend`."""
+        return _module(self, isa)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arguments:
+    """The function's arguments by name."""
+
+    q: ir.Value
+    k: ir.Value
+    k_bytes: ir.Value
+    v: ir.Value
+    v_bytes: ir.Value
+    bias: ir.Value
+    n_tokens: ir.Value
+    dim: ir.Value
+    v_dim: ir.Value
+    scores: ir.Value
+    stats: ir.Value
+    out: ir.Value
+
+
+def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
+    module = ir.Module(kernel.name)
+    kinds = [POINTER, POINTER, I64, POINTER, I64, POINTER, I64, I64, I64, POINTER, POINTER, POINTER]
+    function = ir.Function(module, ir.FunctionType(VOID, kinds), kernel.symbol)
+    s = Simd(ir.IRBuilder(function.append_basic_block()), isa)
+    a = _Arguments(*function.args)
+    _scores(s, a, kernel.n_heads)
+    for head in range(kernel.n_heads):
+        _softmax(s, s.offset(a.scores, 4 * CHUNK * head), s.offset(a.stats, 8 * head), a.n_tokens)
+    _values(s, a, kernel.n_heads)
+    s.b.ret_void()
+    return module
+
+
+def _scores(s: Simd, a: _Arguments, n_heads: int) -> None:
+    """scores[h, t] = q[h] . k[t] + bias[t]; up to the next whole vector, LOWEST."""
+    lanes = s.const(s.lanes)
+    whole = s.b.mul(s.b.sdiv(s.b.sub(s.b.add(a.n_tokens, lanes), s.const(1)), lanes), lanes)
+    for head in range(n_heads):
+        with s.loop(s.b.sub(whole, lanes), whole) as token:
+            s.store(s.real(LOWEST), s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
+    row_bytes = s.b.mul(a.dim, s.const(4))
+    with s.loop(s.const(0), a.n_tokens) as token:
+        key = s.offset(a.k, s.b.mul(token, a.k_bytes))
+        zeros: list[ir.Value] = [s.zero(s.f32)] * n_heads
+
+        def step(column: ir.Value, sums: list[ir.Value], key: ir.Value = key) -> list[ir.Value]:
+            part = s.load_bf16(s.offset(key, s.b.mul(column, s.const(2))))
+            query = s.offset(a.q, s.b.mul(column, s.const(4)))
+            return [
+                s.mul_add(part, s.load(s.offset(query, s.b.mul(row_bytes, s.const(head))), s.f32), total)
+                for head, total in enumerate(sums)
+            ]
+
+        for head, total in enumerate(_folded(s, a.dim, s.lanes, zeros, step)):
+            bias = s.load(s.offset(a.bias, _floats(s, token)), F32, 4)
+            s.store(s.b.fadd(s.sum_floats(total), bias), s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
+
+
+def _softmax(s: Simd, scores: ir.Value, stats: ir.Value, n_tokens: ir.Value) -> None:
+    """scores[t] becomes exp(scores[t] - m); stats = m, sum."""
+
+    def largest(token: ir.Value, best: list[ir.Value]) -> list[ir.Value]:
+        return [s.maximum(s.load(s.offset(scores, _floats(s, token)), s.f32), best[0])]
+
+    (best,) = _folded(s, n_tokens, s.lanes, [s.constant(s.f32, LOWEST)], largest)
+    top = s.max_float(best)
+    shift = s.splat(s.b.fneg(top))
+
+    def weigh(token: ir.Value, total: list[ir.Value]) -> list[ir.Value]:
+        place = s.offset(scores, _floats(s, token))
+        weight = exp(s, s.b.fadd(s.load(place, s.f32), shift))
+        s.store(weight, place)
+        return [s.b.fadd(total[0], weight)]
+
+    (total,) = _folded(s, n_tokens, s.lanes, [s.zero(s.f32)], weigh)
+    s.store(top, stats, 4)
+    s.store(s.sum_floats(total), s.offset(stats, 4), 4)
+
+
+def _values(s: Simd, a: _Arguments, n_heads: int) -> None:
+    """out[h] = sum over t of scores[h, t] * v[t], a block of columns after the other."""
+    block = VALUE_VECTORS * s.lanes
+    whole = s.b.mul(s.b.sdiv(a.v_dim, s.const(block)), s.const(block))
+    with s.loop(s.const(0), whole, block) as column:
+        _value_columns(s, a, n_heads, column, VALUE_VECTORS)
+    with s.loop(whole, a.v_dim, s.lanes) as column:
+        _value_columns(s, a, n_heads, column, 1)
+
+
+def _value_columns(s: Simd, a: _Arguments, n_heads: int, column: ir.Value, n_vectors: int) -> None:
+    first = s.offset(a.v, s.b.mul(column, s.const(2)))
+
+    def add(token: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        row = s.offset(first, s.b.mul(token, a.v_bytes))
+        s.prefetch(s.offset(row, s.b.mul(a.v_bytes, s.const(PREFETCH_TOKENS))))
+        parts = [s.load_bf16(s.offset(row, 2 * s.lanes * vector)) for vector in range(n_vectors)]
+        added = []
+        for head in range(n_heads):
+            weight = s.splat_load(s.offset(a.scores, _floats(s, token, CHUNK * head)), F32)
+            added += [s.mul_add(weight, part, sums[head * n_vectors + i]) for i, part in enumerate(parts)]
+        return added
+
+    sums = _folded(s, a.n_tokens, 1, [s.zero(s.f32)] * (n_heads * n_vectors), add)
+    for head in range(n_heads):
+        target = s.offset(a.out, s.b.mul(s.b.add(s.b.mul(a.v_dim, s.const(head)), column), s.const(4)))
+        for vector in range(n_vectors):
+            s.store(sums[head * n_vectors + vector], s.offset(target, 4 * s.lanes * vector))
+
+
+def _floats(s: Simd, index: ir.Value, first: int = 0) -> ir.Value:
+    """Byte offset of float32 number first + index."""
+    return s.b.mul(s.b.add(index, s.const(first)), s.const(4))
+
+
+def _folded(
+    s: Simd,
+    stop: ir.Value,
+    step: int,
+    start: list[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """The values after ``for i in range(0, stop, step): values = body(i, values)``; they stay in registers."""
+    before = s.b.block
+    head, inside, after = (s.b.append_basic_block(name) for name in ("head", "body", "after"))
+    s.b.branch(head)
+    s.b.position_at_end(head)
+    index = s.b.phi(I64)
+    values = [s.b.phi(value.type) for value in start]
+    index.add_incoming(s.const(0), before)
+    for value, first in zip(values, start, strict=True):
+        value.add_incoming(first, before)
+    s.b.cbranch(s.b.icmp_signed("<", index, stop), inside, after)
+    s.b.position_at_end(inside)
+    results = body(index, values)
+    index.add_incoming(s.b.add(index, s.const(step)), s.b.block)
+    for value, result in zip(values, results, strict=True):
+        value.add_incoming(result, s.b.block)
+    s.b.branch(head)
+    s.b.position_at_end(after)
+    return values

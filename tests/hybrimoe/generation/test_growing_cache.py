@@ -1,0 +1,86 @@
+"""The KV cache that grows in place: the same keys and values as transformers' own, through all that is done to it."""
+
+import torch
+from transformers import DynamicCache, GptOssConfig, Qwen3MoeConfig
+from transformers.cache_utils import DynamicLayer
+
+from hybrimoe.generation.growing import LEAST_ROOM, GrowingLayer, growing_cache
+
+
+def tokens(n, seed=0, batch=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 2, n, 8, generator=generator), torch.randn(batch, 2, n, 4, generator=generator)
+
+
+def both(steps):
+    """Runs the same steps on a growing layer and on transformers'; compares after each."""
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    for step in steps:
+        returned = [step(ours), step(theirs)]
+        if isinstance(returned[0], tuple):
+            assert all(torch.equal(a, b) for a, b in zip(*returned, strict=True))
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+    return ours
+
+
+def append(n, seed=0, batch=1):
+    return lambda layer: layer.update(*tokens(n, seed, batch))
+
+
+def test_appended_tokens_are_those_of_a_concatenation():
+    both([append(3), append(1, 1), append(LEAST_ROOM, 2), append(1, 3), append(2 * LEAST_ROOM, 4), append(1, 5)])
+
+
+def test_a_token_is_written_into_the_room_there_is():
+    layer = both([append(10), append(1, 1)])
+    place = layer.keys.data_ptr()
+    for seed in range(LEAST_ROOM - 1):
+        layer.update(*tokens(1, seed))
+    assert layer.keys.data_ptr() == place
+    layer.update(*tokens(1))
+    assert layer.keys.data_ptr() != place
+
+
+def test_room_is_a_share_of_what_is_held():
+    layer = GrowingLayer()
+    layer.update(*tokens(80 * LEAST_ROOM))
+    held = layer.keys.untyped_storage().nbytes() / layer.keys.element_size() / (2 * 8)
+    assert held == 80 * LEAST_ROOM * 9 // 8
+
+
+def test_cropped_chosen_repeated_and_reordered_rows():
+    both([append(20), lambda layer: layer.crop(-7), append(3, 1), append(1, 2)])
+    both([append(9, batch=3), lambda layer: layer.batch_select_indices(torch.tensor([2, 0])), append(2, 1, batch=2)])
+    both([append(9), lambda layer: layer.batch_repeat_interleave(3), append(2, 1, batch=3)])
+    both([append(9, batch=2), lambda layer: layer.reorder_cache(torch.tensor([1, 0])), append(2, 1, batch=2)])
+
+
+def test_a_choice_of_rows_leaves_other_holders_alone():
+    layer = GrowingLayer()
+    layer.update(*tokens(5, batch=2))
+    before = layer.keys
+    copy = before.clone()
+    layer.batch_select_indices(torch.tensor([0]))
+    layer.update(*tokens(1))
+    assert torch.equal(before, copy)
+
+
+def test_after_a_reset_it_begins_anew():
+    layer = GrowingLayer()
+    layer.update(*tokens(5))
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    keys, _ = layer.update(*tokens(3, 1))
+    assert torch.equal(keys, tokens(3, 1)[0])
+
+
+def test_only_plain_layers_are_replaced():
+    plain = growing_cache(Qwen3MoeConfig(num_hidden_layers=3))
+    assert [type(layer) for layer in plain.layers] == [GrowingLayer] * 3
+    config = GptOssConfig(num_hidden_layers=4, sliding_window=16)
+    kinds = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
+    mixed = [type(layer).__name__ for layer in growing_cache(config).layers]
+    assert "DynamicSlidingWindowLayer" in kinds
+    assert mixed == [{"DynamicLayer": "GrowingLayer"}.get(kind, kind) for kind in kinds]
