@@ -1,22 +1,14 @@
-"""How long an expert keeps its slot, and what that makes of its moving means of use.
+"""How long an expert keeps its slot: the tokens over which its residency pays.
 
 A resident leaves with the chance 1 / lifetime at each token, where lifetime = slots / transfers a token. Its worth is
-the uses expected until then. A moving mean of use with weight w fades by 1 - w a token, so over ``horizon`` tokens the
-share c of it that forecasts the next token is worth c / (1 - (1 - 1 / horizon) * (1 - w)) uses.
+the uses expected over a part of that time.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
-WEIGHTS: Final = (0.4, 0.05, 0.02)
-"""Weights of the newest token in the fast, the slow and the very slow moving mean of use."""
-MIX: Final = (0.32, 0.48, 0.20)
-"""Least-squares share of each mean in the chance of use at the next token (gpt-oss-20b, tuning part)."""
-LIFETIME_SHARE: Final = 0.2
+LIFETIME_SHARE: Final = 0.08
 """Part of the expected lifetime over which residency pays (gpt-oss-20b, tuning part): one that is wanted again comes
 back soon, so the later part of its stay is no saving."""
 TRANSFER_WEIGHT: Final = 0.02
@@ -27,19 +19,12 @@ LEAST_TRANSFERS: Final = 1e-3
 
 
 class Residency:
-    """Counts transfers; ``factors`` float64[3]: uses to come for each unit of the three moving means."""
+    """Counts transfers; ``horizon``: tokens over which residency pays now."""
 
     def __init__(self, n_slots: int, lifetime_share: float = LIFETIME_SHARE) -> None:
-        self._mix, self._fade = np.array(MIX), 1.0 - np.array(WEIGHTS)
         self._transfers_a_token, self._count, self._counting = FIRST_TRANSFERS, 0, False
         self.lifetime_share = lifetime_share
-        self.factors: npt.NDArray[np.float64] = np.array(MIX)
-        self._expect(n_slots)
-
-    @property
-    def horizon(self) -> float:
-        """Tokens over which residency pays now."""
-        return self._horizon
+        self.horizon = self._expected(n_slots)
 
     def transferred(self) -> None:
         """An expert starts to move into a slot."""
@@ -54,9 +39,8 @@ class Residency:
             rest = 1.0 - TRANSFER_WEIGHT
             self._transfers_a_token = rest * self._transfers_a_token + TRANSFER_WEIGHT * self._count
         self._count, self._counting = 0, few_tokens
-        self._expect(n_slots if few_tokens else 0)
+        self.horizon = self._expected(n_slots if few_tokens else 0)
 
-    def _expect(self, n_slots: int) -> None:
+    def _expected(self, n_slots: int) -> float:
         lifetime = n_slots / max(self._transfers_a_token, LEAST_TRANSFERS)
-        self._horizon = max(self.lifetime_share * lifetime, 1.0)
-        self.factors = self._mix / (1.0 - (1.0 - 1.0 / self._horizon) * self._fade)
+        return max(self.lifetime_share * lifetime, 1.0)

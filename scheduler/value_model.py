@@ -1,12 +1,12 @@
-"""What ``value`` (ours) believes: each expert's chance of use at its layer's next token, and at the layer that is next.
+"""What ``value`` (ours) believes in us: what each expert's residency saves, and which absent ones are worth bringing.
 
-One compiled call a layer. Learnt while running, nothing is trained ahead: moving means of use, which experts of the
-next layer follow which of this one, and how far such a forecast (or a gate's prediction) of an ABSENT expert can be
-trusted, measured as the share of such forecasts that came true.
+Chances come from ``use_model``. How far a forecast (or a gate's prediction) of an ABSENT expert can be trusted is
+measured: the share of such forecasts that came true.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -14,64 +14,24 @@ import numpy.typing as npt
 
 from scheduler.compiled import compiled
 from scheduler.demand import LayerDemand
-from scheduler.residency import MIX, WEIGHTS, Residency
+from scheduler.residency import Residency
 from scheduler.setting import Setting
-from scheduler.transitions import count_transitions, follow
+from scheduler.use_model import NEXT_TOKENS, SLOW, UseModel, chance_of, is_few
 
 Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
 
-FORECAST = (1.42, 0.38, 1.10)
-"""Logistic weights of follow chance, rate of use (both as log-odds) and a constant (gpt-oss-20b, tuning half)."""
-COUNT_DECAY, PRIOR_TRUST = 0.998, 8.0
-BIN_EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
+BIN_EDGES = (0.02, 0.08, 0.2, 0.35, 0.5, 0.7, 0.85)
 """Forecasts and gate scores are put into 8 x 8 bins by these edges."""
 N_BINS: Final = 8
 BIN_TRUST, BIN_DECAY = 6.0, 0.995
 """Pseudo-observations by which a layer's bin is shrunk to that of all layers; forgetting at each observation."""
 CANDIDATES: Final = 8
-"""Absent experts of the next layer that are proposed and whose fate is watched."""
-FOLLOW_TOKENS: Final = 4
-"""Above so many tokens a step (prefill) the union of experts says nothing about who follows whom."""
-
-
-@compiled
-def update_rates(
-    rates: Floats, keep: Floats, ids: Ids, n_tokens: Ids, n_total: int, saving_us: float, factors: Floats
-) -> None:
-    """One layer's routing arrives, in place.
-
-    rates float64[3, E]: fast, slow and very slow moving mean of use; keep float64[E] = saving_us * uses to come.
-    """
-    total = max(n_total, 1)
-    for row in range(3):
-        stay = (1.0 - WEIGHTS[row]) ** total
-        for e in range(keep.size):
-            rates[row, e] *= stay
-        for i in range(ids.size):
-            rates[row, ids[i]] += (1.0 - stay) * min(n_tokens[i] / total, 1.0)
-    for e in range(keep.size):
-        keep[e] = saving_us * uses_to_come(rates, e, factors)
-
-
-@compiled
-def chance_of_use(rates: Floats, expert: int) -> float:
-    """Chance that an expert is used by its layer's next token."""
-    return float(MIX[0] * rates[0, expert] + MIX[1] * rates[1, expert] + MIX[2] * rates[2, expert])
-
-
-@compiled
-def uses_to_come(rates: Floats, expert: int, factors: Floats) -> float:
-    """Uses expected while an expert's residency pays (``residency``)."""
-    return float(factors[0] * rates[0, expert] + factors[1] * rates[1, expert] + factors[2] * rates[2, expert])
-
-
-@compiled
-def log_odds(chance: float) -> float:
-    """Log-odds, chances kept within 0.001..0.999."""
-    bounded = min(max(chance, 1e-3), 1.0 - 1e-3)
-    return float(np.log(bounded / (1.0 - bounded)))
+"""Absent experts of a layer ahead that are listed and whose fate is watched."""
+MAX_SURE: Final = 16
+"""Most absent experts that are offered for prefetching at once."""
 
 
 @compiled
@@ -108,30 +68,56 @@ def learn_fate(own: Floats, shared: Floats, cells: Ints, experts: Ints, ids: Ids
 
 
 @compiled
-def look_ahead(
-    ids: Ids, counts: npt.NDArray[np.float32], rates: Floats, keep: Floats, saving_us: float, factors: Floats,
-    slots: Ints, given: Ids, scores: npt.NDArray[np.float32], own: Floats, shared: Floats, experts: Ints, cells: Ints,
-    chances: Floats,
+def sure_absent(
+    layer: int, last: int, certainty: float, n_listed: Ints, listed: Ints, expected: Floats, slot_of: Ints,
+    n_experts: int, keys: Ints, chances: Floats,
 ) -> int:  # fmt: skip
-    """Forecast of the next layer: its residents' keep rises by what they will save now, absent ones are listed.
+    """Absent listed experts of the layers after ``layer`` up to ``last`` whose chance is at least ``certainty``.
+
+    Writes their keys and chances, nearest layer first, likeliest first within it, and returns how many.
+    """
+    n = 0
+    for target in range(layer + 1, last + 1):
+        for i in range(n_listed[target]):
+            key = target * n_experts + listed[target, i]
+            if expected[target, i] < certainty or n == keys.size:
+                break
+            if slot_of[key] < 0:
+                keys[n], chances[n] = key, expected[target, i]
+                n += 1
+    return n
+
+
+@compiled
+def keep_by_use(
+    keep: Floats, first_key: int, odds: Singles, layer: int, rates: Floats, horizon: float, saving_us: float
+) -> None:
+    """keep float64[L * E] of a layer: uses within ``horizon`` tokens, by forecast and then by the slow mean of use."""
+    near, far = min(horizon, NEXT_TOKENS), max(horizon - NEXT_TOKENS, 0.0)
+    for e in range(odds.shape[1]):
+        keep[first_key + e] = saving_us * (near * chance_of(odds[layer, e]) + far * rates[SLOW, e])
+
+
+@compiled
+def rank_absent(
+    keep: Floats, layer: int, told: Singles, saving_us: float, slot_of: Ints, given: Ids, scores: Singles,
+    own_bins: Floats, shared: Floats, listed: Ints, bins: Ints, expected: Floats,
+) -> int:  # fmt: skip
+    """A layer ahead: its residents are worth at least what they will save now, absent ones are listed.
 
     ``given``, ``scores``: the gate's prediction, empty if there is none. Writes up to CANDIDATES absent experts, their
     bins and calibrated chances, likeliest first (ties: lower id), and returns how many.
     """
-    n_experts = slots.size
-    prior = np.empty(n_experts)
-    gate = np.zeros(n_experts)
+    ahead, own, experts, cells, chances = told[layer], own_bins[layer], listed[layer], bins[layer], expected[layer]
+    first_key = layer * ahead.size
+    gate = np.zeros(ahead.size)
     for i in range(given.size):
-        gate[given[i]] = scores[i]
-    for e in range(n_experts):
-        prior[e] = chance_of_use(rates, e)
-    following = follow(counts, ids, prior, PRIOR_TRUST)
+        gate[given[i]] = min(scores[i], 1.0)
     n = 0
-    for e in range(n_experts):
-        odds = FORECAST[0] * log_odds(following[e]) + FORECAST[1] * log_odds(prior[e]) + FORECAST[2]
-        forecast = 1.0 / (1.0 + np.exp(-odds))
-        if slots[e] >= 0:
-            keep[e] = saving_us * (uses_to_come(rates, e, factors) + max(forecast, min(gate[e], 1.0)))
+    for e in range(ahead.size):
+        forecast = chance_of(ahead[e])
+        if slot_of[first_key + e] >= 0:
+            keep[first_key + e] = max(keep[first_key + e], saving_us * max(forecast, gate[e]))
             continue
         chance = calibrated(own, shared, forecast, gate[e])
         i = n
@@ -148,21 +134,20 @@ def look_ahead(
 class ValueModel:
     """State of one planner; ``observe`` may be called by cache and prefetch policy for the same demand.
 
-    keep float64[n_layers * n_experts]: us saved by residency; candidates of the next layer: ``experts``, ``chances``
-    [: n_candidates] of layer ``ahead``.
+    keep float64[n_layers * n_experts]: us saved by residency. ``distance``: layers from a forecast to what it is for,
+    as many as pass while a transfer runs, at most the setting's lookahead.
     """
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.residency = setting, Residency(setting.slots.n_slots)
-        n_layers, n_experts = setting.n_layers, setting.n_experts
+        n_layers = setting.n_layers
+        self.distance = _layers_of_a_transfer(setting)
+        self.use = UseModel(n_layers, setting.n_experts, self.distance)
         self.keep = np.zeros(setting.n_keys)
-        self.rates = np.zeros((n_layers, 3, n_experts))
-        self._shares = np.zeros(n_layers, np.bool_)
-        self.counts = np.zeros((n_layers, n_experts, n_experts + 1), np.float32)
         self.own, self.shared = np.zeros((n_layers, 2, N_BINS * N_BINS)), np.zeros((2, N_BINS * N_BINS))
-        self.experts, self.cells = np.zeros(CANDIDATES, np.int64), np.zeros(CANDIDATES, np.int64)
-        self.chances = np.zeros(CANDIDATES)
-        self.n_candidates, self.ahead = 0, -1
+        self._experts, self._cells = (np.zeros((n_layers, CANDIDATES), np.int64) for _ in range(2))
+        self._chances, self._listed = np.zeros((n_layers, CANDIDATES)), np.zeros(n_layers, np.int64)
+        self._sure_keys, self._sure = np.zeros(MAX_SURE, np.int64), np.zeros(MAX_SURE)
         self._seen: LayerDemand | None = None
         self._no_ids, self._no_scores = np.empty(0, np.int32), np.empty(0, np.float32)
 
@@ -181,15 +166,16 @@ class ValueModel:
 
     def begin_sequence(self) -> None:
         """What was active last no longer precedes what comes."""
-        self._seen, self.n_candidates, self.ahead = None, 0, -1
+        self._seen = None
+        self._listed[:] = 0
+        self.use.begin_sequence()
 
     def warmed(self, frequencies: Floats | None) -> None:
         """Known use before the first step."""
         if frequencies is None:
             return
         shares = frequencies / np.maximum(frequencies.sum(axis=1, keepdims=True), 1e-300)
-        self.rates[:, 1:] = shares[:, None]
-        self._shares[:] = True
+        self.use.warmed(shares)
         rows = self.keep.reshape(self.setting.n_layers, -1)
         for layer in range(self.setting.n_layers):
             rows[layer] = self.saving_us(layer) * shares[layer]
@@ -200,27 +186,32 @@ class ValueModel:
         if before is demand:
             return
         self._seen = demand
-        layer, ids, n = demand.layer, demand.expert_ids, self.setting.n_experts
-        if self.n_candidates and self.ahead == layer:
-            m = self.n_candidates
-            learn_fate(self.own[layer], self.shared, self.cells[:m], self.experts[:m], ids)
-        few = demand.n_tokens_total <= FOLLOW_TOKENS
+        layer, n = demand.layer, self.setting.n_experts
+        listed = int(self._listed[layer])
+        if listed:
+            watched = self._cells[layer, :listed], self._experts[layer, :listed]
+            learn_fate(self.own[layer], self.shared, *watched, demand.expert_ids)
+            self._listed[layer] = 0
+        few = is_few(demand)
         if before is None or before.layer >= layer:
-            self.residency.begin_step(self.setting.slots.n_slots, few)
-            if not few:
-                self._protect_later_layers(demand)
-        if few and before is not None and before.layer + 1 == layer:
-            count_transitions(self.counts[before.layer], before.expert_ids, ids, COUNT_DECAY)
-        keep = self.keep[layer * n : layer * n + n]
-        if self._shares[layer]:
-            self._to_rates(demand)
-        update_rates(
-            self.rates[layer], keep, ids, demand.n_tokens, demand.n_tokens_total, self.saving_us(layer),
-            self.residency.factors,
+            self._begin_step(demand, few)
+        self.use.observe(demand, few)
+        keep_by_use(
+            self.keep, layer * n, self.use.odds, layer, self.use.rates[layer], self.residency.horizon,
+            self.saving_us(layer),
         )  # fmt: skip
-        self.n_candidates = 0
-        if few and layer + 1 < self.setting.n_layers:
-            self._look(demand, layer + 1)
+        target = self.use.foretell(layer) if few else -1
+        if target >= 0:
+            self._rank(demand, target)
+
+    def sure(self, layer: int, certainty: float) -> tuple[Ints, Floats]:
+        """(keys, chances) of absent experts of the layers after ``layer`` with a chance of at least ``certainty``."""
+        last = min(layer + self.distance, self.setting.n_layers - 1)
+        n = sure_absent(
+            layer, last, certainty, self._listed, self._experts, self._chances, self.setting.slots.slot_of,
+            self.setting.n_experts, self._sure_keys, self._sure,
+        )  # fmt: skip
+        return self._sure_keys[:n], self._sure[:n]
 
     def loads(self, layer: int, demand: LayerDemand) -> Floats:
         """float64[E]: tokens that each expert of a layer will get from the tokens of ``demand`` (a prefill's).
@@ -234,7 +225,7 @@ class ValueModel:
                 return named
         activations = float(demand.n_tokens.sum())
         even = activations / self.setting.n_experts
-        known = np.array(MIX) @ self.rates[layer]
+        known = self.use.loads(layer)
         total = float(known.sum())
         return even + 0.5 * (known * (activations / total) - even) if total > 0.0 else np.full(known.size, even)
 
@@ -242,6 +233,12 @@ class ValueModel:
         """us that each resident of a layer saves with so many tokens; what gets none saves nothing."""
         n_tokens, costs = np.ceil(loads).astype(np.int64), self.setting.costs
         return np.asarray(np.maximum(costs.cpu_us(layer, n_tokens) - costs.accel_us(layer, n_tokens), 0.0))
+
+    def _begin_step(self, demand: LayerDemand, few: bool) -> None:
+        self.residency.begin_step(self.setting.slots.n_slots, few)
+        self.use.begin_step(few)
+        if not few:
+            self._protect_later_layers(demand)
 
     def _protect_later_layers(self, demand: LayerDemand) -> None:
         """A prefill will use nearly every expert of the layers ahead: they are worth that much until it is their turn.
@@ -252,22 +249,20 @@ class ValueModel:
         for layer in range(demand.layer + 1, self.setting.n_layers):
             rows[layer] += self.load_saving_us(layer, self.loads(layer, demand))
 
-    def _to_rates(self, demand: LayerDemand) -> None:
-        """Known shares of use become rates by the experts a token that are seen now."""
-        per_token = float(demand.n_tokens.sum()) / max(demand.n_tokens_total, 1)
-        np.minimum(self.rates[demand.layer] * per_token, 1.0, out=self.rates[demand.layer])
-        self._shares[demand.layer] = False
-
-    def _look(self, demand: LayerDemand, layer: int) -> None:
-        n, given, scores = self.setting.n_experts, self._no_ids, self._no_scores
+    def _rank(self, demand: LayerDemand, layer: int) -> None:
+        given, scores = self._no_ids, self._no_scores
         for prediction in demand.predictions:
             if prediction.layer == layer:
                 given, scores = prediction.expert_ids, prediction.scores
-        saving, slot_of = self.saving_us(layer), self.setting.slots.slot_of
-        part = slice(layer * n, layer * n + n)
-        self.ahead = layer
-        self.n_candidates = look_ahead(
-            demand.expert_ids, self.counts[layer - 1], self.rates[layer], self.keep[part], saving,
-            self.residency.factors, slot_of[part], given, scores, self.own[layer], self.shared, self.experts,
-            self.cells, self.chances,
+        self._listed[layer] = rank_absent(
+            self.keep, layer, self.use.ahead, self.saving_us(layer), self.setting.slots.slot_of, given, scores,
+            self.own, self.shared, self._experts, self._cells, self._chances,
         )  # fmt: skip
+
+
+def _layers_of_a_transfer(setting: Setting) -> int:
+    """Layers that pass while one expert is transferred, if each computes one on the CPU: 1 to the lookahead."""
+    costs = setting.costs
+    layer_us = costs.dense_us + costs.one_token_us(0)[0]
+    passing = math.ceil(costs.transfer_us(0, cpu_busy=True) / layer_us) if layer_us > 0.0 else 1
+    return max(min(passing, setting.lookahead, setting.n_layers - 1), 1)

@@ -16,12 +16,12 @@ WORTHLESS = 0.01
 
 
 class ValueCache(CachePolicy):
-    """keep = (uses to come while residency pays) * (cpu_us - accel_us), one pool over all layers.
+    """keep = (uses expected while residency pays) * (cpu_us - accel_us), one pool over all layers.
 
-    Uses to come = sum of c m / (1 - (1 - 1/h) (1 - w)) over three moving means of use m, which have the weights
-    w = 0.4, 0.05, 0.02 and the shares c = 0.32, 0.48, 0.20; h = ``lifetime_share`` * slots / transfers a token
-    (``residency``). Residents of the next layer add their forecast use. Eviction takes the least; a demand transfer
-    (balance ``value``) weighs it against its makespan; a prefetch must beat it and the price of the link.
+    Uses expected = the forecast mean use (``use_model``) for the next three tokens, then the slow mean of use, up to
+    ``lifetime_share`` * slots / transfers a token (``residency``). Residents of a layer that is forecast are worth at
+    least what they will save now. Eviction takes the least; a demand transfer (balance ``value``) weighs it against its
+    makespan; a prefetch must beat it and the price of the link.
     """
 
     scope: Scope = "pool"

@@ -7,31 +7,36 @@ import numpy as np
 from scheduler.demand import LayerDemand
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals
 from scheduler.setting import Setting, number
-from scheduler.value_model import FOLLOW_TOKENS, ValueModel
+from scheduler.use_model import is_few
+from scheduler.value_model import ValueModel
 
+CPU_WORKS = 0.5
+"""Part of a transfer's time in which the CPU computes experts and can lose time to it (0.4 to 0.56 in simulated decode
+at 25 % cached, tuning half)."""
 DELAY_SHARE = 0.05
 """Part of a transfer's time by which later demand on the link is delayed on average (tuned)."""
 
 
 class ValuePrefetch(PrefetchPolicy):
-    """gain = chance * saving - price of the link, for absent experts of the next layer with chance >= ``certainty``.
+    """gain = chance * saving - price of the link, for absent experts of the layers ahead with chance >= ``certainty``.
 
-    The chance is measured: forecasts and gate predictions of absent experts are binned, and the share that came true is
-    kept per layer (``value_model``). The price is ``link_share`` of a transfer's time; by default the CPU time lost to
-    contention, 1 - (CPU's share of its rate beside the link), plus 0.05. In a prefill, which uses nearly every expert,
+    The layers ahead are those that pass while a transfer runs (``value_model``), the nearest first. The chance is
+    measured: forecasts and gate predictions of absent experts are binned, and the share that came true is kept per
+    layer. The price is ``link_share`` of a transfer's time; by default the CPU time lost to contention, CPU_WORKS *
+    (1 - the CPU's share of its rate beside the link), plus DELAY_SHARE. In a prefill, which uses nearly every expert,
     the next layer's absent experts are streamed in by expected load, each worth what it saves with those tokens.
     """
 
-    def __init__(self, setting: Setting, certainty: float = 0.7, link_share: float | None = None) -> None:
+    def __init__(self, setting: Setting, certainty: float = 0.6, link_share: float | None = None) -> None:
         super().__init__(setting)
         self.certainty = number("value", "certainty", certainty, 0.0, 1.0)
-        contended = 1.0 - setting.costs.cpu_with_link + DELAY_SHARE
+        contended = CPU_WORKS * (1.0 - setting.costs.cpu_with_link) + DELAY_SHARE
         self.link_share = contended if link_share is None else number("value", "link_share", link_share, 0.0, 10.0)
         self.model = ValueModel.of(setting)
 
     @property
     def layers_ahead(self) -> int:
-        return min(1, self.setting.lookahead)
+        return min(self.model.distance, self.setting.lookahead)
 
     def begin_sequence(self) -> None:
         self.model.begin_sequence()
@@ -41,15 +46,16 @@ class ValuePrefetch(PrefetchPolicy):
 
     def propose(self, demand: LayerDemand, limit: int) -> Proposals:
         model = self.model
-        if demand.n_tokens_total > FOLLOW_TOKENS:
+        if not is_few(demand):
             return self._streamed(demand, limit)
-        if not model.n_candidates or model.chances[0] < self.certainty or not self.setting.lookahead:
+        if not self.setting.lookahead:
             return NOTHING
-        price = self.link_share * self.setting.costs.transfer_us(model.ahead, cpu_busy=True)
-        saving, first_key = model.saving_us(model.ahead), model.ahead * self.setting.n_experts
-        sure = [c for c in model.chances[: min(model.n_candidates, limit)].tolist() if c >= self.certainty]
-        keys = [first_key + expert for expert in model.experts[: len(sure)].tolist()]
-        return np.array(keys, np.int64), np.array([chance * saving - price for chance in sure])
+        keys, chances = model.sure(demand.layer, self.certainty)
+        if not keys.size:
+            return NOTHING
+        layer = demand.layer
+        price = self.link_share * self.setting.costs.transfer_us(layer, cpu_busy=True)
+        return keys[:limit].copy(), chances[:limit] * model.saving_us(layer) - price
 
     def _streamed(self, demand: LayerDemand, limit: int) -> Proposals:
         """Absent experts of the next layer, heaviest expected load first (ties: lower id)."""

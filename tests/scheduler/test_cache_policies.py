@@ -9,6 +9,7 @@ from scheduler import CostModel, Future, LayerDemand, PolicyError, SlotTable
 from scheduler.cache import CACHE_POLICIES, CachePolicy
 from scheduler.cache.allocation import by_dynamic_programming, gains_of, shallow_first
 from scheduler.setting import Setting, make
+from scheduler.use_model import FAST, OWN_USE, SLOW
 
 
 def setting(n_layers: int = 2, n_experts: int = 4, n_slots: int = 4, **extra: object) -> Setting:
@@ -162,11 +163,15 @@ def test_learned_features_by_hand_and_scorer_is_used() -> None:
 
 
 def test_value_counts_us() -> None:
-    """Residency that pays for one token only: keep = 80 us * (0.32 * 0.4 + 0.48 * 0.05 + 0.20 * 0.02), one use."""
-    value = policy("value", lifetime_share=0.0)
-    value.observe(demand(0, {1: 1.0}))
-    assert value.keep[1] == pytest.approx(80.0 * (0.32 * 0.4 + 0.48 * 0.05 + 0.20 * 0.02))
-    assert value.keep[0] == 0.0
+    """80 us a use. Expert 1 of 4 was used once: forecast for three tokens, then the slow mean .97 / 4 + .03."""
+    for share, near, far in ((0.0, 1.0, 0.0), (5.0, 3.0, 7.0)):
+        value = policy("value", setting(n_slots=2), lifetime_share=share)
+        value.observe(demand(0, {1: 1.0}))
+        rates = 0.75 / 4 + 0.25, 0.97 / 4 + 0.03, (1 + 8 / 4) / (1 + 8)
+        odds = sum(w * np.log(r / (1 - r)) for w, r in zip(OWN_USE, rates, strict=True))
+        expected = 80.0 * (near / (1 + np.exp(-odds)) + far * rates[1])
+        assert value.keep[1] == pytest.approx(expected, rel=1e-5)
+        assert value.keep[0] < value.keep[1]
 
 
 def test_value_turns_known_shares_into_rates() -> None:
@@ -174,10 +179,10 @@ def test_value_turns_known_shares_into_rates() -> None:
     value = policy("value")
     value.warmed(np.array([[1.0, 2.0, 1.0, 0.0]] * 2))
     value.observe(demand(0, {0: 0.5, 2: 0.5}))
-    rates = value.model.rates[0]
-    assert rates[1, 1] == pytest.approx(0.95)
-    assert rates[2, 1] == pytest.approx(0.98)
-    assert rates[2, 0] == pytest.approx(0.5 * 0.98 + 0.02)
+    rates = value.model.use.rates[0]
+    assert rates[FAST, 1] == pytest.approx(0.75)
+    assert rates[SLOW, 1] == pytest.approx(0.97)
+    assert rates[SLOW, 0] == pytest.approx(0.5 * 0.97 + 0.03)
 
 
 def test_dynamic_programming_gives_slots_where_they_hit_most() -> None:

@@ -60,7 +60,7 @@ def test_calibration_by_hand() -> None:
     """Bin of forecast .3 and score .9; 3 of 4 came true: shared (3 + 6 * .45) / 10, own (3 + 6 * shared) / 10."""
     own, shared = np.zeros((2, N_BINS * N_BINS)), np.zeros((2, N_BINS * N_BINS))
     at = cell(0.3, 0.9)
-    assert at == 4 * N_BINS + 7
+    assert at == 3 * N_BINS + 7
     assert cell(0.0, 0.0) == 0
     for came in (1, 1, 1, 0):
         learn_fate(own, shared, np.array([at]), np.array([5]), np.array([5] if came else [6], np.int32))
