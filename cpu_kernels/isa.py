@@ -40,6 +40,11 @@ class Isa:
         """Whether fused multiply-add is an instruction (elsewhere LLVM decides)."""
         return "fma" in self.features
 
+    @property
+    def many_registers(self) -> bool:
+        """Whether there are 32 vector registers, not 16."""
+        return "avx512f" in self.features
+
 
 _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")

@@ -84,28 +84,47 @@ def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
 
 
 def _scores(s: Simd, a: _Arguments, n_heads: int) -> None:
-    """scores[h, t] = q[h] . k[t] + bias[t]; up to the next whole vector, LOWEST."""
-    lanes = s.const(s.lanes)
+    """scores[h, t] = q[h] . k[t] + bias[t]; up to the next whole vector, LOWEST.
+
+    Several heads take as many tokens at a time as give a whole vector of sums (11 % less time than one by one; a single
+    head would read 16 rows at once for it, which the prefetchers do not follow: 3 times as long. Zen 4, measured). Each
+    sum is the same as that of a single token.
+    """
+    lanes, block = s.const(s.lanes), s.lanes // n_heads if n_heads > 1 else 1
     whole = s.b.mul(s.b.sdiv(s.b.sub(s.b.add(a.n_tokens, lanes), s.const(1)), lanes), lanes)
     for head in range(n_heads):
         with s.loop(s.b.sub(whole, lanes), whole) as token:
             s.store(s.real(LOWEST), s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
-    row_bytes = s.b.mul(a.dim, s.const(4))
-    with s.loop(s.const(0), a.n_tokens) as token:
-        key = s.offset(a.k, s.b.mul(token, a.k_bytes))
-        zeros: list[ir.Value] = [s.zero(s.f32)] * n_heads
+    blocked = s.b.mul(s.b.sdiv(a.n_tokens, s.const(block)), s.const(block)) if block > 1 else s.const(0)
+    if block > 1:
+        with s.loop(s.const(0), blocked, block) as token:
+            sums = s.sum_each(_products(s, a, n_heads, token, block))
+            bias = s.load(s.offset(a.bias, _floats(s, token)), ir.VectorType(F32, block), 4)
+            for head in range(n_heads):
+                score = s.b.fadd(s.part(sums, head * block, block), bias)
+                s.store(score, s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
+    with s.loop(blocked, a.n_tokens) as token:
+        bias = s.load(s.offset(a.bias, _floats(s, token)), F32, 4)
+        for head, total in enumerate(_products(s, a, n_heads, token, 1)):
+            score = s.b.fadd(s.sum_floats(total), bias)
+            s.store(score, s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
 
-        def step(column: ir.Value, sums: list[ir.Value], key: ir.Value = key) -> list[ir.Value]:
-            part = s.load_bf16(s.offset(key, s.b.mul(column, s.const(2))))
-            query = s.offset(a.q, s.b.mul(column, s.const(4)))
-            return [
-                s.mul_add(part, s.load(s.offset(query, s.b.mul(row_bytes, s.const(head))), s.f32), total)
-                for head, total in enumerate(sums)
-            ]
 
-        for head, total in enumerate(_folded(s, a.dim, s.lanes, zeros, step)):
-            bias = s.load(s.offset(a.bias, _floats(s, token)), F32, 4)
-            s.store(s.b.fadd(s.sum_floats(total), bias), s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
+def _products(s: Simd, a: _Arguments, n_heads: int, token: ir.Value, n_tokens: int) -> list[ir.Value]:
+    """Vectors, head by head, whose lanes add up to q[head] . k[token + i] for n_tokens tokens."""
+    keys = [s.offset(a.k, s.b.mul(s.b.add(token, s.const(i)), a.k_bytes)) for i in range(n_tokens)]
+    query_bytes = s.b.mul(a.dim, s.const(4))
+
+    def step(column: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        parts = [s.load_bf16(s.offset(key, s.b.mul(column, s.const(2)))) for key in keys]
+        added = []
+        for head in range(n_heads):
+            place = s.offset(a.q, s.b.add(s.b.mul(query_bytes, s.const(head)), s.b.mul(column, s.const(4))))
+            query = s.load(place, s.f32)
+            added += [s.mul_add(part, query, sums[head * n_tokens + i]) for i, part in enumerate(parts)]
+        return added
+
+    return _folded(s, a.dim, s.lanes, [s.zero(s.f32)] * (n_heads * n_tokens), step)
 
 
 def _softmax(s: Simd, scores: ir.Value, stats: ir.Value, n_tokens: ir.Value) -> None:

@@ -18,7 +18,8 @@ from llvmlite import ir
 from cpu_kernels.isa import Isa
 from cpu_kernels.layout import BITS, BLOCK_COLUMNS, BLOCK_ROWS, GROUP, LINE_BYTES, LINES, block_bytes, is_quantised
 from cpu_kernels.simd.formats import GROUPS, PAIRS, X_CORRECTIONS, X_SCALES, format_of
-from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, GroupDot, Simd
+from cpu_kernels.simd.products import GroupDot
+from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, Simd
 
 PANEL_ROWS = 64
 FLOAT_UNROLL = 16  # lines
@@ -26,9 +27,10 @@ L1_WEIGHT_BYTES = 9216  # of a row block that stay in L1 (32 KiB) beside the act
 # How far ahead weights are asked for, into L2: the next part while this one is in L1. With few tokens the out-of-order
 # window is too short for the latency of memory: at 4 tokens int4 streams 29 GB/s instead of 18 (Zen 4, 2 threads).
 PREFETCH_BYTES = L1_WEIGHT_BYTES
-# Tiles of fewer tokens than this leave it to the CPU: the window of one token reaches far enough by itself, and asking
-# as well costs int4 0 to 17 % and bfloat16 4 to 6 %; int8 loses 4 to 16 % without it (Zen 4, 2 threads).
-PREFETCH_FROM = {"int4": 2, "bfloat16": 2, "int8": 1, "float32": 1}
+# Tiles of fewer tokens than this leave it to the CPU, whose window then reaches far enough by itself: (with 32 vector
+# registers, with 16). Asking as well costs one token on AVX-512 0 to 20 %, and two tokens of float32 15 % on both; on
+# AVX2, which needs more instructions for the same bytes, one token gains 7 to 18 % by it (Zen 4, 2 threads).
+PREFETCH_FROM = {"int4": (2, 1), "int8": (2, 1), "bfloat16": (2, 1), "float32": (8, 4)}
 WORD_BYTES = 4  # of a row in a line
 SCALE_BYTES = 2
 Tiles = list[tuple[int, ir.Function]]  # tokens of a tile, its code; from large to small
@@ -130,6 +132,10 @@ class _Tile:
     def __init__(self, s: Simd, kernel: PanelKernel, n_tokens: int, n_vectors: int, function: ir.Function) -> None:
         self.s, self.dtype, self.n_vectors = s, kernel.dtype, n_vectors
         self.form, self.pairs = format_of(kernel.dtype, s.isa), kernel.pairs
+        # Weights are read in the order in which they lie: the CPU's prefetchers follow an ascending stream at the rate
+        # of a plain read, and lose it where LLVM's own order jumps to and fro (one token: int8 +14 to 30 %, float32
+        # +11 to 20 %, int4 0 to 5 %; on AVX2 up to 20 %). Elsewhere more tokens would spill (AVX2: -30 %).
+        self.in_order = n_tokens == 1 or (s.isa.many_registers and s.isa.dot == "vnni")
         self.weights, self.n_blocks, x, x_stride, row_ids, self.out = function.args
         self.x_rows = []
         for token in range(n_tokens):
@@ -166,21 +172,26 @@ class _Tile:
             rows.append((start, s.b.mul(s.b.add(part, s.const(vector)), s.const(s.lanes))))
         x_step = s.b.mul(block, s.const(self.form.block_bytes))
         x = [s.offset(row, x_step) for row in self.x_rows]
-        asks = len(self.x_rows) >= PREFETCH_FROM[self.dtype]
+        asks = len(self.x_rows) >= PREFETCH_FROM[self.dtype][0 if s.isa.many_registers else 1]
         for place in range(0, block_bytes(self.dtype) if asks else 0, LINE_BYTES):
             s.prefetch(s.offset(start, PREFETCH_BYTES + place))
         if is_quantised(self.dtype):
-            for group in range(GROUPS):
-                self._integer_group(rows, x, group)
+            # The scales lie behind the codes of all groups.
+            for groups in [range(GROUPS)] if self.in_order else [[group] for group in range(GROUPS)]:
+                dots = [self._group_dots(rows, x, group) for group in groups]
+                for group, group_dots in zip(groups, dots, strict=True):
+                    self._add_group(rows, x, group, group_dots)
         else:
             self._float_lines(rows, x)
 
-    def _place(self, row: Row, n_bytes: int, lane_bytes: int) -> ir.Value:
-        """Address of the vector's rows in the line at n_bytes of its block; lane_bytes: bytes of a row there."""
-        return self.s.offset(self.s.offset(row[0], n_bytes), self.s.b.mul(row[1], self.s.const(lane_bytes)))
+    def _read(self, row: Row, n_bytes: int, lane_bytes: int, kind: ir.Type) -> ir.Value:
+        """Weights (or scales) of a vector of rows in the line at n_bytes of its block; lane_bytes: bytes of a row."""
+        s = self.s
+        place = s.offset(s.offset(row[0], n_bytes), s.b.mul(row[1], s.const(lane_bytes)))
+        return s.load_in_order(place, kind) if self.in_order else s.load(place, kind)
 
-    def _integer_group(self, rows: list[Row], x: list[ir.Value], group: int) -> None:
-        """32 columns: byte products in int32, then one float multiply-add with both scales."""
+    def _group_dots(self, rows: list[Row], x: list[ir.Value], group: int) -> list[list[GroupDot]]:
+        """32 columns: byte products in int32, by tokens and vectors of rows."""
         s, bits = self.s, BITS[self.dtype]
         dots = []
         for source in x:
@@ -193,13 +204,17 @@ class _Tile:
                     signed = s.as_bytes(s.splat_load(s.offset(source, column), I32))
                     for dot, code in zip(row_dots, codes, strict=True):
                         dot.add(code[half], signed)
-        scale_place = LINES[self.dtype] * LINE_BYTES + 2 * BLOCK_ROWS * group
-        scales = [s.load_bf16(self._place(row, scale_place, SCALE_BYTES)) for row in rows]
+        return dots
+
+    def _add_group(self, rows: list[Row], x: list[ir.Value], group: int, dots: list[list[GroupDot]]) -> None:
+        """One float multiply-add with both scales."""
+        s = self.s
+        place = LINES[self.dtype] * LINE_BYTES + SCALE_BYTES * BLOCK_ROWS * group
+        scales = [s.widen_bf16(self._read(row, place, SCALE_BYTES, s.half_words)) for row in rows]
         for token, (source, row_dots) in enumerate(zip(x, dots, strict=True)):
             x_scale = s.splat_load(s.offset(source, X_SCALES + 4 * group), F32)
             for vector, dot in enumerate(row_dots):
-                scale = s.b.fmul(scales[vector], x_scale)
-                self._accumulate(token, vector, s.to_f32(dot.result()), scale)
+                self._accumulate(token, vector, s.to_f32(dot.result()), s.b.fmul(scales[vector], x_scale))
 
     def _group_lines(self, group: int) -> list[tuple[int, tuple[int, ...]]]:
         """(line, first column of each of its parts) of a group: int4 lines hold two parts, in low and high nibbles."""
@@ -210,11 +225,11 @@ class _Tile:
 
     def _codes(self, row: Row, line: int) -> tuple[ir.Value, ...]:
         s = self.s
-        packed = s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.u8)
+        packed = self._read(row, LINE_BYTES * line, WORD_BYTES, s.u8)
         return (s.low_nibbles(packed), s.high_nibbles(packed)) if self.dtype == "int4" else (packed,)
 
     def _float_lines(self, rows: list[Row], x: list[ir.Value]) -> None:
-        """All lines of a float block, FLOAT_UNROLL at a time."""
+        """All lines of a float block, FLOAT_UNROLL at a time, two columns at a time: a line, or two of float32."""
         s = self.s
         line_columns = BLOCK_COLUMNS // LINES[self.dtype]
         x_bytes, x_first = (2 * line_columns, PAIRS) if self.pairs else (4 * line_columns, 0)  # of a line's columns
@@ -222,34 +237,37 @@ class _Tile:
             step, x_step = s.b.mul(line, s.const(LINE_BYTES)), s.b.mul(line, s.const(x_bytes))
             here = [(s.offset(block, step), lane) for block, lane in rows]
             x_here = [s.offset(s.offset(source, x_step), x_first) for source in x]
-            for i in range(FLOAT_UNROLL):
+            for pair in range(FLOAT_UNROLL * line_columns // 2):
                 if self.pairs:
-                    self._pair_line(here, x_here, i)
-                else:  # of two columns the second first, as vdpbf16ps does: all kinds of float give the same bits
-                    self._float_line(here, x_here, i ^ 1 if line_columns == 1 else i, line_columns)
+                    self._add_pair(here, x_here, pair)
+                else:
+                    self._add_columns(here, x_here, pair)
 
-    def _pair_line(self, rows: list[Row], x: list[ir.Value], line: int) -> None:
-        """One line of bfloat16 weights times the bfloat16 of two columns."""
+    def _words(self, rows: list[Row], line: int) -> list[ir.Value]:
+        return [self._read(row, LINE_BYTES * line, WORD_BYTES, self.s.i32) for row in rows]
+
+    def _add_pair(self, rows: list[Row], x: list[ir.Value], pair: int) -> None:
+        """bfloat16 weights of two columns times the bfloat16 of these columns."""
         s = self.s
-        words = [s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.i32) for row in rows]
+        words = self._words(rows, pair)
         for token, source in enumerate(x):
-            pair = s.splat_load(s.offset(source, 4 * line), I32)
+            two = s.splat_load(s.offset(source, 4 * pair), I32)
             for vector, word in enumerate(words):
                 total = self.sums[token][vector]
-                s.b.store(s.dot_bf16(s.b.load(total, typ=s.f32), word, pair), total)
+                s.b.store(s.dot_bf16(s.b.load(total, typ=s.f32), word, two), total)
 
-    def _float_line(self, rows: list[Row], x: list[ir.Value], line: int, line_columns: int) -> None:
-        """One line of float weights: one column (float32) or two (bfloat16)."""
+    def _add_columns(self, rows: list[Row], x: list[ir.Value], pair: int) -> None:
+        """Weights of two columns times float32; the second first, as vdpbf16ps does: all kinds give the same bits."""
         s = self.s
-        words = [s.load(self._place(row, LINE_BYTES * line, WORD_BYTES), s.i32) for row in rows]
-        for half in reversed(range(line_columns)):
-            if line_columns == 1:
-                weights = [s.b.bitcast(word, s.f32) for word in words]
-            else:
-                weights = [(s.high_bf16 if half else s.low_bf16)(word) for word in words]
+        if self.dtype == "float32":
+            columns = [[s.as_floats(word) for word in self._words(rows, 2 * pair + half)] for half in range(2)]
+        else:
+            words = self._words(rows, pair)
+            columns = [[s.low_bf16(word) for word in words], [s.high_bf16(word) for word in words]]
+        for half in (1, 0):
             for token, source in enumerate(x):
-                value = s.splat_load(s.offset(source, 4 * (line_columns * line + half)), F32)
-                for vector, weight in enumerate(weights):
+                value = s.splat_load(s.offset(source, 4 * (2 * pair + half)), F32)
+                for vector, weight in enumerate(columns[half]):
                     self._accumulate(token, vector, weight, value)
 
     def _accumulate(self, token: int, vector: int, left: ir.Value, right: ir.Value) -> None:

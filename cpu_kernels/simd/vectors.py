@@ -10,25 +10,10 @@ from contextlib import contextmanager
 from llvmlite import ir
 
 from cpu_kernels.isa import Isa
+from cpu_kernels.simd.llvm_extras import BF16, OrderedLoad
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
-
-
-class _Bf16(ir.Type):  # type: ignore[misc] # llvmlite is not typed
-    """LLVM's bfloat, which llvmlite does not name; only bit casts make and use it."""
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Bf16)
-
-    def __hash__(self) -> int:
-        return hash(_Bf16)
-
-
-BF16 = _Bf16()
 POINTER = ir.PointerType()
 VOID = ir.VoidType()
 
@@ -45,6 +30,7 @@ class Simd:
         self.i32 = ir.VectorType(I32, self.lanes)
         self.i16 = ir.VectorType(I16, 2 * self.lanes)
         self.u8 = ir.VectorType(I8, 4 * self.lanes)
+        self.half_words = ir.VectorType(I16, self.lanes)
         self.bf16 = ir.VectorType(BF16, 2 * self.lanes)
         self.bf16_dot = isa.bf16_dot and not emulate_dot
 
@@ -92,6 +78,13 @@ class Simd:
     def load(self, pointer: ir.Value, kind: ir.Type, align: int = 1) -> ir.Value:
         """An (unaligned) load of any type."""
         return self.b.load(pointer, typ=kind, align=align)
+
+    def load_in_order(self, pointer: ir.Value, kind: ir.Type) -> ir.Value:
+        """An (unaligned) load that comes after all loads in order before it, also in the machine code."""
+        loaded = OrderedLoad(self.b.block, pointer, typ=kind)
+        loaded.align = 1
+        self.b._insert(loaded)
+        return loaded
 
     def store(self, value: ir.Value, pointer: ir.Value, align: int = 1) -> None:
         """An (unaligned) store."""
@@ -152,19 +145,32 @@ class Simd:
         """float32 maximum of all lanes."""
         return self._halved(x, self.maximum)
 
+    def sum_each(self, vectors: Sequence[ir.Value]) -> ir.Value:
+        """Lane i = `sum_floats` of vector i, with its bits, for as many vectors as there are lanes."""
+        level, width = list(vectors), self.lanes
+        while width > 1:
+            width //= 2
+            level = [self._halved_pair(x, y, width) for x, y in zip(level[::2], level[1::2], strict=True)]
+        return level[0]
+
+    def _halved_pair(self, x: ir.Value, y: ir.Value, width: int) -> ir.Value:
+        """Of x and y, whose lanes are groups of 2 * width: the low half of each group plus its high half."""
+        lows = [lane for lane in range(2 * self.lanes) if lane % (2 * width) < width]
+        kind = ir.VectorType(I32, self.lanes)
+        low, high = (ir.Constant(kind, [lane + offset for lane in lows]) for offset in (0, width))
+        return self.b.fadd(self.b.shuffle_vector(x, y, low), self.b.shuffle_vector(x, y, high))
+
+    def part(self, x: ir.Value, first: int, count: int) -> ir.Value:
+        """Lanes first .. first + count of x."""
+        lanes = ir.Constant(ir.VectorType(I32, count), list(range(first, first + count)))
+        return self.b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), lanes)
+
     def _halved(self, x: ir.Value, operation: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
         """Lane 0 of x after log2(lanes) times ``x = operation(low half, high half)``."""
         width = self.lanes
         while width > 1:
             width //= 2
-            nothing = ir.Constant(x.type, ir.Undefined)
-            low, high = (
-                self.b.shuffle_vector(
-                    x, nothing, ir.Constant(ir.VectorType(I32, width), list(range(first, first + width)))
-                )
-                for first in (0, width)
-            )
-            x = operation(low, high)
+            x = operation(self.part(x, 0, width), self.part(x, width, width))
         return self.b.extract_element(x, ir.Constant(I32, 0))
 
     def narrow(self, x: ir.Value, bits: int) -> ir.Value:
@@ -202,7 +208,10 @@ class Simd:
 
     def load_bf16(self, pointer: ir.Value) -> ir.Value:
         """`lanes` consecutive bfloat16 as float32."""
-        halves = self.load(pointer, ir.VectorType(I16, self.lanes))
+        return self.widen_bf16(self.load(pointer, self.half_words))
+
+    def widen_bf16(self, halves: ir.Value) -> ir.Value:
+        """`lanes` bfloat16 (as 16-bit integers) as float32."""
         return self.low_bf16(self.b.zext(halves, self.i32))
 
     def as_bytes(self, x: ir.Value) -> ir.Value:
@@ -269,34 +278,3 @@ class Simd:
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
         function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
         return self.b.call(function, arguments)
-
-
-class GroupDot:
-    """Sum over one group of 32 columns for one token and one vector of rows, by the ISA's byte products.
-
-    `bits` is 4 or 8: 16 products of 4-bit codes fit 16 bits, those of 8-bit codes do not, so without vpdpbusd they
-    become sign-and-magnitude products, which need no correction for the codes' offset.
-    """
-
-    def __init__(self, simd: Simd, bits: int, correction: ir.Value) -> None:
-        self.s = simd
-        self.bits = bits
-        self.pairwise = simd.dot_kind == "maddubs"
-        self.total = simd.zero(simd.i32) if self.pairwise and bits == 8 else correction
-        self.narrow: ir.Value | None = None
-
-    def add(self, codes: ir.Value, signed: ir.Value) -> None:
-        """Adds four columns: unsigned codes (offset by 8 or 128) times signed activations."""
-        if not self.pairwise:
-            self.total = self.s.dot_bytes(self.total, codes, signed)
-        elif self.bits == 4:
-            products = self.s.dot_pairs(codes, signed)
-            self.narrow = products if self.narrow is None else self.s.b.add(self.narrow, products)
-        else:
-            weight = self.s.b.xor(codes, self.s.constant(self.s.u8, 0x80))
-            products = self.s.dot_pairs(self.s.absolute(weight), self.s.copy_sign(signed, weight))
-            self.total = self.s.add_pairs(self.total, products)
-
-    def result(self) -> ir.Value:
-        """int32 per lane."""
-        return self.total if self.narrow is None else self.s.add_pairs(self.total, self.narrow)
