@@ -90,24 +90,30 @@ def _scores(s: Simd, a: _Arguments, n_heads: int) -> None:
     head would read 16 rows at once for it, which the prefetchers do not follow: 3 times as long. Zen 4, measured). Each
     sum is the same as that of a single token.
     """
-    lanes, block = s.const(s.lanes), s.lanes // n_heads if n_heads > 1 else 1
+    lanes = s.const(s.lanes)
     whole = s.b.mul(s.b.sdiv(s.b.sub(s.b.add(a.n_tokens, lanes), s.const(1)), lanes), lanes)
     for head in range(n_heads):
         with s.loop(s.b.sub(whole, lanes), whole) as token:
             s.store(s.real(LOWEST), s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
-    blocked = s.b.mul(s.b.sdiv(a.n_tokens, s.const(block)), s.const(block)) if block > 1 else s.const(0)
-    if block > 1:
-        with s.loop(s.const(0), blocked, block) as token:
-            sums = s.sum_each(_products(s, a, n_heads, token, block))
-            bias = s.load(s.offset(a.bias, _floats(s, token)), ir.VectorType(F32, block), 4)
-            for head in range(n_heads):
-                score = s.b.fadd(s.part(sums, head * block, block), bias)
-                s.store(score, s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
-    with s.loop(blocked, a.n_tokens) as token:
+    first = s.const(0) if n_heads == 1 else _scores_by_blocks(s, a, n_heads)
+    with s.loop(first, a.n_tokens) as token:
         bias = s.load(s.offset(a.bias, _floats(s, token)), F32, 4)
         for head, total in enumerate(_products(s, a, n_heads, token, 1)):
             score = s.b.fadd(s.sum_floats(total), bias)
             s.store(score, s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
+
+
+def _scores_by_blocks(s: Simd, a: _Arguments, n_heads: int) -> ir.Value:
+    """Scores of whole blocks of lanes / n_heads tokens; returns the first token that is in none."""
+    block = s.lanes // n_heads
+    blocked = s.b.mul(s.b.sdiv(a.n_tokens, s.const(block)), s.const(block))
+    with s.loop(s.const(0), blocked, block) as token:
+        sums = s.sum_each(_products(s, a, n_heads, token, block))
+        bias = s.load(s.offset(a.bias, _floats(s, token)), ir.VectorType(F32, block), 4)
+        for head in range(n_heads):
+            score = s.b.fadd(s.part(sums, head * block, block), bias)
+            s.store(score, s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
+    return blocked
 
 
 def _products(s: Simd, a: _Arguments, n_heads: int, token: ir.Value, n_tokens: int) -> list[ir.Value]:
