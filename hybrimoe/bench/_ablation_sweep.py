@@ -27,7 +27,7 @@ from scheduler.simulate import SimulationConfig, simulate
 from scheduler.synthetic import LOCALITIES, generate
 from scheduler.trace import PHASE_CODES, Phase, Trace
 from scheduler.trace_demand import DemandSource
-from scheduler.trace_predict import predictions_for
+from scheduler.trace_predict import PredictionKind, predictions_for
 
 #: Bump when the meaning of a row changes: cached rows of another version are not used.
 ROW_VERSION = 4
@@ -41,7 +41,7 @@ PACKAGES = ("numpy", "numba", "networkx", "torch", "transformers")
 class Case:
     """One row to compute. ``trace`` is a file, demo, or synthetic (of ``n_prefill`` + ``n_decode`` tokens).
 
-    ``lossy``: kind of the lossy policy beside ``policy``, empty without.
+    ``lossy``: kind of the lossy policy beside ``policy``, empty without. ``predictions``: routing ahead.
     """
 
     experiment: str
@@ -60,6 +60,7 @@ class Case:
     expert_dtype: str = "int4"
     seed: int = 0
     lossy: str = ""
+    predictions: PredictionKind = "auto"
 
     @property
     def key(self) -> str:
@@ -78,7 +79,9 @@ class Inputs:
 
 
 @cache
-def _inputs(shape: str, trace: str, phase: Phase, n_prefill: int, n_decode: int, sequences: int, seed: int) -> Inputs:
+def _inputs(
+    shape: str, trace: str, phase: Phase, n_prefill: int, n_decode: int, sequences: int, seed: int, kind: PredictionKind
+) -> Inputs:
     if trace != SYNTHETIC:
         found = open_trace(None if trace == DEMO else trace, shape or None)
         calibration, evaluation = split(found.trace)
@@ -89,7 +92,7 @@ def _inputs(shape: str, trace: str, phase: Phase, n_prefill: int, n_decode: int,
     else:
         known_shape = open_shape(shape)
         calibration, evaluation = _synthetic(known_shape, n_prefill, n_decode, sequences, seed)
-    predictions = predictions_for(evaluation, "auto", calibration, seed)
+    predictions = predictions_for(evaluation, kind, calibration, seed)
     return Inputs(known_shape, DemandSource(evaluation, predictions), expert_frequencies(calibration))
 
 
@@ -117,7 +120,9 @@ def _only(trace: Trace, phase: Phase, n_tokens: int, sequences: int) -> Trace:
 
 def run_case(case: Case) -> dict[str, Any]:
     """Simulate one row. Plain data: the case, the result, and where it was computed."""
-    inputs = _inputs(case.shape, case.trace, case.phase, case.n_prefill, case.n_decode, case.sequences, case.seed)
+    inputs = _inputs(
+        case.shape, case.trace, case.phase, case.n_prefill, case.n_decode, case.sequences, case.seed, case.predictions
+    )
     config = SimulationConfig(
         policy=case.policy, cache_ratio=case.cache_ratio, dense_dtype=case.dense_dtype, expert_dtype=case.expert_dtype,
         seed=case.seed, lossy=resolve_lossy(case.lossy or None),

@@ -7,7 +7,7 @@ from scheduler.cache.arc import Arc
 from scheduler.cache.base import CachePolicy
 from scheduler.cache.learned import CACHE_FEATURES, Learned
 from scheduler.cache.oracle import Belady
-from scheduler.cache.simple import Hobbit, Lfu, Lru, Mrs, ShallowFirst
+from scheduler.cache.simple import Fixed, Hobbit, Lfu, Lru, Mrs, ShallowFirst
 from scheduler.cache.value import ValueCache
 
 CACHE_POLICIES: dict[str, type[CachePolicy]] = {
@@ -17,6 +17,7 @@ CACHE_POLICIES: dict[str, type[CachePolicy]] = {
     "hobbit": Hobbit,
     "activation_matrix": ActivationMatrixCache,
     "shallow_first": ShallowFirst,
+    "fixed": Fixed,
     "arc": Arc,
     "learned": Learned,
     "belady": Belady,

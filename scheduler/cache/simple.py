@@ -143,6 +143,34 @@ class Hobbit(CachePolicy):
         self.keep = used / max(self.n_steps, 1) + w_fld * (1.0 - ahead / n_layers)
 
 
+class Fixed(CachePolicy):
+    """The warm-up's residents stay for good: KTransformers' static set beside something that brings experts.
+
+    Each layer sets ``visitors`` of its slots aside for what is brought later, first in first out (while all of them are
+    in use or in flight, a newcomer takes a resident's slot). It is what a prefetch
+    does without a cache policy: the expert serves the layer that it was brought for, and joins no set.
+    """
+
+    tracks_slots = True
+
+    def __init__(self, setting: Setting, visitors: int = 2) -> None:
+        super().__init__(setting)
+        self.visitors = integer("fixed", "visitors", visitors, 1)
+        self._held = np.zeros(setting.n_layers, np.int64)
+        self._clock = 0.0
+
+    def observe(self, demand: LayerDemand) -> None:
+        """Use changes nothing."""
+
+    def inserted(self, key: int) -> None:
+        layer = key // self.setting.n_experts
+        self._clock += 1.0
+        self.keep[key] = self._clock
+        if self.setting.step < 0 and self._held[layer] < self.capacities[layer] - self.visitors:
+            self._held[layer] += 1
+            self.keep[key] = np.inf
+
+
 class ShallowFirst(Lru):
     """Slots go to shallow layers first (Fate; llama.cpp's whole layers with ``n_shallow`` = all), LRU in each layer."""
 

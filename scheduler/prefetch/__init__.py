@@ -5,7 +5,7 @@ from __future__ import annotations
 from scheduler.prefetch.base import NoPrefetch, PrefetchPolicy
 from scheduler.prefetch.gates import GateTopK, Impact
 from scheduler.prefetch.learned import PREFETCH_FEATURES, LearnedPrefetch
-from scheduler.prefetch.statistics import ActivationMatrixPrefetch, History, Perfect
+from scheduler.prefetch.statistics import ActivationMatrixPrefetch, History, Misses, Perfect
 from scheduler.prefetch.value import ValuePrefetch
 
 PREFETCH_POLICIES: dict[str, type[PrefetchPolicy]] = {
@@ -13,6 +13,7 @@ PREFETCH_POLICIES: dict[str, type[PrefetchPolicy]] = {
     "impact": Impact,
     "gate_topk": GateTopK,
     "history": History,
+    "misses": Misses,
     "activation_matrix": ActivationMatrixPrefetch,
     "learned": LearnedPrefetch,
     "perfect": Perfect,

@@ -1,4 +1,4 @@
-"""Prefetch from what was routed before: recent use, activation matrices."""
+"""Prefetch from what was routed before: recent use, misses, activation matrices."""
 
 from __future__ import annotations
 
@@ -42,6 +42,25 @@ class History(PrefetchPolicy):
                 keys.append(layer * self.setting.n_experts + likely)
                 gains.append(self.mean[layer, likely] * self.saving_us(layer))
         return best_first(keys, gains, limit)
+
+
+class Misses(PrefetchPolicy):
+    """What this layer just missed, for its next tokens: high gate score first (ties: lower id).
+
+    A cache without a scheduler fills itself so: the CPU computes the misses, and the idle link brings them behind it.
+    """
+
+    def observe(self, demand: LayerDemand) -> None:
+        """Only the demand itself counts."""
+
+    def propose(self, demand: LayerDemand, limit: int) -> Proposals:
+        here = demand.layer
+        absent = self.absent(here, demand.expert_ids.astype(np.int64))
+        missed, n_tokens = demand.expert_ids[absent], demand.n_tokens[absent]
+        order = np.argsort(-demand.gate_scores[missed], kind="stable")[:limit]
+        if not order.size:
+            return NOTHING
+        return here * self.setting.n_experts + missed[order].astype(np.int64), self.saving_us(here, n_tokens[order])
 
 
 class ActivationMatrixPrefetch(PrefetchPolicy):

@@ -185,6 +185,21 @@ def test_value_turns_known_shares_into_rates() -> None:
     assert rates[SLOW, 0] == pytest.approx(0.5 * 0.97 + 0.03)
 
 
+def test_fixed_keeps_the_first_and_turns_visitors_over() -> None:
+    """Four slots a layer, one for visitors: experts 0 to 2 of the warm-up stay, 3 and then 5 are visitors."""
+    given = setting(n_layers=1, n_experts=8, n_slots=4)
+    fixed = policy("fixed", given, visitors=1)
+    for key in range(4):
+        fixed.inserted(key)
+    assert np.isinf(fixed.keep[:4]).tolist() == [True, True, True, False]
+    given.step = 0
+    fixed.inserted(5)
+    assert fixed.keep[3] < fixed.keep[5] < np.inf, "first in, first out"
+    before = fixed.keep.copy()
+    fixed.observe(demand(0, {3: 1.0}, n_experts=8))
+    assert fixed.keep.tolist() == before.tolist()
+
+
 def test_dynamic_programming_gives_slots_where_they_hit_most() -> None:
     """Layer 0: 0.9 in one expert; layer 1: 0.4 0.35 0.25. Two slots: .9 + .4; three: .9 + .4 + .35."""
     gains = gains_of(np.array([[9.0, 1.0, 0.0], [8.0, 7.0, 5.0]]))
@@ -214,6 +229,7 @@ def test_lru_sizes_by_dynamic_programming_and_shallow_first() -> None:
         ("hobbit", {"w_lru": -1}, "w_lru"),
         ("arc", {"n_shallow": -1}, "n_shallow"),
         ("value", {"lifetime_share": "long"}, "lifetime_share"),
+        ("fixed", {"visitors": 0}, "visitors must be an integer of at least 1"),
         ("lrv", {}, "did you mean"),
     ],
 )

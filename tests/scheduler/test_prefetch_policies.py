@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scheduler import CostModel, Future, LayerDemand, PolicyError, Prediction, SlotTable
+from scheduler import (
+    CostModel,
+    Future,
+    LayerDemand,
+    LayerEnded,
+    Planner,
+    PolicyError,
+    Prediction,
+    SlotTable,
+    TransferEnded,
+)
 from scheduler.prefetch import PREFETCH_POLICIES, PrefetchPolicy
 from scheduler.setting import Setting, make
 
@@ -68,6 +78,32 @@ def test_impact_gains_are_taken_anew_after_each_choice() -> None:
     keys, gains = policy("impact", setting()).propose(demand(0, [0], predicted(1, [0, 1, 2], [1, 1, 1])), 8)
     assert keys.tolist() == [4]
     assert gains.tolist() == pytest.approx([20.0])
+
+
+def test_misses_bring_what_this_layer_lacked() -> None:
+    """Of experts 0, 1, 3 in layer 1 the first is there; gate scores say 3 before 1; each saves 80 us."""
+    given = setting(held=(4,))
+    asked = demand(1, [0, 1, 3])
+    asked.gate_scores[[1, 3]] = 0.2, 0.5
+    keys, gains = policy("misses", given).propose(asked, 8)
+    assert keys.tolist() == [4 + 3, 4 + 1]
+    assert gains.tolist() == [80.0, 80.0]
+    assert policy("misses", given).propose(asked, 1)[0].tolist() == [4 + 3]
+    assert policy("misses", given).propose(demand(1, [0]), 8)[0].size == 0
+
+
+def test_misses_fill_a_cache_while_the_cpu_computes() -> None:
+    planner = Planner(1, 4, 2, CostModel.uniform(1, 100.0, 10.0, 60.0), "static/misses/lru")
+    for transfer in planner.warm_up():
+        planner.on_event(TransferEnded(transfer.layer, transfer.expert, transfer.slot))
+    planner.begin_step("decode", 1)
+    plan = planner.plan_layer(demand(0, [2, 3]))
+    assert (plan.cpu, plan.transfers) == ((2, 3), ())
+    assert [t.expert for t in plan.prefetches] == [2, 3]
+    for transfer in plan.prefetches:
+        planner.on_event(TransferEnded(transfer.layer, transfer.expert, transfer.slot))
+    planner.on_event(LayerEnded(0))
+    assert planner.plan_layer(demand(0, [2, 3])).accel == (2, 3)
 
 
 def test_gate_topk_nearest_layer_first_high_score_first() -> None:
