@@ -24,13 +24,15 @@ from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, Simd
 PANEL_ROWS = 64
 FLOAT_UNROLL = 16  # lines
 L1_WEIGHT_BYTES = 9216  # of a row block that stay in L1 (32 KiB) beside the activations of a tile
-# How far ahead weights are asked for, into L2: the next part while this one is in L1. With few tokens the out-of-order
-# window is too short for the latency of memory: at 4 tokens int4 streams 29 GB/s instead of 18 (Zen 4, 2 threads).
+# How far ahead weights are asked for, into L2. Each line, the next part while this one is in L1: with several tokens the
+# out-of-order window is too short for the latency of memory (4 tokens of int4 take half as long by it).
 PREFETCH_BYTES = L1_WEIGHT_BYTES
-# Tiles of fewer tokens than this leave it to the CPU, whose window then reaches far enough by itself: (with 32 vector
-# registers, with 16). Asking as well costs one token on AVX-512 0 to 20 %, and two tokens of float32 15 % on both; on
-# AVX2, which needs more instructions for the same bytes, one token gains 7 to 18 % by it (Zen 4, 2 threads).
-PREFETCH_FROM = {"int4": (2, 1), "int8": (2, 1), "bfloat16": (2, 1), "float32": (8, 4)}
+# With few tokens the window and the CPU's prefetchers follow the stream by themselves; asking for each line as well
+# costs them up to 20 %, asking for one in eight, further ahead, starts them on the pages to come: 1 and 2 tokens gain 4
+# to 17 % and reach 96 to 100 % of a plain read where both threads share one link to memory.
+SPARSE_LINES, SPARSE_BYTES = 8, 2 * L1_WEIGHT_BYTES
+# Tokens of a tile from which each line is asked for, with 32 vector registers and with 16. All measured: Zen 4, 2 threads.
+EACH_LINE_FROM = {"int4": (4, 1), "int8": (4, 2), "bfloat16": (4, 1), "float32": (8, 4)}
 WORD_BYTES = 4  # of a row in a line
 SCALE_BYTES = 2
 Tiles = list[tuple[int, ir.Function]]  # tokens of a tile, its code; from large to small
@@ -172,9 +174,7 @@ class _Tile:
             rows.append((start, s.b.mul(s.b.add(part, s.const(vector)), s.const(s.lanes))))
         x_step = s.b.mul(block, s.const(self.form.block_bytes))
         x = [s.offset(row, x_step) for row in self.x_rows]
-        asks = len(self.x_rows) >= PREFETCH_FROM[self.dtype][0 if s.isa.many_registers else 1]
-        for place in range(0, block_bytes(self.dtype) if asks else 0, LINE_BYTES):
-            s.prefetch(s.offset(start, PREFETCH_BYTES + place))
+        self._prefetch(start)
         if is_quantised(self.dtype):
             # The scales lie behind the codes of all groups.
             for groups in [range(GROUPS)] if self.in_order else [[group] for group in range(GROUPS)]:
@@ -183,6 +183,13 @@ class _Tile:
                     self._add_group(rows, x, group, group_dots)
         else:
             self._float_lines(rows, x)
+
+    def _prefetch(self, block: ir.Value) -> None:
+        """Asks for lines of a later block."""
+        each = len(self.x_rows) >= EACH_LINE_FROM[self.dtype][0 if self.s.isa.many_registers else 1]
+        n_lines, ahead = (1, PREFETCH_BYTES) if each else (SPARSE_LINES, SPARSE_BYTES)
+        for number in range(block_bytes(self.dtype) // (n_lines * LINE_BYTES)):
+            self.s.prefetch(self.s.offset(block, ahead + number * n_lines * LINE_BYTES))
 
     def _read(self, row: Row, n_bytes: int, lane_bytes: int, kind: ir.Type) -> ir.Value:
         """Weights (or scales) of a vector of rows in the line at n_bytes of its block; lane_bytes: bytes of a row."""
