@@ -3,7 +3,8 @@
 Arrays: ``expert_ids`` int16 [tokens, layers, top_k] (``-1`` absent), ``expert_weights`` float16 of the same shape
 (optional), ``sequence`` int32 [tokens], ``phase`` uint8 [tokens] (0 prefill, 1 decode), ``meta`` JSON text, optional
 ``predicted_ids`` int16 [tokens, layers, horizon, p]: the routing that the gates of layers l + 1, l + 2, ... gave from
-layer l's hidden state, best first.
+layer l's hidden state, best first; optional ``embeddings`` float16 [tokens, hidden]: the model's input embeddings of
+the tokens, which predictors of routes learn from.
 """
 
 import json
@@ -57,6 +58,7 @@ class Trace:
     meta: Mapping[str, Any]
     expert_weights: NDArray[np.float16] | None = None
     predicted_ids: NDArray[np.int16] | None = None
+    embeddings: NDArray[np.float16] | None = None
     name: str = field(default="trace")
 
     def __post_init__(self) -> None:
@@ -93,6 +95,7 @@ class Trace:
             meta=_read_meta(arrays["meta"], path),
             expert_weights=_optional(arrays, "expert_weights", np.float16, path),
             predicted_ids=_optional(arrays, "predicted_ids", np.int16, path),
+            embeddings=_optional(arrays, "embeddings", np.float16, path),
             name=path.stem,
         )
 
@@ -109,6 +112,8 @@ class Trace:
             arrays["expert_weights"] = self.expert_weights
         if self.predicted_ids is not None:
             arrays["predicted_ids"] = self.predicted_ids
+        if self.embeddings is not None:
+            arrays["embeddings"] = self.embeddings
         partial = path.with_name(f".{path.name}.partial")
         try:
             with partial.open("wb") as handle:
@@ -198,6 +203,7 @@ class Trace:
             phase=self.phase[index] if phase is None else phase,
             expert_weights=None if self.expert_weights is None else self.expert_weights[index],
             predicted_ids=None if self.predicted_ids is None else self.predicted_ids[index],
+            embeddings=None if self.embeddings is None else self.embeddings[index],
         )
 
 
@@ -247,8 +253,9 @@ def _check(trace: Trace) -> None:
     _check_ids(trace.expert_ids, n_experts, f"trace {trace.name!r}: expert_ids")
     if trace.predicted_ids is not None:
         _check_ids(trace.predicted_ids, n_experts, f"trace {trace.name!r}: predicted_ids")
-    if trace.expert_weights is not None and not np.isfinite(trace.expert_weights).all():
-        raise TraceError(f"trace {trace.name!r}: expert_weights hold NaN or infinite values")
+    for name, values in (("expert_weights", trace.expert_weights), ("embeddings", trace.embeddings)):
+        if values is not None and not np.isfinite(values).all():
+            raise TraceError(f"trace {trace.name!r}: {name} hold NaN or infinite values")
     if not np.isin(trace.phase, (0, 1)).all():
         raise TraceError(
             f"trace {trace.name!r}: phase must be 0 (prefill) or 1 (decode), found {int(trace.phase.max())}"
@@ -283,6 +290,8 @@ def _check_shapes(trace: Trace) -> None:
     if predicted is not None and (predicted.ndim != 4 or predicted.shape[:2] != ids.shape[:2]):
         wanted = f"[{n_tokens}, {ids.shape[1]}, horizon, p]"
         raise TraceError(f"{where}: predicted_ids must be {wanted}, found {list(predicted.shape)}")
+    if trace.embeddings is not None and (trace.embeddings.ndim != 2 or len(trace.embeddings) != n_tokens):
+        raise TraceError(f"{where}: embeddings must be [{n_tokens}, hidden], found {list(trace.embeddings.shape)}")
 
 
 def _check_ids(ids: NDArray[np.int16], n_experts: int, what: str) -> None:

@@ -56,6 +56,14 @@ def generate(
             rich_help_panel=common.BATCHES,
         ),
     ] = None,
+    route_predictor: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For expertflow: a net of `hybrimoe trace train --target routes`. Default: a prefill of all prompts.",
+            rich_help_panel=common.BATCHES,
+        ),
+    ] = None,
     max_new_tokens: common.NewTokensOption = None,
     temperature: common.TemperatureOption = None,
     top_p: common.TopPOption = None,
@@ -85,8 +93,10 @@ def generate(
     With --prompts many prompts run in padded batches. Each gives a line of JSON on stdout, in the order of the file;
     Ctrl-C keeps those that have ended.
     """
-    if prompts is None and (batching is not None or batch_size is not None):
-        raise typer.BadParameter("--batching and --batch-size are for many prompts: give --prompts FILE")
+    if prompts is None and not (batching is None and batch_size is None and route_predictor is None):
+        raise typer.BadParameter(
+            "--batching, --batch-size and --route-predictor are for many prompts: give --prompts FILE"
+        )
     if prompts is not None and (prompt is not None or prompt_file is not None or timeline or trace is not None):
         raise typer.BadParameter("--prompts does not go with --prompt, --prompt-file, --timeline and --trace")
     text = read_prompt(prompt, prompt_file) if prompts is None else read_file(prompts)
@@ -104,7 +114,7 @@ def generate(
     if prompts is not None:
         from hybrimoe.cli import generate_batch
 
-        job = generate_batch.JobOptions(str(prompts), batching or "none", batch_size, quiet, as_json)
+        job = generate_batch.JobOptions(str(prompts), batching or "none", batch_size, quiet, as_json, route_predictor)
         if generate_batch.run(deployment, text, options, job):
             raise typer.Exit(INTERRUPTED)
         return

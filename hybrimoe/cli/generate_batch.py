@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from hybrimoe.cli import render, render_summary
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from hybrimoe.generation import SamplingOptions
     from hybrimoe.generation.batch_job import JobResult, JobTotals
     from hybrimoe.generation.batch_plan import JobPlan
+    from hybrimoe.generation.route_predictor import RoutePredictor
 
 DEFAULT_BATCH = 8
 """Prompts at once where nothing else says how many."""
@@ -20,13 +24,14 @@ DEFAULT_BATCH = 8
 
 @dataclass(frozen=True, slots=True)
 class JobOptions:
-    """How the job was asked for. `name`: the prompts' file, - for stdin."""
+    """How the job was asked for. `name`: the prompts' file, - for stdin; `route_predictor`: for expertflow."""
 
     name: str
     batching: str
     batch_size: int | None
     quiet: bool
     as_json: bool
+    route_predictor: Path | None = None
 
 
 def run(deployment: DeployConfig, text: str, options: SamplingOptions, job: JobOptions) -> bool:
@@ -38,12 +43,13 @@ def run(deployment: DeployConfig, text: str, options: SamplingOptions, job: JobO
     from scheduler.batching import batching_kind
 
     kind = batching_kind(job.batching)
+    predictor = _predictor(kind, job.route_predictor)
     lines = read_prompts(text, job.name)
     with open_model(deployment, show_progress=not job.quiet) as opened:
         prompts = job_prompts(opened.generator, lines, job.name)
         plan = _plan(opened, prompts, options, job) if kind == "moe-lightning" else None
         size = (job.batch_size or DEFAULT_BATCH) if plan is None else plan.plan.batch
-        work = BatchJob(opened.generator, opened.session, lines, prompts, options, kind, size)
+        work = BatchJob(opened.generator, opened.session, lines, prompts, options, kind, size, predictor)
         writer = _Writer(silent=job.as_json, order=[line.line for line in lines])
         with interruptible() as interrupt, progress_bar(not job.quiet, beginning="first batch") as progress:
             try:
@@ -60,6 +66,16 @@ def _plan(opened: OpenModel, prompts: Any, options: SamplingOptions, job: JobOpt
 
     directory = model_directory(opened.config.model)
     return plan_job(opened.generator, opened.session, directory, prompts, options, job.batch_size)
+
+
+def _predictor(kind: str, path: Path | None) -> RoutePredictor | None:
+    if path is None:
+        return None
+    if kind != "expertflow":
+        raise typer.BadParameter("--route-predictor is what --batching expertflow groups by: give both")
+    from hybrimoe.generation.route_predictor import RoutePredictor
+
+    return RoutePredictor(path)
 
 
 class _Writer:
@@ -119,6 +135,7 @@ def _report(
         "grouping_us": totals.grouping_us,
         "tokens_per_s": totals.new_tokens / totals.total_us * 1e6 if totals.total_us else None,
         "distinct_experts": None if experts is None else _distinct(experts["decode"]),
+        "routes": totals.routes,
         "expected_distinct": totals.expected_distinct,
         "expected_distinct_in_order": totals.expected_distinct_in_order,
         "plan": None if plan is None else asdict(plan.plan) | {"hardware": plan.hardware},
@@ -155,7 +172,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"experts  {distinct:.2f} distinct ones a layer and decode step; hit rate in decode {hits}")
     if summary["expected_distinct"] is not None:
         before, after = summary["expected_distinct_in_order"], summary["expected_distinct"]
-        lines.append(f"routes   expected distinct experts: {before:.2f} in file order, {after:.2f} as grouped")
+        told = f"{before:.2f} in file order, {after:.2f} as grouped"
+        lines.append(f"routes   {summary['routes']}; expected distinct experts: {told}")
     if summary["plan"] is not None:
         lines += _plan_lines(summary["plan"])
     return lines

@@ -30,6 +30,9 @@ def record(
     horizon: Annotated[int, typer.Option(min=0, help="Layers ahead that are predicted.")] = 3,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed, the same text.")] = 0,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Keep the tokens' input embeddings: train --target routes needs them.")
+    ] = False,
     licence: Annotated[str, typer.Option(help="Licence of the trace, kept in the file.")] = "Apache-2.0",
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -45,7 +48,10 @@ def record(
     deployment = deploy_config(config, model=model, accelerator="none" if config is None else None)
     options = SamplingOptions(max_new_tokens=new_tokens, temperature=temperature, seed=seed)
     with open_model(deployment, show_progress=not as_json) as opened:
-        trace = record_texts(opened.generator, texts, options, source=opened.name, licence=licence, horizon=horizon)
+        trace = record_texts(
+            opened.generator, texts, options, source=opened.name, licence=licence, horizon=horizon,
+            embeddings=embeddings,
+        )  # fmt: skip
     trace.save(out)
     facts = {"file": str(out), "tokens": trace.n_tokens, "sequences": len(texts), "layers": trace.n_layers,
              "experts": trace.n_experts, "top_k": trace.top_k, "bytes": out.stat().st_size}  # fmt: skip
@@ -143,16 +149,25 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .onnx to write.")] = Path(
         "predictor.onnx"
     ),
-    target: Annotated[str, typer.Option(help="cache (next use) or prefetch (next layer's routing).")] = "cache",
+    target: Annotated[
+        str, typer.Option(help="cache (next use), prefetch (next layer's routing), or routes (a prompt's reply).")
+    ] = "cache",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples.")] = 8,
     seed: Annotated[int, typer.Option(help="The same seed, the same predictor.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the small net of the `learned` policies; it is judged on the last quarter of the sequences."""
+    """Train the small net of the `learned` policies; it is judged on the last quarter of the sequences.
+
+    With --target routes: ExpertFlow's predictor, for `generate --batching expertflow --route-predictor`; it learns from
+    traces that were recorded with --embeddings and is judged on every fourth sequence.
+    """
     from hybrimoe.tracing.learn import train_predictor
+    from hybrimoe.tracing.learn_routes import TARGET, train_routes
     from hybrimoe.tracing.sources import load_trace
 
-    found = train_predictor([load_trace(name) for name in traces or ["demo"]], target, out, epochs=epochs, seed=seed)
+    loaded = [load_trace(name) for name in traces or ["demo"]]
+    make = train_routes if target == TARGET else train_predictor
+    found = make(loaded, target, out, epochs=epochs, seed=seed)
     if as_json:
         render.emit_json(found)
     else:

@@ -19,6 +19,7 @@ from hybrimoe.generation.sampling import SamplingOptions
 from scheduler.batching import Batching, Request, ServiceCosts, ServiceOrder, expected_distinct, make_batches
 
 if TYPE_CHECKING:
+    from hybrimoe.generation.route_predictor import RoutePredictor
     from hybrimoe.runtime import Session
 
 __all__ = ["BatchJob", "JobResult", "JobTotals", "job_prompts"]
@@ -45,7 +46,8 @@ class JobResult:
 
 @dataclass(slots=True)
 class JobTotals:
-    """What the job did. Times are wall-clock us; `grouping_us` is the part that looked at routes and made batches."""
+    """What the job did. Times are wall-clock us; `grouping_us` is the part that looked at routes and made batches.
+    `routes`: where the routes that it grouped by came from, "predicted" or "recorded"; None for other groupings."""
 
     n_batches: int = 0
     n_run: int = 0
@@ -54,6 +56,7 @@ class JobTotals:
     results: list[JobResult] = field(default_factory=list)
     expected_distinct: float | None = None
     expected_distinct_in_order: float | None = None
+    routes: str | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -75,15 +78,19 @@ def job_prompts(generator: TextGenerator, lines: Sequence[PromptLine], name: str
 
 
 class BatchJob:
-    """Runs prompts in batches of at most `size`. `on_result` gets each reply as its batch ends."""
+    """Runs prompts in batches of at most `size`. `on_result` gets each reply as its batch ends.
+
+    `predictor`: tells `expertflow` the routes of replies; without one the prompts' own are recorded by a prefill.
+    """
 
     def __init__(
         self, generator: TextGenerator, session: Session | None, lines: Sequence[PromptLine],
         prompts: Sequence[BatchPrompt], options: SamplingOptions, batching: Batching, size: int,
+        predictor: RoutePredictor | None = None,
     ) -> None:  # fmt: skip
         self._generator, self._session = generator, session
         self._lines, self._prompts, self._options = lines, prompts, options.with_seed()
-        self._batching, self._size = batching, size
+        self._batching, self._size, self._predictor = batching, size, predictor
         self.totals = JobTotals()
         self._step_us: list[float] = []
         self._prompt_token_us = 0.0
@@ -100,6 +107,7 @@ class BatchJob:
         order = ServiceOrder(requests, batches, routes)
         totals.n_batches, totals.grouping_us = len(batches), _since(started)
         if routes is not None:
+            totals.routes = "recorded" if self._predictor is None else "predicted"
             in_order = make_batches(requests, "none", self._size)
             totals.expected_distinct = expected_distinct(routes, batches)
             totals.expected_distinct_in_order = expected_distinct(routes, in_order)
@@ -139,7 +147,10 @@ class BatchJob:
         )
 
     def _routes(self, should_stop: Callable[[], bool], progress: Progress) -> NDArray[np.float64]:
-        """Route vectors of all prompts from their prefill, in batches of like length; zeros where stopped."""
+        """Route vectors of all prompts: predicted, or from their prefill in batches of like length; zeros where
+        stopped."""
+        if self._predictor is not None:
+            return self._predictor.routes(self._generator, self._prompts)
         by_length = sorted(range(len(self._prompts)), key=lambda at: (len(self._prompts[at].token_ids), at))
         routes: NDArray[np.float64] | None = None
         for first in range(0, len(by_length), self._size):

@@ -28,6 +28,8 @@ from scheduler.trace_predict import one_hot, predictions_for
 Floats = NDArray[np.float32]
 
 TARGETS = {"cache": CACHE_FEATURES, "prefetch": PREFETCH_FEATURES}
+OTHER_TARGETS = ("routes",)
+"""What `trace train` learns elsewhere (`learn_routes`); for its messages."""
 NEXT_USE_TOKENS = 4
 #: Share of experts in slots during the replay; features hardly depend on it.
 REPLAY_SHARE = 0.25
@@ -48,7 +50,7 @@ def train_predictor(
     for an unknown target, ModelError for traces that hold nothing to learn.
     """
     if target not in TARGETS:
-        raise ConfigError(unknown("target", target, TARGETS))
+        raise ConfigError(unknown("target", target, (*TARGETS, *OTHER_TARGETS)))
     for trace in traces:
         if trace.n_tokens < MIN_TOKENS:
             raise ModelError(

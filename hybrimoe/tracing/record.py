@@ -50,6 +50,7 @@ class Recorded:
     predicted: NDArray[np.int16]
     sequence: int
     phase: Phase
+    embeddings: NDArray[np.float16] | None = None
 
 
 @dataclass(slots=True)
@@ -68,6 +69,7 @@ class RoutingTap:
     _sink: ProbeSink | None = None
     _sequence: int = -1
     _fresh: bool = True
+    _embeddings: NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
         paths, self._experts = experts_modules(self.model)
@@ -94,7 +96,7 @@ class RoutingTap:
         self._fresh = False
         ids = np.stack([call.index for call in calls], axis=1)
         weights = np.stack([call.weights for call in calls], axis=1)
-        self.steps.append(Recorded(ids, weights, self._predict(calls), self._sequence, phase))
+        self.steps.append(Recorded(ids, weights, self._predict(calls), self._sequence, phase, self._embeddings))
 
     def heard(self, layer: int, arguments: tuple[Any, ...]) -> None:
         """A layer's experts are called."""
@@ -107,6 +109,10 @@ class RoutingTap:
         chosen = np.where((chosen >= 0) & (chosen < n_experts), chosen, ABSENT).astype(np.int16)
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
         self._calls[layer] = LayerCall(flat, chosen, weights.detach().float().cpu().numpy().astype(np.float16))
+
+    def embedded(self, output: torch.Tensor) -> None:
+        """The input embeddings of the step under way, [..., T, H]."""
+        self._embeddings = output.detach().reshape(-1, output.shape[-1]).float().cpu().numpy().astype(np.float16)
 
     def _predict(self, calls: Sequence[LayerCall]) -> NDArray[np.int16]:
         """int16 [T, layers, horizon, width]."""
@@ -152,6 +158,7 @@ class RoutingTap:
         if not self.steps:
             raise ModelError("nothing was recorded: the model ran no complete step with its experts")
         n_tokens = [len(step.ids) for step in self.steps]
+        known = [step.embeddings for step in self.steps if step.embeddings is not None]
         first = self.steps[0]
         meta = {
             "model": source,
@@ -169,6 +176,7 @@ class RoutingTap:
             meta=meta,
             expert_weights=np.concatenate([step.weights for step in self.steps]),
             predicted_ids=np.concatenate([step.predicted for step in self.steps]),
+            embeddings=np.concatenate(known) if len(known) == len(self.steps) else None,
             name=name,
         )
 
@@ -190,10 +198,12 @@ def num_experts(module: nn.Module) -> int:
 
 
 @contextmanager
-def listening(model: nn.Module, horizon: int = DEFAULT_HORIZON) -> Iterator[RoutingTap]:
-    """Hooks on ``model`` for the block; the tap keeps what it heard."""
+def listening(model: nn.Module, horizon: int = DEFAULT_HORIZON, embeddings: bool = False) -> Iterator[RoutingTap]:
+    """Hooks on ``model`` for the block; the tap keeps what it heard, with ``embeddings`` the tokens' too."""
     tap = RoutingTap(model, horizon)
     handles = [model.register_forward_pre_hook(lambda *_: tap.flush())]
+    if embeddings:
+        handles.append(input_embeddings(model).register_forward_hook(lambda _, __, output: tap.embedded(output)))
     for layer, module in enumerate(tap._experts):
         handles.append(module.register_forward_pre_hook(_listener(tap, layer), with_kwargs=True))
     try:
@@ -201,6 +211,15 @@ def listening(model: nn.Module, horizon: int = DEFAULT_HORIZON) -> Iterator[Rout
     finally:
         for handle in handles:
             handle.remove()
+
+
+def input_embeddings(model: nn.Module) -> nn.Module:
+    """The module that turns token ids into vectors. Raises ModelError where the model does not say which it is."""
+    find = getattr(model, "get_input_embeddings", None)
+    found = find() if callable(find) else None
+    if not isinstance(found, nn.Module):
+        raise ModelError(f"{type(model).__name__} does not name its input embeddings (get_input_embeddings)")
+    return found
 
 
 def _listener(tap: RoutingTap, layer: int) -> Any:
@@ -214,10 +233,10 @@ def _listener(tap: RoutingTap, layer: int) -> Any:
 
 def record_texts(
     generator: TextGenerator, prompts: Sequence[str], options: SamplingOptions, *, source: str, licence: str,
-    horizon: int = DEFAULT_HORIZON,
+    horizon: int = DEFAULT_HORIZON, embeddings: bool = False,
 ) -> Trace:  # fmt: skip
     """Generate a reply to each prompt and record its routing; each prompt is one sequence."""
-    with listening(generator.model, horizon) as tap:
+    with listening(generator.model, horizon, embeddings) as tap:
         for prompt in prompts:
             tap.begin_sequence()
             for _ in generator.reply(generator.encode(prompt), options):

@@ -33,12 +33,14 @@ def written(tmp_path, **changed):
 
 def test_round_trip(tmp_path):
     predicted = np.zeros((6, 2, 1, 3), np.int16)
-    trace = Trace(**arrays(), predicted_ids=predicted)
+    embeddings = np.arange(18, dtype=np.float16).reshape(6, 3)
+    trace = Trace(**arrays(), predicted_ids=predicted, embeddings=embeddings)
     trace.save(tmp_path / "a.npz")
     again = Trace.load(tmp_path / "a.npz")
-    for name in ("expert_ids", "expert_weights", "sequence", "phase", "predicted_ids"):
+    for name in ("expert_ids", "expert_weights", "sequence", "phase", "predicted_ids", "embeddings"):
         assert getattr(again, name).dtype == getattr(trace, name).dtype
         np.testing.assert_array_equal(getattr(again, name), getattr(trace, name))
+    np.testing.assert_array_equal(again.tail(2).embeddings, embeddings[4:])
     assert again.meta == META
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
 
@@ -96,6 +98,8 @@ def test_an_empty_phase_is_named(tmp_path):
         ({"meta": {"model": "x"}}, "meta lacks"),
         ({"predicted_ids": np.full((6, 2, 1, 2), 9, np.int16)}, "predicted_ids must lie in"),
         ({"predicted_ids": np.zeros((6, 2, 2), np.int16)}, "horizon, p"),
+        ({"embeddings": np.zeros((5, 3), np.float16)}, r"embeddings must be \[6, hidden\]"),
+        ({"embeddings": np.full((6, 3), np.nan, np.float16)}, "embeddings hold NaN"),
     ],
 )
 def test_bad_arrays_are_refused(tmp_path, changed, message):

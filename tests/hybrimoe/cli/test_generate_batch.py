@@ -3,7 +3,10 @@
 import json
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
+
+from hybrimoe.tracing.onnx_net import write_net
 
 TEXTS = (
     "The CREATE TABLE command",
@@ -119,3 +122,47 @@ def test_moe_lightning_needs_a_link(hybrimoe, prompts):
     result = hybrimoe("generate", "--prompts", prompts, "--batching", "moe-lightning", "--accelerator", "none")
     assert result.code == 2
     assert "no accelerator slots" in result.err
+
+
+@pytest.fixture(scope="module")
+def predictor(hybrimoe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("routes")
+    trace, net = folder / "t.npz", folder / "routes.onnx"
+    recorded = hybrimoe("trace", "record", "--embeddings", "-n", "14", "-o", trace, "--json")
+    assert recorded.code == 0, recorded.err
+    told = hybrimoe("trace", "train", trace, "--target", "routes", "-o", net, "--epochs", "2", "--json").data
+    assert told["examples"] > 20
+    assert told["judged_on"] == 3
+    return net
+
+
+def test_expertflow_groups_by_predicted_routes_without_a_prefill(hybrimoe, prompts, predictor, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("no prefill is needed")
+
+    monkeypatch.setattr("hybrimoe.generation.batch_job.probe_batch", refuse)
+    words = ("--prompts", prompts, "--batching", "expertflow", "--batch-size", "2", *EXACT)
+    result = hybrimoe("generate", *words, "--route-predictor", predictor, "--json")
+    assert result.code == 0, result.err
+    summary = result.data["summary"]
+    assert (summary["routes"], summary["batches"], summary["ended"]) == ("predicted", 2, 4)
+    assert summary["expected_distinct"] > 0
+    alone = hybrimoe("generate", "-p", TEXTS[0], *EXACT, "-q").out
+    assert result.data["results"][0]["text"] + "\n" == alone
+
+
+def test_a_route_predictor_that_does_not_fit_is_refused(hybrimoe, prompts, predictor, tmp_path):
+    words = ("generate", "--prompts", prompts, *EXACT, "--json")
+    lonely = hybrimoe(*words, "--route-predictor", predictor)
+    assert lonely.code == 2
+    assert "--batching expertflow" in lonely.data["error"]["message"]
+    cache = tmp_path / "cache.onnx"
+    hybrimoe("trace", "train", "--target", "cache", "-o", cache, "--epochs", "1", "--json")
+    wrong = hybrimoe(*words, "--batching", "expertflow", "--route-predictor", cache)
+    assert "predicts 'cache', not routes" in wrong.data["error"]["message"]
+    other = tmp_path / "other.onnx"
+    nets = [np.zeros(shape, np.float32) for shape in ((192, 4), (4,), (4, 6), (6,))]
+    write_net(other, nets, ("mean_embedding",), "routes", {"model": "x", "n_layers": 2, "n_experts": 3})
+    unfit = hybrimoe(*words, "--batching", "expertflow", "--route-predictor", other)
+    assert "2 layers of 3 experts" in unfit.data["error"]["message"]
+    assert "Record and train with this model" in unfit.data["error"]["message"]

@@ -89,3 +89,18 @@ def test_a_dense_model_and_silence_are_errors(model):
         pass
     with listening(model) as tap, pytest.raises(ModelError, match="nothing was recorded"):
         tap.trace("tiny", "Apache-2.0")
+
+
+def test_embeddings_are_those_of_the_tokens(model):
+    with listening(model, embeddings=True) as tap:
+        run(model, tap)
+        trace = tap.trace("tiny", "Apache-2.0")
+    tokens = [0, 1, 2, 3, 4, 7, 8, 9, 1, 2, 3, 4, 5, 7, 8, 9]
+    expected = model.get_input_embeddings().weight.detach()[tokens].half().numpy()
+    np.testing.assert_array_equal(trace.embeddings, expected)
+    with listening(model) as tap:
+        run(model, tap)
+        assert tap.trace("tiny", "Apache-2.0").embeddings is None
+    model.get_input_embeddings = None
+    with pytest.raises(ModelError, match="does not name its input embeddings"), listening(model, embeddings=True):
+        pass
