@@ -69,15 +69,15 @@ class RandomSource:
         self.vocab_size = int(self.config.vocab_size)
 
     def plain(self) -> Any:
-        """Transformers' model in bfloat16 with random weights."""
-        from transformers import AutoModelForCausalLM
-
+        """Transformers' model in bfloat16 with the weights that `hybrid` has."""
+        from hybrimoe.config import load_config
         from hybrimoe.injection.meta import meta_model
 
         parameters = sum(parameter.numel() for parameter in meta_model(self.config).parameters())
-        _require_memory(2 * parameters, "plain transformers in bfloat16")
-        torch.manual_seed(SEED)
-        return AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16).eval()
+        _require_memory(4 * parameters, "plain transformers in bfloat16, beside the store that it is filled from,")
+        model = self.hybrid(load_config({}, accelerator="none", expert_dtype="bfloat16"), lambda *_: None)
+        model.hybrimoe.restore()
+        return model
 
     def hybrid(self, deployment: DeployConfig, progress: Callable[[int, int, str], None]) -> Any:
         """The same shape with hybrid experts, its dense layers as the deployment says, in the order of `load`.

@@ -127,6 +127,11 @@ def test_random_weights_in_a_real_shape_need_no_checkpoint(monkeypatch):
         logits = packed(input_ids=ids).logits
     assert not torch.equal(logits, first)
     assert torch.cosine_similarity(logits.double().flatten(), first.double().flatten(), dim=0) > 0.99
+    plain = source.plain()
+    assert type(plain.model.layers[0].mlp.experts).__name__ == "OlmoeExperts"
+    with torch.inference_mode():
+        logits = plain(input_ids=ids).logits
+    assert torch.cosine_similarity(logits.double().flatten(), first.double().flatten(), dim=0) > 0.999, "same weights"
     for model in [*models, packed]:
         model.hybrimoe.session.close()
 
