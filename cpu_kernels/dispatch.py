@@ -77,6 +77,15 @@ def combine(out_rows: np.ndarray, dispatch: Dispatch, out: np.ndarray) -> None:
     combine_rows(out_rows, present, dispatch.top_k, out)
 
 
+@kernel
+def records_at(addresses: np.ndarray, expert_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """uint64 [n]: those of `addresses` (uint64 [E]) of the active experts (int32 [A]) at `positions` (int32 [n])."""
+    records = np.empty(positions.size, np.uint64)
+    for i in range(positions.size):
+        records[i] = addresses[expert_ids[positions[i]]]
+    return records
+
+
 _ALL_PRESENT = np.zeros(0, np.bool_)
 
 

@@ -1,4 +1,6 @@
-"""A layer call of few tokens in one compiled call: the router's tensors in, the layer's output out.
+"""Layer calls of few tokens from tensor to tensor in compiled calls: the router's tensors in, the layer's output out.
+
+`run_routed` is a whole call; `read_call` and `sum_rows` are its two ends, where experts also run elsewhere.
 
 The same arithmetic in the same order as `build_dispatch`, `run_layer` and `combine` one after another, so the same
 bits. What it saves is the way between them: the kernels of each layer stream so many weights through the caches that
@@ -93,6 +95,32 @@ def run_routed(
     if hidden_kind != FLOAT32:
         _write_halves(halves_at(out, size), sums)
     return int(ids.size)
+
+
+@kernel
+def read_call(
+    index: int, weights: int, weights_kind: int, n_tokens: int, top_k: int, num_experts: int, hidden: int,
+    hidden_kind: int, host_hidden: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:  # fmt: skip
+    """Fields of a Dispatch: expert_ids, offsets, rows, weights; then a row that `build_dispatch` refuses, or -1.
+
+    index, weights, hidden: addresses as for `run_routed`; host_hidden float32 [T, H] is filled.
+    """
+    routing = _read(weights, n_tokens * top_k, weights_kind)
+    ids, offsets, rows, problem = group_rows(int64s_at(index, n_tokens * top_k), routing, num_experts)
+    _read_into(host_hidden.reshape(host_hidden.size), hidden, hidden_kind)
+    return ids, offsets, rows, routing, problem
+
+
+@kernel
+def sum_rows(results: np.ndarray, rows: np.ndarray, top_k: int, out: int, out_kind: int, n_tokens: int) -> None:
+    """`combine` into floats [T, H] at address `out`: results float32 [T * k, H], rows as in a Dispatch."""
+    width = results.shape[1]
+    size = n_tokens * width
+    sums = floats_at(out, size) if out_kind == FLOAT32 else np.empty(size, np.float32)
+    combine_rows(results, _present(rows, results.shape[0]), top_k, sums.reshape(n_tokens, width))
+    if out_kind != FLOAT32:
+        _write_halves(halves_at(out, size), sums)
 
 
 @inline_kernel

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
 
-from cpu_kernels import combine
-from gpu_kernels.accelerator import LayerWork
+from cpu_kernels.routed import FLOATS, sum_rows
+from gpu_kernels.accelerator import Event, LayerWork
 
 
-def combine_on_host(work: LayerWork) -> torch.Tensor:
-    """[T, H] float32: each token's rows of `work.host_rows` added in top-k order. All lanes must have ended."""
+def combine_on_host(work: LayerWork, events: Sequence[Event] = ()) -> torch.Tensor:
+    """Each token's rows of `work.host_rows` added in top-k order: like `work.like`, or float32 [T, H].
+
+    Waits for `events`; the CPU lane must have ended. Raises LaneError where a lane failed.
+    """
+    out = torch.empty(work.host_hidden.shape, dtype=torch.float32) if work.like is None else torch.empty_like(work.like)
+    for event in events:
+        event.wait()
     if work.transform is not None:
         _finish_rows(work)
-    out = np.empty(work.host_hidden.shape, dtype=np.float32)
-    combine(work.host_rows, work.dispatch, out)
-    return torch.from_numpy(out)
+    dispatch = work.dispatch
+    sum_rows(work.host_rows, dispatch.rows, dispatch.top_k, out.data_ptr(), FLOATS[out.dtype], dispatch.n_tokens)
+    return out
 
 
 def _finish_rows(work: LayerWork) -> None:

@@ -100,11 +100,10 @@ class EmulatedAccelerator:
         event = HostEvent("experts on the emulated accelerator")
         writes = [write for write in self._events.on_read(slots, event) if not write.succeeded]
         backend = self._backend if self._backend.supports(spec) is None else self._fallback
-        records = self._addresses[list(slots)]
-        where = np.asarray(positions, dtype=np.int32)
-        submitted_us = clock_us()
+        addresses, submitted_us = self._addresses, clock_us()
 
         def job(event: HostEvent) -> None:
+            records, where = addresses[list(slots)], np.array(positions, dtype=np.int32)
             for write in writes:
                 write.wait()
             event.begin()
@@ -116,10 +115,8 @@ class EmulatedAccelerator:
         return self._compute.submit(job, event)
 
     def combine(self, work: LayerWork, events: Sequence[Event]) -> torch.Tensor:
-        """[T, H] float32: waits for `events`, then adds each token's rows in top-k order."""
-        for event in events:
-            event.wait()
-        return combine_on_host(work)
+        """[T, H] float32, or like `work.like`: waits for `events`, then adds each token's rows in top-k order."""
+        return combine_on_host(work, events)
 
     def sibling(self) -> EmulatedAccelerator:
         """A second, empty arena behind the same streams and pacers."""

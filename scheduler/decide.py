@@ -201,6 +201,34 @@ def _move_to_cpu(table: Floats, plan: Ints, slots: Ints) -> None:
         plan[block] = kept
 
 
+@compiled
+def seat(
+    makespan: float, ids: npt.NDArray[np.int32], first_key: int, end_key: int, capacity: int, table: Floats,
+    ready: Floats, slot_of: Ints, key_of: Ints, state: Ints, claims: Ints, keep: Floats, out: Ints,
+) -> float:  # fmt: skip
+    """Gives the transfers of the plan in ``out`` their slots; returns the makespan, anew where one moved to the CPU."""
+    n = ids.size
+    plan, slots, evicted = out[: 3 + 3 * n], out[3 + 3 * n : 3 + 4 * n], out[3 + 4 * n :]
+    if assign_slots(
+        ids, first_key, end_key, capacity, table, slot_of, key_of, state, claims, keep, plan, slots, evicted
+    ):
+        return float(plan_makespan(table, ready, plan))
+    return makespan
+
+
+@compiled
+def decide_by_value(
+    params: Floats, ids: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], first_key: int, end_key: int,
+    capacity: int, cpu: Floats, accel: Floats, scales: Floats, ready: Floats, slot_of: Ints, key_of: Ints, state: Ints,
+    claims: Ints, arrival: Floats, keep: Floats, priority: Floats, out: Ints,
+) -> float:  # fmt: skip
+    """``decide`` for "value"."""
+    table = fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[2], slot_of, state, arrival, priority)
+    victims = victim_worths(key_of, state, claims, keep, first_key, ids)
+    makespan = valued(table, ready, victims, params[0], params[1], out[: 3 + 3 * ids.size])
+    return seat(makespan, ids, first_key, end_key, capacity, table, ready, slot_of, key_of, state, claims, keep, out)
+
+
 def decide(
     policy: str, params: Floats, ids: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], first_key: int,
     end_key: int, capacity: int, cpu: Floats, accel: Floats, scales: Floats, ready: Floats, slot_of: Ints, key_of: Ints,
@@ -208,19 +236,14 @@ def decide(
 ) -> float:  # fmt: skip
     """Plans one layer: out int64[3 + 5A] = plan (timeline), slots, evicted. Returns the predicted makespan in us.
 
-    policy: "value" or a key of ``KERNELS``, params its parameters. Calls compiled parts, one after another.
+    policy: "value" or a key of ``KERNELS``, params its parameters. Calls compiled parts one after another, for "value"
+    in one compiled call.
     """
-    n = ids.size
-    table = fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[2], slot_of, state, arrival, priority)
-    plan = out[: 3 + 3 * n]
     if policy == VALUE:
-        victims = victim_worths(key_of, state, claims, keep, first_key, ids)
-        makespan = valued(table, ready, victims, params[0], params[1], plan)
-    else:
-        makespan = KERNELS[policy](table, ready, params, plan)[0]
-    slots, evicted = out[3 + 3 * n : 3 + 4 * n], out[3 + 4 * n :]
-    if assign_slots(
-        ids, first_key, end_key, capacity, table, slot_of, key_of, state, claims, keep, plan, slots, evicted
-    ):
-        makespan = plan_makespan(table, ready, plan)
-    return float(makespan)
+        return decide_by_value(
+            params, ids, n_tokens, first_key, end_key, capacity, cpu, accel, scales, ready, slot_of, key_of, state,
+            claims, arrival, keep, priority, out,
+        )  # fmt: skip
+    table = fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[2], slot_of, state, arrival, priority)
+    makespan = KERNELS[policy](table, ready, params, out[: 3 + 3 * ids.size])[0]
+    return seat(makespan, ids, first_key, end_key, capacity, table, ready, slot_of, key_of, state, claims, keep, out)

@@ -5,7 +5,6 @@ No clock, no threads: the same calls give the same plans.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, Literal
@@ -16,12 +15,13 @@ import numpy.typing as npt
 from scheduler.balancing import kernel_of, parameters_of_balance
 from scheduler.cache import CACHE_POLICIES
 from scheduler.costs import CostModel
-from scheduler.decide import REUSE, decide, pick_slot
+from scheduler.decide import decide
 from scheduler.demand import LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.explain import Explanation, explain
 from scheduler.future import Future
-from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Transfer, TransferEnded, TransferKind
+from scheduler.movement import Movement
+from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Transfer, TransferEnded
 from scheduler.policies import Policy, resolve_policy
 from scheduler.prefetch import PREFETCH_POLICIES
 from scheduler.setting import Scorer, Setting, make
@@ -30,8 +30,6 @@ from scheduler.warm_up import preferred
 
 Placement = Literal["hybrid", "cpu", "accelerator"]
 
-MAX_PREFETCHES: Final = 8
-"""Prefetches that one layer may start, however long the link idles: later layers know more."""
 NOW: Final = LaneState()
 _FORCED: Final = {"cpu": "cpu_only", "accelerator": "accel_only"}
 
@@ -77,13 +75,12 @@ class Planner:
         self._balance = self._balance_of_layers()
         self._recency = np.zeros(n_layers * n_experts)
         self._clock, self._step = 0, -1
-        self._in_flight: dict[int, int] = {}
-        self._arrival = np.zeros(self.slots.n_slots)
+        fixed = [placement == "cpu" for placement in self._placements]
+        self._movement = Movement(self.slots, self.cache, self.prefetch, costs, fixed)
         self._claimed: list[deque[tuple[npt.NDArray[np.int64], list[int], float]]] = [deque() for _ in range(n_layers)]
         self._demands: dict[int, tuple[LayerDemand, LaneState]] = {}
         self._ready, self._scales = np.zeros(3), np.zeros(3)
-        self._nobody = np.zeros(self.slots.n_slots, np.bool_)
-        self._chained = False
+        self._flat = np.empty(3 + 5 * n_experts, np.int64)
 
     def _balance_of_layers(self) -> list[tuple[str, npt.NDArray[np.float64]]]:
         """Balance policy (as ``decide`` names it) and its parameters, of each layer."""
@@ -140,7 +137,7 @@ class Planner:
             slot = next(free, None)
             if slot is None:
                 break
-            transfers.append(self._start(slot, key, "warmup", 0.0, True))
+            transfers.append(self._movement.start(slot, key, "warmup", 0.0, True))
         return tuple(transfers)
 
     def begin_sequence(self, future: Future | None = None) -> None:
@@ -177,12 +174,12 @@ class Planner:
         self.cache.refresh(layer)
         if n == 0:
             self._claimed[layer].append((np.empty(0, np.int64), [], 0.0))
-            prefetches = self._plan_prefetches(demand, lanes.link_ready_us, 0.0)
+            prefetches = self._movement.start_prefetches(demand, lanes.link_ready_us, 0.0)
             return LayerPlan(self._step, layer, (), (), (), (), prefetches, 0.0)
         return self._plan_active(demand, ids, lanes)
 
     def _plan_active(self, demand: LayerDemand, ids: npt.NDArray[np.int32], lanes: LaneState) -> LayerPlan:
-        layer, n = demand.layer, ids.size
+        layer, n, movement = demand.layer, ids.size, self._movement
         makespan, flat = self._decide(demand, ids, lanes)
         experts = ids.tolist()
         first_key = layer * self.n_experts
@@ -191,19 +188,19 @@ class Planner:
         accel = [experts[p] for p in accel_positions]
         slots = [flat[3 + 3 * n + p] for p in accel_positions]
         awaited: list[int] = []
-        if self._in_flight:
-            awaited = [e for e in accel if first_key + e in self._in_flight]
-        started = self._start_demands(demand, flat, accel_positions) if demanded else {}
+        if movement.in_flight:
+            awaited = [e for e in accel if first_key + e in movement.in_flight]
+        started = movement.start_demands(demand, flat, accel_positions) if demanded else {}
         transfers = [started[p] for p in demanded]
         held = np.array(slots, np.int64)
-        if len(started) == 0 or not self._chained:
+        if not started or not movement.chained:
             self.slots.claim_all(held)
         link_end = lanes.link_ready_us + len(transfers) * float(self._scales[2])
         link_share = min(link_end / makespan, 1.0) if self._valued and makespan > 0.0 else 0.0
         self._claimed[layer].append((held, [t.slot for t in transfers if not t.admit], link_share))
         return LayerPlan(
             self._step, layer, tuple([experts[p] for p in flat[3 : 3 + flat[0]]]), tuple(accel), tuple(slots),
-            tuple(transfers), self._plan_prefetches(demand, link_end, makespan), makespan, tuple(awaited),
+            tuple(transfers), movement.start_prefetches(demand, link_end, makespan), makespan, tuple(awaited),
         )  # fmt: skip
 
     def _decide(self, demand: LayerDemand, ids: npt.NDArray[np.int32], lanes: LaneState) -> tuple[float, list[int]]:
@@ -212,134 +209,28 @@ class Planner:
         first_key = layer * self.n_experts
         ready, scales = self._ready, self._scales
         ready[0], ready[1], ready[2] = lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us
-        transfer_us = self._transfer_us(layer)
+        transfer_us = costs.transfer_us(layer, cpu_busy=True)
         contended = lanes.link_ready_us > 0 and not self._valued
         scales[0] = costs.drift[0] / (costs.cpu_with_link if contended else 1.0)
         scales[1], scales[2] = costs.drift[1], transfer_us
-        if self._in_flight:
-            self._estimate_arrivals(lanes.link_ready_us, transfer_us)
+        if self._movement.in_flight:
+            self._movement.estimate_arrivals(lanes.link_ready_us, transfer_us)
         policy, params = self._balance[layer]
-        out = np.empty(3 + 5 * ids.size, np.int64)
-        capacity = int(cache.capacities[layer]) if cache.scope == "layer" else -1
+        out = self._flat[: 3 + 5 * ids.size]
         makespan = decide(
-            policy, params, ids, _int32(demand.n_tokens), first_key, first_key + self.n_experts, capacity,
+            policy, params, ids, _int32(demand.n_tokens), first_key, first_key + self.n_experts, cache.capacity(layer),
             costs.cpu_rows[layer], costs.accel_rows[layer], scales, ready, slots.slot_of, slots.key_of, slots.state,
-            slots.claims, self._arrival, cache.keep, cache.keep if self._valued else self._recency, out,
+            slots.claims, self._movement.arrival, cache.keep, cache.keep if self._valued else self._recency, out,
         )  # fmt: skip
         self._clock += 1
         if policy == "bandwidth":
             self._recency[ids + first_key] = self._clock
         return makespan, out.tolist()
 
-    def _transfer_us(self, layer: int) -> float:
-        """us of one transfer beside a working CPU."""
-        return self.costs.transfer_us(layer, cpu_busy=True)
-
-    def _estimate_arrivals(self, link_ready_us: float, transfer_us: float) -> None:
-        """The link is in order, so the last transfer in flight lands when the link gets free, the others before."""
-        behind = len(self._in_flight)
-        for slot in self._in_flight.values():
-            behind -= 1
-            self._arrival[slot] = max(link_ready_us - behind * transfer_us, 0.0)
-
-    def _start_demands(self, demand: LayerDemand, flat: list[int], accel_positions: list[int]) -> dict[int, Transfer]:
-        """Starts the demand transfers of a flat plan, by position. Sets ``_chained`` where slots are handed on.
-
-        Slots that one expert of the plan hands to another are claimed turn by turn, in accelerator order.
-        """
-        n, first_key = demand.expert_ids.size, demand.layer * self.n_experts
-        demanded = flat[3 + 2 * n : 3 + 2 * n + flat[2]]
-        self._chained = any(flat[3 + 4 * n + p] == REUSE for p in demanded)
-        started = {}
-        for position in accel_positions if self._chained else demanded:
-            slot = flat[3 + 3 * n + position]
-            if not self._chained or position in demanded:
-                key = first_key + int(demand.expert_ids[position])
-                gain = self.costs.gain_us(demand.layer, int(demand.n_tokens[position]))
-                reuse = flat[3 + 4 * n + position] == REUSE
-                started[position] = self._start(slot, key, "demand", gain, self.cache.admits(key), reuse)
-            if self._chained:
-                self.slots.claim(slot)
-        return started
-
-    def _start(
-        self, slot: int, key: int, kind: TransferKind, gain_us: float, admit: bool, chained: bool = False
-    ) -> Transfer:
-        """Puts ``key`` in flight into ``slot`` and tells the cache policy."""
-        old = self.slots.chain_transfer(slot, key) if chained else self.slots.begin_transfer(slot, key)
-        if old >= 0:
-            self._in_flight.pop(old, None)
-        self._in_flight[key] = slot
-        if self.cache.tracks_slots:
-            if old >= 0:
-                self.cache.evicted(old)
-            self.cache.inserted(key)
-        layer, expert = divmod(key, self.n_experts)
-        return Transfer(layer, expert, slot, None if old < 0 else divmod(old, self.n_experts), kind, gain_us, admit)
-
-    def _plan_prefetches(self, demand: LayerDemand, link_end_us: float, makespan_us: float) -> tuple[Transfer, ...]:
-        """Prefetches that start before the next layer's demand can need the link."""
-        transfer_us = self._transfer_us(demand.layer)
-        idle_us = makespan_us + self.costs.dense_us - link_end_us
-        if idle_us <= 0.0 or not self.slots.n_slots:
-            return ()
-        limit = MAX_PREFETCHES if transfer_us <= 0.0 else min(math.ceil(idle_us / transfer_us), MAX_PREFETCHES)
-        keys, gains = self.prefetch.propose(demand, limit)
-        if not keys.size:
-            return ()
-        taken = self._nobody if self.cache.keeps_us else self._needed_soon(demand)
-        started = []
-        for key, gain in zip(keys.tolist(), gains.tolist(), strict=True):
-            slot = self._prefetch_slot(key, taken)
-            if slot >= 0 and self._worth_it(slot, key, gain):
-                started.append(self._start(slot, key, "prefetch", gain, True))
-        return tuple(started)
-
-    def _needed_soon(self, demand: LayerDemand) -> npt.NDArray[np.bool_]:
-        """bool[n_slots]: experts that this demand's predictions name; prefetches do not evict them.
-
-        A cache policy that keeps by us has already raised those that the next layer needs.
-        """
-        taken = np.zeros(self.slots.n_slots, np.bool_)
-        for prediction in demand.predictions:
-            slots = self.slots.slot_of[prediction.layer * self.n_experts + prediction.expert_ids]
-            taken[slots[slots >= 0]] = True
-        return taken
-
-    def _prefetch_slot(self, key: int, taken: npt.NDArray[np.bool_]) -> int:
-        layer = key // self.n_experts
-        if self._placements[layer] == "cpu":
-            return -1
-        capacity = int(self.cache.capacities[layer]) if self.cache.scope == "layer" else -1
-        first_key = layer * self.n_experts
-        slots = self.slots
-        return pick_slot(
-            slots.key_of,
-            slots.state,
-            slots.claims,
-            self.cache.keep,
-            taken,
-            first_key,
-            first_key + self.n_experts,
-            capacity,
-        )
-
-    def _worth_it(self, slot: int, newcomer: int, gain_us: float) -> bool:
-        """Policies whose ``keep`` is in us do not let a prefetch evict what is worth more."""
-        key = int(self.slots.key_of[slot])
-        return not self.cache.keeps_us or gain_us + float(self.cache.keep[newcomer]) > (
-            0.0 if key < 0 else float(self.cache.keep[key])
-        )
-
     def on_event(self, event: Event) -> None:
         """What the executor saw: a transfer or a layer has ended. Raises SlotError if that was not planned."""
         if isinstance(event, TransferEnded):
-            key = event.layer * self.n_experts + event.expert
-            self.slots.end_transfer(event.slot, key)
-            if self._in_flight.get(key) == event.slot:
-                del self._in_flight[key]
-            if event.us > 0.0:
-                self.costs.observe_transfer(event.layer, event.us)
+            self._movement.ended(event)
         elif isinstance(event, LayerEnded):
             self._end_layer(event)
         else:
@@ -366,9 +257,8 @@ class Planner:
         The last slots go first. Raises SlotError if one of them is in flight or in use.
         """
         gone = self.slots.resize(n_slots)
-        n = self.slots.n_slots
-        self._arrival, self._nobody = np.zeros(n), np.zeros(n, np.bool_)
-        self.cache.resized(n)
+        self._movement.resized()
+        self.cache.resized(self.slots.n_slots)
         if self.cache.tracks_slots:
             for key in gone:
                 self.cache.evicted(key)

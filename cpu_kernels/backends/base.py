@@ -52,10 +52,10 @@ def check_run(
     out_rows: np.ndarray,
 ) -> None:
     """Raises unless the arguments of `CpuBackend.run` fit together; values of `hidden` are checked elsewhere."""
-    _check_array("hidden", hidden, np.float32, (dispatch.n_tokens, spec.hidden))
-    _check_array("out_rows", out_rows, np.float32, (dispatch.n_tokens * dispatch.top_k, spec.hidden))
-    _check_array("positions", positions, np.int32, (positions.size,))
-    _check_array("records", records, np.uint64, (positions.size,))
+    _check_array("hidden", hidden, FLOAT32, (dispatch.n_tokens, spec.hidden))
+    _check_array("out_rows", out_rows, FLOAT32, (dispatch.n_tokens * dispatch.top_k, spec.hidden))
+    _check_array("positions", positions, INT32, (positions.size,))
+    _check_array("records", records, UINT64, (positions.size,))
     if not out_rows.flags.writeable:
         raise LayoutError("out_rows is read-only; it receives the results")
     if np.may_share_memory(hidden, out_rows):
@@ -70,12 +70,14 @@ def check_run(
         )
 
 
-def _check_array(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
+FLOAT32, INT32, UINT64 = (np.dtype(name) for name in ("float32", "int32", "uint64"))
+
+
+def _check_array(name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
         layout = "" if array.flags.c_contiguous else ", not contiguous"
         raise LayoutError(
-            f"{name} must be C-contiguous {np.dtype(dtype)}{list(shape)}, "
-            f"found {array.dtype}{list(array.shape)}{layout}"
+            f"{name} must be C-contiguous {dtype}{list(shape)}, found {array.dtype}{list(array.shape)}{layout}"
         )
 
 

@@ -37,6 +37,7 @@ class NumbaBackend:
         self._cores = core_ids()
         self._pins = wanted()
         self._plans: dict[ExpertSpec | LinearSpec, Plan] = {}
+        self._last_plan: tuple[ExpertSpec | None, Plan | None] = (None, None)
         self._workspace = np.empty(0, np.uint8)
         self._lock = threading.Lock()
 
@@ -59,7 +60,7 @@ class NumbaBackend:
         check_run(spec, records, positions, dispatch, hidden, out_rows)
         if not positions.size:
             return
-        plan = self._plans.get(spec) or self._expert_plan(spec)
+        plan = self._plan_of(spec)
         n_threads = self._threads_for(spec.record_bytes * positions.size)
         with self._lock:
             bad = layer.run_layer(
@@ -89,7 +90,7 @@ class NumbaBackend:
         """
         if not routed.fits(hidden, index, weights, spec.hidden):
             return None
-        plan = self._plans.get(spec) or self._expert_plan(spec)
+        plan = self._plan_of(spec)
         n_tokens, top_k = index.shape
         n_rows = n_tokens * top_k
         out = torch.empty_like(hidden)
@@ -157,6 +158,14 @@ class NumbaBackend:
         if self._workspace.size < n_bytes:
             self._workspace = np.empty(n_bytes * 5 // 4, np.uint8)
         return self._workspace
+
+    def _plan_of(self, spec: ExpertSpec) -> Plan:
+        """The plan of a spec, mostly that of the call before: whether it is the same object is seen without hashing."""
+        last, plan = self._last_plan
+        if spec is not last or plan is None:
+            plan = self._plans.get(spec) or self._expert_plan(spec)
+            self._last_plan = (spec, plan)
+        return plan
 
     def _expert_plan(self, spec: ExpertSpec) -> Plan:
         reason = self.supports(spec)

@@ -22,15 +22,24 @@ def _compiled(function: Function) -> Function:
 
 
 @_compiled
-def gate_scores(
-    expert_ids: Ints, offsets: Ints, rows: Ints, weights: Floats, n_tokens: int, scores: Floats
-) -> None:  # pragma: no cover - compiled
-    """scores float32 [E], given as zeros: each active expert's routing weight, averaged over the step's tokens."""
+def describe_routing(
+    expert_ids: Ints, offsets: Ints, rows: Ints, weights: Floats, n_total: int, activations: npt.NDArray[np.float64]
+) -> tuple[Ints, Floats]:  # pragma: no cover - compiled
+    """(tokens of each active expert int32 [A], gate scores float32 [E]) of a call of `n_total` tokens.
+
+    A score is the expert's routing weight, averaged over the call's tokens; 0 where it is not active. activations
+    float64 [E]: each active expert's count rises by 1.
+    """
+    n_tokens = np.empty(expert_ids.size, np.int32)
+    scores = np.zeros(activations.size, np.float32)
     for i in range(expert_ids.size):
         total = np.float32(0.0)
         for j in range(offsets[i], offsets[i + 1]):
             total += weights[rows[j]]
-        scores[expert_ids[i]] = total / np.float32(n_tokens)
+        n_tokens[i] = offsets[i + 1] - offsets[i]
+        scores[expert_ids[i]] = total / np.float32(n_total)
+        activations[expert_ids[i]] += 1.0
+    return n_tokens, scores
 
 
 @_compiled
@@ -57,20 +66,24 @@ def predict_token(
     corrected: npt.NDArray[np.bool_],
     scoring: npt.NDArray[np.int64],
     x: Floats,
+    first: int,
+    last: int,
     top_k: int,
-) -> tuple[Ints, Floats]:  # pragma: no cover - compiled
-    """Routing of one token by the linear gates of D layers.
+) -> tuple[Ints, Floats, Floats]:  # pragma: no cover - compiled
+    """Routing of one token by the linear gates of the D layers `first` to `last`.
 
-    weights [D, E, H], bias and correction [D, E], scoring [D], x [H] -> ids int32 [D, k] ascending, their gate
-    probabilities float32 [D, k]. The k largest logits are chosen, or the k largest of score + correction where there is
-    a correction (`corrected` [D]); ties go to the lower id.
+    weights [L, E, H], bias and correction [L, E], scoring [L], x [H] -> ids int32 [D, k] ascending, their gate
+    probabilities float32 [D, k], ones float32 [k]; k = top_k, at most E. The k largest logits are chosen, or the k
+    largest of score + correction where there is a correction (`corrected` [L]); ties go to the lower id.
     """
-    n_layers, n_experts, hidden = weights.shape
-    ids = np.empty((n_layers, top_k), np.int32)
-    chosen_probability = np.empty((n_layers, top_k), np.float32)
+    _, n_experts, hidden = weights.shape
+    top_k = min(top_k, n_experts)
+    ids = np.empty((last - first + 1, top_k), np.int32)
+    chosen_probability = np.empty((last - first + 1, top_k), np.float32)
     probability = np.empty(n_experts, np.float32)
     rank = np.empty(n_experts, np.float32)
-    for layer in range(n_layers):
+    for layer in range(first, last + 1):
+        own = layer - first
         for expert in range(n_experts):
             row = weights[layer, expert]
             total = np.float32(0.0)
@@ -94,13 +107,13 @@ def predict_token(
                     best = expert
             rank[best] = -np.inf
             place = k
-            while place > 0 and ids[layer, place - 1] > best:
-                ids[layer, place] = ids[layer, place - 1]
+            while place > 0 and ids[own, place - 1] > best:
+                ids[own, place] = ids[own, place - 1]
                 place -= 1
-            ids[layer, place] = best
+            ids[own, place] = best
         for k in range(top_k):
-            chosen_probability[layer, k] = probability[ids[layer, k]] * scale
-    return ids, chosen_probability
+            chosen_probability[own, k] = probability[ids[own, k]] * scale
+    return ids, chosen_probability, np.ones(top_k, np.float32)
 
 
 def make_ready() -> None:
@@ -108,4 +121,4 @@ def make_ready() -> None:
     gates = np.zeros((2, 4, 8), np.float32)
     per_expert = np.zeros((2, 4), np.float32)
     scoring = np.array([SOFTMAX, SIGMOID], np.int64)
-    predict_token(gates, per_expert, per_expert, np.ones(2, np.bool_), scoring, np.ones(8, np.float32), 2)
+    predict_token(gates, per_expert, per_expert, np.ones(2, np.bool_), scoring, np.ones(8, np.float32), 0, 1, 2)

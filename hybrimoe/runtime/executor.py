@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels import CpuBackend, ExpertSpec
+from cpu_kernels.dispatch import records_at
 from gpu_kernels import Event, LayerWork
 from gpu_kernels.combining import combine_on_host
 from gpu_kernels.streams import clock_us
@@ -152,7 +153,7 @@ class Executor:
     def _run_cpu(self, plan: LayerPlan, call: LayerCall, positions: npt.NDArray[np.int32], run: LayerRun) -> None:
         """The CPU lane: all its experts in one call, or one by one when traced."""
         work = call.work
-        records = self._store.addresses(plan.layer)[work.dispatch.expert_ids[positions]]
+        records = records_at(self._store.addresses(plan.layer), work.dispatch.expert_ids, positions)
         run.cpu_n_tokens = [call.n_tokens[at] for at in positions.tolist()]
         step = 1 if run.traced else len(positions)
         for first in range(0, len(positions), step):

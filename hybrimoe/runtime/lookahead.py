@@ -101,12 +101,9 @@ class GateStack:
 
     def predict(self, x: Floats, first: int, last: int, top_k: int) -> tuple[Prediction, ...]:
         """Layers `first`..`last` from one token's hidden state float32 [H]."""
-        part = slice(first, last + 1)
-        k = min(top_k, self.weights.shape[1])
-        ids, scores = predict_token(
-            self.weights[part], self.bias[part], self.correction[part], self.corrected[part], self.scoring[part], x, k
+        ids, scores, ones = predict_token(
+            self.weights, self.bias, self.correction, self.corrected, self.scoring, x, first, last, top_k
         )
-        ones = np.ones(k, np.float32)
         return tuple([Prediction(first + i, ids[i], ones, scores[i]) for i in range(len(ids))])
 
 
@@ -159,7 +156,7 @@ class Lookahead:
     def predict(
         self, layer: int, hidden: torch.Tensor, host_hidden: Floats, top_k: int, depth: int | None = None
     ) -> tuple[Prediction, ...]:
-        """Predictions for the layers after `layer` from its hidden state [T, H]; nearest first, at most `depth`."""
+        """Predictions for the layers after `layer` from its hidden state [..., H]; nearest first, at most `depth`."""
         last = min(layer + (self._depth if depth is None else depth), len(self._gates) - 1)
         if last <= layer or not all(self._learned[layer + 1 : last + 1]):
             return ()
@@ -177,7 +174,7 @@ class Lookahead:
                 own = logits[ahead - layer - 1] if logits is not None else x @ gate.weight.T
                 found.append(_from_scores(ahead, *gate.scores(own), top_k, scale))
             elif gate is not None:
-                routing = gate.run(hidden if stride == 1 else hidden[::stride])
+                routing = gate.run(hidden.reshape(host_hidden.shape)[::stride])
                 if routing is not None:
                     found.append(_from_routing(ahead, *routing, self._num_experts[ahead], scale))
         return tuple(found)

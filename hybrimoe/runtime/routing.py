@@ -9,9 +9,10 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels import Dispatch, build_dispatch
+from cpu_kernels.routed import FLOATS, fits, read_call
 from gpu_kernels import LayerWork
 from hybrimoe.errors import ModelError
-from hybrimoe.runtime.compiled import gate_scores
+from hybrimoe.runtime.compiled import describe_routing
 from scheduler import LayerDemand, Phase, Prediction
 
 WORKSPACE_BYTES = 64 << 20
@@ -19,10 +20,17 @@ WORKSPACE_BYTES = 64 << 20
 
 
 class Workspace:
-    """The reused float32 buffer of result rows. One layer at a time, so one buffer a session."""
+    """The reused float32 buffers of inputs and result rows. One layer at a time, so one of each a session."""
 
     def __init__(self) -> None:
         self._rows = np.empty(0, dtype=np.float32)
+        self._inputs = np.empty((0, 0), dtype=np.float32)
+
+    def inputs(self, n_tokens: int, hidden: int) -> npt.NDArray[np.float32]:
+        """float32 [n_tokens, hidden] of a call of few tokens, contents undefined."""
+        if self._inputs.shape != (n_tokens, hidden):
+            self._inputs = np.empty((n_tokens, hidden), dtype=np.float32)
+        return self._inputs
 
     def rows(self, n_rows: int, hidden: int) -> npt.NDArray[np.float32]:
         """float32 [n_rows, hidden], contents undefined."""
@@ -79,8 +87,29 @@ def layer_work(
     workspace: Workspace,
 ) -> LayerWork:  # fmt: skip
     """Checks one call's tensors and groups its routing by expert; see `call_inputs`."""
+    if fits(hidden, top_k_index, top_k_weights, hidden_size) and not hidden.requires_grad:
+        work = _short_work(hidden, top_k_index, top_k_weights, num_experts, hidden_size, workspace)
+        if work is not None:
+            return work
     inputs = call_inputs(hidden, top_k_index, top_k_weights, hidden_size)
     return inputs.work(inputs.ids, inputs.weights, num_experts, workspace)
+
+
+def _short_work(
+    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, hidden_size: int,
+    workspace: Workspace,
+) -> LayerWork | None:  # fmt: skip
+    """`layer_work` in one compiled call, for tensors that fit it; None for a routing that `build_dispatch` refuses."""
+    n_tokens, top_k = top_k_index.shape
+    host_hidden = workspace.inputs(n_tokens, hidden_size)
+    ids, offsets, rows, weights, problem = read_call(
+        top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], n_tokens, top_k, num_experts,
+        hidden.data_ptr(), FLOATS[hidden.dtype], host_hidden,
+    )  # fmt: skip
+    if problem >= 0:
+        return None
+    dispatch = Dispatch(top_k, n_tokens, ids, offsets, rows, weights)
+    return LayerWork(dispatch, hidden, host_hidden, workspace.rows(n_tokens * top_k, hidden_size), like=hidden)
 
 
 def host_floats(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
@@ -96,13 +125,17 @@ def host_index(tensor: torch.Tensor) -> npt.NDArray[np.integer]:
 
 
 def layer_demand(
-    layer: int, phase: Phase, dispatch: Dispatch, n_experts: int, predictions: tuple[Prediction, ...]
-) -> LayerDemand:
-    """What the planner sees of a call. `n_experts`: of the planner, at least the layer's own."""
-    ids, offsets = dispatch.expert_ids, dispatch.offsets
-    scores = np.zeros(n_experts, dtype=np.float32)
-    gate_scores(ids, offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, scores)
-    n_tokens = offsets[1:] - offsets[:-1]
+    layer: int, phase: Phase, dispatch: Dispatch, predictions: tuple[Prediction, ...],
+    activations: npt.NDArray[np.float64],
+) -> LayerDemand:  # fmt: skip
+    """What the planner sees of a call. `activations` [E]: the layer's row of counts, each active expert gets 1 more.
+
+    E is the planner's number of experts, at least the layer's own.
+    """
+    ids = dispatch.expert_ids
+    n_tokens, scores = describe_routing(
+        ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, activations
+    )
     return LayerDemand(layer, phase, dispatch.n_tokens, ids, n_tokens, scores, predictions)
 
 

@@ -105,7 +105,8 @@ class Runner:
             out, lanes_us = self._run_on_cpu(index, layer, work, counters)
         else:
             out, lanes_us = self._run_planned(index, layer, work, top_k_index, counters)
-        result = out.to(hidden.device, hidden.dtype).reshape(hidden.shape)
+        ready = out.dtype is hidden.dtype and out.shape == hidden.shape and out.is_cpu == hidden.is_cpu
+        result = out if ready else out.to(hidden.device, hidden.dtype).reshape(hidden.shape)
         took_us = clock_us() - began_us
         counters.wall_us += took_us
         counters.overhead_us += took_us - lanes_us
@@ -248,8 +249,7 @@ class Runner:
                 self._router_weights(dispatch).reshape(shape),
                 predictions,
             )
-        self.activations[index, dispatch.expert_ids] += 1.0
-        return layer_demand(index, self.phase, dispatch, self._n_experts, predictions)
+        return layer_demand(index, self.phase, dispatch, predictions, self.activations[index])
 
     def _router_weights(self, dispatch: Dispatch) -> npt.NDArray[np.float32]:
         """The router's weights float32 [T * k] of the call under way."""
@@ -264,10 +264,10 @@ class Runner:
             if planner is None or not planner.layers_ahead or planner.all_cached:
                 return ()
             depth = planner.layers_ahead
-        hidden = work.hidden.reshape(work.host_hidden.shape)
         if not lookahead.learned(index):
+            hidden = work.hidden.reshape(work.host_hidden.shape)
             lookahead.learn(index, hidden, host_index(top_k_index).reshape(len(hidden), -1))
-        return lookahead.predict(index, hidden, work.host_hidden, work.dispatch.top_k, depth)
+        return lookahead.predict(index, work.hidden, work.host_hidden, work.dispatch.top_k, depth)
 
     def _plan(self, index: int, demand: LayerDemand, lanes: LaneState | None) -> LayerPlan:
         if self.planner is None:
@@ -287,7 +287,8 @@ class Runner:
         """Tells planner and counters what a performed plan took."""
         counters.cpu_us += run.cpu_us
         self._unreported.append(run)
-        self._report_transfers()
+        if plan.transfers:  # an expert that is not to stay leaves when its layer has ended
+            self._report_transfers()
         if self.planner is not None:
             self.planner.on_event(LayerEnded(plan.layer, self._observed_cpu(run)))
         if self.tracing:

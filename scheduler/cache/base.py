@@ -31,6 +31,10 @@ class CachePolicy:
         self.keep = np.zeros(setting.n_keys)
         self.capacities = even_capacities(setting.slots.n_slots, setting.n_layers, setting.n_experts)
 
+    def capacity(self, layer: int) -> int:
+        """Slots that the layer may hold; -1: of the pool, any number."""
+        return int(self.capacities[layer]) if self.scope == "layer" else -1
+
     def rows(self) -> npt.NDArray[np.float64]:
         """``keep`` as [n_layers, n_experts]."""
         return self.keep.reshape(self.setting.n_layers, self.setting.n_experts)
