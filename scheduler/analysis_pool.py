@@ -3,6 +3,8 @@ prefetch)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from scheduler.costs import CostModel
 from scheduler.errors import PolicyError
 from scheduler.future import Future
@@ -13,16 +15,17 @@ from scheduler.trace import Trace
 from scheduler.trace_demand import DemandSource
 
 
-def cache_hit_rate(trace: Trace, cache: str, share: float, source: DemandSource | None = None) -> float:
+def cache_hit_rate(trace: Trace, cache: str, share: float, source: DemandSource | None = None, **params: Any) -> float:
     """Activated experts whose bytes are there over all activated ones, with ``share`` of all experts in slots.
 
-    The balance is ``on_demand``; the slots start empty. Raises PolicyError for an unknown policy or share.
+    ``params`` are the cache policy's. The balance is ``on_demand``; the slots start empty. Raises PolicyError for an
+    unknown policy or share.
     """
     if not 0.0 < share <= 1.0:
         raise PolicyError(f"the share of experts in slots must lie above 0 and at most at 1, found {share}")
     source = DemandSource(trace) if source is None else source
     n_slots = max(1, round(share * trace.n_layers * trace.n_experts))
-    planner = _planner(trace, cache, n_slots, source)
+    planner = _planner(trace, cache, n_slots, source, params)
     hits = seen = 0
     for step in trace.steps():
         if step.first:
@@ -36,11 +39,11 @@ def cache_hit_rate(trace: Trace, cache: str, share: float, source: DemandSource 
     return hits / max(1, seen)
 
 
-def _planner(trace: Trace, cache: str, n_slots: int, source: DemandSource) -> Planner:
+def _planner(trace: Trace, cache: str, n_slots: int, source: DemandSource, params: dict[str, Any]) -> Planner:
     first = next(iter(trace.steps()))
     future = _future(trace, source, first.sequence) if cache == "belady" else None
     costs = CostModel.uniform(trace.n_layers)
-    return Planner(trace.n_layers, trace.n_experts, n_slots, costs, f"on_demand/none/{cache}", future=future)
+    return Planner(trace.n_layers, trace.n_experts, n_slots, costs, f"on_demand/none/{cache}", future=future, **params)
 
 
 def _future(trace: Trace, source: DemandSource, sequence: int) -> Future:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from scheduler.cache.base import CachePolicy, Scope
 from scheduler.demand import LayerDemand
-from scheduler.residency import LIFETIME_SHARE
+from scheduler.residency import HORIZON_SCALE
 from scheduler.setting import Setting, number
 from scheduler.value_model import ValueModel
 
@@ -19,19 +19,19 @@ class ValueCache(CachePolicy):
     """keep = (uses expected while residency pays) * (cpu_us - accel_us), one pool over all layers.
 
     Uses expected = the forecast mean use (``use_model``) for the next three tokens, then the slow mean of use, up to
-    ``lifetime_share`` * slots / transfers a token (``residency``). Residents of a layer that is forecast are worth at
-    least what they will save now. Eviction takes the least; a demand transfer (balance ``value``) weighs it against its
-    makespan; a prefetch must beat it and the price of the link.
+    ``horizon_scale`` * root of (slots / transfers a token) tokens (``residency``). Residents of a layer that is
+    forecast are worth at least what they will save now. Eviction takes the least; a demand transfer (balance
+    ``value``) weighs it against its makespan; a prefetch must beat it and the price of the link.
     """
 
     scope: Scope = "pool"
     keeps_us = True
     tracks_slots = True
 
-    def __init__(self, setting: Setting, lifetime_share: float = LIFETIME_SHARE) -> None:
+    def __init__(self, setting: Setting, horizon_scale: float = HORIZON_SCALE) -> None:
         super().__init__(setting)
         self.model = ValueModel.of(setting)
-        self.model.residency.lifetime_share = number("value", "lifetime_share", lifetime_share, 0.0, 1e6)
+        self.model.residency.horizon_scale = number("value", "horizon_scale", horizon_scale, 0.0, 1e6)
         self.keep = self.model.keep
 
     def begin_sequence(self) -> None:

@@ -164,8 +164,8 @@ def test_learned_features_by_hand_and_scorer_is_used() -> None:
 
 def test_value_counts_us() -> None:
     """80 us a use. Expert 1 of 4 was used once: forecast for three tokens, then the slow mean .97 / 4 + .03."""
-    for share, near, far in ((0.0, 1.0, 0.0), (5.0, 3.0, 7.0)):
-        value = policy("value", setting(n_slots=2), lifetime_share=share)
+    for scale, near, far in ((0.0, 1.0, 0.0), (5.0, 3.0, 7.0)):
+        value = policy("value", setting(n_slots=4), horizon_scale=scale)
         value.observe(demand(0, {1: 1.0}))
         rates = 0.75 / 4 + 0.25, 0.97 / 4 + 0.03, (1 + 8 / 4) / (1 + 8)
         odds = sum(w * np.log(r / (1 - r)) for w, r in zip(OWN_USE, rates, strict=True))
@@ -228,7 +228,7 @@ def test_lru_sizes_by_dynamic_programming_and_shallow_first() -> None:
         ("lru", {"sizes": "odd"}, "sizes must be one of"),
         ("hobbit", {"w_lru": -1}, "w_lru"),
         ("arc", {"n_shallow": -1}, "n_shallow"),
-        ("value", {"lifetime_share": "long"}, "lifetime_share"),
+        ("value", {"horizon_scale": "long"}, "horizon_scale"),
         ("fixed", {"visitors": 0}, "visitors must be an integer of at least 1"),
         ("lrv", {}, "did you mean"),
     ],
