@@ -24,14 +24,14 @@ from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, Simd
 PANEL_ROWS = 64
 FLOAT_UNROLL = 16  # lines
 L1_WEIGHT_BYTES = 9216  # of a row block that stay in L1 (32 KiB) beside the activations of a tile
-# How far ahead weights are asked for, into L2. Each line, the next part while this one is in L1: with several tokens the
-# out-of-order window is too short for the latency of memory (4 tokens of int4 take half as long by it).
+# How far ahead weights are asked for, into L2. Each line, the next part while this one is in L1: with several tokens
+# the out-of-order window is too short for the latency of memory (4 tokens of int4 take half as long by it).
 PREFETCH_BYTES = L1_WEIGHT_BYTES
 # With few tokens the window and the CPU's prefetchers follow the stream by themselves; asking for each line as well
 # costs them up to 20 %, asking for one in eight, further ahead, starts them on the pages to come: 1 and 2 tokens gain 4
-# to 17 % and reach 96 to 100 % of a plain read where both threads share one link to memory.
+# to 17 % by it (Zen 4, 2 threads).
 SPARSE_LINES, SPARSE_BYTES = 8, 2 * L1_WEIGHT_BYTES
-# Tokens of a tile from which each line is asked for, with 32 vector registers and with 16. All measured: Zen 4, 2 threads.
+# Tokens of a tile from which each line is asked for, with 32 vector registers and with 16 (Zen 4, 2 threads).
 EACH_LINE_FROM = {"int4": (4, 1), "int8": (4, 2), "bfloat16": (4, 1), "float32": (8, 4)}
 WORD_BYTES = 4  # of a row in a line
 SCALE_BYTES = 2

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_kernels import ExpertSpec, ExpertWeights, pack_expert, unpack_expert
+from cpu_kernels import ExpertSpec, ExpertWeights, pack_expert, page_aligned, unpack_expert
 from hybrimoe.errors import BudgetError, CheckpointError
 
 ByteArray = npt.NDArray[np.uint8]
@@ -146,19 +146,18 @@ class ExpertStore:
 
 
 def _allocate(n_bytes: int, pinned: bool) -> ByteArray:
-    """Bytes at a 64-byte boundary, page-locked if asked. No huge pages: measured slower on a virtual machine."""
+    """Bytes at a 64-byte boundary, page-locked if asked."""
     if pinned:
         return _aligned(torch.empty(n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, pin_memory=True).numpy(), n_bytes)
     if n_bytes < mmap.PAGESIZE:
         return _aligned(np.empty(n_bytes + ALIGNMENT_BYTES, dtype=np.uint8), n_bytes)
     try:
-        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return page_aligned(n_bytes)
     except (OSError, ValueError, OverflowError) as error:
         raise BudgetError(
             f"the experts need {n_bytes / 2**30:.2f} GiB of host memory, which the system refused ({error});"
             " choose a smaller expert_dtype (int8, int4)"
         ) from error
-    return np.frombuffer(memory, dtype=np.uint8)
 
 
 def _aligned(raw: ByteArray, n_bytes: int) -> ByteArray:

@@ -34,6 +34,7 @@ def test_a_large_buffer_asks_for_huge_pages() -> None:
             inside = start <= memory.ctypes.data < end
         elif inside and line.startswith("VmFlags:"):
             assert "hg" in line.split()
+            assert "sh" not in line.split()  # shared memory has a setting of its own, which is off
             return
     pytest.fail("the buffer is in no mapping")
 
