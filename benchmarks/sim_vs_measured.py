@@ -8,8 +8,8 @@ after the first ``LAG_STEPS`` is then predicted by what was known before it ran:
 at that moment, and the median lags of the lanes (dispatch, wake-up) in the ``LAG_STEPS`` steps before. Simulated is one
 task graph of the plans with these costs; only the time between layers (attention, router, planning) is taken as
 measured. Printed: the median of |simulated - measured| / measured over steps for the time in which layers ran, by
-round; the same with the recorded durations and no lags in place of the predicted ones, which tells the schedule's error
-from the costs'. Run it on a quiet machine.
+round; the same with the recorded durations in place of the predicted ones (the lags are still those before), which tells
+the schedule's error from the durations'. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class DeviceKernel:
 
 
 class Round(NamedTuple):
-    """Step times of one session: predicted before each step, and with recorded durations."""
+    """Step times of one session: predicted before each step, and with recorded durations and the lags before it."""
 
     predicted: list[StepTime]
     recorded: list[StepTime]
@@ -130,7 +130,8 @@ def measure(policy: str, steps: int) -> Round:
         joined = Retiming(plans, session.timeline, session.layer_specs()[0].spec.record_bytes)
         lags = {step: joined.lags(step - LAG_STEPS, step) for step in {item.plan.step for item in plans}}
         predicted = joined.step_times(lambda step: known[step - first], lambda step: lags[step])
-        return Round(*(_after(times, first + LAG_STEPS) for times in (predicted, joined.step_times())))
+        recorded = joined.step_times(None, lambda step: lags[step])
+        return Round(*(_after(times, first + LAG_STEPS) for times in (predicted, recorded)))
     finally:
         session.close()
 
