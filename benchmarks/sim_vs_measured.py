@@ -8,8 +8,8 @@ after the first ``LAG_STEPS`` is then predicted by what was known before it ran:
 at that moment, and the median lags of the lanes (dispatch, wake-up) in the ``LAG_STEPS`` steps before. Simulated is one
 task graph of the plans with these costs; only the time between layers (attention, router, planning) is taken as
 measured. Printed: the median of |simulated - measured| / measured over steps for the time in which layers ran, by
-round; the same with the recorded durations in place of the predicted ones (the lags are still those before), which tells
-the schedule's error from the durations'. Run it on a quiet machine.
+round; the same with the recorded durations in place of the predicted ones (the lags are still those before), which
+tells the schedule's error from the durations'. Run it on a quiet machine.
 """
 
 from __future__ import annotations
