@@ -14,13 +14,8 @@ from scheduler import HardwareProfile
 
 def open_devices(config: RuntimeConfig) -> list[Accelerator]:
     """The accelerators of the configuration; empty for "none". Raises DeviceError where one does not exist,
-    ConfigError where the CPU backend of an emulation cannot run, or for several accelerators and a lossy policy."""
+    ConfigError where the CPU backend of an emulation cannot run."""
     names = (config.accelerator,) if isinstance(config.accelerator, str) else config.accelerator
-    if len(names) > 1 and config.lossy is not None:
-        raise ConfigError(
-            f"a lossy policy runs with one accelerator, found {len(names)} ({', '.join(names)}): name one of them, or"
-            " leave scheduler.lossy out"
-        )
     pacing = None if config.pacing is None else pacing_of(config.pacing)
     opened: list[Accelerator] = []
     try:

@@ -27,15 +27,16 @@ ERROR_TOKENS = 16
 
 @dataclass(slots=True)
 class LowCopy:
-    """Layers as the low part sees them (spec and backend of the copy), their bytes, and the slot memory for them."""
+    """Layers as the low part sees them (spec and backend of the copy), their bytes, and the slot memory for them on
+    each accelerator."""
 
     layers: list[Layer]
     store: ExpertStore
-    accelerator: Accelerator | None
+    accelerators: tuple[Accelerator, ...]
 
 
 def make_low_copy(
-    layers: Sequence[Layer], store: ExpertStore, dtype: ExpertDtype, accelerator: Accelerator | None, backend: str,
+    layers: Sequence[Layer], store: ExpertStore, dtype: ExpertDtype, accelerators: Sequence[Accelerator], backend: str,
     threads: int | None,
 ) -> LowCopy:  # fmt: skip
     """Packs a copy of every expert of a complete store as `dtype`.
@@ -50,7 +51,7 @@ def make_low_copy(
                 f"{layer.path}: a low-precision copy as {dtype} is not smaller than the expert as {layer.spec.dtype};"
                 " choose a larger expert_dtype (--dtype int8 or bfloat16) or a smaller low_dtype"
             )
-    pinned = accelerator is not None and accelerator.needs_pinned_host()
+    pinned = any(accelerator.needs_pinned_host() for accelerator in accelerators)
     copy = ExpertStore([layer.layer_spec for layer in low_layers], pinned=pinned)
 
     def pack(at: tuple[int, int]) -> None:
@@ -60,7 +61,7 @@ def make_low_copy(
     with ThreadPoolExecutor(PACKING_THREADS) as pool:
         for _ in pool.map(pack, places):
             pass
-    return LowCopy(low_layers, copy, None if accelerator is None else accelerator.sibling())
+    return LowCopy(low_layers, copy, tuple(accelerator.sibling() for accelerator in accelerators))
 
 
 def copy_errors(store: ExpertStore, copy: ExpertStore) -> npt.NDArray[np.float64]:

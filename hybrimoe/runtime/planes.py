@@ -91,7 +91,7 @@ class PlaneSlots(SlotCache):
     def submit(self, transfer: Transfer, record: ByteArray, step: int, *, traced: bool = False) -> None:
         """Starts one transfer as planes; `record` is what they were made from."""
         self.check_slot(transfer)
-        layer, expert, slot = transfer.layer, transfer.expert, transfer.slot
+        layer, expert, slot = transfer.layer, transfer.expert, transfer.slot - self.first_slot
         high = self.planes.high(layer, expert)
         began = event = self.accelerator.copy_to_slot(slot, high, partial(_expand, self.planes.specs[layer]))
         n_bytes = high.nbytes
@@ -102,12 +102,12 @@ class PlaneSlots(SlotCache):
             n_bytes += low.nbytes
         self._moved_bytes += n_bytes
         self._whole[slot] = whole
-        self.began(InFlight(transfer, event, n_bytes, step, traced, began))
+        self.began(InFlight(transfer, event, n_bytes, step, traced, began, self.unit))
 
     def check(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> None:
         """Refuses what a slot does not hold, then completes the wanted experts: their computation is next."""
         super().check(layer, experts, slots)
-        for expert, slot in zip(experts, slots, strict=True):
+        for expert, slot in zip(experts, self.own(slots), strict=True):
             if self._whole[slot]:
                 continue
             if self._wanted is not None and not self._wanted[expert]:

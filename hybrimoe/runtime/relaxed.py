@@ -40,9 +40,8 @@ class RelaxedRunner(Runner):
         self.relaxation, self.low, self.gates = relaxation, low, gates
         self._given: Floats = np.empty(0, np.float32)
         self.late = DeferredLane(self.executor)
-        slots = self.executor.caches[0] if self.executor.caches else None
-        self._planes = slots if isinstance(slots, PlaneSlots) else None
-        if self._planes is not None:  # which counts what crosses the link itself
+        self._planes = [slots for slots in self.executor.caches if isinstance(slots, PlaneSlots)]
+        if self._planes:  # which count what crosses the link themselves
             self._record_bytes = (0,) * len(self.layers)
         if low is not None:
             low.timeline = self.timeline
@@ -73,7 +72,7 @@ class RelaxedRunner(Runner):
     @property
     def planes(self) -> PlaneStore | None:
         """The experts' bit planes; None where they cross the link as they are."""
-        return None if self._planes is None else self._planes.planes
+        return self._planes[0].planes if self._planes else None
 
     def begin_step(self, step: Step, n_tokens: int) -> None:
         """Tells both planners and the relaxation where this call belongs."""
@@ -88,8 +87,8 @@ class RelaxedRunner(Runner):
     def warm_up(self, transfers: Sequence[Transfer]) -> None:
         """Starts transfers before the first step; no call is charged for their bytes."""
         super().warm_up(transfers)
-        if self._planes is not None:
-            self._planes.take_counts()
+        for slots in self._planes:
+            slots.take_counts()
 
     def take_over(self, previous: Runner) -> None:
         """Continues another runner's records, hooks and counts."""
@@ -155,16 +154,16 @@ class RelaxedRunner(Runner):
         """The output, float32 [T, H], and the lanes' us."""
         running: list[tuple[Runner, PlannedCall, LayerRun]] = []
         lanes_us = 0.0
-        if self._planes is not None:
-            self._planes.want(relaxed.whole)
+        for slots in self._planes:
+            slots.want(relaxed.whole)
         for runner, ids in self._parts(relaxed):
             opened = self._plan_part(runner, index, inputs, ids, relaxed.weights, top_k_index, running)
             if opened is not None:
                 start_us = clock_us()
                 running.append((runner, opened, runner.executor.submit(opened.plan, opened.call, trace=runner.tracing)))
                 lanes_us += clock_us() - start_us
-                if self._planes is not None:
-                    self._count_planes(self._planes, opened, self.counters(index))
+                for slots in self._planes:
+                    self._count_planes(slots, opened, self.counters(index))
         start_us = clock_us()
         before = self._take_late(len(inputs.ids))
         for runner, opened, run in running:

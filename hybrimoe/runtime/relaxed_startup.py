@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpu_kernels import Accelerator
 from hybrimoe.runtime.lookahead import LinearGate, Lookahead
 from hybrimoe.runtime.low_copy import LowCopy, copy_errors
 from hybrimoe.runtime.planes import PlaneSlots, PlaneStore
@@ -17,7 +16,6 @@ from hybrimoe.runtime.relaxed import RelaxedRunner
 from hybrimoe.runtime.runner import Runner
 from hybrimoe.runtime.startup import Frequencies, Startup
 from hybrimoe.runtime.store import ExpertStore
-from hybrimoe.runtime.units import Unit
 from scheduler.relax import Lossy, Relaxation, RelaxSetting
 
 
@@ -32,7 +30,7 @@ def relaxed_runner(
         _allocate(startup, low_startup, lossy, setting)
     gates = startup.new_lookahead(startup.config.lookahead) if before is None else before.gates
     relaxation = _relaxation(lossy, startup, low, gates, frequencies) if before is None else before.relaxation
-    relaxation.follow_slots(0 if startup.accelerator is None else startup.accelerator.n_slots)
+    relaxation.follow_slots(sum(unit.accelerator.n_slots for unit in startup.units))
     low_runner = None
     if low_startup is not None:
         low_before = None if before is None else before.low
@@ -44,18 +42,19 @@ def relaxed_runner(
     make = partial(RelaxedRunner, relaxation=relaxation, low=low_runner, gates=gates)
     used = _of_part(frequencies, ~relaxation.low)
     startup = dataclasses.replace(startup, make_runner=make)
-    if relaxation.uses_planes and startup.accelerator is not None:
-        startup.make_slots = partial(PlaneSlots, _planes(startup, startup.accelerator, before))
+    if relaxation.uses_planes and startup.units:
+        startup.make_slots = partial(PlaneSlots, _planes(startup, before))
     runner = startup.runner(None, previous, used)
     assert isinstance(runner, RelaxedRunner)
     runner.lookahead = gates if startup.config.lookahead > 0 else None
     return runner
 
 
-def _planes(startup: Startup, accelerator: Accelerator, before: RelaxedRunner | None) -> PlaneStore:
+def _planes(startup: Startup, before: RelaxedRunner | None) -> PlaneStore:
     """The bit planes of all experts, made once a session."""
     known = None if before is None else before.planes
-    return PlaneStore(startup.store, pinned=accelerator.needs_pinned_host()) if known is None else known
+    pinned = any(unit.accelerator.needs_pinned_host() for unit in startup.units)
+    return PlaneStore(startup.store, pinned=pinned) if known is None else known
 
 
 def _low_startup(startup: Startup, low: LowCopy) -> Startup:
@@ -64,7 +63,7 @@ def _low_startup(startup: Startup, low: LowCopy) -> Startup:
     config = dataclasses.replace(startup.config, lookahead=0)
     return dataclasses.replace(
         startup, config=config, layers=low.layers, store=low.store, stats=startup.stats.low,
-        units=[] if low.accelerator is None else [Unit(0, low.accelerator, range(len(low.layers)))],
+        units=[dataclasses.replace(u, accelerator=low.accelerators[u.index]) for u in startup.units],
     )  # fmt: skip
 
 
@@ -73,12 +72,13 @@ def _allocate(startup: Startup, low: Startup | None, lossy: Lossy, setting: int 
         startup.allocate(startup.slots_of(setting))
         return
     low.allocate([0] * len(low.units))
-    n_high, n_low = sum(startup.slots_of(setting)), 0
-    if n_high:
-        n_experts = sum(layer.num_experts for layer in low.layers if layer.placement != "cpu")
-        n_high, n_low = lossy.low.split(n_high, startup.slot_bytes, low.slot_bytes, n_experts)
-    startup.allocate([n_high] * len(startup.units))
-    low.allocate([n_low] * len(low.units))
+    shares = []
+    for unit, n_slots in zip(startup.units, startup.slots_of(setting), strict=True):
+        layers = [low.layers[index] for index in unit.layers]
+        n_experts = sum(layer.num_experts for layer in layers if layer.placement != "cpu")
+        shares.append(lossy.low.split(n_slots, startup.slot_bytes, low.slot_bytes, n_experts) if n_slots else (0, 0))
+    startup.allocate([n_high for n_high, _ in shares])
+    low.allocate([n_low for _, n_low in shares])
 
 
 def _of_part(frequencies: Frequencies | None, part: npt.NDArray[np.bool_]) -> Frequencies | None:

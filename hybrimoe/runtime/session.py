@@ -358,8 +358,7 @@ class Session:
 
     def _make_low_copy(self, dtype: Any) -> LowCopy:
         threads = cpu_threads(self.config, self._accelerators)
-        first = self._accelerators[0] if self._accelerators else None
-        return make_low_copy(self._layers, self.store, dtype, first, self.config.backend, threads)
+        return make_low_copy(self._layers, self.store, dtype, self._accelerators, self.config.backend, threads)
 
     def _new_stats(self) -> StatsRecorder:
         lossy, n = self.config.lossy, len(self._layers)

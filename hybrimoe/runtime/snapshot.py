@@ -32,7 +32,7 @@ def snapshot(
         warmup_transfers=stats.warmup_transfers,
         failures=stats.failures,
         lossy=None if config.lossy is None else config.lossy.name,
-        n_low_slots=0 if low is None or low.accelerator is None else low.accelerator.n_slots,
+        n_low_slots=0 if low is None else sum(device.n_slots for device in low.accelerators),
     )
 
 

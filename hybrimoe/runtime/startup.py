@@ -50,11 +50,6 @@ class Startup:
     make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
     make_slots: Callable[[Accelerator, int, int], SlotCache] = SlotCache
 
-    @property
-    def accelerator(self) -> Accelerator | None:
-        """The first accelerator: all that a lossy policy has."""
-        return self.units[0].accelerator if self.units else None
-
     def runner(
         self, setting: int | float | str | None, previous: Runner | None, frequencies: Frequencies | None
     ) -> Runner:

@@ -109,7 +109,7 @@ def test_both_parts_use_slots_of_their_own_on_one_accelerator(make_rig):
     session.reset_stats()
     session.record_timeline(True)
     steps(rig)
-    assert session._low.accelerator._copy is session.accelerators[0]._copy
+    assert session._low.accelerators[0]._copy is session.accelerators[0]._copy
     assert len({record.bytes for record in session.timeline if record.lane == "link"}) == 2
     low = session._stats.low.by_phase()["decode"]
     assert low.accel_experts > 0

@@ -19,6 +19,7 @@ from hybrimoe.runtime.units import share_layers, slots_by_unit
 from scheduler.graph import TaskGraph
 from scheduler.planner_group import PlannerGroup
 from scheduler.recording import Recording
+from scheduler.relax import RELAXATIONS, resolve_lossy
 from scheduler.replay import replay
 from tests.hybrimoe.runtime.conftest import Rig, routing
 
@@ -163,10 +164,29 @@ def test_auto_fits_each_device_by_itself(make_rig: Callable[..., Rig]) -> None:
         slots_by_unit("auto", share_layers(layers, devices, None, kv), layers, size, None, kv)
 
 
+@pytest.mark.parametrize("kind", sorted(RELAXATIONS))
+def test_lossy_policies_run_on_both(make_rig: Callable[..., Rig], kind: str) -> None:
+    dtype = "int4" if RELAXATIONS[kind].uses_planes else "bfloat16"
+    rig = make_rig(n_layers=4, accelerator=TWO, gpu_expert_slots=16, expert_dtype=dtype, lossy=resolve_lossy(kind))
+    outputs = decode(rig)
+    assert all(torch.isfinite(out).all() for out in outputs)
+    stats = rig.session.stats()
+    assert all(unit.counters.accel_experts > 0 for unit in stats.accelerators)
+    assert all(unit.n_slots > 0 for unit in stats.accelerators)
+    assert (stats.n_low_slots > 0) == (RELAXATIONS[kind].uses_low_copy)
+    assert stats.total.routed == 4 * 2 * (5 + 5)
+
+
+def test_d2moe_that_wants_all_bits_is_lossless_on_both(make_rig: Callable[..., Rig]) -> None:
+    """Every expert gets its low bits before it is computed, on its own accelerator's link."""
+    lossy = resolve_lossy({"kind": "d2moe", "full_share": 0.0})
+    settings = {"n_layers": 4, "expert_dtype": "int4", "policy": "on_demand/impact/lru"}
+    rig = make_rig(accelerator=TWO, gpu_expert_slots=8, lossy=lossy, **settings)
+    alone = make_rig(accelerator="none", **settings)
+    assert all(torch.equal(a, b) for a, b in zip(decode(rig), decode(alone), strict=True))
+    assert rig.session.stats().total.lowered == 0
+
+
 def test_what_cannot_be_is_refused(make_rig: Callable[..., Rig]) -> None:
     with pytest.raises(ConfigError, match=r"4 accelerators for 3 MoE layers.*fewer"):
         make_rig(n_layers=3, accelerator=("emulated",) * 4)
-    from scheduler.relax import resolve_lossy
-
-    with pytest.raises(ConfigError, match="a lossy policy runs with one accelerator, found 2"):
-        make_rig(n_layers=3, accelerator=TWO, lossy=resolve_lossy("skip"))
