@@ -1,6 +1,7 @@
-"""Writes docs/kernels-measured.md from runs of `hybrimoe bench kernels` and `bench quality`.
+"""Writes docs/kernels-measured.md and README's kernel table from runs of `hybrimoe bench kernels` and `bench quality`.
 
-    python benchmarks/kernels_report.py run1.json run2.json ... --avx2 avx2.json --quality quality.json > docs/...
+    python benchmarks/kernels_report.py run1.json run2.json ... --avx2 avx2.json ... --quality quality.json
+    python benchmarks/kernels_report.py       # writes both anew from docs/kernels-measured.json, which keeps the runs
 
 Each run is the output of `--json`; several runs of a shape give medians and the range between runs.
 """
@@ -10,16 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-Rows = dict[tuple[str, int, str], list[dict[str, Any]]]
+Row = dict[str, Any]
+Rows = dict[tuple[str, int, str], list[Row]]
 """(shape, tokens, contender) -> that row of each run."""
 
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- kernels:begin (python benchmarks/kernels_report.py) -->", "<!-- kernels:end -->"
+KEPT = ("shape", "tokens", "contender", "ms", "gflops", "bandwidth_share", "read_gbps")  # of a row
 INT4_PEERS = ("llama.cpp Q4_0", "onnxruntime int4", "kt-kernel int4")
 FBGEMM = "torch int8 dynamic"
+MAX_SHARE = 1.2  # of the read rate: above it the read was disturbed
+RATIO_GOALS = ((1, 0, 1.3), (4, 0, 1.8), (16, 0, 1.8), (64, 0, 1.5), (256, 0, 1.5), (64, 1, 1.0), (256, 1, 1.0))
+"""(tokens, 0: against the best int4 peer, 1: against fbgemm, at least)."""
+SHARE_GOALS = (("ours int4", 0.75), ("ours int8", 0.8), ("ours bfloat16", 0.8))
 INTRODUCTION = """# Expert kernels: measured
 
 Written by `benchmarks/kernels_report.py` from runs of `hybrimoe bench kernels` (benchmarks/kernels.py): {machine},
@@ -29,42 +38,80 @@ read bandwidth measured in the same rounds moved between {low:.0f} and {high:.0f
 the host had the virtual cores on one chiplet or on two), so compare rows of one shape and one number of tokens.
 llama.cpp is libggml of llama-cpp-python with repacked Q4_0 weights; ONNX Runtime is MatMulNBits at accuracy level 4;
 torch int8 is fbgemm with one activation scale a tensor (looser numerics). kt-kernel and IPEX need a torch of their own:
-they ran in processes of their own, between those of the others. kt-kernel's threads spin, which on two shared cores is
-unfair to it. IPEX runs as this package's backend, which reads each record once more to see whether it changed.
+they ran in processes of their own, between those of the others. IPEX runs as this package's backend, which reads each
+record once more to see whether it changed.
 """
 
 
-def main() -> None:
-    """Print the document."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Keep the runs, if any are given, and write the documents."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--avx2", nargs="*", type=Path, default=[], help="runs with HYBRIMOE_ISA=avx2")
     parser.add_argument("--quality", type=Path)
-    arguments = parser.parse_args()
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.runs]
-    rows = collect(results)
-    print(introduction(results, rows))
-    print(speed_tables(rows))
-    print(goal_table(rows))
-    if arguments.avx2:
-        paths = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.avx2]
-        print(path_table(collect(paths)))
-    if arguments.quality:
-        print(quality_table(json.loads(arguments.quality.read_text(encoding="utf-8"))["rows"]))
+    parser.add_argument("--folder", type=Path, default=ROOT, help="with README.md and docs/")
+    given = parser.parse_args(arguments)
+    kept = given.folder / "docs" / "kernels-measured.json"
+    if given.runs:
+        kept.write_text(stored(given.runs, given.avx2, given.quality), encoding="utf-8")
+    data = json.loads(kept.read_text(encoding="utf-8"))
+    (given.folder / "docs" / "kernels-measured.md").write_text(document(data), encoding="utf-8")
+    readme = given.folder / "README.md"
+    readme.write_text(with_table(readme.read_text(encoding="utf-8"), data), encoding="utf-8")
 
 
-def collect(results: Iterable[dict[str, Any]]) -> Rows:
+def stored(runs: Sequence[Path], avx2: Sequence[Path], quality: Path | None) -> str:
+    """JSON of what the documents need, a row a line."""
+    results, narrow = ([json.loads(path.read_text(encoding="utf-8")) for path in paths] for paths in (runs, avx2))
+    data = {
+        "machine": results[0]["machine"],
+        "columns": KEPT,
+        "runs": [kept_rows(result) for result in results],
+        "avx2": [kept_rows(result) for result in narrow],
+        "quality": json.loads(quality.read_text(encoding="utf-8"))["rows"] if quality else [],
+    }
+    return json.dumps(data).replace("[[", "[\n[").replace("], [", "],\n[") + "\n"
+
+
+def kept_rows(result: dict[str, Any]) -> list[list[Any]]:
+    """The rows of a run, with four significant digits."""
+    values = [[row[name] for name in KEPT] for row in result["rows"]]
+    return [[float(f"{v:.4g}") if isinstance(v, float) else v for v in row] for row in values]
+
+
+def document(data: dict[str, Any]) -> str:
+    """docs/kernels-measured.md."""
+    rows = collect(data, "runs")
+    parts = [introduction(data["machine"], rows), goals(rows), speed_tables(rows), ratio_table(rows)]
+    if data["avx2"]:
+        parts.append(path_table(collect(data, "avx2")))
+    if data["quality"]:
+        parts.append(quality_table(data["quality"]))
+    return "\n".join(parts) + "\n"
+
+
+def with_table(readme: str, data: dict[str, Any]) -> str:
+    """README with the table between its marks."""
+    rows = collect(data, "runs")
+    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+    shares = [f"{name} {share_range(rows, name)}" for name in (*(n for n, _ in SHARE_GOALS), "llama.cpp Q4_0")]
+    text = f"Share of the measured read bandwidth at one token: {', '.join(shares)}."
+    return f"{before}{BEGIN}\n{summary(rows)}\n{text}\n{END}{after}"
+
+
+def collect(data: dict[str, Any], runs: str) -> Rows:
     """Rows of all runs by what they are about; each says which run it is of."""
     rows: Rows = defaultdict(list)
-    for number, result in enumerate(results):
-        for row in result["rows"]:
+    for number, run in enumerate(data[runs]):
+        for values in run:
+            row = dict(zip(data["columns"], values, strict=True))
             rows[row["shape"], row["tokens"], row["contender"]].append({**row, "run": number})
     return dict(rows)
 
 
-def introduction(results: list[dict[str, Any]], rows: Rows) -> str:
+def introduction(machine: dict[str, Any], rows: Rows) -> str:
     """Machine and conditions."""
-    machine, reads = results[0]["machine"], [row["read_gbps"] for found in rows.values() for row in found]
+    reads = [row["read_gbps"] for found in rows.values() for row in found]
     counts = [len(found) for (_, _, name), found in rows.items() if name == "ours int4"]
     return INTRODUCTION.format(
         machine=f"{machine['cpu']}, {machine['cores']} cores",
@@ -75,24 +122,62 @@ def introduction(results: list[dict[str, Any]], rows: Rows) -> str:
     )
 
 
-def table(rows: Rows, tokens: int, cell: Callable[[list[dict[str, Any]]], str], only: str = "") -> str:
-    """Contenders by shapes."""
-    shapes = list(dict.fromkeys(shape for shape, _, _ in rows))
-    names = list(dict.fromkeys(name for _, n, name in rows if n == tokens and only in name))
-    lines = [f"| contender | {' | '.join(shapes)} |", "|---|" + "---|" * len(shapes)]
-    for name in names:
-        cells = [cell(rows[shape, tokens, name]) if (shape, tokens, name) in rows else "-" for shape in shapes]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def shapes_of(rows: Rows) -> list[str]:
+    """Shapes in the order in which they were measured."""
+    return list(dict.fromkeys(shape for shape, _, _ in rows))
+
+
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join([f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines)]) + "\n"
 
 
 def spread(values: list[float], form: str) -> str:
     """Median and range."""
     if not values:
         return "-"
-    middle = format(median(values), form)
-    low, high = format(min(values), form), format(max(values), form)
+    middle, low, high = (format(f(values), form) for f in (median, min, max))
     return middle if low == high else f"{middle} ({low} - {high})"
+
+
+def shares(found: Iterable[Row]) -> list[float]:
+    """Shares of the read bandwidth, of the runs whose read was not disturbed."""
+    return [share for row in found if (share := row["bandwidth_share"]) <= MAX_SHARE]
+
+
+def share_range(rows: Rows, contender: str) -> str:
+    """The least and the largest of the shapes' medians at one token."""
+    medians = [median(s) for shape in shapes_of(rows) if (s := shares(rows.get((shape, 1, contender), [])))]
+    return f"{min(medians):.0%} to {max(medians):.0%}" if medians else "-"
+
+
+def goals(rows: Rows) -> str:
+    """Each goal, what every shape reached, and where it is missed."""
+    shapes, lines = shapes_of(rows), []
+    for tokens, which, least in RATIO_GOALS:
+        name = f"int4 / {('best int4 peer', 'fbgemm')[which]}, {tokens} token{'s' * (tokens > 1)}"
+        lines.append(goal_line(name, [ratios(rows, shape, tokens)[which] for shape in shapes], least, ".2f", shapes))
+    for contender, least in SHARE_GOALS:
+        values = [shares(rows.get((shape, 1, contender), [])) for shape in shapes]
+        lines.append(goal_line(f"{contender}, share of read bandwidth, 1 token", values, least, ".0%", shapes))
+    return "## Goals\n\n" + markdown(["goal", "at least", *shapes, ""], lines)
+
+
+def goal_line(
+    name: str, values: Sequence[list[float]], least: float, form: str, shapes: Sequence[str]
+) -> Sequence[str]:
+    """A line of the table of goals."""
+    missed = [shape for shape, found in zip(shapes, values, strict=True) if found and median(found) < least]
+    verdict = f"missed: {', '.join(missed)}" if missed else "met" if any(values) else "not measured"
+    return [name, format(least, form), *(spread(found, form) for found in values), verdict]
+
+
+def table(rows: Rows, tokens: int, cell: Callable[[list[Row]], str], only: str = "") -> str:
+    """Contenders by shapes."""
+    shapes = shapes_of(rows)
+    names = list(dict.fromkeys(name for _, n, name in rows if n == tokens and only in name))
+    lines = [[name, *(cell(rows.get((shape, tokens, name), [])) for shape in shapes)] for name in names]
+    return markdown(["contender", *shapes], lines)
 
 
 def speed_tables(rows: Rows) -> str:
@@ -100,9 +185,9 @@ def speed_tables(rows: Rows) -> str:
     parts = [
         "## Milliseconds of a layer call, 1 token an expert\n",
         table(rows, 1, lambda found: spread([row["ms"] for row in found], ".2f")),
-        "Share of the read bandwidth measured in the same rounds, 1 token (without runs whose read was disturbed: a",
-        "share above 100 %):\n",
-        table(rows, 1, lambda found: spread([s for row in found if (s := row["bandwidth_share"]) <= 1], ".0%")),
+        "Share of the read bandwidth measured in the same rounds by a plain loop, 1 token (the kernels ask for lines",
+        f"ahead and may pass it; without runs whose read was disturbed: a share above {MAX_SHARE:.0%}):\n",
+        table(rows, 1, lambda found: spread(shares(found), ".0%")),
     ]
     for tokens in sorted({n for _, n, _ in rows if n > 1}):
         parts.append(f"## GFLOP/s, {tokens} tokens an expert\n")
@@ -110,28 +195,32 @@ def speed_tables(rows: Rows) -> str:
     return "\n".join(parts)
 
 
-def goal_table(rows: Rows) -> str:
+def ratio_table(rows: Rows) -> str:
     """Ours int4 against the best int4 peer and fbgemm, run by run."""
-    shapes = list(dict.fromkeys(shape for shape, _, _ in rows))
-    lines = [
-        "## int4 against the others\n",
-        "Ours int4 relative to the best int4 kernel of the others and, behind the comma, to torch's dynamic int8:\n",
-        f"| tokens | {' | '.join(shapes)} |",
-        "|---|" + "---|" * len(shapes),
-    ]
-    counts = sorted({n for _, n, _ in rows})
-    for tokens in counts:
+    shapes = shapes_of(rows)
+    lines = []
+    for tokens in sorted({n for _, n, _ in rows}):
         cells = [", ".join(spread(found, ".2f") for found in ratios(rows, shape, tokens)) for shape in shapes]
-        lines.append(f"| {tokens} | {' | '.join(cells)} |")
-    lines += ["\nThe least and the largest of the shapes' medians:\n", f"| tokens | {' | '.join(map(str, counts))} |"]
-    lines.append("|---|" + "---|" * len(counts))
+        lines.append([str(tokens), *cells])
+    return (
+        "## int4 against the others\n\n"
+        "Ours int4 relative to the best int4 kernel of the others and, behind the comma, to torch's dynamic int8:\n\n"
+        + markdown(["tokens", *shapes], lines)
+        + "\nThe least and the largest of the shapes' medians:\n\n"
+        + summary(rows)
+    )
+
+
+def summary(rows: Rows) -> str:
+    """The least and the largest of the shapes' medians, by tokens."""
+    counts, lines = sorted({n for _, n, _ in rows}), []
     for index, label in enumerate(("ours / best int4 peer", "ours / torch int8 (fbgemm)")):
         cells = []
         for tokens in counts:
-            medians = [median(r) for shape in shapes if (r := ratios(rows, shape, tokens)[index])]
+            medians = [median(r) for shape in shapes_of(rows) if (r := ratios(rows, shape, tokens)[index])]
             cells.append(f"{min(medians):.2f} to {max(medians):.2f}" if medians else "-")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([label, *cells])
+    return markdown(["tokens an expert", *map(str, counts)], lines)
 
 
 def ratios(rows: Rows, shape: str, tokens: int) -> tuple[list[float], list[float]]:
@@ -153,26 +242,21 @@ def path_table(rows: Rows) -> str:
     return "\n".join(parts)
 
 
-def quality_table(rows: list[dict[str, Any]]) -> str:
+def quality_table(rows: list[Row]) -> str:
     """Error per dtype."""
-    lines = [
-        "## Quality (demo model)\n",
-        "`hybrimoe bench quality`: error of an expert's output on the model's own inputs (root mean square, relative",
-        "to float32 experts), without and with the rounding of activations; perplexity and greedy agreement on the",
-        "tokens of the held-out text.\n",
-        "| experts | error, weights | error, as run | perplexity | same greedy token | cosine of logits |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['dtype']} | {row['weight_error']:.3%} | {row['kernel_error']:.3%} | {row['perplexity']:.3f} "
-            f"| {row['greedy_agreement']:.2%} | {row['logit_cosine']:.5f} |"
-        )
-    lines.append(
-        "\nWhere int8 activations are too coarse (outliers inside a group of 32), `bfloat16` and `float32` experts"
+    names = ("experts", "error, weights", "error, as run", "perplexity", "same greedy token", "cosine of logits")
+    keys = (("weight_error", ".3%"), ("kernel_error", ".3%"), ("perplexity", ".3f"), ("greedy_agreement", ".2%"),
+            ("logit_cosine", ".5f"))  # fmt: skip
+    lines = [[row["dtype"], *(format(row[key], form) for key, form in keys)] for row in rows]
+    return (
+        "## Quality (demo model)\n\n"
+        "`hybrimoe bench quality`: error of an expert's output on the model's own inputs (root mean square, relative\n"
+        "to float32 experts), without and with the rounding of activations; perplexity and greedy agreement on the\n"
+        "tokens of the held-out text.\n\n"
+        + markdown(names, lines)
+        + "\nWhere int8 activations are too coarse (outliers inside a group of 32), `bfloat16` and `float32` experts\n"
+        "do not round activations at all."
     )
-    lines.append("do not round activations at all.")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -84,19 +84,57 @@ def test_kt_kernel_codes_stand_for_the_weights() -> None:
     assert (restored - weight).norm() < 0.12 * weight.norm()
 
 
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = ROOT / "benchmarks" / "kernels_report.py"
+BEGIN, END = "<!-- kernels:begin (python benchmarks/kernels_report.py) -->", "<!-- kernels:end -->"
+
+
 def test_report_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--shape", "tiny", "--tokens", "1", "--tokens", "3", "--rounds", "1", "--only", "ours int", "--json"]
     runs = [tmp_path / "1.json", tmp_path / "2.json"]
     for path in runs:
         assert run(["bench", "kernels", *options]) == 0
         path.write_text(capsys.readouterr().out, encoding="utf-8")
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels_report.py"
-    made = subprocess.run(
-        [sys.executable, script, *runs, "--avx2", runs[0]], capture_output=True, text=True, check=True
-    ).stdout
+    (tmp_path / "docs").mkdir()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    folder = ["--folder", tmp_path]
+    subprocess.run([sys.executable, REPORT, *runs, "--avx2", runs[0], *folder], check=True)
+    written = tmp_path / "docs" / "kernels-measured.md"
+    made = written.read_text(encoding="utf-8")
     assert "2 runs; a cell is the median" in made
     assert made.count("| ours int4 |") == 5  # ms, share and GFLOP/s; ms of the other path at 1 and 3 tokens
     assert "| 3 | -, - |" in made
+    assert made.count("| not measured |") >= 8  # ratios to peers that did not run, and bfloat16
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{BEGIN}\n| tokens an expert | 1 | 3 |")
+    assert text.endswith(f"{END}\nafter\n")
+    written.unlink()
+    subprocess.run([sys.executable, REPORT, *folder], check=True)
+    assert written.read_text(encoding="utf-8") == made
+
+
+def test_goals_say_where_they_are_missed(tmp_path: Path) -> None:
+    columns = ["shape", "tokens", "contender", "ms", "gflops", "bandwidth_share", "read_gbps"]
+    rows = [["tiny", 1, "ours int4", 2.0, 1.0, 0.8, 30.0], ["tiny", 1, "llama.cpp Q4_0", 2.4, 1.0, 0.7, 30.0]]
+    data = {"machine": {"cpu": "a CPU", "cores": 2, "torch_threads": 2}, "columns": columns, "runs": [rows]}
+    (tmp_path / "docs").mkdir()
+    kept = tmp_path / "docs" / "kernels-measured.json"
+    kept.write_text(json.dumps(data | {"avx2": [], "quality": []}), encoding="utf-8")
+    (tmp_path / "README.md").write_text(BEGIN + END, encoding="utf-8")
+    subprocess.run([sys.executable, REPORT, "--folder", tmp_path], check=True)
+    made = (tmp_path / "docs" / "kernels-measured.md").read_text(encoding="utf-8")
+    assert "| int4 / best int4 peer, 1 token | 1.30 | 1.20 | missed: tiny |" in made
+    assert "| ours int4, share of read bandwidth, 1 token | 75% | 80% | met |" in made
+
+
+def test_documents_are_those_of_the_kept_runs(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/kernels-measured.json"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, REPORT, "--folder", tmp_path], check=True)
+    for name in ("README.md", "docs/kernels-measured.md"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8")
 
 
 def test_quality_table(capsys: pytest.CaptureFixture[str]) -> None:
