@@ -1,0 +1,60 @@
+"""README's table of held-out figures is what ``benchmarks/heldout.py`` makes of docs/heldout.json."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def heldout() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("heldout", ROOT / "benchmarks" / "heldout.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_holds_the_recorded_figures(heldout: ModuleType) -> None:
+    data = json.loads(heldout.JSON_FILE.read_text(encoding="utf-8"))
+    readme = heldout.README.read_text(encoding="utf-8")
+    assert heldout.with_table(readme, heldout.table(data)) == readme, "run: python benchmarks/heldout.py --tables"
+    assert data["kind"] == "simulated"
+
+
+def test_the_table_by_hand(heldout: ModuleType) -> None:
+    """ours takes 50 ms, static 100, FreeToken 60, the oracle 40: 2.00, 1.20, 50 of 60 ms saved."""
+    times = {"static": 100.0, "freetoken": 60.0, "ours": 50.0, "oracle": 40.0}
+    decode = [
+        {"hardware": hardware, "share": share, "policy": policy, "latency_ms": ms, "prefetch_precision": 0.8}
+        for hardware in heldout.ORDER
+        for share in heldout.SHARES
+        for policy, ms in times.items()
+    ]
+    rates = {"lru, one pool": 0.6, "lru, slots a layer": 0.7, "value": 0.7, "belady": 0.8}
+    hits = [{"cache": c, "share": s, "hit_rate": r} for c, r in rates.items() for s in heldout.SHARES]
+    data = {"tokens": 1000, "held_out_tokens": 5000, "model": "openai/x", "decode": decode, "hits": hits}
+    text = heldout.table(data)
+    assert "| laptop | 2.00 / 2.00 | 1.20 / 1.20 | 83 % / 83 % | 80 % / 80 % |" in text
+    assert "50 % / 50 % of the way from the first LRU,\n0 % / 0 % from the second" in text
+    assert "1,000 tokens" in text
+
+
+def test_a_readme_without_markers_is_refused(heldout: ModuleType) -> None:
+    with pytest.raises(ValueError, match="no markers"):
+        heldout.with_table("nothing", "table")
+
+
+def test_the_halves_do_not_overlap(heldout: ModuleType) -> None:
+    from scheduler.synthetic import generate
+
+    profile, held = heldout.parts(generate(2, 8, 2, 4, 8))
+    assert set(profile.sequence.tolist()).isdisjoint(held.sequence.tolist())
+    assert (len(profile.sequence_spans()), len(held.sequence_spans())) == (2, 4)
