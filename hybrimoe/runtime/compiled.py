@@ -9,6 +9,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from cpu_kernels.primitives import float_from_bits
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.integer]
@@ -60,7 +62,7 @@ def count_hits(
 
 @_compiled
 def predict_token(
-    weights: Floats,
+    halves: npt.NDArray[np.uint16],
     bias: Floats,
     correction: Floats,
     corrected: npt.NDArray[np.bool_],
@@ -72,11 +74,12 @@ def predict_token(
 ) -> tuple[Ints, Floats, Floats]:  # pragma: no cover - compiled
     """Routing of one token by the linear gates of the D layers `first` to `last`.
 
-    weights [L, E, H], bias and correction [L, E], scoring [L], x [H] -> ids int32 [D, k] ascending, their gate
-    probabilities float32 [D, k], ones float32 [k]; k = top_k, at most E. The k largest logits are chosen, or the k
-    largest of score + correction where there is a correction (`corrected` [L]); ties go to the lower id.
+    halves [L, E, H]: weights as bits of bfloat16; bias and correction [L, E], scoring [L], x [H] -> ids int32 [D, k]
+    ascending, their gate probabilities float32 [D, k], ones float32 [k]; k = top_k, at most E. The k largest logits are
+    chosen, or the k largest of score + correction where there is a correction (`corrected` [L]); ties go to the lower
+    id.
     """
-    _, n_experts, hidden = weights.shape
+    _, n_experts, hidden = halves.shape
     top_k = min(top_k, n_experts)
     ids = np.empty((last - first + 1, top_k), np.int32)
     chosen_probability = np.empty((last - first + 1, top_k), np.float32)
@@ -85,10 +88,10 @@ def predict_token(
     for layer in range(first, last + 1):
         own = layer - first
         for expert in range(n_experts):
-            row = weights[layer, expert]
+            row = halves[layer, expert]
             total = np.float32(0.0)
             for column in range(hidden):
-                total += row[column] * x[column]
+                total += float_from_bits(np.int32(np.uint32(row[column]) << np.uint32(16))) * x[column]
             probability[expert] = total + bias[layer, expert]
         rank[:] = probability
         if scoring[layer] == SOFTMAX:
@@ -118,7 +121,7 @@ def predict_token(
 
 def make_ready() -> None:
     """Compiles (or loads from the cache) what the first token would otherwise wait for."""
-    gates = np.zeros((2, 4, 8), np.float32)
+    gates = np.zeros((2, 4, 8), np.uint16)
     per_expert = np.zeros((2, 4), np.float32)
     scoring = np.array([SOFTMAX, SIGMOID], np.int64)
     predict_token(gates, per_expert, per_expert, np.ones(2, np.bool_), scoring, np.ones(8, np.float32), 0, 1, 2)

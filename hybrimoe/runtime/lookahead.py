@@ -79,9 +79,14 @@ class LinearGate:
 
 @dataclass(frozen=True, slots=True)
 class GateStack:
-    """All layers' linear gates in one array: weights [L, E, H], bias, correction [L, E], corrected, scoring [L]."""
+    """All layers' linear gates in one array: weights [L, E, H], bias, correction [L, E], corrected, scoring [L].
+
+    `halves`: the weights as bits of bfloat16. One token's prediction takes as long as reading them, and is a forecast:
+    that rounding moves a logit by 0.4 % at most is less than what the layers between change.
+    """
 
     weights: Floats
+    halves: npt.NDArray[np.uint16]
     bias: Floats
     correction: Floats
     corrected: npt.NDArray[np.bool_]
@@ -91,8 +96,10 @@ class GateStack:
     def of(cls, gates: Sequence[LinearGate]) -> GateStack:
         """Stacks gates of one shape."""
         zeros = np.zeros(len(gates[0].weight), np.float32)
+        weights = np.stack([gate.weight for gate in gates])
         return cls(
-            np.stack([gate.weight for gate in gates]),
+            weights,
+            torch.from_numpy(weights).bfloat16().view(torch.int16).numpy().view(np.uint16),
             np.stack([zeros if gate.bias is None else gate.bias for gate in gates]),
             np.stack([zeros if gate.correction is None else gate.correction for gate in gates]),
             np.array([gate.correction is not None for gate in gates]),
@@ -102,7 +109,7 @@ class GateStack:
     def predict(self, x: Floats, first: int, last: int, top_k: int) -> tuple[Prediction, ...]:
         """Layers `first`..`last` from one token's hidden state float32 [H]."""
         ids, scores, ones = predict_token(
-            self.weights, self.bias, self.correction, self.corrected, self.scoring, x, first, last, top_k
+            self.halves, self.bias, self.correction, self.corrected, self.scoring, x, first, last, top_k
         )
         return tuple([Prediction(first + i, ids[i], ones, scores[i]) for i in range(len(ids))])
 
