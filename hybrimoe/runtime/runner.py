@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +15,10 @@ from cpu_kernels import Dispatch
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from gpu_kernels import LayerWork
 from gpu_kernels.streams import clock_us
-from hybrimoe.runtime.executor import Executor, LayerCall, LayerRun, accel_records, share_out
+from hybrimoe.runtime.executor import Executor, LayerCall, LayerRun
 from hybrimoe.runtime.layers import Layer, apply_norm
 from hybrimoe.runtime.lookahead import Lookahead
+from hybrimoe.runtime.observer import Observer
 from hybrimoe.runtime.routing import Workspace, host_index, layer_demand, layer_work
 from hybrimoe.runtime.stats import Counters, StatsRecorder
 from hybrimoe.runtime.steps import Step, StepTracker
@@ -27,7 +27,6 @@ from scheduler import (
     LayerDemand,
     LayerEnded,
     LayerPlan,
-    ObservedTask,
     Phase,
     Prediction,
     Transfer,
@@ -37,10 +36,6 @@ from scheduler.layer_planner import Costs, LayerPlanner
 from scheduler.records import TaskRecord
 
 RoutingRecorder = Callable[[int, npt.NDArray[np.integer], npt.NDArray[np.float32], tuple[Prediction, ...]], None]
-OBSERVE_EVERY = 4
-"""Steps from one correction of the costs by observed times to the next."""
-MAX_UNREPORTED = 4
-"""Layers whose accelerator times are still unknown (real devices run behind the host) before the oldest is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +64,6 @@ class Runner:
         self._norms = [layer.transform() for layer in layers]
         self._n_experts = max(layer.num_experts for layer in layers)
         self._record_bytes = tuple(layer.spec.record_bytes for layer in layers)
-        self._unreported: deque[LayerRun] = deque()
         self._step_index = -1
         self.phase: Phase = "prefill"
         self.lookahead: Lookahead | None = None
@@ -77,7 +71,7 @@ class Runner:
         self.tracing = False
         self.clean = True
         """False while a call runs, and after one that did not end: slots and plans may then disagree."""
-        self.timeline: list[TaskRecord] = []
+        self.observer = Observer(executor.caches, planner, stats)
         self.plans: list[PlannedLayer] = []
         self.activations = np.zeros((len(layers), self._n_experts), dtype=np.float64)
 
@@ -163,7 +157,7 @@ class Runner:
         lanes: LaneState | None = None,
     ) -> PlannedCall:  # fmt: skip
         """Demand and plan of one call, counted. `lanes`: when they get free; None: only the link's queue is known."""
-        self._report_transfers()
+        self.observer.transfers(self.phase)
         demand = self._demand(index, work, top_k_index)
         table = None if self.planner is None else self.planner.table(index)
         self._stats.demand(counters, index, demand.expert_ids, demand.n_tokens_total, table)
@@ -186,6 +180,15 @@ class Runner:
         return float(costs.cpu_us(plan.layer, np.array(cpu, np.int64)).sum()), float(
             costs.accel_us(plan.layer, np.array(accel, np.int64)).sum()
         )
+
+    @property
+    def timeline(self) -> list[TaskRecord]:
+        """What ran while recording, in the order in which it became known."""
+        return self.observer.timeline
+
+    @timeline.setter
+    def timeline(self, records: list[TaskRecord]) -> None:
+        self.observer.timeline = records
 
     def warm_up(self, transfers: Sequence[Transfer]) -> None:
         """Starts transfers before the first step."""
@@ -218,8 +221,8 @@ class Runner:
 
     def report(self) -> None:
         """Reports what has ended so far to planner and counters."""
-        self._report_transfers()
-        self._report_runs()
+        self.observer.transfers(self.phase)
+        self.observer.runs(self.phase, keep=self.tracing)
 
     def slot_contents(self) -> dict[int, tuple[int, int]]:
         """Slot -> (layer, expert) that it holds or will once its copy ends."""
@@ -286,54 +289,15 @@ class Runner:
     def finish_call(self, plan: LayerPlan, demand: LayerDemand, run: LayerRun, counters: Counters) -> None:
         """Tells planner and counters what a performed plan took."""
         counters.cpu_us += run.cpu_us
-        self._unreported.append(run)
+        self.observer.began(run)
         if plan.transfers:  # an expert that is not to stay leaves when its layer has ended
-            self._report_transfers()
+            self.observer.transfers(self.phase)
         if self.planner is not None:
-            self.planner.on_event(LayerEnded(plan.layer, self._observed_cpu(run)))
+            self.planner.on_event(LayerEnded(plan.layer, self.observer.cpu_tasks(run)))
         if self.tracing:
             self.plans.append(PlannedLayer(plan, demand, unit=run.unit, link_unit=run.unit))
             self.timeline += run.records
-        self._report_runs()
-
-    def _observed_cpu(self, run: LayerRun) -> tuple[ObservedTask, ...]:
-        if not run.cpu_n_tokens or self.costs is None or run.step % OBSERVE_EVERY:
-            return ()
-        us = share_out(run.cpu_us, run.cpu_n_tokens, partial(self.costs.cpu_us, run.layer))
-        return (ObservedTask("cpu", run.layer, run.cpu_n_tokens[0], us),)
-
-    def _report_transfers(self) -> None:
-        """Tells the planner which copies have ended."""
-        for slots in self.executor.caches:
-            for item in slots.take_ended():
-                ended = item.ended()
-                self._stats.of(self.phase, ended.layer).link_us += ended.us
-                if item.traced:
-                    self.timeline.append(item.record())
-                if self.planner is not None:
-                    self.planner.on_event(ended)
-
-    def _report_runs(self) -> None:
-        """Accelerator times of layers whose work has ended: counted, observed, and recorded if traced."""
-        while self._unreported and all(event.done() for event in self._unreported[0].events):
-            self._report_run(self._unreported.popleft())
-        while len(self._unreported) > MAX_UNREPORTED and not self.tracing:
-            self._unreported.popleft()
-
-    def _report_run(self, run: LayerRun) -> None:
-        total_us, n_tokens = 0.0, []
-        for group in run.groups:
-            start_us, end_us = group.event.span_us()
-            total_us += end_us - start_us
-            n_tokens += group.n_tokens
-        if not n_tokens:
-            return
-        self._stats.of(self.phase, run.layer).accel_us += total_us
-        if run.traced:
-            self.timeline += accel_records(run)
-        if self.planner is not None and not run.step % OBSERVE_EVERY:
-            us = share_out(total_us, n_tokens, partial(self.planner.costs.accel_us, run.layer))
-            self.planner.observe(ObservedTask("accel", run.layer, n_tokens[0], us))
+        self.observer.runs(self.phase, keep=self.tracing)
 
 
 def postpone_weights(work: LayerWork, norm: nn.Module) -> None:
