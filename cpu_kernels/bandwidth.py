@@ -7,6 +7,7 @@ import numpy as np
 
 from cpu_kernels.compiled import Worker
 from cpu_kernels.layer import run_on_threads
+from cpu_kernels.memory import page_aligned
 from cpu_kernels.primitives import int64s_at, take_ticket
 from cpu_kernels.threads import resolve_threads, start_pool
 
@@ -37,7 +38,8 @@ class ReadBandwidth:
     def __init__(self, n_bytes: int = 256 << 20, threads: int | None = None) -> None:
         self.n_threads = resolve_threads(threads)
         start_pool(self.n_threads)
-        self._memory = np.ones(max(1, n_bytes // CHUNK) * CHUNK, np.uint8)
+        self._memory = page_aligned(max(1, n_bytes // CHUNK) * CHUNK)  # as the experts lie
+        self._memory.fill(1)
         self._call = np.zeros(CALL, np.int64)
         self._call[ADDRESS], self._call[N_CHUNKS] = self._memory.ctypes.data, self._memory.size // CHUNK
 

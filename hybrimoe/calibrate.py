@@ -6,15 +6,12 @@ with several experts, divided by their number, as a decode step has them.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +22,7 @@ from cpu_kernels.bandwidth import ReadBandwidth
 from gpu_kernels import Accelerator, LayerWork
 from gpu_kernels.opening import open_accelerator
 from hybrimoe.bench._harness import machine
+from hybrimoe.calibration import Calibration
 from hybrimoe.profiles import accelerator_note
 from scheduler.profile import AccelProfile, ContentionProfile, CpuProfile, HardwareProfile, LinkProfile, table_key
 
@@ -50,16 +48,6 @@ class Request:
     accelerator: str = "auto"
     budget_s: float = 75.0
     name: str = "this machine"
-
-
-@dataclass
-class Calibration:
-    """The profile, the spread of every figure as (min, median, max), and the backends' times in us."""
-
-    profile: HardwareProfile
-    spread: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    backends: dict[str, dict[str, float]] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 class _Pool:
@@ -282,27 +270,3 @@ def _rates(key: str, points: Points) -> tuple[float, float]:
     hidden, inter = (int(size) for size in sizes.split("x"))
     spec = ck.ExpertSpec(hidden, inter, dtype)  # type: ignore[arg-type]
     return spec.record_bytes / (points[0][1] * 1e3), _gflops(spec, points)
-
-
-def write_profile(result: Calibration, path: Path) -> None:
-    """The profile as YAML, with the spread of each figure as comments; replaces the file in one step."""
-    import yaml
-
-    lines = [f"# Measured in {result.seconds:.0f} s. Figures are medians; least and greatest of the rounds:"]
-    lines += [f"#   {name}: {low:.4g} .. {high:.4g}" for name, (low, _, high) in result.spread.items()]
-    mapping = {key: value for key, value in result.profile.to_mapping().items() if value is not None}
-    text = "\n".join(lines) + "\n" + yaml.safe_dump(json.loads(json.dumps(mapping)), sort_keys=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def summary(result: Calibration) -> dict[str, Any]:
-    """For --json."""
-    return {
-        "profile": result.profile.to_mapping(),
-        "spread": {name: {"min": a, "median": b, "max": c} for name, (a, b, c) in result.spread.items()},
-        "backends_us": result.backends,
-        "seconds": result.seconds,
-    }

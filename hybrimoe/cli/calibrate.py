@@ -11,7 +11,7 @@ from hybrimoe.cli import render
 from hybrimoe.cli.common import JsonOption
 
 if TYPE_CHECKING:
-    from hybrimoe.calibrate import Calibration
+    from hybrimoe.calibration import Calibration
 
 DTYPES = ("int4", "int8", "bfloat16", "float32")
 DEFAULT_SHAPE = "olmoe-1b-7b"
@@ -33,7 +33,8 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure CPU, link and accelerator, alone and while the others run, into a profile (under 90 s)."""
-    from hybrimoe import calibrate as calibration
+    from hybrimoe import calibrate as measuring
+    from hybrimoe import calibration
     from hybrimoe.errors import ConfigError
     from hybrimoe.profiles import open_shape, profile_path
 
@@ -41,13 +42,13 @@ def calibrate(
     if wrong:
         raise ConfigError(f"--dtype {wrong[0]}: expected one of {', '.join(DTYPES)}")
     sizes = dict.fromkeys((found.hidden, found.inter) for found in map(open_shape, shape or [DEFAULT_SHAPE]))
-    request = calibration.Request(
+    request = measuring.Request(
         shapes=tuple(sizes),
         dtypes=tuple(dtype or DTYPES),  # type: ignore[arg-type]
         accelerator=accelerator,
         budget_s=seconds,
     )
-    result = calibration.calibrate(request, render.note)
+    result = measuring.calibrate(request, render.note)
     path = output or profile_path()
     calibration.write_profile(result, path)
     if as_json:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrimoe import calibrate
+from hybrimoe import calibrate, calibration
 from hybrimoe.cli.app import app
 from hybrimoe.profiles import open_hardware
 
@@ -23,7 +23,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_profile_is_read_back(tmp_path: Path) -> None:
     result = calibrate.calibrate(QUICK)
     path = tmp_path / "machine.yaml"
-    calibrate.write_profile(result, path)
+    calibration.write_profile(result, path)
     profile = open_hardware(path)
     assert profile.provenance == "measured"
     assert "emulated" in profile.source
