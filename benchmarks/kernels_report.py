@@ -95,7 +95,7 @@ def with_table(readme: str, data: dict[str, Any]) -> str:
     rows = collect(data, "runs")
     before, after = readme.split(BEGIN)[0], readme.split(END)[1]
     shares = [f"{name} {share_range(rows, name)}" for name in (*(n for n, _ in SHARE_GOALS), "llama.cpp Q4_0")]
-    text = f"Share of the measured read bandwidth at one token: {', '.join(shares)}."
+    text = f"Share of the measured read bandwidth at one token:\n{', '.join(shares)}."
     return f"{before}{BEGIN}\n{summary(rows)}\n{text}\n{END}{after}"
 
 
@@ -168,8 +168,9 @@ def goal_line(
 ) -> Sequence[str]:
     """A line of the table of goals."""
     missed = [shape for shape, found in zip(shapes, values, strict=True) if found and median(found) < least]
-    verdict = f"missed: {', '.join(missed)}" if missed else "met" if any(values) else "not measured"
-    return [name, format(least, form), *(spread(found, form) for found in values), verdict]
+    unknown = [shape for shape, found in zip(shapes, values, strict=True) if not found]
+    parts = [f"{word}: {', '.join(names)}" for word, names in (("missed", missed), ("not measured", unknown)) if names]
+    return [name, format(least, form), *(spread(found, form) for found in values), "; ".join(parts) or "met"]
 
 
 def table(rows: Rows, tokens: int, cell: Callable[[list[Row]], str], only: str = "") -> str:
