@@ -68,7 +68,8 @@ def load(
     progress: called with (bytes done, bytes in total, what); True draws a bar on stderr, False does not, None does
         where stderr is a terminal.
     packed_file: keep the packed experts beside the model (or in the cache directory where that cannot be written:
-        $HYBRIMOE_CACHE, else ~/.cache/hybrimoe), and map them at the next start.
+        $HYBRIMOE_CACHE, else ~/.cache/hybrimoe), and map them at the next start (read them, where
+        an accelerator copies from page-locked memory).
     unknown_keys: "error" or "ignore" weights of the checkpoint that the model does not have.
 
     Raises ModelError (no model, a dense model), CheckpointError (shards, shapes, dtypes, values, keys), BudgetError
@@ -122,16 +123,19 @@ class Loader:
         loaded = load_dense(self.model, dense, self.shapes, dtypes)
         complete(self.model, loaded, experts, self.plan, unknown_keys=unknown_keys)
 
-        def open_store(layers: tuple[LayerSpec, ...]) -> ExpertStore | None:
+        def open_store(layers: tuple[LayerSpec, ...], pinned: bool) -> ExpertStore | None:
             place_dense(self.model, self.deployment)  # before the session measures what memory is left for slots
+            host, disk = self.deployment.memory.host, self.deployment.memory.disk
+            n_bytes, num_experts = (sum(getattr(layer, name) for layer in layers) for name in ("nbytes", "num_experts"))
             if file := packed.find(self.places, layers, packed.describe(layers, self.checkpoint.files)):
+                if pinned and disk.kind == "none":  # a copy engine reads page-locked memory, which a mapping is not
+                    check_host_memory(host, n_bytes, num_experts)
+                    return file.read(lambda done: show(done, n_bytes, "reading packed experts"))
                 return file.open()
-            disk = self.deployment.memory.disk
             if disk.kind != "none":
-                check_disk(disk, sum(layer.nbytes for layer in layers))
+                check_disk(disk, n_bytes)
                 return self._pack_on_disk(layers, sources, show)
-            num_experts = sum(layer.num_experts for layer in layers)
-            check_host_memory(self.deployment.memory.host, sum(layer.nbytes for layer in layers), num_experts)
+            check_host_memory(host, n_bytes, num_experts)
             return None
 
         injection = inject(self.model, config=self.deployment, store=open_store)

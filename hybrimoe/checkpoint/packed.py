@@ -15,8 +15,10 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,22 @@ import numpy as np
 from cpu_kernels import LAYOUT_VERSION
 from cpu_kernels.cache_dir import cache_home
 from hybrimoe.checkpoint.safetensors_file import SafetensorsFile
+from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 
 MAGIC = b"HYBRIMOE"
 FORMAT_VERSION = 1
 SUFFIX, PARTIAL_SUFFIX = ".hybrimoe", ".partial"
 PAGE_BYTES = 4096
-CHUNK_BYTES = 64 << 20  # written at a time
+CHUNK_BYTES = 64 << 20  # written or read at a time
+READERS = 4  # threads: copying from the page cache takes cores, reading from a disk takes waiting
 KEY_DIGITS = 12  # of the hash in a file's name
 FILE_MODE = 0o644
 
 
 @dataclass(frozen=True, slots=True)
 class PackedFile:
-    """A whole packed file that fits the model: `open` maps it."""
+    """A whole packed file that fits the model: `open` maps it, `read` copies it to page-locked memory."""
 
     path: Path
     layers: tuple[LayerSpec, ...]
@@ -49,6 +53,20 @@ class PackedFile:
         n_bytes = sum(layer.nbytes for layer in self.layers)
         mapped = np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.offset_bytes, shape=(n_bytes,))
         return ExpertStore.from_buffer(self.layers, mapped)
+
+    def read(self, progress: Callable[[int], None] = lambda n_bytes: None, *, pinned: bool = True) -> ExpertStore:
+        """A store of its own, page-locked memory, filled from the file; for accelerators that copy from such memory.
+
+        progress: called with the bytes read so far. Raises CheckpointError where the file is shorter than it was.
+        """
+        store = ExpertStore(self.layers, pinned=pinned)
+        starts = range(0, store.nbytes, CHUNK_BYTES)
+        with self.path.open("rb", buffering=0) as file, ThreadPoolExecutor(READERS) as pool:
+            chunks = [store.buffer[start : start + CHUNK_BYTES].data for start in starts]
+            places = [self.offset_bytes + start for start in starts]
+            for done in pool.map(partial(_read_all, file.fileno()), chunks, places):
+                progress(done - self.offset_bytes)
+        return store
 
 
 def describe(layers: Sequence[LayerSpec], files: Sequence[SafetensorsFile]) -> dict[str, Any]:
@@ -173,6 +191,16 @@ def _write_all(descriptor: int, chunk: memoryview, offset_bytes: int) -> None:
         chunk, offset_bytes = chunk[count:], offset_bytes + count
 
 
+def _read_all(descriptor: int, chunk: memoryview, offset_bytes: int) -> int:
+    """Fills `chunk` from the file; returns where it ends there."""
+    while chunk:
+        count = os.preadv(descriptor, [chunk], offset_bytes)
+        if not count:
+            raise CheckpointError("the packed experts were cut short while they were read; start again to pack them")
+        chunk, offset_bytes = chunk[count:], offset_bytes + count
+    return offset_bytes
+
+
 def _records_bytes(header: dict[str, Any]) -> int:
     return sum(layer["num_experts"] * layer["record_bytes"] for layer in header["layers"])
 
@@ -185,10 +213,10 @@ def _reserve(descriptor: int, n_bytes: int) -> None:
 
 def _sweep(place: Path) -> None:
     """Removes partial files whose writer is gone (nobody holds their lock)."""
-    for partial in place.glob(f"*{PARTIAL_SUFFIX}"):
-        with contextlib.suppress(OSError), partial.open("rb") as file:
+    for unfinished in place.glob(f"*{PARTIAL_SUFFIX}"):
+        with contextlib.suppress(OSError), unfinished.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink()
+            unfinished.unlink()
 
 
 def _sync_folder(place: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,9 +39,12 @@ SAVE = "save_pretrained"
 
 
 class OpenStore(Protocol):
-    """Gives the store of already packed experts for these layers, or None where there is none."""
+    """Gives the store of already packed experts for these layers, or None where there is none.
 
-    def __call__(self, layers: tuple[LayerSpec, ...], /) -> ExpertStore | None: ...
+    pinned: whether an accelerator copies from page-locked memory.
+    """
+
+    def __call__(self, layers: tuple[LayerSpec, ...], pinned: bool, /) -> ExpertStore | None: ...
 
 
 class Application:
@@ -326,7 +330,7 @@ def _apply(application: Application, resolution: Resolution) -> None:
 def _finalize(
     model: nn.Module, session: Session, store: OpenStore | None, frequencies: npt.NDArray[np.float64] | None
 ) -> None:
-    opened = None if store is None else store(session.layer_specs())
+    opened = None if store is None else partial(store, session.layer_specs())
     session.finalize(model, store=opened, frequencies=frequencies)
 
 

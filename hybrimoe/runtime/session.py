@@ -86,12 +86,14 @@ class Session:
         return tuple(layer.layer_spec for layer in self._layers)
 
     def finalize(
-        self, model: nn.Module | None = None, *, store: ExpertStore | None = None,
+        self, model: nn.Module | None = None, *,
+        store: ExpertStore | Callable[[bool], ExpertStore | None] | None = None,
         frequencies: Frequencies | None = None, accelerator: Accelerator | Sequence[Accelerator] | None = None,
     ) -> None:  # fmt: skip
         """Opens the devices and fills the store; then starts, unless weights are still to come (meta modules).
 
-        model: watched for prefill and decode, and searched for routers. store: ready-made records (nothing is packed).
+        model: watched for prefill and decode, and searched for routers. store: ready-made records (nothing is packed),
+        or what gives them, asked whether memory should be pinned; it gives None where there are none.
         frequencies: [layers, experts] activation counts that choose what is cached first. accelerator: open ones in
         place of the configured ones; the session closes them.
         Raises DeviceError, ConfigError, BudgetError, ModelError.
@@ -111,9 +113,10 @@ class Session:
         if model is not None:
             self._model = weakref.ref(model)
             self._tracker.bind(model)
+        pinned = any(device.needs_pinned_host() for device in self._accelerators)
+        store = store(pinned) if callable(store) else store
         deferred = store is None and any(layer.layout is not None and layer.layout.is_meta for layer in self._layers)
         if store is None:
-            pinned = any(device.needs_pinned_host() for device in self._accelerators)
             store = ExpertStore(self.layer_specs(), pinned=pinned)
             pack_layers(self._layers, store)
         self._store = store

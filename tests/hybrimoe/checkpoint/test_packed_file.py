@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from gpu_kernels.emulated import EmulatedAccelerator
 from hybrimoe.checkpoint import PackedFileWarning, load, packed
 from hybrimoe.errors import BudgetError, CheckpointError
+from hybrimoe.runtime.store import ExpertStore
 
 TOKENS = torch.arange(3, 15)[None]
 OPTIONS: dict[str, Any] = {"policy": "static", "accelerator": "none", "expert_dtype": "bfloat16", "progress": False}
@@ -65,6 +67,39 @@ def test_the_second_start_maps_what_the_first_one_packed(directory: Path) -> Non
     assert torch.equal(logits(first), logits(second))
     assert file.stat().st_mtime_ns == written
     assert not list(directory.glob("*.partial"))
+
+
+def test_an_accelerator_that_wants_pinned_memory_gets_it_at_the_second_start(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is read in pieces; page-locked memory itself needs a GPU's driver, so here it is ordinary."""
+    emulated = OPTIONS | {"accelerator": "emulated"}
+    first = load(directory, **emulated)
+    calls: list[tuple[int, int]] = []
+
+    def note(done: int, total: int, what: str) -> None:
+        if what == "reading packed experts":
+            calls.append((done, total))
+
+    monkeypatch.setattr(packed, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(EmulatedAccelerator, "needs_pinned_host", lambda self: True)
+    monkeypatch.setattr(packed, "ExpertStore", lambda layers, pinned: ExpertStore(layers) if pinned else None)
+    store = load(directory, **emulated | {"progress": note}).hybrimoe.session.store
+    assert store.buffer.flags.writeable
+    assert np.array_equal(store.buffer, first.hybrimoe.session.store.buffer)
+    assert calls == [(min(done, store.nbytes), store.nbytes) for done in range(1000, store.nbytes + 1000, 1000)]
+    with pytest.raises(BudgetError, match=r"memory\.host allows"):
+        load(directory, **emulated, memory={"host": "1KiB"})
+    monkeypatch.undo()
+    assert not load(directory, **emulated, memory={"disk": "auto"}).hybrimoe.session.store.buffer.flags.writeable
+
+
+def test_a_file_that_is_cut_while_it_is_read(directory: Path) -> None:
+    layers = load(directory, **OPTIONS).hybrimoe.session.layer_specs()
+    (path,) = packed_files(directory)
+    os.truncate(path, path.stat().st_size - 5)
+    with pytest.raises(CheckpointError, match="cut short"):
+        packed.PackedFile(path, layers, packed.PAGE_BYTES).read(pinned=False)
 
 
 def test_each_dtype_has_a_file_of_its_own(directory: Path) -> None:

@@ -227,7 +227,7 @@ def test_a_meta_model_gets_its_weights_later(qwen3: PreTrainedModel, qwen3_meta:
     asked: list[int] = []
     meta = type(qwen3_meta)(qwen3_meta.config).to("meta").eval()
     injection = hybrimoe.inject(
-        meta, accelerator="none", expert_dtype="float32", store=lambda layers: asked.append(len(layers))
+        meta, accelerator="none", expert_dtype="float32", store=lambda layers, pinned: asked.append(len(layers))
     )
     assert asked == [3]
     assert list(injection.originals) == EXPERTS
