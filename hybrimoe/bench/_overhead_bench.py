@@ -181,13 +181,15 @@ def run(request: Request, *, as_json: bool) -> None:
         return
     if result["remark"]:
         render.note(result["remark"])
-    columns = ("what runs", "layer us", *SECTIONS, "held up", "overhead us", "share")
+    contenders = result["contenders"]
     rows = [
-        (row["name"], f"{row['layer_us']['median']:.0f}",
-         *(f"{row['sections_us'][name]['median']:.0f}" for name in SECTIONS),
-         f"{row['held_up_us']['median']:.0f}", f"{row['overhead_us']['median']:.0f}", f"{row['share']:.1%}")
-        for row in result["contenders"]
-    ]  # fmt: skip
+        ("whole call", *(f"{row['layer_us']['median']:.0f}" for row in contenders)),
+        *((name, *(f"{row['sections_us'][name]['median']:.0f}" for row in contenders)) for name in SECTIONS),
+        ("held up", *(f"{row['held_up_us']['median']:.0f}" for row in contenders)),
+        ("overhead", *(f"{row['overhead_us']['median']:.0f}" for row in contenders)),
+        ("its share", *(f"{row['share']:.1%}" for row in contenders)),
+    ]
+    columns = ("us", *(row["name"].replace("emulated accelerator, ", "emulated: ") for row in contenders))
     title = f"One MoE layer of {request.shape}, {request.dtype}, one token: us of the calling thread, measured"
     render.out().print(render.table(title, columns, rows))
     render.note(
