@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
-from cpu_kernels.dispatch import build_dispatch, combine
+from cpu_kernels.dispatch import build_dispatch, combine, records_at
 from cpu_kernels.pack import pack_expert
+from cpu_kernels.routed import FLOAT32, read_call, sum_rows
 from cpu_kernels.simd.compile import kernel_address
 from cpu_kernels.simd.tiles import PanelKernel
 from cpu_kernels.spec import Activation, ExpertDtype, ExpertSpec, ExpertWeights
@@ -35,6 +36,17 @@ def warm_up(
         step()
     if progress is not None:
         progress(len(steps), len(steps), "")
+
+
+def warm_call_ends() -> None:
+    """Makes ready what a planned call reads its routing with and sums its rows with."""
+    index, ones, hidden = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    out = np.empty_like(hidden)
+    ids, _, rows, _, _ = read_call(
+        index.ctypes.data, ones.ctypes.data, FLOAT32, 1, 1, 1, hidden.ctypes.data, FLOAT32, out
+    )
+    records_at(np.zeros(1, np.uint64), ids, np.zeros(1, np.int32))
+    sum_rows(hidden, rows, 1, out.ctypes.data, FLOAT32, 1)
 
 
 def _run_once(backend: NumbaBackend, dtype: ExpertDtype) -> None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from cpu_kernels.backends.numba_backend import NumbaBackend
 from gpu_kernels import Accelerator, AcceleratorError
 from hybrimoe.errors import BudgetError
 from hybrimoe.profiles import calibrated
@@ -65,7 +66,10 @@ class Startup:
         runner = self.make_runner(self.layers, executor, planner, self.stats, self.tracker)
         if self.config.lookahead > 0:
             runner.lookahead = self.new_lookahead(self.config.lookahead)
+        if self.config.lookahead > 0 or planner is not None:
             make_ready()
+        if planner is None:
+            _rehearse_alone(self.layers[0], executor)
         if previous is not None:
             runner.take_over(previous)
         if planner is not None:
@@ -146,3 +150,10 @@ class Startup:
         experts = [layer.experts for layer in self.layers]
         counts = [layer.num_experts for layer in self.layers]
         return Lookahead(blocks, experts, counts, depth, self.probe)
+
+
+def _rehearse_alone(layer: Layer, executor: Executor) -> None:
+    """Compiles (or loads) the one call of few tokens on the CPU, with the first expert and a token of zeros."""
+    if isinstance(layer.backend, NumbaBackend):
+        hidden, nobody = torch.zeros(1, layer.spec.hidden), torch.zeros(1, 1, dtype=torch.int64)
+        layer.backend.run_routed(layer.spec, executor.addresses(0), hidden, nobody, torch.ones(1, 1))
