@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -98,12 +98,13 @@ def measured(opened: OpenModel, prompts: Sequence[BatchPrompt], predictor: Route
     job = [prompts[at] for at in order.tolist()]
     lines = [PromptLine(at, "") for at in range(len(job))]
     rows = []
-    for name, kind, net in (
+    groupings: tuple[tuple[str, Literal["none", "expertflow"], RoutePredictor | None], ...] = (
         ("order of the file", "none", None),
         ("routes of a recorded prefill", "expertflow", None),
         ("predicted routes", "expertflow", predictor),
-    ):
-        work = BatchJob(opened.generator, opened.session, lines, job, OPTIONS, kind, BATCH, net)  # type: ignore[arg-type]
+    )
+    for name, kind, net in groupings:
+        work = BatchJob(opened.generator, opened.session, lines, job, OPTIONS, kind, BATCH, net)
         totals = work.run(lambda: False, lambda _: None, lambda *_: None)
         experts = opened.stats()
         assert experts is not None

@@ -184,7 +184,7 @@ def main() -> None:
 
 def line(row: dict[str, object]) -> str:
     """A row for people."""
-    by_round = ", ".join(f"{error:.1%}" for error in sorted(row["error_by_round"]))  # type: ignore[call-overload]
+    by_round = ", ".join(f"{error:.1%}" for error in sorted(cast(list[float], row["error_by_round"])))
     return (
         f"{row['policy']:10s} {row['steps']} steps: simulated {row['simulated_us']:.0f} us, measured (emulated "
         f"accelerator) {row['measured_us']:.0f} us; median error {row['median_error']:.1%} (rounds {by_round}), "

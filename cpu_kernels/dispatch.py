@@ -73,7 +73,7 @@ def combine(out_rows: np.ndarray, dispatch: Dispatch, out: np.ndarray) -> None:
             raise DispatchError(f"{name} must be C-contiguous float32{list(shape)}, found {_describe(array)}")
     if np.may_share_memory(out_rows, out):
         raise DispatchError("out_rows and out overlap; give combine() two separate buffers")
-    present = _present(dispatch.rows, n_rows) if dispatch.has_absent else _ALL_PRESENT
+    present = present_rows(dispatch.rows, n_rows)
     combine_rows(out_rows, present, dispatch.top_k, out)
 
 
@@ -84,9 +84,6 @@ def records_at(addresses: np.ndarray, expert_ids: np.ndarray, positions: np.ndar
     for i in range(positions.size):
         records[i] = addresses[expert_ids[positions[i]]]
     return records
-
-
-_ALL_PRESENT = np.zeros(0, np.bool_)
 
 
 def _describe(array: np.ndarray) -> str:
@@ -129,7 +126,10 @@ def group_rows(
 
 
 @kernel
-def _present(rows: np.ndarray, n_rows: int) -> np.ndarray:  # pragma: no cover - compiled
+def present_rows(rows: np.ndarray, n_rows: int) -> np.ndarray:  # pragma: no cover - compiled
+    """bool [n_rows]: rows of an expert; empty where all are."""
+    if rows.size == n_rows:
+        return np.zeros(0, np.bool_)
     present = np.zeros(n_rows, np.bool_)
     for row in rows:
         present[row] = True

@@ -13,7 +13,7 @@ from numba import types
 
 from cpu_kernels.call import LINE
 from cpu_kernels.compiled import Real, inline_kernel, kernel
-from cpu_kernels.dispatch import combine_rows, group_rows
+from cpu_kernels.dispatch import combine_rows, group_rows, present_rows
 from cpu_kernels.layer import run_layer
 from cpu_kernels.primitives import bits_of_float, float_from_bits, floats_at, halves_at, int64s_at
 
@@ -91,7 +91,7 @@ def run_routed(
         if bad >= 0:
             return NOT_FINITE - bad
     sums = floats_at(out, size) if hidden_kind == FLOAT32 else inputs
-    combine_rows(results, _present(rows, n_rows), top_k, sums.reshape(n_tokens, hidden_size))
+    combine_rows(results, present_rows(rows, n_rows), top_k, sums.reshape(n_tokens, hidden_size))
     if hidden_kind != FLOAT32:
         _write_halves(halves_at(out, size), sums)
     return int(ids.size)
@@ -118,20 +118,9 @@ def sum_rows(results: np.ndarray, rows: np.ndarray, top_k: int, out: int, out_ki
     width = results.shape[1]
     size = n_tokens * width
     sums = floats_at(out, size) if out_kind == FLOAT32 else np.empty(size, np.float32)
-    combine_rows(results, _present(rows, results.shape[0]), top_k, sums.reshape(n_tokens, width))
+    combine_rows(results, present_rows(rows, results.shape[0]), top_k, sums.reshape(n_tokens, width))
     if out_kind != FLOAT32:
         _write_halves(halves_at(out, size), sums)
-
-
-@inline_kernel
-def _present(rows: np.ndarray, n_rows: int) -> np.ndarray:
-    """bool [n_rows]: rows of an expert; empty where all are."""
-    if rows.size == n_rows:
-        return np.zeros(0, np.bool_)
-    present = np.zeros(n_rows, np.bool_)
-    for row in rows:
-        present[row] = True
-    return present
 
 
 @inline_kernel

@@ -31,8 +31,6 @@ PREFETCH_TOKENS = 8
 VALUE_VECTORS = 4
 """Vectors of values that HEAD_BLOCK heads sum in registers."""
 
-Body = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
-
 
 @dataclass(frozen=True, slots=True)
 class AttendKernel:
