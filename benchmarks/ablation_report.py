@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hybrimoe.bench._ablation_summary import oracle_share, tables
+from hybrimoe.bench.ablation.summary import oracle_share, tables
 
 Row = dict[str, str]
 INTRODUCTION = """# Ablation: simulated

@@ -20,15 +20,15 @@ from typing import Any, Literal
 import numpy as np
 
 from hybrimoe.cli.common_model import OpenModel, open_model
-from hybrimoe.config import load_config
+from hybrimoe.config.deploy import load_config
 from hybrimoe.demo import demo_model_path
-from hybrimoe.demo.held_out import HELD_OUT_FILE
+from hybrimoe.demo.training.held_out import HELD_OUT_FILE
 from hybrimoe.generation import SamplingOptions, TextGenerator
-from hybrimoe.generation.batch import BatchPrompt
-from hybrimoe.generation.batch_job import BatchJob
-from hybrimoe.generation.prompts_file import PromptLine
-from hybrimoe.generation.route_predictor import RoutePredictor
-from hybrimoe.tracing.learn_routes import TARGET, train_routes
+from hybrimoe.generation.batch.generate import BatchPrompt
+from hybrimoe.generation.batch.job import BatchJob
+from hybrimoe.generation.batch.prompts_file import PromptLine
+from hybrimoe.tracing.learning.learn_routes import TARGET, train_routes
+from hybrimoe.tracing.learning.route_predictor import RoutePredictor
 from hybrimoe.tracing.record import listening
 
 DOC = Path(__file__).resolve().parents[1] / "docs" / "batching.md"

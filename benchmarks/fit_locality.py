@@ -1,8 +1,8 @@
-"""Fit the locality of ``scheduler.synthetic`` to a real trace.
+"""Fit the locality of ``scheduler.traces.synthetic`` to a real trace.
 
     python benchmarks/fit_locality.py trace.npz [--tokens 1000]
 
-Differential evolution (scipy, seed 0) on the squared differences of ``scheduler.synthetic.statistics``.
+Differential evolution (scipy, seed 0) on the squared differences of ``scheduler.traces.synthetic.statistics``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import differential_evolution
 
-from scheduler.synthetic import Locality, generate, statistics
-from scheduler.trace import Trace
+from scheduler.traces.synthetic import Locality, generate, statistics
+from scheduler.traces.trace import Trace
 
 #: popularity, topic, memory, token
 BOUNDS = [(0.0, 3.0), (0.0, 5.0), (0.5, 0.999), (0.0, 5.0)]

@@ -16,18 +16,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.bench._ablation_cases import EVERY_HARDWARE
-from hybrimoe.bench._ablation_summary import oracle_share
-from hybrimoe.bench._ablation_sweep import environment
-from hybrimoe.profiles import open_hardware
+from hybrimoe.bench.ablation.cases import EVERY_HARDWARE
+from hybrimoe.bench.ablation.summary import oracle_share
+from hybrimoe.bench.ablation.sweep import environment
+from hybrimoe.machine.profiles import open_hardware
 from hybrimoe.tracing.sources import open_trace
-from scheduler.analysis import expert_frequencies
-from scheduler.analysis_pool import cache_hit_rate
-from scheduler.profile import ModelShape
-from scheduler.simulate import SimulationConfig, simulate
-from scheduler.trace import Trace
-from scheduler.trace_demand import DemandSource
-from scheduler.trace_predict import predictions_for
+from scheduler.machine.profile import ModelShape
+from scheduler.simulator.simulator import SimulationConfig, simulate
+from scheduler.traces.analysis import expert_frequencies
+from scheduler.traces.analysis_pool import cache_hit_rate
+from scheduler.traces.demands import DemandSource
+from scheduler.traces.predictions import predictions_for
+from scheduler.traces.trace import Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON_FILE, README = ROOT / "docs" / "heldout.json", ROOT / "README.md"

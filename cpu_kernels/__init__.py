@@ -1,8 +1,9 @@
 """Expert feed-forward networks on the CPU: packing, SIMD kernels, and backends behind one protocol."""
 
-from cpu_kernels.attention import decode_attention, supports_decode_attention
 from cpu_kernels.backends import CpuBackend, get_backend
-from cpu_kernels.dispatch import Dispatch, build_dispatch, combine
+from cpu_kernels.backends.attention import decode_attention, supports_decode_attention
+from cpu_kernels.backends.warm import warm_up
+from cpu_kernels.engine.dispatch import Dispatch, build_dispatch, combine
 from cpu_kernels.errors import (
     ActivationValueError,
     BackendError,
@@ -12,13 +13,12 @@ from cpu_kernels.errors import (
     LayoutError,
     ThreadingError,
 )
-from cpu_kernels.layout import LAYOUT_VERSION
-from cpu_kernels.linear import LinearSpec, pack_linear, run_linear, unpack_linear
-from cpu_kernels.memory import page_aligned
-from cpu_kernels.pack import pack_expert, unpack_expert
-from cpu_kernels.reference import apply_activation, reference_ffn, relative_error, tolerance
-from cpu_kernels.spec import DTYPES, Activation, ExpertDtype, ExpertSpec, ExpertWeights
-from cpu_kernels.warm import warm_up
+from cpu_kernels.format.layout import LAYOUT_VERSION
+from cpu_kernels.format.linear import LinearSpec, pack_linear, run_linear, unpack_linear
+from cpu_kernels.format.pack import pack_expert, unpack_expert
+from cpu_kernels.format.reference import apply_activation, reference_ffn, relative_error, tolerance
+from cpu_kernels.format.spec import DTYPES, Activation, ExpertDtype, ExpertSpec, ExpertWeights
+from cpu_kernels.host.memory import page_aligned
 
 __all__ = [
     "DTYPES",

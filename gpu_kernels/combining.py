@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cpu_kernels.routed import FLOATS, sum_rows
+from cpu_kernels.engine.routed import FLOATS, sum_rows
 from gpu_kernels.accelerator import Event, LayerWork
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybrimoe.checkpoint.loading import load
-    from hybrimoe.config import DeployConfig, load_config
+    from hybrimoe.config.deploy import DeployConfig, load_config
     from hybrimoe.errors import HybriMoEError
     from hybrimoe.injection import Injection, inject
 
@@ -28,8 +28,8 @@ _HOMES = {
     "load": "hybrimoe.checkpoint",
     "inject": "hybrimoe.injection",
     "Injection": "hybrimoe.injection",
-    "DeployConfig": "hybrimoe.config",
-    "load_config": "hybrimoe.config",
+    "DeployConfig": "hybrimoe.config.deploy",
+    "load_config": "hybrimoe.config.deploy",
     "HybriMoEError": "hybrimoe.errors",
 }
 

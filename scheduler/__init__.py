@@ -11,34 +11,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scheduler.balancing import BALANCE_POLICIES, BalancePlan, LayerCosts, balance, evaluate
-    from scheduler.costs import CostModel
     from scheduler.demand import LayerDemand, Phase, Prediction
     from scheduler.errors import CostError, DemandError, PolicyError, ProfileError, SchedulerError, SlotError
     from scheduler.future import Future
     from scheduler.graph import GraphError, PlannedLayer, TaskGraph, chrome_trace
+    from scheduler.machine.costs import CostModel
+    from scheduler.machine.profile import HardwareProfile, ModelShape
     from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Transfer, TransferEnded
-    from scheduler.planner import Planner
-    from scheduler.policies import POLICIES, Policy, resolve_policy
-    from scheduler.profile import HardwareProfile, ModelShape
+    from scheduler.planner.planner import Planner
+    from scheduler.planner.policies import POLICIES, Policy, resolve_policy
     from scheduler.records import TaskRecord
-    from scheduler.simulate import PhaseResult, SimulationConfig, Simulator
+    from scheduler.simulator.simulator import PhaseResult, SimulationConfig, Simulator
     from scheduler.slots import SlotState, SlotTable
-    from scheduler.trace import Trace, TraceError
+    from scheduler.traces.trace import Trace, TraceError
 
 _HOMES = {
     "balancing": ("LayerCosts", "BalancePlan", "balance", "evaluate", "BALANCE_POLICIES"),
-    "costs": ("CostModel",),
+    "machine.costs": ("CostModel",),
     "demand": ("Phase", "LayerDemand", "Prediction"),
     "errors": ("SchedulerError", "CostError", "DemandError", "SlotError", "ProfileError", "PolicyError"),
     "future": ("Future",),
     "graph": ("GraphError", "PlannedLayer", "TaskGraph", "chrome_trace"),
     "plan": ("LaneState", "Transfer", "LayerPlan", "ObservedTask", "TransferEnded", "LayerEnded", "Event"),
-    "planner": ("Planner",),
-    "policies": ("Policy", "resolve_policy", "POLICIES"),
-    "profile": ("HardwareProfile", "ModelShape"),
+    "planner.planner": ("Planner",),
+    "planner.policies": ("Policy", "resolve_policy", "POLICIES"),
+    "machine.profile": ("HardwareProfile", "ModelShape"),
     "records": ("TaskRecord",),
-    "simulate": ("PhaseResult", "SimulationConfig", "Simulator"),
-    "trace": ("Trace", "TraceError"),
+    "simulator.simulator": ("PhaseResult", "SimulationConfig", "Simulator"),
+    "traces.trace": ("Trace", "TraceError"),
     "slots": ("SlotState", "SlotTable"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

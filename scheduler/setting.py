@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.costs import CostModel
 from scheduler.errors import PolicyError, did_you_mean
 from scheduler.future import Future
+from scheduler.machine.costs import CostModel
 from scheduler.slots import SlotTable
 
 Scorer = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]

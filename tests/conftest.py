@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from hybrimoe.cli.waiting import set_wait_policy
+from hybrimoe.cli.views.waiting import set_wait_policy
 
 set_wait_policy(["serve"])  # as a server does, before torch is imported: tests may share the cores with other work
 
-from cpu_kernels.cache_dir import kernel_cache_dir  # noqa: E402
+from cpu_kernels.jit.cache_dir import kernel_cache_dir
 
 
 @pytest.fixture(scope="session")

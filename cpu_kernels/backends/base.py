@@ -8,10 +8,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from cpu_kernels.compiled import kernel
-from cpu_kernels.dispatch import Dispatch
+from cpu_kernels.engine.dispatch import Dispatch
 from cpu_kernels.errors import ActivationValueError, BackendError, DispatchError, LayoutError
-from cpu_kernels.spec import ExpertSpec
+from cpu_kernels.format.spec import ExpertSpec
+from cpu_kernels.jit.compiled import kernel
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 
-from cpu_kernels.cache_dir import kernel_cache_dir
+from cpu_kernels.jit.cache_dir import kernel_cache_dir
 
 DEFAULT = "numba"
 FILE_NAME = "backend.json"

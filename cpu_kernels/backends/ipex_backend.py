@@ -24,19 +24,19 @@ import torch
 
 from cpu_kernels.backends.base import PerExpertBackend
 from cpu_kernels.backends.prepared import PreparedExperts, shared_cache
-from cpu_kernels.dispatch import Dispatch
+from cpu_kernels.engine.dispatch import Dispatch
 from cpu_kernels.errors import BackendError
-from cpu_kernels.isa import cpu_features
-from cpu_kernels.pack import unpack_expert
-from cpu_kernels.reference import apply_activation
-from cpu_kernels.spec import ExpertSpec
-from cpu_kernels.threads import resolve_threads, torch_threads
+from cpu_kernels.format.pack import unpack_expert
+from cpu_kernels.format.reference import apply_activation
+from cpu_kernels.format.spec import ExpertSpec
+from cpu_kernels.host.isa import cpu_features
+from cpu_kernels.host.threads import resolve_threads, torch_threads
 
 PACKAGE, MODULE = "intel-extension-for-pytorch", "intel_extension_for_pytorch"
 IPEX_VERSION, TORCH_SERIES = "2.8.0", "2.8"
 ENV_CACHE_GIB = "HYBRIMOE_IPEX_CACHE"
 CACHE_GIB = 4.0
-# Relative to the largest output, as in cpu_kernels.reference.tolerance: input, intermediate and output are rounded to
+# Relative to the largest output, as in cpu_kernels.format.reference.tolerance: input, intermediate and output are rounded to
 # 8 significant bits each (2 ** -9 = 0.2 % a value), and errors of single elements add up over the two products.
 BFLOAT16_TOLERANCE = 2e-2
 HOW_TO = "make an environment of its own: pip install 'hybrimoe[ipex]' there (tests/ipex/run.sh does), or use numba"

@@ -6,17 +6,17 @@ import numba
 import numpy as np
 import torch
 
-from cpu_kernels import layer, routed
-from cpu_kernels.attention_workers import attention_bytes, run_attention
 from cpu_kernels.backends.base import check_run, raise_not_finite
-from cpu_kernels.dispatch import Dispatch
+from cpu_kernels.engine import layer, routed
+from cpu_kernels.engine.attention_workers import attention_bytes, run_attention
+from cpu_kernels.engine.dispatch import Dispatch
+from cpu_kernels.engine.pinning import pin_once, wanted
+from cpu_kernels.engine.plans import Plan, expert_plan, linear_plan
 from cpu_kernels.errors import BackendError
-from cpu_kernels.isa import IsaChoice, detect
-from cpu_kernels.linear import LinearSpec, check_linear
-from cpu_kernels.pinning import pin_once, wanted
-from cpu_kernels.plans import Plan, expert_plan, linear_plan
-from cpu_kernels.spec import ExpertSpec
-from cpu_kernels.threads import core_ids, resolve_threads, start_pool
+from cpu_kernels.format.linear import LinearSpec, check_linear
+from cpu_kernels.format.spec import ExpertSpec
+from cpu_kernels.host.isa import IsaChoice, detect
+from cpu_kernels.host.threads import core_ids, resolve_threads, start_pool
 
 SERIAL_BYTES = 128 * 1024  # below this much weight a second thread costs more than it saves
 SERIAL_CONTEXT_BYTES = 1024 * 1024  # the same for keys and values, most of which the last step left in a cache
@@ -109,7 +109,7 @@ class NumbaBackend:
         return None if done < 0 else (out, done)
 
     def linear(self, spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray) -> None:
-        """See `cpu_kernels.linear.run_linear`."""
+        """See `cpu_kernels.format.linear.run_linear`."""
         check_linear(spec, address, x, out)
         if not x.shape[0]:
             return
@@ -133,7 +133,7 @@ class NumbaBackend:
         out: np.ndarray,
         n_bytes: int,
     ) -> None:
-        """See `cpu_kernels.attention_workers.run_attention`; n_bytes: of the keys and values that it reads."""
+        """See `cpu_kernels.engine.attention_workers.run_attention`; n_bytes: of the keys and values that it reads."""
         n_batch, n_kv_heads, group, n_tokens, dim, v_dim = sizes
         needed = attention_bytes(n_batch * n_kv_heads * group, n_batch, n_tokens, dim, v_dim)
         n_threads = self._threads_for(n_bytes, SERIAL_CONTEXT_BYTES)

@@ -21,10 +21,10 @@ import torch
 from cpu_kernels.backends.base import PerExpertBackend, check_run
 from cpu_kernels.backends.onnx_graph import build_model, graph_bytes, unsupported
 from cpu_kernels.backends.prepared import PreparedExperts, shared_cache
-from cpu_kernels.dispatch import Dispatch
+from cpu_kernels.engine.dispatch import Dispatch
 from cpu_kernels.errors import BackendError
-from cpu_kernels.spec import ExpertSpec
-from cpu_kernels.threads import resolve_threads
+from cpu_kernels.format.spec import ExpertSpec
+from cpu_kernels.host.threads import resolve_threads
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from cpu_kernels.errors import BackendError
-from cpu_kernels.layout import BITS, GROUP, is_quantised, padded
-from cpu_kernels.pack import deinterleave, record_tensor, unpack_codes, unpack_expert
-from cpu_kernels.spec import Activation, ExpertSpec
+from cpu_kernels.format.layout import BITS, GROUP, is_quantised, padded
+from cpu_kernels.format.pack import deinterleave, record_tensor, unpack_codes, unpack_expert
+from cpu_kernels.format.spec import Activation, ExpertSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -178,7 +178,7 @@ def _blocks(codes: torch.Tensor, scales: torch.Tensor, rows: int, columns: int, 
 
 
 def _activation(graph: _Graph, activation: Activation, gate: str | None, up: str) -> str:
-    """`cpu_kernels.reference.apply_activation` as nodes; returns the name of the intermediate."""
+    """`cpu_kernels.format.reference.apply_activation` as nodes; returns the name of the intermediate."""
     if gate is None:
         return _act(graph, activation, up)
     if activation.gate_max is not None:

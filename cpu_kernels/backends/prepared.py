@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from cpu_kernels.errors import BackendError
-from cpu_kernels.spec import ExpertSpec
+from cpu_kernels.format.spec import ExpertSpec
 
 SAMPLE_WORDS = 512  # 8-byte words of a record whose order is checked, beside the exclusive or of all
 T = TypeVar("T")

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from cpu_kernels.backends.base import PerExpertBackend
-from cpu_kernels.pack import unpack_expert
-from cpu_kernels.reference import reference_ffn
-from cpu_kernels.spec import ExpertSpec
+from cpu_kernels.format.pack import unpack_expert
+from cpu_kernels.format.reference import reference_ffn
+from cpu_kernels.format.spec import ExpertSpec
 
 
 class ReferenceBackend(PerExpertBackend):

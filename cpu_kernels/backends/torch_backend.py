@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from cpu_kernels.backends.base import PerExpertBackend
-from cpu_kernels.pack import unpack_expert
-from cpu_kernels.reference import reference_ffn
-from cpu_kernels.spec import ExpertSpec
-from cpu_kernels.threads import resolve_threads, torch_threads
+from cpu_kernels.format.pack import unpack_expert
+from cpu_kernels.format.reference import reference_ffn
+from cpu_kernels.format.spec import ExpertSpec
+from cpu_kernels.host.threads import resolve_threads, torch_threads
 
 
 class TorchBackend(PerExpertBackend):

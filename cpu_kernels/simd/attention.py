@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from llvmlite import ir
 
-from cpu_kernels.isa import Isa
+from cpu_kernels.host.isa import Isa
 from cpu_kernels.simd.functions import exp
 from cpu_kernels.simd.vectors import F32, I64, POINTER, VOID, Simd
 

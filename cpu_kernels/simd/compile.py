@@ -11,8 +11,8 @@ from typing import Protocol
 from llvmlite import binding as llvm
 from llvmlite import ir
 
-from cpu_kernels.cache_dir import kernel_cache_dir
-from cpu_kernels.isa import BY_NAME, Isa, cpu_features, path_features
+from cpu_kernels.host.isa import BY_NAME, Isa, cpu_features, path_features
+from cpu_kernels.jit.cache_dir import kernel_cache_dir
 
 _LOCK = threading.Lock()
 
@@ -102,7 +102,7 @@ def _source_hash() -> str:
     """Hash of the sources that determine the code, so that an update never meets old kernels."""
     here = Path(__file__).parent
     sources = sorted(here.glob("*.py"))
-    sources += [here.parent / "isa.py", here.parent / "layout.py"]
+    sources += [here.parent / "host" / "isa.py", here.parent / "format" / "layout.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

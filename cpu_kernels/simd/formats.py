@@ -17,8 +17,8 @@ from typing import Literal
 
 from llvmlite import ir
 
-from cpu_kernels.isa import Isa
-from cpu_kernels.layout import BLOCK_COLUMNS, GROUP, OFFSET, is_quantised
+from cpu_kernels.format.layout import BLOCK_COLUMNS, GROUP, OFFSET, is_quantised
+from cpu_kernels.host.isa import Isa
 from cpu_kernels.simd.vectors import F32, I1, I32, I64, Simd
 
 GROUPS = BLOCK_COLUMNS // GROUP

@@ -22,7 +22,7 @@ SQRT_HALF = 0.7071067811865476
 
 
 def activation(s: Simd, kind: str, alpha: ir.Value, x: ir.Value) -> ir.Value:
-    """act(x) for a kind of `cpu_kernels.spec` but `custom`; alpha: vector, used by silu."""
+    """act(x) for a kind of `cpu_kernels.format.spec` but `custom`; alpha: vector, used by silu."""
     if kind == "silu":
         return s.b.fmul(x, sigmoid(s, s.b.fmul(alpha, x)))
     if kind == "gelu":

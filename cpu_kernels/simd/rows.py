@@ -16,14 +16,14 @@ from typing import ClassVar
 
 from llvmlite import ir
 
-from cpu_kernels.isa import Isa
-from cpu_kernels.layout import BLOCK_COLUMNS, GROUP
+from cpu_kernels.format.layout import BLOCK_COLUMNS, GROUP
+from cpu_kernels.host.isa import Isa
 from cpu_kernels.simd.formats import Format, or_flags, write_group
 from cpu_kernels.simd.functions import activation
 from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, Simd
 
 SUM_COLUMNS = 64
-# Places in the float32 parameters of an activation (cpu_kernels.plans writes them).
+# Places in the float32 parameters of an activation (cpu_kernels.engine.plans writes them).
 ALPHA, GATE_MAX, ACT_MAX, UP_LIMIT, UP_OFFSET, N_PARAMETERS = range(6)
 
 
@@ -46,7 +46,7 @@ class PrepareKernel:
 
 @dataclass(frozen=True, slots=True)
 class FinishKernel:
-    """`finish` for the format of its result and an activation kind of `cpu_kernels.spec`."""
+    """`finish` for the format of its result and an activation kind of `cpu_kernels.format.spec`."""
 
     form: Format
     kind: str
@@ -124,7 +124,7 @@ def _finish_module(kernel: FinishKernel, isa: Isa) -> ir.Module:
 
 
 def _gated(s: Simd, kind: str, limits: list[ir.Value], gate: ir.Value, up: ir.Value) -> ir.Value:
-    """The gated activation of `cpu_kernels.spec.Activation`; limits that do not apply are infinite."""
+    """The gated activation of `cpu_kernels.format.spec.Activation`; limits that do not apply are infinite."""
     active = activation(s, kind, limits[ALPHA], s.minimum(limits[GATE_MAX], gate))
     bound = s.minimum(limits[UP_LIMIT], s.maximum(s.b.fneg(limits[UP_LIMIT]), up))
     return s.b.fmul(s.minimum(limits[ACT_MAX], active), s.b.fadd(bound, limits[UP_OFFSET]))

@@ -15,8 +15,17 @@ from typing import ClassVar
 
 from llvmlite import ir
 
-from cpu_kernels.isa import Isa
-from cpu_kernels.layout import BITS, BLOCK_COLUMNS, BLOCK_ROWS, GROUP, LINE_BYTES, LINES, block_bytes, is_quantised
+from cpu_kernels.format.layout import (
+    BITS,
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    GROUP,
+    LINE_BYTES,
+    LINES,
+    block_bytes,
+    is_quantised,
+)
+from cpu_kernels.host.isa import Isa
 from cpu_kernels.simd.formats import GROUPS, PAIRS, X_CORRECTIONS, X_SCALES, format_of
 from cpu_kernels.simd.products import GroupDot
 from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, Simd

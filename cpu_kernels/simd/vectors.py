@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 
-from cpu_kernels.isa import Isa
+from cpu_kernels.host.isa import Isa
 from cpu_kernels.simd.llvm_extras import BF16, OrderedLoad
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))

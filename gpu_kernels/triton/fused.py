@@ -7,7 +7,7 @@ import math
 import torch
 
 from cpu_kernels import ExpertSpec
-from cpu_kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, LINES
+from cpu_kernels.format.layout import BLOCK_COLUMNS, BLOCK_ROWS, LINES
 from gpu_kernels.triton import kernels
 
 DTYPES = {

@@ -1,46 +1,257 @@
-"""`hybrimoe bench overhead`: what planning, bookkeeping and dispatch add to the kernels of a decode step."""
+"""The measurement behind `hybrimoe bench overhead`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
-import typer
+import torch
+from torch import nn
 
-from hybrimoe.bench import _options
-from hybrimoe.cli import common
+from cpu_kernels import ExpertWeights, reference_ffn, relative_error, tolerance
+from cpu_kernels.engine import layer as kernel_driver
+from cpu_kernels.engine import routed
+from gpu_kernels import EmulatedAccelerator
+from gpu_kernels.streams import HostEvent
+from hybrimoe.bench.rounds import busy_warning, machine, spread
+from hybrimoe.bench.stopwatch import Stopwatch, Timed, Times
+from hybrimoe.cli.views import render
+from hybrimoe.errors import ModelError
+from hybrimoe.runtime import HybridExperts, RuntimeConfig, Session
+from hybrimoe.runtime.layer_call.lookahead import Lookahead
+from scheduler import ModelShape, Planner
+from yaml_rules.shapes import load_shape
+
+SEED = 0
+WEIGHT_SCALE = 0.02
+GATE_SCALE = 2.0
+"""Standard deviation of the router's logits."""
+DRIFT = 0.3
+"""Step of the random walk of hidden states: neighbouring tokens share about half of their experts."""
+WARM_STEPS = 20
+
+TIMED = (
+    Timed("bookkeeping", HybridExperts, "forward"),
+    Timed("kernels", kernel_driver, "run_layer"),
+    Timed("kernels", routed, "run_routed"),
+    Timed("waiting", HostEvent, "wait"),
+    Timed("prediction", Lookahead, "predict"),
+    Timed("planning", Planner, "plan_layer"),
+    Timed("planning", Planner, "on_event"),
+    Timed("planning", Planner, "observe"),
+    Timed("dispatch", EmulatedAccelerator, "run_experts"),
+    Timed("dispatch", EmulatedAccelerator, "copy_to_slot"),
+)
+"""What is timed; the rest of a call is bookkeeping: tensors, grouping by expert, counters, the sum of the rows."""
+SECTIONS = tuple(dict.fromkeys(item.section for item in TIMED))
+OVERHEAD = tuple(name for name in SECTIONS if name not in ("kernels", "waiting"))
+"""Sections in which no expert of the layer is computed or waited for: their CPU time is the overhead."""
+NOTHING = Times()
 
 
-def register(app: typer.Typer) -> None:
-    """Add `overhead`."""
-    app.command("overhead")(overhead)
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is measured."""
+
+    shape: str
+    layers: int
+    policies: tuple[str, ...]
+    dtype: str
+    slots: float
+    steps: int
+    rounds: int
 
 
-def overhead(
-    shape: Annotated[str, typer.Option(metavar="NAME", help="A shipped model shape.")] = "olmoe-1b-7b",
-    layers: Annotated[int, typer.Option(min=2, help="MoE layers that are built.")] = 4,
-    policy: _options.PolicyList = None,
-    dtype: Annotated[str, typer.Option(help="Expert dtype.")] = "int4",
-    slots: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the experts with a slot.")] = 0.25,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps a round.")] = 50,
-    rounds: _options.RoundsOption = 7,
-    quick: _options.QuickOption = False,
-    as_json: common.JsonOption = False,
-) -> None:
-    """Microseconds of one layer call beside its kernels, without and with an emulated accelerator.
+class Router(nn.Module):
+    """A linear gate in the common form, so that lookahead has something to apply."""
 
-    The sections of each call are timed in the calling thread while the real kernels run: they push the program out of
-    the caches, which makes the same code several times as slow as alone. Results are compared with the reference before
-    anything is timed.
-    """
-    from hybrimoe.bench import _overhead_bench
+    def __init__(self, hidden: int, n_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_experts, hidden) * GATE_SCALE / hidden**0.5)
 
-    request = _overhead_bench.Request(
-        shape=shape,
-        layers=layers,
-        policies=tuple(policy or ("ours", "hybrimoe")),
-        dtype=dtype,
-        slots=slots,
-        steps=min(steps, 15) if quick else steps,
-        rounds=min(rounds, _options.QUICK_ROUNDS) if quick else rounds,
+
+class Experts(nn.Module):
+    """Experts in the common form, on the meta device."""
+
+    def __init__(self, n_experts: int, hidden: int, inter: int) -> None:
+        super().__init__()
+        self.num_experts = n_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * inter, hidden, device="meta"))
+        self.down_proj = nn.Parameter(torch.empty(n_experts, hidden, inter, device="meta"))
+        self.act_fn = nn.SiLU()
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        result: torch.Tensor = self.act_fn(gate) * up
+        return result
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Never computed here: the session's layers take its place."""
+        raise ModelError("these experts have no weights")
+
+
+Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Contender:
+    """One session over random weights. `policy` None: no accelerator."""
+
+    def __init__(self, request: Request, policy: str | None) -> None:
+        shape = ModelShape.from_mapping(load_shape(request.shape))
+        self.top_k, self.hidden = shape.top_k, shape.hidden
+        torch.manual_seed(SEED)
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList()
+        accelerator = None if policy is None else EmulatedAccelerator()
+        config = RuntimeConfig(
+            "none", request.slots, request.dtype, policy=policy or "ours",  # type: ignore[arg-type]
+            threads=1 if policy else None,
+        )  # fmt: skip
+        self.session = Session(config)
+        self.experts: list[HybridExperts] = []
+        for index in range(request.layers):
+            block = nn.Module()
+            block.gate = Router(shape.hidden, shape.n_experts)
+            module = Experts(shape.n_experts, shape.hidden, shape.inter)
+            block.experts = self.session.add_layer(f"layers.{index}.experts", module)
+            self.model.layers.append(block)
+            self.experts.append(block.experts)
+        self.session.finalize(self.model, accelerator=accelerator)
+        self._fill_store(shape.n_experts, shape.hidden, shape.inter)
+        self.session.start()
+
+    def _fill_store(self, n_experts: int, hidden: int, inter: int) -> None:
+        """One random expert a layer, stored for each: values do not matter, bytes do."""
+        for layer in range(len(self.experts)):
+            weights = ExpertWeights(
+                up=torch.randn(inter, hidden) * WEIGHT_SCALE,
+                down=torch.randn(hidden, inter) * WEIGHT_SCALE,
+                gate=torch.randn(inter, hidden) * WEIGHT_SCALE,
+            )
+            self.session.store.write(layer, 0, weights)
+            for expert in range(1, n_experts):
+                self.session.store.record(layer, expert)[:] = self.session.store.record(layer, 0)
+
+    def calls(self, n_steps: int) -> list[list[Call]]:
+        """Decode steps: a random walk of hidden states, routed by each layer's gate."""
+        generator = torch.Generator().manual_seed(SEED)
+        hidden = torch.randn(1, self.hidden, generator=generator)
+        steps = []
+        for _ in range(n_steps):
+            hidden = hidden + DRIFT * torch.randn(hidden.shape, generator=generator)
+            hidden = hidden / hidden.std()
+            steps.append([self._routed(layer, hidden) for layer in range(len(self.experts))])
+        return steps
+
+    def _routed(self, layer: int, hidden: torch.Tensor) -> Call:
+        with torch.no_grad():
+            gate = self.model.layers[layer].gate  # type: ignore[union-attr, index]
+            weights, index = torch.softmax(hidden @ gate.weight.T, -1).topk(self.top_k)
+        return hidden, index, weights
+
+    def run(self, steps: list[list[Call]]) -> None:
+        """All layers of all steps."""
+        with torch.no_grad():
+            for step in steps:
+                for experts, call in zip(self.experts, step, strict=True):
+                    experts(*call)
+
+    def check(self) -> None:
+        """Raises ModelError where the output of a call is not that of the reference."""
+        spec = self.session.layer_specs()[0].spec
+        hidden, index, weights = self.calls(1)[0][0]
+        expected = sum(
+            weight * reference_ffn(spec, self.session.store.read(0, expert), hidden)
+            for expert, weight in zip(index[0].tolist(), weights[0].tolist(), strict=True)
+        )
+        with torch.no_grad():
+            error = relative_error(self.experts[0](hidden, index, weights), torch.as_tensor(expected))
+        if error > tolerance(spec):
+            raise ModelError(f"refusing to measure: outputs differ from the reference by {error:.2g}")
+
+
+def run(request: Request, *, as_json: bool) -> None:
+    """Measures and prints."""
+    result = measure(request)
+    if as_json:
+        render.emit_json(result)
+        return
+    if result["remark"]:
+        render.note(result["remark"])
+    contenders = result["contenders"]
+    rows = [
+        ("whole call", *(f"{row['layer_us']['median']:.0f}" for row in contenders)),
+        *((name, *(f"{row['sections_us'][name]['median']:.0f}" for row in contenders)) for name in SECTIONS),
+        ("held up", *(f"{row['held_up_us']['median']:.0f}" for row in contenders)),
+        ("overhead", *(f"{row['overhead_us']['median']:.0f}" for row in contenders)),
+        ("its share", *(f"{row['share']:.1%}" for row in contenders)),
+    ]
+    columns = ("us", *(row["name"].replace("emulated accelerator, ", "emulated: ") for row in contenders))
+    title = f"One MoE layer of {request.shape}, {request.dtype}, one token: us of the calling thread, measured"
+    render.out().print(render.table(title, columns, rows))
+    render.note(
+        f"Medians of {request.rounds} rounds. Overhead = {' + '.join(OVERHEAD)}, CPU time. Held up: not running in"
+        " them, because others had the core or Python's lock (the threads of an emulated accelerator do)."
     )
-    _overhead_bench.run(request, as_json=as_json)
+
+
+def measure(request: Request) -> dict[str, Any]:
+    """us of a layer call, and of its sections, per contender."""
+    remark = busy_warning()
+    names: list[str | None] = [None, *request.policies]
+    contenders = [_measure_one(request, policy) for policy in names]
+    return {"request": asdict(request), "machine": machine(), "remark": remark, "contenders": contenders}
+
+
+def _measure_one(request: Request, policy: str | None) -> dict[str, Any]:
+    contender = Contender(request, policy)
+    layer_us: list[float] = []
+    watches: list[Stopwatch] = []
+    try:
+        contender.check()
+        steps = contender.calls(WARM_STEPS + request.steps)
+        contender.run(steps[:WARM_STEPS])
+        for _ in range(request.rounds):
+            layer_us.append(_layer_us(contender, steps[WARM_STEPS:]))
+            watch = Stopwatch("bookkeeping")
+            with watch.watching(TIMED):
+                contender.run(steps[WARM_STEPS:])
+            watches.append(watch)
+    finally:
+        contender.session.close()
+    layer, overhead = spread(layer_us), spread([watch.median_us(_overhead_us) for watch in watches])
+    return {
+        "name": "CPU only" if policy is None else f"emulated accelerator, {policy}",
+        "lanes": "measured" if policy is None else "measured (accelerator emulated)",
+        "layer_us": layer,
+        "overhead_us": overhead,
+        "sections_us": {
+            name: spread([watch.median_us(partial(_section_us, name)) for watch in watches]) for name in SECTIONS
+        },
+        "held_up_us": spread([watch.median_us(_held_up_us) for watch in watches]),
+        "share": overhead["median"] / layer["median"],
+    }
+
+
+def _section_us(name: str, call: dict[str, Times]) -> float:
+    times = call.get(name, NOTHING)
+    return times.cpu_us if name in OVERHEAD else times.wall_us
+
+
+def _overhead_us(call: dict[str, Times]) -> float:
+    return sum(_section_us(name, call) for name in OVERHEAD)
+
+
+def _held_up_us(call: dict[str, Times]) -> float:
+    """Outside kernels and waits: not running, because others had the core or Python's lock."""
+    return sum(call[name].wall_us - call[name].cpu_us for name in OVERHEAD if name in call)
+
+
+def _layer_us(contender: Contender, steps: list[list[Call]]) -> float:
+    started = time.perf_counter()
+    contender.run(steps)
+    return (time.perf_counter() - started) * 1e6 / (len(steps) * len(contender.experts))

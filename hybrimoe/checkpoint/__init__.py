@@ -9,18 +9,18 @@ if TYPE_CHECKING:
     from hybrimoe.checkpoint.errors import PackedFileWarning, UnsupportedCheckpointError
     from hybrimoe.checkpoint.loading import load
     from hybrimoe.checkpoint.packed import PackedFile
-    from hybrimoe.checkpoint.rebuild import rebuild_experts
     from hybrimoe.checkpoint.source import model_directory
     from hybrimoe.checkpoint.tokenizer import load_tokenizer
+    from hybrimoe.injection.restore import rebuild_experts
 
 _MODULE_OF = {
-    "PackedFile": "packed",
-    "PackedFileWarning": "errors",
-    "UnsupportedCheckpointError": "errors",
-    "load": "loading",
-    "load_tokenizer": "tokenizer",
-    "model_directory": "source",
-    "rebuild_experts": "rebuild",
+    "PackedFile": "hybrimoe.checkpoint.packed",
+    "PackedFileWarning": "hybrimoe.checkpoint.errors",
+    "UnsupportedCheckpointError": "hybrimoe.checkpoint.errors",
+    "load": "hybrimoe.checkpoint.loading",
+    "load_tokenizer": "hybrimoe.checkpoint.tokenizer",
+    "model_directory": "hybrimoe.checkpoint.source",
+    "rebuild_experts": "hybrimoe.injection.restore",
 }
 
 __all__ = [
@@ -38,4 +38,4 @@ def __getattr__(name: str) -> Any:
     """Imports public names from their modules on first use: torch and transformers take seconds."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

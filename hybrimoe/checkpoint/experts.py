@@ -14,7 +14,7 @@ from cpu_kernels import ExpertWeights
 from hybrimoe.checkpoint.conversion import Conversion, ModelShapes
 from hybrimoe.checkpoint.source import listed
 from hybrimoe.errors import CheckpointError
-from hybrimoe.experts_layout import ExpertsLayout
+from hybrimoe.experts.layout import ExpertsLayout
 
 
 @dataclass(frozen=True, slots=True)

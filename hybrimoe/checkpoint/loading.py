@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel
 
-from cpu_kernels.cache_dir import ENV_CACHE
+from cpu_kernels.jit.cache_dir import ENV_CACHE
 from hybrimoe.checkpoint import packed
 from hybrimoe.checkpoint.budget import check_disk, check_host_memory
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes, plan_conversions
@@ -30,7 +30,6 @@ from hybrimoe.checkpoint.dense import (
 from hybrimoe.checkpoint.dequantise import dequantised
 from hybrimoe.checkpoint.errors import PackedFileWarning
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources
-from hybrimoe.checkpoint.place import place_dense
 from hybrimoe.checkpoint.progress import Progress, progress_of
 from hybrimoe.checkpoint.source import (
     Checkpoint,
@@ -40,9 +39,10 @@ from hybrimoe.checkpoint.source import (
     read_config_dict,
 )
 from hybrimoe.checkpoint.stream import pack_experts
-from hybrimoe.config import DeployConfig, load_config
+from hybrimoe.config.deploy import DeployConfig, load_config
+from hybrimoe.dense.place import place_dense
 from hybrimoe.errors import CheckpointError, ConfigError, ModelError
-from hybrimoe.experts_layout import ExpertsLayout, find_experts, read
+from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
 
 if TYPE_CHECKING:

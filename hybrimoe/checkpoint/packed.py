@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels import LAYOUT_VERSION
-from cpu_kernels.cache_dir import cache_home
+from cpu_kernels.jit.cache_dir import cache_home
 from hybrimoe.checkpoint.safetensors_file import SafetensorsFile
 from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec

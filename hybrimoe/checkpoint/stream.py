@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from cpu_kernels.threads import torch_threads
+from cpu_kernels.host.threads import torch_threads
 from hybrimoe.checkpoint.conversion import ModelShapes
 from hybrimoe.checkpoint.experts import ExpertReader, LayerSource
 from hybrimoe.checkpoint.progress import Progress

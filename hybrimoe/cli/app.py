@@ -25,8 +25,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_group
 
-from hybrimoe.cli import render
-from hybrimoe.cli.waiting import set_wait_policy
+from hybrimoe.cli.views import render
+from hybrimoe.cli.views.waiting import set_wait_policy
 
 RUN, UNDERSTAND, MEASURE = "Run a model", "Understand what happens", "Measure and simulate"
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli import render
 from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
-    from hybrimoe.calibration import Calibration
+    from hybrimoe.machine.calibration import Calibration
 
 DTYPES = ("int4", "int8", "bfloat16", "float32")
 DEFAULT_SHAPE = "olmoe-1b-7b"
@@ -33,10 +33,10 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure CPU, link and accelerator, alone and while the others run, into a profile (under 90 s)."""
-    from hybrimoe import calibrate as measuring
-    from hybrimoe import calibration
     from hybrimoe.errors import ConfigError
-    from hybrimoe.profiles import open_shape, profile_path
+    from hybrimoe.machine import calibrate as measuring
+    from hybrimoe.machine import calibration
+    from hybrimoe.machine.profiles import open_shape, profile_path
 
     wrong = [name for name in dtype or () if name not in DTYPES]
     if wrong:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common, render
+from hybrimoe.cli import common
+from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from hybrimoe.cli.common_model import OpenModel
@@ -148,8 +149,8 @@ class ChatLoop:
         return True
 
     def _answer(self, message: str) -> None:
-        from hybrimoe.cli import render_summary
         from hybrimoe.cli.common_model import stream_out
+        from hybrimoe.cli.views import render_summary
         from hybrimoe.generation import interruptible
 
         self.opened.reset_stats()
@@ -192,7 +193,7 @@ class ChatLoop:
         return True
 
     def _stats(self) -> bool:
-        from hybrimoe.cli import render_summary
+        from hybrimoe.cli.views import render_summary
 
         if self.last is None:
             render.note("no reply yet")
@@ -201,8 +202,8 @@ class ChatLoop:
         return True
 
     def _timeline(self) -> bool:
-        from hybrimoe.cli import render_summary
-        from hybrimoe.cli.render_timeline import timeline
+        from hybrimoe.cli.views import render_summary
+        from hybrimoe.cli.views.render_timeline import timeline
 
         records = list(self.opened.session.timeline) if self.opened.session is not None else []
         if self.last is None or not records:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from hybrimoe.config import DeployConfig
+    from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation import SamplingOptions
 
 PLACEMENT, SAMPLING, OUTPUT, BATCHES = "Where it runs", "Sampling", "Output", "Many prompts"
@@ -110,8 +110,8 @@ def deploy_config(
     lossy: str | None = None,
 ) -> DeployConfig:
     """The deployment that a command line describes: a file or preset, with the given options on top."""
-    from hybrimoe.config import load_config
-    from hybrimoe.config_policy import lossy_option
+    from hybrimoe.config.deploy import load_config
+    from hybrimoe.config.policy import lossy_option
 
     return load_config(
         config,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe.cli import render
+from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
-    from hybrimoe.config import DeployConfig
+    from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation import TextGenerator
 
 Progress = Callable[[int, int, str], None]

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli import render
 from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hybrimoe.doctor import Check
+    from hybrimoe.machine.doctor import Check
 
 KernelsOption = Annotated[
     bool,
@@ -32,7 +32,7 @@ def doctor(kernels: KernelsOption = True, as_json: JsonOption = False) -> None:
     Exit code 0 if HybriMoE can run here (warnings included), 1 if something essential is broken.
     """
     from hybrimoe.cli.common_model import quiet_libraries
-    from hybrimoe.doctor import examine, works
+    from hybrimoe.machine.doctor import examine, works
 
     quiet_libraries()
     checks = examine(kernels)

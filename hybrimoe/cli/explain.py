@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli import render
 from hybrimoe.cli.common import ConfigOption, DtypeOption, JsonOption, ModelArgument, deploy_config
+from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from hybrimoe.injection import Explanation

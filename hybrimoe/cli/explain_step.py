@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import render
 from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.views import render
 
 #: Layers whose decisions are listed in the terminal (the slowest ones); --json has all.
 SHOWN_LAYERS = 3
@@ -42,7 +42,7 @@ def explain_step(
     as_json: JsonOption = False,
 ) -> None:
     """Show each decision's alternatives, the critical path, idle lanes, and what more of a resource would bring."""
-    from hybrimoe.tracing.step import explain_step as explained
+    from hybrimoe.tracing.study.step import explain_step as explained
     from scheduler.graph import chrome_trace
 
     report = explained(trace, hardware, model_shape, policy, cache_ratio, step, seed, accelerators)
@@ -56,7 +56,7 @@ def explain_step(
         return
     _show(report.facts)
     if timeline:
-        from hybrimoe.cli.render_timeline import timeline as drawn
+        from hybrimoe.cli.views.render_timeline import timeline as drawn
 
         render.out().print(drawn(report.records, label="simulated"))
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common, render
+from hybrimoe.cli import common
+from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from hybrimoe.cli.common_model import OpenModel
@@ -183,8 +184,8 @@ def run(opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, 
 
 def report(opened: OpenModel, reply: Reply, *, timeline: bool, trace: Path | None, quiet: bool, as_json: bool) -> None:
     """The summary, the timeline and the trace file of one reply."""
-    from hybrimoe.cli import render_summary
     from hybrimoe.cli.common_model import write_trace
+    from hybrimoe.cli.views import render_summary
 
     experts = opened.stats()
     records = list(opened.session.timeline) if (timeline or trace) and opened.session is not None else []
@@ -197,7 +198,7 @@ def report(opened: OpenModel, reply: Reply, *, timeline: bool, trace: Path | Non
         return
     console = render.err()
     if timeline:
-        from hybrimoe.cli.render_timeline import timeline as draw
+        from hybrimoe.cli.views.render_timeline import timeline as draw
 
         console.print(draw(records, label=label, width=console.width))
     if not quiet:

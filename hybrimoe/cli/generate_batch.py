@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hybrimoe.cli import render, render_summary
+from hybrimoe.cli.views import render, render_summary
 
 if TYPE_CHECKING:
     from hybrimoe.cli.common_model import OpenModel
-    from hybrimoe.config import DeployConfig
+    from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation import SamplingOptions
-    from hybrimoe.generation.batch_job import JobResult, JobTotals
-    from hybrimoe.generation.batch_plan import JobPlan
-    from hybrimoe.generation.route_predictor import RoutePredictor
+    from hybrimoe.generation.batch.job import JobResult, JobTotals
+    from hybrimoe.generation.batch.plan import JobPlan
+    from hybrimoe.tracing.learning.route_predictor import RoutePredictor
 
 DEFAULT_BATCH = 8
 """Prompts at once where nothing else says how many."""
@@ -38,8 +38,8 @@ def run(deployment: DeployConfig, text: str, options: SamplingOptions, job: JobO
     """Runs the prompts in `text`. Returns whether Ctrl-C ended it."""
     from hybrimoe.cli.common_model import open_model, progress_bar
     from hybrimoe.generation import interruptible
-    from hybrimoe.generation.batch_job import BatchJob, job_prompts
-    from hybrimoe.generation.prompts_file import read_prompts
+    from hybrimoe.generation.batch.job import BatchJob, job_prompts
+    from hybrimoe.generation.batch.prompts_file import read_prompts
     from scheduler.batching import batching_kind
 
     kind = batching_kind(job.batching)
@@ -62,7 +62,7 @@ def run(deployment: DeployConfig, text: str, options: SamplingOptions, job: JobO
 
 def _plan(opened: OpenModel, prompts: Any, options: SamplingOptions, job: JobOptions) -> JobPlan:
     from hybrimoe.checkpoint import model_directory
-    from hybrimoe.generation.batch_plan import plan_job
+    from hybrimoe.generation.batch.plan import plan_job
 
     directory = model_directory(opened.config.model)
     return plan_job(opened.generator, opened.session, directory, prompts, options, job.batch_size)
@@ -73,7 +73,7 @@ def _predictor(kind: str, path: Path | None) -> RoutePredictor | None:
         return None
     if kind != "expertflow":
         raise typer.BadParameter("--route-predictor is what --batching expertflow groups by: give both")
-    from hybrimoe.generation.route_predictor import RoutePredictor
+    from hybrimoe.tracing.learning.route_predictor import RoutePredictor
 
     return RoutePredictor(path)
 

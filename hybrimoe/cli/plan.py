@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import render
 from hybrimoe.cli.common import JsonOption, ModelArgument
+from hybrimoe.cli.views import render
 
 
 def register(app: typer.Typer) -> None:
@@ -43,10 +43,10 @@ def plan(
     """
     import psutil
 
-    from hybrimoe.profiles import hardware_for_plan, open_shape, with_accelerators
-    from hybrimoe.tracing.planning import expect, fit
+    from hybrimoe.machine.profiles import hardware_for_plan, open_shape, with_accelerators
     from hybrimoe.tracing.sources import DEMO_MODEL
-    from scheduler.policies import resolve_policy
+    from hybrimoe.tracing.study.planning import expect, fit
+    from scheduler.planner.policies import resolve_policy
 
     resolve_policy(policy)
     shape = open_shape(model or DEMO_MODEL)

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import render
 from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.views import render
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="Rule file, or the name of a shipped rule set.")]
 OnModelOption = Annotated[
@@ -57,7 +57,7 @@ def _check_on_model(file: str, model: str) -> dict[str, Any]:
 
 def schema(deploy: DeployOption = False, as_json: JsonOption = True) -> None:
     """Print the JSON Schema of rule files (always JSON), so that an editor can complete and check them."""
-    from hybrimoe.config import json_schema
+    from hybrimoe.config.deploy import json_schema
     from hybrimoe.injection.operators import kwargs_schemas
     from yaml_rules.json_schema import rule_file_schema
 

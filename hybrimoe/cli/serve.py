@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common, render
+from hybrimoe.cli import common
+from hybrimoe.cli.views import render
 
 
 def register(app: typer.Typer) -> None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli import render
 from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
-    from scheduler.simulate import PhaseResult
+    from scheduler.simulator.simulator import PhaseResult
 
 DEFAULT_POLICIES = ("static", "hybrimoe", "ours", "oracle")
 DEFAULT_RATIO = 0.25
@@ -83,7 +83,7 @@ def simulate(
     if replay is not None:
         _replay(replay, as_json=as_json)
         return
-    from hybrimoe.tracing.simulation import SimulationRequest, run_simulations
+    from hybrimoe.tracing.study.simulation import SimulationRequest, run_simulations
 
     request = SimulationRequest(
         trace=trace,

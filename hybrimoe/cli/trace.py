@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hybrimoe.cli import render
 from hybrimoe.cli.common import AcceleratorOption, ConfigOption, JsonOption, ModelArgument, PolicyOption, SlotsOption
+from hybrimoe.cli.views import render
 
 
 def register(app: typer.Typer) -> None:
@@ -122,9 +122,9 @@ def analyze(
     as_json: JsonOption = False,
 ) -> None:
     """Hit-rate curves, SRP and SCH, reuse, load, predictors, and whether the model suits offloading."""
-    from hybrimoe.tracing.analyse import analyse
-    from hybrimoe.tracing.report import tables, write_figures, write_html
     from hybrimoe.tracing.sources import load_trace
+    from hybrimoe.tracing.study.analyse import analyse
+    from hybrimoe.tracing.study.report import tables, write_figures, write_html
 
     report = analyse(load_trace(trace), slow_tokens=slow_tokens)
     written = [] if plots is None else write_figures(report, plots)
@@ -161,8 +161,8 @@ def train(
     With --target routes: ExpertFlow's predictor, for `generate --batching expertflow --route-predictor`; it learns from
     traces that were recorded with --embeddings and is judged on every fourth sequence.
     """
-    from hybrimoe.tracing.learn import train_predictor
-    from hybrimoe.tracing.learn_routes import TARGET, train_routes
+    from hybrimoe.tracing.learning.learn import train_predictor
+    from hybrimoe.tracing.learning.learn_routes import TARGET, train_routes
     from hybrimoe.tracing.sources import load_trace
 
     loaded = [load_trace(name) for name in traces or ["demo"]]

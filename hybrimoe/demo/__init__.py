@@ -21,6 +21,6 @@ def demo_model_path() -> Path:
     if not (directory / "config.json").is_file():
         raise ModelError(
             f"expected the demo model's config.json in {directory}, found none; reinstall hybrimoe, or train the "
-            f"model with: python -m hybrimoe.demo.train --corpora DIR --out RUN --export {directory}"
+            f"model with: python -m hybrimoe.demo.training.train --corpora DIR --out RUN --export {directory}"
         )
     return directory

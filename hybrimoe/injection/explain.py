@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import nn
 
 from cpu_kernels import ExpertDtype
-from hybrimoe.injection.meta import meta_model
+from hybrimoe.checkpoint.meta import meta_model
 from hybrimoe.injection.operators import DefaultKwargs, ExpertsKwargs
 from hybrimoe.injection.resolve import Hit, Resolution, claimed_modules, resolve
 from hybrimoe.injection.rules import RulesSource, read_rules

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from hybrimoe.config import ExpertDtypeName
+from hybrimoe.config.deploy import ExpertDtypeName
 from hybrimoe.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
-    from hybrimoe.injection.apply import Application
+    from hybrimoe.injection.injection import Application
     from hybrimoe.injection.resolve import Hit
 
 Placement = Literal["hybrid", "cpu", "accelerator"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from hybrimoe.errors import ModelError, RuleError, UnsupportedExpertsError
-from hybrimoe.experts_layout import ExpertsLayout, find_experts, is_experts, read
+from hybrimoe.experts.layout import ExpertsLayout, find_experts, is_experts, read
 from hybrimoe.injection.nearest import why_nothing_matches
 from hybrimoe.injection.rules import BoundRule, BoundRules
 

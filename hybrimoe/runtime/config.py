@@ -1,4 +1,4 @@
-"""What a Session needs to know, as one frozen dataclass (the YAML form is `hybrimoe.config.DeployConfig`)."""
+"""What a Session needs to know, as one frozen dataclass (the YAML form is `hybrimoe.config.deploy.DeployConfig`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from cpu_kernels import ExpertDtype
 from scheduler import HardwareProfile
-from scheduler.relax import Lossy
+from scheduler.lossy import Lossy
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class RuntimeConfig:
     profile: costs of this machine; None measures a few us per shape when the session is finalised.
     pacing: only for "emulated": link and compute are slowed down to this profile.
     decode_max_tokens: without a bound model, a call with at most this many tokens counts as decode.
-    lossy: a lossy policy between router and planner (scheduler.relax); None computes what the router asked for.
+    lossy: a lossy policy between router and planner (scheduler.lossy); None computes what the router asked for.
     kv_reserve_bytes: for "auto" slots on a real device: memory left for the KV cache (None: estimated).
     """
 

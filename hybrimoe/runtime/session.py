@@ -13,28 +13,28 @@ from torch import nn
 
 from cpu_kernels import ExpertDtype
 from gpu_kernels import Accelerator
-from hybrimoe import experts_layout
 from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import ModelError
-from hybrimoe.runtime.backends import backend_for, close_all, cpu_threads, open_devices
+from hybrimoe.experts import layout as experts_layout
+from hybrimoe.experts.module import HybridExperts
 from hybrimoe.runtime.config import RuntimeConfig
-from hybrimoe.runtime.hybrid_experts import HybridExperts
-from hybrimoe.runtime.layers import PLACEMENTS, Layer, Placement, pack_layers
-from hybrimoe.runtime.lookahead import ProbeSink, RoutingCaptured, run_probe
-from hybrimoe.runtime.low_copy import LowCopy, make_low_copy
-from hybrimoe.runtime.relaxed import RelaxedRunner
-from hybrimoe.runtime.relaxed_startup import relaxed_runner
-from hybrimoe.runtime.runner import RoutingRecorder, Runner
+from hybrimoe.runtime.layer_call.layers import PLACEMENTS, Layer, Placement, pack_layers
+from hybrimoe.runtime.layer_call.lookahead import ProbeSink, RoutingCaptured, run_probe
+from hybrimoe.runtime.layer_call.runner import RoutingRecorder, Runner
+from hybrimoe.runtime.layer_call.stats import SessionStats, StatsRecorder
+from hybrimoe.runtime.layer_call.steps import StepTracker
+from hybrimoe.runtime.lossy.low_copy import LowCopy, make_low_copy
+from hybrimoe.runtime.lossy.runner import RelaxedRunner
+from hybrimoe.runtime.lossy.startup import relaxed_runner
 from hybrimoe.runtime.snapshot import snapshot
-from hybrimoe.runtime.startup import Frequencies, Startup
-from hybrimoe.runtime.stats import SessionStats, StatsRecorder
-from hybrimoe.runtime.steps import StepTracker
+from hybrimoe.runtime.startup.backends import backend_for, close_all, cpu_threads, open_devices
+from hybrimoe.runtime.startup.startup import Frequencies, Startup
+from hybrimoe.runtime.startup.units import Unit, share_layers
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
-from hybrimoe.runtime.units import Unit, share_layers
 from scheduler.graph import PlannedLayer
-from scheduler.layer_planner import Costs, LayerPlanner
-from scheduler.planner_setup import PlannerSetup
-from scheduler.recording import Recorder, Recording
+from scheduler.planner.protocol import Costs, LayerPlanner
+from scheduler.planner.setup import PlannerSetup
+from scheduler.recording.recording import Recorder, Recording
 from scheduler.records import TaskRecord
 
 
@@ -251,7 +251,7 @@ class Session:
             self._ready().trace(on)
 
     def record_run(self) -> None:
-        """Starts a recording that `scheduler.replay` can follow exactly; slots start over with the most used experts.
+        """Starts a recording that `scheduler.recording.replay` can follow exactly; slots start over with the most used experts.
 
         Experts run one by one on each lane. Raises ModelError without an accelerator, or where a lossy policy runs.
         """

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hybrimoe.runtime.config import RuntimeConfig
-from hybrimoe.runtime.layers import Layer
-from hybrimoe.runtime.low_copy import LowCopy
-from hybrimoe.runtime.relaxed import RelaxedRunner
-from hybrimoe.runtime.runner import Runner
-from hybrimoe.runtime.stats import Counters, SessionStats, StatsRecorder, UnitStats
+from hybrimoe.runtime.layer_call.layers import Layer
+from hybrimoe.runtime.layer_call.runner import Runner
+from hybrimoe.runtime.layer_call.stats import Counters, SessionStats, StatsRecorder, UnitStats
+from hybrimoe.runtime.lossy.low_copy import LowCopy
+from hybrimoe.runtime.lossy.runner import RelaxedRunner
+from hybrimoe.runtime.startup.units import Unit
 from hybrimoe.runtime.store import ExpertStore
-from hybrimoe.runtime.units import Unit
 
 
 def snapshot(

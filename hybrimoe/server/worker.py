@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hybrimoe.errors import HybriMoEError, ModelError
 from hybrimoe.generation import PrefixCaches, SamplingOptions
-from hybrimoe.runtime.budget import KV_TOKENS
+from hybrimoe.runtime.startup.budget import KV_TOKENS
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply, TextGenerator

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from hybrimoe import experts_layout
 from hybrimoe.errors import ModelError
-from hybrimoe.runtime.hybrid_experts import HybridExperts
-from hybrimoe.runtime.lookahead import LinearGate, Lookahead, ProbeSink, RoutingCaptured, run_probe
-from scheduler.trace import PHASE_CODES, Phase, Trace
+from hybrimoe.experts import layout as experts_layout
+from hybrimoe.experts.module import HybridExperts
+from hybrimoe.runtime.layer_call.lookahead import LinearGate, Lookahead, ProbeSink, RoutingCaptured, run_probe
+from scheduler.traces.trace import PHASE_CODES, Phase, Trace
 
 if TYPE_CHECKING:
     from hybrimoe.generation import SamplingOptions, TextGenerator

@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.bench._ablation_sweep import environment
+from hybrimoe.bench.ablation.sweep import environment
 from hybrimoe.errors import ConfigError
 from hybrimoe.generation import SamplingOptions, TextGenerator
 from hybrimoe.runtime import Session
-from scheduler.recording import Recording
-from scheduler.replay import replay
-from scheduler.retiming import Retiming, StepTime
+from scheduler.recording.recording import Recording
+from scheduler.recording.replay import replay
+from scheduler.recording.retiming import Retiming, StepTime
 
 
 def capture_run(

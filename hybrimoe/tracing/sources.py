@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe.errors import ConfigError
-from hybrimoe.profiles import open_shape
-from scheduler.analysis import expert_frequencies
-from scheduler.profile import ModelShape
-from scheduler.synthetic import LOCALITIES, generate
-from scheduler.trace import Trace
+from hybrimoe.machine.profiles import open_shape
+from scheduler.machine.profile import ModelShape
+from scheduler.traces.analysis import expert_frequencies
+from scheduler.traces.synthetic import LOCALITIES, generate
+from scheduler.traces.trace import Trace
 
 DEMO, SYNTHETIC = "demo", "synthetic"
 DEMO_MODEL = Path(str(files("hybrimoe"))) / "demo" / "model"

@@ -29,10 +29,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.costs import CostModel
 from scheduler.errors import SchedulerError
-from scheduler.profile import HardwareProfile, ModelShape
-from scheduler.simulate_dense import FLOPS_PER_PAIR_AND_HIDDEN, DenseCosts
+from scheduler.machine.costs import CostModel
+from scheduler.machine.profile import HardwareProfile, ModelShape
+from scheduler.simulator.dense import FLOPS_PER_PAIR_AND_HIDDEN, DenseCosts
 
 Floats = NDArray[np.float64]
 Attention = Literal["cpu", "accelerator", "streamed"]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.errors import SchedulerError
-from scheduler.trace import Trace, TraceStep
+from scheduler.traces.trace import Trace, TraceStep
 
 Floats = NDArray[np.float64]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from scheduler.activation_matrix import EPSILON, ActivationMatrices
 from scheduler.cache.base import CachePolicy, Scope
 from scheduler.demand import LayerDemand
+from scheduler.forecast.activation_matrix import EPSILON, ActivationMatrices
 from scheduler.setting import Setting
 
 

@@ -7,9 +7,9 @@ import numpy.typing as npt
 
 from scheduler.cache.base import CachePolicy, Scope
 from scheduler.demand import LayerDemand
-from scheduler.residency import HORIZON_SCALE
+from scheduler.forecast.residency import HORIZON_SCALE
+from scheduler.forecast.value_model import ValueModel
 from scheduler.setting import Setting, number
-from scheduler.value_model import ValueModel
 
 WORTHLESS = 0.01
 """Uses to come below which a transferred expert is not admitted."""

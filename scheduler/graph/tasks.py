@@ -50,7 +50,7 @@ class Task:
 
 
 class Durations(Protocol):
-    """Expected time of each kind of expert task; :class:`scheduler.costs.CostModel` is one."""
+    """Expected time of each kind of expert task; :class:`scheduler.machine.costs.CostModel` is one."""
 
     def cpu_us(self, layer: int, n_tokens: NDArray[np.int32]) -> NDArray[np.float64]: ...
 

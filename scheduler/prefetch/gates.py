@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from scheduler.balancing.peers import hybrimoe
 from scheduler.compiled import compiled
-from scheduler.costs import GRID_TOKENS
 from scheduler.demand import LayerDemand, Prediction
+from scheduler.machine.costs import GRID_TOKENS
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals
 from scheduler.setting import Setting, integer, number
 

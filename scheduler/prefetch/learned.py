@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.demand import LayerDemand
+from scheduler.forecast.transitions import count_transitions, follow
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals
 from scheduler.setting import Setting, number
-from scheduler.transitions import count_transitions, follow
 
 PREFETCH_FEATURES = ("follows", "recent_frequency", "last_step", "gate_prediction")
 RECENT_WEIGHT = 0.1

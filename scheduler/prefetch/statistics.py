@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.activation_matrix import EPSILON, ActivationMatrices
 from scheduler.demand import LayerDemand
+from scheduler.forecast.activation_matrix import EPSILON, ActivationMatrices
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals, best_first
 from scheduler.setting import Setting, integer, number
 

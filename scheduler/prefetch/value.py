@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from scheduler.demand import LayerDemand
+from scheduler.forecast.use_model import is_few
+from scheduler.forecast.value_model import ValueModel
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals
 from scheduler.setting import Setting, number
-from scheduler.use_model import is_few
-from scheduler.value_model import ValueModel
 
 CPU_WORKS = 0.5
 """Part of a transfer's time in which the CPU computes experts and can lose time to it (0.4 to 0.56 in simulated decode

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import cpu_kernels as ck
-from cpu_kernels import attention, isa
+from cpu_kernels.backends import attention
+from cpu_kernels.host import isa
 from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, AttendKernel
 from cpu_kernels.simd.compile import Target, assembly, kernel_address
 

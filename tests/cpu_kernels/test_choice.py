@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import cpu_kernels as ck
-from cpu_kernels import cache_dir
 from cpu_kernels.backends import choice
 from cpu_kernels.backends.choice import BackendChoice, measured_choice, write_choice
+from cpu_kernels.jit import cache_dir
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import pytest
 
 from cpu_kernels.backends import BACKENDS
 from cpu_kernels.backends.ipex_backend import BFLOAT16_TOLERANCE
-from cpu_kernels.isa import PATHS
-from cpu_kernels.reference import TOLERANCES
+from cpu_kernels.format.reference import TOLERANCES
+from cpu_kernels.host.isa import PATHS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import cpu_kernels as ck
-from cpu_kernels import threads
+from cpu_kernels.host import threads
 
 
 def test_pool_is_sized_to_physical_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_read_only_cache_directory_is_said_and_survived(tmp_path: object) -> Non
 
 
 def test_object_code_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    from cpu_kernels import cache_dir
+    from cpu_kernels.jit import cache_dir
 
     cache_dir.kernel_cache_dir.cache_clear()
     monkeypatch.setenv(cache_dir.ENV_CACHE, "/proc/nowhere")

@@ -9,7 +9,7 @@ import torch
 
 import cpu_kernels as ck
 from cpu_kernels.backends.torch_backend import TorchBackend
-from cpu_kernels.threads import torch_threads
+from cpu_kernels.host.threads import torch_threads
 
 
 @pytest.fixture(autouse=True)

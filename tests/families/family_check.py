@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 import hybrimoe
 from cpu_kernels import Activation
-from hybrimoe.experts_layout import ExpertsLayout, find_experts, read
-from hybrimoe.profiles import open_hardware
+from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
+from hybrimoe.machine.profiles import open_hardware
 
 NEW_TOKENS = 6
 HARDWARE = "a6000-xeon5220r"  # costs from a profile, so that what runs where does not depend on this machine's load

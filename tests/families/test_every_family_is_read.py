@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from cpu_kernels import reference_ffn
 from hybrimoe.errors import UnsupportedExpertsError
-from hybrimoe.experts_layout import FOREIGN_EXPERTS, SORTED_EXPERTS, ExpertsLayout, find_experts, read
+from hybrimoe.experts.layout import FOREIGN_EXPERTS, SORTED_EXPERTS, ExpertsLayout, find_experts, read
 
 pytestmark = pytest.mark.families
 

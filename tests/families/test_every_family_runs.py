@@ -10,7 +10,7 @@ from family_check import PLACEMENTS, Comparison, Outputs, compare, plain_outputs
 from tiny_families import FAMILIES, tiny_model
 from transformers import PreTrainedModel
 
-from hybrimoe.experts_layout import find_experts
+from hybrimoe.experts.layout import find_experts
 
 pytestmark = pytest.mark.families
 

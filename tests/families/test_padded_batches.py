@@ -7,7 +7,7 @@ from tiny_families import tiny_model
 import hybrimoe
 from hybrimoe.errors import ConfigError
 from hybrimoe.generation import SamplingOptions, TextGenerator
-from hybrimoe.generation.batch import BatchPrompt, generate_batch, probe_batch
+from hybrimoe.generation.batch.generate import BatchPrompt, generate_batch, probe_batch
 
 FAMILIES = ("deepseek_v3", "ernie4_5_vl_moe", "gpt_oss", "inkling2", "jamba", "llama4", "qwen3_next")
 """Latent attention, experts for images, sliding windows, custom activation, Mamba, sorted tokens, linear attention."""

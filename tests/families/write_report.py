@@ -17,7 +17,7 @@ import transformers
 from family_check import PLACEMENTS, compare, describe, plain_outputs
 from tiny_families import FAMILIES, FOREIGN, NOT_CAUSAL, tiny_model
 
-from hybrimoe.experts_layout import FOREIGN_EXPERTS
+from hybrimoe.experts.layout import FOREIGN_EXPERTS
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON_FILE, TABLE_FILE, README = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md", ROOT / "README.md"

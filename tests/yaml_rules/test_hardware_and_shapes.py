@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hybrimoe.profiles import open_hardware, open_shape
+from hybrimoe.machine.profiles import open_hardware, open_shape
 from scheduler.errors import ProfileError
 from yaml_rules.errors import YamlRulesError
 from yaml_rules.hardware import hardware_names

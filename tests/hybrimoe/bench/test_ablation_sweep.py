@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from hybrimoe.bench import _ablation_sweep
-from hybrimoe.bench._ablation_cases import every_policy, hit_rates, speedups, table_3
-from hybrimoe.bench._ablation_summary import oracle_share, summarise, tables
-from hybrimoe.bench._ablation_sweep import DEMO, Case, cached_row, run_case, sweep
-from hybrimoe.bench.ablation import build_cases, write
+from hybrimoe.bench.ablation import sweep as ablation_sweep
+from hybrimoe.bench.ablation.cases import every_policy, hit_rates, speedups, table_3
+from hybrimoe.bench.ablation.summary import oracle_share, summarise, tables
+from hybrimoe.bench.ablation.sweep import DEMO, Case, cached_row, run_case, sweep
+from hybrimoe.cli.bench.ablation import build_cases, write
 from hybrimoe.errors import MissingExtraError
 
 CASE = Case("policies", "static", "laptop", "", DEMO, 0.25, "decode", n_decode=12)
@@ -33,7 +33,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch):
         ran.append(case.policy)
         return run_case(case)
 
-    monkeypatch.setattr(_ablation_sweep, "run_case", stops)
+    monkeypatch.setattr(ablation_sweep, "run_case", stops)
     with pytest.raises(KeyboardInterrupt):
         sweep(cases, tmp_path)
     assert ran == ["fiddler", "stop"]
@@ -115,9 +115,9 @@ def test_tables_and_files(tmp_path):
 
 
 def test_lossy_rows_are_set_against_the_lossless_run_of_the_same_policy_and_machine():
-    from hybrimoe.bench._ablation_cases import lossy
-    from hybrimoe.bench._ablation_summary import summarise, tables
-    from scheduler.relax import RELAXATIONS
+    from hybrimoe.bench.ablation.cases import lossy
+    from hybrimoe.bench.ablation.summary import summarise, tables
+    from scheduler.lossy import RELAXATIONS
 
     times = {("a", "lossless"): 10.0, ("a", "skip"): 5.0, ("b", "lossless"): 30.0, ("b", "skip"): 10.0}
     rows = [

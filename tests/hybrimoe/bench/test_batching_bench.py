@@ -2,7 +2,7 @@
 
 import pytest
 
-from hybrimoe.bench._batching_sim import BatchingRequest, compare
+from hybrimoe.bench.batching import BatchingRequest, compare
 from hybrimoe.errors import ConfigError
 from scheduler.errors import PolicyError
 

@@ -53,7 +53,7 @@ def test_a_readme_without_markers_is_refused(heldout: ModuleType) -> None:
 
 
 def test_the_halves_do_not_overlap(heldout: ModuleType) -> None:
-    from scheduler.synthetic import generate
+    from scheduler.traces.synthetic import generate
 
     profile, held = heldout.parts(generate(2, 8, 2, 4, 8))
     assert set(profile.sequence.tolist()).isdisjoint(held.sequence.tolist())

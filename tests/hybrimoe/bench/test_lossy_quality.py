@@ -6,18 +6,18 @@ import math
 import pytest
 import torch
 
-from hybrimoe.bench import _lossy_quality
-from hybrimoe.bench._quality_text import compare, text_windows
+from hybrimoe.bench.quality import lossy as lossy_quality
+from hybrimoe.bench.quality.text import compare, text_windows
 from hybrimoe.demo import demo_model_path
-from hybrimoe.demo.corpora import Document
-from hybrimoe.demo.held_out import excerpt
+from hybrimoe.demo.training.corpora import Document
+from hybrimoe.demo.training.held_out import excerpt
 from hybrimoe.errors import ConfigError, ModelError
 
 
 @pytest.fixture(scope="module")
 def result():
     kinds = ("hobbit:misses_only=false", "swapmoe:budget=12")
-    return _lossy_quality.run(_lossy_quality.Request(None, None, kinds, 1, 1, 12, "bfloat16", slots="24"))
+    return lossy_quality.run(lossy_quality.Request(None, None, kinds, 1, 1, 12, "bfloat16", slots="24"))
 
 
 def test_the_lossless_run_is_the_yardstick(result):
@@ -43,7 +43,7 @@ def test_perplexity_agreement_and_divergence_by_hand():
     base = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
     mine = torch.log(torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]))
     target = torch.tensor([0, 1])
-    perplexity, same, divergence = compare([mine], [base], [target], _lossy_quality._divergence)
+    perplexity, same, divergence = compare([mine], [base], [target], lossy_quality._divergence)
     assert perplexity == pytest.approx(math.exp(-(math.log(0.25) + math.log(0.8)) / 2), rel=1e-5)
     assert same == 0.5
     assert divergence == pytest.approx((0.5 * math.log(2) - 0.25 * math.log(2)) / 2, rel=1e-5)
@@ -64,7 +64,7 @@ def test_the_command_writes_csv_and_refuses_wrong_kinds(monkeypatch, tmp_path):
         asked.append(request)
         return {"rows": rows, "dtype": "int8", "prefill_tokens": 1, "decode_tokens": 1, "text": "t"}
 
-    monkeypatch.setattr(_lossy_quality, "run", fake)
+    monkeypatch.setattr(lossy_quality, "run", fake)
     file = tmp_path / "rows.csv"
     words = ["bench", "quality", "--lossy", "skip", "--lossy", "all", "--dtype", "int8", "--csv", str(file)]
     outcome = CliRunner().invoke(app, words)
@@ -74,7 +74,7 @@ def test_the_command_writes_csv_and_refuses_wrong_kinds(monkeypatch, tmp_path):
     assert next(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))["policy"] == "lossless"
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="did you mean 'skip'"):
-        _lossy_quality.run(_lossy_quality.Request(None, None, ("skp",), 1, 1, 4, "bfloat16"))
+        lossy_quality.run(lossy_quality.Request(None, None, ("skp",), 1, 1, 4, "bfloat16"))
 
 
 def test_windows_are_spread_over_the_text(tmp_path):

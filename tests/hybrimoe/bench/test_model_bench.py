@@ -10,11 +10,13 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hybrimoe.bench import _contenders, _harness, _model_bench, _sources
-from hybrimoe.cli import render
+from hybrimoe.bench import rounds as harness
+from hybrimoe.bench.model import contenders, sources
+from hybrimoe.bench.model import measure as model_bench
 from hybrimoe.cli.app import app
-from hybrimoe.config import load_config
-from hybrimoe.dense_linear import PackedLinear
+from hybrimoe.cli.views import render
+from hybrimoe.config.deploy import load_config
+from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.errors import ConfigError, MissingExtraError, ModelError
 
 
@@ -43,13 +45,13 @@ def test_rounds_alternate_each_begins_with_another_and_the_first_does_not_count(
         counts[name] += 1
         return float(counts[name])
 
-    values = _harness.alternate({name: name for name in counts}, measure, 3)
+    values = harness.alternate({name: name for name in counts}, measure, 3)
     assert values == {name: [2.0, 3.0, 4.0] for name in counts}
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
-    assert _harness.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "rounds": [3.0, 1.0, 2.0]}
+    assert harness.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "rounds": [3.0, 1.0, 2.0]}
 
 
-class Fake(_contenders.Contender):
+class Fake(contenders.Contender):
     """A contender whose logits are given."""
 
     def __init__(self, label, dtype, values):
@@ -63,17 +65,17 @@ class Fake(_contenders.Contender):
 def test_wrong_logits_end_the_benchmark_and_right_ones_are_told():
     plain = Fake("transformers", None, [1.0, 2.0, 3.0])
     near, far = Fake("ours", "int4", [1.1, 2.0, 2.9]), Fake("broken", "int4", [3.0, -2.0, 1.0])
-    cosines = _contenders.check_parity([plain, near], [1])
+    cosines = contenders.check_parity([plain, near], [1])
     assert set(cosines) == {"ours"}
     assert 0.99 < cosines["ours"] < 1.0
     with pytest.raises(ModelError, match=r"broken: logits have a cosine of .* to transformers"):
-        _contenders.check_parity([plain, near, far], [1])
+        contenders.check_parity([plain, near, far], [1])
     with pytest.raises(ModelError, match="to ours"):
-        _contenders.check_parity([near, far], [1])
+        contenders.check_parity([near, far], [1])
     with pytest.raises(ModelError, match="nan"):
-        _contenders.check_parity([plain, Fake("nan", "int4", [np.nan, 1.0, 1.0])], [1])
+        contenders.check_parity([plain, Fake("nan", "int4", [np.nan, 1.0, 1.0])], [1])
     with pytest.raises(ModelError):
-        _contenders.check_parity([plain, Fake("nearly", "float32", [1.1, 2.0, 2.9])], [1])
+        contenders.check_parity([plain, Fake("nearly", "float32", [1.1, 2.0, 2.9])], [1])
 
 
 def test_decode_of_the_demo_model_side_by_side():
@@ -95,7 +97,7 @@ def test_decode_of_the_demo_model_side_by_side():
 
 def test_random_weights_in_a_real_shape_need_no_checkpoint(monkeypatch):
     tiny = {"hidden_size": 64, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 100}
-    make = _sources._config
+    make = sources._config
 
     def shrunk(shape, layers):
         config = make(shape, layers)
@@ -103,14 +105,14 @@ def test_random_weights_in_a_real_shape_need_no_checkpoint(monkeypatch):
             setattr(config, name, value)
         return config
 
-    monkeypatch.setattr(_sources, "_config", shrunk)
+    monkeypatch.setattr(sources, "_config", shrunk)
     result = run(
         "prefill", "--shape", "olmoe-1b-7b", "--layers", "2", "--no-plain", "--dtype", "int4", "--dtype", "float32",
         "--policy", "ours", "--accelerator", "none", "--rounds", "1", "--prompt-tokens", "12",
     )  # fmt: skip
     assert result["weights"] == "random"
     assert [row["name"] for row in result["results"]] == ["ours int4", "ours float32"]
-    source = _sources.RandomSource("olmoe-1b-7b", 2)
+    source = sources.RandomSource("olmoe-1b-7b", 2)
     config = load_config({"accelerator": "none", "cpu": {"expert_dtype": "float32"}})
     models = [source.hybrid(config, lambda *done: None) for _ in range(2)]
     ids = torch.tensor([[5, 6, 7]])
@@ -137,7 +139,7 @@ def test_random_weights_in_a_real_shape_need_no_checkpoint(monkeypatch):
 
 
 def test_comparing_policies_sets_cache_off_beside_cache_on():
-    request = _model_bench.Request(
+    request = model_bench.Request(
         kind="decode", model=None, shape=None, layers=None, policies=(), dtypes=("int4", "int8"), compare_policies=True,
         plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, config=None, accelerator=None, slots=None,
         threads=None,
@@ -145,7 +147,7 @@ def test_comparing_policies_sets_cache_off_beside_cache_on():
     labels = [label for label, _ in request.variants()]
     assert labels[:2] == ["cache off (CPU only) int4", "static int4"]
     assert "ours int8" in labels
-    assert len(set(labels)) == len(labels) == 2 * (1 + len(_model_bench.COMPARED_POLICIES))
+    assert len(set(labels)) == len(labels) == 2 * (1 + len(model_bench.COMPARED_POLICIES))
     assert request.variants()[0][1]["slots"] == "0"
 
 
@@ -169,20 +171,20 @@ def test_wrong_usage_is_told(words, message):
 def test_llama_cpp_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(MissingExtraError, match="llama-cpp-python"):
-        _contenders.LlamaCpp("model.gguf", None)
+        contenders.LlamaCpp("model.gguf", None)
 
 
 def test_the_table_says_what_is_emulated(monkeypatch):
     rows = [
-        {"name": "transformers", "provenance": "measured", "tokens_per_s": _harness.spread([10.0]), "hit_rate": None,
+        {"name": "transformers", "provenance": "measured", "tokens_per_s": harness.spread([10.0]), "hit_rate": None,
          "prefetch_precision": None, "logits_cosine": None},
-        {"name": "ours", "provenance": "measured, accelerator emulated", "tokens_per_s": _harness.spread([25.0]),
+        {"name": "ours", "provenance": "measured, accelerator emulated", "tokens_per_s": harness.spread([25.0]),
          "hit_rate": 0.5, "prefetch_precision": 0.8, "logits_cosine": 0.99},
     ]  # fmt: skip
     told = io.StringIO()
     monkeypatch.setattr(render, "out", lambda: Console(file=told, width=80))
-    _model_bench._show({"bench": "decode", "model": "demo", "weights": "checkpoint", "prompt_tokens": 8, "rounds": 1,
-                        "machine": _harness.machine(), "results": rows})  # fmt: skip
+    model_bench._show({"bench": "decode", "model": "demo", "weights": "checkpoint", "prompt_tokens": 8, "rounds": 1,
+                        "machine": harness.machine(), "results": rows})  # fmt: skip
     text = told.getvalue()
     assert "2.50x" in text
     assert "the accelerator is emulated" in " ".join(text.split())
@@ -191,11 +193,11 @@ def test_the_table_says_what_is_emulated(monkeypatch):
 
 def test_a_config_that_is_no_shape_is_refused():
     with pytest.raises(ConfigError, match="unknown model shape"):
-        _sources.RandomSource("no-such-shape", None)
+        sources.RandomSource("no-such-shape", None)
 
 
 def test_lossy_policies_stand_beside_each_policy_and_are_not_judged_by_their_logits():
-    request = _model_bench.Request(
+    request = model_bench.Request(
         kind="decode", model=None, shape=None, layers=None, policies=("ours", "static"), dtypes=(),
         compare_policies=False, plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, config=None,
         accelerator=None, slots=None, threads=None, lossy=("skip",),
@@ -203,10 +205,10 @@ def test_lossy_policies_stand_beside_each_policy_and_are_not_judged_by_their_log
     assert [label for label, _ in request.variants()] == ["ours", "ours + skip", "static", "static + skip"]
     assert request.variants()[1][1] == {"policy": "ours", "slots": None, "dtype": None, "lossy": "skip"}
 
-    class Fixed(_contenders.Contender):
+    class Fixed(contenders.Contender):
         def logits(self, prompt_ids):
             return np.array([1.0, 0.0] if self.label != "lossy" else [0.0, 1.0], np.float32)
 
     exact = [Fixed(label, None, None, "int4") for label in ("first", "second")]
-    cosines = _contenders.check_parity([Fixed("lossy", None, None, "int4", lossy=True), *exact], [1])
+    cosines = contenders.check_parity([Fixed("lossy", None, None, "int4", lossy=True), *exact], [1])
     assert cosines == {"second": 1.0}

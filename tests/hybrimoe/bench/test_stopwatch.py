@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from hybrimoe.bench._stopwatch import Stopwatch, Timed, Times
+from hybrimoe.bench.stopwatch import Stopwatch, Timed, Times
 
 
 class Work:

@@ -21,9 +21,9 @@ from transformers import (
 import hybrimoe
 from cpu_kernels import DTYPES, pack_expert
 from hybrimoe.checkpoint import load
-from hybrimoe.dense_linear import PackedLinear
+from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.errors import ConfigError, ModelError
-from hybrimoe.experts_layout import find_experts, read
+from hybrimoe.experts.layout import find_experts, read
 
 from .conftest import SMALL
 

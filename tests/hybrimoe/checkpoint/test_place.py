@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import MixtralConfig, PreTrainedModel
 
-from hybrimoe.checkpoint.place import dense_device, move, place_dense
-from hybrimoe.config import load_config
+from hybrimoe.config.deploy import load_config
+from hybrimoe.dense.place import dense_device, move, place_dense
 
 from .conftest import SMALL
 

@@ -158,7 +158,7 @@ def test_the_benchmarks_of_the_package_are_commands(hybrimoe):
 
 
 def test_json_keeps_number_lists_on_one_line_and_leaves_text_alone(capsys):
-    from hybrimoe.cli.render import emit_json
+    from hybrimoe.cli.views.render import emit_json
 
     data = {"ids": [1, -2, 3.5e-7], "text": "a [\n 1,\n 2\n] b [ 1, 2 ]", "empty": [], "nested": [[1], [2, 3]]}
     emit_json(data)

@@ -24,8 +24,8 @@ def test_heads_that_the_kernel_does_not_take_are_told(hybrimoe):
 
 
 def test_a_wrong_result_is_not_timed(hybrimoe, monkeypatch):
-    from hybrimoe.bench import _attention_bench
+    from hybrimoe.bench import attention as attention_bench
 
-    monkeypatch.setattr(_attention_bench, "decode_attention", lambda q, *_: torch.zeros_like(q))
+    monkeypatch.setattr(attention_bench, "decode_attention", lambda q, *_: torch.zeros_like(q))
     result = hybrimoe("bench", "attention", "--context", "8")
     assert (result.code, "ours deviates from float64" in " ".join(result.err.split())) == (1, True)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import cpu_kernels as ck
-from cpu_kernels import cache_dir
+from cpu_kernels.jit import cache_dir
 from gpu_kernels import EmulatedAccelerator
-from hybrimoe import doctor, doctor_machine, doctor_parts, profiles
-from hybrimoe.doctor import Check
 from hybrimoe.errors import ModelError
+from hybrimoe.machine import doctor, doctor_machine, doctor_parts, profiles
+from hybrimoe.machine.doctor import Check
 
 PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 LINES = [
@@ -68,7 +68,7 @@ def test_warnings_are_counted_in_the_verdict(hybrimoe, monkeypatch) -> None:
 
 
 def test_a_path_that_the_cpu_lacks_is_broken(monkeypatch) -> None:
-    monkeypatch.setattr("cpu_kernels.isa.cpu_features", frozenset)
+    monkeypatch.setattr("cpu_kernels.host.isa.cpu_features", frozenset)
     monkeypatch.setenv("HYBRIMOE_ISA", "avx2")
     check = line(doctor_machine.checks(), "instruction set")
     assert check.status == "broken"
@@ -172,7 +172,7 @@ def test_accelerators(monkeypatch) -> None:
 def test_calibration_profiles(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
     assert line(doctor_machine.checks(), "calibration").status == "info"
-    shipped = Path(doctor_machine.__file__).parents[1] / "yaml_rules" / "hardware" / "laptop.yaml"
+    shipped = Path(doctor_machine.__file__).parents[2] / "yaml_rules" / "hardware" / "laptop.yaml"
     profiles.profile_path().write_text(shipped.read_text())
     check = line(doctor_machine.checks(), "calibration")
     assert check.status == "ok"

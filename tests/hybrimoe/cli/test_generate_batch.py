@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from hybrimoe.tracing.onnx_net import write_net
+from hybrimoe.tracing.learning.onnx_net import write_net
 
 TEXTS = (
     "The CREATE TABLE command",
@@ -140,7 +140,7 @@ def test_expertflow_groups_by_predicted_routes_without_a_prefill(hybrimoe, promp
     def refuse(*_):
         raise AssertionError("no prefill is needed")
 
-    monkeypatch.setattr("hybrimoe.generation.batch_job.probe_batch", refuse)
+    monkeypatch.setattr("hybrimoe.generation.batch.job.probe_batch", refuse)
     words = ("--prompts", prompts, "--batching", "expertflow", "--batch-size", "2", *EXACT)
     result = hybrimoe("generate", *words, "--route-predictor", predictor, "--json")
     assert result.code == 0, result.err

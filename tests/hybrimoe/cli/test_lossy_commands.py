@@ -2,10 +2,10 @@
 
 import pytest
 
-from hybrimoe.config import load_config
-from hybrimoe.config_policy import lossy_option
+from hybrimoe.config.deploy import load_config
+from hybrimoe.config.policy import lossy_option
 from hybrimoe.errors import ConfigError, ModelError
-from scheduler.relax import RELAXATIONS
+from scheduler.lossy import RELAXATIONS
 
 RUNS = [*((kind, "emulated") for kind in sorted(RELAXATIONS)), *((kind, "none") for kind in ("hobbit", "bit_width"))]
 
@@ -98,7 +98,7 @@ def test_the_document_names_every_kind_and_parameter():
     from dataclasses import fields
     from pathlib import Path
 
-    from scheduler.relax import LowCopy
+    from scheduler.lossy import LowCopy
     from scheduler.setting import parameters_of
 
     text = (Path(__file__).parents[3] / "docs" / "lossy.md").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from hybrimoe.cli.render_timeline import KINDS, timeline
+from hybrimoe.cli.views.render_timeline import KINDS, timeline
 from scheduler.records import TaskRecord
 
 

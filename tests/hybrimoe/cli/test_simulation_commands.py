@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hybrimoe.tracing.sources import DEMO_TRACE as DEMO
-from scheduler.trace import Trace
+from scheduler.traces.trace import Trace
 
 REQUIRED = {
     "policy", "cache_ratio", "phase", "tokens", "latency_ms", "hit_rate", "cpu_busy", "accel_busy", "link_busy",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrimoe.cli.waiting import others_run, set_wait_policy
+from hybrimoe.cli.views.waiting import others_run, set_wait_policy
 
 
 def chosen(words: list[str], busy: bool, **environment: str) -> dict[str, str]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hybrimoe.demo.architecture import Shape
-from hybrimoe.demo.data import Corpus
-from hybrimoe.demo.settings import Settings
-from hybrimoe.demo.tokenizer import train_tokenizer
+from hybrimoe.demo.training.architecture import Shape
+from hybrimoe.demo.training.data import Corpus
+from hybrimoe.demo.training.settings import Settings
+from hybrimoe.demo.training.tokenizer import train_tokenizer
 
 TINY = Shape(
     vocab_size=300, hidden_size=32, expert_size=32, num_layers=2, num_experts=4, top_k=2, num_heads=2, head_dim=16

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from hybrimoe.demo.balance_loss import balance_loss, layer_load, load_entropy, router_z_loss
+from hybrimoe.demo.training.balance_loss import balance_loss, layer_load, load_entropy, router_z_loss
 
 CERTAIN = 20.0
 

@@ -3,12 +3,12 @@ import zlib
 
 import pytest
 
-from hybrimoe.demo.corpora import read_corpora
-from hybrimoe.demo.corpora.austen import r_character_vector, r_lazyload_blobs, unwrap
-from hybrimoe.demo.corpora.document import HELD_OUT_PERCENT, Document
-from hybrimoe.demo.corpora.postgresql import html_text
-from hybrimoe.demo.corpora.sword import osis_text, ztext_entries
-from hybrimoe.demo.errors import CorpusError
+from hybrimoe.demo.training.corpora import read_corpora
+from hybrimoe.demo.training.corpora.austen import r_character_vector, r_lazyload_blobs, unwrap
+from hybrimoe.demo.training.corpora.document import HELD_OUT_PERCENT, Document
+from hybrimoe.demo.training.corpora.postgresql import html_text
+from hybrimoe.demo.training.corpora.sword import osis_text, ztext_entries
+from hybrimoe.demo.training.errors import CorpusError
 
 
 def test_all_domains_are_read_in_a_fixed_order(corpora_folder):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hybrimoe.demo.architecture import new_model
-from hybrimoe.demo.evaluate import evaluate_stream
+from hybrimoe.demo.training.architecture import new_model
+from hybrimoe.demo.training.evaluate import evaluate_stream
 
 LENGTHS = np.array([0, 0, 0, *[1 + i % 4 for i in range(297)]], dtype=np.int32)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hybrimoe.demo.muon import UPDATE_RMS, Muon, orthogonalise
+from hybrimoe.demo.training.muon import UPDATE_RMS, Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 24), (2, 24, 8), (1, 16, 16), (3, 2, 5, 7)])

@@ -3,10 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hybrimoe.demo.corpora import Document
-from hybrimoe.demo.data import WindowSampler, encode_corpus
-from hybrimoe.demo.errors import CorpusError
-from hybrimoe.demo.schedule import Schedule
+from hybrimoe.demo.training.corpora import Document
+from hybrimoe.demo.training.data import WindowSampler, encode_corpus
+from hybrimoe.demo.training.errors import CorpusError
+from hybrimoe.demo.training.schedule import Schedule
 
 
 def test_warm_up_stable_decay():

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalLM
 
 from hybrimoe.demo import demo_model_path
-from hybrimoe.demo.data import encode_stream, token_byte_lengths
-from hybrimoe.demo.evaluate import evaluate_stream
+from hybrimoe.demo.training.data import encode_stream, token_byte_lengths
+from hybrimoe.demo.training.evaluate import evaluate_stream
 from hybrimoe.errors import ModelError
 
 MAX_WEIGHT_BYTES = 25_000_000
@@ -88,7 +88,7 @@ def test_the_files_are_small_and_in_hugging_face_layout():
 def test_the_card_has_what_was_promised():
     folder = demo_model_path()
     card = (folder / "README.md").read_text()
-    for part in ("r-cran-janeaustenr", "sword-text-web", "postgresql-doc-15", "python -m hybrimoe.demo.train",
+    for part in ("r-cran-janeaustenr", "sword-text-web", "postgresql-doc-15", "python -m hybrimoe.demo.training.train",
                  "## Held-out scores", "## Router load per layer", "## Limitations", "## Samples"):  # fmt: skip
         assert part in card
     assert len(re.findall(r"^\| \d \| [01]\.\d{3} \|", card, re.MULTILINE)) == 6

@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from hybrimoe.demo.data import encode_stream, token_byte_lengths
-from hybrimoe.demo.tokenizer import BOS, EOS, PAD, train_tokenizer
+from hybrimoe.demo.training.data import encode_stream, token_byte_lengths
+from hybrimoe.demo.training.tokenizer import BOS, EOS, PAD, train_tokenizer
 
 TOKENIZER = train_tokenizer(["some words, some more words"], vocab_size=280, max_tokens=32)
 

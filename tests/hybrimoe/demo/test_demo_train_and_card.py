@@ -5,9 +5,9 @@ import xml.etree.ElementTree as ET
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrimoe.demo import card, train
-from hybrimoe.demo.plot import MAX_POINTS, line_plot
-from hybrimoe.demo.run_files import RunFiles
+from hybrimoe.demo.training import card, train
+from hybrimoe.demo.training.plot import MAX_POINTS, line_plot
+from hybrimoe.demo.training.run_files import RunFiles
 from hybrimoe.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ from hybrimoe.errors import ConfigError
 def command(tiny_settings, corpora_folder, tmp_path, monkeypatch):
     """Runs the training command with tiny defaults, on corpora of which half is held out."""
     settings = dataclasses.replace(tiny_settings, max_tokens=None, evaluate_windows=2)
-    monkeypatch.setattr("hybrimoe.demo.corpora.document.HELD_OUT_PERCENT", 50)
+    monkeypatch.setattr("hybrimoe.demo.training.corpora.document.HELD_OUT_PERCENT", 50)
     monkeypatch.setattr(train, "Settings", lambda **changes: dataclasses.replace(settings, **changes))
 
     def run(*arguments: str) -> int:

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from hybrimoe.demo.run_files import RunFiles
-from hybrimoe.demo.settings import Settings
-from hybrimoe.demo.trainer import Trainer
+from hybrimoe.demo.training.run_files import RunFiles
+from hybrimoe.demo.training.settings import Settings
+from hybrimoe.demo.training.trainer import Trainer
 from hybrimoe.errors import CheckpointError, ConfigError
 
 COMPARED = ("loss", "balance", "z", "grad_norm", "learning_rate", "entropy", "bits_per_byte")

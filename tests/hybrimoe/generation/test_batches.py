@@ -9,10 +9,10 @@ import torch
 import hybrimoe
 from hybrimoe.errors import ConfigError, PromptError
 from hybrimoe.generation import SamplingOptions, TextGenerator
-from hybrimoe.generation.batch import BatchPrompt, generate_batch, new_tokens, probe_batch
-from hybrimoe.generation.batch_job import BatchJob, job_prompts
-from hybrimoe.generation.padding import left_padded
-from hybrimoe.generation.prompts_file import PromptLine
+from hybrimoe.generation.batch.generate import BatchPrompt, generate_batch, new_tokens, probe_batch
+from hybrimoe.generation.batch.job import BatchJob, job_prompts
+from hybrimoe.generation.batch.padding import left_padded
+from hybrimoe.generation.batch.prompts_file import PromptLine
 
 TEXTS = ("a rather long prompt of forty characters", "short", "of a middling length", "b", "another short one")
 GREEDY = SamplingOptions(temperature=0.0, max_new_tokens=10)
@@ -139,7 +139,7 @@ def test_routes_of_prompts_do_not_depend_on_what_they_are_padded_with(generator)
 def test_routes_need_replaced_experts(byte_tokenizer, tiny_model, injected):
     plain = TextGenerator(tiny_model, byte_tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hybrimoe.runtime.hybrid_experts.HybridExperts", type("Other", (), {}))
+        patch.setattr("hybrimoe.experts.module.HybridExperts", type("Other", (), {}))
         with pytest.raises(ConfigError, match="experts were replaced"):
             probe_batch(plain, prompts_of(plain))
 

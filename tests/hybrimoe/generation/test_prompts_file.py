@@ -3,7 +3,7 @@
 import pytest
 
 from hybrimoe.errors import PromptError
-from hybrimoe.generation.prompts_file import PromptLine, read_prompts
+from hybrimoe.generation.batch.prompts_file import PromptLine, read_prompts
 
 
 def test_one_prompt_a_line_and_empty_lines_are_skipped():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hybrimoe.injection.meta import meta_model
+from hybrimoe.checkpoint.meta import meta_model
 
 FAMILIES_FOLDER = Path(__file__).parents[2] / "families"
 sys.path.insert(0, str(FAMILIES_FOLDER))

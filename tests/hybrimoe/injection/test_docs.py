@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrimoe.config import DeployConfig, load_config
+from hybrimoe.config.deploy import DeployConfig, load_config
 from hybrimoe.injection import operators, read_rules
 from yaml_rules import shipped
 from yaml_rules.loader import load_rules
@@ -45,7 +45,7 @@ def test_the_tables_name_everything() -> None:
 
 
 def test_every_policy_is_in_the_page() -> None:
-    from scheduler.policies import POLICIES
+    from scheduler.planner.policies import POLICIES
 
     config = (DOCS / "config.md").read_text(encoding="utf-8")
     assert [name for name in POLICIES if f"`{name}`" not in config] == []

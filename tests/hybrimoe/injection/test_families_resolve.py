@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tiny_families import FAMILIES
 
-from hybrimoe.experts_layout import find_experts
+from hybrimoe.checkpoint.meta import meta_model
+from hybrimoe.experts.layout import find_experts
 from hybrimoe.injection import read_rules, resolve
-from hybrimoe.injection.meta import meta_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

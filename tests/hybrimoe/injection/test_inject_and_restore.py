@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hybrimoe
 from hybrimoe.errors import BudgetError, ConfigError, DeviceError, ModelError, RuleError
-from hybrimoe.injection import apply
-from hybrimoe.runtime.hybrid_experts import HybridExperts
+from hybrimoe.experts.module import HybridExperts
+from hybrimoe.injection import injection as apply
 
 EXPERTS = [f"model.layers.{layer}.mlp.experts" for layer in range(3)]
 IDS = torch.arange(3, 12)[None]
@@ -221,7 +221,7 @@ def test_an_experts_module_that_hangs_at_two_places_is_replaced_at_both(qwen3: P
 
 
 def test_a_meta_model_gets_its_weights_later(qwen3: PreTrainedModel, qwen3_meta: PreTrainedModel) -> None:
-    from hybrimoe.experts_layout import read
+    from hybrimoe.experts.layout import read
 
     expected = logits(qwen3)
     asked: list[int] = []

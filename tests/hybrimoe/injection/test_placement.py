@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from hybrimoe.dense.devices import Placements, device_is_here, require_device, to_device
 from hybrimoe.errors import DeviceError
-from hybrimoe.injection.placement import Placements, device_is_here, require_device, to_device
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 

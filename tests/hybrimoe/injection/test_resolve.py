@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
+from hybrimoe.checkpoint.meta import meta_model
 from hybrimoe.errors import ModelError, RuleError, UnsupportedExpertsError
 from hybrimoe.injection import explain, read_rules, resolve
-from hybrimoe.injection.meta import meta_model
 
 EXPERTS = [f"model.layers.{layer}.mlp.experts" for layer in range(3)]
 

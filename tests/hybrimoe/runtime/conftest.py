@@ -12,7 +12,7 @@ from torch import nn
 
 from hybrimoe.runtime import HybridExperts, RuntimeConfig, Session
 from scheduler import HardwareProfile
-from scheduler.profile import AccelProfile, CpuProfile, LinkProfile
+from scheduler.machine.profile import AccelProfile, CpuProfile, LinkProfile
 
 HIDDEN, INTER = 64, 32
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybrimoe.errors import ModelError
-from scheduler.relax import resolve_lossy
+from scheduler.lossy import resolve_lossy
 
 from .conftest import routing
 

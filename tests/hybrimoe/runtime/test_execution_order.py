@@ -12,7 +12,7 @@ from cpu_kernels import relative_error
 from hybrimoe.runtime import RuntimeConfig, Session
 from scheduler import CostModel, HardwareProfile
 from scheduler.graph import TaskGraph
-from scheduler.profile import LinkProfile
+from scheduler.machine.profile import LinkProfile
 from scheduler.records import TaskRecord
 
 from .conftest import PROFILE, MiniExperts, Rig, routing

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hybrimoe.runtime import RuntimeConfig, Session
-from hybrimoe.runtime.lookahead import LinearGate, ProbedGate
+from hybrimoe.runtime.layer_call.lookahead import LinearGate, ProbedGate
 
 from .conftest import HIDDEN, PROFILE, MiniExperts
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from hybrimoe import experts_layout
+from hybrimoe.experts import layout as experts_layout
 from hybrimoe.runtime import RuntimeConfig, Session
-from hybrimoe.runtime.lookahead import ProbedGate
+from hybrimoe.runtime.layer_call.lookahead import ProbedGate
 
 from .conftest import PROFILE
 
@@ -34,7 +34,7 @@ def tiny_qwen() -> Qwen3MoeForCausalLM:
 
 
 def test_output_recorders_do_not_see_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybrimoe.runtime.lookahead.MAX_STACK_BYTES", 0)
+    monkeypatch.setattr("hybrimoe.runtime.layer_call.lookahead.MAX_STACK_BYTES", 0)
     model, ids = tiny_qwen(), torch.arange(10).view(1, 10)
     with torch.no_grad():
         before = model(ids, output_router_logits=True)

@@ -9,10 +9,10 @@ import torch
 
 from gpu_kernels import TorchAccelerator
 from hybrimoe.errors import BudgetError, ConfigError, ModelError
-from hybrimoe.runtime.relaxed import RelaxedRunner
-from hybrimoe.runtime.runner import Runner
+from hybrimoe.runtime.layer_call.runner import Runner
+from hybrimoe.runtime.lossy.runner import RelaxedRunner
 from scheduler.errors import PolicyError
-from scheduler.relax import RELAXATIONS, resolve_lossy
+from scheduler.lossy import RELAXATIONS, resolve_lossy
 
 from .conftest import routing
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrimoe.bench import _overhead_bench
+from hybrimoe.bench import overhead as overhead_bench
 from hybrimoe.errors import ModelError
 
 CONFIG = {
@@ -18,14 +18,14 @@ CONFIG = {
 
 
 @pytest.fixture
-def request_of_tiny_shape(tmp_path: Path) -> _overhead_bench.Request:
+def request_of_tiny_shape(tmp_path: Path) -> overhead_bench.Request:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
-    return _overhead_bench.Request(str(path), 2, ("hybrimoe",), "float32", 0.5, steps=3, rounds=2)
+    return overhead_bench.Request(str(path), 2, ("hybrimoe",), "float32", 0.5, steps=3, rounds=2)
 
 
-def test_reports_layer_and_overhead_of_each_contender(request_of_tiny_shape: _overhead_bench.Request) -> None:
-    result = _overhead_bench.measure(request_of_tiny_shape)
+def test_reports_layer_and_overhead_of_each_contender(request_of_tiny_shape: overhead_bench.Request) -> None:
+    result = overhead_bench.measure(request_of_tiny_shape)
     assert [row["name"] for row in result["contenders"]] == ["CPU only", "emulated accelerator, hybrimoe"]
     for row in result["contenders"]:
         assert row["layer_us"]["median"] > 0
@@ -35,8 +35,8 @@ def test_reports_layer_and_overhead_of_each_contender(request_of_tiny_shape: _ov
 
 
 def test_refuses_to_measure_wrong_results(
-    request_of_tiny_shape: _overhead_bench.Request, monkeypatch: pytest.MonkeyPatch
+    request_of_tiny_shape: overhead_bench.Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_overhead_bench, "reference_ffn", lambda spec, weights, x: torch.ones_like(x))
+    monkeypatch.setattr(overhead_bench, "reference_ffn", lambda spec, weights, x: torch.ones_like(x))
     with pytest.raises(ModelError, match="refusing to measure"):
-        _overhead_bench.measure(request_of_tiny_shape)
+        overhead_bench.measure(request_of_tiny_shape)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from cpu_kernels import reference_ffn, unpack_expert
-from cpu_kernels.planes import expand_high, plane_bytes, split_record
+from cpu_kernels.format.planes import expand_high, plane_bytes, split_record
 from hybrimoe.errors import ConfigError
-from hybrimoe.runtime.slots import PlanError
+from hybrimoe.runtime.layer_call.slots import PlanError
 from scheduler import Transfer
-from scheduler.relax import resolve_lossy
+from scheduler.lossy import resolve_lossy
 
 from .conftest import routing
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from cpu_kernels import get_backend
 from gpu_kernels import EmulatedAccelerator, TorchAccelerator
 from hybrimoe.errors import BudgetError, ConfigError
-from hybrimoe.runtime.budget import DEVICE_RESERVE_BYTES
-from hybrimoe.runtime.units import share_layers, slots_by_unit
+from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES
+from hybrimoe.runtime.startup.units import share_layers, slots_by_unit
 from scheduler.graph import TaskGraph
-from scheduler.planner_group import PlannerGroup
-from scheduler.recording import Recording
-from scheduler.relax import RELAXATIONS, resolve_lossy
-from scheduler.replay import replay
+from scheduler.lossy import RELAXATIONS, resolve_lossy
+from scheduler.planner.group import PlannerGroup
+from scheduler.recording.recording import Recording
+from scheduler.recording.replay import replay
 from tests.hybrimoe.runtime.conftest import Rig, routing
 
 TWO = ("emulated", "emulated")

@@ -9,7 +9,7 @@ import torch
 from cpu_kernels import DispatchError
 from gpu_kernels.combining import combine_on_host
 from hybrimoe.errors import ModelError
-from hybrimoe.runtime.routing import Workspace, call_inputs, layer_demand, layer_work
+from hybrimoe.runtime.layer_call.routing import Workspace, call_inputs, layer_demand, layer_work
 
 HIDDEN, N_EXPERTS, TOP_K = 24, 5, 3
 

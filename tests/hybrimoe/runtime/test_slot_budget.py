@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hybrimoe.errors import BudgetError
-from hybrimoe.runtime.budget import DEVICE_RESERVE_BYTES, KV_TOKENS, auto_slots, kv_cache_bytes, reserve_bytes
+from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES, KV_TOKENS, auto_slots, kv_cache_bytes, reserve_bytes
 
 MIB = 1 << 20
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hybrimoe.runtime.stats import Counters, StatsRecorder
-from hybrimoe.runtime.steps import Step, StepTracker
+from hybrimoe.runtime.layer_call.stats import Counters, StatsRecorder
+from hybrimoe.runtime.layer_call.steps import Step, StepTracker
 from scheduler import LayerPlan, SlotState, SlotTable, Transfer
 
 

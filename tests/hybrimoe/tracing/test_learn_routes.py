@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from hybrimoe.errors import ModelError
-from hybrimoe.tracing.learn_routes import TARGET, train_routes
-from hybrimoe.tracing.onnx_net import OnnxNet
-from scheduler.trace import Trace
+from hybrimoe.tracing.learning.learn_routes import TARGET, train_routes
+from hybrimoe.tracing.learning.onnx_net import OnnxNet
+from scheduler.traces.trace import Trace
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, PROMPT, REPLY = 2, 16, 2, 8, 10, 24
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hybrimoe.errors import CheckpointError, ConfigError, ModelError
-from hybrimoe.tracing.learn import TARGETS, average_precision, fit_net, replay, train_predictor
-from hybrimoe.tracing.onnx_net import OnnxScorer, write_net
-from scheduler.synthetic import Locality, generate
+from hybrimoe.tracing.learning.learn import TARGETS, average_precision, fit_net, replay, train_predictor
+from hybrimoe.tracing.learning.onnx_net import OnnxScorer, write_net
+from scheduler.traces.synthetic import Locality, generate
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import torch
 import hybrimoe
 from hybrimoe.errors import ModelError
 from hybrimoe.tracing.record import listening
-from scheduler.analysis import predictor_quality
-from scheduler.trace_predict import recorded
+from scheduler.traces.analysis import predictor_quality
+from scheduler.traces.predictions import recorded
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from hybrimoe.errors import BudgetError, ConfigError
-from hybrimoe.profiles import open_hardware, open_shape
-from hybrimoe.tracing.planning import GIB, dense_bytes, fit
+from hybrimoe.machine.profiles import open_hardware, open_shape
 from hybrimoe.tracing.sources import DEMO_TRACE, open_trace, split
-from scheduler.synthetic import generate
-from scheduler.trace import Trace
+from hybrimoe.tracing.study.planning import GIB, dense_bytes, fit
+from scheduler.traces.synthetic import generate
+from scheduler.traces.trace import Trace
 
 
 def test_the_shipped_trace_is_the_demo_models():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scheduler.profile import HardwareProfile
+from scheduler.machine.profile import HardwareProfile
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from scheduler.batching import MemoryLeft, Roofline, Workload, plan_lightning
 from scheduler.errors import SchedulerError
-from scheduler.profile import LinkProfile, ModelShape
+from scheduler.machine.profile import LinkProfile, ModelShape
 
 SHAPE = ModelShape("m", n_layers=2, n_experts=4, top_k=1, hidden=100, inter=100, attention_params=40_000, kv_bytes=400)
 WORK = Workload(n_prompts=64, prompt_tokens=100, new_tokens=50)

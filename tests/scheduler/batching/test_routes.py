@@ -6,10 +6,10 @@ import pytest
 from scheduler.batching import batched, counted_distinct, expected_distinct, make_batches, route_vectors
 from scheduler.batching.service import Request
 from scheduler.errors import SchedulerError
-from scheduler.profile import ModelShape
-from scheduler.simulate import SimulationConfig, Simulator
-from scheduler.synthetic import generate
-from scheduler.trace import Trace
+from scheduler.machine.profile import ModelShape
+from scheduler.simulator.simulator import SimulationConfig, Simulator
+from scheduler.traces.synthetic import generate
+from scheduler.traces.trace import Trace
 
 KINDS = ("a", "b")
 

@@ -1,0 +1,156 @@
+"""Layer calls of few tokens from tensor to tensor in compiled calls: the router's tensors in, the layer's output out.
+
+`run_routed` is a whole call; `read_call` and `sum_rows` are its two ends, where experts also run elsewhere.
+
+The same arithmetic in the same order as `build_dispatch`, `run_layer` and `combine` one after another, so the same
+bits. What it saves is the way between them: the kernels of each layer stream so many weights through the caches that
+every array or tensor made in Python after them, and every function called, costs tens of microseconds.
+"""
+
+import numpy as np
+import torch
+from numba import types
+
+from cpu_kernels.engine.call import LINE
+from cpu_kernels.engine.dispatch import combine_rows, group_rows, present_rows
+from cpu_kernels.engine.layer import run_layer
+from cpu_kernels.jit.compiled import Real, inline_kernel, kernel
+from cpu_kernels.jit.primitives import bits_of_float, float_from_bits, floats_at, halves_at, int64s_at
+
+MAX_TOKENS = 16
+"""With more tokens the kernels take so long that the short way saves nothing."""
+FLOATS = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes of hidden states and routing weights that are read and written here, and how the compiled call names them."""
+FLOAT32 = 0
+REFUSED, NOT_FINITE = -1, -2
+"""Results of `run_routed`: routing that `build_dispatch` refuses; NOT_FINITE - token: a hidden state is not finite."""
+NAN_BITS = np.uint16(0x7FC0)
+_set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.int32))
+
+
+def fits(hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, hidden_size: int) -> bool:
+    """Whether `run_routed` takes these tensors: few tokens on the host, contiguous, known dtypes, shapes that fit.
+
+    False also for tensors that are wrong: the long way tells what is.
+    """
+    index_shape, shape = top_k_index.shape, hidden.shape
+    return (
+        len(index_shape) == 2
+        and 0 < index_shape[0] <= MAX_TOKENS
+        and index_shape == top_k_weights.shape
+        and shape[-1] == hidden_size
+        and hidden.numel() == index_shape[0] * hidden_size
+        and top_k_index.dtype is torch.int64
+        and hidden.dtype in FLOATS
+        and top_k_weights.dtype in FLOATS
+        and hidden.is_cpu
+        and top_k_index.is_cpu
+        and top_k_weights.is_cpu
+        and hidden.is_contiguous()
+        and top_k_index.is_contiguous()
+        and top_k_weights.is_contiguous()
+    )
+
+
+def scratch_bytes(n_tokens: int, n_rows: int, hidden: int) -> int:
+    """Workspace that `run_routed` needs beside that of `run_layer`: inputs and result rows in float32."""
+    return 4 * (n_tokens + n_rows) * hidden + 2 * LINE
+
+
+@kernel
+def run_routed(
+    plan: np.ndarray, parameters: np.ndarray, addresses: np.ndarray, index: int, weights: int, weights_kind: int,
+    hidden: int, hidden_kind: int, out: int, n_tokens: int, top_k: int, hidden_size: int, workspace: np.ndarray,
+    scratch: int, n_threads: int, serial_experts: int,
+) -> int:  # fmt: skip
+    """out[t] = sum over j of weights[t, j] * FFN of expert index[t, j] (hidden[t]). Returns the number of active
+    experts, REFUSED, or NOT_FINITE - token.
+
+    addresses uint64 [E]; index, weights, hidden, out: where int64 [T, k], floats [T, k], [T, H] and [T, H] lie; out
+    has the dtype of hidden. workspace uint8, of which the last `scratch` bytes are used here. Up to `serial_experts`
+    experts run on one thread.
+    """
+    n_rows, size = n_tokens * top_k, n_tokens * hidden_size
+    routing = _read(weights, n_rows, weights_kind)
+    ids, offsets, rows, problem = group_rows(int64s_at(index, n_rows), routing, addresses.size)
+    if problem >= 0:
+        return REFUSED
+    start = (workspace.ctypes.data + workspace.size - scratch + LINE - 1) // LINE * LINE
+    inputs = floats_at(start, size)
+    _read_into(inputs, hidden, hidden_kind)
+    results = floats_at(start + 4 * size, n_rows * hidden_size).reshape(n_rows, hidden_size)
+    threads = n_threads if ids.size > serial_experts else 1
+    if threads > 1:
+        _set_num_threads(np.int32(threads))
+    if ids.size:
+        positions = np.arange(ids.size).astype(np.int32)
+        bad = run_layer(
+            plan, parameters, addresses[ids], positions, offsets, rows, routing, top_k,
+            inputs.reshape(n_tokens, hidden_size), results, workspace[: workspace.size - scratch], threads,
+        )  # fmt: skip
+        if bad >= 0:
+            return NOT_FINITE - bad
+    sums = floats_at(out, size) if hidden_kind == FLOAT32 else inputs
+    combine_rows(results, present_rows(rows, n_rows), top_k, sums.reshape(n_tokens, hidden_size))
+    if hidden_kind != FLOAT32:
+        _write_halves(halves_at(out, size), sums)
+    return int(ids.size)
+
+
+@kernel
+def read_call(
+    index: int, weights: int, weights_kind: int, n_tokens: int, top_k: int, num_experts: int, hidden: int,
+    hidden_kind: int, host_hidden: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:  # fmt: skip
+    """Fields of a Dispatch: expert_ids, offsets, rows, weights; then a row that `build_dispatch` refuses, or -1.
+
+    index, weights, hidden: addresses as for `run_routed`; host_hidden float32 [T, H] is filled.
+    """
+    routing = _read(weights, n_tokens * top_k, weights_kind)
+    ids, offsets, rows, problem = group_rows(int64s_at(index, n_tokens * top_k), routing, num_experts)
+    _read_into(host_hidden.reshape(host_hidden.size), hidden, hidden_kind)
+    return ids, offsets, rows, routing, problem
+
+
+@kernel
+def sum_rows(results: np.ndarray, rows: np.ndarray, top_k: int, out: int, out_kind: int, n_tokens: int) -> None:
+    """`combine` into floats [T, H] at address `out`: results float32 [T * k, H], rows as in a Dispatch."""
+    width = results.shape[1]
+    size = n_tokens * width
+    sums = floats_at(out, size) if out_kind == FLOAT32 else np.empty(size, np.float32)
+    combine_rows(results, present_rows(rows, results.shape[0]), top_k, sums.reshape(n_tokens, width))
+    if out_kind != FLOAT32:
+        _write_halves(halves_at(out, size), sums)
+
+
+@inline_kernel
+def _read(address: int, n: int, kind: int) -> np.ndarray:
+    """float32 [n], a copy."""
+    values = np.empty(n, np.float32)
+    _read_into(values, address, kind)
+    return values
+
+
+@inline_kernel
+def _read_into(target: np.ndarray, address: int, kind: int) -> None:
+    if kind == FLOAT32:
+        target[:] = floats_at(address, target.size)
+    else:
+        halves = halves_at(address, target.size)
+        for i in range(target.size):
+            target[i] = float_from_bits(np.int32(np.uint32(halves[i]) << np.uint32(16)))
+
+
+@inline_kernel
+def _write_halves(target: np.ndarray, values: np.ndarray) -> None:
+    """Rounds to nearest, ties to even, as torch does."""
+    for i in range(target.size):
+        target[i] = _half_of(values[i])
+
+
+@inline_kernel
+def _half_of(value: Real) -> Real:
+    if value != value:
+        return NAN_BITS
+    bits = np.uint32(bits_of_float(value))
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))

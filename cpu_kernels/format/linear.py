@@ -1,0 +1,72 @@
+"""A plain quantised linear layer from the same tiles as the experts: attention projections, lm_head."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from cpu_kernels.errors import KernelError, LayoutError
+from cpu_kernels.format.layout import matrix_bytes, padded
+from cpu_kernels.format.pack import pack_matrix, record_tensor, unpack_matrix
+from cpu_kernels.format.spec import DTYPES, ExpertDtype
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """Shape and storage dtype of a weight matrix [out_features, in_features]."""
+
+    in_features: int
+    out_features: int
+    dtype: ExpertDtype
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise KernelError(f"dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
+        if self.in_features < 1 or self.out_features < 1:
+            raise KernelError(f"expected at least 1 x 1 weights, found {self.out_features} x {self.in_features}")
+
+    @cached_property
+    def record_bytes(self) -> int:
+        """Size of the packed matrix in bytes, a multiple of 64."""
+        return matrix_bytes(self.out_features, self.in_features, self.dtype)
+
+
+def pack_linear(spec: LinearSpec, weight: torch.Tensor, out: np.ndarray) -> None:
+    """Writes a float matrix [out_features, in_features] into the record `out` (uint8[spec.record_bytes])."""
+    if tuple(weight.shape) != (spec.out_features, spec.in_features) or not weight.is_floating_point():
+        raise LayoutError(
+            f"expected a float matrix {[spec.out_features, spec.in_features]}, found {weight.dtype}{list(weight.shape)}"
+        )
+    pack_matrix(weight, spec.dtype, "linear", record_tensor(spec.record_bytes, out))
+
+
+def unpack_linear(spec: LinearSpec, record: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """The (dequantised) matrix float32 [out_features, in_features], on the record's device."""
+    data = record_tensor(spec.record_bytes, record)
+    matrix = unpack_matrix(data, padded(spec.out_features), padded(spec.in_features), spec.dtype)
+    return matrix[: spec.out_features, : spec.in_features].float()
+
+
+def run_linear(spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray, threads: int | None = None) -> None:
+    """``out = x @ W.T`` for the matrix packed at `address`.
+
+    x: C-contiguous float32 [T, in_features]; out: C-contiguous float32 [T, out_features], overwritten. For int8 and
+    int4 weights x is rounded to int8 per group of 32. Releases the GIL. Raises LayoutError and ActivationValueError.
+    """
+    from cpu_kernels.backends import shared_backend
+
+    shared_backend(threads).linear(spec, address, x, out)
+
+
+def check_linear(spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray) -> None:
+    """Raises LayoutError unless the arguments of `run_linear` fit together."""
+    n_tokens = x.shape[0] if x.ndim == 2 else -1
+    for name, array, shape in (("x", x, (n_tokens, spec.in_features)), ("out", out, (n_tokens, spec.out_features))):
+        if array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous:
+            found = f"{array.dtype}{list(array.shape)}"
+            raise LayoutError(f"{name} must be C-contiguous float32{list(shape)}, found {found}")
+    if address == 0:
+        raise LayoutError("the address of the packed matrix is 0")
+    if not out.flags.writeable or np.may_share_memory(x, out):
+        raise LayoutError("out must be writable and must not overlap x")

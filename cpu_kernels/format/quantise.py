@@ -1,0 +1,140 @@
+"""Group quantisation of weights: int8 and int4, symmetric, one bfloat16 scale per row and 32 columns.
+
+Scales are bfloat16, not float16: the same 16 bits, but no underflow for small weights, a conversion that is one shift
+on every CPU, and checkpoints that are int4 with bfloat16 scales already (Kimi K2) keep their scales. Codes are rounded
+against the stored (rounded) scale, so the scale's own rounding adds no error.
+"""
+
+import numpy as np
+import torch
+
+from cpu_kernels.format.layout import BLOCK_COLUMNS, BLOCK_ROWS, GROUP, OFFSET
+from cpu_kernels.jit.compiled import Real, Truth, Whole, inline_kernel, kernel
+from cpu_kernels.jit.primitives import bits_of_float, float_from_bits
+
+INT8_MAX = 127
+INT4_MIN, INT4_MAX = -8, 7
+# Candidates for (extreme value of a group) / scale in int4; the one with the least squared error wins. -8 uses all of
+# the code range, values nearer to 0 clip the extreme and round the rest more finely, +7 helps groups with two extremes.
+INT4_DIVISORS = np.array([-8.0, -8.6, -7.5, 7.0, 7.6], np.float32)
+TINY = np.float32(1e-30)  # groups below are stored as zeros
+WORDS = GROUP // 4  # 32-bit words of the codes of a group
+f32, i32 = np.float32, np.int32
+INFINITY_BITS = i32(0x7F800000)
+ABSOLUTE_BITS = i32(0x7FFFFFFF)
+ROUND = f32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
+
+
+def dequantise(codes: torch.Tensor, scales: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Unsigned codes uint8 [N, K], scales bfloat16 [N, K / 32] -> float32 [N, K]; any device."""
+    groups = codes.view(codes.shape[0], -1, GROUP).float() - OFFSET[dtype]
+    return (groups * scales.float().unsqueeze(2)).view(codes.shape)
+
+
+@kernel
+def pack_quantised(
+    source: np.ndarray, bits: Whole, out: np.ndarray, block_bytes: Whole, first: Whole, step: Whole
+) -> Truth:
+    """Quantises float32 [N, K], N and K multiples of 64, into packed row blocks (layout: `cpu_kernels.format.layout`).
+
+    Two row blocks (32 rows) go to places first, first + 1 of `out` (uint8), the next two to first + step, and so on.
+    Returns False if a weight is not finite.
+    """
+    row_block_bytes = source.shape[1] // BLOCK_COLUMNS * block_bytes
+    scale_place = block_bytes // 2 - 2 * BLOCK_ROWS  # in 16-bit units
+    codes = np.empty(GROUP, np.int8)
+    words = codes.view(np.int32)
+    largest: Whole = i32(0)
+    for row in range(source.shape[0]):
+        row_block, r = row // BLOCK_ROWS, row % BLOCK_ROWS
+        place = (first + row_block // 2 * step + row_block % 2) * row_block_bytes
+        for group in range(source.shape[1] // GROUP):
+            start = place + group // 2 * block_bytes
+            block = out[start : start + block_bytes]
+            values = source[row, group * GROUP : (group + 1) * GROUP]
+            extreme = _extreme(values)
+            largest = max(largest, bits_of_float(extreme) & ABSOLUTE_BITS)
+            scale = _int8_codes(values, extreme, codes) if bits == 8 else _int4_codes(values, extreme, codes)
+            block.view(np.int16)[scale_place + (group % 2) * BLOCK_ROWS + r] = np.int16(scale)
+            _store_codes(words, bits, block.view(np.int32), group % 2, r)
+    return largest < INFINITY_BITS
+
+
+@inline_kernel
+def _extreme(values: np.ndarray) -> Real:
+    """The value with the largest magnitude; NaN and infinity count as largest."""
+    bits = values.view(np.int32)
+    largest: Whole = i32(0)
+    for i in range(GROUP):
+        largest = max(largest, bits[i] & ABSOLUTE_BITS)
+    lowest = f32(0)
+    for i in range(GROUP):
+        lowest = min(lowest, values[i])
+    magnitude = float_from_bits(largest)
+    return -magnitude if lowest == -magnitude else magnitude
+
+
+@inline_kernel
+def _bfloat16_bits(x: Real) -> Whole:
+    """The nearest bfloat16 (ties to even) in the low 16 bits."""
+    bits = bits_of_float(x)
+    return (bits + i32(0x7FFF) + ((bits >> i32(16)) & i32(1))) >> i32(16)
+
+
+@inline_kernel
+def _round(values: np.ndarray, scale: Real, low: Whole, high: Whole, codes: np.ndarray) -> Real:
+    """codes = values / scale, rounded and clamped; returns the squared error."""
+    inverse = f32(1) / scale if abs(scale) > TINY else f32(0)
+    error = f32(0)
+    for i in range(GROUP):
+        code = min(max((values[i] * inverse + ROUND) - ROUND, f32(low)), f32(high))
+        codes[i] = np.int8(i32(code))
+        error += (code * scale - values[i]) * (code * scale - values[i])
+    return error
+
+
+@inline_kernel
+def _int8_codes(values: np.ndarray, extreme: Real, codes: np.ndarray) -> Whole:
+    scale = _bfloat16_bits(abs(extreme) / f32(INT8_MAX))
+    _round(values, float_from_bits(scale << i32(16)), -INT8_MAX, INT8_MAX, codes)
+    return scale
+
+
+@inline_kernel
+def _int4_codes(values: np.ndarray, extreme: Real, codes: np.ndarray) -> Whole:
+    best: Whole = i32(0)
+    least: Real = f32(np.inf)
+    for divisor in INT4_DIVISORS:
+        scale = _bfloat16_bits(extreme / divisor)
+        error = _round(values, float_from_bits(scale << i32(16)), INT4_MIN, INT4_MAX, codes)
+        if error < least:
+            best, least = scale, error
+    _round(values, float_from_bits(best << i32(16)), INT4_MIN, INT4_MAX, codes)
+    return best
+
+
+@inline_kernel
+def _store_codes(words: np.ndarray, bits: Whole, block: np.ndarray, group: Whole, row: Whole) -> None:
+    """The codes of a group (int8 [32] as 8 words) to their lines of a block (as words)."""
+    if bits == 8:
+        for j in range(WORDS):
+            block[(WORDS * group + j) * BLOCK_ROWS + row] = words[j] ^ i32(-0x7F7F7F80)  # + 128 per byte
+        return
+    half = WORDS // 2
+    for j in range(half):
+        low = words[j] & i32(0x0F0F0F0F)
+        high = words[half + j] & i32(0x0F0F0F0F)
+        block[(half * group + j) * BLOCK_ROWS + row] = (low | (high << i32(4))) ^ i32(-0x77777778)  # + 8 per nibble
+
+
+@kernel
+def pack_words(source: np.ndarray, out: np.ndarray, first: Whole, step: Whole) -> None:
+    """Like `pack_quantised` for float weights: int32 words [N, W], N and W multiples of 32, into `out` (int32)."""
+    n_words = source.shape[1]
+    for row_block in range(source.shape[0] // BLOCK_ROWS):
+        place = (first + row_block // 2 * step + row_block % 2) * n_words * BLOCK_ROWS
+        for start in range(0, n_words, 32):  # 16 x 32 words: 2 KiB, stays in L1
+            for r in range(BLOCK_ROWS):
+                values = source[row_block * BLOCK_ROWS + r]
+                for word in range(start, start + 32):
+                    out[place + word * BLOCK_ROWS + r] = values[word]

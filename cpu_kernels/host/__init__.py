@@ -1,0 +1,1 @@
+"""What the machine offers: instruction set, memory pages, threads."""

@@ -1,0 +1,172 @@
+"""What the Numba drivers need below Numba's own level: a call by address, an atomic counter, bits as float."""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+
+from cpu_kernels.jit.compiled import inline_kernel
+
+_I64 = ir.IntType(64)
+
+
+def _kernel_call(n_arguments: int, result: types.Type) -> Any:
+    """Signature and code of a call of machine code by address: an address, then n_arguments addresses and sizes."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        returned = ir.VoidType() if result == types.void else _I64
+        kind = ir.FunctionType(returned, [_I64] * n_arguments)
+        value = builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value() if result == types.void else value
+
+    return result(*[types.int64] * (n_arguments + 1)), code
+
+
+@intrinsic
+def call_panel(
+    typingctx: Any,
+    function: Any,
+    weights: Any,
+    row_block_bytes: Any,
+    n_blocks: Any,
+    x: Any,
+    x_row_bytes: Any,
+    row_ids: Any,
+    n_rows: Any,
+    out: Any,
+) -> Any:
+    """Calls the compiled `panel` (cpu_kernels.simd.tiles) at address `function`; addresses and sizes are int64."""
+    return _kernel_call(8, types.void)
+
+
+@intrinsic
+def call_prepare(typingctx: Any, function: Any, source: Any, n_true: Any, target: Any) -> Any:
+    """Calls the compiled `prepare` (cpu_kernels.simd.rows) at address `function`; returns its flags."""
+    return _kernel_call(3, types.int64)
+
+
+@intrinsic
+def call_finish(
+    typingctx: Any,
+    function: Any,
+    sums: Any,
+    n_rows: Any,
+    parameters: Any,
+    n_true: Any,
+    target: Any,
+    target_bytes: Any,
+    column: Any,
+) -> Any:
+    """Calls the compiled `finish` (cpu_kernels.simd.rows) at address `function`."""
+    return _kernel_call(7, types.void)
+
+
+@intrinsic
+def call_attend(
+    typingctx: Any,
+    function: Any,
+    query: Any,
+    keys: Any,
+    key_bytes: Any,
+    values: Any,
+    value_bytes: Any,
+    bias: Any,
+    n_tokens: Any,
+    dim: Any,
+    v_dim: Any,
+    scores: Any,
+    stats: Any,
+    out: Any,
+) -> Any:
+    """Calls the compiled `attend` (cpu_kernels.simd.attention) at address `function`."""
+    return _kernel_call(12, types.void)
+
+
+@intrinsic
+def take_ticket(typingctx: Any, counter: Any) -> Any:
+    """Adds 1 to the int64 at address `counter` atomically; returns the value before."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(_I64, 1), "monotonic")
+
+    return types.int64(types.int64), code
+
+
+@intrinsic
+def float_from_bits(typingctx: Any, bits: Any) -> Any:
+    """The float32 with the bits of an int32."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), code
+
+
+@intrinsic
+def bits_of_float(typingctx: Any, x: Any) -> Any:
+    """The bits of a float32 as int32."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), code
+
+
+@intrinsic
+def call_worker(typingctx: Any, function: Any, call: Any, thread: Any) -> Any:
+    """Calls a compiled `worker` at address `function` with its two int64 arguments."""
+    return _kernel_call(2, types.void)
+
+
+def _pointer_to(kind: types.Type) -> Any:
+    @intrinsic
+    def pointer(typingctx: Any, address: Any) -> Any:
+        def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(kind).as_pointer())
+
+        return types.CPointer(kind)(types.int64), code
+
+    return pointer
+
+
+_float_pointer, _int32_pointer, _int64_pointer, _byte_pointer, _half_pointer = (
+    _pointer_to(kind) for kind in (types.float32, types.int32, types.int64, types.uint8, types.uint16)
+)
+
+
+@inline_kernel
+def floats_at(address: int, n: int) -> np.ndarray:
+    """float32 [n] at an address, without a copy."""
+    array: np.ndarray = carray(_float_pointer(address), (n,))
+    return array
+
+
+@inline_kernel
+def int32s_at(address: int, n: int) -> np.ndarray:
+    """int32 [n] at an address, without a copy."""
+    array: np.ndarray = carray(_int32_pointer(address), (n,))
+    return array
+
+
+@inline_kernel
+def int64s_at(address: int, n: int) -> np.ndarray:
+    """int64 [n] at an address, without a copy."""
+    array: np.ndarray = carray(_int64_pointer(address), (n,))
+    return array
+
+
+@inline_kernel
+def bytes_at(address: int, n: int) -> np.ndarray:
+    """uint8 [n] at an address, without a copy."""
+    array: np.ndarray = carray(_byte_pointer(address), (n,))
+    return array
+
+
+@inline_kernel
+def halves_at(address: int, n: int) -> np.ndarray:
+    """uint16 [n] at an address, without a copy: the bits of bfloat16 values."""
+    array: np.ndarray = carray(_half_pointer(address), (n,))
+    return array

@@ -1,0 +1,1 @@
+"""Simulates every policy on every trace and machine."""

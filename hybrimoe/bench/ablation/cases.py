@@ -1,0 +1,106 @@
+"""The experiments of the HybriMoE paper (arXiv 2504.05897), and every policy on every trace and profile, as cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hybrimoe.bench.ablation.sweep import SYNTHETIC, Case
+from scheduler.lossy import RELAXATIONS
+from scheduler.traces.trace import Phase
+
+PAPER_HARDWARE = "a6000-xeon5220r"
+PAPER_SHAPES = ("mixtral-8x7b", "deepseek-v2-lite", "qwen2-57b-a14b")
+PAPER_RATIOS = (0.25, 0.5, 0.75)
+PAPER_PREFILLS = (32, 128, 512, 1024)
+
+#: Table III (Qwen2-57B-A14B, 25 % cached): label -> (policy, prefill s, decode s). None: the paper gives no figure.
+TABLE_3: dict[str, tuple[str, float | None, float | None]] = {
+    "baseline": ("static", 1.47, 0.21),
+    "+ scheduling": ("hybrimoe/none/lru", 1.17, 0.14),
+    "+ prefetching": ("static/impact/fixed", 1.39, 0.18),
+    "+ caching": ("static/misses/mrs", None, 0.15),
+    "all": ("hybrimoe", 1.13, 0.11),
+    "ours": ("ours", None, None),
+}
+TABLE_3_SHAPE, TABLE_3_RATIO, TABLE_3_PREFILL = "qwen2-57b-a14b", 0.25, 128
+#: The paper's average speed-up over KTransformers' static mapping.
+PAPER_SPEEDUP: dict[Phase, float] = {"prefill": 1.33, "decode": 1.70}
+#: Hit rates at 25 % (LRU, MRS).
+PAPER_HITS = {"mixtral-8x7b": (0.302, 0.362), "deepseek-v2-lite": (0.477, 0.527), "qwen2-57b-a14b": (0.450, 0.528)}
+
+HEADLINE = ("static", "hybrimoe", "ours")
+EVERY_POLICY = ("static", "llama_cpp", "moe_infinity", "fiddler", "freetoken", "adapmoe", "hobbit", "fate", "hybrimoe",
+                "ours", "oracle")  # fmt: skip
+EVERY_HARDWARE = ("a6000-xeon5220r", "rtx4090-ryzen9", "rtx5090-xeon", "laptop", "h100")
+LOSSY_SHAPE = "qwen3-30b-a3b"
+LOSSY_HARDWARE = ("a6000-xeon5220r", "rtx4090-ryzen9", "laptop")
+
+
+def table_3(decode_tokens: int) -> list[Case]:
+    """The paper's steps, each one alone on the baseline (prefetching alone is slower there than scheduling alone).
+
+    Assumed, where the paper is silent: the baseline does not know which experts are used most, it hits the share that
+    is cached. Prefetched experts alone serve the layer that they were brought for and do not join the static set (else
+    they would be a cache); caching alone lets the CPU compute the misses and brings them behind it; gates ahead have
+    the recall of ``trace_predict.NOISY_RECALL``.
+    """
+    return [
+        Case("table3", policy, PAPER_HARDWARE, TABLE_3_SHAPE, SYNTHETIC, TABLE_3_RATIO, phase, TABLE_3_PREFILL,
+             decode_tokens, 2, informed=False, label=label, dense_dtype="int4", predictions="noisy")
+        for label, (policy, _, _) in TABLE_3.items()
+        for phase in ("prefill", "decode")
+    ]  # fmt: skip
+
+
+def speedups(decode_tokens: int, prefills: Sequence[int] = PAPER_PREFILLS) -> list[Case]:
+    """Prefill of each length and decode at each share, for the paper's three models, with and without a profile."""
+    cases = []
+    for shape in PAPER_SHAPES:
+        for ratio in PAPER_RATIOS:
+            for policy in HEADLINE:
+                cases += [_paper("decode", policy, shape, ratio, 32, decode_tokens)]
+                cases += [_paper("prefill", policy, shape, ratio, length, 1) for length in prefills]
+    return cases
+
+
+def _paper(phase: Phase, policy: str, shape: str, ratio: float, n_prefill: int, n_decode: int) -> Case:
+    return Case("paper", policy, PAPER_HARDWARE, shape, SYNTHETIC, ratio, phase, n_prefill, n_decode, 2, informed=False,
+                dense_dtype="int4")  # fmt: skip
+
+
+def every_policy(traces: Sequence[tuple[str, str]], decode_tokens: int, ratios: Sequence[float]) -> list[Case]:
+    """Each preset on each (trace, shape) and profile, decode; the warm-up knows the profile of other sequences."""
+    return [
+        Case("policies", policy, hardware, shape, trace, ratio, "decode", 32, decode_tokens, 2)
+        for trace, shape in traces
+        for hardware in EVERY_HARDWARE
+        for ratio in ratios
+        for policy in EVERY_POLICY
+    ]
+
+
+def lossy(decode_tokens: int) -> list[Case]:
+    """Every lossy policy at its defaults beside ours and static, 25 % cached, decode; the lossless run in its dtype.
+
+    Experts are bfloat16, and int4 for policies that need bit planes.
+    """
+    kinds = {dtype: ["", *sorted(name for name, made in RELAXATIONS.items() if made.uses_planes == (dtype == "int4"))]
+             for dtype in ("bfloat16", "int4")}  # fmt: skip
+    return [
+        Case("lossy", policy, hardware, LOSSY_SHAPE, SYNTHETIC, 0.25, "decode", 32, decode_tokens, 2,
+             label=kind or "lossless", expert_dtype=dtype, lossy=kind)
+        for hardware in LOSSY_HARDWARE
+        for policy in ("static", "ours")
+        for dtype in kinds
+        for kind in kinds[dtype]
+    ]  # fmt: skip
+
+
+def hit_rates(decode_tokens: int) -> list[Case]:
+    """LRU against MRS where every miss is brought in, at 25 %."""
+    return [
+        Case("hits", f"on_demand/none/{cache}", PAPER_HARDWARE, shape, SYNTHETIC, 0.25, "decode", 32, decode_tokens, 2,
+             informed=False, label=cache, dense_dtype="int4")
+        for shape in PAPER_SHAPES
+        for cache in ("lru", "mrs")
+    ]  # fmt: skip

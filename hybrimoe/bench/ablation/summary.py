@@ -1,0 +1,166 @@
+"""From rows to the tables of the ablation: Table III, average speed-ups, hit rates, share of the way to the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from hybrimoe.bench.ablation.cases import PAPER_HITS, PAPER_SPEEDUP, TABLE_3
+
+Row = dict[str, Any]
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Plain data of every experiment that has rows."""
+    found = {
+        "table3": _table_3([row for row in rows if row["experiment"] == "table3"]),
+        "speedups": _speedups([row for row in rows if row["experiment"] == "paper"]),
+        "hits": _hits([row for row in rows if row["experiment"] == "hits"]),
+        "policies": _policies([row for row in rows if row["experiment"] == "policies"]),
+        "lossy": _lossy([row for row in rows if row["experiment"] == "lossy"]),
+    }
+    return {"kind": "simulated", **{name: table for name, table in found.items() if table}}
+
+
+def _table_3(rows: Sequence[Row]) -> list[Row]:
+    seconds = {(row["label"], row["phase"]): row["latency_ms"] / 1e3 for row in rows}
+    result = []
+    for label, (policy, prefill, decode) in TABLE_3.items():
+        for phase, paper in (("prefill", prefill), ("decode", decode)):
+            if (label, phase) in seconds:
+                simulated = seconds[label, phase]
+                base = seconds["baseline", phase]
+                off = None if paper is None else simulated / paper - 1.0
+                result.append({"step": label, "policy": policy, "phase": phase, "simulated_s": simulated,
+                               "paper_s": paper, "off": off, "speedup": base / simulated})  # fmt: skip
+    return result
+
+
+def _speedups(rows: Sequence[Row]) -> list[Row]:
+    """Mean and range over models, shares and lengths of the speed-up over static."""
+    base = {_setting(row): row["latency_ms"] for row in rows if row["policy"] == "static"}
+    result = []
+    for phase, paper in PAPER_SPEEDUP.items():
+        for policy in sorted({row["policy"] for row in rows} - {"static"}):
+            gains = [base[_setting(r)] / r["latency_ms"] for r in rows if r["phase"] == phase and r["policy"] == policy]
+            if gains:
+                result.append({"phase": phase, "policy": policy, "mean": fmean(gains), "least": min(gains),
+                               "most": max(gains), "paper": paper if policy == "hybrimoe" else None})  # fmt: skip
+    return result
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    return (row["hardware"], row["shape"], row["trace"], row["cache_ratio"], row["phase"], row["n_prefill"])
+
+
+def _hits(rows: Sequence[Row]) -> list[Row]:
+    found = {(row["shape"], row["label"]): row["hit_rate"] for row in rows}
+    return [
+        {"shape": shape, "cache": cache, "simulated": found[shape, cache], "paper": paper}
+        for shape, pair in PAPER_HITS.items()
+        for cache, paper in zip(("lru", "mrs"), pair, strict=True)
+        if (shape, cache) in found
+    ]
+
+
+def _policies(rows: Sequence[Row]) -> list[Row]:
+    """Per policy over all traces, profiles and shares: speed-up over static, and share of the way to the oracle."""
+    by_setting: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        by_setting.setdefault(_setting(row), {})[row["policy"]] = row
+    whole = [group for group in by_setting.values() if {"static", "oracle"} <= set(group)]
+    result = []
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        groups = [group for group in whole if policy in group]
+        gains = [group["static"]["latency_ms"] / group[policy]["latency_ms"] for group in groups]
+        shares = [share for group in groups if (share := oracle_share(group, policy)) is not None]
+        precise = [group[policy]["prefetch_precision"] for group in groups if group[policy]["prefetches"]]
+        if gains:
+            result.append({"policy": policy, "settings": len(gains), "speedup": fmean(gains), "median": median(gains),
+                           "hit_rate": fmean(group[policy]["hit_rate"] for group in groups),
+                           "oracle_share": fmean(shares) if shares else None,
+                           "prefetch_precision": fmean(precise) if precise else None})  # fmt: skip
+    return result
+
+
+def _lossy(rows: Sequence[Row]) -> list[Row]:
+    """Per lossy policy and policy, over the profiles: speed-up over the lossless run of the same policy and dtype."""
+
+    def group(row: Row) -> tuple[str, ...]:
+        return row["policy"], row["expert_dtype"], row["label"]
+
+    base = {(row["hardware"], *group(row)[:2]): row for row in rows if row["label"] == "lossless"}
+    result = []
+    for policy, dtype, label in dict.fromkeys(group(row) for row in rows):
+        own = [row for row in rows if group(row) == (policy, dtype, label)]
+        gains = [base[row["hardware"], policy, dtype]["latency_ms"] / row["latency_ms"] for row in own]
+        result.append({"policy": policy, "expert_dtype": dtype, "lossy": label, "speedup": fmean(gains),
+                       "least": min(gains), "most": max(gains), "hit_rate": fmean(row["hit_rate"] for row in own),
+                       "mib_per_token": fmean(row["link_bytes"] / row["tokens"] for row in own) / 2**20,
+                       "changed": fmean(row["changed"] for row in own)})  # fmt: skip
+    return result
+
+
+def oracle_share(group: dict[str, Row], policy: str) -> float | None:
+    """(static - policy) / (static - oracle) in time; None where the oracle gains nothing."""
+    static, oracle = group["static"]["latency_ms"], group["oracle"]["latency_ms"]
+    return None if static - oracle <= 1e-9 else (static - group[policy]["latency_ms"]) / (static - oracle)
+
+
+def tables(summary: dict[str, Any]) -> list[Table]:
+    """(title, columns, rows) for the terminal and the HTML page."""
+    makers = {"table3": _table_3_table, "speedups": _speedup_table, "hits": _hit_table, "policies": _policy_table,
+              "lossy": _lossy_table}  # fmt: skip
+    return [make(summary[name]) for name, make in makers.items() if name in summary]
+
+
+def _table_3_table(rows: Iterable[Row]) -> Table:
+    columns = ("step", "policy", "phase", "simulated", "paper", "off", "gain")
+    cells = [
+        (r["step"], r["policy"], r["phase"], f"{r['simulated_s']:.3f} s", _seconds(r["paper_s"]), _signed(r["off"]),
+         f"{r['speedup']:.2f}x")
+        for r in rows
+    ]  # fmt: skip
+    return "Table III, Qwen2-57B-A14B, 25 % cached", columns, cells
+
+
+def _speedup_table(rows: Iterable[Row]) -> Table:
+    cells = [
+        (f"{r['policy']}, {r['phase']}", f"{r['mean']:.2f}x", f"{r['least']:.2f} - {r['most']:.2f}",
+         "-" if r["paper"] is None else f"{r['paper']:.2f}x")
+        for r in rows
+    ]  # fmt: skip
+    return "Speed-up over static, paper's machine and models", ("", "mean", "range", "paper"), cells
+
+
+def _hit_table(rows: Iterable[Row]) -> Table:
+    cells = [(f"{r['shape']}, {r['cache']}", f"{r['simulated']:.1%}", f"{r['paper']:.1%}") for r in rows]
+    return "Hit rates at 25 %", ("", "simulated", "paper"), cells
+
+
+def _policy_table(rows: Iterable[Row]) -> Table:
+    columns = ("policy", "speed-up", "median", "hits", "of the way to the oracle", "prefetch right")
+    cells = [(r["policy"], f"{r['speedup']:.2f}x", f"{r['median']:.2f}x", f"{r['hit_rate']:.1%}",
+              _percent(r["oracle_share"]), _percent(r["prefetch_precision"])) for r in rows]  # fmt: skip
+    return "Every policy, mean over traces, profiles and cache shares (decode)", columns, cells
+
+
+def _lossy_table(rows: Iterable[Row]) -> Table:
+    columns = ("policy", "lossy", "experts", "speed-up", "range", "hits", "MiB a token", "routed experts changed")
+    cells = [(r["policy"], r["lossy"], r["expert_dtype"], f"{r['speedup']:.2f}x", f"{r['least']:.2f} - {r['most']:.2f}",
+              f"{r['hit_rate']:.1%}", f"{r['mib_per_token']:.0f}", f"{r['changed']:.0%}") for r in rows]  # fmt: skip
+    return "Lossy policies over the lossless run, mean over profiles (quality: bench quality --lossy)", columns, cells
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} s"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.0%}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

@@ -1,0 +1,1 @@
+"""Measures expert kernels beside those of other projects."""

@@ -1,0 +1,1 @@
+"""Measures decoding and prefill of whole models beside other programs."""

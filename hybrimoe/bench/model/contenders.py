@@ -1,0 +1,171 @@
+"""What is measured side by side: hybrid models under several policies and dtypes, plain transformers, llama.cpp."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hybrimoe.cli.views import render_summary
+from hybrimoe.errors import MissingExtraError, ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from hybrimoe.generation import TextGenerator
+
+Progress = Callable[[int, int, str], None]
+
+LOGITS_COSINE = {"float32": 0.9999, "bfloat16": 0.998, "int8": 0.99, "int4": 0.9}
+"""Least cosine of the logits to plain transformers' for a contender's numbers to count, by expert dtype. A broken
+kernel or a wrong expert falls far below; int4 (group 32, symmetric) measures 0.95 and above on real models."""
+
+SEED = 1
+"""Of prompts, and of the tokens drawn: all contenders of one dtype compute the same tokens."""
+
+
+@dataclass(slots=True)
+class Contender:
+    """One column of a comparison. `dtype` None or `lossy`: not judged by `LOGITS_COSINE`."""
+
+    label: str
+    generator: TextGenerator
+    session: Any = None
+    dtype: str | None = None
+    lossy: bool = False
+    counters: list[dict[str, Any]] = field(default_factory=list)
+
+    def prefill(self, prompt_ids: Sequence[int]) -> float:
+        """Tokens per second of computing a prompt from nothing."""
+        from hybrimoe.generation import PrefixCache
+
+        cache = PrefixCache(self.generator.model)
+        cache.clear()
+        self._reset()
+        started = time.perf_counter()
+        self.generator.forward(prompt_ids, cache)
+        taken = time.perf_counter() - started
+        self._keep("prefill")
+        return len(prompt_ids) / taken
+
+    def decode(self, prompt_ids: Sequence[int], n_tokens: int) -> float:
+        """Tokens per second of `n_tokens` decode steps after a prompt."""
+        from hybrimoe.generation import SamplingOptions
+
+        options = SamplingOptions(temperature=1.0, top_k=0, seed=SEED, max_new_tokens=n_tokens + 1, ignore_eos=True)
+        self._reset()
+        reply = self.generator.reply(prompt_ids, options)
+        "".join(reply)
+        self._keep("decode")
+        return len(reply.times.between_tokens_us) / reply.times.decode_us * 1e6
+
+    def logits(self, prompt_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after a prompt, float32 [V]."""
+        from hybrimoe.generation import PrefixCache
+
+        cache = PrefixCache(self.generator.model)
+        cache.clear()
+        values: NDArray[np.float32] = self.generator.forward(prompt_ids, cache).float().cpu().numpy()
+        return values
+
+    def _reset(self) -> None:
+        if self.session is not None:
+            self.session.reset_stats()
+
+    def _keep(self, phase: str) -> None:
+        if self.session is not None:
+            stats = self.session.stats().as_dict()
+            self.counters.append(
+                {**stats[phase], "emulated": render_summary.is_emulated(stats), "slots": stats["n_slots"]}
+            )
+
+
+@contextmanager
+def hybrid(label: str, make: Callable[[], Any], tokenizer: Any, dtype: str, lossy: bool = False) -> Iterator[Contender]:
+    """A model with hybrid experts, made by `make` (hybrimoe.load, or random weights)."""
+    from hybrimoe.generation import TextGenerator
+
+    model = make()
+    try:
+        yield Contender(label, TextGenerator(model, tokenizer), model.hybrimoe.session, dtype, lossy)
+    finally:
+        model.hybrimoe.session.close()
+        del model
+        gc.collect()
+
+
+def plain(label: str, model: Any, tokenizer: Any) -> Contender:
+    """Transformers as it is."""
+    from hybrimoe.generation import TextGenerator
+
+    return Contender(label, TextGenerator(model, tokenizer))
+
+
+class LlamaCpp:
+    """A GGUF file through llama-cpp-python; the interface of `Contender` as far as speed goes."""
+
+    def __init__(self, path: str, threads: int | None) -> None:
+        try:
+            from llama_cpp import Llama
+        except ImportError as error:
+            raise MissingExtraError("bench", "--gguf needs llama-cpp-python as well") from error
+        self.label = "llama.cpp"
+        self.dtype: str | None = None
+        self.counters: list[dict[str, Any]] = []
+        self._llama = Llama(model_path=path, n_threads=threads, n_threads_batch=threads, n_ctx=4096, verbose=False)
+
+    def prefill(self, prompt_ids: Sequence[int]) -> float:
+        """Tokens per second of computing a prompt from nothing."""
+        self._llama.reset()
+        started = time.perf_counter()
+        self._llama.eval(self._known(prompt_ids))
+        return len(prompt_ids) / (time.perf_counter() - started)
+
+    def decode(self, prompt_ids: Sequence[int], n_tokens: int) -> float:
+        """Tokens per second of `n_tokens` decode steps after a prompt."""
+        self._llama.reset()
+        self._llama.eval(self._known(prompt_ids))
+        started = time.perf_counter()
+        for _ in range(n_tokens):
+            self._llama.eval([self._llama.sample(temp=1.0, top_k=0)])
+        return n_tokens / (time.perf_counter() - started)
+
+    def _known(self, prompt_ids: Sequence[int]) -> list[int]:
+        return [token % self._llama.n_vocab() for token in prompt_ids]
+
+
+def check_parity(contenders: Sequence[Any], prompt_ids: Sequence[int]) -> dict[str, float]:
+    """Cosine of each hybrid contender's logits to the reference; the first plain model, else the first of its dtype.
+
+    Raises:
+        ModelError: one is below `LOGITS_COSINE`: what computes wrong numbers has no speed worth telling.
+    """
+    import numpy as np
+
+    judged = [contender for contender in contenders if isinstance(contender, Contender) and not contender.lossy]
+    reference = {contender.dtype: contender for contender in reversed(judged)}
+    cosines: dict[str, float] = {}
+    for contender in judged:
+        against = reference.get(None) or reference[contender.dtype]
+        if contender is against or contender.dtype is None:
+            continue
+        ours, theirs = contender.logits(prompt_ids).astype(np.float64), against.logits(prompt_ids).astype(np.float64)
+        cosine = float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs) + 1e-30))
+        cosines[contender.label] = cosine
+        if not cosine >= LOGITS_COSINE[contender.dtype]:
+            raise ModelError(
+                f"{contender.label}: logits have a cosine of {cosine:.4f} to {against.label}, expected at least "
+                f"{LOGITS_COSINE[contender.dtype]} for {contender.dtype}; no speed is reported for wrong numbers"
+            )
+    return cosines
+
+
+@contextmanager
+def all_open(openers: Sequence[Callable[[ExitStack], Any]]) -> Iterator[list[Any]]:
+    """Every contender at once, because rounds alternate between them."""
+    with ExitStack() as stack:
+        yield [opener(stack) for opener in openers]

@@ -1,0 +1,191 @@
+"""`bench decode` and `bench prefill`: which contenders a command line asks for, measuring them, telling the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from hybrimoe.bench import rounds as harness
+from hybrimoe.bench.model import contenders
+from hybrimoe.cli import common
+from hybrimoe.cli.views import render, render_summary
+from hybrimoe.errors import ConfigError
+
+COMPARED_POLICIES = ("static", "llama_cpp", "hybrimoe", "ours")
+"""What --compare-policies sets beside `cache off`: the best known placements, then ours."""
+
+CACHE_OFF = "cache off (CPU only)"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One command line of `bench decode` or `bench prefill`."""
+
+    kind: Literal["decode", "prefill"]
+    model: str | None
+    shape: str | None
+    layers: int | None
+    policies: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    compare_policies: bool
+    plain: bool
+    gguf: str | None
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    config: str | None
+    accelerator: str | None
+    slots: str | None
+    threads: int | None
+    lossy: tuple[str, ...] = ()
+
+    def variants(self) -> list[tuple[str, dict[str, Any]]]:
+        """(label, overrides of the deployment) of each hybrid contender, in the order in which they are shown."""
+        policies: tuple[str | None, ...] = COMPARED_POLICIES if self.compare_policies else self.policies or (None,)
+        found: list[tuple[str, dict[str, Any]]] = []
+        for dtype in self.dtypes or (None,):
+            if self.compare_policies:
+                found.append((CACHE_OFF, {"slots": "0", "dtype": dtype}))
+            for policy in policies:
+                named, common_to_all = (
+                    policy or "as configured",
+                    {"policy": policy, "slots": self.slots, "dtype": dtype},
+                )
+                found.append((named, common_to_all))
+                found += [(f"{named} + {lossy}", {**common_to_all, "lossy": lossy}) for lossy in self.lossy]
+        if len(self.dtypes) > 1:
+            found = [(f"{label} {overrides['dtype']}", overrides) for label, overrides in found]
+        return found
+
+
+def run(request: Request, *, as_json: bool) -> None:
+    """Measure and print."""
+    from hybrimoe.cli.common_model import progress_bar, quiet_libraries
+
+    quiet_libraries()
+    warning = harness.busy_warning()
+    if warning:
+        render.note(warning)
+    with progress_bar() as progress:
+        result = measure(request, progress)
+    if as_json:
+        render.emit_json(result)
+    else:
+        _show(result)
+
+
+def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+    """The whole comparison as plain data."""
+    vocab_size, openers = _openers(request, progress)
+    prompt_ids = _prompt(vocab_size, request.prompt_tokens)
+    with contenders.all_open(openers) as contenders:
+        cosines = contenders.check_parity(contenders, prompt_ids)
+        subjects = {contender.label: contender for contender in contenders}
+        if request.kind == "decode":
+            values = harness.alternate(
+                subjects, lambda it: it.decode(prompt_ids, request.new_tokens), request.rounds, progress=progress
+            )
+        else:
+            values = harness.alternate(subjects, lambda it: it.prefill(prompt_ids), request.rounds, progress=progress)
+        rows = [_row(contender, values[contender.label], cosines) for contender in contenders]
+    return {
+        "bench": request.kind,
+        "model": request.shape or request.model or "demo",
+        "weights": "random" if request.shape else "checkpoint",
+        "prompt_tokens": request.prompt_tokens,
+        **({"new_tokens": request.new_tokens} if request.kind == "decode" else {}),
+        "rounds": request.rounds,
+        "machine": harness.machine(),
+        "results": rows,
+    }
+
+
+def _row(contender: Any, values: Sequence[float], cosines: dict[str, float]) -> dict[str, Any]:
+    counters = contender.counters[1:]  # the first round only warmed up
+    accelerated = any(c["slots"] for c in counters)
+    resolved = sum(c["prefetches_used"] + c["prefetches_wasted"] for c in counters)
+    activated = sum(c["activated"] for c in counters)
+    return {
+        "name": contender.label,
+        "provenance": "measured, accelerator emulated" if any(c["emulated"] for c in counters) else "measured",
+        "dtype": contender.dtype,
+        "tokens_per_s": harness.spread(values),
+        "hit_rate": sum(c["hits"] for c in counters) / activated if accelerated and activated else None,
+        "prefetch_precision": sum(c["prefetches_used"] for c in counters) / resolved if resolved else None,
+        "overhead_share": _share(counters, "overhead_us"),
+        "logits_cosine": cosines.get(contender.label),
+    }
+
+
+def _share(counters: Sequence[dict[str, Any]], name: str) -> float | None:
+    wall = sum(c["wall_us"] for c in counters)
+    return sum(c[name] for c in counters) / wall if wall else None
+
+
+def _prompt(vocab_size: int, n_tokens: int) -> list[int]:
+    import numpy as np
+
+    return [int(token) for token in np.random.default_rng(contenders.SEED).integers(3, vocab_size, n_tokens)]
+
+
+def _openers(request: Request, progress: Any) -> tuple[int, list[Callable[[ExitStack], Any]]]:
+    """The vocabulary's size and one opener a contender."""
+    source = _source(request)
+    openers: list[Callable[[ExitStack], Any]] = []
+    if request.plain:
+        openers.append(lambda stack: contenders.plain("transformers", source.plain(), source.tokenizer))
+    for label, overrides in request.variants():
+        deployment = common.deploy_config(
+            request.config, model=request.model, accelerator=request.accelerator, threads=request.threads, **overrides
+        )
+
+        def opener(stack: ExitStack, label: str = label, deployment: Any = deployment) -> Any:
+            make = partial(source.hybrid, deployment, progress)
+            dtype, lossy = deployment.cpu.expert_dtype, deployment.runtime().lossy is not None
+            return stack.enter_context(contenders.hybrid(label, make, source.tokenizer, dtype, lossy))
+
+        openers.append(opener)
+    if request.gguf is not None:
+        openers.append(lambda stack: contenders.LlamaCpp(str(request.gguf), request.threads))
+    return source.vocab_size, openers
+
+
+def _source(request: Request) -> Any:
+    from hybrimoe.bench.model.sources import CheckpointSource, RandomSource
+
+    if request.shape is None:
+        if request.layers is not None:
+            raise ConfigError("--layers goes with --shape: a checkpoint is measured whole")
+        return CheckpointSource(request.model)
+    if request.model is not None:
+        raise ConfigError(f"give a model ({request.model}) or --shape {request.shape}, not both")
+    return RandomSource(request.shape, request.layers)
+
+
+def _show(result: dict[str, Any]) -> None:
+    rows = result["results"]
+    first = rows[0]["tokens_per_s"]["median"]
+    cells = []
+    for row in rows:
+        speed = row["tokens_per_s"]
+        cells.append((
+            row["name"],
+            f"{speed['median']:.1f}",
+            f"{speed['min']:.1f}-{speed['max']:.1f}",
+            f"{speed['median'] / first:.2f}x",
+            render_summary.percent(row["hit_rate"]),
+            render_summary.percent(row["prefetch_precision"]),
+            "-" if row["logits_cosine"] is None else f"{row['logits_cosine']:.4f}",
+        ))  # fmt: skip
+    columns = ("", "tokens/s", "spread", "", "hits", "prefetch", "cosine")
+    what = f"{result['bench']}, {result['model']} ({result['weights']} weights), prompt {result['prompt_tokens']}"
+    render.out().print(render.table(f"{what}, {result['rounds']} alternating rounds", columns, cells))
+    described = result["machine"]
+    render.out().print(
+        f"measured on {described['cpu']}, {described['cores']} cores, torch {described['torch']}"
+        + ("; the accelerator is emulated" if any("emulated" in row["provenance"] for row in rows) else ""),
+        style="dim",
+    )

@@ -1,0 +1,167 @@
+"""Where the models of a benchmark come from: a checkpoint, or random weights in the shape of a real model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hybrimoe.errors import BudgetError, ConfigError, unknown
+from yaml_rules import shapes
+from yaml_rules.located import read_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cpu_kernels import ExpertSpec, ExpertWeights
+    from hybrimoe.config.deploy import DeployConfig
+
+SEED = 0
+WEIGHT_SCALE = 0.02
+"""Standard deviation of random weights, the `initializer_range` of most models."""
+
+DISTINCT_EXPERTS = 4
+"""Experts that are really drawn; the others are copies at addresses of their own, which cost the same to read."""
+
+
+class NoTokenizer:
+    """Stands where a tokenizer is expected and text is not wanted: every token is without text."""
+
+    chat_template = None
+
+    def decode(self, token_ids: list[int], **kwargs: Any) -> str:
+        """No text."""
+        return ""
+
+
+class CheckpointSource:
+    """The model of a directory, hub id, or (None) of the package."""
+
+    def __init__(self, model: str | None) -> None:
+        from hybrimoe.checkpoint.meta import model_config
+
+        self.model = model
+        self.tokenizer: Any = NoTokenizer()
+        self._config: Any = model_config(model)
+        self.vocab_size = int(self._config.get_text_config(decoder=True).vocab_size)
+
+    def plain(self) -> Any:
+        """The model as transformers loads it, in the checkpoint's dtype."""
+        from transformers import AutoModelForCausalLM
+
+        from hybrimoe.demo import demo_model_path
+
+        return AutoModelForCausalLM.from_pretrained(str(self.model or demo_model_path()), dtype="auto").eval()
+
+    def hybrid(self, deployment: DeployConfig, progress: Callable[[int, int, str], None]) -> Any:
+        """The model with hybrid experts."""
+        from hybrimoe.checkpoint import load
+
+        return load(self.model, config=deployment, progress=progress)
+
+
+class RandomSource:
+    """Random weights in a shipped shape, as a whole or with its first `layers` layers. Nothing is downloaded."""
+
+    def __init__(self, shape: str, layers: int | None) -> None:
+        self.tokenizer: Any = NoTokenizer()
+        self.config = _config(shape, layers)
+        self.vocab_size = int(self.config.vocab_size)
+
+    def plain(self) -> Any:
+        """Transformers' model in bfloat16 with the weights that `hybrid` has."""
+        from hybrimoe.checkpoint.meta import meta_model
+        from hybrimoe.config.deploy import load_config
+
+        parameters = sum(parameter.numel() for parameter in meta_model(self.config).parameters())
+        _require_memory(4 * parameters, "plain transformers in bfloat16, beside the store that it is filled from,")
+        model = self.hybrid(load_config({}, accelerator="none", expert_dtype="bfloat16"), lambda *_: None)
+        model.hybrimoe.restore()
+        return model
+
+    def hybrid(self, deployment: DeployConfig, progress: Callable[[int, int, str], None]) -> Any:
+        """The same shape with hybrid experts, its dense layers as the deployment says, in the order of `load`.
+
+        The experts are only ever there in their stored form.
+        """
+        from hybrimoe.checkpoint.dense import dense_dtype, meta_model
+        from hybrimoe.dense.place import place_dense
+        from hybrimoe.injection import inject
+
+        model = meta_model(self.config, dense_dtype(deployment.cpu.dense_dtype, self.config))
+        injection = inject(model, config=deployment)
+        store = injection.session.store
+        _require_memory(store.nbytes, f"experts in {deployment.cpu.expert_dtype}")
+        _fill(injection.session, progress)
+        model.to_empty(device="cpu")
+        torch.manual_seed(SEED)
+        model.init_weights()
+        model.tie_weights()
+        place_dense(model, deployment)
+        injection.prepare_dense(keep_originals=False)
+        injection.session.start()
+        return model.eval()
+
+
+def _config(shape: str, layers: int | None) -> Any:
+    """The transformers configuration of a shape. Raises ConfigError for what cannot be."""
+    from transformers import AutoConfig
+
+    if shape not in shapes.shape_names():
+        raise ConfigError(unknown("model shape", shape, shapes.shape_names()))
+    data = read_yaml(shapes.FOLDER / f"{shape}.yaml").data
+    settings: dict[str, Any] = dict(data["config"])
+    if layers is not None:
+        whole = int(settings["num_hidden_layers"])
+        if not 1 <= layers <= whole:
+            raise ConfigError(f"--layers must be between 1 and {whole} for {shape}, found {layers}")
+        settings["num_hidden_layers"] = layers
+    return AutoConfig.for_model(settings.pop("model_type"), dtype="bfloat16", **settings)
+
+
+def _fill(session: Any, progress: Callable[[int, int, str], None]) -> None:
+    """Write random experts into every record of the session's store."""
+    generator = torch.Generator().manual_seed(SEED)
+    specs = session.layer_specs()
+    total = sum(layer.num_experts for layer in specs)
+    done = 0
+    drawn: dict[ExpertSpec, list[Any]] = {}
+    for index, layer in enumerate(specs):
+        for expert in range(layer.num_experts):
+            records = drawn.setdefault(layer.spec, [])
+            if len(records) < DISTINCT_EXPERTS:
+                session.store.write(index, expert, _random_expert(layer.spec, generator))
+                records.append(session.store.record(index, expert))
+            else:
+                session.store.record(index, expert)[:] = records[expert % DISTINCT_EXPERTS]
+            done += 1
+            progress(done, total, "random experts")
+
+
+def _random_expert(spec: ExpertSpec, generator: torch.Generator) -> ExpertWeights:
+    from cpu_kernels import ExpertWeights
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * WEIGHT_SCALE
+
+    gated, biased = spec.activation.gated, spec.has_bias
+    return ExpertWeights(
+        up=matrix(spec.inter, spec.hidden),
+        down=matrix(spec.hidden, spec.inter),
+        gate=matrix(spec.inter, spec.hidden) if gated else None,
+        gate_bias=matrix(spec.inter) if gated and biased else None,
+        up_bias=matrix(spec.inter) if biased else None,
+        down_bias=matrix(spec.hidden) if biased else None,
+    )
+
+
+def _require_memory(n_bytes: int, what: str) -> None:
+    import psutil
+
+    available = psutil.virtual_memory().available
+    if n_bytes > available:
+        gib = 2**30
+        raise BudgetError(
+            f"{what} needs {n_bytes / gib:.1f} GiB and {available / gib:.1f} GiB are free: fewer --layers, "
+            f"a smaller --dtype, or fewer contenders at once"
+        )

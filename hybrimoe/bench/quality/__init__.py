@@ -1,0 +1,1 @@
+"""Measures what quantisation and lossy policies cost in quality."""

@@ -1,0 +1,151 @@
+"""`hybrimoe bench ablation`: the paper's experiments, then every policy on every trace and profile (all simulated)."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.views import render
+
+EXPERIMENTS = ("table3", "paper", "hits", "policies", "lossy")
+#: Decode tokens of each row; quick is for a look, full for figures to report.
+QUICK_TOKENS, FULL_TOKENS = 24, 128
+QUICK_PREFILLS = (32, 128)
+QUICK_RATIOS, FULL_RATIOS = (0.25,), (0.25, 0.5, 0.75)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `bench ablation`."""
+    app.command("ablation")(ablation)
+
+
+def ablation(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Rows, tables, plots and report go here.")
+    ] = Path("ablation"),
+    experiment: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(EXPERIMENTS)}; repeatable. Default: all.")
+    ] = None,
+    trace: Annotated[list[str] | None, typer.Option(help="Further .npz traces beside demo; repeatable.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Short traces, fewer settings.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes; -1: one a core.")] = 1,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Run on a Ray cluster (joblib's ray backend).")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed, the same rows.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Simulate the ablation. Rows are kept in DIR/rows: an interrupted sweep goes on where it stopped."""
+    from hybrimoe.bench.ablation.summary import summarise, tables
+    from hybrimoe.bench.ablation.sweep import sweep
+
+    chosen = _experiments(experiment)
+    cases = build_cases(chosen, trace or [], quick=quick, seed=seed)
+    rows = sweep(cases, out / "rows", jobs=jobs, cluster=cluster, progress=_tell)
+    summary = summarise(rows)
+    written = write(out, rows, summary)
+    if as_json:
+        render.emit_json({**summary, "rows": len(rows), "files": written})
+        return
+    for title, columns, cells in tables(summary):
+        render.out().print(render.table(f"{title} (simulated)", columns, cells))
+        render.out().print()
+    render.note("written: " + ", ".join(str(path) for path in written))
+
+
+def _experiments(names: list[str] | None) -> tuple[str, ...]:
+    from hybrimoe.errors import ConfigError, unknown
+
+    for name in names or ():
+        if name not in EXPERIMENTS:
+            raise ConfigError(unknown("experiment", name, EXPERIMENTS))
+    return tuple(names) if names else EXPERIMENTS
+
+
+def build_cases(experiments: tuple[str, ...], traces: list[str], *, quick: bool, seed: int = 0) -> list[Any]:
+    """Every case of the chosen experiments, each with the seed."""
+    from dataclasses import replace
+
+    from hybrimoe.bench.ablation import cases as paper
+    from hybrimoe.bench.ablation.sweep import SYNTHETIC, trace_names
+
+    tokens = QUICK_TOKENS if quick else FULL_TOKENS
+    made = {
+        "table3": lambda: paper.table_3(tokens),
+        "paper": lambda: paper.speedups(tokens, QUICK_PREFILLS if quick else paper.PAPER_PREFILLS),
+        "hits": lambda: paper.hit_rates(tokens),
+        "policies": lambda: paper.every_policy(
+            [*((name, "") for name in trace_names(traces)), (SYNTHETIC, "olmoe-1b-7b")],
+            tokens,
+            QUICK_RATIOS if quick else FULL_RATIOS,
+        ),
+        "lossy": lambda: paper.lossy(tokens),
+    }
+    return [replace(case, seed=seed) for name in experiments for case in made[name]()]
+
+
+def _tell(done: int, total: int) -> None:
+    if done == total or done % 20 == 0:
+        render.note(f"{done} of {total} rows")
+
+
+def write(out: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Path]:
+    """rows.csv, rows.parquet (pyarrow), summary.json, plots (matplotlib) and report.html; returns the paths."""
+    written = [out / "rows.csv", out / "summary.json"]
+    with written[0].open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+    written[1].write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    return [*written, *_write_parquet(out / "rows.parquet", rows), *_write_report(out, summary)]
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> list[Path]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        render.note("no rows.parquet: pyarrow is not installed (extra bench)")
+        return []
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return [path]
+
+
+def _write_report(out: Path, summary: dict[str, Any]) -> list[Path]:
+    from hybrimoe.bench.ablation.summary import tables
+    from hybrimoe.errors import MissingExtraError
+    from hybrimoe.tracing.study import plots
+
+    sections = [(title, plots.html_table(columns, cells)) for title, columns, cells in tables(summary)]
+    written = []
+    try:
+        for name, data in figures(summary).items():
+            (out / name).write_bytes(data)
+            written.append(out / name)
+            sections.append((name.removesuffix(".png"), plots.image(data, name)))
+    except MissingExtraError:
+        render.note("no plots: matplotlib is not installed (extra bench)")
+    page = plots.page("Ablation (simulated)", [("", plots.paragraph("All figures are simulated.")), *sections])
+    (out / "report.html").write_text(page, encoding="utf-8")
+    return [*written, out / "report.html"]
+
+
+def figures(summary: dict[str, Any]) -> dict[str, bytes]:
+    """Bar charts of Table III and of every policy."""
+    from hybrimoe.tracing.study import plots
+
+    found = {}
+    if "table3" in summary:
+        decode = [row for row in summary["table3"] if row["phase"] == "decode"]
+        series = {"simulated": [r["simulated_s"] for r in decode], "paper": [r["paper_s"] or 0.0 for r in decode]}
+        found["table3.png"] = plots.bars("Table III, decode", "s a token", [r["step"] for r in decode], series)
+    if "policies" in summary:
+        rows = summary["policies"]
+        series = {"speed-up over static": [row["speedup"] for row in rows]}
+        found["policies.png"] = plots.bars(
+            "Every policy, decode (simulated)", "x", [row["policy"] for row in rows], series
+        )
+    return found

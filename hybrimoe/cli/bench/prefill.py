@@ -1,0 +1,63 @@
+"""`hybrimoe bench prefill`: policies and dtypes side by side, in tokens a second."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hybrimoe.cli import common
+from hybrimoe.cli.bench import options
+
+
+def register(app: typer.Typer) -> None:
+    """Add `prefill`."""
+    app.command("prefill")(prefill)
+
+
+def prefill(
+    model: common.ModelArgument = None,
+    shape: options.ShapeOption = None,
+    layers: options.LayersOption = None,
+    policy: options.PolicyList = None,
+    lossy: options.LossyList = None,
+    dtype: options.DtypeList = None,
+    compare_policies: options.CompareOption = False,
+    plain: options.PlainOption = True,
+    gguf: options.GgufOption = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 512,
+    rounds: options.RoundsOption = 7,
+    config: common.ConfigOption = None,
+    accelerator: common.AcceleratorOption = None,
+    slots: common.SlotsOption = None,
+    threads: common.ThreadsOption = None,
+    quick: options.QuickOption = False,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Tokens a second of computing a prompt: policies and dtypes side by side in alternating rounds.
+
+    Before anything is timed, the logits of every contender are compared with plain transformers'; wrong numbers end
+    the benchmark. Figures with an emulated accelerator say so: that lane runs on the CPU, too.
+    """
+    from hybrimoe.bench.model import measure as model_bench
+
+    request = model_bench.Request(
+        kind="prefill",
+        model=model,
+        shape=shape,
+        layers=layers,
+        policies=tuple(policy or ()),
+        lossy=tuple(lossy or ()),
+        dtypes=tuple(dtype or ()),
+        compare_policies=compare_policies,
+        plain=plain,
+        gguf=gguf,
+        prompt_tokens=min(prompt_tokens, 128) if quick else prompt_tokens,
+        new_tokens=0,
+        rounds=min(rounds, options.QUICK_ROUNDS) if quick else rounds,
+        config=config,
+        accelerator=accelerator,
+        slots=slots,
+        threads=threads,
+    )
+    model_bench.run(request, as_json=as_json)

@@ -1,0 +1,133 @@
+"""`hybrimoe bench serve`: users who talk to an OpenAI-compatible server at the same time."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hybrimoe.cli import common
+from hybrimoe.cli.views import render
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from hybrimoe.bench.serve.measure import Row
+
+REPLY_S = 600.0
+"""Seconds that a reply may take to come before the server counts as dead."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add `serve`."""
+    app.command("serve")(serve)
+
+
+def serve(
+    model: common.ModelArgument = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Measure a server that runs (any OpenAI-compatible one).")
+    ] = None,
+    users: Annotated[
+        list[int] | None, typer.Option("--users", "-u", min=1, help="Users at the same time; may be repeated.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each user, one after another.")] = 8,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of a conversation: each sends all before it again.")] = 1,
+    prompt_words: Annotated[int, typer.Option(min=1, help="Words of a conversation's first prompt.")] = 48,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Longest reply, in tokens.")] = 32,
+    config: common.ConfigOption = None,
+    accelerator: common.AcceleratorOption = None,
+    slots: common.SlotsOption = None,
+    dtype: common.DtypeOption = None,
+    policy: common.PolicyOption = None,
+    lossy: common.LossyOption = None,
+    threads: common.ThreadsOption = None,
+    lookahead: common.LookaheadOption = None,
+    conversations: Annotated[
+        int | None, typer.Option(min=1, help="Conversations whose KV caches the server keeps.")
+    ] = None,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Times to the first token and between tokens, and tokens a second, for users who ask at the same time.
+
+    Starts `hybrimoe serve` with the given model and options in a process of its own, or measures the server at --url.
+    Replies are greedy; one whose text depends on who else is served ends the benchmark. Waiting in the server's queue
+    counts as time to the first token.
+    """
+    from hybrimoe.bench.serve import measure as serve_bench
+    from hybrimoe.cli.common_model import progress_bar
+
+    given = {
+        "--config": config, "--accelerator": accelerator, "--slots": slots, "--dtype": dtype, "--policy": policy,
+        "--lossy": lossy, "--threads": threads, "--lookahead": lookahead, "--conversations": conversations,
+    }  # fmt: skip
+    load = serve_bench.Load(requests, turns, prompt_words, new_tokens)
+    with _server(url, model, given) as address, _client(address) as client, progress_bar() as progress:
+        rows = serve_bench.measure(client, users or [1, 2, 4], load, progress)
+        name = client.model
+    if as_json:
+        render.emit_json({"model": name, "url": url, "rows": serve_bench.as_dicts(rows), "machine": _machine()})
+    else:
+        _show(f"{name}: {turns} turn(s) a conversation, at most {new_tokens} new tokens a reply; measured", rows)
+
+
+@contextlib.contextmanager
+def _server(url: str | None, model: str | None, given: dict[str, Any]) -> Iterator[str]:
+    """The address to measure. Raises ConfigError where options of a server of our own come with --url."""
+    from hybrimoe.bench.serve.process import running_server
+    from hybrimoe.errors import ConfigError
+
+    named = {name: value for name, value in given.items() if value is not None}
+    if url is not None:
+        if model is not None or named:
+            raise ConfigError(
+                f"--url measures a server as it runs: leave out {', '.join(['MODEL'] * bool(model) + list(named))}"
+            )
+        yield url
+        return
+    words = [model] if model is not None else []
+    for name, value in named.items():
+        words += [name, str(value)]
+    with running_server(words) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def _client(address: str) -> Iterator[Any]:
+    """A client of the server. Raises MissingExtraError without the extra `serve`."""
+    from hybrimoe.bench.serve.client import Client
+    from hybrimoe.errors import MissingExtraError
+
+    try:
+        import httpx
+    except ImportError as error:
+        raise MissingExtraError("serve", str(error)) from error
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    with httpx.Client(timeout=REPLY_S, limits=limits) as http:
+        yield Client(http, address)
+
+
+def _machine() -> dict[str, Any]:
+    from hybrimoe.bench.rounds import machine
+
+    return machine()
+
+
+COLUMNS = ("users", "asked", "refused", "prompt tokens", "TTFT ms", "gap ms", "tokens/s", "in all", "hits")
+
+
+def _show(title: str, rows: Sequence[Row]) -> None:
+    shown = [
+        (row.users, row.requests, row.refused, f"{row.prompt_tokens} ({row.cached_tokens})",
+         f"{row.ttft_ms['p50']:.0f} ({row.ttft_ms['p95']:.0f})",
+         f"{row.between_ms['p50']:.1f} ({row.between_ms['p95']:.1f})",
+         f"{row.user_tokens_per_s:.1f}", f"{row.tokens_per_s:.1f}",
+         "-" if row.hit_rate is None else f"{row.hit_rate:.0%}")
+        for row in rows
+    ]  # fmt: skip
+    render.out().print(render.table(title, COLUMNS, shown))
+    render.note(
+        "in brackets: prompt tokens from kept conversations, 95th percentiles; gap: between pieces of text; tokens/s:"
+        " within a reply, and over all users"
+    )

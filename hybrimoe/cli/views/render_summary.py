@@ -1,0 +1,188 @@
+"""What a reply cost and what each lane did: as data for --json, as a few lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.text import Text
+
+from hybrimoe.cli.views import render
+
+if TYPE_CHECKING:
+    from hybrimoe.generation import Reply
+
+MIB = 2**20
+
+
+def reply_as_dict(reply: Reply, experts: Mapping[str, Any] | None) -> dict[str, Any]:
+    """One reply as plain data. Times are measured on this machine; `experts` are the session's counters or None."""
+    times = reply.times
+    n_prefilled = len(reply.prompt_ids) - reply.n_reused
+    return {
+        "text": reply.text,
+        "finish_reason": reply.finish_reason,
+        "seed": reply.seed,
+        "token_ids": reply.token_ids,
+        "prompt_tokens": len(reply.prompt_ids),
+        "reused_tokens": reply.n_reused,
+        "new_tokens": len(reply.token_ids),
+        "ttft_us": times.ttft_us,
+        "prefill": {
+            "tokens": n_prefilled,
+            "us": times.prefill_us,
+            "tokens_per_s": _rate(n_prefilled, times.prefill_us),
+        },
+        "decode": _decode(times.between_tokens_us),
+        "experts": experts,
+    }
+
+
+def _decode(between_tokens_us: Sequence[float]) -> dict[str, Any]:
+    total = sum(between_tokens_us)
+    ordered = sorted(between_tokens_us)
+    return {
+        "tokens": len(ordered),
+        "us": total,
+        "tokens_per_s": _rate(len(ordered), total),
+        "median_us": median(ordered) if ordered else None,
+        "p95_us": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))] if ordered else None,
+    }
+
+
+def _rate(count: int, us: float) -> float | None:
+    return count / us * 1e6 if count and us > 0 else None
+
+
+def summary(result: Mapping[str, Any]) -> Group:
+    """The lines that follow a reply: speed, cache, lanes."""
+    parts: list[Any] = [_speed(result)]
+    if result.get("experts"):
+        parts += [_cache(result["experts"]), *_lossy(result["experts"]), _lanes(result["experts"])]
+    return Group(*parts)
+
+
+def _speed(result: Mapping[str, Any]) -> Text:
+    prefill, decode = result["prefill"], result["decode"]
+    reused = f" (+ {result['reused_tokens']} from the cache)" if result["reused_tokens"] else ""
+    lines = [
+        f"prefill  {prefill['tokens']} tokens{reused}, {rate(prefill['tokens_per_s'])}, "
+        f"first token after {ms(result['ttft_us'])}",
+        f"decode   {decode['tokens']} tokens, {rate(decode['tokens_per_s'])}",
+    ]
+    if decode["median_us"] is not None:
+        lines[1] += f", {ms(decode['median_us'])} a token (median; p95 {ms(decode['p95_us'])})"
+    lines.append(f"end      {END_WORDS[result['finish_reason']]}; seed {result['seed']}")
+    return Text("\n".join(lines))
+
+
+END_WORDS = {
+    "eos": "the model ended the text",
+    "stop": "a stop text was reached",
+    "length": "--max-new-tokens was reached",
+    "context": "the model's context is full",
+    "interrupted": "interrupted",
+    None: "unfinished",
+}
+
+
+def _cache(experts: Mapping[str, Any]) -> Text:
+    total = experts["total"]
+    rates = ", ".join(
+        f"{phase} {percent(experts[phase]['hit_rate'])}" for phase in ("prefill", "decode") if experts[phase]["calls"]
+    )
+    mib = total["transfer_bytes"] / MIB
+    return Text(
+        f"experts  {experts['n_slots']} of {experts['n_experts']} have a slot; hit rate {rates or 'none yet'}\n"
+        f"         {total['transfers']} demand transfers, {total['prefetches']} prefetches "
+        f"(precision {percent(total['prefetch_precision'])}), {mib:.1f} MiB moved\n"
+        f"policy   {experts['policy']}; planning and dispatch {ms(total['overhead_us'])} "
+        f"of {ms(total['wall_us'])} in the expert layers"
+    )
+
+
+def _lossy(experts: Mapping[str, Any]) -> list[Text]:
+    """What a lossy policy did to the routing; nothing where there is none."""
+    if not experts.get("lossy"):
+        return []
+    total = experts["total"]
+    told = [f"{percent(total[key] / total['routed'])} {words}" for key, words in LOSSY_WORDS.items() if total[key]]
+    shares = ", ".join(told) or "none changed"
+    slots = f"; {experts['n_low_slots']} low-precision slots" if experts["n_low_slots"] else ""
+    return [Text(f"lossy    {experts['lossy']}: of the routed experts {shares}{slots}")]
+
+
+LOSSY_WORDS = {"skipped": "skipped", "substituted": "substituted", "lowered": "in low precision", "deferred": "late"}
+
+
+def lane_rows(experts: Mapping[str, Any]) -> list[tuple[str, float, int, str]]:
+    """(lane, busy us, items, what the items are) of each lane that exists."""
+    total = experts["total"]
+    rows = [("CPU", total["cpu_us"], total["cpu_experts"], "experts")]
+    units = experts["accelerators"] if experts["n_slots"] else []
+    for number, unit in enumerate(units):
+        of, name = unit["total"], f" {number}" if len(units) > 1 else ""
+        rows.append((f"accelerator{name} ({_words(unit)})", of["accel_us"], of["accel_experts"], "experts"))
+        rows.append((f"link{name}", of["link_us"], of["transfers"] + of["prefetches"], "transfers"))
+    return rows
+
+
+def _lanes(experts: Mapping[str, Any]) -> Any:
+    wall_us = experts["total"]["wall_us"]
+    rows = [
+        (name, ms(busy), percent(busy / wall_us if wall_us else None), f"{count} {what}")
+        for name, busy, count, what in lane_rows(experts)
+    ]
+    return render.table(None, ("lane", "busy", "of expert time", "did"), rows)
+
+
+def _words(unit: Mapping[str, Any]) -> str:
+    """The accelerator for people; an emulated one always says so."""
+    return "emulated" if unit["kind"] == "emulated" else str(unit["name"])
+
+
+def is_emulated(experts: Mapping[str, Any]) -> bool:
+    """Whether a part of the work ran on the emulated accelerator."""
+    return bool(experts["n_slots"] > 0 and experts["accelerator_kind"] == "emulated")
+
+
+def provenance(experts: Mapping[str, Any] | None) -> str:
+    """`measured`, or `emulated` where a part of the work ran on the emulated accelerator."""
+    return "emulated accelerator" if experts is not None and is_emulated(experts) else "measured"
+
+
+def one_line(result: Mapping[str, Any]) -> str:
+    """The short form that follows each reply of a chat."""
+    decode, experts = result["decode"], result.get("experts")
+    words = [
+        f"{result['new_tokens']} tokens",
+        rate(decode["tokens_per_s"]),
+        f"first after {ms(result['ttft_us'])}",
+        *([f"{result['reused_tokens']} prompt tokens from the cache"] if result["reused_tokens"] else []),
+    ]
+    if experts and experts["n_slots"]:
+        words.append(f"hit rate {percent(experts['total']['hit_rate'])} ({provenance(experts)})")
+    if experts and experts.get("lossy"):
+        words.append(f"lossy: {experts['lossy']}")
+    if result["finish_reason"] in ("interrupted", "context"):
+        words.append(END_WORDS[result["finish_reason"]])
+    return ", ".join(words)
+
+
+def rate(tokens_per_s: float | None) -> str:
+    """A speed for people."""
+    return "-" if tokens_per_s is None else f"{tokens_per_s:.1f} tokens/s"
+
+
+def ms(us: float | None) -> str:
+    """A time for people: ms, or s from ten seconds on."""
+    if us is None:
+        return "-"
+    return f"{us / 1e6:.1f} s" if us >= 1e7 else f"{us / 1e3:.1f} ms"
+
+
+def percent(share: float | None) -> str:
+    """A share for people."""
+    return "-" if share is None else f"{share:.1%}"

@@ -1,0 +1,1 @@
+"""The deployment configuration: the YAML file's schema, its values and its errors."""

@@ -1,0 +1,258 @@
+"""The deployment configuration: one YAML file, mapping or preset says what runs where (docs/config.md).
+
+`load_config` reads it, checks every key against the models below (pydantic v2) and reports mistakes with file, line and
+the nearest right name. `DeployConfig.runtime` turns it into what a runtime session needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+
+from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount
+from hybrimoe.config.errors import config_error
+from hybrimoe.config.policy import check_scheduler, resolved_policy
+from hybrimoe.config.values import Accelerators, ModelName, Threads, check_rules
+from hybrimoe.errors import ConfigError, unknown
+from yaml_rules import shipped
+from yaml_rules.errors import YamlRulesError
+from yaml_rules.located import KeyPath, Located, read_yaml
+
+if TYPE_CHECKING:
+    from hybrimoe.runtime.config import RuntimeConfig
+
+ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int4"]
+DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
+BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class MemoryConfig(_Section):
+    """How much memory each tier may use."""
+
+    gpu_experts: ExpertsAmount = Field(default=Amount("auto"), description="Expert slots on the accelerator.")
+    host: HostAmount = Field(
+        default=Amount("auto"), description="Host memory for experts; what does not fit needs `disk`."
+    )
+    disk: DiskAmount = Field(default=Amount("none"), description="Experts that stay on disk, read when needed.")
+    kv: BytesAmount = Field(
+        default=Amount("auto"), description="Accelerator memory that is kept free for the KV cache."
+    )
+
+
+class CpuConfig(_Section):
+    """The CPU lane and how weights are stored."""
+
+    backend: BackendName = Field(
+        default="auto", description="CPU kernels; auto takes the fastest that is measured to work."
+    )
+    threads: Threads = Field(default="auto", description="CPU threads; auto takes one per physical core.")
+    expert_dtype: ExpertDtypeName = Field(default="bfloat16", description="How experts are stored.")
+    dense_dtype: DenseDtypeName = Field(
+        default="auto", description="How all other weights are stored; auto as in the model."
+    )
+    attention: Literal["auto", "torch"] = Field(
+        default="auto", description="Decode steps of bfloat16 attention on the CPU: auto is our kernel."
+    )
+
+
+class SchedulerConfig(BaseModel):
+    """A policy by name, or its three parts; further keys are parameters of the parts."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    policy: str | None = Field(
+        default=None, description="Preset such as ours, hybrimoe, static; or balance/prefetch/cache."
+    )
+    balance: str | None = Field(default=None, description="Who computes which expert; replaces the preset's.")
+    prefetch: str | None = Field(default=None, description="What is transferred ahead; replaces the preset's.")
+    cache: str | None = Field(default=None, description="What stays in the slots; replaces the preset's.")
+    lookahead: int = Field(default=3, ge=0, le=64, description="Layers ahead whose routers are asked.")
+    seed: int = Field(default=0, ge=0, description="Seed of policies that draw random numbers.")
+    lossy: str | dict[str, Any] | None = Field(
+        default=None,
+        description="A lossy policy such as hobbit, or {kind: hobbit, t1: 0.6}; none (the default) loses nothing.",
+    )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Parameters of the policy's parts (every key that is no field)."""
+        return dict(self.model_extra or {})
+
+    def policy_name(self) -> str:
+        """The policy as `scheduler.resolve_policy` takes it: a preset, or balance/prefetch/cache."""
+        return resolved_policy(self)[0]
+
+
+class ServerConfig(_Section):
+    """Where `hybrimoe serve` listens, and what it keeps between requests."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8000, ge=1, le=65535)
+    conversations: int = Field(default=4, ge=1, le=256, description="Latest conversations whose KV caches are kept.")
+
+
+class DeployConfig(_Section):
+    """One deployment: the model, its rules, the memory of each tier, CPU, scheduler and server."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, title="HybriMoE deployment")
+
+    model: ModelName | None = Field(default=None, description="Model directory or hub id; omitted = the demo model.")
+    rules: Annotated[Any, BeforeValidator(check_rules)] = Field(
+        default="auto", description="Shipped name, file or inline list."
+    )
+    accelerator: Accelerators = Field(
+        default=("auto",), description="Device, emulated, none or auto; a list: all of them, a block of layers each."
+    )
+    memory: MemoryConfig = MemoryConfig()
+    cpu: CpuConfig = CpuConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    server: ServerConfig = ServerConfig()
+
+    _located: Located = PrivateAttr(default_factory=lambda: Located({}))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DeployConfig) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def source(self) -> str:
+        """File or preset that this configuration was read from."""
+        return self._located.source
+
+    def located_rules(self) -> Located | str:
+        """The rules as a name or file, or inline with the lines on which they stand in the deployment file."""
+        if isinstance(self.rules, str):
+            return self.rules
+        here = isinstance(self._located.data, Mapping) and self._located.data.get("rules") == self.rules
+        return self._located.sub(("rules",)) if here else Located(self.rules, "<rules>")
+
+    def runtime(self) -> RuntimeConfig:
+        """The settings of a runtime session."""
+        from hybrimoe.config.runtime import runtime_config
+
+        return runtime_config(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data that `load_config` reads back as an equal configuration."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def default_preset(model: str | None = None) -> str:
+    """Name of the shipped preset that is used where no configuration is given: the demo model has its own."""
+    return "demo" if model is None else "default"
+
+
+def load_config(source: str | Path | Mapping[str, Any] | DeployConfig | None = None, **overrides: Any) -> DeployConfig:
+    """Read and check a deployment configuration.
+
+    source: path of a YAML file, name of a shipped preset, a mapping, or None for the preset of `default_preset`.
+    overrides: top-level keys ("model", "memory", ...; mappings are merged), the keyword names of `hybrimoe.inject`
+        (gpu_expert_slots, expert_dtype, backend, threads, policy, lookahead, lossy), or dotted keys; None means not
+        given.
+
+    Raises ConfigError that lists every mistake as `file:line: key: what was expected`.
+    """
+    given = _override_tree({name: value for name, value in overrides.items() if value is not None})
+    if isinstance(source, DeployConfig):
+        located = source._located if not given else Located(source.as_dict(), source.source, source._located.lines)
+        if not given:
+            return source
+    else:
+        located = _read_source(source, given.get("model"))
+    if not isinstance(located.data, Mapping):
+        raise ConfigError(f"{located.where()}: expected a mapping of keys, found {type(located.data).__name__}")
+    return _validated(_merged(located.data, given), located, given)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of deployment files, for editors."""
+    return DeployConfig.model_json_schema()
+
+
+_ALIASES: dict[str, KeyPath] = {
+    "gpu_expert_slots": ("memory", "gpu_experts"),
+    "expert_dtype": ("cpu", "expert_dtype"),
+    "dense_dtype": ("cpu", "dense_dtype"),
+    "attention": ("cpu", "attention"),
+    "backend": ("cpu", "backend"),
+    "threads": ("cpu", "threads"),
+    "policy": ("scheduler", "policy"),
+    "lookahead": ("scheduler", "lookahead"),
+    "seed": ("scheduler", "seed"),
+    "lossy": ("scheduler", "lossy"),
+}
+
+
+def _override_tree(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword overrides as a nested mapping of the file's form."""
+    tree: dict[str, Any] = {}
+    for name, value in overrides.items():
+        path = _ALIASES.get(name, tuple(name.split(".")))
+        if path[0] not in DeployConfig.model_fields:
+            raise ConfigError(unknown("option", name, [*DeployConfig.model_fields, *_ALIASES]))
+        level = tree
+        for key in path[:-1]:
+            level = level.setdefault(str(key), {})
+        last = str(path[-1])
+        both = isinstance(level.get(last), dict) and isinstance(value, Mapping)
+        level[last] = {**level[last], **value} if both else (dict(value) if isinstance(value, Mapping) else value)
+    return tree
+
+
+def _read_source(source: str | Path | Mapping[str, Any] | None, model: str | None) -> Located:
+    if isinstance(source, Mapping):
+        return Located(dict(source))
+    try:
+        located = read_yaml(shipped.find("deploy", default_preset(model) if source is None else source))
+    except YamlRulesError as error:
+        raise ConfigError(str(error)) from error
+    return Located({}, located.source, located.lines) if located.data is None else located
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`; mappings are merged, except that a policy given on top replaces the parts below it."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        if key == "scheduler" and isinstance(value, Mapping) and "policy" in value and isinstance(below, Mapping):
+            below = {name: below[name] for name in ("lookahead", "seed", "lossy") if name in below}
+        mergeable = isinstance(below, Mapping) and isinstance(value, Mapping) and key not in ("rules", "lossy")
+        result[key] = _merged(below, value) if mergeable and isinstance(below, Mapping) else value
+    return result
+
+
+def _validated(data: dict[str, Any], located: Located, given: Mapping[str, Any]) -> DeployConfig:
+    from pydantic import ValidationError
+
+    empty_sections = [key for key in ("memory", "cpu", "scheduler", "server") if key in data and data[key] is None]
+    try:
+        config = DeployConfig.model_validate({key: value for key, value in data.items() if key not in empty_sections})
+    except ValidationError as error:
+        raise config_error(error, DeployConfig, located, given) from error
+    config._located = located
+    check_scheduler(config.scheduler, located, given)
+    return _with_resolved_paths(config, located, given)
+
+
+def _with_resolved_paths(config: DeployConfig, located: Located, given: Mapping[str, Any]) -> DeployConfig:
+    """Relative paths in a file are meant from that file's folder; where nothing is there, they stay as written."""
+    folder = Path(located.source).parent
+    changed = {}
+    for key in ("model", "rules"):
+        value = getattr(config, key)
+        from_file = key not in given and isinstance(value, str) and not Path(value).is_absolute()
+        if from_file and value != "auto" and (folder / value).exists():
+            changed[key] = str(folder / value)
+    if not changed:
+        return config
+    moved = config.model_copy(update=changed)
+    moved._located = located
+    return moved

@@ -1,0 +1,72 @@
+"""From the deployment configuration to the settings of a runtime session."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hybrimoe.amounts import Amount
+from hybrimoe.config.policy import lossy_settings, resolved_policy
+from hybrimoe.runtime.config import RuntimeConfig
+from scheduler.lossy import resolve_lossy
+
+if TYPE_CHECKING:
+    from hybrimoe.config.deploy import DeployConfig
+
+
+def runtime_config(config: DeployConfig) -> RuntimeConfig:
+    """Settings of a session for `config`; see `DeployConfig.runtime`."""
+    accelerators = choose_accelerators(config.accelerator)
+    policy, policy_params = resolved_policy(config.scheduler)
+    return RuntimeConfig(
+        accelerator=accelerators[0] if len(accelerators) == 1 else accelerators,
+        gpu_expert_slots=slots_setting(config.memory.gpu_experts),
+        expert_dtype=config.cpu.expert_dtype,
+        backend=config.cpu.backend,
+        threads=config.cpu.threads if isinstance(config.cpu.threads, int) else None,
+        policy=policy,
+        policy_params=policy_params,
+        lookahead=config.scheduler.lookahead,
+        seed=config.scheduler.seed,
+        kv_reserve_bytes=_kv_bytes(config.memory.kv, accelerators[0]),
+        lossy=resolve_lossy(lossy_settings(config.scheduler.lossy)),
+    )
+
+
+def slots_setting(amount: Amount) -> int | float | str:
+    """An amount in the form of `RuntimeConfig.gpu_expert_slots`: count, share, exact size text or "auto"."""
+    if amount.kind == "count":
+        return int(amount.value)
+    if amount.kind == "share":
+        return float(amount.value)
+    return 0 if amount.kind == "none" else str(amount)
+
+
+def choose_accelerators(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The accelerators to use together: all names, except that what follows "auto" is for machines without one."""
+    if names[0] != "auto" or len(names) == 1:
+        return names
+    return ("auto",) if _is_here("auto") else names[1:]
+
+
+def _is_here(name: str) -> bool:
+    if not torch.accelerator.is_available():
+        return False
+    if name == "auto":
+        return True
+    device, current = torch.device(name), torch.accelerator.current_accelerator()
+    here = current is not None and current.type == device.type
+    return here and (device.index or 0) < torch.accelerator.device_count()
+
+
+def _kv_bytes(amount: Amount, accelerator: str) -> int | None:
+    """Bytes to keep free for the KV cache; None where the session estimates them. A share is of the device's memory."""
+    if amount.kind == "auto":
+        return None
+    if amount.kind == "bytes":
+        return int(amount.value)
+    if accelerator in ("none", "emulated") or not _is_here(accelerator):
+        return None
+    _, total_bytes = torch.accelerator.get_memory_info(None if accelerator == "auto" else torch.device(accelerator))
+    return int(amount.value * total_bytes)

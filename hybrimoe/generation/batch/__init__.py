@@ -1,0 +1,1 @@
+"""Many prompts at once: reading the job, ordering it, padding, and generating."""

@@ -1,0 +1,158 @@
+"""One padded batch: prompts that transformers' `generate` runs side by side, watched token by token.
+
+Greedy replies are those of single runs as far as the arithmetic goes: attention does not see padding, and experts add
+a token's rows in the same order whatever else is in the batch. Sums over another width can differ in the last bits, in
+padded attention and in kernels that take several tokens at once; where two tokens are that close, a reply can differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybrimoe.errors import ConfigError
+from hybrimoe.generation.batch.padding import Padding, left_padded, listening
+from hybrimoe.generation.engine import TextGenerator
+from hybrimoe.generation.sampling import Sampler, SamplingOptions
+from hybrimoe.generation.transcript import FinishReason, Transcript
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BatchPrompt", "BatchReply", "generate_batch", "new_tokens", "probe_batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPrompt:
+    """One prompt of a batched job: its tokens, and its own limit where it has one."""
+
+    token_ids: tuple[int, ...]
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReply:
+    """What became of a prompt. `token_ids` includes an end-of-sequence token."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+def generate_batch(
+    generator: TextGenerator, prompts: Sequence[BatchPrompt], options: SamplingOptions,
+    should_stop: Callable[[], bool], on_step: Callable[[], None] = lambda: None,
+) -> list[BatchReply]:  # fmt: skip
+    """Replies to all prompts, in their order. `should_stop` is asked between tokens, `on_step` called after each step.
+
+    Sampled replies depend on what shares the batch: the batch draws from one generator with the seed of `options`.
+    Raises PromptError for a prompt without room for a reply, ConfigError for `ignore_eos`.
+    """
+    import torch
+    from transformers import StoppingCriteriaList
+
+    if options.ignore_eos:
+        raise ConfigError("ignore_eos is for single replies; batches end their replies at end-of-sequence tokens")
+    order = _longest_first(prompts)
+    transcripts = [_transcript(generator, prompts[at], options) for at in order]
+    padding = Padding(np.zeros(len(prompts), np.bool_))
+    ids, mask = left_padded([prompts[at].token_ids for at in order])
+    watch = _Watch(transcripts, padding, should_stop, on_step, ids.shape[1])
+    kwargs = options.generation_kwargs() | {
+        "max_new_tokens": max(new_tokens(generator, prompts[at], options) for at in order),
+        "pad_token_id": int(ids[0, 0]),
+    }
+    device = generator.model.device
+    with listening(generator.model, padding), torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(options.with_seed().seed or 0)
+        generator.model.generate(
+            ids.to(device), attention_mask=mask.to(device), stopping_criteria=StoppingCriteriaList([watch]), **kwargs
+        )
+    replies = {at: _reply(transcript) for at, transcript in zip(order, transcripts, strict=True)}
+    return [replies[at] for at in range(len(prompts))]
+
+
+def probe_batch(generator: TextGenerator, prompts: Sequence[BatchPrompt]) -> np.typing.NDArray[np.float64]:
+    """Route vectors of prompts, float64 [n, layers, experts]: one prefill of all, whose logits are thrown away.
+
+    Padded prompts may stand at shifted positions here, which can move a route of a model with absolute positions.
+    Raises ConfigError where nothing tells the routing: experts that were not replaced, or Llama 4's sorted tokens.
+    """
+    import torch
+
+    order = _longest_first(prompts)
+    padding = Padding(np.zeros(len(prompts), np.bool_), count=True)
+    ids, mask = left_padded([prompts[at].token_ids for at in order])
+    device = generator.model.device
+    with listening(generator.model, padding), torch.inference_mode():
+        inputs = generator.model.prepare_inputs_for_generation(
+            ids.to(device), attention_mask=mask.to(device), past_key_values=None, is_first_iteration=True,
+            **generator.forward_kwargs | {"use_cache": False},
+        )  # fmt: skip
+        generator.model(**inputs)
+    if padding.activations is None or padding.tokens is None:
+        raise ConfigError(
+            "grouping by routes needs a model whose experts were replaced and are told which token goes where"
+            f" ({type(generator.model).__name__} does not show it); use --batching none or moe-lightning"
+        )
+    routes = padding.activations / np.maximum(padding.tokens, 1)[:, None, None]
+    return np.asarray(routes[np.argsort(order)])
+
+
+def new_tokens(generator: TextGenerator, prompt: BatchPrompt, options: SamplingOptions) -> int:
+    """The longest reply that a prompt may have: its own limit or the job's, within the model's context."""
+    limit = generator.context_tokens
+    given = _sampler(generator, prompt, options).max_new_tokens
+    return given if limit is None else min(given, limit - len(prompt.token_ids))
+
+
+def _sampler(generator: TextGenerator, prompt: BatchPrompt, options: SamplingOptions) -> Sampler:
+    own = options if prompt.max_new_tokens is None else replace(options, max_new_tokens=prompt.max_new_tokens)
+    return Sampler(generator.model, own, prompt.token_ids)
+
+
+def _transcript(generator: TextGenerator, prompt: BatchPrompt, options: SamplingOptions) -> Transcript:
+    generator.check_prompt(len(prompt.token_ids))
+    sampler = _sampler(generator, prompt, options)
+    return Transcript(
+        generator.tokenizer, prompt.token_ids, eos_token_ids=sampler.eos_token_ids,
+        max_new_tokens=sampler.max_new_tokens, context_tokens=generator.context_tokens, stop=options.stop,
+    )  # fmt: skip
+
+
+def _longest_first(prompts: Sequence[BatchPrompt]) -> list[int]:
+    """The first row then has no padding: lookahead gates are checked against the first tokens of a call."""
+    return sorted(range(len(prompts)), key=lambda at: (-len(prompts[at].token_ids), at))
+
+
+def _reply(transcript: Transcript) -> BatchReply:
+    transcript.end()
+    return BatchReply(transcript.text, tuple(transcript.token_ids), transcript.finish_reason or "interrupted")
+
+
+class _Watch:
+    """A stopping criterion of transformers: hands each new token to its transcript, and ends rows one by one."""
+
+    def __init__(
+        self, transcripts: Sequence[Transcript], padding: Padding, should_stop: Callable[[], bool],
+        on_step: Callable[[], None], n_prompt: int,
+    ) -> None:  # fmt: skip
+        self._transcripts, self._padding, self._n_prompt = transcripts, padding, n_prompt
+        self._should_stop, self._on_step = should_stop, on_step
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        import torch
+
+        ended = self._padding.ended
+        newest = input_ids[:, -1].tolist()
+        for row, transcript in enumerate(self._transcripts):
+            if not ended[row]:
+                transcript.push(newest[row])
+                ended[row] = transcript.finish_reason is not None
+        self._on_step()
+        if self._should_stop():
+            return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return torch.from_numpy(ended.copy()).to(input_ids.device)

@@ -1,0 +1,156 @@
+"""What `hybrimoe doctor` says about the machine: CPU, instruction set, threads, accelerators, memory, disk, caches."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+import cpu_kernels as ck
+from cpu_kernels.host.isa import ENV_ISA, detect
+from cpu_kernels.host.threads import physical_cores, resolve_threads, start_pool
+from cpu_kernels.jit import cache_dir
+from gpu_kernels import AcceleratorError, open_accelerator
+from hybrimoe.errors import HybriMoEError
+from hybrimoe.machine.doctor import Check, guarded
+from yaml_rules.errors import YamlRulesError
+
+GIB = 2**30
+LEAST_MEMORY_GIB = 1.0  # the demo model with torch and transformers takes about half of it
+LEAST_DISK_GIB = 2.0
+
+
+def checks() -> Iterator[Check]:
+    """A line for each part of the machine."""
+    yield _cpu()
+    yield guarded("instruction set", _isa, (ck.IsaError,), f"unset {ENV_ISA}, or set it to a path that this CPU has")
+    yield guarded("threads", _threads, (ck.ThreadingError,), "see the message; one thread always works: --threads 1")
+    yield _accelerator()
+    yield _memory()
+    yield _disk()
+    yield _kernel_cache()
+    yield _packed_cache()
+    yield _profile()
+
+
+def _cpu() -> Check:
+    return Check("CPU", "ok", f"{cpu_model()}, {physical_cores()} physical cores usable, {os.cpu_count()} logical")
+
+
+def cpu_model() -> str:
+    """The name that the CPU gives itself, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _isa() -> Check:
+    choice = detect()
+    rejected = "".join(f"; not {path}: {reason}" for path, reason in choice.rejected)
+    found = f"{choice.isa.name}: {choice.reason}{rejected}"
+    if choice.isa.name == "portable":
+        return Check("instruction set", "warn", found, "right but slow: this CPU has no vector path of its own here")
+    return Check("instruction set", "ok", found)
+
+
+def _threads() -> Check:
+    count = resolve_threads()
+    return Check("threads", "ok", f"{count}, Numba layer {start_pool(count)}, torch {torch.get_num_threads()}")
+
+
+def _accelerator() -> Check:
+    try:
+        device = open_accelerator("auto")
+    except (AcceleratorError, RuntimeError) as error:  # torch's own failures to start a device are RuntimeErrors
+        return Check("accelerator", "warn", f"{error}", "experts run on the CPU until the device works")
+    if device is None:
+        return Check("accelerator", "info", "none: experts run on the CPU", "for a trial: --accelerator emulated")
+    device.close()
+    count, kind = torch.accelerator.device_count(), torch.accelerator.current_accelerator()
+    assert kind is not None
+    every = ", ".join(f"{kind.type}:{index}" for index in range(count))
+    return Check("accelerator", "ok", f"{count} x {kind.type}", f"to use all: accelerator: [{every}]" * (count > 1))
+
+
+def _memory() -> Check:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f} GiB"
+    if memory.available < LEAST_MEMORY_GIB * GIB:
+        return Check("memory", "warn", found, "close other programs; `hybrimoe plan MODEL` says what a model needs")
+    return Check("memory", "ok", found)
+
+
+def _disk() -> Check:
+    place = cache_dir.cache_home()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    found = f"{free / GIB:.1f} GiB free at {place}"
+    if free < LEAST_DISK_GIB * GIB:
+        return Check("disk", "warn", found, f"make room, or set {cache_dir.ENV_CACHE} to a larger disk")
+    return Check("disk", "ok", found)
+
+
+def _kernel_cache() -> Check:
+    directory = cache_dir.kernel_cache_dir()
+    if directory is None:
+        tried = ", ".join(map(str, cache_dir.candidate_dirs()))
+        advice = f"every start compiles again (seconds): set {cache_dir.ENV_CACHE} to a directory you may write to"
+        return Check("kernel cache", "warn", f"not writable: {tried}", advice)
+    return Check("kernel cache", "ok", str(directory))
+
+
+def _packed_cache() -> Check:
+    root = cache_dir.cache_home()
+    if not cache_dir.is_writable(root):
+        advice = f"models are packed at each start (slow): set {cache_dir.ENV_CACHE} to a directory you may write to"
+        return Check("packed models", "warn", f"not writable: {root}", advice)
+    return Check("packed models", "ok", str(root))
+
+
+def _profile() -> Check:
+    from hybrimoe.machine.profiles import open_hardware, profile_path
+
+    path = profile_path()
+    if not path.is_file():
+        return Check("calibration", "info", "none: a session measures its shapes briefly", "hybrimoe calibrate")
+    try:
+        profile = open_hardware(path)
+    except (YamlRulesError, ValueError, OSError, HybriMoEError) as error:
+        return Check("calibration", "warn", f"{path}: {error}", "hybrimoe calibrate writes it anew")
+    return Check("calibration", "ok", f"{path}: {profile.name}, {profile.provenance}")
+
+
+def kernels() -> Check:
+    """An int4 expert, run by the compiled kernels and compared with the reference."""
+    return guarded("kernels", _kernels, (ck.KernelError, OSError, RuntimeError), "please report this with the output")
+
+
+def _kernels() -> Check:
+    spec = ck.ExpertSpec(128, 96, "int4")
+    rng = np.random.default_rng(0)
+    up, gate, down = (
+        torch.from_numpy(rng.standard_normal(s).astype(np.float32)) for s in ((96, 128),) * 2 + ((128, 96),)
+    )
+    record = np.zeros(spec.record_bytes, np.uint8)
+    ck.pack_expert(spec, ck.ExpertWeights(up, down, gate), record)
+    hidden = rng.standard_normal((2, spec.hidden)).astype(np.float32)
+    dispatch = ck.build_dispatch(np.zeros((2, 1), np.int64), np.ones((2, 1), np.float32), 1)
+    work = (spec, np.array([record.ctypes.data], np.uint64), np.zeros(1, np.int32), dispatch, hidden)
+    fast, slow = (np.zeros((2, spec.hidden), np.float32) for _ in range(2))
+    ck.get_backend("auto").run(*work, fast)
+    ck.get_backend("reference").run(*work, slow)
+    error = ck.relative_error(torch.from_numpy(fast), torch.from_numpy(slow))
+    found = f"int4 expert agrees with the reference: relative error {error:.1e}, allowed {ck.tolerance(spec):.0e}"
+    if error > ck.tolerance(spec):
+        return Check("kernels", "broken", found.replace("agrees", "disagrees"), f"set {ENV_ISA}=portable and report it")
+    return Check("kernels", "ok", found)

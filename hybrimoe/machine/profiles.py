@@ -1,0 +1,83 @@
+"""Hardware profiles and model shapes by name or file, as the scheduler's types; this machine's own calibration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from cpu_kernels.jit.cache_dir import cache_home
+from scheduler.errors import ProfileError
+from scheduler.machine.profile import HardwareProfile, ModelShape, table_key
+from yaml_rules.hardware import load_hardware
+from yaml_rules.shapes import load_shape
+
+PROFILE_NAME = "profile.yaml"
+DEFAULT_HARDWARE = "rtx4090-ryzen9"
+
+
+def profile_path() -> Path:
+    """Where `hybrimoe calibrate` keeps this machine's profile."""
+    return cache_home() / PROFILE_NAME
+
+
+def accelerator_note(name: str, kind: str) -> str:
+    """How a calibration's `source` names the accelerator that it measured."""
+    return f"accelerator {name} ({kind})"
+
+
+def calibrated(hidden: int, inter: int, dtype: str, name: str, kind: str) -> HardwareProfile | None:
+    """This machine's calibration if it measured experts of this shape and dtype on this accelerator; else None.
+
+    Raises ProfileError where the file is damaged; `hybrimoe calibrate` writes it anew.
+    """
+    path = profile_path()
+    if not path.is_file():
+        return None
+    profile, key = open_hardware(path), table_key(hidden, inter, dtype)
+    measured = key in profile.cpu.table and key in profile.accel.table
+    return profile if measured and accelerator_note(name, kind) in profile.source else None
+
+
+def hardware_for_plan(source: str | Path | None, device_memory_given: bool) -> tuple[HardwareProfile, str]:
+    """The profile that `hybrimoe plan` uses, and a sentence that says which one it is and why.
+
+    Without ``source`` it is this machine's calibration, if there is one that says how much memory the accelerator has
+    (or the caller knows it: ``device_memory_given``), else ``DEFAULT_HARDWARE``.
+    """
+    path = profile_path()
+    if source is not None:
+        profile = open_hardware(source)
+        return profile, f"hardware: {profile.name} ({profile.provenance}), as asked"
+    if not path.is_file():
+        reason = "this machine has no calibration (hybrimoe calibrate makes one)"
+    else:
+        profile = open_hardware(path)
+        if profile.accel.memory_gib > 0.0 or device_memory_given:
+            return profile, f"hardware: this machine's calibration, {path} ({profile.source})"
+        reason = (
+            f"this machine's calibration, {path}, measured no accelerator memory; give --gpu-memory to plan with it"
+        )
+    return open_hardware(DEFAULT_HARDWARE), f"hardware: {DEFAULT_HARDWARE} (datasheet); {reason}"
+
+
+def open_hardware(source: str | Path) -> HardwareProfile:
+    """A shipped profile (``laptop``), or a YAML or JSON file such as ``hybrimoe calibrate`` writes."""
+    try:
+        return HardwareProfile.from_mapping(load_hardware(source))
+    except ProfileError as error:
+        raise ProfileError(f"{source}: {error}") from error
+
+
+def with_accelerators(profile: HardwareProfile, count: int | None, shared_link: bool) -> HardwareProfile:
+    """The profile with so many accelerators like its own; None: as many as it says."""
+    link = replace(profile.link, shared=profile.link.shared or shared_link)
+    return replace(
+        profile, accel=replace(profile.accel, count=profile.accel.count if count is None else count), link=link
+    )
+
+
+def open_shape(source: str | Path, *, n_layers: int | None = None) -> ModelShape:
+    """A shipped shape (``mixtral-8x7b``), a config.json, or a model directory; ``n_layers`` overrides the MoE
+    layers."""
+    shape = ModelShape.from_mapping(load_shape(source))
+    return shape if n_layers is None else replace(shape, n_layers=n_layers)

@@ -1,0 +1,260 @@
+"""Counters of a session: what was hit, moved and computed, per layer, per phase and in total."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrimoe.runtime.layer_call.compiled import count_hits
+from scheduler import LayerPlan, Phase, SlotState, SlotTable, TransferEnded
+
+RESIDENT = int(SlotState.RESIDENT)
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass(slots=True)
+class Counters:
+    """Sums over calls. An activated expert is a hit if its bytes were resident when it was demanded, else a miss;
+    `late_prefetches` are misses whose prefetch was still under way. Times in us, sizes in bytes. Of a lossy policy:
+    `routed` (token, expert) pairs that the router asked for, of which `skipped`, `substituted`, `lowered` (computed
+    from the low-precision copy) and `deferred` (added to the next layer's output)."""
+
+    calls: int = 0
+    tokens: int = 0
+    activated: int = 0
+    hits: int = 0
+    misses: int = 0
+    late_prefetches: int = 0
+    cpu_experts: int = 0
+    accel_experts: int = 0
+    transfers: int = 0
+    prefetches: int = 0
+    prefetches_used: int = 0
+    prefetches_wasted: int = 0
+    transfer_bytes: int = 0
+    cpu_us: float = 0.0
+    accel_us: float = 0.0
+    link_us: float = 0.0
+    overhead_us: float = 0.0
+    wall_us: float = 0.0
+    routed: int = 0
+    skipped: int = 0
+    substituted: int = 0
+    lowered: int = 0
+    deferred: int = 0
+
+    def ran_on_cpu(self, n_tokens: int, n_experts: int, cpu_us: float, wall_us: float) -> None:
+        """Counts one call without slots: every active expert was a miss and ran on the CPU."""
+        self.calls += 1
+        self.tokens += n_tokens
+        self.activated += n_experts
+        self.misses += n_experts
+        self.cpu_experts += n_experts
+        self.cpu_us += cpu_us
+        self.wall_us += wall_us
+        self.overhead_us += wall_us - cpu_us
+
+    def add(self, other: Counters) -> None:
+        """Adds another one's sums."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over activated experts; None before the first."""
+        return self.hits / self.activated if self.activated else None
+
+    @property
+    def prefetch_precision(self) -> float | None:
+        """Share of the prefetches whose fate is known that were used before eviction; None if there are none."""
+        resolved = self.prefetches_used + self.prefetches_wasted
+        return self.prefetches_used / resolved if resolved else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        return values | {"hit_rate": self.hit_rate, "prefetch_precision": self.prefetch_precision}
+
+
+@dataclass(frozen=True, slots=True)
+class UnitStats:
+    """One accelerator: its layers (indices), slots, and the sums over its layers (their CPU lane included)."""
+
+    name: str
+    kind: str
+    layers: range
+    n_slots: int
+    slots_filled: int
+    counters: Counters
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "name": self.name, "kind": self.kind, "first_layer": self.layers.start, "n_layers": len(self.layers),
+            "n_slots": self.n_slots, "slots_filled": self.slots_filled, "total": self.counters.as_dict(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStats:
+    """A snapshot: sums by phase and by layer (module path), and what the session runs on."""
+
+    by_phase: dict[Phase, Counters]
+    layers: dict[str, Counters]
+    accelerators: tuple[UnitStats, ...]
+    policy: str
+    n_experts: int
+    store_bytes: int
+    warmup_transfers: int
+    failures: int
+    lossy: str | None = None
+    n_low_slots: int = 0
+
+    @property
+    def total(self) -> Counters:
+        """Sums over everything."""
+        return _total(self.by_phase.values())
+
+    @property
+    def accelerator(self) -> str:
+        """Names of the accelerators; "none" without one."""
+        names = [unit.name for unit in self.accelerators]
+        counts = {name: names.count(name) for name in names}
+        return ", ".join(name if n == 1 else f"{n} x {name}" for name, n in counts.items()) or "none"
+
+    @property
+    def accelerator_kind(self) -> str:
+        """ "emulated" where one of them is (its times are emulated times), else the torch device type, or "none"."""
+        kinds = sorted({unit.kind for unit in self.accelerators})
+        return "emulated" if "emulated" in kinds else ", ".join(kinds) or "none"
+
+    @property
+    def n_slots(self) -> int:
+        """Slots of all accelerators."""
+        return sum(unit.n_slots for unit in self.accelerators)
+
+    @property
+    def slots_filled(self) -> int:
+        """Slots that hold an expert, or are being filled with one."""
+        return sum(unit.slots_filled for unit in self.accelerators)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers for JSON. Times of an emulated accelerator are emulated times."""
+        return {
+            "accelerator": self.accelerator,
+            "accelerator_kind": self.accelerator_kind,
+            "policy": self.policy,
+            "lossy": self.lossy,
+            "n_low_slots": self.n_low_slots,
+            "n_slots": self.n_slots,
+            "slots_filled": self.slots_filled,
+            "n_experts": self.n_experts,
+            "store_bytes": self.store_bytes,
+            "warmup_transfers": self.warmup_transfers,
+            "failures": self.failures,
+            "total": self.total.as_dict(),
+            **{phase: counters.as_dict() for phase, counters in self.by_phase.items()},
+            "accelerators": [unit.as_dict() for unit in self.accelerators],
+            "layers": {path: counters.as_dict() for path, counters in self.layers.items()},
+        }
+
+
+class StatsRecorder:
+    """Counts per phase and layer while a session runs. `low`: what the low-precision copies add to it."""
+
+    def __init__(self, n_layers: int, low: StatsRecorder | None = None) -> None:
+        self.low = low
+        self._counters = {phase: [Counters() for _ in range(n_layers)] for phase in PHASES}
+        self._prefetched: dict[tuple[int, int], Counters] = {}
+        self.warmup_transfers = 0
+        self.failures = 0
+
+    def of(self, phase: Phase, layer: int) -> Counters:
+        """The counters to add to."""
+        return self._counters[phase][layer]
+
+    def demand(
+        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int,
+        table: tuple[SlotTable, int] | None,
+    ) -> None:  # fmt: skip
+        """Counts one call's demand against the slots as they are before planning (`LayerPlanner.table`)."""
+        counters.calls += 1
+        counters.tokens += n_tokens
+        counters.activated += len(expert_ids)
+        hits = late = 0
+        if table is not None and table[0].n_slots:
+            slots, own = table
+            hits, late = count_hits(expert_ids, own * slots.n_experts, slots.slot_of, slots.state, RESIDENT)
+        counters.hits += hits
+        counters.misses += len(expert_ids) - hits
+        counters.late_prefetches += late
+        if self._prefetched:
+            for expert in expert_ids.tolist():
+                issued = self._prefetched.pop((layer, expert), None)
+                if issued is not None:
+                    issued.prefetches_used += 1
+
+    def plan(self, counters: Counters, plan: LayerPlan, record_bytes: tuple[int, ...]) -> None:
+        """Counts what a plan places and moves."""
+        counters.cpu_experts += len(plan.cpu)
+        counters.accel_experts += len(plan.accel)
+        counters.transfers += len(plan.transfers)
+        counters.prefetches += len(plan.prefetches)
+        for transfer in (*plan.transfers, *plan.prefetches):
+            counters.transfer_bytes += record_bytes[transfer.layer]
+            if transfer.evicts is not None:
+                wasted = self._prefetched.pop(transfer.evicts, None)
+                if wasted is not None:
+                    wasted.prefetches_wasted += 1
+            if transfer.kind == "prefetch":
+                self._prefetched[transfer.layer, transfer.expert] = counters
+
+    def transfers_ended(self, phase: Phase, ended: Iterable[TransferEnded]) -> None:
+        """Adds link time."""
+        for event in ended:
+            self._counters[phase][event.layer].link_us += event.us
+
+    def forget_slots(self) -> None:
+        """The slots were emptied: prefetches under way have no fate."""
+        self._prefetched.clear()
+        if self.low is not None:
+            self.low.forget_slots()
+
+    def reset(self) -> None:
+        """Sets every counter to zero; slot contents stay."""
+        self._counters = {phase: [Counters() for _ in layers] for phase, layers in self._counters.items()}
+        self._prefetched.clear()
+        self.warmup_transfers = self.failures = 0
+        if self.low is not None:
+            self.low.reset()
+
+    def by_phase(self) -> dict[Phase, Counters]:
+        """Sums over layers."""
+        own = {phase: _total(layers) for phase, layers in self._counters.items()}
+        if self.low is None:
+            return own
+        low = self.low.by_phase()
+        return {phase: _with_low(counters, low[phase]) for phase, counters in own.items()}
+
+    def by_layer(self) -> list[Counters]:
+        """Sums over phases."""
+        own = [_total(pair) for pair in zip(*self._counters.values(), strict=True)]
+        return own if self.low is None else [_with_low(*pair) for pair in zip(own, self.low.by_layer(), strict=True)]
+
+
+def _with_low(own: Counters, low: Counters) -> Counters:
+    """Sums of both parts of the same calls on the same tokens."""
+    total = _total((own, low))
+    total.calls, total.tokens = own.calls, own.tokens
+    return total
+
+
+def _total(parts: Iterable[Counters]) -> Counters:
+    total = Counters()
+    for part in parts:
+        total.add(part)
+    return total

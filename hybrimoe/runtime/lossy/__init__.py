@@ -1,0 +1,1 @@
+"""The runtime's part of lossy policies: what runs when a result may differ from the exact one."""

@@ -1,0 +1,1 @@
+"""What runs once when a session starts: devices, budgets, backends, measurements."""

@@ -1,0 +1,159 @@
+"""From a session's settings to a runner: slots, costs, planner, lookahead, warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from cpu_kernels.backends.numba_backend import NumbaBackend
+from gpu_kernels import Accelerator, AcceleratorError
+from hybrimoe.errors import BudgetError
+from hybrimoe.machine.profiles import calibrated
+from hybrimoe.runtime.config import RuntimeConfig
+from hybrimoe.runtime.layer_call.compiled import make_ready
+from hybrimoe.runtime.layer_call.executor import Executor
+from hybrimoe.runtime.layer_call.layers import Layer
+from hybrimoe.runtime.layer_call.lookahead import Lookahead
+from hybrimoe.runtime.layer_call.runner import Runner
+from hybrimoe.runtime.layer_call.slots import SlotCache
+from hybrimoe.runtime.layer_call.stats import StatsRecorder
+from hybrimoe.runtime.layer_call.steps import StepTracker
+from hybrimoe.runtime.startup.measure import measure_profile
+from hybrimoe.runtime.startup.units import Unit, blocks_of, slots_by_unit
+from hybrimoe.runtime.store import ExpertStore
+from scheduler import CostModel, ModelShape
+from scheduler.planner.protocol import LayerPlanner
+from scheduler.planner.rehearsal import rehearse
+from scheduler.planner.setup import PlannerSetup
+
+Frequencies = npt.NDArray[np.floating]
+Probe = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
+
+
+@dataclass(slots=True)
+class Startup:
+    """The parts of a session that a runner is made of."""
+
+    config: RuntimeConfig
+    layers: Sequence[Layer]
+    store: ExpertStore
+    units: Sequence[Unit]
+    model: nn.Module | None
+    probe: Probe
+    stats: StatsRecorder
+    tracker: StepTracker
+    make_runner: Callable[..., Runner] = Runner
+    make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
+    make_slots: Callable[[Accelerator, int, int], SlotCache] = SlotCache
+
+    def runner(
+        self, setting: int | float | str | None, previous: Runner | None, frequencies: Frequencies | None
+    ) -> Runner:
+        """A runner with freshly filled slots. `setting` None keeps the slot memory; `previous` hands over its costs,
+        counters and hooks. Raises BudgetError where slots do not fit."""
+        if setting is not None:
+            self.allocate(self.slots_of(setting))
+        planner, executor = None, Executor(self.store)
+        if self._slotted() and any(unit.accelerator.n_slots for unit in self.units):
+            known = None if previous is None else previous.planner
+            planner = self._planner([self._costs(unit) for unit in self.units] if known is None else known.cost_models)
+            executor = self._executor()
+        runner = self.make_runner(self.layers, executor, planner, self.stats, self.tracker)
+        if self.config.lookahead > 0:
+            runner.lookahead = self.new_lookahead(self.config.lookahead)
+        if self.config.lookahead > 0 or planner is not None:
+            make_ready()
+        if planner is None:
+            _rehearse_alone(self.layers[0], executor)
+        if previous is not None:
+            runner.take_over(previous)
+        if planner is not None:
+            rehearse(self.config.policy, self.config.policy_params, self.config.lookahead)
+            runner.warm_up(planner.warm_up(frequencies))
+        return runner
+
+    def _slotted(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.placement != "cpu"]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the largest record that has a slot; 0 where no layer has."""
+        return max((layer.spec.record_bytes for layer in self._slotted()), default=0)
+
+    def slots_of(self, setting: int | float | str) -> list[int]:
+        """Number of slots of each accelerator that a setting stands for; 0 without a layer to cache."""
+        return slots_by_unit(
+            setting, self.units, self.layers, self.slot_bytes, self.model, self.config.kv_reserve_bytes
+        )
+
+    def allocate(self, n_slots: Sequence[int]) -> None:
+        """Replaces the slot memory of each accelerator. Raises BudgetError where it does not fit."""
+        if not self.slot_bytes:
+            return
+        for unit, n in zip(self.units, n_slots, strict=True):
+            try:
+                unit.accelerator.allocate(n, self.slot_bytes)
+            except (AcceleratorError, MemoryError) as error:
+                raise BudgetError(str(error) or f"no memory for {n} slots of {self.slot_bytes} bytes") from error
+
+    def _executor(self) -> Executor:
+        firsts = [block.first_slot for block in blocks_of(self.units)]
+        caches = [self.make_slots(unit.accelerator, firsts[unit.index], unit.index) for unit in self.units]
+        return Executor(self.store, caches, [unit.index for unit in self.units for _ in unit.layers])
+
+    def _costs(self, unit: Unit) -> CostModel:
+        """Of the unit's layers: from the given profile, this machine's calibration, or a short measurement of the first
+        layer with slots."""
+        with_slots = (i for i in unit.layers if self.layers[i].placement != "cpu")
+        index = next(with_slots, unit.layers[0])
+        layer = self.layers[index]
+        spec, device = layer.spec, unit.accelerator
+        profile = self.config.profile or calibrated(spec.hidden, spec.inter, spec.dtype, device.name, device.kind)
+        if profile is None:
+            assert layer.backend is not None
+            profile = measure_profile(self.store, index, layer.backend, device if device.n_slots else None)
+        shape = ModelShape(
+            name=layer.path,
+            n_layers=len(unit.layers),
+            n_experts=max(item.num_experts for item in self.layers),
+            top_k=1,
+            hidden=layer.spec.hidden,
+            inter=layer.spec.inter,
+            gated=layer.spec.activation.gated,
+        )
+        return CostModel(profile, shape, spec.dtype, [self.layers[i].spec.record_bytes for i in unit.layers])
+
+    def _planner(self, costs: Sequence[CostModel]) -> LayerPlanner:
+        setup = PlannerSetup(
+            max(layer.num_experts for layer in self.layers), costs, blocks_of(self.units),
+            [layer.placement for layer in self.layers], self.config.policy, self.config.lookahead, self.config.seed,
+            self.config.policy_params,
+        )  # fmt: skip
+        return self.make_planner(setup)
+
+    def new_lookahead(self, depth: int) -> Lookahead | None:
+        """Knows the gates of all layers once they have run; None where the model's blocks cannot be found."""
+        if self.model is None:
+            return None
+        blocks = []
+        for layer in self.layers:
+            parent = layer.path.rpartition(".")[0]
+            try:
+                blocks.append(self.model.get_submodule(parent))
+            except AttributeError:
+                return None
+        experts = [layer.experts for layer in self.layers]
+        counts = [layer.num_experts for layer in self.layers]
+        return Lookahead(blocks, experts, counts, depth, self.probe)
+
+
+def _rehearse_alone(layer: Layer, executor: Executor) -> None:
+    """Compiles (or loads) the one call of few tokens on the CPU, with the first expert and a token of zeros."""
+    if isinstance(layer.backend, NumbaBackend):
+        hidden, nobody = torch.zeros(1, layer.spec.hidden), torch.zeros(1, 1, dtype=torch.int64)
+        layer.backend.run_routed(layer.spec, executor.addresses(0), hidden, nobody, torch.ones(1, 1))

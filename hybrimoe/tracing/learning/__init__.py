@@ -1,0 +1,1 @@
+"""Predictors that are trained on recorded routing."""

@@ -1,0 +1,1 @@
+"""Traces and simulations as answers: analyses, plans of a deployment, reports and plots."""

@@ -1,0 +1,124 @@
+"""What of a model fits a machine, and what may be expected of it: behind `hybrimoe plan`. No weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hybrimoe.errors import BudgetError
+from scheduler.machine.profile import BYTES_PER_WEIGHT, HardwareProfile, ModelShape
+from scheduler.planner.layer_blocks import layers_of
+from scheduler.simulator.simulator import SimulationConfig, simulate
+from scheduler.traces.demands import DemandSource
+from scheduler.traces.predictions import recorded
+from scheduler.traces.synthetic import LOCALITIES, generate
+
+GIB = 1 << 30
+#: Left free on the device for activations and fragmentation, and in host memory for everything else that runs.
+DEVICE_RESERVE_BYTES = GIB // 2
+HOST_RESERVE_BYTES = 2 * GIB
+#: Tokens of the synthetic run behind the expectation: a short prompt, then decode.
+PROMPT_TOKENS, DECODE_TOKENS = 64, 48
+DEFAULT_LOCALITY = "olmoe-1b-7b"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Bytes and experts by tier; ``device_bytes`` of each accelerator. ``device_experts`` is the sum over
+    ``experts_by_accelerator``. ``max_context`` is the longest context that would fit beside one slot a layer."""
+
+    model: str
+    hardware: str
+    n_experts: int
+    expert_bytes: int
+    dense_bytes: int
+    kv_bytes: int
+    context: int
+    device_bytes: int
+    host_bytes: int
+    device_experts: int
+    host_experts: int
+    disk_experts: int
+    max_context: int
+    layers_by_accelerator: tuple[int, ...]
+    experts_by_accelerator: tuple[int, ...]
+
+
+def fit(
+    shape: ModelShape, profile: HardwareProfile, *, context: int, expert_dtype: str, dense_dtype: str,
+    device_bytes: int | None, host_bytes: int,
+) -> Fit:  # fmt: skip
+    """Dense weights and KV cache first, then as many experts as there is room for; the rest in host memory, then disk.
+
+    Of several accelerators (``profile.accel.count``) the first has dense weights and KV cache, and each has a block of
+    layers in proportion to the room that it has, as in the runtime. Raises BudgetError where dense weights and KV cache
+    alone do not fit the device, or experts fit nowhere; DemandError for more accelerators than layers.
+    """
+    device = round(profile.accel.memory_gib * GIB) if device_bytes is None else device_bytes
+    total, size = shape.n_layers * shape.n_experts, shape.expert_bytes(expert_dtype)
+    dense = dense_bytes(shape, dense_dtype)
+    layers = shape.n_layers + shape.n_dense_layers
+    kv = context * shape.kv_bytes * layers
+    room = device - dense - kv - DEVICE_RESERVE_BYTES
+    if room < 0:
+        raise BudgetError(
+            f"{shape.name}: dense weights ({_gib(dense)}), KV cache of {context} tokens ({_gib(kv)}) and reserve do "
+            f"not fit the {_gib(device)} of {profile.name}; shorten --context, or use a smaller --dense-dtype"
+        )
+    rooms = [room, *[device - DEVICE_RESERVE_BYTES] * (profile.accel.count - 1)]
+    blocks = layers_of([shape.n_experts] * shape.n_layers, [float(left) for left in rooms])
+    by_device = [min(n * shape.n_experts, left // size) for n, left in zip(blocks, rooms, strict=True)]
+    slots = sum(by_device)
+    in_host = min(total, max(0, host_bytes - HOST_RESERVE_BYTES) // size)
+    if in_host + slots < total and profile.disk is None:
+        raise BudgetError(
+            f"{shape.name}: {total - in_host - slots} of {total} experts fit neither host memory nor device"
+        )
+    spare = device - dense - DEVICE_RESERVE_BYTES - min(total, blocks[0]) * size
+    return Fit(
+        shape.name, profile.name, total, size, dense, kv, context, device, host_bytes, int(slots), int(in_host),
+        int(total - in_host), max(0, int(spare // max(1, shape.kv_bytes * layers))), tuple(blocks),
+        tuple(int(slots) for slots in by_device),
+    )  # fmt: skip
+
+
+def dense_bytes(shape: ModelShape, dtype: str) -> int:
+    """Everything but the routed experts: attention, routers, shared and dense blocks, embedding and head."""
+    moe_layer = shape.attention_params + shape.shared_params + shape.hidden * shape.n_experts
+    params = shape.n_layers * moe_layer + shape.n_dense_layers * (shape.attention_params + shape.dense_params)
+    return round((params + 2 * shape.head_params) * BYTES_PER_WEIGHT[dtype])
+
+
+def expect(
+    found: Fit, shape: ModelShape, profile: HardwareProfile, policy: str, expert_dtype: str, dense_dtype: str
+) -> dict[str, Any]:
+    """Hit rate and speed of a short synthetic run with the slots that fit (simulated)."""
+    locality = shape.name if shape.name in LOCALITIES else DEFAULT_LOCALITY
+    trace = generate(
+        shape.n_layers,
+        shape.n_experts,
+        shape.top_k,
+        PROMPT_TOKENS + DECODE_TOKENS,
+        n_prefill=PROMPT_TOKENS,
+        locality=locality,
+    )
+    predictions = recorded(trace) if trace.predicted_ids is not None else None
+    share = min(1.0, max(found.host_experts, 1) / found.n_experts)
+    config = SimulationConfig(
+        policy=policy, n_slots=found.device_experts, cache_ratio=found.device_experts / found.n_experts,
+        expert_dtype=expert_dtype, dense_dtype=dense_dtype, context_tokens=found.context, host_ratio=share,
+    )  # fmt: skip
+    source = DemandSource(trace, predictions)
+    prefill, decode = simulate(trace, profile, shape, config, source=source)
+    return {
+        "policy": policy,
+        "locality": locality,
+        "hit_rate": decode.hit_rate,
+        "decode_tokens_per_s": 1e3 / decode.latency_ms,
+        "prefill_tokens_per_s": PROMPT_TOKENS * 1e3 / prefill.latency_ms,
+        "kind": "simulated",
+    }
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / GIB:.1f} GiB"

@@ -1,0 +1,138 @@
+"""Runs a request of `hybrimoe simulate`: every policy at every cache ratio on one trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from hybrimoe.config.policy import lossy_option, lossy_settings
+from hybrimoe.errors import ConfigError, did_you_mean
+from hybrimoe.machine.profiles import open_hardware, with_accelerators
+from hybrimoe.tracing.learning.onnx_net import OnnxScorer
+from hybrimoe.tracing.sources import open_trace, split
+from scheduler.lossy import Lossy, resolve_lossy
+from scheduler.planner.policies import resolve_policy
+from scheduler.simulator.simulator import PhaseResult, SimulationConfig, check_fit, simulate
+from scheduler.traces.analysis import expert_frequencies
+from scheduler.traces.demands import DemandSource
+from scheduler.traces.predictions import PredictionKind, predictions_for
+from scheduler.traces.trace import Phase, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationRequest:
+    """What a command line asks for; names are resolved by :func:`run_simulations`."""
+
+    trace: str | None
+    hardware: str
+    model_shape: str | None
+    policies: tuple[str, ...]
+    cache_ratios: tuple[float, ...]
+    lossy: tuple[str, ...] = ()
+    phase: str | None = None
+    expert_dtype: str = "int4"
+    dense_dtype: str = "int8"
+    predictions: str = "auto"
+    lookahead: int = 3
+    max_tokens: int = 2000
+    host_ratio: float = 1.0
+    accelerators: int | None = None
+    shared_link: bool = False
+    seed: int = 0
+    cache_model: Path | None = None
+    prefetch_model: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationReport:
+    """Results in request order, with what was assumed."""
+
+    results: list[PhaseResult]
+    hardware: str
+    model_shape: str
+    trace: str
+    notes: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """One line for tables."""
+        return f"{self.model_shape} on {self.hardware}, trace {self.trace} (simulated)"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain mapping per policy, cache ratio and phase."""
+        where = {"hardware": self.hardware, "model_shape": self.model_shape, "trace": self.trace, "kind": "simulated"}
+        return [{**result.as_dict(), **where} for result in self.results]
+
+
+def run_simulations(request: SimulationRequest) -> SimulationReport:
+    """Simulate every policy at every ratio. Names and settings are checked before anything runs."""
+    phase = _phase(request.phase)
+    kind = _kind(request.predictions)
+    variants = (None, *[resolve_lossy(lossy_settings(lossy_option(text))) for text in request.lossy])
+    configs = [
+        _config(request, policy, ratio, lossy)
+        for ratio in request.cache_ratios
+        for policy in request.policies
+        for lossy in variants
+    ]
+    profile = with_accelerators(open_hardware(request.hardware), request.accelerators, request.shared_link)
+    found = open_trace(request.trace, request.model_shape, seed=request.seed)
+    check_fit(found.trace, found.shape)
+    calibration, evaluation = split(found.trace)
+    evaluation = _cut(evaluation, request.max_tokens)
+    if phase is not None:
+        evaluation.require_phase(phase)
+    predictions = predictions_for(evaluation, kind, calibration, request.seed)
+    source = DemandSource(evaluation, predictions)
+    known = expert_frequencies(calibration)
+    scorer, prefetch_scorer = _scorer(request.cache_model), _scorer(request.prefetch_model)
+    results = [
+        result
+        for config in configs
+        for result in simulate(
+            evaluation, profile, found.shape, config, None, known, phase, source, scorer, prefetch_scorer
+        )
+    ]
+    told = "none" if predictions is None else predictions.kind
+    notes = (*found.notes, f"{evaluation.n_tokens} of {found.trace.n_tokens} tokens; routing ahead: {told}")
+    return SimulationReport(results, profile.name, found.shape.name, found.trace.name, notes)
+
+
+def _config(request: SimulationRequest, policy: str, ratio: float, lossy: Lossy | None) -> SimulationConfig:
+    resolve_policy(policy)
+    return SimulationConfig(
+        policy=policy,
+        cache_ratio=ratio,
+        expert_dtype=request.expert_dtype,
+        dense_dtype=request.dense_dtype,
+        lookahead=request.lookahead,
+        host_ratio=request.host_ratio,
+        seed=request.seed,
+        lossy=lossy,
+    )
+
+
+def _scorer(path: Path | None) -> OnnxScorer | None:
+    return None if path is None else OnnxScorer(path)
+
+
+def _phase(name: str | None) -> Phase | None:
+    if name is None:
+        return None
+    if name not in get_args(Phase):
+        raise ConfigError(f"unknown phase {name!r}{did_you_mean(name, get_args(Phase))}; use prefill or decode")
+    return cast(Phase, name)
+
+
+def _kind(name: str) -> PredictionKind:
+    if name not in get_args(PredictionKind):
+        known = get_args(PredictionKind)
+        raise ConfigError(f"unknown predictions {name!r}{did_you_mean(name, known)}; use one of {', '.join(known)}")
+    return cast(PredictionKind, name)
+
+
+def _cut(trace: Trace, max_tokens: int) -> Trace:
+    if max_tokens < 0:
+        raise ConfigError(f"--max-tokens must be at least 0 (all), found {max_tokens}")
+    return trace if max_tokens == 0 else trace.head(max_tokens)

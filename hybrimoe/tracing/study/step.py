@@ -1,0 +1,97 @@
+"""One step explained: decisions, critical path, idle lanes, and what more of a resource would bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hybrimoe.errors import ConfigError
+from hybrimoe.machine.profiles import open_hardware, with_accelerators
+from hybrimoe.tracing.sources import open_trace, split
+from scheduler.graph import TaskGraph
+from scheduler.machine.profile import HardwareProfile
+from scheduler.records import TaskRecord
+from scheduler.simulator.simulator import SimulationConfig, Simulator, simulator_class
+from scheduler.traces.analysis import expert_frequencies
+from scheduler.traces.demands import DemandSource
+from scheduler.traces.predictions import predictions_for
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Plain data of a step and its simulated execution."""
+
+    facts: dict[str, Any]
+    records: list[TaskRecord]
+
+
+def explain_step(
+    trace: str | None, hardware: str, shape: str | None, policy: str, cache_ratio: float, step: int, seed: int = 0,
+    accelerators: int | None = None,
+) -> StepReport:  # fmt: skip
+    """Simulate up to ``step`` and explain it. ``phase`` of the step is whatever the trace has there."""
+    if step < 0:
+        raise ConfigError(f"--step counts from 0, found {step}")
+    found = open_trace(trace, shape, seed=seed)
+    calibration, evaluation = split(found.trace)
+    source = DemandSource(evaluation, predictions_for(evaluation, "auto", calibration, seed))
+    known = expert_frequencies(calibration)
+    profile = with_accelerators(open_hardware(hardware), accelerators, shared_link=False)
+    config = SimulationConfig(policy=policy, cache_ratio=cache_ratio, seed=seed)
+
+    def simulator(on: HardwareProfile, with_config: SimulationConfig) -> Simulator:
+        return simulator_class(on, with_config)(
+            evaluation, on, found.shape, with_config, frequencies=known, source=source
+        )
+
+    run = simulator(profile, config)
+    latency_us = run.run_to(step)
+    graph = TaskGraph.from_plans(run.layers, run.engine.costs, run.engine.expert_bytes)
+    facts = {
+        "model_shape": found.shape.name,
+        "hardware": profile.name,
+        "policy": policy,
+        "cache_ratio": cache_ratio,
+        "step": step,
+        "phase": run.steps[step].phase,
+        "tokens": run.steps[step].n_tokens,
+        "latency_us": latency_us,
+        "layers": [asdict(explanation) for explanation in run.explanations],
+        "critical_path_us": critical_path_us(graph),
+        "idle_us": graph.idle_us(),
+        "graph_makespan_us": graph.makespan_us,
+        "would_bring_us": _what_if(simulator, profile, replace(config, n_slots=run.n_slots), step, latency_us),
+        "kind": "simulated",
+        "notes": list(found.notes),
+    }
+    return StepReport(facts, run.records)
+
+
+def critical_path_us(graph: TaskGraph) -> dict[str, float]:
+    """Time on the critical path by kind of task, longest first."""
+    total: dict[str, float] = {}
+    for task in graph.critical_path():
+        total[task.kind] = total.get(task.kind, 0.0) + task.duration_us
+    return dict(sorted(total.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def _what_if(
+    simulator: Callable[[HardwareProfile, SimulationConfig], Simulator], profile: HardwareProfile,
+    config: SimulationConfig, step: int, latency_us: float,
+) -> dict[str, float]:  # fmt: skip
+    """us saved on this step by one more unit of each resource, all earlier steps simulated with it as well."""
+    assert config.n_slots is not None
+    shape = simulator(profile, config).shape
+    cpu, accel, link = profile.cpu, profile.accel, profile.link
+    changes: dict[str, tuple[HardwareProfile, SimulationConfig]] = {
+        "one more GB/s of CPU reads": (replace(profile, cpu=replace(cpu, read_gbps=cpu.read_gbps + 1)), config),
+        "one more GB/s of link": (replace(profile, link=replace(link, gbps=link.gbps + 1)), config),
+        "ten more GB/s of device memory": (
+            replace(profile, accel=replace(accel, mem_gbps=accel.mem_gbps + 10)),
+            config,
+        ),
+    }
+    if config.n_slots < shape.n_layers * shape.n_experts:
+        changes["one more slot"] = (profile, replace(config, n_slots=config.n_slots + 1))
+    return {name: latency_us - simulator(*change).run_to(step) for name, change in changes.items()}

@@ -1,0 +1,268 @@
+"""What ``value`` (ours) believes in us: what each expert's residency saves, and which absent ones are worth bringing.
+
+Chances come from ``use_model``. How far a forecast (or a gate's prediction) of an ABSENT expert can be trusted is
+measured: the share of such forecasts that came true.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.compiled import compiled
+from scheduler.demand import LayerDemand
+from scheduler.forecast.residency import Residency
+from scheduler.forecast.use_model import NEXT_TOKENS, SLOW, UseModel, chance_of, is_few
+from scheduler.setting import Setting
+
+Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int32]
+
+BIN_EDGES = (0.02, 0.08, 0.2, 0.35, 0.5, 0.7, 0.85)
+"""Forecasts and gate scores are put into 8 x 8 bins by these edges."""
+N_BINS: Final = 8
+BIN_TRUST, BIN_DECAY = 6.0, 0.995
+"""Pseudo-observations by which a layer's bin is shrunk to that of all layers; forgetting at each observation."""
+CANDIDATES: Final = 8
+"""Absent experts of a layer ahead that are listed and whose fate is watched."""
+MAX_SURE: Final = 16
+"""Most absent experts that are offered for prefetching at once."""
+
+
+@compiled
+def cell(forecast: float, score: float) -> int:
+    """Bin of a forecast and a gate score (0: no gate prediction)."""
+    row, column = 0, 0
+    for edge in BIN_EDGES:
+        row += forecast >= edge
+        column += score >= edge
+    return row * N_BINS + column
+
+
+@compiled
+def calibrated(own: Floats, shared: Floats, forecast: float, score: float) -> float:
+    """Measured chance of such a forecast of an absent expert; before any observation half its own claim."""
+    at = cell(forecast, score)
+    claim = 0.5 * max(forecast, min(score, 1.0))
+    prior = (shared[1, at] + BIN_TRUST * claim) / (shared[0, at] + BIN_TRUST)
+    return float((own[1, at] + BIN_TRUST * prior) / (own[0, at] + BIN_TRUST))
+
+
+@compiled
+def learn_fate(own: Floats, shared: Floats, cells: Ints, experts: Ints, ids: Ids) -> None:
+    """own, shared float64[2, 64]: decayed counts of forecasts and of those that came true, by bin."""
+    for i in range(cells.size):
+        came = 0.0
+        for expert in ids:
+            if expert == experts[i]:
+                came = 1.0
+        at = cells[i]
+        for table in (own, shared):
+            table[0, at] = table[0, at] * BIN_DECAY + 1.0
+            table[1, at] = table[1, at] * BIN_DECAY + came
+
+
+@compiled
+def sure_absent(
+    layer: int, last: int, certainty: float, n_listed: Ints, listed: Ints, expected: Floats, slot_of: Ints,
+    n_experts: int, keys: Ints, chances: Floats,
+) -> int:  # fmt: skip
+    """Absent listed experts of the layers after ``layer`` up to ``last`` whose chance is at least ``certainty``.
+
+    Writes their keys and chances, nearest layer first, likeliest first within it, and returns how many.
+    """
+    n = 0
+    for target in range(layer + 1, last + 1):
+        for i in range(n_listed[target]):
+            key = target * n_experts + listed[target, i]
+            if expected[target, i] < certainty or n == keys.size:
+                break
+            if slot_of[key] < 0:
+                keys[n], chances[n] = key, expected[target, i]
+                n += 1
+    return n
+
+
+@compiled
+def keep_by_use(
+    keep: Floats, first_key: int, odds: Singles, layer: int, rates: Floats, horizon: float, saving_us: float
+) -> None:
+    """keep float64[L * E] of a layer: uses within ``horizon`` tokens, by forecast and then by the slow mean of use."""
+    near, far = min(horizon, NEXT_TOKENS), max(horizon - NEXT_TOKENS, 0.0)
+    for e in range(odds.shape[1]):
+        keep[first_key + e] = saving_us * (near * chance_of(odds[layer, e]) + far * rates[SLOW, e])
+
+
+@compiled
+def rank_absent(
+    keep: Floats, layer: int, told: Singles, saving_us: float, slot_of: Ints, given: Ids, scores: Singles,
+    own_bins: Floats, shared: Floats, listed: Ints, bins: Ints, expected: Floats,
+) -> int:  # fmt: skip
+    """A layer ahead: its residents are worth at least what they will save now, absent ones are listed.
+
+    ``given``, ``scores``: the gate's prediction, empty if there is none. Writes up to CANDIDATES absent experts, their
+    bins and calibrated chances, likeliest first (ties: lower id), and returns how many.
+    """
+    ahead, own, experts, cells, chances = told[layer], own_bins[layer], listed[layer], bins[layer], expected[layer]
+    first_key = layer * ahead.size
+    gate = np.zeros(ahead.size)
+    for i in range(given.size):
+        gate[given[i]] = min(scores[i], 1.0)
+    n = 0
+    for e in range(ahead.size):
+        forecast = chance_of(ahead[e])
+        if slot_of[first_key + e] >= 0:
+            keep[first_key + e] = max(keep[first_key + e], saving_us * max(forecast, gate[e]))
+            continue
+        chance = calibrated(own, shared, forecast, gate[e])
+        i = n
+        while i > 0 and chances[i - 1] < chance:
+            if i < CANDIDATES:
+                experts[i], cells[i], chances[i] = experts[i - 1], cells[i - 1], chances[i - 1]
+            i -= 1
+        if i < CANDIDATES:
+            experts[i], cells[i], chances[i] = e, cell(forecast, gate[e]), chance
+            n = min(n + 1, CANDIDATES)
+    return n
+
+
+class ValueModel:
+    """State of one planner; ``observe`` may be called by cache and prefetch policy for the same demand.
+
+    keep float64[n_layers * n_experts]: us saved by residency. ``distance``: layers from a forecast to what it is for,
+    as many as pass while a transfer runs, at most the setting's lookahead.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.residency = setting, Residency(setting.slots.n_slots)
+        n_layers = setting.n_layers
+        self.distance = _layers_of_a_transfer(setting)
+        self.use = UseModel(n_layers, setting.n_experts, self.distance)
+        self.keep = np.zeros(setting.n_keys)
+        self.own, self.shared = np.zeros((n_layers, 2, N_BINS * N_BINS)), np.zeros((2, N_BINS * N_BINS))
+        self._experts, self._cells = (np.zeros((n_layers, CANDIDATES), np.int64) for _ in range(2))
+        self._chances, self._listed = np.zeros((n_layers, CANDIDATES)), np.zeros(n_layers, np.int64)
+        self._sure_keys, self._sure = np.zeros(MAX_SURE, np.int64), np.zeros(MAX_SURE)
+        self._seen: LayerDemand | None = None
+        self._no_ids, self._no_scores = np.empty(0, np.int32), np.empty(0, np.float32)
+
+    @classmethod
+    def of(cls, setting: Setting) -> ValueModel:
+        """The setting's model, made on first use."""
+        if not isinstance(setting.value, cls):
+            setting.value = cls(setting)
+        return setting.value
+
+    def saving_us(self, layer: int) -> float:
+        """us that one use of a resident saves for one token."""
+        costs = self.setting.costs
+        cpu, accel = costs.one_token_us(layer)
+        return max(cpu - accel, 1e-3 * cpu)
+
+    def begin_sequence(self) -> None:
+        """What was active last no longer precedes what comes."""
+        self._seen = None
+        self._listed[:] = 0
+        self.use.begin_sequence()
+
+    def warmed(self, frequencies: Floats | None) -> None:
+        """Known use before the first step."""
+        if frequencies is None:
+            return
+        shares = frequencies / np.maximum(frequencies.sum(axis=1, keepdims=True), 1e-300)
+        self.use.warmed(shares)
+        rows = self.keep.reshape(self.setting.n_layers, -1)
+        for layer in range(self.setting.n_layers):
+            rows[layer] = self.saving_us(layer) * shares[layer]
+
+    def observe(self, demand: LayerDemand) -> None:
+        """Learns from a layer's routing and looks at the next one. Arrays as LayerDemand says (int32, contiguous)."""
+        before = self._seen
+        if before is demand:
+            return
+        self._seen = demand
+        layer, n = demand.layer, self.setting.n_experts
+        listed = int(self._listed[layer])
+        if listed:
+            watched = self._cells[layer, :listed], self._experts[layer, :listed]
+            learn_fate(self.own[layer], self.shared, *watched, demand.expert_ids)
+            self._listed[layer] = 0
+        few = is_few(demand)
+        if before is None or before.layer >= layer:
+            self._begin_step(demand, few)
+        self.use.observe(demand, few)
+        keep_by_use(
+            self.keep, layer * n, self.use.odds, layer, self.use.rates[layer], self.residency.horizon,
+            self.saving_us(layer),
+        )  # fmt: skip
+        target = self.use.foretell(layer) if few else -1
+        if target >= 0:
+            self._rank(demand, target)
+
+    def sure(self, layer: int, certainty: float) -> tuple[Ints, Floats]:
+        """(keys, chances) of absent experts of the layers after ``layer`` with a chance of at least ``certainty``."""
+        last = min(layer + self.distance, self.setting.n_layers - 1)
+        n = sure_absent(
+            layer, last, certainty, self._listed, self._experts, self._chances, self.setting.slots.slot_of,
+            self.setting.n_experts, self._sure_keys, self._sure,
+        )  # fmt: skip
+        return self._sure_keys[:n], self._sure[:n]
+
+    def loads(self, layer: int, demand: LayerDemand) -> Floats:
+        """float64[E]: tokens that each expert of a layer will get from the tokens of ``demand`` (a prefill's).
+
+        The gates' prediction where there is one, else its rate of use, halfway to all experts alike.
+        """
+        for prediction in demand.predictions:
+            if prediction.layer == layer:
+                named = np.zeros(self.setting.n_experts)
+                named[prediction.expert_ids] = prediction.n_tokens
+                return named
+        activations = float(demand.n_tokens.sum())
+        even = activations / self.setting.n_experts
+        known = self.use.loads(layer)
+        total = float(known.sum())
+        return even + 0.5 * (known * (activations / total) - even) if total > 0.0 else np.full(known.size, even)
+
+    def load_saving_us(self, layer: int, loads: Floats) -> Floats:
+        """us that each resident of a layer saves with so many tokens; what gets none saves nothing."""
+        n_tokens, costs = np.ceil(loads).astype(np.int64), self.setting.costs
+        return np.asarray(np.maximum(costs.cpu_us(layer, n_tokens) - costs.accel_us(layer, n_tokens), 0.0))
+
+    def _begin_step(self, demand: LayerDemand, few: bool) -> None:
+        self.residency.begin_step(self.setting.slots.n_slots, few)
+        self.use.begin_step(few)
+        if not few:
+            self._protect_later_layers(demand)
+
+    def _protect_later_layers(self, demand: LayerDemand) -> None:
+        """A prefill will use nearly every expert of the layers ahead: they are worth that much until it is their turn.
+
+        What makes room are the layers behind, whose turn comes last.
+        """
+        rows = self.keep.reshape(self.setting.n_layers, -1)
+        for layer in range(demand.layer + 1, self.setting.n_layers):
+            rows[layer] += self.load_saving_us(layer, self.loads(layer, demand))
+
+    def _rank(self, demand: LayerDemand, layer: int) -> None:
+        given, scores = self._no_ids, self._no_scores
+        for prediction in demand.predictions:
+            if prediction.layer == layer:
+                given, scores = prediction.expert_ids, prediction.scores
+        self._listed[layer] = rank_absent(
+            self.keep, layer, self.use.ahead, self.saving_us(layer), self.setting.slots.slot_of, given, scores,
+            self.own, self.shared, self._experts, self._cells, self._chances,
+        )  # fmt: skip
+
+
+def _layers_of_a_transfer(setting: Setting) -> int:
+    """Layers that pass while one expert is transferred, if each computes one on the CPU: 1 to the lookahead."""
+    costs = setting.costs
+    layer_us = costs.dense_us + costs.one_token_us(0)[0]
+    passing = math.ceil(costs.transfer_us(0, cpu_busy=True) / layer_us) if layer_us > 0.0 else 1
+    return max(min(passing, setting.lookahead, setting.n_layers - 1), 1)

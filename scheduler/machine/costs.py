@@ -1,0 +1,216 @@
+"""Predicted durations: CPU and accelerator us of one expert by tokens, link us of one expert; corrected by drift.
+
+Shape of a cost: a memory floor (the expert's bytes must be read, however few tokens there are), then linear in
+tokens (arithmetic). Measured tables replace the formula point by point. What really ran is fed back with
+``observe``; an exponentially weighted mean of observed / predicted, kept within bounds, scales each lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.errors import CostError, ProfileError, did_you_mean
+from scheduler.machine.profile import HardwareProfile, ModelShape, table_key
+from scheduler.plan import ObservedTask
+
+Floats = npt.NDArray[np.float64]
+
+GRID_TOKENS: Final = 512
+"""Costs of 0..GRID_TOKENS tokens are tabulated; beyond, the last slope goes on."""
+DRIFT_WEIGHT: Final = 0.05
+"""Weight of one observation in the moving mean: about 20 observations to follow a change."""
+OUTLIER: Final = 1.5
+"""One observation counts as at most this many times the drift so far, and at least its inverse: a task that the
+operating system interrupted says nothing about the next one. A real change of 4 times is followed in 57 tasks."""
+DRIFT_BOUNDS: Final = (0.25, 4.0)
+"""A lane is never believed to be more than 4 times slower or faster than its profile says."""
+LANES: Final = {"cpu": 0, "accel": 1, "link": 2}
+
+
+class CostModel:
+    """Costs of every MoE layer of one model on one machine. All layers of one expert size share one table."""
+
+    def __init__(
+        self,
+        profile: HardwareProfile,
+        shape: ModelShape,
+        dtype: str = "bfloat16",
+        record_bytes: int | Sequence[int] | None = None,
+    ) -> None:
+        """``record_bytes``: what really crosses the link for one expert (all layers, or one number a layer)."""
+        if dtype not in profile.cpu.gflops:
+            raise ProfileError(f"{profile.name} has no CPU rate for {dtype!r}{did_you_mean(dtype, profile.cpu.gflops)}")
+        given = shape.expert_bytes(dtype) if record_bytes is None else record_bytes
+        sizes = [given] * shape.n_layers if isinstance(given, int) else [int(b) for b in given]
+        if len(sizes) != shape.n_layers or min(sizes) < 1:
+            raise CostError(f"record_bytes: expected {shape.n_layers} positive sizes, found {sizes}")
+        kinds = sorted(set(sizes))
+        flops = float(shape.expert_flops())
+        key = table_key(shape.hidden, shape.inter, dtype)
+        tokens = np.arange(GRID_TOKENS + 2, dtype=np.float64)
+        cpu, accel = profile.cpu, profile.accel
+        cpu_rows = [
+            _curve(tokens, cpu.overhead_us, size / (cpu.read_gbps * 1e3), flops / (cpu.gflops[dtype] * 1e3),
+                   cpu.table.get(key, ()))
+            for size in kinds
+        ]  # fmt: skip
+        accel_rows = [
+            _curve(tokens, accel.launch_us, size / (accel.mem_gbps * 1e3), flops / (accel.tflops * 1e6),
+                   accel.table.get(key, ()))
+            for size in kinds
+        ]  # fmt: skip
+        link = [profile.link.latency_us + size / (profile.link.gbps * 1e3) for size in kinds]
+        self._build(
+            np.array([kinds.index(size) for size in sizes], np.int64), np.array(cpu_rows), np.array(accel_rows),
+            np.array(link, np.float64), profile.contention.cpu_with_link, profile.contention.link_with_cpu,
+            profile.dense.attention_us + profile.dense.gate_us + profile.dense.sync_us,
+        )  # fmt: skip
+
+    @classmethod
+    def uniform(
+        cls,
+        n_layers: int,
+        cpu_us: float = 100.0,
+        accel_us: float = 20.0,
+        transfer_us: float = 300.0,
+        cpu_us_per_token: float = 0.0,
+        accel_us_per_token: float = 0.0,
+        dense_us: float = 0.0,
+    ) -> CostModel:
+        """The same made-up costs in every layer: ``cpu_us + (n - 1) * cpu_us_per_token`` and so on. For tests."""
+        model = cls.__new__(cls)
+        tokens = np.arange(GRID_TOKENS + 2, dtype=np.float64)
+        cpu = np.where(tokens > 0, cpu_us + (tokens - 1) * cpu_us_per_token, 0.0)
+        accel = np.where(tokens > 0, accel_us + (tokens - 1) * accel_us_per_token, 0.0)
+        model._build(
+            np.zeros(n_layers, np.int64),
+            cpu[None],
+            accel[None],
+            np.array([transfer_us], np.float64),
+            1.0,
+            1.0,
+            dense_us,
+        )
+        return model
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Plain data of tables, contention and drift as they are now."""
+        return {
+            "kind": self.kind.tolist(), "cpu": self.cpu_grid.tolist(), "accel": self.accel_grid.tolist(),
+            "link": self.link_us.tolist(), "cpu_with_link": self.cpu_with_link, "link_with_cpu": self.link_with_cpu,
+            "dense_us": self.dense_us, "drift": self.drift.tolist(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> CostModel:
+        """The model that ``as_mapping`` described. Raises CostError for impossible values, KeyError for missing."""
+        model = cls.__new__(cls)
+        model._build(
+            np.array(values["kind"], np.int64), np.array(values["cpu"], np.float64),
+            np.array(values["accel"], np.float64), np.array(values["link"], np.float64),
+            values["cpu_with_link"], values["link_with_cpu"], values["dense_us"],
+        )  # fmt: skip
+        model.drift[:] = values["drift"]
+        return model
+
+    def _build(
+        self, kind: npt.NDArray[np.int64], cpu: Floats, accel: Floats, link: Floats,
+        cpu_with_link: float, link_with_cpu: float, dense_us: float,
+    ) -> None:  # fmt: skip
+        for name, values in (("cpu", cpu), ("accel", accel), ("transfer", link)):
+            if not np.all(np.isfinite(values)) or np.any(values < 0):
+                raise CostError(f"{name}_us must be finite and not negative")
+        self.n_layers = int(kind.size)
+        self.kind, self.cpu_grid, self.accel_grid, self.link_us = kind, cpu, accel, link
+        self.cpu_with_link, self.link_with_cpu, self.dense_us = cpu_with_link, link_with_cpu, dense_us
+        self.cpu_rows = [cpu[k] for k in kind.tolist()]
+        self.accel_rows = [accel[k] for k in kind.tolist()]
+        self._link_by_layer = [float(link[k]) for k in kind.tolist()]
+        self.drift = np.ones(3)
+        """float64[3]: observed / predicted of cpu, accel and link."""
+
+    def cpu_us(self, layer: int, n_tokens: npt.ArrayLike, link_busy: bool = False) -> Floats:
+        """us of one expert on ``n_tokens`` tokens (any shape) on the CPU; slower while the link reads host memory."""
+        scale = self.drift[0] / (self.cpu_with_link if link_busy else 1.0)
+        return np.asarray(_look_up(self.cpu_grid[self.kind[layer]], n_tokens) * scale)
+
+    def accel_us(self, layer: int, n_tokens: npt.ArrayLike) -> Floats:
+        """us of one resident expert on ``n_tokens`` tokens (any shape) on the accelerator."""
+        return np.asarray(_look_up(self.accel_grid[self.kind[layer]], n_tokens) * self.drift[1])
+
+    def one_token_us(self, layer: int) -> tuple[float, float]:
+        """(cpu_us, accel_us) of one expert on one token, without an array on the way."""
+        drift = self.drift
+        return float(self.cpu_rows[layer][1] * drift[0]), float(self.accel_rows[layer][1] * drift[1])
+
+    def gain_us(self, layer: int, n_tokens: int) -> float:
+        """cpu_us - accel_us of one expert on ``n_tokens`` tokens."""
+        cpu, accel = _look_up_one(self.cpu_rows[layer], n_tokens), _look_up_one(self.accel_rows[layer], n_tokens)
+        return float(cpu * self.drift[0] - accel * self.drift[1])
+
+    def transfer_us(self, layer: int, cpu_busy: bool = False) -> float:
+        """us of one expert over the link; slower while the CPU reads host memory."""
+        return float(self._link_by_layer[layer] * self.drift[2] / (self.link_with_cpu if cpu_busy else 1.0))
+
+    def observe(self, task: ObservedTask, link_share: float = 0.0) -> None:
+        """Moves the lane's drift towards observed / predicted. Raises CostError for a time that cannot be.
+
+        ``link_share``: part of the task's time during which the link worked; a CPU task is expected to be slower then.
+        """
+        if not (0.0 <= task.us < np.inf) or task.lane not in LANES or not 0 <= task.layer < self.n_layers:
+            raise CostError(f"expected a finite us >= 0 of a known lane and layer, found {task}")
+        if task.lane == "link":
+            self.observe_transfer(task.layer, task.us)
+            return
+        rows = self.cpu_rows if task.lane == "cpu" else self.accel_rows
+        expected = _look_up_one(rows[task.layer], task.n_tokens)
+        if task.lane == "cpu":
+            expected *= 1.0 + link_share * (1.0 / self.cpu_with_link - 1.0)
+        self._follow(LANES[task.lane], task.us, expected)
+
+    def observe_transfer(self, layer: int, us: float) -> None:
+        """``observe`` for one copy over the link, which is expected to have run beside the CPU."""
+        if not 0.0 <= us < np.inf:
+            raise CostError(f"a transfer took {us} us: expected a finite number of at least 0")
+        self._follow(LANES["link"], us, self._link_by_layer[layer] / self.link_with_cpu)
+
+    def _follow(self, lane: int, us: float, expected_us: float) -> None:
+        if expected_us <= 0.0 or us == 0.0:
+            return
+        known = float(self.drift[lane])
+        seen = min(max(us / expected_us, known / OUTLIER), known * OUTLIER)
+        moved = (1.0 - DRIFT_WEIGHT) * known + DRIFT_WEIGHT * seen
+        self.drift[lane] = min(max(moved, DRIFT_BOUNDS[0]), DRIFT_BOUNDS[1])
+
+
+def _curve(
+    tokens: Floats, overhead_us: float, floor_us: float, us_per_token: float, table: Sequence[tuple[int, float]]
+) -> Floats:
+    """us for each entry of ``tokens``: the formula, or the measured points joined by lines."""
+    formula = overhead_us + np.maximum(floor_us, tokens * us_per_token)
+    if table:
+        at = np.array([n for n, _ in table], np.float64)
+        us = np.array([t for _, t in table], np.float64)
+        slope = (us[-1] - us[-2]) / (at[-1] - at[-2]) if at.size > 1 else us_per_token
+        beyond = us[-1] + np.maximum(tokens - at[-1], 0.0) * max(slope, 0.0)
+        formula = np.where(tokens > at[-1], beyond, np.interp(tokens, at, us))
+    formula[tokens == 0] = 0.0
+    return formula
+
+
+def _look_up_one(row: Floats, n_tokens: int) -> float:
+    last = row.size - 1
+    if n_tokens <= last:
+        return float(row[n_tokens])
+    return float(row[last] + (n_tokens - last) * (row[last] - row[last - 1]))
+
+
+def _look_up(row: Floats, n_tokens: npt.ArrayLike) -> Floats:
+    n = np.asarray(n_tokens)
+    inside = row[np.minimum(n, GRID_TOKENS + 1)]
+    beyond = np.maximum(n - (GRID_TOKENS + 1), 0) * (row[-1] - row[-2])
+    return np.asarray(inside + beyond, np.float64)

@@ -1,0 +1,70 @@
+"""Why a plan is as it is: each expert's three costs and choice, and what other balance policies would have made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from scheduler.balancing import BALANCE_POLICIES, LayerCosts, balance
+from scheduler.demand import LayerDemand
+from scheduler.machine.costs import CostModel
+from scheduler.plan import LaneState, LayerPlan
+from scheduler.slots import SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One activated expert: its alternatives' own durations and the lane that it got."""
+
+    expert: int
+    n_tokens: int
+    resident: bool
+    cpu_us: float
+    accel_us: float
+    transfer_us: float
+    lane: Literal["cpu", "accel"]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """``alternatives``: (balance policy, makespan in us) of the same layer, best first; ties by name."""
+
+    layer: int
+    makespan_us: float
+    decisions: tuple[Decision, ...]
+    alternatives: tuple[tuple[str, float], ...]
+
+
+def explain(plan: LayerPlan, demand: LayerDemand, lanes: LaneState, costs: CostModel, slots: SlotTable) -> Explanation:
+    """Rebuilds the layer's costs as they were before ``plan`` and compares."""
+    ids = demand.expert_ids
+    moved = {t.expert for t in plan.transfers}
+    gone = {t.evicts for t in (*plan.transfers, *plan.prefetches)}
+    here = np.array(
+        [
+            e not in moved and (e in plan.accel or slots.slot(plan.layer, e) >= 0 or (plan.layer, e) in gone)
+            for e in ids.tolist()
+        ],
+        np.bool_,
+    )  # fmt: skip
+    cpu_us = costs.cpu_us(plan.layer, demand.n_tokens, lanes.link_ready_us > 0)
+    accel_us = costs.accel_us(plan.layer, demand.n_tokens)
+    transfer_us = costs.transfer_us(plan.layer, cpu_busy=True)
+    decisions = tuple(
+        Decision(
+            int(e), int(demand.n_tokens[i]), bool(here[i]), float(cpu_us[i]), float(accel_us[i]), transfer_us,
+            "accel" if int(e) in plan.accel else "cpu",
+        )
+        for i, e in enumerate(ids)
+    )  # fmt: skip
+    alternatives: list[tuple[str, float]] = []
+    if ids.size:
+        layer_costs = LayerCosts(
+            cpu_us, accel_us, np.full(ids.size, transfer_us), here, lanes.cpu_ready_us, lanes.accel_ready_us,
+            lanes.link_ready_us,
+        )  # fmt: skip
+        alternatives = [(name, balance(layer_costs, name).makespan_us) for name in BALANCE_POLICIES]
+    ranked = tuple(sorted(alternatives, key=lambda pair: (pair[1], pair[0])))
+    return Explanation(plan.layer, plan.predicted_makespan_us, decisions, ranked)

@@ -1,0 +1,100 @@
+"""Named policies: triples of balance, prefetch and cache, with the parameters that make them their source's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from scheduler.balancing import BALANCE_POLICIES, kernel_of, parameters_of_balance
+from scheduler.cache import CACHE_POLICIES
+from scheduler.errors import PolicyError, did_you_mean
+from scheduler.future import Future
+from scheduler.machine.costs import CostModel
+from scheduler.prefetch import PREFETCH_POLICIES
+from scheduler.setting import Setting, make, parameters_of
+from scheduler.slots import SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """``params`` are handed to those of the three that know them; see the classes for names and ranges."""
+
+    balance: str
+    prefetch: str
+    cache: str
+    params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def name(self) -> str:
+        """``balance/prefetch/cache``."""
+        return f"{self.balance}/{self.prefetch}/{self.cache}"
+
+
+def _policy(balance: str, prefetch: str, cache: str, **params: Any) -> Policy:
+    return Policy(balance, prefetch, cache, MappingProxyType(params))
+
+
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "static": _policy("static", "none", "lfu", scope="pool"),
+        "llama_cpp": _policy("layers", "none", "shallow_first"),
+        "moe_infinity": _policy("on_demand", "activation_matrix", "activation_matrix"),
+        "fiddler": _policy("fiddler", "none", "lfu", scope="pool"),
+        "freetoken": _policy("bandwidth", "none", "lru", scope="pool"),
+        "adapmoe": _policy("on_demand", "gate_topk", "lru", sizes="dp", depth=1),
+        "hobbit": _policy("on_demand", "gate_topk", "hobbit", depth=3, only_if_cached=True),
+        "fate": _policy("on_demand", "gate_topk", "arc", depth=1, share=0.75, n_shallow=2),
+        "hybrimoe": _policy("hybrimoe", "impact", "mrs"),
+        "ours": _policy("value", "value", "value"),
+        "oracle": _policy("optimal", "perfect", "belady"),
+    }
+)
+"""static: KTransformers (most frequent experts resident by profile, never moved). llama_cpp: --n-cpu-moe (whole
+layers). moe_infinity: arXiv 2401.14361. fiddler: arXiv 2402.07033. freetoken: arXiv 2608.16157. adapmoe: arXiv
+2408.10284. hobbit: arXiv 2411.01433, its lossless part. fate: arXiv 2502.12224. hybrimoe: arXiv 2504.05897."""
+
+
+def resolve_policy(policy: str | Policy, **params: Any) -> Policy:
+    """A preset's name or ``balance/prefetch/cache``, with parameters on top. Raises PolicyError with did-you-mean."""
+    found = policy if isinstance(policy, Policy) else _by_name(policy)
+    known = (
+        parameters_of_balance(found.balance)
+        | parameters_of(PREFETCH_POLICIES[found.prefetch])
+        | parameters_of(CACHE_POLICIES[found.cache])
+    )
+    for name in params:
+        if name not in known:
+            raise PolicyError(f"policy {found.name}: unknown parameter {name!r}{did_you_mean(name, known)}")
+    if not params:
+        return found
+    merged = replace(found, params=MappingProxyType({**found.params, **params}))
+    _check_values(merged)
+    return merged
+
+
+def _check_values(policy: Policy) -> None:
+    """Makes the three policies once for a model of one expert, so that bad values are refused here."""
+    known = parameters_of_balance(policy.balance)
+    kernel_of(policy.balance, **{key: value for key, value in policy.params.items() if key in known})
+    toy = Setting(1, 1, SlotTable(1, 1, 1), CostModel.uniform(1), future=Future([], 1, 1))
+    make("prefetch", policy.prefetch, PREFETCH_POLICIES, toy, policy.params)
+    make("cache", policy.cache, CACHE_POLICIES, toy, policy.params)
+
+
+def _by_name(name: str) -> Policy:
+    if not isinstance(name, str):
+        raise PolicyError(f"a policy is a preset's name or balance/prefetch/cache, found {name!r}")
+    if name in POLICIES:
+        return POLICIES[name]
+    parts = name.split("/")
+    if len(parts) != 3:
+        raise PolicyError(f"unknown policy {name!r}{did_you_mean(name, POLICIES)}, or write balance/prefetch/cache")
+    tables: tuple[tuple[str, Any], ...] = (
+        ("balance", BALANCE_POLICIES), ("prefetch", PREFETCH_POLICIES), ("cache", CACHE_POLICIES)
+    )  # fmt: skip
+    for part, (kind, table) in zip(parts, tables, strict=True):
+        if part not in table:
+            raise PolicyError(f"policy {name!r}: unknown {kind} policy {part!r}{did_you_mean(part, table)}")
+    return Policy(parts[0], parts[1], parts[2])

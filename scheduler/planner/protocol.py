@@ -1,0 +1,66 @@
+"""What the runtime asks of a planner: of one accelerator, of several, or of one that writes everything down.
+
+``Planner``, ``planner_group.PlannerGroup`` and ``recording.Recorder`` are one each.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.demand import LayerDemand, Phase
+from scheduler.future import Future
+from scheduler.machine.costs import CostModel
+from scheduler.plan import Event, LaneState, LayerPlan, ObservedTask, Transfer
+from scheduler.planner.planner import NOW
+from scheduler.slots import SlotTable
+
+
+class Costs(Protocol):
+    """Predicted durations of every layer, as corrected so far; see ``CostModel``."""
+
+    def cpu_us(self, layer: int, n_tokens: npt.ArrayLike, link_busy: bool = False) -> npt.NDArray[np.float64]: ...
+
+    def accel_us(self, layer: int, n_tokens: npt.ArrayLike) -> npt.NDArray[np.float64]: ...
+
+    def transfer_us(self, layer: int, cpu_busy: bool = False) -> float: ...
+
+
+class LayerPlanner(Protocol):
+    """Plans layers and hears of what ran; see ``Planner`` for each method."""
+
+    @property
+    def n_layers(self) -> int: ...
+
+    @property
+    def n_experts(self) -> int: ...
+
+    @property
+    def costs(self) -> Costs: ...
+
+    @property
+    def cost_models(self) -> tuple[CostModel, ...]: ...
+
+    @property
+    def layers_ahead(self) -> int: ...
+
+    @property
+    def all_cached(self) -> bool: ...
+
+    def table(self, layer: int) -> tuple[SlotTable, int]: ...
+
+    def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]: ...
+
+    def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]: ...
+
+    def begin_sequence(self, future: Future | None = None) -> None: ...
+
+    def begin_step(self, phase: Phase, n_tokens: int) -> None: ...
+
+    def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan: ...
+
+    def on_event(self, event: Event) -> None: ...
+
+    def observe(self, task: ObservedTask) -> None: ...

@@ -1,0 +1,1 @@
+"""Plays a trace through the planner on a machine that is described by a profile."""

@@ -1,0 +1,83 @@
+"""Time of what surrounds the experts: attention, router, shared experts, output head, synchronisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from scheduler.errors import ProfileError, did_you_mean
+from scheduler.machine.profile import BYTES_PER_WEIGHT, HardwareProfile, ModelShape
+
+#: Kernels a dense block launches on the accelerator: norms, projections, attention, residual.
+ATTENTION_LAUNCHES = 6
+SHARED_LAUNCHES = 3
+#: Scores and weighted values: 2 multiply-adds per query-key pair and hidden unit (the head width about equals hidden).
+FLOPS_PER_PAIR_AND_HIDDEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class DenseCosts:
+    """Dense work of one model on one machine; it runs on the accelerator. Weights are stored in ``dtype``."""
+
+    profile: HardwareProfile
+    shape: ModelShape
+    dtype: str = "int8"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in BYTES_PER_WEIGHT:
+            raise ProfileError(f"unknown dense dtype {self.dtype!r}{did_you_mean(self.dtype, BYTES_PER_WEIGHT)}")
+
+    def _block_us(self, params: int, n_tokens: int, launches: int) -> float:
+        """Weights are read once and used for every token: the larger of memory and arithmetic time."""
+        if params == 0:
+            return 0.0
+        accel = self.profile.accel
+        read_us = params * BYTES_PER_WEIGHT[self.dtype] / (accel.mem_gbps * 1e3)
+        compute_us = 2.0 * params * n_tokens / (accel.tflops * 1e6)
+        return launches * accel.launch_us + max(read_us, compute_us)
+
+    def attention_us(self, n_tokens: int, context: int, n_sequences: int = 1) -> float:
+        """One attention block over ``n_tokens`` new tokens, as many of each sequence, that see up to ``context``
+        earlier ones of their own sequence.
+
+        A measured decode time in the profile (``dense.attention_us``) is the floor. Dense decoder layers, where the
+        model has any, are spread evenly over the MoE layers.
+        """
+        accel, shape = self.profile.accel, self.shape
+        pairs = n_tokens * (context + (n_tokens / n_sequences + 1) / 2)
+        cache_us = max(
+            shape.kv_bytes * (n_sequences * context + n_tokens) / (accel.mem_gbps * 1e3),
+            FLOPS_PER_PAIR_AND_HIDDEN * shape.hidden * pairs / (accel.tflops * 1e6),
+        )
+        one = self._block_us(shape.attention_params, n_tokens, ATTENTION_LAUNCHES) + cache_us
+        extra = (
+            shape.n_dense_layers
+            * (one + self._block_us(shape.dense_params, n_tokens, SHARED_LAUNCHES))
+            / shape.n_layers
+        )
+        return max(one, self.profile.dense.attention_us) + extra
+
+    def gate_us(self, n_tokens: int) -> float:
+        """Router and the synchronisation that brings its choice to the host."""
+        params = self.shape.hidden * self.shape.n_experts
+        return max(self._block_us(params, n_tokens, 1), self.profile.dense.gate_us) + self.profile.dense.sync_us
+
+    def shared_us(self, n_tokens: int) -> float:
+        """The always-active shared experts of a layer."""
+        return self._block_us(self.shape.shared_params, n_tokens, SHARED_LAUNCHES)
+
+    def combine_us(self) -> float:
+        """Adding the two lanes' results."""
+        return self.profile.accel.launch_us
+
+    def head_us(self, n_sequences: int = 1) -> float:
+        """Output head for the last token of each sequence of a step (a prefill needs one row only)."""
+        return self._block_us(self.shape.head_params, n_sequences, 1)
+
+    def planner_profile(self, context: int) -> HardwareProfile:
+        """The profile with attention and gate filled in for a decode token, for the planner's link budget."""
+        dense = replace(
+            self.profile.dense,
+            attention_us=self.attention_us(1, context) + self.shared_us(1),
+            gate_us=self.gate_us(1) - self.profile.dense.sync_us,
+        )
+        return replace(self.profile, dense=dense)

@@ -1,0 +1,278 @@
+"""Performs layer plans in simulated time: the counterpart of the runtime's executor."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.demand import LayerDemand
+from scheduler.errors import SchedulerError
+from scheduler.machine.costs import CostModel
+from scheduler.plan import LayerPlan, ObservedTask, Transfer, TransferEnded
+from scheduler.records import TaskKind, TaskRecord
+from scheduler.simulator.lanes import run_lanes, run_link
+
+Floats = NDArray[np.float64]
+NOT_STARTED = -1.0
+
+
+class SimulationError(SchedulerError):
+    """A plan cannot be performed, or trace, shape and settings do not fit each other."""
+
+
+@dataclass(slots=True)
+class Copy:
+    """A transfer on its way through the link."""
+
+    transfer: Transfer
+    step: int
+    left_us: float
+    from_us: float
+    n_bytes: int
+    start_us: float = NOT_STARTED
+    end_us: float = NOT_STARTED
+
+
+@dataclass(slots=True)
+class Busy:
+    """Busy time of each lane so far, in us, and the bytes that were put on the link."""
+
+    cpu: float = 0.0
+    accel: float = 0.0
+    link: float = 0.0
+    disk: float = 0.0
+    link_bytes: int = 0
+
+
+class HostTier:
+    """Experts in host memory when not all fit: least recently used ones live on disk only, one shared read queue."""
+
+    def __init__(self, capacity: int, read_us: float) -> None:
+        self.capacity, self.read_us = capacity, read_us
+        self.free_us = 0.0
+        self.busy_us = 0.0
+        self.reads = 0
+        self._held: OrderedDict[tuple[int, int], None] = OrderedDict()
+
+    def ready_us(self, key: tuple[int, int], now_us: float) -> float:
+        """When the expert is in host memory; starts a read when it is not."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return now_us
+        self.free_us = max(self.free_us, now_us) + self.read_us
+        self.busy_us += self.read_us
+        self.reads += 1
+        self._held[key] = None
+        while len(self._held) > self.capacity:
+            self._held.popitem(last=False)
+        return self.free_us
+
+    def preload(self, keys: Iterable[tuple[int, int]]) -> None:
+        """Fill the tier before the run, without cost."""
+        for key in keys:
+            if len(self._held) < self.capacity:
+                self._held[key] = None
+
+
+@dataclass(slots=True)
+class Engine:
+    """Lanes and clock. ``costs`` are the true durations; the planner has its own model of them."""
+
+    costs: CostModel
+    expert_bytes: int
+    keep_records: bool = False
+    host: HostTier | None = None
+    now_us: float = 0.0
+    busy: Busy = field(default_factory=Busy)
+    records: list[TaskRecord] = field(default_factory=list)
+    _queue: list[Copy] = field(default_factory=list)
+    _ended: list[Copy] = field(default_factory=list)
+
+    def link_ready_us(self) -> float:
+        """Time from now until the link has carried everything queued."""
+        return sum(copy.left_us for copy in self._queue)
+
+    def dense(self, kind: TaskKind, layer: int, n_tokens: int, duration_us: float, step: int) -> None:
+        """Dense accelerator work that everything waits for; the link goes on meanwhile."""
+        end = self.now_us + duration_us
+        self._advance_link(end)
+        if self.keep_records and duration_us > 0.0:
+            self.records.append(TaskRecord("accel", kind, layer, -1, n_tokens, 0, self.now_us, end, step))
+        self.busy.accel += duration_us
+        self.now_us = end
+
+    def take_ended(self) -> list[TransferEnded]:
+        """Events of the copies that have ended by now, in link order; each is reported once."""
+        events = [
+            TransferEnded(c.transfer.layer, c.transfer.expert, c.transfer.slot, c.end_us - c.start_us)
+            for c in self._ended_transfers()
+        ]
+        self._ended.clear()
+        return events
+
+    def _ended_transfers(self) -> list[Copy]:
+        """Those of the ended copies that a planner hears of."""
+        return self._ended
+
+    def run_layer(self, plan: LayerPlan, demand: LayerDemand, shared_us: float) -> tuple[ObservedTask, ...]:
+        """Perform one plan; afterwards ``now_us`` is the end of the compute lanes. Returns a sample of durations."""
+        tokens = dict(zip(demand.expert_ids.tolist(), demand.n_tokens.tolist(), strict=True))
+        known = len(self._queue)
+        self._enqueue(plan)
+        cpu_us, accel_us = self._compute_us(plan, tokens)
+        cpu_from = self._cpu_from(plan)
+        began_us = self.now_us
+        times = self._run(plan, known, cpu_us, cpu_from, accel_us, shared_us)
+        self._account(plan, tokens, times, began_us, shared_us)
+        return self._observe(plan, tokens, times)
+
+    def _compute_us(self, plan: LayerPlan, tokens: dict[int, int]) -> tuple[Floats, Floats]:
+        """us of each expert of the CPU lane and of the accelerator."""
+        cpu_us = self.costs.cpu_us(plan.layer, np.array([tokens[e] for e in plan.cpu], np.int64))
+        return cpu_us, self.costs.accel_us(plan.layer, np.array([tokens[e] for e in plan.accel], np.int64))
+
+    def _transfer_us(self, transfer: Transfer) -> float:
+        return self.costs.transfer_us(transfer.layer)
+
+    def _transfer_bytes(self, transfer: Transfer) -> int:
+        return self.expert_bytes
+
+    def _enqueue(self, plan: LayerPlan) -> None:
+        for transfer in (*plan.transfers, *plan.prefetches):
+            self._add(Copy, transfer, plan.step, self._transfer_us(transfer), self._transfer_bytes(transfer))
+
+    def _add(self, kind: type[Copy], transfer: Transfer, step: int, us: float, n_bytes: int) -> None:
+        """Puts a copy on the link, which carries it once its bytes are in host memory."""
+        ready = self._host_ready_us(transfer.layer, transfer.expert, step)
+        self._queue.append(kind(transfer, step, us, ready, n_bytes))
+        self.busy.link_bytes += n_bytes
+
+    def _cpu_from(self, plan: LayerPlan) -> Floats:
+        if self.host is None:
+            return np.full(len(plan.cpu), self.now_us)
+        return np.array([self._host_ready_us(plan.layer, e, plan.step) for e in plan.cpu], np.float64)
+
+    def _host_ready_us(self, layer: int, expert: int, step: int) -> float:
+        """When an expert is in host memory; a read from disk is recorded."""
+        if self.host is None:
+            return self.now_us
+        known = self.host.reads
+        ready_us = self.host.ready_us((layer, expert), self.now_us)
+        if self.keep_records and self.host.reads > known:
+            begin_us = ready_us - self.host.read_us
+            self.records.append(
+                TaskRecord("disk", "read", layer, expert, 0, self.expert_bytes, begin_us, ready_us, step)
+            )
+        return ready_us
+
+    def _run(
+        self, plan: LayerPlan, known: int, cpu_us: Floats, cpu_from: Floats, accel_us: Floats, shared_us: float
+    ) -> tuple[Floats, Floats, Floats, Floats]:
+        queue = self._queue
+        arriving = {(c.transfer.layer, c.transfer.expert): i for i, c in enumerate(queue)}
+        wait = np.array([arriving.get((plan.layer, e), -1) for e in plan.accel], np.int64)
+        position = {expert: i for i, expert in enumerate(plan.accel)}
+        after = np.full(len(queue), -1, np.int64)
+        for i in range(known, len(queue)):
+            evicted = queue[i].transfer.evicts
+            if evicted is not None and evicted[0] == plan.layer:
+                after[i] = position.get(evicted[1], -1)
+        left, start, end, link_from = self._link_arrays()
+        cpu_start, cpu_end = np.full(cpu_us.size, NOT_STARTED), np.full(cpu_us.size, NOT_STARTED)
+        accel_start, accel_end = np.full(accel_us.size, NOT_STARTED), np.full(accel_us.size, NOT_STARTED)
+        finished = run_lanes(
+            self.now_us, cpu_us, cpu_from, accel_us, wait, self.now_us + shared_us, left, after, link_from,
+            self.costs.cpu_with_link, self.costs.link_with_cpu, cpu_start, cpu_end, accel_start, accel_end, start, end,
+        )  # fmt: skip
+        if finished < 0.0:
+            raise SimulationError(
+                f"step {plan.step} layer {plan.layer}: accelerator and link wait for each other: {plan}"
+            )
+        self._settle(left, start, end)
+        self.now_us = max(finished, self.now_us + shared_us)
+        self._advance_link(self.now_us, finished)
+        return cpu_start, cpu_end, accel_start, accel_end
+
+    def _link_arrays(self) -> tuple[Floats, Floats, Floats, Floats]:
+        queue = self._queue
+        return (
+            np.array([c.left_us for c in queue], np.float64),
+            np.array([c.start_us for c in queue], np.float64),
+            np.array([c.end_us for c in queue], np.float64),
+            np.array([c.from_us for c in queue], np.float64),
+        )
+
+    def _advance_link(self, stop_us: float, start_us: float | None = None) -> None:
+        if self._queue:
+            left, start, end, link_from = self._link_arrays()
+            run_link(self.now_us if start_us is None else start_us, stop_us, left, link_from, start, end)
+            self._settle(left, start, end)
+
+    def _settle(self, left: Floats, start: Floats, end: Floats) -> None:
+        """Write the lane's progress back and move finished copies out of the queue."""
+        still = []
+        for copy, rest, began, ended in zip(self._queue, left.tolist(), start.tolist(), end.tolist(), strict=True):
+            copy.left_us, copy.start_us, copy.end_us = rest, began, ended
+            if rest > 0.0:
+                still.append(copy)
+                continue
+            self._ended.append(copy)
+            self.busy.link += ended - began
+            if self.keep_records:
+                self._record_copy(copy)
+        self._queue = still
+
+    def _record_copy(self, copy: Copy) -> None:
+        kind: TaskKind = "prefetch" if copy.transfer.kind == "prefetch" else "transfer"
+        self.records.append(
+            TaskRecord(
+                "link",
+                kind,
+                copy.transfer.layer,
+                copy.transfer.expert,
+                0,
+                copy.n_bytes,
+                copy.start_us,
+                copy.end_us,
+                copy.step,
+            )
+        )
+
+    def _account(
+        self, plan: LayerPlan, tokens: dict[int, int], times: tuple[Floats, ...], began_us: float, shared_us: float
+    ) -> None:
+        cpu_start, cpu_end, accel_start, accel_end = times
+        self.busy.cpu += float((cpu_end - cpu_start).sum())
+        self.busy.accel += float((accel_end - accel_start).sum()) + shared_us
+        if self.host is not None:
+            self.busy.disk = self.host.busy_us
+        if not self.keep_records:
+            return
+        if shared_us > 0.0:
+            end = began_us + shared_us
+            self.records.append(TaskRecord("accel", "shared_expert", plan.layer, -1, 0, 0, began_us, end, plan.step))
+        for expert, begin, end in zip(plan.cpu, cpu_start.tolist(), cpu_end.tolist(), strict=True):
+            self.records.append(
+                TaskRecord("cpu", "cpu_expert", plan.layer, expert, tokens[expert], 0, begin, end, plan.step)
+            )
+        for expert, begin, end in zip(plan.accel, accel_start.tolist(), accel_end.tolist(), strict=True):
+            self.records.append(
+                TaskRecord("accel", "accel_expert", plan.layer, expert, tokens[expert], 0, begin, end, plan.step)
+            )
+
+    @staticmethod
+    def _observe(plan: LayerPlan, tokens: dict[int, int], times: tuple[Floats, ...]) -> tuple[ObservedTask, ...]:
+        """One task per compute lane: enough for the planner's drift correction, cheap for long traces."""
+        cpu_start, cpu_end, accel_start, accel_end = times
+        observed = []
+        if plan.cpu:
+            observed.append(ObservedTask("cpu", plan.layer, tokens[plan.cpu[-1]], float(cpu_end[-1] - cpu_start[-1])))
+        if plan.accel:
+            observed.append(
+                ObservedTask("accel", plan.layer, tokens[plan.accel[-1]], float(accel_end[-1] - accel_start[-1]))
+            )
+        return tuple(observed)

@@ -1,0 +1,289 @@
+"""Discrete simulation of a trace on a hardware profile: the runtime's planner, with time instead of an executor.
+
+    result = Simulator(trace, profile, shape, SimulationConfig(policy="ours", cache_ratio=0.25)).run()
+
+Deterministic: equal inputs give equal results. Times are simulated, never measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.demand import LayerDemand
+from scheduler.future import Future
+from scheduler.graph.tasks import DenseTimes, PlannedLayer
+from scheduler.lossy import Lossy
+from scheduler.machine.costs import CostModel
+from scheduler.machine.profile import HardwareProfile, ModelShape
+from scheduler.plan import LaneState, LayerEnded, LayerPlan, TransferEnded
+from scheduler.planner.explain import Explanation
+from scheduler.planner.planner import Planner
+from scheduler.planner.policies import resolve_policy
+from scheduler.records import TaskRecord
+from scheduler.setting import Scorer
+from scheduler.simulator.dense import DenseCosts
+from scheduler.simulator.engine import Engine, HostTier, SimulationError
+from scheduler.simulator.stats import PhaseResult, PhaseStats, PrefetchJudge
+from scheduler.slots import SlotState
+from scheduler.traces.demands import DemandSource
+from scheduler.traces.predictions import Predictions
+from scheduler.traces.trace import Phase, Trace, TraceStep
+
+__all__ = ["PhaseResult", "SimulationConfig", "SimulationError", "Simulator", "check_fit", "simulate", "slots_for"]
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationConfig:
+    """What is simulated. ``cache_ratio`` is the share of all experts that has a slot; ``n_slots`` overrides it.
+
+    ``lossy``: a lossy policy between router and planner, see ``scheduler.lossy``.
+    """
+
+    policy: str = "ours"
+    cache_ratio: float = 0.25
+    n_slots: int | None = None
+    expert_dtype: str = "int4"
+    dense_dtype: str = "int8"
+    lookahead: int = 3
+    prefill_chunk: int | None = None
+    context_tokens: int = 512
+    host_ratio: float = 1.0
+    seed: int = 0
+    params: dict[str, Any] = field(default_factory=dict)
+    lossy: Lossy | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.cache_ratio <= 1.0:
+            raise SimulationError(f"cache ratio must lie in 0..1 (a share of all experts), found {self.cache_ratio}")
+        if not 0.0 < self.host_ratio <= 1.0:
+            raise SimulationError(f"host ratio must lie above 0 and at most at 1, found {self.host_ratio}")
+        if self.n_slots is not None and self.n_slots < 0:
+            raise SimulationError(f"number of slots must not be negative, found {self.n_slots}")
+
+
+def slots_for(config: SimulationConfig, shape: ModelShape) -> int:
+    """Slots of the pool; raises when there are more than experts."""
+    total = shape.n_layers * shape.n_experts
+    n_slots = round(config.cache_ratio * total) if config.n_slots is None else config.n_slots
+    if n_slots > total:
+        raise SimulationError(f"{n_slots} slots for {total} experts of {shape.name}: use at most {total}")
+    return n_slots
+
+
+def check_fit(trace: Trace, shape: ModelShape) -> None:
+    """Raise :class:`SimulationError` unless the trace was recorded on a model of this shape."""
+    for what, of_trace, of_shape in (
+        ("MoE layers", trace.n_layers, shape.n_layers),
+        ("experts a layer", trace.n_experts, shape.n_experts),
+        ("experts a token (top-k)", trace.top_k, shape.top_k),
+    ):
+        if of_trace != of_shape:
+            raise SimulationError(
+                f"trace {trace.name!r} ({trace.meta.get('model')}) has {of_trace} {what}, model shape {shape.name!r} "
+                f"has {of_shape}; choose the shape of the traced model, or a synthetic trace of this shape"
+            )
+
+
+class Simulator:
+    """Drives one :class:`Planner` over all steps of a trace.
+
+    ``frequencies`` float [layers, experts] is what a profile of other sequences says about use (for the warm-up);
+    None leaves the start to the policy. ``predictions`` are what gate lookahead would give. ``source`` reuses another
+    simulator's demands of the same trace and predictions. ``steps`` replaces the trace's own (see
+    ``scheduler.batching.routes.batched``). The scorers are what ``learned`` policies ask. With
+    ``keep_records`` the executed tasks and the planned layers are kept (for one step, not for long traces).
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        profile: HardwareProfile,
+        shape: ModelShape,
+        config: SimulationConfig = SimulationConfig(),
+        predictions: Predictions | None = None,
+        frequencies: NDArray[np.float64] | None = None,
+        phase: Phase | None = None,
+        keep_records: bool = False,
+        source: DemandSource | None = None,
+        scorer: Scorer | None = None,
+        prefetch_scorer: Scorer | None = None,
+        steps: Sequence[TraceStep] | None = None,
+    ) -> None:
+        check_fit(trace, shape)
+        self.trace, self.profile, self.shape, self.config = trace, profile, shape, config
+        self.source = DemandSource(trace, predictions) if source is None else source
+        self.steps: Sequence[TraceStep] = list(trace.steps(phase, config.prefill_chunk) if steps is None else steps)
+        self.dense = DenseCosts(profile, shape, config.dense_dtype)
+        self.n_slots = slots_for(config, shape)
+        self.planner = self._planner(scorer, prefetch_scorer)
+        self.engine = self._engine(keep_records, frequencies)
+        self.layers: list[PlannedLayer] = []
+        self.explanations: list[Explanation] = []
+        self._judge = PrefetchJudge(trace.n_layers, trace.n_experts)
+        self._warm_up(frequencies)
+
+    def _planner(self, scorer: Scorer | None, prefetch_scorer: Scorer | None) -> Planner:
+        config = self.config
+        believed = CostModel(self.dense.planner_profile(config.context_tokens), self.shape, config.expert_dtype)
+        return Planner(
+            self.shape.n_layers, self.shape.n_experts, self.n_slots, believed, policy=config.policy,
+            lookahead=config.lookahead, seed=config.seed,
+            scorer=scorer, prefetch_scorer=prefetch_scorer, future=self._future(self.steps[0].sequence),
+            **config.params,
+        )  # fmt: skip
+
+    def _future(self, sequence: int) -> Future | None:
+        """Recorded routing of one sequence, for policies that are oracles; the others get none to look at."""
+        policy = resolve_policy(self.config.policy, **self.config.params)
+        if policy.cache != "belady" and policy.prefetch != "perfect":
+            return None
+        steps = (self.source.routing(step) for step in self.steps if step.sequence == sequence)
+        return Future(steps, self.trace.n_layers, self.trace.n_experts)
+
+    def _engine(self, keep_records: bool, frequencies: NDArray[np.float64] | None) -> Engine:
+        config, shape = self.config, self.shape
+        expert_bytes = shape.expert_bytes(config.expert_dtype)
+        host = None
+        if config.host_ratio < 1.0:
+            if self.profile.disk is None:
+                raise SimulationError(f"profile {self.profile.name!r} has no disk; host ratio must be 1")
+            capacity = max(1, round(config.host_ratio * shape.n_layers * shape.n_experts))
+            host = HostTier(capacity, self.profile.disk.latency_us + expert_bytes / (self.profile.disk.gbps * 1e3))
+            host.preload(_most_used(frequencies, shape))
+        return Engine(CostModel(self.profile, shape, config.expert_dtype), expert_bytes, keep_records, host)
+
+    def _warm_up(self, frequencies: NDArray[np.float64] | None) -> None:
+        """Initial residents are loaded before the clock starts."""
+        for transfer in self.planner.warm_up(frequencies):
+            self.planner.on_event(TransferEnded(transfer.layer, transfer.expert, transfer.slot))
+
+    def run(self) -> list[PhaseResult]:
+        """Simulate every step; one result for each phase that occurs, prefill first."""
+        stats: dict[Phase, PhaseStats] = {}
+        for index, step in enumerate(self.steps):
+            self._run_step(index, step, stats.setdefault(step.phase, PhaseStats()))
+        self._judge.settle_into(stats)
+        order: tuple[Phase, ...] = ("prefill", "decode")
+        return [
+            stats[phase].result(self.config.policy, self.config.cache_ratio, phase, self.n_slots)
+            for phase in order
+            if phase in stats
+        ]
+
+    def run_to(self, index: int) -> float:
+        """Simulate up to step ``index``; only that step is recorded and explained. Returns its latency in us."""
+        if not 0 <= index < len(self.steps):
+            raise SimulationError(f"step {index} is not there: the trace has steps 0..{len(self.steps) - 1}")
+        for earlier in range(index):
+            self._run_step(earlier, self.steps[earlier], PhaseStats())
+        self.engine.keep_records = True
+        began_us = self.engine.now_us
+        self._run_step(index, self.steps[index], PhaseStats())
+        self.engine.keep_records = False
+        return self.engine.now_us - began_us
+
+    def _run_step(self, index: int, step: TraceStep, stats: PhaseStats) -> None:
+        engine = self.engine
+        if step.first:
+            self.planner.begin_sequence(self._future(step.sequence))
+        stats.begin(engine.now_us, engine.busy)
+        self.planner.begin_step(step.phase, step.n_tokens)
+        context = self._context(step)
+        dense = DenseTimes(
+            self.dense.attention_us(step.n_tokens, context, step.n_sequences), self.dense.gate_us(step.n_tokens),
+            self.dense.shared_us(step.n_tokens), self.dense.combine_us(),
+        )  # fmt: skip
+        for demand in self.source.step(step):
+            self._run_layer(index, demand, dense, stats)
+        engine.dense("attention", self.shape.n_layers, 1, self.dense.head_us(step.n_sequences), index)
+        stats.end(engine.now_us, engine.busy, step.n_tokens)
+
+    def _context(self, step: TraceStep) -> int:
+        """Tokens that the step attends to: those before it in its sequence, in decode at least the configured ones."""
+        return max(step.position, self.config.context_tokens if step.phase == "decode" else 0)
+
+    def _run_layer(self, index: int, demand: LayerDemand, dense: DenseTimes, stats: PhaseStats) -> None:
+        engine, planner, layer = self.engine, self.planner, demand.layer
+        engine.dense("attention", layer, demand.n_tokens_total, dense.attention_us, index)
+        engine.dense("gate", layer, demand.n_tokens_total, dense.gate_us, index)
+        for event in engine.take_ended():
+            planner.on_event(event)
+        stats.count_demand(demand, self._resident(layer))
+        self._judge.demand(demand)
+        plan = planner.plan_layer(demand, LaneState(0.0, dense.shared_us, engine.link_ready_us()))
+        stats.count_plan(plan)
+        self._judge.planned(plan, demand.phase)
+        explanation = planner.explain(plan) if engine.keep_records else None
+        observed = engine.run_layer(plan, demand, dense.shared_us)
+        if explanation is not None:
+            self.layers.append(self._planned(plan, demand, dense))
+            self.explanations.append(explanation)
+        for event in engine.take_ended():
+            planner.on_event(event)
+        planner.on_event(LayerEnded(layer, observed))
+        engine.dense("combine", layer, demand.n_tokens_total, dense.combine_us, index)
+
+    def _planned(self, plan: LayerPlan, demand: LayerDemand, dense: DenseTimes) -> PlannedLayer:
+        return PlannedLayer(plan, demand, dense)
+
+    def _resident(self, layer: int) -> NDArray[np.bool_]:
+        """bool [experts]: bytes are in a slot now."""
+        table, width = self.planner.slots, self.shape.n_experts
+        slots = table.slot_of[layer * width : (layer + 1) * width]
+        if table.n_slots == 0:
+            return np.zeros(width, np.bool_)
+        return (slots >= 0) & (table.state[slots] >= SlotState.RESIDENT)
+
+    def resident_slots(self) -> dict[int, tuple[int, int]]:
+        """slot -> (layer, expert) of everything whose bytes are there now."""
+        table = self.planner.slots
+        held = (
+            (slot, table.occupant(slot)) for slot in range(table.n_slots) if table.state[slot] >= SlotState.RESIDENT
+        )
+        return {slot: key for slot, key in held if key is not None}
+
+    @property
+    def records(self) -> list[TaskRecord]:
+        """Executed tasks in start order (``keep_records``)."""
+        return sorted(self.engine.records, key=lambda r: (r.start_us, r.end_us))
+
+
+def _most_used(frequencies: NDArray[np.float64] | None, shape: ModelShape) -> list[tuple[int, int]]:
+    total = shape.n_layers * shape.n_experts
+    order = range(total) if frequencies is None else np.argsort(-np.ravel(frequencies), kind="stable").tolist()
+    return [divmod(int(key), shape.n_experts) for key in order]
+
+
+def simulator_class(profile: HardwareProfile, config: SimulationConfig) -> type[Simulator]:
+    """The simulator for a lossy policy, for several accelerators, or the plain one. Raises SimulationError for both."""
+    from scheduler.simulator.accelerators import MultiSimulator
+    from scheduler.simulator.lossy import LossySimulator
+
+    if profile.accel.count == 1:
+        return Simulator if config.lossy is None else LossySimulator
+    if config.lossy is not None:
+        raise SimulationError(f"a lossy policy is simulated with one accelerator only, found {profile.accel.count}")
+    return MultiSimulator
+
+
+def simulate(
+    trace: Trace,
+    profile: HardwareProfile,
+    shape: ModelShape,
+    config: SimulationConfig = SimulationConfig(),
+    predictions: Predictions | None = None,
+    frequencies: NDArray[np.float64] | None = None,
+    phase: Phase | None = None,
+    source: DemandSource | None = None,
+    scorer: Scorer | None = None,
+    prefetch_scorer: Scorer | None = None,
+) -> list[PhaseResult]:
+    """Build the right :class:`Simulator` and run it."""
+    return simulator_class(profile, config)(
+        trace, profile, shape, config, predictions, frequencies, phase, False, source, scorer, prefetch_scorer
+    ).run()

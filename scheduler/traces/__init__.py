@@ -1,0 +1,1 @@
+"""Recorded routing: reading, making, and analysing it, and turning it into demands."""

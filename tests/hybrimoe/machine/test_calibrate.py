@@ -1,0 +1,80 @@
+"""`hybrimoe calibrate`: a profile that the scheduler reads, with spread, quickly."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hybrimoe.cli.app import app
+from hybrimoe.machine import calibrate, calibration
+from hybrimoe.machine.profiles import open_hardware
+
+QUICK = calibrate.Request(shapes=((64, 128),), dtypes=("int4", "float32"), accelerator="emulated", budget_s=60)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(calibrate, "TOKEN_POINTS", (1, 4, 16))
+    monkeypatch.setattr(calibrate, "POOL_BYTES", 1 << 20)
+    monkeypatch.setattr(calibrate, "CONTENTION_SECONDS", 0.05)
+    monkeypatch.setattr(calibrate, "write_choice", lambda choice: None)  # the machine's own choice stays
+
+
+def test_profile_is_read_back(tmp_path: Path) -> None:
+    result = calibrate.calibrate(QUICK)
+    path = tmp_path / "machine.yaml"
+    calibration.write_profile(result, path)
+    profile = open_hardware(path)
+    assert profile.provenance == "measured"
+    assert "emulated" in profile.source
+    assert profile.cpu.read_gbps > 0
+    assert profile.link.gbps > 0
+    assert 0 < profile.contention.cpu_with_link <= 1
+    for table in (profile.cpu.table, profile.accel.table):
+        assert set(table) == {"64x128/int4", "64x128/float32"}
+        for points in table.values():
+            assert [n for n, _ in points] == [1, 4, 16]
+            assert sorted(us for _, us in points) == [us for _, us in points]
+    assert all(low <= middle <= high for low, middle, high in result.spread.values())
+    assert {"numba", "torch"} <= set(result.backends["int4"])
+
+
+def test_without_an_accelerator_the_source_says_so() -> None:
+    result = calibrate.calibrate(calibrate.Request(((64, 64),), ("int8",), "none", 60))
+    assert "no accelerator" in result.profile.source
+    assert result.profile.accel.table == result.profile.cpu.table
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "p.yaml"
+    monkeypatch.setattr(calibrate, "TOKEN_POINTS", (1,))
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps(CONFIG), encoding="utf-8")
+    arguments = ["calibrate", "--dtype", "int8", "--shape", str(shape), "--accelerator", "none", "--output", str(path)]
+    with pytest.raises(SystemExit) as left:
+        app([*arguments, "--json"])
+    assert left.value.code in (0, None)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["file"] == str(path)
+    assert open_hardware(path).cpu.table.keys() == {"64x32/int8"}
+
+
+def test_wrong_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        app(["calibrate", "--dtype", "int3"])
+    assert left.value.code == 2
+    assert "int4, int8" in capsys.readouterr().err
+
+
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
