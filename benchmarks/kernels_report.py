@@ -31,7 +31,7 @@ RATIO_GOALS = ((1, 0, 1.3), (4, 0, 1.8), (16, 0, 1.8), (64, 0, 1.5), (256, 0, 1.
 SHARE_GOALS = (("ours int4", 0.75), ("ours int8", 0.8), ("ours bfloat16", 0.8))
 INTRODUCTION = """# Expert kernels: measured
 
-Written by `benchmarks/kernels_report.py` from runs of `hybrimoe bench kernels` (benchmarks/kernels.py): {machine},
+Written by `benchmarks/kernels_report.py` from runs of `hybrimoe bench kernels`: {machine},
 {threads} threads, virtual machine, shared. {runs} runs; a cell is the median over the runs of the median over a run's
 alternating rounds, with the range of the runs behind it. Weights come from memory, inputs are bfloat16 numbers. The
 read bandwidth measured in the same rounds moved between {low:.0f} and {high:.0f} GB/s (other load; and probably whether

@@ -15,7 +15,7 @@ from typing import Any
 
 INTRODUCTION = """# Overhead of a layer call
 
-Written by `benchmarks/overhead_report.py` from runs of `hybrimoe bench overhead` (benchmarks/overhead.py): {machine},
+Written by `benchmarks/overhead_report.py` from runs of `hybrimoe bench overhead`: {machine},
 {cores} cores, virtual machine, shared; one MoE layer of {shape}, {dtype}, one token, {slots:.0%} of the experts with a
 slot. Measured; accelerators are emulated by host threads.
 

@@ -31,13 +31,13 @@ from numpy.typing import NDArray  # noqa: E402
 
 from cpu_kernels import CpuBackend, Dispatch, ExpertSpec  # noqa: E402
 from gpu_kernels import EmulatedAccelerator  # noqa: E402
-from hybrimoe.experts.layout import find_experts
+from hybrimoe.experts.layout import find_experts  # noqa: E402
 from hybrimoe.runtime import RuntimeConfig, Session  # noqa: E402
-from hybrimoe.runtime.startup.backends import pacing_of
-from hybrimoe.tracing.study import plots
+from hybrimoe.runtime.startup.backends import pacing_of  # noqa: E402
+from hybrimoe.tracing.study import plots  # noqa: E402
 from scheduler import CostModel  # noqa: E402
-from scheduler.machine.profile import AccelProfile, CpuProfile, HardwareProfile, LinkProfile
-from scheduler.recording.retiming import Retiming, StepTime
+from scheduler.machine.profile import AccelProfile, CpuProfile, HardwareProfile, LinkProfile  # noqa: E402
+from scheduler.recording.retiming import Retiming, StepTime  # noqa: E402
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTER = 6, 16, 4, 1024, 1024
 #: The emulated device: an expert of 6.3 MB (bfloat16) takes 0.1 ms there and 1.5 ms over the link; the host's CPU lane

@@ -9,7 +9,7 @@ from hybrimoe.cli.views.waiting import set_wait_policy
 
 set_wait_policy(["serve"])  # as a server does, before torch is imported: tests may share the cores with other work
 
-from cpu_kernels.jit.cache_dir import kernel_cache_dir
+from cpu_kernels.jit.cache_dir import kernel_cache_dir  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -36,8 +36,8 @@ PACKAGE, MODULE = "intel-extension-for-pytorch", "intel_extension_for_pytorch"
 IPEX_VERSION, TORCH_SERIES = "2.8.0", "2.8"
 ENV_CACHE_GIB = "HYBRIMOE_IPEX_CACHE"
 CACHE_GIB = 4.0
-# Relative to the largest output, as in cpu_kernels.format.reference.tolerance: input, intermediate and output are rounded to
-# 8 significant bits each (2 ** -9 = 0.2 % a value), and errors of single elements add up over the two products.
+# Relative to the largest output, as in cpu_kernels.format.reference.tolerance: input, intermediate and output are
+# rounded to 8 significant bits each (2 ** -9 = 0.2 % a value), and errors of single elements add up over both products.
 BFLOAT16_TOLERANCE = 2e-2
 HOW_TO = "make an environment of its own: pip install 'hybrimoe[ipex]' there (tests/ipex/run.sh does), or use numba"
 

@@ -1,6 +1,6 @@
 """A call as the compiled workers see it: one int64 vector of sizes, flags and addresses.
 
-First the plan of its spec (`cpu_kernels.engine.plans`; sizes are padded unless called TRUE), then what a driver adds per call.
+First the plan of its spec (`cpu_kernels.engine.plans`; sizes are padded unless called TRUE), then what a driver adds.
 An expert maps IN columns (hidden) to INTER to OUT (hidden); a linear layer has INTER = IN and skips the first half.
 """
 

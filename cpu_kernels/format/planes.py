@@ -1,7 +1,8 @@
 """An int4 record as two bit planes: the high bits of every code, which are an expert by themselves, and the low bits.
 
 D2MoE's nested quantisation (arXiv 2504.15299: matryoshka quantisation, the 4-bit value contains the 2-bit one, and
-what every precision needs is loaded first). A stored code c = q + 8 (`cpu_kernels.format.layout`) is 4 h + l, h and l in 0..3.
+what every precision needs is loaded first). A stored code c = q + 8 (`cpu_kernels.format.layout`) is 4 h + l,
+both 0..3.
 Plane A holds h of every code, the scales and the biases; plane B holds l. From A alone a code is read as
 
     4 h + 2 for h < 2, 4 h + 1 for h >= 2      (q of about -6, -2, 1, 5: nearest to zero of each pair's middle two)

@@ -3,9 +3,9 @@
 """Triton kernels over packed expert records: gate, up and activation in one, down and routing weight in the other.
 
 A program computes 16 rows of one expert for up to BLOCK_M of its tokens, and walks over the columns block by block
-(layout: `cpu_kernels.format.layout`). Weights are unpacked in registers and multiplied with float32 activations, so results
-agree with `reference_ffn` up to the order of summation. Meant for decode (few tokens an expert), where the time is
-that of reading the record; prompts take the dequantised path, whose products are large enough for the BLAS.
+(layout: `cpu_kernels.format.layout`). Weights are unpacked in registers and multiplied with float32 activations, so
+results agree with `reference_ffn` up to the order of summation. Meant for decode (few tokens an expert), where the
+time is that of reading the record; prompts take the dequantised path, whose products are large enough for the BLAS.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`cpu.dense_dtype: int8` or `int4`: the linear layers around the experts (attention, shared experts, lm_head), packed.
 
-Weights take 8.5 or 4.5 bits instead of 16 or 32 and are read at that rate by the kernels of `cpu_kernels.format.linear`;
+Weights take 8.5 or 4.5 bits instead of 16 or 32 and are read at that rate by the kernels of `cpu_kernels`;
 activations are rounded to int8 per group of 32, as in quantised experts. Routers stay as they are: a wrong expert costs
 more than the few bytes of a router. With int4 the output layer is int8: each error in it is one in the logits.
 """

@@ -251,7 +251,7 @@ class Session:
             self._ready().trace(on)
 
     def record_run(self) -> None:
-        """Starts a recording that `scheduler.recording.replay` can follow exactly; slots start over with the most used experts.
+        """Starts a recording that `scheduler.recording.replay` follows exactly; slots start with the most used experts.
 
         Experts run one by one on each lane. Raises ModelError without an accelerator, or where a lossy policy runs.
         """

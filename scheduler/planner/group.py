@@ -1,7 +1,7 @@
 """Several accelerators behind the interface of one planner: each has a block of layers, slots and a planner of its own.
 
-All experts of a layer belong to its accelerator (``scheduler.planner.layer_blocks`` says which). Outside, slots and layers are
-numbered as if there were one pool: accelerator a's slots follow those of a - 1.
+All experts of a layer belong to its accelerator (``scheduler.planner.layer_blocks`` says which). Outside, slots and
+layers are numbered as if there were one pool: accelerator a's slots follow those of a - 1.
 """
 
 from __future__ import annotations

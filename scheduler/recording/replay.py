@@ -1,4 +1,4 @@
-"""Exact replay: a recorded run's planner calls on a new planner, answer by answer (times: ``scheduler.recording.retiming``)."""
+"""Exact replay: a recorded run's planner calls on a new planner, answer by answer (times: ``retiming``)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from scheduler.simulator.engine import Copy
 from scheduler.simulator.pair import PairEngine
 
 HIGH_SHARE: Final = 320 / 576
-"""Part of an int4 record that the high plane has: 2 of 4 bits of each code, and all scales (``cpu_kernels.format.planes``)."""
+"""Part of an int4 record that the high plane has: half of each code, and the scales (``cpu_kernels.format.planes``)."""
 
 
 @dataclass(slots=True)

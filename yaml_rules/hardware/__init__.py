@@ -1,4 +1,4 @@
-"""Shipped hardware profiles as plain data; ``scheduler.machine.profile.HardwareProfile.from_mapping`` validates the values."""
+"""Shipped hardware profiles as plain data; ``scheduler.HardwareProfile.from_mapping`` validates the values."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def shape_names() -> tuple[str, ...]:
 
 
 def load_shape(source: str | Path) -> dict[str, Any]:
-    """Mapping for ``scheduler.machine.profile.ModelShape.from_mapping``, from a shipped name, a config.json, its directory,
+    """Mapping for ``scheduler.ModelShape.from_mapping``, from a shipped name, a config.json, its directory,
     or YAML.
 
     A shipped name wins over a file of the same name. Raises YamlRulesError with the nearest name, or with what the

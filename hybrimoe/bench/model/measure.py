@@ -81,16 +81,16 @@ def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict
     """The whole comparison as plain data."""
     vocab_size, openers = _openers(request, progress)
     prompt_ids = _prompt(vocab_size, request.prompt_tokens)
-    with contenders.all_open(openers) as contenders:
-        cosines = contenders.check_parity(contenders, prompt_ids)
-        subjects = {contender.label: contender for contender in contenders}
+    with contenders.all_open(openers) as opened:
+        cosines = contenders.check_parity(opened, prompt_ids)
+        subjects = {contender.label: contender for contender in opened}
         if request.kind == "decode":
             values = harness.alternate(
                 subjects, lambda it: it.decode(prompt_ids, request.new_tokens), request.rounds, progress=progress
             )
         else:
             values = harness.alternate(subjects, lambda it: it.prefill(prompt_ids), request.rounds, progress=progress)
-        rows = [_row(contender, values[contender.label], cosines) for contender in contenders]
+        rows = [_row(contender, values[contender.label], cosines) for contender in opened]
     return {
         "bench": request.kind,
         "model": request.shape or request.model or "demo",

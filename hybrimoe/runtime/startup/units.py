@@ -1,7 +1,7 @@
 """The accelerators of a session, and which layers and slots each of them has.
 
-Each accelerator owns a contiguous block of layers (`scheduler.planner.layer_blocks`): all their experts' slots, their transfers
-and their computations. Blocks are in proportion to what the devices have free; equal where that is not known.
+Each accelerator owns a contiguous block of layers (`scheduler.planner.layer_blocks`): all their experts' slots, their
+transfers and their computations. Blocks are in proportion to what the devices have free; equal where that is not known.
 """
 
 from __future__ import annotations
