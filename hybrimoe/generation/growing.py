@@ -87,6 +87,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         """Tokens held."""
         return self._n_used if self._set is None else int(super().get_seq_length())
 
+    @property
+    def n_sequences(self) -> int:
+        """Sequences that are held."""
+        held = self._buffers.keys if self._set is None and self._buffers is not None else self.keys
+        return int(held.shape[0])
+
     def grown(self, n_new: int) -> Buffers:
         """The buffers with room for n_new more tokens; whoever has written them calls `advance`."""
         return self._with_room(n_new, self.keys, self.values)

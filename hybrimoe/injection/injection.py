@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from hybrimoe.runtime.layer_call.stats import SessionStats
     from hybrimoe.runtime.session import Session
     from hybrimoe.runtime.store import ExpertStore, LayerSpec
+    from hybrimoe.step.build import StepWay
+    from hybrimoe.step.step import Step
 
 MARK = "hybrimoe"
 """Attribute of an injected model that holds its Injection."""
@@ -111,6 +113,7 @@ class Injection:
         self.originals: Mapping[str, nn.Module] = application.originals
         self.dense: PackedDense | None = None
         self.attention: DecodeAttention | None = None
+        self.way: StepWay | None = None
         self._application = application
         self._active = True
 
@@ -140,6 +143,23 @@ class Injection:
 
         sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
         self.dense = pack_linears(self.model, sizes, dtype, keep_originals=keep_originals, threads=threads)
+
+    def compile_step(self) -> None:
+        """Decode steps in one compiled call, where the deployment wants that and the model is understood.
+
+        The session must have started: the model runs a short prompt, which its compiled form is compared with.
+        """
+        from hybrimoe.step.build import StepWay, compile_step
+
+        if self.config.cpu.step == "transformers":
+            self.way = StepWay(reason="cpu.step: transformers")
+        else:
+            self.way = compile_step(self.model, self.session)
+
+    @property
+    def step(self) -> Step | None:
+        """The compiled decode step; None where transformers' forward runs them (`way.reason` says why)."""
+        return None if self.way is None else self.way.step
 
     def _use_decode_attention(self, threads: int | None) -> None:
         """Where the kernels' threads do not start (experts may run on another backend), a remark says so."""
@@ -187,6 +207,8 @@ class Injection:
                 " transformers"
             )
         self._rebuild_deferred()
+        if self.way is not None:
+            self.way.undo()
         if self.dense is not None:
             self.dense.undo()
         if self.attention is not None:
@@ -292,6 +314,7 @@ def inject(
     injection = Injection(model, deployment, resolution, application)
     if not injection.deferred:
         injection.prepare_dense(keep_originals=True)
+        injection.compile_step()
     model.__dict__[MARK] = injection
     model.__dict__[SAVE] = _refuse_save
     return injection

@@ -32,7 +32,8 @@ ROUNDED_ROWS = NEW_TOKENS // 2
 
 @dataclass(slots=True)
 class Reading:
-    """What was read of a model. reasons: by layer path, why it is not compiled; `model` is None unless all are."""
+    """What was read of a model. reasons: by layer path, why it is not compiled; `model` is None unless all are.
+    session_layers: of the layers with experts, their number in the session."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class Reading:
     ropes: RopeTables | None = None
     output_type: type | None = None
     logits_dtype: torch.dtype = torch.float32
+    session_layers: dict[int, int] = field(default_factory=dict)
 
     @property
     def reason(self) -> str | None:
@@ -65,6 +67,8 @@ def read_model(trace: Trace, session: Any, n_threads: int) -> Reading:
     reading = Reading(ropes=RopeTables(trace), output_type=type(trace.output), logits_dtype=trace.output.logits.dtype)
     paths = layer_paths(trace.model)
     for number, path in enumerate(paths):
+        experts = [call.module for call in trace.within(path) if isinstance(call.module, HybridExperts)]
+        reading.session_layers.update({number: module.layer for module in experts})
         try:
             reading.layers[path] = _layer(trace, path, number, reading, session, n_threads)
         except NotCompiled as error:

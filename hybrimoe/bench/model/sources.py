@@ -100,7 +100,9 @@ class RandomSource:
         place_dense(model, deployment)
         injection.prepare_dense(keep_originals=False)
         injection.session.start()
-        return model.eval()
+        model.eval()
+        injection.compile_step()
+        return model
 
 
 def _config(shape: str, layers: int | None) -> Any:
