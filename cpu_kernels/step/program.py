@@ -19,15 +19,11 @@ MAX_ROWS = 16
 SCRATCH_BYTES = 64 * 1024
 """Of each thread, for what a task needs only while it runs."""
 
-# An operation
-WORKER, CALL, MEETS, PART, OP_SIZE = range(5)
-# The state. JOINED, TEAM and MET are written by all threads, so each has a cache line of its own.
-(JOINED, _, _, _, _, _, _, _,
- TEAM, _, _, _, _, _, _, _,
- MET, _, _, _, _, _, _, _,
- N_ROWS, N_THREADS, OPERATIONS, FIRST, STOP, ROWS, NOT_FINITE, SCRATCH,
- TICKS, N_SEQUENCES, MASK, MASK_ROW, _, _, _, _,
- STATE_SIZE) = range(41)  # fmt: skip
+# An operation. PRESENT: address of a counter of the threads that began it (upper half) and that ended it (lower half).
+WORKER, CALL, MEETS, PART, PRESENT, OP_SIZE = range(6)
+# The state
+(N_ROWS, N_THREADS, OPERATIONS, FIRST, STOP, ROWS, NOT_FINITE, SCRATCH, TICKS, MASK, MASK_ROW,
+ STATE_SIZE) = range(12)  # fmt: skip
 # A row: one new token of a sequence. SEEN: cached tokens that it looks at, itself included.
 TOKEN, SEQUENCE, SEEN, ROW_SIZE = range(4)
 
@@ -101,17 +97,14 @@ class Program:
         self._n_lines += n_lines
 
     def add(self, worker: Worker, call: np.ndarray, part: Part, *, meets: bool = True) -> int:
-        """Appends an operation; returns its number. meets: threads wait for each other before the next one."""
+        """Appends an operation; returns its number. meets: it is finished before the next one begins."""
         self._kept.append(call)
-        self._operations.append([worker.address, int(call.ctypes.data), int(meets), int(part)])
+        self._operations.append([worker.address, int(call.ctypes.data), int(meets), int(part), self._n_lines])
+        self._n_lines += 1
         return len(self._operations) - 1
 
     def __len__(self) -> int:
         return len(self._operations)
-
-    def meet_after(self, operation: int) -> None:
-        """Lets the threads wait for each other after this operation."""
-        self._operations[operation][MEETS] = 1
 
     def seal(self) -> None:
         """Makes the table and the counters. Raises KernelError for a program without operations."""
@@ -119,7 +112,8 @@ class Program:
             raise KernelError("a step without operations: nothing was compiled")
         self.table = self.zeros(len(self._operations) * OP_SIZE, np.int64).reshape(-1, OP_SIZE)
         self.table[:] = self._operations
-        self.counters = self.zeros(max(1, self._n_lines) * LINE // 8, np.int64)
+        self.counters = self.zeros(self._n_lines * LINE // 8, np.int64)
+        self.table[:, PRESENT] = self.counters.ctypes.data + LINE * self.table[:, PRESENT]
         for call, position, line in self._patches:
             call[position] = self.counters.ctypes.data + LINE * line
         self.state[OPERATIONS] = self.table.ctypes.data

@@ -1,91 +1,71 @@
-"""Performs a program: one parallel region, whose threads meet between operations at a spinning barrier."""
+"""Performs a program: one parallel region, whose threads wait for each other's tasks between operations.
 
+A worker returns when no task of its operation is left to take. The operation is finished when every thread that began
+it has returned: nobody waits for a thread that never came, or that another program keeps from its core between tasks.
+Such a thread later finds each operation it missed without tasks, and passes.
+"""
+
+import numba
 import numpy as np
 from numba import types
 
 from cpu_kernels.engine.layer import run_on_threads
 from cpu_kernels.jit.compiled import Whole, Worker, inline_kernel, kernel
-from cpu_kernels.jit.primitives import atomic_add, atomic_load, atomic_store, call_worker, cycles, int64s_at
+from cpu_kernels.jit.primitives import atomic_add, atomic_load, call_worker, cycles, int64s_at
 from cpu_kernels.step.program import (
     CALL,
     FIRST,
-    JOINED,
     MEETS,
-    MET,
     N_THREADS,
     OP_SIZE,
     OPERATIONS,
     PART,
+    PRESENT,
     STATE_SIZE,
     STOP,
-    TEAM,
     TICKS,
     WORKER,
+    Part,
     Program,
 )
 
 SPINS = 2000
-"""Looks at a counter before a thread lets others have its core: about 20 us, more than most waits in a step take."""
-PATIENCE = 100_000
-"""Looks of the first thread for the others, at the start of a step: with more, one that gets no core holds up all."""
-CLOSED = 1 << 32
-"""Added to JOINED by the first thread: who comes later takes no part."""
+"""Looks at a counter before a thread offers its core to others: about 20 us, longer than most waits of a step."""
+BEGAN, ENDED = 1 << 32, 1
+"""What a thread adds to PRESENT when it begins an operation, and when it ends it."""
+N_PARTS = len(Part)
 _yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 def _step(state_address: int, thread: int) -> None:
-    """Worker: all operations from FIRST to STOP, with the threads that came in time."""
+    """Worker: all operations from FIRST to STOP."""
     state = int64s_at(state_address, STATE_SIZE)
-    ticks = int64s_at(state[TICKS], 1 + PART)
-    own, n_threads = _join(state_address, state[N_THREADS])
-    if own < 0:
-        return
-    meeting = 0
+    table = int64s_at(state[OPERATIONS], OP_SIZE * state[STOP]).reshape(state[STOP], OP_SIZE)
+    ticks = int64s_at(state[TICKS], N_PARTS)
+    open_from = state[FIRST]
     last = cycles()
     for number in range(state[FIRST], state[STOP]):
-        operation = int64s_at(state[OPERATIONS] + 8 * OP_SIZE * number, OP_SIZE)
-        call_worker(operation[WORKER], operation[CALL], own)
-        if operation[MEETS] and n_threads > 1:
-            meeting += n_threads
-            _meet(state_address + 8 * MET, meeting)
-        if own == 0:
+        atomic_add(table[number, PRESENT], BEGAN)
+        call_worker(table[number, WORKER], table[number, CALL], thread)
+        atomic_add(table[number, PRESENT], ENDED)
+        if table[number, MEETS]:
+            for earlier in range(open_from, number + 1):
+                _finish(table[earlier, PRESENT])
+            open_from = number + 1
+        if thread == 0:
             now = cycles()
-            ticks[operation[PART]] += now - last
+            ticks[table[number, PART]] += now - last
             last = now
 
 
 @inline_kernel
-def _join(state: Whole, n_wanted: Whole) -> tuple[Whole, Whole]:
-    """(own number, number of threads) of the team; -1 for a thread that came when it had begun."""
-    if n_wanted == 1:
-        return 0, 1
-    own = atomic_add(state + 8 * JOINED, 1)
-    if own >= CLOSED:
-        return -1, 0
-    if own == 0:
-        looks = 0
-        while atomic_load(state + 8 * JOINED) < n_wanted and looks < PATIENCE:
-            looks += 1
-            if looks > SPINS:
-                _yield()
-        size = atomic_add(state + 8 * JOINED, CLOSED)
-        atomic_store(state + 8 * TEAM, size)
-        return 0, size
+def _finish(place: Whole) -> None:
+    """Waits until every thread that began the operation has ended it. Its tasks are all taken by then."""
     looks = 0
-    while atomic_load(state + 8 * TEAM) == 0:
-        looks += 1
-        if looks > SPINS:
-            _yield()
-    return own, atomic_load(state + 8 * TEAM)
-
-
-@inline_kernel
-def _meet(place: Whole, expected: Whole) -> None:
-    """Waits until all threads have come: the counter at `place` has then reached `expected`."""
-    if atomic_add(place, 1) + 1 >= expected:
-        return
-    looks = 0
-    while atomic_load(place) < expected:
+    while True:
+        present = atomic_load(place)
+        if present >> 32 == present & (BEGAN - 1):
+            return
         looks += 1
         if looks > SPINS:
             _yield()
@@ -99,7 +79,6 @@ def run_step(worker: int, state: np.ndarray, counters: np.ndarray, first: int, s
     """Operations first to stop of a sealed program, on the rows that its state names."""
     for i in range(counters.size):
         counters[i] = 0
-    state[JOINED], state[TEAM], state[MET] = 0, 0, 0
     state[FIRST], state[STOP] = first, stop
     if state[N_THREADS] == 1:
         call_worker(worker, state.ctypes.data, 0)
@@ -107,10 +86,8 @@ def run_step(worker: int, state: np.ndarray, counters: np.ndarray, first: int, s
         run_on_threads(worker, state.ctypes.data, state[N_THREADS])
 
 
-def perform(program: Program, first: int = 0, stop: int | None = None) -> None:
-    """Runs the operations first .. stop (all) of a sealed program."""
-    import numba
-
+def perform(program: Program) -> None:
+    """Runs a sealed program."""
     if program.n_threads > 1:
         numba.set_num_threads(program.n_threads)
-    run_step(STEP_WORK.address, program.state, program.counters, first, len(program) if stop is None else stop)
+    run_step(STEP_WORK.address, program.state, program.counters, 0, len(program))
