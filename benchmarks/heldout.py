@@ -22,7 +22,8 @@ from hybrimoe.bench.ablation.sweep import environment
 from hybrimoe.machine.profiles import open_hardware
 from hybrimoe.tracing.sources import open_trace
 from scheduler.machine.profile import ModelShape
-from scheduler.simulator.simulator import SimulationConfig, simulate
+from scheduler.simulator.run import simulate
+from scheduler.simulator.simulator import SimulationConfig
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.analysis_pool import cache_hit_rate
 from scheduler.traces.demands import DemandSource

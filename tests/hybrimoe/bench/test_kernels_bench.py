@@ -13,7 +13,7 @@ import torch
 from hybrimoe.bench.kernels import kt as kernel_kt
 from hybrimoe.bench.kernels import measure as kernels_bench
 from hybrimoe.bench.kernels import peers as kernel_peers
-from hybrimoe.bench.kernels.peers import Call, Setting, Shape
+from hybrimoe.bench.kernels.setting import Call, Setting, Shape
 from hybrimoe.cli.app import app
 
 
