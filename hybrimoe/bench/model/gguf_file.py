@@ -94,5 +94,5 @@ def _type_of(gguf: Any, key: str, tensor: torch.Tensor) -> Any:
 
 def _values(gguf: Any, tensor: torch.Tensor, kind: Any) -> npt.NDArray[Any]:
     """The tensor as `kind` stores it: float32, or bytes in place of the last dimension's values."""
-    values: npt.NDArray[Any] = tensor.float().contiguous().numpy()
+    values: npt.NDArray[Any] = tensor.detach().float().contiguous().numpy()
     return values if kind == gguf.GGMLQuantizationType.F32 else np.ascontiguousarray(gguf.quants.quantize(values, kind))
