@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from gpu_kernels.devices import device_is_here
 from hybrimoe.config.deploy import DeployConfig, load_config
-from hybrimoe.dense.devices import Placements, device_is_here, require_device
+from hybrimoe.dense.devices import Placements, require_device
 from hybrimoe.errors import ConfigError, HybriMoEError, ModelError, unknown
 from hybrimoe.injection.explain import Explanation, explain_resolution
 from hybrimoe.injection.operators import DefaultKwargs, ExpertsKwargs

@@ -18,7 +18,6 @@ import torch
 
 import gpu_kernels.torch_accelerator
 import hybrimoe.config.values
-from gpu_kernels.fused_choice import FusedChoice
 from tests.fake_device.fused import StreamedKernels
 from tests.fake_device.memory import POISON_BYTE, extent
 from tests.fake_device.streams import FakeEvent, FakeStream, HostClock, ManualClock, Ticks, join
@@ -26,6 +25,8 @@ from tests.fake_device.tensors import DeviceTensor, Operations
 
 DEVICE_TYPE = "privateuseone"
 LAUNCH_US = 2.0
+OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation."""
 DEFAULT_CARD_BYTES = 4 << 30
 DEFAULT_LINK_GBPS = 8.0
 
@@ -55,18 +56,21 @@ class _Card:
     device: torch.device
     current: FakeStream | None = None
     used_bytes: int = 0
+    peak_bytes: int = 0
 
 
 @dataclass
 class Cards:
     """Some cards of `card_bytes` each.
 
-    findings: what a real card would have punished. counts: launches, copies, waits of the host by reason.
+    refuses_locking: host memory cannot be locked by the runtime. findings: what a real card would have punished.
+    counts: launches, copies, waits of the host by reason. locked: address -> bytes that the runtime was told to lock.
     """
 
     n: int
     card_bytes: int = DEFAULT_CARD_BYTES
     link_gbps: float = DEFAULT_LINK_GBPS
+    refuses_locking: bool = False
     clock: HostClock | ManualClock = field(default_factory=HostClock)
     findings: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -76,6 +80,7 @@ class Cards:
     def __post_init__(self) -> None:
         self._streams: list[FakeStream] = []
         self._pinned: list[torch.Tensor] = []
+        self.locked: dict[int, int] = {}
         self._kept: list[_Kept] = []
         self._deliveries: list[_Delivery] = []
         self._cards = [_Card(torch.device(DEVICE_TYPE, index)) for index in range(self.n)]
@@ -131,6 +136,7 @@ class Cards:
                 f"{n_bytes} bytes on {device}: {card.used_bytes} of {self.card_bytes} are in use"
             )
         card.used_bytes += n_bytes
+        card.peak_bytes = max(card.peak_bytes, card.used_bytes)
 
     def free(self, device: torch.device, n_bytes: int) -> None:
         """Gives bytes back."""
@@ -147,8 +153,12 @@ class Cards:
     def pinned(self, tensor: torch.Tensor) -> bool:
         """True for page-locked host memory."""
         at = tensor.untyped_storage().data_ptr() + extent(tensor)[0]
-        starts = [(held.untyped_storage().data_ptr(), held.untyped_storage().nbytes()) for held in self._pinned]
-        return any(start <= at < start + n_bytes for start, n_bytes in starts)
+        ranges = [(held.untyped_storage().data_ptr(), held.untyped_storage().nbytes()) for held in self._pinned]
+        return any(start <= at < start + n_bytes for start, n_bytes in (*ranges, *self.locked.items()))
+
+    def peak_bytes(self, index: int = 0) -> int:
+        """The most bytes of a card that were in use at once."""
+        return self._cards[index].peak_bytes
 
     # Work --------------------------------------------------------------------------------------------------------
 
@@ -235,6 +245,25 @@ class _DeviceIndex:
         self._cards.index = self._before
 
 
+class _Runtime:
+    """Stands for the device's runtime as torch hands it out: locks pages of the host."""
+
+    def __init__(self, cards: Cards) -> None:
+        self._cards = cards
+
+    def cudaHostRegister(self, address: int, n_bytes: int, flags: int) -> int:
+        """0, or the runtime's error number."""
+        if self._cards.refuses_locking:
+            return OUT_OF_MEMORY
+        self._cards.locked[address] = n_bytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        """0."""
+        self._cards.locked.pop(address)
+        return 0
+
+
 class _Guard(torch._C._acc.DeviceGuard):
     def type_(self) -> Any:
         return torch._C._autograd.DeviceType.PrivateUse1
@@ -248,9 +277,12 @@ def _install_guard() -> _Guard:
     return guard
 
 
-def _device_module(cards: Cards) -> types.ModuleType:
-    """What torch looks for under `torch.<device type>`."""
-    module = types.ModuleType(f"torch.{DEVICE_TYPE}")
+_MODULE = types.ModuleType(f"torch.{DEVICE_TYPE}")
+"""What torch looks for under `torch.<device type>`; one for all cards, because torch remembers it."""
+
+
+def _describe_to_torch(cards: Cards) -> None:
+    """Fills the cards' module."""
     entries: dict[str, Any] = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
@@ -258,13 +290,13 @@ def _device_module(cards: Cards) -> types.ModuleType:
         "current_device": lambda: cards.index,
         "get_device_name": lambda device=None: "fake card",
         "mem_get_info": cards.memory_info,
+        "cudart": lambda: _Runtime(cards),
         "get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16],
         "_is_in_bad_fork": lambda: False,
         "manual_seed_all": lambda seed: None,
     }
     for name, value in entries.items():
-        setattr(module, name, value)
-    return module
+        setattr(_MODULE, name, value)
 
 
 @contextlib.contextmanager
@@ -275,7 +307,7 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
     """
     _install_guard()
     cards = Cards(n, **settings)
-    module = _device_module(cards)
+    _describe_to_torch(cards)
     accelerator: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: cards.n,
@@ -290,18 +322,16 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
     }
     kernels = StreamedKernels(cards)
     with contextlib.ExitStack() as stack:
-        sys.modules[f"torch.{DEVICE_TYPE}"] = module
+        sys.modules[f"torch.{DEVICE_TYPE}"] = _MODULE
         stack.callback(sys.modules.pop, f"torch.{DEVICE_TYPE}")
-        stack.enter_context(mock.patch.object(torch, DEVICE_TYPE, module, create=True))
+        stack.enter_context(mock.patch.object(torch, DEVICE_TYPE, _MODULE, create=True))
         for name, value in accelerator.items():
             stack.enter_context(mock.patch.object(torch.accelerator, name, value))
         for name, kind in (("Stream", FakeStream), ("Event", FakeEvent)):
             stack.enter_context(mock.patch.object(torch, name, type(name, (kind,), {"cards": cards})))
-        stack.enter_context(
-            mock.patch.object(gpu_kernels.torch_accelerator, "load_fused", lambda: FusedChoice(kernels))
-        )
+        stack.enter_context(mock.patch.object(gpu_kernels.torch_accelerator, "load_fused", new=kernels.choice))
         # A wrapping tensor made in inference mode has no version counter, which torch's views then ask for.
-        stack.enter_context(mock.patch.object(torch, "inference_mode", lambda mode=True: torch.no_grad()))
+        stack.enter_context(mock.patch.object(torch, "inference_mode", new=torch.no_grad))
         names = re.compile(rf"{hybrimoe.config.values._DEVICE.pattern}|{DEVICE_TYPE}(?::\d+)?")
         stack.enter_context(mock.patch.object(hybrimoe.config.values, "_DEVICE", names))
         stack.enter_context(Operations(cards))

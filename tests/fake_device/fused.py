@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cpu_kernels import ExpertSpec, reference_ffn, unpack_expert
+from gpu_kernels.fused_choice import FusedChoice
 from tests.fake_device.tensors import DeviceTensor
 
 
@@ -19,9 +20,17 @@ class StreamedKernels:
     def __init__(self, cards: Any) -> None:
         self._cards = cards
 
+    def choice(self) -> FusedChoice:
+        """What `gpu_kernels.fused_choice.load_fused` gives where Triton is installed."""
+        return FusedChoice(self)
+
     def supports(self, spec: ExpertSpec) -> bool:
         """True: values come from the reference."""
         return True
+
+    def block_tokens(self, n_tokens: list[int]) -> int:
+        """One kernel for all numbers of tokens."""
+        return self.MAX_TOKENS
 
     def run_group(
         self, spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor,

@@ -24,7 +24,7 @@ class Memory:
         self._reads: dict[tuple[int, int, int], int] = {}
         self._writes: dict[tuple[int, int, int], int] = {}
         cards.allocate(owner.device, n_bytes)
-        weakref.finalize(self, _freed, cards, owner, n_bytes, self._reads, self._writes)
+        weakref.finalize(self, _freed, cards, owner, n_bytes, self._reads, self._writes).atexit = False
 
     def read(self, at: tuple[int, int], stream: FakeStream, tick: int, what: str) -> None:
         """A read of bytes [lo, hi) by the operation `what`."""

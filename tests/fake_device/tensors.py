@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from tests.fake_device.memory import Memory, extent, poison
+from tests.fake_device.memory import Memory, poison
 from tests.fake_device.streams import FakeStream
 
 aten = torch.ops.aten
@@ -50,7 +51,7 @@ class DeviceTensor(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        tensor = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DeviceTensor))
+        tensor = next(leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, DeviceTensor))
         return Operations(tensor.memory.cards).run(func, args, kwargs or {})
 
     def tolist(self) -> Any:
@@ -88,7 +89,7 @@ class Operations(TorchDispatchMode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation."""
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, torch.Tensor)]
         ours = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
         target = kwargs.get("device")
         if func is aten.is_pinned.default:
@@ -122,12 +123,12 @@ class Operations(TorchDispatchMode):
         if "device" in plain:
             plain["device"] = torch.device("cpu")
         plain.pop("pin_memory", None)
-        out = func(*tree_map(_inner, args), **tree_map(_inner, plain))
+        out = func(*_mapped(_inner, args), **{name: _mapped(_inner, value) for name, value in plain.items()})
         if func in UNWRITTEN:
             poison(out)
         by_inner = {id(tensor.inner): tensor for tensor in ours}
         memories = {tensor.inner.untyped_storage().data_ptr(): tensor.memory for tensor in ours}
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        made = [leaf for leaf in _leaves((out,), {}) if isinstance(leaf, torch.Tensor)]
         written = _written(func, args, kwargs)
         is_view = not written and made and all(leaf.untyped_storage().data_ptr() in memories for leaf in made)
         fresh: list[DeviceTensor] = []
@@ -146,7 +147,7 @@ class Operations(TorchDispatchMode):
             fresh.append(tensor)
             return tensor
 
-        result = tree_map(wrap, out)
+        result = _mapped(wrap, out)
         if not is_view and func not in UNWRITTEN:
             self._cards.launch(stream, str(func), ours, [*written, *fresh])
         if func in READ_BY_HOST or func in SIZED_BY_DATA:
@@ -160,7 +161,7 @@ class Operations(TorchDispatchMode):
         found = {tensor.device for tensor in ours}
         if self._cards.has(kwargs.get("device")):
             found.add(self._cards.device(kwargs["device"]))
-        leaves = tree_leaves(args[:1] + args[2:] if func in INDEXING else (args, kwargs))
+        leaves = _leaves(args[:1] + args[2:], {}) if func in INDEXING else _leaves(args, kwargs)
         hosts = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DeviceTensor)]
         if len(found) > 1 or any(host.dim() for host in hosts):
             names = ", ".join(sorted({str(device) for device in found} | {str(host.device) for host in hosts}))
@@ -225,8 +226,32 @@ def _inner(leaf: Any) -> Any:
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[DeviceTensor]:
     """Arguments that the operation changes."""
     found = []
-    for at, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[at] if at < len(args) else kwargs.get(argument.name)
-            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, DeviceTensor)]
+    for at, name in _changed_arguments(func):
+        value = args[at] if at < len(args) else kwargs.get(name)
+        found += [leaf for leaf in _leaves((value,), {}) if isinstance(leaf, DeviceTensor)]
     return found
+
+
+@functools.cache
+def _changed_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Place and name of each argument that the operation's schema says it writes."""
+    return tuple(
+        (at, argument.name)
+        for at, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def _leaves(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments of an operation, lists of tensors taken apart."""
+    found: list[Any] = []
+    for value in (*args, *kwargs.values()):
+        found += _leaves(value, {}) if isinstance(value, list | tuple) else (value,)
+    return found
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """An argument or result with `change` done to what is in its lists and tuples."""
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(change, item) for item in value])
+    return change(value)
