@@ -48,7 +48,7 @@ def choose_accelerators(names: tuple[str, ...]) -> tuple[str, ...]:
     """The accelerators to use together: all names, except that what follows "auto" is for machines without one."""
     if names[0] != "auto" or len(names) == 1:
         return names
-    return names[1:] if auto_device() is None else ("auto",)
+    return ("auto",) if torch.accelerator.is_available() else names[1:]
 
 
 def _kv_bytes(amount: Amount, accelerator: str) -> int | None:
