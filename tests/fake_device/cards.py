@@ -156,6 +156,10 @@ class Cards:
         ranges = [(held.untyped_storage().data_ptr(), held.untyped_storage().nbytes()) for held in self._pinned]
         return any(start <= at < start + n_bytes for start, n_bytes in (*ranges, *self.locked.items()))
 
+    def used_bytes(self, index: int = 0) -> int:
+        """Bytes of a card that are in use."""
+        return self._cards[index].used_bytes
+
     def peak_bytes(self, index: int = 0) -> int:
         """The most bytes of a card that were in use at once."""
         return self._cards[index].peak_bytes
