@@ -84,7 +84,7 @@ def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
     kinds = [POINTER, POINTER, I64, POINTER, I64, POINTER, I64, I64, I64, POINTER, POINTER, POINTER]
     function = ir.Function(module, ir.FunctionType(VOID, kinds), kernel.symbol)
     s = Simd(ir.IRBuilder(function.append_basic_block()), isa)
-    a = _Arguments(*function.args, kernel.dtype == "bfloat16")
+    a = _Arguments(*function.args, is_bf16=kernel.dtype == "bfloat16")
     _scores(s, a, kernel.n_heads)
     for head in range(kernel.n_heads):
         _softmax(s, s.offset(a.scores, 4 * CHUNK * head), s.offset(a.stats, 8 * head), a.n_tokens)

@@ -156,7 +156,9 @@ def _join(call_address: int, thread: int) -> None:
 
 
 @inline_kernel
-def _join_runs(stats: np.ndarray, parts: Whole, n_heads: Whole, n_chunks: Whole, sink: Real, result: np.ndarray) -> None:
+def _join_runs(
+    stats: np.ndarray, parts: Whole, n_heads: Whole, n_chunks: Whole, sink: Real, result: np.ndarray
+) -> None:
     """stats: m and sum of each run, parts: its weighted values, n_heads of them apart. sink: a score without a value
     (LOWEST: none)."""
     top = sink
@@ -194,7 +196,9 @@ def add_attention(
     lanes = BY_NAME[isa_name].lanes
     if dim % lanes == 0 == v_dim % lanes:
         call[[BLOCK_FLOATS, ONE_FLOATS, BLOCK_HALVES, ONE_HALVES]] = [
-            kernel_address(AttendKernel(n, dtype), isa_name) for dtype in ("float32", "bfloat16") for n in (HEAD_BLOCK, 1)
+            kernel_address(AttendKernel(n, dtype), isa_name)
+            for dtype in ("float32", "bfloat16")
+            for n in (HEAD_BLOCK, 1)
         ]
     call[ZEROS] = program.floats("zeros", CHUNK)
     program.count(call, NEXT)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels.errors import ActivationValueError, LayoutError
+from cpu_kernels.simd.attention import CHUNK
 from cpu_kernels.step import attend
 from cpu_kernels.step.embed import add_embedding
 from cpu_kernels.step.emit import Emitter
@@ -29,7 +30,7 @@ from cpu_kernels.step.run import perform
 class CachePlace:
     """Where a layer's keys and values lie: addresses, and the bytes from one sequence, head and token to the next.
 
-    kind: `floats.FLOAT32` or `BFLOAT16`. first: number of the first token that is held (earlier ones have been dropped).
+    kind: `floats.FLOAT32` or `BFLOAT16`. first: number of the first token that is held (earlier ones are gone).
     """
 
     keys: tuple[int, int, int, int]
@@ -107,7 +108,7 @@ class CompiledLayers:
         """Makes room for the intermediate results of attention over up to `n_tokens` cached tokens."""
         if n_tokens <= self._room_tokens:
             return
-        n_tokens = -(-n_tokens * 5 // 4 // attend.CHUNK) * attend.CHUNK
+        n_tokens = -(-n_tokens * 5 // 4 // CHUNK) * CHUNK
         sizes = [attend.room_bytes(calls.attend, n_tokens) for calls in self._caches]
         parts, stats = max((size[0] for size in sizes), default=0), max((size[1] for size in sizes), default=0)
         self._room = np.empty(parts + stats + 64, np.uint8)

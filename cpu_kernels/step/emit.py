@@ -268,4 +268,3 @@ class Emitter:
 def _first_half(mlp: Mlp) -> tuple[Product, ...]:
     """What reads the MLP's input: gate, up (or both in one), then the switch."""
     return tuple(product for product in (mlp.gate, mlp.up, mlp.switch) if product is not None)
-

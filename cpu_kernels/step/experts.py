@@ -25,9 +25,7 @@ def experts_call(
     call[engine.STARTS] = program.floats("starts", 2 * top_k + 2)
     call[engine.TOKENS], call[engine.FLAT] = program.floats("tokens", top_k), program.floats("flat", top_k)
     call[[engine.X, engine.WEIGHTS, engine.OUT_ROWS]] = source.address, weights, out
-    call[engine.H] = program.buffer(
-        f"expert intermediate {top_k}", top_k * plan.h_row_bytes
-    )
+    call[engine.H] = program.buffer(f"expert intermediate {top_k}", top_k * plan.h_row_bytes)
     call[[engine.X_PANEL, engine.H_PANEL]] = call[engine.PANEL]
     program.count(call, engine.COUNTERS, engine.N_COUNTERS)
     return call

@@ -43,7 +43,7 @@ NO_CLIP = 3.0e38
 
 @dataclass(frozen=True, slots=True)
 class HeadNorm:
-    """RMS norm of each query and key head (weights [dim]), or of all heads of a row together (weights [heads * dim])."""
+    """RMS norm of each query and key head (weights [dim]), or of all heads of a row as one (weights [heads * dim])."""
 
     q_weight: np.ndarray
     k_weight: np.ndarray
@@ -102,7 +102,9 @@ def _heads(call_address: int, thread: int) -> None:
             _place(call, row, head, n_kv_heads, source, rotated, call[K_WEIGHT], head_room, key)
             token = rows[row, SEEN] - 1 - call[CACHE + PAST_FIRST]
             place = call[CACHE + KEYS] + rows[row, SEQUENCE] * call[CACHE + K_SEQUENCE]
-            write_row(call[CACHE + KIND], place + head * call[CACHE + K_HEAD_BYTES] + token * call[CACHE + K_TOKEN], key)
+            write_row(
+                call[CACHE + KIND], place + head * call[CACHE + K_HEAD_BYTES] + token * call[CACHE + K_TOKEN], key
+            )
         else:
             head -= n_heads + n_kv_heads
             value = floats_at(call[V] + 4 * (row * call[V_ROW] + head * call[V_HEAD]), call[V_DIM])

@@ -128,8 +128,6 @@ def _add_plain(
     return program.add(PLAIN_WORK, call, part, meets=meets)
 
 
-def plain_product(
-    address: int, n_out: int, n_in: int, *, halves: bool, bias: np.ndarray | None = None
-) -> Product:
+def plain_product(address: int, n_out: int, n_in: int, *, halves: bool, bias: np.ndarray | None = None) -> Product:
     """A matrix [n_out, n_in] as it lies in memory: rows of float32, or of bfloat16 (halves)."""
     return Product(n_in, n_out, address, None, BFLOAT16 if halves else FLOAT32, bias)

@@ -1,4 +1,4 @@
-"""The obvious form of the choice of experts, in torch: what the compiled one is held to, and what models are read by."""
+"""The obvious form of the choice of experts, in torch: what the compiled one is held to and models are read by."""
 
 import torch
 

@@ -14,7 +14,8 @@ from cpu_kernels.step.floats import bits_of, copy, float_of
 from cpu_kernels.step.program import N_ROWS, STATE_SIZE, Part, Program
 
 (STATE, NEXT, LOGITS, N_EXPERTS, TOP_K, SCORING, CORRECTION, N_GROUPS, TOP_GROUPS, BEST_OF_GROUP, WEIGHING, DIVISOR,
- SCALE, JITTER, SCORES, CHOICE, ROOM, IDS, WEIGHTS, ADDRESSES, EXPERTS_CALL, COUNTS, ACTIVE, ROUTER_CALL) = range(24)  # fmt: skip
+ SCALE, JITTER, SCORES, CHOICE, ROOM, IDS, WEIGHTS, ADDRESSES, EXPERTS_CALL, COUNTS, ACTIVE,
+ ROUTER_CALL) = range(24)  # fmt: skip
 SOFTMAX, SIGMOID, LOGIT = range(3)
 """What a score is, from the logits."""
 AS_SCORED, SUM_TO_ONE, SOFTMAX_OF_CHOSEN, SIGMOID_OF_CHOSEN = range(4)
@@ -155,7 +156,7 @@ def _weigh(call: np.ndarray, logits: np.ndarray, ids: np.ndarray, weights: np.nd
         for k in range(ids.size):
             weights[k] = np.float32(1) / (np.float32(1) + np.exp(-logits[ids[k]]))
     factor = float_of(call[SCALE])
-    if weighing == SUM_TO_ONE or weighing == SOFTMAX_OF_CHOSEN:
+    if weighing in (SUM_TO_ONE, SOFTMAX_OF_CHOSEN):
         total = np.float32(0)
         for k in range(ids.size):
             total += weights[k]

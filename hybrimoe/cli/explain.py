@@ -37,10 +37,11 @@ def explain_command(
 
     deployment = deploy_config(config, model=model, dtype=dtype)
     quiet_libraries()
+    from hybrimoe.checkpoint.meta import meta_model
     from hybrimoe.injection import explain
 
     source = deployment.located_rules() if rules is None else rules
-    explanation = explain(deployment.model, source, deployment.cpu.expert_dtype)
+    explanation = explain(meta_model(deployment.model), source, deployment.cpu.expert_dtype)
     if as_json:
         render.emit_json(explanation.as_dict())
     else:
@@ -67,6 +68,8 @@ def show(explanation: Explanation, *, every_module: bool = False) -> None:
     out.print(f"modules without a rule: {size(explanation.other_bytes)}")
     for path in explanation.untouched_experts:
         out.print(f"experts without a rule: {path}")
+    for path, way in explanation.ways.items():
+        out.print(f"decode steps of {path}: {way}", markup=False)
     for remark in explanation.remarks:
         out.print(short_rule(remark), style="dim", markup=False)
 

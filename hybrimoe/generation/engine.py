@@ -116,7 +116,7 @@ class TextGenerator:
         logits: torch.Tensor | None = self._step_logits(token_ids, cache)
         if logits is not None:
             return logits
-        ids = torch.tensor([list(token_ids)], dtype=torch.long)
+        ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.model.device)
         try:
             with torch.inference_mode():
                 inputs = self.model.prepare_inputs_for_generation(

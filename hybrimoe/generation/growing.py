@@ -106,10 +106,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         """Buffers that begin with what is held and have room for n_new tokens more."""
         n_held = self.get_seq_length()
         buffers = self._buffers
-        if self._set is None or (buffers is not None and n_held and _begins(self._set, buffers)):
-            if buffers is not None and buffers.keys.shape[-2] >= n_held + n_new:
-                self._n_used = n_held
-                return buffers
+        known = self._set is None or (buffers is not None and n_held and _begins(self._set, buffers))
+        if buffers is not None and known and buffers.keys.shape[-2] >= n_held + n_new:
+            self._n_used = n_held
+            return buffers
         n_tokens = n_held + n_new
         room = n_tokens + max(LEAST_ROOM, n_tokens // ROOM_SHARE)
         held = self._both()
@@ -117,14 +117,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         if n_held:
             for buffer, part in zip(new, held, strict=True):
                 buffer[..., :n_held, :] = part
-        self._buffers, self._n_used = Buffers(*new), n_held
+        self._buffers, self._n_used = Buffers(new[0], new[1]), n_held
         return self._buffers
 
 
 class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: ignore[misc] # transformers is not typed
     """A sliding window in buffers: `keys` and `values` are the last `sliding_window - 1` tokens, as transformers keeps.
 
-    transformers' forward updates it as its own layer (a copy of the window each time); the compiled step writes in place.
+    transformers' forward updates it as its own layer, by a copy of the window; the compiled step writes in place.
     """
 
     def update(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from cpu_kernels.backends import ipex_backend
 from hybrimoe.demo import demo_model_path
 from hybrimoe.errors import HybriMoEError
-from hybrimoe.machine.doctor import Check, installed
+from hybrimoe.machine.check import Check, installed
 
 # extra -> (its packages, what it is for); the packages are those of pyproject.toml (a test compares).
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -16,7 +16,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "serve": (("fastapi", "uvicorn", "prometheus-client", "httpx"), "hybrimoe serve"),
     "ui": (("matplotlib",), "plots"),
     "cluster": (("ray", "joblib"), "sweeps of benchmarks on a Ray cluster"),
-    "bench": (("matplotlib", "joblib", "scipy", "pyarrow"), "benchmarks with plots and tables"),
+    "bench": (("matplotlib", "joblib", "scipy", "pyarrow", "gguf"), "benchmarks with plots and tables"),
 }
 
 

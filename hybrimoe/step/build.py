@@ -14,6 +14,9 @@ from hybrimoe.step.read_model import read_model
 from hybrimoe.step.step import Step, StepBeforeForward
 from hybrimoe.step.trace import record
 
+TRIAL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
+"""What a model that wants more than tokens may raise in its trial run: it then keeps its own way."""
+
 
 @dataclass(slots=True)
 class StepWay:
@@ -24,6 +27,16 @@ class StepWay:
     reason: str | None = None
     layers: dict[str, str] = field(default_factory=dict)
     _installed: StepBeforeForward | None = None
+
+    def described(self) -> dict[str, str]:
+        """The way of each layer; "model" stands for all where none was read."""
+        if not self.layers:
+            return {"model": f"transformers: {self.reason}"}
+        whole = "" if self.step is not None else "understood, but all layers or none are compiled"
+        return {
+            path: f"transformers: {way}" if way != "compiled" else whole or "compiled"
+            for path, way in self.layers.items()
+        }
 
     def undo(self) -> None:
         """Gives the model its own forward back."""
@@ -50,7 +63,7 @@ def compile_step(model: nn.Module, session: Any) -> StepWay:
         reading = read_model(record(model), session, backend.n_threads)
     except (NotCompiled, KernelError) as error:
         return StepWay(reason=str(error))
-    except Exception as error:  # a model of any kind was asked to run a prompt: it keeps its own way
+    except TRIAL_ERRORS as error:
         return StepWay(reason=f"its recorded step failed: {type(error).__name__}: {error}")
     finally:
         model.train(was_training)

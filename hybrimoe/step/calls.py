@@ -38,9 +38,12 @@ class StepCall:
 def read_call(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
     """The call as the step sees it; None where transformers' way must answer it."""
     known = {"input_ids": args[0], **kwargs} if args else kwargs
-    if len(args) > 1 or any(name not in SERVED and value is not None and value is not False for name, value in known.items()):
+    if len(args) > 1 or any(
+        name not in SERVED and value is not None and value is not False for name, value in known.items()
+    ):
         return None
-    ids, cache = known.get("input_ids"), known.get("past_key_values")
+    ids: Any = known.get("input_ids")
+    cache: Any = known.get("past_key_values")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or type(cache) is not DynamicCache or cache.offloading:
         return None
     if known.get("use_cache") is False or known.get("return_dict") is False:
@@ -71,10 +74,14 @@ def _positions(given: Any, n_sequences: int, n_new: int, n_past: int) -> list[in
 
 
 def _mask(given: Any, n_sequences: int, n_tokens: int) -> Any:
-    """float32 [sequences, tokens] of a mask that hides something; None for one that hides nothing; False: not served."""
+    """float32 [sequences, tokens] of a mask that hides something; None where nothing is hidden; False: not served."""
     if given is None:
         return None
-    if not isinstance(given, torch.Tensor) or tuple(given.shape) != (n_sequences, n_tokens) or given.is_floating_point():
+    if (
+        not isinstance(given, torch.Tensor)
+        or tuple(given.shape) != (n_sequences, n_tokens)
+        or given.is_floating_point()
+    ):
         return False
     if bool(given.all()):
         return None

@@ -215,7 +215,11 @@ def _latent(call: Call, found: _Found, common: dict[str, Any]) -> Attention:
         raise NotCompiled(f"{call.path}: {len(ups)} projections behind others, expected one or two")
     low, high = read_linear(down.module, down.path), read_linear(up.module, up.path)
     own = high.n_out // n_heads - v_dim  # columns of a key head that are not rotated
-    if (second or first).n_out != n_heads * dim or high.n_out != n_heads * (own + v_dim) or low.n_out - high.n_in != dim - own:
+    if (
+        (second or first).n_out != n_heads * dim
+        or high.n_out != n_heads * (own + v_dim)
+        or low.n_out - high.n_in != dim - own
+    ):
         raise NotCompiled(f"{call.path}: sizes of its latent projections do not fit together")
     return Attention(
         (first,), q=Columns(0, 0, dim), k=Columns(1, 0, own + v_dim), v=Columns(1, own, own + v_dim),
@@ -231,7 +235,9 @@ def angles_at(source: Call, positions: torch.Tensor, doubled: bool) -> tuple[np.
     if places:
         args[places[-1]] = positions
     else:
-        name = next(key for key, value in kwargs.items() if isinstance(value, torch.Tensor) and not value.is_floating_point())
+        name = next(
+            key for key, value in kwargs.items() if isinstance(value, torch.Tensor) and not value.is_floating_point()
+        )
         kwargs[name] = positions
     args = [_as_float32(value) for value in args]
     with torch.no_grad():

@@ -151,5 +151,3 @@ def _shared(call: Call, rest: list[Call]) -> list[tuple[Mlp, ...]]:
     switch: Product | None = read_linear(switches[0].module, switches[0].path) if switches else None
     within = [inner for inner in rest if inner.path.startswith(f"{outer[0].path}.")]
     return [(mlp,) for mlp in read_mlp(outer[0], within, switch)]
-
-

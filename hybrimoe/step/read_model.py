@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from cpu_kernels.step.compiled import CompiledLayers
 from cpu_kernels.step.embed import Embedding
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32
 from cpu_kernels.step.parts import Branch, Head, Layer, Model
+from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.step.caches import place_of
 from hybrimoe.step.errors import NotCompiled
@@ -58,7 +59,7 @@ def layer_paths(model: nn.Module) -> list[str]:
         while path:
             path, _, name = path.rpartition(".")
             if isinstance(modules[path], nn.ModuleList) and name.isdigit():
-                return [f"{path}.{index}" for index in range(len(modules[path]))]  # type: ignore[arg-type]
+                return [f"{path}.{index}" for index in range(len(modules[path]))]
     raise NotCompiled("the layers of the model are not a list of modules with experts inside")
 
 
@@ -68,7 +69,8 @@ def read_model(trace: Trace, session: Any, n_threads: int) -> Reading:
     paths = layer_paths(trace.model)
     for number, path in enumerate(paths):
         experts = [call.module for call in trace.within(path) if isinstance(call.module, HybridExperts)]
-        reading.session_layers.update({number: module.layer for module in experts})
+        for module in experts:
+            reading.session_layers[number] = module.layer
         try:
             reading.layers[path] = _layer(trace, path, number, reading, session, n_threads)
         except NotCompiled as error:
@@ -88,7 +90,7 @@ def _layer(trace: Trace, path: str, number: int, reading: Reading, session: Any,
     for site in sites_of(trace, call):
         error = float("inf")
         for branch in branches_of(trace, site, reading.ropes, session):
-            found = _error(trace, site, branch, number, reading.ropes, n_threads)
+            found = _error(trace, site, branch, number, reading.ropes, session, n_threads)
             if found <= 1:
                 branches.append(branch)
                 break
@@ -98,7 +100,9 @@ def _layer(trace: Trace, path: str, number: int, reading: Reading, session: Any,
     return Layer(tuple(branches))
 
 
-def _error(trace: Trace, site: Site, branch: Branch, number: int, ropes: RopeTables, n_threads: int) -> float:
+def _error(
+    trace: Trace, site: Site, branch: Branch, number: int, ropes: RopeTables, session: Any, n_threads: int
+) -> float:
     """Difference of what the compiled branch adds to the stream, as a multiple of what is allowed."""
     width = site.before.shape[-1]
     compiled = CompiledLayers(
@@ -110,20 +114,22 @@ def _error(trace: Trace, site: Site, branch: Branch, number: int, ropes: RopeTab
     kept = {}
     for index, layer in enumerate(compiled.cache_layers):
         buffers = layers[layer].grown(0)
-        kept[layer] = [part[..., PROMPT_TOKENS : PROMPT_TOKENS + n_rows, :].clone() for part in (buffers.keys, buffers.values)]
+        kept[layer] = [
+            part[..., PROMPT_TOKENS : PROMPT_TOKENS + n_rows, :].clone() for part in (buffers.keys, buffers.values)
+        ]
         compiled.bind(index, place_of(buffers))
     compiled.give_room(PROMPT_TOKENS + n_rows)
     compiled.set_rows(1, n_rows, PROMPT_TOKENS)
     fill_angles(compiled, ropes, torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + n_rows)[None])
     compiled.stream[:n_rows] = before
     compiled.run()
-    error = _relative(compiled.stream[:n_rows] - before, after - before, _is_exact(trace))
+    error = _relative(compiled.stream[:n_rows] - before, after - before, _is_exact(trace, session))
     for layer, originals in kept.items():
         buffers = layers[layer].grown(0)
         for part, original in zip((buffers.keys, buffers.values), originals, strict=True):
             written = part[..., PROMPT_TOKENS : PROMPT_TOKENS + n_rows, :]
             pair = [x.float().transpose(1, 2).reshape(n_rows, -1).numpy() for x in (written, original)]
-            error = max(error, _relative(pair[0], pair[1], _is_exact(trace)))
+            error = max(error, _relative(pair[0], pair[1], _is_exact(trace, session)))
             written.copy_(original)
     return error
 
@@ -137,17 +143,11 @@ def _relative(found: np.ndarray, expected: np.ndarray, exact: bool) -> float:
     return float(rows[-1] / EXACT) if exact else float(rows[ROUNDED_ROWS - 1] / ROUNDED)
 
 
-def _is_exact(trace: Trace) -> bool:
+def _is_exact(trace: Trace, session: Any) -> bool:
     """Whether everything is float32: nothing is rounded on the way."""
-    from hybrimoe.dense.linear import PackedLinear
-
     if any(isinstance(module, PackedLinear) for module in trace.model.modules()):
         return False
-    specs = {
-        module.session.layers[module.layer].spec.dtype
-        for module in trace.model.modules()
-        if isinstance(module, HybridExperts)
-    }
+    specs = {layer.spec.dtype for layer in session.layers}
     return specs == {"float32"} and all(p.dtype == torch.float32 for p in trace.model.parameters() if not p.is_meta)
 
 
@@ -162,7 +162,7 @@ def _whole(trace: Trace, paths: list[str], reading: Reading) -> Model:
     """Embedding, layers and output layer. Raises NotCompiled where something else stands between them."""
     model: Any = trace.model
     calls = [trace.of(path) for path in paths]
-    for one, other in zip(calls, calls[1:], strict=False):
+    for one, other in pairwise(calls):
         if not same(one.result, other.input):
             raise NotCompiled(f"something happens between {one.path} and {other.path}")
     assert reading.ropes is not None
@@ -177,7 +177,7 @@ def _embedding(trace: Trace, model: Any, first: Call) -> Embedding:
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Embedding) or weight is None or weight.dtype not in (torch.float32, torch.bfloat16):
         raise NotCompiled(f"the embedding is {type(module).__name__}, expected rows of float32 or bfloat16")
-    rows = weight[trace.token_ids[0, PROMPT_TOKENS:]].double().flatten()
+    rows = weight.detach()[trace.token_ids[0, PROMPT_TOKENS:]].double().flatten()
     stream = first.input.double().flatten()
     scale = _factor(rows, stream, "the first layer's input is not the embedding of its tokens")
     kind = BFLOAT16 if weight.dtype == torch.bfloat16 else FLOAT32
@@ -210,5 +210,3 @@ def _factor(x: torch.Tensor, y: torch.Tensor, problem: str) -> float:
     if float((y - factor * x).norm() / (y.norm() + 1e-300)) > 1e-2:
         raise NotCompiled(problem)
     return 1.0 if abs(factor - 1) < 1e-3 else factor
-
-

@@ -25,8 +25,8 @@ NORM_TOLERANCE = 1e-5
 SAMPLES = 8
 
 
-def array(tensor: torch.Tensor) -> np.ndarray:
-    """float32, a copy."""
+def array(tensor: Any) -> np.ndarray:
+    """A tensor as float32, a copy."""
     values: np.ndarray = tensor.detach().to(torch.float32).contiguous().clone().numpy()
     return values
 
@@ -87,7 +87,9 @@ def read_linear(module: nn.Module, path: str) -> Product:
 def read_matrix(weight: Any, path: str, bias: np.ndarray | None = None) -> Product:
     """A matrix [n_out, n_in] that stays where it is. Raises NotCompiled for what the kernels cannot read."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
-        raise NotCompiled(f"{path}: weights are {weight.dtype} on {weight.device}, expected float32 or bfloat16 rows on cpu")
+        raise NotCompiled(
+            f"{path}: weights are {weight.dtype} on {weight.device}, expected float32 or bfloat16 rows on cpu"
+        )
     halves = weight.dtype == torch.bfloat16
     return plain_product(weight.data_ptr(), weight.shape[0], weight.shape[1], halves=halves, bias=bias)
 
@@ -120,7 +122,7 @@ def read_mlp(call: Call, calls: list[Call], switch: Product | None = None) -> li
 
 def _activation(module: nn.Module, *, gated: bool) -> Activation:
     """The closed form of an MLP's activation. Raises NotCompiled where it has none."""
-    act = next((getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name)), None)
+    act: Any = next((getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name)), None)
     if act is None:
         raise NotCompiled(f"{type(module).__name__}: no activation function is found on it")
     shell = nn.Module()

@@ -44,7 +44,9 @@ def read_router(call: Call, n_experts: int, width: int, top_k: int) -> tuple[Pro
         found = _agreed(candidate, logits, ids, weights)
         if found is not None:
             return product, found
-    raise NotCompiled(f"{call.path} ({type(call.module).__name__}) chooses experts in a way that the step does not know")
+    raise NotCompiled(
+        f"{call.path} ({type(call.module).__name__}) chooses experts in a way that the step does not know"
+    )
 
 
 def _weights(
@@ -54,7 +56,9 @@ def _weights(
     tensors: dict[str, Any] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     matrices = {name: value for name, value in tensors.items() if tuple(value.shape) == (n_experts, width)}
     if len(matrices) != 1:
-        raise NotCompiled(f"{path}: {len(matrices)} matrices [{n_experts}, {width}] are found in the router, expected one")
+        raise NotCompiled(
+            f"{path}: {len(matrices)} matrices [{n_experts}, {width}] are found in the router, expected one"
+        )
     ((name, matrix),) = matrices.items()
     bias_name = f"{name.rpartition('.')[0]}.bias".lstrip(".")
     others = [
@@ -77,7 +81,7 @@ def _outputs(call: Call, module: nn.Module, hidden: torch.Tensor, top_k: int) ->
 
 def chosen(output: Any, top_k: int, path: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The experts int64 and weights float32 [rows, top_k] among a router's outputs."""
-    values = [value for value in (output if isinstance(output, tuple | list) else [output])]
+    values = output if isinstance(output, tuple | list) else [output]
     tensors = [value.flatten(0, -2) for value in values if isinstance(value, torch.Tensor) and value.dim() >= 2]
     ids = [value for value in tensors if not value.is_floating_point() and value.shape[-1] == top_k]
     weights = [value for value in tensors if value.is_floating_point() and value.shape[-1] == top_k]
@@ -107,9 +111,7 @@ def _candidates(module: nn.Module, others: list[torch.Tensor], n_experts: int, t
             yield Selection(top_k, jitter=value)
 
 
-def _agreed(
-    candidate: Selection, logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> Selection | None:
+def _agreed(candidate: Selection, logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Selection | None:
     """The candidate with the factor of its weights, where it chooses and weighs as the module does; else None."""
     own_ids, own_weights = select(candidate, logits)
     n_experts = logits.shape[1]
@@ -118,7 +120,7 @@ def _agreed(
     alike = ((mine != 0) == (theirs != 0)).all(-1)
     if float(alike.float().mean()) < SAME_CHOICE:
         return None
-    factor = float((theirs[alike].double().sum() / mine[alike].double().sum()))
+    factor = float(theirs[alike].double().sum() / mine[alike].double().sum())
     scaled = mine[alike] * factor
     if float((scaled - theirs[alike]).abs().max()) > WEIGHT_TOLERANCE * float(theirs.abs().max()):
         return None

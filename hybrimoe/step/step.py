@@ -24,6 +24,7 @@ from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.read_model import Reading
 
 PHASES = ("prefill", "decode")
+CAPTURING = "transformers.utils.output_capturing"
 
 
 class Step:
@@ -86,10 +87,15 @@ class Step:
             not self.model.training
             and self.session.plain
             and self._embedding.data_ptr() == self._place
-            and not any(self._hooks)
+            and not (any(self._hooks) and self._watched())
             and not torch_module._global_forward_hooks
             and not torch_module._global_forward_pre_hooks
         )
+
+    def _watched(self) -> bool:
+        """Whether somebody's hooks wait inside the model. transformers leaves its own there once it was asked for
+        hidden states or router logits; they do nothing in other calls."""
+        return any(hook.__module__ != CAPTURING for hooks in self._hooks for hook in hooks.values())
 
     def _fits(self, cache: DynamicCache, n_sequences: int) -> bool:
         """Whether the layers of the cache are such as the step reads; plain ones are given room to grow."""
@@ -203,5 +209,3 @@ class StepBeforeForward:
             del self._model.__dict__["forward"]
         else:
             self._model.__dict__["forward"] = self._before
-
-

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from hybrimoe.cli import common
-from hybrimoe.cli.bench import options
+from hybrimoe.cli.bench import model_run, options
 
 
 def register(app: typer.Typer) -> None:
@@ -25,6 +26,7 @@ def decode(
     compare_policies: options.CompareOption = False,
     plain: options.PlainOption = True,
     gguf: options.GgufOption = None,
+    llama_cpp: options.LlamaCppOption = False,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Decode steps a round.")] = 64,
     rounds: options.RoundsOption = 7,
@@ -53,12 +55,12 @@ def decode(
         compare_policies=compare_policies,
         plain=plain,
         gguf=gguf,
+        llama_cpp=llama_cpp,
         prompt_tokens=prompt_tokens,
         new_tokens=min(new_tokens, 24) if quick else new_tokens,
         rounds=min(rounds, options.QUICK_ROUNDS) if quick else rounds,
-        config=config,
-        accelerator=accelerator,
         slots=slots,
         threads=threads,
+        deploy=partial(common.deploy_config, config, model=model, accelerator=accelerator, threads=threads),
     )
-    model_bench.run(request, as_json=as_json)
+    model_run.measure_and_show(request, as_json=as_json)
