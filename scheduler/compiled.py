@@ -1,4 +1,4 @@
-"""The one way to compile with Numba: kept on disk between starts, never stale, and never an error where nothing is kept.
+"""The one way to compile with Numba: kept on disk between starts, never stale, no error where nothing can be kept.
 
 Numba ties code on disk to the file of the function itself; what is compiled into it from other modules may have changed
 since. Here it is tied to all sources of the packages that it can come from. The other packages compile through this

@@ -7,13 +7,14 @@ one that sleeps, or whose core another program has, is not needed, since the tic
 Inside a worker, work that needs the work before it waits with `finish_tasks`: for the tasks, not for threads.
 
 A process after ``fork`` has the memory of the team but not its threads: calls run on their own thread until
-`start_team` starts new ones. One caller among several gets the helpers that are free, and works alone if none is.
+`start_team` starts new ones. torch cannot: GNU OpenMP waits for its lost threads for ever, so torch gets one thread. One caller among several gets the helpers that are free, and works alone if none is.
 """
 
 import atexit
 import os
 import threading
 
+import torch
 
 from cpu_kernels.engine.waiting import (
     BUSY_SPIN_NS,
@@ -50,8 +51,8 @@ DONE = 64
 def run_on_team(worker: int, call: int, n_threads: int) -> None:
     """Runs the worker at an address on this thread and on up to n_threads - 1 of the team; returns when all is done.
 
-    worker: address of a `Worker` ``(call, thread) -> None``, which takes tasks by tickets until none is left. It runs at
-    least once, with thread 0, at most n_threads times, each with a number of its own below n_threads.
+    worker: address of a `Worker` ``(call, thread) -> None``, which takes tasks by tickets until none is left. It runs
+    once to n_threads times, each time with a number of its own below n_threads, 0 on this thread.
     """
     launch = _own_launch() if n_threads > 1 else 0
     if launch == 0:
@@ -153,8 +154,8 @@ _helpers: list[threading.Thread] = []
 def start_team(n_threads: int) -> None:
     """Makes sure that calls can run on n_threads threads, this one among them.
 
-    With HYBRIMOE_PIN=1 each helper is pinned to a core. The calling thread stays free: it is the program's own, and with
-    the others in place the system finds it the rest.
+    With HYBRIMOE_PIN=1 each helper is pinned to a core. The calling thread stays free: it is the program's own, and
+    with the others in place the system finds it the rest.
     """
     if len(_helpers) >= n_threads - 1:
         return
@@ -196,11 +197,17 @@ def _set(word: int, value: int) -> None:
     MEMORY[word // 8] = value
 
 
-def _reset() -> None:
-    """Fills the memory as it is before the first launch: at import, and in a child process, which has no helpers."""
+def _after_fork() -> None:
+    """In the child: no helpers, no launches, and nobody who holds the lock."""
     global _LOCK
     _LOCK = threading.Lock()
     _helpers.clear()
+    _reset()
+    torch.set_num_threads(1)
+
+
+def _reset() -> None:
+    """Fills the memory as it is before the first launch."""
     MEMORY[:] = 0
     for word, value in library_functions().items():
         _set(word, value)
@@ -212,4 +219,4 @@ def _reset() -> None:
 _reset()
 atexit.register(stop_team)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset)
+    os.register_at_fork(after_in_child=_after_fork)

@@ -112,6 +112,8 @@ def _spin_while(word: Whole, value: Whole, spin_ns: Whole) -> bool:
     """Whether the word changed while this thread spun."""
     start = last = now_ns()
     team = team_address()
+    if start == 0:  # no clock
+        spin_ns = 0
     if start < load(team + BUSY_UNTIL_NS):
         spin_ns = min(spin_ns, load(team + BUSY_SPIN_NS))
     while True:

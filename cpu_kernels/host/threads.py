@@ -49,7 +49,7 @@ def _core_of(cpu: int) -> str:
 
 
 def resolve_threads(threads: int | None = None) -> int:
-    """`threads`, else HYBRIMOE_THREADS, else the physical cores; raises ThreadingError outside 1..CPUs of this process."""
+    """`threads`, else HYBRIMOE_THREADS, else the physical cores; ThreadingError outside 1 .. CPUs of this process."""
     wanted: int | str = threads if threads is not None else os.environ.get(ENV_THREADS) or physical_cores()
     limit = len(usable_cpus())
     try:

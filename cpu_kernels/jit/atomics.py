@@ -50,7 +50,9 @@ def store(typingctx: Any, address: Any, value: Any) -> Any:
 @intrinsic
 def add(typingctx: Any, address: Any, value: Any) -> Any:
     """Adds `value` to the int64 at `address`; returns the value before."""
-    return _on_word(1, types.int64, lambda builder, place, values: builder.atomic_rmw("add", place, values[0], "seq_cst"))
+    return _on_word(
+        1, types.int64, lambda builder, place, values: builder.atomic_rmw("add", place, values[0], "seq_cst")
+    )
 
 
 @intrinsic
