@@ -7,7 +7,8 @@ one that sleeps, or whose core another program has, is not needed, since the tic
 Inside a worker, work that needs the work before it waits with `finish_tasks`: for the tasks, not for threads.
 
 A process after ``fork`` has the memory of the team but not its threads: calls run on their own thread until
-`start_team` starts new ones. torch cannot: GNU OpenMP waits for its lost threads for ever, so torch gets one thread. One caller among several gets the helpers that are free, and works alone if none is.
+`start_team` starts new ones. torch cannot do that: GNU OpenMP waits for its lost threads for ever, so in the child
+torch gets one thread. Of several callers each gets the helpers that are free, and works alone if none is.
 """
 
 import atexit
