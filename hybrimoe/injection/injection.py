@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hybrimoe.config.deploy import DeployConfig
+from hybrimoe.dense.threads import FewThreads
 from hybrimoe.errors import ModelError
 from hybrimoe.injection.application import Application
 from hybrimoe.injection.explain import Explanation, explain_resolution
@@ -43,6 +44,7 @@ class Injection:
         self.originals: Mapping[str, nn.Module] = application.originals
         self.dense: PackedDense | None = None
         self.attention: DecodeAttention | None = None
+        self.torch_threads: FewThreads | None = None
         self._application = application
         self._active = True
 
@@ -57,7 +59,7 @@ class Injection:
         return (*self._application.remarks, *self._without_accelerator())
 
     def prepare_dense(self, *, keep_originals: bool) -> None:
-        """What the deployment's `cpu` section says of all that is not experts: their dtype, and the attention.
+        """What the deployment's `cpu` section says of all that is not experts: their dtype, attention, torch.
 
         keep_originals: hold on to packed layers for `restore`. Raises CheckpointError where a weight is not finite.
         """
@@ -66,12 +68,12 @@ class Injection:
         if cpu.attention == "auto":
             self._use_decode_attention(threads)
         dtype = cpu.dense_dtype
-        if dtype != "int8" and dtype != "int4":
-            return
-        from hybrimoe.dense.linear import pack_linears
+        if dtype == "int8" or dtype == "int4":
+            from hybrimoe.dense.linear import pack_linears
 
-        sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
-        self.dense = pack_linears(self.model, sizes, dtype, keep_originals=keep_originals, threads=threads)
+            sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
+            self.dense = pack_linears(self.model, sizes, dtype, keep_originals=keep_originals, threads=threads)
+        self.torch_threads = FewThreads(self.model)
 
     def _use_decode_attention(self, threads: int | None) -> None:
         """Where the kernels' threads do not start (experts may run on another backend), a remark says so."""
@@ -123,6 +125,8 @@ class Injection:
             self.dense.undo()
         if self.attention is not None:
             self.attention.undo()
+        if self.torch_threads is not None:
+            self.torch_threads.undo()
         self._application.undo()
         self.session.close()
         if self.model.__dict__.get(MARK) is self:
