@@ -192,8 +192,7 @@ class Reply:
         self._cache = cache
         self._should_stop = should_stop
         limit = generator.context_tokens
-        room = None if limit is None else limit - len(prompt_ids)
-        self._sampler = Sampler(generator.model, options, prompt_ids, room)
+        self._sampler = Sampler(generator.model, options, prompt_ids)
         self._transcript = Transcript(
             generator.tokenizer, prompt_ids, eos_token_ids=self._sampler.eos_token_ids,
             max_new_tokens=self._sampler.max_new_tokens, context_tokens=limit, stop=options.stop,

@@ -186,8 +186,10 @@ class PrefixCaches:
         """Clear idle conversations until `n_tokens` more fit beside what the others hold."""
         if self._max_bytes is None:
             return
+        from hybrimoe.generation.growing import LEAST_ROOM
+
         chosen = self._caches.index(active)
-        needed = self._token_bytes() * (len(active.token_ids) + n_tokens)
+        needed = self._token_bytes() * (len(active.token_ids) + n_tokens + LEAST_ROOM)
         idle = [index for index, cache in enumerate(self._caches) if index != chosen and cache.token_ids]
         for index in sorted(idle, key=self._worth):
             if needed + sum(self._idle_bytes[other] for other in idle) <= self._max_bytes:

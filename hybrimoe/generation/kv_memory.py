@@ -72,9 +72,8 @@ def _with_room(token_bytes: int) -> int:
 def _values_per_token(config: Any) -> int:
     """Numbers that one layer keeps of a token: its keys and its values."""
     heads = _number(config, "num_attention_heads")
-    if _number(config, "kv_lora_rank") and _number(config, "v_head_dim"):  # latent attention is cached expanded
-        key = _number(config, "qk_nope_head_dim") + _number(config, "qk_rope_head_dim")
-        return heads * (key + _number(config, "v_head_dim"))
+    if _number(config, "kv_lora_rank"):  # latent attention: the compressed keys and values, and the rotated part
+        return _number(config, "kv_lora_rank") + _number(config, "qk_rope_head_dim")
     size = _number(config, "head_dim") or (_number(config, "hidden_size") // heads if heads else 0)
     return 2 * (_number(config, "num_key_value_heads") or heads) * size
 

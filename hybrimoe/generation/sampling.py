@@ -19,7 +19,7 @@ COMPLETION_TOKENS = 256
 """Length of a completion at the command line and in batches, where nothing sets one: plain text need not end."""
 
 UNLIMITED_TOKENS = 2**31 - 1
-"""Length of a reply that nothing limits: a model without a context limit, no limit given, none in its configuration."""
+"""Length of a reply where nothing sets one: it ends with the text, or with the context."""
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: logits divided by less overflow float32. vLLM draws the line there, too."""
@@ -133,21 +133,17 @@ class Sampler:
     the penalties that transformers does not have come before them. Sampling with `seed` draws the numbers that
     `torch.manual_seed(seed)` before `model.generate` would draw.
 
-    room: tokens that the context has left after the prompt, None where there is no limit.
     logprobs: of each chosen token, where `options.top_logprobs` asks for them.
     """
 
-    def __init__(
-        self, model: Any, options: SamplingOptions, prompt_ids: Sequence[int], room: int | None = None
-    ) -> None:
+    def __init__(self, model: Any, options: SamplingOptions, prompt_ids: Sequence[int]) -> None:
         import torch
 
         config, _ = model._prepare_generation_config(None, **options.generation_kwargs())
         model._prepare_special_tokens(config, device=torch.device("cpu"))
         self.greedy = not config.do_sample
         self.eos_token_ids = frozenset() if options.ignore_eos else _token_ids(config.eos_token_id)
-        limits = (options.max_new_tokens, _configured_length(model, len(prompt_ids)), room, UNLIMITED_TOKENS)
-        self.max_new_tokens = next(limit for limit in limits if limit)
+        self.max_new_tokens = options.max_new_tokens or _configured_length(model, len(prompt_ids)) or UNLIMITED_TOKENS
         config.max_length = len(prompt_ids) + self.max_new_tokens
         self._processors = model._get_logits_processor(
             generation_config=config, input_ids_seq_length=len(prompt_ids), device="cpu", model_kwargs={}
