@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from hybrimoe.experts.sorted import run_sorted
 
-if TYPE_CHECKING:
-    from hybrimoe.runtime.session import Session
+
+class RunsLayers(Protocol):
+    """What runs the layers of a model: `hybrimoe.runtime.Session`, which is built on this module."""
+
+    def run_layer(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The output of a layer's experts, as `HybridExperts.forward` returns it."""
+
+    def describe_layer(self, layer: int) -> str:
+        """Where and how a layer's experts are stored, in a line."""
 
 
 class HybridExperts(nn.Module):
@@ -22,7 +31,7 @@ class HybridExperts(nn.Module):
     carries no gradient.
     """
 
-    def __init__(self, session: Session, layer: int, replaced: nn.Module, num_experts: int) -> None:
+    def __init__(self, session: RunsLayers, layer: int, replaced: nn.Module, num_experts: int) -> None:
         super().__init__()
         for name, value in vars(replaced).items():
             if not name.startswith("_") and name != "training":
@@ -35,7 +44,7 @@ class HybridExperts(nn.Module):
         self.training = replaced.training
 
     @property
-    def session(self) -> Session:
+    def session(self) -> RunsLayers:
         """The session that runs this layer."""
         return self._session
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -258,3 +258,8 @@ def _total(parts: Iterable[Counters]) -> Counters:
     for part in parts:
         total.add(part)
     return total
+
+
+def ran_emulated(stats: Mapping[str, Any]) -> bool:
+    """Whether a part of the work ran on the emulated accelerator; stats: `SessionStats.as_dict()`."""
+    return bool(stats["n_slots"] > 0 and stats["accelerator_kind"] == "emulated")

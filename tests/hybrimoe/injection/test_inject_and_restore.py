@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import hybrimoe
 from hybrimoe.errors import BudgetError, ConfigError, DeviceError, ModelError, RuleError
 from hybrimoe.experts.module import HybridExperts
-from hybrimoe.injection import injection as apply
 
 EXPERTS = [f"model.layers.{layer}.mlp.experts" for layer in range(3)]
 IDS = torch.arange(3, 12)[None]
@@ -151,7 +151,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(qwen3: PreTrainedModel, m
         raise RuntimeError("broken while finalising")
 
     before = state(qwen3)
-    monkeypatch.setattr(apply, "_finalize", fail)
+    monkeypatch.setattr(importlib.import_module("hybrimoe.injection.inject"), "_finalize", fail)
     with pytest.raises(RuntimeError, match="broken while finalising"):
         hybrimoe.inject(qwen3, accelerator="none")
     assert_same(before, state(qwen3))
