@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -14,8 +16,10 @@ from torch import nn
 from hybrimoe.config.deploy import DeployConfig, load_config
 from hybrimoe.dense.devices import Placements, device_is_here, require_device
 from hybrimoe.errors import ConfigError, HybriMoEError, ModelError, unknown
+from hybrimoe.experts.absent import AbsentWeights, explanation
 from hybrimoe.injection.explain import Explanation, explain_resolution
 from hybrimoe.injection.operators import DefaultKwargs, ExpertsKwargs
+from hybrimoe.injection.refusals import refuse_adapted_experts, refuse_second_injection, refuse_wrapped_experts
 from hybrimoe.injection.resolve import Hit, Resolution, claimed_modules, resolve
 from hybrimoe.injection.rules import RulesSource, read_rules
 
@@ -35,7 +39,7 @@ MARK = "hybrimoe"
 
 
 SAVE = "save_pretrained"
-"""Method that an injected model refuses: it would write a checkpoint without experts."""
+"""Method that an injected model guards: weights that it holds only packed are refused before a file is written."""
 
 
 class OpenStore(Protocol):
@@ -90,6 +94,20 @@ class Application:
             setattr(parent, name, original)
         self.placements.undo()
 
+    def copied(self, memo: dict[int, Any]) -> Application:
+        """The same done to a copy of the model, whose modules are in `memo` (of `copy.deepcopy`)."""
+        if self.placements.devices:
+            raise ModelError(
+                f"rules have placed modules on devices ({next(iter(self.placements.devices))}), which a copy of the"
+                f" model would share with it: call model.{MARK}.restore() first, copy, and inject both"
+            )
+        twin = Application.__new__(Application)
+        twin.session, twin.placements, twin.remarks = self.session, Placements(), list(self.remarks)
+        twin.originals = copy.deepcopy(self.originals, memo)
+        twin._replaced = copy.deepcopy(self._replaced, memo)
+        twin._sites, twin._claimed = {}, frozenset()
+        return twin
+
     def _remark_once(self, text: str) -> None:
         if text not in self.remarks:
             self.remarks.append(text)
@@ -113,6 +131,8 @@ class Injection:
         self.attention: DecodeAttention | None = None
         self._application = application
         self._active = True
+        self._sharing: weakref.WeakSet[Injection] = weakref.WeakSet([self])
+        """This injection and those of copies of the model: the last one closes the session."""
 
     @property
     def active(self) -> bool:
@@ -157,7 +177,23 @@ class Injection:
 
     def stats(self) -> SessionStats:
         """Hits, misses, transfers, prefetches, bytes and us per lane: per layer and in total."""
-        return self.session.stats()
+        stats = self.session.stats()
+        return stats if self.attention is None else replace(stats, attention_calls=self.attention.calls())
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """`model.state_dict()` with every weight, dequantised where only packed ones are left.
+
+        Weights that were packed as int8 or int4 come back rounded, and take their whole size in memory. Raises
+        ModelError where a lossy policy keeps only some of the experts.
+        """
+        from hybrimoe.dense.linear import PackedLinear
+        from hybrimoe.experts.module import HybridExperts
+
+        state: dict[str, torch.Tensor] = self.model.state_dict()
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            if isinstance(module, HybridExperts | PackedLinear):
+                state |= {f"{path}.{name}": weight for name, weight in module.full_weights().items()}
+        return state
 
     def explain(self) -> Explanation:
         """Which rule is for which module, with its operator, device (which of several accelerators) and bytes."""
@@ -192,14 +228,33 @@ class Injection:
         if self.attention is not None:
             self.attention.undo()
         self._application.undo()
-        self.session.close()
+        self.session.release(self.model)
+        self._sharing.discard(self)
+        if not self._sharing:
+            self.session.close()
         if self.model.__dict__.get(MARK) is self:
             del self.model.__dict__[MARK], self.model.__dict__[SAVE]
         self._active = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Injection:
-        """A copy of an injected model shares the session, which owns threads and device memory."""
-        return self
+        """The injection of a copied model: it shares the session, and each is restored without the other.
+
+        Raises ModelError where rules have placed modules on devices.
+        """
+        model = copy.deepcopy(self.model, memo)
+        if id(self) in memo:  # copying the model has copied it
+            twin: Injection = memo[id(self)]
+            return twin
+        twin = Injection(model, self.config, self.resolution, self._application.copied(memo))
+        twin.dense, twin.attention = copy.deepcopy((self.dense, self.attention), memo)
+        twin._active, twin._sharing = self._active, self._sharing
+        twin._sharing.add(twin)
+        model.__dict__[SAVE] = SaveGuard(model)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """A session cannot be written to a file."""
+        raise ModelError(f"an injected model cannot be pickled: call model.{MARK}.restore() first")
 
     def __enter__(self) -> Injection:
         return self
@@ -222,8 +277,10 @@ class Injection:
     @property
     def deferred(self) -> list[tuple[int, nn.Module]]:
         """Layer indices and modules of the experts that had no weights when they were injected."""
-        experts = enumerate(self.resolution.experts)
-        return [(layer, hit.module) for layer, hit in experts if hit.layout is not None and hit.layout.is_meta]
+        experts = enumerate(self.originals.values())
+        return [
+            (layer, module) for layer, module in experts if any(p.is_meta for p in module.parameters(recurse=False))
+        ]
 
     def _rebuild_deferred(self) -> None:
         deferred = self.deferred
@@ -268,7 +325,7 @@ def inject(
     Raises RuleError, ConfigError, ModelError (dense, or injected already), UnsupportedExpertsError, DeviceError,
     BudgetError; the model is then as it was.
     """
-    _refuse_second_injection(model)
+    refuse_second_injection(model)
     deployment = load_config(
         {} if config is None else config,
         accelerator=accelerator if accelerator is None or isinstance(accelerator, str) else list(accelerator),
@@ -277,9 +334,11 @@ def inject(
         scheduler=scheduler,
         **overrides,
     )
+    refuse_adapted_experts(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     bound = read_rules(deployment.located_rules() if rules is None else rules, model_type)
     resolution = resolve(model, bound)
+    refuse_wrapped_experts(model, [hit.path for hit in resolution.experts])
     session = _new_session(runtime_settings(deployment, runtime))
     application = Application(model, session, resolution)
     try:
@@ -293,7 +352,7 @@ def inject(
     if not injection.deferred:
         injection.prepare_dense(keep_originals=True)
     model.__dict__[MARK] = injection
-    model.__dict__[SAVE] = _refuse_save
+    model.__dict__[SAVE] = SaveGuard(model)
     return injection
 
 
@@ -334,18 +393,25 @@ def _finalize(
     session.finalize(model, store=opened, frequencies=frequencies)
 
 
-def _refuse_save(*_: object, **__: object) -> None:
-    raise ModelError(f"an injected model holds no experts to save; call model.{MARK}.restore() first")
+class SaveGuard:
+    """Stands for `save_pretrained` of an injected model: saves what is whole, refuses what exists only packed."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
 
-def _refuse_second_injection(model: nn.Module) -> None:
-    from hybrimoe.experts.module import HybridExperts
+    def __call__(self, *args: Any, state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
+        """Saves as the model's class does. Raises ModelError before anything is written."""
+        model: Any = self._model()
+        if state_dict is None:
+            state_dict = model.state_dict()
+            absent = [value for value in state_dict.values() if isinstance(value, AbsentWeights)]
+            if absent:
+                raise ModelError(explanation(absent[0].origin))
+        return type(model).save_pretrained(model, *args, state_dict=state_dict, **kwargs)
 
-    for path, module in model.named_modules():
-        if isinstance(module, HybridExperts):
-            raise ModelError(
-                f"this model is injected already ({path} is HybridExperts); call model.{MARK}.restore() first"
-            )
+    def __deepcopy__(self, memo: dict[int, Any]) -> SaveGuard:
+        """The copied injection gives the copied model its own."""
+        return self
 
 
 def _sites_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

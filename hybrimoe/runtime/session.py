@@ -180,6 +180,10 @@ class Session:
             runner.relaxation.resize(kept)
             return kept
 
+    def release(self, model: nn.Module) -> None:
+        """No longer watches `model`, which was given to `finalize` or is a copy of that one."""
+        self._tracker.forget(model)
+
     def close(self) -> None:
         """Stops the lanes and releases device memory; layers can no longer run. Safe to call twice."""
         with self._lock:
