@@ -64,7 +64,7 @@ def attention_forward(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         bias = None if attention_mask is None else _bias(attention_mask, query.shape[0], key.shape[2])
         return decode_attention(query, key, value, scale, bias, use.threads).transpose(1, 2), None
-    return _registry.passed_on(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
+    return registry.passed_on(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
 
 
 def _takes(
@@ -104,15 +104,20 @@ class RegistryEntry:
             self.passed_on = entry
             AttentionInterface.register(REPLACED, attention_forward)
         self._users.add(user)
+        weakref.finalize(user, self._put_back)
 
     def remove(self, user: DecodeAttention) -> None:
-        """Puts the entry back with the last user, unless somebody else has replaced it since."""
+        """`user` no longer needs the entry. A user that is dropped without it no longer counts either."""
         self._users.discard(user)
-        if not self._users and AttentionInterface()[REPLACED] is attention_forward:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """With the last user, unless somebody else has replaced the entry since."""
+        if next(iter(self._users), None) is None and AttentionInterface()[REPLACED] is attention_forward:
             AttentionInterface.register(REPLACED, self.passed_on)
 
 
-_registry = RegistryEntry()
+registry = RegistryEntry()
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -131,12 +136,12 @@ class DecodeAttention:
         for module in self.modules.values():
             module.__dict__.pop(MARK, None)
         self.modules.clear()
-        _registry.remove(self)
+        registry.remove(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecodeAttention:
         """For the modules of a copied model, which are in `memo`."""
         twin = DecodeAttention({path: copy.deepcopy(module, memo) for path, module in self.modules.items()})
-        _registry.add(twin)
+        registry.add(twin)
         return twin
 
 
@@ -154,7 +159,7 @@ def use_decode_attention(model: nn.Module, threads: int | None = None) -> Decode
             module.__dict__[MARK] = KernelUse(threads)
             done.modules[path] = module
             chosen += [module] if config._attn_implementation == REPLACED else []
-    _registry.add(done)
+    registry.add(done)
     if any(_computes_bfloat16_here(module) for module in chosen):
         nothing = torch.zeros(1, 1, 1, HEAD_SIZE, dtype=torch.bfloat16)
         decode_attention(nothing, nothing, nothing, 1.0, None, threads)  # now, and not in the first reply
