@@ -2,6 +2,7 @@
 
 from cpu_kernels.backends import CpuBackend, get_backend
 from cpu_kernels.backends.attention import decode_attention, supports_decode_attention
+from cpu_kernels.backends.shared import run_linear
 from cpu_kernels.backends.warm import warm_up
 from cpu_kernels.engine.dispatch import Dispatch, build_dispatch, combine
 from cpu_kernels.errors import (
@@ -14,7 +15,7 @@ from cpu_kernels.errors import (
     ThreadingError,
 )
 from cpu_kernels.format.layout import LAYOUT_VERSION
-from cpu_kernels.format.linear import LinearSpec, pack_linear, run_linear, unpack_linear, unpack_linear_blocks
+from cpu_kernels.format.linear import LinearSpec, pack_linear, unpack_linear, unpack_linear_blocks
 from cpu_kernels.format.pack import pack_expert, unpack_expert
 from cpu_kernels.format.reference import apply_activation, reference_ffn, relative_error, tolerance
 from cpu_kernels.format.spec import DTYPES, Activation, ExpertDtype, ExpertSpec, ExpertWeights

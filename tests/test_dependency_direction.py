@@ -1,12 +1,19 @@
-"""The five packages import each other in one direction only (ARCHITECTURE.md, "Who may import whom")."""
+"""Packages, folders and modules import each other in one direction only.
+
+Inside each folder its modules and subfolders form a graph without a circle. Imports inside functions and under
+`TYPE_CHECKING` count too: a circle that is hidden there is still a circle to the reader.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,3 +116,68 @@ def test_each_package_imports_without_the_extras(package: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def _product_modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in PACKAGES
+        for path in _files(package)
+    }
+
+
+def _imported(path: Path, modules: dict[str, Path]) -> Iterator[tuple[str, int]]:
+    """(module of ours, line) of every import of a file, wherever it stands in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield (full if full in modules else node.module), node.lineno
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+
+
+def _graphs(modules: dict[str, Path]) -> dict[Path, nx.DiGraph]:
+    """For each folder the graph of its modules and subfolders; an edge's `why` names the importing lines."""
+    graphs: dict[Path, nx.DiGraph] = defaultdict(nx.DiGraph)
+    for path in modules.values():
+        here = path.relative_to(ROOT).with_suffix("").parts
+        for name, line in _imported(path, modules):
+            if name not in modules or modules[name] == path:
+                continue
+            there = modules[name].relative_to(ROOT).with_suffix("").parts
+            depth = next(i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b)
+            graph = graphs[Path(*here[:depth])]
+            graph.add_edge(here[depth], there[depth])
+            why = graph.edges[here[depth], there[depth]].setdefault("why", [])
+            why.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    return graphs
+
+
+def test_every_folder_has_one_direction() -> None:
+    circles = []
+    for folder, graph in _graphs(_product_modules()).items():
+        for circle in nx.strongly_connected_components(graph):
+            if len(circle) > 1:
+                edges = nx.find_cycle(graph.subgraph(circle))
+                lines = [graph.edges[edge[0], edge[1]]["why"][0] for edge in edges]
+                circles.append(f"{folder}: {' -> '.join(edge[0] for edge in edges)}\n    " + "\n    ".join(lines))
+    assert not circles, "circles of imports:\n" + "\n".join(circles)
+
+
+def test_nothing_private_of_another_package_and_no_benchmark_is_imported() -> None:
+    """A name with a leading underscore belongs to its folder; `benchmarks/` and `hybrimoe.bench` to measurements."""
+    modules, wrong = _product_modules(), []
+    for path in modules.values():
+        folder = path.relative_to(ROOT).parent
+        may_measure = folder.is_relative_to("hybrimoe/bench") or folder.is_relative_to("hybrimoe/cli")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            name = node.module
+            if name.split(".")[0] == "benchmarks" or (name.startswith("hybrimoe.bench") and not may_measure):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {name}")
+            if name in modules and modules[name].relative_to(ROOT).parent != folder:
+                private = [a.name for a in node.names if a.name.startswith("_") and not a.name.startswith("__")]
+                wrong += [f"{path.relative_to(ROOT)}:{node.lineno} imports {name}.{private[0]}"] if private else []
+    assert not wrong, "\n".join(wrong)

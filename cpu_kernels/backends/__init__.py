@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Callable
-from functools import cache
 
 from cpu_kernels.backends.base import CpuBackend
 from cpu_kernels.backends.choice import measured_choice
@@ -59,9 +58,3 @@ def get_backend(name: str = "auto", threads: int | None = None) -> CpuBackend:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise BackendError(f"unknown CPU backend {name!r}; expected auto, {', '.join(BACKENDS)}.{hint}")
     return BACKENDS[chosen](threads)
-
-
-@cache
-def shared_backend(threads: int | None = None) -> NumbaBackend:
-    """The numba backend that linear layers of this process share."""
-    return NumbaBackend(threads)

@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from cpu_kernels.backends.shared import shared_backend
 from cpu_kernels.engine.attention_workers import ATTEND_WORK
 from cpu_kernels.errors import LayoutError
 from cpu_kernels.host.isa import detect
@@ -56,8 +57,6 @@ def decode_attention(
     Raises LayoutError for what `supports_decode_attention` refuses and for sizes that do not fit together.
     """
     _check(query, keys, values, bias)
-    from cpu_kernels.backends import shared_backend
-
     n_batch, n_heads, _, dim = query.shape
     _, n_kv_heads, n_tokens, v_dim = values.shape
     out = torch.empty(n_batch, n_heads, 1, v_dim, dtype=torch.bfloat16)

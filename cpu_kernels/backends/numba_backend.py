@@ -109,7 +109,7 @@ class NumbaBackend:
         return None if done < 0 else (out, done)
 
     def linear(self, spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray) -> None:
-        """See `cpu_kernels.format.linear.run_linear`."""
+        """See `cpu_kernels.backends.shared.run_linear`."""
         check_linear(spec, address, x, out)
         if not x.shape[0]:
             return

@@ -66,17 +66,6 @@ def unpack_linear_blocks(spec: LinearSpec, record: np.ndarray | torch.Tensor) ->
         yield start, block[: spec.out_features - start, : spec.in_features].float()
 
 
-def run_linear(spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray, threads: int | None = None) -> None:
-    """``out = x @ W.T`` for the matrix packed at `address`.
-
-    x: C-contiguous float32 [T, in_features]; out: C-contiguous float32 [T, out_features], overwritten. For int8 and
-    int4 weights x is rounded to int8 per group of 32. Releases the GIL. Raises LayoutError and ActivationValueError.
-    """
-    from cpu_kernels.backends import shared_backend
-
-    shared_backend(threads).linear(spec, address, x, out)
-
-
 def check_linear(spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray) -> None:
     """Raises LayoutError unless the arguments of `run_linear` fit together."""
     n_tokens = x.shape[0] if x.ndim == 2 else -1

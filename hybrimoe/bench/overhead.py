@@ -15,10 +15,10 @@ from cpu_kernels.engine import layer as kernel_driver
 from cpu_kernels.engine import routed
 from gpu_kernels import EmulatedAccelerator
 from gpu_kernels.streams import HostEvent
-from hybrimoe.bench.rounds import busy_warning, machine, spread
+from hybrimoe.bench.rounds import busy_warning, spread
 from hybrimoe.bench.stopwatch import Stopwatch, Timed, Times
-from hybrimoe.cli.views import render
 from hybrimoe.errors import ModelError
+from hybrimoe.machine.facts import machine
 from hybrimoe.runtime import HybridExperts, RuntimeConfig, Session
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from scheduler import ModelShape, Planner
@@ -172,31 +172,6 @@ class Contender:
             error = relative_error(self.experts[0](hidden, index, weights), torch.as_tensor(expected))
         if error > tolerance(spec):
             raise ModelError(f"refusing to measure: outputs differ from the reference by {error:.2g}")
-
-
-def run(request: Request, *, as_json: bool) -> None:
-    """Measures and prints."""
-    result = measure(request)
-    if as_json:
-        render.emit_json(result)
-        return
-    if result["remark"]:
-        render.note(result["remark"])
-    contenders = result["contenders"]
-    rows = [
-        ("whole call", *(f"{row['layer_us']['median']:.0f}" for row in contenders)),
-        *((name, *(f"{row['sections_us'][name]['median']:.0f}" for row in contenders)) for name in SECTIONS),
-        ("held up", *(f"{row['held_up_us']['median']:.0f}" for row in contenders)),
-        ("overhead", *(f"{row['overhead_us']['median']:.0f}" for row in contenders)),
-        ("its share", *(f"{row['share']:.1%}" for row in contenders)),
-    ]
-    columns = ("us", *(row["name"].replace("emulated accelerator, ", "emulated: ") for row in contenders))
-    title = f"One MoE layer of {request.shape}, {request.dtype}, one token: us of the calling thread, measured"
-    render.out().print(render.table(title, columns, rows))
-    render.note(
-        f"Medians of {request.rounds} rounds. Overhead = {' + '.join(OVERHEAD)}, CPU time. Held up: not running in"
-        " them, because others had the core or Python's lock (the threads of an emulated accelerator do)."
-    )
 
 
 def measure(request: Request) -> dict[str, Any]:

@@ -1,15 +1,13 @@
-"""Alternating rounds, medians with their spread, and what the machine was: the same for every benchmark."""
+"""Alternating rounds and medians with their spread: the same for every benchmark."""
 
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-__all__ = ["alternate", "busy_warning", "machine", "spread"]
+__all__ = ["alternate", "busy_warning", "spread"]
 
 Subject = TypeVar("Subject")
 
@@ -43,29 +41,6 @@ def alternate(
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, least and greatest of the rounds, and the rounds themselves."""
     return {"median": median(values), "min": min(values), "max": max(values), "rounds": list(values)}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import torch
-
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def busy_warning() -> str | None:

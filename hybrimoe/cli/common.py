@@ -111,7 +111,7 @@ def deploy_config(
 ) -> DeployConfig:
     """The deployment that a command line describes: a file or preset, with the given options on top."""
     from hybrimoe.config.deploy import load_config
-    from hybrimoe.config.policy import lossy_option
+    from hybrimoe.config.scheduler import lossy_option
 
     return load_config(
         config,

@@ -12,7 +12,7 @@ from hybrimoe.cli.views import render
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hybrimoe.machine.doctor import Check
+    from hybrimoe.machine.check import Check
 
 KernelsOption = Annotated[
     bool,

@@ -37,10 +37,11 @@ def explain_command(
 
     deployment = deploy_config(config, model=model, dtype=dtype)
     quiet_libraries()
+    from hybrimoe.checkpoint.meta import meta_model
     from hybrimoe.injection import explain
 
     source = deployment.located_rules() if rules is None else rules
-    explanation = explain(deployment.model, source, deployment.cpu.expert_dtype)
+    explanation = explain(meta_model(deployment.model), source, deployment.cpu.expert_dtype)
     if as_json:
         render.emit_json(explanation.as_dict())
     else:

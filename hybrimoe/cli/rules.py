@@ -46,11 +46,12 @@ def check(file: FileArgument, model: OnModelOption = None, as_json: JsonOption =
 
 
 def _check_on_model(file: str, model: str) -> dict[str, Any]:
+    from hybrimoe.checkpoint.meta import meta_model
     from hybrimoe.cli.common_model import quiet_libraries
     from hybrimoe.injection import explain
 
     quiet_libraries()
-    explanation = explain(model, file)
+    explanation = explain(meta_model(model), file)
     experts = sum(row.n_experts for row in explanation.rows)
     return {"modules": len(explanation.rows), "experts": experts, "remarks": list(explanation.remarks)}
 

@@ -1,28 +1,25 @@
 """The deployment configuration: one YAML file, mapping or preset says what runs where (docs/config.md).
 
 `load_config` reads it, checks every key against the models below (pydantic v2) and reports mistakes with file, line and
-the nearest right name. `DeployConfig.runtime` turns it into what a runtime session needs.
+the nearest right name. `hybrimoe.config.runtime.runtime_config` turns it into what a runtime session needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount
 from hybrimoe.config.errors import config_error
-from hybrimoe.config.policy import check_scheduler, resolved_policy
+from hybrimoe.config.scheduler import SchedulerConfig, check_scheduler
 from hybrimoe.config.values import Accelerators, ModelName, Threads, check_rules
 from hybrimoe.errors import ConfigError, unknown
 from yaml_rules import shipped
 from yaml_rules.errors import YamlRulesError
 from yaml_rules.located import KeyPath, Located, read_yaml
-
-if TYPE_CHECKING:
-    from hybrimoe.runtime.config import RuntimeConfig
 
 ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int4"]
 DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
@@ -60,34 +57,6 @@ class CpuConfig(_Section):
     attention: Literal["auto", "torch"] = Field(
         default="auto", description="Decode steps of bfloat16 attention on the CPU: auto is our kernel."
     )
-
-
-class SchedulerConfig(BaseModel):
-    """A policy by name, or its three parts; further keys are parameters of the parts."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    policy: str | None = Field(
-        default=None, description="Preset such as ours, hybrimoe, static; or balance/prefetch/cache."
-    )
-    balance: str | None = Field(default=None, description="Who computes which expert; replaces the preset's.")
-    prefetch: str | None = Field(default=None, description="What is transferred ahead; replaces the preset's.")
-    cache: str | None = Field(default=None, description="What stays in the slots; replaces the preset's.")
-    lookahead: int = Field(default=3, ge=0, le=64, description="Layers ahead whose routers are asked.")
-    seed: int = Field(default=0, ge=0, description="Seed of policies that draw random numbers.")
-    lossy: str | dict[str, Any] | None = Field(
-        default=None,
-        description="A lossy policy such as hobbit, or {kind: hobbit, t1: 0.6}; none (the default) loses nothing.",
-    )
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Parameters of the policy's parts (every key that is no field)."""
-        return dict(self.model_extra or {})
-
-    def policy_name(self) -> str:
-        """The policy as `scheduler.resolve_policy` takes it: a preset, or balance/prefetch/cache."""
-        return resolved_policy(self)[0]
 
 
 class ServerConfig(_Section):
@@ -133,12 +102,6 @@ class DeployConfig(_Section):
             return self.rules
         here = isinstance(self._located.data, Mapping) and self._located.data.get("rules") == self.rules
         return self._located.sub(("rules",)) if here else Located(self.rules, "<rules>")
-
-    def runtime(self) -> RuntimeConfig:
-        """The settings of a runtime session."""
-        from hybrimoe.config.runtime import runtime_config
-
-        return runtime_config(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data that `load_config` reads back as an equal configuration."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hybrimoe.amounts import Amount
-from hybrimoe.config.policy import lossy_settings, resolved_policy
+from hybrimoe.config.scheduler import lossy_settings, resolved_policy
 from hybrimoe.runtime.config import RuntimeConfig
 from scheduler.lossy import resolve_lossy
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def runtime_config(config: DeployConfig) -> RuntimeConfig:
-    """Settings of a session for `config`; see `DeployConfig.runtime`."""
+    """Settings of a session for `config`; see docs/config.md."""
     accelerators = choose_accelerators(config.accelerator)
     policy, policy_params = resolved_policy(config.scheduler)
     return RuntimeConfig(

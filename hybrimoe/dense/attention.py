@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cpu_kernels import decode_attention, supports_decode_attention
-from cpu_kernels.backends import shared_backend
+from cpu_kernels.backends.shared import shared_backend
 
 REPLACED = "sdpa"
 """The attention implementation in transformers' registry whose decode steps the kernel takes."""

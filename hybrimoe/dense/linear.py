@@ -201,6 +201,20 @@ def pack_linears(
     for one. keep_originals: hold on to the layers, so that `undo` can put them back.
     """
     packed = PackedDense()
+    try:
+        _pack_into(packed, model, num_experts, dtype, keep_originals, threads)
+    except BaseException:
+        if packed.reversible:
+            packed.undo()
+        raise
+    return packed
+
+
+def _pack_into(
+    packed: PackedDense, model: nn.Module, num_experts: frozenset[int], dtype: PackedDtype, keep_originals: bool,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """`pack_linears`, noting in `packed` what was done so far."""
     some_frozen = any(not weight.requires_grad for weight in model.parameters())
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for path, parent in list(model.named_modules()):
@@ -218,7 +232,6 @@ def pack_linears(
             packed.paths.append(full)
             packed.originals.append((parent, name, child if keep_originals else None))
             packed.nbytes += replacement.record_bytes
-    return packed
 
 
 def _worth_packing(path: str, linear: nn.Linear, num_experts: frozenset[int]) -> bool:

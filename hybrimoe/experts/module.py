@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
 
 from hybrimoe.errors import ModelError
 from hybrimoe.experts.absent import AbsentWeights, PackedWeightsError, explanation
-from hybrimoe.experts.gradient import run_with_gradient, wants_gradient
+from hybrimoe.experts.gradient import FrozenLayer, wants_gradient
 from hybrimoe.experts.layout import read
+from hybrimoe.experts.protocol import RunsLayers
 from hybrimoe.experts.sorted import run_sorted
-
-if TYPE_CHECKING:
-    from hybrimoe.runtime.session import Session
 
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -36,7 +34,7 @@ class HybridExperts(nn.Module):
     saved or read. Asking it for a weight, loading weights into it raises ModelError, and so does pickling it.
     """
 
-    def __init__(self, session: Session, layer: int, replaced: nn.Module, num_experts: int) -> None:
+    def __init__(self, session: RunsLayers, layer: int, replaced: nn.Module, num_experts: int) -> None:
         super().__init__()
         for name, value in vars(replaced).items():
             if not name.startswith("_") and name not in ("training", "forward"):
@@ -52,7 +50,7 @@ class HybridExperts(nn.Module):
         self.training = replaced.training
 
     @property
-    def session(self) -> Session:
+    def session(self) -> RunsLayers:
         """The session that runs this layer."""
         return self._session
 
@@ -80,19 +78,17 @@ class HybridExperts(nn.Module):
         if top_k_index is None or top_k_weights is None:
             return run_sorted(hidden_states, self.num_experts, self.forward)
         if wants_gradient(hidden_states, top_k_weights):
-            return run_with_gradient(self._session, self.layer, hidden_states, top_k_index, top_k_weights)
+            frozen = FrozenLayer(self._session, self.layer, self.num_experts, self._norm)
+            return frozen.run(hidden_states, top_k_index, top_k_weights)
         return self._session.run_layer(self.layer, hidden_states, top_k_index, top_k_weights)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """The replaced module's own parameters by name, on the CPU; dequantised where only packed weights are left.
 
-        Raises ModelError where a lossy policy keeps only some of the experts.
+        Raises ModelError where a lossy policy has given some of the experts up.
         """
         if not self._is_meta:
             return {name: value.detach() for name, value in self.replaced.named_parameters(recurse=False)}
-        store = self._session.store
-        if not store.complete:
-            raise ModelError(f"{store.layers[self.layer].path}: a lossy policy keeps only some of the experts")
         filled = copy.copy(self.replaced)
         filled._parameters = {
             name: nn.Parameter(torch.empty_like(value, device="cpu"), requires_grad=False)
@@ -100,7 +96,7 @@ class HybridExperts(nn.Module):
         }
         layout = read(filled)
         for expert in range(self.num_experts):
-            layout.assign(expert, store.read(self.layer, expert))
+            layout.assign(expert, self._session.read_expert(self.layer, expert))
         return {name: value.detach() for name, value in filled._parameters.items() if value is not None}
 
     def named_parameters(
@@ -149,6 +145,11 @@ class HybridExperts(nn.Module):
     ) -> torch.Tensor:
         """`forward` as one break in a compiled graph: the compiler does not walk the runtime's frames."""
         return self.forward(hidden, top_k_index, top_k_weights)
+
+    @property
+    def _norm(self) -> nn.Module | None:
+        """The norm over each expert's output that some families apply before the routing weight."""
+        return self._modules.get("post_expert_norm") if getattr(self, "has_post_expert_norm", False) else None
 
     @property
     def _is_meta(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hybrimoe.injection.explain import Explanation, explain
-from hybrimoe.injection.injection import Injection, inject
+from hybrimoe.injection.inject import inject
+from hybrimoe.injection.injection import Injection
 from hybrimoe.injection.operators import Operator, operators, register
 from hybrimoe.injection.resolve import Hit, Resolution, resolve
 from hybrimoe.injection.rules import BoundRules, read_rules

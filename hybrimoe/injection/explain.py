@@ -5,20 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from torch import nn
 
 from cpu_kernels import ExpertDtype
-from hybrimoe.checkpoint.meta import meta_model
 from hybrimoe.injection.operators import DefaultKwargs, ExpertsKwargs
 from hybrimoe.injection.resolve import Hit, Resolution, claimed_modules, resolve
 from hybrimoe.injection.rules import RulesSource, read_rules
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 DTYPES: tuple[ExpertDtype, ...] = get_args(ExpertDtype)
 
@@ -75,18 +70,17 @@ class Explanation:
 
 
 def explain(
-    model: str | Path | PreTrainedConfig | nn.Module | None = None,
+    model: nn.Module,
     rules: RulesSource = "auto",
     expert_dtype: ExpertDtype = "bfloat16",
 ) -> Explanation:
-    """Explain the rules for a model directory, hub id, configuration, or model; None is the demo model.
+    """Explain the rules for a model; no weights are read (of a checkpoint: `hybrimoe.checkpoint.meta.meta_model`).
 
-    No weights are read: the model is built on the meta device. expert_dtype: for rules that do not say one.
+    expert_dtype: for rules that do not say one.
     Raises ModelError, RuleError and UnsupportedExpertsError as `resolve` does.
     """
-    target = model if isinstance(model, nn.Module) else meta_model(model)
-    model_type = getattr(getattr(target, "config", None), "model_type", None)
-    return explain_resolution(target, resolve(target, read_rules(rules, model_type)), expert_dtype)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return explain_resolution(model, resolve(model, read_rules(rules, model_type)), expert_dtype)
 
 
 def explain_resolution(

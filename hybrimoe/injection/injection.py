@@ -1,38 +1,27 @@
-"""`inject` puts the operators of the rules into a model; the `Injection` it returns takes them out again."""
+"""`Injection`: the handle of a model with hybrid experts; its counters, its explanation, and the way back."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
-from hybrimoe.config.deploy import DeployConfig, load_config
-from hybrimoe.dense.devices import Placements, device_is_here, require_device
-from hybrimoe.errors import ConfigError, HybriMoEError, ModelError, unknown
+from hybrimoe.config.deploy import DeployConfig
+from hybrimoe.errors import ModelError
 from hybrimoe.experts.absent import AbsentWeights, explanation
+from hybrimoe.injection.application import Application
 from hybrimoe.injection.explain import Explanation, explain_resolution
-from hybrimoe.injection.operators import DefaultKwargs, ExpertsKwargs
-from hybrimoe.injection.refusals import refuse_adapted_experts, refuse_second_injection, refuse_wrapped_experts
-from hybrimoe.injection.resolve import Hit, Resolution, claimed_modules, resolve
-from hybrimoe.injection.rules import RulesSource, read_rules
+from hybrimoe.injection.resolve import Resolution
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from hybrimoe.dense.attention import DecodeAttention
     from hybrimoe.dense.linear import PackedDense
-    from hybrimoe.runtime.config import RuntimeConfig
     from hybrimoe.runtime.layer_call.stats import SessionStats
-    from hybrimoe.runtime.session import Session
-    from hybrimoe.runtime.store import ExpertStore, LayerSpec
 
 MARK = "hybrimoe"
 """Attribute of an injected model that holds its Injection."""
@@ -40,77 +29,6 @@ MARK = "hybrimoe"
 
 SAVE = "save_pretrained"
 """Method that an injected model guards: weights that it holds only packed are refused before a file is written."""
-
-
-class OpenStore(Protocol):
-    """Gives the store of already packed experts for these layers, or None where there is none.
-
-    pinned: whether an accelerator copies from page-locked memory.
-    """
-
-    def __call__(self, layers: tuple[LayerSpec, ...], pinned: bool, /) -> ExpertStore | None: ...
-
-
-class Application:
-    """What operators do to a model, kept so that it can be undone."""
-
-    def __init__(self, model: nn.Module, session: Session, resolution: Resolution) -> None:
-        self.session = session
-        self.placements = Placements()
-        self.originals: dict[str, nn.Module] = {}
-        self.remarks: list[str] = list(resolution.remarks)
-        self._sites = _sites_of(model)
-        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        self._claimed = claimed_modules(resolution.hits)
-
-    def replace_experts(self, hit: Hit) -> None:
-        """Put HybridExperts of the hit's placement where the experts module is."""
-        operator, kwargs = hit.rule.operator, hit.rule.kwargs
-        if operator is None or operator.placement is None or not isinstance(kwargs, ExpertsKwargs):
-            raise ModelError(f"{hit.rule.where()}: this operator does not replace experts")
-        hybrid = self.session.add_layer(hit.path, hit.module, operator.placement, kwargs.expert_dtype)
-        self.originals[hit.path] = hit.module
-        for parent, name in self._sites[id(hit.module)]:
-            setattr(parent, name, hybrid)
-            self._replaced.append((parent, name, hit.module))
-
-    def place(self, hit: Hit) -> None:
-        """Put the module on the device of the rule, if it names one."""
-        kwargs = hit.rule.kwargs
-        if not isinstance(kwargs, DefaultKwargs) or kwargs.device is None:
-            return
-        device = torch.device(kwargs.device)
-        if kwargs.missing == "stay" and not device_is_here(device):
-            self._remark_once(f"{hit.rule.where()}: {kwargs.device} is not here, the modules stay where they are")
-            return
-        require_device(device, f"{hit.rule.where()}: {hit.path}")
-        self.placements.place(hit.path, hit.module, device, self._claimed)
-
-    def undo(self) -> None:
-        """Put every module and weight back; a second call does nothing."""
-        while self._replaced:
-            parent, name, original = self._replaced.pop()
-            original.train(getattr(parent, name).training)
-            setattr(parent, name, original)
-        self.placements.undo()
-
-    def copied(self, memo: dict[int, Any]) -> Application:
-        """The same done to a copy of the model, whose modules are in `memo` (of `copy.deepcopy`)."""
-        if self.placements.devices:
-            raise ModelError(
-                f"rules have placed modules on devices ({next(iter(self.placements.devices))}), which a copy of the"
-                f" model would share with it: call model.{MARK}.restore() first, copy, and inject both"
-            )
-        twin = Application.__new__(Application)
-        twin.session, twin.placements, twin.remarks = self.session, Placements(), list(self.remarks)
-        twin.originals = copy.deepcopy(self.originals, memo)
-        twin._replaced = copy.deepcopy(self._replaced, memo)
-        twin._sites, twin._claimed = {}, frozenset()
-        return twin
-
-    def _remark_once(self, text: str) -> None:
-        if text not in self.remarks:
-            self.remarks.append(text)
 
 
 class Injection:
@@ -184,7 +102,7 @@ class Injection:
         """`model.state_dict()` with every weight, dequantised where only packed ones are left.
 
         Weights that were packed as int8 or int4 come back rounded, and take their whole size in memory. Raises
-        ModelError where a lossy policy keeps only some of the experts.
+        ModelError where a lossy policy has given some of the experts up.
         """
         from hybrimoe.dense.linear import PackedLinear
         from hybrimoe.experts.module import HybridExperts
@@ -277,9 +195,10 @@ class Injection:
     @property
     def deferred(self) -> list[tuple[int, nn.Module]]:
         """Layer indices and modules of the experts that had no weights when they were injected."""
-        experts = enumerate(self.originals.values())
         return [
-            (layer, module) for layer, module in experts if any(p.is_meta for p in module.parameters(recurse=False))
+            (layer, module)
+            for layer, module in enumerate(self.originals.values())
+            if any(weight.is_meta for weight in module.parameters(recurse=False))
         ]
 
     def _rebuild_deferred(self) -> None:
@@ -292,105 +211,6 @@ class Injection:
         for layer, module in deferred:
             rebuild_experts(module, self.session.store, layer)
         move(self.model, torch.device("cpu"))  # where the experts are now: whole models fit host memory, not a GPU
-
-
-def inject(
-    model: nn.Module,
-    rules: RulesSource | None = None,
-    accelerator: str | Sequence[str] | None = None,
-    gpu_expert_slots: int | float | str | None = None,
-    expert_dtype: str | None = None,
-    scheduler: Mapping[str, Any] | None = None,
-    config: str | Path | Mapping[str, Any] | DeployConfig | None = None,
-    *,
-    store: OpenStore | None = None,
-    frequencies: npt.NDArray[np.float64] | None = None,
-    runtime: Mapping[str, Any] | None = None,
-    **overrides: Any,
-) -> Injection:
-    """Replace the experts of a transformers model, as the rules say, by experts that CPU and accelerator share.
-
-    rules: "auto", a shipped name, a file, or inline rules.
-    accelerator: "cuda:0" or another torch device, "emulated", "none", "auto", or a list: each gets a block of layers.
-    gpu_expert_slots: experts on the accelerator at a time, over all layers: a number, a share in (0, 1], "6GiB", auto.
-    expert_dtype: "float32", "bfloat16", "int8" or "int4".
-    scheduler: `{"policy": ...}` and parameters, as in the deployment file.
-    config: deployment file, preset or mapping; what is given above goes over it. Without one, "auto" and bfloat16.
-    store: gives packed experts for the layers, so that none are packed here (what `hybrimoe.load` uses).
-    frequencies: activation counts [layers, experts] for the first fill of the slots.
-    runtime: further fields of `hybrimoe.runtime.config.RuntimeConfig`, such as a profile.
-    overrides: further keys of `hybrimoe.load_config`.
-
-    A model on the meta device gets its weights later: the session starts when its store is filled.
-    Raises RuleError, ConfigError, ModelError (dense, or injected already), UnsupportedExpertsError, DeviceError,
-    BudgetError; the model is then as it was.
-    """
-    refuse_second_injection(model)
-    deployment = load_config(
-        {} if config is None else config,
-        accelerator=accelerator if accelerator is None or isinstance(accelerator, str) else list(accelerator),
-        gpu_expert_slots=gpu_expert_slots,
-        expert_dtype=expert_dtype,
-        scheduler=scheduler,
-        **overrides,
-    )
-    refuse_adapted_experts(model)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    bound = read_rules(deployment.located_rules() if rules is None else rules, model_type)
-    resolution = resolve(model, bound)
-    refuse_wrapped_experts(model, [hit.path for hit in resolution.experts])
-    session = _new_session(runtime_settings(deployment, runtime))
-    application = Application(model, session, resolution)
-    try:
-        _apply(application, resolution)
-        _finalize(model, session, store, frequencies)
-    except BaseException:
-        application.undo()
-        session.close()
-        raise
-    injection = Injection(model, deployment, resolution, application)
-    if not injection.deferred:
-        injection.prepare_dense(keep_originals=True)
-    model.__dict__[MARK] = injection
-    model.__dict__[SAVE] = SaveGuard(model)
-    return injection
-
-
-def runtime_settings(deployment: DeployConfig, extra: Mapping[str, Any] | None) -> RuntimeConfig:
-    """The session's settings: the deployment's, with `extra` fields on top. Raises ConfigError for unknown ones."""
-    from hybrimoe.runtime.config import RuntimeConfig
-
-    fields = RuntimeConfig.__dataclass_fields__
-    for name in extra or {}:
-        if name not in fields:
-            raise ConfigError(unknown("runtime setting", name, fields))
-    return replace(deployment.runtime(), **(extra or {}))
-
-
-def _new_session(settings: RuntimeConfig) -> Session:
-    from hybrimoe.runtime.session import Session
-
-    return Session(settings)
-
-
-def _apply(application: Application, resolution: Resolution) -> None:
-    """Experts in the order of execution (their index is the layer's), then everything else in the model's order."""
-    done = {hit.path for hit in resolution.experts}
-    for hit in (*resolution.experts, *(hit for hit in resolution.hits if hit.path not in done)):
-        if hit.rule.operator is None:
-            continue
-        try:
-            hit.rule.operator.apply(application, hit)
-        except HybriMoEError as error:
-            error.add_note(f"while applying {hit.rule.where()} to {hit.path}")
-            raise
-
-
-def _finalize(
-    model: nn.Module, session: Session, store: OpenStore | None, frequencies: npt.NDArray[np.float64] | None
-) -> None:
-    opened = None if store is None else partial(store, session.layer_specs())
-    session.finalize(model, store=opened, frequencies=frequencies)
 
 
 class SaveGuard:
@@ -412,13 +232,3 @@ class SaveGuard:
     def __deepcopy__(self, memo: dict[int, Any]) -> SaveGuard:
         """The copied injection gives the copied model its own."""
         return self
-
-
-def _sites_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every place (parent, name) at which each module hangs; a shared module hangs at several."""
-    sites: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                sites.setdefault(id(child), []).append((parent, name))
-    return sites

@@ -1,24 +1,20 @@
 """The operators that rules can name: a registry of frozen records, with their arguments as pydantic models.
 
 Rules never name an import path; what is not in the registry does not exist for them. To add an operator, write its
-arguments as a model, a function that applies it to one matched module, and call `register`.
+arguments as a model, say what `Application.apply` does with it, and call `register`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from hybrimoe.config.deploy import ExpertDtypeName
 from hybrimoe.errors import ConfigError, unknown
-
-if TYPE_CHECKING:
-    from hybrimoe.injection.injection import Application
-    from hybrimoe.injection.resolve import Hit
 
 Placement = Literal["hybrid", "cpu", "accelerator"]
 
@@ -66,7 +62,6 @@ class Operator:
 
     name: str
     kwargs: type[Kwargs]
-    apply: Callable[[Application, Hit], None]
     summary: str
     placement: Placement | None = None
 
@@ -103,14 +98,6 @@ def kwargs_schemas() -> dict[str, dict[str, Any]]:
     return {name: operator.kwargs.model_json_schema() for name, operator in sorted(_registry.items())}
 
 
-def _replace_experts(application: Application, hit: Hit) -> None:
-    application.replace_experts(hit)
-
-
-def _keep_module(application: Application, hit: Hit) -> None:
-    application.place(hit)
-
-
 def _register_shipped() -> None:
     experts: tuple[tuple[str, Placement, str], ...] = (
         ("hybrid_experts", "hybrid", "experts on CPU and accelerator, scheduled per step"),
@@ -118,8 +105,8 @@ def _register_shipped() -> None:
         ("accelerator_experts", "accelerator", "experts on the accelerator only, transferred when they are not there"),
     )
     for name, placement, summary in experts:
-        register(Operator(name, ExpertsKwargs, _replace_experts, summary, placement))
-    register(Operator("default", DefaultKwargs, _keep_module, "the module as it is, optionally on another device"))
+        register(Operator(name, ExpertsKwargs, summary, placement))
+    register(Operator("default", DefaultKwargs, "the module as it is, optionally on another device"))
 
 
 _register_shipped()

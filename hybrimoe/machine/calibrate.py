@@ -21,8 +21,8 @@ from cpu_kernels.backends.choice import BackendChoice, write_choice
 from cpu_kernels.engine.bandwidth import ReadBandwidth
 from gpu_kernels import Accelerator, LayerWork
 from gpu_kernels.opening import open_accelerator
-from hybrimoe.bench.rounds import machine
 from hybrimoe.machine.calibration import Calibration
+from hybrimoe.machine.facts import machine
 from hybrimoe.machine.profiles import accelerator_note
 from scheduler.machine.profile import (
     AccelProfile,

@@ -7,15 +7,12 @@ Importing this module loads neither torch nor transformers.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from typing import Literal
 
-Status = Literal["ok", "info", "warn", "broken"]
+from hybrimoe.machine.check import Check, guarded, installed
 
 # What the product cannot run without, with the first version that works (pyproject.toml; a test compares).
 REQUIRED = {
@@ -41,20 +38,6 @@ TOO_NEW = {"transformers": "6"}
 REINSTALL = "pip install --upgrade hybrimoe"
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line: what was looked at, how it is, what was found, and what to do ("" where nothing is to be done).
-
-    status: "ok"; "info" (absent or different, and fine so); "warn" (works, worse than it could); "broken" (nothing
-    runs until it is mended).
-    """
-
-    name: str
-    status: Status
-    found: str
-    advice: str = ""
-
-
 def examine(kernels: bool = True) -> list[Check]:
     """All checks, in the order in which they are shown; `kernels`: also run an expert (compiles on first use)."""
     checks = [_python(), *_packages()]
@@ -72,14 +55,6 @@ def examine(kernels: bool = True) -> list[Check]:
 def works(checks: list[Check]) -> bool:
     """Whether the product can run: nothing is broken."""
     return all(check.status != "broken" for check in checks)
-
-
-def guarded(name: str, check: Callable[[], Check], errors: tuple[type[Exception], ...], advice: str) -> Check:
-    """`check()`, or a broken line with the message of one of `errors`."""
-    try:
-        return check()
-    except errors as error:
-        return Check(name, "broken", f"{type(error).__name__}: {error}", advice)
 
 
 def _python() -> Check:
@@ -109,14 +84,6 @@ def _package(package: str, lowest: str) -> Check:
     if package in SHOWN:
         importlib.import_module(package)  # a damaged installation shows here
     return Check(package, "ok", found)
-
-
-def installed(package: str) -> str | None:
-    """The version of an installed distribution, or None; imports nothing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

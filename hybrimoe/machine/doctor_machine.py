@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,7 +16,8 @@ from cpu_kernels.host.threads import physical_cores, resolve_threads, start_pool
 from cpu_kernels.jit import cache_dir
 from gpu_kernels import AcceleratorError, open_accelerator
 from hybrimoe.errors import HybriMoEError
-from hybrimoe.machine.doctor import Check, guarded
+from hybrimoe.machine.check import Check, guarded
+from hybrimoe.machine.facts import cpu_model
 from yaml_rules.errors import YamlRulesError
 
 GIB = 2**30
@@ -41,16 +40,6 @@ def checks() -> Iterator[Check]:
 
 def _cpu() -> Check:
     return Check("CPU", "ok", f"{cpu_model()}, {physical_cores()} physical cores usable, {os.cpu_count()} logical")
-
-
-def cpu_model() -> str:
-    """The name that the CPU gives itself, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _isa() -> Check:

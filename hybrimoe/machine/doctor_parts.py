@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from cpu_kernels.backends import ipex_backend
 from hybrimoe.demo import demo_model_path
 from hybrimoe.errors import HybriMoEError
-from hybrimoe.machine.doctor import Check, installed
+from hybrimoe.machine.check import Check, installed
 
 # extra -> (its packages, what it is for); the packages are those of pyproject.toml (a test compares).
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {

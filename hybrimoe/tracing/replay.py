@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.bench.ablation.sweep import environment
 from hybrimoe.errors import ConfigError
 from hybrimoe.generation import SamplingOptions, TextGenerator
+from hybrimoe.machine.facts import environment
 from hybrimoe.runtime import Session
 from scheduler.recording.recording import Recording
 from scheduler.recording.replay import replay

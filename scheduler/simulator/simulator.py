@@ -34,7 +34,7 @@ from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import Predictions
 from scheduler.traces.trace import Phase, Trace, TraceStep
 
-__all__ = ["PhaseResult", "SimulationConfig", "SimulationError", "Simulator", "check_fit", "simulate", "slots_for"]
+__all__ = ["PhaseResult", "SimulationConfig", "SimulationError", "Simulator", "check_fit", "slots_for"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,33 +257,3 @@ def _most_used(frequencies: NDArray[np.float64] | None, shape: ModelShape) -> li
     total = shape.n_layers * shape.n_experts
     order = range(total) if frequencies is None else np.argsort(-np.ravel(frequencies), kind="stable").tolist()
     return [divmod(int(key), shape.n_experts) for key in order]
-
-
-def simulator_class(profile: HardwareProfile, config: SimulationConfig) -> type[Simulator]:
-    """The simulator for a lossy policy, for several accelerators, or the plain one. Raises SimulationError for both."""
-    from scheduler.simulator.accelerators import MultiSimulator
-    from scheduler.simulator.lossy import LossySimulator
-
-    if profile.accel.count == 1:
-        return Simulator if config.lossy is None else LossySimulator
-    if config.lossy is not None:
-        raise SimulationError(f"a lossy policy is simulated with one accelerator only, found {profile.accel.count}")
-    return MultiSimulator
-
-
-def simulate(
-    trace: Trace,
-    profile: HardwareProfile,
-    shape: ModelShape,
-    config: SimulationConfig = SimulationConfig(),
-    predictions: Predictions | None = None,
-    frequencies: NDArray[np.float64] | None = None,
-    phase: Phase | None = None,
-    source: DemandSource | None = None,
-    scorer: Scorer | None = None,
-    prefetch_scorer: Scorer | None = None,
-) -> list[PhaseResult]:
-    """Build the right :class:`Simulator` and run it."""
-    return simulator_class(profile, config)(
-        trace, profile, shape, config, predictions, frequencies, phase, False, source, scorer, prefetch_scorer
-    ).run()

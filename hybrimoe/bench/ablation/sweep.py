@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe.errors import MissingExtraError
+from hybrimoe.machine.facts import environment
 from hybrimoe.machine.profiles import open_hardware, open_shape
 from hybrimoe.tracing.sources import DEFAULT_LOCALITY, DEMO, load_trace, open_trace, split
 from scheduler.lossy import resolve_lossy
 from scheduler.machine.profile import ModelShape
-from scheduler.simulator.simulator import SimulationConfig, simulate
+from scheduler.simulator.run import simulate
+from scheduler.simulator.simulator import SimulationConfig
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import PredictionKind, predictions_for
@@ -34,7 +33,6 @@ ROW_VERSION = 4
 SYNTHETIC = "synthetic"
 #: Sequences of a synthetic trace: the first ones are the profile, the others are simulated.
 PROFILE_SEQUENCES = 2
-PACKAGES = ("numpy", "numba", "networkx", "torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,31 +141,6 @@ def run_case(case: Case) -> dict[str, Any]:
         "kind": "simulated",
         **environment(),
     }
-
-
-@cache
-def environment() -> dict[str, str]:
-    """Versions and git commit of this run; "none" for the commit outside a checkout."""
-    return {"hybrimoe": _version("hybrimoe"), "python": platform.python_version(), "commit": _commit(),
-            **{name: _version(name) for name in PACKAGES}}  # fmt: skip
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
-
-def _commit() -> str:
-    folder = Path(__file__).parent
-    try:
-        asked = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "none"
-    return asked.stdout.strip()
 
 
 def cached_row(case: Case, folder: Path) -> dict[str, Any]:

@@ -6,15 +6,13 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from hybrimoe.bench.kernels.setting import Call, Setting
 from hybrimoe.errors import HybriMoEError
-
-if TYPE_CHECKING:
-    from hybrimoe.bench.kernels.peers import Call, Setting
 
 F32 = 0
 TYPES = {"q4_0": (2, 4.5), "q8_0": (8, 8.5)}  # GGML type number, bits a weight

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from hybrimoe.bench.kernels.setting import Call, Setting
 from hybrimoe.errors import HybriMoEError
-
-if TYPE_CHECKING:
-    from hybrimoe.bench.kernels.peers import Call, Setting
 
 GROUP = 32
 MAX_TOKENS = 1024  # of a call

@@ -18,8 +18,9 @@ import torch
 from cpu_kernels.engine.bandwidth import ReadBandwidth
 from hybrimoe.bench import rounds as harness
 from hybrimoe.bench.kernels import peers as kernel_peers
-from hybrimoe.bench.kernels.peers import SHAPES, Call, Setting, Shape
+from hybrimoe.bench.kernels.setting import SHAPES, Call, Setting, Shape
 from hybrimoe.errors import HybriMoEError
+from hybrimoe.machine.facts import machine
 
 POOL_BYTES = 200 << 20  # weight sets together exceed this: several times the last-level cache
 ROUND_SECONDS = 0.12  # of calls of one contender in a round, three calls at least
@@ -80,7 +81,7 @@ def run(request: Request, progress: Callable[[str], None] = lambda text: None) -
     rows = []
     for shape in shapes:
         rows += _contest(shape, contenders, request, progress)
-    return {"machine": harness.machine(), "notes": [*notes, *([busy] if busy else [])], "rows": rows}
+    return {"machine": machine(), "notes": [*notes, *([busy] if busy else [])], "rows": rows}
 
 
 def _chosen(parts: Sequence[str]) -> tuple[list[Contender], list[str]]:

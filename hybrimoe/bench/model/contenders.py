@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe.cli.views import render_summary
 from hybrimoe.errors import MissingExtraError, ModelError
+from hybrimoe.runtime.layer_call.stats import ran_emulated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,9 +79,7 @@ class Contender:
     def _keep(self, phase: str) -> None:
         if self.session is not None:
             stats = self.session.stats().as_dict()
-            self.counters.append(
-                {**stats[phase], "emulated": render_summary.is_emulated(stats), "slots": stats["n_slots"]}
-            )
+            self.counters.append({**stats[phase], "emulated": ran_emulated(stats), "slots": stats["n_slots"]})
 
 
 @contextmanager

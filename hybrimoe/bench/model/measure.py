@@ -1,4 +1,4 @@
-"""`bench decode` and `bench prefill`: which contenders a command line asks for, measuring them, telling the result."""
+"""What `bench decode` and `bench prefill` measure: which contenders are asked for, and their rounds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from hybrimoe.bench import rounds as harness
 from hybrimoe.bench.model import contenders
-from hybrimoe.cli import common
-from hybrimoe.cli.views import render, render_summary
+from hybrimoe.config.deploy import DeployConfig
+from hybrimoe.config.runtime import runtime_config
 from hybrimoe.errors import ConfigError
+from hybrimoe.machine.facts import machine
 
 COMPARED_POLICIES = ("static", "llama_cpp", "hybrimoe", "ours")
 """What --compare-policies sets beside `cache off`: the best known placements, then ours."""
@@ -22,7 +23,10 @@ CACHE_OFF = "cache off (CPU only)"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One command line of `bench decode` or `bench prefill`."""
+    """One command line of `bench decode` or `bench prefill`.
+
+    deploy: the deployment with some options replaced (policy, slots, dtype, lossy), as `cli.common.deploy_config`.
+    """
 
     kind: Literal["decode", "prefill"]
     model: str | None
@@ -36,10 +40,9 @@ class Request:
     prompt_tokens: int
     new_tokens: int
     rounds: int
-    config: str | None
-    accelerator: str | None
     slots: str | None
     threads: int | None
+    deploy: Callable[..., DeployConfig]
     lossy: tuple[str, ...] = ()
 
     def variants(self) -> list[tuple[str, dict[str, Any]]]:
@@ -59,22 +62,6 @@ class Request:
         if len(self.dtypes) > 1:
             found = [(f"{label} {overrides['dtype']}", overrides) for label, overrides in found]
         return found
-
-
-def run(request: Request, *, as_json: bool) -> None:
-    """Measure and print."""
-    from hybrimoe.cli.common_model import progress_bar, quiet_libraries
-
-    quiet_libraries()
-    warning = harness.busy_warning()
-    if warning:
-        render.note(warning)
-    with progress_bar() as progress:
-        result = measure(request, progress)
-    if as_json:
-        render.emit_json(result)
-    else:
-        _show(result)
 
 
 def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
@@ -98,7 +85,7 @@ def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict
         "prompt_tokens": request.prompt_tokens,
         **({"new_tokens": request.new_tokens} if request.kind == "decode" else {}),
         "rounds": request.rounds,
-        "machine": harness.machine(),
+        "machine": machine(),
         "results": rows,
     }
 
@@ -138,13 +125,11 @@ def _openers(request: Request, progress: Any) -> tuple[int, list[Callable[[ExitS
     if request.plain:
         openers.append(lambda stack: contenders.plain("transformers", source.plain(), source.tokenizer))
     for label, overrides in request.variants():
-        deployment = common.deploy_config(
-            request.config, model=request.model, accelerator=request.accelerator, threads=request.threads, **overrides
-        )
+        deployment = request.deploy(**overrides)
 
         def opener(stack: ExitStack, label: str = label, deployment: Any = deployment) -> Any:
             make = partial(source.hybrid, deployment, progress)
-            dtype, lossy = deployment.cpu.expert_dtype, deployment.runtime().lossy is not None
+            dtype, lossy = deployment.cpu.expert_dtype, runtime_config(deployment).lossy is not None
             return stack.enter_context(contenders.hybrid(label, make, source.tokenizer, dtype, lossy))
 
         openers.append(opener)
@@ -163,29 +148,3 @@ def _source(request: Request) -> Any:
     if request.model is not None:
         raise ConfigError(f"give a model ({request.model}) or --shape {request.shape}, not both")
     return RandomSource(request.shape, request.layers)
-
-
-def _show(result: dict[str, Any]) -> None:
-    rows = result["results"]
-    first = rows[0]["tokens_per_s"]["median"]
-    cells = []
-    for row in rows:
-        speed = row["tokens_per_s"]
-        cells.append((
-            row["name"],
-            f"{speed['median']:.1f}",
-            f"{speed['min']:.1f}-{speed['max']:.1f}",
-            f"{speed['median'] / first:.2f}x",
-            render_summary.percent(row["hit_rate"]),
-            render_summary.percent(row["prefetch_precision"]),
-            "-" if row["logits_cosine"] is None else f"{row['logits_cosine']:.4f}",
-        ))  # fmt: skip
-    columns = ("", "tokens/s", "spread", "", "hits", "prefetch", "cosine")
-    what = f"{result['bench']}, {result['model']} ({result['weights']} weights), prompt {result['prompt_tokens']}"
-    render.out().print(render.table(f"{what}, {result['rounds']} alternating rounds", columns, cells))
-    described = result["machine"]
-    render.out().print(
-        f"measured on {described['cpu']}, {described['cores']} cores, torch {described['torch']}"
-        + ("; the accelerator is emulated" if any("emulated" in row["provenance"] for row in rows) else ""),
-        style="dim",
-    )

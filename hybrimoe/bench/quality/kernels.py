@@ -55,9 +55,9 @@ def run(request: Request, progress: Callable[[str], None] = lambda text: None) -
 
 @contextmanager
 def _loaded(path: str | None, dtype: ck.ExpertDtype) -> Iterator[Any]:
-    import hybrimoe
+    from hybrimoe.checkpoint import load
 
-    model = hybrimoe.load(path, expert_dtype=dtype, accelerator="none", packed_file=False, progress=False)
+    model = load(path, expert_dtype=dtype, accelerator="none", packed_file=False, progress=False)
     try:
         yield model
     finally:

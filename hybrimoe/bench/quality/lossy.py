@@ -14,10 +14,10 @@ import torch
 from torch.nn import functional
 
 from hybrimoe.bench.quality.text import compare, text_windows, window_logits
-from hybrimoe.bench.rounds import machine
-from hybrimoe.cli import common
-from hybrimoe.cli.views import render_summary
-from hybrimoe.config.policy import lossy_option
+from hybrimoe.config.deploy import DeployConfig
+from hybrimoe.config.scheduler import lossy_option
+from hybrimoe.machine.facts import machine
+from hybrimoe.runtime.layer_call.stats import ran_emulated
 
 PROMPT_TOKENS = 32
 """Of each window: computed as a prompt, before decoding follows the text."""
@@ -26,22 +26,17 @@ LOSSLESS = "lossless"
 
 @dataclass(frozen=True)
 class Request:
-    """model None = the demo model; text None = the held-out text beside it. lossy: as `--lossy` takes them.
+    """deployment: the model and where it runs; text None = the held-out text beside it. lossy: as `--lossy` takes them.
 
     windows: texts read as prompts; decode_tokens: steps after a prompt in each of `decode_windows` of them.
     """
 
-    model: str | None
+    deployment: DeployConfig
     text: Path | None
     lossy: tuple[str, ...]
     windows: int
     decode_windows: int
     decode_tokens: int
-    dtype: str
-    policy: str | None = None
-    slots: str | None = None
-    accelerator: str | None = None
-    config: str | None = None
 
 
 @dataclass(slots=True)
@@ -78,23 +73,18 @@ def run(request: Request, progress: Callable[[str], None] = lambda text: None) -
                 _decode(variants[(at + number) % len(variants)], prompt, following)
         rows = [_row(variant, variants[0], windows, [following for _, following in steps]) for variant in variants]
     return {
-        "text": source, "prefill_tokens": sum(map(len, windows)), "dtype": request.dtype,
+        "text": source, "prefill_tokens": sum(map(len, windows)), "dtype": request.deployment.cpu.expert_dtype,
         "decode_tokens": sum(len(following) for _, following in steps), "machine": machine(), "rows": rows,
     }  # fmt: skip
 
 
 def _open(request: Request, name: str, lossy: dict[str, Any] | None, stack: ExitStack) -> Variant:
-    import hybrimoe
-    from hybrimoe.checkpoint import load_tokenizer
+    from hybrimoe.checkpoint import load, load_tokenizer
     from hybrimoe.generation import TextGenerator
 
-    deployment = common.deploy_config(
-        request.config, model=request.model, accelerator=request.accelerator, slots=request.slots, dtype=request.dtype,
-        policy=request.policy,
-    )  # fmt: skip
-    model = hybrimoe.load(config=deployment, lossy=lossy or "none", packed_file=False, progress=False)
+    model = load(config=request.deployment, lossy=lossy or "none", packed_file=False, progress=False)
     stack.callback(model.hybrimoe.session.close)
-    return Variant(name, model, TextGenerator(model, load_tokenizer(deployment.model)))
+    return Variant(name, model, TextGenerator(model, load_tokenizer(request.deployment.model)))
 
 
 def _spread(windows: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
@@ -138,7 +128,7 @@ def _row(variant: Variant, base: Variant, windows: list[torch.Tensor], following
         "decode_greedy_agreement": written[1],
         "decode_divergence": written[2],
         "tokens_per_s": 1e6 / median(variant.step_us),
-        "provenance": "emulated" if render_summary.is_emulated(stats) else "measured",
+        "provenance": "emulated" if ran_emulated(stats) else "measured",
         "hit_rate": decode["hit_rate"],
         "transfers_per_token": (decode["transfers"] + decode["prefetches"]) / steps,
         "transfer_kib_per_token": decode["transfer_bytes"] / 1024 / steps,

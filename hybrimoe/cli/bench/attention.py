@@ -35,7 +35,7 @@ def attention(
     cases = [Case(tokens, heads, kv_heads, head_size) for tokens in context or [128, 1024, 4096, 16384]]
     rows = [measure(case, rounds, threads) for case in cases]
     if as_json:
-        from hybrimoe.bench.rounds import machine
+        from hybrimoe.machine.facts import machine
 
         render.emit_json({"rows": rows, "machine": machine()})
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,7 @@ def overhead(
     anything is timed.
     """
     from hybrimoe.bench import overhead as overhead_bench
+    from hybrimoe.cli.views import render
 
     request = overhead_bench.Request(
         shape=shape,
@@ -43,4 +44,31 @@ def overhead(
         steps=min(steps, 15) if quick else steps,
         rounds=min(rounds, options.QUICK_ROUNDS) if quick else rounds,
     )
-    overhead_bench.run(request, as_json=as_json)
+    result = overhead_bench.measure(request)
+    if as_json:
+        render.emit_json(result)
+    else:
+        _show(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    from hybrimoe.bench.overhead import OVERHEAD, SECTIONS
+    from hybrimoe.cli.views import render
+
+    if result["remark"]:
+        render.note(result["remark"])
+    request, contenders = result["request"], result["contenders"]
+    rows = [
+        ("whole call", *(f"{row['layer_us']['median']:.0f}" for row in contenders)),
+        *((name, *(f"{row['sections_us'][name]['median']:.0f}" for row in contenders)) for name in SECTIONS),
+        ("held up", *(f"{row['held_up_us']['median']:.0f}" for row in contenders)),
+        ("overhead", *(f"{row['overhead_us']['median']:.0f}" for row in contenders)),
+        ("its share", *(f"{row['share']:.1%}" for row in contenders)),
+    ]
+    columns = ("us", *(row["name"].replace("emulated accelerator, ", "emulated: ") for row in contenders))
+    title = f"One MoE layer of {request['shape']}, {request['dtype']}, one token: us of the calling thread, measured"
+    render.out().print(render.table(title, columns, rows))
+    render.note(
+        f"Medians of {request['rounds']} rounds. Overhead = {' + '.join(OVERHEAD)}, CPU time. Held up: not running in"
+        " them, because others had the core or Python's lock (the threads of an emulated accelerator do)."
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from hybrimoe.cli import common
-from hybrimoe.cli.bench import options
+from hybrimoe.cli.bench import model_run, options
 
 
 def register(app: typer.Typer) -> None:
@@ -55,9 +56,8 @@ def prefill(
         prompt_tokens=min(prompt_tokens, 128) if quick else prompt_tokens,
         new_tokens=0,
         rounds=min(rounds, options.QUICK_ROUNDS) if quick else rounds,
-        config=config,
-        accelerator=accelerator,
         slots=slots,
         threads=threads,
+        deploy=partial(common.deploy_config, config, model=model, accelerator=accelerator, threads=threads),
     )
-    model_bench.run(request, as_json=as_json)
+    model_run.measure_and_show(request, as_json=as_json)

@@ -91,7 +91,7 @@ def _of_dtypes(model: str | None, text: Path | None, dtypes: list[str], windows:
 
 def _of_lossy(
     model: str | None, text: Path | None, dtypes: list[str], windows: int, lossy: list[str], decode_tokens: int,
-    placed: dict[str, str | None],
+    placed: dict[str, Any],
 ) -> Shown:  # fmt: skip
     from hybrimoe.bench.quality import lossy as lossy_quality
     from hybrimoe.cli.common_model import quiet_libraries
@@ -105,10 +105,10 @@ def _of_lossy(
     dtype = dtypes[0] if dtypes else "bfloat16"
     fitting = sorted(name for name, kind in RELAXATIONS.items() if dtype == "int4" or not kind.uses_planes)
     kinds = [kind for given in lossy for kind in (fitting if given == "all" else [given])]
+    deployment = common.deploy_config(placed.pop("config"), model=model, dtype=dtype, **placed)
     request = lossy_quality.Request(
-        model, text, tuple(dict.fromkeys(kinds)), windows, DECODE_WINDOWS, decode_tokens,
-        dtype, **placed,
-    )  # fmt: skip
+        deployment, text, tuple(dict.fromkeys(kinds)), windows, DECODE_WINDOWS, decode_tokens
+    )
     result = lossy_quality.run(request, render.note)
     columns = ["policy", "ppl", "same", "dec. ppl", "same", "KL", "tok/s", "hits", "KiB/tok", "changed"]
     lines = [_lossy_line(row) for row in result["rows"]]

@@ -109,7 +109,7 @@ def _client(address: str) -> Iterator[Any]:
 
 
 def _machine() -> dict[str, Any]:
-    from hybrimoe.bench.rounds import machine
+    from hybrimoe.machine.facts import machine
 
     return machine()
 

@@ -143,14 +143,11 @@ def _words(unit: Mapping[str, Any]) -> str:
     return "emulated" if unit["kind"] == "emulated" else str(unit["name"])
 
 
-def is_emulated(experts: Mapping[str, Any]) -> bool:
-    """Whether a part of the work ran on the emulated accelerator."""
-    return bool(experts["n_slots"] > 0 and experts["accelerator_kind"] == "emulated")
-
-
 def provenance(experts: Mapping[str, Any] | None) -> str:
     """`measured`, or `emulated` where a part of the work ran on the emulated accelerator."""
-    return "emulated accelerator" if experts is not None and is_emulated(experts) else "measured"
+    from hybrimoe.runtime.layer_call.stats import ran_emulated
+
+    return "emulated accelerator" if experts is not None and ran_emulated(experts) else "measured"
 
 
 def one_line(result: Mapping[str, Any]) -> str:

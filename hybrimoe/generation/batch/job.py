@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,17 @@ from scheduler.batching import Batching, Request, ServiceCosts, ServiceOrder, ex
 
 if TYPE_CHECKING:
     from hybrimoe.runtime import Session
-    from hybrimoe.tracing.learning.route_predictor import RoutePredictor
 
 __all__ = ["BatchJob", "JobResult", "JobTotals", "job_prompts"]
 
 Progress = Callable[[int, int, str], None]
+
+
+class PredictsRoutes(Protocol):
+    """Tells which experts replies will use: `hybrimoe.tracing.learning.RoutePredictor`, which is built on this."""
+
+    def routes(self, generator: TextGenerator, prompts: Sequence[BatchPrompt]) -> NDArray[np.float64]:
+        """Predicted route vectors of the replies, float64 [prompts, layers, experts]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ class BatchJob:
     def __init__(
         self, generator: TextGenerator, session: Session | None, lines: Sequence[PromptLine],
         prompts: Sequence[BatchPrompt], options: SamplingOptions, batching: Batching, size: int,
-        predictor: RoutePredictor | None = None,
+        predictor: PredictsRoutes | None = None,
     ) -> None:  # fmt: skip
         self._generator, self._session = generator, session
         self._lines, self._prompts, self._options = lines, prompts, options.with_seed()

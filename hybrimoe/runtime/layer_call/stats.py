@@ -263,3 +263,8 @@ def _total(parts: Iterable[Counters]) -> Counters:
     for part in parts:
         total.add(part)
     return total
+
+
+def ran_emulated(stats: Mapping[str, Any]) -> bool:
+    """Whether a part of the work ran on the emulated accelerator; stats: `SessionStats.as_dict()`."""
+    return bool(stats["n_slots"] > 0 and stats["accelerator_kind"] == "emulated")

@@ -8,7 +8,8 @@ from typing import Any
 from hybrimoe.errors import BudgetError
 from scheduler.machine.profile import BYTES_PER_WEIGHT, HardwareProfile, ModelShape
 from scheduler.planner.layer_blocks import layers_of
-from scheduler.simulator.simulator import SimulationConfig, simulate
+from scheduler.simulator.run import simulate
+from scheduler.simulator.simulator import SimulationConfig
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import recorded
 from scheduler.traces.synthetic import LOCALITIES, generate

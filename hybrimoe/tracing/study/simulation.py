@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from hybrimoe.config.policy import lossy_option, lossy_settings
+from hybrimoe.config.scheduler import lossy_option, lossy_settings
 from hybrimoe.errors import ConfigError, did_you_mean
 from hybrimoe.machine.profiles import open_hardware, with_accelerators
 from hybrimoe.tracing.learning.onnx_net import OnnxScorer
 from hybrimoe.tracing.sources import open_trace, split
 from scheduler.lossy import Lossy, resolve_lossy
 from scheduler.planner.policies import resolve_policy
-from scheduler.simulator.simulator import PhaseResult, SimulationConfig, check_fit, simulate
+from scheduler.simulator.run import simulate
+from scheduler.simulator.simulator import PhaseResult, SimulationConfig, check_fit
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import PredictionKind, predictions_for

@@ -12,7 +12,8 @@ from hybrimoe.tracing.sources import open_trace, split
 from scheduler.graph import TaskGraph
 from scheduler.machine.profile import HardwareProfile
 from scheduler.records import TaskRecord
-from scheduler.simulator.simulator import SimulationConfig, Simulator, simulator_class
+from scheduler.simulator.run import simulator_class
+from scheduler.simulator.simulator import SimulationConfig, Simulator
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import predictions_for

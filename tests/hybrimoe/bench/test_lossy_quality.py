@@ -8,6 +8,7 @@ import torch
 
 from hybrimoe.bench.quality import lossy as lossy_quality
 from hybrimoe.bench.quality.text import compare, text_windows
+from hybrimoe.config.deploy import load_config
 from hybrimoe.demo import demo_model_path
 from hybrimoe.demo.training.corpora import Document
 from hybrimoe.demo.training.held_out import excerpt
@@ -17,7 +18,8 @@ from hybrimoe.errors import ConfigError, ModelError
 @pytest.fixture(scope="module")
 def result():
     kinds = ("hobbit:misses_only=false", "swapmoe:budget=12")
-    return lossy_quality.run(lossy_quality.Request(None, None, kinds, 1, 1, 12, "bfloat16", slots="24"))
+    deployment = load_config(None, expert_dtype="bfloat16", gpu_expert_slots="24")
+    return lossy_quality.run(lossy_quality.Request(deployment, None, kinds, 1, 1, 12))
 
 
 def test_the_lossless_run_is_the_yardstick(result):
@@ -74,7 +76,7 @@ def test_the_command_writes_csv_and_refuses_wrong_kinds(monkeypatch, tmp_path):
     assert next(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))["policy"] == "lossless"
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="did you mean 'skip'"):
-        lossy_quality.run(lossy_quality.Request(None, None, ("skp",), 1, 1, 4, "bfloat16"))
+        lossy_quality.run(lossy_quality.Request(load_config(None, expert_dtype="bfloat16"), None, ("skp",), 1, 1, 4))
 
 
 def test_windows_are_spread_over_the_text(tmp_path):

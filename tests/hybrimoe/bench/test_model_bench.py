@@ -14,10 +14,12 @@ from hybrimoe.bench import rounds as harness
 from hybrimoe.bench.model import contenders, sources
 from hybrimoe.bench.model import measure as model_bench
 from hybrimoe.cli.app import app
+from hybrimoe.cli.bench import model_run
 from hybrimoe.cli.views import render
 from hybrimoe.config.deploy import load_config
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.errors import ConfigError, MissingExtraError, ModelError
+from hybrimoe.machine.facts import machine
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -141,8 +143,8 @@ def test_random_weights_in_a_real_shape_need_no_checkpoint(monkeypatch):
 def test_comparing_policies_sets_cache_off_beside_cache_on():
     request = model_bench.Request(
         kind="decode", model=None, shape=None, layers=None, policies=(), dtypes=("int4", "int8"), compare_policies=True,
-        plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, config=None, accelerator=None, slots=None,
-        threads=None,
+        plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, slots=None, threads=None,
+        deploy=load_config,
     )  # fmt: skip
     labels = [label for label, _ in request.variants()]
     assert labels[:2] == ["cache off (CPU only) int4", "static int4"]
@@ -183,8 +185,8 @@ def test_the_table_says_what_is_emulated(monkeypatch):
     ]  # fmt: skip
     told = io.StringIO()
     monkeypatch.setattr(render, "out", lambda: Console(file=told, width=80))
-    model_bench._show({"bench": "decode", "model": "demo", "weights": "checkpoint", "prompt_tokens": 8, "rounds": 1,
-                        "machine": harness.machine(), "results": rows})  # fmt: skip
+    model_run.show({"bench": "decode", "model": "demo", "weights": "checkpoint", "prompt_tokens": 8, "rounds": 1,
+                        "machine": machine(), "results": rows})  # fmt: skip
     text = told.getvalue()
     assert "2.50x" in text
     assert "the accelerator is emulated" in " ".join(text.split())
@@ -199,8 +201,8 @@ def test_a_config_that_is_no_shape_is_refused():
 def test_lossy_policies_stand_beside_each_policy_and_are_not_judged_by_their_logits():
     request = model_bench.Request(
         kind="decode", model=None, shape=None, layers=None, policies=("ours", "static"), dtypes=(),
-        compare_policies=False, plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, config=None,
-        accelerator=None, slots=None, threads=None, lossy=("skip",),
+        compare_policies=False, plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, slots=None,
+        threads=None, deploy=load_config, lossy=("skip",),
     )  # fmt: skip
     assert [label for label, _ in request.variants()] == ["ours", "ours + skip", "static", "static + skip"]
     assert request.variants()[1][1] == {"policy": "ours", "slots": None, "dtype": None, "lossy": "skip"}

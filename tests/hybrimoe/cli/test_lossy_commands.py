@@ -3,7 +3,8 @@
 import pytest
 
 from hybrimoe.config.deploy import load_config
-from hybrimoe.config.policy import lossy_option
+from hybrimoe.config.runtime import runtime_config
+from hybrimoe.config.scheduler import lossy_option
 from hybrimoe.errors import ConfigError, ModelError
 from scheduler.lossy import RELAXATIONS
 
@@ -49,15 +50,15 @@ def test_a_deployment_file_and_overrides(tmp_path):
     file = tmp_path / "deploy.yaml"
     file.write_text("scheduler:\n  policy: ours\n  lossy: {kind: swapmoe, budget: 2GiB, frequency: 4}\n")
     config = load_config(file)
-    runtime = config.runtime().lossy
+    runtime = runtime_config(config).lossy
     assert dict(runtime.params) == {"frequency": 4, "budget_bytes": 2 << 30}
     assert load_config(config.as_dict()) == config
-    assert load_config(file, policy="static").runtime().lossy == runtime
-    assert load_config(file, lossy="none").runtime().lossy is None
-    assert load_config(file, lossy={"kind": "skip"}).runtime().lossy.kind == "skip"
-    assert load_config({}).runtime().lossy is None
+    assert runtime_config(load_config(file, policy="static")).lossy == runtime
+    assert runtime_config(load_config(file, lossy="none")).lossy is None
+    assert runtime_config(load_config(file, lossy={"kind": "skip"})).lossy.kind == "skip"
+    assert runtime_config(load_config({})).lossy is None
     for budget, params in (("25%", {"budget": 0.25}), ("64", {"budget": 64}), ("auto", {})):
-        found = load_config({"scheduler": {"lossy": {"kind": "emoe", "budget": budget}}}).runtime().lossy
+        found = runtime_config(load_config({"scheduler": {"lossy": {"kind": "emoe", "budget": budget}}})).lossy
         assert dict(found.params) == params
 
 

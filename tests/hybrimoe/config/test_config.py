@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from hybrimoe.amounts import Amount, parse_amount
 from hybrimoe.config.deploy import DeployConfig, default_preset, json_schema, load_config
-from hybrimoe.config.runtime import choose_accelerators
+from hybrimoe.config.runtime import choose_accelerators, runtime_config
+from hybrimoe.config.scheduler import resolved_policy
 from hybrimoe.errors import BudgetError, ConfigError, DeviceError
 from hybrimoe.runtime.startup.backends import open_devices
 from yaml_rules import shipped
@@ -44,7 +45,7 @@ def test_the_design_example_is_read(tmp_path: Path) -> None:
     assert config.memory.gpu_experts == Amount("auto")
     assert config.memory.disk == Amount("none")
     assert (config.cpu.expert_dtype, config.cpu.dense_dtype) == ("int4", "int8")
-    assert (config.scheduler.policy_name(), config.scheduler.lookahead) == ("ours", 3)
+    assert (resolved_policy(config.scheduler)[0], config.scheduler.lookahead) == ("ours", 3)
     assert (config.server.host, config.server.port) == ("127.0.0.1", 8000)
 
 
@@ -160,7 +161,7 @@ def test_overrides_go_over_the_file(tmp_path: Path) -> None:
     assert config.cpu.expert_dtype == "int8"
     assert config.memory.gpu_experts == Amount("share", 0.5)
     assert (config.memory.host, config.memory.kv) == (Amount("bytes", 8 * GIB), Amount("bytes", GIB))
-    assert (config.scheduler.policy_name(), config.scheduler.lookahead) == ("static", 2)
+    assert (resolved_policy(config.scheduler)[0], config.scheduler.lookahead) == ("static", 2)
     assert load_config(path, **{"server.port": 80}).server.port == 80
 
 
@@ -217,7 +218,7 @@ def test_inline_rules_keep_their_lines(tmp_path: Path) -> None:
 def test_policies_are_checked(tmp_path: Path, text: str, line: int, message: str) -> None:
     path = write(tmp_path, text)
     if not message:
-        assert load_config(path).scheduler.policy_name() == "hybrimoe"
+        assert resolved_policy(load_config(path).scheduler)[0] == "hybrimoe"
         return
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(path)
@@ -225,33 +226,32 @@ def test_policies_are_checked(tmp_path: Path, text: str, line: int, message: str
 
 
 def test_parts_replace_those_of_the_preset_and_keep_its_other_parameters() -> None:
-    from hybrimoe.config.policy import resolved_policy
-
     changed = load_config({"scheduler": {"policy": "hobbit", "cache": "lru"}}).scheduler
-    assert changed.policy_name() == "on_demand/gate_topk/lru"
+    assert resolved_policy(changed)[0] == "on_demand/gate_topk/lru"
     assert resolved_policy(changed)[1]["depth"] == 3
     tuned = load_config({"scheduler": {"balance": "hybrimoe", "prefetch": "impact", "cache": "mrs", "alpha": 0.1}})
-    assert tuned.scheduler.policy_name() == "hybrimoe/impact/mrs"
+    assert resolved_policy(tuned.scheduler)[0] == "hybrimoe/impact/mrs"
     assert tuned.scheduler.parameters == {"alpha": 0.1}
 
 
 def test_runtime_settings() -> None:
     config = load_config({"accelerator": ["emulated"]}, gpu_expert_slots="1.5MiB", threads=2, policy="static")
-    settings = config.runtime()
+    settings = runtime_config(config)
     assert (settings.accelerator, settings.threads, settings.policy) == ("emulated", 2, "static")
     assert parse_amount(settings.gpu_expert_slots) == Amount("bytes", 3 * 2**19)
     slots = [
-        load_config({}, gpu_expert_slots=value).runtime().gpu_expert_slots for value in (7, 0.5, "auto", "none", 1)
+        runtime_config(load_config({}, gpu_expert_slots=value)).gpu_expert_slots
+        for value in (7, 0.5, "auto", "none", 1)
     ]
     assert slots == [7, 0.5, "auto", 0, 1]
     assert [type(value) for value in slots] == [int, float, str, int, int]
 
 
 def test_a_list_of_accelerators_means_all_of_them() -> None:
-    settings = load_config({"accelerator": ["emulated", "emulated"]}).runtime()
+    settings = runtime_config(load_config({"accelerator": ["emulated", "emulated"]}))
     assert settings.accelerator == ("emulated", "emulated")
     with pytest.raises(DeviceError, match=r"cuda:63.* not exist.*uses all of its devices: emulated, cuda:63; \[auto"):
-        open_devices(load_config({"accelerator": ["emulated", "cuda:63"]}).runtime())
+        open_devices(runtime_config(load_config({"accelerator": ["emulated", "cuda:63"]})))
     assert choose_accelerators(("cuda:0", "cuda:1")) == ("cuda:0", "cuda:1")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hybrimoe
-from hybrimoe.errors import BudgetError, ConfigError, DeviceError, ModelError, RuleError
+from hybrimoe.errors import BudgetError, CheckpointError, ConfigError, DeviceError, ModelError, RuleError
 from hybrimoe.experts.module import HybridExperts
-from hybrimoe.injection import injection as apply
 
 EXPERTS = [f"model.layers.{layer}.mlp.experts" for layer in range(3)]
 IDS = torch.arange(3, 12)[None]
@@ -151,9 +151,17 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(qwen3: PreTrainedModel, m
         raise RuntimeError("broken while finalising")
 
     before = state(qwen3)
-    monkeypatch.setattr(apply, "_finalize", fail)
+    monkeypatch.setattr(importlib.import_module("hybrimoe.injection.inject"), "_finalize", fail)
     with pytest.raises(RuntimeError, match="broken while finalising"):
         hybrimoe.inject(qwen3, accelerator="none")
+    assert_same(before, state(qwen3))
+
+
+def test_a_dense_weight_that_is_not_finite_leaves_the_model_as_it_was(qwen3: PreTrainedModel) -> None:
+    qwen3.model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.inf
+    before = state(qwen3)
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        hybrimoe.inject(qwen3, accelerator="none", dense_dtype="int8")
     assert_same(before, state(qwen3))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hybrimoe.checkpoint.meta import meta_model
 from hybrimoe.errors import RuleError
 from hybrimoe.injection import Explanation, explain, read_rules
 from yaml_rules.ktransformers import KNOWN_CLASSES, TABLE
@@ -21,7 +22,7 @@ def ops(explanation: Explanation) -> dict[str, tuple[str, str]]:
 
 
 def test_single_gpu_rules(tiny: Callable[..., Any]) -> None:
-    explanation = explain(tiny("deepseek_v2"), FILES / "deepseek-v2-lite.yaml")
+    explanation = explain(meta_model(tiny("deepseek_v2")), FILES / "deepseek-v2-lite.yaml")
     found = ops(explanation)
     assert found["model.layers.1.mlp.experts"] == ("hybrid_experts", "cpu + accelerator")
     assert found["model.layers.1.self_attn.q_a_proj"] == ("default", "cuda")
@@ -35,7 +36,7 @@ def test_single_gpu_rules(tiny: Callable[..., Any]) -> None:
 
 
 def test_multi_gpu_rules(tiny: Callable[..., Any]) -> None:
-    found = ops(explain(tiny("deepseek_v3", num_hidden_layers=4), FILES / "deepseek-v3-two-gpus.yaml"))
+    found = ops(explain(meta_model(tiny("deepseek_v3", num_hidden_layers=4)), FILES / "deepseek-v3-two-gpus.yaml"))
     experts = [found[f"model.layers.{layer}.mlp.experts"][0] for layer in range(4)]
     assert experts == ["hybrid_experts", "hybrid_experts", "accelerator_experts", "cpu_experts"]
     assert found["model.layers.0.input_layernorm"] == ("default", "cuda:0")
@@ -44,12 +45,12 @@ def test_multi_gpu_rules(tiny: Callable[..., Any]) -> None:
 
 
 def test_the_backend_of_amx_rules_sets_the_dtype(tiny: Callable[..., Any]) -> None:
-    explanation = explain(tiny("qwen3_moe"), FILES / "qwen3-moe-serve.yaml", expert_dtype="bfloat16")
+    explanation = explain(meta_model(tiny("qwen3_moe")), FILES / "qwen3-moe-serve.yaml", expert_dtype="bfloat16")
     assert {row.expert_dtype for row in explanation.rows if row.n_experts} == {"int8"}
 
 
 def test_old_module_names_are_known(tiny: Callable[..., Any]) -> None:
-    found = ops(explain(tiny("mixtral"), FILES / "mixtral-early.yaml"))
+    found = ops(explain(meta_model(tiny("mixtral")), FILES / "mixtral-early.yaml"))
     assert found["model.layers.0.mlp.experts"][0] == "hybrid_experts"
 
 
@@ -79,7 +80,7 @@ def test_what_has_no_counterpart_is_a_clear_error(replace: dict[str, Any], messa
 def test_an_experts_rule_that_matches_nothing_is_an_error(tiny: Callable[..., Any]) -> None:
     rules = [{"match": {"name": "block_sparse_moe.expert$"}, "replace": {"class": EXPERTS}}]
     with pytest.raises(RuleError, match="rule 0: match: no module's name matches"):
-        explain(tiny("qwen3_moe"), rules)
+        explain(meta_model(tiny("qwen3_moe")), rules)
 
 
 def test_every_suggested_class_is_in_the_table() -> None:

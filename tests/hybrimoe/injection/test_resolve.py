@@ -154,17 +154,17 @@ def test_experts_of_an_unknown_form_are_refused() -> None:
 
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"is no model directory: it has no config.json"):
-        explain(tmp_path)
+        explain(meta_model(tmp_path))
     with pytest.raises(ModelError, match="no model directory"):
-        explain(tmp_path / "nowhere")
+        explain(meta_model(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ModelError, match="it has no model_type"):
-        explain(tmp_path)
+        explain(meta_model(tmp_path))
     with pytest.raises(ModelError, match="is a file"):
-        explain(tmp_path / "config.json")
+        explain(meta_model(tmp_path / "config.json"))
     (tmp_path / "config.json").write_text('{"model_type": "mixtrel"}', encoding="utf-8")
     with pytest.raises(ModelError, match="mixtrel"):
-        explain(tmp_path)
+        explain(meta_model(tmp_path))
 
 
 def test_explain_counts_bytes_without_reading_weights(qwen3_meta: PreTrainedModel) -> None:

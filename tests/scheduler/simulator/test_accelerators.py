@@ -13,7 +13,8 @@ from scheduler.graph import TaskGraph, chrome_trace, gantt
 from scheduler.machine.profile import AccelProfile, CpuProfile, DiskProfile, HardwareProfile, LinkProfile, ModelShape
 from scheduler.planner.layer_blocks import Block, blocks, layers_of, slots_of
 from scheduler.simulator.accelerators import MultiSimulator
-from scheduler.simulator.simulator import SimulationConfig, SimulationError, Simulator, simulate, simulator_class
+from scheduler.simulator.run import simulate, simulator_class
+from scheduler.simulator.simulator import SimulationConfig, SimulationError, Simulator
 from scheduler.traces.synthetic import generate
 from scheduler.traces.trace import Trace
 

@@ -10,7 +10,8 @@ from scheduler.machine.profile import HardwareProfile, ModelShape
 from scheduler.plan import LayerPlan, Transfer
 from scheduler.simulator.engine import SimulationError
 from scheduler.simulator.lossy import LossySimulator, _merged
-from scheduler.simulator.simulator import SimulationConfig, simulate
+from scheduler.simulator.run import simulate
+from scheduler.simulator.simulator import SimulationConfig
 from scheduler.traces.synthetic import generate
 
 from .test_simulate import demand

@@ -14,7 +14,8 @@ from scheduler.machine.profile import HardwareProfile, ModelShape
 from scheduler.plan import LayerPlan, Transfer, TransferEnded
 from scheduler.simulator.engine import SimulationError
 from scheduler.simulator.planes import HIGH_SHARE, PlaneEngine, planes
-from scheduler.simulator.simulator import SimulationConfig, simulate
+from scheduler.simulator.run import simulate
+from scheduler.simulator.simulator import SimulationConfig
 from scheduler.traces.synthetic import generate
 from scheduler.traces.trace import Trace
 

@@ -14,7 +14,8 @@ from scheduler.plan import LayerPlan, Transfer
 from scheduler.simulator.dense import DenseCosts
 from scheduler.simulator.engine import Engine, HostTier, SimulationError
 from scheduler.simulator.lanes import run_lanes, run_link
-from scheduler.simulator.simulator import SimulationConfig, Simulator, simulate
+from scheduler.simulator.run import simulate
+from scheduler.simulator.simulator import SimulationConfig, Simulator
 from scheduler.traces.predictions import predictions_for
 from scheduler.traces.synthetic import generate
 

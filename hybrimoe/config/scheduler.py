@@ -1,20 +1,43 @@
-"""The scheduler section of a configuration against the policies that exist."""
+"""The scheduler section of a configuration, and its check against the policies that exist."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from hybrimoe.amounts import parse_amount
 from hybrimoe.config.errors import locate
 from hybrimoe.errors import ConfigError, did_you_mean
 from yaml_rules.located import Located
 
-if TYPE_CHECKING:
-    from hybrimoe.config.deploy import SchedulerConfig
-
 DEFAULT_POLICY = "ours"
 _PARTS = ("balance", "prefetch", "cache")
+
+
+class SchedulerConfig(BaseModel):
+    """A policy by name, or its three parts; further keys are parameters of the parts."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    policy: str | None = Field(
+        default=None, description="Preset such as ours, hybrimoe, static; or balance/prefetch/cache."
+    )
+    balance: str | None = Field(default=None, description="Who computes which expert; replaces the preset's.")
+    prefetch: str | None = Field(default=None, description="What is transferred ahead; replaces the preset's.")
+    cache: str | None = Field(default=None, description="What stays in the slots; replaces the preset's.")
+    lookahead: int = Field(default=3, ge=0, le=64, description="Layers ahead whose routers are asked.")
+    seed: int = Field(default=0, ge=0, description="Seed of policies that draw random numbers.")
+    lossy: str | dict[str, Any] | None = Field(
+        default=None,
+        description="A lossy policy such as hobbit, or {kind: hobbit, t1: 0.6}; none (the default) loses nothing.",
+    )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Parameters of the policy's parts (every key that is no field)."""
+        return dict(self.model_extra or {})
 
 
 def resolved_policy(section: SchedulerConfig) -> tuple[str, dict[str, Any]]:
