@@ -17,11 +17,6 @@ from cpu_kernels import ExpertWeights, reference_ffn
 from hybrimoe.experts.protocol import RunsLayers
 
 
-def wants_gradient(*tensors: torch.Tensor) -> bool:
-    """Whether autograd is on and asks for the gradient of one of these tensors."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 @dataclass(frozen=True, slots=True)
 class FrozenLayer:
     """One layer's packed experts. norm: what the family applies to each expert's output before the routing weight."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from hybrimoe.errors import ModelError
 from hybrimoe.experts.absent import AbsentWeights, PackedWeightsError, explanation
-from hybrimoe.experts.gradient import FrozenLayer, wants_gradient
+from hybrimoe.experts.gradient import FrozenLayer
 from hybrimoe.experts.layout import read
 from hybrimoe.experts.protocol import RunsLayers
 from hybrimoe.experts.sorted import run_sorted
@@ -77,7 +77,7 @@ class HybridExperts(nn.Module):
             return compiled
         if top_k_index is None or top_k_weights is None:
             return run_sorted(hidden_states, self.num_experts, self.forward)
-        if wants_gradient(hidden_states, top_k_weights):
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
             frozen = FrozenLayer(self._session, self.layer, self.num_experts, self._norm)
             return frozen.run(hidden_states, top_k_index, top_k_weights)
         return self._session.run_layer(self.layer, hidden_states, top_k_index, top_k_weights)

@@ -201,7 +201,7 @@ def family(name, dtype=torch.float32):
     return tiny_model(name).to(dtype)
 
 
-FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v2", "granitemoe", "ernie4_5_moe", "qwen3_vl_moe", "glm4v_moe")
+FAMILIES = ("qwen3_moe", "deepseek_v2", "qwen3_vl_moe")
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "gpt_oss"])
@@ -238,7 +238,7 @@ def test_flex_attention_set_after_injection_is_used(name, monkeypatch):
             torch.testing.assert_close(plain(input_ids=prompt()).logits, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "afmoe", "lfm2_moe", "minimax", "jamba"])
+@pytest.mark.parametrize("name", [*FAMILIES, "lfm2_moe", "minimax"])
 def test_decode_steps_of_other_families_in_bfloat16(calls, name):
     """The kernel is chosen by what an attention call is given, so every family that asks the registry may use it."""
     from tiny_families import prompt
