@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import ConfigError, ModelError
+from hybrimoe.generation.candidates import few_candidates
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +132,8 @@ class Sampler:
 
     The processors are built by the model itself, so everything that its generation_config.json says holds too; bias and
     the penalties that transformers does not have come before them. Sampling with `seed` draws the numbers that
-    `torch.manual_seed(seed)` before `model.generate` would draw.
+    `torch.manual_seed(seed)` before `model.generate` would draw, but for logits on an accelerator with a top_k: there
+    one for each of the top k, so that a seed gives another text.
 
     logprobs: of each chosen token, where `options.top_logprobs` asks for them.
     """
@@ -162,7 +164,9 @@ class Sampler:
         """
         import torch
 
-        own = logits.to("cpu", torch.float32, copy=True)
+        needs_all = self._adjustments.any or self._top_logprobs is not None
+        few = None if needs_all else few_candidates(self._processors, logits, greedy=self.greedy)
+        own = (logits if few is None else few[0]).to("cpu", torch.float32, copy=True)
         if not math.isfinite(float(own.max())):
             raise ModelError(
                 f"the model's logits after {self._ids.shape[-1]} tokens are not finite numbers: its weights are"
@@ -173,6 +177,8 @@ class Sampler:
             token = torch.argmax(scores, dim=-1)
         else:
             token = torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=self._generator).squeeze(1)
+        if few is not None:
+            token = few[1].cpu()[token]
         self._ids = torch.cat([self._ids, token[:, None]], dim=-1)
         chosen = int(token)
         self._adjustments.count(chosen)
@@ -191,17 +197,18 @@ class _Adjustments:
         self._counts: dict[int, int] = {}
         self._bias_ids = torch.tensor([token for token, _ in options.logit_bias], dtype=torch.long)
         self._bias = torch.tensor([bias for _, bias in options.logit_bias], dtype=torch.float32)
+        self.any = bool(options.logit_bias or self._frequency or self._presence)
 
     def count(self, token: int) -> None:
         """`token` was chosen."""
-        if self._frequency or self._presence:
+        if self.any:
             self._counts[token] = self._counts.get(token, 0) + 1
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Adjusted `logits` [V]; the given ones stay as they are."""
         import torch
 
-        if not len(self._bias_ids) and not self._counts:
+        if not self.any:
             return logits
         logits = logits.clone()
         logits[self._bias_ids] += self._bias
