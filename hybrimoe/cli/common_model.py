@@ -56,8 +56,9 @@ def open_model(config: DeployConfig, *, show_progress: bool = True) -> Iterator[
     tokenizer = load_tokenizer(config.model)
     with progress_bar(show_progress) as progress, warnings_as_notes():
         model = load(config.model, config=config, progress=progress)
+    with warnings_as_notes():
+        generator = TextGenerator(model, tokenizer, kv_bytes=kv_budget_bytes(model, config.memory.kv))
     name = "demo" if config.model is None else config.model
-    generator = TextGenerator(model, tokenizer, kv_bytes=kv_budget_bytes(model, config.memory.kv))
     opened = OpenModel(generator, model.hybrimoe.session, name, config)
     try:
         yield opened

@@ -12,6 +12,7 @@ from hybrimoe.errors import ModelError, PromptError
 from hybrimoe.generation.engine import Reply, TextGenerator
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.sampling import SamplingOptions
+from hybrimoe.generation.template_form import in_the_templates_form
 
 __all__ = ["Conversation", "Turn", "chat_options", "encode_chat", "has_chat_template"]
 
@@ -137,19 +138,27 @@ def encode_chat(
 
     Raises:
         PromptError: a variable that the template does not have.
-        ModelError: the template rejects the conversation, for instance a role that it does not know.
+        ModelError: the template rejects the conversation, for instance a role that it does not know, or shows nothing
+            of its last message.
     """
     with_template = has_chat_template(tokenizer)
     template = str(tokenizer.chat_template) if with_template else PLAIN_TEMPLATE
     _check_variables(template, variables or {})
-    try:
-        text = tokenizer.apply_chat_template(
-            _in_words_of(template, messages),
+
+    def render(given: list[dict[str, Any]]) -> str:
+        shown: str = tokenizer.apply_chat_template(
+            given,
             chat_template=None if with_template else PLAIN_TEMPLATE,
             tokenize=False,
             add_generation_prompt=True,
             **(variables or {}),
         )
+        return shown
+
+    try:
+        text = render(in_the_templates_form(render, _in_words_of(template, messages)))
+    except ModelError:
+        raise
     except Exception as error:  # templates are programs of the model's author and raise what they like
         raise ModelError(f"the model's chat template rejects this conversation: {error}") from error
     return list(tokenizer(text, add_special_tokens=not with_template)["input_ids"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import PromptError
 from hybrimoe.generation.context import model_context_tokens
+from hybrimoe.generation.decoding import warn_of_other_decoding
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.kv_memory import estimated_token_bytes, measured_token_bytes
 from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
@@ -72,6 +73,7 @@ class TextGenerator:
         self.kv_bytes = kv_bytes
         self._token_bytes = estimated_token_bytes(model)
         self._measured = False
+        warn_of_other_decoding(model)
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.forward_kwargs: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if takes_logits_to_keep:
@@ -248,6 +250,7 @@ class Reply:
         """Logits after the prompt; None where it was interrupted."""
         logits = None
         self.n_reused = self._cache.reuse(self.prompt_ids)
+        self._cache.announce(len(self.prompt_ids))
         checkpoint = len(self.prompt_ids) - CHECKPOINT_TAIL_TOKENS
         for start, end in self._chunks(checkpoint):
             if self._should_stop():

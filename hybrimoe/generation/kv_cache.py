@@ -52,7 +52,7 @@ class PrefixCache:
     def reuse(self, prompt_ids: Sequence[int]) -> int:
         """Fit the cache to `prompt_ids`; returns how many of its tokens need no computing (at most all but one)."""
         shared = min(self.n_shared(prompt_ids), len(prompt_ids) - 1)
-        kept = self._kept(shared)
+        kept = 0 if self._knows_its_prompt() else self._kept(shared)
         if kept <= 0:
             self.clear()
             return 0
@@ -63,7 +63,7 @@ class PrefixCache:
     @property
     def needs_checkpoints(self) -> bool:
         """Whether a layer cannot give back its past."""
-        return any(_is_bounded(layer) for layer in self._layers())
+        return not self._knows_its_prompt() and any(_is_bounded(layer) for layer in self._layers())
 
     def checkpoint(self) -> None:
         """Remember the states as they are now, where cropping could not bring them back."""
@@ -76,6 +76,22 @@ class PrefixCache:
     def growing(self, n_tokens: int) -> None:
         """`n_tokens` are about to be computed on top."""
         self._on_growth(self, n_tokens)
+
+    def announce(self, n_tokens: int) -> None:
+        """The prompt that is computed next, perhaps in several chunks, has `n_tokens`.
+
+        Layers that keep the whole prompt and only a window of the reply (reference sliding-window attention) take the
+        first chunk for the prompt unless they are told.
+        """
+        for layer in self._layers_that_ask():
+            layer.set_prefill_length(n_tokens)
+
+    def _layers_that_ask(self) -> list[Any]:
+        return [layer for layer in getattr(self.states, "layers", ()) if hasattr(layer, "set_prefill_length")]
+
+    def _knows_its_prompt(self) -> bool:
+        """Whether a layer treats the tokens of its first prompt in another way, so that no second one can follow."""
+        return bool(self._layers_that_ask())
 
     def extended(self, token_ids: Sequence[int], states: Any) -> None:
         """Record that `token_ids` were computed on top, and the `states` which the model returned."""
