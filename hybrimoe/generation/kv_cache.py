@@ -63,7 +63,7 @@ class PrefixCache:
     @property
     def needs_checkpoints(self) -> bool:
         """Whether a layer cannot give back its past."""
-        return any(_is_bounded(layer) for layer in self._layers())
+        return not self._knows_its_prompt() and any(_is_bounded(layer) for layer in self._layers())
 
     def checkpoint(self) -> None:
         """Remember the states as they are now, where cropping could not bring them back."""

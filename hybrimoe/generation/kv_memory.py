@@ -38,12 +38,11 @@ def kv_budget_bytes(model: Any, setting: Amount) -> int:
 
 def _device_memory(device: Any) -> tuple[int, int]:
     """Free and total bytes of the device; of the host, what this process may use."""
-    import torch
+    from gpu_kernels.devices import memory_info
 
     if device.type == "cpu":
         return available_bytes(), psutil.virtual_memory().total
-    free_bytes, total_bytes = torch.accelerator.get_memory_info(device)
-    return int(free_bytes), int(total_bytes)
+    return memory_info(device)
 
 
 def estimated_token_bytes(model: Any) -> int:

@@ -164,8 +164,8 @@ class Sampler:
         """
         import torch
 
-        whole = self._adjustments.active or self._top_logprobs is not None
-        few = None if whole else few_candidates(self._processors, logits, greedy=self.greedy)
+        needs_all = self._adjustments.any or self._top_logprobs is not None
+        few = None if needs_all else few_candidates(self._processors, logits, greedy=self.greedy)
         own = (logits if few is None else few[0]).to("cpu", torch.float32, copy=True)
         if not math.isfinite(float(own.max())):
             raise ModelError(
@@ -197,22 +197,18 @@ class _Adjustments:
         self._counts: dict[int, int] = {}
         self._bias_ids = torch.tensor([token for token, _ in options.logit_bias], dtype=torch.long)
         self._bias = torch.tensor([bias for _, bias in options.logit_bias], dtype=torch.float32)
-
-    @property
-    def active(self) -> bool:
-        """Whether `apply` may change a logit."""
-        return bool(len(self._bias_ids) or self._frequency or self._presence)
+        self.any = bool(options.logit_bias or self._frequency or self._presence)
 
     def count(self, token: int) -> None:
         """`token` was chosen."""
-        if self._frequency or self._presence:
+        if self.any:
             self._counts[token] = self._counts.get(token, 0) + 1
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Adjusted `logits` [V]; the given ones stay as they are."""
         import torch
 
-        if not len(self._bias_ids) and not self._counts:
+        if not self.any:
             return logits
         logits = logits.clone()
         logits[self._bias_ids] += self._bias
