@@ -97,40 +97,6 @@ def take_ticket(typingctx: Any, counter: Any) -> Any:
 
 
 @intrinsic
-def atomic_add(typingctx: Any, place: Any, amount: Any) -> Any:
-    """Adds to the int64 at address `place`, in order with all other memory accesses; returns the value before."""
-
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), code
-
-
-@intrinsic
-def atomic_load(typingctx: Any, place: Any) -> Any:
-    """The int64 at address `place`; what its writer wrote before it is visible after it."""
-
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
-        return builder.load_atomic(pointer, "acquire", 8)
-
-    return types.int64(types.int64), code
-
-
-@intrinsic
-def atomic_store(typingctx: Any, place: Any, value: Any) -> Any:
-    """Writes the int64 at address `place`, after everything that this thread wrote before."""
-
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
-        builder.store_atomic(arguments[1], pointer, "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), code
-
-
-@intrinsic
 def cycles(typingctx: Any) -> Any:
     """The CPU's time stamp counter, in ticks of a constant rate (0 on CPUs without one)."""
 

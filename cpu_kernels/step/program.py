@@ -19,7 +19,8 @@ MAX_ROWS = 16
 SCRATCH_BYTES = 64 * 1024
 """Of each thread, for what a task needs only while it runs."""
 
-# An operation. PRESENT: address of a counter of the threads that began it (upper half) and that ended it (lower half).
+# An operation. PRESENT: address of a counter of the threads that began it (upper half) and that ended it (lower half);
+# behind it those that sleep on it.
 WORKER, CALL, MEETS, PART, PRESENT, OP_SIZE = range(6)
 # The state
 (N_ROWS, N_THREADS, OPERATIONS, FIRST, STOP, ROWS, NOT_FINITE, SCRATCH, TICKS, MASK, MASK_ROW,

@@ -5,13 +5,13 @@ it has returned: nobody waits for a thread that never came, or that another prog
 Such a thread later finds each operation it missed without tasks, and passes.
 """
 
-import numba
 import numpy as np
-from numba import types
 
-from cpu_kernels.engine.layer import run_on_threads
+from cpu_kernels.engine.team import ALL, run_on_team, start_team
+from cpu_kernels.engine.waiting import SPIN_NS, team_address, wait_while, wake
+from cpu_kernels.jit.atomics import add, load
 from cpu_kernels.jit.compiled import Whole, Worker, inline_kernel, kernel
-from cpu_kernels.jit.primitives import atomic_add, atomic_load, call_worker, cycles, int64s_at
+from cpu_kernels.jit.primitives import call_worker, cycles, int64s_at
 from cpu_kernels.step.program import (
     CALL,
     FIRST,
@@ -29,12 +29,9 @@ from cpu_kernels.step.program import (
     Program,
 )
 
-SPINS = 2000
-"""Looks at a counter before a thread offers its core to others: about 20 us, longer than most waits of a step."""
 BEGAN, ENDED = 1 << 32, 1
 """What a thread adds to PRESENT when it begins an operation, and when it ends it."""
 N_PARTS = len(Part)
-_yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 def _step(state_address: int, thread: int) -> None:
@@ -45,9 +42,10 @@ def _step(state_address: int, thread: int) -> None:
     open_from = state[FIRST]
     last = cycles()
     for number in range(state[FIRST], state[STOP]):
-        atomic_add(table[number, PRESENT], BEGAN)
+        add(table[number, PRESENT], BEGAN)
         call_worker(table[number, WORKER], table[number, CALL], thread)
-        atomic_add(table[number, PRESENT], ENDED)
+        add(table[number, PRESENT], ENDED)
+        wake(table[number, PRESENT], ALL)
         if table[number, MEETS]:
             for earlier in range(open_from, number + 1):
                 _finish(table[earlier, PRESENT])
@@ -61,14 +59,11 @@ def _step(state_address: int, thread: int) -> None:
 @inline_kernel
 def _finish(place: Whole) -> None:
     """Waits until every thread that began the operation has ended it. Its tasks are all taken by then."""
-    looks = 0
     while True:
-        present = atomic_load(place)
+        present = load(place)
         if present >> 32 == present & (BEGAN - 1):
             return
-        looks += 1
-        if looks > SPINS:
-            _yield()
+        wait_while(place, present, load(team_address() + SPIN_NS))
 
 
 STEP_WORK = Worker(_step)
@@ -80,14 +75,10 @@ def run_step(worker: int, state: np.ndarray, counters: np.ndarray, first: int, s
     for i in range(counters.size):
         counters[i] = 0
     state[FIRST], state[STOP] = first, stop
-    if state[N_THREADS] == 1:
-        call_worker(worker, state.ctypes.data, 0)
-    else:
-        run_on_threads(worker, state.ctypes.data, state[N_THREADS])
+    run_on_team(worker, state.ctypes.data, state[N_THREADS])
 
 
 def perform(program: Program) -> None:
     """Runs a sealed program."""
-    if program.n_threads > 1:
-        numba.set_num_threads(program.n_threads)
+    start_team(program.n_threads)
     run_step(STEP_WORK.address, program.state, program.counters, 0, len(program))

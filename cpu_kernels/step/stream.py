@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cpu_kernels.jit.atomics import store
 from cpu_kernels.jit.compiled import Real, Whole, Worker, inline_kernel
-from cpu_kernels.jit.primitives import atomic_store, call_prepare, floats_at, int64s_at, take_ticket
+from cpu_kernels.jit.primitives import call_prepare, floats_at, int64s_at, take_ticket
 from cpu_kernels.simd.formats import NOT_FINITE as NOT_FINITE_FLAG
 from cpu_kernels.step.floats import bits_of, deviation_sum, fill, float_of, plain_sum, square_sum
 from cpu_kernels.step.program import N_ROWS, NOT_FINITE, STATE_SIZE, Part, Program
@@ -78,7 +79,7 @@ def _stream(call_address: int, thread: int) -> None:
         for i in range(call[N_TARGETS]):
             place = targets[i, PLACE] + row * targets[i, ROW_BYTES]
             if call_prepare(targets[i, PREPARE], out.ctypes.data, call[WIDTH], place) & NOT_FINITE_FLAG:
-                atomic_store(call[STATE] + 8 * NOT_FINITE, call[LAYER] + 1)
+                store(call[STATE] + 8 * NOT_FINITE, call[LAYER] + 1)
 
 
 @inline_kernel

@@ -5,8 +5,7 @@ transformers' forward calls `update`; the compiled step writes into the buffers 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -19,8 +18,7 @@ ROOM_SHARE = 8
 """A new buffer has room for 1/8 of what it holds: copying stays a constant share, and no more memory lies idle."""
 
 
-@dataclass(frozen=True, slots=True)
-class Buffers:
+class Buffers(NamedTuple):
     """keys and values [B, heads, capacity, D], of which the first tokens are used; `first`: number of the first one."""
 
     keys: torch.Tensor

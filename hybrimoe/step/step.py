@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from functools import wraps
+from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 import torch
@@ -185,25 +186,36 @@ class Step:
             return {part.name.lower(): share * self.step_us / 1e6 for part, share in self._shares().items()}
 
 
+class StepForward:
+    """Stands as `forward` on a model: the step's answer, or the model's own where there is none."""
+
+    def __init__(self, model: nn.Module, step: Step) -> None:
+        self._own = model.forward
+        self._step = step
+        update_wrapper(self, self._own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        served = self._step.serve(args, kwargs)
+        return self._own(*args, **kwargs) if served is None else served
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model has weights of its own, which this step does not read: it gets its own forward."""
+        copied = memo.get(id(self._step.model))
+        return self if copied is None else MethodType(type(copied).forward, copied)
+
+
 class StepBeforeForward:
     """Puts a step before a model's forward, and takes it away again."""
 
     def __init__(self, model: nn.Module, step: Step) -> None:
         self._model = model
         self._before = model.__dict__.get("forward")
-        original = model.forward
-
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            served = step.serve(args, kwargs)
-            return original(*args, **kwargs) if served is None else served
-
-        self._own = forward
-        model.__dict__["forward"] = forward
+        self._forward = StepForward(model, step)
+        model.__dict__["forward"] = self._forward
 
     def undo(self) -> None:
         """Gives the model its forward back. Does nothing where somebody else has put another one in its place."""
-        if self._model.__dict__.get("forward") is not self._own:
+        if self._model.__dict__.get("forward") is not self._forward:
             return
         if self._before is None:
             del self._model.__dict__["forward"]

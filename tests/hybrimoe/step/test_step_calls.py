@@ -201,3 +201,17 @@ def test_packed_weights_are_within_the_kernels_tolerance(dtype: str) -> None:
         assert (own.hybrimoe.step is not None) == (way == "auto"), own.hybrimoe.way
         ways.append(step(own, prompt(1, seed=3)[:, :4], after_prompt(own, prompt(1))))
     assert float((ways[0] - ways[1]).abs().max()) <= 2e-2 * float(ways[1].abs().max()) * 3
+
+
+def test_a_copy_of_the_model_has_a_step_of_its_own() -> None:
+    own = tiny_model("olmoe")
+    expected = own.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    hybrimoe.inject(own, accelerator="none", expert_dtype="float32")
+    twin = copy.deepcopy(own)
+    assert twin.hybrimoe.step is not None
+    assert twin.hybrimoe.step is not own.hybrimoe.step
+    assert torch.equal(twin.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
+    assert own.hybrimoe.step.n_steps == 0
+    twin.hybrimoe.restore()
+    assert "forward" not in vars(twin)
+    assert torch.equal(own.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
