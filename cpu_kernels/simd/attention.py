@@ -13,7 +13,7 @@ Partial results of runs are joined by ``exp(m - max m)`` (Dao et al., Flash-Deco
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from llvmlite import ir
 
@@ -84,7 +84,8 @@ def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
     kinds = [POINTER, POINTER, I64, POINTER, I64, POINTER, I64, I64, I64, POINTER, POINTER, POINTER]
     function = ir.Function(module, ir.FunctionType(VOID, kinds), kernel.symbol)
     s = Simd(ir.IRBuilder(function.append_basic_block()), isa)
-    a = _Arguments(*function.args, is_bf16=kernel.dtype == "bfloat16")
+    arguments: list[Any] = [*function.args, kernel.dtype == "bfloat16"]
+    a = _Arguments(*arguments)
     _scores(s, a, kernel.n_heads)
     for head in range(kernel.n_heads):
         _softmax(s, s.offset(a.scores, 4 * CHUNK * head), s.offset(a.stats, 8 * head), a.n_tokens)

@@ -139,7 +139,7 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         return int(self.cumulative_length)
 
     def _first_kept(self) -> int:
-        return max(0, self._n_used - self.sliding_window + 1)
+        return max(0, self._n_used - int(self.sliding_window) + 1)
 
     def advance(self, n_new: int) -> None:
         """The next n_new tokens of the buffers are in use."""

@@ -191,9 +191,8 @@ class Injection:
         twin.dense, twin.attention = copy.deepcopy((self.dense, self.attention), memo)
         twin._active, twin._sharing = self._active, self._sharing
         twin._sharing.add(twin)
-        if self.step is not None:
-            model.__dict__.pop("forward", None)
-            twin.compile_step()
+        if self.way is not None:
+            twin.way = self.way.of_copy()
         model.__dict__[SAVE] = SaveGuard(model)
         return twin
 

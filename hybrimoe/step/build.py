@@ -38,6 +38,12 @@ class StepWay:
             for path, way in self.layers.items()
         }
 
+    def of_copy(self) -> StepWay:
+        """The way of a copy of the model: a step reads weights where they lie, and those of a copy lie elsewhere."""
+        if self.step is None:
+            return StepWay(None, self.reason, dict(self.layers))
+        return StepWay(reason="a copy of a model: Injection.compile_step() gives it a step of its own")
+
     def undo(self) -> None:
         """Gives the model its own forward back."""
         if self._installed is not None:

@@ -217,7 +217,7 @@ class StepBeforeForward:
         """Gives the model its forward back. Does nothing where somebody else has put another one in its place."""
         if self._model.__dict__.get("forward") is not self._forward:
             return
-        if self._before is None:
+        if self._before is None or getattr(self._before, "__func__", None) is type(self._model).forward:
             del self._model.__dict__["forward"]
         else:
             self._model.__dict__["forward"] = self._before

@@ -208,6 +208,9 @@ def test_a_copy_of_the_model_has_a_step_of_its_own() -> None:
     expected = own.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0)
     hybrimoe.inject(own, accelerator="none", expert_dtype="float32")
     twin = copy.deepcopy(own)
+    assert twin.hybrimoe.step is None
+    assert torch.equal(twin.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
+    twin.hybrimoe.compile_step()
     assert twin.hybrimoe.step is not None
     assert twin.hybrimoe.step is not own.hybrimoe.step
     assert torch.equal(twin.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
