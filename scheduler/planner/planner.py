@@ -40,7 +40,7 @@ class Planner:
     ``n_slots`` are shared by all layers (more than there are experts is cut; 0 plans everything on the CPU).
     ``policy``: a preset or ``balance/prefetch/cache``, ``params`` its parameters. ``placements``: one of "hybrid",
     "cpu", "accelerator" a layer. ``future``: recorded routing for the oracles. ``scorer``, ``prefetch_scorer``: for
-    the ``learned`` policies. Nothing is drawn at random; ``seed`` is kept for the record.
+    the ``learned`` policies. Nothing is drawn at random: the same demands give the same plans.
     Raises PolicyError, SlotError or DemandError for what cannot be.
     """
 
@@ -52,7 +52,6 @@ class Planner:
         costs: CostModel,
         policy: str | Policy = "ours",
         lookahead: int = 3,
-        seed: int = 0,
         *,
         placements: Sequence[Placement] | None = None,
         future: Future | None = None,
@@ -64,7 +63,7 @@ class Planner:
             raise DemandError(f"the cost model has {costs.n_layers} layers, the planner {n_layers}")
         if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0:
             raise PolicyError(f"lookahead must be an integer of at least 0, found {lookahead!r}")
-        self.n_layers, self.n_experts, self.costs, self.seed = n_layers, n_experts, costs, seed
+        self.n_layers, self.n_experts, self.costs = n_layers, n_experts, costs
         self.policy = resolve_policy(policy, **params)
         self.slots = SlotTable(n_slots, n_layers, n_experts)
         self._setting = Setting(n_layers, n_experts, self.slots, costs, lookahead, future, scorer, prefetch_scorer)

@@ -2,9 +2,12 @@
 
 import errno
 import importlib
+import inspect
 import json
+import re
 import subprocess
 import sys
+import typing
 
 import pytest
 import typer
@@ -165,3 +168,28 @@ def test_json_keeps_number_lists_on_one_line_and_leaves_text_alone(capsys):
     text = capsys.readouterr().out
     assert json.loads(text) == data
     assert "[1, -2, 3.5e-07]" in text
+
+
+def numeric_options():
+    """Every option of every command, groups included, that takes a number: the words of its command, and its name."""
+    for name in app_module.COMMANDS:
+        command = app_module.load_command(name)
+        for leaf, found in getattr(command, "commands", {"": command}).items():
+            types = typing.get_type_hints(inspect.unwrap(found.callback))
+            for option in found.params:
+                if re.search(r"\bint\b|\bfloat\b", str(types[option.name])):
+                    yield pytest.param([word for word in (name, leaf) if word], option.opts[0])
+
+
+@pytest.mark.parametrize(("words", "option"), list(numeric_options()))
+def test_a_number_that_cannot_be_meant_is_wrong_usage(hybrimoe, words, option):
+    result = hybrimoe(*words, option, "-7", stdin="a prompt")
+    assert result.code == 2
+    assert re.search(option.strip("-").replace("-", "[ _-]"), result.err)
+
+
+def test_no_processes_at_all_are_wrong_usage(hybrimoe, tmp_path):
+    result = hybrimoe("bench", "ablation", "--jobs", "0", "--out", str(tmp_path))
+    assert result.code == 2
+    assert "expected 1 or more processes" in result.err
+    assert not any(tmp_path.iterdir())
