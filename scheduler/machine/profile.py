@@ -132,7 +132,7 @@ class ModelShape:
 
     ``attention_params`` and ``shared_params`` are weights a layer outside the routed experts (projections; shared
     experts and dense MLP), ``head_params`` those of the output head, ``kv_bytes`` cache bytes a token and layer.
-    ``max_context`` is the longest sequence in tokens that the model is made for; 0 where its configuration sets no limit.
+    ``max_context`` is the longest sequence in tokens that the model is made for; 0 where nothing limits it.
     """
 
     name: str

@@ -39,6 +39,7 @@ class PlannerSetup:
         return Planner(
             block.n_layers, self.n_experts, block.n_slots, costs, policy=self.policy, lookahead=self.lookahead,
             placements=self.placements[block.first_layer : block.first_layer + block.n_layers],
+            first_layer=block.first_layer, first_slot=block.first_slot,
             **self.params,
         )  # fmt: skip
 

@@ -71,7 +71,7 @@ class MultiSimulator(Simulator):
             return Planner(
                 part.n_layers, shape.n_experts, part.n_slots, believed, policy=config.policy,
                 lookahead=config.lookahead, scorer=scorer, prefetch_scorer=prefetch_scorer,
-                future=own, **config.params,
+                future=own, first_layer=part.first_layer, first_slot=part.first_slot, **config.params,
             )  # fmt: skip
 
         return PlannerGroup(blocks(shape.n_layers, self.n_slots, self.profile.accel.count), make)
