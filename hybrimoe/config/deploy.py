@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
 
-from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount
+from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount, SizeAmount
 from hybrimoe.config.errors import config_error, locate
 from hybrimoe.config.scheduler import SchedulerConfig, check_scheduler
 from hybrimoe.config.values import Accelerators, ModelName, Section, Threads, check_rules
@@ -37,7 +37,9 @@ class MemoryConfig(Section):
     )
     disk: DiskAmount = Field(default=Amount("none"), description="Experts that stay on disk, read when needed.")
     kv: BytesAmount = Field(
-        default=Amount("auto"), description="Accelerator memory that is kept free for the KV cache."
+        default=Amount("auto"),
+        description="Memory for keys and values of all conversations, on the device that computes attention; expert "
+        "slots leave it free.",
     )
 
 
@@ -62,7 +64,21 @@ class ServerConfig(Section):
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=1, le=65535)
-    conversations: int = Field(default=4, ge=1, le=256, description="Latest conversations whose KV caches are kept.")
+    name: str | None = Field(default=None, min_length=1, description="Name of the model in the API.")
+    conversations: int = Field(
+        default=16, ge=1, le=256, description="Latest conversations whose KV caches are kept, as far as memory.kv goes."
+    )
+    api_key_file: str | None = Field(
+        default=None, min_length=1, description="File with the API keys, one a line; without one none is asked for."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="Web pages that may call the server, as https://chat.example.org; * is all."
+    )
+    max_body: SizeAmount = Field(default=Amount("bytes", 8 << 20), description="Largest request that is read.")
+    drain_seconds: float = Field(
+        default=30.0, ge=0.0, le=86_400.0, description="Time that a reply under way has when the server is to end."
+    )
+    access_log: bool = Field(default=True, description="A line on stderr for each request, without contents.")
 
 
 class DeployConfig(Section):
@@ -209,15 +225,15 @@ def _with_resolved_paths(config: DeployConfig, located: Located, given: Mapping[
     one that is not set.
     """
     folder = Path(located.source).parent
-    changed = {}
+    changed: dict[str, Any] = {}
     for key in ("model", "rules"):
         value = getattr(config, key)
-        if key in given or not isinstance(value, str) or value == "auto":
-            continue
-        path = _expanded(value, f"{locate((key,), located, given)}: {key}")
-        path = str(folder / path) if (folder / path).exists() else path
-        if path != value:
-            changed[key] = path
+        if key not in given and isinstance(value, str) and value != "auto":
+            changed[key] = _from_folder(value, folder, f"{locate((key,), located, given)}: {key}")
+    keys = config.server.api_key_file
+    if keys is not None and "server" not in given:
+        place = f"{locate(('server', 'api_key_file'), located, given)}: server.api_key_file"
+        changed["server"] = config.server.model_copy(update={"api_key_file": _from_folder(keys, folder, place)})
     if not changed:
         return config
     moved = config.model_copy(update=changed)
@@ -225,9 +241,12 @@ def _with_resolved_paths(config: DeployConfig, located: Located, given: Mapping[
     return moved
 
 
-def _expanded(path: str, place: str) -> str:
+def _from_folder(path: str, folder: Path, place: str) -> str:
+    """The path with its environment variables expanded, inside `folder` where something is there, else as written."""
     expanded = os.path.expandvars(path)
-    unset = None if Path(expanded).exists() else re.search(r"\$(\w+|\{\w+\})", expanded)
+    if (folder / expanded).exists():
+        return str(folder / expanded)
+    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
     if unset is not None:
         raise ConfigError(
             f"{place}: the environment variable {unset.group()} is not set; set it, or write the path out"
