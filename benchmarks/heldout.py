@@ -1,10 +1,10 @@
 """What ``ours`` reaches on sequences that no constant was tuned on: decode speed and hit rates, all simulated.
 
-    python benchmarks/heldout.py TRACE.npz           # simulates (minutes); writes docs/heldout.json and README's table
-    python benchmarks/heldout.py --tables            # writes README's table anew from docs/heldout.json
+    python benchmarks/heldout.py TRACE.npz           # simulates (minutes); writes docs/heldout.json and docs/heldout.md
+    python benchmarks/heldout.py --tables            # writes the page's table anew from docs/heldout.json
 
 The first half of the sequences is for tuning (its first half also the warm-up's profile and what the transition
-predictor learns from), the second half is held out. ``tests/hybrimoe/bench/test_heldout.py`` checks that README's table
+predictor learns from), the second half is held out. ``tests/hybrimoe/bench/test_heldout.py`` checks that the page
 is that of docs/heldout.json.
 """
 
@@ -31,7 +31,7 @@ from scheduler.traces.predictions import predictions_for
 from scheduler.traces.trace import Trace
 
 ROOT = Path(__file__).resolve().parents[1]
-JSON_FILE, README = ROOT / "docs" / "heldout.json", ROOT / "README.md"
+JSON_FILE, PAGE = ROOT / "docs" / "heldout.json", ROOT / "docs" / "heldout.md"
 BEGIN, END = "<!-- heldout:begin (python benchmarks/heldout.py) -->", "<!-- heldout:end -->"
 POLICIES = ("static", "freetoken", "hybrimoe", "ours", "oracle")
 SHARES = (0.25, 0.5)
@@ -91,7 +91,7 @@ def decode(profile: Trace, held: Trace, shape: ModelShape) -> list[dict[str, Any
 
 
 def table(data: Mapping[str, Any]) -> str:
-    """The part of the README between the markers."""
+    """The part of the page between the markers."""
     rows = data["decode"]
     lines = [
         f"Simulated, decode, {data['tokens']:,} tokens of sequences of a real {data['model'].split('/')[-1]} trace",
@@ -142,7 +142,7 @@ def with_table(readme: str, text: str) -> str:
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README.md has no markers {BEGIN} and {END}")
+        raise ValueError(f"docs/heldout.md has no markers {BEGIN} and {END}")
     return f"{before}{begin}\n{text}{end}{after}"
 
 
@@ -156,7 +156,7 @@ def main() -> None:
         parser.error("give a trace, or --tables")
     data = json.loads(JSON_FILE.read_text(encoding="utf-8")) if arguments.tables else measure(arguments.trace)
     JSON_FILE.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    README.write_text(with_table(README.read_text(encoding="utf-8"), table(data)), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), table(data)), encoding="utf-8")
 
 
 if __name__ == "__main__":

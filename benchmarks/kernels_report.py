@@ -1,4 +1,4 @@
-"""Writes docs/kernels-measured.md and README's kernel table from runs of `hybrimoe bench kernels` and `bench quality`.
+"""Writes docs/kernels-measured.md and the summary in docs/kernels.md from runs of `bench kernels` and `bench quality`.
 
     python benchmarks/kernels_report.py run1.json run2.json ... --avx2 avx2.json ... --quality quality.json
     python benchmarks/kernels_report.py       # writes both anew from docs/kernels-measured.json, which keeps the runs
@@ -49,15 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--avx2", nargs="*", type=Path, default=[], help="runs with HYBRIMOE_ISA=avx2")
     parser.add_argument("--quality", type=Path)
-    parser.add_argument("--folder", type=Path, default=ROOT, help="with README.md and docs/")
+    parser.add_argument("--folder", type=Path, default=ROOT, help="with docs/")
     given = parser.parse_args(arguments)
     kept = given.folder / "docs" / "kernels-measured.json"
     if given.runs:
         kept.write_text(stored(given.runs, given.avx2, given.quality), encoding="utf-8")
     data = json.loads(kept.read_text(encoding="utf-8"))
     (given.folder / "docs" / "kernels-measured.md").write_text(document(data), encoding="utf-8")
-    readme = given.folder / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), data), encoding="utf-8")
+    page = given.folder / "docs" / "kernels.md"
+    page.write_text(with_table(page.read_text(encoding="utf-8"), data), encoding="utf-8")
 
 
 def stored(runs: Sequence[Path], avx2: Sequence[Path], quality: Path | None) -> str:
@@ -90,10 +90,10 @@ def document(data: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def with_table(readme: str, data: dict[str, Any]) -> str:
-    """README with the table between its marks."""
+def with_table(page: str, data: dict[str, Any]) -> str:
+    """docs/kernels.md with the table between its marks."""
     rows = collect(data, "runs")
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
     shares = [f"{name} {share_range(rows, name)}" for name in (*(n for n, _ in SHARE_GOALS), "llama.cpp Q4_0")]
     text = f"Share of the measured read bandwidth at one token:\n{', '.join(shares)}."
     return f"{before}{BEGIN}\n{summary(rows)}\n{text}\n{END}{after}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,59 @@ class Prediction:
     expert_ids: npt.NDArray[np.int32]
     n_tokens: npt.NDArray[np.float32]
     scores: npt.NDArray[np.float32]
+
+
+class Demand(Protocol):
+    """What planner and policies read of a layer's demand; the fields are those of ``LayerDemand``.
+
+    It may be a workspace that the layer's next call fills anew: what is to last longer is copied.
+    """
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def phase(self) -> Phase: ...
+
+    @property
+    def n_tokens_total(self) -> int: ...
+
+    @property
+    def expert_ids(self) -> npt.NDArray[np.int32]: ...
+
+    @property
+    def n_tokens(self) -> npt.NDArray[np.int32]: ...
+
+    @property
+    def gate_scores(self) -> npt.NDArray[np.float32]: ...
+
+    @property
+    def predictions(self) -> tuple[Prediction, ...]: ...
+
+
+@dataclass(slots=True, eq=False)
+class DemandView:
+    """A demand whose fields are set anew for each call of a layer, see ``Demand``."""
+
+    layer: int
+    phase: Phase
+    n_tokens_total: int
+    expert_ids: npt.NDArray[np.int32]
+    n_tokens: npt.NDArray[np.int32]
+    gate_scores: npt.NDArray[np.float32]
+    predictions: tuple[Prediction, ...] = ()
+
+    def frozen(self) -> LayerDemand:
+        """A copy that lasts."""
+        return LayerDemand(
+            self.layer, self.phase, self.n_tokens_total, self.expert_ids.copy(), self.n_tokens.copy(),
+            self.gate_scores.copy(), copied(self.predictions),
+        )  # fmt: skip
+
+
+def copied(predictions: tuple[Prediction, ...]) -> tuple[Prediction, ...]:
+    """Predictions with arrays of their own."""
+    return tuple([Prediction(p.layer, p.expert_ids.copy(), p.n_tokens.copy(), p.scores.copy()) for p in predictions])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from scheduler.demand import Demand
 from scheduler.errors import PolicyError, did_you_mean
 from scheduler.future import Future
 from scheduler.machine.costs import CostModel
@@ -21,10 +22,19 @@ Scorer = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 Made = TypeVar("Made")
 
 
+class Forecast(Protocol):
+    """Expects use of experts; owned by the planner (``forecast.value_model.ValueModel``)."""
+
+    def begin_sequence(self) -> None: ...
+
+    def observe(self, demand: Demand) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Setting:
     """Shared by the policies of one planner. ``step`` counts ``begin_step`` since the sequence began, from 0.
-    ``value``: the belief that cache and prefetch ``value`` share (value_model).
+    ``forecast``: what a policy expects of the next layers and tokens, where one made it: the planner tells it of every
+    demand before it asks the policies, so those that share it share what it was told.
     """
 
     n_layers: int
@@ -36,7 +46,7 @@ class Setting:
     scorer: Scorer | None = None
     prefetch_scorer: Scorer | None = None
     step: int = -1
-    value: object = None
+    forecast: Forecast | None = None
 
     @property
     def n_keys(self) -> int:

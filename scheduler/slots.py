@@ -1,9 +1,26 @@
-"""Accelerator cache slots: a pure state machine over one pool, keyed by (layer, expert)."""
+"""Accelerator cache slots: a pure state machine over one pool, keyed by (layer, expert); the owner of their contents.
+
+A slot is in one of four states; six named transitions lead from one to the next:
+
+| event          | from                        | to                                                  |
+|----------------|-----------------------------|-----------------------------------------------------|
+| begin_transfer | FREE, RESIDENT              | IN_FLIGHT; a resident loses the slot (eviction)     |
+| end_transfer   | IN_FLIGHT                   | RESIDENT, or PINNED where a plan waits for it       |
+| pin            | IN_FLIGHT, RESIDENT, PINNED | PINNED, once the bytes are there                    |
+| unpin          | PINNED, IN_FLIGHT           | RESIDENT with the last pin, once the bytes are there|
+| hand_over      | PINNED, IN_FLIGHT (pinned)  | IN_FLIGHT with the next expert of the same plan     |
+| free           | RESIDENT                    | FREE                                                |
+
+A pin says that a plan computes from the slot and its layer has not ended. It may be set while the transfer is under way
+(the slot is PINNED once that has ended). ``hand_over`` gives a pinned slot to the next expert of the same plan, whose
+copy waits for the last read of the one before.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from enum import IntEnum
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,18 +30,24 @@ from scheduler.errors import SlotError
 
 NO_SLOT = -1
 NO_KEY = -1
+STORY_EVENTS: Final = 256
+"""Latest events that a table remembers, for its errors."""
+STORY_LINES: Final = 8
+"""Of those, at most so many that concern the slot or the expert are printed."""
+
+EventName = Literal["begin_transfer", "hand_over", "end_transfer", "overtaken", "pin", "unpin", "free", "resize"]
 
 
 class SlotState(IntEnum):
-    """free -> in flight -> resident <-> in use; resident -> free, or evicted: in flight with another expert."""
+    """free -> in flight -> resident <-> pinned; resident -> free, or evicted: in flight with another expert."""
 
     FREE = 0
     IN_FLIGHT = 1
     RESIDENT = 2
-    IN_USE = 3
+    PINNED = 3
 
 
-FREE, IN_FLIGHT, RESIDENT, IN_USE = (int(state) for state in SlotState)
+FREE, IN_FLIGHT, RESIDENT, PINNED = (int(state) for state in SlotState)
 """The same as plain integers: an enum member costs a look-up on the hot path."""
 
 
@@ -32,21 +55,28 @@ class SlotTable:
     """``n_slots`` slots for the experts of ``n_layers`` x ``n_experts``; flat arrays, key = layer * n_experts + expert.
 
     ``key_of`` int64[n_slots] (-1 empty), ``state`` int64[n_slots], ``slot_of`` int64[n_layers * n_experts] (-1 absent),
-    ``claims`` int64[n_slots]: plans that compute from the slot and whose layer has not ended.
-    More slots than experts are cut to the number of experts. Every illegal transition raises SlotError and changes
-    nothing.
+    ``pins`` int64[n_slots]: plans that compute from the slot and whose layer has not ended.
+    More slots than experts are cut to the number of experts. Every illegal transition raises SlotError, which tells the
+    last events of slot and expert, and changes nothing. ``first_layer``, ``first_slot``: what messages add to numbers.
     """
 
-    def __init__(self, n_slots: int, n_layers: int, n_experts: int) -> None:
+    validating: ClassVar[bool] = False
+    """Whether tables validate themselves after every event: in tests, and where HYBRIMOE_DEBUG is set."""
+
+    def __init__(self, n_slots: int, n_layers: int, n_experts: int, first_layer: int = 0, first_slot: int = 0) -> None:
         if n_slots < 0 or n_layers < 1 or n_experts < 1:
             raise SlotError(f"need n_slots >= 0 and a model, found {n_slots} slots, {n_layers} x {n_experts} experts")
         self.n_layers, self.n_experts = n_layers, n_experts
+        self.first_layer, self.first_slot = first_layer, first_slot
         self.n_slots = min(n_slots, n_layers * n_experts)
         self.key_of = np.full(self.n_slots, NO_KEY, np.int64)
         self.state = np.zeros(self.n_slots, np.int64)
-        self.claims = np.zeros(self.n_slots, np.int64)
+        self.pins = np.zeros(self.n_slots, np.int64)
         self.slot_of = np.full(n_layers * n_experts, NO_SLOT, np.int64)
         self._overtaken: Counter[tuple[int, int]] = Counter()
+        self._events: deque[tuple[EventName, Any, int]] = deque(maxlen=STORY_EVENTS)
+
+    # Looking ----------------------------------------------------------------------------------------------------
 
     def slot(self, layer: int, expert: int) -> int:
         """The slot that holds or will hold this expert, or -1."""
@@ -62,154 +92,212 @@ class SlotTable:
         return None if key == NO_KEY else divmod(key, self.n_experts)
 
     def resident(self, layer: int) -> tuple[int, ...]:
-        """Experts of a layer whose bytes are there (resident or in use), ascending."""
+        """Experts of a layer whose bytes are there (resident or pinned), ascending."""
         return tuple(np.flatnonzero(self.resident_mask(layer)).tolist())
 
     def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]:
-        """bool[n_experts]: experts of a layer whose bytes are there (resident or in use)."""
+        """bool[n_experts]: experts of a layer whose bytes are there (resident or pinned)."""
         slots = self.slot_of[layer * self.n_experts : (layer + 1) * self.n_experts]
         if not self.n_slots:
             return np.zeros(self.n_experts, np.bool_)
         return (slots >= 0) & (self.state[slots] >= RESIDENT)
+
+    def contents(self) -> dict[int, tuple[int, int]]:
+        """Slot -> (layer, expert) that it holds, or will once its transfer ends; numbers as in messages."""
+        filled = ((slot, self.occupant(slot)) for slot in range(self.n_slots))
+        return {slot + self.first_slot: (own[0] + self.first_layer, own[1]) for slot, own in filled if own is not None}
 
     def counts(self) -> dict[SlotState, int]:
         """Number of slots in each state."""
         found = np.bincount(self.state, minlength=4)
         return {state: int(found[state]) for state in SlotState}
 
+    def story(self, slot: int | None = None, key: int | None = None) -> list[str]:
+        """The latest events of a slot or of an expert (of either, where both are given), oldest first."""
+        told = []
+        for name, slots, moved in self._events:
+            among = slots.tolist() if isinstance(slots, np.ndarray) else [slots]
+            if slot in among or (key is not None and moved == key):
+                expert = "" if moved == NO_KEY else f" {self._expert(moved)}"
+                told.append(f"{name}{expert} slot {', '.join(str(at + self.first_slot) for at in among)}")
+        return told[-STORY_LINES:]
+
+    def validate(self) -> None:
+        """Raises SlotError where the table contradicts itself: after each event in tests and under HYBRIMOE_DEBUG."""
+        state, pins, filled = self.state, self.pins, self.key_of >= 0
+        allowed = (
+            ((state == FREE) & ~filled & (pins == 0))
+            | ((state == IN_FLIGHT) & filled & (pins >= 0))
+            | ((state == RESIDENT) & filled & (pins == 0))
+            | ((state == PINNED) & filled & (pins > 0))
+        )
+        if not allowed.all():
+            slot = int(allowed.argmin())
+            raise self._refused(f"slot {self._at(slot)} cannot be with {pins[slot]} pins", slot)
+        slots = np.flatnonzero(filled)
+        n_known = np.count_nonzero(self.slot_of >= 0)
+        if n_known != slots.size or not np.array_equal(self.slot_of[self.key_of[slots]], slots):
+            raise SlotError("slots and experts disagree: an expert is in two slots, or a slot has another one's expert")
+
+    # Transitions ------------------------------------------------------------------------------------------------
+
     def begin_transfer(self, slot: int, key: int) -> int:
         """A free slot, or one whose resident no plan uses, starts to receive ``key``. Returns the evicted key or -1."""
         self._check_absent(key)
         state = self.state[slot]
-        if state not in (FREE, RESIDENT) or self.claims[slot]:
-            raise SlotError(
-                f"slot {slot} is {self._describe(slot)}: only a free or idle resident slot can be rewritten"
+        if state not in (FREE, RESIDENT) or self.pins[slot]:
+            raise self._refused(
+                f"slot {self._at(slot)}: only a free slot or a resident without a pin can be rewritten", slot, key
             )
-        return self._receive(slot, key)
+        return self._receive("begin_transfer", slot, key)
 
-    def chain_transfer(self, slot: int, key: int) -> int:
+    def hand_over(self, slot: int, key: int) -> int:
         """The slot of an expert that a plan computes from receives ``key`` after its last read. Returns the old key.
 
         The executor owns the wait; a TransferEnded of the old expert may still come and is expected then.
         """
         self._check_absent(key)
-        if not self.claims[slot]:
-            raise SlotError(f"slot {slot} is {self._describe(slot)}: only a slot that a plan uses can be chained")
+        if not self.pins[slot]:
+            raise self._refused(f"slot {self._at(slot)}: only a slot that a plan uses can be handed over", slot, key)
         old = int(self.key_of[slot])
         if self.state[slot] == IN_FLIGHT:
             self._overtaken[(slot, old)] += 1
-        return self._receive(slot, key)
+        return self._receive("hand_over", slot, key)
 
     def end_transfer(self, slot: int, key: int) -> None:
-        """The bytes of ``key`` are in ``slot``: resident, or in use if a plan waits for it."""
+        """The bytes of ``key`` are in ``slot``: resident, or pinned if a plan waits for it."""
         if self._overtaken and self._overtaken[(slot, key)] > 0:
             self._overtaken[(slot, key)] -= 1
             self._overtaken += Counter()
+            self._happened("overtaken", slot, key)
             return
         if not 0 <= slot < self.n_slots or self.key_of[slot] != key or self.state[slot] != IN_FLIGHT:
-            expert = divmod(key, self.n_experts)
-            raise SlotError(f"no transfer of layer {expert[0]} expert {expert[1]} into slot {slot} is under way")
-        self.state[slot] = IN_USE if self.claims[slot] else RESIDENT
+            raise self._refused(
+                f"no transfer of {self._expert(key)} into slot {slot + self.first_slot} is under way", slot, key
+            )
+        self.state[slot] = PINNED if self.pins[slot] else RESIDENT
+        self._happened("end_transfer", slot, key)
 
-    def claim(self, slot: int) -> None:
-        """A plan computes from this slot until ``release``."""
+    def pin(self, slot: int) -> None:
+        """A plan computes from this slot until ``unpin``."""
         if self.state[slot] == FREE:
-            raise SlotError(f"slot {slot} is free: nothing to compute from")
-        self.claims[slot] += 1
+            raise self._refused(f"slot {self._at(slot)}: nothing to compute from", slot)
+        self.pins[slot] += 1
         if self.state[slot] == RESIDENT:
-            self.state[slot] = IN_USE
+            self.state[slot] = PINNED
+        self._happened("pin", slot)
 
-    def release(self, slot: int) -> None:
+    def unpin(self, slot: int) -> None:
         """One plan that used this slot has ended."""
-        if self.claims[slot] < 1:
-            raise SlotError(f"slot {slot} is {self._describe(slot)}: no plan uses it")
-        self.claims[slot] -= 1
-        if self.claims[slot] == 0 and self.state[slot] == IN_USE:
+        if self.pins[slot] < 1:
+            raise self._refused(f"slot {self._at(slot)}: no plan uses it", slot)
+        self.pins[slot] -= 1
+        if self.pins[slot] == 0 and self.state[slot] == PINNED:
             self.state[slot] = RESIDENT
+        self._happened("unpin", slot)
 
-    def claim_all(self, slots: npt.NDArray[np.int64]) -> None:
-        """``claim`` for every slot of a plan, in one compiled call."""
-        bad = _claim(slots, self.state, self.claims)
+    def pin_all(self, slots: npt.NDArray[np.int64]) -> None:
+        """``pin`` for every slot of a plan, in one compiled call."""
+        bad = _pin(slots, self.state, self.pins)
         if bad >= 0:
-            raise SlotError(f"slot {bad} is free: nothing to compute from")
+            raise self._refused(f"slot {self._at(bad)}: nothing to compute from", bad)
+        self._happened("pin", slots)
 
-    def release_all(self, slots: npt.NDArray[np.int64]) -> None:
-        """``release`` for every slot of a plan, in one compiled call."""
-        bad = _release(slots, self.state, self.claims)
+    def unpin_all(self, slots: npt.NDArray[np.int64]) -> None:
+        """``unpin`` for every slot of a plan, in one compiled call."""
+        bad = _unpin(slots, self.state, self.pins)
         if bad >= 0:
-            raise SlotError(f"slot {bad} is {self._describe(bad)}: no plan uses it")
+            raise self._refused(f"slot {self._at(bad)}: no plan uses it", bad)
+        self._happened("unpin", slots)
 
     def free(self, slot: int) -> int:
-        """An idle resident leaves; returns its key."""
+        """A resident without a pin leaves; returns its key."""
         if self.state[slot] != RESIDENT:
-            raise SlotError(f"slot {slot} is {self._describe(slot)}: only an idle resident can leave")
+            raise self._refused(f"slot {self._at(slot)}: only an idle resident can leave", slot)
         key = int(self.key_of[slot])
         self.slot_of[key] = NO_SLOT
         self.key_of[slot] = NO_KEY
         self.state[slot] = FREE
+        self._happened("free", slot, key)
         return key
 
     def resize(self, n_slots: int) -> list[int]:
         """Adds free slots at the end, or takes the last ones away; returns the keys that lost theirs.
 
-        Raises SlotError if a slot that would go is in flight or in use: finish the step first.
+        Raises SlotError if a slot that would go is in flight or pinned: finish the step first.
         """
         if n_slots < 0:
             raise SlotError(f"need n_slots >= 0, found {n_slots}")
         n = min(n_slots, self.slot_of.size)
         for slot in range(n, self.n_slots):
-            if self.state[slot] not in (FREE, RESIDENT) or self.claims[slot]:
-                raise SlotError(
-                    f"slot {slot} is {self._describe(slot)}: a slot in flight or in use cannot be taken away"
-                )
+            if self.state[slot] not in (FREE, RESIDENT) or self.pins[slot]:
+                raise self._refused(f"slot {self._at(slot)}: a slot in flight or pinned cannot be taken away", slot)
         gone = [self.free(slot) for slot in range(n, self.n_slots) if self.state[slot] == RESIDENT]
         extra = max(n - self.n_slots, 0)
         self.key_of = np.concatenate((self.key_of[:n], np.full(extra, NO_KEY, np.int64)))
         self.state = np.concatenate((self.state[:n], np.zeros(extra, np.int64)))
-        self.claims = np.concatenate((self.claims[:n], np.zeros(extra, np.int64)))
+        self.pins = np.concatenate((self.pins[:n], np.zeros(extra, np.int64)))
         self.n_slots = n
+        self._happened("resize", n)
         return gone
 
-    def _receive(self, slot: int, key: int) -> int:
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    def _receive(self, event: EventName, slot: int, key: int) -> int:
         old = int(self.key_of[slot])
         if old != NO_KEY:
             self.slot_of[old] = NO_SLOT
         self.key_of[slot] = key
         self.slot_of[key] = slot
         self.state[slot] = IN_FLIGHT
+        self._happened(event, slot, key)
         return old
+
+    def _happened(self, event: EventName, slots: int | npt.NDArray[np.int64], key: int = NO_KEY) -> None:
+        self._events.append((event, slots, key))
+        if self.validating:
+            self.validate()
 
     def _check_absent(self, key: int) -> None:
         if self.slot_of[key] != NO_SLOT:
-            expert = divmod(key, self.n_experts)
-            raise SlotError(f"layer {expert[0]} expert {expert[1]} is already in slot {self.slot_of[key]}")
+            slot = int(self.slot_of[key])
+            raise self._refused(f"{self._expert(key)} is already in slot {slot + self.first_slot}", slot, key)
 
-    def _describe(self, slot: int) -> str:
-        occupant = self.occupant(slot)
-        held = "" if occupant is None else f" (layer {occupant[0]} expert {occupant[1]})"
-        return f"{self.state_of(slot).name.lower().replace('_', ' ')}{held}"
+    def _refused(self, reason: str, slot: int, key: int | None = None) -> SlotError:
+        """The error, with what happened to slot and expert before."""
+        told = self.story(slot, key)
+        return SlotError(f"{reason}; latest events: {'; '.join(told) if told else 'none'}")
+
+    def _expert(self, key: int) -> str:
+        layer, expert = divmod(key, self.n_experts)
+        return f"layer {layer + self.first_layer} expert {expert}"
+
+    def _at(self, slot: int) -> str:
+        key = int(self.key_of[slot])
+        holding = "" if key == NO_KEY else f" ({self._expert(key)})"
+        return f"{slot + self.first_slot} is {self.state_of(slot).name.lower().replace('_', ' ')}{holding}"
 
 
 @compiled
-def _claim(slots: npt.NDArray[np.int64], state: npt.NDArray[np.int64], claims: npt.NDArray[np.int64]) -> int:
-    """Claims all slots, or none and returns the first that is free (-1: done)."""
+def _pin(slots: npt.NDArray[np.int64], state: npt.NDArray[np.int64], pins: npt.NDArray[np.int64]) -> int:
+    """Pins all slots, or none and returns the first that is free (-1: done)."""
     for slot in slots:
         if state[slot] == FREE:
             return int(slot)
     for slot in slots:
-        claims[slot] += 1
+        pins[slot] += 1
         if state[slot] == RESIDENT:
-            state[slot] = IN_USE
+            state[slot] = PINNED
     return -1
 
 
 @compiled
-def _release(slots: npt.NDArray[np.int64], state: npt.NDArray[np.int64], claims: npt.NDArray[np.int64]) -> int:
-    """Releases all slots; returns the first that nobody had claimed (-1: done)."""
+def _unpin(slots: npt.NDArray[np.int64], state: npt.NDArray[np.int64], pins: npt.NDArray[np.int64]) -> int:
+    """Unpins all slots; returns the first that no plan had pinned (-1: done)."""
     for slot in slots:
-        if claims[slot] < 1:
+        if pins[slot] < 1:
             return int(slot)
-        claims[slot] -= 1
-        if claims[slot] == 0 and state[slot] == IN_USE:
+        pins[slot] -= 1
+        if pins[slot] == 0 and state[slot] == PINNED:
             state[slot] = RESIDENT
     return -1

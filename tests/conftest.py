@@ -12,6 +12,14 @@ set_wait_policy(["serve"])  # as a server does, before torch is imported: tests 
 from cpu_kernels.jit.cache_dir import kernel_cache_dir  # noqa: E402
 
 
+@pytest.fixture(autouse=True, scope="session")
+def validating_slot_tables() -> None:
+    """Every table of slots validates itself after each event."""
+    from scheduler import SlotTable
+
+    SlotTable.validating = True
+
+
 @pytest.fixture(scope="session")
 def private_cache() -> Callable[[Path], Path]:
     """Makes a folder for HYBRIMOE_CACHE that is a test's own, but for the compiled kernels: those take a while."""

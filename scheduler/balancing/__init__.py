@@ -14,7 +14,17 @@ import numpy.typing as npt
 from scheduler.balancing import optimal as _optimal
 from scheduler.balancing import peers as _peers
 from scheduler.balancing import valued as _valued
-from scheduler.balancing.problem import PRIORITY, BalancePlan, LayerCosts
+from scheduler.balancing.problem import (
+    ACCEL,
+    ARRIVAL,
+    COUNT,
+    CPU,
+    PRIORITY,
+    TRANSFER,
+    BalancePlan,
+    LayerCosts,
+    new_plan,
+)
 from scheduler.balancing.timeline import plan_makespan
 from scheduler.errors import CostError, PolicyError, did_you_mean
 
@@ -58,14 +68,10 @@ def balance(
         if values.shape != (n,) or not np.all(np.isfinite(values)):
             raise CostError(f"priority: expected {n} finite numbers, found shape {values.shape}")
         costs.table[PRIORITY] = values
-    plan = np.empty(3 + 3 * n, np.int64)
+    plan = new_plan(n)
     makespan_us, bound_us = kernel(costs.table, costs.ready, numbers, plan)
-    flat = plan.tolist()
-    accel, link = 3 + n, 3 + 2 * n
-    return BalancePlan(
-        tuple(flat[3 : 3 + flat[0]]), tuple(flat[accel : accel + flat[1]]), tuple(flat[link : link + flat[2]]),
-        float(makespan_us), float(bound_us),
-    )  # fmt: skip
+    cpu, accel, transfers = (tuple(plan[row, : plan[row, COUNT]].tolist()) for row in (CPU, ACCEL, TRANSFER))
+    return BalancePlan(cpu, accel, transfers, float(makespan_us), float(bound_us))
 
 
 _DEFAULTS = np.array([-1.0, 0.0])
@@ -117,13 +123,13 @@ def evaluate(costs: LayerCosts, cpu: tuple[int, ...], accel: tuple[int, ...], tr
     n = len(costs)
     if sorted((*cpu, *accel)) != list(range(n)):
         raise CostError(f"every one of the {n} experts must be placed once, found cpu {cpu} and accel {accel}")
-    needed = {e for e in accel if costs.table[3, e] < 0}
+    needed = {e for e in accel if costs.table[ARRIVAL, e] < 0}
     if sorted(transfers) != sorted(needed):
         raise CostError(f"transfers must be the accelerator's misses {sorted(needed)}, found {transfers}")
-    plan = np.zeros(3 + 3 * n, np.int64)
-    plan[:3] = len(cpu), len(accel), len(transfers)
-    for block, experts in enumerate((cpu, accel, transfers)):
-        plan[3 + block * n : 3 + block * n + len(experts)] = experts
+    plan = new_plan(n)
+    for row, experts in ((CPU, cpu), (ACCEL, accel), (TRANSFER, transfers)):
+        plan[row, COUNT] = len(experts)
+        plan[row, : len(experts)] = experts
     return float(plan_makespan(costs.table, costs.ready, plan))
 
 

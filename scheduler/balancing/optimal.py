@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, LINK, TRANSFER
 from scheduler.balancing.timeline import by_key, johnson_order, plan_makespan, write_plan
 from scheduler.compiled import compiled
 
@@ -26,6 +27,8 @@ DUAL_LEVELS = 4
 """Refinements of the dual's grid: steps 1/8, 1/20, 1/50, 1/125."""
 N_MULTIPLIERS = 9
 """Lagrange multipliers 0, 1/8, ..., 1 of the bound."""
+SENT = 3
+"""Column of the search's lane ends float64[depth, 4] (CPU, ACCEL, LINK, SENT): transfers so far."""
 
 
 @compiled
@@ -37,9 +40,9 @@ def optimal(table: Floats, ready: Floats, params: Floats, plan: Ints) -> tuple[f
     """
     n = table.shape[1]
     order = johnson_order(table)
-    here = table[3] >= 0.0
-    residents = by_key(table[0], here)
-    misses = by_key(-table[0], ~here)
+    here = table[ARRIVAL] >= 0.0
+    residents = by_key(table[CPU], here)
+    misses = by_key(-table[CPU], ~here)
     on_accel = np.empty(n, np.bool_)
     exact = _thresholds_suffice(table, ready, residents, misses)
     if exact:
@@ -63,12 +66,15 @@ def _thresholds_suffice(table: Floats, ready: Floats, residents: Ints, misses: I
     exchanging two experts of a group towards the threshold then lowers the CPU's sum and no accelerator term.
     """
     for i in range(residents.size):
-        if table[3, residents[i]] > ready[1]:
+        if table[ARRIVAL, residents[i]] > ready[ACCEL]:
             return False
-        if i > 0 and table[1, residents[i]] > table[1, residents[i - 1]]:
+        if i > 0 and table[ACCEL, residents[i]] > table[ACCEL, residents[i - 1]]:
             return False
     for i in range(1, misses.size):
-        if table[1, misses[i]] < table[1, misses[i - 1]] or table[2, misses[i]] != table[2, misses[0]]:
+        if (
+            table[ACCEL, misses[i]] < table[ACCEL, misses[i - 1]]
+            or table[TRANSFER, misses[i]] != table[TRANSFER, misses[0]]
+        ):
             return False
     return True
 
@@ -80,21 +86,21 @@ def _best_thresholds(table: Floats, ready: Floats, residents: Ints, misses: Ints
     With equal transfers t, and accel_us rising along ``misses``, Johnson's order of the first m is the reverse, so the
     (m + 1)-th goes to the front and the flow's end is F(m + 1) = t + max(F(m), link_ready + sum of accel_us).
     """
-    cpu_misses = table[0][misses].sum()
+    cpu_misses = table[CPU][misses].sum()
     accel_transfers, flow = 0.0, -np.inf
-    accel_all = table[1][residents].sum()
+    accel_all = table[ACCEL][residents].sum()
     best, best_m, best_s = np.inf, 0, 0
     for m in range(misses.size + 1):
         if m > 0:
             expert = misses[m - 1]
-            cpu_misses -= table[0, expert]
-            accel_transfers += table[1, expert]
-            flow = table[2, expert] + max(flow, ready[2] + accel_transfers)
-        cpu, accel = ready[0] + cpu_misses, ready[1] + accel_all + accel_transfers
+            cpu_misses -= table[CPU, expert]
+            accel_transfers += table[ACCEL, expert]
+            flow = table[TRANSFER, expert] + max(flow, ready[LINK] + accel_transfers)
+        cpu, accel = ready[CPU] + cpu_misses, ready[ACCEL] + accel_all + accel_transfers
         for s in range(residents.size + 1):
             if s > 0:
-                cpu += table[0, residents[s - 1]]
-                accel -= table[1, residents[s - 1]]
+                cpu += table[CPU, residents[s - 1]]
+                accel -= table[ACCEL, residents[s - 1]]
             end = cpu if misses.size - m + s > 0 else 0.0
             if residents.size - s + m > 0:
                 end = max(end, accel, flow)
@@ -108,19 +114,19 @@ def _best_thresholds(table: Floats, ready: Floats, residents: Ints, misses: Ints
 
 @compiled
 def _placement_makespan(table: Floats, ready: Floats, order: Ints, on_accel: Flags) -> float:
-    cpu, accel, link = ready[0], ready[1], ready[2]
+    cpu, accel, link = ready[CPU], ready[ACCEL], ready[LINK]
     any_cpu, any_accel = False, False
     for expert in order:
         if not on_accel[expert]:
-            cpu += table[0, expert]
+            cpu += table[CPU, expert]
             any_cpu = True
             continue
         any_accel = True
-        arrival = table[3, expert]
+        arrival = table[ARRIVAL, expert]
         if arrival < 0.0:
-            link += table[2, expert]
+            link += table[TRANSFER, expert]
             arrival = link
-        accel = max(accel, arrival) + table[1, expert]
+        accel = max(accel, arrival) + table[ACCEL, expert]
     return max(cpu if any_cpu else 0.0, accel if any_accel else 0.0)
 
 
@@ -145,7 +151,7 @@ def _start(table: Floats, ready: Floats, order: Ints, on_accel: Flags) -> tuple[
                 u, v = around_u + i * step, around_v + j * step
                 if u < 0.0 or v < 0.0 or u + v > 1.0 + 1e-12:
                     continue
-                dual = _dual(table, u, v, trial) + u * ready[0] + v * ready[1]
+                dual = _dual(table, u, v, trial) + u * ready[CPU] + v * ready[ACCEL]
                 if dual > bound:
                     bound, centre_u, centre_v = dual, u, v
                 elif dual < 0.97 * bound:
@@ -164,10 +170,10 @@ def _dual(table: Floats, u: float, v: float, trial: Flags) -> float:
     w = max(1.0 - u - v, 0.0)
     total = 0.0
     for i in range(trial.size):
-        cpu = u * table[0, i]
-        accel = v * table[1, i]
-        if table[3, i] < 0.0:
-            accel += w * table[2, i]
+        cpu = u * table[CPU, i]
+        accel = v * table[ACCEL, i]
+        if table[ARRIVAL, i] < 0.0:
+            accel += w * table[TRANSFER, i]
         trial[i] = accel < cpu
         total += min(cpu, accel)
     return total
@@ -194,11 +200,11 @@ def _suffix_bounds(table: Floats, order: Ints, accel_side: Floats, link_side: Fl
     link_side[n] = 0.0
     for depth in range(n - 1, -1, -1):
         expert = order[depth]
-        transfer = table[2, expert] if table[3, expert] < 0.0 else 0.0
+        transfer = table[TRANSFER, expert] if table[ARRIVAL, expert] < 0.0 else 0.0
         for k in range(N_MULTIPLIERS):
             w = k / (N_MULTIPLIERS - 1)
-            cpu = w * table[0, expert]
-            accel_side[depth, k] = accel_side[depth + 1, k] + min(cpu, (1.0 - w) * table[1, expert])
+            cpu = w * table[CPU, expert]
+            accel_side[depth, k] = accel_side[depth + 1, k] + min(cpu, (1.0 - w) * table[ACCEL, expert])
             link_side[depth, k] = link_side[depth + 1, k] + min(cpu, (1.0 - w) * transfer)
 
 
@@ -233,11 +239,11 @@ def _branch_and_bound(
     _suffix_bounds(table, order, accel_side, link_side)
     first = on_accel.copy()
     clock = np.empty((n + 1, 4))
-    clock[0, 0], clock[0, 1], clock[0, 2], clock[0, 3] = ready[0], ready[1], ready[2], 0.0
+    clock[0, CPU], clock[0, ACCEL], clock[0, LINK], clock[0, SENT] = ready[CPU], ready[ACCEL], ready[LINK], 0.0
     tried = np.zeros(n + 1, np.int64)
     trial = np.zeros(n, np.bool_)
     counts = np.zeros(2, np.int64)
-    root = max(root, _bound(ready[0], ready[1], 0.0, accel_side[0], link_side[0]))
+    root = max(root, _bound(ready[CPU], ready[ACCEL], 0.0, accel_side[0], link_side[0]))
     depth, nodes = 0, 0
     while depth >= 0 and best > root * (1.0 + TOLERANCE):
         if tried[depth] == 2:
@@ -253,8 +259,8 @@ def _branch_and_bound(
         place = first[expert] == (tried[depth] == 0)
         tried[depth] += 1
         _advance(table, clock, depth, expert, place)
-        cpu, accel, transfers = clock[depth + 1, 0], clock[depth + 1, 1], clock[depth + 1, 3]
-        link = clock[depth + 1, 2] if transfers > 0.0 else 0.0
+        cpu, accel, transfers = clock[depth + 1, CPU], clock[depth + 1, ACCEL], clock[depth + 1, SENT]
+        link = clock[depth + 1, LINK] if transfers > 0.0 else 0.0
         if _bound(cpu, accel, link, accel_side[depth + 1], link_side[depth + 1]) >= best - TOLERANCE * best:
             continue
         trial[expert] = place
@@ -274,14 +280,14 @@ def _advance(table: Floats, clock: Floats, depth: int, expert: int, on_accel: bo
     """clock[depth + 1] = lane ends (cpu, accel, link, transfers so far) after the expert at this depth is placed."""
     clock[depth + 1] = clock[depth]
     if not on_accel:
-        clock[depth + 1, 0] += table[0, expert]
+        clock[depth + 1, CPU] += table[CPU, expert]
         return
-    arrival = table[3, expert]
+    arrival = table[ARRIVAL, expert]
     if arrival < 0.0:
-        clock[depth + 1, 2] += table[2, expert]
-        clock[depth + 1, 3] += 1.0
-        arrival = clock[depth + 1, 2]
-    clock[depth + 1, 1] = max(clock[depth + 1, 1], arrival) + table[1, expert]
+        clock[depth + 1, LINK] += table[TRANSFER, expert]
+        clock[depth + 1, SENT] += 1.0
+        arrival = clock[depth + 1, LINK]
+    clock[depth + 1, ACCEL] = max(clock[depth + 1, ACCEL], arrival) + table[ACCEL, expert]
 
 
 @compiled
@@ -292,14 +298,14 @@ def fiddler_max(table: Floats, ready: Floats, params: Floats, plan: Ints) -> tup
     looked at. The plan is then timed with the real semantics.
     """
     n = table.shape[1]
-    here = table[3] >= 0.0
+    here = table[ARRIVAL] >= 0.0
     flat = table.copy()
-    flat[1] = np.where(here, table[1], table[1] + table[2])
-    flat[2] = 0.0
-    flat[3] = 0.0
+    flat[ACCEL] = np.where(here, table[ACCEL], table[ACCEL] + table[TRANSFER])
+    flat[TRANSFER] = 0.0
+    flat[ARRIVAL] = 0.0
     optimal(flat, np.zeros(3), params, plan)
     on_accel = np.zeros(n, np.bool_)
-    for i in range(plan[1]):
-        on_accel[plan[3 + n + i]] = True
+    for i in range(plan[ACCEL, COUNT]):
+        on_accel[plan[ACCEL, i]] = True
     write_plan(table, on_accel, johnson_order(table), plan)
     return plan_makespan(table, ready, plan), 0.0

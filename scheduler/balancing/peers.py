@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, LINK, PRIORITY, TRANSFER
 from scheduler.balancing.timeline import by_key, plan_makespan, write_plan
 from scheduler.compiled import compiled
 
@@ -23,12 +24,12 @@ Bounds = tuple[float, float]
 def _finish(table: Floats, ready: Floats, on_accel: Flags, plan: Ints) -> Bounds:
     """Writes the plan of a placement in the common order and times it."""
     n = table.shape[1]
-    here = table[3] >= 0.0
-    late = here & (table[3] > ready[1])
+    here = table[ARRIVAL] >= 0.0
+    late = here & (table[ARRIVAL] > ready[ACCEL])
     order = np.empty(n, np.int64)
-    first = by_key(-table[0], here & ~late)
-    second = by_key(table[3], late)
-    third = by_key(-table[0], ~here)
+    first = by_key(-table[CPU], here & ~late)
+    second = by_key(table[ARRIVAL], late)
+    third = by_key(-table[CPU], ~here)
     order[: first.size] = first
     order[first.size : first.size + second.size] = second
     order[first.size + second.size :] = third
@@ -39,7 +40,7 @@ def _finish(table: Floats, ready: Floats, on_accel: Flags, plan: Ints) -> Bounds
 @compiled
 def static_mapping(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
     """KTransformers: residents on the accelerator, everything else on the CPU, nothing moves."""
-    return _finish(table, ready, table[3] >= 0.0, plan)
+    return _finish(table, ready, table[ARRIVAL] >= 0.0, plan)
 
 
 @compiled
@@ -57,7 +58,7 @@ def cpu_only(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds
 @compiled
 def whole_layers(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
     """llama.cpp --n-cpu-moe: a layer whose activated experts are all resident runs on the accelerator, else the CPU."""
-    return _finish(table, ready, np.full(table.shape[1], np.all(table[3] >= 0.0)), plan)
+    return _finish(table, ready, np.full(table.shape[1], np.all(table[ARRIVAL] >= 0.0)), plan)
 
 
 @compiled
@@ -66,8 +67,8 @@ def fiddler(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
 
     A resident has t = 0; equal costs stay off the link (CPU for a miss, accelerator for a resident).
     """
-    here = table[3] >= 0.0
-    there = np.where(here, table[1] <= table[0], table[2] + table[1] < table[0])
+    here = table[ARRIVAL] >= 0.0
+    there = np.where(here, table[ACCEL] <= table[CPU], table[TRANSFER] + table[ACCEL] < table[CPU])
     return _finish(table, ready, there, plan)
 
 
@@ -81,10 +82,10 @@ def monde(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
     n = table.shape[1]
     hot = int(params[0])
     if hot < 0:
-        link = table[2].mean()
-        hot = int(np.floor(n * table[0].min() / max(link + table[0].min(), 1e-300) + 0.5))
-    on_accel = table[3] >= 0.0
-    order = by_key(-table[0], np.ones(n, np.bool_))
+        link = table[TRANSFER].mean()
+        hot = int(np.floor(n * table[CPU].min() / max(link + table[CPU].min(), 1e-300) + 0.5))
+    on_accel = table[ARRIVAL] >= 0.0
+    order = by_key(-table[CPU], np.ones(n, np.bool_))
     for position in order[: min(hot, n)]:
         on_accel[position] = True
     return _finish(table, ready, on_accel, plan)
@@ -97,13 +98,13 @@ def bandwidth(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bound
     p and c are the rates of link and CPU in experts a us, from the misses' mean transfer_us and cpu_us. The most
     recently active (highest priority) misses are fetched first, ties by position; residents stay.
     """
-    on_accel = table[3] >= 0.0
-    misses = by_key(-table[4], ~on_accel)
+    on_accel = table[ARRIVAL] >= 0.0
+    misses = by_key(-table[PRIORITY], ~on_accel)
     link = 0.0
     cpu = 0.0
     for position in misses:
-        link += table[2, position]
-        cpu += table[0, position]
+        link += table[TRANSFER, position]
+        cpu += table[CPU, position]
     fetch = int(np.floor(misses.size * cpu / max(link + cpu, 1e-300) + 0.5))
     for position in misses[:fetch]:
         on_accel[position] = True
@@ -122,26 +123,26 @@ def hybrimoe(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds
     the paper does not say so, but without it a slow CPU would make every layer wait for a steal.
     """
     n = table.shape[1]
-    arrival = table[3].copy()
+    arrival = table[ARRIVAL].copy()
     open_ = np.ones(n, np.bool_)
-    here = table[3] >= 0.0
+    here = table[ARRIVAL] >= 0.0
     clock = ready.copy()
-    plan[0], plan[1], plan[2] = 0, 0, 0
+    plan[CPU, COUNT], plan[ACCEL, COUNT], plan[TRANSFER, COUNT] = 0, 0, 0
     placed = 0
     while placed < n:
         heads = _heads(table, clock, open_, here, arrival)
         lane = -1
-        for candidate in (1, 0, 2):
+        for candidate in (ACCEL, CPU, LINK):
             if heads[candidate] >= 0 and (lane < 0 or clock[candidate] < clock[lane]):
                 lane = candidate
         expert = heads[lane]
-        plan[3 + lane * n + plan[lane]] = expert
-        plan[lane] += 1
-        if lane == 2:
-            clock[2] += table[2, expert]
-            arrival[expert] = clock[2]
+        plan[lane, plan[lane, COUNT]] = expert
+        plan[lane, COUNT] += 1
+        if lane == LINK:
+            clock[LINK] += table[TRANSFER, expert]
+            arrival[expert] = clock[LINK]
             continue
-        start = clock[0] if lane == 0 else max(clock[1], arrival[expert])
+        start = clock[CPU] if lane == CPU else max(clock[ACCEL], arrival[expert])
         clock[lane] = start + table[lane, expert]
         open_[expert] = False
         placed += 1
@@ -151,15 +152,15 @@ def hybrimoe(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds
 @compiled
 def _heads(table: Floats, clock: Floats, open_: Flags, here: Flags, arrival: Floats) -> tuple[int, int, int]:
     """Heads of the three queues (-1: empty): CPU, accelerator, link."""
-    load = table[0]
+    load = table[CPU]
     miss, steal, accel, link = -1, -1, -1, -1
-    queue_end, landed_end = clock[1], 0.0
+    queue_end, landed_end = clock[ACCEL], 0.0
     for i in range(load.size):
         if not open_[i]:
             continue
         if arrival[i] >= 0.0:
-            queue_end += table[1, i]
-            landed_end = max(landed_end, arrival[i] + table[1, i])
+            queue_end += table[ACCEL, i]
+            landed_end = max(landed_end, arrival[i] + table[ACCEL, i])
             if accel < 0 or load[i] > load[accel]:
                 accel = i
             if here[i] and (steal < 0 or load[i] < load[steal]):
@@ -169,6 +170,6 @@ def _heads(table: Floats, clock: Floats, open_: Flags, here: Flags, arrival: Flo
                 miss = i
             if link < 0 or load[i] > load[link]:
                 link = i
-    if steal >= 0 and clock[0] + load[steal] > max(queue_end, landed_end):
+    if steal >= 0 and clock[CPU] + load[steal] > max(queue_end, landed_end):
         steal = -1
     return (miss if miss >= 0 else steal), accel, link

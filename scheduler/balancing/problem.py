@@ -15,6 +15,11 @@ Floats = npt.NDArray[np.float64]
 
 CPU, ACCEL, TRANSFER, ARRIVAL, PRIORITY = range(5)
 """Rows of a cost table float64[5, n]. ARRIVAL is -1 for an expert that is not resident, else when it is there."""
+LINK = TRANSFER
+"""CPU, ACCEL and LINK also index ``ready`` float64[3], when each lane gets free, and name the rows of a plan."""
+COUNT = -1
+"""Last column of a plan int64[3, n + 1]: how many of the row's n places are taken. The row CPU holds positions in the
+order in which the CPU computes them, ACCEL in that of the accelerator, TRANSFER in that of the link."""
 NOT_RESIDENT = -1.0
 
 
@@ -74,6 +79,11 @@ class BalancePlan:
     bound_us: float = 0.0
 
 
+def new_plan(n: int) -> npt.NDArray[np.int64]:
+    """An empty plan int64[3, n + 1] of n active experts, see ``COUNT``."""
+    return np.zeros((3, n + 1), np.int64)
+
+
 @compiled
 def accept(table: Floats, ready: Floats, resident: npt.NDArray[np.bool_]) -> bool:
     """Whether all costs and times can be; if so, marks who is not resident in the arrival row."""
@@ -86,8 +96,8 @@ def accept(table: Floats, ready: Floats, resident: npt.NDArray[np.bool_]) -> boo
             return False
     for position in range(resident.size):
         if not resident[position]:
-            table[3, position] = NOT_RESIDENT
-        elif table[3, position] > ready[2]:
+            table[ARRIVAL, position] = NOT_RESIDENT
+        elif table[ARRIVAL, position] > ready[LINK]:
             return False
     return True
 
@@ -121,4 +131,6 @@ def _name_the_bad(table: Floats, ready: Floats) -> NoReturn:
         if not 0.0 <= value < np.inf:
             raise CostError(f"{name}: expected a finite number of at least 0, found {value}")
     late = int(np.argmax(table[ARRIVAL]))
-    raise CostError(f"arrival_us[{late}] {table[ARRIVAL, late]} is after link_ready_us {ready[2]}: a link is in order")
+    raise CostError(
+        f"arrival_us[{late}] {table[ARRIVAL, late]} is after link_ready_us {ready[LINK]}: a link is in order"
+    )

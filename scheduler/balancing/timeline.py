@@ -1,8 +1,7 @@
 """The semantics of a balance plan, in one place: what a placement and its orders take (compiled).
 
-A plan travels as int64[3 + 3n]: counts of CPU, accelerator and transferred experts, then three blocks of n
-positions. Every policy kernel has the signature ``(table float64[5, n], ready float64[3], params float64[2],
-plan int64[3 + 3n]) -> (makespan_us, bound_us)``.
+A plan travels as int64[3, n + 1], see ``problem.COUNT``; more rows are left alone. Every policy kernel is
+``(table float64[5, n], ready float64[3], params float64[2], plan int64[3, n + 1]) -> (makespan_us, bound_us)``.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, LINK, TRANSFER
 from scheduler.compiled import compiled
 
 Floats = npt.NDArray[np.float64]
@@ -19,21 +19,20 @@ Ints = npt.NDArray[np.int64]
 @compiled
 def plan_makespan(table: Floats, ready: Floats, plan: Ints) -> float:
     """Latest end of the compute lanes; a lane without an expert does not count."""
-    n = table.shape[1]
-    n_cpu, n_accel, n_transfers = plan[0], plan[1], plan[2]
-    arrival = table[3].copy()
-    link = ready[2]
+    n_cpu, n_accel, n_transfers = plan[CPU, COUNT], plan[ACCEL, COUNT], plan[TRANSFER, COUNT]
+    arrival = table[ARRIVAL].copy()
+    link = ready[LINK]
     for i in range(n_transfers):
-        expert = plan[3 + 2 * n + i]
-        link += table[2, expert]
+        expert = plan[TRANSFER, i]
+        link += table[TRANSFER, expert]
         arrival[expert] = link
-    cpu = ready[0]
+    cpu = ready[CPU]
     for i in range(n_cpu):
-        cpu += table[0, plan[3 + i]]
-    accel = ready[1]
+        cpu += table[CPU, plan[CPU, i]]
+    accel = ready[ACCEL]
     for i in range(n_accel):
-        expert = plan[3 + n + i]
-        accel = max(accel, arrival[expert]) + table[1, expert]
+        expert = plan[ACCEL, i]
+        accel = max(accel, arrival[expert]) + table[ACCEL, expert]
     return max(cpu if n_cpu > 0 else 0.0, accel if n_accel > 0 else 0.0)
 
 
@@ -64,12 +63,12 @@ def johnson_order(table: Floats) -> Ints:
     residents are jobs without a first operation, which the rule puts first.)
     """
     n = table.shape[1]
-    here = table[3] >= 0.0
-    short = ~here & (table[2] <= table[1])
+    here = table[ARRIVAL] >= 0.0
+    short = ~here & (table[TRANSFER] <= table[ACCEL])
     order = np.empty(n, np.int64)
-    first = by_key(table[3], here)
-    second = by_key(table[2], short)
-    third = by_key(-table[1], ~here & ~short)
+    first = by_key(table[ARRIVAL], here)
+    second = by_key(table[TRANSFER], short)
+    third = by_key(-table[ACCEL], ~here & ~short)
     order[: first.size] = first
     order[first.size : first.size + second.size] = second
     order[first.size + second.size :] = third
@@ -79,16 +78,15 @@ def johnson_order(table: Floats) -> Ints:
 @compiled
 def write_plan(table: Floats, on_accel: npt.NDArray[np.bool_], order: Ints, plan: Ints) -> None:
     """Fills ``plan`` from a placement: the accelerator and the link follow ``order``, the CPU goes short first."""
-    n = table.shape[1]
     n_accel = 0
     n_transfers = 0
     for position in order:
         if on_accel[position]:
-            plan[3 + n + n_accel] = position
+            plan[ACCEL, n_accel] = position
             n_accel += 1
-            if table[3, position] < 0.0:
-                plan[3 + 2 * n + n_transfers] = position
+            if table[ARRIVAL, position] < 0.0:
+                plan[TRANSFER, n_transfers] = position
                 n_transfers += 1
-    cpu = by_key(table[0], ~on_accel)
-    plan[3 : 3 + cpu.size] = cpu
-    plan[0], plan[1], plan[2] = cpu.size, n_accel, n_transfers
+    cpu = by_key(table[CPU], ~on_accel)
+    plan[CPU, : cpu.size] = cpu
+    plan[CPU, COUNT], plan[ACCEL, COUNT], plan[TRANSFER, COUNT] = cpu.size, n_accel, n_transfers

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.balancing.optimal import optimal
+from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, LINK, PRIORITY, TRANSFER
 from scheduler.balancing.timeline import by_key, johnson_order, write_plan
 from scheduler.compiled import compiled
 
@@ -33,22 +34,22 @@ def shared_memory_end(cpu_ready: float, work_us: float, link_end: float, cpu_rat
 @compiled
 def contended_makespan(table: Floats, ready: Floats, order: Ints, on_accel: Flags, cpu_rate: float) -> float:
     """Makespan of a placement in accelerator order ``order``, CPU work slowed while the link works."""
-    cpu, accel, link = 0.0, ready[1], ready[2]
+    cpu, accel, link = 0.0, ready[ACCEL], ready[LINK]
     any_cpu, any_accel = False, False
     for expert in order:
         if not on_accel[expert]:
-            cpu += table[0, expert]
+            cpu += table[CPU, expert]
             any_cpu = True
             continue
         any_accel = True
-        arrival = table[3, expert]
+        arrival = table[ARRIVAL, expert]
         if arrival < 0.0:
-            link += table[2, expert]
+            link += table[TRANSFER, expert]
             arrival = link
-        accel = max(accel, arrival) + table[1, expert]
+        accel = max(accel, arrival) + table[ACCEL, expert]
     end = accel if any_accel else 0.0
     if any_cpu:
-        end = max(end, shared_memory_end(ready[0], cpu, link, cpu_rate))
+        end = max(end, shared_memory_end(ready[CPU], cpu, link, cpu_rate))
     return end
 
 
@@ -63,13 +64,13 @@ def valued(table: Floats, ready: Floats, victims: Floats, link_price: float, cpu
     """
     n = table.shape[1]
     order = johnson_order(table)
-    here = table[3] >= 0.0
-    misses = by_key(-(table[0] + table[4]), ~here)
-    residents = by_key(table[0], here)
+    here = table[ARRIVAL] >= 0.0
+    misses = by_key(-(table[CPU] + table[PRIORITY]), ~here)
+    residents = by_key(table[CPU], here)
     optimal(table, ready, np.full(2, -1.0), plan)
     best_place = np.zeros(n, np.bool_)
-    for i in range(plan[1]):
-        best_place[plan[3 + n + i]] = True
+    for i in range(plan[ACCEL, COUNT]):
+        best_place[plan[ACCEL, i]] = True
     best = contended_makespan(table, ready, order, best_place, cpu_rate) + _price(
         table, best_place, victims, link_price
     )
@@ -94,8 +95,8 @@ def valued(table: Floats, ready: Floats, victims: Floats, link_price: float, cpu
 def _price(table: Floats, place: Flags, victims: Floats, link_price: float) -> float:
     price, count = 0.0, 0
     for i in range(place.size):
-        if place[i] and table[3, i] < 0.0:
-            price += link_price + victims[count] - table[4, i]
+        if place[i] and table[ARRIVAL, i] < 0.0:
+            price += link_price + victims[count] - table[PRIORITY, i]
             count += 1
     return price
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from scheduler.cache.base import CachePolicy, Scope
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.forecast.activation_matrix import EPSILON, ActivationMatrices
 from scheduler.setting import Setting
 
@@ -27,7 +27,7 @@ class ActivationMatrixCache(CachePolicy):
     def begin_sequence(self) -> None:
         self.matrices.begin_sequence()
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         self.matrices.add(demand)
         row = self.matrices.current[demand.layer]
         self.rows()[demand.layer] = (row / max(row.sum(), 1e-300) + EPSILON) * self.nearness[demand.layer]

@@ -8,7 +8,7 @@ import numpy as np
 
 from scheduler.cache.allocation import shallow_first
 from scheduler.cache.base import CachePolicy
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.setting import Setting, integer
 
 FREQUENT_BONUS = 1e12
@@ -38,7 +38,7 @@ class Arc(CachePolicy):
     def resized(self, n_slots: int) -> None:
         self.capacities = shallow_first(n_slots, self.setting.n_layers, self.setting.n_experts, self.n_shallow)
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         self.clock += 1.0
         keys = demand.expert_ids + demand.layer * self.setting.n_experts
         self.last_used[keys] = self.clock

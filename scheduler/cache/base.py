@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.setting import Setting
 
 Scope = Literal["layer", "pool"]
@@ -45,7 +45,7 @@ class CachePolicy:
     def warmed(self, frequencies: npt.NDArray[np.float64] | None) -> None:
         """Frequencies float64[n_layers, n_experts] known before the first step, if any."""
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         """The routing of a layer is known."""
         raise NotImplementedError
 

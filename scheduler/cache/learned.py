@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.cache.base import CachePolicy
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.setting import Setting
 
 CACHE_FEATURES = ("inverse_age", "frequency", "recent_frequency", "last_score")
@@ -27,7 +27,7 @@ class Learned(CachePolicy):
         self.age = np.full((setting.n_layers, setting.n_experts), 1e6, np.float32)
         self.uses, self.recent, self.last_score = (np.zeros_like(self.age) for _ in range(3))
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         layer, ids = demand.layer, demand.expert_ids
         self.age[layer] += 1.0
         self.age[layer, ids] = 0.0

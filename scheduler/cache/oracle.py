@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scheduler.cache.base import CachePolicy, Scope
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.setting import Setting, choice
 
 
@@ -15,7 +15,7 @@ class Belady(CachePolicy):
         setting.need_future("belady")
         self.scope: Scope = "pool" if choice("belady", "scope", scope, ("layer", "pool")) == "pool" else "layer"
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         """Nothing to learn: the future is known."""
 
     def refresh(self, layer: int) -> None:

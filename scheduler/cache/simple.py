@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scheduler.cache.allocation import by_dynamic_programming, gains_of, shallow_first
 from scheduler.cache.base import CachePolicy, Scope
 from scheduler.compiled import compiled
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.setting import Setting, choice, integer, number
 
 
@@ -26,7 +26,7 @@ class Mrs(CachePolicy):
         self.alpha = number("mrs", "alpha", alpha, 0.0, 1.0)
         self.top_p = None if top_p is None else integer("mrs", "top_p", top_p, 1)
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         start = demand.layer * self.setting.n_experts
         row = self.keep[start : start + self.setting.n_experts]
         p = self.top_p if self.top_p is not None else 2 * experts_per_token(demand)
@@ -37,7 +37,7 @@ class Mrs(CachePolicy):
             self.rows()[:] = frequencies / np.maximum(frequencies.sum(axis=1, keepdims=True), 1e-300)
 
 
-def experts_per_token(demand: LayerDemand) -> int:
+def experts_per_token(demand: Demand) -> int:
     """Routed experts a token, rounded up, from the demand itself."""
     return max(1, -(-int(demand.n_tokens.sum()) // max(demand.n_tokens_total, 1)))
 
@@ -76,7 +76,7 @@ class Lru(CachePolicy):
         self.sizes = choice("lru", "sizes", sizes, ("even", "dp"))
         self.clock = 0.0
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         self.clock += 1.0
         self.keep[demand.expert_ids + demand.layer * self.setting.n_experts] = self.clock
 
@@ -92,7 +92,7 @@ class Lfu(CachePolicy):
         super().__init__(setting)
         self.scope: Scope = "pool" if choice("lfu", "scope", scope, ("layer", "pool")) == "pool" else "layer"
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         self.keep[demand.expert_ids + demand.layer * self.setting.n_experts] += demand.n_tokens
 
     def warmed(self, frequencies: npt.NDArray[np.float64] | None) -> None:
@@ -124,7 +124,7 @@ class Hobbit(CachePolicy):
         self.layer_of = np.repeat(np.arange(setting.n_layers), setting.n_experts)
         self.n_steps = 0
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         if demand.layer == 0:
             self.n_steps += 1
         keys = demand.expert_ids + demand.layer * self.setting.n_experts
@@ -159,7 +159,7 @@ class Fixed(CachePolicy):
         self._held = np.zeros(setting.n_layers, np.int64)
         self._clock = 0.0
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         """Use changes nothing."""
 
     def inserted(self, key: int) -> None:

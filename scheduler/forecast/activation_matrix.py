@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 
 EPSILON = 1e-8
 """Added to every probability, so that experts never seen still order by layer."""
@@ -28,7 +28,7 @@ class ActivationMatrices:
             self.past = np.concatenate((self.past, _by_row(self.current)[None]))[-self.capacity :]
             self.current = np.zeros_like(self.current)
 
-    def add(self, demand: LayerDemand) -> None:
+    def add(self, demand: Demand) -> None:
         """Counts a layer's tokens."""
         self.current[demand.layer, demand.expert_ids] += demand.n_tokens
 

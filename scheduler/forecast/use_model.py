@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.compiled import compiled
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.forecast.affinity import MAX_ACTIVE, add_votes, correct, no_routes, no_weights, write_route
 
 Floats = npt.NDArray[np.float64]
@@ -124,6 +124,19 @@ def expect_use(
 
 
 @compiled
+def observe_use(
+    layer: int, ids: Ids, n_tokens: Ids, n_total: int, now: int, run: int, distance: int, seen: float, even: float,
+    few: bool, rates: Floats, routes: Ids, own: Singles, odds: Singles, ahead: Singles, next_token: Singles,
+    same_token: Singles,
+) -> None:  # fmt: skip
+    """A layer's routing is known: counts its use, learns if there are ``few`` tokens, forecasts the next ones."""
+    count_use(rates, ids, n_tokens, n_total)
+    if few:
+        learn_layer(layer, ids, now, run, distance, routes, own, ahead, next_token, same_token)
+    expect_use(layer, now, seen, even, rates, routes, own, odds, next_token, few)
+
+
+@compiled
 def foretell(
     layer: int, target: int, now: int, routes: Ids, odds: Singles, same_token: Singles, ahead: Singles
 ) -> None:
@@ -169,22 +182,17 @@ class UseModel:
         self._now += 1
         self._run = self._run + 1 if few else 0
 
-    def observe(self, demand: LayerDemand, few: bool) -> None:
-        """Learns from a layer's routing. Arrays as LayerDemand says (int32, contiguous)."""
+    def observe(self, demand: Demand, few: bool) -> None:
+        """Learns from a layer's routing. Arrays as Demand says (int32, contiguous)."""
         layer, ids, total = demand.layer, demand.expert_ids, demand.n_tokens_total
         rates = self.rates[layer]
         if not self._even[layer]:
             self._first_use(demand)
-        count_use(rates, ids, demand.n_tokens, total)
         self._seen[layer] += total
-        if few:
-            learn_layer(
-                layer, ids, self._now, self._run - 1, self.distance if self._foretold[layer] else 0, self._routes,
-                self._own, self.ahead, self.next_token, self.same_token,
-            )  # fmt: skip
-        expect_use(
-            layer, self._now, self._seen[layer], self._even[layer], rates, self._routes, self._own, self.odds,
-            self.next_token, few,
+        observe_use(
+            layer, ids, demand.n_tokens, total, self._now, self._run - 1, self.distance if self._foretold[layer] else 0,
+            self._seen[layer], self._even[layer], few, rates, self._routes, self._own, self.odds, self.ahead,
+            self.next_token, self.same_token,
         )  # fmt: skip
         self._foretold[layer] = False
 
@@ -201,7 +209,7 @@ class UseModel:
         """float64[E]: slow moving mean of use."""
         return np.asarray(self.rates[layer, SLOW])
 
-    def _first_use(self, demand: LayerDemand) -> None:
+    def _first_use(self, demand: Demand) -> None:
         """The experts a token that are seen now make rates of known shares, or even ones."""
         layer = demand.layer
         per_token = float(demand.n_tokens.sum()) / max(demand.n_tokens_total, 1)
@@ -213,6 +221,6 @@ class UseModel:
         self.rates[layer, :USES] = even if known is None else known
 
 
-def is_few(demand: LayerDemand) -> bool:
+def is_few(demand: Demand) -> bool:
     """Whether a step has so few tokens that it says who follows whom."""
     return demand.n_tokens_total <= FEW_TOKENS and demand.expert_ids.size <= MAX_ACTIVE

@@ -12,8 +12,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from scheduler.balancing.problem import ACCEL, CPU
 from scheduler.compiled import compiled
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.forecast.residency import Residency
 from scheduler.forecast.use_model import NEXT_TOKENS, SLOW, UseModel, chance_of, is_few
 from scheduler.setting import Setting
@@ -131,8 +132,37 @@ def rank_absent(
     return n
 
 
+@compiled
+def saving_us(cpu: Floats, accel: Floats, kind: int, drift: Floats) -> float:
+    """us that one use of a resident saves for one token; ``cpu``, ``accel``: the cost model's grids [kinds, tokens]."""
+    cpu_us, accel_us = cpu[kind, 1] * drift[CPU], accel[kind, 1] * drift[ACCEL]
+    return float(max(cpu_us - accel_us, 1e-3 * cpu_us))
+
+
+@compiled
+def score_layer(
+    layer: int, target: int, ids: Ids, horizon: float, cpu: Floats, accel: Floats, kind: Ints, drift: Floats,
+    slot_of: Ints, given: Ids, scores: Singles, keep: Floats, odds: Singles, rates: Floats, ahead: Singles,
+    own: Floats, shared: Floats, n_listed: Ints, listed: Ints, cells: Ints, chances: Floats,
+) -> None:  # fmt: skip
+    """A layer's routing is known and counted: judges what was listed for it, scores its experts, and lists what layer
+    ``target`` (-1: none), which was just forecast, will miss. ``given``, ``scores``: the gate's prediction for it.
+    """
+    n = n_listed[layer]
+    if n > 0:
+        learn_fate(own[layer], shared, cells[layer, :n], listed[layer, :n], ids)
+        n_listed[layer] = 0
+    n_experts = odds.shape[1]
+    keep_by_use(keep, layer * n_experts, odds, layer, rates, horizon, saving_us(cpu, accel, kind[layer], drift))
+    if target >= 0:
+        n_listed[target] = rank_absent(
+            keep, target, ahead, saving_us(cpu, accel, kind[target], drift), slot_of, given, scores, own, shared,
+            listed, cells, chances,
+        )  # fmt: skip
+
+
 class ValueModel:
-    """State of one planner; ``observe`` may be called by cache and prefetch policy for the same demand.
+    """The forecast of one planner, which tells it of every demand once, before cache and prefetch policies are asked.
 
     keep float64[n_layers * n_experts]: us saved by residency. ``distance``: layers from a forecast to what it is for,
     as many as pass while a transfer runs, at most the setting's lookahead.
@@ -148,15 +178,15 @@ class ValueModel:
         self._experts, self._cells = (np.zeros((n_layers, CANDIDATES), np.int64) for _ in range(2))
         self._chances, self._listed = np.zeros((n_layers, CANDIDATES)), np.zeros(n_layers, np.int64)
         self._sure_keys, self._sure = np.zeros(MAX_SURE, np.int64), np.zeros(MAX_SURE)
-        self._seen: LayerDemand | None = None
+        self._last_layer = n_layers
         self._no_ids, self._no_scores = np.empty(0, np.int32), np.empty(0, np.float32)
 
     @classmethod
     def of(cls, setting: Setting) -> ValueModel:
-        """The setting's model, made on first use."""
-        if not isinstance(setting.value, cls):
-            setting.value = cls(setting)
-        return setting.value
+        """The setting's forecast, made on first use."""
+        if not isinstance(setting.forecast, cls):
+            setting.forecast = cls(setting)
+        return setting.forecast
 
     def saving_us(self, layer: int) -> float:
         """us that one use of a resident saves for one token."""
@@ -166,7 +196,7 @@ class ValueModel:
 
     def begin_sequence(self) -> None:
         """What was active last no longer precedes what comes."""
-        self._seen = None
+        self._last_layer = self.setting.n_layers
         self._listed[:] = 0
         self.use.begin_sequence()
 
@@ -180,29 +210,23 @@ class ValueModel:
         for layer in range(self.setting.n_layers):
             rows[layer] = self.saving_us(layer) * shares[layer]
 
-    def observe(self, demand: LayerDemand) -> None:
-        """Learns from a layer's routing and looks at the next one. Arrays as LayerDemand says (int32, contiguous)."""
-        before = self._seen
-        if before is demand:
-            return
-        self._seen = demand
-        layer, n = demand.layer, self.setting.n_experts
-        listed = int(self._listed[layer])
-        if listed:
-            watched = self._cells[layer, :listed], self._experts[layer, :listed]
-            learn_fate(self.own[layer], self.shared, *watched, demand.expert_ids)
-            self._listed[layer] = 0
-        few = is_few(demand)
-        if before is None or before.layer >= layer:
+    def observe(self, demand: Demand) -> None:
+        """Learns from a layer's routing and looks at the next one. Arrays as Demand says (int32, contiguous)."""
+        layer, few, setting, costs = demand.layer, is_few(demand), self.setting, self.setting.costs
+        if self._last_layer >= layer:
             self._begin_step(demand, few)
+        self._last_layer = layer
         self.use.observe(demand, few)
-        keep_by_use(
-            self.keep, layer * n, self.use.odds, layer, self.use.rates[layer], self.residency.horizon,
-            self.saving_us(layer),
-        )  # fmt: skip
         target = self.use.foretell(layer) if few else -1
-        if target >= 0:
-            self._rank(demand, target)
+        given, scores = self._no_ids, self._no_scores
+        for prediction in demand.predictions:
+            if prediction.layer == target:
+                given, scores = prediction.expert_ids, prediction.scores
+        score_layer(
+            layer, target, demand.expert_ids, self.residency.horizon, costs.cpu_grid, costs.accel_grid, costs.kind,
+            costs.drift, setting.slots.slot_of, given, scores, self.keep, self.use.odds, self.use.rates[layer],
+            self.use.ahead, self.own, self.shared, self._listed, self._experts, self._cells, self._chances,
+        )  # fmt: skip
 
     def sure(self, layer: int, certainty: float) -> tuple[Ints, Floats]:
         """(keys, chances) of absent experts of the layers after ``layer`` with a chance of at least ``certainty``."""
@@ -213,7 +237,7 @@ class ValueModel:
         )  # fmt: skip
         return self._sure_keys[:n], self._sure[:n]
 
-    def loads(self, layer: int, demand: LayerDemand) -> Floats:
+    def loads(self, layer: int, demand: Demand) -> Floats:
         """float64[E]: tokens that each expert of a layer will get from the tokens of ``demand`` (a prefill's).
 
         The gates' prediction where there is one, else its rate of use, halfway to all experts alike.
@@ -234,13 +258,13 @@ class ValueModel:
         n_tokens, costs = np.ceil(loads).astype(np.int64), self.setting.costs
         return np.asarray(np.maximum(costs.cpu_us(layer, n_tokens) - costs.accel_us(layer, n_tokens), 0.0))
 
-    def _begin_step(self, demand: LayerDemand, few: bool) -> None:
+    def _begin_step(self, demand: Demand, few: bool) -> None:
         self.residency.begin_step(self.setting.slots.n_slots, few)
         self.use.begin_step(few)
         if not few:
             self._protect_later_layers(demand)
 
-    def _protect_later_layers(self, demand: LayerDemand) -> None:
+    def _protect_later_layers(self, demand: Demand) -> None:
         """A prefill will use nearly every expert of the layers ahead: they are worth that much until it is their turn.
 
         What makes room are the layers behind, whose turn comes last.
@@ -248,16 +272,6 @@ class ValueModel:
         rows = self.keep.reshape(self.setting.n_layers, -1)
         for layer in range(demand.layer + 1, self.setting.n_layers):
             rows[layer] += self.load_saving_us(layer, self.loads(layer, demand))
-
-    def _rank(self, demand: LayerDemand, layer: int) -> None:
-        given, scores = self._no_ids, self._no_scores
-        for prediction in demand.predictions:
-            if prediction.layer == layer:
-                given, scores = prediction.expert_ids, prediction.scores
-        self._listed[layer] = rank_absent(
-            self.keep, layer, self.use.ahead, self.saving_us(layer), self.setting.slots.slot_of, given, scores,
-            self.own, self.shared, self._experts, self._cells, self._chances,
-        )  # fmt: skip
 
 
 def _layers_of_a_transfer(setting: Setting) -> int:

@@ -21,9 +21,11 @@ from scheduler.balancing.peers import (
     static_mapping,
     whole_layers,
 )
+from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, LINK, NOT_RESIDENT, PRIORITY, TRANSFER
 from scheduler.balancing.timeline import plan_makespan
 from scheduler.balancing.valued import valued
 from scheduler.compiled import compiled
+from scheduler.slots import FREE, RESIDENT
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -38,9 +40,15 @@ KERNELS: dict[str, Kernel] = {
 }  # fmt: skip
 """Balance policies by name. Each is compiled when it is first used: one function over all would take half a minute."""
 
-FREE, RESIDENT = 0, 2
+SLOT, EVICTED = 3, 4
+"""Rows that the planner adds to a plan: by position, the slot of each accelerated expert (-1 else), and for each
+transferred one the key that leaves (-1: none, REUSE: an expert of this very plan that runs earlier in that slot)."""
 REUSE = -2
-"""In ``evicted``: the slot's expert of this very plan is overwritten after its last read."""
+
+
+def new_plan(n: int) -> Ints:
+    """An empty plan int64[5, n + 1] of n active experts: the rows of ``balancing.problem.COUNT``, SLOT and EVICTED."""
+    return np.zeros((5, n + 1), np.int64)
 
 
 @compiled
@@ -55,77 +63,77 @@ def grid_us(row: Floats, n_tokens: int) -> float:
 @compiled
 def fill_table(
     ids: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], first_key: int, cpu: Floats, accel: Floats,
-    scales: Floats, link_ready: float, slot_of: Ints, state: Ints, arrival: Floats, priority: Floats,
-) -> Floats:  # fmt: skip
-    """Cost table float64[5, A] of a demand. scales = (cpu drift, accel drift, transfer us)."""
-    n = ids.size
-    table = np.empty((5, n))
-    for i in range(n):
+    scales: Floats, link_ready: float, slot_of: Ints, state: Ints, arrival: Floats, priority: Floats, table: Floats,
+) -> None:  # fmt: skip
+    """Fills the cost table float64[5, A] of a demand. scales = (cpu drift, accel drift, transfer us)."""
+    for i in range(ids.size):
         key = first_key + ids[i]
-        table[0, i] = grid_us(cpu, n_tokens[i]) * scales[0]
-        table[1, i] = grid_us(accel, n_tokens[i]) * scales[1]
-        table[2, i] = scales[2]
+        table[CPU, i] = grid_us(cpu, n_tokens[i]) * scales[CPU]
+        table[ACCEL, i] = grid_us(accel, n_tokens[i]) * scales[ACCEL]
+        table[TRANSFER, i] = scales[TRANSFER]
         slot = slot_of[key]
-        table[3, i] = -1.0 if slot < 0 else (0.0 if state[slot] >= RESIDENT else min(arrival[slot], link_ready))
-        table[4, i] = priority[key]
-    return table
+        if slot < 0:
+            table[ARRIVAL, i] = NOT_RESIDENT
+        else:
+            table[ARRIVAL, i] = 0.0 if state[slot] >= RESIDENT else min(arrival[slot], link_ready)
+        table[PRIORITY, i] = priority[key]
 
 
 @compiled
-def pick_slot(key_of: Ints, state: Ints, claims: Ints, keep: Floats, taken: npt.NDArray[np.bool_],
+def pick_slot(key_of: Ints, state: Ints, pins: Ints, keep: Floats, taken: npt.NDArray[np.bool_],
               first_key: int, end_key: int, capacity: int) -> int:  # fmt: skip
     """The slot to rewrite: a free one, else that of the idle resident with the lowest ``keep`` (ties: key); -1: none.
 
     capacity >= 0: the layer of keys first_key..end_key holds at most that many slots and evicts its own experts only.
     """
-    held, free, victim, least = 0, -1, -1, 0.0
+    in_slots, free, victim, least = 0, -1, -1, 0.0
     for slot in range(key_of.size):
         key = key_of[slot]
-        own = first_key <= key < end_key
-        if own:
-            held += 1
-        if taken[slot] or claims[slot] > 0:
+        in_layer = first_key <= key < end_key
+        if in_layer:
+            in_slots += 1
+        if taken[slot] or pins[slot] > 0:
             continue
         if state[slot] == FREE:
             free = slot if free < 0 else free
-        elif state[slot] == RESIDENT and (own or capacity < 0):
-            worth = keep[key]
-            if victim < 0 or worth < least or (worth == least and key < key_of[victim]):
-                victim, least = slot, worth
-    if free >= 0 and (capacity < 0 or held < capacity):
+        elif state[slot] == RESIDENT and (in_layer or capacity < 0):
+            score = keep[key]
+            if victim < 0 or score < least or (score == least and key < key_of[victim]):
+                victim, least = slot, score
+    if free >= 0 and (capacity < 0 or in_slots < capacity):
         return free
     return victim
 
 
 @compiled
-def victim_worths(
-    key_of: Ints, state: Ints, claims: Ints, keep: Floats, first_key: int, ids: npt.NDArray[np.int32]
+def victim_scores(
+    key_of: Ints, state: Ints, pins: Ints, keep: Floats, first_key: int, ids: npt.NDArray[np.int32]
 ) -> Floats:
-    """float64[A] ascending: worth of what the next A transfers would evict (0: a free slot).
+    """float64[A] ascending: eviction score of what the next A transfers would evict (0: a free slot).
 
-    Experts of this demand are left out. Where slots run out, the last worth goes on: a slot of this layer is reused.
+    Experts of this demand are left out. Where slots run out, the last score goes on: a slot of this layer is reused.
     """
-    worths = np.full(ids.size, np.inf)
+    scores = np.full(ids.size, np.inf)
     for slot in range(key_of.size):
-        worth = 0.0
-        if state[slot] == RESIDENT and claims[slot] == 0:
+        score = 0.0
+        if state[slot] == RESIDENT and pins[slot] == 0:
             key = key_of[slot]
-            worth = keep[key]
-            if worth >= worths[-1] or _contains(ids, key - first_key):
+            score = keep[key]
+            if score >= scores[-1] or _contains(ids, key - first_key):
                 continue
         elif state[slot] != FREE:
             continue
         i = ids.size - 1
-        while i > 0 and worths[i - 1] > worth:
-            worths[i] = worths[i - 1]
+        while i > 0 and scores[i - 1] > score:
+            scores[i] = scores[i - 1]
             i -= 1
-        if worths[i] > worth:
-            worths[i] = worth
+        if scores[i] > score:
+            scores[i] = score
     last = 0.0
-    for i in range(worths.size):
-        last = worths[i] if worths[i] < np.inf else last
-        worths[i] = last
-    return worths
+    for i in range(scores.size):
+        last = scores[i] if scores[i] < np.inf else last
+        scores[i] = last
+    return scores
 
 
 @compiled
@@ -138,29 +146,29 @@ def _contains(ids: npt.NDArray[np.int32], expert: int) -> bool:
 
 @compiled
 def assign_slots(
-    ids: npt.NDArray[np.int32], first_key: int, end_key: int, capacity: int, table: Floats, slot_of: Ints,
-    key_of: Ints, state: Ints, claims: Ints, keep: Floats, plan: Ints, slots: Ints, evicted: Ints,
+    ids: npt.NDArray[np.int32], first_key: int, end_key: int, capacity: int, slot_of: Ints,
+    key_of: Ints, state: Ints, pins: Ints, keep: Floats, plan: Ints,
 ) -> int:  # fmt: skip
     """Gives every transfer of ``plan`` a slot; those that get none move to the CPU. Returns how many moved.
 
-    slots int64[A]: slot of each accelerated expert by position (-1 else). evicted int64[A]: by position of a
-    transferred expert: key that leaves, -1 none, REUSE the slot of an expert that this plan runs earlier.
+    Writes the plan's rows SLOT and EVICTED.
     """
     n = ids.size
+    slots, evicted = plan[SLOT, :n], plan[EVICTED, :n]
     taken = np.zeros(key_of.size, np.bool_)
     turn = np.full(n, -1, np.int64)
     slots[:] = -1
-    for i in range(plan[1]):
-        position = plan[3 + n + i]
+    for i in range(plan[ACCEL, COUNT]):
+        position = plan[ACCEL, i]
         turn[position] = i
         slots[position] = slot_of[first_key + ids[position]]
         if slots[position] >= 0:
             taken[slots[position]] = True
     reused = np.zeros(n, np.bool_)
     moved = 0
-    for i in range(plan[2]):
-        position = plan[3 + 2 * n + i]
-        slot = pick_slot(key_of, state, claims, keep, taken, first_key, end_key, capacity)
+    for i in range(plan[TRANSFER, COUNT]):
+        position = plan[TRANSFER, i]
+        slot = pick_slot(key_of, state, pins, keep, taken, first_key, end_key, capacity)
         evicted[position] = -1
         if slot >= 0:
             evicted[position] = key_of[slot]
@@ -168,7 +176,7 @@ def assign_slots(
                 capacity -= 1
         else:
             for j in range(turn[position]):
-                earlier = plan[3 + n + j]
+                earlier = plan[ACCEL, j]
                 if slots[earlier] >= 0 and not reused[earlier]:
                     slot = slots[earlier]
                     reused[earlier] = True
@@ -180,38 +188,33 @@ def assign_slots(
         else:
             moved += 1
     if moved > 0:
-        _move_to_cpu(table, plan, slots)
+        _move_to_cpu(plan)
     return moved
 
 
 @compiled
-def _move_to_cpu(table: Floats, plan: Ints, slots: Ints) -> None:
+def _move_to_cpu(plan: Ints) -> None:
     """Accelerated experts without a slot go to the end of the CPU's list."""
-    n = table.shape[1]
-    for block in (1, 2):
+    for row in (ACCEL, TRANSFER):
         kept = 0
-        for i in range(plan[block]):
-            position = plan[3 + block * n + i]
-            if slots[position] >= 0:
-                plan[3 + block * n + kept] = position
+        for i in range(plan[row, COUNT]):
+            position = plan[row, i]
+            if plan[SLOT, position] >= 0:
+                plan[row, kept] = position
                 kept += 1
-            elif block == 1:
-                plan[3 + plan[0]] = position
-                plan[0] += 1
-        plan[block] = kept
+            elif row == ACCEL:
+                plan[CPU, plan[CPU, COUNT]] = position
+                plan[CPU, COUNT] += 1
+        plan[row, COUNT] = kept
 
 
 @compiled
-def seat(
+def assign(
     makespan: float, ids: npt.NDArray[np.int32], first_key: int, end_key: int, capacity: int, table: Floats,
-    ready: Floats, slot_of: Ints, key_of: Ints, state: Ints, claims: Ints, keep: Floats, out: Ints,
+    ready: Floats, slot_of: Ints, key_of: Ints, state: Ints, pins: Ints, keep: Floats, plan: Ints,
 ) -> float:  # fmt: skip
-    """Gives the transfers of the plan in ``out`` their slots; returns the makespan, anew where one moved to the CPU."""
-    n = ids.size
-    plan, slots, evicted = out[: 3 + 3 * n], out[3 + 3 * n : 3 + 4 * n], out[3 + 4 * n :]
-    if assign_slots(
-        ids, first_key, end_key, capacity, table, slot_of, key_of, state, claims, keep, plan, slots, evicted
-    ):
+    """``assign_slots``; returns the makespan, anew where an expert moved to the CPU."""
+    if assign_slots(ids, first_key, end_key, capacity, slot_of, key_of, state, pins, keep, plan):
         return float(plan_makespan(table, ready, plan))
     return makespan
 
@@ -220,30 +223,30 @@ def seat(
 def decide_by_value(
     params: Floats, ids: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], first_key: int, end_key: int,
     capacity: int, cpu: Floats, accel: Floats, scales: Floats, ready: Floats, slot_of: Ints, key_of: Ints, state: Ints,
-    claims: Ints, arrival: Floats, keep: Floats, priority: Floats, out: Ints,
+    pins: Ints, arrival: Floats, keep: Floats, priority: Floats, table: Floats, plan: Ints,
 ) -> float:  # fmt: skip
     """``decide`` for "value"."""
-    table = fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[2], slot_of, state, arrival, priority)
-    victims = victim_worths(key_of, state, claims, keep, first_key, ids)
-    makespan = valued(table, ready, victims, params[0], params[1], out[: 3 + 3 * ids.size])
-    return seat(makespan, ids, first_key, end_key, capacity, table, ready, slot_of, key_of, state, claims, keep, out)
+    fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[LINK], slot_of, state, arrival, priority, table)
+    victims = victim_scores(key_of, state, pins, keep, first_key, ids)
+    makespan = valued(table, ready, victims, params[0], params[1], plan)
+    return assign(makespan, ids, first_key, end_key, capacity, table, ready, slot_of, key_of, state, pins, keep, plan)
 
 
 def decide(
     policy: str, params: Floats, ids: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], first_key: int,
     end_key: int, capacity: int, cpu: Floats, accel: Floats, scales: Floats, ready: Floats, slot_of: Ints, key_of: Ints,
-    state: Ints, claims: Ints, arrival: Floats, keep: Floats, priority: Floats, out: Ints,
+    state: Ints, pins: Ints, arrival: Floats, keep: Floats, priority: Floats, table: Floats, plan: Ints,
 ) -> float:  # fmt: skip
-    """Plans one layer: out int64[3 + 5A] = plan (timeline), slots, evicted. Returns the predicted makespan in us.
+    """Plans one layer into ``plan`` (see ``new_plan``). Returns the predicted makespan in us.
 
-    policy: "value" or a key of ``KERNELS``, params its parameters. Calls compiled parts one after another, for "value"
-    in one compiled call.
+    policy: "value" or a key of ``KERNELS``, params its parameters; ``table`` float64[5, A] is filled on the way. Calls
+    compiled parts one after another, for "value" in one compiled call.
     """
     if policy == VALUE:
         return decide_by_value(
             params, ids, n_tokens, first_key, end_key, capacity, cpu, accel, scales, ready, slot_of, key_of, state,
-            claims, arrival, keep, priority, out,
+            pins, arrival, keep, priority, table, plan,
         )  # fmt: skip
-    table = fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[2], slot_of, state, arrival, priority)
-    makespan = KERNELS[policy](table, ready, params, out[: 3 + 3 * ids.size])[0]
-    return seat(makespan, ids, first_key, end_key, capacity, table, ready, slot_of, key_of, state, claims, keep, out)
+    fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[LINK], slot_of, state, arrival, priority, table)
+    makespan = KERNELS[policy](table, ready, params, plan)[0]
+    return assign(makespan, ids, first_key, end_key, capacity, table, ready, slot_of, key_of, state, pins, keep, plan)

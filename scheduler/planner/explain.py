@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from scheduler.balancing import BALANCE_POLICIES, LayerCosts, balance
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.machine.costs import CostModel
 from scheduler.plan import LaneState, LayerPlan
 from scheduler.slots import SlotTable
@@ -37,21 +37,21 @@ class Explanation:
     alternatives: tuple[tuple[str, float], ...]
 
 
-def explain(plan: LayerPlan, demand: LayerDemand, lanes: LaneState, costs: CostModel, slots: SlotTable) -> Explanation:
+def explain(plan: LayerPlan, demand: Demand, lanes: LaneState, costs: CostModel, slots: SlotTable) -> Explanation:
     """Rebuilds the layer's costs as they were before ``plan`` and compares."""
-    ids = demand.expert_ids
+    ids, layer = demand.expert_ids, demand.layer
     moved = {t.expert for t in plan.transfers}
     gone = {t.evicts for t in (*plan.transfers, *plan.prefetches)}
     here = np.array(
         [
-            e not in moved and (e in plan.accel or slots.slot(plan.layer, e) >= 0 or (plan.layer, e) in gone)
+            e not in moved and (e in plan.accel or slots.slot(layer, e) >= 0 or (plan.layer, e) in gone)
             for e in ids.tolist()
         ],
         np.bool_,
     )  # fmt: skip
-    cpu_us = costs.cpu_us(plan.layer, demand.n_tokens, lanes.link_ready_us > 0)
-    accel_us = costs.accel_us(plan.layer, demand.n_tokens)
-    transfer_us = costs.transfer_us(plan.layer, cpu_busy=True)
+    cpu_us = costs.cpu_us(layer, demand.n_tokens, lanes.link_ready_us > 0)
+    accel_us = costs.accel_us(layer, demand.n_tokens)
+    transfer_us = costs.transfer_us(layer, cpu_busy=True)
     decisions = tuple(
         Decision(
             int(e), int(demand.n_tokens[i]), bool(here[i]), float(cpu_us[i]), float(accel_us[i]), transfer_us,

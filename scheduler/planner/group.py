@@ -7,19 +7,22 @@ layers are numbered as if there were one pool: accelerator a's slots follow thos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.demand import LayerDemand, Phase
+from scheduler.demand import Demand, DemandView, LayerDemand, Phase, Prediction
+from scheduler.errors import SlotError
 from scheduler.future import Future
 from scheduler.machine.costs import CostModel
-from scheduler.plan import Event, LaneState, LayerPlan, ObservedTask, Transfer, TransferEnded
+from scheduler.plan import Event, LaneState, LayerPlan, ObservedTask, Transfer
 from scheduler.planner.explain import Explanation
 from scheduler.planner.layer_blocks import Block
+from scheduler.planner.plan_view import PlanView
 from scheduler.planner.planner import NOW, Planner
 from scheduler.slots import RESIDENT, SlotTable
+
+NO_IDS, NO_SCORES = np.empty(0, np.int32), np.empty(0, np.float32)
 
 
 class GroupCosts:
@@ -46,22 +49,23 @@ class GroupCosts:
 
 
 class PlannerGroup:
-    """``make(block, unit)`` gives the planner of a block, over its own layers and slots from 0."""
+    """``make(block)`` gives the planner of a block, which numbers its layers and slots from the block's first ones."""
 
     def __init__(self, parts: Sequence[Block], make: Callable[[Block], Planner]) -> None:
         self.parts = list(parts)
         self.planners = [make(part) for part in self.parts]
+        for part, planner in zip(self.parts, self.planners, strict=True):
+            if (planner.first_layer, planner.first_slot) != (part.first_layer, part.first_slot):
+                raise SlotError(
+                    f"the planner of {part} starts at layer {planner.first_layer}, slot {planner.first_slot}; pass it "
+                    "the block's first_layer and first_slot"
+                )
         self._unit = [unit for unit, part in enumerate(self.parts) for _ in range(part.n_layers)]
-        self._latest: dict[int, LayerPlan] = {}
+        self._home = [self.planners[unit] for unit in self._unit]
+        self._inside = [_Inside(layer - home.first_layer, home.n_layers) for layer, home in enumerate(self._home)]
         self.n_layers, self.n_experts = len(self._unit), max(planner.n_experts for planner in self.planners)
-        homes = [(self.planners[unit], layer - self.parts[unit].first_layer) for layer, unit in enumerate(self._unit)]
-        self._homes = homes
-        self.costs = GroupCosts([(planner.costs, own) for planner, own in homes])
-
-    @property
-    def layers_ahead(self) -> int:
-        """As ``Planner.layers_ahead``: the most that one of the planners reads."""
-        return max(planner.layers_ahead for planner in self.planners)
+        self.costs = GroupCosts([(home.costs, layer - home.first_layer) for layer, home in enumerate(self._home)])
+        self.layers_ahead = max(planner.layers_ahead for planner in self.planners)
 
     @property
     def all_cached(self) -> bool:
@@ -75,8 +79,8 @@ class PlannerGroup:
 
     def table(self, layer: int) -> tuple[SlotTable, int]:
         """The slots of the layer's accelerator, and the layer's number in them."""
-        planner, own = self._homes[layer]
-        return planner.slots, own
+        home = self._home[layer]
+        return home.slots, layer - home.first_layer
 
     def unit(self, layer: int) -> int:
         """The accelerator of a layer; what follows the last layer is on the last one."""
@@ -88,7 +92,7 @@ class PlannerGroup:
         every = None if frequencies is None else np.asarray(frequencies)
         for part, planner in zip(self.parts, self.planners, strict=True):
             known = None if every is None else every[part.first_layer : part.first_layer + part.n_layers]
-            found += [_outside(transfer, part) for transfer in planner.warm_up(known)]
+            found += planner.warm_up(known)
         return tuple(found)
 
     def begin_sequence(self, future: Future | None = None) -> None:
@@ -103,62 +107,77 @@ class PlannerGroup:
 
     def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan:
         """As ``Planner.plan_layer``; ``lanes`` are those of the layer's accelerator."""
-        unit = self.unit(demand.layer)
-        part = self.parts[unit]
-        plan = self.planners[unit].plan_layer(_inside(demand, part), lanes)
-        self._latest[demand.layer] = plan
-        return replace(
-            plan,
-            layer=demand.layer,
-            accel_slots=tuple(slot + part.first_slot for slot in plan.accel_slots),
-            transfers=tuple(_outside(transfer, part) for transfer in plan.transfers),
-            prefetches=tuple(_outside(transfer, part) for transfer in plan.prefetches),
-        )
+        return self.decide(demand, lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us).plan(demand)
+
+    def decide(
+        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0
+    ) -> PlanView:
+        """As ``Planner.decide``; the times are those of the layer's accelerator."""
+        layer = demand.layer
+        inside = self._inside[layer].of(demand)
+        return self._home[layer].decide(inside, cpu_ready_us, accel_ready_us, link_ready_us)
 
     def on_event(self, event: Event) -> None:
         """As ``Planner.on_event``."""
-        unit = self.unit(event.layer)
-        part = self.parts[unit]
-        layer = event.layer - part.first_layer
-        if isinstance(event, TransferEnded):
-            self.planners[unit].on_event(replace(event, layer=layer, slot=event.slot - part.first_slot))
-            return
-        observed = tuple(replace(task, layer=layer) for task in event.observed)
-        self.planners[unit].on_event(replace(event, layer=layer, observed=observed))
+        self._of(event.layer).on_event(event)
+
+    def end_transfer(self, layer: int, expert: int, slot: int, us: float = 0.0) -> None:
+        """As ``Planner.end_transfer``."""
+        self._of(layer).end_transfer(layer, expert, slot, us)
+
+    def end_layer(self, layer: int, observed: Sequence[ObservedTask] = ()) -> None:
+        """As ``Planner.end_layer``."""
+        self._of(layer).end_layer(layer, observed)
 
     def observe(self, task: ObservedTask) -> None:
         """As ``Planner.observe``."""
-        planner, own = self._homes[task.layer]
-        planner.observe(replace(task, layer=own))
+        self._of(task.layer).observe(task)
 
     def explain(self, plan: LayerPlan) -> Explanation:
         """As ``Planner.explain``."""
-        found = self.planners[self.unit(plan.layer)].explain(self._latest[plan.layer])
-        return replace(found, layer=plan.layer)
+        return self._of(plan.layer).explain(plan)
+
+    def _of(self, layer: int) -> Planner:
+        """The planner of a layer; one that does not exist is refused by the first or last of them."""
+        return self._home[min(max(layer, 0), self.n_layers - 1)]
 
     def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]:
         """bool [experts]: bytes are in a slot now."""
-        planner, own = self._homes[layer]
-        return planner.slots.resident_mask(own)
+        home = self._home[layer]
+        return home.slots.resident_mask(layer - home.first_layer)
 
     def contents(self) -> dict[int, tuple[int, int]]:
         """slot -> (layer, expert) of everything whose bytes are there now."""
-        held: dict[int, tuple[int, int]] = {}
-        for part, planner in zip(self.parts, self.planners, strict=True):
-            for slot in np.flatnonzero(planner.slots.state >= RESIDENT).tolist():
-                layer, expert = divmod(int(planner.slots.key_of[slot]), planner.n_experts)
-                held[slot + part.first_slot] = (layer + part.first_layer, expert)
-        return held
+        there: dict[int, tuple[int, int]] = {}
+        for planner in self.planners:
+            slots = planner.slots
+            here = set((np.flatnonzero(slots.state >= RESIDENT) + planner.first_slot).tolist())
+            there |= {slot: key for slot, key in slots.contents().items() if slot in here}
+        return there
 
 
-def _inside(demand: LayerDemand, part: Block) -> LayerDemand:
-    last = part.first_layer + part.n_layers
-    known = tuple(replace(p, layer=p.layer - part.first_layer) for p in demand.predictions if p.layer < last)
-    return replace(demand, layer=demand.layer - part.first_layer, predictions=known)
+class _Inside:
+    """The demand of one layer as its planner numbers it: what is wrapped is set anew by each call, not made."""
 
+    def __init__(self, layer: int, n_layers: int) -> None:
+        """``layer``: its number among the block's ``n_layers``."""
+        self._last = n_layers
+        self._view = DemandView(layer, "decode", 0, NO_IDS, NO_IDS, NO_SCORES)
+        self._given: tuple[Prediction, ...] = ()
 
-def _outside(transfer: Transfer, part: Block) -> Transfer:
-    evicts = None if transfer.evicts is None else (transfer.evicts[0] + part.first_layer, transfer.evicts[1])
-    return replace(
-        transfer, layer=transfer.layer + part.first_layer, slot=transfer.slot + part.first_slot, evicts=evicts
-    )
+    def of(self, demand: Demand) -> DemandView:
+        """The same demand; predictions of other blocks are left out."""
+        view = self._view
+        view.phase, view.n_tokens_total = demand.phase, demand.n_tokens_total
+        view.expert_ids, view.n_tokens, view.gate_scores = demand.expert_ids, demand.n_tokens, demand.gate_scores
+        if demand.predictions is not self._given:
+            self._given = demand.predictions
+            first = demand.layer - view.layer
+            view.predictions = tuple(
+                [
+                    Prediction(p.layer - first, p.expert_ids, p.n_tokens, p.scores)
+                    for p in self._given
+                    if p.layer - first < self._last
+                ]
+            )
+        return view

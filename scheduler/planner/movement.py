@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.cache.base import CachePolicy
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.machine.costs import CostModel
-from scheduler.plan import Transfer, TransferEnded, TransferKind
+from scheduler.plan import Transfer, TransferKind
 from scheduler.planner.decide import REUSE, pick_slot
+from scheduler.planner.plan_view import PlanView
 from scheduler.prefetch.base import PrefetchPolicy
 from scheduler.slots import SlotTable
 
@@ -23,7 +24,8 @@ MAX_PREFETCHES: Final = 8
 class Movement:
     """Starts transfers in the slot table and follows them. ``arrival`` float64[n_slots]: us until each in flight lands.
 
-    ``fixed``: for each layer whether its experts never leave the CPU.
+    ``fixed``: for each layer whether its experts never leave the CPU. Its ``Transfer`` values number layers and
+    slots as outside of the planner (``slots.first_layer``, ``slots.first_slot``).
     """
 
     def __init__(
@@ -31,8 +33,6 @@ class Movement:
     ) -> None:
         self.slots, self.cache, self.prefetch, self.costs, self.fixed = slots, cache, prefetch, costs, fixed
         self.in_flight: dict[int, int] = {}
-        self.chained = False
-        """Whether the latest demand transfers hand slots of their own plan on, which are then claimed already."""
         self.resized()
 
     def resized(self) -> None:
@@ -41,11 +41,11 @@ class Movement:
         self._nobody = np.zeros(self.slots.n_slots, np.bool_)
 
     def start(
-        self, slot: int, key: int, kind: TransferKind, gain_us: float, admit: bool, chained: bool = False
+        self, slot: int, key: int, kind: TransferKind, gain_us: float, admit: bool, handed_over: bool = False
     ) -> Transfer:
         """Puts ``key`` in flight into ``slot`` and tells the cache policy."""
-        n_experts = self.slots.n_experts
-        old = self.slots.chain_transfer(slot, key) if chained else self.slots.begin_transfer(slot, key)
+        slots, n_experts = self.slots, self.slots.n_experts
+        old = slots.hand_over(slot, key) if handed_over else slots.begin_transfer(slot, key)
         if old >= 0:
             self.in_flight.pop(old, None)
         self.in_flight[key] = slot
@@ -54,16 +54,17 @@ class Movement:
                 self.cache.evicted(old)
             self.cache.inserted(key)
         layer, expert = divmod(key, n_experts)
-        return Transfer(layer, expert, slot, None if old < 0 else divmod(old, n_experts), kind, gain_us, admit)
+        evicts = None if old < 0 else (old // n_experts + slots.first_layer, old % n_experts)
+        return Transfer(layer + slots.first_layer, expert, slot + slots.first_slot, evicts, kind, gain_us, admit)
 
-    def ended(self, event: TransferEnded) -> None:
+    def ended(self, layer: int, expert: int, slot: int, us: float) -> None:
         """The bytes are there. Raises SlotError if that transfer was not under way."""
-        key = event.layer * self.slots.n_experts + event.expert
-        self.slots.end_transfer(event.slot, key)
-        if self.in_flight.get(key) == event.slot:
+        key = layer * self.slots.n_experts + expert
+        self.slots.end_transfer(slot, key)
+        if self.in_flight.get(key) == slot:
             del self.in_flight[key]
-        if event.us > 0.0:
-            self.costs.observe_transfer(event.layer, event.us)
+        if us > 0.0:
+            self.costs.observe_transfer(layer, us)
 
     def estimate_arrivals(self, link_ready_us: float, transfer_us: float) -> None:
         """The link is in order, so the last transfer in flight lands when the link gets free, the others before."""
@@ -72,45 +73,50 @@ class Movement:
             behind -= 1
             self.arrival[slot] = max(link_ready_us - behind * transfer_us, 0.0)
 
-    def start_demands(self, demand: LayerDemand, flat: list[int], accel_positions: list[int]) -> dict[int, Transfer]:
-        """Starts the demand transfers of a flat plan (see ``decide``), by position. Sets ``chained``.
+    def start_demands(self, demand: Demand, plan: PlanView, slot_of: list[int]) -> bool:
+        """Starts the demand transfers of a plan and keeps them in it; ``slot_of``: each position's slot.
 
-        Slots that one expert of the plan hands to another are claimed turn by turn, in accelerator order.
+        Slots that one expert of the plan hands over to another are pinned turn by turn, in accelerator order. Returns
+        whether there are such, and the plan's slots are pinned already.
         """
-        n, first_key = demand.expert_ids.size, demand.layer * self.slots.n_experts
-        demanded = flat[3 + 2 * n : 3 + 2 * n + flat[2]]
-        self.chained = any(flat[3 + 4 * n + p] == REUSE for p in demanded)
+        evicted = plan.evicted
+        handing_over = any(evicted[position] == REUSE for position in plan.moved)
+        if not handing_over:
+            plan.transfers = [self._start_demand(demand, p, slot_of[p], False) for p in plan.moved]
+            return False
         started = {}
-        for position in accel_positions if self.chained else demanded:
-            slot = flat[3 + 3 * n + position]
-            if not self.chained or position in demanded:
-                key = first_key + int(demand.expert_ids[position])
-                gain = self.costs.gain_us(demand.layer, int(demand.n_tokens[position]))
-                reuse = flat[3 + 4 * n + position] == REUSE
-                started[position] = self.start(slot, key, "demand", gain, self.cache.admits(key), reuse)
-            if self.chained:
-                self.slots.claim(slot)
-        return started
+        for position in plan.accel:
+            slot = slot_of[position]
+            if position in plan.moved:
+                started[position] = self._start_demand(demand, position, slot, evicted[position] == REUSE)
+            self.slots.pin(slot)
+        plan.transfers = [started[position] for position in plan.moved]
+        return True
 
-    def start_prefetches(self, demand: LayerDemand, link_end_us: float, makespan_us: float) -> tuple[Transfer, ...]:
+    def _start_demand(self, demand: Demand, position: int, slot: int, handed_over: bool) -> Transfer:
+        key = demand.layer * self.slots.n_experts + int(demand.expert_ids[position])
+        gain_us = self.costs.gain_us(demand.layer, int(demand.n_tokens[position]))
+        return self.start(slot, key, "demand", gain_us, self.cache.admits(key), handed_over)
+
+    def start_prefetches(self, demand: Demand, link_end_us: float, makespan_us: float) -> list[Transfer]:
         """Prefetches that start before the next layer's demand can need the link."""
         idle_us = makespan_us + self.costs.dense_us - link_end_us
         if idle_us <= 0.0 or not self.slots.n_slots:
-            return ()
+            return []
         transfer_us = self.costs.transfer_us(demand.layer, cpu_busy=True)
         limit = MAX_PREFETCHES if transfer_us <= 0.0 else min(math.ceil(idle_us / transfer_us), MAX_PREFETCHES)
         keys, gains = self.prefetch.propose(demand, limit)
         if not keys.size:
-            return ()
+            return []
         taken = self._nobody if self.cache.keeps_us else self._needed_soon(demand)
         started = []
         for key, gain in zip(keys.tolist(), gains.tolist(), strict=True):
             slot = self._prefetch_slot(key, taken)
             if slot >= 0 and self._worth_it(slot, key, gain):
                 started.append(self.start(slot, key, "prefetch", gain, True))
-        return tuple(started)
+        return started
 
-    def _needed_soon(self, demand: LayerDemand) -> npt.NDArray[np.bool_]:
+    def _needed_soon(self, demand: Demand) -> npt.NDArray[np.bool_]:
         """bool[n_slots]: experts that this demand's predictions name; prefetches do not evict them.
 
         A cache policy that keeps by us has already raised those that the next layer needs.
@@ -128,7 +134,7 @@ class Movement:
             return -1
         first_key = layer * slots.n_experts
         return pick_slot(
-            slots.key_of, slots.state, slots.claims, cache.keep, taken, first_key, first_key + slots.n_experts,
+            slots.key_of, slots.state, slots.pins, cache.keep, taken, first_key, first_key + slots.n_experts,
             cache.capacity(layer),
         )  # fmt: skip
 

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.balancing import kernel_of, parameters_of_balance
+from scheduler.balancing.problem import ACCEL, CPU, LINK, TRANSFER
 from scheduler.cache import CACHE_POLICIES
-from scheduler.demand import LayerDemand, Phase
+from scheduler.demand import Demand, LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.future import Future
 from scheduler.machine.costs import CostModel
@@ -22,6 +23,7 @@ from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask
 from scheduler.planner.decide import decide
 from scheduler.planner.explain import Explanation, explain
 from scheduler.planner.movement import Movement
+from scheduler.planner.plan_view import PlanView
 from scheduler.planner.policies import Policy, resolve_policy
 from scheduler.planner.warm_up import preferred
 from scheduler.prefetch import PREFETCH_POLICIES
@@ -31,6 +33,7 @@ from scheduler.slots import RESIDENT, SlotTable
 Placement = Literal["hybrid", "cpu", "accelerator"]
 
 NOW: Final = LaneState()
+NO_SLOTS: Final = np.empty(0, np.int64)
 _FORCED: Final = {"cpu": "cpu_only", "accelerator": "accel_only"}
 
 
@@ -40,7 +43,9 @@ class Planner:
     ``n_slots`` are shared by all layers (more than there are experts is cut; 0 plans everything on the CPU).
     ``policy``: a preset or ``balance/prefetch/cache``, ``params`` its parameters. ``placements``: one of "hybrid",
     "cpu", "accelerator" a layer. ``future``: recorded routing for the oracles. ``scorer``, ``prefetch_scorer``: for
-    the ``learned`` policies. Nothing is drawn at random; ``seed`` is kept for the record.
+    the ``learned`` policies. Nothing is drawn at random: the same demands give the same plans. ``first_layer``,
+    ``first_slot``: where its layers and slots stand among those of several planners (``planner.group``): plans and
+    events use these numbers, demands count its own layers from 0.
     Raises PolicyError, SlotError or DemandError for what cannot be.
     """
 
@@ -52,44 +57,47 @@ class Planner:
         costs: CostModel,
         policy: str | Policy = "ours",
         lookahead: int = 3,
-        seed: int = 0,
         *,
         placements: Sequence[Placement] | None = None,
         future: Future | None = None,
         scorer: Scorer | None = None,
         prefetch_scorer: Scorer | None = None,
+        first_layer: int = 0,
+        first_slot: int = 0,
         **params: Any,
     ) -> None:
         if costs.n_layers != n_layers:
             raise DemandError(f"the cost model has {costs.n_layers} layers, the planner {n_layers}")
         if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0:
             raise PolicyError(f"lookahead must be an integer of at least 0, found {lookahead!r}")
-        self.n_layers, self.n_experts, self.costs, self.seed = n_layers, n_experts, costs, seed
+        self.n_layers, self.n_experts, self.costs = n_layers, n_experts, costs
         self.policy = resolve_policy(policy, **params)
-        self.slots = SlotTable(n_slots, n_layers, n_experts)
+        self.first_layer, self.first_slot = first_layer, first_slot
+        self.slots = SlotTable(n_slots, n_layers, n_experts, first_layer, first_slot)
         self._setting = Setting(n_layers, n_experts, self.slots, costs, lookahead, future, scorer, prefetch_scorer)
         self.cache = make("cache", self.policy.cache, CACHE_POLICIES, self._setting, self.policy.params)
         self.prefetch = make("prefetch", self.policy.prefetch, PREFETCH_POLICIES, self._setting, self.policy.params)
         self._placements = _check_placements(placements, n_layers)
-        self._valued = self.policy.balance == "value"
+        self._by_value = self.policy.balance == "value"
         self._balance = self._balance_of_layers()
-        self._recency = np.zeros(n_layers * n_experts)
+        self._last_use = np.zeros(n_layers * n_experts)
         self._clock, self._step = 0, -1
         fixed = [placement == "cpu" for placement in self._placements]
         self._movement = Movement(self.slots, self.cache, self.prefetch, costs, fixed)
-        self._claimed: list[deque[tuple[npt.NDArray[np.int64], list[int], float]]] = [deque() for _ in range(n_layers)]
-        self._demands: dict[int, tuple[LayerDemand, LaneState]] = {}
-        self._ready, self._scales = np.zeros(3), np.zeros(3)
-        self._flat = np.empty(3 + 5 * n_experts, np.int64)
+        self._open: list[deque[tuple[npt.NDArray[np.int64], list[int], float]]] = [deque() for _ in range(n_layers)]
+        self._demands: list[Demand | None] = [None] * n_layers
+        self._lanes = np.zeros((n_layers, 3))
+        self._scales = np.zeros(3)
+        self._plan = PlanView()
 
     def _balance_of_layers(self) -> list[tuple[str, npt.NDArray[np.float64]]]:
         """Balance policy (as ``decide`` names it) and its parameters, of each layer."""
         known = parameters_of_balance(self.policy.balance)
-        own = {key: value for key, value in self.policy.params.items() if key in known}
-        if self._valued:
-            own = {"cpu_rate": self.costs.cpu_with_link, **own}
-        _, numbers = kernel_of(self.policy.balance, **own)
-        name = "fiddler_max" if own.get("form") == "max" else self.policy.balance
+        given = {key: value for key, value in self.policy.params.items() if key in known}
+        if self._by_value:
+            given = {"cpu_rate": self.costs.cpu_with_link, **given}
+        _, numbers = kernel_of(self.policy.balance, **given)
+        name = "fiddler_max" if given.get("form") == "max" else self.policy.balance
         policies = []
         for placement in self._placements:
             forced = "cpu_only" if self.slots.n_slots == 0 else _FORCED.get(placement, name)
@@ -145,6 +153,8 @@ class Planner:
         if future is not None:
             self._setting.future = future
         self._setting.step = -1
+        if self._setting.forecast is not None:
+            self._setting.forecast.begin_sequence()
         self.cache.begin_sequence()
         self.prefetch.begin_sequence()
 
@@ -156,11 +166,18 @@ class Planner:
         self._setting.step += 1
 
     def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan:
-        """The plan of one layer; its transfers are in flight and its experts in use from now on.
+        """``decide`` as a frozen value, for everything that is not the hot path."""
+        return self.decide(demand, lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us).plan(demand)
 
-        Raises DemandError if the demand does not fit the model (the full check is ``demand.validate``).
+    def decide(
+        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0
+    ) -> PlanView:
+        """The plan of one layer; its transfers are in flight and its slots pinned from now on.
+
+        The times say when each lane gets free, in us from now. What is returned is filled anew by the next call. Raises
+        DemandError if the demand does not fit the model (the full check is ``LayerDemand.validate``).
         """
-        layer, ids = demand.layer, _int32(demand.expert_ids)
+        layer, ids = demand.layer, demand.expert_ids
         n = ids.size
         if not 0 <= layer < self.n_layers:
             raise DemandError(f"layer {layer} is outside 0..{self.n_layers - 1}")
@@ -168,88 +185,106 @@ class Planner:
             raise DemandError(
                 f"layer {layer}: expert ids must ascend within 0..{self.n_experts - 1}, one n_tokens each"
             )
-        self._demands[layer] = (demand, lanes)
+        self._demands[layer] = demand
+        lanes = self._lanes[layer]
+        lanes[:] = cpu_ready_us, accel_ready_us, link_ready_us
+        if self._setting.forecast is not None:
+            self._setting.forecast.observe(demand)
         self.cache.observe(demand)
         self.prefetch.observe(demand)
         self.cache.refresh(layer)
-        if n == 0:
-            self._claimed[layer].append((np.empty(0, np.int64), [], 0.0))
-            prefetches = self._movement.start_prefetches(demand, lanes.link_ready_us, 0.0)
-            return LayerPlan(self._step, layer, (), (), (), (), prefetches, 0.0)
-        return self._plan_active(demand, ids, lanes)
+        plan = self._plan
+        plan.step, plan.layer = self._step, layer + self.first_layer
+        table = plan.start(n)
+        link_end_us = link_ready_us
+        if n:
+            self._choose(demand, lanes, plan, table)
+            link_end_us += self._start(demand, plan, link_ready_us)
+        else:
+            self._open[layer].append((NO_SLOTS, [], 0.0))
+        plan.prefetches = self._movement.start_prefetches(demand, link_end_us, plan.makespan_us)
+        return plan
 
-    def _plan_active(self, demand: LayerDemand, ids: npt.NDArray[np.int32], lanes: LaneState) -> LayerPlan:
-        layer, n, movement = demand.layer, ids.size, self._movement
-        makespan, flat = self._decide(demand, ids, lanes)
-        experts = ids.tolist()
-        first_key = layer * self.n_experts
-        accel_positions = flat[3 + n : 3 + n + flat[1]]
-        demanded = flat[3 + 2 * n : 3 + 2 * n + flat[2]]
-        accel = [experts[p] for p in accel_positions]
-        slots = [flat[3 + 3 * n + p] for p in accel_positions]
-        awaited: list[int] = []
-        if movement.in_flight:
-            awaited = [e for e in accel if first_key + e in movement.in_flight]
-        started = movement.start_demands(demand, flat, accel_positions) if demanded else {}
-        transfers = [started[p] for p in demanded]
-        held = np.array(slots, np.int64)
-        if not started or not movement.chained:
-            self.slots.claim_all(held)
-        link_end = lanes.link_ready_us + len(transfers) * float(self._scales[2])
-        link_share = min(link_end / makespan, 1.0) if self._valued and makespan > 0.0 else 0.0
-        self._claimed[layer].append((held, [t.slot for t in transfers if not t.admit], link_share))
-        return LayerPlan(
-            self._step, layer, tuple([experts[p] for p in flat[3 : 3 + flat[0]]]), tuple(accel), tuple(slots),
-            tuple(transfers), movement.start_prefetches(demand, link_end, makespan), makespan, tuple(awaited),
-        )  # fmt: skip
-
-    def _decide(self, demand: LayerDemand, ids: npt.NDArray[np.int32], lanes: LaneState) -> tuple[float, list[int]]:
-        """Runs the compiled decision: makespan and the flat plan (see ``decide``)."""
+    def _choose(
+        self, demand: Demand, lanes: npt.NDArray[np.float64], plan: PlanView, table: npt.NDArray[np.float64]
+    ) -> None:
+        """The compiled decision: which lane and which slot each active expert gets (see ``decide.decide``)."""
         layer, costs, cache, slots = demand.layer, self.costs, self.cache, self.slots
         first_key = layer * self.n_experts
-        ready, scales = self._ready, self._scales
-        ready[0], ready[1], ready[2] = lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us
+        link_ready_us = float(lanes[LINK])
         transfer_us = costs.transfer_us(layer, cpu_busy=True)
-        contended = lanes.link_ready_us > 0 and not self._valued
-        scales[0] = costs.drift[0] / (costs.cpu_with_link if contended else 1.0)
-        scales[1], scales[2] = costs.drift[1], transfer_us
+        contended = link_ready_us > 0 and not self._by_value
+        scales, drift = self._scales, costs.drift
+        scales[CPU] = drift[CPU] / (costs.cpu_with_link if contended else 1.0)
+        scales[ACCEL], scales[TRANSFER] = drift[ACCEL], transfer_us
         if self._movement.in_flight:
-            self._movement.estimate_arrivals(lanes.link_ready_us, transfer_us)
+            self._movement.estimate_arrivals(link_ready_us, transfer_us)
         policy, params = self._balance[layer]
-        out = self._flat[: 3 + 5 * ids.size]
-        makespan = decide(
+        ids = _int32(demand.expert_ids)
+        plan.makespan_us = decide(
             policy, params, ids, _int32(demand.n_tokens), first_key, first_key + self.n_experts, cache.capacity(layer),
-            costs.cpu_rows[layer], costs.accel_rows[layer], scales, ready, slots.slot_of, slots.key_of, slots.state,
-            slots.claims, self._movement.arrival, cache.keep, cache.keep if self._valued else self._recency, out,
+            costs.cpu_rows[layer], costs.accel_rows[layer], scales, lanes, slots.slot_of, slots.key_of, slots.state,
+            slots.pins, self._movement.arrival, cache.keep, cache.keep if self._by_value else self._last_use, table,
+            plan.rows,
         )  # fmt: skip
-        self._clock += 1
         if policy == "bandwidth":
-            self._recency[ids + first_key] = self._clock
-        return makespan, out.tolist()
+            self._clock += 1
+            self._last_use[ids + first_key] = self._clock
+
+    def _start(self, demand: Demand, plan: PlanView, link_ready_us: float) -> float:
+        """Starts the decision's transfers and pins its slots. Returns the us for which they keep the link."""
+        movement, layer = self._movement, demand.layer
+        slot_of = plan.read()
+        if movement.in_flight:
+            first_key, ids = layer * self.n_experts, demand.expert_ids.tolist()
+            plan.awaited = [p for p in plan.accel if first_key + ids[p] in movement.in_flight]
+        pinned_already = bool(plan.moved) and movement.start_demands(demand, plan, slot_of)
+        slots = [slot_of[position] for position in plan.accel]
+        pinned = np.array(slots, np.int64)
+        if not pinned_already:
+            self.slots.pin_all(pinned)
+        first_slot, makespan_us = self.first_slot, plan.makespan_us
+        plan.slots = [slot + first_slot for slot in slots] if first_slot else slots
+        link_us = len(plan.moved) * float(self._scales[TRANSFER])
+        link_share = 0.0
+        if self._by_value and makespan_us > 0.0:
+            link_share = min((link_ready_us + link_us) / makespan_us, 1.0)
+        leaving = [transfer.slot - first_slot for transfer in plan.transfers if not transfer.admit]
+        self._open[layer].append((pinned, leaving, link_share))
+        return link_us
 
     def on_event(self, event: Event) -> None:
-        """What the executor saw: a transfer or a layer has ended. Raises SlotError if that was not planned."""
+        """``end_transfer`` or ``end_layer``, as a value. Raises SlotError for anything else."""
         if isinstance(event, TransferEnded):
-            self._movement.ended(event)
+            self.end_transfer(event.layer, event.expert, event.slot, event.us)
         elif isinstance(event, LayerEnded):
-            self._end_layer(event)
+            self.end_layer(event.layer, event.observed)
         else:
             raise SlotError(f"expected TransferEnded or LayerEnded, found {type(event).__name__}")
 
-    def observe(self, task: ObservedTask) -> None:
-        """A task's duration that became known after its layer's end. Raises CostError for a time that cannot be."""
-        self.costs.observe(task)
+    def end_transfer(self, layer: int, expert: int, slot: int, us: float = 0.0) -> None:
+        """The bytes of an expert are in its slot, see ``TransferEnded``. Raises SlotError if that was not planned."""
+        self._movement.ended(layer - self.first_layer, expert, slot - self.first_slot, us)
 
-    def _end_layer(self, event: LayerEnded) -> None:
-        if not 0 <= event.layer < self.n_layers or not self._claimed[event.layer]:
-            raise SlotError(f"layer {event.layer} has ended, but no plan of it is open")
-        slots, leaving, link_share = self._claimed[event.layer].popleft()
-        self.slots.release_all(slots)
+    def end_layer(self, layer: int, observed: Sequence[ObservedTask] = ()) -> None:
+        """The oldest open plan of the layer has run, see ``LayerEnded``. Raises SlotError if none is open."""
+        own = layer - self.first_layer
+        if not 0 <= own < self.n_layers or not self._open[own]:
+            raise SlotError(f"layer {layer} has ended, but no plan of it is open")
+        pinned, leaving, link_share = self._open[own].popleft()
+        if pinned.size:
+            self.slots.unpin_all(pinned)
         for slot in leaving:
-            if self.slots.state[slot] == RESIDENT and not self.slots.claims[slot]:
+            if self.slots.state[slot] == RESIDENT and not self.slots.pins[slot]:
                 self.slots.free(slot)
-        for task in event.observed:
-            self.costs.observe(task, link_share)
+        for task in observed:
+            self.observe(task, link_share)
+
+    def observe(self, task: ObservedTask, link_share: float = 0.0) -> None:
+        """A task's duration, see ``CostModel.observe``. Raises CostError for a time that cannot be."""
+        if self.first_layer:
+            task = ObservedTask(task.lane, task.layer - self.first_layer, task.n_tokens, task.us)
+        self.costs.observe(task, link_share)
 
     def resize(self, n_slots: int) -> tuple[tuple[int, int], ...]:
         """Changes the number of slots between steps; returns the (layer, expert) that lost theirs.
@@ -267,10 +302,11 @@ class Planner:
 
     def explain(self, plan: LayerPlan) -> Explanation:
         """Why the latest plan of a layer is as it is. Raises DemandError for an older plan."""
-        found = self._demands.get(plan.layer)
-        if found is None or plan.step != self._step:
+        layer = plan.layer - self.first_layer
+        demand = self._demands[layer]
+        if demand is None or plan.step != self._step:
             raise DemandError(f"only plans of the current step can be explained, found step {plan.step}")
-        return explain(plan, found[0], found[1], self.costs, self.slots)
+        return explain(plan, demand, LaneState(*self._lanes[layer].tolist()), self.costs, self.slots)
 
 
 def _check_placements(placements: Sequence[Placement] | None, n_layers: int) -> tuple[Placement, ...]:

@@ -1,19 +1,21 @@
 """What the runtime asks of a planner: of one accelerator, of several, or of one that writes everything down.
 
-``Planner``, ``planner_group.PlannerGroup`` and ``recording.Recorder`` are one each.
+``Planner``, ``group.PlannerGroup`` and ``recording.Recorder`` are one each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.demand import LayerDemand, Phase
+from scheduler.demand import Demand, LayerDemand, Phase
 from scheduler.future import Future
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Event, LaneState, LayerPlan, ObservedTask, Transfer
+from scheduler.planner.plan_view import PlanView
 from scheduler.planner.planner import NOW
 from scheduler.slots import SlotTable
 
@@ -61,6 +63,14 @@ class LayerPlanner(Protocol):
 
     def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan: ...
 
+    def decide(
+        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0
+    ) -> PlanView: ...
+
     def on_event(self, event: Event) -> None: ...
+
+    def end_transfer(self, layer: int, expert: int, slot: int, us: float = 0.0) -> None: ...
+
+    def end_layer(self, layer: int, observed: Sequence[ObservedTask] = ()) -> None: ...
 
     def observe(self, task: ObservedTask) -> None: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.demand import LayerDemand, Prediction
+from scheduler.demand import Demand, Prediction
 from scheduler.setting import Setting
 
 Proposals = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
@@ -28,14 +28,14 @@ class PrefetchPolicy:
     def begin_sequence(self) -> None:
         """A new sequence starts."""
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         """The routing of a layer is known."""
 
-    def propose(self, demand: LayerDemand, limit: int) -> Proposals:
+    def propose(self, demand: Demand, limit: int) -> Proposals:
         """At most ``limit`` experts."""
         raise NotImplementedError
 
-    def ahead(self, demand: LayerDemand) -> tuple[Prediction, ...]:
+    def ahead(self, demand: Demand) -> tuple[Prediction, ...]:
         """The demand's predictions within the look-ahead, nearest layer first."""
         last = demand.layer + self.setting.lookahead
         return tuple(sorted((p for p in demand.predictions if p.layer <= last), key=lambda p: p.layer))
@@ -53,7 +53,7 @@ class PrefetchPolicy:
 class NoPrefetch(PrefetchPolicy):
     """Never prefetches."""
 
-    def propose(self, demand: LayerDemand, limit: int) -> Proposals:
+    def propose(self, demand: Demand, limit: int) -> Proposals:
         return NOTHING
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.balancing.peers import hybrimoe
+from scheduler.balancing.problem import ACCEL, ARRIVAL, CPU, TRANSFER
 from scheduler.compiled import compiled
-from scheduler.demand import LayerDemand, Prediction
+from scheduler.demand import Demand, Prediction
 from scheduler.machine.costs import GRID_TOKENS
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals
 from scheduler.setting import Setting, integer, number
@@ -27,7 +28,7 @@ class Impact(PrefetchPolicy):
     def layers_ahead(self) -> int:
         return self.setting.lookahead
 
-    def propose(self, demand: LayerDemand, limit: int) -> Proposals:
+    def propose(self, demand: Demand, limit: int) -> Proposals:
         tables = [(p, self._table(p)) for p in self.ahead(demand) if p.expert_ids.size]
         gains = [impact_gains(table) for _, table in tables]
         keys: list[int] = []
@@ -40,7 +41,7 @@ class Impact(PrefetchPolicy):
             prediction, table = tables[best]
             keys.append(prediction.layer * self.setting.n_experts + int(prediction.expert_ids[position]))
             worth.append(float(gains[best][position]))
-            table[3, position] = 0.0
+            table[ARRIVAL, position] = 0.0
             gains[best] = impact_gains(table)
         return (np.array(keys, np.int64), np.array(worth)) if keys else NOTHING
 
@@ -71,10 +72,10 @@ def predicted_table(
     table = np.zeros((5, n_tokens.size))
     for i in range(n_tokens.size):
         n = min(max(int(np.ceil(n_tokens[i])), 1), GRID_TOKENS)
-        table[0, i] = cpu[n] * drift[0]
-        table[1, i] = accel[n] * drift[1]
-        table[2, i] = link
-        table[3, i] = 0.0 if slots[i] >= 0 else -1.0
+        table[CPU, i] = cpu[n] * drift[0]
+        table[ACCEL, i] = accel[n] * drift[1]
+        table[TRANSFER, i] = link
+        table[ARRIVAL, i] = 0.0 if slots[i] >= 0 else -1.0
     return table
 
 
@@ -83,13 +84,13 @@ def impact_gains(table: Floats) -> Floats:
     """float64[P]: makespan lost by each expert's absence (0 for residents), every lane free at 0."""
     n = table.shape[1]
     gains = np.zeros(n)
-    ready, params, plan = np.zeros(3), np.zeros(2), np.empty(3 + 3 * n, np.int64)
+    ready, params, plan = np.zeros(3), np.zeros(2), np.empty((3, n + 1), np.int64)
     before = hybrimoe(table, ready, params, plan)[0]
     for i in range(n):
-        if table[3, i] < 0.0:
-            table[3, i] = 0.0
+        if table[ARRIVAL, i] < 0.0:
+            table[ARRIVAL, i] = 0.0
             gains[i] = before - hybrimoe(table, ready, params, plan)[0]
-            table[3, i] = -1.0
+            table[ARRIVAL, i] = -1.0
     return gains
 
 
@@ -114,7 +115,7 @@ class GateTopK(PrefetchPolicy):
     def layers_ahead(self) -> int:
         return min(self.depth, self.setting.lookahead)
 
-    def propose(self, demand: LayerDemand, limit: int) -> Proposals:
+    def propose(self, demand: Demand, limit: int) -> Proposals:
         keys: list[npt.NDArray[np.int64]] = []
         gains: list[Floats] = []
         for prediction in self.ahead(demand)[: self.depth]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.forecast.transitions import count_transitions, follow
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals
 from scheduler.setting import Setting, number
@@ -32,7 +32,7 @@ class LearnedPrefetch(PrefetchPolicy):
         self.counts = np.zeros((n_layers, n_experts, n_experts + 1), np.float32)
         self.recent = np.zeros((n_layers, n_experts))
         self.last = np.zeros((n_layers, n_experts), np.float32)
-        self.previous: LayerDemand | None = None
+        self.previous: Demand | None = None
 
     @property
     def layers_ahead(self) -> int:
@@ -42,7 +42,7 @@ class LearnedPrefetch(PrefetchPolicy):
         self.previous = None
         self.last[:] = 0.0
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         before = self.previous
         if before is not None and before.layer + 1 == demand.layer:
             count_transitions(self.counts[before.layer], before.expert_ids, demand.expert_ids, COUNT_DECAY)
@@ -52,7 +52,7 @@ class LearnedPrefetch(PrefetchPolicy):
         self.last[demand.layer] = 0.0
         self.last[demand.layer, demand.expert_ids] = 1.0
 
-    def propose(self, demand: LayerDemand, limit: int) -> Proposals:
+    def propose(self, demand: Demand, limit: int) -> Proposals:
         layer = demand.layer + 1
         if layer >= self.setting.n_layers:
             return NOTHING
@@ -64,7 +64,7 @@ class LearnedPrefetch(PrefetchPolicy):
             return NOTHING
         return layer * self.setting.n_experts + absent[order], chances[order] * self.saving_us(layer)
 
-    def features(self, demand: LayerDemand) -> npt.NDArray[np.float32]:
+    def features(self, demand: Demand) -> npt.NDArray[np.float32]:
         """float32[n_experts, 4] of the next layer's experts, columns as PREFETCH_FEATURES."""
         layer = demand.layer + 1
         gate = np.zeros(self.setting.n_experts, np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.forecast.activation_matrix import EPSILON, ActivationMatrices
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals, best_first
 from scheduler.setting import Setting, integer, number
@@ -26,12 +26,12 @@ class History(PrefetchPolicy):
     def begin_sequence(self) -> None:
         self.mean[:] = 0.0
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         row = self.mean[demand.layer]
         row *= 1.0 - self.weight
         row[demand.expert_ids] += self.weight
 
-    def propose(self, demand: LayerDemand, limit: int) -> Proposals:
+    def propose(self, demand: Demand, limit: int) -> Proposals:
         keys: list[npt.NDArray[np.int64]] = []
         gains: list[npt.NDArray[np.float64]] = []
         last = min(demand.layer + self.setting.lookahead, self.setting.n_layers - 1)
@@ -50,10 +50,10 @@ class Misses(PrefetchPolicy):
     A cache without a scheduler fills itself so: the CPU computes the misses, and the idle link brings them behind it.
     """
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         """Only the demand itself counts."""
 
-    def propose(self, demand: LayerDemand, limit: int) -> Proposals:
+    def propose(self, demand: Demand, limit: int) -> Proposals:
         here = demand.layer
         absent = self.absent(here, demand.expert_ids.astype(np.int64))
         missed, n_tokens = demand.expert_ids[absent], demand.n_tokens[absent]
@@ -78,10 +78,10 @@ class ActivationMatrixPrefetch(PrefetchPolicy):
     def begin_sequence(self) -> None:
         self.matrices.begin_sequence()
 
-    def observe(self, demand: LayerDemand) -> None:
+    def observe(self, demand: Demand) -> None:
         self.matrices.add(demand)
 
-    def propose(self, demand: LayerDemand, limit: int) -> Proposals:
+    def propose(self, demand: Demand, limit: int) -> Proposals:
         nearest = self.matrices.nearest()
         layer, n_layers = demand.layer, self.setting.n_layers
         if nearest is None or layer + 1 >= n_layers:
@@ -101,7 +101,7 @@ class Perfect(PrefetchPolicy):
         super().__init__(setting)
         setting.need_future("perfect")
 
-    def propose(self, demand: LayerDemand, limit: int) -> Proposals:
+    def propose(self, demand: Demand, limit: int) -> Proposals:
         future, n_layers = self.setting.need_future("perfect"), self.setting.n_layers
         keys: list[npt.NDArray[np.int64]] = []
         gains: list[npt.NDArray[np.float64]] = []

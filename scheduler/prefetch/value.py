@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scheduler.demand import LayerDemand
+from scheduler.demand import Demand
 from scheduler.forecast.use_model import is_few
 from scheduler.forecast.value_model import ValueModel
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals
@@ -38,13 +38,7 @@ class ValuePrefetch(PrefetchPolicy):
     def layers_ahead(self) -> int:
         return min(self.model.distance, self.setting.lookahead)
 
-    def begin_sequence(self) -> None:
-        self.model.begin_sequence()
-
-    def observe(self, demand: LayerDemand) -> None:
-        self.model.observe(demand)
-
-    def propose(self, demand: LayerDemand, limit: int) -> Proposals:
+    def propose(self, demand: Demand, limit: int) -> Proposals:
         model = self.model
         if not is_few(demand):
             return self._streamed(demand, limit)
@@ -57,7 +51,7 @@ class ValuePrefetch(PrefetchPolicy):
         price = self.link_share * self.setting.costs.transfer_us(layer, cpu_busy=True)
         return keys[:limit].copy(), chances[:limit] * model.saving_us(layer) - price
 
-    def _streamed(self, demand: LayerDemand, limit: int) -> Proposals:
+    def _streamed(self, demand: Demand, limit: int) -> Proposals:
         """Absent experts of the next layer, heaviest expected load first (ties: lower id)."""
         layer, n = demand.layer + 1, self.setting.n_experts
         if layer >= self.setting.n_layers or not self.setting.lookahead:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.demand import LayerDemand, Phase, Prediction
+from scheduler.demand import Demand, DemandView, LayerDemand, Phase, Prediction
 from scheduler.errors import SchedulerError
 from scheduler.future import Future
 from scheduler.graph import PlannedLayer
@@ -31,13 +31,14 @@ from scheduler.plan import (
     Transfer,
     TransferEnded,
 )
+from scheduler.planner.plan_view import PlanView
 from scheduler.planner.planner import NOW
 from scheduler.planner.protocol import Costs, LayerPlanner
 from scheduler.planner.setup import PlannerSetup
 from scheduler.records import TaskRecord
 from scheduler.slots import SlotTable
 
-FORMAT, VERSION = "hybrimoe recording", 2
+FORMAT, VERSION = "hybrimoe recording", 3
 
 
 class RecordingError(SchedulerError):
@@ -175,15 +176,31 @@ class Recorder:
 
     def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan:
         """As ``Planner.plan_layer``."""
+        return self.decide(demand, lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us).plan(demand)
+
+    def decide(
+        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0
+    ) -> PlanView:
+        """As ``Planner.decide``; noted as a call of ``plan_layer``."""
         hits = resident_hits(self.planner, demand)
-        plan = self.planner.plan_layer(demand, lanes)
-        self._note("plan_layer", (demand, lanes), plan, hits)
-        return plan
+        told = demand.frozen() if isinstance(demand, DemandView) else demand
+        view = self.planner.decide(demand, cpu_ready_us, accel_ready_us, link_ready_us)
+        lanes = LaneState(cpu_ready_us, accel_ready_us, link_ready_us)
+        self._note("plan_layer", (told, lanes), view.plan(demand), hits)
+        return view
 
     def on_event(self, event: Event) -> None:
         """As ``Planner.on_event``."""
         self.planner.on_event(event)
         self._note("on_event", (event,))
+
+    def end_transfer(self, layer: int, expert: int, slot: int, us: float = 0.0) -> None:
+        """As ``Planner.end_transfer``; noted as its event."""
+        self.on_event(TransferEnded(layer, expert, slot, us))
+
+    def end_layer(self, layer: int, observed: Sequence[ObservedTask] = ()) -> None:
+        """As ``Planner.end_layer``; noted as its event."""
+        self.on_event(LayerEnded(layer, tuple(observed)))
 
     def observe(self, task: ObservedTask) -> None:
         """As ``Planner.observe``."""
@@ -194,7 +211,7 @@ class Recorder:
         self.recording.calls.append(Call(name, args, answer, hits))
 
 
-def resident_hits(planner: LayerPlanner, demand: LayerDemand) -> int:
+def resident_hits(planner: LayerPlanner, demand: Demand) -> int:
     """Activated experts whose bytes are in a slot now."""
     return int(planner.resident_mask(demand.layer)[demand.expert_ids].sum())
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import cpu_kernels as ck
+from cpu_kernels.host.threads import resolve_threads
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_torch_backend_runs_for_a_caller_in_inference_mode(make_pool, route, threads: int) -> None:
-    if threads > ck.threads.resolve_threads(None):
+    if threads > resolve_threads(None):
         pytest.skip("this machine has one core")
     spec = ck.ExpertSpec(64, 32, "float32")
     pool = make_pool(spec)

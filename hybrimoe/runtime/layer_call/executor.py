@@ -115,9 +115,11 @@ class Executor:
         call.work.host_positions = positions
 
     def combine(self, call: LayerCall, run: LayerRun) -> torch.Tensor:
-        """Waits for the accelerator; the layer's output, float32 [T, H]."""
+        """Waits for the accelerator; the layer's output, float32 [T, H]: on the accelerator's device if that computed
+        some of it, else on the host, but for a norm over the experts' outputs, which runs where its weights are."""
         slots = self.slots_of(run.layer)
-        if slots is not None and (run.groups or call.work.hidden.device.type != "cpu"):
+        on_device = call.work.transform is not None and call.work.hidden.device.type != "cpu"
+        if slots is not None and (run.groups or on_device):
             return slots.accelerator.combine(call.work, run.events)
         return combine_on_host(call.work)
 

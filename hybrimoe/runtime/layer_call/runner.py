@@ -99,7 +99,7 @@ class Runner:
             out, lanes_us = self._run_on_cpu(index, layer, work, counters)
         else:
             out, lanes_us = self._run_planned(index, layer, work, top_k_index, counters)
-        ready = out.dtype is hidden.dtype and out.shape == hidden.shape and out.is_cpu == hidden.is_cpu
+        ready = out.dtype is hidden.dtype and out.shape == hidden.shape and out.device == hidden.device
         result = out if ready else out.to(hidden.device, hidden.dtype).reshape(hidden.shape)
         took_us = clock_us() - began_us
         counters.wall_us += took_us

@@ -43,6 +43,10 @@ class InFlight:
         start_us, end_us = self.event.span_us()
         return (start_us if self.began is None else self.began.span_us()[0]), end_us
 
+    def start_us(self) -> float:
+        """When it began on the link; 0 before."""
+        return (self.event if self.began is None else self.began).span_us()[0]
+
     def ended(self) -> TransferEnded:
         """What the planner is told. Raises LaneError if the copy failed."""
         self.event.wait()
@@ -121,7 +125,7 @@ class SlotCache:
         if not self._pending:
             return 0.0
         total_us = sum(transfer_us(item.transfer.layer) for item in self._pending)
-        start_us = self._pending[0].event.span_us()[0]
+        start_us = self._pending[0].start_us()
         return max(0.0, total_us - (now_us - start_us if start_us else 0.0))
 
     def contents(self) -> dict[int, Key]:

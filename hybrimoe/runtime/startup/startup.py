@@ -23,7 +23,7 @@ from hybrimoe.runtime.layer_call.runner import Runner
 from hybrimoe.runtime.layer_call.slots import SlotCache
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
 from hybrimoe.runtime.layer_call.steps import StepTracker
-from hybrimoe.runtime.startup.measure import measure_profile
+from hybrimoe.runtime.startup.measure import measure_profile, run_each_kernel
 from hybrimoe.runtime.startup.units import Unit, blocks_of, slots_by_unit
 from hybrimoe.runtime.store import ExpertStore
 from scheduler import CostModel, ModelShape
@@ -92,13 +92,17 @@ class Startup:
         )
 
     def allocate(self, n_slots: Sequence[int]) -> None:
-        """Replaces the slot memory of each accelerator. Raises BudgetError where it does not fit."""
+        """Replaces the slot memory of each accelerator. Raises BudgetError where it does not fit; each accelerator then
+        has as many slots as before."""
         if not self.slot_bytes:
             return
-        for unit, n in zip(self.units, n_slots, strict=True):
+        before = [(unit.accelerator, unit.accelerator.n_slots, unit.accelerator.slot_bytes) for unit in self.units]
+        for index, (unit, n) in enumerate(zip(self.units, n_slots, strict=True)):
             try:
                 unit.accelerator.allocate(n, self.slot_bytes)
             except (AcceleratorError, MemoryError) as error:
+                for accelerator, n_before, bytes_before in before[:index]:
+                    accelerator.allocate(n_before, bytes_before)
                 raise BudgetError(str(error) or f"no memory for {n} slots of {self.slot_bytes} bytes") from error
 
     def _executor(self) -> Executor:
@@ -117,6 +121,8 @@ class Startup:
         if profile is None:
             assert layer.backend is not None
             profile = measure_profile(self.store, index, layer.backend, device if device.n_slots else None)
+        if device.n_slots and device.kind != "emulated":
+            run_each_kernel(self.store, unit.layers, device)
         shape = ModelShape(
             name=layer.path,
             n_layers=len(unit.layers),
@@ -131,7 +137,7 @@ class Startup:
     def _planner(self, costs: Sequence[CostModel]) -> LayerPlanner:
         setup = PlannerSetup(
             max(layer.num_experts for layer in self.layers), costs, blocks_of(self.units),
-            [layer.placement for layer in self.layers], self.config.policy, self.config.lookahead, self.config.seed,
+            [layer.placement for layer in self.layers], self.config.policy, self.config.lookahead,
             self.config.policy_params,
         )  # fmt: skip
         return self.make_planner(setup)

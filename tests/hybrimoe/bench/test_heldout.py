@@ -1,4 +1,4 @@
-"""README's table of held-out figures is what ``benchmarks/heldout.py`` makes of docs/heldout.json."""
+"""The table of held-out figures is what ``benchmarks/heldout.py`` makes of docs/heldout.json."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def heldout() -> ModuleType:
     return module
 
 
-def test_readme_holds_the_recorded_figures(heldout: ModuleType) -> None:
+def test_the_page_holds_the_recorded_figures(heldout: ModuleType) -> None:
     data = json.loads(heldout.JSON_FILE.read_text(encoding="utf-8"))
-    readme = heldout.README.read_text(encoding="utf-8")
-    assert heldout.with_table(readme, heldout.table(data)) == readme, "run: python benchmarks/heldout.py --tables"
+    page = heldout.PAGE.read_text(encoding="utf-8")
+    assert heldout.with_table(page, heldout.table(data)) == page, "run: python benchmarks/heldout.py --tables"
     assert data["kind"] == "simulated"
 
 
@@ -47,7 +47,7 @@ def test_the_table_by_hand(heldout: ModuleType) -> None:
     assert "1,000 tokens" in text
 
 
-def test_a_readme_without_markers_is_refused(heldout: ModuleType) -> None:
+def test_a_page_without_markers_is_refused(heldout: ModuleType) -> None:
     with pytest.raises(ValueError, match="no markers"):
         heldout.with_table("nothing", "table")
 

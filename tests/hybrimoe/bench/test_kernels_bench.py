@@ -98,8 +98,8 @@ def test_report_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert run(["bench", "kernels", *options]) == 0
         path.write_text(capsys.readouterr().out, encoding="utf-8")
     (tmp_path / "docs").mkdir()
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    page = tmp_path / "docs" / "kernels.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
     folder = ["--folder", tmp_path]
     subprocess.run([sys.executable, REPORT, *runs, "--avx2", runs[0], *folder], check=True)
     written = tmp_path / "docs" / "kernels-measured.md"
@@ -108,7 +108,7 @@ def test_report_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert made.count("| ours int4 |") == 5  # ms, share and GFLOP/s; ms of the other path at 1 and 3 tokens
     assert "| 3 | -, - |" in made
     assert made.count("| not measured: tiny |") >= 8  # ratios to peers that did not run, and bfloat16
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{BEGIN}\n| tokens an expert | 1 | 3 |")
     assert text.endswith(f"{END}\nafter\n")
     written.unlink()
@@ -123,7 +123,7 @@ def test_goals_say_where_they_are_missed(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     kept = tmp_path / "docs" / "kernels-measured.json"
     kept.write_text(json.dumps(data | {"avx2": [], "quality": []}), encoding="utf-8")
-    (tmp_path / "README.md").write_text(BEGIN + END, encoding="utf-8")
+    (tmp_path / "docs" / "kernels.md").write_text(BEGIN + END, encoding="utf-8")
     subprocess.run([sys.executable, REPORT, "--folder", tmp_path], check=True)
     made = (tmp_path / "docs" / "kernels-measured.md").read_text(encoding="utf-8")
     assert "| int4 / best int4 peer, 1 token | 1.30 | 1.20 | missed: tiny |" in made
@@ -132,10 +132,10 @@ def test_goals_say_where_they_are_missed(tmp_path: Path) -> None:
 
 def test_documents_are_those_of_the_kept_runs(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/kernels-measured.json"):
+    for name in ("docs/kernels.md", "docs/kernels-measured.json"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([sys.executable, REPORT, "--folder", tmp_path], check=True)
-    for name in ("README.md", "docs/kernels-measured.md"):
+    for name in ("docs/kernels.md", "docs/kernels-measured.md"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8")
 
 

@@ -45,7 +45,7 @@ def test_bits_do_not_depend_on_placement(make_rig: MakeRig, dtype: str) -> None:
         {"policy": "cpu_only/none/lru"},
         {"policy": "accel_only/none/lru", "gpu_expert_slots": 2},
         {"policy": "hybrimoe"},
-        {"policy": "hybrimoe", "seed": 3, "gpu_expert_slots": 24},
+        {"policy": "hybrimoe", "gpu_expert_slots": 24},
         {"placement": "accelerator"},
         {"placement": ["cpu", "accelerator", "hybrid"]},
     ):
@@ -113,12 +113,14 @@ def test_a_long_prompt_with_every_expert_active_and_few_slots(make_rig: MakeRig)
     assert counters.transfers >= 6
 
 
-def test_inputs_are_not_changed_and_gradients_are_not_recorded(make_rig: MakeRig) -> None:
+def test_inputs_are_not_changed_and_gradients_are_recorded_where_they_are_asked_for(make_rig: MakeRig) -> None:
     rig = make_rig()
     hidden, index, weights = routing(3, 8, 2, seed=6)
     before = hidden.clone()
     out = rig.layers[0](hidden.requires_grad_(), index, weights)
-    assert not out.requires_grad
+    assert out.requires_grad
+    with torch.no_grad():
+        assert not rig.layers[0](hidden, index, weights).requires_grad
     assert torch.equal(hidden.detach(), before)
 
 
@@ -157,7 +159,7 @@ def test_two_threads_in_one_session_are_serialised(make_rig: MakeRig) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=600)
     assert len(results) == 3
     for outs in results.values():
         assert all(torch.equal(a, b) for a, b in zip(outs, wanted, strict=True))

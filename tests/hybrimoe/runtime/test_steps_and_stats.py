@@ -61,7 +61,7 @@ def test_hits_misses_and_late_prefetches() -> None:
     assert counters.hit_rate == 0.5
     recorder.demand(counters, 1, np.array([0], np.int32), 1, None)
     assert (counters.activated, counters.misses) == (5, 3)
-    assert SlotState.RESIDENT < SlotState.IN_USE
+    assert SlotState.RESIDENT < SlotState.PINNED
 
 
 def test_a_prefetch_is_used_by_the_first_demand_and_wasted_by_eviction() -> None:

@@ -166,7 +166,7 @@ def test_value_counts_us() -> None:
     """80 us a use. Expert 1 of 4 was used once: forecast for three tokens, then the slow mean .97 / 4 + .03."""
     for scale, near, far in ((0.0, 1.0, 0.0), (5.0, 3.0, 7.0)):
         value = policy("value", setting(n_slots=4), horizon_scale=scale)
-        value.observe(demand(0, {1: 1.0}))
+        value.model.observe(demand(0, {1: 1.0}))
         rates = 0.75 / 4 + 0.25, 0.97 / 4 + 0.03, (1 + 8 / 4) / (1 + 8)
         odds = sum(w * np.log(r / (1 - r)) for w, r in zip(OWN_USE, rates, strict=True))
         expected = 80.0 * (near / (1 + np.exp(-odds)) + far * rates[1])
@@ -178,7 +178,7 @@ def test_value_turns_known_shares_into_rates() -> None:
     """Half of layer 0's activations go to expert 1; two experts a token: it is used by every token."""
     value = policy("value")
     value.warmed(np.array([[1.0, 2.0, 1.0, 0.0]] * 2))
-    value.observe(demand(0, {0: 0.5, 2: 0.5}))
+    value.model.observe(demand(0, {0: 0.5, 2: 0.5}))
     rates = value.model.use.rates[0]
     assert rates[FAST, 1] == pytest.approx(0.75)
     assert rates[SLOW, 1] == pytest.approx(0.97)

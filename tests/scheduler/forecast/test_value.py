@@ -18,6 +18,7 @@ from scheduler import (
     TransferEnded,
     balance,
 )
+from scheduler.balancing.problem import COUNT, PRIORITY, TRANSFER, new_plan
 from scheduler.balancing.valued import shared_memory_end, valued
 from scheduler.forecast.value_model import BIN_TRUST, N_BINS, calibrated, cell, learn_fate
 
@@ -40,10 +41,10 @@ def test_cpu_work_beside_the_link() -> None:
 def plan_of(worth: list[float], victims: list[float], price: float, cpu_rate: float) -> tuple[int, ...]:
     """Transfers for two misses with cpu 100, accelerator 10, transfer 120."""
     costs = LayerCosts([100, 100], [10, 10], [120, 120], [False, False])
-    costs.table[4] = worth
-    plan = np.empty(9, np.int64)
+    costs.table[PRIORITY] = worth
+    plan = new_plan(2)
     valued(costs.table, costs.ready, np.array(victims), price, cpu_rate, plan)
-    return tuple(plan[7 : 7 + plan[2]].tolist())
+    return tuple(plan[TRANSFER, : plan[TRANSFER, COUNT]].tolist())
 
 
 def test_worth_victims_price_and_contention_decide_transfers() -> None:

@@ -117,7 +117,7 @@ def test_experts_in_use_or_in_flight_are_never_evicted() -> None:
     target.begin_step("decode", 1)
     first = target.plan_layer(demand(0, {0: 1, 1: 1}))
     assert first.transfers == ()
-    assert target.slots.counts()[SlotState.IN_USE] == 2
+    assert target.slots.counts()[SlotState.PINNED] == 2
     second = target.plan_layer(demand(1, {2: 1}))
     assert second.cpu == (2,), "both slots are in use: nothing to evict, so the CPU computes"
     assert second.transfers == ()
@@ -327,7 +327,7 @@ def walk(name: str, seed: int, n_slots: int) -> list[LayerPlan]:
             del pending[: len(pending) - late]
             target.on_event(LayerEnded(layer))
             plans.append(plan)
-    assert not np.any(target.slots.claims)
+    assert not np.any(target.slots.pins)
     return plans
 
 
@@ -365,7 +365,7 @@ def test_resize_between_steps() -> None:
     land(target, target.warm_up())
     target.begin_step("decode", 1)
     plan = target.plan_layer(demand(0, {0: 1, 1: 1}))
-    with pytest.raises(SlotError, match="in use cannot be taken away"):
+    with pytest.raises(SlotError, match="pinned cannot be taken away"):
         target.resize(0)
     finish(target, plan)
     gone = target.resize(2)

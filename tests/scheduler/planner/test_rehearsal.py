@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from scheduler import PolicyError
-from scheduler.planner.decide import decide_by_value, fill_table, seat
+from scheduler.planner.decide import assign, decide_by_value, fill_table
 from scheduler.planner.rehearsal import rehearse
 
 
 @pytest.mark.parametrize("policy", ["ours", "hybrimoe", "static", "freetoken"])
 def test_a_rehearsal_runs_and_compiles_the_hot_path(policy: str) -> None:
     rehearse(policy)
-    for function in (decide_by_value,) if policy == "ours" else (fill_table, seat):
+    for function in (decide_by_value,) if policy == "ours" else (fill_table, assign):
         assert getattr(function, "signatures", ["interpreted"]), f"{function} was not reached"
 
 

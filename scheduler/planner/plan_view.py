@@ -1,0 +1,68 @@
+"""What a planner decided for one layer, as the lanes perform it: positions of the demand's experts, not expert ids."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.balancing.problem import ACCEL, COUNT, CPU, TRANSFER
+from scheduler.demand import Demand
+from scheduler.plan import LayerPlan, Transfer
+from scheduler.planner.decide import EVICTED, SLOT, new_plan
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+class PlanView:
+    """The workspace of one planner: filled anew by each decision, so valid until the next one.
+
+    ``rows`` int64[5, A + 1] is the plan (``decide.new_plan``) of A active experts. ``cpu`` and ``accel`` are positions
+    in execution order, ``slots[i]`` the slot of ``accel[i]``. ``moved``: the positions of ``transfers``, in
+    link order; ``prefetches`` (later layers) follow them. ``awaited``: positions of accelerated experts whose earlier
+    transfer is still under way. Layers and slots are numbered as outside of the planner.
+    """
+
+    __slots__ = (
+        "_plans", "_tables", "accel", "awaited", "cpu", "evicted", "layer", "makespan_us", "moved", "prefetches",
+        "rows", "slots", "step", "transfers",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self._plans: dict[int, Ints] = {}
+        self._tables: dict[int, Floats] = {}
+        self.step, self.layer = -1, -1
+        self.start(0)
+
+    def start(self, n: int) -> Floats:
+        """Empties the decision for ``n`` active experts; returns the cost table float64[5, n] to be filled."""
+        if n not in self._plans:
+            self._plans[n], self._tables[n] = new_plan(n), np.empty((5, n))
+        self.rows = self._plans[n]
+        self.cpu: list[int] = []
+        self.accel: list[int] = []
+        self.slots: list[int] = []
+        self.moved: list[int] = []
+        self.evicted: list[int] = []
+        self.awaited: list[int] = []
+        self.transfers: list[Transfer] = []
+        self.prefetches: list[Transfer] = []
+        self.makespan_us = 0.0
+        return self._tables[n]
+
+    def read(self) -> list[int]:
+        """Takes the lanes' orders from ``rows``. Returns each position's slot (-1: none)."""
+        rows = self.rows.tolist()
+        slot_of: list[int] = rows[SLOT]
+        self.cpu, self.accel = rows[CPU][: rows[CPU][COUNT]], rows[ACCEL][: rows[ACCEL][COUNT]]
+        self.moved, self.evicted = rows[TRANSFER][: rows[TRANSFER][COUNT]], rows[EVICTED]
+        return slot_of
+
+    def plan(self, demand: Demand) -> LayerPlan:
+        """The same as a frozen value with expert ids: for traces, explanations, recordings and simulations."""
+        ids = demand.expert_ids.tolist()
+        return LayerPlan(
+            self.step, self.layer, tuple([ids[p] for p in self.cpu]), tuple([ids[p] for p in self.accel]),
+            tuple(self.slots), tuple(self.transfers), tuple(self.prefetches), self.makespan_us,
+            tuple([ids[p] for p in self.awaited]),
+        )  # fmt: skip
