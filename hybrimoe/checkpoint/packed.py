@@ -31,8 +31,10 @@ from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 
 try:
     import fcntl
-except ImportError:  # Windows: no such locks; a file that is open there cannot be removed
-    fcntl = None  # type: ignore[assignment]
+
+    HAS_LOCKS = True
+except ImportError:  # Windows, which renames and removes no file that is open
+    HAS_LOCKS = False
 
 MAGIC = b"HYBRIMOE"
 FORMAT_VERSION = 2
@@ -165,19 +167,19 @@ def _whole_or_nothing(place: Path, header: dict[str, Any]) -> Iterator[tuple[int
     descriptor, name = tempfile.mkstemp(prefix=path.stem + "-", suffix=PARTIAL_SUFFIX, dir=place)
     opened = os.fdopen(descriptor, "r+b", buffering=0)
     try:
-        if fcntl is not None:
+        if HAS_LOCKS:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         _reserve(descriptor, len(head) + _records_bytes(header))
         _write_all(descriptor, memoryview(head), 0)
         yield descriptor, len(head)
         os.fsync(descriptor)
         os.chmod(name, FILE_MODE)
-        if fcntl is None:  # such a system renames no open file; where there are locks, it stays locked until then
+        if not HAS_LOCKS:  # such a system renames no open file; where there are locks, it stays locked until then
             opened.close()
         os.replace(name, path)
         _sync_folder(place)
     except BaseException:
-        if fcntl is None:
+        if not HAS_LOCKS:
             opened.close()
         with contextlib.suppress(OSError):
             os.unlink(name)
@@ -242,7 +244,7 @@ def _sweep(place: Path) -> None:
     """Removes partial files whose writer is gone (nobody holds their lock)."""
     for unfinished in place.glob(f"*{PARTIAL_SUFFIX}"):
         with contextlib.suppress(OSError):
-            if fcntl is None:  # such a system refuses to remove a file that its writer has open
+            if not HAS_LOCKS:  # such a system refuses to remove a file that its writer has open
                 unfinished.unlink()
                 continue
             with unfinished.open("rb") as file:
