@@ -124,20 +124,19 @@ class SlotTable:
 
     def validate(self) -> None:
         """Raises SlotError where the table contradicts itself: after each event in tests and under HYBRIMOE_DEBUG."""
-        filled = np.flatnonzero(self.key_of >= 0)
-        known = np.flatnonzero(self.slot_of >= 0)
-        agree = len(filled) == len(known) and bool(np.all(self.slot_of[self.key_of[filled]] == filled))
-        for slot in range(self.n_slots):
-            state, pins, empty = int(self.state[slot]), int(self.pins[slot]), self.key_of[slot] == NO_KEY
-            allowed = (
-                (state == FREE and empty and not pins)
-                or (state == IN_FLIGHT and not empty and pins >= 0)
-                or (state == RESIDENT and not empty and not pins)
-                or (state == PINNED and not empty and pins > 0)
-            )
-            if not allowed:
-                raise self._refused(f"slot {self._at(slot)} cannot be with {pins} pins", slot)
-        if not agree:
+        state, pins, filled = self.state, self.pins, self.key_of >= 0
+        allowed = (
+            ((state == FREE) & ~filled & (pins == 0))
+            | ((state == IN_FLIGHT) & filled & (pins >= 0))
+            | ((state == RESIDENT) & filled & (pins == 0))
+            | ((state == PINNED) & filled & (pins > 0))
+        )
+        if not allowed.all():
+            slot = int(allowed.argmin())
+            raise self._refused(f"slot {self._at(slot)} cannot be with {pins[slot]} pins", slot)
+        slots = np.flatnonzero(filled)
+        n_known = np.count_nonzero(self.slot_of >= 0)
+        if n_known != slots.size or not np.array_equal(self.slot_of[self.key_of[slots]], slots):
             raise SlotError("slots and experts disagree: an expert is in two slots, or a slot has another one's expert")
 
     # Transitions ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from scheduler.planner.explain import Explanation
 from scheduler.planner.layer_blocks import Block
 from scheduler.planner.plan_view import PlanView
 from scheduler.planner.planner import NOW, Planner
-from scheduler.slots import RESIDENT, SlotTable
+from scheduler.slots import SlotTable
 
 NO_IDS, NO_SCORES = np.empty(0, np.int32), np.empty(0, np.float32)
 
@@ -147,13 +147,8 @@ class PlannerGroup:
         return home.slots.resident_mask(layer - home.first_layer)
 
     def contents(self) -> dict[int, tuple[int, int]]:
-        """slot -> (layer, expert) of everything whose bytes are there now."""
-        there: dict[int, tuple[int, int]] = {}
-        for planner in self.planners:
-            slots = planner.slots
-            here = set((np.flatnonzero(slots.state >= RESIDENT) + planner.first_slot).tolist())
-            there |= {slot: key for slot, key in slots.contents().items() if slot in here}
-        return there
+        """As ``Planner.contents``, of all accelerators."""
+        return {slot: key for planner in self.planners for slot, key in planner.contents().items()}
 
 
 class _Inside:

@@ -128,6 +128,10 @@ class Planner:
         """bool [experts]: bytes are in a slot now."""
         return self.slots.resident_mask(layer)
 
+    def contents(self) -> dict[int, tuple[int, int]]:
+        """Slot -> (layer, expert) that it holds or will once its transfer has ended, numbered as outside."""
+        return self.slots.contents()
+
     def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]:
         """Fills the free slots before the first step: by use ``frequencies`` [n_layers, n_experts], or low ids first.
 

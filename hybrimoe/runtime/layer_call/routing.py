@@ -1,8 +1,10 @@
-"""From a layer call's tensors to what the scheduler and the kernels take: host arrays, dispatch, demand."""
+"""Reading a layer call: from the router's tensors to what kernels and planner take, in memory that calls share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -10,13 +12,23 @@ import torch
 
 from cpu_kernels import Dispatch, build_dispatch
 from cpu_kernels.engine.routed import FLOATS, fits, read_call
-from gpu_kernels import LayerWork
+from gpu_kernels import Event, LayerWork
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime.layer_call.compiled import describe_routing
-from scheduler import LayerDemand, Phase, Prediction
+from hybrimoe.runtime.layer_call.layers import Layer, apply_norm
+from hybrimoe.runtime.layer_call.stats import Counters
+from scheduler import Phase, Prediction
+from scheduler.demand import DemandView
+from scheduler.planner.plan_view import PlanView
+from scheduler.records import TaskRecord
+
+if TYPE_CHECKING:
+    from hybrimoe.runtime.layer_call.call import Experts
 
 WORKSPACE_BYTES = 64 << 20
 """Result rows up to this size reuse one buffer; larger ones (long prompts) are allocated for the call."""
+NOT_COUNTED = Counters()
+"""Where a space counts before its first call: nobody reads it."""
 
 
 class Workspace:
@@ -40,6 +52,136 @@ class Workspace:
         if size > self._rows.size:
             self._rows = np.empty(size, dtype=np.float32)
         return self._rows[:size].reshape(n_rows, hidden)
+
+
+class CallSpace:
+    """One layer's call under way: filled anew by the layer's next call, so nothing is made on the way.
+
+    `work` is what the lanes share, `demand` what the planner sees of it, `plan` its answer; `positions` int32 and
+    `records` uint64 [E] are the CPU lane's experts. `groups`: what was submitted to the accelerator, as (end,
+    positions). `ran`: the CPU lane's tasks, while `traced`.
+    """
+
+    __slots__ = (
+        "_buffers", "_dispatches", "_n_tokens", "_scores", "counters", "cpu_us", "demand", "experts", "groups", "index",
+        "layer", "plan", "positions", "ran", "records", "step", "traced", "work",
+    )  # fmt: skip
+
+    work: LayerWork
+    plan: PlanView
+
+    def __init__(self, experts: Experts, index: int, layer: Layer, n_experts: int) -> None:
+        """`n_experts`: the planner's number of experts, at least the layer's own."""
+        self.experts, self.index, self.layer = experts, index, layer
+        self.counters = NOT_COUNTED
+        self._scores, self._n_tokens = np.zeros(n_experts, np.float32), np.zeros(n_experts, np.int32)
+        self.demand = DemandView(index, "decode", 0, self._n_tokens[:0], self._n_tokens[:0], self._scores)
+        self.positions = np.empty(layer.num_experts, np.int32)
+        self.records = np.empty(layer.num_experts, np.uint64)
+        self.groups: list[tuple[Event, list[int]]] = []
+        self.ran: list[TaskRecord] = []
+        self.step, self.cpu_us, self.traced = -1, 0.0, False
+        self._buffers = _Buffers(0, layer.num_experts)
+        self._dispatches: dict[tuple[int, int, int, int], Dispatch] = {}
+
+    def read(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, workspace: Workspace
+    ) -> int:
+        """Takes a call's tensors, grouped by expert, into `work`. Returns the number of active experts.
+
+        Few tokens on the host are read in one compiled call; see `call_inputs` for what others may be and raise.
+        """
+        if fits(hidden, top_k_index, top_k_weights, self.layer.spec.hidden) and not hidden.requires_grad:
+            n_active = self._read_few(hidden, top_k_index, top_k_weights, workspace)
+            if n_active >= 0:
+                return n_active
+        inputs = call_inputs(hidden, top_k_index, top_k_weights, self.layer.spec.hidden)
+        return self.take(inputs, inputs.ids, inputs.weights, workspace)
+
+    def take(
+        self, inputs: CallInputs, ids: npt.NDArray[np.integer], weights: npt.NDArray[np.float32], workspace: Workspace
+    ) -> int:
+        """Takes this routing of a call (the router's, or a part of it). Returns the number of active experts."""
+        self.work = inputs.work(ids, weights, self.layer.num_experts, workspace)
+        self._postpone_weights()
+        return len(self.work.dispatch.expert_ids)
+
+    def _read_few(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, workspace: Workspace
+    ) -> int:
+        """`read` in one compiled call; negative for a routing that `build_dispatch` refuses."""
+        n_tokens, top_k = top_k_index.shape
+        n_rows, width = n_tokens * top_k, self.layer.spec.hidden
+        buffers = self._buffers
+        if buffers.weights.size < n_rows:
+            self._buffers = buffers = _Buffers(n_rows, self.layer.num_experts)
+            self._dispatches.clear()
+        host_hidden = workspace.inputs(n_tokens, width)
+        n_active: int = read_call(
+            top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], n_tokens, top_k,
+            hidden.data_ptr(), FLOATS[hidden.dtype], host_hidden, buffers.weights, buffers.counts, buffers.expert_ids,
+            buffers.offsets, buffers.rows,
+        )  # fmt: skip
+        if n_active < 0:
+            return n_active
+        shape = n_tokens, top_k, n_active, int(buffers.offsets[n_active])
+        dispatch = self._dispatches.get(shape)
+        if dispatch is None:
+            dispatch = self._dispatches[shape] = buffers.dispatch(*shape)
+        self.work = LayerWork(dispatch, hidden, host_hidden, workspace.rows(n_rows, width), like=hidden)
+        self._postpone_weights()
+        return n_active
+
+    def _postpone_weights(self) -> None:
+        """Families with a norm over each expert's output: the routing weights are multiplied in after it."""
+        norm = self.layer.transform()
+        if norm is None:
+            return
+        work, dispatch = self.work, self.work.dispatch
+        work.transform, work.weights = partial(apply_norm, norm), dispatch.weights
+        ones = np.ones_like(dispatch.weights)
+        work.dispatch = Dispatch(
+            dispatch.top_k, dispatch.n_tokens, dispatch.expert_ids, dispatch.offsets, dispatch.rows, ones
+        )
+
+    def ended(self) -> bool:
+        """Whether its work on the accelerator has ended: that is done in the order of submission."""
+        return not self.groups or self.groups[-1][0].done()
+
+    def describe(
+        self, phase: Phase, predictions: tuple[Prediction, ...], routing_counts: npt.NDArray[np.float64]
+    ) -> DemandView:
+        """What the planner sees of the call. `routing_counts` [E]: the count of each active expert rises by 1."""
+        dispatch, demand = self.work.dispatch, self.demand
+        ids = dispatch.expert_ids
+        describe_routing(
+            ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, routing_counts, self._n_tokens,
+            self._scores,
+        )  # fmt: skip
+        demand.phase, demand.n_tokens_total, demand.predictions = phase, dispatch.n_tokens, predictions
+        demand.expert_ids, demand.n_tokens = ids, self._n_tokens[: ids.size]
+        return demand
+
+
+class _Buffers:
+    """A call's routing in flat arrays of at most `n_rows` (token, expert) pairs over `num_experts` experts."""
+
+    __slots__ = ("counts", "expert_ids", "offsets", "rows", "weights")
+
+    def __init__(self, n_rows: int, num_experts: int) -> None:
+        n_active = min(n_rows, num_experts)
+        self.weights = np.empty(n_rows, np.float32)
+        self.rows = np.empty(n_rows, np.int32)
+        self.counts = np.empty(num_experts, np.int32)
+        self.expert_ids = np.empty(n_active, np.int32)
+        self.offsets = np.empty(n_active + 1, np.int32)
+
+    def dispatch(self, n_tokens: int, top_k: int, n_active: int, n_present: int) -> Dispatch:
+        """A view of what calls of this shape write here."""
+        return Dispatch(
+            top_k, n_tokens, self.expert_ids[:n_active], self.offsets[: n_active + 1], self.rows[:n_present],
+            self.weights[: n_tokens * top_k],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,36 +224,6 @@ def call_inputs(
     return CallInputs(hidden, host_hidden, host_index(top_k_index).reshape(-1, top_k), weights)
 
 
-def layer_work(
-    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, hidden_size: int,
-    workspace: Workspace,
-) -> LayerWork:  # fmt: skip
-    """Checks one call's tensors and groups its routing by expert; see `call_inputs`."""
-    if fits(hidden, top_k_index, top_k_weights, hidden_size) and not hidden.requires_grad:
-        work = _short_work(hidden, top_k_index, top_k_weights, num_experts, hidden_size, workspace)
-        if work is not None:
-            return work
-    inputs = call_inputs(hidden, top_k_index, top_k_weights, hidden_size)
-    return inputs.work(inputs.ids, inputs.weights, num_experts, workspace)
-
-
-def _short_work(
-    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, hidden_size: int,
-    workspace: Workspace,
-) -> LayerWork | None:  # fmt: skip
-    """`layer_work` in one compiled call, for tensors that fit it; None for a routing that `build_dispatch` refuses."""
-    n_tokens, top_k = top_k_index.shape
-    host_hidden = workspace.inputs(n_tokens, hidden_size)
-    ids, offsets, rows, weights, problem = read_call(
-        top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], n_tokens, top_k, num_experts,
-        hidden.data_ptr(), FLOATS[hidden.dtype], host_hidden,
-    )  # fmt: skip
-    if problem >= 0:
-        return None
-    dispatch = Dispatch(top_k, n_tokens, ids, offsets, rows, weights)
-    return LayerWork(dispatch, hidden, host_hidden, workspace.rows(n_tokens * top_k, hidden_size), like=hidden)
-
-
 def host_floats(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
     """C-contiguous float32 values on the host; shares memory where they are so already."""
     if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
@@ -122,21 +234,6 @@ def host_floats(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
 def host_index(tensor: torch.Tensor) -> npt.NDArray[np.integer]:
     """Expert ids on the host."""
     return (tensor if tensor.device.type == "cpu" else tensor.cpu()).numpy()
-
-
-def layer_demand(
-    layer: int, phase: Phase, dispatch: Dispatch, predictions: tuple[Prediction, ...],
-    activations: npt.NDArray[np.float64],
-) -> LayerDemand:  # fmt: skip
-    """What the planner sees of a call. `activations` [E]: the layer's row of counts, each active expert gets 1 more.
-
-    E is the planner's number of experts, at least the layer's own.
-    """
-    ids = dispatch.expert_ids
-    n_tokens, scores = describe_routing(
-        ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, activations
-    )
-    return LayerDemand(layer, phase, dispatch.n_tokens, ids, n_tokens, scores, predictions)
 
 
 def _describe(tensor: torch.Tensor) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrimoe.runtime.layer_call.compiled import count_hits
-from scheduler import LayerPlan, Phase, SlotState, SlotTable, TransferEnded
+from scheduler import LayerPlan, Phase, SlotState, SlotTable
+from scheduler.planner.plan_view import PlanView
 
 RESIDENT = int(SlotState.RESIDENT)
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -168,14 +169,14 @@ class StatsRecorder:
 
     def __init__(self, n_layers: int, low: StatsRecorder | None = None) -> None:
         self.low = low
-        self._counters = {phase: [Counters() for _ in range(n_layers)] for phase in PHASES}
+        self.counters = {phase: [Counters() for _ in range(n_layers)] for phase in PHASES}
         self._prefetched: dict[tuple[int, int], Counters] = {}
         self.warmup_transfers = 0
         self.failures = 0
 
     def of(self, phase: Phase, layer: int) -> Counters:
         """The counters to add to."""
-        return self._counters[phase][layer]
+        return self.counters[phase][layer]
 
     def demand(
         self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int,
@@ -198,12 +199,14 @@ class StatsRecorder:
                 if issued is not None:
                     issued.prefetches_used += 1
 
-    def plan(self, counters: Counters, plan: LayerPlan, record_bytes: tuple[int, ...]) -> None:
+    def plan(self, counters: Counters, plan: LayerPlan | PlanView, record_bytes: tuple[int, ...]) -> None:
         """Counts what a plan places and moves."""
         counters.cpu_experts += len(plan.cpu)
         counters.accel_experts += len(plan.accel)
         counters.transfers += len(plan.transfers)
         counters.prefetches += len(plan.prefetches)
+        if not plan.transfers and not plan.prefetches:
+            return
         for transfer in (*plan.transfers, *plan.prefetches):
             counters.transfer_bytes += record_bytes[transfer.layer]
             if transfer.evicts is not None:
@@ -213,11 +216,6 @@ class StatsRecorder:
             if transfer.kind == "prefetch":
                 self._prefetched[transfer.layer, transfer.expert] = counters
 
-    def transfers_ended(self, phase: Phase, ended: Iterable[TransferEnded]) -> None:
-        """Adds link time."""
-        for event in ended:
-            self._counters[phase][event.layer].link_us += event.us
-
     def forget_slots(self) -> None:
         """The slots were emptied: prefetches under way have no fate."""
         self._prefetched.clear()
@@ -226,7 +224,7 @@ class StatsRecorder:
 
     def reset(self) -> None:
         """Sets every counter to zero; slot contents stay."""
-        self._counters = {phase: [Counters() for _ in layers] for phase, layers in self._counters.items()}
+        self.counters = {phase: [Counters() for _ in layers] for phase, layers in self.counters.items()}
         self._prefetched.clear()
         self.warmup_transfers = self.failures = 0
         if self.low is not None:
@@ -234,7 +232,7 @@ class StatsRecorder:
 
     def by_phase(self) -> dict[Phase, Counters]:
         """Sums over layers."""
-        own = {phase: _total(layers) for phase, layers in self._counters.items()}
+        own = {phase: _total(layers) for phase, layers in self.counters.items()}
         if self.low is None:
             return own
         low = self.low.by_phase()
@@ -242,7 +240,7 @@ class StatsRecorder:
 
     def by_layer(self) -> list[Counters]:
         """Sums over phases."""
-        own = [_total(pair) for pair in zip(*self._counters.values(), strict=True)]
+        own = [_total(pair) for pair in zip(*self.counters.values(), strict=True)]
         return own if self.low is None else [_with_low(*pair) for pair in zip(own, self.low.by_layer(), strict=True)]
 
 

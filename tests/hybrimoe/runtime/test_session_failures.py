@@ -235,9 +235,7 @@ def test_a_failing_kernel_reaches_the_caller_and_the_session_goes_on(
     check_works(rig)
 
 
-@pytest.mark.parametrize(
-    "where", ["scheduler.Planner.plan_layer", "hybrimoe.runtime.layer_call.executor.Executor._run_cpu"]
-)
+@pytest.mark.parametrize("where", ["scheduler.Planner.decide", "hybrimoe.runtime.layer_call.call.Experts.compute"])
 def test_an_interrupt_leaves_a_session_that_goes_on(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
