@@ -38,7 +38,7 @@ class Event(Protocol):
         ...
 
     def span_us(self) -> tuple[float, float]:
-        """Start and end in us on the host's monotonic clock (`clock_us`); only after the work has ended."""
+        """Start and end in us on the host's monotonic clock (`clock_us`); each 0 until it is known to have come."""
         ...
 
 
@@ -101,7 +101,10 @@ class Accelerator(Protocol):
         ...
 
     def allocate(self, n_slots: int, slot_bytes: int) -> None:
-        """Drains the lanes, then replaces the slot memory (contents are lost). 0 slots frees it."""
+        """Drains the lanes, then replaces the slot memory (contents are lost). 0 slots frees it.
+
+        Raises SlotError where there is not enough memory; the slots are then as many and as large as before.
+        """
         ...
 
     def free_bytes(self) -> int | None:
@@ -140,7 +143,10 @@ class Accelerator(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Blocks until both lanes are empty; failures of drained work are dropped (their events keep them)."""
+        """Blocks until both lanes are empty; failures of drained work are dropped (their events keep them).
+
+        Raises LaneError where the device as a whole has failed.
+        """
         ...
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from cpu_kernels import get_backend
 from gpu_kernels.accelerator import Accelerator
+from gpu_kernels.devices import auto_device, device_is_here, indexed
 from gpu_kernels.emulated import EmulatedAccelerator
 from gpu_kernels.errors import DeviceNotFoundError
 from gpu_kernels.pacing import Pacing
@@ -13,7 +14,7 @@ from gpu_kernels.torch_accelerator import TorchAccelerator
 
 
 def open_accelerator(name: str = "auto", *, backend: str = "auto", pacing: Pacing | None = None) -> Accelerator | None:
-    """Opens "emulated", a torch device such as "cuda:0", the first real device ("auto"), or nothing ("none").
+    """Opens "emulated", a torch device such as "cuda:0", torch's current device ("auto"), or nothing ("none").
 
     "auto" gives None on a machine without a torch.accelerator device: an emulation saves no time, so it must be asked
     for. `backend` and `pacing` belong to the emulation: the CPU kernels that compute, and rates to slow down to.
@@ -24,8 +25,8 @@ def open_accelerator(name: str = "auto", *, backend: str = "auto", pacing: Pacin
     if name == "emulated":
         return EmulatedAccelerator(get_backend(backend, 1), pacing)
     if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return None if found is None else TorchAccelerator(torch.device(found.type, 0))
+        found = auto_device()
+        return None if found is None else TorchAccelerator(found)
     return TorchAccelerator(_existing_device(name))
 
 
@@ -34,11 +35,11 @@ def _existing_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise DeviceNotFoundError(f"{name!r} is no device; expected none, emulated, auto or e.g. cuda:0") from error
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = torch.accelerator.device_count() if here is not None else 0
-    if here is None or device.type != here.type or (device.index or 0) >= count:
+    here = auto_device()
+    if device.type == "cpu" or not device_is_here(device):
+        count = torch.accelerator.device_count() if here is not None else 0
         there = "torch finds no accelerator" if here is None else f"torch finds {count} x {here.type}"
         raise DeviceNotFoundError(
             f"{name!r} does not exist on this machine: {there}. Use none (experts on the CPU) or emulated (for tests)"
         )
-    return torch.device(device.type, device.index or 0)
+    return indexed(device)

@@ -7,19 +7,26 @@ go through a ring of page-locked staging buffers. On device "cpu" the same code 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cpu_kernels import ExpertSpec, reference_ffn, unpack_expert
+from cpu_kernels.format.pack import record_tensor
 from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
-from gpu_kernels.errors import ClosedError, SlotError
+from gpu_kernels.devices import indexed, memory_info
+from gpu_kernels.errors import ClosedError, LaneError, SlotError
 from gpu_kernels.fused_choice import Group, load_fused
 from gpu_kernels.slot_events import SlotEvents
 from gpu_kernels.streams import clock_us
 from gpu_kernels.torch_events import DeviceEvent, DoneEvent, TimeOrigin, on_stream
+from gpu_kernels.uploads import Uploads
 
 STAGING_BUFFERS = 4
 """Page-locked records under way at once when the host's records are not page-locked."""
@@ -41,7 +48,7 @@ class TorchAccelerator:
     device is not the host."""
 
     def __init__(self, device: torch.device | str, *, fused: bool | None = None) -> None:
-        self.device = torch.device(device)
+        self.device = indexed(device)
         self.kind = self.device.type
         self._synchronous = self.kind == "cpu"
         self.name = "torch on the host" if self._synchronous else f"{_device_name(self.device)} ({self.device})"
@@ -49,6 +56,7 @@ class TorchAccelerator:
         self._origin = None if self._synchronous else TimeOrigin(self.device)
         self._staging: list[tuple[torch.Tensor, Event | None]] = []
         self._next_staging = 0
+        self._uploads = Uploads(self.device)
         self._fused = load_fused() if (not self._synchronous if fused is None else fused) else None
         self._closed = False
         self._set_slots(0, 0)
@@ -64,25 +72,30 @@ class TorchAccelerator:
         return self._slot_bytes
 
     def allocate(self, n_slots: int, slot_bytes: int) -> None:
-        """Replaces the slot memory; contents are lost. Raises SlotError where the device has not enough memory."""
+        """Replaces the slot memory; contents are lost. Raises SlotError where the device has not enough memory: the
+        slots are then as many and as large as before, and keep what they hold if that could be seen beforehand."""
         if n_slots < 0 or slot_bytes < 0:
             raise SlotError(f"cannot allocate {n_slots} slots of {slot_bytes} bytes; both must be 0 or more")
         self._check_open()
+        before = self.n_slots, self._slot_bytes
+        free_bytes = self.free_bytes()
+        too_large = f"{n_slots} slots of {slot_bytes / 2**20:.1f} MiB do not fit {self.name}: ask for fewer"
+        if free_bytes is not None and n_slots * _stride(slot_bytes) > free_bytes:
+            raise SlotError(f"{too_large} ({free_bytes / 2**20:.0f} MiB are free)")
         self.synchronize()
         self._set_slots(0, 0)
         try:
             self._set_slots(n_slots, slot_bytes)
         except torch.OutOfMemoryError as error:
-            raise SlotError(
-                f"{n_slots} slots of {slot_bytes / 2**20:.1f} MiB do not fit {self.name}: ask for fewer"
-            ) from error
+            self._set_slots(*before)
+            raise SlotError(too_large) from error
 
     def free_bytes(self) -> int | None:
         """Free device memory plus what the slots take now; None on the host."""
         if self._synchronous:
             return None
-        free, _ = torch.accelerator.get_memory_info(self.device)
-        return int(free) + self._slots.numel()
+        free, _ = memory_info(self.device)
+        return free + self._slots.numel()
 
     def needs_pinned_host(self) -> bool:
         """True on a real device."""
@@ -93,7 +106,7 @@ class TorchAccelerator:
         self._check_open()
         if record.nbytes > self._slot_bytes:
             raise SlotError(f"a record of {record.nbytes} bytes does not fit a slot of {self._slot_bytes} bytes")
-        source = torch.from_numpy(record)
+        source = record_tensor(record.nbytes, record)
         if self._synchronous:
             start_us = clock_us()
             self._events.on_write(slot, DoneEvent(start_us, start_us))
@@ -111,18 +124,24 @@ class TorchAccelerator:
         """Submits experts in order on the current stream; rows go to the call's rows on the device."""
         self._check_open()
         state = self._state(work)
-        stream = None if self._synchronous else torch.accelerator.current_stream(self.device)
+        places = [int(position) for position in positions]
+        group = self._fused_group(spec, slots, places, work, state)  # sent before the stream waits for any copy
         start_us = clock_us()
-        end = DoneEvent(start_us, start_us) if stream is None else self._device_event(self._record(stream))
-        for write in self._events.on_read(slots, end):
-            if stream is not None and isinstance(write, DeviceEvent):
+        end = DoneEvent(start_us, start_us) if self._synchronous else self._device_event()
+        writes = self._events.on_read(slots, end)
+        if not isinstance(end, DeviceEvent):
+            with torch.no_grad():
+                self._compute(spec, slots, places, work, state, group)
+            return DoneEvent(start_us, clock_us())
+        stream = torch.accelerator.current_stream(self.device)
+        for write in writes:
+            if isinstance(write, DeviceEvent) and not write.done():
                 stream.wait_event(write.end)
-        with torch.no_grad():
-            self._compute(spec, slots, [int(position) for position in positions], work, state)
-        if stream is not None and isinstance(end, DeviceEvent):
+        with torch.no_grad(), self._current():
+            end.start.record(stream)
+            self._compute(spec, slots, places, work, state, group)
             end.end.record(stream)
-            return end
-        return DoneEvent(start_us, clock_us())
+        return end
 
     def combine(self, work: LayerWork, events: Sequence[Event]) -> torch.Tensor:
         """[T, H] float32 on the device: rows of the CPU lane are uploaded, then rows are added in top-k order."""
@@ -132,7 +151,7 @@ class TorchAccelerator:
             filled = state.row_ids
             state.rows[filled] = work.transform(state.rows[filled]).float()
             assert work.weights is not None
-            state.rows *= torch.from_numpy(work.weights).to(self.device).unsqueeze(1)
+            state.rows *= self._uploads.send(work.weights)[0].unsqueeze(1)
         by_token = state.rows.view(work.dispatch.n_tokens, work.dispatch.top_k, -1)
         out = by_token[:, 0].clone()
         for j in range(1, work.dispatch.top_k):
@@ -149,31 +168,38 @@ class TorchAccelerator:
         return other
 
     def synchronize(self) -> None:
-        """Blocks until the device is idle."""
-        if not self._synchronous:
+        """Blocks until the device is idle. Raises LaneError where the device itself has failed."""
+        if self._synchronous:
+            return
+        try:
             torch.accelerator.synchronize(self.device)
+        except RuntimeError as error:
+            raise LaneError(f"{self.name} has failed and cannot go on in this process: {error}") from error
 
     def close(self) -> None:
         """Drains the device and frees slots and staging; safe to call twice."""
         if not self._closed:
-            self.synchronize()
             self._closed = True
-            self._staging = []
+            with contextlib.suppress(LaneError):  # whoever waited for the failed work was told of it
+                self.synchronize()
             self._set_slots(0, 0)
 
+    def _current(self) -> AbstractContextManager[object]:
+        """Makes this device torch's current one: Triton launches on that one's stream, wherever its tensors are."""
+        return torch.accelerator.device_index(self.device.index)
+
     def _compute(
-        self, spec: ExpertSpec, slots: Sequence[int], positions: list[int], work: LayerWork, state: DeviceRows
-    ) -> None:
-        """Rows of a group: by the fused kernels where there are few tokens, else dequantised, expert by expert."""
+        self, spec: ExpertSpec, slots: Sequence[int], positions: list[int], work: LayerWork, state: DeviceRows,
+        group: Group | None,
+    ) -> None:  # fmt: skip
+        """Rows of a group: by the fused kernels where there is one for them, else dequantised, expert by expert."""
 
         def by_torch() -> None:
             for slot, position in zip(slots, positions, strict=True):
                 self._run_expert(spec, slot, position, work, state)
 
-        offsets = work.dispatch.offsets
-        n_tokens = [int(offsets[position + 1] - offsets[position]) for position in positions]
-        if self._fused is not None and self._fused.accepts(spec, n_tokens):
-            self._fused.run(spec, self._slots, self._group(slots, positions, n_tokens, work, state), by_torch)
+        if self._fused is not None and group is not None:
+            self._fused.run(spec, self._slots, group, by_torch)
         else:
             by_torch()
 
@@ -184,13 +210,17 @@ class TorchAccelerator:
         result = reference_ffn(spec, weights, state.hidden[rows // work.dispatch.top_k])
         state.rows[rows] = result * state.weights[rows].unsqueeze(1)
 
-    def _group(
-        self, slots: Sequence[int], positions: list[int], n_tokens: list[int], work: LayerWork, state: DeviceRows
-    ) -> Group:
+    def _fused_group(
+        self, spec: ExpertSpec, slots: Sequence[int], positions: list[int], work: LayerWork, state: DeviceRows
+    ) -> Group | None:
+        """What the fused kernels need on the device; None where they are not to run."""
         starts = work.dispatch.offsets
-        rows = torch.cat([state.row_ids[int(starts[p]) : int(starts[p + 1])] for p in positions])
-        offsets = torch.tensor([0, *accumulate(n_tokens)], dtype=torch.int32).to(self.device)
-        slot_ids = torch.tensor(list(slots), dtype=torch.int32).to(self.device)
+        n_tokens = [int(starts[position + 1] - starts[position]) for position in positions]
+        if self._fused is None or not self._fused.accepts(spec, n_tokens):
+            return None
+        slot_ids, offsets, rows = self._uploads.send(
+            np.array(slots, np.int32), np.array([0, *accumulate(n_tokens)], np.int32), _rows_of(work, positions)
+        )
         return Group(slot_ids, offsets, rows, n_tokens, state.hidden, state.weights, work.dispatch.top_k, state.rows)
 
     def _state(self, work: LayerWork) -> DeviceRows:
@@ -199,27 +229,27 @@ class TorchAccelerator:
             dispatch = work.dispatch
             shape = (dispatch.n_tokens * dispatch.top_k, work.host_hidden.shape[1])
             make = torch.zeros if dispatch.has_absent else torch.empty
+            row_ids, weights = self._uploads.send(dispatch.rows.astype(np.int64), dispatch.weights)
             work.device_state = DeviceRows(
                 hidden=work.hidden.to(self.device, torch.float32).reshape(work.host_hidden.shape),
                 rows=make(shape, dtype=torch.float32, device=self.device),
-                row_ids=torch.from_numpy(dispatch.rows).to(self.device, torch.int64),
-                weights=torch.from_numpy(dispatch.weights).to(self.device),
+                row_ids=row_ids,
+                weights=weights,
             )
         return work.device_state
 
     def _upload_host_rows(self, work: LayerWork, state: DeviceRows) -> None:
-        offsets, positions = work.dispatch.offsets, [int(position) for position in work.host_positions]
+        positions = [int(position) for position in work.host_positions]
         if not positions:
             return
-        parts = [torch.from_numpy(work.dispatch.rows[offsets[p] : offsets[p + 1]]).long() for p in positions]
-        rows = torch.cat(parts)
-        values = torch.from_numpy(work.host_rows)[rows]
-        state.rows[rows.to(self.device)] = values.to(self.device)
+        rows = _rows_of(work, positions)
+        row_ids, values = self._uploads.send(rows, work.host_rows[rows])
+        state.rows[row_ids] = values
 
     def _copy_async(self, slot: int, source: torch.Tensor, unfold: Unfold | None) -> DeviceEvent:
         stream = self._copy_stream
         assert stream is not None
-        event = self._device_event(None)
+        event = self._device_event()
         reader = self._events.on_write(slot, event)
         with on_stream(stream):
             if isinstance(reader, DeviceEvent):
@@ -242,19 +272,13 @@ class TorchAccelerator:
         buffer[: source.numel()].copy_(source)
         return index
 
-    def _record(self, stream: torch.Stream) -> torch.Event:
-        event = torch.Event(self.device, enable_timing=True)
-        event.record(stream)
-        return event
-
-    def _device_event(self, start: torch.Event | None) -> DeviceEvent:
+    def _device_event(self) -> DeviceEvent:
         assert self._origin is not None
-        begin = torch.Event(self.device, enable_timing=True) if start is None else start
-        return DeviceEvent(self._origin, begin, torch.Event(self.device, enable_timing=True))
+        start, end = (torch.Event(self.device, enable_timing=True) for _ in range(2))
+        return DeviceEvent(self._origin, start, end)
 
     def _set_slots(self, n_slots: int, slot_bytes: int) -> None:
-        stride = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        self._slots = torch.empty((n_slots, stride), dtype=torch.uint8, device=self.device)
+        self._slots = torch.empty((n_slots, _stride(slot_bytes)), dtype=torch.uint8, device=self.device)
         self._slot_bytes = slot_bytes
         self._staging = []
         self._events: SlotEvents[DeviceEvent | DoneEvent] = SlotEvents(n_slots)
@@ -267,6 +291,17 @@ class TorchAccelerator:
 def _device_name(device: torch.device) -> str:
     module = torch.get_device_module(device)
     return str(module.get_device_name(device)) if hasattr(module, "get_device_name") else device.type
+
+
+def _stride(slot_bytes: int) -> int:
+    """Bytes from one slot to the next."""
+    return -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _rows_of(work: LayerWork, positions: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The rows of the experts at `positions`, expert by expert."""
+    rows, offsets = work.dispatch.rows, work.dispatch.offsets
+    return np.concatenate([rows[offsets[p] : offsets[p + 1]] for p in positions], dtype=np.int64)
 
 
 def _put(source: torch.Tensor, slot: torch.Tensor, unfold: Unfold | None) -> None:

@@ -27,12 +27,20 @@ KINDS = {
 }
 MAX_TOKENS = 16
 """Tokens of one expert up to which reading its record takes longer than the arithmetic."""
+MAX_BLOCK_TOKENS = 8
+"""Tokens that one program takes. From 16 on Triton makes the sum over columns a product on tensor cores, in TF32: with
+its 10 bits the results would not be those of float32."""
 WORD_BYTES = 4
 
 
 def supports(spec: ExpertSpec) -> bool:
     """True for every activation in closed form."""
     return spec.activation.kind in KINDS
+
+
+def block_tokens(n_tokens: list[int]) -> int:
+    """Tokens that one program takes of a group whose experts have so many: a power of two."""
+    return 1 << (min(max(n_tokens), MAX_BLOCK_TOKENS) - 1).bit_length()
 
 
 def run_group(
@@ -47,7 +55,7 @@ def run_group(
     """
     layout, act = spec.layout, spec.activation
     words = slots.view(torch.int32)
-    block_m = 1 << max(0, math.ceil(math.log2(min(max(n_tokens), MAX_TOKENS))))
+    block_m = block_tokens(n_tokens)
     tiles = -(-max(n_tokens) // block_m)
     inner = torch.empty((rows.numel(), spec.inter), dtype=torch.float32, device=hidden.device)
     common = {"BLOCK_M": block_m, "LINES": LINES[spec.dtype], "DTYPE": DTYPES[spec.dtype], "HAS_BIAS": spec.has_bias}

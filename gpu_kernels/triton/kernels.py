@@ -14,6 +14,11 @@ import triton
 import triton.language as tl
 
 INT4, INT8, BFLOAT16, FLOAT32 = 0, 1, 2, 3
+ANY_CALL = {
+    "do_not_specialize": ["top_k"],
+    "do_not_specialize_on_alignment": ["slot_ids_ptr", "offsets_ptr", "rows_ptr", "hidden_ptr", "weights_ptr"],
+}
+"""What differs from call to call must not decide what is compiled: the first reply would wait seconds for it."""
 SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, IDENTITY = 0, 1, 2, 3, 4, 5, 6
 
 
@@ -92,7 +97,7 @@ def _act(x, alpha, KIND: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(**ANY_CALL)
 def up_kernel(
     slots_ptr, slot_words, slot_ids_ptr, offsets_ptr, rows_ptr, hidden_ptr, inner_ptr,
     hidden, inter, n_column_blocks, top_k, gate_bias_word, up_bias_word,
@@ -125,7 +130,7 @@ def up_kernel(
     tl.store(inner_ptr + at[:, None] * inter + columns[None, :], result, mask=inside)
 
 
-@triton.jit
+@triton.jit(**ANY_CALL)
 def down_kernel(
     slots_ptr, slot_words, slot_ids_ptr, offsets_ptr, rows_ptr, inner_ptr, weights_ptr, out_ptr,
     hidden, inter, n_column_blocks, down_word, down_bias_word,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gpu_kernels.devices import auto_device, device_is_here, indexed, memory_info
 from hybrimoe.amounts import Amount
 from hybrimoe.config.scheduler import lossy_settings, resolved_policy
 from hybrimoe.runtime.config import RuntimeConfig
@@ -47,17 +48,7 @@ def choose_accelerators(names: tuple[str, ...]) -> tuple[str, ...]:
     """The accelerators to use together: all names, except that what follows "auto" is for machines without one."""
     if names[0] != "auto" or len(names) == 1:
         return names
-    return ("auto",) if _is_here("auto") else names[1:]
-
-
-def _is_here(name: str) -> bool:
-    if not torch.accelerator.is_available():
-        return False
-    if name == "auto":
-        return True
-    device, current = torch.device(name), torch.accelerator.current_accelerator()
-    here = current is not None and current.type == device.type
-    return here and (device.index or 0) < torch.accelerator.device_count()
+    return ("auto",) if torch.accelerator.is_available() else names[1:]
 
 
 def _kv_bytes(amount: Amount, accelerator: str) -> int | None:
@@ -66,7 +57,10 @@ def _kv_bytes(amount: Amount, accelerator: str) -> int | None:
         return None
     if amount.kind == "bytes":
         return int(amount.value)
-    if accelerator in ("none", "emulated") or not _is_here(accelerator):
+    if accelerator in ("none", "emulated"):
         return None
-    _, total_bytes = torch.accelerator.get_memory_info(None if accelerator == "auto" else torch.device(accelerator))
+    device = auto_device() if accelerator == "auto" else torch.device(accelerator)
+    if device is None or not device_is_here(device):
+        return None
+    _, total_bytes = memory_info(indexed(device))
     return int(amount.value * total_bytes)

@@ -9,18 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gpu_kernels.devices import device_is_here
 from hybrimoe.errors import DeviceError
-
-
-def device_is_here(device: torch.device) -> bool:
-    """True for the CPU and for accelerators that torch finds on this machine."""
-    if device.type == "cpu":
-        return True
-    if not torch.accelerator.is_available():
-        return False
-    current = torch.accelerator.current_accelerator()
-    same_type = current is not None and current.type == device.type
-    return same_type and (device.index or 0) < torch.accelerator.device_count()
 
 
 def require_device(device: torch.device, where: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gpu_kernels.devices import auto_device, device_is_here, indexed
 from hybrimoe.config.deploy import DeployConfig
 from hybrimoe.config.runtime import choose_accelerators
-from hybrimoe.dense.devices import device_is_here
 
 
 def place_dense(model: nn.Module, deployment: DeployConfig) -> None:
@@ -31,8 +31,8 @@ def dense_device(deployment: DeployConfig) -> torch.device | None:
         return None
     if name != "auto":
         device = torch.device(name)
-        return device if device_is_here(device) else None
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return indexed(device) if device_is_here(device) else None
+    return auto_device()
 
 
 def move(model: nn.Module, device: torch.device) -> None:

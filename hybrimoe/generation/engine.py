@@ -113,7 +113,7 @@ class TextGenerator:
         """Compute `token_ids` on top of `cache`; returns the logits [V] after the last of them."""
         import torch
 
-        ids = torch.tensor([list(token_ids)], dtype=torch.long)
+        ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.model.device)
         try:
             with torch.inference_mode():
                 inputs = self.model.prepare_inputs_for_generation(

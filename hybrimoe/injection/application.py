@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from hybrimoe.dense.devices import Placements, device_is_here, require_device
+from gpu_kernels.devices import device_is_here
+from hybrimoe.dense.devices import Placements, require_device
 from hybrimoe.errors import ModelError
 from hybrimoe.injection.operators import DefaultKwargs, ExpertsKwargs
 from hybrimoe.injection.resolve import Hit, Resolution, claimed_modules

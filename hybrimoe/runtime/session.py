@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import nn
 from cpu_kernels import ExpertDtype
 from gpu_kernels import Accelerator
 from hybrimoe.amounts import parse_amount
-from hybrimoe.errors import ModelError
+from hybrimoe.errors import HybriMoEError, ModelError
 from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.runtime.config import RuntimeConfig
@@ -35,6 +36,9 @@ from scheduler.planner.protocol import Costs, LayerPlanner
 from scheduler.planner.setup import PlannerSetup
 from scheduler.recording.recording import Recorder, Recording
 from scheduler.records import TaskRecord
+
+SLOTS_KEPT_PERCENT = 75
+"""Of the slots there are, when a call found no memory on the accelerator."""
 
 
 class Session:
@@ -145,7 +149,12 @@ class Session:
             runner = self._runner
             if runner is None or not runner.consistent:
                 runner = self._ready()
-            return runner.run(layer, hidden, top_k_index, top_k_weights)
+            while True:
+                try:
+                    return runner.run(layer, hidden, top_k_index, top_k_weights)
+                except torch.OutOfMemoryError as error:
+                    self._give_way(error)
+                    runner = self._ready()
 
     def announce_step(self, phase: str) -> None:
         """For callers that do not call the bound model: the next layer call starts a step of this phase."""
@@ -156,14 +165,20 @@ class Session:
     def resize_slots(self, slots: int | float | str) -> int:
         """Changes the number of slots while the session lives; contents start over with the most used experts.
 
-        Returns the new number. Raises BudgetError for what cannot be, ModelError without an accelerator.
+        Returns the new number. Raises BudgetError for what cannot be: there are then as many slots as before. Raises
+        ModelError without an accelerator.
         """
         with self._lock:
             runner = self._ready()
             if not self._accelerators:
                 raise ModelError("there is no accelerator, so there are no slots to resize")
             runner.drain()
-            self._start_runner(slots, runner, runner.routing_counts if runner.routing_counts.any() else None)
+            used = runner.routing_counts if runner.routing_counts.any() else None
+            try:
+                self._start_runner(slots, runner, used)
+            except HybriMoEError:
+                self._start_runner(None, runner, used)  # what the slots held may be gone
+                raise
             return self.n_slots
 
     def resize_budget(self, budget: int | float | str) -> int:
@@ -335,14 +350,31 @@ class Session:
             self._recover(self._runner)
         return self._runner
 
-    def _recover(self, broken: ExpertsCall) -> None:
-        """After a failed or interrupted call: waits for the lanes, forgets the slots, keeps costs and counters."""
+    def _recover(self, broken: ExpertsCall, n_slots: int | None = None) -> None:
+        """After a failed or interrupted call: waits for the lanes, forgets the slots, keeps costs and counters.
+
+        `n_slots`: how many there are from here on; None: as many as before.
+        """
         for device in self._accelerators:
             device.synchronize()
         self._stats.failures += 1
         self._stats.forget_slots()
         self._tracker.restart()
-        self._start_runner(None, broken, None)
+        self._start_runner(n_slots, broken, None)
+
+    def _give_way(self, error: torch.OutOfMemoryError) -> None:
+        """After a call for which the accelerator had no memory left: fewer slots. Raises `error` if there are none."""
+        n_slots = self.n_slots
+        if not n_slots or self._runner is None:
+            raise error
+        fewer = n_slots * SLOTS_KEPT_PERCENT // 100
+        warnings.warn(
+            f"the accelerator is out of memory: {fewer} expert slots in place of {n_slots} from here on. Set"
+            f" gpu_expert_slots to {fewer} or a larger kv budget to have the room from the start",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        self._recover(self._runner, fewer)
 
     def _start_runner(
         self, setting: int | float | str | None, previous: ExpertsCall | None, frequencies: Frequencies | None

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels import ExpertSpec, ExpertWeights, pack_expert, page_aligned, unpack_expert
+from gpu_kernels.page_locked import page_locked
 from hybrimoe.errors import BudgetError, CheckpointError
 
 ByteArray = npt.NDArray[np.uint8]
@@ -42,7 +43,7 @@ class ExpertStore:
     """
 
     def __init__(self, layers: Sequence[LayerSpec], *, pinned: bool = False) -> None:
-        self._attach(tuple(layers), _allocate(sum(layer.nbytes for layer in layers), pinned))
+        self._attach(tuple(layers), host_bytes(sum(layer.nbytes for layer in layers), pinned))
 
     @classmethod
     def from_buffer(cls, layers: Sequence[LayerSpec], buffer: ByteArray) -> ExpertStore:
@@ -97,7 +98,7 @@ class ExpertStore:
         hole_bytes = max(sizes)
         pinned = torch.from_numpy(self._buffer[:1]).is_pinned() if self._buffer.flags.writeable else False
         total_bytes = sum(len(experts) * size for experts, size in zip(kept, sizes, strict=True))
-        buffer = _allocate(total_bytes + hole_bytes, pinned)
+        buffer = host_bytes(total_bytes + hole_bytes, pinned)
         buffer[total_bytes:] = 0
         hole, offset, places = total_bytes, 0, []
         for index, (experts, size) in enumerate(zip(kept, sizes, strict=True)):
@@ -145,14 +146,12 @@ class ExpertStore:
             self._addresses.append(np.uint64(buffer.ctypes.data) + offsets.astype(np.uint64))
 
 
-def _allocate(n_bytes: int, pinned: bool) -> ByteArray:
-    """Bytes at a 64-byte boundary, page-locked if asked."""
-    if pinned:
-        return _aligned(torch.empty(n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, pin_memory=True).numpy(), n_bytes)
-    if n_bytes < mmap.PAGESIZE:
+def host_bytes(n_bytes: int, pinned: bool) -> ByteArray:
+    """uint8 [n_bytes] at a 64-byte boundary, page-locked if asked. Raises BudgetError where the system refuses them."""
+    if n_bytes < mmap.PAGESIZE and not pinned:
         return _aligned(np.empty(n_bytes + ALIGNMENT_BYTES, dtype=np.uint8), n_bytes)
     try:
-        return page_aligned(n_bytes)
+        return page_locked(n_bytes) if pinned else page_aligned(n_bytes)
     except (OSError, ValueError, OverflowError) as error:
         raise BudgetError(
             f"the experts need {n_bytes / 2**30:.2f} GiB of host memory, which the system refused ({error});"

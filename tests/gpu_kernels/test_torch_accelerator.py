@@ -22,7 +22,8 @@ from gpu_kernels import (
 from .conftest import Experts
 
 HAS_DEVICE = torch.accelerator.is_available()
-DEVICES = ["cpu", pytest.param("real", marks=pytest.mark.skipif(not HAS_DEVICE, reason="no torch accelerator here"))]
+ON_A_CARD = [pytest.mark.gpu, pytest.mark.skipif(not HAS_DEVICE, reason="no torch accelerator here")]
+DEVICES = ["cpu", pytest.param("real", marks=ON_A_CARD)]
 
 
 def open_torch(name: str) -> TorchAccelerator:

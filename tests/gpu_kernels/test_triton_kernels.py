@@ -68,6 +68,9 @@ class Faulty:
     def supports(self, spec: ExpertSpec) -> bool:
         return True
 
+    def block_tokens(self, n_tokens: list[int]) -> int:
+        return 1
+
     def run_group(self, *arguments: object) -> None:
         self.calls += 1
         if self.problem == "compiler":

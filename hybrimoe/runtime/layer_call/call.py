@@ -443,9 +443,12 @@ class Experts:
             )  # fmt: skip
 
     def combine(self, space: CallSpace) -> torch.Tensor:
-        """Waits for the accelerator; the layer's output, float32 [T, H] or as the hidden states are."""
+        """Waits for the accelerator; the layer's output, float32 [T, H] or as the hidden states are: on the accelerator's
+        device if that computed some of it, else on the host, but for a norm over the experts' outputs, which runs where
+        its weights are."""
         queue, work = self._queue_of[space.index], space.work
-        if queue is not None and (space.groups or work.hidden.device.type != "cpu"):
+        on_device = work.transform is not None and work.hidden.device.type != "cpu"
+        if queue is not None and (space.groups or on_device):
             return queue.accelerator.combine(work, [end for end, _ in space.groups])
         return combine_on_host(work)
 

@@ -14,7 +14,7 @@ from cpu_kernels.format.planes import expand_high, merge_low, plane_bytes, split
 from gpu_kernels import Accelerator
 from hybrimoe.errors import ConfigError
 from hybrimoe.runtime.layer_call.slots import InFlight, TransferQueue
-from hybrimoe.runtime.store import ExpertStore
+from hybrimoe.runtime.store import ExpertStore, host_bytes
 from scheduler import Transfer
 
 ByteArray = npt.NDArray[np.uint8]
@@ -36,9 +36,9 @@ class PlaneStore:
         self._high: list[ByteArray] = []
         self._low: list[ByteArray] = []
         for index, layer in enumerate(store.layers):
-            sizes = plane_bytes(layer.spec)
+            n_experts = layer.num_experts
             high, low = (
-                torch.empty((layer.num_experts, size), dtype=torch.uint8, pin_memory=pinned).numpy() for size in sizes
+                host_bytes(n_experts * size, pinned).reshape(n_experts, size) for size in plane_bytes(layer.spec)
             )
             for expert in range(layer.num_experts):
                 record = torch.from_numpy(np.array(store.record(index, expert)))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
+from cpu_kernels import ExpertSpec
 from gpu_kernels import Accelerator
 from hybrimoe.errors import BudgetError
 
@@ -19,15 +22,25 @@ KV_VALUE_BYTES = 2
 """Keys and values are kept in 16 bits."""
 
 
-def reserve_bytes(model: nn.Module | None, accelerator: Accelerator, kv_reserve_bytes: int | None) -> int:
-    """Device bytes that slots must leave: KV cache, dense weights that are still to be loaded, activations."""
+def unpack_bytes(spec: ExpertSpec) -> int:
+    """Device bytes at the peak of unpacking one expert for a prompt's tokens: its matrices in float32, and two more,
+    for gate and up while they are taken apart, or for one that is being dequantised."""
+    matrices = 5 if spec.activation.gated else 4
+    return matrices * 4 * spec.layout.hidden_padded * spec.layout.inter_padded
+
+
+def reserve_bytes(
+    model: nn.Module | None, accelerator: Accelerator, kv_reserve_bytes: int | None, specs: Iterable[ExpertSpec]
+) -> int:
+    """Device bytes that slots must leave: KV cache, dense weights that are still to be loaded, activations, and one of
+    the largest experts unpacked."""
     if accelerator.free_bytes() is None:
         return 0
     kv_bytes = kv_cache_bytes(model) if kv_reserve_bytes is None else kv_reserve_bytes
     dense_bytes = 0
     if model is not None:
         dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.device != accelerator.device)
-    return kv_bytes + dense_bytes + DEVICE_RESERVE_BYTES
+    return kv_bytes + dense_bytes + DEVICE_RESERVE_BYTES + max(map(unpack_bytes, specs), default=0)
 
 
 def kv_cache_bytes(model: nn.Module | None) -> int:

@@ -6,7 +6,7 @@ tens of milliseconds; `hybrimoe calibrate` measures longer and more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ MAX_EXPERTS = 8
 POINT_BUDGET_US = 25_000.0
 """A point that takes longer than this is the last one of its lane."""
 REPEATS = 3
+KERNEL_TOKENS = (1, 2, 4, 8)
+"""Tokens of an expert for which a device may have kernels of their own, compiled when they are first called."""
 
 
 def measure_profile(
@@ -57,6 +59,16 @@ def measure_profile(
         ),
         link=LinkProfile(gbps=link_gbps, latency_us=0.0),
     )
+
+
+def run_each_kernel(store: ExpertStore, layers: Iterable[int], accelerator: Accelerator) -> None:
+    """Calls what few tokens of an expert are computed by, for each kind of expert of these layers: the first reply is
+    not to wait for a compiler. Fills slot 0, of which there must be one."""
+    first_of = {store.layers[layer].spec: layer for layer in reversed(list(layers))}
+    for spec, layer in first_of.items():
+        accelerator.copy_to_slot(0, store.record(layer, 0))
+        for n_tokens in KERNEL_TOKENS:
+            _accel_call(accelerator, spec)(_work(spec, 1, n_tokens), 1)
 
 
 def _rate_gflops(spec: ExpertSpec, points: tuple[tuple[int, float], ...]) -> float:

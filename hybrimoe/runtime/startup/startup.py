@@ -22,7 +22,7 @@ from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
 from hybrimoe.runtime.layer_call.steps import StepTracker
-from hybrimoe.runtime.startup.measure import measure_profile
+from hybrimoe.runtime.startup.measure import measure_profile, run_each_kernel
 from hybrimoe.runtime.startup.units import Unit, blocks_of, slots_by_unit
 from hybrimoe.runtime.store import ExpertStore
 from scheduler import CostModel, ModelShape
@@ -101,13 +101,17 @@ class Startup:
         )
 
     def allocate(self, n_slots: Sequence[int]) -> None:
-        """Replaces the slot memory of each accelerator. Raises BudgetError where it does not fit."""
+        """Replaces the slot memory of each accelerator. Raises BudgetError where it does not fit; each accelerator then
+        has as many slots as before."""
         if not self.slot_bytes:
             return
-        for unit, n in zip(self.units, n_slots, strict=True):
+        before = [(unit.accelerator, unit.accelerator.n_slots, unit.accelerator.slot_bytes) for unit in self.units]
+        for index, (unit, n) in enumerate(zip(self.units, n_slots, strict=True)):
             try:
                 unit.accelerator.allocate(n, self.slot_bytes)
             except (AcceleratorError, MemoryError) as error:
+                for accelerator, n_before, bytes_before in before[:index]:
+                    accelerator.allocate(n_before, bytes_before)
                 raise BudgetError(str(error) or f"no memory for {n} slots of {self.slot_bytes} bytes") from error
 
     def _costs(self, unit: Unit) -> CostModel:
@@ -121,6 +125,8 @@ class Startup:
         if profile is None:
             assert layer.backend is not None
             profile = measure_profile(self.store, index, layer.backend, device if device.n_slots else None)
+        if device.n_slots and device.kind != "emulated":
+            run_each_kernel(self.store, unit.layers, device)
         shape = ModelShape(
             name=layer.path,
             n_layers=len(unit.layers),

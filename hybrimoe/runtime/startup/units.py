@@ -35,7 +35,7 @@ def share_layers(
     """Gives each accelerator its layers. Raises ConfigError where there are more accelerators than layers."""
     if not accelerators:
         return []
-    reserves = _reserves(accelerators, model, kv_reserve_bytes)
+    reserves = _reserves(accelerators, layers, model, kv_reserve_bytes)
     rooms = [
         None if (free := accelerator.free_bytes()) is None else float(max(free - reserve, 0))
         for accelerator, reserve in zip(accelerators, reserves, strict=True)
@@ -67,7 +67,7 @@ def slots_by_unit(
     if setting != "auto":
         total = parse_amount(setting).to_experts(sum(n_experts), slot_bytes, auto=0)
         return slots_of(n_experts, [len(unit.layers) for unit in units], total)
-    reserves = _reserves([unit.accelerator for unit in units], model, kv_reserve_bytes)
+    reserves = _reserves([unit.accelerator for unit in units], layers, model, kv_reserve_bytes)
     return [
         auto_slots(sum(n_experts[layer] for layer in unit.layers), slot_bytes, unit.accelerator, reserve)
         for unit, reserve in zip(units, reserves, strict=True)
@@ -84,7 +84,11 @@ def _slotted(layers: Sequence[Layer]) -> list[int]:
     return [0 if layer.placement == "cpu" else layer.num_experts for layer in layers]
 
 
-def _reserves(accelerators: Sequence[Accelerator], model: nn.Module | None, kv_reserve_bytes: int | None) -> list[int]:
+def _reserves(
+    accelerators: Sequence[Accelerator], layers: Sequence[Layer], model: nn.Module | None, kv_reserve_bytes: int | None
+) -> list[int]:
     """Bytes that slots must leave on each device; the model's dense part and KV cache are on the first one."""
     first, *others = accelerators
-    return [reserve_bytes(model, first, kv_reserve_bytes), *(reserve_bytes(None, other, 0) for other in others)]
+    specs = {layer.spec for layer in layers if layer.placement != "cpu"}
+    on_first = reserve_bytes(model, first, kv_reserve_bytes, specs)
+    return [on_first, *(reserve_bytes(None, other, 0, specs) for other in others)]

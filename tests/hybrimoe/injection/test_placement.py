@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from hybrimoe.dense.devices import Placements, device_is_here, require_device, to_device
+from gpu_kernels.devices import device_is_here
+from hybrimoe.dense.devices import Placements, require_device, to_device
 from hybrimoe.errors import DeviceError
 
 META, CPU = torch.device("meta"), torch.device("cpu")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cpu_kernels import get_backend
 from gpu_kernels import EmulatedAccelerator, TorchAccelerator
 from hybrimoe.errors import BudgetError, ConfigError
-from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES
+from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES, unpack_bytes
 from hybrimoe.runtime.startup.units import share_layers, slots_by_unit
 from scheduler.graph import TaskGraph
 from scheduler.lossy import LOSSY_POLICIES, resolve_lossy
@@ -154,12 +154,13 @@ class Device:
 def test_auto_fits_each_device_by_itself(make_rig: Callable[..., Rig]) -> None:
     layers = make_rig(n_layers=6, start=False).session.layers
     size, kv = 1 << 20, 64 << 20
-    devices: Any = [Device(DEVICE_RESERVE_BYTES + kv + 20 * size), Device(DEVICE_RESERVE_BYTES + 10 * size)]
+    reserve = DEVICE_RESERVE_BYTES + unpack_bytes(layers[0].spec)
+    devices: Any = [Device(reserve + kv + 20 * size), Device(reserve + 10 * size)]
     units = share_layers(layers, devices, None, kv)
     assert [len(unit.layers) for unit in units] == [4, 2], "twice the memory, twice the layers"
     assert slots_by_unit("auto", units, layers, size, None, kv) == [20, 10], "the KV cache is on the first one only"
     assert slots_by_unit(0.5, units, layers, size, None, kv) == [16, 8]
-    devices[1] = Device(DEVICE_RESERVE_BYTES)
+    devices[1] = Device(reserve)
     with pytest.raises(BudgetError, match="does not fit"):
         slots_by_unit("auto", share_layers(layers, devices, None, kv), layers, size, None, kv)
 

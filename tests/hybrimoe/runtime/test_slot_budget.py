@@ -46,7 +46,7 @@ def model_of(config: object, dense: int = 0, device: str = "cpu") -> nn.Module:
 
 def test_auto_takes_what_the_reserves_leave() -> None:
     device: Any = Device(2048 * MIB)
-    reserve = reserve_bytes(None, device, 512 * MIB)
+    reserve = reserve_bytes(None, device, 512 * MIB, ())
     assert reserve == 512 * MIB + DEVICE_RESERVE_BYTES
     assert auto_slots(10_000, 4 * MIB, device, reserve) == (2048 * MIB - reserve) // (4 * MIB)
     assert auto_slots(7, 4 * MIB, device, reserve) == 7
@@ -55,13 +55,13 @@ def test_auto_takes_what_the_reserves_leave() -> None:
 def test_auto_without_room_says_what_takes_it() -> None:
     device: Any = Device(600 * MIB)
     with pytest.raises(BudgetError, match=r"600 MiB free, of which 1024 MiB are kept.*4\.0 MiB does not fit"):
-        auto_slots(64, 4 * MIB, device, reserve_bytes(None, device, 512 * MIB))
+        auto_slots(64, 4 * MIB, device, reserve_bytes(None, device, 512 * MIB, ()))
 
 
 def test_weights_still_to_be_loaded_are_kept_free_and_loaded_ones_are_not_counted_twice() -> None:
     device: Any = Device(1 << 40)
     waiting, there = model_of(None, 1 << 20, "meta"), model_of(None, 1 << 20, "cpu")
-    assert reserve_bytes(waiting, device, 0) - reserve_bytes(there, device, 0) == 4 << 20
+    assert reserve_bytes(waiting, device, 0, ()) - reserve_bytes(there, device, 0, ()) == 4 << 20
 
 
 def test_kv_room_follows_the_configuration() -> None:
@@ -79,7 +79,7 @@ def test_kv_room_follows_the_configuration() -> None:
 
 def test_the_hosts_memory_is_no_limit_of_ours() -> None:
     device: Any = Device(None)
-    assert reserve_bytes(None, device, None) == 0
+    assert reserve_bytes(None, device, None, ()) == 0
     assert auto_slots(100, MIB, device, 0) == 25
     assert auto_slots(1, MIB, device, 0) == 1
     assert auto_slots(0, MIB, device, 0) == 0

@@ -1,0 +1,53 @@
+"""A stand-in for the Triton kernels: right values, launched as Triton launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cpu_kernels import ExpertSpec, reference_ffn, unpack_expert
+from gpu_kernels.fused_choice import FusedChoice
+from tests.fake_device.tensors import DeviceTensor
+
+
+class StreamedKernels:
+    """What `gpu_kernels.fused_choice.FusedModule` asks for. Kernels go to the current card's current stream, wherever
+    their tensors are: Triton's launcher knows no device guard."""
+
+    MAX_TOKENS = 16
+
+    def __init__(self, cards: Any) -> None:
+        self._cards = cards
+
+    def choice(self) -> FusedChoice:
+        """What `gpu_kernels.fused_choice.load_fused` gives where Triton is installed."""
+        return FusedChoice(self)
+
+    def supports(self, spec: ExpertSpec) -> bool:
+        """True: values come from the reference."""
+        return True
+
+    def block_tokens(self, n_tokens: list[int]) -> int:
+        """One kernel for all numbers of tokens."""
+        return self.MAX_TOKENS
+
+    def run_group(
+        self, spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor,
+        rows: torch.Tensor, n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Computes the group's rows into `out`; see `gpu_kernels.triton.fused.run_group`."""
+        tensors: list[DeviceTensor] = [slots, slot_ids, offsets, rows, hidden, weights, out]  # type: ignore[list-item]
+        inner = [tensor.inner for tensor in tensors]
+        at = 0
+        used = []
+        for slot, n in zip(inner[1].tolist(), n_tokens, strict=True):
+            part = inner[3][at : at + n]
+            record = unpack_expert(spec, inner[0][slot, : spec.record_bytes])
+            inner[6][part] = reference_ffn(spec, record, inner[4][part // top_k]) * inner[5][part].unsqueeze(1)
+            used.append(slots[slot])
+            at += n
+        reads = [*used, *tensors[1:6]]
+        self._cards.launch_unguarded("fused up", reads, [])
+        self._cards.launch_unguarded("fused down", reads, [out])

@@ -1,0 +1,257 @@
+"""Tensors that claim to be on a card, and what happens to each torch operation while cards are there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.fake_device.memory import Memory, poison
+from tests.fake_device.streams import FakeStream
+
+aten = torch.ops.aten
+
+READ_BY_HOST = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.equal.default}
+"""The host waits for their value."""
+SIZED_BY_DATA = {
+    aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor, aten.bincount.default,
+}  # fmt: skip
+"""The host waits for the size of their result."""
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+"""Take index tensors of the host too, by a blocking copy, and boolean ones, by `nonzero`."""
+UNWRITTEN = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default}
+ATTENTION_BY_PLAIN_OPERATIONS = 0
+"""The answer to `_fused_sdp_choice`."""
+DEVICE_ADDRESSES = 1 << 60
+"""Where addresses on cards begin: beyond what a processor can read."""
+
+
+class DeviceTensor(torch.Tensor):
+    """A tensor on a card. `inner` holds its values on the host, `memory` the bytes that it is a view of."""
+
+    inner: torch.Tensor
+    memory: Memory
+
+    @staticmethod
+    def __new__(cls: Any, inner: torch.Tensor, device: torch.device, memory: Memory) -> DeviceTensor:
+        made: DeviceTensor = torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            device=device,
+        )  # fmt: skip
+        made.inner, made.memory = inner, memory
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensor = next(leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, DeviceTensor))
+        return Operations(tensor.memory.cards).run(func, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        """As torch's: a copy that the host waits for."""
+        return self.cpu().tolist()
+
+    def data_ptr(self) -> int:
+        """Of this card's memory: equal where tensors begin at one place, and never readable by the host."""
+        return self.inner.data_ptr() + DEVICE_ADDRESSES
+
+    def record_stream(self, stream: FakeStream) -> None:  # type: ignore[override]
+        """As torch's."""
+        self.memory.record_stream(stream)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"DeviceTensor({self.inner}, device={self.device})"
+
+
+class Operations(TorchDispatchMode):
+    """Runs every torch operation of a `with` block: the cards' own, copies between devices, and the host's."""
+
+    def __init__(self, cards: Any) -> None:
+        super().__init__()
+        self._cards = cards
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing here is compiled, and torch's compiler takes seconds to import."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One operation."""
+        tensors = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, torch.Tensor)]
+        ours = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
+        target = kwargs.get("device")
+        if func is aten.is_pinned.default:
+            return not ours and self._cards.pinned(args[0])
+        if func is aten._fused_sdp_choice.default and ours:
+            return ATTENTION_BY_PLAIN_OPERATIONS
+        if func is aten._to_copy.default and target is not None and (ours or self._cards.has(target)):
+            source = args[0]
+            if torch.device(target) != source.device:
+                return self._copy_to_new(source, torch.device(target), kwargs)
+        if func is aten.copy_.default and args[0].device != args[1].device:
+            self._copy(args[0], args[1], bool(args[2]) if len(args) > 2 else kwargs.get("non_blocking", False))
+            return args[0]
+        if not ours and not self._cards.has(target):
+            return self._on_host(func, args, kwargs)
+        return self._on_card(func, args, kwargs, ours)
+
+    def _on_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs.get("pin_memory"):
+            return func(*args, **kwargs)
+        made = func(*args, **kwargs | {"pin_memory": False})
+        self._cards.pin(made)
+        return made
+
+    def _on_card(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ours: list[DeviceTensor]) -> Any:
+        device = self._common_device(func, args, kwargs, ours)
+        stream = self._cards.stream(device.index)
+        if func in INDEXING:
+            self._check_indices(args[1], device, stream)
+        plain = dict(kwargs)
+        if "device" in plain:
+            plain["device"] = torch.device("cpu")
+        plain.pop("pin_memory", None)
+        out = func(*_mapped(_inner, args), **{name: _mapped(_inner, value) for name, value in plain.items()})
+        if func in UNWRITTEN:
+            poison(out)
+        by_inner = {id(tensor.inner): tensor for tensor in ours}
+        memories = {tensor.inner.untyped_storage().data_ptr(): tensor.memory for tensor in ours}
+        made = [leaf for leaf in _leaves((out,), {}) if isinstance(leaf, torch.Tensor)]
+        written = _written(func, args, kwargs)
+        is_view = not written and made and all(leaf.untyped_storage().data_ptr() in memories for leaf in made)
+        fresh: list[DeviceTensor] = []
+
+        def wrap(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            if written and id(leaf) in by_inner:
+                same = by_inner[id(leaf)]
+                assert same.shape == leaf.shape, f"{func} changes a shape in place: not modelled"
+                return same
+            memory = memories.get(leaf.untyped_storage().data_ptr()) if leaf.numel() else None
+            if memory is None:
+                memory = Memory(self._cards, stream, leaf.untyped_storage().nbytes())
+            tensor = DeviceTensor(leaf, device, memory)
+            fresh.append(tensor)
+            return tensor
+
+        result = _mapped(wrap, out)
+        if not is_view and func not in UNWRITTEN:
+            self._cards.launch(stream, str(func), ours, [*written, *fresh])
+        if func in READ_BY_HOST or func in SIZED_BY_DATA:
+            self._cards.wait(stream, str(func))
+        return result
+
+    def _common_device(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ours: list[DeviceTensor]
+    ) -> torch.device:
+        """The one device of an operation. Raises RuntimeError, as torch does, where there are several."""
+        found = {tensor.device for tensor in ours}
+        if self._cards.has(kwargs.get("device")):
+            found.add(self._cards.device(kwargs["device"]))
+        leaves = _leaves(args[:1] + args[2:], {}) if func in INDEXING else _leaves(args, kwargs)
+        hosts = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DeviceTensor)]
+        if len(found) > 1 or any(host.dim() for host in hosts):
+            names = ", ".join(sorted({str(device) for device in found} | {str(host.device) for host in hosts}))
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {names}")
+        return found.pop()
+
+    def _check_indices(self, indices: Any, device: torch.device, stream: FakeStream) -> None:
+        for index in indices:
+            if index is None:
+                continue
+            if not isinstance(index, DeviceTensor):
+                self._cards.wait(stream, "indexing by a host tensor")
+            if index.dtype in (torch.bool, torch.uint8):
+                self._cards.wait(stream, "indexing by a mask")
+
+    def _copy_to_new(self, source: torch.Tensor, target: torch.device, kwargs: dict[str, Any]) -> torch.Tensor:
+        dtype = kwargs.get("dtype") or source.dtype
+        inner = source.inner if isinstance(source, DeviceTensor) else source
+        values = torch.empty_like(inner, dtype=dtype, device="cpu")
+        if target.type == "cpu":
+            if kwargs.get("pin_memory"):
+                self._cards.pin(values)
+            made: torch.Tensor = values
+        else:
+            target = self._cards.device(target)
+            stream = self._cards.stream(target.index)
+            made = DeviceTensor(values, target, Memory(self._cards, stream, values.untyped_storage().nbytes()))
+        self._copy(made, source, bool(kwargs.get("non_blocking")))
+        return made
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> None:
+        """Between two devices, on the current stream of the card (of two cards: the source's, ordered with both)."""
+        if isinstance(target, DeviceTensor) and isinstance(source, DeviceTensor):
+            mine, theirs = (self._cards.stream(tensor.device.index) for tensor in (target, source))
+            theirs.wait_stream(mine)
+            target.inner.copy_(source.inner)
+            self._cards.launch(theirs, "copy between cards", [source], [target])
+            mine.wait_stream(theirs)
+        elif isinstance(target, DeviceTensor):
+            stream = self._cards.stream(target.device.index)
+            target.inner.copy_(source)
+            tick = self._cards.transfer(stream, "copy to the card", target.inner.nbytes, [], [target])
+            if non_blocking and self._cards.pinned(source):
+                self._cards.keep_until(stream, tick, source)
+            elif not non_blocking:
+                self._cards.wait(stream, "blocking copy to the card")
+        else:
+            assert isinstance(source, DeviceTensor)
+            stream = self._cards.stream(source.device.index)
+            tick = self._cards.transfer(stream, "copy to the host", source.inner.nbytes, [source], [])
+            if non_blocking and self._cards.pinned(target):
+                self._cards.deliver(stream, tick, target, source.inner.to(target.dtype).clone())
+            else:
+                target.copy_(source.inner)
+                self._cards.wait(stream, "blocking copy to the host")
+
+
+def _inner(leaf: Any) -> Any:
+    return leaf.inner if isinstance(leaf, DeviceTensor) else leaf
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[DeviceTensor]:
+    """Arguments that the operation changes."""
+    found = []
+    for at, name in _changed_arguments(func):
+        value = args[at] if at < len(args) else kwargs.get(name)
+        found += [leaf for leaf in _leaves((value,), {}) if isinstance(leaf, DeviceTensor)]
+    return found
+
+
+@functools.cache
+def _changed_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Place and name of each argument that the operation's schema says it writes."""
+    return tuple(
+        (at, argument.name)
+        for at, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def _leaves(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments of an operation, lists of tensors taken apart."""
+    found: list[Any] = []
+    for value in (*args, *kwargs.values()):
+        found += _leaves(value, {}) if isinstance(value, list | tuple) else (value,)
+    return found
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """An argument or result with `change` done to what is in its lists and tuples."""
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(change, item) for item in value])
+    return change(value)

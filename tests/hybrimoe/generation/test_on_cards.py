@@ -1,0 +1,125 @@
+"""From a checkpoint to 40 greedy tokens on fake cards: the CPU's tokens, and nothing that a real card would punish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import hybrimoe
+from hybrimoe.generation import SamplingOptions, TextGenerator
+from hybrimoe.runtime.layer_call.stats import SessionStats
+from tests.fake_device import DEVICE_TYPE, fake_cards
+
+PROMPT = list(b"It was a bright morning, and she had been so long in the world")
+N_TOKENS, N_LAYERS = 40, 4
+ONE, TWO = f"{DEVICE_TYPE}:0", [f"{DEVICE_TYPE}:0", f"{DEVICE_TYPE}:1"]
+READS_A_LAYER = 3
+"""Copies to the host of a layer call: hidden states, expert ids and weights."""
+LEARNING = 20
+"""Waits of the first calls: the lookahead reads the routers' weights."""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private_cache: Callable[[Path], Path]) -> None:
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(private_cache(tmp_path / "cache")))
+
+
+def save_model(folder: Path, dtype: str) -> Path:
+    """A small Qwen3-MoE of 4 layers with 8 experts each."""
+    config = Qwen3MoeConfig(
+        vocab_size=258, hidden_size=64, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=N_LAYERS,
+        num_experts=8, num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        max_position_embeddings=128, bos_token_id=None, eos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def greedy(
+    directory: Path, tokenizer: PreTrainedTokenizerFast, prepare: Callable[[Any], None] = lambda model: None,
+    **options: Any,
+) -> tuple[list[int], SessionStats]:  # fmt: skip
+    """40 tokens after the prompt, and the session's statistics. `prepare` may change the loaded model."""
+    settings: dict[str, Any] = {"progress": False, "expert_dtype": "float32", "backend": "torch"}
+    model = hybrimoe.load(directory, **settings | options)
+    prepare(model)
+    try:
+        reply = TextGenerator(model, tokenizer, prefill_chunk_tokens=40).reply(
+            PROMPT, SamplingOptions(temperature=0.0, max_new_tokens=N_TOKENS)
+        )
+        for _ in reply:
+            pass
+        return reply.token_ids, model.hybrimoe.stats()
+    finally:
+        model.hybrimoe.session.close()
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "dtype", "policy"),
+    [
+        ("auto", "float32", "hybrimoe"),
+        (ONE, "bfloat16", "on_demand/impact/lru"),
+        (TWO, "float32", "on_demand/impact/lru"),
+        (TWO, "bfloat16", "hybrimoe"),
+    ],
+)
+def test_tokens_are_those_of_the_cpu(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, accelerator: str | list[str], dtype: str, policy: str
+) -> None:
+    directory = save_model(tmp_path / "model", dtype)
+    expected, _ = greedy(directory, byte_tokenizer, accelerator="none")
+    with fake_cards(2) as cards:
+        found, stats = greedy(directory, byte_tokenizer, accelerator=accelerator, policy=policy, gpu_expert_slots=12)
+    assert found == expected
+    assert len(found) == N_TOKENS
+    assert stats.total.accel_experts > 0
+    assert cards.counts["launches"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no torch accelerator here")
+@pytest.mark.parametrize("policy", ["hybrimoe", "on_demand/impact/lru"])
+def test_tokens_of_a_real_card_are_those_of_the_cpu(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, policy: str
+) -> None:
+    directory = save_model(tmp_path / "model", "float32")
+    expected, _ = greedy(directory, byte_tokenizer, accelerator="none")
+    found, stats = greedy(directory, byte_tokenizer, accelerator="auto", policy=policy, gpu_expert_slots=12)
+    assert found == expected
+    assert stats.total.accel_experts > 0
+
+
+def test_a_model_that_leaves_its_inputs_where_they_are(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """transformers before 5.15, and models that prepare their inputs themselves, move no token ids to the weights."""
+
+    def prepare(model: Any) -> None:
+        model.prepare_inputs_for_generation = lambda ids, is_first_iteration, **more: {"input_ids": ids, **more}
+
+    directory = save_model(tmp_path / "model", "float32")
+    expected, _ = greedy(directory, byte_tokenizer, prepare, accelerator="none")
+    with fake_cards(1):
+        found, _ = greedy(directory, byte_tokenizer, prepare, accelerator=ONE, gpu_expert_slots=8, policy="static")
+    assert found == expected
+
+
+def test_the_host_waits_for_the_routing_only(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Uploads, transfers and kernels of a decode step do not stop the host."""
+    with fake_cards(1) as cards:
+
+        def prepare(model: Any) -> None:
+            cards.counts.clear()
+
+        greedy(
+            save_model(tmp_path / "model", "bfloat16"), byte_tokenizer, prepare, accelerator=ONE, gpu_expert_slots=12,
+            policy="on_demand/impact/lru",
+        )  # fmt: skip
+        steps = N_TOKENS + 1  # two chunks of the prompt; the last token is not computed any more
+        routing_and_logits, token_ids = steps * (N_LAYERS * READS_A_LAYER + 1), steps
+        assert cards.counts["wait: blocking copy to the host"] <= routing_and_logits + LEARNING
+        assert cards.counts["waits"] <= routing_and_logits + token_ids + LEARNING
