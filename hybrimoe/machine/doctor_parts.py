@@ -16,7 +16,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "serve": (("fastapi", "uvicorn", "prometheus-client", "httpx"), "hybrimoe serve"),
     "ui": (("matplotlib",), "plots"),
     "cluster": (("ray", "joblib"), "sweeps of benchmarks on a Ray cluster"),
-    "bench": (("matplotlib", "joblib", "scipy", "pyarrow"), "benchmarks with plots and tables"),
+    "bench": (("matplotlib", "joblib", "scipy", "pyarrow", "gguf"), "benchmarks with plots and tables"),
 }
 
 

@@ -9,16 +9,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
 from hybrimoe.errors import MissingExtraError, ModelError
 from hybrimoe.runtime.layer_call.stats import ran_emulated
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from hybrimoe.generation import TextGenerator
 
 Progress = Callable[[int, int, str], None]
+
+CONTEXT = 8192
+"""Tokens of llama.cpp's context, and the most that one of its calls takes."""
 
 LOGITS_COSINE = {"float32": 0.9999, "bfloat16": 0.998, "int8": 0.99, "int4": 0.9}
 """Least cosine of the logits to plain transformers' for a contender's numbers to count, by expert dtype. A broken
@@ -38,6 +42,8 @@ class Contender:
     dtype: str | None = None
     lossy: bool = False
     counters: list[dict[str, Any]] = field(default_factory=list)
+    open_s: float = 0.0
+    resident_mib: float = 0.0
 
     def prefill(self, prompt_ids: Sequence[int]) -> float:
         """Tokens per second of computing a prompt from nothing."""
@@ -114,7 +120,8 @@ class LlamaCpp:
         self.label = "llama.cpp"
         self.dtype: str | None = None
         self.counters: list[dict[str, Any]] = []
-        self._llama = Llama(model_path=path, n_threads=threads, n_threads_batch=threads, n_ctx=4096, verbose=False)
+        self.open_s = self.resident_mib = 0.0
+        self._llama = Llama(model_path=path, n_threads=threads, n_threads_batch=threads, n_ctx=CONTEXT, verbose=False)
 
     def prefill(self, prompt_ids: Sequence[int]) -> float:
         """Tokens per second of computing a prompt from nothing."""
@@ -127,10 +134,27 @@ class LlamaCpp:
         """Tokens per second of `n_tokens` decode steps after a prompt."""
         self._llama.reset()
         self._llama.eval(self._known(prompt_ids))
+        token = self._greedy()
         started = time.perf_counter()
         for _ in range(n_tokens):
-            self._llama.eval([self._llama.sample(temp=1.0, top_k=0)])
+            self._llama.eval([token])
+            token = self._greedy()
         return n_tokens / (time.perf_counter() - started)
+
+    def logits(self, prompt_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after a prompt, float32 [V]."""
+        self._llama.reset()
+        self._llama.eval(self._known(prompt_ids))
+        return self._last_logits().copy()
+
+    def _last_logits(self) -> NDArray[np.float32]:
+        from llama_cpp import llama_get_logits_ith
+
+        address = llama_get_logits_ith(self._llama.ctx, -1)
+        return np.ctypeslib.as_array(address, shape=(self._llama.n_vocab(),))
+
+    def _greedy(self) -> int:
+        return int(self._last_logits().argmax())
 
     def _known(self, prompt_ids: Sequence[int]) -> list[int]:
         return [token % self._llama.n_vocab() for token in prompt_ids]
@@ -142,8 +166,6 @@ def check_parity(contenders: Sequence[Any], prompt_ids: Sequence[int]) -> dict[s
     Raises:
         ModelError: one is below `LOGITS_COSINE`: what computes wrong numbers has no speed worth telling.
     """
-    import numpy as np
-
     judged = [contender for contender in contenders if isinstance(contender, Contender) and not contender.lossy]
     reference = {contender.dtype: contender for contender in reversed(judged)}
     cosines: dict[str, float] = {}
@@ -151,19 +173,37 @@ def check_parity(contenders: Sequence[Any], prompt_ids: Sequence[int]) -> dict[s
         against = reference.get(None) or reference[contender.dtype]
         if contender is against or contender.dtype is None:
             continue
-        ours, theirs = contender.logits(prompt_ids).astype(np.float64), against.logits(prompt_ids).astype(np.float64)
-        cosine = float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs) + 1e-30))
+        cosine = _cosine(contender.logits(prompt_ids), against.logits(prompt_ids))
         cosines[contender.label] = cosine
         if not cosine >= LOGITS_COSINE[contender.dtype]:
             raise ModelError(
                 f"{contender.label}: logits have a cosine of {cosine:.4f} to {against.label}, expected at least "
                 f"{LOGITS_COSINE[contender.dtype]} for {contender.dtype}; no speed is reported for wrong numbers"
             )
+    if None in reference:
+        peers = [contender for contender in contenders if isinstance(contender, LlamaCpp)]
+        for peer in peers:  # told beside ours; its numbers are its own affair
+            cosines[peer.label] = _cosine(peer.logits(prompt_ids), reference[None].logits(prompt_ids))
     return cosines
+
+
+def _cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    first, second = one.astype(np.float64), other.astype(np.float64)
+    return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second) + 1e-30))
 
 
 @contextmanager
 def all_open(openers: Sequence[Callable[[ExitStack], Any]]) -> Iterator[list[Any]]:
     """Every contender at once, because rounds alternate between them."""
     with ExitStack() as stack:
-        yield [opener(stack) for opener in openers]
+        yield [_opened(opener, stack) for opener in openers]
+
+
+def _opened(opener: Callable[[ExitStack], Any], stack: ExitStack) -> Any:
+    """A contender with the time that it took to open, and by how much the process's resident memory grew."""
+    process = psutil.Process()
+    before, started = process.memory_info().rss, time.perf_counter()
+    contender = opener(stack)
+    contender.open_s = time.perf_counter() - started
+    contender.resident_mib = (process.memory_info().rss - before) / 2**20
+    return contender

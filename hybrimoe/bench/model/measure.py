@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from hybrimoe.bench import rounds as harness
@@ -44,6 +46,7 @@ class Request:
     threads: int | None
     deploy: Callable[..., DeployConfig]
     lossy: tuple[str, ...] = ()
+    llama_cpp: bool = False
 
     def variants(self) -> list[tuple[str, dict[str, Any]]]:
         """(label, overrides of the deployment) of each hybrid contender, in the order in which they are shown."""
@@ -104,6 +107,8 @@ def _row(contender: Any, values: Sequence[float], cosines: dict[str, float]) -> 
         "prefetch_precision": sum(c["prefetches_used"] for c in counters) / resolved if resolved else None,
         "overhead_share": _share(counters, "overhead_us"),
         "logits_cosine": cosines.get(contender.label),
+        "open_s": contender.open_s,
+        "resident_mib": contender.resident_mib,
     }
 
 
@@ -135,7 +140,18 @@ def _openers(request: Request, progress: Any) -> tuple[int, list[Callable[[ExitS
         openers.append(opener)
     if request.gguf is not None:
         openers.append(lambda stack: contenders.LlamaCpp(str(request.gguf), request.threads))
+    if request.llama_cpp:
+        openers.append(partial(_same_weights, request, source, progress))
     return source.vocab_size, openers
+
+
+def _same_weights(request: Request, source: Any, progress: Any, stack: ExitStack) -> contenders.LlamaCpp:
+    """llama.cpp on the weights of a random source, written to a file that goes with the benchmark."""
+    if request.shape is None:
+        raise ConfigError("--llama-cpp goes with --shape: of a checkpoint give its GGUF file with --gguf")
+    path = Path(stack.enter_context(TemporaryDirectory(prefix="hybrimoe-"))) / f"{request.shape}.gguf"
+    source.gguf(path, progress)
+    return contenders.LlamaCpp(str(path), request.threads)
 
 
 def _source(request: Request) -> Any:

@@ -12,6 +12,7 @@ from yaml_rules.located import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from cpu_kernels import ExpertSpec, ExpertWeights
     from hybrimoe.config.deploy import DeployConfig
@@ -93,14 +94,38 @@ class RandomSource:
         store = injection.session.store
         _require_memory(store.nbytes, f"experts in {deployment.cpu.expert_dtype}")
         _fill(injection.session, progress)
-        model.to_empty(device="cpu")
-        torch.manual_seed(SEED)
-        model.init_weights()
-        model.tie_weights()
+        _draw_dense(model)
         place_dense(model, deployment)
         injection.prepare_dense(keep_originals=False)
         injection.session.start()
         return model.eval()
+
+    def gguf(self, path: Path, progress: Callable[[int, int, str], None]) -> None:
+        """Writes the weights that `hybrid` has as a GGUF file for llama.cpp. Raises as `write_gguf`."""
+        from hybrimoe.bench.model.gguf_file import write_gguf
+        from hybrimoe.checkpoint.dense import meta_model
+        from hybrimoe.config.deploy import load_config
+        from hybrimoe.injection import inject
+
+        model = meta_model(self.config, torch.bfloat16)
+        injection = inject(model, config=load_config({}, accelerator="none", expert_dtype="int4"))
+        layer = injection.session.layer_specs()[0]
+        injection.session.close()  # its store was never written to: it took no memory
+        _draw_dense(model)
+        generator = torch.Generator().manual_seed(SEED)
+        drawn = [_random_expert(layer.spec, generator) for _ in range(min(DISTINCT_EXPERTS, layer.num_experts))]
+        which = [expert % len(drawn) for expert in range(layer.num_experts)]
+        parts = {part: [getattr(expert, part) for expert in drawn] for part in ("gate", "up", "down")}
+        experts = {part: (torch.stack(matrices), which) for part, matrices in parts.items() if matrices[0] is not None}
+        write_gguf(path, self.config, dict(model.named_parameters()), experts, progress)
+
+
+def _draw_dense(model: Any) -> None:
+    """Gives an injected model on the meta device the random weights of all that is not experts."""
+    model.to_empty(device="cpu")
+    torch.manual_seed(SEED)
+    model.init_weights()
+    model.tie_weights()
 
 
 def _config(shape: str, layers: int | None) -> Any:

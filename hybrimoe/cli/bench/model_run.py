@@ -43,8 +43,9 @@ def show(result: dict[str, Any]) -> None:
             render_summary.percent(row["hit_rate"]),
             render_summary.percent(row["prefetch_precision"]),
             "-" if row["logits_cosine"] is None else f"{row['logits_cosine']:.4f}",
+            f"{row['resident_mib']:.0f}",
         ))  # fmt: skip
-    columns = ("", "tokens/s", "spread", "", "hits", "prefetch", "cosine")
+    columns = ("", "tokens/s", "spread", "", "hits", "prefetch", "cosine", "MiB")
     what = f"{result['bench']}, {result['model']} ({result['weights']} weights), prompt {result['prompt_tokens']}"
     render.out().print(render.table(f"{what}, {result['rounds']} alternating rounds", columns, cells))
     described = result["machine"]

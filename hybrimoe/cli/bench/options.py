@@ -24,6 +24,13 @@ PlainOption = Annotated[bool, typer.Option("--plain/--no-plain", help="Plain tra
 GgufOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="A GGUF file for llama.cpp beside it (llama-cpp-python).")
 ]
+LlamaCppOption = Annotated[
+    bool,
+    typer.Option(
+        "--llama-cpp",
+        help="With --shape: llama.cpp on the same weights beside it, as Q4_0 (llama-cpp-python and gguf).",
+    ),
+]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Counted rounds.")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="A short run: few rounds and tokens.")]
 QUICK_ROUNDS = 3

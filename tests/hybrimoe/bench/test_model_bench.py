@@ -176,12 +176,39 @@ def test_llama_cpp_is_optional(monkeypatch):
         contenders.LlamaCpp("model.gguf", None)
 
 
+def test_the_same_weights_for_llama_cpp_need_a_shape():
+    result = CliRunner().invoke(app, ["bench", "decode", "--llama-cpp", "--no-plain", "--quick"])
+    assert result.exit_code == 2
+    assert "--llama-cpp goes with --shape" in " ".join(result.stderr.split())
+
+
+def test_random_weights_as_a_gguf_file_hold_what_the_hybrid_model_holds(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    source = sources.RandomSource("olmoe-1b-7b", 1)
+    source.config.update({"vocab_size": 256, "hidden_size": 128, "intermediate_size": 64, "num_experts": 8})
+    source.gguf(tmp_path / "tiny.gguf", lambda *_: None)
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    model = source.hybrid(load_config({}, accelerator="none", expert_dtype="float32"), lambda *_: None)
+    store = model.hybrimoe.session.store
+    try:
+        for part in ("gate", "up", "down"):
+            tensor = read[f"blk.0.ffn_{part}_exps.weight"]
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            for expert in range(8):
+                exact = getattr(store.read(0, expert), part).numpy()
+                assert np.abs(values[expert] - exact).max() <= np.abs(exact).max() / 8 + 1e-6
+        norm = read["output_norm.weight"].data
+        assert np.array_equal(norm, model.model.norm.weight.detach().float().numpy())
+    finally:
+        model.hybrimoe.session.close()
+
+
 def test_the_table_says_what_is_emulated(monkeypatch):
     rows = [
         {"name": "transformers", "provenance": "measured", "tokens_per_s": harness.spread([10.0]), "hit_rate": None,
-         "prefetch_precision": None, "logits_cosine": None},
+         "prefetch_precision": None, "logits_cosine": None, "resident_mib": 900.0},
         {"name": "ours", "provenance": "measured, accelerator emulated", "tokens_per_s": harness.spread([25.0]),
-         "hit_rate": 0.5, "prefetch_precision": 0.8, "logits_cosine": 0.99},
+         "hit_rate": 0.5, "prefetch_precision": 0.8, "logits_cosine": 0.99, "resident_mib": 400.0},
     ]  # fmt: skip
     told = io.StringIO()
     monkeypatch.setattr(render, "out", lambda: Console(file=told, width=80))
