@@ -13,7 +13,7 @@ from gpu_kernels import TorchAccelerator, open_accelerator, torch_events
 from hybrimoe.config.deploy import load_config
 from hybrimoe.dense.place import dense_device
 from hybrimoe.errors import BudgetError, HybriMoEError
-from hybrimoe.runtime.layer_call.slots import SlotCache
+from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.startup.budget import unpack_bytes
 from scheduler import Transfer
 from tests.fake_device import DEVICE_TYPE, ManualClock, fake_cards
@@ -117,12 +117,12 @@ def test_a_copy_under_way_counts_by_what_is_left_of_it(monkeypatch: pytest.Monke
     with fake_cards(1, clock=clock, link_gbps=8e-3):  # a copy takes 1000 us, and 2 us to launch
         accelerator = TorchAccelerator(CARD)
         accelerator.allocate(2, record.nbytes)
-        slots = SlotCache(accelerator)
+        slots = TransferQueue(accelerator)
         for slot in range(2):
             slots.submit(Transfer(0, slot, slot, None, "demand", 0.0, True), record, 0)
-        assert slots.link_busy_us(clock.us, lambda layer: 1000.0) == pytest.approx(2000.0, abs=1)
+        assert slots.busy_us(clock.us, lambda layer: 1000.0) == pytest.approx(2000.0, abs=1)
         clock.us += 600.0
-        assert slots.link_busy_us(clock.us, lambda layer: 1000.0) == pytest.approx(1400.0, abs=1)
+        assert slots.busy_us(clock.us, lambda layer: 1000.0) == pytest.approx(1400.0, abs=1)
         accelerator.close()
 
 
