@@ -357,6 +357,7 @@ class Session:
         """
         for device in self._accelerators:
             device.synchronize()
+        broken.release()
         self._stats.failures += 1
         self._stats.forget_slots()
         self._tracker.restart()

@@ -66,11 +66,7 @@ class PlannerGroup:
         self.n_layers, self.n_experts = len(self._unit), max(planner.n_experts for planner in self.planners)
         self.costs = GroupCosts([(home.costs, layer - home.first_layer) for layer, home in enumerate(self._home)])
         self.layers_ahead = max(planner.layers_ahead for planner in self.planners)
-
-    @property
-    def all_cached(self) -> bool:
-        """As ``Planner.all_cached``: of every accelerator."""
-        return all(planner.all_cached for planner in self.planners)
+        self.all_cached = all(planner.all_cached for planner in self.planners)
 
     @property
     def cost_models(self) -> tuple[CostModel, ...]:

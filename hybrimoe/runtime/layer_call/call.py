@@ -35,6 +35,7 @@ from scheduler.graph import PlannedLayer
 from scheduler.planner.plan_view import PlanView
 from scheduler.planner.protocol import Costs, LayerPlanner
 from scheduler.records import TaskRecord
+from scheduler.slots import SlotTable
 
 if TYPE_CHECKING:
     from hybrimoe.runtime.lossy.stage import LossyStage
@@ -84,7 +85,8 @@ class ExpertsCall:
             return torch.zeros_like(hidden)
         lossy, lanes_ns = self.lossy, 0
         for space in parts:
-            space.experts.plan(space, self.phase, self._predict(space, top_k_index), *self._lanes(space, parts))
+            lanes = (0.0, 0.0, self.experts.link_busy_us(index)) if lossy is None else lossy.lanes(space, parts)
+            space.experts.plan(space, self.phase, self._predict(space, top_k_index), *lanes)
             lanes_ns -= perf_counter_ns()
             space.experts.submit(space)
             lanes_ns += perf_counter_ns()
@@ -95,8 +97,10 @@ class ExpertsCall:
             space.experts.compute(space)
         if lossy is not None:
             lossy.after_compute(index, self.phase)
-        outputs = [space.experts.combine(space) for space in parts]
-        output = outputs[0] if lossy is None else lossy.joined(index, self.phase, outputs)
+        if lossy is None:
+            output = parts[0].experts.combine(parts[0])
+        else:
+            output = lossy.joined(index, self.phase, [space.experts.combine(space) for space in parts])
         lanes_ns += perf_counter_ns()
         for space in parts:
             space.experts.finish(space)
@@ -161,12 +165,6 @@ class ExpertsCall:
         if self.lossy is not None:
             self.lossy.begin_step(step)
 
-    def _lanes(self, space: CallSpace, parts: Sequence[CallSpace]) -> tuple[float, float, float]:
-        """When CPU, accelerator and link get free for a part of the call, in us from now."""
-        if self.lossy is None:
-            return 0.0, 0.0, space.experts.link_busy_us(space.index)
-        return self.lossy.lanes(space, parts)
-
     def _predict(self, space: CallSpace, top_k_index: torch.Tensor) -> tuple[Prediction, ...]:
         """Routing of as many following layers as the policy reads; of all within lookahead for a recorder, who is told.
 
@@ -182,7 +180,7 @@ class ExpertsCall:
         work = space.work
         predictions: tuple[Prediction, ...] = ()
         if lookahead is not None:
-            if not lookahead.learned(space.index):
+            if not lookahead.knows_all and not lookahead.learned(space.index):
                 rows = work.hidden.reshape(work.host_hidden.shape)
                 lookahead.learn(space.index, rows, host_index(top_k_index).reshape(len(rows), -1))
             predictions = lookahead.predict(space.index, work.hidden, work.host_hidden, work.dispatch.top_k, depth)
@@ -268,6 +266,12 @@ class ExpertsCall:
         for experts in self.every:
             experts.collect(self.phase)
 
+    def release(self) -> None:
+        """Lets go of what a call that did not end keeps: its tensors may fill a device."""
+        for experts in self.every:
+            for space in experts.spaces:
+                space.release()
+
     def slot_contents(self) -> dict[int, tuple[int, int]]:
         """Slot -> (layer, expert) that it holds or will once its copy ends."""
         return {} if self.planner is None else self.planner.contents()
@@ -295,6 +299,11 @@ class Experts:
         self._queue_of: list[TransferQueue | None] = [None] * len(self.layers)
         if queues:
             self._queue_of = [self.queues[unit] for unit in queue_of]
+        self._slots: list[tuple[SlotTable | None, int]] = [(None, 0)] * len(self.layers)
+        if planner is not None:
+            tables = [planner.table(index) for index in range(len(self.layers))]
+            self._slots = [(table, own * table.n_experts) for table, own in tables]
+        self._runs = [_runner_of(layer) for layer in self.layers]
         n_experts = max(layer.num_experts for layer in layers)
         self.spaces = [CallSpace(self, index, layer, n_experts) for index, layer in enumerate(layers)]
         self.addresses = [store.addresses(index) for index in range(len(self.layers))]
@@ -333,10 +342,18 @@ class Experts:
                 self._end_transfers(queue, phase)
         finished, self._finished = self._finished, None
         if finished is not None and self.planner is not None:
-            self.planner.end_layer(finished.index, self._observed_on_cpu(finished))
+            observing = not finished.step % OBSERVE_EVERY and finished.cpu_us > 0.0
+            self.planner.end_layer(finished.index, self._observed_on_cpu(finished) if observing else ())
         unreported = self._unreported
-        while unreported and unreported[0].ended():
-            self._report(unreported.popleft())
+        while unreported and unreported[0].ends[-1].done():  # a lane ends its work in the order of submission
+            ended = unreported.popleft()
+            accel_us = 0.0
+            for end in ended.ends:
+                start_us, end_us = end.span_us()
+                accel_us += end_us - start_us
+            ended.counters.accel_us += accel_us
+            if ended.traced or not ended.step % OBSERVE_EVERY:
+                self._report(ended, accel_us)
         while len(unreported) > MAX_UNREPORTED and not self.tracing:
             unreported.popleft()
 
@@ -347,23 +364,33 @@ class Experts:
         """Where and in which order the call's experts run; the times say when each lane gets free."""
         planner, index, stats = self.planner, space.index, self.stats
         counters = space.counters = stats.counters[phase][index]
-        demand = space.describe(phase, predictions, self.routing_counts[index])
-        stats.demand(
-            counters, index, demand.expert_ids, demand.n_tokens_total, None if planner is None else planner.table(index)
-        )
+        slots, first_key = self._slots[index]
+        if slots is None:
+            demand = space.describe(phase, predictions, self.routing_counts[index])
+        else:
+            demand = space.describe(
+                phase, predictions, self.routing_counts[index], first_key, slots.slot_of, slots.state
+            )
+        hits, late = space.found.tolist()
+        stats.found(counters, index, demand.expert_ids, demand.n_tokens_total, hits, late)
         if space in self._unreported:
             self._unreported.remove(space)
-        space.groups.clear()
+        space.ends.clear()
+        space.sent.clear()
         space.step, space.traced = self.step, self.tracing
         if planner is None:
             space.plan = self._unplanned
             space.plan.run_on_cpu(self.step, index, len(demand.expert_ids))
         else:
             space.plan = planner.decide(demand, cpu_ready_us, accel_ready_us, link_ready_us)
-        stats.plan(counters, space.plan, self.record_bytes)
+        plan = space.plan
+        counters.cpu_experts += len(plan.cpu)
+        counters.accel_experts += len(plan.accel)
+        if plan.transfers or plan.prefetches:
+            stats.moved(counters, plan, self.record_bytes)
         if self.tracing:
             unit = self.unit_of(index)
-            self.plans.append(PlannedLayer(space.plan.plan(demand), demand.frozen(), unit=unit, link_unit=unit))
+            self.plans.append(PlannedLayer(plan.plan(demand), demand.frozen(), unit=unit, link_unit=unit))
 
     def submit(self, space: CallSpace) -> None:
         """Starts the plan's transfers and its work on the accelerator; `compute` and `combine` must follow.
@@ -398,8 +425,10 @@ class Experts:
         positions, slots = plan.accel[first:end], plan.slots[first:end]
         if queue.first_slot:
             slots = [slot - queue.first_slot for slot in slots]
-        queue.before_compute(space.index, space.demand.expert_ids, positions, slots)
-        space.groups.append((queue.accelerator.run_experts(space.layer.spec, slots, positions, work), positions))
+        if queue.prepares:
+            queue.before_compute(space.index, space.demand.expert_ids, positions, slots)
+        space.ends.append(queue.accelerator.run_experts(space.layer.spec, slots, positions, work))
+        space.sent.append(positions)
 
     def _start_transfers(self, transfers: Sequence[Transfer], traced: bool) -> None:
         """Submits transfers in the order of their links."""
@@ -413,20 +442,20 @@ class Experts:
         rows, work, layer = space.plan.rows, space.work, space.layer
         space.cpu_us = 0.0
         space.ran.clear()
-        n = len(space.plan.cpu)
+        n = space.n_cpu = len(space.plan.cpu)
         positions, records = space.positions[:n], space.records[:n]
         work.host_positions = positions
         if not n:
             return
         take_records(self.addresses[space.index], work.dispatch.expert_ids, rows[CPU, :n], positions, records)
-        assert layer.backend is not None
-        run = partial(layer.backend.run, layer.spec)
-        rest = work.dispatch, work.host_hidden, work.host_rows
+        run, rest = self._runs[space.index], (work.dispatch, work.host_hidden, work.host_rows)
         if space.traced:
-            self._compute_one_by_one(space, lambda at: run(records[at : at + 1], positions[at : at + 1], *rest))
+            self._compute_one_by_one(
+                space, lambda at: run(layer.spec, records[at : at + 1], positions[at : at + 1], *rest)
+            )
             return
         start_ns = perf_counter_ns()
-        run(records, positions, *rest)
+        run(layer.spec, records, positions, *rest)
         space.cpu_us = (perf_counter_ns() - start_ns) * 1e-3
 
     def _compute_one_by_one(self, space: CallSpace, run: Callable[[int], None]) -> None:
@@ -443,22 +472,25 @@ class Experts:
             )  # fmt: skip
 
     def combine(self, space: CallSpace) -> torch.Tensor:
-        """Waits for the accelerator; the layer's output, float32 [T, H] or as the hidden states are: on the accelerator's
-        device if that computed some of it, else on the host, but for a norm over the experts' outputs, which runs where
-        its weights are."""
+        """Waits for the accelerator; the layer's output, float32 [T, H] or as the hidden states are.
+
+        It is on the accelerator's device if that computed some of it, else on the host; a norm over the experts'
+        outputs runs where its weights are.
+        """
         queue, work = self._queue_of[space.index], space.work
         on_device = work.transform is not None and work.hidden.device.type != "cpu"
-        if queue is not None and (space.groups or on_device):
-            return queue.accelerator.combine(work, [end for end, _ in space.groups])
+        if queue is not None and (space.ends or on_device):
+            return queue.accelerator.combine(work, space.ends)
         return combine_on_host(work)
 
     def finish(self, space: CallSpace) -> None:
         """The call's result is there: the next `collect` tells the planner of it."""
         self._finished = space
+        space.release()
         space.counters.cpu_us += space.cpu_us
         if space.traced:
             self.timeline += space.ran
-        if space.groups:
+        if space.ends:
             self._unreported.append(space)
 
     # What `collect` does ----------------------------------------------------------------------------------------
@@ -474,30 +506,26 @@ class Experts:
                 self.planner.end_transfer(move.layer, move.expert, move.slot, us)
 
     def _observed_on_cpu(self, space: CallSpace) -> tuple[ObservedTask, ...]:
-        """The CPU lane's time of one expert, in the steps that correct the costs."""
-        if space.step % OBSERVE_EVERY or not space.cpu_us or self.costs is None:
-            return ()
-        n_tokens = space.demand.n_tokens[space.work.host_positions]
+        """The CPU lane's time of one expert, for the steps that correct the costs."""
+        assert self.costs is not None
+        n_tokens = space.demand.n_tokens[space.positions[: space.n_cpu]].tolist()
         us = share_out(space.cpu_us, n_tokens, partial(self.costs.cpu_us, space.index))
-        return (ObservedTask("cpu", space.index, int(n_tokens[0]), us),)
+        return (ObservedTask("cpu", space.index, n_tokens[0], us),)
 
-    def _report(self, space: CallSpace) -> None:
-        """A layer's work on the accelerator has ended: counted, recorded if traced, and observed."""
-        total_us = 0.0
-        for end, positions in space.groups:
-            start_us, end_us = end.span_us()
-            total_us += end_us - start_us
-            if space.traced:
-                expert, n_tokens = space.demand.expert_ids[positions[0]], space.demand.n_tokens[positions[0]]
+    def _report(self, space: CallSpace, accel_us: float) -> None:
+        """A layer's work on the accelerator has ended: recorded if traced, and in some steps it corrects the costs."""
+        ids, n_tokens = space.demand.expert_ids, space.demand.n_tokens
+        if space.traced:
+            unit = self.unit_of(space.index)
+            for end, (position,) in zip(space.ends, space.sent, strict=True):
                 self.timeline.append(
-                    TaskRecord("accel", "accel_expert", space.index, int(expert), int(n_tokens), 0, start_us, end_us,
-                               space.step, self.unit_of(space.index))
+                    TaskRecord("accel", "accel_expert", space.index, int(ids[position]), int(n_tokens[position]), 0,
+                               *end.span_us(), space.step, unit)
                 )  # fmt: skip
-        space.counters.accel_us += total_us
         if self.costs is not None and self.planner is not None and not space.step % OBSERVE_EVERY:
-            n_all = space.demand.n_tokens[[position for _, positions in space.groups for position in positions]]
-            us = share_out(total_us, n_all, partial(self.costs.accel_us, space.index))
-            self.planner.observe(ObservedTask("accel", space.index, int(n_all[0]), us))
+            counts = n_tokens[[position for positions in space.sent for position in positions]].tolist()
+            us = share_out(accel_us, counts, partial(self.costs.accel_us, space.index))
+            self.planner.observe(ObservedTask("accel", space.index, counts[0], us))
 
     def link_busy_us(self, layer: int) -> float:
         """Expected us until the transfers under way have ended on the link of the layer's accelerator."""
@@ -512,13 +540,19 @@ class Experts:
         return 0 if queue is None else queue.unit
 
 
+def _runner_of(layer: Layer) -> Callable[..., None]:
+    """`run` of the layer's backend; without its checks where there is such a way: what is given here fits."""
+    backend = layer.backend
+    if isinstance(backend, NumbaBackend):
+        return backend.run_trusted
+    return lambda *arguments: None if backend is None else backend.run(*arguments)
+
+
 def share_out(
-    total_us: float,
-    n_tokens: npt.NDArray[np.int32],
-    cost_us: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]],
+    total_us: float, n_tokens: list[int], cost_us: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]
 ) -> float:
     """us of the first of several experts that took `total_us` together, in proportion to predicted costs."""
-    if n_tokens.min() == n_tokens.max():
+    if min(n_tokens) == max(n_tokens):
         return total_us / len(n_tokens)
-    predicted = cost_us(n_tokens.astype(np.int64))
+    predicted = cost_us(np.asarray(n_tokens, np.int64))
     return float(total_us * predicted[0] / predicted.sum())

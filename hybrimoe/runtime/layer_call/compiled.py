@@ -11,13 +11,18 @@ import numpy.typing as npt
 
 from cpu_kernels.backends.warm import warm_call_ends
 from cpu_kernels.jit.primitives import float_from_bits
+from scheduler.slots import RESIDENT
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.integer]
 Ints = npt.NDArray[np.int32]
 
+Keys = npt.NDArray[np.int64]
+
 SOFTMAX, SIGMOID = 0, 1
+HIT, ON_ITS_WAY = 0, 1
+"""Places of `found` in `describe_routing`."""
 
 
 def _compiled(function: Function) -> Function:
@@ -27,14 +32,17 @@ def _compiled(function: Function) -> Function:
 @_compiled
 def describe_routing(
     expert_ids: Ints, offsets: Ints, rows: Ints, weights: Floats, n_total: int,
-    routing_counts: npt.NDArray[np.float64], n_tokens: Ints, scores: Floats,
+    routing_counts: npt.NDArray[np.float64], n_tokens: Ints, scores: Floats, first_key: int, slot_of: Keys, state: Keys,
+    found: Keys,
 ) -> None:  # fmt: skip  # pragma: no cover - compiled
-    """Fills tokens of each active expert, n_tokens int32 [A or more], and gate scores float32 [E].
+    """Fills tokens of each active expert, n_tokens int32 [A or more], gate scores float32 [E], and found int64 [2].
 
     A score is the expert's routing weight, averaged over the call's `n_total` tokens; 0 where it is not active.
-    routing_counts float64 [E]: each active expert's count rises by 1.
+    routing_counts float64 [E]: each active expert's count rises by 1. found: active experts whose bytes are in a slot,
+    and those on their way; slot_of (from first_key on) and state are a slot table's, empty where nothing has a slot.
     """
     scores[:] = np.float32(0.0)
+    found[:] = 0
     for i in range(expert_ids.size):
         total = np.float32(0.0)
         for j in range(offsets[i], offsets[i + 1]):
@@ -42,18 +50,22 @@ def describe_routing(
         n_tokens[i] = offsets[i + 1] - offsets[i]
         scores[expert_ids[i]] = total / np.float32(n_total)
         routing_counts[expert_ids[i]] += 1.0
+        if state.size:
+            slot = slot_of[first_key + expert_ids[i]]
+            if slot >= 0:
+                found[HIT if state[slot] >= RESIDENT else ON_ITS_WAY] += 1
 
 
 @_compiled
 def count_hits(
-    expert_ids: Ints, first_key: int, slot_of: Integers, state: Integers, resident: int
+    expert_ids: Ints, first_key: int, slot_of: Keys, state: Keys
 ) -> tuple[int, int]:  # pragma: no cover - compiled
-    """(resident, in flight) among the active experts; `resident` is the lowest state whose bytes are there."""
+    """(resident, in flight) among the active experts; arrays as for `describe_routing`."""
     hits, late = 0, 0
     for i in range(expert_ids.size):
         slot = slot_of[first_key + expert_ids[i]]
         if slot >= 0:
-            if state[slot] >= resident:
+            if state[slot] >= RESIDENT:
                 hits += 1
             else:
                 late += 1
@@ -125,5 +137,18 @@ def make_ready() -> None:
     predict_token(gates, per_expert, per_expert, np.ones(2, np.bool_), scoring, np.ones(8, np.float32), 0, ids, scores)
     warm_call_ends()
     nobody, key, none = np.zeros(1, np.int32), np.zeros(1, np.int64), np.zeros(1, np.float32)
-    describe_routing(nobody, np.array([0, 1], np.int32), nobody, none, 1, np.zeros(1), nobody.copy(), none.copy())
-    count_hits(nobody, 0, key, key, 1)
+    describe_routing(
+        nobody,
+        np.array([0, 1], np.int32),
+        nobody,
+        none,
+        1,
+        np.zeros(1),
+        nobody.copy(),
+        none.copy(),
+        0,
+        key,
+        key,
+        np.zeros(2, np.int64),
+    )
+    count_hits(nobody, 0, key, key)

@@ -161,6 +161,8 @@ class Lookahead:
         self._learned = [False] * len(self._blocks)
         self._stack: GateStack | None = None
         self._budget_bytes = MAX_STACK_BYTES
+        self.knows_all = False
+        """Whether every layer's gate was looked for."""
 
     def learned(self, layer: int) -> bool:
         """True once `learn` was called for the layer."""
@@ -176,7 +178,8 @@ class Lookahead:
         some = slice(0, CHECK_TOKENS)
         x, index = hidden[some].detach(), np.asarray(top_k_index)[some]
         self._gates[layer] = self._linear_gate(layer, x, index) or self._probed_gate(layer, x, index)
-        if all(self._learned):
+        self.knows_all = all(self._learned)
+        if self.knows_all:
             self._build_stack()
 
     def predict(
@@ -187,7 +190,7 @@ class Lookahead:
         They may be a workspace, which the next prediction at this layer fills anew.
         """
         last = min(layer + (self._depth if depth is None else depth), len(self._gates) - 1)
-        if last <= layer or not all(self._learned[layer + 1 : last + 1]):
+        if last <= layer or not (self.knows_all or all(self._learned[layer + 1 : last + 1])):
             return ()
         n_tokens = len(host_hidden)
         if n_tokens == 1 and self._stack is not None:

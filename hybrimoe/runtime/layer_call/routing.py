@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from cpu_kernels import Dispatch, build_dispatch
 from cpu_kernels.engine.routed import FLOATS, fits, read_call
@@ -27,8 +28,14 @@ if TYPE_CHECKING:
 
 WORKSPACE_BYTES = 64 << 20
 """Result rows up to this size reuse one buffer; larger ones (long prompts) are allocated for the call."""
+NOTHING, NO_ROWS = torch.empty(0), np.empty((0, 0), np.float32)
 NOT_COUNTED = Counters()
 """Where a space counts before its first call: nobody reads it."""
+
+
+Keys = npt.NDArray[np.int64]
+NO_KEYS: Keys = np.empty(0, np.int64)
+FewTokens = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
 class Workspace:
@@ -36,13 +43,14 @@ class Workspace:
 
     def __init__(self) -> None:
         self._rows = np.empty(0, dtype=np.float32)
-        self._inputs = np.empty((0, 0), dtype=np.float32)
+        self.few: dict[tuple[int, int, int], FewTokens] = {}
+        """Of calls of few tokens, by (tokens, top-k, width)."""
 
-    def inputs(self, n_tokens: int, hidden: int) -> npt.NDArray[np.float32]:
-        """float32 [n_tokens, hidden] of a call of few tokens, contents undefined."""
-        if self._inputs.shape != (n_tokens, hidden):
-            self._inputs = np.empty((n_tokens, hidden), dtype=np.float32)
-        return self._inputs
+    def of_few(self, n_tokens: int, top_k: int, width: int) -> FewTokens:
+        """Inputs float32 [n_tokens, width] and result rows float32 [n_tokens * top_k, width] of calls of this shape."""
+        inputs, rows = (np.empty((n, width), np.float32) for n in (n_tokens, n_tokens * top_k))
+        self.few[n_tokens, top_k, width] = inputs, rows
+        return inputs, rows
 
     def rows(self, n_rows: int, hidden: int) -> npt.NDArray[np.float32]:
         """float32 [n_rows, hidden], contents undefined."""
@@ -58,13 +66,14 @@ class CallSpace:
     """One layer's call under way: filled anew by the layer's next call, so nothing is made on the way.
 
     `work` is what the lanes share, `demand` what the planner sees of it, `plan` its answer; `positions` int32 and
-    `records` uint64 [E] are the CPU lane's experts. `groups`: what was submitted to the accelerator, as (end,
-    positions). `ran`: the CPU lane's tasks, while `traced`.
+    `records` uint64 [E] are the CPU lane's experts. `ends`: of each piece of work on the accelerator, whose
+    experts are at positions `sent`. `ran`: the CPU lane's tasks, while `traced`.
     """
 
     __slots__ = (
-        "_buffers", "_dispatches", "_n_tokens", "_scores", "counters", "cpu_us", "demand", "experts", "groups", "index",
-        "layer", "plan", "positions", "ran", "records", "step", "traced", "work",
+        "_buffers", "_dispatches", "_n_tokens", "_norm", "_scores", "_width", "_work", "counters", "cpu_us", "demand",
+        "ends", "experts", "found", "index", "layer", "n_cpu", "plan", "positions", "ran", "records", "sent", "step",
+        "traced", "work",
     )  # fmt: skip
 
     work: LayerWork
@@ -78,10 +87,14 @@ class CallSpace:
         self.demand = DemandView(index, "decode", 0, self._n_tokens[:0], self._n_tokens[:0], self._scores)
         self.positions = np.empty(layer.num_experts, np.int32)
         self.records = np.empty(layer.num_experts, np.uint64)
-        self.groups: list[tuple[Event, list[int]]] = []
+        self.found = np.zeros(2, np.int64)
+        self.ends: list[Event] = []
+        self.sent: list[list[int]] = []
         self.ran: list[TaskRecord] = []
-        self.step, self.cpu_us, self.traced = -1, 0.0, False
+        self.step, self.n_cpu, self.cpu_us, self.traced = -1, 0, 0.0, False
+        self._norm, self._width = layer.transform(), layer.spec.hidden
         self._buffers = _Buffers(0, layer.num_experts)
+        self._work = LayerWork(self._buffers.dispatch(0, 1, 0, 0), NOTHING, NO_ROWS, NO_ROWS)
         self._dispatches: dict[tuple[int, int, int, int], Dispatch] = {}
 
     def read(
@@ -91,9 +104,30 @@ class CallSpace:
 
         Few tokens on the host are read in one compiled call; see `call_inputs` for what others may be and raise.
         """
-        if fits(hidden, top_k_index, top_k_weights, self.layer.spec.hidden) and not hidden.requires_grad:
-            n_active = self._read_few(hidden, top_k_index, top_k_weights, workspace)
+        width = self._width
+        if fits(hidden, top_k_index, top_k_weights, width) and not hidden.requires_grad:
+            n_tokens, top_k = top_k_index.shape
+            buffers, n_rows = self._buffers, n_tokens * top_k
+            if buffers.weights.size < n_rows:
+                buffers = self._grow(n_rows)
+            host_hidden, host_rows = workspace.few.get((n_tokens, top_k, width)) or workspace.of_few(
+                n_tokens, top_k, width
+            )
+            n_active: int = read_call(
+                top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], n_tokens, top_k,
+                hidden.data_ptr(), FLOATS[hidden.dtype], host_hidden, buffers.weights, buffers.counts,
+                buffers.expert_ids, buffers.offsets, buffers.rows,
+            )  # fmt: skip
             if n_active >= 0:
+                shape = n_tokens, top_k, n_active, int(buffers.offsets[n_active])
+                dispatch = self._dispatches.get(shape)
+                if dispatch is None:
+                    dispatch = self._dispatches[shape] = buffers.dispatch(*shape)
+                work = self.work = self._work
+                work.dispatch, work.hidden, work.like, work.device_state = dispatch, hidden, hidden, None
+                work.host_hidden, work.host_rows = host_hidden, host_rows
+                if self._norm is not None:
+                    self._postpone_weights(self._norm)
                 return n_active
         inputs = call_inputs(hidden, top_k_index, top_k_weights, self.layer.spec.hidden)
         return self.take(inputs, inputs.ids, inputs.weights, workspace)
@@ -103,40 +137,24 @@ class CallSpace:
     ) -> int:
         """Takes this routing of a call (the router's, or a part of it). Returns the number of active experts."""
         self.work = inputs.work(ids, weights, self.layer.num_experts, workspace)
-        self._postpone_weights()
+        if self._norm is not None:
+            self._postpone_weights(self._norm)
         return len(self.work.dispatch.expert_ids)
 
-    def _read_few(
-        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, workspace: Workspace
-    ) -> int:
-        """`read` in one compiled call; negative for a routing that `build_dispatch` refuses."""
-        n_tokens, top_k = top_k_index.shape
-        n_rows, width = n_tokens * top_k, self.layer.spec.hidden
-        buffers = self._buffers
-        if buffers.weights.size < n_rows:
-            self._buffers = buffers = _Buffers(n_rows, self.layer.num_experts)
-            self._dispatches.clear()
-        host_hidden = workspace.inputs(n_tokens, width)
-        n_active: int = read_call(
-            top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], n_tokens, top_k,
-            hidden.data_ptr(), FLOATS[hidden.dtype], host_hidden, buffers.weights, buffers.counts, buffers.expert_ids,
-            buffers.offsets, buffers.rows,
-        )  # fmt: skip
-        if n_active < 0:
-            return n_active
-        shape = n_tokens, top_k, n_active, int(buffers.offsets[n_active])
-        dispatch = self._dispatches.get(shape)
-        if dispatch is None:
-            dispatch = self._dispatches[shape] = buffers.dispatch(*shape)
-        self.work = LayerWork(dispatch, hidden, host_hidden, workspace.rows(n_rows, width), like=hidden)
-        self._postpone_weights()
-        return n_active
+    def release(self) -> None:
+        """Lets go of the call's tensors and of rows made for it alone; what was counted stays."""
+        work = self.work = self._work
+        work.hidden, work.like, work.device_state, work.transform, work.weights = NOTHING, None, None, None, None
+        work.host_hidden = work.host_rows = NO_ROWS
 
-    def _postpone_weights(self) -> None:
+    def _grow(self, n_rows: int) -> _Buffers:
+        """Room for more (token, expert) pairs; `read` then makes its views anew."""
+        self._buffers = _Buffers(n_rows, self.layer.num_experts)
+        self._dispatches.clear()
+        return self._buffers
+
+    def _postpone_weights(self, norm: nn.Module) -> None:
         """Families with a norm over each expert's output: the routing weights are multiplied in after it."""
-        norm = self.layer.transform()
-        if norm is None:
-            return
         work, dispatch = self.work, self.work.dispatch
         work.transform, work.weights = partial(apply_norm, norm), dispatch.weights
         ones = np.ones_like(dispatch.weights)
@@ -144,19 +162,20 @@ class CallSpace:
             dispatch.top_k, dispatch.n_tokens, dispatch.expert_ids, dispatch.offsets, dispatch.rows, ones
         )
 
-    def ended(self) -> bool:
-        """Whether its work on the accelerator has ended: that is done in the order of submission."""
-        return not self.groups or self.groups[-1][0].done()
-
     def describe(
-        self, phase: Phase, predictions: tuple[Prediction, ...], routing_counts: npt.NDArray[np.float64]
-    ) -> DemandView:
-        """What the planner sees of the call. `routing_counts` [E]: the count of each active expert rises by 1."""
+        self, phase: Phase, predictions: tuple[Prediction, ...], routing_counts: npt.NDArray[np.float64],
+        first_key: int = 0, slot_of: Keys = NO_KEYS, state: Keys = NO_KEYS,
+    ) -> DemandView:  # fmt: skip
+        """What the planner sees of the call. `routing_counts` [E]: the count of each active expert rises by 1.
+
+        `found` then tells how many of the active experts have their bytes in a slot, and how many of them are on their
+        way: slot_of and state are a `SlotTable`'s, the layer's from `first_key` on; empty where nothing has a slot.
+        """
         dispatch, demand = self.work.dispatch, self.demand
         ids = dispatch.expert_ids
         describe_routing(
             ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, routing_counts, self._n_tokens,
-            self._scores,
+            self._scores, first_key, slot_of, state, self.found,
         )  # fmt: skip
         demand.phase, demand.n_tokens_total, demand.predictions = phase, dispatch.n_tokens, predictions
         demand.expert_ids, demand.n_tokens = ids, self._n_tokens[: ids.size]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -59,24 +60,32 @@ class InFlight:
 class TransferQueue:
     """The FIFO of transfers under way into one accelerator's slots.
 
+    `prepares`: whether `before_compute` does something.
+
     Slots are numbered as the planner does, from `first_slot` (where there are several accelerators; `unit` is the
     accelerator's number).
     """
 
+    prepares: ClassVar[bool] = False
+
     def __init__(self, accelerator: Accelerator, first_slot: int = 0, unit: int = 0) -> None:
         self.accelerator, self.first_slot, self.unit = accelerator, first_slot, unit
         self.pending: deque[InFlight] = deque()
+        self._n_slots = accelerator.n_slots
 
     def submit(self, transfer: Transfer, record: npt.NDArray[np.uint8], step: int, *, traced: bool = False) -> None:
         """Starts one transfer; it follows all earlier ones. Raises PlanError where there is no such slot."""
-        event = self.accelerator.copy_to_slot(self.own_slot(transfer), record)
+        slot = transfer.slot - self.first_slot
+        if not 0 <= slot < self._n_slots:
+            self.own_slot(transfer)
+        event = self.accelerator.copy_to_slot(slot, record)
         self.pending.append(InFlight(transfer, event, record.nbytes, step, traced, unit=self.unit))
 
     def own_slot(self, transfer: Transfer) -> int:
         """The accelerator's own number of a transfer's slot. Raises PlanError where there is no such slot."""
         slot = transfer.slot - self.first_slot
-        if not 0 <= slot < self.accelerator.n_slots:
-            last = self.first_slot + self.accelerator.n_slots - 1
+        if not 0 <= slot < self._n_slots:
+            last = self.first_slot + self._n_slots - 1
             raise PlanError(f"{transfer} names slot {transfer.slot}, expected {self.first_slot}..{last}")
         return slot
 

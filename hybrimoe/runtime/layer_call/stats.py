@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrimoe.runtime.layer_call.compiled import count_hits
-from scheduler import LayerPlan, Phase, SlotState, SlotTable
+from scheduler import LayerPlan, Phase, SlotTable
 from scheduler.planner.plan_view import PlanView
 
-RESIDENT = int(SlotState.RESIDENT)
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
@@ -183,13 +182,19 @@ class StatsRecorder:
         table: tuple[SlotTable, int] | None,
     ) -> None:  # fmt: skip
         """Counts one call's demand against the slots as they are before planning (`LayerPlanner.table`)."""
-        counters.calls += 1
-        counters.tokens += n_tokens
-        counters.activated += len(expert_ids)
         hits = late = 0
         if table is not None and table[0].n_slots:
             slots, own = table
-            hits, late = count_hits(expert_ids, own * slots.n_experts, slots.slot_of, slots.state, RESIDENT)
+            hits, late = count_hits(expert_ids, own * slots.n_experts, slots.slot_of, slots.state)
+        self.found(counters, layer, expert_ids, n_tokens, hits, late)
+
+    def found(
+        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int, hits: int, late: int
+    ) -> None:
+        """Counts one call's demand of which `hits` experts are in slots and `late` are on their way."""
+        counters.calls += 1
+        counters.tokens += n_tokens
+        counters.activated += len(expert_ids)
         counters.hits += hits
         counters.misses += len(expert_ids) - hits
         counters.late_prefetches += late
@@ -199,14 +204,10 @@ class StatsRecorder:
                 if issued is not None:
                     issued.prefetches_used += 1
 
-    def plan(self, counters: Counters, plan: LayerPlan | PlanView, record_bytes: tuple[int, ...]) -> None:
-        """Counts what a plan places and moves."""
-        counters.cpu_experts += len(plan.cpu)
-        counters.accel_experts += len(plan.accel)
+    def moved(self, counters: Counters, plan: LayerPlan | PlanView, record_bytes: tuple[int, ...]) -> None:
+        """Counts what a plan moves."""
         counters.transfers += len(plan.transfers)
         counters.prefetches += len(plan.prefetches)
-        if not plan.transfers and not plan.prefetches:
-            return
         for transfer in (*plan.transfers, *plan.prefetches):
             counters.transfer_bytes += record_bytes[transfer.layer]
             if transfer.evicts is not None:

@@ -70,6 +70,8 @@ class PlaneQueue(TransferQueue):
     and wanted with them gets them before its computation.
     """
 
+    prepares = True
+
     def __init__(self, planes: PlaneStore, accelerator: Accelerator, first_slot: int = 0, unit: int = 0) -> None:
         super().__init__(accelerator, first_slot, unit)
         self.planes = planes
