@@ -15,7 +15,7 @@ from cpu_kernels.errors import (
     ThreadingError,
 )
 from cpu_kernels.format.layout import LAYOUT_VERSION
-from cpu_kernels.format.linear import LinearSpec, pack_linear, unpack_linear
+from cpu_kernels.format.linear import LinearSpec, pack_linear, unpack_linear, unpack_linear_blocks
 from cpu_kernels.format.pack import pack_expert, unpack_expert
 from cpu_kernels.format.reference import apply_activation, reference_ffn, relative_error, tolerance
 from cpu_kernels.format.spec import DTYPES, Activation, ExpertDtype, ExpertSpec, ExpertWeights
@@ -53,5 +53,6 @@ __all__ = [
     "tolerance",
     "unpack_expert",
     "unpack_linear",
+    "unpack_linear_blocks",
     "warm_up",
 ]

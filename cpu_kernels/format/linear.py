@@ -1,5 +1,6 @@
 """A plain quantised linear layer from the same tiles as the experts: attention projections, lm_head."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -7,9 +8,12 @@ import numpy as np
 import torch
 
 from cpu_kernels.errors import KernelError, LayoutError
-from cpu_kernels.format.layout import matrix_bytes, padded
+from cpu_kernels.format.layout import PAD, matrix_bytes, padded
 from cpu_kernels.format.pack import pack_matrix, record_tensor, unpack_matrix
 from cpu_kernels.format.spec import DTYPES, ExpertDtype
+
+UNPACKED_ROWS = 16 * PAD
+"""Rows that `unpack_linear_blocks` dequantises at once: with 4096 columns 16 MiB of float32."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,20 @@ def unpack_linear(spec: LinearSpec, record: np.ndarray | torch.Tensor) -> torch.
     data = record_tensor(spec.record_bytes, record)
     matrix = unpack_matrix(data, padded(spec.out_features), padded(spec.in_features), spec.dtype)
     return matrix[: spec.out_features, : spec.in_features].float()
+
+
+def unpack_linear_blocks(spec: LinearSpec, record: np.ndarray | torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """`unpack_linear` a few rows at a time, so that the float matrix is never whole.
+
+    Yields (first row, float32 [up to UNPACKED_ROWS, in_features]) in the order of the rows.
+    """
+    data = record_tensor(spec.record_bytes, record)
+    columns = padded(spec.in_features)
+    for start in range(0, spec.out_features, UNPACKED_ROWS):
+        rows = min(UNPACKED_ROWS, padded(spec.out_features) - start)
+        first, n_bytes = matrix_bytes(start, columns, spec.dtype), matrix_bytes(rows, columns, spec.dtype)
+        block = unpack_matrix(data[first : first + n_bytes], rows, columns, spec.dtype)
+        yield start, block[: spec.out_features - start, : spec.in_features].float()
 
 
 def check_linear(spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray) -> None:

@@ -55,8 +55,10 @@ def open_model(config: DeployConfig, *, show_progress: bool = True) -> Iterator[
     tokenizer = load_tokenizer(config.model)
     with progress_bar(show_progress) as progress, warnings_as_notes():
         model = load(config.model, config=config, progress=progress)
+    with warnings_as_notes():
+        generator = TextGenerator(model, tokenizer)
     name = "demo" if config.model is None else config.model
-    opened = OpenModel(TextGenerator(model, tokenizer), model.hybrimoe.session, name, config)
+    opened = OpenModel(generator, model.hybrimoe.session, name, config)
     try:
         yield opened
     finally:

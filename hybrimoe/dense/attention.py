@@ -1,17 +1,19 @@
-"""`cpu.attention`: decode steps of bfloat16 attention on the CPU by the kernel of `cpu_kernels.backends.attention`.
+"""`cpu.attention`: decode steps of bfloat16 attention on the CPU by the kernel of `cpu_kernels`.
 
 PyTorch's own kernel is made for many queries: against a long context it takes ten times as long as reading the keys and
 values once does, which is most of a step of long chats. Prompts, other dtypes and other devices stay with PyTorch.
+
+transformers asks its registry of attention functions for "sdpa" at each call of an attention module. While a model uses
+the kernel, that entry is `attention_forward`, which passes on every call that is not of a module of such a model. The
+model's configuration stays as it is, so another implementation that is set later ("eager", "flex_attention") is used.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,15 +24,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from cpu_kernels import decode_attention, supports_decode_attention
 from cpu_kernels.backends.shared import shared_backend
 
-NAME = "hybrimoe"
-"""Of the attention implementation in transformers' registry, followed by the number of threads where one is set."""
 REPLACED = "sdpa"
+"""The attention implementation in transformers' registry whose decode steps the kernel takes."""
+MARK = "_hybrimoe_attention"
+"""Attribute of a module that uses the kernel; holds its `KernelUse`."""
 UNKNOWN_HERE = ("softcap", "position_bias", "s_aux", "cache")
 """Arguments of an attention call that the kernel does not know: PyTorch's gets the call, or refuses it."""
 HEAD_SIZE = 64
 """Of the call that compiles the kernels (about 5 s) or loads them from the cache."""
-ASKS_BY_NAME = re.compile(r"_attn_implementation\s*(==|!=|not in|in)\s")
-CHOOSES = "get_interface(self.config._attn_implementation"
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(slots=True)
+class KernelUse:
+    """One module's use of the kernel. threads: as in `cpu_kernels.get_backend`; calls: how many calls it took."""
+
+    threads: int | None
+    calls: int = 0
 
 
 def attention_forward(
@@ -41,31 +52,31 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    *,
-    threads: int | None = None,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An attention function as transformers calls it; returns [B, queries, heads, V] and no weights.
 
     query [B, heads, queries, D], key and value [B, kv_heads, T, D or V]; attention_mask: bool (True is seen) or added.
     """
-    if _takes(query, key, value, attention_mask, dropout, others):
+    use: KernelUse | None = module.__dict__.get(MARK)
+    if use is not None and _takes(query, key, value, attention_mask, dropout, others):
+        use.calls += 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         bias = None if attention_mask is None else _bias(attention_mask, query.shape[0], key.shape[2])
-        return decode_attention(query, key, value, scale, bias, threads).transpose(1, 2), None
-    result: tuple[torch.Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-    )
-    return result
+        return decode_attention(query, key, value, scale, bias, use.threads).transpose(1, 2), None
+    return registry.passed_on(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
 
 
 def _takes(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float,
     others: dict[str, Any],
 ) -> bool:  # fmt: skip
-    if query.shape[2] != 1 or query.requires_grad or dropout:
+    if query.shape[2] != 1 or dropout or torch.compiler.is_compiling():
         return False
     if any(others.get(name) is not None for name in UNKNOWN_HERE):
+        return False
+    seen = (query, key, value) if mask is None else (query, key, value, mask)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in seen):
         return False
     same_mask = mask is None or (mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1)
     return same_mask and supports_decode_attention(query, key, value)
@@ -79,42 +90,77 @@ def _bias(mask: torch.Tensor, n_batch: int, n_tokens: int) -> torch.Tensor:
     return seen.to(torch.float32).expand(n_batch, n_tokens)
 
 
-@dataclass(slots=True)
-class DecodeAttention:
-    """The modules whose attention function was replaced, with the configuration that they had."""
+class RegistryEntry:
+    """transformers' entry for `REPLACED`: `attention_forward` while a model uses it, else what was found there."""
 
-    originals: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.passed_on: AttentionFunction = sdpa_attention_forward
+        self._users: weakref.WeakSet[DecodeAttention] = weakref.WeakSet()
+
+    def add(self, user: DecodeAttention) -> None:
+        """From now on calls go through `attention_forward`."""
+        entry = AttentionInterface()[REPLACED]
+        if entry is not attention_forward:
+            self.passed_on = entry
+            AttentionInterface.register(REPLACED, attention_forward)
+        self._users.add(user)
+        weakref.finalize(user, self._put_back)
+
+    def remove(self, user: DecodeAttention) -> None:
+        """`user` no longer needs the entry. A user that is dropped without it no longer counts either."""
+        self._users.discard(user)
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """With the last user, unless somebody else has replaced the entry since."""
+        if next(iter(self._users), None) is None and AttentionInterface()[REPLACED] is attention_forward:
+            AttentionInterface.register(REPLACED, self.passed_on)
+
+
+registry = RegistryEntry()
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class DecodeAttention:
+    """The modules of a model that use the kernel where they ask for scaled_dot_product_attention, by path."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+
+    def calls(self) -> dict[str, int]:
+        """How many calls of each module the kernel took, of the modules of which it took any."""
+        counts = {path: module.__dict__[MARK].calls for path, module in self.modules.items()}
+        return {path: n_calls for path, n_calls in counts.items() if n_calls}
 
     def undo(self) -> None:
-        """Gives every module its own configuration back."""
-        while self.originals:
-            module, config = self.originals.pop()
-            module.config = config
+        """The modules use PyTorch's function again."""
+        for module in self.modules.values():
+            module.__dict__.pop(MARK, None)
+        self.modules.clear()
+        registry.remove(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodeAttention:
+        """For the modules of a copied model, which are in `memo`."""
+        twin = DecodeAttention({path: copy.deepcopy(module, memo) for path, module in self.modules.items()})
+        registry.add(twin)
+        return twin
 
 
 def use_decode_attention(model: nn.Module, threads: int | None = None) -> DecodeAttention:
-    """Lets the attention modules that use PyTorch's scaled_dot_product_attention use `attention_forward`.
+    """Lets the modules of `model` that call PyTorch's attention by transformers' registry use `attention_forward`.
 
-    A module finds its function by the name in its configuration: each gets a copy with another name, so that masks,
-    other models of the same configuration and the model's own stay as they are. Modules that compare the name stay out.
     The kernels are compiled here where the model will need them.
     Raises ThreadingError where the kernels' threads do not start.
     """
     shared_backend(threads)
-    name = NAME if threads is None else f"{NAME}-{threads}"
-    AttentionInterface.register(name, partial(attention_forward, threads=threads))
-    done = DecodeAttention()
-    copies: dict[int, Any] = {}
-    for module in model.modules():
+    done, chosen = DecodeAttention(), []
+    for path, module in model.named_modules():
         config = module.__dict__.get("config")
-        if getattr(config, "_attn_implementation", None) != REPLACED or not _chooses_by_name(type(module).forward):
-            continue
-        if id(config) not in copies:
-            copies[id(config)] = copy.copy(config)
-            copies[id(config)].__dict__["_attn_implementation_internal"] = name
-        done.originals.append((module, config))
-        module.config = copies[id(config)]
-    if any(_computes_bfloat16_here(module) for module, _ in done.originals):
+        if hasattr(config, "_attn_implementation"):
+            module.__dict__[MARK] = KernelUse(threads)
+            done.modules[path] = module
+            chosen += [module] if config._attn_implementation == REPLACED else []
+    registry.add(done)
+    if any(_computes_bfloat16_here(module) for module in chosen):
         nothing = torch.zeros(1, 1, 1, HEAD_SIZE, dtype=torch.bfloat16)
         decode_attention(nothing, nothing, nothing, 1.0, None, threads)  # now, and not in the first reply
     return done
@@ -122,13 +168,3 @@ def use_decode_attention(model: nn.Module, threads: int | None = None) -> Decode
 
 def _computes_bfloat16_here(module: nn.Module) -> bool:
     return any(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in module.parameters())
-
-
-@cache
-def _chooses_by_name(forward: Callable[..., Any]) -> bool:
-    """Whether a module's forward takes its attention function from the registry, and only that depends on the name."""
-    try:
-        source = inspect.getsource(forward)
-    except (OSError, TypeError):
-        return False
-    return CHOOSES in re.sub(r"\s+", "", source) and not ASKS_BY_NAME.search(source)

@@ -7,17 +7,20 @@ more than the few bytes of a router. With int4 the output layer is int8: each er
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from cpu_kernels import LinearSpec, pack_linear, run_linear, unpack_linear
-from hybrimoe.errors import CheckpointError
+from cpu_kernels import LinearSpec, pack_linear, run_linear, unpack_linear, unpack_linear_blocks
+from hybrimoe.errors import CheckpointError, ModelError
+from hybrimoe.experts.absent import AbsentWeights
 
 PackedDtype = Literal["int8", "int4"]
 ROUTER_NAME = re.compile(r"(^|\.)(gate|router|classifier|shared_expert_gate)(\.|$)")
@@ -26,10 +29,16 @@ MIN_FEATURES = 32
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b, W packed in groups of 32. Takes the place of an `nn.Linear` on the CPU; inference only."""
+    """y = x W^T + b, W packed in groups of 32 and frozen. Takes the place of an `nn.Linear` on the CPU.
 
-    def __init__(self, linear: nn.Linear, dtype: PackedDtype = "int8", threads: int | None = None) -> None:
-        """linear: finite weights on the CPU. threads: as in `cpu_kernels.get_backend`.
+    Gradients go through W, dequantised, to x, and to b. `state_dict()` has the layer's own weight where it was kept,
+    else a placeholder that refuses to be saved or read; loading a weight raises ModelError, and so does pickling.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, dtype: PackedDtype = "int8", threads: int | None = None, *, keep_original: bool = False
+    ) -> None:
+        """linear: finite weights on the CPU. threads: as in `cpu_kernels.get_backend`. keep_original: hold on to it.
 
         Raises CheckpointError where a weight is not finite.
         """
@@ -41,6 +50,7 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         self.weight_dtype = linear.weight.dtype
         self._threads = threads
+        self.__dict__["_original"] = linear if keep_original else None  # no submodule: it has no place in the model
         self._record = _aligned_bytes(self.spec.record_bytes)
         pack_linear(self.spec, linear.weight.detach(), self._record)
 
@@ -56,18 +66,105 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: floating [..., in_features] -> [..., out_features] in x's dtype."""
-        rows = x.detach().reshape(-1, self.in_features).to(torch.float32).contiguous()
-        out = torch.empty(rows.shape[0], self.out_features)
-        if len(rows):
-            run_linear(self.spec, self._record.ctypes.data, rows.numpy(), out.numpy(), self._threads)
+        if torch.compiler.is_compiling():
+            compiled: torch.Tensor = self._run_outside_graphs(x)
+            return compiled
+        rows = x.reshape(-1, self.in_features).to(torch.float32).contiguous()
+        if torch.is_grad_enabled() and rows.requires_grad:
+            out: torch.Tensor = FrozenProduct.apply(self, rows)  # type: ignore[no-untyped-call]
+        else:
+            out = self.product(rows)
         if self.bias is not None:
             out += self.bias
         return out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """x W^T without gradient: contiguous float32 [T, in_features] -> float32 [T, out_features]."""
+        out = torch.empty(rows.shape[0], self.out_features)
+        if len(rows):
+            run_linear(self.spec, self._record.ctypes.data, rows.detach().numpy(), out.numpy(), self._threads)
+        return out
+
+    def product_with_weight(self, rows: torch.Tensor) -> torch.Tensor:
+        """x W, the way back: float32 [T, out_features] -> float32 [T, in_features], from a block of W at a time."""
+        result = torch.zeros(rows.shape[0], self.in_features)
+        for start, block in unpack_linear_blocks(self.spec, self._record):
+            result.addmm_(rows[:, start : start + len(block)], block)
+        return result
+
+    @property
+    def original(self) -> nn.Linear | None:
+        """The layer that stood here, where it was kept."""
+        original: nn.Linear | None = self.__dict__["_original"]
+        return original
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """`weight` [out_features, in_features] by its name: the layer's own where it was kept, else dequantised."""
+        return {"weight": self.weight if self.original is None else self.original.weight.detach()}
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         size = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{size}, bias={self.bias is not None}, {self.spec.dtype}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        """A copy shares the packed bytes, which nothing writes to."""
+        twin = PackedLinear.__new__(PackedLinear)
+        memo[id(self)] = twin
+        memo[id(self._record)] = self._record
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """What is packed for this machine's kernels is not a way to keep a model."""
+        raise ModelError(
+            "a model with packed dense layers cannot be pickled: call model.hybrimoe.restore() first, or write it with"
+            " save_pretrained"
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run_outside_graphs(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` as one break in a compiled graph."""
+        return self.forward(x)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.original is not None:
+            self.original._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        shape = torch.empty(self.out_features, self.in_features, dtype=self.weight_dtype, device="meta")
+        destination[prefix + "weight"] = AbsentWeights.like(shape, prefix + "weight")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        if prefix + "weight" in state_dict:
+            raise ModelError(
+                f"{prefix}weight is packed as {self.spec.dtype} (cpu.dense_dtype), into which nothing can be loaded:"
+                " call model.hybrimoe.restore() first and inject again afterwards"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if strict:
+            missing_keys.append(prefix + "weight")
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T of a PackedLinear, differentiated with respect to x."""
+
+    @staticmethod
+    def forward(ctx: Any, linear: PackedLinear, rows: torch.Tensor) -> torch.Tensor:
+        """rows: contiguous float32 [T, in_features] -> float32 [T, out_features]."""
+        ctx.linear = linear
+        return linear.product(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[None, torch.Tensor]:
+        """Gradient of rows."""
+        return None, ctx.linear.product_with_weight(grad_out)
 
 
 @dataclass(slots=True)
@@ -97,29 +194,56 @@ def pack_linears(
 ) -> PackedDense:  # fmt: skip
     """Packs every `nn.Linear` of `model` that is on the CPU and is no router; the output layer never below int8.
 
+    Left alone are layers that have hooks or a forward of their own, layers that carry an adapter, and, where some
+    weights of the model are frozen, those that are not: they are being trained.
+
     num_experts: sizes of the model's routers; a layer with so many outputs whose name does not say otherwise is taken
     for one. keep_originals: hold on to the layers, so that `undo` can put them back.
     """
     packed = PackedDense()
+    try:
+        _pack_into(packed, model, num_experts, dtype, keep_originals, threads)
+    except BaseException:
+        if packed.reversible:
+            packed.undo()
+        raise
+    return packed
+
+
+def _pack_into(
+    packed: PackedDense, model: nn.Module, num_experts: frozenset[int], dtype: PackedDtype, keep_originals: bool,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """`pack_linears`, noting in `packed` what was done so far."""
+    some_frozen = any(not weight.requires_grad for weight in model.parameters())
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             full = f"{path}.{name}" if path else name
             if type(child) is not nn.Linear or not _worth_packing(full, child, num_experts):
                 continue
-            replacement = PackedLinear(child, "int8" if child is output else dtype, threads)
+            if not _is_plain(child) or "base_layer" in parent._modules or (some_frozen and child.weight.requires_grad):
+                continue
+            replacement = PackedLinear(
+                child, "int8" if child is output else dtype, threads, keep_original=keep_originals
+            )
             replacement.train(child.training)
             setattr(parent, name, replacement)
             packed.paths.append(full)
             packed.originals.append((parent, name, child if keep_originals else None))
             packed.nbytes += replacement.record_bytes
-    return packed
 
 
 def _worth_packing(path: str, linear: nn.Linear, num_experts: frozenset[int]) -> bool:
     if linear.weight.device.type != "cpu" or min(linear.in_features, linear.out_features) < MIN_FEATURES:
         return False
     return not ROUTER_NAME.search(path) and linear.out_features not in num_experts
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether calling the layer does nothing but its product."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return "forward" not in linear.__dict__ and not any(hooks)
 
 
 def _aligned_bytes(n_bytes: int, alignment: int = 64) -> np.ndarray:

@@ -10,6 +10,7 @@ from hybrimoe.errors import ModelError, PromptError
 from hybrimoe.generation.engine import Reply, TextGenerator
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.sampling import DEFAULT_NEW_TOKENS, SamplingOptions
+from hybrimoe.generation.template_form import in_the_templates_form
 
 __all__ = ["Conversation", "Turn", "chat_options", "encode_chat", "has_chat_template"]
 
@@ -117,16 +118,24 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of `messages` through the model's chat template, ready for the assistant's words.
 
     Raises:
-        ModelError: the template rejects the conversation, for instance a role that it does not know.
+        ModelError: the template rejects the conversation, for instance a role that it does not know, or shows nothing
+            of its last message.
     """
     with_template = has_chat_template(tokenizer)
-    try:
-        text = tokenizer.apply_chat_template(
-            messages,
+
+    def render(given: list[dict[str, Any]]) -> str:
+        shown: str = tokenizer.apply_chat_template(
+            given,
             chat_template=None if with_template else PLAIN_TEMPLATE,
             tokenize=False,
             add_generation_prompt=True,
         )
+        return shown
+
+    try:
+        text = render(in_the_templates_form(render, messages))
+    except ModelError:
+        raise
     except Exception as error:  # templates are programs of the model's author and raise what they like
         raise ModelError(f"the model's chat template rejects this conversation: {error}") from error
     return list(tokenizer(text, add_special_tokens=not with_template)["input_ids"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import PromptError
+from hybrimoe.generation.decoding import warn_of_other_decoding
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.sampling import Sampler, SamplingOptions
 from hybrimoe.generation.transcript import FinishReason, Transcript
@@ -55,6 +56,7 @@ class TextGenerator:
         self.model = model
         self.tokenizer = tokenizer
         self.prefill_chunk_tokens = prefill_chunk_tokens
+        warn_of_other_decoding(model)
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.forward_kwargs: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if takes_logits_to_keep:
@@ -200,6 +202,7 @@ class Reply:
         """Logits after the prompt; None where it was interrupted."""
         logits = None
         self.n_reused = self._cache.reuse(self.prompt_ids)
+        self._cache.announce(len(self.prompt_ids))
         chunk = self._generator.prefill_chunk_tokens
         for start in range(self.n_reused, len(self.prompt_ids), chunk):
             if self._should_stop():

@@ -30,11 +30,27 @@ class PrefixCache:
     def reuse(self, prompt_ids: Sequence[int]) -> int:
         """Fit the cache to `prompt_ids`; returns how many of its tokens need no computing (at most all but one)."""
         shared = min(self.n_shared(prompt_ids), len(prompt_ids) - 1)
-        if shared <= 0 or not self._crop(len(self.token_ids) - shared):
+        if shared <= 0 or self._knows_its_prompt() or not self._crop(len(self.token_ids) - shared):
             self.clear()
             return 0
         del self.token_ids[shared:]
         return shared
+
+    def announce(self, n_tokens: int) -> None:
+        """The prompt that is computed next, perhaps in several chunks, has `n_tokens`.
+
+        Layers that keep the whole prompt and only a window of the reply (reference sliding-window attention) take the
+        first chunk for the prompt unless they are told.
+        """
+        for layer in self._layers_that_ask():
+            layer.set_prefill_length(n_tokens)
+
+    def _layers_that_ask(self) -> list[Any]:
+        return [layer for layer in getattr(self.states, "layers", ()) if hasattr(layer, "set_prefill_length")]
+
+    def _knows_its_prompt(self) -> bool:
+        """Whether a layer treats the tokens of its first prompt in another way, so that no second one can follow."""
+        return bool(self._layers_that_ask())
 
     def extended(self, token_ids: Sequence[int], states: Any) -> None:
         """Record that `token_ids` were computed on top, and the `states` which the model returned."""

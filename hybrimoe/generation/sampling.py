@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import ConfigError
+from hybrimoe.generation.candidates import few_candidates
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,8 @@ class Sampler:
     """Chooses one token at a time for one reply: the tokens are those of `model.generate` with the same settings.
 
     The processors are built by the model itself, so everything that its generation_config.json says holds too.
-    Sampling with `seed` draws the numbers that `torch.manual_seed(seed)` before `model.generate` would draw.
+    Sampling with `seed` draws the numbers that `torch.manual_seed(seed)` before `model.generate` would draw, but for
+    logits on an accelerator with a top_k: there one for each of the top k, so that a seed gives another text.
     """
 
     def __init__(self, model: Any, options: SamplingOptions, prompt_ids: Sequence[int]) -> None:
@@ -109,11 +111,15 @@ class Sampler:
         """The next token from `logits` [V], any float dtype and device; it is remembered as part of the sequence."""
         import torch
 
+        few = few_candidates(self._processors, logits, greedy=self.greedy)
+        logits = logits if few is None else few[0]
         scores = self._processors(self._ids, logits.to("cpu", torch.float32, copy=True)[None])
         if self.greedy:
             token = torch.argmax(scores, dim=-1)
         else:
             token = torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=self._generator).squeeze(1)
+        if few is not None:
+            token = few[1].cpu()[token]
         self._ids = torch.cat([self._ids, token[:, None]], dim=-1)
         return int(token)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import copy
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -78,6 +79,20 @@ class Application:
             original.train(getattr(parent, name).training)
             setattr(parent, name, original)
         self.placements.undo()
+
+    def copied(self, memo: dict[int, Any]) -> Application:
+        """The same done to a copy of the model, whose modules are in `memo` (of `copy.deepcopy`)."""
+        if self.placements.devices:
+            raise ModelError(
+                f"rules have placed modules on devices ({next(iter(self.placements.devices))}), which a copy of the"
+                " model would share with it: call model.hybrimoe.restore() first, copy, and inject both"
+            )
+        twin = Application.__new__(Application)
+        twin.session, twin.placements, twin.remarks = self.session, Placements(), list(self.remarks)
+        twin.originals = copy.deepcopy(self.originals, memo)
+        twin._replaced = copy.deepcopy(self._replaced, memo)
+        twin._sites, twin._claimed = {}, frozenset()
+        return twin
 
     def _remark_once(self, text: str) -> None:
         if text not in self.remarks:

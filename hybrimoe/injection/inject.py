@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hybrimoe.config.deploy import DeployConfig, load_config
-from hybrimoe.errors import ConfigError, HybriMoEError, ModelError, unknown
+from hybrimoe.errors import ConfigError, HybriMoEError, unknown
 from hybrimoe.injection.application import Application, OpenStore
-from hybrimoe.injection.injection import MARK, SAVE, Injection
+from hybrimoe.injection.injection import MARK, SAVE, Injection, SaveGuard
+from hybrimoe.injection.refusals import refuse_adapted_experts, refuse_second_injection, refuse_wrapped_experts
 from hybrimoe.injection.resolve import Resolution, resolve
 from hybrimoe.injection.rules import RulesSource, read_rules
 
@@ -53,10 +54,10 @@ def inject(
     overrides: further keys of `hybrimoe.load_config`.
 
     A model on the meta device gets its weights later: the session starts when its store is filled.
-    Raises RuleError, ConfigError, ModelError (dense, or injected already), UnsupportedExpertsError, DeviceError,
-    BudgetError; the model is then as it was.
+    Raises RuleError, ConfigError, ModelError (dense, injected already, offloaded, adapted), UnsupportedExpertsError,
+    DeviceError, BudgetError, CheckpointError (a dense weight that is not finite); the model is then as it was.
     """
-    _refuse_second_injection(model)
+    refuse_second_injection(model)
     deployment = load_config(
         {} if config is None else config,
         accelerator=accelerator if accelerator is None or isinstance(accelerator, str) else list(accelerator),
@@ -65,9 +66,11 @@ def inject(
         scheduler=scheduler,
         **overrides,
     )
+    refuse_adapted_experts(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     bound = read_rules(deployment.located_rules() if rules is None else rules, model_type)
     resolution = resolve(model, bound)
+    refuse_wrapped_experts(model, [hit.path for hit in resolution.experts])
     session = _new_session(runtime_settings(deployment, runtime))
     application = Application(model, session, resolution)
     try:
@@ -78,10 +81,13 @@ def inject(
         session.close()
         raise
     injection = Injection(model, deployment, resolution, application)
+    model.__dict__ |= {MARK: injection, SAVE: SaveGuard(model)}
     if not injection.deferred:
-        injection.prepare_dense(keep_originals=True)
-    model.__dict__[MARK] = injection
-    model.__dict__[SAVE] = _refuse_save
+        try:
+            injection.prepare_dense(keep_originals=True)
+        except BaseException:
+            injection.restore()
+            raise
     return injection
 
 
@@ -119,17 +125,3 @@ def _finalize(
 ) -> None:
     opened = None if store is None else partial(store, session.layer_specs())
     session.finalize(model, store=opened, frequencies=frequencies)
-
-
-def _refuse_save(*_: object, **__: object) -> None:
-    raise ModelError(f"an injected model holds no experts to save; call model.{MARK}.restore() first")
-
-
-def _refuse_second_injection(model: nn.Module) -> None:
-    from hybrimoe.experts.module import HybridExperts
-
-    for path, module in model.named_modules():
-        if isinstance(module, HybridExperts):
-            raise ModelError(
-                f"this model is injected already ({path} is HybridExperts); call model.{MARK}.restore() first"
-            )

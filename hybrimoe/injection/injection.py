@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
 from hybrimoe.config.deploy import DeployConfig
 from hybrimoe.errors import ModelError
+from hybrimoe.experts.absent import AbsentWeights, explanation
 from hybrimoe.injection.application import Application
 from hybrimoe.injection.explain import Explanation, explain_resolution
 from hybrimoe.injection.resolve import Resolution
@@ -24,7 +28,7 @@ MARK = "hybrimoe"
 
 
 SAVE = "save_pretrained"
-"""Method that an injected model refuses: it would write a checkpoint without experts."""
+"""Method that an injected model guards: weights that it holds only packed are refused before a file is written."""
 
 
 class Injection:
@@ -45,6 +49,8 @@ class Injection:
         self.attention: DecodeAttention | None = None
         self._application = application
         self._active = True
+        self._sharing: weakref.WeakSet[Injection] = weakref.WeakSet([self])
+        """This injection and those of copies of the model: the last one closes the session."""
 
     @property
     def active(self) -> bool:
@@ -89,7 +95,23 @@ class Injection:
 
     def stats(self) -> SessionStats:
         """Hits, misses, transfers, prefetches, bytes and us per lane: per layer and in total."""
-        return self.session.stats()
+        stats = self.session.stats()
+        return stats if self.attention is None else replace(stats, attention_calls=self.attention.calls())
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """`model.state_dict()` with every weight, dequantised where only packed ones are left.
+
+        Weights that were packed as int8 or int4 come back rounded, and take their whole size in memory. Raises
+        ModelError where a lossy policy has given some of the experts up.
+        """
+        from hybrimoe.dense.linear import PackedLinear
+        from hybrimoe.experts.module import HybridExperts
+
+        state: dict[str, torch.Tensor] = self.model.state_dict()
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            if isinstance(module, HybridExperts | PackedLinear):
+                state |= {f"{path}.{name}": weight for name, weight in module.full_weights().items()}
+        return state
 
     def explain(self) -> Explanation:
         """Which rule is for which module, with its operator, device (which of several accelerators) and bytes."""
@@ -124,14 +146,33 @@ class Injection:
         if self.attention is not None:
             self.attention.undo()
         self._application.undo()
-        self.session.close()
+        self.session.release(self.model)
+        self._sharing.discard(self)
+        if not self._sharing:
+            self.session.close()
         if self.model.__dict__.get(MARK) is self:
             del self.model.__dict__[MARK], self.model.__dict__[SAVE]
         self._active = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Injection:
-        """A copy of an injected model shares the session, which owns threads and device memory."""
-        return self
+        """The injection of a copied model: it shares the session, and each is restored without the other.
+
+        Raises ModelError where rules have placed modules on devices.
+        """
+        model = copy.deepcopy(self.model, memo)
+        if id(self) in memo:  # copying the model has copied it
+            twin: Injection = memo[id(self)]
+            return twin
+        twin = Injection(model, self.config, self.resolution, self._application.copied(memo))
+        twin.dense, twin.attention = copy.deepcopy((self.dense, self.attention), memo)
+        twin._active, twin._sharing = self._active, self._sharing
+        twin._sharing.add(twin)
+        model.__dict__[SAVE] = SaveGuard(model)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """A session cannot be written to a file."""
+        raise ModelError(f"an injected model cannot be pickled: call model.{MARK}.restore() first")
 
     def __enter__(self) -> Injection:
         return self
@@ -154,8 +195,11 @@ class Injection:
     @property
     def deferred(self) -> list[tuple[int, nn.Module]]:
         """Layer indices and modules of the experts that had no weights when they were injected."""
-        experts = enumerate(self.resolution.experts)
-        return [(layer, hit.module) for layer, hit in experts if hit.layout is not None and hit.layout.is_meta]
+        return [
+            (layer, module)
+            for layer, module in enumerate(self.originals.values())
+            if any(weight.is_meta for weight in module.parameters(recurse=False))
+        ]
 
     def _rebuild_deferred(self) -> None:
         deferred = self.deferred
@@ -167,3 +211,24 @@ class Injection:
         for layer, module in deferred:
             rebuild_experts(module, self.session.store, layer)
         move(self.model, torch.device("cpu"))  # where the experts are now: whole models fit host memory, not a GPU
+
+
+class SaveGuard:
+    """Stands for `save_pretrained` of an injected model: saves what is whole, refuses what exists only packed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, *args: Any, state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
+        """Saves as the model's class does. Raises ModelError before anything is written."""
+        model: Any = self._model()
+        if state_dict is None:
+            state_dict = model.state_dict()
+            absent = [value for value in state_dict.values() if isinstance(value, AbsentWeights)]
+            if absent:
+                raise ModelError(explanation(absent[0].origin))
+        return type(model).save_pretrained(model, *args, state_dict=state_dict, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SaveGuard:
+        """The copied injection gives the copied model its own."""
+        return self

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpu_kernels import ExpertDtype
+from cpu_kernels import ExpertDtype, ExpertSpec, ExpertWeights
 from gpu_kernels import Accelerator
 from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import HybriMoEError, ModelError
@@ -156,6 +156,27 @@ class Session:
                     self._give_way(error)
                     runner = self._ready()
 
+    def expert_spec(self, layer: int) -> ExpertSpec:
+        """Shape, storage dtype and activation of a layer's experts."""
+        return self._layers[layer].spec
+
+    def read_expert(self, layer: int, expert: int) -> ExpertWeights:
+        """One expert's weights on the host, dequantised. Raises ModelError where a lossy policy has given some up."""
+        if not self.store.complete:
+            raise ModelError(
+                f"{self._layers[layer].path}: some experts are kept in low precision only (scheduler.lossy), from which"
+                " the weights cannot be had back; load the model again without it"
+            )
+        return self.store.read(layer, expert)
+
+    def require_exact(self, purpose: str) -> None:
+        """Raises ModelError, naming the purpose, where a lossy policy changes what the experts compute."""
+        if self.config.lossy is not None:
+            raise ModelError(
+                f"scheduler.lossy ({self.config.lossy}) changes what the experts compute, so there is not {purpose};"
+                " inject or load the model without it"
+            )
+
     def announce_step(self, phase: str) -> None:
         """For callers that do not call the bound model: the next layer call starts a step of this phase."""
         if phase not in ("prefill", "decode"):
@@ -196,6 +217,10 @@ class Session:
             kept = parse_amount(budget).to_experts(n_experts, expert_bytes, auto=self.n_slots)
             runner.lossy.policy.resize(kept)
             return kept
+
+    def release(self, model: nn.Module) -> None:
+        """No longer watches `model`, which was given to `finalize` or is a copy of that one."""
+        self._tracker.forget(model)
 
     def close(self) -> None:
         """Stops the lanes and releases device memory; layers can no longer run. Safe to call twice."""

@@ -76,6 +76,7 @@ class Cards:
     counts: Counter[str] = field(default_factory=Counter)
     host: Ticks = field(default_factory=dict)
     index: int = 0
+    bytes_to_host: int = 0
 
     def __post_init__(self) -> None:
         self._streams: list[FakeStream] = []

@@ -211,6 +211,7 @@ class Operations(TorchDispatchMode):
         else:
             assert isinstance(source, DeviceTensor)
             stream = self._cards.stream(source.device.index)
+            self._cards.bytes_to_host += source.inner.nbytes
             tick = self._cards.transfer(stream, "copy to the host", source.inner.nbytes, [source], [])
             if non_blocking and self._cards.pinned(target):
                 self._cards.deliver(stream, tick, target, source.inner.to(target.dtype).clone())

@@ -139,14 +139,14 @@ def test_durations_do_not_depend_on_the_age_of_the_session(
         accelerator = TorchAccelerator(FIRST)
         accelerator.allocate(1, experts.spec.record_bytes)
         spans = []
-        for _ in range(3):
+        for pause_us in (3600e6, 1.9e6, 1.9e6, 3600e6):
             event = accelerator.copy_to_slot(0, experts.records[0])
             event.wait()
             spans.append((clock.us, *event.span_us()))
-            clock.us += 3600e6
+            clock.us += pause_us
         accelerator.close()
     durations = [end - start for _, start, end in spans]
-    assert durations == pytest.approx([durations[0]] * 3, abs=0.01)
+    assert durations == pytest.approx([durations[0]] * 4, abs=0.002)
     assert durations[0] > 1.0
     assert all(end == pytest.approx(now, abs=1.0) for now, _, end in spans), "on the host's clock"
 
@@ -192,6 +192,18 @@ def test_slots_that_do_not_fit_leave_those_that_are_there(make_experts: Callable
         ids = work.dispatch.expert_ids.tolist()
         out = accelerator.combine(work, [accelerator.run_experts(experts.spec, ids, range(len(ids)), work)])
         assert relative_error(out.cpu(), experts.expected(work)) < 1e-5
+        accelerator.close()
+
+
+def test_memory_that_turns_out_to_be_taken_leaves_as_many_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory in pieces: each is too small, and only the allocation tells."""
+    with fake_cards(1, card_bytes=1 << 20), monkeypatch.context() as patched:
+        accelerator = TorchAccelerator(FIRST)
+        accelerator.allocate(4, 1000)
+        patched.setattr(torch.accelerator, "get_memory_info", lambda device: (1 << 40, 1 << 40))
+        with pytest.raises(SlotError, match="do not fit"):
+            accelerator.allocate(2000, 1000)
+        assert (accelerator.n_slots, accelerator.slot_bytes) == (4, 1000)
         accelerator.close()
 
 

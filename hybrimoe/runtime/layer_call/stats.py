@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -101,7 +101,10 @@ class UnitStats:
 
 @dataclass(frozen=True, slots=True)
 class SessionStats:
-    """A snapshot: sums by phase and by layer (module path), and what the session runs on."""
+    """A snapshot: sums by phase and by layer (module path), and what the session runs on.
+
+    attention_calls: by module path, how many decode steps of it the CPU's attention kernel computed.
+    """
 
     by_phase: dict[Phase, Counters]
     layers: dict[str, Counters]
@@ -113,6 +116,7 @@ class SessionStats:
     failures: int
     lossy: str | None = None
     n_low_slots: int = 0
+    attention_calls: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> Counters:
@@ -159,6 +163,7 @@ class SessionStats:
             "total": self.total.as_dict(),
             **{phase: counters.as_dict() for phase, counters in self.by_phase.items()},
             "accelerators": [unit.as_dict() for unit in self.accelerators],
+            "attention_calls": dict(self.attention_calls),
             "layers": {path: counters.as_dict() for path, counters in self.layers.items()},
         }
 

@@ -56,6 +56,16 @@ class StepTracker:
             self._handle.remove()
             self._handle = None
 
+    def forget(self, model: nn.Module) -> None:
+        """Removes the hook from `model`, which may be a copy of the model that was bound."""
+        for key in [key for key, hook in model._forward_pre_hooks.items() if hook == self._on_model_call]:
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepTracker:
+        """A copy of a model is watched as well: its layers run in the same session."""
+        return self
+
     def announce(self, phase: Phase) -> None:
         """The next layer call starts a step of this phase (for callers that do not call the model itself)."""
         self._announced = phase

@@ -1,9 +1,11 @@
 """Attention of decode steps in a whole model: the same logits as transformers', who takes part, and the way back."""
 
+import copy
+import gc
+
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AttentionInterface, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hybrimoe
 from hybrimoe.dense import attention as subject
@@ -49,6 +51,7 @@ def test_a_model_gives_the_same_logits_and_is_restored(calls):
     expected = logits(plain, ids)
     attention = plain.model.layers[0].self_attn
     config = attention.config
+    registered = AttentionInterface()["sdpa"]
     injection = hybrimoe.inject(plain, accelerator="none")
     assert len(calls) == 1, "compiled before the first reply"
     calls.clear()
@@ -58,6 +61,8 @@ def test_a_model_gives_the_same_logits_and_is_restored(calls):
     assert plain.config._attn_implementation == "sdpa", "the model's own configuration stays"
     injection.restore()
     assert attention.config is config
+    assert subject.MARK not in vars(attention)
+    assert AttentionInterface()["sdpa"] is registered
     assert torch.equal(logits(plain, ids), expected)
     assert len(calls) == 2
 
@@ -97,30 +102,153 @@ def test_the_threads_of_the_deployment_are_used(calls):
 @pytest.mark.parametrize("name", subject.UNKNOWN_HERE)
 def test_calls_with_what_the_kernel_does_not_know_are_not_its(calls, name, monkeypatch):
     taken = []
-    monkeypatch.setattr(subject, "sdpa_attention_forward", lambda *words, **more: taken.append(more) or (None, None))
+    monkeypatch.setattr(subject.registry, "passed_on", lambda *words, **more: taken.append(more) or (None, None))
+    module = torch.nn.Module()
     q, k = torch.zeros(1, 2, 1, 32).bfloat16(), torch.zeros(1, 2, 5, 32).bfloat16()
-    subject.attention_forward(torch.nn.Module(), q, k, k, None, **{name: torch.ones(1)})
-    assert (len(taken), calls) == (1, [])
-    subject.attention_forward(torch.nn.Module(), q, k, k, torch.zeros(1, 2, 1, 5).bool())
-    assert (len(taken), calls) == (2, []), "a mask of its own for each head"
-    subject.attention_forward(torch.nn.Module(), q, k, k, None, **{name: None})
-    assert (len(taken), len(calls)) == (2, 1)
+    subject.attention_forward(module, q, k, k, None)
+    assert (len(taken), calls) == (1, []), "another model's module"
+    setattr(module, subject.MARK, subject.KernelUse(1))
+    subject.attention_forward(module, q, k, k, None, **{name: torch.ones(1)})
+    assert (len(taken), calls) == (2, [])
+    subject.attention_forward(module, q, k, k, torch.zeros(1, 2, 1, 5).bool())
+    assert (len(taken), calls) == (3, []), "a mask of its own for each head"
+    subject.attention_forward(module, q, k, k, None, **{name: None})
+    assert (len(taken), len(calls)) == (3, 1)
 
 
-def test_modules_that_ask_for_sdpa_by_name_stay_out():
-    class Asks(torch.nn.Module):
-        def forward(self, x):
-            attention = functions.get_interface(self.config._attn_implementation, sdpa_attention_forward)
-            return attention(x) if self.config._attn_implementation == "sdpa" else x
+@pytest.mark.parametrize("learned", ["query", "key", "value", "mask"])
+def test_what_needs_a_gradient_is_not_the_kernels(calls, learned):
+    module = torch.nn.Module()
+    setattr(module, subject.MARK, subject.KernelUse(1))
+    parts = {
+        "query": torch.randn(1, 2, 1, 32).bfloat16(),
+        "key": torch.randn(1, 2, 5, 32).bfloat16(),
+        "value": torch.randn(1, 2, 5, 32).bfloat16(),
+        "mask": torch.zeros(1, 1, 1, 5).bfloat16(),
+    }
+    parts[learned].requires_grad_()
+    out, _ = subject.attention_forward(module, *parts.values())
+    out.sum().backward()
+    assert calls == []
+    assert parts[learned].grad is not None
 
-    class Looks(torch.nn.Module):
-        def forward(self, x):
-            return functions.get_interface(self.config._attn_implementation, sdpa_attention_forward)(x)
 
-    class Own(torch.nn.Module):
-        def forward(self, x):
-            return x
+def test_the_registry_is_as_it_was_once_no_model_uses_the_kernel():
+    gc.collect()
+    before = AttentionInterface()["sdpa"]
+    assert before is not subject.attention_forward, "models that are gone do not count"
+    one, two = (hybrimoe.inject(model(), accelerator="none") for _ in range(2))
+    assert AttentionInterface()["sdpa"] is subject.attention_forward
+    one.restore()
+    assert AttentionInterface()["sdpa"] is subject.attention_forward
+    two.restore()
+    assert AttentionInterface()["sdpa"] is before
 
-    functions = None
-    chosen = {kind: subject._chooses_by_name(kind.forward) for kind in (Asks, Looks, Own)}
-    assert chosen == {Asks: False, Looks: True, Own: False}
+
+def test_other_models_are_left_alone(calls):
+    mine, other = model(), model()
+    hybrimoe.inject(mine, accelerator="none")
+    calls.clear()
+    logits(other, torch.arange(20)[None])
+    assert calls == []
+
+
+def test_stats_say_which_layers_the_kernel_computed(calls):
+    plain = model()
+    injection = hybrimoe.inject(plain, accelerator="none")
+    assert injection.stats().attention_calls == {}
+    for _ in range(2):
+        logits(plain, torch.arange(20)[None])
+    expected = {f"model.layers.{layer}.self_attn": 2 for layer in range(2)}
+    assert injection.stats().as_dict()["attention_calls"] == expected
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_an_implementation_that_is_set_later_is_used(calls, implementation, when):
+    plain, ids = model(implementation="eager" if implementation == "sdpa" else "sdpa"), torch.arange(20)[None]
+    if when == "before":
+        plain.set_attn_implementation(implementation)
+    hybrimoe.inject(plain, accelerator="none")
+    plain.set_attn_implementation(implementation)
+    calls.clear()
+    logits(plain, ids)
+    assert len(calls) == (2 if implementation == "sdpa" else 0)
+
+
+def test_a_copy_uses_the_kernel_by_itself(calls):
+    plain, ids = model(), torch.arange(20)[None]
+    injection = hybrimoe.inject(plain, accelerator="none")
+    twin = copy.deepcopy(plain)
+    injection.restore()
+    calls.clear()
+    logits(plain, ids)
+    assert calls == []
+    logits(twin, ids)
+    assert len(calls) == 2
+    assert twin.hybrimoe.stats().attention_calls
+    twin.hybrimoe.restore()
+    logits(twin, ids)
+    assert len(calls) == 2
+
+
+# Over families, float32 and bfloat16 ----------------------------------------------------------------------------------
+
+
+def family(name, dtype=torch.float32):
+    from tiny_families import tiny_model
+
+    return tiny_model(name).to(dtype)
+
+
+FAMILIES = ("qwen3_moe", "deepseek_v2", "qwen3_vl_moe")
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "gpt_oss"])
+def test_eager_attention_set_after_injection_gives_transformers_attentions(name):
+    from tiny_families import prompt
+
+    plain = family(name)
+    hybrimoe.inject(plain, accelerator="none", expert_dtype="float32")
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = plain(input_ids=prompt(), output_attentions=True).attentions
+        plain.hybrimoe.restore()
+        expected = plain(input_ids=prompt(), output_attentions=True).attentions
+    assert len(found) == len(expected) > 0
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_flex_attention_set_after_injection_is_used(name, monkeypatch):
+    from tiny_families import prompt
+
+    plain = family(name)
+    with torch.no_grad():
+        expected = plain(input_ids=prompt()).logits
+        try:
+            plain.set_attn_implementation("flex_attention")
+            plain(input_ids=prompt())
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            pytest.skip(f"plain transformers cannot: {type(error).__name__}: {str(error)[:80]}")
+        plain.set_attn_implementation("sdpa")
+        with hybrimoe.inject(plain, accelerator="none", expert_dtype="float32"):
+            plain.set_attn_implementation("flex_attention")
+            torch.testing.assert_close(plain(input_ids=prompt()).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "lfm2_moe", "minimax"])
+def test_decode_steps_of_other_families_in_bfloat16(calls, name):
+    """The kernel is chosen by what an attention call is given, so every family that asks the registry may use it."""
+    from tiny_families import prompt
+
+    plain, ids = family(name, torch.bfloat16), prompt(2)
+    expected = logits(plain, ids)
+    options = {"accelerator": "none", "expert_dtype": "bfloat16"}
+    with hybrimoe.inject(plain, attention="torch", **options):
+        torch_attention = logits(plain, ids)
+    with hybrimoe.inject(plain, **options):
+        found = logits(plain, ids)
+    scale = float(expected.abs().max())
+    assert float((found - torch_attention).abs().max()) <= LOGITS * scale

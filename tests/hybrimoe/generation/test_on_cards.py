@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 
 import hybrimoe
 from hybrimoe.generation import SamplingOptions, TextGenerator
+from hybrimoe.generation.candidates import few_candidates
+from hybrimoe.generation.sampling import Sampler
 from hybrimoe.runtime.layer_call.stats import SessionStats
 from tests.fake_device import DEVICE_TYPE, fake_cards
 
@@ -123,3 +125,47 @@ def test_the_host_waits_for_the_routing_only(tmp_path: Path, byte_tokenizer: Pre
         routing_and_logits, token_ids = steps * (N_LAYERS * READS_A_LAYER + 1), steps
         assert cards.counts["wait: blocking copy to the host"] <= routing_and_logits + LEARNING
         assert cards.counts["waits"] <= routing_and_logits + token_ids + LEARNING
+
+
+OPTIONS = {
+    "greedy": SamplingOptions(temperature=0.0),
+    "qwen": SamplingOptions(temperature=0.6, top_k=20, top_p=0.95, seed=1),
+    "all": SamplingOptions(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, seed=1),
+    "top_p alone": SamplingOptions(top_k=0, top_p=0.5, seed=1),
+    "penalty": SamplingOptions(temperature=0.0, repetition_penalty=1.3),
+}
+FEW = {"greedy", "qwen", "all"}
+BYTES_OF_A_CANDIDATE = 12
+"""Its logit in float32 and its id in int64."""
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_card_sends_the_candidates_of_a_choice_only(tiny_model: Any, name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with fake_cards(1) as cards:
+        sampler, on_host = (Sampler(tiny_model, OPTIONS[name], PROMPT) for _ in range(2))
+        for _ in range(20):
+            logits = torch.randn(257, generator=generator) * 4
+            allowed = on_host._processors(on_host._ids, logits[None].clone())[0]
+            before = cards.bytes_to_host
+            token = sampler.next(logits.to(ONE))
+            sent = cards.bytes_to_host - before
+            assert (sent <= 20 * BYTES_OF_A_CANDIDATE) if name in FEW else (sent == logits.nbytes)
+            assert allowed[token] > float("-inf"), "one that transformers' processors leave"
+            if on_host.greedy:
+                assert token == on_host.next(logits)
+
+
+def test_the_chances_of_candidates_are_those_of_all_tokens(tiny_model: Any) -> None:
+    logits = torch.randn(257, generator=torch.Generator().manual_seed(0)) * 4
+    options = SamplingOptions(temperature=0.7, top_k=8, top_p=0.95, min_p=0.01, seed=1)
+    with fake_cards(1):
+        sampler = Sampler(tiny_model, options, PROMPT)
+        few = few_candidates(sampler._processors, logits.to(ONE), greedy=False)
+        assert few is not None
+        values, ids = (part.cpu() for part in few)
+        scores = sampler._processors(sampler._ids, logits[None].clone())[0]
+        reduced = sampler._processors(sampler._ids, values[None])[0]
+    chances = torch.zeros(257)
+    chances[ids] = torch.softmax(reduced, dim=-1)
+    torch.testing.assert_close(chances, torch.softmax(scores, dim=-1))

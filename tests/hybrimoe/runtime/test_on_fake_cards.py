@@ -16,6 +16,7 @@ from hybrimoe.errors import BudgetError, HybriMoEError
 from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.startup.budget import unpack_bytes
 from scheduler import Transfer
+from scheduler.lossy import RELAXATIONS, resolve_lossy
 from tests.fake_device import DEVICE_TYPE, ManualClock, fake_cards
 from tests.hybrimoe.runtime.conftest import Rig, routing
 
@@ -69,7 +70,8 @@ def test_a_resize_that_fits_one_card_of_two_keeps_both(make_rig: Callable[..., R
         with pytest.raises(BudgetError, match="do not fit"):
             rig.session.resize_slots(20)
         assert [device.n_slots for device in rig.session.accelerators] == before
-        assert_right(rig, 2)
+        assert_right(rig, 16)
+        assert rig.session.stats().failures == 0
         assert taken.numel() == 9 * size
         rig.session.close()
 
@@ -128,10 +130,45 @@ def test_a_copy_under_way_counts_by_what_is_left_of_it(monkeypatch: pytest.Monke
 
 def test_layers_without_work_for_the_card_upload_their_output_only(make_rig: Callable[..., Rig]) -> None:
     with fake_cards(1) as cards:
-        rig = make_rig(accelerator=CARD, gpu_expert_slots=8, placement="cpu")
+        rig = make_rig(accelerator=CARD, gpu_expert_slots=1, policy="static", lookahead=0)
         assert_right(rig, 2)
+        (cached, _) = rig.session.slot_contents()[0]
         inputs = [tensor.to(CARD) for tensor in routing(2, 8, 2, 0)]
         cards.counts.clear()
-        rig.call(0, *inputs)
+        rig.call((cached + 1) % len(rig.layers), *inputs)
         assert (cards.counts["copy to the card"], cards.counts["launches"]) == (1, 0)
+        rig.session.close()
+
+
+@pytest.mark.parametrize("kind", sorted(RELAXATIONS))
+def test_lossy_policies_run_on_cards(make_rig: Callable[..., Rig], kind: str) -> None:
+    dtype = "int4" if RELAXATIONS[kind].uses_planes else "bfloat16"
+    with fake_cards(2):
+        rig = make_rig(
+            n_layers=4, accelerator=(CARD, f"{DEVICE_TYPE}:1"), gpu_expert_slots=16, expert_dtype=dtype,
+            lossy=resolve_lossy(kind),
+        )  # fmt: skip
+        for n_tokens in (5, 1, 1, 30):
+            for out in call_all(rig, n_tokens, seed=n_tokens):
+                assert torch.isfinite(out).all()
+        assert rig.session.stats().total.accel_experts > 0
+        rig.session.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", ["ours", "hybrimoe", "static", "freetoken", "on_demand/none/lru"])
+def test_every_kind_of_plan_is_performed_on_two_cards(make_rig: Callable[..., Rig], policy: str, dtype: str) -> None:
+    with fake_cards(2):
+        rig = make_rig(n_layers=4, accelerator=(CARD, f"{DEVICE_TYPE}:1"), gpu_expert_slots=8, policy=policy)
+        for step, n_tokens in enumerate((5, 1, 1, 40, 1)):
+            for layer in range(4):
+                hidden, index, weights = routing(n_tokens, 8, 2, seed=97 * step + layer)
+                given = hidden.to(getattr(torch, dtype))
+                found = rig.call(layer, given.to(CARD), index.to(CARD), weights.to(CARD))
+                assert (found.device, found.dtype, found.shape) == (torch.device(CARD), given.dtype, given.shape)
+                wanted = rig.expected(layer, given, index, weights)
+                torch.testing.assert_close(found.cpu(), wanted, rtol=2e-2 if dtype == "bfloat16" else 1e-4, atol=1e-2)
+        rig.session.record_timeline(True)
+        call_all(rig, 2)
+        assert {task.lane for task in rig.session.timeline} >= {"accel"}
         rig.session.close()
