@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from enum import IntEnum
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +60,7 @@ class SlotTable:
     last events of slot and expert, and changes nothing. ``first_layer``, ``first_slot``: what messages add to numbers.
     """
 
-    validating: ClassVar[bool] = False
+    validating: bool = False
     """Whether tables validate themselves after every event: in tests, and where HYBRIMOE_DEBUG is set."""
 
     def __init__(self, n_slots: int, n_layers: int, n_experts: int, first_layer: int = 0, first_slot: int = 0) -> None:

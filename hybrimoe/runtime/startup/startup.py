@@ -12,7 +12,7 @@ from torch import nn
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from gpu_kernels import Accelerator, AcceleratorError
-from hybrimoe.errors import BudgetError
+from hybrimoe.errors import BudgetError, debugging
 from hybrimoe.machine.profiles import calibrated
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.layer_call.call import Experts, ExpertsCall
@@ -74,6 +74,9 @@ class Startup:
             firsts = [block.first_slot for block in blocks_of(self.units)]
             queues = [self.make_queue(unit.accelerator, firsts[unit.index], unit.index) for unit in self.units]
             queue_of = [unit.index for unit in self.units for _ in unit.layers]
+        if planner is not None and debugging():
+            for index in range(len(self.layers)):
+                planner.table(index)[0].validating = True
         return Experts(self.layers, self.store, planner, self.stats, queues, queue_of)
 
     def fill_slots(self, experts: Experts, frequencies: Frequencies | None) -> None:

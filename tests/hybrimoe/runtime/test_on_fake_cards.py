@@ -16,7 +16,7 @@ from hybrimoe.errors import BudgetError, HybriMoEError
 from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.startup.budget import unpack_bytes
 from scheduler import Transfer
-from scheduler.lossy import RELAXATIONS, resolve_lossy
+from scheduler.lossy import LOSSY_POLICIES, resolve_lossy
 from tests.fake_device import DEVICE_TYPE, ManualClock, fake_cards
 from tests.hybrimoe.runtime.conftest import Rig, routing
 
@@ -140,9 +140,9 @@ def test_layers_without_work_for_the_card_upload_their_output_only(make_rig: Cal
         rig.session.close()
 
 
-@pytest.mark.parametrize("kind", sorted(RELAXATIONS))
+@pytest.mark.parametrize("kind", sorted(LOSSY_POLICIES))
 def test_lossy_policies_run_on_cards(make_rig: Callable[..., Rig], kind: str) -> None:
-    dtype = "int4" if RELAXATIONS[kind].uses_planes else "bfloat16"
+    dtype = "int4" if LOSSY_POLICIES[kind].uses_planes else "bfloat16"
     with fake_cards(2):
         rig = make_rig(
             n_layers=4, accelerator=(CARD, f"{DEVICE_TYPE}:1"), gpu_expert_slots=16, expert_dtype=dtype,
