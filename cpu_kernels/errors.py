@@ -26,4 +26,4 @@ class IsaError(KernelError):
 
 
 class ThreadingError(KernelError):
-    """No safe threading layer loads, or a thread count is out of range."""
+    """A number of threads is out of range."""

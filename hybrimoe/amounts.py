@@ -168,4 +168,5 @@ _JSON = WithJsonSchema({"type": ["string", "number"], "description": _EXPECTED})
 ExpertsAmount = Annotated[Amount, _amount_of_kinds("auto", "none", "bytes", "share", "count"), _AS_TEXT, _JSON]
 DiskAmount = Annotated[Amount, _amount_of_kinds("auto", "none", "bytes", "share"), _AS_TEXT, _JSON]
 BytesAmount = Annotated[Amount, _amount_of_kinds("auto", "bytes", "share"), _AS_TEXT, _JSON]
+SizeAmount = Annotated[Amount, _amount_of_kinds("bytes"), _AS_TEXT, _JSON]
 HostAmount = Annotated[Amount, _amount_of_kinds("auto", "bytes", "share", "count"), _AS_TEXT, _JSON]

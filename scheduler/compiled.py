@@ -1,8 +1,17 @@
-"""One way to compile: nopython, cached beside the source, without the GIL. Honours NUMBA_DISABLE_JIT=1."""
+"""The one way to compile with Numba: kept on disk between starts, never stale, no error where nothing can be kept.
+
+Numba ties code on disk to the file of the function itself; what is compiled into it from other modules may have changed
+since. Here it is tied to all sources of the packages that it can come from. The other packages compile through this
+module too, since all of them may import it. Honours NUMBA_DISABLE_JIT=1.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba  # type: ignore[import-untyped, unused-ignore]
@@ -10,6 +19,52 @@ import numba  # type: ignore[import-untyped, unused-ignore]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+class UncachedCodeWarning(UserWarning):
+    """Compiled code is made again at each start, because no cache directory can be written to."""
+
+
 def compiled(function: Function) -> Function:
     """``numba.njit`` with this package's options; the type of the Python function is kept for checkers."""
-    return cast(Function, numba.njit(cache=True, nogil=True)(function))
+    made = numba.njit(nogil=True)(function)
+    keep_on_disk(made, "scheduler")
+    return cast(Function, made)
+
+
+def keep_on_disk(made: Any, *packages: str) -> None:
+    """Lets Numba keep the machine code of `made` until a source of `packages` changes; warns once where it cannot.
+
+    made: what ``numba.njit`` or ``CFunc`` made, before it is compiled. packages: the package of the function, and those
+    whose compiled functions it calls.
+    """
+    if numba.config.DISABLE_JIT:
+        return
+    try:
+        made.enable_caching()
+    except RuntimeError:  # Numba finds no directory that it may write to
+        _warn_once()
+        return
+    made._cache._cache_file._source_stamp = source_stamp(*packages)  # private; tests/scheduler/test_compiled.py
+
+
+@cache
+def source_stamp(*packages: str) -> str:
+    """Hash of all Python sources of `packages`, which lie beside this one.
+
+    Read once, when the first function of them is made: later the files may be those of an update.
+    """
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for package in packages:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        "no writable directory for compiled code: every start compiles again (about 10 s). "
+        "Set NUMBA_CACHE_DIR to a directory that you may write to.",
+        UncachedCodeWarning,
+        stacklevel=4,
+    )

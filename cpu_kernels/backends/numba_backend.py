@@ -2,7 +2,6 @@
 
 import threading
 
-import numba
 import numpy as np
 import torch
 
@@ -10,20 +9,20 @@ from cpu_kernels.backends.base import check_run, raise_not_finite
 from cpu_kernels.engine import layer, routed
 from cpu_kernels.engine.attention_workers import attention_bytes, run_attention
 from cpu_kernels.engine.dispatch import Dispatch
-from cpu_kernels.engine.pinning import pin_once, wanted
 from cpu_kernels.engine.plans import Plan, expert_plan, linear_plan
+from cpu_kernels.engine.team import start_team
 from cpu_kernels.errors import BackendError
 from cpu_kernels.format.linear import LinearSpec, check_linear
 from cpu_kernels.format.spec import ExpertSpec
 from cpu_kernels.host.isa import IsaChoice, detect
-from cpu_kernels.host.threads import core_ids, resolve_threads, start_pool
+from cpu_kernels.host.threads import resolve_threads
 
 SERIAL_BYTES = 128 * 1024  # below this much weight a second thread costs more than it saves
 SERIAL_CONTEXT_BYTES = 1024 * 1024  # the same for keys and values, most of which the last step left in a cache
 
 
 class NumbaBackend:
-    """SIMD kernels by ISA on Numba's thread pool; one call per layer.
+    """SIMD kernels by ISA on the team of threads; one call per layer.
 
     Safe to share between threads: calls of one backend queue. Two backends run at the same time.
     """
@@ -33,9 +32,6 @@ class NumbaBackend:
     def __init__(self, threads: int | None = None) -> None:
         self.choice: IsaChoice = detect()
         self.n_threads = resolve_threads(threads)
-        self.threading_layer = start_pool(self.n_threads)
-        self._cores = core_ids()
-        self._pins = wanted()
         self._plans: dict[ExpertSpec | LinearSpec, Plan] = {}
         self._last_plan: tuple[ExpertSpec | None, Plan | None] = (None, None)
         self._sizes: dict[tuple[int, int, int, int], tuple[Plan, int, int, ExpertSpec]] = {}
@@ -129,8 +125,7 @@ class NumbaBackend:
             sizes = self._routed_sizes_of(spec, n_tokens, top_k, records.size)
         plan, scratch, needed, serial_experts, _ = sizes
         out = torch.empty_like(hidden)
-        if self._pins:
-            pin_once(self.n_threads, self._cores)
+        start_team(self.n_threads)
         with self._lock:
             done = routed.run_routed(
                 plan.vector, plan.parameters, records, index.data_ptr(), weights.data_ptr(),
@@ -187,9 +182,7 @@ class NumbaBackend:
     def _threads_for(self, n_bytes: int, serial_bytes: int = SERIAL_BYTES) -> int:
         n_threads = 1 if n_bytes < serial_bytes else self.n_threads
         if n_threads > 1:
-            if self._pins:
-                pin_once(n_threads, self._cores)
-            numba.set_num_threads(n_threads)  # of the calling thread
+            start_team(n_threads)
         return n_threads
 
     def _room(self, plan: Plan, n_experts: int, n_tokens: int, n_rows: int, more_bytes: int = 0) -> np.ndarray:

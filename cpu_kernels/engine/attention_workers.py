@@ -1,14 +1,13 @@
-"""What the threads of the pool run for attention: a run of cached tokens of one key and value head at a time."""
+"""What the threads of the team run for attention: a run of cached tokens of one key and value head at a time."""
 
 import numpy as np
 
 from cpu_kernels.engine.call import LINE
-from cpu_kernels.engine.layer import run_on_threads
+from cpu_kernels.engine.team import run_on_team
 from cpu_kernels.jit.compiled import Real, Whole, Worker, inline_kernel, kernel
 from cpu_kernels.jit.primitives import (
     bits_of_float,
     call_attend,
-    call_worker,
     float_from_bits,
     floats_at,
     int64s_at,
@@ -101,10 +100,7 @@ def run_attention(
     call[PARTS] = _aligned(call[STATS] + 8 * n_chunks * n_rows)
     int64s_at(call[COUNTER], 1)[0] = 0
     _prepare(call, query, np.float32(scale), bias)
-    if n_threads == 1:
-        call_worker(call[WORKER], address, 0)
-    else:
-        run_on_threads(call[WORKER], address, n_threads)
+    run_on_team(call[WORKER], address, n_threads)
     _join_all(call, out)
 
 

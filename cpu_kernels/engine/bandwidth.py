@@ -2,12 +2,11 @@
 
 import time
 
-import numba
 import numpy as np
 
-from cpu_kernels.engine.layer import run_on_threads
+from cpu_kernels.engine.team import run_on_team, start_team
 from cpu_kernels.host.memory import page_aligned
-from cpu_kernels.host.threads import resolve_threads, start_pool
+from cpu_kernels.host.threads import resolve_threads
 from cpu_kernels.jit.compiled import Worker
 from cpu_kernels.jit.primitives import int64s_at, take_ticket
 
@@ -37,7 +36,7 @@ class ReadBandwidth:
 
     def __init__(self, n_bytes: int = 256 << 20, threads: int | None = None) -> None:
         self.n_threads = resolve_threads(threads)
-        start_pool(self.n_threads)
+        start_team(self.n_threads)
         self._memory = page_aligned(max(1, n_bytes // CHUNK) * CHUNK)  # as the experts lie
         self._memory.fill(1)
         self._call = np.zeros(CALL, np.int64)
@@ -46,8 +45,7 @@ class ReadBandwidth:
     def measure(self) -> float:
         """One pass over the buffer."""
         self._call[TICKET] = 0
-        numba.set_num_threads(self.n_threads)
         worker, call = READ_WORK.address, self._call.ctypes.data
         start = time.perf_counter()
-        run_on_threads(worker, call, self.n_threads)
+        run_on_team(worker, call, self.n_threads)
         return float(self._memory.size / (time.perf_counter() - start) / 1e9)

@@ -5,7 +5,6 @@ on its own token only, so results are the same bits for any thread count, order,
 """
 
 import numpy as np
-from numba import prange
 
 from cpu_kernels.engine.call import (
     CALL_SIZE,
@@ -42,8 +41,9 @@ from cpu_kernels.engine.call import (
     counter_address,
     row_bytes_of,
 )
-from cpu_kernels.jit.compiled import Whole, inline_kernel, kernel, parallel_kernel
-from cpu_kernels.jit.primitives import bytes_at, call_worker, int32s_at, int64s_at
+from cpu_kernels.engine.team import run_on_team
+from cpu_kernels.jit.compiled import Whole, inline_kernel, kernel
+from cpu_kernels.jit.primitives import bytes_at, int32s_at, int64s_at
 
 SMALL_TOKENS = 8  # up to this many tokens are prepared by the calling thread
 
@@ -82,13 +82,13 @@ def run_layer(
     call[PARAMETERS], call[RECORDS] = parameters.ctypes.data, records.ctypes.data
     call[INPUT], call[WEIGHTS], call[OUT_ROWS] = hidden.ctypes.data, weights.ctypes.data, out_rows.ctypes.data
     _lay_out(call, address + 8 * CALL_SIZE, positions, offsets, rows, top_k)
-    _region(plan[PREPARE_WORKER], address, 1 if hidden.shape[0] <= SMALL_TOKENS else n_threads)
+    run_on_team(plan[PREPARE_WORKER], address, 1 if hidden.shape[0] <= SMALL_TOKENS else n_threads)
     bad: int = _not_finite(call)
     if bad >= 0:
         return bad
     call[X_PANEL], call[H_PANEL] = _panel_for_x(call), call[PANEL]
-    _region(plan[UP_WORKER], address, n_threads)
-    _region(plan[DOWN_WORKER], address, n_threads)
+    run_on_team(plan[UP_WORKER], address, n_threads)
+    run_on_team(plan[DOWN_WORKER], address, n_threads)
     return -1
 
 
@@ -122,28 +122,13 @@ def run_linear_layer(
     flat, wanted = int32s_at(call[FLAT], n_tokens), bytes_at(call[WANTED], n_tokens)
     for token in range(n_tokens):
         flat[token], wanted[token] = token, 1
-    _region(plan[PREPARE_WORKER], address, 1 if n_tokens <= SMALL_TOKENS else n_threads)
+    run_on_team(plan[PREPARE_WORKER], address, 1 if n_tokens <= SMALL_TOKENS else n_threads)
     bad: int = _not_finite(call)
     if bad >= 0:
         return bad
     call[H_PANEL] = _panel_for_x(call)
-    _region(plan[DOWN_WORKER], address, n_threads)
+    run_on_team(plan[DOWN_WORKER], address, n_threads)
     return -1
-
-
-@inline_kernel
-def _region(worker: int, call: int, n_threads: int) -> None:
-    if n_threads == 1:
-        call_worker(worker, call, 0)
-    else:
-        run_on_threads(worker, call, n_threads)
-
-
-@parallel_kernel
-def run_on_threads(worker: int, call: int, n_threads: int) -> None:
-    """Runs the worker at an address once on each of n_threads threads of the pool."""
-    for thread in prange(n_threads):
-        call_worker(worker, call, thread)
 
 
 @inline_kernel

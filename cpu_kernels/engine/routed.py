@@ -9,7 +9,6 @@ every array or tensor made in Python after them, and every function called, cost
 
 import numpy as np
 import torch
-from numba import types
 
 from cpu_kernels.engine.call import LINE
 from cpu_kernels.engine.dispatch import combine_rows, group_rows, group_rows_into, present_rows
@@ -26,7 +25,6 @@ REFUSED, NOT_FINITE = -1, -2
 """Results of `run_routed` and `read_call`: routing that `build_dispatch` refuses; of the former, NOT_FINITE - token: a
 hidden state is not finite."""
 NAN_BITS = np.uint16(0x7FC0)
-_set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.int32))
 
 
 def fits(hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, hidden_size: int) -> bool:
@@ -81,8 +79,6 @@ def run_routed(
     _read_into(inputs, hidden, hidden_kind)
     results = floats_at(start + 4 * size, n_rows * hidden_size).reshape(n_rows, hidden_size)
     threads = n_threads if ids.size > serial_experts else 1
-    if threads > 1:
-        _set_num_threads(np.int32(threads))
     if ids.size:
         positions = np.arange(ids.size).astype(np.int32)
         bad = run_layer(

@@ -1,4 +1,4 @@
-"""What the threads of the pool run: preparing tokens, the first and the second half of the experts.
+"""What the threads of the team run: preparing tokens, the first and the second half of the experts.
 
 Threads take tasks (an expert x 64 packed rows) from a counter, so unequal loads and a busy core even out: most of them
 in runs, whose weights lie one behind the other, the last ones singly.

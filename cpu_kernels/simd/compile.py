@@ -13,8 +13,11 @@ from llvmlite import ir
 
 from cpu_kernels.host.isa import BY_NAME, Isa, cpu_features, path_features
 from cpu_kernels.jit.cache_dir import kernel_cache_dir
+from cpu_kernels.jit.compiled import PACKAGE
+from scheduler.compiled import source_stamp
 
 _LOCK = threading.Lock()
+_SOURCES = source_stamp(PACKAGE)  # so that an update never meets old kernels
 
 
 class VectorKernel(Protocol):
@@ -96,18 +99,6 @@ def _cache_file(kernel: VectorKernel, isa: Isa, target: Target) -> Path | None:
     parts = [target.triple, target.cpu, target.features, str(llvm.llvm_version_info), _SOURCES]
     stamp = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return directory / f"{kernel.name}-{isa.name}-{stamp}.o"
-
-
-def _source_hash() -> str:
-    """Hash of the sources that determine the code, so that an update never meets old kernels."""
-    here = Path(__file__).parent
-    sources = sorted(here.glob("*.py"))
-    sources += [here.parent / "host" / "isa.py", here.parent / "format" / "layout.py"]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-
-
-# At import: later the files may be those of an update, while this process still has the old code.
-_SOURCES = _source_hash()
 
 
 def _optimised(kernel: VectorKernel, isa: Isa, machine: llvm.TargetMachine) -> llvm.ModuleRef:

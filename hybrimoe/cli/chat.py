@@ -1,4 +1,4 @@
-"""`hybrimoe chat`: a conversation in the terminal or over a pipe, one line a message."""
+"""`hybrimoe chat`: a conversation in the terminal or over a pipe."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrimoe.cli import common
+from hybrimoe.cli.messages import messages
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from hybrimoe.cli.common_model import OpenModel
     from hybrimoe.generation import Conversation, SamplingOptions
 
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 1, 130
 
 
 def register(app: typer.Typer) -> None:
@@ -47,9 +48,10 @@ def chat(
         bool, typer.Option("--json", help="One JSON object a line for each reply.", rich_help_panel=common.OUTPUT)
     ] = False,
 ) -> None:
-    """Talk with a model. A line is a message; a backslash at its end continues it on the next line.
+    """Talk with a model. Enter sends a message; Alt-Enter, or a backslash at the end of a line, begins a new line.
 
-    /help lists the commands. Ctrl-C stops a reply; Ctrl-D or /exit leaves. Works in a pipe, too.
+    Arrow keys edit and bring earlier messages back; what is pasted is one message. /help lists the commands. Ctrl-C
+    stops a reply; Ctrl-D or /exit leaves. In a pipe a line is a message; the exit code is 1 where none was answered.
     """
     from hybrimoe.cli.common_model import open_model
     from hybrimoe.generation import Conversation
@@ -68,7 +70,7 @@ def chat(
 
 
 class ChatLoop:
-    """Reads messages and commands from stdin until its end; nothing that goes wrong with a message ends the loop."""
+    """Reads messages and commands until their end; nothing that goes wrong with a message ends the loop."""
 
     def __init__(
         self, opened: OpenModel, conversation: Conversation, options: SamplingOptions, *, quiet: bool, as_json: bool
@@ -79,6 +81,8 @@ class ChatLoop:
         self.quiet = quiet
         self.as_json = as_json
         self.at_terminal = sys.stdin.isatty() and not as_json
+        self.messages = messages(self.at_terminal)
+        self.n_failed = 0
         self.last: dict[str, Any] | None = None
         self.commands: dict[str, tuple[str, Callable[[], bool]]] = {
             "/help": ("list the commands", self._help),
@@ -89,12 +93,13 @@ class ChatLoop:
         }
 
     def run(self) -> None:
-        """The loop. Raises typer.Exit(130) when Ctrl-C is pressed twice while it waits for a message."""
+        """The loop. Raises typer.Exit(130) when Ctrl-C is pressed twice while it waits for a message, Exit(1) at the
+        end of a pipe of which no message could be answered."""
         self._greet()
         presses = 0
         while True:
             try:
-                message = self._read()
+                message = self.messages.read()
             except KeyboardInterrupt:
                 presses += 1
                 if presses > 1 or not self.at_terminal:
@@ -103,7 +108,9 @@ class ChatLoop:
                 continue
             presses = 0
             if message is None or not self._handle(message):
-                return
+                break
+        if self.n_failed and self.last is None and not self.at_terminal:
+            raise typer.Exit(FAILED)
 
     def _greet(self) -> None:
         if self.quiet:
@@ -113,25 +120,8 @@ class ChatLoop:
         if self.at_terminal:
             render.note(f"{self.opened.name}; /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
 
-    def _read(self) -> str | None:
-        """The next message; None at the end of stdin."""
-        lines: list[str] = []
-        while True:
-            if self.at_terminal:
-                sys.stderr.write("... " if lines else "> ")
-                sys.stderr.flush()
-            line = sys.stdin.readline()
-            if not line:
-                return "\n".join(lines) if lines else None
-            line = line.rstrip("\r\n")
-            if not line.endswith("\\"):
-                return "\n".join([*lines, line])
-            lines.append(line[:-1])
-
     def _handle(self, message: str) -> bool:
         """Answer a message or do a command; False ends the loop."""
-        from hybrimoe.errors import HybriMoEError
-
         if not message.strip():
             return True
         word = message.split()[0]
@@ -141,12 +131,19 @@ class ChatLoop:
             return self._unknown(word)
         try:
             self._answer(message)
-        except HybriMoEError as error:
-            if self.as_json:
-                self._emit({"error": {"type": type(error).__name__, "message": str(error)}})
-            else:
-                render.error(str(error))
+        except Exception as error:  # noqa: BLE001  # it belongs to the message: the conversation goes on
+            self._failed(error)
         return True
+
+    def _failed(self, error: Exception) -> None:
+        from hybrimoe.errors import HybriMoEError
+
+        self.n_failed += 1
+        said = str(error) if isinstance(error, HybriMoEError) else f"unexpected {type(error).__name__}: {error}"
+        if self.as_json:
+            self._emit({"error": {"type": type(error).__name__, "message": said}})
+        else:
+            render.error(said)
 
     def _answer(self, message: str) -> None:
         from hybrimoe.cli.common_model import stream_out
@@ -184,7 +181,7 @@ class ChatLoop:
     def _help(self) -> bool:
         for name, (line, _) in self.commands.items():
             render.note(f"{name:<10} {line}")
-        render.note("any other line is a message; a backslash at its end continues it on the next line")
+        render.note("anything else is a message; a backslash at its end, or Alt-Enter, continues it on the next line")
         return True
 
     def _reset(self) -> bool:

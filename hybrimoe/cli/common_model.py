@@ -50,13 +50,14 @@ def open_model(config: DeployConfig, *, show_progress: bool = True) -> Iterator[
     from hybrimoe.checkpoint import load, load_tokenizer, model_directory
     from hybrimoe.checkpoint.source import read_config_dict
     from hybrimoe.generation import TextGenerator
+    from hybrimoe.generation.kv_memory import kv_budget_bytes
 
     read_config_dict(model_directory(config.model))  # no model is a clearer message than no tokenizer
     tokenizer = load_tokenizer(config.model)
     with progress_bar(show_progress) as progress, warnings_as_notes():
         model = load(config.model, config=config, progress=progress)
     with warnings_as_notes():
-        generator = TextGenerator(model, tokenizer)
+        generator = TextGenerator(model, tokenizer, kv_bytes=kv_budget_bytes(model, config.memory.kv))
     name = "demo" if config.model is None else config.model
     opened = OpenModel(generator, model.hybrimoe.session, name, config)
     try:

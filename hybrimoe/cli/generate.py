@@ -168,8 +168,10 @@ def check_writable(path: Path | None) -> None:
 def run(opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, *, record: bool, echo: bool) -> Reply:
     """Generate; the text is written to stdout as it comes where `echo` is set."""
     from hybrimoe.cli.common_model import stream_out
+    from hybrimoe.generation.sampling import COMPLETION_TOKENS, with_length
 
     prompt_ids = opened.generator.encode(text)
+    options = with_length(options, opened.generator.model, COMPLETION_TOKENS)
     reply = opened.generator.reply(prompt_ids, options, should_stop=interrupt)
     opened.reset_stats()
     if record and opened.session is not None:

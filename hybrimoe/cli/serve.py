@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
-from typing import Annotated, Any
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hybrimoe.cli import common
 from hybrimoe.cli.views import render
+
+if TYPE_CHECKING:
+    from hybrimoe.config.deploy import DeployConfig, ServerConfig
+    from hybrimoe.server.served import Served
+
+API_KEY_VARIABLE = "HYBRIMOE_API_KEY"
+EXIT_SECONDS = 10.0
+"""After the time to drain, what still does not end (a very long step) is left behind so much later."""
 
 
 def register(app: typer.Typer) -> None:
@@ -20,12 +34,20 @@ def register(app: typer.Typer) -> None:
 def serve(
     model: common.ModelArgument = None,
     host: Annotated[
-        str | None, typer.Option(help="Address to listen on; the default only serves this machine.")
+        str | None, typer.Option(help="Address to listen on, IPv4 or IPv6; the default only serves this machine.")
     ] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in the API.")] = None,
     conversations: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Latest conversations whose KV caches are kept (4).")
+        int | None, typer.Option(min=1, max=256, help="Latest conversations whose KV caches are kept (16).")
+    ] = None,
+    drain_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=86_400.0, help="Time that a reply under way has when the server is to end (30)."),
+    ] = None,
+    access_log: Annotated[
+        bool | None,
+        typer.Option("--access-log/--no-access-log", help="A line on stderr for each request, without contents (on)."),
     ] = None,
     config: common.ConfigOption = None,
     accelerator: common.AcceleratorOption = None,
@@ -37,54 +59,179 @@ def serve(
     lookahead: common.LookaheadOption = None,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Serve /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics until Ctrl-C.
+    """Serve /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics until Ctrl-C or SIGTERM.
 
     Requests are answered one at a time, in the order in which they come; one that continues a kept conversation
-    computes only what is new. With --json, one line on stdout says where
-    the server listens.
-    """
-    uvicorn = _uvicorn()
-    from hybrimoe.cli.common_model import open_model
-    from hybrimoe.server.app import create_app
+    computes only what is new. While the model is loaded, /health says so and requests are answered with 503.
 
+    Ctrl-C or SIGTERM: what waits is refused at once, the reply under way has --drain-seconds to end; a second one ends
+    the server where it stands. With a key in HYBRIMOE_API_KEY, or keys in the file of server.api_key_file, requests
+    need one. With --json, one line on stdout says where the server listens, once the model is there.
+    """
+    _need_extra()
     deployment = common.deploy_config(
         config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
         lookahead=lookahead, lossy=lossy,
     )  # fmt: skip
-    address, number = host or deployment.server.host, deployment.server.port if port is None else port
-    listener = _listen(address, number)
-    with listener, open_model(deployment) as opened:
-        url = f"http://{address}:{listener.getsockname()[1]}"
-        kept = conversations or deployment.server.conversations
-        application = create_app(opened.generator, name or opened.name, opened.stats, kept)
-        if as_json:
-            render.emit_json({"url": url, "model": name or opened.name})
-        else:
-            render.note(f"{name or opened.name} at {url}/v1 (Ctrl-C ends it)")
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down by then; Ctrl-C is how a server ends
-            uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[listener])
+    given = {
+        "host": host, "name": name, "conversations": conversations, "drain_seconds": drain_seconds,
+        "access_log": access_log,
+    }  # fmt: skip
+    chosen = {key: value for key, value in given.items() if value is not None}
+    settings = deployment.server.model_copy(update=chosen)
+    keys = read_api_keys(settings)
+    with listening(settings.host, settings.port if port is None else port) as listener:
+        run(deployment, settings, keys, listener, as_json=as_json)
 
 
-def _uvicorn() -> Any:
-    """The server library. Raises MissingExtraError without the extra `serve`."""
+def run(
+    deployment: DeployConfig, settings: ServerConfig, keys: list[str], listener: socket.socket, *, as_json: bool
+) -> None:
+    """Listen from the first moment on, load the model, serve until a signal."""
+    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.server.served import Served
+
+    name = settings.name or ("demo" if deployment.model is None else deployment.model)
+    served = Served(name, conversations=settings.conversations)
+    with HttpServer(served, settings, keys, listener) as http, open_model(deployment) as opened:
+        served.open(opened.generator, opened.stats)
+        with stopped_by_signals() as stop:
+            http.on_end = stop.set
+            if as_json:
+                render.emit_json({"url": http.url, "model": name})
+            else:
+                render.note(f"{name} at {http.url}/v1 (Ctrl-C ends it)")
+            stop.wait()
+            leave_after(settings.drain_seconds + EXIT_SECONDS)
+            served.drain(settings.drain_seconds)
+            http.stop()
+
+
+class HttpServer:
+    """uvicorn in a thread of its own, so that it answers while the main thread loads the model and waits for signals.
+
+    on_end: called when it has ended, for whatever reason.
+    """
+
+    def __init__(self, served: Served, settings: ServerConfig, keys: list[str], listener: socket.socket) -> None:
+        import uvicorn
+
+        from hybrimoe.server.app import create_app
+
+        self.url = _url(listener)
+        self.on_end: Callable[[], None] = lambda: None
+        _log_to_stderr(settings.access_log)
+        application = create_app(
+            served, api_keys=keys, cors_origins=settings.cors_origins, max_body_bytes=int(settings.max_body.value)
+        )
+        self._listener = listener
+        self._server = uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False))
+        self._thread = threading.Thread(target=self._run, name="hybrimoe-http", daemon=True)
+
+    def __enter__(self) -> HttpServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take no more connections, let the answers under way end, and end."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._server.run([self._listener])
+        finally:
+            self.on_end()
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """Within the block the first SIGINT or SIGTERM sets the event, and the second ends the process at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_after(seconds: float) -> None:
+    """End the process after so long, whatever is still computed then."""
+
+    def leave() -> None:
+        render.error("the computation under way did not end in time; it is left behind")
+        os._exit(1)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+
+
+def read_api_keys(settings: ServerConfig) -> list[str]:
+    """Keys of the file and of the environment; none where neither is set. Raises ConfigError."""
+    from hybrimoe.errors import ConfigError
+
+    keys = [os.environ[API_KEY_VARIABLE]] if os.environ.get(API_KEY_VARIABLE) else []
+    if settings.api_key_file is None:
+        return keys
+    try:
+        lines = Path(settings.api_key_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"server.api_key_file: cannot read {settings.api_key_file}: {error}") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"server.api_key_file: {settings.api_key_file} has no key; expected one a line")
+    return keys + found
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a taken port is known before the model is loaded. Raises ConfigError."""
+    from hybrimoe.errors import ConfigError
+
+    address = host.removeprefix("[").removesuffix("]")
+    try:
+        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        both = address == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(place[:2], family=family, dualstack_ipv6=both)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
+        ) from error
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _need_extra() -> None:
+    """Raises MissingExtraError without the extra `serve`."""
     from hybrimoe.errors import MissingExtraError
 
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("serve", str(error)) from error
-    return uvicorn
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a taken port is known before the model is loaded. Raises ConfigError."""
-    from hybrimoe.errors import ConfigError
+def _log_to_stderr(access: bool) -> None:
+    """Lines of the server's loggers; the access log only where it is asked for."""
+    import logging
 
-    try:
-        return socket.create_server((host, port))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
-        ) from error
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("hybrimoe.server")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if access else logging.WARNING)

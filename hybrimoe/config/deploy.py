@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
-from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount
+from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount, SizeAmount
 from hybrimoe.config.errors import config_error
 from hybrimoe.config.scheduler import SchedulerConfig, check_scheduler
 from hybrimoe.config.values import Accelerators, ModelName, Threads, check_rules
@@ -39,7 +39,9 @@ class MemoryConfig(_Section):
     )
     disk: DiskAmount = Field(default=Amount("none"), description="Experts that stay on disk, read when needed.")
     kv: BytesAmount = Field(
-        default=Amount("auto"), description="Accelerator memory that is kept free for the KV cache."
+        default=Amount("auto"),
+        description="Memory for keys and values of all conversations, on the device that computes attention; expert "
+        "slots leave it free.",
     )
 
 
@@ -64,7 +66,21 @@ class ServerConfig(_Section):
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=1, le=65535)
-    conversations: int = Field(default=4, ge=1, le=256, description="Latest conversations whose KV caches are kept.")
+    name: str | None = Field(default=None, min_length=1, description="Name of the model in the API.")
+    conversations: int = Field(
+        default=16, ge=1, le=256, description="Latest conversations whose KV caches are kept, as far as memory.kv goes."
+    )
+    api_key_file: str | None = Field(
+        default=None, min_length=1, description="File with the API keys, one a line; without one none is asked for."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="Web pages that may call the server, as https://chat.example.org; * is all."
+    )
+    max_body: SizeAmount = Field(default=Amount("bytes", 8 << 20), description="Largest request that is read.")
+    drain_seconds: float = Field(
+        default=30.0, ge=0.0, le=86_400.0, description="Time that a reply under way has when the server is to end."
+    )
+    access_log: bool = Field(default=True, description="A line on stderr for each request, without contents.")
 
 
 class DeployConfig(_Section):
@@ -208,12 +224,15 @@ def _validated(data: dict[str, Any], located: Located, given: Mapping[str, Any])
 def _with_resolved_paths(config: DeployConfig, located: Located, given: Mapping[str, Any]) -> DeployConfig:
     """Relative paths in a file are meant from that file's folder; where nothing is there, they stay as written."""
     folder = Path(located.source).parent
-    changed = {}
+    changed: dict[str, Any] = {}
     for key in ("model", "rules"):
         value = getattr(config, key)
         from_file = key not in given and isinstance(value, str) and not Path(value).is_absolute()
         if from_file and value != "auto" and (folder / value).exists():
             changed[key] = str(folder / value)
+    keys = config.server.api_key_file
+    if keys is not None and "server" not in given and (folder / keys).exists():
+        changed["server"] = config.server.model_copy(update={"api_key_file": str(folder / keys)})
     if not changed:
         return config
     moved = config.model_copy(update=changed)

@@ -4,7 +4,7 @@ from hybrimoe.generation.chat import Conversation, Turn, chat_options, encode_ch
 from hybrimoe.generation.engine import FinishReason, Reply, ReplyTimes, TextGenerator
 from hybrimoe.generation.interrupt import Interrupt, interruptible
 from hybrimoe.generation.kv_cache import PrefixCache, PrefixCaches
-from hybrimoe.generation.sampling import Sampler, SamplingOptions
+from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
 
 __all__ = [
     "Conversation",
@@ -17,6 +17,7 @@ __all__ = [
     "Sampler",
     "SamplingOptions",
     "TextGenerator",
+    "TokenLogprob",
     "Turn",
     "chat_options",
     "encode_chat",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from hybrimoe.errors import ModelError, PromptError
 from hybrimoe.generation.engine import Reply, TextGenerator
 from hybrimoe.generation.kv_cache import PrefixCache
-from hybrimoe.generation.sampling import DEFAULT_NEW_TOKENS, SamplingOptions
+from hybrimoe.generation.sampling import SamplingOptions
 from hybrimoe.generation.template_form import in_the_templates_form
 
 __all__ = ["Conversation", "Turn", "chat_options", "encode_chat", "has_chat_template"]
@@ -21,6 +23,18 @@ PLAIN_TEMPLATE = (
 """For models without a chat template: a transcript. Replies end where the model would speak for the user."""
 
 PLAIN_STOP = ("\nUser:", "\nSystem:")
+
+NOT_VARIABLES = frozenset(
+    {
+        "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+        "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+        "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "self",
+    }
+)  # fmt: skip
+"""Parameters of `apply_chat_template`: not for a client to set, though templates use some of these names."""
+
+REPLY_ROOM_TOKENS = 256
+"""Room that old messages leave for the reply where no length is given."""
 
 
 class Turn:
@@ -96,7 +110,7 @@ class Conversation:
         limit = self.generator.context_tokens
         if limit is None:
             return messages, prompt_ids
-        room = min(options.max_new_tokens or DEFAULT_NEW_TOKENS, limit // 4)
+        room = min(options.max_new_tokens or REPLY_ROOM_TOKENS, limit // 4)
         while len(prompt_ids) + room > limit and len(messages) > first + 1:
             del messages[first : _next_user(messages, first + 1)]
             prompt_ids = self.encode(messages)
@@ -114,14 +128,22 @@ def chat_options(tokenizer: Any, options: SamplingOptions) -> SamplingOptions:
     return options if has_chat_template(tokenizer) else replace(options, stop=(*options.stop, *PLAIN_STOP))
 
 
-def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: Any, messages: list[dict[str, Any]], variables: Mapping[str, Any] | None = None
+) -> list[int]:
     """Token ids of `messages` through the model's chat template, ready for the assistant's words.
 
+    messages: role, content as text, and where a client sends them tool_calls, tool_call_id, name, reasoning_content.
+    variables: of the template, such as enable_thinking.
+
     Raises:
+        PromptError: a variable that the template does not have.
         ModelError: the template rejects the conversation, for instance a role that it does not know, or shows nothing
             of its last message.
     """
     with_template = has_chat_template(tokenizer)
+    template = str(tokenizer.chat_template) if with_template else PLAIN_TEMPLATE
+    _check_variables(template, variables or {})
 
     def render(given: list[dict[str, Any]]) -> str:
         shown: str = tokenizer.apply_chat_template(
@@ -129,16 +151,39 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
             chat_template=None if with_template else PLAIN_TEMPLATE,
             tokenize=False,
             add_generation_prompt=True,
+            **(variables or {}),
         )
         return shown
 
     try:
-        text = render(in_the_templates_form(render, messages))
+        text = render(in_the_templates_form(render, _in_words_of(template, messages)))
     except ModelError:
         raise
     except Exception as error:  # templates are programs of the model's author and raise what they like
         raise ModelError(f"the model's chat template rejects this conversation: {error}") from error
     return list(tokenizer(text, add_special_tokens=not with_template)["input_ids"])
+
+
+def _check_variables(template: str, variables: Mapping[str, Any]) -> None:
+    for name in variables:
+        if not name.isidentifier() or name in NOT_VARIABLES or not re.search(rf"\b{name}\b", template):
+            raise PromptError(f"the model's chat template has no variable {name!r}; leave it out")
+
+
+def _in_words_of(template: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages without what `template` does not know: a developer speaks as the system, tool calls stand in the text.
+
+    A template that knows neither leaves them out without a word.
+    """
+    known = []
+    for message in messages:
+        if message["role"] == "developer" and "developer" not in template:
+            message = {**message, "role": "system"}
+        if message.get("tool_calls") and "tool_calls" not in template:
+            calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
+            message = {**message, "content": "\n".join(part for part in (message["content"], *calls) if part)}
+        known.append(message)
+    return known
 
 
 def _next_user(messages: list[dict[str, str]], start: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,44 +15,86 @@ CONTEXT_TOKENS = 6
 """Tokens before the new ones that are decoded again with them, because the text of a token can depend on its
 neighbours (leading spaces of SentencePiece). vLLM uses 5."""
 
-MAX_PENDING_TOKENS = 8
-"""Tokens held back at most for an incomplete character; a character has at most 4 bytes, so more is no character."""
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""How tokenizers with byte fallback (Llama's form) name a token that is one byte."""
 
 
 class IncrementalDecoder:
-    """Turns token ids into text piece by piece; the pieces joined are the text of all tokens after the prompt.
+    """Turns token ids into text piece by piece; the pieces joined are what decoding all tokens at once gives.
 
     Special tokens give no text. `prompt_ids` are only context: their text is not given again.
+
+    Two kinds of tokens can change the text before them and are therefore held back. A byte-level token may be part of a
+    character: the text then ends with U+FFFD. A byte-fallback token belongs to a run, which is text only if the whole
+    run is valid (else each of its bytes is U+FFFD), so a run is given when another token, or the end, closes it.
+    `tokenizers.DecodeStream` raises on such runs.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
-        self._read = len(self._ids)  # tokens whose text has been given
-        self._start = 0  # first token of the window that is decoded
+        self._special = _special_ids(tokenizer)
+        self._window = self._prompt_window(prompt_ids)
+        """Tokens that are decoded together; the text of those before has been given."""
+        self._n_given = len(self._decode(self._window).removesuffix(REPLACEMENT))
+        """Characters of the window's text that have been given."""
+        self._n_settled = len(self._window)
+        """Tokens of the window after which, last time, all text had been given: where a next window may begin."""
+        self.n_characters = 0
+        """Characters given so far."""
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is incomplete."""
-        self._ids.append(token)
-        return self._take(final=len(self._ids) - self._read >= MAX_PENDING_TOKENS)
+        """The text that `token` completes; empty while a character or a run of bytes is incomplete."""
+        if token in self._special:
+            return ""
+        self._window.append(token)
+        if self._is_byte(token):
+            return ""
+        text = self._decode(self._window)
+        complete = text.removesuffix(REPLACEMENT)
+        piece = self._give(complete)
+        if complete == text and len(self._window) - self._n_settled >= CONTEXT_TOKENS:
+            self._move()
+        return piece
 
     def flush(self) -> str:
         """The rest, at the end of a reply: an incomplete character comes out as U+FFFD."""
-        return self._take(final=True)
+        return self._give(self._decode(self._window))
 
-    def _take(self, *, final: bool) -> str:
-        known = self._decode(self._ids[self._start : self._read])
-        text = self._decode(self._ids[self._start :])
-        incomplete = len(text) > len(known) and text.endswith(REPLACEMENT)
-        if len(text) < len(known) or (incomplete and not final):
-            return ""
-        self._start = len(self._ids) if incomplete else max(self._start, self._read - CONTEXT_TOKENS)
-        self._read = len(self._ids)
-        return text[len(known) :]
+    def _give(self, text: str) -> str:
+        piece = text[self._n_given :]
+        self._n_given = max(self._n_given, len(text))
+        self.n_characters += len(piece)
+        return piece
+
+    def _move(self) -> None:
+        """Begin the window at the last settled place; what is in front of it no longer matters."""
+        del self._window[: self._n_settled]
+        self._n_given, self._n_settled = len(self._decode(self._window)), len(self._window)
+
+    def _prompt_window(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The prompt's last tokens that give text, a run of bytes at their beginning whole."""
+        window: list[int] = []
+        for token in reversed(prompt_ids):
+            if token in self._special:
+                continue
+            if len(window) >= CONTEXT_TOKENS and not self._is_byte(window[0]):
+                break
+            window.insert(0, token)
+        return window
+
+    def _is_byte(self, token: int) -> bool:
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        return isinstance(piece, str) and BYTE_TOKEN.fullmatch(piece) is not None
 
     def _decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that `decode` leaves out with skip_special_tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
 
 
 class StopTexts:

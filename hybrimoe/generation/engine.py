@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import PromptError
+from hybrimoe.generation.context import model_context_tokens
 from hybrimoe.generation.decoding import warn_of_other_decoding
 from hybrimoe.generation.kv_cache import PrefixCache
-from hybrimoe.generation.sampling import Sampler, SamplingOptions
+from hybrimoe.generation.kv_memory import estimated_token_bytes, measured_token_bytes
+from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
 from hybrimoe.generation.transcript import FinishReason, Transcript
 
 if TYPE_CHECKING:
@@ -20,6 +22,13 @@ __all__ = ["FinishReason", "Reply", "ReplyTimes", "TextGenerator"]
 
 PREFILL_CHUNK_TOKENS = 2048
 """Tokens of a prompt that go through the model at once; bounds the memory of activations, not the result."""
+
+CHECKPOINT_TAIL_TOKENS = 8
+"""A checkpoint is made so many tokens before the end of a prompt: the end is often the template's opening of the reply
+(the role, an opened thinking block), which stands otherwise in the next prompt."""
+
+MEASURE_TOKENS = 64
+"""A cache that holds so many tokens is long enough to see what one takes."""
 
 
 def _never() -> bool:
@@ -47,15 +56,23 @@ class ReplyTimes:
 class TextGenerator:
     """A model and its tokenizer, ready to reply. Greedy and seeded tokens are those of `model.generate`.
 
+    kv_bytes: what keys and values may take, None for no limit; a prompt that would take more is refused, and a reply
+    ends before it does.
     forward_kwargs: what a forward call of the model takes beside its inputs; logits of the last token only, if it can.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        kv_bytes: int | None = None,
+    ) -> None:  # fmt: skip
         import inspect
 
         self.model = model
         self.tokenizer = tokenizer
         self.prefill_chunk_tokens = prefill_chunk_tokens
+        self.kv_bytes = kv_bytes
+        self._token_bytes = estimated_token_bytes(model)
+        self._measured = False
         warn_of_other_decoding(model)
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.forward_kwargs: dict[str, Any] = {"use_cache": True, "return_dict": True}
@@ -64,10 +81,19 @@ class TextGenerator:
 
     @property
     def context_tokens(self) -> int | None:
-        """The longest sequence, prompt and reply together, that the model is made for; None where it sets no limit."""
-        text_config = self.model.config.get_text_config(decoder=True)
-        limit = getattr(text_config, "max_position_embeddings", None)
-        return int(limit) if limit else None
+        """The longest sequence, prompt and reply together: the model's limit, or what the memory for keys and values
+        holds where that is less; None where neither sets a limit."""
+        limits = [limit for limit in (model_context_tokens(self.model.config), self.memory_tokens) if limit is not None]
+        return min(limits, default=None)
+
+    @property
+    def memory_tokens(self) -> int | None:
+        """Tokens whose keys and values fit `kv_bytes`; None without a limit."""
+        return None if self.kv_bytes is None or not self._token_bytes else self.kv_bytes // self._token_bytes
+
+    def token_bytes(self) -> int:
+        """Bytes that the keys and values of one more token take: estimated, after the first longer reply measured."""
+        return self._token_bytes
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the tokenizer puts in front.
@@ -106,9 +132,13 @@ class TextGenerator:
         if n_tokens == 0:
             raise PromptError("the prompt has no tokens: expected some text to continue")
         if limit is not None and n_tokens >= limit:
+            what = f"the model's context is {limit} tokens"
+            if limit == self.memory_tokens and limit != model_context_tokens(self.model.config):
+                what = f"the memory for keys and values ({(self.kv_bytes or 0) / 2**20:.0f} MiB) holds {limit} tokens"
             raise PromptError(
-                f"the prompt has {n_tokens} tokens; the model's context is {limit} tokens, prompt and reply together. "
-                f"Shorten the prompt to at most {limit - 1} tokens."
+                f"the prompt has {n_tokens} tokens; {what}, prompt and reply together. "
+                f"Shorten the prompt to at most {limit - 1} tokens"
+                + (", or raise memory.kv." if "memory" in what else ".")
             )
 
     def forward(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor:
@@ -116,6 +146,7 @@ class TextGenerator:
         import torch
 
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.model.device)
+        cache.growing(len(token_ids))
         try:
             with torch.inference_mode():
                 inputs = self.model.prepare_inputs_for_generation(
@@ -126,15 +157,24 @@ class TextGenerator:
             cache.clear()  # some layers hold the new tokens, some do not
             raise
         cache.extended(token_ids, outputs.past_key_values)
+        self._measure(cache)
         logits: torch.Tensor = outputs.logits[0, -1]
         return logits
+
+    def _measure(self, cache: PrefixCache) -> None:
+        """Learn from a cache what a token takes, once."""
+        layers = [] if self._measured or len(cache.token_ids) < MEASURE_TOKENS else cache.growing_layers()
+        if layers:
+            self._token_bytes = measured_token_bytes(layers, len(cache.token_ids))
+            self._measured = True
 
 
 class Reply:
     """Iterating gives the text piece by piece; afterwards the attributes say what happened.
 
     text: all pieces joined. token_ids: the new tokens, an end-of-sequence token included. n_reused: prompt tokens that
-    came from the cache. seed: with it the same reply comes again.
+    came from the cache. seed: with it the same reply comes again. text_offsets: where each token's text begins in the
+    reply, in characters.
     """
 
     def __init__(
@@ -149,14 +189,21 @@ class Reply:
         self.seed = options.seed
         self.n_reused = 0
         self.times = ReplyTimes()
+        self.text_offsets: list[int] = []
         self._generator = generator
         self._cache = cache
         self._should_stop = should_stop
+        limit = generator.context_tokens
         self._sampler = Sampler(generator.model, options, prompt_ids)
         self._transcript = Transcript(
             generator.tokenizer, prompt_ids, eos_token_ids=self._sampler.eos_token_ids,
-            max_new_tokens=self._sampler.max_new_tokens, context_tokens=generator.context_tokens, stop=options.stop,
+            max_new_tokens=self._sampler.max_new_tokens, context_tokens=limit, stop=options.stop,
         )  # fmt: skip
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Log probabilities of the new tokens so far, where the options ask for them."""
+        return self._sampler.logprobs
 
     @property
     def text(self) -> str:
@@ -190,6 +237,7 @@ class Reply:
             else:
                 self.times.ttft_us = (now - started) / 1000
             last = now
+            self.text_offsets.append(self._transcript.n_characters)
             yield self._transcript.push(token)
             if self.finish_reason is None and self._should_stop():
                 self._transcript.finish_reason = "interrupted"
@@ -203,10 +251,26 @@ class Reply:
         logits = None
         self.n_reused = self._cache.reuse(self.prompt_ids)
         self._cache.announce(len(self.prompt_ids))
-        chunk = self._generator.prefill_chunk_tokens
-        for start in range(self.n_reused, len(self.prompt_ids), chunk):
+        checkpoint = len(self.prompt_ids) - CHECKPOINT_TAIL_TOKENS
+        for start, end in self._chunks(checkpoint):
             if self._should_stop():
                 self._transcript.finish_reason = "interrupted"
                 return None
-            logits = self._generator.forward(self.prompt_ids[start : start + chunk], self._cache)
+            logits = self._generator.forward(self.prompt_ids[start:end], self._cache)
+            if end == checkpoint:
+                self._cache.checkpoint()
         return logits
+
+    def _chunks(self, checkpoint: int) -> Iterator[tuple[int, int]]:
+        """Beginnings and ends of the parts in which the prompt is computed; one ends at `checkpoint` where the cache
+        needs one."""
+        chunk, start, end = self._generator.prefill_chunk_tokens, self.n_reused, len(self.prompt_ids)
+        if self._cache.needs_checkpoints and start < checkpoint:
+            yield from _parts(start, checkpoint, chunk)
+            start = checkpoint
+        yield from _parts(start, end, chunk)
+
+
+def _parts(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    for at in range(start, end, size):
+        yield at, min(at + size, end)

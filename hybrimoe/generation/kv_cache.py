@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from hybrimoe.generation.kv_memory import held_bytes, keeps_every_token
 
 __all__ = ["PrefixCache", "PrefixCaches"]
 
 KEPT_SHARE = 0.5
 """A prompt that shares less of a conversation than this does not crop it: it is another one's beginning."""
+KEPT_CHECKPOINTS = 2
+"""Checkpoints that a conversation keeps: of the prompt before the last, and of the last. A model with linear attention
+has some 75 MB in each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """States after `n_tokens`, of the layers that cannot give back their past: index in the cache to copied layer."""
+
+    n_tokens: int
+    layers: dict[int, Any]
 
 
 class PrefixCache:
     """`states` are transformers' (None before the first token); `token_ids` are the tokens they stand for.
 
     A prompt that begins with the same tokens needs only its rest computed. Cached tokens beyond the shared prefix are
-    cropped; where a layer cannot give back its past (a full sliding window, linear attention), all starts anew.
+    cropped; where a layer cannot give back its past (a full sliding window, linear attention), the states go back to
+    the last checkpoint within the shared prefix, and without one all starts anew.
+
+    on_growth: called with this cache before tokens are added, with their number.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(
+        self, model: Any, on_growth: Callable[[PrefixCache, int], None] = lambda cache, n_tokens: None
+    ) -> None:
         self._model = model
+        self._on_growth = on_growth
         self.states: Any = None
         self.token_ids: list[int] = []
+        self._checkpoints: list[Checkpoint] = []
 
     def n_shared(self, prompt_ids: Sequence[int]) -> int:
         """How many tokens `prompt_ids` and the cache begin with alike."""
@@ -30,11 +52,30 @@ class PrefixCache:
     def reuse(self, prompt_ids: Sequence[int]) -> int:
         """Fit the cache to `prompt_ids`; returns how many of its tokens need no computing (at most all but one)."""
         shared = min(self.n_shared(prompt_ids), len(prompt_ids) - 1)
-        if shared <= 0 or self._knows_its_prompt() or not self._crop(len(self.token_ids) - shared):
+        kept = 0 if self._knows_its_prompt() else self._kept(shared)
+        if kept <= 0:
             self.clear()
             return 0
-        del self.token_ids[shared:]
-        return shared
+        del self.token_ids[kept:]
+        self._checkpoints = [point for point in self._checkpoints if point.n_tokens <= kept]
+        return kept
+
+    @property
+    def needs_checkpoints(self) -> bool:
+        """Whether a layer cannot give back its past."""
+        return not self._knows_its_prompt() and any(_is_bounded(layer) for layer in self._layers())
+
+    def checkpoint(self) -> None:
+        """Remember the states as they are now, where cropping could not bring them back."""
+        bounded = {index: layer for index, layer in enumerate(self._layers()) if _is_bounded(layer)}
+        if bounded and self.token_ids:
+            layers = {index: _copied(layer) for index, layer in bounded.items()}
+            self._checkpoints.append(Checkpoint(len(self.token_ids), layers))
+            del self._checkpoints[:-KEPT_CHECKPOINTS]
+
+    def growing(self, n_tokens: int) -> None:
+        """`n_tokens` are about to be computed on top."""
+        self._on_growth(self, n_tokens)
 
     def announce(self, n_tokens: int) -> None:
         """The prompt that is computed next, perhaps in several chunks, has `n_tokens`.
@@ -60,7 +101,20 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything; the next prompt is computed from its first token."""
         self.token_ids.clear()
+        self._checkpoints.clear()
         self.states = self._new_states()
+
+    def n_bytes(self) -> int:
+        """Memory that states and checkpoints take."""
+        saved = [layer for point in self._checkpoints for layer in point.layers.values()]
+        return held_bytes([*self._layers(), *saved])
+
+    def growing_layers(self) -> list[Any]:
+        """The layers that keep every token, once they hold some."""
+        return [layer for layer in self._layers() if keeps_every_token(layer) and layer.get_seq_length()]
+
+    def _layers(self) -> list[Any]:
+        return list(getattr(self.states, "layers", ()))
 
     def _new_states(self) -> Any:
         if not self._model._supports_default_dynamic_cache():
@@ -69,10 +123,19 @@ class PrefixCache:
 
         return growing_cache(self._model.config.get_text_config(decoder=True))
 
+    def _kept(self, shared: int) -> int:
+        """Bring the states back to `shared` tokens or, where they cannot be cropped, to a checkpoint before; returns
+        the tokens that they hold then."""
+        n_dropped = len(self.token_ids) - shared
+        if shared <= 0 or n_dropped == 0:
+            return shared
+        if all(_can_crop(layer) for layer in self._layers()):
+            return shared if self._crop(n_dropped) else 0
+        within = [point for point in self._checkpoints if point.n_tokens <= shared]
+        return self._restore(within[-1]) if within else 0
+
     def _crop(self, n_tokens: int) -> bool:
-        """Drop the last `n_tokens`; False where the states cannot give back their past."""
-        if n_tokens == 0:
-            return True
+        """Drop the last `n_tokens`; False where the states refuse, and are then no longer whole."""
         if not hasattr(self.states, "crop"):
             return False
         try:
@@ -81,43 +144,104 @@ class PrefixCache:
             return False
         return bool(self.states.get_seq_length() == len(self.token_ids) - n_tokens)
 
+    def _restore(self, point: Checkpoint) -> int:
+        """States as they were at the checkpoint, which stays as it is; returns its number of tokens."""
+        for index, layer in enumerate(self.states.layers):
+            if index in point.layers:
+                self.states.layers[index] = _copied(point.layers[index])
+            else:
+                layer.crop(point.n_tokens - len(self.token_ids))
+        return point.n_tokens
+
 
 class PrefixCaches:
-    """Caches of the `n_conversations` latest conversations, so that users who take turns do not undo each other's.
+    """Caches of the latest conversations, so that users who take turns do not undo each other's.
 
-    max_tokens: what all of them may hold together with the prompt that is answered; the least recent are cleared first.
+    n_conversations: how many are kept at most. max_bytes: what they may take together, the one that is answered among
+    them; token_bytes: tells what a further token takes. What goes first is small and old: the least tokens for the
+    number of prompts since its last use, because tokens are what it takes to compute it again.
     """
 
-    def __init__(self, model: Any, n_conversations: int, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self._caches = [PrefixCache(model) for _ in range(n_conversations)]
+    def __init__(
+        self, model: Any, n_conversations: int, max_bytes: int | None = None,
+        token_bytes: Callable[[], int] = lambda: 0,
+    ) -> None:  # fmt: skip
+        self._max_bytes = max_bytes
+        self._token_bytes = token_bytes
+        self._caches = [PrefixCache(model, self._make_room) for _ in range(n_conversations)]
+        self._last_use = [0] * n_conversations
+        self._idle_bytes = [0] * n_conversations
+        self._clock = 0
 
     def for_prompt(self, prompt_ids: Sequence[int]) -> PrefixCache:
-        """The cache to answer `prompt_ids` with; from now on it is the most recent one.
+        """The cache to answer `prompt_ids` with.
 
         The conversation that it continues: of those of which it keeps KEPT_SHARE or more, the one that it shares most
-        with, of equals the most recent. Else an empty cache, else the least recent one.
+        with, of equals the most recent. Else an empty cache, else that of the conversation which is worth least.
         """
-        continued = [cache for cache in self._caches if cache.n_shared(prompt_ids) > KEPT_SHARE * len(cache.token_ids)]
-        empty = [cache for cache in self._caches if not cache.token_ids]
-        if continued:
-            chosen = max(continued, key=lambda cache: (cache.n_shared(prompt_ids), self._caches.index(cache)))
-        else:
-            chosen = (empty or self._caches)[0]
-        self._caches.remove(chosen)
-        self._caches.append(chosen)
-        self._make_room(len(prompt_ids))
-        return chosen
+        self._clock += 1
+        chosen = self._choose(prompt_ids)
+        self._idle_bytes = [cache.n_bytes() for cache in self._caches]
+        self._last_use[chosen] = self._clock
+        return self._caches[chosen]
 
-    def _make_room(self, n_tokens: int) -> None:
-        """Clear the least recent conversations until `n_tokens` fit beside what the others hold."""
-        *idle, _ = self._caches
-        held = sum(len(cache.token_ids) for cache in idle)
-        for cache in idle:
-            if held + n_tokens <= self.max_tokens:
+    def _choose(self, prompt_ids: Sequence[int]) -> int:
+        shared = {index: cache.n_shared(prompt_ids) for index, cache in enumerate(self._caches)}
+        continued = [
+            index for index, cache in enumerate(self._caches) if shared[index] > KEPT_SHARE * len(cache.token_ids)
+        ]
+        if continued:
+            return max(continued, key=lambda index: (shared[index], self._last_use[index]))
+        return min(range(len(self._caches)), key=self._worth)
+
+    def _worth(self, index: int) -> tuple[float, int]:
+        age = self._clock - self._last_use[index]
+        return len(self._caches[index].token_ids) / max(age, 1), self._last_use[index]
+
+    def _make_room(self, active: PrefixCache, n_tokens: int) -> None:
+        """Clear idle conversations until `n_tokens` more fit beside what the others hold."""
+        if self._max_bytes is None:
+            return
+        from hybrimoe.generation.growing import LEAST_ROOM
+
+        chosen = self._caches.index(active)
+        needed = self._token_bytes() * (len(active.token_ids) + n_tokens + LEAST_ROOM)
+        idle = [index for index, cache in enumerate(self._caches) if index != chosen and cache.token_ids]
+        for index in sorted(idle, key=self._worth):
+            if needed + sum(self._idle_bytes[other] for other in idle) <= self._max_bytes:
                 return
-            held -= len(cache.token_ids)
-            cache.clear()
+            self._caches[index].clear()
+            self._idle_bytes[index] = 0
+
+
+def _is_bounded(layer: Any) -> bool:
+    """Whether a layer keeps states that are not those of every token: it cannot be cropped at any."""
+    return bool(vars(layer)) and not keeps_every_token(layer)
+
+
+def _can_crop(layer: Any) -> bool:
+    """Whether a layer can drop its last tokens now: a sliding window can until it is full."""
+    if getattr(layer, "is_sliding", False) and not hasattr(layer, "conv_states"):
+        return bool(layer.get_seq_length() < layer.sliding_window)
+    return not _is_bounded(layer)
+
+
+def _copied(layer: Any) -> Any:
+    """A cache layer with tensors of its own."""
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        setattr(twin, name, _copied_value(value))
+    return twin
+
+
+def _copied_value(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied_value(item) for key, item in value.items()}
+    return [_copied_value(item) for item in value] if isinstance(value, list) else value
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -8,16 +8,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe.errors import ConfigError
+from hybrimoe.errors import ConfigError, ModelError
 from hybrimoe.generation.candidates import few_candidates
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Sampler", "SamplingOptions"]
+__all__ = ["Sampler", "SamplingOptions", "TokenLogprob", "with_length"]
 
-DEFAULT_NEW_TOKENS = 256
-"""Length of a reply when neither the caller nor the model's generation_config.json sets one."""
+COMPLETION_TOKENS = 256
+"""Length of a completion at the command line and in batches, where nothing sets one: plain text need not end."""
+
+UNLIMITED_TOKENS = 2**31 - 1
+"""Length of a reply where nothing sets one: it ends with the text, or with the context."""
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: logits divided by less overflow float32. vLLM draws the line there, too."""
+
+MAX_TEMPERATURE = 100.0
+"""Logits divided by more are the same number for every token; OpenAI allows 2."""
+
+PENALTY_RANGE = (0.01, 100.0)
+"""Repetition penalties: logits times or over what is outside are no longer numbers of float32."""
+
+MAX_LOGIT_BIAS = 100.0
+"""OpenAI's limit of a logit bias, either way; it decides any choice already."""
+
+MAX_FREQUENCY_PENALTY = 2.0
+"""OpenAI's limit of frequency and presence penalties, either way."""
+
+MAX_TOP_LOGPROBS = 20
+"""OpenAI's limit of alternatives whose log probability is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log of a chosen token's probability under the model's own logits, before temperature, penalties and bias.
+
+    top: the most probable tokens and theirs, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +58,14 @@ class SamplingOptions:
     """How to choose tokens and when to stop. None means: as the model's generation_config.json says.
 
     temperature: 0 is greedy. Any of temperature, top_p, top_k, min_p given (and temperature not 0) samples.
-    top_p, min_p: in [0, 1]. top_k: 0 switches it off. repetition_penalty: > 0, 1 switches it off.
+    top_p, min_p: in [0, 1]. top_k: 0 switches it off. repetition_penalty: of tokens in prompt and reply, 1 is none.
+    frequency_penalty, presence_penalty: taken from the logit of each token of the reply, for every time that it
+        stands there, and once; as OpenAI defines them.
+    logit_bias: pairs of a token id and what is added to its logit.
     seed: of the generator that samples; None draws one, which the reply's summary tells.
     stop: texts that end the reply; they are not part of it.
+    max_new_tokens: None is until the end of the text or of the context, unless the generation config says a number.
+    top_logprobs: for each token, record its log probability and those of so many best ones; None records nothing.
     """
 
     temperature: float | None = None
@@ -35,22 +73,28 @@ class SamplingOptions:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     max_new_tokens: int | None = None
     ignore_eos: bool = False
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _in_range("temperature", self.temperature, 0.0, math.inf, "0 is greedy, 1 leaves the probabilities as they are")
+        _in_range("temperature", self.temperature, 0.0, MAX_TEMPERATURE, "0 is greedy, 1 leaves probabilities alone")
         _in_range("top_p", self.top_p, 0.0, 1.0, "the share of probability that is kept")
         _in_range("top_k", self.top_k, 0, math.inf, "a number of tokens; 0 switches it off")
         _in_range("min_p", self.min_p, 0.0, 1.0, "a share of the largest probability")
         _in_range("max_new_tokens", self.max_new_tokens, 1, math.inf, "a number of tokens")
         _in_range("seed", self.seed, 0, 2**63 - 1, "an integer")
-        if self.repetition_penalty is not None and not 0.0 < self.repetition_penalty < math.inf:
-            raise ConfigError(
-                f"repetition_penalty must be above 0 (1 switches it off), found {self.repetition_penalty}"
-            )
+        _in_range("repetition_penalty", self.repetition_penalty, *PENALTY_RANGE, "1 switches it off")
+        for name in ("frequency_penalty", "presence_penalty"):
+            _in_range(name, getattr(self, name), -MAX_FREQUENCY_PENALTY, MAX_FREQUENCY_PENALTY, "0 switches it off")
+        for token, bias in self.logit_bias:
+            _in_range(f"logit_bias of token {token}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, "added to its logit")
+        _in_range("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS, "a number of tokens")
         if any(not text for text in self.stop):
             raise ConfigError("an empty stop text would end every reply at once; leave it out")
 
@@ -58,7 +102,7 @@ class SamplingOptions:
     def samples(self) -> bool | None:
         """True: draw; False: greedy; None: as the model's generation config says."""
         if self.temperature is not None:
-            return self.temperature > 0.0
+            return self.temperature >= GREEDY_BELOW
         given = (self.top_p, self.top_k, self.min_p)
         return True if any(value is not None for value in given) else None
 
@@ -86,9 +130,12 @@ def _in_range(name: str, value: float | None, low: float, high: float, meaning: 
 class Sampler:
     """Chooses one token at a time for one reply: the tokens are those of `model.generate` with the same settings.
 
-    The processors are built by the model itself, so everything that its generation_config.json says holds too.
-    Sampling with `seed` draws the numbers that `torch.manual_seed(seed)` before `model.generate` would draw, but for
-    logits on an accelerator with a top_k: there one for each of the top k, so that a seed gives another text.
+    The processors are built by the model itself, so everything that its generation_config.json says holds too; bias and
+    the penalties that transformers does not have come before them. Sampling with `seed` draws the numbers that
+    `torch.manual_seed(seed)` before `model.generate` would draw, but for logits on an accelerator with a top_k: there
+    one for each of the top k, so that a seed gives another text.
+
+    logprobs: of each chosen token, where `options.top_logprobs` asks for them.
     """
 
     def __init__(self, model: Any, options: SamplingOptions, prompt_ids: Sequence[int]) -> None:
@@ -98,22 +145,34 @@ class Sampler:
         model._prepare_special_tokens(config, device=torch.device("cpu"))
         self.greedy = not config.do_sample
         self.eos_token_ids = frozenset() if options.ignore_eos else _token_ids(config.eos_token_id)
-        self.max_new_tokens = options.max_new_tokens or _configured_length(model, len(prompt_ids))
+        self.max_new_tokens = options.max_new_tokens or _configured_length(model, len(prompt_ids)) or UNLIMITED_TOKENS
         config.max_length = len(prompt_ids) + self.max_new_tokens
         self._processors = model._get_logits_processor(
             generation_config=config, input_ids_seq_length=len(prompt_ids), device="cpu", model_kwargs={}
         )
         self._ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
+        self._adjustments = _Adjustments(options)
+        self._top_logprobs = options.top_logprobs
+        self.logprobs: list[TokenLogprob] = []
         seed = options.seed if options.seed is not None else secrets.randbits(32)
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def next(self, logits: torch.Tensor) -> int:
-        """The next token from `logits` [V], any float dtype and device; it is remembered as part of the sequence."""
+        """The next token from `logits` [V], any float dtype and device; it is remembered as part of the sequence.
+
+        Raises ModelError for logits with NaN or infinity; minus infinity excludes a token.
+        """
         import torch
 
-        few = few_candidates(self._processors, logits, greedy=self.greedy)
-        logits = logits if few is None else few[0]
-        scores = self._processors(self._ids, logits.to("cpu", torch.float32, copy=True)[None])
+        needs_all = self._adjustments.any or self._top_logprobs is not None
+        few = None if needs_all else few_candidates(self._processors, logits, greedy=self.greedy)
+        own = (logits if few is None else few[0]).to("cpu", torch.float32, copy=True)
+        if not math.isfinite(float(own.max())):
+            raise ModelError(
+                f"the model's logits after {self._ids.shape[-1]} tokens are not finite numbers: its weights are"
+                " damaged, or a dtype overflows; try expert_dtype and dense_dtype float32"
+            )
+        scores = self._processors(self._ids, self._adjustments.apply(own)[None])
         if self.greedy:
             token = torch.argmax(scores, dim=-1)
         else:
@@ -121,7 +180,57 @@ class Sampler:
         if few is not None:
             token = few[1].cpu()[token]
         self._ids = torch.cat([self._ids, token[:, None]], dim=-1)
-        return int(token)
+        chosen = int(token)
+        self._adjustments.count(chosen)
+        if self._top_logprobs is not None:
+            self.logprobs.append(_logprob(own, chosen, self._top_logprobs))
+        return chosen
+
+
+class _Adjustments:
+    """Logit bias, frequency and presence penalty of one reply."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        import torch
+
+        self._frequency, self._presence = options.frequency_penalty, options.presence_penalty
+        self._counts: dict[int, int] = {}
+        self._bias_ids = torch.tensor([token for token, _ in options.logit_bias], dtype=torch.long)
+        self._bias = torch.tensor([bias for _, bias in options.logit_bias], dtype=torch.float32)
+        self.any = bool(options.logit_bias or self._frequency or self._presence)
+
+    def count(self, token: int) -> None:
+        """`token` was chosen."""
+        if self.any:
+            self._counts[token] = self._counts.get(token, 0) + 1
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Adjusted `logits` [V]; the given ones stay as they are."""
+        import torch
+
+        if not self.any:
+            return logits
+        logits = logits.clone()
+        logits[self._bias_ids] += self._bias
+        if self._counts:
+            times = torch.tensor(list(self._counts.values()), dtype=torch.float32)
+            logits[list(self._counts)] -= self._frequency * times + self._presence
+        return logits
+
+
+def _logprob(logits: torch.Tensor, chosen: int, n_top: int) -> TokenLogprob:
+    import torch
+
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, tokens = logprobs.topk(min(n_top, len(logprobs)))
+    top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(chosen, float(logprobs[chosen]), top)
+
+
+def with_length(options: SamplingOptions, model: Any, n_tokens: int) -> SamplingOptions:
+    """`options`, with replies of at most `n_tokens` where neither they nor the model's configuration set a length."""
+    configured = model.generation_config.max_new_tokens or model.generation_config.max_length
+    return options if options.max_new_tokens or configured else replace(options, max_new_tokens=n_tokens)
 
 
 def _token_ids(value: int | Sequence[int] | None) -> frozenset[int]:
@@ -130,9 +239,10 @@ def _token_ids(value: int | Sequence[int] | None) -> frozenset[int]:
     return frozenset([value] if isinstance(value, int) else value)
 
 
-def _configured_length(model: Any, n_prompt: int) -> int:
+def _configured_length(model: Any, n_prompt: int) -> int | None:
+    """The length of a reply that the model's generation_config.json says; None where it says none."""
     config = model.generation_config
     if config.max_new_tokens:
         return int(config.max_new_tokens)
     left = (config.max_length or 0) - n_prompt
-    return left if left > 0 else DEFAULT_NEW_TOKENS
+    return left if left > 0 else None

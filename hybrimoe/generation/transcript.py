@@ -33,6 +33,11 @@ class Transcript:
         self._decoder = IncrementalDecoder(tokenizer, prompt_ids)
         self._stops = StopTexts(stop)
 
+    @property
+    def n_characters(self) -> int:
+        """Characters of the whole text so far, those that are held back for a stop text included."""
+        return self._decoder.n_characters
+
     def push(self, token: int) -> str:
         """Adds a token; returns the text that it completes. Afterwards `finish_reason` says whether it was the last."""
         self.token_ids.append(token)

@@ -12,7 +12,7 @@ import torch
 
 import cpu_kernels as ck
 from cpu_kernels.host.isa import ENV_ISA, detect
-from cpu_kernels.host.threads import physical_cores, resolve_threads, start_pool
+from cpu_kernels.host.threads import physical_cores, resolve_threads
 from cpu_kernels.jit import cache_dir
 from gpu_kernels import AcceleratorError, open_accelerator
 from hybrimoe.errors import HybriMoEError
@@ -53,7 +53,7 @@ def _isa() -> Check:
 
 def _threads() -> Check:
     count = resolve_threads()
-    return Check("threads", "ok", f"{count}, Numba layer {start_pool(count)}, torch {torch.get_num_threads()}")
+    return Check("threads", "ok", f"{count}, torch {torch.get_num_threads()}")
 
 
 def _accelerator() -> Check:

@@ -2,238 +2,202 @@
 
 from __future__ import annotations
 
-import json
-import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from typing_extensions import TypedDict
 
-from hybrimoe.errors import HybriMoEError, ModelError
-from hybrimoe.generation import chat_options, encode_chat
+from hybrimoe.errors import ModelError
+from hybrimoe.generation import SamplingOptions, chat_options, encode_chat
+from hybrimoe.server.answers import ChatCompletion, ChatForm, Completion, CompletionForm, Form
+from hybrimoe.server.boundary import MAX_BODY_BYTES, Boundary, error_response
+from hybrimoe.server.delivery import stream, unless_left, whole
+from hybrimoe.server.errors import ErrorBody, RequestError, UnknownModelError
 from hybrimoe.server.metrics import Metrics
+from hybrimoe.server.openapi import documented
 from hybrimoe.server.schema import ChatRequest, CompletionRequest, Sampling
-from hybrimoe.server.worker import Job, QueueFullError, Worker
+from hybrimoe.server.served import Served, State
 
 if TYPE_CHECKING:
-    from hybrimoe.generation import Reply, TextGenerator
+    from hybrimoe.generation import TextGenerator
+    from hybrimoe.server.worker import Worker
 
-FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "interrupted": "stop"}
-INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How one of the two text endpoints words its answers."""
-
-    prefix: str
-    whole: str
-    piece: str
-    chat: bool
-
-    def choice(self, text: str, finish: str | None) -> dict[str, Any]:
-        """The choice of a whole answer."""
-        body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return {"index": 0, **body, "logprobs": None, "finish_reason": finish}
-
-    def delta(self, text: str | None, finish: str | None) -> dict[str, Any]:
-        """The choice of one streamed piece; text None is the last one."""
-        if self.chat:
-            return {"index": 0, "delta": {} if text is None else {"content": text}, "finish_reason": finish}
-        return {"index": 0, "text": text or "", "logprobs": None, "finish_reason": finish}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request cannot be honoured; the message says why."},
+    401: {"model": ErrorBody, "description": "No API key, or an unknown one."},
+    404: {"model": ErrorBody, "description": "No such model."},
+    413: {"model": ErrorBody, "description": "The body is larger than this server reads."},
+    500: {"model": ErrorBody, "description": "A failure of the server."},
+    503: {"model": ErrorBody, "description": "The model is being loaded, too many wait, or the server ends."},
+}
+EVENTS = {
+    "text/event-stream": {
+        "schema": {
+            "type": "string",
+            "description": "With stream: true. Events `data: {...}` in the form of pieces, `data: [DONE]` at the end; "
+            "a failure is an event with an error object, and no [DONE] follows.",
+        }
+    }
+}
 
 
-COMPLETION = Form("cmpl", "text_completion", "text_completion", chat=False)
-CHAT = Form("chatcmpl", "chat.completion", "chat.completion.chunk", chat=True)
+class Health(TypedDict):
+    """Whether the server can answer, how many requests wait, and the model."""
+
+    status: State
+    waiting: int
+    model: str
+
+
+class ModelCard(TypedDict):
+    """A model as OpenAI's API lists it."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(TypedDict):
+    """All models of this server."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
 
 
 def create_app(
-    generator: TextGenerator,
-    name: str,
-    experts: Callable[[], dict[str, Any] | None] = lambda: None,
-    conversations: int = 1,
-) -> FastAPI:
-    """The application for one model.
+    served: Served, *, api_keys: Sequence[str] = (), cors_origins: Sequence[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:  # fmt: skip
+    """The application for one model, which may still be loading.
 
-    name: what /v1/models lists. experts: the session's counters for /metrics, or None. conversations: how many of them
-    keep their KV cache between requests.
+    api_keys: any of them opens /v1 and /metrics; none at all leaves them open. cors_origins: web pages that may call
+    this server, "*" for all; none sends no CORS headers. max_body_bytes: a larger request is refused with 413.
     """
-    worker = Worker(generator, conversations)
-    metrics = Metrics(experts, lambda: worker.n_waiting)
+    metrics = Metrics(lambda: served.experts(), lambda: served.n_waiting)
+    served.on_reply = metrics.observe
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker.start()
         yield
-        worker.close()
+        served.close()
 
     app = FastAPI(title="HybriMoE", lifespan=lifespan)
+    app.add_middleware(Boundary, metrics=metrics, api_keys=api_keys, max_body_bytes=max_body_bytes)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     _add_error_handlers(app)
-    _add_service_routes(app, worker, metrics, name)
-
-    @app.middleware("http")
-    async def count(request: Request, call_next: Any) -> Any:
-        response = await call_next(request)
-        route = request.scope.get("route")
-        metrics.requests.labels(getattr(route, "path", "other"), response.status_code).inc()
-        return response
-
-    @app.post("/v1/completions")
-    async def completions(request: CompletionRequest) -> Response:
-        _check_model(request, name)
-        prompt = request.single_prompt()
-        ids = generator.encode(prompt) if isinstance(prompt, str) else prompt
-        _check_ids(ids, generator)
-        return await _answer(worker.submit(ids, request.options()), request, COMPLETION, name, metrics)
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: ChatRequest) -> Response:
-        _check_model(request, name)
-        ids = encode_chat(generator.tokenizer, request.plain_messages())
-        options = chat_options(generator.tokenizer, request.options())
-        return await _answer(worker.submit(ids, options), request, CHAT, name, metrics)
-
+    _add_service_routes(app, served, metrics)
+    _add_text_routes(app, served)
+    documented(app)
     return app
 
 
-def _add_service_routes(app: FastAPI, worker: Worker, metrics: Metrics, name: str) -> None:
-    started = int(time.time())
+def _add_text_routes(app: FastAPI, served: Served) -> None:
+    @app.post("/v1/completions", responses=_documented(Completion))
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        worker = _worker(served, body)
+        generator, prompt = worker.generator, body.single_prompt()
+        if isinstance(prompt, str):
+            ids = await unless_left(request, served.encode(lambda: generator.encode(prompt)))
+        else:
+            ids = prompt
+            _check_token_ids("prompt", ids, generator)
+        form = CompletionForm(served.name, generator.tokenizer, body.n_top_logprobs is not None)
+        return await _answer(worker, ids, body.options(), body, form, request)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(name, started)]}
+    @app.post("/v1/chat/completions", responses=_documented(ChatCompletion))
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        worker = _worker(served, body)
+        tokenizer = worker.generator.tokenizer
+        ids = await unless_left(request, served.encode(lambda: _encode_chat(tokenizer, body)))
+        options = chat_options(tokenizer, body.options())
+        form = ChatForm(served.name, tokenizer, body.n_top_logprobs is not None)
+        return await _answer(worker, ids, options, body, form, request)
 
-    @app.get("/v1/models/{model_id:path}")
-    async def model(model_id: str) -> dict[str, Any]:
-        if model_id != name:
-            raise UnknownModelError(f"this server has the model {name!r}, not {model_id!r}")
-        return _model_card(name, started)
 
-    @app.get("/health")
+def _add_service_routes(app: FastAPI, served: Served, metrics: Metrics) -> None:
+    def card() -> ModelCard:
+        return {"id": served.name, "object": "model", "created": served.created, "owned_by": "hybrimoe"}
+
+    errors: dict[int | str, dict[str, Any]] = {status: ERROR_RESPONSES[status] for status in (401, 413, 500)}
+
+    @app.get("/v1/models", responses=errors)
+    async def models() -> ModelList:
+        return {"object": "list", "data": [card()]}
+
+    @app.get("/v1/models/{model_id:path}", responses=errors | {404: ERROR_RESPONSES[404]})
+    async def model(model_id: str) -> ModelCard:
+        _check_model(model_id, served)
+        return card()
+
+    @app.get("/health", responses={503: {"model": Health}, 413: ERROR_RESPONSES[413]}, response_model=Health)
     async def health() -> JSONResponse:
-        status = {"status": "ok" if worker.alive else "failed", "waiting": worker.n_waiting, "model": name}
-        return JSONResponse(status, status_code=200 if worker.alive else 503)
+        state = served.state
+        body: Health = {"status": state, "waiting": served.n_waiting, "model": served.name}
+        return JSONResponse(body, status_code=200 if state == "ok" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses=errors | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+             response_class=Response)  # fmt: skip
     async def scrape() -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _model_card(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "hybrimoe"}
+def _documented(answer: Any) -> dict[int | str, dict[str, Any]]:
+    return {200: {"model": answer, "content": EVENTS, "description": "The reply."}, **ERROR_RESPONSES}
 
 
-class UnknownModelError(ModelError):
-    """A request for a model that this server does not have."""
+def _worker(served: Served, body: Sampling) -> Worker:
+    """The worker for a request. Raises UnknownModelError, and UnavailableError before and after its time."""
+    _check_model(body.model or served.name, served)
+    return served.worker()
 
 
-def _check_model(request: Sampling, name: str) -> None:
-    if request.model not in (None, "", name):
-        raise UnknownModelError(f"this server has the model {name!r}, not {request.model!r}")
+def _check_model(name: str, served: Served) -> None:
+    if name != served.name:
+        raise UnknownModelError(f"this server has the model {served.name!r}, not {name!r}", "model")
 
 
-def _check_ids(ids: list[int], generator: TextGenerator) -> None:
+def _check_token_ids(where: str, ids: Sequence[int], generator: TextGenerator) -> None:
     size = int(generator.model.config.get_text_config(decoder=True).vocab_size)
-    outside = [token for token in ids if not 0 <= token < size]
-    if outside:
-        raise ValueError(f"prompt: token {outside[0]} is outside the vocabulary of {size}")
+    outside = next((token for token in ids if not 0 <= token < size), None)
+    if outside is not None:
+        raise RequestError(f"{where}: token {outside} is outside the vocabulary of {size}", where)
 
 
-async def _answer(job: Job, request: Sampling, form: Form, name: str, metrics: Metrics) -> Response:
-    """A whole answer or a stream of server-sent events. The first piece is awaited before a stream's status is sent."""
-    head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-    pieces = job.stream()
-    if not request.stream:
-        text = "".join([piece async for piece in pieces])
-        reply = _finished(job, metrics)
-        choice = form.choice(text, FINISH[str(reply.finish_reason)])
-        return JSONResponse({**head, "object": form.whole, "choices": [choice], "usage": _usage(reply)})
-    first = await anext(pieces, None)
-
-    async def events() -> AsyncIterator[str]:
-        def event(choice: dict[str, Any] | None, **more: Any) -> str:
-            body = {**head, "object": form.piece, "choices": [] if choice is None else [choice], **more}
-            return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-        if form.chat:
-            yield event({"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-        try:
-            if first is not None:
-                yield event(form.delta(first, None))
-            async for piece in pieces:
-                yield event(form.delta(piece, None))
-        except HybriMoEError as error:
-            yield f"data: {json.dumps(_error(str(error), SERVER_ERROR))}\n\n"
-            return
-        reply = _finished(job, metrics)
-        yield event(form.delta(None, FINISH[str(reply.finish_reason)]))
-        if request.include_usage:
-            yield event(None, usage=_usage(reply))
-        yield "data: [DONE]\n\n"
-
-    return StreamingResponse(_closing(events(), job), media_type="text/event-stream")
-
-
-async def _closing(events: AsyncIterator[str], job: Job) -> AsyncIterator[str]:
-    """Events; when the client leaves, the generation stops."""
+def _encode_chat(tokenizer: Any, body: ChatRequest) -> list[int]:
     try:
-        async for event in events:
-            yield event
-    finally:
-        job.cancelled.set()
+        return encode_chat(tokenizer, body.template_messages(), body.template_variables())
+    except ModelError as error:  # the template's own words about a conversation that it cannot render
+        raise RequestError(str(error), "messages") from error
 
 
-def _finished(job: Job, metrics: Metrics) -> Reply:
-    if job.reply is None:
-        raise ModelError("the generation ended without a reply")
-    metrics.observe(job.reply)
-    return job.reply
-
-
-def _usage(reply: Reply) -> dict[str, Any]:
-    prompt, new = len(reply.prompt_ids), len(reply.token_ids)
-    details = {"cached_tokens": reply.n_reused}
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": new,
-        "total_tokens": prompt + new,
-        "prompt_tokens_details": details,
-    }
-
-
-def _error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+async def _answer(
+    worker: Worker, ids: list[int], options: SamplingOptions, body: Sampling, form: Form, request: Request
+) -> Response:
+    """A whole answer or a stream of server-sent events."""
+    _check_token_ids("logit_bias", [token for token, _ in options.logit_bias], worker.generator)
+    job = worker.submit(ids, options)
+    if body.stream:
+        return await stream(job, form, request, body.include_usage)
+    return await whole(job, form, request)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Every failure as the API's error object: the client's with 4xx, a full queue with 503, ours with 500."""
+    """Errors that FastAPI raises itself, in the API's form; all others are answered where they leave the routes."""
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"] if part != "body")
-        message = f"{where}: {problem['msg']}" if where else str(problem["msg"])
-        return JSONResponse(_error(message, INVALID_REQUEST, "invalid_request", where or None), status_code=400)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
-    async def no_such_page(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(_error(str(error.detail), INVALID_REQUEST), status_code=error.status_code)
-
-    @app.exception_handler(ValueError)
-    async def refused(_: Request, error: ValueError) -> JSONResponse:
-        return JSONResponse(_error(str(error), INVALID_REQUEST, "invalid_request"), status_code=400)
-
-    @app.exception_handler(HybriMoEError)
-    async def failed(_: Request, error: HybriMoEError) -> JSONResponse:
-        if isinstance(error, QueueFullError):
-            return JSONResponse(_error(str(error), SERVER_ERROR, "queue_full"), 503, {"Retry-After": "1"})
-        if isinstance(error, UnknownModelError):
-            return JSONResponse(_error(str(error), INVALID_REQUEST, "model_not_found", "model"), status_code=404)
-        status = 400 if isinstance(error, (ValueError, ModelError)) else 500
-        return JSONResponse(_error(str(error), INVALID_REQUEST if status == 400 else SERVER_ERROR), status_code=status)
+    async def no_such_page(_: Request, error: HTTPException) -> Response:
+        return error_response(error)

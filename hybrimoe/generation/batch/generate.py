@@ -16,7 +16,7 @@ import numpy as np
 from hybrimoe.errors import ConfigError
 from hybrimoe.generation.batch.padding import Padding, left_padded, listening
 from hybrimoe.generation.engine import TextGenerator
-from hybrimoe.generation.sampling import Sampler, SamplingOptions
+from hybrimoe.generation.sampling import COMPLETION_TOKENS, Sampler, SamplingOptions, with_length
 from hybrimoe.generation.transcript import FinishReason, Transcript
 
 if TYPE_CHECKING:
@@ -49,13 +49,12 @@ def generate_batch(
     """Replies to all prompts, in their order. `should_stop` is asked between tokens, `on_step` called after each step.
 
     Sampled replies depend on what shares the batch: the batch draws from one generator with the seed of `options`.
-    Raises PromptError for a prompt without room for a reply, ConfigError for `ignore_eos`.
+    Raises PromptError for a prompt without room for a reply, ConfigError for options of single replies only.
     """
     import torch
     from transformers import StoppingCriteriaList
 
-    if options.ignore_eos:
-        raise ConfigError("ignore_eos is for single replies; batches end their replies at end-of-sequence tokens")
+    _check_options(options)
     order = _longest_first(prompts)
     transcripts = [_transcript(generator, prompts[at], options) for at in order]
     padding = Padding(np.zeros(len(prompts), np.bool_))
@@ -111,7 +110,7 @@ def new_tokens(generator: TextGenerator, prompt: BatchPrompt, options: SamplingO
 
 def _sampler(generator: TextGenerator, prompt: BatchPrompt, options: SamplingOptions) -> Sampler:
     own = options if prompt.max_new_tokens is None else replace(options, max_new_tokens=prompt.max_new_tokens)
-    return Sampler(generator.model, own, prompt.token_ids)
+    return Sampler(generator.model, with_length(own, generator.model, COMPLETION_TOKENS), prompt.token_ids)
 
 
 def _transcript(generator: TextGenerator, prompt: BatchPrompt, options: SamplingOptions) -> Transcript:
@@ -121,6 +120,15 @@ def _transcript(generator: TextGenerator, prompt: BatchPrompt, options: Sampling
         generator.tokenizer, prompt.token_ids, eos_token_ids=sampler.eos_token_ids,
         max_new_tokens=sampler.max_new_tokens, context_tokens=generator.context_tokens, stop=options.stop,
     )  # fmt: skip
+
+
+def _check_options(options: SamplingOptions) -> None:
+    """Raises ConfigError for what transformers' `generate` does not have."""
+    for name in ("ignore_eos", "frequency_penalty", "presence_penalty", "logit_bias"):
+        if getattr(options, name):
+            raise ConfigError(f"{name} is for single replies; batches have no support for it")
+    if options.top_logprobs is not None:
+        raise ConfigError("top_logprobs is for single replies; batches record no log probabilities")
 
 
 def _longest_first(prompts: Sequence[BatchPrompt]) -> list[int]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from cpu_kernels.backends.warm import warm_call_ends
 from cpu_kernels.jit.primitives import float_from_bits
+from scheduler.compiled import keep_on_disk
 from scheduler.slots import RESIDENT
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -26,7 +27,9 @@ HIT, ON_ITS_WAY = 0, 1
 
 
 def _compiled(function: Function) -> Function:
-    return cast(Function, numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"})(function))
+    made = numba.njit(fastmath={"reassoc", "contract", "nsz"})(function)
+    keep_on_disk(made, "hybrimoe", "cpu_kernels")
+    return cast(Function, made)
 
 
 @_compiled

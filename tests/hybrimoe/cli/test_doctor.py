@@ -140,14 +140,11 @@ def test_little_memory_and_disk_are_warnings(monkeypatch) -> None:
     assert [line(checks, name).status for name in ("memory", "disk")] == ["warn", "warn"]
 
 
-def test_no_safe_threading_layer_is_broken(monkeypatch) -> None:
-    def refuse(_):
-        raise ck.ThreadingError("Numba's threading layer is 'workqueue'")
-
-    monkeypatch.setattr(doctor_machine, "start_pool", refuse)
+def test_a_number_of_threads_that_is_none_is_broken(monkeypatch) -> None:
+    monkeypatch.setenv("HYBRIMOE_THREADS", "many")
     check = line(doctor_machine.checks(), "threads")
     assert check.status == "broken"
-    assert "workqueue" in check.found
+    assert "HYBRIMOE_THREADS='many'" in check.found
 
 
 def test_accelerators(monkeypatch) -> None:

@@ -1,7 +1,12 @@
 """Streamed text against the text of all tokens at once."""
 
+from itertools import chain
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from hybrimoe.generation.detokenise import IncrementalDecoder, StopTexts
 
@@ -53,6 +58,77 @@ def test_special_tokens_give_no_text(byte_tokenizer):
     eos = byte_tokenizer.eos_token_id
     ids = byte_tokenizer("ab")["input_ids"]
     assert "".join(pieces(byte_tokenizer, [ids[0], *[eos] * 12, ids[1], eos])) == "ab"
+
+
+@pytest.fixture(scope="module")
+def fallback_tokenizer():
+    """Llama's form: a few words, all else as bytes `<0x00>`, spaces as `▁`, the first one stripped."""
+    names = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "▁a",
+        "▁▁",
+        "a",
+        "é",
+        "日",
+        "\ufffd",
+    ]
+    vocab = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    spaces, strip = decoders.Replace("▁", " "), decoders.Strip(content=" ", left=1, right=0)
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), strip])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def at_once(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+CHARACTERS = "🙂👩‍👧é日€aΩ"
+
+
+def bytes_of(tokenizer, text):
+    return [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()]
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data(), prompt=st.text(CHARACTERS + " ", max_size=9))
+def test_byte_fallback_streams_what_decoding_all_tokens_at_once_gives(fallback_tokenizer, data, prompt):
+    tokenizer = fallback_tokenizer
+    characters = st.text(CHARACTERS, min_size=1, max_size=4).map(lambda text: bytes_of(tokenizer, text))
+    some = st.integers(0, len(tokenizer) - 1).map(lambda token: [token])
+    ids = list(chain(*data.draw(st.lists(characters | some, max_size=30))))
+    prompt_ids = [*bytes_of(tokenizer, prompt), tokenizer.convert_tokens_to_ids("a")] if prompt else []
+    expected = at_once(tokenizer, prompt_ids + ids)[len(at_once(tokenizer, prompt_ids)) :]
+    assert "".join(pieces(tokenizer, ids, prompt_ids)) == expected
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data())
+def test_byte_level_streams_what_decoding_all_tokens_at_once_gives(byte_tokenizer, data):
+    characters = st.text(CHARACTERS, min_size=1, max_size=4).map(lambda text: byte_tokenizer(text)["input_ids"])
+    some = st.integers(0, len(byte_tokenizer) - 1).map(lambda token: [token])
+    ids = list(chain(*data.draw(st.lists(characters | some, max_size=30))))
+    assert "".join(pieces(byte_tokenizer, ids)) == at_once(byte_tokenizer, ids)
+
+
+def test_a_run_of_bytes_is_shown_when_the_next_word_begins(fallback_tokenizer):
+    word = fallback_tokenizer.convert_tokens_to_ids("▁a")
+    got = pieces(fallback_tokenizer, [*bytes_of(fallback_tokenizer, "👩‍👧"), word, word])
+    assert [piece for piece in got if piece] == ["👩‍👧 a", " a"]
+
+
+def test_the_window_stays_short_however_long_the_text(byte_tokenizer):
+    decoder = IncrementalDecoder(byte_tokenizer)
+    for token in byte_tokenizer("größer 🙂 " * 200)["input_ids"]:
+        decoder.push(token)
+        assert len(decoder._window) < 24
 
 
 def shown(stop, stream):

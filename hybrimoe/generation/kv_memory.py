@@ -1,0 +1,125 @@
+"""Memory of keys, values and recurrent states: what a token takes, what a cache holds, what all may take together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import psutil
+
+from hybrimoe.amounts import Amount
+from hybrimoe.errors import BudgetError
+from hybrimoe.machine.memory import available_bytes
+
+__all__ = ["estimated_token_bytes", "held_bytes", "keeps_every_token", "kv_budget_bytes", "measured_token_bytes"]
+
+AUTO_SHARE = 0.5
+"""Share of the memory that is free once the model is loaded which keys and values may take; the other half is for
+activations, for copying a cache that grows, and for other programs."""
+
+
+def kv_budget_bytes(model: Any, setting: Amount) -> int:
+    """Bytes that the caches of all conversations may take together, on the device of the model's attention.
+
+    setting: `memory.kv`: a size, a share of that device's memory, or auto.
+
+    Raises:
+        BudgetError: a setting of less than one token.
+    """
+    free_bytes, total_bytes = _device_memory(model.device)
+    budget = setting.to_bytes(total_bytes, int(AUTO_SHARE * free_bytes))
+    if budget < estimated_token_bytes(model):
+        raise BudgetError(
+            f"memory.kv: {setting} is {budget} bytes, and the keys and values of one token take"
+            f" {estimated_token_bytes(model)}; give more, for example 1GiB"
+        )
+    return budget
+
+
+def _device_memory(device: Any) -> tuple[int, int]:
+    """Free and total bytes of the device; of the host, what this process may use."""
+    from gpu_kernels.devices import memory_info
+
+    if device.type == "cpu":
+        return available_bytes(), psutil.virtual_memory().total
+    return memory_info(device)
+
+
+def estimated_token_bytes(model: Any) -> int:
+    """Bytes by which one more token makes a cache grow, from the configuration; 0 where that does not say.
+
+    Room for growth included. Layers of bounded size (sliding windows, linear attention) do not count.
+    """
+    from hybrimoe.generation.growing import growing_cache
+
+    config = model.config.get_text_config(decoder=True)
+    if model._supports_default_dynamic_cache():
+        n_growing = sum(keeps_every_token(layer) for layer in growing_cache(config).layers)
+    else:
+        n_growing = _number(config, "num_hidden_layers")
+    values = n_growing * _values_per_token(config) * model.dtype.itemsize
+    return _with_room(values)
+
+
+def _with_room(token_bytes: int) -> int:
+    """A growing layer's buffers have room for a share more than they hold."""
+    from hybrimoe.generation.growing import ROOM_SHARE
+
+    return token_bytes + token_bytes // ROOM_SHARE
+
+
+def _values_per_token(config: Any) -> int:
+    """Numbers that one layer keeps of a token: its keys and its values."""
+    heads = _number(config, "num_attention_heads")
+    if _number(config, "kv_lora_rank"):  # latent attention: the compressed keys and values, and the rotated part
+        return _number(config, "kv_lora_rank") + _number(config, "qk_rope_head_dim")
+    size = _number(config, "head_dim") or (_number(config, "hidden_size") // heads if heads else 0)
+    return 2 * (_number(config, "num_key_value_heads") or heads) * size
+
+
+def _number(config: Any, name: str) -> int:
+    """A number of the configuration; 0 where it has none, or (as some do by raising) none for all layers."""
+    try:
+        value = getattr(config, name, None)
+    except (RuntimeError, AttributeError):
+        return 0
+    return value if isinstance(value, int) else 0
+
+
+def measured_token_bytes(layers: Iterable[Any], n_tokens: int) -> int:
+    """The same from the growing `layers` of a cache that holds `n_tokens`."""
+    held = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
+    return _with_room(held // n_tokens)
+
+
+def keeps_every_token(layer: Any) -> bool:
+    """Whether a cache layer has keys and values of every token, so that it can be cropped at any and grows with each.
+
+    Not so: sliding windows, linear attention (alone or beside attention), layers that share another one's cache.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    return isinstance(layer, DynamicLayer) and not layer.is_sliding and not hasattr(layer, "conv_states")
+
+
+def held_bytes(layers: Iterable[Any]) -> int:
+    """Bytes of the memory behind all tensors of cache layers; what several share counts once."""
+    storages = {}
+    for layer in layers:
+        for tensor in _tensors(vars(layer)):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(value: Any) -> Iterator[Any]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,134 @@
+"""What every request passes on its way in and out: key, body limit, error answers, counts and access log."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hybrimoe.server.errors import BodyTooLargeError, ClientLeftError, KeyRefusedError, error_answer
+from hybrimoe.server.metrics import Metrics
+
+MAX_BODY_BYTES = 8 << 20
+"""Bytes of a request: a prompt of about two million tokens of English, or half a million where all is escaped."""
+MAX_DISCARDED_BYTES = 64 << 20
+"""So much of a body that is too large is read and thrown away: many clients only look for an answer after they have
+sent everything. A longer one is cut off."""
+PROTECTED = ("/v1/", "/metrics")
+"""Paths that need a key where there are keys. /health stays open for supervisors."""
+
+access = logging.getLogger("hybrimoe.server.access")
+log = logging.getLogger("hybrimoe.server")
+
+
+@dataclass(slots=True)
+class _Sent:
+    """The status of the answer that has begun; 0 before."""
+
+    status: int = 0
+
+
+class Boundary:
+    """ASGI middleware around all routes. Whatever a route raises becomes an answer, and the connection is kept."""
+
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, api_keys: Sequence[str] = (), max_body_bytes: int = MAX_BODY_BYTES
+    ) -> None:
+        self._app, self._metrics = app, metrics
+        self._api_keys = [key.encode() for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or an event of the server's life."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, sent = time.perf_counter(), _Sent()
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                sent.status = message["status"]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, watched, sent)
+        finally:
+            self._record(scope, sent.status, time.perf_counter() - started)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, sent: _Sent) -> None:
+        try:
+            body = await _body(Headers(scope=scope), receive, self._max_body_bytes)
+            self._check_key(scope)
+            await self._app(scope, _replayed(body, receive), send)
+        except Exception as error:
+            if sent.status:  # an answer has begun, and only ending it badly can say that it is not complete
+                raise
+            answer = error_answer(error)
+            if answer.status == 500:
+                log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            await error_response(error)(scope, receive, send)
+
+    def _check_key(self, scope: Scope) -> None:
+        """Raises KeyRefusedError. The comparison takes the same time for every wrong key."""
+        if not self._api_keys or not scope["path"].startswith(PROTECTED):
+            return
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        known = [hmac.compare_digest(key.strip().encode("utf-8", "replace"), own) for own in self._api_keys]
+        if scheme.lower() != "bearer" or not any(known):
+            raise KeyRefusedError("this server needs an API key: send the header Authorization: Bearer KEY")
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count it, and log who asked what, never the contents. A status of 0 is an answer that never began."""
+        path = getattr(scope.get("route"), "path", "other")
+        self._metrics.requests.labels(path, status).inc()
+        client = scope["client"][0] if scope.get("client") else "-"
+        access.info("%s %s %s %d %.3f s", client, scope["method"], scope["path"], status, seconds)
+
+
+def error_response(error: BaseException) -> Response:
+    """The answer to a request that failed. Texts of the client's come back in it: half surrogates stay escapes."""
+    answer = error_answer(error)
+    content = json.dumps(answer.body, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return Response(content, answer.status, answer.headers, "application/json")
+
+
+async def _body(headers: Headers, receive: Receive, limit: int) -> bytes:
+    """The body of a request. Raises BodyTooLargeError, ClientLeftError."""
+    said = headers.get("content-length", "")
+    if said.isdigit() and int(said) > limit + MAX_DISCARDED_BYTES:
+        raise _too_large(int(said), limit)
+    chunks, n_bytes, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeftError("the client has closed the connection")
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        n_bytes += len(chunk)
+        if n_bytes <= limit:
+            chunks.append(chunk)
+        elif n_bytes > limit + MAX_DISCARDED_BYTES:
+            break
+    if n_bytes > limit:
+        raise _too_large(n_bytes, limit)
+    return b"".join(chunks)
+
+
+def _too_large(n_bytes: int, limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the request has {n_bytes} bytes or more; this server reads at most {limit} of one")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A source of messages that begins with the body; then those of `receive`, which tell when the client leaves."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_message() -> Message:
+        return first.pop() if first else await receive()
+
+    return next_message

@@ -1,0 +1,144 @@
+"""Errors of a request, and the one place that says with which status and words every error is answered.
+
+A request that cannot be honoured is the client's (4xx) or bad timing (503), and a class of its own; whatever else is
+raised is a failure of ours: 500.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from typing_extensions import TypedDict
+
+from hybrimoe.errors import HybriMoEError, PromptError
+
+PATH_PART = re.compile(r"\w+")
+"""Names and indices of a path to a field; pydantic adds the forms that it tried, which have brackets and hyphens."""
+INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
+
+
+class RequestError(HybriMoEError):
+    """A request that cannot be honoured. `param` names the field."""
+
+    status: ClassVar[int] = 400
+    kind: ClassVar[str] = INVALID_REQUEST
+    code: ClassVar[str] = "invalid_request"
+    headers: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModelError(RequestError):
+    """A request for a model that this server does not have."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class KeyRefusedError(RequestError):
+    """No API key, or none that this server knows."""
+
+    status = 401
+    code = "invalid_api_key"
+    headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
+
+
+class BodyTooLargeError(RequestError):
+    """A request body of more bytes than the server reads."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class ClientLeftError(RequestError):
+    """The client closed the connection before its answer was ready. Nobody reads the answer; the log shows it."""
+
+    status = 499
+    code = "client_closed_request"
+
+
+class UnavailableError(RequestError):
+    """Not now; the same request can be answered later."""
+
+    status = 503
+    kind = SERVER_ERROR
+    code = "unavailable"
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
+
+
+class QueueFullError(UnavailableError):
+    """More requests wait than the server is willing to keep."""
+
+    code = "queue_full"
+
+
+class LoadingError(UnavailableError):
+    """The model is still being loaded."""
+
+    code = "loading"
+
+
+class DrainingError(UnavailableError):
+    """The server is about to end."""
+
+    code = "shutting_down"
+
+
+class ErrorDetail(TypedDict):
+    """What went wrong, in OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(TypedDict):
+    """The body of every answer that is no success."""
+
+    error: ErrorDetail
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """Status, body and headers of the answer to a request that failed."""
+
+    status: int
+    body: ErrorBody
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def error_answer(error: BaseException) -> ErrorAnswer:
+    """How `error` is answered."""
+    if isinstance(error, RequestError):
+        return ErrorAnswer(error.status, _body(str(error), error.kind, error.code, error.param), error.headers)
+    if isinstance(error, PromptError):
+        return ErrorAnswer(400, _body(str(error), INVALID_REQUEST, "invalid_prompt"))
+    if isinstance(error, RequestValidationError):
+        where, message = _first_problem(error)
+        return ErrorAnswer(400, _body(message, INVALID_REQUEST, "invalid_request", where))
+    if isinstance(error, HTTPException):
+        kind = INVALID_REQUEST if error.status_code < 500 else SERVER_ERROR
+        return ErrorAnswer(error.status_code, _body(str(error.detail), kind), error.headers or {})
+    said = str(error) if isinstance(error, HybriMoEError) else f"{type(error).__name__}: {error}"
+    return ErrorAnswer(500, _body(f"the server failed: {said}", SERVER_ERROR, "internal_error"))
+
+
+def _first_problem(error: RequestValidationError) -> tuple[str | None, str]:
+    """Field and message of the problem that is told: where a field may have several forms, that of the form which the
+    request came nearest to."""
+    problem = max(error.errors(), key=lambda one: len(one["loc"]))
+    parts = [str(part) for part in problem["loc"] if part != "body" and PATH_PART.fullmatch(str(part))]
+    where, words = ".".join(parts), str(problem["msg"]).removeprefix("Value error, ")
+    return where or None, f"{where}: {words}" if where else words
+
+
+def _body(message: str, kind: str, code: str | None = None, param: str | None = None) -> ErrorBody:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

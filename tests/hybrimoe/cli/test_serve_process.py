@@ -1,0 +1,205 @@
+"""`hybrimoe serve` as a process of its own: it listens before the model is there, and ends as it is asked to."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+LONG = {"prompt": "It was", "max_tokens": 1500, "temperature": 1, "seed": 1, "ignore_eos": True}
+
+
+class Server:
+    """A running server, its address, and what it said on stderr when it has ended."""
+
+    def __init__(self, *words, environment=None):
+        command = [sys.executable, "-m", "hybrimoe", "serve", "--port", "0", "--json", *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, **pipes, env={**os.environ, **(environment or {})})
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if line.rstrip() == "}":
+                break
+        self.told = json.loads("".join(lines))
+        self.url = self.told["url"]
+
+    def post(self, body, path="/v1/completions", **more):
+        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **more)
+
+    def waits(self):
+        return httpx.get(f"{self.url}/health").json()["waiting"]
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def ended(self):
+        """Exit code, and stderr."""
+        _, said = self.process.communicate(timeout=60)
+        return self.process.returncode, said
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(*words, **more):
+        servers.append(Server(*words, **more))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()
+
+
+def in_threads(n, work):
+    results = [None] * n
+
+    def run(at):
+        with contextlib.suppress(httpx.HTTPError):
+            results[at] = work()
+
+    threads = [threading.Thread(target=run, args=(at,), daemon=True) for at in range(n)]
+    for thread in threads:
+        thread.start()
+    return results, threads
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def begun(server, **more):
+    """The lines of a stream that has given its first text."""
+    client = httpx.Client(timeout=60)
+    request = client.build_request("POST", f"{server.url}/v1/completions", json={**LONG, **more, "stream": True})
+    response = client.send(request, stream=True)
+    lines = response.iter_lines()
+    next(lines)
+    return lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_refuses_what_waits_and_gives_the_reply_under_way_its_time(serve, number):
+    server = serve("--drain-seconds", "0.5")
+    lines = begun(server)
+    results, threads = in_threads(4, lambda: server.post(LONG))
+    until(lambda: server.waits() == 4)
+    started = time.monotonic()
+    server.signal(number)
+    rest = [line for line in lines if line]
+    for thread in threads:
+        thread.join()
+    code, said = server.ended()
+    took = time.monotonic() - started
+    assert code == 0, said
+    assert [answer.status_code for answer in results] == [503] * 4
+    assert {answer.json()["error"]["code"] for answer in results} == {"shutting_down"}
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert took < 10, "half a second and the end of a process"
+    assert "Traceback" not in said
+
+
+def test_a_reply_that_ends_within_the_time_is_complete(serve):
+    server = serve()
+    lines = begun(server, max_tokens=60)
+    server.signal(signal.SIGTERM)
+    assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert server.ended()[0] == 0
+
+
+def test_a_second_signal_ends_the_server_at_once(serve):
+    server = serve("--drain-seconds", "600")
+    lines = begun(server)
+    server.signal(signal.SIGTERM)
+    until(lambda: health_is_gone(server))
+    server.signal(signal.SIGTERM)
+    code, _ = server.ended()
+    assert code == 128 + signal.SIGTERM
+    del lines
+
+
+def health_is_gone(server):
+    try:
+        return httpx.get(f"{server.url}/health").status_code != 200
+    except httpx.HTTPError:
+        return True
+
+
+def test_ipv6_keys_name_and_the_access_log(serve, tmp_path):
+    config = tmp_path / "deploy.yaml"
+    (tmp_path / "keys").write_text("from-file\n\n", encoding="utf-8")
+    config.write_text("server: {host: '::1', name: mine, api_key_file: keys, cors_origins: ['https://a.example']}\n")
+    server = serve("--config", str(config), environment={"HYBRIMOE_API_KEY": "from-environment"})
+    assert server.url.startswith("http://[::1]:")
+    assert server.told["model"] == "mine"
+    body = {"prompt": "a secret", "max_tokens": 1}
+    assert server.post(body).status_code == 401
+    for key in ("from-file", "from-environment"):
+        answer = server.post(body, headers={"authorization": f"Bearer {key}", "origin": "https://a.example"})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+    server.signal(signal.SIGINT)
+    code, said = server.ended()
+    assert code == 0
+    assert "POST /v1/completions 200" in said
+    assert "POST /v1/completions 401" in said
+    assert "secret" not in said
+
+
+def test_it_listens_and_says_so_while_the_model_is_loaded():
+    port = free_port()
+    command = [sys.executable, "-c", SLOW_START, str(port)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: answers(f"{url}/health"))
+        health = httpx.get(f"{url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "loading")
+        refused = httpx.post(f"{url}/v1/completions", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        assert process.stdout.readline().startswith("{")
+        until(lambda: httpx.get(f"{url}/health").status_code == 200)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+SLOW_START = """
+import sys
+from hybrimoe.cli import common_model
+opened = common_model.open_model
+def slowly(*args, **kwargs):
+    sys.stdin.readline()
+    return opened(*args, **kwargs)
+common_model.open_model = slowly
+from hybrimoe.cli.app import app
+app(["serve", "--port", sys.argv[1], "--json"])
+"""
+
+
+def free_port():
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def answers(url):
+    try:
+        httpx.get(url)
+    except httpx.HTTPError:
+        return False
+    return True

@@ -1,0 +1,153 @@
+"""What all requests pass: body limit, keys, methods, pages of other places, access log, states of the server."""
+
+import asyncio
+import logging
+
+import pytest
+
+from hybrimoe.server.errors import ClientLeftError
+
+BODY = {"prompt": "It was", "max_tokens": 2}
+PATH = "/v1/completions"
+
+
+@pytest.fixture
+def ask(application, client):
+    """`ask(settings, method, path, **request)` sends one request to an application with these settings."""
+
+    def send(settings, method, path, **request):
+        app, served = application(**settings)
+
+        async def run():
+            async with client(app) as connection:
+                return await connection.request(method, path, **request)
+
+        response = asyncio.run(run())
+        response.served = served
+        return response
+
+    return send
+
+
+def test_a_body_above_the_limit_is_refused_and_not_kept(ask):
+    large = ask({"max_body_bytes": 1000}, "POST", PATH, json={**BODY, "prompt": "x" * 1000})
+    assert large.status_code == 413
+    assert large.json()["error"]["code"] == "request_too_large"
+    assert "at most 1000" in large.json()["error"]["message"]
+    assert ask({"max_body_bytes": 1000}, "POST", PATH, json=BODY).status_code == 200
+
+
+def test_a_body_without_a_length_is_counted(ask):
+    async def chunks():
+        for _ in range(30):
+            yield b"x" * 100
+
+    response = ask({"max_body_bytes": 1000}, "POST", PATH, content=chunks())
+    assert response.status_code == 413
+
+
+def test_a_body_far_above_the_limit_is_refused_before_it_is_read(ask):
+    async def never():
+        yield b"{"
+        raise AssertionError("the server reads on")
+
+    response = ask({}, "POST", PATH, content=never(), headers={"content-length": str(10**12)})
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny", "/metrics"])
+def test_keys_are_asked_for_where_there_are_keys(ask, path):
+    keys = {"api_keys": ["first", "schlüssel"]}
+    for wrong in ({}, {"authorization": "Bearer no"}, {"authorization": "first"}, {"authorization": "Basic first"}):
+        refused = ask(keys, "GET", path, headers=wrong)
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert ask(keys, "GET", path, headers={"authorization": "Bearer first"}).status_code == 200
+    assert ask({}, "GET", path).status_code == 200
+    assert ask(keys, "GET", "/health").status_code == 200, "a supervisor needs no key"
+    assert ask(keys, "POST", PATH, json=BODY).status_code == 401
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "TRACE", "OPTIONS"])
+def test_a_method_that_a_path_does_not_have_is_405_with_what_it_has(ask, method):
+    response = ask({}, method, PATH)
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    assert response.json()["error"]["message"]
+    assert ask({}, method, "/health").headers["allow"] == "GET"
+
+
+def test_web_pages_of_other_places_may_only_call_where_the_configuration_says_so(ask):
+    asking = {"origin": "https://chat.example.org", "access-control-request-method": "POST"}
+    assert ask({}, "OPTIONS", PATH, headers=asking).status_code == 405
+    assert "access-control-allow-origin" not in ask({}, "GET", "/v1/models", headers=asking).headers
+    allowed = {"cors_origins": ["https://chat.example.org"], "api_keys": ["key"]}
+    answer = ask(allowed, "OPTIONS", PATH, headers=asking)
+    assert answer.status_code == 200, "a browser asks without the key"
+    assert answer.headers["access-control-allow-origin"] == "https://chat.example.org"
+    refused = ask(allowed, "OPTIONS", PATH, headers={**asking, "origin": "https://evil.example.org"})
+    assert "access-control-allow-origin" not in refused.headers
+    unknown = ask(allowed, "GET", "/v1/models", headers={"origin": "https://chat.example.org"})
+    assert unknown.status_code == 401
+    assert "access-control-allow-origin" in unknown.headers, "a page must be able to read why it was refused"
+
+
+def test_the_access_log_says_who_asked_what_and_nothing_of_the_contents(ask, caplog):
+    with caplog.at_level(logging.INFO, logger="hybrimoe.server.access"):
+        ask({}, "POST", PATH, json={**BODY, "prompt": "a secret"})
+        ask({"max_body_bytes": 10}, "POST", PATH, json=BODY)
+        ask({}, "GET", "/nothing")
+    lines = [record.getMessage() for record in caplog.records if record.name == "hybrimoe.server.access"]
+    assert [line.split()[1:4] for line in lines] == [
+        ["POST", PATH, "200"], ["POST", PATH, "413"], ["GET", "/nothing", "404"],
+    ]  # fmt: skip
+    assert "secret" not in caplog.text
+
+
+def test_a_failure_of_a_route_is_an_answer_and_keeps_the_connection(ask, generator, monkeypatch, caplog):
+    def fail(*args):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(generator, "check_prompt", fail)
+    response = ask({}, "POST", PATH, json=BODY)
+    assert response.status_code == 500
+    assert "the disk is gone" in response.json()["error"]["message"]
+    assert "the disk is gone" in caplog.text, "with its traceback in the server's log"
+
+
+def test_before_the_model_is_there_health_says_so_and_requests_are_asked_to_come_again(ask):
+    health = ask({"loaded": False}, "GET", "/health")
+    assert (health.status_code, health.json()["status"]) == (503, "loading")
+    response = ask({"loaded": False}, "POST", PATH, json=BODY)
+    assert response.status_code == 503
+    assert response.headers["retry-after"]
+    assert response.json()["error"]["code"] == "loading"
+    assert ask({"loaded": False}, "GET", "/v1/models").status_code == 200
+
+
+def test_a_server_that_drains_says_so(application, client):
+    app, served = application()
+
+    async def run():
+        async with client(app) as connection:
+            served.drain(5.0)
+            return await connection.get("/health"), await connection.post(PATH, json=BODY)
+
+    health, refused = asyncio.run(run())
+    assert (health.status_code, health.json()["status"]) == (503, "draining")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_failure(application, connect, caplog):
+    app, _ = application()
+
+    async def run():
+        connection = connect(app, PATH, BODY)
+        connection.read = True
+        connection.left.set()
+        await connection.run()
+        return await connection.sent.get()
+
+    assert asyncio.run(run())["status"] == ClientLeftError.status
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -1,0 +1,189 @@
+"""Replies on their way: clients that leave, failures before and within a stream, comment lines while nothing comes."""
+
+import asyncio
+import json
+import threading
+
+import pytest
+
+from hybrimoe.server import delivery
+
+WHOLE = {"prompt": "It was", "max_tokens": 60, "temperature": 0}
+STREAM = {**WHOLE, "stream": True}
+PATH = "/v1/completions"
+
+
+@pytest.fixture
+def gate(generator, monkeypatch):
+    """The model computes nothing until the event is set; `gate.began` is set when it would begin."""
+    forward, gate = generator.forward, threading.Event()
+    gate.began, gate.n = threading.Event(), 0
+
+    def waiting(*args):
+        gate.n += 1
+        gate.began.set()
+        assert gate.wait(30)
+        return forward(*args)
+
+    monkeypatch.setattr(generator, "forward", waiting)
+    yield gate
+    gate.set()
+
+
+def failing_after(generator, monkeypatch, n_steps, error):
+    forward, left = generator.forward, [n_steps]
+
+    def fail(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return forward(*args)
+
+    monkeypatch.setattr(generator, "forward", fail)
+
+
+def idle(served):
+    return served.n_waiting == 0 and served.worker()._running is None
+
+
+async def until(condition):
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize("body", [WHOLE, STREAM])
+def test_a_client_that_leaves_during_the_prompt_frees_the_server(application, connect, gate, body):
+    app, served = application()
+
+    async def run():
+        connection = connect(app, PATH, body)
+        request = asyncio.create_task(connection.run())
+        await asyncio.to_thread(gate.began.wait, 30)
+        connection.left.set()
+        async with asyncio.timeout(10):
+            await request  # the application is done with it though the model still computes
+        gate.set()
+        await until(lambda: idle(served))
+
+    asyncio.run(run())
+    assert gate.n == 1, "no step after the one under way"
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_the_server(application, connect, generator, monkeypatch):
+    app, served = application()
+    forward, steps, go = generator.forward, [], threading.Semaphore(8)
+
+    def counted(*args):
+        steps.append(1)
+        assert go.acquire(timeout=30)
+        return forward(*args)
+
+    monkeypatch.setattr(generator, "forward", counted)
+
+    async def run():
+        connection = connect(app, PATH, STREAM)
+        request = asyncio.create_task(connection.run())
+        while b"data" not in (await connection.sent.get()).get("body", b""):
+            pass
+        connection.left.set()
+        async with asyncio.timeout(10):
+            await request
+        go.release(1000)
+        await until(lambda: idle(served))
+
+    asyncio.run(run())
+    assert len(steps) <= 9
+
+
+def test_a_waiting_client_that_leaves_is_forgotten(application, connect, gate):
+    app, served = application()
+
+    async def run():
+        first = connect(app, PATH, WHOLE)
+        running = asyncio.create_task(first.run())
+        await asyncio.to_thread(gate.began.wait, 30)
+        second = connect(app, PATH, WHOLE)
+        waiting = asyncio.create_task(second.run())
+        await until(lambda: served.n_waiting == 1)
+        second.left.set()
+        await waiting
+        assert served.n_waiting == 0
+        gate.set()
+        await running
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), MemoryError(), ValueError("a lane died")])
+@pytest.mark.parametrize("body", [WHOLE, STREAM])
+def test_a_failure_before_the_first_text_is_a_500_with_an_error_object(call, generator, monkeypatch, error, body):
+    with monkeypatch.context() as patch:
+        failing_after(generator, patch, 0, error)
+        response = call("POST", PATH, body)
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert type(error).__name__ in response.json()["error"]["message"]
+    assert call("POST", PATH, body).status_code == 200, "the next request is answered"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), MemoryError(), ValueError("a lane died")])
+def test_a_failure_within_a_stream_is_an_event_and_then_nothing_more(call, generator, monkeypatch, error):
+    failing_after(generator, monkeypatch, 6, error)
+    response = call("POST", PATH, STREAM)
+    assert response.status_code == 200
+    *texts, last = [line for line in response.text.split("\n\n") if line]
+    assert texts
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert "[DONE]" not in response.text
+    assert '"finish_reason": "' not in response.text
+
+
+def test_a_stream_without_text_begins_and_is_kept_alive(application, connect, gate, monkeypatch):
+    monkeypatch.setattr(delivery, "STATUS_SECONDS", 0.01)
+    monkeypatch.setattr(delivery, "PING_SECONDS", 0.01)
+    app, _ = application()
+
+    async def run():
+        connection = connect(app, PATH, STREAM)
+        request = asyncio.create_task(connection.run())
+        start = await connection.sent.get()
+        pings = [(await connection.sent.get())["body"] for _ in range(3)]
+        gate.set()
+        await request
+        rest = b"".join([connection.sent.get_nowait()["body"] for _ in range(connection.sent.qsize())])
+        return start["status"], pings, rest
+
+    status, pings, rest = asyncio.run(run())
+    assert status == 200
+    assert all(ping.startswith(b": ") and ping.endswith(b"\n\n") for ping in pings)
+    assert rest.rstrip().endswith(b"data: [DONE]")
+
+
+def test_a_prompt_is_turned_into_tokens_beside_the_event_loop(application, connect, generator, monkeypatch):
+    app, _ = application()
+    tokenizer, go = generator.tokenizer, threading.Event()
+
+    class Slow:
+        chat_template = None
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, *args, **kwargs):
+            assert go.wait(30)
+            return tokenizer(*args, **kwargs)
+
+    monkeypatch.setattr(generator, "tokenizer", Slow())
+
+    async def run():
+        connections = [connect(app, PATH, WHOLE) for _ in range(2)]
+        requests = [asyncio.create_task(one.run()) for one in connections]
+        for _ in range(20):
+            await asyncio.sleep(0.001)  # the loop runs while both are being turned into tokens
+        assert not any(request.done() for request in requests)
+        go.set()
+        await asyncio.gather(*requests)
+        return [(await one.sent.get())["status"] for one in connections]
+
+    assert asyncio.run(run()) == [200, 200]

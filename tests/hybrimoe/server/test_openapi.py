@@ -1,0 +1,61 @@
+"""The OpenAPI document against what is answered."""
+
+import json
+
+import jsonschema
+import pytest
+
+BODIES = {
+    "/v1/completions": {"prompt": "It was", "max_tokens": 2, "logprobs": 1},
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "logprobs": True, "top_logprobs": 1,
+    },
+}  # fmt: skip
+
+
+def resolved(document, schema):
+    """The schema with the document's definitions beside it, so that its references are found."""
+    return {**schema, "components": document["components"]}
+
+
+def check(document, path, method, response):
+    told = document["paths"][path][method]["responses"]
+    assert str(response.status_code) in told, (path, response.status_code, sorted(told))
+    content = told[str(response.status_code)].get("content", {})
+    kind = response.headers["content-type"].split(";")[0]
+    assert kind in content
+    if kind == "application/json":
+        jsonschema.validate(response.json(), resolved(document, content[kind]["schema"]))
+
+
+def test_nothing_is_documented_that_is_never_answered(call):
+    document = call("GET", "/openapi.json").json()
+    text = json.dumps(document)
+    assert "HTTPValidationError" not in text
+    assert '"422"' not in text
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"temperature": -1}, {"model": "other"}, {"x": 1}])
+def test_answers_of_the_text_endpoints_are_documented(call, path, more):
+    document = call("GET", "/openapi.json").json()
+    check(document, path, "post", call("POST", path, BODIES[path] | more))
+
+
+def test_answers_of_the_other_endpoints_are_documented(call, application):
+    document = call("GET", "/openapi.json").json()
+    for path in ("/v1/models", "/health", "/metrics"):
+        check(document, path, "get", call("GET", path))
+    check(document, "/v1/models/{model_id}", "get", call("GET", "/v1/models/tiny"))
+    check(document, "/v1/models/{model_id}", "get", call("GET", "/v1/models/other"))
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_request_that_the_document_describes_is_taken(call, path):
+    """The schema of the body allows what is honoured, so clients made from it work."""
+    document = call("GET", "/openapi.json").json()
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    validator = jsonschema.Draft202012Validator(resolved(document, schema))
+    assert validator.is_valid(BODIES[path])
+    assert not validator.is_valid(BODIES[path] | {"temprature": 1})
+    assert not validator.is_valid(BODIES[path] | {"temperature": 1e9})
