@@ -28,7 +28,7 @@ HIT, ON_ITS_WAY = 0, 1
 
 def _compiled(function: Function) -> Function:
     made = numba.njit(fastmath={"reassoc", "contract", "nsz"})(function)
-    keep_on_disk(made, "hybrimoe", "cpu_kernels")
+    keep_on_disk(made, "hybrimoe", "cpu_kernels", "scheduler")
     return cast(Function, made)
 
 
