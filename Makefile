@@ -6,7 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP_BASE := $(VENV)/.hybrimoe-base
 STAMP_DEV := $(VENV)/.hybrimoe-dev
 
-.PHONY: demo test lint bench test-ipex clean help
+STAMP_FLOOR := .venv-floor/.hybrimoe-floor
+FLOOR := .venv-floor/bin/python
+
+.PHONY: demo test test-fast test-all test-floor coverage lint bench test-ipex clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -25,8 +28,30 @@ $(STAMP_DEV): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(STAMP_BASE)  ## set up, then stream a text from the demo model and show what ran where
 	$(BIN)/hybrimoe generate --prompt "It was a bright morning, and Elizabeth" --max-new-tokens 96 --seed 7
 
-test: $(STAMP_DEV)  ## set up, then run every test
+test: $(STAMP_DEV)  ## set up, then run the tests, with six of the model families
+	$(BIN)/python -m pytest -q -m "not families or representative"
+
+test-fast: $(STAMP_DEV)  ## what a change is tried with: the scheduler, rules, configuration and checkpoints
+	$(BIN)/python -m pytest -q -m "not families" tests/scheduler tests/yaml_rules tests/hybrimoe/config \
+	  tests/test_dependency_direction.py
+
+test-all: $(STAMP_DEV)  ## every test, with every model family of transformers (what CI runs)
 	$(BIN)/python -m pytest -q
+
+$(STAMP_FLOOR): pyproject.toml constraints.txt $(STAMP_DEV)
+	$(PYTHON) -m venv .venv-floor
+	echo '*' >.venv-floor/.gitignore
+	$(BIN)/uv pip compile -q --resolution lowest-direct --extra onnx --extra serve --extra bench pyproject.toml \
+	  -o .venv-floor/requirements.txt
+	grep -E '^(pytest|pytest-randomly|hypothesis|jsonschema)==' constraints.txt >.venv-floor/tools.txt
+	$(BIN)/uv pip install -q --python $(FLOOR) -r .venv-floor/requirements.txt -r .venv-floor/tools.txt
+	@touch $@
+
+test-floor: $(STAMP_FLOOR)  ## the tests with the lowest versions that pyproject.toml allows (torch 2.8: 7 GB of disk)
+	PYTHONPATH=. $(FLOOR) -m pytest -q -m "not families or representative" -W default
+
+coverage: $(STAMP_DEV)  ## the tests with line and branch coverage; functions that Numba compiled are not seen
+	$(BIN)/python -m pytest -q -m "not families or representative" --cov --cov-report=term
 
 lint: $(STAMP_DEV)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -42,4 +67,4 @@ test-ipex:  ## the IPEX backend's parity suite, in an environment of its own (to
 	bash tests/ipex/run.sh
 
 clean:  ## remove the virtual environments and build output
-	rm -rf $(VENV) .venv-ipex dist build
+	rm -rf $(VENV) .venv-ipex .venv-floor dist build

@@ -41,7 +41,9 @@ TABLE: tuple[Entry, ...] = (
     Entry("experts.KTransformersExperts", "experts", "hybrid_experts, or cpu_ or accelerator_experts by its devices"),
     Entry("experts.KTransformersExpertsV2", "experts", "as KTransformersExperts"),
     Entry("experts.KTransformersMLPExpert", "experts", "as KTransformersExperts (an early name)"),
-    Entry("experts.KLlama4Experts", "experts", "as KTransformersExperts"),
+    Entry(
+        "experts.K*Experts", "experts", "as KTransformersExperts, by the family's name: KLlama4Experts, KGlm4Experts"
+    ),
     Entry("experts.*MoE*", "placement", "the block around the experts is transformers' own"),
     Entry("experts.*Moe*", "placement", "the block around the experts is transformers' own"),
     Entry("linear.KTransformersLinear", "placement", "linear layers are computed by torch"),
@@ -67,6 +69,8 @@ KNOWN_CLASSES: tuple[str, ...] = (
             "experts.KTransformersExpertsV2",
             "experts.KTransformersMLPExpert",
             "experts.KLlama4Experts",
+            "experts.KGlm4Experts",
+            "experts.KSmallthinkerExperts",
             "experts.KDeepseekV2MoE",
             "experts.KDeepseekV3MoE",
             "experts.KQwen2MoeSparseMoeBlock",
@@ -85,8 +89,11 @@ KNOWN_CLASSES: tuple[str, ...] = (
     ),
 )
 
-_DEVICE_KWARGS = ("prefill_device", "generate_device", "out_device")
-_KERNEL_KWARGS = ("prefill_op", "generate_op", "prefill_mlp_type", "generate_mlp_type", "absorb_for_prefill")
+_DEVICE_KWARGS = ("prefill_device", "generate_device", "out_device", "device")
+_KERNEL_KWARGS = (
+    "prefill_op", "generate_op", "prefill_mlp_type", "generate_mlp_type", "prefill_linear_type",
+    "generate_linear_type", "absorb_for_prefill",
+)  # fmt: skip
 _KWARGS: Mapping[Effect, tuple[str, ...]] = {
     "experts": (*_DEVICE_KWARGS, *_KERNEL_KWARGS, "backend", "n_deferred_experts"),
     "placement": (*_DEVICE_KWARGS, *_KERNEL_KWARGS),
@@ -188,7 +195,7 @@ def _experts_operator(kwargs: Mapping[str, Any]) -> str:
 
 def _placement(rule: Rule, entry: Entry) -> Translation:
     kwargs = rule.form.replace.kwargs
-    device = kwargs.get("generate_device", kwargs.get("prefill_device"))
+    device = next((kwargs[key] for key in ("generate_device", "prefill_device", "device") if key in kwargs), None)
     note = "" if entry.pattern == "default" else f"{_short(rule.form.replace.class_ or '')}: {entry.meaning}"
     if device is None:
         return Translation("default", {}, lenient=True, note=note)

@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    WithJsonSchema,
+    model_validator,
+)
 
 from yaml_rules.layers import layer_of, parse_layers
 from yaml_rules.located import KeyPath, Located
@@ -27,6 +36,13 @@ def _check_pattern(pattern: str) -> str:
         at = "" if error.pos is None else f" at character {error.pos}"
         raise ValueError(f"{pattern!r} is no regular expression: {error.msg}{at}") from error
     return pattern
+
+
+def _is_no_bool(value: object) -> object:
+    """For numbers: `true` equals 1 in Python."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, found {value}")
+    return value
 
 
 def _as_list(value: object) -> object:
@@ -103,6 +119,10 @@ class Replace(_Form):
         min_length=1,
         description="KTransformers' form: a class path that maps to an operator.",
     )
+    device: str | None = Field(
+        default=None,
+        description="Beside class only: where KTransformers first puts the module; kwargs say where it runs.",
+    )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the operator.")
 
     @model_validator(mode="before")
@@ -115,6 +135,10 @@ class Replace(_Form):
         if (self.op is None) == (self.class_ is None):
             found = "neither" if self.op is None else "both"
             raise ValueError(f"expected either op or class (KTransformers' form), found {found}")
+        if self.device is not None and self.op is not None:
+            raise ValueError(
+                "device stands beside class only (KTransformers' form); beside op write kwargs: {device: ...}"
+            )
         return self
 
 
@@ -123,14 +147,14 @@ class RuleForm(_Form):
 
     match: Match = Field(description="Which modules.")
     replace: Replace = Field(description="What takes their place.")
-    recursive: bool = Field(default=True, description="Whether modules inside a matched one are looked at.")
-    optional: bool = Field(default=False, description="Whether the rule may match nothing.")
+    recursive: StrictBool = Field(default=True, description="Whether modules inside a matched one are looked at.")
+    optional: StrictBool = Field(default=False, description="Whether the rule may match nothing.")
 
 
 class RuleFileForm(_Form):
     """A rule file in its mapping form."""
 
-    version: Literal[1] = Field(description="Version of the format; 1.")
+    version: Annotated[Literal[1], BeforeValidator(_is_no_bool)] = Field(description="Version of the format; 1.")
     extends: Annotated[list[str], BeforeValidator(_as_list), _NAMES_JSON] = Field(
         default_factory=list, description="Shipped rule sets or files whose rules follow after these."
     )

@@ -48,7 +48,19 @@ def _message(
     if detail["type"] == "value_error":  # raised by a parser of ours, which names what it found
         return f"{place}: {key}: {detail['ctx']['error']}"
     expected = detail["msg"].removeprefix("Input ").replace(_PYDANTIC_MAPPING, "a mapping of keys for")
-    return f"{place}: {key}: {expected}, found {_shorten(detail['input'])}"
+    return f"{place}: {key}: {expected}, found {_shorten(detail['input'])}{_unquoted(detail)}"
+
+
+def _unquoted(detail: ErrorDetails) -> str:
+    """What to write where YAML's own true, false or number was put in quotes; empty for other mistakes."""
+    given = detail["input"]
+    if not isinstance(given, str):
+        return ""
+    if detail["type"] == "bool_type" and given.strip().casefold() in ("true", "false"):
+        return f"; write {given.strip().casefold()}, without quotes"
+    if detail["type"] == "int_type" and given.strip().isdecimal():
+        return f"; write {given.strip()}, without quotes"
+    return ""
 
 
 def _shorten(value: Any) -> str:

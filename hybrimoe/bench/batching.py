@@ -126,7 +126,7 @@ def _row(
 ) -> BatchingRow:  # fmt: skip
     prompt, end = request.prompt_tokens, request.prompt_tokens + request.new_tokens
     made, steps = batched(trace, groups, prompt, request.new_tokens)
-    config = SimulationConfig(policy=request.policy, cache_ratio=request.cache_ratio, seed=request.seed)
+    config = SimulationConfig(policy=request.policy, cache_ratio=request.cache_ratio)
     prefill, decode = Simulator(made, profile, shape, config, steps=steps).run()
     cut = batched(trace, [[at] for group in groups for at in group], prompt, request.new_tokens)[0]
     places = iter(range(len(trace.sequence_spans())))

@@ -34,6 +34,30 @@ def model_config(model: str | Path | None) -> PreTrainedConfig:
     return _hub_config(str(model))
 
 
+def config_file(model: str) -> str:
+    """What `hybrimoe.machine.profiles.open_shape` reads for a model: the cached or fetched config.json of a hub id; a
+    directory, a file or the name of a shipped shape stays as it is.
+
+    Raises ModelError where the hub's cache has no config.json of that id and none can be fetched.
+    """
+    from hybrimoe.checkpoint.source import CONFIG_NAME, HUB_ID
+
+    if Path(model).expanduser().exists() or not HUB_ID.match(model) or Path(model).suffix in (".json", ".yaml", ".yml"):
+        return model
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(hf_hub_download(model, CONFIG_NAME))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{model} is no directory here, and its {CONFIG_NAME} is neither in the hub's cache nor can it be fetched"
+            f" ({first}); run `hf download {model} {CONFIG_NAME}` on a machine with a network, or give a directory, a "
+            f"{CONFIG_NAME}, or a shipped shape"
+        ) from error
+
+
 def _hub_config(hub_id: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 

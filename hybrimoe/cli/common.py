@@ -60,32 +60,35 @@ LossyOption = Annotated[
         rich_help_panel=PLACEMENT,
     ),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the CPU lane.", rich_help_panel=PLACEMENT)]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU lane.", rich_help_panel=PLACEMENT)]
 LookaheadOption = Annotated[
-    int | None, typer.Option(help="Layers ahead whose routers are asked.", rich_help_panel=PLACEMENT)
+    int | None, typer.Option(min=0, max=64, help="Layers ahead whose routers are asked.", rich_help_panel=PLACEMENT)
 ]
 
 TemperatureOption = Annotated[
-    float | None, typer.Option("--temperature", "-t", help="0 is greedy.", rich_help_panel=SAMPLING)
+    float | None, typer.Option("--temperature", "-t", min=0, help="0 is greedy.", rich_help_panel=SAMPLING)
 ]
 TopPOption = Annotated[
-    float | None, typer.Option("--top-p", help="Keep this share of probability.", rich_help_panel=SAMPLING)
+    float | None,
+    typer.Option("--top-p", min=0, max=1, help="Keep this share of probability.", rich_help_panel=SAMPLING),
 ]
 TopKOption = Annotated[
-    int | None, typer.Option("--top-k", help="Keep so many tokens; 0: all.", rich_help_panel=SAMPLING)
+    int | None, typer.Option("--top-k", min=0, help="Keep so many tokens; 0: all.", rich_help_panel=SAMPLING)
 ]
 MinPOption = Annotated[
-    float | None, typer.Option("--min-p", help="Keep tokens with this share of the best.", rich_help_panel=SAMPLING)
+    float | None,
+    typer.Option("--min-p", min=0, max=1, help="Keep tokens with this share of the best.", rich_help_panel=SAMPLING),
 ]
 RepetitionOption = Annotated[
     float | None, typer.Option("--repetition-penalty", help="1 is none.", rich_help_panel=SAMPLING)
 ]
-SeedOption = Annotated[int | None, typer.Option(help="The same seed, the same text.", rich_help_panel=SAMPLING)]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="The same seed, the same text.", rich_help_panel=SAMPLING)]
 StopOption = Annotated[
     list[str] | None, typer.Option(help="Text that ends the reply; may be repeated.", rich_help_panel=SAMPLING)
 ]
 NewTokensOption = Annotated[
-    int | None, typer.Option("--max-new-tokens", "-n", help="Longest reply, in tokens.", rich_help_panel=SAMPLING)
+    int | None,
+    typer.Option("--max-new-tokens", "-n", min=1, help="Longest reply, in tokens.", rich_help_panel=SAMPLING),
 ]
 
 TimelineOption = Annotated[

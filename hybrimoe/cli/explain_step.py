@@ -31,14 +31,16 @@ def explain_step(
         str | None, typer.Option("--model-shape", metavar="M", help="Shape: a name or a config.")
     ] = None,
     policy: Annotated[str, typer.Option(metavar="NAME", help="A preset or balance/prefetch/cache.")] = "ours",
-    cache_ratio: Annotated[float, typer.Option(metavar="R", help="Share of all experts that has a slot.")] = 0.25,
-    step: Annotated[int, typer.Option(help="Which step of the simulated sequences, from 0.")] = 16,
-    accelerators: Annotated[int | None, typer.Option(help="So many accelerators. Default: profile.")] = None,
+    cache_ratio: Annotated[
+        float, typer.Option(metavar="R", min=0.0, max=1.0, help="Share of all experts that has a slot.")
+    ] = 0.25,
+    step: Annotated[int, typer.Option(min=0, help="Which step of the simulated sequences, from 0.")] = 16,
+    accelerators: Annotated[int | None, typer.Option(min=1, help="So many accelerators. Default: profile.")] = None,
     timeline: Annotated[bool, typer.Option("--timeline", help="Draw what each lane did.")] = False,
     chrome: Annotated[
         Path | None, typer.Option("--chrome", metavar="FILE", help="Write a Chrome/Perfetto trace.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed, the same step.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed, the same step.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Show each decision's alternatives, the critical path, idle lanes, and what more of a resource would bring."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Annotated, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from hybrimoe.cli.common import JsonOption, ModelArgument
 from hybrimoe.cli.views import render
+
+if TYPE_CHECKING:
+    from cpu_kernels import ExpertDtype
 
 
 def register(app: typer.Typer) -> None:
@@ -20,9 +23,11 @@ def plan(
     model: ModelArgument = None,
     hardware: Annotated[
         str | None,
-        typer.Option(help="Hardware profile: a name or a file. Default: this machine's calibration, else a datasheet."),
+        typer.Option(help="Hardware profile: a name or a file. Default: this machine, calibrated or measured shortly."),
     ] = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens that the KV cache must hold.")] = 8192,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the KV cache must hold. Default: 8192, or the model's own.")
+    ] = None,
     expert_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8, or int4.")] = "int4",
     dense_dtype: Annotated[str, typer.Option(help="Weights outside the experts.")] = "int8",
     gpu_memory: Annotated[
@@ -43,14 +48,19 @@ def plan(
     """
     import psutil
 
+    from hybrimoe.checkpoint.meta import config_file
+    from hybrimoe.machine.calibrate import quick_profile
     from hybrimoe.machine.profiles import hardware_for_plan, open_shape, with_accelerators
     from hybrimoe.tracing.sources import DEMO_MODEL
     from hybrimoe.tracing.study.planning import expect, fit
     from scheduler.planner.policies import resolve_policy
 
     resolve_policy(policy)
-    shape = open_shape(model or DEMO_MODEL)
-    profile, taken = hardware_for_plan(hardware, gpu_memory is not None)
+    source = config_file(str(model or DEMO_MODEL))
+    shape = open_shape(source)
+    if model is not None and source != model:
+        shape = replace(shape, name=model.rpartition("/")[2])  # the hub's cache keeps the file under another name
+    profile, taken = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(expert_dtype)))
     profile = with_accelerators(profile, accelerators, shared_link=False)
     host = psutil.virtual_memory().total if host_memory is None else _bytes(host_memory)
     found = fit(
@@ -75,21 +85,34 @@ def _bytes(text: str) -> int:
     return int(amount.value)
 
 
+def _dtype(name: str) -> ExpertDtype:
+    """The name of an expert dtype, checked."""
+    from typing import get_args
+
+    from cpu_kernels import ExpertDtype
+    from hybrimoe.errors import ConfigError, unknown
+
+    if name not in get_args(ExpertDtype):
+        raise ConfigError(unknown("expert dtype", name, get_args(ExpertDtype)))
+    return cast("ExpertDtype", name)
+
+
 def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
     size = found["expert_bytes"]
 
     def experts(count: int) -> str:
         return f"{count} of {found['n_experts']} ({count / found['n_experts']:.0%}, {_gib(count * size)})"
 
+    has_device = found["device_bytes"] > 0
     rows = [
-        ("dense weights on the device", _gib(found["dense_bytes"])),
+        (f"dense weights {'on the device' if has_device else 'in host memory'}", _gib(found["dense_bytes"])),
         (f"KV cache of {found['context']} tokens", _gib(found["kv_bytes"])),
-        ("experts in device slots", experts(found["device_experts"])),
+        *([("experts in device slots", experts(found["device_experts"]))] if has_device else []),
         *_by_accelerator(found),
         ("experts in host memory", experts(found["host_experts"])),
         ("experts outside host memory", experts(found["disk_experts"])),
-        ("longest context with a slot a layer", f"{found['max_context']} tokens"),
-        ("expected hit rate (simulated)", f"{expected['hit_rate']:.0%}"),
+        (f"longest context{' with a slot a layer' if has_device else ''}", f"{found['max_context']} tokens"),
+        *([("expected hit rate (simulated)", f"{expected['hit_rate']:.0%}")] if has_device else []),
         ("expected decode (simulated)", f"{expected['decode_tokens_per_s']:.1f} tokens/s"),
         ("expected prefill (simulated)", f"{expected['prefill_tokens_per_s']:.0f} tokens/s"),
     ]
@@ -99,7 +122,7 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def _by_accelerator(found: dict[str, Any]) -> list[tuple[str, str]]:
     """A row for each of several accelerators."""
     layers, slots = found["layers_by_accelerator"], found["experts_by_accelerator"]
-    if len(layers) == 1:
+    if len(layers) < 2:
         return []
     return [
         (f"  accelerator {unit}", f"{n_layers} MoE layers, {n_slots} slots")

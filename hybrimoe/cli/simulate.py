@@ -55,13 +55,14 @@ def simulate(
     predictions: Annotated[
         str, typer.Option(help="Routing known ahead: auto, recorded, transition, noisy, or none.")
     ] = "auto",
-    lookahead: Annotated[int, typer.Option(help="Layers ahead that are predicted.")] = 3,
+    lookahead: Annotated[int, typer.Option(min=0, help="Layers ahead that are predicted.")] = 3,
     max_tokens: Annotated[int, typer.Option(help="Simulate at most so many tokens; 0: all.")] = DEFAULT_TOKENS,
     host_ratio: Annotated[
         float, typer.Option(help="Share of all experts that host memory holds; the rest is on disk.")
     ] = 1.0,
     accelerators: Annotated[
-        int | None, typer.Option(help="So many accelerators, each with its layers, slots and link. Default: profile.")
+        int | None,
+        typer.Option(min=1, help="So many accelerators, each with its layers, slots and link. Default: profile."),
     ] = None,
     shared_link: Annotated[bool, typer.Option("--shared-link", help="All accelerators behind one link.")] = False,
     cache_model: Annotated[
@@ -70,7 +71,7 @@ def simulate(
     prefetch_model: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Net of `trace train --target prefetch`, for learned prefetch.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed, the same numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed, the same numbers.")] = 0,
     replay: Annotated[
         Path | None,
         typer.Option(

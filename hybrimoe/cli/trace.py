@@ -28,8 +28,8 @@ def record(
     prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt a line.")] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Decode steps a prompt.")] = 64,
     horizon: Annotated[int, typer.Option(min=0, help="Layers ahead that are predicted.")] = 3,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="The same seed, the same text.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed, the same text.")] = 0,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Keep the tokens' input embeddings: train --target routes needs them.")
     ] = False,
@@ -153,7 +153,7 @@ def train(
         str, typer.Option(help="cache (next use), prefetch (next layer's routing), or routes (a prompt's reply).")
     ] = "cache",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples.")] = 8,
-    seed: Annotated[int, typer.Option(help="The same seed, the same predictor.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed, the same predictor.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Train the small net of the `learned` policies; it is judged on the last quarter of the sequences.

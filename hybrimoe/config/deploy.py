@@ -6,16 +6,18 @@ the nearest right name. `hybrimoe.config.runtime.runtime_config` turns it into w
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount, SizeAmount
-from hybrimoe.config.errors import config_error
+from hybrimoe.config.errors import config_error, locate
 from hybrimoe.config.scheduler import SchedulerConfig, check_scheduler
-from hybrimoe.config.values import Accelerators, ModelName, Threads, check_rules
+from hybrimoe.config.values import Accelerators, ModelName, Section, Threads, check_rules
 from hybrimoe.errors import ConfigError, unknown
 from yaml_rules import shipped
 from yaml_rules.errors import YamlRulesError
@@ -26,11 +28,7 @@ DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4
 BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-class MemoryConfig(_Section):
+class MemoryConfig(Section):
     """How much memory each tier may use."""
 
     gpu_experts: ExpertsAmount = Field(default=Amount("auto"), description="Expert slots on the accelerator.")
@@ -45,7 +43,7 @@ class MemoryConfig(_Section):
     )
 
 
-class CpuConfig(_Section):
+class CpuConfig(Section):
     """The CPU lane and how weights are stored."""
 
     backend: BackendName = Field(
@@ -61,7 +59,7 @@ class CpuConfig(_Section):
     )
 
 
-class ServerConfig(_Section):
+class ServerConfig(Section):
     """Where `hybrimoe serve` listens, and what it keeps between requests."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
@@ -83,7 +81,7 @@ class ServerConfig(_Section):
     access_log: bool = Field(default=True, description="A line on stderr for each request, without contents.")
 
 
-class DeployConfig(_Section):
+class DeployConfig(Section):
     """One deployment: the model, its rules, the memory of each tier, CPU, scheduler and server."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, title="HybriMoE deployment")
@@ -165,7 +163,6 @@ _ALIASES: dict[str, KeyPath] = {
     "threads": ("cpu", "threads"),
     "policy": ("scheduler", "policy"),
     "lookahead": ("scheduler", "lookahead"),
-    "seed": ("scheduler", "seed"),
     "lossy": ("scheduler", "lossy"),
 }
 
@@ -202,7 +199,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         below = result.get(key)
         if key == "scheduler" and isinstance(value, Mapping) and "policy" in value and isinstance(below, Mapping):
-            below = {name: below[name] for name in ("lookahead", "seed", "lossy") if name in below}
+            below = {name: below[name] for name in ("lookahead", "lossy") if name in below}
         mergeable = isinstance(below, Mapping) and isinstance(value, Mapping) and key not in ("rules", "lossy")
         result[key] = _merged(below, value) if mergeable and isinstance(below, Mapping) else value
     return result
@@ -222,19 +219,36 @@ def _validated(data: dict[str, Any], located: Located, given: Mapping[str, Any])
 
 
 def _with_resolved_paths(config: DeployConfig, located: Located, given: Mapping[str, Any]) -> DeployConfig:
-    """Relative paths in a file are meant from that file's folder; where nothing is there, they stay as written."""
+    """Relative paths in a file are meant from that file's folder; where nothing is there, they stay as written.
+
+    Environment variables ($HOME, ${HOME}) are expanded, as a shell does it for the command line. Raises ConfigError for
+    one that is not set.
+    """
     folder = Path(located.source).parent
     changed: dict[str, Any] = {}
     for key in ("model", "rules"):
         value = getattr(config, key)
-        from_file = key not in given and isinstance(value, str) and not Path(value).is_absolute()
-        if from_file and value != "auto" and (folder / value).exists():
-            changed[key] = str(folder / value)
+        if key not in given and isinstance(value, str) and value != "auto":
+            changed[key] = _from_folder(value, folder, f"{locate((key,), located, given)}: {key}")
     keys = config.server.api_key_file
-    if keys is not None and "server" not in given and (folder / keys).exists():
-        changed["server"] = config.server.model_copy(update={"api_key_file": str(folder / keys)})
+    if keys is not None and "server" not in given:
+        place = f"{locate(('server', 'api_key_file'), located, given)}: server.api_key_file"
+        changed["server"] = config.server.model_copy(update={"api_key_file": _from_folder(keys, folder, place)})
     if not changed:
         return config
     moved = config.model_copy(update=changed)
     moved._located = located
     return moved
+
+
+def _from_folder(path: str, folder: Path, place: str) -> str:
+    """The path with its environment variables expanded, inside `folder` where something is there, else as written."""
+    expanded = os.path.expandvars(path)
+    if (folder / expanded).exists():
+        return str(folder / expanded)
+    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
+    if unset is not None:
+        raise ConfigError(
+            f"{place}: the environment variable {unset.group()} is not set; set it, or write the path out"
+        )
+    return expanded

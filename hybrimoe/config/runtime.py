@@ -29,7 +29,6 @@ def runtime_config(config: DeployConfig) -> RuntimeConfig:
         policy=policy,
         policy_params=policy_params,
         lookahead=config.scheduler.lookahead,
-        seed=config.scheduler.seed,
         kv_reserve_bytes=_kv_bytes(config.memory.kv, accelerators[0]),
         lossy=resolve_lossy(lossy_settings(config.scheduler.lossy)),
     )

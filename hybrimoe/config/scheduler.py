@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from hybrimoe.amounts import parse_amount
 from hybrimoe.config.errors import locate
+from hybrimoe.config.values import Section
 from hybrimoe.errors import ConfigError, did_you_mean
 from yaml_rules.located import Located
 
@@ -16,7 +17,7 @@ DEFAULT_POLICY = "ours"
 _PARTS = ("balance", "prefetch", "cache")
 
 
-class SchedulerConfig(BaseModel):
+class SchedulerConfig(Section):
     """A policy by name, or its three parts; further keys are parameters of the parts."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -28,7 +29,6 @@ class SchedulerConfig(BaseModel):
     prefetch: str | None = Field(default=None, description="What is transferred ahead; replaces the preset's.")
     cache: str | None = Field(default=None, description="What stays in the slots; replaces the preset's.")
     lookahead: int = Field(default=3, ge=0, le=64, description="Layers ahead whose routers are asked.")
-    seed: int = Field(default=0, ge=0, description="Seed of policies that draw random numbers.")
     lossy: str | dict[str, Any] | None = Field(
         default=None,
         description="A lossy policy such as hobbit, or {kind: hobbit, t1: 0.6}; none (the default) loses nothing.",

@@ -1,4 +1,4 @@
-"""Parsers of single configuration values: accelerators, threads, rules."""
+"""What the sections of a configuration share, and parsers of single values: accelerators, threads, rules."""
 
 from __future__ import annotations
 
@@ -7,9 +7,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from hybrimoe.errors import ConfigError, did_you_mean
+
+
+class Section(BaseModel):
+    """A section of a deployment file: unknown keys are mistakes, and `true` is no number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """pydantic would read `port: true` as 1."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and wanted in (int, float):
+            raise ConfigError(f"expected a number, found {value}")
+        return value
+
 
 _WORDS = ("auto", "none", "emulated")
 _DEVICE_TYPES = ("cuda", "xpu", "npu", "mps", "hpu", "mtia")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -42,6 +43,7 @@ POOL_BYTES = 128 << 20  # of packed experts: more than the last-level cache, so 
 MAX_POOL_EXPERTS = 64
 BACKEND_POINTS = (1, 16)  # tokens at which backends compete
 CONTENTION_SECONDS = 0.4
+QUICK_BUDGET_S = 1.0  # for the tables of a measurement that nobody asked for
 GIB = 1 << 30
 LEAST_SHARE = 0.05  # of its own rate that a lane is credited with beside the other
 
@@ -55,6 +57,7 @@ class Request:
     accelerator: str = "auto"
     budget_s: float = 75.0
     name: str = "this machine"
+    backends: tuple[str, ...] = ("numba", "torch", "onnx", "ipex")  # compete for `backend: auto`; none: no contest
 
 
 class _Pool:
@@ -90,6 +93,17 @@ def calibrate(request: Request, progress: Callable[[str], None] = lambda text: N
             accelerator.close()
     write_choice(BackendChoice.from_times(result.backends))
     return Calibration(profile, result.spread, result.backends, time.perf_counter() - started)
+
+
+def quick_profile(hidden: int, inter: int, dtype: ck.ExpertDtype) -> HardwareProfile:
+    """This machine measured for experts of one shape and dtype in a few seconds; nothing is kept on disk."""
+    request = Request(((hidden, inter),), (dtype,), budget_s=QUICK_BUDGET_S, backends=())
+    accelerator = open_accelerator(request.accelerator)
+    try:
+        return _Run(request, lambda text: None, time.perf_counter()).measure(accelerator)
+    finally:
+        if accelerator is not None:
+            accelerator.close()
 
 
 class _Run:
@@ -195,7 +209,7 @@ class _Run:
         times = {}
         works = [_work(pool.spec, n_tokens) for n_tokens in BACKEND_POINTS]
         records = pool.addresses()
-        for name in ("numba", "torch", "onnx", "ipex"):
+        for name in self.request.backends:
             try:
                 backend = ck.get_backend(name)
             except ck.BackendError:
@@ -215,14 +229,16 @@ class _Run:
             while not stop.is_set():
                 link_gbps.append(_link_gbps(accelerator, pool))
 
-        thread = threading.Thread(target=copy)
         cpu_alone = median(self._cpu_us(pool, work) for _ in range(20))
-        thread.start()
-        until = time.perf_counter() + CONTENTION_SECONDS
-        while time.perf_counter() < until:
-            cpu_us.append(self._cpu_us(pool, work))
-        stop.set()
-        thread.join()
+        with ThreadPoolExecutor(1) as copier:
+            copying = copier.submit(copy)
+            until = time.perf_counter() + CONTENTION_SECONDS
+            try:
+                while time.perf_counter() < until or (len(link_gbps) == 1 and not copying.done()):
+                    cpu_us.append(self._cpu_us(pool, work))
+            finally:  # the thread copies until it is told to stop, and a program does not end before its threads
+                stop.set()
+            copying.result()  # what went wrong while copying is this call's error
         cpu_share = self._figure("contention.cpu_with_link", [cpu_alone / us for us in cpu_us[1:]])
         link_share = self._figure("contention.link_with_cpu", [gbps / link_alone for gbps in link_gbps[1:]])
         return ContentionProfile(*(min(1.0, max(LEAST_SHARE, share)) for share in (cpu_share, link_share)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from yaml_rules.hardware import load_hardware
 from yaml_rules.shapes import load_shape
 
 PROFILE_NAME = "profile.yaml"
-DEFAULT_HARDWARE = "rtx4090-ryzen9"
 
 
 def profile_path() -> Path:
@@ -38,26 +38,20 @@ def calibrated(hidden: int, inter: int, dtype: str, name: str, kind: str) -> Har
     return profile if measured and accelerator_note(name, kind) in profile.source else None
 
 
-def hardware_for_plan(source: str | Path | None, device_memory_given: bool) -> tuple[HardwareProfile, str]:
-    """The profile that `hybrimoe plan` uses, and a sentence that says which one it is and why.
+def hardware_for_plan(source: str | Path | None, measure: Callable[[], HardwareProfile]) -> tuple[HardwareProfile, str]:
+    """The profile that `hybrimoe plan` and batch plans use, and a sentence that says which one it is.
 
-    Without ``source`` it is this machine's calibration, if there is one that says how much memory the accelerator has
-    (or the caller knows it: ``device_memory_given``), else ``DEFAULT_HARDWARE``.
+    Without ``source`` it is this machine: its calibration, else what ``measure`` returns (calibrate.quick_profile). A
+    profile whose accelerator has no memory describes a machine without one.
     """
     path = profile_path()
     if source is not None:
         profile = open_hardware(source)
         return profile, f"hardware: {profile.name} ({profile.provenance}), as asked"
-    if not path.is_file():
-        reason = "this machine has no calibration (hybrimoe calibrate makes one)"
-    else:
+    if path.is_file():
         profile = open_hardware(path)
-        if profile.accel.memory_gib > 0.0 or device_memory_given:
-            return profile, f"hardware: this machine's calibration, {path} ({profile.source})"
-        reason = (
-            f"this machine's calibration, {path}, measured no accelerator memory; give --gpu-memory to plan with it"
-        )
-    return open_hardware(DEFAULT_HARDWARE), f"hardware: {DEFAULT_HARDWARE} (datasheet); {reason}"
+        return profile, f"hardware: this machine's calibration, {path} ({profile.source})"
+    return measure(), "hardware: this machine, measured just now for a moment; hybrimoe calibrate measures it well"
 
 
 def open_hardware(source: str | Path) -> HardwareProfile:

@@ -36,7 +36,6 @@ class RuntimeConfig:
     policy: str = "ours"
     policy_params: Mapping[str, Any] = field(default_factory=dict)
     lookahead: int = 3
-    seed: int = 0
     profile: HardwareProfile | None = None
     pacing: HardwareProfile | None = None
     decode_max_tokens: int = 4

@@ -132,6 +132,7 @@ class ModelShape:
 
     ``attention_params`` and ``shared_params`` are weights a layer outside the routed experts (projections; shared
     experts and dense MLP), ``head_params`` those of the output head, ``kv_bytes`` cache bytes a token and layer.
+    ``max_context`` is the longest sequence in tokens that the model is made for; 0 where nothing limits it.
     """
 
     name: str
@@ -147,6 +148,7 @@ class ModelShape:
     kv_bytes: int = 0
     n_dense_layers: int = 0
     dense_params: int = 0
+    max_context: int = 0
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_experts", "top_k", "hidden", "inter"):

@@ -45,7 +45,7 @@ class Planner:
     ``n_slots`` are shared by all layers (more than there are experts is cut; 0 plans everything on the CPU).
     ``policy``: a preset or ``balance/prefetch/cache``, ``params`` its parameters. ``placements``: one of "hybrid",
     "cpu", "accelerator" a layer. ``future``: recorded routing for the oracles. ``scorer``, ``prefetch_scorer``: for
-    the ``learned`` policies. No policy draws random numbers; ``seed`` is kept for recordings. ``first_layer``,
+    the ``learned`` policies. Nothing is drawn at random: the same demands give the same plans. ``first_layer``,
     ``first_slot``: where its layers and slots stand among those of several planners (``planner.group``): plans and
     events use these numbers, demands count its own layers from 0.
     Raises PolicyError, SlotError or DemandError for what cannot be.
@@ -59,7 +59,6 @@ class Planner:
         costs: CostModel,
         policy: str | Policy = "ours",
         lookahead: int = 3,
-        seed: int = 0,
         *,
         placements: Sequence[Placement] | None = None,
         future: Future | None = None,
@@ -73,7 +72,7 @@ class Planner:
             raise DemandError(f"the cost model has {costs.n_layers} layers, the planner {n_layers}")
         if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0:
             raise PolicyError(f"lookahead must be an integer of at least 0, found {lookahead!r}")
-        self.n_layers, self.n_experts, self.costs, self.seed = n_layers, n_experts, costs, seed
+        self.n_layers, self.n_experts, self.costs = n_layers, n_experts, costs
         self.policy = resolve_policy(policy, **params)
         self.first_layer, self.first_slot = first_layer, first_slot
         self.slots = SlotTable(n_slots, n_layers, n_experts, first_layer, first_slot)

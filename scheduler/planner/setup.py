@@ -26,7 +26,6 @@ class PlannerSetup:
     placements: Sequence[Placement]
     policy: str = "ours"
     lookahead: int = 3
-    seed: int = 0
     params: Mapping[str, Any] = field(default_factory=dict)
 
     def planner(self) -> LayerPlanner:
@@ -39,7 +38,7 @@ class PlannerSetup:
     def _of(self, block: Block, costs: CostModel) -> Planner:
         return Planner(
             block.n_layers, self.n_experts, block.n_slots, costs, policy=self.policy, lookahead=self.lookahead,
-            seed=self.seed, placements=self.placements[block.first_layer : block.first_layer + block.n_layers],
+            placements=self.placements[block.first_layer : block.first_layer + block.n_layers],
             first_layer=block.first_layer, first_slot=block.first_slot,
             **self.params,
         )  # fmt: skip
@@ -49,7 +48,7 @@ class PlannerSetup:
         return {
             "n_experts": self.n_experts, "costs": [model.as_mapping() for model in self.costs],
             "blocks": [list(block) for block in self.blocks], "placements": list(self.placements),
-            "policy": self.policy, "lookahead": self.lookahead, "seed": self.seed, "params": dict(self.params),
+            "policy": self.policy, "lookahead": self.lookahead, "params": dict(self.params),
         }  # fmt: skip
 
     @classmethod

@@ -38,7 +38,7 @@ from scheduler.planner.setup import PlannerSetup
 from scheduler.records import TaskRecord
 from scheduler.slots import SlotTable
 
-FORMAT, VERSION = "hybrimoe recording", 2
+FORMAT, VERSION = "hybrimoe recording", 3
 
 
 class RecordingError(SchedulerError):

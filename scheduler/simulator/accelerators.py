@@ -70,7 +70,7 @@ class MultiSimulator(Simulator):
             own = None if future is None else future.layers(part.first_layer, part.n_layers)
             return Planner(
                 part.n_layers, shape.n_experts, part.n_slots, believed, policy=config.policy,
-                lookahead=config.lookahead, seed=config.seed, scorer=scorer, prefetch_scorer=prefetch_scorer,
+                lookahead=config.lookahead, scorer=scorer, prefetch_scorer=prefetch_scorer,
                 future=own, first_layer=part.first_layer, first_slot=part.first_slot, **config.params,
             )  # fmt: skip
 

@@ -24,6 +24,12 @@ class SimulationError(SchedulerError):
     """A plan cannot be performed, or trace, shape and settings do not fit each other."""
 
 
+class SimulationSettingError(SimulationError):
+    """A setting of a simulation that is outside its range: wrong usage."""
+
+    exit_code = 2
+
+
 @dataclass(slots=True)
 class Copy:
     """A transfer on its way through the link."""

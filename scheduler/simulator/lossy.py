@@ -61,7 +61,7 @@ class LossySimulator(Simulator):
             self.n_slots, n_low = lossy.low.split(self.n_slots, high_bytes, low_bytes, n_experts)
             believed = CostModel(self.dense.planner_profile(config.context_tokens), shape, low_dtype)
             self.low = Planner(
-                shape.n_layers, shape.n_experts, n_low, believed, config.policy, 0, config.seed,
+                shape.n_layers, shape.n_experts, n_low, believed, config.policy, 0,
                 future=self._future(self.steps[0].sequence), scorer=args[0], prefetch_scorer=args[1], **config.params,
             )  # fmt: skip
         return super()._planner(*args)

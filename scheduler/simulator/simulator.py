@@ -27,7 +27,7 @@ from scheduler.planner.policies import resolve_policy
 from scheduler.records import TaskRecord
 from scheduler.setting import Scorer
 from scheduler.simulator.dense import DenseCosts
-from scheduler.simulator.engine import Engine, HostTier, SimulationError
+from scheduler.simulator.engine import Engine, HostTier, SimulationError, SimulationSettingError
 from scheduler.simulator.stats import PhaseResult, PhaseStats, PrefetchJudge
 from scheduler.slots import SlotState
 from scheduler.traces.demands import DemandSource
@@ -50,20 +50,20 @@ class SimulationConfig:
     expert_dtype: str = "int4"
     dense_dtype: str = "int8"
     lookahead: int = 3
-    prefill_chunk: int | None = None
     context_tokens: int = 512
     host_ratio: float = 1.0
-    seed: int = 0
     params: dict[str, Any] = field(default_factory=dict)
     lossy: Lossy | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.cache_ratio <= 1.0:
-            raise SimulationError(f"cache ratio must lie in 0..1 (a share of all experts), found {self.cache_ratio}")
+            raise SimulationSettingError(
+                f"cache ratio must lie in 0..1 (a share of all experts), found {self.cache_ratio}"
+            )
         if not 0.0 < self.host_ratio <= 1.0:
-            raise SimulationError(f"host ratio must lie above 0 and at most at 1, found {self.host_ratio}")
+            raise SimulationSettingError(f"host ratio must lie above 0 and at most at 1, found {self.host_ratio}")
         if self.n_slots is not None and self.n_slots < 0:
-            raise SimulationError(f"number of slots must not be negative, found {self.n_slots}")
+            raise SimulationSettingError(f"number of slots must not be negative, found {self.n_slots}")
 
 
 def slots_for(config: SimulationConfig, shape: ModelShape) -> int:
@@ -117,7 +117,7 @@ class Simulator:
         check_fit(trace, shape)
         self.trace, self.profile, self.shape, self.config = trace, profile, shape, config
         self.source = DemandSource(trace, predictions) if source is None else source
-        self.steps: Sequence[TraceStep] = list(trace.steps(phase, config.prefill_chunk) if steps is None else steps)
+        self.steps: Sequence[TraceStep] = list(trace.steps(phase) if steps is None else steps)
         self.dense = DenseCosts(profile, shape, config.dense_dtype)
         self.n_slots = slots_for(config, shape)
         self.planner = self._planner(scorer, prefetch_scorer)
@@ -132,9 +132,8 @@ class Simulator:
         believed = CostModel(self.dense.planner_profile(config.context_tokens), self.shape, config.expert_dtype)
         return Planner(
             self.shape.n_layers, self.shape.n_experts, self.n_slots, believed, policy=config.policy,
-            lookahead=config.lookahead, seed=config.seed,
-            scorer=scorer, prefetch_scorer=prefetch_scorer, future=self._future(self.steps[0].sequence),
-            **config.params,
+            lookahead=config.lookahead, scorer=scorer, prefetch_scorer=prefetch_scorer,
+            future=self._future(self.steps[0].sequence), **config.params,
         )  # fmt: skip
 
     def _future(self, sequence: int) -> Future | None:

@@ -32,7 +32,7 @@ class GatedBackend:
 
     def run(self, *args: object) -> None:
         self.started.set()
-        self.gate.wait(timeout=10)
+        self.gate.wait(timeout=600)
         if self.fail:
             raise FloatingPointError("injected")
         self.inner.run(*args)  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def test_a_slot_is_not_rewritten_before_its_reader_has_ended(make_experts: Calla
     first = int(work.dispatch.expert_ids[0])
     accelerator.copy_to_slot(0, experts.records[first])
     compute = accelerator.run_experts(experts.spec, [0], [0], work)
-    assert backend.started.wait(timeout=10)
+    assert backend.started.wait(timeout=600)
     rewrite = accelerator.copy_to_slot(0, experts.records[(first + 1) % 6])
     assert not rewrite.done()
     backend.gate.set()

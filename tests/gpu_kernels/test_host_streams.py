@@ -89,7 +89,7 @@ def test_many_threads_may_wait_for_one_event() -> None:
         thread.start()
     gate.set()
     for thread in threads:
-        thread.join(timeout=5)
+        thread.join(timeout=600)
     assert not any(thread.is_alive() for thread in threads)
     stream.close()
 

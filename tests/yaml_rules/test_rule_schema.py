@@ -66,6 +66,13 @@ def test_a_circle_of_extends_is_an_error(tmp_path: Path) -> None:
         ("- 3\n", 1, "rule 0: rule: .*found 3"),
         ("version: 2\nrules: []\n", 1, "version: should be 1, found 2"),
         ("rules:\n" + RULE, 1, "version: this key is required"),
+        (
+            RULE + "  recursive: 'False'\n",
+            3,
+            "rule 0: recursive: .*boolean, found 'False'; write false, without quotes",
+        ),
+        (RULE + "  optional: 1\n", 3, "rule 0: optional: .*boolean, found 1"),
+        ("version: true\nextends: moe\n", 1, "version: expected a number, found True"),
         ("version: 1\nextend: moe\n", 2, "unknown key 'extend'; did you mean 'extends'"),
         ("version: 1\nrules: 3\n", 2, "rules: expected a list, found int"),
         ("version: 1\nextends: moo\n", 2, "extends: unknown rule set 'moo'; did you mean 'moe'"),

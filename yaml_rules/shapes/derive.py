@@ -59,7 +59,21 @@ def derive_shape(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         "kv_bytes": _kv_values(merged, hidden, name) * KV_BYTES_PER_VALUE,
         "n_dense_layers": n_layers - n_moe,
         "dense_params": 3 * hidden * int(merged.get("intermediate_size") or 0) if n_layers > n_moe else 0,
+        "max_context": _max_context(merged),
     }
+
+
+def _max_context(config: Mapping[str, Any]) -> int:
+    """Longest sequence in tokens, with YaRN's factor where the configuration has one; 0 where it sets no limit."""
+    limit = _first(config, ("max_position_embeddings", "max_sequence_length", "seq_length", "n_positions")) or 0
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(scaling, Mapping) or scaling.get("rope_type", scaling.get("type")) != "yarn":
+        return limit
+    original = scaling.get("original_max_position_embeddings")
+    factor = scaling.get("factor")
+    if not isinstance(original, int) or not isinstance(factor, int | float):
+        return limit
+    return max(limit, int(original * factor))
 
 
 def moe_layers(config: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:

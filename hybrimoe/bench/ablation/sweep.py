@@ -123,7 +123,7 @@ def run_case(case: Case) -> dict[str, Any]:
     )
     config = SimulationConfig(
         policy=case.policy, cache_ratio=case.cache_ratio, dense_dtype=case.dense_dtype, expert_dtype=case.expert_dtype,
-        seed=case.seed, lossy=resolve_lossy(case.lossy or None),
+        lossy=resolve_lossy(case.lossy or None),
     )  # fmt: skip
     profile = open_hardware(case.hardware)
     results = simulate(

@@ -24,6 +24,13 @@ def register(app: typer.Typer) -> None:
     app.command("ablation")(ablation)
 
 
+def _a_number_of_jobs(jobs: int) -> int:
+    """Raises typer.BadParameter for what joblib would refuse, or read as "all cores but some"."""
+    if jobs != -1 and jobs < 1:
+        raise typer.BadParameter(f"expected 1 or more processes, or -1 for one a core; found {jobs}")
+    return jobs
+
+
 def ablation(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Rows, tables, plots and report go here.")
@@ -33,9 +40,11 @@ def ablation(
     ] = None,
     trace: Annotated[list[str] | None, typer.Option(help="Further .npz traces beside demo; repeatable.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Short traces, fewer settings.")] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes; -1: one a core.")] = 1,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", callback=_a_number_of_jobs, help="Processes; -1: one a core.")
+    ] = 1,
     cluster: Annotated[bool, typer.Option("--cluster", help="Run on a Ray cluster (joblib's ray backend).")] = False,
-    seed: Annotated[int, typer.Option(help="The same seed, the same rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed, the same rows.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Simulate the ablation. Rows are kept in DIR/rows: an interrupted sweep goes on where it stopped."""

@@ -34,7 +34,7 @@ def batching(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence that are its prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after them that are its reply.")] = 64,
     sequences: Annotated[int, typer.Option(min=2, help="Sequences of a synthetic trace.")] = 24,
-    seed: Annotated[int, typer.Option(help="The same seed, the same numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed, the same numbers.")] = 0,
     as_json: common.JsonOption = False,
 ) -> None:
     """Compare groupings of a trace's sequences: distinct experts a step, speed, hit rate. All simulated, all lossless.

@@ -19,7 +19,7 @@ CompareOption = Annotated[
 ShapeOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Random weights in a real shape instead of a model.")
 ]
-LayersOption = Annotated[int | None, typer.Option(help="With --shape: only so many layers.")]
+LayersOption = Annotated[int | None, typer.Option(min=1, help="With --shape: only so many layers.")]
 PlainOption = Annotated[bool, typer.Option("--plain/--no-plain", help="Plain transformers beside it.")]
 GgufOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="A GGUF file for llama.cpp beside it (llama-cpp-python).")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hybrimoe.errors import ConfigError
 from hybrimoe.generation.batch.generate import BatchPrompt, new_tokens
 from hybrimoe.generation.sampling import SamplingOptions
+from hybrimoe.machine.calibrate import quick_profile
 from hybrimoe.machine.profiles import hardware_for_plan, open_shape
 from scheduler.batching import LightningPlan, MemoryLeft, Roofline, Workload, plan_lightning
 from scheduler.batching.lightning import Attention
@@ -50,14 +51,15 @@ def plan_job(
             " use --batching none or expertflow, or --accelerator emulated"
         )
     layers, accelerator = session.layers, session.accelerators[0]
-    profile, hardware = hardware_for_plan(None, True)
+    spec = layers[0].spec
+    profile, hardware = hardware_for_plan(None, lambda: quick_profile(spec.hidden, spec.inter, spec.dtype))
     host_bytes = round(MEMORY_SHARE * psutil.virtual_memory().available)
     free_bytes = accelerator.free_bytes()
     on_device = accelerator.kind != "emulated"
     places: tuple[Attention, ...] = ("accelerator",) if on_device else ("cpu",)
     accel_bytes = host_bytes if free_bytes is None else round(MEMORY_SHARE * free_bytes)
     roofline = Roofline(
-        profile, open_shape(model, n_layers=len(layers)), expert_dtype=layers[0].spec.dtype,
+        profile, open_shape(model, n_layers=len(layers)), expert_dtype=spec.dtype,
         dense_dtype=_dense_dtype(generator), cached_share=session.n_slots / sum(layer.num_experts for layer in layers),
     )  # fmt: skip
     workload = Workload(

@@ -144,7 +144,7 @@ class Startup:
     def _planner(self, costs: Sequence[CostModel]) -> LayerPlanner:
         setup = PlannerSetup(
             max(layer.num_experts for layer in self.layers), costs, blocks_of(self.units),
-            [layer.placement for layer in self.layers], self.config.policy, self.config.lookahead, self.config.seed,
+            [layer.placement for layer in self.layers], self.config.policy, self.config.lookahead,
             self.config.policy_params,
         )  # fmt: skip
         return self.make_planner(setup)

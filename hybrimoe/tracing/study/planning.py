@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hybrimoe.errors import BudgetError
+from hybrimoe.errors import BudgetError, ConfigError
+from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES
 from scheduler.machine.profile import BYTES_PER_WEIGHT, HardwareProfile, ModelShape
 from scheduler.planner.layer_blocks import layers_of
 from scheduler.simulator.run import simulate
@@ -15,18 +16,20 @@ from scheduler.traces.predictions import recorded
 from scheduler.traces.synthetic import LOCALITIES, generate
 
 GIB = 1 << 30
-#: Left free on the device for activations and fragmentation, and in host memory for everything else that runs.
-DEVICE_RESERVE_BYTES = GIB // 2
+#: Left free in host memory for everything else that runs.
 HOST_RESERVE_BYTES = 2 * GIB
 #: Tokens of the synthetic run behind the expectation: a short prompt, then decode.
 PROMPT_TOKENS, DECODE_TOKENS = 64, 48
 DEFAULT_LOCALITY = "olmoe-1b-7b"
+#: Tokens that are planned for where nobody says how many, and the model allows so many.
+DEFAULT_CONTEXT = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Bytes and experts by tier; ``device_bytes`` of each accelerator. ``device_experts`` is the sum over
-    ``experts_by_accelerator``. ``max_context`` is the longest context that would fit beside one slot a layer."""
+    """Bytes and experts by tier; ``device_bytes`` of each accelerator, 0 on a machine without one. ``device_experts``
+    is the sum over ``experts_by_accelerator``. ``max_context`` is the longest context that would fit beside one slot a
+    layer (without an accelerator: beside all experts in host memory), at most the model's own."""
 
     model: str
     hardware: str
@@ -46,20 +49,25 @@ class Fit:
 
 
 def fit(
-    shape: ModelShape, profile: HardwareProfile, *, context: int, expert_dtype: str, dense_dtype: str,
+    shape: ModelShape, profile: HardwareProfile, *, context: int | None, expert_dtype: str, dense_dtype: str,
     device_bytes: int | None, host_bytes: int,
 ) -> Fit:  # fmt: skip
     """Dense weights and KV cache first, then as many experts as there is room for; the rest in host memory, then disk.
 
     Of several accelerators (``profile.accel.count``) the first has dense weights and KV cache, and each has a block of
-    layers in proportion to the room that it has, as in the runtime. Raises BudgetError where dense weights and KV cache
-    alone do not fit the device, or experts fit nowhere; DemandError for more accelerators than layers.
+    layers in proportion to the room that it has, as in the runtime. Without an accelerator all of it is in host memory.
+    ``context`` None: as many tokens as is usual and the model allows. Raises ConfigError for a context beyond the
+    model's; BudgetError where dense weights and KV cache alone do not fit, or experts fit nowhere; DemandError for more
+    accelerators than layers.
     """
+    context = _context(shape, context)
     device = round(profile.accel.memory_gib * GIB) if device_bytes is None else device_bytes
     total, size = shape.n_layers * shape.n_experts, shape.expert_bytes(expert_dtype)
     dense = dense_bytes(shape, dense_dtype)
     layers = shape.n_layers + shape.n_dense_layers
     kv = context * shape.kv_bytes * layers
+    if not device:
+        return _fit_host(shape, profile, context, dense, kv, size, host_bytes)
     room = device - dense - kv - DEVICE_RESERVE_BYTES
     if room < 0:
         raise BudgetError(
@@ -78,8 +86,43 @@ def fit(
     spare = device - dense - DEVICE_RESERVE_BYTES - min(total, blocks[0]) * size
     return Fit(
         shape.name, profile.name, total, size, dense, kv, context, device, host_bytes, int(slots), int(in_host),
-        int(total - in_host), max(0, int(spare // max(1, shape.kv_bytes * layers))), tuple(blocks),
-        tuple(int(slots) for slots in by_device),
+        int(total - in_host), _longest(shape, spare), tuple(blocks), tuple(int(slots) for slots in by_device),
+    )  # fmt: skip
+
+
+def _context(shape: ModelShape, asked: int | None) -> int:
+    limit = shape.max_context
+    if asked is None:
+        return min(DEFAULT_CONTEXT, limit) if limit else DEFAULT_CONTEXT
+    if limit and asked > limit:
+        raise ConfigError(f"--context {asked} is beyond {shape.name}'s own context of {limit} tokens")
+    return asked
+
+
+def _longest(shape: ModelShape, spare_bytes: int) -> int:
+    """Tokens of KV cache that fit, at most the model's context; 0 where not even one fits."""
+    per_token = max(1, shape.kv_bytes * (shape.n_layers + shape.n_dense_layers))
+    fitting = max(0, int(spare_bytes // per_token))
+    return min(fitting, shape.max_context) if shape.max_context else fitting
+
+
+def _fit_host(
+    shape: ModelShape, profile: HardwareProfile, context: int, dense: int, kv: int, size: int, host_bytes: int
+) -> Fit:
+    """Dense weights, KV cache and experts in host memory, in this order; what is left over on disk."""
+    total = shape.n_layers * shape.n_experts
+    room = host_bytes - HOST_RESERVE_BYTES - dense - kv
+    if room < 0 or (room // size < total and profile.disk is None):
+        raise BudgetError(
+            f"{shape.name}: dense weights ({_gib(dense)}), KV cache of {context} tokens ({_gib(kv)}), experts "
+            f"({_gib(total * size)}) and reserve do not fit the {_gib(host_bytes)} of host memory; shorten --context,"
+            " use a smaller --expert-dtype or --dense-dtype, or name a machine with --hardware"
+        )
+    in_host = min(total, room // size)
+    spare = room + kv - in_host * size
+    return Fit(
+        shape.name, profile.name, total, size, dense, kv, context, 0, host_bytes, 0, int(in_host),
+        int(total - in_host), _longest(shape, spare), (), (),
     )  # fmt: skip
 
 
@@ -94,7 +137,8 @@ def expect(
     found: Fit, shape: ModelShape, profile: HardwareProfile, policy: str, expert_dtype: str, dense_dtype: str
 ) -> dict[str, Any]:
     """Hit rate and speed of a short synthetic run with the slots that fit (simulated)."""
-    locality = shape.name if shape.name in LOCALITIES else DEFAULT_LOCALITY
+    name = shape.name.casefold()
+    locality = name if name in LOCALITIES else DEFAULT_LOCALITY
     trace = generate(
         shape.n_layers,
         shape.n_experts,

@@ -109,7 +109,6 @@ def _config(request: SimulationRequest, policy: str, ratio: float, lossy: Lossy 
         dense_dtype=request.dense_dtype,
         lookahead=request.lookahead,
         host_ratio=request.host_ratio,
-        seed=request.seed,
         lossy=lossy,
     )
 

@@ -39,7 +39,7 @@ def explain_step(
     source = DemandSource(evaluation, predictions_for(evaluation, "auto", calibration, seed))
     known = expert_frequencies(calibration)
     profile = with_accelerators(open_hardware(hardware), accelerators, shared_link=False)
-    config = SimulationConfig(policy=policy, cache_ratio=cache_ratio, seed=seed)
+    config = SimulationConfig(policy=policy, cache_ratio=cache_ratio)
 
     def simulator(on: HardwareProfile, with_config: SimulationConfig) -> Simulator:
         return simulator_class(on, with_config)(

@@ -2,9 +2,12 @@
 
 import errno
 import importlib
+import inspect
 import json
+import re
 import subprocess
 import sys
+import typing
 
 import pytest
 import typer
@@ -41,7 +44,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
         "a.app(['--help'], standalone_mode=False)\n"
         "print('HEAVY', sorted({'torch', 'transformers', 'numba', 'scipy', 'networkx'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
     assert "HEAVY []" in done.stdout
     for name in app_module.COMMANDS:
         assert name in done.stdout
@@ -127,7 +130,7 @@ def test_ctrl_c_is_exit_code_130(failing):
 
 def test_a_closed_pipe_is_no_error_message():
     command = f"{sys.executable} -m hybrimoe --help | head -c 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600, check=False)
     assert done.stderr == ""
 
 
@@ -140,7 +143,7 @@ def test_completion_knows_the_commands(monkeypatch):
     }
     code = "from hybrimoe.cli.app import app; app(prog_name='hybrimoe')"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=env, check=False
     )
     assert done.stdout.split() == ["generate"]
 
@@ -165,3 +168,28 @@ def test_json_keeps_number_lists_on_one_line_and_leaves_text_alone(capsys):
     text = capsys.readouterr().out
     assert json.loads(text) == data
     assert "[1, -2, 3.5e-07]" in text
+
+
+def numeric_options():
+    """Every option of every command, groups included, that takes a number: the words of its command, and its name."""
+    for name in app_module.COMMANDS:
+        command = app_module.load_command(name)
+        for leaf, found in getattr(command, "commands", {"": command}).items():
+            types = typing.get_type_hints(inspect.unwrap(found.callback))
+            for option in found.params:
+                if re.search(r"\bint\b|\bfloat\b", str(types[option.name])):
+                    yield pytest.param([word for word in (name, leaf) if word], option.opts[0])
+
+
+@pytest.mark.parametrize(("words", "option"), list(numeric_options()))
+def test_a_number_that_cannot_be_meant_is_wrong_usage(hybrimoe, words, option):
+    result = hybrimoe(*words, option, "-7", stdin="a prompt")
+    assert result.code == 2
+    assert re.search(option.strip("-").replace("-", "[ _-]"), result.err)
+
+
+def test_no_processes_at_all_are_wrong_usage(hybrimoe, tmp_path):
+    result = hybrimoe("bench", "ablation", "--jobs", "0", "--out", str(tmp_path))
+    assert result.code == 2
+    assert "expected 1 or more processes" in result.err
+    assert not any(tmp_path.iterdir())

@@ -2,12 +2,16 @@
 
 import gzip
 import json
+from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hybrimoe.tracing.sources import DEMO_TRACE as DEMO
 from scheduler.traces.trace import Trace
+from yaml_rules.located import read_yaml
 
 REQUIRED = {
     "policy", "cache_ratio", "phase", "tokens", "latency_ms", "hit_rate", "cpu_busy", "accel_busy", "link_busy",
@@ -122,11 +126,50 @@ def test_plan(hybrimoe):
     assert 0 < found["device_experts"] < found["n_experts"] == 1024
     assert 0.0 < found["expected"]["hit_rate"] <= 1.0
     assert found["expected"]["kind"] == "simulated"
-    text = hybrimoe("plan", "--host-memory", "4GiB")
+    text = hybrimoe("plan", "--host-memory", "4GiB", "--hardware", "rtx4090-ryzen9")
     assert text.code == 0
     assert "experts in device slots" in text.out
     assert "hardware: rtx4090-ryzen9 (datasheet)" in " ".join(text.err.split())
     assert "like 12GiB" in hybrimoe("plan", "--gpu-memory", "12", "--json").data["error"]["message"]
+
+
+@pytest.fixture
+def uncalibrated(tmp_path, monkeypatch, private_cache):
+    """No calibration in the cache: it has the compiled kernels only."""
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(private_cache(tmp_path / "cache")))
+
+
+@pytest.mark.usefixtures("uncalibrated")
+def test_plan_without_calibration_is_for_this_machine_and_within_the_models_context(hybrimoe):
+    done = hybrimoe("plan", "olmoe-1b-7b", "--host-memory", "4096GiB", "--json")
+    assert "this machine" in done.data["hardware_taken"]
+    assert done.data["hardware"] == "this machine"
+    assert done.data["max_context"] <= 4096
+    assert done.data["context"] == 4096
+    if not torch.accelerator.is_available():
+        assert (done.data["device_bytes"], done.data["device_experts"]) == (0, 0)
+        assert done.data["host_experts"] == 1024
+        assert "device" not in hybrimoe("plan", "olmoe-1b-7b", "--host-memory", "64GiB").out
+    asked = hybrimoe("plan", "olmoe-1b-7b", "--hardware", "laptop", "--context", "4097", "--json")
+    assert asked.code == 2
+    assert "own context of 4096" in asked.data["error"]["message"]
+
+
+def test_plan_takes_a_hub_id_whose_configuration_is_in_the_cache(hybrimoe, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    missing = hybrimoe("plan", "allenai/OLMoE-1B-7B", "--hardware", "laptop", "--json")
+    assert missing.code == 1
+    assert "hf download allenai/OLMoE-1B-7B config.json" in missing.data["error"]["message"]
+    commit, repository = "0" * 40, tmp_path / "models--allenai--OLMoE-1B-7B"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    config = read_yaml(Path(str(files("yaml_rules.shapes"))) / "olmoe-1b-7b.yaml").data["config"]
+    (snapshot / "config.json").write_text(json.dumps(config))
+    found = hybrimoe("plan", "allenai/OLMoE-1B-7B", "--hardware", "laptop", "--json").data
+    assert (found["model"], found["n_experts"]) == ("OLMoE-1B-7B", 1024)
 
 
 def test_explain_step(hybrimoe, tmp_path):

@@ -56,6 +56,30 @@ def test_every_shipped_preset_is_valid_commented_and_survives_a_round_trip(prese
     assert shipped.path_of("deploy", preset).read_text(encoding="utf-8").startswith("# ")
 
 
+@pytest.mark.parametrize("key", ["server.port", "server.conversations", "scheduler.lookahead", "cpu.threads"])
+def test_true_is_no_number(tmp_path: Path, key: str) -> None:
+    section, name = key.split(".")
+    with pytest.raises(ConfigError, match=rf"deploy.yaml:1: {key}: expected a number.*found True"):
+        load_config(write(tmp_path, f"{section}: {{{name}: true}}\n"))
+
+
+def test_environment_variables_in_paths_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rules.yaml").write_text("[]", encoding="utf-8")
+    monkeypatch.setenv("MODELS", str(tmp_path))
+    monkeypatch.delenv("NOT_SET", raising=False)
+    config = load_config(write(tmp_path, "model: $MODELS/qwen\nrules: ${MODELS}/rules.yaml\n"))
+    assert (config.model, config.rules) == (f"{tmp_path}/qwen", f"{tmp_path}/rules.yaml")
+    with pytest.raises(ConfigError, match=r"deploy.yaml:1: model: the environment variable \$NOT_SET is not set"):
+        load_config(write(tmp_path, "model: $NOT_SET/qwen\n"))
+    (tmp_path / "$NOT_SET").mkdir()
+    assert load_config(write(tmp_path, f"model: {tmp_path}/$NOT_SET\n")).model == f"{tmp_path}/$NOT_SET"
+
+
+def test_the_seed_that_no_policy_ever_drew_with_is_refused() -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        load_config({"scheduler": {"seed": 3}})
+
+
 def test_default_presets() -> None:
     assert default_preset() == "demo"
     assert default_preset("/models/x") == "default"

@@ -77,6 +77,36 @@ def test_what_has_no_counterpart_is_a_clear_error(replace: dict[str, Any], messa
     assert "rule 0" in str(caught.value)
 
 
+@pytest.mark.parametrize("family", ["Llama4", "Glm4", "Smallthinker", "NextYears"])
+def test_experts_classes_of_any_family_are_experts(family: str) -> None:
+    kwargs = {"generate_device": "cpu", "prefill_device": "cuda", "out_device": "cuda"}
+    rule = {"match": {"name": "experts$"}, "replace": {"class": EXPERTS.replace("KTransformers", f"K{family}")}}
+    (bound,) = read_rules([{**rule, "replace": {**rule["replace"], "kwargs": kwargs}}]).rules
+    assert bound.operator is not None
+    assert bound.operator.name == "hybrid_experts"
+
+
+def test_the_device_of_early_rules_is_read() -> None:
+    linear = {"class": EXPERTS.replace("experts.KTransformersExperts", "linear.KTransformerLinear")}
+    template = {"device": "cpu", "kwargs": {"generate_device": "cuda", "generate_linear_type": "QuantizedLinearMarlin"}}
+    layer_wise = {
+        "class": EXPERTS.replace("experts.KTransformersExperts", "models.KDeepseekV2Model"),
+        "kwargs": {"per_layer_prefill_intput_threshold": 0, "device": "xpu"},
+    }
+    placed, alone, ignored = read_rules(
+        [
+            {"match": {"name": "layers"}, "replace": {**linear, **template}},
+            {"match": {"name": "head"}, "replace": {**linear, "kwargs": {"device": "cuda:1"}}},
+            {"match": {"name": "^model$"}, "replace": layer_wise},
+        ]
+    ).rules
+    assert placed.kwargs.model_dump()["device"] == "cuda"  # where it runs, not where it was put first
+    assert alone.kwargs.model_dump()["device"] == "cuda:1"
+    assert ignored.operator is None
+    with pytest.raises(RuleError, match="device stands beside class only"):
+        read_rules([{"match": {"name": "x"}, "replace": {"op": "default", "device": "cpu"}}])
+
+
 def test_an_experts_rule_that_matches_nothing_is_an_error(tiny: Callable[..., Any]) -> None:
     rules = [{"match": {"name": "block_sparse_moe.expert$"}, "replace": {"class": EXPERTS}}]
     with pytest.raises(RuleError, match="rule 0: match: no module's name matches"):

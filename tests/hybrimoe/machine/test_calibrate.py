@@ -1,6 +1,7 @@
 """`hybrimoe calibrate`: a profile that the scheduler reads, with spread, quickly."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,24 @@ def test_profile_is_read_back(tmp_path: Path) -> None:
             assert sorted(us for _, us in points) == [us for _, us in points]
     assert all(low <= middle <= high for low, middle, high in result.spread.values())
     assert {"numba", "torch"} <= set(result.backends["int4"])
+
+
+@pytest.mark.parametrize("broken", ["_run_us", "_link_gbps"])
+def test_a_failure_beside_the_other_lane_is_raised_and_leaves_no_thread(
+    monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    before, working = threading.active_count(), getattr(calibrate, broken)
+
+    def fails_beside_the_copies(*args: object) -> float:
+        names = [thread.name for thread in threading.enumerate()]
+        if any(name.startswith("ThreadPoolExecutor") for name in names):
+            raise RuntimeError("broken while both lanes ran")
+        return float(working(*args))
+
+    monkeypatch.setattr(calibrate, broken, fails_beside_the_copies)
+    with pytest.raises(RuntimeError, match="broken while both lanes ran"):
+        calibrate.calibrate(calibrate.Request(((64, 64),), ("int8",), "emulated", 60, backends=()))
+    assert threading.active_count() == before
 
 
 def test_without_an_accelerator_the_source_says_so() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hybrimoe.machine import profiles
+from hybrimoe.machine.calibrate import quick_profile
 from scheduler.errors import ProfileError
-from scheduler.machine.profile import table_key
+from scheduler.machine.profile import HardwareProfile, table_key
 
 PROFILE = """
 name: here
@@ -49,17 +52,25 @@ def test_a_damaged_calibration_is_named(calibration: Path) -> None:
         profiles.calibrated(64, 32, "int4", "emulated accelerator", "emulated")
 
 
-def test_plan_takes_the_calibration_only_if_it_knows_the_memory(calibration: Path) -> None:
-    named, told = profiles.hardware_for_plan("laptop", False)
+def test_plans_are_made_for_this_machine_unless_another_is_named(calibration: Path) -> None:
+    def measure() -> HardwareProfile:
+        return replace(profiles.open_hardware("laptop"), name="measured now")
+
+    named, told = profiles.hardware_for_plan("laptop", measure)
     assert (named.name, "laptop (datasheet), as asked" in told) == ("laptop", True)
-    other, told = profiles.hardware_for_plan(None, False)
-    assert other.name == profiles.DEFAULT_HARDWARE
-    assert "measured no accelerator memory" in told
-    assert "--gpu-memory" in told
-    given, told = profiles.hardware_for_plan(None, True)
-    assert given.name == "here"
+    calibrated, told = profiles.hardware_for_plan(None, measure)
+    assert calibrated.name == "here"
     assert str(calibration) in told
-    calibration.write_text(calibration.read_text().replace("tflops: 0.1,", "tflops: 0.1, memory_gib: 8,"))
-    assert profiles.hardware_for_plan(None, False)[0].accel.memory_gib == 8.0
     calibration.unlink()
-    assert "has no calibration" in profiles.hardware_for_plan(None, False)[1]
+    found, told = profiles.hardware_for_plan(None, measure)
+    assert found.name == "measured now"
+    assert "this machine" in told
+
+
+def test_a_quick_profile_measures_what_is_here_and_keeps_nothing(calibration: Path) -> None:
+    before = sorted(path.name for path in calibration.parent.iterdir())
+    found = quick_profile(64, 32, "int4")
+    assert found.provenance == "measured"
+    assert set(found.cpu.table) == {table_key(64, 32, "int4")}
+    assert (found.accel.memory_gib > 0) == torch.accelerator.is_available()
+    assert sorted(path.name for path in calibration.parent.iterdir() if path.name != "kernels") == before

@@ -45,7 +45,7 @@ def test_bits_do_not_depend_on_placement(make_rig: MakeRig, dtype: str) -> None:
         {"policy": "cpu_only/none/lru"},
         {"policy": "accel_only/none/lru", "gpu_expert_slots": 2},
         {"policy": "hybrimoe"},
-        {"policy": "hybrimoe", "seed": 3, "gpu_expert_slots": 24},
+        {"policy": "hybrimoe", "gpu_expert_slots": 24},
         {"placement": "accelerator"},
         {"placement": ["cpu", "accelerator", "hybrid"]},
     ):
@@ -159,7 +159,7 @@ def test_two_threads_in_one_session_are_serialised(make_rig: MakeRig) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=600)
     assert len(results) == 3
     for outs in results.values():
         assert all(torch.equal(a, b) for a, b in zip(outs, wanted, strict=True))

@@ -74,4 +74,6 @@ def test_what_fits_adds_up():
 
 def test_what_does_not_fit_is_named():
     with pytest.raises(BudgetError, match="shorten --context"):
+        room(open_shape("mixtral-8x7b"), context=32_768, device_bytes=4 * GIB)
+    with pytest.raises(ConfigError, match="own context of 32768 tokens"):
         room(open_shape("mixtral-8x7b"), context=10**6)
