@@ -4,6 +4,7 @@ does in `from_pretrained`."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
+from hybrimoe.checkpoint.errors import LeftOutWarning
+from hybrimoe.checkpoint.extras import left_out
 from hybrimoe.checkpoint.source import listed, read_config_dict
 from hybrimoe.errors import CheckpointError, ModelError
 
@@ -171,11 +174,16 @@ def _check_keys(model: PreTrainedModel, info: LoadStateDictInfo, unknown_keys: s
         raise CheckpointError(
             f"the checkpoint lacks {listed(names)}; a shard is missing or config.json is another model's"
         )
-    if report.unexpected_keys and unknown_keys == "error":
-        names = sorted(report.unexpected_keys)
+    extras = left_out(report.unexpected_keys, model.config.get_text_config().num_hidden_layers)
+    if extras:
+        parts = [f"{len(keys)} of {what} ({listed(keys)})" for what, keys in extras.items()]
+        warnings.warn(LeftOutWarning(f"weights of the checkpoint were left out: {'; '.join(parts)}"), stacklevel=2)
+    unknown = report.unexpected_keys.difference(*extras.values())
+    if unknown and unknown_keys == "error":
+        names = sorted(unknown)
         raise CheckpointError(
             f"the checkpoint has weights that the model does not know: {listed(names)}; config.json is another model's,"
-            ' or they may be left out: unknown_keys="ignore"'
+            ' or they may be left out: hybrimoe.load(..., unknown_keys="ignore")'
         )
 
 
