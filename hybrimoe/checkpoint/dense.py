@@ -52,6 +52,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
             f"{directory}: transformers cannot read config.json ({raw['model_type']}): {reason}; correct that entry, or"
             " fetch the file again"
         ) from error
+    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    if isinstance(chosen, int) and chosen < 1:
+        raise ModelError(f"{directory}: num_experts_per_tok in config.json is {chosen}; expected 1 or more")
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config

@@ -295,3 +295,19 @@ def test_what_a_model_has_no_use_for_is_left_out_and_said(key: str, what: str, e
     directory = edit(lambda tensors: tensors.update({key: torch.ones(3)}))
     with pytest.warns(LeftOutWarning, match=f"1 of {what}.*{key}"):
         load(directory, accelerator="none", policy="static", progress=False, packed_file=False)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "language_model."])
+def test_wrappers_in_front_of_names(wrapper: str, edit: Edit, mixtral: PreTrainedModel) -> None:
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[wrapper + key] = tensors.pop(key)
+
+    model = load(edit(wrap), accelerator="none", policy="static", expert_dtype="float32", progress=False)
+    model.hybrimoe.restore()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in mixtral.state_dict().items())
+
+
+@pytest.mark.parametrize("chosen", [0, -1])
+def test_no_experts_per_token(chosen: int, edit_config: Callable[..., Path]) -> None:
+    fails(ModelError, "num_experts_per_tok|config.json", edit_config(num_experts_per_tok=chosen))
