@@ -4,11 +4,14 @@ does in `from_pretrained`."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,11 +21,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
+from hybrimoe.checkpoint.errors import LeftOutWarning
+from hybrimoe.checkpoint.extras import left_out
 from hybrimoe.checkpoint.source import listed, read_config_dict
 from hybrimoe.errors import CheckpointError, ModelError
 
@@ -36,13 +42,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def read_config(directory: Path) -> PreTrainedConfig:
     """The model's configuration, without its quantisation (weights are dequantised when they are read)."""
     raw = read_config_dict(directory)
+    if "auto_map" in raw and raw["model_type"] not in CONFIG_MAPPING:
+        raise code_of_its_own(str(directory), raw["model_type"])
     try:
-        config = AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"{directory}: transformers cannot read config.json ({raw['model_type']}): {error}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{directory}: transformers cannot read config.json ({raw['model_type']}): {reason}; correct that entry, or"
+            " fetch the file again"
+        ) from error
+    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    if isinstance(chosen, int) and chosen < 1:
+        raise ModelError(f"{directory}: num_experts_per_tok in config.json is {chosen}; expected 1 or more")
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     return config
+
+
+def code_of_its_own(model: str, model_type: str) -> ModelError:
+    """The error for a model whose architecture is Python code beside its weights, which is never run."""
+    return ModelError(
+        f"{model} brings code of its own (auto_map in config.json), which hybrimoe never runs, and its model_type"
+        f" {model_type!r} is none that transformers {transformers.__version__} knows; use a newer transformers, or a"
+        " conversion of the model to a model_type that it knows"
+    )
 
 
 def dense_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
@@ -59,7 +84,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
         raise ModelError(f"config.json describes no valid {config.model_type} model: {error}") from error
     return model.eval()
 
@@ -73,8 +98,11 @@ def read_generation_defaults(model: PreTrainedModel, directory: Path) -> None:
         return
     try:
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ModelError(f"{directory / GENERATION_CONFIG_NAME}: transformers cannot read it: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+        raise ModelError(
+            f"{directory / GENERATION_CONFIG_NAME}: transformers cannot read it: {error}; correct the file, or remove"
+            " it"
+        ) from error
 
 
 def load_dense(
@@ -149,11 +177,16 @@ def _check_keys(model: PreTrainedModel, info: LoadStateDictInfo, unknown_keys: s
         raise CheckpointError(
             f"the checkpoint lacks {listed(names)}; a shard is missing or config.json is another model's"
         )
-    if report.unexpected_keys and unknown_keys == "error":
-        names = sorted(report.unexpected_keys)
+    extras = left_out(report.unexpected_keys, model.config.get_text_config().num_hidden_layers)
+    if extras:
+        parts = [f"{len(keys)} of {what} ({listed(keys)})" for what, keys in extras.items()]
+        warnings.warn(LeftOutWarning(f"weights of the checkpoint were left out: {'; '.join(parts)}"), stacklevel=2)
+    unknown = report.unexpected_keys.difference(*extras.values())
+    if unknown and unknown_keys == "error":
+        names = sorted(unknown)
         raise CheckpointError(
             f"the checkpoint has weights that the model does not know: {listed(names)}; config.json is another model's,"
-            ' or they may be left out: unknown_keys="ignore"'
+            ' or they may be left out: hybrimoe.load(..., unknown_keys="ignore")'
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hybrimoe.checkpoint import UnsupportedCheckpointError, load, load_tokenizer
+from hybrimoe.checkpoint.errors import LeftOutWarning
 from hybrimoe.errors import BudgetError, CheckpointError, DeviceError, HybriMoEError, ModelError
 
 from .conftest import SMALL
@@ -225,3 +226,88 @@ def test_a_device_that_is_not_here(directory: Path) -> None:
 def test_a_directory_without_a_tokenizer(directory: Path) -> None:
     with pytest.raises(ModelError, match="no usable tokenizer"):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("old_shards", ["whole", "gone"])
+def test_one_file_goes_before_the_index_of_an_earlier_save(
+    old_shards: str, tmp_path: Path, mixtral: PreTrainedModel
+) -> None:
+    directory = tmp_path / "twice"
+    mixtral.save_pretrained(directory, max_shard_size="40KB")
+    shards = {file.name: file.read_bytes() for file in directory.glob("model-*.safetensors")}
+    index = (directory / "model.safetensors.index.json").read_text()
+    with torch.no_grad():
+        mixtral.lm_head.weight += 1
+    mixtral.save_pretrained(directory)
+    (directory / "model.safetensors.index.json").write_text(index)
+    for name, data in shards.items() if old_shards == "whole" else ():
+        (directory / name).write_bytes(data)
+    model = load(directory, accelerator="none", policy="static", progress=False)
+    assert torch.equal(model.lm_head.weight, mixtral.lm_head.weight)
+
+
+@pytest.mark.parametrize("entry", [{"hidden_size": "many"}, {"num_hidden_layers": 2.5}, {"rope_parameters": 7}])
+def test_a_config_that_transformers_refuses(entry: dict[str, Any], edit_config: Callable[..., Path]) -> None:
+    fails(ModelError, "config.json", edit_config(**entry))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"max_new_tokens": -1}'])
+def test_a_generation_config_that_transformers_refuses(text: str, directory: Path) -> None:
+    (directory / "generation_config.json").write_text(text)
+    fails(ModelError, r"generation_config\.json.*correct the file, or remove it", directory)
+
+
+def test_code_beside_the_weights_never_runs_and_nobody_is_asked(
+    edit_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = edit_config(model_type="homemade", auto_map={"AutoConfig": "configuration_homemade.Homemade"})
+    (directory / "configuration_homemade.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail("it asked"))
+    fails(ModelError, "code of its own.*never runs.*'homemade'.*newer transformers", directory)
+
+
+def test_a_tokenizer_that_is_code_never_runs_and_nobody_is_asked(
+    edit_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = edit_config()
+    (directory / "tokenization_homemade.py").write_text("raise SystemExit('it ran')")
+    entry = {"tokenizer_class": "Homemade", "auto_map": {"AutoTokenizer": ["tokenization_homemade.Homemade", None]}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(entry))
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail("it asked"))
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("model.layers.2.self_attn.q_proj.weight", "layers beyond num_hidden_layers=2"),
+        ("model.layers.7.eh_proj.weight", "layers beyond num_hidden_layers=2"),
+        ("mtp.layers.0.enorm.weight", "layers that predict several tokens"),
+        ("model.layers.0.self_attn.k_scale", "scales of activations and of the KV cache"),
+        ("model.layers.0.self_attn.k_proj.output_scale", "scales of activations and of the KV cache"),
+        ("model.layers.0.self_attn.q_proj.input_scale", "scales of activations and of the KV cache"),
+        ("model.layers.0.mlp.experts.down_proj_activation_scale", "scales of activations and of the KV cache"),
+        ("model.layers.0.self_attn.q_proj.qscale_act", "scales of activations and of the KV cache"),
+    ],
+)
+def test_what_a_model_has_no_use_for_is_left_out_and_said(key: str, what: str, edit: Edit) -> None:
+    directory = edit(lambda tensors: tensors.update({key: torch.ones(3)}))
+    with pytest.warns(LeftOutWarning, match=f"1 of {what}.*{key}"):
+        load(directory, accelerator="none", policy="static", progress=False, packed_file=False)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "language_model."])
+def test_wrappers_in_front_of_names(wrapper: str, edit: Edit, mixtral: PreTrainedModel) -> None:
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[wrapper + key] = tensors.pop(key)
+
+    model = load(edit(wrap), accelerator="none", policy="static", expert_dtype="float32", progress=False)
+    model.hybrimoe.restore()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in mixtral.state_dict().items())
+
+
+@pytest.mark.parametrize("chosen", [0, -1])
+def test_no_experts_per_token(chosen: int, edit_config: Callable[..., Path]) -> None:
+    fails(ModelError, "num_experts_per_tok|config.json", edit_config(num_experts_per_tok=chosen))
