@@ -57,6 +57,13 @@ def test_replies_go_to_stdout_and_the_rest_to_stderr(hybrimoe, conversation):
         assert words in told
 
 
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_a_pipe_of_which_no_message_was_answered_is_a_failure(hybrimoe, words):
+    result = hybrimoe("chat", *SHORT, *words, stdin=f"{'word ' * 4000}\n/help\n")
+    assert result.code == 1
+    assert "context is 2048 tokens" in " ".join((result.out + result.err).split())
+
+
 def test_quiet_is_only_replies(hybrimoe, conversation):
     result = hybrimoe("chat", *SHORT, "--quiet", stdin="Good morning\n")
     assert result.out == conversation[0]["text"] + "\n"
