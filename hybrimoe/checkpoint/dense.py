@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -37,13 +40,29 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def read_config(directory: Path) -> PreTrainedConfig:
     """The model's configuration, without its quantisation (weights are dequantised when they are read)."""
     raw = read_config_dict(directory)
+    if "auto_map" in raw and raw["model_type"] not in CONFIG_MAPPING:
+        raise code_of_its_own(str(directory), raw["model_type"])
     try:
-        config = AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"{directory}: transformers cannot read config.json ({raw['model_type']}): {error}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{directory}: transformers cannot read config.json ({raw['model_type']}): {reason}; correct that entry, or"
+            " fetch the file again"
+        ) from error
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     return config
+
+
+def code_of_its_own(model: str, model_type: str) -> ModelError:
+    """The error for a model whose architecture is Python code beside its weights, which is never run."""
+    return ModelError(
+        f"{model} brings code of its own (auto_map in config.json), which hybrimoe never runs, and its model_type"
+        f" {model_type!r} is none that transformers {transformers.__version__} knows; use a newer transformers, or a"
+        " conversion of the model to a model_type that it knows"
+    )
 
 
 def dense_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
@@ -60,7 +79,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
         raise ModelError(f"config.json describes no valid {config.model_type} model: {error}") from error
     return model.eval()
 
@@ -74,8 +93,11 @@ def read_generation_defaults(model: PreTrainedModel, directory: Path) -> None:
         return
     try:
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ModelError(f"{directory / GENERATION_CONFIG_NAME}: transformers cannot read it: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+        raise ModelError(
+            f"{directory / GENERATION_CONFIG_NAME}: transformers cannot read it: {error}; correct the file, or remove"
+            " it"
+        ) from error
 
 
 def load_dense(

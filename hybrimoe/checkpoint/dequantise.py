@@ -1,46 +1,33 @@
 """Quantised checkpoints seen as plain ones: each quantised tensor and its scales become one source that is dequantised
 when it is read, whole or an expert's slice at a time, so that everything after it sees floating point weights only.
 
-Formats: fp8 (float8 weights with `_scale_inv` or `_scale`, per tensor or per block; DeepSeek-V3 and others) and mxfp4
-(`_blocks` of two fp4 values a byte with `_scales` of one power of two per 32 values; gpt-oss).
+Formats: fp8 (float8 weights with a scale for all, an expert, a row, or a block; DeepSeek-V3 and others), fp4 in bytes
+(two values a byte, a power of two per 32; DeepSeek-V4's experts) and mxfp4 (the same as `_blocks` and `_scales`;
+gpt-oss). A scale is always what its weight is multiplied by, whatever its name says of an inverse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
+from hybrimoe.checkpoint.quantisation import Quantisation, check_tensor_names
 from hybrimoe.checkpoint.safetensors_file import StoredTensor
+from hybrimoe.checkpoint.scales import E8M0_DTYPES, MX_GROUP, ScaleGrid, block_size, decoded, grid_of
 from hybrimoe.errors import CheckpointError
 
-READABLE_METHODS = ("fp8", "mxfp4")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALE_SUFFIXES = ("_scale_inv", "_scale")
-UNUSED_SUFFIXES = (".input_scale", ".activation_scale")  # of activations; weights alone are kept
+BYTE_DTYPES = (torch.int8, torch.uint8)
+SCALE_SUFFIXES = ("_scale_inv", "_scale")  # after a parameter's own name: weight_scale_inv, gate_up_proj_scale, ...
+SCALE_NAMES = ("scale", "scale_inv", "qscale_weight")  # in the place of `weight`: wq_a.scale (DeepSeek-V4), ...
 BLOCKS_SUFFIX, SCALES_SUFFIX = "_blocks", "_scales"
-FP4_VALUES = (
-    0.0,
-    0.5,
-    1.0,
-    1.5,
-    2.0,
-    3.0,
-    4.0,
-    6.0,
-    -0.0,
-    -0.5,
-    -1.0,
-    -1.5,
-    -2.0,
-    -3.0,
-    -4.0,
-    -6.0,
-)  # OCP MX v1.0, e2m1
-E8M0_BIAS = 127  # OCP MX v1.0: a scale byte s means 2 ** (s - 127)
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""OCP MX v1.0, e2m1: the value of each half byte."""
+FP4_PER_BYTE = 2
 
 
 class Source(Protocol):
@@ -66,11 +53,12 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Source:
-    """float8 weight [..., N, K] times its scale: one value, or one per block of the last two dimensions."""
+class ScaledSource:
+    """A float8 weight [..., N, K], or fp4 in bytes [..., N, K / 2], times its scales; read as float32 [..., N, K]."""
 
     weight: StoredTensor
-    scale: StoredTensor
+    scales: StoredTensor
+    grid: ScaleGrid
 
     @property
     def key(self) -> str:
@@ -78,20 +66,24 @@ class Fp8Source:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
+        *lead, columns = self.weight.shape
+        return (*lead, columns * FP4_PER_BYTE) if self.weight.dtype in BYTE_DTYPES else self.weight.shape
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
 
     def read(self) -> torch.Tensor:
-        return scale_fp8(self.weight.read(), self.scale.read())
+        return self._scaled(self.weight.read(), self.scales.read())
 
     def read_slice(self, index: int) -> torch.Tensor:
-        per_entry = len(self.scale.shape) == len(self.shape) and self.scale.shape[0] == self.shape[0]
-        return scale_fp8(
-            self.weight.read_slice(index), self.scale.read_slice(index) if per_entry else self.scale.read()
-        )
+        an_expert_each = len(self.shape) > 2 and self.grid.shape[0] == self.shape[0]
+        scales = self.scales.read_slice(index) if an_expert_each and self.scales.shape else self.scales.read()
+        return self._scaled(self.weight.read_slice(index), scales)
+
+    def _scaled(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        values = fp4_values(weight) if weight.dtype in BYTE_DTYPES else weight.float()
+        return values.mul_(self.grid.over(scales, tuple(values.shape)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,63 +110,85 @@ class Mxfp4Source:
         return scale_mxfp4(self.blocks.read_slice(index), self.scales.read_slice(index))
 
 
-def dequantised(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, Source]:
+def dequantised(tensors: Mapping[str, StoredTensor], quantisation: Quantisation) -> dict[str, Source]:
     """The checkpoint's tensors with quantised ones joined to their scales.
 
-    Raises UnsupportedCheckpointError for a quantisation that is not read, CheckpointError for a weight without scales.
+    Raises UnsupportedCheckpointError for a quantisation that is not read, CheckpointError for a weight without scales,
+    scales that do not fit, and blocks whose size is not stated and cannot be told.
     """
-    _check_method(config)
-    sources: dict[str, Source] = {}
-    used: set[str] = set()
-    for key, tensor in tensors.items():
-        if key.endswith(BLOCKS_SUFFIX) and tensor.dtype == torch.uint8 and len(tensor.shape) == 4:
-            scales = _partner(tensors, key, key.removesuffix(BLOCKS_SUFFIX), (SCALES_SUFFIX,))
-            name = key.removesuffix(BLOCKS_SUFFIX)
-            sources[name] = Mxfp4Source(name, tensor, scales)
-            used |= {key, scales.key}
-        elif tensor.dtype in FP8_DTYPES:
-            scale = _partner(tensors, key, key, SCALE_SUFFIXES)
-            sources[key] = Fp8Source(tensor, scale)
-            used |= {key, scale.key}
-    if used:
-        used |= {key for key in tensors if key.endswith(UNUSED_SUFFIXES)}
-    return sources | {key: tensor for key, tensor in tensors.items() if key not in used}
+    check_tensor_names(tensors)
+    mxfp4 = _mxfp4_sources(tensors)
+    used = {stored.key for source in mxfp4 for stored in (source.blocks, source.scales)}
+    pairs = _scaled_pairs({key: tensor for key, tensor in tensors.items() if key not in used})
+    fp4 = [(weight, scales) for weight, scales in pairs if weight.dtype in BYTE_DTYPES]
+    fp8 = [(weight, scales) for weight, scales in pairs if weight.dtype in FP8_DTYPES]
+    block = block_size(fp8, quantisation)
+    scaled = [ScaledSource(weight, scales, grid_of(weight, scales, block, quantisation)) for weight, scales in fp8]
+    scaled += [ScaledSource(weight, scales, _fp4_grid(weight, scales)) for weight, scales in fp4]
+    used |= {stored.key for source in scaled for stored in (source.weight, source.scales)}
+    joined: list[Source] = [*mxfp4, *scaled]
+    return {source.key: source for source in joined} | {
+        key: tensor for key, tensor in tensors.items() if key not in used
+    }
 
 
-def scale_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float8 [..., N, K] and a scale of one element or [..., ceil(N / n), ceil(K / k)] to float32 [..., N, K]."""
-    values, factor = weight.float(), scale.float()
-    if factor.numel() == 1:
-        return values * factor.reshape(())
-    if factor.dim() == 1:
-        return values * factor[:, None]
-    for axis in (-2, -1):
-        block = -(-weight.shape[axis] // factor.shape[axis])
-        factor = factor.repeat_interleave(block, dim=axis).narrow(axis, 0, weight.shape[axis])
-    return values.mul_(factor)
+def fp4_values(packed: torch.Tensor) -> torch.Tensor:
+    """Bytes [..., n] to float32 [..., 2 n]; the low half of a byte comes first."""
+    table, packed = torch.tensor(FP4_VALUES), packed.view(torch.uint8)
+    return torch.stack([table[(packed & 15).long()], table[(packed >> 4).long()]], dim=-1).flatten(-2)
 
 
 def scale_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """uint8 [E, R, G, 16] and uint8 [E, R, G] to bfloat16 [E, 32 G, R]; the low half of a byte comes first."""
-    table = torch.tensor(FP4_VALUES, dtype=torch.float32)
-    values = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], dim=-1).flatten(-2)
-    values = torch.ldexp(values, scales.int()[..., None] - E8M0_BIAS)
+    """uint8 [E, R, G, 16] and uint8 [E, R, G] to bfloat16 [E, 32 G, R]."""
+    values = fp4_values(blocks) * decoded(scales)[..., None]
     return values.flatten(-2).to(torch.bfloat16).transpose(1, 2)
 
 
-def _check_method(config: Mapping[str, Any]) -> None:
-    quantisation = config.get("quantization_config") or {}
-    method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
-    if method is not None and method not in READABLE_METHODS:
-        raise UnsupportedCheckpointError(
-            f"the checkpoint is quantised with {method}; readable are {', '.join(READABLE_METHODS)} and unquantised"
-            " weights. Use the unquantised checkpoint: hybrimoe quantises experts itself (expert_dtype: int4)"
-        )
+def _mxfp4_sources(tensors: Mapping[str, StoredTensor]) -> list[Mxfp4Source]:
+    sources = []
+    for key, blocks in tensors.items():
+        if key.endswith(BLOCKS_SUFFIX) and blocks.dtype == torch.uint8 and len(blocks.shape) == 4:
+            name = key.removesuffix(BLOCKS_SUFFIX)
+            if name + SCALES_SUFFIX not in tensors:
+                raise _without_scales(key, [name + SCALES_SUFFIX])
+            sources.append(Mxfp4Source(name, blocks, tensors[name + SCALES_SUFFIX]))
+    return sources
 
 
-def _partner(tensors: Mapping[str, StoredTensor], key: str, stem: str, suffixes: tuple[str, ...]) -> StoredTensor:
-    for suffix in suffixes:
-        if stem + suffix in tensors:
-            return tensors[stem + suffix]
-    expected = " or ".join(stem + suffix for suffix in suffixes)
-    raise CheckpointError(f"{key} is quantised and its scales are missing: expected {expected}")
+def _scaled_pairs(tensors: Mapping[str, StoredTensor]) -> list[tuple[StoredTensor, StoredTensor]]:
+    """(weight, scales) of every float8 tensor, and of bytes that have scales."""
+    pairs = []
+    for key, tensor in tensors.items():
+        if tensor.dtype not in (*FP8_DTYPES, *BYTE_DTYPES):
+            continue
+        names = _scale_names(key)
+        scales = next((tensors[name] for name in names if name in tensors), None)
+        if scales is not None:
+            pairs.append((tensor, scales))
+        elif tensor.dtype in FP8_DTYPES:
+            raise _without_scales(key, names)
+    return pairs
+
+
+def _scale_names(key: str) -> list[str]:
+    """What the scales of weight `key` may be called."""
+    stem, _, last = key.rpartition(".")
+    in_its_place = [f"{stem}.{name}" for name in SCALE_NAMES] if last == "weight" else []
+    return [key + suffix for suffix in SCALE_SUFFIXES] + in_its_place
+
+
+def _fp4_grid(weight: StoredTensor, scales: StoredTensor) -> ScaleGrid:
+    """Groups of 32 values along a row. Raises UnsupportedCheckpointError for bytes that are no fp4."""
+    *lead, n_bytes = weight.shape
+    groups, rest = divmod(n_bytes * FP4_PER_BYTE, MX_GROUP)
+    if len(lead) and scales.dtype in E8M0_DTYPES and not rest and scales.shape == (*lead, groups):
+        return ScaleGrid(scales.shape, (1, MX_GROUP))
+    raise UnsupportedCheckpointError(
+        f"{weight.key} is {weight.dtype} {list(weight.shape)} with scales {scales.dtype} {list(scales.shape)}; of"
+        f" weights in bytes only fp4 with one power of two (float8_e8m0fnu) per {MX_GROUP} values is read; use the"
+        " unquantised checkpoint"
+    )
+
+
+def _without_scales(key: str, names: list[str]) -> CheckpointError:
+    return CheckpointError(f"{key} is quantised and its scales are missing: expected {' or '.join(names)}")

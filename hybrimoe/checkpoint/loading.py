@@ -31,6 +31,7 @@ from hybrimoe.checkpoint.dequantise import dequantised
 from hybrimoe.checkpoint.errors import PackedFileWarning
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources
 from hybrimoe.checkpoint.progress import Progress, progress_of
+from hybrimoe.checkpoint.quantisation import read_quantisation
 from hybrimoe.checkpoint.source import (
     Checkpoint,
     is_demo,
@@ -100,6 +101,7 @@ class Loader:
     def open(cls, deployment: DeployConfig, *, packed_file: bool) -> Loader:
         """Reads config.json and the headers of the checkpoint; no weights yet."""
         directory = model_directory(deployment.model)
+        quantisation = read_quantisation(directory, read_config_dict(directory))
         hf_config = read_config(directory)
         checkpoint = open_checkpoint(directory)
         model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config))
@@ -107,7 +109,7 @@ class Loader:
         layouts = {path: read(module) for path, module in find_experts(model)}
         if not layouts:
             raise ModelError(f"{directory} is a dense model ({hf_config.model_type}): it has no experts to place")
-        plan = plan_conversions(model, dequantised(checkpoint.tensors, read_config_dict(directory)))
+        plan = plan_conversions(model, dequantised(checkpoint.tensors, quantisation))
         shapes = ModelShapes(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()})
         places = packed.folders(directory, beside=not is_demo(directory)) if packed_file else ()
         return cls(deployment, checkpoint, model, plan, shapes, layouts, places)

@@ -59,10 +59,16 @@ def config_file(model: str) -> str:
 
 
 def _hub_config(hub_id: str) -> PreTrainedConfig:
-    from transformers import AutoConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    from hybrimoe.checkpoint.dense import code_of_its_own
 
     try:
-        return AutoConfig.from_pretrained(hub_id)
-    except (OSError, ValueError, KeyError) as error:
+        raw, _ = PreTrainedConfig.get_config_dict(hub_id)
+        if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
+            raise code_of_its_own(hub_id, str(raw.get("model_type")))
+        return AutoConfig.from_pretrained(hub_id, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"{hub_id}: its configuration cannot be fetched from the hub: {first}") from error

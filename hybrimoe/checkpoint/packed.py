@@ -9,7 +9,6 @@ while it lives, so several processes may pack the same model at once, and files 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -30,12 +29,18 @@ from hybrimoe.checkpoint.safetensors_file import SafetensorsFile
 from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 
+try:
+    import fcntl
+except ImportError:  # Windows: no such locks; a file that is open there cannot be removed
+    fcntl = None  # type: ignore[assignment]
+
 MAGIC = b"HYBRIMOE"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SUFFIX, PARTIAL_SUFFIX = ".hybrimoe", ".partial"
 PAGE_BYTES = 4096
 CHUNK_BYTES = 64 << 20  # written or read at a time
 READERS = 4  # threads: copying from the page cache takes cores, reading from a disk takes waiting
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each checkpoint file, to notice weights that were replaced
 KEY_DIGITS = 12  # of the hash in a file's name
 FILE_MODE = 0o644
 
@@ -61,10 +66,10 @@ class PackedFile:
         """
         store = ExpertStore(self.layers, pinned=pinned)
         starts = range(0, store.nbytes, CHUNK_BYTES)
-        with self.path.open("rb", buffering=0) as file, ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             chunks = [store.buffer[start : start + CHUNK_BYTES].data for start in starts]
             places = [self.offset_bytes + start for start in starts]
-            for done in pool.map(partial(_read_all, file.fileno()), chunks, places):
+            for done in pool.map(partial(_read_all, self.path), chunks, places):
                 progress(done - self.offset_bytes)
         return store
 
@@ -87,8 +92,20 @@ def describe(layers: Sequence[LayerSpec], files: Sequence[SafetensorsFile]) -> d
             }
             for layer in layers
         ],
-        "source": [[f.path.name, f.size_bytes, f.path.stat().st_mtime_ns, f.header_sha256] for f in files],
+        "source": [[f.path.name, f.size_bytes, f.path.stat().st_mtime_ns, f.header_sha256, _sampled(f)] for f in files],
     }
+
+
+def _sampled(file: SafetensorsFile) -> str:
+    """A hash of blocks at even distances over all of a file, its end among them: other weights of the same name, size
+    and time are other samples, and a file of any size takes a few milliseconds."""
+    last = max(0, file.size_bytes - SAMPLE_BYTES)
+    digest = hashlib.sha256()
+    with file.path.open("rb", buffering=0) as stream:
+        for index in range(SAMPLES):
+            stream.seek(last * index // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def file_name(header: dict[str, Any]) -> str:
@@ -146,21 +163,27 @@ def _whole_or_nothing(place: Path, header: dict[str, Any]) -> Iterator[tuple[int
     _sweep(place)
     path, head = place / file_name(header), _encode(header)
     descriptor, name = tempfile.mkstemp(prefix=path.stem + "-", suffix=PARTIAL_SUFFIX, dir=place)
+    opened = os.fdopen(descriptor, "r+b", buffering=0)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         _reserve(descriptor, len(head) + _records_bytes(header))
         _write_all(descriptor, memoryview(head), 0)
         yield descriptor, len(head)
         os.fsync(descriptor)
-        os.fchmod(descriptor, FILE_MODE)
+        os.chmod(name, FILE_MODE)
+        if fcntl is None:  # such a system renames no open file; where there are locks, it stays locked until then
+            opened.close()
         os.replace(name, path)
         _sync_folder(place)
     except BaseException:
+        if fcntl is None:
+            opened.close()
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
     finally:
-        os.close(descriptor)
+        opened.close()
 
 
 def _matching_offset(path: Path, header: dict[str, Any]) -> int | None:
@@ -186,18 +209,22 @@ def _encode(header: dict[str, Any]) -> bytes:
 
 
 def _write_all(descriptor: int, chunk: memoryview, offset_bytes: int) -> None:
+    os.lseek(descriptor, offset_bytes, os.SEEK_SET)
     while chunk:
-        count = os.pwrite(descriptor, chunk, offset_bytes)
-        chunk, offset_bytes = chunk[count:], offset_bytes + count
+        chunk = chunk[os.write(descriptor, chunk) :]
 
 
-def _read_all(descriptor: int, chunk: memoryview, offset_bytes: int) -> int:
-    """Fills `chunk` from the file; returns where it ends there."""
-    while chunk:
-        count = os.preadv(descriptor, [chunk], offset_bytes)
-        if not count:
-            raise CheckpointError("the packed experts were cut short while they were read; start again to pack them")
-        chunk, offset_bytes = chunk[count:], offset_bytes + count
+def _read_all(path: Path, chunk: memoryview, offset_bytes: int) -> int:
+    """Fills `chunk` from the file, opened anew as threads share no position in it; returns where it ends there."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset_bytes)
+        while chunk:
+            count = file.readinto(chunk) or 0
+            if not count:
+                raise CheckpointError(
+                    "the packed experts were cut short while they were read; start again to pack them"
+                )
+            chunk, offset_bytes = chunk[count:], offset_bytes + count
     return offset_bytes
 
 
@@ -214,12 +241,18 @@ def _reserve(descriptor: int, n_bytes: int) -> None:
 def _sweep(place: Path) -> None:
     """Removes partial files whose writer is gone (nobody holds their lock)."""
     for unfinished in place.glob(f"*{PARTIAL_SUFFIX}"):
-        with contextlib.suppress(OSError), unfinished.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            unfinished.unlink()
+        with contextlib.suppress(OSError):
+            if fcntl is None:  # such a system refuses to remove a file that its writer has open
+                unfinished.unlink()
+                continue
+            with unfinished.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                unfinished.unlink()
 
 
 def _sync_folder(place: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
     descriptor = os.open(place, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,19 +118,17 @@ def _stored(path: Path, key: str, entry: Any, start: int) -> StoredTensor:
 
 def _read(tensor: StoredTensor, offset_bytes: int, shape: tuple[int, ...]) -> torch.Tensor:
     raw = torch.empty(math.prod(shape) * tensor.dtype.itemsize, dtype=torch.uint8)
-    view, done = memoryview(raw.numpy().data), 0
+    view = memoryview(raw.numpy().data)
     try:
-        descriptor = os.open(tensor.file, os.O_RDONLY)
-        try:
-            while done < len(view):
-                count = os.preadv(descriptor, [view[done:]], offset_bytes + done)
-                if count == 0:
+        with tensor.file.open("rb", buffering=0) as file:
+            file.seek(offset_bytes)
+            while view:
+                count = file.readinto(view) or 0
+                if not count:
                     raise CheckpointError(
                         f"{tensor.file} ends inside {tensor.key}: the file is truncated; fetch it again"
                     )
-                done += count
-        finally:
-            os.close(descriptor)
+                view = view[count:]
     except OSError as error:
         raise CheckpointError(f"cannot read {tensor.key} from {tensor.file}: {error.strerror}") from error
     return raw.view(tensor.dtype).reshape(shape)

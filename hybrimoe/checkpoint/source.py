@@ -14,8 +14,9 @@ from hybrimoe.errors import CheckpointError, ModelError
 
 INDEX_NAME, SINGLE_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
-EXPECTED = f"a directory with {CONFIG_NAME} and *.safetensors, or a hub id"
+HUB_PATTERNS = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
+HUB_LEFT_OUT = ("original/*", "consolidated*", "onnx/*", "*/*.safetensors")
+"""The same weights once more, in other layouts: Meta's, Mistral's, ONNX, and formats in folders of their own."""
 EXPECTED = f"a directory with {CONFIG_NAME} and *.safetensors, or a hub id"
 SHOWN_NAMES = 3  # names that an error lists before "and N more"
 
@@ -63,13 +64,17 @@ def read_config_dict(directory: Path) -> dict[str, Any]:
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Opens the safetensors files of `directory` and checks their headers.
 
+    One file with all weights goes before an index of shards that does not name it, as in transformers: the index is
+    left from an earlier save.
+
     Raises CheckpointError for missing, truncated or damaged shards, UnsupportedCheckpointError where there are weights
     in other formats only.
     """
-    index = directory / INDEX_NAME
+    index, single = directory / INDEX_NAME, directory / SINGLE_NAME
     if index.is_file():
-        return _open_sharded(directory, index)
-    single = directory / SINGLE_NAME
+        weight_map = _read_index(index)
+        if not single.is_file() or SINGLE_NAME in weight_map.values():
+            return _open_sharded(directory, index, weight_map)
     candidates = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     if len(candidates) != 1:
         raise _no_weights(directory, candidates)
@@ -83,11 +88,16 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def _open_sharded(directory: Path, index: Path) -> Checkpoint:
+def _read_index(index: Path) -> dict[str, str]:
+    """File name by key. Raises CheckpointError for an index that is damaged."""
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(key): str(name) for key, name in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read as a safetensors index: {error!r}") from error
+
+
+def _open_sharded(directory: Path, index: Path, weight_map: dict[str, str]) -> Checkpoint:
     names = sorted(set(weight_map.values()))
     if missing := [name for name in names if not (directory / name).is_file()]:
         lost = sum(shard in missing for shard in weight_map.values())
@@ -135,6 +145,9 @@ def _from_hub(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS)))
+        directory = Path(snapshot_download(hub_id, allow_patterns=[*HUB_PATTERNS], ignore_patterns=[*HUB_LEFT_OUT]))
+        index = directory / INDEX_NAME
+        weights = sorted(set(_read_index(index).values())) if index.is_file() else ["*.safetensors"]
+        return Path(snapshot_download(hub_id, allow_patterns=weights, ignore_patterns=[*HUB_LEFT_OUT]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ModelError(f"{hub_id} is neither a directory here nor a model that the hub gives: {error}") from error

@@ -17,8 +17,13 @@ def load_tokenizer(path_or_hub_id: str | Path | None = None) -> PreTrainedTokeni
     """
     directory = model_directory(path_or_hub_id)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the tokenizer of {directory} is code of its own (auto_map in tokenizer_config.json), which hybrimoe"
+                " never runs; expected tokenizer.json, which such a tokenizer can be converted to"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
             f"{directory} has no usable tokenizer ({reason}); expected tokenizer.json beside the weights"

@@ -225,3 +225,53 @@ def test_a_device_that_is_not_here(directory: Path) -> None:
 def test_a_directory_without_a_tokenizer(directory: Path) -> None:
     with pytest.raises(ModelError, match="no usable tokenizer"):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("old_shards", ["whole", "gone"])
+def test_one_file_goes_before_the_index_of_an_earlier_save(
+    old_shards: str, tmp_path: Path, mixtral: PreTrainedModel
+) -> None:
+    directory = tmp_path / "twice"
+    mixtral.save_pretrained(directory, max_shard_size="40KB")
+    shards = {file.name: file.read_bytes() for file in directory.glob("model-*.safetensors")}
+    index = (directory / "model.safetensors.index.json").read_text()
+    with torch.no_grad():
+        mixtral.lm_head.weight += 1
+    mixtral.save_pretrained(directory)
+    (directory / "model.safetensors.index.json").write_text(index)
+    for name, data in shards.items() if old_shards == "whole" else ():
+        (directory / name).write_bytes(data)
+    model = load(directory, accelerator="none", policy="static", progress=False)
+    assert torch.equal(model.lm_head.weight, mixtral.lm_head.weight)
+
+
+@pytest.mark.parametrize("entry", [{"hidden_size": "many"}, {"num_hidden_layers": 2.5}, {"rope_parameters": 7}])
+def test_a_config_that_transformers_refuses(entry: dict[str, Any], edit_config: Callable[..., Path]) -> None:
+    fails(ModelError, "config.json", edit_config(**entry))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"max_new_tokens": -1}'])
+def test_a_generation_config_that_transformers_refuses(text: str, directory: Path) -> None:
+    (directory / "generation_config.json").write_text(text)
+    fails(ModelError, r"generation_config\.json.*correct the file, or remove it", directory)
+
+
+def test_code_beside_the_weights_never_runs_and_nobody_is_asked(
+    edit_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = edit_config(model_type="homemade", auto_map={"AutoConfig": "configuration_homemade.Homemade"})
+    (directory / "configuration_homemade.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail("it asked"))
+    fails(ModelError, "code of its own.*never runs.*'homemade'.*newer transformers", directory)
+
+
+def test_a_tokenizer_that_is_code_never_runs_and_nobody_is_asked(
+    edit_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = edit_config()
+    (directory / "tokenization_homemade.py").write_text("raise SystemExit('it ran')")
+    entry = {"tokenizer_class": "Homemade", "auto_map": {"AutoTokenizer": ["tokenization_homemade.Homemade", None]}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(entry))
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail("it asked"))
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_tokenizer(directory)

@@ -258,3 +258,40 @@ def test_a_moved_model_is_found_again_or_packed_again(directory: Path, tmp_path:
     assert not packing(tmp_path / "copy")
     os.utime(tmp_path / "copy" / "model.safetensors", (time.time(), time.time() + 5))
     assert packing(tmp_path / "copy")
+
+
+def test_other_weights_of_the_same_name_size_and_time_are_packed_again(directory: Path) -> None:
+    assert packing(directory)
+    file = directory / "model.safetensors"
+    before, tensors = file.stat(), load_file(file)
+    save_file({key: 2 * value for key, value in tensors.items()}, file, metadata={"format": "pt"})
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert packing(directory)
+
+
+def test_a_system_without_posix_calls_packs_and_reads_too(tmp_path: Path) -> None:
+    """As on Windows: no fcntl, no positioned reads and writes, no modes of descriptors, no folders to open."""
+    hidden = """
+import os, sys
+sys.modules["fcntl"] = None
+for name in ("pread", "preadv", "pwrite", "pwritev", "fchmod", "posix_fallocate"):
+    delattr(os, name)
+"""
+    script = """
+packed._sync_folder = lambda folder: None
+(place / "left.partial").parent.mkdir(exist_ok=True)
+(place / "left.partial").touch()
+packed.write(place, records, header)
+found = packed.find((place,), layers, header)
+assert (found.open().buffer == 7).all() and (found.read(pinned=False).buffer == 7).all()
+import torch
+from safetensors.torch import save_file
+from hybrimoe.checkpoint.safetensors_file import open_safetensors
+save_file({"w": torch.arange(6.0).reshape(2, 3)}, place / "w.safetensors")
+assert open_safetensors(place / "w.safetensors").tensors["w"].read_slice(1).tolist() == [[3.0, 4.0, 5.0]]
+"""
+    command = [sys.executable, "-c", hidden + WRITE + script, str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.partial"))
