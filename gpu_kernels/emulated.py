@@ -9,12 +9,13 @@ not depend on where an expert ran.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter_ns
 
 import numpy as np
 import torch
 
 from cpu_kernels import CpuBackend, ExpertSpec, get_backend
-from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
+from gpu_kernels.accelerator import ByteArray, LayerWork, Unfold
 from gpu_kernels.combining import combine_on_host
 from gpu_kernels.errors import ClosedError, SlotError
 from gpu_kernels.pacing import Pacing
@@ -35,6 +36,8 @@ class EmulatedAccelerator:
         self.name = "emulated accelerator" if pacing is None else "emulated accelerator (paced)"
         self._backend = backend if backend is not None else get_backend("auto", threads=1)
         self._fallback = get_backend("torch", threads=1)
+        self._backend_of: dict[int, tuple[CpuBackend, ExpertSpec]] = {}
+        """By the id of the spec, which is kept beside it: hashing one for each piece of work takes longer."""
         self._pacing = pacing
         self._poison = poison
         self._copy = HostStream("hybrimoe-copy", precise_sleep=pacing is not None)
@@ -76,12 +79,13 @@ class EmulatedAccelerator:
 
         A slot that is unfolded into is not poisoned: `unfold` may need what it holds.
         """
-        self._check_open()
+        if self._closed:
+            self._check_open()
         if record.nbytes > self._slot_bytes:
             raise SlotError(f"a record of {record.nbytes} bytes does not fit a slot of {self._slot_bytes} bytes")
         event = HostEvent(f"copy into slot {slot}")
         reader = self._events.on_write(slot, event)
-        target, submitted_us = self._arena[slot], clock_us()
+        target, submitted_us = self._arena[slot], perf_counter_ns() * 1e-3
 
         def job(event: HostEvent) -> None:
             if reader is not None:
@@ -96,11 +100,19 @@ class EmulatedAccelerator:
         self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork
     ) -> HostEvent:
         """Submits experts in order; their rows are written into `work.host_rows`."""
-        self._check_open()
+        if self._closed:
+            self._check_open()
         event = HostEvent("experts on the emulated accelerator")
-        writes = [write for write in self._events.on_read(slots, event) if not write.succeeded]
-        backend = self._backend if self._backend.supports(spec) is None else self._fallback
-        addresses, submitted_us = self._addresses, clock_us()
+        writes = []
+        for write in self._events.on_read(slots, event):
+            if not write.succeeded:
+                writes.append(write)
+        known = self._backend_of.get(id(spec))
+        if known is None:
+            supported = self._backend.supports(spec) is None
+            known = self._backend_of[id(spec)] = self._backend if supported else self._fallback, spec
+        backend = known[0]
+        addresses, submitted_us = self._addresses, perf_counter_ns() * 1e-3
 
         def job(event: HostEvent) -> None:
             records, where = addresses[list(slots)], np.array(positions, dtype=np.int32)
@@ -114,9 +126,8 @@ class EmulatedAccelerator:
 
         return self._compute.submit(job, event)
 
-    def combine(self, work: LayerWork, events: Sequence[Event]) -> torch.Tensor:
-        """[T, H] float32, or like `work.like`: waits for `events`, then adds each token's rows in top-k order."""
-        return combine_on_host(work, events)
+    combine = staticmethod(combine_on_host)
+    """[T, H] float32, or like `work.like`: waits for the events, then adds each token's rows in top-k order."""
 
     def sibling(self) -> EmulatedAccelerator:
         """A second, empty arena behind the same streams and pacers."""

@@ -19,7 +19,8 @@ class SlotEvents(Generic[EventT]):
 
     def on_write(self, slot: int, event: EventT) -> EventT | None:
         """Notes a copy into `slot`; returns the read that it has to wait for, if any."""
-        self._check(slot)
+        if not 0 <= slot < len(self._writes):
+            self._check(slot)
         reader = self._reads[slot]
         self._reads[slot] = None
         self._writes[slot] = event
@@ -27,14 +28,14 @@ class SlotEvents(Generic[EventT]):
 
     def on_read(self, slots: Sequence[int], event: EventT) -> list[EventT]:
         """Notes a computation that reads `slots`; returns the writes that it has to wait for."""
-        if min(slots, default=0) < 0 or max(slots, default=0) >= len(self._writes):
-            for slot in slots:
+        n_slots, writes = len(self._writes), []
+        for slot in slots:
+            if not 0 <= slot < n_slots:
                 self._check(slot)
-        found = [self._writes[slot] for slot in slots]
-        writes = [write for write in found if write is not None]
-        if len(writes) < len(found):
-            empty = slots[found.index(None)]
-            raise SlotError(f"slot {empty} was never filled; submit a copy into it before work that reads it")
+            write = self._writes[slot]
+            if write is None:
+                raise SlotError(f"slot {slot} was never filled; submit a copy into it before work that reads it")
+            writes.append(write)
         for slot in slots:
             self._reads[slot] = event
         return writes

@@ -27,13 +27,15 @@ def clock_us() -> float:
 class HostEvent:
     """The end of a job of a HostStream. Jobs move it: begin, then finish or fail."""
 
-    __slots__ = ("_error", "_gate", "_label", "_state", "end_us", "start_us")
+    __slots__ = ("_error", "_gate", "_label", "_state", "end_us", "start_us", "succeeded")
 
     def __init__(self, label: str = "work") -> None:
         self._gate = threading.Lock()
         self._gate.acquire()
         self._state = 0
         self._error: BaseException | None = None
+        self.succeeded = False
+        """True once the job has ended without an error."""
         self._label = label
         self.start_us = 0.0
         self.end_us = 0.0
@@ -48,6 +50,7 @@ class HostEvent:
             return
         self.end_us = clock_us()
         self._error = error
+        self.succeeded = error is None
         self._state = 1
         self._gate.release()
 
@@ -63,14 +66,10 @@ class HostEvent:
 
     def wait(self) -> None:
         """Blocks until the job has ended. Raises LaneError with the cause if it failed."""
-        self.wait_end()
+        if not self._state:
+            self.wait_end()
         if self._error is not None:
             raise LaneError(f"{self._label} failed: {self._error!r}") from self._error
-
-    @property
-    def succeeded(self) -> bool:
-        """True once the job has ended without an error."""
-        return self._state == 1 and self._error is None
 
     def span_us(self) -> tuple[float, float]:
         """(start, end) in us of `clock_us`."""

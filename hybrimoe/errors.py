@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
 
 from yaml_rules.suggest import did_you_mean, nearest, unknown
@@ -17,10 +18,16 @@ __all__ = [
     "PromptError",
     "RuleError",
     "UnsupportedExpertsError",
+    "debugging",
     "did_you_mean",
     "nearest",
     "unknown",
 ]
+
+
+def debugging() -> bool:
+    """Whether HYBRIMOE_DEBUG is set, to anything but 0."""
+    return os.environ.get("HYBRIMOE_DEBUG", "") not in ("", "0")
 
 
 class HybriMoEError(Exception):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from enum import IntEnum
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +60,7 @@ class SlotTable:
     last events of slot and expert, and changes nothing. ``first_layer``, ``first_slot``: what messages add to numbers.
     """
 
-    validating: ClassVar[bool] = False
+    validating: bool = False
     """Whether tables validate themselves after every event: in tests, and where HYBRIMOE_DEBUG is set."""
 
     def __init__(self, n_slots: int, n_layers: int, n_experts: int, first_layer: int = 0, first_slot: int = 0) -> None:
@@ -143,7 +143,8 @@ class SlotTable:
 
     def begin_transfer(self, slot: int, key: int) -> int:
         """A free slot, or one whose resident no plan uses, starts to receive ``key``. Returns the evicted key or -1."""
-        self._check_absent(key)
+        if self.slot_of[key] != NO_SLOT:
+            self._check_absent(key)
         state = self.state[slot]
         if state not in (FREE, RESIDENT) or self.pins[slot]:
             raise self._refused(
@@ -176,7 +177,9 @@ class SlotTable:
                 f"no transfer of {self._expert(key)} into slot {slot + self.first_slot} is under way", slot, key
             )
         self.state[slot] = PINNED if self.pins[slot] else RESIDENT
-        self._happened("end_transfer", slot, key)
+        self._events.append(("end_transfer", slot, key))
+        if self.validating:
+            self.validate()
 
     def pin(self, slot: int) -> None:
         """A plan computes from this slot until ``unpin``."""
@@ -201,14 +204,18 @@ class SlotTable:
         bad = _pin(slots, self.state, self.pins)
         if bad >= 0:
             raise self._refused(f"slot {self._at(bad)}: nothing to compute from", bad)
-        self._happened("pin", slots)
+        self._events.append(("pin", slots, NO_KEY))
+        if self.validating:
+            self.validate()
 
     def unpin_all(self, slots: npt.NDArray[np.int64]) -> None:
         """``unpin`` for every slot of a plan, in one compiled call."""
         bad = _unpin(slots, self.state, self.pins)
         if bad >= 0:
             raise self._refused(f"slot {self._at(bad)}: no plan uses it", bad)
-        self._happened("unpin", slots)
+        self._events.append(("unpin", slots, NO_KEY))
+        if self.validating:
+            self.validate()
 
     def free(self, slot: int) -> int:
         """A resident without a pin leaves; returns its key."""
@@ -250,7 +257,9 @@ class SlotTable:
         self.key_of[slot] = key
         self.slot_of[key] = slot
         self.state[slot] = IN_FLIGHT
-        self._happened(event, slot, key)
+        self._events.append((event, slot, key))
+        if self.validating:
+            self.validate()
         return old
 
     def _happened(self, event: EventName, slots: int | npt.NDArray[np.int64], key: int = NO_KEY) -> None:

@@ -34,6 +34,11 @@ class NumbaBackend:
         self.n_threads = resolve_threads(threads)
         self._plans: dict[ExpertSpec | LinearSpec, Plan] = {}
         self._last_plan: tuple[ExpertSpec | None, Plan | None] = (None, None)
+        self._sizes: dict[tuple[int, int, int, int], tuple[Plan, int, int, ExpertSpec]] = {}
+        """Of calls seen before: plan, bytes of workspace, bytes of weights. By shape and by the id of the spec, which
+        is kept here, so that no other can have it: hashing one is a call of Python."""
+        self._routed_sizes: dict[tuple[int, int, int, int], tuple[Plan, int, int, int, ExpertSpec]] = {}
+        """The same of whole calls: plan, bytes of scratch, bytes of workspace, experts that one thread runs."""
         self._workspace = np.empty(0, np.uint8)
         self._lock = threading.Lock()
 
@@ -76,6 +81,34 @@ class NumbaBackend:
         if bad >= 0:
             raise_not_finite(bad)
 
+    def run_trusted(
+        self,
+        spec: ExpertSpec,
+        records: np.ndarray,
+        positions: np.ndarray,
+        dispatch: Dispatch,
+        hidden: np.ndarray,
+        out_rows: np.ndarray,
+    ) -> None:
+        """`run` for at least one expert and arguments that the caller made to fit: they are not looked at again."""
+        shape = id(spec), positions.size, dispatch.n_tokens, dispatch.rows.size
+        sizes = self._sizes.get(shape)
+        if sizes is None:
+            plan = self._plan_of(spec)
+            needed = layer.workspace_bytes(*shape[1:], plan.x_row_bytes, plan.h_row_bytes)
+            sizes = self._sizes[shape] = plan, needed, spec.record_bytes * positions.size, spec
+        plan, needed, n_bytes, _ = sizes
+        several = self.n_threads > 1 and n_bytes >= SERIAL_BYTES
+        n_threads = self._threads_for(n_bytes) if several else 1
+        with self._lock:
+            workspace = self._workspace if self._workspace.size >= needed else self._grown(needed)
+            bad = layer.run_layer(
+                plan.vector, plan.parameters, records, positions, dispatch.offsets, dispatch.rows, dispatch.weights,
+                dispatch.top_k, hidden, out_rows, workspace, n_threads,
+            )  # fmt: skip
+        if bad >= 0:
+            raise_not_finite(bad)
+
     def run_routed(
         self, spec: ExpertSpec, records: np.ndarray, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, int] | None:
@@ -86,22 +119,33 @@ class NumbaBackend:
         """
         if not routed.fits(hidden, index, weights, spec.hidden):
             return None
-        plan = self._plan_of(spec)
         n_tokens, top_k = index.shape
-        n_rows = n_tokens * top_k
+        sizes = self._routed_sizes.get((id(spec), n_tokens, top_k, records.size))
+        if sizes is None:
+            sizes = self._routed_sizes_of(spec, n_tokens, top_k, records.size)
+        plan, scratch, needed, serial_experts, _ = sizes
         out = torch.empty_like(hidden)
-        scratch = routed.scratch_bytes(n_tokens, n_rows, spec.hidden)
         start_team(self.n_threads)
         with self._lock:
             done = routed.run_routed(
                 plan.vector, plan.parameters, records, index.data_ptr(), weights.data_ptr(),
                 routed.FLOATS[weights.dtype], hidden.data_ptr(), routed.FLOATS[hidden.dtype], out.data_ptr(), n_tokens,
-                top_k, spec.hidden, self._room(plan, min(n_rows, records.size), n_tokens, n_rows, scratch), scratch,
-                self.n_threads, (SERIAL_BYTES - 1) // spec.record_bytes,
+                top_k, spec.hidden, self._workspace if self._workspace.size >= needed else self._grown(needed), scratch,
+                self.n_threads, serial_experts,
             )  # fmt: skip
         if done <= routed.NOT_FINITE:
             raise_not_finite(routed.NOT_FINITE - done)
         return None if done < 0 else (out, done)
+
+    def _routed_sizes_of(
+        self, spec: ExpertSpec, n_tokens: int, top_k: int, n_experts: int
+    ) -> tuple[Plan, int, int, int, ExpertSpec]:
+        plan, n_rows = self._plan_of(spec), n_tokens * top_k
+        scratch = routed.scratch_bytes(n_tokens, n_rows, spec.hidden)
+        needed = layer.workspace_bytes(min(n_rows, n_experts), n_tokens, n_rows, plan.x_row_bytes, plan.h_row_bytes)
+        sizes = plan, scratch, needed + scratch, (SERIAL_BYTES - 1) // spec.record_bytes, spec
+        self._routed_sizes[id(spec), n_tokens, top_k, n_experts] = sizes
+        return sizes
 
     def linear(self, spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray) -> None:
         """See `cpu_kernels.backends.shared.run_linear`."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
-from cpu_kernels.engine.dispatch import build_dispatch, combine, records_at
+from cpu_kernels.engine.dispatch import build_dispatch, combine, take_records
 from cpu_kernels.engine.routed import FLOAT32, read_call, sum_rows
 from cpu_kernels.format.pack import pack_expert
 from cpu_kernels.format.spec import Activation, ExpertDtype, ExpertSpec, ExpertWeights
@@ -42,10 +42,13 @@ def warm_call_ends() -> None:
     """Makes ready what a planned call reads its routing with and sums its rows with."""
     index, ones, hidden = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
     out = np.empty_like(hidden)
-    ids, _, rows, _, _ = read_call(
-        index.ctypes.data, ones.ctypes.data, FLOAT32, 1, 1, 1, hidden.ctypes.data, FLOAT32, out
-    )
-    records_at(np.zeros(1, np.uint64), ids, np.zeros(1, np.int32))
+    ids, rows, counts = (np.zeros(1, np.int32) for _ in range(3))
+    offsets, routing = np.zeros(2, np.int32), np.zeros(1, np.float32)
+    read_call(
+        index.ctypes.data, ones.ctypes.data, FLOAT32, 1, 1, hidden.ctypes.data, FLOAT32, out, routing, counts, ids,
+        offsets, rows,
+    )  # fmt: skip
+    take_records(np.zeros(1, np.uint64), ids, np.zeros(1, np.int64), ids.copy(), np.zeros(1, np.uint64))
     sum_rows(hidden, rows, 1, out.ctypes.data, FLOAT32, 1)
 
 

@@ -78,12 +78,14 @@ def combine(out_rows: np.ndarray, dispatch: Dispatch, out: np.ndarray) -> None:
 
 
 @kernel
-def records_at(addresses: np.ndarray, expert_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """uint64 [n]: those of `addresses` (uint64 [E]) of the active experts (int32 [A]) at `positions` (int32 [n])."""
-    records = np.empty(positions.size, np.uint64)
-    for i in range(positions.size):
-        records[i] = addresses[expert_ids[positions[i]]]
-    return records
+def take_records(
+    addresses: np.ndarray, expert_ids: np.ndarray, chosen: np.ndarray, positions: np.ndarray, records: np.ndarray
+) -> None:
+    """What `CpuBackend.run` reads of the active experts (int32 [A]) at places `chosen` (int64 [n]), into positions
+    (int32) and records (uint64): `addresses` (uint64 [E]) of each."""
+    for i in range(chosen.size):
+        positions[i] = chosen[i]
+        records[i] = addresses[expert_ids[chosen[i]]]
 
 
 def _describe(array: np.ndarray) -> str:
@@ -95,8 +97,25 @@ def _describe(array: np.ndarray) -> str:
 def group_rows(
     flat: np.ndarray, weights: np.ndarray, num_experts: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:  # pragma: no cover - compiled
-    """Counting sort of rows by expert; `problem` is the first bad row or -1."""
-    counts = np.zeros(num_experts, np.int32)
+    """Counting sort of rows by expert: ids, offsets and rows of a Dispatch; `problem` is the first bad row or -1."""
+    most = min(num_experts, flat.size)
+    expert_ids, offsets = np.empty(most, np.int32), np.empty(most + 1, np.int32)
+    rows = np.empty(flat.size, np.int32)
+    n_active, problem = group_rows_into(flat, weights, np.empty(num_experts, np.int32), expert_ids, offsets, rows)
+    return expert_ids[:n_active], offsets[: n_active + 1], rows[: offsets[n_active]], problem
+
+
+@kernel
+def group_rows_into(
+    flat: np.ndarray, weights: np.ndarray, counts: np.ndarray, expert_ids: np.ndarray, offsets: np.ndarray,
+    rows: np.ndarray,
+) -> tuple[int, int]:  # fmt: skip  # pragma: no cover - compiled
+    """`group_rows` into memory of the caller: (number of active experts, the first bad row or -1).
+
+    counts int32 [E] is overwritten; expert_ids [A], offsets [A + 1], rows [N], all int32, have room for the result.
+    """
+    num_experts = counts.size
+    counts[:] = 0
     problem = -1
     for row in range(flat.size):
         if flat[row] < -1 or not np.isfinite(weights[row]):
@@ -105,24 +124,19 @@ def group_rows(
         if 0 <= flat[row] < num_experts:
             counts[flat[row]] += 1
     n_active = 0
-    for expert in range(num_experts):
-        n_active += counts[expert] > 0
-    expert_ids = np.empty(n_active, np.int32)
-    offsets = np.zeros(n_active + 1, np.int32)
-    n_active = 0
+    offsets[0] = 0
     for expert in range(num_experts):
         if counts[expert] > 0:
             expert_ids[n_active] = expert
             offsets[n_active + 1] = offsets[n_active] + counts[expert]
             counts[expert] = offsets[n_active]
             n_active += 1
-    rows = np.empty(offsets[n_active], np.int32)
     for row in range(flat.size if problem < 0 else 0):
         expert = flat[row]
         if 0 <= expert < num_experts:
             rows[counts[expert]] = row
             counts[expert] += 1
-    return expert_ids, offsets, rows, problem
+    return n_active, problem
 
 
 @kernel

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cpu_kernels.engine.call import LINE
-from cpu_kernels.engine.dispatch import combine_rows, group_rows, present_rows
+from cpu_kernels.engine.dispatch import combine_rows, group_rows, group_rows_into, present_rows
 from cpu_kernels.engine.layer import run_layer
 from cpu_kernels.jit.compiled import Real, inline_kernel, kernel
 from cpu_kernels.jit.primitives import bits_of_float, float_from_bits, floats_at, halves_at, int64s_at
@@ -22,7 +22,8 @@ FLOATS = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of hidden states and routing weights that are read and written here, and how the compiled call names them."""
 FLOAT32 = 0
 REFUSED, NOT_FINITE = -1, -2
-"""Results of `run_routed`: routing that `build_dispatch` refuses; NOT_FINITE - token: a hidden state is not finite."""
+"""Results of `run_routed` and `read_call`: routing that `build_dispatch` refuses; of the former, NOT_FINITE - token: a
+hidden state is not finite."""
 NAN_BITS = np.uint16(0x7FC0)
 
 
@@ -95,17 +96,20 @@ def run_routed(
 
 @kernel
 def read_call(
-    index: int, weights: int, weights_kind: int, n_tokens: int, top_k: int, num_experts: int, hidden: int,
-    hidden_kind: int, host_hidden: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:  # fmt: skip
-    """Fields of a Dispatch: expert_ids, offsets, rows, weights; then a row that `build_dispatch` refuses, or -1.
+    index: int, weights: int, weights_kind: int, n_tokens: int, top_k: int, hidden: int, hidden_kind: int,
+    host_hidden: np.ndarray, routing: np.ndarray, counts: np.ndarray, expert_ids: np.ndarray, offsets: np.ndarray,
+    rows: np.ndarray,
+) -> int:  # fmt: skip
+    """Fields of a Dispatch in memory of the caller. Returns the number of active experts, or REFUSED.
 
-    index, weights, hidden: addresses as for `run_routed`; host_hidden float32 [T, H] is filled.
+    index, weights, hidden: addresses as for `run_routed`; host_hidden float32 [T, H] is filled, and so are routing
+    float32 [T * k], expert_ids, offsets and rows, as `group_rows_into` says; counts int32 [E] is overwritten.
     """
-    routing = _read(weights, n_tokens * top_k, weights_kind)
-    ids, offsets, rows, problem = group_rows(int64s_at(index, n_tokens * top_k), routing, num_experts)
+    n_rows = n_tokens * top_k
+    _read_into(routing[:n_rows], weights, weights_kind)
+    n_active, problem = group_rows_into(int64s_at(index, n_rows), routing, counts, expert_ids, offsets, rows)
     _read_into(host_hidden.reshape(host_hidden.size), hidden, hidden_kind)
-    return ids, offsets, rows, routing, problem
+    return REFUSED if problem >= 0 else n_active
 
 
 @kernel

@@ -19,14 +19,13 @@ from hybrimoe.errors import HybriMoEError, ModelError
 from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.runtime.config import RuntimeConfig
+from hybrimoe.runtime.layer_call.call import ExpertsCall, RoutingRecorder
 from hybrimoe.runtime.layer_call.layers import PLACEMENTS, Layer, Placement, pack_layers
 from hybrimoe.runtime.layer_call.lookahead import ProbeSink, RoutingCaptured, run_probe
-from hybrimoe.runtime.layer_call.runner import RoutingRecorder, Runner
 from hybrimoe.runtime.layer_call.stats import SessionStats, StatsRecorder
 from hybrimoe.runtime.layer_call.steps import StepTracker
 from hybrimoe.runtime.lossy.low_copy import LowCopy, make_low_copy
-from hybrimoe.runtime.lossy.runner import RelaxedRunner
-from hybrimoe.runtime.lossy.startup import relaxed_runner
+from hybrimoe.runtime.lossy.startup import lossy_call
 from hybrimoe.runtime.snapshot import snapshot
 from hybrimoe.runtime.startup.backends import backend_for, close_all, cpu_threads, open_devices
 from hybrimoe.runtime.startup.startup import Frequencies, Startup
@@ -56,7 +55,7 @@ class Session:
         self._store: ExpertStore | None = None
         self._accelerators: tuple[Accelerator, ...] = ()
         self._units: list[Unit] = []
-        self._runner: Runner | None = None
+        self._runner: ExpertsCall | None = None
         self._stats = StatsRecorder(0)
         self._low: LowCopy | None = None
         self._tracker = StepTracker(self.config.decode_max_tokens)
@@ -147,11 +146,15 @@ class Session:
             if self._sink is not None:
                 self._sink.top_k_index, self._sink.top_k_weights = top_k_index, top_k_weights
                 raise RoutingCaptured
+            runner = self._runner
+            if runner is None or not runner.consistent:
+                runner = self._ready()
             while True:
                 try:
-                    return self._ready().run(layer, hidden, top_k_index, top_k_weights)
+                    return runner.run(layer, hidden, top_k_index, top_k_weights)
                 except torch.OutOfMemoryError as error:
                     self._give_way(error)
+                    runner = self._ready()
 
     def expert_spec(self, layer: int) -> ExpertSpec:
         """Shape, storage dtype and activation of a layer's experts."""
@@ -191,7 +194,7 @@ class Session:
             if not self._accelerators:
                 raise ModelError("there is no accelerator, so there are no slots to resize")
             runner.drain()
-            used = runner.activations if runner.activations.any() else None
+            used = runner.routing_counts if runner.routing_counts.any() else None
             try:
                 self._start_runner(slots, runner, used)
             except HybriMoEError:
@@ -207,12 +210,12 @@ class Session:
         """
         with self._lock:
             runner = self._ready()
-            if not isinstance(runner, RelaxedRunner):
+            if runner.lossy is None:
                 raise ModelError("nothing lossy runs here: set scheduler.lossy to swapmoe or emoe to have a budget")
             n_experts = sum(layer.num_experts for layer in self._layers)
             expert_bytes = max(layer.spec.record_bytes for layer in self._layers)
             kept = parse_amount(budget).to_experts(n_experts, expert_bytes, auto=self.n_slots)
-            runner.relaxation.resize(kept)
+            runner.lossy.policy.resize(kept)
             return kept
 
     def release(self, model: nn.Module) -> None:
@@ -303,7 +306,7 @@ class Session:
                 )
             runner.drain()
             self._make_planner = Recorder
-            self._start_runner(None, runner, runner.activations if runner.activations.any() else None)
+            self._start_runner(None, runner, runner.routing_counts if runner.routing_counts.any() else None)
             self._ready().trace(True)
 
     @property
@@ -337,14 +340,14 @@ class Session:
         """A snapshot of the counters."""
         with self._lock:
             runner = self._runner
-            if runner is not None and runner.clean and not self._closed:
+            if runner is not None and runner.consistent and not self._closed:
                 runner.report()
             return snapshot(self.config, self._layers, self._stats, self._store, self._units, runner, self._low)
 
     def reset_stats(self) -> None:
         """Sets all counters to zero."""
         with self._lock:
-            if self._runner is not None and self._runner.clean:
+            if self._runner is not None and self._runner.consistent:
                 self._runner.report()
             self._stats.reset()
 
@@ -362,23 +365,24 @@ class Session:
 
     # Inside -----------------------------------------------------------------------------------------------------
 
-    def _ready(self) -> Runner:
+    def _ready(self) -> ExpertsCall:
         """The runner, recovered if the last call did not end. Raises ModelError before start and after close."""
         if self._closed:
             raise ModelError("the session is closed: restore() the model, or inject it again")
         if self._runner is None:
             raise ModelError("the session has not started: weights are missing (load them, then call start())")
-        if not self._runner.clean:
+        if not self._runner.consistent:
             self._recover(self._runner)
         return self._runner
 
-    def _recover(self, broken: Runner, n_slots: int | None = None) -> None:
+    def _recover(self, broken: ExpertsCall, n_slots: int | None = None) -> None:
         """After a failed or interrupted call: waits for the lanes, forgets the slots, keeps costs and counters.
 
         `n_slots`: how many there are from here on; None: as many as before.
         """
         for device in self._accelerators:
             device.synchronize()
+        broken.release()
         self._stats.failures += 1
         self._stats.forget_slots()
         self._tracker.restart()
@@ -399,7 +403,7 @@ class Session:
         self._recover(self._runner, fewer)
 
     def _start_runner(
-        self, setting: int | float | str | None, previous: Runner | None, frequencies: Frequencies | None
+        self, setting: int | float | str | None, previous: ExpertsCall | None, frequencies: Frequencies | None
     ) -> None:
         """Replaces the runner; `setting` None keeps the slots, `previous` hands over costs, hooks and records."""
         model = None if self._model is None else self._model()
@@ -409,11 +413,11 @@ class Session:
         )  # fmt: skip
         lossy = self.config.lossy
         if lossy is None:
-            self._runner = startup.runner(setting, previous, frequencies)
+            self._runner = startup.call(setting, previous, frequencies)
             return
         if lossy.low is not None and self._low is None:
             self._low = self._make_low_copy(lossy.low.low_dtype)
-        self._runner = relaxed_runner(startup, lossy, self._low, setting, previous, frequencies)
+        self._runner = lossy_call(startup, lossy, self._low, setting, previous, frequencies)
 
     def _make_low_copy(self, dtype: Any) -> LowCopy:
         threads = cpu_threads(self.config, self._accelerators)

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hybrimoe.runtime.config import RuntimeConfig
+from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.layers import Layer
-from hybrimoe.runtime.layer_call.runner import Runner
 from hybrimoe.runtime.layer_call.stats import Counters, SessionStats, StatsRecorder, UnitStats
 from hybrimoe.runtime.lossy.low_copy import LowCopy
-from hybrimoe.runtime.lossy.runner import RelaxedRunner
 from hybrimoe.runtime.startup.units import Unit
 from hybrimoe.runtime.store import ExpertStore
 
 
 def snapshot(
     config: RuntimeConfig, layers: Sequence[Layer], stats: StatsRecorder, store: ExpertStore | None,
-    units: Sequence[Unit], runner: Runner | None, low: LowCopy | None,
+    units: Sequence[Unit], runner: ExpertsCall | None, low: LowCopy | None,
 ) -> SessionStats:  # fmt: skip
     """What a session has done so far. `runner` has reported what ended; None before the start and after the close."""
-    planes = runner.planes if isinstance(runner, RelaxedRunner) else None
+    planes = None if runner is None or runner.lossy is None else runner.lossy.planes
     in_host_memory = [held.nbytes for held in (store, low and low.store, planes) if held]
     by_layer = stats.by_layer()
     return SessionStats(
@@ -36,9 +35,9 @@ def snapshot(
     )
 
 
-def _unit_stats(unit: Unit, by_layer: Sequence[Counters], runner: Runner | None) -> UnitStats:
-    device, caches = unit.accelerator, () if runner is None else runner.executor.caches
-    filled = len(caches[unit.index].contents()) if caches else 0
+def _unit_stats(unit: Unit, by_layer: Sequence[Counters], runner: ExpertsCall | None) -> UnitStats:
+    device, contents = unit.accelerator, {} if runner is None else runner.slot_contents()
+    filled = sum(layer in unit.layers for layer, _ in contents.values())
     counters = Counters()
     for layer in unit.layers:
         counters.add(by_layer[layer])

@@ -31,10 +31,6 @@ class CachePolicy:
         self.keep = np.zeros(setting.n_keys)
         self.capacities = even_capacities(setting.slots.n_slots, setting.n_layers, setting.n_experts)
 
-    def capacity(self, layer: int) -> int:
-        """Slots that the layer may hold; -1: of the pool, any number."""
-        return int(self.capacities[layer]) if self.scope == "layer" else -1
-
     def rows(self) -> npt.NDArray[np.float64]:
         """``keep`` as [n_layers, n_experts]."""
         return self.keep.reshape(self.setting.n_layers, self.setting.n_experts)
@@ -46,8 +42,7 @@ class CachePolicy:
         """Frequencies float64[n_layers, n_experts] known before the first step, if any."""
 
     def observe(self, demand: Demand) -> None:
-        """The routing of a layer is known."""
-        raise NotImplementedError
+        """The routing of a layer is known; not called where a policy does not say what it learns from that."""
 
     def refresh(self, layer: int) -> None:
         """``keep`` is read next, at this layer: bring it up to date."""

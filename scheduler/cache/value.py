@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.cache.base import CachePolicy, Scope
-from scheduler.demand import Demand
 from scheduler.forecast.residency import HORIZON_SCALE
 from scheduler.forecast.value_model import ValueModel
 from scheduler.setting import Setting, number
@@ -33,9 +32,6 @@ class ValueCache(CachePolicy):
         self.model = ValueModel.of(setting)
         self.model.residency.horizon_scale = number("value", "horizon_scale", horizon_scale, 0.0, 1e6)
         self.keep = self.model.keep
-
-    def observe(self, demand: Demand) -> None:
-        """The planner has told the forecast, whose ``keep`` this is."""
 
     def inserted(self, key: int) -> None:
         if self.setting.step >= 0:  # not the warm-up

@@ -159,8 +159,8 @@ class UseModel:
         self.rates = np.zeros((n_layers, 3, n_experts))
         self._seen, self._even = [0.0] * n_layers, [0.0] * n_layers
         self._shares: Floats | None = None
-        self._routes = no_routes(NEXT_TOKENS + 1, n_layers)
-        self._own = np.zeros((NEXT_TOKENS + 1, n_layers, n_experts), np.float32)
+        self.routes = no_routes(NEXT_TOKENS + 1, n_layers)
+        self.own = np.zeros((NEXT_TOKENS + 1, n_layers, n_experts), np.float32)
         self.odds = np.zeros((n_layers, n_experts), np.float32)
         self.ahead = np.zeros((n_layers, n_experts), np.float32)
         self.next_token, self.same_token = (no_weights(n_layers, n_experts) for _ in range(2))
@@ -182,27 +182,37 @@ class UseModel:
         self._now += 1
         self._run = self._run + 1 if few else 0
 
-    def observe(self, demand: Demand, few: bool) -> None:
-        """Learns from a layer's routing. Arrays as Demand says (int32, contiguous)."""
-        layer, ids, total = demand.layer, demand.expert_ids, demand.n_tokens_total
-        rates = self.rates[layer]
+    def turn(self, demand: Demand, few: bool) -> tuple[int, int, int, float, float, int]:
+        """What ``observe_use`` and ``foretell`` read of a layer whose routing is known, and have to be told of each.
+
+        (step, steps of this sequence before it, layers since it was forecast or 0, tokens seen, even chance, layer that
+        is forecast next or -1).
+        """
+        layer = demand.layer
         if not self._even[layer]:
             self._first_use(demand)
-        self._seen[layer] += total
-        observe_use(
-            layer, ids, demand.n_tokens, total, self._now, self._run - 1, self.distance if self._foretold[layer] else 0,
-            self._seen[layer], self._even[layer], few, rates, self._routes, self._own, self.odds, self.ahead,
-            self.next_token, self.same_token,
-        )  # fmt: skip
+        self._seen[layer] += demand.n_tokens_total
+        distance = self.distance if self._foretold[layer] else 0
         self._foretold[layer] = False
+        target = layer + self.distance if few and layer + self.distance < self.n_layers else -1
+        if target >= 0:
+            self._foretold[target] = True
+        return self._now, self._run - 1, distance, self._seen[layer], self._even[layer], target
 
-    def foretell(self, layer: int) -> int:
-        """Forecasts the layer ``distance`` after ``layer`` into ``ahead`` and returns it; -1: there is none."""
-        target = layer + self.distance
-        if target >= self.n_layers:
-            return -1
-        foretell(layer, target, self._now, self._routes, self.odds, self.same_token, self.ahead)
-        self._foretold[target] = True
+    def observe(self, demand: Demand, few: bool) -> int:
+        """Learns from a layer's routing, and forecasts the layer ``distance`` after it into ``ahead``.
+
+        Returns that layer, -1 where there is none or where there are not ``few`` tokens. Arrays as LayerDemand says
+        (int32, contiguous).
+        """
+        layer = demand.layer
+        now, run, distance, seen, even, target = self.turn(demand, few)
+        observe_use(
+            layer, demand.expert_ids, demand.n_tokens, demand.n_tokens_total, now, run, distance, seen, even, few,
+            self.rates[layer], self.routes, self.own, self.odds, self.ahead, self.next_token, self.same_token,
+        )  # fmt: skip
+        if target >= 0:
+            foretell(layer, target, now, self.routes, self.odds, self.same_token, self.ahead)
         return target
 
     def loads(self, layer: int) -> Floats:

@@ -16,7 +16,7 @@ from scheduler.balancing.problem import ACCEL, CPU
 from scheduler.compiled import compiled
 from scheduler.demand import Demand
 from scheduler.forecast.residency import Residency
-from scheduler.forecast.use_model import NEXT_TOKENS, SLOW, UseModel, chance_of, is_few
+from scheduler.forecast.use_model import NEXT_TOKENS, SLOW, UseModel, chance_of, foretell, is_few, observe_use
 from scheduler.setting import Setting
 
 Floats = npt.NDArray[np.float64]
@@ -140,14 +140,22 @@ def saving_us(cpu: Floats, accel: Floats, kind: int, drift: Floats) -> float:
 
 
 @compiled
-def score_layer(
-    layer: int, target: int, ids: Ids, horizon: float, cpu: Floats, accel: Floats, kind: Ints, drift: Floats,
-    slot_of: Ints, given: Ids, scores: Singles, keep: Floats, odds: Singles, rates: Floats, ahead: Singles,
-    own: Floats, shared: Floats, n_listed: Ints, listed: Ints, cells: Ints, chances: Floats,
+def follow_layer(
+    layer: int, target: int, ids: Ids, n_tokens: Ids, n_total: int, now: int, run: int, distance: int, seen: float,
+    even: float, few: bool, horizon: float, cpu: Floats, accel: Floats, kind: Ints, drift: Floats, slot_of: Ints,
+    given: Ids, scores: Singles, keep: Floats, rates: Floats, routes: Ids, own_odds: Singles, odds: Singles,
+    ahead: Singles, next_token: Singles, same_token: Singles, own: Floats, shared: Floats, n_listed: Ints, listed: Ints,
+    cells: Ints, chances: Floats,
 ) -> None:  # fmt: skip
-    """A layer's routing is known and counted: judges what was listed for it, scores its experts, and lists what layer
-    ``target`` (-1: none), which was just forecast, will miss. ``given``, ``scores``: the gate's prediction for it.
+    """A layer's routing is known: learns from it (``observe_use``), judges what was listed for it, scores its experts.
+
+    Then forecasts layer ``target`` (-1: none) and lists what that will miss; ``given``, ``scores``: the gate's
+    prediction for it.
     """
+    observe_use(
+        layer, ids, n_tokens, n_total, now, run, distance, seen, even, few, rates, routes, own_odds, odds, ahead,
+        next_token, same_token,
+    )  # fmt: skip
     n = n_listed[layer]
     if n > 0:
         learn_fate(own[layer], shared, cells[layer, :n], listed[layer, :n], ids)
@@ -155,6 +163,7 @@ def score_layer(
     n_experts = odds.shape[1]
     keep_by_use(keep, layer * n_experts, odds, layer, rates, horizon, saving_us(cpu, accel, kind[layer], drift))
     if target >= 0:
+        foretell(layer, target, now, routes, odds, same_token, ahead)
         n_listed[target] = rank_absent(
             keep, target, ahead, saving_us(cpu, accel, kind[target], drift), slot_of, given, scores, own, shared,
             listed, cells, chances,
@@ -179,6 +188,8 @@ class ValueModel:
         self._chances, self._listed = np.zeros((n_layers, CANDIDATES)), np.zeros(n_layers, np.int64)
         self._sure_keys, self._sure = np.zeros(MAX_SURE, np.int64), np.zeros(MAX_SURE)
         self._last_layer = n_layers
+        self.few = True
+        """Whether the latest demand had so few tokens that it says who follows whom."""
         self._no_ids, self._no_scores = np.empty(0, np.int32), np.empty(0, np.float32)
 
     @classmethod
@@ -191,8 +202,7 @@ class ValueModel:
     def saving_us(self, layer: int) -> float:
         """us that one use of a resident saves for one token."""
         costs = self.setting.costs
-        cpu, accel = costs.one_token_us(layer)
-        return max(cpu - accel, 1e-3 * cpu)
+        return saving_us(costs.cpu_grid, costs.accel_grid, int(costs.kind[layer]), costs.drift)
 
     def begin_sequence(self) -> None:
         """What was active last no longer precedes what comes."""
@@ -212,20 +222,23 @@ class ValueModel:
 
     def observe(self, demand: Demand) -> None:
         """Learns from a layer's routing and looks at the next one. Arrays as Demand says (int32, contiguous)."""
-        layer, few, setting, costs = demand.layer, is_few(demand), self.setting, self.setting.costs
+        layer, setting, costs = demand.layer, self.setting, self.setting.costs
+        few = self.few = is_few(demand)
         if self._last_layer >= layer:
             self._begin_step(demand, few)
         self._last_layer = layer
-        self.use.observe(demand, few)
-        target = self.use.foretell(layer) if few else -1
+        use = self.use
+        now, run, distance, seen, even, target = use.turn(demand, few)
         given, scores = self._no_ids, self._no_scores
         for prediction in demand.predictions:
             if prediction.layer == target:
                 given, scores = prediction.expert_ids, prediction.scores
-        score_layer(
-            layer, target, demand.expert_ids, self.residency.horizon, costs.cpu_grid, costs.accel_grid, costs.kind,
-            costs.drift, setting.slots.slot_of, given, scores, self.keep, self.use.odds, self.use.rates[layer],
-            self.use.ahead, self.own, self.shared, self._listed, self._experts, self._cells, self._chances,
+        follow_layer(
+            layer, target, demand.expert_ids, demand.n_tokens, demand.n_tokens_total, now, run, distance, seen, even,
+            few, self.residency.horizon, costs.cpu_grid, costs.accel_grid, costs.kind, costs.drift,
+            setting.slots.slot_of, given, scores, self.keep, use.rates[layer], use.routes, use.own, use.odds, use.ahead,
+            use.next_token, use.same_token, self.own, self.shared, self._listed, self._experts, self._cells,
+            self._chances,
         )  # fmt: skip
 
     def sure(self, layer: int, certainty: float) -> tuple[Ints, Floats]:

@@ -1,4 +1,4 @@
-"""Relaxations: lossy policies between router and planner, opt-in, each with its formula and source.
+"""Lossy policies between router and planner, opt-in, each with its formula and source.
 
 A lossy policy is written as a mapping: ``{"kind": "hobbit", "t1": 0.6, ...}``. Beside the parameters of its class it
 may have those of ``LowCopy`` where it uses low-precision copies of the experts.
@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from scheduler.errors import PolicyError, did_you_mean
-from scheduler.lossy.base import FULL, LATE, LOW, Relaxation, Relaxed, RelaxSetting, Routing
+from scheduler.lossy.base import DEFERRED, FULL, LOW, LossyPolicy, LossySetting, Rewritten, Routing
 from scheduler.lossy.bit_width import BitWidth
 from scheduler.lossy.deferral import Defer
 from scheduler.lossy.hobbit import Hobbit
@@ -23,20 +23,20 @@ from scheduler.machine.profile import BYTES_PER_WEIGHT
 from scheduler.setting import choice, number, parameters_of
 
 __all__ = [
+    "DEFERRED",
     "FULL",
-    "LATE",
+    "LOSSY_POLICIES",
     "LOW",
-    "RELAXATIONS",
     "Lossy",
+    "LossyPolicy",
+    "LossySetting",
     "LowCopy",
-    "RelaxSetting",
-    "Relaxation",
-    "Relaxed",
+    "Rewritten",
     "Routing",
     "resolve_lossy",
 ]
 
-RELAXATIONS: Final[Mapping[str, type[Relaxation]]] = MappingProxyType(
+LOSSY_POLICIES: Final[Mapping[str, type[LossyPolicy]]] = MappingProxyType(
     {kind.name: kind for kind in (Hobbit, Skip, Substitute, SwapMoe, EMoe, BitWidth, Defer, D2Moe)}
 )
 
@@ -70,7 +70,7 @@ class LowCopy:
 
 @dataclass(frozen=True, slots=True)
 class Lossy:
-    """A checked lossy policy: ``make`` builds its relaxation for a model. ``low``: None where it needs no copy."""
+    """A checked lossy policy: ``make`` builds its lossy policy for a model. ``low``: None where it needs no copy."""
 
     kind: str
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -78,22 +78,22 @@ class Lossy:
 
     @property
     def needs_expert_norms(self) -> bool:
-        """Whether the relaxation wants ``RelaxSetting.expert_norms``."""
-        return RELAXATIONS[self.kind].needs_expert_norms
+        """Whether the lossy policy wants ``LossySetting.expert_norms``."""
+        return LOSSY_POLICIES[self.kind].needs_expert_norms
 
     @property
     def uses_planes(self) -> bool:
         """Whether experts cross the link as bit planes."""
-        return RELAXATIONS[self.kind].uses_planes
+        return LOSSY_POLICIES[self.kind].uses_planes
 
     @property
     def one_copy(self) -> bool:
         """Whether each expert is used in one precision only."""
-        return RELAXATIONS[self.kind].one_copy
+        return LOSSY_POLICIES[self.kind].one_copy
 
-    def make(self, setting: RelaxSetting) -> Relaxation:
-        """The relaxation for one model. Raises PolicyError where parameters do not fit it."""
-        return RELAXATIONS[self.kind](setting, **self.params)
+    def make(self, setting: LossySetting) -> LossyPolicy:
+        """The lossy policy for one model. Raises PolicyError where parameters do not fit it."""
+        return LOSSY_POLICIES[self.kind](setting, **self.params)
 
     @property
     def name(self) -> str:
@@ -115,9 +115,9 @@ def resolve_lossy(given: str | Mapping[str, Any] | None) -> Lossy | None:
     kind = mapping["kind"]
     if kind == "none" and len(mapping) == 1:
         return None
-    if kind not in RELAXATIONS:
-        raise PolicyError(f"lossy: unknown kind {kind!r}{did_you_mean(kind, (*RELAXATIONS, 'none'))}")
-    maker = RELAXATIONS[kind]
+    if kind not in LOSSY_POLICIES:
+        raise PolicyError(f"lossy: unknown kind {kind!r}{did_you_mean(kind, (*LOSSY_POLICIES, 'none'))}")
+    maker = LOSSY_POLICIES[kind]
     of_copy = {item.name for item in fields(LowCopy)} if maker.uses_low_copy else set()
     known = parameters_of(maker) | of_copy
     for name in mapping:
@@ -127,5 +127,5 @@ def resolve_lossy(given: str | Mapping[str, Any] | None) -> Lossy | None:
     copied: dict[str, Any] = {key: mapping[key] for key in of_copy if key in mapping}
     low = LowCopy(**copied) if maker.uses_low_copy else None
     budget = params.get("budget")
-    maker(RelaxSetting(1, max(CHECKED_EXPERTS, budget if isinstance(budget, int) else 0)), **params)
+    maker(LossySetting(1, max(CHECKED_EXPERTS, budget if isinstance(budget, int) else 0)), **params)
     return Lossy(kind, MappingProxyType(params), low)

@@ -1,7 +1,7 @@
-"""The interface of a relaxation: routing of one layer in, other routing out, with what was lost counted.
+"""The interface of a lossy policy: routing of one layer in, other routing out, with what was lost counted.
 
-A relaxation runs between the router and the planner. It may skip a routed expert, put another in its place, or ask for
-the low-precision copy. It is pure: what is resident and what the gates say is handed in.
+A lossy policy runs between the router and the planner. It may skip a routed expert, put another in its place, or ask
+for the low-precision copy. It is pure: what is resident and what the gates say is handed in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
 
 ABSENT: Final = -1
-FULL, LOW, LATE = 0, 1, 2
+FULL, LOW, DEFERRED = 0, 1, 2
 """Parts: experts as stored, their low-precision copies, and experts whose result the next MoE layer adds."""
 
 
@@ -54,11 +54,11 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Relaxed:
+class Rewritten:
     """Routing to run in place of the router's. expert_ids int32[T, k], -1 absent or skipped; weights float32[T, k].
 
-    parts uint8[T, k]: FULL, LOW or LATE of each entry; None where all are FULL. whole bool[E]: experts that need all
-    bits, where there are bit planes; None: all. The counts are (token, expert) pairs.
+    parts uint8[T, k]: FULL, LOW or DEFERRED of each entry; None where all are FULL. whole bool[E]: experts that need
+    all bits, where there are bit planes; None: all. The counts are (token, expert) pairs.
     """
 
     expert_ids: Ids
@@ -71,8 +71,8 @@ class Relaxed:
 
 
 @dataclass(slots=True, eq=False)
-class RelaxSetting:
-    """What a relaxation may know of the model when it is made.
+class LossySetting:
+    """What a lossy policy may know of the model when it is made.
 
     expert_norms float32[L, E]: length of each expert's weights (None: taken as equal). expert_bytes: one record in full
     precision, low_bytes: one of its low copy. router(layer): the router's matrix float32[E, H], None where it is not
@@ -95,12 +95,12 @@ class RelaxSetting:
             self.exists = np.ones((self.n_layers, self.n_experts), np.bool_)
 
 
-class Relaxation:
+class LossyPolicy:
     """A lossy policy. Parameters are keywords of ``__init__`` after ``setting``; PolicyError for what cannot be.
 
     uses_low_copy: entries may be LOW, so a low-precision copy of the experts is needed. uses_planes: experts cross the
     link as bit planes (int4 only). needs_scores, needs_norms,
-    needs_expert_norms: what ``Routing`` and ``RelaxSetting`` must bring for it to work as its source says. one_copy: an
+    needs_expert_norms: what ``Routing`` and ``LossySetting`` must bring for it to work as its source says. one_copy: an
     expert is only ever used in one of the two precisions; ``low`` bool[L, E] says which have the low one.
     """
 
@@ -112,19 +112,19 @@ class Relaxation:
     needs_expert_norms: ClassVar[bool] = False
     one_copy: ClassVar[bool] = False
 
-    def __init__(self, setting: RelaxSetting) -> None:
+    def __init__(self, setting: LossySetting) -> None:
         self.setting = setting
         self.low = np.zeros((0, 0), np.bool_)
 
     def begin_sequence(self) -> None:
         """A new prompt starts."""
 
-    def relax(self, routing: Routing) -> Relaxed:
+    def rewrite(self, routing: Routing) -> Rewritten:
         """The routing to run instead."""
         raise NotImplementedError
 
     def predicted(self, predictions: tuple[Prediction, ...]) -> tuple[Prediction, ...]:
-        """Predicted demand of the full-precision experts after this relaxation."""
+        """Predicted demand of the full-precision experts after this policy."""
         return predictions
 
     def resize(self, n_experts: int) -> None:

@@ -1,4 +1,4 @@
-"""Relaxation ``bit_width``: experts of one layer in different precision, by sensitivity, under a memory budget."""
+"""Lossy policy ``bit_width``: experts of one layer in different precision, by sensitivity, under a memory budget."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy.typing as npt
 
 from scheduler.demand import Prediction
 from scheduler.errors import PolicyError
-from scheduler.lossy.base import FULL, LOW, Relaxation, Relaxed, RelaxSetting, Routing
+from scheduler.lossy.base import FULL, LOW, LossyPolicy, LossySetting, Rewritten, Routing
 from scheduler.setting import integer, number
 
 LEAST_BUDGET = 0.5
 """Share of the full-precision bytes that is kept if nothing else is asked for."""
 
 
-class BitWidth(Relaxation):
+class BitWidth(LossyPolicy):
     """Bit width per expert (EdgeMoE, arXiv 2308.14352, section 4.1), chosen once when the model is loaded.
 
     Sensitivity of an expert = relative error of its output in low precision * how often it is used. All experts start
@@ -31,7 +31,7 @@ class BitWidth(Relaxation):
     uses_low_copy = True
     one_copy = True
 
-    def __init__(self, setting: RelaxSetting, budget: float = LEAST_BUDGET, budget_bytes: int | None = None) -> None:
+    def __init__(self, setting: LossySetting, budget: float = LEAST_BUDGET, budget_bytes: int | None = None) -> None:
         super().__init__(setting)
         share = number(self.name, "budget", budget, 0.0, 1.0)
         n_bytes = None if budget_bytes is None else integer(self.name, "budget_bytes", budget_bytes, 1)
@@ -44,13 +44,13 @@ class BitWidth(Relaxation):
             int(share * all_bytes) if n_bytes is None else n_bytes,
         )  # fmt: skip
 
-    def relax(self, routing: Routing) -> Relaxed:
+    def rewrite(self, routing: Routing) -> Rewritten:
         ids = routing.expert_ids
         low = (ids >= 0) & self.low[routing.layer][ids]
         if not low.any():
-            return Relaxed(ids, routing.weights)
+            return Rewritten(ids, routing.weights)
         parts = np.where(low, np.uint8(LOW), np.uint8(FULL))
-        return Relaxed(ids, routing.weights, parts, lowered=int(low.sum()))
+        return Rewritten(ids, routing.weights, parts, lowered=int(low.sum()))
 
     def predicted(self, predictions: tuple[Prediction, ...]) -> tuple[Prediction, ...]:
         found = []

@@ -1,4 +1,4 @@
-"""Relaxation ``hobbit``: precision by rank (HOBBIT, arXiv 2411.01433, section 3.2)."""
+"""Lossy policy ``hobbit``: precision by rank (HOBBIT, arXiv 2411.01433, section 3.2)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from scheduler.lossy.base import (
     ABSENT,
     FULL,
     LOW,
-    Relaxation,
-    Relaxed,
-    RelaxSetting,
+    LossyPolicy,
+    LossySetting,
+    Rewritten,
     Routing,
     renormalised,
     router_order,
@@ -20,7 +20,7 @@ from scheduler.lossy.base import (
 from scheduler.setting import flag, number
 
 
-class Hobbit(Relaxation):
+class Hobbit(LossyPolicy):
     """A token's experts by falling routing weight w (as shares of the token's sum); s_i = w_0 + .. + w_{i-1}.
 
     s_i <= t1: full precision; t1 < s_i <= t2: the low copy; above: skipped. Rank 0 is always full. As in the source
@@ -32,7 +32,7 @@ class Hobbit(Relaxation):
     uses_low_copy = True
 
     def __init__(
-        self, setting: RelaxSetting, t1: float = 0.6, t2: float = 0.9, misses_only: bool = True,
+        self, setting: LossySetting, t1: float = 0.6, t2: float = 0.9, misses_only: bool = True,
         renormalise: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(setting)
@@ -42,7 +42,7 @@ class Hobbit(Relaxation):
         self.misses_only = flag("hobbit", "misses_only", misses_only)
         self.renormalise = flag("hobbit", "renormalise", renormalise)
 
-    def relax(self, routing: Routing) -> Relaxed:
+    def rewrite(self, routing: Routing) -> Rewritten:
         ids, weights = routing.expert_ids, routing.weights
         share = shares(weights, ids)
         order = router_order(weights, ids)
@@ -60,4 +60,4 @@ class Hobbit(Relaxation):
         lowered = int(low.sum())
         if self.renormalise and skip.any():
             weights = renormalised(weights, ids, weights, kept)
-        return Relaxed(kept, weights, parts if lowered else None, skipped=int(skip.sum()), lowered=lowered)
+        return Rewritten(kept, weights, parts if lowered else None, skipped=int(skip.sum()), lowered=lowered)

@@ -1,4 +1,4 @@
-"""Relaxations that keep a set of experts a layer and route around the others: ``swapmoe`` and ``emoe``."""
+"""Lossy policies that keep a set of experts a layer and route around the others: ``swapmoe`` and ``emoe``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy.typing as npt
 
 from scheduler.demand import Prediction
 from scheduler.errors import PolicyError
-from scheduler.lossy.base import Relaxation, Relaxed, RelaxSetting, Routing, renormalised
+from scheduler.lossy.base import LossyPolicy, LossySetting, Rewritten, Routing, renormalised
 from scheduler.lossy.replace import replaced
 from scheduler.setting import integer, number
 
 SHARE, FORGET = 0.5, 0.5
 
 
-class Kept(Relaxation):
+class Kept(LossyPolicy):
     """The kept experts of each layer are those of the highest ``worth``, as many as the memory budget holds.
 
     budget: a share of all experts (float in (0, 1]) or their number (int), split evenly over the layers, the first
@@ -29,7 +29,7 @@ class Kept(Relaxation):
     needs_scores = True
 
     def __init__(
-        self, setting: RelaxSetting, budget: float | int | None = None, budget_bytes: int | None = None,
+        self, setting: LossySetting, budget: float | int | None = None, budget_bytes: int | None = None,
         forget: float = FORGET,
     ) -> None:  # fmt: skip
         super().__init__(setting)
@@ -41,7 +41,7 @@ class Kept(Relaxation):
         self.budget = self._experts(SHARE if budget is None else budget, budget_bytes)
         self._check(self.budget)
 
-    def relax(self, routing: Routing) -> Relaxed:
+    def rewrite(self, routing: Routing) -> Rewritten:
         layer, ids, weights = routing.layer, routing.expert_ids, routing.weights
         n_experts = routing.resident.size
         self._observe(routing)
@@ -50,7 +50,7 @@ class Kept(Relaxation):
         kept = self.kept[layer, :n_experts]
         wanted = (ids >= 0) & ~kept[ids]
         if not wanted.any():
-            return Relaxed(ids, weights)
+            return Rewritten(ids, weights)
         scores = routing.scores
         worth = np.broadcast_to(self.worth[layer, :n_experts], (len(ids), n_experts))
         liked = worth if scores is None else scores
@@ -60,7 +60,7 @@ class Kept(Relaxation):
         if scores is not None:
             tokens = np.nonzero(moved)[0]
             scaled[moved] *= scores[tokens, new[moved]] / np.maximum(scores[tokens, ids[moved]], 1e-20)
-        return Relaxed(
+        return Rewritten(
             new, renormalised(weights, ids, scaled, new), skipped=int((wanted & (new < 0)).sum()),
             substituted=int(moved.sum()),
         )  # fmt: skip
@@ -139,7 +139,7 @@ class SwapMoe(Kept):
     needs_expert_norms = True
 
     def __init__(
-        self, setting: RelaxSetting, budget: float | int | None = None, budget_bytes: int | None = None,
+        self, setting: LossySetting, budget: float | int | None = None, budget_bytes: int | None = None,
         frequency: int = 16, forget: float = FORGET,
     ) -> None:  # fmt: skip
         super().__init__(setting, budget, budget_bytes, forget)
@@ -174,7 +174,7 @@ class EMoe(Kept):
     name = "emoe"
 
     def __init__(
-        self, setting: RelaxSetting, budget: float | int | None = None, budget_bytes: int | None = None,
+        self, setting: LossySetting, budget: float | int | None = None, budget_bytes: int | None = None,
         period: int = 40, forget: float = FORGET,
     ) -> None:  # fmt: skip
         super().__init__(setting, budget, budget_bytes, forget)

@@ -1,4 +1,4 @@
-"""Relaxations of cache misses: ``skip`` leaves light ones out, ``substitute`` takes a resident expert instead."""
+"""Lossy policies of cache misses: ``skip`` leaves light ones out, ``substitute`` takes a resident expert instead."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from scheduler.lossy.base import (
     ABSENT,
     Floats,
     Ids,
-    Relaxation,
-    Relaxed,
-    RelaxSetting,
+    LossyPolicy,
+    LossySetting,
+    Rewritten,
     Routing,
     renormalised,
     router_order,
@@ -26,7 +26,7 @@ from scheduler.setting import choice, flag, number
 SIMILARITIES = ("router", "coactivation")
 
 
-class Skip(Relaxation):
+class Skip(LossyPolicy):
     """Adaptive gating (AdapMoE, arXiv 2408.10284, section 4.2), for any top-k: a routed expert that is not resident is
     left out where a^2 * S_l <= threshold.
 
@@ -39,7 +39,7 @@ class Skip(Relaxation):
     name = "skip"
 
     def __init__(
-        self, setting: RelaxSetting, threshold: float | None = None, sensitivity: Sequence[float] | None = None,
+        self, setting: LossySetting, threshold: float | None = None, sensitivity: Sequence[float] | None = None,
         misses_only: bool = True, renormalise: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(setting)
@@ -48,7 +48,7 @@ class Skip(Relaxation):
         self.misses_only = flag("skip", "misses_only", misses_only)
         self.renormalise = flag("skip", "renormalise", renormalise)
 
-    def relax(self, routing: Routing) -> Relaxed:
+    def rewrite(self, routing: Routing) -> Rewritten:
         ids, weights = routing.expert_ids, routing.weights
         threshold = (0.5 / ids.shape[1]) ** 2 if self.threshold is None else self.threshold
         light = shares(weights, ids) ** 2 * self.sensitivity[routing.layer] <= threshold
@@ -56,10 +56,10 @@ class Skip(Relaxation):
         kept = np.where(skip, np.int32(ABSENT), ids)
         if self.renormalise and skip.any():
             weights = renormalised(weights, ids, weights, kept)
-        return Relaxed(kept, weights, skipped=int(skip.sum()))
+        return Rewritten(kept, weights, skipped=int(skip.sum()))
 
 
-class Substitute(Relaxation):
+class Substitute(LossyPolicy):
     """A routed expert that is not resident is replaced by the resident one most like it (BuddyMoE, arXiv 2511.10054).
 
     Only where its share of the token's weight is at most ``max_share`` (1 / k, an even share, if not given); the
@@ -73,7 +73,7 @@ class Substitute(Relaxation):
     needs_scores = True
 
     def __init__(
-        self, setting: RelaxSetting, similarity: str = "router", min_similarity: float = 0.0,
+        self, setting: LossySetting, similarity: str = "router", min_similarity: float = 0.0,
         max_share: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__(setting)
@@ -83,17 +83,17 @@ class Substitute(Relaxation):
         self._cosines: dict[int, Floats] = {}
         self._together = np.zeros((setting.n_layers, setting.n_experts, setting.n_experts), np.float32)
 
-    def relax(self, routing: Routing) -> Relaxed:
+    def rewrite(self, routing: Routing) -> Rewritten:
         ids, weights = routing.expert_ids, routing.weights
         likeness = self._likeness(routing.layer, routing.resident.size)
         self._count(routing.layer, ids)
         max_share = 1.0 / ids.shape[1] if self.max_share is None else self.max_share
         wanted = _movable(routing, misses_only=True) & (shares(weights, ids) <= max_share)
         if not wanted.any() or not routing.resident.any():
-            return Relaxed(ids, weights)
+            return Rewritten(ids, weights)
         new = replaced(ids, weights, wanted, routing.resident, lambda tokens, experts: likeness[experts])
         new = np.where(new < 0, ids, new)
-        return Relaxed(new, weights, substituted=int((new != ids).sum()))
+        return Rewritten(new, weights, substituted=int((new != ids).sum()))
 
     def _likeness(self, layer: int, n_experts: int) -> Floats:
         """float32[E, E]; -inf where two experts are less alike than ``min_similarity``."""

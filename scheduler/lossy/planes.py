@@ -1,14 +1,14 @@
-"""Relaxation ``d2moe``: bit width by gate weight over nested planes (D2MoE, arXiv 2504.15299)."""
+"""Lossy policy ``d2moe``: bit width by gate weight over nested planes (D2MoE, arXiv 2504.15299)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from scheduler.lossy.base import Relaxation, Relaxed, RelaxSetting, Routing, shares
+from scheduler.lossy.base import LossyPolicy, LossySetting, Rewritten, Routing, shares
 from scheduler.setting import number
 
 
-class D2Moe(Relaxation):
+class D2Moe(LossyPolicy):
     """The high two bits of an int4 expert are an expert by themselves; the link brings them first, the low two bits
     only where they are worth it.
 
@@ -22,13 +22,13 @@ class D2Moe(Relaxation):
     name = "d2moe"
     uses_planes = True
 
-    def __init__(self, setting: RelaxSetting, full_share: float | None = None) -> None:
+    def __init__(self, setting: LossySetting, full_share: float | None = None) -> None:
         super().__init__(setting)
         self.full_share = None if full_share is None else number("d2moe", "full_share", full_share, 0.0, 1.0)
 
-    def relax(self, routing: Routing) -> Relaxed:
+    def rewrite(self, routing: Routing) -> Rewritten:
         ids, weights = routing.expert_ids, routing.weights
         least = 1.0 / ids.shape[1] if self.full_share is None else self.full_share
         whole = np.zeros(routing.resident.size, np.bool_)
         whole[ids[(ids >= 0) & (shares(weights, ids) >= least)]] = True
-        return Relaxed(ids, weights, whole=whole)
+        return Rewritten(ids, weights, whole=whole)

@@ -149,8 +149,10 @@ class CostModel:
 
     def gain_us(self, layer: int, n_tokens: int) -> float:
         """cpu_us - accel_us of one expert on ``n_tokens`` tokens."""
-        cpu, accel = _look_up_one(self.cpu_rows[layer], n_tokens), _look_up_one(self.accel_rows[layer], n_tokens)
-        return float(cpu * self.drift[0] - accel * self.drift[1])
+        cpu_row, accel_row, drift = self.cpu_rows[layer], self.accel_rows[layer], self.drift
+        if n_tokens <= GRID_TOKENS:
+            return float(cpu_row[n_tokens] * drift[0] - accel_row[n_tokens] * drift[1])
+        return float(_look_up_one(cpu_row, n_tokens) * drift[0] - _look_up_one(accel_row, n_tokens) * drift[1])
 
     def transfer_us(self, layer: int, cpu_busy: bool = False) -> float:
         """us of one expert over the link; slower while the CPU reads host memory."""

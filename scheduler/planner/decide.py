@@ -6,6 +6,7 @@ Slot arrays are read only here; ``SlotTable`` performs what is decided.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -225,28 +226,27 @@ def decide_by_value(
     capacity: int, cpu: Floats, accel: Floats, scales: Floats, ready: Floats, slot_of: Ints, key_of: Ints, state: Ints,
     pins: Ints, arrival: Floats, keep: Floats, priority: Floats, table: Floats, plan: Ints,
 ) -> float:  # fmt: skip
-    """``decide`` for "value"."""
+    """``decide_by_kernel`` for balance "value", in one compiled call."""
     fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[LINK], slot_of, state, arrival, priority, table)
     victims = victim_scores(key_of, state, pins, keep, first_key, ids)
     makespan = valued(table, ready, victims, params[0], params[1], plan)
     return assign(makespan, ids, first_key, end_key, capacity, table, ready, slot_of, key_of, state, pins, keep, plan)
 
 
-def decide(
-    policy: str, params: Floats, ids: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], first_key: int,
+def decide_by_kernel(
+    kernel: Kernel, params: Floats, ids: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], first_key: int,
     end_key: int, capacity: int, cpu: Floats, accel: Floats, scales: Floats, ready: Floats, slot_of: Ints, key_of: Ints,
     state: Ints, pins: Ints, arrival: Floats, keep: Floats, priority: Floats, table: Floats, plan: Ints,
 ) -> float:  # fmt: skip
-    """Plans one layer into ``plan`` (see ``new_plan``). Returns the predicted makespan in us.
+    """Plans one layer into ``plan`` (see ``new_plan``) by a balance kernel, in three compiled calls.
 
-    policy: "value" or a key of ``KERNELS``, params its parameters; ``table`` float64[5, A] is filled on the way. Calls
-    compiled parts one after another, for "value" in one compiled call.
+    params: the kernel's; ``table`` float64[5, A] is filled on the way. Returns the predicted makespan in us.
     """
-    if policy == VALUE:
-        return decide_by_value(
-            params, ids, n_tokens, first_key, end_key, capacity, cpu, accel, scales, ready, slot_of, key_of, state,
-            pins, arrival, keep, priority, table, plan,
-        )  # fmt: skip
     fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[LINK], slot_of, state, arrival, priority, table)
-    makespan = KERNELS[policy](table, ready, params, plan)[0]
+    makespan = kernel(table, ready, params, plan)[0]
     return assign(makespan, ids, first_key, end_key, capacity, table, ready, slot_of, key_of, state, pins, keep, plan)
+
+
+def decision_of(policy: str) -> Callable[..., float]:
+    """How a balance policy ("value" or a key of ``KERNELS``) decides: called as ``decide_by_value`` is."""
+    return decide_by_value if policy == VALUE else partial(decide_by_kernel, KERNELS[policy])

@@ -20,7 +20,7 @@ from scheduler.planner.explain import Explanation
 from scheduler.planner.layer_blocks import Block
 from scheduler.planner.plan_view import PlanView
 from scheduler.planner.planner import NOW, Planner
-from scheduler.slots import RESIDENT, SlotTable
+from scheduler.slots import SlotTable
 
 NO_IDS, NO_SCORES = np.empty(0, np.int32), np.empty(0, np.float32)
 
@@ -66,11 +66,7 @@ class PlannerGroup:
         self.n_layers, self.n_experts = len(self._unit), max(planner.n_experts for planner in self.planners)
         self.costs = GroupCosts([(home.costs, layer - home.first_layer) for layer, home in enumerate(self._home)])
         self.layers_ahead = max(planner.layers_ahead for planner in self.planners)
-
-    @property
-    def all_cached(self) -> bool:
-        """As ``Planner.all_cached``: of every accelerator."""
-        return all(planner.all_cached for planner in self.planners)
+        self.all_cached = all(planner.all_cached for planner in self.planners)
 
     @property
     def cost_models(self) -> tuple[CostModel, ...]:
@@ -147,13 +143,8 @@ class PlannerGroup:
         return home.slots.resident_mask(layer - home.first_layer)
 
     def contents(self) -> dict[int, tuple[int, int]]:
-        """slot -> (layer, expert) of everything whose bytes are there now."""
-        there: dict[int, tuple[int, int]] = {}
-        for planner in self.planners:
-            slots = planner.slots
-            here = set((np.flatnonzero(slots.state >= RESIDENT) + planner.first_slot).tolist())
-            there |= {slot: key for slot, key in slots.contents().items() if slot in here}
-        return there
+        """As ``Planner.contents``, of all accelerators."""
+        return {slot: key for planner in self.planners for slot, key in planner.contents().items()}
 
 
 class _Inside:

@@ -33,6 +33,7 @@ class Movement:
     ) -> None:
         self.slots, self.cache, self.prefetch, self.costs, self.fixed = slots, cache, prefetch, costs, fixed
         self.in_flight: dict[int, int] = {}
+        self._tells_evictions = type(cache).evicted is not CachePolicy.evicted
         self.resized()
 
     def resized(self) -> None:
@@ -50,7 +51,7 @@ class Movement:
             self.in_flight.pop(old, None)
         self.in_flight[key] = slot
         if self.cache.tracks_slots:
-            if old >= 0:
+            if old >= 0 and self._tells_evictions:
                 self.cache.evicted(old)
             self.cache.inserted(key)
         layer, expert = divmod(key, n_experts)
@@ -80,9 +81,9 @@ class Movement:
         whether there are such, and the plan's slots are pinned already.
         """
         evicted = plan.evicted
-        handing_over = any(evicted[position] == REUSE for position in plan.moved)
-        if not handing_over:
-            plan.transfers = [self._start_demand(demand, p, slot_of[p], False) for p in plan.moved]
+        if REUSE not in map(evicted.__getitem__, plan.moved):
+            for position in plan.moved:
+                plan.transfers.append(self._start_demand(demand, position, slot_of[position], False))
             return False
         started = {}
         for position in plan.accel:
@@ -98,12 +99,8 @@ class Movement:
         gain_us = self.costs.gain_us(demand.layer, int(demand.n_tokens[position]))
         return self.start(slot, key, "demand", gain_us, self.cache.admits(key), handed_over)
 
-    def start_prefetches(self, demand: Demand, link_end_us: float, makespan_us: float) -> list[Transfer]:
-        """Prefetches that start before the next layer's demand can need the link."""
-        idle_us = makespan_us + self.costs.dense_us - link_end_us
-        if idle_us <= 0.0 or not self.slots.n_slots:
-            return []
-        transfer_us = self.costs.transfer_us(demand.layer, cpu_busy=True)
+    def start_prefetches(self, demand: Demand, idle_us: float, transfer_us: float) -> list[Transfer]:
+        """Prefetches that start before the next layer's demand can need the link, which idles for ``idle_us`` > 0."""
         limit = MAX_PREFETCHES if transfer_us <= 0.0 else min(math.ceil(idle_us / transfer_us), MAX_PREFETCHES)
         keys, gains = self.prefetch.propose(demand, limit)
         if not keys.size:
@@ -112,7 +109,7 @@ class Movement:
         started = []
         for key, gain in zip(keys.tolist(), gains.tolist(), strict=True):
             slot = self._prefetch_slot(key, taken)
-            if slot >= 0 and self._worth_it(slot, key, gain):
+            if slot >= 0 and (not self.cache.keeps_us or self._worth_it(slot, key, gain)):
                 started.append(self.start(slot, key, "prefetch", gain, True))
         return started
 
@@ -133,14 +130,13 @@ class Movement:
         if self.fixed[layer]:
             return -1
         first_key = layer * slots.n_experts
+        capacity = int(cache.capacities[layer]) if cache.scope == "layer" else -1
         return pick_slot(
             slots.key_of, slots.state, slots.pins, cache.keep, taken, first_key, first_key + slots.n_experts,
-            cache.capacity(layer),
+            capacity,
         )  # fmt: skip
 
     def _worth_it(self, slot: int, newcomer: int, gain_us: float) -> bool:
         """Policies whose ``keep`` is in us do not let a prefetch evict what is worth more."""
         key = int(self.slots.key_of[slot])
-        return not self.cache.keeps_us or gain_us + float(self.cache.keep[newcomer]) > (
-            0.0 if key < 0 else float(self.cache.keep[key])
-        )
+        return gain_us + float(self.cache.keep[newcomer]) > (0.0 if key < 0 else float(self.cache.keep[key]))

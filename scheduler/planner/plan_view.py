@@ -50,6 +50,12 @@ class PlanView:
         self.makespan_us = 0.0
         return self._tables[n]
 
+    def run_on_cpu(self, step: int, layer: int, n: int) -> None:
+        """The plan of a layer of which nothing has a slot: all ``n`` active experts on the CPU, in their order."""
+        self.start(n)
+        self.step, self.layer, self.cpu = step, layer, list(range(n))
+        self.rows[CPU, :n] = self.cpu
+
     def read(self) -> list[int]:
         """Takes the lanes' orders from ``rows``. Returns each position's slot (-1: none)."""
         rows = self.rows.tolist()

@@ -6,7 +6,7 @@ No clock, no threads: the same calls give the same plans.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -15,18 +15,20 @@ import numpy.typing as npt
 from scheduler.balancing import kernel_of, parameters_of_balance
 from scheduler.balancing.problem import ACCEL, CPU, LINK, TRANSFER
 from scheduler.cache import CACHE_POLICIES
+from scheduler.cache.base import CachePolicy
 from scheduler.demand import Demand, LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.future import Future
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Transfer, TransferEnded
-from scheduler.planner.decide import decide
+from scheduler.planner.decide import decision_of
 from scheduler.planner.explain import Explanation, explain
 from scheduler.planner.movement import Movement
 from scheduler.planner.plan_view import PlanView
 from scheduler.planner.policies import Policy, resolve_policy
 from scheduler.planner.warm_up import preferred
 from scheduler.prefetch import PREFETCH_POLICIES
+from scheduler.prefetch.base import PrefetchPolicy
 from scheduler.setting import Scorer, Setting, make
 from scheduler.slots import RESIDENT, SlotTable
 
@@ -84,14 +86,20 @@ class Planner:
         self._clock, self._step = 0, -1
         fixed = [placement == "cpu" for placement in self._placements]
         self._movement = Movement(self.slots, self.cache, self.prefetch, costs, fixed)
+        self._observing = [policy.observe for policy in (self.cache, self.prefetch) if _learns(policy)]
+        self._refreshes = type(self.cache).refresh is not CachePolicy.refresh
+        self.layers_ahead = self.prefetch.layers_ahead
+        """How many following layers' predictions the policies read: more need not be made."""
+        self.all_cached = self.slots.n_slots == n_layers * n_experts
+        """Every expert has a slot: there is nothing to prefetch."""
         self._open: list[deque[tuple[npt.NDArray[np.int64], list[int], float]]] = [deque() for _ in range(n_layers)]
         self._demands: list[Demand | None] = [None] * n_layers
         self._lanes = np.zeros((n_layers, 3))
         self._scales = np.zeros(3)
         self._plan = PlanView()
 
-    def _balance_of_layers(self) -> list[tuple[str, npt.NDArray[np.float64]]]:
-        """Balance policy (as ``decide`` names it) and its parameters, of each layer."""
+    def _balance_of_layers(self) -> list[tuple[Callable[..., float], npt.NDArray[np.float64], bool]]:
+        """Of each layer: how it decides, the policy's parameters, whether that reads the last use of experts."""
         known = parameters_of_balance(self.policy.balance)
         given = {key: value for key, value in self.policy.params.items() if key in known}
         if self._by_value:
@@ -101,18 +109,8 @@ class Planner:
         policies = []
         for placement in self._placements:
             forced = "cpu_only" if self.slots.n_slots == 0 else _FORCED.get(placement, name)
-            policies.append((forced, numbers))
+            policies.append((decision_of(forced), numbers, forced == "bandwidth"))
         return policies
-
-    @property
-    def layers_ahead(self) -> int:
-        """How many following layers' predictions the policies read: more need not be made."""
-        return self.prefetch.layers_ahead
-
-    @property
-    def all_cached(self) -> bool:
-        """Every expert has a slot: there is nothing to prefetch."""
-        return self.slots.n_slots == self.n_layers * self.n_experts
 
     @property
     def cost_models(self) -> tuple[CostModel, ...]:
@@ -126,6 +124,10 @@ class Planner:
     def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]:
         """bool [experts]: bytes are in a slot now."""
         return self.slots.resident_mask(layer)
+
+    def contents(self) -> dict[int, tuple[int, int]]:
+        """Slot -> (layer, expert) that it holds or will once its transfer has ended, numbered as outside."""
+        return self.slots.contents()
 
     def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]:
         """Fills the free slots before the first step: by use ``frequencies`` [n_layers, n_experts], or low ids first.
@@ -190,44 +192,49 @@ class Planner:
         lanes[:] = cpu_ready_us, accel_ready_us, link_ready_us
         if self._setting.forecast is not None:
             self._setting.forecast.observe(demand)
-        self.cache.observe(demand)
-        self.prefetch.observe(demand)
-        self.cache.refresh(layer)
+        for observe in self._observing:
+            observe(demand)
+        if self._refreshes:
+            self.cache.refresh(layer)
         plan = self._plan
         plan.step, plan.layer = self._step, layer + self.first_layer
         table = plan.start(n)
-        link_end_us = link_ready_us
+        link_end_us, transfer_us = link_ready_us, self.costs.transfer_us(layer, cpu_busy=True)
         if n:
-            self._choose(demand, lanes, plan, table)
+            self._choose(demand, lanes, transfer_us, plan, table)
             link_end_us += self._start(demand, plan, link_ready_us)
         else:
             self._open[layer].append((NO_SLOTS, [], 0.0))
-        plan.prefetches = self._movement.start_prefetches(demand, link_end_us, plan.makespan_us)
+        idle_us = plan.makespan_us + self.costs.dense_us - link_end_us
+        if idle_us > 0.0 and self.slots.n_slots:
+            plan.prefetches = self._movement.start_prefetches(demand, idle_us, transfer_us)
         return plan
 
     def _choose(
-        self, demand: Demand, lanes: npt.NDArray[np.float64], plan: PlanView, table: npt.NDArray[np.float64]
-    ) -> None:
-        """The compiled decision: which lane and which slot each active expert gets (see ``decide.decide``)."""
+        self, demand: Demand, lanes: npt.NDArray[np.float64], transfer_us: float, plan: PlanView,
+        table: npt.NDArray[np.float64],
+    ) -> None:  # fmt: skip
+        """The compiled decision: which lane and which slot each active expert gets (see ``decide``)."""
         layer, costs, cache, slots = demand.layer, self.costs, self.cache, self.slots
         first_key = layer * self.n_experts
         link_ready_us = float(lanes[LINK])
-        transfer_us = costs.transfer_us(layer, cpu_busy=True)
         contended = link_ready_us > 0 and not self._by_value
         scales, drift = self._scales, costs.drift
         scales[CPU] = drift[CPU] / (costs.cpu_with_link if contended else 1.0)
         scales[ACCEL], scales[TRANSFER] = drift[ACCEL], transfer_us
         if self._movement.in_flight:
             self._movement.estimate_arrivals(link_ready_us, transfer_us)
-        policy, params = self._balance[layer]
-        ids = _int32(demand.expert_ids)
+        decide, params, by_last_use = self._balance[layer]
+        ids, n_tokens = demand.expert_ids, demand.n_tokens
+        if ids.dtype != np.int32 or n_tokens.dtype != np.int32:
+            ids, n_tokens = _int32(ids), _int32(n_tokens)
+        capacity = int(cache.capacities[layer]) if cache.scope == "layer" else -1
         plan.makespan_us = decide(
-            policy, params, ids, _int32(demand.n_tokens), first_key, first_key + self.n_experts, cache.capacity(layer),
-            costs.cpu_rows[layer], costs.accel_rows[layer], scales, lanes, slots.slot_of, slots.key_of, slots.state,
-            slots.pins, self._movement.arrival, cache.keep, cache.keep if self._by_value else self._last_use, table,
-            plan.rows,
+            params, ids, n_tokens, first_key, first_key + self.n_experts, capacity, costs.cpu_rows[layer],
+            costs.accel_rows[layer], scales, lanes, slots.slot_of, slots.key_of, slots.state, slots.pins,
+            self._movement.arrival, cache.keep, cache.keep if self._by_value else self._last_use, table, plan.rows,
         )  # fmt: skip
-        if policy == "bandwidth":
+        if by_last_use:
             self._clock += 1
             self._last_use[ids + first_key] = self._clock
 
@@ -237,9 +244,11 @@ class Planner:
         slot_of = plan.read()
         if movement.in_flight:
             first_key, ids = layer * self.n_experts, demand.expert_ids.tolist()
-            plan.awaited = [p for p in plan.accel if first_key + ids[p] in movement.in_flight]
+            for position in plan.accel:
+                if first_key + ids[position] in movement.in_flight:
+                    plan.awaited.append(position)
         pinned_already = bool(plan.moved) and movement.start_demands(demand, plan, slot_of)
-        slots = [slot_of[position] for position in plan.accel]
+        slots = list(map(slot_of.__getitem__, plan.accel))
         pinned = np.array(slots, np.int64)
         if not pinned_already:
             self.slots.pin_all(pinned)
@@ -249,7 +258,10 @@ class Planner:
         link_share = 0.0
         if self._by_value and makespan_us > 0.0:
             link_share = min((link_ready_us + link_us) / makespan_us, 1.0)
-        leaving = [transfer.slot - first_slot for transfer in plan.transfers if not transfer.admit]
+        leaving: list[int] = []
+        for transfer in plan.transfers:
+            if not transfer.admit:
+                leaving.append(transfer.slot - first_slot)
         self._open[layer].append((pinned, leaving, link_share))
         return link_us
 
@@ -294,6 +306,7 @@ class Planner:
         gone = self.slots.resize(n_slots)
         self._movement.resized()
         self.cache.resized(self.slots.n_slots)
+        self.all_cached = self.slots.n_slots == self.n_layers * self.n_experts
         if self.cache.tracks_slots:
             for key in gone:
                 self.cache.evicted(key)
@@ -315,6 +328,11 @@ def _check_placements(placements: Sequence[Placement] | None, n_layers: int) -> 
     if len(given) != n_layers or any(p not in ("hybrid", "cpu", "accelerator") for p in given):
         raise PolicyError(f"placements: expected {n_layers} of hybrid, cpu, accelerator, found {given}")
     return given
+
+
+def _learns(policy: CachePolicy | PrefetchPolicy) -> bool:
+    """Whether the policy looks at demands; one that shares the planner's forecast need not."""
+    return type(policy).observe not in (CachePolicy.observe, PrefetchPolicy.observe)
 
 
 def _int32(array: npt.NDArray[Any]) -> npt.NDArray[np.int32]:

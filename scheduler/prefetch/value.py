@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from scheduler.demand import Demand
-from scheduler.forecast.use_model import is_few
 from scheduler.forecast.value_model import ValueModel
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals
 from scheduler.setting import Setting, number
@@ -40,14 +39,14 @@ class ValuePrefetch(PrefetchPolicy):
 
     def propose(self, demand: Demand, limit: int) -> Proposals:
         model = self.model
-        if not is_few(demand):
+        if not model.few:
             return self._streamed(demand, limit)
         if not self.setting.lookahead:
             return NOTHING
-        keys, chances = model.sure(demand.layer, self.certainty)
+        layer = demand.layer
+        keys, chances = model.sure(layer, self.certainty)
         if not keys.size:
             return NOTHING
-        layer = demand.layer
         price = self.link_share * self.setting.costs.transfer_us(layer, cpu_busy=True)
         return keys[:limit].copy(), chances[:limit] * model.saving_us(layer) - price
 

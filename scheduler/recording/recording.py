@@ -157,6 +157,10 @@ class Recorder:
         """As ``Planner.resident_mask``."""
         return self.planner.resident_mask(layer)
 
+    def contents(self) -> dict[int, tuple[int, int]]:
+        """As ``Planner.contents``."""
+        return self.planner.contents()
+
     def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]:
         """As ``Planner.warm_up``."""
         known = None if frequencies is None else np.array(frequencies, np.float64)  # a copy: counts go on

@@ -93,7 +93,8 @@ class MultiSimulator(Simulator):
         return self.planner.resident_mask(layer)
 
     def resident_slots(self) -> dict[int, tuple[int, int]]:
-        return self.planner.contents()
+        filled = self.planner.contents().items()
+        return {slot: key for slot, key in filled if self.planner.resident_mask(key[0])[key[1]]}
 
     def link_of(self, layer: int) -> int:
         """The link that brings a layer's experts."""

@@ -1,4 +1,4 @@
-"""Simulation with a lossy policy: the relaxed routing of each layer, low-precision copies or planes on its lanes."""
+"""Simulation with a lossy policy: the rewritten routing of each layer, low-precision copies or planes on its lanes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from scheduler.demand import LayerDemand, Prediction
 from scheduler.graph.tasks import DenseTimes
-from scheduler.lossy import FULL, LATE, LOW, Lossy, Relaxed, RelaxSetting, Routing
+from scheduler.lossy import DEFERRED, FULL, LOW, Lossy, LossySetting, Rewritten, Routing
 from scheduler.machine.costs import CostModel
 from scheduler.plan import LaneState, LayerEnded, LayerPlan, Transfer, TransferEnded
 from scheduler.planner.planner import Planner
@@ -28,18 +28,18 @@ Floats = NDArray[np.float64]
 
 
 class LossySimulator(Simulator):
-    """``Simulator`` with the relaxation of ``config.lossy``; what every gate says of all experts is not in a trace."""
+    """``Simulator`` with the lossy policy of ``config.lossy``; a trace does not tell what gates say of all experts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         lossy, shape = _lossy(self.config), self.shape
-        setting = RelaxSetting(
+        setting = LossySetting(
             shape.n_layers, shape.n_experts, shape.expert_bytes(self.config.expert_dtype),
             low_bytes=0 if lossy.low is None else shape.expert_bytes(lossy.low.low_dtype),
             frequencies=kwargs.get("frequencies", args[5] if len(args) > 5 else None),
         )  # fmt: skip
-        self.relaxation = lossy.make(setting)
-        self.relaxation.follow_slots(self.planner.slots.n_slots)
+        self.lossy_policy = lossy.make(setting)
+        self.lossy_policy.follow_slots(self.planner.slots.n_slots)
         self._routed, self._changed = Counter[str](), Counter[str]()
         self._whole: NDArray[np.bool_] | None = None
 
@@ -100,7 +100,7 @@ class LossySimulator(Simulator):
 
     def _run_step(self, index: int, step: TraceStep, stats: PhaseStats) -> None:
         if step.first:
-            self.relaxation.begin_sequence()
+            self.lossy_policy.begin_sequence()
             if self.low is not None:
                 self.low.begin_sequence(self._future(step.sequence))
         if self.low is not None:
@@ -146,25 +146,25 @@ class LossySimulator(Simulator):
         return plan
 
     def _demands(self, layer: int) -> tuple[LayerDemand, ...]:
-        """Demand of each part after the relaxation: full precision, low copies, late."""
+        """Demand of each part after the lossy policy: full precision, low copies, late."""
         step, n_experts = self._step, self.shape.n_experts
         ids, given = self.source.routed(step, layer)
-        relaxed: Relaxed = self.relaxation.relax(
+        rewritten: Rewritten = self.lossy_policy.rewrite(
             Routing(layer, step.phase, ids, given.astype(np.float32), self.planner.slots.resident_mask(layer))
         )
-        self._whole = relaxed.whole
+        self._whole = rewritten.whole
         self._routed[step.phase] += int((ids >= 0).sum())
-        self._changed[step.phase] += relaxed.skipped + relaxed.substituted + relaxed.lowered
-        parts = np.full(ids.shape, FULL, np.uint8) if relaxed.parts is None else relaxed.parts
-        self._changed[step.phase] += int((parts == LATE).sum())
-        predictions = self.relaxation.predicted(self.source.predicted(step, layer))
-        weights = relaxed.weights.ravel()
+        self._changed[step.phase] += rewritten.skipped + rewritten.substituted + rewritten.lowered
+        parts = np.full(ids.shape, FULL, np.uint8) if rewritten.parts is None else rewritten.parts
+        self._changed[step.phase] += int((parts == DEFERRED).sum())
+        predictions = self.lossy_policy.predicted(self.source.predicted(step, layer))
+        weights = rewritten.weights.ravel()
 
         def part(code: int, known: tuple[Prediction, ...] = ()) -> LayerDemand:
-            own = np.where(parts == code, relaxed.expert_ids, np.int32(-1)).ravel()
+            own = np.where(parts == code, rewritten.expert_ids, np.int32(-1)).ravel()
             return demand_of(layer, step.phase, step.n_tokens, own, weights, n_experts, known)
 
-        return part(FULL, predictions), part(LOW), part(LATE)
+        return part(FULL, predictions), part(LOW), part(DEFERRED)
 
     def _behind(self, plan: LayerPlan, demand: LayerDemand, shared_us: float) -> LaneState:
         """The lanes behind the work of a plan that is about to run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hybrimoe.bench.ablation.sweep import SYNTHETIC, Case
-from scheduler.lossy import RELAXATIONS
+from scheduler.lossy import LOSSY_POLICIES
 from scheduler.traces.trace import Phase
 
 PAPER_HARDWARE = "a6000-xeon5220r"
@@ -84,8 +84,10 @@ def lossy(decode_tokens: int) -> list[Case]:
 
     Experts are bfloat16, and int4 for policies that need bit planes.
     """
-    kinds = {dtype: ["", *sorted(name for name, made in RELAXATIONS.items() if made.uses_planes == (dtype == "int4"))]
-             for dtype in ("bfloat16", "int4")}  # fmt: skip
+    kinds = {
+        dtype: ["", *sorted(name for name, made in LOSSY_POLICIES.items() if made.uses_planes == (dtype == "int4"))]
+        for dtype in ("bfloat16", "int4")
+    }
     return [
         Case("lossy", policy, hardware, LOSSY_SHAPE, SYNTHETIC, 0.25, "decode", 32, decode_tokens, 2,
              label=kind or "lossless", expert_dtype=dtype, lossy=kind)

@@ -97,13 +97,13 @@ def _of_lossy(
     from hybrimoe.cli.common_model import quiet_libraries
     from hybrimoe.cli.views import render
     from hybrimoe.errors import ConfigError
-    from scheduler.lossy import RELAXATIONS
+    from scheduler.lossy import LOSSY_POLICIES
 
     if len(dtypes) > 1:
         raise ConfigError(f"--lossy takes one --dtype, found {', '.join(dtypes)}")
     quiet_libraries()
     dtype = dtypes[0] if dtypes else "bfloat16"
-    fitting = sorted(name for name, kind in RELAXATIONS.items() if dtype == "int4" or not kind.uses_planes)
+    fitting = sorted(name for name, kind in LOSSY_POLICIES.items() if dtype == "int4" or not kind.uses_planes)
     kinds = [kind for given in lossy for kind in (fitting if given == "all" else [given])]
     deployment = common.deploy_config(placed.pop("config"), model=model, dtype=dtype, **placed)
     request = lossy_quality.Request(

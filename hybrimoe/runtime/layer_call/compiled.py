@@ -12,52 +12,63 @@ import numpy.typing as npt
 from cpu_kernels.backends.warm import warm_call_ends
 from cpu_kernels.jit.primitives import float_from_bits
 from scheduler.compiled import keep_on_disk
+from scheduler.slots import RESIDENT
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.integer]
 Ints = npt.NDArray[np.int32]
 
+Keys = npt.NDArray[np.int64]
+
 SOFTMAX, SIGMOID = 0, 1
+HIT, ON_ITS_WAY = 0, 1
+"""Places of `found` in `describe_routing`."""
 
 
 def _compiled(function: Function) -> Function:
     made = numba.njit(fastmath={"reassoc", "contract", "nsz"})(function)
-    keep_on_disk(made, "hybrimoe", "cpu_kernels")
+    keep_on_disk(made, "hybrimoe", "cpu_kernels", "scheduler")
     return cast(Function, made)
 
 
 @_compiled
 def describe_routing(
-    expert_ids: Ints, offsets: Ints, rows: Ints, weights: Floats, n_total: int, activations: npt.NDArray[np.float64]
-) -> tuple[Ints, Floats]:  # pragma: no cover - compiled
-    """(tokens of each active expert int32 [A], gate scores float32 [E]) of a call of `n_total` tokens.
+    expert_ids: Ints, offsets: Ints, rows: Ints, weights: Floats, n_total: int,
+    routing_counts: npt.NDArray[np.float64], n_tokens: Ints, scores: Floats, first_key: int, slot_of: Keys, state: Keys,
+    found: Keys,
+) -> None:  # fmt: skip  # pragma: no cover - compiled
+    """Fills tokens of each active expert, n_tokens int32 [A or more], gate scores float32 [E], and found int64 [2].
 
-    A score is the expert's routing weight, averaged over the call's tokens; 0 where it is not active. activations
-    float64 [E]: each active expert's count rises by 1.
+    A score is the expert's routing weight, averaged over the call's `n_total` tokens; 0 where it is not active.
+    routing_counts float64 [E]: each active expert's count rises by 1. found: active experts whose bytes are in a slot,
+    and those on their way; slot_of (from first_key on) and state are a slot table's, empty where nothing has a slot.
     """
-    n_tokens = np.empty(expert_ids.size, np.int32)
-    scores = np.zeros(activations.size, np.float32)
+    scores[:] = np.float32(0.0)
+    found[:] = 0
     for i in range(expert_ids.size):
         total = np.float32(0.0)
         for j in range(offsets[i], offsets[i + 1]):
             total += weights[rows[j]]
         n_tokens[i] = offsets[i + 1] - offsets[i]
         scores[expert_ids[i]] = total / np.float32(n_total)
-        activations[expert_ids[i]] += 1.0
-    return n_tokens, scores
+        routing_counts[expert_ids[i]] += 1.0
+        if state.size:
+            slot = slot_of[first_key + expert_ids[i]]
+            if slot >= 0:
+                found[HIT if state[slot] >= RESIDENT else ON_ITS_WAY] += 1
 
 
 @_compiled
 def count_hits(
-    expert_ids: Ints, first_key: int, slot_of: Integers, state: Integers, resident: int
+    expert_ids: Ints, first_key: int, slot_of: Keys, state: Keys
 ) -> tuple[int, int]:  # pragma: no cover - compiled
-    """(resident, in flight) among the active experts; `resident` is the lowest state whose bytes are there."""
+    """(resident, in flight) among the active experts; arrays as for `describe_routing`."""
     hits, late = 0, 0
     for i in range(expert_ids.size):
         slot = slot_of[first_key + expert_ids[i]]
         if slot >= 0:
-            if state[slot] >= resident:
+            if state[slot] >= RESIDENT:
                 hits += 1
             else:
                 late += 1
@@ -73,23 +84,21 @@ def predict_token(
     scoring: npt.NDArray[np.int64],
     x: Floats,
     first: int,
-    last: int,
-    top_k: int,
-) -> tuple[Ints, Floats, Floats]:  # pragma: no cover - compiled
-    """Routing of one token by the linear gates of the D layers `first` to `last`.
+    ids: Ints,
+    chosen_probability: Floats,
+) -> None:  # pragma: no cover - compiled
+    """Routing of one token by the linear gates of the D layers from `first` on.
 
-    halves [L, E, H]: weights as bits of bfloat16; bias and correction [L, E], scoring [L], x [H] -> ids int32 [D, k]
-    ascending, their gate probabilities float32 [D, k], ones float32 [k]; k = top_k, at most E. The k largest logits are
-    chosen, or the k largest of score + correction where there is a correction (`corrected` [L]); ties go to the lower
-    id.
+    halves [L, E, H]: weights as bits of bfloat16; bias and correction [L, E], scoring [L], x [H]. Fills ids int32
+    [D, k], ascending, and their gate probabilities, chosen_probability float32 [D, k]; k is at most E. The k largest
+    logits are chosen, or the k largest of score + correction where there is a correction (`corrected` [L]); ties go to
+    the lower id.
     """
     _, n_experts, hidden = halves.shape
-    top_k = min(top_k, n_experts)
-    ids = np.empty((last - first + 1, top_k), np.int32)
-    chosen_probability = np.empty((last - first + 1, top_k), np.float32)
+    n_layers, top_k = ids.shape
     probability = np.empty(n_experts, np.float32)
     rank = np.empty(n_experts, np.float32)
-    for layer in range(first, last + 1):
+    for layer in range(first, first + n_layers):
         own = layer - first
         for expert in range(n_experts):
             row = halves[layer, expert]
@@ -120,7 +129,6 @@ def predict_token(
             ids[own, place] = best
         for k in range(top_k):
             chosen_probability[own, k] = probability[ids[own, k]] * scale
-    return ids, chosen_probability, np.ones(top_k, np.float32)
 
 
 def make_ready() -> None:
@@ -128,8 +136,22 @@ def make_ready() -> None:
     gates = np.zeros((2, 4, 8), np.uint16)
     per_expert = np.zeros((2, 4), np.float32)
     scoring = np.array([SOFTMAX, SIGMOID], np.int64)
-    predict_token(gates, per_expert, per_expert, np.ones(2, np.bool_), scoring, np.ones(8, np.float32), 0, 1, 2)
+    ids, scores = np.zeros((2, 2), np.int32), np.zeros((2, 2), np.float32)
+    predict_token(gates, per_expert, per_expert, np.ones(2, np.bool_), scoring, np.ones(8, np.float32), 0, ids, scores)
     warm_call_ends()
-    nobody, key = np.zeros(1, np.int32), np.zeros(1, np.int64)
-    describe_routing(nobody, np.array([0, 1], np.int32), nobody, np.ones(1, np.float32), 1, np.zeros(1))
-    count_hits(nobody, 0, key, key, 1)
+    nobody, key, none = np.zeros(1, np.int32), np.zeros(1, np.int64), np.zeros(1, np.float32)
+    describe_routing(
+        nobody,
+        np.array([0, 1], np.int32),
+        nobody,
+        none,
+        1,
+        np.zeros(1),
+        nobody.copy(),
+        none.copy(),
+        0,
+        key,
+        key,
+        np.zeros(2, np.int64),
+    )
+    count_hits(nobody, 0, key, key)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -77,6 +77,21 @@ class LinearGate:
         return (logits if self.correction is None else raw + self.correction), probabilities
 
 
+class PredictionSpace:
+    """Predictions of one token for layers `first`..`last`, over arrays that each prediction fills anew."""
+
+    __slots__ = ("ids", "predictions", "scores")
+
+    def __init__(self, first: int, last: int, top_k: int) -> None:
+        shape = last - first + 1, top_k
+        self.ids, self.scores = np.empty(shape, np.int32), np.empty(shape, np.float32)
+        ones = np.ones(top_k, np.float32)
+        self.predictions = tuple(
+            Prediction(first + at, ids, ones, scores)
+            for at, (ids, scores) in enumerate(zip(self.ids, self.scores, strict=True))
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class GateStack:
     """All layers' linear gates in one array: weights [L, E, H], bias, correction [L, E], corrected, scoring [L].
@@ -91,6 +106,7 @@ class GateStack:
     correction: Floats
     corrected: npt.NDArray[np.bool_]
     scoring: npt.NDArray[np.int64]
+    spaces: dict[tuple[int, int, int], PredictionSpace] = field(default_factory=dict)
 
     @classmethod
     def of(cls, gates: Sequence[LinearGate]) -> GateStack:
@@ -107,11 +123,14 @@ class GateStack:
         )
 
     def predict(self, x: Floats, first: int, last: int, top_k: int) -> tuple[Prediction, ...]:
-        """Layers `first`..`last` from one token's hidden state float32 [H]."""
-        ids, scores, ones = predict_token(
-            self.halves, self.bias, self.correction, self.corrected, self.scoring, x, first, last, top_k
+        """Layers `first`..`last` from one token's hidden state float32 [H]; the next call of them fills it anew."""
+        space = self.spaces.get((first, last, top_k))
+        if space is None:
+            space = self.spaces[first, last, top_k] = PredictionSpace(first, last, min(top_k, self.weights.shape[1]))
+        predict_token(
+            self.halves, self.bias, self.correction, self.corrected, self.scoring, x, first, space.ids, space.scores
         )
-        return tuple([Prediction(first + i, ids[i], ones, scores[i]) for i in range(len(ids))])
+        return space.predictions
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +161,8 @@ class Lookahead:
         self._learned = [False] * len(self._blocks)
         self._stack: GateStack | None = None
         self._budget_bytes = MAX_STACK_BYTES
+        self.knows_all = False
+        """Whether every layer's gate was looked for."""
 
     def learned(self, layer: int) -> bool:
         """True once `learn` was called for the layer."""
@@ -157,15 +178,19 @@ class Lookahead:
         some = slice(0, CHECK_TOKENS)
         x, index = hidden[some].detach(), np.asarray(top_k_index)[some]
         self._gates[layer] = self._linear_gate(layer, x, index) or self._probed_gate(layer, x, index)
-        if all(self._learned):
+        self.knows_all = all(self._learned)
+        if self.knows_all:
             self._build_stack()
 
     def predict(
         self, layer: int, hidden: torch.Tensor, host_hidden: Floats, top_k: int, depth: int | None = None
     ) -> tuple[Prediction, ...]:
-        """Predictions for the layers after `layer` from its hidden state [..., H]; nearest first, at most `depth`."""
+        """Predictions for the layers after `layer` from its hidden state [..., H]; nearest first, at most `depth`.
+
+        They may be a workspace, which the next prediction at this layer fills anew.
+        """
         last = min(layer + (self._depth if depth is None else depth), len(self._gates) - 1)
-        if last <= layer or not all(self._learned[layer + 1 : last + 1]):
+        if last <= layer or not (self.knows_all or all(self._learned[layer + 1 : last + 1])):
             return ()
         n_tokens = len(host_hidden)
         if n_tokens == 1 and self._stack is not None:

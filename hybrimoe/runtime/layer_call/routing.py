@@ -1,22 +1,41 @@
-"""From a layer call's tensors to what the scheduler and the kernels take: host arrays, dispatch, demand."""
+"""Reading a layer call: from the router's tensors to what kernels and planner take, in memory that calls share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from cpu_kernels import Dispatch, build_dispatch
 from cpu_kernels.engine.routed import FLOATS, fits, read_call
-from gpu_kernels import LayerWork
+from gpu_kernels import Event, LayerWork
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime.layer_call.compiled import describe_routing
-from scheduler import LayerDemand, Phase, Prediction
+from hybrimoe.runtime.layer_call.layers import Layer, apply_norm
+from hybrimoe.runtime.layer_call.stats import Counters
+from scheduler import Phase, Prediction
+from scheduler.demand import DemandView
+from scheduler.planner.plan_view import PlanView
+from scheduler.records import TaskRecord
+
+if TYPE_CHECKING:
+    from hybrimoe.runtime.layer_call.call import Experts
 
 WORKSPACE_BYTES = 64 << 20
 """Result rows up to this size reuse one buffer; larger ones (long prompts) are allocated for the call."""
+NOTHING, NO_ROWS = torch.empty(0), np.empty((0, 0), np.float32)
+NOT_COUNTED = Counters()
+"""Where a space counts before its first call: nobody reads it."""
+
+
+Keys = npt.NDArray[np.int64]
+NO_KEYS: Keys = np.empty(0, np.int64)
+FewTokens = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
 class Workspace:
@@ -24,13 +43,14 @@ class Workspace:
 
     def __init__(self) -> None:
         self._rows = np.empty(0, dtype=np.float32)
-        self._inputs = np.empty((0, 0), dtype=np.float32)
+        self.few: dict[tuple[int, int, int], FewTokens] = {}
+        """Of calls of few tokens, by (tokens, top-k, width)."""
 
-    def inputs(self, n_tokens: int, hidden: int) -> npt.NDArray[np.float32]:
-        """float32 [n_tokens, hidden] of a call of few tokens, contents undefined."""
-        if self._inputs.shape != (n_tokens, hidden):
-            self._inputs = np.empty((n_tokens, hidden), dtype=np.float32)
-        return self._inputs
+    def of_few(self, n_tokens: int, top_k: int, width: int) -> FewTokens:
+        """Inputs float32 [n_tokens, width] and result rows float32 [n_tokens * top_k, width] of calls of this shape."""
+        inputs, rows = (np.empty((n, width), np.float32) for n in (n_tokens, n_tokens * top_k))
+        self.few[n_tokens, top_k, width] = inputs, rows
+        return inputs, rows
 
     def rows(self, n_rows: int, hidden: int) -> npt.NDArray[np.float32]:
         """float32 [n_rows, hidden], contents undefined."""
@@ -40,6 +60,147 @@ class Workspace:
         if size > self._rows.size:
             self._rows = np.empty(size, dtype=np.float32)
         return self._rows[:size].reshape(n_rows, hidden)
+
+
+class CallSpace:
+    """One layer's call under way: filled anew by the layer's next call, so nothing is made on the way.
+
+    `work` is what the lanes share, `demand` what the planner sees of it, `plan` its answer; `positions` int32 and
+    `records` uint64 [E] are the CPU lane's experts. `ends`: of each piece of work on the accelerator, whose
+    experts are at positions `sent`. `ran`: the CPU lane's tasks, while `traced`.
+    """
+
+    __slots__ = (
+        "_buffers", "_dispatches", "_n_tokens", "_norm", "_scores", "_width", "_work", "counters", "cpu_us", "demand",
+        "ends", "experts", "found", "index", "layer", "n_cpu", "plan", "positions", "ran", "records", "sent", "step",
+        "traced", "work",
+    )  # fmt: skip
+
+    work: LayerWork
+    plan: PlanView
+
+    def __init__(self, experts: Experts, index: int, layer: Layer, n_experts: int) -> None:
+        """`n_experts`: the planner's number of experts, at least the layer's own."""
+        self.experts, self.index, self.layer = experts, index, layer
+        self.counters = NOT_COUNTED
+        self._scores, self._n_tokens = np.zeros(n_experts, np.float32), np.zeros(n_experts, np.int32)
+        self.demand = DemandView(index, "decode", 0, self._n_tokens[:0], self._n_tokens[:0], self._scores)
+        self.positions = np.empty(layer.num_experts, np.int32)
+        self.records = np.empty(layer.num_experts, np.uint64)
+        self.found = np.zeros(2, np.int64)
+        self.ends: list[Event] = []
+        self.sent: list[list[int]] = []
+        self.ran: list[TaskRecord] = []
+        self.step, self.n_cpu, self.cpu_us, self.traced = -1, 0, 0.0, False
+        self._norm, self._width = layer.transform(), layer.spec.hidden
+        self._buffers = _Buffers(0, layer.num_experts)
+        self._work = LayerWork(self._buffers.dispatch(0, 1, 0, 0), NOTHING, NO_ROWS, NO_ROWS)
+        self._dispatches: dict[tuple[int, int, int, int], Dispatch] = {}
+
+    def read(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, workspace: Workspace
+    ) -> int:
+        """Takes a call's tensors, grouped by expert, into `work`. Returns the number of active experts.
+
+        Few tokens on the host are read in one compiled call; see `call_inputs` for what others may be and raise.
+        """
+        width = self._width
+        if fits(hidden, top_k_index, top_k_weights, width) and not hidden.requires_grad:
+            n_tokens, top_k = top_k_index.shape
+            buffers, n_rows = self._buffers, n_tokens * top_k
+            if buffers.weights.size < n_rows:
+                buffers = self._grow(n_rows)
+            host_hidden, host_rows = workspace.few.get((n_tokens, top_k, width)) or workspace.of_few(
+                n_tokens, top_k, width
+            )
+            n_active: int = read_call(
+                top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], n_tokens, top_k,
+                hidden.data_ptr(), FLOATS[hidden.dtype], host_hidden, buffers.weights, buffers.counts,
+                buffers.expert_ids, buffers.offsets, buffers.rows,
+            )  # fmt: skip
+            if n_active >= 0:
+                shape = n_tokens, top_k, n_active, int(buffers.offsets[n_active])
+                dispatch = self._dispatches.get(shape)
+                if dispatch is None:
+                    dispatch = self._dispatches[shape] = buffers.dispatch(*shape)
+                work = self.work = self._work
+                work.dispatch, work.hidden, work.like, work.device_state = dispatch, hidden, hidden, None
+                work.host_hidden, work.host_rows = host_hidden, host_rows
+                if self._norm is not None:
+                    self._postpone_weights(self._norm)
+                return n_active
+        inputs = call_inputs(hidden, top_k_index, top_k_weights, self.layer.spec.hidden)
+        return self.take(inputs, inputs.ids, inputs.weights, workspace)
+
+    def take(
+        self, inputs: CallInputs, ids: npt.NDArray[np.integer], weights: npt.NDArray[np.float32], workspace: Workspace
+    ) -> int:
+        """Takes this routing of a call (the router's, or a part of it). Returns the number of active experts."""
+        self.work = inputs.work(ids, weights, self.layer.num_experts, workspace)
+        if self._norm is not None:
+            self._postpone_weights(self._norm)
+        return len(self.work.dispatch.expert_ids)
+
+    def release(self) -> None:
+        """Lets go of the call's tensors and of rows made for it alone; what was counted stays."""
+        work = self.work = self._work
+        work.hidden, work.like, work.device_state, work.transform, work.weights = NOTHING, None, None, None, None
+        work.host_hidden = work.host_rows = NO_ROWS
+
+    def _grow(self, n_rows: int) -> _Buffers:
+        """Room for more (token, expert) pairs; `read` then makes its views anew."""
+        self._buffers = _Buffers(n_rows, self.layer.num_experts)
+        self._dispatches.clear()
+        return self._buffers
+
+    def _postpone_weights(self, norm: nn.Module) -> None:
+        """Families with a norm over each expert's output: the routing weights are multiplied in after it."""
+        work, dispatch = self.work, self.work.dispatch
+        work.transform, work.weights = partial(apply_norm, norm), dispatch.weights
+        ones = np.ones_like(dispatch.weights)
+        work.dispatch = Dispatch(
+            dispatch.top_k, dispatch.n_tokens, dispatch.expert_ids, dispatch.offsets, dispatch.rows, ones
+        )
+
+    def describe(
+        self, phase: Phase, predictions: tuple[Prediction, ...], routing_counts: npt.NDArray[np.float64],
+        first_key: int = 0, slot_of: Keys = NO_KEYS, state: Keys = NO_KEYS,
+    ) -> DemandView:  # fmt: skip
+        """What the planner sees of the call. `routing_counts` [E]: the count of each active expert rises by 1.
+
+        `found` then tells how many of the active experts have their bytes in a slot, and how many of them are on their
+        way: slot_of and state are a `SlotTable`'s, the layer's from `first_key` on; empty where nothing has a slot.
+        """
+        dispatch, demand = self.work.dispatch, self.demand
+        ids = dispatch.expert_ids
+        describe_routing(
+            ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, routing_counts, self._n_tokens,
+            self._scores, first_key, slot_of, state, self.found,
+        )  # fmt: skip
+        demand.phase, demand.n_tokens_total, demand.predictions = phase, dispatch.n_tokens, predictions
+        demand.expert_ids, demand.n_tokens = ids, self._n_tokens[: ids.size]
+        return demand
+
+
+class _Buffers:
+    """A call's routing in flat arrays of at most `n_rows` (token, expert) pairs over `num_experts` experts."""
+
+    __slots__ = ("counts", "expert_ids", "offsets", "rows", "weights")
+
+    def __init__(self, n_rows: int, num_experts: int) -> None:
+        n_active = min(n_rows, num_experts)
+        self.weights = np.empty(n_rows, np.float32)
+        self.rows = np.empty(n_rows, np.int32)
+        self.counts = np.empty(num_experts, np.int32)
+        self.expert_ids = np.empty(n_active, np.int32)
+        self.offsets = np.empty(n_active + 1, np.int32)
+
+    def dispatch(self, n_tokens: int, top_k: int, n_active: int, n_present: int) -> Dispatch:
+        """A view of what calls of this shape write here."""
+        return Dispatch(
+            top_k, n_tokens, self.expert_ids[:n_active], self.offsets[: n_active + 1], self.rows[:n_present],
+            self.weights[: n_tokens * top_k],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,36 +243,6 @@ def call_inputs(
     return CallInputs(hidden, host_hidden, host_index(top_k_index).reshape(-1, top_k), weights)
 
 
-def layer_work(
-    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, hidden_size: int,
-    workspace: Workspace,
-) -> LayerWork:  # fmt: skip
-    """Checks one call's tensors and groups its routing by expert; see `call_inputs`."""
-    if fits(hidden, top_k_index, top_k_weights, hidden_size) and not hidden.requires_grad:
-        work = _short_work(hidden, top_k_index, top_k_weights, num_experts, hidden_size, workspace)
-        if work is not None:
-            return work
-    inputs = call_inputs(hidden, top_k_index, top_k_weights, hidden_size)
-    return inputs.work(inputs.ids, inputs.weights, num_experts, workspace)
-
-
-def _short_work(
-    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, hidden_size: int,
-    workspace: Workspace,
-) -> LayerWork | None:  # fmt: skip
-    """`layer_work` in one compiled call, for tensors that fit it; None for a routing that `build_dispatch` refuses."""
-    n_tokens, top_k = top_k_index.shape
-    host_hidden = workspace.inputs(n_tokens, hidden_size)
-    ids, offsets, rows, weights, problem = read_call(
-        top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], n_tokens, top_k, num_experts,
-        hidden.data_ptr(), FLOATS[hidden.dtype], host_hidden,
-    )  # fmt: skip
-    if problem >= 0:
-        return None
-    dispatch = Dispatch(top_k, n_tokens, ids, offsets, rows, weights)
-    return LayerWork(dispatch, hidden, host_hidden, workspace.rows(n_tokens * top_k, hidden_size), like=hidden)
-
-
 def host_floats(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
     """C-contiguous float32 values on the host; shares memory where they are so already."""
     if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
@@ -122,21 +253,6 @@ def host_floats(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
 def host_index(tensor: torch.Tensor) -> npt.NDArray[np.integer]:
     """Expert ids on the host."""
     return (tensor if tensor.device.type == "cpu" else tensor.cpu()).numpy()
-
-
-def layer_demand(
-    layer: int, phase: Phase, dispatch: Dispatch, predictions: tuple[Prediction, ...],
-    activations: npt.NDArray[np.float64],
-) -> LayerDemand:  # fmt: skip
-    """What the planner sees of a call. `activations` [E]: the layer's row of counts, each active expert gets 1 more.
-
-    E is the planner's number of experts, at least the layer's own.
-    """
-    ids = dispatch.expert_ids
-    n_tokens, scores = describe_routing(
-        ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, activations
-    )
-    return LayerDemand(layer, phase, dispatch.n_tokens, ids, n_tokens, scores, predictions)
 
 
 def _describe(tensor: torch.Tensor) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrimoe.runtime.layer_call.compiled import count_hits
-from scheduler import LayerPlan, Phase, SlotState, SlotTable, TransferEnded
+from scheduler import LayerPlan, Phase, SlotTable
+from scheduler.planner.plan_view import PlanView
 
-RESIDENT = int(SlotState.RESIDENT)
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
@@ -173,27 +173,33 @@ class StatsRecorder:
 
     def __init__(self, n_layers: int, low: StatsRecorder | None = None) -> None:
         self.low = low
-        self._counters = {phase: [Counters() for _ in range(n_layers)] for phase in PHASES}
+        self.counters = {phase: [Counters() for _ in range(n_layers)] for phase in PHASES}
         self._prefetched: dict[tuple[int, int], Counters] = {}
         self.warmup_transfers = 0
         self.failures = 0
 
     def of(self, phase: Phase, layer: int) -> Counters:
         """The counters to add to."""
-        return self._counters[phase][layer]
+        return self.counters[phase][layer]
 
     def demand(
         self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int,
         table: tuple[SlotTable, int] | None,
     ) -> None:  # fmt: skip
         """Counts one call's demand against the slots as they are before planning (`LayerPlanner.table`)."""
-        counters.calls += 1
-        counters.tokens += n_tokens
-        counters.activated += len(expert_ids)
         hits = late = 0
         if table is not None and table[0].n_slots:
             slots, own = table
-            hits, late = count_hits(expert_ids, own * slots.n_experts, slots.slot_of, slots.state, RESIDENT)
+            hits, late = count_hits(expert_ids, own * slots.n_experts, slots.slot_of, slots.state)
+        self.found(counters, layer, expert_ids, n_tokens, hits, late)
+
+    def found(
+        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int, hits: int, late: int
+    ) -> None:
+        """Counts one call's demand of which `hits` experts are in slots and `late` are on their way."""
+        counters.calls += 1
+        counters.tokens += n_tokens
+        counters.activated += len(expert_ids)
         counters.hits += hits
         counters.misses += len(expert_ids) - hits
         counters.late_prefetches += late
@@ -203,10 +209,8 @@ class StatsRecorder:
                 if issued is not None:
                     issued.prefetches_used += 1
 
-    def plan(self, counters: Counters, plan: LayerPlan, record_bytes: tuple[int, ...]) -> None:
-        """Counts what a plan places and moves."""
-        counters.cpu_experts += len(plan.cpu)
-        counters.accel_experts += len(plan.accel)
+    def moved(self, counters: Counters, plan: LayerPlan | PlanView, record_bytes: tuple[int, ...]) -> None:
+        """Counts what a plan moves."""
         counters.transfers += len(plan.transfers)
         counters.prefetches += len(plan.prefetches)
         for transfer in (*plan.transfers, *plan.prefetches):
@@ -218,11 +222,6 @@ class StatsRecorder:
             if transfer.kind == "prefetch":
                 self._prefetched[transfer.layer, transfer.expert] = counters
 
-    def transfers_ended(self, phase: Phase, ended: Iterable[TransferEnded]) -> None:
-        """Adds link time."""
-        for event in ended:
-            self._counters[phase][event.layer].link_us += event.us
-
     def forget_slots(self) -> None:
         """The slots were emptied: prefetches under way have no fate."""
         self._prefetched.clear()
@@ -231,7 +230,7 @@ class StatsRecorder:
 
     def reset(self) -> None:
         """Sets every counter to zero; slot contents stay."""
-        self._counters = {phase: [Counters() for _ in layers] for phase, layers in self._counters.items()}
+        self.counters = {phase: [Counters() for _ in layers] for phase, layers in self.counters.items()}
         self._prefetched.clear()
         self.warmup_transfers = self.failures = 0
         if self.low is not None:
@@ -239,7 +238,7 @@ class StatsRecorder:
 
     def by_phase(self) -> dict[Phase, Counters]:
         """Sums over layers."""
-        own = {phase: _total(layers) for phase, layers in self._counters.items()}
+        own = {phase: _total(layers) for phase, layers in self.counters.items()}
         if self.low is None:
             return own
         low = self.low.by_phase()
@@ -247,7 +246,7 @@ class StatsRecorder:
 
     def by_layer(self) -> list[Counters]:
         """Sums over phases."""
-        own = [_total(pair) for pair in zip(*self._counters.values(), strict=True)]
+        own = [_total(pair) for pair in zip(*self.counters.values(), strict=True)]
         return own if self.low is None else [_with_low(*pair) for pair in zip(own, self.low.by_layer(), strict=True)]
 
 

@@ -13,7 +13,7 @@ from cpu_kernels import ExpertSpec
 from cpu_kernels.format.planes import expand_high, merge_low, plane_bytes, split_record
 from gpu_kernels import Accelerator
 from hybrimoe.errors import ConfigError
-from hybrimoe.runtime.layer_call.slots import InFlight, SlotCache
+from hybrimoe.runtime.layer_call.slots import InFlight, TransferQueue
 from hybrimoe.runtime.store import ExpertStore, host_bytes
 from scheduler import Transfer
 
@@ -62,20 +62,22 @@ class PlaneStore:
         return sum(plane.nbytes for plane in (*self._high, *self._low))
 
 
-class PlaneSlots(SlotCache):
-    """Slots whose experts may have only their high bits yet.
+class PlaneQueue(TransferQueue):
+    """A queue into slots whose experts may have only their high bits yet.
 
     `want` says for the call under way which experts must have all bits before they are computed. A demand transfer of
     such an expert brings both planes; every other transfer the high one alone; what is resident without its low bits
     and wanted with them gets them before its computation.
     """
 
+    prepares = True
+
     def __init__(self, planes: PlaneStore, accelerator: Accelerator, first_slot: int = 0, unit: int = 0) -> None:
         super().__init__(accelerator, first_slot, unit)
         self.planes = planes
         self._moved_bytes = 0
         self._rough: list[int] = []
-        self._whole = [False] * self.n_slots
+        self._whole = [False] * accelerator.n_slots
         self._wanted: npt.NDArray[np.bool_] | None = None
 
     def want(self, experts: npt.NDArray[np.bool_] | None) -> None:
@@ -83,15 +85,14 @@ class PlaneSlots(SlotCache):
         self._wanted = experts
 
     def take_counts(self) -> tuple[int, list[int]]:
-        """Since the last call: bytes put on the link, and experts submitted to compute without their low bits."""
+        """Since the last call: bytes put on the link, and positions submitted to compute without their low bits."""
         counts = self._moved_bytes, self._rough
         self._moved_bytes, self._rough = 0, []
         return counts
 
     def submit(self, transfer: Transfer, record: ByteArray, step: int, *, traced: bool = False) -> None:
         """Starts one transfer as planes; `record` is what they were made from."""
-        self.check_slot(transfer)
-        layer, expert, slot = transfer.layer, transfer.expert, transfer.slot - self.first_slot
+        layer, expert, slot = transfer.layer, transfer.expert, self.own_slot(transfer)
         high = self.planes.high(layer, expert)
         began = event = self.accelerator.copy_to_slot(slot, high, partial(_expand, self.planes.specs[layer]))
         n_bytes = high.nbytes
@@ -102,16 +103,18 @@ class PlaneSlots(SlotCache):
             n_bytes += low.nbytes
         self._moved_bytes += n_bytes
         self._whole[slot] = whole
-        self.began(InFlight(transfer, event, n_bytes, step, traced, began, self.unit))
+        self.pending.append(InFlight(transfer, event, n_bytes, step, traced, began, self.unit))
 
-    def check(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> None:
-        """Refuses what a slot does not hold, then completes the wanted experts: their computation is next."""
-        super().check(layer, experts, slots)
-        for expert, slot in zip(experts, self.own(slots), strict=True):
+    def before_compute(
+        self, layer: int, expert_ids: npt.NDArray[np.int32], positions: Sequence[int], slots: Sequence[int]
+    ) -> None:
+        """Completes the wanted experts, and counts the others."""
+        for position, slot in zip(positions, slots, strict=True):
             if self._whole[slot]:
                 continue
+            expert = int(expert_ids[position])
             if self._wanted is not None and not self._wanted[expert]:
-                self._rough.append(expert)
+                self._rough.append(position)
                 continue
             low = self.planes.low(layer, expert)
             self.accelerator.copy_to_slot(slot, low, partial(_merge, self.planes.specs[layer]))

@@ -1,4 +1,4 @@
-"""From a lossy policy to its runner: the relaxation, the low-precision copy, and how slot memory is shared."""
+"""From a lossy policy's settings to its stage: the policy, the low-precision copy, and how slot memory is shared."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.lookahead import LinearGate, Lookahead
-from hybrimoe.runtime.layer_call.runner import Runner
 from hybrimoe.runtime.lossy.low_copy import LowCopy, copy_errors
-from hybrimoe.runtime.lossy.planes import PlaneSlots, PlaneStore
-from hybrimoe.runtime.lossy.runner import RelaxedRunner
+from hybrimoe.runtime.lossy.planes import PlaneQueue, PlaneStore
+from hybrimoe.runtime.lossy.stage import LossyStage
 from hybrimoe.runtime.startup.startup import Frequencies, Startup
 from hybrimoe.runtime.store import ExpertStore
-from scheduler.lossy import Lossy, Relaxation, RelaxSetting
+from scheduler.lossy import Lossy, LossyPolicy, LossySetting
 
 
-def relaxed_runner(
-    startup: Startup, lossy: Lossy, low: LowCopy | None, setting: int | float | str | None, previous: Runner | None,
-    frequencies: Frequencies | None,
-) -> RelaxedRunner:  # fmt: skip
-    """`Startup.runner` for a lossy policy; what the relaxation has learned goes on from `previous`."""
-    before = previous if isinstance(previous, RelaxedRunner) else None
+def lossy_call(
+    startup: Startup, lossy: Lossy, low: LowCopy | None, setting: int | float | str | None,
+    previous: ExpertsCall | None, frequencies: Frequencies | None,
+) -> ExpertsCall:  # fmt: skip
+    """`Startup.call` with a lossy stage; what its policy has learned goes on from `previous`."""
+    before = None if previous is None else previous.lossy
     low_startup = None if low is None else _low_startup(startup, low)
     if setting is not None:
         _allocate(startup, low_startup, lossy, setting)
     gates = startup.new_lookahead(startup.config.lookahead) if before is None else before.gates
-    relaxation = _relaxation(lossy, startup, low, gates, frequencies) if before is None else before.relaxation
-    relaxation.follow_slots(sum(unit.accelerator.n_slots for unit in startup.units))
-    low_runner = None
+    policy = _policy(lossy, startup, low, gates, frequencies) if before is None else before.policy
+    policy.follow_slots(sum(unit.accelerator.n_slots for unit in startup.units))
+    low_experts = None
     if low_startup is not None:
         low_before = None if before is None else before.low
-        if low_before is not None and low_before.activations.any():
-            low_used: Frequencies | None = low_before.activations
-        else:
-            low_used = _of_part(frequencies, relaxation.low)
-        low_runner = low_startup.runner(None, low_before, low_used)
-    make = partial(RelaxedRunner, relaxation=relaxation, low=low_runner, gates=gates)
-    used = _of_part(frequencies, ~relaxation.low)
-    startup = dataclasses.replace(startup, make_runner=make)
-    if relaxation.uses_planes and startup.units:
-        startup.make_slots = partial(PlaneSlots, _planes(startup, before))
-    runner = startup.runner(None, previous, used)
-    assert isinstance(runner, RelaxedRunner)
-    runner.lookahead = gates if startup.config.lookahead > 0 else None
-    return runner
+        used = None if low_before is None or not low_before.routing_counts.any() else low_before.routing_counts
+        low_experts = low_startup.experts(low_before)
+        low_startup.fill_slots(low_experts, _of_part(frequencies, policy.low) if used is None else used)
+    if policy.uses_planes and startup.units:
+        startup.make_queue = partial(PlaneQueue, _planes(startup, before))
+    experts = startup.experts(None if previous is None else previous.experts)
+    stage = LossyStage(policy, experts, low_experts, gates)
+    call = ExpertsCall(experts, startup.tracker, stage)
+    if startup.config.lookahead > 0:
+        call.lookahead = gates
+    if previous is not None:
+        call.take_over(previous)
+    startup.fill_slots(experts, _of_part(frequencies, ~policy.low))
+    return call
 
 
-def _planes(startup: Startup, before: RelaxedRunner | None) -> PlaneStore:
+def _planes(startup: Startup, before: LossyStage | None) -> PlaneStore:
     """The bit planes of all experts, made once a session."""
     known = None if before is None else before.planes
     pinned = any(unit.accelerator.needs_pinned_host() for unit in startup.units)
@@ -88,10 +88,10 @@ def _of_part(frequencies: Frequencies | None, part: npt.NDArray[np.bool_]) -> Fr
     return np.where(part, 1.0 if frequencies is None else np.maximum(frequencies, 1e-9), 0.0)
 
 
-def _relaxation(
+def _policy(
     lossy: Lossy, startup: Startup, low: LowCopy | None, gates: Lookahead | None, frequencies: Frequencies | None
-) -> Relaxation:
-    """The relaxation; where an expert has only one of the two precisions, the stores let go of the other."""
+) -> LossyPolicy:
+    """The lossy policy; where an expert has only one of the two precisions, the stores let go of the other."""
 
     def router(layer: int) -> npt.NDArray[np.float32] | None:
         gate = None if gates is None else gates.gate(layer)
@@ -99,7 +99,7 @@ def _relaxation(
 
     layers, store = startup.layers, startup.store
     counts = np.array([layer.num_experts for layer in layers])
-    setting = RelaxSetting(
+    setting = LossySetting(
         len(layers), int(counts.max()), max(layer.spec.record_bytes for layer in layers),
         expert_norms(store) if lossy.needs_expert_norms else None, router,
         exists=np.arange(counts.max())[None, :] < counts[:, None],
@@ -108,11 +108,11 @@ def _relaxation(
         setting.low_bytes = max(layer.spec.record_bytes for layer in low.layers)
         setting.low_errors = copy_errors(store, low.store)
         setting.frequencies = None if frequencies is None else np.asarray(frequencies, np.float64)
-    relaxation = lossy.make(setting)
+    policy = lossy.make(setting)
     if low is not None and lossy.one_copy:
-        store.drop(relaxation.low)
-        low.store.drop(~relaxation.low)
-    return relaxation
+        store.drop(policy.low)
+        low.store.drop(~policy.low)
+    return policy
 
 
 def expert_norms(store: ExpertStore) -> npt.NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""From a session's settings to a runner: slots, costs, planner, lookahead, warm-up."""
+"""From a session's settings to its experts call: slots, costs, planner, lookahead, warm-up."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from torch import nn
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from gpu_kernels import Accelerator, AcceleratorError
-from hybrimoe.errors import BudgetError
+from hybrimoe.errors import BudgetError, debugging
 from hybrimoe.machine.profiles import calibrated
 from hybrimoe.runtime.config import RuntimeConfig
+from hybrimoe.runtime.layer_call.call import Experts, ExpertsCall
 from hybrimoe.runtime.layer_call.compiled import make_ready
-from hybrimoe.runtime.layer_call.executor import Executor
 from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
-from hybrimoe.runtime.layer_call.runner import Runner
-from hybrimoe.runtime.layer_call.slots import SlotCache
+from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
 from hybrimoe.runtime.layer_call.steps import StepTracker
 from hybrimoe.runtime.startup.measure import measure_profile, run_each_kernel
@@ -37,7 +36,7 @@ Probe = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | 
 
 @dataclass(slots=True)
 class Startup:
-    """The parts of a session that a runner is made of."""
+    """The parts of a session that its experts call is made of."""
 
     config: RuntimeConfig
     layers: Sequence[Layer]
@@ -47,35 +46,48 @@ class Startup:
     probe: Probe
     stats: StatsRecorder
     tracker: StepTracker
-    make_runner: Callable[..., Runner] = Runner
     make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
-    make_slots: Callable[[Accelerator, int, int], SlotCache] = SlotCache
+    make_queue: Callable[[Accelerator, int, int], TransferQueue] = TransferQueue
 
-    def runner(
-        self, setting: int | float | str | None, previous: Runner | None, frequencies: Frequencies | None
-    ) -> Runner:
-        """A runner with freshly filled slots. `setting` None keeps the slot memory; `previous` hands over its costs,
-        counters and hooks. Raises BudgetError where slots do not fit."""
+    def call(
+        self, setting: int | float | str | None, previous: ExpertsCall | None, frequencies: Frequencies | None
+    ) -> ExpertsCall:
+        """What runs the layers, with freshly filled slots. `setting` None keeps the slot memory; `previous` hands over
+        its costs, counters and hooks. Raises BudgetError where slots do not fit."""
         if setting is not None:
             self.allocate(self.slots_of(setting))
-        planner, executor = None, Executor(self.store)
+        experts = self.experts(None if previous is None else previous.experts)
+        call = ExpertsCall(experts, self.tracker)
+        if self.config.lookahead > 0:
+            call.lookahead = self.new_lookahead(self.config.lookahead)
+        if previous is not None:
+            call.take_over(previous)
+        self.fill_slots(experts, frequencies)
+        return call
+
+    def experts(self, previous: Experts | None) -> Experts:
+        """The experts in the slot memory that is allocated; `previous` hands over its costs."""
+        planner, queues, queue_of = None, [], []
         if self._slotted() and any(unit.accelerator.n_slots for unit in self.units):
             known = None if previous is None else previous.planner
             planner = self._planner([self._costs(unit) for unit in self.units] if known is None else known.cost_models)
-            executor = self._executor()
-        runner = self.make_runner(self.layers, executor, planner, self.stats, self.tracker)
-        if self.config.lookahead > 0:
-            runner.lookahead = self.new_lookahead(self.config.lookahead)
-        if self.config.lookahead > 0 or planner is not None:
+            firsts = [block.first_slot for block in blocks_of(self.units)]
+            queues = [self.make_queue(unit.accelerator, firsts[unit.index], unit.index) for unit in self.units]
+            queue_of = [unit.index for unit in self.units for _ in unit.layers]
+        if planner is not None and debugging():
+            for index in range(len(self.layers)):
+                planner.table(index)[0].validating = True
+        return Experts(self.layers, self.store, planner, self.stats, queues, queue_of)
+
+    def fill_slots(self, experts: Experts, frequencies: Frequencies | None) -> None:
+        """Starts the transfers of the experts that are used most; makes ready what the first call would compile."""
+        if self.config.lookahead > 0 or experts.planner is not None:
             make_ready()
-        if planner is None:
-            _rehearse_alone(self.layers[0], executor)
-        if previous is not None:
-            runner.take_over(previous)
-        if planner is not None:
-            rehearse(self.config.policy, self.config.policy_params, self.config.lookahead)
-            runner.warm_up(planner.warm_up(frequencies))
-        return runner
+        if experts.planner is None:
+            _rehearse_alone(self.layers[0], self.store)
+            return
+        rehearse(self.config.policy, self.config.policy_params, self.config.lookahead)
+        experts.warm_up(experts.planner.warm_up(frequencies))
 
     def _slotted(self) -> list[Layer]:
         return [layer for layer in self.layers if layer.placement != "cpu"]
@@ -104,11 +116,6 @@ class Startup:
                 for accelerator, n_before, bytes_before in before[:index]:
                     accelerator.allocate(n_before, bytes_before)
                 raise BudgetError(str(error) or f"no memory for {n} slots of {self.slot_bytes} bytes") from error
-
-    def _executor(self) -> Executor:
-        firsts = [block.first_slot for block in blocks_of(self.units)]
-        caches = [self.make_slots(unit.accelerator, firsts[unit.index], unit.index) for unit in self.units]
-        return Executor(self.store, caches, [unit.index for unit in self.units for _ in unit.layers])
 
     def _costs(self, unit: Unit) -> CostModel:
         """Of the unit's layers: from the given profile, this machine's calibration, or a short measurement of the first
@@ -158,8 +165,8 @@ class Startup:
         return Lookahead(blocks, experts, counts, depth, self.probe)
 
 
-def _rehearse_alone(layer: Layer, executor: Executor) -> None:
+def _rehearse_alone(layer: Layer, store: ExpertStore) -> None:
     """Compiles (or loads) the one call of few tokens on the CPU, with the first expert and a token of zeros."""
     if isinstance(layer.backend, NumbaBackend):
         hidden, nobody = torch.zeros(1, layer.spec.hidden), torch.zeros(1, 1, dtype=torch.int64)
-        layer.backend.run_routed(layer.spec, executor.addresses(0), hidden, nobody, torch.ones(1, 1))
+        layer.backend.run_routed(layer.spec, store.addresses(0), hidden, nobody, torch.ones(1, 1))

@@ -117,7 +117,7 @@ def test_tables_and_files(tmp_path):
 def test_lossy_rows_are_set_against_the_lossless_run_of_the_same_policy_and_machine():
     from hybrimoe.bench.ablation.cases import lossy
     from hybrimoe.bench.ablation.summary import summarise, tables
-    from scheduler.lossy import RELAXATIONS
+    from scheduler.lossy import LOSSY_POLICIES
 
     times = {("a", "lossless"): 10.0, ("a", "skip"): 5.0, ("b", "lossless"): 30.0, ("b", "skip"): 10.0}
     rows = [
@@ -132,7 +132,7 @@ def test_lossy_rows_are_set_against_the_lossless_run_of_the_same_policy_and_mach
     drawn = [row[3:] for row in tables(found)[0][2] if row[1] == "skip"]
     assert drawn == [("2.50x", "2.00 - 3.00", "50.0%", "2", "25%")] * 2, "each dtype against its own lossless run"
     cases = lossy(8)
-    assert {case.lossy for case in cases} == {"", *RELAXATIONS}
+    assert {case.lossy for case in cases} == {"", *LOSSY_POLICIES}
     assert {case.expert_dtype for case in cases if case.lossy == "d2moe"} == {"int4"}
     assert {case.expert_dtype for case in cases if case.lossy == ""} == {"int4", "bfloat16"}
     assert len({case.key for case in cases}) == len(cases)

@@ -6,14 +6,14 @@ from hybrimoe.config.deploy import load_config
 from hybrimoe.config.runtime import runtime_config
 from hybrimoe.config.scheduler import lossy_option
 from hybrimoe.errors import ConfigError, ModelError
-from scheduler.lossy import RELAXATIONS
+from scheduler.lossy import LOSSY_POLICIES
 
-RUNS = [*((kind, "emulated") for kind in sorted(RELAXATIONS)), *((kind, "none") for kind in ("hobbit", "bit_width"))]
+RUNS = [*((kind, "emulated") for kind in sorted(LOSSY_POLICIES)), *((kind, "none") for kind in ("hobbit", "bit_width"))]
 
 
 @pytest.mark.parametrize(("kind", "accelerator"), RUNS)
 def test_every_kind_generates_and_says_that_it_is_lossy(hybrimoe, kind, accelerator):
-    dtype = "int4" if RELAXATIONS[kind].uses_planes else "bfloat16"
+    dtype = "int4" if LOSSY_POLICIES[kind].uses_planes else "bfloat16"
     words = ["generate", "-p", "The King", "-n", 6, "-t", 0, "--dtype", dtype, "--lossy", kind]
     found = hybrimoe(*words, "--accelerator", accelerator, "--json")
     assert found.code == 0, found.err
@@ -104,7 +104,7 @@ def test_the_document_names_every_kind_and_parameter():
 
     text = (Path(__file__).parents[3] / "docs" / "lossy.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
-    for kind, maker in RELAXATIONS.items():
+    for kind, maker in LOSSY_POLICIES.items():
         known = set(parameters_of(maker)) | ({f.name for f in fields(LowCopy)} if maker.uses_low_copy else set())
         shared = {"budget_bytes"} if kind in ("swapmoe", "emoe") else set()  # said once below the table: "2GiB"
         missing = {name for name in known - shared if f"`{name}`" not in rows[kind]}

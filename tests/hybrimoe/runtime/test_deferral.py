@@ -100,7 +100,7 @@ def test_the_caller_goes_on_while_late_experts_run(make_rig):
     first, second = routing(1, N_EXPERTS, TOP_K, 0), routing(1, N_EXPERTS, TOP_K, 1)
     out = rig.call(0, *first)  # would hang here if it waited for them
     torch.testing.assert_close(out, parts(rig, 0, first, 2)[0], rtol=1e-4, atol=1e-4)
-    assert not rig.session._runner.late._pending.done()
+    assert not rig.session._runner.lossy.deferred._pending.done()
     release.set()
     expected = parts(rig, 1, second, 2)[0] + parts(rig, 0, first, 2)[1]
     torch.testing.assert_close(rig.call(1, *second), expected, rtol=1e-4, atol=1e-4)
@@ -185,7 +185,7 @@ def test_the_worker_ends_with_the_session_and_with_a_replaced_runner(make_rig):
     others = set(threading.enumerate())
 
     def workers():
-        return {thread for thread in threading.enumerate() if thread.name.startswith("hybrimoe-late")} - others
+        return {thread for thread in threading.enumerate() if thread.name.startswith("hybrimoe-deferred")} - others
 
     rig = deferring(make_rig, accelerator="emulated")
     one_step(rig, 0, layers=2)
@@ -195,7 +195,7 @@ def test_the_worker_ends_with_the_session_and_with_a_replaced_runner(make_rig):
     assert not workers()
     one_step(rig, 1, layers=2)
     assert len(workers()) == 1
-    rig.session._runner.clean = False
+    rig.session._runner.consistent = False
     one_step(rig, 2)
     assert len(workers()) == 1
     rig.session.close()

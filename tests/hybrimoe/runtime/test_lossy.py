@@ -9,10 +9,8 @@ import torch
 
 from gpu_kernels import TorchAccelerator
 from hybrimoe.errors import BudgetError, ConfigError, ModelError
-from hybrimoe.runtime.layer_call.runner import Runner
-from hybrimoe.runtime.lossy.runner import RelaxedRunner
 from scheduler.errors import PolicyError
-from scheduler.lossy import RELAXATIONS, resolve_lossy
+from scheduler.lossy import LOSSY_POLICIES, resolve_lossy
 
 from .conftest import routing
 
@@ -33,9 +31,9 @@ def steps(rig, n_steps=4, n_tokens=1, top_k=3):
     return outputs
 
 
-def test_without_a_lossy_policy_the_plain_runner_runs(make_rig):
+def test_without_a_lossy_policy_there_is_no_stage(make_rig):
     rig = make_rig()
-    assert type(rig.session._runner) is Runner
+    assert rig.session._runner.lossy is None
     steps(rig)
     stats = rig.session.stats()
     assert (stats.lossy, stats.n_low_slots, stats.total.routed) == (None, 0, 0)
@@ -44,8 +42,8 @@ def test_without_a_lossy_policy_the_plain_runner_runs(make_rig):
 def test_a_policy_that_changes_nothing_gives_the_bits_of_the_lossless_path(make_rig):
     plain = steps(make_rig(), n_tokens=3)
     kind = {"kind": "hobbit", "t1": 1.0, "t2": 1.0, "misses_only": False, "low_dtype": "bfloat16"}
-    relaxed = steps(lossy_rig(make_rig, kind), n_tokens=3)
-    assert all(torch.equal(a, b) for a, b in zip(plain, relaxed, strict=True))
+    rewritten = steps(lossy_rig(make_rig, kind), n_tokens=3)
+    assert all(torch.equal(a, b) for a, b in zip(plain, rewritten, strict=True))
 
 
 def expected_with_low_copy(rig, layer, hidden, index, weights):
@@ -87,11 +85,11 @@ def test_where_an_expert_runs_does_not_change_the_bits_of_either_part(make_rig):
         assert all(torch.equal(a, b) for a, b in zip(placed[0], other, strict=True))
 
 
-@pytest.mark.parametrize("kind", sorted(RELAXATIONS))
+@pytest.mark.parametrize("kind", sorted(LOSSY_POLICIES))
 @pytest.mark.parametrize("placement", ["hybrid", "cpu", "accelerator"])
 def test_every_kind_runs_with_every_placement_in_prefill_and_decode(make_rig, kind, placement):
-    chosen = {"kind": kind, "low_dtype": "bfloat16"} if RELAXATIONS[kind].uses_low_copy else kind
-    dtype = "int4" if RELAXATIONS[kind].uses_planes else "float32"
+    chosen = {"kind": kind, "low_dtype": "bfloat16"} if LOSSY_POLICIES[kind].uses_low_copy else kind
+    dtype = "int4" if LOSSY_POLICIES[kind].uses_planes else "float32"
     rig = lossy_rig(make_rig, chosen, placement=placement, expert_dtype=dtype)
     outputs = steps(rig, 1, n_tokens=9) + steps(rig, 4)
     assert all(torch.isfinite(out).all() and out.abs().sum() > 0 for out in outputs)
@@ -119,10 +117,10 @@ def test_both_parts_use_slots_of_their_own_on_one_accelerator(make_rig):
 def test_slots_are_resized_for_both_parts_and_what_was_learned_stays(make_rig):
     rig = lossy_rig(make_rig, ALL_LOW | {"low_share": 0.5}, gpu_expert_slots=8)
     before = steps(rig)
-    relaxation = rig.session._runner.relaxation
+    policy = rig.session._runner.lossy.policy
     assert rig.session.resize_slots(16) == 8
     assert rig.session.stats().n_low_slots == 16
-    assert rig.session._runner.relaxation is relaxation
+    assert rig.session._runner.lossy.policy is policy
     assert all(torch.equal(a, b) for a, b in zip(before, steps(rig), strict=True))
     assert rig.session.resize_slots(0) == 0
     assert rig.session.stats().n_low_slots == 0
@@ -132,12 +130,12 @@ def test_slots_are_resized_for_both_parts_and_what_was_learned_stays(make_rig):
 def test_a_failed_call_is_recovered_from(make_rig, monkeypatch):
     rig = lossy_rig(make_rig, ALL_LOW)
     expected = steps(rig)
-    low = rig.session._runner.low
+    low = rig.session._runner.lossy.low
 
     def fail(*_, **__):
         raise RuntimeError("planned failure")
 
-    monkeypatch.setattr(low.executor, "compute", fail)
+    monkeypatch.setattr(low, "compute", fail)
     with pytest.raises(RuntimeError, match="planned failure"):
         steps(rig, 1)
     assert all(torch.equal(a, b) for a, b in zip(expected, steps(rig), strict=True))
@@ -146,7 +144,7 @@ def test_a_failed_call_is_recovered_from(make_rig, monkeypatch):
 
 def test_the_budget_changes_while_calls_go_on(make_rig):
     rig = lossy_rig(make_rig, {"kind": "swapmoe", "budget": 24, "frequency": 1})
-    relaxation, errors, done = rig.session._runner.relaxation, [], threading.Event()
+    policy, errors, done = rig.session._runner.lossy.policy, [], threading.Event()
 
     def generate():
         try:
@@ -161,7 +159,7 @@ def test_the_budget_changes_while_calls_go_on(make_rig):
         for budget, kept in ((6, 6), (0.5, 12), ("100%", 24), (3, 3)):
             assert rig.session.resize_budget(budget) == kept
             steps(rig, 1)
-            assert relaxation.kept.sum() == kept
+            assert policy.kept.sum() == kept
     finally:
         done.set()
         thread.join()
@@ -184,9 +182,9 @@ def test_budgets_that_cannot_be_are_refused(make_rig):
 def test_a_budget_that_was_not_given_follows_the_slots(make_rig):
     rig = lossy_rig(make_rig, "swapmoe", gpu_expert_slots=6)
     steps(rig, 1)
-    assert rig.session._runner.relaxation.kept.sum() == 6
+    assert rig.session._runner.lossy.policy.kept.sum() == 6
     rig.session.resize_slots(9)
-    assert rig.session._runner.relaxation.kept.sum() == 9
+    assert rig.session._runner.lossy.policy.kept.sum() == 9
 
 
 def test_a_copy_that_is_no_smaller_is_refused(make_rig):
@@ -201,7 +199,7 @@ BIT_WIDTH = {"kind": "bit_width", "budget": 0.75, "low_dtype": "bfloat16"}
 def test_bit_width_keeps_each_expert_in_one_store(make_rig, slots):
     rig = lossy_rig(make_rig, BIT_WIDTH, gpu_expert_slots=slots)
     session = rig.session
-    low = session._runner.relaxation.low
+    low = session._runner.lossy.policy.low
     assert low.sum() == 12  # half of the experts at half of the bytes
     full_bytes, low_bytes = (layers[0].spec.record_bytes for layers in (session.layers, session._low.layers))
     holes = full_bytes + low_bytes
@@ -226,7 +224,7 @@ def test_bit_width_chooses_by_error_and_use(make_rig):
     used[:, 4:] = 1000.0
     rig = lossy_rig(make_rig, BIT_WIDTH, start=False)
     rig.session.finalize(frequencies=used)
-    assert rig.session._runner.relaxation.low[:, :4].all()
+    assert rig.session._runner.lossy.policy.low[:, :4].all()
     before = steps(rig)
     rig.session.resize_slots(12)
     assert all(torch.equal(a, b) for a, b in zip(before, steps(rig), strict=True))
@@ -240,7 +238,7 @@ def test_a_recorder_sees_the_routers_own_routing(make_rig):
     rig.call(0, hidden, index, weights)
     assert torch.equal(torch.from_numpy(seen[0][0]), index)
     assert torch.equal(torch.from_numpy(seen[0][1]), weights)
-    assert isinstance(rig.session._runner, RelaxedRunner)
+    assert rig.session._runner.lossy is not None
 
 
 def test_a_torch_device_keeps_slots_of_both_sizes(make_rig):

@@ -13,10 +13,10 @@ from gpu_kernels import TorchAccelerator, open_accelerator, torch_events
 from hybrimoe.config.deploy import load_config
 from hybrimoe.dense.place import dense_device
 from hybrimoe.errors import BudgetError, HybriMoEError
-from hybrimoe.runtime.layer_call.slots import SlotCache
+from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.startup.budget import unpack_bytes
 from scheduler import Transfer
-from scheduler.lossy import RELAXATIONS, resolve_lossy
+from scheduler.lossy import LOSSY_POLICIES, resolve_lossy
 from tests.fake_device import DEVICE_TYPE, ManualClock, fake_cards
 from tests.hybrimoe.runtime.conftest import Rig, routing
 
@@ -119,12 +119,12 @@ def test_a_copy_under_way_counts_by_what_is_left_of_it(monkeypatch: pytest.Monke
     with fake_cards(1, clock=clock, link_gbps=8e-3):  # a copy takes 1000 us, and 2 us to launch
         accelerator = TorchAccelerator(CARD)
         accelerator.allocate(2, record.nbytes)
-        slots = SlotCache(accelerator)
+        slots = TransferQueue(accelerator)
         for slot in range(2):
             slots.submit(Transfer(0, slot, slot, None, "demand", 0.0, True), record, 0)
-        assert slots.link_busy_us(clock.us, lambda layer: 1000.0) == pytest.approx(2000.0, abs=1)
+        assert slots.busy_us(clock.us, lambda layer: 1000.0) == pytest.approx(2000.0, abs=1)
         clock.us += 600.0
-        assert slots.link_busy_us(clock.us, lambda layer: 1000.0) == pytest.approx(1400.0, abs=1)
+        assert slots.busy_us(clock.us, lambda layer: 1000.0) == pytest.approx(1400.0, abs=1)
         accelerator.close()
 
 
@@ -140,9 +140,9 @@ def test_layers_without_work_for_the_card_upload_their_output_only(make_rig: Cal
         rig.session.close()
 
 
-@pytest.mark.parametrize("kind", sorted(RELAXATIONS))
+@pytest.mark.parametrize("kind", sorted(LOSSY_POLICIES))
 def test_lossy_policies_run_on_cards(make_rig: Callable[..., Rig], kind: str) -> None:
-    dtype = "int4" if RELAXATIONS[kind].uses_planes else "bfloat16"
+    dtype = "int4" if LOSSY_POLICIES[kind].uses_planes else "bfloat16"
     with fake_cards(2):
         rig = make_rig(
             n_layers=4, accelerator=(CARD, f"{DEVICE_TYPE}:1"), gpu_expert_slots=16, expert_dtype=dtype,

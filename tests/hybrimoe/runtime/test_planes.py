@@ -101,7 +101,7 @@ def test_experts_with_enough_weight_get_their_low_bits_before_they_are_computed(
 def test_prefetches_bring_high_bits_only(make_rig):
     rig = planes_rig(make_rig, 0.5)
     steps(rig, 1)
-    slots = rig.session._runner.executor.caches[0]
+    slots = rig.session._runner.experts.queues[0]
     high, low = plane_bytes(rig.session.layers[0].spec)
     slots.take_counts()
     wanted = np.ones(N_EXPERTS, np.bool_)
@@ -109,11 +109,11 @@ def test_prefetches_bring_high_bits_only(make_rig):
     slots.submit(Transfer(2, 5, 0, None, "prefetch", 0.0, True), rig.session.store.record(2, 5), 9)
     assert slots.take_counts() == (high, [])
     slots.want(~wanted)
-    slots.check(2, [5], [0])
-    assert slots.take_counts() == (0, [5]), "computed from its high bits"
+    slots.before_compute(2, np.array([5], np.int32), [0], [0])
+    assert slots.take_counts() == (0, [0]), "computed from its high bits"
     slots.want(wanted)
-    slots.check(2, [5], [0])
-    slots.check(2, [5], [0])
+    slots.before_compute(2, np.array([5], np.int32), [0], [0])
+    slots.before_compute(2, np.array([5], np.int32), [0], [0])
     assert slots.take_counts() == (low, []), "completed once"
     with pytest.raises(PlanError, match="slot 99"):
         slots.submit(Transfer(2, 5, 99, None, "demand", 0.0, True), rig.session.store.record(2, 5), 9)
@@ -129,14 +129,14 @@ def test_without_a_link_or_with_room_for_all_nothing_is_lost(make_rig, settings)
 def test_a_session_recovers_and_keeps_its_planes(make_rig):
     rig = planes_rig(make_rig, 0.5)
     steps(rig, 2)
-    planes = rig.session._runner.planes
+    planes = rig.session._runner.lossy.planes
     assert rig.session.stats().store_bytes == 2 * rig.session.store.nbytes == 2 * planes.nbytes
-    rig.session._runner.clean = False
+    rig.session._runner.consistent = False
     out = steps(rig, 2)
-    assert rig.session._runner.planes is planes
+    assert rig.session._runner.lossy.planes is planes
     assert all(torch.isfinite(part).all() for part in out)
     rig.session.resize_slots(4)
-    assert rig.session._runner.planes is planes
+    assert rig.session._runner.lossy.planes is planes
 
 
 def test_only_int4_experts_have_planes(make_rig):

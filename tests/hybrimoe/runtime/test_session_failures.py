@@ -24,6 +24,7 @@ from hybrimoe.errors import (
     UnsupportedExpertsError,
 )
 from hybrimoe.runtime import ExpertStore, RuntimeConfig, Session
+from scheduler import SlotError, SlotTable
 
 from .conftest import PROFILE, MiniExperts, Rig, routing
 
@@ -235,9 +236,7 @@ def test_a_failing_kernel_reaches_the_caller_and_the_session_goes_on(
     check_works(rig)
 
 
-@pytest.mark.parametrize(
-    "where", ["scheduler.Planner.plan_layer", "hybrimoe.runtime.layer_call.executor.Executor._run_cpu"]
-)
+@pytest.mark.parametrize("where", ["scheduler.Planner.decide", "hybrimoe.runtime.layer_call.call.Experts.compute"])
 def test_an_interrupt_leaves_a_session_that_goes_on(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -256,6 +255,18 @@ def _raise(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return raiser
+
+
+def test_slot_tables_validate_themselves_while_debugging(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlotTable, "validating", False)
+    for value, validating in (("0", False), ("1", True)):
+        monkeypatch.setenv("HYBRIMOE_DEBUG", value)
+        rig = make_rig()
+        table, _ = rig.session.planner.table(0)  # type: ignore[union-attr]
+        assert table.validating is validating
+    table.pins[0] = -1
+    with pytest.raises(SlotError, match="pins"):
+        check_works(rig)
 
 
 # Life -------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hybrimoe.errors import BudgetError, ConfigError
 from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES, unpack_bytes
 from hybrimoe.runtime.startup.units import share_layers, slots_by_unit
 from scheduler.graph import TaskGraph
-from scheduler.lossy import RELAXATIONS, resolve_lossy
+from scheduler.lossy import LOSSY_POLICIES, resolve_lossy
 from scheduler.planner.group import PlannerGroup
 from scheduler.recording.recording import Recording
 from scheduler.recording.replay import replay
@@ -123,7 +123,7 @@ def test_slots_can_be_resized_and_failures_recovered(make_rig: Callable[..., Rig
     assert rig.session.resize_slots(0.5) == 16
     assert [device.n_slots for device in rig.session.accelerators] == [8, 8]
     assert all(torch.equal(a, b) for a, b in zip(decode(rig), expected, strict=True))
-    rig.session._runner.clean = False  # type: ignore[union-attr]
+    rig.session._runner.consistent = False  # type: ignore[union-attr]
     assert all(torch.equal(a, b) for a, b in zip(decode(rig), expected, strict=True))
     assert rig.session.stats().failures == 1
     assert rig.session.resize_slots(0) == 0
@@ -165,16 +165,16 @@ def test_auto_fits_each_device_by_itself(make_rig: Callable[..., Rig]) -> None:
         slots_by_unit("auto", share_layers(layers, devices, None, kv), layers, size, None, kv)
 
 
-@pytest.mark.parametrize("kind", sorted(RELAXATIONS))
+@pytest.mark.parametrize("kind", sorted(LOSSY_POLICIES))
 def test_lossy_policies_run_on_both(make_rig: Callable[..., Rig], kind: str) -> None:
-    dtype = "int4" if RELAXATIONS[kind].uses_planes else "bfloat16"
+    dtype = "int4" if LOSSY_POLICIES[kind].uses_planes else "bfloat16"
     rig = make_rig(n_layers=4, accelerator=TWO, gpu_expert_slots=16, expert_dtype=dtype, lossy=resolve_lossy(kind))
     outputs = decode(rig)
     assert all(torch.isfinite(out).all() for out in outputs)
     stats = rig.session.stats()
     assert all(unit.counters.accel_experts > 0 for unit in stats.accelerators)
     assert all(unit.n_slots > 0 for unit in stats.accelerators)
-    assert (stats.n_low_slots > 0) == (RELAXATIONS[kind].uses_low_copy)
+    assert (stats.n_low_slots > 0) == (LOSSY_POLICIES[kind].uses_low_copy)
     assert stats.total.routed == 4 * 2 * (5 + 5)
 
 

@@ -68,12 +68,12 @@ def test_a_prefetch_is_used_by_the_first_demand_and_wasted_by_eviction() -> None
     recorder = StatsRecorder(2)
     issued = recorder.of("decode", 0)
     moves = tuple(Transfer(1, expert, expert, None, "prefetch", 1.0, True) for expert in (3, 4, 5))
-    recorder.plan(issued, LayerPlan(0, 0, (), (), (), (), moves, 0.0), (100, 200))
+    recorder.moved(issued, LayerPlan(0, 0, (), (), (), (), moves, 0.0), (100, 200))
     assert issued.transfer_bytes == 600
     for _ in range(2):
         recorder.demand(recorder.of("decode", 1), 1, np.array([3], np.int32), 1, None)
     evicting = Transfer(0, 0, 4, (1, 4), "demand", 1.0, True)
-    recorder.plan(recorder.of("decode", 0), LayerPlan(1, 0, (), (), (), (evicting,), (), 0.0), (100, 200))
+    recorder.moved(recorder.of("decode", 0), LayerPlan(1, 0, (), (), (), (evicting,), (), 0.0), (100, 200))
     assert (issued.prefetches, issued.prefetches_used, issued.prefetches_wasted) == (3, 1, 1)
     assert issued.prefetch_precision == 0.5
 

@@ -79,19 +79,16 @@ def test_the_first_correction_by_hand() -> None:
     model = UseModel(2, 8, 1)
     for _ in range(2):
         model.begin_step(True)
-        model.observe(demand(0, 0), True)
-        assert model.foretell(0) == 1
+        assert model.observe(demand(0, 0), True) == 1
         told = model.ahead[1].copy()
         before = model.odds[1].copy()
-        model.observe(demand(1, 2), True)
-        assert model.foretell(1) == -1, "there is no layer 2"
+        assert model.observe(demand(1, 2), True) == -1, "there is no layer 2"
     moved = LAYER_RATE * (1 - chance_of(told[2])), -LAYER_RATE * chance_of(told[3])
     model.begin_step(True)
     model.observe(demand(0, 0), True)
     first = LAYER_RATE * (1 - chance_of(AHEAD[1])), -LAYER_RATE * chance_of(AHEAD[1])
     assert told[2] == pytest.approx(AHEAD[0] * before[2] + AHEAD[1] + first[0], rel=1e-4)
     before = model.odds[1].copy()
-    model.foretell(0)
     assert model.ahead[1, 2] == pytest.approx(AHEAD[0] * before[2] + AHEAD[1] + first[0] + moved[0], rel=1e-4)
     assert model.ahead[1, 3] == pytest.approx(AHEAD[0] * before[3] + AHEAD[1] + first[1] + moved[1], rel=1e-4)
 
@@ -106,8 +103,7 @@ def test_it_learns_who_follows_whom(distance: int) -> None:
         model.begin_step(True)
         first = int(rng.integers(8))
         for layer in range(4):
-            model.observe(demand(layer, (first + layer) % 8), True)
-            target = model.foretell(layer)
+            target = model.observe(demand(layer, (first + layer) % 8), True)
             if target >= 0 and step >= 200:
                 told += 1
                 right += int(model.ahead[target].argmax()) == (first + target) % 8

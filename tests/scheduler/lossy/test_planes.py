@@ -1,19 +1,19 @@
-"""Relaxation ``d2moe`` by hand: which experts of a call need all their bits."""
+"""Lossy policy ``d2moe`` by hand: which experts of a call need all their bits."""
 
 import numpy as np
 import pytest
 
 from scheduler.errors import PolicyError
-from scheduler.lossy import RelaxSetting, Routing, resolve_lossy
+from scheduler.lossy import LossySetting, Routing, resolve_lossy
 
 
 def whole(ids, weights, **params):
-    policy = resolve_lossy({"kind": "d2moe", **params}).make(RelaxSetting(2, 6))
+    policy = resolve_lossy({"kind": "d2moe", **params}).make(LossySetting(2, 6))
     routing = Routing(0, "decode", np.array(ids, np.int32), np.array(weights, np.float32), np.zeros(6, np.bool_))
-    relaxed = policy.relax(routing)
-    assert relaxed.expert_ids.tolist() == ids
-    assert relaxed.parts is None
-    return np.flatnonzero(relaxed.whole).tolist()
+    rewritten = policy.rewrite(routing)
+    assert rewritten.expert_ids.tolist() == ids
+    assert rewritten.parts is None
+    return np.flatnonzero(rewritten.whole).tolist()
 
 
 def test_experts_with_an_even_share_or_more_of_a_token_need_all_bits():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from scheduler.lossy import RELAXATIONS, resolve_lossy
+from scheduler.lossy import LOSSY_POLICIES, resolve_lossy
 from scheduler.machine.profile import HardwareProfile, ModelShape
 from scheduler.plan import LayerPlan, Transfer
 from scheduler.simulator.engine import SimulationError
@@ -46,7 +46,7 @@ def test_a_policy_that_changes_nothing_is_simulated_as_the_lossless_one(trace, p
     assert all(result.lossy.startswith("hobbit") and result.changed == 0.0 for result in unchanged)
 
 
-@pytest.mark.parametrize("kind", sorted(kind for kind in RELAXATIONS if not RELAXATIONS[kind].uses_planes))
+@pytest.mark.parametrize("kind", sorted(kind for kind in LOSSY_POLICIES if not LOSSY_POLICIES[kind].uses_planes))
 @pytest.mark.parametrize("policy", ["ours", "static"])
 def test_every_kind_is_simulated_in_both_phases_and_is_deterministic(trace, kind, policy):
     first, again = run(trace, kind, policy=policy), run(trace, kind, policy=policy)
@@ -99,6 +99,6 @@ def test_a_kept_set_is_all_that_is_ever_demanded(trace):
     )
     simulator = LossySimulator(trace, PROFILE, SHAPE, config)
     simulator.run()
-    assert simulator.relaxation.kept.sum() == 12
+    assert simulator.lossy_policy.kept.sum() == 12
     held = [divmod(int(key), 8) for key in simulator.planner.slots.key_of if key >= 0]
-    assert np.mean([simulator.relaxation.kept[key] for key in held]) == 1.0
+    assert np.mean([simulator.lossy_policy.kept[key] for key in held]) == 1.0

@@ -1,0 +1,67 @@
+"""How many Python calls one layer call makes in the calling thread: what a decode step pays for beside its kernels."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from hybrimoe.bench.overhead import Contender, Request
+from scheduler import SlotTable
+
+CONFIG = {
+    "model_type": "olmoe", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 32, "num_experts_per_tok": 4, "vocab_size": 96,
+}  # fmt: skip
+WARM_STEPS, STEPS = 24, 24
+MOST_WITH_SLOTS, MOST_WITHOUT, MOST_A_TRANSFER = 72, 15, 45
+"""Python calls a layer, compiled functions and torch's own module call included; and for each expert that moves."""
+
+
+def calls_of_a_layer(tmp_path: Path, policy: str | None) -> Counter[str]:
+    """Calls of the decode steps after the warm-up; "layer" and "transfer" count layer calls and experts that moved."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    contender = Contender(Request(str(path), 4, (policy or "ours",), "float32", 0.25, STEPS, 1), policy)
+    found: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, _argument: Any) -> None:
+        if event == "call":
+            found[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"] += 1
+
+    try:
+        steps = contender.calls(WARM_STEPS + STEPS)
+        contender.run(steps[:WARM_STEPS])
+        contender.session.reset_stats()
+        with torch.no_grad():
+            for experts, call in (
+                pair for step in steps[WARM_STEPS:] for pair in zip(contender.experts, step, strict=True)
+            ):
+                sys.setprofile(note)
+                experts(*call)
+                sys.setprofile(None)
+                found["layer"] += 1
+        total = contender.session.stats().total
+        found["transfer"] = total.transfers + total.prefetches
+    finally:
+        sys.setprofile(None)
+        contender.session.close()
+    return found
+
+
+@pytest.mark.parametrize(("policy", "most"), [("ours", MOST_WITH_SLOTS), (None, MOST_WITHOUT)])
+def test_a_layer_call_stays_within_its_budget(
+    tmp_path: Path, policy: str | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlotTable, "validating", False)
+    found = calls_of_a_layer(tmp_path, policy)
+    layers, moved = found.pop("layer"), found.pop("transfer")
+    per_layer = (found.total() - MOST_A_TRANSFER * moved) / layers
+    listed = "\n".join(f"{n / layers:6.2f} {name}" for name, n in found.most_common(80))
+    assert per_layer <= most, f"{per_layer:.1f} calls a layer without {moved / layers:.2f} transfers:\n{listed}"
