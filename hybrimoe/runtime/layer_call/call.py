@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from cpu_kernels.engine.dispatch import take_records
 from gpu_kernels.combining import combine_on_host
 from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
-from hybrimoe.runtime.layer_call.routing import CallSpace, Workspace, call_inputs, host_index
+from hybrimoe.runtime.layer_call.routing import CallInputs, CallSpace, Workspace, call_inputs, host_index
 from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
@@ -32,13 +32,11 @@ from scheduler import ObservedTask, Phase, Prediction, Transfer
 from scheduler.balancing.problem import CPU
 from scheduler.demand import copied
 from scheduler.graph import PlannedLayer
+from scheduler.lossy import LossyPolicy
 from scheduler.planner.plan_view import PlanView
 from scheduler.planner.protocol import Costs, LayerPlanner
 from scheduler.records import TaskRecord
 from scheduler.slots import SlotTable
-
-if TYPE_CHECKING:
-    from hybrimoe.runtime.lossy.stage import LossyStage
 
 RoutingRecorder = Callable[[int, npt.NDArray[np.integer], npt.NDArray[np.float32], tuple[Prediction, ...]], None]
 
@@ -46,6 +44,48 @@ OBSERVE_EVERY = 4
 """Steps from one correction of the costs by observed times to the next."""
 MAX_UNREPORTED = 4
 """Layers whose accelerator times are still unknown (real devices run behind the host) before the oldest is dropped."""
+
+
+class HostBytes(Protocol):
+    """Something beside the store that takes host memory."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class LossyStage(Protocol):
+    """What rewrites the routing of a call, see `hybrimoe.runtime.lossy.stage`, and what the call tells and asks it."""
+
+    @property
+    def policy(self) -> LossyPolicy: ...
+
+    @property
+    def low(self) -> Experts | None: ...
+
+    @property
+    def gates(self) -> Lookahead | None: ...
+
+    @property
+    def planes(self) -> HostBytes | None: ...
+
+    @property
+    def router_weights(self) -> npt.NDArray[np.float32]: ...
+
+    def begin_step(self, step: Step) -> None: ...
+
+    def rewrite(self, phase: Phase, index: int, inputs: CallInputs) -> Sequence[CallSpace]: ...
+
+    def lanes(self, space: CallSpace, parts: Sequence[CallSpace]) -> tuple[float, float, float]: ...
+
+    def before_compute(self, index: int, phase: Phase) -> None: ...
+
+    def after_compute(self, index: int, phase: Phase) -> None: ...
+
+    def joined(self, index: int, phase: Phase, outputs: list[torch.Tensor]) -> torch.Tensor: ...
+
+    def take_over(self, previous: LossyStage, lookahead: Lookahead | None) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class ExpertsCall:
@@ -116,7 +156,7 @@ class ExpertsCall:
             n_tokens = len(inputs.ids)
             if n_tokens:
                 self._begin(index, n_tokens)
-                return self.lossy.rewrite(self, index, inputs), n_tokens
+                return self.lossy.rewrite(self.phase, index, inputs), n_tokens
             return (), 0
         space = self.experts.spaces[index]
         if not space.read(hidden, top_k_index, top_k_weights, self.experts.workspace):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,8 @@ from hybrimoe.runtime.layer_call.stats import Counters
 from scheduler import Phase, Prediction
 from scheduler.demand import DemandView
 from scheduler.planner.plan_view import PlanView
+from scheduler.planner.protocol import Costs
 from scheduler.records import TaskRecord
-
-if TYPE_CHECKING:
-    from hybrimoe.runtime.layer_call.call import Experts
 
 WORKSPACE_BYTES = 64 << 20
 """Result rows up to this size reuse one buffer; larger ones (long prompts) are allocated for the call."""
@@ -62,6 +60,26 @@ class Workspace:
         return self._rows[:size].reshape(n_rows, hidden)
 
 
+class RunsParts(Protocol):
+    """Experts in one precision, which run their part of a call (`call.Experts`)."""
+
+    @property
+    def costs(self) -> Costs | None: ...
+
+    def plan(
+        self, space: CallSpace, phase: Phase, predictions: tuple[Prediction, ...], cpu_ready_us: float,
+        accel_ready_us: float, link_ready_us: float,
+    ) -> None: ...  # fmt: skip
+
+    def submit(self, space: CallSpace) -> None: ...
+
+    def compute(self, space: CallSpace) -> None: ...
+
+    def combine(self, space: CallSpace) -> torch.Tensor: ...
+
+    def finish(self, space: CallSpace) -> None: ...
+
+
 class CallSpace:
     """One layer's call under way: filled anew by the layer's next call, so nothing is made on the way.
 
@@ -79,7 +97,7 @@ class CallSpace:
     work: LayerWork
     plan: PlanView
 
-    def __init__(self, experts: Experts, index: int, layer: Layer, n_experts: int) -> None:
+    def __init__(self, experts: RunsParts, index: int, layer: Layer, n_experts: int) -> None:
         """`n_experts`: the planner's number of experts, at least the layer's own."""
         self.experts, self.index, self.layer = experts, index, layer
         self.counters = NOT_COUNTED

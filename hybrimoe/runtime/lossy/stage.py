@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybrimoe.runtime.layer_call.call import Experts, ExpertsCall
+from hybrimoe.runtime.layer_call.call import Experts
+from hybrimoe.runtime.layer_call.call import LossyStage as Stage
 from hybrimoe.runtime.layer_call.lookahead import LinearGate, Lookahead
 from hybrimoe.runtime.layer_call.routing import CallInputs, CallSpace
 from hybrimoe.runtime.layer_call.stats import Counters
@@ -55,11 +56,11 @@ class LossyStage:
         if step.new_sequence:
             self.policy.begin_sequence()
 
-    def rewrite(self, call: ExpertsCall, index: int, inputs: CallInputs) -> Sequence[CallSpace]:
+    def rewrite(self, phase: Phase, index: int, inputs: CallInputs) -> Sequence[CallSpace]:
         """The parts of a call that run now, each with the routing that the policy left it; without those of nobody."""
-        counters = self.experts.stats.counters[call.phase][index]
+        counters = self.experts.stats.counters[phase][index]
         self._calls_before = counters.calls, counters.tokens
-        rewritten = self._ask_policy(call, index, inputs, counters)
+        rewritten = self._ask_policy(phase, index, inputs, counters)
         self._inputs, self._rewritten = inputs, rewritten
         for queue in self._plane_queues:
             queue.want(rewritten.whole)
@@ -70,14 +71,14 @@ class LossyStage:
                 parts.append(space)
         return parts
 
-    def _ask_policy(self, call: ExpertsCall, index: int, inputs: CallInputs, counters: Counters) -> Rewritten:
+    def _ask_policy(self, phase: Phase, index: int, inputs: CallInputs, counters: Counters) -> Rewritten:
         layer, planner = self.experts.layers[index], self.experts.planner
         n_experts = layer.num_experts
         ids = np.where(inputs.ids < n_experts, inputs.ids, -1).astype(np.int32)
         self.router_weights = inputs.weights
         norms = np.linalg.norm(inputs.host_hidden, axis=1) if self.policy.needs_norms else None
         resident = np.zeros(n_experts, np.bool_) if planner is None else planner.resident_mask(index)[:n_experts]
-        routing = Routing(index, call.phase, ids, inputs.weights, resident, self._scores(index, inputs), norms)
+        routing = Routing(index, phase, ids, inputs.weights, resident, self._scores(index, inputs), norms)
         rewritten = self.policy.rewrite(routing)
         if rewritten.parts is not None and layer.placement == "accelerator":  # its experts have no CPU lane
             now = np.where(rewritten.parts == DEFERRED, np.uint8(FULL), rewritten.parts)
@@ -168,7 +169,7 @@ class LossyStage:
             out = out + more
         return out
 
-    def take_over(self, previous: LossyStage, lookahead: Lookahead | None) -> None:
+    def take_over(self, previous: Stage, lookahead: Lookahead | None) -> None:
         """Continues a stage that ends here: its gates know the routers already."""
         previous.close()
         self.gates = previous.gates if lookahead is None else lookahead

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from hybrimoe.runtime.layer_call.call import ExpertsCall
+from hybrimoe.runtime.layer_call.call import LossyStage as Stage
 from hybrimoe.runtime.layer_call.lookahead import LinearGate, Lookahead
 from hybrimoe.runtime.lossy.low_copy import LowCopy, copy_errors
 from hybrimoe.runtime.lossy.planes import PlaneQueue, PlaneStore
@@ -50,11 +51,11 @@ def lossy_call(
     return call
 
 
-def _planes(startup: Startup, before: LossyStage | None) -> PlaneStore:
+def _planes(startup: Startup, before: Stage | None) -> PlaneStore:
     """The bit planes of all experts, made once a session."""
     known = None if before is None else before.planes
     pinned = any(unit.accelerator.needs_pinned_host() for unit in startup.units)
-    return PlaneStore(startup.store, pinned=pinned) if known is None else known
+    return known if isinstance(known, PlaneStore) else PlaneStore(startup.store, pinned=pinned)
 
 
 def _low_startup(startup: Startup, low: LowCopy) -> Startup:

@@ -264,8 +264,8 @@ def test_slot_tables_validate_themselves_while_debugging(make_rig: MakeRig, monk
         rig = make_rig()
         table, _ = rig.session.planner.table(0)  # type: ignore[union-attr]
         assert table.validating is validating
-    table.pins[0] = -1
-    with pytest.raises(SlotError, match="pins"):
+    table.pins[-1] = -1
+    with pytest.raises(SlotError, match="cannot be with -1 pins"):
         check_works(rig)
 
 
