@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import struct
@@ -29,10 +30,8 @@ from hybrimoe.checkpoint.safetensors_file import SafetensorsFile
 from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 
-try:
-    import fcntl
-except ImportError:  # Windows: no such locks; a file that is open there cannot be removed
-    fcntl = None  # type: ignore[assignment]
+fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
+"""File locks; None on systems that have none (Windows)."""
 
 MAGIC = b"HYBRIMOE"
 FORMAT_VERSION = 2
