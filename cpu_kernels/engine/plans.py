@@ -68,11 +68,11 @@ def _base(dtype: ExpertDtype, isa_name: str, n_in: int, n_inter: int, n_out: int
 def _plan(vector: np.ndarray, activation: Activation) -> Plan:
     block = int(vector[call.X_BYTES])
     rows = [int(vector[size]) // BLOCK_COLUMNS * block for size in (call.IN, call.INTER)]
-    return Plan(vector, _parameters(activation), *rows)
+    return Plan(vector, activation_parameters(activation), *rows)
 
 
-def _parameters(activation: Activation) -> np.ndarray:
-    """Limits that are not set are infinite."""
+def activation_parameters(activation: Activation) -> np.ndarray:
+    """float32 [N_PARAMETERS] that `finish` reads; limits that are not set are infinite."""
     values = np.zeros(N_PARAMETERS, np.float32)
     values[ALPHA] = activation.alpha
     values[GATE_MAX] = np.inf if activation.gate_max is None else activation.gate_max

@@ -31,6 +31,12 @@ def inline_kernel(function: F) -> F:
     return cast(F, numba.njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function))
 
 
+def float_kernel(function: F) -> F:
+    """Like `inline_kernel`; sums may be taken in vectors, in an order that depends on the CPU and on nothing else."""
+    options = {**_OPTIONS, "fastmath": {"reassoc", "contract", "nsz"}}
+    return cast(F, numba.njit(**options, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function))
+
+
 class Worker:
     """A function ``(call: int64, thread: int64) -> None`` that threads run by address; compiled when first asked for.
 

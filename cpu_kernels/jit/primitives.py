@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cpu_kernels.jit.compiled import inline_kernel
@@ -93,6 +94,17 @@ def take_ticket(typingctx: Any, counter: Any) -> Any:
         return builder.atomic_rmw("add", place, ir.Constant(_I64, 1), "monotonic")
 
     return types.int64(types.int64), code
+
+
+@intrinsic
+def cycles(typingctx: Any) -> Any:
+    """The CPU's time stamp counter, in ticks of a constant rate (0 on CPUs without one)."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(_I64, [])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter"), [])
+
+    return types.int64(), code
 
 
 @intrinsic

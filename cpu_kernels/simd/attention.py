@@ -2,7 +2,8 @@
 
 attend(q, k, k_bytes, v, v_bytes, bias, n_tokens, dim, v_dim, scores, stats, out)
 
-q float32 [heads, dim], scaled already; k and v: rows of bfloat16, k_bytes and v_bytes apart, that all the heads share.
+q float32 [heads, dim], scaled already; k and v: rows of bfloat16 (or float32), k_bytes and v_bytes apart, that all the
+heads share.
 bias float32 [n_tokens] is added to every head's scores. scores: scratch float32 [heads, CHUNK]. For each head, stats
 gets m = max score and the sum of exp(score - m) (float32 [heads, 2]), out the sum of exp(score - m) * v (float32
 [heads, v_dim]). dim and v_dim are multiples of the ISA's lanes; n_tokens is 1 to CHUNK.
@@ -12,7 +13,7 @@ Partial results of runs are joined by ``exp(m - max m)`` (Dao et al., Flash-Deco
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from llvmlite import ir
 
@@ -34,15 +35,16 @@ VALUE_VECTORS = 4
 
 @dataclass(frozen=True, slots=True)
 class AttendKernel:
-    """`attend` for a number of query heads that share keys and values."""
+    """`attend` for a number of query heads that share keys and values, which are stored as `dtype`."""
 
     n_heads: int
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     symbol: ClassVar[str] = "attend"
 
     @property
     def name(self) -> str:
         """Of the file that keeps it."""
-        return f"attend-{self.n_heads}"
+        return f"attend-{self.n_heads}" + ("" if self.dtype == "bfloat16" else f"-{self.dtype}")
 
     def build(self, isa: Isa) -> ir.Module:
         """LLVM module with `attend`."""
@@ -65,6 +67,16 @@ class _Arguments:
     scores: ir.Value
     stats: ir.Value
     out: ir.Value
+    is_bf16: bool
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a cached value."""
+        return 2 if self.is_bf16 else 4
+
+    def load(self, s: Simd, place: ir.Value) -> ir.Value:
+        """A vector of cached values as float32."""
+        return s.load_bf16(place) if self.is_bf16 else s.load(place, s.f32)
 
 
 def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
@@ -72,7 +84,8 @@ def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
     kinds = [POINTER, POINTER, I64, POINTER, I64, POINTER, I64, I64, I64, POINTER, POINTER, POINTER]
     function = ir.Function(module, ir.FunctionType(VOID, kinds), kernel.symbol)
     s = Simd(ir.IRBuilder(function.append_basic_block()), isa)
-    a = _Arguments(*function.args)
+    arguments: list[Any] = [*function.args, kernel.dtype == "bfloat16"]
+    a = _Arguments(*arguments)
     _scores(s, a, kernel.n_heads)
     for head in range(kernel.n_heads):
         _softmax(s, s.offset(a.scores, 4 * CHUNK * head), s.offset(a.stats, 8 * head), a.n_tokens)
@@ -120,7 +133,7 @@ def _products(s: Simd, a: _Arguments, n_heads: int, token: ir.Value, n_tokens: i
     query_bytes = s.b.mul(a.dim, s.const(4))
 
     def step(column: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        parts = [s.load_bf16(s.offset(key, s.b.mul(column, s.const(2)))) for key in keys]
+        parts = [a.load(s, s.offset(key, s.b.mul(column, s.const(a.element_bytes)))) for key in keys]
         added = []
         for head in range(n_heads):
             place = s.offset(a.q, s.b.add(s.b.mul(query_bytes, s.const(head)), s.b.mul(column, s.const(4))))
@@ -163,12 +176,12 @@ def _values(s: Simd, a: _Arguments, n_heads: int) -> None:
 
 
 def _value_columns(s: Simd, a: _Arguments, n_heads: int, column: ir.Value, n_vectors: int) -> None:
-    first = s.offset(a.v, s.b.mul(column, s.const(2)))
+    first = s.offset(a.v, s.b.mul(column, s.const(a.element_bytes)))
 
     def add(token: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
         row = s.offset(first, s.b.mul(token, a.v_bytes))
         s.prefetch(s.offset(row, s.b.mul(a.v_bytes, s.const(PREFETCH_TOKENS))))
-        parts = [s.load_bf16(s.offset(row, 2 * s.lanes * vector)) for vector in range(n_vectors)]
+        parts = [a.load(s, s.offset(row, a.element_bytes * s.lanes * vector)) for vector in range(n_vectors)]
         added = []
         for head in range(n_heads):
             weight = s.splat_load(s.offset(a.scores, _floats(s, token, CHUNK * head)), F32)

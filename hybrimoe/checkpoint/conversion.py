@@ -7,6 +7,7 @@ then gives its parameters whole, or one expert's slice of them: where all operat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ from transformers.core_model_loading import (
 from hybrimoe.checkpoint.dequantise import Source
 from hybrimoe.checkpoint.source import listed
 from hybrimoe.errors import CheckpointError
+
+WRAPPERS = re.compile(r"^(module\.|language_model\.(?=model\.|lm_head\.))+|(?<![^.])_orig_mod\.")
+"""What data parallel training, a model with images, and torch.compile put into the names of weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,8 @@ def plan_conversions(model: PreTrainedModel, sources: Mapping[str, Source]) -> C
         renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
         if renamed not in parameters and key in parameters:
             renamed, pattern = key, None
+        if renamed not in parameters and (bare := WRAPPERS.sub("", key)) != key and bare not in sources:
+            renamed, pattern = rename_source_key(bare, renamings, converters, model.base_model_prefix, parameters)
         if renamed not in parameters:
             unknown.append(key)
             continue

@@ -4,6 +4,7 @@ does in `from_pretrained`."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from hybrimoe import compat
 from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
+from hybrimoe.checkpoint.errors import LeftOutWarning
+from hybrimoe.checkpoint.extras import left_out
 from hybrimoe.checkpoint.source import listed, read_config_dict
 from hybrimoe.errors import CheckpointError, ModelError
 
@@ -50,6 +53,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
             f"{directory}: transformers cannot read config.json ({raw['model_type']}): {reason}; correct that entry, or"
             " fetch the file again"
         ) from error
+    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    if isinstance(chosen, int) and chosen < 1:
+        raise ModelError(f"{directory}: num_experts_per_tok in config.json is {chosen}; expected 1 or more")
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
@@ -171,11 +177,16 @@ def _check_keys(model: PreTrainedModel, info: LoadStateDictInfo, unknown_keys: s
         raise CheckpointError(
             f"the checkpoint lacks {listed(names)}; a shard is missing or config.json is another model's"
         )
-    if report.unexpected_keys and unknown_keys == "error":
-        names = sorted(report.unexpected_keys)
+    extras = left_out(report.unexpected_keys, model.config.get_text_config().num_hidden_layers)
+    if extras:
+        parts = [f"{len(keys)} of {what} ({listed(keys)})" for what, keys in extras.items()]
+        warnings.warn(LeftOutWarning(f"weights of the checkpoint were left out: {'; '.join(parts)}"), stacklevel=2)
+    unknown = report.unexpected_keys.difference(*extras.values())
+    if unknown and unknown_keys == "error":
+        names = sorted(unknown)
         raise CheckpointError(
             f"the checkpoint has weights that the model does not know: {listed(names)}; config.json is another model's,"
-            ' or they may be left out: unknown_keys="ignore"'
+            ' or they may be left out: hybrimoe.load(..., unknown_keys="ignore")'
         )
 
 

@@ -9,3 +9,7 @@ class UnsupportedCheckpointError(CheckpointError):
 
 class PackedFileWarning(UserWarning):
     """The packed experts could not be written, so the next start reads the checkpoint again. Nothing is lost."""
+
+
+class LeftOutWarning(UserWarning):
+    """Weights of the checkpoint that its model has no place for were left out; the message says which."""

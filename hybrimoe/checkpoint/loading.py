@@ -147,6 +147,7 @@ class Loader:
             if not injection.session.started:
                 self._pack(injection.session.store, sources, show)
                 injection.session.start()
+            injection.compile_step()
         except BaseException:
             injection.session.close()
             raise

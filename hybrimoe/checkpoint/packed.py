@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import struct
@@ -30,8 +29,12 @@ from hybrimoe.checkpoint.safetensors_file import SafetensorsFile
 from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 
-fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
-"""File locks; None on systems that have none (Windows)."""
+try:
+    import fcntl
+
+    HAS_LOCKS = True
+except ImportError:  # Windows, which renames and removes no file that is open
+    HAS_LOCKS = False
 
 MAGIC = b"HYBRIMOE"
 FORMAT_VERSION = 2
@@ -164,19 +167,19 @@ def _whole_or_nothing(place: Path, header: dict[str, Any]) -> Iterator[tuple[int
     descriptor, name = tempfile.mkstemp(prefix=path.stem + "-", suffix=PARTIAL_SUFFIX, dir=place)
     opened = os.fdopen(descriptor, "r+b", buffering=0)
     try:
-        if fcntl is not None:
+        if HAS_LOCKS:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         _reserve(descriptor, len(head) + _records_bytes(header))
         _write_all(descriptor, memoryview(head), 0)
         yield descriptor, len(head)
         os.fsync(descriptor)
         os.chmod(name, FILE_MODE)
-        if fcntl is None:  # such a system renames no open file; where there are locks, it stays locked until then
+        if not HAS_LOCKS:  # such a system renames no open file; where there are locks, it stays locked until then
             opened.close()
         os.replace(name, path)
         _sync_folder(place)
     except BaseException:
-        if fcntl is None:
+        if not HAS_LOCKS:
             opened.close()
         with contextlib.suppress(OSError):
             os.unlink(name)
@@ -241,7 +244,7 @@ def _sweep(place: Path) -> None:
     """Removes partial files whose writer is gone (nobody holds their lock)."""
     for unfinished in place.glob(f"*{PARTIAL_SUFFIX}"):
         with contextlib.suppress(OSError):
-            if fcntl is None:  # such a system refuses to remove a file that its writer has open
+            if not HAS_LOCKS:  # such a system refuses to remove a file that its writer has open
                 unfinished.unlink()
                 continue
             with unfinished.open("rb") as file:

@@ -27,7 +27,7 @@ READABLE = "fp8, mxfp4, compressed-tensors float-quantized, ModelOpt FP8, and un
 TENSOR_NAMES: dict[str, tuple[str, ...]] = {
     "bitsandbytes": (".SCB", ".absmax", ".nested_absmax", ".quant_map", ".bitsandbytes__nf4", ".bitsandbytes__fp4"),
     "gptq or awq": (".qweight", ".qzeros"),
-    "nvfp4": ("_scale_2", "_global_scale"),
+    "nvfp4": (".weight_scale_2", "_proj_scale_2", ".weight_global_scale"),
     "compressed-tensors (pack-quantized)": (".weight_packed", "_proj_packed"),
     "hqq": (".W_q",),
     "quanto": (".weight._data", ".weight_qtype"),

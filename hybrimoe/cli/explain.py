@@ -68,6 +68,8 @@ def show(explanation: Explanation, *, every_module: bool = False) -> None:
     out.print(f"modules without a rule: {size(explanation.other_bytes)}")
     for path in explanation.untouched_experts:
         out.print(f"experts without a rule: {path}")
+    for path, way in explanation.ways.items():
+        out.print(f"decode steps of {path}: {way}", markup=False)
     for remark in explanation.remarks:
         out.print(short_rule(remark), style="dim", markup=False)
 

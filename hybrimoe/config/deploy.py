@@ -54,6 +54,9 @@ class CpuConfig(Section):
     dense_dtype: DenseDtypeName = Field(
         default="auto", description="How all other weights are stored; auto as in the model."
     )
+    step: Literal["auto", "transformers"] = Field(
+        default="auto", description="Decode steps without slots: auto compiles them where the model is understood."
+    )
     attention: Literal["auto", "torch"] = Field(
         default="auto", description="Decode steps of bfloat16 attention on the CPU: auto is our kernel."
     )
@@ -159,6 +162,7 @@ _ALIASES: dict[str, KeyPath] = {
     "expert_dtype": ("cpu", "expert_dtype"),
     "dense_dtype": ("cpu", "dense_dtype"),
     "attention": ("cpu", "attention"),
+    "step": ("cpu", "step"),
     "backend": ("cpu", "backend"),
     "threads": ("cpu", "threads"),
     "policy": ("scheduler", "policy"),

@@ -64,6 +64,11 @@ class PackedLinear(nn.Module):
         """Bytes of the packed weights."""
         return self.spec.record_bytes
 
+    @property
+    def record_address(self) -> int:
+        """Where the packed weights lie, as long as this module lives."""
+        return int(self._record.ctypes.data)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: floating [..., in_features] -> [..., out_features] in x's dtype."""
         if torch.compiler.is_compiling():

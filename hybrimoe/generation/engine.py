@@ -145,6 +145,9 @@ class TextGenerator:
         """Compute `token_ids` on top of `cache`; returns the logits [V] after the last of them."""
         import torch
 
+        logits: torch.Tensor | None = self._step_logits(token_ids, cache)
+        if logits is not None:
+            return logits
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.model.device)
         cache.growing(len(token_ids))
         try:
@@ -158,7 +161,23 @@ class TextGenerator:
             raise
         cache.extended(token_ids, outputs.past_key_values)
         self._measure(cache)
-        logits: torch.Tensor = outputs.logits[0, -1]
+        last: torch.Tensor = outputs.logits[0, -1]
+        return last
+
+    def _step_logits(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor | None:
+        """`forward` by the model's compiled step; None where it has none or leaves these tokens to the model."""
+        step = getattr(getattr(self.model, "hybrimoe", None), "step", None)
+        if step is None:
+            return None
+        cache.growing(len(token_ids))
+        try:
+            logits: torch.Tensor | None = step.next_logits(token_ids, cache.states)
+        except BaseException:
+            cache.clear()
+            raise
+        if logits is not None:
+            cache.extended(token_ids, cache.states)
+            self._measure(cache)
         return logits
 
     def _measure(self, cache: PrefixCache) -> None:

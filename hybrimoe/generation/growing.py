@@ -1,18 +1,29 @@
-"""A KV cache layer with room to grow, so that a new token is written and not all before it copied."""
+"""KV cache layers with room to grow, so that a new token is written and not all before it copied.
+
+transformers' forward calls `update`; the compiled step writes into the buffers itself, between `grown` and `advance`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["GrowingLayer", "growing_cache"]
+__all__ = ["Buffers", "GrowingLayer", "GrowingWindowLayer", "grow_in_place", "growing_cache"]
 
 LEAST_ROOM = 256
 """Tokens of room that a new buffer has at least."""
 ROOM_SHARE = 8
 """A new buffer has room for 1/8 of what it holds: copying stays a constant share, and no more memory lies idle."""
+
+
+class Buffers(NamedTuple):
+    """keys and values [B, heads, capacity, D], of which the first tokens are used; `first`: number of the first one."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    first: int = 0
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not typed
@@ -23,13 +34,39 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
     of rows) is taken as it is; the next token finds a new buffer where it has to.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    _buffers: Buffers | None = None
+    _n_used = 0
+    _set: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
+    """What `keys` and `values` were set to; None: they are the first `_n_used` tokens of the buffers."""
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """No tokens and no buffers yet."""
-        super().lazy_initialization(key_states, value_states)
-        self._buffers: list[torch.Tensor | None] = [None, None]
+    @property
+    def keys(self) -> Any:
+        """Tensor [B, heads, T, D]; None before the first token."""
+        return self._both()[0]
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._set = (value, self._both()[1])
+
+    @property
+    def values(self) -> Any:
+        """Tensor [B, heads, T, D]; None before the first token."""
+        return self._both()[1]
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._set = (self._both()[0], value)
+
+    def _both(self) -> tuple[Any, Any]:
+        if self._set is None:
+            assert self._buffers is not None
+            used = slice(self._first_kept(), self._n_used)
+            self._set = self._buffers.keys[..., used, :], self._buffers.values[..., used, :]
+        return self._set
+
+    def _first_kept(self) -> int:
+        """The first token of the buffers that `keys` and `values` show."""
+        return 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -37,28 +74,122 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         """Append [B, heads, new tokens, D]; returns all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._appended(0, self.keys, key_states)
-        self.values = self._appended(1, self.values, value_states)
+        n_new, n_held = key_states.shape[-2], self.get_seq_length()
+        buffers = self._with_room(n_new, key_states, value_states)
+        buffers.keys[..., n_held : n_held + n_new, :] = key_states
+        buffers.values[..., n_held : n_held + n_new, :] = value_states
+        self.advance(n_new)
         return self.keys, self.values
 
-    def _appended(self, which: int, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        n_held = held.shape[-2] if held.numel() else 0
-        n_tokens = n_held + new.shape[-2]
-        buffer = self._buffers[which]
-        if buffer is None or buffer.shape[-2] < n_tokens or not _begins(held, buffer):
-            room = max(LEAST_ROOM, n_tokens // ROOM_SHARE)
-            buffer = new.new_empty(*new.shape[:-2], n_tokens + room, new.shape[-1])
-            if n_held:
-                buffer[..., :n_held, :] = held
-            self._buffers[which] = buffer
-        buffer[..., n_held:n_tokens, :] = new
-        return buffer[..., :n_tokens, :]
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self._n_used if self._set is None else int(super().get_seq_length())
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences that are held."""
+        held = self._buffers.keys if self._set is None and self._buffers is not None else self.keys
+        return int(held.shape[0])
+
+    def grown(self, n_new: int) -> Buffers:
+        """The buffers with room for n_new more tokens; whoever has written them calls `advance`."""
+        return self._with_room(n_new, self.keys, self.values)
+
+    def advance(self, n_new: int) -> None:
+        """The next n_new tokens of the buffers are in use."""
+        self._n_used += n_new
+        self._set = None
+
+    def _with_room(self, n_new: int, keys_like: torch.Tensor, values_like: torch.Tensor) -> Buffers:
+        """Buffers that begin with what is held and have room for n_new tokens more."""
+        n_held = self.get_seq_length()
+        buffers = self._buffers
+        known = self._set is None or (buffers is not None and n_held and _begins(self._set, buffers))
+        if buffers is not None and known and buffers.keys.shape[-2] >= n_held + n_new:
+            self._n_used = n_held
+            return buffers
+        n_tokens = n_held + n_new
+        room = n_tokens + max(LEAST_ROOM, n_tokens // ROOM_SHARE)
+        held = self._both()
+        new = [like.new_empty(*like.shape[:-2], room, like.shape[-1]) for like in (keys_like, values_like)]
+        if n_held:
+            for buffer, part in zip(new, held, strict=True):
+                buffer[..., :n_held, :] = part
+        self._buffers, self._n_used = Buffers(new[0], new[1]), n_held
+        return self._buffers
 
 
-def _begins(held: torch.Tensor, buffer: torch.Tensor) -> bool:
-    """Whether `held` is the beginning of `buffer`, not a copy or a choice of its rows."""
-    alike = held.shape[:-2] == buffer.shape[:-2] and held.stride() == buffer.stride()
-    return alike and held.data_ptr() == buffer.data_ptr() and held.dtype == buffer.dtype
+class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: ignore[misc] # transformers is not typed
+    """A sliding window in buffers: `keys` and `values` are the last `sliding_window - 1` tokens, as transformers keeps.
+
+    transformers' forward updates it as its own layer, by a copy of the window; the compiled step writes in place.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `DynamicSlidingWindowLayer` does."""
+        result: tuple[torch.Tensor, torch.Tensor] = DynamicSlidingWindowLayer.update(
+            self, key_states, value_states, *args, **kwargs
+        )
+        return result
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return int(self.cumulative_length)
+
+    def _first_kept(self) -> int:
+        return max(0, self._n_used - int(self.sliding_window) + 1)
+
+    def advance(self, n_new: int) -> None:
+        """The next n_new tokens of the buffers are in use."""
+        self.cumulative_length += n_new
+        super().advance(n_new)
+
+    def _with_room(self, n_new: int, keys_like: torch.Tensor, values_like: torch.Tensor) -> Buffers:
+        buffers = self._buffers
+        if self._set is None or (buffers is not None and self._is_shown(buffers)):
+            assert buffers is not None
+            if buffers.keys.shape[-2] >= self._n_used + n_new:
+                return buffers
+        held = [part.clone() for part in self._both()]  # the last tokens, which may move within their buffer
+        n_held = held[0].shape[-2]
+        room = self.sliding_window + n_new + max(LEAST_ROOM, self.sliding_window // ROOM_SHARE)
+        if buffers is None or buffers.keys.shape[:-2] != held[0].shape[:-2] or buffers.keys.shape[-2] < room:
+            new = [like.new_empty(*like.shape[:-2], room, like.shape[-1]) for like in (keys_like, values_like)]
+        else:
+            new = [buffers.keys, buffers.values]
+        for buffer, part in zip(new, held, strict=True):
+            buffer[..., :n_held, :] = part
+        self._buffers, self._n_used = Buffers(new[0], new[1], self.cumulative_length - n_held), n_held
+        return self._buffers
+
+    def _is_shown(self, buffers: Buffers) -> bool:
+        """Whether `keys` and `values` are still those of the buffers: seen, not replaced."""
+        assert self._set is not None
+        used = slice(self._first_kept(), self._n_used)
+        shown = buffers.keys[..., used, :], buffers.values[..., used, :]
+        same_tokens = buffers.first + self._n_used == self.cumulative_length
+        return same_tokens and all(_same_place(a, b) for a, b in zip(self._set, shown, strict=True))
+
+
+def _begins(held: tuple[Any, Any], buffers: Buffers) -> bool:
+    """Whether held keys and values are the beginnings of the buffers, not copies or a choice of their rows."""
+    n = held[0].shape[-2]
+    return all(
+        part is not None and _same_place(part, buffer[..., :n, :])
+        for part, buffer in zip(held, (buffers.keys, buffers.values), strict=True)
+    )
+
+
+def _same_place(one: Any, other: torch.Tensor) -> bool:
+    return (
+        one is not None
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.data_ptr() == other.data_ptr()
+        and one.dtype == other.dtype
+    )
 
 
 def growing_cache(text_config: Any) -> DynamicCache:
@@ -66,3 +197,21 @@ def growing_cache(text_config: Any) -> DynamicCache:
     cache = DynamicCache(config=text_config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def grow_in_place(cache: DynamicCache) -> None:
+    """Gives plain and windowed layers of a cache that holds tokens already room to grow; others stay as they are."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = _adopted(GrowingLayer(), layer)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[index] = _adopted(GrowingWindowLayer(layer.sliding_window), layer)
+
+
+def _adopted(own: GrowingLayer, layer: DynamicLayer) -> GrowingLayer:
+    """`own` with all that `layer` holds and knows."""
+    known = dict(vars(layer))
+    keys, values = known.pop("keys"), known.pop("values")
+    own.__dict__.update(known)
+    own.keys, own.values = keys, values
+    return own

@@ -43,7 +43,8 @@ class Explanation:
     """What the rules do to a model.
 
     rows: every module with a rule, in the model's order; untouched_experts: experts modules without one; other_bytes:
-    weights of all modules without a rule; totals: packed bytes of all replaced experts by dtype.
+    weights of all modules without a rule; totals: packed bytes of all replaced experts by dtype; ways: of a loaded
+    model, how decode steps run: by layer "compiled", or why transformers' own forward does.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Explanation:
     other_bytes: int
     totals: Mapping[str, int]
     remarks: tuple[str, ...]
+    ways: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -85,6 +85,7 @@ def inject(
     if not injection.deferred:
         try:
             injection.prepare_dense(keep_originals=True)
+            injection.compile_step()
         except BaseException:
             injection.restore()
             raise

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from hybrimoe.dense.attention import DecodeAttention
     from hybrimoe.dense.linear import PackedDense
     from hybrimoe.runtime.layer_call.stats import SessionStats
+    from hybrimoe.step.build import StepWay
+    from hybrimoe.step.step import Step
 
 MARK = "hybrimoe"
 """Attribute of an injected model that holds its Injection."""
@@ -49,6 +51,7 @@ class Injection:
         self.dense: PackedDense | None = None
         self.attention: DecodeAttention | None = None
         self.torch_threads: FewThreads | None = None
+        self.way: StepWay | None = None
         self._application = application
         self._active = True
         self._sharing: weakref.WeakSet[Injection] = weakref.WeakSet([self])
@@ -80,6 +83,23 @@ class Injection:
             sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
             self.dense = pack_linears(self.model, sizes, dtype, keep_originals=keep_originals, threads=threads)
         self.torch_threads = FewThreads(self.model)
+
+    def compile_step(self) -> None:
+        """Decode steps in one compiled call, where the deployment wants that and the model is understood.
+
+        The session must have started: the model runs a short prompt, which its compiled form is compared with.
+        """
+        from hybrimoe.step.build import StepWay, compile_step
+
+        if self.config.cpu.step == "transformers":
+            self.way = StepWay(reason="cpu.step: transformers")
+        else:
+            self.way = compile_step(self.model, self.session)
+
+    @property
+    def step(self) -> Step | None:
+        """The compiled decode step; None where transformers' forward runs them (`way.reason` says why)."""
+        return None if self.way is None else self.way.step
 
     def _use_decode_attention(self, threads: int | None) -> None:
         """Where the kernels' threads do not start (experts may run on another backend), a remark says so."""
@@ -116,7 +136,8 @@ class Injection:
         return state
 
     def explain(self) -> Explanation:
-        """Which rule is for which module, with its operator, device (which of several accelerators) and bytes."""
+        """Which rule is for which module, with its operator, device (which of several accelerators) and bytes, and
+        how decode steps run."""
         experts = self.resolution.experts
         units = self.session.units if len(self.session.units) > 1 else ()
         places = {
@@ -125,7 +146,8 @@ class Injection:
             for layer in unit.layers
         }
         dtype = self.config.cpu.expert_dtype
-        return explain_resolution(self.model, self.resolution, dtype, self.remarks, places)
+        explanation = explain_resolution(self.model, self.resolution, dtype, self.remarks, places)
+        return explanation if self.way is None else replace(explanation, ways=self.way.described())
 
     def restore(self) -> None:
         """Make the model exactly what it was: the same modules and weights, no wrappers. A second call does nothing.
@@ -143,6 +165,8 @@ class Injection:
                 " transformers"
             )
         self._rebuild_deferred()
+        if self.way is not None:
+            self.way.undo()
         if self.dense is not None:
             self.dense.undo()
         if self.attention is not None:
@@ -173,6 +197,8 @@ class Injection:
         )
         twin._active, twin._sharing = self._active, self._sharing
         twin._sharing.add(twin)
+        if self.way is not None:
+            twin.way = self.way.of_copy()
         model.__dict__[SAVE] = SaveGuard(model)
         return twin
 

@@ -63,6 +63,7 @@ class Session:
         self._sink: ProbeSink | None = None
         self._make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
         self._closed = False
+        self._reporters: list[Callable[[StatsRecorder], None]] = []
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     # Building ---------------------------------------------------------------------------------------------------
@@ -336,9 +337,33 @@ class Session:
         with self._lock:
             return self._ready().slot_contents()
 
+    @property
+    def plain(self) -> bool:
+        """Whether layer calls are exact, on the CPU alone and watched by nobody: a compiled step may stand for them."""
+        runner = self._runner
+        return (
+            runner is not None
+            and type(runner) is Runner
+            and runner.planner is None
+            and runner.routing_recorder is None
+            and not runner.tracing
+            and self._sink is None
+            and not self._closed
+        )
+
+    def add_reporter(self, report: Callable[[StatsRecorder], None]) -> None:
+        """`report` is called before counters are read or reset, to add what ran without layer calls."""
+        self._reporters.append(report)
+
+    def remove_reporter(self, report: Callable[[StatsRecorder], None]) -> None:
+        """Takes back `add_reporter`."""
+        self._reporters.remove(report)
+
     def stats(self) -> SessionStats:
         """A snapshot of the counters."""
         with self._lock:
+            for report in self._reporters:
+                report(self._stats)
             runner = self._runner
             if runner is not None and runner.consistent and not self._closed:
                 runner.report()
@@ -349,7 +374,14 @@ class Session:
         with self._lock:
             if self._runner is not None and self._runner.consistent:
                 self._runner.report()
+            for report in self._reporters:
+                report(self._stats)
             self._stats.reset()
+
+    def forget_trial(self) -> None:
+        """After a trial run: counters are zero, and the next call begins a first step."""
+        self.reset_stats()
+        self._tracker.restart()
 
     def describe_layer(self, layer: int) -> str:
         """One line for `print(model)`."""

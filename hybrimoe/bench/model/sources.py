@@ -98,7 +98,9 @@ class RandomSource:
         place_dense(model, deployment)
         injection.prepare_dense(keep_originals=False)
         injection.session.start()
-        return model.eval()
+        model.eval()
+        injection.compile_step()
+        return model
 
     def gguf(self, path: Path, progress: Callable[[int, int, str], None]) -> None:
         """Writes the weights that `hybrid` has as a GGUF file for llama.cpp. Raises as `write_gguf`."""

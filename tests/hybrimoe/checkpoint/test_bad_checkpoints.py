@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hybrimoe.checkpoint import UnsupportedCheckpointError, load, load_tokenizer
+from hybrimoe.checkpoint.errors import LeftOutWarning
 from hybrimoe.errors import BudgetError, CheckpointError, DeviceError, HybriMoEError, ModelError
 
 from .conftest import SMALL
@@ -275,3 +276,38 @@ def test_a_tokenizer_that_is_code_never_runs_and_nobody_is_asked(
     monkeypatch.setattr("builtins.input", lambda text="": pytest.fail("it asked"))
     with pytest.raises(ModelError, match="tokenizer"):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("model.layers.2.self_attn.q_proj.weight", "layers beyond num_hidden_layers=2"),
+        ("model.layers.7.eh_proj.weight", "layers beyond num_hidden_layers=2"),
+        ("mtp.layers.0.enorm.weight", "layers that predict several tokens"),
+        ("model.layers.0.self_attn.k_scale", "scales of activations and of the KV cache"),
+        ("model.layers.0.self_attn.k_proj.output_scale", "scales of activations and of the KV cache"),
+        ("model.layers.0.self_attn.q_proj.input_scale", "scales of activations and of the KV cache"),
+        ("model.layers.0.mlp.experts.down_proj_activation_scale", "scales of activations and of the KV cache"),
+        ("model.layers.0.self_attn.q_proj.qscale_act", "scales of activations and of the KV cache"),
+    ],
+)
+def test_what_a_model_has_no_use_for_is_left_out_and_said(key: str, what: str, edit: Edit) -> None:
+    directory = edit(lambda tensors: tensors.update({key: torch.ones(3)}))
+    with pytest.warns(LeftOutWarning, match=f"1 of {what}.*{key}"):
+        load(directory, accelerator="none", policy="static", progress=False, packed_file=False)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "language_model."])
+def test_wrappers_in_front_of_names(wrapper: str, edit: Edit, mixtral: PreTrainedModel) -> None:
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[wrapper + key] = tensors.pop(key)
+
+    model = load(edit(wrap), accelerator="none", policy="static", expert_dtype="float32", progress=False)
+    model.hybrimoe.restore()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in mixtral.state_dict().items())
+
+
+@pytest.mark.parametrize("chosen", [0, -1])
+def test_no_experts_per_token(chosen: int, edit_config: Callable[..., Path]) -> None:
+    fails(ModelError, "num_experts_per_tok|config.json", edit_config(num_experts_per_tok=chosen))

@@ -1,0 +1,182 @@
+"""A compiled step (or some of its layers): builds the program, binds it to KV caches, runs it on rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpu_kernels.errors import ActivationValueError, LayoutError
+from cpu_kernels.simd.attention import CHUNK
+from cpu_kernels.step import attend
+from cpu_kernels.step.embed import add_embedding
+from cpu_kernels.step.emit import Emitter
+from cpu_kernels.step.parts import Layer, Model
+from cpu_kernels.step.program import (
+    MASK,
+    MASK_ROW,
+    MAX_ROWS,
+    N_ROWS,
+    NOT_FINITE,
+    SEEN,
+    SEQUENCE,
+    TOKEN,
+    Part,
+    Program,
+)
+from cpu_kernels.step.run import perform
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlace:
+    """Where a layer's keys and values lie: addresses, and the bytes from one sequence, head and token to the next.
+
+    kind: `floats.FLOAT32` or `BFLOAT16`. first: number of the first token that is held (earlier ones are gone).
+    """
+
+    keys: tuple[int, int, int, int]
+    values: tuple[int, int, int, int]
+    kind: int
+    first: int = 0
+
+
+class CompiledLayers:
+    """Some layers in one compiled call; their input and output is the stream, float32 [MAX_ROWS, width].
+
+    A whole model (`CompiledStep`) begins with token ids and ends with logits instead.
+    """
+
+    def __init__(
+        self, layers: Sequence[tuple[int, Layer]], width: int, ropes: tuple[int, ...], n_threads: int, isa_name: str
+    ) -> None:
+        self.program = Program(n_threads)
+        self._emitter = Emitter(self.program, width, isa_name, ropes)
+        self._begin()
+        for number, layer in layers:
+            self._emitter.layer(number, layer)
+        self._end()
+        self.program.seal()
+        self.width = width
+        self._caches = self._emitter.caches
+        self._room = np.empty(0, np.uint8)
+        self._room_tokens = 0
+        self._array = {
+            "stream": _floats(self._emitter.stream, width),
+            "row scales": _floats(self._emitter.row_scales, 1)[:, 0],
+        }
+        self.angles = [
+            (_floats(cos, n), _floats(sin, n)) for n, (cos, sin) in zip(ropes, self._emitter.angles, strict=True)
+        ]
+
+    def _begin(self) -> None:
+        """What comes before the layers."""
+
+    def _end(self) -> None:
+        """What comes after the layers."""
+        self._emitter.close()
+
+    @property
+    def stream(self) -> np.ndarray:
+        """float32 [MAX_ROWS, width]: set before a run, read after it."""
+        return self._array["stream"]
+
+    @property
+    def row_scales(self) -> np.ndarray:
+        """float32 [MAX_ROWS] that queries are multiplied with, where the model has that."""
+        return self._array["row scales"]
+
+    @property
+    def cache_layers(self) -> tuple[int, ...]:
+        """Number of the cache layer of each attention, in order."""
+        return tuple(calls.layer for calls in self._caches)
+
+    @property
+    def experts_activated(self) -> dict[int, int]:
+        """Activated experts of each layer with experts, over all runs so far."""
+        return {layer: int(count[0]) for layer, count in self._emitter.active.items()}
+
+    @property
+    def ticks(self) -> dict[Part, int]:
+        """Clock ticks spent on each part, over all runs so far."""
+        return {part: int(self.program.ticks[part]) for part in Part}
+
+    def bind(self, number: int, place: CachePlace) -> None:
+        """Lets attention `number` read and write its cache at `place`."""
+        for call in self._caches[number].places:
+            call[:] = (*place.keys, *place.values, place.kind, place.first)
+
+    def give_room(self, n_tokens: int) -> None:
+        """Makes room for the intermediate results of attention over up to `n_tokens` cached tokens."""
+        if n_tokens <= self._room_tokens:
+            return
+        n_tokens = -(-n_tokens * 5 // 4 // CHUNK) * CHUNK
+        sizes = [attend.room_bytes(calls.attend, n_tokens) for calls in self._caches]
+        parts, stats = max((size[0] for size in sizes), default=0), max((size[1] for size in sizes), default=0)
+        self._room = np.empty(parts + stats + 64, np.uint8)
+        start = int(self._room.ctypes.data) + -int(self._room.ctypes.data) % 64
+        for calls in self._caches:
+            attend.give_room(calls.attend, start, start + parts, n_tokens)
+        self._room_tokens = n_tokens
+
+    def set_rows(self, n_sequences: int, n_new: int, n_past: int, tokens: Sequence[int] = ()) -> None:
+        """The rows of the next run: n_new tokens of each sequence, sequence by sequence, behind n_past cached ones.
+
+        Raises LayoutError for more rows than a step has.
+        """
+        n_rows = n_sequences * n_new
+        if not 0 < n_rows <= MAX_ROWS:
+            raise LayoutError(f"a compiled step takes 1 to {MAX_ROWS} rows, found {n_sequences} x {n_new}")
+        rows = self.program.rows
+        for row in range(n_rows):
+            rows[row, SEQUENCE], rows[row, SEEN] = row // n_new, n_past + row % n_new + 1
+        if tokens:
+            rows[:n_rows, TOKEN] = tokens
+        self.program.state[N_ROWS] = n_rows
+        self._emitter.starts[1] = n_rows
+
+    def set_mask(self, mask: np.ndarray | None) -> None:
+        """float32 [sequences, tokens] that is added to all scores of the next runs, at least LOWEST; None: nothing.
+
+        The array is read where it lies: it must stay until the run has ended.
+        """
+        self.program.state[MASK] = 0 if mask is None else mask.ctypes.data
+        self.program.state[MASK_ROW] = 0 if mask is None else mask.shape[1]
+
+    def run(self) -> None:
+        """Performs the operations on the rows. Raises ActivationValueError where a hidden state is not finite."""
+        state = self.program.state
+        state[NOT_FINITE] = 0
+        perform(self.program)
+        if state[NOT_FINITE]:
+            raise ActivationValueError(
+                f"layer {int(state[NOT_FINITE]) - 1}: a hidden state before its products is NaN or infinite; the error "
+                "lies in this layer or before it: a damaged weight, or NaN in the KV cache of the conversation"
+            )
+
+
+class CompiledStep(CompiledLayers):
+    """A whole model: token ids in, logits out."""
+
+    def __init__(self, model: Model, n_threads: int, isa_name: str) -> None:
+        self._model = model
+        super().__init__(list(enumerate(model.layers)), model.embedding.width, model.ropes, n_threads, isa_name)
+        self._array["logits"] = _floats(self._logits, model.head.output.n_out)
+
+    def _begin(self) -> None:
+        add_embedding(self.program, self._model.embedding, self._emitter.stream)
+
+    def _end(self) -> None:
+        head = self._model.head
+        self._logits = self._emitter.head(head.norm, head.output, head.scale)
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 [MAX_ROWS, vocabulary] of the last run."""
+        return self._array["logits"]
+
+
+def _floats(address: int, width: int) -> np.ndarray:
+    """float32 [MAX_ROWS, width] at an address of the program."""
+    import ctypes
+
+    pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+    return np.ctypeslib.as_array(pointer, shape=(MAX_ROWS, width))

@@ -1,0 +1,270 @@
+"""From the description of layers to the operations of a program."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cpu_kernels.engine.plans import activation_parameters
+from cpu_kernels.host.isa import BY_NAME
+from cpu_kernels.simd.formats import Format, format_of
+from cpu_kernels.step import attend, heads
+from cpu_kernels.step.experts import add_experts, add_experts_down, experts_call
+from cpu_kernels.step.gated import add_gated
+from cpu_kernels.step.parts import Attention, Branch, Columns, Layer, Mlp, Moe
+from cpu_kernels.step.products import PLAIN_FORMAT, Product, Shared, add_product, target_of
+from cpu_kernels.step.program import Part, Program
+from cpu_kernels.step.router import add_selection
+from cpu_kernels.step.stream import Norm, Summand, Target, add_stream
+
+
+@dataclass(slots=True)
+class CacheCalls:
+    """The call vectors of one attention that say where its cache lies, and its own call."""
+
+    layer: int
+    attend: np.ndarray
+    places: tuple[np.ndarray, ...]  # int64 [heads.CACHE_SIZE] each
+
+
+@dataclass(slots=True)
+class Emitter:
+    """Adds layers to a program. `pending`: results that the next row operation adds to the stream."""
+
+    program: Program
+    width: int
+    isa_name: str
+    ropes: tuple[int, ...]
+    caches: list[CacheCalls] = field(default_factory=list)
+    active: dict[int, np.ndarray] = field(default_factory=dict)
+    pending: list[Summand] = field(default_factory=list)
+    stream: int = field(init=False)
+    angles: list[tuple[int, int]] = field(init=False)
+    row_scales: int = field(init=False)
+    _shared: Shared = field(init=False)
+    _layer: int = 0
+
+    def __post_init__(self) -> None:
+        self._shared = Shared.of(self.program)
+        self.stream = self.program.floats("stream", self.width)
+        self.angles = [
+            (self.program.floats(f"cos {i}", n), self.program.floats(f"sin {i}", n)) for i, n in enumerate(self.ropes)
+        ]
+        self.row_scales = self.program.floats("row scales", 1)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 [2] = 0, rows of the step: whoever sets the rows sets it."""
+        return self._shared.starts
+
+    def layer(self, number: int, layer: Layer) -> None:
+        """All branches of a layer; `number` is what errors and counters call it."""
+        self._layer = number
+        for branch in layer.branches:
+            self._branch(branch)
+
+    def close(self) -> None:
+        """Adds what is pending to the stream: the end of a program that is not a whole model."""
+        add_stream(
+            self.program, Part.NORMS, self._layer, self.stream, self.width, keeps=True, summands=self.pending
+        )  # fmt: skip
+        self.pending = []
+
+    def head(self, norm: Norm, output: Product, scale: float) -> int:
+        """Final norm and output layer; returns where the logits float32 [rows, n_out] go."""
+        (source,) = self._normalised(norm, [output.format(self.isa_name)])
+        logits = self.program.floats("logits", output.n_out)
+        self._product(Part.OUTPUT_LAYER, output, source, logits, scale=scale)
+        return logits
+
+    def _branch(self, branch: Branch) -> None:
+        core = branch.core
+        sources = self._normalised(branch.pre, self._formats(core))
+        if isinstance(core, Attention):
+            results = [self._attention(core, sources)]
+        elif isinstance(core, Moe):
+            results = self._moe(core, sources)
+        else:
+            results = [self._mlp(core, sources, Part.PROJECTIONS)]
+        if branch.post is not None:
+            delta, normed = self.program.floats("delta", self.width), self.program.floats("delta normed", self.width)
+            add_stream(
+                self.program, Part.NORMS, self._layer, delta, self.width, keeps=False, summands=results,
+                norm=branch.post, out=normed,
+            )  # fmt: skip
+            results = [Summand(normed)]
+        self.pending = [Summand(r.address, r.parts, r.scale * branch.scale, r.gate) for r in results]
+
+    def _formats(self, core: Attention | Mlp | Moe) -> list[Format]:
+        """Formats of what reads the normalised stream, in the order in which it is read."""
+        if isinstance(core, Attention):
+            latent = () if core.latent is None else (core.latent.down,)
+            return [product.format(self.isa_name) for product in (*core.inputs, *latent)]
+        if isinstance(core, Mlp):
+            return [product.format(self.isa_name) for product in _first_half(core)]
+        shared = [product.format(self.isa_name) for mlp in core.shared for product in _first_half(mlp)]
+        return [*shared, core.router.format(self.isa_name), format_of(core.spec.dtype, BY_NAME[self.isa_name])]
+
+    def _normalised(self, norm: Norm | None, forms: list[Format]) -> list[Target]:
+        """Adds the row operation of a branch; returns where each reader finds its input."""
+        out = self.stream if norm is None else self.program.floats("normed", self.width)
+        targets = {form: self._target("input", form, out, self.width) for form in forms}
+        written = [target for form, target in targets.items() if target.address != out]
+        add_stream(
+            self.program, Part.NORMS, self._layer, self.stream, self.width, keeps=True, summands=self.pending,
+            norm=norm, out=out, targets=written,
+        )  # fmt: skip
+        self.pending = []
+        return [targets[form] for form in forms]
+
+    def _target(self, name: str, form: Format, rows: int, width: int) -> Target:
+        """Where rows of floats [width] at `rows` are read in a format: as they lie, where that is the format."""
+        target = target_of(self.program, f"{name} {width}", form, width, self.isa_name)
+        reads_floats = form == PLAIN_FORMAT and width % 64 == 0
+        return Target(target.prepare, rows, 4 * width) if reads_floats else target
+
+    def _prepared(self, name: str, rows: int, width: int, product: Product, norm: Norm | None = None) -> Target:
+        """Adds what writes float rows (normalised, if asked) in the format that a product reads."""
+        form = product.format(self.isa_name)
+        target = self._target(name, form, rows, width)
+        if norm is not None or target.address != rows:
+            written = () if target.address == rows else (target,)
+            add_stream(
+                self.program, Part.NORMS, self._layer, rows, width, keeps=True, norm=norm, targets=written,
+            )  # fmt: skip
+        return target
+
+    def _product(
+        self, part: Part, product: Product, source: Target, out: int, *, meets: bool = True, scale: float = 1.0
+    ) -> int:
+        return add_product(
+            self.program, self._shared, part, product, source, out, self.isa_name, meets=meets, scale=scale
+        )
+
+    def _attention(self, core: Attention, sources: list[Target]) -> Summand:
+        program = self.program
+        outs = [program.floats(f"projection {i}", product.n_out) for i, product in enumerate(core.inputs)]
+        last = len(core.inputs) - (core.latent is None)
+        for i, product in enumerate(core.inputs):
+            self._product(Part.PROJECTIONS, product, sources[i], outs[i], meets=i == last)
+        widths = [product.n_out for product in core.inputs]
+        if core.query_up is not None:
+            outs[0], widths[0] = self._query_up(core, outs[0]), core.query_up.n_out
+        k_rotated = (0, 0)
+        if core.latent is not None:
+            up, k_rotated = self._latent(core, sources[-1])
+            outs.append(up)
+            widths.append(core.latent.up.n_out)
+        query = program.floats("query", core.n_heads * core.dim)
+
+        def source(columns: Columns) -> heads.Source:
+            return heads.Source(
+                outs[columns.product] + 4 * columns.first, widths[columns.product], columns.head
+            )  # fmt: skip
+
+        rope = core.rope
+        rotary = None if rope is None else heads.Rotary(rope.n, rope.first, rope.kind, *self.angles[rope.table])
+        written = heads.add_heads(
+            program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, source(core.q), source(core.k),
+            source(core.v), query, scale=core.scale, norm=core.norm, rotary=rotary, clip=core.clip,
+            k_rotated=k_rotated, row_scales=self.row_scales if core.row_scales else 0,
+        )  # fmt: skip
+        width = core.n_heads * core.v_dim
+        attended = program.floats("attended", width)
+        call = attend.add_attention(
+            program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, query, attended, self.isa_name,
+            window=core.window, sinks=core.sinks,
+        )  # fmt: skip
+        self.caches.append(CacheCalls(core.cache, call, (written, call[attend.CACHE :])))
+        out = program.floats("attention result", core.output.n_out)
+        self._product(Part.PROJECTIONS, core.output, self._prepared("attended", attended, width, core.output), out)
+        return Summand(out)
+
+    def _query_up(self, core: Attention, short: int) -> int:
+        """The second query projection; returns where its result lies."""
+        assert core.query_up is not None
+        source = self._prepared("query", short, core.query_up.n_in, core.query_up, core.query_norm)
+        out = self.program.floats("query up", core.query_up.n_out)
+        self._product(Part.PROJECTIONS, core.query_up, source, out, meets=False)
+        return out
+
+    def _latent(self, core: Attention, source: Target) -> tuple[int, tuple[int, int]]:
+        """Keys and values from the latent vector: where they lie, and (address, row) of the rotated part."""
+        latent, program = core.latent, self.program
+        assert latent is not None
+        joined, n = program.floats("latent and rotated", latent.down.n_out), latent.up.n_in
+        self._product(Part.PROJECTIONS, latent.down, source, joined)
+        short = program.floats("latent", n)
+        target = self._target("latent", latent.up.format(self.isa_name), short, n)
+        add_stream(
+            program, Part.NORMS, self._layer, short, n, keeps=False, summands=[Summand(joined, row=latent.down.n_out)],
+            norm=latent.norm, targets=() if target.address == short else (target,),
+        )  # fmt: skip
+        up = program.floats("latent up", latent.up.n_out)
+        self._product(Part.PROJECTIONS, latent.up, target, up)
+        return up, (joined + 4 * latent.rotated, latent.down.n_out)
+
+    def _mlp(self, mlp: Mlp, sources: list[Target], part: Part) -> Summand:
+        """A dense MLP by itself."""
+        switch = self._first_half(mlp, sources, part, 0, meets=True)
+        source = self._activation(mlp, part, 0, meets=True)
+        out = self.program.floats("dense 0", mlp.down.n_out)
+        self._product(part, mlp.down, source, out)
+        return Summand(out, gate=switch)
+
+    def _moe(self, core: Moe, sources: list[Target]) -> list[Summand]:
+        """Routed and shared experts: what does not depend on each other has no meeting of threads between."""
+        program, part, read = self.program, Part.SHARED_EXPERTS, iter(sources)
+        switches = []
+        for number, mlp in enumerate(core.shared):
+            halves = [next(read) for _ in _first_half(mlp)]
+            switches.append(self._first_half(mlp, halves, part, number, meets=False))
+        logits = program.floats("router logits", core.router.n_out)
+        self._product(Part.ROUTER, core.router, next(read), logits)
+        top_k = core.selection.top_k
+        ids, weights = program.floats("ids", top_k), program.floats("weights", top_k)
+        rows = program.floats("expert rows", top_k * self.width)
+        call = experts_call(program, core.spec, top_k, next(read), weights, rows, self.isa_name)
+        self.active[self._layer] = add_selection(
+            program, core.selection, logits, call, core.addresses, ids, weights, meets=not core.shared
+        )
+        results = [Summand(rows, parts=top_k)]
+        prepared = []
+        for number, mlp in enumerate(core.shared):
+            prepared.append(self._activation(mlp, part, number, meets=number == len(core.shared) - 1))
+        for number, (mlp, source, switch) in enumerate(zip(core.shared, prepared, switches, strict=True)):
+            out = program.floats(f"dense {number}", mlp.down.n_out)
+            self._product(part, mlp.down, source, out, meets=False)
+            results.append(Summand(out, gate=switch))
+        add_experts(program, call)
+        add_experts_down(program, call)
+        return results
+
+    def _first_half(self, mlp: Mlp, sources: list[Target], part: Part, number: int, *, meets: bool) -> int:
+        """Gate and up projections, and the switch; returns where the switch's logits lie, 0 without."""
+        products = _first_half(mlp)
+        for i, (product, source) in enumerate(zip(products, sources, strict=True)):
+            out = self.program.floats(f"dense {number} half {i}", product.n_out)
+            self._product(part, product, source, out, meets=meets and i == len(products) - 1)
+        return 0 if mlp.switch is None else self.program.floats(f"dense {number} half {len(products) - 1}", 1)
+
+    def _activation(self, mlp: Mlp, part: Part, number: int, *, meets: bool) -> Target:
+        """The activation of a first half, written as `down` reads it."""
+        program, inter, form = self.program, mlp.down.n_in, mlp.down.format(self.isa_name)
+        target = target_of(program, f"dense {number} {inter}", form, inter, self.isa_name)
+        first = program.floats(f"dense {number} half 0", _first_half(mlp)[0].n_out)
+        if mlp.fused:
+            gate, up = (first, 2 * inter), (first + 4 * inter, 2 * inter)
+        elif mlp.gate is not None:
+            gate, up = (first, inter), (program.floats(f"dense {number} half 1", inter), inter)
+        else:
+            gate, up = None, (first, inter)
+        parameters = activation_parameters(mlp.activation)
+        add_gated(
+            program, part, mlp.activation, form, gate, up, inter, target, parameters, self.isa_name, meets=meets
+        )  # fmt: skip
+        return target
+
+
+def _first_half(mlp: Mlp) -> tuple[Product, ...]:
+    """What reads the MLP's input: gate, up (or both in one), then the switch."""
+    return tuple(product for product in (mlp.gate, mlp.up, mlp.switch) if product is not None)

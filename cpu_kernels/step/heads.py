@@ -1,0 +1,211 @@
+"""Between the projections and attention: norm of queries and keys, rotary embedding, and the KV cache's new rows.
+
+One task is one head of one row: a query head is normalised, rotated, scaled and kept; a key head is normalised, rotated
+and stored in the cache; a value head is stored in the cache. Rotation is of ROT columns from ROT_FIRST::
+
+    halves            (x[i], x[i + ROT / 2])  rotated in place
+    pairs             (x[2 i], x[2 i + 1])    rotated in place
+    pairs to halves   (x[2 i], x[2 i + 1])    rotated to (y[i], y[i + ROT / 2])
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpu_kernels.jit.compiled import Real, Whole, Worker, inline_kernel
+from cpu_kernels.jit.primitives import floats_at, int64s_at, take_ticket
+from cpu_kernels.step.floats import bits_of, float_of, square_sum, write_row
+from cpu_kernels.step.program import (
+    N_ROWS,
+    ROW_SIZE,
+    ROWS,
+    SCRATCH,
+    SCRATCH_BYTES,
+    SEEN,
+    SEQUENCE,
+    STATE_SIZE,
+    Part,
+    Program,
+)
+
+(STATE, NEXT, N_HEADS, N_KV_HEADS, DIM, V_DIM, ROT, ROT_FIRST, ROT_KIND, COS, SIN, NORM, NORM_LAST, EPS, Q_WEIGHT,
+ K_WEIGHT, SCALE, ROW_SCALES, CLIP, Q, Q_ROW, Q_HEAD, K, K_ROW, K_HEAD, V, V_ROW, V_HEAD, K_ROT, K_ROT_ROW, QUERY,
+ HEADS_CALL) = range(32)  # fmt: skip
+# Where a layer's cached keys and values lie: addresses, and the bytes from one sequence, head and token to the next.
+(KEYS, K_SEQUENCE, K_HEAD_BYTES, K_TOKEN, VALUES, V_SEQUENCE, V_HEAD_BYTES, V_TOKEN, KIND, PAST_FIRST,
+ CACHE_SIZE) = range(11)  # fmt: skip
+CACHE = HEADS_CALL
+"""The cache's positions begin here in the call vector; those of attention have them too."""
+NO_NORM, HEAD_NORM, ROW_NORM = range(3)
+HALVES, PAIRS, PAIRS_TO_HALVES = range(3)
+NO_CLIP = 3.0e38
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RMS norm of each query and key head (weights [dim]), or of all heads of a row as one (weights [heads * dim])."""
+
+    q_weight: np.ndarray
+    k_weight: np.ndarray
+    eps: float
+    whole_row: bool = False
+    after_rotation: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """`n` columns from `first` are rotated by the angles whose cosines and sines lie in float32 [MAX_ROWS, n / 2]."""
+
+    n: int
+    first: int
+    kind: int
+    cos: int
+    sin: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a projection's heads lie: address, floats from one row and from one head to the next."""
+
+    address: int
+    row: int
+    head: int
+
+
+def _heads(call_address: int, thread: int) -> None:
+    """Worker. Task: a head of a row: first all queries, then keys, then values."""
+    call = int64s_at(call_address, CACHE + CACHE_SIZE)
+    state = int64s_at(call[STATE], STATE_SIZE)
+    rows = int64s_at(state[ROWS], ROW_SIZE * state[N_ROWS]).reshape(state[N_ROWS], ROW_SIZE)
+    head_room = floats_at(state[SCRATCH] + thread * SCRATCH_BYTES, 2 * call[DIM])
+    n_heads, n_kv_heads = call[N_HEADS], call[N_KV_HEADS]
+    per_row = n_heads + 2 * n_kv_heads
+    while True:
+        task = take_ticket(call[NEXT])
+        if task >= state[N_ROWS] * per_row:
+            return
+        row, head = task // per_row, task % per_row
+        if head < n_heads:
+            source = call[Q] + 4 * (row * call[Q_ROW] + head * call[Q_HEAD])
+            query = floats_at(call[QUERY] + 4 * (row * n_heads + head) * call[DIM], call[DIM])
+            _place(call, row, head, n_heads, source, 0, call[Q_WEIGHT], head_room, query)
+            scale = float_of(call[SCALE])
+            if call[ROW_SCALES]:
+                scale *= floats_at(call[ROW_SCALES], state[N_ROWS])[row]
+            for i in range(query.size):
+                query[i] *= scale
+        elif head < n_heads + n_kv_heads:
+            head -= n_heads
+            source = call[K] + 4 * (row * call[K_ROW] + head * call[K_HEAD])
+            rotated = call[K_ROT] + 4 * row * call[K_ROT_ROW] if call[K_ROT] else 0
+            key = head_room[call[DIM] :]
+            _place(call, row, head, n_kv_heads, source, rotated, call[K_WEIGHT], head_room, key)
+            token = rows[row, SEEN] - 1 - call[CACHE + PAST_FIRST]
+            place = call[CACHE + KEYS] + rows[row, SEQUENCE] * call[CACHE + K_SEQUENCE]
+            write_row(
+                call[CACHE + KIND], place + head * call[CACHE + K_HEAD_BYTES] + token * call[CACHE + K_TOKEN], key
+            )
+        else:
+            head -= n_heads + n_kv_heads
+            value = floats_at(call[V] + 4 * (row * call[V_ROW] + head * call[V_HEAD]), call[V_DIM])
+            _clip(value, float_of(call[CLIP]))
+            token = rows[row, SEEN] - 1 - call[CACHE + PAST_FIRST]
+            place = call[CACHE + VALUES] + rows[row, SEQUENCE] * call[CACHE + V_SEQUENCE]
+            place += head * call[CACHE + V_HEAD_BYTES] + token * call[CACHE + V_TOKEN]
+            write_row(call[CACHE + KIND], place, value)
+
+
+@inline_kernel
+def _place(
+    call: np.ndarray, row: Whole, head: Whole, n_heads: Whole, source: Whole, rotated: Whole, weights: Whole,
+    room: np.ndarray, result: np.ndarray,
+) -> None:  # fmt: skip
+    """result = the head at `source`, normalised and rotated; `rotated`: where its rotated columns lie, or 0."""
+    dim = call[DIM]
+    x = room[:dim]
+    kept = floats_at(source, dim)
+    n_own = call[ROT_FIRST] if rotated else dim
+    for i in range(n_own):
+        x[i] = kept[i]
+    if rotated:
+        shared = floats_at(rotated, call[ROT])
+        for i in range(call[ROT]):
+            x[call[ROT_FIRST] + i] = shared[i]
+    if call[NORM] == HEAD_NORM and not call[NORM_LAST]:
+        _scale(x, _factor(square_sum(x), dim, call[EPS]), floats_at(weights, dim))
+    elif call[NORM] == ROW_NORM:
+        whole = floats_at(source - 4 * head * dim, n_heads * dim)
+        _scale(x, _factor(square_sum(whole), whole.size, call[EPS]), floats_at(weights + 4 * head * dim, dim))
+    _clip(x, float_of(call[CLIP]))
+    for i in range(dim):
+        result[i] = x[i]
+    if call[ROT]:
+        _rotate(call, row, x[call[ROT_FIRST] :], result[call[ROT_FIRST] :])
+    if call[NORM] == HEAD_NORM and call[NORM_LAST]:
+        _scale(result, _factor(square_sum(result[:dim]), dim, call[EPS]), floats_at(weights, dim))
+
+
+@inline_kernel
+def _clip(x: np.ndarray, limit: Real) -> None:
+    """x within -limit .. limit; NaN stays NaN."""
+    if limit < np.float32(NO_CLIP):
+        for i in range(x.size):
+            if x[i] > limit:
+                x[i] = limit
+            elif x[i] < -limit:
+                x[i] = -limit
+
+
+@inline_kernel
+def _factor(total: Real, n: Whole, eps: Whole) -> Real:
+    return np.float32(1) / np.sqrt(total / np.float32(n) + float_of(eps))
+
+
+@inline_kernel
+def _scale(x: np.ndarray, factor: Real, weights: np.ndarray) -> None:
+    for i in range(weights.size):
+        x[i] = x[i] * factor * weights[i]
+
+
+@inline_kernel
+def _rotate(call: np.ndarray, row: Whole, x: np.ndarray, result: np.ndarray) -> None:
+    half = call[ROT] // 2
+    cos, sin = floats_at(call[COS] + 4 * row * half, half), floats_at(call[SIN] + 4 * row * half, half)
+    kind = call[ROT_KIND]
+    for i in range(half):
+        first, second = (i, i + half) if kind == HALVES else (2 * i, 2 * i + 1)
+        a, b = x[first], x[second]
+        first, second = (2 * i, 2 * i + 1) if kind == PAIRS else (i, i + half)
+        result[first] = a * cos[i] - b * sin[i]
+        result[second] = b * cos[i] + a * sin[i]
+
+
+HEADS_WORK = Worker(_heads)
+
+
+def add_heads(
+    program: Program, n_heads: int, n_kv_heads: int, dim: int, v_dim: int, q: Source, k: Source, v: Source, query: int,
+    *, scale: float, norm: HeadNorm | None = None, rotary: Rotary | None = None, clip: float = NO_CLIP,
+    k_rotated: tuple[int, int] = (0, 0), row_scales: int = 0,
+) -> np.ndarray:  # fmt: skip
+    """Adds the operation; returns the positions of its call vector that say where the cache lies (int64 [CACHE_SIZE]).
+
+    query: where float32 [rows, n_heads, dim] go. k_rotated: address and row of a part that all key heads share, which
+    stands in their rotated columns. row_scales: where float32 [rows] lie that queries are multiplied with, or 0.
+    """
+    call = program.zeros(CACHE + CACHE_SIZE, np.int64)
+    call[[STATE, N_HEADS, N_KV_HEADS, DIM, V_DIM]] = program.state.ctypes.data, n_heads, n_kv_heads, dim, v_dim
+    call[[SCALE, ROW_SCALES, CLIP, QUERY]] = bits_of(scale), row_scales, bits_of(clip), query
+    call[[Q, Q_ROW, Q_HEAD]] = q.address, q.row, q.head
+    call[[K, K_ROW, K_HEAD]] = k.address, k.row, k.head
+    call[[V, V_ROW, V_HEAD]] = v.address, v.row, v.head
+    call[[K_ROT, K_ROT_ROW]] = k_rotated
+    if rotary is not None:
+        call[[ROT, ROT_FIRST, ROT_KIND, COS, SIN]] = rotary.n, rotary.first, rotary.kind, rotary.cos, rotary.sin
+    if norm is not None:
+        call[[NORM, NORM_LAST, EPS]] = ROW_NORM if norm.whole_row else HEAD_NORM, norm.after_rotation, bits_of(norm.eps)
+        call[Q_WEIGHT] = program.keep(np.ascontiguousarray(norm.q_weight, np.float32))
+        call[K_WEIGHT] = program.keep(np.ascontiguousarray(norm.k_weight, np.float32))
+    program.count(call, NEXT)
+    program.add(HEADS_WORK, call, Part.ATTENTION)
+    return call[CACHE:]

@@ -1,0 +1,82 @@
+"""From an injected model to its compiled step, or to the reasons why it has none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from cpu_kernels.backends.numba_backend import NumbaBackend
+from cpu_kernels.errors import KernelError
+from hybrimoe.step.errors import NotCompiled
+from hybrimoe.step.read_model import read_model
+from hybrimoe.step.step import Step, StepBeforeForward
+from hybrimoe.step.trace import record
+
+TRIAL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
+"""What a model that wants more than tokens may raise in its trial run: it then keeps its own way."""
+
+
+@dataclass(slots=True)
+class StepWay:
+    """How the decode steps of a model run. step: the compiled one, None where transformers' forward runs them; reason:
+    why then; layers: by path, "compiled" or why not."""
+
+    step: Step | None = None
+    reason: str | None = None
+    layers: dict[str, str] = field(default_factory=dict)
+    _installed: StepBeforeForward | None = None
+
+    def described(self) -> dict[str, str]:
+        """The way of each layer; "model" stands for all where none was read."""
+        if not self.layers:
+            return {"model": f"transformers: {self.reason}"}
+        whole = "" if self.step is not None else "understood, but all layers or none are compiled"
+        return {
+            path: f"transformers: {way}" if way != "compiled" else whole or "compiled"
+            for path, way in self.layers.items()
+        }
+
+    def of_copy(self) -> StepWay:
+        """The way of a copy of the model: a step reads weights where they lie, and those of a copy lie elsewhere."""
+        if self.step is None:
+            return StepWay(None, self.reason, dict(self.layers))
+        return StepWay(reason="a copy of a model: Injection.compile_step() gives it a step of its own")
+
+    def undo(self) -> None:
+        """Gives the model its own forward back."""
+        if self._installed is not None:
+            self._installed.undo()
+            self._installed = None
+        if self.step is not None:
+            self.step.session.remove_reporter(self.step.report)
+            self.step = None
+
+
+def compile_step(model: nn.Module, session: Any) -> StepWay:
+    """Reads a started model, compares, compiles, and puts the step before the model's forward."""
+    if not session.plain:
+        return StepWay(reason="experts have slots on an accelerator, or a lossy policy runs")
+    backend = session.layers[0].backend
+    if not isinstance(backend, NumbaBackend):
+        return StepWay(reason=f"the experts run on the backend {getattr(backend, 'name', '?')!r}, the step needs numba")
+    if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
+        return StepWay(reason="the dense part of the model is on an accelerator")
+    was_training = model.training
+    model.eval()
+    try:
+        reading = read_model(record(model), session, backend.n_threads)
+    except (NotCompiled, KernelError) as error:
+        return StepWay(reason=str(error))
+    except TRIAL_ERRORS as error:
+        return StepWay(reason=f"its recorded step failed: {type(error).__name__}: {error}")
+    finally:
+        model.train(was_training)
+        session.forget_trial()
+    layers = {path: reading.reasons.get(path, "compiled") for path in [*reading.layers, *reading.reasons]}
+    if reading.model is None:
+        return StepWay(reason=reading.reason, layers=layers)
+    step = Step(model, session, reading, backend.n_threads)
+    session.add_reporter(step.report)
+    return StepWay(step, None, layers, StepBeforeForward(model, step))

@@ -1,0 +1,88 @@
+"""Which calls of a model's forward the compiled step serves: a few new tokens behind a cache, and nothing unusual."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from cpu_kernels.simd.attention import LOWEST
+from cpu_kernels.step.program import MAX_ROWS
+
+SERVED = frozenset((
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict",
+    "cache_position",
+))  # fmt: skip
+"""Arguments that are understood; others must not be there, or be None or False."""
+FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
+"""Settings of a configuration that ask for more than logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """A call that can be served. positions: of each row; mask: float32 [sequences, tokens] added to scores, or None."""
+
+    token_ids: list[int]
+    n_sequences: int
+    n_new: int
+    n_past: int
+    cache: DynamicCache
+    positions: list[int]
+    mask: np.ndarray | None
+    n_logits: int
+
+
+def read_call(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
+    """The call as the step sees it; None where transformers' way must answer it."""
+    known = {"input_ids": args[0], **kwargs} if args else kwargs
+    if len(args) > 1 or any(
+        name not in SERVED and value is not None and value is not False for name, value in known.items()
+    ):
+        return None
+    ids: Any = known.get("input_ids")
+    cache: Any = known.get("past_key_values")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or type(cache) is not DynamicCache or cache.offloading:
+        return None
+    if known.get("use_cache") is False or known.get("return_dict") is False:
+        return None
+    if any(getattr(config, flag, None) for flag in FLAGS) or getattr(config, "return_dict", True) is False:
+        return None
+    n_sequences, n_new = ids.shape
+    n_past = cache.get_seq_length()
+    kept = known.get("logits_to_keep") or 0
+    if not 0 < n_sequences * n_new <= MAX_ROWS or not n_past or not isinstance(kept, int):
+        return None
+    positions = _positions(known.get("position_ids"), n_sequences, n_new, n_past)
+    mask = _mask(known.get("attention_mask"), n_sequences, n_past + n_new)
+    if positions is None or mask is False:
+        return None
+    return StepCall(
+        ids.flatten().tolist(), n_sequences, n_new, n_past, cache, positions, mask, min(kept or n_new, n_new)
+    )
+
+
+def _positions(given: Any, n_sequences: int, n_new: int, n_past: int) -> list[int] | None:
+    if given is None:
+        return list(range(n_past, n_past + n_new)) * n_sequences
+    if not isinstance(given, torch.Tensor) or given.shape not in ((n_sequences, n_new), (1, n_new)):
+        return None
+    positions: list[int] = given.flatten().tolist()
+    return positions if len(given) == n_sequences else positions * n_sequences
+
+
+def _mask(given: Any, n_sequences: int, n_tokens: int) -> Any:
+    """float32 [sequences, tokens] of a mask that hides something; None where nothing is hidden; False: not served."""
+    if given is None:
+        return None
+    if (
+        not isinstance(given, torch.Tensor)
+        or tuple(given.shape) != (n_sequences, n_tokens)
+        or given.is_floating_point()
+    ):
+        return False
+    if bool(given.all()):
+        return None
+    return np.where(given.numpy() != 0, np.float32(0), np.float32(LOWEST))

@@ -1,0 +1,212 @@
+"""A whole model: its layers read and each compared with the original, then what comes before and after them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cpu_kernels.host.isa import detect
+from cpu_kernels.step.compiled import CompiledLayers
+from cpu_kernels.step.embed import Embedding
+from cpu_kernels.step.floats import BFLOAT16, FLOAT32
+from cpu_kernels.step.parts import Branch, Head, Layer, Model
+from hybrimoe.dense.linear import PackedLinear
+from hybrimoe.experts.module import HybridExperts
+from hybrimoe.step.caches import place_of
+from hybrimoe.step.errors import NotCompiled
+from hybrimoe.step.read_attention import RopeTables, angles_at
+from hybrimoe.step.read_layer import Site, branches_of, sites_of
+from hybrimoe.step.read_parts import read_linear, read_norm
+from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Call, Trace, same
+
+EXACT, ROUNDED = 1e-4, 6e-2
+"""Relative error of what a branch adds to the stream: of float32 weights; where weights, activations or the cache are
+rounded (bfloat16, int8, int4), whose roundings fall differently."""
+ROUNDED_ROWS = NEW_TOKENS // 2
+"""Rows that must agree where things are rounded: a router whose scores nearly tie may choose another expert."""
+
+
+@dataclass(slots=True)
+class Reading:
+    """What was read of a model. reasons: by layer path, why it is not compiled; `model` is None unless all are.
+    session_layers: of the layers with experts, their number in the session."""
+
+    layers: dict[str, Layer] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    model: Model | None = None
+    ropes: RopeTables | None = None
+    output_type: type | None = None
+    logits_dtype: torch.dtype = torch.float32
+    session_layers: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str | None:
+        """Why the model as a whole is not compiled: the first reason."""
+        return next((f"{path}: {reason}" for path, reason in self.reasons.items()), None)
+
+
+def layer_paths(model: nn.Module) -> list[str]:
+    """Paths of the decoder layers: the list of modules in which the experts are. Raises NotCompiled without one."""
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if not isinstance(module, HybridExperts):
+            continue
+        while path:
+            path, _, name = path.rpartition(".")
+            if isinstance(modules[path], nn.ModuleList) and name.isdigit():
+                return [f"{path}.{index}" for index in range(len(modules[path]))]
+    raise NotCompiled("the layers of the model are not a list of modules with experts inside")
+
+
+def read_model(trace: Trace, session: Any, n_threads: int) -> Reading:
+    """Reads every layer and compares it; what does not agree has its reason in the result."""
+    reading = Reading(ropes=RopeTables(trace), output_type=type(trace.output), logits_dtype=trace.output.logits.dtype)
+    paths = layer_paths(trace.model)
+    for number, path in enumerate(paths):
+        experts = [call.module for call in trace.within(path) if isinstance(call.module, HybridExperts)]
+        for module in experts:
+            reading.session_layers[number] = module.layer
+        try:
+            reading.layers[path] = _layer(trace, path, number, reading, session, n_threads)
+        except NotCompiled as error:
+            reading.reasons[path] = str(error)
+    if not reading.reasons:
+        try:
+            reading.model = _whole(trace, paths, reading)
+        except NotCompiled as error:
+            reading.reasons["around the layers"] = str(error)
+    return reading
+
+
+def _layer(trace: Trace, path: str, number: int, reading: Reading, session: Any, n_threads: int) -> Layer:
+    assert reading.ropes is not None
+    call = trace.of(path)
+    branches = []
+    for site in sites_of(trace, call):
+        error = float("inf")
+        for branch in branches_of(trace, site, reading.ropes, session):
+            found = _error(trace, site, branch, number, reading.ropes, session, n_threads)
+            if found <= 1:
+                branches.append(branch)
+                break
+            error = min(error, found)
+        else:
+            raise NotCompiled(f"{site.core.path}: its compiled form differs from the original ({error:.3g} x allowed)")
+    return Layer(tuple(branches))
+
+
+def _error(
+    trace: Trace, site: Site, branch: Branch, number: int, ropes: RopeTables, session: Any, n_threads: int
+) -> float:
+    """Difference of what the compiled branch adds to the stream, as a multiple of what is allowed."""
+    width = site.before.shape[-1]
+    compiled = CompiledLayers(
+        [(number, Layer((branch,)))], width, tuple(ropes.sizes), n_threads, detect().isa.name
+    )  # fmt: skip
+    before, after = (x.float().reshape(-1, width).numpy() for x in (site.before, site.after))
+    n_rows = len(before)
+    layers = trace.cache.layers
+    kept = {}
+    for index, layer in enumerate(compiled.cache_layers):
+        buffers = layers[layer].grown(0)
+        kept[layer] = [
+            part[..., PROMPT_TOKENS : PROMPT_TOKENS + n_rows, :].clone() for part in (buffers.keys, buffers.values)
+        ]
+        compiled.bind(index, place_of(buffers))
+    compiled.give_room(PROMPT_TOKENS + n_rows)
+    compiled.set_rows(1, n_rows, PROMPT_TOKENS)
+    fill_angles(compiled, ropes, torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + n_rows)[None])
+    compiled.stream[:n_rows] = before
+    compiled.run()
+    error = _relative(compiled.stream[:n_rows] - before, after - before, _is_exact(trace, session))
+    for layer, originals in kept.items():
+        buffers = layers[layer].grown(0)
+        for part, original in zip((buffers.keys, buffers.values), originals, strict=True):
+            written = part[..., PROMPT_TOKENS : PROMPT_TOKENS + n_rows, :]
+            pair = [x.float().transpose(1, 2).reshape(n_rows, -1).numpy() for x in (written, original)]
+            error = max(error, _relative(pair[0], pair[1], _is_exact(trace, session)))
+            written.copy_(original)
+    return error
+
+
+def _relative(found: np.ndarray, expected: np.ndarray, exact: bool) -> float:
+    """Largest error of a row over what is allowed; where things are rounded, that of the ROUNDED_ROWS best rows."""
+    scale = np.abs(expected).max() + 1e-30
+    rows = np.sort(np.abs(found - expected).max(-1) / scale)
+    if not np.isfinite(rows).all():
+        return float("inf")
+    return float(rows[-1] / EXACT) if exact else float(rows[ROUNDED_ROWS - 1] / ROUNDED)
+
+
+def _is_exact(trace: Trace, session: Any) -> bool:
+    """Whether everything is float32: nothing is rounded on the way."""
+    if any(isinstance(module, PackedLinear) for module in trace.model.modules()):
+        return False
+    specs = {layer.spec.dtype for layer in session.layers}
+    return specs == {"float32"} and all(p.dtype == torch.float32 for p in trace.model.parameters() if not p.is_meta)
+
+
+def fill_angles(compiled: CompiledLayers, ropes: RopeTables, positions: torch.Tensor) -> None:
+    """Writes the angles of the rows' positions int64 [1, rows] (as one sequence) for the next run."""
+    for (cos, sin), (source, doubled) in zip(compiled.angles, ropes.sources, strict=False):
+        own_cos, own_sin = angles_at(source, positions, doubled)
+        cos[: len(own_cos)], sin[: len(own_sin)] = own_cos, own_sin
+
+
+def _whole(trace: Trace, paths: list[str], reading: Reading) -> Model:
+    """Embedding, layers and output layer. Raises NotCompiled where something else stands between them."""
+    model: Any = trace.model
+    calls = [trace.of(path) for path in paths]
+    for one, other in pairwise(calls):
+        if not same(one.result, other.input):
+            raise NotCompiled(f"something happens between {one.path} and {other.path}")
+    assert reading.ropes is not None
+    return Model(
+        _embedding(trace, model, calls[0]), tuple(reading.layers[path] for path in paths),
+        _head(trace, model, calls[-1]), tuple(reading.ropes.sizes),
+    )  # fmt: skip
+
+
+def _embedding(trace: Trace, model: Any, first: Call) -> Embedding:
+    module = model.get_input_embeddings()
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Embedding) or weight is None or weight.dtype not in (torch.float32, torch.bfloat16):
+        raise NotCompiled(f"the embedding is {type(module).__name__}, expected rows of float32 or bfloat16")
+    rows = weight.detach()[trace.token_ids[0, PROMPT_TOKENS:]].double().flatten()
+    stream = first.input.double().flatten()
+    scale = _factor(rows, stream, "the first layer's input is not the embedding of its tokens")
+    kind = BFLOAT16 if weight.dtype == torch.bfloat16 else FLOAT32
+    return Embedding(weight.data_ptr(), weight.shape[0], weight.shape[1], kind, scale)
+
+
+def _head(trace: Trace, model: Any, last: Call) -> Head:
+    output = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is output), None)
+    if output is None or path is None:
+        raise NotCompiled("the model has no output layer")
+    call = trace.of(path)
+    for norm_call in trace.calls:
+        if same(norm_call.input, last.result) and norm_call.number > last.number:
+            norm = read_norm(norm_call.module, last.result.shape[-1])
+            if norm is not None and same(norm_call.result, call.input):
+                scale = _factor(
+                    call.result.double().flatten(), trace.output.logits.double().flatten(),
+                    "the logits are not those of the output layer",
+                )  # fmt: skip
+                return Head(norm, read_linear(output, path), scale)
+    raise NotCompiled("between the last layer and the output layer stands more than a norm")
+
+
+def _factor(x: torch.Tensor, y: torch.Tensor, problem: str) -> float:
+    """s of y = s * x. Raises NotCompiled where there is none."""
+    if x.shape != y.shape:
+        raise NotCompiled(problem)
+    factor = float(x @ y / (x @ x + 1e-300))
+    if float((y - factor * x).norm() / (y.norm() + 1e-300)) > 1e-2:
+        raise NotCompiled(problem)
+    return 1.0 if abs(factor - 1) < 1e-3 else factor

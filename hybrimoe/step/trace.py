@@ -1,0 +1,125 @@
+"""One recorded call of a model: which module was called when, with which tensors. Everything else is read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from hybrimoe.generation.growing import grow_in_place, growing_cache
+from hybrimoe.step.errors import NotCompiled
+
+PROMPT_TOKENS, NEW_TOKENS = 6, 4
+"""Tokens of the call before the recorded one, and of that: a mask among new tokens matters in it too."""
+SEED = 20250408
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call of one module. `number`: in the order in which calls ended."""
+
+    number: int
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def input(self) -> torch.Tensor:
+        """The first tensor argument. Raises NotCompiled where there is none."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, torch.Tensor):
+                return value
+        raise NotCompiled(f"{self.path} was called without a tensor")
+
+    @property
+    def result(self) -> torch.Tensor:
+        """The output, or the first tensor of a tuple. Raises NotCompiled where there is none."""
+        values = self.output if isinstance(self.output, tuple | list) else (self.output,)
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                return value
+        raise NotCompiled(f"{self.path} returned no tensor")
+
+
+@dataclass(slots=True)
+class Trace:
+    """The calls of one decode step of NEW_TOKENS tokens of one sequence, and its cache before and after.
+
+    All tensors are kept, so that two of them have the same address only where they share memory.
+    """
+
+    model: nn.Module
+    token_ids: torch.Tensor
+    cache: DynamicCache
+    calls: list[Call] = field(default_factory=list)
+    output: Any = None
+
+    def within(self, path: str) -> Iterator[Call]:
+        """Calls of modules inside the module at `path`, in order."""
+        return (call for call in self.calls if call.path.startswith(f"{path}."))
+
+    def children(self, path: str) -> list[Call]:
+        """Calls of the module's direct parts; of containers among them, their parts."""
+        modules = dict(self.model.named_modules())
+        found = []
+        for call in self.within(path):
+            parent = call.path.rpartition(".")[0]
+            while parent != path and isinstance(modules[parent], nn.ModuleList | nn.ModuleDict):
+                parent = parent.rpartition(".")[0]
+            if parent == path:
+                found.append(call)
+        return found
+
+    def of(self, path: str) -> Call:
+        """The one call of the module at `path`. Raises NotCompiled for none or several."""
+        found = [call for call in self.calls if call.path == path]
+        if len(found) != 1:
+            raise NotCompiled(f"{path} is called {len(found)} times in a step, expected once")
+        return found[0]
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of a trace are the same values in the same memory, in whatever shape."""
+    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.dtype == other.dtype
+
+
+def record(model: nn.Module) -> Trace:
+    """Runs a short prompt, then a step with every call recorded.
+
+    Raises NotCompiled where the model's cache is not transformers' usual one.
+    """
+    config: Any = model.config
+    text_config = config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(0, text_config.vocab_size, (1, PROMPT_TOKENS + NEW_TOKENS), generator=generator)
+    cache = growing_cache(text_config)
+    with torch.no_grad():
+        model(input_ids=tokens[:, :PROMPT_TOKENS], past_key_values=cache, use_cache=True)
+        grow_in_place(cache)
+        trace = Trace(model, tokens, cache)
+        handles = [
+            module.register_forward_hook(_recorder(trace, path), with_kwargs=True)
+            for path, module in model.named_modules()
+            if path
+        ]
+        try:
+            trace.output = model(input_ids=tokens[:, PROMPT_TOKENS:], past_key_values=cache, use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if trace.output.past_key_values is not cache or cache.get_seq_length() != tokens.shape[1]:
+        raise NotCompiled("the model keeps its past in a cache of its own")
+    return trace
+
+
+def _recorder(trace: Trace, path: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        trace.calls.append(Call(len(trace.calls), path, module, args, kwargs, output))
+
+    return hook

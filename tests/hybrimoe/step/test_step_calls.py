@@ -1,0 +1,220 @@
+"""What the compiled step serves and what it leaves to transformers, on one tiny model; the two ways alternate."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import hybrimoe
+from cpu_kernels.step.program import MAX_ROWS
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
+from tiny_families import prompt, tiny_model
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return tiny_model("qwen2_moe")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    own = tiny_model("qwen2_moe")
+    hybrimoe.inject(own, accelerator="none", expert_dtype="float32")
+    assert own.hybrimoe.step is not None
+    return own
+
+
+def after_prompt(model: Any, ids: torch.Tensor, **kwargs: Any) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, **kwargs)
+    return cache
+
+
+def step(model: Any, ids: torch.Tensor, cache: Any, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, **kwargs).logits
+    return logits
+
+
+def served(model: Any) -> int:
+    return int(model.hybrimoe.step.n_steps)
+
+
+@pytest.mark.parametrize(("batch", "n_new"), [(1, 1), (1, 5), (3, 1), (4, 4), (1, MAX_ROWS)])
+def test_rows_of_several_sequences_and_tokens(model: Any, plain: Any, batch: int, n_new: int) -> None:
+    ids, new = prompt(batch), prompt(batch, seed=1).repeat(1, 2)[:, :n_new]
+    before = served(model)
+    found = step(model, new, after_prompt(model, ids))
+    expected = step(plain, new, after_prompt(plain, ids))
+    assert served(model) == before + 1
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= TOLERANCE
+
+
+def test_more_rows_than_a_step_has_are_left_to_the_model(model: Any) -> None:
+    cache = after_prompt(model, prompt(1))
+    before = served(model)
+    step(model, prompt(1).repeat(1, 2)[:, : MAX_ROWS + 1], cache)
+    assert served(model) == before
+
+
+def test_the_last_logits_only(model: Any) -> None:
+    ids, new = prompt(2), prompt(2, seed=1)[:, :3]
+    cache = after_prompt(model, ids)
+    whole = step(model, new, copy.deepcopy(cache))
+    last = step(model, new, cache, logits_to_keep=1)
+    assert torch.equal(whole[:, -1:], last)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_both_sides(model: Any, plain: Any, side: str) -> None:
+    ids = prompt(2)
+    mask = torch.ones_like(ids)
+    mask[0, slice(0, 3) if side == "left" else slice(-3, None)] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    new, new_mask = prompt(2, seed=1)[:, :1], torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+    results = []
+    for one in (model, plain):
+        cache = after_prompt(one, ids, attention_mask=mask, position_ids=positions)
+        results.append(step(one, new, cache, attention_mask=new_mask, position_ids=positions[:, -1:] + 1))
+    assert float((results[0] - results[1]).abs().max()) <= TOLERANCE
+
+
+def test_the_two_ways_alternate_on_one_cache(model: Any, plain: Any) -> None:
+    ids = prompt(1)
+    ours, theirs = after_prompt(model, ids), after_prompt(plain, ids)
+    before = served(model)
+    for number in range(6):
+        token = torch.tensor([[3 + number]])
+        extra = {"output_router_logits": True} if number % 2 else {}
+        found, expected = step(model, token, ours, **extra), step(plain, token, theirs)
+        assert float((found - expected).abs().max()) <= TOLERANCE
+    assert served(model) == before + 3
+    for ours_layer, their_layer in zip(ours.layers, theirs.layers, strict=True):
+        assert torch.allclose(ours_layer.keys, their_layer.keys, atol=1e-5)
+        assert torch.allclose(ours_layer.values, their_layer.values, atol=1e-5)
+
+
+def test_a_cache_is_cropped_between_steps(model: Any, plain: Any) -> None:
+    ids = prompt(1)
+    ours, theirs = after_prompt(model, ids), after_prompt(plain, ids)
+    for one, cache in ((model, ours), (plain, theirs)):
+        step(one, torch.tensor([[5, 6, 7]]), cache)
+        cache.crop(-2)
+    found, expected = step(model, torch.tensor([[9]]), ours), step(plain, torch.tensor([[9]]), theirs)
+    assert float((found - expected).abs().max()) <= TOLERANCE
+
+
+def test_several_tokens_at_once_have_the_bits_of_one_by_one(model: Any) -> None:
+    ids, tokens = prompt(1), [11, 12, 13, 14]
+    cache = after_prompt(model, ids)  # one for both: torch does not give the same bits each time
+    together = step(model, torch.tensor([tokens]), copy.deepcopy(cache))
+    single = torch.cat([step(model, torch.tensor([[token]]), cache) for token in tokens], 1)
+    assert torch.equal(together, single)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "output_router_logits", "labels"])
+def test_what_else_is_asked_for_comes_from_the_model(model: Any, asked: str) -> None:
+    cache, before = after_prompt(model, prompt(1)), served(model)
+    extra: Any = torch.tensor([[4]]) if asked == "labels" else True
+    step(model, torch.tensor([[4]]), cache, **{asked: extra})
+    assert served(model) == before
+
+
+def test_watched_modules_are_called(model: Any) -> None:
+    cache, seen = after_prompt(model, prompt(1)), []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    step(model, torch.tensor([[4]]), cache)
+    handle.remove()
+    assert seen == [1]
+
+
+def test_tokens_outside_the_vocabulary_are_refused(model: Any) -> None:
+    cache = after_prompt(model, prompt(1))
+    with pytest.raises(IndexError, match="token ids must be below"):
+        step(model, torch.tensor([[10_000]]), cache)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"do_sample": False},
+        {"num_beams": 3},
+        {"do_sample": False, "prompt_lookup_num_tokens": 3},
+        {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+    ids=["greedy", "beams", "prompt lookup", "processors"],
+)
+def test_generate_gives_the_same_tokens(model: Any, plain: Any, strategy: dict[str, Any]) -> None:
+    options = {"max_new_tokens": 12, "pad_token_id": 0, **strategy}
+    found, expected = model.generate(prompt(1), **options), plain.generate(prompt(1), **options)
+    assert torch.equal(found, expected)
+
+
+def test_two_models_in_a_process(plain: Any) -> None:
+    models = [tiny_model("olmoe", seed) for seed in (1, 2)]
+    expected = [one.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0) for one in models]
+    for one in models:
+        hybrimoe.inject(one, accelerator="none", expert_dtype="float32")
+    for _ in range(2):
+        for one, tokens in zip(models, expected, strict=True):
+            assert torch.equal(one.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0), tokens)
+
+
+def test_the_deployment_may_keep_transformers() -> None:
+    own = tiny_model("olmoe")
+    injection = hybrimoe.inject(own, accelerator="none", step="transformers")
+    assert injection.step is None
+    assert injection.explain().ways == {"model": "transformers: cpu.step: transformers"}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_bits_do_not_depend_on_the_threads(threads: int) -> None:
+    own = tiny_model("qwen2_moe")
+    hybrimoe.inject(own, accelerator="none", expert_dtype="int4", threads=threads, dense_dtype="int8")
+    assert own.hybrimoe.step is not None, own.hybrimoe.way
+    cache = BITS.setdefault("cache", after_prompt(own, prompt(1)))
+    found = step(own, prompt(1, seed=2)[:, :3], copy.deepcopy(cache))
+    known = BITS.setdefault("logits", found)
+    assert torch.equal(found, known)
+
+
+BITS: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_packed_weights_are_within_the_kernels_tolerance(dtype: str) -> None:
+    ways = []
+    for way in ("auto", "transformers"):
+        own = tiny_model("qwen3_moe")
+        hybrimoe.inject(own, accelerator="none", expert_dtype=dtype, dense_dtype=dtype, step=way)
+        assert (own.hybrimoe.step is not None) == (way == "auto"), own.hybrimoe.way
+        ways.append(step(own, prompt(1, seed=3)[:, :4], after_prompt(own, prompt(1))))
+    assert float((ways[0] - ways[1]).abs().max()) <= 2e-2 * float(ways[1].abs().max()) * 3
+
+
+def test_a_copy_of_the_model_has_a_step_of_its_own() -> None:
+    own = tiny_model("olmoe")
+    expected = own.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    hybrimoe.inject(own, accelerator="none", expert_dtype="float32")
+    twin = copy.deepcopy(own)
+    assert twin.hybrimoe.step is None
+    assert torch.equal(twin.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
+    twin.hybrimoe.compile_step()
+    assert twin.hybrimoe.step is not None
+    assert twin.hybrimoe.step is not own.hybrimoe.step
+    assert torch.equal(twin.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
+    assert own.hybrimoe.step.n_steps == 0
+    twin.hybrimoe.restore()
+    assert "forward" not in vars(twin)
+    assert torch.equal(own.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
