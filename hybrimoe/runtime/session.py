@@ -343,10 +343,10 @@ class Session:
         runner = self._runner
         return (
             runner is not None
-            and type(runner) is Runner
             and runner.planner is None
             and runner.routing_recorder is None
-            and not runner.tracing
+            and not runner.experts.tracing
+            and runner.lossy is None
             and self._sink is None
             and not self._closed
         )
