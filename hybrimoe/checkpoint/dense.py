@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from hybrimoe import compat
 from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
 from hybrimoe.checkpoint.errors import LeftOutWarning
 from hybrimoe.checkpoint.extras import left_out
@@ -153,8 +154,7 @@ def complete(
     )
     _check_keys(model, info, unknown_keys)
     model.mark_tied_weights_as_initialized(info)
-    model._move_missing_keys_from_meta_to_device(missing, {"": "cpu"}, None, None)
-    model._initialize_missing_keys(False)
+    compat.compute_missing(model, missing)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     model.requires_grad_(False)
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -171,7 +171,7 @@ def _check_keys(model: PreTrainedModel, info: LoadStateDictInfo, unknown_keys: s
         conversion_errors={},
         skipped_pp_keys=set(),
     )
-    model._adjust_missing_and_unexpected_keys(report)
+    compat.forgive_known_keys(model, report)
     if report.missing_keys:
         names = sorted(report.missing_keys)
         raise CheckpointError(
@@ -214,7 +214,7 @@ def _set(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
 
 def strict_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype of each parameter and buffer: as the (meta) model was built, or float32 where its class insists."""
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    plan = compat.dtype_plan(model, dtype)
     patterns = [(re.compile(pattern), wanted) for pattern, wanted in plan.items()]
     return {
         key: next((wanted for pattern, wanted in patterns if pattern.search(key)), tensor.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hybrimoe.compat import takes_dynamic_cache
 from hybrimoe.generation.kv_memory import held_bytes, keeps_every_token
 
 __all__ = ["PrefixCache", "PrefixCaches"]
@@ -117,7 +118,7 @@ class PrefixCache:
         return list(getattr(self.states, "layers", ()))
 
     def _new_states(self) -> Any:
-        if not self._model._supports_default_dynamic_cache():
+        if not takes_dynamic_cache(self._model):
             return None  # the model makes its own kind in its first call
         from hybrimoe.generation.growing import growing_cache
 

@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 
 from hybrimoe.amounts import Amount
+from hybrimoe.compat import takes_dynamic_cache
 from hybrimoe.errors import BudgetError
 from hybrimoe.machine.memory import available_bytes
 
@@ -53,7 +54,7 @@ def estimated_token_bytes(model: Any) -> int:
     from hybrimoe.generation.growing import growing_cache
 
     config = model.config.get_text_config(decoder=True)
-    if model._supports_default_dynamic_cache():
+    if takes_dynamic_cache(model):
         n_growing = sum(keeps_every_token(layer) for layer in growing_cache(config).layers)
     else:
         n_growing = _number(config, "num_hidden_layers")

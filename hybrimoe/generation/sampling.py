@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe import compat
 from hybrimoe.errors import ConfigError, ModelError
 from hybrimoe.generation.candidates import few_candidates
 
@@ -141,15 +142,12 @@ class Sampler:
     def __init__(self, model: Any, options: SamplingOptions, prompt_ids: Sequence[int]) -> None:
         import torch
 
-        config, _ = model._prepare_generation_config(None, **options.generation_kwargs())
-        model._prepare_special_tokens(config, device=torch.device("cpu"))
+        config = compat.generation_settings(model, options.generation_kwargs())
         self.greedy = not config.do_sample
         self.eos_token_ids = frozenset() if options.ignore_eos else _token_ids(config.eos_token_id)
         self.max_new_tokens = options.max_new_tokens or _configured_length(model, len(prompt_ids)) or UNLIMITED_TOKENS
         config.max_length = len(prompt_ids) + self.max_new_tokens
-        self._processors = model._get_logits_processor(
-            generation_config=config, input_ids_seq_length=len(prompt_ids), device="cpu", model_kwargs={}
-        )
+        self._processors = compat.logits_processors(model, config, len(prompt_ids))
         self._ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
         self._adjustments = _Adjustments(options)
         self._top_logprobs = options.top_logprobs

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hybrimoe.config.deploy import DeployConfig
+from hybrimoe.dense.threads import FewThreads
 from hybrimoe.errors import ModelError
 from hybrimoe.experts.absent import AbsentWeights, explanation
 from hybrimoe.injection.application import Application
@@ -49,6 +50,7 @@ class Injection:
         self.originals: Mapping[str, nn.Module] = application.originals
         self.dense: PackedDense | None = None
         self.attention: DecodeAttention | None = None
+        self.torch_threads: FewThreads | None = None
         self.way: StepWay | None = None
         self._application = application
         self._active = True
@@ -66,7 +68,7 @@ class Injection:
         return (*self._application.remarks, *self._without_accelerator())
 
     def prepare_dense(self, *, keep_originals: bool) -> None:
-        """What the deployment's `cpu` section says of all that is not experts: their dtype, and the attention.
+        """What the deployment's `cpu` section says of all that is not experts: their dtype, attention, torch.
 
         keep_originals: hold on to packed layers for `restore`. Raises CheckpointError where a weight is not finite.
         """
@@ -75,12 +77,12 @@ class Injection:
         if cpu.attention == "auto":
             self._use_decode_attention(threads)
         dtype = cpu.dense_dtype
-        if dtype != "int8" and dtype != "int4":
-            return
-        from hybrimoe.dense.linear import pack_linears
+        if dtype == "int8" or dtype == "int4":
+            from hybrimoe.dense.linear import pack_linears
 
-        sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
-        self.dense = pack_linears(self.model, sizes, dtype, keep_originals=keep_originals, threads=threads)
+            sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
+            self.dense = pack_linears(self.model, sizes, dtype, keep_originals=keep_originals, threads=threads)
+        self.torch_threads = FewThreads(self.model)
 
     def compile_step(self) -> None:
         """Decode steps in one compiled call, where the deployment wants that and the model is understood.
@@ -169,6 +171,8 @@ class Injection:
             self.dense.undo()
         if self.attention is not None:
             self.attention.undo()
+        if self.torch_threads is not None:
+            self.torch_threads.undo()
         self._application.undo()
         self.session.release(self.model)
         self._sharing.discard(self)
@@ -188,7 +192,9 @@ class Injection:
             twin: Injection = memo[id(self)]
             return twin
         twin = Injection(model, self.config, self.resolution, self._application.copied(memo))
-        twin.dense, twin.attention = copy.deepcopy((self.dense, self.attention), memo)
+        twin.dense, twin.attention, twin.torch_threads = copy.deepcopy(
+            (self.dense, self.attention, self.torch_threads), memo
+        )
         twin._active, twin._sharing = self._active, self._sharing
         twin._sharing.add(twin)
         if self.way is not None:

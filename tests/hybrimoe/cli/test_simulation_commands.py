@@ -221,5 +221,5 @@ def test_several_accelerators(hybrimoe):
     assert "acc 0" in drawn
     assert "acc 1" in drawn
     refused = hybrimoe("simulate", "--accelerators", "0", "--json")
-    assert refused.code == 1
-    assert "at least 1, found 0" in refused.data["error"]["message"]
+    assert refused.code == 2
+    assert "--accelerators" in refused.data["error"]["message"]

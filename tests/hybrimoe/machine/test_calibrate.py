@@ -10,7 +10,7 @@ from hybrimoe.cli.app import app
 from hybrimoe.machine import calibrate, calibration
 from hybrimoe.machine.profiles import open_hardware
 
-QUICK = calibrate.Request(shapes=((64, 128),), dtypes=("int4", "float32"), accelerator="emulated", budget_s=60)
+QUICK = calibrate.Request(shapes=((64, 128),), dtypes=("int4", "float32"), accelerator="emulated", budget_s=3600)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,80 @@
+"""Private interfaces of transformers, met here and nowhere else, so that a release that moves one breaks one file.
+
+Each is a method of a model that transformers offers under no public name. Numba's are in `scheduler.compiled`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from hybrimoe.errors import HybriMoEError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+TESTED = "5.23.0"
+"""The release that the tests of this module last passed with."""
+
+
+class CompatibilityError(HybriMoEError):
+    """The installed transformers has not what this version of HybriMoE needs of it."""
+
+
+def generation_settings(model: PreTrainedModel, options: dict[str, Any]) -> Any:
+    """The model's generation configuration with `options` (of `generate`) on top, its special tokens resolved."""
+    import torch
+
+    config, _ = _call(model, "_prepare_generation_config", None, **options)
+    _call(model, "_prepare_special_tokens", config, device=torch.device("cpu"))
+    return config
+
+
+def logits_processors(model: PreTrainedModel, settings: Any, n_prompt_tokens: int) -> Any:
+    """The processors that `generate` would use for `settings`, in its order."""
+    return _call(
+        model, "_get_logits_processor",
+        generation_config=settings, input_ids_seq_length=n_prompt_tokens, device="cpu", model_kwargs={},
+    )  # fmt: skip
+
+
+def takes_dynamic_cache(model: PreTrainedModel) -> bool:
+    """Whether the model takes transformers' own growing cache; else it makes a cache of its own kind."""
+    return bool(_call(model, "_supports_default_dynamic_cache"))
+
+
+def compute_missing(model: PreTrainedModel, missing: set[str]) -> None:
+    """Gives parameters and buffers that no checkpoint stores their values, on the CPU."""
+    _call(model, "_move_missing_keys_from_meta_to_device", missing, {"": "cpu"}, None, None)
+    _call(model, "_initialize_missing_keys", False)
+
+
+def forgive_known_keys(model: PreTrainedModel, report: Any) -> None:
+    """Takes keys out of a loading report that the model says may be missing or left over."""
+    _call(model, "_adjust_missing_and_unexpected_keys", report)
+
+
+def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Patterns of parameters that the model's class keeps in another dtype than `dtype`."""
+    return dict(_call(model, "_get_dtype_plan", dtype))
+
+
+def _call(model: PreTrainedModel, name: str, *arguments: Any, **named: Any) -> Any:
+    method: Callable[..., Any] | None = getattr(model, name, None)
+    if method is None:
+        raise CompatibilityError(
+            f"transformers {version('transformers')} has no {name}, which HybriMoE needs (tested with {TESTED});"
+            f" install a release that fits: pip install 'transformers=={TESTED}'"
+        )
+    try:
+        return method(*arguments, **named)
+    except TypeError as error:
+        installed = version("transformers")
+        if installed == TESTED:
+            raise
+        raise CompatibilityError(
+            f"transformers {installed} takes other arguments for {name} than {TESTED} does ({error});"
+            f" install a release that fits: pip install 'transformers=={TESTED}'"
+        ) from error
