@@ -29,6 +29,11 @@ class NoTokenizer:
     """Stands where a tokenizer is expected and text is not wanted: every token is without text."""
 
     chat_template = None
+    all_special_ids: tuple[int, ...] = ()
+
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        """No token has a text."""
+        return ""
 
     def decode(self, token_ids: list[int], **kwargs: Any) -> str:
         """No text."""

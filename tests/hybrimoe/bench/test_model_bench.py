@@ -241,3 +241,10 @@ def test_lossy_policies_stand_beside_each_policy_and_are_not_judged_by_their_log
     exact = [Fixed(label, None, None, "int4") for label in ("first", "second")]
     cosines = contenders.check_parity([Fixed("lossy", None, None, "int4", lossy=True), *exact], [1])
     assert cosines == {"second": 1.0}
+
+
+def test_a_reply_without_a_tokenizer_has_no_text() -> None:
+    from hybrimoe.bench.model.sources import NoTokenizer
+    from hybrimoe.generation.detokenise import IncrementalDecoder
+
+    assert IncrementalDecoder(NoTokenizer(), [1, 2]).push(3) == ""
