@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 JSON_FILE, PAGE = ROOT / "docs" / "policies.json", ROOT / "docs" / "policies.md"
 SHARES = (0.25, 0.5)
 MACHINES = ("rtx4090-ryzen9", "laptop")
-TOKENS = 128
+TOKENS = 64
 CLAIRVOYANT = ("belady", "perfect")
 """Bounds: they know the future, so no policy that runs is compared with them."""
 NOT_ALONE = ("fixed",)

@@ -14,7 +14,12 @@ FAMILIES = ("deepseek_v3", "ernie4_5_vl_moe", "gpt_oss", "inkling2", "jamba", "l
 
 
 class Letters:
-    """A tokenizer that only decodes."""
+    """A tokenizer that only decodes, each token to a letter."""
+
+    all_special_ids = ()
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return chr(65 + token % 26)
 
     def decode(self, ids: list[int], **options: object) -> str:
         return "".join(chr(65 + token % 26) for token in ids)
