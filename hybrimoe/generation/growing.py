@@ -155,7 +155,8 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         held = [part.clone() for part in self._both()]  # the last tokens, which may move within their buffer
         n_held = held[0].shape[-2]
         room = self.sliding_window + n_new + max(LEAST_ROOM, self.sliding_window // ROOM_SHARE)
-        if buffers is None or buffers.keys.shape[:-2] != held[0].shape[:-2] or buffers.keys.shape[-2] < room:
+        fits = buffers is not None and buffers.keys.shape[:-2] == held[0].shape[:-2] and buffers.keys.shape[-2] >= room
+        if buffers is None or not fits or buffers.keys.is_inference() != torch.is_inference_mode_enabled():
             new = [like.new_empty(*like.shape[:-2], room, like.shape[-1]) for like in (keys_like, values_like)]
         else:
             new = [buffers.keys, buffers.values]

@@ -63,6 +63,8 @@ def compile_step(model: nn.Module, session: Any) -> StepWay:
         return StepWay(reason=f"the experts run on the backend {getattr(backend, 'name', '?')!r}, the step needs numba")
     if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
         return StepWay(reason="the dense part of the model is on an accelerator")
+    if any(hasattr(module, "rope_deltas") for module in model.modules()):
+        return StepWay(reason="the positions of its tokens depend on the images before them")
     was_training = model.training
     model.eval()
     try:

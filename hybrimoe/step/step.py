@@ -80,7 +80,8 @@ class Step:
             return None
         positions = list(range(n_past, n_past + len(token_ids)))
         call = StepCall(list(token_ids), 1, len(token_ids), n_past, cache, positions, None, 1)
-        return self._logits(call)[0, -1]
+        with torch.inference_mode():
+            return self._logits(call)[0, -1]
 
     def _usable(self) -> bool:
         """Whether the model is as it was when it was read, and nobody watches what the step would leave out."""

@@ -218,3 +218,26 @@ def test_a_copy_of_the_model_has_a_step_of_its_own() -> None:
     twin.hybrimoe.restore()
     assert "forward" not in vars(twin)
     assert torch.equal(own.generate(prompt(1), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
+
+
+@pytest.mark.parametrize("room", [4, 256])
+def test_sliding_windows_that_fill_and_move(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrimoe.generation.growing.LEAST_ROOM", room)
+    own, other = tiny_model("gpt_oss"), tiny_model("gpt_oss")
+    hybrimoe.inject(own, accelerator="none", expert_dtype="float32")
+    assert own.hybrimoe.step is not None, own.hybrimoe.way
+    ours, theirs = after_prompt(own, prompt(1)), after_prompt(other, prompt(1))
+    for number in range(40):  # the window is 16 tokens
+        new = torch.tensor([[3 + number, 4 + number]])
+        found, expected = step(own, new, ours), step(other, new, theirs)
+        assert float((found - expected).abs().max()) <= TOLERANCE, number
+        if number % 7 == 6:  # transformers' way in between
+            token = torch.tensor([[5]])
+            step(own, token, ours, output_router_logits=True)
+            step(other, token, theirs)
+    assert own.hybrimoe.step.n_steps == 40
+
+
+def test_positions_that_depend_on_images_stay_with_the_model() -> None:
+    own = tiny_model("qwen3_vl_moe")
+    assert "images" in str(hybrimoe.inject(own, accelerator="none", expert_dtype="float32").way.reason)
