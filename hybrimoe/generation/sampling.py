@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe import compat
 from hybrimoe.errors import ConfigError, ModelError
-from hybrimoe.generation.candidates import few_candidates
+from hybrimoe.generation.candidates import few_candidates, sent_together
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +164,10 @@ class Sampler:
 
         needs_all = self._adjustments.any or self._top_logprobs is not None
         few = None if needs_all else few_candidates(self._processors, logits, greedy=self.greedy)
-        own = (logits if few is None else few[0]).to("cpu", torch.float32, copy=True)
+        if few is None:
+            own, token_ids = logits.to("cpu", torch.float32, copy=True), None
+        else:
+            own, token_ids = sent_together(*few)
         if not math.isfinite(float(own.max())):
             raise ModelError(
                 f"the model's logits after {self._ids.shape[-1]} tokens are not finite numbers: its weights are"
@@ -175,8 +178,8 @@ class Sampler:
             token = torch.argmax(scores, dim=-1)
         else:
             token = torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=self._generator).squeeze(1)
-        if few is not None:
-            token = few[1].cpu()[token]
+        if token_ids is not None:
+            token = token_ids[token]
         self._ids = torch.cat([self._ids, token[:, None]], dim=-1)
         chosen = int(token)
         self._adjustments.count(chosen)
