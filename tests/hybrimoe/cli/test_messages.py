@@ -129,7 +129,7 @@ def test_a_line_is_edited_and_continued(terminal):
 
 
 def test_earlier_messages_come_back_in_the_next_chat_and_only_the_user_can_read_them(terminal, tmp_path):
-    assert terminal("first\r", "second\r", CTRL_D) == ["first", "second"]
-    (again,) = terminal((UP, "second"), "!\r", CTRL_D)
-    assert again in ("first!", "second!")
+    assert terminal("first\r", CTRL_D) == ["first"]
+    (again,) = terminal((UP, "first"), "!\r", CTRL_D)
+    assert again == "first!"
     assert stat.S_IMODE((tmp_path / "kept" / "history").stat().st_mode) == 0o600
