@@ -89,8 +89,8 @@ def versions(monkeypatch, **changed) -> list[Check]:
     ("package", "version", "found"),
     [
         ("torch", "2.7.1", "2.7.1; needs 2.8 or later"),
-        ("transformers", "6.0.0", "6.0.0; needs 5.0 or later, before 6"),
-        ("transformers", "4.57", "4.57; needs 5.0 or later, before 6"),
+        ("transformers", "6.0.0", "6.0.0; needs 5.23 or later, before 6"),
+        ("transformers", "4.57", "4.57; needs 5.23 or later, before 6"),
         ("safetensors", None, "not installed"),
     ],
 )

@@ -158,7 +158,6 @@ def test_ipv6_keys_name_and_the_access_log(serve, tmp_path):
     assert "secret" not in said
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # httpx, where a server hands over
 def test_it_listens_and_says_so_while_the_model_is_loaded():
     port = free_port()
     command = [sys.executable, "-c", SLOW_START, str(port)]
