@@ -149,12 +149,13 @@ class Pacer:
         """Sleeps until `rest_us` before the job's end on the device; its start there becomes the event's.
 
         ready_us: when the job was submitted and all it depends on had ended; it starts then, or when the lane's last
-        job has ended. rest_us: time that the caller still needs to do the job.
+        job has ended. rest_us: time that the caller still needs to do the job, as it estimates; too high an estimate
+        never lets the job end before that start.
         """
         start_us = max(self._lane_end_us, ready_us)
         event.start_us, self._last = max(start_us, self._last.end_us), event
         self._lane_end_us = start_us + duration_us
-        remaining_us = self._lane_end_us - rest_us - clock_us()
+        remaining_us = max(start_us, self._lane_end_us - rest_us) - clock_us()
         if remaining_us > 0.0:
             time.sleep(remaining_us * 1e-6)
         elif remaining_us < -self.HOST_JITTER_US:

@@ -164,7 +164,7 @@ def start_team(n_threads: int) -> None:
     with _LOCK:
         while len(_helpers) < n_threads - 1:
             core = cores[(len(_helpers) + 1) % len(cores)] if cores else None
-            name = f"hybrimoe-{len(_helpers) + 1}"
+            name = f"hybrimoe-cpu-{len(_helpers) + 1}"
             thread = threading.Thread(target=_help, args=(core,), name=name, daemon=True)
             thread.start()
             _helpers.append(thread)

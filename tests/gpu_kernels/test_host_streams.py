@@ -138,4 +138,12 @@ def test_the_rest_of_a_paced_job_is_left_to_the_caller() -> None:
     pacer, started_us = Pacer(), clock_us()
     first = paced(pacer, started_us, 500_000.0, rest_us=499_000.0)
     assert first.end_us - started_us < 400_000.0
-    assert paced(pacer, started_us, 1_000.0, rest_us=501_000.0).start_us == started_us + 500_000.0
+
+
+def test_a_paced_job_never_ends_before_it_starts() -> None:
+    """Its rest was estimated longer than it takes on the device, as after a copy that the system interrupted."""
+    pacer, started_us = Pacer(), clock_us()
+    paced(pacer, started_us, 30_000.0, rest_us=29_000.0)
+    event = paced(pacer, started_us, 1_000.0, rest_us=31_000.0)
+    assert event.start_us == started_us + 30_000.0
+    assert event.end_us >= event.start_us

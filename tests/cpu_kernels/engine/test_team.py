@@ -184,7 +184,7 @@ def test_a_call_without_helpers_runs_alone() -> None:
 def test_a_stopped_team_starts_again(helpers: None) -> None:
     for _ in range(3):
         team.stop_team()
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("hybrimoe-")]
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("hybrimoe-cpu-")]
         team.start_team(3)
         Call().launch(5, 100, 10, 3)
 
