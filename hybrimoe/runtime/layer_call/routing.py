@@ -60,16 +60,10 @@ class Workspace:
         return self._rows[:size].reshape(n_rows, hidden)
 
 
-class RunsParts(Protocol):
-    """Experts in one precision, which run their part of a call (`call.Experts`)."""
+class RunsLanes(Protocol):
+    """`lanes.Lanes` of a part's experts."""
 
-    @property
-    def costs(self) -> Costs | None: ...
-
-    def plan(
-        self, space: CallSpace, phase: Phase, predictions: tuple[Prediction, ...], cpu_ready_us: float,
-        accel_ready_us: float, link_ready_us: float,
-    ) -> None: ...  # fmt: skip
+    def link_busy_us(self, layer: int) -> float: ...
 
     def submit(self, space: CallSpace) -> None: ...
 
@@ -77,7 +71,29 @@ class RunsParts(Protocol):
 
     def combine(self, space: CallSpace) -> torch.Tensor: ...
 
+
+class FollowsCalls(Protocol):
+    """`reports.Reports` of a part's experts."""
+
     def finish(self, space: CallSpace) -> None: ...
+
+
+class RunsParts(Protocol):
+    """Experts in one precision, which run their part of a call (`experts.Experts`)."""
+
+    @property
+    def costs(self) -> Costs | None: ...
+
+    @property
+    def lanes(self) -> RunsLanes: ...
+
+    @property
+    def reports(self) -> FollowsCalls: ...
+
+    def plan(
+        self, space: CallSpace, phase: Phase, predictions: tuple[Prediction, ...], cpu_ready_us: float,
+        accel_ready_us: float, link_ready_us: float,
+    ) -> None: ...  # fmt: skip
 
 
 class CallSpace:
@@ -85,13 +101,13 @@ class CallSpace:
 
     `work` is what the lanes share, `demand` what the planner sees of it, `plan` its answer; `positions` int32 and
     `records` uint64 [E] are the CPU lane's experts. `ends`: of each piece of work on the accelerator, whose
-    experts are at positions `sent`. `ran`: the CPU lane's tasks, while `traced`.
+    experts are at positions `sent`. `ran`: the CPU lane's tasks, while `traced`, and `unit`: the accelerator then.
     """
 
     __slots__ = (
         "_buffers", "_dispatches", "_n_tokens", "_norm", "_scores", "_width", "_work", "counters", "cpu_us", "demand",
         "ends", "experts", "found", "index", "layer", "n_cpu", "plan", "positions", "ran", "records", "sent", "step",
-        "traced", "work",
+        "traced", "unit", "work",
     )  # fmt: skip
 
     work: LayerWork
@@ -109,7 +125,7 @@ class CallSpace:
         self.ends: list[Event] = []
         self.sent: list[list[int]] = []
         self.ran: list[TaskRecord] = []
-        self.step, self.n_cpu, self.cpu_us, self.traced = -1, 0, 0.0, False
+        self.step, self.n_cpu, self.cpu_us, self.traced, self.unit = -1, 0, 0.0, False, 0
         self._norm, self._width = layer.transform(), layer.spec.hidden
         self._buffers = _Buffers(0, layer.num_experts)
         self._work = LayerWork(self._buffers.dispatch(0, 1, 0, 0), NOTHING, NO_ROWS, NO_ROWS)

@@ -109,6 +109,11 @@ class TransferQueue:
         """Expected us until the transfers under way have ended; `transfer_us` maps a layer to its copy time."""
         if not self.pending:
             return 0.0
-        total_us = sum(transfer_us(item.transfer.layer) for item in self.pending)
+        total_us, layer, one_us = 0.0, -1, 0.0
+        for item in self.pending:
+            if item.transfer.layer != layer:
+                layer = item.transfer.layer
+                one_us = transfer_us(layer)
+            total_us += one_us
         start_us = self.pending[0].start_us()
         return max(0.0, total_us - (now_us - start_us if start_us else 0.0))

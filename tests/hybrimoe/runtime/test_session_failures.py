@@ -236,7 +236,7 @@ def test_a_failing_kernel_reaches_the_caller_and_the_session_goes_on(
     check_works(rig)
 
 
-@pytest.mark.parametrize("where", ["scheduler.Planner.decide", "hybrimoe.runtime.layer_call.call.Experts.compute"])
+@pytest.mark.parametrize("where", ["scheduler.Planner.decide", "hybrimoe.runtime.layer_call.lanes.Lanes.compute"])
 def test_an_interrupt_leaves_a_session_that_goes_on(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -11,7 +11,7 @@ from gpu_kernels import LayerWork
 from gpu_kernels.combining import combine_on_host
 from hybrimoe.errors import ModelError
 from hybrimoe.experts import layout as experts_layout
-from hybrimoe.runtime.layer_call.call import Experts
+from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.routing import CallSpace, Workspace, call_inputs
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
