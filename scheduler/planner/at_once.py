@@ -8,7 +8,7 @@ vector of addresses (``Desk``).
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -205,6 +205,13 @@ def _saved_us(desk: Ints, layer: int) -> float:
     return saving_us(cpu, accel, ints_at(desk[KIND], desk[N_LAYERS])[layer], floats_at(desk[DRIFT], 3))
 
 
+def int32s(array: npt.NDArray[Any]) -> Ids:
+    """A contiguous writable int32 array: the one type that the compiled decision knows."""
+    if array.dtype == np.int32 and array.flags.carray:
+        return array
+    return np.array(array, np.int32)
+
+
 class Desk:
     """What ``decide_at_once`` works on, of one planner, and how its answer becomes a plan.
 
@@ -253,9 +260,8 @@ class Desk:
         self._nothing = np.empty(0, np.int32), np.empty(0, np.float32)
 
     def decide(
-        self, demand: Demand, ids: Ids, n_tokens: Ids, cpu_ready_us: float, accel_ready_us: float,
-        link_ready_us: float, plan: PlanView,
-    ) -> tuple[list[int], list[int], float] | None:  # fmt: skip
+        self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float, plan: PlanView
+    ) -> tuple[Ints, list[int], float] | None:
         """Fills ``plan`` and performs it in the slot table.
 
         Returns (the pinned slots, those of them whose expert leaves with the layer, share of the makespan during which
@@ -263,6 +269,9 @@ class Desk:
         then followed the demand, and the rest is to be done piece by piece.
         """
         layer, use, movement = demand.layer, self.model.use, self.movement
+        ids, n_tokens = demand.expert_ids, demand.n_tokens
+        if ids.dtype != np.int32 or n_tokens.dtype != np.int32:
+            ids, n_tokens = int32s(ids), int32s(n_tokens)
         given, scores = self._nothing
         target = layer + self.model.distance
         for prediction in demand.predictions:
@@ -287,7 +296,7 @@ class Desk:
         movement.slots.happened("pin", slots)
         if n_fetched:
             plan.prefetches = self._prefetched(n_fetched)
-        return slots, leaving, link_share
+        return np.array(slots, np.int64), leaving, link_share
 
     def _started(self, demand: Demand, plan: PlanView, leaving: list[int]) -> list[Transfer]:
         """The demand transfers; ``leaving``: slots of those that are not admitted."""

@@ -57,22 +57,17 @@ class PlanView:
         self.step, self.layer, self.cpu = step, layer, list(range(n))
         self.rows[CPU, :n] = self.cpu
 
-    def read(self) -> list[int]:
-        """Takes the lanes' orders from ``rows``. Returns each position's slot (-1: none)."""
-        self.cpu, self.accel, self.moved, self.slot_of, self.evicted = self.rows.tolist()
-        for lane in (self.cpu, self.accel, self.moved):
-            del lane[lane[COUNT] :]
-        return self.slot_of
-
     def take(self, rows: Ints, makespan_us: float, first_slot: int) -> list[int]:
-        """Becomes the plan in ``rows``, whose slots are numbered from ``first_slot`` on outside, without moves.
+        """Becomes the decision in ``rows``, whose slots are numbered from ``first_slot`` on outside; nothing has moved.
 
         Returns the slots of the accelerated experts as in ``rows``.
         """
         self.rows, self.makespan_us = rows, makespan_us
-        slot_of = self.read()
+        self.cpu, self.accel, self.moved, self.slot_of, self.evicted = rows.tolist()
+        for lane in (self.cpu, self.accel, self.moved):
+            del lane[lane[COUNT] :]
         self.awaited, self.transfers, self.prefetches = [], [], []
-        slots = [slot_of[position] for position in self.accel]
+        slots = list(map(self.slot_of.__getitem__, self.accel))
         self.slots = [slot + first_slot for slot in slots] if first_slot else slots
         return slots
 

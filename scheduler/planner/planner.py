@@ -22,7 +22,7 @@ from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.future import Future
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Transfer, TransferEnded
-from scheduler.planner.at_once import Desk
+from scheduler.planner.at_once import Desk, int32s
 from scheduler.planner.decide import decision_of
 from scheduler.planner.explain import Explanation, explain
 from scheduler.planner.movement import Movement
@@ -205,30 +205,18 @@ class Planner:
         self._demands[layer] = demand
         plan = self._plan
         plan.step, plan.layer = self._step, layer + self.first_layer
-        if not self._decided_at_once(demand, cpu_ready_us, accel_ready_us, link_ready_us):
-            self._decide_in_parts(demand, cpu_ready_us, accel_ready_us, link_ready_us)
+        forecast, desk = self._setting.forecast, self._desk
+        if forecast is not None:
+            if forecast.arrive(demand) and desk is not None and n and self._known[layer]:
+                done = desk.decide(demand, cpu_ready_us, accel_ready_us, link_ready_us, plan)
+                if done is not None:
+                    self._open[layer].append(done)
+                    return plan
+            else:
+                forecast.follow(demand)
+                self._known[layer] |= n > 0 and self._placements[layer] == "hybrid"
+        self._decide_in_parts(demand, cpu_ready_us, accel_ready_us, link_ready_us)
         return plan
-
-    def _decided_at_once(
-        self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float
-    ) -> bool:
-        """Tells the forecast of a demand, and decides in one compiled call where there is one for it (``at_once``)."""
-        forecast, layer, desk = self._setting.forecast, demand.layer, self._desk
-        if forecast is None:
-            return False
-        ids, n_tokens = demand.expert_ids, demand.n_tokens
-        if forecast.arrive(demand) and desk is not None and self._known[layer] and ids.size:
-            if ids.dtype != np.int32 or n_tokens.dtype != np.int32:
-                ids, n_tokens = _int32(ids), _int32(n_tokens)
-            done = desk.decide(demand, ids, n_tokens, cpu_ready_us, accel_ready_us, link_ready_us, self._plan)
-            if done is None:
-                return False
-            slots, leaving, link_share = done
-            self._open[layer].append((np.array(slots, np.int64), leaving, link_share))
-            return True
-        forecast.follow(demand)
-        self._known[layer] |= ids.size > 0 and self._placements[layer] == "hybrid"
-        return False
 
     def _decide_in_parts(
         self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float
@@ -269,7 +257,7 @@ class Planner:
         decide, params, by_last_use = self._balance[layer]
         ids, n_tokens = demand.expert_ids, demand.n_tokens
         if ids.dtype != np.int32 or n_tokens.dtype != np.int32:
-            ids, n_tokens = _int32(ids), _int32(n_tokens)
+            ids, n_tokens = int32s(ids), int32s(n_tokens)
         capacity = int(cache.capacities[layer]) if cache.scope == "layer" else -1
         plan.makespan_us = decide(
             params, ids, n_tokens, first_key, first_key + self.n_experts, capacity, costs.cpu_rows[layer],
@@ -282,20 +270,17 @@ class Planner:
 
     def _start(self, demand: Demand, plan: PlanView, link_ready_us: float) -> float:
         """Starts the decision's transfers and pins its slots. Returns the us for which they keep the link."""
-        movement, layer = self._movement, demand.layer
-        slot_of = plan.read()
+        movement, layer, first_slot = self._movement, demand.layer, self.first_slot
+        slots = plan.take(plan.rows, plan.makespan_us, first_slot)
         if movement.in_flight:
             first_key, ids = layer * self.n_experts, demand.expert_ids.tolist()
             for position in plan.accel:
                 if first_key + ids[position] in movement.in_flight:
                     plan.awaited.append(position)
-        pinned_already = bool(plan.moved) and movement.start_demands(demand, plan, slot_of)
-        slots = list(map(slot_of.__getitem__, plan.accel))
-        pinned = np.array(slots, np.int64)
+        pinned_already = bool(plan.moved) and movement.start_demands(demand, plan, plan.slot_of)
+        pinned, makespan_us = np.array(slots, np.int64), plan.makespan_us
         if not pinned_already:
             self.slots.pin_all(pinned)
-        first_slot, makespan_us = self.first_slot, plan.makespan_us
-        plan.slots = [slot + first_slot for slot in slots] if first_slot else slots
         link_us = len(plan.moved) * float(self._scales[TRANSFER])
         link_share = 0.0
         if self._by_value and makespan_us > 0.0:
@@ -376,10 +361,3 @@ def _check_placements(placements: Sequence[Placement] | None, n_layers: int) -> 
 def _learns(policy: CachePolicy | PrefetchPolicy) -> bool:
     """Whether the policy looks at demands; one that shares the planner's forecast need not."""
     return type(policy).observe not in (CachePolicy.observe, PrefetchPolicy.observe)
-
-
-def _int32(array: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """A contiguous writable int32 array: the one type that the compiled decision knows."""
-    if array.dtype == np.int32 and array.flags.carray:
-        return array
-    return np.array(array, np.int32)

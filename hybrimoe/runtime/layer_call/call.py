@@ -1,27 +1,32 @@
 """One call of a layer's experts, top to bottom: read the routing, plan, submit, compute, combine, collect.
 
-Where nothing has a slot, calls of few tokens are one compiled call (`whole_call`).
+Where nothing has a slot, a call of few tokens is one compiled call from the router's tensors to the output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter_ns
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from cpu_kernels.backends.numba_backend import NumbaBackend
 from hybrimoe.runtime.layer_call.experts import Experts
+from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.predicting import RoutingRecorder, predict, record
 from hybrimoe.runtime.layer_call.routing import CallSpace, call_inputs
 from hybrimoe.runtime.layer_call.stages import LossyStage
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
-from hybrimoe.runtime.layer_call.whole_call import WholeCalls
 from scheduler import Phase
 from scheduler.graph import PlannedLayer
 from scheduler.records import TaskRecord
+
+WholeCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, int] | None]
+"""(hidden, top_k_index, top_k_weights) -> (output, number of active experts), or None for what the long way runs."""
 
 
 class ExpertsCall:
@@ -42,9 +47,9 @@ class ExpertsCall:
         self.phase: Phase = "prefill"
         self.consistent = True
         """False while a call runs, and after one that did not end: slots and plans may then disagree."""
-        plain = experts.planner is None and lossy is None
-        each = zip(self.layers, experts.lanes.addresses, strict=True)
-        self._whole = [WholeCalls.of(layer, addresses) if plain else None for layer, addresses in each]
+        self._whole: list[WholeCall | None] = [None] * len(self.layers)
+        if experts.planner is None and lossy is None:
+            self._whole = list(map(_whole_call, self.layers, experts.lanes.addresses))
         self._alone = [(space,) for space in experts.spaces]
 
     def run(
@@ -77,29 +82,26 @@ class ExpertsCall:
         self, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> tuple[Sequence[CallSpace], int]:
         """The call's routing: as the router gave it, or the parts that a lossy policy makes of it; and the number of
-        tokens, 0 where there is nothing to compute. From here on the call is under way."""
-        if self.lossy is not None:
-            inputs = call_inputs(hidden, top_k_index, top_k_weights, self.layers[index].spec.hidden)
-            n_tokens = len(inputs.ids)
-            if n_tokens:
-                self._begin(index, n_tokens)
-                return self.lossy.rewrite(self.phase, index, inputs), n_tokens
-            return (), 0
-        space = self.experts.spaces[index]
-        if not space.read(hidden, top_k_index, top_k_weights, self.experts.workspace):
-            return (), 0
-        n_tokens = space.work.dispatch.n_tokens
-        self._begin(index, n_tokens)
-        return self._alone[index], n_tokens
-
-    def _begin(self, index: int, n_tokens: int) -> None:
-        """A call is under way: collects what has ended; the call belongs to the current step or starts one."""
+        tokens, 0 where there is nothing to compute. What has ended is collected before; then the call is under way, and
+        belongs to the current step or starts one."""
         self.consistent = False
         for experts in self.every:
             experts.reports.collect(self.phase)
+        self.consistent = True  # what is wrong with the tensors is told before anything has happened
+        lossy, space = self.lossy, self.experts.spaces[index]
+        if lossy is None:
+            n_active = space.read(hidden, top_k_index, top_k_weights, self.experts.workspace)
+            n_tokens = space.work.dispatch.n_tokens if n_active else 0
+        else:
+            inputs = call_inputs(hidden, top_k_index, top_k_weights, space.layer.spec.hidden)
+            n_tokens = len(inputs.ids)
+        if not n_tokens:
+            return (), 0
+        self.consistent = False
         step = self.tracker.next(index, n_tokens)
         if step.new:
             self.begin_step(step, n_tokens)
+        return (self._alone[index] if lossy is None else lossy.rewrite(self.phase, index, inputs)), n_tokens
 
     def begin_step(self, step: Step, n_tokens: int) -> None:
         """Tells planners and lossy stage of a new step."""
@@ -153,23 +155,25 @@ class ExpertsCall:
         return output
 
     def _run_whole(
-        self, whole: WholeCalls, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor,
+        self, whole: WholeCall, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor, start_ns: int,
     ) -> torch.Tensor | None:  # fmt: skip
         """A call of few tokens without slots; None, before anything has happened, for others."""
         self.consistent = False
-        done = whole.run(hidden, top_k_index, top_k_weights)
+        kernels_ns = perf_counter_ns()
+        done = whole(hidden, top_k_index, top_k_weights)
+        kernels_ns = perf_counter_ns() - kernels_ns
         self.consistent = True
         if done is None:
             return None
-        output, n_active, kernels_us = done
+        output, n_active = done
         if n_active:
             n_tokens = top_k_index.shape[0]
             step = self.tracker.next(index, n_tokens)
             if step.new:
                 self.begin_step(step, n_tokens)
             wall_us = (perf_counter_ns() - start_ns) * 1e-3
-            self.experts.stats.counters[self.phase][index].ran_on_cpu(n_tokens, n_active, kernels_us, wall_us)
+            self.experts.stats.counters[self.phase][index].ran_on_cpu(n_tokens, n_active, kernels_ns * 1e-3, wall_us)
         return output
 
     # What the session asks for ----------------------------------------------------------------------------------
@@ -178,9 +182,8 @@ class ExpertsCall:
         """Continues another one's records, hooks and counts; its slots and plans are gone."""
         self.routing_recorder = previous.routing_recorder
         for experts, before in zip(self.every, previous.every, strict=False):
-            experts.routing_counts, experts.tracing, experts.plans = (
-                before.routing_counts, before.tracing, before.plans,
-            )  # fmt: skip
+            experts.tracing, experts.plans = before.tracing, before.plans
+            experts.count_in(before.routing_counts)
             experts.reports.timeline = before.reports.timeline
         if self.lookahead is not None and previous.lookahead is not None:
             self.lookahead = previous.lookahead
@@ -237,3 +240,12 @@ class ExpertsCall:
         """Ends what only this call path uses: another one follows, or the session is closed."""
         if self.lossy is not None:
             self.lossy.close()
+
+
+def _whole_call(layer: Layer, addresses: npt.NDArray[np.uint64]) -> WholeCall | None:
+    """The layer's call from tensors to output; None where only the long way runs it: with another backend, or with a
+    norm over the experts' outputs. addresses uint64 [E]: of the packed experts."""
+    backend = layer.backend
+    if not isinstance(backend, NumbaBackend) or layer.transform() is not None:
+        return None
+    return partial(backend.run_routed, layer.spec, addresses)

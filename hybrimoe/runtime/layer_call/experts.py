@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from hybrimoe.runtime.layer_call.lanes import Lanes
 from hybrimoe.runtime.layer_call.layers import Layer
@@ -18,7 +19,6 @@ from scheduler import Phase, Prediction, Transfer
 from scheduler.graph import PlannedLayer
 from scheduler.planner.plan_view import PlanView
 from scheduler.planner.protocol import Costs, LayerPlanner
-from scheduler.slots import SlotTable
 
 
 class Experts:
@@ -36,18 +36,24 @@ class Experts:
         self.costs: Costs | None = None if planner is None else planner.costs
         self.lanes = Lanes(self.layers, store, planner, queues, queue_of)
         self.reports = Reports(planner, stats, queues)
-        self._slots: list[tuple[SlotTable | None, int]] = [(None, 0)] * len(self.layers)
-        if planner is not None:
-            tables = [planner.table(index) for index in range(len(self.layers))]
-            self._slots = [(table, own * table.n_experts) for table, own in tables]
         n_experts = max(layer.num_experts for layer in layers)
         self.spaces = [CallSpace(self, index, layer, n_experts) for index, layer in enumerate(layers)]
         self.workspace = Workspace()
-        self.routing_counts = np.zeros((len(self.layers), n_experts), np.float64)
+        self.count_in(np.zeros((len(self.layers), n_experts), np.float64))
         self.record_bytes = tuple(layer.spec.record_bytes for layer in layers)
         self.tracing, self.step = False, -1
         self.plans: list[PlannedLayer] = []
         self._unplanned = PlanView()
+
+    def count_in(self, routing_counts: npt.NDArray[np.float64]) -> None:
+        """Counts uses of experts in routing_counts float64 [layers, experts] from here on."""
+        self.routing_counts = routing_counts
+        for index, space in enumerate(self.spaces):
+            if self.planner is None:
+                space.count_in(routing_counts[index])
+            else:
+                table, own = self.planner.table(index)
+                space.count_in(routing_counts[index], own * table.n_experts, table.slot_of, table.state)
 
     def warm_up(self, transfers: Sequence[Transfer]) -> None:
         """Starts transfers before the first step; no call is charged for their bytes."""
@@ -68,19 +74,14 @@ class Experts:
         self, space: CallSpace, phase: Phase, predictions: tuple[Prediction, ...], cpu_ready_us: float,
         accel_ready_us: float, link_ready_us: float,
     ) -> None:  # fmt: skip
-        """Where and in which order the call's experts run; the times say when each lane gets free."""
+        """Where and in which order the described call's experts run; the times say when each lane gets free."""
         planner, index, stats = self.planner, space.index, self.stats
         counters = space.counters = stats.counters[phase][index]
-        slots, first_key = self._slots[index]
-        if slots is None:
-            demand = space.describe(phase, predictions, self.routing_counts[index])
-        else:
-            demand = space.describe(
-                phase, predictions, self.routing_counts[index], first_key, slots.slot_of, slots.state
-            )
-        hits, late = space.found.tolist()
-        stats.found(counters, index, demand.expert_ids, demand.n_tokens_total, hits, late)
-        self.reports.begin(space)
+        demand = space.demand
+        demand.phase, demand.predictions = phase, predictions
+        stats.found(counters, index, demand.expert_ids, demand.n_tokens_total, space.found)
+        if space.ends:
+            self.reports.forget(space)
         space.step, space.traced = self.step, self.tracing
         if planner is None:
             space.plan = self._unplanned

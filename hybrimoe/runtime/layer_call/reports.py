@@ -56,9 +56,9 @@ class Reports:
         while len(unreported) > MAX_UNREPORTED and not unreported[0].traced:
             unreported.popleft()
 
-    def begin(self, space: CallSpace) -> None:
+    def forget(self, space: CallSpace) -> None:
         """The space is filled anew: what its layer's last call left unreported stays unknown."""
-        if self._unreported and space in self._unreported:
+        if space in self._unreported:
             self._unreported.remove(space)
         space.ends.clear()
         space.sent.clear()
@@ -99,6 +99,8 @@ class Reports:
             n_tokens = space.demand.n_tokens[[position for positions in space.sent for position in positions]].tolist()
             us = share_out(accel_us, n_tokens, partial(self._planner.costs.accel_us, space.index))
             self._planner.observe(ObservedTask("accel", space.index, n_tokens[0], us))
+        space.ends.clear()
+        space.sent.clear()
 
     def _record_work(self, space: CallSpace) -> None:
         """The timeline's entries of work on the accelerator, which a traced call submits expert by expert."""

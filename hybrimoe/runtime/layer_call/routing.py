@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from cpu_kernels import Dispatch, build_dispatch
-from cpu_kernels.engine.routed import FLOATS, fits, read_call
+from cpu_kernels.engine.routed import FLOATS, fits
 from gpu_kernels import Event, LayerWork
 from hybrimoe.errors import ModelError
-from hybrimoe.runtime.layer_call.compiled import describe_routing
+from hybrimoe.runtime.layer_call.compiled import describe_routing, read_and_describe
 from hybrimoe.runtime.layer_call.layers import Layer, apply_norm
 from hybrimoe.runtime.layer_call.stats import Counters
 from scheduler import Phase, Prediction
@@ -105,9 +105,9 @@ class CallSpace:
     """
 
     __slots__ = (
-        "_buffers", "_dispatches", "_n_tokens", "_norm", "_scores", "_width", "_work", "counters", "cpu_us", "demand",
-        "ends", "experts", "found", "index", "layer", "n_cpu", "plan", "positions", "ran", "records", "sent", "step",
-        "traced", "unit", "work",
+        "_buffers", "_counted", "_dispatches", "_n_tokens", "_norm", "_scores", "_width", "_work", "counters", "cpu_us",
+        "demand", "ends", "experts", "found", "index", "layer", "n_cpu", "plan", "positions", "ran", "records", "sent",
+        "step", "traced", "unit", "work",
     )  # fmt: skip
 
     work: LayerWork
@@ -122,6 +122,7 @@ class CallSpace:
         self.positions = np.empty(layer.num_experts, np.int32)
         self.records = np.empty(layer.num_experts, np.uint64)
         self.found = np.zeros(2, np.int64)
+        self.count_in(np.zeros(n_experts))
         self.ends: list[Event] = []
         self.sent: list[list[int]] = []
         self.ran: list[TaskRecord] = []
@@ -131,15 +132,25 @@ class CallSpace:
         self._work = LayerWork(self._buffers.dispatch(0, 1, 0, 0), NOTHING, NO_ROWS, NO_ROWS)
         self._dispatches: dict[tuple[int, int, int, int], Dispatch] = {}
 
+    def count_in(
+        self, routing_counts: npt.NDArray[np.float64], first_key: int = 0, slot_of: Keys = NO_KEYS,
+        state: Keys = NO_KEYS,
+    ) -> None:  # fmt: skip
+        """From here on the count of each active expert rises by 1 in `routing_counts` [E] with each call, and `found`
+        tells how many of them have their bytes in a slot, and how many are on their way: slot_of and state are a
+        `SlotTable`'s, the layer's from `first_key` on; empty where nothing has a slot."""
+        self._counted = routing_counts, self._n_tokens, self._scores, first_key, slot_of, state, self.found
+
     def read(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, workspace: Workspace
     ) -> int:
-        """Takes a call's tensors, grouped by expert, into `work`. Returns the number of active experts.
+        """Takes a call's tensors, grouped by expert, into `work`, and describes it in `demand`. Returns the number of
+        active experts.
 
         Few tokens on the host are read in one compiled call; see `call_inputs` for what others may be and raise.
         """
         width = self._width
-        if fits(hidden, top_k_index, top_k_weights, width) and not hidden.requires_grad:
+        if self._norm is None and fits(hidden, top_k_index, top_k_weights, width) and not hidden.requires_grad:
             n_tokens, top_k = top_k_index.shape
             buffers, n_rows = self._buffers, n_tokens * top_k
             if buffers.weights.size < n_rows:
@@ -147,24 +158,25 @@ class CallSpace:
             host_hidden, host_rows = workspace.few.get((n_tokens, top_k, width)) or workspace.of_few(
                 n_tokens, top_k, width
             )
-            n_active: int = read_call(
+            n_active: int = read_and_describe(
                 top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], n_tokens, top_k,
                 hidden.data_ptr(), FLOATS[hidden.dtype], host_hidden, buffers.weights, buffers.counts,
-                buffers.expert_ids, buffers.offsets, buffers.rows,
+                buffers.expert_ids, buffers.offsets, buffers.rows, *self._counted,
             )  # fmt: skip
             if n_active >= 0:
                 shape = n_tokens, top_k, n_active, int(buffers.offsets[n_active])
                 dispatch = self._dispatches.get(shape)
                 if dispatch is None:
                     dispatch = self._dispatches[shape] = buffers.dispatch(*shape)
-                work = self.work = self._work
+                work, demand = self._work, self.demand
+                self.work = work
                 work.dispatch, work.hidden, work.like, work.device_state = dispatch, hidden, hidden, None
                 work.host_hidden, work.host_rows = host_hidden, host_rows
-                if self._norm is not None:
-                    self._postpone_weights(self._norm)
+                demand.n_tokens_total, demand.expert_ids = n_tokens, dispatch.expert_ids
+                demand.n_tokens = self._n_tokens[:n_active]
                 return n_active
         inputs = call_inputs(hidden, top_k_index, top_k_weights, self.layer.spec.hidden)
-        return self.take(inputs, inputs.ids, inputs.weights, workspace)
+        return self.take(inputs, inputs.ids, inputs.weights, workspace) and self.describe()
 
     def take(
         self, inputs: CallInputs, ids: npt.NDArray[np.integer], weights: npt.NDArray[np.float32], workspace: Workspace
@@ -196,24 +208,13 @@ class CallSpace:
             dispatch.top_k, dispatch.n_tokens, dispatch.expert_ids, dispatch.offsets, dispatch.rows, ones
         )
 
-    def describe(
-        self, phase: Phase, predictions: tuple[Prediction, ...], routing_counts: npt.NDArray[np.float64],
-        first_key: int = 0, slot_of: Keys = NO_KEYS, state: Keys = NO_KEYS,
-    ) -> DemandView:  # fmt: skip
-        """What the planner sees of the call. `routing_counts` [E]: the count of each active expert rises by 1.
-
-        `found` then tells how many of the active experts have their bytes in a slot, and how many of them are on their
-        way: slot_of and state are a `SlotTable`'s, the layer's from `first_key` on; empty where nothing has a slot.
-        """
+    def describe(self) -> int:
+        """Describes what was taken in `demand`, as `read` does. Returns the number of active experts."""
         dispatch, demand = self.work.dispatch, self.demand
         ids = dispatch.expert_ids
-        describe_routing(
-            ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, routing_counts, self._n_tokens,
-            self._scores, first_key, slot_of, state, self.found,
-        )  # fmt: skip
-        demand.phase, demand.n_tokens_total, demand.predictions = phase, dispatch.n_tokens, predictions
-        demand.expert_ids, demand.n_tokens = ids, self._n_tokens[: ids.size]
-        return demand
+        describe_routing(ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, *self._counted)
+        demand.n_tokens_total, demand.expert_ids, demand.n_tokens = dispatch.n_tokens, ids, self._n_tokens[: ids.size]
+        return int(ids.size)
 
 
 class _Buffers:

@@ -67,7 +67,7 @@ class LossyStage:
         parts = []
         for experts, ids in self._parts(rewritten):
             space = experts.spaces[index]
-            if space.take(inputs, ids, rewritten.weights, experts.workspace):
+            if space.take(inputs, ids, rewritten.weights, experts.workspace) and space.describe():
                 parts.append(space)
         return parts
 
