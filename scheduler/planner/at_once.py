@@ -8,7 +8,7 @@ vector of addresses (``Desk``).
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from scheduler.balancing.problem import ACCEL, COUNT, CPU, LINK, TRANSFER
 from scheduler.cache.value import WORTHLESS, ValueCache
 from scheduler.compiled import compiled
 from scheduler.demand import Demand
+from scheduler.errors import SchedulerError
 from scheduler.forecast.affinity import MAX_ACTIVE, SOURCE_LAYERS
 from scheduler.forecast.use_model import take_turn
 from scheduler.forecast.value_model import CANDIDATES, MAX_SURE, N_BINS, follow_layer, saving_us, sure_absent
@@ -241,7 +242,7 @@ class Desk:
         words[[N_LAYERS, N_EXPERTS, N_SLOTS]] = slots.n_layers, slots.n_experts, slots.n_slots
         words[[N_KINDS, N_GRID]] = costs.cpu_grid.shape
         words[[N_STEPS, DISTANCE, LOOKAHEAD]] = len(use.routes), model.distance, setting.lookahead
-        self._kept = {
+        self._kept: dict[int, npt.NDArray[Any]] = {
             SLOT_OF: slots.slot_of, KEY_OF: slots.key_of, STATE: slots.state, PINS: slots.pins,
             ARRIVAL: movement.arrival, FLIGHT: self._flight, KEEP: cache.keep, CPU_US: costs.cpu_grid,
             ACCEL_US: costs.accel_grid, LINK_US: link_us, KIND: costs.kind, DRIFT: costs.drift, RATES: use.rates,
@@ -258,6 +259,10 @@ class Desk:
             words[place] = array.ctypes.data
         self._views = [self._rows[: 5 * (n + 1)].reshape(5, n + 1) for n in range(MAX_ACTIVE + 1)]
         self._nothing = np.empty(0, np.int32), np.empty(0, np.float32)
+
+    def __reduce__(self) -> NoReturn:
+        """A copy would decide on the original's arrays."""
+        raise SchedulerError("a planner of policy ours cannot be copied or pickled: make a new one")
 
     def decide(
         self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float, plan: PlanView

@@ -42,9 +42,9 @@ class Reports:
         Raises LaneError, with the story of its expert, where a copy failed.
         """
         for queue in self._queues:
-            if queue.pending and queue.pending[0].event.done():
-                for item in queue.take_ended():
-                    self._end_transfer(item, phase)
+            pending = queue.pending
+            while pending and pending[0].event.done():
+                self._end_transfer(pending.popleft(), phase)
         finished, planner = self._finished, self._planner
         if finished is not None and planner is not None:
             self._finished = None
@@ -77,7 +77,7 @@ class Reports:
         """A copy has ended."""
         move = item.transfer
         try:
-            us = item.ended_us()
+            us = item.took_us()
         except LaneError as error:
             raise with_story(error, self._planner, move.layer, (move.expert,)) from error
         self._stats.counters[phase][move.layer].link_us += us

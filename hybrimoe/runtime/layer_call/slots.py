@@ -41,11 +41,11 @@ class InFlight:
         """When it began on the link; 0 before."""
         return (self.event if self.began is None else self.began).span_us()[0]
 
-    def ended_us(self) -> float:
-        """How long it took. Raises LaneError if the copy failed."""
+    def took_us(self) -> float:
+        """How long it took. Only after it has ended; raises LaneError if the copy failed."""
         self.event.wait()
-        start_us, end_us = self.span_us()
-        return end_us - start_us
+        start_us, end_us = self.event.span_us()
+        return end_us - (start_us if self.began is None else self.began.span_us()[0])
 
     def record(self) -> TaskRecord:
         """The finished copy as a timeline entry."""
@@ -97,13 +97,6 @@ class TransferQueue:
     def take_counts(self) -> tuple[int, list[int]]:
         """Since the last call: bytes on the link beside the records, and experts computed with less than all bits."""
         return 0, []
-
-    def take_ended(self) -> list[InFlight]:
-        """Transfers that ended since the last call, in link order."""
-        ended = []
-        while self.pending and self.pending[0].event.done():
-            ended.append(self.pending.popleft())
-        return ended
 
     def busy_us(self, now_us: float, transfer_us: Callable[[int], float]) -> float:
         """Expected us until the transfers under way have ended; `transfer_us` maps a layer to its copy time."""

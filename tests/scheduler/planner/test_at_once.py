@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from scheduler import CostModel, LaneState, LayerDemand, LayerEnded, ObservedTask, Planner, Transfer, TransferEnded
 from scheduler.demand import Prediction
+from scheduler.errors import SchedulerError
 
 N_LAYERS, N_EXPERTS = 4, 12
 
@@ -102,3 +104,34 @@ def test_the_one_call_is_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     twin.random = np.random.default_rng(1)
     demand = LayerDemand(0, "decode", 1, np.arange(3, dtype=np.int32), np.ones(3, np.int32), np.zeros(12, np.float32))
     assert len(twin.both[0].plan_layer(demand).cpu) + len(twin.both[0].plan_layer(demand).accel) == 3
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 3]))
+def test_predictions_that_are_said_not_to_be_read_change_nothing(seed: int, n_away: int) -> None:
+    """A transfer that takes as long as `n_away` layers: the prediction for the layer so far ahead is the one read."""
+    costs = CostModel.uniform(N_LAYERS, 100.0, 10.0, 90.0 * n_away)
+    told_all, told_some = (Planner(N_LAYERS, N_EXPERTS, 12, costs, "ours", certainty=0.1) for _ in range(2))
+    assert (told_all.layers_skipped, told_all.layers_ahead) == (n_away - 1, n_away)
+    random, plans = np.random.default_rng(seed), []
+    for _ in range(4):
+        for planner in (told_all, told_some):
+            planner.begin_step("decode", 1)
+        for layer in range(N_LAYERS):
+            active = np.sort(random.choice(N_EXPERTS, 3, replace=False)).astype(np.int32)
+            ones, scores = np.ones(3, np.int32), random.random(3).astype(np.float32)
+            ahead = tuple(Prediction(at, active, ones.astype(np.float32), scores) for at in range(layer + 1, N_LAYERS))
+            for planner, known in ((told_all, ahead), (told_some, ahead[n_away - 1 : n_away])):
+                demand = LayerDemand(layer, "decode", 1, active, ones, np.zeros(N_EXPERTS, np.float32), known)
+                plan = planner.plan_layer(demand)
+                plans.append(plan)
+                for transfer in (*plan.transfers, *plan.prefetches):
+                    planner.on_event(TransferEnded(transfer.layer, transfer.expert, transfer.slot))
+                planner.on_event(LayerEnded(layer))
+            assert plans[-1] == plans[-2]
+
+
+def test_a_planner_that_decides_at_once_is_not_copied() -> None:
+    planner = Planner(N_LAYERS, N_EXPERTS, 12, CostModel.uniform(N_LAYERS), "ours")
+    with pytest.raises(SchedulerError, match="make a new one"):
+        copy.deepcopy(planner)
