@@ -131,7 +131,7 @@ def test_predictions_that_are_said_not_to_be_read_change_nothing(seed: int, n_aw
             assert plans[-1] == plans[-2]
 
 
-def test_a_planner_that_decides_at_once_is_not_copied() -> None:
+def test_a_desk_is_not_copied_to_decide_on_the_arrays_of_another_planner() -> None:
     planner = Planner(N_LAYERS, N_EXPERTS, 12, CostModel.uniform(N_LAYERS), "ours")
     with pytest.raises(SchedulerError, match="make a new one"):
-        copy.deepcopy(planner)
+        copy.deepcopy(planner._desk)
