@@ -74,7 +74,8 @@ class SlotTable:
         self.pins = np.zeros(self.n_slots, np.int64)
         self.slot_of = np.full(n_layers * n_experts, NO_SLOT, np.int64)
         self._overtaken: Counter[tuple[int, int]] = Counter()
-        self._events: deque[tuple[EventName, Any, int]] = deque(maxlen=STORY_EVENTS)
+        self.events: deque[tuple[EventName, Any, int]] = deque(maxlen=STORY_EVENTS)
+        """Latest (event, slot or slots, key or NO_KEY), for ``story``; who performs one in compiled code adds it."""
 
     # Looking ----------------------------------------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ class SlotTable:
     def story(self, slot: int | None = None, key: int | None = None) -> list[str]:
         """The latest events of a slot or of an expert (of either, where both are given), oldest first."""
         told = []
-        for name, slots, moved in self._events:
+        for name, slots, moved in self.events:
             among = list(slots) if isinstance(slots, list | np.ndarray) else [slots]
             if slot in among or (key is not None and moved == key):
                 expert = "" if moved == NO_KEY else f" {self._expert(moved)}"
@@ -170,14 +171,16 @@ class SlotTable:
         if self._overtaken and self._overtaken[(slot, key)] > 0:
             self._overtaken[(slot, key)] -= 1
             self._overtaken += Counter()
-            self.happened("overtaken", slot, key)
+            self._happened("overtaken", slot, key)
             return
         if not 0 <= slot < self.n_slots or self.key_of[slot] != key or self.state[slot] != IN_FLIGHT:
             raise self._refused(
                 f"no transfer of {self._expert(key)} into slot {slot + self.first_slot} is under way", slot, key
             )
         self.state[slot] = PINNED if self.pins[slot] else RESIDENT
-        self.happened("end_transfer", slot, key)
+        self.events.append(("end_transfer", slot, key))
+        if self.validating:
+            self.validate()
 
     def pin(self, slot: int) -> None:
         """A plan computes from this slot until ``unpin``."""
@@ -186,7 +189,7 @@ class SlotTable:
         self.pins[slot] += 1
         if self.state[slot] == RESIDENT:
             self.state[slot] = PINNED
-        self.happened("pin", slot)
+        self._happened("pin", slot)
 
     def unpin(self, slot: int) -> None:
         """One plan that used this slot has ended."""
@@ -195,21 +198,21 @@ class SlotTable:
         self.pins[slot] -= 1
         if self.pins[slot] == 0 and self.state[slot] == PINNED:
             self.state[slot] = RESIDENT
-        self.happened("unpin", slot)
+        self._happened("unpin", slot)
 
     def pin_all(self, slots: npt.NDArray[np.int64]) -> None:
         """``pin`` for every slot of a plan, in one compiled call."""
         bad = _pin(slots, self.state, self.pins)
         if bad >= 0:
             raise self._refused(f"slot {self._at(bad)}: nothing to compute from", bad)
-        self.happened("pin", slots)
+        self._happened("pin", slots)
 
     def unpin_all(self, slots: npt.NDArray[np.int64]) -> None:
         """``unpin`` for every slot of a plan, in one compiled call."""
         bad = _unpin(slots, self.state, self.pins)
         if bad >= 0:
             raise self._refused(f"slot {self._at(bad)}: no plan uses it", bad)
-        self._events.append(("unpin", slots, NO_KEY))
+        self.events.append(("unpin", slots, NO_KEY))
         if self.validating:
             self.validate()
 
@@ -221,7 +224,7 @@ class SlotTable:
         self.slot_of[key] = NO_SLOT
         self.key_of[slot] = NO_KEY
         self.state[slot] = FREE
-        self.happened("free", slot, key)
+        self._happened("free", slot, key)
         return key
 
     def resize(self, n_slots: int) -> list[int]:
@@ -241,14 +244,8 @@ class SlotTable:
         self.state = np.concatenate((self.state[:n], np.zeros(extra, np.int64)))
         self.pins = np.concatenate((self.pins[:n], np.zeros(extra, np.int64)))
         self.n_slots = n
-        self.happened("resize", n)
+        self._happened("resize", n)
         return gone
-
-    def happened(self, event: EventName, slots: int | list[int] | npt.NDArray[np.int64], key: int = NO_KEY) -> None:
-        """Keeps an event for the story; called too by who has performed it in compiled code."""
-        self._events.append((event, slots, key))
-        if self.validating:
-            self.validate()
 
     # Inside -----------------------------------------------------------------------------------------------------
 
@@ -259,8 +256,13 @@ class SlotTable:
         self.key_of[slot] = key
         self.slot_of[key] = slot
         self.state[slot] = IN_FLIGHT
-        self.happened(event, slot, key)
+        self._happened(event, slot, key)
         return old
+
+    def _happened(self, event: EventName, slots: int | npt.NDArray[np.int64], key: int = NO_KEY) -> None:
+        self.events.append((event, slots, key))
+        if self.validating:
+            self.validate()
 
     def _check_absent(self, key: int) -> None:
         if self.slot_of[key] != NO_SLOT:

@@ -244,8 +244,3 @@ class UseModel:
         self.even[layer] = even
         known = None if self._shares is None else np.minimum(self._shares[layer] * per_token, 1.0)
         self.rates[layer, :USES] = even if known is None else known
-
-
-def is_few(demand: Demand) -> bool:
-    """Whether a step has so few tokens that it says who follows whom."""
-    return demand.n_tokens_total <= FEW_TOKENS and demand.expert_ids.size <= MAX_ACTIVE

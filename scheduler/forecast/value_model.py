@@ -15,8 +15,9 @@ import numpy.typing as npt
 from scheduler.balancing.problem import ACCEL, CPU
 from scheduler.compiled import compiled
 from scheduler.demand import Demand
+from scheduler.forecast.affinity import MAX_ACTIVE
 from scheduler.forecast.residency import Residency
-from scheduler.forecast.use_model import NEXT_TOKENS, SLOW, UseModel, chance_of, foretell, is_few, observe_use
+from scheduler.forecast.use_model import FEW_TOKENS, NEXT_TOKENS, SLOW, UseModel, chance_of, foretell, observe_use
 from scheduler.setting import Setting
 
 Floats = npt.NDArray[np.float64]
@@ -221,8 +222,9 @@ class ValueModel:
             rows[layer] = self.saving_us(layer) * shares[layer]
 
     def arrive(self, demand: Demand) -> bool:
-        """A layer's routing is about to be followed: it may begin a step. Returns whether there are few tokens."""
-        few = self.few = is_few(demand)
+        """A layer's routing is about to be followed: it may begin a step. Returns whether a step has so few tokens that
+        it says who follows whom."""
+        few = self.few = demand.n_tokens_total <= FEW_TOKENS and demand.expert_ids.size <= MAX_ACTIVE
         if self._last_layer >= demand.layer:
             self._begin_step(demand, few)
         self._last_layer = demand.layer

@@ -27,7 +27,7 @@ from scheduler.planner.decide import EVICTED, REUSE, SLOT, decide_by_value, pick
 from scheduler.planner.movement import MAX_PREFETCHES, Movement
 from scheduler.planner.plan_view import PlanView
 from scheduler.prefetch.value import ValuePrefetch
-from scheduler.slots import FREE, IN_FLIGHT, PINNED, RESIDENT
+from scheduler.slots import FREE, IN_FLIGHT, NO_KEY, PINNED, RESIDENT
 from scheduler.views import floats_at, ids_at, ints_at, singles_at
 
 Floats = npt.NDArray[np.float64]
@@ -292,15 +292,18 @@ class Desk:
         if n_fetched == HANDS_ON:
             return None
         rows = self._views[ids.size]
-        slots = plan.take(rows, makespan_us, movement.slots.first_slot)
+        table = movement.slots
+        slots = plan.take(rows, makespan_us, table.first_slot)
         leaving: list[int] = []
         if n_awaited:
             plan.awaited = self._awaited[:n_awaited].tolist()
         if plan.moved:
             plan.transfers = self._started(demand, plan, leaving)
-        movement.slots.happened("pin", slots)
+        table.events.append(("pin", slots, NO_KEY))
         if n_fetched:
             plan.prefetches = self._prefetched(n_fetched)
+        if table.validating:
+            table.validate()
         return np.array(slots, np.int64), leaving, link_share
 
     def _started(self, demand: Demand, plan: PlanView, leaving: list[int]) -> list[Transfer]:
@@ -310,7 +313,7 @@ class Desk:
         slot_of, evicted = plan.slot_of, plan.evicted
         for position, gain_us, admitted in zip(plan.moved, self._gains.tolist(), self._admitted.tolist(), strict=False):
             key, slot = first_key + ids[position], slot_of[position]
-            movement.slots.happened("begin_transfer", slot, key)
+            movement.slots.events.append(("begin_transfer", slot, key))
             started.append(movement.under_way(slot, key, evicted[position], "demand", gain_us, bool(admitted)))
             if not admitted:
                 leaving.append(slot)
@@ -325,6 +328,6 @@ class Desk:
             self._residency.transferred(n)
         movement, started = self.movement, []
         for key, slot, old, gain_us in zip(keys, slots, evicted, gains, strict=True):
-            movement.slots.happened("begin_transfer", slot, key)
+            movement.slots.events.append(("begin_transfer", slot, key))
             started.append(movement.under_way(slot, key, old, "prefetch", gain_us, True))
         return started

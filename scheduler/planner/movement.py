@@ -64,15 +64,6 @@ class Movement:
         layer, expert = divmod(key, n_experts)
         return Transfer(layer + slots.first_layer, expert, slot + slots.first_slot, evicts, kind, gain_us, admit)
 
-    def ended(self, layer: int, expert: int, slot: int, us: float) -> None:
-        """The bytes are there. Raises SlotError if that transfer was not under way."""
-        key = layer * self.slots.n_experts + expert
-        self.slots.end_transfer(slot, key)
-        if self.in_flight.get(key) == slot:
-            del self.in_flight[key]
-        if us > 0.0:
-            self.costs.observe_transfer(layer, us)
-
     def estimate_arrivals(self, link_ready_us: float, transfer_us: float) -> None:
         """The link is in order, so the last transfer in flight lands when the link gets free, the others before."""
         behind = len(self.in_flight)

@@ -303,7 +303,13 @@ class Planner:
 
     def end_transfer(self, layer: int, expert: int, slot: int, us: float = 0.0) -> None:
         """The bytes of an expert are in its slot, see ``TransferEnded``. Raises SlotError if that was not planned."""
-        self._movement.ended(layer - self.first_layer, expert, slot - self.first_slot, us)
+        own, movement = layer - self.first_layer, self._movement
+        key = own * self.n_experts + expert
+        self.slots.end_transfer(slot - self.first_slot, key)
+        if movement.in_flight.get(key) == slot - self.first_slot:
+            del movement.in_flight[key]
+        if us > 0.0:
+            self.costs.observe_transfer(own, us)
 
     def end_layer(self, layer: int, observed: Sequence[ObservedTask] = ()) -> None:
         """The oldest open plan of the layer has run, see ``LayerEnded``. Raises SlotError if none is open."""

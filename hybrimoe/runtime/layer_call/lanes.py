@@ -69,9 +69,8 @@ class Lanes:
     def _interleave(self, space: CallSpace, queue: TransferQueue) -> None:
         """Submits work and transfers in turn, so that each computation sees the slot contents that the plan means."""
         plan, sent, begun = space.plan, 0, 0
-        arrives = {position: at for at, position in enumerate(plan.moved)}
         for at, position in enumerate(plan.accel):
-            needed = arrives.get(position, -1)
+            needed = plan.moved.index(position) if position in plan.moved else -1
             if at > begun and (needed >= 0 or space.traced or position in plan.awaited):
                 self._send(space, queue, plan.accel[begun:at], plan.slots[begun:at])
                 begun = at

@@ -37,10 +37,6 @@ class InFlight:
         start_us, end_us = self.event.span_us()
         return (start_us if self.began is None else self.began.span_us()[0]), end_us
 
-    def start_us(self) -> float:
-        """When it began on the link; 0 before."""
-        return (self.event if self.began is None else self.began).span_us()[0]
-
     def took_us(self) -> float:
         """How long it took. Only after it has ended; raises LaneError if the copy failed."""
         self.event.wait()
@@ -108,5 +104,6 @@ class TransferQueue:
                 layer = item.transfer.layer
                 one_us = transfer_us(layer)
             total_us += one_us
-        start_us = self.pending[0].start_us()
+        first = self.pending[0]
+        start_us = (first.event if first.began is None else first.began).span_us()[0]
         return max(0.0, total_us - (now_us - start_us if start_us else 0.0))
