@@ -72,11 +72,7 @@ class ExpertsCall:
             space.experts.lanes.submit(space)
             lanes_ns += perf_counter_ns()
         lanes_ns -= perf_counter_ns()
-        if self.lossy is None:
-            space.experts.lanes.compute(space)
-            output = space.experts.lanes.combine(space)
-        else:
-            output = self._compute_parts(self.lossy, index, parts)
+        output = self._compute(index, parts)
         lanes_ns += perf_counter_ns()
         for space in parts:
             space.experts.reports.finish(space)
@@ -131,8 +127,14 @@ class ExpertsCall:
             ahead = predict(space, top_k_index, self.lookahead, self.planner, lossy)
             experts.plan(space, self.phase, ahead, *lanes)
 
-    def _compute_parts(self, lossy: LossyStage, index: int, parts: Sequence[CallSpace]) -> torch.Tensor:
-        """The CPU lane's experts of all parts, then the output of all lanes: float32 [T, H]."""
+    def _compute(self, index: int, parts: Sequence[CallSpace]) -> torch.Tensor:
+        """The CPU lane's experts, then the output of all lanes: float32 [T, H] or as the hidden states are."""
+        lossy = self.lossy
+        if lossy is None:
+            (space,) = parts
+            lanes = space.experts.lanes
+            lanes.compute(space)
+            return lanes.combine(space)
         lossy.before_compute(index, self.phase)
         for space in parts:
             space.experts.lanes.compute(space)
