@@ -28,6 +28,7 @@ class Request:
     """One command line of `bench decode` or `bench prefill`.
 
     deploy: the deployment with some options replaced (policy, slots, dtype, lossy), as `cli.common.deploy_config`.
+    profile: of decode, after the rounds: where a token's time goes, for each contender in this process.
     """
 
     kind: Literal["decode", "prefill"]
@@ -47,6 +48,7 @@ class Request:
     deploy: Callable[..., DeployConfig]
     lossy: tuple[str, ...] = ()
     llama_cpp: bool = False
+    profile: bool = False
 
     def variants(self) -> list[tuple[str, dict[str, Any]]]:
         """(label, overrides of the deployment) of each hybrid contender, in the order in which they are shown."""
@@ -81,6 +83,10 @@ def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict
         else:
             values = harness.alternate(subjects, lambda it: it.prefill(prompt_ids), request.rounds, progress=progress)
         rows = [_row(contender, values[contender.label], cosines) for contender in opened]
+        if request.profile:
+            for row, contender in zip(rows, opened, strict=True):
+                if isinstance(contender, contenders.Contender):
+                    row["profile"] = contender.profile(prompt_ids, request.new_tokens)
     return {
         "bench": request.kind,
         "model": request.shape or request.model or "demo",
