@@ -230,13 +230,13 @@ def test_drafts_change_nothing_but_the_steps(hybrimoe):
 
 def test_drafts_are_refused_where_experts_have_slots_and_for_batches(hybrimoe, tmp_path):
     refused = hybrimoe("generate", "-p", PROMPT, "--speculate")
-    assert refused.code == 1
+    assert refused.code == 2
     assert "--accelerator none" in " ".join(refused.err.split())
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("One morning\nOne evening\n")
     words = ("generate", "--prompts", prompts, "--accelerator", "none", "--speculate", "-n", "4")
     many = hybrimoe(*words)
-    assert many.code == 1
+    assert many.code == 2
     assert "--batch-size 1" in " ".join(many.err.split())
     single = hybrimoe(*words, "--batch-size", "1")
     assert single.code == 0, single.err

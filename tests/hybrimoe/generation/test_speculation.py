@@ -380,3 +380,15 @@ def test_angles_that_depend_on_the_longest_position_are_refused() -> None:
     model.hybrimoe.step._angles[0].changes = True
     with pytest.raises(ConfigError, match="rotary embedding depend"):
         TextGenerator(model, Letters(), speculate=True)
+
+
+def test_the_server_counts_drafts() -> None:
+    pytest.importorskip("prometheus_client")
+    from hybrimoe.server.metrics import Metrics
+
+    reply = run(generator_of(injected("qwen2_moe"), Always()).reply(PROMPT, replace(GREEDY, max_new_tokens=100)))
+    metrics = Metrics(lambda: None, lambda: 0)
+    metrics.observe(reply)
+    shown = metrics.render().decode()
+    assert f"hybrimoe_drafted_tokens_total {float(reply.speculation.drafted_tokens)}" in shown
+    assert f"hybrimoe_accepted_tokens_total {float(reply.speculation.accepted_tokens)}" in shown
