@@ -22,8 +22,8 @@ Progress = Callable[[int, int, str], None]
 PASSAGE = (
     "The old house stood at the end of the lane, where the road bends down to the river. Every evening the miller's "
     "daughter walked past its gate, and every evening the same grey cat sat on the wall and watched her go by. Nobody "
-    "knew who had lived there, and nobody asked; but in the village it was said that a light burned in the upper window "
-    "on the night before a storm, and that the clock in the hall had never stopped."
+    "knew who had lived there, and nobody asked; but in the village it was said that a light burned in the upper "
+    "window on the night before a storm, and that the clock in the hall had never stopped."
 )
 """A text of our own, to be repeated."""
 BEGINNING = "The old house stood at the end of the lane, where"
