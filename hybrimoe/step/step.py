@@ -73,18 +73,18 @@ class Step:
         return self._reading.output_type(logits=logits, past_key_values=call.cache)
 
     def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
-        """Logits [n, V] after each of n new tokens of one sequence; None where the model's forward must be called.
+        """Logits [1, V] after new tokens of one sequence; None where the model's forward must be called.
 
         The short way of `serve` for callers that hold plain numbers and a cache. drafted: the tokens after the first
-        are guesses about the next decode steps, else they are part of a prompt.
+        are guesses about the next decode steps, and the logits are those after each of the n tokens, [n, V].
         """
         if len(token_ids) > MAX_ROWS or type(cache) is not DynamicCache or not self._usable():
             return None
         n_past = cache.get_seq_length()
         if not n_past or not self._fits(cache, 1):
             return None
-        positions = list(range(n_past, n_past + len(token_ids)))
         n_new = len(token_ids)
+        positions = list(range(n_past, n_past + n_new))
         phase: Phase = "decode" if drafted or n_new == 1 else "prefill"
         call = StepCall(list(token_ids), 1, n_new, n_past, cache, positions, None, n_new if drafted else 1, phase)
         with torch.inference_mode():
