@@ -30,8 +30,9 @@ def speculate(
 ) -> None:
     """The time of a step of 1 to 4 tokens, and tokens a second with and without drafts, in alternating rounds.
 
-    On the CPU alone. The first text repeats a passage that stands in the prompt twice, the second is a new one; with
-    --shape both are random tokens. A draft that changed a token ends the benchmark.
+    On the CPU alone. The first text repeats a passage that stands in the prompt twice and is chosen greedily, the
+    second is a new one and drawn; with --shape both prompts are random tokens. A draft that changed a token ends the
+    benchmark.
     """
     from hybrimoe.bench import rounds as harness
     from hybrimoe.bench.model.speculate import Request, measure

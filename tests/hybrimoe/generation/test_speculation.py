@@ -134,7 +134,7 @@ DEAR = {1: 100.0, 2: 190.0, 3: 280.0, 4: 370.0}
 def test_as_many_tokens_are_drafted_as_pay() -> None:
     assert set(paced(CHEAP, 1.0)[1][-20:]) == {3}
     assert set(paced(DEAR, 1.0)[1][-20:]) == {3}, "all right: 4 tokens in the time of 3.7"
-    assert set(paced({**CHEAP, 3: 300.0, 4: 500.0}, 1.0)[1][-20:]) == {1}
+    assert set(paced({**CHEAP, 3: 300.0, 4: 500.0}, 1.0)[1][45:]) == {1}
 
 
 def test_drafts_that_lose_are_switched_off_and_measured_seldom() -> None:
@@ -145,7 +145,9 @@ def test_drafts_that_lose_are_switched_off_and_measured_seldom() -> None:
 
 
 def test_a_text_that_repeats_switches_them_on_again() -> None:
-    pace, _ = paced(CHEAP, 0.0)
+    pace, _ = paced(CHEAP, 1.0)
+    for _ in range(40):
+        pace.compared(False)
     assert pace.n_to_draft(3) == 0
     for _ in range(20):  # drafts that were passed over turn out right
         pace.compared(True)
@@ -160,6 +162,17 @@ def test_times_that_change_are_noticed() -> None:
     for _ in range(KEPT_TIMES):
         pace.measured(4, 2_000.0)
     assert pace.n_to_draft(3) == 2
+
+
+def test_a_slow_moment_does_not_keep_drafts_off_that_are_right() -> None:
+    pace, chosen = DraftPace(), []
+    for number in range(100):
+        chosen.append(pace.n_to_draft(3))
+        slow = 10.0 if number < 10 and chosen[-1] else 1.0  # another program had the machine while drafts were tried
+        pace.measured(chosen[-1] + 1, slow * CHEAP[chosen[-1] + 1])
+        pace.compared(True)
+    assert set(chosen[20:30]) == {0}
+    assert set(chosen[50:]) == {3}
 
 
 def test_hopeless_drafts_are_not_even_measured() -> None:
@@ -292,9 +305,9 @@ def test_drafts_that_lose_are_passed_over() -> None:
     generator.verify = taking(10_000, generator.verify)  # type: ignore[method-assign]
     options = replace(GREEDY, max_new_tokens=100)
     stats = run(generator.reply(PROMPT, options)).speculation
-    assert stats.drafts <= 2 * MAX_DRAFT_TOKENS
+    assert stats.drafts <= 4 * 2 * MAX_DRAFT_TOKENS, "tried again after 32 steps where drafts are right"
     assert stats.passed_over > 30
-    again = run(generator.reply(PROMPT, options)).speculation
+    again = run(generator.reply(PROMPT, replace(options, max_new_tokens=10))).speculation
     assert again.drafts == 0, "times are kept from reply to reply"
 
 
