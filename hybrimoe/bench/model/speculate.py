@@ -110,9 +110,8 @@ def step_times(generator: TextGenerator, token_ids: Sequence[int], n_rounds: int
     "".join(generator.reply(token_ids[:CONTEXT_TOKENS], one, cache=cache))
     rows = {str(n): n for n in range(1, MAX_DRAFT_TOKENS + 2)}
     timed = harness.alternate(rows, partial(_step_us, generator, cache, token_ids), n_rounds)
-    found = [{"tokens": n, "us": harness.spread(timed[name])} for name, n in rows.items()]
-    plain_us = found[0]["us"]["median"]
-    return [{**row, "pays_from": _break_even(row["tokens"] - 1, row["us"]["median"] / plain_us)} for row in found]
+    us = {n: harness.spread(timed[name]) for name, n in rows.items()}
+    return [{"tokens": n, "us": us[n], "pays_from": _break_even(n - 1, us[n]["median"] / us[1]["median"])} for n in us]
 
 
 def _step_us(generator: TextGenerator, cache: Any, token_ids: Sequence[int], n_rows: int) -> float:
