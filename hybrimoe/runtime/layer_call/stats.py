@@ -68,6 +68,10 @@ class Counters:
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
+    def since(self, before: Counters) -> Counters:
+        """What was counted after an earlier reading of the same counters."""
+        return Counters(**{item.name: getattr(self, item.name) - getattr(before, item.name) for item in fields(self)})
+
     @property
     def hit_rate(self) -> float | None:
         """Hits over activated experts; None before the first."""
