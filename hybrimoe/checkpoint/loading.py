@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
@@ -32,24 +32,21 @@ from hybrimoe.checkpoint.errors import PackedFileWarning
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources
 from hybrimoe.checkpoint.progress import Progress, progress_of
 from hybrimoe.checkpoint.quantisation import read_quantisation
-from hybrimoe.checkpoint.source import (
-    Checkpoint,
-    is_demo,
-    model_directory,
-    open_checkpoint,
-    read_config_dict,
-)
+from hybrimoe.checkpoint.source import is_demo, model_directory, read_config_dict
 from hybrimoe.checkpoint.stream import pack_experts
+from hybrimoe.checkpoint.tied import tie_where_unsaid
+from hybrimoe.checkpoint.weights import Checkpoint, open_checkpoint
 from hybrimoe.config.deploy import DeployConfig, load_config
+from hybrimoe.config.runtime import choose_accelerators
 from hybrimoe.dense.place import place_dense
-from hybrimoe.errors import CheckpointError, ConfigError, ModelError
+from hybrimoe.errors import CheckpointError, ModelError
 from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
+from hybrimoe.runtime.startup.backends import require_devices
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
 
 if TYPE_CHECKING:
     from hybrimoe.injection import Injection
-
-UnknownKeys = Literal["error", "ignore"]
+    from hybrimoe.runtime.session import Session
 
 
 def load(
@@ -58,31 +55,28 @@ def load(
     *,
     progress: Progress | bool | None = None,
     packed_file: bool = True,
-    unknown_keys: UnknownKeys = "error",
     **overrides: Any,
 ) -> PreTrainedModel:
     """Loads a mixture-of-experts model with its experts in a hybrid runtime; `model.hybrimoe` is the `Injection`.
 
     path_or_hub_id: a model directory or hub id; None takes the deployment's `model`, and without one the demo model.
     config: deployment configuration (file, preset name, mapping or `DeployConfig`); `overrides` go over it
-        (`accelerator`, `gpu_expert_slots`, `expert_dtype`, `policy`, `rules`, ... as in `hybrimoe.load_config`).
+        (`accelerator`, `gpu_expert_slots`, `expert_dtype`, `policy`, `rules`, ... as in `hybrimoe.load_config`;
+        `unknown_keys="ignore"` leaves out weights of the checkpoint that the model does not have).
     progress: called with (bytes done, bytes in total, what); True draws a bar on stderr, False does not, None does
         where stderr is a terminal.
     packed_file: keep the packed experts beside the model (or in the cache directory where that cannot be written:
         $HYBRIMOE_CACHE, else ~/.cache/hybrimoe), and map them at the next start (read them, where
         an accelerator copies from page-locked memory).
-    unknown_keys: "error" or "ignore" weights of the checkpoint that the model does not have.
 
     Raises ModelError (no model, a dense model), CheckpointError (shards, shapes, dtypes, values, keys), BudgetError
     (the experts do not fit host memory), and what `hybrimoe.inject` raises. Warns with PackedFileWarning where the
     packed file cannot be written; the model is loaded all the same.
     """
-    if unknown_keys not in ("error", "ignore"):
-        raise ConfigError(f'unknown_keys is "error" or "ignore", found {unknown_keys!r}')
     deployment = load_config(config, model=None if path_or_hub_id is None else str(path_or_hub_id), **overrides)
     loader = Loader.open(deployment, packed_file=packed_file)
     with progress_of(progress) as show:
-        return loader.load(show, unknown_keys)
+        return loader.load(show)
 
 
 @dataclass(slots=True)
@@ -100,58 +94,66 @@ class Loader:
     @classmethod
     def open(cls, deployment: DeployConfig, *, packed_file: bool) -> Loader:
         """Reads config.json and the headers of the checkpoint; no weights yet."""
+        require_devices(choose_accelerators(deployment.accelerator))
         directory = model_directory(deployment.model)
-        quantisation = read_quantisation(directory, read_config_dict(directory))
+        raw_config = read_config_dict(directory)
+        quantisation = read_quantisation(directory, raw_config)
         hf_config = read_config(directory)
         checkpoint = open_checkpoint(directory)
         model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config))
-        read_generation_defaults(model, directory)
         layouts = {path: read(module) for path, module in find_experts(model)}
         if not layouts:
             raise ModelError(f"{directory} is a dense model ({hf_config.model_type}): it has no experts to place")
         plan = plan_conversions(model, dequantised(checkpoint.tensors, quantisation))
+        tie_where_unsaid(model, raw_config, plan.conversions)
+        read_generation_defaults(model, directory)
         shapes = ModelShapes(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()})
         places = packed.folders(directory, beside=not is_demo(directory)) if packed_file else ()
         return cls(deployment, checkpoint, model, plan, shapes, layouts, places)
 
-    def load(self, show: Progress, unknown_keys: UnknownKeys) -> PreTrainedModel:
+    def load(self, show: Progress) -> PreTrainedModel:
         """Injects the model, then fills it. Where something fails the session is closed before the error goes on."""
-        from hybrimoe.injection import inject
+        from hybrimoe.injection.inject import place_operators
 
         dtypes = strict_dtypes(self.model, next(self.model.parameters()).dtype)
         sources = layer_sources(self.layouts, self.plan.conversions)
         experts = {f"{source.path}.{name}" for source in sources for name in source.parameters}
         dense = [conversion for conversion in self.plan.conversions.values() if experts.isdisjoint(conversion.targets)]
         loaded = load_dense(self.model, dense, self.shapes, dtypes)
-        complete(self.model, loaded, experts, self.plan, unknown_keys=unknown_keys)
-
-        def open_store(layers: tuple[LayerSpec, ...], pinned: bool) -> ExpertStore | None:
-            place_dense(self.model, self.deployment)  # before the session measures what memory is left for slots
-            host, disk = self.deployment.memory.host, self.deployment.memory.disk
-            n_bytes, num_experts = (sum(getattr(layer, name) for layer in layers) for name in ("nbytes", "num_experts"))
-            if file := packed.find(self.places, layers, packed.describe(layers, self.checkpoint.files)):
-                if pinned and disk.kind == "none":  # a copy engine reads page-locked memory, which a mapping is not
-                    check_host_memory(host, n_bytes, num_experts)
-                    return file.read(lambda done: show(done, n_bytes, "reading packed experts"))
-                return file.open()
-            if disk.kind != "none":
-                check_disk(disk, n_bytes)
-                return self._pack_on_disk(layers, sources, show)
-            check_host_memory(host, n_bytes, num_experts)
-            return None
-
-        injection = inject(self.model, config=self.deployment, store=open_store)
+        complete(self.model, loaded, experts, self.plan, unknown_keys=self.deployment.unknown_keys)
+        injection = place_operators(self.model, self.deployment)
+        session = injection.session
         try:
+            place_dense(self.model, self.deployment)  # before the session measures what memory is left for slots
+            session.finalize(store=self._packed_store(session, sources, show))
             self._load_unreplaced(injection, sources, dtypes)
             injection.prepare_dense(keep_originals=False)
-            if not injection.session.started:
-                self._pack(injection.session.store, sources, show)
-                injection.session.start()
+            if not session.started:
+                self._pack(session.store, sources, show)
+                session.start()
             injection.compile_step()
         except BaseException:
-            injection.session.close()
+            session.close()
             raise
         return self.model
+
+    def _packed_store(self, session: Session, sources: list[LayerSource], show: Progress) -> ExpertStore | None:
+        """The session's experts as they lie packed on disk, or are packed there now; None where they go to memory.
+
+        Raises BudgetError where they do not fit the memory or the disk that the deployment allows.
+        """
+        layers, memory = session.layer_specs(), self.deployment.memory
+        n_bytes, num_experts = (sum(getattr(layer, name) for layer in layers) for name in ("nbytes", "num_experts"))
+        if file := packed.find(self.places, layers, packed.describe(layers, self.checkpoint.files)):
+            if not session.needs_pinned_host or memory.disk.kind != "none":
+                return file.open()
+            check_host_memory(memory.host, n_bytes, num_experts)  # a mapping is no page-locked memory
+            return file.read(lambda done: show(done, n_bytes, "reading packed experts"))
+        if memory.disk.kind != "none":
+            check_disk(memory.disk, n_bytes)
+            return self._pack_on_disk(layers, sources, show)
+        check_host_memory(memory.host, n_bytes, num_experts)
+        return None
 
     def _load_unreplaced(self, injection: Injection, sources: list[LayerSource], dtypes: dict[str, Any]) -> None:
         """Reads experts whole where the rules leave the model's own module in place."""

@@ -59,6 +59,30 @@ class PackedLinear(nn.Module):
         """The dequantised weights [out_features, in_features], made anew at each access, for code that asks."""
         return unpack_linear(self.spec, self._record).to(self.weight_dtype)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A weight that is assigned, as `tie_weights` does, must be the one that is packed already.
+
+        Raises ModelError for any other: the packed bytes may be shared with copies and read by a compiled step.
+        """
+        if name != "weight":
+            super().__setattr__(name, value)
+            return
+        self._require_packed(value)
+        if self.original is not None:
+            self.original.weight = value
+
+    def _require_packed(self, weight: torch.Tensor) -> None:
+        packed = None
+        if weight.shape == (self.out_features, self.in_features) and bool(torch.isfinite(weight).all()):
+            packed = _aligned_bytes(self.spec.record_bytes)
+            pack_linear(self.spec, weight.detach(), packed)
+        if packed is None or not np.array_equal(packed, self._record):
+            raise ModelError(
+                f"a linear layer of {self.out_features} x {self.in_features} is packed as {self.spec.dtype}"
+                f" (cpu.dense_dtype), and the weight {list(weight.shape)} that it should take is not the packed one:"
+                " call model.hybrimoe.restore() first and inject again afterwards"
+            )
+
     @property
     def record_bytes(self) -> int:
         """Bytes of the packed weights."""
@@ -253,6 +277,6 @@ def _is_plain(linear: nn.Linear) -> bool:
 
 def _aligned_bytes(n_bytes: int, alignment: int = 64) -> np.ndarray:
     """uint8 [n_bytes] that starts on a cache line."""
-    raw = np.empty(n_bytes + alignment, dtype=np.uint8)
+    raw = np.zeros(n_bytes + alignment, dtype=np.uint8)  # what packing leaves out compares as equal
     start = -raw.ctypes.data % alignment
     return raw[start : start + n_bytes]

@@ -14,6 +14,7 @@ from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.kv_memory import estimated_token_bytes, measured_token_bytes
 from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
 from hybrimoe.generation.transcript import FinishReason, Transcript
+from hybrimoe.generation.vocabulary import check_token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -120,9 +121,10 @@ class TextGenerator:
             should_stop: asked between tokens and prefill chunks; True ends the reply, with what there is.
 
         Raises:
-            PromptError: no token, or no room for a reply in the model's context.
+            PromptError: no token, one that the model does not have, or no room for a reply in the model's context.
         """
         self.check_prompt(len(prompt_ids))
+        check_token_ids(self.model, prompt_ids, self.tokenizer)
         options = (options or SamplingOptions()).with_seed()
         return Reply(self, list(prompt_ids), options, cache or PrefixCache(self.model), should_stop)
 

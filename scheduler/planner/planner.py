@@ -20,7 +20,7 @@ from scheduler.demand import Demand, LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.future import Future
 from scheduler.machine.costs import CostModel
-from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Transfer, TransferEnded
+from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Placement, Transfer, TransferEnded
 from scheduler.planner.decide import decision_of
 from scheduler.planner.explain import Explanation, explain
 from scheduler.planner.movement import Movement
@@ -31,8 +31,6 @@ from scheduler.prefetch import PREFETCH_POLICIES
 from scheduler.prefetch.base import PrefetchPolicy
 from scheduler.setting import Scorer, Setting, make
 from scheduler.slots import RESIDENT, SlotTable
-
-Placement = Literal["hybrid", "cpu", "accelerator"]
 
 NOW: Final = LaneState()
 NO_SLOTS: Final = np.empty(0, np.int64)

@@ -32,6 +32,7 @@ def contention(
     as_json: common.JsonOption = False,
 ) -> None:
     """Decode steps alone and beside busy loops, in alternating rounds: the share of the idle speed that is kept."""
+    settings = common.deploy_config(config, model=model, accelerator=accelerator, threads=threads)
     from hybrimoe.bench.contention import measure
     from hybrimoe.bench.rounds import busy_warning
     from hybrimoe.cli.common_model import open_model, progress_bar
@@ -39,7 +40,6 @@ def contention(
     from hybrimoe.machine.facts import machine
 
     remark = busy_warning()
-    settings = common.deploy_config(config, model=model, accelerator=accelerator, threads=threads)
     n_rounds, n_tokens = (min(rounds, QUICK_ROUNDS), min(new_tokens, QUICK_TOKENS)) if quick else (rounds, new_tokens)
     with open_model(settings) as opened, progress_bar() as progress:
         result = measure(opened.generator, loops, n_rounds, n_tokens, progress)

@@ -18,6 +18,7 @@ from hybrimoe.generation.batch.padding import Padding, left_padded, listening
 from hybrimoe.generation.engine import TextGenerator
 from hybrimoe.generation.sampling import COMPLETION_TOKENS, Sampler, SamplingOptions, with_length
 from hybrimoe.generation.transcript import FinishReason, Transcript
+from hybrimoe.generation.vocabulary import check_token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -49,12 +50,15 @@ def generate_batch(
     """Replies to all prompts, in their order. `should_stop` is asked between tokens, `on_step` called after each step.
 
     Sampled replies depend on what shares the batch: the batch draws from one generator with the seed of `options`.
-    Raises PromptError for a prompt without room for a reply, ConfigError for options of single replies only.
+    Raises PromptError for a prompt without room for a reply or with a token that the model does not have,
+    ConfigError for options of single replies only.
     """
     import torch
     from transformers import StoppingCriteriaList
 
     _check_options(options)
+    for prompt in prompts:
+        check_token_ids(generator.model, prompt.token_ids, generator.tokenizer)
     order = _longest_first(prompts)
     transcripts = [_transcript(generator, prompts[at], options) for at in order]
     padding = Padding(np.zeros(len(prompts), np.bool_))
