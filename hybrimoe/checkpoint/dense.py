@@ -71,8 +71,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
 
 def _check_counts(directory: Path, config: Mapping[str, Any]) -> None:
     """Raises ModelError for a size or number of config.json that is 0 or less: transformers divides by some of them."""
-    for part in (config, config.get("text_config")):
-        for name in COUNTS if isinstance(part, Mapping) else ():
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, Mapping) else {}):
+        for name in COUNTS:
             value = part.get(name)
             if isinstance(value, int | float) and value < 1:
                 raise ModelError(f"{directory}: {name} in config.json is {value}; expected 1 or more")

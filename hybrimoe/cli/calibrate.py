@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli.common import JsonOption, check_writable
+from hybrimoe.cli.common import JsonOption, check_folder, check_writable
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def calibrate(
     sizes = dict.fromkeys((found.hidden, found.inter) for found in map(open_shape, shape or [DEFAULT_SHAPE]))
     parse_accelerators(accelerator)
     path = output or profile_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_folder(path.parent)
     check_writable(path)
     from hybrimoe.machine import calibrate as measuring
     from hybrimoe.machine import calibration

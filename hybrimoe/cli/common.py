@@ -208,20 +208,46 @@ def check_rules(rules: Any) -> None:
 
 
 def check_readable(path: Path | None) -> None:
-    """Raises OSError where `path` cannot be opened: before the imports and the loading that come before it is read."""
-    if path is not None:
+    """Raises FileError where `path` cannot be read, before the imports and the work that come before it is."""
+    from hybrimoe.errors import FileError
+
+    if path is None:
+        return
+    try:
         with path.open("rb"):
             pass
+    except OSError as error:
+        raise FileError(f"cannot read {path} ({error.strerror}): expected a file that exists") from error
 
 
 def check_writable(path: Path | None) -> None:
-    """Raises OSError where no file can be written at `path`: before the work whose result it is for."""
-    if path is not None:
-        existed = path.exists()
+    """Raises FileError where no file can be written at `path`, before the work whose result it is for."""
+    from hybrimoe.errors import FileError
+
+    if path is None:
+        return
+    existed = path.exists()
+    try:
         with path.open("ab"):
             pass
-        if not existed:
-            path.unlink()
+    except OSError as error:
+        raise FileError(
+            f"cannot write {path} ({error.strerror}): expected a file in a directory that exists and can be written to"
+        ) from error
+    if not existed:
+        path.unlink()
+
+
+def check_folder(path: Path | None) -> None:
+    """Makes the folder `path` where it is not there. Raises FileError where that cannot be."""
+    from hybrimoe.errors import FileError
+
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot make the folder {path} ({error.strerror}): expected a place for a folder") from error
 
 
 def _names(accelerator: str | None) -> str | list[str] | None:

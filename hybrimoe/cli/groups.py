@@ -15,7 +15,11 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     A field is annotated as a parameter of a command is (`Annotated[int, typer.Option(...)]`) and has a default.
     """
     signature = inspect.signature(command, eval_str=True)
-    groups = {name: p.annotation for name, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)}
+    groups: dict[str, type[Any]] = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if dataclasses.is_dataclass(parameter.annotation)
+    }
     parameters = [
         option
         for parameter in signature.parameters.values()
@@ -33,7 +37,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _options_of(group: type) -> list[inspect.Parameter]:
+def _options_of(group: type[Any]) -> list[inspect.Parameter]:
     types = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(

@@ -15,6 +15,7 @@ from hybrimoe.cli.common import (
     PolicyOption,
     SlotsOption,
     UnknownKeysOption,
+    check_folder,
     check_writable,
     deploy_config,
 )
@@ -145,8 +146,7 @@ def analyze(
     """Hit-rate curves, SRP and SCH, reuse, load, predictors, and whether the model suits offloading."""
     check_trace(trace)
     check_writable(html)
-    if plots is not None:
-        plots.mkdir(parents=True, exist_ok=True)
+    check_folder(plots)
     from hybrimoe.tracing.sources import load_trace
     from hybrimoe.tracing.study.analyse import analyse
     from hybrimoe.tracing.study.report import tables, write_figures, write_html

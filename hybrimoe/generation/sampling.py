@@ -39,6 +39,10 @@ MAX_LOGIT_BIAS = 100.0
 MAX_FREQUENCY_PENALTY = 2.0
 """OpenAI's limit of frequency and presence penalties, either way."""
 
+NUMBERS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+           "no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "min_new_tokens")  # fmt: skip
+"""Entries of generation_config.json that are numbers; transformers compares some of them before it looks."""
+
 MAX_TOP_LOGPROBS = 20
 """OpenAI's limit of alternatives whose log probability is told."""
 
@@ -198,6 +202,10 @@ def check_settings(model: Any, what: str) -> None:
 
     what: where it comes from, as the message says it.
     """
+    for name in NUMBERS:
+        value = getattr(model.generation_config, name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ModelError(f"{what}: {name}: expected a number, found {value!r}; correct the file, or remove it")
     _processors(model, compat.generation_settings(model, {}), 1, what)
 
 

@@ -26,7 +26,7 @@ def check_token_ids(model: Any, token_ids: Iterable[int], tokenizer: Any = None,
     if outside is None:
         return
     place, token = outside
-    text = None if tokenizer is None or token < 0 else tokenizer.convert_ids_to_tokens(int(token))
+    text = tokenizer.convert_ids_to_tokens(int(token)) if tokenizer is not None and 0 <= token < 2**31 else None
     if text:
         raise PromptError(
             f"{what}: token {token} ({text!r}, at position {place}) is outside the vocabulary of {size}: the tokenizer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -44,8 +45,10 @@ class Guard:
         return self._reference()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
-        """The copied injection gives the copied model its own."""
-        return self
+        """The guard of a copied model is for that one."""
+        twin = copy.copy(self)
+        twin._reference = weakref.ref(memo.get(id(self.model), self.model))
+        return twin
 
 
 class SaveGuard(Guard):

@@ -17,7 +17,7 @@ from hybrimoe.dense.threads import FewThreads
 from hybrimoe.errors import ModelError
 from hybrimoe.injection.application import Application
 from hybrimoe.injection.explain import Explanation, explain_resolution
-from hybrimoe.injection.guards import MARK, install_guards, remove_guards
+from hybrimoe.injection.guards import MARK, remove_guards
 from hybrimoe.injection.resolve import Resolution
 
 if TYPE_CHECKING:
@@ -211,7 +211,6 @@ class Injection:
         twin._sharing.add(twin)
         if self.way is not None:
             twin.way = self.way.of_copy()
-        install_guards(model)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

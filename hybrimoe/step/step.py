@@ -20,6 +20,7 @@ from cpu_kernels.step.program import MAX_ROWS, Part
 from hybrimoe.errors import ModelError
 from hybrimoe.generation.growing import GrowingLayer, grow_in_place
 from hybrimoe.step.angles import Angles
+from hybrimoe.step.as_read import AsRead
 from hybrimoe.step.caches import KINDS, place_of
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.read_model import Reading
@@ -49,7 +50,7 @@ class Step:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]  # fmt: skip
         self._embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-        self._place = self._embedding.data_ptr()
+        self._as_read = AsRead(model)
         self.n_steps = 0
         self.step_us = 0.0
         self._counted: dict[str, list[float]] = {phase: [0, 0, 0.0] for phase in PHASES}  # calls, tokens, us
@@ -88,7 +89,7 @@ class Step:
         return (
             not self.model.training
             and self.session.plain
-            and self._embedding.data_ptr() == self._place
+            and self._as_read.unchanged()
             and not (any(self._hooks) and self._watched())
             and not torch_module._global_forward_hooks
             and not torch_module._global_forward_pre_hooks

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.common import JsonOption, check_folder
 from hybrimoe.cli.simulated import check_trace
 from hybrimoe.cli.views import render
 
@@ -52,7 +52,7 @@ def ablation(
     chosen = _experiments(experiment)
     for name in trace or ():
         check_trace(name)
-    (out / "rows").mkdir(parents=True, exist_ok=True)
+    check_folder(out / "rows")
     from hybrimoe.bench.ablation.summary import summarise, tables
     from hybrimoe.bench.ablation.sweep import sweep
 

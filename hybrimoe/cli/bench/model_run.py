@@ -75,9 +75,10 @@ class ContendersGroup:
             common.deploy_config, self.config, model=model, accelerator=self.accelerator, threads=self.threads,
             unknown_keys=self.unknown_keys,
         )  # fmt: skip
-        for policy in self.policy or [None]:
-            for dtype in self.dtype or [None]:
-                deploy(policy=policy, dtype=dtype, slots=self.slots)
+        for policy in (None, *(self.policy or ())):
+            deploy(policy=policy, slots=self.slots)
+        for dtype in self.dtype or ():
+            deploy(dtype=dtype)
         from hybrimoe.bench.model.measure import Request
 
         request = Request(

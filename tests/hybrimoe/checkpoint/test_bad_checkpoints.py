@@ -283,7 +283,7 @@ def test_a_generation_config_that_transformers_refuses(text: str, directory: Pat
         ("temperature", "0.7"),
         ("top_k", "many"),
         ("top_k", -3),
-        ("top_p", 1.5),
+        ("top_p", -0.5),
         ("top_p", "0.9"),
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),

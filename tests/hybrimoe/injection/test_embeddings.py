@@ -4,6 +4,7 @@ refused with what to do."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def change(model: PreTrainedModel, how: str) -> Any:
     if how == "smaller":
         return model.resize_token_embeddings(VOCAB - 8)
     if how == "input":
-        return model.set_input_embeddings(nn.Embedding(VOCAB, 64))
+        return model.set_input_embeddings(nn.Embedding(VOCAB, 64, _weight=0.02 * torch.randn(VOCAB, 64)))
     return model.set_output_embeddings(nn.Linear(64, VOCAB, bias=False))
 
 
@@ -100,6 +101,53 @@ def test_replaced_embeddings_are_used_in_prompts_and_decode_steps(how: str) -> N
     injection.restore()
     assert "resize_token_embeddings" not in vars(model)
     assert torch.equal(steps(model), steps(plain))
+
+
+def adapter(model: PreTrainedModel) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.1)
+    return wrapped.eval()
+
+
+def module(model: PreTrainedModel) -> nn.Module:
+    model.model.layers[0].self_attn.q_proj = nn.Linear(64, 128, bias=False)
+    return model
+
+
+def weight(model: PreTrainedModel) -> nn.Module:
+    model.model.layers[1].self_attn.o_proj.weight = nn.Parameter(torch.randn(64, 128))
+    return model
+
+
+def storage(model: PreTrainedModel) -> nn.Module:
+    model.lm_head.weight.data = torch.randn(VOCAB, 64)
+    return model
+
+
+def values(model: PreTrainedModel) -> nn.Module:
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("replace", [adapter, module, weight, storage, values])
+def test_a_compiled_step_sees_what_is_replaced_in_the_model(replace: Callable[[Any], Any]) -> None:
+    """It reads weights where they lay when the model was injected: what lies elsewhere now is not its to compute."""
+    plain, model = make(tied=False), make(tied=False)
+    injection = hybrimoe.inject(model, **PLAIN)
+    assert injection.step is not None
+    before = steps(model)
+    torch.manual_seed(1)
+    expected = steps(replace(plain))
+    torch.manual_seed(1)
+    found = steps(replace(model))
+    close(found, expected)
+    assert not torch.allclose(found, before)
 
 
 @pytest.mark.parametrize("how", CHANGES)
