@@ -1,4 +1,4 @@
-"""Whether a model still has the modules and weights that it was read with: its compiled step reads them where they lay."""
+"""Whether a model still has the modules and weights that it was read with, where its compiled step reads them."""
 
 from __future__ import annotations
 
