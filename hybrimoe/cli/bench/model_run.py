@@ -97,7 +97,6 @@ class ContendersGroup:
             new_tokens=new_tokens,
             rounds=min(self.rounds, options.QUICK_ROUNDS) if self.quick else self.rounds,
             slots=self.slots,
-            threads=self.threads,
             deploy=deploy,
         )
         measure_and_show(request, as_json=as_json)
