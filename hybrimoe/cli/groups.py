@@ -18,7 +18,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, type[Any]] = {
         name: parameter.annotation
         for name, parameter in signature.parameters.items()
-        if dataclasses.is_dataclass(parameter.annotation)
+        if isinstance(parameter.annotation, type) and dataclasses.is_dataclass(parameter.annotation)
     }
     parameters = [
         option

@@ -13,12 +13,13 @@ import copy
 from collections.abc import Mapping
 from functools import update_wrapper
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from cpu_kernels.host.threads import torch_threads
+from hybrimoe.errors import ModelError
 
 MAX_TOKENS = 16
 """A call of more is a prompt."""
@@ -91,6 +92,10 @@ class FewThreadsGenerate:
         if copied is None:
             return self
         return FewThreadsGenerate(copied, MethodType(type(copied).generate, copied), copy.deepcopy(self._few, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """What stands in an injected model cannot be written to a file."""
+        raise ModelError("an injected model cannot be pickled: call model.hybrimoe.restore() first")
 
 
 def torch_linear_bytes(model: nn.Module) -> int:
