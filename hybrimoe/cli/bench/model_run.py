@@ -76,8 +76,8 @@ class ContendersGroup:
         if self.shape is not None and self.shape not in shape_names():
             raise ConfigError(unknown("model shape", self.shape, shape_names()))
         deploy = partial(
-            common.deploy_config, self.config, model=model, accelerator=self.accelerator, threads=self.threads,
-            unknown_keys=self.unknown_keys,
+            common.deploy_config, self.config, model=model if self.shape is None else None,
+            accelerator=self.accelerator, threads=self.threads, unknown_keys=self.unknown_keys,
         )  # fmt: skip
         for policy in (None, *(self.policy or ())):
             deploy(policy=policy, slots=self.slots)
