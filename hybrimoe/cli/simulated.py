@@ -55,5 +55,5 @@ def check_trace(source: str | None) -> None:
             pass
     except OSError as error:
         raise TraceError(
-            f"cannot read the trace {source} ({error.strerror}): expected an .npz file, demo, or synthetic"
+            f"no trace at {source} ({error.strerror}): expected an .npz file, demo, or synthetic"
         ) from error

@@ -79,10 +79,10 @@ class ContendersGroup:
             common.deploy_config, self.config, model=model if self.shape is None else None,
             accelerator=self.accelerator, threads=self.threads, unknown_keys=self.unknown_keys,
         )  # fmt: skip
-        for policy in (None, *(self.policy or ())):
-            deploy(policy=policy, slots=self.slots)
         for dtype in self.dtype or ():
             deploy(dtype=dtype)
+        for policy in (None, *(self.policy or ())):
+            deploy(policy=policy, slots=self.slots)
         from hybrimoe.bench.model.measure import Request
 
         request = Request(
