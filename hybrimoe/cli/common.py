@@ -108,6 +108,18 @@ TraceOption = Annotated[
     Path | None,
     typer.Option("--trace", metavar="FILE", help="Write a Chrome/Perfetto trace.", rich_help_panel=OUTPUT),
 ]
+SpeculateOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Drafts from the text itself, several tokens a step; the same text. For models on the CPU alone.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+ProfileOption = Annotated[
+    bool,
+    typer.Option("--profile", help="Where a token's time went, by part of the model and lane.", rich_help_panel=OUTPUT),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +135,7 @@ class PlacementGroup:
     threads: ThreadsOption = None
     lookahead: LookaheadOption = None
     unknown_keys: UnknownKeysOption = None
+    speculate: SpeculateOption = None
 
     def deployment(self, model: str | None) -> DeployConfig:
         """As `deploy_config`."""
@@ -164,6 +177,7 @@ def deploy_config(
     lookahead: int | None = None,
     lossy: str | None = None,
     unknown_keys: str | None = None,
+    speculate: bool | None = None,
     weights: bool = True,
 ) -> DeployConfig:
     """The deployment that a command line describes: a file or preset, with the given options on top.
@@ -187,6 +201,7 @@ def deploy_config(
         lookahead=lookahead,
         lossy=None if lossy is None else lossy_option(lossy),
         unknown_keys=unknown_keys,
+        speculate=speculate,
     )
     check_model(deployment.model, weights=weights)
     check_rules(deployment.rules)

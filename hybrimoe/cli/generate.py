@@ -71,6 +71,7 @@ def generate(
     placement: common.PlacementGroup,
     timeline: common.TimelineOption = False,
     trace: common.TraceOption = None,
+    profile: common.ProfileOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.", rich_help_panel=common.OUTPUT)] = False,
     as_json: common.JsonOption = False,
 ) -> None:
@@ -86,8 +87,9 @@ def generate(
         raise typer.BadParameter(
             "--batching, --batch-size and --route-predictor are for many prompts: give --prompts FILE"
         )
-    if prompts is not None and (prompt is not None or prompt_file is not None or timeline or trace is not None):
-        raise typer.BadParameter("--prompts does not go with --prompt, --prompt-file, --timeline and --trace")
+    single = prompt is not None or prompt_file is not None or timeline or trace is not None or profile
+    if prompts is not None and single:
+        raise typer.BadParameter("--prompts does not go with --prompt, --prompt-file, --timeline, --trace, --profile")
     text = read_prompt(prompt, prompt_file) if prompts is None else read_file(prompts)
     options = sampling.options()
     common.check_readable(route_predictor)
@@ -104,7 +106,8 @@ def generate(
     from hybrimoe.generation import interruptible
 
     with open_model(deployment, show_progress=not quiet) as opened, interruptible() as interrupt:
-        reply = run(opened, text, options, interrupt, record=timeline or trace is not None, echo=not as_json)
+        record = timeline or trace is not None
+        reply = run(opened, text, options, interrupt, record=record, echo=not as_json, profiled=profile)
         report(opened, reply, timeline=timeline, trace=trace, quiet=quiet, as_json=as_json)
     if interrupt.pressed:
         raise typer.Exit(INTERRUPTED)
@@ -141,14 +144,18 @@ def read_file(path: Path | None) -> str:
         raise PromptError(f"cannot read {path} ({error.strerror}): expected a text file, or - for stdin") from error
 
 
-def run(opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, *, record: bool, echo: bool) -> Reply:
+def run(
+    opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, *, record: bool, echo: bool, profiled: bool
+) -> Reply:
     """Generate; the text is written to stdout as it comes where `echo` is set."""
     from hybrimoe.cli.common_model import stream_out
+    from hybrimoe.generation import Profile
     from hybrimoe.generation.sampling import COMPLETION_TOKENS, with_length
 
     prompt_ids = opened.generator.encode(text)
     options = with_length(options, opened.generator.model, COMPLETION_TOKENS)
-    reply = opened.generator.reply(prompt_ids, options, should_stop=interrupt)
+    profile = Profile(opened.generator.model) if profiled else None
+    reply = opened.generator.reply(prompt_ids, options, should_stop=interrupt, profile=profile)
     opened.reset_stats()
     if record and opened.session is not None:
         opened.session.record_timeline(True)
@@ -161,7 +168,7 @@ def run(opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, 
 
 
 def report(opened: OpenModel, reply: Reply, *, timeline: bool, trace: Path | None, quiet: bool, as_json: bool) -> None:
-    """The summary, the timeline and the trace file of one reply."""
+    """The summary, the timeline, the profile and the trace file of one reply."""
     from hybrimoe.cli.common_model import write_trace
     from hybrimoe.cli.views import render_summary
 
@@ -179,6 +186,10 @@ def report(opened: OpenModel, reply: Reply, *, timeline: bool, trace: Path | Non
         from hybrimoe.cli.views.render_timeline import timeline as draw
 
         console.print(draw(records, label=label, width=console.width))
+    if reply.profile is not None:
+        from hybrimoe.cli.views.render_profile import profile_table
+
+        console.print(profile_table(reply.profile.as_dict(), label))
     if not quiet:
         console.print(render_summary.summary(result), style="dim")
     if trace is not None and not quiet:

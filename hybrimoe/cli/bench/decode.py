@@ -25,12 +25,14 @@ def decode(
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Decode steps a round.")] = 64,
     contenders: model_run.ContendersGroup,
+    profile: common.ProfileOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
     """Tokens a second of decoding: policies and dtypes side by side in alternating rounds.
 
     Before anything is timed, the logits of every contender are compared with plain transformers'; wrong numbers end
-    the benchmark. Figures with an emulated accelerator say so: that lane runs on the CPU, too.
+    the benchmark. Figures with an emulated accelerator say so: that lane runs on the CPU, too. With --profile, a reply
+    after the rounds shows where a token's time goes.
     """
     steps = min(new_tokens, QUICK_TOKENS) if contenders.quick else new_tokens
-    contenders.measured("decode", model, prompt_tokens, steps, as_json=as_json)
+    contenders.measured("decode", model, prompt_tokens, steps, profile=profile, as_json=as_json)

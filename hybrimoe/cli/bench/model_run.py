@@ -12,6 +12,7 @@ import typer
 from hybrimoe.cli import common
 from hybrimoe.cli.bench import options
 from hybrimoe.cli.views import render, render_summary
+from hybrimoe.cli.views.render_profile import profile_table
 
 if TYPE_CHECKING:
     from hybrimoe.bench.model.measure import Request
@@ -60,7 +61,7 @@ class ContendersGroup:
 
     def measured(
         self, kind: Literal["decode", "prefill"], model: str | None, prompt_tokens: int, new_tokens: int, *,
-        as_json: bool,
+        as_json: bool, profile: bool = False,
     ) -> None:  # fmt: skip
         """Measure them with prompts of `prompt_tokens` (and replies of `new_tokens`), and show what came out.
 
@@ -101,6 +102,7 @@ class ContendersGroup:
             new_tokens=new_tokens,
             rounds=min(self.rounds, options.QUICK_ROUNDS) if self.quick else self.rounds,
             slots=self.slots,
+            profile=profile,
             deploy=deploy,
         )
         measure_and_show(request, csv=self.csv, plot=self.plot, as_json=as_json)
@@ -149,6 +151,9 @@ def show(result: dict[str, Any]) -> None:
     lines = list(zip(*shown.values(), strict=True))
     what = f"{result['bench']}, {result['model']} ({result['weights']} weights), prompt {result['prompt_tokens']}"
     render.out().print(render.table(f"{what}, {result['rounds']} alternating rounds", tuple(shown), lines))
+    for row in rows:
+        if "profile" in row:
+            render.out().print(profile_table(row["profile"], f"{row['name']} ({row['provenance']})"))
     described = result["machine"]
     render.out().print(
         f"measured on {described['cpu']}, {described['cores']} cores, {result['threads']} threads each, torch"

@@ -83,7 +83,8 @@ def _server(url: str | None, model: str | None, options: dict[str, Any]) -> Iter
         return
     words = [model] if model is not None else []
     for name, value in options.items():
-        words += [name, str(value)]
+        flag = name if value is not False else name.replace("--", "--no-")
+        words += [flag] if isinstance(value, bool) else [name, str(value)]
     with running_server(words) as address:
         yield address
 
