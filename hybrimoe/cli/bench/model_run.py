@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 class ContendersGroup:
     """What is set side by side, where it runs, and how often it is measured."""
 
-    shape: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Random weights in a real shape instead of a model.")
-    ] = None
-    layers: Annotated[int | None, typer.Option(min=1, help="With --shape: only so many layers.")] = None
+    shape: options.ShapeOption = None
+    layers: options.LayersOption = None
     policy: options.PolicyList = None
     lossy: Annotated[
         list[str] | None,
