@@ -122,15 +122,25 @@ def load_dense(
     """
     loaded: set[str] = set()
     for conversion in conversions:
-        for key, tensor in conversion.whole(shapes).items():
-            if only is not None and key not in only:
-                continue
-            if key not in shapes.shapes:
-                raise CheckpointError(f"{listed(conversion.source_keys())} gives {key}, which the model does not have")
-            _check(key, tensor, shapes.shapes[key], dtypes[key], conversion)
-            _set(model, key, tensor.to(dtypes[key]).to(device))
+        for key, tensor in read_checked(conversion, shapes, dtypes, only).items():
+            _set(model, key, tensor.to(device))
             loaded.add(key)
     return loaded
+
+
+def read_checked(
+    conversion: Conversion, shapes: ModelShapes, dtypes: Mapping[str, torch.dtype], only: Set[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """The parameters that a conversion gives, by key, as the model wants them. Arguments and errors of `load_dense`."""
+    checked: dict[str, torch.Tensor] = {}
+    for key, tensor in conversion.whole(shapes).items():
+        if only is not None and key not in only:
+            continue
+        if key not in shapes.shapes:
+            raise CheckpointError(f"{listed(conversion.source_keys())} gives {key}, which the model does not have")
+        _check(key, tensor, shapes.shapes[key], dtypes[key], conversion)
+        checked[key] = tensor.to(dtypes[key])
+    return checked
 
 
 def complete(

@@ -22,6 +22,7 @@ from hybrimoe.injection.resolve import Resolution
 if TYPE_CHECKING:
     from hybrimoe.dense.attention import DecodeAttention
     from hybrimoe.dense.linear import PackedDense
+    from hybrimoe.dense.records import DenseRecords
     from hybrimoe.runtime.layer_call.stats import SessionStats
     from hybrimoe.step.build import StepWay
     from hybrimoe.step.step import Step
@@ -67,10 +68,11 @@ class Injection:
         """What of the rules has no effect here, and why."""
         return (*self._application.remarks, *self._without_accelerator())
 
-    def prepare_dense(self, *, keep_originals: bool) -> None:
+    def prepare_dense(self, *, keep_originals: bool, records: DenseRecords | None = None) -> None:
         """What the deployment's `cpu` section says of all that is not experts: their dtype, attention, torch.
 
-        keep_originals: hold on to packed layers for `restore`. Raises CheckpointError where a weight is not finite.
+        keep_originals: hold on to packed layers for `restore`. records: linear layers that are packed already.
+        Raises CheckpointError where a weight is not finite.
         """
         cpu = self.config.cpu
         threads = cpu.threads if isinstance(cpu.threads, int) else None
@@ -81,7 +83,9 @@ class Injection:
             from hybrimoe.dense.linear import pack_linears
 
             sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
-            self.dense = pack_linears(self.model, sizes, dtype, keep_originals=keep_originals, threads=threads)
+            self.dense = pack_linears(
+                self.model, sizes, dtype, keep_originals=keep_originals, threads=threads, records=records
+            )
         self.torch_threads = FewThreads(self.model)
 
     def compile_step(self) -> None:
