@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hybrimoe.config.deploy import DeployConfig
+from hybrimoe.dense.prompts import WidePrompts
 from hybrimoe.dense.threads import FewThreads
 from hybrimoe.errors import ModelError
 from hybrimoe.experts.absent import AbsentWeights, explanation
@@ -52,6 +53,7 @@ class Injection:
         self.dense: PackedDense | None = None
         self.attention: DecodeAttention | None = None
         self.torch_threads: FewThreads | None = None
+        self.prompts: WidePrompts | None = None
         self.way: StepWay | None = None
         self._application = application
         self._active = True
@@ -87,6 +89,7 @@ class Injection:
                 self.model, sizes, dtype, keep_originals=keep_originals, threads=threads, records=records
             )
         self.torch_threads = FewThreads(self.model)
+        self.prompts = WidePrompts(self.model)
 
     def compile_step(self) -> None:
         """Decode steps in one compiled call, where the deployment wants that and the model is understood.
@@ -177,6 +180,8 @@ class Injection:
             self.attention.undo()
         if self.torch_threads is not None:
             self.torch_threads.undo()
+        if self.prompts is not None:
+            self.prompts.undo()
         self._application.undo()
         self.session.release(self.model)
         self._sharing.discard(self)
@@ -196,8 +201,8 @@ class Injection:
             twin: Injection = memo[id(self)]
             return twin
         twin = Injection(model, self.config, self.resolution, self._application.copied(memo))
-        twin.dense, twin.attention, twin.torch_threads = copy.deepcopy(
-            (self.dense, self.attention, self.torch_threads), memo
+        twin.dense, twin.attention, twin.torch_threads, twin.prompts = copy.deepcopy(
+            (self.dense, self.attention, self.torch_threads, self.prompts), memo
         )
         twin._active, twin._sharing = self._active, self._sharing
         twin._sharing.add(twin)
