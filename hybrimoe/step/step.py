@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from transformers import DynamicCache
 
 from cpu_kernels.host.isa import detect
+from cpu_kernels.host.threads import torch_threads
 from cpu_kernels.step.compiled import CompiledStep
 from cpu_kernels.step.program import MAX_ROWS, Part
 from hybrimoe.errors import ModelError
@@ -120,7 +121,7 @@ class Step:
         """Runs the step; logits [sequences, kept, V] in the dtype that the model itself gives."""
         if min(call.token_ids) < 0 or max(call.token_ids) >= self._embedding.shape[0]:
             raise IndexError(f"token ids must be below {self._embedding.shape[0]}, found {call.token_ids}")
-        with self._lock:
+        with self._lock, torch_threads(1):  # more would spin on after the copy of the logits
             began = time.perf_counter()
             compiled = self._compiled
             self._bind(call)
