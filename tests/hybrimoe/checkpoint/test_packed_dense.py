@@ -29,7 +29,8 @@ TOKENS = torch.arange(3, 15)[None]
 OPTIONS: dict[str, Any] = {
     "policy": "static", "accelerator": "none", "expert_dtype": "int4", "dense_dtype": "int8", "progress": False,
 }  # fmt: skip
-LARGE = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 6, "vocab_size": 32768}
+LARGE = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 6, "vocab_size": 65536}
+ROOM_BYTES = 3 * SLACK_BYTES  # the step's buffers for 16 rows of logits, rows that are being packed, the allocator
 WRITE = """
 import os, signal, sys
 from pathlib import Path
@@ -252,6 +253,6 @@ def test_no_weight_is_there_twice_while_it_is_packed(
         kept = model.hybrimoe.dense.nbytes + sum(value.nbytes for value in [*model.parameters(), *model.buffers()])
         kept += model.hybrimoe.session.store.nbytes if start == "first" else 0
         largest = model.get_input_embeddings().weight.nbytes if start == "first" else 0
-        assert kept > 4 * SLACK_BYTES
-        assert growth[0] <= kept + largest + SLACK_BYTES, start
+        assert largest > 2 * ROOM_BYTES or start == "second", "a copy more would be seen"
+        assert growth[0] <= kept + largest + ROOM_BYTES, start
         del model
