@@ -8,6 +8,7 @@ for the call; nothing stays in memory. The result is rounded to bfloat16 once, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from threading import get_ident
 from typing import Any
 
@@ -64,8 +65,8 @@ class WidePrompts:
         self.applies = not multiplies_bfloat16() and any(
             parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu" for parameter in model.parameters()
         )
-        self._entered: dict[int, list[WideProducts | None]] = {}
-        """By thread: the modes of the calls that it is in."""
+        self._entered: dict[int, list[ExitStack]] = {}
+        """By thread: what was entered in each of the calls that it is in."""
         self._handles = []
         if self.applies:
             self._handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -78,16 +79,13 @@ class WidePrompts:
         self._handles.clear()
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        many = n_tokens_of(args, kwargs) > MAX_TOKENS and not torch.compiler.is_compiling()
-        mode = WideProducts() if many else None
-        if mode is not None:
-            mode.__enter__()
-        self._entered.setdefault(get_ident(), []).append(mode)
+        entered = ExitStack()
+        if n_tokens_of(args, kwargs) > MAX_TOKENS and not torch.compiler.is_compiling():
+            entered.enter_context(WideProducts())
+        self._entered.setdefault(get_ident(), []).append(entered)
 
     def _leave(self, *_: object) -> None:
-        modes = self._entered[get_ident()]
-        mode = modes.pop()
-        if not modes:
+        calls = self._entered[get_ident()]
+        calls.pop().close()
+        if not calls:
             del self._entered[get_ident()]
-        if mode is not None:
-            mode.__exit__(None, None, None)

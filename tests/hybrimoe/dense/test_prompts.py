@@ -66,7 +66,12 @@ def test_what_is_left_alone(what: str) -> None:
 def test_prompts_of_an_injected_model_are_wide_and_steps_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = prompts._widened
-    monkeypatch.setattr(prompts, "_widened", lambda value: (calls.append(1), real(value))[1])
+
+    def noted(value: Any) -> Any:
+        calls.append(1)
+        return real(value)
+
+    monkeypatch.setattr(prompts, "_widened", noted)
     plain = model()
     tokens = torch.arange(40)[None] % 64
     with torch.no_grad():
