@@ -117,8 +117,9 @@ def _row(folder: Path, dtypes: str, rounds: int) -> str:
     load_s = median(run["load_s"] for run in later)
     peak, final = (median(run[name] for run in later) for name in ("peak_mib", "final_mib"))
     return (
-        f"| {experts}, {dense} | {first['wall_s']:.1f} s | {next_s:.1f} s | {load_s:.1f} s | {first['weights_mib']:.0f} MiB"
-        f" | {first['peak_mib']:.0f} MiB | {peak:.0f} MiB | {final:.0f} MiB | {allowed:.0f} MiB |"
+        f"| {experts}, {dense} | {first['wall_s']:.1f} s | {next_s:.1f} s | {load_s:.1f} s"
+        f" | {first['weights_mib']:.0f} MiB | {first['peak_mib']:.0f} MiB | {peak:.0f} MiB"
+        f" | {final:.0f} MiB | {allowed:.0f} MiB |"
     )
 
 

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from cpu_kernels.simd.attention import LOWEST
 from cpu_kernels.step.program import MAX_ROWS
+from scheduler import Phase
 
 SERVED = frozenset((
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict",
@@ -23,7 +24,10 @@ FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 @dataclass(frozen=True, slots=True)
 class StepCall:
-    """A call that can be served. positions: of each row; mask: float32 [sequences, tokens] added to scores, or None."""
+    """A call that can be served. positions: of each row; mask: float32 [sequences, tokens] added to scores, or None.
+
+    phase: as which it is counted.
+    """
 
     token_ids: list[int]
     n_sequences: int
@@ -33,6 +37,7 @@ class StepCall:
     positions: list[int]
     mask: np.ndarray | None
     n_logits: int
+    phase: Phase
 
 
 def read_call(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
@@ -59,8 +64,9 @@ def read_call(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ste
     mask = _mask(known.get("attention_mask"), n_sequences, n_past + n_new)
     if positions is None or mask is False:
         return None
+    phase: Phase = "decode" if n_new == 1 else "prefill"
     return StepCall(
-        ids.flatten().tolist(), n_sequences, n_new, n_past, cache, positions, mask, min(kept or n_new, n_new)
+        ids.flatten().tolist(), n_sequences, n_new, n_past, cache, positions, mask, min(kept or n_new, n_new), phase
     )
 
 

@@ -24,9 +24,12 @@ from hybrimoe.step.angles import Angles
 from hybrimoe.step.caches import KINDS, place_of
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.read_model import Reading
+from scheduler import Phase
 
-PHASES = ("prefill", "decode")
-CAPTURING = "transformers.utils.output_capturing"
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+HARMLESS = ("transformers.utils.output_capturing", "hybrimoe.generation.module_parts")
+"""Modules whose hooks do nothing in a step: transformers leaves its own in a model once it was asked for hidden states
+or router logits; those of a profile time modules that are called."""
 
 
 class Step:
@@ -53,7 +56,7 @@ class Step:
         self._place = self._embedding.data_ptr()
         self.n_steps = 0
         self.step_us = 0.0
-        self._counted: dict[str, list[float]] = {phase: [0, 0, 0.0] for phase in PHASES}  # calls, tokens, us
+        self._counted: dict[Phase, list[float]] = {phase: [0, 0, 0.0] for phase in PHASES}  # calls, tokens, us
         self._experts_seen: dict[int, int] = {}
 
     # Serving ----------------------------------------------------------------------------------------------------
@@ -69,20 +72,30 @@ class Step:
         assert self._reading.output_type is not None
         return self._reading.output_type(logits=logits, past_key_values=call.cache)
 
-    def next_logits(self, token_ids: Sequence[int], cache: Any) -> torch.Tensor | None:
-        """Logits [V] after new tokens of one sequence; None where the model's forward must be called.
+    def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
+        """Logits [1, V] after new tokens of one sequence; None where the model's forward must be called.
 
-        The short way of `serve` for callers that hold plain numbers and a cache.
+        The short way of `serve` for callers that hold plain numbers and a cache. drafted: the tokens after the first
+        are guesses about the next decode steps, and the logits are those after each of the n tokens, [n, V].
         """
         if len(token_ids) > MAX_ROWS or type(cache) is not DynamicCache or not self._usable():
             return None
         n_past = cache.get_seq_length()
         if not n_past or not self._fits(cache, 1):
             return None
-        positions = list(range(n_past, n_past + len(token_ids)))
-        call = StepCall(list(token_ids), 1, len(token_ids), n_past, cache, positions, None, 1)
+        n_new = len(token_ids)
+        positions = list(range(n_past, n_past + n_new))
+        phase: Phase = "decode" if drafted or n_new == 1 else "prefill"
+        call = StepCall(list(token_ids), 1, n_new, n_past, cache, positions, None, n_new if drafted else 1, phase)
         with torch.inference_mode():
-            return self._logits(call)[0, -1]
+            return self._logits(call)[0]
+
+    @property
+    def differs_in_batches(self) -> str | None:
+        """Why several tokens in one step may not get the bits that they get one by one; None where they do."""
+        if any(angles.changes for angles in self._angles):
+            return "the angles of the model's rotary embedding depend on the longest position of a step"
+        return None
 
     def _usable(self) -> bool:
         """Whether the model is as it was when it was read, and nobody watches what the step would leave out."""
@@ -96,9 +109,8 @@ class Step:
         )
 
     def _watched(self) -> bool:
-        """Whether somebody's hooks wait inside the model. transformers leaves its own there once it was asked for
-        hidden states or router logits; they do nothing in other calls."""
-        return any(hook.__module__ != CAPTURING for hooks in self._hooks for hook in hooks.values())
+        """Whether somebody's hooks wait inside the model, for calls that the step would leave out."""
+        return any(hook.__module__ not in HARMLESS for hooks in self._hooks for hook in hooks.values())
 
     def _fits(self, cache: DynamicCache, n_sequences: int) -> bool:
         """Whether the layers of the cache are such as the step reads; plain ones are given room to grow."""
@@ -122,20 +134,21 @@ class Step:
         if min(call.token_ids) < 0 or max(call.token_ids) >= self._embedding.shape[0]:
             raise IndexError(f"token ids must be below {self._embedding.shape[0]}, found {call.token_ids}")
         with self._lock, torch_threads(1):  # more would spin on after the copy of the logits
-            began = time.perf_counter()
             compiled = self._compiled
             self._bind(call)
             compiled.set_rows(call.n_sequences, call.n_new, call.n_past, call.token_ids)
             compiled.set_mask(call.mask)
             for angles, (cos, sin) in zip(self._angles, compiled.angles, strict=True):
                 angles.write(call.positions, cos, sin)
+            began = time.perf_counter()
             compiled.run()
+            us = (time.perf_counter() - began) * 1e6
             for layer in call.cache.layers:
                 layer.advance(call.n_new)
             n_rows = call.n_sequences * call.n_new
             rows = torch.from_numpy(compiled.logits[:n_rows]).view(call.n_sequences, call.n_new, -1)
             logits = rows[:, call.n_new - call.n_logits :].to(self._reading.logits_dtype, copy=True)
-            self._count(call, (time.perf_counter() - began) * 1e6)
+            self._count(call, us)
         return logits
 
     def _bind(self, call: StepCall) -> None:
@@ -153,7 +166,7 @@ class Step:
     def _count(self, call: StepCall, us: float) -> None:
         self.n_steps += 1
         self.step_us += us
-        counted = self._counted["decode" if call.n_new == 1 else "prefill"]
+        counted = self._counted[call.phase]
         counted[0] += 1
         counted[1] += call.n_sequences * call.n_new
         counted[2] += us
