@@ -1,13 +1,14 @@
 """`load`: configuration -> model on the meta device -> inject -> dense weights -> experts, one by one, into the store.
 
-At no time is there a second copy of the experts: what is in memory is the packed store, the dense weights, and the one
-expert (or, for the few fused checkpoints whose conversion mixes experts, the one layer) that is being packed.
+At no time is there a second copy of a weight: what is in memory is the packed store, the dense weights, and the one
+expert (or, for the few fused checkpoints whose conversion mixes experts, the one layer) or linear layer that is being
+packed. What a later start finds packed on disk it does not read from the checkpoint.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PreTrainedModel
 
 from cpu_kernels.jit.cache_dir import ENV_CACHE
-from hybrimoe.checkpoint import packed
+from hybrimoe.checkpoint import packed, packed_dense
 from hybrimoe.checkpoint.budget import check_disk, check_host_memory
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes, plan_conversions
 from hybrimoe.checkpoint.dense import (
@@ -30,8 +31,10 @@ from hybrimoe.checkpoint.dense import (
 from hybrimoe.checkpoint.dequantise import dequantised
 from hybrimoe.checkpoint.errors import PackedFileWarning
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources
+from hybrimoe.checkpoint.packed_dense import DenseSource
 from hybrimoe.checkpoint.progress import Progress, progress_of
 from hybrimoe.checkpoint.quantisation import read_quantisation
+from hybrimoe.checkpoint.record_file import folders
 from hybrimoe.checkpoint.source import (
     Checkpoint,
     is_demo,
@@ -41,7 +44,8 @@ from hybrimoe.checkpoint.source import (
 )
 from hybrimoe.checkpoint.stream import pack_experts
 from hybrimoe.config.deploy import DeployConfig, load_config
-from hybrimoe.dense.place import place_dense
+from hybrimoe.dense.place import dense_device, place_dense
+from hybrimoe.dense.records import DenseRecords
 from hybrimoe.errors import CheckpointError, ConfigError, ModelError
 from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
@@ -68,9 +72,9 @@ def load(
         (`accelerator`, `gpu_expert_slots`, `expert_dtype`, `policy`, `rules`, ... as in `hybrimoe.load_config`).
     progress: called with (bytes done, bytes in total, what); True draws a bar on stderr, False does not, None does
         where stderr is a terminal.
-    packed_file: keep the packed experts beside the model (or in the cache directory where that cannot be written:
-        $HYBRIMOE_CACHE, else ~/.cache/hybrimoe), and map them at the next start (read them, where
-        an accelerator copies from page-locked memory).
+    packed_file: keep packed experts and packed dense layers beside the model (or in the cache directory where that
+        cannot be written: $HYBRIMOE_CACHE, else ~/.cache/hybrimoe). The next start maps the experts (reads them, where
+        an accelerator copies from page-locked memory) and reads the dense layers.
     unknown_keys: "error" or "ignore" weights of the checkpoint that the model does not have.
 
     Raises ModelError (no model, a dense model), CheckpointError (shards, shapes, dtypes, values, keys), BudgetError
@@ -111,7 +115,7 @@ class Loader:
             raise ModelError(f"{directory} is a dense model ({hf_config.model_type}): it has no experts to place")
         plan = plan_conversions(model, dequantised(checkpoint.tensors, quantisation))
         shapes = ModelShapes(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()})
-        places = packed.folders(directory, beside=not is_demo(directory)) if packed_file else ()
+        places = folders(directory, beside=not is_demo(directory)) if packed_file else ()
         return cls(deployment, checkpoint, model, plan, shapes, layouts, places)
 
     def load(self, show: Progress, unknown_keys: UnknownKeys) -> PreTrainedModel:
@@ -122,8 +126,10 @@ class Loader:
         sources = layer_sources(self.layouts, self.plan.conversions)
         experts = {f"{source.path}.{name}" for source in sources for name in source.parameters}
         dense = [conversion for conversion in self.plan.conversions.values() if experts.isdisjoint(conversion.targets)]
-        loaded = load_dense(self.model, dense, self.shapes, dtypes)
-        complete(self.model, loaded, experts, self.plan, unknown_keys=unknown_keys)
+        linears = self._linears_to_pack()
+        early = [conversion for conversion in dense if linears.late.keys().isdisjoint(conversion.targets)]
+        loaded = load_dense(self.model, early, self.shapes, dtypes)
+        complete(self.model, loaded, experts | linears.late.keys(), self.plan, unknown_keys=unknown_keys)
 
         def open_store(layers: tuple[LayerSpec, ...], pinned: bool) -> ExpertStore | None:
             place_dense(self.model, self.deployment)  # before the session measures what memory is left for slots
@@ -143,7 +149,8 @@ class Loader:
         injection = inject(self.model, config=self.deployment, store=open_store)
         try:
             self._load_unreplaced(injection, sources, dtypes)
-            injection.prepare_dense(keep_originals=False)
+            records = self._dense_records(self._load_moved(injection, linears, dtypes), dtypes, show)
+            injection.prepare_dense(keep_originals=False, records=records)
             if not injection.session.started:
                 self._pack(injection.session.store, sources, show)
                 injection.session.start()
@@ -153,6 +160,28 @@ class Loader:
             raise
         return self.model
 
+    def _linears_to_pack(self) -> DenseSource:
+        """The linear layers that `cpu.dense_dtype` packs; none where the dense part goes to an accelerator as a
+        whole."""
+        dtype, entries = self.deployment.cpu.dense_dtype, []
+        if (dtype == "int8" or dtype == "int4") and dense_device(self.deployment) is None:
+            from hybrimoe.dense.linear import linear_entries
+
+            sizes = frozenset(layout.num_experts for layout in self.layouts.values())
+            entries = linear_entries(self.model, sizes, dtype)
+        return DenseSource.of(self.model, entries, self.plan.conversions)
+
+    def _load_moved(self, injection: Injection, linears: DenseSource, dtypes: dict[str, Any]) -> DenseSource:
+        """Reads linear layers as they are where rules have placed them on a device; returns the others."""
+        moved = {}
+        for entry in linears.entries:
+            device = injection.device_of(entry.path)
+            if (device is not None and device.type != "cpu") or "forward" in vars(self.model.get_submodule(entry.path)):
+                moved[entry.path] = device
+                if conversion := linears.late.get(entry.weight_key):
+                    load_dense(self.model, [conversion], self.shapes, dtypes, device, {entry.weight_key})
+        return linears.without(moved)
+
     def _load_unreplaced(self, injection: Injection, sources: list[LayerSource], dtypes: dict[str, Any]) -> None:
         """Reads experts whole where the rules leave the model's own module in place."""
         for source in (source for source in sources if source.path not in injection.originals):
@@ -160,9 +189,23 @@ class Loader:
             device = injection.device_of(source.path) or next(self.model.get_input_embeddings().parameters()).device
             load_dense(self.model, source.parameters.values(), self.shapes, dtypes, device, keys)
 
+    def _dense_records(self, linears: DenseSource, dtypes: dict[str, Any], show: Progress) -> DenseRecords | None:
+        """The packed linear layers: read from their file, or packed from the checkpoint and kept in a file."""
+        if not linears.entries:
+            return None
+        header = packed_dense.describe(linears, self.checkpoint.files)
+        records = packed_dense.read(self.places, linears, header, show)
+        if records is None:
+            records = linears.pack(self.model, self.shapes, dtypes, show)
+            self._keep(
+                "dense layers", records.nbytes, show, lambda place: packed_dense.write(place, linears, records, header)
+            )
+        return records
+
     def _pack(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> None:
         pack_experts(store, sources, self.shapes, show)
-        self._keep(store, show)
+        header = packed.describe(store.layers, self.checkpoint.files)
+        self._keep("experts", store.nbytes, show, lambda place: packed.write(place, store.buffer, header))
 
     def _pack_on_disk(self, layers: tuple[LayerSpec, ...], sources: list[LayerSource], show: Progress) -> ExpertStore:
         """Packs straight into a packed file and maps it: experts that do not fit host memory."""
@@ -183,23 +226,23 @@ class Loader:
             f" set ${ENV_CACHE} to a directory with room"
         )
 
-    def _keep(self, store: ExpertStore, show: Progress) -> None:
-        """Writes the packed file to the first place that takes it; none taking it is a warning."""
+    def _keep(self, what: str, n_bytes: int, show: Progress, write: Callable[[Path], object]) -> None:
+        """Writes a packed file to the first place that takes it; none taking it is a warning."""
         if not self.places:
             return
-        header, problems = packed.describe(store.layers, self.checkpoint.files), []
-        show(0, store.nbytes, "writing packed experts")
+        problems: list[str] = []
+        show(0, n_bytes, f"writing packed {what}")
         for place in self.places:
             try:
-                packed.write(place, store.buffer, header)
+                write(place)
             except OSError as error:
                 problems.append(f"{place}: {error.strerror or error}")
                 continue
-            show(store.nbytes, store.nbytes, "writing packed experts")
+            show(n_bytes, n_bytes, f"writing packed {what}")
             return
         warnings.warn(
             PackedFileWarning(
-                f"the packed experts ({store.nbytes / 2**20:.0f} MiB) could not be kept for the next start:"
+                f"the packed {what} ({n_bytes / 2**20:.0f} MiB) could not be kept for the next start:"
                 f" {'; '.join(problems)}; set ${ENV_CACHE} to a directory with room,"
                 " or pass packed_file=False"
             ),

@@ -55,7 +55,7 @@ class FewThreads:
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         before = torch.get_num_threads()
         self._before.append(before)
-        wanted = 1 if 0 < _n_tokens(args, kwargs) <= MAX_TOKENS else self.prompt_threads or before
+        wanted = 1 if 0 < n_tokens_of(args, kwargs) <= MAX_TOKENS else self.prompt_threads or before
         if wanted != before:
             torch.set_num_threads(wanted)
 
@@ -99,7 +99,7 @@ def torch_linear_bytes(model: nn.Module) -> int:
     return sum(layer.weight.nbytes for layer in layers if layer.weight.device.type == "cpu")
 
 
-def _n_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def n_tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Tokens of a call of a language model; 0 where its inputs do not tell."""
     ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
     if isinstance(ids, torch.Tensor):

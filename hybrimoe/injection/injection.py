@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hybrimoe.config.deploy import DeployConfig
+from hybrimoe.dense.prompts import WidePrompts
 from hybrimoe.dense.threads import FewThreads
 from hybrimoe.errors import ModelError
 from hybrimoe.experts.absent import AbsentWeights, explanation
@@ -22,6 +23,7 @@ from hybrimoe.injection.resolve import Resolution
 if TYPE_CHECKING:
     from hybrimoe.dense.attention import DecodeAttention
     from hybrimoe.dense.linear import PackedDense
+    from hybrimoe.dense.records import DenseRecords
     from hybrimoe.runtime.layer_call.stats import SessionStats
     from hybrimoe.step.build import StepWay
     from hybrimoe.step.step import Step
@@ -51,6 +53,7 @@ class Injection:
         self.dense: PackedDense | None = None
         self.attention: DecodeAttention | None = None
         self.torch_threads: FewThreads | None = None
+        self.prompts: WidePrompts | None = None
         self.way: StepWay | None = None
         self._application = application
         self._active = True
@@ -67,10 +70,11 @@ class Injection:
         """What of the rules has no effect here, and why."""
         return (*self._application.remarks, *self._without_accelerator())
 
-    def prepare_dense(self, *, keep_originals: bool) -> None:
+    def prepare_dense(self, *, keep_originals: bool, records: DenseRecords | None = None) -> None:
         """What the deployment's `cpu` section says of all that is not experts: their dtype, attention, torch.
 
-        keep_originals: hold on to packed layers for `restore`. Raises CheckpointError where a weight is not finite.
+        keep_originals: hold on to packed layers for `restore`. records: linear layers that are packed already.
+        Raises CheckpointError where a weight is not finite.
         """
         cpu = self.config.cpu
         threads = cpu.threads if isinstance(cpu.threads, int) else None
@@ -81,8 +85,11 @@ class Injection:
             from hybrimoe.dense.linear import pack_linears
 
             sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
-            self.dense = pack_linears(self.model, sizes, dtype, keep_originals=keep_originals, threads=threads)
+            self.dense = pack_linears(
+                self.model, sizes, dtype, keep_originals=keep_originals, threads=threads, records=records
+            )
         self.torch_threads = FewThreads(self.model)
+        self.prompts = WidePrompts(self.model)
 
     def compile_step(self) -> None:
         """Decode steps in one compiled call, where the deployment wants that and the model is understood.
@@ -173,6 +180,8 @@ class Injection:
             self.attention.undo()
         if self.torch_threads is not None:
             self.torch_threads.undo()
+        if self.prompts is not None:
+            self.prompts.undo()
         self._application.undo()
         self.session.release(self.model)
         self._sharing.discard(self)
@@ -192,8 +201,8 @@ class Injection:
             twin: Injection = memo[id(self)]
             return twin
         twin = Injection(model, self.config, self.resolution, self._application.copied(memo))
-        twin.dense, twin.attention, twin.torch_threads = copy.deepcopy(
-            (self.dense, self.attention, self.torch_threads), memo
+        twin.dense, twin.attention, twin.torch_threads, twin.prompts = copy.deepcopy(
+            (self.dense, self.attention, self.torch_threads, self.prompts), memo
         )
         twin._active, twin._sharing = self._active, self._sharing
         twin._sharing.add(twin)
