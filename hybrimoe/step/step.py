@@ -196,10 +196,11 @@ class Step:
         total = sum(ticks.values()) or 1
         return {part: value / total for part, value in ticks.items()}
 
-    def profile(self) -> dict[str, float]:
-        """Seconds of all steps so far by part, by the share of clock ticks of the thread that called."""
+    def meter(self) -> tuple[dict[str, int], float]:
+        """Clock ticks of all steps so far by part, in the thread that called, and their us: two readings say what was
+        between them. (Shares of all ticks do not: the first step has little but its start in its us.)"""
         with self._lock:
-            return {part.name.lower(): share * self.step_us / 1e6 for part, share in self._shares().items()}
+            return {part.name.lower(): ticks for part, ticks in self._compiled.ticks.items()}, self.step_us
 
 
 class StepForward:
