@@ -21,6 +21,7 @@ from cpu_kernels.step.program import MAX_ROWS, Part
 from hybrimoe.errors import ModelError
 from hybrimoe.generation.growing import GrowingLayer, grow_in_place
 from hybrimoe.step.angles import Angles
+from hybrimoe.step.as_read import AsRead
 from hybrimoe.step.caches import KINDS, place_of
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.read_model import Reading
@@ -53,7 +54,7 @@ class Step:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]  # fmt: skip
         self._embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-        self._place = self._embedding.data_ptr()
+        self._as_read = AsRead(model)
         self.n_steps = 0
         self.step_us = 0.0
         self._counted: dict[Phase, list[float]] = {phase: [0, 0, 0.0] for phase in PHASES}  # calls, tokens, us
@@ -102,7 +103,7 @@ class Step:
         return (
             not self.model.training
             and self.session.plain
-            and self._embedding.data_ptr() == self._place
+            and self._as_read.unchanged()
             and not (any(self._hooks) and self._watched())
             and not torch_module._global_forward_hooks
             and not torch_module._global_forward_pre_hooks
@@ -195,10 +196,11 @@ class Step:
         total = sum(ticks.values()) or 1
         return {part: value / total for part, value in ticks.items()}
 
-    def profile(self) -> dict[str, float]:
-        """Seconds of all steps so far by part, by the share of clock ticks of the thread that called."""
+    def meter(self) -> tuple[dict[str, int], float]:
+        """Clock ticks of all steps so far by part, in the thread that called, and their us: two readings say what was
+        between them. (Shares of all ticks do not: the first step has little but its start in its us.)"""
         with self._lock:
-            return {part.name.lower(): share * self.step_us / 1e6 for part, share in self._shares().items()}
+            return {part.name.lower(): ticks for part, ticks in self._compiled.ticks.items()}, self.step_us
 
 
 class StepForward:
