@@ -20,7 +20,7 @@ from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.layer_call.call import ExpertsCall
-from hybrimoe.runtime.layer_call.layers import PLACEMENTS, Layer, Placement, pack_layers
+from hybrimoe.runtime.layer_call.layers import PLACEMENTS, Layer, pack_layers
 from hybrimoe.runtime.layer_call.lookahead import ProbeSink, RoutingCaptured, run_probe
 from hybrimoe.runtime.layer_call.predicting import RoutingRecorder
 from hybrimoe.runtime.layer_call.stats import SessionStats, StatsRecorder
@@ -33,6 +33,7 @@ from hybrimoe.runtime.startup.startup import Frequencies, Startup
 from hybrimoe.runtime.startup.units import Unit, share_layers
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
 from scheduler.graph import PlannedLayer
+from scheduler.plan import Placement
 from scheduler.planner.protocol import Costs, LayerPlanner
 from scheduler.planner.setup import PlannerSetup
 from scheduler.recording.recording import Recorder, Recording

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ from torch import nn
 from cpu_kernels import CpuBackend, ExpertSpec
 from hybrimoe.experts.layout import ExpertsLayout
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
+from scheduler.plan import Placement
 
-Placement = Literal["hybrid", "cpu", "accelerator"]
-PLACEMENTS: tuple[Placement, ...] = ("hybrid", "cpu", "accelerator")
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 
 @dataclass(slots=True)
