@@ -8,7 +8,6 @@ import numpy as np
 from cpu_kernels.errors import ActivationValueError, LayoutError
 from cpu_kernels.simd.attention import CHUNK
 from cpu_kernels.step import attend
-from cpu_kernels.step.embed import add_embedding
 from cpu_kernels.step.emit import Emitter
 from cpu_kernels.step.parts import Layer, Model
 from cpu_kernels.step.program import (
@@ -17,6 +16,7 @@ from cpu_kernels.step.program import (
     MAX_ROWS,
     N_ROWS,
     NOT_FINITE,
+    PADDING,
     SEEN,
     SEQUENCE,
     TOKEN,
@@ -24,6 +24,7 @@ from cpu_kernels.step.program import (
     Program,
 )
 from cpu_kernels.step.run import perform
+from cpu_kernels.step.stream import add_embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,7 @@ class CompiledLayers:
         self._caches = self._emitter.caches
         self._room = np.empty(0, np.uint8)
         self._room_tokens = 0
-        self._array = {
-            "stream": _floats(self._emitter.stream, width),
-            "row scales": _floats(self._emitter.row_scales, 1)[:, 0],
-        }
+        self._array = {"stream": _floats(self._emitter.stream, width)}
         self.angles = [
             (_floats(cos, n), _floats(sin, n)) for n, (cos, sin) in zip(ropes, self._emitter.angles, strict=True)
         ]
@@ -78,11 +76,6 @@ class CompiledLayers:
     def stream(self) -> np.ndarray:
         """float32 [MAX_ROWS, width]: set before a run, read after it."""
         return self._array["stream"]
-
-    @property
-    def row_scales(self) -> np.ndarray:
-        """float32 [MAX_ROWS] that queries are multiplied with, where the model has that."""
-        return self._array["row scales"]
 
     @property
     def cache_layers(self) -> tuple[int, ...]:
@@ -127,17 +120,20 @@ class CompiledLayers:
             raise LayoutError(f"a compiled step takes 1 to {MAX_ROWS} rows, found {n_sequences} x {n_new}")
         rows = self.program.rows
         for row in range(n_rows):
-            rows[row, SEQUENCE], rows[row, SEEN] = row // n_new, n_past + row % n_new + 1
+            rows[row, SEQUENCE], rows[row, SEEN], rows[row, PADDING] = row // n_new, n_past + row % n_new + 1, 0
         if tokens:
             rows[:n_rows, TOKEN] = tokens
         self.program.state[N_ROWS] = n_rows
         self._emitter.starts[1] = n_rows
 
     def set_mask(self, mask: np.ndarray | None) -> None:
-        """float32 [sequences, tokens] that is added to all scores of the next runs, at least LOWEST; None: nothing.
+        """float32 [sequences, tokens] that is added to all scores of the next run, at least LOWEST; None: nothing.
 
-        The array is read where it lies: it must stay until the run has ended.
+        Called after `set_rows`. The array is read where it lies: it must stay until the run has ended.
         """
+        if mask is not None:
+            rows = self.program.rows[: self.program.state[N_ROWS]]
+            rows[:, PADDING] = (mask == 0).argmax(1)[rows[:, SEQUENCE]]
         self.program.state[MASK] = 0 if mask is None else mask.ctypes.data
         self.program.state[MASK_ROW] = 0 if mask is None else mask.shape[1]
 
@@ -165,8 +161,7 @@ class CompiledStep(CompiledLayers):
         add_embedding(self.program, self._model.embedding, self._emitter.stream)
 
     def _end(self) -> None:
-        head = self._model.head
-        self._logits = self._emitter.head(head.norm, head.output, head.scale)
+        self._logits = self._emitter.head(self._model.head)
 
     @property
     def logits(self) -> np.ndarray:

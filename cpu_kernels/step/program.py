@@ -25,8 +25,9 @@ WORKER, CALL, MEETS, PART, PRESENT, OP_SIZE = range(6)
 # The state
 (N_ROWS, N_THREADS, OPERATIONS, FIRST, STOP, ROWS, NOT_FINITE, SCRATCH, TICKS, MASK, MASK_ROW,
  STATE_SIZE) = range(12)  # fmt: skip
-# A row: one new token of a sequence. SEEN: cached tokens that it looks at, itself included.
-TOKEN, SEQUENCE, SEEN, ROW_SIZE = range(4)
+# A row: one new token of a sequence. SEEN: cached tokens up to itself, itself included; PADDING: those of them that are
+# padding before the sequence.
+TOKEN, SEQUENCE, SEEN, PADDING, ROW_SIZE = range(5)
 
 
 class Part(IntEnum):

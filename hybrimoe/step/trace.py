@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from hybrimoe.generation.growing import grow_in_place, growing_cache
+from hybrimoe.experts.module import HybridExperts
+from hybrimoe.generation.growing import grow_in_place
 from hybrimoe.step.errors import NotCompiled
 
 PROMPT_TOKENS, NEW_TOKENS = 6, 4
@@ -89,18 +91,20 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.dtype == other.dtype
 
 
-def record(model: nn.Module) -> Trace:
+def record(model: nn.Module, *, with_experts: bool) -> Trace:
     """Runs a short prompt, then a step with every call recorded.
 
-    Raises NotCompiled where the model's cache is not transformers' usual one.
+    with_experts False: experts give zeros, so that a trial changes nothing where they have slots.
+    Raises NotCompiled where the model's cache is none of transformers' growing kind.
     """
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(0, text_config.vocab_size, (1, PROMPT_TOKENS + NEW_TOKENS), generator=generator)
-    cache = growing_cache(text_config)
-    with torch.no_grad():
-        model(input_ids=tokens[:, :PROMPT_TOKENS], past_key_values=cache, use_cache=True)
+    with torch.no_grad(), nullcontext() if with_experts else _silent_experts(model):
+        cache = model(input_ids=tokens[:, :PROMPT_TOKENS], use_cache=True).past_key_values
+        if not isinstance(cache, DynamicCache):
+            raise NotCompiled(f"the model keeps its past in a {type(cache).__name__}")
         grow_in_place(cache)
         trace = Trace(model, tokens, cache)
         handles = [
@@ -114,8 +118,21 @@ def record(model: nn.Module) -> Trace:
             for handle in handles:
                 handle.remove()
     if trace.output.past_key_values is not cache or cache.get_seq_length() != tokens.shape[1]:
-        raise NotCompiled("the model keeps its past in a cache of its own")
+        raise NotCompiled("the model puts another cache in the place of the one it was given")
     return trace
+
+
+@contextmanager
+def _silent_experts(model: nn.Module) -> Iterator[None]:
+    """All experts give zeros."""
+    modules = [module for module in model.modules() if isinstance(module, HybridExperts)]
+    for module in modules:
+        module.__dict__["forward"] = lambda hidden, *_, **__: torch.zeros_like(hidden)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["forward"]
 
 
 def _recorder(trace: Trace, path: str) -> Any:

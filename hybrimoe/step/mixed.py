@@ -1,0 +1,96 @@
+"""A step that mixes both ways: the model's own forward runs, with compiled pieces in the place of what is understood.
+
+A piece is a run of decoder layers, or one block (attention, experts, MLP) of a layer that is not understood as a whole:
+beside linear attention or Mamba, or where experts have slots.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpu_kernels.host.isa import detect
+from cpu_kernels.step.compiled import CompiledLayers
+from hybrimoe.step.caches import BoundLayers
+from hybrimoe.step.calls import StepCall
+from hybrimoe.step.forward import InPlaceOfForward
+from hybrimoe.step.read_model import PieceReading, Reading, Seat
+from hybrimoe.step.served import ServedStep
+
+
+@dataclass(slots=True)
+class _Served(threading.local):
+    """The call of the model that a thread is in, where the step serves it, and what its pieces took so far."""
+
+    call: StepCall | None = None
+    us: float = 0.0
+
+
+class MixedStep(ServedStep):
+    """Answers a call by the model's own forward, in which pieces are compiled."""
+
+    def __init__(self, model: nn.Module, session: Any, reading: Reading, n_threads: int) -> None:
+        super().__init__(model, session, reading)
+        self._now = _Served()
+        self._installed: list[InPlaceOfForward] = []
+        for piece in reading.pieces:
+            self._install(piece, n_threads)
+
+    def _install(self, piece: PieceReading, n_threads: int) -> None:
+        assert self.reading.ropes is not None
+        first, *others = piece.seats
+        width, sizes = piece.width, tuple(self.reading.ropes.sizes)
+        bound = BoundLayers(CompiledLayers(piece.layers, width, sizes, n_threads, detect().isa.name), self.angles)
+        self.programs.append(bound)
+        self._installed.append(InPlaceOfForward(first.module, partial(self._run, bound, first)))
+        self._installed += [InPlaceOfForward(seat.module, partial(self._pass, seat)) for seat in others]
+
+    def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of the model's own forward, whose pieces are compiled where the call can be served."""
+        call = self.served_call(args, kwargs)
+        if call is None or self._now.call is not None:
+            return own(*args, **kwargs)
+        with self.lock:
+            self._now.call, self._now.us = call, 0.0
+            try:
+                output = own(*args, **kwargs)
+            finally:
+                self._now.call = None
+            self.count(call, self._now.us)
+        return output
+
+    def _run(
+        self, bound: BoundLayers, seat: Seat, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What the first module of a piece gives: the piece's result."""
+        call = self._now.call
+        if call is None:
+            return own(*args, **kwargs)
+        began = time.perf_counter()
+        hidden = seat.input(args, kwargs)
+        rows = bound.compiled.stream[: call.n_sequences * call.n_new]
+        rows[:] = hidden.reshape(rows.shape).float().numpy()
+        bound.run(call)
+        result = torch.from_numpy(rows).to(hidden.dtype, copy=True)
+        self._now.us += (time.perf_counter() - began) * 1e6
+        return seat.output(hidden, result)
+
+    def _pass(self, seat: Seat, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the other modules of a piece give: their input, which is the piece's result already."""
+        if self._now.call is None:
+            return own(*args, **kwargs)
+        hidden = seat.input(args, kwargs)
+        return seat.output(hidden, hidden)
+
+    def undo(self) -> None:
+        """Gives all modules their own forward back."""
+        for installed in self._installed:
+            installed.undo()
+        self._installed = []
