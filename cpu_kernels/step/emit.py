@@ -158,19 +158,19 @@ class Emitter:
         query = program.floats("query", core.n_heads * core.dim)
         written = heads.add_heads(
             program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, source(core.q), source(core.k),
-            source(core.v), query, scale=core.scale, norm=core.norm, rotary=core.rope and self._rotary(core.rope),
+            source(core.v), query, scale=core.scale, norm=core.norm, rotary=self._rotary(core.rope),
             clip=core.clip, tuning=core.tuning,
         )  # fmt: skip
         attended = program.floats("attended", core.n_heads * core.v_dim)
         call = attend.add_attention(
             program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, query, attended, self.isa_name,
-            sight=core.sight, sinks=core.sinks, gate=core.gate and source(core.gate),
+            sight=core.sight, sinks=core.sinks, gate=None if core.gate is None else source(core.gate),
         )  # fmt: skip
         self.caches.append(CacheCalls(core.cache, call, (written, call[attend.CACHE :])))
         return self._attention_result(attended, core.output)
 
-    def _rotary(self, rope: Rope) -> heads.Rotary:
-        return heads.Rotary(rope.n, rope.first, rope.kind, *self.angles[rope.table])
+    def _rotary(self, rope: Rope | None) -> heads.Rotary | None:
+        return None if rope is None else heads.Rotary(rope.n, rope.first, rope.kind, *self.angles[rope.table])
 
     def _attention_result(self, attended: int, output: Product) -> Summand:
         out = self.program.floats("attention result", output.n_out)
@@ -190,8 +190,9 @@ class Emitter:
             program.keep(core.up_rows)
         absorbed = program.floats("query", sizes.n_heads * (sizes.rank + sizes.rotated))
         written = latent.add_absorption(
-            program, sizes, core.up, core.norm, self._rotary(core.rope), query, joined, absorbed, scale=core.scale
-        )
+            program, sizes, core.up, core.norm, self._rotary(core.rope), query, joined, absorbed,
+            scale=core.scale,
+        )  # fmt: skip
         gathered = program.floats("gathered", sizes.n_heads * sizes.rank)
         call = attend.add_attention(
             program, sizes.n_heads, 1, sizes.rank, sizes.rank, absorbed, gathered, self.isa_name,

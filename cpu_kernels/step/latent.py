@@ -74,9 +74,7 @@ def _absorb_query(call: np.ndarray, row: Whole, head: Whole) -> None:
     matrix = call[UP] + head * (own + call[V_DIM]) * call[UP_ROW]
     for i in range(own):
         add_row(call[UP_KIND], matrix + i * call[UP_ROW], query[:rank], scale * source[i])
-    half = rot // 2
-    cos, sin = floats_at(call[COS] + 4 * row * half, half), floats_at(call[SIN] + 4 * row * half, half)
-    rotate(call[ROT_KIND], cos, sin, source[own:], query[rank:])
+    _rotate(call, row, source[own:], query[rank:])
     for i in range(rank, query.size):
         query[i] *= scale
 
@@ -84,16 +82,26 @@ def _absorb_query(call: np.ndarray, row: Whole, head: Whole) -> None:
 @inline_kernel
 def _store(call: np.ndarray, place: np.ndarray, row: Whole, room: Whole) -> None:
     """Writes a token's vector, normalised, and its rotated part into the cache. room: for both."""
-    rot, rank, half = call[ROT], call[RANK], call[ROT] // 2
+    rot, rank = call[ROT], call[RANK]
     joined = floats_at(call[JOINED] + 4 * row * (rank + rot), rank + rot)
     vector, rotated = floats_at(room, rank), floats_at(room + 4 * rank, rot)
     copy(joined, vector)
     scale_by(vector, root_factor(square_sum(vector), rank, call[EPS]), floats_at(call[WEIGHT], rank))
-    cos, sin = floats_at(call[COS] + 4 * row * half, half), floats_at(call[SIN] + 4 * row * half, half)
-    rotate(call[ROT_KIND], cos, sin, joined[rank:], rotated)
+    _rotate(call, row, joined[rank:], rotated)
     sequence, token, kind = place[SEQUENCE], place[SEEN] - 1, call[CACHE + KIND]
     write_row(kind, key_address(call, CACHE, sequence, 0, token), vector)
     write_row(kind, value_address(call, CACHE, sequence, 0, token), rotated)
+
+
+@inline_kernel
+def _rotate(call: np.ndarray, row: Whole, x: np.ndarray, result: np.ndarray) -> None:
+    """result = x by the angles of a row, or as it is where there are none."""
+    if call[COS] == 0:
+        copy(x, result)
+        return
+    half = call[ROT] // 2
+    cos, sin = floats_at(call[COS] + 4 * row * half, half), floats_at(call[SIN] + 4 * row * half, half)
+    rotate(call[ROT_KIND], cos, sin, x, result)
 
 
 ABSORB_WORK = Worker(_absorb)
@@ -120,8 +128,8 @@ EXPAND_WORK = Worker(_expand)
 
 
 def add_absorption(
-    program: Program, sizes: LatentSizes, up: Product, norm: Norm, rotary: Rotary, q: int, joined: int, query: int, *,
-    scale: float,
+    program: Program, sizes: LatentSizes, up: Product, norm: Norm, rotary: Rotary | None, q: int, joined: int,
+    query: int, *, scale: float,
 ) -> np.ndarray:  # fmt: skip
     """Adds query float32 [rows, n_heads, rank + rotated] from q float32 [rows, n_heads, own + rotated], and the cache's
     new rows from joined float32 [rows, rank + rotated]. Returns the positions that say where the cache lies.
@@ -131,7 +139,8 @@ def add_absorption(
     call = _latent_call(program, sizes, up, CACHE + CACHE_SIZE)
     call[[Q, JOINED, QUERY, SCALE]] = q, joined, query, bits_of(scale)
     call[[WEIGHT, EPS]] = program.keep(np.ascontiguousarray(norm.weight, np.float32)), bits_of(norm.eps)
-    call[[ROT_KIND, COS, SIN]] = rotary.kind, rotary.cos, rotary.sin
+    if rotary is not None:
+        call[[ROT_KIND, COS, SIN]] = rotary.kind, rotary.cos, rotary.sin
     program.add(ABSORB_WORK, call, Part.ATTENTION)
     return call[CACHE:]
 

@@ -76,7 +76,7 @@ class LatentAttention:
     up: Product
     output: Product
     sizes: LatentSizes
-    rope: Rope
+    rope: Rope | None
     scale: float
     cache: int
     query_norm: Norm | None = None

@@ -45,7 +45,9 @@ def read_call(config: Any, cache_type: type, args: tuple[Any, ...], kwargs: dict
         return None
     ids: Any = known.get("input_ids")
     cache: Any = known.get("past_key_values")
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or type(cache) is not cache_type or cache.offloading:
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        return None
+    if not isinstance(cache, DynamicCache) or type(cache) is not cache_type or cache.offloading:
         return None
     if known.get("use_cache") is False or known.get("return_dict") is False:
         return None

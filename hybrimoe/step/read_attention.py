@@ -101,7 +101,7 @@ def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Atte
     """
     _check_inputs(call)
     cache = _cache_number(call)
-    layer: Any = trace.cache.layers[cache]
+    layer: Any = trace.cache.layers[cache] if cache < len(trace.cache.layers) else None
     if not isinstance(layer, GrowingLayer) or not layer.is_initialized:
         raise NotCompiled(f"{call.path} ({type(call.module).__name__}) keeps a state of its own, not keys and values")
     found = _parts(trace, call)
@@ -239,8 +239,8 @@ def _latent(
     *behind, up = found.later
     if len(found.first) != 2 or len(behind) > 1 or not same(up.input, layer.keys):
         raise NotCompiled(f"{call.path}: projections behind projections, but no latent attention")
-    if table is None or getattr(layer, "is_sliding", False):
-        raise NotCompiled(f"{call.path}: latent attention without rotation or with a window")
+    if getattr(layer, "is_sliding", False):
+        raise NotCompiled(f"{call.path}: latent attention with a window")
     (query, down), norms = found.first, {id(inner): norm for inner, norm in found.norms}
     norm = _norm_before(found, layer.keys.shape[-1], down)
     query_up = query_norm = None
@@ -255,11 +255,10 @@ def _latent(
     sizes = _latent_sizes(call, (query_up or first).n_out, matrix, output.n_in, low.n_out - matrix.n_in)
     if len(found.norms) != 1 + len(behind):
         raise NotCompiled(f"{call.path}: it has {len(found.norms)} norms, expected {1 + len(behind)}")
-    for kind in (HALVES, PAIRS, PAIRS_TO_HALVES):
+    for rope in _ropes(table, sizes.rotated):
         yield LatentAttention(
-            first, low, norm, matrix, output, sizes, Rope(table[0], sizes.rotated, 0, kind), float(module.scaling),
-            cache, query_norm, query_up, up_rows,
-        )  # fmt: skip
+            first, low, norm, matrix, output, sizes, rope, float(module.scaling), cache, query_norm, query_up, up_rows
+        )
 
 
 def _norm_before(found: _Found, rank: int, down: Call) -> Norm:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from cpu_kernels.host.isa import detect
 from cpu_kernels.step.compiled import CompiledStep
@@ -40,7 +41,8 @@ class Step(ServedStep):
 
     def next_logits(self, token_ids: Sequence[int], cache: Any) -> torch.Tensor | None:
         """As `ServedStep.next_logits`."""
-        if len(token_ids) > MAX_ROWS or type(cache) is not self.reading.cache_type or not self.usable():
+        known = isinstance(cache, DynamicCache) and type(cache) is self.reading.cache_type
+        if len(token_ids) > MAX_ROWS or not known or not self.usable():
             return None
         n_past = cache.get_seq_length()
         if not n_past or not self.fits(cache, n_past, 1):
