@@ -158,8 +158,17 @@ class Sampler:
     def next(self, logits: torch.Tensor) -> int:
         """The next token from `logits` [V], any float dtype and device; it is remembered as part of the sequence.
 
+        Runs on one thread of torch: its others would spin for milliseconds afterwards, on the cores that the next
+        step needs.
+
         Raises ModelError for logits with NaN or infinity; minus infinity excludes a token.
         """
+        from cpu_kernels.host.threads import torch_threads
+
+        with torch_threads(1):
+            return self._next(logits)
+
+    def _next(self, logits: torch.Tensor) -> int:
         import torch
 
         needs_all = self._adjustments.any or self._top_logprobs is not None

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from cpu_kernels.host.isa import detect
+from cpu_kernels.host.threads import torch_threads
 from cpu_kernels.step.compiled import CompiledStep
 from cpu_kernels.step.program import MAX_ROWS
 from hybrimoe.errors import ModelError
@@ -56,7 +57,7 @@ class Step(ServedStep):
         """Runs the step; logits [sequences, kept, V] in the dtype that the model itself gives."""
         if min(call.token_ids) < 0 or max(call.token_ids) >= self.embedding.shape[0]:
             raise IndexError(f"token ids must be below {self.embedding.shape[0]}, found {call.token_ids}")
-        with self.lock:
+        with self.lock, torch_threads(1):  # more would spin on after the copy of the logits
             began = time.perf_counter()
             self._bound.run(call)
             n_rows = call.n_sequences * call.n_new

@@ -112,7 +112,7 @@ def plain(label: str, model: Any, tokenizer: Any) -> Contender:
 class LlamaCpp:
     """A GGUF file through llama-cpp-python; the interface of `Contender` as far as speed goes."""
 
-    def __init__(self, path: str, threads: int | None) -> None:
+    def __init__(self, path: str, threads: int) -> None:
         try:
             from llama_cpp import Llama
         except ImportError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from cpu_kernels.host.threads import resolve_threads
 from hybrimoe.bench import rounds as harness
 from hybrimoe.bench.model import contenders
 from hybrimoe.config.deploy import DeployConfig
@@ -43,7 +44,6 @@ class Request:
     new_tokens: int
     rounds: int
     slots: str | None
-    threads: int | None
     deploy: Callable[..., DeployConfig]
     lossy: tuple[str, ...] = ()
     llama_cpp: bool = False
@@ -65,6 +65,10 @@ class Request:
         if len(self.dtypes) > 1:
             found = [(f"{label} {overrides['dtype']}", overrides) for label, overrides in found]
         return found
+
+    def peer_threads(self) -> int:
+        """As many threads for a peer as the hybrid contenders get."""
+        return resolve_threads(runtime_config(self.deploy()).threads)
 
 
 def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
@@ -139,7 +143,7 @@ def _openers(request: Request, progress: Any) -> tuple[int, list[Callable[[ExitS
 
         openers.append(opener)
     if request.gguf is not None:
-        openers.append(lambda stack: contenders.LlamaCpp(str(request.gguf), request.threads))
+        openers.append(lambda stack: contenders.LlamaCpp(str(request.gguf), request.peer_threads()))
     if request.llama_cpp:
         openers.append(partial(_same_weights, request, source, progress))
     return source.vocab_size, openers
@@ -151,7 +155,7 @@ def _same_weights(request: Request, source: Any, progress: Any, stack: ExitStack
         raise ConfigError("--llama-cpp goes with --shape: of a checkpoint give its GGUF file with --gguf")
     path = Path(stack.enter_context(TemporaryDirectory(prefix="hybrimoe-"))) / f"{request.shape}.gguf"
     source.gguf(path, progress)
-    return contenders.LlamaCpp(str(path), request.threads)
+    return contenders.LlamaCpp(str(path), request.peer_threads())
 
 
 def _source(request: Request) -> Any:

@@ -60,7 +60,6 @@ def decode(
         new_tokens=min(new_tokens, 24) if quick else new_tokens,
         rounds=min(rounds, options.QUICK_ROUNDS) if quick else rounds,
         slots=slots,
-        threads=threads,
         deploy=partial(common.deploy_config, config, model=model, accelerator=accelerator, threads=threads),
     )
     model_run.measure_and_show(request, as_json=as_json)

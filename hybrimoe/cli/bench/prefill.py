@@ -59,7 +59,6 @@ def prefill(
         new_tokens=0,
         rounds=min(rounds, options.QUICK_ROUNDS) if quick else rounds,
         slots=slots,
-        threads=threads,
         deploy=partial(common.deploy_config, config, model=model, accelerator=accelerator, threads=threads),
     )
     model_run.measure_and_show(request, as_json=as_json)

@@ -143,7 +143,7 @@ def test_random_weights_in_a_real_shape_need_no_checkpoint(monkeypatch):
 def test_comparing_policies_sets_cache_off_beside_cache_on():
     request = model_bench.Request(
         kind="decode", model=None, shape=None, layers=None, policies=(), dtypes=("int4", "int8"), compare_policies=True,
-        plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, slots=None, threads=None,
+        plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, slots=None,
         deploy=load_config,
     )  # fmt: skip
     labels = [label for label, _ in request.variants()]
@@ -229,7 +229,7 @@ def test_lossy_policies_stand_beside_each_policy_and_are_not_judged_by_their_log
     request = model_bench.Request(
         kind="decode", model=None, shape=None, layers=None, policies=("ours", "static"), dtypes=(),
         compare_policies=False, plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, slots=None,
-        threads=None, deploy=load_config, lossy=("skip",),
+        deploy=load_config, lossy=("skip",),
     )  # fmt: skip
     assert [label for label, _ in request.variants()] == ["ours", "ours + skip", "static", "static + skip"]
     assert request.variants()[1][1] == {"policy": "ours", "slots": None, "dtype": None, "lossy": "skip"}

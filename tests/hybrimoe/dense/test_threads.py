@@ -1,5 +1,6 @@
 """torch's threads in decode steps: one where its work is small, the user's number everywhere else."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,14 @@ class Model(nn.Module):
         self.seen.append(torch.get_num_threads())
         if input_ids is None and inputs_embeds is None:
             raise RuntimeError("nothing to compute")
+
+    def generate(self, n_prompt: int, n_new: int) -> int:
+        """As transformers does it: a prompt, then single tokens, and something in between. Returns torch's threads."""
+        self(ids(n_prompt))
+        for _ in range(n_new):
+            self.seen.append(torch.get_num_threads())
+            self(ids(1))
+        return torch.get_num_threads()
 
 
 def ids(n: int) -> torch.Tensor:
@@ -71,3 +80,26 @@ def test_large_layers_of_torch_keep_their_threads() -> None:
     assert not FewThreads(model).applies
     model(ids(1))
     assert model.seen == [2]
+
+
+def test_generate_has_one_thread_but_for_its_prompt() -> None:
+    model = Model()
+    few = FewThreads(model)
+    assert model.generate(MAX_TOKENS + 1, 2) == 1
+    assert model.seen == [2, 1, 1, 1, 1]
+    with pytest.raises(TypeError):
+        model.generate("no number", 1)
+    assert torch.get_num_threads() == 2
+    assert model.generate.__doc__ == Model.generate.__doc__
+    few.undo()
+    assert "generate" not in vars(model)
+    assert model.generate(1, 0) == 2
+
+
+def test_a_copy_generates_with_its_own_calls() -> None:
+    model = Model()
+    few = FewThreads(model)
+    copied = copy.deepcopy(model)
+    few.undo()
+    assert copied.generate(MAX_TOKENS + 1, 1) == 1
+    assert (copied.seen, model.seen) == ([2, 1, 1], [])
