@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,6 @@ from hybrimoe.step.read_model import PieceReading, Reading, Seat
 from hybrimoe.step.served import ServedStep
 
 
-@dataclass(slots=True)
 class _Served(threading.local):
     """The call of the model that a thread is in, where the step serves it, and what its pieces took so far."""
 
@@ -57,12 +55,12 @@ class MixedStep(ServedStep):
         call = self.served_call(args, kwargs)
         if call is None or self._now.call is not None:
             return own(*args, **kwargs)
+        self._now.call, self._now.us = call, 0.0
+        try:
+            output = own(*args, **kwargs)
+        finally:
+            self._now.call = None
         with self.lock:
-            self._now.call, self._now.us = call, 0.0
-            try:
-                output = own(*args, **kwargs)
-            finally:
-                self._now.call = None
             self.count(call, self._now.us)
         return output
 
@@ -73,13 +71,14 @@ class MixedStep(ServedStep):
         call = self._now.call
         if call is None:
             return own(*args, **kwargs)
-        began = time.perf_counter()
         hidden = seat.input(args, kwargs)
-        rows = bound.compiled.stream[: call.n_sequences * call.n_new]
-        rows[:] = hidden.reshape(rows.shape).float().numpy()
-        bound.run(call)
-        result = torch.from_numpy(rows).to(hidden.dtype, copy=True)
-        self._now.us += (time.perf_counter() - began) * 1e6
+        with self.lock:
+            began = time.perf_counter()
+            rows = bound.compiled.stream[: call.n_sequences * call.n_new]
+            rows[:] = hidden.reshape(rows.shape).float().numpy()
+            bound.run(call)
+            result = torch.from_numpy(rows).to(hidden.dtype, copy=True)
+            self._now.us += (time.perf_counter() - began) * 1e6
         return seat.output(hidden, result)
 
     def _pass(self, seat: Seat, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

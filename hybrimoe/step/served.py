@@ -22,7 +22,7 @@ CAPTURING = "transformers.utils.output_capturing"
 
 
 class ServedStep:
-    """The base of both. Calls queue; what cannot be served is left to transformers, call by call.
+    """The base of both. Compiled work queues; what cannot be served is left to transformers, call by call.
 
     The KV cache is the caller's own, in the layers of `hybrimoe.generation.growing`, so the ways can alternate.
     """
