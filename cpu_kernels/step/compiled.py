@@ -1,10 +1,11 @@
 """A compiled step (or some of its layers): builds the program, binds it to KV caches, runs it on rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from cpu_kernels.engine.call import LINE
 from cpu_kernels.errors import ActivationValueError, LayoutError
 from cpu_kernels.simd.attention import CHUNK
 from cpu_kernels.step import attend
@@ -40,6 +41,17 @@ class CachePlace:
     first: int = 0
 
 
+@dataclass(slots=True)
+class Workspace:
+    """What compiled layers write while they run: buffers of rows, and room for the runs of attention.
+
+    Layers that run one at a time may share it.
+    """
+
+    buffers: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
+    room: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+
+
 class CompiledLayers:
     """Some layers in one compiled call; their input and output is the stream, float32 [MAX_ROWS, width].
 
@@ -47,9 +59,11 @@ class CompiledLayers:
     """
 
     def __init__(
-        self, layers: Sequence[tuple[int, Layer]], width: int, ropes: tuple[int, ...], n_threads: int, isa_name: str
-    ) -> None:
-        self.program = Program(n_threads)
+        self, layers: Sequence[tuple[int, Layer]], width: int, ropes: tuple[int, ...], n_threads: int, isa_name: str,
+        workspace: Workspace | None = None,
+    ) -> None:  # fmt: skip
+        self._workspace = workspace or Workspace()
+        self.program = Program(n_threads, self._workspace.buffers)
         self._emitter = Emitter(self.program, width, isa_name, ropes)
         self._begin()
         for number, layer in layers:
@@ -58,7 +72,7 @@ class CompiledLayers:
         self.program.seal()
         self.width = width
         self._caches = self._emitter.caches
-        self._room = np.empty(0, np.uint8)
+        self._room = self._workspace.room
         self._room_tokens = 0
         self._array = {"stream": _floats(self._emitter.stream, width)}
         self.angles = [
@@ -99,16 +113,17 @@ class CompiledLayers:
 
     def give_room(self, n_tokens: int) -> None:
         """Makes room for the intermediate results of attention over up to `n_tokens` cached tokens."""
-        if n_tokens <= self._room_tokens:
+        if n_tokens <= self._room_tokens and self._room is self._workspace.room:
             return
-        n_tokens = -(-n_tokens * 5 // 4 // CHUNK) * CHUNK
+        n_tokens = -(-max(n_tokens * 5 // 4, self._room_tokens) // CHUNK) * CHUNK
         sizes = [attend.room_bytes(calls.attend, n_tokens) for calls in self._caches]
         parts, stats = max((size[0] for size in sizes), default=0), max((size[1] for size in sizes), default=0)
-        self._room = np.empty(parts + stats + 64, np.uint8)
-        start = int(self._room.ctypes.data) + -int(self._room.ctypes.data) % 64
+        if parts + stats + LINE > self._workspace.room.size:
+            self._workspace.room = np.empty(parts + stats + LINE, np.uint8)
+        self._room, self._room_tokens = self._workspace.room, n_tokens
+        start = int(self._room.ctypes.data) + -int(self._room.ctypes.data) % LINE
         for calls in self._caches:
             attend.give_room(calls.attend, start, start + parts, n_tokens)
-        self._room_tokens = n_tokens
 
     def set_rows(self, n_sequences: int, n_new: int, n_past: int, tokens: Sequence[int] = ()) -> None:
         """The rows of the next run: n_new tokens of each sequence, sequence by sequence, behind n_past cached ones.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cpu_kernels.host.isa import detect
-from cpu_kernels.step.compiled import CompiledLayers
+from cpu_kernels.step.compiled import CompiledLayers, Workspace
 from hybrimoe.step.caches import BoundLayers
 from hybrimoe.step.calls import StepCall
 from hybrimoe.step.forward import InPlaceOfForward
@@ -38,6 +38,7 @@ class MixedStep(ServedStep):
         super().__init__(model, session, reading)
         self._now = _Served()
         self._installed: list[InPlaceOfForward] = []
+        self._workspace = Workspace()
         for piece in reading.pieces:
             self._install(piece, n_threads)
 
@@ -45,7 +46,8 @@ class MixedStep(ServedStep):
         assert self.reading.ropes is not None
         first, *others = piece.seats
         width, sizes = piece.width, tuple(self.reading.ropes.sizes)
-        bound = BoundLayers(CompiledLayers(piece.layers, width, sizes, n_threads, detect().isa.name), self.angles)
+        compiled = CompiledLayers(piece.layers, width, sizes, n_threads, detect().isa.name, self._workspace)
+        bound = BoundLayers(compiled, self.angles)
         self.programs.append(bound)
         self._installed.append(InPlaceOfForward(first.module, partial(self._run, bound, first)))
         self._installed += [InPlaceOfForward(seat.module, partial(self._pass, seat)) for seat in others]
