@@ -161,5 +161,5 @@ def test_the_bits_do_not_depend_on_the_threads(family: str) -> None:
 def test_what_only_shows_far_on_is_refused(family: str) -> None:
     """Sparse attention, or queries that grow with their position: a comparison over a few tokens does not tell."""
     injection = hybrimoe.inject(tiny_model(family), accelerator="none", expert_dtype="float32")
-    assert injection.explain().ways
-    assert not any(way == "compiled" or way.startswith("self_attn") for way in injection.explain().ways.values())
+    way = injection.explain().ways["model.layers.1"]  # in Beam the layer whose queries grow; layer 0 has a window
+    assert way.startswith(("mlp compiled", "transformers"))
