@@ -36,7 +36,9 @@ class StepCall:
     n_logits: int
 
 
-def read_call(config: Any, cache_type: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
+def read_call(
+    config: Any, cache_type: type[DynamicCache], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> StepCall | None:
     """The call as the step sees it; None where transformers' way must answer it. cache_type: of the model's caches."""
     known = {"input_ids": args[0], **kwargs} if args else kwargs
     if len(args) > 1 or any(
