@@ -76,6 +76,11 @@ def _max_context(config: Mapping[str, Any]) -> int:
     return max(limit, int(original * factor))
 
 
+def experts_per_token(config: Mapping[str, Any]) -> int | None:
+    """How many experts of a layer a token visits; None where the configuration does not say."""
+    return _first(config, TOP_K)
+
+
 def moe_layers(config: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
     """Decoder layers that have experts, by whichever convention the configuration uses."""
     frequency = _first(config, EVERY) if not isinstance(config.get("moe_layer_freq"), list) else 1

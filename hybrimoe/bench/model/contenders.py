@@ -13,16 +13,17 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from hybrimoe.bench.model.weights import gguf_step_bytes, step_bytes
 from hybrimoe.errors import MissingExtraError, ModelError
 from hybrimoe.runtime.layer_call.stats import ran_emulated
 
 if TYPE_CHECKING:
-    from hybrimoe.generation import TextGenerator
+    from hybrimoe.generation import PrefixCache, TextGenerator
 
 Progress = Callable[[int, int, str], None]
 
 CONTEXT = 8192
-"""Tokens of llama.cpp's context, and the most that one of its calls takes."""
+"""Tokens of llama.cpp's context at least."""
 
 LOGITS_COSINE = {"float32": 0.9999, "bfloat16": 0.998, "int8": 0.99, "int4": 0.9}
 """Least cosine of the logits to plain transformers' for a contender's numbers to count, by expert dtype. A broken
@@ -44,6 +45,13 @@ class Contender:
     counters: list[dict[str, Any]] = field(default_factory=list)
     open_s: float = 0.0
     resident_mib: float = 0.0
+    _kept: PrefixCache | None = None
+    """The prompt's keys and values, from round to round of `decode`."""
+
+    @property
+    def step_bytes(self) -> int | None:
+        """Weights that a decode step of one token reads."""
+        return step_bytes(self.generator.model)
 
     def prefill(self, prompt_ids: Sequence[int]) -> float:
         """Tokens per second of computing a prompt from nothing."""
@@ -59,12 +67,13 @@ class Contender:
         return len(prompt_ids) / taken
 
     def decode(self, prompt_ids: Sequence[int], n_tokens: int) -> float:
-        """Tokens per second of `n_tokens` decode steps after a prompt."""
-        from hybrimoe.generation import SamplingOptions
+        """Tokens per second of `n_tokens` decode steps after a prompt, which is computed in the first round."""
+        from hybrimoe.generation import PrefixCache, SamplingOptions
 
+        self._kept = self._kept or PrefixCache(self.generator.model)
         options = SamplingOptions(temperature=1.0, top_k=0, seed=SEED, max_new_tokens=n_tokens + 1, ignore_eos=True)
         self._reset()
-        reply = self.generator.reply(prompt_ids, options)
+        reply = self.generator.reply(prompt_ids, options, cache=self._kept)
         "".join(reply)
         self._keep("decode")
         return len(reply.times.between_tokens_us) / reply.times.decode_us * 1e6
@@ -112,28 +121,38 @@ def plain(label: str, model: Any, tokenizer: Any) -> Contender:
 class LlamaCpp:
     """A GGUF file through llama-cpp-python; the interface of `Contender` as far as speed goes."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, n_tokens: int) -> None:
+        """threads: of prompts and of decode steps. n_tokens: of prompt and reply together, which its context holds."""
         try:
             from llama_cpp import Llama
         except ImportError as error:
-            raise MissingExtraError("bench", "--gguf needs llama-cpp-python as well") from error
+            raise MissingExtraError("bench", "llama.cpp beside it needs llama-cpp-python as well") from error
         self.label = "llama.cpp"
         self.dtype: str | None = None
         self.counters: list[dict[str, Any]] = []
         self.open_s = self.resident_mib = 0.0
-        self._llama = Llama(model_path=path, n_threads=threads, n_threads_batch=threads, n_ctx=CONTEXT, verbose=False)
+        self.step_bytes = gguf_step_bytes(path)
+        context = max(CONTEXT, n_tokens + 1)
+        self._llama = Llama(model_path=path, n_threads=threads, n_threads_batch=threads, n_ctx=context, verbose=False)
+        self._held: list[int] = []
 
     def prefill(self, prompt_ids: Sequence[int]) -> float:
         """Tokens per second of computing a prompt from nothing."""
+        self._held = []
         self._llama.reset()
         started = time.perf_counter()
         self._llama.eval(self._known(prompt_ids))
         return len(prompt_ids) / (time.perf_counter() - started)
 
     def decode(self, prompt_ids: Sequence[int], n_tokens: int) -> float:
-        """Tokens per second of `n_tokens` decode steps after a prompt."""
-        self._llama.reset()
-        self._llama.eval(self._known(prompt_ids))
+        """Tokens per second of `n_tokens` decode steps after a prompt, which is computed in the first round."""
+        prompt = self._known(prompt_ids)
+        if self._held != prompt:
+            self._llama.reset()
+            self._llama.eval(prompt[:-1])
+            self._held = prompt
+        self._llama.n_tokens = len(prompt) - 1  # `eval` takes out of its memory what comes after
+        self._llama.eval(prompt[-1:])
         token = self._greedy()
         started = time.perf_counter()
         for _ in range(n_tokens):
@@ -143,6 +162,7 @@ class LlamaCpp:
 
     def logits(self, prompt_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after a prompt, float32 [V]."""
+        self._held = []
         self._llama.reset()
         self._llama.eval(self._known(prompt_ids))
         return self._last_logits().copy()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from cpu_kernels.engine.bandwidth import ReadBandwidth
 from cpu_kernels.host.threads import resolve_threads
 from hybrimoe.bench import rounds as harness
 from hybrimoe.bench.model import contenders
@@ -17,6 +20,7 @@ from hybrimoe.config.deploy import DeployConfig
 from hybrimoe.config.runtime import runtime_config
 from hybrimoe.errors import ConfigError
 from hybrimoe.machine.facts import machine
+from hybrimoe.tracing.study.plots import new_figure
 
 COMPARED_POLICIES = ("static", "llama_cpp", "hybrimoe", "ours")
 """What --compare-policies sets beside `cache off`: the best known placements, then ours."""
@@ -66,9 +70,15 @@ class Request:
             found = [(f"{label} {overrides['dtype']}", overrides) for label, overrides in found]
         return found
 
-    def peer_threads(self) -> int:
-        """As many threads for a peer as the hybrid contenders get."""
+    @property
+    def threads(self) -> int:
+        """Of the hybrid contenders, and so of their peers."""
         return resolve_threads(runtime_config(self.deploy()).threads)
+
+    @property
+    def context_tokens(self) -> int:
+        """Prompt and reply together."""
+        return self.prompt_tokens + self.new_tokens
 
 
 def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
@@ -84,7 +94,8 @@ def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict
             )
         else:
             values = harness.alternate(subjects, lambda it: it.prefill(prompt_ids), request.rounds, progress=progress)
-        rows = [_row(contender, values[contender.label], cosines) for contender in opened]
+        read_gbps = _read_gbps(request.threads) if request.kind == "decode" else None
+        rows = [_row(contender, values[contender.label], cosines, read_gbps) for contender in opened]
     return {
         "bench": request.kind,
         "model": request.shape or request.model or "demo",
@@ -92,12 +103,51 @@ def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict
         "prompt_tokens": request.prompt_tokens,
         **({"new_tokens": request.new_tokens} if request.kind == "decode" else {}),
         "rounds": request.rounds,
+        "threads": request.threads,
+        "read_gbps": read_gbps,
         "machine": machine(),
         "results": rows,
     }
 
 
-def _row(contender: Any, values: Sequence[float], cosines: dict[str, float]) -> dict[str, Any]:
+def write_csv(result: dict[str, Any], path: Path) -> None:
+    """One line a contender; medians, least and greatest instead of every round."""
+    lines = []
+    for row in result["results"]:
+        speed = row["tokens_per_s"]
+        speeds = {f"tokens_per_s_{kind}": speed[kind] for kind in ("median", "min", "max")}
+        lines.append({
+            **{name: result[name] for name in ("bench", "model", "weights", "prompt_tokens", "rounds", "threads")},
+            **{name: value for name, value in row.items() if name != "tokens_per_s"},
+            **speeds,
+            "cpu": result["machine"]["cpu"],
+        })  # fmt: skip
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def write_plot(result: dict[str, Any], path: Path) -> None:
+    """Medians as bars, with the rounds as points. Raises MissingExtraError without matplotlib."""
+    figure, axis = new_figure(2.5 + 1.2 * len(result["results"]), 3.6)
+    for at, row in enumerate(result["results"]):
+        speed = row["tokens_per_s"]
+        axis.bar(at, speed["median"], 0.6)
+        axis.plot([at] * len(speed["rounds"]), speed["rounds"], "k.", markersize=3)
+    axis.set_xticks(range(len(result["results"])), [row["name"] for row in result["results"]], fontsize=8)
+    axis.set(ylabel="tokens/s", title=f"{result['bench']}, {result['model']}, measured on {result['machine']['cpu']}")
+    axis.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def _read_gbps(n_threads: int) -> float:
+    """What this machine reads with as many threads, in 10^9 bytes a second: the median of five passes."""
+    rate = ReadBandwidth(threads=n_threads)
+    return median(rate.measure() for _ in range(5))
+
+
+def _row(contender: Any, values: Sequence[float], cosines: dict[str, float], read_gbps: float | None) -> dict[str, Any]:
     counters = contender.counters[1:]  # the first round only warmed up
     accelerated = any(c["slots"] for c in counters)
     resolved = sum(c["prefetches_used"] + c["prefetches_wasted"] for c in counters)
@@ -107,6 +157,10 @@ def _row(contender: Any, values: Sequence[float], cosines: dict[str, float]) -> 
         "provenance": "measured, accelerator emulated" if any(c["emulated"] for c in counters) else "measured",
         "dtype": contender.dtype,
         "tokens_per_s": harness.spread(values),
+        "step_bytes": contender.step_bytes,
+        "of_read_rate": (
+            contender.step_bytes * median(values) / (read_gbps * 1e9) if read_gbps and contender.step_bytes else None
+        ),
         "hit_rate": sum(c["hits"] for c in counters) / activated if accelerated and activated else None,
         "prefetch_precision": sum(c["prefetches_used"] for c in counters) / resolved if resolved else None,
         "overhead_share": _share(counters, "overhead_us"),
@@ -143,7 +197,7 @@ def _openers(request: Request, progress: Any) -> tuple[int, list[Callable[[ExitS
 
         openers.append(opener)
     if request.gguf is not None:
-        openers.append(lambda stack: contenders.LlamaCpp(str(request.gguf), request.peer_threads()))
+        openers.append(lambda stack: contenders.LlamaCpp(str(request.gguf), request.threads, request.context_tokens))
     if request.llama_cpp:
         openers.append(partial(_same_weights, request, source, progress))
     return source.vocab_size, openers
@@ -155,7 +209,7 @@ def _same_weights(request: Request, source: Any, progress: Any, stack: ExitStack
         raise ConfigError("--llama-cpp goes with --shape: of a checkpoint give its GGUF file with --gguf")
     path = Path(stack.enter_context(TemporaryDirectory(prefix="hybrimoe-"))) / f"{request.shape}.gguf"
     source.gguf(path, progress)
-    return contenders.LlamaCpp(str(path), request.peer_threads())
+    return contenders.LlamaCpp(str(path), request.threads, request.context_tokens)
 
 
 def _source(request: Request) -> Any:
@@ -167,4 +221,4 @@ def _source(request: Request) -> Any:
         return CheckpointSource(request.model)
     if request.model is not None:
         raise ConfigError(f"give a model ({request.model}) or --shape {request.shape}, not both")
-    return RandomSource(request.shape, request.layers)
+    return RandomSource(request.shape, request.layers, request.context_tokens)

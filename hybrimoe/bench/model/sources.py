@@ -69,9 +69,11 @@ class CheckpointSource:
 class RandomSource:
     """Random weights in a shipped shape, as a whole or with its first `layers` layers. Nothing is downloaded."""
 
-    def __init__(self, shape: str, layers: int | None) -> None:
+    def __init__(self, shape: str, layers: int | None, n_tokens: int = 0) -> None:
+        """n_tokens: the context is made longer where it does not hold so many; random weights know no limit."""
         self.tokenizer: Any = NoTokenizer()
         self.config = _config(shape, layers)
+        self.config.max_position_embeddings = max(self.config.max_position_embeddings, n_tokens + 1)
         self.vocab_size = int(self.config.vocab_size)
 
     def plain(self) -> Any:

@@ -31,7 +31,10 @@ def contention(
     quick: options.QuickOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Decode steps alone and beside busy loops, in alternating rounds: the share of the idle speed that is kept."""
+    """Decode steps alone and beside busy loops, in alternating rounds: the share of the idle speed that is kept.
+
+    A third row has threads that never sleep: what the others lose against them on an idle machine.
+    """
     from hybrimoe.bench.contention import measure
     from hybrimoe.bench.rounds import busy_warning
     from hybrimoe.cli.common_model import open_model, progress_bar
@@ -51,7 +54,14 @@ def contention(
     found = result.as_dict()
     rows = [
         (name, *(f"{found[key][kind]:.2f}" for kind in ("median", "min", "max")))
-        for name, key in (("alone", "idle_ms"), (f"beside {loops} busy loops", "busy_ms"))
+        for name, key in (
+            ("alone", "idle_ms"),
+            (f"beside {loops} busy loops", "busy_ms"),
+            ("alone, threads never sleep", "spinning_ms"),
+        )
     ]
     render.out().print(render.table("ms of a decode step, measured", ("", "median", "least", "greatest"), rows))
-    render.note(f"{result.share:.0%} of the idle speed is kept. Medians of {n_rounds} rounds of {n_tokens} tokens.")
+    render.note(
+        f"{result.share:.0%} of the idle speed is kept; that its threads sleep costs {result.idle_loss:.1%} of it when"
+        f" alone. Medians of {n_rounds} rounds of {n_tokens} tokens."
+    )

@@ -35,6 +35,8 @@ def decode(
     slots: common.SlotsOption = None,
     threads: common.ThreadsOption = None,
     quick: options.QuickOption = False,
+    csv: options.CsvOption = None,
+    plot: options.PlotOption = None,
     as_json: common.JsonOption = False,
 ) -> None:
     """Tokens a second of decoding: policies and dtypes side by side in alternating rounds.
@@ -62,4 +64,4 @@ def decode(
         slots=slots,
         deploy=partial(common.deploy_config, config, model=model, accelerator=accelerator, threads=threads),
     )
-    model_run.measure_and_show(request, as_json=as_json)
+    model_run.measure_and_show(request, csv=csv, plot=plot, as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,8 +25,8 @@ def kernels(
     only: Annotated[list[str] | None, typer.Option(help="Contenders whose name holds this; may be repeated.")] = None,
     rounds: options.RoundsOption = 7,
     quick: options.QuickOption = False,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a figure here (matplotlib).")] = None,
+    csv: options.CsvOption = None,
+    plot: options.PlotOption = None,
     as_json: common.JsonOption = False,
 ) -> None:
     """One MoE layer call: k distinct experts, M tokens each, weights from memory; medians of alternating rounds.

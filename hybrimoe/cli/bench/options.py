@@ -1,7 +1,8 @@
-"""Options that `bench decode` and `bench prefill` share."""
+"""Options that benchmarks share."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,5 +33,7 @@ LlamaCppOption = Annotated[
     ),
 ]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Counted rounds.")]
+CsvOption = Annotated[Path | None, typer.Option("--csv", help="Write the rows here.")]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a figure here (matplotlib).")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="A short run: few rounds and tokens.")]
 QUICK_ROUNDS = 3

@@ -34,6 +34,8 @@ def prefill(
     slots: common.SlotsOption = None,
     threads: common.ThreadsOption = None,
     quick: options.QuickOption = False,
+    csv: options.CsvOption = None,
+    plot: options.PlotOption = None,
     as_json: common.JsonOption = False,
 ) -> None:
     """Tokens a second of computing a prompt: policies and dtypes side by side in alternating rounds.
@@ -61,4 +63,4 @@ def prefill(
         slots=slots,
         deploy=partial(common.deploy_config, config, model=model, accelerator=accelerator, threads=threads),
     )
-    model_run.measure_and_show(request, as_json=as_json)
+    model_run.measure_and_show(request, csv=csv, plot=plot, as_json=as_json)

@@ -1,5 +1,6 @@
 """The decode and prefill benchmarks: fair rounds, refusal of wrong numbers, and one real run of each."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -8,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from cpu_kernels.host.threads import resolve_threads
 from hybrimoe.bench import rounds as harness
 from hybrimoe.bench.model import contenders, sources
 from hybrimoe.bench.model import measure as model_bench
+from hybrimoe.bench.model.weights import gguf_step_bytes, step_bytes
 from hybrimoe.cli.app import app
 from hybrimoe.cli.bench import model_run
 from hybrimoe.cli.views import render
@@ -173,7 +177,7 @@ def test_wrong_usage_is_told(words, message):
 def test_llama_cpp_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(MissingExtraError, match="llama-cpp-python"):
-        contenders.LlamaCpp("model.gguf", None)
+        contenders.LlamaCpp("model.gguf", 1, 8)
 
 
 def test_the_same_weights_for_llama_cpp_need_a_shape():
@@ -188,6 +192,9 @@ def test_random_weights_as_a_gguf_file_hold_what_the_hybrid_model_holds(tmp_path
     source.config.update({"vocab_size": 256, "hidden_size": 128, "intermediate_size": 64, "num_experts": 8})
     source.gguf(tmp_path / "tiny.gguf", lambda *_: None)
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    q4_0 = (source.config.num_experts_per_tok * 3 * 128 * 64 + 4 * 128 * 128) * 18 // 32
+    q8_0, float32 = 256 * 128 * 34 // 32, 4 * (8 * 128 + 5 * 128)
+    assert gguf_step_bytes(tmp_path / "tiny.gguf") == q4_0 + q8_0 + float32
     model = source.hybrid(load_config({}, accelerator="none", expert_dtype="float32"), lambda *_: None)
     store = model.hybrimoe.session.store
     try:
@@ -206,18 +213,60 @@ def test_random_weights_as_a_gguf_file_hold_what_the_hybrid_model_holds(tmp_path
 def test_the_table_says_what_is_emulated(monkeypatch):
     rows = [
         {"name": "transformers", "provenance": "measured", "tokens_per_s": harness.spread([10.0]), "hit_rate": None,
-         "prefetch_precision": None, "logits_cosine": None, "resident_mib": 900.0},
+         "prefetch_precision": None, "logits_cosine": None, "resident_mib": 900.0, "of_read_rate": 0.2},
         {"name": "ours", "provenance": "measured, accelerator emulated", "tokens_per_s": harness.spread([25.0]),
-         "hit_rate": 0.5, "prefetch_precision": 0.8, "logits_cosine": 0.99, "resident_mib": 400.0},
+         "hit_rate": 0.5, "prefetch_precision": 0.8, "logits_cosine": 0.99, "resident_mib": 400.0, "of_read_rate": 0.5},
     ]  # fmt: skip
     told = io.StringIO()
     monkeypatch.setattr(render, "out", lambda: Console(file=told, width=80))
     model_run.show({"bench": "decode", "model": "demo", "weights": "checkpoint", "prompt_tokens": 8, "rounds": 1,
-                        "machine": machine(), "results": rows})  # fmt: skip
+                        "threads": 2, "machine": machine(), "results": rows})  # fmt: skip
     text = told.getvalue()
     assert "2.50x" in text
     assert "the accelerator is emulated" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_columns_that_nobody_has_are_left_out(monkeypatch):
+    row = {"name": "ours", "provenance": "measured", "tokens_per_s": harness.spread([10.0]), "hit_rate": None,
+           "prefetch_precision": None, "logits_cosine": None, "resident_mib": 900.0, "of_read_rate": None}  # fmt: skip
+    told = io.StringIO()
+    monkeypatch.setattr(render, "out", lambda: Console(file=told, width=80))
+    model_run.show({"bench": "prefill", "model": "demo", "weights": "checkpoint", "prompt_tokens": 8, "rounds": 1,
+                        "threads": 2, "machine": machine(), "results": [row]})  # fmt: skip
+    assert "MiB" in told.getvalue()
+    assert all(title not in told.getvalue() for title in ("hits", "prefetch", "cosine", "read rate"))
+
+
+def test_a_peer_gets_as_many_threads_as_we_do():
+    def deploy(**overrides):
+        return load_config({"cpu": {"threads": 1}}, **overrides)
+
+    request = model_bench.Request(
+        kind="decode", model=None, shape=None, layers=None, policies=(), dtypes=(), compare_policies=False,
+        plain=False, gguf=None, prompt_tokens=8, new_tokens=2, rounds=1, slots=None, deploy=deploy,
+    )  # fmt: skip
+    assert request.threads == 1
+    assert dataclasses.replace(request, deploy=load_config).threads == resolve_threads()
+
+
+def test_step_bytes_count_what_a_token_reads():
+    """An OLMoE of 1 layer: experts that a token visits, attention, norms, routers and the output layer."""
+    source = sources.RandomSource("olmoe-1b-7b", 1)
+    config = source.config
+    hidden, inter = config.hidden_size, config.intermediate_size
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    attention = sum(parameter.numel() for parameter in model.model.layers[0].self_attn.parameters())
+    router, norms = config.num_experts * hidden, 3 * hidden
+    experts = config.num_experts_per_tok * 3 * hidden * inter
+    expected = 2 * (attention + router + norms + experts + config.vocab_size * hidden)
+    assert step_bytes(model) == expected
+
+
+def test_a_longer_prompt_than_the_shape_knows_is_measured_all_the_same():
+    assert sources.RandomSource("olmoe-1b-7b", 1, 9000).config.max_position_embeddings == 9001
+    assert sources.RandomSource("olmoe-1b-7b", 1, 10).config.max_position_embeddings == 4096
 
 
 def test_a_config_that_is_no_shape_is_refused():

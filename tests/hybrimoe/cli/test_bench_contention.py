@@ -15,6 +15,8 @@ def test_the_share_of_the_idle_speed_is_told(hybrimoe):
     assert len(found["idle_ms"]["rounds"]) == len(found["busy_ms"]["rounds"]) == 2
     share = found["idle_ms"]["median"] / found["busy_ms"]["median"]
     assert found["share_of_idle_speed"] == pytest.approx(share)
+    loss = 1 - found["spinning_ms"]["median"] / found["idle_ms"]["median"]
+    assert found["idle_loss"] == pytest.approx(loss)
 
 
 def test_the_table(hybrimoe):
@@ -23,8 +25,10 @@ def test_the_table(hybrimoe):
     assert "of the idle speed is kept" in " ".join((shown.out + shown.err).split())
 
 
-def test_share() -> None:
-    assert Contention(2, (10.0, 12.0, 90.0), (24.0, 24.0, 20.0)).share == 0.5
+def test_share_and_loss() -> None:
+    found = Contention(2, (10.0, 12.0, 90.0), (24.0, 24.0, 20.0), (9.0, 9.0, 10.0))
+    assert found.share == 0.5
+    assert found.idle_loss == 0.25
 
 
 def test_loops_end_with_the_block() -> None:
