@@ -27,8 +27,9 @@ again. Most of what is left is that; it falls with the number of different thing
 The goal is 2 % of a decode step; the shares here are of the MoE layer's call alone.
 
 A cell is the median over {runs} runs, with the range of the runs. `bookkeeping` is the rest of the call: tensors,
-grouping by expert, counters, the sum of the experts' rows. On the CPU alone all but the checks of the tensors and the
-counters is one compiled call, which counts as kernels.
+grouping by expert, counters, the sum of the experts' rows; reading the clocks is part of it, about a microsecond for
+each section. On the CPU alone all but the checks of the tensors and the counters is one compiled call, which counts as
+kernels.
 """
 
 
@@ -49,7 +50,7 @@ def main() -> None:
         _table(runs),
     ]  # fmt: skip
     if before:
-        parts += ["Before routing, output and decision became compiled calls (the same benchmark, in turn):\n"]
+        parts += ["Before a layer's decision became one compiled call (the same benchmark and stopwatch, in turn):\n"]
         parts += [_table(before)]
     print("\n".join(parts), end="")
 

@@ -74,7 +74,8 @@ class SlotTable:
         self.pins = np.zeros(self.n_slots, np.int64)
         self.slot_of = np.full(n_layers * n_experts, NO_SLOT, np.int64)
         self._overtaken: Counter[tuple[int, int]] = Counter()
-        self._events: deque[tuple[EventName, Any, int]] = deque(maxlen=STORY_EVENTS)
+        self.events: deque[tuple[EventName, Any, int]] = deque(maxlen=STORY_EVENTS)
+        """Latest (event, slot or slots, key or NO_KEY), for ``story``; who performs one in compiled code adds it."""
 
     # Looking ----------------------------------------------------------------------------------------------------
 
@@ -115,8 +116,8 @@ class SlotTable:
     def story(self, slot: int | None = None, key: int | None = None) -> list[str]:
         """The latest events of a slot or of an expert (of either, where both are given), oldest first."""
         told = []
-        for name, slots, moved in self._events:
-            among = slots.tolist() if isinstance(slots, np.ndarray) else [slots]
+        for name, slots, moved in self.events:
+            among = list(slots) if isinstance(slots, list | np.ndarray) else [slots]
             if slot in among or (key is not None and moved == key):
                 expert = "" if moved == NO_KEY else f" {self._expert(moved)}"
                 told.append(f"{name}{expert} slot {', '.join(str(at + self.first_slot) for at in among)}")
@@ -177,7 +178,7 @@ class SlotTable:
                 f"no transfer of {self._expert(key)} into slot {slot + self.first_slot} is under way", slot, key
             )
         self.state[slot] = PINNED if self.pins[slot] else RESIDENT
-        self._events.append(("end_transfer", slot, key))
+        self.events.append(("end_transfer", slot, key))
         if self.validating:
             self.validate()
 
@@ -204,16 +205,14 @@ class SlotTable:
         bad = _pin(slots, self.state, self.pins)
         if bad >= 0:
             raise self._refused(f"slot {self._at(bad)}: nothing to compute from", bad)
-        self._events.append(("pin", slots, NO_KEY))
-        if self.validating:
-            self.validate()
+        self._happened("pin", slots)
 
     def unpin_all(self, slots: npt.NDArray[np.int64]) -> None:
         """``unpin`` for every slot of a plan, in one compiled call."""
         bad = _unpin(slots, self.state, self.pins)
         if bad >= 0:
             raise self._refused(f"slot {self._at(bad)}: no plan uses it", bad)
-        self._events.append(("unpin", slots, NO_KEY))
+        self.events.append(("unpin", slots, NO_KEY))
         if self.validating:
             self.validate()
 
@@ -257,13 +256,11 @@ class SlotTable:
         self.key_of[slot] = key
         self.slot_of[key] = slot
         self.state[slot] = IN_FLIGHT
-        self._events.append((event, slot, key))
-        if self.validating:
-            self.validate()
+        self._happened(event, slot, key)
         return old
 
     def _happened(self, event: EventName, slots: int | npt.NDArray[np.int64], key: int = NO_KEY) -> None:
-        self._events.append((event, slots, key))
+        self.events.append((event, slots, key))
         if self.validating:
             self.validate()
 

@@ -10,7 +10,7 @@ from cpu_kernels.engine import layer, routed
 from cpu_kernels.engine.attention_workers import attention_bytes, run_attention
 from cpu_kernels.engine.dispatch import Dispatch
 from cpu_kernels.engine.plans import Plan, expert_plan, linear_plan
-from cpu_kernels.engine.team import start_team
+from cpu_kernels.engine.team import helpers, start_team
 from cpu_kernels.errors import BackendError
 from cpu_kernels.format.linear import LinearSpec, check_linear
 from cpu_kernels.format.spec import ExpertSpec
@@ -125,7 +125,8 @@ class NumbaBackend:
             sizes = self._routed_sizes_of(spec, n_tokens, top_k, records.size)
         plan, scratch, needed, serial_experts, _ = sizes
         out = torch.empty_like(hidden)
-        start_team(self.n_threads)
+        if len(helpers) < self.n_threads - 1:
+            start_team(self.n_threads)
         with self._lock:
             done = routed.run_routed(
                 plan.vector, plan.parameters, records, index.data_ptr(), weights.data_ptr(),
@@ -181,7 +182,7 @@ class NumbaBackend:
 
     def _threads_for(self, n_bytes: int, serial_bytes: int = SERIAL_BYTES) -> int:
         n_threads = 1 if n_bytes < serial_bytes else self.n_threads
-        if n_threads > 1:
+        if len(helpers) < n_threads - 1:
             start_team(n_threads)
         return n_threads
 

@@ -151,7 +151,8 @@ def finish_tasks(phase: Whole, n_done: Whole, n_tasks: Whole) -> None:
 
 ALL = 1 << 30
 _LOCK = threading.Lock()
-_helpers: list[threading.Thread] = []
+helpers: list[threading.Thread] = []
+"""The threads of the team beside the callers' own. `start_team` and `stop_team` alone change it."""
 
 
 def start_team(n_threads: int) -> None:
@@ -160,16 +161,16 @@ def start_team(n_threads: int) -> None:
     With HYBRIMOE_PIN=1 each helper is pinned to a core. The calling thread stays free: it is the program's own, and
     with the others in place the system finds it the rest.
     """
-    if len(_helpers) >= n_threads - 1:
+    if len(helpers) >= n_threads - 1:
         return
     cores = pinned_cores()
     with _LOCK:
-        while len(_helpers) < n_threads - 1:
-            core = cores[(len(_helpers) + 1) % len(cores)] if cores else None
-            name = f"hybrimoe-cpu-{len(_helpers) + 1}"
+        while len(helpers) < n_threads - 1:
+            core = cores[(len(helpers) + 1) % len(cores)] if cores else None
+            name = f"hybrimoe-cpu-{len(helpers) + 1}"
             thread = threading.Thread(target=_help, args=(core,), name=name, daemon=True)
             thread.start()
-            _helpers.append(thread)
+            helpers.append(thread)
 
 
 def _help(core: int | None) -> None:
@@ -183,9 +184,9 @@ def stop_team() -> None:
     with _LOCK:
         _set(STOPPING, 1)
         _announce()
-        for thread in _helpers:
+        for thread in helpers:
             thread.join()
-        _helpers.clear()
+        helpers.clear()
         _set(STOPPING, 0)
 
 
@@ -218,7 +219,7 @@ def _after_fork() -> None:
     """In the child: no helpers, no launches, and nobody who holds the lock."""
     global _LOCK
     _LOCK = threading.Lock()
-    _helpers.clear()
+    helpers.clear()
     _reset()
     torch.set_num_threads(1)
 

@@ -42,12 +42,16 @@ class Times:
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Self times by section, one entry a call of the outermost timed function, which is of section `outer`."""
+    """Self times by section, one entry a call of the outermost timed function, which is of section `outer`.
+
+    While functions run only the clocks are read and written down, since what the stopwatch does on the way counts for
+    the section around it; `calls` is made of that when the watching ends.
+    """
 
     outer: str
     calls: list[dict[str, Times]] = field(default_factory=list)
-    _stack: list[Times] = field(default_factory=list)
-    _now: dict[str, Times] = field(default_factory=dict)
+    _marks: list[tuple[str | None, int, int]] = field(default_factory=list)
+    """(section that begins, or None where one ends; ns by the wall's clock; ns of CPU time)."""
     _thread: int = field(default_factory=threading.get_ident)
 
     def median_us(self, us: Callable[[dict[str, Times]], float]) -> float:
@@ -65,28 +69,39 @@ class Stopwatch:
         finally:
             for item, function in zip(functions, before, strict=True):
                 setattr(item.owner, item.name, function)
+            self._resolve()
 
     def _timed(self, section: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        stack, thread = self._stack, self._thread
+        mark, thread = self._marks.append, self._thread
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != thread:
                 return function(*args, **kwargs)
-            stack.append(Times())
-            wall, cpu = perf_counter_ns(), thread_time_ns()
+            mark((section, perf_counter_ns(), thread_time_ns()))
             try:
                 return function(*args, **kwargs)
             finally:
-                cpu_us, wall_us = (thread_time_ns() - cpu) * 1e-3, (perf_counter_ns() - wall) * 1e-3
-                self._add(section, wall_us, cpu_us)
+                mark((None, perf_counter_ns(), thread_time_ns()))
 
         return timed
 
-    def _add(self, section: str, wall_us: float, cpu_us: float) -> None:
-        now, inner, stack = self._now, self._stack.pop(), self._stack
-        now[section] = now.get(section, Times()).plus(wall_us - inner.wall_us, cpu_us - inner.cpu_us)
-        if stack:
-            stack[-1] = stack[-1].plus(wall_us, cpu_us)
-        elif section == self.outer:
-            self.calls.append(now)
-            self._now = {}
+    def _resolve(self) -> None:
+        """Turns the marks into calls: what lies between two marks belongs to the innermost section that is open."""
+        open_sections: list[str] = []
+        now: dict[str, Times] = {}
+        last_wall = last_cpu = 0
+        for begins, wall, cpu in self._marks:
+            if open_sections:
+                section = open_sections[-1]
+                wall_us, cpu_us = (wall - last_wall) * 1e-3, (cpu - last_cpu) * 1e-3
+                now[section] = now.get(section, Times()).plus(wall_us, cpu_us)
+            last_wall, last_cpu = wall, cpu
+            if begins is not None:
+                open_sections.append(begins)
+                continue
+            ended = open_sections.pop()
+            if not open_sections:
+                if ended == self.outer:
+                    self.calls.append(now)
+                now = {}
+        self._marks.clear()

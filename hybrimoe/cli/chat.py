@@ -43,6 +43,8 @@ def chat(
     lossy: common.LossyOption = None,
     threads: common.ThreadsOption = None,
     lookahead: common.LookaheadOption = None,
+    speculate: common.SpeculateOption = None,
+    profile: common.ProfileOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only replies.", rich_help_panel=common.OUTPUT)] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line for each reply.", rich_help_panel=common.OUTPUT)
@@ -62,22 +64,24 @@ def chat(
     )  # fmt: skip
     deployment = common.deploy_config(
         config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
-        lookahead=lookahead, lossy=lossy,
+        lookahead=lookahead, lossy=lossy, speculate=speculate,
     )  # fmt: skip
     with open_model(deployment, show_progress=not quiet) as opened:
         conversation = Conversation(opened.generator, system=system)
-        ChatLoop(opened, conversation, options, quiet=quiet, as_json=as_json).run()
+        ChatLoop(opened, conversation, options, profiled=profile, quiet=quiet, as_json=as_json).run()
 
 
 class ChatLoop:
     """Reads messages and commands until their end; nothing that goes wrong with a message ends the loop."""
 
     def __init__(
-        self, opened: OpenModel, conversation: Conversation, options: SamplingOptions, *, quiet: bool, as_json: bool
-    ) -> None:
+        self, opened: OpenModel, conversation: Conversation, options: SamplingOptions, *, profiled: bool, quiet: bool,
+        as_json: bool,
+    ) -> None:  # fmt: skip
         self.opened = opened
         self.conversation = conversation
         self.options = options
+        self.profiled = profiled
         self.quiet = quiet
         self.as_json = as_json
         self.at_terminal = sys.stdin.isatty() and not as_json
@@ -148,12 +152,13 @@ class ChatLoop:
     def _answer(self, message: str) -> None:
         from hybrimoe.cli.common_model import stream_out
         from hybrimoe.cli.views import render_summary
-        from hybrimoe.generation import interruptible
+        from hybrimoe.generation import Profile, interruptible
 
         self.opened.reset_stats()
         self._record()
+        profile = Profile(self.opened.generator.model) if self.profiled else None
         with interruptible() as interrupt:
-            turn = self.conversation.send(message, self.options, should_stop=interrupt)
+            turn = self.conversation.send(message, self.options, should_stop=interrupt, profile=profile)
             if turn.n_dropped and not self.quiet:
                 render.note(f"the context is full: the oldest {turn.n_dropped} messages are no longer part of it")
             if self.as_json:
@@ -164,12 +169,19 @@ class ChatLoop:
         self.last = render_summary.reply_as_dict(turn.reply, self.opened.stats())
         if self.as_json:
             self._emit({"model": self.opened.name, **self.last, "dropped_messages": turn.n_dropped})
-        elif not self.quiet:
+            return
+        if profile is not None:
+            from hybrimoe.cli.views.render_profile import profile_table
+
+            label = render_summary.provenance(self.last["experts"])
+            render.err().print(profile_table(profile.as_dict(), label))
+        if not self.quiet:
             render.note(f"[{render_summary.one_line(self.last)}]")
 
     def _record(self) -> None:
-        """A new recording for each reply, so that /timeline has the last one. A record costs about a microsecond."""
-        if self.opened.session is not None and self.at_terminal:
+        """A new recording for each reply, so that /timeline has the last one. A record costs about a microsecond, but
+        a compiled step cannot be recorded, and would not run."""
+        if self.opened.session is not None and self.opened.session.n_slots and self.at_terminal:
             self.opened.session.record_timeline(True)
 
     def _emit(self, data: dict[str, Any]) -> None:
@@ -204,7 +216,10 @@ class ChatLoop:
 
         records = list(self.opened.session.timeline) if self.opened.session is not None else []
         if self.last is None or not records:
-            render.note("nothing was recorded yet (a conversation in a terminal records each reply)")
+            render.note(
+                "nothing was recorded yet (a conversation in a terminal records each reply where experts have slots;"
+                " --profile shows where the time goes without)"
+            )
             return True
         console = render.err()
         label = render_summary.provenance(self.last["experts"])

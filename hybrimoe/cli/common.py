@@ -98,6 +98,18 @@ TraceOption = Annotated[
     Path | None,
     typer.Option("--trace", metavar="FILE", help="Write a Chrome/Perfetto trace.", rich_help_panel=OUTPUT),
 ]
+SpeculateOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Drafts from the text itself, several tokens a step; the same text. For models on the CPU alone.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+ProfileOption = Annotated[
+    bool,
+    typer.Option("--profile", help="Where a token's time went, by part of the model and lane.", rich_help_panel=OUTPUT),
+]
 
 
 def deploy_config(
@@ -111,6 +123,7 @@ def deploy_config(
     threads: int | None = None,
     lookahead: int | None = None,
     lossy: str | None = None,
+    speculate: bool | None = None,
 ) -> DeployConfig:
     """The deployment that a command line describes: a file or preset, with the given options on top."""
     from hybrimoe.config.deploy import load_config
@@ -126,6 +139,7 @@ def deploy_config(
         threads=threads,
         lookahead=lookahead,
         lossy=None if lossy is None else lossy_option(lossy),
+        speculate=speculate,
     )
 
 

@@ -56,14 +56,13 @@ def open_model(config: DeployConfig, *, show_progress: bool = True) -> Iterator[
     tokenizer = load_tokenizer(config.model)
     with progress_bar(show_progress) as progress, warnings_as_notes():
         model = load(config.model, config=config, progress=progress)
-    with warnings_as_notes():
-        generator = TextGenerator(model, tokenizer, kv_bytes=kv_budget_bytes(model, config.memory.kv))
-    name = "demo" if config.model is None else config.model
-    opened = OpenModel(generator, model.hybrimoe.session, name, config)
     try:
-        yield opened
+        with warnings_as_notes():
+            kv_bytes = kv_budget_bytes(model, config.memory.kv)
+            generator = TextGenerator(model, tokenizer, kv_bytes=kv_bytes, speculate=config.generation.speculate)
+        yield OpenModel(generator, model.hybrimoe.session, "demo" if config.model is None else config.model, config)
     finally:
-        opened.close()
+        model.hybrimoe.session.close()
 
 
 def quiet_libraries() -> None:

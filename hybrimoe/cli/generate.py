@@ -81,8 +81,10 @@ def generate(
     lossy: common.LossyOption = None,
     threads: common.ThreadsOption = None,
     lookahead: common.LookaheadOption = None,
+    speculate: common.SpeculateOption = None,
     timeline: common.TimelineOption = False,
     trace: common.TraceOption = None,
+    profile: common.ProfileOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.", rich_help_panel=common.OUTPUT)] = False,
     as_json: common.JsonOption = False,
 ) -> None:
@@ -98,8 +100,9 @@ def generate(
         raise typer.BadParameter(
             "--batching, --batch-size and --route-predictor are for many prompts: give --prompts FILE"
         )
-    if prompts is not None and (prompt is not None or prompt_file is not None or timeline or trace is not None):
-        raise typer.BadParameter("--prompts does not go with --prompt, --prompt-file, --timeline and --trace")
+    single = prompt is not None or prompt_file is not None or timeline or trace is not None or profile
+    if prompts is not None and single:
+        raise typer.BadParameter("--prompts does not go with --prompt, --prompt-file, --timeline, --trace, --profile")
     text = read_prompt(prompt, prompt_file) if prompts is None else read_file(prompts)
     from hybrimoe.cli.common_model import open_model
     from hybrimoe.generation import interruptible
@@ -110,7 +113,7 @@ def generate(
     )  # fmt: skip
     deployment = common.deploy_config(
         config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
-        lookahead=lookahead, lossy=lossy,
+        lookahead=lookahead, lossy=lossy, speculate=speculate,
     )  # fmt: skip
     if prompts is not None:
         from hybrimoe.cli import generate_batch
@@ -121,7 +124,8 @@ def generate(
         return
     check_writable(trace)
     with open_model(deployment, show_progress=not quiet) as opened, interruptible() as interrupt:
-        reply = run(opened, text, options, interrupt, record=timeline or trace is not None, echo=not as_json)
+        record = timeline or trace is not None
+        reply = run(opened, text, options, interrupt, record=record, echo=not as_json, profiled=profile)
         report(opened, reply, timeline=timeline, trace=trace, quiet=quiet, as_json=as_json)
     if interrupt.pressed:
         raise typer.Exit(INTERRUPTED)
@@ -165,14 +169,18 @@ def check_writable(path: Path | None) -> None:
             pass
 
 
-def run(opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, *, record: bool, echo: bool) -> Reply:
+def run(
+    opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, *, record: bool, echo: bool, profiled: bool
+) -> Reply:
     """Generate; the text is written to stdout as it comes where `echo` is set."""
     from hybrimoe.cli.common_model import stream_out
+    from hybrimoe.generation import Profile
     from hybrimoe.generation.sampling import COMPLETION_TOKENS, with_length
 
     prompt_ids = opened.generator.encode(text)
     options = with_length(options, opened.generator.model, COMPLETION_TOKENS)
-    reply = opened.generator.reply(prompt_ids, options, should_stop=interrupt)
+    profile = Profile(opened.generator.model) if profiled else None
+    reply = opened.generator.reply(prompt_ids, options, should_stop=interrupt, profile=profile)
     opened.reset_stats()
     if record and opened.session is not None:
         opened.session.record_timeline(True)
@@ -185,7 +193,7 @@ def run(opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, 
 
 
 def report(opened: OpenModel, reply: Reply, *, timeline: bool, trace: Path | None, quiet: bool, as_json: bool) -> None:
-    """The summary, the timeline and the trace file of one reply."""
+    """The summary, the timeline, the profile and the trace file of one reply."""
     from hybrimoe.cli.common_model import write_trace
     from hybrimoe.cli.views import render_summary
 
@@ -203,6 +211,10 @@ def report(opened: OpenModel, reply: Reply, *, timeline: bool, trace: Path | Non
         from hybrimoe.cli.views.render_timeline import timeline as draw
 
         console.print(draw(records, label=label, width=console.width))
+    if reply.profile is not None:
+        from hybrimoe.cli.views.render_profile import profile_table
+
+        console.print(profile_table(reply.profile.as_dict(), label))
     if not quiet:
         console.print(render_summary.summary(result), style="dim")
     if trace is not None and not quiet:

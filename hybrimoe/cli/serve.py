@@ -57,6 +57,7 @@ def serve(
     lossy: common.LossyOption = None,
     threads: common.ThreadsOption = None,
     lookahead: common.LookaheadOption = None,
+    speculate: common.SpeculateOption = None,
     as_json: common.JsonOption = False,
 ) -> None:
     """Serve /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics until Ctrl-C or SIGTERM.
@@ -71,7 +72,7 @@ def serve(
     _need_extra()
     deployment = common.deploy_config(
         config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
-        lookahead=lookahead, lossy=lossy,
+        lookahead=lookahead, lossy=lossy, speculate=speculate,
     )  # fmt: skip
     given = {
         "host": host, "name": name, "conversations": conversations, "drain_seconds": drain_seconds,

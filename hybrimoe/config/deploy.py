@@ -62,6 +62,14 @@ class CpuConfig(Section):
     )
 
 
+class GenerationConfig(Section):
+    """How replies are computed."""
+
+    speculate: bool = Field(
+        default=False, description="Drafts from the text itself, verified several tokens a step; the text is the same."
+    )
+
+
 class ServerConfig(Section):
     """Where `hybrimoe serve` listens, and what it keeps between requests."""
 
@@ -85,7 +93,7 @@ class ServerConfig(Section):
 
 
 class DeployConfig(Section):
-    """One deployment: the model, its rules, the memory of each tier, CPU, scheduler and server."""
+    """One deployment: the model, its rules, the memory of each tier, CPU, scheduler, replies and server."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, title="HybriMoE deployment")
 
@@ -99,6 +107,7 @@ class DeployConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     cpu: CpuConfig = CpuConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    generation: GenerationConfig = GenerationConfig()
     server: ServerConfig = ServerConfig()
 
     _located: Located = PrivateAttr(default_factory=lambda: Located({}))
@@ -135,8 +144,8 @@ def load_config(source: str | Path | Mapping[str, Any] | DeployConfig | None = N
 
     source: path of a YAML file, name of a shipped preset, a mapping, or None for the preset of `default_preset`.
     overrides: top-level keys ("model", "memory", ...; mappings are merged), the keyword names of `hybrimoe.inject`
-        (gpu_expert_slots, expert_dtype, backend, threads, policy, lookahead, lossy), or dotted keys; None means not
-        given.
+        (gpu_expert_slots, expert_dtype, backend, threads, policy, lookahead, lossy), speculate, or dotted keys; None
+        means not given.
 
     Raises ConfigError that lists every mistake as `file:line: key: what was expected`.
     """
@@ -168,6 +177,7 @@ _ALIASES: dict[str, KeyPath] = {
     "policy": ("scheduler", "policy"),
     "lookahead": ("scheduler", "lookahead"),
     "lossy": ("scheduler", "lossy"),
+    "speculate": ("generation", "speculate"),
 }
 
 
@@ -212,7 +222,8 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _validated(data: dict[str, Any], located: Located, given: Mapping[str, Any]) -> DeployConfig:
     from pydantic import ValidationError
 
-    empty_sections = [key for key in ("memory", "cpu", "scheduler", "server") if key in data and data[key] is None]
+    sections = ("memory", "cpu", "scheduler", "generation", "server")
+    empty_sections = [key for key in sections if key in data and data[key] is None]
     try:
         config = DeployConfig.model_validate({key: value for key, value in data.items() if key not in empty_sections})
     except ValidationError as error:

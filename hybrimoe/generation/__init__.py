@@ -4,6 +4,7 @@ from hybrimoe.generation.chat import Conversation, Turn, chat_options, encode_ch
 from hybrimoe.generation.engine import FinishReason, Reply, ReplyTimes, TextGenerator
 from hybrimoe.generation.interrupt import Interrupt, interruptible
 from hybrimoe.generation.kv_cache import PrefixCache, PrefixCaches
+from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Interrupt",
     "PrefixCache",
     "PrefixCaches",
+    "Profile",
     "Reply",
     "ReplyTimes",
     "Sampler",

@@ -11,6 +11,7 @@ from typing import Any
 from hybrimoe.errors import ModelError, PromptError
 from hybrimoe.generation.engine import Reply, TextGenerator
 from hybrimoe.generation.kv_cache import PrefixCache
+from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.sampling import SamplingOptions
 from hybrimoe.generation.template_form import in_the_templates_form
 
@@ -82,9 +83,10 @@ class Conversation:
         return sum(message["role"] == "user" for message in self.messages)
 
     def send(
-        self, text: str, options: SamplingOptions | None = None, *, should_stop: Callable[[], bool] = lambda: False
-    ) -> Turn:
-        """Add a user message; the reply is computed while the returned turn is iterated.
+        self, text: str, options: SamplingOptions | None = None, *, should_stop: Callable[[], bool] = lambda: False,
+        profile: Profile | None = None,
+    ) -> Turn:  # fmt: skip
+        """Add a user message; the reply is computed while the returned turn is iterated. profile: as in `reply`.
 
         Raises:
             PromptError: the message is empty, or does not fit the context even without the turns before.
@@ -94,7 +96,7 @@ class Conversation:
         options = chat_options(self.generator.tokenizer, options or SamplingOptions())
         messages = [*self.messages, {"role": "user", "content": text}]
         kept, prompt_ids = self._fit(messages, options)
-        reply = self.generator.reply(prompt_ids, options, cache=self._cache, should_stop=should_stop)
+        reply = self.generator.reply(prompt_ids, options, cache=self._cache, should_stop=should_stop, profile=profile)
         self.messages = kept
         return Turn(self, reply, len(messages) - len(kept))
 

@@ -12,7 +12,10 @@ from hybrimoe.generation.context import model_context_tokens
 from hybrimoe.generation.decoding import warn_of_other_decoding
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.kv_memory import estimated_token_bytes, measured_token_bytes
+from hybrimoe.generation.pace import DraftPace
+from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
+from hybrimoe.generation.speculation import Speculation, SpeculationStats, require_speculation
 from hybrimoe.generation.transcript import FinishReason, Transcript
 
 if TYPE_CHECKING:
@@ -57,20 +60,24 @@ class TextGenerator:
     """A model and its tokenizer, ready to reply. Greedy and seeded tokens are those of `model.generate`.
 
     kv_bytes: what keys and values may take, None for no limit; a prompt that would take more is refused, and a reply
-    ends before it does.
+    ends before it does. speculate: replies are computed with drafts, see `hybrimoe.generation.speculation`; raises
+    ConfigError for a model that cannot. pace: how many tokens are drafted, None without drafts.
     forward_kwargs: what a forward call of the model takes beside its inputs; logits of the last token only, if it can.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, *, prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
-        kv_bytes: int | None = None,
+        kv_bytes: int | None = None, speculate: bool = False,
     ) -> None:  # fmt: skip
         import inspect
 
+        if speculate:
+            require_speculation(model)
         self.model = model
         self.tokenizer = tokenizer
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.kv_bytes = kv_bytes
+        self.pace = DraftPace() if speculate else None
         self._token_bytes = estimated_token_bytes(model)
         self._measured = False
         warn_of_other_decoding(model)
@@ -112,19 +119,21 @@ class TextGenerator:
         *,
         cache: PrefixCache | None = None,
         should_stop: Callable[[], bool] = _never,
+        profile: Profile | None = None,
     ) -> Reply:
         """A reply to `prompt_ids`, computed while it is iterated.
 
         Args:
             cache: kept from reply to reply; what a prompt shares with the sequence before is not computed again.
             should_stop: asked between tokens and prefill chunks; True ends the reply, with what there is.
+            profile: a new one, which then has where the time went.
 
         Raises:
             PromptError: no token, or no room for a reply in the model's context.
         """
         self.check_prompt(len(prompt_ids))
         options = (options or SamplingOptions()).with_seed()
-        return Reply(self, list(prompt_ids), options, cache or PrefixCache(self.model), should_stop)
+        return Reply(self, list(prompt_ids), options, cache or PrefixCache(self.model), should_stop, profile)
 
     def check_prompt(self, n_tokens: int) -> None:
         """Raises PromptError unless a prompt of `n_tokens` leaves room for one token."""
@@ -145,9 +154,9 @@ class TextGenerator:
         """Compute `token_ids` on top of `cache`; returns the logits [V] after the last of them."""
         import torch
 
-        logits: torch.Tensor | None = self._step_logits(token_ids, cache)
-        if logits is not None:
-            return logits
+        rows = self._step_logits(token_ids, cache)
+        if rows is not None:
+            return rows[-1]
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.model.device)
         cache.growing(len(token_ids))
         try:
@@ -164,14 +173,24 @@ class TextGenerator:
         last: torch.Tensor = outputs.logits[0, -1]
         return last
 
-    def _step_logits(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor | None:
-        """`forward` by the model's compiled step; None where it has none or leaves these tokens to the model."""
+    def verify(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor | None:
+        """Compute a token and drafted ones on top of `cache`; returns the logits [n, V] after each of them.
+
+        None, before anything is computed, where the compiled step leaves them to the model. Each row has the bits that
+        `forward` gives token by token.
+        """
+        return self._step_logits(token_ids, cache, drafted=True)
+
+    def _step_logits(
+        self, token_ids: Sequence[int], cache: PrefixCache, *, drafted: bool = False
+    ) -> torch.Tensor | None:
+        """Logits [n, V] by the model's compiled step; None where it has none or leaves these tokens to the model."""
         step = getattr(getattr(self.model, "hybrimoe", None), "step", None)
         if step is None:
             return None
         cache.growing(len(token_ids))
         try:
-            logits: torch.Tensor | None = step.next_logits(token_ids, cache.states)
+            logits: torch.Tensor | None = step.next_logits(token_ids, cache.states, drafted=drafted)
         except BaseException:
             cache.clear()
             raise
@@ -203,6 +222,7 @@ class Reply:
         options: SamplingOptions,
         cache: PrefixCache,
         should_stop: Callable[[], bool],
+        profile: Profile | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.seed = options.seed
@@ -218,6 +238,21 @@ class Reply:
             generator.tokenizer, prompt_ids, eos_token_ids=self._sampler.eos_token_ids,
             max_new_tokens=self._sampler.max_new_tokens, context_tokens=limit, stop=options.stop,
         )  # fmt: skip
+        self.profile = profile
+        self._forward, self._choose, self._show = generator.forward, self._sampler.next, self._transcript.push
+        verify = generator.verify
+        if profile is not None:
+            self._forward, verify = profile.forwarding(self._forward), profile.forwarding(verify)
+            self._choose = profile.choosing(self._choose, lambda: len(prompt_ids) - self.n_reused)
+            self._show = profile.timed("detokenising", self._show)
+        self._speculation: Speculation | None = None
+        if generator.pace is not None:
+            self._speculation = Speculation(prompt_ids, cache, generator.pace, self._forward, verify)
+
+    @property
+    def speculation(self) -> SpeculationStats | None:
+        """What drafts did so far; None without speculation."""
+        return None if self._speculation is None else self._speculation.stats
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
@@ -240,16 +275,21 @@ class Reply:
         return self._transcript.finish_reason
 
     def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces():
-            if piece:
-                yield piece
+        pieces = self._pieces()
+        try:
+            for piece in pieces if self.profile is None else self.profile.watch(pieces):
+                if piece:
+                    yield piece
+        finally:
+            if self._speculation is not None:
+                self._speculation.give_up()
 
     def _pieces(self) -> Iterator[str]:
         last = started = time.perf_counter_ns()
         logits = self._prefill()
         self.times.prefill_us = (time.perf_counter_ns() - started) / 1000
         while logits is not None:
-            token = self._sampler.next(logits)
+            token = self._choose(logits)
             now = time.perf_counter_ns()
             if self.token_ids:
                 self.times.between_tokens_us.append((now - last) / 1000)
@@ -257,13 +297,19 @@ class Reply:
                 self.times.ttft_us = (now - started) / 1000
             last = now
             self.text_offsets.append(self._transcript.n_characters)
-            yield self._transcript.push(token)
+            yield self._show(token)
             if self.finish_reason is None and self._should_stop():
                 self._transcript.finish_reason = "interrupted"
             if self.finish_reason is not None:
                 break
-            logits = self._generator.forward([token], self._cache)
+            logits = self._after(token)
         yield self._transcript.end()
+
+    def _after(self, token: int) -> torch.Tensor:
+        """Logits after the newest token."""
+        if self._speculation is None:
+            return self._forward([token], self._cache)
+        return self._speculation.next_logits(token, self._transcript.n_left)
 
     def _prefill(self) -> torch.Tensor | None:
         """Logits after the prompt; None where it was interrupted."""
@@ -275,7 +321,7 @@ class Reply:
             if self._should_stop():
                 self._transcript.finish_reason = "interrupted"
                 return None
-            logits = self._generator.forward(self.prompt_ids[start:end], self._cache)
+            logits = self._forward(self.prompt_ids[start:end], self._cache)
             if end == checkpoint:
                 self._cache.checkpoint()
         return logits

@@ -100,6 +100,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         self._n_used += n_new
         self._set = None
 
+    def retract(self, n_last: int) -> None:
+        """The last n_last of the tokens that the latest `advance` added are no longer in use: their room is free again.
+
+        A window, too, gives back what one step has added, because its buffers keep what stood before the step.
+        """
+        self._n_used -= n_last
+        self._set = None
+
     def _with_room(self, n_new: int, keys_like: torch.Tensor, values_like: torch.Tensor) -> Buffers:
         """Buffers that begin with what is held and have room for n_new tokens more."""
         n_held = self.get_seq_length()
@@ -145,6 +153,11 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         """The next n_new tokens of the buffers are in use."""
         self.cumulative_length += n_new
         super().advance(n_new)
+
+    def retract(self, n_last: int) -> None:
+        """As of a plain layer."""
+        self.cumulative_length -= n_last
+        super().retract(n_last)
 
     def _with_room(self, n_new: int, keys_like: torch.Tensor, values_like: torch.Tensor) -> Buffers:
         buffers = self._buffers

@@ -99,6 +99,12 @@ class PrefixCache:
         self.states = states
         self.token_ids.extend(token_ids)
 
+    def drop_last(self, n_tokens: int) -> None:
+        """Take back the last tokens of the latest step, which the compiled step computed (its layers can do that)."""
+        for layer in self._layers():
+            layer.retract(n_tokens)
+        del self.token_ids[-n_tokens:]
+
     def clear(self) -> None:
         """Forget everything; the next prompt is computed from its first token."""
         self.token_ids.clear()

@@ -34,6 +34,13 @@ class Transcript:
         self._stops = StopTexts(stop)
 
     @property
+    def n_left(self) -> int:
+        """New tokens that may still come."""
+        n_new, limit = len(self.token_ids), self._context_tokens
+        left = self._max_new_tokens - n_new
+        return left if limit is None else min(left, limit - self._n_prompt - n_new)
+
+    @property
     def n_characters(self) -> int:
         """Characters of the whole text so far, those that are held back for a stop text included."""
         return self._decoder.n_characters

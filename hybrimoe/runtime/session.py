@@ -19,9 +19,10 @@ from hybrimoe.errors import HybriMoEError, ModelError
 from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.runtime.config import RuntimeConfig
-from hybrimoe.runtime.layer_call.call import ExpertsCall, RoutingRecorder
+from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.layers import PLACEMENTS, Layer, Placement, pack_layers
 from hybrimoe.runtime.layer_call.lookahead import ProbeSink, RoutingCaptured, run_probe
+from hybrimoe.runtime.layer_call.predicting import RoutingRecorder
 from hybrimoe.runtime.layer_call.stats import SessionStats, StatsRecorder
 from hybrimoe.runtime.layer_call.steps import StepTracker
 from hybrimoe.runtime.lossy.low_copy import LowCopy, make_low_copy

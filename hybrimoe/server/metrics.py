@@ -26,6 +26,8 @@ class Metrics:
         self._generated = Counter("hybrimoe_generated_tokens", "Generated tokens.", **new)
         self._ttft = Histogram("hybrimoe_ttft_seconds", "Time to the first token.", buckets=SECONDS, **new)
         self._tbt = Histogram("hybrimoe_tbt_seconds", "Time between tokens.", buckets=SECONDS, **new)
+        self._drafted = Counter("hybrimoe_drafted_tokens", "Tokens drafted by speculation and computed.", **new)
+        self._accepted = Counter("hybrimoe_accepted_tokens", "Drafted tokens that were right: steps saved.", **new)
         waiting = Gauge("hybrimoe_requests_waiting", "Requests in the queue.", **new)
         waiting.set_function(n_waiting)
         self._gauges = {
@@ -65,6 +67,9 @@ class Metrics:
         self._prompt.inc(len(reply.prompt_ids))
         self._reused.inc(reply.n_reused)
         self._generated.inc(len(reply.token_ids))
+        if reply.speculation is not None:
+            self._drafted.inc(reply.speculation.drafted_tokens)
+            self._accepted.inc(reply.speculation.accepted_tokens)
         if reply.token_ids:
             self._ttft.observe(reply.times.ttft_us / 1e6)
         for us in reply.times.between_tokens_us:

@@ -25,16 +25,17 @@ class Angles:
     doubled: bool
     _cos: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
     _sin: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    _changes: bool = False
+    changes: bool = False
+    """Whether the angles of a position depend on the others of its call."""
 
     def __post_init__(self) -> None:
         kinds: Any = getattr(self.source.module, "rope_type", "default")
         names = kinds.values() if isinstance(kinds, dict) else [kinds]
-        self._changes = any(str(name) in CHANGING for name in names)
+        self.changes = any(str(name) in CHANGING for name in names)
 
     def write(self, positions: list[int], cos: np.ndarray, sin: np.ndarray) -> None:
         """Fills the first rows of cos and sin float32 [MAX_ROWS, angles] with those of the positions."""
-        if self._changes:
+        if self.changes:
             rows = angles_at(self.source, torch.tensor([positions]), self.doubled)
             cos[: len(positions)], sin[: len(positions)] = rows
             return

@@ -54,6 +54,8 @@ class StepWay:
 
 def compile_step(model: nn.Module, session: Any) -> StepWay:
     """Reads a started model, compares, compiles, and puts the step before the model's forward."""
+    if not session.plain:
+        return StepWay(reason="experts have slots on an accelerator, or a lossy policy runs")
     backend = session.layers[0].backend
     if not isinstance(backend, NumbaBackend):
         return StepWay(reason=f"the experts run on the backend {getattr(backend, 'name', '?')!r}, the step needs numba")
@@ -61,18 +63,17 @@ def compile_step(model: nn.Module, session: Any) -> StepWay:
         return StepWay(reason="the dense part of the model is on an accelerator")
     if any(hasattr(module, "rope_deltas") for module in model.modules()):
         return StepWay(reason="the positions of its tokens depend on the images before them")
-    was_training, plain = model.training, session.plain
+    was_training = model.training
     model.eval()
     try:
-        reading = read_model(record(model, with_experts=plain), session, backend.n_threads)
+        reading = read_model(record(model), session, backend.n_threads)
     except (NotCompiled, KernelError) as error:
         return StepWay(reason=str(error))
     except TRIAL_ERRORS as error:
         return StepWay(reason=f"its recorded step failed: {type(error).__name__}: {error}")
     finally:
         model.train(was_training)
-        if plain:
-            session.forget_trial()
+        session.forget_trial()
     layers = _ways(reading)
     if reading.model is None and not reading.pieces:
         return StepWay(reason=reading.reason, layers=layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -55,8 +56,11 @@ class BoundLayers:
         self._angles = angles
         self._bound: list[Any] = [None] * len(compiled.cache_layers)
 
-    def run(self, call: StepCall) -> None:
-        """The rows of a call, whose input the layers hold already; the cache has its new tokens afterwards."""
+    def run(self, call: StepCall) -> float:
+        """The rows of a call, whose input the layers hold already; the cache has its new tokens afterwards.
+
+        Returns the microseconds of the compiled call.
+        """
         compiled, layers = self.compiled, call.cache.layers
         for number, layer in enumerate(compiled.cache_layers):
             buffers = layers[layer].grown(call.n_new)
@@ -68,6 +72,9 @@ class BoundLayers:
         compiled.set_mask(call.mask)
         for angles, (cos, sin) in zip(self._angles, compiled.angles, strict=True):
             angles.write(call.positions, cos, sin)
+        began = time.perf_counter()
         compiled.run()
+        us = (time.perf_counter() - began) * 1e6
         for layer in set(compiled.cache_layers):
             layers[layer].advance(call.n_new)
+        return us

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from cpu_kernels.simd.attention import LOWEST
 from cpu_kernels.step.program import MAX_ROWS
+from scheduler import Phase
 
 SERVED = frozenset((
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict",
@@ -24,7 +25,10 @@ FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 @dataclass(frozen=True, slots=True)
 class StepCall:
-    """A call that can be served. positions: of each row; mask: float32 [sequences, tokens] added to scores, or None."""
+    """A call that can be served. positions: of each row; mask: float32 [sequences, tokens] added to scores, or None.
+
+    phase: as which it is counted.
+    """
 
     token_ids: list[int]
     n_sequences: int
@@ -34,6 +38,7 @@ class StepCall:
     positions: list[int]
     mask: np.ndarray | None
     n_logits: int
+    phase: Phase
 
 
 def read_call(
@@ -66,8 +71,9 @@ def read_call(
     mask = _mask(known.get("attention_mask"), n_sequences, n_past + n_new)
     if positions is None or mask is False:
         return None
+    phase: Phase = "decode" if n_new == 1 else "prefill"
     return StepCall(
-        ids.flatten().tolist(), n_sequences, n_new, n_past, cache, positions, mask, min(kept or n_new, n_new)
+        ids.flatten().tolist(), n_sequences, n_new, n_past, cache, positions, mask, min(kept or n_new, n_new), phase
     )
 
 

@@ -1,13 +1,12 @@
 """A step that mixes both ways: the model's own forward runs, with compiled pieces in the place of what is understood.
 
-A piece is a run of decoder layers, or one block (attention, experts, MLP) of a layer that is not understood as a whole:
-beside linear attention or Mamba, or where experts have slots.
+A piece is a run of decoder layers, or one block (attention, experts, MLP) of a layer that is not understood as a whole,
+such as one with linear attention or Mamba.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -39,6 +38,7 @@ class MixedStep(ServedStep):
         self._now = _Served()
         self._installed: list[InPlaceOfForward] = []
         self._workspace = Workspace()
+        self._untimed: list[BoundLayers] = []
         for piece in reading.pieces:
             self._install(piece, n_threads)
 
@@ -49,6 +49,8 @@ class MixedStep(ServedStep):
         compiled = CompiledLayers(piece.layers, width, sizes, n_threads, detect().isa.name, self._workspace)
         bound = BoundLayers(compiled, self.angles)
         self.programs.append(bound)
+        if not piece.is_block or piece.has_experts:
+            self._untimed.append(bound)
         self._installed.append(InPlaceOfForward(first.module, partial(self._run, bound, first)))
         self._installed += [InPlaceOfForward(seat.module, partial(self._pass, seat)) for seat in others]
 
@@ -75,12 +77,10 @@ class MixedStep(ServedStep):
             return own(*args, **kwargs)
         hidden = seat.input(args, kwargs)
         with self.lock:
-            began = time.perf_counter()
             rows = bound.compiled.stream[: call.n_sequences * call.n_new]
             rows[:] = hidden.reshape(rows.shape).float().numpy()
-            bound.run(call)
+            self._now.us += bound.run(call)
             result = torch.from_numpy(rows).to(hidden.dtype, copy=True)
-            self._now.us += (time.perf_counter() - began) * 1e6
         return seat.output(hidden, result)
 
     def _pass(self, seat: Seat, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -89,6 +89,11 @@ class MixedStep(ServedStep):
             return own(*args, **kwargs)
         hidden = seat.input(args, kwargs)
         return seat.output(hidden, hidden)
+
+    @property
+    def untimed(self) -> list[BoundLayers]:
+        """Runs of layers and blocks of experts; blocks of attention and MLPs are parts of the model by themselves."""
+        return self._untimed
 
     def undo(self) -> None:
         """Gives all modules their own forward back."""

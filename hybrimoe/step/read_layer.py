@@ -135,8 +135,6 @@ def _moe(call: Call, experts: Call, inside: list[Call], session: Any) -> Iterato
     """Router, routed experts and shared experts of a block."""
     module: Any = experts.module
     layer = session.layers[module.layer]
-    if not session.plain:
-        raise NotCompiled(f"{experts.path}: its experts have slots on an accelerator, or a lossy policy runs")
     if not isinstance(layer.backend, NumbaBackend):
         raise NotCompiled(f"{experts.path}: the experts run on the backend {getattr(layer.backend, 'name', '?')!r}")
     if layer.spec.activation.custom is not None:

@@ -73,11 +73,20 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class PieceReading:
-    """What one compiled call of a mixed step does: `layers` (with their numbers) in the place of modules."""
+    """What one compiled call of a mixed step does: `layers` (with their numbers) in the place of modules.
+
+    is_block: in the place of one block of a layer.
+    """
 
     seats: tuple[Seat, ...]
     layers: tuple[tuple[int, Layer], ...]
     width: int
+    is_block: bool
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether experts are in it."""
+        return any(isinstance(branch.core, Moe) for _, layer in self.layers for branch in layer.branches)
 
 
 @dataclass(slots=True)
@@ -96,13 +105,6 @@ class Reading:
     cache_type: type = DynamicCache
     logits_dtype: torch.dtype = torch.float32
     session_layers: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether experts are among what is compiled."""
-        layers = [layer for piece in self.pieces for _, layer in piece.layers]
-        layers += [] if self.model is None else self.model.layers
-        return any(isinstance(branch.core, Moe) for layer in layers for branch in layer.branches)
 
     @property
     def reason(self) -> str | None:
@@ -191,7 +193,7 @@ class _Reader:
         if run:
             seats = tuple(Seat.of(call) for _, call in run)
             layers = tuple((number, reading.layers[call.path]) for number, call in run)
-            reading.pieces.append(PieceReading(seats, layers, run[0][1].input.shape[-1]))
+            reading.pieces.append(PieceReading(seats, layers, run[0][1].input.shape[-1], is_block=False))
             run.clear()
 
     def _add_blocks(self, reading: Reading, number: int, layer: Call) -> None:
@@ -203,7 +205,7 @@ class _Reader:
                 branch = self.branch(whole_site(block), number)
             except NotCompiled:
                 continue
-            piece = PieceReading((seat,), ((number, Layer((branch,))),), block.input.shape[-1])
+            piece = PieceReading((seat,), ((number, Layer((branch,))),), block.input.shape[-1], is_block=True)
             reading.pieces.append(piece)
             reading.blocks.setdefault(layer.path, []).append(block.path.removeprefix(f"{layer.path}."))
 

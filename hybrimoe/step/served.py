@@ -16,9 +16,12 @@ from hybrimoe.step.angles import Angles
 from hybrimoe.step.caches import BoundLayers, fits
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.read_model import Reading
+from scheduler import Phase
 
-PHASES = ("prefill", "decode")
-CAPTURING = "transformers.utils.output_capturing"
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+HARMLESS = ("transformers.utils.output_capturing", "hybrimoe.generation.module_parts")
+"""Modules whose hooks do nothing in a step: transformers leaves its own in a model once it was asked for hidden states
+or router logits; those of a profile time modules that are called."""
 
 
 class ServedStep:
@@ -45,17 +48,26 @@ class ServedStep:
         self._place = self.embedding.data_ptr()
         self.n_steps = 0
         self.step_us = 0.0
-        self._counted: dict[str, list[float]] = {phase: [0, 0, 0.0] for phase in PHASES}  # calls, tokens, us
+        self._counted: dict[Phase, list[float]] = {phase: [0, 0, 0.0] for phase in PHASES}  # calls, tokens, us
         self._experts_seen: dict[int, int] = {}
 
     def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of the model's forward, which is `own`, for a call."""
         raise NotImplementedError
 
-    def next_logits(self, token_ids: Sequence[int], cache: Any) -> torch.Tensor | None:
-        """Logits [V] after new tokens of one sequence, for callers that hold plain numbers and a cache; None where the
-        model's forward must be called."""
+    def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
+        """Logits [1, V] after new tokens of one sequence, for callers that hold plain numbers and a cache; None where the
+        model's forward must be called.
+
+        drafted: the tokens after the first are guesses about the next decode steps, and the logits are those after each
+        of the n tokens, [n, V].
+        """
         return None
+
+    @property
+    def differs_in_batches(self) -> str | None:
+        """Why several tokens in one step may not get the bits that they get one by one; None where they do."""
+        return f"this model has no compiled step for all of it, in which drafts are verified: {self.reading.reason}"
 
     def undo(self) -> None:
         """Takes away what the step has put into the model; whoever put it before the forward takes it from there."""
@@ -71,7 +83,7 @@ class ServedStep:
         """Whether the model is as it was when it was read, and nobody watches what the step would leave out."""
         return (
             not self.model.training
-            and (self.session.plain or not self.reading.has_experts)
+            and self.session.plain
             and self.embedding.data_ptr() == self._place
             and not (any(self._hooks) and self._watched())
             and not torch_module._global_forward_hooks
@@ -79,9 +91,8 @@ class ServedStep:
         )
 
     def _watched(self) -> bool:
-        """Whether somebody's hooks wait inside the model. transformers leaves its own there once it was asked for
-        hidden states or router logits; they do nothing in other calls."""
-        return any(hook.__module__ != CAPTURING for hooks in self._hooks for hook in hooks.values())
+        """Whether somebody's hooks wait inside the model, for calls that the step would leave out."""
+        return any(hook.__module__ not in HARMLESS for hooks in self._hooks for hook in hooks.values())
 
     def fits(self, cache: DynamicCache, n_past: int, n_sequences: int) -> bool:
         """Whether the cache's layers are such as the step reads."""
@@ -94,7 +105,7 @@ class ServedStep:
         """Notes a step that took `us` microseconds of compiled work."""
         self.n_steps += 1
         self.step_us += us
-        counted = self._counted["decode" if call.n_new == 1 else "prefill"]
+        counted = self._counted[call.phase]
         counted[0] += 1
         counted[1] += call.n_sequences * call.n_new
         counted[2] += us
@@ -105,7 +116,7 @@ class ServedStep:
         Steps of both kinds since then share activated experts and time in proportion to their tokens.
         """
         with self.lock:
-            shares = self._shares()
+            shares = self._shares(self.programs)
             activated = {
                 layer: n for program in self.programs for layer, n in program.compiled.experts_activated.items()
             }
@@ -121,12 +132,19 @@ class ServedStep:
             self._experts_seen = activated
             self._counted = {phase: [0, 0, 0.0] for phase in PHASES}
 
-    def _shares(self) -> dict[Part, float]:
-        ticks = [program.compiled.ticks for program in self.programs]
-        total = sum(sum(each.values()) for each in ticks) or 1
+    def _shares(self, programs: list[BoundLayers]) -> dict[Part, float]:
+        """The share of each part of some programs in the clock ticks of all, by the thread that called."""
+        total = sum(sum(program.compiled.ticks.values()) for program in self.programs) or 1
+        ticks = [program.compiled.ticks for program in programs]
         return {part: sum(each[part] for each in ticks) / total for part in Part}
 
     def profile(self) -> dict[str, float]:
-        """Seconds of compiled work so far by part, by the share of clock ticks of the thread that called."""
+        """Seconds of compiled work so far by part; without that in modules that a profile times by themselves."""
         with self.lock:
-            return {part.name.lower(): share * self.step_us / 1e6 for part, share in self._shares().items()}
+            shares = self._shares(self.untimed)
+            return {part.name.lower(): share * self.step_us / 1e6 for part, share in shares.items()}
+
+    @property
+    def untimed(self) -> list[BoundLayers]:
+        """The programs whose work is in no module that is a part of the model on its own (`generation.module_parts`)."""
+        return self.programs

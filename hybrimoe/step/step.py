@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from hybrimoe.step.caches import BoundLayers
 from hybrimoe.step.calls import StepCall
 from hybrimoe.step.read_model import Reading
 from hybrimoe.step.served import ServedStep
+from scheduler import Phase
 
 
 class Step(ServedStep):
@@ -40,7 +40,7 @@ class Step(ServedStep):
         assert self.reading.output_type is not None
         return self.reading.output_type(logits=self._logits(call), past_key_values=call.cache)
 
-    def next_logits(self, token_ids: Sequence[int], cache: Any) -> torch.Tensor | None:
+    def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
         """As `ServedStep.next_logits`."""
         known = isinstance(cache, DynamicCache) and type(cache) is self.reading.cache_type
         if len(token_ids) > MAX_ROWS or not known or not self.usable():
@@ -48,20 +48,28 @@ class Step(ServedStep):
         n_past = cache.get_seq_length()
         if not n_past or not self.fits(cache, n_past, 1):
             return None
-        positions = list(range(n_past, n_past + len(token_ids)))
-        call = StepCall(list(token_ids), 1, len(token_ids), n_past, cache, positions, None, 1)
+        n_new = len(token_ids)
+        positions = list(range(n_past, n_past + n_new))
+        phase: Phase = "decode" if drafted or n_new == 1 else "prefill"
+        call = StepCall(list(token_ids), 1, n_new, n_past, cache, positions, None, n_new if drafted else 1, phase)
         with torch.inference_mode():
-            return self._logits(call)[0, -1]
+            return self._logits(call)[0]
+
+    @property
+    def differs_in_batches(self) -> str | None:
+        """As `ServedStep.differs_in_batches`."""
+        if any(angles.changes for angles in self.angles):
+            return "the angles of the model's rotary embedding depend on the longest position of a step"
+        return None
 
     def _logits(self, call: StepCall) -> torch.Tensor:
         """Runs the step; logits [sequences, kept, V] in the dtype that the model itself gives."""
         if min(call.token_ids) < 0 or max(call.token_ids) >= self.embedding.shape[0]:
             raise IndexError(f"token ids must be below {self.embedding.shape[0]}, found {call.token_ids}")
         with self.lock, torch_threads(1):  # more would spin on after the copy of the logits
-            began = time.perf_counter()
-            self._bound.run(call)
+            us = self._bound.run(call)
             n_rows = call.n_sequences * call.n_new
             rows = torch.from_numpy(self._compiled.logits[:n_rows]).view(call.n_sequences, call.n_new, -1)
             logits = rows[:, call.n_new - call.n_logits :].to(self.reading.logits_dtype, copy=True)
-            self.count(call, (time.perf_counter() - began) * 1e6)
+            self.count(call, us)
         return logits

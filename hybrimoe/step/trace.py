@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from hybrimoe.experts.module import HybridExperts
 from hybrimoe.generation.growing import grow_in_place
 from hybrimoe.step.errors import NotCompiled
 
@@ -91,17 +89,16 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.dtype == other.dtype
 
 
-def record(model: nn.Module, *, with_experts: bool) -> Trace:
+def record(model: nn.Module) -> Trace:
     """Runs a short prompt, then a step with every call recorded.
 
-    with_experts False: experts give zeros, so that a trial changes nothing where they have slots.
     Raises NotCompiled where the model's cache is none of transformers' growing kind.
     """
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(0, text_config.vocab_size, (1, PROMPT_TOKENS + NEW_TOKENS), generator=generator)
-    with torch.no_grad(), nullcontext() if with_experts else _silent_experts(model):
+    with torch.no_grad():
         cache = model(input_ids=tokens[:, :PROMPT_TOKENS], use_cache=True).past_key_values
         if not isinstance(cache, DynamicCache):
             raise NotCompiled(f"the model keeps its past in a {type(cache).__name__}")
@@ -120,19 +117,6 @@ def record(model: nn.Module, *, with_experts: bool) -> Trace:
     if trace.output.past_key_values is not cache or cache.get_seq_length() != tokens.shape[1]:
         raise NotCompiled("the model puts another cache in the place of the one it was given")
     return trace
-
-
-@contextmanager
-def _silent_experts(model: nn.Module) -> Iterator[None]:
-    """All experts give zeros."""
-    modules = [module for module in model.modules() if isinstance(module, HybridExperts)]
-    for module in modules:
-        module.__dict__["forward"] = lambda hidden, *_, **__: torch.zeros_like(hidden)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.__dict__["forward"]
 
 
 def _recorder(trace: Trace, path: str) -> Any:

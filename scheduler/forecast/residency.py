@@ -27,9 +27,9 @@ class Residency:
         self.horizon_scale = horizon_scale
         self.horizon = self._expected(n_slots)
 
-    def transferred(self) -> None:
-        """An expert starts to move into a slot."""
-        self._count += 1
+    def transferred(self, n: int = 1) -> None:
+        """So many experts start to move into slots."""
+        self._count += n
 
     def begin_step(self, n_slots: int, few_tokens: bool) -> None:
         """A step begins. Transfers are counted over steps of few tokens: a prefill's say nothing about decode.

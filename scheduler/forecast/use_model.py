@@ -18,6 +18,7 @@ from scheduler.forecast.affinity import MAX_ACTIVE, add_votes, correct, no_route
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
 
 FAST, SLOW, USES = 0, 1, 2
 FAST_WEIGHT: Final = 0.25
@@ -147,31 +148,50 @@ def foretell(
     add_votes(same_token, target, routes, now % routes.shape[0], layer, row)
 
 
+@compiled
+def take_turn(layer: int, n_tokens: int, few: bool, distance: int, seen: Floats, foretold: Ints) -> tuple[int, int]:
+    """A layer's routing is known: counts its tokens in seen float64[L]. foretold int64[L]: 1 where a forecast stands.
+
+    Returns (layers since this one was forecast, 0 if it was not; the layer ``distance`` ahead that is forecast next, -1
+    where there is none or where there are not ``few`` tokens).
+    """
+    seen[layer] += n_tokens
+    since = distance if foretold[layer] else 0
+    foretold[layer] = 0
+    target = layer + distance
+    if not few or target >= seen.size:
+        return since, -1
+    foretold[target] = 1
+    return since, target
+
+
 class UseModel:
     """State of one model: ``odds`` float32[L, E] for the next tokens, ``ahead`` float32[L, E] for the running one.
 
     ``distance``: layers from where a forecast is made to where it is for. ``next_token``, ``same_token``: what was
-    learnt (``affinity``).
+    learnt (``affinity``). ``now``: number of the step, ``run``: steps of few tokens of this sequence without a break.
+    ``seen``, ``even`` float64[L]: tokens of the sequence, and an expert's even chance (0: nothing was active yet).
     """
 
     def __init__(self, n_layers: int, n_experts: int, distance: int) -> None:
         self.n_layers, self.n_experts, self.distance = n_layers, n_experts, distance
         self.rates = np.zeros((n_layers, 3, n_experts))
-        self._seen, self._even = [0.0] * n_layers, [0.0] * n_layers
+        self.seen, self.even = np.zeros(n_layers), np.zeros(n_layers)
         self._shares: Floats | None = None
         self.routes = no_routes(NEXT_TOKENS + 1, n_layers)
         self.own = np.zeros((NEXT_TOKENS + 1, n_layers, n_experts), np.float32)
         self.odds = np.zeros((n_layers, n_experts), np.float32)
         self.ahead = np.zeros((n_layers, n_experts), np.float32)
         self.next_token, self.same_token = (no_weights(n_layers, n_experts) for _ in range(2))
-        self._now, self._run = 0, 0
-        self._foretold = [False] * n_layers
+        self.now, self.run = 0, 0
+        self.foretold = np.zeros(n_layers, np.int64)
 
     def begin_sequence(self) -> None:
         """What was active last no longer precedes what comes, and the sequence's uses are counted from 0."""
         self.rates[:, USES] = 0.0
-        self._seen = [0.0] * self.n_layers
-        self._run, self._foretold = 0, [False] * self.n_layers
+        self.seen[:] = 0.0
+        self.foretold[:] = 0
+        self.run = 0
 
     def warmed(self, shares: Floats) -> None:
         """Known shares of use, float64[L, E], before the first step."""
@@ -179,8 +199,8 @@ class UseModel:
 
     def begin_step(self, few: bool) -> None:
         """A step begins; one of many tokens breaks the run of those that are learnt from."""
-        self._now += 1
-        self._run = self._run + 1 if few else 0
+        self.now += 1
+        self.run = self.run + 1 if few else 0
 
     def turn(self, demand: Demand, few: bool) -> tuple[int, int, int, float, float, int]:
         """What ``observe_use`` and ``foretell`` read of a layer whose routing is known, and have to be told of each.
@@ -189,15 +209,10 @@ class UseModel:
         is forecast next or -1).
         """
         layer = demand.layer
-        if not self._even[layer]:
+        if not self.even[layer]:
             self._first_use(demand)
-        self._seen[layer] += demand.n_tokens_total
-        distance = self.distance if self._foretold[layer] else 0
-        self._foretold[layer] = False
-        target = layer + self.distance if few and layer + self.distance < self.n_layers else -1
-        if target >= 0:
-            self._foretold[target] = True
-        return self._now, self._run - 1, distance, self._seen[layer], self._even[layer], target
+        since, target = take_turn(layer, demand.n_tokens_total, few, self.distance, self.seen, self.foretold)
+        return self.now, self.run - 1, since, float(self.seen[layer]), float(self.even[layer]), target
 
     def observe(self, demand: Demand, few: bool) -> int:
         """Learns from a layer's routing, and forecasts the layer ``distance`` after it into ``ahead``.
@@ -226,11 +241,6 @@ class UseModel:
         if per_token <= 0.0:
             return
         even = per_token / self.n_experts
-        self._even[layer] = even
+        self.even[layer] = even
         known = None if self._shares is None else np.minimum(self._shares[layer] * per_token, 1.0)
         self.rates[layer, :USES] = even if known is None else known
-
-
-def is_few(demand: Demand) -> bool:
-    """Whether a step has so few tokens that it says who follows whom."""
-    return demand.n_tokens_total <= FEW_TOKENS and demand.expert_ids.size <= MAX_ACTIVE

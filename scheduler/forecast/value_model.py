@@ -15,8 +15,9 @@ import numpy.typing as npt
 from scheduler.balancing.problem import ACCEL, CPU
 from scheduler.compiled import compiled
 from scheduler.demand import Demand
+from scheduler.forecast.affinity import MAX_ACTIVE
 from scheduler.forecast.residency import Residency
-from scheduler.forecast.use_model import NEXT_TOKENS, SLOW, UseModel, chance_of, foretell, is_few, observe_use
+from scheduler.forecast.use_model import FEW_TOKENS, NEXT_TOKENS, SLOW, UseModel, chance_of, foretell, observe_use
 from scheduler.setting import Setting
 
 Floats = npt.NDArray[np.float64]
@@ -184,9 +185,9 @@ class ValueModel:
         self.use = UseModel(n_layers, setting.n_experts, self.distance)
         self.keep = np.zeros(setting.n_keys)
         self.own, self.shared = np.zeros((n_layers, 2, N_BINS * N_BINS)), np.zeros((2, N_BINS * N_BINS))
-        self._experts, self._cells = (np.zeros((n_layers, CANDIDATES), np.int64) for _ in range(2))
-        self._chances, self._listed = np.zeros((n_layers, CANDIDATES)), np.zeros(n_layers, np.int64)
-        self._sure_keys, self._sure = np.zeros(MAX_SURE, np.int64), np.zeros(MAX_SURE)
+        self.listed, self.cells = (np.zeros((n_layers, CANDIDATES), np.int64) for _ in range(2))
+        self.chances, self.n_listed = np.zeros((n_layers, CANDIDATES)), np.zeros(n_layers, np.int64)
+        self.sure_keys, self.sure_chances = np.zeros(MAX_SURE, np.int64), np.zeros(MAX_SURE)
         self._last_layer = n_layers
         self.few = True
         """Whether the latest demand had so few tokens that it says who follows whom."""
@@ -207,7 +208,7 @@ class ValueModel:
     def begin_sequence(self) -> None:
         """What was active last no longer precedes what comes."""
         self._last_layer = self.setting.n_layers
-        self._listed[:] = 0
+        self.n_listed[:] = 0
         self.use.begin_sequence()
 
     def warmed(self, frequencies: Floats | None) -> None:
@@ -220,13 +221,18 @@ class ValueModel:
         for layer in range(self.setting.n_layers):
             rows[layer] = self.saving_us(layer) * shares[layer]
 
-    def observe(self, demand: Demand) -> None:
-        """Learns from a layer's routing and looks at the next one. Arrays as Demand says (int32, contiguous)."""
-        layer, setting, costs = demand.layer, self.setting, self.setting.costs
-        few = self.few = is_few(demand)
-        if self._last_layer >= layer:
+    def arrive(self, demand: Demand) -> bool:
+        """A layer's routing is about to be followed: it may begin a step. Returns whether a step has so few tokens that
+        it says who follows whom."""
+        few = self.few = demand.n_tokens_total <= FEW_TOKENS and demand.expert_ids.size <= MAX_ACTIVE
+        if self._last_layer >= demand.layer:
             self._begin_step(demand, few)
-        self._last_layer = layer
+        self._last_layer = demand.layer
+        return few
+
+    def follow(self, demand: Demand) -> None:
+        """Learns from a layer's routing and looks at the next one. Arrays as Demand says (int32, contiguous)."""
+        layer, setting, costs, few = demand.layer, self.setting, self.setting.costs, self.few
         use = self.use
         now, run, distance, seen, even, target = use.turn(demand, few)
         given, scores = self._no_ids, self._no_scores
@@ -237,18 +243,23 @@ class ValueModel:
             layer, target, demand.expert_ids, demand.n_tokens, demand.n_tokens_total, now, run, distance, seen, even,
             few, self.residency.horizon, costs.cpu_grid, costs.accel_grid, costs.kind, costs.drift,
             setting.slots.slot_of, given, scores, self.keep, use.rates[layer], use.routes, use.own, use.odds, use.ahead,
-            use.next_token, use.same_token, self.own, self.shared, self._listed, self._experts, self._cells,
-            self._chances,
+            use.next_token, use.same_token, self.own, self.shared, self.n_listed, self.listed, self.cells,
+            self.chances,
         )  # fmt: skip
+
+    def observe(self, demand: Demand) -> None:
+        """``arrive`` and ``follow``."""
+        self.arrive(demand)
+        self.follow(demand)
 
     def sure(self, layer: int, certainty: float) -> tuple[Ints, Floats]:
         """(keys, chances) of absent experts of the layers after ``layer`` with a chance of at least ``certainty``."""
         last = min(layer + self.distance, self.setting.n_layers - 1)
         n = sure_absent(
-            layer, last, certainty, self._listed, self._experts, self._chances, self.setting.slots.slot_of,
-            self.setting.n_experts, self._sure_keys, self._sure,
+            layer, last, certainty, self.n_listed, self.listed, self.chances, self.setting.slots.slot_of,
+            self.setting.n_experts, self.sure_keys, self.sure_chances,
         )  # fmt: skip
-        return self._sure_keys[:n], self._sure[:n]
+        return self.sure_keys[:n], self.sure_chances[:n]
 
     def loads(self, layer: int, demand: Demand) -> Floats:
         """float64[E]: tokens that each expert of a layer will get from the tokens of ``demand`` (a prefill's).

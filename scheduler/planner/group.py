@@ -66,6 +66,7 @@ class PlannerGroup:
         self.n_layers, self.n_experts = len(self._unit), max(planner.n_experts for planner in self.planners)
         self.costs = GroupCosts([(home.costs, layer - home.first_layer) for layer, home in enumerate(self._home)])
         self.layers_ahead = max(planner.layers_ahead for planner in self.planners)
+        self.layers_skipped = min(planner.layers_skipped for planner in self.planners)
         self.all_cached = all(planner.all_cached for planner in self.planners)
 
     @property

@@ -45,27 +45,24 @@ class Movement:
         self, slot: int, key: int, kind: TransferKind, gain_us: float, admit: bool, handed_over: bool = False
     ) -> Transfer:
         """Puts ``key`` in flight into ``slot`` and tells the cache policy."""
-        slots, n_experts = self.slots, self.slots.n_experts
+        slots = self.slots
         old = slots.hand_over(slot, key) if handed_over else slots.begin_transfer(slot, key)
-        if old >= 0:
-            self.in_flight.pop(old, None)
-        self.in_flight[key] = slot
         if self.cache.tracks_slots:
             if old >= 0 and self._tells_evictions:
                 self.cache.evicted(old)
             self.cache.inserted(key)
-        layer, expert = divmod(key, n_experts)
-        evicts = None if old < 0 else (old // n_experts + slots.first_layer, old % n_experts)
-        return Transfer(layer + slots.first_layer, expert, slot + slots.first_slot, evicts, kind, gain_us, admit)
+        return self.under_way(slot, key, old, kind, gain_us, admit)
 
-    def ended(self, layer: int, expert: int, slot: int, us: float) -> None:
-        """The bytes are there. Raises SlotError if that transfer was not under way."""
-        key = layer * self.slots.n_experts + expert
-        self.slots.end_transfer(slot, key)
-        if self.in_flight.get(key) == slot:
-            del self.in_flight[key]
-        if us > 0.0:
-            self.costs.observe_transfer(layer, us)
+    def under_way(self, slot: int, key: int, old: int, kind: TransferKind, gain_us: float, admit: bool) -> Transfer:
+        """A transfer that the slot table knows of is followed from here on; ``old``: the evicted key, -1 for none."""
+        slots, n_experts = self.slots, self.slots.n_experts
+        evicts = None
+        if old >= 0:
+            self.in_flight.pop(old, None)
+            evicts = old // n_experts + slots.first_layer, old % n_experts
+        self.in_flight[key] = slot
+        layer, expert = divmod(key, n_experts)
+        return Transfer(layer + slots.first_layer, expert, slot + slots.first_slot, evicts, kind, gain_us, admit)
 
     def estimate_arrivals(self, link_ready_us: float, transfer_us: float) -> None:
         """The link is in order, so the last transfer in flight lands when the link gets free, the others before."""

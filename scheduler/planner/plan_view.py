@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.balancing.problem import ACCEL, COUNT, CPU, TRANSFER
+from scheduler.balancing.problem import COUNT, CPU
 from scheduler.demand import Demand
 from scheduler.plan import LayerPlan, Transfer
-from scheduler.planner.decide import EVICTED, SLOT, new_plan
+from scheduler.planner.decide import new_plan
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -25,7 +25,7 @@ class PlanView:
 
     __slots__ = (
         "_plans", "_tables", "accel", "awaited", "cpu", "evicted", "layer", "makespan_us", "moved", "prefetches",
-        "rows", "slots", "step", "transfers",
+        "rows", "slot_of", "slots", "step", "transfers",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -43,6 +43,7 @@ class PlanView:
         self.accel: list[int] = []
         self.slots: list[int] = []
         self.moved: list[int] = []
+        self.slot_of: list[int] = []
         self.evicted: list[int] = []
         self.awaited: list[int] = []
         self.transfers: list[Transfer] = []
@@ -56,13 +57,19 @@ class PlanView:
         self.step, self.layer, self.cpu = step, layer, list(range(n))
         self.rows[CPU, :n] = self.cpu
 
-    def read(self) -> list[int]:
-        """Takes the lanes' orders from ``rows``. Returns each position's slot (-1: none)."""
-        rows = self.rows.tolist()
-        slot_of: list[int] = rows[SLOT]
-        self.cpu, self.accel = rows[CPU][: rows[CPU][COUNT]], rows[ACCEL][: rows[ACCEL][COUNT]]
-        self.moved, self.evicted = rows[TRANSFER][: rows[TRANSFER][COUNT]], rows[EVICTED]
-        return slot_of
+    def take(self, rows: Ints, makespan_us: float, first_slot: int) -> list[int]:
+        """Becomes the decision in ``rows``, whose slots are numbered from ``first_slot`` on outside; nothing has moved.
+
+        Returns the slots of the accelerated experts as in ``rows``.
+        """
+        self.rows, self.makespan_us = rows, makespan_us
+        self.cpu, self.accel, self.moved, self.slot_of, self.evicted = rows.tolist()
+        for lane in (self.cpu, self.accel, self.moved):
+            del lane[lane[COUNT] :]
+        self.awaited, self.transfers, self.prefetches = [], [], []
+        slots = list(map(self.slot_of.__getitem__, self.accel))
+        self.slots = [slot + first_slot for slot in slots] if first_slot else slots
+        return slots
 
     def plan(self, demand: Demand) -> LayerPlan:
         """The same as a frozen value with expert ids: for traces, explanations, recordings and simulations."""

@@ -16,11 +16,13 @@ from scheduler.balancing import kernel_of, parameters_of_balance
 from scheduler.balancing.problem import ACCEL, CPU, LINK, TRANSFER
 from scheduler.cache import CACHE_POLICIES
 from scheduler.cache.base import CachePolicy
+from scheduler.cache.value import ValueCache
 from scheduler.demand import Demand, LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.future import Future
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Transfer, TransferEnded
+from scheduler.planner.at_once import Desk, int32s
 from scheduler.planner.decide import decision_of
 from scheduler.planner.explain import Explanation, explain
 from scheduler.planner.movement import Movement
@@ -29,6 +31,7 @@ from scheduler.planner.policies import Policy, resolve_policy
 from scheduler.planner.warm_up import preferred
 from scheduler.prefetch import PREFETCH_POLICIES
 from scheduler.prefetch.base import PrefetchPolicy
+from scheduler.prefetch.value import ValuePrefetch
 from scheduler.setting import Scorer, Setting, make
 from scheduler.slots import RESIDENT, SlotTable
 
@@ -85,6 +88,7 @@ class Planner:
         self._last_use = np.zeros(n_layers * n_experts)
         self._clock, self._step = 0, -1
         fixed = [placement == "cpu" for placement in self._placements]
+        self._known = [False] * n_layers
         self._movement = Movement(self.slots, self.cache, self.prefetch, costs, fixed)
         self._observing = [policy.observe for policy in (self.cache, self.prefetch) if _learns(policy)]
         self._refreshes = type(self.cache).refresh is not CachePolicy.refresh
@@ -92,11 +96,22 @@ class Planner:
         """How many following layers' predictions the policies read: more need not be made."""
         self.all_cached = self.slots.n_slots == n_layers * n_experts
         """Every expert has a slot: there is nothing to prefetch."""
+        by_forecast = type(self.cache) is ValueCache and type(self.prefetch) is ValuePrefetch
+        self.layers_skipped = max(self.layers_ahead - 1, 0) if by_forecast else 0
+        """Of few tokens, predictions of so many nearest layers are not read: what they need is under way or late."""
         self._open: list[deque[tuple[npt.NDArray[np.int64], list[int], float]]] = [deque() for _ in range(n_layers)]
         self._demands: list[Demand | None] = [None] * n_layers
         self._lanes = np.zeros((n_layers, 3))
         self._scales = np.zeros(3)
         self._plan = PlanView()
+        self._desk = self._new_desk()
+
+    def _new_desk(self) -> Desk | None:
+        """What decides at once, for the policies that can (``at_once``); None for others."""
+        cache, prefetch = self.cache, self.prefetch
+        if self._by_value and self.slots.n_slots and type(cache) is ValueCache and type(prefetch) is ValuePrefetch:
+            return Desk(self._movement, cache, prefetch, self.costs, self._balance[0][1], self._lanes)
+        return None
 
     def _balance_of_layers(self) -> list[tuple[Callable[..., float], npt.NDArray[np.float64], bool]]:
         """Of each layer: how it decides, the policy's parameters, whether that reads the last use of experts."""
@@ -188,16 +203,32 @@ class Planner:
                 f"layer {layer}: expert ids must ascend within 0..{self.n_experts - 1}, one n_tokens each"
             )
         self._demands[layer] = demand
+        plan = self._plan
+        plan.step, plan.layer = self._step, layer + self.first_layer
+        forecast, desk = self._setting.forecast, self._desk
+        if forecast is not None:
+            if forecast.arrive(demand) and desk is not None and n and self._known[layer]:
+                done = desk.decide(demand, cpu_ready_us, accel_ready_us, link_ready_us, plan)
+                if done is not None:
+                    self._open[layer].append(done)
+                    return plan
+            else:
+                forecast.follow(demand)
+                self._known[layer] |= n > 0 and self._placements[layer] == "hybrid"
+        self._decide_in_parts(demand, cpu_ready_us, accel_ready_us, link_ready_us)
+        return plan
+
+    def _decide_in_parts(
+        self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float
+    ) -> None:
+        """A decision of any policy, for any demand; the forecast knows of it."""
+        layer, n, plan = demand.layer, demand.expert_ids.size, self._plan
         lanes = self._lanes[layer]
         lanes[:] = cpu_ready_us, accel_ready_us, link_ready_us
-        if self._setting.forecast is not None:
-            self._setting.forecast.observe(demand)
         for observe in self._observing:
             observe(demand)
         if self._refreshes:
             self.cache.refresh(layer)
-        plan = self._plan
-        plan.step, plan.layer = self._step, layer + self.first_layer
         table = plan.start(n)
         link_end_us, transfer_us = link_ready_us, self.costs.transfer_us(layer, cpu_busy=True)
         if n:
@@ -208,7 +239,6 @@ class Planner:
         idle_us = plan.makespan_us + self.costs.dense_us - link_end_us
         if idle_us > 0.0 and self.slots.n_slots:
             plan.prefetches = self._movement.start_prefetches(demand, idle_us, transfer_us)
-        return plan
 
     def _choose(
         self, demand: Demand, lanes: npt.NDArray[np.float64], transfer_us: float, plan: PlanView,
@@ -227,7 +257,7 @@ class Planner:
         decide, params, by_last_use = self._balance[layer]
         ids, n_tokens = demand.expert_ids, demand.n_tokens
         if ids.dtype != np.int32 or n_tokens.dtype != np.int32:
-            ids, n_tokens = _int32(ids), _int32(n_tokens)
+            ids, n_tokens = int32s(ids), int32s(n_tokens)
         capacity = int(cache.capacities[layer]) if cache.scope == "layer" else -1
         plan.makespan_us = decide(
             params, ids, n_tokens, first_key, first_key + self.n_experts, capacity, costs.cpu_rows[layer],
@@ -240,20 +270,17 @@ class Planner:
 
     def _start(self, demand: Demand, plan: PlanView, link_ready_us: float) -> float:
         """Starts the decision's transfers and pins its slots. Returns the us for which they keep the link."""
-        movement, layer = self._movement, demand.layer
-        slot_of = plan.read()
+        movement, layer, first_slot = self._movement, demand.layer, self.first_slot
+        slots = plan.take(plan.rows, plan.makespan_us, first_slot)
         if movement.in_flight:
             first_key, ids = layer * self.n_experts, demand.expert_ids.tolist()
             for position in plan.accel:
                 if first_key + ids[position] in movement.in_flight:
                     plan.awaited.append(position)
-        pinned_already = bool(plan.moved) and movement.start_demands(demand, plan, slot_of)
-        slots = list(map(slot_of.__getitem__, plan.accel))
-        pinned = np.array(slots, np.int64)
+        pinned_already = bool(plan.moved) and movement.start_demands(demand, plan, plan.slot_of)
+        pinned, makespan_us = np.array(slots, np.int64), plan.makespan_us
         if not pinned_already:
             self.slots.pin_all(pinned)
-        first_slot, makespan_us = self.first_slot, plan.makespan_us
-        plan.slots = [slot + first_slot for slot in slots] if first_slot else slots
         link_us = len(plan.moved) * float(self._scales[TRANSFER])
         link_share = 0.0
         if self._by_value and makespan_us > 0.0:
@@ -276,7 +303,13 @@ class Planner:
 
     def end_transfer(self, layer: int, expert: int, slot: int, us: float = 0.0) -> None:
         """The bytes of an expert are in its slot, see ``TransferEnded``. Raises SlotError if that was not planned."""
-        self._movement.ended(layer - self.first_layer, expert, slot - self.first_slot, us)
+        own, movement = layer - self.first_layer, self._movement
+        key = own * self.n_experts + expert
+        self.slots.end_transfer(slot - self.first_slot, key)
+        if movement.in_flight.get(key) == slot - self.first_slot:
+            del movement.in_flight[key]
+        if us > 0.0:
+            self.costs.observe_transfer(own, us)
 
     def end_layer(self, layer: int, observed: Sequence[ObservedTask] = ()) -> None:
         """The oldest open plan of the layer has run, see ``LayerEnded``. Raises SlotError if none is open."""
@@ -311,6 +344,7 @@ class Planner:
             for key in gone:
                 self.cache.evicted(key)
         self._balance = self._balance_of_layers()
+        self._desk = self._new_desk()
         return tuple(divmod(key, self.n_experts) for key in gone)
 
     def explain(self, plan: LayerPlan) -> Explanation:
@@ -333,10 +367,3 @@ def _check_placements(placements: Sequence[Placement] | None, n_layers: int) -> 
 def _learns(policy: CachePolicy | PrefetchPolicy) -> bool:
     """Whether the policy looks at demands; one that shares the planner's forecast need not."""
     return type(policy).observe not in (CachePolicy.observe, PrefetchPolicy.observe)
-
-
-def _int32(array: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """A contiguous writable int32 array: the one type that the compiled decision knows."""
-    if array.dtype == np.int32 and array.flags.carray:
-        return array
-    return np.array(array, np.int32)

@@ -145,6 +145,11 @@ class Recorder:
         return self.planner.layers_ahead
 
     @property
+    def layers_skipped(self) -> int:
+        """As ``Planner.layers_skipped``."""
+        return self.planner.layers_skipped
+
+    @property
     def all_cached(self) -> bool:
         """As ``Planner.all_cached``."""
         return self.planner.all_cached

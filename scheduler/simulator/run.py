@@ -9,7 +9,6 @@ from scheduler.machine.profile import HardwareProfile, ModelShape
 from scheduler.setting import Scorer
 from scheduler.simulator.accelerators import MultiSimulator
 from scheduler.simulator.engine import SimulationError
-from scheduler.simulator.lossy import LossySimulator
 from scheduler.simulator.simulator import SimulationConfig, Simulator
 from scheduler.simulator.stats import PhaseResult
 from scheduler.traces.demands import DemandSource
@@ -18,9 +17,9 @@ from scheduler.traces.trace import Phase, Trace
 
 
 def simulator_class(profile: HardwareProfile, config: SimulationConfig) -> type[Simulator]:
-    """The simulator for a lossy policy, for several accelerators, or the plain one. Raises SimulationError for both."""
+    """The simulator for several accelerators, or for one. Raises SimulationError for several and a lossy policy."""
     if profile.accel.count == 1:
-        return Simulator if config.lossy is None else LossySimulator
+        return Simulator
     if config.lossy is not None:
         raise SimulationError(f"a lossy policy is simulated with one accelerator only, found {profile.accel.count}")
     return MultiSimulator

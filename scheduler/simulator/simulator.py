@@ -7,7 +7,7 @@ Deterministic: equal inputs give equal results. Times are simulated, never measu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from scheduler.records import TaskRecord
 from scheduler.setting import Scorer
 from scheduler.simulator.dense import DenseCosts
 from scheduler.simulator.engine import Engine, HostTier, SimulationError, SimulationSettingError
+from scheduler.simulator.lossy import LossyStage, Part, share_slots
 from scheduler.simulator.stats import PhaseResult, PhaseStats, PrefetchJudge
 from scheduler.slots import SlotState
 from scheduler.traces.demands import DemandSource
@@ -119,9 +120,15 @@ class Simulator:
         self.source = DemandSource(trace, predictions) if source is None else source
         self.steps: Sequence[TraceStep] = list(trace.steps(phase) if steps is None else steps)
         self.dense = DenseCosts(profile, shape, config.dense_dtype)
-        self.n_slots = slots_for(config, shape)
+        self.n_slots, n_low = slots_for(config, shape), 0
+        if config.lossy is not None:
+            self.n_slots, n_low = share_slots(config.lossy, shape, config.expert_dtype, config.host_ratio, self.n_slots)
         self.planner = self._planner(scorer, prefetch_scorer)
         self.engine = self._engine(keep_records, frequencies)
+        self.stage: LossyStage | None = None
+        if config.lossy is not None:
+            self.stage = self._lossy_stage(config.lossy, n_low, scorer, prefetch_scorer, frequencies)
+            self.engine = self.stage.engine
         self.layers: list[PlannedLayer] = []
         self.explanations: list[Explanation] = []
         self._judge = PrefetchJudge(trace.n_layers, trace.n_experts)
@@ -129,12 +136,31 @@ class Simulator:
 
     def _planner(self, scorer: Scorer | None, prefetch_scorer: Scorer | None) -> Planner:
         config = self.config
-        believed = CostModel(self.dense.planner_profile(config.context_tokens), self.shape, config.expert_dtype)
+        return self._planner_of(self.n_slots, config.expert_dtype, config.lookahead, scorer, prefetch_scorer)
+
+    def _planner_of(
+        self, n_slots: int, dtype: str, lookahead: int, scorer: Scorer | None, prefetch_scorer: Scorer | None
+    ) -> Planner:
+        """A planner of all layers' experts in one precision."""
+        config = self.config
+        believed = CostModel(self.dense.planner_profile(config.context_tokens), self.shape, dtype)
         return Planner(
-            self.shape.n_layers, self.shape.n_experts, self.n_slots, believed, policy=config.policy,
-            lookahead=config.lookahead, scorer=scorer, prefetch_scorer=prefetch_scorer,
+            self.shape.n_layers, self.shape.n_experts, n_slots, believed, policy=config.policy,
+            lookahead=lookahead, scorer=scorer, prefetch_scorer=prefetch_scorer,
             future=self._future(self.steps[0].sequence), **config.params,
         )  # fmt: skip
+
+    def _lossy_stage(
+        self, lossy: Lossy, n_low: int, scorer: Scorer | None, prefetch_scorer: Scorer | None,
+        frequencies: NDArray[np.float64] | None,
+    ) -> LossyStage:  # fmt: skip
+        """The stage of a lossy policy; ``n_low``: slots of low-precision copies."""
+        low, dtype = None, self.config.expert_dtype
+        if lossy.low is not None:
+            low = self._planner_of(n_low, lossy.low.low_dtype, 0, scorer, prefetch_scorer)
+        return LossyStage(
+            lossy, self.shape, dtype, self.source, self.planner, low, self.profile, self.engine, frequencies
+        )
 
     def _future(self, sequence: int) -> Future | None:
         """Recorded routing of one sequence, for policies that are oracles; the others get none to look at."""
@@ -160,6 +186,8 @@ class Simulator:
         """Initial residents are loaded before the clock starts."""
         for transfer in self.planner.warm_up(frequencies):
             self.planner.on_event(TransferEnded(transfer.layer, transfer.expert, transfer.slot))
+        if self.stage is not None:
+            self.stage.warm_up(frequencies)
 
     def run(self) -> list[PhaseResult]:
         """Simulate every step; one result for each phase that occurs, prefill first."""
@@ -168,11 +196,12 @@ class Simulator:
             self._run_step(index, step, stats.setdefault(step.phase, PhaseStats()))
         self._judge.settle_into(stats)
         order: tuple[Phase, ...] = ("prefill", "decode")
-        return [
+        results = [
             stats[phase].result(self.config.policy, self.config.cache_ratio, phase, self.n_slots)
             for phase in order
             if phase in stats
         ]
+        return results if self.stage is None else list(map(self.stage.labelled, results))
 
     def run_to(self, index: int) -> float:
         """Simulate up to step ``index``; only that step is recorded and explained. Returns its latency in us."""
@@ -188,6 +217,8 @@ class Simulator:
 
     def _run_step(self, index: int, step: TraceStep, stats: PhaseStats) -> None:
         engine = self.engine
+        if self.stage is not None:
+            self.stage.begin_step(step, self._future(step.sequence) if step.first else None)
         if step.first:
             self.planner.begin_sequence(self._future(step.sequence))
         stats.begin(engine.now_us, engine.busy)
@@ -207,25 +238,49 @@ class Simulator:
         return max(step.position, self.config.context_tokens if step.phase == "decode" else 0)
 
     def _run_layer(self, index: int, demand: LayerDemand, dense: DenseTimes, stats: PhaseStats) -> None:
-        engine, planner, layer = self.engine, self.planner, demand.layer
+        engine, stage, layer = self.engine, self.stage, demand.layer
         engine.dense("attention", layer, demand.n_tokens_total, dense.attention_us, index)
         engine.dense("gate", layer, demand.n_tokens_total, dense.gate_us, index)
-        for event in engine.take_ended():
-            planner.on_event(event)
-        stats.count_demand(demand, self._resident(layer))
-        self._judge.demand(demand)
-        plan = planner.plan_layer(demand, LaneState(0.0, dense.shared_us, engine.link_ready_us()))
-        stats.count_plan(plan)
-        self._judge.planned(plan, demand.phase)
-        explanation = planner.explain(plan) if engine.keep_records else None
-        observed = engine.run_layer(plan, demand, dense.shared_us)
+        self._report(engine.take_ended())
+        parts = [(self.planner, demand)] if stage is None else stage.parts(layer)
+        plans = self._plan_parts(parts, dense.shared_us, stats)
+        plan, wanted = (plans[0], demand) if stage is None else stage.joined(plans, parts)
+        explanation = self.planner.explain(plan) if engine.keep_records and stage is None else None
+        observed = engine.run_layer(plan, wanted, dense.shared_us)
+        if stage is not None:
+            stage.layer_ran(parts[0][1])
         if explanation is not None:
             self.layers.append(self._planned(plan, demand, dense))
             self.explanations.append(explanation)
-        for event in engine.take_ended():
-            planner.on_event(event)
-        planner.on_event(LayerEnded(layer, observed))
+        self._report(engine.take_ended())
+        for planner, _ in parts:
+            planner.on_event(LayerEnded(layer, observed if len(parts) == 1 else ()))
         engine.dense("combine", layer, demand.n_tokens_total, dense.combine_us, index)
+
+    def _plan_parts(self, parts: Sequence[Part], shared_us: float, stats: PhaseStats) -> list[LayerPlan]:
+        """The plan of each part of a layer, each behind the work of those before it."""
+        plans: list[LayerPlan] = []
+        for planner, demand in parts:
+            own = planner is self.planner
+            stats.count_demand(demand, self._resident(demand.layer) if own else planner.resident_mask(demand.layer))
+            if own:
+                self._judge.demand(demand)
+            if self.stage is None:
+                lanes = LaneState(0.0, shared_us, self.engine.link_ready_us())
+            else:
+                lanes = self.stage.lanes(plans[-1] if plans else None, parts[0][1], shared_us)
+            plan = planner.plan_layer(demand, lanes)
+            stats.count_plan(plan)
+            if own:
+                self._judge.planned(plan, demand.phase)
+            plans.append(plan)
+        return plans
+
+    def _report(self, events: Iterable[TransferEnded]) -> None:
+        """Copies that have ended, to the planner that started them."""
+        for event in events:
+            if self.stage is None or not self.stage.takes(event):
+                self.planner.on_event(event)
 
     def _planned(self, plan: LayerPlan, demand: LayerDemand, dense: DenseTimes) -> PlannedLayer:
         return PlannedLayer(plan, demand, dense)

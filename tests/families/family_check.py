@@ -13,7 +13,6 @@ import hybrimoe
 from cpu_kernels import Activation
 from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
 from hybrimoe.machine.profiles import open_hardware
-from hybrimoe.step.step import Step
 
 NEW_TOKENS = 6
 HARDWARE = "a6000-xeon5220r"  # costs from a profile, so that what runs where does not depend on this machine's load
@@ -49,8 +48,6 @@ class Comparison:
     cpu_experts: int
     accel_experts: int
     restored: bool
-    step: str
-    """How decode steps ran: "compiled" as a whole, "pieces" of them, or by "transformers"."""
 
 
 def outputs(model: PreTrainedModel) -> Outputs:
@@ -71,7 +68,6 @@ def compare(model: PreTrainedModel, plain: Outputs, placement: str) -> Compariso
     try:
         hybrid = outputs(model)
         total = injection.stats().as_dict()["total"]
-        step = way_of_steps(injection)
     finally:
         injection.restore()
     after = outputs(model)
@@ -84,15 +80,7 @@ def compare(model: PreTrainedModel, plain: Outputs, placement: str) -> Compariso
         cpu_experts=total["cpu_experts"],
         accel_experts=total["accel_experts"],
         restored=same and untouched,
-        step=step,
     )
-
-
-def way_of_steps(injection: hybrimoe.Injection) -> str:
-    """What `Comparison.step` says."""
-    if injection.step is None:
-        return "transformers"
-    return "compiled" if isinstance(injection.step, Step) else "pieces"
 
 
 def plain_outputs(model: PreTrainedModel) -> Outputs:

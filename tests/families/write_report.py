@@ -34,7 +34,7 @@ def measure(family: str) -> dict[str, Any]:
         max(r.prefill_error, r.decode_error) <= TOLERANCE and r.same_tokens and r.restored for r in results.values()
     )
     errors = {name: float(f"{max(r.prefill_error, r.decode_error):.0e}") for name, r in results.items()}
-    return describe(family) | {"works": works, "step": results["cpu"].step, "max_logit_error": errors}
+    return describe(family) | {"works": works, "max_logit_error": errors}
 
 
 def report() -> dict[str, Any]:
@@ -64,17 +64,15 @@ def long_table(data: Mapping[str, Any]) -> str:
         "the largest deviation of a logit, over a prompt and six tokens generated with a KV cache (allowed:",
         f"{data['tolerance']:g}); the same greedy tokens; and bit-exact equality after `restore()`. Placements: all",
         "experts on the CPU, all on the (emulated) accelerator, and mixed.",
-        "Decode step: how the tokens are computed with all experts on the CPU: compiled as a whole, in compiled pieces",
-        "within transformers' forward, or by transformers ([config.md](config.md#cpustep)).",
         "Written by `python tests/families/write_report.py`; `make test` checks it.",
         "",
-        "| family | model | experts | gate | stored | decode step | CPU | accelerator | mixed |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| family | model | experts | gate | stored | CPU | accelerator | mixed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for family, row in data["families"].items():
         cells = [f"{row['max_logit_error'][placement]:.0e}" for placement in ("cpu", "accelerator", "mixed")]
         cells = cells if row["works"] else [f"{cell} (fails)" for cell in cells]
-        names = (f"`{row['model_class']}`", f"`{row['experts_class']}`", row["gate"], row["form"], row["step"])
+        names = (f"`{row['model_class']}`", f"`{row['experts_class']}`", row["gate"], row["form"])
         lines.append(
             f"| {family} | {' | '.join(name.replace('|', chr(92) + '|') for name in names)} | {' | '.join(cells)} |"
         )
@@ -90,19 +88,13 @@ def short_table(data: Mapping[str, Any]) -> str:
     worst = max(max(row["max_logit_error"].values()) for row in data["families"].values())
     lines = [
         f"{len(works)} families of transformers {data['transformers']} run; the largest deviation of a logit",
-        f"from plain transformers is {worst:.0e} in float32. With all experts on the CPU a decode step is one",
-        f"compiled call in {_counted(data, 'compiled')} of them, and has compiled pieces in",
-        f"{_counted(data, 'pieces')}. Not supported: {', '.join(data['not_supported'])}.",
+        f"from plain transformers is {worst:.0e} in float32. Not supported:",
+        f"{', '.join(data['not_supported'])}.",
         "Each family, with what was compared, or the reason why not: [docs/families.md](docs/families.md).",
     ]
     if fails:
         lines.append(f"Failing: {', '.join(fails)}.")
     return "\n".join(lines) + "\n"
-
-
-def _counted(data: Mapping[str, Any], step: str) -> int:
-    """Families whose decode steps run in a way."""
-    return sum(row["step"] == step for row in data["families"].values())
 
 
 def with_table(readme: str, table: str) -> str:

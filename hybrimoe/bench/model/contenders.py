@@ -18,7 +18,7 @@ from hybrimoe.errors import MissingExtraError, ModelError
 from hybrimoe.runtime.layer_call.stats import ran_emulated
 
 if TYPE_CHECKING:
-    from hybrimoe.generation import PrefixCache, TextGenerator
+    from hybrimoe.generation import PrefixCache, SamplingOptions, TextGenerator
 
 Progress = Callable[[int, int, str], None]
 
@@ -68,15 +68,22 @@ class Contender:
 
     def decode(self, prompt_ids: Sequence[int], n_tokens: int) -> float:
         """Tokens per second of `n_tokens` decode steps after a prompt, which is computed in the first round."""
-        from hybrimoe.generation import PrefixCache, SamplingOptions
+        from hybrimoe.generation import PrefixCache
 
         self._kept = self._kept or PrefixCache(self.generator.model)
-        options = SamplingOptions(temperature=1.0, top_k=0, seed=SEED, max_new_tokens=n_tokens + 1, ignore_eos=True)
         self._reset()
-        reply = self.generator.reply(prompt_ids, options, cache=self._kept)
+        reply = self.generator.reply(prompt_ids, _drawn(n_tokens), cache=self._kept)
         "".join(reply)
         self._keep("decode")
         return len(reply.times.between_tokens_us) / reply.times.decode_us * 1e6
+
+    def profile(self, prompt_ids: Sequence[int], n_tokens: int) -> dict[str, Any]:
+        """Where the time of a prompt and `n_tokens` decode steps goes, as `Profile.as_dict`."""
+        from hybrimoe.generation import Profile
+
+        profile = Profile(self.generator.model)
+        "".join(self.generator.reply(prompt_ids, _drawn(n_tokens), profile=profile))
+        return profile.as_dict()
 
     def logits(self, prompt_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after a prompt, float32 [V]."""
@@ -95,6 +102,13 @@ class Contender:
         if self.session is not None:
             stats = self.session.stats().as_dict()
             self.counters.append({**stats[phase], "emulated": ran_emulated(stats), "slots": stats["n_slots"]})
+
+
+def _drawn(n_tokens: int) -> SamplingOptions:
+    """Options of `n_tokens` decode steps: drawn from the model's own probabilities, wherever the text ends."""
+    from hybrimoe.generation import SamplingOptions
+
+    return SamplingOptions(temperature=1.0, top_k=0, seed=SEED, max_new_tokens=n_tokens + 1, ignore_eos=True)
 
 
 @contextmanager

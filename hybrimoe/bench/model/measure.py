@@ -33,6 +33,7 @@ class Request:
     """One command line of `bench decode` or `bench prefill`.
 
     deploy: the deployment with some options replaced (policy, slots, dtype, lossy), as `cli.common.deploy_config`.
+    profile: of decode, after the rounds: where a token's time goes, for each contender in this process.
     """
 
     kind: Literal["decode", "prefill"]
@@ -51,6 +52,7 @@ class Request:
     deploy: Callable[..., DeployConfig]
     lossy: tuple[str, ...] = ()
     llama_cpp: bool = False
+    profile: bool = False
 
     def variants(self) -> list[tuple[str, dict[str, Any]]]:
         """(label, overrides of the deployment) of each hybrid contender, in the order in which they are shown."""
@@ -96,6 +98,10 @@ def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict
             values = harness.alternate(subjects, lambda it: it.prefill(prompt_ids), request.rounds, progress=progress)
         read_gbps = _read_gbps(request.threads) if request.kind == "decode" else None
         rows = [_row(contender, values[contender.label], cosines, read_gbps) for contender in opened]
+        if request.profile:
+            for row, contender in zip(rows, opened, strict=True):
+                if isinstance(contender, contenders.Contender):
+                    row["profile"] = contender.profile(prompt_ids, request.new_tokens)
     return {
         "bench": request.kind,
         "model": request.shape or request.model or "demo",

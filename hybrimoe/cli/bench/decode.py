@@ -35,6 +35,7 @@ def decode(
     slots: common.SlotsOption = None,
     threads: common.ThreadsOption = None,
     quick: options.QuickOption = False,
+    profile: common.ProfileOption = False,
     csv: options.CsvOption = None,
     plot: options.PlotOption = None,
     as_json: common.JsonOption = False,
@@ -42,7 +43,8 @@ def decode(
     """Tokens a second of decoding: policies and dtypes side by side in alternating rounds.
 
     Before anything is timed, the logits of every contender are compared with plain transformers'; wrong numbers end
-    the benchmark. Figures with an emulated accelerator say so: that lane runs on the CPU, too.
+    the benchmark. Figures with an emulated accelerator say so: that lane runs on the CPU, too. With --profile, a reply
+    after the rounds shows where a token's time goes.
     """
     from hybrimoe.bench.model import measure as model_bench
 
@@ -62,6 +64,7 @@ def decode(
         new_tokens=min(new_tokens, 24) if quick else new_tokens,
         rounds=min(rounds, options.QUICK_ROUNDS) if quick else rounds,
         slots=slots,
+        profile=profile,
         deploy=partial(common.deploy_config, config, model=model, accelerator=accelerator, threads=threads),
     )
     model_run.measure_and_show(request, csv=csv, plot=plot, as_json=as_json)

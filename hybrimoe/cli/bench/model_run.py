@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.cli.views import render, render_summary
+from hybrimoe.cli.views.render_profile import profile_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,6 +56,9 @@ def show(result: dict[str, Any]) -> None:
     lines = list(zip(*shown.values(), strict=True))
     what = f"{result['bench']}, {result['model']} ({result['weights']} weights), prompt {result['prompt_tokens']}"
     render.out().print(render.table(f"{what}, {result['rounds']} alternating rounds", tuple(shown), lines))
+    for row in rows:
+        if "profile" in row:
+            render.out().print(profile_table(row["profile"], f"{row['name']} ({row['provenance']})"))
     described = result["machine"]
     render.out().print(
         f"measured on {described['cpu']}, {described['cores']} cores, {result['threads']} threads each, torch"

@@ -37,6 +37,8 @@ def reply_as_dict(reply: Reply, experts: Mapping[str, Any] | None) -> dict[str, 
         },
         "decode": _decode(times.between_tokens_us),
         "experts": experts,
+        **({} if reply.speculation is None else {"speculation": reply.speculation.as_dict()}),
+        **({} if reply.profile is None else {"profile": reply.profile.as_dict()}),
     }
 
 
@@ -74,8 +76,18 @@ def _speed(result: Mapping[str, Any]) -> Text:
     ]
     if decode["median_us"] is not None:
         lines[1] += f", {ms(decode['median_us'])} a token (median; p95 {ms(decode['p95_us'])})"
+    if "speculation" in result:
+        lines.append(f"drafts   {speculation(result['speculation'])}")
     lines.append(f"end      {END_WORDS[result['finish_reason']]}; seed {result['seed']}")
     return Text("\n".join(lines))
+
+
+def speculation(stats: Mapping[str, Any]) -> str:
+    """What drafts did for a reply; stats: `SpeculationStats.as_dict`."""
+    told = f"{stats['accepted_tokens']} of {stats['drafted_tokens']} drafted tokens were right: {stats['steps']} steps"
+    saved = f" in place of {stats['steps'] + stats['steps_saved']}"
+    over = f"; {stats['passed_over']} steps without their draft, because drafts were losing"
+    return told + (saved if stats["steps_saved"] else "") + (over if stats["passed_over"] else "")
 
 
 END_WORDS = {
@@ -159,6 +171,8 @@ def one_line(result: Mapping[str, Any]) -> str:
         f"first after {ms(result['ttft_us'])}",
         *([f"{result['reused_tokens']} prompt tokens from the cache"] if result["reused_tokens"] else []),
     ]
+    if "speculation" in result:
+        words.append(f"{result['speculation']['steps_saved']} steps saved by drafts")
     if experts and experts["n_slots"]:
         words.append(f"hit rate {percent(experts['total']['hit_rate'])} ({provenance(experts)})")
     if experts and experts.get("lossy"):

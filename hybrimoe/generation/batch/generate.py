@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from hybrimoe.generation.transcript import FinishReason, Transcript
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BatchPrompt", "BatchReply", "generate_batch", "new_tokens", "probe_batch"]
+__all__ = ["BatchPrompt", "BatchReply", "generate_batch", "new_tokens", "probe_batch", "require_single"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,16 @@ def generate_batch(
     """Replies to all prompts, in their order. `should_stop` is asked between tokens, `on_step` called after each step.
 
     Sampled replies depend on what shares the batch: the batch draws from one generator with the seed of `options`.
-    Raises PromptError for a prompt without room for a reply, ConfigError for options of single replies only.
+    A generator with speculation takes one prompt at a time. Raises PromptError for a prompt without room for a reply,
+    ConfigError for options of single replies only, and for several prompts with speculation.
     """
     import torch
     from transformers import StoppingCriteriaList
 
     _check_options(options)
+    if generator.pace is not None:
+        require_single(len(prompts))
+        return [_speculated(generator, prompt, options, should_stop, on_step) for prompt in prompts]
     order = _longest_first(prompts)
     transcripts = [_transcript(generator, prompts[at], options) for at in order]
     padding = Padding(np.zeros(len(prompts), np.bool_))
@@ -72,6 +77,30 @@ def generate_batch(
         )
     replies = {at: _reply(transcript) for at, transcript in zip(order, transcripts, strict=True)}
     return [replies[at] for at in range(len(prompts))]
+
+
+def require_single(n_sequences: int) -> None:
+    """Raises ConfigError where drafts would have to be verified for several sequences at once."""
+    if n_sequences > 1:
+        raise ConfigError(
+            f"speculation is for one sequence at a time, found batches of up to {n_sequences}: choose --batch-size 1,"
+            " or leave --speculate (generation.speculate) out"
+        )
+
+
+def _speculated(
+    generator: TextGenerator, prompt: BatchPrompt, options: SamplingOptions, should_stop: Callable[[], bool],
+    on_step: Callable[[], None],
+) -> BatchReply:  # fmt: skip
+    """A batch of one, computed with drafts: the tokens are those that `generate` would choose or draw."""
+    own = _own_options(generator, prompt, options)
+    reply = generator.reply(list(prompt.token_ids), own, should_stop=should_stop)
+    n_told = 0
+    for _ in chain(reply, [""]):  # tokens without a text of their own come with the next piece, or at the end
+        while n_told < len(reply.token_ids):
+            on_step()
+            n_told += 1
+    return BatchReply(reply.text, tuple(reply.token_ids), reply.finish_reason or "interrupted")
 
 
 def probe_batch(generator: TextGenerator, prompts: Sequence[BatchPrompt]) -> np.typing.NDArray[np.float64]:
@@ -109,8 +138,13 @@ def new_tokens(generator: TextGenerator, prompt: BatchPrompt, options: SamplingO
 
 
 def _sampler(generator: TextGenerator, prompt: BatchPrompt, options: SamplingOptions) -> Sampler:
+    return Sampler(generator.model, _own_options(generator, prompt, options), prompt.token_ids)
+
+
+def _own_options(generator: TextGenerator, prompt: BatchPrompt, options: SamplingOptions) -> SamplingOptions:
+    """The options with the length that the prompt's reply may have."""
     own = options if prompt.max_new_tokens is None else replace(options, max_new_tokens=prompt.max_new_tokens)
-    return Sampler(generator.model, with_length(own, generator.model, COMPLETION_TOKENS), prompt.token_ids)
+    return with_length(own, generator.model, COMPLETION_TOKENS)
 
 
 def _transcript(generator: TextGenerator, prompt: BatchPrompt, options: SamplingOptions) -> Transcript:

@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe.errors import PromptError
-from hybrimoe.generation.batch.generate import BatchPrompt, BatchReply, generate_batch, new_tokens, probe_batch
+from hybrimoe.generation.batch.generate import (
+    BatchPrompt,
+    BatchReply,
+    generate_batch,
+    new_tokens,
+    probe_batch,
+    require_single,
+)
 from hybrimoe.generation.batch.prompts_file import PromptLine
 from hybrimoe.generation.engine import TextGenerator
 from hybrimoe.generation.sampling import SamplingOptions
@@ -87,6 +94,7 @@ class BatchJob:
     """Runs prompts in batches of at most `size`. `on_result` gets each reply as its batch ends.
 
     `predictor`: tells `expertflow` the routes of replies; without one the prompts' own are recorded by a prefill.
+    Raises ConfigError for batches of several prompts with speculation.
     """
 
     def __init__(
@@ -94,6 +102,8 @@ class BatchJob:
         prompts: Sequence[BatchPrompt], options: SamplingOptions, batching: Batching, size: int,
         predictor: PredictsRoutes | None = None,
     ) -> None:  # fmt: skip
+        if generator.pace is not None:
+            require_single(size)
         self._generator, self._session = generator, session
         self._lines, self._prompts, self._options = lines, prompts, options.with_seed()
         self._batching, self._size, self._predictor = batching, size, predictor

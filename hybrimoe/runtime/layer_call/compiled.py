@@ -8,8 +8,10 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cpu_kernels.backends.warm import warm_call_ends
+from cpu_kernels.engine.routed import FLOATS, read_call
 from cpu_kernels.jit.primitives import float_from_bits
 from scheduler.compiled import keep_on_disk
 from scheduler.slots import RESIDENT
@@ -57,6 +59,26 @@ def describe_routing(
             slot = slot_of[first_key + expert_ids[i]]
             if slot >= 0:
                 found[HIT if state[slot] >= RESIDENT else ON_ITS_WAY] += 1
+
+
+@_compiled
+def read_and_describe(
+    index: int, weights: int, weights_kind: int, n_tokens: int, top_k: int, hidden: int, hidden_kind: int,
+    host_hidden: Floats, routing: Floats, counts: Ints, expert_ids: Ints, offsets: Ints, rows: Ints,
+    routing_counts: npt.NDArray[np.float64], tokens: Ints, scores: Floats, first_key: int, slot_of: Keys, state: Keys,
+    found: Keys,
+) -> int:  # fmt: skip  # pragma: no cover - compiled
+    """`read_call`, and `describe_routing` of what it read. Returns the number of active experts, or REFUSED."""
+    n_active = read_call(
+        index, weights, weights_kind, n_tokens, top_k, hidden, hidden_kind, host_hidden, routing, counts, expert_ids,
+        offsets, rows,
+    )  # fmt: skip
+    if n_active > 0:
+        describe_routing(
+            expert_ids[:n_active], offsets, rows, routing, n_tokens, routing_counts, tokens, scores, first_key, slot_of,
+            state, found,
+        )  # fmt: skip
+    return n_active
 
 
 @_compiled
@@ -139,19 +161,17 @@ def make_ready() -> None:
     ids, scores = np.zeros((2, 2), np.int32), np.zeros((2, 2), np.float32)
     predict_token(gates, per_expert, per_expert, np.ones(2, np.bool_), scoring, np.ones(8, np.float32), 0, ids, scores)
     warm_call_ends()
-    nobody, key, none = np.zeros(1, np.int32), np.zeros(1, np.int64), np.zeros(1, np.float32)
-    describe_routing(
-        nobody,
-        np.array([0, 1], np.int32),
-        nobody,
-        none,
-        1,
-        np.zeros(1),
-        nobody.copy(),
-        none.copy(),
-        0,
-        key,
-        key,
+    nobody, key, none, found = (
+        np.zeros(1, np.int32),
+        np.zeros(1, np.int64),
+        np.zeros(1, np.float32),
         np.zeros(2, np.int64),
     )
+    ends, uses = np.array([0, 1], np.int32), np.zeros(1)
+    described = uses, nobody.copy(), none.copy(), 0, key, key, found
+    describe_routing(nobody, ends, nobody, none, 1, *described)
+    read_and_describe(
+        key.ctypes.data, none.ctypes.data, FLOATS[torch.float32], 1, 1, none.ctypes.data, FLOATS[torch.float32],
+        none.reshape(1, 1).copy(), none.copy(), nobody.copy(), nobody.copy(), ends.copy(), nobody.copy(), *described,
+    )  # fmt: skip
     count_hits(nobody, 0, key, key)

@@ -183,18 +183,21 @@ class Lookahead:
             self._build_stack()
 
     def predict(
-        self, layer: int, hidden: torch.Tensor, host_hidden: Floats, top_k: int, depth: int | None = None
-    ) -> tuple[Prediction, ...]:
+        self, layer: int, hidden: torch.Tensor, host_hidden: Floats, top_k: int, depth: int | None = None,
+        skipped: int = 0,
+    ) -> tuple[Prediction, ...]:  # fmt: skip
         """Predictions for the layers after `layer` from its hidden state [..., H]; nearest first, at most `depth`.
 
-        They may be a workspace, which the next prediction at this layer fills anew.
+        Those of one token may leave the `skipped` nearest layers out. They may be a workspace, which the next
+        prediction at this layer fills anew.
         """
         last = min(layer + (self._depth if depth is None else depth), len(self._gates) - 1)
         if last <= layer or not (self.knows_all or all(self._learned[layer + 1 : last + 1])):
             return ()
         n_tokens = len(host_hidden)
         if n_tokens == 1 and self._stack is not None:
-            return self._stack.predict(host_hidden[0], layer + 1, last, top_k)
+            first = layer + 1 + skipped
+            return self._stack.predict(host_hidden[0], first, last, top_k) if first <= last else ()
         stride = -(-n_tokens // MAX_TOKENS)
         x = host_hidden if stride == 1 else np.ascontiguousarray(host_hidden[::stride])
         scale = n_tokens / len(x)

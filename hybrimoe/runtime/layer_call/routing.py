@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from cpu_kernels import Dispatch, build_dispatch
-from cpu_kernels.engine.routed import FLOATS, fits, read_call
+from cpu_kernels.engine.routed import FLOATS, fits
 from gpu_kernels import Event, LayerWork
 from hybrimoe.errors import ModelError
-from hybrimoe.runtime.layer_call.compiled import describe_routing
+from hybrimoe.runtime.layer_call.compiled import describe_routing, read_and_describe
 from hybrimoe.runtime.layer_call.layers import Layer, apply_norm
 from hybrimoe.runtime.layer_call.stats import Counters
 from scheduler import Phase, Prediction
@@ -60,16 +60,10 @@ class Workspace:
         return self._rows[:size].reshape(n_rows, hidden)
 
 
-class RunsParts(Protocol):
-    """Experts in one precision, which run their part of a call (`call.Experts`)."""
+class RunsLanes(Protocol):
+    """`lanes.Lanes` of a part's experts."""
 
-    @property
-    def costs(self) -> Costs | None: ...
-
-    def plan(
-        self, space: CallSpace, phase: Phase, predictions: tuple[Prediction, ...], cpu_ready_us: float,
-        accel_ready_us: float, link_ready_us: float,
-    ) -> None: ...  # fmt: skip
+    def link_busy_us(self, layer: int) -> float: ...
 
     def submit(self, space: CallSpace) -> None: ...
 
@@ -77,7 +71,29 @@ class RunsParts(Protocol):
 
     def combine(self, space: CallSpace) -> torch.Tensor: ...
 
+
+class FollowsCalls(Protocol):
+    """`reports.Reports` of a part's experts."""
+
     def finish(self, space: CallSpace) -> None: ...
+
+
+class RunsParts(Protocol):
+    """Experts in one precision, which run their part of a call (`experts.Experts`)."""
+
+    @property
+    def costs(self) -> Costs | None: ...
+
+    @property
+    def lanes(self) -> RunsLanes: ...
+
+    @property
+    def reports(self) -> FollowsCalls: ...
+
+    def plan(
+        self, space: CallSpace, phase: Phase, predictions: tuple[Prediction, ...], cpu_ready_us: float,
+        accel_ready_us: float, link_ready_us: float,
+    ) -> None: ...  # fmt: skip
 
 
 class CallSpace:
@@ -85,13 +101,13 @@ class CallSpace:
 
     `work` is what the lanes share, `demand` what the planner sees of it, `plan` its answer; `positions` int32 and
     `records` uint64 [E] are the CPU lane's experts. `ends`: of each piece of work on the accelerator, whose
-    experts are at positions `sent`. `ran`: the CPU lane's tasks, while `traced`.
+    experts are at positions `sent`. `ran`: the CPU lane's tasks, while `traced`, and `unit`: the accelerator then.
     """
 
     __slots__ = (
-        "_buffers", "_dispatches", "_n_tokens", "_norm", "_scores", "_width", "_work", "counters", "cpu_us", "demand",
-        "ends", "experts", "found", "index", "layer", "n_cpu", "plan", "positions", "ran", "records", "sent", "step",
-        "traced", "work",
+        "_buffers", "_counted", "_dispatches", "_n_tokens", "_norm", "_scores", "_width", "_work", "counters", "cpu_us",
+        "demand", "ends", "experts", "found", "index", "layer", "n_cpu", "plan", "positions", "ran", "records", "sent",
+        "step", "traced", "unit", "work",
     )  # fmt: skip
 
     work: LayerWork
@@ -106,24 +122,35 @@ class CallSpace:
         self.positions = np.empty(layer.num_experts, np.int32)
         self.records = np.empty(layer.num_experts, np.uint64)
         self.found = np.zeros(2, np.int64)
+        self.count_in(np.zeros(n_experts))
         self.ends: list[Event] = []
         self.sent: list[list[int]] = []
         self.ran: list[TaskRecord] = []
-        self.step, self.n_cpu, self.cpu_us, self.traced = -1, 0, 0.0, False
+        self.step, self.n_cpu, self.cpu_us, self.traced, self.unit = -1, 0, 0.0, False, 0
         self._norm, self._width = layer.transform(), layer.spec.hidden
         self._buffers = _Buffers(0, layer.num_experts)
         self._work = LayerWork(self._buffers.dispatch(0, 1, 0, 0), NOTHING, NO_ROWS, NO_ROWS)
         self._dispatches: dict[tuple[int, int, int, int], Dispatch] = {}
 
+    def count_in(
+        self, routing_counts: npt.NDArray[np.float64], first_key: int = 0, slot_of: Keys = NO_KEYS,
+        state: Keys = NO_KEYS,
+    ) -> None:  # fmt: skip
+        """From here on the count of each active expert rises by 1 in `routing_counts` [E] with each call, and `found`
+        tells how many of them have their bytes in a slot, and how many are on their way: slot_of and state are a
+        `SlotTable`'s, the layer's from `first_key` on; empty where nothing has a slot."""
+        self._counted = routing_counts, self._n_tokens, self._scores, first_key, slot_of, state, self.found
+
     def read(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, workspace: Workspace
     ) -> int:
-        """Takes a call's tensors, grouped by expert, into `work`. Returns the number of active experts.
+        """Takes a call's tensors, grouped by expert, into `work`, and describes it in `demand`. Returns the number of
+        active experts.
 
         Few tokens on the host are read in one compiled call; see `call_inputs` for what others may be and raise.
         """
         width = self._width
-        if fits(hidden, top_k_index, top_k_weights, width) and not hidden.requires_grad:
+        if self._norm is None and fits(hidden, top_k_index, top_k_weights, width) and not hidden.requires_grad:
             n_tokens, top_k = top_k_index.shape
             buffers, n_rows = self._buffers, n_tokens * top_k
             if buffers.weights.size < n_rows:
@@ -131,24 +158,25 @@ class CallSpace:
             host_hidden, host_rows = workspace.few.get((n_tokens, top_k, width)) or workspace.of_few(
                 n_tokens, top_k, width
             )
-            n_active: int = read_call(
+            n_active: int = read_and_describe(
                 top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], n_tokens, top_k,
                 hidden.data_ptr(), FLOATS[hidden.dtype], host_hidden, buffers.weights, buffers.counts,
-                buffers.expert_ids, buffers.offsets, buffers.rows,
+                buffers.expert_ids, buffers.offsets, buffers.rows, *self._counted,
             )  # fmt: skip
             if n_active >= 0:
                 shape = n_tokens, top_k, n_active, int(buffers.offsets[n_active])
                 dispatch = self._dispatches.get(shape)
                 if dispatch is None:
                     dispatch = self._dispatches[shape] = buffers.dispatch(*shape)
-                work = self.work = self._work
+                work, demand = self._work, self.demand
+                self.work = work
                 work.dispatch, work.hidden, work.like, work.device_state = dispatch, hidden, hidden, None
                 work.host_hidden, work.host_rows = host_hidden, host_rows
-                if self._norm is not None:
-                    self._postpone_weights(self._norm)
+                demand.n_tokens_total, demand.expert_ids = n_tokens, dispatch.expert_ids
+                demand.n_tokens = self._n_tokens[:n_active]
                 return n_active
         inputs = call_inputs(hidden, top_k_index, top_k_weights, self.layer.spec.hidden)
-        return self.take(inputs, inputs.ids, inputs.weights, workspace)
+        return self.take(inputs, inputs.ids, inputs.weights, workspace) and self.describe()
 
     def take(
         self, inputs: CallInputs, ids: npt.NDArray[np.integer], weights: npt.NDArray[np.float32], workspace: Workspace
@@ -180,24 +208,13 @@ class CallSpace:
             dispatch.top_k, dispatch.n_tokens, dispatch.expert_ids, dispatch.offsets, dispatch.rows, ones
         )
 
-    def describe(
-        self, phase: Phase, predictions: tuple[Prediction, ...], routing_counts: npt.NDArray[np.float64],
-        first_key: int = 0, slot_of: Keys = NO_KEYS, state: Keys = NO_KEYS,
-    ) -> DemandView:  # fmt: skip
-        """What the planner sees of the call. `routing_counts` [E]: the count of each active expert rises by 1.
-
-        `found` then tells how many of the active experts have their bytes in a slot, and how many of them are on their
-        way: slot_of and state are a `SlotTable`'s, the layer's from `first_key` on; empty where nothing has a slot.
-        """
+    def describe(self) -> int:
+        """Describes what was taken in `demand`, as `read` does. Returns the number of active experts."""
         dispatch, demand = self.work.dispatch, self.demand
         ids = dispatch.expert_ids
-        describe_routing(
-            ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, routing_counts, self._n_tokens,
-            self._scores, first_key, slot_of, state, self.found,
-        )  # fmt: skip
-        demand.phase, demand.n_tokens_total, demand.predictions = phase, dispatch.n_tokens, predictions
-        demand.expert_ids, demand.n_tokens = ids, self._n_tokens[: ids.size]
-        return demand
+        describe_routing(ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, *self._counted)
+        demand.n_tokens_total, demand.expert_ids, demand.n_tokens = dispatch.n_tokens, ids, self._n_tokens[: ids.size]
+        return int(ids.size)
 
 
 class _Buffers:

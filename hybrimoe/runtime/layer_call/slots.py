@@ -37,15 +37,11 @@ class InFlight:
         start_us, end_us = self.event.span_us()
         return (start_us if self.began is None else self.began.span_us()[0]), end_us
 
-    def start_us(self) -> float:
-        """When it began on the link; 0 before."""
-        return (self.event if self.began is None else self.began).span_us()[0]
-
-    def ended_us(self) -> float:
-        """How long it took. Raises LaneError if the copy failed."""
+    def took_us(self) -> float:
+        """How long it took. Only after it has ended; raises LaneError if the copy failed."""
         self.event.wait()
-        start_us, end_us = self.span_us()
-        return end_us - start_us
+        start_us, end_us = self.event.span_us()
+        return end_us - (start_us if self.began is None else self.began.span_us()[0])
 
     def record(self) -> TaskRecord:
         """The finished copy as a timeline entry."""
@@ -98,17 +94,16 @@ class TransferQueue:
         """Since the last call: bytes on the link beside the records, and experts computed with less than all bits."""
         return 0, []
 
-    def take_ended(self) -> list[InFlight]:
-        """Transfers that ended since the last call, in link order."""
-        ended = []
-        while self.pending and self.pending[0].event.done():
-            ended.append(self.pending.popleft())
-        return ended
-
     def busy_us(self, now_us: float, transfer_us: Callable[[int], float]) -> float:
         """Expected us until the transfers under way have ended; `transfer_us` maps a layer to its copy time."""
         if not self.pending:
             return 0.0
-        total_us = sum(transfer_us(item.transfer.layer) for item in self.pending)
-        start_us = self.pending[0].start_us()
+        total_us, layer, one_us = 0.0, -1, 0.0
+        for item in self.pending:
+            if item.transfer.layer != layer:
+                layer = item.transfer.layer
+                one_us = transfer_us(layer)
+            total_us += one_us
+        first = self.pending[0]
+        start_us = (first.event if first.began is None else first.began).span_us()[0]
         return max(0.0, total_us - (now_us - start_us if start_us else 0.0))

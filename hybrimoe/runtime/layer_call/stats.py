@@ -68,6 +68,10 @@ class Counters:
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
+    def since(self, before: Counters) -> Counters:
+        """What was counted after an earlier reading of the same counters."""
+        return Counters(**{item.name: getattr(self, item.name) - getattr(before, item.name) for item in fields(self)})
+
     @property
     def hit_rate(self) -> float | None:
         """Hits over activated experts; None before the first."""
@@ -192,21 +196,24 @@ class StatsRecorder:
         table: tuple[SlotTable, int] | None,
     ) -> None:  # fmt: skip
         """Counts one call's demand against the slots as they are before planning (`LayerPlanner.table`)."""
-        hits = late = 0
+        found = np.zeros(2, np.int64)
         if table is not None and table[0].n_slots:
             slots, own = table
-            hits, late = count_hits(expert_ids, own * slots.n_experts, slots.slot_of, slots.state)
-        self.found(counters, layer, expert_ids, n_tokens, hits, late)
+            found[:] = count_hits(expert_ids, own * slots.n_experts, slots.slot_of, slots.state)
+        self.found(counters, layer, expert_ids, n_tokens, found)
 
     def found(
-        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int, hits: int, late: int
-    ) -> None:
-        """Counts one call's demand of which `hits` experts are in slots and `late` are on their way."""
+        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int,
+        found: npt.NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """Counts one call's demand; `found`: how many of its experts are in slots, and how many on their way."""
+        hits, late = found.tolist()
+        n_active = len(expert_ids)
         counters.calls += 1
         counters.tokens += n_tokens
-        counters.activated += len(expert_ids)
+        counters.activated += n_active
         counters.hits += hits
-        counters.misses += len(expert_ids) - hits
+        counters.misses += n_active - hits
         counters.late_prefetches += late
         if self._prefetched:
             for expert in expert_ids.tolist():

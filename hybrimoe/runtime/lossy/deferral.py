@@ -12,7 +12,7 @@ import torch
 from gpu_kernels.combining import combine_on_host
 from gpu_kernels.streams import clock_us
 from hybrimoe.errors import ModelError
-from hybrimoe.runtime.layer_call.call import Experts
+from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.routing import CallInputs, CallSpace, Workspace
 from hybrimoe.runtime.layer_call.stats import Counters
 from scheduler.planner.plan_view import PlanView
@@ -74,7 +74,7 @@ class DeferredLane:
                 " different tokens, so it cannot defer experts; choose another lossy policy"
             )
         counters[space.index].cpu_us += space.cpu_us
-        self._experts.timeline += space.ran
+        self._experts.reports.timeline += space.ran
         return output
 
     def drop(self) -> None:
@@ -95,5 +95,5 @@ class DeferredLane:
 
 def _compute(experts: Experts, space: CallSpace) -> torch.Tensor:
     with torch.no_grad():
-        experts.compute(space)
+        experts.lanes.compute(space)
         return combine_on_host(space.work)

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybrimoe.runtime.layer_call.call import Experts
-from hybrimoe.runtime.layer_call.call import LossyStage as Stage
+from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.lookahead import LinearGate, Lookahead
 from hybrimoe.runtime.layer_call.routing import CallInputs, CallSpace
+from hybrimoe.runtime.layer_call.stages import LossyStage as Stage
 from hybrimoe.runtime.layer_call.stats import Counters
 from hybrimoe.runtime.layer_call.steps import Step
 from hybrimoe.runtime.lossy.deferral import DeferredLane
@@ -37,7 +37,7 @@ class LossyStage:
         self.deferred = DeferredLane(experts)
         self.router_weights: Floats = np.empty(0, np.float32)
         """The router's own weights [T * k] of the call under way, which the policy may have changed."""
-        self._plane_queues = [queue for queue in experts.queues if isinstance(queue, PlaneQueue)]
+        self._plane_queues = [queue for queue in experts.lanes.queues if isinstance(queue, PlaneQueue)]
         if self._plane_queues:  # which count themselves what crosses the link
             experts.record_bytes = (0,) * len(experts.layers)
         self._inputs: CallInputs | None = None
@@ -67,7 +67,7 @@ class LossyStage:
         parts = []
         for experts, ids in self._parts(rewritten):
             space = experts.spaces[index]
-            if space.take(inputs, ids, rewritten.weights, experts.workspace):
+            if space.take(inputs, ids, rewritten.weights, experts.workspace) and space.describe():
                 parts.append(space)
         return parts
 
@@ -113,7 +113,9 @@ class LossyStage:
         That is after both parts' transfers, and the work of the parts before (waiting inside it is left out).
         """
         index = space.index
-        link_us = self.experts.link_busy_us(index) + (0.0 if self.low is None else self.low.link_busy_us(index))
+        link_us = self.experts.lanes.link_busy_us(index)
+        if self.low is not None:
+            link_us += self.low.lanes.link_busy_us(index)
         cpu_us, accel_us = self.deferred.remaining_us(), 0.0
         for before in parts:
             if before is space:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from hybrimoe.runtime.layer_call.call import ExpertsCall
-from hybrimoe.runtime.layer_call.call import LossyStage as Stage
 from hybrimoe.runtime.layer_call.lookahead import LinearGate, Lookahead
+from hybrimoe.runtime.layer_call.stages import LossyStage as Stage
 from hybrimoe.runtime.lossy.low_copy import LowCopy, copy_errors
 from hybrimoe.runtime.lossy.planes import PlaneQueue, PlaneStore
 from hybrimoe.runtime.lossy.stage import LossyStage

@@ -15,8 +15,9 @@ from gpu_kernels import Accelerator, AcceleratorError
 from hybrimoe.errors import BudgetError, debugging
 from hybrimoe.machine.profiles import calibrated
 from hybrimoe.runtime.config import RuntimeConfig
-from hybrimoe.runtime.layer_call.call import Experts, ExpertsCall
+from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.compiled import make_ready
+from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.slots import TransferQueue

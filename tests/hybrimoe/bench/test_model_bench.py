@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from cpu_kernels.host.threads import resolve_threads
 from hybrimoe.bench import rounds as harness
-from hybrimoe.bench.model import contenders, sources
+from hybrimoe.bench.model import contenders, sources, speculate
 from hybrimoe.bench.model import measure as model_bench
 from hybrimoe.bench.model.weights import gguf_step_bytes, step_bytes
 from hybrimoe.cli.app import app
 from hybrimoe.cli.bench import model_run
+from hybrimoe.cli.bench import speculate as speculate_command
 from hybrimoe.cli.views import render
 from hybrimoe.config.deploy import load_config
 from hybrimoe.dense.linear import PackedLinear
@@ -297,3 +298,30 @@ def test_a_reply_without_a_tokenizer_has_no_text() -> None:
     from hybrimoe.generation.detokenise import IncrementalDecoder
 
     assert IncrementalDecoder(NoTokenizer(), [1, 2]).push(3) == ""
+
+
+def test_decode_shows_where_the_time_goes(capsys):
+    words = ("decode", "--accelerator", "none", "--no-plain", "--new-tokens", "6", "--rounds", "1", "--profile")
+    result = run(*words)
+    (row,) = result["results"]
+    assert row["profile"]["prefill"]["tokens"] == 32
+    assert row["profile"]["decode"]["tokens"] == 6
+    model_run.show(result)
+    assert "part of a token's time" in capsys.readouterr().out
+
+
+def test_speculation_is_measured_on_two_texts(capsys):
+    result = run("speculate", "--new-tokens", "12", "--rounds", "1", "--dtype", "int8")
+    assert [row["tokens"] for row in result["steps"]] == [1, 2, 3, 4]
+    assert result["steps"][0]["pays_from"] is None
+    assert [text["text"] for text in result["texts"]] == ["copying", "free"]
+    assert all(text["drafts"]["steps"] + text["drafts"]["steps_saved"] == 11 for text in result["texts"])
+    speculate_command.show(result)
+    assert "pays from an acceptance of" in capsys.readouterr().out
+
+
+def test_an_acceptance_that_pays_for_a_longer_step():
+    assert speculate._break_even(0, 1.0) is None
+    assert speculate._break_even(1, 2.5) is None
+    assert speculate._break_even(1, 1.25) == pytest.approx(0.25)
+    assert speculate._break_even(3, 1.875) == pytest.approx(0.5)

@@ -93,3 +93,14 @@ def test_ctrl_c_stops_the_reply_and_not_the_program():
     assert err.count(b"interrupted") == 1
     assert b"Traceback" not in err
     assert out.count(b"\n") >= 2
+
+
+def test_a_chat_tells_profile_and_drafts(hybrimoe):
+    words = ("chat", "--accelerator", "none", "--speculate", "--profile", "-n", "8", "-t", "0")
+    told = hybrimoe(*words, stdin="Good morning\n").err
+    assert "part of a token's time" in told
+    assert "steps saved by drafts" in told
+    (line,) = hybrimoe(*words, "--json", stdin="Good morning\n").out.splitlines()
+    data = json.loads(line)
+    assert data["profile"]["decode"]["tokens"] == 7
+    assert data["speculation"]["steps"] + data["speculation"]["steps_saved"] == 7

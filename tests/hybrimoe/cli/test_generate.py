@@ -195,3 +195,49 @@ def test_ctrl_c_ends_the_text_and_the_summary_of_what_there_is_follows():
     assert b"interrupted" in err
     assert b"tokens/s" in err
     assert b"Traceback" not in err
+
+
+def test_a_profile_says_where_the_time_of_a_token_went(hybrimoe):
+    words = ("generate", "-p", PROMPT, *SAMPLED, "--accelerator", "none", "--profile")
+    phases = hybrimoe(*words, "--json").data["profile"]
+    for phase, n_tokens in (("prefill", 8), ("decode", 11)):
+        assert phases[phase]["tokens"] >= n_tokens
+        assert sum(phases[phase]["parts_us"].values()) == pytest.approx(phases[phase]["us"])
+    told = hybrimoe(*words).err
+    for part in (
+        "part of a token's time",
+        "decode, ms",
+        "attention",
+        "experts: CPU",
+        "output layer",
+        "sampling",
+        "all",
+    ):
+        assert part in told
+    assert "accelerator" not in told.split("part of a token's time")[1].split("prefill")[0]
+
+
+def test_drafts_change_nothing_but_the_steps(hybrimoe):
+    text = "the king and the queen and the king and the queen and the king"
+    words = ("generate", "-p", text, "--accelerator", "none", "-t", "0", "-n", "24", "--json")
+    plain, drafted = hybrimoe(*words).data, hybrimoe(*words, "--speculate").data
+    assert drafted["text"] == plain["text"]
+    assert "speculation" not in plain
+    stats = drafted["speculation"]
+    assert stats["steps"] + stats["steps_saved"] == drafted["decode"]["tokens"]
+    assert "drafted tokens were right" in hybrimoe(*words[:-1], "--speculate").err
+
+
+def test_drafts_are_refused_where_experts_have_slots_and_for_batches(hybrimoe, tmp_path):
+    refused = hybrimoe("generate", "-p", PROMPT, "--speculate")
+    assert refused.code == 2
+    assert "--accelerator none" in " ".join(refused.err.split())
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("One morning\nOne evening\n")
+    words = ("generate", "--prompts", prompts, "--accelerator", "none", "--speculate", "-n", "4")
+    many = hybrimoe(*words)
+    assert many.code == 2
+    assert "--batch-size 1" in " ".join(many.err.split())
+    single = hybrimoe(*words, "--batch-size", "1")
+    assert single.code == 0, single.err
+    assert len(single.out.splitlines()) == 2

@@ -288,7 +288,16 @@ def test_what_follows_auto_is_for_machines_without_an_accelerator(here: bool, mo
 
 
 def test_json_schema_knows_every_section() -> None:
-    assert set(json_schema()["properties"]) == {"model", "rules", "accelerator", "memory", "cpu", "scheduler", "server"}
+    sections = {"model", "rules", "accelerator", "memory", "cpu", "scheduler", "generation", "server"}
+    assert set(json_schema()["properties"]) == sections
+
+
+def test_speculation_is_a_key_of_replies() -> None:
+    assert not load_config({}).generation.speculate
+    assert load_config({}, speculate=True).generation.speculate
+    assert load_config({"generation": {"speculate": True}}).generation.speculate
+    with pytest.raises(ConfigError, match="did you mean 'speculate'"):
+        load_config({"generation": {"speculat": True}})
 
 
 @given(

@@ -20,12 +20,15 @@ CONFIG = {
     "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 32, "num_experts_per_tok": 4, "vocab_size": 96,
 }  # fmt: skip
 WARM_STEPS, STEPS = 24, 24
-MOST_WITH_SLOTS, MOST_WITHOUT, MOST_A_TRANSFER = 72, 15, 45
-"""Python calls a layer, compiled functions and torch's own module call included; and for each expert that moves."""
+MOST_WITH_SLOTS, MOST_WITHOUT = 60, 14
+"""Python calls a layer: compiled functions, torch's own module call and what moving experts takes included."""
+USUAL_MOVES, MOST_A_MOVE = 0.2, 40
+"""Experts that move in a usual layer of these steps. How many do depends on the machine's pace; each further one may
+take so many calls: a transfer to start, to follow and to report, and a piece of work of its own that waits for it."""
 
 
 def calls_of_a_layer(tmp_path: Path, policy: str | None) -> Counter[str]:
-    """Calls of the decode steps after the warm-up; "layer" and "transfer" count layer calls and experts that moved."""
+    """Calls of the decode steps after the warm-up; "layer" and "moved" count layer calls and experts that moved."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
     contender = Contender(Request(str(path), 4, (policy or "ours",), "float32", 0.25, STEPS, 1), policy)
@@ -48,7 +51,7 @@ def calls_of_a_layer(tmp_path: Path, policy: str | None) -> Counter[str]:
                 sys.setprofile(None)
                 found["layer"] += 1
         total = contender.session.stats().total
-        found["transfer"] = total.transfers + total.prefetches
+        found["moved"] = total.transfers + total.prefetches
     finally:
         sys.setprofile(None)
         contender.session.close()
@@ -57,11 +60,12 @@ def calls_of_a_layer(tmp_path: Path, policy: str | None) -> Counter[str]:
 
 @pytest.mark.parametrize(("policy", "most"), [("ours", MOST_WITH_SLOTS), (None, MOST_WITHOUT)])
 def test_a_layer_call_stays_within_its_budget(
-    tmp_path: Path, policy: str | None, most: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, policy: str | None, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SlotTable, "validating", False)
     found = calls_of_a_layer(tmp_path, policy)
-    layers, moved = found.pop("layer"), found.pop("transfer")
-    per_layer = (found.total() - MOST_A_TRANSFER * moved) / layers
+    layers, moved = found.pop("layer"), found.pop("moved")
+    per_layer = found.total() / layers
     listed = "\n".join(f"{n / layers:6.2f} {name}" for name, n in found.most_common(80))
-    assert per_layer <= most, f"{per_layer:.1f} calls a layer without {moved / layers:.2f} transfers:\n{listed}"
+    most += MOST_A_MOVE * max(moved / layers - USUAL_MOVES, 0.0)
+    assert per_layer <= most, f"{per_layer:.1f} calls a layer, with {moved / layers:.2f} experts moved:\n{listed}"

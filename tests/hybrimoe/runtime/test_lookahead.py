@@ -175,6 +175,23 @@ def test_probing_leaves_the_model_as_it_was() -> None:
     session.close()
 
 
+def test_skipped_layers_are_left_out_and_the_others_predicted_as_ever() -> None:
+    torch.manual_seed(3)
+    blocks = [Block(LinearRouter, i) for i in range(5)]
+    _, session = build(blocks)
+    for block in blocks:
+        predictions_of(session, block, torch.randn(1, 12, HIDDEN))
+    lookahead = session._runner.lookahead  # type: ignore[union-attr]
+    assert lookahead is not None
+    x = torch.randn(1, HIDDEN)
+    every = [(p.layer, p.expert_ids.tolist()) for p in lookahead.predict(0, x, x.numpy(), 3)]
+    some = [(p.layer, p.expert_ids.tolist()) for p in lookahead.predict(0, x, x.numpy(), 3, skipped=2)]
+    assert [layer for layer, _ in every] == [1, 2, 3]
+    assert some == every[2:]
+    assert lookahead.predict(3, x, x.numpy(), 3, skipped=2) == ()
+    session.close()
+
+
 def demanded(session: Session, blocks: list[Block]) -> list[int]:
     """How many layers ahead each planned layer was told of."""
     session.record_timeline(True)

@@ -135,7 +135,7 @@ def test_a_failed_call_is_recovered_from(make_rig, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("planned failure")
 
-    monkeypatch.setattr(low, "compute", fail)
+    monkeypatch.setattr(low.lanes, "compute", fail)
     with pytest.raises(RuntimeError, match="planned failure"):
         steps(rig, 1)
     assert all(torch.equal(a, b) for a, b in zip(expected, steps(rig), strict=True))

@@ -101,7 +101,7 @@ def test_experts_with_enough_weight_get_their_low_bits_before_they_are_computed(
 def test_prefetches_bring_high_bits_only(make_rig):
     rig = planes_rig(make_rig, 0.5)
     steps(rig, 1)
-    slots = rig.session._runner.experts.queues[0]
+    slots = rig.session._runner.experts.lanes.queues[0]
     high, low = plane_bytes(rig.session.layers[0].spec)
     slots.take_counts()
     wanted = np.ones(N_EXPERTS, np.bool_)

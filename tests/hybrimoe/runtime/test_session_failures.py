@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -222,6 +223,39 @@ def test_a_failing_prefetch_reaches_the_caller(make_rig: MakeRig, monkeypatch: p
     check_works(rig)
 
 
+@pytest.mark.parametrize("policy", ["accel_only/none/lru", "ours"])
+def test_the_error_of_a_failed_lane_tells_the_story_of_its_experts(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    rig = make_rig(policy=policy, gpu_expert_slots=3, start=False)
+    monkeypatch.setattr(EmulatedAccelerator, "_transfer", _raise(OSError("link down")))
+    rig.session.finalize()
+    rig.session.accelerators[0].synchronize()
+    with pytest.raises(LaneError, match="link down") as failed:
+        rig.call(0, *CALL)
+    story = r"latest events of layer (\d+) expert (\d+): .*begin_transfer layer \1 expert \2 slot \d+"
+    assert re.search(story, str(failed.value)), failed.value
+
+
+def test_only_the_experts_of_the_failed_work_are_told_of(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = make_rig(policy="accel_only/none/lru", gpu_expert_slots=4)
+    check_works(rig)
+    rig.session.record_timeline(True)  # expert by expert
+    copied = EmulatedAccelerator._transfer
+    seen: list[int] = []
+
+    def fail_second(*arguments: Any) -> None:
+        seen.append(1)
+        if len(seen) == 2:
+            raise OSError("link down")
+        copied(*arguments)
+
+    monkeypatch.setattr(EmulatedAccelerator, "_transfer", fail_second)
+    with pytest.raises(LaneError, match="link down") as failed:
+        rig.call(0, *routing(8, 8, 3, seed=0))
+    assert str(failed.value).count("latest events of") == 1
+
+
 @pytest.mark.parametrize("lane", ["cpu", "accelerator"])
 def test_a_failing_kernel_reaches_the_caller_and_the_session_goes_on(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, lane: str
@@ -236,7 +270,7 @@ def test_a_failing_kernel_reaches_the_caller_and_the_session_goes_on(
     check_works(rig)
 
 
-@pytest.mark.parametrize("where", ["scheduler.Planner.decide", "hybrimoe.runtime.layer_call.call.Experts.compute"])
+@pytest.mark.parametrize("where", ["scheduler.Planner.decide", "hybrimoe.runtime.layer_call.lanes.Lanes.compute"])
 def test_an_interrupt_leaves_a_session_that_goes_on(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

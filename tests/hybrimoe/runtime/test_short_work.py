@@ -11,7 +11,7 @@ from gpu_kernels import LayerWork
 from gpu_kernels.combining import combine_on_host
 from hybrimoe.errors import ModelError
 from hybrimoe.experts import layout as experts_layout
-from hybrimoe.runtime.layer_call.call import Experts
+from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.routing import CallSpace, Workspace, call_inputs
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
@@ -97,7 +97,7 @@ def test_a_space_is_filled_anew_by_calls_of_any_size() -> None:
         expected = inputs.work(inputs.ids, inputs.weights, N_EXPERTS, Workspace()).dispatch
         for name in ("expert_ids", "offsets", "rows", "weights"):
             assert np.array_equal(getattr(space.work.dispatch, name), getattr(expected, name))
-        demand = space.describe("decode", (), np.zeros(N_EXPERTS))
+        demand = space.demand
         assert demand.expert_ids.tolist() == expected.expert_ids.tolist()
         assert demand.n_tokens.tolist() == expected.n_tokens_per_expert.tolist()
 
@@ -106,9 +106,10 @@ def test_demand_counts_tokens_scores_and_activations() -> None:
     hidden = torch.zeros(2, HIDDEN)
     index, weights = torch.tensor([[3, 1, -1], [1, 4, 4]]), torch.tensor([[0.5, 0.25, 9.0], [0.75, 0.5, 0.25]])
     space = space_of_a_layer(N_EXPERTS + 1)
-    assert space.read(hidden, index, weights, Workspace()) == 3
     counts = np.ones(N_EXPERTS + 1)
-    demand = space.describe("decode", (), counts)
+    space.count_in(counts)
+    assert space.read(hidden, index, weights, Workspace()) == 3
+    demand = space.demand
     assert demand.expert_ids.tolist() == [1, 3, 4]
     assert demand.n_tokens.tolist() == [2, 1, 2]
     assert demand.gate_scores.tolist() == [0.0, 0.5, 0.0, 0.25, 0.375, 0.0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scheduler import LayerDemand
+from scheduler import CostModel, LayerDemand, SlotTable
 from scheduler.forecast.affinity import (
     MAX_ACTIVE,
     NOBODY,
@@ -25,9 +25,10 @@ from scheduler.forecast.use_model import (
     SEQUENCE_TRUST,
     UseModel,
     chance_of,
-    is_few,
     log_odds,
 )
+from scheduler.forecast.value_model import ValueModel
+from scheduler.setting import Setting
 
 
 def ids(*experts: int) -> np.ndarray:
@@ -143,6 +144,7 @@ def test_prefills_and_new_sequences_are_not_learnt_across() -> None:
 
 
 def test_few_means_few_tokens_and_few_experts() -> None:
-    assert is_few(demand(0, 1))
-    assert not is_few(demand(0, 1, n_tokens=FEW_TOKENS + 1))
-    assert not is_few(demand(0, *range(MAX_ACTIVE + 1), n_experts=64))
+    model = ValueModel(Setting(1, 64, SlotTable(4, 1, 64), CostModel.uniform(1)))
+    assert model.arrive(demand(0, 1))
+    assert not model.arrive(demand(0, 1, n_tokens=FEW_TOKENS + 1))
+    assert not model.arrive(demand(0, *range(MAX_ACTIVE + 1), n_experts=64))

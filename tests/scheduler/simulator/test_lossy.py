@@ -9,9 +9,9 @@ from scheduler.lossy import LOSSY_POLICIES, resolve_lossy
 from scheduler.machine.profile import HardwareProfile, ModelShape
 from scheduler.plan import LayerPlan, Transfer
 from scheduler.simulator.engine import SimulationError
-from scheduler.simulator.lossy import LossySimulator, _merged
+from scheduler.simulator.lossy import _merged
 from scheduler.simulator.run import simulate
-from scheduler.simulator.simulator import SimulationConfig
+from scheduler.simulator.simulator import SimulationConfig, Simulator
 from scheduler.traces.synthetic import generate
 
 from .test_simulate import demand
@@ -84,9 +84,9 @@ def test_the_slot_memory_is_shared_and_copies_must_be_smaller(trace):
     config = SimulationConfig(
         expert_dtype="bfloat16", cache_ratio=0.5, lossy=resolve_lossy({"kind": "hobbit", "low_share": 0.5})
     )
-    simulator = LossySimulator(trace, PROFILE, SHAPE, config)
+    simulator = Simulator(trace, PROFILE, SHAPE, config)
     assert simulator.planner.slots.n_slots == 6
-    assert simulator.low.slots.n_slots == 21
+    assert simulator.stage.low.slots.n_slots == 21
     with pytest.raises(SimulationError, match="copy as int4 is not smaller than an expert as int4"):
         simulate(trace, PROFILE, SHAPE, replace(config, expert_dtype="int4"))
     with pytest.raises(SimulationError, match="host ratio 1"):
@@ -97,8 +97,8 @@ def test_a_kept_set_is_all_that_is_ever_demanded(trace):
     config = SimulationConfig(
         expert_dtype="bfloat16", policy="on_demand/none/lru", cache_ratio=0.5, lossy=resolve_lossy("emoe")
     )
-    simulator = LossySimulator(trace, PROFILE, SHAPE, config)
+    simulator = Simulator(trace, PROFILE, SHAPE, config)
     simulator.run()
-    assert simulator.lossy_policy.kept.sum() == 12
+    assert simulator.stage.policy.kept.sum() == 12
     held = [divmod(int(key), 8) for key in simulator.planner.slots.key_of if key >= 0]
-    assert np.mean([simulator.lossy_policy.kept[key] for key in held]) == 1.0
+    assert np.mean([simulator.stage.policy.kept[key] for key in held]) == 1.0

@@ -1,0 +1,82 @@
+"""`hybrimoe bench speculate`: what drafts from the text bring, on a text to repeat and on a new one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from hybrimoe.cli import common
+from hybrimoe.cli.bench import options
+from hybrimoe.cli.views import render
+
+
+def register(app: typer.Typer) -> None:
+    """Add `speculate`."""
+    app.command("speculate")(speculate)
+
+
+def speculate(
+    model: common.ModelArgument = None,
+    shape: options.ShapeOption = None,
+    layers: options.LayersOption = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=4, help="Tokens of a reply.")] = 128,
+    rounds: options.RoundsOption = 7,
+    config: common.ConfigOption = None,
+    dtype: common.DtypeOption = None,
+    threads: common.ThreadsOption = None,
+    quick: options.QuickOption = False,
+    as_json: common.JsonOption = False,
+) -> None:
+    """The time of a step of 1 to 4 tokens, and tokens a second with and without drafts, in alternating rounds.
+
+    On the CPU alone. The first text repeats a passage that stands in the prompt twice and is chosen greedily, the
+    second is a new one and drawn; with --shape both prompts are random tokens. A draft that changed a token ends the
+    benchmark.
+    """
+    from hybrimoe.bench import rounds as harness
+    from hybrimoe.bench.model.speculate import Request, measure
+    from hybrimoe.cli.common_model import progress_bar, quiet_libraries
+    from hybrimoe.errors import ConfigError
+
+    quiet_libraries()
+    if model is not None and shape is not None:
+        raise ConfigError(f"give a model ({model}) or --shape {shape}, not both")
+    if layers is not None and shape is None:
+        raise ConfigError("--layers goes with --shape: a checkpoint is measured whole")
+    warning = harness.busy_warning()
+    if warning:
+        render.note(warning)
+    deployment = common.deploy_config(config, model=model, accelerator="none", dtype=dtype, threads=threads)
+    counted = min(rounds, options.QUICK_ROUNDS) if quick else rounds
+    length = min(new_tokens, 24) if quick else new_tokens
+    with progress_bar() as progress:
+        result = measure(Request(model, shape, layers, deployment, length, counted), progress)
+    if as_json:
+        render.emit_json(result)
+    else:
+        show(result)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints what `bench.model.speculate.measure` returned: steps, texts, the machine."""
+    what = f"{result['model']} ({result['weights']} weights), {result['expert_dtype']} experts"
+    first = result["steps"][0]["us"]["median"]
+    steps = [
+        (row["tokens"], f"{row['us']['median'] / 1e3:.2f}", f"{row['us']['median'] / first:.2f}x",
+         "-" if row["pays_from"] is None else f"{row['pays_from']:.0%}")
+        for row in result["steps"]
+    ]  # fmt: skip
+    console = render.out()
+    console.print(render.table(what, ("tokens of a step", "ms", "", "pays from an acceptance of"), steps))
+    texts = [
+        (text["text"], *(f"{text['tokens_per_s'][way]['median']:.1f}" for way in ("without", "with drafts")),
+         f"{text['gain']:.2f}x", f"{text['drafts']['accepted_tokens']} of {text['drafts']['drafted_tokens']}",
+         text["drafts"]["steps_saved"], text["drafts"]["passed_over"])
+        for text in result["texts"]
+    ]  # fmt: skip
+    columns = ("text", "tokens/s without", "with drafts", "", "right", "steps saved", "passed over")
+    console.print(render.table(f"{result['new_tokens']} tokens, {result['rounds']} rounds", columns, texts))
+    described = result["machine"]
+    told = f"measured on {described['cpu']}, {described['cores']} cores; both ways gave the same tokens"
+    console.print(told, style="dim")

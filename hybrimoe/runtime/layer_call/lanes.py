@@ -1,0 +1,161 @@
+"""The lanes of a layer call: a plan's transfers, its work on the accelerator, its experts on the CPU, the sum of rows.
+
+Order of submission is what makes a plan safe: every computation is submitted after the transfer that it needs and
+before a transfer that rewrites its slot; the accelerator's own rules (see gpu_kernels.accelerator) turn that order into
+waits. The CPU lane then runs in the calling thread (its kernels release the GIL), and `combine` waits for the rest.
+Rows are added in top-k order, so the result does not depend on which lane ran first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter_ns
+
+import torch
+
+from cpu_kernels.backends.numba_backend import NumbaBackend
+from cpu_kernels.engine.dispatch import take_records
+from gpu_kernels import LaneError
+from gpu_kernels.combining import combine_on_host
+from hybrimoe.runtime.layer_call.failures import failed_experts, with_story
+from hybrimoe.runtime.layer_call.layers import Layer
+from hybrimoe.runtime.layer_call.routing import CallSpace
+from hybrimoe.runtime.layer_call.slots import TransferQueue
+from hybrimoe.runtime.store import ExpertStore
+from scheduler import Transfer
+from scheduler.balancing.problem import CPU
+from scheduler.planner.protocol import LayerPlanner
+from scheduler.records import TaskRecord
+
+
+class Lanes:
+    """What runs the experts of all layers. All methods work on the `CallSpace` of a layer's planned call, in the order
+    in which they stand here.
+
+    `queues`: one for each accelerator; none: everything runs on the CPU lane. `queue_of`: each layer's. `planner`:
+    None where nothing has a slot.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], store: ExpertStore, planner: LayerPlanner | None,
+        queues: Sequence[TransferQueue], queue_of: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.store, self.queues, self._planner = store, list(queues), planner
+        self._queue_of: list[TransferQueue | None] = [None] * len(layers)
+        if queues:
+            self._queue_of = [self.queues[unit] for unit in queue_of]
+        self._runs = [_runner_of(layer) for layer in layers]
+        self.addresses = [store.addresses(index) for index in range(len(layers))]
+
+    def link_busy_us(self, layer: int) -> float:
+        """Expected us until the transfers under way have ended on the link of the layer's accelerator."""
+        queue = self._queue_of[layer]
+        if queue is None or self._planner is None or not queue.pending:
+            return 0.0
+        return queue.busy_us(perf_counter_ns() * 1e-3, self._planner.costs.transfer_us)
+
+    def submit(self, space: CallSpace) -> None:
+        """Starts the plan's transfers and its work on the accelerator; `compute` and `combine` must follow."""
+        plan, queue = space.plan, self._queue_of[space.index]
+        if queue is None:
+            return
+        if plan.moved or plan.awaited or space.traced:
+            self._interleave(space, queue)
+        elif plan.accel:
+            self._send(space, queue, plan.accel, plan.slots)
+        if plan.prefetches:
+            self.start_transfers(plan.prefetches, space.step, traced=space.traced)
+
+    def _interleave(self, space: CallSpace, queue: TransferQueue) -> None:
+        """Submits work and transfers in turn, so that each computation sees the slot contents that the plan means."""
+        plan, sent, begun = space.plan, 0, 0
+        for at, position in enumerate(plan.accel):
+            needed = plan.moved.index(position) if position in plan.moved else -1
+            if at > begun and (needed >= 0 or space.traced or position in plan.awaited):
+                self._send(space, queue, plan.accel[begun:at], plan.slots[begun:at])
+                begun = at
+            if needed >= sent:
+                self.start_transfers(plan.transfers[sent : needed + 1], space.step, traced=space.traced)
+                sent = needed + 1
+        if begun < len(plan.accel):
+            self._send(space, queue, plan.accel[begun:], plan.slots[begun:])
+        if sent < len(plan.transfers):
+            self.start_transfers(plan.transfers[sent:], space.step, traced=space.traced)
+
+    def _send(self, space: CallSpace, queue: TransferQueue, positions: list[int], slots: list[int]) -> None:
+        """Submits accelerator experts as one piece of work."""
+        if queue.first_slot:
+            slots = [slot - queue.first_slot for slot in slots]
+        if queue.prepares:
+            queue.before_compute(space.index, space.demand.expert_ids, positions, slots)
+        space.ends.append(queue.accelerator.run_experts(space.layer.spec, slots, positions, space.work))
+        space.sent.append(positions)
+
+    def start_transfers(self, transfers: Sequence[Transfer], step: int, *, traced: bool) -> None:
+        """Submits transfers in the order of their links."""
+        for transfer in transfers:
+            queue = self._queue_of[transfer.layer]
+            assert queue is not None
+            queue.submit(transfer, self.store.record(transfer.layer, transfer.expert), step, traced=traced)
+
+    def compute(self, space: CallSpace) -> None:
+        """The CPU lane's experts, in the calling thread: all in one call, or one by one when traced."""
+        rows, work, layer = space.plan.rows, space.work, space.layer
+        space.cpu_us = 0.0
+        space.ran.clear()
+        n = space.n_cpu = len(space.plan.cpu)
+        positions, records = space.positions[:n], space.records[:n]
+        work.host_positions = positions
+        if not n:
+            return
+        take_records(self.addresses[space.index], work.dispatch.expert_ids, rows[CPU, :n], positions, records)
+        run, rest = self._runs[space.index], (work.dispatch, work.host_hidden, work.host_rows)
+        if space.traced:
+            self._compute_one_by_one(
+                space, lambda at: run(layer.spec, records[at : at + 1], positions[at : at + 1], *rest)
+            )
+            return
+        start_ns = perf_counter_ns()
+        run(layer.spec, records, positions, *rest)
+        space.cpu_us = (perf_counter_ns() - start_ns) * 1e-3
+
+    def _compute_one_by_one(self, space: CallSpace, run: Callable[[int], None]) -> None:
+        """`compute` with a record for each expert."""
+        ids, n_tokens = space.demand.expert_ids, space.demand.n_tokens
+        for at, position in enumerate(space.plan.cpu):
+            start_us = perf_counter_ns() * 1e-3
+            run(at)
+            end_us = perf_counter_ns() * 1e-3
+            space.cpu_us += end_us - start_us
+            space.ran.append(
+                TaskRecord("cpu", "cpu_expert", space.index, int(ids[position]), int(n_tokens[position]), 0, start_us,
+                           end_us, space.step)
+            )  # fmt: skip
+
+    def combine(self, space: CallSpace) -> torch.Tensor:
+        """Waits for the accelerator; the layer's output, float32 [T, H] or as the hidden states are.
+
+        It is on the accelerator's device if that computed some of it, else on the host; a norm over the experts'
+        outputs runs where its weights are. Raises LaneError, with the story of the experts, where the lane failed.
+        """
+        queue, work = self._queue_of[space.index], space.work
+        on_device = work.transform is not None and work.hidden.device.type != "cpu"
+        if queue is None or not (space.ends or on_device):
+            return combine_on_host(work)
+        try:
+            return queue.accelerator.combine(work, space.ends)
+        except LaneError as error:
+            raise with_story(error, self._planner, space.index, failed_experts(space)) from error
+
+    def unit_of(self, layer: int) -> int:
+        """The number of the layer's accelerator."""
+        queue = self._queue_of[layer]
+        return 0 if queue is None else queue.unit
+
+
+def _runner_of(layer: Layer) -> Callable[..., None]:
+    """`run` of the layer's backend; without its checks where there is such a way: what is given here fits."""
+    backend = layer.backend
+    if isinstance(backend, NumbaBackend):
+        return backend.run_trusted
+    return lambda *arguments: None if backend is None else backend.run(*arguments)

@@ -1,0 +1,128 @@
+"""What has ended, told once: copies and layers to the planner, times to the counters, records to the timeline."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu_kernels import LaneError
+from hybrimoe.runtime.layer_call.failures import with_story
+from hybrimoe.runtime.layer_call.routing import CallSpace
+from hybrimoe.runtime.layer_call.slots import InFlight, TransferQueue
+from hybrimoe.runtime.layer_call.stats import StatsRecorder
+from scheduler import ObservedTask, Phase
+from scheduler.planner.protocol import LayerPlanner
+from scheduler.records import TaskRecord
+
+OBSERVE_EVERY = 4
+"""Steps from one correction of the costs by observed times to the next."""
+MAX_UNREPORTED = 4
+"""Layers whose accelerator times are still unknown (real devices run behind the host) before the oldest is dropped."""
+
+
+class Reports:
+    """Follows the calls of one precision's experts from `finish` until all of their work is known to have ended.
+
+    `timeline`: the tasks of calls that were traced, in the order in which their ends became known.
+    """
+
+    def __init__(self, planner: LayerPlanner | None, stats: StatsRecorder, queues: Sequence[TransferQueue]) -> None:
+        self._planner, self._stats, self._queues = planner, stats, list(queues)
+        self.timeline: list[TaskRecord] = []
+        self._finished: CallSpace | None = None
+        self._unreported: deque[CallSpace] = deque()
+
+    def collect(self, phase: Phase) -> None:
+        """What has ended since the last call: copies, then the layer before, then work on accelerators.
+
+        Raises LaneError, with the story of its expert, where a copy failed.
+        """
+        for queue in self._queues:
+            pending = queue.pending
+            while pending and pending[0].event.done():
+                self._end_transfer(pending.popleft(), phase)
+        finished, planner = self._finished, self._planner
+        if finished is not None and planner is not None:
+            self._finished = None
+            observing = not finished.step % OBSERVE_EVERY and finished.cpu_us > 0.0
+            planner.end_layer(finished.index, self._observed_on_cpu(finished, planner) if observing else ())
+        unreported = self._unreported
+        while unreported and unreported[0].ends[-1].done():  # a lane ends its work in the order of submission
+            self._end_work(unreported.popleft())
+        while len(unreported) > MAX_UNREPORTED and not unreported[0].traced:
+            unreported.popleft()
+
+    def forget(self, space: CallSpace) -> None:
+        """The space is filled anew: what its layer's last call left unreported stays unknown."""
+        if space in self._unreported:
+            self._unreported.remove(space)
+        space.ends.clear()
+        space.sent.clear()
+
+    def finish(self, space: CallSpace) -> None:
+        """The call's result is there: the next `collect` tells the planner of it."""
+        self._finished = space
+        space.release()
+        space.counters.cpu_us += space.cpu_us
+        if space.traced:
+            self.timeline += space.ran
+        if space.ends:
+            self._unreported.append(space)
+
+    def _end_transfer(self, item: InFlight, phase: Phase) -> None:
+        """A copy has ended."""
+        move = item.transfer
+        try:
+            us = item.took_us()
+        except LaneError as error:
+            raise with_story(error, self._planner, move.layer, (move.expert,)) from error
+        self._stats.counters[phase][move.layer].link_us += us
+        if item.traced:
+            self.timeline.append(item.record())
+        if self._planner is not None:
+            self._planner.end_transfer(move.layer, move.expert, move.slot, us)
+
+    def _end_work(self, space: CallSpace) -> None:
+        """A layer's work on the accelerator has ended: recorded if traced, and in some steps it corrects the costs."""
+        accel_us = 0.0
+        for end in space.ends:
+            start_us, end_us = end.span_us()
+            accel_us += end_us - start_us
+        space.counters.accel_us += accel_us
+        if space.traced:
+            self._record_work(space)
+        if self._planner is not None and not space.step % OBSERVE_EVERY:
+            n_tokens = space.demand.n_tokens[[position for positions in space.sent for position in positions]].tolist()
+            us = share_out(accel_us, n_tokens, partial(self._planner.costs.accel_us, space.index))
+            self._planner.observe(ObservedTask("accel", space.index, n_tokens[0], us))
+        space.ends.clear()
+        space.sent.clear()
+
+    def _record_work(self, space: CallSpace) -> None:
+        """The timeline's entries of work on the accelerator, which a traced call submits expert by expert."""
+        ids, n_tokens = space.demand.expert_ids, space.demand.n_tokens
+        for end, (position,) in zip(space.ends, space.sent, strict=True):
+            self.timeline.append(
+                TaskRecord("accel", "accel_expert", space.index, int(ids[position]), int(n_tokens[position]), 0,
+                           *end.span_us(), space.step, space.unit)
+            )  # fmt: skip
+
+    def _observed_on_cpu(self, space: CallSpace, planner: LayerPlanner) -> tuple[ObservedTask, ...]:
+        """The CPU lane's time of one expert, for the steps that correct the costs."""
+        n_tokens = space.demand.n_tokens[space.positions[: space.n_cpu]].tolist()
+        us = share_out(space.cpu_us, n_tokens, partial(planner.costs.cpu_us, space.index))
+        return (ObservedTask("cpu", space.index, n_tokens[0], us),)
+
+
+def share_out(
+    total_us: float, n_tokens: list[int], cost_us: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]
+) -> float:
+    """us of the first of several experts that took `total_us` together, in proportion to predicted costs."""
+    if min(n_tokens) == max(n_tokens):
+        return total_us / len(n_tokens)
+    predicted = cost_us(np.asarray(n_tokens, np.int64))
+    return float(total_us * predicted[0] / predicted.sum())

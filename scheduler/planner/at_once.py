@@ -1,0 +1,333 @@
+"""A layer of a decode step of policy ``ours`` in one compiled call: from its routing to pinned slots and transfers.
+
+It is what ``Planner.decide`` does piece by piece, for a demand of few tokens: follow the forecast, balance, take slots,
+start transfers, pin, prefetch. A test holds both to the same plans. What the call works on is written down once, as a
+vector of addresses (``Desk``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.balancing.problem import ACCEL, COUNT, CPU, LINK, TRANSFER
+from scheduler.cache.value import WORTHLESS, ValueCache
+from scheduler.compiled import compiled
+from scheduler.demand import Demand
+from scheduler.errors import SchedulerError
+from scheduler.forecast.affinity import MAX_ACTIVE, SOURCE_LAYERS
+from scheduler.forecast.use_model import take_turn
+from scheduler.forecast.value_model import CANDIDATES, MAX_SURE, N_BINS, follow_layer, saving_us, sure_absent
+from scheduler.machine.costs import CostModel
+from scheduler.plan import Transfer
+from scheduler.planner.decide import EVICTED, REUSE, SLOT, decide_by_value, pick_slot
+from scheduler.planner.movement import MAX_PREFETCHES, Movement
+from scheduler.planner.plan_view import PlanView
+from scheduler.prefetch.value import ValuePrefetch
+from scheduler.slots import FREE, IN_FLIGHT, NO_KEY, PINNED, RESIDENT
+from scheduler.views import floats_at, ids_at, ints_at, singles_at
+
+Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int32]
+
+(N_LAYERS, N_EXPERTS, N_SLOTS, N_KINDS, N_GRID, N_STEPS, DISTANCE, LOOKAHEAD, SLOT_OF, KEY_OF, STATE, PINS, ARRIVAL,
+ FLIGHT, KEEP, CPU_US, ACCEL_US, LINK_US, KIND, DRIFT, RATES, ROUTES, OWN_ODDS, ODDS, AHEAD, NEXT_TOKEN, SAME_TOKEN,
+ SEEN, EVEN, FORETOLD, BINS, SHARED_BINS, N_LISTED, LISTED, CELLS, CHANCES, SURE_KEYS, SURE_CHANCES, PARAMS, NUMBERS,
+ FIXED, LANES, TABLE, ROWS, GAINS, ADMITTED, AWAITED, FETCHED, FETCH_GAINS, DESK_SIZE) = range(50)  # fmt: skip
+"""Places of a desk int64[DESK_SIZE]: sizes, then addresses."""
+LINK_WITH_CPU, DENSE_US, CERTAINTY, PRICE, N_NUMBERS = range(5)
+"""Places of the desk's NUMBERS. PRICE: of a prefetch, as a share of a transfer's time."""
+FETCHED_KEY, FETCHED_SLOT, FETCHED_EVICTED = range(3)
+"""Rows of the desk's FETCHED int64[3, MAX_PREFETCHES]."""
+HANDS_ON: Final = -1
+"""Number of prefetches where nothing was started: one expert of the plan takes over the slot of another."""
+
+
+@compiled
+def follow_at_once(
+    desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, ids: Ids, n_tokens: Ids, given: Ids,
+    scores: Singles,
+) -> None:  # fmt: skip
+    """``ValueModel.follow`` of few tokens."""
+    n_layers, n_experts, n_kinds = desk[N_LAYERS], desk[N_EXPERTS], desk[N_KINDS]
+    by_layer, weights = (n_layers, n_experts), (n_layers, SOURCE_LAYERS, n_experts, n_experts)
+    seen = floats_at(desk[SEEN], n_layers)
+    since, target = take_turn(layer, n_total, True, desk[DISTANCE], seen, ints_at(desk[FORETOLD], n_layers))
+    rates = floats_at(desk[RATES] + 8 * 3 * n_experts * layer, 3 * n_experts).reshape((3, n_experts))
+    cpu = floats_at(desk[CPU_US], n_kinds * desk[N_GRID]).reshape((n_kinds, desk[N_GRID]))
+    accel = floats_at(desk[ACCEL_US], n_kinds * desk[N_GRID]).reshape((n_kinds, desk[N_GRID]))
+    n_bins, n_listed = N_BINS * N_BINS, n_layers * CANDIDATES
+    follow_layer(
+        layer, target, ids, n_tokens, n_total, now, run, since, seen[layer], floats_at(desk[EVEN], n_layers)[layer],
+        True, horizon, cpu, accel, ints_at(desk[KIND], n_layers), floats_at(desk[DRIFT], 3),
+        ints_at(desk[SLOT_OF], n_layers * n_experts), given, scores, floats_at(desk[KEEP], n_layers * n_experts), rates,
+        ids_at(desk[ROUTES], desk[N_STEPS] * n_layers * MAX_ACTIVE).reshape((desk[N_STEPS], n_layers, MAX_ACTIVE)),
+        singles_at(desk[OWN_ODDS], desk[N_STEPS] * n_layers * n_experts).reshape((desk[N_STEPS], n_layers, n_experts)),
+        singles_at(desk[ODDS], n_layers * n_experts).reshape(by_layer),
+        singles_at(desk[AHEAD], n_layers * n_experts).reshape(by_layer),
+        singles_at(desk[NEXT_TOKEN], n_layers * SOURCE_LAYERS * n_experts * n_experts).reshape(weights),
+        singles_at(desk[SAME_TOKEN], n_layers * SOURCE_LAYERS * n_experts * n_experts).reshape(weights),
+        floats_at(desk[BINS], n_layers * 2 * n_bins).reshape((n_layers, 2, n_bins)),
+        floats_at(desk[SHARED_BINS], 2 * n_bins).reshape((2, n_bins)), ints_at(desk[N_LISTED], n_layers),
+        ints_at(desk[LISTED], n_listed).reshape((n_layers, CANDIDATES)),
+        ints_at(desk[CELLS], n_listed).reshape((n_layers, CANDIDATES)),
+        floats_at(desk[CHANCES], n_listed).reshape((n_layers, CANDIDATES)),
+    )  # fmt: skip
+
+
+@compiled
+def receive(slot: int, key: int, slot_of: Ints, key_of: Ints, state: Ints) -> int:
+    """``SlotTable.begin_transfer`` into a slot that ``pick_slot`` found. Returns the evicted key, -1 for none."""
+    old = key_of[slot]
+    if old >= 0:
+        slot_of[old] = -1
+    key_of[slot], slot_of[key], state[slot] = key, slot, IN_FLIGHT
+    return int(old)
+
+
+@compiled
+def decide_at_once(
+    desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, n_flight: int, cpu_ready_us: float,
+    accel_ready_us: float, link_ready_us: float, ids: Ids, n_tokens: Ids, given: Ids, scores: Singles,
+) -> tuple[float, float, int, int]:  # fmt: skip
+    """Decides on a layer and performs that in the slot table; the plan is then in the desk's ROWS, and beside it GAINS
+    and ADMITTED of its transfers, AWAITED of its accelerated experts, FETCHED and FETCH_GAINS of its prefetches.
+
+    given, scores: the gate's prediction for the layer that is forecast next. n_flight: the slots in flight, in FLIGHT
+    in link order. Returns (makespan in us, share of it during which the link works, number of awaited experts, of
+    prefetches or HANDS_ON). In the latter case the forecast has followed the layer, and nothing else has happened.
+    """
+    follow_at_once(desk, layer, n_total, now, run, horizon, ids, n_tokens, given, scores)
+    n_layers, n_experts, n_slots, n = desk[N_LAYERS], desk[N_EXPERTS], desk[N_SLOTS], ids.size
+    numbers, drift, kind = floats_at(desk[NUMBERS], N_NUMBERS), floats_at(desk[DRIFT], 3), ints_at(desk[KIND], n_layers)
+    slot_of, key_of = ints_at(desk[SLOT_OF], n_layers * n_experts), ints_at(desk[KEY_OF], n_slots)
+    state, pins = ints_at(desk[STATE], n_slots), ints_at(desk[PINS], n_slots)
+    keep, arrival = floats_at(desk[KEEP], n_layers * n_experts), floats_at(desk[ARRIVAL], n_slots)
+    transfer_us = floats_at(desk[LINK_US], n_layers)[layer] * drift[2] / numbers[LINK_WITH_CPU]
+    flight = ints_at(desk[FLIGHT], n_slots)
+    for i in range(n_flight):  # the link is in order: the last one lands when it gets free
+        arrival[flight[i]] = max(link_ready_us - (n_flight - 1 - i) * transfer_us, 0.0)
+    ready = floats_at(desk[LANES] + 8 * 3 * layer, 3)
+    ready[CPU], ready[ACCEL], ready[LINK] = cpu_ready_us, accel_ready_us, link_ready_us
+    scales = np.empty(3)
+    scales[CPU], scales[ACCEL], scales[TRANSFER] = drift[CPU], drift[ACCEL], transfer_us
+    plan, table = ints_at(desk[ROWS], 5 * (n + 1)).reshape((5, n + 1)), floats_at(desk[TABLE], 5 * n).reshape((5, n))
+    cpu_us = floats_at(desk[CPU_US] + 8 * desk[N_GRID] * kind[layer], desk[N_GRID])
+    accel_us = floats_at(desk[ACCEL_US] + 8 * desk[N_GRID] * kind[layer], desk[N_GRID])
+    first_key = layer * n_experts
+    makespan_us = decide_by_value(
+        floats_at(desk[PARAMS], 2), ids, n_tokens, first_key, first_key + n_experts, -1, cpu_us, accel_us, scales,
+        ready, slot_of, key_of, state, pins, arrival, keep, keep, table, plan,
+    )  # fmt: skip
+    for i in range(plan[TRANSFER, COUNT]):
+        if plan[EVICTED, plan[TRANSFER, i]] == REUSE:
+            return makespan_us, 0.0, 0, HANDS_ON
+    awaited = ints_at(desk[AWAITED], n)
+    n_awaited = 0
+    for i in range(plan[ACCEL, COUNT]):
+        slot = plan[SLOT, plan[ACCEL, i]]
+        if state[slot] == IN_FLIGHT and key_of[slot] == first_key + ids[plan[ACCEL, i]]:
+            awaited[n_awaited] = plan[ACCEL, i]
+            n_awaited += 1
+    gains, admitted = floats_at(desk[GAINS], n), ints_at(desk[ADMITTED], n)
+    saved_us = _saved_us(desk, layer)
+    for i in range(plan[TRANSFER, COUNT]):
+        position = plan[TRANSFER, i]
+        key, tokens = first_key + ids[position], n_tokens[position]
+        gains[i] = cpu_us[tokens] * drift[CPU] - accel_us[tokens] * drift[ACCEL]
+        admitted[i] = keep[key] >= WORTHLESS * saved_us
+        receive(plan[SLOT, position], key, slot_of, key_of, state)
+    for i in range(plan[ACCEL, COUNT]):
+        slot = plan[SLOT, plan[ACCEL, i]]
+        pins[slot] += 1
+        if state[slot] == RESIDENT:
+            state[slot] = PINNED
+    link_us = plan[TRANSFER, COUNT] * transfer_us
+    link_share = min((link_ready_us + link_us) / makespan_us, 1.0) if makespan_us > 0.0 else 0.0
+    idle_us = makespan_us + numbers[DENSE_US] - (link_ready_us + link_us)
+    n_fetched = 0
+    if idle_us > 0.0 and desk[LOOKAHEAD] > 0:
+        n_fetched = prefetch_at_once(desk, layer, idle_us, transfer_us, saved_us)
+    return makespan_us, link_share, n_awaited, n_fetched
+
+
+@compiled
+def prefetch_at_once(desk: Ints, layer: int, idle_us: float, transfer_us: float, saved_us: float) -> int:
+    """``Movement.start_prefetches`` of what ``ValuePrefetch`` proposes for few tokens. Returns how many it started."""
+    n_layers, n_experts, n_slots = desk[N_LAYERS], desk[N_EXPERTS], desk[N_SLOTS]
+    numbers, fixed = floats_at(desk[NUMBERS], N_NUMBERS), ints_at(desk[FIXED], n_layers)
+    slot_of, key_of = ints_at(desk[SLOT_OF], n_layers * n_experts), ints_at(desk[KEY_OF], n_slots)
+    state, pins, keep = ints_at(desk[STATE], n_slots), ints_at(desk[PINS], n_slots), floats_at(desk[KEEP], slot_of.size)
+    limit = MAX_PREFETCHES
+    if transfer_us > 0.0:
+        limit = math.ceil(min(idle_us / transfer_us, float(MAX_PREFETCHES)))
+    keys, chances = ints_at(desk[SURE_KEYS], MAX_SURE), floats_at(desk[SURE_CHANCES], MAX_SURE)
+    n_sure = sure_absent(
+        layer, min(layer + desk[DISTANCE], n_layers - 1), numbers[CERTAINTY], ints_at(desk[N_LISTED], n_layers),
+        ints_at(desk[LISTED], n_layers * CANDIDATES).reshape((n_layers, CANDIDATES)),
+        floats_at(desk[CHANCES], n_layers * CANDIDATES).reshape((n_layers, CANDIDATES)), slot_of, n_experts, keys,
+        chances,
+    )  # fmt: skip
+    if n_sure == 0:
+        return 0
+    fetched = ints_at(desk[FETCHED], 3 * MAX_PREFETCHES).reshape((3, MAX_PREFETCHES))
+    gains, nobody = floats_at(desk[FETCH_GAINS], MAX_PREFETCHES), np.zeros(n_slots, np.bool_)
+    price_us = numbers[PRICE] * transfer_us
+    started = 0
+    for i in range(min(n_sure, limit)):
+        key, gain_us = keys[i], chances[i] * saved_us - price_us
+        target = key // n_experts
+        if fixed[target]:
+            continue
+        first_key = target * n_experts
+        slot = pick_slot(key_of, state, pins, keep, nobody, first_key, first_key + n_experts, -1)
+        if slot < 0:
+            continue
+        loss_us = 0.0 if state[slot] == FREE else keep[key_of[slot]]
+        if gain_us + keep[key] > loss_us:
+            fetched[FETCHED_KEY, started], fetched[FETCHED_SLOT, started] = key, slot
+            fetched[FETCHED_EVICTED, started] = receive(slot, key, slot_of, key_of, state)
+            gains[started] = gain_us
+            started += 1
+    return started
+
+
+@compiled
+def _saved_us(desk: Ints, layer: int) -> float:
+    """us that one use of a resident of the layer saves for one token."""
+    n_kinds, n_grid = desk[N_KINDS], desk[N_GRID]
+    cpu = floats_at(desk[CPU_US], n_kinds * n_grid).reshape((n_kinds, n_grid))
+    accel = floats_at(desk[ACCEL_US], n_kinds * n_grid).reshape((n_kinds, n_grid))
+    return saving_us(cpu, accel, ints_at(desk[KIND], desk[N_LAYERS])[layer], floats_at(desk[DRIFT], 3))
+
+
+def int32s(array: npt.NDArray[Any]) -> Ids:
+    """A contiguous writable int32 array: the one type that the compiled decision knows."""
+    if array.dtype == np.int32 and array.flags.carray:
+        return array
+    return np.array(array, np.int32)
+
+
+class Desk:
+    """What ``decide_at_once`` works on, of one planner, and how its answer becomes a plan.
+
+    Made anew when the number of slots changes. ``cache`` and ``prefetch`` share ``cache.model``. ``params`` float64[2]:
+    of balance ``value``; ``lanes`` float64[n_layers, 3]: when each lane gets free, as of the layer's latest decision.
+    """
+
+    def __init__(
+        self, movement: Movement, cache: ValueCache, prefetch: ValuePrefetch, costs: CostModel, params: Floats,
+        lanes: Floats,
+    ) -> None:  # fmt: skip
+        self.movement, self.model = movement, cache.model
+        slots, model, use, setting = movement.slots, cache.model, cache.model.use, cache.setting
+        self._residency, self._setting = model.residency, setting
+        self._flight = np.zeros(slots.n_slots, np.int64)
+        self._rows = np.zeros(5 * (MAX_ACTIVE + 1), np.int64)
+        self._gains, self._admitted = np.zeros(MAX_ACTIVE), np.zeros(MAX_ACTIVE, np.int64)
+        self._awaited = np.zeros(MAX_ACTIVE, np.int64)
+        self._fetched, self._fetch_gains = np.zeros((3, MAX_PREFETCHES), np.int64), np.zeros(MAX_PREFETCHES)
+        numbers = np.zeros(N_NUMBERS)
+        numbers[LINK_WITH_CPU], numbers[DENSE_US] = costs.link_with_cpu, costs.dense_us
+        numbers[CERTAINTY], numbers[PRICE] = prefetch.certainty, prefetch.link_share
+        fixed = np.array(movement.fixed, np.int64)
+        link_us = np.asarray(costs.link_us[costs.kind])
+        self._words = np.zeros(DESK_SIZE, np.int64)
+        words = self._words
+        words[[N_LAYERS, N_EXPERTS, N_SLOTS]] = slots.n_layers, slots.n_experts, slots.n_slots
+        words[[N_KINDS, N_GRID]] = costs.cpu_grid.shape
+        words[[N_STEPS, DISTANCE, LOOKAHEAD]] = len(use.routes), model.distance, setting.lookahead
+        self._kept: dict[int, npt.NDArray[Any]] = {
+            SLOT_OF: slots.slot_of, KEY_OF: slots.key_of, STATE: slots.state, PINS: slots.pins,
+            ARRIVAL: movement.arrival, FLIGHT: self._flight, KEEP: cache.keep, CPU_US: costs.cpu_grid,
+            ACCEL_US: costs.accel_grid, LINK_US: link_us, KIND: costs.kind, DRIFT: costs.drift, RATES: use.rates,
+            ROUTES: use.routes, OWN_ODDS: use.own, ODDS: use.odds, AHEAD: use.ahead, NEXT_TOKEN: use.next_token,
+            SAME_TOKEN: use.same_token, SEEN: use.seen, EVEN: use.even, FORETOLD: use.foretold, BINS: model.own,
+            SHARED_BINS: model.shared, N_LISTED: model.n_listed, LISTED: model.listed, CELLS: model.cells,
+            CHANCES: model.chances, SURE_KEYS: model.sure_keys, SURE_CHANCES: model.sure_chances, PARAMS: params,
+            NUMBERS: numbers, FIXED: fixed, LANES: lanes, TABLE: np.zeros(5 * MAX_ACTIVE), ROWS: self._rows,
+            GAINS: self._gains, ADMITTED: self._admitted, AWAITED: self._awaited, FETCHED: self._fetched,
+            FETCH_GAINS: self._fetch_gains,
+        }  # fmt: skip
+        for place, array in self._kept.items():
+            assert array.flags.c_contiguous
+            words[place] = array.ctypes.data
+        self._views = [self._rows[: 5 * (n + 1)].reshape(5, n + 1) for n in range(MAX_ACTIVE + 1)]
+        self._nothing = np.empty(0, np.int32), np.empty(0, np.float32)
+
+    def __reduce__(self) -> NoReturn:
+        """A copy would decide on the original's arrays."""
+        raise SchedulerError("a planner of policy ours cannot be copied or pickled: make a new one")
+
+    def decide(
+        self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float, plan: PlanView
+    ) -> tuple[Ints, list[int], float] | None:
+        """Fills ``plan`` and performs it in the slot table.
+
+        Returns (the pinned slots, those of them whose expert leaves with the layer, share of the makespan during which
+        the link works), slots numbered as inside. None where one expert takes over another's slot: the forecast has
+        then followed the demand, and the rest is to be done piece by piece.
+        """
+        layer, use, movement = demand.layer, self.model.use, self.movement
+        ids, n_tokens = demand.expert_ids, demand.n_tokens
+        if ids.dtype != np.int32 or n_tokens.dtype != np.int32:
+            ids, n_tokens = int32s(ids), int32s(n_tokens)
+        given, scores = self._nothing
+        target = layer + self.model.distance
+        for prediction in demand.predictions:
+            if prediction.layer == target:
+                given, scores = prediction.expert_ids, prediction.scores
+        n_flight = len(movement.in_flight)
+        if n_flight:
+            self._flight[:n_flight] = list(movement.in_flight.values())
+        makespan_us, link_share, n_awaited, n_fetched = decide_at_once(
+            self._words, layer, demand.n_tokens_total, use.now, use.run - 1, self._residency.horizon, n_flight,
+            cpu_ready_us, accel_ready_us, link_ready_us, ids, n_tokens, given, scores,
+        )  # fmt: skip
+        if n_fetched == HANDS_ON:
+            return None
+        rows = self._views[ids.size]
+        table = movement.slots
+        slots = plan.take(rows, makespan_us, table.first_slot)
+        leaving: list[int] = []
+        if n_awaited:
+            plan.awaited = self._awaited[:n_awaited].tolist()
+        if plan.moved:
+            plan.transfers = self._started(demand, plan, leaving)
+        table.events.append(("pin", slots, NO_KEY))
+        if n_fetched:
+            plan.prefetches = self._prefetched(n_fetched)
+        if table.validating:
+            table.validate()
+        return np.array(slots, np.int64), leaving, link_share
+
+    def _started(self, demand: Demand, plan: PlanView, leaving: list[int]) -> list[Transfer]:
+        """The demand transfers; ``leaving``: slots of those that are not admitted."""
+        movement, first_key = self.movement, demand.layer * self.movement.slots.n_experts
+        ids, started = demand.expert_ids.tolist(), []
+        slot_of, evicted = plan.slot_of, plan.evicted
+        for position, gain_us, admitted in zip(plan.moved, self._gains.tolist(), self._admitted.tolist(), strict=False):
+            key, slot = first_key + ids[position], slot_of[position]
+            movement.slots.events.append(("begin_transfer", slot, key))
+            started.append(movement.under_way(slot, key, evicted[position], "demand", gain_us, bool(admitted)))
+            if not admitted:
+                leaving.append(slot)
+        if self._setting.step >= 0:
+            self._residency.transferred(len(started))
+        return started
+
+    def _prefetched(self, n: int) -> list[Transfer]:
+        keys, slots, evicted = self._fetched[:, :n].tolist()
+        gains = self._fetch_gains[:n].tolist()
+        if self._setting.step >= 0:
+            self._residency.transferred(n)
+        movement, started = self.movement, []
+        for key, slot, old, gain_us in zip(keys, slots, evicted, gains, strict=True):
+            movement.slots.events.append(("begin_transfer", slot, key))
+            started.append(movement.under_way(slot, key, old, "prefetch", gain_us, True))
+        return started
