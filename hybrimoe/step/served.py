@@ -56,11 +56,10 @@ class ServedStep:
         raise NotImplementedError
 
     def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
-        """Logits [1, V] after new tokens of one sequence, for callers that hold plain numbers and a cache; None where the
-        model's forward must be called.
+        """Logits [1, V] after new tokens of one sequence; None where the model's forward must be called.
 
-        drafted: the tokens after the first are guesses about the next decode steps, and the logits are those after each
-        of the n tokens, [n, V].
+        The short way of `answer` for callers that hold plain numbers and a cache. drafted: the tokens after the first
+        are guesses about the next decode steps, and the logits are those after each of the n tokens, [n, V].
         """
         return None
 
@@ -146,5 +145,5 @@ class ServedStep:
 
     @property
     def untimed(self) -> list[BoundLayers]:
-        """The programs whose work is in no module that is a part of the model on its own (`generation.module_parts`)."""
+        """The programs whose work is in no module that a profile times by itself (`generation.module_parts`)."""
         return self.programs
