@@ -118,7 +118,7 @@ def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Atte
     sinks = getattr(module, "sinks", None)
     plain = _heads(
         call, found, output=output, n_heads=n_heads, n_kv_heads=n_kv_heads, dim=dim, v_dim=v_dim, cache=cache,
-        scale=float(getattr(module, "scaling", dim**-0.5)), sight=_sight(trace, module, layer),
+        scale=float(getattr(module, "scaling", dim**-0.5)), sight=_sight(trace, call, layer),
         sinks=array(sinks) if isinstance(sinks, torch.Tensor) else None,
         clip=float(getattr(module.config, "clip_qkv", None) or NO_CLIP),
     )  # fmt: skip
@@ -165,15 +165,21 @@ def _cache_number(call: Call) -> int:
     return number
 
 
-def _sight(trace: Trace, module: Any, layer: Any) -> Sight:
-    """What tokens look at. A model's own kind of cache does not know of windows; the configuration does."""
+def _sight(trace: Trace, call: Call, layer: Any) -> Sight:
+    """What tokens look at. A model's own kind of cache does not know of windows; the configuration does.
+
+    Raises NotCompiled for a window that has moved in the recorded step: what left it cannot be compared.
+    """
+    module: Any = call.module
     if type(trace.cache) is not DynamicCache:
         return Sight(int(getattr(module.config, "sliding_window", None) or 0))
     if not getattr(layer, "is_sliding", False):
         return Sight()
+    window = int(layer.sliding_window)
+    if window <= trace.token_ids.shape[1]:
+        raise NotCompiled(f"{call.path}: its window of {window} tokens is shorter than the comparison")
     kinds = getattr(module.config, "layer_types", None) or []
-    in_blocks = len(kinds) > module.layer_idx and kinds[module.layer_idx] == "chunked_attention"
-    return Sight(int(layer.sliding_window), in_blocks)
+    return Sight(window, len(kinds) > module.layer_idx and kinds[module.layer_idx] == "chunked_attention")
 
 
 def _tuning(module: Any) -> Tuning | None:

@@ -87,7 +87,7 @@ LONG = 24
 VARIANTS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"q_lora_rank": None, "v_head_dim": 16, "qk_rope_head_dim": 4},
     "deepseek_v3": {"rope_interleave": False, "v_head_dim": 16, "kv_lora_rank": 24, "n_group": 4, "topk_group": 2},
-    "llama4": {"attention_chunk_size": 8, "floor_scale": 4, "attn_scale": 0.5, "num_experts_per_tok": 2,
+    "llama4": {"attention_chunk_size": 12, "floor_scale": 4, "attn_scale": 0.5, "num_experts_per_tok": 2,
                "no_rope_layers": [1, 0], "use_qk_norm": True},
     "gpt_oss": {},
 }  # fmt: skip
@@ -163,3 +163,12 @@ def test_what_only_shows_far_on_is_refused(family: str) -> None:
     injection = hybrimoe.inject(tiny_model(family), accelerator="none", expert_dtype="float32")
     way = injection.explain().ways["model.layers.1"]  # in Beam the layer whose queries grow; layer 0 has a window
     assert way.startswith(("mlp compiled", "transformers"))
+
+
+def test_a_window_that_moves_in_the_comparison_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = FAMILIES["gpt_oss"]
+    small = dataclasses.replace(known, overrides=known.overrides | {"sliding_window": 8})
+    monkeypatch.setitem(FAMILIES, "gpt_oss", small)
+    injection = hybrimoe.inject(tiny_model("gpt_oss"), accelerator="none", expert_dtype="float32")
+    ways = injection.explain().ways
+    assert any("its window of 8 tokens is shorter than the comparison" in way for way in ways.values()), ways
