@@ -27,10 +27,11 @@ def open_accelerator(name: str = "auto", *, backend: str = "auto", pacing: Pacin
     if name == "auto":
         found = auto_device()
         return None if found is None else TorchAccelerator(found)
-    return TorchAccelerator(_existing_device(name))
+    return TorchAccelerator(existing_device(name))
 
 
-def _existing_device(name: str) -> torch.device:
+def existing_device(name: str) -> torch.device:
+    """The torch device of an accelerator on this machine, with its index. Raises DeviceNotFoundError for any other."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

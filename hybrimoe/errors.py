@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DeviceError",
+    "FileError",
     "HybriMoEError",
     "MissingExtraError",
     "ModelError",
@@ -68,6 +69,10 @@ class BudgetError(HybriMoEError, ValueError):
 
 class PromptError(HybriMoEError, ValueError):
     """A prompt that cannot be generated from: empty, or longer than the context."""
+
+
+class FileError(HybriMoEError):
+    """A file or folder that a command was given and that cannot be read or written."""
 
 
 class MissingExtraError(HybriMoEError, ImportError):

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 TransferKind = Literal["demand", "prefetch", "warmup"]
+Placement = Literal["hybrid", "cpu", "accelerator"]
+"""Where a layer's experts may run: on both lanes, or on one of them only."""
+
 LaneName = Literal["cpu", "accel", "link"]
 
 

@@ -1,6 +1,8 @@
 """A plain quantised linear layer from the same tiles as the experts: attention projections, lm_head."""
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,9 +13,12 @@ from cpu_kernels.errors import KernelError, LayoutError
 from cpu_kernels.format.layout import PAD, matrix_bytes, padded
 from cpu_kernels.format.pack import pack_matrix, record_tensor, unpack_matrix
 from cpu_kernels.format.spec import DTYPES, ExpertDtype
+from cpu_kernels.host.threads import torch_threads
 
-UNPACKED_ROWS = 16 * PAD
-"""Rows that `unpack_linear_blocks` dequantises at once: with 4096 columns 16 MiB of float32."""
+FLOAT_ROWS = 16 * PAD
+"""Rows that are float32 at once where a matrix is packed or unpacked: with 4096 columns 16 MiB."""
+MAX_PACKERS = 8
+"""Threads that pack a matrix: beyond it, memory decides."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,26 @@ class LinearSpec:
 
 
 def pack_linear(spec: LinearSpec, weight: torch.Tensor, out: np.ndarray) -> None:
-    """Writes a float matrix [out_features, in_features] into the record `out` (uint8[spec.record_bytes])."""
+    """Writes a float matrix [out_features, in_features] into the record `out` (uint8[spec.record_bytes]).
+
+    A few rows at a time on several threads: the matrix is never whole in float32. Raises LayoutError for a wrong shape
+    or buffer, and for weights that are not finite.
+    """
     if tuple(weight.shape) != (spec.out_features, spec.in_features) or not weight.is_floating_point():
         raise LayoutError(
             f"expected a float matrix {[spec.out_features, spec.in_features]}, found {weight.dtype}{list(weight.shape)}"
         )
-    pack_matrix(weight, spec.dtype, "linear", record_tensor(spec.record_bytes, out))
+    data, columns = record_tensor(spec.record_bytes, out), padded(spec.in_features)
+
+    def pack_rows(start: int) -> None:
+        end = min(start + FLOAT_ROWS, padded(spec.out_features))
+        first, last = (matrix_bytes(row, columns, spec.dtype) for row in (start, end))
+        with torch_threads(1):
+            pack_matrix(weight[start:end], spec.dtype, "linear", data[first:last])
+
+    starts = range(0, spec.out_features, FLOAT_ROWS)
+    with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1, MAX_PACKERS)) as pool:
+        list(pool.map(pack_rows, starts))
 
 
 def unpack_linear(spec: LinearSpec, record: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -55,12 +74,12 @@ def unpack_linear(spec: LinearSpec, record: np.ndarray | torch.Tensor) -> torch.
 def unpack_linear_blocks(spec: LinearSpec, record: np.ndarray | torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """`unpack_linear` a few rows at a time, so that the float matrix is never whole.
 
-    Yields (first row, float32 [up to UNPACKED_ROWS, in_features]) in the order of the rows.
+    Yields (first row, float32 [up to FLOAT_ROWS, in_features]) in the order of the rows.
     """
     data = record_tensor(spec.record_bytes, record)
     columns = padded(spec.in_features)
-    for start in range(0, spec.out_features, UNPACKED_ROWS):
-        rows = min(UNPACKED_ROWS, padded(spec.out_features) - start)
+    for start in range(0, spec.out_features, FLOAT_ROWS):
+        rows = min(FLOAT_ROWS, padded(spec.out_features) - start)
         first, n_bytes = matrix_bytes(start, columns, spec.dtype), matrix_bytes(rows, columns, spec.dtype)
         block = unpack_matrix(data[first : first + n_bytes], rows, columns, spec.dtype)
         yield start, block[: spec.out_features - start, : spec.in_features].float()

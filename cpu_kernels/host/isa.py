@@ -21,6 +21,7 @@ class Isa:
     """A vector path: width, how it multiplies bytes, and how many tokens by vectors of rows a register tile holds.
 
     tiles: (tokens, vectors) from large to small; the last one has 1 token. 64 rows are a multiple of each width.
+    float_tile: a larger one for many tokens and weights in floats, which need no registers but sums, weights and x.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Isa:
     features: tuple[str, ...]  # LLVM feature names that the CPU must have
     tiles: tuple[tuple[int, int], ...]
     about: str
+    float_tile: tuple[int, int] | None = None
 
     @property
     def bf16_dot(self) -> bool:
@@ -55,14 +57,17 @@ _WIDE = ((8, 1), (4, 1), (2, 1), (1, 1))
 # 256 bit: two vectors are one row block, the stream of a single token. More tokens take one, for want of registers.
 _NARROW = ((4, 1), (2, 1), (1, 2))
 _QUARTER = ((4, 1), (2, 2), (1, 4))
+# Sums of 5 tokens by 2 vectors of rows are 10 of 16 registers: a multiply-add waits 4 to 5 cycles for the one before it
+# in its sum, and each vector of weights and each column of a token is loaded for several of them.
+_SIXTEEN = (5, 2)
 
 # In order of preference: the first that the CPU supports runs.
 PATHS: tuple[Isa, ...] = (
     Isa("avx512bf16", 16, "vnni", (*_VNNI, "avx512bf16"), _WIDE, "512-bit vpdpbusd and vdpbf16ps"),
     Isa("avx512vnni", 16, "vnni", _VNNI, _WIDE, "512-bit vpdpbusd"),
     Isa("avx512", 16, "maddubs", _AVX512, _WIDE, "512-bit vpmaddubsw + vpmaddwd"),
-    Isa("avxvnni", 8, "vnni", (*_AVX2, "avxvnni"), _NARROW, "256-bit vpdpbusd (VEX)"),
-    Isa("avx2", 8, "maddubs", _AVX2, _NARROW, "256-bit vpmaddubsw + vpmaddwd"),
+    Isa("avxvnni", 8, "vnni", (*_AVX2, "avxvnni"), _NARROW, "256-bit vpdpbusd (VEX)", _SIXTEEN),
+    Isa("avx2", 8, "maddubs", _AVX2, _NARROW, "256-bit vpmaddubsw + vpmaddwd", _SIXTEEN),
     Isa("portable", 4, "generic", (), _QUARTER, "128-bit vectors, whatever LLVM makes of them"),
 )
 BY_NAME = {path.name: path for path in PATHS}

@@ -69,15 +69,19 @@ class PanelKernel:
     def build(self, isa: Isa) -> ir.Module:
         """LLVM module with `panel`."""
         module = ir.Module(self.name)
-        _panel_function(module, self, isa, [(n, _tile_function(module, self, isa, n, m)) for n, m in isa.tiles])
+        shapes = isa.tiles
+        if isa.float_tile is not None and not is_quantised(self.dtype):
+            shapes = (isa.float_tile, *shapes)
+        tiles = [(n, _tile_function(module, self, isa, n, m)) for n, m in shapes]
+        _panel_function(module, self, isa, tiles, few=isa.tiles[0][0])
         return module
 
 
-def _panel_function(module: ir.Module, kernel: PanelKernel, isa: Isa, tiles: Tiles) -> None:
+def _panel_function(module: ir.Module, kernel: PanelKernel, isa: Isa, tiles: Tiles, few: int) -> None:
     """Row block by row block (a single stream of weights).
 
-    Tokens that fill one tile at most take all columns at once. More tokens take them in parts that stay in L1 while the
-    tiles pass over them. Each tile unpacks int4 codes anew: those instructions go to pipes that products leave idle
+    A few tokens take all columns at once. More tokens take them in parts that stay in L1 while the tiles pass over
+    them. Each tile unpacks int4 codes anew: those instructions go to pipes that products leave idle
     (1.3 cycles a vpdpbusd with and without them; unpacking once a part, into L1, takes 1.5 at 16 tokens; Zen 4).
     """
     arguments = [POINTER, I64, I64, POINTER, I64, POINTER, I64, POINTER]
@@ -86,7 +90,7 @@ def _panel_function(module: ir.Module, kernel: PanelKernel, isa: Isa, tiles: Til
     weights, stride, n_blocks, x, x_stride, row_ids, n_rows, out = panel.args
     s = Simd(ir.IRBuilder(panel.append_basic_block()), isa)
     part_blocks = L1_WEIGHT_BYTES // block_bytes(dtype)
-    is_few = s.b.icmp_signed("<=", n_rows, s.const(tiles[0][0]))
+    is_few = s.b.icmp_signed("<=", n_rows, s.const(few))
     with s.loop(s.const(0), s.const(PANEL_ROWS // BLOCK_ROWS)) as row_block:
         start = s.offset(weights, s.b.mul(row_block, stride))
         place = s.offset(out, s.b.mul(row_block, s.const(4 * BLOCK_ROWS)))

@@ -11,5 +11,10 @@ class PackedFileWarning(UserWarning):
     """The packed experts could not be written, so the next start reads the checkpoint again. Nothing is lost."""
 
 
+class TiedEmbeddingsWarning(UserWarning):
+    """The output layer was taken to be the input embeddings: the checkpoint has no weights for it, and config.json does
+    not say."""
+
+
 class LeftOutWarning(UserWarning):
     """Weights of the checkpoint that its model has no place for were left out; the message says which."""

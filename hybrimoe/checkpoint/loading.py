@@ -1,21 +1,22 @@
 """`load`: configuration -> model on the meta device -> inject -> dense weights -> experts, one by one, into the store.
 
-At no time is there a second copy of the experts: what is in memory is the packed store, the dense weights, and the one
-expert (or, for the few fused checkpoints whose conversion mixes experts, the one layer) that is being packed.
+At no time is there a second copy of a weight: what is in memory is the packed store, the dense weights, and the one
+expert (or, for the few fused checkpoints whose conversion mixes experts, the one layer) or linear layer that is being
+packed. What a later start finds packed on disk it does not read from the checkpoint.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from cpu_kernels.jit.cache_dir import ENV_CACHE
-from hybrimoe.checkpoint import packed
+from hybrimoe.checkpoint import packed, packed_dense
 from hybrimoe.checkpoint.budget import check_disk, check_host_memory
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes, plan_conversions
 from hybrimoe.checkpoint.dense import (
@@ -30,26 +31,26 @@ from hybrimoe.checkpoint.dense import (
 from hybrimoe.checkpoint.dequantise import dequantised
 from hybrimoe.checkpoint.errors import PackedFileWarning
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources
+from hybrimoe.checkpoint.packed_dense import DenseSource
 from hybrimoe.checkpoint.progress import Progress, progress_of
 from hybrimoe.checkpoint.quantisation import read_quantisation
-from hybrimoe.checkpoint.source import (
-    Checkpoint,
-    is_demo,
-    model_directory,
-    open_checkpoint,
-    read_config_dict,
-)
+from hybrimoe.checkpoint.record_file import folders
+from hybrimoe.checkpoint.source import is_demo, model_directory, read_config_dict
 from hybrimoe.checkpoint.stream import pack_experts
+from hybrimoe.checkpoint.tied import tie_where_unsaid
+from hybrimoe.checkpoint.weights import Checkpoint, open_checkpoint
 from hybrimoe.config.deploy import DeployConfig, load_config
-from hybrimoe.dense.place import place_dense
-from hybrimoe.errors import CheckpointError, ConfigError, ModelError
+from hybrimoe.config.runtime import choose_accelerators
+from hybrimoe.dense.place import dense_device, place_dense
+from hybrimoe.dense.records import DenseRecords
+from hybrimoe.errors import CheckpointError, ModelError
 from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
+from hybrimoe.runtime.startup.backends import require_devices
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
 
 if TYPE_CHECKING:
     from hybrimoe.injection import Injection
-
-UnknownKeys = Literal["error", "ignore"]
+    from hybrimoe.runtime.session import Session
 
 
 def load(
@@ -58,31 +59,28 @@ def load(
     *,
     progress: Progress | bool | None = None,
     packed_file: bool = True,
-    unknown_keys: UnknownKeys = "error",
     **overrides: Any,
 ) -> PreTrainedModel:
     """Loads a mixture-of-experts model with its experts in a hybrid runtime; `model.hybrimoe` is the `Injection`.
 
     path_or_hub_id: a model directory or hub id; None takes the deployment's `model`, and without one the demo model.
     config: deployment configuration (file, preset name, mapping or `DeployConfig`); `overrides` go over it
-        (`accelerator`, `gpu_expert_slots`, `expert_dtype`, `policy`, `rules`, ... as in `hybrimoe.load_config`).
+        (`accelerator`, `gpu_expert_slots`, `expert_dtype`, `policy`, `rules`, ... as in `hybrimoe.load_config`;
+        `unknown_keys="ignore"` leaves out weights of the checkpoint that the model does not have).
     progress: called with (bytes done, bytes in total, what); True draws a bar on stderr, False does not, None does
         where stderr is a terminal.
-    packed_file: keep the packed experts beside the model (or in the cache directory where that cannot be written:
-        $HYBRIMOE_CACHE, else ~/.cache/hybrimoe), and map them at the next start (read them, where
-        an accelerator copies from page-locked memory).
-    unknown_keys: "error" or "ignore" weights of the checkpoint that the model does not have.
+    packed_file: keep packed experts and packed dense layers beside the model (or in the cache directory where that
+        cannot be written: $HYBRIMOE_CACHE, else ~/.cache/hybrimoe). The next start maps the experts (reads them, where
+        an accelerator copies from page-locked memory) and reads the dense layers.
 
     Raises ModelError (no model, a dense model), CheckpointError (shards, shapes, dtypes, values, keys), BudgetError
     (the experts do not fit host memory), and what `hybrimoe.inject` raises. Warns with PackedFileWarning where the
     packed file cannot be written; the model is loaded all the same.
     """
-    if unknown_keys not in ("error", "ignore"):
-        raise ConfigError(f'unknown_keys is "error" or "ignore", found {unknown_keys!r}')
     deployment = load_config(config, model=None if path_or_hub_id is None else str(path_or_hub_id), **overrides)
     loader = Loader.open(deployment, packed_file=packed_file)
     with progress_of(progress) as show:
-        return loader.load(show, unknown_keys)
+        return loader.load(show)
 
 
 @dataclass(slots=True)
@@ -100,58 +98,92 @@ class Loader:
     @classmethod
     def open(cls, deployment: DeployConfig, *, packed_file: bool) -> Loader:
         """Reads config.json and the headers of the checkpoint; no weights yet."""
+        require_devices(choose_accelerators(deployment.accelerator))
         directory = model_directory(deployment.model)
-        quantisation = read_quantisation(directory, read_config_dict(directory))
+        raw_config = read_config_dict(directory)
+        quantisation = read_quantisation(directory, raw_config)
         hf_config = read_config(directory)
         checkpoint = open_checkpoint(directory)
         model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config))
-        read_generation_defaults(model, directory)
         layouts = {path: read(module) for path, module in find_experts(model)}
         if not layouts:
             raise ModelError(f"{directory} is a dense model ({hf_config.model_type}): it has no experts to place")
         plan = plan_conversions(model, dequantised(checkpoint.tensors, quantisation))
+        tie_where_unsaid(model, raw_config, plan.conversions)
+        read_generation_defaults(model, directory)
         shapes = ModelShapes(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()})
-        places = packed.folders(directory, beside=not is_demo(directory)) if packed_file else ()
+        places = folders(directory, beside=not is_demo(directory)) if packed_file else ()
         return cls(deployment, checkpoint, model, plan, shapes, layouts, places)
 
-    def load(self, show: Progress, unknown_keys: UnknownKeys) -> PreTrainedModel:
+    def load(self, show: Progress) -> PreTrainedModel:
         """Injects the model, then fills it. Where something fails the session is closed before the error goes on."""
-        from hybrimoe.injection import inject
+        from hybrimoe.injection.inject import place_operators
 
         dtypes = strict_dtypes(self.model, next(self.model.parameters()).dtype)
         sources = layer_sources(self.layouts, self.plan.conversions)
         experts = {f"{source.path}.{name}" for source in sources for name in source.parameters}
         dense = [conversion for conversion in self.plan.conversions.values() if experts.isdisjoint(conversion.targets)]
-        loaded = load_dense(self.model, dense, self.shapes, dtypes)
-        complete(self.model, loaded, experts, self.plan, unknown_keys=unknown_keys)
-
-        def open_store(layers: tuple[LayerSpec, ...], pinned: bool) -> ExpertStore | None:
-            place_dense(self.model, self.deployment)  # before the session measures what memory is left for slots
-            host, disk = self.deployment.memory.host, self.deployment.memory.disk
-            n_bytes, num_experts = (sum(getattr(layer, name) for layer in layers) for name in ("nbytes", "num_experts"))
-            if file := packed.find(self.places, layers, packed.describe(layers, self.checkpoint.files)):
-                if pinned and disk.kind == "none":  # a copy engine reads page-locked memory, which a mapping is not
-                    check_host_memory(host, n_bytes, num_experts)
-                    return file.read(lambda done: show(done, n_bytes, "reading packed experts"))
-                return file.open()
-            if disk.kind != "none":
-                check_disk(disk, n_bytes)
-                return self._pack_on_disk(layers, sources, show)
-            check_host_memory(host, n_bytes, num_experts)
-            return None
-
-        injection = inject(self.model, config=self.deployment, store=open_store)
+        linears = self._linears_to_pack()
+        early = [conversion for conversion in dense if linears.late.keys().isdisjoint(conversion.targets)]
+        loaded = load_dense(self.model, early, self.shapes, dtypes)
+        later = experts | linears.late.keys()
+        complete(self.model, loaded, later, self.plan, unknown_keys=self.deployment.unknown_keys)
+        injection = place_operators(self.model, self.deployment)
+        session = injection.session
         try:
+            place_dense(self.model, self.deployment)  # before the session measures what memory is left for slots
+            session.finalize(store=self._packed_store(session, sources, show))
             self._load_unreplaced(injection, sources, dtypes)
-            injection.prepare_dense(keep_originals=False)
-            if not injection.session.started:
-                self._pack(injection.session.store, sources, show)
-                injection.session.start()
+            records = self._dense_records(self._load_moved(injection, linears, dtypes), dtypes, show)
+            injection.prepare_dense(keep_originals=False, records=records)
+            if not session.started:
+                self._pack(session.store, sources, show)
+                session.start()
             injection.compile_step()
         except BaseException:
-            injection.session.close()
+            session.close()
             raise
         return self.model
+
+    def _packed_store(self, session: Session, sources: list[LayerSource], show: Progress) -> ExpertStore | None:
+        """The session's experts as they lie packed on disk, or are packed there now; None where they go to memory.
+
+        Raises BudgetError where they do not fit the memory or the disk that the deployment allows.
+        """
+        layers, memory = session.layer_specs(), self.deployment.memory
+        n_bytes, num_experts = (sum(getattr(layer, name) for layer in layers) for name in ("nbytes", "num_experts"))
+        if file := packed.find(self.places, layers, packed.describe(layers, self.checkpoint.files)):
+            if not session.needs_pinned_host or memory.disk.kind != "none":
+                return file.open()
+            check_host_memory(memory.host, n_bytes, num_experts)  # a mapping is no page-locked memory
+            return file.read(lambda done: show(done, n_bytes, "reading packed experts"))
+        if memory.disk.kind != "none":
+            check_disk(memory.disk, n_bytes)
+            return self._pack_on_disk(layers, sources, show)
+        check_host_memory(memory.host, n_bytes, num_experts)
+        return None
+
+    def _linears_to_pack(self) -> DenseSource:
+        """The linear layers that `cpu.dense_dtype` packs; none where the dense part goes to an accelerator as a
+        whole."""
+        dtype, entries = self.deployment.cpu.dense_dtype, []
+        if (dtype == "int8" or dtype == "int4") and dense_device(self.deployment) is None:
+            from hybrimoe.dense.linear import linear_entries
+
+            sizes = frozenset(layout.num_experts for layout in self.layouts.values())
+            entries = linear_entries(self.model, sizes, dtype)
+        return DenseSource.of(self.model, entries, self.plan.conversions)
+
+    def _load_moved(self, injection: Injection, linears: DenseSource, dtypes: dict[str, Any]) -> DenseSource:
+        """Reads linear layers as they are where rules have placed them on a device; returns the others."""
+        moved = {}
+        for entry in linears.entries:
+            device = injection.device_of(entry.path)
+            if (device is not None and device.type != "cpu") or "forward" in vars(self.model.get_submodule(entry.path)):
+                moved[entry.path] = device
+                if conversion := linears.late.get(entry.weight_key):
+                    load_dense(self.model, [conversion], self.shapes, dtypes, device, {entry.weight_key})
+        return linears.without(moved)
 
     def _load_unreplaced(self, injection: Injection, sources: list[LayerSource], dtypes: dict[str, Any]) -> None:
         """Reads experts whole where the rules leave the model's own module in place."""
@@ -160,9 +192,23 @@ class Loader:
             device = injection.device_of(source.path) or next(self.model.get_input_embeddings().parameters()).device
             load_dense(self.model, source.parameters.values(), self.shapes, dtypes, device, keys)
 
+    def _dense_records(self, linears: DenseSource, dtypes: dict[str, Any], show: Progress) -> DenseRecords | None:
+        """The packed linear layers: read from their file, or packed from the checkpoint and kept in a file."""
+        if not linears.entries:
+            return None
+        header = packed_dense.describe(linears, self.checkpoint.files)
+        records = packed_dense.read(self.places, linears, header, show)
+        if records is None:
+            records = linears.pack(self.model, self.shapes, dtypes, show)
+            self._keep(
+                "dense layers", records.nbytes, show, lambda place: packed_dense.write(place, linears, records, header)
+            )
+        return records
+
     def _pack(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> None:
         pack_experts(store, sources, self.shapes, show)
-        self._keep(store, show)
+        header = packed.describe(store.layers, self.checkpoint.files)
+        self._keep("experts", store.nbytes, show, lambda place: packed.write(place, store.buffer, header))
 
     def _pack_on_disk(self, layers: tuple[LayerSpec, ...], sources: list[LayerSource], show: Progress) -> ExpertStore:
         """Packs straight into a packed file and maps it: experts that do not fit host memory."""
@@ -183,23 +229,23 @@ class Loader:
             f" set ${ENV_CACHE} to a directory with room"
         )
 
-    def _keep(self, store: ExpertStore, show: Progress) -> None:
-        """Writes the packed file to the first place that takes it; none taking it is a warning."""
+    def _keep(self, what: str, n_bytes: int, show: Progress, write: Callable[[Path], object]) -> None:
+        """Writes a packed file to the first place that takes it; none taking it is a warning."""
         if not self.places:
             return
-        header, problems = packed.describe(store.layers, self.checkpoint.files), []
-        show(0, store.nbytes, "writing packed experts")
+        problems: list[str] = []
+        show(0, n_bytes, f"writing packed {what}")
         for place in self.places:
             try:
-                packed.write(place, store.buffer, header)
+                write(place)
             except OSError as error:
                 problems.append(f"{place}: {error.strerror or error}")
                 continue
-            show(store.nbytes, store.nbytes, "writing packed experts")
+            show(n_bytes, n_bytes, f"writing packed {what}")
             return
         warnings.warn(
             PackedFileWarning(
-                f"the packed experts ({store.nbytes / 2**20:.0f} MiB) could not be kept for the next start:"
+                f"the packed {what} ({n_bytes / 2**20:.0f} MiB) could not be kept for the next start:"
                 f" {'; '.join(problems)}; set ${ENV_CACHE} to a directory with room,"
                 " or pass packed_file=False"
             ),

@@ -27,11 +27,9 @@ def meta_model(source: str | Path | PreTrainedConfig | None) -> PreTrainedModel:
 def model_config(model: str | Path | None) -> PreTrainedConfig:
     """Configuration of a directory or hub id; None is the demo model. Raises ModelError as `meta_model` does."""
     from hybrimoe.checkpoint.dense import read_config
-    from hybrimoe.checkpoint.source import HUB_ID, model_directory
+    from hybrimoe.checkpoint.source import is_hub_id, model_directory
 
-    if model is None or Path(model).expanduser().exists() or not HUB_ID.match(str(model)):
-        return read_config(model_directory(model))
-    return _hub_config(str(model))
+    return _hub_config(str(model)) if is_hub_id(model) else read_config(model_directory(model))
 
 
 def config_file(model: str) -> str:
@@ -40,22 +38,10 @@ def config_file(model: str) -> str:
 
     Raises ModelError where the hub's cache has no config.json of that id and none can be fetched.
     """
-    from hybrimoe.checkpoint.source import CONFIG_NAME, HUB_ID
+    from hybrimoe.checkpoint.source import hub_config_file, is_hub_id
 
-    if Path(model).expanduser().exists() or not HUB_ID.match(model) or Path(model).suffix in (".json", ".yaml", ".yml"):
-        return model
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return str(hf_hub_download(model, CONFIG_NAME))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{model} is no directory here, and its {CONFIG_NAME} is neither in the hub's cache nor can it be fetched"
-            f" ({first}); run `hf download {model} {CONFIG_NAME}` on a machine with a network, or give a directory, a "
-            f"{CONFIG_NAME}, or a shipped shape"
-        ) from error
+    is_a_file = Path(model).suffix in (".json", ".yaml", ".yml")
+    return str(hub_config_file(model)) if is_hub_id(model) and not is_a_file else model
 
 
 def _hub_config(hub_id: str) -> PreTrainedConfig:
@@ -69,6 +55,6 @@ def _hub_config(hub_id: str) -> PreTrainedConfig:
         if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
             raise code_of_its_own(hub_id, str(raw.get("model_type")))
         return AutoConfig.from_pretrained(hub_id, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"{hub_id}: its configuration cannot be fetched from the hub: {first}") from error

@@ -1,4 +1,7 @@
-"""Finds a model: a directory, a hub id, or the demo model; and its weights, sharded or in one file."""
+"""Finds a model: a directory, a hub id, or the demo model; its config.json, and the files of its weights.
+
+Nothing here imports torch or transformers: a wrong path is noticed before the seconds that these take.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
-from hybrimoe.checkpoint.safetensors_file import SafetensorsFile, StoredTensor, open_safetensors
 from hybrimoe.errors import CheckpointError, ModelError
 
 INDEX_NAME, SINGLE_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -21,28 +23,21 @@ EXPECTED = f"a directory with {CONFIG_NAME} and *.safetensors, or a hub id"
 SHOWN_NAMES = 3  # names that an error lists before "and N more"
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The weights of a model directory: every stored tensor by its key, and the files that hold them."""
-
-    directory: Path
-    files: tuple[SafetensorsFile, ...]
-    tensors: dict[str, StoredTensor]
-
-
 def model_directory(path_or_hub_id: str | Path | None) -> Path:
     """The directory of a model; None is the demo model, and what looks like `owner/name` is fetched from the hub.
 
     Raises ModelError where there is no model.
     """
     if path_or_hub_id is None:
-        return _demo_directory()
+        from hybrimoe.demo import demo_model_path
+
+        return demo_model_path()
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise ModelError(f"{path} is a file; expected {EXPECTED}")
-    if HUB_ID.match(str(path_or_hub_id)):
+    if is_hub_id(path_or_hub_id):
         return _from_hub(str(path_or_hub_id))
     raise ModelError(f"no model directory {path}; expected {EXPECTED}")
 
@@ -61,31 +56,82 @@ def read_config_dict(directory: Path) -> dict[str, Any]:
     return config
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """Opens the safetensors files of `directory` and checks their headers.
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """Where a model's weights lie. file_of_key: name of the file by tensor; None where all are in the only file."""
+
+    paths: tuple[Path, ...]
+    file_of_key: dict[str, str] | None = None
+
+
+def weight_files(directory: Path) -> WeightFiles:
+    """The safetensors files of `directory`; none is opened.
 
     One file with all weights goes before an index of shards that does not name it, as in transformers: the index is
     left from an earlier save.
 
-    Raises CheckpointError for missing, truncated or damaged shards, UnsupportedCheckpointError where there are weights
-    in other formats only.
+    Raises CheckpointError where there are none, or shards are missing, UnsupportedCheckpointError where there are
+    weights in other formats only.
     """
     index, single = directory / INDEX_NAME, directory / SINGLE_NAME
     if index.is_file():
-        weight_map = _read_index(index)
-        if not single.is_file() or SINGLE_NAME in weight_map.values():
-            return _open_sharded(directory, index, weight_map)
+        file_of_key = _read_index(index)
+        if not single.is_file() or SINGLE_NAME in file_of_key.values():
+            return _shards(directory, file_of_key)
     candidates = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     if len(candidates) != 1:
         raise _no_weights(directory, candidates)
-    file = open_safetensors(candidates[0])
-    return Checkpoint(directory, (file,), file.tensors)
+    return WeightFiles((candidates[0],))
+
+
+def check_model(path_or_hub_id: str | Path | None, *, weights: bool = True) -> None:
+    """Raises ModelError or CheckpointError where there is no model: what a command asks before it imports torch.
+
+    weights: whether the files of a directory's weights must be there, too. Of a hub id config.json is fetched.
+    """
+    if is_hub_id(path_or_hub_id):
+        read_config_dict(hub_config_file(str(path_or_hub_id)).parent)
+        return
+    directory = model_directory(path_or_hub_id)
+    read_config_dict(directory)
+    if weights:
+        weight_files(directory)
+
+
+def is_hub_id(model: str | Path | None) -> bool:
+    """Whether a model is named by the hub's `owner/name`, and nothing here is called so."""
+    return model is not None and HUB_ID.match(str(model)) is not None and not Path(model).expanduser().exists()
+
+
+def hub_config_file(hub_id: str) -> Path:
+    """The cached or fetched config.json of a hub id.
+
+    Raises ModelError where the hub's cache has none of that id and none can be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(hub_id, CONFIG_NAME))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{hub_id} is no directory here, and its {CONFIG_NAME} is neither in the hub's cache nor can it be fetched"
+            f" ({first}); run `hf download {hub_id} {CONFIG_NAME}` on a machine with a network, or give a directory"
+        ) from error
 
 
 def listed(names: list[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def is_demo(directory: Path) -> bool:
+    """True for the directory of the model that the package ships, into which nothing is ever written."""
+    from importlib.resources import files
+
+    return directory.resolve().is_relative_to(Path(str(files("hybrimoe"))).resolve())
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -97,19 +143,12 @@ def _read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} cannot be read as a safetensors index: {error!r}") from error
 
 
-def _open_sharded(directory: Path, index: Path, weight_map: dict[str, str]) -> Checkpoint:
-    names = sorted(set(weight_map.values()))
+def _shards(directory: Path, file_of_key: dict[str, str]) -> WeightFiles:
+    names = sorted(set(file_of_key.values()))
     if missing := [name for name in names if not (directory / name).is_file()]:
-        lost = sum(shard in missing for shard in weight_map.values())
+        lost = sum(shard in missing for shard in file_of_key.values())
         raise CheckpointError(f"{directory} lacks {listed(missing)} ({lost} tensors); fetch the missing shards")
-    files = {name: open_safetensors(directory / name) for name in names}
-    absent = [key for key, name in weight_map.items() if key not in files[name].tensors]
-    if absent:
-        raise CheckpointError(
-            f"{index} names {listed(absent)}, not found in {weight_map[absent[0]]}; fetch that shard again"
-        )
-    tensors = {key: files[name].tensors[key] for key, name in weight_map.items()}
-    return Checkpoint(directory, tuple(files.values()), tensors)
+    return WeightFiles(tuple(directory / name for name in names), file_of_key)
 
 
 def _no_weights(directory: Path, candidates: list[Path]) -> CheckpointError:
@@ -122,22 +161,6 @@ def _no_weights(directory: Path, candidates: list[Path]) -> CheckpointError:
             f"{directory} has {listed(others)} but no *.safetensors; convert it to safetensors"
         )
     return CheckpointError(f"{directory} has no weights: expected {SINGLE_NAME} or {INDEX_NAME} with its shards")
-
-
-def is_demo(directory: Path) -> bool:
-    """True for the directory of the model that the package ships, into which nothing is ever written."""
-    from importlib.resources import files
-
-    return directory.resolve().is_relative_to(Path(str(files("hybrimoe"))).resolve())
-
-
-def _demo_directory() -> Path:
-    from hybrimoe.demo import demo_model_path
-
-    try:
-        return demo_model_path()
-    except FileNotFoundError as error:
-        raise ModelError(str(error)) from error
 
 
 def _from_hub(hub_id: str) -> Path:

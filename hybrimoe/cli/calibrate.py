@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.common import JsonOption, check_folder, check_writable
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -33,15 +33,21 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure CPU, link and accelerator, alone and while the others run, into a profile (under 90 s)."""
+    from hybrimoe.config.values import parse_accelerators
     from hybrimoe.errors import ConfigError
-    from hybrimoe.machine import calibrate as measuring
-    from hybrimoe.machine import calibration
     from hybrimoe.machine.profiles import open_shape, profile_path
 
     wrong = [name for name in dtype or () if name not in DTYPES]
     if wrong:
         raise ConfigError(f"--dtype {wrong[0]}: expected one of {', '.join(DTYPES)}")
     sizes = dict.fromkeys((found.hidden, found.inter) for found in map(open_shape, shape or [DEFAULT_SHAPE]))
+    parse_accelerators(accelerator)
+    path = output or profile_path()
+    check_folder(path.parent)
+    check_writable(path)
+    from hybrimoe.machine import calibrate as measuring
+    from hybrimoe.machine import calibration
+
     request = measuring.Request(
         shapes=tuple(sizes),
         dtypes=tuple(dtype or DTYPES),  # type: ignore[arg-type]
@@ -49,7 +55,6 @@ def calibrate(
         budget_s=seconds,
     )
     result = measuring.calibrate(request, render.note)
-    path = output or profile_path()
     calibration.write_profile(result, path)
     if as_json:
         render.emit_json({**calibration.summary(result), "file": str(path)})

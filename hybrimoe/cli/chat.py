@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrimoe.cli import common
+from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.messages import messages
 from hybrimoe.cli.views import render
 
@@ -21,29 +22,15 @@ FAILED, INTERRUPTED = 1, 130
 
 def register(app: typer.Typer) -> None:
     """Add `chat`."""
-    app.command("chat")(chat)
+    app.command("chat")(grouped(chat))
 
 
 def chat(
+    *,
     model: common.ModelArgument = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="A system message.")] = None,
-    max_new_tokens: common.NewTokensOption = None,
-    temperature: common.TemperatureOption = None,
-    top_p: common.TopPOption = None,
-    top_k: common.TopKOption = None,
-    min_p: common.MinPOption = None,
-    repetition_penalty: common.RepetitionOption = None,
-    seed: common.SeedOption = None,
-    stop: common.StopOption = None,
-    config: common.ConfigOption = None,
-    accelerator: common.AcceleratorOption = None,
-    slots: common.SlotsOption = None,
-    dtype: common.DtypeOption = None,
-    policy: common.PolicyOption = None,
-    lossy: common.LossyOption = None,
-    threads: common.ThreadsOption = None,
-    lookahead: common.LookaheadOption = None,
-    speculate: common.SpeculateOption = None,
+    sampling: common.SamplingGroup,
+    placement: common.PlacementGroup,
     profile: common.ProfileOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only replies.", rich_help_panel=common.OUTPUT)] = False,
     as_json: Annotated[
@@ -55,17 +42,11 @@ def chat(
     Arrow keys edit and bring earlier messages back; what is pasted is one message. /help lists the commands. Ctrl-C
     stops a reply; Ctrl-D or /exit leaves. In a pipe a line is a message; the exit code is 1 where none was answered.
     """
+    options = sampling.options()
+    deployment = placement.deployment(model)
     from hybrimoe.cli.common_model import open_model
     from hybrimoe.generation import Conversation
 
-    options = common.sampling_options(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
-        seed=seed, stop=stop, max_new_tokens=max_new_tokens,
-    )  # fmt: skip
-    deployment = common.deploy_config(
-        config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
-        lookahead=lookahead, lossy=lossy, speculate=speculate,
-    )  # fmt: skip
     with open_model(deployment, show_progress=not quiet) as opened:
         conversation = Conversation(opened.generator, system=system)
         ChatLoop(opened, conversation, options, profiled=profile, quiet=quiet, as_json=as_json).run()

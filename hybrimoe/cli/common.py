@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,15 @@ LookaheadOption = Annotated[
     int | None, typer.Option(min=0, max=64, help="Layers ahead whose routers are asked.", rich_help_panel=PLACEMENT)
 ]
 
+UnknownKeysOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="error|ignore",
+        help="Weights of the checkpoint that the model does not have: an error (default), or left out.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+
 TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", "-t", min=0, help="0 is greedy.", rich_help_panel=SAMPLING)
 ]
@@ -112,6 +122,49 @@ ProfileOption = Annotated[
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class PlacementGroup:
+    """Where a model runs: a deployment file or preset, and what goes over it."""
+
+    config: ConfigOption = None
+    accelerator: AcceleratorOption = None
+    slots: SlotsOption = None
+    dtype: DtypeOption = None
+    policy: PolicyOption = None
+    lossy: LossyOption = None
+    threads: ThreadsOption = None
+    lookahead: LookaheadOption = None
+    unknown_keys: UnknownKeysOption = None
+    speculate: SpeculateOption = None
+
+    def deployment(self, model: str | None) -> DeployConfig:
+        """As `deploy_config`."""
+        options = {name: getattr(self, name) for name in self.__slots__ if name != "config"}
+        return deploy_config(self.config, model=model, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingGroup:
+    """How tokens are chosen, and where a reply ends."""
+
+    max_new_tokens: NewTokensOption = None
+    temperature: TemperatureOption = None
+    top_p: TopPOption = None
+    top_k: TopKOption = None
+    min_p: MinPOption = None
+    repetition_penalty: RepetitionOption = None
+    seed: SeedOption = None
+    stop: StopOption = None
+
+    def options(self) -> SamplingOptions:
+        """As `hybrimoe.generation` takes them; in `stop` \\n and \\t stand for a line end and a tab."""
+        from hybrimoe.generation import SamplingOptions
+
+        given = {name: getattr(self, name) for name in self.__slots__ if name != "stop"}
+        stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop or ())
+        return SamplingOptions(**given, stop=stop)
+
+
 def deploy_config(
     config: str | None,
     *,
@@ -123,13 +176,21 @@ def deploy_config(
     threads: int | None = None,
     lookahead: int | None = None,
     lossy: str | None = None,
+    unknown_keys: str | None = None,
     speculate: bool | None = None,
+    weights: bool = True,
 ) -> DeployConfig:
-    """The deployment that a command line describes: a file or preset, with the given options on top."""
-    from hybrimoe.config.deploy import load_config
+    """The deployment that a command line describes: a file or preset, with the given options on top.
+
+    Its model, rules and policies must be there, and with `weights` the model's weights: commands come here before they
+    import torch and transformers, so that what is wrong is said at once. Raises ConfigError, ModelError,
+    CheckpointError and RuleError.
+    """
+    from hybrimoe.checkpoint.source import check_model
+    from hybrimoe.config.deploy import read_config
     from hybrimoe.config.scheduler import lossy_option
 
-    return load_config(
+    deployment = read_config(
         config,
         model=model,
         accelerator=_names(accelerator),
@@ -139,17 +200,70 @@ def deploy_config(
         threads=threads,
         lookahead=lookahead,
         lossy=None if lossy is None else lossy_option(lossy),
+        unknown_keys=unknown_keys,
         speculate=speculate,
     )
+    check_model(deployment.model, weights=weights)
+    check_rules(deployment.rules)
+    deployment.check_scheduler()
+    return deployment
+
+
+def check_rules(rules: Any) -> None:
+    """Raises RuleError where `rules` (a shipped name, a file, or inline) cannot be read; operators come later."""
+    from hybrimoe.errors import RuleError
+    from yaml_rules.errors import YamlRulesError
+    from yaml_rules.loader import load_rules
+
+    if isinstance(rules, str) and rules != "auto":
+        try:
+            load_rules(rules)
+        except YamlRulesError as error:
+            raise RuleError(str(error)) from error
+
+
+def check_readable(path: Path | None) -> None:
+    """Raises FileError where `path` cannot be read, before the imports and the work that come before it is."""
+    from hybrimoe.errors import FileError
+
+    if path is None:
+        return
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise FileError(f"cannot read {path} ({error.strerror}): expected a file that exists") from error
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises FileError where no file can be written at `path`, before the work whose result it is for."""
+    from hybrimoe.errors import FileError
+
+    if path is None:
+        return
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise FileError(
+            f"cannot write {path} ({error.strerror}): expected a file in a directory that exists and can be written to"
+        ) from error
+    if not existed:
+        path.unlink()
+
+
+def check_folder(path: Path | None) -> None:
+    """Makes the folder `path` where it is not there. Raises FileError where that cannot be."""
+    from hybrimoe.errors import FileError
+
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot make the folder {path} ({error.strerror}): expected a place for a folder") from error
 
 
 def _names(accelerator: str | None) -> str | list[str] | None:
     return [name.strip() for name in accelerator.split(",")] if accelerator and "," in accelerator else accelerator
-
-
-def sampling_options(**given: Any) -> SamplingOptions:
-    """Sampling options of a command line; in `stop` (None or a list) \\n and \\t stand for a line end and a tab."""
-    from hybrimoe.generation import SamplingOptions
-
-    stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in given.pop("stop") or ())
-    return SamplingOptions(**given, stop=stop)

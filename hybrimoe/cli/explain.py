@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli.common import ConfigOption, DtypeOption, JsonOption, ModelArgument, deploy_config
+from hybrimoe.cli.common import ConfigOption, DtypeOption, JsonOption, ModelArgument, check_rules, deploy_config
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ def explain_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show which rule places which module where, and how many bytes that takes. No weights are read."""
+    check_rules(rules)
+    deployment = deploy_config(config, model=model, dtype=dtype, weights=False)
     from hybrimoe.cli.common_model import quiet_libraries
 
-    deployment = deploy_config(config, model=model, dtype=dtype)
     quiet_libraries()
     from hybrimoe.checkpoint.meta import meta_model
     from hybrimoe.injection import explain

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli import simulated
+from hybrimoe.cli.common import JsonOption, check_writable
+from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.views import render
 
 #: Layers whose decisions are listed in the terminal (the slowest ones); --json has all.
@@ -17,37 +19,33 @@ SHOWN_LAYERS = 3
 
 def register(app: typer.Typer) -> None:
     """Add `explain-step`."""
-    app.command("explain-step")(explain_step)
+    app.command("explain-step")(grouped(explain_step))
 
 
 def explain_step(
-    trace: Annotated[
-        str | None, typer.Option("--trace", metavar="T", help="An .npz trace, demo, or synthetic.")
-    ] = None,
-    hardware: Annotated[
-        str, typer.Option("--hardware", metavar="P", help="Profile: a name or a file.")
-    ] = "rtx4090-ryzen9",
-    model_shape: Annotated[
-        str | None, typer.Option("--model-shape", metavar="M", help="Shape: a name or a config.")
-    ] = None,
+    *,
+    setting: simulated.SettingGroup,
     policy: Annotated[str, typer.Option(metavar="NAME", help="A preset or balance/prefetch/cache.")] = "ours",
     cache_ratio: Annotated[
         float, typer.Option(metavar="R", min=0.0, max=1.0, help="Share of all experts that has a slot.")
     ] = 0.25,
     step: Annotated[int, typer.Option(min=0, help="Which step of the simulated sequences, from 0.")] = 16,
-    accelerators: Annotated[int | None, typer.Option(min=1, help="So many accelerators. Default: profile.")] = None,
+    accelerators: simulated.AcceleratorsOption = None,
     timeline: Annotated[bool, typer.Option("--timeline", help="Draw what each lane did.")] = False,
     chrome: Annotated[
         Path | None, typer.Option("--chrome", metavar="FILE", help="Write a Chrome/Perfetto trace.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed, the same step.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Show each decision's alternatives, the critical path, idle lanes, and what more of a resource would bring."""
+    setting.check()
+    check_writable(chrome)
     from hybrimoe.tracing.study.step import explain_step as explained
     from scheduler.graph import chrome_trace
 
-    report = explained(trace, hardware, model_shape, policy, cache_ratio, step, seed, accelerators)
+    report = explained(
+        setting.trace, setting.hardware, setting.model_shape, policy, cache_ratio, step, setting.seed, accelerators
+    )
     for text in report.facts["notes"]:
         render.note(text)
     if chrome is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrimoe.cli import common
+from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -22,10 +23,11 @@ INTERRUPTED = 130
 
 def register(app: typer.Typer) -> None:
     """Add `generate`."""
-    app.command("generate")(generate)
+    app.command("generate")(grouped(generate))
 
 
 def generate(
+    *,
     model: common.ModelArgument = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")] = None,
     prompt_file: Annotated[
@@ -65,23 +67,8 @@ def generate(
             rich_help_panel=common.BATCHES,
         ),
     ] = None,
-    max_new_tokens: common.NewTokensOption = None,
-    temperature: common.TemperatureOption = None,
-    top_p: common.TopPOption = None,
-    top_k: common.TopKOption = None,
-    min_p: common.MinPOption = None,
-    repetition_penalty: common.RepetitionOption = None,
-    seed: common.SeedOption = None,
-    stop: common.StopOption = None,
-    config: common.ConfigOption = None,
-    accelerator: common.AcceleratorOption = None,
-    slots: common.SlotsOption = None,
-    dtype: common.DtypeOption = None,
-    policy: common.PolicyOption = None,
-    lossy: common.LossyOption = None,
-    threads: common.ThreadsOption = None,
-    lookahead: common.LookaheadOption = None,
-    speculate: common.SpeculateOption = None,
+    sampling: common.SamplingGroup,
+    placement: common.PlacementGroup,
     timeline: common.TimelineOption = False,
     trace: common.TraceOption = None,
     profile: common.ProfileOption = False,
@@ -104,17 +91,10 @@ def generate(
     if prompts is not None and single:
         raise typer.BadParameter("--prompts does not go with --prompt, --prompt-file, --timeline, --trace, --profile")
     text = read_prompt(prompt, prompt_file) if prompts is None else read_file(prompts)
-    from hybrimoe.cli.common_model import open_model
-    from hybrimoe.generation import interruptible
-
-    options = common.sampling_options(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
-        seed=seed, stop=stop, max_new_tokens=max_new_tokens,
-    )  # fmt: skip
-    deployment = common.deploy_config(
-        config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
-        lookahead=lookahead, lossy=lossy, speculate=speculate,
-    )  # fmt: skip
+    options = sampling.options()
+    common.check_readable(route_predictor)
+    common.check_writable(trace)
+    deployment = placement.deployment(model)
     if prompts is not None:
         from hybrimoe.cli import generate_batch
 
@@ -122,7 +102,9 @@ def generate(
         if generate_batch.run(deployment, text, options, job):
             raise typer.Exit(INTERRUPTED)
         return
-    check_writable(trace)
+    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.generation import interruptible
+
     with open_model(deployment, show_progress=not quiet) as opened, interruptible() as interrupt:
         record = timeline or trace is not None
         reply = run(opened, text, options, interrupt, record=record, echo=not as_json, profiled=profile)
@@ -160,13 +142,6 @@ def read_file(path: Path | None) -> str:
         raise PromptError(f"the prompt in {path or 'stdin'} is no UTF-8 text: {error}") from error
     except OSError as error:
         raise PromptError(f"cannot read {path} ({error.strerror}): expected a text file, or - for stdin") from error
-
-
-def check_writable(path: Path | None) -> None:
-    """Fail before the model is loaded, not after the text was generated. Raises OSError."""
-    if path is not None:
-        with path.open("a"):
-            pass
 
 
 def run(

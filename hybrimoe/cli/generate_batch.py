@@ -36,15 +36,18 @@ class JobOptions:
 
 def run(deployment: DeployConfig, text: str, options: SamplingOptions, job: JobOptions) -> bool:
     """Runs the prompts in `text`. Returns whether Ctrl-C ended it."""
-    from hybrimoe.cli.common_model import open_model, progress_bar
-    from hybrimoe.generation import interruptible
-    from hybrimoe.generation.batch.job import BatchJob, job_prompts
     from hybrimoe.generation.batch.prompts_file import read_prompts
     from scheduler.batching import batching_kind
 
     kind = batching_kind(job.batching)
-    predictor = _predictor(kind, job.route_predictor)
+    if job.route_predictor is not None and kind != "expertflow":
+        raise typer.BadParameter("--route-predictor is what --batching expertflow groups by: give both")
     lines = read_prompts(text, job.name)
+    from hybrimoe.cli.common_model import open_model, progress_bar
+    from hybrimoe.generation import interruptible
+    from hybrimoe.generation.batch.job import BatchJob, job_prompts
+
+    predictor = _predictor(job.route_predictor)
     with open_model(deployment, show_progress=not job.quiet) as opened:
         prompts = job_prompts(opened.generator, lines, job.name)
         plan = _plan(opened, prompts, options, job) if kind == "moe-lightning" else None
@@ -68,11 +71,9 @@ def _plan(opened: OpenModel, prompts: Any, options: SamplingOptions, job: JobOpt
     return plan_job(opened.generator, opened.session, directory, prompts, options, job.batch_size)
 
 
-def _predictor(kind: str, path: Path | None) -> RoutePredictor | None:
+def _predictor(path: Path | None) -> RoutePredictor | None:
     if path is None:
         return None
-    if kind != "expertflow":
-        raise typer.BadParameter("--route-predictor is what --batching expertflow groups by: give both")
     from hybrimoe.tracing.learning.route_predictor import RoutePredictor
 
     return RoutePredictor(path)

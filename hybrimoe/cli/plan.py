@@ -46,26 +46,30 @@ def plan(
 
     MODEL may also be the name of a shipped shape, like qwen3-30b-a3b.
     """
+    from hybrimoe.checkpoint.meta import config_file
+    from hybrimoe.demo import demo_model_path
+    from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, open_shape, with_accelerators
+
+    source = config_file(str(model or demo_model_path()))
+    shape = open_shape(source)
+    if hardware is not None:
+        open_hardware(hardware)
+    device_bytes = None if gpu_memory is None else _bytes(gpu_memory)
+    host_bytes = None if host_memory is None else _bytes(host_memory)
     import psutil
 
-    from hybrimoe.checkpoint.meta import config_file
     from hybrimoe.machine.calibrate import quick_profile
-    from hybrimoe.machine.profiles import hardware_for_plan, open_shape, with_accelerators
-    from hybrimoe.tracing.sources import DEMO_MODEL
     from hybrimoe.tracing.study.planning import expect, fit
     from scheduler.planner.policies import resolve_policy
 
     resolve_policy(policy)
-    source = config_file(str(model or DEMO_MODEL))
-    shape = open_shape(source)
     if model is not None and source != model:
         shape = replace(shape, name=model.rpartition("/")[2])  # the hub's cache keeps the file under another name
     profile, taken = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(expert_dtype)))
     profile = with_accelerators(profile, accelerators, shared_link=False)
-    host = psutil.virtual_memory().total if host_memory is None else _bytes(host_memory)
     found = fit(
         shape, profile, context=context, expert_dtype=expert_dtype, dense_dtype=dense_dtype,
-        device_bytes=None if gpu_memory is None else _bytes(gpu_memory), host_bytes=host,
+        device_bytes=device_bytes, host_bytes=host_bytes or psutil.virtual_memory().total,
     )  # fmt: skip
     expected = expect(found, shape, profile, policy, expert_dtype, dense_dtype)
     render.note(taken)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.common import JsonOption, check_rules
 from hybrimoe.cli.views import render
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="Rule file, or the name of a shipped rule set.")]
@@ -29,6 +29,11 @@ def register(app: typer.Typer) -> None:
 
 def check(file: FileArgument, model: OnModelOption = None, as_json: JsonOption = False) -> None:
     """Validate a rule file: keys, regular expressions, operators and their arguments; with --model, its matches too."""
+    check_rules(file)
+    if model is not None:
+        from hybrimoe.checkpoint.source import check_model
+
+        check_model(model, weights=False)
     from hybrimoe.injection.rules import read_rules
 
     bound = read_rules(file)
@@ -89,6 +94,7 @@ def list_shipped(as_json: JsonOption = False) -> None:
 
 def show(file: FileArgument, as_json: JsonOption = False) -> None:
     """Print a rule file with all that it extends, in order of precedence; with --json as data."""
+    check_rules(file)
     from pathlib import Path
 
     from hybrimoe.injection.rules import read_rules

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hybrimoe.cli import common
+from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ EXIT_SECONDS = 10.0
 
 def register(app: typer.Typer) -> None:
     """Add `serve`."""
-    app.command("serve")(serve)
+    app.command("serve")(grouped(serve))
 
 
 def serve(
+    *,
     model: common.ModelArgument = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on, IPv4 or IPv6; the default only serves this machine.")
@@ -49,15 +51,7 @@ def serve(
         bool | None,
         typer.Option("--access-log/--no-access-log", help="A line on stderr for each request, without contents (on)."),
     ] = None,
-    config: common.ConfigOption = None,
-    accelerator: common.AcceleratorOption = None,
-    slots: common.SlotsOption = None,
-    dtype: common.DtypeOption = None,
-    policy: common.PolicyOption = None,
-    lossy: common.LossyOption = None,
-    threads: common.ThreadsOption = None,
-    lookahead: common.LookaheadOption = None,
-    speculate: common.SpeculateOption = None,
+    placement: common.PlacementGroup,
     as_json: common.JsonOption = False,
 ) -> None:
     """Serve /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics until Ctrl-C or SIGTERM.
@@ -70,10 +64,7 @@ def serve(
     need one. With --json, one line on stdout says where the server listens, once the model is there.
     """
     _need_extra()
-    deployment = common.deploy_config(
-        config, model=model, accelerator=accelerator, slots=slots, dtype=dtype, policy=policy, threads=threads,
-        lookahead=lookahead, lossy=lossy, speculate=speculate,
-    )  # fmt: skip
+    deployment = placement.deployment(model)
     given = {
         "host": host, "name": name, "conversations": conversations, "drain_seconds": drain_seconds,
         "access_log": access_log,

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli import simulated
+from hybrimoe.cli.common import JsonOption, check_readable
+from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -28,19 +30,12 @@ RatioOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add `simulate`."""
-    app.command("simulate")(simulate)
+    app.command("simulate")(grouped(simulate))
 
 
 def simulate(
-    trace: Annotated[
-        str | None, typer.Option("--trace", metavar="T", help="An .npz trace, demo, or synthetic. Default: demo.")
-    ] = None,
-    hardware: Annotated[
-        str, typer.Option("--hardware", metavar="P", help="Hardware profile: a name or a file.")
-    ] = "rtx4090-ryzen9",
-    model_shape: Annotated[
-        str | None, typer.Option("--model-shape", metavar="M", help="Model shape: a name, config.json, or directory.")
-    ] = None,
+    *,
+    setting: simulated.SettingGroup,
     policy: PolicyOption = None,
     cache_ratio: RatioOption = None,
     lossy: Annotated[
@@ -60,10 +55,7 @@ def simulate(
     host_ratio: Annotated[
         float, typer.Option(help="Share of all experts that host memory holds; the rest is on disk.")
     ] = 1.0,
-    accelerators: Annotated[
-        int | None,
-        typer.Option(min=1, help="So many accelerators, each with its layers, slots and link. Default: profile."),
-    ] = None,
+    accelerators: simulated.AcceleratorsOption = None,
     shared_link: Annotated[bool, typer.Option("--shared-link", help="All accelerators behind one link.")] = False,
     cache_model: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Net of `trace train --target cache`, for learned caches.")
@@ -71,7 +63,6 @@ def simulate(
     prefetch_model: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Net of `trace train --target prefetch`, for learned prefetch.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed, the same numbers.")] = 0,
     replay: Annotated[
         Path | None,
         typer.Option(
@@ -81,15 +72,18 @@ def simulate(
     as_json: JsonOption = False,
 ) -> None:
     """Simulate policies on a trace. The first quarter of its sequences is the profile, the others are simulated."""
+    for path in (replay, cache_model, prefetch_model):
+        check_readable(path)
     if replay is not None:
         _replay(replay, as_json=as_json)
         return
+    setting.check()
     from hybrimoe.tracing.study.simulation import SimulationRequest, run_simulations
 
     request = SimulationRequest(
-        trace=trace,
-        hardware=hardware,
-        model_shape=model_shape,
+        trace=setting.trace,
+        hardware=setting.hardware,
+        model_shape=setting.model_shape,
         policies=tuple(policy or DEFAULT_POLICIES),
         cache_ratios=tuple(cache_ratio or (DEFAULT_RATIO,)),
         lossy=tuple(lossy or ()),
@@ -102,7 +96,7 @@ def simulate(
         host_ratio=host_ratio,
         accelerators=accelerators,
         shared_link=shared_link,
-        seed=seed,
+        seed=setting.seed,
         cache_model=cache_model,
         prefetch_model=prefetch_model,
     )

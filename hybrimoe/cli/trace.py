@@ -7,8 +7,23 @@ from typing import Annotated
 
 import typer
 
-from hybrimoe.cli.common import AcceleratorOption, ConfigOption, JsonOption, ModelArgument, PolicyOption, SlotsOption
+from hybrimoe.cli.common import (
+    AcceleratorOption,
+    ConfigOption,
+    JsonOption,
+    ModelArgument,
+    PolicyOption,
+    SlotsOption,
+    UnknownKeysOption,
+    check_folder,
+    check_writable,
+    deploy_config,
+)
+from hybrimoe.cli.simulated import check_trace
 from hybrimoe.cli.views import render
+
+TARGETS = ("cache", "prefetch", "routes")
+"""What `trace train` can learn."""
 
 
 def register(app: typer.Typer) -> None:
@@ -35,18 +50,22 @@ def record(
     ] = False,
     licence: Annotated[str, typer.Option(help="Licence of the trace, kept in the file.")] = "Apache-2.0",
     config: ConfigOption = None,
+    unknown_keys: UnknownKeysOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Generate replies and record ids, weights and predicted routing of every layer, in prefill and decode."""
-    from hybrimoe.cli.common import deploy_config
-    from hybrimoe.cli.common_model import open_model
     from hybrimoe.generation import SamplingOptions
     from hybrimoe.tracing.prompts import DEFAULT_PROMPTS
-    from hybrimoe.tracing.record import record_texts
 
     texts = [*(prompt or ()), *_lines(prompts)] or list(DEFAULT_PROMPTS)
-    deployment = deploy_config(config, model=model, accelerator="none" if config is None else None)
     options = SamplingOptions(max_new_tokens=new_tokens, temperature=temperature, seed=seed)
+    check_writable(out)
+    deployment = deploy_config(
+        config, model=model, accelerator="none" if config is None else None, unknown_keys=unknown_keys
+    )
+    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.tracing.record import record_texts
+
     with open_model(deployment, show_progress=not as_json) as opened:
         trace = record_texts(
             opened.generator, texts, options, source=opened.name, licence=licence, horizon=horizon,
@@ -75,6 +94,7 @@ def capture(
     accelerator: AcceleratorOption = None,
     slots: SlotsOption = None,
     policy: PolicyOption = None,
+    unknown_keys: UnknownKeysOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Generate one reply and record every plan, demand, event and task, for `simulate --replay`.
@@ -82,12 +102,14 @@ def capture(
     Experts run one by one on each lane meanwhile, so the run is slower than others. Without --accelerator and --config
     the accelerator is emulated.
     """
-    from hybrimoe.cli.common import deploy_config
+    check_writable(out)
+    device = "emulated" if accelerator is None and config is None else accelerator
+    deployment = deploy_config(
+        config, model=model, accelerator=device, slots=slots, policy=policy, unknown_keys=unknown_keys
+    )
     from hybrimoe.cli.common_model import open_model
     from hybrimoe.tracing.replay import capture_run
 
-    device = "emulated" if accelerator is None and config is None else accelerator
-    deployment = deploy_config(config, model=model, accelerator=device, slots=slots, policy=policy)
     with open_model(deployment, show_progress=not as_json) as opened:
         recording = capture_run(opened.generator, opened.session, prompt, new_tokens, opened.name)
     recording.save(out)
@@ -122,6 +144,9 @@ def analyze(
     as_json: JsonOption = False,
 ) -> None:
     """Hit-rate curves, SRP and SCH, reuse, load, predictors, and whether the model suits offloading."""
+    check_trace(trace)
+    check_writable(html)
+    check_folder(plots)
     from hybrimoe.tracing.sources import load_trace
     from hybrimoe.tracing.study.analyse import analyse
     from hybrimoe.tracing.study.report import tables, write_figures, write_html
@@ -161,6 +186,13 @@ def train(
     With --target routes: ExpertFlow's predictor, for `generate --batching expertflow --route-predictor`; it learns from
     traces that were recorded with --embeddings and is judged on every fourth sequence.
     """
+    from hybrimoe.errors import ConfigError, unknown
+
+    if target not in TARGETS:
+        raise ConfigError(unknown("target", target, TARGETS))
+    for name in traces or ():
+        check_trace(name)
+    check_writable(out)
     from hybrimoe.tracing.learning.learn import train_predictor
     from hybrimoe.tracing.learning.learn_routes import TARGET, train_routes
     from hybrimoe.tracing.sources import load_trace

@@ -25,6 +25,7 @@ from yaml_rules.located import KeyPath, Located, read_yaml
 
 ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int4"]
 DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
+UnknownKeys = Literal["error", "ignore"]
 BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
 
 
@@ -98,6 +99,9 @@ class DeployConfig(Section):
     model_config = ConfigDict(extra="forbid", frozen=True, title="HybriMoE deployment")
 
     model: ModelName | None = Field(default=None, description="Model directory or hub id; omitted = the demo model.")
+    unknown_keys: UnknownKeys = Field(
+        default="error", description="Weights of the checkpoint that the model does not have: error, or ignore them."
+    )
     rules: Annotated[Any, BeforeValidator(check_rules)] = Field(
         default="auto", description="Shipped name, file or inline list."
     )
@@ -111,6 +115,7 @@ class DeployConfig(Section):
     server: ServerConfig = ServerConfig()
 
     _located: Located = PrivateAttr(default_factory=lambda: Located({}))
+    _given: Mapping[str, Any] = PrivateAttr(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DeployConfig) and self.__dict__ == other.__dict__
@@ -128,6 +133,10 @@ class DeployConfig(Section):
             return self.rules
         here = isinstance(self._located.data, Mapping) and self._located.data.get("rules") == self.rules
         return self._located.sub(("rules",)) if here else Located(self.rules, "<rules>")
+
+    def check_scheduler(self) -> None:
+        """Raises ConfigError where a policy, one of its parts or a parameter does not exist; names file and line."""
+        check_scheduler(self.scheduler, self._located, self._given)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data that `load_config` reads back as an equal configuration."""
@@ -149,6 +158,13 @@ def load_config(source: str | Path | Mapping[str, Any] | DeployConfig | None = N
 
     Raises ConfigError that lists every mistake as `file:line: key: what was expected`.
     """
+    config = read_config(source, **overrides)
+    config.check_scheduler()
+    return config
+
+
+def read_config(source: str | Path | Mapping[str, Any] | DeployConfig | None = None, **overrides: Any) -> DeployConfig:
+    """`load_config` without the check of policies (`DeployConfig.check_scheduler`), which imports Numba."""
     given = _override_tree({name: value for name, value in overrides.items() if value is not None})
     if isinstance(source, DeployConfig):
         located = source._located if not given else Located(source.as_dict(), source.source, source._located.lines)
@@ -228,8 +244,7 @@ def _validated(data: dict[str, Any], located: Located, given: Mapping[str, Any])
         config = DeployConfig.model_validate({key: value for key, value in data.items() if key not in empty_sections})
     except ValidationError as error:
         raise config_error(error, DeployConfig, located, given) from error
-    config._located = located
-    check_scheduler(config.scheduler, located, given)
+    config._located, config._given = located, given
     return _with_resolved_paths(config, located, given)
 
 
@@ -252,7 +267,7 @@ def _with_resolved_paths(config: DeployConfig, located: Located, given: Mapping[
     if not changed:
         return config
     moved = config.model_copy(update=changed)
-    moved._located = located
+    moved._located, moved._given = located, given
     return moved
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from cpu_kernels import LinearSpec, pack_linear, run_linear, unpack_linear, unpack_linear_blocks
+from hybrimoe.dense.records import DenseRecords, LinearEntry
 from hybrimoe.errors import CheckpointError, ModelError
 from hybrimoe.experts.absent import AbsentWeights
 
@@ -36,28 +38,58 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(
-        self, linear: nn.Linear, dtype: PackedDtype = "int8", threads: int | None = None, *, keep_original: bool = False
-    ) -> None:
+        self, linear: nn.Linear, dtype: PackedDtype = "int8", threads: int | None = None, *,
+        keep_original: bool = False, record: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         """linear: finite weights on the CPU. threads: as in `cpu_kernels.get_backend`. keep_original: hold on to it.
 
+        record: its weights, packed already; those of `linear` are not looked at then and may be on the meta device.
         Raises CheckpointError where a weight is not finite.
         """
         super().__init__()
-        if not bool(torch.isfinite(linear.weight).all()):
-            raise CheckpointError("a dense weight is NaN or infinite; the checkpoint is damaged")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.spec = LinearSpec(linear.in_features, linear.out_features, dtype)
         self.bias = linear.bias
         self.weight_dtype = linear.weight.dtype
         self._threads = threads
         self.__dict__["_original"] = linear if keep_original else None  # no submodule: it has no place in the model
-        self._record = _aligned_bytes(self.spec.record_bytes)
-        pack_linear(self.spec, linear.weight.detach(), self._record)
+        self._record = self._packed(linear) if record is None else record
+
+    def _packed(self, linear: nn.Linear) -> np.ndarray:
+        if not bool(torch.isfinite(linear.weight).all()):
+            raise CheckpointError("a dense weight is NaN or infinite; the checkpoint is damaged")
+        record = _aligned_bytes(self.spec.record_bytes)
+        pack_linear(self.spec, linear.weight.detach(), record)
+        return record
 
     @property
     def weight(self) -> torch.Tensor:
         """The dequantised weights [out_features, in_features], made anew at each access, for code that asks."""
         return unpack_linear(self.spec, self._record).to(self.weight_dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A weight that is assigned, as `tie_weights` does, must be the one that is packed already.
+
+        Raises ModelError for any other: the packed bytes may be shared with copies and read by a compiled step.
+        """
+        if name != "weight":
+            super().__setattr__(name, value)
+            return
+        self._require_packed(value)
+        if self.original is not None:
+            self.original.weight = value
+
+    def _require_packed(self, weight: torch.Tensor) -> None:
+        packed = None
+        if weight.shape == (self.out_features, self.in_features) and bool(torch.isfinite(weight).all()):
+            packed = _aligned_bytes(self.spec.record_bytes)
+            pack_linear(self.spec, weight.detach(), packed)
+        if packed is None or not np.array_equal(packed, self._record):
+            raise ModelError(
+                f"a linear layer of {self.out_features} x {self.in_features} is packed as {self.spec.dtype}"
+                f" (cpu.dense_dtype), and the weight {list(weight.shape)} that it should take is not the packed one:"
+                " call model.hybrimoe.restore() first and inject again afterwards"
+            )
 
     @property
     def record_bytes(self) -> int:
@@ -195,7 +227,7 @@ class PackedDense:
 
 def pack_linears(
     model: nn.Module, num_experts: frozenset[int], dtype: PackedDtype = "int8", *, keep_originals: bool,
-    threads: int | None = None,
+    threads: int | None = None, records: DenseRecords | None = None,
 ) -> PackedDense:  # fmt: skip
     """Packs every `nn.Linear` of `model` that is on the CPU and is no router; the output layer never below int8.
 
@@ -203,11 +235,15 @@ def pack_linears(
     weights of the model are frozen, those that are not: they are being trained.
 
     num_experts: sizes of the model's routers; a layer with so many outputs whose name does not say otherwise is taken
-    for one. keep_originals: hold on to the layers, so that `undo` can put them back.
+    for one. keep_originals: hold on to the layers, so that `undo` can put them back. records: what of them is packed
+    already; the weights of such layers may be on the meta device.
     """
     packed = PackedDense()
     try:
-        _pack_into(packed, model, num_experts, dtype, keep_originals, threads)
+        for candidate in _candidates(model, num_experts, dtype):
+            record = None if records is None or candidate.path not in records else records.record(candidate.path)
+            if record is not None or candidate.linear.weight.device.type == "cpu":
+                _replace(packed, candidate, record, keep_originals=keep_originals, threads=threads)
     except BaseException:
         if packed.reversible:
             packed.undo()
@@ -215,11 +251,27 @@ def pack_linears(
     return packed
 
 
-def _pack_into(
-    packed: PackedDense, model: nn.Module, num_experts: frozenset[int], dtype: PackedDtype, keep_originals: bool,
-    threads: int | None,
-) -> None:  # fmt: skip
-    """`pack_linears`, noting in `packed` what was done so far."""
+def linear_entries(model: nn.Module, num_experts: frozenset[int], dtype: PackedDtype) -> list[LinearEntry]:
+    """What `pack_linears` would pack of a model whose weights are on the CPU or still on the meta device."""
+    return [
+        LinearEntry(one.path, LinearSpec(one.linear.in_features, one.linear.out_features, one.dtype), weight.dtype)
+        for one in _candidates(model, num_experts, dtype)
+        if (weight := one.linear.weight).device.type in ("cpu", "meta")
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A linear layer that is to be packed as `dtype`, at `path`: the attribute `name` of `parent`."""
+
+    path: str
+    parent: nn.Module
+    name: str
+    linear: nn.Linear
+    dtype: PackedDtype
+
+
+def _candidates(model: nn.Module, num_experts: frozenset[int], dtype: PackedDtype) -> Iterator[_Candidate]:
     some_frozen = any(not weight.requires_grad for weight in model.parameters())
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for path, parent in list(model.named_modules()):
@@ -229,18 +281,24 @@ def _pack_into(
                 continue
             if not _is_plain(child) or "base_layer" in parent._modules or (some_frozen and child.weight.requires_grad):
                 continue
-            replacement = PackedLinear(
-                child, "int8" if child is output else dtype, threads, keep_original=keep_originals
-            )
-            replacement.train(child.training)
-            setattr(parent, name, replacement)
-            packed.paths.append(full)
-            packed.originals.append((parent, name, child if keep_originals else None))
-            packed.nbytes += replacement.record_bytes
+            yield _Candidate(full, parent, name, child, "int8" if child is output else dtype)
+
+
+def _replace(
+    packed: PackedDense, candidate: _Candidate, record: np.ndarray | None, *, keep_originals: bool, threads: int | None
+) -> None:
+    """Puts the packed layer in the place of the candidate and notes it in `packed`."""
+    linear = candidate.linear
+    replacement = PackedLinear(linear, candidate.dtype, threads, keep_original=keep_originals, record=record)
+    replacement.train(linear.training)
+    setattr(candidate.parent, candidate.name, replacement)
+    packed.paths.append(candidate.path)
+    packed.originals.append((candidate.parent, candidate.name, linear if keep_originals else None))
+    packed.nbytes += replacement.record_bytes
 
 
 def _worth_packing(path: str, linear: nn.Linear, num_experts: frozenset[int]) -> bool:
-    if linear.weight.device.type != "cpu" or min(linear.in_features, linear.out_features) < MIN_FEATURES:
+    if min(linear.in_features, linear.out_features) < MIN_FEATURES:
         return False
     return not ROUTER_NAME.search(path) and linear.out_features not in num_experts
 
@@ -253,6 +311,6 @@ def _is_plain(linear: nn.Linear) -> bool:
 
 def _aligned_bytes(n_bytes: int, alignment: int = 64) -> np.ndarray:
     """uint8 [n_bytes] that starts on a cache line."""
-    raw = np.empty(n_bytes + alignment, dtype=np.uint8)
+    raw = np.zeros(n_bytes + alignment, dtype=np.uint8)  # what packing leaves out compares as equal
     start = -raw.ctypes.data % alignment
     return raw[start : start + n_bytes]

@@ -13,12 +13,13 @@ import copy
 from collections.abc import Mapping
 from functools import update_wrapper
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from cpu_kernels.host.threads import torch_threads
+from hybrimoe.errors import ModelError
 
 MAX_TOKENS = 16
 """A call of more is a prompt."""
@@ -55,7 +56,7 @@ class FewThreads:
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         before = torch.get_num_threads()
         self._before.append(before)
-        wanted = 1 if 0 < _n_tokens(args, kwargs) <= MAX_TOKENS else self.prompt_threads or before
+        wanted = 1 if 0 < n_tokens_of(args, kwargs) <= MAX_TOKENS else self.prompt_threads or before
         if wanted != before:
             torch.set_num_threads(wanted)
 
@@ -92,6 +93,10 @@ class FewThreadsGenerate:
             return self
         return FewThreadsGenerate(copied, MethodType(type(copied).generate, copied), copy.deepcopy(self._few, memo))
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """What stands in an injected model cannot be written to a file."""
+        raise ModelError("an injected model cannot be pickled: call model.hybrimoe.restore() first")
+
 
 def torch_linear_bytes(model: nn.Module) -> int:
     """Bytes of the weights of `nn.Linear` layers that are on the CPU."""
@@ -99,7 +104,7 @@ def torch_linear_bytes(model: nn.Module) -> int:
     return sum(layer.weight.nbytes for layer in layers if layer.weight.device.type == "cpu")
 
 
-def _n_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def n_tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Tokens of a call of a language model; 0 where its inputs do not tell."""
     ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
     if isinstance(ids, torch.Tensor):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import PromptError
+from hybrimoe.generation.chunk_size import chunk_tokens
 from hybrimoe.generation.context import model_context_tokens
 from hybrimoe.generation.decoding import warn_of_other_decoding
 from hybrimoe.generation.kv_cache import PrefixCache
@@ -17,14 +18,12 @@ from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
 from hybrimoe.generation.speculation import Speculation, SpeculationStats, require_speculation
 from hybrimoe.generation.transcript import FinishReason, Transcript
+from hybrimoe.generation.vocabulary import check_token_ids
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["FinishReason", "Reply", "ReplyTimes", "TextGenerator"]
-
-PREFILL_CHUNK_TOKENS = 2048
-"""Tokens of a prompt that go through the model at once; bounds the memory of activations, not the result."""
 
 CHECKPOINT_TAIL_TOKENS = 8
 """A checkpoint is made so many tokens before the end of a prompt: the end is often the template's opening of the reply
@@ -59,6 +58,8 @@ class ReplyTimes:
 class TextGenerator:
     """A model and its tokenizer, ready to reply. Greedy and seeded tokens are those of `model.generate`.
 
+    prefill_chunk_tokens: of a prompt, that go through the model at once; it bounds the memory of intermediate results,
+    not the result. None chooses by the free memory, anew for each prompt.
     kv_bytes: what keys and values may take, None for no limit; a prompt that would take more is refused, and a reply
     ends before it does. speculate: replies are computed with drafts, see `hybrimoe.generation.speculation`; raises
     ConfigError for a model that cannot. pace: how many tokens are drafted, None without drafts.
@@ -66,8 +67,8 @@ class TextGenerator:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
-        kv_bytes: int | None = None, speculate: bool = False,
+        self, model: Any, tokenizer: Any, *, prefill_chunk_tokens: int | None = None, kv_bytes: int | None = None,
+        speculate: bool = False,
     ) -> None:  # fmt: skip
         import inspect
 
@@ -129,9 +130,10 @@ class TextGenerator:
             profile: a new one, which then has where the time went.
 
         Raises:
-            PromptError: no token, or no room for a reply in the model's context.
+            PromptError: no token, one that the model does not have, or no room for a reply in the model's context.
         """
         self.check_prompt(len(prompt_ids))
+        check_token_ids(self.model, prompt_ids, self.tokenizer)
         options = (options or SamplingOptions()).with_seed()
         return Reply(self, list(prompt_ids), options, cache or PrefixCache(self.model), should_stop, profile)
 
@@ -329,7 +331,8 @@ class Reply:
     def _chunks(self, checkpoint: int) -> Iterator[tuple[int, int]]:
         """Beginnings and ends of the parts in which the prompt is computed; one ends at `checkpoint` where the cache
         needs one."""
-        chunk, start, end = self._generator.prefill_chunk_tokens, self.n_reused, len(self.prompt_ids)
+        chunk = self._generator.prefill_chunk_tokens or chunk_tokens(self._generator.model)
+        start, end = self.n_reused, len(self.prompt_ids)
         if self._cache.needs_checkpoints and start < checkpoint:
             yield from _parts(start, checkpoint, chunk)
             start = checkpoint

@@ -12,7 +12,15 @@ from hybrimoe.compat import takes_dynamic_cache
 from hybrimoe.errors import BudgetError
 from hybrimoe.machine.memory import available_bytes
 
-__all__ = ["estimated_token_bytes", "held_bytes", "keeps_every_token", "kv_budget_bytes", "measured_token_bytes"]
+__all__ = [
+    "device_memory",
+    "estimated_token_bytes",
+    "held_bytes",
+    "keeps_every_token",
+    "kv_budget_bytes",
+    "measured_token_bytes",
+    "number_of",
+]
 
 AUTO_SHARE = 0.5
 """Share of the memory that is free once the model is loaded which keys and values may take; the other half is for
@@ -27,7 +35,7 @@ def kv_budget_bytes(model: Any, setting: Amount) -> int:
     Raises:
         BudgetError: a setting of less than one token.
     """
-    free_bytes, total_bytes = _device_memory(model.device)
+    free_bytes, total_bytes = device_memory(model.device)
     budget = setting.to_bytes(total_bytes, int(AUTO_SHARE * free_bytes))
     if budget < estimated_token_bytes(model):
         raise BudgetError(
@@ -37,7 +45,7 @@ def kv_budget_bytes(model: Any, setting: Amount) -> int:
     return budget
 
 
-def _device_memory(device: Any) -> tuple[int, int]:
+def device_memory(device: Any) -> tuple[int, int]:
     """Free and total bytes of the device; of the host, what this process may use."""
     from gpu_kernels.devices import memory_info
 
@@ -57,7 +65,7 @@ def estimated_token_bytes(model: Any) -> int:
     if takes_dynamic_cache(model):
         n_growing = sum(keeps_every_token(layer) for layer in growing_cache(config).layers)
     else:
-        n_growing = _number(config, "num_hidden_layers")
+        n_growing = number_of(config, "num_hidden_layers")
     values = n_growing * _values_per_token(config) * model.dtype.itemsize
     return _with_room(values)
 
@@ -71,14 +79,14 @@ def _with_room(token_bytes: int) -> int:
 
 def _values_per_token(config: Any) -> int:
     """Numbers that one layer keeps of a token: its keys and its values."""
-    heads = _number(config, "num_attention_heads")
-    if _number(config, "kv_lora_rank"):  # latent attention: the compressed keys and values, and the rotated part
-        return _number(config, "kv_lora_rank") + _number(config, "qk_rope_head_dim")
-    size = _number(config, "head_dim") or (_number(config, "hidden_size") // heads if heads else 0)
-    return 2 * (_number(config, "num_key_value_heads") or heads) * size
+    heads = number_of(config, "num_attention_heads")
+    if number_of(config, "kv_lora_rank"):  # latent attention: the compressed keys and values, and the rotated part
+        return number_of(config, "kv_lora_rank") + number_of(config, "qk_rope_head_dim")
+    size = number_of(config, "head_dim") or (number_of(config, "hidden_size") // heads if heads else 0)
+    return 2 * (number_of(config, "num_key_value_heads") or heads) * size
 
 
-def _number(config: Any, name: str) -> int:
+def number_of(config: Any, name: str) -> int:
     """A number of the configuration; 0 where it has none, or (as some do by raising) none for all layers."""
     try:
         value = getattr(config, name, None)

@@ -133,12 +133,14 @@ class Profile:
             return forward
 
         def stepped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            before = self._step.profile()
+            before, before_us = self._step.meter()
             try:
                 return forward(*args, **kwargs)
             finally:
-                for part, seconds in self._step.profile().items():
-                    self._stepped[part] = self._stepped.get(part, 0.0) + (seconds - before[part]) * 1e6
+                ticks, us = self._step.meter()
+                us_per_tick = (us - before_us) / max(1, sum(ticks.values()) - sum(before.values()))
+                for part, count in ticks.items():
+                    self._stepped[part] = self._stepped.get(part, 0.0) + (count - before[part]) * us_per_tick
 
         return stepped
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hybrimoe import compat
 from hybrimoe.errors import ConfigError, ModelError
 from hybrimoe.generation.candidates import few_candidates, sent_together
+from hybrimoe.generation.vocabulary import check_token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,10 @@ MAX_LOGIT_BIAS = 100.0
 
 MAX_FREQUENCY_PENALTY = 2.0
 """OpenAI's limit of frequency and presence penalties, either way."""
+
+NUMBERS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+           "no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "min_new_tokens")  # fmt: skip
+"""Entries of generation_config.json that are numbers; transformers compares some of them before it looks."""
 
 MAX_TOP_LOGPROBS = 20
 """OpenAI's limit of alternatives whose log probability is told."""
@@ -137,17 +142,21 @@ class Sampler:
     one for each of the top k, so that a seed gives another text.
 
     logprobs: of each chosen token, where `options.top_logprobs` asks for them.
+
+    Raises PromptError for a logit bias of a token that the model does not have, ModelError where its
+    generation_config.json has a value that tokens cannot be chosen with.
     """
 
     def __init__(self, model: Any, options: SamplingOptions, prompt_ids: Sequence[int]) -> None:
         import torch
 
+        check_token_ids(model, (token for token, _ in options.logit_bias), what="logit_bias")
         config = compat.generation_settings(model, options.generation_kwargs())
         self.greedy = not config.do_sample
         self.eos_token_ids = frozenset() if options.ignore_eos else _token_ids(config.eos_token_id)
         self.max_new_tokens = options.max_new_tokens or _configured_length(model, len(prompt_ids)) or UNLIMITED_TOKENS
         config.max_length = len(prompt_ids) + self.max_new_tokens
-        self._processors = compat.logits_processors(model, config, len(prompt_ids))
+        self._processors = _processors(model, config, len(prompt_ids))
         self._ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
         self._adjustments = _Adjustments(options)
         self._top_logprobs = options.top_logprobs
@@ -195,6 +204,27 @@ class Sampler:
         if self._top_logprobs is not None:
             self.logprobs.append(_logprob(own, chosen, self._top_logprobs))
         return chosen
+
+
+def check_settings(model: Any, what: str) -> None:
+    """Raises ModelError where the model's generation configuration has a value that no reply could be chosen with.
+
+    what: where it comes from, as the message says it.
+    """
+    for name in NUMBERS:
+        value = getattr(model.generation_config, name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ModelError(f"{what}: {name}: expected a number, found {value!r}; correct the file, or remove it")
+    _processors(model, compat.generation_settings(model, {}), 1, what)
+
+
+def _processors(model: Any, config: Any, n_prompt_tokens: int, what: str = "generation_config.json") -> Any:
+    try:
+        return compat.logits_processors(model, config, n_prompt_tokens)
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ModelError(
+            f"{what}: transformers cannot choose tokens with it: {error}; correct the file, or remove it"
+        ) from error
 
 
 class _Adjustments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,16 +16,6 @@ from hybrimoe.injection.resolve import Hit, Resolution, claimed_modules
 
 if TYPE_CHECKING:
     from hybrimoe.runtime.session import Session
-    from hybrimoe.runtime.store import ExpertStore, LayerSpec
-
-
-class OpenStore(Protocol):
-    """Gives the store of already packed experts for these layers, or None where there is none.
-
-    pinned: whether an accelerator copies from page-locked memory.
-    """
-
-    def __call__(self, layers: tuple[LayerSpec, ...], pinned: bool, /) -> ExpertStore | None: ...
 
 
 class Application:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,9 @@ from torch import nn
 
 from hybrimoe.config.deploy import DeployConfig, load_config
 from hybrimoe.errors import ConfigError, HybriMoEError, unknown
-from hybrimoe.injection.application import Application, OpenStore
-from hybrimoe.injection.injection import MARK, SAVE, Injection, SaveGuard
+from hybrimoe.injection.application import Application
+from hybrimoe.injection.guards import MARK, install_guards
+from hybrimoe.injection.injection import Injection
 from hybrimoe.injection.refusals import refuse_adapted_experts, refuse_second_injection, refuse_wrapped_experts
 from hybrimoe.injection.resolve import Resolution, resolve
 from hybrimoe.injection.rules import RulesSource, read_rules
@@ -35,7 +35,6 @@ def inject(
     scheduler: Mapping[str, Any] | None = None,
     config: str | Path | Mapping[str, Any] | DeployConfig | None = None,
     *,
-    store: OpenStore | None = None,
     frequencies: npt.NDArray[np.float64] | None = None,
     runtime: Mapping[str, Any] | None = None,
     **overrides: Any,
@@ -48,7 +47,6 @@ def inject(
     expert_dtype: "float32", "bfloat16", "int8" or "int4".
     scheduler: `{"policy": ...}` and parameters, as in the deployment file.
     config: deployment file, preset or mapping; what is given above goes over it. Without one, "auto" and bfloat16.
-    store: gives packed experts for the layers, so that none are packed here (what `hybrimoe.load` uses).
     frequencies: activation counts [layers, experts] for the first fill of the slots.
     runtime: further fields of `hybrimoe.runtime.config.RuntimeConfig`, such as a profile.
     overrides: further keys of `hybrimoe.load_config`.
@@ -57,7 +55,6 @@ def inject(
     Raises RuleError, ConfigError, ModelError (dense, injected already, offloaded, adapted), UnsupportedExpertsError,
     DeviceError, BudgetError, CheckpointError (a dense weight that is not finite); the model is then as it was.
     """
-    refuse_second_injection(model)
     deployment = load_config(
         {} if config is None else config,
         accelerator=accelerator if accelerator is None or isinstance(accelerator, str) else list(accelerator),
@@ -66,6 +63,30 @@ def inject(
         scheduler=scheduler,
         **overrides,
     )
+    injection = place_operators(model, deployment, rules, runtime)
+    try:
+        injection.session.finalize(frequencies=frequencies)
+        if not injection.deferred:
+            injection.prepare_dense(keep_originals=True)
+            injection.compile_step()
+    except BaseException:
+        injection.take_out()
+        raise
+    return injection
+
+
+def place_operators(
+    model: nn.Module,
+    deployment: DeployConfig,
+    rules: RulesSource | None = None,
+    runtime: Mapping[str, Any] | None = None,
+) -> Injection:
+    """The first half of `inject`: operators stand in the model and the session's devices are open; the session has no
+    experts yet, which `Session.finalize` packs or takes from a store.
+
+    Arguments and errors as in `inject`; the model is as it was where one is raised.
+    """
+    refuse_second_injection(model)
     refuse_adapted_experts(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     bound = read_rules(deployment.located_rules() if rules is None else rules, model_type)
@@ -75,20 +96,14 @@ def inject(
     application = Application(model, session, resolution)
     try:
         _apply(application, resolution)
-        _finalize(model, session, store, frequencies)
+        session.open(model)
     except BaseException:
         application.undo()
         session.close()
         raise
     injection = Injection(model, deployment, resolution, application)
-    model.__dict__ |= {MARK: injection, SAVE: SaveGuard(model)}
-    if not injection.deferred:
-        try:
-            injection.prepare_dense(keep_originals=True)
-            injection.compile_step()
-        except BaseException:
-            injection.restore()
-            raise
+    model.__dict__[MARK] = injection
+    install_guards(model)
     return injection
 
 
@@ -119,10 +134,3 @@ def _apply(application: Application, resolution: Resolution) -> None:
         except HybriMoEError as error:
             error.add_note(f"while applying {hit.rule.where()} to {hit.path}")
             raise
-
-
-def _finalize(
-    model: nn.Module, session: Session, store: OpenStore | None, frequencies: npt.NDArray[np.float64] | None
-) -> None:
-    opened = None if store is None else partial(store, session.layer_specs())
-    session.finalize(model, store=opened, frequencies=frequencies)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,26 +13,21 @@ import torch
 from torch import nn
 
 from hybrimoe.config.deploy import DeployConfig
+from hybrimoe.dense.prompts import WidePrompts
 from hybrimoe.dense.threads import FewThreads
 from hybrimoe.errors import ModelError
-from hybrimoe.experts.absent import AbsentWeights, explanation
 from hybrimoe.injection.application import Application
 from hybrimoe.injection.explain import Explanation, explain_resolution
+from hybrimoe.injection.guards import MARK, remove_guards
 from hybrimoe.injection.resolve import Resolution
 
 if TYPE_CHECKING:
     from hybrimoe.dense.attention import DecodeAttention
     from hybrimoe.dense.linear import PackedDense
+    from hybrimoe.dense.records import DenseRecords
     from hybrimoe.runtime.layer_call.stats import SessionStats
     from hybrimoe.step.build import StepWay
     from hybrimoe.step.served import ServedStep
-
-MARK = "hybrimoe"
-"""Attribute of an injected model that holds its Injection."""
-
-
-SAVE = "save_pretrained"
-"""Method that an injected model guards: weights that it holds only packed are refused before a file is written."""
 
 
 class Injection:
@@ -51,6 +47,7 @@ class Injection:
         self.dense: PackedDense | None = None
         self.attention: DecodeAttention | None = None
         self.torch_threads: FewThreads | None = None
+        self.prompts: WidePrompts | None = None
         self.way: StepWay | None = None
         self._application = application
         self._active = True
@@ -67,10 +64,11 @@ class Injection:
         """What of the rules has no effect here, and why."""
         return (*self._application.remarks, *self._without_accelerator())
 
-    def prepare_dense(self, *, keep_originals: bool) -> None:
+    def prepare_dense(self, *, keep_originals: bool, records: DenseRecords | None = None) -> None:
         """What the deployment's `cpu` section says of all that is not experts: their dtype, attention, torch.
 
-        keep_originals: hold on to packed layers for `restore`. Raises CheckpointError where a weight is not finite.
+        keep_originals: hold on to packed layers for `restore`. records: linear layers that are packed already.
+        Raises CheckpointError where a weight is not finite.
         """
         cpu = self.config.cpu
         threads = cpu.threads if isinstance(cpu.threads, int) else None
@@ -81,8 +79,11 @@ class Injection:
             from hybrimoe.dense.linear import pack_linears
 
             sizes = frozenset(hit.layout.num_experts for hit in self.resolution.experts if hit.layout is not None)
-            self.dense = pack_linears(self.model, sizes, dtype, keep_originals=keep_originals, threads=threads)
+            self.dense = pack_linears(
+                self.model, sizes, dtype, keep_originals=keep_originals, threads=threads, records=records
+            )
         self.torch_threads = FewThreads(self.model)
+        self.prompts = WidePrompts(self.model)
 
     def compile_step(self) -> None:
         """Decode steps in one compiled call, where the deployment wants that and the model is understood.
@@ -95,6 +96,18 @@ class Injection:
             self.way = StepWay(reason="cpu.step: transformers")
         else:
             self.way = compile_step(self.model, self.session)
+
+    @contextmanager
+    def without_step(self) -> Iterator[None]:
+        """Within the block the model's weights may be replaced: its compiled step is taken away and made anew."""
+        if self.way is None or self.way.step is None:
+            yield
+            return
+        self.way.undo()
+        try:
+            yield
+        finally:
+            self.compile_step()
 
     @property
     def step(self) -> ServedStep | None:
@@ -166,6 +179,11 @@ class Injection:
                 " transformers"
             )
         self._rebuild_deferred()
+        self.take_out()
+
+    def take_out(self) -> None:
+        """Everything of the injection out of the model, but for weights that were never in it (`restore` writes them
+        back first); the last injection of a session closes it."""
         if self.way is not None:
             self.way.undo()
         if self.dense is not None:
@@ -174,13 +192,16 @@ class Injection:
             self.attention.undo()
         if self.torch_threads is not None:
             self.torch_threads.undo()
+        if self.prompts is not None:
+            self.prompts.undo()
         self._application.undo()
         self.session.release(self.model)
         self._sharing.discard(self)
         if not self._sharing:
             self.session.close()
         if self.model.__dict__.get(MARK) is self:
-            del self.model.__dict__[MARK], self.model.__dict__[SAVE]
+            del self.model.__dict__[MARK]
+            remove_guards(self.model)
         self._active = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Injection:
@@ -193,14 +214,13 @@ class Injection:
             twin: Injection = memo[id(self)]
             return twin
         twin = Injection(model, self.config, self.resolution, self._application.copied(memo))
-        twin.dense, twin.attention, twin.torch_threads = copy.deepcopy(
-            (self.dense, self.attention, self.torch_threads), memo
+        twin.dense, twin.attention, twin.torch_threads, twin.prompts = copy.deepcopy(
+            (self.dense, self.attention, self.torch_threads, self.prompts), memo
         )
         twin._active, twin._sharing = self._active, self._sharing
         twin._sharing.add(twin)
         if self.way is not None:
             twin.way = self.way.of_copy()
-        model.__dict__[SAVE] = SaveGuard(model)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -244,24 +264,3 @@ class Injection:
         for layer, module in deferred:
             rebuild_experts(module, self.session.store, layer)
         move(self.model, torch.device("cpu"))  # where the experts are now: whole models fit host memory, not a GPU
-
-
-class SaveGuard:
-    """Stands for `save_pretrained` of an injected model: saves what is whole, refuses what exists only packed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-
-    def __call__(self, *args: Any, state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
-        """Saves as the model's class does. Raises ModelError before anything is written."""
-        model: Any = self._model()
-        if state_dict is None:
-            state_dict = model.state_dict()
-            absent = [value for value in state_dict.values() if isinstance(value, AbsentWeights)]
-            if absent:
-                raise ModelError(explanation(absent[0].origin))
-        return type(model).save_pretrained(model, *args, state_dict=state_dict, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SaveGuard:
-        """The copied injection gives the copied model its own."""
-        return self

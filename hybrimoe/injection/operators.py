@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from hybrimoe.config.deploy import ExpertDtypeName
 from hybrimoe.errors import ConfigError, unknown
-
-Placement = Literal["hybrid", "cpu", "accelerator"]
+from scheduler.plan import Placement
 
 
 class Kwargs(BaseModel):

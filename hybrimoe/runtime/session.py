@@ -74,10 +74,11 @@ class Session:
     ) -> HybridExperts:
         """Registers an experts module (in the order of the model's layers) and returns what replaces it.
 
-        Raises UnsupportedExpertsError for a module that is no experts module, ModelError after `finalize`.
+        Raises UnsupportedExpertsError for a module that is no experts module, ModelError after `open`.
         """
-        if self._store is not None or self._closed:
-            raise ModelError(f"cannot add {path}: the session is {'closed' if self._closed else 'already finalized'}")
+        if self._opened or self._closed:
+            state = "closed" if self._closed else "already open" if self._store is None else "already finalized"
+            raise ModelError(f"cannot add {path}: the session is {state}")
         if placement not in PLACEMENTS:
             raise ModelError(f"placement {placement!r} is unknown; expected one of {', '.join(PLACEMENTS)}")
         layout = experts_layout.read(module)
@@ -90,23 +91,17 @@ class Session:
         """Path, spec and number of experts of each layer, in order."""
         return tuple(layer.layer_spec for layer in self._layers)
 
-    def finalize(
-        self, model: nn.Module | None = None, *,
-        store: ExpertStore | Callable[[bool], ExpertStore | None] | None = None,
-        frequencies: Frequencies | None = None, accelerator: Accelerator | Sequence[Accelerator] | None = None,
-    ) -> None:  # fmt: skip
-        """Opens the devices and fills the store; then starts, unless weights are still to come (meta modules).
+    def open(
+        self, model: nn.Module | None = None, accelerator: Accelerator | Sequence[Accelerator] | None = None
+    ) -> None:
+        """Opens the devices and the backends of all layers; `finalize` gives the layers their weights.
 
-        model: watched for prefill and decode, and searched for routers. store: ready-made records (nothing is packed),
-        or what gives them, asked whether memory should be pinned; it gives None where there are none.
-        frequencies: [layers, experts] activation counts that choose what is cached first. accelerator: open ones in
-        place of the configured ones; the session closes them.
-        Raises DeviceError, ConfigError, BudgetError, ModelError.
+        model, accelerator: as in `finalize`. Raises DeviceError, ConfigError, ModelError.
         """
         if not self._layers:
             raise ModelError("no layer was added to the session: nothing to run")
-        if self._store is not None:
-            raise ModelError("the session is already finalized")
+        if self._opened:
+            raise ModelError("the session is already open")
         if accelerator is None:
             self._accelerators = tuple(open_devices(self.config))
         else:
@@ -118,15 +113,39 @@ class Session:
         if model is not None:
             self._model = weakref.ref(model)
             self._tracker.bind(model)
-        pinned = any(device.needs_pinned_host() for device in self._accelerators)
-        store = store(pinned) if callable(store) else store
+
+    @property
+    def needs_pinned_host(self) -> bool:
+        """Whether an accelerator of the open session copies experts from page-locked memory."""
+        return any(device.needs_pinned_host() for device in self._accelerators)
+
+    def finalize(
+        self, model: nn.Module | None = None, *, store: ExpertStore | None = None,
+        frequencies: Frequencies | None = None, accelerator: Accelerator | Sequence[Accelerator] | None = None,
+    ) -> None:  # fmt: skip
+        """Opens the session if it is not open yet, and fills the store; then starts, unless weights are still to come
+        (meta modules).
+
+        model: watched for prefill and decode, and searched for routers. store: ready-made records; without one the
+        layers' weights are packed. frequencies: [layers, experts] activation counts that choose what is cached first.
+        accelerator: open ones in place of the configured ones; the session closes them.
+        Raises DeviceError, ConfigError, BudgetError, ModelError.
+        """
+        if self._store is not None:
+            raise ModelError("the session is already finalized")
+        if not self._opened:
+            self.open(model, accelerator)
         deferred = store is None and any(layer.layout is not None and layer.layout.is_meta for layer in self._layers)
         if store is None:
-            store = ExpertStore(self.layer_specs(), pinned=pinned)
+            store = ExpertStore(self.layer_specs(), pinned=self.needs_pinned_host)
             pack_layers(self._layers, store)
         self._store = store
         if not deferred:
             self.start(frequencies)
+
+    @property
+    def _opened(self) -> bool:
+        return self._finalizer is not None
 
     def start(self, frequencies: Frequencies | None = None) -> None:
         """Measures costs, allocates slots, makes the planner and starts the warm-up. The store must be complete."""

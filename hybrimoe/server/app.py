@@ -13,8 +13,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
-from hybrimoe.errors import ModelError
+from hybrimoe.errors import ModelError, PromptError
 from hybrimoe.generation import SamplingOptions, chat_options, encode_chat
+from hybrimoe.generation.vocabulary import check_token_ids
 from hybrimoe.server.answers import ChatCompletion, ChatForm, Completion, CompletionForm, Form
 from hybrimoe.server.boundary import MAX_BODY_BYTES, Boundary, error_response
 from hybrimoe.server.delivery import stream, unless_left, whole
@@ -167,10 +168,10 @@ def _check_model(name: str, served: Served) -> None:
 
 
 def _check_token_ids(where: str, ids: Sequence[int], generator: TextGenerator) -> None:
-    size = int(generator.model.config.get_text_config(decoder=True).vocab_size)
-    outside = next((token for token in ids if not 0 <= token < size), None)
-    if outside is not None:
-        raise RequestError(f"{where}: token {outside} is outside the vocabulary of {size}", where)
+    try:
+        check_token_ids(generator.model, ids, what=where)
+    except PromptError as error:
+        raise RequestError(str(error), where) from error
 
 
 def _encode_chat(tokenizer: Any, body: ChatRequest) -> list[int]:

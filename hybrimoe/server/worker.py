@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hybrimoe.errors import ModelError
 from hybrimoe.generation import PrefixCaches, SamplingOptions
+from hybrimoe.generation.vocabulary import check_token_ids
 from hybrimoe.server.errors import DrainingError, QueueFullError
 
 if TYPE_CHECKING:
@@ -103,12 +104,13 @@ class Worker:
         """Queue a generation. Called by the event loop.
 
         Raises:
-            PromptError: no token, or no room for a reply.
+            PromptError: no token, one that the model does not have, or no room for a reply.
             QueueFullError: too many wait.
             DrainingError: the server is about to end.
             ModelError: nothing would answer, because the thread has ended.
         """
         self.generator.check_prompt(len(prompt_ids))
+        check_token_ids(self.generator.model, prompt_ids, self.generator.tokenizer)
         job = Job(prompt_ids, options, asyncio.get_running_loop())
         with self._changed:
             if self._draining:

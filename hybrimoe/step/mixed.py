@@ -39,6 +39,7 @@ class MixedStep(ServedStep):
         self._installed: list[InPlaceOfForward] = []
         self._workspace = Workspace()
         self._untimed: list[BoundLayers] = []
+        self._untimed_us = 0.0
         for piece in reading.pieces:
             self._install(piece, n_threads)
 
@@ -79,7 +80,9 @@ class MixedStep(ServedStep):
         with self.lock:
             rows = bound.compiled.stream[: call.n_sequences * call.n_new]
             rows[:] = hidden.reshape(rows.shape).float().numpy()
-            self._now.us += bound.run(call)
+            us = bound.run(call)
+            self._now.us += us
+            self._untimed_us += us if bound in self._untimed else 0.0
             result = torch.from_numpy(rows).to(hidden.dtype, copy=True)
         return seat.output(hidden, result)
 
@@ -90,10 +93,9 @@ class MixedStep(ServedStep):
         hidden = seat.input(args, kwargs)
         return seat.output(hidden, hidden)
 
-    @property
-    def untimed(self) -> list[BoundLayers]:
+    def _metered(self) -> tuple[list[BoundLayers], float]:
         """Runs of layers and blocks of experts; blocks of attention and MLPs are parts of the model by themselves."""
-        return self._untimed
+        return self._untimed, self._untimed_us
 
     def undo(self) -> None:
         """Gives all modules their own forward back."""

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from cpu_kernels.step.program import Part
 from hybrimoe.step.angles import Angles
+from hybrimoe.step.as_read import AsRead
 from hybrimoe.step.caches import BoundLayers, fits
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.read_model import Reading
@@ -45,7 +46,7 @@ class ServedStep:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]  # fmt: skip
         self.embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-        self._place = self.embedding.data_ptr()
+        self._as_read = AsRead(model)
         self.n_steps = 0
         self.step_us = 0.0
         self._counted: dict[Phase, list[float]] = {phase: [0, 0, 0.0] for phase in PHASES}  # calls, tokens, us
@@ -83,7 +84,7 @@ class ServedStep:
         return (
             not self.model.training
             and self.session.plain
-            and self.embedding.data_ptr() == self._place
+            and self._as_read.unchanged()
             and not (any(self._hooks) and self._watched())
             and not torch_module._global_forward_hooks
             and not torch_module._global_forward_pre_hooks
@@ -115,7 +116,7 @@ class ServedStep:
         Steps of both kinds since then share activated experts and time in proportion to their tokens.
         """
         with self.lock:
-            shares = self._shares(self.programs)
+            shares = self._shares()
             activated = {
                 layer: n for program in self.programs for layer, n in program.compiled.experts_activated.items()
             }
@@ -131,19 +132,23 @@ class ServedStep:
             self._experts_seen = activated
             self._counted = {phase: [0, 0, 0.0] for phase in PHASES}
 
-    def _shares(self, programs: list[BoundLayers]) -> dict[Part, float]:
-        """The share of each part of some programs in the clock ticks of all, by the thread that called."""
-        total = sum(sum(program.compiled.ticks.values()) for program in self.programs) or 1
-        ticks = [program.compiled.ticks for program in programs]
+    def _shares(self) -> dict[Part, float]:
+        ticks = [program.compiled.ticks for program in self.programs]
+        total = sum(sum(each.values()) for each in ticks) or 1
         return {part: sum(each[part] for each in ticks) / total for part in Part}
 
-    def profile(self) -> dict[str, float]:
-        """Seconds of compiled work so far by part; without that in modules that a profile times by themselves."""
-        with self.lock:
-            shares = self._shares(self.untimed)
-            return {part.name.lower(): share * self.step_us / 1e6 for part, share in shares.items()}
+    def meter(self) -> tuple[dict[str, int], float]:
+        """Clock ticks of compiled work so far by part, in the thread that called, and its us; without that in modules
+        that a profile times by themselves (`generation.module_parts`).
 
-    @property
-    def untimed(self) -> list[BoundLayers]:
-        """The programs whose work is in no module that a profile times by itself (`generation.module_parts`)."""
-        return self.programs
+        Two readings say what was between them. (Shares of all ticks do not: the first step has little but its start in
+        its us.)
+        """
+        with self.lock:
+            programs, us = self._metered()
+            ticks = [program.compiled.ticks for program in programs]
+            return {part.name.lower(): sum(each[part] for each in ticks) for part in Part}, us
+
+    def _metered(self) -> tuple[list[BoundLayers], float]:
+        """The programs whose work `meter` tells, and its us."""
+        return self.programs, self.step_us

@@ -21,7 +21,8 @@ from hybrimoe.errors import ModelError
 from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.runtime.layer_call.lookahead import LinearGate, Lookahead, ProbeSink, RoutingCaptured, run_probe
-from scheduler.traces.trace import PHASE_CODES, Phase, Trace
+from scheduler.demand import Phase
+from scheduler.traces.trace import PHASE_CODES, Trace
 
 if TYPE_CHECKING:
     from hybrimoe.generation import SamplingOptions, TextGenerator

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from scheduler.demand import Demand, LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.future import Future
 from scheduler.machine.costs import CostModel
-from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Transfer, TransferEnded
+from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Placement, Transfer, TransferEnded
 from scheduler.planner.at_once import Desk, int32s
 from scheduler.planner.decide import decision_of
 from scheduler.planner.explain import Explanation, explain
@@ -34,8 +34,6 @@ from scheduler.prefetch.base import PrefetchPolicy
 from scheduler.prefetch.value import ValuePrefetch
 from scheduler.setting import Scorer, Setting, make
 from scheduler.slots import RESIDENT, SlotTable
-
-Placement = Literal["hybrid", "cpu", "accelerator"]
 
 NOW: Final = LaneState()
 NO_SLOTS: Final = np.empty(0, np.int64)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scheduler.machine.costs import CostModel
+from scheduler.plan import Placement
 from scheduler.planner.group import PlannerGroup
 from scheduler.planner.layer_blocks import Block
-from scheduler.planner.planner import Placement, Planner
+from scheduler.planner.planner import Planner
 from scheduler.planner.protocol import LayerPlanner
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.demand import Phase
 from scheduler.machine.profile import HardwareProfile, ModelShape
 from scheduler.setting import Scorer
 from scheduler.simulator.accelerators import MultiSimulator
@@ -13,7 +14,7 @@ from scheduler.simulator.simulator import SimulationConfig, Simulator
 from scheduler.simulator.stats import PhaseResult
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import Predictions
-from scheduler.traces.trace import Phase, Trace
+from scheduler.traces.trace import Trace
 
 
 def simulator_class(profile: HardwareProfile, config: SimulationConfig) -> type[Simulator]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.demand import LayerDemand
+from scheduler.demand import LayerDemand, Phase
 from scheduler.future import Future
 from scheduler.graph.tasks import DenseTimes, PlannedLayer
 from scheduler.lossy import Lossy
@@ -33,7 +33,7 @@ from scheduler.simulator.stats import PhaseResult, PhaseStats, PrefetchJudge
 from scheduler.slots import SlotState
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import Predictions
-from scheduler.traces.trace import Phase, Trace, TraceStep
+from scheduler.traces.trace import Trace, TraceStep
 
 __all__ = ["PhaseResult", "SimulationConfig", "SimulationError", "Simulator", "check_fit", "slots_for"]
 

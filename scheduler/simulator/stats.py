@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.demand import LayerDemand
+from scheduler.demand import LayerDemand, Phase
 from scheduler.plan import LayerPlan
 from scheduler.simulator.engine import Busy
-from scheduler.traces.trace import Phase
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.demand import Phase
 from scheduler.errors import SchedulerError
 
-Phase = Literal["prefill", "decode"]
 PHASE_CODES: dict[Phase, int] = {"prefill": 0, "decode": 1}
 REQUIRED_ARRAYS = ("expert_ids", "sequence", "phase", "meta")
 REQUIRED_META = ("model", "num_layers", "num_experts", "top_k")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hybrimoe.bench.ablation.sweep import SYNTHETIC, Case
+from scheduler.demand import Phase
 from scheduler.lossy import LOSSY_POLICIES
-from scheduler.traces.trace import Phase
 
 PAPER_HARDWARE = "a6000-xeon5220r"
 PAPER_SHAPES = ("mixtral-8x7b", "deepseek-v2-lite", "qwen2-57b-a14b")

@@ -18,6 +18,7 @@ from hybrimoe.errors import MissingExtraError
 from hybrimoe.machine.facts import environment
 from hybrimoe.machine.profiles import open_hardware, open_shape
 from hybrimoe.tracing.sources import DEFAULT_LOCALITY, DEMO, load_trace, open_trace, split
+from scheduler.demand import Phase
 from scheduler.lossy import resolve_lossy
 from scheduler.machine.profile import ModelShape
 from scheduler.simulator.run import simulate
@@ -26,7 +27,7 @@ from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import PredictionKind, predictions_for
 from scheduler.traces.synthetic import LOCALITIES, generate
-from scheduler.traces.trace import PHASE_CODES, Phase, Trace
+from scheduler.traces.trace import PHASE_CODES, Trace
 
 #: Bump when the meaning of a row changes: cached rows of another version are not used.
 ROW_VERSION = 4

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.common import JsonOption, check_folder
+from hybrimoe.cli.simulated import check_trace
 from hybrimoe.cli.views import render
 
 EXPERIMENTS = ("table3", "paper", "hits", "policies", "lossy")
@@ -48,10 +49,13 @@ def ablation(
     as_json: JsonOption = False,
 ) -> None:
     """Simulate the ablation. Rows are kept in DIR/rows: an interrupted sweep goes on where it stopped."""
+    chosen = _experiments(experiment)
+    for name in trace or ():
+        check_trace(name)
+    check_folder(out / "rows")
     from hybrimoe.bench.ablation.summary import summarise, tables
     from hybrimoe.bench.ablation.sweep import sweep
 
-    chosen = _experiments(experiment)
     cases = build_cases(chosen, trace or [], quick=quick, seed=seed)
     rows = sweep(cases, out / "rows", jobs=jobs, cluster=cluster, progress=_tell)
     summary = summarise(rows)

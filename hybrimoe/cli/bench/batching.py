@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli import common
+from hybrimoe.cli import common, simulated
+from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -15,26 +16,18 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add `batching`."""
-    app.command("batching")(batching)
+    app.command("batching")(grouped(batching))
 
 
 def batching(
-    trace: Annotated[
-        str | None, typer.Option("--trace", metavar="T", help="An .npz trace, demo, or synthetic. Default: demo.")
-    ] = None,
-    hardware: Annotated[
-        str, typer.Option("--hardware", metavar="P", help="Hardware profile: a name or a file.")
-    ] = "rtx4090-ryzen9",
-    model_shape: Annotated[
-        str | None, typer.Option("--model-shape", metavar="M", help="Model shape: a name, config.json, or directory.")
-    ] = None,
+    *,
+    setting: simulated.SettingGroup,
     policy: Annotated[str, typer.Option(help="Policy of the simulated runs.")] = "ours",
     cache_ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the experts with a slot.")] = 0.25,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once (moe-lightning: its own plan).")] = 6,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence that are its prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after them that are its reply.")] = 64,
     sequences: Annotated[int, typer.Option(min=2, help="Sequences of a synthetic trace.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed, the same numbers.")] = 0,
     as_json: common.JsonOption = False,
 ) -> None:
     """Compare groupings of a trace's sequences: distinct experts a step, speed, hit rate. All simulated, all lossless.
@@ -42,13 +35,14 @@ def batching(
     expertflow groups by the routes of the prompts; "replies known" groups by the routes of the replies instead, what a
     perfect predictor would tell. moe-lightning runs as many prompts at once as its model of the hardware finds best.
     """
+    setting.check()
     from hybrimoe.bench.batching import BatchingRequest, compare
 
-    report = compare(
-        BatchingRequest(
-            trace, hardware, model_shape, policy, cache_ratio, batch_size, prompt_tokens, new_tokens, sequences, seed
-        )
-    )
+    request = BatchingRequest(
+        setting.trace, setting.hardware, setting.model_shape, policy, cache_ratio, batch_size, prompt_tokens,
+        new_tokens, sequences, setting.seed,
+    )  # fmt: skip
+    report = compare(request)
     for note in report.notes:
         render.note(note)
     if as_json:

@@ -35,6 +35,7 @@ def contention(
 
     A third row has threads that never sleep: what the others lose against them on an idle machine.
     """
+    settings = common.deploy_config(config, model=model, accelerator=accelerator, threads=threads)
     from hybrimoe.bench.contention import measure
     from hybrimoe.bench.rounds import busy_warning
     from hybrimoe.cli.common_model import open_model, progress_bar
@@ -42,7 +43,6 @@ def contention(
     from hybrimoe.machine.facts import machine
 
     remark = busy_warning()
-    settings = common.deploy_config(config, model=model, accelerator=accelerator, threads=threads)
     n_rounds, n_tokens = (min(rounds, QUICK_ROUNDS), min(new_tokens, QUICK_TOKENS)) if quick else (rounds, new_tokens)
     with open_model(settings) as opened, progress_bar() as progress:
         result = measure(opened.generator, loops, n_rounds, n_tokens, progress)

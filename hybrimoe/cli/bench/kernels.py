@@ -33,6 +33,8 @@ def kernels(
 
     Contenders that are wrong are refused, those that are not installed are named and left out.
     """
+    common.check_writable(csv)
+    common.check_writable(plot)
     from hybrimoe.bench.kernels import measure as kernels_bench
     from hybrimoe.cli.views import render
 

@@ -1,16 +1,109 @@
-"""What `bench decode` and `bench prefill` share: measure, then show a table or JSON."""
+"""What `bench decode` and `bench prefill` share: options, the measurement, and a table or JSON."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
+
+from hybrimoe.cli import common
+from hybrimoe.cli.bench import options
 from hybrimoe.cli.views import render, render_summary
 from hybrimoe.cli.views.render_profile import profile_table
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hybrimoe.bench.model.measure import Request
+
+
+@dataclass(frozen=True, slots=True)
+class ContendersGroup:
+    """What is set side by side, where it runs, and how often it is measured."""
+
+    shape: options.ShapeOption = None
+    layers: options.LayersOption = None
+    policy: options.PolicyList = None
+    lossy: Annotated[
+        list[str] | None,
+        typer.Option("--lossy", metavar="KIND", help="Each policy with this lossy one, too; may be repeated."),
+    ] = None
+    dtype: options.DtypeList = None
+    compare_policies: Annotated[
+        bool,
+        typer.Option(
+            "--compare-policies", help="Cache off against cache on: no slots, then the known policies and ours."
+        ),
+    ] = False
+    plain: Annotated[bool, typer.Option("--plain/--no-plain", help="Plain transformers beside it.")] = True
+    gguf: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A GGUF file for llama.cpp beside it (llama-cpp-python).")
+    ] = None
+    llama_cpp: Annotated[
+        bool,
+        typer.Option(
+            "--llama-cpp",
+            help="With --shape: llama.cpp on the same weights beside it, as Q4_0 (llama-cpp-python and gguf).",
+        ),
+    ] = False
+    rounds: options.RoundsOption = 7
+    config: common.ConfigOption = None
+    accelerator: common.AcceleratorOption = None
+    slots: common.SlotsOption = None
+    threads: common.ThreadsOption = None
+    unknown_keys: common.UnknownKeysOption = None
+    quick: options.QuickOption = False
+    csv: options.CsvOption = None
+    plot: options.PlotOption = None
+
+    def measured(
+        self, kind: Literal["decode", "prefill"], model: str | None, prompt_tokens: int, new_tokens: int, *,
+        as_json: bool, profile: bool = False,
+    ) -> None:  # fmt: skip
+        """Measure them with prompts of `prompt_tokens` (and replies of `new_tokens`), and show what came out.
+
+        The names of model, policies and dtypes are checked first, before anything heavy is imported.
+        """
+        from hybrimoe.errors import ConfigError, unknown
+        from yaml_rules.shapes import shape_names
+
+        if self.gguf is not None:
+            common.check_readable(Path(self.gguf))
+        common.check_writable(self.csv)
+        common.check_writable(self.plot)
+        if self.shape is not None and self.shape not in shape_names():
+            raise ConfigError(unknown("model shape", self.shape, shape_names()))
+        deploy = partial(
+            common.deploy_config, self.config, model=model if self.shape is None else None,
+            accelerator=self.accelerator, threads=self.threads, unknown_keys=self.unknown_keys,
+        )  # fmt: skip
+        for dtype in self.dtype or ():
+            deploy(dtype=dtype)
+        for policy in (None, *(self.policy or ())):
+            deploy(policy=policy, slots=self.slots)
+        from hybrimoe.bench.model.measure import Request
+
+        request = Request(
+            kind=kind,
+            model=model,
+            shape=self.shape,
+            layers=self.layers,
+            policies=tuple(self.policy or ()),
+            lossy=tuple(self.lossy or ()),
+            dtypes=tuple(self.dtype or ()),
+            compare_policies=self.compare_policies,
+            plain=self.plain,
+            gguf=self.gguf,
+            llama_cpp=self.llama_cpp,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=min(self.rounds, options.QUICK_ROUNDS) if self.quick else self.rounds,
+            slots=self.slots,
+            profile=profile,
+            deploy=deploy,
+        )
+        measure_and_show(request, csv=self.csv, plot=self.plot, as_json=as_json)
 
 
 def measure_and_show(request: Request, *, csv: Path | None, plot: Path | None, as_json: bool) -> None:

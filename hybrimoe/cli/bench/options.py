@@ -8,30 +8,11 @@ from typing import Annotated
 import typer
 
 PolicyList = Annotated[list[str] | None, typer.Option("--policy", help="Policy to measure; may be repeated.")]
-LossyList = Annotated[
-    list[str] | None,
-    typer.Option("--lossy", metavar="KIND", help="Each policy with this lossy one, too; may be repeated."),
-]
 DtypeList = Annotated[list[str] | None, typer.Option("--dtype", help="Expert dtype to measure; may be repeated.")]
-CompareOption = Annotated[
-    bool,
-    typer.Option("--compare-policies", help="Cache off against cache on: no slots, then the known policies and ours."),
-]
 ShapeOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Random weights in a real shape instead of a model.")
 ]
 LayersOption = Annotated[int | None, typer.Option(min=1, help="With --shape: only so many layers.")]
-PlainOption = Annotated[bool, typer.Option("--plain/--no-plain", help="Plain transformers beside it.")]
-GgufOption = Annotated[
-    str | None, typer.Option(metavar="FILE", help="A GGUF file for llama.cpp beside it (llama-cpp-python).")
-]
-LlamaCppOption = Annotated[
-    bool,
-    typer.Option(
-        "--llama-cpp",
-        help="With --shape: llama.cpp on the same weights beside it, as Q4_0 (llama-cpp-python and gguf).",
-    ),
-]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Counted rounds.")]
 CsvOption = Annotated[Path | None, typer.Option("--csv", help="Write the rows here.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a figure here (matplotlib).")]

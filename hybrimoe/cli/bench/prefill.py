@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 import typer
 
 from hybrimoe.cli import common
-from hybrimoe.cli.bench import model_run, options
+from hybrimoe.cli.bench import model_run
+from hybrimoe.cli.groups import grouped
+
+QUICK_TOKENS = 128
+"""Most tokens of a round with --quick."""
 
 
 def register(app: typer.Typer) -> None:
     """Add `prefill`."""
-    app.command("prefill")(prefill)
+    app.command("prefill")(grouped(prefill))
 
 
 def prefill(
+    *,
     model: common.ModelArgument = None,
-    shape: options.ShapeOption = None,
-    layers: options.LayersOption = None,
-    policy: options.PolicyList = None,
-    lossy: options.LossyList = None,
-    dtype: options.DtypeList = None,
-    compare_policies: options.CompareOption = False,
-    plain: options.PlainOption = True,
-    gguf: options.GgufOption = None,
-    llama_cpp: options.LlamaCppOption = False,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 512,
-    rounds: options.RoundsOption = 7,
-    config: common.ConfigOption = None,
-    accelerator: common.AcceleratorOption = None,
-    slots: common.SlotsOption = None,
-    threads: common.ThreadsOption = None,
-    quick: options.QuickOption = False,
-    csv: options.CsvOption = None,
-    plot: options.PlotOption = None,
+    contenders: model_run.ContendersGroup,
     as_json: common.JsonOption = False,
 ) -> None:
     """Tokens a second of computing a prompt: policies and dtypes side by side in alternating rounds.
@@ -43,24 +31,5 @@ def prefill(
     Before anything is timed, the logits of every contender are compared with plain transformers'; wrong numbers end
     the benchmark. Figures with an emulated accelerator say so: that lane runs on the CPU, too.
     """
-    from hybrimoe.bench.model import measure as model_bench
-
-    request = model_bench.Request(
-        kind="prefill",
-        model=model,
-        shape=shape,
-        layers=layers,
-        policies=tuple(policy or ()),
-        lossy=tuple(lossy or ()),
-        dtypes=tuple(dtype or ()),
-        compare_policies=compare_policies,
-        plain=plain,
-        gguf=gguf,
-        llama_cpp=llama_cpp,
-        prompt_tokens=min(prompt_tokens, 128) if quick else prompt_tokens,
-        new_tokens=0,
-        rounds=min(rounds, options.QUICK_ROUNDS) if quick else rounds,
-        slots=slots,
-        deploy=partial(common.deploy_config, config, model=model, accelerator=accelerator, threads=threads),
-    )
-    model_run.measure_and_show(request, csv=csv, plot=plot, as_json=as_json)
+    length = min(prompt_tokens, QUICK_TOKENS) if contenders.quick else prompt_tokens
+    contenders.measured("prefill", model, length, 0, as_json=as_json)

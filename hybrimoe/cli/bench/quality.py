@@ -51,6 +51,8 @@ def quality(
     wrong = [name for name in dtype or () if name not in DTYPES]
     if wrong:
         raise ConfigError(f"--dtype {wrong[0]}: expected one of {', '.join(DTYPES)}")
+    common.check_readable(text)
+    common.check_writable(csv)
     if lossy:
         placed = {"policy": policy, "slots": slots, "accelerator": accelerator, "config": config}
         result, columns, lines, title = _of_lossy(model, text, dtype or [], windows, lossy, decode_tokens, placed)
@@ -69,6 +71,7 @@ Shown = tuple[dict[str, Any], list[str], list[list[str]], str]
 
 
 def _of_dtypes(model: str | None, text: Path | None, dtypes: list[str], windows: int, experts: int) -> Shown:
+    common.deploy_config(None, model=model)
     from hybrimoe.bench.quality import kernels as kernels_quality
     from hybrimoe.cli.views import render
 
@@ -93,19 +96,21 @@ def _of_lossy(
     model: str | None, text: Path | None, dtypes: list[str], windows: int, lossy: list[str], decode_tokens: int,
     placed: dict[str, Any],
 ) -> Shown:  # fmt: skip
-    from hybrimoe.bench.quality import lossy as lossy_quality
-    from hybrimoe.cli.common_model import quiet_libraries
-    from hybrimoe.cli.views import render
     from hybrimoe.errors import ConfigError
-    from scheduler.lossy import LOSSY_POLICIES
 
     if len(dtypes) > 1:
         raise ConfigError(f"--lossy takes one --dtype, found {', '.join(dtypes)}")
-    quiet_libraries()
     dtype = dtypes[0] if dtypes else "bfloat16"
+    deployment = common.deploy_config(placed.pop("config"), model=model, dtype=dtype, **placed)
+    from scheduler.lossy import LOSSY_POLICIES
+
     fitting = sorted(name for name, kind in LOSSY_POLICIES.items() if dtype == "int4" or not kind.uses_planes)
     kinds = [kind for given in lossy for kind in (fitting if given == "all" else [given])]
-    deployment = common.deploy_config(placed.pop("config"), model=model, dtype=dtype, **placed)
+    from hybrimoe.bench.quality import lossy as lossy_quality
+    from hybrimoe.cli.common_model import quiet_libraries
+    from hybrimoe.cli.views import render
+
+    quiet_libraries()
     request = lossy_quality.Request(
         deployment, text, tuple(dict.fromkeys(kinds)), windows, DECODE_WINDOWS, decode_tokens
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hybrimoe.cli import common
+from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -21,10 +23,11 @@ REPLY_S = 600.0
 
 def register(app: typer.Typer) -> None:
     """Add `serve`."""
-    app.command("serve")(serve)
+    app.command("serve")(grouped(serve))
 
 
 def serve(
+    *,
     model: common.ModelArgument = None,
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Measure a server that runs (any OpenAI-compatible one).")
@@ -36,14 +39,7 @@ def serve(
     turns: Annotated[int, typer.Option(min=1, help="Turns of a conversation: each sends all before it again.")] = 1,
     prompt_words: Annotated[int, typer.Option(min=1, help="Words of a conversation's first prompt.")] = 48,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Longest reply, in tokens.")] = 32,
-    config: common.ConfigOption = None,
-    accelerator: common.AcceleratorOption = None,
-    slots: common.SlotsOption = None,
-    dtype: common.DtypeOption = None,
-    policy: common.PolicyOption = None,
-    lossy: common.LossyOption = None,
-    threads: common.ThreadsOption = None,
-    lookahead: common.LookaheadOption = None,
+    placement: common.PlacementGroup,
     conversations: Annotated[
         int | None, typer.Option(min=1, help="Conversations whose KV caches the server keeps.")
     ] = None,
@@ -58,12 +54,12 @@ def serve(
     from hybrimoe.bench.serve import measure as serve_bench
     from hybrimoe.cli.common_model import progress_bar
 
-    given = {
-        "--config": config, "--accelerator": accelerator, "--slots": slots, "--dtype": dtype, "--policy": policy,
-        "--lossy": lossy, "--threads": threads, "--lookahead": lookahead, "--conversations": conversations,
-    }  # fmt: skip
+    given = asdict(placement) | {"conversations": conversations}
+    options = {f"--{name.replace('_', '-')}": value for name, value in given.items() if value is not None}
+    if url is None:
+        placement.deployment(model)  # what is wrong is said here, not in the log of the server's process
     load = serve_bench.Load(requests, turns, prompt_words, new_tokens)
-    with _server(url, model, given) as address, _client(address) as client, progress_bar() as progress:
+    with _server(url, model, options) as address, _client(address) as client, progress_bar() as progress:
         rows = serve_bench.measure(client, users or [1, 2, 4], load, progress)
         name = client.model
     if as_json:
@@ -73,22 +69,22 @@ def serve(
 
 
 @contextlib.contextmanager
-def _server(url: str | None, model: str | None, given: dict[str, Any]) -> Iterator[str]:
+def _server(url: str | None, model: str | None, options: dict[str, Any]) -> Iterator[str]:
     """The address to measure. Raises ConfigError where options of a server of our own come with --url."""
     from hybrimoe.bench.serve.process import running_server
     from hybrimoe.errors import ConfigError
 
-    named = {name: value for name, value in given.items() if value is not None}
     if url is not None:
-        if model is not None or named:
+        if model is not None or options:
             raise ConfigError(
-                f"--url measures a server as it runs: leave out {', '.join(['MODEL'] * bool(model) + list(named))}"
+                f"--url measures a server as it runs: leave out {', '.join(['MODEL'] * bool(model) + list(options))}"
             )
         yield url
         return
     words = [model] if model is not None else []
-    for name, value in named.items():
-        words += [name, str(value)]
+    for name, value in options.items():
+        flag = name if value is not False else name.replace("--", "--no-")
+        words += [flag] if isinstance(value, bool) else [name, str(value)]
     with running_server(words) as address:
         yield address
 

@@ -34,20 +34,21 @@ def speculate(
     second is a new one and drawn; with --shape both prompts are random tokens. A draft that changed a token ends the
     benchmark.
     """
-    from hybrimoe.bench import rounds as harness
-    from hybrimoe.bench.model.speculate import Request, measure
-    from hybrimoe.cli.common_model import progress_bar, quiet_libraries
     from hybrimoe.errors import ConfigError
 
-    quiet_libraries()
     if model is not None and shape is not None:
         raise ConfigError(f"give a model ({model}) or --shape {shape}, not both")
     if layers is not None and shape is None:
         raise ConfigError("--layers goes with --shape: a checkpoint is measured whole")
+    deployment = common.deploy_config(config, model=model, accelerator="none", dtype=dtype, threads=threads)
+    from hybrimoe.bench import rounds as harness
+    from hybrimoe.bench.model.speculate import Request, measure
+    from hybrimoe.cli.common_model import progress_bar, quiet_libraries
+
+    quiet_libraries()
     warning = harness.busy_warning()
     if warning:
         render.note(warning)
-    deployment = common.deploy_config(config, model=model, accelerator="none", dtype=dtype, threads=threads)
     counted = min(rounds, options.QUICK_ROUNDS) if quick else rounds
     length = min(new_tokens, 24) if quick else new_tokens
     with progress_bar() as progress:

@@ -19,6 +19,7 @@ from hybrimoe.generation.batch.padding import Padding, left_padded, listening
 from hybrimoe.generation.engine import TextGenerator
 from hybrimoe.generation.sampling import COMPLETION_TOKENS, Sampler, SamplingOptions, with_length
 from hybrimoe.generation.transcript import FinishReason, Transcript
+from hybrimoe.generation.vocabulary import check_token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -50,13 +51,16 @@ def generate_batch(
     """Replies to all prompts, in their order. `should_stop` is asked between tokens, `on_step` called after each step.
 
     Sampled replies depend on what shares the batch: the batch draws from one generator with the seed of `options`.
-    A generator with speculation takes one prompt at a time. Raises PromptError for a prompt without room for a reply,
-    ConfigError for options of single replies only, and for several prompts with speculation.
+    A generator with speculation takes one prompt at a time. Raises PromptError for a prompt without room for a reply or
+    with a token that the model does not have, ConfigError for options of single replies only, and for several prompts
+    with speculation.
     """
     import torch
     from transformers import StoppingCriteriaList
 
     _check_options(options)
+    for prompt in prompts:
+        check_token_ids(generator.model, prompt.token_ids, generator.tokenizer)
     if generator.pace is not None:
         require_single(len(prompts))
         return [_speculated(generator, prompt, options, should_stop, on_step) for prompt in prompts]

@@ -23,6 +23,7 @@ from hybrimoe.generation.batch.generate import (
 from hybrimoe.generation.batch.prompts_file import PromptLine
 from hybrimoe.generation.engine import TextGenerator
 from hybrimoe.generation.sampling import SamplingOptions
+from hybrimoe.generation.vocabulary import check_token_ids
 from scheduler.batching import Batching, Request, ServiceCosts, ServiceOrder, expected_distinct, make_batches
 
 if TYPE_CHECKING:
@@ -78,12 +79,14 @@ class JobTotals:
 
 
 def job_prompts(generator: TextGenerator, lines: Sequence[PromptLine], name: str) -> list[BatchPrompt]:
-    """The lines as tokens. Raises PromptError with the line of a prompt that leaves no room for a reply."""
+    """The lines as tokens. Raises PromptError with the line of a prompt that leaves no room for a reply, or has a token
+    that the model does not have."""
     prompts = []
     for line in lines:
         prompt = BatchPrompt(tuple(generator.encode(line.text)), line.max_new_tokens)
         try:
             generator.check_prompt(len(prompt.token_ids))
+            check_token_ids(generator.model, prompt.token_ids, generator.tokenizer)
         except PromptError as error:
             raise PromptError(f"{name}:{line.line}: {error}") from error
         prompts.append(prompt)

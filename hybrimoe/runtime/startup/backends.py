@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cpu_kernels import BackendError, CpuBackend, ExpertSpec, get_backend
 from gpu_kernels import Accelerator, AcceleratorError, Pacing, open_accelerator
+from gpu_kernels.opening import existing_device
 from hybrimoe.errors import ConfigError, DeviceError
 from hybrimoe.runtime.config import RuntimeConfig
 from scheduler import HardwareProfile
@@ -16,6 +17,7 @@ def open_devices(config: RuntimeConfig) -> list[Accelerator]:
     """The accelerators of the configuration; empty for "none". Raises DeviceError where one does not exist,
     ConfigError where the CPU backend of an emulation cannot run."""
     names = (config.accelerator,) if isinstance(config.accelerator, str) else config.accelerator
+    require_devices(names)
     pacing = None if config.pacing is None else pacing_of(config.pacing)
     opened: list[Accelerator] = []
     try:
@@ -25,9 +27,20 @@ def open_devices(config: RuntimeConfig) -> list[Accelerator]:
     except (AcceleratorError, BackendError) as error:
         close_all(opened)
         kind = ConfigError if isinstance(error, BackendError) else DeviceError
-        several = f"{error}. A list uses all of its devices: {', '.join(names)}; [auto, emulated] takes what is here"
-        raise kind(str(error) if len(names) == 1 else several) from error
+        raise kind(str(error)) from error
     return opened
+
+
+def require_devices(names: Sequence[str]) -> None:
+    """Raises DeviceError where one of the accelerators is not on this machine; opens none."""
+    for name in names:
+        if name in ("none", "emulated", "auto"):
+            continue
+        try:
+            existing_device(name)
+        except AcceleratorError as error:
+            several = f". A list uses all of its devices: {', '.join(names)}; [auto, emulated] takes what is here"
+            raise DeviceError(f"{error}{several if len(names) > 1 else ''}") from error
 
 
 def close_all(accelerators: Sequence[Accelerator]) -> None:

@@ -11,6 +11,7 @@ from hybrimoe.errors import ConfigError, did_you_mean
 from hybrimoe.machine.profiles import open_hardware, with_accelerators
 from hybrimoe.tracing.learning.onnx_net import OnnxScorer
 from hybrimoe.tracing.sources import open_trace, split
+from scheduler.demand import Phase
 from scheduler.lossy import Lossy, resolve_lossy
 from scheduler.planner.policies import resolve_policy
 from scheduler.simulator.run import simulate
@@ -18,7 +19,7 @@ from scheduler.simulator.simulator import PhaseResult, SimulationConfig, check_f
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import PredictionKind, predictions_for
-from scheduler.traces.trace import Phase, Trace
+from scheduler.traces.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)

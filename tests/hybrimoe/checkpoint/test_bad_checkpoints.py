@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig, LlamaConfig, PreTrainedModel
 
 from hybrimoe.checkpoint import UnsupportedCheckpointError, load, load_tokenizer
-from hybrimoe.checkpoint.errors import LeftOutWarning
+from hybrimoe.checkpoint.errors import LeftOutWarning, TiedEmbeddingsWarning
+from hybrimoe.demo import demo_model_path
 from hybrimoe.errors import BudgetError, CheckpointError, DeviceError, HybriMoEError, ModelError
 
 from .conftest import SMALL
@@ -219,6 +221,8 @@ def test_host_memory_for_exactly_all_experts(directory: Path) -> None:
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
 def test_a_device_that_is_not_here(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])  # the device comes first: reading weights takes minutes
     with pytest.raises(DeviceError, match="cuda:0"):
         load(directory, accelerator="cuda:0", policy="static", progress=False)
 
@@ -246,15 +250,136 @@ def test_one_file_goes_before_the_index_of_an_earlier_save(
     assert torch.equal(model.lm_head.weight, mixtral.lm_head.weight)
 
 
-@pytest.mark.parametrize("entry", [{"hidden_size": "many"}, {"num_hidden_layers": 2.5}, {"rope_parameters": 7}])
+COUNTS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "num_key_value_heads")
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", ["many", 2.5, [2], {}, 0, -1, float("nan")])
+def test_a_size_that_cannot_be(name: str, value: Any, edit_config: Callable[..., Path]) -> None:
+    with pytest.raises(HybriMoEError, match=rf"(?s){name}|config\.json") as caught:
+        load(edit_config(**{name: value}), accelerator="none", policy="static", progress=False)
+    assert name in str(caught.value) or "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"rope_parameters": 7}, {"hidden_act": "nosuch"}, {"rope_parameters": {"rope_type": "nosuch"}}]
+)
 def test_a_config_that_transformers_refuses(entry: dict[str, Any], edit_config: Callable[..., Path]) -> None:
     fails(ModelError, "config.json", edit_config(**entry))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"max_new_tokens": -1}'])
+@pytest.mark.parametrize("text", ["{", "[]", "7", '{"max_new_tokens": -1}', '{"max_new_tokens": "many"}'])
 def test_a_generation_config_that_transformers_refuses(text: str, directory: Path) -> None:
     (directory / "generation_config.json").write_text(text)
     fails(ModelError, r"generation_config\.json.*correct the file, or remove it", directory)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 0.0),
+        ("temperature", -0.5),
+        ("temperature", float("nan")),
+        ("temperature", "0.7"),
+        ("top_k", "many"),
+        ("top_k", -3),
+        ("top_p", -0.5),
+        ("top_p", "0.9"),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", "1.1"),
+        ("bad_words_ids", 7),
+    ],
+)
+def test_a_generation_config_that_no_token_can_be_chosen_with(field: str, value: Any, directory: Path) -> None:
+    (directory / "generation_config.json").write_text(json.dumps({"do_sample": True, field: value}))
+    name = "penalty" if field == "repetition_penalty" else field
+    fails(ModelError, rf"(?s)generation_config\.json: .*{name}.*correct the file, or remove it", directory)
+
+
+def test_a_temperature_of_0_is_harmless_where_nothing_is_drawn(directory: Path) -> None:
+    (directory / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.0}')
+    model = load(directory, accelerator="none", policy="static", progress=False)
+    assert not model.generation_config.do_sample
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": {"type": "nosuch"}}', ""])
+def test_a_broken_tokenizer(name: str, text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(demo_model_path(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / name).write_text(text)
+    with contextlib.suppress(ModelError):  # some of these load; no other error may come
+        load_tokenizer(folder)
+
+
+UNTIED = "lm_head.weight"
+
+
+@pytest.fixture
+def without_output_layer(edit: Edit, edit_config: Callable[..., Path]) -> Callable[[bool | None], Path]:
+    """A checkpoint without an output layer, whose config.json says this of its embeddings (None: nothing)."""
+
+    def make(tied: bool | None) -> Path:
+        edit(lambda tensors: tensors.pop(UNTIED, None))
+        directory = edit_config(tie_word_embeddings=tied)
+        if tied is None:
+            config = json.loads((directory / "config.json").read_text())
+            del config["tie_word_embeddings"]
+            (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return make
+
+
+def test_no_output_layer_and_a_config_that_says_nothing_of_ties(
+    without_output_layer: Callable[[bool | None], Path],
+) -> None:
+    directory = without_output_layer(None)
+    told = r"does not say .*tie_word_embeddings.* no lm_head\.weight: .* model\.embed_tokens\.weight"
+    with pytest.warns(TiedEmbeddingsWarning, match=told):
+        model = load(directory, accelerator="none", policy="static", expert_dtype="float32", progress=False)
+    said = load(without_output_layer(True), accelerator="none", policy="static", expert_dtype="float32", progress=False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+    ids = torch.arange(8)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, said(ids).logits)
+
+
+def test_no_output_layer_and_a_config_that_says_there_is_one(
+    without_output_layer: Callable[[bool | None], Path],
+) -> None:
+    fails(CheckpointError, "lacks lm_head.weight", without_output_layer(False))
+
+
+def test_an_output_layer_of_its_own_stays_where_the_config_says_nothing(
+    directory: Path, mixtral: PreTrainedModel
+) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (directory / "config.json").write_text(json.dumps(config))
+    model = load(directory, accelerator="none", policy="static", expert_dtype="float32", progress=False)
+    assert torch.equal(model.lm_head.weight, mixtral.lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_a_family_that_ties_by_default_keeps_an_output_layer_of_its_own(
+    make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    config = Ernie4_5_MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, moe_num_experts=4, moe_k=2, moe_layer_start_index=0,
+        moe_num_shared_experts=0, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    plain = make_model(config)
+    plain.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    entries = json.loads(file.read_text())
+    del entries["tie_word_embeddings"]
+    file.write_text(json.dumps(entries))
+    model = load(tmp_path / "model", accelerator="none", policy="static", expert_dtype="float32", progress=False)
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
 
 
 def test_code_beside_the_weights_never_runs_and_nobody_is_asked(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from gpu_kernels.emulated import EmulatedAccelerator
-from hybrimoe.checkpoint import PackedFileWarning, load, packed
+from hybrimoe.checkpoint import PackedFileWarning, load, loading, packed, record_file
 from hybrimoe.errors import BudgetError, CheckpointError
 from hybrimoe.runtime.store import ExpertStore
 
@@ -30,7 +30,7 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from cpu_kernels import ExpertSpec
-from hybrimoe.checkpoint import packed
+from hybrimoe.checkpoint import packed, record_file
 from hybrimoe.runtime.store import LayerSpec
 layers = (LayerSpec("layer", ExpertSpec(64, 64, "float32"), 4),)
 header = packed.describe(layers, ())
@@ -81,7 +81,7 @@ def test_an_accelerator_that_wants_pinned_memory_gets_it_at_the_second_start(
         if what == "reading packed experts":
             calls.append((done, total))
 
-    monkeypatch.setattr(packed, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(record_file, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(EmulatedAccelerator, "needs_pinned_host", lambda self: True)
     monkeypatch.setattr(packed, "ExpertStore", lambda layers, pinned: ExpertStore(layers) if pinned else None)
     store = load(directory, **emulated | {"progress": note}).hybrimoe.session.store
@@ -99,7 +99,7 @@ def test_a_file_that_is_cut_while_it_is_read(directory: Path) -> None:
     (path,) = packed_files(directory)
     os.truncate(path, path.stat().st_size - 5)
     with pytest.raises(CheckpointError, match="cut short"):
-        packed.PackedFile(path, layers, packed.PAGE_BYTES).read(pinned=False)
+        packed.PackedFile(path, layers, record_file.PAGE_BYTES).read(pinned=False)
 
 
 def test_each_dtype_has_a_file_of_its_own(directory: Path) -> None:
@@ -151,14 +151,14 @@ def test_another_record_layout_is_packed_again(directory: Path, monkeypatch: pyt
 def test_a_model_directory_that_cannot_be_written_uses_the_cache(
     directory: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = packed._whole_or_nothing
+    real = record_file.whole_or_nothing
 
-    def read_only(place: Path, header: dict[str, Any]) -> Any:
-        if place == directory:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(place))
-        return real(place, header)
+    def read_only(path: Path, header: dict[str, Any], n_bytes: int) -> Any:
+        if path.parent == directory:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, header, n_bytes)
 
-    monkeypatch.setattr(packed, "_whole_or_nothing", read_only)
+    monkeypatch.setattr(record_file, "whole_or_nothing", read_only)
     assert packing(directory)
     assert packed_files(directory) == []
     assert len(packed_files(own_cache)) == 1
@@ -170,7 +170,7 @@ def test_no_place_at_all_is_a_warning_and_the_model_runs(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(packed, "folders", lambda directory, *, beside: packed_places(tmp_path))
+    monkeypatch.setattr(loading, "folders", lambda directory, *, beside: packed_places(tmp_path))
     with pytest.warns(PackedFileWarning, match="could not be kept.*Not a directory.*HYBRIMOE_CACHE"):
         model = load(directory, **OPTIONS)
     assert logits(model).isfinite().all()
@@ -197,7 +197,7 @@ def run(script: str, *arguments: object) -> subprocess.Popen[bytes]:
 
 
 def test_a_kill_during_packing_leaves_a_half_file_that_is_swept_away(directory: Path) -> None:
-    stop = "packed._sync_folder = os.fsync = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+    stop = "record_file._sync_folder = os.fsync = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
     killed = run(stop + "packed.write(place, records, header)", directory)
     _, errors = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, errors
@@ -211,7 +211,7 @@ def test_a_kill_during_packing_leaves_a_half_file_that_is_swept_away(directory: 
 def test_a_partial_file_that_is_being_written_is_left_alone(directory: Path) -> None:
     layers = load(directory, **OPTIONS, packed_file=False).hybrimoe.session.layer_specs()
     header = packed.describe(layers, ())
-    with packed._whole_or_nothing(directory, header):
+    with record_file.whole_or_nothing(directory / packed.file_name(header), header, 64):
         assert packing(directory)
         assert len(list(directory.glob("*.partial"))) == 1
     assert list(directory.glob("*.partial")) == []
@@ -279,7 +279,7 @@ for name in ("pread", "preadv", "pwrite", "pwritev", "fchmod", "posix_fallocate"
     delattr(os, name)
 """
     script = """
-packed._sync_folder = lambda folder: None
+record_file._sync_folder = lambda folder: None
 (place / "left.partial").parent.mkdir(exist_ok=True)
 (place / "left.partial").touch()
 packed.write(place, records, header)

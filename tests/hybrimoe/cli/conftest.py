@@ -37,6 +37,22 @@ def hybrimoe():
     return run
 
 
+TERMINAL = ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE",
+            "TERMINAL_WIDTH", "LINES", "HYBRIMOE_DEBUG")  # fmt: skip
+"""What of the environment decides how programs print, and is taken away: tests read what is printed."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_terminal():
+    """80 columns without colour, whatever terminal the tests run in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        patch.setenv("TERM", "xterm")
+        for name in TERMINAL:
+            patch.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def small_machine(tmp_path_factory, private_cache):
     """The demo model is packed once for all command lines, nothing is left in the home directory, and torch computes

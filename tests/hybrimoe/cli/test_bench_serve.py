@@ -6,6 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from hybrimoe.demo import demo_model_path
+
 pytest.importorskip("httpx")
 
 
@@ -130,9 +132,14 @@ def test_no_server_no_api_and_options_of_another_server_are_told(hybrimoe, url):
 
 
 def test_a_server_that_does_not_start_gives_its_reason(hybrimoe, tmp_path):
-    result = bench(hybrimoe, str(tmp_path / "nothing"))
+    nothing = bench(hybrimoe, str(tmp_path / "nothing"))
+    assert (nothing.code, "no model directory" in " ".join(nothing.err.split())) == (1, True)
+    (tmp_path / "config.json").write_bytes((demo_model_path() / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    result = bench(hybrimoe, str(tmp_path))
     assert result.code == 1
-    assert "the server did not start: no model directory" in " ".join(result.err.split())
+    assert "the server did not start: " in " ".join(result.err.split())
+    assert "model.safetensors is truncated" in result.err.replace("\n", "")
 
 
 def test_the_real_server_is_started_measured_and_ended(hybrimoe):

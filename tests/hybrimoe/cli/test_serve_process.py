@@ -80,18 +80,24 @@ def until(condition):
         time.sleep(0.01)
 
 
-def begun(server, **more):
-    """The lines of a stream that has given its first text."""
-    client = httpx.Client(timeout=60)
-    request = client.build_request("POST", f"{server.url}/v1/completions", json={**LONG, **more, "stream": True})
-    response = client.send(request, stream=True)
-    lines = response.iter_lines()
-    next(lines)
-    return lines
+@pytest.fixture
+def begun():
+    """Opens a stream of a server and gives its lines, once the first text is there; closed when the test ends."""
+    with contextlib.ExitStack() as opened:
+
+        def begin(server, **more):
+            client = opened.enter_context(httpx.Client(timeout=60))
+            body = {**LONG, **more, "stream": True}
+            response = opened.enter_context(client.stream("POST", f"{server.url}/v1/completions", json=body))
+            lines = response.iter_lines()
+            next(lines)
+            return lines
+
+        yield begin
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_refuses_what_waits_and_gives_the_reply_under_way_its_time(serve, number):
+def test_a_signal_refuses_what_waits_and_gives_the_reply_under_way_its_time(serve, begun, number):
     server = serve("--drain-seconds", "0.5")
     lines = begun(server)
     results, threads = in_threads(4, lambda: server.post(LONG))
@@ -111,7 +117,7 @@ def test_a_signal_refuses_what_waits_and_gives_the_reply_under_way_its_time(serv
     assert "Traceback" not in said
 
 
-def test_a_reply_that_ends_within_the_time_is_complete(serve):
+def test_a_reply_that_ends_within_the_time_is_complete(serve, begun):
     server = serve()
     lines = begun(server, max_tokens=60)
     server.signal(signal.SIGTERM)
@@ -119,15 +125,14 @@ def test_a_reply_that_ends_within_the_time_is_complete(serve):
     assert server.ended()[0] == 0
 
 
-def test_a_second_signal_ends_the_server_at_once(serve):
+def test_a_second_signal_ends_the_server_at_once(serve, begun):
     server = serve("--drain-seconds", "600")
-    lines = begun(server)
+    begun(server)
     server.signal(signal.SIGTERM)
     until(lambda: health_is_gone(server))
     server.signal(signal.SIGTERM)
     code, _ = server.ended()
     assert code == 128 + signal.SIGTERM
-    del lines
 
 
 def health_is_gone(server):

@@ -288,7 +288,7 @@ def test_what_follows_auto_is_for_machines_without_an_accelerator(here: bool, mo
 
 
 def test_json_schema_knows_every_section() -> None:
-    sections = {"model", "rules", "accelerator", "memory", "cpu", "scheduler", "generation", "server"}
+    sections = {"model", "unknown_keys", "rules", "accelerator", "memory", "cpu", "scheduler", "generation", "server"}
     assert set(json_schema()["properties"]) == sections
 
 

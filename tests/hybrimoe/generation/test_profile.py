@@ -74,6 +74,19 @@ def test_the_parts_add_up_to_the_measured_time(way: str | None) -> None:
         assert model.hybrimoe.step.n_steps == 2 * (NEW_TOKENS - 1), "a profile does not change how steps run"
 
 
+def test_a_slow_first_step_does_not_distort_those_after_it() -> None:
+    class Metered:
+        readings = iter([({"norms": 10, "experts": 90}, 1e6), ({"norms": 40, "experts": 160}, 1e6 + 50.0)])
+
+        def meter(self) -> tuple[dict[str, int], float]:
+            return next(self.readings)
+
+    profile = Profile(tiny_family("olmoe"))
+    profile._step = Metered()
+    profile.forwarding(lambda: None)()
+    assert profile._stepped == {"norms": 15.0, "experts": 35.0}
+
+
 def test_a_profile_changes_no_token_and_leaves_no_hook() -> None:
     model = tiny_family("qwen2_moe")
     hybrimoe.inject(model, accelerator="none", expert_dtype="float32", step="transformers")

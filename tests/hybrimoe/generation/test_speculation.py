@@ -17,7 +17,7 @@ from hybrimoe.generation import Conversation, PrefixCache, Profile, SamplingOpti
 from hybrimoe.generation.batch.generate import BatchPrompt, generate_batch
 from hybrimoe.generation.batch.job import BatchJob
 from hybrimoe.generation.lookup import PromptLookup
-from hybrimoe.generation.pace import KEPT_TIMES, MAX_DRAFT_TOKENS, STALE_STEPS, DraftPace
+from hybrimoe.generation.pace import FIRST_ACCEPTANCE, KEPT_TIMES, MAX_DRAFT_TOKENS, STALE_STEPS, DraftPace
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
 from tiny_families import tiny_model as tiny_family
@@ -153,7 +153,7 @@ def test_a_text_that_repeats_switches_them_on_again() -> None:
         pace.compared(True)
     assert pace.n_to_draft(3) == 3
     pace.begin_reply()
-    assert pace.acceptance == 0.5
+    assert pace.acceptance == FIRST_ACCEPTANCE
 
 
 def test_times_that_change_are_noticed() -> None:

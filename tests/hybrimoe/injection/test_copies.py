@@ -38,6 +38,18 @@ def injected_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, HybridExperts)]
 
 
+def test_a_copy_that_is_saved_is_the_copy(tmp_path: Path) -> None:
+    model = make("qwen3_moe")
+    hybrimoe.inject(model, **SETTINGS[0])
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight += 1
+    twin.save_pretrained(tmp_path)
+    saved = type(model).from_pretrained(tmp_path).lm_head.weight
+    assert torch.equal(saved, twin.lm_head.weight)
+    assert not torch.equal(saved, model.lm_head.weight)
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
 def test_restoring_the_copy_leaves_the_original_injected(family: str, settings: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import hybrimoe
 from hybrimoe.errors import BudgetError, CheckpointError, ConfigError, DeviceError, ModelError, RuleError
 from hybrimoe.experts.module import HybridExperts
+from hybrimoe.runtime.session import Session
 
 EXPERTS = [f"model.layers.{layer}.mlp.experts" for layer in range(3)]
 IDS = torch.arange(3, 12)[None]
@@ -147,11 +147,11 @@ def test_a_refusal_leaves_the_model_as_it_was(
 
 
 def test_a_failure_half_way_leaves_the_model_as_it_was(qwen3: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("broken while finalising")
 
     before = state(qwen3)
-    monkeypatch.setattr(importlib.import_module("hybrimoe.injection.inject"), "_finalize", fail)
+    monkeypatch.setattr(Session, "finalize", fail)
     with pytest.raises(RuntimeError, match="broken while finalising"):
         hybrimoe.inject(qwen3, accelerator="none")
     assert_same(before, state(qwen3))
@@ -229,12 +229,8 @@ def test_a_meta_model_gets_its_weights_later(qwen3: PreTrainedModel, qwen3_meta:
     from hybrimoe.experts.layout import read
 
     expected = logits(qwen3)
-    asked: list[int] = []
     meta = type(qwen3_meta)(qwen3_meta.config).to("meta").eval()
-    injection = hybrimoe.inject(
-        meta, accelerator="none", expert_dtype="float32", store=lambda layers, pinned: asked.append(len(layers))
-    )
-    assert asked == [3]
+    injection = hybrimoe.inject(meta, accelerator="none", expert_dtype="float32")
     assert list(injection.originals) == EXPERTS
     with pytest.raises(ModelError):
         injection.session.run_layer(0, torch.zeros(1, 32), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
