@@ -54,6 +54,8 @@ class FewThreads:
             del self._model.__dict__["generate"]
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch.compiler.is_compiling():  # a compiled graph runs its own threads, and cannot set torch's
+            return
         before = torch.get_num_threads()
         self._before.append(before)
         wanted = 1 if 0 < n_tokens_of(args, kwargs) <= MAX_TOKENS else self.prompt_threads or before
@@ -61,6 +63,8 @@ class FewThreads:
             torch.set_num_threads(wanted)
 
     def _leave(self, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            return
         before = self._before.pop()
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)

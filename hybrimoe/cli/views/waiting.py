@@ -24,11 +24,11 @@ def set_wait_policy(
 ) -> None:
     """Lets OpenMP's idle threads sleep, for a program whose command line is `words`; before torch is imported.
 
-    torch and Numba each bring a pool of as many threads as there are cores, and OpenMP's way is that idle ones spin for
-    about a millisecond: on the core that the other pool, an emulated lane or another program needs. Measured on 2
-    virtual cores beside other work: the demo model made 3 tokens a second where sleeping threads gave 98. Waking them
-    takes time, too: on the same machine, idle, it made 76 and 49, and a large layer of experts was 10 % slower. So one
-    job on an idle machine spins, and everything else sleeps. What the user has set stays.
+    torch brings a pool of as many threads as there are cores, and OpenMP's way is that idle ones spin for milliseconds:
+    on the core that the kernels' team, an emulated lane or another program needs. Between the steps of a reply torch
+    has one thread (`hybrimoe.dense.threads`), so that this is about prompts, and about models whose large dense layers
+    torch computes. Waking threads takes time, too. So one job on an idle machine spins, and everything else sleeps.
+    What the user has set stays.
     """
     if WAIT_POLICY in environment or SPIN_COUNT in environment or tuple(words[:2]) == KERNELS_ALONE:
         return
