@@ -84,9 +84,9 @@ def _site(
         raise NotCompiled(f"{core.path}: its result has another size than the stream")
     known = [1.0, *(value for value in vars(layer.module).values() if isinstance(value, float) and value > 0)]
     streams = [before] if pre is None else [before, core.input]
-    keep, scale, left, renews = min(
-        ((*_fit(stream, result, after), number == 1) for number, stream in enumerate(streams)), key=lambda fit: fit[2]
-    )
+    fits = [_fit(stream, result, after) for stream in streams]
+    number = min(range(len(fits)), key=lambda number: fits[number][3])
+    (keep, scale, left, _), renews = fits[number], number == 1
     factors = _nearest(known, keep), _nearest(known, scale)
     off = max(abs(one - found) / one for one, found in zip(factors, (keep, scale), strict=True))
     if left > FIT_TOLERANCE * (10 if keep == 1.0 else 1) or off > FIT_TOLERANCE:
@@ -99,19 +99,21 @@ def _nearest(known: list[float], value: float) -> float:
     return min(known, key=lambda one: abs(one - value))
 
 
-def _fit(stream: torch.Tensor, result: torch.Tensor, after: torch.Tensor) -> tuple[float, float, float]:
-    """(keep, scale, relative rest) of after = keep * stream + scale * result by least squares.
+def _fit(stream: torch.Tensor, result: torch.Tensor, after: torch.Tensor) -> tuple[float, float, float, float]:
+    """(keep, scale, relative rest, rest) of after = keep * stream + scale * result by least squares.
 
     In bfloat16 a small result leaves its factor uncertain beside the stream: where keep is 1, the difference tells.
     """
     x, y, z = (value.double().flatten() for value in (stream, result, after))
     scale = float(y @ (z - x) / (y @ y + 1e-300))
-    left = float((z - x - scale * y).norm() / ((z - x).norm() + 1e-300))
+    rest = float((z - x - scale * y).norm())
+    left = rest / float((z - x).norm() + 1e-300)
     if left <= 10 * FIT_TOLERANCE:
-        return 1.0, scale, left
+        return 1.0, scale, left, rest
     factors = torch.linalg.lstsq(torch.stack([x, y], 1), z[:, None]).solution[:, 0]
     keep, scale = float(factors[0]), float(factors[1])
-    return keep, scale, float((z - keep * x - scale * y).norm() / (z.norm() + 1e-300))
+    rest = float((z - keep * x - scale * y).norm())
+    return keep, scale, rest / float(z.norm() + 1e-300), rest
 
 
 def branches_of(trace: Trace, site: Site, ropes: RopeTables, session: Any) -> Iterator[Branch]:
