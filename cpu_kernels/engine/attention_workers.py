@@ -52,6 +52,7 @@ def _attend_chunk(call: np.ndarray, batch: Whole, kv_head: Whole, chunk: Whole, 
             call[ATTEND_BLOCK] if whole else call[ATTEND_ONE],
             call[QUERY] + 4 * row * call[DIM], keys, call[K_TOKEN], values, call[V_TOKEN], bias, n_tokens,
             call[DIM], call[V_DIM], scores, call[STATS] + 8 * part, call[PARTS] + 4 * part * call[V_DIM],
+            keys, 0, 0,
         )  # fmt: skip
         head += HEAD_BLOCK if whole else 1
 

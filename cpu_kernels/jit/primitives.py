@@ -80,9 +80,12 @@ def call_attend(
     scores: Any,
     stats: Any,
     out: Any,
+    more: Any,
+    more_bytes: Any,
+    more_dim: Any,
 ) -> Any:
     """Calls the compiled `attend` (cpu_kernels.simd.attention) at address `function`."""
-    return _kernel_call(12, types.void)
+    return _kernel_call(15, types.void)
 
 
 @intrinsic

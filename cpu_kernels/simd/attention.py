@@ -1,18 +1,20 @@
 """Attention of one query token per head over a run of cached tokens, as flash decoding's first step.
 
-attend(q, k, k_bytes, v, v_bytes, bias, n_tokens, dim, v_dim, scores, stats, out)
+attend(q, k, k_bytes, v, v_bytes, bias, n_tokens, dim, v_dim, scores, stats, out, more, more_bytes, more_dim)
 
-q float32 [heads, dim], scaled already; k and v: rows of bfloat16 (or float32), k_bytes and v_bytes apart, that all the
-heads share.
+q float32 [heads, dim + more_dim], scaled already; k and v: rows of bfloat16 (or float32), k_bytes and v_bytes apart,
+that all the heads share. more: where the last more_dim columns of keys lie, more_bytes apart, if not behind the first
+(latent attention keeps the rotated part by itself); more_dim 0: there are none.
 bias float32 [n_tokens] is added to every head's scores. scores: scratch float32 [heads, CHUNK]. For each head, stats
 gets m = max score and the sum of exp(score - m) (float32 [heads, 2]), out the sum of exp(score - m) * v (float32
-[heads, v_dim]). dim and v_dim are multiples of the ISA's lanes; n_tokens is 1 to CHUNK.
+[heads, v_dim]). dim, v_dim and more_dim are multiples of the ISA's lanes; n_tokens is 1 to CHUNK.
 
 Partial results of runs are joined by ``exp(m - max m)`` (Dao et al., Flash-Decoding, 2023).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from llvmlite import ir
@@ -67,6 +69,9 @@ class _Arguments:
     scores: ir.Value
     stats: ir.Value
     out: ir.Value
+    more: ir.Value
+    more_bytes: ir.Value
+    more_dim: ir.Value
     is_bf16: bool
 
     @property
@@ -82,6 +87,7 @@ class _Arguments:
 def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
     module = ir.Module(kernel.name)
     kinds = [POINTER, POINTER, I64, POINTER, I64, POINTER, I64, I64, I64, POINTER, POINTER, POINTER]
+    kinds += [POINTER, I64, I64]
     function = ir.Function(module, ir.FunctionType(VOID, kinds), kernel.symbol)
     s = Simd(ir.IRBuilder(function.append_basic_block()), isa)
     arguments: list[Any] = [*function.args, kernel.dtype == "bfloat16"]
@@ -129,19 +135,29 @@ def _scores_by_blocks(s: Simd, a: _Arguments, n_heads: int) -> ir.Value:
 
 def _products(s: Simd, a: _Arguments, n_heads: int, token: ir.Value, n_tokens: int) -> list[ir.Value]:
     """Vectors, head by head, whose lanes add up to q[head] . k[token + i] for n_tokens tokens."""
-    keys = [s.offset(a.k, s.b.mul(s.b.add(token, s.const(i)), a.k_bytes)) for i in range(n_tokens)]
-    query_bytes = s.b.mul(a.dim, s.const(4))
+    tokens = [s.b.add(token, s.const(i)) for i in range(n_tokens)]
+    query_bytes = s.b.mul(s.b.add(a.dim, a.more_dim), s.const(4))
+    sums = [s.zero(s.f32)] * (n_heads * n_tokens)
+    for first, row_bytes, n_columns, query in (
+        (a.k, a.k_bytes, a.dim, a.q), (a.more, a.more_bytes, a.more_dim, s.offset(a.q, s.b.mul(a.dim, s.const(4)))),
+    ):  # fmt: skip
+        keys = [s.offset(first, s.b.mul(each, row_bytes)) for each in tokens]
+        sums = _folded(s, n_columns, s.lanes, sums, partial(_add_columns, s, a, keys, query, query_bytes))
+    return sums
 
-    def step(column: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        parts = [a.load(s, s.offset(key, s.b.mul(column, s.const(a.element_bytes)))) for key in keys]
-        added = []
-        for head in range(n_heads):
-            place = s.offset(a.q, s.b.add(s.b.mul(query_bytes, s.const(head)), s.b.mul(column, s.const(4))))
-            query = s.load(place, s.f32)
-            added += [s.mul_add(part, query, sums[head * n_tokens + i]) for i, part in enumerate(parts)]
-        return added
 
-    return _folded(s, a.dim, s.lanes, [s.zero(s.f32)] * (n_heads * n_tokens), step)
+def _add_columns(
+    s: Simd, a: _Arguments, keys: list[ir.Value], query: ir.Value, query_bytes: ir.Value, column: ir.Value,
+    sums: list[ir.Value],
+) -> list[ir.Value]:  # fmt: skip
+    """The sums of `_products` with a vector of columns more."""
+    parts = [a.load(s, s.offset(key, s.b.mul(column, s.const(a.element_bytes)))) for key in keys]
+    added: list[ir.Value] = []
+    for head in range(len(sums) // len(keys)):
+        place = s.offset(query, s.b.add(s.b.mul(query_bytes, s.const(head)), s.b.mul(column, s.const(4))))
+        values = s.load(place, s.f32)
+        added += [s.mul_add(part, values, sums[head * len(keys) + i]) for i, part in enumerate(parts)]
+    return added
 
 
 def _softmax(s: Simd, scores: ir.Value, stats: ir.Value, n_tokens: ir.Value) -> None:

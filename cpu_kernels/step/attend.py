@@ -1,5 +1,7 @@
 """Attention of a step's rows over the KV cache: runs of CHUNK cached tokens, then their join, head by head."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from cpu_kernels.host.isa import BY_NAME
@@ -7,27 +9,15 @@ from cpu_kernels.jit.compiled import Real, Whole, Worker, float_kernel, inline_k
 from cpu_kernels.jit.primitives import call_attend, floats_at, int64s_at, take_ticket
 from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST, AttendKernel
 from cpu_kernels.simd.compile import kernel_address
+from cpu_kernels.step.cached import CACHE_SIZE, K_TOKEN, KIND, V_TOKEN, key_address, rows_of, value_address
 from cpu_kernels.step.floats import FLOAT32, fill, read_row
-from cpu_kernels.step.heads import (
-    CACHE_SIZE,
-    K_HEAD_BYTES,
-    K_SEQUENCE,
-    K_TOKEN,
-    KEYS,
-    KIND,
-    PAST_FIRST,
-    V_HEAD_BYTES,
-    V_SEQUENCE,
-    V_TOKEN,
-    VALUES,
-)
+from cpu_kernels.step.heads import Source
 from cpu_kernels.step.program import (
     MASK,
     MASK_ROW,
     MAX_ROWS,
     N_ROWS,
-    ROW_SIZE,
-    ROWS,
+    PADDING,
     SCRATCH,
     SCRATCH_BYTES,
     SEEN,
@@ -37,87 +27,115 @@ from cpu_kernels.step.program import (
     Program,
 )
 
-(STATE, NEXT, NEXT_JOIN, N_HEADS, N_KV_HEADS, DIM, V_DIM, WINDOW, SINKS, QUERY, PARTS, STATS, MAX_CHUNKS, OUT, OUT_ROW,
- BLOCK_FLOATS, ONE_FLOATS, BLOCK_HALVES, ONE_HALVES, ZEROS, ATTEND_CALL) = range(21)  # fmt: skip
+(STATE, NEXT, NEXT_JOIN, N_HEADS, N_KV_HEADS, DIM, V_DIM, SHARED, WINDOW, IN_BLOCKS, SINKS, QUERY, PARTS, STATS,
+ MAX_CHUNKS, OUT, OUT_ROW, GATE, GATE_ROW, GATE_HEAD, BLOCK_FLOATS, ONE_FLOATS, BLOCK_HALVES, ONE_HALVES, ZEROS,
+ ATTEND_CALL) = range(26)  # fmt: skip
 CACHE = ATTEND_CALL
+TASK_HEADS = 4 * HEAD_BLOCK
+"""Query heads of a task at most: many heads that share one head of keys are work for several threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a row looks at: all tokens up to itself, the last `window` of them, or (in_blocks) those in its own block of
+    `window` tokens, counted from the first that is no padding."""
+
+    window: int = 0
+    in_blocks: bool = False
+
+
+EVERYTHING = Sight()
 
 
 def _attend(call_address: int, thread: int) -> None:
-    """Worker. Task: a run of cached tokens of one head of keys and values, for a row's query heads that share it."""
+    """Worker. Task: a run of cached tokens of one head of keys and values, for up to TASK_HEADS heads of a row."""
     call = int64s_at(call_address, CACHE + CACHE_SIZE)
     state = int64s_at(call[STATE], STATE_SIZE)
-    rows = int64s_at(state[ROWS], ROW_SIZE * state[N_ROWS]).reshape(state[N_ROWS], ROW_SIZE)
+    rows = rows_of(state)
     scores = state[SCRATCH] + thread * SCRATCH_BYTES
+    group = call[N_HEADS] // call[N_KV_HEADS]
+    n_parts = (group + TASK_HEADS - 1) // TASK_HEADS
     longest = 0
     for row in range(state[N_ROWS]):
-        longest = max(longest, _n_chunks(call, rows[row, SEEN]))
+        longest = max(longest, _n_chunks(call, rows[row]))
+    per_row = call[N_KV_HEADS] * n_parts * longest
     while True:
         task = take_ticket(call[NEXT])
-        if task >= state[N_ROWS] * call[N_KV_HEADS] * longest:
+        if task >= state[N_ROWS] * per_row:
             return
-        row, pair = task // (call[N_KV_HEADS] * longest), task % (call[N_KV_HEADS] * longest)
-        kv_head, chunk = pair // longest, pair % longest
-        if chunk < _n_chunks(call, rows[row, SEEN]):
-            _run(call, state, rows[row], row, kv_head, chunk, scores)
+        row, rest = task // per_row, task % per_row
+        heads, chunk = rest // longest, rest % longest
+        kv_head, first = heads // n_parts, heads % n_parts * TASK_HEADS
+        if chunk < _n_chunks(call, rows[row]):
+            _run(call, state, rows[row], row, kv_head, first, min(group, first + TASK_HEADS), chunk, scores)
 
 
 @inline_kernel
-def _first_seen(call: np.ndarray, seen: Whole) -> Whole:
+def _first_seen(call: np.ndarray, place: np.ndarray) -> Whole:
     """The first cached token that a row looks at."""
-    return max(0, seen - call[WINDOW]) if call[WINDOW] else 0
+    window, padding = call[WINDOW], place[PADDING]
+    if window == 0:
+        return 0
+    if call[IN_BLOCKS] and place[SEEN] > padding:
+        return padding + (place[SEEN] - 1 - padding) // window * window
+    return max(0, place[SEEN] - window)
 
 
 @inline_kernel
-def _n_chunks(call: np.ndarray, seen: Whole) -> Whole:
-    return (seen - _first_seen(call, seen) + CHUNK - 1) // CHUNK
+def _n_chunks(call: np.ndarray, place: np.ndarray) -> Whole:
+    return (place[SEEN] - _first_seen(call, place) + CHUNK - 1) // CHUNK
 
 
 @inline_kernel
 def _run(
-    call: np.ndarray, state: np.ndarray, place: np.ndarray, row: Whole, kv_head: Whole, chunk: Whole, scores: Whole
-) -> None:
-    first = _first_seen(call, place[SEEN]) + chunk * CHUNK
+    call: np.ndarray, state: np.ndarray, place: np.ndarray, row: Whole, kv_head: Whole, head: Whole, stop: Whole,
+    chunk: Whole, scores: Whole,
+) -> None:  # fmt: skip
+    """The run `chunk` of a row, for query heads from `head` to `stop` of those that share a head of keys."""
+    first = _first_seen(call, place) + chunk * CHUNK
     n_tokens = min(CHUNK, place[SEEN] - first)
-    held = first - call[CACHE + PAST_FIRST]
-    keys = call[CACHE + KEYS] + place[SEQUENCE] * call[CACHE + K_SEQUENCE] + kv_head * call[CACHE + K_HEAD_BYTES]
-    values = call[CACHE + VALUES] + place[SEQUENCE] * call[CACHE + V_SEQUENCE] + kv_head * call[CACHE + V_HEAD_BYTES]
-    keys += held * call[CACHE + K_TOKEN]
-    values += held * call[CACHE + V_TOKEN]
+    keys, key_bytes = key_address(call, CACHE, place[SEQUENCE], kv_head, first), call[CACHE + K_TOKEN]
+    values, value_bytes = value_address(call, CACHE, place[SEQUENCE], kv_head, first), call[CACHE + V_TOKEN]
+    more, more_bytes = values, value_bytes
+    if call[SHARED]:
+        values, value_bytes = keys, key_bytes
     bias = state[MASK] + 4 * (place[SEQUENCE] * state[MASK_ROW] + first) if state[MASK] else call[ZEROS]
-    group = call[N_HEADS] // call[N_KV_HEADS]
     floats = call[CACHE + KIND] == FLOAT32
     block, one = (call[BLOCK_FLOATS], call[ONE_FLOATS]) if floats else (call[BLOCK_HALVES], call[ONE_HALVES])
-    head, dim, v_dim = 0, call[DIM], call[V_DIM]
-    while head < group:
-        many = group - head >= HEAD_BLOCK and block != 0
-        own = kv_head * group + head
+    dim, v_dim, shared = call[DIM], call[V_DIM], call[SHARED]
+    while head < stop:
+        many = stop - head >= HEAD_BLOCK and block != 0
+        own = kv_head * (call[N_HEADS] // call[N_KV_HEADS]) + head
         part = (row * call[MAX_CHUNKS] + chunk) * call[N_HEADS] + own
-        query = call[QUERY] + 4 * (row * call[N_HEADS] + own) * dim
+        query = call[QUERY] + 4 * (row * call[N_HEADS] + own) * (dim + shared)
         stats, out = call[STATS] + 8 * part, call[PARTS] + 4 * part * v_dim
         if one != 0:
             call_attend(
-                block if many else one, query, keys, call[CACHE + K_TOKEN], values, call[CACHE + V_TOKEN], bias,
-                n_tokens, dim, v_dim, scores, stats, out,
+                block if many else one, query, keys, key_bytes, values, value_bytes, bias, n_tokens, dim, v_dim, scores,
+                stats, out, more, more_bytes, shared,
             )  # fmt: skip
         else:
-            _attend_plainly(call, query, keys, values, bias, n_tokens, scores, stats, out)
+            _attend_plainly(
+                call, query, keys, key_bytes, values, value_bytes, bias, n_tokens, scores, stats, out, more, more_bytes
+            )
         head += HEAD_BLOCK if many else 1
 
 
 @float_kernel
 def _attend_plainly(
-    call: np.ndarray, query: Whole, keys: Whole, values: Whole, bias: Whole, n_tokens: Whole, scores: Whole,
-    stats: Whole, out: Whole,
+    call: np.ndarray, query: Whole, keys: Whole, key_bytes: Whole, values: Whole, value_bytes: Whole, bias: Whole,
+    n_tokens: Whole, scores: Whole, stats: Whole, out: Whole, more: Whole, more_bytes: Whole,
 ) -> None:  # fmt: skip
     """What `attend` of `cpu_kernels.simd.attention` does, for head sizes that are no whole number of vectors."""
-    kind, dim, v_dim = call[CACHE + KIND], call[DIM], call[V_DIM]
-    q, added, weights = floats_at(query, dim), floats_at(bias, n_tokens), floats_at(scores, n_tokens)
-    row = floats_at(scores + 4 * CHUNK, max(dim, v_dim))
+    kind, dim, v_dim, shared = call[CACHE + KIND], call[DIM], call[V_DIM], call[SHARED]
+    q, added, weights = floats_at(query, dim + shared), floats_at(bias, n_tokens), floats_at(scores, n_tokens)
+    row = floats_at(scores + 4 * CHUNK, max(dim + shared, v_dim))
     top = np.float32(LOWEST)
     for token in range(n_tokens):
-        read_row(kind, keys + token * call[CACHE + K_TOKEN], row[:dim], np.float32(1))
+        read_row(kind, keys + token * key_bytes, row[:dim], np.float32(1))
+        read_row(kind, more + token * more_bytes, row[dim : dim + shared], np.float32(1))
         total = np.float32(0)
-        for i in range(dim):
+        for i in range(q.size):
             total += q[i] * row[i]
         weights[token] = total + added[token]
         top = max(top, weights[token])
@@ -127,7 +145,7 @@ def _attend_plainly(
     for token in range(n_tokens):
         weight = np.exp(weights[token] - top)
         total += weight
-        read_row(kind, values + token * call[CACHE + V_TOKEN], row[:v_dim], weight)
+        read_row(kind, values + token * value_bytes, row[:v_dim], weight)
         for i in range(v_dim):
             result[i] += row[i]
     kept[0], kept[1] = top, total
@@ -140,19 +158,23 @@ def _join(call_address: int, thread: int) -> None:
     """Worker. Task: a query head of a row: its runs, in their order, become its result."""
     call = int64s_at(call_address, CACHE + CACHE_SIZE)
     state = int64s_at(call[STATE], STATE_SIZE)
-    rows = int64s_at(state[ROWS], ROW_SIZE * state[N_ROWS]).reshape(state[N_ROWS], ROW_SIZE)
+    rows = rows_of(state)
     n_heads, v_dim = call[N_HEADS], call[V_DIM]
     while True:
         task = take_ticket(call[NEXT_JOIN])
         if task >= state[N_ROWS] * n_heads:
             return
         row, head = task // n_heads, task % n_heads
-        n_chunks = _n_chunks(call, rows[row, SEEN])
+        n_chunks = _n_chunks(call, rows[row])
         first = row * call[MAX_CHUNKS] * n_heads + head
         stats = floats_at(call[STATS] + 8 * first, 2 * n_chunks * n_heads)
         sink = floats_at(call[SINKS] + 4 * head, 1)[0] if call[SINKS] else np.float32(LOWEST)
         result = floats_at(call[OUT] + 4 * (row * call[OUT_ROW] + head * v_dim), v_dim)
         _join_runs(stats, call[PARTS] + 4 * first * v_dim, n_heads, n_chunks, sink, result)
+        if call[GATE]:
+            gate = floats_at(call[GATE] + 4 * (row * call[GATE_ROW] + head * call[GATE_HEAD]), v_dim)
+            for i in range(v_dim):
+                result[i] *= np.float32(1) / (np.float32(1) + np.exp(-gate[i]))
 
 
 @inline_kernel
@@ -182,19 +204,24 @@ JOIN_WORK = Worker(_join)
 
 def add_attention(
     program: Program, n_heads: int, n_kv_heads: int, dim: int, v_dim: int, query: int, out: int, isa_name: str, *,
-    window: int = 0, sinks: np.ndarray | None = None,
+    sight: Sight = EVERYTHING, sinks: np.ndarray | None = None, gate: Source | None = None, shared: int = 0,
 ) -> np.ndarray:  # fmt: skip
-    """Adds out float32 [rows, n_heads * v_dim] = attention of query float32 [rows, n_heads, dim]; returns its call.
+    """Adds out float32 [rows, n_heads * v_dim] = attention of query float32 [rows, n_heads, dim + shared]; returns its
+    call, which says from CACHE on where the cache lies. `give_room` must have set where runs are kept.
 
-    window: tokens that a row looks back at, itself included; 0: all. sinks float32 [n_heads]: scores without values.
-    From CACHE on the call vector says where the cache lies; `give_room` must have set where runs are kept.
+    sinks float32 [n_heads]: scores without values. gate: heads of v_dim columns, whose sigmoid the result is multiplied
+    with. shared: columns that the cache keeps where values are otherwise; keys are dim columns of the cache's keys and
+    then these, and values are the first v_dim columns of the cache's keys.
     """
     call = program.zeros(CACHE + CACHE_SIZE, np.int64)
     call[[STATE, N_HEADS, N_KV_HEADS, DIM, V_DIM]] = program.state.ctypes.data, n_heads, n_kv_heads, dim, v_dim
-    call[[WINDOW, QUERY, OUT, OUT_ROW]] = window, query, out, n_heads * v_dim
+    call[[WINDOW, IN_BLOCKS, SHARED]] = sight.window, sight.in_blocks, shared
+    call[[QUERY, OUT, OUT_ROW]] = query, out, n_heads * v_dim
     call[SINKS] = 0 if sinks is None else program.keep(np.ascontiguousarray(sinks, np.float32))
+    if gate is not None:
+        call[[GATE, GATE_ROW, GATE_HEAD]] = gate.address, gate.row, gate.head
     lanes = BY_NAME[isa_name].lanes
-    if dim % lanes == 0 == v_dim % lanes:
+    if dim % lanes == v_dim % lanes == shared % lanes == 0:
         call[[BLOCK_FLOATS, ONE_FLOATS, BLOCK_HALVES, ONE_HALVES]] = [
             kernel_address(AttendKernel(n, dtype), isa_name)
             for dtype in ("float32", "bfloat16")

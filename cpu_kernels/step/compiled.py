@@ -1,14 +1,14 @@
 """A compiled step (or some of its layers): builds the program, binds it to KV caches, runs it on rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from cpu_kernels.engine.call import LINE
 from cpu_kernels.errors import ActivationValueError, LayoutError
 from cpu_kernels.simd.attention import CHUNK
 from cpu_kernels.step import attend
-from cpu_kernels.step.embed import add_embedding
 from cpu_kernels.step.emit import Emitter
 from cpu_kernels.step.parts import Layer, Model
 from cpu_kernels.step.program import (
@@ -17,6 +17,7 @@ from cpu_kernels.step.program import (
     MAX_ROWS,
     N_ROWS,
     NOT_FINITE,
+    PADDING,
     SEEN,
     SEQUENCE,
     TOKEN,
@@ -24,6 +25,7 @@ from cpu_kernels.step.program import (
     Program,
 )
 from cpu_kernels.step.run import perform
+from cpu_kernels.step.stream import add_embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,17 @@ class CachePlace:
     first: int = 0
 
 
+@dataclass(slots=True)
+class Workspace:
+    """What compiled layers write while they run: buffers of rows, and room for the runs of attention.
+
+    Layers that run one at a time may share it.
+    """
+
+    buffers: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
+    room: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+
+
 class CompiledLayers:
     """Some layers in one compiled call; their input and output is the stream, float32 [MAX_ROWS, width].
 
@@ -46,9 +59,11 @@ class CompiledLayers:
     """
 
     def __init__(
-        self, layers: Sequence[tuple[int, Layer]], width: int, ropes: tuple[int, ...], n_threads: int, isa_name: str
-    ) -> None:
-        self.program = Program(n_threads)
+        self, layers: Sequence[tuple[int, Layer]], width: int, ropes: tuple[int, ...], n_threads: int, isa_name: str,
+        workspace: Workspace | None = None,
+    ) -> None:  # fmt: skip
+        self._workspace = workspace or Workspace()
+        self.program = Program(n_threads, self._workspace.buffers)
         self._emitter = Emitter(self.program, width, isa_name, ropes)
         self._begin()
         for number, layer in layers:
@@ -57,12 +72,9 @@ class CompiledLayers:
         self.program.seal()
         self.width = width
         self._caches = self._emitter.caches
-        self._room = np.empty(0, np.uint8)
+        self._room = self._workspace.room
         self._room_tokens = 0
-        self._array = {
-            "stream": _floats(self._emitter.stream, width),
-            "row scales": _floats(self._emitter.row_scales, 1)[:, 0],
-        }
+        self._array = {"stream": _floats(self._emitter.stream, width)}
         self.angles = [
             (_floats(cos, n), _floats(sin, n)) for n, (cos, sin) in zip(ropes, self._emitter.angles, strict=True)
         ]
@@ -78,11 +90,6 @@ class CompiledLayers:
     def stream(self) -> np.ndarray:
         """float32 [MAX_ROWS, width]: set before a run, read after it."""
         return self._array["stream"]
-
-    @property
-    def row_scales(self) -> np.ndarray:
-        """float32 [MAX_ROWS] that queries are multiplied with, where the model has that."""
-        return self._array["row scales"]
 
     @property
     def cache_layers(self) -> tuple[int, ...]:
@@ -106,16 +113,17 @@ class CompiledLayers:
 
     def give_room(self, n_tokens: int) -> None:
         """Makes room for the intermediate results of attention over up to `n_tokens` cached tokens."""
-        if n_tokens <= self._room_tokens:
+        if n_tokens <= self._room_tokens and self._room is self._workspace.room:
             return
-        n_tokens = -(-n_tokens * 5 // 4 // CHUNK) * CHUNK
+        n_tokens = -(-max(n_tokens * 5 // 4, self._room_tokens) // CHUNK) * CHUNK
         sizes = [attend.room_bytes(calls.attend, n_tokens) for calls in self._caches]
         parts, stats = max((size[0] for size in sizes), default=0), max((size[1] for size in sizes), default=0)
-        self._room = np.empty(parts + stats + 64, np.uint8)
-        start = int(self._room.ctypes.data) + -int(self._room.ctypes.data) % 64
+        if parts + stats + LINE > self._workspace.room.size:
+            self._workspace.room = np.empty(parts + stats + LINE, np.uint8)
+        self._room, self._room_tokens = self._workspace.room, n_tokens
+        start = int(self._room.ctypes.data) + -int(self._room.ctypes.data) % LINE
         for calls in self._caches:
             attend.give_room(calls.attend, start, start + parts, n_tokens)
-        self._room_tokens = n_tokens
 
     def set_rows(self, n_sequences: int, n_new: int, n_past: int, tokens: Sequence[int] = ()) -> None:
         """The rows of the next run: n_new tokens of each sequence, sequence by sequence, behind n_past cached ones.
@@ -127,17 +135,20 @@ class CompiledLayers:
             raise LayoutError(f"a compiled step takes 1 to {MAX_ROWS} rows, found {n_sequences} x {n_new}")
         rows = self.program.rows
         for row in range(n_rows):
-            rows[row, SEQUENCE], rows[row, SEEN] = row // n_new, n_past + row % n_new + 1
+            rows[row, SEQUENCE], rows[row, SEEN], rows[row, PADDING] = row // n_new, n_past + row % n_new + 1, 0
         if tokens:
             rows[:n_rows, TOKEN] = tokens
         self.program.state[N_ROWS] = n_rows
         self._emitter.starts[1] = n_rows
 
     def set_mask(self, mask: np.ndarray | None) -> None:
-        """float32 [sequences, tokens] that is added to all scores of the next runs, at least LOWEST; None: nothing.
+        """float32 [sequences, tokens] that is added to all scores of the next run, at least LOWEST; None: nothing.
 
-        The array is read where it lies: it must stay until the run has ended.
+        Called after `set_rows`. The array is read where it lies: it must stay until the run has ended.
         """
+        if mask is not None:
+            rows = self.program.rows[: self.program.state[N_ROWS]]
+            rows[:, PADDING] = (mask == 0).argmax(1)[rows[:, SEQUENCE]]
         self.program.state[MASK] = 0 if mask is None else mask.ctypes.data
         self.program.state[MASK_ROW] = 0 if mask is None else mask.shape[1]
 
@@ -165,8 +176,7 @@ class CompiledStep(CompiledLayers):
         add_embedding(self.program, self._model.embedding, self._emitter.stream)
 
     def _end(self) -> None:
-        head = self._model.head
-        self._logits = self._emitter.head(head.norm, head.output, head.scale)
+        self._logits = self._emitter.head(self._model.head)
 
     @property
     def logits(self) -> np.ndarray:

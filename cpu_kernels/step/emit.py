@@ -7,10 +7,10 @@ import numpy as np
 from cpu_kernels.engine.plans import activation_parameters
 from cpu_kernels.host.isa import BY_NAME
 from cpu_kernels.simd.formats import Format, format_of
-from cpu_kernels.step import attend, heads
-from cpu_kernels.step.experts import add_experts, add_experts_down, experts_call
+from cpu_kernels.step import attend, heads, latent
+from cpu_kernels.step.experts import add_experts, add_scaled_inputs, experts_call
 from cpu_kernels.step.gated import add_gated
-from cpu_kernels.step.parts import Attention, Branch, Columns, Layer, Mlp, Moe
+from cpu_kernels.step.parts import Attention, Branch, Columns, Core, Head, LatentAttention, Layer, Mlp, Moe, Rope
 from cpu_kernels.step.products import PLAIN_FORMAT, Product, Shared, add_product, target_of
 from cpu_kernels.step.program import Part, Program
 from cpu_kernels.step.router import add_selection
@@ -23,12 +23,13 @@ class CacheCalls:
 
     layer: int
     attend: np.ndarray
-    places: tuple[np.ndarray, ...]  # int64 [heads.CACHE_SIZE] each
+    places: tuple[np.ndarray, ...]  # int64 [cached.CACHE_SIZE] each
 
 
 @dataclass(slots=True)
 class Emitter:
-    """Adds layers to a program. `pending`: results that the next row operation adds to the stream."""
+    """Adds layers to a program. pending: results that the next row operation adds to the stream; keep: what the stream
+    is multiplied with before."""
 
     program: Program
     width: int
@@ -37,9 +38,9 @@ class Emitter:
     caches: list[CacheCalls] = field(default_factory=list)
     active: dict[int, np.ndarray] = field(default_factory=dict)
     pending: list[Summand] = field(default_factory=list)
+    keep: float = 1.0
     stream: int = field(init=False)
     angles: list[tuple[int, int]] = field(init=False)
-    row_scales: int = field(init=False)
     _shared: Shared = field(init=False)
     _layer: int = 0
 
@@ -49,7 +50,6 @@ class Emitter:
         self.angles = [
             (self.program.floats(f"cos {i}", n), self.program.floats(f"sin {i}", n)) for i, n in enumerate(self.ropes)
         ]
-        self.row_scales = self.program.floats("row scales", 1)
 
     @property
     def starts(self) -> np.ndarray:
@@ -65,56 +65,61 @@ class Emitter:
     def close(self) -> None:
         """Adds what is pending to the stream: the end of a program that is not a whole model."""
         add_stream(
-            self.program, Part.NORMS, self._layer, self.stream, self.width, keeps=True, summands=self.pending
-        )  # fmt: skip
-        self.pending = []
+            self.program, Part.NORMS, self._layer, self.stream, self.width, keep=self.keep, summands=self.pending
+        )
+        self.pending, self.keep = [], 1.0
 
-    def head(self, norm: Norm, output: Product, scale: float) -> int:
+    def head(self, head: Head) -> int:
         """Final norm and output layer; returns where the logits float32 [rows, n_out] go."""
-        (source,) = self._normalised(norm, [output.format(self.isa_name)])
-        logits = self.program.floats("logits", output.n_out)
-        self._product(Part.OUTPUT_LAYER, output, source, logits, scale=scale)
+        _, (source,) = self._normalised(head.norm, [head.output.format(self.isa_name)])
+        logits = self.program.floats("logits", head.output.n_out)
+        self._product(Part.OUTPUT_LAYER, head.output, source, logits, scale=head.scale)
         return logits
 
     def _branch(self, branch: Branch) -> None:
         core = branch.core
-        sources = self._normalised(branch.pre, self._formats(core))
+        rows, sources = self._normalised(branch.pre, self._formats(core), renews=branch.renews)
         if isinstance(core, Attention):
             results = [self._attention(core, sources)]
+        elif isinstance(core, LatentAttention):
+            results = [self._latent_attention(core, sources)]
         elif isinstance(core, Moe):
-            results = self._moe(core, sources)
+            results = self._moe(core, sources, rows)
         else:
             results = [self._mlp(core, sources, Part.PROJECTIONS)]
         if branch.post is not None:
             delta, normed = self.program.floats("delta", self.width), self.program.floats("delta normed", self.width)
             add_stream(
-                self.program, Part.NORMS, self._layer, delta, self.width, keeps=False, summands=results,
+                self.program, Part.NORMS, self._layer, delta, self.width, keep=0.0, summands=results,
                 norm=branch.post, out=normed,
             )  # fmt: skip
             results = [Summand(normed)]
         self.pending = [Summand(r.address, r.parts, r.scale * branch.scale, r.gate) for r in results]
+        self.keep = branch.keep
 
-    def _formats(self, core: Attention | Mlp | Moe) -> list[Format]:
+    def _formats(self, core: Core) -> list[Format]:
         """Formats of what reads the normalised stream, in the order in which it is read."""
         if isinstance(core, Attention):
-            latent = () if core.latent is None else (core.latent.down,)
-            return [product.format(self.isa_name) for product in (*core.inputs, *latent)]
+            return [product.format(self.isa_name) for product in core.inputs]
+        if isinstance(core, LatentAttention):
+            return [product.format(self.isa_name) for product in (core.query, core.down)]
         if isinstance(core, Mlp):
             return [product.format(self.isa_name) for product in _first_half(core)]
         shared = [product.format(self.isa_name) for mlp in core.shared for product in _first_half(mlp)]
-        return [*shared, core.router.format(self.isa_name), format_of(core.spec.dtype, BY_NAME[self.isa_name])]
+        experts = [] if core.scaled_inputs else [format_of(core.spec.dtype, BY_NAME[self.isa_name])]
+        return [*shared, core.router.format(self.isa_name), *experts]
 
-    def _normalised(self, norm: Norm | None, forms: list[Format]) -> list[Target]:
-        """Adds the row operation of a branch; returns where each reader finds its input."""
-        out = self.stream if norm is None else self.program.floats("normed", self.width)
+    def _normalised(self, norm: Norm | None, forms: list[Format], *, renews: bool = False) -> tuple[int, list[Target]]:
+        """Adds the row operation of a branch; returns where its float rows lie and where each reader finds them."""
+        out = self.stream if norm is None or renews else self.program.floats("normed", self.width)
         targets = {form: self._target("input", form, out, self.width) for form in forms}
         written = [target for form, target in targets.items() if target.address != out]
         add_stream(
-            self.program, Part.NORMS, self._layer, self.stream, self.width, keeps=True, summands=self.pending,
+            self.program, Part.NORMS, self._layer, self.stream, self.width, keep=self.keep, summands=self.pending,
             norm=norm, out=out, targets=written,
         )  # fmt: skip
-        self.pending = []
-        return [targets[form] for form in forms]
+        self.pending, self.keep = [], 1.0
+        return out, [targets[form] for form in forms]
 
     def _target(self, name: str, form: Format, rows: int, width: int) -> Target:
         """Where rows of floats [width] at `rows` are read in a format: as they lie, where that is the format."""
@@ -129,7 +134,7 @@ class Emitter:
         if norm is not None or target.address != rows:
             written = () if target.address == rows else (target,)
             add_stream(
-                self.program, Part.NORMS, self._layer, rows, width, keeps=True, norm=norm, targets=written,
+                self.program, Part.NORMS, self._layer, rows, width, keep=1.0, norm=norm, targets=written,
             )  # fmt: skip
         return target
 
@@ -143,65 +148,60 @@ class Emitter:
     def _attention(self, core: Attention, sources: list[Target]) -> Summand:
         program = self.program
         outs = [program.floats(f"projection {i}", product.n_out) for i, product in enumerate(core.inputs)]
-        last = len(core.inputs) - (core.latent is None)
         for i, product in enumerate(core.inputs):
-            self._product(Part.PROJECTIONS, product, sources[i], outs[i], meets=i == last)
-        widths = [product.n_out for product in core.inputs]
-        if core.query_up is not None:
-            outs[0], widths[0] = self._query_up(core, outs[0]), core.query_up.n_out
-        k_rotated = (0, 0)
-        if core.latent is not None:
-            up, k_rotated = self._latent(core, sources[-1])
-            outs.append(up)
-            widths.append(core.latent.up.n_out)
-        query = program.floats("query", core.n_heads * core.dim)
+            self._product(Part.PROJECTIONS, product, sources[i], outs[i], meets=i == len(outs) - 1)
 
         def source(columns: Columns) -> heads.Source:
-            return heads.Source(
-                outs[columns.product] + 4 * columns.first, widths[columns.product], columns.head
-            )  # fmt: skip
+            address = outs[columns.product] + 4 * columns.first
+            return heads.Source(address, core.inputs[columns.product].n_out, columns.head)
 
-        rope = core.rope
-        rotary = None if rope is None else heads.Rotary(rope.n, rope.first, rope.kind, *self.angles[rope.table])
+        query = program.floats("query", core.n_heads * core.dim)
         written = heads.add_heads(
             program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, source(core.q), source(core.k),
-            source(core.v), query, scale=core.scale, norm=core.norm, rotary=rotary, clip=core.clip,
-            k_rotated=k_rotated, row_scales=self.row_scales if core.row_scales else 0,
+            source(core.v), query, scale=core.scale, norm=core.norm, rotary=self._rotary(core.rope),
+            clip=core.clip, tuning=core.tuning,
         )  # fmt: skip
-        width = core.n_heads * core.v_dim
-        attended = program.floats("attended", width)
+        attended = program.floats("attended", core.n_heads * core.v_dim)
         call = attend.add_attention(
             program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, query, attended, self.isa_name,
-            window=core.window, sinks=core.sinks,
+            sight=core.sight, sinks=core.sinks, gate=None if core.gate is None else source(core.gate),
         )  # fmt: skip
         self.caches.append(CacheCalls(core.cache, call, (written, call[attend.CACHE :])))
-        out = program.floats("attention result", core.output.n_out)
-        self._product(Part.PROJECTIONS, core.output, self._prepared("attended", attended, width, core.output), out)
+        return self._attention_result(attended, core.output)
+
+    def _rotary(self, rope: Rope | None) -> heads.Rotary | None:
+        return None if rope is None else heads.Rotary(rope.n, rope.first, rope.kind, *self.angles[rope.table])
+
+    def _attention_result(self, attended: int, output: Product) -> Summand:
+        out = self.program.floats("attention result", output.n_out)
+        self._product(Part.PROJECTIONS, output, self._prepared("attended", attended, output.n_in, output), out)
         return Summand(out)
 
-    def _query_up(self, core: Attention, short: int) -> int:
-        """The second query projection; returns where its result lies."""
-        assert core.query_up is not None
-        source = self._prepared("query", short, core.query_up.n_in, core.query_up, core.query_norm)
-        out = self.program.floats("query up", core.query_up.n_out)
-        self._product(Part.PROJECTIONS, core.query_up, source, out, meets=False)
-        return out
-
-    def _latent(self, core: Attention, source: Target) -> tuple[int, tuple[int, int]]:
-        """Keys and values from the latent vector: where they lie, and (address, row) of the rotated part."""
-        latent, program = core.latent, self.program
-        assert latent is not None
-        joined, n = program.floats("latent and rotated", latent.down.n_out), latent.up.n_in
-        self._product(Part.PROJECTIONS, latent.down, source, joined)
-        short = program.floats("latent", n)
-        target = self._target("latent", latent.up.format(self.isa_name), short, n)
-        add_stream(
-            program, Part.NORMS, self._layer, short, n, keeps=False, summands=[Summand(joined, row=latent.down.n_out)],
-            norm=latent.norm, targets=() if target.address == short else (target,),
+    def _latent_attention(self, core: LatentAttention, sources: list[Target]) -> Summand:
+        program, sizes = self.program, core.sizes
+        query, joined = program.floats("projection 0", core.query.n_out), program.floats("joined", core.down.n_out)
+        self._product(Part.PROJECTIONS, core.query, sources[0], query, meets=False)
+        self._product(Part.PROJECTIONS, core.down, sources[1], joined)
+        if core.query_up is not None:
+            short = self._prepared("short query", query, core.query_up.n_in, core.query_up, core.query_norm)
+            query = program.floats("query up", core.query_up.n_out)
+            self._product(Part.PROJECTIONS, core.query_up, short, query)
+        if core.up_rows is not None:
+            program.keep(core.up_rows)
+        absorbed = program.floats("query", sizes.n_heads * (sizes.rank + sizes.rotated))
+        written = latent.add_absorption(
+            program, sizes, core.up, core.norm, self._rotary(core.rope), query, joined, absorbed,
+            scale=core.scale,
         )  # fmt: skip
-        up = program.floats("latent up", latent.up.n_out)
-        self._product(Part.PROJECTIONS, latent.up, target, up)
-        return up, (joined + 4 * latent.rotated, latent.down.n_out)
+        gathered = program.floats("gathered", sizes.n_heads * sizes.rank)
+        call = attend.add_attention(
+            program, sizes.n_heads, 1, sizes.rank, sizes.rank, absorbed, gathered, self.isa_name,
+            shared=sizes.rotated,
+        )  # fmt: skip
+        self.caches.append(CacheCalls(core.cache, call, (written, call[attend.CACHE :])))
+        attended = program.floats("attended", sizes.n_heads * sizes.v_dim)
+        latent.add_expansion(program, sizes, core.up, gathered, attended)
+        return self._attention_result(attended, core.output)
 
     def _mlp(self, mlp: Mlp, sources: list[Target], part: Part) -> Summand:
         """A dense MLP by itself."""
@@ -211,8 +211,11 @@ class Emitter:
         self._product(part, mlp.down, source, out)
         return Summand(out, gate=switch)
 
-    def _moe(self, core: Moe, sources: list[Target]) -> list[Summand]:
-        """Routed and shared experts: what does not depend on each other has no meeting of threads between."""
+    def _moe(self, core: Moe, sources: list[Target], normed: int) -> list[Summand]:
+        """Routed and shared experts: what does not depend on each other has no meeting of threads between.
+
+        normed: where the block's input lies as float32 rows.
+        """
         program, part, read = self.program, Part.SHARED_EXPERTS, iter(sources)
         switches = []
         for number, mlp in enumerate(core.shared):
@@ -223,20 +226,29 @@ class Emitter:
         top_k = core.selection.top_k
         ids, weights = program.floats("ids", top_k), program.floats("weights", top_k)
         rows = program.floats("expert rows", top_k * self.width)
-        call = experts_call(program, core.spec, top_k, next(read), weights, rows, self.isa_name)
-        self.active[self._layer] = add_selection(
-            program, core.selection, logits, call, core.addresses, ids, weights, meets=not core.shared
+        if core.scaled_inputs:
+            form = format_of(core.spec.dtype, BY_NAME[self.isa_name])
+            source = target_of(program, "scaled input", form, self.width, self.isa_name, top_k)
+        else:
+            source = next(read)
+        call = experts_call(
+            program, core.spec, top_k, source, 0 if core.scaled_inputs else weights, rows, self.isa_name
         )
+        self.active[self._layer] = add_selection(
+            program, core.selection, logits, call, core.addresses, ids, weights, meets=not core.shared,
+            by_entry=core.scaled_inputs,
+        )  # fmt: skip
         results = [Summand(rows, parts=top_k)]
         prepared = []
         for number, mlp in enumerate(core.shared):
             prepared.append(self._activation(mlp, part, number, meets=number == len(core.shared) - 1))
-        for number, (mlp, source, switch) in enumerate(zip(core.shared, prepared, switches, strict=True)):
+        if core.scaled_inputs:
+            add_scaled_inputs(program, self.width, top_k, normed, weights, source)
+        for number, (mlp, half, switch) in enumerate(zip(core.shared, prepared, switches, strict=True)):
             out = program.floats(f"dense {number}", mlp.down.n_out)
-            self._product(part, mlp.down, source, out, meets=False)
+            self._product(part, mlp.down, half, out, meets=False)
             results.append(Summand(out, gate=switch))
         add_experts(program, call)
-        add_experts_down(program, call)
         return results
 
     def _first_half(self, mlp: Mlp, sources: list[Target], part: Part, number: int, *, meets: bool) -> int:

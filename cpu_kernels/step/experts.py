@@ -1,4 +1,8 @@
-"""The experts of a layer inside a step: the workers of `cpu_kernels.engine`, on tables that the router fills."""
+"""The experts of a layer inside a step: the workers of `cpu_kernels.engine`, on tables that the router fills.
+
+Usually an expert's output is multiplied with its weight. Where its input is (Llama-4), each token has a row of its own
+for each of its experts.
+"""
 
 import numpy as np
 
@@ -6,8 +10,12 @@ from cpu_kernels.engine import call as engine
 from cpu_kernels.engine.plans import expert_plan
 from cpu_kernels.engine.workers import DOWN_WORK, UP_WORK
 from cpu_kernels.format.spec import ExpertSpec
-from cpu_kernels.step.program import Part, Program
+from cpu_kernels.jit.compiled import Worker
+from cpu_kernels.jit.primitives import call_prepare, floats_at, int64s_at, take_ticket
+from cpu_kernels.step.program import N_ROWS, STATE_SIZE, Part, Program
 from cpu_kernels.step.stream import Target
+
+STATE, NEXT, WIDTH, TOP_K, ROWS, WEIGHTS, SCALED, PREPARE, PLACE, ROW_BYTES, SCALED_CALL = range(11)
 
 
 def experts_call(
@@ -15,7 +23,8 @@ def experts_call(
 ) -> np.ndarray:
     """The call vector of experts that read rows at `source` and write float32 [rows * top_k, hidden] at `out`.
 
-    weights: where float32 [rows, top_k] lie. Its tables are the program's own: one layer is computed at a time.
+    weights: where float32 [rows, top_k] lie; 0: all are 1. Its tables are the program's own: one layer is computed at a
+    time.
     """
     plan = expert_plan(spec, isa_name)
     call = program.zeros(engine.CALL_SIZE, np.int64)
@@ -31,11 +40,39 @@ def experts_call(
     return call
 
 
-def add_experts(program: Program, call: np.ndarray) -> int:
-    """Adds the first half of the experts; returns its number. `add_experts_down` adds the second."""
-    return program.add(UP_WORK, call, Part.EXPERTS)
+def add_experts(program: Program, call: np.ndarray) -> None:
+    """Adds both halves of the experts."""
+    program.add(UP_WORK, call, Part.EXPERTS)
+    program.add(DOWN_WORK, call, Part.EXPERTS)
 
 
-def add_experts_down(program: Program, call: np.ndarray) -> int:
-    """Adds the second half; returns its number."""
-    return program.add(DOWN_WORK, call, Part.EXPERTS)
+def _scale_inputs(call_address: int, thread: int) -> None:
+    """Worker. Task: a row of a token for one of its experts."""
+    call = int64s_at(call_address, SCALED_CALL)
+    n_rows, width, top_k = int64s_at(call[STATE], STATE_SIZE)[N_ROWS], call[WIDTH], call[TOP_K]
+    while True:
+        entry = take_ticket(call[NEXT])
+        if entry >= n_rows * top_k:
+            return
+        values, weight = (
+            floats_at(call[ROWS] + 4 * (entry // top_k) * width, width),
+            floats_at(call[WEIGHTS], entry + 1),
+        )
+        scaled = floats_at(call[SCALED] + 4 * entry * width, width)
+        for i in range(width):
+            scaled[i] = values[i] * weight[entry]
+        call_prepare(call[PREPARE], scaled.ctypes.data, width, call[PLACE] + entry * call[ROW_BYTES])
+
+
+SCALED_WORK = Worker(_scale_inputs)
+
+
+def add_scaled_inputs(program: Program, width: int, top_k: int, rows: int, weights: int, target: Target) -> None:
+    """Adds what writes each of rows float32 [rows, width] times each of its weights float32 [rows, top_k] as the
+    experts read it: [rows * top_k] rows at `target`."""
+    call = program.zeros(SCALED_CALL, np.int64)
+    call[[STATE, WIDTH, TOP_K, ROWS, WEIGHTS]] = program.state.ctypes.data, width, top_k, rows, weights
+    call[SCALED] = program.floats("scaled inputs", top_k * width)
+    call[[PREPARE, PLACE, ROW_BYTES]] = target.prepare, target.address, target.row_bytes
+    program.count(call, NEXT)
+    program.add(SCALED_WORK, call, Part.EXPERTS)

@@ -103,6 +103,19 @@ def dot(kind: Whole, weights: Whole, x: np.ndarray) -> Real:
     return dot_halves(halves_at(weights, x.size), x)
 
 
+@float_kernel
+def add_row(kind: Whole, source: Whole, values: np.ndarray, scale: Real) -> None:
+    """values += scale * what is stored at an address as `kind`."""
+    if kind == FLOAT32:
+        floats = floats_at(source, values.size)
+        for i in range(values.size):
+            values[i] += scale * floats[i]
+    else:
+        halves = halves_at(source, values.size)
+        for i in range(values.size):
+            values[i] += scale * from_half(halves[i])
+
+
 @inline_kernel
 def write_row(kind: Whole, target: Whole, values: np.ndarray) -> None:
     """Stores float32 values at an address as `kind`."""

@@ -14,28 +14,15 @@ import numpy as np
 
 from cpu_kernels.jit.compiled import Real, Whole, Worker, inline_kernel
 from cpu_kernels.jit.primitives import floats_at, int64s_at, take_ticket
-from cpu_kernels.step.floats import bits_of, float_of, square_sum, write_row
-from cpu_kernels.step.program import (
-    N_ROWS,
-    ROW_SIZE,
-    ROWS,
-    SCRATCH,
-    SCRATCH_BYTES,
-    SEEN,
-    SEQUENCE,
-    STATE_SIZE,
-    Part,
-    Program,
-)
+from cpu_kernels.step.cached import CACHE_SIZE, KIND, key_address, rows_of, value_address
+from cpu_kernels.step.floats import bits_of, copy, float_of, square_sum, write_row
+from cpu_kernels.step.program import N_ROWS, SCRATCH, SCRATCH_BYTES, SEEN, SEQUENCE, STATE_SIZE, Part, Program
 
 (STATE, NEXT, N_HEADS, N_KV_HEADS, DIM, V_DIM, ROT, ROT_FIRST, ROT_KIND, COS, SIN, NORM, NORM_LAST, EPS, Q_WEIGHT,
- K_WEIGHT, SCALE, ROW_SCALES, CLIP, Q, Q_ROW, Q_HEAD, K, K_ROW, K_HEAD, V, V_ROW, V_HEAD, K_ROT, K_ROT_ROW, QUERY,
- HEADS_CALL) = range(32)  # fmt: skip
-# Where a layer's cached keys and values lie: addresses, and the bytes from one sequence, head and token to the next.
-(KEYS, K_SEQUENCE, K_HEAD_BYTES, K_TOKEN, VALUES, V_SEQUENCE, V_HEAD_BYTES, V_TOKEN, KIND, PAST_FIRST,
- CACHE_SIZE) = range(11)  # fmt: skip
+ K_WEIGHT, SCALE, TUNING, TUNING_STEP, CLIP, Q, Q_ROW, Q_HEAD, K, K_ROW, K_HEAD, V, V_ROW, V_HEAD, QUERY,
+ HEADS_CALL) = range(31)  # fmt: skip
 CACHE = HEADS_CALL
-"""The cache's positions begin here in the call vector; those of attention have them too."""
+"""The positions of `cached` begin here in the call vector; those of attention have them too."""
 NO_NORM, HEAD_NORM, ROW_NORM = range(3)
 HALVES, PAIRS, PAIRS_TO_HALVES = range(3)
 NO_CLIP = 3.0e38
@@ -50,6 +37,14 @@ class HeadNorm:
     eps: float
     whole_row: bool = False
     after_rotation: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Queries grow with their place: by 1 + factor * log(1 + floor((place + 1) / step)), where the first place is 0."""
+
+    factor: float
+    step: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +71,7 @@ def _heads(call_address: int, thread: int) -> None:
     """Worker. Task: a head of a row: first all queries, then keys, then values."""
     call = int64s_at(call_address, CACHE + CACHE_SIZE)
     state = int64s_at(call[STATE], STATE_SIZE)
-    rows = int64s_at(state[ROWS], ROW_SIZE * state[N_ROWS]).reshape(state[N_ROWS], ROW_SIZE)
+    rows = rows_of(state)
     head_room = floats_at(state[SCRATCH] + thread * SCRATCH_BYTES, 2 * call[DIM])
     n_heads, n_kv_heads = call[N_HEADS], call[N_KV_HEADS]
     per_row = n_heads + 2 * n_kv_heads
@@ -85,64 +80,59 @@ def _heads(call_address: int, thread: int) -> None:
         if task >= state[N_ROWS] * per_row:
             return
         row, head = task // per_row, task % per_row
+        sequence, token = rows[row, SEQUENCE], rows[row, SEEN] - 1
         if head < n_heads:
             source = call[Q] + 4 * (row * call[Q_ROW] + head * call[Q_HEAD])
             query = floats_at(call[QUERY] + 4 * (row * n_heads + head) * call[DIM], call[DIM])
-            _place(call, row, head, n_heads, source, 0, call[Q_WEIGHT], head_room, query)
-            scale = float_of(call[SCALE])
-            if call[ROW_SCALES]:
-                scale *= floats_at(call[ROW_SCALES], state[N_ROWS])[row]
+            _place(call, row, head, n_heads, source, call[Q_WEIGHT], head_room, query)
+            scale = _query_scale(call, token)
             for i in range(query.size):
                 query[i] *= scale
         elif head < n_heads + n_kv_heads:
             head -= n_heads
             source = call[K] + 4 * (row * call[K_ROW] + head * call[K_HEAD])
-            rotated = call[K_ROT] + 4 * row * call[K_ROT_ROW] if call[K_ROT] else 0
             key = head_room[call[DIM] :]
-            _place(call, row, head, n_kv_heads, source, rotated, call[K_WEIGHT], head_room, key)
-            token = rows[row, SEEN] - 1 - call[CACHE + PAST_FIRST]
-            place = call[CACHE + KEYS] + rows[row, SEQUENCE] * call[CACHE + K_SEQUENCE]
-            write_row(
-                call[CACHE + KIND], place + head * call[CACHE + K_HEAD_BYTES] + token * call[CACHE + K_TOKEN], key
-            )
+            _place(call, row, head, n_kv_heads, source, call[K_WEIGHT], head_room, key)
+            write_row(call[CACHE + KIND], key_address(call, CACHE, sequence, head, token), key)
         else:
             head -= n_heads + n_kv_heads
             value = floats_at(call[V] + 4 * (row * call[V_ROW] + head * call[V_HEAD]), call[V_DIM])
             _clip(value, float_of(call[CLIP]))
-            token = rows[row, SEEN] - 1 - call[CACHE + PAST_FIRST]
-            place = call[CACHE + VALUES] + rows[row, SEQUENCE] * call[CACHE + V_SEQUENCE]
-            place += head * call[CACHE + V_HEAD_BYTES] + token * call[CACHE + V_TOKEN]
-            write_row(call[CACHE + KIND], place, value)
+            write_row(call[CACHE + KIND], value_address(call, CACHE, sequence, head, token), value)
+
+
+@inline_kernel
+def _query_scale(call: np.ndarray, token: Whole) -> Real:
+    scale = float_of(call[SCALE])
+    if call[TUNING]:
+        place = np.floor(np.float32(token + 1) / float_of(call[TUNING_STEP]))
+        scale *= np.float32(1) + float_of(call[TUNING]) * np.log1p(place)
+    return scale
 
 
 @inline_kernel
 def _place(
-    call: np.ndarray, row: Whole, head: Whole, n_heads: Whole, source: Whole, rotated: Whole, weights: Whole,
-    room: np.ndarray, result: np.ndarray,
+    call: np.ndarray, row: Whole, head: Whole, n_heads: Whole, source: Whole, weights: Whole, room: np.ndarray,
+    result: np.ndarray,
 ) -> None:  # fmt: skip
-    """result = the head at `source`, normalised and rotated; `rotated`: where its rotated columns lie, or 0."""
+    """result = the head at `source`, normalised and rotated."""
     dim = call[DIM]
     x = room[:dim]
-    kept = floats_at(source, dim)
-    n_own = call[ROT_FIRST] if rotated else dim
-    for i in range(n_own):
-        x[i] = kept[i]
-    if rotated:
-        shared = floats_at(rotated, call[ROT])
-        for i in range(call[ROT]):
-            x[call[ROT_FIRST] + i] = shared[i]
+    copy(floats_at(source, dim), x)
     if call[NORM] == HEAD_NORM and not call[NORM_LAST]:
-        _scale(x, _factor(square_sum(x), dim, call[EPS]), floats_at(weights, dim))
+        scale_by(x, root_factor(square_sum(x), dim, call[EPS]), floats_at(weights, dim))
     elif call[NORM] == ROW_NORM:
         whole = floats_at(source - 4 * head * dim, n_heads * dim)
-        _scale(x, _factor(square_sum(whole), whole.size, call[EPS]), floats_at(weights + 4 * head * dim, dim))
+        factor = root_factor(square_sum(whole), whole.size, call[EPS])
+        scale_by(x, factor, floats_at(weights + 4 * head * dim, dim))
     _clip(x, float_of(call[CLIP]))
-    for i in range(dim):
-        result[i] = x[i]
+    copy(x, result[:dim])
     if call[ROT]:
-        _rotate(call, row, x[call[ROT_FIRST] :], result[call[ROT_FIRST] :])
+        half = call[ROT] // 2
+        cos, sin = floats_at(call[COS] + 4 * row * half, half), floats_at(call[SIN] + 4 * row * half, half)
+        rotate(call[ROT_KIND], cos, sin, x[call[ROT_FIRST] :], result[call[ROT_FIRST] :])
     if call[NORM] == HEAD_NORM and call[NORM_LAST]:
-        _scale(result, _factor(square_sum(result[:dim]), dim, call[EPS]), floats_at(weights, dim))
+        scale_by(result, root_factor(square_sum(result[:dim]), dim, call[EPS]), floats_at(weights, dim))
 
 
 @inline_kernel
@@ -157,21 +147,22 @@ def _clip(x: np.ndarray, limit: Real) -> None:
 
 
 @inline_kernel
-def _factor(total: Real, n: Whole, eps: Whole) -> Real:
+def root_factor(total: Real, n: Whole, eps: Whole) -> Real:
+    """1 / sqrt(total / n + eps), eps as its bits."""
     return np.float32(1) / np.sqrt(total / np.float32(n) + float_of(eps))
 
 
 @inline_kernel
-def _scale(x: np.ndarray, factor: Real, weights: np.ndarray) -> None:
+def scale_by(x: np.ndarray, factor: Real, weights: np.ndarray) -> None:
+    """x = x * factor * weights."""
     for i in range(weights.size):
         x[i] = x[i] * factor * weights[i]
 
 
 @inline_kernel
-def _rotate(call: np.ndarray, row: Whole, x: np.ndarray, result: np.ndarray) -> None:
-    half = call[ROT] // 2
-    cos, sin = floats_at(call[COS] + 4 * row * half, half), floats_at(call[SIN] + 4 * row * half, half)
-    kind = call[ROT_KIND]
+def rotate(kind: Whole, cos: np.ndarray, sin: np.ndarray, x: np.ndarray, result: np.ndarray) -> None:
+    """The first 2 * cos.size columns of result = those of x, rotated."""
+    half = cos.size
     for i in range(half):
         first, second = (i, i + half) if kind == HALVES else (2 * i, 2 * i + 1)
         a, b = x[first], x[second]
@@ -186,20 +177,20 @@ HEADS_WORK = Worker(_heads)
 def add_heads(
     program: Program, n_heads: int, n_kv_heads: int, dim: int, v_dim: int, q: Source, k: Source, v: Source, query: int,
     *, scale: float, norm: HeadNorm | None = None, rotary: Rotary | None = None, clip: float = NO_CLIP,
-    k_rotated: tuple[int, int] = (0, 0), row_scales: int = 0,
+    tuning: Tuning | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Adds the operation; returns the positions of its call vector that say where the cache lies (int64 [CACHE_SIZE]).
 
-    query: where float32 [rows, n_heads, dim] go. k_rotated: address and row of a part that all key heads share, which
-    stands in their rotated columns. row_scales: where float32 [rows] lie that queries are multiplied with, or 0.
+    query: where float32 [rows, n_heads, dim] go, multiplied with `scale` and what `tuning` says.
     """
     call = program.zeros(CACHE + CACHE_SIZE, np.int64)
     call[[STATE, N_HEADS, N_KV_HEADS, DIM, V_DIM]] = program.state.ctypes.data, n_heads, n_kv_heads, dim, v_dim
-    call[[SCALE, ROW_SCALES, CLIP, QUERY]] = bits_of(scale), row_scales, bits_of(clip), query
+    call[[SCALE, CLIP, QUERY]] = bits_of(scale), bits_of(clip), query
     call[[Q, Q_ROW, Q_HEAD]] = q.address, q.row, q.head
     call[[K, K_ROW, K_HEAD]] = k.address, k.row, k.head
     call[[V, V_ROW, V_HEAD]] = v.address, v.row, v.head
-    call[[K_ROT, K_ROT_ROW]] = k_rotated
+    if tuning is not None:
+        call[[TUNING, TUNING_STEP]] = bits_of(tuning.factor), bits_of(tuning.step)
     if rotary is not None:
         call[[ROT, ROT_FIRST, ROT_KIND, COS, SIN]] = rotary.n, rotary.first, rotary.kind, rotary.cos, rotary.sin
     if norm is not None:

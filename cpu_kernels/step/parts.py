@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels.format.spec import Activation, ExpertSpec
-from cpu_kernels.step.embed import Embedding
-from cpu_kernels.step.heads import NO_CLIP, HeadNorm
+from cpu_kernels.step.attend import EVERYTHING, Sight
+from cpu_kernels.step.heads import NO_CLIP, HeadNorm, Tuning
+from cpu_kernels.step.latent import LatentSizes
 from cpu_kernels.step.products import Product
 from cpu_kernels.step.router import Selection
-from cpu_kernels.step.stream import Norm
+from cpu_kernels.step.stream import Embedding, Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +33,11 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
-class Latent:
-    """Keys and values from a short vector of each token: `down` gives it and the rotated part of all key heads, `norm`
-    is over its first columns, `up` gives each head's keys (those that are not rotated) and values."""
-
-    down: Product
-    norm: Norm
-    up: Product
-    rotated: int
-
-
-@dataclass(frozen=True, slots=True)
 class Attention:
     """Attention over a KV cache. `inputs` read the normalised stream; q, k and v are columns of their results.
 
-    query_norm, query_up: a second projection after the first of `inputs`, with a norm between. latent: k and v then
-    are columns of `latent.up`. window: tokens looked back at, 0 = all. cache: number of the cache layer.
+    gate: columns whose sigmoid the result is multiplied with, before the output projection. cache: number of the cache
+    layer.
     """
 
     inputs: tuple[Product, ...]
@@ -63,13 +53,35 @@ class Attention:
     cache: int
     norm: HeadNorm | None = None
     rope: Rope | None = None
-    window: int = 0
+    sight: Sight = EVERYTHING
     sinks: np.ndarray | None = None
     clip: float = NO_CLIP
-    row_scales: bool = False
+    tuning: Tuning | None = None
+    gate: Columns | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Latent attention: the cache holds one vector of each token and a rotated part, which all heads share.
+
+    query: the heads' queries from the stream, or a short vector, from which `query_up` makes them behind `query_norm`.
+    down: the vector and the rotated part of a token; norm: over the vector. up: from it the keys and values of each
+    head; rows that are not packed, in `up_rows` where they lie nowhere else. rope: its first column counts from the
+    rotated part's beginning.
+    """
+
+    query: Product
+    down: Product
+    norm: Norm
+    up: Product
+    output: Product
+    sizes: LatentSizes
+    rope: Rope | None
+    scale: float
+    cache: int
     query_norm: Norm | None = None
     query_up: Product | None = None
-    latent: Latent | None = None
+    up_rows: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +114,22 @@ class Moe:
     scaled_inputs: bool = False
 
 
+Core = Attention | LatentAttention | Mlp | Moe
+
+
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """stream += scale * post(core(pre(stream)))."""
+    """stream = keep * stream + scale * post(core(pre(stream))).
 
-    core: Attention | Mlp | Moe
+    renews: from here on pre(stream) is the stream, which is kept and added to.
+    """
+
+    core: Core
     pre: Norm | None
     post: Norm | None = None
     scale: float = 1.0
+    keep: float = 1.0
+    renews: bool = False
 
 
 @dataclass(frozen=True, slots=True)

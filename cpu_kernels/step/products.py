@@ -44,10 +44,10 @@ class Product:
         return PLAIN_FORMAT if self.spec is None else format_of(self.spec.dtype, BY_NAME[isa_name])
 
 
-def target_of(program: Program, name: str, form: Format, n_in: int, isa_name: str) -> Target:
-    """The rows called `name` of n_in columns in a format; the same arguments give the same memory."""
+def target_of(program: Program, name: str, form: Format, n_in: int, isa_name: str, n_rows: int = 1) -> Target:
+    """n_rows for each token called `name`, of n_in columns in a format; the same arguments give the same memory."""
     row_bytes = padded(n_in) // BLOCK_COLUMNS * form.block_bytes
-    address = program.buffer(f"{name} {form.kind} {form.offset}", row_bytes)
+    address = program.buffer(f"{name} {form.kind} {form.offset}", n_rows * row_bytes)
     return Target(kernel_address(PrepareKernel(form), isa_name), address, row_bytes)
 
 

@@ -25,8 +25,9 @@ WORKER, CALL, MEETS, PART, PRESENT, OP_SIZE = range(6)
 # The state
 (N_ROWS, N_THREADS, OPERATIONS, FIRST, STOP, ROWS, NOT_FINITE, SCRATCH, TICKS, MASK, MASK_ROW,
  STATE_SIZE) = range(12)  # fmt: skip
-# A row: one new token of a sequence. SEEN: cached tokens that it looks at, itself included.
-TOKEN, SEQUENCE, SEEN, ROW_SIZE = range(4)
+# A row: one new token of a sequence. SEEN: cached tokens up to itself, itself included; PADDING: those of them that are
+# padding before the sequence.
+TOKEN, SEQUENCE, SEEN, PADDING, ROW_SIZE = range(5)
 
 
 class Part(IntEnum):
@@ -45,10 +46,12 @@ class Part(IntEnum):
 class Program:
     """Operations in the order in which they are performed. All memory that they name is kept here.
 
-    n_threads: of the team. The lists grow while a program is built; `seal` makes the table that `run_step` reads.
+    n_threads: of the team. buffers: of rows, by name and size; programs that run one at a time may share them. The
+    lists grow while a program is built; `seal` makes the table that `run_step` reads.
     """
 
     n_threads: int
+    buffers: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
     state: np.ndarray = field(init=False)  # int64 [STATE_SIZE]
     rows: np.ndarray = field(init=False)  # int64 [MAX_ROWS, ROW_SIZE]
     ticks: np.ndarray = field(init=False)  # int64 [len(Part)], since the program was made
@@ -56,7 +59,6 @@ class Program:
     table: np.ndarray = field(init=False)  # int64 [operations, OP_SIZE]
     _operations: list[list[int]] = field(default_factory=list)
     _kept: list[np.ndarray] = field(default_factory=list)
-    _buffers: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
     _n_lines: int = 0
     _patches: list[tuple[np.ndarray, int, int]] = field(default_factory=list)
 
@@ -64,9 +66,9 @@ class Program:
         self.state = self.zeros(STATE_SIZE, np.int64)
         self.rows = self.zeros(MAX_ROWS * ROW_SIZE, np.int64).reshape(MAX_ROWS, ROW_SIZE)
         self.ticks = self.zeros(len(Part), np.int64)
-        scratch = self.zeros(self.n_threads * SCRATCH_BYTES, np.uint8)
+        scratch = self._buffer("scratch of threads", self.n_threads * SCRATCH_BYTES)
         self.state[[N_THREADS, ROWS]] = self.n_threads, self.rows.ctypes.data
-        self.state[[TICKS, SCRATCH]] = self.ticks.ctypes.data, scratch.ctypes.data
+        self.state[[TICKS, SCRATCH]] = self.ticks.ctypes.data, scratch
 
     def zeros(self, n: int, dtype: type[np.generic]) -> np.ndarray:
         """A vector on a cache line, kept as long as the program."""
@@ -84,9 +86,12 @@ class Program:
 
     def buffer(self, name: str, row_bytes: int) -> int:
         """Address of [MAX_ROWS] rows of so many bytes; the same name and size is the same memory."""
-        if (name, row_bytes) not in self._buffers:
-            self._buffers[name, row_bytes] = self.zeros(MAX_ROWS * row_bytes, np.uint8)
-        return int(self._buffers[name, row_bytes].ctypes.data)
+        return self._buffer(name, MAX_ROWS * row_bytes)
+
+    def _buffer(self, name: str, n_bytes: int) -> int:
+        if (name, n_bytes) not in self.buffers:
+            self.buffers[name, n_bytes] = self.zeros(n_bytes, np.uint8)
+        return int(self.buffers[name, n_bytes].ctypes.data)
 
     def floats(self, name: str, width: int) -> int:
         """Address of float32 [MAX_ROWS, width]."""

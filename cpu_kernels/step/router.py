@@ -13,10 +13,10 @@ from cpu_kernels.jit.primitives import floats_at, int32s_at, int64s_at, take_tic
 from cpu_kernels.step.floats import bits_of, copy, float_of
 from cpu_kernels.step.program import N_ROWS, STATE_SIZE, Part, Program
 
-(STATE, NEXT, LOGITS, N_EXPERTS, TOP_K, SCORING, CORRECTION, N_GROUPS, TOP_GROUPS, BEST_OF_GROUP, WEIGHING, DIVISOR,
- SCALE, JITTER, SCORES, CHOICE, ROOM, IDS, WEIGHTS, ADDRESSES, EXPERTS_CALL, COUNTS, ACTIVE,
+(STATE, NEXT, LOGITS, N_EXPERTS, TOP_K, SCORING, CORRECTION, N_GROUPS, TOP_GROUPS, BEST_OF_GROUP, WEIGHING,
+ SCALE, JITTER, SCORES, CHOICE, ROOM, IDS, WEIGHTS, ADDRESSES, EXPERTS_CALL, COUNTS, ACTIVE, BY_ENTRY,
  ROUTER_CALL) = range(24)  # fmt: skip
-SOFTMAX, SIGMOID, LOGIT = range(3)
+SOFTMAX, SIGMOID = range(2)
 """What a score is, from the logits."""
 AS_SCORED, SUM_TO_ONE, SOFTMAX_OF_CHOSEN, SIGMOID_OF_CHOSEN = range(4)
 """What a chosen expert's weight is: its score; its share of the chosen scores; of the chosen ones' logits."""
@@ -28,7 +28,7 @@ class Selection:
     """How a router chooses `top_k` experts and weighs them.
 
     correction float32 [experts] is added to scores for the choice only. n_groups: only experts of the `top_groups` best
-    groups are chosen; a group's value is the sum of its `best_of_group` best. floor: least divisor of SUM_TO_ONE.
+    groups are chosen; a group's value is the sum of its `best_of_group` best.
     scale: of the weights. jitter: Phi's sparse mixer, in which a weight is a softmax over the scores near the chosen
     one (0: none).
     """
@@ -40,7 +40,6 @@ class Selection:
     n_groups: int = 1
     top_groups: int = 1
     best_of_group: int = 2
-    floor: float = 0.0
     scale: float = 1.0
     jitter: float = 0.0
 
@@ -95,11 +94,9 @@ def _score(scoring: Whole, logits: np.ndarray, scores: np.ndarray) -> None:
             total += scores[i]
         for i in range(logits.size):
             scores[i] /= total
-    elif scoring == SIGMOID:
+    else:
         for i in range(logits.size):
             scores[i] = np.float32(1) / (np.float32(1) + np.exp(-logits[i]))
-    else:
-        copy(logits, scores)
 
 
 @inline_kernel
@@ -160,7 +157,7 @@ def _weigh(call: np.ndarray, logits: np.ndarray, ids: np.ndarray, weights: np.nd
         total = np.float32(0)
         for k in range(ids.size):
             total += weights[k]
-        factor /= max(total, float_of(call[DIVISOR]))
+        factor /= total
     for k in range(ids.size):
         weights[k] *= factor
 
@@ -207,7 +204,7 @@ def _fill_tables(call: np.ndarray, n_rows: Whole) -> None:
     starts[n_active] = n
     for entry in range(n_entries):
         place = counts[ids[entry]]
-        flat[place], tokens[place] = entry, entry // call[TOP_K]
+        flat[place], tokens[place] = entry, entry if call[BY_ENTRY] else entry // call[TOP_K]
         counts[ids[entry]] += 1
     experts[engine.N_EXPERTS], experts[engine.N_ROWS] = n_active, n
     active = int64s_at(call[ACTIVE], 1)
@@ -219,13 +216,14 @@ SELECT_WORK = Worker(_select)
 
 def add_selection(
     program: Program, selection: Selection, logits: int, experts: np.ndarray, addresses: np.ndarray, ids: int,
-    weights: int, *, meets: bool,
+    weights: int, *, meets: bool, by_entry: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Adds the choice of experts from float32 [rows, experts] at `logits`; returns int64 [1], the experts activated so
     far in all runs.
 
     experts: the call vector of the experts, whose tables are filled. addresses int64 [experts]: of the records. ids,
-    weights: where int32 and float32 [rows, top_k] go.
+    weights: where int32 and float32 [rows, top_k] go. by_entry: the experts read a row for each of these, not for each
+    token.
     """
     n_experts = len(addresses)
     call = program.zeros(ROUTER_CALL, np.int64)
@@ -235,13 +233,13 @@ def add_selection(
     if selection.correction is not None:
         call[CORRECTION] = program.keep(np.ascontiguousarray(selection.correction, np.float32))
     call[[N_GROUPS, TOP_GROUPS]] = selection.n_groups, selection.top_groups
-    call[[BEST_OF_GROUP, DIVISOR]] = selection.best_of_group, bits_of(selection.floor)
+    call[BEST_OF_GROUP] = selection.best_of_group
     call[[SCALE, JITTER]] = bits_of(selection.scale), bits_of(selection.jitter) if selection.jitter else 0
     call[[SCORES, CHOICE]] = program.floats("scores", n_experts), program.floats("choice", n_experts)
     call[ROOM] = program.floats("groups", n_experts + selection.n_groups)
     call[[IDS, WEIGHTS, EXPERTS_CALL]] = ids, weights, experts.ctypes.data
     call[[ADDRESSES, COUNTS]] = program.keep(addresses), program.floats("counts", n_experts)
-    call[ACTIVE] = active.ctypes.data
+    call[[ACTIVE, BY_ENTRY]] = active.ctypes.data, by_entry
     program.count(call, NEXT)
     program.add(SELECT_WORK, call, Part.ROUTER, meets=meets)
     return active

@@ -2,9 +2,12 @@
 
 One task is one row, by one thread::
 
-    stream = stream (or 0) + sum over summands of scale * gate * (sum of its parts)
+    stream = keep * stream + sum over summands of scale * gate * (sum of its parts)
     out = norm(stream) * weight + bias
     each target = out in the format that a product's kernel reads
+
+The first operation of a whole step is of rows, too: each row's token becomes the row of the embedding that the stream
+begins with.
 """
 
 from collections.abc import Sequence
@@ -16,17 +19,41 @@ from cpu_kernels.jit.atomics import store
 from cpu_kernels.jit.compiled import Real, Whole, Worker, inline_kernel
 from cpu_kernels.jit.primitives import call_prepare, floats_at, int64s_at, take_ticket
 from cpu_kernels.simd.formats import NOT_FINITE as NOT_FINITE_FLAG
-from cpu_kernels.step.floats import bits_of, deviation_sum, fill, float_of, plain_sum, square_sum
-from cpu_kernels.step.program import N_ROWS, NOT_FINITE, STATE_SIZE, Part, Program
+from cpu_kernels.step.cached import rows_of
+from cpu_kernels.step.floats import (
+    ELEMENT_BYTES,
+    bits_of,
+    deviation_sum,
+    fill,
+    float_of,
+    plain_sum,
+    read_row,
+    square_sum,
+)
+from cpu_kernels.step.program import N_ROWS, NOT_FINITE, STATE_SIZE, TOKEN, Part, Program
 
-(STATE, NEXT, STREAM, WIDTH, KEEPS, N_SUMMANDS, SUMMANDS, NORM, WEIGHT, BIAS, EPS, OUT, N_TARGETS, TARGETS, LAYER,
+(STATE, NEXT, STREAM, WIDTH, KEEP, N_SUMMANDS, SUMMANDS, NORM, WEIGHT, BIAS, EPS, OUT, N_TARGETS, TARGETS, LAYER,
  STREAM_CALL) = range(16)  # fmt: skip
+# The embedding: the same first positions, then how rows of the table are stored, the bytes of an element, the table's
+# address, and the factor.
+KIND, ELEMENT, TABLE, FACTOR, EMBED_CALL = range(WIDTH + 1, WIDTH + 6)
 # A summand: float32 [rows * PARTS, WIDTH] at ADDRESS, ROW floats apart; GATE: float32 [rows], whose sigmoid it is
 # multiplied with, or 0.
 ADDRESS, PARTS, SCALE, GATE, ROW, SUMMAND_SIZE = range(6)
 # A target: the prepare kernel's address, where rows are written, and the bytes of one.
 PREPARE, PLACE, ROW_BYTES, TARGET_SIZE = range(4)
 NO_NORM, RMS_NORM, LAYER_NORM = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Rows of float32 or bfloat16 (`kind`) at an address, [n_tokens, width], and what they are multiplied with."""
+
+    address: int
+    n_tokens: int
+    width: int
+    kind: int
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +112,12 @@ def _stream(call_address: int, thread: int) -> None:
 @inline_kernel
 def _add_summands(call: np.ndarray, row: Whole, values: np.ndarray) -> None:
     summands = int64s_at(call[SUMMANDS], SUMMAND_SIZE * call[N_SUMMANDS]).reshape(call[N_SUMMANDS], SUMMAND_SIZE)
-    if not call[KEEPS]:
+    keep = float_of(call[KEEP])
+    if keep == np.float32(0):
         fill(values, np.float32(0))
+    elif keep != np.float32(1):
+        for i in range(values.size):
+            values[i] *= keep
     for i in range(call[N_SUMMANDS]):
         scale = float_of(summands[i, SCALE])
         if summands[i, GATE]:
@@ -134,15 +165,16 @@ STREAM_WORK = Worker(_stream)
 
 
 def add_stream(
-    program: Program, part: Part, layer: int, stream: int, width: int, *, keeps: bool, summands: Sequence[Summand] = (),
+    program: Program, part: Part, layer: int, stream: int, width: int, *, keep: float, summands: Sequence[Summand] = (),
     norm: Norm | None = None, out: int = 0, targets: Sequence[Target] = (),
 ) -> int:  # fmt: skip
     """Adds a row operation on float32 [rows, width] at `stream`; returns its number.
 
-    keeps: the stream's values stay and are added to. out: where the normalised rows go; 0: they stay the stream's.
+    keep: what the stream's own values are multiplied with; 0: they are not read. out: where the normalised rows go; 0:
+    they stay the stream's.
     """
     call = program.zeros(STREAM_CALL, np.int64)
-    call[[STATE, STREAM, WIDTH, KEEPS, LAYER]] = program.state.ctypes.data, stream, width, keeps, layer
+    call[[STATE, STREAM, WIDTH, KEEP, LAYER]] = program.state.ctypes.data, stream, width, bits_of(keep), layer
     call[OUT] = out or stream
     table = np.array(
         [[s.address, s.parts, bits_of(s.scale), s.gate, s.row or width] for s in summands] or [[0] * 5], np.int64
@@ -156,3 +188,30 @@ def add_stream(
         call[BIAS] = 0 if norm.bias is None else program.keep(np.ascontiguousarray(norm.bias, np.float32))
     program.count(call, NEXT)
     return program.add(STREAM_WORK, call, part)
+
+
+def _embed(call_address: int, thread: int) -> None:
+    """Worker. Task: a row."""
+    call = int64s_at(call_address, EMBED_CALL)
+    state = int64s_at(call[STATE], STATE_SIZE)
+    rows = rows_of(state)
+    width = call[WIDTH]
+    while True:
+        row = take_ticket(call[NEXT])
+        if row >= state[N_ROWS]:
+            return
+        source = call[TABLE] + rows[row, TOKEN] * width * call[ELEMENT]
+        read_row(call[KIND], source, floats_at(call[STREAM] + 4 * row * width, width), float_of(call[FACTOR]))
+
+
+EMBED_WORK = Worker(_embed)
+
+
+def add_embedding(program: Program, embedding: Embedding, stream: int) -> None:
+    """Adds stream float32 [rows, width] = the embedding of each row's token."""
+    call = program.zeros(EMBED_CALL, np.int64)
+    call[[STATE, KIND]] = program.state.ctypes.data, embedding.kind
+    call[[ELEMENT, TABLE]] = ELEMENT_BYTES[embedding.kind], embedding.address
+    call[[WIDTH, FACTOR, STREAM]] = embedding.width, bits_of(embedding.scale), stream
+    program.count(call, NEXT)
+    program.add(EMBED_WORK, call, Part.NORMS)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hybrimoe.dense.records import DenseRecords
     from hybrimoe.runtime.layer_call.stats import SessionStats
     from hybrimoe.step.build import StepWay
-    from hybrimoe.step.step import Step
+    from hybrimoe.step.served import ServedStep
 
 
 class Injection:
@@ -110,8 +110,9 @@ class Injection:
             self.compile_step()
 
     @property
-    def step(self) -> Step | None:
-        """The compiled decode step; None where transformers' forward runs them (`way.reason` says why)."""
+    def step(self) -> ServedStep | None:
+        """The compiled decode step, of the whole model or of pieces of it; None where transformers' forward runs all
+        (`way.reason` says why)."""
         return None if self.way is None else self.way.step
 
     def _use_decode_attention(self, threads: int | None) -> None:

@@ -10,8 +10,11 @@ from torch import nn
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.errors import KernelError
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.read_model import read_model
-from hybrimoe.step.step import Step, StepBeforeForward
+from hybrimoe.step.forward import InPlaceOfForward
+from hybrimoe.step.mixed import MixedStep
+from hybrimoe.step.read_model import Reading, read_model
+from hybrimoe.step.served import ServedStep
+from hybrimoe.step.step import Step
 from hybrimoe.step.trace import record
 
 TRIAL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
@@ -20,23 +23,17 @@ TRIAL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError
 
 @dataclass(slots=True)
 class StepWay:
-    """How the decode steps of a model run. step: the compiled one, None where transformers' forward runs them; reason:
-    why then; layers: by path, "compiled" or why not."""
+    """How the decode steps of a model run. step: the compiled one (all of the model or pieces of it), None where
+    transformers' forward runs them; reason: why then; layers: the way of each layer by its path."""
 
-    step: Step | None = None
+    step: ServedStep | None = None
     reason: str | None = None
     layers: dict[str, str] = field(default_factory=dict)
-    _installed: StepBeforeForward | None = None
+    _installed: InPlaceOfForward | None = None
 
     def described(self) -> dict[str, str]:
         """The way of each layer; "model" stands for all where none was read."""
-        if not self.layers:
-            return {"model": f"transformers: {self.reason}"}
-        whole = "" if self.step is not None else "understood, but all layers or none are compiled"
-        return {
-            path: f"transformers: {way}" if way != "compiled" else whole or "compiled"
-            for path, way in self.layers.items()
-        }
+        return self.layers or {"model": f"transformers: {self.reason}"}
 
     def of_copy(self) -> StepWay:
         """The way of a copy of the model: a step reads weights where they lie, and those of a copy lie elsewhere."""
@@ -50,6 +47,7 @@ class StepWay:
             self._installed.undo()
             self._installed = None
         if self.step is not None:
+            self.step.undo()
             self.step.session.remove_reporter(self.step.report)
             self.step = None
 
@@ -76,9 +74,18 @@ def compile_step(model: nn.Module, session: Any) -> StepWay:
     finally:
         model.train(was_training)
         session.forget_trial()
-    layers = {path: reading.reasons.get(path, "compiled") for path in [*reading.layers, *reading.reasons]}
-    if reading.model is None:
+    layers = _ways(reading)
+    if reading.model is None and not reading.pieces:
         return StepWay(reason=reading.reason, layers=layers)
-    step = Step(model, session, reading, backend.n_threads)
+    step = (MixedStep if reading.model is None else Step)(model, session, reading, backend.n_threads)
     session.add_reporter(step.report)
-    return StepWay(step, None, layers, StepBeforeForward(model, step))
+    return StepWay(step, None, layers, InPlaceOfForward(model, step.answer))
+
+
+def _ways(reading: Reading) -> dict[str, str]:
+    """By layer: "compiled", the reason why transformers runs it, or both where it is mixed."""
+    ways = dict.fromkeys(reading.layers, "compiled")
+    for path, reason in reading.reasons.items():
+        blocks = ", ".join(reading.blocks.get(path, []))
+        ways[path] = f"{blocks} compiled; the rest by transformers: {reason}" if blocks else f"transformers: {reason}"
+    return ways

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from cpu_kernels.simd.attention import LOWEST
 from cpu_kernels.step.program import MAX_ROWS
@@ -40,8 +41,10 @@ class StepCall:
     phase: Phase
 
 
-def read_call(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
-    """The call as the step sees it; None where transformers' way must answer it."""
+def read_call(
+    config: Any, cache_type: type[DynamicCache], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> StepCall | None:
+    """The call as the step sees it; None where transformers' way must answer it. cache_type: of the model's caches."""
     known = {"input_ids": args[0], **kwargs} if args else kwargs
     if len(args) > 1 or any(
         name not in SERVED and value is not None and value is not False for name, value in known.items()
@@ -49,16 +52,20 @@ def read_call(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ste
         return None
     ids: Any = known.get("input_ids")
     cache: Any = known.get("past_key_values")
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or type(cache) is not DynamicCache or cache.offloading:
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        return None
+    if not isinstance(cache, DynamicCache) or type(cache) is not cache_type or cache.offloading:
         return None
     if known.get("use_cache") is False or known.get("return_dict") is False:
         return None
     if any(getattr(config, flag, None) for flag in FLAGS) or getattr(config, "return_dict", True) is False:
         return None
     n_sequences, n_new = ids.shape
-    n_past = cache.get_seq_length()
+    n_past = tokens_held(cache)
     kept = known.get("logits_to_keep") or 0
     if not 0 < n_sequences * n_new <= MAX_ROWS or not n_past or not isinstance(kept, int):
+        return None
+    if known.get("position_ids") is None and cache.get_seq_length() != n_past:
         return None
     positions = _positions(known.get("position_ids"), n_sequences, n_new, n_past)
     mask = _mask(known.get("attention_mask"), n_sequences, n_past + n_new)
@@ -68,6 +75,12 @@ def read_call(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ste
     return StepCall(
         ids.flatten().tolist(), n_sequences, n_new, n_past, cache, positions, mask, min(kept or n_new, n_new), phase
     )
+
+
+def tokens_held(cache: DynamicCache) -> int:
+    """Tokens that a cache has seen, by its first layer that counts them: states of linear attention do not."""
+    layers = (layer for layer in cache.layers if isinstance(layer, DynamicLayer) and layer.is_initialized)
+    return next((int(layer.get_seq_length()) for layer in layers), 0)
 
 
 def _positions(given: Any, n_sequences: int, n_new: int, n_past: int) -> list[int] | None:

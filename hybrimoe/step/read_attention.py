@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -9,12 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
-from cpu_kernels.step.heads import HALVES, NO_CLIP, PAIRS, PAIRS_TO_HALVES, HeadNorm
-from cpu_kernels.step.parts import Attention, Columns, Latent, Rope
+from cpu_kernels.step.attend import Sight
+from cpu_kernels.step.heads import HALVES, NO_CLIP, PAIRS, PAIRS_TO_HALVES, HeadNorm, Tuning
+from cpu_kernels.step.latent import LatentSizes
+from cpu_kernels.step.parts import Attention, Columns, LatentAttention, Rope
+from cpu_kernels.step.products import Product, plain_product
 from cpu_kernels.step.stream import Norm
+from hybrimoe.dense.linear import PackedLinear
+from hybrimoe.generation.growing import GrowingLayer
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.read_parts import LINEARS, array, read_linear, read_norm
+from hybrimoe.step.read_parts import LINEARS, array, read_linear, read_matrix, read_norm
 from hybrimoe.step.trace import Call, Trace, same
 
 
@@ -79,7 +86,7 @@ def half_angles(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The modules inside an attention call, by what they read."""
+    """The modules inside an attention call, by what they read: `first` the block's input, `later` something else."""
 
     first: list[Call]
     norms: list[tuple[Call, Norm]]
@@ -87,35 +94,47 @@ class _Found:
     output: Call
 
 
-def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Attention]:
+def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Attention | LatentAttention]:
     """The forms that this attention may have, the usual ones first; which one it is, the comparison tells.
 
     Raises NotCompiled where it is none that the step knows.
     """
-    module: Any = call.module
-    found = _parts(trace, call)
+    _check_inputs(call)
     cache = _cache_number(call)
-    layer: Any = trace.cache.layers[cache]
+    layer: Any = trace.cache.layers[cache] if cache < len(trace.cache.layers) else None
+    if not isinstance(layer, GrowingLayer) or not layer.is_initialized:
+        raise NotCompiled(f"{call.path} ({type(call.module).__name__}) keeps a state of its own, not keys and values")
+    found = _parts(trace, call)
+    table = ropes.find(call)
+    if found.later:
+        yield from _latent(call, found, layer, cache, table)
+        return
+    module: Any = call.module
     n_kv_heads, dim, v_dim = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
     output = read_linear(found.output.module, found.output.path)
     n_heads = output.n_in // v_dim
     if output.n_in != n_heads * v_dim or n_heads % n_kv_heads:
         raise NotCompiled(f"{call.path}: {output.n_in} columns are no whole number of heads of {v_dim}")
-    table = ropes.find(call)
     sinks = getattr(module, "sinks", None)
-    common = {
-        "output": output, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "dim": dim, "v_dim": v_dim, "cache": cache,
-        "scale": float(getattr(module, "scaling", dim**-0.5)), "window": _window(layer),
-        "sinks": array(sinks) if isinstance(sinks, torch.Tensor) else None,
-        "clip": float(getattr(module.config, "clip_qkv", None) or NO_CLIP),
-    }  # fmt: skip
-    if found.later:
-        plain: Attention = _latent(call, found, common)
-        norms: list[HeadNorm | None] = [None]
-    else:
-        plain, norms = _heads(call, found, common), _head_norms(found, n_heads, n_kv_heads, dim)
-    for norm, rope in product(norms, _ropes(table, dim)):
-        yield replace(plain, norm=norm, rope=rope)
+    plain = _heads(
+        call, found, output=output, n_heads=n_heads, n_kv_heads=n_kv_heads, dim=dim, v_dim=v_dim, cache=cache,
+        scale=float(getattr(module, "scaling", dim**-0.5)), sight=_sight(trace, call, layer),
+        sinks=array(sinks) if isinstance(sinks, torch.Tensor) else None,
+        clip=float(getattr(module.config, "clip_qkv", None) or NO_CLIP),
+    )  # fmt: skip
+    for norm, rope in product(_head_norms(found, n_heads, n_kv_heads, dim), _ropes(table, dim)):
+        yield replace(plain, norm=norm, rope=rope, tuning=_tuning(module) if rope is None else None)
+
+
+def _check_inputs(call: Call) -> None:
+    """Raises NotCompiled for what a comparison over a few tokens cannot tell: effects of far positions."""
+    known = [call.input, *_angles(call)]
+    for name, value in call.kwargs.items():
+        own = "mask" in name or any(value is item for item in known)
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()) and not own:
+            raise NotCompiled(f"{call.path}: it is given {name}, which the step does not know")
+    if "position_ids" in inspect.signature(type(call.module).forward).parameters:
+        raise NotCompiled(f"{call.path}: it reads the tokens' positions itself, beside their angles")
 
 
 def _parts(trace: Trace, call: Call) -> _Found:
@@ -146,33 +165,59 @@ def _cache_number(call: Call) -> int:
     return number
 
 
-def _window(layer: Any) -> int:
-    return int(layer.sliding_window) if getattr(layer, "is_sliding", False) else 0
+def _sight(trace: Trace, call: Call, layer: Any) -> Sight:
+    """What tokens look at. A model's own kind of cache does not know of windows; the configuration does.
+
+    Raises NotCompiled for a window that has moved in the recorded step: what left it cannot be compared.
+    """
+    module: Any = call.module
+    if type(trace.cache) is not DynamicCache:
+        return Sight(int(getattr(module.config, "sliding_window", None) or 0))
+    if not getattr(layer, "is_sliding", False):
+        return Sight()
+    window = int(layer.sliding_window)
+    if window <= trace.token_ids.shape[1]:
+        raise NotCompiled(f"{call.path}: its window of {window} tokens is shorter than the comparison")
+    kinds = getattr(module.config, "layer_types", None) or []
+    return Sight(window, len(kinds) > module.layer_idx and kinds[module.layer_idx] == "chunked_attention")
+
+
+def _tuning(module: Any) -> Tuning | None:
+    """Llama-4's temperature of layers without rotation, which grows too late for the comparison to see it."""
+    if not getattr(module, "attn_temperature_tuning", False):
+        return None
+    return Tuning(float(module.attn_scale), float(module.floor_scale))
 
 
 def _ropes(table: tuple[int, int] | None, dim: int) -> list[Rope | None]:
+    """The ways of rotating `dim` columns; the last: not at all."""
     if table is None:
         return [None]
     number, n = table
     if n > dim:
         raise NotCompiled(f"{n} columns are rotated, but a head has {dim}")
     firsts = [0] if n == dim else [0, dim - n]
-    return [Rope(number, n, first, kind) for first in firsts for kind in (HALVES, PAIRS, PAIRS_TO_HALVES)]
+    return [*(Rope(number, n, first, kind) for first in firsts for kind in (HALVES, PAIRS, PAIRS_TO_HALVES)), None]
 
 
-def _heads(call: Call, found: _Found, common: dict[str, Any]) -> Attention:
-    """Queries, keys and values from three products, or from one."""
-    n_heads, n_kv_heads, dim, v_dim = (common[name] for name in ("n_heads", "n_kv_heads", "dim", "v_dim"))
+def _heads(call: Call, found: _Found, **sizes: Any) -> Attention:
+    """Queries, keys and values from three products, or from one; a gate of the result by itself, or behind each query
+    head."""
+    n_heads, n_kv_heads, dim, v_dim = (sizes[name] for name in ("n_heads", "n_kv_heads", "dim", "v_dim"))
     inputs = tuple(read_linear(inner.module, inner.path) for inner in found.first)
-    widths = [n_heads * dim, n_kv_heads * dim, n_kv_heads * v_dim]
-    sizes = [item.n_out for item in inputs]
-    if sizes == widths:
-        places = [Columns(0, 0, dim), Columns(1, 0, dim), Columns(2, 0, v_dim)]
-    elif sizes == [sum(widths)]:
-        places = [Columns(0, 0, dim), Columns(0, widths[0], dim), Columns(0, widths[0] + widths[1], v_dim)]
-    else:
-        raise NotCompiled(f"{call.path}: projections give {sizes} columns, expected {widths} for q, k and v")
-    return Attention(inputs, q=places[0], k=places[1], v=places[2], **common)
+    q, k, v = n_heads * dim, n_kv_heads * dim, n_kv_heads * v_dim
+    widths = [item.n_out for item in inputs]
+    own = [Columns(0, 0, dim), Columns(1, 0, dim), Columns(2, 0, v_dim)]
+    gate = None
+    if widths == [q, k, v, n_heads * v_dim]:
+        gate = Columns(3, 0, v_dim)
+    elif widths == [2 * q, k, v] and dim == v_dim:
+        own[0], gate = Columns(0, 0, 2 * dim), Columns(0, dim, 2 * dim)
+    elif widths == [q + k + v]:
+        own = [Columns(0, 0, dim), Columns(0, q, dim), Columns(0, q + k, v_dim)]
+    elif widths != [q, k, v]:
+        raise NotCompiled(f"{call.path}: projections give {widths} columns, expected {[q, k, v]} for q, k and v")
+    return Attention(inputs, q=own[0], k=own[1], v=own[2], gate=gate, **sizes)
 
 
 def _head_norms(found: _Found, n_heads: int, n_kv_heads: int, dim: int) -> list[HeadNorm | None]:
@@ -192,39 +237,64 @@ def _head_norms(found: _Found, n_heads: int, n_kv_heads: int, dim: int) -> list[
     return [norm] if whole else [norm, replace(norm, after_rotation=True)]
 
 
-def _latent(call: Call, found: _Found, common: dict[str, Any]) -> Attention:
-    """Multi-head latent attention: keys and values (and maybe queries) come through a short vector."""
-    n_heads, dim, v_dim = common["n_heads"], common["dim"], common["v_dim"]
-    if len(found.first) != 2 or common["n_kv_heads"] != n_heads:
+def _latent(
+    call: Call, found: _Found, layer: Any, cache: int, table: tuple[int, int] | None
+) -> Iterator[LatentAttention]:
+    """Multi-head latent attention: what the cache holds goes through one projection to all keys and values."""
+    module: Any = call.module
+    *behind, up = found.later
+    if len(found.first) != 2 or len(behind) > 1 or not same(up.input, layer.keys):
         raise NotCompiled(f"{call.path}: projections behind projections, but no latent attention")
-    by_input = {id(inner): norm for inner, norm in found.norms}
-    query, down = found.first
-    ups = {linear.path: linear for linear in found.later}
-    up = found.later[-1]
-    normed = next((inner for inner, _ in found.norms if same(inner.result, up.input)), None)
-    if normed is None:
-        raise NotCompiled(f"{call.path}: the latent vector reaches {up.path} without a norm")
-    first, second, query_norm = read_linear(query.module, query.path), None, None
-    if len(ups) == 2:
-        behind = found.later[0]
-        before = next((inner for inner, _ in found.norms if same(inner.result, behind.input)), None)
+    if getattr(layer, "is_sliding", False):
+        raise NotCompiled(f"{call.path}: latent attention with a window")
+    (query, down), norms = found.first, {id(inner): norm for inner, norm in found.norms}
+    norm = _norm_before(found, layer.keys.shape[-1], down)
+    query_up = query_norm = None
+    if behind:
+        before = next((inner for inner, _ in found.norms if same(inner.result, behind[0].input)), None)
         if before is None:
-            raise NotCompiled(f"{call.path}: the short query reaches {behind.path} without a norm")
-        second, query_norm = read_linear(behind.module, behind.path), by_input[id(before)]
-    elif len(ups) != 1:
-        raise NotCompiled(f"{call.path}: {len(ups)} projections behind others, expected one or two")
-    low, high = read_linear(down.module, down.path), read_linear(up.module, up.path)
-    own = high.n_out // n_heads - v_dim  # columns of a key head that are not rotated
-    if (
-        (second or first).n_out != n_heads * dim
-        or high.n_out != n_heads * (own + v_dim)
-        or low.n_out - high.n_in != dim - own
-    ):
+            raise NotCompiled(f"{call.path}: the short query reaches {behind[0].path} without a norm")
+        query_up, query_norm = read_linear(behind[0].module, behind[0].path), norms[id(before)]
+    low, output = read_linear(down.module, down.path), read_linear(found.output.module, found.output.path)
+    first = read_linear(query.module, query.path)
+    matrix, up_rows = _rows_of(up)
+    sizes = _latent_sizes(call, (query_up or first).n_out, matrix, output.n_in, low.n_out - matrix.n_in)
+    if len(found.norms) != 1 + len(behind):
+        raise NotCompiled(f"{call.path}: it has {len(found.norms)} norms, expected {1 + len(behind)}")
+    for rope in _ropes(table, sizes.rotated):
+        yield LatentAttention(
+            first, low, norm, matrix, output, sizes, rope, float(module.scaling), cache, query_norm, query_up, up_rows
+        )
+
+
+def _norm_before(found: _Found, rank: int, down: Call) -> Norm:
+    """The norm between `down` and the cache."""
+    own = [norm for inner, norm in found.norms if inner.input.data_ptr() == down.result.data_ptr()]
+    if len(own) != 1 or own[0].weight.size != rank or own[0].centred or own[0].bias is not None:
+        raise NotCompiled(f"{down.path}: the vector that the cache holds comes through no plain norm")
+    return own[0]
+
+
+def _latent_sizes(call: Call, n_query: int, up: Product, n_result: int, rotated: int) -> LatentSizes:
+    """Sizes of heads from those of the products. Raises NotCompiled where they do not fit together."""
+    n_heads = (n_query - up.n_out + n_result) // rotated if rotated > 0 else 0
+    if n_heads < 1 or (n_query % n_heads, up.n_out % n_heads, n_result % n_heads) != (0, 0, 0):
         raise NotCompiled(f"{call.path}: sizes of its latent projections do not fit together")
-    return Attention(
-        (first,), q=Columns(0, 0, dim), k=Columns(1, 0, own + v_dim), v=Columns(1, own, own + v_dim),
-        query_norm=query_norm, query_up=second, latent=Latent(low, by_input[id(normed)], high, high.n_in), **common,
-    )  # fmt: skip
+    sizes = LatentSizes(n_heads, n_query // n_heads - rotated, rotated, n_result // n_heads, up.n_in)
+    if sizes.own < 1 or up.n_out != n_heads * (sizes.own + sizes.v_dim):
+        raise NotCompiled(f"{call.path}: sizes of its latent projections do not fit together")
+    return sizes
+
+
+def _rows_of(up: Call) -> tuple[Product, np.ndarray | None]:
+    """A projection as rows that can be added up; of a packed one a copy in bfloat16, and the memory that it lies in."""
+    module: Any = up.module
+    if module.bias is not None:
+        raise NotCompiled(f"{up.path}: a bias of keys and values")
+    if not isinstance(module, PackedLinear):
+        return read_matrix(module.weight, up.path), None
+    rows = module.weight.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
+    return plain_product(rows.ctypes.data, *rows.shape, halves=True), rows
 
 
 def angles_at(source: Call, positions: torch.Tensor, doubled: bool) -> tuple[np.ndarray, np.ndarray]:

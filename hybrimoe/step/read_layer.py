@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
-from cpu_kernels.step.parts import Attention, Branch, Mlp, Moe
+from cpu_kernels.step.parts import Branch, Core, Mlp, Moe
 from cpu_kernels.step.products import Product
 from cpu_kernels.step.stream import Norm
 from hybrimoe.experts.module import HybridExperts
@@ -25,15 +25,23 @@ FIT_TOLERANCE = 2e-2
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One branch of a recorded layer: the call of its core, its norms, and the stream before and after it."""
+    """One branch of a recorded layer: the call of its core, its norms, and the stream before and after it.
+
+    scale, keep, renews: as in `cpu_kernels.step.parts.Branch`.
+    """
 
     core: Call
     pre: Norm | None
     post: Norm | None
-    result: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
     scale: float
+    keep: float = 1.0
+    renews: bool = False
+
+    def branch(self, core: Core) -> Branch:
+        """The branch with a core in its place."""
+        return Branch(core, self.pre, self.post, self.scale, self.keep, self.renews)
 
 
 def sites_of(trace: Trace, call: Call) -> list[Site]:
@@ -61,30 +69,60 @@ def sites_of(trace: Trace, call: Call) -> list[Site]:
     return [_site(call, *item, after) for item, after in zip(open_sites, afters, strict=True)]
 
 
+def whole_site(core: Call) -> Site:
+    """A block by itself, in a layer that is not understood: its result takes the place of its input."""
+    return Site(core, None, None, core.input, core.result, 1.0, keep=0.0)
+
+
 def _site(
     layer: Call, core: Call, pre: tuple[Call, Norm] | None, post: tuple[Call, Norm] | None, before: torch.Tensor,
     after: torch.Tensor,
 ) -> Site:  # fmt: skip
+    """Finds after = keep * stream + scale * result, where the stream is what it was or (it is renewed) its norm."""
     result = core.result if post is None else post[0].result
-    x, y = result.double().flatten(), (after.double() - before.double()).flatten()
-    if x.shape != y.shape:
+    if not result.numel() == after.numel() == before.numel():
         raise NotCompiled(f"{core.path}: its result has another size than the stream")
-    factor = float(x @ y / (x @ x + 1e-300))
-    left = float((y - factor * x).norm() / (y.norm() + 1e-300))
     known = [1.0, *(value for value in vars(layer.module).values() if isinstance(value, float) and value > 0)]
-    nearest = min(known, key=lambda value: abs(value - factor))
-    if left > 10 * FIT_TOLERANCE or abs(nearest - factor) > FIT_TOLERANCE * nearest:
-        raise NotCompiled(f"{core.path}: its result is not simply added to the stream (factor {factor:.4g})")
-    return Site(core, pre[1] if pre else None, post[1] if post else None, result, before, after, nearest)
+    streams = [before] if pre is None else [before, core.input]
+    fits = [_fit(stream, result, after) for stream in streams]
+    number = min(range(len(fits)), key=lambda number: fits[number][3])
+    (keep, scale, left, _), renews = fits[number], number == 1
+    factors = _nearest(known, keep), _nearest(known, scale)
+    off = max(abs(one - found) / one for one, found in zip(factors, (keep, scale), strict=True))
+    if left > FIT_TOLERANCE * (10 if keep == 1.0 else 1) or off > FIT_TOLERANCE:
+        raise NotCompiled(f"{core.path}: its result is not simply added to the stream (off by {max(left, off):.2g})")
+    norms = pre and pre[1], post and post[1]
+    return Site(core, *norms, before, after, factors[1], factors[0], renews)
+
+
+def _nearest(known: list[float], value: float) -> float:
+    return min(known, key=lambda one: abs(one - value))
+
+
+def _fit(stream: torch.Tensor, result: torch.Tensor, after: torch.Tensor) -> tuple[float, float, float, float]:
+    """(keep, scale, relative rest, rest) of after = keep * stream + scale * result by least squares.
+
+    In bfloat16 a small result leaves its factor uncertain beside the stream: where keep is 1, the difference tells.
+    """
+    x, y, z = (value.double().flatten() for value in (stream, result, after))
+    scale = float(y @ (z - x) / (y @ y + 1e-300))
+    rest = float((z - x - scale * y).norm())
+    left = rest / float((z - x).norm() + 1e-300)
+    if left <= 10 * FIT_TOLERANCE:
+        return 1.0, scale, left, rest
+    factors = torch.linalg.lstsq(torch.stack([x, y], 1), z[:, None]).solution[:, 0]
+    keep, scale = float(factors[0]), float(factors[1])
+    rest = float((z - keep * x - scale * y).norm())
+    return keep, scale, rest / float(z.norm() + 1e-300), rest
 
 
 def branches_of(trace: Trace, site: Site, ropes: RopeTables, session: Any) -> Iterator[Branch]:
     """The forms that a branch may have; which one it is, the comparison tells. Raises NotCompiled for none."""
     for core in _cores(trace, site.core, ropes, session):
-        yield Branch(core, site.pre, site.post, site.scale)
+        yield site.branch(core)
 
 
-def _cores(trace: Trace, call: Call, ropes: RopeTables, session: Any) -> Iterator[Attention | Mlp | Moe]:
+def _cores(trace: Trace, call: Call, ropes: RopeTables, session: Any) -> Iterator[Core]:
     inside = list(trace.within(call.path))
     experts = [inner for inner in inside if isinstance(inner.module, HybridExperts)]
     if experts:
@@ -105,32 +143,14 @@ def _moe(call: Call, experts: Call, inside: list[Call], session: Any) -> Iterato
         raise NotCompiled(f"{experts.path}: the experts' activation has no closed form")
     if layer.transform() is not None:
         raise NotCompiled(f"{experts.path}: a norm stands behind each expert")
-    given = (*experts.args, *experts.kwargs.values())
-    if len(given) != 3:
-        raise NotCompiled(f"{experts.path}: the experts are called in a form of their own")
-    _, index, _ = given
-    router = _router_call(call, index, inside)
-    width = call.input.shape[-1]
-    product, selection = read_router(router, layer.num_experts, width, index.shape[-1])
-    if not same(experts.input, call.input) or not same(router.input, call.input):
-        raise NotCompiled(f"{call.path}: router or experts read something else than the block's input")
+    routing = read_router(call, experts, layer.num_experts, call.input.shape[-1])
     addresses = session.store.addresses(module.layer).astype("int64")
+    known = (routing.path, experts.path)
     rest = [
-        inner for inner in inside
-        if inner.path != router.path and not inner.path.startswith((f"{router.path}.", f"{experts.path}."))
-        and inner.path != experts.path
-    ]  # fmt: skip
+        inner for inner in inside if not any(inner.path == path or inner.path.startswith(f"{path}.") for path in known)
+    ]
     for shared in _shared(call, rest):
-        yield Moe(product, selection, layer.spec, addresses, shared)
-
-
-def _router_call(call: Call, index: torch.Tensor, inside: list[Call]) -> Call:
-    """The module whose outputs are the experts that were asked for."""
-    for inner in inside:
-        outputs = inner.output if isinstance(inner.output, tuple | list) else (inner.output,)
-        if any(isinstance(value, torch.Tensor) and same(value, index) for value in outputs):
-            return inner
-    raise NotCompiled(f"{call.path}: no module of its own chooses the experts")
+        yield Moe(routing.product, routing.selection, layer.spec, addresses, shared, routing.scaled_inputs)
 
 
 def _shared(call: Call, rest: list[Call]) -> list[tuple[Mlp, ...]]:

@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from cpu_kernels.host.isa import detect
 from cpu_kernels.step.compiled import CompiledLayers
-from cpu_kernels.step.embed import Embedding
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32
-from cpu_kernels.step.parts import Branch, Head, Layer, Model
+from cpu_kernels.step.parts import Branch, Head, Layer, Model, Moe
+from cpu_kernels.step.stream import Embedding
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.step.caches import place_of
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_attention import RopeTables, angles_at
-from hybrimoe.step.read_layer import Site, branches_of, sites_of
+from hybrimoe.step.read_layer import Site, branches_of, sites_of, whole_site
 from hybrimoe.step.read_parts import read_linear, read_norm
 from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Call, Trace, same
 
@@ -31,16 +32,77 @@ ROUNDED_ROWS = NEW_TOKENS // 2
 """Rows that must agree where things are rounded: a router whose scores nearly tie may choose another expert."""
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A module that a piece stands for: which argument it reads, and the form of what it returns.
+
+    argument: position or name. n_outputs: of a tuple whose others are None; 0: a tensor. flat: rows without a batch.
+    """
+
+    path: str
+    module: nn.Module
+    argument: int | str
+    n_outputs: int
+    flat: bool
+
+    @classmethod
+    def of(cls, call: Call) -> Seat:
+        """The seat of a recorded call. Raises NotCompiled where it returns more than its result."""
+        found = call.input
+        named: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+        argument = next(name for name, value in named if value is found)
+        many = isinstance(call.output, tuple)
+        others = [value for value in call.output if value is not call.result] if many else []
+        if any(value is not None for value in others) or not isinstance(call.output, tuple | torch.Tensor):
+            raise NotCompiled(f"{call.path}: it returns more than its result")
+        flat = call.result.shape == found.reshape(-1, found.shape[-1]).shape
+        if not flat and call.result.shape != found.shape:
+            raise NotCompiled(f"{call.path}: its result has another shape than its input")
+        return cls(call.path, call.module, argument, len(call.output) if many else 0, flat)
+
+    def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """The hidden states of a call."""
+        tensor: torch.Tensor = args[self.argument] if isinstance(self.argument, int) else kwargs[self.argument]
+        return tensor
+
+    def output(self, hidden: torch.Tensor, result: torch.Tensor) -> Any:
+        """What the module returns for a result."""
+        shaped = result.reshape(-1, hidden.shape[-1]) if self.flat else result.reshape(hidden.shape)
+        return (shaped, *[None] * (self.n_outputs - 1)) if self.n_outputs else shaped
+
+
+@dataclass(frozen=True, slots=True)
+class PieceReading:
+    """What one compiled call of a mixed step does: `layers` (with their numbers) in the place of modules.
+
+    is_block: in the place of one block of a layer.
+    """
+
+    seats: tuple[Seat, ...]
+    layers: tuple[tuple[int, Layer], ...]
+    width: int
+    is_block: bool
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether experts are in it."""
+        return any(isinstance(branch.core, Moe) for _, layer in self.layers for branch in layer.branches)
+
+
 @dataclass(slots=True)
 class Reading:
-    """What was read of a model. reasons: by layer path, why it is not compiled; `model` is None unless all are.
+    """What was read of a model. reasons: by layer path, why it is not compiled; `model` is None unless all are; then
+    `pieces` are what can be compiled all the same. blocks: by layer path, the compiled ones of layers that are not.
     session_layers: of the layers with experts, their number in the session."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     model: Model | None = None
+    pieces: list[PieceReading] = field(default_factory=list)
+    blocks: dict[str, list[str]] = field(default_factory=dict)
     ropes: RopeTables | None = None
     output_type: type | None = None
+    cache_type: type = DynamicCache
     logits_dtype: torch.dtype = torch.float32
     session_layers: dict[int, int] = field(default_factory=dict)
 
@@ -65,14 +127,18 @@ def layer_paths(model: nn.Module) -> list[str]:
 
 def read_model(trace: Trace, session: Any, n_threads: int) -> Reading:
     """Reads every layer and compares it; what does not agree has its reason in the result."""
-    reading = Reading(ropes=RopeTables(trace), output_type=type(trace.output), logits_dtype=trace.output.logits.dtype)
+    reader = _Reader(trace, session, n_threads)
+    reading = Reading(
+        ropes=reader.ropes, output_type=type(trace.output), cache_type=type(trace.cache),
+        logits_dtype=trace.output.logits.dtype,
+    )  # fmt: skip
     paths = layer_paths(trace.model)
     for number, path in enumerate(paths):
         experts = [call.module for call in trace.within(path) if isinstance(call.module, HybridExperts)]
         for module in experts:
             reading.session_layers[number] = module.layer
         try:
-            reading.layers[path] = _layer(trace, path, number, reading, session, n_threads)
+            reading.layers[path] = Layer(tuple(reader.branch(site, number) for site in sites_of(trace, trace.of(path))))
         except NotCompiled as error:
             reading.reasons[path] = str(error)
     if not reading.reasons:
@@ -80,24 +146,76 @@ def read_model(trace: Trace, session: Any, n_threads: int) -> Reading:
             reading.model = _whole(trace, paths, reading)
         except NotCompiled as error:
             reading.reasons["around the layers"] = str(error)
+    if reading.model is None:
+        reader.find_pieces(reading, paths)
     return reading
 
 
-def _layer(trace: Trace, path: str, number: int, reading: Reading, session: Any, n_threads: int) -> Layer:
-    assert reading.ropes is not None
-    call = trace.of(path)
-    branches = []
-    for site in sites_of(trace, call):
+@dataclass(slots=True)
+class _Reader:
+    """Reads parts of a recorded model and compares each with the original."""
+
+    trace: Trace
+    session: Any
+    n_threads: int
+    ropes: RopeTables = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ropes = RopeTables(self.trace)
+
+    def branch(self, site: Site, number: int) -> Branch:
+        """The first form of a branch that agrees. Raises NotCompiled where none does."""
         error = float("inf")
-        for branch in branches_of(trace, site, reading.ropes, session):
-            found = _error(trace, site, branch, number, reading.ropes, session, n_threads)
+        for branch in branches_of(self.trace, site, self.ropes, self.session):
+            found = _error(self.trace, site, branch, number, self.ropes, self.session, self.n_threads)
             if found <= 1:
-                branches.append(branch)
-                break
+                return branch
             error = min(error, found)
-        else:
-            raise NotCompiled(f"{site.core.path}: its compiled form differs from the original ({error:.3g} x allowed)")
-    return Layer(tuple(branches))
+        raise NotCompiled(f"{site.core.path}: its compiled form differs from the original ({error:.3g} x allowed)")
+
+    def find_pieces(self, reading: Reading, paths: list[str]) -> None:
+        """Runs of layers that were understood, and blocks of the others."""
+        run: list[tuple[int, Call]] = []
+        for number, path in enumerate(paths):
+            calls = [call for call in self.trace.calls if call.path == path]
+            if path in reading.layers and _returns_its_result(calls[0]):
+                if run and not same(run[-1][1].result, calls[0].input):
+                    self._add_run(reading, run)
+                run.append((number, calls[0]))
+                continue
+            self._add_run(reading, run)
+            if len(calls) == 1:
+                self._add_blocks(reading, number, calls[0])
+        self._add_run(reading, run)
+
+    def _add_run(self, reading: Reading, run: list[tuple[int, Call]]) -> None:
+        """Adds the layers of a run as one piece, and empties it."""
+        if run:
+            seats = tuple(Seat.of(call) for _, call in run)
+            layers = tuple((number, reading.layers[call.path]) for number, call in run)
+            reading.pieces.append(PieceReading(seats, layers, run[0][1].input.shape[-1], is_block=False))
+            run.clear()
+
+    def _add_blocks(self, reading: Reading, number: int, layer: Call) -> None:
+        for block in self.trace.children(layer.path):
+            if read_norm(block.module, block.input.shape[-1]) is not None:
+                continue
+            try:
+                seat = Seat.of(block)
+                branch = self.branch(whole_site(block), number)
+            except NotCompiled:
+                continue
+            piece = PieceReading((seat,), ((number, Layer((branch,))),), block.input.shape[-1], is_block=True)
+            reading.pieces.append(piece)
+            reading.blocks.setdefault(layer.path, []).append(block.path.removeprefix(f"{layer.path}."))
+
+
+def _returns_its_result(call: Call) -> bool:
+    try:
+        Seat.of(call)
+    except NotCompiled:
+        return False
+    return True
 
 
 def _error(
@@ -123,7 +241,8 @@ def _error(
     fill_angles(compiled, ropes, torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + n_rows)[None])
     compiled.stream[:n_rows] = before
     compiled.run()
-    error = _relative(compiled.stream[:n_rows] - before, after - before, _is_exact(trace, session))
+    base = before if branch.keep == 1.0 and not branch.renews else np.zeros_like(before)
+    error = _relative(compiled.stream[:n_rows] - base, after - base, _is_exact(trace, session))
     for layer, originals in kept.items():
         buffers = layers[layer].grown(0)
         for part, original in zip((buffers.keys, buffers.values), originals, strict=True):

@@ -1,10 +1,11 @@
-"""Routers: their weights are found by shape, and how they choose by comparing all ways that the step knows."""
+"""Routers: their weights are found by shape, and how they choose by comparing all ways that the step knows with what
+reaches the experts."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ import torch
 from torch import nn
 
 from cpu_kernels.step.products import Product
-from cpu_kernels.step.reference import select
 from cpu_kernels.step.router import (
     AS_SCORED,
     SIGMOID,
@@ -23,7 +23,7 @@ from cpu_kernels.step.router import (
     Selection,
 )
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.read_parts import array, read_matrix
+from hybrimoe.step.read_parts import LINEARS, array, read_matrix
 from hybrimoe.step.trace import Call
 
 SAMPLE_ROWS = 256
@@ -33,67 +33,143 @@ SAME_CHOICE = 0.99
 """Share of the sample rows whose experts must be the same: equal scores may fall either way."""
 
 
-def read_router(call: Call, n_experts: int, width: int, top_k: int) -> tuple[Product, Selection]:
-    """Weights and choice of a router that was called with hidden states. Raises NotCompiled where no way agrees."""
-    weight, bias, others = _weights(call.module, n_experts, width, call.path)
-    product = read_matrix(weight, call.path, None if bias is None else array(bias))
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a block chooses experts. path: of the router. scaled_inputs: weights go to the experts' inputs instead of
+    their outputs."""
+
+    path: str
+    product: Product
+    selection: Selection
+    scaled_inputs: bool
+
+
+def read_router(block: Call, experts: Call, n_experts: int, width: int) -> Routing:
+    """Weights and choice of the router in a block that calls experts. Raises NotCompiled where no way agrees."""
+    name, router = _router(block, experts, n_experts, width)
+    path = f"{block.path}.{name}"
+    weight, bias, others = _weights(router, block.module, n_experts, width)
+    product = read_matrix(weight, path, None if bias is None else array(bias))
     hidden = torch.randn(SAMPLE_ROWS, width, generator=torch.Generator().manual_seed(0))
-    ids, weights = _outputs(call, copy.deepcopy(call.module).float(), hidden, top_k)
+    given = _given_to_experts(block, experts, name, hidden)
+    scaled = len(given) == 1
+    ids, weights = _from_sorted(given[0], hidden, n_experts, path) if scaled else _ids_and_weights(given, hidden, path)
     logits = nn.functional.linear(hidden, weight.detach().float(), None if bias is None else bias.detach().float())
-    for candidate in _candidates(call.module, others, n_experts, top_k):
+    numbers = [value for module in (router, block.module) for value in vars(module).values()]
+    for candidate in _candidates(numbers, others, n_experts, ids.shape[-1]):
         found = _agreed(candidate, logits, ids, weights)
         if found is not None:
-            return product, found
-    raise NotCompiled(
-        f"{call.path} ({type(call.module).__name__}) chooses experts in a way that the step does not know"
-    )
+            return Routing(path, product, found, scaled)
+    raise NotCompiled(f"{path} ({type(router).__name__}) chooses experts in a way that the step does not know")
+
+
+def _router(block: Call, experts: Call, n_experts: int, width: int) -> tuple[str, nn.Module]:
+    """The part of a block that holds a matrix [experts, width], and its name."""
+    own = experts.path.removeprefix(f"{block.path}.").partition(".")[0]
+    found = [
+        (name, child) for name, child in block.module.named_children()
+        if name != own and any(tuple(weight.shape) == (n_experts, width) for weight in child.parameters())
+    ]  # fmt: skip
+    if len(found) != 1:
+        raise NotCompiled(
+            f"{block.path}: {len(found)} of its parts have a matrix [{n_experts}, {width}], expected one router"
+        )
+    return found[0]
 
 
 def _weights(
-    module: nn.Module, n_experts: int, width: int, path: str
+    router: nn.Module, block: nn.Module, n_experts: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-    """The matrix [experts, width], its bias, and what else has a value for each expert."""
-    tensors: dict[str, Any] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    """The matrix [experts, width], its bias, and what else in router or block has a value for each expert."""
+    tensors: dict[str, Any] = {**dict(router.named_parameters()), **dict(router.named_buffers())}
     matrices = {name: value for name, value in tensors.items() if tuple(value.shape) == (n_experts, width)}
     if len(matrices) != 1:
-        raise NotCompiled(
-            f"{path}: {len(matrices)} matrices [{n_experts}, {width}] are found in the router, expected one"
-        )
+        raise NotCompiled(f"its router has {len(matrices)} matrices [{n_experts}, {width}], expected one")
     ((name, matrix),) = matrices.items()
     bias_name = f"{name.rpartition('.')[0]}.bias".lstrip(".")
-    others = [
-        value for other, value in tensors.items() if value.numel() == n_experts and other not in (name, bias_name)
-    ]
-    return matrix, tensors.get(bias_name), others
+    others = [value for other, value in tensors.items() if other not in (name, bias_name)]
+    others += [*block.parameters(recurse=False), *block.buffers(recurse=False)]
+    return matrix, tensors.get(bias_name), [value for value in others if value.numel() == n_experts]
 
 
-def _outputs(call: Call, module: nn.Module, hidden: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts and weights [rows, top_k] that the module gives for sample rows."""
-    shape = call.input.shape
-    rows = hidden if len(shape) == 2 else hidden[None]
+class _Reached(Exception):
+    """The experts were called: their arguments."""
+
+
+class _Probe(nn.Module):
+    """Stands for the experts of a block: ends its run with what they are given."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises _Reached."""
+        raise _Reached(*args, *kwargs.values())
+
+
+class _Silent(nn.Module):
+    """Stands for other parts of a block, whose results do not matter."""
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Zeros as large as what is given."""
+        return torch.zeros_like(hidden)
+
+
+def _given_to_experts(block: Call, experts: Call, router: str, hidden: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a block gives its experts for sample rows: of a copy in float32 without the large parts."""
+    twin = copy.copy(block.module)
+    twin.__dict__.update({table: dict(getattr(twin, table)) for table in ("_parameters", "_buffers", "_modules")})
+    for table in (twin._parameters, twin._buffers):
+        for name, value in table.items():
+            table[name] = value.detach().float() if value is not None and value.is_floating_point() else value  # type: ignore[assignment]
+    own, *inner = experts.path.removeprefix(f"{block.path}.").split(".")
+    if inner:
+        raise NotCompiled(f"{experts.path} is no direct part of {block.path}")
+    for name, child in block.module.named_children():
+        if name == own:
+            continue
+        large = name != router and any(isinstance(part, LINEARS) for part in child.modules())
+        twin._modules[name] = _Silent() if large else copy.deepcopy(child).float()
+    twin._modules[own] = _Probe()
+    rows = hidden if block.input.dim() == 2 else hidden[None]
     with torch.no_grad():
         try:
-            output = module(rows)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise NotCompiled(f"{call.path}: the router takes more than hidden states ({error})") from error
-    return chosen(output, top_k, call.path)
+            twin.forward(rows)
+        except _Reached as reached:
+            return [value for value in reached.args if isinstance(value, torch.Tensor)]
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise NotCompiled(f"{block.path} does not run on sample rows ({type(error).__name__}: {error})") from error
+    raise NotCompiled(f"{block.path} does not call its experts for sample rows")
 
 
-def chosen(output: Any, top_k: int, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts int64 and weights float32 [rows, top_k] among a router's outputs."""
-    values = output if isinstance(output, tuple | list) else [output]
-    tensors = [value.flatten(0, -2) for value in values if isinstance(value, torch.Tensor) and value.dim() >= 2]
-    ids = [value for value in tensors if not value.is_floating_point() and value.shape[-1] == top_k]
-    weights = [value for value in tensors if value.is_floating_point() and value.shape[-1] == top_k]
-    if len(ids) != 1 or not weights:
-        raise NotCompiled(f"{path}: the router's outputs are not expert ids and weights")
-    return ids[0], weights[-1].float()
+def _ids_and_weights(given: list[torch.Tensor], hidden: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 and float32 [rows, top_k] of a common call: hidden states, experts, weights."""
+    ids = [value for value in given if not value.is_floating_point()]
+    if len(given) != 3 or len(ids) != 1 or given[2].shape != ids[0].shape or len(ids[0]) != len(hidden):
+        raise NotCompiled(f"{path}: the experts are called in a form of their own")
+    if not torch.equal(given[0], hidden):
+        raise NotCompiled(f"{path}: the experts read something else than the block's input")
+    return ids[0].long(), given[2].float()
 
 
-def _candidates(module: nn.Module, others: list[torch.Tensor], n_experts: int, top_k: int) -> Iterator[Selection]:
-    """Plain ways first. Numbers (groups, jitter) are taken from the module's own attributes."""
-    numbers = [value for value in vars(module).values() if isinstance(value, int) and not isinstance(value, bool)]
-    groups = sorted({value for value in numbers if 1 < value < n_experts and n_experts % value == 0})
+def _from_sorted(
+    rows: torch.Tensor, hidden: torch.Tensor, n_experts: int, path: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of Llama-4's call: row e * T + t is token t times its weight for expert e, zero where that is zero."""
+    if rows.shape != (n_experts * len(hidden), hidden.shape[1]):
+        raise NotCompiled(f"{path}: the experts are called in a form of their own")
+    factors = (rows.view(n_experts, *hidden.shape) * hidden).sum(-1) / (hidden * hidden).sum(-1)
+    expected = factors[..., None] * hidden
+    if float((rows.view_as(expected) - expected).abs().max()) > WEIGHT_TOLERANCE:
+        raise NotCompiled(f"{path}: the experts read something else than weighted hidden states")
+    top_k = int((factors != 0).sum(0).max())
+    weights, ids = factors.T.topk(top_k, -1)
+    return ids, weights
+
+
+def _candidates(numbers: list[Any], others: list[torch.Tensor], n_experts: int, top_k: int) -> Iterator[Selection]:
+    """Plain ways first. numbers: the modules' own attributes, among them those of groups and jitter."""
+    groups = sorted({
+        value for value in numbers
+        if isinstance(value, int) and not isinstance(value, bool) and 1 < value < n_experts and n_experts % value == 0
+    })  # fmt: skip
     corrections: list[np.ndarray | None] = [None, *(array(value).reshape(-1) for value in others)]
     for correction in corrections:
         for scoring, weighing in (
@@ -106,7 +182,7 @@ def _candidates(module: nn.Module, others: list[torch.Tensor], n_experts: int, t
                 for top_groups in range(1, n_groups):
                     for best in (1, 2):
                         yield replace(plain, n_groups=n_groups, top_groups=top_groups, best_of_group=best)
-    for value in vars(module).values():
+    for value in numbers:
         if isinstance(value, float) and 0 < value < 1:
             yield Selection(top_k, jitter=value)
 
@@ -125,3 +201,37 @@ def _agreed(candidate: Selection, logits: torch.Tensor, ids: torch.Tensor, weigh
     if float((scaled - theirs[alike]).abs().max()) > WEIGHT_TOLERANCE * float(theirs.abs().max()):
         return None
     return replace(candidate, scale=1.0 if abs(factor - 1) < WEIGHT_TOLERANCE / 10 else factor)
+
+
+def select(selection: Selection, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts int64 [rows, top_k], best first, and their weights float32, from logits float32 [rows, experts]:
+    the obvious form of what `cpu_kernels.step.router` compiles."""
+    if selection.jitter:
+        return _mix_sparsely(selection, logits)
+    scores = logits.softmax(-1) if selection.scoring == SOFTMAX else logits.sigmoid()
+    choice = scores if selection.correction is None else scores + torch.as_tensor(selection.correction)
+    if selection.n_groups > 1:
+        groups = choice.unflatten(-1, (selection.n_groups, -1))
+        best = groups.topk(min(selection.best_of_group, groups.shape[-1]), -1)[0].sum(-1)
+        kept = torch.zeros_like(best).scatter(1, best.topk(selection.top_groups, -1)[1], 1).bool()
+        choice = groups.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+    ids = choice.topk(selection.top_k, -1)[1]
+    weights = scores.gather(1, ids)
+    if selection.weighing == SOFTMAX_OF_CHOSEN:
+        weights = logits.gather(1, ids).softmax(-1)
+    elif selection.weighing == SIGMOID_OF_CHOSEN:
+        weights = logits.gather(1, ids).sigmoid()
+    elif selection.weighing == SUM_TO_ONE:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return ids, weights * selection.scale
+
+
+def _mix_sparsely(selection: Selection, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    left, ids, weights = logits.clone(), [], []
+    for _ in range(selection.top_k):
+        top, best = left.max(-1, keepdim=True)
+        near = (top - logits) / logits.abs().clamp(min=top) <= 2 * selection.jitter
+        weights.append(left.masked_fill(~near, -torch.inf).softmax(-1).gather(1, best))
+        ids.append(best)
+        left = left.scatter(1, best, -torch.inf)
+    return torch.cat(ids, -1), torch.cat(weights, -1)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from hybrimoe.generation.growing import grow_in_place, growing_cache
+from hybrimoe.generation.growing import grow_in_place
 from hybrimoe.step.errors import NotCompiled
 
 PROMPT_TOKENS, NEW_TOKENS = 6, 4
@@ -92,15 +92,16 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def record(model: nn.Module) -> Trace:
     """Runs a short prompt, then a step with every call recorded.
 
-    Raises NotCompiled where the model's cache is not transformers' usual one.
+    Raises NotCompiled where the model's cache is none of transformers' growing kind.
     """
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(0, text_config.vocab_size, (1, PROMPT_TOKENS + NEW_TOKENS), generator=generator)
-    cache = growing_cache(text_config)
     with torch.no_grad():
-        model(input_ids=tokens[:, :PROMPT_TOKENS], past_key_values=cache, use_cache=True)
+        cache = model(input_ids=tokens[:, :PROMPT_TOKENS], use_cache=True).past_key_values
+        if not isinstance(cache, DynamicCache):
+            raise NotCompiled(f"the model keeps its past in a {type(cache).__name__}")
         grow_in_place(cache)
         trace = Trace(model, tokens, cache)
         handles = [
@@ -114,7 +115,7 @@ def record(model: nn.Module) -> Trace:
             for handle in handles:
                 handle.remove()
     if trace.output.past_key_values is not cache or cache.get_seq_length() != tokens.shape[1]:
-        raise NotCompiled("the model keeps its past in a cache of its own")
+        raise NotCompiled("the model puts another cache in the place of the one it was given")
     return trace
 
 

@@ -1,4 +1,7 @@
-"""Attention of decode steps in a whole model: the same logits as transformers', who takes part, and the way back."""
+"""Attention of decode steps in transformers' forward: the same logits, who takes part, and the way back.
+
+The compiled step is off in these models: it computes attention itself.
+"""
 
 import copy
 import gc
@@ -52,7 +55,7 @@ def test_a_model_gives_the_same_logits_and_is_restored(calls):
     attention = plain.model.layers[0].self_attn
     config = attention.config
     registered = AttentionInterface()["sdpa"]
-    injection = hybrimoe.inject(plain, accelerator="none")
+    injection = hybrimoe.inject(plain, accelerator="none", step="transformers")
     assert len(calls) == 1, "compiled before the first reply"
     calls.clear()
     found = logits(plain, ids)
@@ -72,7 +75,7 @@ def test_padded_prompts_are_masked(calls):
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
     expected = logits(plain, ids, mask)
-    hybrimoe.inject(plain, accelerator="none")
+    hybrimoe.inject(plain, accelerator="none", step="transformers")
     calls.clear()
     found = logits(plain, ids, mask)
     assert len(calls) == 2
@@ -87,14 +90,14 @@ def test_padded_prompts_are_masked(calls):
 )
 def test_who_stays_with_torch(calls, dtype, implementation, options):
     plain, ids = model(dtype, implementation), torch.arange(20)[None]
-    hybrimoe.inject(plain, accelerator="none", expert_dtype="float32", **options)
+    hybrimoe.inject(plain, accelerator="none", step="transformers", expert_dtype="float32", **options)
     logits(plain, ids)
     assert calls == []
 
 
 def test_the_threads_of_the_deployment_are_used(calls):
     plain = model()
-    hybrimoe.inject(plain, accelerator="none", threads=1)
+    hybrimoe.inject(plain, accelerator="none", step="transformers", threads=1)
     logits(plain, torch.arange(20)[None])
     assert [words[5] for words in calls] == [1, 1, 1]
 
@@ -137,7 +140,7 @@ def test_the_registry_is_as_it_was_once_no_model_uses_the_kernel():
     gc.collect()
     before = AttentionInterface()["sdpa"]
     assert before is not subject.attention_forward, "models that are gone do not count"
-    one, two = (hybrimoe.inject(model(), accelerator="none") for _ in range(2))
+    one, two = (hybrimoe.inject(model(), accelerator="none", step="transformers") for _ in range(2))
     assert AttentionInterface()["sdpa"] is subject.attention_forward
     one.restore()
     assert AttentionInterface()["sdpa"] is subject.attention_forward
@@ -155,7 +158,7 @@ def test_other_models_are_left_alone(calls):
 
 def test_stats_say_which_layers_the_kernel_computed(calls):
     plain = model()
-    injection = hybrimoe.inject(plain, accelerator="none")
+    injection = hybrimoe.inject(plain, accelerator="none", step="transformers")
     assert injection.stats().attention_calls == {}
     for _ in range(2):
         logits(plain, torch.arange(20)[None])
@@ -169,7 +172,7 @@ def test_an_implementation_that_is_set_later_is_used(calls, implementation, when
     plain, ids = model(implementation="eager" if implementation == "sdpa" else "sdpa"), torch.arange(20)[None]
     if when == "before":
         plain.set_attn_implementation(implementation)
-    hybrimoe.inject(plain, accelerator="none")
+    hybrimoe.inject(plain, accelerator="none", step="transformers")
     plain.set_attn_implementation(implementation)
     calls.clear()
     logits(plain, ids)
@@ -178,7 +181,7 @@ def test_an_implementation_that_is_set_later_is_used(calls, implementation, when
 
 def test_a_copy_uses_the_kernel_by_itself(calls):
     plain, ids = model(), torch.arange(20)[None]
-    injection = hybrimoe.inject(plain, accelerator="none")
+    injection = hybrimoe.inject(plain, accelerator="none", step="transformers")
     twin = copy.deepcopy(plain)
     injection.restore()
     calls.clear()
@@ -209,7 +212,7 @@ def test_eager_attention_set_after_injection_gives_transformers_attentions(name)
     from tiny_families import prompt
 
     plain = family(name)
-    hybrimoe.inject(plain, accelerator="none", expert_dtype="float32")
+    hybrimoe.inject(plain, accelerator="none", step="transformers", expert_dtype="float32")
     plain.set_attn_implementation("eager")
     with torch.no_grad():
         found = plain(input_ids=prompt(), output_attentions=True).attentions
@@ -233,7 +236,7 @@ def test_flex_attention_set_after_injection_is_used(name, monkeypatch):
         except (ValueError, NotImplementedError, RuntimeError) as error:
             pytest.skip(f"plain transformers cannot: {type(error).__name__}: {str(error)[:80]}")
         plain.set_attn_implementation("sdpa")
-        with hybrimoe.inject(plain, accelerator="none", expert_dtype="float32"):
+        with hybrimoe.inject(plain, accelerator="none", step="transformers", expert_dtype="float32"):
             plain.set_attn_implementation("flex_attention")
             torch.testing.assert_close(plain(input_ids=prompt()).logits, expected, rtol=0, atol=1e-4)
 
@@ -245,7 +248,7 @@ def test_decode_steps_of_other_families_in_bfloat16(calls, name):
 
     plain, ids = family(name, torch.bfloat16), prompt(2)
     expected = logits(plain, ids)
-    options = {"accelerator": "none", "expert_dtype": "bfloat16"}
+    options = {"accelerator": "none", "expert_dtype": "bfloat16", "step": "transformers"}
     with hybrimoe.inject(plain, attention="torch", **options):
         torch_attention = logits(plain, ids)
     with hybrimoe.inject(plain, **options):

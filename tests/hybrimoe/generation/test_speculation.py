@@ -390,7 +390,7 @@ def test_models_that_cannot_verify_drafts_are_refused(family: str, options: Any,
 
 def test_angles_that_depend_on_the_longest_position_are_refused() -> None:
     model = injected("qwen2_moe")
-    model.hybrimoe.step._angles[0].changes = True
+    model.hybrimoe.step.angles[0].changes = True
     with pytest.raises(ConfigError, match="rotary embedding depend"):
         TextGenerator(model, Letters(), speculate=True)
 

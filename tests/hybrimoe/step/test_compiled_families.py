@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import hybrimoe
+from hybrimoe.step.step import Step
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
 from family_check import outputs
-from tiny_families import tiny_model
+from tiny_families import FAMILIES, prompt, tiny_model
 
 COMPILED = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "glm4_moe", "gpt_oss", "ernie4_5_moe",
-    "hunyuan_v1_moe", "dots1", "exaone_moe", "flex_olmo", "mellum", "kolibri1", "solar_open",
+    "hunyuan_v1_moe", "dots1", "exaone_moe", "flex_olmo", "mellum", "kolibri1", "solar_open", "deepseek_v2",
+    "deepseek_v3", "llama4", "minimax_m2", "glm4_moe_lite", "afmoe", "hy_v3",
 )  # fmt: skip
+MIXED: dict[str, dict[str, str]] = {
+    "minimax": {"0": "compiled", "1": "mlp compiled; the rest by transformers"},
+    "qwen3_next": {"0": "mlp compiled; the rest by transformers", "1": "compiled"},
+    "jamba": {"0": "feed_forward compiled; the rest by transformers", "1": "compiled"},
+    "granitemoehybrid": {
+        "0": "block_sparse_moe, shared_mlp compiled; the rest by transformers",
+        "1": "self_attn, block_sparse_moe, shared_mlp compiled; the rest by transformers",
+    },
+    "lfm2_moe": {"0": "feed_forward compiled; the rest by transformers", "1": "compiled"},
+    "nemotron_h": {"0": "transformers: ", "2": "compiled"},
+    "kimi_linear": {"0": "mlp compiled; the rest by transformers", "1": "compiled"},
+}
+"""Families with layers that are not understood as a whole, and how the way of each layer begins."""
 TOLERANCE = 1e-4
 NEW_TOKENS = 5
 """Decode steps of `family_check.outputs` behind its prompt."""
@@ -39,3 +58,117 @@ def test_a_family_runs_compiled(family: str) -> None:
     after = outputs(model)
     assert torch.equal(after.decode, plain.decode)
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_a_family_runs_in_pieces(family: str) -> None:
+    """The layers that are understood are compiled, beside transformers' own linear attention or Mamba."""
+    model = tiny_model(family)
+    plain = outputs(model)
+    injection = hybrimoe.inject(model, accelerator="none", expert_dtype="float32")
+    assert injection.step is not None, injection.way
+    ways = {path.rpartition(".")[2]: way for path, way in injection.explain().ways.items()}
+    for layer, way in MIXED[family].items():
+        assert ways[layer].startswith(way), ways
+    compiled = outputs(model)
+    assert injection.step.n_steps == NEW_TOKENS
+    assert injection.step.step_us > 0
+    assert float((compiled.decode - plain.decode).abs().max()) <= TOLERANCE
+    assert torch.equal(compiled.tokens, plain.tokens)
+    assert injection.stats().as_dict()["decode"]["tokens"] > 0
+    injection.restore()
+    after = outputs(model)
+    assert torch.equal(after.decode, plain.decode)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+LONG = 24
+"""Decode steps that cross several blocks and windows of the tiny models."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"q_lora_rank": None, "v_head_dim": 16, "qk_rope_head_dim": 4},
+    "deepseek_v3": {"rope_interleave": False, "v_head_dim": 16, "kv_lora_rank": 24, "n_group": 4, "topk_group": 2},
+    "llama4": {"attention_chunk_size": 12, "floor_scale": 4, "attn_scale": 0.5, "num_experts_per_tok": 2,
+               "no_rope_layers": [1, 0], "use_qk_norm": True},
+    "gpt_oss": {},
+}  # fmt: skip
+"""Settings that change the arithmetic, small enough that the tiny models meet them."""
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Any:
+    """(plain, injected) models of a family in a variant of its own."""
+    family = str(request.param)
+    known = FAMILIES[family]
+    own = dataclasses.replace(known, overrides=known.overrides | VARIANTS[family])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, family, own)
+        plain, injected = tiny_model(family), tiny_model(family)
+    hybrimoe.inject(injected, accelerator="none", expert_dtype="float32")
+    assert injected.hybrimoe.step is not None, injected.hybrimoe.way
+    return plain, injected
+
+
+def steps(model: Any, cache: DynamicCache, batch: int, mask: torch.Tensor, n_steps: int) -> list[torch.Tensor]:
+    """Logits of steps of one and two tokens behind a prompt that the cache holds."""
+    logits = []
+    generator = torch.Generator().manual_seed(5)
+    for number in range(n_steps):
+        new = torch.randint(3, 90, (batch, 1 + number % 2), generator=generator)
+        mask = torch.cat([mask, torch.ones_like(new)], 1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        with torch.no_grad():
+            output = model(input_ids=new, past_key_values=cache, attention_mask=mask, position_ids=positions)
+        logits.append(output.logits)
+    return logits
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_long_batches_with_padding_before_them(variant: Any, padding: int) -> None:
+    ids = prompt(2)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = []
+    for model in variant:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        found.append(steps(model, cache, 2, mask, LONG))
+    for number, (plain, compiled) in enumerate(zip(*found, strict=True)):
+        assert float((plain - compiled).abs().max()) <= TOLERANCE, number
+    assert variant[1].hybrimoe.step.n_steps >= LONG
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama4"])
+def test_the_bits_do_not_depend_on_the_threads(family: str) -> None:
+    model = tiny_model(family)
+    injection = hybrimoe.inject(model, accelerator="none", expert_dtype="int8", dense_dtype="int8")
+    assert injection.step is not None, injection.way
+    cache, found = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        model(input_ids=prompt(1), past_key_values=cache)
+    for threads in (1, 2, 3):
+        step = Step(model, injection.session, injection.step.reading, threads)
+        own = copy.deepcopy(cache)
+        logits = [step.next_logits(tokens, own) for tokens in ([5], [6, 7, 8], [9])]
+        found.append(torch.stack([one for one in logits if one is not None]))
+    assert found[0].shape[0] == 3
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "mistral4", "beam"])
+def test_what_only_shows_far_on_is_refused(family: str) -> None:
+    """Sparse attention, or queries that grow with their position: a comparison over a few tokens does not tell."""
+    injection = hybrimoe.inject(tiny_model(family), accelerator="none", expert_dtype="float32")
+    way = injection.explain().ways["model.layers.1"]  # in Beam the layer whose queries grow; layer 0 has a window
+    assert way.startswith(("mlp compiled", "transformers"))
+
+
+def test_a_window_that_moves_in_the_comparison_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = FAMILIES["gpt_oss"]
+    small = dataclasses.replace(known, overrides=known.overrides | {"sliding_window": 8})
+    monkeypatch.setitem(FAMILIES, "gpt_oss", small)
+    injection = hybrimoe.inject(tiny_model("gpt_oss"), accelerator="none", expert_dtype="float32")
+    ways = injection.explain().ways
+    assert any("its window of 8 tokens is shorter than the comparison" in way for way in ways.values()), ways

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,25 @@ def test_sliding_windows_that_fill_and_move(room: int, monkeypatch: pytest.Monke
 def test_positions_that_depend_on_images_stay_with_the_model() -> None:
     own = tiny_model("qwen3_vl_moe")
     assert "images" in str(hybrimoe.inject(own, accelerator="none", expert_dtype="float32").way.reason)
+
+
+def test_threads_that_call_a_mixed_model_at_once_do_not_disturb_each_other() -> None:
+    own = tiny_model("qwen3_next")
+    hybrimoe.inject(own, accelerator="none", expert_dtype="float32")
+    alone = [own.generate(prompt(1, seed), max_new_tokens=8, do_sample=False, pad_token_id=0) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(
+            pool.map(
+                lambda seed: own.generate(prompt(1, seed), max_new_tokens=8, do_sample=False, pad_token_id=0), range(3)
+            )
+        )
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_latent_attention_of_a_bfloat16_model() -> None:
+    own, other = tiny_model("deepseek_v3").bfloat16(), tiny_model("deepseek_v3").bfloat16()
+    hybrimoe.inject(own, accelerator="none", expert_dtype="bfloat16")
+    assert own.hybrimoe.step is not None, own.hybrimoe.way
+    found, expected = (step(one, prompt(1, seed=3)[:, :4], after_prompt(one, prompt(1))) for one in (own, other))
+    assert served(own) == 1
+    assert float((found - expected).abs().max()) <= 6e-2 * float(expected.abs().max())
