@@ -75,6 +75,7 @@ class LazyGroup(TyperGroup):
         debug = "--debug" in options or os.environ.get("HYBRIMOE_DEBUG", "") not in ("", "0")
         if "--debug" in options:
             words.remove("--debug")
+        _show_what_can_be_shown()
         try:
             result = super().main(words, standalone_mode=False, **extra)
             code = result if isinstance(result, int) else 0
@@ -86,6 +87,14 @@ class LazyGroup(TyperGroup):
         if standalone_mode:
             sys.exit(code)
         return code
+
+
+def _show_what_can_be_shown() -> None:
+    """Characters that a stream cannot encode become `?`: they are no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
 
 
 def load_command(name: str) -> Any:

@@ -50,14 +50,16 @@ DtypeOption = Annotated[
 PolicyOption = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="ours, hybrimoe, static, ..., or balance/prefetch/cache.", rich_help_panel=PLACEMENT
+        metavar="NAME",
+        help="ours, hybrimoe, static, ..., or a balance, prefetch and cache joined by /.",
+        rich_help_panel=PLACEMENT,
     ),
 ]
 LossyOption = Annotated[
     str | None,
     typer.Option(
         metavar="KIND",
-        help="Lossy policy: hobbit, skip, ..., with parameters as in hobbit:t1=0.5,t2=0.8; none. See docs/lossy.md.",
+        help="Lossy policy: hobbit, skip, ..., with parameters as in hobbit:t1=0.5; none. See docs/lossy.md.",
         rich_help_panel=PLACEMENT,
     ),
 ]

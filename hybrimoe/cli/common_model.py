@@ -119,10 +119,7 @@ def write_trace(path: Path, records: list[Any], label: str) -> None:
 
 
 def stream_out(pieces: Iterator[str] | Any) -> None:
-    """Write text to stdout as it comes; characters that the terminal cannot show become `?`."""
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")
+    """Write text to stdout as it comes."""
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()

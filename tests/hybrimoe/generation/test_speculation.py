@@ -13,7 +13,7 @@ import torch
 
 import hybrimoe
 from hybrimoe.errors import ConfigError
-from hybrimoe.generation import Conversation, PrefixCache, Profile, SamplingOptions, TextGenerator
+from hybrimoe.generation import Conversation, PrefixCache, Profile, SamplingOptions, TextGenerator, speculation
 from hybrimoe.generation.batch.generate import BatchPrompt, generate_batch
 from hybrimoe.generation.batch.job import BatchJob
 from hybrimoe.generation.lookup import PromptLookup
@@ -272,7 +272,15 @@ def test_the_context_and_stop_texts_end_a_reply_at_the_same_token() -> None:
         assert (drafted.text, drafted.finish_reason) == (plain.text, plain.finish_reason)
 
 
-def test_the_demo_model_says_the_same() -> None:
+class Guesses(PromptLookup):
+    """Drafts at every step, whether the text repeats itself or not."""
+
+    def draft(self, n_tokens: int) -> list[int]:
+        return super().draft(n_tokens) or [16] * n_tokens
+
+
+def test_the_demo_model_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculation, "PromptLookup", Guesses)
     model = hybrimoe.load(accelerator="none", expert_dtype="int4")
     tokenizer = hybrimoe.checkpoint.load_tokenizer(None)
     text = "It was a bright morning, and Elizabeth was happy. "
