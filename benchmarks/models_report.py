@@ -1,0 +1,173 @@
+"""Whole models beside llama.cpp and plain transformers: runs `hybrimoe bench`, writes docs/models-measured.md and a
+block of README.md.
+
+    python benchmarks/models_report.py --measure  # 20 minutes on 2 cores; needs llama-cpp-python and the extra bench
+    python benchmarks/models_report.py            # writes the pages anew from docs/models-measured.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- models:begin (python benchmarks/models_report.py) -->", "<!-- models:end -->"
+SHAPE, LAYERS = "olmoe-1b-7b", 8
+DENSE = ("int8", "int4")
+RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "decode": (("decode", "--prompt-tokens", "32", "--new-tokens", "24", "--rounds", "5"), DENSE),
+    "prefill": (("prefill", "--prompt-tokens", "512", "--rounds", "3", "--no-plain"), DENSE),
+    "decode 8k": (
+        ("decode", "--prompt-tokens", "8000", "--new-tokens", "24", "--rounds", "5", "--no-plain"),
+        ("int8",),
+    ),
+}
+"""Kind -> the command's words, and dtypes of the dense layers. Plain transformers decodes beside the first one."""
+GROWTH: dict[str, tuple[str, ...]] = {
+    **{f"{layers} layers, context 32": ("--layers", str(layers)) for layers in (2, 4, 16)},
+    **{f"{LAYERS} layers, context {n}": ("--layers", str(LAYERS), "--prompt-tokens", str(n)) for n in (1000, 4000)},
+}
+"""Ours alone: how a step's time grows."""
+TITLES = {
+    "decode": "Decode, tokens/s (prompt of 32 tokens)",
+    "prefill": "Prefill of 512 tokens, tokens/s",
+    "decode 8k": "Decode at a context of 8,000 tokens, tokens/s",
+}
+INTRODUCTION = """# Whole models: measured
+
+Written by `benchmarks/models_report.py` from runs of `hybrimoe bench decode` and `bench prefill` on {cpu},
+{cores} cores, {threads} threads for everybody, virtual machine, shared; experts on the CPU alone. Random weights in the
+shape of {shape} with {layers} layers, the same for all: llama.cpp (llama-cpp-python) reads them as Q4_0 with an output
+layer of Q8_0, transformers as bfloat16; ours has int4 experts, and dense layers as named. A cell is the median of
+alternating rounds, its range behind it. *Of the read rate*: the weights that a token visits by the time of its step,
+as a share of what this machine reads with as many threads; keys and values are not counted. *Cosine*: of the logits
+after the prompt, to those of plain transformers. *MiB*: by how much the process grew, for all that the contender holds.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, if asked to, and write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--folder", type=Path, default=ROOT, help="with docs/ and README.md")
+    given = parser.parse_args(arguments)
+    kept = given.folder / "docs" / "models-measured.json"
+    if given.measure:
+        kept.write_text(json.dumps(measured(), indent=1) + "\n", encoding="utf-8")
+    data = json.loads(kept.read_text(encoding="utf-8"))
+    (given.folder / "docs" / "models-measured.md").write_text(document(data), encoding="utf-8")
+    readme = given.folder / "README.md"
+    readme.write_text(with_block(readme.read_text(encoding="utf-8"), summary(data)), encoding="utf-8")
+
+
+def measured() -> dict[str, Any]:
+    """The results of all runs, by kind and dtype of the dense layers, and of growth."""
+    compared: dict[str, dict[str, Any]] = {}
+    for kind, (words, dtypes) in RUNS.items():
+        compared[kind] = {}
+        for dense in dtypes:
+            plain = ("--no-plain",) if dense != DENSE[0] and "--no-plain" not in words else ()
+            compared[kind][dense] = run(dense, *words, *plain, "--layers", str(LAYERS), "--llama-cpp")
+    growth = {
+        name: run("int8", "decode", "--new-tokens", "32", "--rounds", "5", "--no-plain", *words)
+        for name, words in GROWTH.items()
+    }
+    return {"compared": compared, "growth": growth}
+
+
+def run(dense: str, *words: str) -> dict[str, Any]:
+    """What one `hybrimoe bench ... --json` prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "deploy.yaml"
+        config.write_text(f"accelerator: none\ncpu: {{expert_dtype: int4, dense_dtype: {dense}}}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "hybrimoe", "bench", *words, "--shape", SHAPE, "--config", str(config)]
+        print(" ".join(command[3:-2]), file=sys.stderr)
+        done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def document(data: dict[str, Any]) -> str:
+    """docs/models-measured.md."""
+    first = data["compared"]["decode"][DENSE[0]]
+    machine = first["machine"]
+    parts = [
+        INTRODUCTION.format(
+            cpu=machine["cpu"], cores=machine["cores"], threads=first["threads"], shape=SHAPE, layers=LAYERS
+        )
+    ]
+    parts += [f"## {TITLES[kind]}\n\n{table(results)}" for kind, results in data["compared"].items()]
+    parts.append(f"## How a step grows\n\n{growth_table(data)}")
+    return "\n".join(parts)
+
+
+def table(results: dict[str, Any]) -> str:
+    """One run a dtype: ours, then its peers with what ours is to them."""
+    lines = ["| | tokens/s | ours to it | of the read rate | cosine | MiB |", "|---|---|---|---|---|---|"]
+    for dense, result in results.items():
+        rows = {row["name"]: row for row in result["results"]}
+        ours = rows["as configured"]
+        for name, row in rows.items():
+            speed = row["tokens_per_s"]
+            label = f"ours, dense {dense}" if row is ours else f"{name} beside it"
+            cells = (
+                f"{speed['median']:.1f} ({speed['min']:.1f} to {speed['max']:.1f})",
+                "" if row is ours else f"{ratio(ours, row):.2f} x",
+                "" if row["of_read_rate"] is None else f"{row['of_read_rate']:.0%}",
+                "" if row["logits_cosine"] is None else f"{row['logits_cosine']:.4f}",
+                f"{row['resident_mib']:.0f}",
+            )
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def ratio(ours: dict[str, Any], other: dict[str, Any]) -> float:
+    """Of the medians."""
+    return float(ours["tokens_per_s"]["median"] / other["tokens_per_s"]["median"])
+
+
+def growth_table(data: dict[str, Any]) -> str:
+    """Milliseconds of a step of ours, dense layers int8."""
+    usual = {f"{LAYERS} layers, context 32": data["compared"]["decode"]["int8"]}
+    far = {f"{LAYERS} layers, context 8000": data["compared"]["decode 8k"]["int8"]}
+    lines = ["| | ms a step | of the read rate |", "|---|---|---|"]
+    for name, result in {**usual, **data["growth"], **far}.items():
+        row = next(row for row in result["results"] if row["name"] == "as configured")
+        lines.append(f"| {name} | {1000 / row['tokens_per_s']['median']:.1f} | {row['of_read_rate']:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(data: dict[str, Any]) -> str:
+    """README's lines."""
+    machine = data["compared"]["decode"][DENSE[0]]["machine"]
+    lines = [
+        f"Measured on {machine['cpu']}, {machine['cores']} cores, CPU alone, the same weights in the shape of",
+        f"{SHAPE} with {LAYERS} layers ([docs/models-measured.md](docs/models-measured.md)):",
+        "",
+        "| tokens/s | ours, dense int8 | ours, dense int4 | llama.cpp Q4_0 | transformers bfloat16 |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, results in data["compared"].items():
+        by_dense = {dense: {row["name"]: row for row in result["results"]} for dense, result in results.items()}
+        ours = [by_dense.get(dense, {}).get("as configured") for dense in DENSE]
+        peers = [by_dense[DENSE[0]].get(name) for name in ("llama.cpp", "transformers")]
+        cells = ["-" if row is None else f"{row['tokens_per_s']['median']:.1f}" for row in (*ours, *peers)]
+        title = TITLES[kind].replace(", tokens/s", "")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_block(text: str, block: str) -> str:
+    """The page with the block between its marks replaced."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END, 1)[1]}"
+
+
+if __name__ == "__main__":
+    main()
