@@ -23,7 +23,7 @@ from typing import NamedTuple, cast
 
 from hybrimoe.cli.views.waiting import set_wait_policy
 
-set_wait_policy(["bench"])  # before torch is imported
+set_wait_policy(["bench"])  # before torch is imported: so the imports below stand behind it
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

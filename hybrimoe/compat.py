@@ -1,6 +1,7 @@
 """Private interfaces of transformers, met here and nowhere else, so that a release that moves one breaks one file.
 
-Each is a method of a model that transformers offers under no public name. Numba's are in `scheduler.compiled`.
+Each is a method or attribute of a model that transformers offers under no public name. Numba's are in
+`scheduler.compiled`.
 """
 
 from __future__ import annotations
@@ -56,18 +57,43 @@ def forgive_known_keys(model: PreTrainedModel, report: Any) -> None:
     _call(model, "_adjust_missing_and_unexpected_keys", report)
 
 
+def output_tie(model: PreTrainedModel) -> tuple[str, str] | None:
+    """Names of the output layer's weight and of the embedding that it may be tied to; None where it may not be, or
+    already is."""
+    output = model.get_output_embeddings()
+    if output is None:
+        return None
+    sources: dict[str, str] = dict(_attribute(model, "_tied_weights_keys") or {})
+    tied = _attribute(model, "all_tied_weights_keys")
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight is output.weight and name in sources:
+            return None if name in tied else (name, sources[name])
+    return None
+
+
+def tie_output(model: PreTrainedModel) -> None:
+    """Lets a model whose weights are yet to come have its output layer tied to the input embeddings."""
+    for part in (model.config, model.config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = True
+    model.all_tied_weights_keys = _call(model, "get_expanded_tied_weights_keys", all_submodels=True)
+
+
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Patterns of parameters that the model's class keeps in another dtype than `dtype`."""
     return dict(_call(model, "_get_dtype_plan", dtype))
 
 
-def _call(model: PreTrainedModel, name: str, *arguments: Any, **named: Any) -> Any:
-    method: Callable[..., Any] | None = getattr(model, name, None)
-    if method is None:
+def _attribute(model: PreTrainedModel, name: str) -> Any:
+    if not hasattr(model, name):
         raise CompatibilityError(
             f"transformers {version('transformers')} has no {name}, which HybriMoE needs (tested with {TESTED});"
             f" install a release that fits: pip install 'transformers=={TESTED}'"
         )
+    return getattr(model, name)
+
+
+def _call(model: PreTrainedModel, name: str, *arguments: Any, **named: Any) -> Any:
+    method: Callable[..., Any] = _attribute(model, name)
     try:
         return method(*arguments, **named)
     except TypeError as error:

@@ -144,7 +144,7 @@ class PerExpertBackend(ABC):
 
 
 @kernel
-def _first_bad_position(positions: np.ndarray, records: np.ndarray, n_active: int) -> int:  # pragma: no cover
+def _first_bad_position(positions: np.ndarray, records: np.ndarray, n_active: int) -> int:
     seen = np.zeros(n_active, np.bool_)
     for index in range(positions.size):
         position = positions[index]
@@ -155,7 +155,7 @@ def _first_bad_position(positions: np.ndarray, records: np.ndarray, n_active: in
 
 
 @kernel
-def _first_bad_row(hidden: np.ndarray) -> int:  # pragma: no cover - compiled
+def _first_bad_row(hidden: np.ndarray) -> int:
     for row in range(hidden.shape[0]):
         zero = np.float32(0)
         for value in hidden[row]:

@@ -96,7 +96,7 @@ def _describe(array: np.ndarray) -> str:
 @kernel
 def group_rows(
     flat: np.ndarray, weights: np.ndarray, num_experts: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:  # pragma: no cover - compiled
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Counting sort of rows by expert: ids, offsets and rows of a Dispatch; `problem` is the first bad row or -1."""
     most = min(num_experts, flat.size)
     expert_ids, offsets = np.empty(most, np.int32), np.empty(most + 1, np.int32)
@@ -109,7 +109,7 @@ def group_rows(
 def group_rows_into(
     flat: np.ndarray, weights: np.ndarray, counts: np.ndarray, expert_ids: np.ndarray, offsets: np.ndarray,
     rows: np.ndarray,
-) -> tuple[int, int]:  # fmt: skip  # pragma: no cover - compiled
+) -> tuple[int, int]:  # fmt: skip
     """`group_rows` into memory of the caller: (number of active experts, the first bad row or -1).
 
     counts int32 [E] is overwritten; expert_ids [A], offsets [A + 1], rows [N], all int32, have room for the result.
@@ -140,7 +140,7 @@ def group_rows_into(
 
 
 @kernel
-def present_rows(rows: np.ndarray, n_rows: int) -> np.ndarray:  # pragma: no cover - compiled
+def present_rows(rows: np.ndarray, n_rows: int) -> np.ndarray:
     """bool [n_rows]: rows of an expert; empty where all are."""
     if rows.size == n_rows:
         return np.zeros(0, np.bool_)
@@ -151,7 +151,7 @@ def present_rows(rows: np.ndarray, n_rows: int) -> np.ndarray:  # pragma: no cov
 
 
 @kernel
-def combine_rows(out_rows: np.ndarray, present: np.ndarray, top_k: int, out: np.ndarray) -> None:  # pragma: no cover
+def combine_rows(out_rows: np.ndarray, present: np.ndarray, top_k: int, out: np.ndarray) -> None:
     for token in range(out.shape[0]):
         target = out[token]
         target[:] = np.float32(0)

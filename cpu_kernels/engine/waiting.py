@@ -8,6 +8,7 @@ another program: then the core is worth more than the time to wake up.
 import ctypes
 import platform
 import sys
+from typing import Any
 
 import numpy as np
 from llvmlite import binding
@@ -75,8 +76,8 @@ def library_functions() -> dict[int, int]:
     return found
 
 
-def _address(function: object) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 MEMORY = _aligned_words(N_WORDS)

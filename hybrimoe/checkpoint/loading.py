@@ -8,7 +8,7 @@ packed. What a later start finds packed on disk it does not read from the checkp
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from cpu_kernels.jit.cache_dir import ENV_CACHE
+from hybrimoe import compat
 from hybrimoe.checkpoint import packed, packed_dense
 from hybrimoe.checkpoint.budget import check_disk, check_host_memory
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes, plan_conversions
@@ -29,16 +30,15 @@ from hybrimoe.checkpoint.dense import (
     strict_dtypes,
 )
 from hybrimoe.checkpoint.dequantise import dequantised
-from hybrimoe.checkpoint.errors import PackedFileWarning
+from hybrimoe.checkpoint.errors import PackedFileWarning, TiedEmbeddingsWarning
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources
 from hybrimoe.checkpoint.packed_dense import DenseSource
 from hybrimoe.checkpoint.progress import Progress, progress_of
 from hybrimoe.checkpoint.quantisation import read_quantisation
 from hybrimoe.checkpoint.record_file import folders
+from hybrimoe.checkpoint.safetensors_file import Checkpoint, open_checkpoint
 from hybrimoe.checkpoint.source import is_demo, model_directory, read_config_dict
 from hybrimoe.checkpoint.stream import pack_experts
-from hybrimoe.checkpoint.tied import tie_where_unsaid
-from hybrimoe.checkpoint.weights import Checkpoint, open_checkpoint
 from hybrimoe.config.deploy import DeployConfig, load_config
 from hybrimoe.config.runtime import choose_accelerators
 from hybrimoe.dense.place import dense_device, place_dense
@@ -251,3 +251,32 @@ class Loader:
             ),
             stacklevel=2,
         )
+
+
+def tie_where_unsaid(model: PreTrainedModel, config: Mapping[str, Any], stored: Container[str]) -> None:
+    """Ties the output layer of `model` (on the meta device) to the embeddings where only the checkpoint tells that.
+
+    What config.json (`config`, as it is) says holds. Where it says nothing, a family's own default decides (Gemma ties,
+    Mixtral does not); and where a family does not tie and the checkpoint has no output layer, it can only be the input
+    embeddings: a TiedEmbeddingsWarning says so. stored: the parameters that the checkpoint has weights for.
+    """
+    tie = None if _says_tied(config) else compat.output_tie(model)
+    if tie is None:
+        return
+    output, embeddings = tie
+    if output in stored or embeddings not in stored:
+        return
+    compat.tie_output(model)
+    warnings.warn(
+        TiedEmbeddingsWarning(
+            "config.json does not say whether the embeddings are tied (tie_word_embeddings), and the checkpoint has no"
+            f" {output}: the output layer is taken to be {embeddings}"
+        ),
+        stacklevel=2,
+    )
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether config.json, or a part of it, says of the embeddings whether they are tied."""
+    parts = (part for part in config.values() if isinstance(part, Mapping))
+    return "tie_word_embeddings" in config or any(map(_says_tied, parts))

@@ -1,7 +1,8 @@
-"""Reads safetensors files with plain positioned reads, tensor by tensor or one expert's slice at a time.
+"""Reads safetensors files, one or all of a model directory, tensor by tensor or one expert's slice at a time.
 
 The header is checked against the file's size when the file is opened, so that a truncated shard is found before a byte
-of weights is read. Reads copy into memory of their own: nothing is mapped, so resident memory is what is asked for.
+of weights is read. Reads are positioned and copy into memory of their own: nothing is mapped, so resident memory is
+what is asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
+from hybrimoe.checkpoint.source import INDEX_NAME, listed, weight_files
 from hybrimoe.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -136,3 +138,33 @@ def _read(tensor: StoredTensor, offset_bytes: int, shape: tuple[int, ...]) -> to
 
 def _damaged(path: Path, size_bytes: int, what: str) -> CheckpointError:
     return CheckpointError(f"{path} is truncated or damaged: it has {size_bytes} bytes, and {what}; fetch it again")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The weights of a model directory: every stored tensor by its key, and the files that hold them."""
+
+    directory: Path
+    files: tuple[SafetensorsFile, ...]
+    tensors: dict[str, StoredTensor]
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Opens the safetensors files of `directory` and checks their headers.
+
+    Raises CheckpointError for missing, truncated or damaged shards, UnsupportedCheckpointError where there are weights
+    in other formats only.
+    """
+    found = weight_files(directory)
+    files = {path.name: open_safetensors(path) for path in found.paths}
+    if found.file_of_key is None:
+        (only,) = files.values()
+        return Checkpoint(directory, (only,), only.tensors)
+    absent = [key for key, name in found.file_of_key.items() if key not in files[name].tensors]
+    if absent:
+        raise CheckpointError(
+            f"{directory / INDEX_NAME} names {listed(absent)}, not found in {found.file_of_key[absent[0]]}; fetch that"
+            " shard again"
+        )
+    tensors = {key: files[name].tensors[key] for key, name in found.file_of_key.items()}
+    return Checkpoint(directory, tuple(files.values()), tensors)

@@ -8,8 +8,7 @@ for the call; nothing stays in memory. The result is rounded to bfloat16 once, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from threading import get_ident
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from cpu_kernels.host.isa import cpu_features
-from hybrimoe.dense.threads import MAX_TOKENS, n_tokens_of
+from hybrimoe.dense.calls import MAX_TOKENS, AroundCalls
 
 BFLOAT16_FEATURES = frozenset({"avx512bw", "avxneconvert", "amx-bf16", "bf16"})
 """Names by LLVM of what a CPU has where torch's library multiplies bfloat16 by itself."""
@@ -65,27 +64,13 @@ class WidePrompts:
         self.applies = not multiplies_bfloat16() and any(
             parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu" for parameter in model.parameters()
         )
-        self._entered: dict[int, list[ExitStack]] = {}
-        """By thread: what was entered in each of the calls that it is in."""
-        self._handles = []
-        if self.applies:
-            self._handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self._handles.append(model.register_forward_hook(self._leave, always_call=True))
+        self._calls = AroundCalls(model, _products_for) if self.applies else None
 
     def undo(self) -> None:
         """Takes the hooks out of the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._calls is not None:
+            self._calls.undo()
 
-    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        entered = ExitStack()
-        if n_tokens_of(args, kwargs) > MAX_TOKENS and not torch.compiler.is_compiling():
-            entered.enter_context(WideProducts())
-        self._entered.setdefault(get_ident(), []).append(entered)
 
-    def _leave(self, *_: object) -> None:
-        calls = self._entered[get_ident()]
-        calls.pop().close()
-        if not calls:
-            del self._entered[get_ident()]
+def _products_for(n_tokens: int) -> AbstractContextManager[Any]:
+    return WideProducts() if n_tokens > MAX_TOKENS else nullcontext()

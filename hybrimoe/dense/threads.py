@@ -10,8 +10,9 @@ cores). Prompts keep torch's number of threads.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import update_wrapper
+from threading import get_ident
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -19,10 +20,9 @@ import torch
 from torch import nn
 
 from cpu_kernels.host.threads import torch_threads
+from hybrimoe.dense.calls import MAX_TOKENS, AroundCalls
 from hybrimoe.errors import ModelError
 
-MAX_TOKENS = 16
-"""A call of more is a prompt."""
 LITTLE_BYTES = 16 << 20
 """Of weights that torch's own linear layers on the CPU read in a step: about 1 ms for one thread."""
 
@@ -33,41 +33,28 @@ class FewThreads:
 
     def __init__(self, model: nn.Module) -> None:
         self.applies = torch_linear_bytes(model) <= LITTLE_BYTES
-        self.prompt_threads = 0
-        """Inside `generate`: torch's number of threads outside, which prompts get."""
+        self.prompt_threads: dict[int, int] = {}
+        """By thread that is inside `generate`: torch's number of threads outside, which prompts get."""
         self._model = model
-        self._before: list[int] = []
-        self._handles = []
+        self._calls: AroundCalls | None = None
         self._generate: FewThreadsGenerate | None = None
         if self.applies:
-            self._handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self._handles.append(model.register_forward_hook(self._leave, always_call=True))
+            self._calls = AroundCalls(model, self._threads_for)
             if hasattr(model, "generate") and "generate" not in model.__dict__:
                 self._generate = model.__dict__["generate"] = FewThreadsGenerate(model, model.generate, self)
 
     def undo(self) -> None:
         """Takes the hooks out of the model, and gives it its `generate` back where nobody else has put another."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._calls is not None:
+            self._calls.undo()
         if self._generate is not None and self._model.__dict__.get("generate") is self._generate:
             del self._model.__dict__["generate"]
 
-    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if torch.compiler.is_compiling():  # a compiled graph runs its own threads, and cannot set torch's
-            return
-        before = torch.get_num_threads()
-        self._before.append(before)
-        wanted = 1 if 0 < n_tokens_of(args, kwargs) <= MAX_TOKENS else self.prompt_threads or before
-        if wanted != before:
-            torch.set_num_threads(wanted)
-
-    def _leave(self, *_: object) -> None:
-        if torch.compiler.is_compiling():
-            return
-        before = self._before.pop()
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
+    def _threads_for(self, n_tokens: int) -> AbstractContextManager[None]:
+        """torch's threads in a call of so many tokens."""
+        if 0 < n_tokens <= MAX_TOKENS:
+            return torch_threads(1)
+        return torch_threads(self.prompt_threads.get(get_ident()) or torch.get_num_threads())
 
 
 class FewThreadsGenerate:
@@ -80,15 +67,15 @@ class FewThreadsGenerate:
         update_wrapper(self, own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        few = self._few
-        if few.prompt_threads:  # `generate` inside `generate`, or in another thread
+        outside, thread = self._few.prompt_threads, get_ident()
+        if thread in outside:  # `generate` inside `generate`
             return self._own(*args, **kwargs)
-        few.prompt_threads = torch.get_num_threads()
+        outside[thread] = torch.get_num_threads()
         try:
             with torch_threads(1):
                 return self._own(*args, **kwargs)
         finally:
-            few.prompt_threads = 0
+            del outside[thread]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the model generates with its own calls."""
@@ -106,11 +93,3 @@ def torch_linear_bytes(model: nn.Module) -> int:
     """Bytes of the weights of `nn.Linear` layers that are on the CPU."""
     layers = (module for module in model.modules() if type(module) is nn.Linear)
     return sum(layer.weight.nbytes for layer in layers if layer.weight.device.type == "cpu")
-
-
-def n_tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Tokens of a call of a language model; 0 where its inputs do not tell."""
-    ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-    if isinstance(ids, torch.Tensor):
-        return ids.numel()
-    return embeddings.shape[:-1].numel() if isinstance(embeddings, torch.Tensor) else 0

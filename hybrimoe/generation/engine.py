@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import PromptError
-from hybrimoe.generation.chunk_size import chunk_tokens
 from hybrimoe.generation.context import model_context_tokens
 from hybrimoe.generation.decoding import warn_of_other_decoding
 from hybrimoe.generation.kv_cache import PrefixCache
-from hybrimoe.generation.kv_memory import estimated_token_bytes, measured_token_bytes
+from hybrimoe.generation.kv_memory import chunk_tokens, estimated_token_bytes, measured_token_bytes
 from hybrimoe.generation.pace import DraftPace
 from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob

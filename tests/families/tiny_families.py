@@ -262,3 +262,22 @@ def prompt(batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Token ids int64 [batch, PROMPT_TOKENS], none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (batch, PROMPT_TOKENS), generator=generator)
+
+
+class Letters:
+    """A tokenizer for a tiny model: one letter a token, no file."""
+
+    chat_template = None
+    all_special_ids: tuple[int, ...] = ()
+
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        return chr(0x100 + token_id)
+
+    def decode(self, token_ids: list[int], **kwargs: Any) -> str:
+        return "".join(map(self.convert_ids_to_tokens, token_ids))
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 90 + 3 for letter in text]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
+        return "".join(f"{message['role']}:{message['content']};" for message in messages)

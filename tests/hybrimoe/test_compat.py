@@ -32,6 +32,16 @@ def model() -> transformers.PreTrainedModel:
     return AutoModelForCausalLM.from_config(tiny()).eval()
 
 
+def test_an_output_layer_may_be_tied_later() -> None:
+    untied = AutoModelForCausalLM.from_config(tiny())
+    assert compat.output_tie(untied) == ("lm_head.weight", "model.embed_tokens.weight"), HERE
+    compat.tie_output(untied)
+    assert untied.config.tie_word_embeddings, HERE
+    assert compat.output_tie(untied) is None, HERE
+    untied.tie_weights()
+    assert untied.lm_head.weight is untied.model.embed_tokens.weight, HERE
+
+
 def test_generation_settings_and_processors(model: transformers.PreTrainedModel) -> None:
     settings = compat.generation_settings(model, {"do_sample": True, "top_k": 3, "max_new_tokens": 5})
     assert (settings.do_sample, settings.top_k) == (True, 3), HERE

@@ -39,7 +39,7 @@ def describe_routing(
     expert_ids: Ints, offsets: Ints, rows: Ints, weights: Floats, n_total: int,
     routing_counts: npt.NDArray[np.float64], n_tokens: Ints, scores: Floats, first_key: int, slot_of: Keys, state: Keys,
     found: Keys,
-) -> None:  # fmt: skip  # pragma: no cover - compiled
+) -> None:  # fmt: skip
     """Fills tokens of each active expert, n_tokens int32 [A or more], gate scores float32 [E], and found int64 [2].
 
     A score is the expert's routing weight, averaged over the call's `n_total` tokens; 0 where it is not active.
@@ -67,7 +67,7 @@ def read_and_describe(
     host_hidden: Floats, routing: Floats, counts: Ints, expert_ids: Ints, offsets: Ints, rows: Ints,
     routing_counts: npt.NDArray[np.float64], tokens: Ints, scores: Floats, first_key: int, slot_of: Keys, state: Keys,
     found: Keys,
-) -> int:  # fmt: skip  # pragma: no cover - compiled
+) -> int:  # fmt: skip
     """`read_call`, and `describe_routing` of what it read. Returns the number of active experts, or REFUSED."""
     n_active = read_call(
         index, weights, weights_kind, n_tokens, top_k, hidden, hidden_kind, host_hidden, routing, counts, expert_ids,
@@ -82,9 +82,7 @@ def read_and_describe(
 
 
 @_compiled
-def count_hits(
-    expert_ids: Ints, first_key: int, slot_of: Keys, state: Keys
-) -> tuple[int, int]:  # pragma: no cover - compiled
+def count_hits(expert_ids: Ints, first_key: int, slot_of: Keys, state: Keys) -> tuple[int, int]:
     """(resident, in flight) among the active experts; arrays as for `describe_routing`."""
     hits, late = 0, 0
     for i in range(expert_ids.size):
@@ -108,7 +106,7 @@ def predict_token(
     first: int,
     ids: Ints,
     chosen_probability: Floats,
-) -> None:  # pragma: no cover - compiled
+) -> None:
     """Routing of one token by the linear gates of the D layers from `first` on.
 
     halves [L, E, H]: weights as bits of bfloat16; bias and correction [L, E], scoring [L], x [H]. Fills ids int32

@@ -1,6 +1,7 @@
 """torch's threads in decode steps: one where its work is small, the user's number everywhere else."""
 
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from hybrimoe.dense.threads import LITTLE_BYTES, MAX_TOKENS, FewThreads
+from hybrimoe.dense.calls import MAX_TOKENS
+from hybrimoe.dense.threads import LITTLE_BYTES, FewThreads
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +105,42 @@ def test_a_copy_generates_with_its_own_calls() -> None:
     few.undo()
     assert copied.generate(MAX_TOKENS + 1, 1) == 1
     assert (copied.seen, model.seen) == ([2, 1, 1], [])
+
+
+def has(n_threads: int) -> None:
+    """This thread's operators run on so many: the first time that it is asked, torch takes the newest number of all."""
+    torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+
+
+def test_calls_on_several_threads_give_each_its_own_number_back() -> None:
+    """The first call begins before the second and ends while that is under way."""
+    first_began, second_began, first_ended = (threading.Event() for _ in range(3))
+
+    class Meeting(Model):
+        def forward(self, input_ids: Any = None, inputs_embeds: Any = None) -> None:
+            began, awaited = (first_began, second_began) if input_ids[0, 0] == 1 else (second_began, first_ended)
+            began.set()
+            assert awaited.wait(60)
+
+    model, after = Meeting(), {}
+    FewThreads(model)
+
+    def first() -> None:
+        has(2)
+        model(ids(1) + 1)
+        after["first"] = torch.get_num_threads()
+        first_ended.set()
+
+    def second() -> None:
+        assert first_began.wait(60)
+        has(3)
+        model(ids(1) + 2)
+        after["second"] = torch.get_num_threads()
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert after == {"first": 2, "second": 3}

@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 
-from hybrimoe.generation import chunk_size
-from hybrimoe.generation.chunk_size import FEWEST_TOKENS, MOST_TOKENS, chunk_tokens, token_bytes
+from hybrimoe.generation import kv_memory
 from hybrimoe.generation.engine import TextGenerator
+from hybrimoe.generation.kv_memory import FEWEST_TOKENS, MOST_TOKENS, chunk_tokens, token_bytes
 from hybrimoe.generation.sampling import SamplingOptions
 
 
 def test_much_memory_takes_the_most_and_little_the_fewest(tiny_model: Any) -> None:
     assert chunk_tokens(tiny_model, 1 << 40) == MOST_TOKENS
     assert chunk_tokens(tiny_model, 0) == FEWEST_TOKENS
-    between = int(500 * token_bytes(tiny_model) / chunk_size.WORK_SHARE)
+    between = int(500 * token_bytes(tiny_model) / kv_memory.WORK_SHARE)
     assert chunk_tokens(tiny_model, between) == pytest.approx(500, abs=1)
 
 
 def test_a_token_takes_a_row_for_each_of_its_experts(tiny_model: Any) -> None:
     config = tiny_model.config.get_text_config(decoder=True)
-    assert token_bytes(tiny_model) > chunk_size.FLOAT_BYTES * config.num_experts_per_tok * config.hidden_size
+    assert token_bytes(tiny_model) > kv_memory.FLOAT_BYTES * config.num_experts_per_tok * config.hidden_size
 
 
 def test_the_same_reply_where_memory_is_short(
@@ -31,7 +31,7 @@ def test_the_same_reply_where_memory_is_short(
     prompt, options = [3 + n % 50 for n in range(100)], SamplingOptions(max_new_tokens=8)
     expected = "".join(TextGenerator(tiny_model, byte_tokenizer).reply(prompt, options))
     lengths: list[int] = []
-    monkeypatch.setattr(chunk_size, "device_memory", lambda device: (0, 1))
+    monkeypatch.setattr(kv_memory, "device_memory", lambda device: (0, 1))
     generator = TextGenerator(tiny_model, byte_tokenizer)
     real = generator.forward
 

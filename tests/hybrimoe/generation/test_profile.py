@@ -15,6 +15,7 @@ from hybrimoe.generation.profile import PARTS, Stopwatch, split_experts
 from hybrimoe.runtime.layer_call.stats import Counters
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
+from tiny_families import Letters
 from tiny_families import tiny_model as tiny_family
 
 NEW_TOKENS = 40
@@ -26,19 +27,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "transformers": {"accelerator": "none", "expert_dtype": "float32", "step": "transformers"},
     "slots": {"accelerator": "emulated", "gpu_expert_slots": 8, "expert_dtype": "int8"},
 }
-
-
-class Letters:
-    """A tokenizer of one letter a token."""
-
-    chat_template = None
-    all_special_ids: tuple[int, ...] = ()
-
-    def convert_ids_to_tokens(self, token_id: int) -> str:
-        return chr(0x100 + token_id)
-
-    def decode(self, token_ids: list[int], **kwargs: Any) -> str:
-        return "".join(map(self.convert_ids_to_tokens, token_ids))
 
 
 def profiled(model: Any, n_prompt: int = 60) -> tuple[Any, dict[str, Any]]:

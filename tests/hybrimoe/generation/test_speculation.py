@@ -16,10 +16,11 @@ from hybrimoe.errors import ConfigError
 from hybrimoe.generation import Conversation, PrefixCache, Profile, SamplingOptions, TextGenerator, speculation
 from hybrimoe.generation.batch.generate import BatchPrompt, generate_batch
 from hybrimoe.generation.batch.job import BatchJob
-from hybrimoe.generation.lookup import PromptLookup
 from hybrimoe.generation.pace import FIRST_ACCEPTANCE, KEPT_TIMES, MAX_DRAFT_TOKENS, STALE_STEPS, DraftPace
+from hybrimoe.generation.speculation import PromptLookup
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
+from tiny_families import Letters
 from tiny_families import tiny_model as tiny_family
 
 PASSAGE = [5, 17, 42, 8, 63, 29, 11, 80, 33, 54, 71, 9, 26]
@@ -28,25 +29,6 @@ NEW_TOKENS = 40
 GREEDY = SamplingOptions(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True, top_logprobs=2)
 DRAWN = replace(GREEDY, temperature=0.8, seed=11, logit_bias=((5, 9.0), (17, 9.0), (42, 8.0)))
 """Among a few tokens, so that pairs of them come again: some drafts are right, others wrong."""
-
-
-class Letters:
-    """A tokenizer of one letter a token."""
-
-    chat_template = None
-    all_special_ids: tuple[int, ...] = ()
-
-    def convert_ids_to_tokens(self, token_id: int) -> str:
-        return chr(0x100 + token_id)
-
-    def decode(self, token_ids: list[int], **kwargs: Any) -> str:
-        return "".join(map(self.convert_ids_to_tokens, token_ids))
-
-    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) % 90 + 3 for letter in text]}
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
-        return "".join(f"{message['role']}:{message['content']};" for message in messages)
 
 
 class Always(DraftPace):
