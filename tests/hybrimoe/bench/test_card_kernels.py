@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cpu_kernels import ExpertSpec, unpack_expert
+from gpu_kernels import fused_choice
 from hybrimoe.bench.kernels import card
 from hybrimoe.bench.kernels.measure import ParityError
 from hybrimoe.bench.kernels.setting import Shape
@@ -51,7 +52,7 @@ def test_wrong_kernels_are_not_timed(cards: Cards, monkeypatch: pytest.MonkeyPat
 
 
 def test_without_triton_there_is_an_error(cards: Cards, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card.fused_choice, "load_fused", lambda: None)
+    monkeypatch.setattr(fused_choice, "load_fused", lambda: None)
     with pytest.raises(HybriMoEError, match=r"hybrimoe\[gpu\]"):
         card.kernel_rates(f"{DEVICE_TYPE}:0")
 
