@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 
+import gpu_kernels.fused_choice
 import gpu_kernels.torch_accelerator
 import hybrimoe.config.values
 from tests.fake_device.fused import StreamedKernels
@@ -341,7 +342,8 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
             stack.enter_context(mock.patch.object(torch.accelerator, name, value))
         for name, kind in (("Stream", FakeStream), ("Event", FakeEvent)):
             stack.enter_context(mock.patch.object(torch, name, type(name, (kind,), {"cards": cards})))
-        stack.enter_context(mock.patch.object(gpu_kernels.torch_accelerator, "load_fused", new=kernels.choice))
+        for user in (gpu_kernels.torch_accelerator, gpu_kernels.fused_choice):
+            stack.enter_context(mock.patch.object(user, "load_fused", new=kernels.choice))
         # A wrapping tensor made in inference mode has no version counter, which torch's views then ask for.
         stack.enter_context(mock.patch.object(torch, "inference_mode", new=torch.no_grad))
         names = re.compile(rf"{hybrimoe.config.values._DEVICE.pattern}|{DEVICE_TYPE}(?::\d+)?")
