@@ -1,10 +1,10 @@
 """Attention on a card: torch's kernels that take any number of keys, in place of those that are made for one.
 
 On Hopper and the data centre's Blackwell cards torch prefers cuDNN's attention, which has an execution plan for each
-shape. A plan takes the host 20 to 40 ms to make, and every decode step has one key more than the step before: each token
-would wait for a plan that no other token uses. A prompt, too, has a length that seldom comes again, and what cuDNN's
-kernels gain in it is less than a plan takes. So within a model's calls cuDNN's attention is switched off; torch then
-takes its flash or its memory-efficient kernels.
+shape. A plan takes the host 20 to 40 ms to make, and every decode step has one key more than the step before: each
+token would wait for a plan that no other token uses. A prompt, too, has a length that seldom comes again, and what
+cuDNN's kernels gain in it is less than a plan takes. So within a model's calls cuDNN's attention is switched off; torch
+then takes its flash or its memory-efficient kernels.
 """
 
 from __future__ import annotations
