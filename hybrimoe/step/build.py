@@ -111,8 +111,9 @@ def capture_step(model: nn.Module, session: Any, device: torch.device, graphs: R
     was_training = model.training
     model.eval()
     step = CapturedStep(model, session, device, graphs)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    tokens = torch.randint(0, vocabulary, (TRIAL_TOKENS,), generator=torch.Generator().manual_seed(SEED))
+    tokens = torch.randint(
+        0, step.text_config.vocab_size, (TRIAL_TOKENS,), generator=torch.Generator().manual_seed(SEED)
+    )
     try:
         n_calls = step.try_out(tokens.tolist())
     except NotCompiled as error:

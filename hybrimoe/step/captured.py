@@ -114,6 +114,8 @@ class CapturedStep(ModelStep):
         self.device = device
         self.captures = 0
         """How often a step was recorded."""
+        config: Any = model.config
+        self.text_config = config.get_text_config(decoder=True)
         self._own = model.forward
         self._experts = experts
         self._graphs = graphs
@@ -164,12 +166,13 @@ class CapturedStep(ModelStep):
         it gives something else.
         """
         ids = torch.tensor([list(token_ids)], device=self.device)
-        cache = growing_cache(self.model.config.get_text_config(decoder=True))
+        cache = growing_cache(self.text_config)
         with torch.no_grad():
             before = self._own(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, return_dict=True)
             if before.past_key_values is not cache or type(cache) is not DynamicCache:
                 raise NotCompiled(f"the model keeps its past in a {type(before.past_key_values).__name__}")
-            twin, outputs = copy.deepcopy(cache), []
+            twin = copy.deepcopy(cache)
+            outputs: list[torch.Tensor] = []
             with self._experts_by(partial(_keep_output, outputs)):
                 own = self._own(input_ids=ids[:, -1:], past_key_values=twin, use_cache=True, return_dict=True)
             found = self._logits_given(cache, token_ids[-1], outputs)
