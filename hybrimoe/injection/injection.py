@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hybrimoe.dense.records import DenseRecords
     from hybrimoe.runtime.layer_call.stats import SessionStats
     from hybrimoe.step.build import StepWay
-    from hybrimoe.step.served import ServedStep
+    from hybrimoe.step.model_step import ModelStep
 
 
 class Injection:
@@ -113,9 +113,9 @@ class Injection:
             self.compile_step()
 
     @property
-    def step(self) -> ServedStep | None:
-        """The compiled decode step, of the whole model or of pieces of it; None where transformers' forward runs all
-        (`way.reason` says why)."""
+    def step(self) -> ModelStep | None:
+        """The decode step, compiled or captured, of the whole model or of pieces of it; None where transformers'
+        forward runs all (`way.reason` says why)."""
         return None if self.way is None else self.way.step
 
     def _use_decode_attention(self, threads: int | None) -> None:
