@@ -365,7 +365,7 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
         for user in (gpu_kernels.torch_accelerator, gpu_kernels.fused_choice):
             stack.enter_context(mock.patch.object(user, "load_fused", new=kernels.choice))
         # A wrapping tensor made in inference mode has no version counter, which torch's views then ask for.
-        stack.enter_context(mock.patch.object(torch, "inference_mode", new=torch.no_grad))
+        stack.enter_context(mock.patch.object(torch, "inference_mode", new=_without_gradient))
         names = re.compile(rf"{hybrimoe.config.values._DEVICE.pattern}|{DEVICE_TYPE}(?::\d+)?")
         stack.enter_context(mock.patch.object(hybrimoe.config.values, "_DEVICE", names))
         stack.enter_context(Operations(cards))
@@ -373,6 +373,11 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         yield cards
         cards.check()
+
+
+def _without_gradient(mode: bool = True) -> contextlib.AbstractContextManager[object]:
+    """Stands for torch.inference_mode."""
+    return torch.no_grad() if mode else contextlib.nullcontext()
 
 
 def _checksum(tensor: torch.Tensor) -> int:
