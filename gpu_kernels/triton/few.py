@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202, PLR0913 - what Triton compiles has no Python types
+# ruff: noqa: ANN001, ANN201, ANN202 - what Triton compiles has no Python types
 # mypy: ignore-errors
 """Kernels for one to four tokens an expert, where the time is that of reading the record.
 

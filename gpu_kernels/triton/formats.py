@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202 - what Triton compiles has no Python types
+# ruff: noqa: ANN001, ANN201 - what Triton compiles has no Python types
 # mypy: ignore-errors
 """What the kernels for few and for many tokens share: activations as int8, activation functions, where rows lie.
 

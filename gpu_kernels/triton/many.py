@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202, PLR0913 - what Triton compiles has no Python types
+# ruff: noqa: ANN001, ANN201, ANN202 - what Triton compiles has no Python types
 # mypy: ignore-errors
 """Kernels for five and more tokens an expert: products on tensor cores, TOKENS tokens and 32 or 64 rows a program.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu_kernels.triton.formats import ANY_CALL, act, gated, int8_codes, record_of, row_words, store_int8
+from gpu_kernels.triton.formats import ANY_CALL, act, gated, int8_codes, record_of, row_words
 
 
 @triton.jit
