@@ -65,7 +65,8 @@ class Setting:
     def from_json(cls, text: str) -> Setting:
         """What `to_json` wrote."""
         data: dict[str, Any] = json.loads(text)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+        return cls(**values)
 
 
 def setting_for(accelerator: str, kind: str, minutes: float) -> Setting:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,4 +122,9 @@ def _group(
     inputs = hidden.cpu().view(active, n_tokens, -1)
     wanted = [reference_ffn(spec, weights[slot % DISTINCT], inputs[at]) for at, slot in enumerate(chosen[0].tolist())]
     error = float(relative_error(out.cpu(), torch.cat(wanted)))
-    return lambda: [launch(number) for number in range(GROUPS)], error
+    return partial(_each, launch), error
+
+
+def _each(launch: Callable[[int], None]) -> None:
+    for number in range(GROUPS):
+        launch(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -55,7 +56,7 @@ def _latencies(findings: Findings, device: torch.device) -> None:
     for what, measure in latencies.items():
         findings.row("latencies", what=what, host_us=round(measure(), 2))
     for n in GRAPH_KERNELS:
-        graph = graph_of(lambda n=n: [small.add_(1) for _ in range(n)])
+        graph = graph_of(partial(_add_often, small, n))
         findings.row(
             "latencies", what=f"replay of a graph of {n} kernels", host_us=round(host_us(graph.replay, between=wait), 2)
         )
@@ -66,6 +67,11 @@ def _latencies(findings: Findings, device: torch.device) -> None:
 
         findings.row("latencies", what="the same, until its end is known", host_us=round(host_us(replay_and_wait), 2))
     _mapped_word(findings, device)
+
+
+def _add_often(values: torch.Tensor, n: int) -> None:
+    for _ in range(n):
+        values.add_(1)
 
 
 def _mapped_word(findings: Findings, device: torch.device) -> None:

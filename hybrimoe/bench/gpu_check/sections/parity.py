@@ -71,6 +71,7 @@ def _already_on_the_device(setting: Setting, findings: Findings, ids: list[int])
     """`hybrimoe.inject` of a plain model that lies on the accelerator, and back."""
     made = models.source(setting)
     model = made.plain()
+    model.set_experts_implementation("eager")
     device = dense_device(models.deployment(setting.accelerator, "bfloat16", "ours", 0.25))
     if device is not None:
         move(model, device)

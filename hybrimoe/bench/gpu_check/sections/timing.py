@@ -32,7 +32,7 @@ def device_us(work: Callable[[], object], repeats: int = 20) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
-    return median(times)
+    return float(median(times))
 
 
 def host_us(work: Callable[[], object], repeats: int = 200, between: Callable[[], object] = lambda: None) -> float:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["value"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["value"])
 def _ring_kernel(word_ptr, value):  # type: ignore[no-untyped-def]
     tl.store(word_ptr, value)
 
