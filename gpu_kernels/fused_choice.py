@@ -78,19 +78,19 @@ class FusedChoice:
     """Runs groups by the fused kernels where they were found right."""
 
     def __init__(self, module: FusedModule) -> None:
-        self._module = module
+        self.module = module
         self._right: dict[tuple[ExpertSpec, int], bool] = {}
 
     def accepts(self, spec: ExpertSpec, n_tokens: list[int]) -> bool:
         """Whether `run` may be called: few tokens, known activation, not found wrong before."""
-        few = max(n_tokens) <= self._module.MAX_TOKENS
-        if not few or not self._module.supports(spec):
+        few = max(n_tokens) <= self.module.MAX_TOKENS
+        if not few or not self.module.supports(spec):
             return False
-        return self._right.get((spec, self._module.block_tokens(n_tokens)), True)
+        return self._right.get((spec, self.module.block_tokens(n_tokens)), True)
 
     def run(self, spec: ExpertSpec, slots: torch.Tensor, group: Group, by_torch: Callable[[], None]) -> None:
         """Computes the group's rows; on the first use of a kernel also by `by_torch`, whose rows then stand."""
-        kernel = spec, self._module.block_tokens(group.n_tokens)
+        kernel = spec, self.module.block_tokens(group.n_tokens)
         problem = self._try(spec, slots, group)
         if problem is None and self._right.get(kernel):
             return
@@ -118,7 +118,7 @@ class FusedChoice:
         return None
 
     def _launch(self, spec: ExpertSpec, slots: torch.Tensor, group: Group) -> None:
-        self._module.run_group(
+        self.module.run_group(
             spec, slots, group.slot_ids, group.offsets, group.rows, group.n_tokens, group.hidden, group.weights,
             group.top_k, group.out,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 
+import gpu_kernels.fused_choice
 import gpu_kernels.torch_accelerator
 import hybrimoe.config.values
 from tests.fake_device.fused import StreamedKernels
@@ -84,6 +85,7 @@ class Cards:
         self.locked: dict[int, int] = {}
         self._kept: list[_Kept] = []
         self._deliveries: list[_Delivery] = []
+        self._planned: set[tuple[torch.Size, ...]] = set()
         self._cards = [_Card(torch.device(DEVICE_TYPE, index)) for index in range(self.n)]
         for card in self._cards:
             card.current = FakeStream(card.device, cards=self)
@@ -202,6 +204,12 @@ class Cards:
         self.counts["waits"] += 1
         self.counts[f"wait: {why}"] += 1
         stream.block_host()
+
+    def plan_attention(self, shapes: tuple[torch.Size, ...]) -> None:
+        """Attention of these shapes may be cuDNN's, which makes a plan for each that it has not seen."""
+        if shapes not in self._planned:
+            self._planned.add(shapes)
+            self.counts["attention plans"] += 1
 
     def keep_until(self, stream: FakeStream, tick: int, source: torch.Tensor) -> None:
         """The host must leave `source` as it is until it knows that the copy has ended."""
@@ -334,7 +342,8 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
             stack.enter_context(mock.patch.object(torch.accelerator, name, value))
         for name, kind in (("Stream", FakeStream), ("Event", FakeEvent)):
             stack.enter_context(mock.patch.object(torch, name, type(name, (kind,), {"cards": cards})))
-        stack.enter_context(mock.patch.object(gpu_kernels.torch_accelerator, "load_fused", new=kernels.choice))
+        for user in (gpu_kernels.torch_accelerator, gpu_kernels.fused_choice):
+            stack.enter_context(mock.patch.object(user, "load_fused", new=kernels.choice))
         # A wrapping tensor made in inference mode has no version counter, which torch's views then ask for.
         stack.enter_context(mock.patch.object(torch, "inference_mode", new=torch.no_grad))
         names = re.compile(rf"{hybrimoe.config.values._DEVICE.pattern}|{DEVICE_TYPE}(?::\d+)?")
