@@ -19,3 +19,7 @@ class LaneError(AcceleratorError):
 
 class ClosedError(AcceleratorError):
     """The accelerator was used after close()."""
+
+
+class GraphError(AcceleratorError):
+    """Work that a device cannot record as a graph; the cause is chained."""

@@ -29,12 +29,13 @@ Record = np.ndarray | torch.Tensor
 
 
 def pack_expert(spec: ExpertSpec, weights: ExpertWeights, out: np.ndarray) -> None:
-    """Writes `weights` into the record `out` (uint8, C-contiguous, exactly spec.record_bytes).
+    """Writes `weights`, from any device, into the record `out` (uint8, C-contiguous, exactly spec.record_bytes).
 
     float32 and bfloat16 weights are stored without loss; other float dtypes are rounded to the spec's dtype.
     Raises LayoutError for wrong shapes, a wrong buffer, or weights that are not finite.
     """
     weights.check(spec)
+    weights = weights.to("cpu")
     record = record_tensor(spec.record_bytes, out)
     first = record[: spec.layout.down_offset]
     if weights.gate is None:
@@ -92,12 +93,12 @@ def deinterleave(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pack_matrix(matrix: torch.Tensor, dtype: str, name: str, out: torch.Tensor, place: int = 0, step: int = 2) -> None:
-    """Writes a float matrix [N, K] into `out`, uint8 of the size that N and K padded to 64 have.
+    """Writes a float matrix [N, K], on any device, into `out`, uint8 of the size that N and K padded to 64 have.
 
     place and step: first row block and distance from 32 rows to the next, in row blocks of 16 (for interleaving).
     Raises LayoutError, naming the matrix, if a weight is not finite.
     """
-    matrix = matrix.detach()
+    matrix = matrix.detach().cpu()
     if matrix.shape[1] % BLOCK_COLUMNS:
         matrix = functional.pad(matrix, (0, padded(matrix.shape[1]) - matrix.shape[1]))
     if matrix.shape[0] % PAD:

@@ -1,9 +1,9 @@
 """What an expert is: its activation, its shape and dtype, and its weights in one normalised form."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 
@@ -103,6 +103,11 @@ class ExpertWeights:
         self._check("gate_bias", self.gate_bias, (inter,), bias and gated)
         self._check("up_bias", self.up_bias, (inter,), bias)
         self._check("down_bias", self.down_bias, (hidden,), bias)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same weights on a device; tensors that are there already are not copied."""
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in parts.items() if tensor is not None})
 
     @staticmethod
     def _check(name: str, value: torch.Tensor | None, shape: tuple[int, ...], wanted: bool) -> None:

@@ -56,7 +56,7 @@ class CpuConfig(Section):
         default="auto", description="How all other weights are stored; auto as in the model."
     )
     step: Literal["auto", "transformers"] = Field(
-        default="auto", description="Decode steps without slots: auto compiles them where the model is understood."
+        default="auto", description="Decode steps: auto compiles them on the CPU, and captures them on a card."
     )
     attention: Literal["auto", "torch"] = Field(
         default="auto", description="Decode steps of bfloat16 attention on the CPU: auto is our kernel."

@@ -38,18 +38,34 @@ class GateFunction:
 
     def __init__(self, module: nn.Module, gated: bool, concatenated: bool) -> None:
         self._shell = _without_weights(module)
+        self._act_on: dict[torch.device, nn.Module] = {}
+        """Copies of the activation's own weights, for devices on which the module's activation is not."""
         self._gated, self._concatenated = gated, concatenated
         self._key = (type(module), gated, concatenated, repr(sorted(_constants(module).items())), repr(_act(module)))
 
     def __call__(self, first: torch.Tensor) -> torch.Tensor:
+        shell = self._shell_on(first.device)
         if not self._gated:
-            return self._shell.act_fn(first)  # type: ignore[operator, no-any-return]
+            return shell.act_fn(first)  # type: ignore[operator, no-any-return]
         if not self._concatenated:
             first = torch.stack(first.chunk(2, dim=-1), dim=-1).flatten(-2)
-        if not hasattr(self._shell, "_apply_gate"):
+        if not hasattr(shell, "_apply_gate"):
             gate, up = first.chunk(2, dim=-1)
-            return self._shell.act_fn(gate) * up  # type: ignore[operator, no-any-return]
-        return self._shell._apply_gate(first)  # type: ignore[operator, no-any-return]
+            return shell.act_fn(gate) * up  # type: ignore[operator, no-any-return]
+        return shell._apply_gate(first)  # type: ignore[operator, no-any-return]
+
+    def _shell_on(self, device: torch.device) -> nn.Module:
+        """The module's shell with its activation on `device`: both the CPU and an accelerator compute experts."""
+        act = self._shell._modules.get("act_fn")
+        weight = None if act is None else next(act.parameters(), None)
+        if act is None or weight is None or weight.device == device:
+            return self._shell
+        if device not in self._act_on:
+            there = {id(tensor): tensor.detach().to(device) for tensor in (*act.parameters(), *act.buffers())}
+            self._act_on[device] = copy.deepcopy(act, there)
+        shell = copy.copy(self._shell)
+        shell._modules = {"act_fn": self._act_on[device]}
+        return shell
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GateFunction) and self._key == other._key

@@ -6,7 +6,7 @@ float32 torch from its dequantised weights, one expert at a time, so that it hol
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,9 +41,7 @@ class FrozenLayer:
 
     def weights(self, expert: int, device: torch.device) -> ExpertWeights:
         """The dequantised weights of one expert on `device`."""
-        weights = self.session.read_expert(self.layer, expert)
-        parts = {part.name: getattr(weights, part.name) for part in fields(weights)}
-        return replace(weights, **{name: part.to(device) for name, part in parts.items() if part is not None})
+        return self.session.read_expert(self.layer, expert).to(device)
 
 
 class FrozenExperts(torch.autograd.Function):

@@ -83,7 +83,8 @@ class HybridExperts(nn.Module):
         return self._session.run_layer(self.layer, hidden_states, top_k_index, top_k_weights)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
-        """The replaced module's own parameters by name, on the CPU; dequantised where only packed weights are left.
+        """The replaced module's own parameters by name, where they lie; dequantised, on the CPU, where only packed ones
+        are left.
 
         Raises ModelError where a lossy policy has given some of the experts up.
         """

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 __all__ = ["Buffers", "GrowingLayer", "GrowingWindowLayer", "grow_in_place", "growing_cache"]
 
 LEAST_ROOM = 256
-"""Tokens of room that a new buffer has at least."""
+"""Tokens of room that a new buffer usually has at least."""
 ROOM_SHARE = 8
 """A new buffer has room for 1/8 of what it holds: copying stays a constant share, and no more memory lies idle."""
 
@@ -34,6 +34,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
     of rows) is taken as it is; the next token finds a new buffer where it has to.
     """
 
+    least_room = LEAST_ROOM
+    """Tokens of room that a new buffer has at least; more where new buffers are dear."""
     _buffers: Buffers | None = None
     _n_used = 0
     _set: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
@@ -81,6 +83,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         self.advance(n_new)
         return self.keys, self.values
 
+    @property
+    def buffers(self) -> Buffers | None:
+        """The newest buffers, which the layer may have left since (`keys` were set); None before the first token."""
+        return self._buffers
+
     def get_seq_length(self) -> int:
         """Tokens held."""
         return self._n_used if self._set is None else int(super().get_seq_length())
@@ -117,7 +124,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
             self._n_used = n_held
             return buffers
         n_tokens = n_held + n_new
-        room = n_tokens + max(LEAST_ROOM, n_tokens // ROOM_SHARE)
+        room = n_tokens + max(self.least_room, n_tokens // ROOM_SHARE)
         held = self._both()
         new = [like.new_empty(*like.shape[:-2], room, like.shape[-1]) for like in (keys_like, values_like)]
         if n_held:
@@ -167,7 +174,7 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
                 return buffers
         held = [part.clone() for part in self._both()]  # the last tokens, which may move within their buffer
         n_held = held[0].shape[-2]
-        room = self.sliding_window + n_new + max(LEAST_ROOM, self.sliding_window // ROOM_SHARE)
+        room = self.sliding_window + n_new + max(self.least_room, self.sliding_window // ROOM_SHARE)
         fits = buffers is not None and buffers.keys.shape[:-2] == held[0].shape[:-2] and buffers.keys.shape[-2] >= room
         if buffers is None or not fits or buffers.keys.is_inference() != torch.is_inference_mode_enabled():
             new = [like.new_empty(*like.shape[:-2], room, like.shape[-1]) for like in (keys_like, values_like)]

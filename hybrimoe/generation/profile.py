@@ -2,7 +2,8 @@
 
 Every moment between the beginning and the end of a reply is charged to exactly one part, so the parts of a phase add up
 to its duration. Three sources say whose a moment is: hooks on the modules where transformers' forward runs, the clock
-ticks of the compiled step where that runs, and the session's counters for what happens inside a call of experts.
+ticks of the compiled or captured step where that runs, and the session's counters for what happens inside a call of
+experts.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 __all__ = ["PARTS", "PhaseProfile", "Profile", "ProfiledPhase"]
 
 PARTS = (
-    "norms", "projections", "attention", "router", "planning", "experts_cpu", "experts_accelerator", "experts_link",
-    "shared_experts", "output_layer", "sampling", "detokenising", "caller", "framework",
+    "norms", "projections", "attention", "router", "pieces", "planning", "experts_cpu", "experts_accelerator",
+    "experts_link", "shared_experts", "output_layer", "sampling", "detokenising", "caller", "framework",
 )  # fmt: skip
 """In the order in which they are shown.
 
-planning: everything in calls of experts but the lanes. experts_cpu: the CPU lane. experts_accelerator: waiting for the
-accelerator while it computes. experts_link: waiting for it while a transfer keeps it from computing. caller: whoever
-takes the text (a terminal, a server). framework: all the rest, transformers' and ours.
+pieces: the captured pieces of a step on a card, norms to router in one, as the host sees them: launching, and waiting
+for what is read from the card. planning: everything in calls of experts but the lanes. experts_cpu: the CPU lane.
+experts_accelerator: waiting for the accelerator while it computes. experts_link: waiting for it while a transfer keeps
+it from computing. caller: whoever takes the text (a terminal, a server).
+framework: all the rest, transformers' and ours.
 """
 ProfiledPhase = Literal["prefill", "decode"]
 Arguments = ParamSpec("Arguments")
@@ -128,7 +131,7 @@ class Profile:
         return worked
 
     def forwarding(self, forward: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        """`forward`, with what the compiled step did in it charged to the step's parts."""
+        """`forward`, with what the compiled or captured step did in it charged to the step's parts."""
         if self._step is None:
             return forward
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hybrimoe.config.deploy import DeployConfig
+from hybrimoe.dense.card_attention import CardAttention
 from hybrimoe.dense.prompts import WidePrompts
 from hybrimoe.dense.threads import FewThreads
 from hybrimoe.errors import ModelError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from hybrimoe.dense.records import DenseRecords
     from hybrimoe.runtime.layer_call.stats import SessionStats
     from hybrimoe.step.build import StepWay
-    from hybrimoe.step.served import ServedStep
+    from hybrimoe.step.model_step import ModelStep
 
 
 class Injection:
@@ -48,6 +49,7 @@ class Injection:
         self.attention: DecodeAttention | None = None
         self.torch_threads: FewThreads | None = None
         self.prompts: WidePrompts | None = None
+        self.card_attention: CardAttention | None = None
         self.way: StepWay | None = None
         self._application = application
         self._active = True
@@ -84,6 +86,7 @@ class Injection:
             )
         self.torch_threads = FewThreads(self.model)
         self.prompts = WidePrompts(self.model)
+        self.card_attention = CardAttention(self.model)
 
     def compile_step(self) -> None:
         """Decode steps in one compiled call, where the deployment wants that and the model is understood.
@@ -110,9 +113,9 @@ class Injection:
             self.compile_step()
 
     @property
-    def step(self) -> ServedStep | None:
-        """The compiled decode step, of the whole model or of pieces of it; None where transformers' forward runs all
-        (`way.reason` says why)."""
+    def step(self) -> ModelStep | None:
+        """The decode step, compiled or captured, of the whole model or of pieces of it; None where transformers'
+        forward runs all (`way.reason` says why)."""
         return None if self.way is None else self.way.step
 
     def _use_decode_attention(self, threads: int | None) -> None:
@@ -194,6 +197,8 @@ class Injection:
             self.torch_threads.undo()
         if self.prompts is not None:
             self.prompts.undo()
+        if self.card_attention is not None:
+            self.card_attention.undo()
         self._application.undo()
         self.session.release(self.model)
         self._sharing.discard(self)
@@ -214,8 +219,8 @@ class Injection:
             twin: Injection = memo[id(self)]
             return twin
         twin = Injection(model, self.config, self.resolution, self._application.copied(memo))
-        twin.dense, twin.attention, twin.torch_threads, twin.prompts = copy.deepcopy(
-            (self.dense, self.attention, self.torch_threads, self.prompts), memo
+        twin.dense, twin.attention, twin.torch_threads, twin.prompts, twin.card_attention = copy.deepcopy(
+            (self.dense, self.attention, self.torch_threads, self.prompts, self.card_attention), memo
         )
         twin._active, twin._sharing = self._active, self._sharing
         twin._sharing.add(twin)

@@ -72,7 +72,11 @@ class ExpertStore:
         return self._addresses[layer]
 
     def write(self, layer: int, expert: int, weights: ExpertWeights) -> None:
-        """Packs one expert's float weights into its record. Raises CheckpointError where its values are not finite."""
+        """Packs one expert's float weights, from any device, into its record.
+
+        Raises CheckpointError where its values are not finite.
+        """
+        weights = weights.to("cpu")  # once: each look at them on a card would wait for it
         for name in ("up", "down", "gate", "gate_bias", "up_bias", "down_bias"):
             values = getattr(weights, name)
             if values is not None and not torch.isfinite(values.sum(dtype=torch.float32)):

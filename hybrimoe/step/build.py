@@ -1,32 +1,41 @@
-"""From an injected model to its compiled step, or to the reasons why it has none."""
+"""From an injected model to its compiled or captured step, or to the reasons why it has none."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.errors import KernelError
+from gpu_kernels.decode_attention import AttendsBuffers, load_decode_attention
+from gpu_kernels.errors import GraphError
+from gpu_kernels.graphs import RecordsGraphs, graphs_of
+from hybrimoe.compat import takes_dynamic_cache
+from hybrimoe.step.captured import CapturedStep
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.forward import InPlaceOfForward
 from hybrimoe.step.mixed import MixedStep
+from hybrimoe.step.model_step import ModelStep
 from hybrimoe.step.read_model import Reading, read_model
-from hybrimoe.step.served import ServedStep
 from hybrimoe.step.step import Step
-from hybrimoe.step.trace import record
+from hybrimoe.step.trace import SEED, record
 
+TRIAL_TOKENS = 7
+"""Of the step that a captured one is compared with; the last is computed in both ways."""
 TRIAL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
 """What a model that wants more than tokens may raise in its trial run: it then keeps its own way."""
 
 
 @dataclass(slots=True)
 class StepWay:
-    """How the decode steps of a model run. step: the compiled one (all of the model or pieces of it), None where
-    transformers' forward runs them; reason: why then; layers: the way of each layer by its path."""
+    """How the decode steps of a model run. step: the compiled one (all of the model or pieces of it) or the captured
+    one, None where transformers' forward runs them; reason: why then; layers: the way of each layer by its path, or of
+    all of them as "model"."""
 
-    step: ServedStep | None = None
+    step: ModelStep | None = None
     reason: str | None = None
     layers: dict[str, str] = field(default_factory=dict)
     _installed: InPlaceOfForward | None = None
@@ -53,14 +62,15 @@ class StepWay:
 
 
 def compile_step(model: nn.Module, session: Any) -> StepWay:
-    """Reads a started model, compares, compiles, and puts the step before the model's forward."""
+    """Reads a started model, compares, compiles or captures, and puts the step before the model's forward."""
+    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+    if devices:
+        return _on_devices(model, session, devices)
     if not session.plain:
         return StepWay(reason="experts have slots on an accelerator, or a lossy policy runs")
     backend = session.layers[0].backend
     if not isinstance(backend, NumbaBackend):
         return StepWay(reason=f"the experts run on the backend {getattr(backend, 'name', '?')!r}, the step needs numba")
-    if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
-        return StepWay(reason="the dense part of the model is on an accelerator")
     if any(hasattr(module, "rope_deltas") for module in model.modules()):
         return StepWay(reason="the positions of its tokens depend on the images before them")
     was_training = model.training
@@ -80,6 +90,58 @@ def compile_step(model: nn.Module, session: Any) -> StepWay:
     step = (MixedStep if reading.model is None else Step)(model, session, reading, backend.n_threads)
     session.add_reporter(step.report)
     return StepWay(step, None, layers, InPlaceOfForward(model, step.answer))
+
+
+def _on_devices(model: nn.Module, session: Any, devices: set[torch.device]) -> StepWay:
+    """The captured step of a model whose dense part lies on accelerators."""
+    if len(devices) > 1:
+        return StepWay(reason=f"its dense part is on {len(devices)} accelerators")
+    (device,) = devices
+    if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+        return StepWay(reason=f"its dense part is on {device} and on the CPU")
+    graphs = graphs_of(device)
+    if graphs is None:
+        return StepWay(reason=f"torch records no graphs on {device}")
+    attention = load_decode_attention(device)
+    way = capture_step(model, session, device, graphs, attention)
+    if way.step is None and attention is not None:
+        with_torch = capture_step(model, session, device, graphs)
+        if with_torch.step is not None:
+            with_torch.layers["model"] += f"; attention by torch: {way.reason}"
+            return with_torch
+    return way
+
+
+def capture_step(
+    model: nn.Module, session: Any, device: torch.device, graphs: RecordsGraphs,
+    attention: AttendsBuffers | None = None,
+) -> StepWay:  # fmt: skip
+    """Captures a step of a model on one device, compares it, and puts it before the model's forward. attention: a
+    kernel for what of its attention it can compute."""
+    if not takes_dynamic_cache(model):
+        return StepWay(reason="the model makes a cache of its own kind")
+    was_training = model.training
+    model.eval()
+    step = CapturedStep(model, session, device, graphs, attention)
+    tokens = torch.randint(
+        0, step.text_config.vocab_size, (TRIAL_TOKENS,), generator=torch.Generator().manual_seed(SEED)
+    )
+    try:
+        n_calls = step.try_out(tokens.tolist())
+    except NotCompiled as error:
+        return StepWay(reason=str(error))
+    except (GraphError, *TRIAL_ERRORS) as error:
+        return StepWay(reason=f"its step cannot be captured: {type(error).__name__}: {_first_line(error)}")
+    finally:
+        model.train(was_training)
+        session.forget_trial()
+    session.add_reporter(step.report)
+    way = f"captured: {n_calls + 1} pieces, each a graph of {device}, around {n_calls} calls of experts"
+    return StepWay(step, None, {"model": way}, InPlaceOfForward(model, step.answer))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _ways(reading: Reading) -> dict[str, str]:

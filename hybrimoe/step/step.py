@@ -41,7 +41,7 @@ class Step(ServedStep):
         return self.reading.output_type(logits=self._logits(call), past_key_values=call.cache)
 
     def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
-        """As `ServedStep.next_logits`."""
+        """As `ModelStep.next_logits`."""
         known = isinstance(cache, DynamicCache) and type(cache) is self.reading.cache_type
         if len(token_ids) > MAX_ROWS or not known or not self.usable():
             return None
@@ -57,7 +57,7 @@ class Step(ServedStep):
 
     @property
     def differs_in_batches(self) -> str | None:
-        """As `ServedStep.differs_in_batches`."""
+        """As `ModelStep.differs_in_batches`."""
         if any(angles.changes for angles in self.angles):
             return "the angles of the model's rotary embedding depend on the longest position of a step"
         return None

@@ -85,6 +85,7 @@ class Cards:
         self.locked: dict[int, int] = {}
         self._kept: list[_Kept] = []
         self._deliveries: list[_Delivery] = []
+        self._planned: set[tuple[torch.Size, ...]] = set()
         self._cards = [_Card(torch.device(DEVICE_TYPE, index)) for index in range(self.n)]
         for card in self._cards:
             card.current = FakeStream(card.device, cards=self)
@@ -203,6 +204,12 @@ class Cards:
         self.counts["waits"] += 1
         self.counts[f"wait: {why}"] += 1
         stream.block_host()
+
+    def plan_attention(self, shapes: tuple[torch.Size, ...]) -> None:
+        """Attention of these shapes may be cuDNN's, which makes a plan for each that it has not seen."""
+        if shapes not in self._planned:
+            self._planned.add(shapes)
+            self.counts["attention plans"] += 1
 
     def keep_until(self, stream: FakeStream, tick: int, source: torch.Tensor) -> None:
         """The host must leave `source` as it is until it knows that the copy has ended."""

@@ -95,6 +95,8 @@ class Operations(TorchDispatchMode):
         if func is aten.is_pinned.default:
             return not ours and self._cards.pinned(args[0])
         if func is aten._fused_sdp_choice.default and ours:
+            if torch.backends.cuda.cudnn_sdp_enabled():
+                self._cards.plan_attention(tuple(tensor.shape for tensor in tensors))
             return ATTENTION_BY_PLAIN_OPERATIONS
         if func is aten._to_copy.default and target is not None and (ours or self._cards.has(target)):
             source = args[0]

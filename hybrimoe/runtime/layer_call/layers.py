@@ -51,7 +51,8 @@ def pack_layers(layers: Sequence[Layer], store: ExpertStore) -> None:
 
 
 def apply_norm(norm: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """The norm on float32 rows, without gradient."""
+    """The norm on float32 rows, without gradient: computed where its weights are, returned where the rows are."""
+    weight = next(norm.parameters(), rows)
     with torch.no_grad():
-        result: torch.Tensor = norm(rows)
-        return result
+        result: torch.Tensor = norm(rows.to(weight.device))
+        return result.to(rows.device)

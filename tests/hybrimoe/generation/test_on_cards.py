@@ -125,6 +125,7 @@ def test_the_host_waits_for_the_routing_only(tmp_path: Path, byte_tokenizer: Pre
         routing_and_logits, token_ids = steps * (N_LAYERS * READS_A_LAYER + 1), steps
         assert cards.counts["wait: blocking copy to the host"] <= routing_and_logits + LEARNING
         assert cards.counts["waits"] <= routing_and_logits + token_ids + LEARNING
+        assert cards.counts["attention plans"] == 0, "each token would wait for a plan that no other one uses"
 
 
 OPTIONS = {

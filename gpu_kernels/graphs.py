@@ -1,0 +1,98 @@
+"""Graphs of a device: work that is recorded once and then launched as a whole, in a few microseconds of the host."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from gpu_kernels.errors import GraphError
+
+__all__ = ["Graph", "RecordsGraphs", "TorchGraphs", "graphs_of"]
+
+
+class Graph(Protocol):
+    """Recorded work."""
+
+    def replay(self) -> None:
+        """Launches it on the current stream. It reads and writes the memory that it was recorded with."""
+
+
+class RecordsGraphs(Protocol):
+    """Records what is submitted to a device, piece after piece, without running it."""
+
+    def recording(self) -> AbstractContextManager[object]:
+        """Within the block, pieces may be recorded, and what runs between them runs apart from all other work. Nothing
+        of a piece is under way when the block ends, failed or not."""
+
+    def begin(self) -> None:
+        """What is submitted from here on belongs to a new piece. Memory that it takes stays the piece's, and may be
+        shared with other pieces where nobody holds on to its tensors: replay them in the order of recording."""
+
+    def end(self) -> Graph:
+        """The piece that was begun last. Raises GraphError where the device cannot record what was submitted."""
+
+
+class TorchGraphs:
+    """Graphs of CUDA and ROCm devices, through torch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._open: Any = None
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """As `RecordsGraphs.recording`: on a stream of its own, with the garbage collector at rest, whose freeing of
+        events and graphs a device takes for part of the work."""
+        torch.cuda.synchronize(self._device)
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                try:
+                    yield
+                finally:
+                    self._give_up()
+        finally:
+            if collects:
+                gc.enable()
+            torch.cuda.synchronize(self._device)
+
+    def begin(self) -> None:
+        """As `RecordsGraphs.begin`; other threads may go on using the device meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._open = graph
+
+    def end(self) -> Graph:
+        """As `RecordsGraphs.end`."""
+        graph, self._open = self._open, None
+        try:
+            graph.capture_end()
+        except RuntimeError as error:
+            raise GraphError(f"the device cannot record this work: {_first_line(error)}") from error
+        ended: Graph = graph
+        return ended
+
+    def _give_up(self) -> None:
+        """Ends a piece that an error has left open, so that the stream can be used again."""
+        if self._open is not None:
+            graph, self._open = self._open, None
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+
+
+def graphs_of(device: torch.device) -> RecordsGraphs | None:
+    """What records graphs of a device; None where torch has none for its kind."""
+    return TorchGraphs(device) if device.type == "cuda" and hasattr(torch.cuda, "CUDAGraph") else None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

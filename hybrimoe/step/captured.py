@@ -1,0 +1,330 @@
+"""Decode steps on a card: what lies between two calls of experts is one graph of the device, launched as a whole.
+
+transformers launches some sixty kernels a layer, each by several microseconds of Python; a graph is launched in three.
+The graphs are recorded from the model's own forward, which is interrupted at each call of experts: the piece before it
+ends there, and the next one begins with the memory in which the experts' result will be.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from gpu_kernels.decode_attention import AttendsBuffers
+from gpu_kernels.graphs import Graph, RecordsGraphs
+from hybrimoe.dense.card_attention import cudnn_attention_off
+from hybrimoe.experts.module import HOOKS, HybridExperts
+from hybrimoe.generation.growing import Buffers, GrowingLayer, growing_cache
+from hybrimoe.step.calls import StepCall, read_call
+from hybrimoe.step.errors import NotCompiled
+from hybrimoe.step.fixed_attention import attention_by
+from hybrimoe.step.fixed_cache import fixed_cache, growing_layers
+from hybrimoe.step.forward import InPlaceOfForward
+from hybrimoe.step.model_step import ModelStep
+
+MAX_SEQUENCES = 8
+"""Sequences of a step that is captured."""
+KEPT = 4
+"""Captured steps that are kept: of the latest conversations, and of numbers of sequences."""
+LEAST_ROOM = 1024
+"""Room of a new buffer for keys and values: other buffers need other graphs, whose recording takes as long as some
+twenty steps."""
+
+EXACT, ROUNDED = 1e-4, 3e-2
+"""Relative error of the logits at which a captured step is another one: of float32, and of rounded dtypes, where
+attention over a buffer's room adds in another order than over the tokens held."""
+
+ExpertsAnswer = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], torch.Tensor]
+"""From experts, their forward and the arguments of a call to the output."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertsPlace:
+    """A call of experts between two pieces: always with the same memory. result: what the next piece reads."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Pieces:
+    """A captured step of `n_sequences` sequences over one cache's buffers.
+
+    numbers: int64 [2 * sequences + 1] on the device: token ids, their positions, tokens before them.
+    """
+
+    numbers: torch.Tensor
+    buffers: list[Buffers]
+    graphs: list[Graph] = field(default_factory=list)
+    experts: list[ExpertsPlace] = field(default_factory=list)
+    output: Any = None
+    layers: list[weakref.ref[GrowingLayer]] = field(default_factory=list)
+
+    def run(self, numbers: torch.Tensor, experts: Callable[[ExpertsPlace], torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """Launches the step; `experts` answers each call of experts.
+
+        Returns the logits [sequences, 1, V], which the next step overwrites, and the nanoseconds that the host was busy
+        with the pieces.
+        """
+        busy_ns = -time.perf_counter_ns()
+        self.numbers.copy_(numbers, non_blocking=True)
+        for graph, place in zip_longest(self.graphs, self.experts):
+            graph.replay()
+            if place is not None:
+                busy_ns += time.perf_counter_ns()
+                result = experts(place)
+                busy_ns -= time.perf_counter_ns()
+                place.result.copy_(result)
+        logits: torch.Tensor = self.output.logits
+        return logits, busy_ns + time.perf_counter_ns()
+
+    def is_of(self, layers: Sequence[GrowingLayer], n_sequences: int) -> bool:
+        """Whether these are the pieces for layers of a cache as they are now."""
+        return (
+            len(self.numbers) == 2 * n_sequences + 1
+            and len(self.layers) == len(layers)
+            and all(known() is layer for known, layer in zip(self.layers, layers, strict=True))
+        )
+
+    def is_alive(self) -> bool:
+        """Whether the cache is still there, in the same buffers."""
+        layers = [known() for known in self.layers]
+        return all(
+            layer is not None and layer.buffers is held for layer, held in zip(layers, self.buffers, strict=True)
+        )
+
+
+class CapturedStep(ModelStep):
+    """Answers decode steps of up to 8 sequences, one token each; the experts run as they always do."""
+
+    def __init__(
+        self, model: nn.Module, session: Any, device: torch.device, graphs: RecordsGraphs,
+        attention: AttendsBuffers | None = None,
+    ) -> None:  # fmt: skip
+        """`attention` is used where it can be, None leaves all of it to torch."""
+        experts = [module for module in model.modules() if isinstance(module, HybridExperts)]
+        super().__init__(model, session, called=[part for module in experts for part in module.modules()])
+        self.device = device
+        self.captures = 0
+        """How often a step was recorded."""
+        config: Any = model.config
+        self.text_config = config.get_text_config(decoder=True)
+        self._own = model.forward
+        self._experts = experts
+        self._graphs = graphs
+        self._attention = attention
+        self._captured: list[Pieces] = []
+        self._pieces_ns = 0
+
+    def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output, by the captured step where that can answer."""
+        if torch.is_grad_enabled() or not self.usable():
+            return own(*args, **kwargs)
+        call = read_call(self.model.config, DynamicCache, args, kwargs)
+        layers = None if call is None or call.mask is not None else self._layers_of(call)
+        if call is None or layers is None:
+            return own(*args, **kwargs)
+        logits, output_type = self._step(call, layers)
+        return output_type(logits=logits, past_key_values=call.cache)
+
+    def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
+        """As `ModelStep.next_logits`, of one token."""
+        if len(token_ids) != 1 or type(cache) is not DynamicCache or not self.usable():
+            return None
+        n_past = cache.get_seq_length()
+        call = StepCall(list(token_ids), 1, 1, n_past, cache, [n_past], None, 1, "decode")
+        layers = self._layers_of(call) if n_past else None
+        if layers is None:
+            return None
+        self.session.announce_step("decode")
+        with torch.inference_mode():  # as `TextGenerator` computes prompts
+            return self._step(call, layers)[0][0]
+
+    @property
+    def differs_in_batches(self) -> str | None:
+        """As `ModelStep.differs_in_batches`."""
+        return "a captured step has one token of each sequence"
+
+    def undo(self) -> None:
+        """Frees the graphs and lets go of the caches."""
+        self._captured.clear()
+
+    def meter(self) -> tuple[dict[str, int], float]:
+        """As `ModelStep.meter`: what the host was busy with the pieces."""
+        return {"pieces": self._pieces_ns}, self._pieces_ns / 1000
+
+    def try_out(self, token_ids: Sequence[int]) -> int:
+        """Computes the last of some tokens in both ways, with the same outputs of the experts, and compares the logits.
+
+        Returns the number of calls of experts. Raises NotCompiled where the device does not record the step, or where
+        it gives something else.
+        """
+        ids = torch.tensor([list(token_ids)], device=self.device)
+        cache = growing_cache(self.text_config)
+        with torch.no_grad(), cudnn_attention_off:
+            before = self._own(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, return_dict=True)
+            if before.past_key_values is not cache or type(cache) is not DynamicCache:
+                raise NotCompiled(f"the model keeps its past in a {type(before.past_key_values).__name__}")
+            twin = copy.deepcopy(cache)
+            outputs: list[torch.Tensor] = []
+            with self._experts_by(partial(_keep_output, outputs)):
+                own = self._own(input_ids=ids[:, -1:], past_key_values=twin, use_cache=True, return_dict=True)
+            found = self._logits_given(cache, token_ids[-1], outputs)
+        expected = own.logits[:, -1].float()
+        error = float((found - expected).norm() / expected.norm())
+        allowed = EXACT if own.logits.dtype == torch.float32 else ROUNDED
+        if not error <= allowed:
+            raise NotCompiled(f"its captured step differs: relative error {error:.1e} of the logits, allowed {allowed}")
+        return len(outputs)
+
+    def _logits_given(self, cache: DynamicCache, token_id: int, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """float32 logits [1, V] of a step on a cache, with these outputs of the experts."""
+        n_past = cache.get_seq_length()
+        call = StepCall([token_id], 1, 1, n_past, cache, [n_past], None, 1, "decode")
+        layers = self._layers_of(call)
+        if layers is None:
+            raise NotCompiled("its cache has layers that are neither plain attention nor a sliding window")
+        remaining = iter(outputs)
+        try:
+            pieces = self._pieces(layers, 1)
+            if len(pieces.experts) != len(outputs):
+                raise NotCompiled(
+                    f"{len(pieces.experts)} calls of experts in a captured step, {len(outputs)} in its own"
+                )
+            return pieces.run(self._numbers(call), lambda place: next(remaining))[0][:, -1].float()
+        finally:
+            self._captured.clear()
+
+    def _layers_of(self, call: StepCall) -> list[GrowingLayer] | None:
+        if call.n_new != 1 or call.n_sequences > MAX_SEQUENCES:
+            return None
+        return growing_layers(call.cache, call.n_past, call.n_sequences, self.device)
+
+    def _step(self, call: StepCall, layers: list[GrowingLayer]) -> tuple[torch.Tensor, type]:
+        """Runs a step; a copy of its logits [sequences, 1, V], and the class of the model's output."""
+        with self.lock, torch.no_grad():
+            pieces = self._pieces(layers, call.n_sequences)
+            logits, busy_ns = pieces.run(self._numbers(call), _run_experts)
+            for layer in layers:
+                layer.advance(1)
+            self._pieces_ns += busy_ns
+            self.n_steps += 1
+            return logits.clone(), type(pieces.output)
+
+    def _numbers(self, call: StepCall) -> torch.Tensor:
+        """On the host, as `Pieces.numbers`."""
+        return torch.tensor([*call.token_ids, *call.positions, call.n_past])
+
+    def _pieces(self, layers: list[GrowingLayer], n_sequences: int) -> Pieces:
+        """The captured step for layers of a cache, with room for one token more; recorded now where there is none."""
+        for layer in layers:
+            layer.least_room = LEAST_ROOM
+        buffers = [layer.grown(1) for layer in layers]
+        for number, known in enumerate(self._captured):
+            if known.is_of(layers, n_sequences) and known.is_alive():
+                self._captured.append(self._captured.pop(number))
+                return self._captured[-1]
+        self._captured = [known for known in self._captured if known.is_alive()][1 - KEPT :]
+        pieces = self._capture(layers, buffers, n_sequences)
+        self._captured.append(pieces)
+        return pieces
+
+    def _capture(self, layers: list[GrowingLayer], buffers: list[Buffers], n_sequences: int) -> Pieces:
+        """Records the model's forward. It runs once before, so that everything is there that is made on first use; what
+        that writes into the cache is overwritten by the step itself.
+
+        Raises GraphError, or whatever error the model has of work that cannot be recorded.
+        """
+        n_past = layers[0].get_seq_length()
+        for held in buffers:  # a mask hides what is there, but 0 times NaN is NaN
+            for part in (held.keys, held.values):
+                part[..., n_past - held.first :, :] = 0
+        with torch.inference_mode(False):  # what every later step writes to, in whichever mode
+            numbers = torch.zeros(2 * n_sequences + 1, dtype=torch.int64, device=self.device)
+        numbers[-1] = n_past
+        pieces = Pieces(numbers, buffers, layers=[weakref.ref(layer) for layer in layers])
+        cache = fixed_cache(layers, buffers, numbers[-1])
+        with cudnn_attention_off, attention_by(self._attention, cache.layers), self._graphs.recording():
+            with self._experts_by(_no_experts):
+                self._run_own(pieces, cache)
+            self._graphs.begin()
+            with self._experts_by(partial(self._interrupt, pieces)):
+                pieces.output = self._run_own(pieces, cache)
+            pieces.graphs.append(self._graphs.end())
+        self.captures += 1
+        return pieces
+
+    def _run_own(self, pieces: Pieces, cache: DynamicCache) -> Any:
+        n_sequences = len(pieces.numbers) // 2
+        ids, positions, _ = pieces.numbers.split([n_sequences, n_sequences, 1])
+        return self._own(
+            input_ids=ids.view(-1, 1), position_ids=positions.view(-1, 1), past_key_values=cache, use_cache=True,
+            return_dict=True,
+        )  # fmt: skip
+
+    def _interrupt(
+        self, pieces: Pieces, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Ends the piece before a call of experts and begins the next one."""
+        pieces.graphs.append(self._graphs.end())
+        with torch.inference_mode(False):
+            result = torch.zeros_like(_hidden(args, kwargs))
+        pieces.experts.append(ExpertsPlace(module, args, kwargs, result))
+        self._graphs.begin()
+        return result
+
+    @contextmanager
+    def _experts_by(self, answer: ExpertsAnswer) -> Iterator[None]:
+        """Within the block `answer` stands for the experts, and no hook of theirs is called."""
+        hooks = [{name: module.__dict__[name] for name in HOOKS} for module in self._experts]
+        placed = [InPlaceOfForward(module, partial(answer, module)) for module in self._experts]
+        for module in self._experts:
+            module.__dict__.update({name: OrderedDict() for name in HOOKS})
+        try:
+            yield
+        finally:
+            for module, own, each in zip(self._experts, hooks, placed, strict=True):
+                module.__dict__.update(own)
+                each.undo()
+
+
+def _keep_output(
+    outputs: list[torch.Tensor], module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    n_before = len(outputs)
+    output: torch.Tensor = own(*args, **kwargs)
+    del outputs[n_before:]  # of calls inside this one (`hybrimoe.experts.sorted`)
+    outputs.append(output.clone())
+    return output
+
+
+def _run_experts(place: ExpertsPlace) -> torch.Tensor:
+    result: torch.Tensor = place.module(*place.args, **place.kwargs)
+    return result
+
+
+def _no_experts(
+    module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    return torch.zeros_like(_hidden(args, kwargs))
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states of a call of experts."""
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden

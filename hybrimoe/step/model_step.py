@@ -1,0 +1,85 @@
+"""What stands before a model's forward and answers the decode steps that it can: the base of all its kinds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from hybrimoe.step.as_read import AsRead
+
+HARMLESS = ("transformers.utils.output_capturing", "hybrimoe.generation.module_parts")
+"""Modules whose hooks do nothing in a step: transformers leaves its own in a model once it was asked for hidden states
+or router logits; those of a profile time modules that are called."""
+
+
+class ModelStep:
+    """Steps of one model. What cannot be served is left to transformers, call by call.
+
+    The KV cache is the caller's own, in the layers of `hybrimoe.generation.growing`, so the ways can alternate.
+    called: modules that a step calls as they are, so that hooks in them are no hindrance.
+    """
+
+    def __init__(self, model: nn.Module, session: Any, called: Sequence[nn.Module] = ()) -> None:
+        self.model = model
+        self.session = session
+        self.lock = threading.RLock()
+        seen = {id(module) for module in (model, *called)}
+        self._hooks = [
+            hooks for module in model.modules() if id(module) not in seen
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]  # fmt: skip
+        self.embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+        self._as_read = AsRead(model)
+        self.n_steps = 0
+        self.step_us = 0.0
+
+    def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of the model's forward, which is `own`, for a call."""
+        raise NotImplementedError
+
+    def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
+        """Logits [1, V] after new tokens of one sequence; None where the model's forward must be called.
+
+        The short way of `answer` for callers that hold plain numbers and a cache. drafted: the tokens after the first
+        are guesses about the next decode steps, and the logits are those after each of the n tokens, [n, V].
+        """
+        return None
+
+    @property
+    def differs_in_batches(self) -> str | None:
+        """Why several tokens in one step may not get the bits that they get one by one; None where they do."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Takes away what the step has put into the model; whoever put it before the forward takes it from there."""
+
+    def usable(self) -> bool:
+        """Whether the model is as it was when it was read, and nobody watches what the step would leave out."""
+        return (
+            not self.model.training
+            and self._as_read.unchanged()
+            and not (any(self._hooks) and self._watched())
+            and not torch_module._global_forward_hooks
+            and not torch_module._global_forward_pre_hooks
+        )
+
+    def _watched(self) -> bool:
+        """Whether somebody's hooks wait inside the model, for calls that the step would leave out."""
+        return any(hook.__module__ not in HARMLESS for hooks in self._hooks for hook in hooks.values())
+
+    def report(self, stats: Any) -> None:
+        """Adds to a session's counters what was computed since the last report; nothing where its own layers count."""
+
+    def meter(self) -> tuple[dict[str, int], float]:
+        """Clock ticks of the step's work so far by part, in the thread that called, and its us; without that in modules
+        that a profile times by themselves (`generation.module_parts`).
+
+        Two readings say what was between them. (Shares of all ticks do not: the first step has little but its start in
+        its us.)
+        """
+        raise NotImplementedError

@@ -1,0 +1,262 @@
+"""Steps whose pieces are recorded and replayed: on noted graphs, which run the recorded operations on the host."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import hybrimoe
+from hybrimoe.step.build import StepWay, capture_step
+from hybrimoe.step.captured import KEPT, CapturedStep
+from tests.fake_device.graphs import NotedGraphs
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
+from family_check import outputs
+from tiny_families import FAMILIES, prompt, tiny_model
+
+HOST = torch.device("cpu")
+CAPTURED = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "gpt_oss", "ernie4_5_moe", "dots1",
+    "deepseek_v2", "deepseek_v3", "llama4", "gemma4", "mimo_v2_flash", "cohere2_moe", "step3p7",
+)  # fmt: skip
+TOLERANCE = 1e-4
+ROOM = 4
+"""Tokens of room of new buffers in the test of growth."""
+
+
+def captured(model: Any) -> tuple[StepWay, NotedGraphs]:
+    """A model with slots on the emulated accelerator, and its captured step."""
+    injection = hybrimoe.inject(model, accelerator="emulated", gpu_expert_slots=4, expert_dtype="float32")
+    graphs = NotedGraphs()
+    injection.way = capture_step(model, injection.session, HOST, graphs)
+    return injection.way, graphs
+
+
+@pytest.mark.parametrize("family", CAPTURED)
+def test_a_family_runs_captured(family: str) -> None:
+    model = tiny_model(family)
+    plain = outputs(model)
+    way, graphs = captured(model)
+    assert isinstance(way.step, CapturedStep), way.reason
+    recorded = graphs.n_recorded
+    found = outputs(model)
+    assert way.step.n_steps > 0
+    assert graphs.n_recorded > recorded
+    assert float((found.decode - plain.decode).abs().max()) <= TOLERANCE
+    assert torch.equal(found.tokens, plain.tokens)
+    model.hybrimoe.restore()
+    after = outputs(model)
+    assert torch.equal(after.decode, plain.decode)
+    assert "forward" not in vars(model)
+
+
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, n_past: torch.Tensor,
+    first: int, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """What a card's kernel computes, by torch: of the tokens held alone, whose number only the device knows."""
+    held = torch.arange(keys.shape[2]) <= n_past - first
+    assert mask is not None
+    wide = [part.repeat_interleave(query.shape[1] // keys.shape[1], dim=1) for part in (keys, values)]
+    scores = (query @ wide[0].transpose(2, 3)) * scale
+    return (scores.masked_fill(~(held & mask), -torch.inf).softmax(-1) @ wide[1]).transpose(1, 2)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "mixtral", "cohere2_moe"])
+def test_attention_by_a_kernel(family: str) -> None:
+    model = tiny_model(family)
+    plain = outputs(model)
+    injection = hybrimoe.inject(model, accelerator="emulated", gpu_expert_slots=4, expert_dtype="float32")
+    calls: list[int] = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(args[5])
+        return attend(*args)
+
+    injection.way = capture_step(model, injection.session, HOST, NotedGraphs(), counted)
+    assert injection.step is not None, injection.way
+    before = len(calls)
+    found = outputs(model)
+    assert before
+    assert len(calls) == 2 * before, "once to warm up and once to record, at the trial and for the cache"
+    assert float((found.decode - plain.decode).abs().max()) <= TOLERANCE
+    assert torch.equal(found.tokens, plain.tokens)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return tiny_model("qwen2_moe")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    own = tiny_model("qwen2_moe")
+    assert captured(own)[0].step is not None
+    return own
+
+
+def after_prompt(model: Any, ids: torch.Tensor, **kwargs: Any) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, **kwargs)
+    return cache
+
+
+def step(model: Any, ids: torch.Tensor, cache: Any, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, **kwargs).logits
+    return logits
+
+
+def steps_of(model: Any) -> tuple[int, int]:
+    return model.hybrimoe.step.n_steps, model.hybrimoe.step.captures
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return float((found - expected).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_several_sequences(model: Any, plain: Any, batch: int) -> None:
+    ids, new = prompt(batch), prompt(batch, seed=1)[:, :2]
+    n_steps, _ = steps_of(model)
+    mine, theirs = after_prompt(model, ids), after_prompt(plain, ids)
+    for number in range(2):
+        assert same(step(model, new[:, [number]], mine), step(plain, new[:, [number]], theirs))
+    assert steps_of(model)[0] == n_steps + 2
+    assert mine.get_seq_length() == theirs.get_seq_length()
+
+
+def test_what_is_left_to_transformers(model: Any, plain: Any) -> None:
+    """Several new tokens, more sequences, hidden tokens, gradients: answered as ever, and the cache goes on."""
+    before = steps_of(model)
+    ids, new = prompt(2), prompt(2, seed=1)
+    hidden = torch.ones(2, ids.shape[1], dtype=torch.int64)
+    hidden[0, :2] = 0
+    longer = torch.cat([hidden, torch.ones(2, 1, dtype=torch.int64)], dim=1)
+    mine, theirs = (after_prompt(each, ids, attention_mask=hidden) for each in (model, plain))
+    found, expected = (
+        step(each, new[:, :1], cache, attention_mask=longer) for each, cache in ((model, mine), (plain, theirs))
+    )
+    assert same(found, expected)
+    assert same(step(model, new[:, :3], after_prompt(model, ids)), step(plain, new[:, :3], after_prompt(plain, ids)))
+    many, one = prompt(9), prompt(9, seed=1)[:, :1]
+    assert same(step(model, one, after_prompt(model, many)), step(plain, one, after_prompt(plain, many)))
+    assert model(input_ids=new[:, :1], past_key_values=after_prompt(model, ids)).logits.requires_grad
+    assert steps_of(model) == before
+
+
+def test_both_ways_alternate_on_one_cache(model: Any, plain: Any) -> None:
+    ids, new = prompt(), prompt(seed=1)
+    mine, theirs = after_prompt(model, ids), after_prompt(plain, ids)
+    n_steps, _ = steps_of(model)
+    at = 0
+    for n_new in (1, 2, 1, 1, 3, 1):
+        part = torch.cat([new, new], dim=1)[:, at : at + n_new]
+        assert same(step(model, part, mine), step(plain, part, theirs))
+        at += n_new
+    assert steps_of(model)[0] == n_steps + 4
+    mine.crop(-3)
+    theirs.crop(-3)
+    assert same(step(model, new[:, :1], mine), step(plain, new[:, :1], theirs))
+
+
+def test_buffers_that_grow_are_recorded_anew_and_others_are_not(
+    model: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybrimoe.step.captured.LEAST_ROOM", ROOM)
+    ids = prompt()
+    mine, theirs = after_prompt(model, ids), after_prompt(plain, ids)
+    n_steps, captures = steps_of(model)
+    for number in range(1, 3 * ROOM):
+        assert same(step(model, ids[:, :1], mine), step(plain, ids[:, :1], theirs))
+        assert steps_of(model) == (n_steps + number, captures + 1 + (number - 1) // (ROOM + 1))
+    assert mine.layers[0].buffers.keys.shape[-2] >= mine.get_seq_length()
+
+
+def test_conversations_keep_their_graphs_and_ended_ones_are_let_go(model: Any) -> None:
+    ids = prompt()
+    caches = [after_prompt(model, ids) for _ in range(KEPT)]
+    for cache in caches:
+        step(model, ids[:, :1], cache)
+    _, captures = steps_of(model)
+    for cache in caches:
+        step(model, ids[:, :1], cache)
+    assert steps_of(model)[1] == captures
+    buffers = [cache.layers[0].buffers.keys for cache in caches]
+    del caches, cache
+    step(model, ids[:, :1], after_prompt(model, ids))
+    kept = [pieces.buffers[0].keys for pieces in model.hybrimoe.step._captured]
+    assert not any(held is gone for held in kept for gone in buffers)
+
+
+def test_experts_that_fail_leave_the_cache_as_it_was(model: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = prompt()
+    mine, theirs = after_prompt(model, ids), after_prompt(plain, ids)
+    step(model, ids[:, :1], mine)
+    step(plain, ids[:, :1], theirs)
+
+    def fail(*args: Any) -> torch.Tensor:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.hybrimoe.session), "run_layer", fail)
+        with pytest.raises(ZeroDivisionError):
+            step(model, ids[:, 1:2], mine)
+    assert mine.get_seq_length() == theirs.get_seq_length()
+    assert same(step(model, ids[:, 1:2], mine), step(plain, ids[:, 1:2], theirs))
+
+
+def test_hooks_inside_the_model_are_called(model: Any) -> None:
+    """A hook in a piece sends the step to transformers' way; one on experts is called by the captured step as well."""
+    ids, calls = prompt(), []
+    experts = model.model.layers[0].mlp.experts
+    n_steps, _ = steps_of(model)
+    handle = experts.register_forward_hook(lambda *_: calls.append("experts"))
+    step(model, ids[:, :1], after_prompt(model, ids))
+    assert (steps_of(model)[0], calls) == (n_steps + 1, ["experts", "experts"])
+    handle.remove()
+    handle = model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append("attention"))
+    step(model, ids[:, :1], after_prompt(model, ids))
+    handle.remove()
+    assert (steps_of(model)[0], calls[2:]) == (n_steps + 1, ["attention", "attention"])
+
+
+def test_a_model_that_asks_the_device_is_left_to_transformers_with_the_reason() -> None:
+    model = tiny_model("qwen2_moe")
+    own = type(model.model.norm).forward
+
+    def asking(hidden: torch.Tensor) -> torch.Tensor:
+        return own(model.model.norm, hidden * (1.0 if float(hidden.sum()) else 2.0))
+
+    model.model.norm.forward = asking
+    way, _ = captured(model)
+    assert way.step is None
+    assert way.reason is not None
+    assert "cannot be captured" in way.reason
+    assert "transformers" in way.described()["model"]
+
+
+def test_a_step_that_would_differ_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that counts its calls in Python gives a recording what it gave once."""
+    model = tiny_model("qwen2_moe")
+    own, calls = type(model.model.norm).forward, []
+
+    def counting(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(hidden)
+        return own(model.model.norm, hidden) + torch.arange(hidden.shape[-1]) * len(calls)
+
+    model.model.norm.forward = counting
+    way, _ = captured(model)
+    assert way.step is None
+    assert way.reason is not None
+    assert "differs" in way.reason
+
+
+def test_every_kind_of_family_is_known() -> None:
+    assert set(CAPTURED) <= set(FAMILIES)
