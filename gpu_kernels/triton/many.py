@@ -44,7 +44,7 @@ def _quantised_tile(
     x_code_ptrs = x_row_ptrs.to(tl.pointer_type(tl.int8))[None, :] + tl.arange(0, 32)[:, None]
     x_scale_ptrs = x_row_ptrs.to(tl.pointer_type(tl.float32)) + n_blocks * 16
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
-    for block in range(n_blocks):
+    for _block in range(n_blocks):
         for half in tl.static_range(2):
             codes = _codes(code_ptrs + half * (half_lines * 64), INT4)
             x = tl.load(x_code_ptrs + half * 32)

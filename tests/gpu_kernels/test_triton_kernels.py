@@ -67,7 +67,7 @@ class Assembly:
 
 
 def compiled(target: tuple[str, int | str, int], spec: ExpertSpec, block: int) -> list[Any]:
-    """Triton's results for both kernels of a spec and a number of tokens; (backend, architecture, threads of a warp)."""
+    """Triton's results for both kernels; target: backend, architecture, threads of a warp."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

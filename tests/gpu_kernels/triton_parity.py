@@ -45,7 +45,7 @@ GROUPS = ([1], [1, 1], [3, 1], [4], [5, 2], [16], [17, 1], [64], [67, 3])
 ORDER = 2e-6
 """Relative error between the same sums in another order."""
 TRUNCATED = 5e-5
-"""Allowed where float32 becomes two bfloat16: the interpreter cuts digits off where hardware rounds (2^-16 for 2^-18)."""
+"""Allowed where float32 becomes two bfloat16: the interpreter cuts digits off (2^-16), hardware rounds (2^-18)."""
 TOP_K = 2
 
 
