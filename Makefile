@@ -9,7 +9,7 @@ STAMP_DEV := $(VENV)/.hybrimoe-dev
 STAMP_FLOOR := .venv-floor/.hybrimoe-floor
 FLOOR := .venv-floor/bin/python
 
-.PHONY: demo test test-fast test-all test-floor coverage lint bench test-ipex clean help
+.PHONY: demo test test-fast test-all test-floor coverage lint bench gpu-check test-ipex clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -62,6 +62,9 @@ bench: $(STAMP_DEV)  ## the kernel, decode and ablation benchmarks in their shor
 	$(BIN)/hybrimoe bench kernels --quick
 	$(BIN)/hybrimoe bench decode --quick
 	$(BIN)/hybrimoe bench ablation --quick
+
+gpu-check: $(STAMP_DEV)  ## on a machine with a card: the acceptance kit, at most 9 minutes (ARGS="--quick": 3)
+	$(BIN)/hybrimoe doctor --gpu $(ARGS)
 
 test-ipex:  ## the IPEX backend's parity suite, in an environment of its own (torch 2.8)
 	bash tests/ipex/run.sh

@@ -3,6 +3,12 @@
 The header is checked against the file's size when the file is opened, so that a truncated shard is found before a byte
 of weights is read. Reads are positioned and copy into memory of their own: nothing is mapped, so resident memory is
 what is asked for.
+
+Why not `safetensors.safe_open`, which maps the file: where the file is larger than memory its mapping is refused, and
+where a file is cut short behind the mapping the process dies of SIGBUS; a read ends in a CheckpointError. Speed is no
+reason. Measured over 1.06 GB of bfloat16 experts, each value looked at once, two workers, medians of rounds in turn:
+from the disk 1.26 s (`safe_open` 1.24), from the page cache 0.57 s (`safe_open` 0.39: it copies nothing). What was read
+stayed resident, as pages of the file, until the mapping was closed.
 """
 
 from __future__ import annotations
@@ -90,9 +96,11 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     try:
-        header: dict[str, Any] = json.loads(text)
-    except ValueError as error:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, size_bytes, "its header is no JSON") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, size_bytes, "its header is no JSON object")
     header.pop("__metadata__", None)
     start = LENGTH_BYTES + length
     tensors = {key: _stored(path, key, entry, start) for key, entry in header.items()}
@@ -104,10 +112,13 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
 def _stored(path: Path, key: str, entry: Any, start: int) -> StoredTensor:
     try:
-        name, shape, (begin, end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header's entry for {key} is damaged; fetch the file again") from error
-    if name not in DTYPES:
+        name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path}: the header's entry for {key} is damaged; fetch the file again")
+    if not isinstance(name, str) or name not in DTYPES:
         raise UnsupportedCheckpointError(f"{path}: {key} has dtype {name}; readable are {', '.join(DTYPES)}")
     tensor = StoredTensor(key, path, DTYPES[name], shape, start + begin)
     if tensor.nbytes != end - begin:

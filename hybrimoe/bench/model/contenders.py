@@ -135,8 +135,9 @@ def plain(label: str, model: Any, tokenizer: Any) -> Contender:
 class LlamaCpp:
     """A GGUF file through llama-cpp-python; the interface of `Contender` as far as speed goes."""
 
-    def __init__(self, path: str, threads: int, n_tokens: int) -> None:
-        """threads: of prompts and of decode steps. n_tokens: of prompt and reply together, which its context holds."""
+    def __init__(self, path: str, threads: int, n_tokens: int, device_layers: int = 0) -> None:
+        """threads: of prompts and of decode steps. n_tokens: of prompt and reply together, which its context holds.
+        device_layers: on the device, where llama.cpp is built for one; -1: all."""
         try:
             from llama_cpp import Llama
         except ImportError as error:
@@ -147,7 +148,10 @@ class LlamaCpp:
         self.open_s = self.resident_mib = 0.0
         self.step_bytes = gguf_step_bytes(path)
         context = max(CONTEXT, n_tokens + 1)
-        self._llama = Llama(model_path=path, n_threads=threads, n_threads_batch=threads, n_ctx=context, verbose=False)
+        self._llama = Llama(
+            model_path=path, n_threads=threads, n_threads_batch=threads, n_ctx=context, n_gpu_layers=device_layers,
+            verbose=False,
+        )  # fmt: skip
         self._held: list[int] = []
 
     def prefill(self, prompt_ids: Sequence[int]) -> float:

@@ -11,7 +11,7 @@ from yaml_rules import shapes
 from yaml_rules.located import read_yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from cpu_kernels import ExpertSpec, ExpertWeights
@@ -69,10 +69,15 @@ class CheckpointSource:
 class RandomSource:
     """Random weights in a shipped shape, as a whole or with its first `layers` layers. Nothing is downloaded."""
 
-    def __init__(self, shape: str, layers: int | None, n_tokens: int = 0) -> None:
-        """n_tokens: the context is made longer where it does not hold so many; random weights know no limit."""
+    def __init__(
+        self, shape: str, layers: int | None, n_tokens: int = 0, *, smaller: Mapping[str, int] | None = None
+    ) -> None:
+        """n_tokens: the context is made longer where it does not hold so many; random weights know no limit.
+
+        smaller: entries of the shape's configuration that are replaced.
+        """
         self.tokenizer: Any = NoTokenizer()
-        self.config = _config(shape, layers)
+        self.config = _config(shape, layers, smaller or {})
         self.config.max_position_embeddings = max(self.config.max_position_embeddings, n_tokens + 1)
         self.vocab_size = int(self.config.vocab_size)
 
@@ -137,14 +142,14 @@ def _draw_dense(model: Any) -> None:
     model.tie_weights()
 
 
-def _config(shape: str, layers: int | None) -> Any:
+def _config(shape: str, layers: int | None, replaced: Mapping[str, int]) -> Any:
     """The transformers configuration of a shape. Raises ConfigError for what cannot be."""
     from transformers import AutoConfig
 
     if shape not in shapes.shape_names():
         raise ConfigError(unknown("model shape", shape, shapes.shape_names()))
     data = read_yaml(shapes.FOLDER / f"{shape}.yaml").data
-    settings: dict[str, Any] = dict(data["config"])
+    settings: dict[str, Any] = {**data["config"], **replaced}
     if layers is not None:
         whole = int(settings["num_hidden_layers"])
         if not 1 <= layers <= whole:

@@ -22,16 +22,11 @@ from hybrimoe.checkpoint.quantisation import Quantisation
 from hybrimoe.checkpoint.safetensors_file import open_safetensors
 from hybrimoe.errors import CheckpointError
 
-TOKENS = torch.arange(3, 15)[None]
-OPTIONS: dict[str, Any] = {"policy": "static", "accelerator": "none", "expert_dtype": "float32", "progress": False}
+from .models import FLOAT32, logits
+
 BLOCK = 16
 E8M0 = torch.float8_e8m0fnu
 FP4 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=TOKENS).logits
 
 
 def sources(
@@ -260,7 +255,7 @@ def test_a_gpt_oss_checkpoint_in_mxfp4(tmp_path: Path, make_model: Callable[...,
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config.quantization_config = {"quant_method": "mxfp4"}
     config.save_pretrained(tmp_path)
-    model = load(tmp_path, **OPTIONS)
+    model = load(tmp_path, **FLOAT32)
     model.hybrimoe.restore()
     for name, parameter in plain.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
@@ -319,7 +314,7 @@ def state_block(directory: Path, block: list[int] | None, **entries: Any) -> Non
 
 def test_a_deepseek_checkpoint_in_fp8(fp8: tuple[Path, PreTrainedModel]) -> None:
     directory, plain = fp8
-    torch.testing.assert_close(logits(load(directory, **OPTIONS)), logits(plain), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(load(directory, **FLOAT32)), logits(plain), rtol=1e-5, atol=1e-5)
 
 
 def test_a_deepseek_checkpoint_in_fp8_whose_config_says_nothing(fp8: tuple[Path, PreTrainedModel]) -> None:
@@ -327,14 +322,14 @@ def test_a_deepseek_checkpoint_in_fp8_whose_config_says_nothing(fp8: tuple[Path,
     config = json.loads((directory / "config.json").read_text())
     del config["quantization_config"]
     (directory / "config.json").write_text(json.dumps(config))
-    torch.testing.assert_close(logits(load(directory, **OPTIONS)), logits(plain), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(load(directory, **FLOAT32)), logits(plain), rtol=1e-5, atol=1e-5)
 
 
 def test_a_deepseek_checkpoint_in_fp8_with_another_block_size_in_its_config(fp8: tuple[Path, PreTrainedModel]) -> None:
     directory, _ = fp8
     state_block(directory, [32, 16])
     with pytest.raises(CheckpointError, match=r"in blocks of 32 x 16 \(config.json: quantization_config\)"):
-        load(directory, **OPTIONS)
+        load(directory, **FLOAT32)
 
 
 def test_fp8_without_its_scales(fp8: tuple[Path, PreTrainedModel]) -> None:
@@ -343,4 +338,4 @@ def test_fp8_without_its_scales(fp8: tuple[Path, PreTrainedModel]) -> None:
     del tensors["model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"]
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"experts.2.up_proj.weight is quantised and its scales are missing"):
-        load(directory, **OPTIONS)
+        load(directory, **FLOAT32)

@@ -1,0 +1,116 @@
+"""Runs the sections: each in a process of its own, within a time limit, its result kept whatever comes after."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hybrimoe.bench.gpu_check import report
+from hybrimoe.bench.gpu_check.card import kind_of_figures, labels
+from hybrimoe.bench.gpu_check.child import Ended, python_child, run_child
+from hybrimoe.bench.gpu_check.sections import SECTIONS, Section
+from hybrimoe.bench.gpu_check.setting import QUICK_BELOW_MINUTES, Setting, setting_for
+
+WORKER = "hybrimoe.bench.gpu_check.worker"
+CORES_FOR_SIDE_BY_SIDE = 8
+"""With fewer, sections that could run beside each other run one by one."""
+LEAST_S = 5.0
+"""A section that has less time is not begun."""
+
+Told = Callable[[dict[str, Any]], None]
+
+
+def check(
+    accelerator: str, minutes: float, folder: Path, told: Told, *, sections: Sequence[Section] = SECTIONS
+) -> dict[str, Any]:  # fmt: skip
+    """The whole report as plain data; written into `folder` after each section, whose result `told` is given."""
+    kind = kind_of_figures(accelerator)
+    setting = setting_for(accelerator, kind, minutes)
+    result: dict[str, Any] = {
+        "title": "HybriMoE acceptance check of an accelerator",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kind": kind,
+        "minutes": minutes,
+        "complete": False,
+        "ok": False,
+        **labels(accelerator),
+        "sections": [],
+    }
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def ended(done: dict[str, Any]) -> None:
+        result["sections"].append(done)
+        result["seconds"] = round(time.monotonic() - started, 1)
+        report.write(result, folder)
+        told(done)
+
+    for batch, limit_s in _batches(sections, started + 60.0 * minutes, quick=minutes < QUICK_BELOW_MINUTES):
+        run = [(section, replace(setting, limit_s=limit_s), folder) for section in batch]
+        with ThreadPoolExecutor(len(run)) as pool:
+            for done in pool.map(lambda arguments: _run(*arguments), run):
+                ended(done)
+    result["complete"] = True
+    result["ok"] = all(section["status"] != "failed" for section in result["sections"])
+    report.write(result, folder)
+    return result
+
+
+def _batches(sections: Sequence[Section], until: float, *, quick: bool) -> Iterator[tuple[list[Section], float]]:
+    """What runs at the same time, with its time limit in s: of the time that is left when it begins, the part that it
+    has in the plan of what is left. So time that a section did not use goes to those after it."""
+    left = _grouped(sections)
+    while left:
+        planned = [max(section.quick_seconds if quick else section.seconds for section in batch) for batch in left]
+        yield left[0], max(0.0, until - time.monotonic()) * planned[0] / sum(planned)
+        left = left[1:]
+
+
+def _grouped(sections: Sequence[Section]) -> list[list[Section]]:
+    """Sections that need not be alone, together, where there are cores for them; then each of the others."""
+    if (os.cpu_count() or 1) < CORES_FOR_SIDE_BY_SIDE:
+        return [[section] for section in sections]
+    together = [section for section in sections if not section.alone]
+    return ([together] if together else []) + [[section] for section in sections if section.alone]
+
+
+def _run(section: Section, setting: Setting, folder: Path) -> dict[str, Any]:
+    """One section's result."""
+    base = {"name": section.name, "title": section.title, "kind": setting.kind, "limit_s": round(setting.limit_s, 1)}
+    if setting.limit_s < LEAST_S:
+        return base | _empty("skipped", "no time was left for it: give it --minutes") | {"seconds": 0.0, "log": ""}
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
+    setting_file, result_file = logs / f"{section.name}.setting.json", logs / f"{section.name}.json"
+    setting_file.write_text(setting.to_json(), encoding="utf-8")
+    result_file.unlink(missing_ok=True)
+    argv = python_child("-m", WORKER, section.module_name, str(setting_file), str(result_file))
+    ended = run_child(argv, setting.limit_s, logs / f"{section.name}.log")
+    return base | _judged(ended, result_file) | {"seconds": round(ended.seconds, 1)}
+
+
+def _judged(ended: Ended, result_file: Path) -> dict[str, Any]:
+    """What the section wrote, corrected by how its process ended."""
+    result = _empty("failed", "it wrote no result")
+    if result_file.exists():
+        result |= json.loads(result_file.read_text(encoding="utf-8"))
+    finished = "status" in result and result["why"] != "it wrote no result"
+    log = ended.output
+    if ended.why:
+        result["status"] = "failed"
+        when = "after its last result" if finished else "before it was done"
+        result["problems"] = [*result["problems"], f"{ended.why}, {when}"]
+        result["why"] = "; ".join(result["problems"])
+        log = f"{log}\n{ended.threads}".strip()
+    return result | {"log": log}
+
+
+def _empty(status: str, why: str) -> dict[str, Any]:
+    return {"status": status, "why": why, "tables": {}, "remarks": [], "problems": []}

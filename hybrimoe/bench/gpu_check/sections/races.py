@@ -1,0 +1,44 @@
+"""compute-sanitizer over a small program that copies experts into slots and computes them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from hybrimoe.bench.gpu_check.child import python_child, run_child
+from hybrimoe.bench.gpu_check.findings import Findings, SkippedError
+from hybrimoe.bench.gpu_check.setting import Setting
+
+PROGRAM = "hybrimoe.bench.gpu_check.sections.small_program"
+TOOLS = ("memcheck", "racecheck")
+USUAL_PLACE = "/usr/local/cuda/bin/compute-sanitizer"
+FOUND_ERRORS = 86
+"""The exit code that the tool is told to give."""
+KEPT_S = 12.0
+
+
+def run(setting: Setting, findings: Findings) -> None:
+    """Each tool in half of the section's time."""
+    if not setting.accelerator.startswith("cuda"):
+        raise SkippedError(f"compute-sanitizer is for CUDA devices, not for {setting.accelerator}")
+    sanitizer = shutil.which("compute-sanitizer") or (USUAL_PLACE if Path(USUAL_PLACE).exists() else None)
+    if sanitizer is None:
+        raise SkippedError("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
+    for tool in TOOLS:
+        argv = [
+            sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_ERRORS),
+            *python_child("-m", PROGRAM, setting.accelerator),
+        ]  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="hybrimoe-") as folder:
+            ended = run_child(
+                argv, (setting.limit_s - KEPT_S) / len(TOOLS), Path(folder) / "log",
+                extra={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )  # fmt: skip
+        summary = [line.strip("= ") for line in ended.output.splitlines() if "SUMMARY" in line]
+        findings.row("compute-sanitizer", tool=tool, seconds=round(ended.seconds, 1), result="; ".join(summary))
+        if ended.code is None:
+            findings.remark(f"{tool} did not end in {ended.seconds:.0f} s: nothing is known of it")
+        elif ended.why:
+            findings.problem(f"{tool}: {ended.why}; {'; '.join(summary)}")
+            findings.remark(ended.output)

@@ -1,0 +1,109 @@
+"""Tokens a second of decoding and of a prompt at several shares of slots, beside transformers and llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cpu_kernels.host.threads import resolve_threads
+from hybrimoe.bench import rounds
+from hybrimoe.bench.gpu_check.findings import Findings
+from hybrimoe.bench.gpu_check.sections import models
+from hybrimoe.bench.gpu_check.setting import Setting
+from hybrimoe.bench.model import contenders
+from hybrimoe.dense.place import dense_device, move
+
+DTYPE = "int4"
+ALL_LAYERS = -1
+"""llama.cpp's word for all layers on the device, where it is built for one."""
+
+
+def run(setting: Setting, findings: Findings) -> None:
+    """Alternating rounds of all contenders: decode first, then prompts."""
+    ids = models.prompt(setting)
+    with contenders.all_open(_openers(setting, findings)) as opened:
+        cosines = contenders.check_parity(opened, ids)
+        subjects = {contender.label: contender for contender in opened}
+        measures: dict[str, Callable[[Any], float]] = {
+            f"decode after {len(ids)} tokens": lambda it: it.decode(ids, setting.speed_tokens),
+            f"prompt of {len(ids)} tokens": lambda it: it.prefill(ids),
+            f"prompt of {setting.long_prompt_tokens} tokens": _long_prompt(setting),
+        }
+        for what, measure in measures.items():
+            for contender in opened:
+                contender.counters.clear()
+            values = rounds.alternate(subjects, measure, setting.rounds)
+            plain = median(values[opened[0].label])
+            for contender in opened:
+                _row(findings, what, contender, values[contender.label], plain, setting, cosines)
+
+
+def _long_prompt(setting: Setting) -> Callable[[Any], float]:
+    ids = models.prompt(setting, setting.long_prompt_tokens)
+    return lambda it: float(it.prefill(ids))
+
+
+def _row(
+    findings: Findings, what: str, contender: Any, values: list[float], plain: float, setting: Setting,
+    cosines: dict[str, float],
+) -> None:  # fmt: skip
+    told = rounds.spread(values)
+    activated = sum(counters["activated"] for counters in contender.counters)
+    hits = sum(counters["hits"] for counters in contender.counters)
+    findings.row(
+        what, contender=contender.label, tokens_per_s=round(told["median"], 1),
+        spread=f"{told['min']:.1f}-{told['max']:.1f}", beside_transformers=round(told["median"] / plain, 2),
+        us_a_token_and_layer=round(1e6 / told["median"] / setting.speed_layers, 1),
+        hit_rate=round(hits / activated, 3) if activated and hits else None,
+        logits_cosine=None if contender.label not in cosines else round(cosines[contender.label], 4),
+        rounds=len(values),
+    )  # fmt: skip
+
+
+def _openers(setting: Setting, findings: Findings) -> list[Callable[[ExitStack], Any]]:
+    source = models.source(setting, setting.speed_layers)
+    findings.remark(
+        f"{setting.shape}, {setting.speed_layers} layers, random weights: routing is nearly uniform, so hits are those"
+        f" of chance; experts {DTYPE} in the hybrid models, bfloat16 in transformers"
+    )
+    openers: list[Callable[[ExitStack], Any]] = [partial(_plain, setting, source)]
+    for share, step in [*((share, "auto") for share in setting.speed_shares), *_uncaptured(setting)]:
+        deployment = models.deployment(setting.accelerator, DTYPE, "ours", share, step=step)
+        make = partial(source.hybrid, deployment, lambda *_: None)
+        label = f"hybrid, {share:.0%} slots" + ("" if step == "auto" else ", steps not captured")
+        openers.append(partial(_hybrid, label, make, source.tokenizer))
+    if all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf")):
+        openers.append(partial(_llama_cpp, setting, source))
+    else:
+        findings.remark("llama.cpp is not beside it: llama-cpp-python or gguf is not installed")
+    return openers
+
+
+def _uncaptured(setting: Setting) -> list[tuple[float, str]]:
+    """The largest share once more, without captured steps: what they bring."""
+    return [] if setting.emulated else [(setting.speed_shares[-1], "transformers")]
+
+
+def _plain(setting: Setting, source: Any, stack: ExitStack) -> contenders.Contender:
+    model = source.plain()
+    device = dense_device(models.deployment(setting.accelerator, DTYPE, "ours", 0.0))
+    if device is not None:
+        move(model, device)
+    return contenders.plain("transformers", model, source.tokenizer)
+
+
+def _hybrid(label: str, make: Callable[[], Any], tokenizer: Any, stack: ExitStack) -> contenders.Contender:
+    return stack.enter_context(contenders.hybrid(label, make, tokenizer, DTYPE))
+
+
+def _llama_cpp(setting: Setting, source: Any, stack: ExitStack) -> contenders.LlamaCpp:
+    path = Path(stack.enter_context(TemporaryDirectory(prefix="hybrimoe-"))) / "model.gguf"
+    source.gguf(path, lambda *_: None)
+    n_tokens = setting.long_prompt_tokens + setting.speed_tokens
+    return contenders.LlamaCpp(str(path), resolve_threads(None), n_tokens, device_layers=ALL_LAYERS)

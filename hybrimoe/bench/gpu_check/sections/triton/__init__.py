@@ -1,0 +1,1 @@
+"""Kernels of the kit, imported where Triton is there only."""
