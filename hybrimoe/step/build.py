@@ -10,6 +10,7 @@ from torch import nn
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.errors import KernelError
+from gpu_kernels.decode_attention import AttendsBuffers, load_decode_attention
 from gpu_kernels.errors import GraphError
 from gpu_kernels.graphs import RecordsGraphs, graphs_of
 from hybrimoe.compat import takes_dynamic_cache
@@ -101,16 +102,27 @@ def _on_devices(model: nn.Module, session: Any, devices: set[torch.device]) -> S
     graphs = graphs_of(device)
     if graphs is None:
         return StepWay(reason=f"torch records no graphs on {device}")
-    return capture_step(model, session, device, graphs)
+    attention = load_decode_attention(device)
+    way = capture_step(model, session, device, graphs, attention)
+    if way.step is None and attention is not None:
+        with_torch = capture_step(model, session, device, graphs)
+        if with_torch.step is not None:
+            with_torch.layers["model"] += f"; attention by torch: {way.reason}"
+            return with_torch
+    return way
 
 
-def capture_step(model: nn.Module, session: Any, device: torch.device, graphs: RecordsGraphs) -> StepWay:
-    """Captures a step of a model on one device, compares it, and puts it before the model's forward."""
+def capture_step(
+    model: nn.Module, session: Any, device: torch.device, graphs: RecordsGraphs,
+    attention: AttendsBuffers | None = None,
+) -> StepWay:  # fmt: skip
+    """Captures a step of a model on one device, compares it, and puts it before the model's forward. attention: a
+    kernel for what of its attention it can compute."""
     if not takes_dynamic_cache(model):
         return StepWay(reason="the model makes a cache of its own kind")
     was_training = model.training
     model.eval()
-    step = CapturedStep(model, session, device, graphs)
+    step = CapturedStep(model, session, device, graphs, attention)
     tokens = torch.randint(
         0, step.text_config.vocab_size, (TRIAL_TOKENS,), generator=torch.Generator().manual_seed(SEED)
     )

@@ -22,11 +22,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from gpu_kernels.decode_attention import AttendsBuffers
 from gpu_kernels.graphs import Graph, RecordsGraphs
+from hybrimoe.dense.card_attention import cudnn_attention_off
 from hybrimoe.experts.module import HOOKS, HybridExperts
 from hybrimoe.generation.growing import Buffers, GrowingLayer, growing_cache
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.errors import NotCompiled
+from hybrimoe.step.fixed_attention import attention_by
 from hybrimoe.step.fixed_cache import fixed_cache, growing_layers
 from hybrimoe.step.forward import InPlaceOfForward
 from hybrimoe.step.model_step import ModelStep
@@ -108,7 +111,11 @@ class Pieces:
 class CapturedStep(ModelStep):
     """Answers decode steps of up to 8 sequences, one token each; the experts run as they always do."""
 
-    def __init__(self, model: nn.Module, session: Any, device: torch.device, graphs: RecordsGraphs) -> None:
+    def __init__(
+        self, model: nn.Module, session: Any, device: torch.device, graphs: RecordsGraphs,
+        attention: AttendsBuffers | None = None,
+    ) -> None:  # fmt: skip
+        """`attention` is used where it can be, None leaves all of it to torch."""
         experts = [module for module in model.modules() if isinstance(module, HybridExperts)]
         super().__init__(model, session, called=[part for module in experts for part in module.modules()])
         self.device = device
@@ -119,6 +126,7 @@ class CapturedStep(ModelStep):
         self._own = model.forward
         self._experts = experts
         self._graphs = graphs
+        self._attention = attention
         self._captured: list[Pieces] = []
         self._pieces_ns = 0
 
@@ -167,7 +175,7 @@ class CapturedStep(ModelStep):
         """
         ids = torch.tensor([list(token_ids)], device=self.device)
         cache = growing_cache(self.text_config)
-        with torch.no_grad():
+        with torch.no_grad(), cudnn_attention_off:
             before = self._own(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, return_dict=True)
             if before.past_key_values is not cache or type(cache) is not DynamicCache:
                 raise NotCompiled(f"the model keeps its past in a {type(before.past_key_values).__name__}")
@@ -250,7 +258,7 @@ class CapturedStep(ModelStep):
         numbers[-1] = n_past
         pieces = Pieces(numbers, buffers, layers=[weakref.ref(layer) for layer in layers])
         cache = fixed_cache(layers, buffers, numbers[-1])
-        with self._graphs.recording():
+        with cudnn_attention_off, attention_by(self._attention, cache.layers), self._graphs.recording():
             with self._experts_by(_no_experts):
                 self._run_own(pieces, cache)
             self._graphs.begin()

@@ -14,12 +14,13 @@ from hybrimoe.generation.growing import Buffers, GrowingLayer, GrowingWindowLaye
 class FixedLayer(StaticLayer):  # type: ignore[misc] # transformers is not typed
     """The buffers of a growing layer, whole: what is beyond the tokens held is hidden by the mask.
 
-    A step's tokens are written behind `n_past` (int64, one number, on the device), which nothing here changes.
+    A step's tokens are written behind `n_past` (int64, one number, on the device), which nothing here changes. first:
+    number of the token that the buffers begin with.
     """
 
     def __init__(self, buffers: Buffers, n_past: torch.Tensor) -> None:
         super().__init__(int(buffers.keys.shape[-2]))
-        self.keys, self.values, self._first = buffers.keys, buffers.values, buffers.first
+        self.keys, self.values, self.first = buffers.keys, buffers.values, buffers.first
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.cumulative_length = n_past
         self.is_initialized = True
@@ -29,14 +30,14 @@ class FixedLayer(StaticLayer):  # type: ignore[misc] # transformers is not typed
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes [B, heads, new tokens, D]; returns the whole buffers."""
         new = torch.arange(key_states.shape[-2], device=self.device)
-        places = new + (self.cumulative_length - self._first)
+        places = new + (self.cumulative_length - self.first)
         self.keys.index_copy_(2, places, key_states)
         self.values.index_copy_(2, places, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Tokens that the buffers have room for, and the number of the first one."""
-        return self.max_cache_len, self._first
+        return self.max_cache_len, self.first
 
 
 class FixedWindowLayer(FixedLayer):

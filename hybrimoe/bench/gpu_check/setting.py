@@ -30,8 +30,9 @@ class Setting:
 
     accelerator: a torch device, or "emulated". kind: what its figures are, e.g. "measured on NVIDIA H200".
     shape: a shipped model shape, random weights. layers: how many of its layers; speed_layers: for tokens a second.
-    smaller: entries of the shape's configuration that are replaced. kernel_shapes: whose experts the kernels are timed
-    with. shares: of the experts that have a slot. limit_s: time of the section that runs now.
+    smaller: entries of the shape's configuration that are replaced. kernel_shapes: how many shapes of
+    `hybrimoe.bench.kernels.card` the kernels are timed with. shares, speed_shares: of the experts that have a slot.
+    limit_s: time of the section that runs now.
     """
 
     accelerator: str
@@ -40,7 +41,7 @@ class Setting:
     layers: int = 2
     speed_layers: int = 16
     smaller: Mapping[str, int] = field(default_factory=dict)
-    kernel_shapes: tuple[str, ...] = ("olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b")
+    kernel_shapes: int = 3
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8", "int4")
     policies: tuple[str, ...] = ("ours", "on_demand/none/lru")
     shares: tuple[float, ...] = (0.1, 0.5, 1.0)
@@ -79,7 +80,7 @@ def setting_for(accelerator: str, kind: str, minutes: float) -> Setting:
         )  # fmt: skip
     if minutes < QUICK_BELOW_MINUTES:
         return replace(
-            setting, speed_layers=4, kernel_shapes=("olmoe-1b-7b",), dtypes=("bfloat16", "int4"), shares=(0.25, 1.0),
+            setting, speed_layers=4, kernel_shapes=1, dtypes=("bfloat16", "int4"), shares=(0.25, 1.0),
             prompt_tokens=192, new_tokens=8, speed_tokens=32, rounds=2,
         )  # fmt: skip
     return setting

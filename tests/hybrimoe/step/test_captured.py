@@ -55,6 +55,39 @@ def test_a_family_runs_captured(family: str) -> None:
     assert "forward" not in vars(model)
 
 
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, n_past: torch.Tensor,
+    first: int, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """What a card's kernel computes, by torch: of the tokens held alone, whose number only the device knows."""
+    held = torch.arange(keys.shape[2]) <= n_past - first
+    assert mask is not None
+    wide = [part.repeat_interleave(query.shape[1] // keys.shape[1], dim=1) for part in (keys, values)]
+    scores = (query @ wide[0].transpose(2, 3)) * scale
+    return (scores.masked_fill(~(held & mask), -torch.inf).softmax(-1) @ wide[1]).transpose(1, 2)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "mixtral", "cohere2_moe"])
+def test_attention_by_a_kernel(family: str) -> None:
+    model = tiny_model(family)
+    plain = outputs(model)
+    injection = hybrimoe.inject(model, accelerator="emulated", gpu_expert_slots=4, expert_dtype="float32")
+    calls: list[int] = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(args[5])
+        return attend(*args)
+
+    injection.way = capture_step(model, injection.session, HOST, NotedGraphs(), counted)
+    assert injection.step is not None, injection.way
+    before = len(calls)
+    found = outputs(model)
+    assert before
+    assert len(calls) == 2 * before, "once to warm up and once to record, at the trial and for the cache"
+    assert float((found.decode - plain.decode).abs().max()) <= TOLERANCE
+    assert torch.equal(found.tokens, plain.tokens)
+
+
 @pytest.fixture(scope="module")
 def plain() -> Any:
     return tiny_model("qwen2_moe")

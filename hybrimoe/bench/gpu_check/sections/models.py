@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrimoe.bench.gpu_check.setting import Setting
+from hybrimoe.bench.gpu_check.setting import EMULATED, Setting
 from hybrimoe.bench.model.sources import RandomSource
 from hybrimoe.config.deploy import DeployConfig, load_config
 from hybrimoe.generation import PrefixCache, TextGenerator
@@ -24,29 +24,41 @@ def source(setting: Setting, layers: int | None = None) -> RandomSource:
     return RandomSource(setting.shape, layers or setting.layers, context, smaller=setting.smaller)
 
 
-def deployment(accelerator: str, dtype: str, policy: str, share: float, dense_dtype: str = "auto") -> DeployConfig:
-    """Experts of `dtype`, `share` of them with a slot."""
+WITHOUT_CARD = ("none", EMULATED)
+
+
+def deployment(
+    accelerator: str, dtype: str, policy: str, share: float, *, dense_dtype: str = "auto", step: str = "auto"
+) -> DeployConfig:
+    """Experts of `dtype`, `share` of them with a slot. On a card decode steps are captured unless `step` is
+    "transformers"; elsewhere they are transformers' own: the plain way is what a card is compared with."""
     return load_config(
         {}, accelerator=accelerator, gpu_expert_slots=share or 0, expert_dtype=dtype, policy=policy,
-        dense_dtype=dense_dtype, step="transformers",
+        dense_dtype=dense_dtype, step="transformers" if accelerator in WITHOUT_CARD else step,
     )  # fmt: skip
 
 
 @contextmanager
 def opened(
     setting: Setting, accelerator: str, dtype: str, *, policy: str = "ours", share: float = 0.0,
-    dense_dtype: str = "float32",
+    dense_dtype: str = "float32", step: str = "auto",
 ) -> Iterator[TextGenerator]:  # fmt: skip
     """A model with hybrid experts. Its dense weights are float32 unless said otherwise: what differs then between two
     devices is the experts'."""
     made = source(setting)
-    model = made.hybrid(deployment(accelerator, dtype, policy, share, dense_dtype), lambda *_: None)
+    wanted = deployment(accelerator, dtype, policy, share, dense_dtype=dense_dtype, step=step)
+    model = made.hybrid(wanted, lambda *_: None)
     try:
         yield TextGenerator(model, made.tokenizer)
     finally:
         model.hybrimoe.session.close()
         del model
         gc.collect()
+
+
+def step_way(generator: TextGenerator) -> str:
+    """How the decode steps of an opened model run."""
+    return "; ".join(generator.model.hybrimoe.way.described().values())
 
 
 def prompt(setting: Setting, n_tokens: int | None = None) -> list[int]:

@@ -23,16 +23,18 @@ def run(setting: Setting, findings: Findings, watch: Watch = profile) -> None:
     """Decode steps at a quarter of the slots and with all, by each policy. `watch` runs work and says what it saw."""
     if setting.emulated:
         raise SkippedError("the emulated device makes no calls of a driver")
-    for policy in setting.policies:
-        _policy(setting, findings, policy, SHARE, watch)
-    _policy(setting, findings, setting.policies[0], 1.0, watch)
+    first = setting.policies[0]
+    cases = [(policy, SHARE, "auto") for policy in setting.policies]
+    for policy, share, step in [*cases, (first, 1.0, "auto"), (first, SHARE, "transformers")]:
+        _steps(setting, findings, policy, share, step, watch)
 
 
-def _policy(setting: Setting, findings: Findings, policy: str, share: float, watch: Watch) -> None:
-    what = f"{policy}, {share:.0%} slots"
+def _steps(setting: Setting, findings: Findings, policy: str, share: float, way: str, watch: Watch) -> None:
+    what = f"{policy}, {share:.0%} slots" + ("" if way == "auto" else f", {way}")
     with models.opened(
-        setting, setting.accelerator, "int4", policy=policy, share=share, dense_dtype="auto"
+        setting, setting.accelerator, "int4", policy=policy, share=share, dense_dtype="auto", step=way
     ) as generator:
+        findings.row("decode steps", what=what, way=models.step_way(generator))
         step = _decoding(generator, models.prompt(setting))
         for _ in range(setting.new_tokens):
             step()

@@ -33,6 +33,7 @@ def run(setting: Setting, findings: Findings) -> None:
             wanted = models.forced_logits(reference, ids, tokens[:-1])
         for policy in setting.policies:
             with models.opened(setting, setting.accelerator, dtype, policy=policy, share=setting.shares[0]) as found:
+                findings.row("decode steps", what=f"{dtype}, {policy}", way=models.step_way(found))
                 for share in setting.shares:
                     session = found.model.hybrimoe.session
                     session.resize_slots(share)

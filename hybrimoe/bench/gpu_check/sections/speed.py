@@ -73,15 +73,21 @@ def _openers(setting: Setting, findings: Findings) -> list[Callable[[ExitStack],
         f" of chance; experts {DTYPE} in the hybrid models, bfloat16 in transformers"
     )
     openers: list[Callable[[ExitStack], Any]] = [partial(_plain, setting, source)]
-    for share in setting.speed_shares:
-        deployment = models.deployment(setting.accelerator, DTYPE, "ours", share)
+    for share, step in [*((share, "auto") for share in setting.speed_shares), *_uncaptured(setting)]:
+        deployment = models.deployment(setting.accelerator, DTYPE, "ours", share, step=step)
         make = partial(source.hybrid, deployment, lambda *_: None)
-        openers.append(partial(_hybrid, f"hybrid, {share:.0%} slots", make, source.tokenizer))
+        label = f"hybrid, {share:.0%} slots" + ("" if step == "auto" else ", steps not captured")
+        openers.append(partial(_hybrid, label, make, source.tokenizer))
     if all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf")):
         openers.append(partial(_llama_cpp, setting, source))
     else:
         findings.remark("llama.cpp is not beside it: llama-cpp-python or gguf is not installed")
     return openers
+
+
+def _uncaptured(setting: Setting) -> list[tuple[float, str]]:
+    """The largest share once more, without captured steps: what they bring."""
+    return [] if setting.emulated else [(setting.speed_shares[-1], "transformers")]
 
 
 def _plain(setting: Setting, source: Any, stack: ExitStack) -> contenders.Contender:

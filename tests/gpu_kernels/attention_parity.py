@@ -1,0 +1,61 @@
+"""Run by test_triton_attention.py with TRITON_INTERPRET=1: decode attention against torch's."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from triton.runtime import interpreter
+
+from gpu_kernels.triton.attention import decode_attention
+
+CASES = [  # sequences, heads, key heads, size, size of values, room, tokens held, first, masked, dtype
+    (1, 4, 4, 16, 16, 64, 5, 0, False, torch.float32),
+    (1, 8, 2, 32, 32, 300, 299, 0, False, torch.float32),
+    (2, 4, 1, 24, 40, 200, 130, 0, True, torch.float32),
+    (3, 2, 2, 16, 16, 130, 129, 0, True, torch.bfloat16),
+    (1, 6, 2, 64, 64, 700, 650, 0, False, torch.bfloat16),
+    (1, 4, 2, 16, 16, 256, 100, 40, True, torch.float32),
+    (2, 32, 1, 16, 16, 128, 64, 0, False, torch.float32),
+]
+
+
+def loop_bounds_of_one_value() -> None:
+    """Triton 3.6's interpreter makes loop bounds of arrays with one value by `int`, which NumPy 2.5 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+def main() -> None:
+    loop_bounds_of_one_value()
+    generator = torch.Generator().manual_seed(0)
+    for n, heads, kv_heads, size, v_size, room, held, first, masked, dtype in CASES:
+        query = torch.randn(n, heads, 1, size, generator=generator).to(dtype)
+        keys = torch.randn(n, kv_heads, room, size, generator=generator).to(dtype)
+        values = torch.randn(n, kv_heads, room, v_size, generator=generator).to(dtype)
+        used = torch.arange(room) < held
+        keys[:, :, held:], values[:, :, held:] = 0, 0
+        seen = used.expand(n, 1, 1, room).clone()
+        if masked:
+            seen &= torch.rand(n, 1, 1, room, generator=generator) < 0.7
+            seen[..., 0] = True
+        scale = 0.3
+        found = decode_attention(
+            query, keys, values, seen if masked else None, torch.tensor(first + held - 1), first, scale, exact=True
+        )
+        wide = [each.repeat_interleave(heads // kv_heads, dim=1).float() for each in (keys, values)]
+        expected = scaled_dot_product_attention(query.float(), *wide, attn_mask=seen, scale=scale).transpose(1, 2)
+        error = float((found.float() - expected).norm() / expected.norm())
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2), (heads, kv_heads, error)
+        sys.stdout.write(f"ok {heads} {kv_heads} {room} {error}\n")
+
+
+if __name__ == "__main__":
+    main()

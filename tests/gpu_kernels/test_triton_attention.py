@@ -1,0 +1,77 @@
+"""Decode attention on a card: parity in Triton's interpreter, and what Triton makes of it for several cards."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_kernels.decode_attention import load_decode_attention, takes
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+"""Shared memory that a program may have, by compute capability."""
+
+
+@needs_triton
+def test_parity_in_the_interpreter() -> None:
+    """In its own process: Triton decides between interpreter and compiler when kernels are defined."""
+    script = Path(__file__).with_name("attention_parity.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok") == 7, done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize(("size", "dtype"), [(128, "bf16"), (256, "bf16"), (128, "fp32"), (192, "fp32")])
+def test_it_compiles_without_tf32_or_spills_and_fits_the_shared_memory(capability: int, size: int, dtype: str) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gpu_kernels.triton import attention
+
+    padded, item = triton.next_power_of_2(size), 4 if dtype == "fp32" else 2
+    constants: dict[str, Any] = {
+        "GROUP": 8, "ROWS": 16, "SIZE": size, "PADDED": padded, "V_SIZE": size, "V_PADDED": padded,
+        "KEYS": attention.keys_at_once(2 * padded * item), "SPLITS": 16, "MASKED": True, "EXACT": dtype == "fp32",
+    }  # fmt: skip
+    kernel = attention.part_kernel
+    named = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}", "mask_ptr": "*u8", "n_past_ptr": "*i64",
+             "scale": "fp32"}  # fmt: skip
+    types = {
+        name: "constexpr" if name in constants else named.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    made = triton.compile(ASTSource(kernel, types, constexprs=at), target=GPUTarget("cuda", capability, 32))
+    assert "tf32" not in made.asm["ptx"]
+    assert "ld.local" not in made.asm["ptx"]
+    assert made.metadata.shared <= SHARED_BYTES[capability]
+
+
+def test_what_the_kernel_takes() -> None:
+    query, keys = torch.zeros(2, 4, 1, 16), torch.zeros(2, 2, 64, 16)
+    seen = torch.ones(2, 1, 1, 64, dtype=torch.bool)
+    assert takes(query, keys, keys, seen)
+    assert takes(query, keys, keys, seen[:1])
+    assert takes(query, keys, keys, None)
+    assert not takes(torch.zeros(2, 4, 3, 16), keys, keys, None), "several new tokens"
+    assert not takes(query.double(), keys, keys, None), "another dtype"
+    assert not takes(query, keys, keys, seen.float()), "a mask that is added"
+    assert not takes(query, keys, keys, seen[..., :32]), "a mask of fewer tokens"
+    assert not takes(query, keys.transpose(2, 3).contiguous().transpose(2, 3), keys, None), "rows that are apart"
+    assert not takes(torch.zeros(2, 3, 1, 16), keys, keys, None), "heads that do not divide"
+
+
+def test_none_on_the_host() -> None:
+    assert load_decode_attention(torch.device("cpu")) is None
