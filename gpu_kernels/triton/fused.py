@@ -1,36 +1,62 @@
-"""Launches the fused kernels for a group of experts: one launch for gate, up and activation, one for down."""
+"""Launches the fused kernels for a group of experts: gate, up and activation in one launch, down in another.
+
+Two families, by the tokens of an expert: `few` reads each record once for 1 or 4 tokens, by integer or float sums in
+registers; `many` takes tiles of 16 or 64 tokens to tensor cores. int8 and int4 experts meet activations that a third,
+small kernel rounds to int8 once a call.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from cpu_kernels import ExpertSpec
-from cpu_kernels.format.layout import BLOCK_COLUMNS, BLOCK_ROWS, LINES
-from gpu_kernels.triton import kernels
+from cpu_kernels import ExpertDtype, ExpertSpec
+from cpu_kernels.format.layout import BLOCK_COLUMNS, GROUP, LINE_BYTES, is_quantised
+from gpu_kernels.triton import few, formats, many
 
-DTYPES = {
-    "int4": kernels.INT4,
-    "int8": kernels.INT8,
-    "bfloat16": kernels.BFLOAT16,
-    "float32": kernels.FLOAT32,
+DTYPES: dict[ExpertDtype, int] = {
+    "int4": formats.INT4,
+    "int8": formats.INT8,
+    "bfloat16": formats.BFLOAT16,
+    "float32": formats.FLOAT32,
 }
 KINDS = {
-    "silu": kernels.SILU,
-    "gelu": kernels.GELU,
-    "gelu_tanh": kernels.GELU_TANH,
-    "relu": kernels.RELU,
-    "relu2": kernels.RELU2,
-    "sigmoid": kernels.SIGMOID,
-    "identity": kernels.IDENTITY,
+    "silu": formats.SILU,
+    "gelu": formats.GELU,
+    "gelu_tanh": formats.GELU_TANH,
+    "relu": formats.RELU,
+    "relu2": formats.RELU2,
+    "sigmoid": formats.SIGMOID,
+    "identity": formats.IDENTITY,
 }
-MAX_TOKENS = 16
-"""Tokens of one expert up to which reading its record takes longer than the arithmetic."""
-MAX_BLOCK_TOKENS = 8
-"""Tokens that one program takes. From 16 on Triton makes the sum over columns a product on tensor cores, in TF32: with
-its 10 bits the results would not be those of float32."""
+BLOCK_TOKENS = (1, 4, 16, 64)
+"""Tokens that one program takes: the kernels are compiled once for each, and more tokens take several programs."""
+FEW_TOKENS = 4
+"""Up to so many tokens, multiplying them one by one takes no longer than reading the record."""
+MAX_TOKENS = BLOCK_TOKENS[-1] << 15
+"""Of one expert; so many programs a grid has in its third dimension."""
+UP_COLUMNS = 32
+"""Columns of the intermediate that a program computes: a group of the rounding to int8."""
 WORD_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a kernel for few tokens is cut: groups (int8, int4) or times 4 lines (floats) that a program takes at once,
+    warps of a program, and, of down, rows."""
+
+    units: int
+    warps: int
+    rows: int = 32
+
+
+UP = {1: Tuning(32, 8), 4: Tuning(32, 8)}
+DOWN = {1: Tuning(32, 4), 4: Tuning(32, 4)}
+TILE_WARPS = {16: 4, 64: 8}
+DOWN_TILE_ROWS = 64
 
 
 def supports(spec: ExpertSpec) -> bool:
@@ -39,8 +65,8 @@ def supports(spec: ExpertSpec) -> bool:
 
 
 def block_tokens(n_tokens: list[int]) -> int:
-    """Tokens that one program takes of a group whose experts have so many: a power of two."""
-    return 1 << (min(max(n_tokens), MAX_BLOCK_TOKENS) - 1).bit_length()
+    """Tokens that one program takes of a group whose experts have so many."""
+    return next((block for block in BLOCK_TOKENS if block >= max(n_tokens)), BLOCK_TOKENS[-1])
 
 
 def run_group(
@@ -53,26 +79,72 @@ def run_group(
     int32 [n + 1]; n_tokens: rows of each expert; hidden float32 [T, H]; weights float32 [T * top_k]; out float32
     [T * top_k, H], of which exactly the given rows are written.
     """
-    layout, act = spec.layout, spec.activation
+    layout = spec.layout
     words = slots.view(torch.int32)
-    block_m = block_tokens(n_tokens)
-    tiles = -(-max(n_tokens) // block_m)
-    inner = torch.empty((rows.numel(), spec.inter), dtype=torch.float32, device=hidden.device)
-    common = {"BLOCK_M": block_m, "LINES": LINES[spec.dtype], "DTYPE": DTYPES[spec.dtype], "HAS_BIAS": spec.has_bias}
-    kernels.up_kernel[(layout.inter_padded // BLOCK_ROWS, len(n_tokens), tiles)](
-        words, words.stride(0), slot_ids, offsets, rows, hidden, inner,
-        spec.hidden, spec.inter, layout.hidden_padded // BLOCK_COLUMNS, top_k,
-        layout.gate_bias_offset // WORD_BYTES, layout.up_bias_offset // WORD_BYTES,
-        act.alpha, _or_infinite(act.gate_max), _or_infinite(act.act_max), _or_infinite(act.up_limit), act.up_offset,
-        KIND=KINDS[act.kind], GATED=act.gated, **common,
-    )  # fmt: skip
-    kernels.down_kernel[(layout.hidden_padded // BLOCK_ROWS, len(n_tokens), tiles)](
-        words, words.stride(0), slot_ids, offsets, rows, inner, weights, out,
-        spec.hidden, spec.inter, layout.inter_padded // BLOCK_COLUMNS,
-        layout.down_offset // WORD_BYTES, layout.down_bias_offset // WORD_BYTES,
-        **common,
-    )  # fmt: skip
+    x, inner = _activations(spec, hidden, rows.numel())
+    block = block_tokens(n_tokens)
+    grid = len(n_tokens), -(-max(n_tokens) // block)
+    group = words, words.stride(0) * WORD_BYTES // LINE_BYTES, slot_ids, offsets, rows
+    up = [
+        *group, x, inner, x.stride(0), inner.stride(0), spec.hidden, spec.inter, layout.hidden_padded // BLOCK_COLUMNS,
+        top_k, layout.gate_bias_offset // WORD_BYTES, layout.up_bias_offset // WORD_BYTES, *_limits(spec),
+    ]  # fmt: skip
+    down = [
+        *group, inner, weights, out, inner.stride(0), layout.inter_padded, spec.hidden,
+        layout.inter_padded // BLOCK_COLUMNS, layout.down_offset // LINE_BYTES, layout.down_bias_offset // WORD_BYTES,
+    ]  # fmt: skip
+    up_kernel, up_options = up_variant(spec, block, has_dp4a(hidden.device))
+    up_kernel[(layout.inter_padded // UP_COLUMNS, *grid)](*up, **up_options)
+    down_kernel, down_options = down_variant(spec, block, has_dp4a(hidden.device))
+    down_kernel[(layout.hidden_padded // down_options["ROWS"], *grid)](*down, **down_options)
 
 
-def _or_infinite(limit: float | None) -> float:
-    return math.inf if limit is None else limit
+def up_variant(spec: ExpertSpec, block: int, dp4a: bool) -> tuple[Any, dict[str, Any]]:
+    """The kernel of gate, up and activation for programs of `block` tokens, and what it is compiled for."""
+    kind = {"KIND": KINDS[spec.activation.kind], "GATED": spec.activation.gated}
+    if block > FEW_TOKENS:
+        return many.up_tile_kernel, _common(spec, block) | kind | {"num_warps": TILE_WARPS[block]}
+    cut = UP[block]
+    options = {"UNITS": cut.units, "DP4A": dp4a, "num_warps": cut.warps}
+    return few.up_kernel, _common(spec, block) | kind | options
+
+
+def down_variant(spec: ExpertSpec, block: int, dp4a: bool) -> tuple[Any, dict[str, Any]]:
+    """The kernel of down for programs of `block` tokens, and what it is compiled for."""
+    if block > FEW_TOKENS:
+        options = {"ROWS": DOWN_TILE_ROWS, "num_warps": TILE_WARPS[block]}
+        return many.down_tile_kernel, _common(spec, block) | options
+    cut = DOWN[block]
+    options = {"UNITS": cut.units, "ROWS": cut.rows, "DP4A": dp4a, "num_warps": cut.warps}
+    return few.down_kernel, _common(spec, block) | options
+
+
+def _common(spec: ExpertSpec, block: int) -> dict[str, Any]:
+    return {"TOKENS": block, "DTYPE": DTYPES[spec.dtype], "HAS_BIAS": spec.has_bias}
+
+
+def has_dp4a(device: torch.device) -> bool:
+    """Whether the kernels may use NVIDIA's instruction for products of four bytes; elsewhere (and in Triton's
+    interpreter) plain arithmetic gives the same integers."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _activations(spec: ExpertSpec, hidden: torch.Tensor, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The input as the kernels read it, and memory for the intermediate of n_rows rows."""
+    device, inter = hidden.device, spec.layout.inter_padded
+    if not is_quantised(spec.dtype):
+        return hidden, torch.empty((n_rows, inter), dtype=torch.float32, device=device)
+    n_groups = spec.layout.hidden_padded // GROUP
+    x = torch.empty((len(hidden), formats.GROUP_WORDS * n_groups), dtype=torch.int32, device=device)
+    parts = -(-n_groups // formats.QUANTISE_GROUPS)
+    formats.quantise_kernel[(len(hidden), parts)](
+        hidden, x, spec.hidden, n_groups, GROUPS=formats.QUANTISE_GROUPS, num_warps=4
+    )
+    return x, torch.empty((n_rows, formats.GROUP_WORDS * inter // GROUP), dtype=torch.int32, device=device)
+
+
+def _limits(spec: ExpertSpec) -> list[float]:
+    """Alpha, limits and offset of the activation; limits that do not apply are infinite."""
+    act = spec.activation
+    limits = [math.inf if limit is None else limit for limit in (act.gate_max, act.act_max, act.up_limit)]
+    return [act.alpha, *limits, act.up_offset]

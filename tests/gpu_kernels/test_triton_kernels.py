@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,11 @@ import pytest
 import torch
 
 import gpu_kernels
-from cpu_kernels import Activation, ExpertSpec, relative_error
-from cpu_kernels.format.layout import LINES
+from cpu_kernels import Activation, ExpertDtype, ExpertSpec, relative_error
+from cpu_kernels.format.layout import is_quantised
 from gpu_kernels import TorchAccelerator
 from gpu_kernels.fused_choice import FusedChoice, Group, load_fused
+from hybrimoe.runtime.startup.measure import KERNEL_TOKENS
 
 from .conftest import Experts
 
@@ -26,93 +30,176 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @needs_triton
-def test_parity_in_the_interpreter() -> None:
+@pytest.mark.parametrize("dtypes", ["int4", "int8", "bfloat16", "float32"])
+def test_parity_in_the_interpreter(dtypes: str) -> None:
     """In its own process: Triton decides between interpreter and compiler when kernels are defined."""
     script = Path(__file__).with_name("triton_parity.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, script, dtypes], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok") == 9, done.stdout
+    assert done.stdout.count("ok") == 10, done.stdout
 
 
-def compile_both(target: tuple[str, int | str, int], dtype: str, block_tokens: int) -> list[dict[str, Any]]:
-    """What Triton makes of both kernels for (backend, architecture, threads of a warp), by stage."""
+@dataclass(frozen=True)
+class Assembly:
+    """What Triton makes of one kernel for an NVIDIA architecture."""
+
+    ptx: str
+    cubin: bytes
+
+    @property
+    def loops(self) -> list[str]:
+        """The code between each label and a jump back to it."""
+        lines, labels, found = self.ptx.split("\n"), {}, []
+        for number, line in enumerate(lines):
+            if label := re.match(r"(\$L\w+):", line):
+                labels[label[1]] = number
+            if (jump := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)) and jump[1] in labels:
+                found.append("\n".join(lines[labels[jump[1]] : number]))
+        return found
+
+    @property
+    def main_loop(self) -> str:
+        """The longest loop: that over the columns."""
+        return max(self.loops, key=len)
+
+
+def compiled(target: tuple[str, int | str, int], spec: ExpertSpec, block: int) -> list[Any]:
+    """Triton's results for both kernels; target: backend, architecture, threads of a warp."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gpu_kernels.triton import fused, kernels
+    from gpu_kernels.triton import fused
 
-    wide = {"rows_ptr": "*i64", "slots_ptr": "*i32", "slot_ids_ptr": "*i32", "offsets_ptr": "*i32"}
-    real = ("alpha", "gate_max", "act_max", "up_limit", "up_offset")
-    stages = []
-    for kernel, more in ((kernels.up_kernel, {"KIND": 0, "GATED": True}), (kernels.down_kernel, {})):
-        constants = {
-            "BLOCK_M": block_tokens, "LINES": LINES[dtype], "DTYPE": fused.DTYPES[dtype], "HAS_BIAS": True,
-        } | more  # fmt: skip
+    known = {"rows_ptr": "*i64", "slots_ptr": "*i32", "slot_ids_ptr": "*i32", "offsets_ptr": "*i32"}
+    if is_quantised(spec.dtype):
+        known |= {"x_ptr": "*i32", "inner_ptr": "*i32"}
+    known |= dict.fromkeys(("alpha", "gate_max", "act_max", "up_limit", "up_offset"), "fp32")
+    results = []
+    for kernel, options in (fused.up_variant(spec, block, dp4a=True), fused.down_variant(spec, block, dp4a=True)):
+        names = kernel.arg_names
+        constants = {name: value for name, value in options.items() if name in names}
+        if target[0] != "cuda" and "DP4A" in constants:
+            constants["DP4A"] = False
         types = {
-            name: "constexpr" if name in constants
-            else wide.get(name, "*fp32" if name.endswith("_ptr") else "fp32" if name in real else "i32")
-            for name in kernel.arg_names
+            name: "constexpr" if name in constants else known.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+            for name in names
         }  # fmt: skip
-        at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        stages.append(triton.compile(ASTSource(kernel, types, constexprs=at), target=GPUTarget(*target)).asm)
-    return stages
+        aligned = {(names.index("slots_ptr"),): [["tt.divisibility", 16]]}
+        at = {(names.index(name),): value for name, value in constants.items()}
+        results.append(
+            triton.compile(
+                ASTSource(kernel, types, constexprs=at, attrs=aligned),
+                target=GPUTarget(*target),
+                options={"num_warps": options["num_warps"]},
+            )
+        )
+    return results
+
+
+@functools.cache
+def assembly(arch: int, dtype: ExpertDtype, block: int) -> list[Assembly]:
+    """Of up and down."""
+    found = compiled(("cuda", arch, 32), ExpertSpec(2048, 1024, dtype), block)
+    return [Assembly(kernel.asm["ptx"], kernel.asm["cubin"]) for kernel in found]
+
+
+def stack_bytes(cubin: bytes, path: Path) -> int:
+    """Bytes of local memory that each thread has: registers that did not suffice."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path.write_bytes(cubin)
+    usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+
+
+ARCHITECTURES = (80, 86, 89, 90, 120)
+no_fusion_warning = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
 @needs_triton
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("target", [("cuda", 80, 32), ("hip", "gfx942", 64)], ids=["cuda", "hip"])
+@no_fusion_warning
+@pytest.mark.parametrize("block", [1, 16])
 @pytest.mark.parametrize("dtype", ["int4", "bfloat16"])
-def test_kernels_compile_without_a_device(target: tuple[str, int | str, int], dtype: str) -> None:
-    for stages in compile_both(target, dtype, 4):
-        assert "cubin" in stages or "hsaco" in stages
+def test_kernels_compile_for_amd_without_a_device(dtype: ExpertDtype, block: int) -> None:
+    for kernel in compiled(("hip", "gfx942", 64), ExpertSpec(2048, 1024, dtype, has_bias=True), block):
+        assert "hsaco" in kernel.asm
 
 
 @needs_triton
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("arch", [80, 89, 90])
+@no_fusion_warning
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
-def test_no_product_is_rounded_to_tf32(arch: int, dtype: str) -> None:
-    """Results are promised in float32: tensor cores would round both factors to 10 bits."""
-    from gpu_kernels.triton import fused
-
-    largest = max(fused.block_tokens([n_tokens]) for n_tokens in range(1, fused.MAX_TOKENS + 1))
-    for stages in compile_both(("cuda", arch, 32), dtype, largest):
-        assert "tf32" not in stages["ptx"]
+@pytest.mark.parametrize("block", [1, 4, 16, 64])
+def test_no_product_is_rounded_to_tf32_and_no_register_spilled(
+    arch: int, dtype: ExpertDtype, block: int, tmp_path: Path
+) -> None:
+    """Results are promised in float32, or in the integers of the CPU's kernels: TF32 would round to 10 bits."""
+    for kernel in assembly(arch, dtype, block):
+        assert "tf32" not in kernel.ptx
+        assert stack_bytes(kernel.cubin, tmp_path / "kernel.cubin") == 0
 
 
 @needs_triton
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_larger_blocks_would_be_rounded() -> None:
-    """Why MAX_BLOCK_TOKENS is what it is. If this fails, a newer Triton leaves such sums alone: raise the limit."""
-    from gpu_kernels.triton import fused
+@no_fusion_warning
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
+@pytest.mark.parametrize("block", [1, 4])
+def test_few_tokens_read_16_bytes_at_a_time_and_no_thread_waits(arch: int, dtype: ExpertDtype, block: int) -> None:
+    """The loop over columns reads weights by 16 bytes, and its sums stay in registers: one exchange, after the loop."""
+    for kernel in assembly(arch, dtype, block):
+        loop = kernel.main_loop
+        assert "ld.global" in loop
+        assert re.search(r"ld\.global\S*\.v4\.b32", loop)
+        assert "bar.sync" not in loop
+        assert "shfl" not in loop
+        assert ("dp4a" in loop) == is_quantised(dtype)
 
-    assert "tf32" in compile_both(("cuda", 89, 32), "int4", 2 * fused.MAX_BLOCK_TOKENS)[0]["ptx"]
+
+@needs_triton
+@no_fusion_warning
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16"])
+def test_many_tokens_take_tensor_cores(arch: int, dtype: ExpertDtype) -> None:
+    for block in (16, 64):
+        for kernel in assembly(arch, dtype, block):
+            assert re.search(
+                r"\bw?g?mma\S*\.s32\.s8" if is_quantised(dtype) else r"\bw?g?mma\S*\.bf16", kernel.main_loop
+            )
 
 
 @needs_triton
 def test_what_changes_from_call_to_call_is_not_compiled_in() -> None:
-    from gpu_kernels.triton import kernels
+    """Only dtype, activation, bias and block decide what is compiled: one start compiles all that a session needs."""
+    from gpu_kernels.triton import few, formats, many
 
-    for kernel in (kernels.up_kernel, kernels.down_kernel):
-        parameters = {parameter.name: parameter for parameter in kernel.params}
-        assert all(
-            parameters[name].do_not_specialize_on_alignment
-            for name in ("slot_ids_ptr", "offsets_ptr", "rows_ptr", "hidden_ptr", "weights_ptr")
-            if name in parameters
-        )
-    assert kernels.up_kernel.params[kernels.up_kernel.arg_names.index("top_k")].do_not_specialize
+    constants_and_reals = {"alpha", "gate_max", "act_max", "up_limit", "up_offset"}
+    for kernel in (
+        few.up_kernel, few.down_kernel, many.up_tile_kernel, many.down_tile_kernel, formats.quantise_kernel,
+    ):  # fmt: skip
+        for parameter in kernel.params:
+            if parameter.is_constexpr or parameter.name in constants_and_reals:
+                continue
+            if parameter.name.endswith("_ptr"):
+                ours = parameter.name in ("slots_ptr", "x_ptr", "inner_ptr", "target_ptr")  # from torch: aligned
+                assert parameter.do_not_specialize_on_alignment or ours, parameter.name
+            else:
+                assert parameter.do_not_specialize, parameter.name
 
 
 @needs_triton
-@pytest.mark.parametrize("n_tokens", [1, 2, 3, 8, 9, 16])
-def test_blocks_cover_the_tokens_in_powers_of_two(n_tokens: int) -> None:
+@pytest.mark.parametrize("n_tokens", [1, 2, 4, 5, 16, 17, 64, 65, 1000])
+def test_blocks_cover_the_tokens(n_tokens: int) -> None:
     from gpu_kernels.triton import fused
 
     block = fused.block_tokens([1, n_tokens])
-    assert block & (block - 1) == 0
-    assert block >= min(n_tokens, fused.MAX_BLOCK_TOKENS)
+    assert block in fused.BLOCK_TOKENS
+    assert block >= min(n_tokens, 64)
+    assert fused.BLOCK_TOKENS == KERNEL_TOKENS, "what a session compiles at its start"
 
 
 class Faulty:

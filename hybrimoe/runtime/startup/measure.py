@@ -25,8 +25,9 @@ MAX_EXPERTS = 8
 POINT_BUDGET_US = 25_000.0
 """A point that takes longer than this is the last one of its lane."""
 REPEATS = 3
-KERNEL_TOKENS = (1, 2, 4, 8)
-"""Tokens of an expert for which a device may have kernels of their own, compiled when they are first called."""
+KERNEL_TOKENS = (1, 4, 16, 64)
+"""Tokens of an expert for which a device may have kernels of their own, compiled when they are first called; the blocks
+of `gpu_kernels.triton.fused`."""
 
 
 def measure_profile(
