@@ -12,6 +12,8 @@ import torch
 
 from gpu_kernels.errors import GraphError
 
+TIMED_REPLAYS = 5
+
 __all__ = ["Graph", "RecordsGraphs", "TorchGraphs", "graphs_of"]
 
 
@@ -35,6 +37,9 @@ class RecordsGraphs(Protocol):
 
     def end(self) -> Graph:
         """The piece that was begun last. Raises GraphError where the device cannot record what was submitted."""
+
+    def time_us(self, graph: Graph) -> float:
+        """What the device takes for a replay, in us: the mean of a few, after one to warm up."""
 
 
 class TorchGraphs:
@@ -82,6 +87,17 @@ class TorchGraphs:
             raise GraphError(f"the device cannot record this work: {_first_line(error)}") from error
         ended: Graph = graph
         return ended
+
+    def time_us(self, graph: Graph) -> float:
+        """As `RecordsGraphs.time_us`."""
+        graph.replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(TIMED_REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e3 / TIMED_REPLAYS
 
     @contextlib.contextmanager
     def _random_numbers_apart(self) -> Iterator[None]:
