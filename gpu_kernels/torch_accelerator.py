@@ -22,7 +22,12 @@ from cpu_kernels.format.pack import record_tensor
 from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
 from gpu_kernels.devices import indexed, memory_info
 from gpu_kernels.errors import ClosedError, LaneError, SlotError
+<<<<<<< HEAD
 from gpu_kernels.fused_choice import Group, RowsOfCall, load_fused
+=======
+from gpu_kernels.fused_choice import Group, load_fused
+from gpu_kernels.resident import run_resident
+>>>>>>> main
 from gpu_kernels.slot_events import SlotEvents
 from gpu_kernels.streams import clock_us
 from gpu_kernels.torch_events import DeviceEvent, DoneEvent, TimeOrigin, on_stream
@@ -181,6 +186,14 @@ class TorchAccelerator:
         for j in range(1, work.dispatch.top_k):
             out += by_token[:, j]
         return out
+
+    def run_resident(
+        self, spec: ExpertSpec, slot_of: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """A layer's output [T, H] where each expert has a slot, on the current stream and without the host; see
+        `gpu_kernels.resident.run_resident`. The slots' copies must have ended, and none may follow."""
+        with torch.no_grad(), self._current():
+            return run_resident(spec, self._slots, slot_of, hidden, ids, weights, self._fused)
 
     def sibling(self) -> TorchAccelerator:
         """A second, empty slot memory behind the same streams; staging buffers are its own."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,22 @@ class Findings:
         if not holds:
             self.problem(text)
 
+    @contextmanager
+    def part(self, what: str) -> Iterator[None]:
+        """A part of a section: what it raises is a problem of the section, and the other parts are tried all the
+        same."""
+        try:
+            yield
+        except SkippedError:
+            raise
+        except Exception as error:  # noqa: BLE001  # one part's failure must not hide the others' results
+            self.failed(what, error)
+
+    def failed(self, what: str, error: Exception) -> None:
+        """A problem that was raised, with where it came from."""
+        self.problem(f"{what}: {type(error).__name__}: {error}")
+        self.remark("".join(traceback.format_exception(error)))
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {"tables": self.tables, "remarks": self.remarks, "problems": self.problems}
@@ -60,7 +77,6 @@ def run_section(run: Callable[[Setting, Findings], None], setting: Setting, find
     except SkippedError as reason:
         return findings.as_dict() | {"status": "skipped", "why": str(reason)}
     except Exception as error:  # noqa: BLE001  # one section's failure must not hide the others' results
-        findings.problem(f"{type(error).__name__}: {error}")
-        findings.remark("".join(traceback.format_exception(error)))
+        findings.failed("the section", error)
     problems = findings.problems
     return findings.as_dict() | {"status": "failed" if problems else "ok", "why": "; ".join(problems)}

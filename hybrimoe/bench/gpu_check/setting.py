@@ -81,6 +81,6 @@ def setting_for(accelerator: str, kind: str, minutes: float) -> Setting:
     if minutes < QUICK_BELOW_MINUTES:
         return replace(
             setting, speed_layers=4, kernel_shapes=1, dtypes=("bfloat16", "int4"), shares=(0.25, 1.0),
-            prompt_tokens=192, new_tokens=8, speed_tokens=32, rounds=2,
+            speed_shares=(0.0, 0.25, 1.0), prompt_tokens=192, new_tokens=8, speed_tokens=32, rounds=2,
         )  # fmt: skip
     return setting

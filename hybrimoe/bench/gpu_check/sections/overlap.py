@@ -25,8 +25,9 @@ def run(setting: Setting, findings: Findings, watch: Watch = profile) -> None:
         raise SkippedError("the emulated device makes no calls of a driver")
     first = setting.policies[0]
     cases = [(policy, SHARE, "auto") for policy in setting.policies]
-    for policy, share, step in [*cases, (first, 1.0, "auto"), (first, SHARE, "transformers")]:
-        _steps(setting, findings, policy, share, step, watch)
+    for policy, share, step in [(first, SHARE, "transformers"), *cases, (first, 1.0, "auto")]:
+        with findings.part(f"{policy}, {share:.0%} slots, {step}"):
+            _steps(setting, findings, policy, share, step, watch)
 
 
 def _steps(setting: Setting, findings: Findings, policy: str, share: float, way: str, watch: Watch) -> None:

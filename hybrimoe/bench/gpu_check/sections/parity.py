@@ -29,18 +29,28 @@ def run(setting: Setting, findings: Findings) -> None:
     ids = models.prompt(setting)
     for dtype in setting.dtypes:
         with models.opened(setting, "none", dtype) as reference:
-            tokens = models.greedy(reference, ids, setting.new_tokens + 1)
-            wanted = models.forced_logits(reference, ids, tokens[:-1])
+            tokens = models.greedy(reference, ids, setting.new_tokens + 1)[:-1]
+            wanted = models.forced_logits(reference, ids, tokens)
         for policy in setting.policies:
-            with models.opened(setting, setting.accelerator, dtype, policy=policy, share=setting.shares[0]) as found:
-                findings.row("decode steps", what=f"{dtype}, {policy}", way=models.step_way(found))
-                for share in setting.shares:
-                    session = found.model.hybrimoe.session
-                    session.resize_slots(share)
-                    session.reset_stats()
-                    rows = models.forced_logits(found, ids, tokens[:-1])
-                    _compare(findings, f"{dtype}, {policy}, {share:.0%} slots", dtype, rows, wanted, session.stats())
-    _already_on_the_device(setting, findings, ids)
+            with findings.part(f"{dtype}, {policy}"):
+                _policy(setting, findings, dtype, policy, (ids, tokens), wanted)
+    with findings.part("a model that lies on the device"):
+        _already_on_the_device(setting, findings, ids)
+
+
+def _policy(
+    setting: Setting, findings: Findings, dtype: str, policy: str, given: tuple[list[int], list[int]],
+    wanted: npt.NDArray[np.float32],
+) -> None:  # fmt: skip
+    """One model at all shares; `given`: the prompt and the tokens after it, `wanted` the CPU's logits of these."""
+    with models.opened(setting, setting.accelerator, dtype, policy=policy, share=setting.shares[0]) as generator:
+        findings.row("decode steps", what=f"{dtype}, {policy}", way=models.step_way(generator))
+        session = generator.model.hybrimoe.session
+        for share in setting.shares:
+            session.resize_slots(share)
+            session.reset_stats()
+            rows = models.forced_logits(generator, *given)
+            _compare(findings, f"{dtype}, {policy}, {share:.0%} slots", dtype, rows, wanted, session.stats())
 
 
 def _compare(

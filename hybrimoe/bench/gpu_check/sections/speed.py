@@ -20,6 +20,7 @@ from hybrimoe.bench.model import contenders
 from hybrimoe.dense.place import dense_device, move
 
 DTYPE = "int4"
+TRIAL_TOKENS = 2
 ALL_LAYERS = -1
 """llama.cpp's word for all layers on the device, where it is built for one."""
 
@@ -27,7 +28,8 @@ ALL_LAYERS = -1
 def run(setting: Setting, findings: Findings) -> None:
     """Alternating rounds of all contenders: decode first, then prompts."""
     ids = models.prompt(setting)
-    with contenders.all_open(_openers(setting, findings)) as opened:
+    with contenders.all_open(_openers(setting, findings)) as everyone:
+        opened = _those_that_run(findings, everyone, ids)
         cosines = contenders.check_parity(opened, ids)
         subjects = {contender.label: contender for contender in opened}
         measures: dict[str, Callable[[Any], float]] = {
@@ -42,6 +44,16 @@ def run(setting: Setting, findings: Findings) -> None:
             plain = median(values[opened[0].label])
             for contender in opened:
                 _row(findings, what, contender, values[contender.label], plain, setting, cosines)
+
+
+def _those_that_run(findings: Findings, opened: list[Any], ids: list[int]) -> list[Any]:
+    """The contenders that can decode; of each other one a problem."""
+    running = []
+    for contender in opened:
+        with findings.part(contender.label):
+            contender.decode(ids, TRIAL_TOKENS)
+            running.append(contender)
+    return running
 
 
 def _long_prompt(setting: Setting) -> Callable[[Any], float]:
