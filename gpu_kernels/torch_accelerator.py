@@ -22,12 +22,8 @@ from cpu_kernels.format.pack import record_tensor
 from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
 from gpu_kernels.devices import indexed, memory_info
 from gpu_kernels.errors import ClosedError, LaneError, SlotError
-<<<<<<< HEAD
 from gpu_kernels.fused_choice import Group, RowsOfCall, load_fused
-=======
-from gpu_kernels.fused_choice import Group, load_fused
 from gpu_kernels.resident import run_resident
->>>>>>> main
 from gpu_kernels.slot_events import SlotEvents
 from gpu_kernels.streams import clock_us
 from gpu_kernels.torch_events import DeviceEvent, DoneEvent, TimeOrigin, on_stream
