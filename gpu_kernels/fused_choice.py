@@ -90,6 +90,14 @@ class FusedChoice:
             return False
         return self._right.get((spec, self.module.block_tokens(n_tokens)), True)
 
+    def is_right(self, spec: ExpertSpec, n_tokens: int) -> bool:
+        """Whether the kernel for so many tokens of an expert was used before, and found right."""
+        return self._right.get((spec, self.module.block_tokens([n_tokens])), False)
+
+    def run_known(self, spec: ExpertSpec, slots: torch.Tensor, group: Group) -> None:
+        """Computes the group's rows by a kernel that was found right (`is_right`)."""
+        self._launch(spec, slots, group)
+
     def run(self, spec: ExpertSpec, slots: torch.Tensor, group: Group, by_torch: Callable[[], None]) -> None:
         """Computes the group's rows; on the first use of a kernel also by `by_torch`, whose rows then stand."""
         kernel = spec, self.module.block_tokens(group.n_tokens)

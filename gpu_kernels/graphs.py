@@ -12,6 +12,8 @@ import torch
 
 from gpu_kernels.errors import GraphError
 
+TIMED_REPLAYS = 5
+
 __all__ = ["Graph", "RecordsGraphs", "TorchGraphs", "graphs_of"]
 
 
@@ -36,6 +38,9 @@ class RecordsGraphs(Protocol):
     def end(self) -> Graph:
         """The piece that was begun last. Raises GraphError where the device cannot record what was submitted."""
 
+    def time_us(self, graph: Graph) -> float:
+        """What the device takes for a replay, in us: the mean of a few, after one to warm up."""
+
 
 class TorchGraphs:
     """Graphs of CUDA and ROCm devices, through torch."""
@@ -43,19 +48,21 @@ class TorchGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
         self._open: Any = None
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """As `RecordsGraphs.recording`: on a stream of its own, with the garbage collector at rest, whose freeing of
-        events and graphs a device takes for part of the work."""
+        """As `RecordsGraphs.recording`: on a stream of its own, with memory of its own (torch frees a pool with the
+        last graph in it), with the garbage collector at rest, whose freeing of events and graphs a device takes for
+        part of the work."""
         torch.cuda.synchronize(self._device)
+        self._pool = torch.cuda.graph_pool_handle()
         gc.collect()
         collects = gc.isenabled()
         gc.disable()
         try:
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream), self._random_numbers_apart():
                 try:
                     yield
                 finally:
@@ -80,6 +87,28 @@ class TorchGraphs:
             raise GraphError(f"the device cannot record this work: {_first_line(error)}") from error
         ended: Graph = graph
         return ended
+
+    def time_us(self, graph: Graph) -> float:
+        """As `RecordsGraphs.time_us`."""
+        graph.replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(TIMED_REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e3 / TIMED_REPLAYS
+
+    @contextlib.contextmanager
+    def _random_numbers_apart(self) -> Iterator[None]:
+        """Another state of torch's generator meanwhile: one whose recording failed gives no more random numbers."""
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        own = generator.graphsafe_get_state()
+        generator.graphsafe_set_state(torch.Generator(self._device).graphsafe_get_state())
+        try:
+            yield
+        finally:
+            generator.graphsafe_set_state(own)
 
     def _give_up(self) -> None:
         """Ends a piece that an error has left open, so that the stream can be used again."""

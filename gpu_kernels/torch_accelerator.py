@@ -23,6 +23,7 @@ from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
 from gpu_kernels.devices import indexed, memory_info
 from gpu_kernels.errors import ClosedError, LaneError, SlotError
 from gpu_kernels.fused_choice import Group, load_fused
+from gpu_kernels.resident import run_resident
 from gpu_kernels.slot_events import SlotEvents
 from gpu_kernels.streams import clock_us
 from gpu_kernels.torch_events import DeviceEvent, DoneEvent, TimeOrigin, on_stream
@@ -158,6 +159,14 @@ class TorchAccelerator:
             out += by_token[:, j]
         return out
 
+    def run_resident(
+        self, spec: ExpertSpec, slot_of: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """A layer's output [T, H] where each expert has a slot, on the current stream and without the host; see
+        `gpu_kernels.resident.run_resident`. The slots' copies must have ended, and none may follow."""
+        with torch.no_grad(), self._current():
+            return run_resident(spec, self._slots, slot_of, hidden, ids, weights, self._fused)
+
     def sibling(self) -> TorchAccelerator:
         """A second, empty slot memory behind the same streams; staging buffers are its own."""
         self._check_open()
@@ -186,6 +195,8 @@ class TorchAccelerator:
 
     def _current(self) -> AbstractContextManager[object]:
         """Makes this device torch's current one: Triton launches on that one's stream, wherever its tensors are."""
+        if self._synchronous:
+            return contextlib.nullcontext()
         return torch.accelerator.device_index(self.device.index)
 
     def _compute(

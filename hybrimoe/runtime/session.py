@@ -27,6 +27,7 @@ from hybrimoe.runtime.layer_call.stats import SessionStats, StatsRecorder
 from hybrimoe.runtime.layer_call.steps import StepTracker
 from hybrimoe.runtime.lossy.low_copy import LowCopy, make_low_copy
 from hybrimoe.runtime.lossy.startup import lossy_call
+from hybrimoe.runtime.resident import ResidentExperts, find_resident
 from hybrimoe.runtime.snapshot import snapshot
 from hybrimoe.runtime.startup.backends import backend_for, close_all, cpu_threads, open_devices
 from hybrimoe.runtime.startup.startup import Frequencies, Startup
@@ -57,6 +58,7 @@ class Session:
         self._store: ExpertStore | None = None
         self._accelerators: tuple[Accelerator, ...] = ()
         self._units: list[Unit] = []
+        self._resident: ResidentExperts | None = None
         self._runner: ExpertsCall | None = None
         self._stats = StatsRecorder(0)
         self._low: LowCopy | None = None
@@ -371,6 +373,19 @@ class Session:
             and self._sink is None
             and not self._closed
         )
+
+    def resident(self) -> ResidentExperts | None:
+        """What computes layers without the host, where every expert has its slot on one accelerator and layer calls are
+        exact and watched by nobody; the same object as long as that holds."""
+        with self._lock:
+            runner = self._runner
+            if runner is None or not runner.consistent or runner.lossy is not None or self._closed:
+                return None
+            if runner.routing_recorder is not None or runner.experts.tracing or self._sink is not None:
+                return None
+            if self._resident is None or self._resident.runner is not runner:
+                self._resident = find_resident(runner, self._units)
+            return self._resident
 
     def add_reporter(self, report: Callable[[StatsRecorder], None]) -> None:
         """`report` is called before counters are read or reset, to add what ran without layer calls."""

@@ -18,15 +18,19 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import DynamicCache
 
+from cpu_kernels import ExpertSpec
 from gpu_kernels.decode_attention import AttendsBuffers
 from gpu_kernels.graphs import Graph, RecordsGraphs
 from hybrimoe.dense.card_attention import cudnn_attention_off
 from hybrimoe.experts.module import HOOKS, HybridExperts
 from hybrimoe.generation.growing import Buffers, GrowingLayer, growing_cache
+from hybrimoe.runtime.resident import ResidentExperts
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.fixed_attention import attention_by
@@ -46,6 +50,11 @@ EXACT, ROUNDED = 1e-4, 3e-2
 """Relative error of the logits at which a captured step is another one: of float32, and of rounded dtypes, where
 attention over a buffer's room adds in another order than over the tokens held."""
 
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Hidden states, expert ids and weights."""
+InsideCall = tuple[int, Routed]
+"""A layer of the session, and a call of its experts within a graph."""
+Counts = npt.NDArray[np.float64]
 ExpertsAnswer = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], torch.Tensor]
 """From experts, their forward and the arguments of a call to the output."""
 
@@ -64,7 +73,9 @@ class ExpertsPlace:
 class Pieces:
     """A captured step of `n_sequences` sequences over one cache's buffers.
 
-    numbers: int64 [2 * sequences + 1] on the device: token ids, their positions, tokens before them.
+    numbers: int64 [2 * sequences + 1] on the device: token ids, their positions, tokens before them. resident: what
+    computes the experts within the graphs, which are one piece then; None: each call of experts is between two. counts:
+    of a step, by layer of the session: calls of experts within the graphs, active experts, us of the device for them.
     """
 
     numbers: torch.Tensor
@@ -73,6 +84,9 @@ class Pieces:
     experts: list[ExpertsPlace] = field(default_factory=list)
     output: Any = None
     layers: list[weakref.ref[GrowingLayer]] = field(default_factory=list)
+    resident: ResidentExperts | None = None
+    inside: list[InsideCall] = field(default_factory=list)
+    counts: Counts = field(default_factory=lambda: np.zeros((0, 3)))
 
     def run(self, numbers: torch.Tensor, experts: Callable[[ExpertsPlace], torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Launches the step; `experts` answers each call of experts.
@@ -92,10 +106,13 @@ class Pieces:
         logits: torch.Tensor = self.output.logits
         return logits, busy_ns + time.perf_counter_ns()
 
-    def is_of(self, layers: Sequence[GrowingLayer], n_sequences: int) -> bool:
-        """Whether these are the pieces for layers of a cache as they are now."""
+    def is_of(
+        self, layers: Sequence[GrowingLayer], n_sequences: int, resident: ResidentExperts | None
+    ) -> bool:  # fmt: skip
+        """Whether these are the pieces for layers of a cache, and for experts, as they are now."""
         return (
-            len(self.numbers) == 2 * n_sequences + 1
+            self.resident is resident
+            and len(self.numbers) == 2 * n_sequences + 1
             and len(self.layers) == len(layers)
             and all(known() is layer for known, layer in zip(self.layers, layers, strict=True))
         )
@@ -109,7 +126,10 @@ class Pieces:
 
 
 class CapturedStep(ModelStep):
-    """Answers decode steps of up to 8 sequences, one token each; the experts run as they always do."""
+    """Answers decode steps of up to 8 sequences, one token each; the experts run as they always do.
+
+    Where every expert has a slot, a step of one sequence is one graph, experts included.
+    """
 
     def __init__(
         self, model: nn.Module, session: Any, device: torch.device, graphs: RecordsGraphs,
@@ -117,7 +137,11 @@ class CapturedStep(ModelStep):
     ) -> None:  # fmt: skip
         """`attention` is used where it can be, None leaves all of it to torch."""
         experts = [module for module in model.modules() if isinstance(module, HybridExperts)]
-        super().__init__(model, session, called=[part for module in experts for part in module.modules()])
+        called = [part for module in experts for part in module.modules()]
+        super().__init__(model, session, called)
+        self._experts_hooks = [
+            hooks for module in called for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
         self.device = device
         self.captures = 0
         """How often a step was recorded."""
@@ -129,6 +153,7 @@ class CapturedStep(ModelStep):
         self._attention = attention
         self._captured: list[Pieces] = []
         self._pieces_ns = 0
+        self._unreported: Counts = np.zeros((len(session.layers), 3))
 
     def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output, by the captured step where that can answer."""
@@ -162,6 +187,14 @@ class CapturedStep(ModelStep):
     def undo(self) -> None:
         """Frees the graphs and lets go of the caches."""
         self._captured.clear()
+
+    def report(self, stats: Any) -> None:
+        """As `ModelStep.report`: the experts that were computed within graphs."""
+        with self.lock:
+            for layer, (n_calls, n_experts, us) in enumerate(self._unreported):
+                if n_calls:
+                    stats.of("decode", layer).ran_on_accelerator_often(int(n_calls), int(n_experts), us)
+            self._unreported[:] = 0
 
     def meter(self) -> tuple[dict[str, int], float]:
         """As `ModelStep.meter`: what the host was busy with the pieces."""
@@ -217,33 +250,45 @@ class CapturedStep(ModelStep):
     def _step(self, call: StepCall, layers: list[GrowingLayer]) -> tuple[torch.Tensor, type]:
         """Runs a step; a copy of its logits [sequences, 1, V], and the class of the model's output."""
         with self.lock, torch.no_grad():
-            pieces = self._pieces(layers, call.n_sequences)
+            pieces = self._pieces(layers, call.n_sequences, self._resident(call))
             logits, busy_ns = pieces.run(self._numbers(call), _run_experts)
+            self._unreported += pieces.counts
             for layer in layers:
                 layer.advance(1)
             self._pieces_ns += busy_ns
             self.n_steps += 1
             return logits.clone(), type(pieces.output)
 
+    def _resident(self, call: StepCall) -> ResidentExperts | None:
+        """What computes the experts of one sequence within the graphs, where nobody watches them."""
+        if call.n_sequences > 1 or self.is_watched(self._experts_hooks):
+            return None
+        resident: ResidentExperts | None = self.session.resident()
+        return resident
+
     def _numbers(self, call: StepCall) -> torch.Tensor:
         """On the host, as `Pieces.numbers`."""
         return torch.tensor([*call.token_ids, *call.positions, call.n_past])
 
-    def _pieces(self, layers: list[GrowingLayer], n_sequences: int) -> Pieces:
+    def _pieces(
+        self, layers: list[GrowingLayer], n_sequences: int, resident: ResidentExperts | None = None
+    ) -> Pieces:  # fmt: skip
         """The captured step for layers of a cache, with room for one token more; recorded now where there is none."""
         for layer in layers:
             layer.least_room = LEAST_ROOM
         buffers = [layer.grown(1) for layer in layers]
         for number, known in enumerate(self._captured):
-            if known.is_of(layers, n_sequences) and known.is_alive():
+            if known.is_of(layers, n_sequences, resident) and known.is_alive():
                 self._captured.append(self._captured.pop(number))
                 return self._captured[-1]
         self._captured = [known for known in self._captured if known.is_alive()][1 - KEPT :]
-        pieces = self._capture(layers, buffers, n_sequences)
+        pieces = self._capture(layers, buffers, n_sequences, resident)
         self._captured.append(pieces)
         return pieces
 
-    def _capture(self, layers: list[GrowingLayer], buffers: list[Buffers], n_sequences: int) -> Pieces:
+    def _capture(
+        self, layers: list[GrowingLayer], buffers: list[Buffers], n_sequences: int, resident: ResidentExperts | None
+    ) -> Pieces:  # fmt: skip
         """Records the model's forward. It runs once before, so that everything is there that is made on first use; what
         that writes into the cache is overwritten by the step itself.
 
@@ -256,17 +301,39 @@ class CapturedStep(ModelStep):
         with torch.inference_mode(False):  # what every later step writes to, in whichever mode
             numbers = torch.zeros(2 * n_sequences + 1, dtype=torch.int64, device=self.device)
         numbers[-1] = n_past
-        pieces = Pieces(numbers, buffers, layers=[weakref.ref(layer) for layer in layers])
+        pieces = Pieces(numbers, buffers, layers=[weakref.ref(layer) for layer in layers], resident=resident)
         cache = fixed_cache(layers, buffers, numbers[-1])
         with cudnn_attention_off, attention_by(self._attention, cache.layers), self._graphs.recording():
-            with self._experts_by(_no_experts):
+            with self._experts_by(partial(_warm_up, resident)):
                 self._run_own(pieces, cache)
             self._graphs.begin()
             with self._experts_by(partial(self._interrupt, pieces)):
                 pieces.output = self._run_own(pieces, cache)
             pieces.graphs.append(self._graphs.end())
+            alone = self._experts_alone(pieces)
+        self._count(pieces, alone)
         self.captures += 1
         return pieces
+
+    def _experts_alone(self, pieces: Pieces) -> dict[ExpertSpec, Graph]:
+        """Graphs of experts that a step has within its own, one for each kind of layer."""
+        alone: dict[ExpertSpec, Graph] = {}
+        for layer, call in pieces.inside:
+            assert pieces.resident is not None
+            spec = pieces.resident.specs[layer]
+            if spec not in alone:
+                self._graphs.begin()
+                pieces.resident.run(layer, *call)
+                alone[spec] = self._graphs.end()
+        return alone
+
+    def _count(self, pieces: Pieces, alone: dict[ExpertSpec, Graph]) -> None:
+        """What a step adds to the session's counters, which its layers cannot count themselves."""
+        pieces.counts = np.zeros_like(self._unreported)
+        took_us = {spec: self._graphs.time_us(graph) for spec, graph in alone.items()}
+        for layer, (_, ids, _) in pieces.inside:
+            assert pieces.resident is not None
+            pieces.counts[layer] += 1, ids.numel(), took_us[pieces.resident.specs[layer]]
 
     def _run_own(self, pieces: Pieces, cache: DynamicCache) -> Any:
         n_sequences = len(pieces.numbers) // 2
@@ -279,7 +346,12 @@ class CapturedStep(ModelStep):
     def _interrupt(
         self, pieces: Pieces, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        """Ends the piece before a call of experts and begins the next one."""
+        """Ends the piece before a call of experts and begins the next one; or has the call within the piece."""
+        call = _routed(args, kwargs)
+        if pieces.resident is not None and call is not None:
+            layer = int(module.layer)  # type: ignore[arg-type]
+            pieces.inside.append((layer, call))
+            return pieces.resident.run(layer, *call)
         pieces.graphs.append(self._graphs.end())
         with torch.inference_mode(False):
             result = torch.zeros_like(_hidden(args, kwargs))
@@ -318,10 +390,22 @@ def _run_experts(place: ExpertsPlace) -> torch.Tensor:
     return result
 
 
-def _no_experts(
-    module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Tensor:
-    return torch.zeros_like(_hidden(args, kwargs))
+def _warm_up(
+    resident: ResidentExperts | None, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """Stands for experts in the run before a recording: they themselves only where they are recorded, too."""
+    call = _routed(args, kwargs)
+    if resident is None or call is None:
+        return torch.zeros_like(_hidden(args, kwargs))
+    return resident.run(int(module.layer), *call)  # type: ignore[arg-type]
+
+
+def _routed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routed | None:
+    """Hidden states, expert ids and weights of a call of experts; None of one that is of another form."""
+    given = {**dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)), **kwargs}
+    call = given.get("hidden_states"), given.get("top_k_index"), given.get("top_k_weights")
+    return None if any(part is None for part in call) else call  # type: ignore[return-value]
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,14 +63,17 @@ class ModelStep:
         return (
             not self.model.training
             and self._as_read.unchanged()
-            and not (any(self._hooks) and self._watched())
+            and not self.is_watched(self._hooks)
             and not torch_module._global_forward_hooks
             and not torch_module._global_forward_pre_hooks
         )
 
-    def _watched(self) -> bool:
-        """Whether somebody's hooks wait inside the model, for calls that the step would leave out."""
-        return any(hook.__module__ not in HARMLESS for hooks in self._hooks for hook in hooks.values())
+    @staticmethod
+    def is_watched(hooks_of_modules: Sequence[Mapping[int, Any]]) -> bool:
+        """Whether somebody's hooks are among these, waiting for calls that the step would leave out."""
+        return any(hooks_of_modules) and any(
+            hook.__module__ not in HARMLESS for hooks in hooks_of_modules for hook in hooks.values()
+        )
 
     def report(self, stats: Any) -> None:
         """Adds to a session's counters what was computed since the last report; nothing where its own layers count."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +105,11 @@ class NotedGraphs:
         self._graph = NotedGraph()
         self._open = Noting(self._graph)
         self._open.__enter__()
+
+    def time_us(self, graph: NotedGraph) -> float:
+        start = time.perf_counter()
+        graph.replay()
+        return (time.perf_counter() - start) * 1e6
 
     def end(self) -> NotedGraph:
         if self._open is None:

@@ -86,15 +86,26 @@ def test_tokens_are_those_of_the_cpu(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="no torch accelerator here")
+@pytest.mark.parametrize("step", ["auto", "transformers"])
 @pytest.mark.parametrize("policy", ["hybrimoe", "on_demand/impact/lru"])
 def test_tokens_of_a_real_card_are_those_of_the_cpu(
-    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, policy: str
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, policy: str, step: str
 ) -> None:
+    captured: list[Any] = []
+
+    def prepare(model: Any) -> None:
+        assert (model.hybrimoe.step is not None) == (step == "auto"), model.hybrimoe.way
+        if model.hybrimoe.step is not None:
+            captured.append(model.hybrimoe.step)
+
     directory = save_model(tmp_path / "model", "float32")
     expected, _ = greedy(directory, byte_tokenizer, accelerator="none")
-    found, stats = greedy(directory, byte_tokenizer, accelerator="auto", policy=policy, gpu_expert_slots=12)
+    found, stats = greedy(
+        directory, byte_tokenizer, prepare, accelerator="auto", policy=policy, gpu_expert_slots=12, step=step
+    )
     assert found == expected
     assert stats.total.accel_experts > 0
+    assert [each.n_steps for each in captured] == ([N_TOKENS - 1] if step == "auto" else [])
 
 
 def test_a_model_that_leaves_its_inputs_where_they_are(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import hybrimoe
+from gpu_kernels import TorchAccelerator
 from hybrimoe.step.build import StepWay, capture_step
 from hybrimoe.step.captured import KEPT, CapturedStep
 from tests.fake_device.graphs import NotedGraphs
@@ -260,3 +261,72 @@ def test_a_step_that_would_differ_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_every_kind_of_family_is_known() -> None:
     assert set(CAPTURED) <= set(FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def resident_model() -> Any:
+    """Every expert in a slot of torch's CPU device, which computes them as a card does."""
+    own = tiny_model("qwen2_moe")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hybrimoe.runtime.session.open_devices", lambda config: [TorchAccelerator("cpu", fused=False)])
+        injection = hybrimoe.inject(own, accelerator="emulated", gpu_expert_slots=1.0, expert_dtype="float32")
+    injection.way = capture_step(own, injection.session, HOST, NotedGraphs())
+    assert injection.step is not None, injection.way
+    return own
+
+
+def test_experts_that_all_have_slots_are_part_of_the_graph(resident_model: Any, plain: Any) -> None:
+    ids, new = prompt(), prompt(seed=1)
+    mine, theirs = after_prompt(resident_model, ids), after_prompt(plain, ids)
+    step(resident_model, new[:, :1], mine)
+    step(plain, new[:, :1], theirs)
+    resident = resident_model.hybrimoe.session.resident()
+    assert resident is not None
+    resident_model.hybrimoe.session.reset_stats()
+    for number in range(1, 4):
+        found = step(resident_model, new[:, number : number + 1], mine)
+        assert same(found, step(plain, new[:, number : number + 1], theirs))
+    (pieces,) = [each for each in resident_model.hybrimoe.step._captured if each.resident is resident]
+    assert len(pieces.graphs) == 1
+    counted = resident_model.hybrimoe.stats().by_phase["decode"]
+    n_layers, top_k = len(pieces.inside), plain.config.num_experts_per_tok
+    assert (counted.calls, counted.tokens) == (3 * n_layers, 3 * n_layers)
+    assert counted.hits == counted.accel_experts == counted.activated == 3 * n_layers * top_k
+    assert counted.accel_us > 0
+
+
+def test_absent_experts_add_nothing(resident_model: Any) -> None:
+    resident = resident_model.hybrimoe.session.resident()
+    hidden = torch.randn(1, resident_model.config.hidden_size)
+    ids, weights = torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.7]])
+    one = resident.run(0, hidden, ids[:, :1], weights[:, :1])
+    for absent in (-1, resident_model.config.num_experts):
+        ids[0, 1] = absent
+        assert torch.equal(resident.run(0, hidden, ids, weights), one)
+
+
+def test_what_is_resident_no_longer_is_when_the_slots_become_fewer(resident_model: Any, plain: Any) -> None:
+    ids, new = prompt(), prompt(seed=1)
+    mine, theirs = after_prompt(resident_model, ids), after_prompt(plain, ids)
+    step(resident_model, new[:, :1], mine)
+    step(plain, new[:, :1], theirs)
+    session = resident_model.hybrimoe.session
+    n_slots = session.n_slots
+    session.resize_slots(n_slots - 1)
+    assert session.resident() is None
+    assert same(step(resident_model, new[:, 1:2], mine), step(plain, new[:, 1:2], theirs))
+    session.resize_slots(n_slots)
+    for number in range(2, 4):
+        found = step(resident_model, new[:, number : number + 1], mine)
+        assert same(found, step(plain, new[:, number : number + 1], theirs))
+    assert session.resident() is not None
+
+
+def test_hooks_on_experts_are_called_where_all_have_slots(resident_model: Any) -> None:
+    ids, calls = prompt(), []
+    handle = resident_model.model.layers[0].mlp.experts.register_forward_hook(lambda *_: calls.append("experts"))
+    cache = after_prompt(resident_model, ids)
+    calls.clear()
+    step(resident_model, ids[:, :1], cache)
+    handle.remove()
+    assert calls == ["experts"]
