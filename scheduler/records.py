@@ -21,9 +21,9 @@ LANES: tuple[Lane, ...] = ("cpu", "accel", "link", "disk")
 NO_EXPERT = -1
 
 
-def lane_name(lane: Lane, unit: int) -> str:
+def lane_name(lane: Lane, accelerator: int) -> str:
     """Name of a lane: its kind, and from the second accelerator on its number."""
-    return f"{lane}:{unit}" if unit else lane
+    return f"{lane}:{accelerator}" if accelerator else lane
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class TaskRecord:
     """One executed task.
 
     Times are microseconds since any fixed origin that all records of a run share. ``layer`` is the MoE
-    layer index, ``expert`` is ``-1`` for tasks that belong to no expert, ``step`` the planner's step number.
+    layer index, ``expert`` is ``-1`` for tasks that belong to no expert, ``step`` the planner's step number,
+    ``accelerator`` the index of the accelerator, or of the link; 0 for the CPU and the disk.
     """
 
     lane: Lane
@@ -43,12 +44,12 @@ class TaskRecord:
     start_us: float
     end_us: float
     step: int = 0
-    unit: int = 0
+    accelerator: int = 0
 
     @property
     def lane_name(self) -> str:
-        """The lane; of the second and further accelerators (``unit`` 1, 2, ...) with its number: ``accel:1``."""
-        return lane_name(self.lane, self.unit)
+        """The lane; of the second and further accelerators (``accelerator`` 1, 2, ...) with its number: ``accel:1``."""
+        return lane_name(self.lane, self.accelerator)
 
     @property
     def duration_us(self) -> float:

@@ -29,7 +29,6 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from hybrimoe import compat
 from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
 from hybrimoe.checkpoint.errors import LeftOutWarning
-from hybrimoe.checkpoint.extras import left_out
 from hybrimoe.checkpoint.source import listed, read_config_dict
 from hybrimoe.errors import CheckpointError, ModelError
 from hybrimoe.generation.sampling import check_settings
@@ -53,6 +52,10 @@ EXPONENTS = {
 }
 """Integers of a dtype's size, and the bits of its exponent."""
 CHECKED_VALUES = 1 << 18  # at a time
+SCALE_KEY = re.compile(r"(^|[._])(input|activation|output|[kqv]|kv|prob)_scale(_ub|_inv)?$|\.qscale_act$")
+PREDICTION_KEY = re.compile(r"(^|\.)(mtp|mtp_layers|nextn)\.")
+LAYER_KEY = re.compile(r"(^|\.)layers\.(\d+)\.")
+OTHER_STACKS = re.compile(r"vision|visual|audio|encoder")  # have layers of their own, which num_hidden_layers is not of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -230,6 +233,26 @@ def _check_keys(model: PreTrainedModel, info: LoadStateDictInfo, unknown_keys: s
             " or they may be left out: --unknown-keys ignore, unknown_keys: ignore in the deployment file, or"
             ' hybrimoe.load(..., unknown_keys="ignore")'
         )
+
+
+def left_out(keys: Iterable[str], num_hidden_layers: int) -> dict[str, list[str]]:
+    """Those of `keys` that the model has no place for and that are left out by rule, by what they are."""
+    found: dict[str, list[str]] = {}
+    for key in sorted(keys):
+        if (what := _kind_of_extra(key, num_hidden_layers)) is not None:
+            found.setdefault(what, []).append(key)
+    return found
+
+
+def _kind_of_extra(key: str, num_hidden_layers: int) -> str | None:
+    if SCALE_KEY.search(key):
+        return "scales of activations and of the KV cache"
+    if PREDICTION_KEY.search(key):
+        return "layers that predict several tokens"
+    layer = LAYER_KEY.search(key)
+    if layer and int(layer[2]) >= num_hidden_layers and not OTHER_STACKS.search(key):
+        return f"layers beyond num_hidden_layers={num_hidden_layers} of config.json"
+    return None
 
 
 def _check(key: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype, conversion: Conversion) -> None:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from transformers import PreTrainedModel
 
 from cpu_kernels.jit.cache_dir import ENV_CACHE
 from hybrimoe import compat
+from hybrimoe.amounts import Amount
 from hybrimoe.checkpoint import packed, packed_dense
-from hybrimoe.checkpoint.budget import check_disk, check_host_memory
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes, plan_conversions
 from hybrimoe.checkpoint.dense import (
     complete,
@@ -31,19 +32,18 @@ from hybrimoe.checkpoint.dense import (
 )
 from hybrimoe.checkpoint.dequantise import dequantised
 from hybrimoe.checkpoint.errors import PackedFileWarning, TiedEmbeddingsWarning
-from hybrimoe.checkpoint.experts import LayerSource, layer_sources
+from hybrimoe.checkpoint.experts import LayerSource, layer_sources, pack_experts
 from hybrimoe.checkpoint.packed_dense import DenseSource
 from hybrimoe.checkpoint.progress import Progress, progress_of
 from hybrimoe.checkpoint.quantisation import read_quantisation
 from hybrimoe.checkpoint.record_file import folders
 from hybrimoe.checkpoint.safetensors_file import Checkpoint, open_checkpoint
 from hybrimoe.checkpoint.source import is_demo, model_directory, read_config_dict
-from hybrimoe.checkpoint.stream import pack_experts
 from hybrimoe.config.deploy import DeployConfig, load_config
 from hybrimoe.config.runtime import choose_accelerators
 from hybrimoe.dense.place import dense_device, place_dense
 from hybrimoe.dense.records import DenseRecords
-from hybrimoe.errors import CheckpointError, ModelError
+from hybrimoe.errors import BudgetError, CheckpointError, ModelError
 from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
 from hybrimoe.runtime.startup.backends import require_devices
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
@@ -250,6 +250,35 @@ class Loader:
                 " or pass packed_file=False"
             ),
             stacklevel=2,
+        )
+
+
+def check_host_memory(host: Amount, needed_bytes: int, num_experts: int) -> None:
+    """Raises BudgetError where `num_experts` of `needed_bytes` together are more than `host` allows ("auto": than what
+    is available)."""
+    memory = psutil.virtual_memory()
+    match host.kind:
+        case "bytes":
+            allowed, what = int(host.value), "memory.host allows"
+        case "share":
+            allowed, what = int(host.value * memory.total), f"memory.host allows {host} of all memory,"
+        case "count":
+            allowed, what = int(host.value * needed_bytes / num_experts), f"memory.host allows {host} experts,"
+        case _:
+            allowed, what = memory.available, "this machine has free"
+    if needed_bytes > allowed:
+        raise BudgetError(
+            f"the packed experts need {needed_bytes / 2**30:.2f} GiB of host memory, {what} {allowed / 2**30:.2f} GiB;"
+            " choose a smaller expert_dtype (int8, int4), or let them stay on disk (memory.disk: auto)"
+        )
+
+
+def check_disk(disk: Amount, needed_bytes: int) -> None:
+    """Raises BudgetError where a packed file of `needed_bytes` is more than a size given for `disk` allows."""
+    if disk.kind == "bytes" and needed_bytes > disk.value:
+        raise BudgetError(
+            f"the packed experts need {needed_bytes / 2**30:.2f} GiB, memory.disk allows {disk.value / 2**30:.2f} GiB;"
+            " choose a smaller expert_dtype (int8, int4)"
         )
 
 

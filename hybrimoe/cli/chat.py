@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrimoe.cli import common
-from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.messages import messages
 from hybrimoe.cli.views import render
 
@@ -22,7 +21,7 @@ FAILED, INTERRUPTED = 1, 130
 
 def register(app: typer.Typer) -> None:
     """Add `chat`."""
-    app.command("chat")(grouped(chat))
+    app.command("chat")(common.grouped(chat))
 
 
 def chat(

@@ -1,10 +1,16 @@
-"""Arguments and options that several commands share, and what becomes of them."""
+"""Arguments and options that several commands share, and what becomes of them.
+
+A command takes options one by one, or as a group: a parameter whose type is a dataclass (`grouped`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -62,6 +68,10 @@ LossyOption = Annotated[
         help="Lossy policy: hobbit, skip, ..., with parameters as in hobbit:t1=0.5; none. See docs/lossy.md.",
         rich_help_panel=PLACEMENT,
     ),
+]
+LossyList = Annotated[
+    list[str] | None,
+    typer.Option("--lossy", metavar="KIND", help="Each policy with this lossy one, too; may be repeated."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU lane.", rich_help_panel=PLACEMENT)]
 LookaheadOption = Annotated[
@@ -122,6 +132,48 @@ ProfileOption = Annotated[
     bool,
     typer.Option("--profile", help="Where a token's time went, by part of the model and lane.", rich_help_panel=OUTPUT),
 ]
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as typer takes it: its parameters of a dataclass type become the fields of that dataclass.
+
+    A field is annotated as a parameter of a command is (`Annotated[int, typer.Option(...)]`) and has a default.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, type[Any]] = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if isinstance(parameter.annotation, type) and dataclasses.is_dataclass(parameter.annotation)
+    }
+    parameters = [
+        option
+        for parameter in signature.parameters.values()
+        for option in (_options_of(groups[parameter.name]) if parameter.name in groups else [_by_name(parameter)])
+    ]
+
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+        command(**given)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # what inspect reads
+    return run
+
+
+def _options_of(group: type[Any]) -> list[inspect.Parameter]:
+    types = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name]
+        )
+        for field in dataclasses.fields(group)
+    ]
+
+
+def _by_name(parameter: inspect.Parameter) -> inspect.Parameter:
+    return parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hybrimoe.cli import simulated
-from hybrimoe.cli.common import JsonOption, check_writable
-from hybrimoe.cli.groups import grouped
+from hybrimoe.cli.common import JsonOption, TimelineOption, check_writable, grouped
 from hybrimoe.cli.views import render
 
 #: Layers whose decisions are listed in the terminal (the slowest ones); --json has all.
@@ -25,13 +24,11 @@ def register(app: typer.Typer) -> None:
 def explain_step(
     *,
     setting: simulated.SettingGroup,
-    policy: Annotated[str, typer.Option(metavar="NAME", help="A preset or balance/prefetch/cache.")] = "ours",
-    cache_ratio: Annotated[
-        float, typer.Option(metavar="R", min=0.0, max=1.0, help="Share of all experts that has a slot.")
-    ] = 0.25,
+    policy: simulated.PolicyOption = "ours",
+    cache_ratio: simulated.CacheRatioOption = 0.25,
     step: Annotated[int, typer.Option(min=0, help="Which step of the simulated sequences, from 0.")] = 16,
     accelerators: simulated.AcceleratorsOption = None,
-    timeline: Annotated[bool, typer.Option("--timeline", help="Draw what each lane did.")] = False,
+    timeline: TimelineOption = False,
     chrome: Annotated[
         Path | None, typer.Option("--chrome", metavar="FILE", help="Write a Chrome/Perfetto trace.")
     ] = None,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrimoe.cli import common
-from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ INTERRUPTED = 130
 
 def register(app: typer.Typer) -> None:
     """Add `generate`."""
-    app.command("generate")(grouped(generate))
+    app.command("generate")(common.grouped(generate))
 
 
 def generate(

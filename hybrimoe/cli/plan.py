@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from hybrimoe.cli import simulated
 from hybrimoe.cli.common import JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
@@ -28,8 +29,8 @@ def plan(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens that the KV cache must hold. Default: 8192, or the model's own.")
     ] = None,
-    expert_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8, or int4.")] = "int4",
-    dense_dtype: Annotated[str, typer.Option(help="Weights outside the experts.")] = "int8",
+    expert_dtype: simulated.ExpertDtypeOption = "int4",
+    dense_dtype: simulated.DenseDtypeOption = "int8",
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of one device, like 12GiB. Default: profile.")
     ] = None,

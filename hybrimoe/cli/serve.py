@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hybrimoe.cli import common
-from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ EXIT_SECONDS = 10.0
 
 def register(app: typer.Typer) -> None:
     """Add `serve`."""
-    app.command("serve")(grouped(serve))
+    app.command("serve")(common.grouped(serve))
 
 
 def serve(

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrimoe.cli import simulated
-from hybrimoe.cli.common import JsonOption, check_readable
-from hybrimoe.cli.groups import grouped
+from hybrimoe.cli.common import JsonOption, LossyList, check_readable, grouped
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -38,15 +37,12 @@ def simulate(
     setting: simulated.SettingGroup,
     policy: PolicyOption = None,
     cache_ratio: RatioOption = None,
-    lossy: Annotated[
-        list[str] | None,
-        typer.Option("--lossy", metavar="KIND", help="Each policy with this lossy one, too; repeatable."),
-    ] = None,
+    lossy: LossyList = None,
     phase: Annotated[
         str | None, typer.Option(help="prefill or decode only. Default: both, where the trace has them.")
     ] = None,
-    expert_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8, or int4.")] = "int4",
-    dense_dtype: Annotated[str, typer.Option(help="Weights outside the experts.")] = "int8",
+    expert_dtype: simulated.ExpertDtypeOption = "int4",
+    dense_dtype: simulated.DenseDtypeOption = "int8",
     predictions: Annotated[
         str, typer.Option(help="Routing known ahead: auto, recorded, transition, noisy, or none.")
     ] = "auto",

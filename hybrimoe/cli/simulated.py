@@ -14,6 +14,12 @@ AcceleratorsOption = Annotated[
     int | None,
     typer.Option(min=1, help="So many accelerators, each with its layers, slots and link. Default: profile."),
 ]
+PolicyOption = Annotated[str, typer.Option(metavar="NAME", help="A preset or balance/prefetch/cache.")]
+CacheRatioOption = Annotated[
+    float, typer.Option(metavar="R", min=0.0, max=1.0, help="Share of all experts that has a slot.")
+]
+ExpertDtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, int8, or int4.")]
+DenseDtypeOption = Annotated[str, typer.Option(help="Weights outside the experts.")]
 
 
 @dataclass(frozen=True, slots=True)

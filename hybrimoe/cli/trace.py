@@ -55,7 +55,7 @@ def record(
 ) -> None:
     """Generate replies and record ids, weights and predicted routing of every layer, in prefill and decode."""
     from hybrimoe.generation import SamplingOptions
-    from hybrimoe.tracing.prompts import DEFAULT_PROMPTS
+    from hybrimoe.tracing.record import DEFAULT_PROMPTS
 
     texts = [*(prompt or ()), *_lines(prompts)] or list(DEFAULT_PROMPTS)
     options = SamplingOptions(max_new_tokens=new_tokens, temperature=temperature, seed=seed)

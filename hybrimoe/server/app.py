@@ -21,7 +21,6 @@ from hybrimoe.server.boundary import MAX_BODY_BYTES, Boundary, error_response
 from hybrimoe.server.delivery import stream, unless_left, whole
 from hybrimoe.server.errors import ErrorBody, RequestError, UnknownModelError
 from hybrimoe.server.metrics import Metrics
-from hybrimoe.server.openapi import documented
 from hybrimoe.server.schema import ChatRequest, CompletionRequest, Sampling
 from hybrimoe.server.served import Served, State
 
@@ -37,6 +36,9 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     500: {"model": ErrorBody, "description": "A failure of the server."},
     503: {"model": ErrorBody, "description": "The model is being loaded, too many wait, or the server ends."},
 }
+ASSUMED_STATUS = "422"
+"""FastAPI documents it for every route that takes data; here such requests are answered with 400."""
+ASSUMED_SCHEMAS = ("HTTPValidationError", "ValidationError")
 EVENTS = {
     "text/event-stream": {
         "schema": {
@@ -98,7 +100,7 @@ def create_app(
     _add_error_handlers(app)
     _add_service_routes(app, served, metrics)
     _add_text_routes(app, served)
-    documented(app)
+    _describe(app)
     return app
 
 
@@ -202,3 +204,19 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def no_such_page(_: Request, error: HTTPException) -> Response:
         return error_response(error)
+
+
+def _describe(app: FastAPI) -> None:
+    """Make the OpenAPI document tell the answers of this server, not those that FastAPI assumes."""
+    assumed = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = assumed()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop(ASSUMED_STATUS, None)
+        for name in ASSUMED_SCHEMAS:
+            document["components"]["schemas"].pop(name, None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to change the document

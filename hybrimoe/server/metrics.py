@@ -51,7 +51,7 @@ class Metrics:
         }
 
         self._by_accelerator = {
-            name: Gauge(f"hybrimoe_accelerator_{name}", words, ["unit", "name"], **new)
+            name: Gauge(f"hybrimoe_accelerator_{name}", words, ["accelerator", "name"], **new)
             for name, words in {
                 "n_slots": "Slots for experts.",
                 "n_layers": "MoE layers whose experts it holds.",
@@ -81,7 +81,7 @@ class Metrics:
         if experts is not None:
             for name, gauge in self._gauges.items():
                 gauge.set(experts["total"][name] or 0.0)
-            for number, unit in enumerate(experts["accelerators"]):
+            for number, device in enumerate(experts["accelerators"]):
                 for name, gauge in self._by_accelerator.items():
-                    gauge.labels(str(number), unit["name"]).set(({**unit["total"], **unit})[name] or 0.0)
+                    gauge.labels(str(number), device["name"]).set(({**device["total"], **device})[name] or 0.0)
         return generate_latest(self.registry)

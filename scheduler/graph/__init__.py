@@ -103,7 +103,7 @@ class TaskGraph:
                 schedule.start_us[t.id],
                 schedule.end_us[t.id],
                 t.step,
-                t.unit,
+                t.accelerator,
             )
             for t in self.tasks
         ]

@@ -23,7 +23,7 @@ class GraphBuilder:
     def __init__(self, durations: Durations, expert_bytes: int) -> None:
         self.graph: nx.DiGraph[int] = nx.DiGraph()
         self.lane_order: dict[str, list[int]] = {"cpu": [], "accel": [], "link": [], "disk": []}
-        self._units: dict[Lane, int] = {}
+        self._indices: dict[Lane, int] = {}
         self.tasks: list[Task] = []
         self._durations = durations
         self._expert_bytes = expert_bytes
@@ -34,7 +34,7 @@ class GraphBuilder:
     def add_layer(self, item: PlannedLayer) -> None:
         """Add the tasks of one layer and the transfers planned during it."""
         plan, dense = item.plan, item.dense
-        self._units = {"accel": item.unit, "link": item.link_unit}
+        self._indices = {"accel": item.accelerator, "link": item.link}
         attention = self._add(dense.lane, "attention", plan.layer, plan.step, dense.attention_us, after=self._tail())
         gate = self._add(dense.lane, "gate", plan.layer, plan.step, dense.gate_us, after=[attention])
         shared = self._add_shared(item, gate)
@@ -64,8 +64,8 @@ class GraphBuilder:
         slot: int = -1,
         after: Iterable[int] = (),
     ) -> int:
-        unit = self._units.get(lane, 0)
-        task = Task(len(self.tasks), lane, kind, layer, step, duration_us, expert, n_tokens, n_bytes, slot, unit)
+        accelerator = self._indices.get(lane, 0)
+        task = Task(len(self.tasks), lane, kind, layer, step, duration_us, expert, n_tokens, n_bytes, slot, accelerator)
         self.tasks.append(task)
         self.graph.add_node(task.id, task=task)
         self.lane_order.setdefault(task.lane_name, []).append(task.id)

@@ -30,12 +30,12 @@ class Task:
     n_tokens: int = 0
     bytes: int = 0
     slot: int = -1
-    unit: int = 0
+    accelerator: int = 0
 
     @property
     def lane_name(self) -> str:
         """The lane, with its number from the second accelerator on (``records.lane_name``)."""
-        return lane_name(self.lane, self.unit)
+        return lane_name(self.lane, self.accelerator)
 
     @property
     def key(self) -> TaskKey:
@@ -76,8 +76,8 @@ class PlannedLayer(NamedTuple):
     plan: LayerPlan
     demand: LayerDemand
     dense: DenseTimes = DenseTimes()
-    unit: int = 0
-    link_unit: int = 0
+    accelerator: int = 0
+    link: int = 0
 
 
 @dataclass(slots=True)

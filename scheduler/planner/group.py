@@ -60,10 +60,10 @@ class PlannerGroup:
                     f"the planner of {part} starts at layer {planner.first_layer}, slot {planner.first_slot}; pass it "
                     "the block's first_layer and first_slot"
                 )
-        self._unit = [unit for unit, part in enumerate(self.parts) for _ in range(part.n_layers)]
-        self._home = [self.planners[unit] for unit in self._unit]
+        self._accelerators = [index for index, part in enumerate(self.parts) for _ in range(part.n_layers)]
+        self._home = [self.planners[index] for index in self._accelerators]
         self._inside = [_Inside(layer - home.first_layer, home.n_layers) for layer, home in enumerate(self._home)]
-        self.n_layers, self.n_experts = len(self._unit), max(planner.n_experts for planner in self.planners)
+        self.n_layers, self.n_experts = len(self._accelerators), max(planner.n_experts for planner in self.planners)
         self.costs = GroupCosts([(home.costs, layer - home.first_layer) for layer, home in enumerate(self._home)])
         self.layers_ahead = max(planner.layers_ahead for planner in self.planners)
         self.layers_skipped = min(planner.layers_skipped for planner in self.planners)
@@ -79,9 +79,9 @@ class PlannerGroup:
         home = self._home[layer]
         return home.slots, layer - home.first_layer
 
-    def unit(self, layer: int) -> int:
+    def accelerator_of(self, layer: int) -> int:
         """The accelerator of a layer; what follows the last layer is on the last one."""
-        return self._unit[min(layer, len(self._unit) - 1)]
+        return self._accelerators[min(layer, len(self._accelerators) - 1)]
 
     def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]:
         """As ``Planner.warm_up``."""

@@ -27,10 +27,10 @@ class Block(NamedTuple):
     n_slots: int
 
 
-def blocks(n_layers: int, n_slots: int, n_units: int) -> list[Block]:
+def blocks(n_layers: int, n_slots: int, n_accelerators: int) -> list[Block]:
     """Equal accelerators for layers of equal size. Raises DemandError for more accelerators than layers."""
     sizes = [1] * n_layers
-    counts = layers_of(sizes, [1.0] * n_units)
+    counts = layers_of(sizes, [1.0] * n_accelerators)
     return joined(counts, slots_of(sizes, counts, n_slots))
 
 
@@ -39,16 +39,16 @@ def layers_of(n_experts: Sequence[int], shares: Sequence[float]) -> list[int]:
 
     ``shares`` may have any unit. Raises DemandError for more accelerators than layers.
     """
-    n_layers, n_units = len(n_experts), len(shares)
-    if not 1 <= n_units <= n_layers:
-        raise DemandError(f"{n_units} accelerators for {n_layers} MoE layers: each needs at least one")
+    n_layers, n_accelerators = len(n_experts), len(shares)
+    if not 1 <= n_accelerators <= n_layers:
+        raise DemandError(f"{n_accelerators} accelerators for {n_layers} MoE layers: each needs at least one")
     until = list(accumulate(n_experts))
     wanted = [until[-1] * share / max(sum(shares), ROUNDING) for share in accumulate(shares)]
     counts: list[int] = []
-    for unit, target in enumerate(wanted[:-1]):
+    for accelerator, target in enumerate(wanted[:-1]):
         first = sum(counts)
         end = next((at + 1 for at, total in enumerate(until) if total >= target * (1.0 - ROUNDING)), n_layers)
-        counts.append(min(max(end, first + 1), n_layers - (n_units - 1 - unit)) - first)
+        counts.append(min(max(end, first + 1), n_layers - (n_accelerators - 1 - accelerator)) - first)
     return [*counts, n_layers - sum(counts)]
 
 

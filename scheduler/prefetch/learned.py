@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from scheduler.compiled import compiled
 from scheduler.demand import Demand
-from scheduler.forecast.transitions import count_transitions, follow
 from scheduler.prefetch.base import NOTHING, PrefetchPolicy, Proposals
 from scheduler.setting import Setting, number
 
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
 PREFETCH_FEATURES = ("follows", "recent_frequency", "last_step", "gate_prediction")
 RECENT_WEIGHT = 0.1
 COUNT_DECAY = 0.995
@@ -79,3 +81,32 @@ def default_scorer(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]
     """Logit of use; the weights are set by hand, not trained (`hybrimoe trace train` makes a trained scorer)."""
     logits = features @ np.array([6.0, 2.5, 0.5, 6.0], np.float32) - 3.5
     return np.asarray(1.0 / (1.0 + np.exp(-logits)), np.float32)
+
+
+@compiled
+def count_transitions(counts: Floats, sources: Ids, targets: Ids, decay: float) -> None:
+    """counts float32[E, E + 1] of one layer pair: row = source; column E = times the source was active.
+
+    The rows of active sources decay by ``decay`` and count the active targets.
+    """
+    n = counts.shape[1] - 1
+    for source in sources:
+        for target in range(n + 1):
+            counts[source, target] *= decay
+        for target in targets:
+            counts[source, target] += 1.0
+        counts[source, n] += 1.0
+
+
+@compiled
+def follow(counts: Floats, sources: Ids, prior: npt.NDArray[np.float64], trust: float) -> npt.NDArray[np.float64]:
+    """float64[E]: mean over active sources of P(target | source), shrunk to ``prior`` by ``trust`` pseudo-counts."""
+    n = prior.size
+    chance = np.zeros(n)
+    for source in sources:
+        scale = 1.0 / (counts[source, n] + trust)
+        for target in range(n):
+            chance[target] += (counts[source, target] + trust * prior[target]) * scale
+    for target in range(n):
+        chance[target] /= max(sources.size, 1)
+    return chance

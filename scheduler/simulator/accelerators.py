@@ -28,31 +28,31 @@ from scheduler.simulator.stats import PhaseStats
 
 
 class MultiEngine(Engine):
-    """An engine with a link for each accelerator; ``unit`` is the link in use."""
+    """An engine with a link for each accelerator; ``link`` is the link in use."""
 
     def __init__(self, n_links: int, *args: Any, **kwargs: Any) -> None:
         self._queues: list[list[Copy]] = [[] for _ in range(n_links)]
         self._carried_to = [0.0] * n_links
-        self.unit = 0
+        self.link = 0
         super().__init__(*args, **kwargs)
 
     @property
     def _queue(self) -> list[Copy]:
-        return self._queues[self.unit]
+        return self._queues[self.link]
 
     @_queue.setter
     def _queue(self, queue: list[Copy]) -> None:
-        self._queues[self.unit] = queue
+        self._queues[self.link] = queue
 
     def _advance_link(self, stop_us: float, start_us: float | None = None) -> None:
         """Every link goes on until ``stop_us``: this one from ``start_us``, the others from where they are."""
-        computing = self.unit
-        for unit in range(len(self._queues)):
-            self.unit = unit
-            begin = start_us if unit == computing and start_us is not None else self._carried_to[unit]
+        computing = self.link
+        for link in range(len(self._queues)):
+            self.link = link
+            begin = start_us if link == computing and start_us is not None else self._carried_to[link]
             super()._advance_link(stop_us, begin)
-            self._carried_to[unit] = stop_us
-        self.unit = computing
+            self._carried_to[link] = stop_us
+        self.link = computing
 
 
 class MultiSimulator(Simulator):
@@ -83,11 +83,11 @@ class MultiSimulator(Simulator):
 
     def _run_layer(self, index: int, demand: LayerDemand, dense: DenseTimes, stats: PhaseStats) -> None:
         assert isinstance(self.engine, MultiEngine)
-        self.engine.unit = self.link_of(demand.layer)
+        self.engine.link = self.link_of(demand.layer)
         super()._run_layer(index, demand, dense, stats)
 
     def _planned(self, plan: LayerPlan, demand: LayerDemand, dense: DenseTimes) -> PlannedLayer:
-        return PlannedLayer(plan, demand, dense, self.planner.unit(plan.layer), self.link_of(plan.layer))
+        return PlannedLayer(plan, demand, dense, self.planner.accelerator_of(plan.layer), self.link_of(plan.layer))
 
     def _resident(self, layer: int) -> NDArray[np.bool_]:
         return self.planner.resident_mask(layer)
@@ -98,12 +98,12 @@ class MultiSimulator(Simulator):
 
     def link_of(self, layer: int) -> int:
         """The link that brings a layer's experts."""
-        return 0 if self.profile.link.shared else self.planner.unit(layer)
+        return 0 if self.profile.link.shared else self.planner.accelerator_of(layer)
 
     @property
     def records(self) -> list[TaskRecord]:
-        units = {"accel": self.planner.unit, "link": self.link_of}
+        indices = {"accel": self.planner.accelerator_of, "link": self.link_of}
         return [
-            replace(record, unit=units[record.lane](record.layer)) if record.lane in units else record
+            replace(record, accelerator=indices[record.lane](record.layer)) if record.lane in indices else record
             for record in super().records
         ]

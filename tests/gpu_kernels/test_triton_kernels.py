@@ -179,7 +179,7 @@ def test_what_changes_from_call_to_call_is_not_compiled_in() -> None:
 
     constants_and_reals = {"alpha", "gate_max", "act_max", "up_limit", "up_offset"}
     for kernel in (
-        few.up_kernel, few.down_kernel, many.up_tile_kernel, many.down_tile_kernel, formats.quantise_kernel,
+        few.up_kernel, few.down_kernel, many.up_tile_kernel, many.down_tile_kernel, formats.prepare_kernel,
     ):  # fmt: skip
         for parameter in kernel.params:
             if parameter.is_constexpr or parameter.name in constants_and_reals:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hybrimoe.cli import common, simulated
-from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -16,14 +15,14 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add `batching`."""
-    app.command("batching")(grouped(batching))
+    app.command("batching")(common.grouped(batching))
 
 
 def batching(
     *,
     setting: simulated.SettingGroup,
-    policy: Annotated[str, typer.Option(help="Policy of the simulated runs.")] = "ours",
-    cache_ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the experts with a slot.")] = 0.25,
+    policy: simulated.PolicyOption = "ours",
+    cache_ratio: simulated.CacheRatioOption = 0.25,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once (moe-lightning: its own plan).")] = 6,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence that are its prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after them that are its reply.")] = 64,

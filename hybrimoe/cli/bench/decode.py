@@ -8,7 +8,6 @@ import typer
 
 from hybrimoe.cli import common
 from hybrimoe.cli.bench import model_run
-from hybrimoe.cli.groups import grouped
 
 QUICK_TOKENS = 24
 """Most tokens of a round with --quick."""
@@ -16,7 +15,7 @@ QUICK_TOKENS = 24
 
 def register(app: typer.Typer) -> None:
     """Add `decode`."""
-    app.command("decode")(grouped(decode))
+    app.command("decode")(common.grouped(decode))
 
 
 def decode(

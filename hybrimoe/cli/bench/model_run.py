@@ -25,10 +25,7 @@ class ContendersGroup:
     shape: options.ShapeOption = None
     layers: options.LayersOption = None
     policy: options.PolicyList = None
-    lossy: Annotated[
-        list[str] | None,
-        typer.Option("--lossy", metavar="KIND", help="Each policy with this lossy one, too; may be repeated."),
-    ] = None
+    lossy: common.LossyList = None
     dtype: options.DtypeList = None
     compare_policies: Annotated[
         bool,

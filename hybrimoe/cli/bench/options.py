@@ -14,7 +14,7 @@ ShapeOption = Annotated[
 ]
 LayersOption = Annotated[int | None, typer.Option(min=1, help="With --shape: only so many layers.")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Counted rounds.")]
-CsvOption = Annotated[Path | None, typer.Option("--csv", help="Write the rows here.")]
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a figure here (matplotlib).")]
+CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows as CSV, too.")]
+PlotOption = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a figure here (matplotlib).")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="A short run: few rounds and tokens.")]
 QUICK_ROUNDS = 3

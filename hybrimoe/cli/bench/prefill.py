@@ -8,7 +8,6 @@ import typer
 
 from hybrimoe.cli import common
 from hybrimoe.cli.bench import model_run
-from hybrimoe.cli.groups import grouped
 
 QUICK_TOKENS = 128
 """Most tokens of a round with --quick."""
@@ -16,7 +15,7 @@ QUICK_TOKENS = 128
 
 def register(app: typer.Typer) -> None:
     """Add `prefill`."""
-    app.command("prefill")(grouped(prefill))
+    app.command("prefill")(common.grouped(prefill))
 
 
 def prefill(

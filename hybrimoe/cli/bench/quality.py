@@ -37,7 +37,7 @@ def quality(
     slots: common.SlotsOption = None,
     accelerator: common.AcceleratorOption = None,
     config: common.ConfigOption = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as CSV, too.")] = None,
+    csv: options.CsvOption = None,
     as_json: common.JsonOption = False,
 ) -> None:
     """Perplexity and greedy agreement of expert dtypes, or of lossy policies (--lossy) beside their speed.

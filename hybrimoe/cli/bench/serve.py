@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrimoe.cli import common
-from hybrimoe.cli.groups import grouped
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ REPLY_S = 600.0
 
 def register(app: typer.Typer) -> None:
     """Add `serve`."""
-    app.command("serve")(grouped(serve))
+    app.command("serve")(common.grouped(serve))
 
 
 def serve(

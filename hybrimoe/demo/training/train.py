@@ -7,23 +7,33 @@ checkpoint is, with the same numbers as if it had never stopped. `touch RUN/fini
 import argparse
 import dataclasses
 import logging
+import os
 import signal
+import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen3MoeForCausalLM
 
 from hybrimoe.demo.training.corpora import read_corpora
 from hybrimoe.demo.training.data import encode_corpus
-from hybrimoe.demo.training.export import export_model
 from hybrimoe.demo.training.run_files import RunFiles
 from hybrimoe.demo.training.settings import Settings
 from hybrimoe.demo.training.tokenizer import train_tokenizer
 from hybrimoe.demo.training.trainer import Trainer
 
-__all__ = ["main", "open_run"]
+__all__ = ["export_model", "main", "open_run"]
 
 
+SAMPLING = {
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_p": 0.95,
+    "top_k": 50,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 200,
+}
+"""Defaults written to generation_config.json: greedy text of so small a model repeats itself."""
 MAY_CHANGE = frozenset(
     {"max_tokens", "max_hours", "log_steps", "checkpoint_steps", "evaluate_steps", "evaluate_windows"}
 )
@@ -47,6 +57,24 @@ def open_run(settings: Settings, corpora: Path, out: Path) -> tuple[Trainer, Pre
     trainer = Trainer(settings, encode_corpus(documents, tokenizer, settings.seed), tokenizer, files)
     trainer.resume()
     return trainer, tokenizer
+
+
+def export_model(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Saves a bfloat16 copy of `model` and `tokenizer` in `directory`, in Hugging Face layout, one tensor an expert.
+
+    Each file is written beside its place and then moved there: who reads meanwhile sees a whole file, old or new.
+    """
+    copy = Qwen3MoeForCausalLM._from_config(model.config, dtype=torch.bfloat16)
+    copy.load_state_dict(model.state_dict())
+    ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    copy.generation_config = GenerationConfig(**ids, **SAMPLING)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as name:
+        copy.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+        for file in sorted(Path(name).iterdir()):
+            file.chmod(0o644)
+            os.replace(file, directory / file.name)
 
 
 def main(arguments: list[str] | None = None) -> int:

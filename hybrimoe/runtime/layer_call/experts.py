@@ -95,4 +95,4 @@ class Experts:
             stats.moved(counters, plan, self.record_bytes)
         if self.tracing:
             space.unit = self.lanes.unit_of(index)
-            self.plans.append(PlannedLayer(plan.plan(demand), demand.frozen(), unit=space.unit, link_unit=space.unit))
+            self.plans.append(PlannedLayer(plan.plan(demand), demand.frozen(), accelerator=space.unit, link=space.unit))

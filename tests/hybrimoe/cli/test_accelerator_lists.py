@@ -16,7 +16,7 @@ def test_generate_on_two_accelerators_gives_the_same_text(hybrimoe, tmp_path):
     assert first["n_slots"] + second["n_slots"] == both["experts"]["n_slots"] == one["experts"]["n_slots"]
     assert first["total"]["accel_experts"] > 0
     assert second["total"]["accel_experts"] > 0
-    assert {(record["lane"], record["unit"]) for record in both["timeline"]} >= {("accel", 0), ("accel", 1)}
+    assert {(record["lane"], record["accelerator"]) for record in both["timeline"]} >= {("accel", 0), ("accel", 1)}
     assert "accelerator 1" in path.read_text()
 
 

@@ -83,7 +83,7 @@ def test_each_has_its_layers_slots_and_lanes(make_rig: Callable[..., Rig]) -> No
     decode(rig)
     timeline, plans = session.timeline, session.plans
     assert {task.lane_name for task in timeline} == {"cpu", "accel", "accel:1", "link", "link:1"}
-    assert all(task.unit == (task.layer >= 3) for task in timeline if task.lane != "cpu")
+    assert all(task.accelerator == (task.layer >= 3) for task in timeline if task.lane != "cpu")
     assert all(slot < 6 if layer < 3 else 6 <= slot < 10 for slot, (layer, _) in session.slot_contents().items())
     graph = TaskGraph.from_plans(plans, session.costs, session.layers[0].spec.record_bytes)  # type: ignore[arg-type]
     graph.validate(10, before)
@@ -112,7 +112,7 @@ def test_a_recorded_run_is_replayed_exactly(make_rig: Callable[..., Rig], tmp_pa
     found = replay(recording)
     assert found.exact, found.divergence
     assert found.plans == 48
-    assert {task.unit for task in recording.tasks} == {0, 1}
+    assert {task.accelerator for task in recording.tasks} == {0, 1}
     assert found.transfers + found.prefetches > 0
 
 

@@ -124,6 +124,6 @@ def test_metrics_count_requests_tokens_and_the_expert_cache(call):
     assert 'hybrimoe_requests_total{path="/v1/completions",status="200"} 1.0' in text
     assert "hybrimoe_expert_hit_rate 5.0" in text
     assert "hybrimoe_expert_skipped 5.0" in text, "nobody serves lossy replies unknowingly"
-    assert 'hybrimoe_accelerator_n_slots{name="emulated",unit="1"} 6.0' in text
-    assert 'hybrimoe_accelerator_link_us{name="emulated",unit="0"} 2.5' in text
+    assert 'hybrimoe_accelerator_n_slots{accelerator="1",name="emulated"} 6.0' in text
+    assert 'hybrimoe_accelerator_link_us{accelerator="0",name="emulated"} 2.5' in text
     assert "hybrimoe_ttft_seconds_count 1.0" in text

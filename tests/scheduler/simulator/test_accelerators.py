@@ -54,12 +54,12 @@ def test_execution_follows_the_graph_on_both_accelerators(trace: Trace, policy: 
     lanes = {name for name, order in graph.lane_order.items() if order}
     assert {"accel", "accel:1", "link", "link:1"} <= lanes
     records = [r for r in run.records if r.kind in ("accel_expert", "transfer", "prefetch")]
-    assert {(r.lane, r.unit) for r in records if r.layer < 3} <= {("accel", 0), ("link", 0)}
-    assert {(r.lane, r.unit) for r in records if r.layer >= 3} <= {("accel", 1), ("link", 1)}
+    assert {(r.lane, r.accelerator) for r in records if r.layer < 3} <= {("accel", 0), ("link", 0)}
+    assert {(r.lane, r.accelerator) for r in records if r.layer >= 3} <= {("accel", 1), ("link", 1)}
     for item in run.layers:
         for copy in (*item.plan.transfers, *item.plan.prefetches):
-            assert copy.slot // 12 == item.unit == (copy.layer >= 3)
-            assert copy.evicts is None or (copy.evicts[0] >= 3) == item.unit
+            assert copy.slot // 12 == item.accelerator == (copy.layer >= 3)
+            assert copy.evicts is None or (copy.evicts[0] >= 3) == item.accelerator
 
 
 def test_static_mapping_takes_as_long_as_on_one(trace: Trace) -> None:
@@ -74,8 +74,8 @@ def test_static_mapping_takes_as_long_as_on_one(trace: Trace) -> None:
 def test_a_shared_link_is_one_lane(trace: Trace) -> None:
     run = simulator(trace, replace(TWO, link=replace(TWO.link, shared=True)), policy="hybrimoe")
     run.run()
-    assert {(r.lane, r.unit) for r in run.records if r.lane == "link"} == {("link", 0)}
-    assert {r.unit for r in run.records if r.lane == "accel"} == {0, 1}
+    assert {(r.lane, r.accelerator) for r in run.records if r.lane == "link"} == {("link", 0)}
+    assert {r.accelerator for r in run.records if r.lane == "accel"} == {0, 1}
     ends = sorted((r.start_us, r.end_us) for r in run.records if r.lane == "link")
     assert all(after[0] >= before[1] - 1e-6 for before, after in pairwise(ends))
 
