@@ -18,8 +18,16 @@ import torch
 from cpu_kernels import ExpertSpec, relative_error, tolerance
 
 AGREEMENT = 1e-4
-"""Relative error allowed between the fused kernels and torch where both add in float32, in another order. int8 and int4
-experts meet activations rounded to int8, as on the CPU: `cpu_kernels.tolerance` says how far that may lead."""
+"""Relative error allowed between the fused kernels and torch where both add in float32, in another order; tensor cores,
+which cut digits off within a sum, were seen to differ by 1.2e-5 (H200, 16 tokens of bfloat16 experts)."""
+
+
+def agreement(spec: ExpertSpec) -> float:
+    """Allowed ``max |y - reference| / max |reference|`` of the fused kernels.
+
+    int8 and int4 experts meet activations rounded to int8, as on the CPU: `cpu_kernels.tolerance` says what that costs.
+    """
+    return max(AGREEMENT, tolerance(spec))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,7 @@ class FusedChoice:
         expected = group.out[group.rows]
         if problem is None and not torch.isfinite(expected).all():
             return  # nothing to compare with: the next group tells
-        if problem is None and not relative_error(rows, expected) <= max(AGREEMENT, tolerance(spec)):
+        if problem is None and not relative_error(rows, expected) <= agreement(spec):
             problem = "results differ from torch's"
         self._right[kernel] = problem is None
         if problem is not None:

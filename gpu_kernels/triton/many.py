@@ -75,8 +75,8 @@ def _bfloat16_tile(weights_ptr, n_blocks, x_row_ptrs, ROWS: tl.constexpr, TOKENS
         words = tl.load(word_ptrs)
         pairs = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
         weights = tl.reshape(pairs, (ROWS, 64)).to(tl.bfloat16, bitcast=True)
-        sums = tl.dot(weights, tl.load(low_ptrs), sums)
-        sums = tl.dot(weights, tl.load(high_ptrs), sums)
+        products = tl.dot(weights, tl.load(low_ptrs))
+        sums += tl.dot(weights, tl.load(high_ptrs), products)  # a tensor core cuts off what an addition would round
         word_ptrs += 512
         high_ptrs += 64
         low_ptrs += 64

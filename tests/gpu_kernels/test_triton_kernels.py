@@ -118,6 +118,8 @@ def stack_bytes(cubin: bytes, path: Path) -> int:
 
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
+EVERY_BLOCK = [(arch, block) for arch in ARCHITECTURES for block in (1, 64)] + [(90, 4), (90, 16)]
+"""All blocks of tokens for one architecture, the smallest and the largest for the others."""
 no_fusion_warning = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
@@ -132,9 +134,8 @@ def test_kernels_compile_for_amd_without_a_device(dtype: ExpertDtype, block: int
 
 @needs_triton
 @no_fusion_warning
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "block"), EVERY_BLOCK)
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
-@pytest.mark.parametrize("block", [1, 4, 16, 64])
 def test_no_product_is_rounded_to_tf32_and_no_register_spilled(
     arch: int, dtype: ExpertDtype, block: int, tmp_path: Path
 ) -> None:
@@ -146,9 +147,8 @@ def test_no_product_is_rounded_to_tf32_and_no_register_spilled(
 
 @needs_triton
 @no_fusion_warning
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "block"), [(arch, block) for arch, block in EVERY_BLOCK if block < 16])
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
-@pytest.mark.parametrize("block", [1, 4])
 def test_few_tokens_read_16_bytes_at_a_time_and_no_thread_waits(arch: int, dtype: ExpertDtype, block: int) -> None:
     """The loop over columns reads weights by 16 bytes, and its sums stay in registers: one exchange, after the loop."""
     for kernel in assembly(arch, dtype, block):
@@ -162,14 +162,12 @@ def test_few_tokens_read_16_bytes_at_a_time_and_no_thread_waits(arch: int, dtype
 
 @needs_triton
 @no_fusion_warning
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "block"), [(arch, block) for arch, block in EVERY_BLOCK if block >= 16])
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16"])
-def test_many_tokens_take_tensor_cores(arch: int, dtype: ExpertDtype) -> None:
-    for block in (16, 64):
-        for kernel in assembly(arch, dtype, block):
-            assert re.search(
-                r"\bw?g?mma\S*\.s32\.s8" if is_quantised(dtype) else r"\bw?g?mma\S*\.bf16", kernel.main_loop
-            )
+def test_many_tokens_take_tensor_cores(arch: int, dtype: ExpertDtype, block: int) -> None:
+    operands = r"mma\S*\.s32\.s8" if is_quantised(dtype) else r"mma\S*\.bf16"
+    for kernel in assembly(arch, dtype, block):
+        assert re.search(operands, kernel.main_loop)
 
 
 @needs_triton

@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from cpu_kernels import ExpertDtype, ExpertSpec, reference_ffn, relative_error, tolerance, unpack_expert
+from cpu_kernels import ExpertDtype, ExpertSpec, reference_ffn, relative_error, unpack_expert
 from cpu_kernels.format.layout import SCALE_BYTES, block_bytes, is_quantised
 from gpu_kernels import fused_choice
 from gpu_kernels.devices import indexed, memory_info
@@ -134,7 +134,7 @@ def _call_us(
     call(0)
     expected = reference_ffn(spec, unpack_expert(spec, slots[int(order[0])]), hidden) * weights[rows[:n_tokens], None]
     error = relative_error(out[rows[:n_tokens]], expected)
-    if not error <= tolerance(spec):
+    if not error <= fused_choice.agreement(spec):
         raise ParityError(f"{spec.dtype} experts, {n_tokens} tokens: off by {error:.1e}, not timed")
 
     def calls() -> None:
