@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cpu_kernels.host.threads import physical_cores
 from hybrimoe.bench.gpu_check import report
 from hybrimoe.bench.gpu_check.card import kind_of_figures, labels
 from hybrimoe.bench.gpu_check.child import Ended, python_child, run_child
@@ -53,7 +54,7 @@ def check(
         told(done)
 
     for batch, limit_s in _batches(sections, started + 60.0 * minutes, quick=minutes < QUICK_BELOW_MINUTES):
-        run = [(section, replace(setting, limit_s=limit_s), folder) for section in batch]
+        run = [(section, replace(setting, limit_s=limit_s), folder, _cores_of(batch)) for section in batch]
         with ThreadPoolExecutor(len(run)) as pool:
             for done in pool.map(lambda arguments: _run(*arguments), run):
                 ended(done)
@@ -81,7 +82,15 @@ def _grouped(sections: Sequence[Section]) -> list[list[Section]]:
     return ([together] if together else []) + [[section] for section in sections if section.alone]
 
 
-def _run(section: Section, setting: Setting, folder: Path) -> dict[str, Any]:
+def _cores_of(batch: Sequence[Section]) -> dict[str, str]:
+    """Environment of sections that run side by side: each has its part of the cores."""
+    if len(batch) == 1:
+        return {}
+    threads = str(max(1, physical_cores() // len(batch)))
+    return {"HYBRIMOE_THREADS": threads, "OMP_NUM_THREADS": threads}
+
+
+def _run(section: Section, setting: Setting, folder: Path, environment: Mapping[str, str]) -> dict[str, Any]:
     """One section's result."""
     base = {"name": section.name, "title": section.title, "kind": setting.kind, "limit_s": round(setting.limit_s, 1)}
     if setting.limit_s < LEAST_S:
@@ -92,7 +101,7 @@ def _run(section: Section, setting: Setting, folder: Path) -> dict[str, Any]:
     setting_file.write_text(setting.to_json(), encoding="utf-8")
     result_file.unlink(missing_ok=True)
     argv = python_child("-m", WORKER, section.module_name, str(setting_file), str(result_file))
-    ended = run_child(argv, setting.limit_s, logs / f"{section.name}.log")
+    ended = run_child(argv, setting.limit_s, logs / f"{section.name}.log", extra=environment)
     return base | _judged(ended, result_file) | {"seconds": round(ended.seconds, 1)}
 
 

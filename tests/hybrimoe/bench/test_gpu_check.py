@@ -84,6 +84,26 @@ def test_hanging_sections_are_cut_off_and_say_where_they_stood(tmp_path: Path) -
     assert result["seconds"] < 60
 
 
+def test_parts_without_time_are_told() -> None:
+    def run(setting: Setting, findings: Findings) -> None:
+        for what in ("one", "two"):
+            assert not findings.time_for(what)
+
+    result = run_section(run, Setting("emulated", "emulated"), Findings(until=0.0))
+    assert (result["status"], result["why"]) == ("ok", "no time for one, two")
+
+
+def test_a_failing_part_leaves_the_other_parts() -> None:
+    def run(setting: Setting, findings: Findings) -> None:
+        for number in range(3):
+            with findings.part(f"part {number}"):
+                findings.row("found", one_over=1 / (number - 1))
+
+    result = run_section(run, Setting("emulated", "emulated"), Findings())
+    assert [row["one_over"] for row in result["tables"]["found"]] == [-1.0, 1.0]
+    assert (result["status"], result["why"]) == ("failed", "part 1: ZeroDivisionError: division by zero")
+
+
 def test_without_time_a_section_is_skipped(tmp_path: Path) -> None:
     (found,) = run_kit(tmp_path, "works", minutes=0.01)["sections"]
     assert (found["status"], found["why"]) == ("skipped", "no time was left for it: give it --minutes")

@@ -29,6 +29,8 @@ def run(setting: Setting, findings: Findings) -> None:
     tokens = TOKENS if setting.limit_s > SHORT_S else QUICK_TOKENS
     for shape in CARD_SHAPES[: setting.kernel_shapes]:
         for dtype in CARD_DTYPES:
+            if not findings.time_for(f"{shape.name} {dtype}"):
+                continue
             try:
                 rates = kernel_rates(device, [shape], [dtype], tokens)
             except ParityError as error:
