@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cpu_kernels import ExpertSpec, reference_ffn, unpack_expert
+from cpu_kernels.format.layout import is_quantised
 from gpu_kernels.fused_choice import FusedChoice
 from tests.fake_device.tensors import DeviceTensor
 
@@ -49,6 +50,8 @@ class StreamedKernels:
             used.append(slots[slot])
             at += n
         reads = [*used, *tensors[1:6]]
+        if is_quantised(spec.dtype):
+            self._cards.launch_unguarded("fused prepare", [tensors[4]], [])
         self._cards.launch_unguarded("fused up", reads, [])
         self._cards.launch_unguarded("fused down", reads, [out])
 

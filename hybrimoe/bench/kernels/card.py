@@ -48,6 +48,11 @@ class KernelRate:
     read_share: float
 
 
+def device_name(device: torch.device) -> str:
+    """What the device is called in reports."""
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
 def read_gbps(device: torch.device) -> float:
     """1e9 bytes/s of a sum over as much memory as a quarter of what is free, 2 GiB at most."""
     n_bytes = min(READ_BYTES, memory_info(device)[0] // 4)
