@@ -58,7 +58,6 @@ class TorchGraphs:
         part of the work."""
         torch.cuda.synchronize(self._device)
         self._pool = torch.cuda.graph_pool_handle()
-        gc.collect()
         collects = gc.isenabled()
         gc.disable()
         try:

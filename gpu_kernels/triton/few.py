@@ -186,28 +186,28 @@ def _finish_up(
 
 
 @triton.jit
-def _store_inner(value, inner_ptr, at, end, unit, inner_stride, QUANTISED: tl.constexpr):
+def _store_inner(value, inner_ptr, at, end, unit, inner_quads, inner_blocks, QUANTISED: tl.constexpr):
     """One group of one row of the intermediate."""
     if at < end:
-        row_ptr = inner_ptr + at.to(tl.int64) * inner_stride
+        row_ptr = inner_ptr + at.to(tl.int64) * (inner_quads * 4)
         if QUANTISED:
             codes, scales = int8_codes(value)
-            store_int8(row_ptr, unit + tl.arange(0, 1), inner_stride // 9, codes, scales)
+            store_int8(row_ptr, unit + tl.arange(0, 1), 2 * inner_blocks, codes, scales)
         else:
             place = row_ptr.to(tl.pointer_type(tl.float32)) + unit * 32 + tl.arange(0, 32)
             tl.store(place[None, :], value)
 
 
 @triton.jit
-def _token_row(x_ptr, x_stride, rows_ptr, at, end, top_k):
+def _token_row(x_ptr, x_quads, rows_ptr, at, end, top_k):
     """Where the activations of a group's row begin; those of row 0 where there is none."""
-    return x_ptr + tl.load(rows_ptr + at, mask=at < end, other=0) // top_k * x_stride
+    return x_ptr + tl.load(rows_ptr + at, mask=at < end, other=0) // top_k * (x_quads * 4)
 
 
 @triton.jit(**ANY_CALL)
 def up_kernel(
     slots_ptr, slot_lines, slot_ids_ptr, offsets_ptr, rows_ptr, x_ptr, inner_ptr,
-    x_stride, inner_stride, n_columns, n_rows, n_blocks, top_k, gate_bias_word, up_bias_word,
+    x_quads, inner_quads, n_columns, n_rows, n_blocks, inner_blocks, top_k, gate_bias_word, up_bias_word,
     alpha, gate_max, act_max, up_limit, up_offset,
     TOKENS: tl.constexpr, UNITS: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, DP4A: tl.constexpr,
@@ -222,12 +222,12 @@ def up_kernel(
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     n_parts: tl.constexpr = 4 if GATED else 2
-    x0 = _token_row(x_ptr, x_stride, rows_ptr, at, end, top_k)
+    x0 = _token_row(x_ptr, x_quads, rows_ptr, at, end, top_k)
     x1, x2, x3 = x0, x0, x0
     if TOKENS == 4:
-        x1 = _token_row(x_ptr, x_stride, rows_ptr, at + 1, end, top_k)
-        x2 = _token_row(x_ptr, x_stride, rows_ptr, at + 2, end, top_k)
-        x3 = _token_row(x_ptr, x_stride, rows_ptr, at + 3, end, top_k)
+        x1 = _token_row(x_ptr, x_quads, rows_ptr, at + 1, end, top_k)
+        x2 = _token_row(x_ptr, x_quads, rows_ptr, at + 2, end, top_k)
+        x3 = _token_row(x_ptr, x_quads, rows_ptr, at + 3, end, top_k)
     sums = _rows(
         record_ptr + unit.to(tl.int64) * n_blocks * (n_parts * block_words), n_blocks, n_columns, x0, x1, x2, x3,
         16 * n_parts, TOKENS, UNITS, DTYPE, DP4A,
@@ -237,13 +237,13 @@ def up_kernel(
             sums[token], record_ptr, unit, n_rows, alpha, gate_max, act_max, up_limit, up_offset,
             gate_bias_word, up_bias_word, KIND, GATED, HAS_BIAS,
         )  # fmt: skip
-        _store_inner(value, inner_ptr, at + token, end, unit, inner_stride, DTYPE < 2)
+        _store_inner(value, inner_ptr, at + token, end, unit, inner_quads, inner_blocks, DTYPE < 2)
 
 
 @triton.jit(**ANY_CALL)
 def down_kernel(
     slots_ptr, slot_lines, slot_ids_ptr, offsets_ptr, rows_ptr, x_ptr, weights_ptr, out_ptr,
-    x_stride, n_columns, n_rows, n_blocks, down_line, down_bias_word,
+    x_quads, n_columns, n_rows, n_blocks, down_line, down_bias_word,
     TOKENS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr,
     DP4A: tl.constexpr,
 ):  # fmt: skip
@@ -256,10 +256,10 @@ def down_kernel(
     if at >= end:
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
-    x0 = x_ptr + at.to(tl.int64) * x_stride
-    x1 = x_ptr + tl.minimum(at + 1, end - 1).to(tl.int64) * x_stride
-    x2 = x_ptr + tl.minimum(at + 2, end - 1).to(tl.int64) * x_stride
-    x3 = x_ptr + tl.minimum(at + 3, end - 1).to(tl.int64) * x_stride
+    x0 = x_ptr + at.to(tl.int64) * (x_quads * 4)
+    x1 = x_ptr + tl.minimum(at + 1, end - 1).to(tl.int64) * (x_quads * 4)
+    x2 = x_ptr + tl.minimum(at + 2, end - 1).to(tl.int64) * (x_quads * 4)
+    x3 = x_ptr + tl.minimum(at + 3, end - 1).to(tl.int64) * (x_quads * 4)
     sums = _rows(
         record_ptr + down_line * 16 + part.to(tl.int64) * n_blocks * (ROWS // 16 * block_words), n_blocks, n_columns,
         x0, x1, x2, x3, ROWS, TOKENS, UNITS, DTYPE, DP4A,

@@ -4,8 +4,11 @@
 
 Activations of int8 and int4 experts are rounded to int8 exactly as on the CPU (`cpu_kernels.simd.formats`): one scale,
 the largest absolute value / 127, for 32 columns; a group that is not finite gets an infinite scale and codes of 0, so
-that its results are NaN. A row is int32 [9 * groups]: 8 words of codes for each group, then the groups' float32 scales.
-Activations of bfloat16 and float32 experts stay float32.
+that its results are NaN. A row holds 8 words of codes for each group, then the groups' float32 scales.
+
+Activations of bfloat16 and float32 experts stay float32, but for tensor cores: there bfloat16 experts meet each value
+as the sum of two bfloat16, which differs from it by 2^-18 of its size at most. A row holds the first of each pair, then
+the second. Rows begin every `quads` times 16 bytes.
 """
 
 from __future__ import annotations
@@ -15,17 +18,12 @@ import triton.language as tl
 
 INT4, INT8, BFLOAT16, FLOAT32 = 0, 1, 2, 3
 SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, IDENTITY = 0, 1, 2, 3, 4, 5, 6
-GROUP_WORDS = 9
-"""Of 32 columns in a row of int8 activations."""
-QUANTISE_GROUPS = 16
-"""That a program of `quantise_kernel` takes."""
-SIZES = ["n_groups", "n_columns", "n_rows", "n_blocks", "slot_lines", "x_stride", "top_k"]
+PREPARED_GROUPS = 16
+"""Groups of 32 columns that a program of `prepare_kernel` takes."""
+SIZES = ["n_columns", "n_rows", "n_blocks", "inner_blocks", "slot_lines", "x_quads", "inner_quads", "top_k"]
 PLACES = ["down_line", "gate_bias_word", "up_bias_word", "down_bias_word"]
-POINTERS = ["slot_ids_ptr", "offsets_ptr", "rows_ptr", "weights_ptr", "out_ptr"]
-ANY_CALL = {
-    "do_not_specialize": [*SIZES, *PLACES, "inner_stride"],
-    "do_not_specialize_on_alignment": [*POINTERS, "source_ptr"],
-}
+POINTERS = ["slot_ids_ptr", "offsets_ptr", "rows_ptr", "weights_ptr", "out_ptr", "source_ptr"]
+ANY_CALL = {"do_not_specialize": [*SIZES, *PLACES], "do_not_specialize_on_alignment": POINTERS}
 """Shapes and what differs from call to call do not decide what is compiled: the first reply would wait seconds."""
 
 
@@ -43,15 +41,32 @@ def int8_codes(x):
     return codes.to(tl.int8), tl.where(finite, largest * (1 / 127), float("inf"))
 
 
+@triton.jit
+def two_bfloat16(x):
+    """float32 -> the nearest bfloat16, and the one nearest to the rest."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
 @triton.jit(**ANY_CALL)
-def quantise_kernel(source_ptr, target_ptr, n_columns, n_groups, GROUPS: tl.constexpr):
-    """Rows of float32 [T, n_columns] as rows of int8 activations; program (row, part of GROUPS groups)."""
+def prepare_kernel(
+    source_ptr, target_ptr, n_columns, n_blocks, x_quads, QUANTISED: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """Rows of float32 [T, n_columns] as rows of int8 activations, or of pairs of bfloat16; program (row, part of GROUPS
+    groups of 32 columns)."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     groups = part * GROUPS + tl.arange(0, GROUPS)
     columns = groups[:, None] * 32 + tl.arange(0, 32)[None, :]
     x = tl.load(source_ptr + row * n_columns + columns, mask=columns < n_columns, other=0.0)
-    codes, scales = int8_codes(x)
-    store_int8(target_ptr + row * n_groups * 9, groups, n_groups, codes, scales)
+    row_ptr = target_ptr + row * (x_quads * 4)
+    if QUANTISED:
+        codes, scales = int8_codes(x)
+        store_int8(row_ptr, groups, 2 * n_blocks, codes, scales)
+    else:
+        high, low = two_bfloat16(x)
+        ptrs = row_ptr.to(tl.pointer_type(tl.bfloat16)) + columns
+        tl.store(ptrs, high, mask=columns < n_blocks * 64)
+        tl.store(ptrs + n_blocks * 64, low, mask=columns < n_blocks * 64)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Launches the fused kernels for a group of experts: gate, up and activation in one launch, down in another.
 
 Two families, by the tokens of an expert: `few` reads each record once for 1 or 4 tokens, by integer or float sums in
-registers; `many` takes tiles of 16 or 64 tokens to tensor cores. int8 and int4 experts meet activations that a third,
-small kernel rounds to int8 once a call.
+registers; `many` takes tiles of 16 or 64 tokens to tensor cores. A third, small kernel brings a call's input into the
+form that both read: rounded to int8 for int8 and int4 experts, in two parts for bfloat16 on tensor cores.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from cpu_kernels import ExpertDtype, ExpertSpec
 from cpu_kernels.format.layout import BLOCK_COLUMNS, GROUP, LINE_BYTES, is_quantised
@@ -38,9 +39,13 @@ FEW_TOKENS = 4
 """Up to so many tokens, multiplying them one by one takes no longer than reading the record."""
 MAX_TOKENS = BLOCK_TOKENS[-1] << 15
 """Of one expert; so many programs a grid has in its third dimension."""
+GROUPS = BLOCK_COLUMNS // GROUP
+"""Of a block of 64 columns."""
 UP_COLUMNS = 32
 """Columns of the intermediate that a program computes: a group of the rounding to int8."""
 WORD_BYTES = 4
+QUAD = 4
+"""Words of 16 bytes: rows of activations begin on such, so that kernels may read as much at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,8 @@ class Tuning:
 
 UP = {1: Tuning(32, 8), 4: Tuning(32, 8)}
 DOWN = {1: Tuning(32, 4), 4: Tuning(32, 4)}
-TILE_WARPS = {16: 4, 64: 8}
+TILE_WARPS = 4
+"""More would split the columns of a sum between them, and exchange it at each step."""
 DOWN_TILE_ROWS = 64
 
 
@@ -81,16 +87,17 @@ def run_group(
     """
     layout = spec.layout
     words = slots.view(torch.int32)
-    x, inner = _activations(spec, hidden, rows.numel())
     block = block_tokens(n_tokens)
+    x, inner = _activations(spec, block, hidden, rows.numel())
     grid = len(n_tokens), -(-max(n_tokens) // block)
     group = words, words.stride(0) * WORD_BYTES // LINE_BYTES, slot_ids, offsets, rows
     up = [
-        *group, x, inner, x.stride(0), inner.stride(0), spec.hidden, spec.inter, layout.hidden_padded // BLOCK_COLUMNS,
-        top_k, layout.gate_bias_offset // WORD_BYTES, layout.up_bias_offset // WORD_BYTES, *_limits(spec),
+        *group, x, inner, x.stride(0) // QUAD, inner.stride(0) // QUAD, spec.hidden, spec.inter,
+        layout.hidden_padded // BLOCK_COLUMNS, layout.inter_padded // BLOCK_COLUMNS, top_k,
+        layout.gate_bias_offset // WORD_BYTES, layout.up_bias_offset // WORD_BYTES, *_limits(spec),
     ]  # fmt: skip
     down = [
-        *group, inner, weights, out, inner.stride(0), layout.inter_padded, spec.hidden,
+        *group, inner, weights, out, inner.stride(0) // QUAD, layout.inter_padded, spec.hidden,
         layout.inter_padded // BLOCK_COLUMNS, layout.down_offset // LINE_BYTES, layout.down_bias_offset // WORD_BYTES,
     ]  # fmt: skip
     up_kernel, up_options = up_variant(spec, block, has_dp4a(hidden.device))
@@ -103,7 +110,7 @@ def up_variant(spec: ExpertSpec, block: int, dp4a: bool) -> tuple[Any, dict[str,
     """The kernel of gate, up and activation for programs of `block` tokens, and what it is compiled for."""
     kind = {"KIND": KINDS[spec.activation.kind], "GATED": spec.activation.gated}
     if block > FEW_TOKENS:
-        return many.up_tile_kernel, _common(spec, block) | kind | {"num_warps": TILE_WARPS[block]}
+        return many.up_tile_kernel, _common(spec, block) | kind | {"num_warps": TILE_WARPS}
     cut = UP[block]
     options = {"UNITS": cut.units, "DP4A": dp4a, "num_warps": cut.warps}
     return few.up_kernel, _common(spec, block) | kind | options
@@ -112,7 +119,7 @@ def up_variant(spec: ExpertSpec, block: int, dp4a: bool) -> tuple[Any, dict[str,
 def down_variant(spec: ExpertSpec, block: int, dp4a: bool) -> tuple[Any, dict[str, Any]]:
     """The kernel of down for programs of `block` tokens, and what it is compiled for."""
     if block > FEW_TOKENS:
-        options = {"ROWS": DOWN_TILE_ROWS, "num_warps": TILE_WARPS[block]}
+        options = {"ROWS": DOWN_TILE_ROWS, "num_warps": TILE_WARPS}
         return many.down_tile_kernel, _common(spec, block) | options
     cut = DOWN[block]
     options = {"UNITS": cut.units, "ROWS": cut.rows, "DP4A": dp4a, "num_warps": cut.warps}
@@ -129,18 +136,29 @@ def has_dp4a(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def _activations(spec: ExpertSpec, hidden: torch.Tensor, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _activations(spec: ExpertSpec, block: int, hidden: torch.Tensor, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The input as the kernels read it, and memory for the intermediate of n_rows rows."""
-    device, inter = hidden.device, spec.layout.inter_padded
+    layout, quantised = spec.layout, is_quantised(spec.dtype)
+    inner = _rows(spec, n_rows, layout.inter_padded, hidden.device)
+    if not quantised and (spec.dtype == "float32" or block <= FEW_TOKENS):
+        if spec.hidden % QUAD or hidden.data_ptr() % (QUAD * WORD_BYTES):
+            hidden = functional.pad(hidden, (0, -spec.hidden % QUAD + QUAD))  # a copy in any case
+        return hidden, inner
+    x = _rows(spec, len(hidden), layout.hidden_padded, hidden.device)
+    n_blocks = layout.hidden_padded // BLOCK_COLUMNS
+    formats.prepare_kernel[(len(hidden), -(-n_blocks * GROUPS // formats.PREPARED_GROUPS))](
+        hidden, x, spec.hidden, n_blocks, x.stride(0) // QUAD,
+        QUANTISED=quantised, GROUPS=formats.PREPARED_GROUPS, num_warps=4,
+    )  # fmt: skip
+    return x, inner
+
+
+def _rows(spec: ExpertSpec, n_rows: int, n_columns: int, device: torch.device) -> torch.Tensor:
+    """Memory for rows of activations of n_columns, a multiple of 64."""
     if not is_quantised(spec.dtype):
-        return hidden, torch.empty((n_rows, inter), dtype=torch.float32, device=device)
-    n_groups = spec.layout.hidden_padded // GROUP
-    x = torch.empty((len(hidden), formats.GROUP_WORDS * n_groups), dtype=torch.int32, device=device)
-    parts = -(-n_groups // formats.QUANTISE_GROUPS)
-    formats.quantise_kernel[(len(hidden), parts)](
-        hidden, x, spec.hidden, n_groups, GROUPS=formats.QUANTISE_GROUPS, num_warps=4
-    )
-    return x, torch.empty((n_rows, formats.GROUP_WORDS * inter // GROUP), dtype=torch.int32, device=device)
+        return torch.empty((n_rows, n_columns), dtype=torch.float32, device=device)
+    n_words = n_columns // WORD_BYTES + n_columns // GROUP
+    return torch.empty((n_rows, -(-n_words // QUAD) * QUAD), dtype=torch.int32, device=device)
 
 
 def _limits(spec: ExpertSpec) -> list[float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, TypeVar
@@ -21,14 +23,18 @@ def alternate(
     rounds: int,
     *,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    until: float = math.inf,
 ) -> dict[str, list[float]]:
     """Measure every subject once a round, in turn, so that a slow minute of the machine hits all alike.
 
-    One round before the counted ones warms up and is thrown away. Each round begins with another subject.
+    One round before the counted ones warms up and is thrown away. Each round begins with another subject. After `until`
+    (s of time.monotonic) no round begins, but for the first counted one.
     """
     names = list(subjects)
     values: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
+        if number > 1 and time.monotonic() >= until:
+            break
         shift = number % len(names)
         for index, name in enumerate(names[shift:] + names[:shift]):
             progress(number * len(names) + index, (rounds + 1) * len(names), "measuring")

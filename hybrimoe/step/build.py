@@ -10,9 +10,8 @@ from torch import nn
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.errors import KernelError
-from gpu_kernels.decode_attention import AttendsBuffers, load_decode_attention
-from gpu_kernels.errors import GraphError
 from gpu_kernels.graphs import RecordsGraphs, graphs_of
+from gpu_kernels.step_kernels import StepKernels, load_step_kernels
 from hybrimoe.compat import takes_dynamic_cache
 from hybrimoe.step.captured import CapturedStep
 from hybrimoe.step.errors import NotCompiled
@@ -102,35 +101,33 @@ def _on_devices(model: nn.Module, session: Any, devices: set[torch.device]) -> S
     graphs = graphs_of(device)
     if graphs is None:
         return StepWay(reason=f"torch records no graphs on {device}")
-    attention = load_decode_attention(device)
-    way = capture_step(model, session, device, graphs, attention)
-    if way.step is None and attention is not None:
+    kernels = load_step_kernels(device)
+    way = capture_step(model, session, device, graphs, kernels)
+    if way.step is None and kernels != StepKernels():
         with_torch = capture_step(model, session, device, graphs)
         if with_torch.step is not None:
-            with_torch.layers["model"] += f"; attention by torch: {way.reason}"
+            with_torch.layers["model"] += f"; attention and norms by torch: {way.reason}"
             return with_torch
     return way
 
 
 def capture_step(
-    model: nn.Module, session: Any, device: torch.device, graphs: RecordsGraphs,
-    attention: AttendsBuffers | None = None,
-) -> StepWay:  # fmt: skip
-    """Captures a step of a model on one device, compares it, and puts it before the model's forward. attention: a
-    kernel for what of its attention it can compute."""
+    model: nn.Module, session: Any, device: torch.device, graphs: RecordsGraphs, kernels: StepKernels | None = None
+) -> StepWay:
+    """Captures a step of a model on one device, compares it, and puts it before the model's forward. kernels: for what
+    of it they can compute."""
     if not takes_dynamic_cache(model):
         return StepWay(reason="the model makes a cache of its own kind")
     was_training = model.training
     model.eval()
-    step = CapturedStep(model, session, device, graphs, attention)
-    tokens = torch.randint(
-        0, step.text_config.vocab_size, (TRIAL_TOKENS,), generator=torch.Generator().manual_seed(SEED)
-    )
     try:
+        step = CapturedStep(model, session, device, graphs, kernels)
+        generator = torch.Generator().manual_seed(SEED)
+        tokens = torch.randint(0, step.text_config.vocab_size, (TRIAL_TOKENS,), generator=generator)
         n_calls = step.try_out(tokens.tolist())
     except NotCompiled as error:
         return StepWay(reason=str(error))
-    except (GraphError, *TRIAL_ERRORS) as error:
+    except Exception as error:  # noqa: BLE001 - drivers and compilers of other projects: no common root
         return StepWay(reason=f"its step cannot be captured: {type(error).__name__}: {_first_line(error)}")
     finally:
         model.train(was_training)

@@ -25,8 +25,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from cpu_kernels import ExpertSpec
-from gpu_kernels.decode_attention import AttendsBuffers
 from gpu_kernels.graphs import Graph, RecordsGraphs
+from gpu_kernels.step_kernels import StepKernels
 from hybrimoe.dense.card_attention import cudnn_attention_off
 from hybrimoe.experts.module import HOOKS, HybridExperts
 from hybrimoe.generation.growing import Buffers, GrowingLayer, growing_cache
@@ -36,6 +36,7 @@ from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.fixed_attention import attention_by
 from hybrimoe.step.fixed_cache import fixed_cache, growing_layers
 from hybrimoe.step.forward import InPlaceOfForward
+from hybrimoe.step.fused_norms import known_norms, norms_by
 from hybrimoe.step.model_step import ModelStep
 
 MAX_SEQUENCES = 8
@@ -133,9 +134,9 @@ class CapturedStep(ModelStep):
 
     def __init__(
         self, model: nn.Module, session: Any, device: torch.device, graphs: RecordsGraphs,
-        attention: AttendsBuffers | None = None,
+        kernels: StepKernels | None = None,
     ) -> None:  # fmt: skip
-        """`attention` is used where it can be, None leaves all of it to torch."""
+        """`kernels` are used where they can be; without them all is torch's."""
         experts = [module for module in model.modules() if isinstance(module, HybridExperts)]
         called = [part for module in experts for part in module.modules()]
         super().__init__(model, session, called)
@@ -150,7 +151,8 @@ class CapturedStep(ModelStep):
         self._own = model.forward
         self._experts = experts
         self._graphs = graphs
-        self._attention = attention
+        self._kernels = kernels or StepKernels()
+        self._norms = [] if self._kernels.norm is None else known_norms(model, self._kernels.norm)
         self._captured: list[Pieces] = []
         self._pieces_ns = 0
         self._unreported: Counts = np.zeros((len(session.layers), 3))
@@ -303,7 +305,7 @@ class CapturedStep(ModelStep):
         numbers[-1] = n_past
         pieces = Pieces(numbers, buffers, layers=[weakref.ref(layer) for layer in layers], resident=resident)
         cache = fixed_cache(layers, buffers, numbers[-1])
-        with cudnn_attention_off, attention_by(self._attention, cache.layers), self._graphs.recording():
+        with self._by_kernels(cache), self._graphs.recording():
             with self._experts_by(partial(_warm_up, resident)):
                 self._run_own(pieces, cache)
             self._graphs.begin()
@@ -314,6 +316,16 @@ class CapturedStep(ModelStep):
         self._count(pieces, alone)
         self.captures += 1
         return pieces
+
+    @contextmanager
+    def _by_kernels(self, cache: DynamicCache) -> Iterator[None]:
+        """Within the block the kernels stand for torch's operators, in this step's model and over this cache."""
+        with (
+            cudnn_attention_off,
+            attention_by(self._kernels.attention, cache.layers),
+            norms_by(self._kernels.norm, self._norms),
+        ):
+            yield
 
     def _experts_alone(self, pieces: Pieces) -> dict[ExpertSpec, Graph]:
         """Graphs of experts that a step has within its own, one for each kind of layer."""

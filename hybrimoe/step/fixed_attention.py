@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from gpu_kernels.decode_attention import AttendsBuffers, takes
+from gpu_kernels.step_kernels import AttendsBuffers, takes
 from hybrimoe.dense.attention import REPLACED, UNKNOWN_HERE
 from hybrimoe.step.fixed_cache import FixedLayer
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +30,9 @@ class Findings:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    until: float = math.inf
+    """s of time.monotonic after which no further part is to begin."""
+    left_out: list[str] = field(default_factory=list)
 
     def row(self, table: str, **columns: Any) -> None:
         """One line of a table: texts, numbers, or None. Units stand in the columns' names."""
@@ -48,6 +53,14 @@ class Findings:
         """A problem unless `holds`."""
         if not holds:
             self.problem(text)
+
+    def time_for(self, what: str) -> bool:
+        """Whether a part of a section may begin; one that may not is told."""
+        if time.monotonic() < self.until:
+            return True
+        self.left_out.append(what)
+        self.remark(f"no time was left for {what}")
+        return False
 
     @contextmanager
     def part(self, what: str) -> Iterator[None]:
@@ -79,4 +92,5 @@ def run_section(run: Callable[[Setting, Findings], None], setting: Setting, find
     except Exception as error:  # noqa: BLE001  # one section's failure must not hide the others' results
         findings.failed("the section", error)
     problems = findings.problems
-    return findings.as_dict() | {"status": "failed" if problems else "ok", "why": "; ".join(problems)}
+    left_out = [f"no time for {', '.join(findings.left_out)}"] if findings.left_out else []
+    return findings.as_dict() | {"status": "failed" if problems else "ok", "why": "; ".join([*problems, *left_out])}

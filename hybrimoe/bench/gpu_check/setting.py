@@ -39,7 +39,7 @@ class Setting:
     kind: str
     shape: str = "olmoe-1b-7b"
     layers: int = 2
-    speed_layers: int = 16
+    speed_layers: int = 8
     smaller: Mapping[str, int] = field(default_factory=dict)
     kernel_shapes: int = 3
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8", "int4")

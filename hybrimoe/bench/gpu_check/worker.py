@@ -6,12 +6,18 @@ import importlib
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hybrimoe.bench.gpu_check.findings import Findings, run_section
 from hybrimoe.bench.gpu_check.setting import Setting
+
+LATEST_BEGIN = 0.75
+"""Part of a section's time after which it begins nothing more."""
 
 
 def main(module: str, setting_file: Path, result_file: Path) -> None:
@@ -23,7 +29,8 @@ def main(module: str, setting_file: Path, result_file: Path) -> None:
         os.replace(beside, result_file)
 
     setting = Setting.from_json(setting_file.read_text(encoding="utf-8"))
-    findings = Findings(save)
+    elapsed_s = time.time() - psutil.Process().create_time()
+    findings = Findings(save, until=time.monotonic() + LATEST_BEGIN * setting.limit_s - elapsed_s)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", RuntimeWarning)
         section = importlib.import_module(module)

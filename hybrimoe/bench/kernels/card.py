@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from cpu_kernels import ExpertDtype, ExpertSpec, reference_ffn, relative_error, tolerance, unpack_expert
+from cpu_kernels import ExpertDtype, ExpertSpec, reference_ffn, relative_error, unpack_expert
 from cpu_kernels.format.layout import SCALE_BYTES, block_bytes, is_quantised
 from gpu_kernels import fused_choice
 from gpu_kernels.devices import indexed, memory_info
@@ -46,6 +46,11 @@ class KernelRate:
     us: float
     gbps: float
     read_share: float
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called in reports."""
+    return str(torch.get_device_module(device).get_device_name(device))
 
 
 def read_gbps(device: torch.device) -> float:
@@ -134,7 +139,7 @@ def _call_us(
     call(0)
     expected = reference_ffn(spec, unpack_expert(spec, slots[int(order[0])]), hidden) * weights[rows[:n_tokens], None]
     error = relative_error(out[rows[:n_tokens]], expected)
-    if not error <= tolerance(spec):
+    if not error <= fused_choice.agreement(spec):
         raise ParityError(f"{spec.dtype} experts, {n_tokens} tokens: off by {error:.1e}, not timed")
 
     def calls() -> None:

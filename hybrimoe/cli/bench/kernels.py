@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hybrimoe.cli import common
 from hybrimoe.cli.bench import options
+
+if TYPE_CHECKING:
+    from hybrimoe.bench.kernels.card import KernelRate
 
 QUICK_SHAPES = ("qwen3-30b",)
 TOKENS = (1, 4, 16, 64, 256)
@@ -28,6 +33,10 @@ def kernels(
     csv: options.CsvOption = None,
     plot: options.PlotOption = None,
     as_json: common.JsonOption = False,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(metavar="DEVICE", help="The fused kernels of this device (cuda:0); --only then names dtypes."),
+    ] = None,
 ) -> None:
     """One MoE layer call: k distinct experts, M tokens each, weights from memory; medians of alternating rounds.
 
@@ -35,6 +44,11 @@ def kernels(
     """
     common.check_writable(csv)
     common.check_writable(plot)
+    if accelerator is not None:
+        if plot is not None:
+            raise typer.BadParameter("--plot is for the CPU; with --accelerator there are --csv and --json")
+        _on_accelerator(accelerator, shape, tokens, only, quick, csv, as_json)
+        return
     from hybrimoe.bench.kernels import measure as kernels_bench
     from hybrimoe.cli.views import render
 
@@ -53,6 +67,48 @@ def kernels(
         render.emit_json(result)
     else:
         _show(result)
+
+
+def _on_accelerator(
+    name: str, shapes: list[str] | None, tokens: list[int] | None, only: list[str] | None, quick: bool,
+    csv: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    from gpu_kernels.opening import existing_device
+    from hybrimoe.bench.kernels import card
+    from hybrimoe.bench.kernels.measure import write_csv
+    from hybrimoe.cli.views import render
+
+    device = existing_device(name)
+    wanted = shapes or (QUICK_SHAPES if quick else [shape.name for shape in card.CARD_SHAPES])
+    chosen = [shape for shape in card.CARD_SHAPES if shape.name in wanted]
+    dtypes = [dtype for dtype in card.CARD_DTYPES if not only or any(part in dtype for part in only)]
+    if not chosen or not dtypes:
+        known = ", ".join(shape.name for shape in card.CARD_SHAPES)
+        raise typer.BadParameter(f"nothing to measure: shapes are {known}; --only names {', '.join(card.CARD_DTYPES)}")
+    rates = card.kernel_rates(
+        device, chosen, dtypes, tokens or (QUICK_TOKENS if quick else card.CARD_TOKENS), progress=render.note
+    )
+    rows = [asdict(rate) for rate in rates]
+    if csv is not None and rows:
+        write_csv(rows, csv)
+    if as_json:
+        render.emit_json({"device": card.device_name(device), "rows": rows})
+    else:
+        _show_rates(card.device_name(device), rates)
+
+
+def _show_rates(device: str, rates: list[KernelRate]) -> None:
+    from hybrimoe.cli.views import render
+
+    lines = [
+        [
+            rate.shape, rate.dtype, str(rate.tokens), str(rate.experts), f"{rate.us:.1f}", f"{rate.gbps:.0f}",
+            f"{rate.read_share:.0%}",
+        ]
+        for rate in rates
+    ]  # fmt: skip
+    columns = ["shape", "dtype", "tokens an expert", "experts", "us", "GB/s", "of read rate"]
+    render.out().print(render.table(f"measured on {device}", columns, lines))
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from cpu_kernels import ExpertSpec, unpack_expert
 from gpu_kernels import fused_choice
 from hybrimoe.bench.kernels import card
 from hybrimoe.bench.kernels.measure import ParityError
 from hybrimoe.bench.kernels.setting import Shape
+from hybrimoe.cli.app import app
 from hybrimoe.errors import HybriMoEError
 from tests.fake_device import DEVICE_TYPE, Cards, StreamedKernels, fake_cards
 
@@ -38,6 +41,22 @@ def test_every_case_has_a_row_and_rates_fit_the_times(cards: Cards) -> None:
         assert row.gbps == pytest.approx(row.experts * record_bytes / (row.us * 1e3))
         assert row.us > 0
         assert row.read_share > 0
+
+
+def test_the_command_prints_what_was_measured(cards: Cards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "CARD_SHAPES", (SMALL,))
+    words = ["bench", "kernels", "--accelerator", f"{DEVICE_TYPE}:0", "--only", "int", "--tokens", "1"]
+    shown = CliRunner().invoke(app, [*words, "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert found["device"] == "fake card"
+    assert [(row["dtype"], row["experts"]) for row in found["rows"]] == [
+        ("int4", 3), ("int4", 2), ("int8", 3), ("int8", 2),
+    ]  # fmt: skip
+    assert "of read rate" in CliRunner().invoke(app, words).stdout
+    refused = CliRunner().invoke(app, [*words[:-2], "--shape", "large"])
+    assert refused.exit_code == 2
+    assert "shapes are small" in refused.output.replace("\n", " ")
 
 
 def test_what_does_not_fit_is_left_out(cards: Cards) -> None:

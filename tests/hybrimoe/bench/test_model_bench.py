@@ -58,6 +58,10 @@ def test_rounds_alternate_each_begins_with_another_and_the_first_does_not_count(
     assert harness.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "rounds": [3.0, 1.0, 2.0]}
 
 
+def test_rounds_end_early_with_one_that_counts_at_least():
+    assert harness.alternate({"a": 1.0, "b": 2.0}, lambda value: value, 3, until=0.0) == {"a": [1.0], "b": [2.0]}
+
+
 class Fake(contenders.Contender):
     """A contender whose logits are given."""
 

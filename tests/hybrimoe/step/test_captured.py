@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 import hybrimoe
 from gpu_kernels import TorchAccelerator
+from gpu_kernels.step_kernels import StepKernels
 from hybrimoe.step.build import StepWay, capture_step
 from hybrimoe.step.captured import KEPT, CapturedStep
+from hybrimoe.step.fused_norms import known_norms
 from tests.fake_device.graphs import NotedGraphs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
@@ -68,25 +74,63 @@ def attend(
     return (scores.masked_fill(~(held & mask), -torch.inf).softmax(-1) @ wide[1]).transpose(1, 2)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "mixtral", "cohere2_moe"])
-def test_attention_by_a_kernel(family: str) -> None:
+def norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, round_first: bool) -> torch.Tensor:
+    """What a card's kernel computes, by torch."""
+    wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    wide = wide.to(x.dtype).float() if round_first else wide
+    return (wide * (weight.float() + offset)).to(x.dtype)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "mixtral", "cohere2_moe", "gemma4", "qwen3_next"])
+def test_attention_and_norms_by_kernels(family: str) -> None:
     model = tiny_model(family)
     plain = outputs(model)
     injection = hybrimoe.inject(model, accelerator="emulated", gpu_expert_slots=4, expert_dtype="float32")
-    calls: list[int] = []
+    calls: Counter[str] = Counter()
 
-    def counted(*args: Any) -> torch.Tensor:
-        calls.append(args[5])
-        return attend(*args)
+    def counted(name: str, kernel: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        calls[name] += 1
+        return kernel(*args)
 
-    injection.way = capture_step(model, injection.session, HOST, NotedGraphs(), counted)
+    kernels = StepKernels(partial(counted, "attention", attend), partial(counted, "norm", norm_rows))
+    injection.way = capture_step(model, injection.session, HOST, NotedGraphs(), kernels)
+    if family == "qwen3_next":  # linear attention: no captured step
+        assert injection.way.step is None
+        return
     assert injection.step is not None, injection.way
-    before = len(calls)
+    n_layers = len([module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")])
+    calls.clear()
     found = outputs(model)
-    assert before
-    assert len(calls) == 2 * before, "once to warm up and once to record, at the trial and for the cache"
+    assert calls["attention"] == 2 * n_layers, "once to warm up and once to record"
+    assert (calls["norm"] >= 2 * (2 * n_layers + 1)) == (family != "cohere2_moe"), "cohere's is no RMSNorm"
     assert float((found.decode - plain.decode).abs().max()) <= TOLERANCE
     assert torch.equal(found.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_which_norms_are_known(dtype: torch.dtype) -> None:
+    """Told by what they compute: rounded first or last, with or without one added to the weight, or otherwise."""
+
+    class NormRMSNorm(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.weight, self.eps, self.kind = nn.Parameter(torch.ones(32, dtype=dtype)), 1e-5, kind
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.kind == "other":
+                return x / x.norm(dim=-1, keepdim=True) * self.weight
+            return norm_rows(x, self.weight, self.eps, 1.0 if "one" in self.kind else 0.0, "first" in self.kind)
+
+    kinds = ["first", "last", "one, first", "one, last", "other"]
+    model = nn.ModuleList([NormRMSNorm(kind) for kind in kinds])
+    for kind, module in zip(kinds, model, strict=True):
+        (known,) = known_norms(nn.ModuleList([module]), norm_rows) or [None]
+        if kind == "other":
+            assert known is None
+            continue
+        assert known is not None
+        assert known.offset == (1.0 if "one" in kind else 0.0)
+        assert dtype == torch.float32 or known.round_first == ("first" in kind)
 
 
 @pytest.fixture(scope="module")

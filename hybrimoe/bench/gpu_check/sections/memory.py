@@ -21,8 +21,9 @@ def run(setting: Setting, findings: Findings) -> None:
     if setting.emulated:
         raise SkippedError("the emulated device has no memory of its own")
     ids = models.prompt(setting, setting.long_prompt_tokens)
-    for share in (setting.shares[0], setting.shares[-1]):
-        _at(setting, findings, share, ids)
+    for share in dict.fromkeys((setting.shares[0], setting.shares[-1])):
+        if findings.time_for(f"{share:.0%} slots"):
+            _at(setting, findings, share, ids)
 
 
 def _at(setting: Setting, findings: Findings, share: float, ids: list[int]) -> None:

@@ -10,11 +10,13 @@ from hybrimoe.bench.gpu_check.findings import Findings, SkippedError
 from hybrimoe.bench.gpu_check.sections import models
 from hybrimoe.bench.gpu_check.sections.profiled import CALLS, Seen, begun_while, both_us, busy_us, profile
 from hybrimoe.bench.gpu_check.setting import Setting
-from hybrimoe.generation import PrefixCache
+from hybrimoe.generation import PrefixCache, TextGenerator
 
-SHARE = 0.25
+SHARE, DTYPE = 0.25, "int4"
 SHOWN_KERNELS = 12
 SHOWN_CALLS = 12
+RECORD_COPY_US = 10.0
+"""A copy to the device that takes longer brings an expert; shorter ones bring indices and rows."""
 
 Watch = Callable[[Callable[[], object]], Seen]
 
@@ -25,28 +27,33 @@ def run(setting: Setting, findings: Findings, watch: Watch = profile) -> None:
         raise SkippedError("the emulated device makes no calls of a driver")
     first = setting.policies[0]
     cases = [(policy, SHARE, "auto") for policy in setting.policies]
-    for policy, share, step in [(first, SHARE, "transformers"), *cases, (first, 1.0, "auto")]:
-        with findings.part(f"{policy}, {share:.0%} slots, {step}"):
-            _steps(setting, findings, policy, share, step, watch)
+    for policy, share, way in [(first, SHARE, "transformers"), *cases, (first, 1.0, "auto")]:
+        what = f"{policy}, {share:.0%} slots" + ("" if way == "auto" else f", {way}")
+        if not findings.time_for(what):
+            return
+        with (
+            findings.part(what),
+            models.opened(
+                setting, setting.accelerator, DTYPE, policy=policy, share=share, dense_dtype="auto", step=way
+            ) as generator,
+        ):
+            _steps(setting, findings, what, generator, watch)
 
 
-def _steps(setting: Setting, findings: Findings, policy: str, share: float, way: str, watch: Watch) -> None:
-    what = f"{policy}, {share:.0%} slots" + ("" if way == "auto" else f", {way}")
-    with models.opened(
-        setting, setting.accelerator, "int4", policy=policy, share=share, dense_dtype="auto", step=way
-    ) as generator:
-        findings.row("decode steps", what=what, way=models.step_way(generator))
-        step = _decoding(generator, models.prompt(setting))
-        for _ in range(setting.new_tokens):
-            step()
-        session = generator.model.hybrimoe.session
-        session.reset_stats()
-        started = time.perf_counter()
-        for _ in range(setting.new_tokens):
-            step()
-        plain_us = (time.perf_counter() - started) * 1e6 / setting.new_tokens
-        stats = session.stats().total
-        seen = watch(lambda: [step() for _ in range(setting.new_tokens)])
+def _steps(setting: Setting, findings: Findings, what: str, generator: TextGenerator, watch: Watch) -> None:
+    """Some steps by the clock, then as many in the profiler."""
+    findings.row("decode steps", what=what, way=models.step_way(generator))
+    step = _decoding(generator, models.prompt(setting))
+    for _ in range(setting.new_tokens):
+        step()
+    session = generator.model.hybrimoe.session
+    session.reset_stats()
+    started = time.perf_counter()
+    for _ in range(setting.new_tokens):
+        step()
+    plain_us = (time.perf_counter() - started) * 1e6 / setting.new_tokens
+    stats = session.stats().total
+    seen = watch(lambda: [step() for _ in range(setting.new_tokens)])
     tokens, layers = setting.new_tokens, setting.layers
     findings.row(
         "lanes per layer of a token", what=what, us_a_layer_unprofiled=round(plain_us / layers, 1),
@@ -92,7 +99,7 @@ def _overlaps(findings: Findings, what: str, seen: Seen, tokens: int) -> None:
         findings.remark(f"{what}: no kernel of the device is in the profile, so nothing is said of overlap")
         return
     up, down = (seen.copies.get(kind, []) for kind in ("HtoD", "DtoH"))
-    records = [span for span in up if seen_long(span)]
+    records = [span for span in up if _brings_expert(span)]
     copy_us, lane_us = busy_us(records), busy_us(seen.cpu_lane)
     findings.row(
         "overlap", what=what, kernels_busy_us=round(busy_us(seen.kernels) / tokens, 1),
@@ -108,11 +115,7 @@ def _overlaps(findings: Findings, what: str, seen: Seen, tokens: int) -> None:
     )  # fmt: skip
 
 
-RECORD_COPY_US = 10.0
-"""A copy to the device that takes longer brings an expert; shorter ones bring indices and rows."""
-
-
-def seen_long(span: tuple[float, float]) -> bool:
+def _brings_expert(span: tuple[float, float]) -> bool:
     """Whether a copy brings an expert."""
     return span[1] - span[0] >= RECORD_COPY_US
 

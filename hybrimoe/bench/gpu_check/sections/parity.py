@@ -32,10 +32,14 @@ def run(setting: Setting, findings: Findings) -> None:
             tokens = models.greedy(reference, ids, setting.new_tokens + 1)[:-1]
             wanted = models.forced_logits(reference, ids, tokens)
         for policy in setting.policies:
-            with findings.part(f"{dtype}, {policy}"):
-                _policy(setting, findings, dtype, policy, (ids, tokens), wanted)
-    with findings.part("a model that lies on the device"):
-        _already_on_the_device(setting, findings, ids)
+            what = f"{dtype}, {policy}"
+            if findings.time_for(what):
+                with findings.part(what):
+                    _policy(setting, findings, dtype, policy, (ids, tokens), wanted)
+    what = "a model that lies on the device"
+    if findings.time_for(what):
+        with findings.part(what):
+            _already_on_the_device(setting, findings, ids)
 
 
 def _policy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -27,23 +28,30 @@ ALL_LAYERS = -1
 
 def run(setting: Setting, findings: Findings) -> None:
     """Alternating rounds of all contenders: decode first, then prompts."""
+    until = time.monotonic() + setting.limit_s
     ids = models.prompt(setting)
     with contenders.all_open(_openers(setting, findings)) as everyone:
         opened = _those_that_run(findings, everyone, ids)
         cosines = contenders.check_parity(opened, ids)
         subjects = {contender.label: contender for contender in opened}
+        long = models.prompt(setting, setting.long_prompt_tokens)
         measures: dict[str, Callable[[Any], float]] = {
             f"decode after {len(ids)} tokens": lambda it: it.decode(ids, setting.speed_tokens),
             f"prompt of {len(ids)} tokens": lambda it: it.prefill(ids),
-            f"prompt of {setting.long_prompt_tokens} tokens": _long_prompt(setting),
+            f"prompt of {len(long)} tokens": lambda it: it.prefill(long),
         }
-        for what, measure in measures.items():
+        for number, (what, measure) in enumerate(measures.items()):
             for contender in opened:
                 contender.counters.clear()
-            values = rounds.alternate(subjects, measure, setting.rounds)
+            now = time.monotonic()
+            enough = now + (until - now) / (len(measures) - number + 1)
+            values = rounds.alternate(subjects, measure, setting.rounds, until=enough)
             plain = median(values[opened[0].label])
             for contender in opened:
                 _row(findings, what, contender, values[contender.label], plain, setting, cosines)
+        for contender in opened:
+            if contender.counters:
+                _profile(findings, contender, ids, setting)
 
 
 def _those_that_run(findings: Findings, opened: list[Any], ids: list[int]) -> list[Any]:
@@ -56,9 +64,14 @@ def _those_that_run(findings: Findings, opened: list[Any], ids: list[int]) -> li
     return running
 
 
-def _long_prompt(setting: Setting) -> Callable[[Any], float]:
-    ids = models.prompt(setting, setting.long_prompt_tokens)
-    return lambda it: float(it.prefill(ids))
+def _profile(findings: Findings, contender: Any, ids: list[int], setting: Setting) -> None:
+    """Where the time of a decode step goes, as `--profile` tells it."""
+    decode = contender.profile(ids, setting.speed_tokens)["decode"]
+    tokens = max(1, decode["tokens"])
+    parts = {part: round(us / tokens, 1) for part, us in decode["parts_us"].items() if us}
+    findings.row(
+        "us of a decode step, by part", contender=contender.label, all=round(decode["us"] / tokens, 1), **parts
+    )
 
 
 def _row(

@@ -1,4 +1,4 @@
-"""Run by test_triton_attention.py with TRITON_INTERPRET=1: decode attention against torch's."""
+"""Run by test_step_kernels.py with TRITON_INTERPRET=1: decode attention and RMSNorm against torch's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime import interpreter
 
 from gpu_kernels.triton.attention import decode_attention
+from gpu_kernels.triton.norms import rms_norm
 
 CASES = [  # sequences, heads, key heads, size, size of values, room, tokens held, first, masked, dtype
     (1, 4, 4, 16, 16, 64, 5, 0, False, torch.float32),
@@ -33,8 +34,27 @@ def loop_bounds_of_one_value() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def check_norms(generator: torch.Generator) -> None:
+    for size, dtype, offset, round_first in (
+        (64, torch.float32, 0.0, True),
+        (100, torch.float32, 1.0, False),
+        (96, torch.bfloat16, 0.0, True),
+        (128, torch.bfloat16, 1.0, False),
+    ):
+        x, weight = (torch.randn(*shape, size, generator=generator).to(dtype) for shape in ((2, 3), ()))
+        wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+        wide = wide.to(dtype).float() if round_first else wide
+        expected = (wide * (weight.float() + offset)).to(dtype)
+        error = float(
+            (rms_norm(x, weight, 1e-5, offset, round_first) - expected).float().norm() / expected.float().norm()
+        )
+        assert error < (1e-6 if dtype == torch.float32 else 1e-2), (size, dtype, error)  # the interpreter cuts bits off
+        sys.stdout.write(f"ok norm {size} {error}\n")
+
+
 def main() -> None:
     loop_bounds_of_one_value()
+    check_norms(torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
     for n, heads, kv_heads, size, v_size, room, held, first, masked, dtype in CASES:
         query = torch.randn(n, heads, 1, size, generator=generator).to(dtype)

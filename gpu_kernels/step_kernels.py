@@ -1,7 +1,8 @@
-"""Attention of decode steps on a card by the project's own kernel, where there is one for the device."""
+"""The project's own kernels for decode steps on a card, beside those of experts: attention over a cache, RMSNorm."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,15 +19,32 @@ class AttendsBuffers(Protocol):
     ) -> torch.Tensor: ...  # fmt: skip
 
 
-def load_decode_attention(device: torch.device) -> AttendsBuffers | None:
-    """The kernel for a device; None on the host, and where Triton is not installed or cannot be imported."""
+class NormsRows(Protocol):
+    """RMSNorm; see `gpu_kernels.triton.norms.rms_norm`."""
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, round_first: bool, /
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepKernels:
+    """What a step on a card may use in place of torch's operators; None: torch's."""
+
+    attention: AttendsBuffers | None = None
+    norm: NormsRows | None = None
+
+
+def load_step_kernels(device: torch.device) -> StepKernels:
+    """The kernels for a device; none on the host, and where Triton is not installed or cannot be imported."""
     if device.type == "cpu":
-        return None
+        return StepKernels()
     try:
         from gpu_kernels.triton.attention import decode_attention
+        from gpu_kernels.triton.norms import rms_norm
     except (ImportError, AttributeError, RuntimeError):  # a broken installation of Triton raises either
-        return None
-    return decode_attention
+        return StepKernels()
+    return StepKernels(decode_attention, rms_norm)
 
 
 def takes(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> bool:

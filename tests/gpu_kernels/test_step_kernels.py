@@ -1,4 +1,4 @@
-"""Decode attention on a card: parity in Triton's interpreter, and what Triton makes of it for several cards."""
+"""Attention and norms of decode steps on a card: parity in Triton's interpreter, what Triton makes of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_kernels.decode_attention import load_decode_attention, takes
+from gpu_kernels.step_kernels import StepKernels, load_step_kernels, takes
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -23,11 +23,11 @@ SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 9
 @needs_triton
 def test_parity_in_the_interpreter() -> None:
     """In its own process: Triton decides between interpreter and compiler when kernels are defined."""
-    script = Path(__file__).with_name("attention_parity.py")
+    script = Path(__file__).with_name("step_kernels_parity.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok") == 7, done.stdout
+    assert done.stdout.count("ok") == 11, done.stdout
 
 
 @needs_triton
@@ -74,4 +74,4 @@ def test_what_the_kernel_takes() -> None:
 
 
 def test_none_on_the_host() -> None:
-    assert load_decode_attention(torch.device("cpu")) is None
+    assert load_step_kernels(torch.device("cpu")) == StepKernels()
