@@ -55,8 +55,8 @@ class LayerWork:
     `host_positions`: positions (into dispatch.expert_ids) whose rows the CPU lane wrote; read by `combine`.
     `transform`: applied to result rows [N, H] before the routing weights, which `dispatch` then must not hold (all 1);
     `weights`, float32 [T * top_k], are multiplied in afterwards. None: rows are complete as the kernels write them.
-    `like`: a contiguous host tensor of T * H values, float32 or bfloat16: the output's shape and dtype where rows are
-    added on the host. None: float32 [T, H].
+    `like`: a contiguous host tensor of T * H values, float32 or bfloat16: the output's dtype, and its shape where rows
+    are added on the host. None: float32 [T, H].
     `device_state`: the accelerator's own tensors for this call (rows, indices) when it has its own memory.
     """
 
@@ -128,7 +128,7 @@ class Accelerator(Protocol):
         ...
 
     def combine(self, work: LayerWork, events: Sequence[Event]) -> torch.Tensor:
-        """[T, H] float32 on `device`, or a host tensor like `work.like`: each token's rows added in top-k order.
+        """[T, H] on `device`, or a host tensor like `work.like`: each token's rows added in float32, in top-k order.
 
         The CPU lane must have ended; `events` are all computations submitted for `work`. Waits for them (on the host
         or only in the order of the stream) and raises LaneError if one failed.

@@ -1,4 +1,4 @@
-"""Whether the fused Triton kernels run a spec here: installed, supported, and right on their first use.
+"""Whether the fused Triton kernels run here: installed, knowing the spec, and right on their first use.
 
 They are compiled for the device at hand when they are first called, once for each spec and number of tokens that a
 program takes. So the first group of each is computed by torch too and compared: kernels that do not compile or do not
@@ -44,6 +44,17 @@ class Group:
     out: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class RowsOfCall:
+    """The rows of one call as device tensors; see `gpu_kernels.triton.combine.combine`."""
+
+    rows: torch.Tensor
+    host_rows: torch.Tensor | None
+    source: torch.Tensor | None
+    top_k: int
+    dtype: torch.dtype
+
+
 class FusedModule(Protocol):
     """What this module needs of `gpu_kernels.triton.fused`."""
 
@@ -67,12 +78,16 @@ class FusedModule(Protocol):
         ...
 
 
+AddsUp = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, torch.dtype], torch.Tensor]
+"""`gpu_kernels.triton.combine.combine`."""
+
+
 def load_fused() -> FusedChoice | None:
     """The fused kernels, or None where Triton is not installed, or not in working order (which is told)."""
     if importlib.util.find_spec("triton") is None:
         return None
     try:
-        from gpu_kernels.triton import fused
+        from gpu_kernels.triton import combine, fused
     except Exception as error:  # noqa: BLE001 - a broken installation: its errors have no common root
         warnings.warn(
             f"Triton is installed but cannot be loaded ({type(error).__name__}: {error}): experts on the accelerator"
@@ -81,15 +96,18 @@ def load_fused() -> FusedChoice | None:
             stacklevel=2,
         )
         return None
-    return FusedChoice(fused)
+    return FusedChoice(fused, combine.combine)
 
 
 class FusedChoice:
-    """Runs groups by the fused kernels where they were found right."""
+    """Runs groups by the fused kernels, and adds up rows, where these were found right. `add_up` None: always by
+    torch."""
 
-    def __init__(self, module: FusedModule) -> None:
+    def __init__(self, module: FusedModule, add_up: AddsUp | None = None) -> None:
         self.module = module
+        self._add_up = add_up
         self._right: dict[tuple[ExpertSpec, int], bool] = {}
+        self._adds_up: dict[tuple[int, int, torch.dtype, bool], bool] = {}
 
     def accepts(self, spec: ExpertSpec, n_tokens: list[int]) -> bool:
         """Whether `run` may be called: known activation, not found wrong before."""
@@ -127,6 +145,32 @@ class FusedChoice:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def combine(self, given: RowsOfCall, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The call's output; on the first use of a kernel that of `by_torch`, which it must give bit for bit."""
+        kernel = given.rows.shape[1], given.top_k, given.dtype, given.source is not None
+        right, add_up = self._adds_up.get(kernel), self._add_up
+        if add_up is None or right is False:
+            return by_torch()
+        try:
+            found = add_up(given.rows, given.host_rows, given.source, given.top_k, given.dtype)
+            problem = None
+        except Exception as error:  # noqa: BLE001 - as in `_try`
+            found, problem = given.rows, f"{type(error).__name__}: {error}"
+        if problem is None and right:
+            return found
+        expected = by_torch()
+        if problem is None and not torch.isfinite(expected).all():
+            return expected  # nothing to compare with: the next call tells
+        if problem is None and not torch.equal(found, expected):
+            problem = "results differ from torch's"
+        self._adds_up[kernel] = problem is None
+        if problem is not None:
+            what = f"{given.top_k} rows a token of {kernel[0]} columns, {given.dtype}"
+            warnings.warn(
+                f"the Triton kernel that adds up rows is not used for {what}: {problem}", RuntimeWarning, stacklevel=2
+            )
+        return expected
 
     def _try(self, spec: ExpertSpec, slots: torch.Tensor, group: Group) -> str | None:
         try:

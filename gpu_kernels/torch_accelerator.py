@@ -22,26 +22,33 @@ from cpu_kernels.format.pack import record_tensor
 from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
 from gpu_kernels.devices import indexed, memory_info
 from gpu_kernels.errors import ClosedError, LaneError, SlotError
-from gpu_kernels.fused_choice import Group, load_fused
+from gpu_kernels.fused_choice import Group, RowsOfCall, load_fused
 from gpu_kernels.resident import run_resident
 from gpu_kernels.slot_events import SlotEvents
 from gpu_kernels.streams import clock_us
 from gpu_kernels.torch_events import DeviceEvent, DoneEvent, TimeOrigin, on_stream
-from gpu_kernels.uploads import Uploads
+from gpu_kernels.uploads import Array, Uploads
 
 STAGING_BUFFERS = 4
 """Page-locked records under way at once when the host's records are not page-locked."""
 ALIGNMENT_BYTES = 256
 
 
+SMALL_BYTES = 64 << 10
+"""Hidden states up to this size cross the link once more, in float32 beside the routing: that takes less than a launch
+that converts those which are on the device."""
+
+
 @dataclass(slots=True)
 class DeviceRows:
-    """One call's tensors on the device: hidden float32 [T, H], result rows float32 [T * top_k, H], routing."""
+    """One call's tensors on the device: hidden float32 [T, H], routing weights float32 [T * top_k], and result rows
+    float32 [T * top_k, H], 0 where there is no expert. `row_ids` int64: those with one, expert by expert, once they
+    were asked for."""
 
     hidden: torch.Tensor
-    rows: torch.Tensor
-    row_ids: torch.Tensor
     weights: torch.Tensor
+    rows: torch.Tensor
+    row_ids: torch.Tensor | None = None
 
 
 class TorchAccelerator:
@@ -124,9 +131,8 @@ class TorchAccelerator:
     def run_experts(self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork) -> Event:
         """Submits experts in order on the current stream; rows go to the call's rows on the device."""
         self._check_open()
-        state = self._state(work)
         places = [int(position) for position in positions]
-        group = self._fused_group(spec, slots, places, work, state)  # sent before the stream waits for any copy
+        state, group = self._send(spec, slots, places, work)  # before the stream waits for any copy
         start_us = clock_us()
         end = DoneEvent(start_us, start_us) if self._synchronous else self._device_event()
         writes = self._events.on_read(slots, end)
@@ -145,13 +151,31 @@ class TorchAccelerator:
         return end
 
     def combine(self, work: LayerWork, events: Sequence[Event]) -> torch.Tensor:
-        """[T, H] float32 on the device: rows of the CPU lane are uploaded, then rows are added in top-k order."""
-        state = self._state(work)
-        self._upload_host_rows(work, state)
+        """[T, H] on the device, float32 or in the dtype of `work.like`: rows of the CPU lane are uploaded, then each
+        token's rows are added in top-k order."""
+        state, _ = self._enter(work)
+        dtype = torch.float32 if work.like is None else work.like.dtype
+        rows = _rows_of(work, [int(position) for position in work.host_positions])
+        with torch.no_grad(), self._current():
+            if self._fused is None or work.transform is not None:
+                return self._combine_by_torch(work, state, rows).to(dtype)
+            host_rows = source = None
+            if rows.size:
+                places = np.full(len(state.rows), -1, np.int32)
+                places[rows] = np.arange(rows.size, dtype=np.int32)
+                host_rows, source = self._uploads.send(work.host_rows[rows], places)
+            given = RowsOfCall(state.rows, host_rows, source, work.dispatch.top_k, dtype)
+            return self._fused.combine(given, lambda: self._combine_by_torch(work, state, rows).to(dtype))
+
+    def _combine_by_torch(self, work: LayerWork, state: DeviceRows, host_rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The sum float32 [T, H]. `host_rows`: the CPU lane's rows, which are filled in first."""
+        if host_rows.size:
+            row_ids, values = self._uploads.send(host_rows, work.host_rows[host_rows])
+            state.rows[row_ids] = values
         if work.transform is not None:
-            filled = state.row_ids
-            state.rows[filled] = work.transform(state.rows[filled]).float()
             assert work.weights is not None
+            filled = self._row_ids(work, state)
+            state.rows[filled] = work.transform(state.rows[filled]).float()
             state.rows *= self._uploads.send(work.weights)[0].unsqueeze(1)
         by_token = state.rows.view(work.dispatch.n_tokens, work.dispatch.top_k, -1)
         out = by_token[:, 0].clone()
@@ -216,46 +240,46 @@ class TorchAccelerator:
 
     def _run_expert(self, spec: ExpertSpec, slot: int, position: int, work: LayerWork, state: DeviceRows) -> None:
         offsets = work.dispatch.offsets
-        rows = state.row_ids[int(offsets[position]) : int(offsets[position + 1])]
+        rows = self._row_ids(work, state)[int(offsets[position]) : int(offsets[position + 1])]
         weights = unpack_expert(spec, self._slots[slot, : spec.record_bytes])
         result = reference_ffn(spec, weights, state.hidden[rows // work.dispatch.top_k])
         state.rows[rows] = result * state.weights[rows].unsqueeze(1)
 
-    def _fused_group(
-        self, spec: ExpertSpec, slots: Sequence[int], positions: list[int], work: LayerWork, state: DeviceRows
-    ) -> Group | None:
-        """What the fused kernels need on the device; None where they are not to run."""
+    def _send(
+        self, spec: ExpertSpec, slots: Sequence[int], positions: list[int], work: LayerWork
+    ) -> tuple[DeviceRows, Group | None]:
+        """The call's tensors, and what the fused kernels need (None where they are not to run), by one upload."""
         starts = work.dispatch.offsets
         n_tokens = [int(starts[position + 1] - starts[position]) for position in positions]
         if self._fused is None or not self._fused.accepts(spec, n_tokens):
-            return None
-        slot_ids, offsets, rows = self._uploads.send(
-            np.array(slots, np.int32), np.array([0, *accumulate(n_tokens)], np.int32), _rows_of(work, positions)
+            return self._enter(work)[0], None
+        state, (slot_ids, offsets, rows) = self._enter(
+            work, np.array(slots, np.int32), np.array([0, *accumulate(n_tokens)], np.int32), _rows_of(work, positions)
         )
-        return Group(slot_ids, offsets, rows, n_tokens, state.hidden, state.weights, work.dispatch.top_k, state.rows)
+        group = Group(slot_ids, offsets, rows, n_tokens, state.hidden, state.weights, work.dispatch.top_k, state.rows)
+        return state, group
 
-    def _state(self, work: LayerWork) -> DeviceRows:
-        """The call's device tensors, made on first use. Rows that no expert fills stay 0."""
-        if not isinstance(work.device_state, DeviceRows):
-            dispatch = work.dispatch
-            shape = (dispatch.n_tokens * dispatch.top_k, work.host_hidden.shape[1])
-            make = torch.zeros if dispatch.has_absent else torch.empty
-            row_ids, weights = self._uploads.send(dispatch.rows.astype(np.int64), dispatch.weights)
-            work.device_state = DeviceRows(
-                hidden=work.hidden.to(self.device, torch.float32).reshape(work.host_hidden.shape),
-                rows=make(shape, dtype=torch.float32, device=self.device),
-                row_ids=row_ids,
-                weights=weights,
-            )
-        return work.device_state
+    def _enter(self, work: LayerWork, *more: Array) -> tuple[DeviceRows, list[torch.Tensor]]:
+        """The call's device tensors, made on first use, and `more` arrays, all sent together."""
+        state = work.device_state
+        if isinstance(state, DeviceRows):
+            return state, self._uploads.send(*more) if more else []
+        dispatch, shape = work.dispatch, work.host_hidden.shape
+        is_here = work.hidden.device == self.device
+        if is_here and (work.hidden.dtype is torch.float32 or work.host_hidden.nbytes > SMALL_BYTES):
+            weights, *sent = self._uploads.send(dispatch.weights, *more)
+            hidden = work.hidden.to(torch.float32).reshape(shape)
+        else:
+            weights, hidden, *sent = self._uploads.send(dispatch.weights, work.host_hidden, *more)
+        make = torch.zeros if dispatch.has_absent else torch.empty
+        rows = make((dispatch.n_tokens * dispatch.top_k, shape[1]), dtype=torch.float32, device=self.device)
+        work.device_state = state = DeviceRows(hidden, weights, rows)
+        return state, sent
 
-    def _upload_host_rows(self, work: LayerWork, state: DeviceRows) -> None:
-        positions = [int(position) for position in work.host_positions]
-        if not positions:
-            return
-        rows = _rows_of(work, positions)
-        row_ids, values = self._uploads.send(rows, work.host_rows[rows])
-        state.rows[row_ids] = values
+    def _row_ids(self, work: LayerWork, state: DeviceRows) -> torch.Tensor:
+        if state.row_ids is None:
+            (state.row_ids,) = self._uploads.send(work.dispatch.rows.astype(np.int64))
+        return state.row_ids
 
     def _copy_async(self, slot: int, source: torch.Tensor, unfold: Unfold | None) -> DeviceEvent:
         stream = self._copy_stream
@@ -312,6 +336,8 @@ def _stride(slot_bytes: int) -> int:
 def _rows_of(work: LayerWork, positions: Sequence[int]) -> npt.NDArray[np.int64]:
     """The rows of the experts at `positions`, expert by expert."""
     rows, offsets = work.dispatch.rows, work.dispatch.offsets
+    if not positions:
+        return np.empty(0, np.int64)
     return np.concatenate([rows[offsets[p] : offsets[p + 1]] for p in positions], dtype=np.int64)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Uploads:
         event.record(torch.accelerator.current_stream(self._device))
         self._ring.append((buffer, event))
         return [
-            sent[start : start + array.nbytes].view(_torch_dtype(array)).view(array.shape)
+            sent[start : start + array.nbytes].view(_torch_dtype(array.dtype)).view(array.shape)
             for start, array in zip(starts, arrays, strict=True)
         ]
 
@@ -66,5 +67,6 @@ def _places(arrays: Sequence[Array]) -> tuple[list[int], int]:
     return starts, max(at, ALIGNMENT_BYTES)
 
 
-def _torch_dtype(array: Array) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, array.dtype)).dtype
+@cache
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype

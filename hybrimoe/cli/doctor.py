@@ -37,7 +37,7 @@ MinutesOption = Annotated[
 QuickOption = Annotated[bool, typer.Option("--quick", help="The same as --minutes 3.", rich_help_panel=GPU)]
 ReportOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Where the report goes; gpu-check-<date> here if not given.", rich_help_panel=GPU),
+    typer.Option(metavar="DIR", help="Where the report goes; gpu-check-DATE here if not given.", rich_help_panel=GPU),
 ]
 OnlyOption = Annotated[
     list[str] | None,

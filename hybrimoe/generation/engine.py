@@ -182,6 +182,14 @@ class TextGenerator:
         """
         return self._step_logits(token_ids, cache, drafted=True)
 
+    def make_room(self, error: torch.OutOfMemoryError) -> None:
+        """After a prompt for which an accelerator had no memory left. Raises `error` for a model without a session,
+        BudgetError where there are no slots to give up."""
+        session = getattr(getattr(self.model, "hybrimoe", None), "session", None)
+        if session is None:
+            raise error
+        session.make_room(error)
+
     def _step_logits(
         self, token_ids: Sequence[int], cache: PrefixCache, *, drafted: bool = False
     ) -> torch.Tensor | None:
@@ -313,7 +321,20 @@ class Reply:
         return self._speculation.next_logits(token, self._transcript.n_left)
 
     def _prefill(self) -> torch.Tensor | None:
-        """Logits after the prompt; None where it was interrupted."""
+        """Logits after the prompt; None where it was interrupted.
+
+        Where an accelerator's memory does not suffice, expert slots make room and the prompt begins anew.
+        """
+        import torch
+
+        while True:
+            try:
+                return self._prompt_logits()
+            except torch.OutOfMemoryError as error:
+                self._cache.clear()
+                self._generator.make_room(error)
+
+    def _prompt_logits(self) -> torch.Tensor | None:
         logits = None
         self.n_reused = self._cache.reuse(self.prompt_ids)
         self._cache.announce(len(self.prompt_ids))

@@ -15,7 +15,7 @@ from torch import nn
 from cpu_kernels import ExpertDtype, ExpertSpec, ExpertWeights
 from gpu_kernels import Accelerator
 from hybrimoe.amounts import parse_amount
-from hybrimoe.errors import HybriMoEError, ModelError
+from hybrimoe.errors import BudgetError, HybriMoEError, ModelError
 from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.runtime.config import RuntimeConfig
@@ -177,7 +177,7 @@ class Session:
                 try:
                     return runner.run(layer, hidden, top_k_index, top_k_weights)
                 except torch.OutOfMemoryError as error:
-                    self._give_way(error)
+                    self.make_room(error)
                     runner = self._ready()
 
     def expert_spec(self, layer: int) -> ExpertSpec:
@@ -374,6 +374,28 @@ class Session:
             and not self._closed
         )
 
+    def make_room(self, error: torch.OutOfMemoryError) -> None:
+        """After work for which the accelerator had no memory left: fewer slots, with a warning.
+
+        Raises BudgetError where there are none to give up.
+        """
+        with self._lock:
+            n_slots = self.n_slots
+            if not n_slots or self._runner is None or self._closed:
+                reason = str(error).strip().partition("\n")[0]
+                raise BudgetError(
+                    f"the accelerator is out of memory, and there are no expert slots to give up ({reason}). Shorten"
+                    " the prompt, lower memory.kv, or end other programs on the device"
+                ) from error
+            fewer = n_slots * SLOTS_KEPT_PERCENT // 100
+            warnings.warn(
+                f"the accelerator is out of memory: {fewer} expert slots in place of {n_slots} from here on. Set"
+                f" gpu_expert_slots to {fewer} or a larger kv budget to have the room from the start",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._recover(self._runner, fewer)
+
     def resident(self) -> ResidentExperts | None:
         """What computes layers without the host, where every expert has its slot on one accelerator and layer calls are
         exact and watched by nobody; the same object as long as that holds."""
@@ -455,20 +477,6 @@ class Session:
         self._stats.forget_slots()
         self._tracker.restart()
         self._start_runner(n_slots, broken, None)
-
-    def _give_way(self, error: torch.OutOfMemoryError) -> None:
-        """After a call for which the accelerator had no memory left: fewer slots. Raises `error` if there are none."""
-        n_slots = self.n_slots
-        if not n_slots or self._runner is None:
-            raise error
-        fewer = n_slots * SLOTS_KEPT_PERCENT // 100
-        warnings.warn(
-            f"the accelerator is out of memory: {fewer} expert slots in place of {n_slots} from here on. Set"
-            f" gpu_expert_slots to {fewer} or a larger kv budget to have the room from the start",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        self._recover(self._runner, fewer)
 
     def _start_runner(
         self, setting: int | float | str | None, previous: ExpertsCall | None, frequencies: Frequencies | None

@@ -44,7 +44,7 @@ def test_a_failure_is_raised_after_the_others_have_ended(make_pool, monkeypatch)
         if record.ctypes.data == pool.memory[0].ctypes.data:
             may_fail.set()
             raise ArithmeticError("bad expert")
-        may_fail.wait(10)
+        may_fail.wait(600)
         ended.wait(0.05)  # long enough for a caller that does not wait to be gone
         ended.set()
         return x

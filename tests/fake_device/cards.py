@@ -28,6 +28,8 @@ DEVICE_TYPE = "privateuseone"
 LAUNCH_US = 2.0
 OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation."""
+ASKERS = ("/hybrimoe/", "/gpu_kernels/", "/cpu_kernels/", "/transformers/")
+"""In the paths of files whose functions are told apart in `Cards.sites`."""
 DEFAULT_CARD_BYTES = 4 << 30
 DEFAULT_LINK_GBPS = 8.0
 
@@ -65,7 +67,8 @@ class Cards:
     """Some cards of `card_bytes` each.
 
     refuses_locking: host memory cannot be locked by the runtime. findings: what a real card would have punished.
-    counts: launches, copies, waits of the host by reason. locked: address -> bytes that the runtime was told to lock.
+    counts: launches, copies, waits of the host by reason. sites: the same by the function that asked for them, as
+    "file.py:function: what". locked: address -> bytes that the runtime was told to lock.
     """
 
     n: int
@@ -75,6 +78,7 @@ class Cards:
     clock: HostClock | ManualClock = field(default_factory=HostClock)
     findings: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    sites: Counter[str] = field(default_factory=Counter)
     host: Ticks = field(default_factory=dict)
     index: int = 0
     bytes_to_host: int = 0
@@ -125,7 +129,7 @@ class Cards:
 
     def synchronize(self, device: torch.device | str | int | None = None) -> None:
         """The host waits for all streams of a card."""
-        self.counts["device waits"] += 1
+        self.note("device waits")
         for stream in [stream for stream in self._streams if stream.device == self.device(device)]:
             stream.block_host()
 
@@ -174,7 +178,7 @@ class Cards:
         duration_us: float = LAUNCH_US,
     ) -> int:  # fmt: skip
         """One operation of a stream; returns its tick."""
-        self.counts["launches"] += 1
+        self.note("launches")
         tick = stream.operate(duration_us)
         for tensor in reads:
             if not any(tensor is written for written in writes):
@@ -196,20 +200,25 @@ class Cards:
     ) -> int:  # fmt: skip
         """A copy over the link; returns its tick."""
         self.counts["launches"] -= 1
-        self.counts[what] += 1
+        self.note(what)
         return self.launch(stream, what, reads, writes, LAUNCH_US + n_bytes / (self.link_gbps * 1e3))
 
     def wait(self, stream: FakeStream, why: str) -> None:
         """The host waits for a stream inside an operation."""
         self.counts["waits"] += 1
-        self.counts[f"wait: {why}"] += 1
+        self.note(f"wait: {why}")
         stream.block_host()
+
+    def note(self, what: str) -> None:
+        """Counts something, in total and for the function that asked for it."""
+        self.counts[what] += 1
+        self.sites[f"{_asker()}: {what}"] += 1
 
     def plan_attention(self, shapes: tuple[torch.Size, ...]) -> None:
         """Attention of these shapes may be cuDNN's, which makes a plan for each that it has not seen."""
         if shapes not in self._planned:
             self._planned.add(shapes)
-            self.counts["attention plans"] += 1
+            self.note("attention plans")
 
     def keep_until(self, stream: FakeStream, tick: int, source: torch.Tensor) -> None:
         """The host must leave `source` as it is until it knows that the copy has ended."""
@@ -241,6 +250,17 @@ class Cards:
         for index in range(self.n):
             self.synchronize(index)
         assert not self.findings, "\n".join(self.findings)
+
+
+def _asker() -> str:
+    """The innermost function of the project (tests aside) or of transformers that is being called."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if any(part in name for part in ASKERS) and "/tests/" not in name:
+            return f"{name.rpartition('/')[2]}:{frame.f_code.co_qualname}"
+        frame = frame.f_back
+    return "elsewhere"
 
 
 class _DeviceIndex:
@@ -345,7 +365,7 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
         for user in (gpu_kernels.torch_accelerator, gpu_kernels.fused_choice):
             stack.enter_context(mock.patch.object(user, "load_fused", new=kernels.choice))
         # A wrapping tensor made in inference mode has no version counter, which torch's views then ask for.
-        stack.enter_context(mock.patch.object(torch, "inference_mode", new=torch.no_grad))
+        stack.enter_context(mock.patch.object(torch, "inference_mode", new=_without_gradient))
         names = re.compile(rf"{hybrimoe.config.values._DEVICE.pattern}|{DEVICE_TYPE}(?::\d+)?")
         stack.enter_context(mock.patch.object(hybrimoe.config.values, "_DEVICE", names))
         stack.enter_context(Operations(cards))
@@ -353,6 +373,11 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         yield cards
         cards.check()
+
+
+def _without_gradient(mode: bool = True) -> contextlib.AbstractContextManager[object]:
+    """Stands for torch.inference_mode."""
+    return torch.no_grad() if mode else contextlib.nullcontext()
 
 
 def _checksum(tensor: torch.Tensor) -> int:

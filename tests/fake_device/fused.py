@@ -23,7 +23,7 @@ class StreamedKernels:
 
     def choice(self) -> FusedChoice:
         """What `gpu_kernels.fused_choice.load_fused` gives where Triton is installed."""
-        return FusedChoice(self)
+        return FusedChoice(self, self.combine)
 
     def supports(self, spec: ExpertSpec) -> bool:
         """True: values come from the reference."""
@@ -54,3 +54,25 @@ class StreamedKernels:
             self._cards.launch_unguarded("fused prepare", [tensors[4]], [])
         self._cards.launch_unguarded("fused up", reads, [])
         self._cards.launch_unguarded("fused down", reads, [out])
+
+    def combine(
+        self, rows: torch.Tensor, host_rows: torch.Tensor | None, source: torch.Tensor | None, top_k: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:  # fmt: skip
+        """Each token's rows added; see `gpu_kernels.triton.combine.combine`."""
+        n_tokens = len(rows) // top_k
+        out: DeviceTensor = torch.empty(  # type: ignore[assignment]
+            (n_tokens, rows.shape[1]), dtype=dtype, device=rows.device
+        )
+        reads: list[DeviceTensor] = [part for part in (rows, host_rows, source) if part is not None]  # type: ignore[misc]
+        inner = [part.inner for part in reads]
+        every = inner[0].clone()
+        if source is not None:
+            sent = inner[2] >= 0
+            every[sent] = inner[1][inner[2][sent].long()]
+        total = torch.zeros(out.shape)
+        for j in range(top_k):
+            total += every.view(n_tokens, top_k, -1)[:, j]
+        out.inner.copy_(total)
+        self._cards.launch_unguarded("fused combine", reads, [out])
+        return out

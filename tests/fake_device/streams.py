@@ -73,7 +73,7 @@ class FakeStream:
 
     def wait_event(self, event: FakeEvent) -> None:
         """What is queued from now on runs after the event."""
-        self._cards.counts["stream waits"] += 1
+        self._cards.note("stream waits")
         join(self.seen, event.seen)
         self.end_us = max(self.end_us, event.at_us)
 
@@ -84,7 +84,7 @@ class FakeStream:
 
     def synchronize(self) -> None:
         """The host waits for everything queued."""
-        self._cards.counts["host waits"] += 1
+        self._cards.note("host waits")
         self.block_host()
 
     def block_host(self) -> None:
@@ -118,7 +118,7 @@ class FakeEvent:
         stream = self._cards.stream(self.device.index) if stream is None else stream
         if stream.device != self.device:
             raise RuntimeError(f"an event of {self.device} cannot be recorded on a stream of {stream.device}")
-        self._cards.counts["event records"] += 1
+        self._cards.note("event records")
         join(stream.seen, self._cards.host)
         self.seen = dict(stream.seen)
         self.at_us = max(stream.end_us, self._cards.clock.now_us())
@@ -135,7 +135,7 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         """The host waits for the event."""
-        self._cards.counts["host waits"] += 1
+        self._cards.note("host waits")
         self._cards.clock.wait_until(self.at_us)
         self._cards.host_learns(self.seen)
 

@@ -11,10 +11,11 @@ import torch
 from cpu_kernels import get_backend, relative_error, tolerance
 from gpu_kernels import LaneError, SlotError, TorchAccelerator, open_accelerator, torch_events
 from gpu_kernels.devices import memory_info
+from gpu_kernels.downloads import Downloads
 from gpu_kernels.page_locked import page_locked
 from gpu_kernels.uploads import LARGEST_BYTES, Uploads
 from tests.fake_device import DEVICE_TYPE, Cards, ManualClock, fake_cards
-from tests.fake_device.streams import FakeStream
+from tests.fake_device.streams import FakeEvent, FakeStream
 
 from .conftest import Experts
 
@@ -262,6 +263,42 @@ def test_uploads_keep_shape_dtype_and_values(cards: Cards, n_values: int) -> Non
         assert [tensor.device for tensor in sent] == [FIRST] * 3
         for tensor, array in zip(sent, arrays, strict=True):
             assert torch.equal(tensor.cpu(), torch.from_numpy(array))
+
+
+def test_a_buffer_of_uploads_waits_for_its_copy(cards: Cards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake sees what the ring is for: without the look at the event, a buffer changes under its copy."""
+    monkeypatch.setattr(FakeEvent, "query", lambda self: True)
+    cards.clock, cards.link_gbps = ManualClock(), SLOW_LINK_GBPS
+    uploads = Uploads(FIRST)
+    for turn in range(2):
+        uploads.send(np.full(100, turn, np.float32))
+    cards.synchronize()
+    assert cards.findings == ["page-locked memory was changed while a copy might still read it"]
+    cards.findings.clear()
+
+
+def test_downloads_take_one_wait(cards: Cards) -> None:
+    downloads = Downloads(FIRST)
+    for n in (3, 40, 3, 50_000):
+        tensors = (
+            torch.arange(n, device=FIRST), torch.rand(2, n, device=FIRST).T, torch.ones(n, 2, device=FIRST).bfloat16(),
+        )  # fmt: skip
+        cards.counts.clear()
+        found = downloads.fetch(*tensors)
+        assert cards.counts["waits"] == 0
+        assert cards.counts["host waits"] == 1
+        for one, other in zip(found, tensors, strict=True):
+            assert one.device.type == "cpu"
+            assert torch.equal(one, other.cpu())
+
+
+def test_downloads_without_their_wait_are_garbage(cards: Cards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake sees what the wait is for."""
+    cards.clock = ManualClock()
+    ones = torch.ones(5, device=FIRST)
+    monkeypatch.setattr(FakeEvent, "synchronize", lambda self: None)
+    (found,) = Downloads(FIRST).fetch(ones)
+    assert found.isnan().all()
 
 
 def test_a_failed_card_is_told_by_its_name_and_can_be_closed(cards: Cards, monkeypatch: pytest.MonkeyPatch) -> None:

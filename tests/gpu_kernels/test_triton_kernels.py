@@ -36,7 +36,7 @@ def test_parity_in_the_interpreter(dtypes: str) -> None:
     script = Path(__file__).with_name("triton_parity.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(
-        [sys.executable, script, dtypes], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, script, dtypes], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ok") == 10, done.stdout

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from cpu_kernels.host.threads import physical_cores
 from hybrimoe.bench.gpu_check import report
 from hybrimoe.bench.gpu_check.card import kind_of_figures, labels
-from hybrimoe.bench.gpu_check.child import Ended, python_child, run_child
+from hybrimoe.bench.gpu_check.child import Child, Ended, as_they_end, python_child
 from hybrimoe.bench.gpu_check.sections import SECTIONS, Section
 from hybrimoe.bench.gpu_check.setting import QUICK_BELOW_MINUTES, Setting, setting_for
 
@@ -24,6 +23,8 @@ CORES_FOR_SIDE_BY_SIDE = 8
 """With fewer, sections that could run beside each other run one by one."""
 LEAST_S = 5.0
 """A section that has less time is not begun."""
+
+UNFINISHED = "it wrote no result"
 
 Told = Callable[[dict[str, Any]], None]
 
@@ -47,17 +48,17 @@ def check(
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
 
+    order = [section.name for section in sections]
+
     def ended(done: dict[str, Any]) -> None:
-        result["sections"].append(done)
+        result["sections"] = sorted([*result["sections"], done], key=lambda section: order.index(section["name"]))
         result["seconds"] = round(time.monotonic() - started, 1)
         report.write(result, folder)
         told(done)
 
     for batch, limit_s in _batches(sections, started + 60.0 * minutes, quick=minutes < QUICK_BELOW_MINUTES):
-        run = [(section, replace(setting, limit_s=limit_s), folder, _cores_of(batch)) for section in batch]
-        with ThreadPoolExecutor(len(run)) as pool:
-            for done in pool.map(lambda arguments: _run(*arguments), run):
-                ended(done)
+        for done in _run(batch, replace(setting, limit_s=limit_s), folder):
+            ended(done)
     result["complete"] = True
     result["ok"] = all(section["status"] != "failed" for section in result["sections"])
     report.write(result, folder)
@@ -82,6 +83,31 @@ def _grouped(sections: Sequence[Section]) -> list[list[Section]]:
     return ([together] if together else []) + [[section] for section in sections if section.alone]
 
 
+def _run(batch: Sequence[Section], setting: Setting, folder: Path) -> Iterator[dict[str, Any]]:
+    """Results of sections that run at the same time, as they come."""
+    labels_of = [
+        {"name": section.name, "title": section.title, "kind": setting.kind, "limit_s": round(setting.limit_s, 1)}
+        for section in batch
+    ]
+    if setting.limit_s < LEAST_S:
+        nothing = _empty("skipped", "no time was left for it: give it --minutes") | {"seconds": 0.0, "log": ""}
+        yield from (base | nothing for base in labels_of)
+        return
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
+    results = [logs / f"{section.name}.json" for section in batch]
+    setting_file = logs / f"{batch[0].name}.setting.json"
+    setting_file.write_text(setting.to_json(), encoding="utf-8")
+    children = []
+    for section, result_file in zip(batch, results, strict=True):
+        result_file.unlink(missing_ok=True)
+        argv = python_child("-m", WORKER, section.module_name, str(setting_file), str(result_file))
+        log = logs / f"{section.name}.log"
+        children.append(Child(argv, setting.limit_s, log, extra=_cores_of(batch)))
+    for index, ended in as_they_end(children):
+        yield labels_of[index] | _judged(ended, results[index]) | {"seconds": round(ended.seconds, 1)}
+
+
 def _cores_of(batch: Sequence[Section]) -> dict[str, str]:
     """Environment of sections that run side by side: each has its part of the cores."""
     if len(batch) == 1:
@@ -90,31 +116,15 @@ def _cores_of(batch: Sequence[Section]) -> dict[str, str]:
     return {"HYBRIMOE_THREADS": threads, "OMP_NUM_THREADS": threads}
 
 
-def _run(section: Section, setting: Setting, folder: Path, environment: Mapping[str, str]) -> dict[str, Any]:
-    """One section's result."""
-    base = {"name": section.name, "title": section.title, "kind": setting.kind, "limit_s": round(setting.limit_s, 1)}
-    if setting.limit_s < LEAST_S:
-        return base | _empty("skipped", "no time was left for it: give it --minutes") | {"seconds": 0.0, "log": ""}
-    logs = folder / "logs"
-    logs.mkdir(exist_ok=True)
-    setting_file, result_file = logs / f"{section.name}.setting.json", logs / f"{section.name}.json"
-    setting_file.write_text(setting.to_json(), encoding="utf-8")
-    result_file.unlink(missing_ok=True)
-    argv = python_child("-m", WORKER, section.module_name, str(setting_file), str(result_file))
-    ended = run_child(argv, setting.limit_s, logs / f"{section.name}.log", extra=environment)
-    return base | _judged(ended, result_file) | {"seconds": round(ended.seconds, 1)}
-
-
 def _judged(ended: Ended, result_file: Path) -> dict[str, Any]:
     """What the section wrote, corrected by how its process ended."""
-    result = _empty("failed", "it wrote no result")
+    result = _empty("failed", UNFINISHED)
     if result_file.exists():
         result |= json.loads(result_file.read_text(encoding="utf-8"))
-    finished = "status" in result and result["why"] != "it wrote no result"
     log = ended.output
     if ended.why:
+        when = "before it was done" if result["why"] == UNFINISHED else "after its last result"
         result["status"] = "failed"
-        when = "after its last result" if finished else "before it was done"
         result["problems"] = [*result["problems"], f"{ended.why}, {when}"]
         result["why"] = "; ".join(result["problems"])
         log = f"{log}\n{ended.threads}".strip()

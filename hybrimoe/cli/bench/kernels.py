@@ -46,9 +46,7 @@ def kernels(
     common.check_writable(plot)
     if accelerator is not None:
         if plot is not None:
-            raise typer.BadParameter(
-                "--plot is for the CPU; with --accelerator there are --csv and --json"
-            )
+            raise typer.BadParameter("--plot is for the CPU; with --accelerator there are --csv and --json")
         _on_accelerator(accelerator, shape, tokens, only, quick, csv, as_json)
         return
     from hybrimoe.bench.kernels import measure as kernels_bench

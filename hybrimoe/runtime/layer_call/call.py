@@ -18,7 +18,7 @@ from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.predicting import RoutingRecorder, predict, record
-from hybrimoe.runtime.layer_call.routing import CallSpace, call_inputs
+from hybrimoe.runtime.layer_call.routing import CallSpace
 from hybrimoe.runtime.layer_call.stages import LossyStage
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
 from scheduler import Phase
@@ -93,7 +93,7 @@ class ExpertsCall:
             n_active = space.read(hidden, top_k_index, top_k_weights, self.experts.workspace)
             n_tokens = space.work.dispatch.n_tokens if n_active else 0
         else:
-            inputs = call_inputs(hidden, top_k_index, top_k_weights, space.layer.spec.hidden)
+            inputs = space.inputs(hidden, top_k_index, top_k_weights, self.experts.workspace)
             n_tokens = len(inputs.ids)
         if not n_tokens:
             return (), 0
@@ -146,7 +146,12 @@ class ExpertsCall:
     ) -> torch.Tensor:
         """Counts the call's time; the output as the caller wants it: dtype, device and shape of `hidden`."""
         if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
-            output = output.to(hidden.device, hidden.dtype).reshape(hidden.shape)
+            output = output.to(hidden.dtype)
+            if output.device != hidden.device:
+                on_host = output.device.type == "cpu"
+                move = self.experts.workspace.to_device if on_host else torch.Tensor.to
+                output = move(output, hidden.device)
+            output = output.reshape(hidden.shape)
         took_ns = perf_counter_ns() - start_ns
         counters = self.experts.stats.counters[self.phase][index]
         counters.wall_us += took_ns * 1e-3

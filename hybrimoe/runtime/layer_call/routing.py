@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -14,6 +15,8 @@ from torch import nn
 from cpu_kernels import Dispatch, build_dispatch
 from cpu_kernels.engine.routed import FLOATS, fits
 from gpu_kernels import Event, LayerWork
+from gpu_kernels.downloads import Downloads
+from gpu_kernels.uploads import Uploads
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime.layer_call.compiled import describe_routing, read_and_describe
 from hybrimoe.runtime.layer_call.layers import Layer, apply_norm
@@ -24,6 +27,8 @@ from scheduler.planner.plan_view import PlanView
 from scheduler.planner.protocol import Costs
 from scheduler.records import TaskRecord
 
+SENT_TOGETHER_BYTES = 8 << 20
+"""Tensors of a call up to this size come from a device by one wait; those of long prompts one after the other."""
 WORKSPACE_BYTES = 64 << 20
 """Result rows up to this size reuse one buffer; larger ones (long prompts) are allocated for the call."""
 NOTHING, NO_ROWS = torch.empty(0), np.empty((0, 0), np.float32)
@@ -37,18 +42,40 @@ FewTokens = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
 class Workspace:
-    """The reused float32 buffers of inputs and result rows. One layer at a time, so one of each a session."""
+    """The reused float32 buffers of inputs and result rows, and the ways from and to the devices of hidden states. One
+    layer at a time, so one of each a session."""
 
     def __init__(self) -> None:
         self._rows = np.empty(0, dtype=np.float32)
         self.few: dict[tuple[int, int, int], FewTokens] = {}
         """Of calls of few tokens, by (tokens, top-k, width)."""
+        self._from: dict[torch.device, Downloads] = {}
+        self._to: dict[torch.device, Uploads] = {}
 
     def of_few(self, n_tokens: int, top_k: int, width: int) -> FewTokens:
         """Inputs float32 [n_tokens, width] and result rows float32 [n_tokens * top_k, width] of calls of this shape."""
         inputs, rows = (np.empty((n, width), np.float32) for n in (n_tokens, n_tokens * top_k))
         self.few[n_tokens, top_k, width] = inputs, rows
         return inputs, rows
+
+    def to_host(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        """A call's tensors on the host, valid until the next call: those of a device by one wait, unless they are large
+        (these stay where they are)."""
+        device = tensors[0].device
+        if device.type == "cpu" or any(tensor.device != device for tensor in tensors):
+            return tensors
+        if sum(tensor.nbytes for tensor in tensors) > SENT_TOGETHER_BYTES:
+            return tensors
+        if device not in self._from:
+            self._from[device] = Downloads(device)
+        return self._from[device].fetch(*tensors)
+
+    def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A host tensor on `device`, ready for what its current stream does next; the host does not wait."""
+        if device not in self._to:
+            self._to[device] = Uploads(device)
+        (sent,) = self._to[device].send(tensor.contiguous().view(torch.uint8).numpy())
+        return sent.view(tensor.dtype)
 
     def rows(self, n_rows: int, hidden: int) -> npt.NDArray[np.float32]:
         """float32 [n_rows, hidden], contents undefined."""
@@ -147,9 +174,11 @@ class CallSpace:
         """Takes a call's tensors, grouped by expert, into `work`, and describes it in `demand`. Returns the number of
         active experts.
 
-        Few tokens on the host are read in one compiled call; see `call_inputs` for what others may be and raise.
+        Few tokens are read in one compiled call; see `call_inputs` for what others may be and raise.
         """
-        width = self._width
+        width, given = self._width, hidden
+        if not hidden.is_cpu:
+            hidden, top_k_index, top_k_weights = workspace.to_host(hidden, top_k_index, top_k_weights)
         if self._norm is None and fits(hidden, top_k_index, top_k_weights, width) and not hidden.requires_grad:
             n_tokens, top_k = top_k_index.shape
             buffers, n_rows = self._buffers, n_tokens * top_k
@@ -170,13 +199,23 @@ class CallSpace:
                     dispatch = self._dispatches[shape] = buffers.dispatch(*shape)
                 work, demand = self._work, self.demand
                 self.work = work
-                work.dispatch, work.hidden, work.like, work.device_state = dispatch, hidden, hidden, None
+                work.dispatch, work.hidden, work.like, work.device_state = dispatch, given, hidden, None
                 work.host_hidden, work.host_rows = host_hidden, host_rows
                 demand.n_tokens_total, demand.expert_ids = n_tokens, dispatch.expert_ids
                 demand.n_tokens = self._n_tokens[:n_active]
                 return n_active
-        inputs = call_inputs(hidden, top_k_index, top_k_weights, self.layer.spec.hidden)
+        inputs = call_inputs(given, top_k_index, top_k_weights, width, hidden)
         return self.take(inputs, inputs.ids, inputs.weights, workspace) and self.describe()
+
+    def inputs(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, workspace: Workspace
+    ) -> CallInputs:
+        """A call's tensors on the host, in memory that outlives the call. Raises as `call_inputs`."""
+        arrived = workspace.to_host(hidden, top_k_index, top_k_weights)
+        if arrived[0] is not hidden:
+            arrived = [tensor.clone() for tensor in arrived]
+        on_host, index, weights = arrived
+        return call_inputs(hidden, index, weights, self._width, on_host)
 
     def take(
         self, inputs: CallInputs, ids: npt.NDArray[np.integer], weights: npt.NDArray[np.float32], workspace: Workspace
@@ -257,17 +296,18 @@ class CallInputs:
 
 
 def call_inputs(
-    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, hidden_size: int
-) -> CallInputs:
+    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, hidden_size: int,
+    on_host: torch.Tensor | None = None,
+) -> CallInputs:  # fmt: skip
     """Checks one call's tensors and brings them to the host.
 
-    hidden: [..., hidden_size] floating; top_k_index: [T, k] integer; top_k_weights: [T, k] floating. Raises ModelError
-    where shapes do not fit together.
+    hidden: [..., hidden_size] floating, and on_host: the same where it was brought to the host already; top_k_index:
+    [T, k] integer; top_k_weights: [T, k] floating. Raises ModelError where shapes do not fit together.
     """
     if hidden.shape[-1] != hidden_size or not hidden.is_floating_point():
         raise ModelError(f"experts expect floating hidden states [T, {hidden_size}], found {_describe(hidden)}")
     hidden = hidden.detach()
-    host_hidden = host_floats(hidden).reshape(-1, hidden_size)
+    host_hidden = host_floats(hidden if on_host is None else on_host.detach()).reshape(-1, hidden_size)
     top_k = top_k_index.shape[-1]
     if top_k_index.shape != top_k_weights.shape or top_k_index.numel() != len(host_hidden) * top_k:
         raise ModelError(

@@ -71,7 +71,7 @@ class Startup:
         planner, queues, queue_of = None, [], []
         if self._slotted() and any(unit.accelerator.n_slots for unit in self.units):
             known = None if previous is None else previous.planner
-            planner = self._planner([self._costs(unit) for unit in self.units] if known is None else known.cost_models)
+            planner = self._planner([self._tried(unit) for unit in self.units] if known is None else known.cost_models)
             firsts = [block.first_slot for block in blocks_of(self.units)]
             queues = [self.make_queue(unit.accelerator, firsts[unit.index], unit.index) for unit in self.units]
             queue_of = [unit.index for unit in self.units for _ in unit.layers]
@@ -117,6 +117,16 @@ class Startup:
                 for accelerator, n_before, bytes_before in before[:index]:
                     accelerator.allocate(n_before, bytes_before)
                 raise BudgetError(str(error) or f"no memory for {n} slots of {self.slot_bytes} bytes") from error
+
+    def _tried(self, unit: Unit) -> CostModel:
+        """`_costs`. Raises BudgetError where the slots leave a device no memory to compute an expert in."""
+        try:
+            return self._costs(unit)
+        except torch.OutOfMemoryError as error:
+            raise BudgetError(
+                f"{unit.accelerator.n_slots} slots leave {unit.accelerator.name} no memory to compute an expert in:"
+                " lower gpu_expert_slots, or take auto"
+            ) from error
 
     def _costs(self, unit: Unit) -> CostModel:
         """Of the unit's layers: from the given profile, this machine's calibration, or a short measurement of the first

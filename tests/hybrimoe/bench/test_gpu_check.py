@@ -4,22 +4,42 @@ there."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from gpu_kernels import DeviceNotFoundError
 from hybrimoe.bench.gpu_check import check as kit
-from hybrimoe.bench.gpu_check import report
+from hybrimoe.bench.gpu_check import child, report
 from hybrimoe.bench.gpu_check.card import device_name
 from hybrimoe.bench.gpu_check.findings import Findings, run_section
-from hybrimoe.bench.gpu_check.sections import SECTIONS, Section, chosen, lost_copy, memory, no_memory, overlap, parity
-from hybrimoe.bench.gpu_check.sections.profiled import CPU_LANE, Seen, begun_while, both_us, busy_us, read_trace
+from hybrimoe.bench.gpu_check.sections import (
+    SECTIONS,
+    Section,
+    chosen,
+    lost_copy,
+    memory,
+    models,
+    no_memory,
+    overlap,
+    parity,
+)
+from hybrimoe.bench.gpu_check.sections.profiled import (
+    CPU_LANE,
+    Seen,
+    begun_while,
+    both_us,
+    busy_us,
+    profile,
+    read_trace,
+)
 from hybrimoe.bench.gpu_check.setting import SMALL_MODEL, Setting, setting_for
 from hybrimoe.errors import ConfigError, DeviceError
 from tests.fake_device import DEVICE_TYPE, Cards, fake_cards
@@ -29,13 +49,13 @@ CARD = f"{DEVICE_TYPE}:0"
 TAGS_WITHOUT_END = {"meta"}
 
 
-def section(name: str, seconds: int = 30) -> Section:
-    return Section(name, f"The section that {name}", seconds, seconds, module=f"{MINE}.{name}")
+def section(number: int, name: str) -> Section:
+    return Section(f"{name}-{number}", f"The section that {name}", 30, 30, module=f"{MINE}.{name}")
 
 
 def run_kit(folder: Path, *names: str, minutes: float = 5.0) -> dict[str, Any]:
     told: list[dict[str, Any]] = []
-    result = kit.check("emulated", minutes, folder, told.append, sections=[section(name) for name in names])
+    result = kit.check("emulated", minutes, folder, told.append, sections=[section(*item) for item in enumerate(names)])
     assert told == result["sections"]
     return result
 
@@ -146,6 +166,21 @@ def test_without_a_card_the_message_says_what_to_do() -> None:
         device_name("cuda:0")
 
 
+def test_an_interrupt_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    code = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+
+    def interrupted(seconds: float) -> None:
+        if log.read_text().strip():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(child.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        child.run_child([sys.executable, "-c", code], 30.0, log)
+    left = int(log.read_text())
+    assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+
+
 # Profiles -------------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +208,14 @@ def test_a_trace_is_read_into_spans_and_calls() -> None:
     assert begun_while(seen.copies["DtoH"], seen.kernels) == 0
     assert seen.streams == {"kernels": {7}, "HtoD": {13}, "DtoH": {7}}
     assert seen.copied_bytes == {"HtoD": 1000, "DtoH": 8}
+
+
+def test_the_cpu_lane_is_seen_by_the_profiler(small: Setting) -> None:
+    with models.opened(small, "emulated", "int4", policy="cpu_only/none/lru", share=0.25) as generator:
+        ids = models.prompt(small)
+        seen = profile(lambda: models.forced_logits(generator, ids, ids[:2]))
+    assert len(seen.cpu_lane) == 3 * small.layers
+    assert busy_us(seen.cpu_lane) > 0
 
 
 # On a fake card -------------------------------------------------------------------------------------------------------

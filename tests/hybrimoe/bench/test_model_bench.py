@@ -110,13 +110,7 @@ def test_random_weights_in_a_real_shape_need_no_checkpoint(monkeypatch):
     tiny = {"hidden_size": 64, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 100}
     make = sources._config
 
-    def shrunk(shape, layers):
-        config = make(shape, layers)
-        for name, value in tiny.items():
-            setattr(config, name, value)
-        return config
-
-    monkeypatch.setattr(sources, "_config", shrunk)
+    monkeypatch.setattr(sources, "_config", lambda shape, layers, replaced: make(shape, layers, tiny))
     result = run(
         "prefill", "--shape", "olmoe-1b-7b", "--layers", "2", "--no-plain", "--dtype", "int4", "--dtype", "float32",
         "--policy", "ours", "--accelerator", "none", "--rounds", "1", "--prompt-tokens", "12",

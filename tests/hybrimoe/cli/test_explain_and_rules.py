@@ -68,6 +68,13 @@ def test_rules_check_on_a_model(hybrimoe: Any, tmp_path: Path) -> None:
     assert (outcome.code, "no module's name matches" in outcome.err) == (1, True)
 
 
+def test_rules_list_as_a_table(hybrimoe: Any) -> None:
+    outcome = hybrimoe("rules", "list")
+    assert outcome.code == 0
+    for kind in ("rules", "deploy"):
+        assert all(name in outcome.out for name in shipped.names(kind))
+
+
 def test_rules_list_and_show(hybrimoe: Any) -> None:
     listed = hybrimoe("rules", "list", "--json").data
     assert {entry["name"] for entry in listed if entry["kind"] == "rules"} == set(shipped.names("rules"))

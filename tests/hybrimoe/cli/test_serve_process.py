@@ -12,14 +12,31 @@ import time
 import httpx
 import pytest
 
+from hybrimoe.config.deploy import ServerConfig
+
+HANG_SECONDS = 600  # no machine is as slow: what takes so long hangs
+DRAIN_SECONDS = ServerConfig().drain_seconds
 LONG = {"prompt": "It was", "max_tokens": 1500, "temperature": 1, "seed": 1, "ignore_eos": True}
+
+SLOW_MODEL = """
+import time
+from hybrimoe.cli.app import main
+from hybrimoe.generation.engine import TextGenerator
+forward = TextGenerator.forward
+def slowly(*args):
+    time.sleep(0.05)
+    return forward(*args)
+TextGenerator.forward = slowly
+main()
+"""
+"""A server with a model whose steps take so long that a LONG reply is under way for more than a minute."""
 
 
 class Server:
     """A running server, its address, and what it said on stderr when it has ended."""
 
-    def __init__(self, *words, environment=None):
-        command = [sys.executable, "-m", "hybrimoe", "serve", "--port", "0", "--json", *words]
+    def __init__(self, *words, environment=None, program=("-m", "hybrimoe")):
+        command = [sys.executable, *program, "serve", "--port", "0", "--json", *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, **pipes, env={**os.environ, **(environment or {})})
         lines = []
@@ -31,17 +48,17 @@ class Server:
         self.url = self.told["url"]
 
     def post(self, body, path="/v1/completions", **more):
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **more)
+        return httpx.post(f"{self.url}{path}", json=body, timeout=HANG_SECONDS, **more)
 
     def waits(self):
-        return httpx.get(f"{self.url}/health").json()["waiting"]
+        return httpx.get(f"{self.url}/health", timeout=HANG_SECONDS).json()["waiting"]
 
     def signal(self, number):
         self.process.send_signal(number)
 
     def ended(self):
         """Exit code, and stderr."""
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate(timeout=HANG_SECONDS)
         return self.process.returncode, said
 
 
@@ -74,7 +91,7 @@ def in_threads(n, work):
 
 
 def until(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -86,7 +103,7 @@ def begun():
     with contextlib.ExitStack() as opened:
 
         def begin(server, **more):
-            client = opened.enter_context(httpx.Client(timeout=60))
+            client = opened.enter_context(httpx.Client(timeout=HANG_SECONDS))
             body = {**LONG, **more, "stream": True}
             response = opened.enter_context(client.stream("POST", f"{server.url}/v1/completions", json=body))
             lines = response.iter_lines()
@@ -98,7 +115,7 @@ def begun():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_refuses_what_waits_and_gives_the_reply_under_way_its_time(serve, begun, number):
-    server = serve("--drain-seconds", "0.5")
+    server = serve("--drain-seconds", "0.5", program=("-c", SLOW_MODEL))
     lines = begun(server)
     results, threads = in_threads(4, lambda: server.post(LONG))
     until(lambda: server.waits() == 4)
@@ -113,7 +130,7 @@ def test_a_signal_refuses_what_waits_and_gives_the_reply_under_way_its_time(serv
     assert [answer.status_code for answer in results] == [503] * 4
     assert {answer.json()["error"]["code"] for answer in results} == {"shutting_down"}
     assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
-    assert took < 10, "half a second and the end of a process"
+    assert took < DRAIN_SECONDS, "the time that was given, and not that without the option"
     assert "Traceback" not in said
 
 
@@ -126,20 +143,13 @@ def test_a_reply_that_ends_within_the_time_is_complete(serve, begun):
 
 
 def test_a_second_signal_ends_the_server_at_once(serve, begun):
-    server = serve("--drain-seconds", "600")
+    server = serve("--drain-seconds", "600", program=("-c", SLOW_MODEL))
     begun(server)
     server.signal(signal.SIGTERM)
-    until(lambda: health_is_gone(server))
+    until(lambda: not answers(f"{server.url}/health"))
     server.signal(signal.SIGTERM)
     code, _ = server.ended()
     assert code == 128 + signal.SIGTERM
-
-
-def health_is_gone(server):
-    try:
-        return httpx.get(f"{server.url}/health").status_code != 200
-    except httpx.HTTPError:
-        return True
 
 
 def test_ipv6_keys_name_and_the_access_log(serve, tmp_path):
@@ -169,16 +179,16 @@ def test_it_listens_and_says_so_while_the_model_is_loaded():
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         url = f"http://127.0.0.1:{port}"
         until(lambda: answers(f"{url}/health"))
-        health = httpx.get(f"{url}/health")
+        health = httpx.get(f"{url}/health", timeout=HANG_SECONDS)
         assert (health.status_code, health.json()["status"]) == (503, "loading")
-        refused = httpx.post(f"{url}/v1/completions", json=LONG)
+        refused = httpx.post(f"{url}/v1/completions", json=LONG, timeout=HANG_SECONDS)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
         process.stdin.write("go on\n")
         process.stdin.flush()
         assert process.stdout.readline().startswith("{")
-        until(lambda: httpx.get(f"{url}/health").status_code == 200)
+        until(lambda: httpx.get(f"{url}/health", timeout=HANG_SECONDS).status_code == 200)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0
 
 
@@ -204,7 +214,7 @@ def free_port():
 
 def answers(url):
     try:
-        httpx.get(url)
+        httpx.get(url, timeout=HANG_SECONDS)
     except httpx.HTTPError:
         return False
     return True

@@ -223,3 +223,14 @@ def test_several_accelerators(hybrimoe):
     refused = hybrimoe("simulate", "--accelerators", "0", "--json")
     assert refused.code == 2
     assert "--accelerators" in refused.data["error"]["message"]
+
+
+def test_bench_batching_as_a_table_and_as_json(hybrimoe):
+    words = ("bench", "batching", "--hardware", "laptop", "--policy", "static", "--sequences", "4", "--batch-size", "2")
+    words += ("--prompt-tokens", "4", "--new-tokens", "4")
+    data = hybrimoe(*words, "--json").data
+    assert {"one by one", "expertflow", "moe-lightning"} <= {row["grouping"] for row in data["rows"]}
+    shown = hybrimoe(*words)
+    assert shown.code == 0
+    assert "expertflow" in shown.out
+    assert "micro-batches" in shown.err

@@ -121,7 +121,7 @@ def test_calls_on_several_threads_give_each_its_own_number_back() -> None:
         def forward(self, input_ids: Any = None, inputs_embeds: Any = None) -> None:
             began, awaited = (first_began, second_began) if input_ids[0, 0] == 1 else (second_began, first_ended)
             began.set()
-            assert awaited.wait(60)
+            assert awaited.wait(600)
 
     model, after = Meeting(), {}
     FewThreads(model)
@@ -133,7 +133,7 @@ def test_calls_on_several_threads_give_each_its_own_number_back() -> None:
         first_ended.set()
 
     def second() -> None:
-        assert first_began.wait(60)
+        assert first_began.wait(600)
         has(3)
         model(ids(1) + 2)
         after["second"] = torch.get_num_threads()

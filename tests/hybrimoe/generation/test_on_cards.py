@@ -20,10 +20,10 @@ from tests.fake_device import DEVICE_TYPE, fake_cards
 PROMPT = list(b"It was a bright morning, and she had been so long in the world")
 N_TOKENS, N_LAYERS = 40, 4
 ONE, TWO = f"{DEVICE_TYPE}:0", [f"{DEVICE_TYPE}:0", f"{DEVICE_TYPE}:1"]
-READS_A_LAYER = 3
-"""Copies to the host of a layer call: hidden states, expert ids and weights."""
-LEARNING = 20
-"""Waits of the first calls: the lookahead reads the routers' weights."""
+LEARNING = 30
+"""Waits of the first calls: the lookahead reads the routers' weights, kernels are compared with torch."""
+FIRST_USE = 120
+"""Launches of torch's way, with which fused kernels are compared when they are first used."""
 
 
 @pytest.fixture(autouse=True)
@@ -121,21 +121,35 @@ def test_a_model_that_leaves_its_inputs_where_they_are(tmp_path: Path, byte_toke
     assert found == expected
 
 
-def test_the_host_waits_for_the_routing_only(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
-    """Uploads, transfers and kernels of a decode step do not stop the host."""
+@pytest.mark.parametrize(("policy", "launches"), [("static", 3), ("on_demand/impact/lru", 5)])
+def test_the_host_waits_once_a_layer(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, policy: str, launches: int
+) -> None:
+    """For the routing and the hidden states, together; uploads, transfers and kernels do not stop it. Beyond that a
+    token waits for its id's way to the card and for the choice among the logits.
+
+    launches: two kernels for a group of experts and one that adds up; experts that wait for transfers make two groups.
+    """
     with fake_cards(1) as cards:
 
         def prepare(model: Any) -> None:
             cards.counts.clear()
+            cards.sites.clear()
 
         greedy(
             save_model(tmp_path / "model", "bfloat16"), byte_tokenizer, prepare, accelerator=ONE, gpu_expert_slots=12,
-            policy="on_demand/impact/lru",
+            policy=policy,
         )  # fmt: skip
         steps = N_TOKENS + 1  # two chunks of the prompt; the last token is not computed any more
-        routing_and_logits, token_ids = steps * (N_LAYERS * READS_A_LAYER + 1), steps
-        assert cards.counts["wait: blocking copy to the host"] <= routing_and_logits + LEARNING
-        assert cards.counts["waits"] <= routing_and_logits + token_ids + LEARNING
+        calls, sites = N_LAYERS * steps, cards.sites
+        assert sites["downloads.py:Downloads.fetch: host waits"] <= calls
+        assert cards.counts["waits"] <= 2 * steps + LEARNING
+        ours = {site: n for site, n in sites.items() if site.endswith(": launches") and "modeling_" not in site}
+        copies = {site: n for site, n in ours.items() if site.startswith(("downloads.py", "uploads.py"))}
+        assert sum(copies.values()) <= 5 * calls, "three tensors come, the plan and the CPU's rows go"
+        experts = {site: n for site, n in ours.items() if site.startswith(("fused_choice.py", "torch_accelerator.py"))}
+        experts.pop("torch_accelerator.py:_put: launches", None)
+        assert sum(experts.values()) <= launches * calls + FIRST_USE
         assert cards.counts["attention plans"] == 0, "each token would wait for a plan that no other one uses"
 
 

@@ -78,7 +78,7 @@ def test_a_resize_that_fits_one_card_of_two_keeps_both(make_rig: Callable[..., R
 
 def test_a_prompt_that_finds_no_memory_takes_slots(make_rig: Callable[..., Rig]) -> None:
     spec = make_rig(start=False).session.layer_specs()[0].spec
-    with fake_cards(1, card_bytes=10 * spec.record_bytes) as cards:
+    with fake_cards(1, card_bytes=12 * spec.record_bytes) as cards:
         rig = make_rig(accelerator=CARD, gpu_expert_slots=8, policy="static")
         free, _ = cards.memory_info()
         taken = torch.empty(free - unpack_bytes(spec) // 2, dtype=torch.uint8, device=CARD)
@@ -87,6 +87,15 @@ def test_a_prompt_that_finds_no_memory_takes_slots(make_rig: Callable[..., Rig])
         assert (rig.session.n_slots, rig.session.stats().failures) == (6, 1)
         assert_right(rig, 60, seed=10)
         assert taken.numel() > 0
+        rig.session.close()
+
+
+def test_slots_that_leave_no_room_to_compute_are_refused(make_rig: Callable[..., Rig]) -> None:
+    size = make_rig(start=False).session.layer_specs()[0].spec.record_bytes
+    with fake_cards(1, card_bytes=9 * size):
+        rig = make_rig(accelerator=CARD, gpu_expert_slots=8, policy="static", start=False)
+        with pytest.raises(BudgetError, match=r"8 slots leave fake card.*no memory to compute an expert"):
+            rig.session.finalize()
         rig.session.close()
 
 

@@ -322,19 +322,24 @@ def test_slots_can_be_resized_while_the_session_lives(make_rig: MakeRig) -> None
 
 
 def test_threads_stop_when_a_session_is_closed_or_dropped() -> None:
+    names = ("hybrimoe-copy", "hybrimoe-compute")
     before = set(threading.enumerate())
+
+    def lanes() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name in names} - before
+
     for close in (True, False):
         session = Session(RuntimeConfig(accelerator="emulated", gpu_expert_slots=2, profile=PROFILE))
         session.add_layer("experts", MiniExperts(4, 0))
         session.finalize()
-        assert len(set(threading.enumerate()) - before) == 2
+        assert sorted(thread.name for thread in lanes()) == sorted(names)
         if close:
             session.close()
         gone = weakref.ref(session)
         del session
         gc.collect()
         assert gone() is None
-        assert set(threading.enumerate()) - before == set()
+        assert lanes() == set()
 
 
 def test_statistics_add_up_and_reset(make_rig: MakeRig) -> None:

@@ -22,7 +22,7 @@ def gate(generator, monkeypatch):
     def waiting(*args):
         gate.n += 1
         gate.began.set()
-        assert gate.wait(30)
+        assert gate.wait(600)
         return forward(*args)
 
     monkeypatch.setattr(generator, "forward", waiting)
@@ -47,7 +47,7 @@ def idle(served):
 
 
 async def until(condition):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(600):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -76,7 +76,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_the_server(applica
 
     def counted(*args):
         steps.append(1)
-        assert go.acquire(timeout=30)
+        assert go.acquire(timeout=600)
         return forward(*args)
 
     monkeypatch.setattr(generator, "forward", counted)
@@ -171,7 +171,7 @@ def test_a_prompt_is_turned_into_tokens_beside_the_event_loop(application, conne
             return getattr(tokenizer, name)
 
         def __call__(self, *args, **kwargs):
-            assert go.wait(30)
+            assert go.wait(600)
             return tokenizer(*args, **kwargs)
 
     monkeypatch.setattr(generator, "tokenizer", Slow())

@@ -28,7 +28,7 @@ def steps(generator, monkeypatch):
     def stepwise(*args):
         Steps.n += 1
         Steps.began.release()
-        assert Steps.go.acquire(timeout=30)
+        assert Steps.go.acquire(timeout=600)
         return forward(*args)
 
     monkeypatch.setattr(generator, "forward", stepwise)
@@ -45,7 +45,7 @@ async def text_of(job):
 
 
 async def began(steps):
-    await asyncio.to_thread(steps.began.acquire, timeout=30)
+    await asyncio.to_thread(steps.began.acquire, timeout=600)
 
 
 def test_a_client_that_leaves_is_computed_no_further_than_the_step_under_way(generator, steps):

@@ -34,7 +34,7 @@ SECTIONS = (
     Section("races", "Memory errors and races by compute-sanitizer", 140, 110, alone=False),
     Section("parity", "The same logits and tokens as on the CPU", 140, 110, alone=False),
     Section("lost_copy", "A copy that fails", 140, 110, alone=False),
-    Section("kernels", "Kernels against the card's own memory rate", 70, 15),
+    Section("kernels", "Kernels against the card's own memory rate", 70, 20),
     Section("link", "Link and latencies", 25, 8),
     Section("overlap", "Overlap, waits and launches of a decode step", 60, 22),
     Section("memory", "Memory: the plan and what the device holds", 35, 10),

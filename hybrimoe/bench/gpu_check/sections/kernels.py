@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import product
 
 import torch
 
+from cpu_kernels import ExpertDtype
 from hybrimoe.bench.gpu_check.findings import Findings, SkippedError
 from hybrimoe.bench.gpu_check.sections.timing import device_us, require_cuda
 from hybrimoe.bench.gpu_check.setting import Setting
 from hybrimoe.bench.kernels.card import CARD_DTYPES, CARD_SHAPES, kernel_rates, read_gbps
-from hybrimoe.bench.kernels.measure import ParityError
+from hybrimoe.bench.kernels.setting import Shape
 
 TOKENS = (1, 2, 4, 8, 16, 64)
 QUICK_TOKENS = (1, 4, 16)
@@ -27,20 +29,19 @@ def run(setting: Setting, findings: Findings) -> None:
     findings.row("device memory", what="sum (bytes read)", gbps=round(read_gbps(device)))
     findings.row("device memory", what="copy (bytes read and written)", gbps=round(_copy_gbps(device)))
     tokens = TOKENS if setting.limit_s > SHORT_S else QUICK_TOKENS
-    for shape in CARD_SHAPES[: setting.kernel_shapes]:
-        for dtype in CARD_DTYPES:
-            if not findings.time_for(f"{shape.name} {dtype}"):
-                continue
-            try:
-                rates = kernel_rates(device, [shape], [dtype], tokens)
-            except ParityError as error:
-                findings.problem(f"{shape.name}: {error}")
-                continue
-            for rate in rates:
-                findings.row(
-                    "fused kernels", shape=rate.shape, dtype=rate.dtype, experts=rate.experts, tokens_each=rate.tokens,
-                    us=round(rate.us, 1), gbps=round(rate.gbps), of_read_rate=f"{rate.read_share:.0%}",
-                )  # fmt: skip
+    for shape, dtype in product(CARD_SHAPES[: setting.kernel_shapes], CARD_DTYPES):
+        for n_tokens in tokens:
+            if findings.time_for(f"{shape.name} {dtype}, {n_tokens} tokens"):
+                with findings.part(f"{shape.name} {dtype}, {n_tokens} tokens"):
+                    _rates(findings, device, shape, dtype, n_tokens)
+
+
+def _rates(findings: Findings, device: torch.device, shape: Shape, dtype: ExpertDtype, n_tokens: int) -> None:
+    for rate in kernel_rates(device, [shape], [dtype], [n_tokens]):
+        findings.row(
+            "fused kernels", shape=rate.shape, dtype=rate.dtype, experts=rate.experts, tokens_each=rate.tokens,
+            us=round(rate.us, 1), gbps=round(rate.gbps), of_read_rate=f"{rate.read_share:.0%}",
+        )  # fmt: skip
 
 
 def _copy_gbps(device: torch.device) -> float:

@@ -34,13 +34,14 @@ def _at(setting: Setting, findings: Findings, share: float, ids: list[int]) -> N
         idle = _held(device)
         accelerator = session.accelerators[0]
         dense = sum(tensor.nbytes for tensor in _on(device, model))
-        slots = accelerator.n_slots * accelerator.slot_bytes
+        n_slots = accelerator.n_slots
+        slots = n_slots * accelerator.slot_bytes
         reserve = kv_cache_bytes(model) + DEVICE_RESERVE_BYTES
         reserve += max(unpack_bytes(layer.spec) for layer in session.layer_specs())
         models.forced_logits(generator, ids, ids[:2])
         after = _held(device)
     findings.row(
-        "MiB", slots_share=share, n_slots=accelerator.n_slots, planned_dense=_mib(dense), planned_slots=_mib(slots),
+        "MiB", slots_share=share, n_slots=n_slots, planned_dense=_mib(dense), planned_slots=_mib(slots),
         planned_reserve=_mib(reserve), torch_allocated=_mib(_grown(before, idle, "allocated")),
         torch_reserved=_mib(_grown(before, idle, "reserved")), driver_idle=_mib(_grown(before, idle, "driver")),
         torch_peak_in_prompt=_mib(_grown(before, after, "peak")), driver_after=_mib(_grown(before, after, "driver")),

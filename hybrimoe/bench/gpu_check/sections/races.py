@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from hybrimoe.bench.gpu_check.child import python_child, run_child
@@ -11,7 +12,12 @@ from hybrimoe.bench.gpu_check.findings import Findings, SkippedError
 from hybrimoe.bench.gpu_check.setting import Setting
 
 PROGRAM = "hybrimoe.bench.gpu_check.sections.small_program"
-TOOLS = ("memcheck", "racecheck")
+TOOLS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "memcheck": ("transformers", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+    "racecheck": ("auto", {}),
+}
+"""By tool, how decode steps run (`cpu.step`), and the environment. memcheck sees an access beyond a tensor where each
+is an allocation of its own; no graph can be recorded then."""
 USUAL_PLACE = "/usr/local/cuda/bin/compute-sanitizer"
 FOUND_ERRORS = 86
 """The exit code that the tool is told to give."""
@@ -25,16 +31,13 @@ def run(setting: Setting, findings: Findings) -> None:
     sanitizer = shutil.which("compute-sanitizer") or (USUAL_PLACE if Path(USUAL_PLACE).exists() else None)
     if sanitizer is None:
         raise SkippedError("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
-    for tool in TOOLS:
+    for tool, (step, extra) in TOOLS.items():
         argv = [
             sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_ERRORS),
-            *python_child("-m", PROGRAM, setting.accelerator),
+            *python_child("-m", PROGRAM, setting.accelerator, step),
         ]  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="hybrimoe-") as folder:
-            ended = run_child(
-                argv, (setting.limit_s - KEPT_S) / len(TOOLS), Path(folder) / "log",
-                extra={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )  # fmt: skip
+            ended = run_child(argv, (setting.limit_s - KEPT_S) / len(TOOLS), Path(folder) / "log", extra=extra)
         summary = [line.strip("= ") for line in ended.output.splitlines() if "SUMMARY" in line]
         findings.row("compute-sanitizer", tool=tool, seconds=round(ended.seconds, 1), result="; ".join(summary))
         if ended.code is None:
