@@ -64,12 +64,16 @@ def measure_profile(
 
 def run_each_kernel(store: ExpertStore, layers: Iterable[int], accelerator: Accelerator) -> None:
     """Calls what few tokens of an expert are computed by, for each kind of expert of these layers: the first reply is
-    not to wait for a compiler. Fills slot 0, of which there must be one."""
+    not to wait for a compiler. Fills slot 0, of which there must be one. Where the device has no memory for a number of
+    tokens now, the first call of so many compiles."""
     first_of = {store.layers[layer].spec: layer for layer in reversed(list(layers))}
     for spec, layer in first_of.items():
         accelerator.copy_to_slot(0, store.record(layer, 0))
         for n_tokens in KERNEL_TOKENS:
-            _accel_call(accelerator, spec)(_work(spec, 1, n_tokens), 1)
+            try:
+                _accel_call(accelerator, spec)(_work(spec, 1, n_tokens), 1)
+            except torch.OutOfMemoryError:
+                accelerator.synchronize()  # what was submitted before still reads the slot
 
 
 def _rate_gflops(spec: ExpertSpec, points: tuple[tuple[int, float], ...]) -> float:
