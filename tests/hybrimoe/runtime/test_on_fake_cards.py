@@ -14,6 +14,7 @@ from hybrimoe.config.deploy import load_config
 from hybrimoe.dense.place import dense_device
 from hybrimoe.errors import BudgetError, HybriMoEError
 from hybrimoe.runtime.layer_call.slots import TransferQueue
+from hybrimoe.runtime.startup import startup
 from hybrimoe.runtime.startup.budget import unpack_bytes
 from scheduler import Transfer
 from scheduler.lossy import LOSSY_POLICIES, resolve_lossy
@@ -90,10 +91,13 @@ def test_a_prompt_that_finds_no_memory_takes_slots(make_rig: Callable[..., Rig])
         rig.session.close()
 
 
-def test_slots_that_leave_no_room_to_compute_are_refused(make_rig: Callable[..., Rig]) -> None:
+def test_slots_that_leave_no_room_to_measure_in_are_refused(
+    make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "calibrated", lambda *shape: None)
     size = make_rig(start=False).session.layer_specs()[0].spec.record_bytes
     with fake_cards(1, card_bytes=9 * size):
-        rig = make_rig(accelerator=CARD, gpu_expert_slots=8, policy="static", start=False)
+        rig = make_rig(accelerator=CARD, gpu_expert_slots=8, policy="static", profile=None, start=False)
         with pytest.raises(BudgetError, match=r"8 slots leave fake card.*no memory to compute an expert"):
             rig.session.finalize()
         rig.session.close()
