@@ -55,17 +55,17 @@ def record(
 ) -> None:
     """Generate replies and record ids, weights and predicted routing of every layer, in prefill and decode."""
     from hybrimoe.generation import SamplingOptions
-    from hybrimoe.tracing.record import DEFAULT_PROMPTS
 
-    texts = [*(prompt or ()), *_lines(prompts)] or list(DEFAULT_PROMPTS)
+    texts = [*(prompt or ()), *_lines(prompts)]
     options = SamplingOptions(max_new_tokens=new_tokens, temperature=temperature, seed=seed)
     check_writable(out)
     deployment = deploy_config(
         config, model=model, accelerator="none" if config is None else None, unknown_keys=unknown_keys
     )
     from hybrimoe.cli.common_model import open_model
-    from hybrimoe.tracing.record import record_texts
+    from hybrimoe.tracing.record import DEFAULT_PROMPTS, record_texts
 
+    texts = texts or list(DEFAULT_PROMPTS)
     with open_model(deployment, show_progress=not as_json) as opened:
         trace = record_texts(
             opened.generator, texts, options, source=opened.name, licence=licence, horizon=horizon,
