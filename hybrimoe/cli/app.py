@@ -13,14 +13,11 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import errno
 import importlib
 import importlib.util
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -194,25 +191,4 @@ def root(
 def main() -> None:
     """The console entry point."""
     set_wait_policy(sys.argv[1:])
-    try:
-        app()
-    except SystemExit as ended:
-        if isinstance(ended.code, int):
-            end_process(ended.code)
-        raise
-
-
-def end_process(code: int) -> None:
-    """Ends the process once all that was registered for its end has run, and leaves its memory to the system.
-
-    Taking an interpreter apart frees each compiled function and each module, and a device's libraries give up what they
-    hold in no order that we could choose: that takes seconds, or waits for what is gone already. Returns where threads
-    still have something to do: they are waited for as always.
-    """
-    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
-        return
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
+    app()
