@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from cpu_kernels import ExpertSpec
+from gpu_kernels.errors import GraphError
 from gpu_kernels.graphs import Graph, RecordsGraphs
 from gpu_kernels.step_kernels import StepKernels
 from hybrimoe.dense.card_attention import cudnn_attention_off
@@ -155,6 +157,7 @@ class CapturedStep(ModelStep):
         self._norms = [] if self._kernels.norm is None else known_norms(model, self._kernels.norm)
         self._captured: list[Pieces] = []
         self._pieces_ns = 0
+        self._gave_up = False
         self._unreported: Counts = np.zeros((len(session.layers), 3))
 
     def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -165,7 +168,10 @@ class CapturedStep(ModelStep):
         layers = None if call is None or call.mask is not None else self._layers_of(call)
         if call is None or layers is None:
             return own(*args, **kwargs)
-        logits, output_type = self._step(call, layers)
+        found = self._step(call, layers)
+        if found is None:
+            return own(*args, **kwargs)
+        logits, output_type = found
         return output_type(logits=logits, past_key_values=call.cache)
 
     def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
@@ -179,7 +185,8 @@ class CapturedStep(ModelStep):
             return None
         self.session.announce_step("decode")
         with torch.inference_mode():  # as `TextGenerator` computes prompts
-            return self._step(call, layers)[0][0]
+            found = self._step(call, layers)
+        return None if found is None else found[0][0]
 
     @property
     def differs_in_batches(self) -> str | None:
@@ -249,10 +256,25 @@ class CapturedStep(ModelStep):
             return None
         return growing_layers(call.cache, call.n_past, call.n_sequences, self.device)
 
-    def _step(self, call: StepCall, layers: list[GrowingLayer]) -> tuple[torch.Tensor, type]:
-        """Runs a step; a copy of its logits [sequences, 1, V], and the class of the model's output."""
+    def usable(self) -> bool:
+        """As `ModelStep.usable`, and no recording has failed."""
+        return not self._gave_up and super().usable()
+
+    def _step(self, call: StepCall, layers: list[GrowingLayer]) -> tuple[torch.Tensor, type] | None:
+        """Runs a step; a copy of its logits [sequences, 1, V], and the class of the model's output. None, with nothing
+        changed, where it cannot be recorded (any more): transformers' forward then runs it and all later ones."""
         with self.lock, torch.no_grad():
-            pieces = self._pieces(layers, call.n_sequences, self._resident(call))
+            try:
+                pieces = self._pieces(layers, call.n_sequences, self._resident(call))
+            except (GraphError, RuntimeError) as error:
+                self._gave_up = True
+                self._captured.clear()
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(
+                    f"decode steps are no longer captured, transformers' forward runs them: {reason}", RuntimeWarning,
+                    stacklevel=2,
+                )  # fmt: skip
+                return None
             logits, busy_ns = pieces.run(self._numbers(call), _run_experts)
             self._unreported += pieces.counts
             for layer in layers:
@@ -275,7 +297,7 @@ class CapturedStep(ModelStep):
     def _pieces(
         self, layers: list[GrowingLayer], n_sequences: int, resident: ResidentExperts | None = None
     ) -> Pieces:  # fmt: skip
-        """The captured step for layers of a cache, with room for one token more; recorded now where there is none."""
+        """The captured step for layers of a cache, with room for one token more; recorded now if there is none."""
         for layer in layers:
             layer.least_room = LEAST_ROOM
         buffers = [layer.grown(1) for layer in layers]

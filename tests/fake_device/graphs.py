@@ -79,7 +79,7 @@ def _is_view(func: Any) -> bool:
     return any(argument.alias_info is not None for argument in (*func._schema.arguments, *func._schema.returns))
 
 
-@dataclass(slots=True)
+@dataclass
 class NotedGraphs:
     """As `gpu_kernels.graphs.RecordsGraphs`, on the host."""
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 import hybrimoe
 from gpu_kernels import TorchAccelerator
+from gpu_kernels.errors import GraphError
 from gpu_kernels.step_kernels import StepKernels
 from hybrimoe.step.build import StepWay, capture_step
 from hybrimoe.step.captured import KEPT, CapturedStep
@@ -374,3 +375,22 @@ def test_hooks_on_experts_are_called_where_all_have_slots(resident_model: Any) -
     step(resident_model, ids[:, :1], cache)
     handle.remove()
     assert calls == ["experts"]
+
+
+@pytest.mark.parametrize("error", [GraphError("no graph"), torch.OutOfMemoryError("no memory")])
+def test_a_recording_that_fails_later_leaves_the_reply_to_transformers(plain: Any, error: Exception) -> None:
+    model = tiny_model("qwen2_moe")
+    way, graphs = captured(model)
+    assert way.step is not None
+
+    def begin() -> None:
+        raise error
+
+    graphs.begin = begin
+    ids, new = prompt(), prompt(seed=1)
+    mine, theirs = after_prompt(model, ids), after_prompt(plain, ids)
+    with pytest.warns(RuntimeWarning, match="no longer captured.*no "):
+        found = step(model, new[:, :1], mine)
+    assert same(found, step(plain, new[:, :1], theirs))
+    assert same(step(model, new[:, 1:2], mine), step(plain, new[:, 1:2], theirs))
+    assert way.step.n_steps == 0
