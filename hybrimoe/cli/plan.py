@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -47,12 +47,10 @@ def plan(
 
     MODEL may also be the name of a shipped shape, like qwen3-30b-a3b.
     """
-    from hybrimoe.checkpoint.meta import config_file
-    from hybrimoe.demo import demo_model_path
-    from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, open_shape, with_accelerators
+    from hybrimoe.checkpoint.meta import model_shape
+    from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, with_accelerators
 
-    source = config_file(str(model or demo_model_path()))
-    shape = open_shape(source)
+    shape = model_shape(model)
     if hardware is not None:
         open_hardware(hardware)
     device_bytes = None if gpu_memory is None else _bytes(gpu_memory)
@@ -64,8 +62,6 @@ def plan(
     from scheduler.planner.policies import resolve_policy
 
     resolve_policy(policy)
-    if model is not None and source != model:
-        shape = replace(shape, name=model.rpartition("/")[2])  # the hub's cache keeps the file under another name
     profile, taken = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(expert_dtype)))
     profile = with_accelerators(profile, accelerators, shared_link=False)
     found = fit(
