@@ -31,6 +31,7 @@ from transformers.core_model_loading import (
 
 from hybrimoe.checkpoint.dequantise import Source
 from hybrimoe.checkpoint.errors import listed
+from hybrimoe.checkpoint.stored import Stored
 from hybrimoe.errors import CheckpointError
 
 WRAPPERS = re.compile(r"^(module\.|language_model\.(?=model\.|lm_head\.))+|(?<![^.])_orig_mod\.")
@@ -78,6 +79,10 @@ class Conversion:
     def source_keys(self) -> list[str]:
         """Keys of all sources."""
         return [source.key for group in self.sources.values() for source in group]
+
+    def stored(self) -> list[Stored]:
+        """The tensors of the files that all sources are made from."""
+        return [stored for group in self.sources.values() for source in group for stored in source.stored]
 
     def whole(self, shapes: ModelShapes) -> dict[str, torch.Tensor]:
         """Every parameter of this conversion, by key."""

@@ -12,7 +12,8 @@ import numpy as np
 
 from cpu_kernels import LAYOUT_VERSION
 from hybrimoe.checkpoint import record_file
-from hybrimoe.checkpoint.record_file import Header, WeightFile
+from hybrimoe.checkpoint.record_file import Header
+from hybrimoe.checkpoint.stored import WeightFile
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 
 FORMAT_VERSION = 2

@@ -14,14 +14,15 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cpu_kernels.jit.cache_dir import cache_home
 from hybrimoe.checkpoint.source import packed_folder
+from hybrimoe.checkpoint.stored import WeightFile
 from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ByteArray
 
@@ -34,39 +35,6 @@ except ImportError:  # Windows, which renames and removes no file that is open
 
 Header = dict[str, Any]
 """What a file must say of itself to be used: JSON values only."""
-
-
-class StoredBytes(Protocol):
-    """A tensor of a weight file, as far as samples of it are taken."""
-
-    @property
-    def offset_bytes(self) -> int:
-        """Where it starts in the file."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-
-
-class WeightFile(Protocol):
-    """A file of a checkpoint, of any format, as far as it is told from another of the same name."""
-
-    @property
-    def path(self) -> Path:
-        """Where it is."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Its size."""
-
-    @property
-    def header_sha256(self) -> str:
-        """A hash of its header."""
-
-    @property
-    def tensors(self) -> Mapping[str, StoredBytes]:
-        """Its tensors, by name."""
-
 
 MAGIC = b"HYBRIMOE"
 SUFFIX, PARTIAL_SUFFIX = ".hybrimoe", ".partial"

@@ -43,6 +43,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH_BYTES = 8  # a safetensors file starts with the header's length as u64, little endian
 MAX_HEADER_BYTES = 100_000_000  # limit of the format
 
@@ -61,6 +62,16 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def type_name(self) -> str:
+        """As the format calls its dtype."""
+        return NAMES[self.dtype]
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The tensors of the file that this source is made from: itself."""
+        return (self,)
 
     def read(self) -> torch.Tensor:
         """The whole tensor, in its stored dtype."""

@@ -26,7 +26,7 @@ EXPECTED = f"a directory with {CONFIG_NAME} and *.safetensors, a GGUF file, or a
 
 def model_path(path_or_hub_id: str | Path | None) -> Path:
     """The directory of a model, or its GGUF file (of a split one the first part); None is the demo model, and what
-    looks like `owner/name` is fetched from the hub. A directory without config.json stands for the one GGUF model in it.
+    looks like `owner/name` is fetched from the hub. A directory without config.json is the one GGUF model in it.
 
     Raises ModelError where there is no model.
     """

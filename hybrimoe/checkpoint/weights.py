@@ -14,8 +14,8 @@ from hybrimoe.checkpoint.dequantise import Source, dequantised
 from hybrimoe.checkpoint.gguf.file import open_gguf
 from hybrimoe.checkpoint.gguf.weights import sources_of
 from hybrimoe.checkpoint.quantisation import read_quantisation
-from hybrimoe.checkpoint.record_file import WeightFile
 from hybrimoe.checkpoint.safetensors_file import open_checkpoint
+from hybrimoe.checkpoint.stored import WeightFile
 
 
 @dataclass(frozen=True, slots=True)

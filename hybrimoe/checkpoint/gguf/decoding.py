@@ -23,39 +23,44 @@ VALUES_AT_A_TIME = 1 << 20
 class DecodedTensor:
     """A tensor of a file as a source of weights."""
 
-    stored: GgufTensor
+    tensor: GgufTensor
+
+    @property
+    def stored(self) -> tuple[GgufTensor, ...]:
+        """The tensors of the file that this source is made from: the one."""
+        return (self.tensor,)
 
     @property
     def key(self) -> str:
         """Its name in the file."""
-        return self.stored.key
+        return self.tensor.key
 
     @property
     def shape(self) -> tuple[int, ...]:
         """In torch's order."""
-        return self.stored.shape
+        return self.tensor.shape
 
     @property
     def dtype(self) -> torch.dtype:
         """Of what `read` gives: the file's own, float32 for quantised types."""
-        return dtype_of(self.stored.kind)
+        return dtype_of(self.tensor.kind)
 
     def read(self) -> torch.Tensor:
         """The whole tensor. Raises CheckpointError where the file ends inside it."""
-        return self._values(self.stored.offset_bytes, self.shape)
+        return self._values(self.tensor.offset_bytes, self.shape)
 
     def read_slice(self, index: int) -> torch.Tensor:
         """[1, ...]: entry `index` of the first dimension; the others are not read."""
         if not 0 <= index < self.shape[0]:
             raise CheckpointError(
-                f"{self.key} has {self.shape[0]} entries, entry {index} was asked for ({self.stored.file})"
+                f"{self.key} has {self.shape[0]} entries, entry {index} was asked for ({self.tensor.file})"
             )
         shape = (1, *self.shape[1:])
-        return self._values(self.stored.offset_bytes + index * self.stored.kind.n_bytes(shape), shape)
+        return self._values(self.tensor.offset_bytes + index * self.tensor.kind.n_bytes(shape), shape)
 
     def _values(self, offset_bytes: int, shape: tuple[int, ...]) -> torch.Tensor:
-        kind = self.stored.kind
-        return decoded(kind, read_bytes(self.stored.file, self.key, offset_bytes, kind.n_bytes(shape)), shape)
+        kind = self.tensor.kind
+        return decoded(kind, read_bytes(self.tensor.file, self.key, offset_bytes, kind.n_bytes(shape)), shape)
 
 
 def dtype_of(kind: TensorType) -> torch.dtype:

@@ -54,6 +54,11 @@ class GgufTensor:
         """Bytes on disk."""
         return self.kind.n_bytes(self.shape)
 
+    @property
+    def type_name(self) -> str:
+        """Its type, as llama.cpp calls it."""
+        return self.kind.name
+
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:

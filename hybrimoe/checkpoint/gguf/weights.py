@@ -42,7 +42,7 @@ class ArrangedTensor:
         except (RuntimeError, ValueError, ZeroDivisionError) as error:
             shapes = ", ".join(f"{part.key} {list(part.shape)}" for part in parts)
             raise CheckpointError(
-                f"{parts[0].stored.file}: {shapes} do not fit each other or the metadata ({error}); fetch the file"
+                f"{parts[0].tensor.file}: {shapes} do not fit each other or the metadata ({error}); fetch the file"
                 " again"
             ) from error
         return cls(parts, join, tuple(shape))
@@ -56,6 +56,11 @@ class ArrangedTensor:
     def dtype(self) -> torch.dtype:
         """Of what `read` gives."""
         return self.parts[0].dtype
+
+    @property
+    def stored(self) -> tuple[GgufTensor, ...]:
+        """The tensors of the file that it is made from."""
+        return tuple(part.tensor for part in self.parts)
 
     def read(self) -> torch.Tensor:
         """The whole parameter."""

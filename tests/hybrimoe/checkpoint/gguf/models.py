@@ -14,7 +14,7 @@ from .conversion import ARCHITECTURES, to_gguf
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},  # in every such model, says llama.cpp
-    "olmoe": {"num_key_value_heads": 4},  # llama.cpp reads no others
+    "olmoe": {"num_key_value_heads": 4, "intermediate_size": 64},  # llama.cpp reads no fewer; whole blocks of 32
     "dots1": {"num_key_value_heads": 4},
     "deepseek_v3": {
         "first_k_dense_replace": 1,
@@ -64,8 +64,8 @@ def _make_every_vector_matter(model: PreTrainedModel) -> None:
 
 
 def letters(writer: gguf.GGUFWriter, n_tokens: int = 96) -> None:
-    """A byte-level vocabulary of `n_tokens`: single letters, three special tokens first."""
-    tokens = ["<|bos|>", "<|eos|>", "<|pad|>", *(chr(33 + index) for index in range(n_tokens - 3))]
+    """A byte-level vocabulary of `n_tokens`: three special tokens, single letters, two of two letters."""
+    tokens = ["<|bos|>", "<|eos|>", "<|pad|>", *(chr(33 + index) for index in range(n_tokens - 5)), "ab", "cd"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
