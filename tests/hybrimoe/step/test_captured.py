@@ -413,16 +413,14 @@ def test_absent_experts_of_a_split_call_add_nothing(split_model: Any) -> None:
     place = split_model.hybrimoe.step._captured[-1].experts[0]
     call, exchange = place.sent, place.sent.exchange
     weights, outputs = torch.tensor([[0.5, 0.7]]), []
-    for absent in (-1, split_model.config.num_experts, None):
-        ids = torch.tensor([[1, 0 if absent is None else absent]])
-        exchange.send(call.hidden, ids, weights if absent is not None else weights * torch.tensor([1.0, 0.0]))
+    for ids in ([[1, -1]], [[1, split_model.config.num_experts]], [[-1, 1]]):
+        exchange.send(call.hidden, torch.tensor(ids), weights)
         session.announce_step("decode")
         session.run_sent(call)
-        if call.replay is not None:
-            call.replay()
         outputs.append(call.accelerator.combine_exchanged(exchange))
     assert torch.equal(outputs[0], outputs[1])
-    assert same(outputs[0], outputs[2])
+    assert outputs[0].any()
+    assert not torch.equal(outputs[0], outputs[2])
     exchange.send(call.hidden, torch.tensor([[-1, -1]]), weights)
     session.run_sent(call)
     assert not call.accelerator.combine_exchanged(exchange).any()
