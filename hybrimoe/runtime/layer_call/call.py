@@ -77,7 +77,10 @@ class ExpertsCall:
         lanes_ns += perf_counter_ns()
         for space in parts:
             space.experts.reports.finish(space)
-        return self._end(index, output, hidden, start_ns, lanes_ns)
+        if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
+            output = self._as_asked(output, hidden)
+        self._count(index, start_ns, lanes_ns)
+        return output
 
     def run_sent(self, call: SentCall) -> None:
         """One call of a layer whose tensors the device has sent, and the host has waited for; its output, or what the
@@ -171,19 +174,14 @@ class ExpertsCall:
         lossy.after_compute(index, self.phase)
         return lossy.joined(index, self.phase, [space.experts.lanes.combine(space) for space in parts])
 
-    def _end(
-        self, index: int, output: torch.Tensor, hidden: torch.Tensor, start_ns: int, lanes_ns: int
-    ) -> torch.Tensor:
-        """Counts the call's time; the output as the caller wants it: dtype, device and shape of `hidden`."""
-        if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
-            output = output.to(hidden.dtype)
-            if output.device != hidden.device:
-                on_host = output.device.type == "cpu"
-                move = self.experts.workspace.to_device if on_host else torch.Tensor.to
-                output = move(output, hidden.device)
-            output = output.reshape(hidden.shape)
-        self._count(index, start_ns, lanes_ns)
-        return output
+    def _as_asked(self, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The output as the caller wants it: in dtype, device and shape of `hidden`."""
+        output = output.to(hidden.dtype)
+        if output.device != hidden.device:
+            on_host = output.device.type == "cpu"
+            move = self.experts.workspace.to_device if on_host else torch.Tensor.to
+            output = move(output, hidden.device)
+        return output.reshape(hidden.shape)
 
     def _count(self, index: int, start_ns: int, lanes_ns: int) -> None:
         """The call has ended: its time, of which the lanes took `lanes_ns`."""
