@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from scheduler.balancing import LayerCosts, balance
+from scheduler.cache import CACHE_POLICIES
 from scheduler.demand import LayerDemand, Prediction
 from scheduler.errors import PolicyError
 from scheduler.extension import Assignment, CachePolicy, PrefetchPolicy, Setting, Within, extensions, policy
@@ -15,6 +16,7 @@ from scheduler.machine.costs import CostModel
 from scheduler.parameters import read_parameters
 from scheduler.planner.planner import Planner
 from scheduler.planner.policies import POLICIES, policy_parameters, resolve_policy
+from scheduler.prefetch import PREFETCH_POLICIES
 
 N_LAYERS, N_EXPERTS = 3, 4
 
@@ -34,6 +36,15 @@ def all_cpu(costs: LayerCosts, spare: int = 0, broken: bool = False) -> Assignme
     if broken:
         return Assignment(list(range(n - 1)), [])
     return Assignment(list(range(spare, n)), list(range(spare)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_here():
+    """No later test meets a broken policy."""
+    yield
+    for registry in (CACHE_POLICIES, PREFETCH_POLICIES):
+        for name in [name for name in registry if name.startswith("test_")]:
+            del registry[name]
 
 
 def planner(name: str, n_slots: int = 4, **params: object) -> Planner:

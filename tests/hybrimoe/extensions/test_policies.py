@@ -17,11 +17,25 @@ from hybrimoe.errors import ConfigError
 from hybrimoe.extensions import policies
 from hybrimoe.extensions.check import ContractError, check_policy
 from hybrimoe.extensions.policies import PolicyImportWarning, in_place_of, load_entry_points, open_policy
+from scheduler import extension
+from scheduler.cache import CACHE_POLICIES
 from scheduler.errors import PolicyError
+from scheduler.prefetch import PREFETCH_POLICIES
 
 ROOT = Path(__file__).parents[3]
 HEAD = "from scheduler.extension import *\nimport numpy as np\n"
 LAST = HEAD + "@policy('{name}', balance='static')\nclass Last(CachePolicy):\n    def __init__(self, setting: Setting, weight: int = 1) -> None:\n        super().__init__(setting)\n"  # fmt: skip  # noqa: E501
+
+
+@pytest.fixture(autouse=True)
+def nothing_registered(monkeypatch):
+    """Each test's file may use the names of another test's, and no later test meets a broken policy."""
+    monkeypatch.setattr(extension, "_EXTENSIONS", {})
+    before = dict(CACHE_POLICIES), dict(PREFETCH_POLICIES)
+    yield
+    for registry, known in zip((CACHE_POLICIES, PREFETCH_POLICIES), before, strict=True):
+        registry.clear()
+        registry.update(known)
 
 
 @pytest.fixture
