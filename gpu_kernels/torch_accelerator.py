@@ -68,6 +68,7 @@ class TorchAccelerator:
         self._uploads = Uploads(self.device)
         self._fused = load_fused() if (not self._synchronous if fused is None else fused) else None
         self._closed = False
+        self._read_by: torch.Stream | None = None
         self._set_slots(0, 0)
 
     @property
@@ -220,7 +221,8 @@ class TorchAccelerator:
             start_us = clock_us()
             replay()
             return DoneEvent(start_us, clock_us()) if timed else None
-        stream = self._read_by = torch.accelerator.current_stream(self.device)
+        stream = torch.accelerator.current_stream(self.device)
+        self._read_by = stream
         for slot in awaited:
             write = self._events.write_of(slot)
             if isinstance(write, DeviceEvent) and not write.done():
@@ -363,7 +365,7 @@ class TorchAccelerator:
         self._slot_bytes = slot_bytes
         self._staging = []
         self._events: SlotEvents[DeviceEvent | DoneEvent] = SlotEvents(n_slots)
-        self._read_by: torch.Stream | None = None
+        self._read_by = None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -20,6 +20,7 @@ from gpu_kernels.uploads import Uploads
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime.layer_call.compiled import describe_routing, read_and_describe
 from hybrimoe.runtime.layer_call.layers import Layer, apply_norm
+from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stats import Counters
 from scheduler import Phase, Prediction
 from scheduler.demand import DemandView
@@ -93,6 +94,8 @@ class RunsLanes(Protocol):
     def link_busy_us(self, layer: int) -> float: ...
 
     def submit(self, space: CallSpace) -> None: ...
+
+    def launch(self, space: CallSpace, call: SentCall) -> None: ...
 
     def compute(self, space: CallSpace) -> None: ...
 
