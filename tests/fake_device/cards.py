@@ -386,6 +386,7 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
             stack.enter_context(mock.patch.object(torch, name, type(name, (kind,), {"cards": cards})))
         for user in (gpu_kernels.torch_accelerator, gpu_kernels.fused_choice):
             stack.enter_context(mock.patch.object(user, "load_fused", new=kernels.choice))
+        stack.enter_context(mock.patch.object(torch, "Generator", new=_Generator))
         # A wrapping tensor made in inference mode has no version counter, which torch's views then ask for.
         stack.enter_context(mock.patch.object(torch, "inference_mode", new=_without_gradient))
         names = re.compile(rf"{hybrimoe.config.values._DEVICE.pattern}|{DEVICE_TYPE}(?::\d+)?")
@@ -400,6 +401,16 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
 def _without_gradient(mode: bool = True) -> contextlib.AbstractContextManager[object]:
     """Stands for torch.inference_mode."""
     return torch.no_grad() if mode else contextlib.nullcontext()
+
+
+_RealGenerator = torch.Generator
+
+
+class _Generator(torch.Generator):
+    """Stands for torch.Generator: a card draws the host's numbers."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> torch.Generator:  # type: ignore[misc]
+        return _RealGenerator("cpu" if torch.device(device).type == DEVICE_TYPE else device)
 
 
 def _checksum(tensor: torch.Tensor) -> int:
