@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrimoe.checkpoint.gguf.file import is_gguf
+from hybrimoe.checkpoint.gguf.file import is_gguf, open_gguf
 from hybrimoe.errors import ModelError
 from scheduler.machine.profile import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+EXPERTS_OF_A_LAYER = "_exps.weight"  # in names of GGUF tensors
 
 
 def meta_model(source: str | Path | PreTrainedConfig | None) -> PreTrainedModel:
@@ -57,6 +59,22 @@ def model_shape(model: str | Path | None) -> ModelShape:
         path = model_path(path)
         return ModelShape.from_mapping(derive_shape(read_config_dict(path), path.stem))
     return open_shape(path if model is None or path.is_dir() else str(model))
+
+
+def packing_remark(model: str | Path | None, expert_dtype: str) -> str | None:
+    """What a GGUF file's quantised experts become, in a sentence; None for other models. Reads the header only."""
+    from hybrimoe.checkpoint.source import is_hub_id, model_path
+
+    path = None if model is None or is_hub_id(model) or not Path(model).expanduser().exists() else model_path(model)
+    if path is None or not path.is_file():
+        return None
+    experts = [tensor for name, tensor in open_gguf(path).tensors.items() if EXPERTS_OF_A_LAYER in name]
+    types = ", ".join(sorted({tensor.type_name for tensor in experts}))
+    gib = sum(tensor.nbytes for tensor in experts) / 2**30
+    return (
+        f"{path.name} has its experts as {types} ({gib:.2f} GiB); they are packed once as {expert_dtype}:"
+        " `hybrimoe inspect` measures what that adds"
+    )
 
 
 def _hub_config(hub_id: str) -> PreTrainedConfig:

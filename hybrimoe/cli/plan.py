@@ -47,7 +47,7 @@ def plan(
 
     MODEL may also be the name of a shipped shape, like qwen3-30b-a3b.
     """
-    from hybrimoe.checkpoint.meta import model_shape
+    from hybrimoe.checkpoint.meta import model_shape, packing_remark
     from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, with_accelerators
 
     shape = model_shape(model)
@@ -70,6 +70,8 @@ def plan(
     )  # fmt: skip
     expected = expect(found, shape, profile, policy, expert_dtype, dense_dtype)
     render.note(taken)
+    if remark := packing_remark(model, expert_dtype):
+        render.note(remark)
     if as_json:
         render.emit_json({**asdict(found), "hardware_taken": taken, "expected": expected})
     else:

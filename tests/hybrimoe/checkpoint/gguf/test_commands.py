@@ -63,6 +63,7 @@ def test_chat_takes_a_gguf_file(demo: Path) -> None:
 def test_commands_that_read_no_weights_take_a_gguf_file(demo: Path) -> None:
     explained = json.loads(run("explain", str(demo), "--json").stdout)
     assert (explained["model_type"], len(explained["rows"]) > 0) == ("qwen3_moe", True)
+    assert "has its experts as BF16 (0.01 GiB); they are packed once as bfloat16" in explained["remarks"][-1]
     planned = json.loads(run("plan", str(demo), "--hardware", "laptop", "--json").stdout)
     assert (planned["model"], planned["n_experts"]) == ("demo", 6 * 32)
     inspected = run("inspect", str(demo)).stdout
