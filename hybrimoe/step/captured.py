@@ -172,14 +172,14 @@ class CapturedStep(ModelStep):
         if found is None:
             return own(*args, **kwargs)
         logits, output_type = found
-        return output_type(logits=logits, past_key_values=call.cache)
+        return output_type(logits=logits, past_key_values=call.caches[0])
 
     def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
         """As `ModelStep.next_logits`, of one token."""
         if len(token_ids) != 1 or type(cache) is not DynamicCache or not self.usable():
             return None
         n_past = cache.get_seq_length()
-        call = StepCall(list(token_ids), 1, 1, n_past, cache, [n_past], None, 1, "decode")
+        call = StepCall(list(token_ids), 1, [n_past], [cache], [n_past], None, 1, "decode")
         layers = self._layers_of(call) if n_past else None
         if layers is None:
             return None
@@ -236,7 +236,7 @@ class CapturedStep(ModelStep):
     def _logits_given(self, cache: DynamicCache, token_id: int, outputs: list[torch.Tensor]) -> torch.Tensor:
         """float32 logits [1, V] of a step on a cache, with these outputs of the experts."""
         n_past = cache.get_seq_length()
-        call = StepCall([token_id], 1, 1, n_past, cache, [n_past], None, 1, "decode")
+        call = StepCall([token_id], 1, [n_past], [cache], [n_past], None, 1, "decode")
         layers = self._layers_of(call)
         if layers is None:
             raise NotCompiled("its cache has layers that are neither plain attention nor a sliding window")
@@ -254,7 +254,7 @@ class CapturedStep(ModelStep):
     def _layers_of(self, call: StepCall) -> list[GrowingLayer] | None:
         if call.n_new != 1 or call.n_sequences > MAX_SEQUENCES:
             return None
-        return growing_layers(call.cache, call.n_past, call.n_sequences, self.device)
+        return growing_layers(call.caches[0], call.n_past[0], call.n_sequences, self.device)
 
     def usable(self) -> bool:
         """As `ModelStep.usable`, and no recording has failed."""
@@ -292,7 +292,7 @@ class CapturedStep(ModelStep):
 
     def _numbers(self, call: StepCall) -> torch.Tensor:
         """On the host, as `Pieces.numbers`."""
-        return torch.tensor([*call.token_ids, *call.positions, call.n_past])
+        return torch.tensor([*call.token_ids, *call.positions, call.n_past[0]])
 
     def _pieces(
         self, layers: list[GrowingLayer], n_sequences: int, resident: ResidentExperts | None = None

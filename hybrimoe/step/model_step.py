@@ -50,6 +50,14 @@ class ModelStep:
         """
         return None
 
+    def logits_of_each(self, token_ids: Sequence[int], caches: Sequence[Any]) -> torch.Tensor | None:
+        """Logits [n, V] after a new token of each of n sequences, which have a cache of one sequence each.
+
+        Each row has the bits that `next_logits` gives for the sequence alone. None, and nothing computed, where the
+        sequences must be computed one after another. A failure leaves the caches with the tokens that they had.
+        """
+        return None
+
     @property
     def differs_in_batches(self) -> str | None:
         """Why several tokens in one step may not get the bits that they get one by one; None where they do."""
