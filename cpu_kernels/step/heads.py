@@ -179,7 +179,8 @@ def add_heads(
 ) -> None:  # fmt: skip
     """Adds the operation.
 
-    places: address of the table that says where the caches lie. query: where float32 [rows, n_heads, dim] go, multiplied with `scale` and what `tuning` says.
+    places: address of the table that says where the caches lie. query: where float32 [rows, n_heads, dim] go,
+    multiplied with `scale` and what `tuning` says.
     """
     call = program.zeros(HEADS_CALL, np.int64)
     call[[STATE, N_HEADS, N_KV_HEADS, DIM, V_DIM]] = program.state.ctypes.data, n_heads, n_kv_heads, dim, v_dim

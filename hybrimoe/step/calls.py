@@ -78,7 +78,14 @@ def read_call(
         return None
     phase: Phase = "decode" if n_new == 1 else "prefill"
     return StepCall(
-        ids.flatten().tolist(), n_new, [n_past] * n_sequences, [cache], positions, mask, min(kept or n_new, n_new), phase
+        ids.flatten().tolist(),
+        n_new,
+        [n_past] * n_sequences,
+        [cache],
+        positions,
+        mask,
+        min(kept or n_new, n_new),
+        phase,
     )
 
 

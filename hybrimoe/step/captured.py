@@ -193,6 +193,11 @@ class CapturedStep(ModelStep):
         """As `ModelStep.differs_in_batches`."""
         return "a captured step has one token of each sequence"
 
+    @property
+    def one_by_one(self) -> str | None:
+        """As `ModelStep.one_by_one`."""
+        return "the sequences of a captured step have one length"
+
     def undo(self) -> None:
         """Frees the graphs and lets go of the caches."""
         self._captured.clear()

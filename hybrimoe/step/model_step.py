@@ -63,6 +63,11 @@ class ModelStep:
         """Why several tokens in one step may not get the bits that they get one by one; None where they do."""
         raise NotImplementedError
 
+    @property
+    def one_by_one(self) -> str | None:
+        """Why sequences of different lengths are not computed in one step; None where `logits_of_each` does it."""
+        return self.differs_in_batches
+
     def undo(self) -> None:
         """Takes away what the step has put into the model; whoever put it before the forward takes it from there."""
 

@@ -54,6 +54,11 @@ class ServedStep(ModelStep):
         used = {layer for program in self.programs for layer in program.compiled.cache_layers}
         return fits(cache, used, n_past, n_sequences)
 
+    @property
+    def one_by_one(self) -> str | None:
+        """As `ModelStep.one_by_one`."""
+        return f"this model has no compiled step for all of it: {self.reading.reason}"
+
     # Counting ---------------------------------------------------------------------------------------------------
 
     def count(self, call: StepCall, us: float) -> None:

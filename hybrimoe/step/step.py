@@ -53,7 +53,7 @@ class Step(ServedStep):
 
     def logits_of_each(self, token_ids: Sequence[int], caches: Sequence[Any]) -> torch.Tensor | None:
         """As `ModelStep.logits_of_each`."""
-        if not 0 < len(token_ids) <= MAX_ROWS or self.differs_in_batches is not None or not self.usable():
+        if not 0 < len(token_ids) <= MAX_ROWS or self.one_by_one is not None or not self.usable():
             return None
         n_past = [self._n_past(cache) for cache in caches]
         if not all(n_past):
@@ -75,6 +75,11 @@ class Step(ServedStep):
         if any(angles.changes for angles in self.angles):
             return "the angles of the model's rotary embedding depend on the longest position of a step"
         return None
+
+    @property
+    def one_by_one(self) -> str | None:
+        """As `ModelStep.one_by_one`."""
+        return self.differs_in_batches
 
     def _logits(self, call: StepCall) -> torch.Tensor:
         """Runs the step; logits [sequences, kept, V] in the dtype that the model itself gives."""

@@ -1,4 +1,4 @@
-"""A step of several sequences with a cache each gives every one the bits that it has alone, whoever joins and leaves."""
+"""A step of several sequences with a cache each gives every one the bits that it has alone, whoever joins or leaves."""
 
 from __future__ import annotations
 
