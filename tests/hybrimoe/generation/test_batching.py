@@ -229,7 +229,8 @@ class TestFailures:
         own = getattr(generator, method)
 
         def fail(tokens: Any, caches: Any) -> Any:
-            if cache() is not None and (caches is cache() or (isinstance(caches, list) and cache() in caches)):
+            target = cache()
+            if target and (caches is target or (isinstance(caches, list) and target in caches)):
                 raise MemoryError("no room")
             return own(tokens, caches)
 
@@ -238,11 +239,11 @@ class TestFailures:
     def test_a_failed_prompt_ends_its_reply_only(
         self, generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        alone(generator, 0), alone(generator, 2)
         requests = Requests(BatchEngine(generator, parallel=3, part_tokens=PART))
+        self.failing(generator, monkeypatch, "forward", lambda: requests.told[3].reply and requests.told[3].reply.cache)
         for number in (0, 3, 2):
             requests.submit(number)
-        requests.step()
-        self.failing(generator, monkeypatch, "forward", lambda: requests.told[3].reply.cache)
         requests.run()
         check(generator, requests, (0, 2))
         assert isinstance(requests.told[3].error, MemoryError)
@@ -251,14 +252,15 @@ class TestFailures:
         self, generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         alone(generator, 0), alone(generator, 2)
-        requests = Requests(BatchEngine(generator, parallel=3, part_tokens=64))
+        requests, fails = Requests(BatchEngine(generator, parallel=3, part_tokens=64)), []
+        for method in ("forward", "forward_each"):
+            self.failing(generator, monkeypatch, method, lambda: fails and requests.told[1].reply.cache)
         for number in (0, 1, 2):
             requests.submit(number)
         for _ in range(4):
             requests.step()
         told = requests.told[1]
-        for method in ("forward", "forward_each"):
-            self.failing(generator, monkeypatch, method, lambda: told.reply.cache)
+        fails.append(True)
         requests.run()
         check(generator, requests, (0, 2))
         assert isinstance(told.error, MemoryError)
