@@ -49,6 +49,10 @@ def serve(
     queue_length: Annotated[
         int | None, typer.Option(min=0, max=100_000, help="Requests that may wait; one more gets 429 (32).")
     ] = None,
+    max_wait_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=86_400.0, help="A request that has waited so long gets 429 (any time)."),
+    ] = None,
     max_stall_ms: Annotated[
         float | None,
         typer.Option(
@@ -81,8 +85,8 @@ def serve(
     deployment = placement.deployment(model)
     given = {
         "host": host, "name": name, "conversations": conversations, "parallel": parallel,
-        "queue_length": queue_length, "max_stall_ms": max_stall_ms, "drain_seconds": drain_seconds,
-        "access_log": access_log,
+        "queue_length": queue_length, "max_wait_seconds": max_wait_seconds, "max_stall_ms": max_stall_ms,
+        "drain_seconds": drain_seconds, "access_log": access_log,
     }  # fmt: skip
     chosen = {key: value for key, value in given.items() if value is not None}
     settings = deployment.server.model_copy(update=chosen)
@@ -102,6 +106,7 @@ def run(
     served = Served(
         name, conversations=settings.conversations, queue_length=settings.queue_length,
         parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
+        max_wait_s=settings.max_wait_seconds,
     )  # fmt: skip
     with HttpServer(served, settings, keys, listener) as http, open_model(deployment) as opened:
         served.open(opened.generator, opened.stats)

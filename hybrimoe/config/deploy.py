@@ -87,6 +87,9 @@ class ServerConfig(Section):
     queue_length: int = Field(
         default=32, ge=0, le=100_000, description="Requests that may wait; one more is refused with 429."
     )
+    max_wait_seconds: float | None = Field(
+        default=None, gt=0.0, le=86_400.0, description="A request that has waited so long gets 429; none: any time."
+    )
     max_stall_ms: float = Field(
         default=500.0,
         gt=0.0,

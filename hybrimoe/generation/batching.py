@@ -66,6 +66,9 @@ class BatchEngine:
         self.part_tokens = part_tokens
         n_caches = max(conversations, parallel)
         self._caches = PrefixCaches(generator.model, n_caches, generator.kv_bytes, generator.token_bytes)
+        step = getattr(getattr(generator.model, "hybrimoe", None), "step", None)
+        if step is not None:
+            step.keep_for(parallel)
         self._places: list[_Place] = []
         self.n_steps = 0
         """Steps so far that gave a token to each reply beyond its prompt."""

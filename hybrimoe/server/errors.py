@@ -93,6 +93,12 @@ class QueueFullError(RequestError):
         return {"Retry-After": str(self.retry_s)}
 
 
+class LateError(QueueFullError):
+    """The request has waited for longer than the server lets one wait."""
+
+    code = "waited_too_long"
+
+
 class LoadingError(UnavailableError):
     """The model is still being loaded."""
 

@@ -30,20 +30,21 @@ class Served:
     """`name` is the model's in the API. Requests before `open` are answered with 503, as those after `drain`.
 
     parallel: replies at once; None chooses by the memory for keys and values. max_stall_ms: what a part of a prompt may
-    take while others get tokens. on_reply: called with each reply that has ended and the seconds that it waited before
-    it began, by the thread that generates.
+    take while others get tokens. max_wait_s: a request that has waited so long is refused; None: for any time.
+    on_reply: called with each reply that has ended and the seconds that it waited before it began, by the thread that
+    generates.
     """
 
     def __init__(
         self, name: str, *, conversations: int = CONVERSATIONS, queue_length: int = QUEUE_LENGTH,
-        parallel: int | None = 1, max_stall_ms: float = MAX_STALL_MS,
+        parallel: int | None = 1, max_stall_ms: float = MAX_STALL_MS, max_wait_s: float | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.created = int(time.time())
         self.experts: Callable[[], dict[str, Any] | None] = lambda: None
         self.on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None
         self._conversations, self._queue_length = conversations, queue_length
-        self._parallel, self._max_stall_ms = parallel, max_stall_ms
+        self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
         self.part: PromptPart | None = None
         self._worker: Worker | None = None
         self._draining = False
@@ -64,7 +65,9 @@ class Served:
             generator, parallel=parallel, conversations=self._conversations,
             part_tokens=None if self.part is None else self.part.n_tokens,
         )  # fmt: skip
-        worker = Worker(engine, self._queue_length, lambda reply, waited_s: self.on_reply(reply, waited_s))
+        worker = Worker(
+            engine, self._queue_length, self._max_wait_s, lambda reply, waited_s: self.on_reply(reply, waited_s)
+        )
         worker.start()
         self._worker = worker
 

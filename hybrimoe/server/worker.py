@@ -15,7 +15,7 @@ from hybrimoe.errors import ModelError
 from hybrimoe.generation import SamplingOptions
 from hybrimoe.generation.batching import BatchEngine, Progress
 from hybrimoe.generation.vocabulary import check_token_ids
-from hybrimoe.server.errors import DrainingError, QueueFullError
+from hybrimoe.server.errors import DrainingError, LateError, QueueFullError
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply, TextGenerator, TokenLogprob
@@ -90,17 +90,18 @@ class Job:
 class Worker:
     """Owns the engine that generates: up to `engine.parallel` requests run at once, the others wait in their order.
 
-    on_reply: called with each reply that has ended, and the seconds that it waited before it began.
+    max_wait_s: one that has waited so long is refused; None waits for any time. on_reply: called with each reply that
+    has ended, and the seconds that it waited before it began.
     """
 
     def __init__(
-        self, engine: BatchEngine, queue_length: int = QUEUE_LENGTH,
+        self, engine: BatchEngine, queue_length: int = QUEUE_LENGTH, max_wait_s: float | None = None,
         on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None,
     ) -> None:  # fmt: skip
         self.engine = engine
         self.generator: TextGenerator = engine.generator
         self._on_reply = on_reply
-        self._queue_length = queue_length
+        self._queue_length, self._max_wait_s = queue_length, max_wait_s
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: dict[Reply, Job] = {}
@@ -214,12 +215,22 @@ class Worker:
     def _next(self) -> Job | None:
         """The job that has waited longest, where the engine has room for it; later ones do not overtake it."""
         with self._changed:
-            while self._waiting and self._waiting[0].stopped.is_set():
-                self._waiting.popleft()
+            self._drop_those_that_end_waiting()
             if not self._waiting or not self.engine.has_room(self._waiting[0].prompt_ids, self._waiting[0].options):
                 return None
             self._beginning = self._waiting.popleft()
             return self._beginning
+
+    def _drop_those_that_end_waiting(self) -> None:
+        """Clients that have gone, and requests that waited too long; the oldest come first."""
+        limit = self._max_wait_s
+        while self._waiting:
+            job = self._waiting[0]
+            if limit is not None and not job.stopped.is_set() and time.monotonic() - job.submitted_s > limit:
+                job.cut(LateError(f"the request has waited for more than {limit:g} seconds", self._retry_seconds()))
+            if not job.stopped.is_set():
+                return
+            self._waiting.popleft()
 
     def _begin(self, job: Job) -> None:
         job.waited_s = time.monotonic() - job.submitted_s

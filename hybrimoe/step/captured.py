@@ -44,7 +44,7 @@ from hybrimoe.step.model_step import ModelStep
 MAX_SEQUENCES = 8
 """Sequences of a step that is captured."""
 KEPT = 4
-"""Captured steps that are kept: of the latest conversations, and of numbers of sequences."""
+"""Captured steps that are kept where nothing else is said: of the latest conversations, and of numbers of sequences."""
 LEAST_ROOM = 1024
 """Room of a new buffer for keys and values: other buffers need other graphs, whose recording takes as long as some
 twenty steps."""
@@ -146,6 +146,7 @@ class CapturedStep(ModelStep):
             hooks for module in called for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self.device = device
+        self._n_kept = KEPT
         self.captures = 0
         """How often a step was recorded."""
         config: Any = model.config
@@ -197,6 +198,10 @@ class CapturedStep(ModelStep):
     def one_by_one(self) -> str | None:
         """As `ModelStep.one_by_one`."""
         return "the sequences of a captured step have one length"
+
+    def keep_for(self, n_sequences: int) -> None:
+        """As `ModelStep.keep_for`: the graphs of each."""
+        self._n_kept = max(KEPT, n_sequences)
 
     def undo(self) -> None:
         """Frees the graphs and lets go of the caches."""
@@ -310,7 +315,7 @@ class CapturedStep(ModelStep):
             if known.is_of(layers, n_sequences, resident) and known.is_alive():
                 self._captured.append(self._captured.pop(number))
                 return self._captured[-1]
-        self._captured = [known for known in self._captured if known.is_alive()][1 - KEPT :]
+        self._captured = [known for known in self._captured if known.is_alive()][1 - self._n_kept :]
         pieces = self._capture(layers, buffers, n_sequences, resident)
         self._captured.append(pieces)
         return pieces

@@ -68,6 +68,9 @@ class ModelStep:
         """Why sequences of different lengths are not computed in one step; None where `logits_of_each` does it."""
         return self.differs_in_batches
 
+    def keep_for(self, n_sequences: int) -> None:
+        """So many sequences will take turns: what the step keeps of each must last from turn to turn."""
+
     def undo(self) -> None:
         """Takes away what the step has put into the model; whoever put it before the forward takes it from there."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -9,8 +10,8 @@ from hybrimoe.errors import ModelError
 from hybrimoe.generation import SamplingOptions
 from hybrimoe.generation.batching import BatchEngine
 from hybrimoe.server.delivery import PieceReader
-from hybrimoe.server.errors import DrainingError, QueueFullError
-from hybrimoe.server.worker import Worker
+from hybrimoe.server.errors import DrainingError, LateError, QueueFullError
+from hybrimoe.server.worker import Job, Worker
 
 SHORT = SamplingOptions(max_new_tokens=2, temperature=0.0)
 LONG = SamplingOptions(max_new_tokens=80, temperature=1.0, seed=1)
@@ -280,6 +281,24 @@ class TestSeveralAtOnce:
 
         refused = running(run())
         assert refused.answer_headers() == {"Retry-After": "4"}
+
+    def test_a_request_that_has_waited_too_long_is_refused(self, generator, steps):
+        async def run():
+            worker = Worker(BatchEngine(generator), max_wait_s=1e-6)
+            worker.start()
+            ids = generator.encode("It was")
+            first = Job(ids, SHORT, asyncio.get_running_loop(), submitted_s=time.monotonic() + 3600)  # not late
+            worker._waiting.append(first)
+            late = worker.submit(ids, SHORT)
+            steps.go.release(1000)
+            told = await asyncio.gather(text_of(first), text_of(late), return_exceptions=True)
+            await asyncio.to_thread(worker.close)
+            return told, late
+
+        (text, refused), late = running(run())
+        assert text
+        assert (type(refused), refused.status) == (LateError, 429)
+        assert late.reply is None
 
     def test_an_engine_that_breaks_tells_everybody(self, generator, steps, monkeypatch):
         monkeypatch.setattr(threading, "excepthook", lambda _: None)  # the thread's end is part of the test
