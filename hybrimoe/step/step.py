@@ -64,9 +64,8 @@ class Step(ServedStep):
 
     def _n_past(self, cache: Any) -> int:
         """Tokens of the one sequence that a cache holds; 0 where the step cannot go on from it."""
-        if not isinstance(cache, DynamicCache) or type(cache) is not self.reading.cache_type:
-            return 0
-        n_past = int(cache.get_seq_length())
+        known = isinstance(cache, DynamicCache) and type(cache) is self.reading.cache_type
+        n_past = int(cache.get_seq_length()) if known else 0
         return n_past if n_past and self.fits(cache, n_past, 1) else 0
 
     @property
