@@ -107,6 +107,7 @@ def begun():
             body = {**LONG, **more, "stream": True}
             response = opened.enter_context(client.stream("POST", f"{server.url}/v1/completions", json=body))
             lines = response.iter_lines()
+            opened.callback(lines.close)  # lines that nobody holds would close the connection, and end the reply
             next(lines)
             return lines
 
