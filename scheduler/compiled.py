@@ -16,7 +16,6 @@ from typing import Any, TypeVar, cast
 
 import numba  # type: ignore[import-untyped, unused-ignore]
 from numba.core.caching import IndexDataCacheFile  # type: ignore[import-untyped, unused-ignore]
-from numba.core.types import unliteral  # type: ignore[import-untyped, unused-ignore]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -39,9 +38,9 @@ def once_for_all_values(made: Any) -> Any:
     """
     if numba.config.DISABLE_JIT:
         return made
-    template_of = made.get_call_template
+    template_of, plain = made.get_call_template, numba.types.unliteral
     made.get_call_template = lambda args, kws: template_of(
-        [unliteral(kind) for kind in args], {name: unliteral(kind) for name, kind in kws.items()}
+        [plain(kind) for kind in args], {name: plain(kind) for name, kind in kws.items()}
     )
     return made
 
