@@ -6,7 +6,7 @@ Each is a method or attribute of a model that transformers offers under no publi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +33,11 @@ def generation_settings(model: PreTrainedModel, options: dict[str, Any]) -> Any:
     return config
 
 
-def logits_processors(model: PreTrainedModel, settings: Any, n_prompt_tokens: int) -> Any:
-    """The processors that `generate` would use for `settings`, in its order."""
+def logits_processors(model: PreTrainedModel, settings: Any, n_prompt_tokens: int, device: str = "cpu") -> Any:
+    """The processors that `generate` would use for `settings` and logits on `device`, in its order."""
     return _call(
         model, "_get_logits_processor",
-        generation_config=settings, input_ids_seq_length=n_prompt_tokens, device="cpu", model_kwargs={},
+        generation_config=settings, input_ids_seq_length=n_prompt_tokens, device=device, model_kwargs={},
     )  # fmt: skip
 
 
@@ -55,6 +55,18 @@ def compute_missing(model: PreTrainedModel, missing: set[str]) -> None:
 def forgive_known_keys(model: PreTrainedModel, report: Any) -> None:
     """Takes keys out of a loading report that the model says may be missing or left over."""
     _call(model, "_adjust_missing_and_unexpected_keys", report)
+
+
+def gguf_tokenizer(architecture: str, metadata: Mapping[str, Any]) -> Any:
+    """The tokenizer (of the package tokenizers) that the vocabulary in a GGUF file's metadata describes."""
+    mapping, convert = _gguf("GGUF_TOKENIZER_MAPPING"), _gguf("convert_gguf_tokenizer")
+    names = {f"tokenizer.{key}": name for key, name in mapping["tokenizer"].items()}
+    return convert(architecture, {names[key]: value for key, value in metadata.items() if key in names})[0]
+
+
+def gguf_splits() -> frozenset[str]:
+    """The vocabularies of GGUF files, by their names there, whose way of splitting text transformers knows."""
+    return frozenset(_gguf("GGUF_PRE_TOKENIZER_SPLITS"))
 
 
 def output_tie(model: PreTrainedModel) -> tuple[str, str] | None:
@@ -90,6 +102,19 @@ def _attribute(model: PreTrainedModel, name: str) -> Any:
             f" install a release that fits: pip install 'transformers=={TESTED}'"
         )
     return getattr(model, name)
+
+
+def _gguf(name: str) -> Any:
+    """What transformers' reading of GGUF files has under `name`."""
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
+
+    found = getattr(gguf_tokenizer_mapping, name, None)
+    if found is None:
+        raise CompatibilityError(
+            f"transformers {version('transformers')} has no {name} for GGUF files, which {TESTED} has; install a"
+            f" release that fits: pip install 'transformers=={TESTED}'"
+        )
+    return found
 
 
 def _call(model: PreTrainedModel, name: str, *arguments: Any, **named: Any) -> Any:

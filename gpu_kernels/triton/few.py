@@ -218,7 +218,7 @@ def up_kernel(
     record_ptr = record_of(slots_ptr, slot_lines, slot_ids_ptr, expert)
     at = tl.load(offsets_ptr + expert) + tile * TOKENS
     end = tl.load(offsets_ptr + expert + 1)
-    if at >= end:
+    if (at >= end) | (tl.load(slot_ids_ptr + expert) < 0):
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     n_parts: tl.constexpr = 4 if GATED else 2
@@ -253,7 +253,7 @@ def down_kernel(
     record_ptr = record_of(slots_ptr, slot_lines, slot_ids_ptr, expert)
     at = tl.load(offsets_ptr + expert) + tile * TOKENS
     end = tl.load(offsets_ptr + expert + 1)
-    if at >= end:
+    if (at >= end) | (tl.load(slot_ids_ptr + expert) < 0):
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     x0 = x_ptr + at.to(tl.int64) * (x_quads * 4)

@@ -122,7 +122,7 @@ def up_tile_kernel(
     record_ptr = record_of(slots_ptr, slot_lines, slot_ids_ptr, expert)
     at = tl.load(offsets_ptr + expert) + tile * TOKENS + tl.arange(0, TOKENS)
     end = tl.load(offsets_ptr + expert + 1)
-    if tl.load(offsets_ptr + expert) + tile * TOKENS >= end:
+    if (tl.load(offsets_ptr + expert) + tile * TOKENS >= end) | (tl.load(slot_ids_ptr + expert) < 0):
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     n_parts: tl.constexpr = 4 if GATED else 2
@@ -171,7 +171,7 @@ def down_tile_kernel(
     record_ptr = record_of(slots_ptr, slot_lines, slot_ids_ptr, expert)
     at = tl.load(offsets_ptr + expert) + tile * TOKENS + tl.arange(0, TOKENS)
     end = tl.load(offsets_ptr + expert + 1)
-    if tl.load(offsets_ptr + expert) + tile * TOKENS >= end:
+    if (tl.load(offsets_ptr + expert) + tile * TOKENS >= end) | (tl.load(slot_ids_ptr + expert) < 0):
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     sums = _tile(

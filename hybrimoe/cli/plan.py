@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -47,12 +47,10 @@ def plan(
 
     MODEL may also be the name of a shipped shape, like qwen3-30b-a3b.
     """
-    from hybrimoe.checkpoint.meta import config_file
-    from hybrimoe.demo import demo_model_path
-    from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, open_shape, with_accelerators
+    from hybrimoe.checkpoint.meta import model_shape, packing_remark
+    from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, with_accelerators
 
-    source = config_file(str(model or demo_model_path()))
-    shape = open_shape(source)
+    shape = model_shape(model)
     if hardware is not None:
         open_hardware(hardware)
     device_bytes = None if gpu_memory is None else _bytes(gpu_memory)
@@ -64,8 +62,6 @@ def plan(
     from hybrimoe.tracing.study.planning import expect, fit
 
     open_policy(policy)
-    if model is not None and source != model:
-        shape = replace(shape, name=model.rpartition("/")[2])  # the hub's cache keeps the file under another name
     profile, taken = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(expert_dtype)))
     profile = with_accelerators(profile, accelerators, shared_link=False)
     found = fit(
@@ -74,6 +70,8 @@ def plan(
     )  # fmt: skip
     expected = expect(found, shape, profile, policy, expert_dtype, dense_dtype)
     render.note(taken)
+    if remark := packing_remark(model, expert_dtype):
+        render.note(remark)
     if as_json:
         render.emit_json({**asdict(found), "hardware_taken": taken, "expected": expected})
     else:
