@@ -116,10 +116,19 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
         ("experts outside host memory", experts(found["disk_experts"])),
         (f"longest context{' with a slot a layer' if has_device else ''}", f"{found['max_context']} tokens"),
         *([("expected hit rate (simulated)", f"{expected['hit_rate']:.0%}")] if has_device else []),
-        ("expected decode (simulated)", f"{expected['decode_tokens_per_s']:.1f} tokens/s"),
-        ("expected prefill (simulated)", f"{expected['prefill_tokens_per_s']:.0f} tokens/s"),
+        ("expected decode (simulated)", _speed(expected, "decode", 1)),
+        (f"expected prefill of {expected['prompt_tokens']} tokens (simulated)", _speed(expected, "prefill", 0)),
     ]
     render.out().print(render.table(f"{found['model']} on {found['hardware']}", ("", ""), rows))
+
+
+def _speed(expected: dict[str, Any], phase: str, digits: int) -> str:
+    """A speed, with the range of public measurements where the machine is known from data sheets only."""
+    told = f"{expected[f'{phase}_tokens_per_s']:.{digits}f} tokens/s"
+    bounds = expected[f"{phase}_tokens_per_s_range"]
+    if bounds is None:
+        return told
+    return f"{told}; {bounds[0]:.{digits}f} to {bounds[1]:.{digits}f} by public measurements (docs/calibration.md)"
 
 
 def _by_accelerator(found: dict[str, Any]) -> list[tuple[str, str]]:
