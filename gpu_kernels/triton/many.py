@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gpu_kernels.triton.formats import ANY_CALL, act, gated, int8_codes, record_of, row_words, two_bfloat16
 
@@ -115,9 +116,12 @@ def up_tile_kernel(
     slots_ptr, slot_lines, slot_ids_ptr, offsets_ptr, rows_ptr, x_ptr, inner_ptr,
     x_quads, inner_quads, n_columns, n_rows, n_blocks, inner_blocks, top_k, gate_bias_word, up_bias_word,
     alpha, gate_max, act_max, up_limit, up_offset,
-    TOKENS: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, OVERLAP: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """As `few.up_kernel`, for a tile of TOKENS tokens."""
+    if OVERLAP:
+        gdc_launch_dependents()
     unit, expert, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     record_ptr = record_of(slots_ptr, slot_lines, slot_ids_ptr, expert)
     at = tl.load(offsets_ptr + expert) + tile * TOKENS + tl.arange(0, TOKENS)
@@ -126,10 +130,13 @@ def up_tile_kernel(
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     n_parts: tl.constexpr = 4 if GATED else 2
-    tokens = tl.load(rows_ptr + at, mask=at < end, other=0) // top_k
+    matrix_ptr = record_ptr + unit.to(tl.int64) * n_blocks * (n_parts * block_words)
+    tokens = tl.load(rows_ptr + at, mask=at < end, other=0).to(tl.int32) // top_k
+    if OVERLAP:
+        gdc_wait()
     sums = _tile(
-        record_ptr + unit.to(tl.int64) * n_blocks * (n_parts * block_words), n_blocks, n_columns,
-        x_ptr + tokens * (x_quads * 4), 16 * n_parts, TOKENS, DTYPE,
+        matrix_ptr, n_blocks, n_columns,
+        x_ptr + tokens.to(tl.int64) * (x_quads * 4), 16 * n_parts, TOKENS, DTYPE,
     )  # fmt: skip
     columns = unit * 32 + tl.arange(0, 32)
     if GATED:
@@ -164,7 +171,8 @@ def up_tile_kernel(
 def down_tile_kernel(
     slots_ptr, slot_lines, slot_ids_ptr, offsets_ptr, rows_ptr, x_ptr, weights_ptr, out_ptr,
     x_quads, n_columns, n_rows, n_blocks, down_line, down_bias_word,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr, DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """As `few.down_kernel`, for a tile of TOKENS tokens."""
     part, expert, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -174,8 +182,11 @@ def down_tile_kernel(
     if tl.load(offsets_ptr + expert) + tile * TOKENS >= end:
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
+    matrix_ptr = record_ptr + down_line * 16 + part.to(tl.int64) * n_blocks * (ROWS // 16 * block_words)
+    if OVERLAP:
+        gdc_wait()
     sums = _tile(
-        record_ptr + down_line * 16 + part.to(tl.int64) * n_blocks * (ROWS // 16 * block_words), n_blocks, n_columns,
+        matrix_ptr, n_blocks, n_columns,
         x_ptr + tl.minimum(at, end - 1).to(tl.int64) * (x_quads * 4), ROWS, TOKENS, DTYPE,
     )  # fmt: skip
     columns = part * ROWS + tl.arange(0, ROWS)
