@@ -11,26 +11,29 @@ from dataclasses import dataclass, replace
 import torch
 
 from cpu_kernels import ExpertDtype
-from cpu_kernels.format.layout import is_quantised
 
 BLOCK_TOKENS = (1, 4, 16, 64, 128)
 """Tokens that one program takes: kernels are compiled once for each, and more tokens take several programs."""
 FEW_TOKENS = 4
 """Up to so many tokens, multiplying them one by one takes no longer than reading the record."""
+HOPPER = 9
+"""Major compute capability of the cards whose tensor cores read an operand from shared memory."""
 OVERLAP_FROM = (9, 0)
 """Compute capability of the first NVIDIA cards that start a kernel before the one before it has ended."""
+
+
+_QUANTISED: tuple[ExpertDtype, ...] = ("int4", "int8")
+_FLOATS: tuple[ExpertDtype, ...] = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """One kernel's. warps: of a program. units: groups of 32 columns (int8, int4) or times 4 lines (floats) that a
-    program for few tokens takes at once. rows: that a program of down takes. tokens: that a program takes; 0: as many
-    as the group's block says."""
+    program for few tokens takes at once. rows: that a program of down takes."""
 
     warps: int
     units: int = 0
     rows: int = 32
-    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,46 +48,39 @@ class Cuts:
     def label(self) -> str:
         """A name that says all of it, for files and tables."""
         up, down = self.up, self.down
-        text = f"up {up.units}u {up.warps}w {up.tokens}t, down {down.units}u {down.warps}w {down.rows}r {down.tokens}t"
+        text = f"up {up.units}u{up.warps}w, down {down.units}u{down.warps}w{down.rows}r"
         return text + (", overlapping" if self.overlap else "")
 
 
-def can_overlap(device: torch.device) -> bool:
-    """Whether kernels of a device can start before the one before them has ended."""
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA card; None for anything else."""
     nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device) >= OVERLAP_FROM
+    return torch.cuda.get_device_capability(device) if nvidia else None
 
 
-def candidates(dtype: ExpertDtype, block: int, overlap: bool) -> tuple[Cuts, ...]:
-    """Cuts worth trying for programs of `block` tokens, the default first."""
-    if block > FEW_TOKENS:
-        return (_MANY[block],)
-    plain = _FEW_QUANTISED[block] if is_quantised(dtype) else _FEW_FLOATS[block]
-    return tuple(replace(cuts, overlap=overlap) for cuts in plain)
+def candidates(dtype: ExpertDtype, block: int, capability: tuple[int, int] | None) -> tuple[Cuts, ...]:
+    """Cuts worth trying for programs of `block` tokens on such a card, the default first."""
+    if block > FEW_TOKENS:  # tensor cores are busy: kernels that overlapped were slower (H200)
+        wide = dtype in _FLOATS and block == BLOCK_TOKENS[-1] and (capability is None or capability[0] != HOPPER)
+        return (_WIDE_TILES if wide else _TILES,)
+    overlap = capability is not None and capability >= OVERLAP_FROM
+    return tuple(replace(cuts, overlap=overlap) for cuts in _FEW[block][dtype])
 
 
-_FEW_QUANTISED = {
-    1: (
-        Cuts(Cut(8, 32), Cut(4, 32, 16)),
-        Cuts(Cut(8, 16), Cut(4, 32, 16)),
-        Cuts(Cut(8, 32), Cut(4, 16, 32)),
-        Cuts(Cut(16, 32), Cut(8, 32, 32)),
-    ),
-    4: (
-        Cuts(Cut(8, 16), Cut(4, 16)),
-        Cuts(Cut(4, 16), Cut(2, 16)),
-    ),
-}
-_FEW_FLOATS = {
-    1: (
-        Cuts(Cut(8, 32), Cut(4, 32)),
-        Cuts(Cut(8, 64), Cut(4, 64, 16)),
-        Cuts(Cut(16, 32), Cut(8, 32)),
-    ),
-    4: (Cuts(Cut(8, 32), Cut(4, 32)), Cuts(Cut(8, 16), Cut(4, 16))),
-}
-_MANY = {
-    16: Cuts(Cut(4), Cut(4, rows=64)),
-    64: Cuts(Cut(4), Cut(4, rows=64)),
-    128: Cuts(Cut(4), Cut(4, rows=64, tokens=64)),
-}
+_FEW: dict[int, dict[ExpertDtype, tuple[Cuts, ...]]] = {
+    1: {
+        "int4": (
+            Cuts(Cut(8, 32), Cut(4, 32, 16)), Cuts(Cut(4, 16), Cut(4, 32, 16)), Cuts(Cut(8, 16), Cut(4, 32, 32)),
+        ),
+        "int8": (
+            Cuts(Cut(8, 16), Cut(4, 16, 32)), Cuts(Cut(8, 32), Cut(4, 32, 16)), Cuts(Cut(4, 16), Cut(2, 16, 16)),
+        ),
+    } | dict.fromkeys(_FLOATS, (
+        Cuts(Cut(16, 32), Cut(4, 32, 16)), Cuts(Cut(8, 32), Cut(4, 32, 16)), Cuts(Cut(16, 64), Cut(4, 64, 16)),
+    )),
+    4: dict.fromkeys(_QUANTISED, (Cuts(Cut(4, 16), Cut(2, 16)), Cuts(Cut(8, 16), Cut(4, 16))))
+    | dict.fromkeys(_FLOATS, (Cuts(Cut(8, 16), Cut(4, 16)), Cuts(Cut(8, 16), Cut(4, 16, 16)))),
+}  # fmt: skip
+_TILES = Cuts(Cut(4), Cut(4, rows=64))
+_WIDE_TILES = Cuts(Cut(8), Cut(8, rows=64))
+"""Where sums and both operands of a product are in registers, four warps have not enough for a tile of 128 tokens."""

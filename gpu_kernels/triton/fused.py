@@ -16,7 +16,7 @@ from torch.nn import functional
 from cpu_kernels import ExpertDtype, ExpertSpec
 from cpu_kernels.format.layout import BLOCK_COLUMNS, GROUP, LINE_BYTES, is_quantised
 from gpu_kernels.triton import few, formats, many
-from gpu_kernels.triton.cuts import BLOCK_TOKENS, FEW_TOKENS, Cut, Cuts, can_overlap
+from gpu_kernels.triton.cuts import BLOCK_TOKENS, FEW_TOKENS, Cut, Cuts, capability_of
 from gpu_kernels.triton.cuts import candidates as cuts_for
 
 DTYPES: dict[ExpertDtype, int] = {
@@ -49,7 +49,7 @@ QUAD = 4
 
 def candidates(spec: ExpertSpec, block: int, device: torch.device) -> tuple[Cuts, ...]:
     """Cuts that may be the fastest for programs of `block` tokens, the default first."""
-    return cuts_for(spec.dtype, block, can_overlap(device))
+    return cuts_for(spec.dtype, block, capability_of(device))
 
 
 def supports(spec: ExpertSpec) -> bool:
@@ -92,35 +92,34 @@ def run_group(
         *group, inner, weights, out, inner.stride(0) // QUAD, layout.inter_padded, spec.hidden,
         layout.inter_padded // BLOCK_COLUMNS, layout.down_offset // LINE_BYTES, layout.down_bias_offset // WORD_BYTES,
     ]  # fmt: skip
+    grid = len(n_tokens), -(-max(n_tokens) // block)
     up_kernel, up_options = up_variant(spec, block, cuts, on_nvidia(device))
-    grid = layout.inter_padded // UP_COLUMNS, len(n_tokens), -(-max(n_tokens) // up_options["TOKENS"])
-    up_kernel[grid](*up, **up_options)
+    up_kernel[(layout.inter_padded // UP_COLUMNS, *grid)](*up, **up_options)
     down_kernel, down_options = down_variant(spec, block, cuts, on_nvidia(device))
-    parts = layout.hidden_padded // down_options["ROWS"]
-    down_kernel[(parts, len(n_tokens), -(-max(n_tokens) // down_options["TOKENS"]))](*down, **down_options)
+    down_kernel[(layout.hidden_padded // cuts.down.rows, *grid)](*down, **down_options)
 
 
 def up_variant(spec: ExpertSpec, block: int, cuts: Cuts, nvidia: bool) -> tuple[Any, dict[str, Any]]:
     """The kernel of gate, up and activation for programs of `block` tokens, and what it is compiled for."""
-    prepared = needs_preparation(spec, block)  # else what comes before is another's, and may not be overlapped
-    options = _common(spec, block, cuts.up, cuts.overlap and prepared)
-    options |= {"OVERLAP": cuts.overlap, "KIND": KINDS[spec.activation.kind], "GATED": spec.activation.gated}
+    starts_early = cuts.overlap and needs_preparation(spec, block)  # else what comes before it is another's
+    options = _common(spec, block, cuts.up, starts_early)
+    options |= {"KIND": KINDS[spec.activation.kind], "GATED": spec.activation.gated}
     if block > FEW_TOKENS:
         return many.up_tile_kernel, options
-    return few.up_kernel, options | {"UNITS": cuts.up.units, "NVIDIA": nvidia}
+    return few.up_kernel, options | {"UNITS": cuts.up.units, "OVERLAP": cuts.overlap, "NVIDIA": nvidia}
 
 
 def down_variant(spec: ExpertSpec, block: int, cuts: Cuts, nvidia: bool) -> tuple[Any, dict[str, Any]]:
     """The kernel of down for programs of `block` tokens, and what it is compiled for."""
-    options = _common(spec, block, cuts.down, cuts.overlap) | {"OVERLAP": cuts.overlap, "ROWS": cuts.down.rows}
+    options = _common(spec, block, cuts.down, cuts.overlap) | {"ROWS": cuts.down.rows}
     if block > FEW_TOKENS:
         return many.down_tile_kernel, options
-    return few.down_kernel, options | {"UNITS": cuts.down.units, "NVIDIA": nvidia}
+    return few.down_kernel, options | {"UNITS": cuts.down.units, "OVERLAP": cuts.overlap, "NVIDIA": nvidia}
 
 
 def _common(spec: ExpertSpec, block: int, cut: Cut, starts_early: bool) -> dict[str, Any]:
-    options = {"TOKENS": cut.tokens or block, "DTYPE": DTYPES[spec.dtype], "HAS_BIAS": spec.has_bias}
-    return options | {"num_warps": cut.warps} | ({"launch_pdl": True} if starts_early else {})
+    options = {"TOKENS": block, "DTYPE": DTYPES[spec.dtype], "HAS_BIAS": spec.has_bias, "num_warps": cut.warps}
+    return options | ({"launch_pdl": True} if starts_early else {})
 
 
 def needs_preparation(spec: ExpertSpec, block: int) -> bool:

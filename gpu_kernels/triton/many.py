@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gpu_kernels.triton.formats import ANY_CALL, act, gated, int8_codes, record_of, row_words, two_bfloat16
 
@@ -116,12 +115,10 @@ def up_tile_kernel(
     slots_ptr, slot_lines, slot_ids_ptr, offsets_ptr, rows_ptr, x_ptr, inner_ptr,
     x_quads, inner_quads, n_columns, n_rows, n_blocks, inner_blocks, top_k, gate_bias_word, up_bias_word,
     alpha, gate_max, act_max, up_limit, up_offset,
-    TOKENS: tl.constexpr, OVERLAP: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr,
+    TOKENS: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr,
     GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """As `few.up_kernel`, for a tile of TOKENS tokens."""
-    if OVERLAP:
-        gdc_launch_dependents()
     unit, expert, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     record_ptr = record_of(slots_ptr, slot_lines, slot_ids_ptr, expert)
     at = tl.load(offsets_ptr + expert) + tile * TOKENS + tl.arange(0, TOKENS)
@@ -132,8 +129,6 @@ def up_tile_kernel(
     n_parts: tl.constexpr = 4 if GATED else 2
     matrix_ptr = record_ptr + unit.to(tl.int64) * n_blocks * (n_parts * block_words)
     tokens = tl.load(rows_ptr + at, mask=at < end, other=0).to(tl.int32) // top_k
-    if OVERLAP:
-        gdc_wait()
     sums = _tile(
         matrix_ptr, n_blocks, n_columns,
         x_ptr + tokens.to(tl.int64) * (x_quads * 4), 16 * n_parts, TOKENS, DTYPE,
@@ -167,11 +162,20 @@ def up_tile_kernel(
         tl.store(row_ptrs[:, None] + columns[None, :], value, mask=inside)
 
 
+@triton.jit
+def _store_rows(sums, rows_ptr, weights_ptr, out_ptr, at, end, columns, n_rows):
+    """Sums [ROWS, T] of the tokens `at`, times their routing weights, to their rows of the result."""
+    rows = tl.load(rows_ptr + at, mask=at < end, other=0)
+    sums *= tl.load(weights_ptr + rows, mask=at < end, other=0.0)[None, :]
+    inside = (at < end)[:, None] & (columns < n_rows)[None, :]
+    tl.store(out_ptr + rows[:, None] * n_rows + columns[None, :], tl.trans(sums), mask=inside)
+
+
 @triton.jit(**ANY_CALL)
 def down_tile_kernel(
     slots_ptr, slot_lines, slot_ids_ptr, offsets_ptr, rows_ptr, x_ptr, weights_ptr, out_ptr,
     x_quads, n_columns, n_rows, n_blocks, down_line, down_bias_word,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """As `few.down_kernel`, for a tile of TOKENS tokens."""
@@ -183,8 +187,6 @@ def down_tile_kernel(
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     matrix_ptr = record_ptr + down_line * 16 + part.to(tl.int64) * n_blocks * (ROWS // 16 * block_words)
-    if OVERLAP:
-        gdc_wait()
     sums = _tile(
         matrix_ptr, n_blocks, n_columns,
         x_ptr + tl.minimum(at, end - 1).to(tl.int64) * (x_quads * 4), ROWS, TOKENS, DTYPE,
@@ -192,7 +194,11 @@ def down_tile_kernel(
     columns = part * ROWS + tl.arange(0, ROWS)
     if HAS_BIAS:
         sums += tl.load(record_ptr + down_bias_word + columns).to(tl.float32, bitcast=True)[:, None]
-    rows = tl.load(rows_ptr + at, mask=at < end, other=0)
-    sums *= tl.load(weights_ptr + rows, mask=at < end, other=0.0)[None, :]
-    inside = (at < end)[:, None] & (columns < n_rows)[None, :]
-    tl.store(out_ptr + rows[:, None] * n_rows + columns[None, :], tl.trans(sums), mask=inside)
+    if TOKENS > 64:  # By halves, and read again: registers would not suffice for all places beside all sums.
+        at = tl.load(offsets_ptr + expert, volatile=True) + tile * TOKENS + tl.arange(0, TOKENS)
+        at0, at1 = tl.split(tl.trans(tl.reshape(at, (2, TOKENS // 2))))
+        sums0, sums1 = tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, TOKENS // 2)), (0, 2, 1)))
+        _store_rows(sums0, rows_ptr, weights_ptr, out_ptr, at0, end, columns, n_rows)
+        _store_rows(sums1, rows_ptr, weights_ptr, out_ptr, at1, end, columns, n_rows)
+    else:
+        _store_rows(sums, rows_ptr, weights_ptr, out_ptr, at, end, columns, n_rows)

@@ -154,6 +154,6 @@ if __name__ == "__main__":
             hidden, inter = SHAPES[(case + 2 * number) % len(SHAPES)]
             check(ExpertSpec(hidden, inter, dtype, activation, has_bias), n_tokens)  # type: ignore[arg-type]
         for block in BLOCK_TOKENS:
-            for cuts in candidates(dtype, block, overlap=False)[1:]:  # type: ignore[arg-type]
+            for cuts in candidates(dtype, block, None)[1:]:  # type: ignore[arg-type]
                 check(ExpertSpec(80, 48, dtype, GPT_OSS, has_bias=True), [block], cuts)  # type: ignore[arg-type]
     check_broken_input()
