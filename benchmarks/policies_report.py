@@ -116,7 +116,7 @@ def page(data: dict[str, Any]) -> str:
         "are not the profile's. A policy is balance/prefetch/cache; each part is compared here with the others in its",
         "place. A part stays in the product if it is the best of a column (bold) or if a published system, a preset or",
         "a table of the paper is made of it; others belong into a file of your own",
-        "([CONTRIBUTING.md](../CONTRIBUTING.md#add-a-policy)). Bounds know the future and win no column.",
+        "([CONTRIBUTING.md](../CONTRIBUTING.md#add-a-policy-to-hybrimoe)). Bounds know the future and win no column.",
     ]
     columns = sorted({(row["trace"], row["share"]) for row in data["rows"]})
     hits = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -37,7 +37,7 @@ class Downloads:
 
     def _place(self, form: Form) -> list[torch.Tensor]:
         """Gives tensors of these shapes and dtypes their places in the buffer."""
-        starts, n_bytes = _starts(form)
+        starts, n_bytes = starts_of(form)
         with torch.inference_mode(False):  # later calls write to it in whichever mode
             if n_bytes > self._buffer.numel():
                 size = max(SMALLEST_BYTES, 1 << (n_bytes - 1).bit_length())
@@ -52,7 +52,7 @@ class Downloads:
         return places
 
 
-def _starts(form: Form) -> tuple[Sequence[int], int]:
+def starts_of(form: Iterable[tuple[torch.Size, torch.dtype]]) -> tuple[Sequence[int], int]:
     """Where each tensor begins in a buffer, and the bytes of all of them."""
     starts, at = [], 0
     for shape, dtype in form:

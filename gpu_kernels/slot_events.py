@@ -34,11 +34,24 @@ class SlotEvents(Generic[EventT]):
                 self._check(slot)
             write = self._writes[slot]
             if write is None:
-                raise SlotError(f"slot {slot} was never filled; submit a copy into it before work that reads it")
+                raise self._never_filled(slot)
             writes.append(write)
         for slot in slots:
             self._reads[slot] = event
         return writes
+
+    def write_of(self, slot: int) -> EventT:
+        """The last copy into `slot`. Raises SlotError where there was none."""
+        if not 0 <= slot < len(self._writes):
+            self._check(slot)
+        write = self._writes[slot]
+        if write is None:
+            raise self._never_filled(slot)
+        return write
+
+    @staticmethod
+    def _never_filled(slot: int) -> SlotError:
+        return SlotError(f"slot {slot} was never filled; submit a copy into it before work that reads it")
 
     def _check(self, slot: int) -> None:
         if not 0 <= slot < len(self._writes):

@@ -8,7 +8,7 @@ go through a ring of page-locked staging buffers. On device "cpu" the same code 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,6 +22,7 @@ from cpu_kernels.format.pack import record_tensor
 from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
 from gpu_kernels.devices import indexed, memory_info
 from gpu_kernels.errors import ClosedError, LaneError, SlotError
+from gpu_kernels.exchange import Exchange
 from gpu_kernels.fused_choice import Group, RowsOfCall, load_fused
 from gpu_kernels.resident import run_resident
 from gpu_kernels.slot_events import SlotEvents
@@ -67,6 +68,7 @@ class TorchAccelerator:
         self._uploads = Uploads(self.device)
         self._fused = load_fused() if (not self._synchronous if fused is None else fused) else None
         self._closed = False
+        self._read_by: torch.Stream | None = None
         self._set_slots(0, 0)
 
     @property
@@ -198,6 +200,49 @@ class TorchAccelerator:
             with torch.no_grad(), self._current():
                 self._fused.tune(spec, self._slots, seconds)
 
+    def exchange(
+        self, n_tokens: int, top_k: int, width: int, dtype: torch.dtype, weights_dtype: torch.dtype
+    ) -> Exchange:
+        """Memory of the host and of this device for calls of one shape. Raises GraphError where there is none."""
+        return Exchange(self.device, n_tokens, top_k, width, dtype, weights_dtype)
+
+    def compute_exchanged(
+        self, spec: ExpertSpec, exchange: Exchange, hidden: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """`Exchange.compute` from this accelerator's slots, on the current stream: to be recorded for `launch`."""
+        with torch.no_grad(), self._current():
+            exchange.compute(spec, self._slots, hidden, weights, self._fused)
+
+    def combine_exchanged(self, exchange: Exchange) -> torch.Tensor:
+        """`Exchange.combine` on the current stream."""
+        with torch.no_grad(), self._current():
+            return exchange.combine(self._fused)
+
+    def launch(self, replay: Callable[[], None], awaited: Sequence[int], *, timed: bool = False) -> Event | None:
+        """Launches recorded work that reads slots, on the current stream: after the last copies into the `awaited` of
+        them, and before every copy that is submitted later. What the host knows to have ended need not be awaited.
+
+        Returns the end of the work if it is `timed`.
+        """
+        if self._synchronous:
+            start_us = clock_us()
+            replay()
+            return DoneEvent(start_us, clock_us()) if timed else None
+        stream = torch.accelerator.current_stream(self.device)
+        self._read_by = stream
+        for slot in awaited:
+            write = self._events.write_of(slot)
+            if isinstance(write, DeviceEvent) and not write.done():
+                stream.wait_event(write.end)
+        if not timed:
+            replay()
+            return None
+        event = self._device_event()
+        event.start.record(stream)
+        replay()
+        event.end.record(stream)
+        return event
+
     def sibling(self) -> TorchAccelerator:
         """A second, empty slot memory behind the same streams; staging buffers are its own."""
         self._check_open()
@@ -296,6 +341,9 @@ class TorchAccelerator:
         with on_stream(stream):
             if isinstance(reader, DeviceEvent):
                 stream.wait_event(reader.end)
+            if self._read_by is not None:
+                stream.wait_stream(self._read_by)
+                self._read_by = None  # later copies are behind this one
             event.start.record(stream)
             _put(source, self._slots[slot], unfold)
             event.end.record(stream)
@@ -324,6 +372,7 @@ class TorchAccelerator:
         self._slot_bytes = slot_bytes
         self._staging = []
         self._events: SlotEvents[DeviceEvent | DoneEvent] = SlotEvents(n_slots)
+        self._read_by = None
 
     def _check_open(self) -> None:
         if self._closed:

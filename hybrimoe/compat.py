@@ -33,11 +33,11 @@ def generation_settings(model: PreTrainedModel, options: dict[str, Any]) -> Any:
     return config
 
 
-def logits_processors(model: PreTrainedModel, settings: Any, n_prompt_tokens: int) -> Any:
-    """The processors that `generate` would use for `settings`, in its order."""
+def logits_processors(model: PreTrainedModel, settings: Any, n_prompt_tokens: int, device: str = "cpu") -> Any:
+    """The processors that `generate` would use for `settings` and logits on `device`, in its order."""
     return _call(
         model, "_get_logits_processor",
-        generation_config=settings, input_ids_seq_length=n_prompt_tokens, device="cpu", model_kwargs={},
+        generation_config=settings, input_ids_seq_length=n_prompt_tokens, device=device, model_kwargs={},
     )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ def combine(
     """[T, H] in `dtype`: each token's rows added in float32, in top-k order.
 
     rows float32 [T * top_k, H]; host_rows float32 [n, H], of which row source[r] stands in the place of row r, where
-    source, int32 [T * top_k], is not negative. None for both: all are in `rows`.
+    source, int32 [T * top_k], is not negative. Both may be page-locked memory of the host, which the device then reads
+    over the link. None for both: all are in `rows`.
     """
     n_rows, n_columns = rows.shape
     out = torch.empty((n_rows // top_k, n_columns), dtype=dtype, device=rows.device)

@@ -276,7 +276,9 @@ def up_kernel(
     record_ptr = record_of(slots_ptr, slot_lines, slot_ids_ptr, expert)
     at = tl.load(offsets_ptr + expert) + tile * TOKENS
     end = tl.load(offsets_ptr + expert + 1)
-    if at >= end:
+    if (at >= end) | (tl.load(slot_ids_ptr + expert) < 0):
+        if OVERLAP:
+            gdc_wait()  # a launch that has ended says that those before it have
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     n_parts: tl.constexpr = 4 if GATED else 2
@@ -311,7 +313,9 @@ def down_kernel(
     record_ptr = record_of(slots_ptr, slot_lines, slot_ids_ptr, expert)
     at = tl.load(offsets_ptr + expert) + tile * TOKENS
     end = tl.load(offsets_ptr + expert + 1)
-    if at >= end:
+    if (at >= end) | (tl.load(slot_ids_ptr + expert) < 0):
+        if OVERLAP:
+            gdc_wait()  # a launch that has ended says that those before it have
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     matrix_ptr = record_ptr + down_line * 16 + part.to(tl.int64) * n_blocks * (ROWS // 16 * block_words)

@@ -73,9 +73,10 @@ def run_group(
 ) -> None:  # fmt: skip
     """Computes the rows of a group of experts.
 
-    slots uint8 [n_slots, stride]; slot_ids int32 [n]; rows int64 [R]: the group's rows, expert by expert, with offsets
-    int32 [n + 1]; n_tokens: rows of each expert; hidden float32 [T, H]; weights float32 [T * top_k]; out float32
-    [T * top_k, H], of which exactly the given rows are written. cuts: of `candidates`, by default the first.
+    slots uint8 [n_slots, stride]; slot_ids int32 [n], negative: an expert that is left out; rows int64 [R]: the group's
+    rows, expert by expert, with offsets int32 [n + 1]; n_tokens: rows of each expert; hidden float32 [T, H]; weights
+    float32 [T * top_k]; out float32 [T * top_k, H], of which exactly the given rows are written, less those left out.
+    cuts: of `candidates`, by default the first.
     """
     layout, device = spec.layout, hidden.device
     words = slots.view(torch.int32)

@@ -123,7 +123,7 @@ def up_tile_kernel(
     record_ptr = record_of(slots_ptr, slot_lines, slot_ids_ptr, expert)
     at = tl.load(offsets_ptr + expert) + tile * TOKENS + tl.arange(0, TOKENS)
     end = tl.load(offsets_ptr + expert + 1)
-    if tl.load(offsets_ptr + expert) + tile * TOKENS >= end:
+    if (tl.load(offsets_ptr + expert) + tile * TOKENS >= end) | (tl.load(slot_ids_ptr + expert) < 0):
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     n_parts: tl.constexpr = 4 if GATED else 2
@@ -183,7 +183,7 @@ def down_tile_kernel(
     record_ptr = record_of(slots_ptr, slot_lines, slot_ids_ptr, expert)
     at = tl.load(offsets_ptr + expert) + tile * TOKENS + tl.arange(0, TOKENS)
     end = tl.load(offsets_ptr + expert + 1)
-    if tl.load(offsets_ptr + expert) + tile * TOKENS >= end:
+    if (tl.load(offsets_ptr + expert) + tile * TOKENS >= end) | (tl.load(slot_ids_ptr + expert) < 0):
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     matrix_ptr = record_ptr + down_line * 16 + part.to(tl.int64) * n_blocks * (ROWS // 16 * block_words)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hybrimoe.errors import ConfigError
+from hybrimoe.extensions.policies import open_policy
 from hybrimoe.machine.profiles import open_hardware
 from hybrimoe.tracing.sources import open_trace
 from scheduler.batching import (
@@ -22,8 +23,7 @@ from scheduler.batching import (
     route_vectors,
 )
 from scheduler.machine.profile import HardwareProfile, ModelShape
-from scheduler.planner.policies import resolve_policy
-from scheduler.simulator.simulator import SimulationConfig, Simulator, check_fit
+from scheduler.simulator.simulator import Simulator, check_fit
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.trace import Trace
 
@@ -80,7 +80,7 @@ def compare(request: BatchingRequest) -> BatchingReport:
     Each sequence gives its first ``prompt_tokens`` tokens as prompt and the next ``new_tokens`` as reply; shorter ones
     are left out. Raises ConfigError where fewer than two are long enough.
     """
-    resolve_policy(request.policy)
+    open_policy(request.policy)
     profile = open_hardware(request.hardware)
     found = open_trace(request.trace, request.model_shape, seed=request.seed, sequences=request.sequences)
     check_fit(found.trace, found.shape)
@@ -126,7 +126,7 @@ def _row(
 ) -> BatchingRow:  # fmt: skip
     prompt, end = request.prompt_tokens, request.prompt_tokens + request.new_tokens
     made, steps = batched(trace, groups, prompt, request.new_tokens)
-    config = SimulationConfig(policy=request.policy, cache_ratio=request.cache_ratio)
+    config = open_policy(request.policy).simulated(cache_ratio=request.cache_ratio)
     prefill, decode = Simulator(made, profile, shape, config, steps=steps).run()
     cut = batched(trace, [[at] for group in groups for at in group], prompt, request.new_tokens)[0]
     places = iter(range(len(trace.sequence_spans())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,15 +14,17 @@ from torch import nn
 from cpu_kernels import ExpertWeights, reference_ffn, relative_error, tolerance
 from cpu_kernels.engine import layer as kernel_driver
 from cpu_kernels.engine import routed
-from gpu_kernels import EmulatedAccelerator
+from gpu_kernels import Accelerator, EmulatedAccelerator, TorchAccelerator
 from gpu_kernels.streams import HostEvent
 from hybrimoe.bench.rounds import busy_warning, spread
 from hybrimoe.bench.stopwatch import Stopwatch, Timed, Times
 from hybrimoe.errors import ModelError
 from hybrimoe.machine.facts import machine
+from hybrimoe.machine.profiles import open_hardware
 from hybrimoe.runtime import HybridExperts, RuntimeConfig, Session
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
-from scheduler import ModelShape, Planner
+from hybrimoe.runtime.layer_call.sent import SentCall
+from scheduler import HardwareProfile, ModelShape, Planner
 from yaml_rules.shapes import load_shape
 
 SEED = 0
@@ -34,6 +37,7 @@ WARM_STEPS = 20
 
 TIMED = (
     Timed("bookkeeping", HybridExperts, "forward"),
+    Timed("bookkeeping", Session, "run_sent"),
     Timed("kernels", kernel_driver, "run_layer"),
     Timed("kernels", routed, "run_routed"),
     Timed("waiting", HostEvent, "wait"),
@@ -44,11 +48,16 @@ TIMED = (
     Timed("planning", Planner, "observe"),
     Timed("dispatch", EmulatedAccelerator, "run_experts"),
     Timed("dispatch", EmulatedAccelerator, "copy_to_slot"),
+    Timed("dispatch", TorchAccelerator, "launch"),
+    Timed("link", TorchAccelerator, "copy_to_slot"),
 )
 """What is timed; the rest of a call is bookkeeping: tensors, grouping by expert, counters, the sum of the rows."""
 SECTIONS = tuple(dict.fromkeys(item.section for item in TIMED))
-OVERHEAD = tuple(name for name in SECTIONS if name not in ("kernels", "waiting"))
-"""Sections in which no expert of the layer is computed or waited for: their CPU time is the overhead."""
+OVERHEAD = tuple(name for name in SECTIONS if name not in ("kernels", "waiting", "link"))
+"""Sections in which no expert of the layer is computed, waited for or copied: their CPU time is the overhead. (What
+stands for a card copies in the calling thread, which a card's link does by itself.)"""
+CARD = "h100"
+"""The hardware profile by whose costs a call that a card has sent is planned."""
 NOTHING = Times()
 
 
@@ -101,16 +110,18 @@ Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Contender:
     """One session over random weights. `policy` None: no accelerator."""
 
+    name, lanes = "emulated accelerator, {}", "measured (accelerator emulated)"
+
     def __init__(self, request: Request, policy: str | None) -> None:
         shape = ModelShape.from_mapping(load_shape(request.shape))
         self.top_k, self.hidden = shape.top_k, shape.hidden
         torch.manual_seed(SEED)
         self.model = nn.Module()
         self.model.layers = nn.ModuleList()
-        accelerator = None if policy is None else EmulatedAccelerator()
+        accelerator = None if policy is None else self._accelerator()
         config = RuntimeConfig(
             "none", request.slots, request.dtype, policy=policy or "ours",  # type: ignore[arg-type]
-            threads=1 if policy else None,
+            threads=1 if policy else None, profile=self._profile(),
         )  # fmt: skip
         self.session = Session(config)
         self.experts: list[HybridExperts] = []
@@ -124,6 +135,15 @@ class Contender:
         self.session.finalize(self.model, accelerator=accelerator)
         self._fill_store(shape.n_experts, shape.hidden, shape.inter)
         self.session.start()
+
+    @staticmethod
+    def _accelerator() -> Accelerator:
+        return EmulatedAccelerator()
+
+    @staticmethod
+    def _profile() -> HardwareProfile | None:
+        """The costs that plans are made by; None: measured."""
+        return None
 
     def _fill_store(self, n_experts: int, hidden: int, inter: int) -> None:
         """One random expert a layer, stored for each: values do not matter, bytes do."""
@@ -164,27 +184,74 @@ class Contender:
     def check(self) -> None:
         """Raises ModelError where the output of a call is not that of the reference."""
         spec = self.session.layer_specs()[0].spec
-        hidden, index, weights = self.calls(1)[0][0]
+        call = hidden, index, weights = self.calls(1)[0][0]
         expected = sum(
             weight * reference_ffn(spec, self.session.store.read(0, expert), hidden)
             for expert, weight in zip(index[0].tolist(), weights[0].tolist(), strict=True)
         )
         with torch.no_grad():
-            error = relative_error(self.experts[0](hidden, index, weights), torch.as_tensor(expected))
+            error = relative_error(self._output(call), torch.as_tensor(expected))
         if error > tolerance(spec):
             raise ModelError(f"refusing to measure: outputs differ from the reference by {error:.2g}")
+
+    def _output(self, call: Call) -> torch.Tensor:
+        """Of a call of the first layer."""
+        output: torch.Tensor = self.experts[0](*call)
+        return output
+
+
+class SentContender(Contender):
+    """Calls as the captured steps of a card send them, to see what they cost the host. There is no card: the CPU's
+    memory stands for its own, and its work is left out."""
+
+    name, lanes = "sent by a card, {}", "measured (the card's own work left out)"
+
+    def __init__(self, request: Request, policy: str) -> None:
+        super().__init__(request, policy)
+        exchanged = self.session.exchanged()
+        assert exchanged is not None
+        call = self.calls(1)[0][0]
+        self._exchange, self._exchanged = exchanged.send(*call), exchanged
+        self._sent = [self._recorded(layer, call, lambda: None) for layer in range(request.layers)]
+
+    @staticmethod
+    def _accelerator() -> Accelerator:
+        return TorchAccelerator("cpu", fused=False)
+
+    @staticmethod
+    def _profile() -> HardwareProfile | None:
+        return open_hardware(CARD)
+
+    def _recorded(self, layer: int, call: Call, replay: Callable[[], None]) -> SentCall:
+        return self._exchanged.sent_call(layer, self._exchange, *call, replay)
+
+    def run(self, steps: list[list[Call]]) -> None:
+        """All layers of all steps."""
+        with torch.no_grad():
+            for step in steps:
+                for sent, call in zip(self._sent, step, strict=True):
+                    self._exchange.send(*call)
+                    self.session.run_sent(sent)
+
+    def _output(self, call: Call) -> torch.Tensor:
+        hidden, _, weights = call
+        self._exchange.send(*call)
+        compute = partial(self._exchanged.compute, 0, self._exchange, hidden, weights)
+        self.session.run_sent(self._recorded(0, call, compute))
+        return self._exchanged.combine(self._exchange, hidden)
 
 
 def measure(request: Request) -> dict[str, Any]:
     """us of a layer call, and of its sections, per contender."""
     remark = busy_warning()
-    names: list[str | None] = [None, *request.policies]
-    contenders = [_measure_one(request, policy) for policy in names]
+    policies: list[str | None] = [None, *request.policies]
+    contenders = [_measure_one(request, policy, Contender) for policy in policies]
+    contenders += [_measure_one(request, policy, SentContender) for policy in request.policies]
     return {"request": asdict(request), "machine": machine(), "remark": remark, "contenders": contenders}
 
 
-def _measure_one(request: Request, policy: str | None) -> dict[str, Any]:
-    contender = Contender(request, policy)
+def _measure_one(request: Request, policy: Any, kind: type[Contender]) -> dict[str, Any]:
+    contender = kind(request, policy)
     layer_us: list[float] = []
     watches: list[Stopwatch] = []
     try:
@@ -201,8 +268,8 @@ def _measure_one(request: Request, policy: str | None) -> dict[str, Any]:
         contender.session.close()
     layer, overhead = spread(layer_us), spread([watch.median_us(_overhead_us) for watch in watches])
     return {
-        "name": "CPU only" if policy is None else f"emulated accelerator, {policy}",
-        "lanes": "measured" if policy is None else "measured (accelerator emulated)",
+        "name": "CPU only" if policy is None else kind.name.format(policy),
+        "lanes": "measured" if policy is None else kind.lanes,
         "layer_us": layer,
         "overhead_us": overhead,
         "sections_us": {

@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("Measure this machine into a hardware profile.", MEASURE),
     "trace": ("Record and analyse the expert routing of a model.", MEASURE),
     "simulate": ("Compare scheduling policies on a trace and a hardware profile.", MEASURE),
+    "policy": ("List scheduling policies, or check one of your own.", MEASURE),
     "bench": ("Measure kernels, decoding, prefill, and policies side by side.", MEASURE),
 }
 

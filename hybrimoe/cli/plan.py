@@ -40,7 +40,7 @@ def plan(
     host_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Host memory. Default: this machine's.")
     ] = None,
-    policy: Annotated[str, typer.Option(help="Policy of the expectation.")] = "ours",
+    policy: Annotated[str, typer.Option(metavar="NAME", help="Policy of the expectation, as in `simulate`.")] = "ours",
     as_json: JsonOption = False,
 ) -> None:
     """Show experts per tier, KV room, and the expected hit rate and speed (simulated). No weights are read.
@@ -59,11 +59,11 @@ def plan(
     host_bytes = None if host_memory is None else _bytes(host_memory)
     import psutil
 
+    from hybrimoe.extensions.policies import open_policy
     from hybrimoe.machine.calibrate import quick_profile
     from hybrimoe.tracing.study.planning import expect, fit
-    from scheduler.planner.policies import resolve_policy
 
-    resolve_policy(policy)
+    open_policy(policy)
     if model is not None and source != model:
         shape = replace(shape, name=model.rpartition("/")[2])  # the hub's cache keeps the file under another name
     profile, taken = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(expert_dtype)))

@@ -19,7 +19,12 @@ DEFAULT_RATIO = 0.25
 DEFAULT_TOKENS = 2000
 
 PolicyOption = Annotated[
-    list[str] | None, typer.Option("--policy", metavar="NAME", help="A preset or balance/prefetch/cache; repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        metavar="NAME",
+        help="A preset, balance/prefetch/cache, or FILE.py; :name=value sets parameters. Repeatable.",
+    ),
 ]
 RatioOption = Annotated[
     list[float] | None,

@@ -14,7 +14,9 @@ AcceleratorsOption = Annotated[
     int | None,
     typer.Option(min=1, help="So many accelerators, each with its layers, slots and link. Default: profile."),
 ]
-PolicyOption = Annotated[str, typer.Option(metavar="NAME", help="A preset or balance/prefetch/cache.")]
+PolicyOption = Annotated[
+    str, typer.Option(metavar="NAME", help="A preset, balance/prefetch/cache, or FILE.py; :name=value sets parameters.")
+]
 CacheRatioOption = Annotated[
     float, typer.Option(metavar="R", min=0.0, max=1.0, help="Share of all experts that has a slot.")
 ]

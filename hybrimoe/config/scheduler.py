@@ -23,7 +23,8 @@ class SchedulerConfig(Section):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     policy: str | None = Field(
-        default=None, description="Preset such as ours, hybrimoe, static; or balance/prefetch/cache."
+        default=None,
+        description="Preset such as ours, hybrimoe, static; balance/prefetch/cache; or a policy's file.",
     )
     balance: str | None = Field(default=None, description="Who computes which expert; replaces the preset's.")
     prefetch: str | None = Field(default=None, description="What is transferred ahead; replaces the preset's.")
@@ -46,14 +47,15 @@ def resolved_policy(section: SchedulerConfig) -> tuple[str, dict[str, Any]]:
     A part that is named beside a preset replaces the preset's; of the preset's own parameters those stay that the new
     parts know. Raises scheduler.PolicyError for names that do not exist.
     """
+    from hybrimoe.extensions.policies import open_policy
     from scheduler import resolve_policy
 
-    base = section.policy or DEFAULT_POLICY
+    base = open_policy(section.policy or DEFAULT_POLICY)
     if not any(getattr(section, part) for part in _PARTS):
-        return base, section.parameters
-    preset = resolve_policy(base)
+        return base.name, {**base.params, **section.parameters}
+    preset = resolve_policy(base.name, **base.params)
     name = "/".join(getattr(section, part) or getattr(preset, part) for part in _PARTS)
-    resolve_policy(name)
+    open_policy(name)
     kept = {key: value for key, value in preset.params.items() if _knows(name, key, value)}
     return name, {**kept, **section.parameters}
 
@@ -70,7 +72,7 @@ def check_scheduler(section: SchedulerConfig, located: Located, given: Mapping[s
         resolve_policy(name)
         for key, value in section.parameters.items():
             resolve_policy(name, **{key: value})
-    except (SchedulerError, TypeError) as error:
+    except (SchedulerError, ConfigError, TypeError) as error:
         near = did_you_mean(key, type(section).model_fields) if key in section.parameters else ""
         where = locate(("scheduler", key), located, given)
         raise ConfigError(f"{where}: scheduler.{key}: {error.args[0] if error.args else error}{near}") from error

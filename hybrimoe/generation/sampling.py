@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe import compat
@@ -141,6 +142,9 @@ class Sampler:
     `torch.manual_seed(seed)` before `model.generate` would draw, but for logits on an accelerator with a top_k: there
     one for each of the top k, so that a seed gives another text.
 
+    Logits on an accelerator stay there: what comes to the host is the best candidates or, where a processor or an
+    option needs every token, the choice. A seed gives another text on another kind of device, as in transformers.
+
     logprobs: of each chosen token, where `options.top_logprobs` asks for them.
 
     Raises PromptError for a logit bias of a token that the model does not have, ModelError where its
@@ -156,13 +160,14 @@ class Sampler:
         self.eos_token_ids = frozenset() if options.ignore_eos else _token_ids(config.eos_token_id)
         self.max_new_tokens = options.max_new_tokens or _configured_length(model, len(prompt_ids)) or UNLIMITED_TOKENS
         config.max_length = len(prompt_ids) + self.max_new_tokens
-        self._processors = _processors(model, config, len(prompt_ids))
+        self._processors_on = partial(_processors, model, config, len(prompt_ids))
+        self._processors = self._processors_on("cpu")
         self._ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
         self._adjustments = _Adjustments(options)
         self._top_logprobs = options.top_logprobs
         self.logprobs: list[TokenLogprob] = []
-        seed = options.seed if options.seed is not None else secrets.randbits(32)
-        self._generator = torch.Generator(device="cpu").manual_seed(seed)
+        self._seed = options.seed if options.seed is not None else secrets.randbits(32)
+        self._generator = torch.Generator(device="cpu").manual_seed(self._seed)
 
     def next(self, logits: torch.Tensor) -> int:
         """The next token from `logits` [V], any float dtype and device; it is remembered as part of the sequence.
@@ -183,27 +188,47 @@ class Sampler:
         needs_all = self._adjustments.any or self._top_logprobs is not None
         few = None if needs_all else few_candidates(self._processors, logits, greedy=self.greedy)
         if few is None:
-            own, token_ids = logits.to("cpu", torch.float32, copy=True), None
+            self._move_to(logits.device)
+            own, token_ids = logits.to(torch.float32, copy=True), None
         else:
             own, token_ids = sent_together(*few)
-        if not math.isfinite(float(own.max())):
+        scores = self._processors(self._ids, self._adjustments.apply(own)[None])
+        token = torch.argmax(scores, dim=-1) if self.greedy else self._drawn(scores)
+        if token_ids is not None:
+            token = token_ids[token]
+        largest, chosen_id = sent_together(own.max()[None], token)
+        if not math.isfinite(float(largest)):
             raise ModelError(
                 f"the model's logits after {self._ids.shape[-1]} tokens are not finite numbers: its weights are"
                 " damaged, or a dtype overflows; try expert_dtype and dense_dtype float32"
             )
-        scores = self._processors(self._ids, self._adjustments.apply(own)[None])
-        if self.greedy:
-            token = torch.argmax(scores, dim=-1)
-        else:
-            token = torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=self._generator).squeeze(1)
-        if token_ids is not None:
-            token = token_ids[token]
         self._ids = torch.cat([self._ids, token[:, None]], dim=-1)
-        chosen = int(token)
+        chosen = int(chosen_id)
         self._adjustments.count(chosen)
         if self._top_logprobs is not None:
             self.logprobs.append(_logprob(own, chosen, self._top_logprobs))
         return chosen
+
+    def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
+        """A token id [1] by the chances of `scores` [1, V].
+
+        It is the one that torch.multinomial draws, without the check of the chances, for which a card stops the host.
+        """
+        import torch
+
+        chances = torch.softmax(scores, dim=-1)
+        return (chances / torch.empty_like(chances).exponential_(generator=self._generator)).argmax(dim=-1)
+
+    def _move_to(self, device: torch.device) -> None:
+        """What meets the logits lies on their device from now on; on another one than before, draws begin anew."""
+        import torch
+
+        if self._ids.device == device:
+            return
+        self._ids = self._ids.to(device)
+        self._processors = self._processors_on(str(device))
+        self._adjustments.move_to(device)
+        self._generator = torch.Generator(device=device).manual_seed(self._seed)
 
 
 def check_settings(model: Any, what: str) -> None:
@@ -215,12 +240,14 @@ def check_settings(model: Any, what: str) -> None:
         value = getattr(model.generation_config, name, None)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ModelError(f"{what}: {name}: expected a number, found {value!r}; correct the file, or remove it")
-    _processors(model, compat.generation_settings(model, {}), 1, what)
+    _processors(model, compat.generation_settings(model, {}), 1, what=what)
 
 
-def _processors(model: Any, config: Any, n_prompt_tokens: int, what: str = "generation_config.json") -> Any:
+def _processors(
+    model: Any, config: Any, n_prompt_tokens: int, device: str = "cpu", *, what: str = "generation_config.json"
+) -> Any:
     try:
-        return compat.logits_processors(model, config, n_prompt_tokens)
+        return compat.logits_processors(model, config, n_prompt_tokens, device)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ModelError(
             f"{what}: transformers cannot choose tokens with it: {error}; correct the file, or remove it"
@@ -239,6 +266,10 @@ class _Adjustments:
         self._bias = torch.tensor([bias for _, bias in options.logit_bias], dtype=torch.float32)
         self.any = bool(options.logit_bias or self._frequency or self._presence)
 
+    def move_to(self, device: torch.device) -> None:
+        """The logits lie on `device` from now on."""
+        self._bias_ids, self._bias = self._bias_ids.to(device), self._bias.to(device)
+
     def count(self, token: int) -> None:
         """`token` was chosen."""
         if self.any:
@@ -253,8 +284,9 @@ class _Adjustments:
         logits = logits.clone()
         logits[self._bias_ids] += self._bias
         if self._counts:
-            times = torch.tensor(list(self._counts.values()), dtype=torch.float32)
-            logits[list(self._counts)] -= self._frequency * times + self._presence
+            tokens = torch.tensor(list(self._counts), device=logits.device)
+            times = torch.tensor(list(self._counts.values()), dtype=torch.float32, device=logits.device)
+            logits[tokens] -= self._frequency * times + self._presence
         return logits
 
 

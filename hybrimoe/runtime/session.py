@@ -19,10 +19,12 @@ from hybrimoe.errors import BudgetError, HybriMoEError, ModelError
 from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.runtime.config import RuntimeConfig
+from hybrimoe.runtime.exchanged import ExchangedExperts, find_exchanged
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.layers import PLACEMENTS, Layer, pack_layers
 from hybrimoe.runtime.layer_call.lookahead import ProbeSink, RoutingCaptured, run_probe
 from hybrimoe.runtime.layer_call.predicting import RoutingRecorder
+from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stats import SessionStats, StatsRecorder
 from hybrimoe.runtime.layer_call.steps import StepTracker
 from hybrimoe.runtime.lossy.low_copy import LowCopy, make_low_copy
@@ -59,6 +61,7 @@ class Session:
         self._accelerators: tuple[Accelerator, ...] = ()
         self._units: list[Unit] = []
         self._resident: ResidentExperts | None = None
+        self._exchanged: ExchangedExperts | None = None
         self._runner: ExpertsCall | None = None
         self._stats = StatsRecorder(0)
         self._low: LowCopy | None = None
@@ -179,6 +182,19 @@ class Session:
                 except torch.OutOfMemoryError as error:
                     self.make_room(error)
                     runner = self._ready()
+
+    def run_sent(self, call: SentCall) -> None:
+        """One call that a recorded step has sent; see `ExpertsCall.run_sent`."""
+        with self._lock:
+            runner = self._runner
+            if runner is call.runner and runner is not None and runner.consistent:
+                try:
+                    runner.run_sent(call)
+                    return
+                except torch.OutOfMemoryError as error:
+                    self.make_room(error)
+            output = self.run_layer(call.layer, call.hidden, call.ids, call.weights)
+            call.exchange.put(output)
 
     def expert_spec(self, layer: int) -> ExpertSpec:
         """Shape, storage dtype and activation of a layer's experts."""
@@ -408,6 +424,19 @@ class Session:
             if self._resident is None or self._resident.runner is not runner:
                 self._resident = find_resident(runner, self._units)
             return self._resident
+
+    def exchanged(self) -> ExchangedExperts | None:
+        """What carries calls of layers between a recorded step and the host, where one torch device has the slots and
+        layer calls are exact and watched by nobody; the same object as long as that holds."""
+        with self._lock:
+            if self._runner is None or self._closed or self._sink is not None:
+                return None
+            runner = self._ready()
+            if runner.lossy is not None or runner.routing_recorder is not None or runner.experts.tracing:
+                return None
+            if self._exchanged is None or self._exchanged.runner is not runner:
+                self._exchanged = find_exchanged(runner, self._units)
+            return self._exchanged
 
     def add_reporter(self, report: Callable[[StatsRecorder], None]) -> None:
         """`report` is called before counters are read or reset, to add what ran without layer calls."""

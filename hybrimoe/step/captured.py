@@ -8,19 +8,15 @@ ends there, and the next one begins with the memory in which the experts' result
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -32,6 +28,7 @@ from gpu_kernels.step_kernels import StepKernels
 from hybrimoe.dense.card_attention import cudnn_attention_off
 from hybrimoe.experts.module import HOOKS, HybridExperts
 from hybrimoe.generation.growing import Buffers, GrowingLayer, growing_cache
+from hybrimoe.runtime.exchanged import ExchangedExperts
 from hybrimoe.runtime.resident import ResidentExperts
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.errors import NotCompiled
@@ -40,6 +37,7 @@ from hybrimoe.step.fixed_cache import fixed_cache, growing_layers
 from hybrimoe.step.forward import InPlaceOfForward
 from hybrimoe.step.fused_norms import known_norms, norms_by
 from hybrimoe.step.model_step import ModelStep
+from hybrimoe.step.pieces import Counts, ExpertsPlace, Pieces, Routed, Within
 
 MAX_SEQUENCES = 8
 """Sequences of a step that is captured."""
@@ -53,85 +51,15 @@ EXACT, ROUNDED = 1e-4, 3e-2
 """Relative error of the logits at which a captured step is another one: of float32, and of rounded dtypes, where
 attention over a buffer's room adds in another order than over the tokens held."""
 
-Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Hidden states, expert ids and weights."""
-InsideCall = tuple[int, Routed]
-"""A layer of the session, and a call of its experts within a graph."""
-Counts = npt.NDArray[np.float64]
 ExpertsAnswer = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], torch.Tensor]
 """From experts, their forward and the arguments of a call to the output."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ExpertsPlace:
-    """A call of experts between two pieces: always with the same memory. result: what the next piece reads."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: torch.Tensor
-
-
-@dataclass(slots=True, eq=False)
-class Pieces:
-    """A captured step of `n_sequences` sequences over one cache's buffers.
-
-    numbers: int64 [2 * sequences + 1] on the device: token ids, their positions, tokens before them. resident: what
-    computes the experts within the graphs, which are one piece then; None: each call of experts is between two. counts:
-    of a step, by layer of the session: calls of experts within the graphs, active experts, us of the device for them.
-    """
-
-    numbers: torch.Tensor
-    buffers: list[Buffers]
-    graphs: list[Graph] = field(default_factory=list)
-    experts: list[ExpertsPlace] = field(default_factory=list)
-    output: Any = None
-    layers: list[weakref.ref[GrowingLayer]] = field(default_factory=list)
-    resident: ResidentExperts | None = None
-    inside: list[InsideCall] = field(default_factory=list)
-    counts: Counts = field(default_factory=lambda: np.zeros((0, 3)))
-
-    def run(self, numbers: torch.Tensor, experts: Callable[[ExpertsPlace], torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """Launches the step; `experts` answers each call of experts.
-
-        Returns the logits [sequences, 1, V], which the next step overwrites, and the nanoseconds that the host was busy
-        with the pieces.
-        """
-        busy_ns = -time.perf_counter_ns()
-        self.numbers.copy_(numbers, non_blocking=True)
-        for graph, place in zip_longest(self.graphs, self.experts):
-            graph.replay()
-            if place is not None:
-                busy_ns += time.perf_counter_ns()
-                result = experts(place)
-                busy_ns -= time.perf_counter_ns()
-                place.result.copy_(result)
-        logits: torch.Tensor = self.output.logits
-        return logits, busy_ns + time.perf_counter_ns()
-
-    def is_of(
-        self, layers: Sequence[GrowingLayer], n_sequences: int, resident: ResidentExperts | None
-    ) -> bool:  # fmt: skip
-        """Whether these are the pieces for layers of a cache, and for experts, as they are now."""
-        return (
-            self.resident is resident
-            and len(self.numbers) == 2 * n_sequences + 1
-            and len(self.layers) == len(layers)
-            and all(known() is layer for known, layer in zip(self.layers, layers, strict=True))
-        )
-
-    def is_alive(self) -> bool:
-        """Whether the cache is still there, in the same buffers."""
-        layers = [known() for known in self.layers]
-        return all(
-            layer is not None and layer.buffers is held for layer, held in zip(layers, self.buffers, strict=True)
-        )
 
 
 class CapturedStep(ModelStep):
     """Answers decode steps of up to 8 sequences, one token each; the experts run as they always do.
 
-    Where every expert has a slot, a step of one sequence is one graph, experts included.
+    Where every expert has a slot, a step of one sequence is one graph, experts included. Where host and device split
+    the experts, the pieces send the calls to the host, and a layer is one launch of a piece and one of experts.
     """
 
     def __init__(
@@ -157,7 +85,7 @@ class CapturedStep(ModelStep):
         self._norms = [] if self._kernels.norm is None else known_norms(model, self._kernels.norm)
         self._captured: list[Pieces] = []
         self._pieces_ns = 0
-        self._gave_up = False
+        self._gave_up = self._sends_nothing = False
         self._unreported: Counts = np.zeros((len(session.layers), 3))
 
     def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -247,7 +175,7 @@ class CapturedStep(ModelStep):
                 raise NotCompiled(
                     f"{len(pieces.experts)} calls of experts in a captured step, {len(outputs)} in its own"
                 )
-            return pieces.run(self._numbers(call), lambda place: next(remaining))[0][:, -1].float()
+            return pieces.run(self._numbers(call), lambda place: place.give(next(remaining)))[0][:, -1].float()
         finally:
             self._captured.clear()
 
@@ -264,18 +192,10 @@ class CapturedStep(ModelStep):
         """Runs a step; a copy of its logits [sequences, 1, V], and the class of the model's output. None, with nothing
         changed, where it cannot be recorded (any more): transformers' forward then runs it and all later ones."""
         with self.lock, torch.no_grad():
-            try:
-                pieces = self._pieces(layers, call.n_sequences, self._resident(call))
-            except (GraphError, RuntimeError) as error:
-                self._gave_up = True
-                self._captured.clear()
-                reason = str(error).strip().partition("\n")[0]
-                warnings.warn(
-                    f"decode steps are no longer captured, transformers' forward runs them: {reason}", RuntimeWarning,
-                    stacklevel=2,
-                )  # fmt: skip
+            pieces = self._recorded(call, layers)
+            if pieces is None:
                 return None
-            logits, busy_ns = pieces.run(self._numbers(call), _run_experts)
+            logits, busy_ns = pieces.run(self._numbers(call), lambda place: place.run(self.session))
             self._unreported += pieces.counts
             for layer in layers:
                 layer.advance(1)
@@ -283,35 +203,57 @@ class CapturedStep(ModelStep):
             self.n_steps += 1
             return logits.clone(), type(pieces.output)
 
-    def _resident(self, call: StepCall) -> ResidentExperts | None:
-        """What computes the experts of one sequence within the graphs, where nobody watches them."""
-        if call.n_sequences > 1 or self.is_watched(self._experts_hooks):
+    def _recorded(self, call: StepCall, layers: list[GrowingLayer]) -> Pieces | None:
+        """The step's pieces; None, with a warning, where they cannot be recorded."""
+        while True:
+            within = self._within(call)
+            try:
+                return self._pieces(layers, call.n_sequences, within)
+            except (GraphError, RuntimeError) as error:
+                self._captured.clear()
+                reason = str(error).strip().partition("\n")[0]
+            if isinstance(within, ExchangedExperts):
+                self._sends_nothing = True
+                what = "captured steps call their experts layer by layer, more slowly"
+            else:
+                self._gave_up = True
+                what = "decode steps are no longer captured, transformers' forward runs them"
+            warnings.warn(f"{what}: {reason}", RuntimeWarning, stacklevel=3)
+            if self._gave_up:
+                return None
+
+    def _within(self, call: StepCall) -> Within:
+        """What takes part in the graphs, where nobody watches the experts."""
+        if self.is_watched(self._experts_hooks):
             return None
-        resident: ResidentExperts | None = self.session.resident()
-        return resident
+        resident: ResidentExperts | None = self.session.resident() if call.n_sequences == 1 else None
+        if resident is not None or self._sends_nothing:
+            return resident
+        exchanged: ExchangedExperts | None = self.session.exchanged()
+        return exchanged
 
     def _numbers(self, call: StepCall) -> torch.Tensor:
         """On the host, as `Pieces.numbers`."""
         return torch.tensor([*call.token_ids, *call.positions, call.n_past])
 
     def _pieces(
-        self, layers: list[GrowingLayer], n_sequences: int, resident: ResidentExperts | None = None
+        self, layers: list[GrowingLayer], n_sequences: int, within: Within = None
     ) -> Pieces:  # fmt: skip
         """The captured step for layers of a cache, with room for one token more; recorded now if there is none."""
         for layer in layers:
             layer.least_room = LEAST_ROOM
         buffers = [layer.grown(1) for layer in layers]
         for number, known in enumerate(self._captured):
-            if known.is_of(layers, n_sequences, resident) and known.is_alive():
+            if known.is_of(layers, n_sequences, within) and known.is_alive():
                 self._captured.append(self._captured.pop(number))
                 return self._captured[-1]
         self._captured = [known for known in self._captured if known.is_alive()][1 - KEPT :]
-        pieces = self._capture(layers, buffers, n_sequences, resident)
+        pieces = self._capture(layers, buffers, n_sequences, within)
         self._captured.append(pieces)
         return pieces
 
     def _capture(
-        self, layers: list[GrowingLayer], buffers: list[Buffers], n_sequences: int, resident: ResidentExperts | None
+        self, layers: list[GrowingLayer], buffers: list[Buffers], n_sequences: int, within: Within
     ) -> Pieces:  # fmt: skip
         """Records the model's forward. It runs once before, so that everything is there that is made on first use; what
         that writes into the cache is overwritten by the step itself.
@@ -325,10 +267,10 @@ class CapturedStep(ModelStep):
         with torch.inference_mode(False):  # what every later step writes to, in whichever mode
             numbers = torch.zeros(2 * n_sequences + 1, dtype=torch.int64, device=self.device)
         numbers[-1] = n_past
-        pieces = Pieces(numbers, buffers, layers=[weakref.ref(layer) for layer in layers], resident=resident)
+        pieces = Pieces(numbers, buffers, layers=[weakref.ref(layer) for layer in layers], within=within)
         cache = fixed_cache(layers, buffers, numbers[-1])
         with self._by_kernels(cache), self._graphs.recording():
-            with self._experts_by(partial(_warm_up, resident)):
+            with self._experts_by(partial(_warm_up, within)):
                 self._run_own(pieces, cache)
             self._graphs.begin()
             with self._experts_by(partial(self._interrupt, pieces)):
@@ -353,11 +295,11 @@ class CapturedStep(ModelStep):
         """Graphs of experts that a step has within its own, one for each kind of layer."""
         alone: dict[ExpertSpec, Graph] = {}
         for layer, call in pieces.inside:
-            assert pieces.resident is not None
-            spec = pieces.resident.specs[layer]
+            assert isinstance(pieces.within, ResidentExperts)
+            spec = pieces.within.specs[layer]
             if spec not in alone:
                 self._graphs.begin()
-                pieces.resident.run(layer, *call)
+                pieces.within.run(layer, *call)
                 alone[spec] = self._graphs.end()
         return alone
 
@@ -366,8 +308,8 @@ class CapturedStep(ModelStep):
         pieces.counts = np.zeros_like(self._unreported)
         took_us = {spec: self._graphs.time_us(graph) for spec, graph in alone.items()}
         for layer, (_, ids, _) in pieces.inside:
-            assert pieces.resident is not None
-            pieces.counts[layer] += 1, ids.numel(), took_us[pieces.resident.specs[layer]]
+            assert isinstance(pieces.within, ResidentExperts)
+            pieces.counts[layer] += 1, ids.numel(), took_us[pieces.within.specs[layer]]
 
     def _run_own(self, pieces: Pieces, cache: DynamicCache) -> Any:
         n_sequences = len(pieces.numbers) // 2
@@ -381,17 +323,36 @@ class CapturedStep(ModelStep):
         self, pieces: Pieces, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """Ends the piece before a call of experts and begins the next one; or has the call within the piece."""
-        call = _routed(args, kwargs)
-        if pieces.resident is not None and call is not None:
+        call, within = _routed(args, kwargs), pieces.within
+        if within is not None and call is not None:
             layer = int(module.layer)  # type: ignore[arg-type]
-            pieces.inside.append((layer, call))
-            return pieces.resident.run(layer, *call)
+            if isinstance(within, ResidentExperts):
+                pieces.inside.append((layer, call))
+                return within.run(layer, *call)
+            if within.takes(layer, *call):
+                return self._send(pieces, within, module, call)
         pieces.graphs.append(self._graphs.end())
         with torch.inference_mode(False):
             result = torch.zeros_like(_hidden(args, kwargs))
         pieces.experts.append(ExpertsPlace(module, args, kwargs, result))
         self._graphs.begin()
         return result
+
+    def _send(self, pieces: Pieces, within: ExchangedExperts, module: nn.Module, call: Routed) -> torch.Tensor:
+        """Ends the piece by sending a call to the host, records the experts that have slots, and begins the next piece
+        by adding up what both have computed."""
+        layer, (hidden, _, weights) = int(module.layer), call  # type: ignore[arg-type]
+        exchange = within.send(*call)
+        pieces.graphs.append(self._graphs.end())
+        replay = None
+        if within.has_slots:
+            self._graphs.begin()
+            within.compute(layer, exchange, hidden, weights)
+            replay = self._graphs.end().replay
+        sent = within.sent_call(layer, exchange, *call, replay)
+        pieces.experts.append(ExpertsPlace(module, call, {}, sent=sent))
+        self._graphs.begin()
+        return within.combine(exchange, hidden)
 
     @contextmanager
     def _experts_by(self, answer: ExpertsAnswer) -> Iterator[None]:
@@ -419,20 +380,22 @@ def _keep_output(
     return output
 
 
-def _run_experts(place: ExpertsPlace) -> torch.Tensor:
-    result: torch.Tensor = place.module(*place.args, **place.kwargs)
-    return result
-
-
 def _warm_up(
-    resident: ResidentExperts | None, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+    within: Within, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
     """Stands for experts in the run before a recording: they themselves only where they are recorded, too."""
     call = _routed(args, kwargs)
-    if resident is None or call is None:
-        return torch.zeros_like(_hidden(args, kwargs))
-    return resident.run(int(module.layer), *call)  # type: ignore[arg-type]
+    if within is not None and call is not None:
+        layer = int(module.layer)  # type: ignore[arg-type]
+        if isinstance(within, ResidentExperts):
+            return within.run(layer, *call)
+        if within.takes(layer, *call):
+            exchange = within.send(*call)
+            if within.has_slots:
+                within.compute(layer, exchange, call[0], call[2])
+            return within.combine(exchange, call[0])
+    return torch.zeros_like(_hidden(args, kwargs))
 
 
 def _routed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routed | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe.errors import ConfigError
+from hybrimoe.extensions.policies import open_policy
 from hybrimoe.generation import SamplingOptions, TextGenerator
 from hybrimoe.machine.facts import environment
 from hybrimoe.runtime import Session
@@ -36,6 +37,7 @@ def capture_run(
 def replay_file(path: Path) -> dict[str, Any]:
     """What the replay of a file says, as plain data; times are sums over the steps of a phase, in us."""
     recording = Recording.load(path)
+    open_policy(recording.setup["policy"])
     found = replay(recording)
     joined = Retiming(recording.plans, recording.tasks, recording.expert_bytes)
     return {

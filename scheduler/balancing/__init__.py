@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,9 @@ import numpy.typing as npt
 from scheduler.balancing import optimal as _optimal
 from scheduler.balancing import peers as _peers
 from scheduler.balancing import valued as _valued
+from scheduler.balancing.contract import Assignment, BalanceFunction, FunctionKernel, evaluate
 from scheduler.balancing.problem import (
     ACCEL,
-    ARRIVAL,
     COUNT,
     CPU,
     PRIORITY,
@@ -25,27 +26,61 @@ from scheduler.balancing.problem import (
     LayerCosts,
     new_plan,
 )
-from scheduler.balancing.timeline import plan_makespan
 from scheduler.errors import CostError, PolicyError, did_you_mean
+from scheduler.parameters import Parameter, Within, check_values
 
 Kernel = Callable[[Any, Any, Any, Any], tuple[float, float]]
 
-_KERNELS: dict[str, tuple[Kernel, frozenset[str]]] = {
-    "optimal": (_optimal.optimal, frozenset({"node_limit"})),
-    "hybrimoe": (_peers.hybrimoe, frozenset()),
-    "static": (_peers.static_mapping, frozenset()),
-    "on_demand": (_peers.on_demand, frozenset()),
-    "layers": (_peers.whole_layers, frozenset()),
-    "fiddler": (_peers.fiddler, frozenset({"form"})),
-    "monde": (_peers.monde, frozenset({"hot"})),
-    "bandwidth": (_peers.bandwidth, frozenset()),
-    "cpu_only": (_peers.cpu_only, frozenset()),
-    "accel_only": (_peers.on_demand, frozenset()),
-    "value": (_valued.value, frozenset({"link_price", "cpu_rate"})),
-}
-"""Policy name -> compiled kernel and the parameters it knows."""
+CPU_ONLY, ACCEL_ONLY, VALUE = "cpu_only", "accel_only", "value"
+_DEFAULTS: Final = np.array([-1.0, 0.0])
 
-BALANCE_POLICIES: tuple[str, ...] = tuple(_KERNELS)
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A policy: a compiled kernel or a Python function, and its parameters."""
+
+    kernel: Kernel | None = None
+    parameters: tuple[Parameter, ...] = ()
+    function: BalanceFunction | None = None
+
+
+_NODE_LIMIT = Parameter("node_limit", (int,), None, Within(low=0), optional=True)
+_HOT = Parameter("hot", (int,), None, Within(low=0), optional=True)
+_FORM = Parameter("form", (str,), "sum", choices=("sum", "max"))
+_LINK_PRICE = Parameter("link_price", (float,), 0.0, Within(0.0, 1e9))
+_CPU_RATE = Parameter("cpu_rate", (float,), 1.0, Within(1e-3, 1.0))
+
+_POLICIES: dict[str, _Entry] = {
+    "optimal": _Entry(_optimal.optimal, (_NODE_LIMIT,)),
+    "hybrimoe": _Entry(_peers.hybrimoe),
+    "static": _Entry(_peers.static_mapping),
+    "on_demand": _Entry(_peers.on_demand),
+    "layers": _Entry(_peers.whole_layers),
+    "fiddler": _Entry(_peers.fiddler, (_FORM,)),
+    "monde": _Entry(_peers.monde, (_HOT,)),
+    "bandwidth": _Entry(_peers.bandwidth),
+    CPU_ONLY: _Entry(_peers.cpu_only),
+    ACCEL_ONLY: _Entry(_peers.on_demand),
+    VALUE: _Entry(_valued.value, (_LINK_PRICE, _CPU_RATE)),
+}
+
+BALANCE_POLICIES: tuple[str, ...] = tuple(_POLICIES)
+"""Those that are in the package; ``add_balance`` adds others."""
+
+
+def add_balance(name: str, function: BalanceFunction, parameters: Mapping[str, Parameter]) -> None:
+    """Makes a function a balance policy of that name, in place of an earlier function of it.
+
+    Raises PolicyError for the name of one of BALANCE_POLICIES.
+    """
+    if name in BALANCE_POLICIES:
+        raise PolicyError(f"balance {name!r} is one of HybriMoE's own; choose another name")
+    _POLICIES[name] = _Entry(None, tuple(parameters.values()), function)
+
+
+def balance_names() -> tuple[str, ...]:
+    """All balance policies there are now."""
+    return tuple(_POLICIES)
 
 
 def balance(
@@ -53,7 +88,7 @@ def balance(
 ) -> BalancePlan:
     """Plans one layer.
 
-    policy: one of BALANCE_POLICIES. params: ``node_limit`` (optimal: search nodes, None = automatic), ``form``
+    policy: one of ``balance_names``. params: ``node_limit`` (optimal: search nodes, None = automatic), ``form``
     (fiddler: "sum" or "max"), ``hot`` (monde: number of hot experts, None = by bandwidth ratio), ``link_price``
     and ``cpu_rate`` (value: us that a transfer must earn beside its makespan; CPU's share of its rate while the link
     works). ``priority`` (bandwidth: the highest are fetched first; value: worth in us of residency): default 0.
@@ -74,71 +109,40 @@ def balance(
     return BalancePlan(cpu, accel, transfers, float(makespan_us), float(bound_us))
 
 
-_DEFAULTS = np.array([-1.0, 0.0])
-
-
 def kernel_of(policy: str, **params: Any) -> tuple[Kernel, npt.NDArray[np.float64]]:
-    """The compiled kernel of a policy and its parameter vector float64[2]. Raises PolicyError."""
-    found = _KERNELS.get(policy)
+    """The kernel of a policy and its parameter vector float64[2]. Raises PolicyError."""
+    found = _POLICIES.get(policy)
     if found is None:
-        raise PolicyError(f"unknown balance policy {policy!r}{did_you_mean(str(policy), _KERNELS)}")
-    kernel, known = found
-    if not params and policy != "value":
-        return kernel, _DEFAULTS
-    for name in params:
-        if name not in known:
-            raise PolicyError(f"balance {policy}: unknown parameter {name!r}{did_you_mean(name, known)}")
-    if policy == "value":
-        return kernel, _value_parameters(params)
-    form = params.get("form", "sum")
-    if form not in ("sum", "max"):
-        raise PolicyError(f"balance fiddler: form must be 'sum' or 'max', found {form!r}")
-    if form == "max":
-        kernel = _optimal.fiddler_max
-    number = params.get("node_limit", params.get("hot"))
-    if number is None:
-        return kernel, _DEFAULTS
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise PolicyError(f"balance {policy}: expected an integer of at least 0, found {number!r}")
-    return kernel, np.array([float(number), 0.0])
+        raise PolicyError(f"unknown balance policy {policy!r}{did_you_mean(str(policy), _POLICIES)}")
+    values = check_values(f"balance {policy}", parameters_of_balance(policy), params)
+    if found.function is not None:
+        return FunctionKernel(policy, found.function, values), _DEFAULTS
+    assert found.kernel is not None
+    if policy == VALUE:
+        return found.kernel, np.array([values.get("link_price", 0.0), values.get("cpu_rate", 1.0)])
+    kernel = _optimal.fiddler_max if values.get("form") == "max" else found.kernel
+    number = values.get("node_limit", values.get("hot"))
+    return kernel, _DEFAULTS if number is None else np.array([float(number), 0.0])
 
 
-def _value_parameters(params: dict[str, Any]) -> npt.NDArray[np.float64]:
-    numbers = np.array([0.0, 1.0])
-    for i, (name, low, high) in enumerate((("link_price", 0.0, 1e9), ("cpu_rate", 1e-3, 1.0))):
-        given = params.get(name, numbers[i])
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or not low <= given <= high:
-            raise PolicyError(f"balance value: {name} must be a number in [{low}, {high}], found {given!r}")
-        numbers[i] = given
-    return numbers
-
-
-def parameters_of_balance(policy: str) -> frozenset[str]:
-    """Names of a balance policy's parameters."""
-    return _KERNELS[policy][1]
-
-
-def evaluate(costs: LayerCosts, cpu: tuple[int, ...], accel: tuple[int, ...], transfers: tuple[int, ...]) -> float:
-    """Makespan in us of any plan under the contract's semantics. Raises CostError if it is no valid plan."""
-    n = len(costs)
-    if sorted((*cpu, *accel)) != list(range(n)):
-        raise CostError(f"every one of the {n} experts must be placed once, found cpu {cpu} and accel {accel}")
-    needed = {e for e in accel if costs.table[ARRIVAL, e] < 0}
-    if sorted(transfers) != sorted(needed):
-        raise CostError(f"transfers must be the accelerator's misses {sorted(needed)}, found {transfers}")
-    plan = new_plan(n)
-    for row, experts in ((CPU, cpu), (ACCEL, accel), (TRANSFER, transfers)):
-        plan[row, COUNT] = len(experts)
-        plan[row, : len(experts)] = experts
-    return float(plan_makespan(costs.table, costs.ready, plan))
+def parameters_of_balance(policy: str) -> dict[str, Parameter]:
+    """A balance policy's parameters by name."""
+    return {parameter.name: parameter for parameter in _POLICIES[policy].parameters}
 
 
 __all__ = [
+    "ACCEL_ONLY",
     "BALANCE_POLICIES",
+    "CPU_ONLY",
+    "VALUE",
+    "Assignment",
+    "BalanceFunction",
     "BalancePlan",
     "Kernel",
     "LayerCosts",
+    "add_balance",
     "balance",
+    "balance_names",
     "evaluate",
     "kernel_of",
     "parameters_of_balance",

@@ -5,23 +5,14 @@ Slot arrays are read only here; ``SlotTable`` performs what is decided.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.balancing.optimal import fiddler_max, optimal
-from scheduler.balancing.peers import (
-    bandwidth,
-    cpu_only,
-    fiddler,
-    hybrimoe,
-    monde,
-    on_demand,
-    static_mapping,
-    whole_layers,
-)
+from scheduler.balancing import VALUE, Kernel, kernel_of
 from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, LINK, NOT_RESIDENT, PRIORITY, TRANSFER
 from scheduler.balancing.timeline import plan_makespan
 from scheduler.balancing.valued import valued
@@ -30,16 +21,6 @@ from scheduler.slots import FREE, RESIDENT
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-Kernel = Callable[[Floats, Floats, Floats, Ints], tuple[float, float]]
-
-VALUE = "value"
-KERNELS: dict[str, Kernel] = {
-    "optimal": optimal, "hybrimoe": hybrimoe, "static": static_mapping, "on_demand": on_demand, "accel_only": on_demand,
-    "layers": whole_layers, "fiddler": fiddler, "fiddler_max": fiddler_max, "monde": monde, "bandwidth": bandwidth,
-    "cpu_only": cpu_only,
-}  # fmt: skip
-"""Balance policies by name. Each is compiled when it is first used: one function over all would take half a minute."""
 
 SLOT, EVICTED = 3, 4
 """Rows that the planner adds to a plan: by position, the slot of each accelerated expert (-1 else), and for each
@@ -247,6 +228,7 @@ def decide_by_kernel(
     return assign(makespan, ids, first_key, end_key, capacity, table, ready, slot_of, key_of, state, pins, keep, plan)
 
 
-def decision_of(policy: str) -> Callable[..., float]:
-    """How a balance policy ("value" or a key of ``KERNELS``) decides: called as ``decide_by_value`` is."""
-    return decide_by_value if policy == VALUE else partial(decide_by_kernel, KERNELS[policy])
+def decision_of(policy: str, values: Mapping[str, Any]) -> tuple[Callable[..., float], Floats]:
+    """How a balance policy decides, called as ``decide_by_value`` is, and its parameters. Raises PolicyError."""
+    kernel, params = kernel_of(policy, **values)
+    return (decide_by_value if policy == VALUE else partial(decide_by_kernel, kernel)), params

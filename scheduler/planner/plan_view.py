@@ -8,7 +8,7 @@ import numpy.typing as npt
 from scheduler.balancing.problem import COUNT, CPU
 from scheduler.demand import Demand
 from scheduler.plan import LayerPlan, Transfer
-from scheduler.planner.decide import new_plan
+from scheduler.planner.decide import REUSE, new_plan
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -70,6 +70,11 @@ class PlanView:
         slots = list(map(self.slot_of.__getitem__, self.accel))
         self.slots = [slot + first_slot for slot in slots] if first_slot else slots
         return slots
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether one of its experts takes over the slot of another, which is computed before."""
+        return bool(self.moved) and any(self.evicted[position] == REUSE for position in self.moved)
 
     def plan(self, demand: Demand) -> LayerPlan:
         """The same as a frozen value with expert ids: for traces, explanations, recordings and simulations."""

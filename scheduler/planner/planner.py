@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.balancing import kernel_of, parameters_of_balance
+from scheduler.balancing import ACCEL_ONLY, CPU_ONLY, parameters_of_balance
 from scheduler.balancing.problem import ACCEL, CPU, LINK, TRANSFER
 from scheduler.cache import CACHE_POLICIES
 from scheduler.cache.base import CachePolicy
@@ -37,7 +37,7 @@ from scheduler.slots import RESIDENT, SlotTable
 
 NOW: Final = LaneState()
 NO_SLOTS: Final = np.empty(0, np.int64)
-_FORCED: Final = {"cpu": "cpu_only", "accelerator": "accel_only"}
+_FORCED: Final = {"cpu": CPU_ONLY, "accelerator": ACCEL_ONLY}
 
 
 class Planner:
@@ -117,12 +117,12 @@ class Planner:
         given = {key: value for key, value in self.policy.params.items() if key in known}
         if self._by_value:
             given = {"cpu_rate": self.costs.cpu_with_link, **given}
-        _, numbers = kernel_of(self.policy.balance, **given)
-        name = "fiddler_max" if given.get("form") == "max" else self.policy.balance
+        own = decision_of(self.policy.balance, given)
         policies = []
         for placement in self._placements:
-            forced = "cpu_only" if self.slots.n_slots == 0 else _FORCED.get(placement, name)
-            policies.append((decision_of(forced), numbers, forced == "bandwidth"))
+            forced = CPU_ONLY if self.slots.n_slots == 0 else _FORCED.get(placement)
+            decide = own[0] if forced is None else decision_of(forced, {})[0]
+            policies.append((decide, own[1], forced is None and self.policy.balance == "bandwidth"))
         return policies
 
     @property

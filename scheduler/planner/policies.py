@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from scheduler.balancing import BALANCE_POLICIES, kernel_of, parameters_of_balance
+from scheduler.balancing import balance_names, kernel_of, parameters_of_balance
 from scheduler.cache import CACHE_POLICIES
 from scheduler.errors import PolicyError, did_you_mean
 from scheduler.future import Future
 from scheduler.machine.costs import CostModel
+from scheduler.parameters import Parameter, check_values, read_parameters
 from scheduler.prefetch import PREFETCH_POLICIES
-from scheduler.setting import Setting, make, parameters_of
+from scheduler.setting import Setting, make
 from scheduler.slots import SlotTable
 
 
@@ -36,40 +37,51 @@ def _policy(balance: str, prefetch: str, cache: str, **params: Any) -> Policy:
     return Policy(balance, prefetch, cache, MappingProxyType(params))
 
 
-POLICIES: Mapping[str, Policy] = MappingProxyType(
-    {
-        "static": _policy("static", "none", "lfu", scope="pool"),
-        "llama_cpp": _policy("layers", "none", "shallow_first"),
-        "moe_infinity": _policy("on_demand", "activation_matrix", "activation_matrix"),
-        "fiddler": _policy("fiddler", "none", "lfu", scope="pool"),
-        "freetoken": _policy("bandwidth", "none", "lru", scope="pool"),
-        "adapmoe": _policy("on_demand", "gate_topk", "lru", sizes="dp", depth=1),
-        "hobbit": _policy("on_demand", "gate_topk", "hobbit", depth=3, only_if_cached=True),
-        "fate": _policy("on_demand", "gate_topk", "arc", depth=1, share=0.75, n_shallow=2),
-        "hybrimoe": _policy("hybrimoe", "impact", "mrs"),
-        "ours": _policy("value", "value", "value"),
-        "oracle": _policy("optimal", "perfect", "belady"),
-    }
-)
+_PRESETS: dict[str, Policy] = {
+    "static": _policy("static", "none", "lfu", scope="pool"),
+    "llama_cpp": _policy("layers", "none", "shallow_first"),
+    "moe_infinity": _policy("on_demand", "activation_matrix", "activation_matrix"),
+    "fiddler": _policy("fiddler", "none", "lfu", scope="pool"),
+    "freetoken": _policy("bandwidth", "none", "lru", scope="pool"),
+    "adapmoe": _policy("on_demand", "gate_topk", "lru", sizes="dp", depth=1),
+    "hobbit": _policy("on_demand", "gate_topk", "hobbit", depth=3, only_if_cached=True),
+    "fate": _policy("on_demand", "gate_topk", "arc", depth=1, share=0.75, n_shallow=2),
+    "hybrimoe": _policy("hybrimoe", "impact", "mrs"),
+    "ours": _policy("value", "value", "value"),
+    "oracle": _policy("optimal", "perfect", "belady"),
+}
 """static: KTransformers (most frequent experts resident by profile, never moved). llama_cpp: --n-cpu-moe (whole
 layers). moe_infinity: arXiv 2401.14361. fiddler: arXiv 2402.07033. freetoken: arXiv 2608.16157. adapmoe: arXiv
 2408.10284. hobbit: arXiv 2411.01433, its lossless part. fate: arXiv 2502.12224. hybrimoe: arXiv 2504.05897."""
+PRESETS: tuple[str, ...] = tuple(_PRESETS)
+"""Names of those that are in the package; ``add_preset`` adds others."""
+POLICIES: Mapping[str, Policy] = MappingProxyType(_PRESETS)
+"""All presets there are now."""
+
+
+def add_preset(name: str, policy: Policy) -> None:
+    """Gives a policy a name, in place of an earlier one of that name. Raises PolicyError for one of PRESETS."""
+    if name in PRESETS:
+        raise PolicyError(f"policy {name!r} is one of HybriMoE's own; choose another name")
+    _PRESETS[name] = policy
+
+
+def policy_parameters(policy: Policy) -> dict[str, Parameter]:
+    """The parameters of the three parts by name."""
+    return {
+        **parameters_of_balance(policy.balance),
+        **read_parameters(policy.prefetch, PREFETCH_POLICIES[policy.prefetch]),
+        **read_parameters(policy.cache, CACHE_POLICIES[policy.cache]),
+    }
 
 
 def resolve_policy(policy: str | Policy, **params: Any) -> Policy:
     """A preset's name or ``balance/prefetch/cache``, with parameters on top. Raises PolicyError with did-you-mean."""
     found = policy if isinstance(policy, Policy) else _by_name(policy)
-    known = (
-        parameters_of_balance(found.balance)
-        | parameters_of(PREFETCH_POLICIES[found.prefetch])
-        | parameters_of(CACHE_POLICIES[found.cache])
-    )
-    for name in params:
-        if name not in known:
-            raise PolicyError(f"policy {found.name}: unknown parameter {name!r}{did_you_mean(name, known)}")
     if not params:
         return found
-    merged = replace(found, params=MappingProxyType({**found.params, **params}))
+    values = check_values(found.name, policy_parameters(found), params)
+    merged = replace(found, params=MappingProxyType({**found.params, **values}))
     _check_values(merged)
     return merged
 
@@ -92,7 +104,7 @@ def _by_name(name: str) -> Policy:
     if len(parts) != 3:
         raise PolicyError(f"unknown policy {name!r}{did_you_mean(name, POLICIES)}, or write balance/prefetch/cache")
     tables: tuple[tuple[str, Any], ...] = (
-        ("balance", BALANCE_POLICIES), ("prefetch", PREFETCH_POLICIES), ("cache", CACHE_POLICIES)
+        ("balance", balance_names()), ("prefetch", PREFETCH_POLICIES), ("cache", CACHE_POLICIES)
     )  # fmt: skip
     for part, (kind, table) in zip(parts, tables, strict=True):
         if part not in table:

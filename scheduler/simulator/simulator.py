@@ -42,7 +42,8 @@ __all__ = ["PhaseResult", "SimulationConfig", "SimulationError", "Simulator", "c
 class SimulationConfig:
     """What is simulated. ``cache_ratio`` is the share of all experts that has a slot; ``n_slots`` overrides it.
 
-    ``lossy``: a lossy policy between router and planner, see ``scheduler.lossy``.
+    ``lossy``: a lossy policy between router and planner, see ``scheduler.lossy``. ``label``: the policy's name in
+    results, where that is not ``policy``.
     """
 
     policy: str = "ours"
@@ -55,6 +56,7 @@ class SimulationConfig:
     host_ratio: float = 1.0
     params: dict[str, Any] = field(default_factory=dict)
     lossy: Lossy | None = None
+    label: str = ""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.cache_ratio <= 1.0:
@@ -197,7 +199,7 @@ class Simulator:
         self._judge.settle_into(stats)
         order: tuple[Phase, ...] = ("prefill", "decode")
         results = [
-            stats[phase].result(self.config.policy, self.config.cache_ratio, phase, self.n_slots)
+            stats[phase].result(self.config.label or self.config.policy, self.config.cache_ratio, phase, self.n_slots)
             for phase in order
             if phase in stats
         ]

@@ -9,7 +9,7 @@ import sys
 import types
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -30,6 +30,8 @@ OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation."""
 ASKERS = ("/hybrimoe/", "/gpu_kernels/", "/cpu_kernels/", "/transformers/")
 """In the paths of files whose functions are told apart in `Cards.sites`."""
+Noted = tuple[Callable[[], Any], Any, str]
+"""What runs an operation again, what it gave when it was recorded, its name."""
 DEFAULT_CARD_BYTES = 4 << 30
 DEFAULT_LINK_GBPS = 8.0
 
@@ -68,7 +70,8 @@ class Cards:
 
     refuses_locking: host memory cannot be locked by the runtime. findings: what a real card would have punished.
     counts: launches, copies, waits of the host by reason. sites: the same by the function that asked for them, as
-    "file.py:function: what". locked: address -> bytes that the runtime was told to lock.
+    "file.py:function: what". locked: address -> bytes that the runtime was told to lock. noted: what is being recorded
+    into a graph.
     """
 
     n: int
@@ -90,6 +93,7 @@ class Cards:
         self._kept: list[_Kept] = []
         self._deliveries: list[_Delivery] = []
         self._planned: set[tuple[torch.Size, ...]] = set()
+        self.noted: list[Noted] | None = None
         self._cards = [_Card(torch.device(DEVICE_TYPE, index)) for index in range(self.n)]
         for card in self._cards:
             card.current = FakeStream(card.device, cards=self)
@@ -187,12 +191,12 @@ class Cards:
             tensor.memory.write(extent(tensor.inner), stream, tick, what)
         return tick
 
-    def launch_unguarded(self, what: str, reads: Sequence[DeviceTensor], writes: Sequence[DeviceTensor]) -> None:
-        """A launch on the current card's current stream, whatever its tensors' card."""
+    def launch_unguarded(self, what: str, reads: Sequence[DeviceTensor], writes: Sequence[DeviceTensor]) -> int:
+        """A launch on the current card's current stream, whatever its tensors' card; returns its tick."""
         for tensor in (*reads, *writes):
             if tensor.device.index != self.index:
                 self.report(f"{what} was launched on card {self.index} with memory of {tensor.device}")
-        self.launch(self.stream(self.index), what, reads, writes)
+        return self.launch(self.stream(self.index), what, reads, writes)
 
     def transfer(
         self, stream: FakeStream, what: str, n_bytes: int, reads: Sequence[DeviceTensor],
@@ -219,6 +223,24 @@ class Cards:
         if shapes not in self._planned:
             self._planned.add(shapes)
             self.note("attention plans")
+
+    @contextlib.contextmanager
+    def noting_whole(self) -> Iterator[None]:
+        """Within the block nothing is noted: it is one operation of a graph."""
+        noted, self.noted = self.noted, None
+        try:
+            yield
+        finally:
+            self.noted = noted
+
+    def reads_host(self, stream: FakeStream, tick: int, memory: Sequence[torch.Tensor]) -> None:
+        """An operation reads host memory itself: it must be page-locked, and stay as it is until the host knows that
+        the operation has ended."""
+        for tensor in memory:
+            if not isinstance(tensor, DeviceTensor):
+                if not self.pinned(tensor):
+                    self.report("a kernel reads host memory that is not page-locked")
+                self.keep_until(stream, tick, tensor)
 
     def keep_until(self, stream: FakeStream, tick: int, source: torch.Tensor) -> None:
         """The host must leave `source` as it is until it knows that the copy has ended."""
@@ -364,6 +386,7 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
             stack.enter_context(mock.patch.object(torch, name, type(name, (kind,), {"cards": cards})))
         for user in (gpu_kernels.torch_accelerator, gpu_kernels.fused_choice):
             stack.enter_context(mock.patch.object(user, "load_fused", new=kernels.choice))
+        stack.enter_context(mock.patch.object(torch, "Generator", new=_Generator))
         # A wrapping tensor made in inference mode has no version counter, which torch's views then ask for.
         stack.enter_context(mock.patch.object(torch, "inference_mode", new=_without_gradient))
         names = re.compile(rf"{hybrimoe.config.values._DEVICE.pattern}|{DEVICE_TYPE}(?::\d+)?")
@@ -378,6 +401,16 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
 def _without_gradient(mode: bool = True) -> contextlib.AbstractContextManager[object]:
     """Stands for torch.inference_mode."""
     return torch.no_grad() if mode else contextlib.nullcontext()
+
+
+_RealGenerator = torch.Generator
+
+
+class _Generator(torch.Generator):
+    """Stands for torch.Generator: a card draws the host's numbers."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> torch.Generator:  # type: ignore[misc]
+        return _RealGenerator("cpu" if torch.device(device).type == DEVICE_TYPE else device)
 
 
 def _checksum(tensor: torch.Tensor) -> int:

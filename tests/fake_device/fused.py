@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,33 +40,60 @@ class StreamedKernels:
         out: torch.Tensor,
     ) -> None:  # fmt: skip
         """Computes the group's rows into `out`; see `gpu_kernels.triton.fused.run_group`."""
-        tensors: list[DeviceTensor] = [slots, slot_ids, offsets, rows, hidden, weights, out]  # type: ignore[list-item]
-        inner = [tensor.inner for tensor in tensors]
-        at = 0
-        used = []
-        for slot, n in zip(inner[1].tolist(), n_tokens, strict=True):
-            part = inner[3][at : at + n]
-            record = unpack_expert(spec, inner[0][slot, : spec.record_bytes])
-            inner[6][part] = reference_ffn(spec, record, inner[4][part // top_k]) * inner[5][part].unsqueeze(1)
-            used.append(slots[slot])
-            at += n
-        reads = [*used, *tensors[1:6]]
-        if is_quantised(spec.dtype):
-            self._cards.launch_unguarded("fused prepare", [tensors[4]], [])
-        self._cards.launch_unguarded("fused up", reads, [])
-        self._cards.launch_unguarded("fused down", reads, [out])
+        with self._cards.noting_whole():
+            self._run_group(spec, slots, slot_ids, offsets, rows, n_tokens, hidden, weights, top_k, out)
+        if self._cards.noted is not None:
+            again = partial(
+                self.run_group, spec, slots, slot_ids, offsets, rows, n_tokens, hidden, weights, top_k, out
+            )  # fmt: skip
+            self._cards.noted.append((again, None, "fused group"))
 
     def combine(
         self, rows: torch.Tensor, host_rows: torch.Tensor | None, source: torch.Tensor | None, top_k: int,
         dtype: torch.dtype,
     ) -> torch.Tensor:  # fmt: skip
         """Each token's rows added; see `gpu_kernels.triton.combine.combine`."""
+        with self._cards.noting_whole():
+            out = self._combine(rows, host_rows, source, top_k, dtype)
+        if self._cards.noted is not None:
+            again = partial(self.combine, rows, host_rows, source, top_k, dtype)
+            self._cards.noted.append((again, out, "fused combine"))
+        return out
+
+    def _run_group(
+        self, spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor,
+        rows: torch.Tensor, n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        tensors: list[DeviceTensor] = [slots, slot_ids, offsets, rows, hidden, weights, out]  # type: ignore[list-item]
+        inner = [tensor.inner for tensor in tensors]
+        at = 0
+        used = []
+        for slot, n in zip(inner[1].tolist(), n_tokens, strict=True):
+            part = inner[3][at : at + n]
+            at += n
+            if slot < 0:
+                continue
+            record = unpack_expert(spec, inner[0][slot, : spec.record_bytes])
+            inner[6][part] = reference_ffn(spec, record, inner[4][part // top_k]) * inner[5][part].unsqueeze(1)
+            used.append(slots[slot])
+        reads = [*used, *tensors[1:6]]
+        if is_quantised(spec.dtype):
+            self._cards.launch_unguarded("fused prepare", [tensors[4]], [])
+        self._cards.launch_unguarded("fused up", reads, [])
+        self._cards.launch_unguarded("fused down", reads, [out])
+
+    def _combine(
+        self, rows: torch.Tensor, host_rows: torch.Tensor | None, source: torch.Tensor | None, top_k: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:  # fmt: skip
         n_tokens = len(rows) // top_k
         out: DeviceTensor = torch.empty(  # type: ignore[assignment]
             (n_tokens, rows.shape[1]), dtype=dtype, device=rows.device
         )
-        reads: list[DeviceTensor] = [part for part in (rows, host_rows, source) if part is not None]  # type: ignore[misc]
-        inner = [part.inner for part in reads]
+        given = [part for part in (rows, host_rows, source) if part is not None]
+        reads = [part for part in given if isinstance(part, DeviceTensor)]
+        inner = [part.inner if isinstance(part, DeviceTensor) else part for part in given]
         every = inner[0].clone()
         if source is not None:
             sent = inner[2] >= 0
@@ -74,5 +102,6 @@ class StreamedKernels:
         for j in range(top_k):
             total += every.view(n_tokens, top_k, -1)[:, j]
         out.inner.copy_(total)
-        self._cards.launch_unguarded("fused combine", reads, [out])
+        tick = self._cards.launch_unguarded("fused combine", reads, [out])
+        self._cards.reads_host(self._cards.stream(), tick, given)
         return out

@@ -1,4 +1,4 @@
-"""Graphs without a device: operations are noted instead of run, and run when the graph is replayed."""
+"""Graphs without a device: operations are noted, on the host or on fake cards, and run when the graph is replayed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpu_kernels.errors import GraphError
+from tests.fake_device.cards import Cards, Noted
+from tests.fake_device.memory import extent
+from tests.fake_device.tensors import DeviceTensor
 
 aten = torch.ops.aten
 READ_BY_HOST = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.nonzero.default}
@@ -118,3 +121,65 @@ class NotedGraphs:
         self._open = None
         self.n_recorded += 1
         return self._graph
+
+
+class CardGraph:
+    """What was noted on fake cards: each replay is judged as the operations would be if they were launched one by one,
+    but counts as one launch."""
+
+    def __init__(self, cards: Cards, noted: list[Noted]) -> None:
+        self._cards, self._noted = cards, noted
+
+    def replay(self) -> None:
+        """As `gpu_kernels.graphs.Graph.replay`."""
+        cards = self._cards
+        counts, sites = cards.counts.copy(), cards.sites.copy()
+        with torch.no_grad():
+            for run, results, name in self._noted:
+                for old, new in zip(tree_leaves(results), tree_leaves(run()), strict=True):
+                    if isinstance(old, DeviceTensor) and old.data_ptr() != new.data_ptr():
+                        self._settle(old, new, name)
+        waits = cards.counts["waits"] - counts["waits"]
+        cards.counts, cards.sites = counts, sites
+        cards.note("graph launches")
+        if waits:
+            cards.report(f"a graph cannot make the host wait, as {waits} of its operations do")
+
+    def _settle(self, old: DeviceTensor, new: DeviceTensor, name: str) -> None:
+        """A result is where the recording's was."""
+        stream = self._cards.stream(old.device.index)
+        old.inner.copy_(new.inner)
+        old.memory.write(extent(old.inner), stream, stream.operate(0.0), name)
+
+
+@dataclass
+class CardGraphs:
+    """As `gpu_kernels.graphs.RecordsGraphs`, on fake cards. Operations run while they are recorded, unlike a card's:
+    what comes of it, `recording` keeps apart from all other work by waiting before and after."""
+
+    cards: Cards
+    n_recorded: int = 0
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        self.cards.synchronize()
+        try:
+            yield
+        finally:
+            self.cards.noted = None
+            self.cards.synchronize()
+
+    def begin(self) -> None:
+        assert self.cards.noted is None
+        self.cards.noted = []
+
+    def end(self) -> CardGraph:
+        noted, self.cards.noted = self.cards.noted, None
+        if noted is None:
+            raise GraphError("nothing was begun")
+        self.n_recorded += 1
+        return CardGraph(self.cards, noted)
+
+    def time_us(self, graph: CardGraph) -> float:
+        graph.replay()
+        return 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -62,6 +63,16 @@ class DeviceTensor(torch.Tensor):
         """Of this card's memory: equal where tensors begin at one place, and never readable by the host."""
         return self.inner.data_ptr() + DEVICE_ADDRESSES
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTensor:  # type: ignore[override]
+        """As torch's: views of one memory are views of one copy of it."""
+        cards, stream = self.memory.cards, self.memory.cards.stream(self.device.index)
+        memory = memo.get(id(self.memory))
+        if memory is None:
+            memory = memo[id(self.memory)] = Memory(cards, stream, self.memory.n_bytes)
+        made = memo[id(self)] = DeviceTensor(copy.deepcopy(self.inner, memo), self.device, memory)
+        cards.launch(stream, "deepcopy", [self], [made])
+        return made
+
     def record_stream(self, stream: FakeStream) -> None:  # type: ignore[override]
         """As torch's."""
         self.memory.record_stream(stream)
@@ -88,7 +99,13 @@ class Operations(TorchDispatchMode):
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One operation."""
+        """One operation; noted where a graph is being recorded."""
+        result = self._run(func, args, kwargs)
+        if self._cards.noted is not None:
+            self._cards.noted.append((lambda: func(*args, **kwargs), result, str(func)))
+        return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, torch.Tensor)]
         ours = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
         target = kwargs.get("device")

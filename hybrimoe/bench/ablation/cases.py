@@ -68,14 +68,18 @@ def _paper(phase: Phase, policy: str, shape: str, ratio: float, n_prefill: int, 
                 dense_dtype="int4")  # fmt: skip
 
 
-def every_policy(traces: Sequence[tuple[str, str]], decode_tokens: int, ratios: Sequence[float]) -> list[Case]:
-    """Each preset on each (trace, shape) and profile, decode; the warm-up knows the profile of other sequences."""
+def every_policy(
+    traces: Sequence[tuple[str, str]], decode_tokens: int, ratios: Sequence[float], policies: Sequence[str] = (),
+    machines: Sequence[str] = EVERY_HARDWARE,
+) -> list[Case]:  # fmt: skip
+    """Each preset, and the given policies, on each (trace, shape) and machine, decode; the warm-up knows the profile of
+    other sequences."""
     return [
         Case("policies", policy, hardware, shape, trace, ratio, "decode", 32, decode_tokens, 2)
         for trace, shape in traces
-        for hardware in EVERY_HARDWARE
+        for hardware in machines
         for ratio in ratios
-        for policy in EVERY_POLICY
+        for policy in dict.fromkeys((*EVERY_POLICY, *policies))
     ]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrimoe.errors import MissingExtraError
+from hybrimoe.bench.ablation.spread import in_processes, on_cluster
+from hybrimoe.extensions.policies import in_place_of, open_policy
 from hybrimoe.machine.facts import environment
 from hybrimoe.machine.profiles import open_hardware, open_shape
-from hybrimoe.tracing.sources import DEFAULT_LOCALITY, DEMO, load_trace, open_trace, split
+from hybrimoe.tracing.sources import DEFAULT_LOCALITY, DEMO, DEMO_TRACE, open_trace, split
+from scheduler.compiled import source_stamp
 from scheduler.demand import Phase
 from scheduler.lossy import resolve_lossy
 from scheduler.machine.profile import ModelShape
 from scheduler.simulator.run import simulate
-from scheduler.simulator.simulator import SimulationConfig
+from scheduler.simulator.simulator import check_fit
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import PredictionKind, predictions_for
 from scheduler.traces.synthetic import LOCALITIES, generate
 from scheduler.traces.trace import PHASE_CODES, Trace
 
-#: Bump when the meaning of a row changes: cached rows of another version are not used.
-ROW_VERSION = 4
 SYNTHETIC = "synthetic"
+NAMING_FILES = ("policy", "trace", "hardware", "shape")
+"""Fields of a case that may name files."""
 #: Sequences of a synthetic trace: the first ones are the profile, the others are simulated.
 PROFILE_SEQUENCES = 2
 
@@ -63,9 +65,33 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Name of the row's cache file."""
-        text = json.dumps([ROW_VERSION, asdict(self)], sort_keys=True)
+        """Name of the row's file: another one as soon as anything that the row depends on has changed.
+
+        That is the case, HybriMoE's own sources, and the contents of trace, profile, shape and policy.
+        """
+        evidence = [asdict(self), _own_sources(), _content_of_profile(self.hardware), _content_of_shape(self.shape)]
+        digests = [_digest(path) for path in self.files]
+        text = json.dumps([evidence, digests], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that the case reads beside what is in the package: trace, profile, shape, policy."""
+        named = [self.trace, self.hardware, self.shape]
+        found = [Path(name).expanduser() for name in named if name not in ("", DEMO, SYNTHETIC)]
+        own = (DEMO_TRACE,) if self.trace == DEMO else ()
+        return (*own, *(path for path in found if path.is_file()), *open_policy(self.policy).files)
+
+    def moved(self, places: Mapping[str, str]) -> Case:
+        """The case on a machine where its ``files`` lie in other places: path here -> path there."""
+
+        def there(name: str) -> str:
+            return places.get(str(Path(name).expanduser()), name)
+
+        policy = in_place_of(self.policy, places)
+        return replace(
+            self, policy=policy, trace=there(self.trace), hardware=there(self.hardware), shape=there(self.shape)
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,8 +148,8 @@ def run_case(case: Case) -> dict[str, Any]:
     inputs = _inputs(
         case.shape, case.trace, case.phase, case.n_prefill, case.n_decode, case.sequences, case.seed, case.predictions
     )
-    config = SimulationConfig(
-        policy=case.policy, cache_ratio=case.cache_ratio, dense_dtype=case.dense_dtype, expert_dtype=case.expert_dtype,
+    config = open_policy(case.policy).simulated(
+        cache_ratio=case.cache_ratio, dense_dtype=case.dense_dtype, expert_dtype=case.expert_dtype,
         lossy=resolve_lossy(case.lossy or None),
     )  # fmt: skip
     profile = open_hardware(case.hardware)
@@ -145,12 +171,14 @@ def run_case(case: Case) -> dict[str, Any]:
 
 
 def cached_row(case: Case, folder: Path) -> dict[str, Any]:
-    """The row of a case: from its file, else computed and written (atomically, so a stop loses only this row)."""
+    """The row of a case: from its file, else computed and written."""
+    known = _read(folder / f"{case.key}.json")
+    return known if known is not None else _keep(run_case(case), case, folder)
+
+
+def _keep(row: dict[str, Any], case: Case, folder: Path) -> dict[str, Any]:
+    """Writes a row atomically, so that a stop loses only the rows that are being computed."""
     path = folder / f"{case.key}.json"
-    known = _read(path)
-    if known is not None:
-        return known
-    row = run_case(case)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(row), encoding="utf-8")
     partial.replace(path)
@@ -166,6 +194,33 @@ def _read(path: Path) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "latency_ms" in row else None
 
 
+@cache
+def _own_sources() -> str:
+    """Digest of the sources that a row comes from."""
+    here = Path(__file__)
+    return source_stamp("scheduler") + _digest(here) + _digest(here.parents[2] / "tracing" / "sources.py")
+
+
+@cache
+def _content_of_profile(name: str) -> dict[str, Any]:
+    return open_hardware(name).to_mapping()
+
+
+@cache
+def _content_of_shape(name: str) -> dict[str, Any]:
+    return asdict(open_shape(name)) if name else {}
+
+
+def _digest(path: Path) -> str:
+    found = path.stat()
+    return _digest_of(path, found.st_mtime_ns, found.st_size)
+
+
+@cache
+def _digest_of(path: Path, _changed_ns: int, _size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def sweep(
     cases: Sequence[Case],
     folder: Path,
@@ -174,19 +229,37 @@ def sweep(
     cluster: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of all cases, in their order. ``jobs`` processes by joblib, or a Ray cluster with ``cluster``.
+    """Rows of all cases, in their order. ``jobs`` processes of this machine, or a Ray cluster with ``cluster``.
 
-    Rows already in ``folder`` are not computed again. Raises MissingExtraError where joblib or ray are not installed.
+    Rows already in ``folder`` are not computed again; each is written there when it is done. Raises MissingExtraError
+    where joblib or ray are not installed, ClusterError where no cluster answers.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ordered = sorted(cases, key=_input_order)
-    if jobs == 1 and not cluster:
-        found: Iterable[dict[str, Any]] = (cached_row(case, folder) for case in ordered)
-        rows = dict(zip([case.key for case in ordered], _counted(found, len(ordered), progress), strict=True))
+    keys = {case: case.key for case in cases}
+    rows = {key: row for key in keys.values() if (row := _read(folder / f"{key}.json")) is not None}
+    missing = sorted((case for case, key in keys.items() if key not in rows), key=_input_order)
+    for case, row in _computed(missing, jobs, cluster) if missing else ():
+        rows[keys[case]] = _keep(row, case, folder)
+        if progress is not None:
+            progress(len(rows), len(set(keys.values())))
+    return [rows[keys[case]] for case in cases]
+
+
+def _computed(cases: Sequence[Case], jobs: int, cluster: bool) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Each case with its row, as they are done."""
+    if cluster:
+        found = on_cluster(_run_moved, cases, [case.files for case in cases])
+    elif jobs == 1:
+        found = ((index, run_case(case)) for index, case in enumerate(cases))
     else:
-        found = _in_parallel(ordered, folder, jobs, cluster)
-        rows = dict(zip([case.key for case in ordered], _counted(found, len(ordered), progress), strict=True))
-    return [rows[case.key] for case in cases]
+        found = in_processes(run_case, cases, jobs)
+    for index, row in found:
+        yield cases[index], row
+
+
+def _run_moved(case: Case, places: Mapping[str, str]) -> dict[str, Any]:
+    """``run_case`` on a worker of a cluster; the row names the files as they were asked for."""
+    return {**run_case(case.moved(places)), **{name: getattr(case, name) for name in NAMING_FILES}}
 
 
 def _input_order(case: Case) -> tuple[Any, ...]:
@@ -203,35 +276,12 @@ def _input_order(case: Case) -> tuple[Any, ...]:
     )
 
 
-def _counted(
-    rows: Iterable[dict[str, Any]], total: int, progress: Callable[[int, int], None] | None
-) -> Iterable[dict[str, Any]]:
-    for done, row in enumerate(rows, start=1):
-        if progress is not None:
-            progress(done, total)
-        yield row
-
-
-def _in_parallel(cases: Sequence[Case], folder: Path, jobs: int, cluster: bool) -> Iterable[dict[str, Any]]:
-    try:
-        import joblib
-    except ImportError as error:
-        raise MissingExtraError("bench", "joblib runs the sweep in several processes") from error
-    backend = "loky"
-    if cluster:
-        try:
-            from ray.util.joblib import register_ray
-        except ImportError as error:
-            raise MissingExtraError("cluster", "--cluster needs ray: pip install ray") from error
-        register_ray()
-        backend = "ray"
-    with joblib.parallel_config(backend=backend, n_jobs=jobs):
-        run = joblib.Parallel(return_as="list" if cluster else "generator")
-        yield from run(joblib.delayed(cached_row)(case, folder) for case in cases)
-
-
-def trace_names(extra: Sequence[str]) -> list[str]:
-    """demo and the given files, each checked by loading it."""
-    for name in extra:
-        load_trace(name)
-    return [DEMO, *extra]
+def check_sources(traces: Sequence[str], shape: str, policies: Sequence[str], hardware: Sequence[str]) -> None:
+    """Opens everything that cases name. Raises what the first bad name raises: a TraceError, PolicyError, ..."""
+    for name in traces:
+        found = open_trace(name, shape or None)
+        check_fit(found.trace, found.shape)
+    for text in policies:
+        open_policy(text)
+    for name in hardware:
+        open_hardware(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,11 +41,25 @@ def ablation(
         list[str] | None, typer.Option(help=f"{', '.join(EXPERIMENTS)}; repeatable. Default: all.")
     ] = None,
     trace: Annotated[list[str] | None, typer.Option(help="Further .npz traces beside demo; repeatable.")] = None,
+    model_shape: Annotated[
+        str | None, typer.Option(metavar="M", help="Shape of the traces' models, where their names do not say it.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="P", help="Further policies beside the presets, as in `simulate`; repeatable."),
+    ] = None,
+    hardware: Annotated[
+        list[str] | None,
+        typer.Option(metavar="H", help="Machines of `policies`, names or files; repeatable. Default: shipped."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Short traces, fewer settings.")] = False,
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", callback=_a_number_of_jobs, help="Processes; -1: one a core.")
     ] = 1,
-    cluster: Annotated[bool, typer.Option("--cluster", help="Run on a Ray cluster (joblib's ray backend).")] = False,
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="Use the Ray cluster at RAY_ADDRESS, or the one that runs here."),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed, the same rows.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -52,11 +67,14 @@ def ablation(
     chosen = _experiments(experiment)
     for name in trace or ():
         check_trace(name)
+    if cluster and jobs != 1:
+        raise typer.BadParameter("--jobs is for this machine; a cluster uses all of its CPUs")
     check_folder(out / "rows")
     from hybrimoe.bench.ablation.summary import summarise, tables
     from hybrimoe.bench.ablation.sweep import sweep
 
-    cases = build_cases(chosen, trace or [], quick=quick, seed=seed)
+    compared = Compared(tuple(trace or ()), model_shape or "", tuple(policy or ()), tuple(hardware or ()))
+    cases = build_cases(chosen, compared, quick=quick, seed=seed)
     rows = sweep(cases, out / "rows", jobs=jobs, cluster=cluster, progress=_tell)
     summary = summarise(rows)
     written = write(out, rows, summary)
@@ -78,22 +96,36 @@ def _experiments(names: list[str] | None) -> tuple[str, ...]:
     return tuple(names) if names else EXPERIMENTS
 
 
-def build_cases(experiments: tuple[str, ...], traces: list[str], *, quick: bool, seed: int = 0) -> list[Any]:
-    """Every case of the chosen experiments, each with the seed."""
-    from dataclasses import replace
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What the experiment `policies` compares beside the presets. ``hardware``: empty for the shipped machines."""
 
+    traces: tuple[str, ...] = ()
+    shape: str = ""
+    policies: tuple[str, ...] = ()
+    hardware: tuple[str, ...] = ()
+
+
+def build_cases(
+    experiments: tuple[str, ...], compared: Compared = Compared(), *, quick: bool, seed: int = 0
+) -> list[Any]:
+    """Every case of the chosen experiments, each with the seed. Names are checked, so that no late row fails."""
     from hybrimoe.bench.ablation import cases as paper
-    from hybrimoe.bench.ablation.sweep import SYNTHETIC, trace_names
+    from hybrimoe.bench.ablation.sweep import SYNTHETIC, check_sources
+    from hybrimoe.tracing.sources import DEMO
 
+    check_sources(compared.traces, compared.shape, compared.policies, compared.hardware)
     tokens = QUICK_TOKENS if quick else FULL_TOKENS
     made = {
         "table3": lambda: paper.table_3(tokens),
         "paper": lambda: paper.speedups(tokens, QUICK_PREFILLS if quick else paper.PAPER_PREFILLS),
         "hits": lambda: paper.hit_rates(tokens),
         "policies": lambda: paper.every_policy(
-            [*((name, "") for name in trace_names(traces)), (SYNTHETIC, "olmoe-1b-7b")],
+            [(DEMO, ""), *((name, compared.shape) for name in compared.traces), (SYNTHETIC, "olmoe-1b-7b")],
             tokens,
             QUICK_RATIOS if quick else FULL_RATIOS,
+            compared.policies,
+            compared.hardware or paper.EVERY_HARDWARE,
         ),
         "lossy": lambda: paper.lossy(tokens),
     }

@@ -19,6 +19,7 @@ from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.predicting import RoutingRecorder, predict, record
 from hybrimoe.runtime.layer_call.routing import CallSpace
+from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stages import LossyStage
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
 from scheduler import Phase
@@ -76,7 +77,39 @@ class ExpertsCall:
         lanes_ns += perf_counter_ns()
         for space in parts:
             space.experts.reports.finish(space)
-        return self._end(index, output, hidden, start_ns, lanes_ns)
+        if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
+            output = self._as_asked(output, hidden)
+        self._count(index, start_ns, lanes_ns)
+        return output
+
+    def run_sent(self, call: SentCall) -> None:
+        """One call of a layer whose tensors the device has sent, and the host has waited for; its output, or what the
+        device makes it of, is then in the call's exchange."""
+        start_ns, index, exchange = perf_counter_ns(), call.layer, call.exchange
+        whole = self._whole[index]
+        if whole is not None:
+            output = self._run_whole(whole, index, exchange.hidden, exchange.ids, exchange.weights, start_ns)
+            if output is not None:
+                exchange.put(output)
+                return
+        parts, n_tokens = self._read(index, exchange.hidden, exchange.ids, exchange.weights)
+        if not n_tokens:
+            exchange.put_nothing()
+            return
+        (space,) = parts
+        space.work.hidden, space.work.host_rows = call.hidden, exchange.rows
+        self._plan(space, parts, exchange.ids)
+        lanes, lanes_ns = space.experts.lanes, -perf_counter_ns()
+        if space.plan.hands_over:
+            lanes.submit(space)
+            lanes.compute(space)
+            exchange.put(lanes.combine(space))
+        else:
+            lanes.launch(space, call)
+            lanes.compute(space)
+        lanes_ns += perf_counter_ns()
+        space.experts.reports.finish(space)
+        self._count(index, start_ns, lanes_ns)
 
     def _read(
         self, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -141,23 +174,22 @@ class ExpertsCall:
         lossy.after_compute(index, self.phase)
         return lossy.joined(index, self.phase, [space.experts.lanes.combine(space) for space in parts])
 
-    def _end(
-        self, index: int, output: torch.Tensor, hidden: torch.Tensor, start_ns: int, lanes_ns: int
-    ) -> torch.Tensor:
-        """Counts the call's time; the output as the caller wants it: dtype, device and shape of `hidden`."""
-        if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
-            output = output.to(hidden.dtype)
-            if output.device != hidden.device:
-                on_host = output.device.type == "cpu"
-                move = self.experts.workspace.to_device if on_host else torch.Tensor.to
-                output = move(output, hidden.device)
-            output = output.reshape(hidden.shape)
+    def _as_asked(self, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The output as the caller wants it: in dtype, device and shape of `hidden`."""
+        output = output.to(hidden.dtype)
+        if output.device != hidden.device:
+            on_host = output.device.type == "cpu"
+            move = self.experts.workspace.to_device if on_host else torch.Tensor.to
+            output = move(output, hidden.device)
+        return output.reshape(hidden.shape)
+
+    def _count(self, index: int, start_ns: int, lanes_ns: int) -> None:
+        """The call has ended: its time, of which the lanes took `lanes_ns`."""
         took_ns = perf_counter_ns() - start_ns
         counters = self.experts.stats.counters[self.phase][index]
         counters.wall_us += took_ns * 1e-3
         counters.overhead_us += (took_ns - lanes_ns) * 1e-3
         self.consistent = True
-        return output
 
     def _run_whole(
         self, whole: WholeCall, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor,

@@ -13,7 +13,9 @@ import torch
 from cpu_kernels.backends.warm import warm_call_ends
 from cpu_kernels.engine.routed import FLOATS, read_call
 from cpu_kernels.jit.primitives import float_from_bits
+from scheduler.balancing.problem import ACCEL, CPU
 from scheduler.compiled import keep_on_disk
+from scheduler.planner.decide import SLOT, new_plan
 from scheduler.slots import RESIDENT
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -24,6 +26,8 @@ Ints = npt.NDArray[np.int32]
 Keys = npt.NDArray[np.int64]
 
 SOFTMAX, SIGMOID = 0, 1
+NO_PLACE = -1
+"""In an exchange: no slot, and a row that is not on the host. There every negative number means this."""
 HIT, ON_ITS_WAY = 0, 1
 """Places of `found` in `describe_routing`."""
 
@@ -79,6 +83,24 @@ def read_and_describe(
             state, found,
         )  # fmt: skip
     return n_active
+
+
+@_compiled
+def place_pairs(plan: Keys, n_cpu: int, n_accel: int, offsets: Ints, rows: Ints, slots: Ints, source: Ints) -> None:
+    """Writes a plan into an exchange (`gpu_kernels.exchange`): slots and source int32 [R] of each (token, expert) pair.
+
+    plan int64 [5, A + 1]: `PlanView.rows`, with so many experts on the CPU and on the accelerator; offsets and rows:
+    of the call's `Dispatch`.
+    """
+    slots[:], source[:] = NO_PLACE, source.size
+    for at in range(n_cpu):
+        position = plan[CPU, at]
+        for i in range(offsets[position], offsets[position + 1]):
+            source[rows[i]] = rows[i]
+    for at in range(n_accel):
+        position = plan[ACCEL, at]
+        for i in range(offsets[position], offsets[position + 1]):
+            source[rows[i]], slots[rows[i]] = NO_PLACE, plan[SLOT, position]
 
 
 @_compiled
@@ -173,3 +195,4 @@ def make_ready() -> None:
         none.reshape(1, 1).copy(), none.copy(), nobody.copy(), nobody.copy(), ends.copy(), nobody.copy(), *described,
     )  # fmt: skip
     count_hits(nobody, 0, key, key)
+    place_pairs(new_plan(1), 1, 0, ends, nobody, nobody.copy(), nobody.copy())

@@ -82,7 +82,7 @@ class Experts:
         stats.found(counters, index, demand.expert_ids, demand.n_tokens_total, space.found)
         if space.ends:
             self.reports.forget(space)
-        space.step, space.traced = self.step, self.tracing
+        space.step, space.traced, space.stands_for = self.step, self.tracing, 1
         if planner is None:
             space.plan = self._unplanned
             space.plan.run_on_cpu(self.step, index, len(demand.expert_ids))

@@ -17,9 +17,12 @@ from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.engine.dispatch import take_records
 from gpu_kernels import LaneError
 from gpu_kernels.combining import combine_on_host
+from hybrimoe.runtime.layer_call.compiled import place_pairs
 from hybrimoe.runtime.layer_call.failures import failed_experts, with_story
 from hybrimoe.runtime.layer_call.layers import Layer
+from hybrimoe.runtime.layer_call.reports import OBSERVE_EVERY
 from hybrimoe.runtime.layer_call.routing import CallSpace
+from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.store import ExpertStore
 from scheduler import Transfer
@@ -65,6 +68,27 @@ class Lanes:
             self._send(space, queue, plan.accel, plan.slots)
         if plan.prefetches:
             self.start_transfers(plan.prefetches, space.step, traced=space.traced)
+
+    def launch(self, space: CallSpace, call: SentCall) -> None:
+        """`submit` of a call that an exchange carries: one launch of recorded work for all experts on the accelerator;
+        `compute` must follow. Not for plans in which one expert takes over another's slot."""
+        plan, dispatch, exchange = space.plan, space.work.dispatch, call.exchange
+        n_accel = len(plan.accel)
+        place_pairs(
+            plan.rows, len(plan.cpu), n_accel, dispatch.offsets, dispatch.rows, exchange.slots, exchange.source
+        )  # fmt: skip
+        if plan.transfers:
+            self.start_transfers(plan.transfers, space.step, traced=False)
+        if n_accel and call.replay is not None:
+            awaited = [plan.slot_of[position] for position in (*plan.awaited, *plan.moved)]
+            timed = not space.step % OBSERVE_EVERY
+            end = call.accelerator.launch(call.replay, awaited, timed=timed)
+            if end is not None:
+                space.ends.append(end)
+                space.sent.append(plan.accel)
+                space.stands_for = OBSERVE_EVERY
+        if plan.prefetches:
+            self.start_transfers(plan.prefetches, space.step, traced=False)
 
     def _interleave(self, space: CallSpace, queue: TransferQueue) -> None:
         """Submits work and transfers in turn, so that each computation sees the slot contents that the plan means."""

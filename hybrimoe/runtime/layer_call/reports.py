@@ -92,7 +92,7 @@ class Reports:
         for end in space.ends:
             start_us, end_us = end.span_us()
             accel_us += end_us - start_us
-        space.counters.accel_us += accel_us
+        space.counters.accel_us += accel_us * space.stands_for
         if space.traced:
             self._record_work(space)
         if self._planner is not None and not space.step % OBSERVE_EVERY:

@@ -20,6 +20,7 @@ from gpu_kernels.uploads import Uploads
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime.layer_call.compiled import describe_routing, read_and_describe
 from hybrimoe.runtime.layer_call.layers import Layer, apply_norm
+from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stats import Counters
 from scheduler import Phase, Prediction
 from scheduler.demand import DemandView
@@ -94,6 +95,8 @@ class RunsLanes(Protocol):
 
     def submit(self, space: CallSpace) -> None: ...
 
+    def launch(self, space: CallSpace, call: SentCall) -> None: ...
+
     def compute(self, space: CallSpace) -> None: ...
 
     def combine(self, space: CallSpace) -> torch.Tensor: ...
@@ -128,13 +131,14 @@ class CallSpace:
 
     `work` is what the lanes share, `demand` what the planner sees of it, `plan` its answer; `positions` int32 and
     `records` uint64 [E] are the CPU lane's experts. `ends`: of each piece of work on the accelerator, whose
-    experts are at positions `sent`. `ran`: the CPU lane's tasks, while `traced`, and `unit`: the accelerator then.
+    experts are at positions `sent`, and whose time stands for that of `stands_for` calls. `ran`: the CPU lane's tasks,
+    while `traced`, and `unit`: the accelerator then.
     """
 
     __slots__ = (
         "_buffers", "_counted", "_dispatches", "_n_tokens", "_norm", "_scores", "_width", "_work", "counters", "cpu_us",
         "demand", "ends", "experts", "found", "index", "layer", "n_cpu", "plan", "positions", "ran", "records", "sent",
-        "step", "traced", "unit", "work",
+        "stands_for", "step", "traced", "unit", "work",
     )  # fmt: skip
 
     work: LayerWork
@@ -154,6 +158,7 @@ class CallSpace:
         self.sent: list[list[int]] = []
         self.ran: list[TaskRecord] = []
         self.step, self.n_cpu, self.cpu_us, self.traced, self.unit = -1, 0, 0.0, False, 0
+        self.stands_for = 1
         self._norm, self._width = layer.transform(), layer.spec.hidden
         self._buffers = _Buffers(0, layer.num_experts)
         self._work = LayerWork(self._buffers.dispatch(0, 1, 0, 0), NOTHING, NO_ROWS, NO_ROWS)

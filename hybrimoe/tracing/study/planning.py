@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrimoe.errors import BudgetError, ConfigError
+from hybrimoe.extensions.policies import open_policy
 from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES
 from scheduler.machine.profile import BYTES_PER_WEIGHT, HardwareProfile, ModelShape
 from scheduler.planner.layer_blocks import layers_of
 from scheduler.simulator.run import simulate
-from scheduler.simulator.simulator import SimulationConfig
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import recorded
 from scheduler.traces.synthetic import LOCALITIES, generate
@@ -149,9 +149,9 @@ def expect(
     )
     predictions = recorded(trace) if trace.predicted_ids is not None else None
     share = min(1.0, max(found.host_experts, 1) / found.n_experts)
-    config = SimulationConfig(
-        policy=policy, n_slots=found.device_experts, cache_ratio=found.device_experts / found.n_experts,
-        expert_dtype=expert_dtype, dense_dtype=dense_dtype, context_tokens=found.context, host_ratio=share,
+    config = open_policy(policy).simulated(
+        n_slots=found.device_experts, cache_ratio=found.device_experts / found.n_experts, expert_dtype=expert_dtype,
+        dense_dtype=dense_dtype, context_tokens=found.context, host_ratio=share,
     )  # fmt: skip
     source = DemandSource(trace, predictions)
     prefill, decode = simulate(trace, profile, shape, config, source=source)

@@ -8,12 +8,12 @@ from typing import Any, cast, get_args
 
 from hybrimoe.config.scheduler import lossy_option, lossy_settings
 from hybrimoe.errors import ConfigError, did_you_mean
+from hybrimoe.extensions.policies import open_policy
 from hybrimoe.machine.profiles import open_hardware, with_accelerators
 from hybrimoe.tracing.learning.onnx_net import OnnxScorer
 from hybrimoe.tracing.sources import open_trace, split
 from scheduler.demand import Phase
 from scheduler.lossy import Lossy, resolve_lossy
-from scheduler.planner.policies import resolve_policy
 from scheduler.simulator.run import simulate
 from scheduler.simulator.simulator import PhaseResult, SimulationConfig, check_fit
 from scheduler.traces.analysis import expert_frequencies
@@ -102,9 +102,7 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
 
 
 def _config(request: SimulationRequest, policy: str, ratio: float, lossy: Lossy | None) -> SimulationConfig:
-    resolve_policy(policy)
-    return SimulationConfig(
-        policy=policy,
+    return open_policy(policy).simulated(
         cache_ratio=ratio,
         expert_dtype=request.expert_dtype,
         dense_dtype=request.dense_dtype,

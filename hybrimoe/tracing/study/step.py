@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hybrimoe.errors import ConfigError
+from hybrimoe.extensions.policies import open_policy
 from hybrimoe.machine.profiles import open_hardware, with_accelerators
 from hybrimoe.tracing.sources import open_trace, split
 from scheduler.graph import TaskGraph
@@ -39,7 +40,7 @@ def explain_step(
     source = DemandSource(evaluation, predictions_for(evaluation, "auto", calibration, seed))
     known = expert_frequencies(calibration)
     profile = with_accelerators(open_hardware(hardware), accelerators, shared_link=False)
-    config = SimulationConfig(policy=policy, cache_ratio=cache_ratio)
+    config = open_policy(policy).simulated(cache_ratio=cache_ratio)
 
     def simulator(on: HardwareProfile, with_config: SimulationConfig) -> Simulator:
         return simulator_class(on, with_config)(

@@ -1,16 +1,25 @@
 """The ablation: rows say where they come from, a stopped sweep goes on, tables follow from rows."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pytest
 
+import yaml_rules
 from hybrimoe.bench.ablation import sweep as ablation_sweep
 from hybrimoe.bench.ablation.cases import every_policy, hit_rates, speedups, table_3
+from hybrimoe.bench.ablation.spread import ClusterError
 from hybrimoe.bench.ablation.summary import oracle_share, summarise, tables
 from hybrimoe.bench.ablation.sweep import DEMO, Case, cached_row, run_case, sweep
 from hybrimoe.cli.bench.ablation import build_cases, write
 from hybrimoe.errors import MissingExtraError
+from hybrimoe.tracing.sources import DEMO_TRACE
+from scheduler.traces.trace import Trace
 
 CASE = Case("policies", "static", "laptop", "", DEMO, 0.25, "decode", n_decode=12)
 
@@ -57,6 +66,101 @@ def test_several_processes_give_the_same_rows(tmp_path):
     assert alone == together
 
 
+def test_a_row_of_other_sources_traces_or_profiles_is_not_taken(tmp_path, monkeypatch):
+    """The key of a row follows the contents of everything that it is made of, not only the names."""
+    trace, hardware, policy = tmp_path / "t.npz", tmp_path / "h.yaml", tmp_path / "p.py"
+    trace.write_bytes(DEMO_TRACE.read_bytes())
+    laptop = Path(yaml_rules.__file__).parent / "hardware" / "laptop.yaml"
+    hardware.write_text(laptop.read_text())
+    policy.write_text(
+        "from scheduler.extension import *\n@policy('keyed')\n"
+        "def keyed(costs: LayerCosts, spare: int = 0) -> Assignment:\n    return Assignment(range(len(costs)), [])\n"
+    )
+    case = replace(CASE, trace=str(trace), hardware=str(hardware), policy=str(policy))
+    keys = [case.key]
+    changes = (
+        lambda: Trace.load(trace).head(50).save(trace),
+        lambda: hardware.write_text(laptop.read_text().replace("read_gbps: ", "read_gbps: 1")),
+        lambda: policy.write_text(policy.read_text().replace("spare: int = 0", "spare: int = 1")),
+        lambda: monkeypatch.setattr(ablation_sweep, "_own_sources", lambda: "another"),
+    )
+    for change in changes:
+        change()
+        keys.append(case.key)
+    assert len(set(keys)) == len(keys)
+    assert set(case.files) == {trace, hardware, policy}
+    moved = case.moved({str(path): f"/far/{path.name}" for path in case.files})
+    assert (moved.trace, moved.hardware, moved.policy) == ("/far/t.npz", "/far/h.yaml", "/far/p.py")
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from hybrimoe.bench.ablation.spread import in_processes
+
+def busy(folder):
+    (Path(folder) / f"{os.getpid()}.pid").touch()
+    end = time.monotonic() + 120.0
+    while time.monotonic() < end:
+        pass
+
+if __name__ == "__main__":
+    list(in_processes(busy, [sys.argv[1]] * 2, 2))
+"""
+
+
+def test_the_processes_of_a_killed_sweep_end(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 60.0
+        while len(found := list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        workers = [psutil.Process(int(path.stem)) for path in found]
+        assert len(workers) == 2
+    finally:
+        parent.kill()
+        parent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20.0)
+    for left in alive:
+        left.kill()
+    assert not alive, "workers outlived the sweep"
+
+
+def test_rows_of_a_ray_cluster(tmp_path):
+    """Needs ray: code and traces are shipped to a local cluster of two workers, rows are those of this process."""
+    ray = pytest.importorskip("ray")
+    trace = tmp_path / "t.npz"
+    Trace.load(DEMO_TRACE).head(60).save(trace)
+    cases = [replace(CASE, trace=str(trace), policy=policy) for policy in ("static", "fiddler")]
+    with pytest.raises(ClusterError, match="no Ray cluster answers"):
+        sweep(cases, tmp_path / "none", cluster=True)
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        address = ray.get_runtime_context().gcs_address
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_ADDRESS", address)
+            ray_rows = subprocess.run(
+                [sys.executable, "-c", RAY_SWEEP, str(trace), str(tmp_path / "ray")], check=True, capture_output=True
+            )
+    finally:
+        ray.shutdown()
+    assert json.loads(ray_rows.stdout.splitlines()[-1]) == sweep(cases, tmp_path / "here")
+
+
+RAY_SWEEP = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+from hybrimoe.bench.ablation.sweep import Case, sweep
+
+case = Case("policies", "static", "laptop", "", sys.argv[1], 0.25, "decode", n_decode=12)
+rows = sweep([replace(case, policy=p) for p in ("static", "fiddler")], Path(sys.argv[2]), cluster=True)
+print(json.dumps(rows))
+"""
+
+
 def test_cluster_needs_ray(tmp_path):
     pytest.importorskip("joblib")
     with pytest.raises(MissingExtraError, match="ray"):
@@ -79,7 +183,7 @@ def test_the_papers_experiments_are_there():
     every = every_policy([(DEMO, "")], 8, (0.25,))
     assert len({case.hardware for case in every}) == 5
     assert "oracle" in {case.policy for case in every}
-    every = build_cases(("table3", "paper", "hits", "policies"), [], quick=False)
+    every = build_cases(("table3", "paper", "hits", "policies"), quick=False)
     assert len({case.key for case in every}) > 250
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hybrimoe
+from hybrimoe.errors import ModelError
 from hybrimoe.generation import SamplingOptions, TextGenerator
 from hybrimoe.generation.candidates import few_candidates
 from hybrimoe.generation.sampling import Sampler
@@ -159,14 +160,18 @@ OPTIONS = {
     "all": SamplingOptions(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, seed=1),
     "top_p alone": SamplingOptions(top_k=0, top_p=0.5, seed=1),
     "penalty": SamplingOptions(temperature=0.0, repetition_penalty=1.3),
+    "drawn with a penalty": SamplingOptions(temperature=1.5, repetition_penalty=1.3, top_k=0, seed=1),
+    "own penalties": SamplingOptions(temperature=0.9, frequency_penalty=0.5, presence_penalty=0.2, top_k=0, seed=1),
+    "bias": SamplingOptions(temperature=0.9, logit_bias=((7, 5.0), (8, -100.0)), top_k=0, seed=1),
 }
-FEW = {"greedy", "qwen", "all"}
-BYTES_OF_A_CANDIDATE = 12
-"""Its logit in float32 and its id in int64."""
+CANDIDATES_OF = {"greedy": 1, "qwen": 20, "all": 5}
+"""The others choose among all tokens, on the card."""
+BYTES_OF_A_CANDIDATE = 8
+"""Its logit in float32 and its id in int32; a choice is sent with the largest logit, in as many."""
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_card_sends_the_candidates_of_a_choice_only(tiny_model: Any, name: str) -> None:
+def test_a_card_sends_the_candidates_of_a_choice_or_the_choice(tiny_model: Any, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     with fake_cards(1) as cards:
         sampler, on_host = (Sampler(tiny_model, OPTIONS[name], PROMPT) for _ in range(2))
@@ -175,11 +180,38 @@ def test_a_card_sends_the_candidates_of_a_choice_only(tiny_model: Any, name: str
             allowed = on_host._processors(on_host._ids, logits[None].clone())[0]
             before = cards.bytes_to_host
             token = sampler.next(logits.to(ONE))
-            sent = cards.bytes_to_host - before
-            assert (sent <= 20 * BYTES_OF_A_CANDIDATE) if name in FEW else (sent == logits.nbytes)
+            assert cards.bytes_to_host - before <= CANDIDATES_OF.get(name, 1) * BYTES_OF_A_CANDIDATE
+            if name not in CANDIDATES_OF or on_host.greedy:
+                assert token == on_host.next(logits), "the fake card draws the host's numbers"
             assert allowed[token] > float("-inf"), "one that transformers' processors leave"
-            if on_host.greedy:
-                assert token == on_host.next(logits)
+
+
+def test_logits_that_move_from_a_card_to_the_host_and_back(tiny_model: Any) -> None:
+    logits = torch.randn(257, generator=torch.Generator().manual_seed(0)) * 4
+    with fake_cards(1):
+        sampler = Sampler(tiny_model, OPTIONS["own penalties"], PROMPT)
+        tokens = [sampler.next(each) for each in (logits.to(ONE), logits, logits.to(ONE))]
+    assert all(0 <= token < 257 for token in tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no torch accelerator here")
+def test_a_real_card_draws_what_torch_draws_there(tiny_model: Any) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    sampler = Sampler(tiny_model, SamplingOptions(temperature=1.0, top_k=0, seed=5), PROMPT)
+    expected = torch.Generator(device=device).manual_seed(5)
+    logits = torch.randn(20, 257, generator=torch.Generator().manual_seed(0)).to(device)
+    for row in logits:
+        drawn = torch.multinomial(torch.softmax(row.float(), dim=-1), 1, generator=expected)
+        assert sampler.next(row) == int(drawn)
+
+
+def test_infinite_logits_on_a_card_are_told(tiny_model: Any) -> None:
+    with fake_cards(1):
+        sampler = Sampler(tiny_model, OPTIONS["bias"], PROMPT)
+        with pytest.raises(ModelError, match="not finite"):
+            sampler.next(torch.full((257,), float("nan")).to(ONE))
 
 
 def test_the_chances_of_candidates_are_those_of_all_tokens(tiny_model: Any) -> None:

@@ -26,7 +26,8 @@ def request_of_tiny_shape(tmp_path: Path) -> overhead_bench.Request:
 
 def test_reports_layer_and_overhead_of_each_contender(request_of_tiny_shape: overhead_bench.Request) -> None:
     result = overhead_bench.measure(request_of_tiny_shape)
-    assert [row["name"] for row in result["contenders"]] == ["CPU only", "emulated accelerator, hybrimoe"]
+    names = [row["name"] for row in result["contenders"]]
+    assert names == ["CPU only", "emulated accelerator, hybrimoe", "sent by a card, hybrimoe"]
     for row in result["contenders"]:
         assert row["layer_us"]["median"] > 0
         assert row["overhead_us"]["median"] > 0

@@ -331,7 +331,7 @@ def test_experts_that_all_have_slots_are_part_of_the_graph(resident_model: Any, 
     for number in range(1, 4):
         found = step(resident_model, new[:, number : number + 1], mine)
         assert same(found, step(plain, new[:, number : number + 1], theirs))
-    (pieces,) = [each for each in resident_model.hybrimoe.step._captured if each.resident is resident]
+    (pieces,) = [each for each in resident_model.hybrimoe.step._captured if each.within is resident]
     assert len(pieces.graphs) == 1
     counted = resident_model.hybrimoe.stats().by_phase["decode"]
     n_layers, top_k = len(pieces.inside), plain.config.num_experts_per_tok
@@ -375,6 +375,55 @@ def test_hooks_on_experts_are_called_where_all_have_slots(resident_model: Any) -
     step(resident_model, ids[:, :1], cache)
     handle.remove()
     assert calls == ["experts"]
+
+
+@pytest.fixture(scope="module")
+def split_model() -> Any:
+    """A part of the experts in slots of torch's CPU device, as a card computes them."""
+    own = tiny_model("qwen2_moe")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hybrimoe.runtime.session.open_devices", lambda config: [TorchAccelerator("cpu", fused=False)])
+        injection = hybrimoe.inject(
+            own, accelerator="emulated", gpu_expert_slots=0.5, expert_dtype="float32", scheduler={"policy": "static"}
+        )
+    injection.way = capture_step(own, injection.session, HOST, NotedGraphs())
+    assert injection.step is not None, injection.way
+    return own
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_split_experts_of_several_sequences(split_model: Any, plain: Any, batch: int) -> None:
+    ids, new = prompt(batch), prompt(batch, seed=1)[:, :3]
+    mine, theirs = after_prompt(split_model, ids), after_prompt(plain, ids)
+    split_model.hybrimoe.session.reset_stats()
+    for number in range(3):
+        assert same(step(split_model, new[:, [number]], mine), step(plain, new[:, [number]], theirs))
+    places = split_model.hybrimoe.step._captured[-1].experts
+    assert len(places) > 0
+    assert all(place.sent is not None for place in places)
+    counted = split_model.hybrimoe.stats().by_phase["decode"]
+    assert counted.tokens == 3 * batch * len(places)
+    assert min(counted.accel_experts, counted.cpu_experts) > 0
+
+
+def test_absent_experts_of_a_split_call_add_nothing(split_model: Any) -> None:
+    session = split_model.hybrimoe.session
+    after = after_prompt(split_model, prompt())
+    step(split_model, prompt(seed=1)[:, :1], after)
+    place = split_model.hybrimoe.step._captured[-1].experts[0]
+    call, exchange = place.sent, place.sent.exchange
+    weights, outputs = torch.tensor([[0.5, 0.7]]), []
+    for ids in ([[1, -1]], [[1, split_model.config.num_experts]], [[-1, 1]]):
+        exchange.send(call.hidden, torch.tensor(ids), weights)
+        session.announce_step("decode")
+        session.run_sent(call)
+        outputs.append(call.accelerator.combine_exchanged(exchange))
+    assert torch.equal(outputs[0], outputs[1])
+    assert outputs[0].any()
+    assert not torch.equal(outputs[0], outputs[2])
+    exchange.send(call.hidden, torch.tensor([[-1, -1]]), weights)
+    session.run_sent(call)
+    assert not call.accelerator.combine_exchanged(exchange).any()
 
 
 @pytest.mark.parametrize("error", [GraphError("no graph"), torch.OutOfMemoryError("no memory")])

@@ -1,0 +1,1 @@
+"""Policies of other authors: found by name, file or entry point, and checked against the contract."""

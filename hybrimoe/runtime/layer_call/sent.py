@@ -1,0 +1,30 @@
+"""A layer's call as a recorded step makes it: always with the same memory of the device and of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpu_kernels import TorchAccelerator
+from gpu_kernels.exchange import Exchange
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SentCall:
+    """The tensors of a call of `layer` on the device, which `exchange` carries to the host and its output back.
+
+    runner: the `ExpertsCall` for whose slots it was recorded. replay: launches the experts that have slots (recorded by
+    `TorchAccelerator.compute_exchanged`); None where nothing has one.
+    """
+
+    runner: Any
+    layer: int
+    accelerator: TorchAccelerator
+    exchange: Exchange
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    replay: Callable[[], None] | None

@@ -1,0 +1,110 @@
+"""A captured step as it is launched: graphs of the device, and the calls of experts between them."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from gpu_kernels.graphs import Graph
+from hybrimoe.generation.growing import Buffers, GrowingLayer
+from hybrimoe.runtime.exchanged import ExchangedExperts
+from hybrimoe.runtime.layer_call.sent import SentCall
+from hybrimoe.runtime.resident import ResidentExperts
+
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Hidden states, expert ids and weights."""
+InsideCall = tuple[int, Routed]
+"""A layer of the session, and a call of its experts within a graph."""
+Counts = npt.NDArray[np.float64]
+Within = ResidentExperts | ExchangedExperts | None
+"""What takes part in the graphs of a step: resident experts, which are computed there; those that host and device
+split, whose calls begin and end there; None: each call of experts is between two pieces, as it is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertsPlace:
+    """A call of experts between two pieces: always with the same memory. result: what the next piece reads. sent: what
+    stands for all that where the piece before sends the call to the host."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: torch.Tensor | None = None
+    sent: SentCall | None = None
+
+    def give(self, output: torch.Tensor) -> None:
+        """An output of the call, for the next piece."""
+        if self.sent is not None:
+            self.sent.exchange.put(output)
+        elif self.result is not None:
+            self.result.copy_(output)
+
+    def run(self, session: Any) -> None:
+        """Has the experts computed."""
+        if self.sent is not None:
+            session.run_sent(self.sent)
+        else:
+            self.give(self.module(*self.args, **self.kwargs))
+
+
+@dataclass(slots=True, eq=False)
+class Pieces:
+    """A captured step of `n_sequences` sequences over one cache's buffers.
+
+    numbers: int64 [2 * sequences + 1] on the device: token ids, their positions, tokens before them. counts: of a step,
+    by layer of the session: calls of experts within the graphs, active experts, us of the device for them.
+    """
+
+    numbers: torch.Tensor
+    buffers: list[Buffers]
+    graphs: list[Graph] = field(default_factory=list)
+    experts: list[ExpertsPlace] = field(default_factory=list)
+    output: Any = None
+    layers: list[weakref.ref[GrowingLayer]] = field(default_factory=list)
+    within: Within = None
+    inside: list[InsideCall] = field(default_factory=list)
+    counts: Counts = field(default_factory=lambda: np.zeros((0, 3)))
+
+    def run(self, numbers: torch.Tensor, experts: Callable[[ExpertsPlace], None]) -> tuple[torch.Tensor, int]:
+        """Launches the step; `experts` answers each call of experts.
+
+        Returns the logits [sequences, 1, V], which the next step overwrites, and the nanoseconds that the host was busy
+        with the pieces, or waited for one.
+        """
+        busy_ns = -time.perf_counter_ns()
+        self.numbers.copy_(numbers, non_blocking=True)
+        for graph, place in zip_longest(self.graphs, self.experts):
+            graph.replay()
+            if place is not None:
+                if place.sent is not None:
+                    place.sent.exchange.wait()
+                busy_ns += time.perf_counter_ns()
+                experts(place)
+                busy_ns -= time.perf_counter_ns()
+        logits: torch.Tensor = self.output.logits
+        return logits, busy_ns + time.perf_counter_ns()
+
+    def is_of(self, layers: Sequence[GrowingLayer], n_sequences: int, within: Within) -> bool:
+        """Whether these are the pieces for layers of a cache, and for experts, as they are now."""
+        return (
+            self.within is within
+            and len(self.numbers) == 2 * n_sequences + 1
+            and len(self.layers) == len(layers)
+            and all(known() is layer for known, layer in zip(self.layers, layers, strict=True))
+        )
+
+    def is_alive(self) -> bool:
+        """Whether the cache is still there, in the same buffers."""
+        layers = [known() for known in self.layers]
+        return all(
+            layer is not None and layer.buffers is held for layer, held in zip(layers, self.buffers, strict=True)
+        )
