@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ import torch
 
 from cpu_kernels import ExpertSpec
 from cpu_kernels.jit.cache_dir import cache_home
-from gpu_kernels.graphs import RecordsGraphs, graphs_of
+from gpu_kernels.graphs import graphs_of
 from scheduler.compiled import source_stamp
 
 FOLDER = "cards"
@@ -176,19 +176,14 @@ def timer(module: TunedModule, spec: ExpertSpec, slots: torch.Tensor) -> TimesCu
             )  # fmt: skip
 
         call(0)
-        with _recorded(graphs, lambda: [call(number) for number in range(n_calls)]) as graph:
-            return graphs.time_us(graph) / n_calls
+        with graphs.recording():
+            graphs.begin()
+            for number in range(n_calls):
+                call(number)
+            graph = graphs.end()
+        return graphs.time_us(graph) / n_calls
 
     return time_us
-
-
-@contextlib.contextmanager
-def _recorded(graphs: RecordsGraphs, work: Callable[[], object]) -> Iterator[Any]:
-    with graphs.recording():
-        graphs.begin()
-        work()
-        graph = graphs.end()
-    yield graph
 
 
 def _driver() -> str:

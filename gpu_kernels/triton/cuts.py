@@ -22,10 +22,6 @@ OVERLAP_FROM = (9, 0)
 """Compute capability of the first NVIDIA cards that start a kernel before the one before it has ended."""
 
 
-_QUANTISED: tuple[ExpertDtype, ...] = ("int4", "int8")
-_FLOATS: tuple[ExpertDtype, ...] = ("bfloat16", "float32")
-
-
 @dataclass(frozen=True, slots=True)
 class Cut:
     """One kernel's. warps: of a program. units: groups of 32 columns (int8, int4) or times 4 lines (floats) that a
@@ -61,12 +57,17 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 def candidates(dtype: ExpertDtype, block: int, capability: tuple[int, int] | None) -> tuple[Cuts, ...]:
     """Cuts worth trying for programs of `block` tokens on such a card, the default first."""
     if block > FEW_TOKENS:  # tensor cores are busy: kernels that overlapped were slower (H200)
-        wide = dtype in _FLOATS and block == BLOCK_TOKENS[-1] and (capability is None or capability[0] != HOPPER)
+        wide = dtype == "bfloat16" and block == BLOCK_TOKENS[-1] and (capability is None or capability[0] != HOPPER)
         return (_WIDE_TILES if wide else _TILES,)
     overlap = capability is not None and capability >= OVERLAP_FROM
     return tuple(replace(cuts, overlap=overlap) for cuts in _FEW[block][dtype])
 
 
+_ONE_FLOATS = (
+    Cuts(Cut(16, 32), Cut(4, 32, 16)), Cuts(Cut(8, 32), Cut(4, 32, 16)), Cuts(Cut(16, 64), Cut(4, 32, 16)),
+)  # fmt: skip
+_FOUR_QUANTISED = Cuts(Cut(4, 16), Cut(2, 16)), Cuts(Cut(8, 16), Cut(4, 16))
+_FOUR_FLOATS = (Cuts(Cut(8, 16), Cut(4, 16)),)
 _FEW: dict[int, dict[ExpertDtype, tuple[Cuts, ...]]] = {
     1: {
         "int4": (
@@ -75,11 +76,10 @@ _FEW: dict[int, dict[ExpertDtype, tuple[Cuts, ...]]] = {
         "int8": (
             Cuts(Cut(8, 16), Cut(4, 16, 32)), Cuts(Cut(8, 32), Cut(4, 32, 16)), Cuts(Cut(4, 16), Cut(2, 16, 16)),
         ),
-    } | dict.fromkeys(_FLOATS, (
-        Cuts(Cut(16, 32), Cut(4, 32, 16)), Cuts(Cut(8, 32), Cut(4, 32, 16)), Cuts(Cut(16, 64), Cut(4, 64, 16)),
-    )),
-    4: dict.fromkeys(_QUANTISED, (Cuts(Cut(4, 16), Cut(2, 16)), Cuts(Cut(8, 16), Cut(4, 16))))
-    | dict.fromkeys(_FLOATS, (Cuts(Cut(8, 16), Cut(4, 16)), Cuts(Cut(8, 16), Cut(4, 16, 16)))),
+        "bfloat16": _ONE_FLOATS,
+        "float32": _ONE_FLOATS,
+    },
+    4: {"int4": _FOUR_QUANTISED, "int8": _FOUR_QUANTISED, "bfloat16": _FOUR_FLOATS, "float32": _FOUR_FLOATS},
 }  # fmt: skip
 _TILES = Cuts(Cut(4), Cut(4, rows=64))
 _WIDE_TILES = Cuts(Cut(8), Cut(8, rows=64))

@@ -1,8 +1,8 @@
 """Launches the fused kernels for a group of experts: gate, up and activation in one launch, down in another.
 
 Two families, by the tokens of an expert: `few` reads each record once for 1 or 4 tokens, by integer or float sums in
-registers; `many` takes tiles of 16 or 64 tokens to tensor cores. A third, small kernel brings a call's input into the
-form that both read: rounded to int8 for int8 and int4 experts, in two parts for bfloat16 on tensor cores.
+registers; `many` takes tiles of 16, 64 or 128 tokens to tensor cores. A third, small kernel brings a call's input into
+the form that both read: rounded to int8 for int8 and int4 experts, in two parts for bfloat16 on tensor cores.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from cpu_kernels.format.layout import BLOCK_COLUMNS, GROUP, LINE_BYTES, is_quant
 from gpu_kernels.triton import few, formats, many
 from gpu_kernels.triton.cuts import BLOCK_TOKENS, FEW_TOKENS, Cut, Cuts, capability_of
 from gpu_kernels.triton.cuts import candidates as cuts_for
+
+__all__ = ["BLOCK_TOKENS", "MAX_TOKENS", "block_tokens", "candidates", "run_group", "supports"]
 
 DTYPES: dict[ExpertDtype, int] = {
     "int4": formats.INT4,
@@ -58,7 +60,7 @@ def supports(spec: ExpertSpec) -> bool:
 
 
 def block_tokens(n_tokens: list[int]) -> int:
-    """Tokens that one program takes of a group whose experts have so many."""
+    """Tokens that one program takes of a group whose experts have so many: for more than 64, what takes less time."""
     *smaller, large, largest = BLOCK_TOKENS
     if max(n_tokens) > large:
         tiles = sum(-(-n // large) for n in n_tokens)

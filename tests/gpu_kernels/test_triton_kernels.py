@@ -51,6 +51,7 @@ class Assembly:
 
     ptx: str
     cubin: bytes
+    shared_bytes: int
 
     @property
     def loops(self) -> list[str]:
@@ -115,7 +116,7 @@ def compiled(target: tuple[str, int | str, int], spec: ExpertSpec, block: int, n
 def assembly(arch: int, dtype: ExpertDtype, block: int, number: int = 0) -> list[Assembly]:
     """Of up and down."""
     found = compiled(("cuda", arch, 32), ExpertSpec(2048, 1024, dtype), block, number)
-    return [Assembly(kernel.asm["ptx"], kernel.asm["cubin"]) for kernel in found]
+    return [Assembly(kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.shared) for kernel in found]
 
 
 def nvidia_tool(name: str) -> Path:
@@ -141,6 +142,8 @@ def stack_bytes(cubin: bytes, path: Path) -> int:
 
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+"""Of shared memory that a program may take (CUDA C++ Programming Guide, compute capabilities)."""
 EVERY_BLOCK = [(arch, block) for arch in ARCHITECTURES for block in (1, 128)] + [(90, 4), (90, 16), (90, 64)]
 """All blocks of tokens for one architecture, the smallest and the largest for the others."""
 no_fusion_warning = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -166,6 +169,7 @@ def test_no_product_is_rounded_to_tf32_and_no_register_spilled(
     for kernel in assembly(arch, dtype, block):
         assert "tf32" not in kernel.ptx
         assert stack_bytes(kernel.cubin, tmp_path / "kernel.cubin") == 0
+        assert kernel.shared_bytes <= SHARED_KIB[arch] << 10
 
 
 @needs_triton
@@ -236,7 +240,7 @@ def test_kernels_read_weights_while_the_one_before_still_runs() -> None:
     from gpu_kernels.triton import cuts, fused
 
     for kernel in assembly(90, "int4", 1):
-        before, _, after = kernel.ptx.partition("griddepcontrol.wait")
+        before, _, after = kernel.ptx.rpartition("griddepcontrol.wait")  # programs that have nothing to do wait too
         assert re.search(r"ld\.global\S*\.v4\.b32", before)
         assert "dp4a" in after
         assert "dp4a" not in before
