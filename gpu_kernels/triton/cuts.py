@@ -12,7 +12,7 @@ import torch
 
 from cpu_kernels import ExpertDtype
 
-BLOCK_TOKENS = (1, 4, 16, 64, 128)
+BLOCK_TOKENS: tuple[int, ...] = (1, 4, 16, 64, 128)
 """Tokens that one program takes: kernels are compiled once for each, and more tokens take several programs."""
 FEW_TOKENS = 4
 """Up to so many tokens, multiplying them one by one takes no longer than reading the record."""
