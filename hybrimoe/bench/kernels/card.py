@@ -28,7 +28,7 @@ READ_BYTES = 2 << 30
 CALLS = 8
 """At least so many calls, each of other experts, between two time stamps: what one launch costs is then hidden."""
 REPEATS = 20
-TUNING_S = 8.0
+TUNING_S = 5.0
 """For each shape and dtype that was never timed on this card; as at a session's start."""
 WEIGHT_SIZE = 0.02
 """Standard deviation of random weights."""

@@ -29,7 +29,7 @@ REPEATS = 3
 KERNEL_TOKENS = (1, 4, 16, 64, 128)
 """Tokens of an expert for which a device may have kernels of their own, compiled when they are first called; the blocks
 of `gpu_kernels.triton.fused`."""
-TUNING_S = 8.0
+TUNING_S = 5.0
 """Of a session's start, at most, for timing kernels that were never timed on this card (`gpu_kernels.tuning`)."""
 
 
