@@ -36,7 +36,9 @@ CALLS = 12
 class TunedModule(Protocol):
     """What this module needs of `gpu_kernels.triton.fused`."""
 
-    BLOCK_TOKENS: tuple[int, ...]
+    def blocks(self) -> Sequence[int]:
+        """Each number of tokens that one program may take."""
+        ...
 
     def candidates(self, spec: ExpertSpec, block: int, device: torch.device) -> Sequence[Any]:
         """Cuts that may be the fastest for programs of `block` tokens, the default first; each has a `label`."""
@@ -113,7 +115,7 @@ def tune(
     Times what `timings` does not know, for so many seconds at most, and keeps it. A cut that does not run is left out.
     """
     until, timed, chosen = time.monotonic() + seconds, False, {}
-    for block in module.BLOCK_TOKENS:
+    for block in module.blocks():
         candidates = module.candidates(spec, block, device)
         times = timings.us.setdefault(kernel_name(spec, block), {})
         for cuts in candidates if len(candidates) > 1 else ():

@@ -19,8 +19,6 @@ from gpu_kernels.triton import few, formats, many
 from gpu_kernels.triton.cuts import BLOCK_TOKENS, FEW_TOKENS, Cut, Cuts, capability_of
 from gpu_kernels.triton.cuts import candidates as cuts_for
 
-__all__ = ["BLOCK_TOKENS", "MAX_TOKENS", "block_tokens", "candidates", "run_group", "supports"]
-
 DTYPES: dict[ExpertDtype, int] = {
     "int4": formats.INT4,
     "int8": formats.INT8,
@@ -47,6 +45,11 @@ UP_COLUMNS = 32
 WORD_BYTES = 4
 QUAD = 4
 """Words of 16 bytes: rows of activations begin on such, so that kernels may read as much at once."""
+
+
+def blocks() -> tuple[int, ...]:
+    """Each number of tokens that one program may take."""
+    return BLOCK_TOKENS
 
 
 def candidates(spec: ExpertSpec, block: int, device: torch.device) -> tuple[Cuts, ...]:
