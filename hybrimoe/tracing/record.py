@@ -163,8 +163,8 @@ class RoutingTap:
             gate = self._lookahead.gate(layer)
             if not isinstance(gate, LinearGate):
                 raise ModelError(
-                    f"the gate of MoE layer {layer} is not a matrix that we read: its probabilities of all experts are not"
-                    " known; record without full scores"
+                    f"the gate of MoE layer {layer} is not a matrix that we read, so its probabilities of all experts"
+                    " are not known; record without full scores"
                 )
             _, chances = gate.scores(call.hidden.float().cpu().numpy() @ gate.weight.T)
             found[:, layer, : chances.shape[1]] = chances
