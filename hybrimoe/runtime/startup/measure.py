@@ -84,7 +84,7 @@ def _tune(store: ExpertStore, layers: Sequence[int], accelerator: Accelerator, s
     if not isinstance(accelerator, TorchAccelerator):
         return False
     specs = dict.fromkeys(store.layers[layer].spec for layer in layers)
-    return any([accelerator.tune(spec, until - time.monotonic()) for spec in specs])
+    return sum(accelerator.tune(spec, until - time.monotonic()) for spec in specs) > 0
 
 
 def run_each_kernel(store: ExpertStore, layers: Iterable[int], accelerator: Accelerator) -> None:
