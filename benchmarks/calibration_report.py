@@ -238,7 +238,8 @@ INTRODUCTION = """# The simulator against public measurements
 
 Written by `benchmarks/calibration_report.py` from `benchmarks/public_rows.yaml`: {rows} measurements of llama.cpp that
 others published, on {machines} machines. Speeds are tokens/s; those of the simulator are simulated, with made routing.
-Error is predicted / public - 1. A machine is in one half only: the fit never saw the second half.
+Error is predicted / public - 1. A machine is in one half only: the fit does not see the second half; what the simulator
+models was chosen with both in view.
 
 "Data sheet alone" is the convention of the shipped profiles: 80 % of the nominal memory rates, 50 % of the tensor rate,
 each expert launched alone at 8 us, 20 us of synchronisation a layer. "Calibrated" is the same machine as
