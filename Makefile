@@ -6,6 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP_BASE := $(VENV)/.hybrimoe-base
 STAMP_DEV := $(VENV)/.hybrimoe-dev
 
+# Tests run in as many processes as there are cores, but not more than 4 (about 1.5 GB of memory each); WORKERS=0: in one.
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
+
 STAMP_FLOOR := .venv-floor/.hybrimoe-floor
 FLOOR := .venv-floor/bin/python
 
@@ -29,29 +33,29 @@ demo: $(STAMP_BASE)  ## set up, then stream a text from the demo model and show 
 	$(BIN)/hybrimoe generate --prompt "It was a bright morning, and Elizabeth" --max-new-tokens 96 --seed 7
 
 test: $(STAMP_DEV)  ## set up, then run the tests, with six of the model families
-	$(BIN)/python -m pytest -q -m "not families or representative"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not families or representative"
 
 test-fast: $(STAMP_DEV)  ## what a change is tried with: the scheduler, rules, configuration and checkpoints
 	$(BIN)/python -m pytest -q -m "not families" tests/scheduler tests/yaml_rules tests/hybrimoe/config \
 	  tests/test_dependency_direction.py
 
 test-all: $(STAMP_DEV)  ## every test, with every model family of transformers (what CI runs)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 $(STAMP_FLOOR): pyproject.toml constraints.txt $(STAMP_DEV)
 	$(PYTHON) -m venv .venv-floor
 	echo '*' >.venv-floor/.gitignore
 	$(BIN)/uv pip compile -q --resolution lowest-direct --extra onnx --extra serve --extra bench pyproject.toml \
 	  -o .venv-floor/requirements.txt
-	grep -E '^(pytest|pytest-randomly|hypothesis|jsonschema)==' constraints.txt >.venv-floor/tools.txt
+	grep -E '^(pytest|pytest-randomly|pytest-xdist|hypothesis|jsonschema)==' constraints.txt >.venv-floor/tools.txt
 	$(BIN)/uv pip install -q --python $(FLOOR) -r .venv-floor/requirements.txt -r .venv-floor/tools.txt
 	@touch $@
 
 test-floor: $(STAMP_FLOOR)  ## the tests with the lowest versions that pyproject.toml allows (torch 2.8: 7 GB of disk)
-	PYTHONPATH=. $(FLOOR) -m pytest -q -m "not families or representative" -W default
+	PYTHONPATH=. $(FLOOR) -m pytest -q $(PARALLEL) -m "not families or representative" -W default
 
 coverage: $(STAMP_DEV)  ## the tests with line and branch coverage; functions that Numba compiled are not seen
-	$(BIN)/python -m pytest -q -m "not families or representative" --cov --cov-report=term
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not families or representative" --cov --cov-report=term
 
 lint: $(STAMP_DEV)  ## ruff and mypy
 	$(BIN)/ruff check .

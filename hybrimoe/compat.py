@@ -6,7 +6,7 @@ Each is a method or attribute of a model that transformers offers under no publi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,18 @@ def forgive_known_keys(model: PreTrainedModel, report: Any) -> None:
     _call(model, "_adjust_missing_and_unexpected_keys", report)
 
 
+def gguf_tokenizer(architecture: str, metadata: Mapping[str, Any]) -> Any:
+    """The tokenizer (of the package tokenizers) that the vocabulary in a GGUF file's metadata describes."""
+    mapping, convert = _gguf("GGUF_TOKENIZER_MAPPING"), _gguf("convert_gguf_tokenizer")
+    names = {f"tokenizer.{key}": name for key, name in mapping["tokenizer"].items()}
+    return convert(architecture, {names[key]: value for key, value in metadata.items() if key in names})[0]
+
+
+def gguf_splits() -> frozenset[str]:
+    """The vocabularies of GGUF files, by their names there, whose way of splitting text transformers knows."""
+    return frozenset(_gguf("GGUF_PRE_TOKENIZER_SPLITS"))
+
+
 def output_tie(model: PreTrainedModel) -> tuple[str, str] | None:
     """Names of the output layer's weight and of the embedding that it may be tied to; None where it may not be, or
     already is."""
@@ -90,6 +102,19 @@ def _attribute(model: PreTrainedModel, name: str) -> Any:
             f" install a release that fits: pip install 'transformers=={TESTED}'"
         )
     return getattr(model, name)
+
+
+def _gguf(name: str) -> Any:
+    """What transformers' reading of GGUF files has under `name`."""
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
+
+    found = getattr(gguf_tokenizer_mapping, name, None)
+    if found is None:
+        raise CompatibilityError(
+            f"transformers {version('transformers')} has no {name} for GGUF files, which {TESTED} has; install a"
+            f" release that fits: pip install 'transformers=={TESTED}'"
+        )
+    return found
 
 
 def _call(model: PreTrainedModel, name: str, *arguments: Any, **named: Any) -> Any:

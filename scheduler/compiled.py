@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba  # type: ignore[import-untyped, unused-ignore]
+from numba.core.caching import IndexDataCacheFile  # type: ignore[import-untyped, unused-ignore]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,9 +26,23 @@ class UncachedCodeWarning(UserWarning):
 
 def compiled(function: Function) -> Function:
     """``numba.njit`` with this package's options; the type of the Python function is kept for checkers."""
-    made = numba.njit(nogil=True)(function)
+    made = once_for_all_values(numba.njit(nogil=True)(function))
     keep_on_disk(made, "scheduler")
     return cast(Function, made)
+
+
+def once_for_all_values(made: Any) -> Any:
+    """Lets compiled callers of `made` share one machine code of it. Returns `made`.
+
+    Numba compiles a function again for each number or truth value that a call of it spells out: f(x, -1) and f(x, y).
+    """
+    if numba.config.DISABLE_JIT:
+        return made
+    template_of, plain = made.get_call_template, numba.types.unliteral
+    made.get_call_template = lambda args, kws: template_of(
+        [plain(kind) for kind in args], {name: plain(kind) for name, kind in kws.items()}
+    )
+    return made
 
 
 def keep_on_disk(made: Any, *packages: str) -> None:
@@ -43,16 +58,34 @@ def keep_on_disk(made: Any, *packages: str) -> None:
     except RuntimeError:  # Numba finds no directory that it may write to
         _warn_once()
         return
-    made._cache._cache_file._source_stamp = source_stamp(*packages)  # private; tests/scheduler/test_compiled.py
+    cache = made._cache  # private, like what is called of it; tests/scheduler/test_compiled.py
+    cache._cache_file = CodeFiles(cache.cache_path, cache._impl.filename_base, source_stamp(*packages))
+
+
+class CodeFiles(IndexDataCacheFile):  # type: ignore[misc, unused-ignore]
+    """Numba's files of one function, an index and a file for each signature, that several processes may write at once.
+
+    Each process takes a free name for its code, and two may take the same one. So the file says whose code it has, and
+    another one's is not loaded; it is compiled again.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keeps the code `data` of signature, machine and byte code `key`."""
+        super().save(key, (self._source_stamp, key, data))
+
+    def load(self, key: Any) -> Any:
+        """The code that was kept for `key`, or None."""
+        stamp, owner, data = super().load(key) or (None, None, None)
+        return data if (stamp, owner) == (self._source_stamp, key) else None
 
 
 @cache
 def source_stamp(*packages: str) -> str:
-    """Hash of all Python sources of `packages`, which lie beside this one.
+    """Hash of all Python sources of `packages`, which lie beside this one, and of this module, which writes the files.
 
     Read once, when the first function of them is made: later the files may be those of an update.
     """
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    root, digest = Path(__file__).parents[1], hashlib.sha256(Path(__file__).read_bytes())
     for package in packages:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode())

@@ -1,6 +1,6 @@
 """Shared by all tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,22 @@ def validating_slot_tables() -> None:
     from scheduler import SlotTable
 
     SlotTable.validating = True
+
+
+@pytest.fixture(scope="module")
+def policies_put_back() -> Iterator[None]:
+    """The tables of policies are afterwards what they were: other modules' tests hold them to documents and reports."""
+    from scheduler import balancing, cache, extension, prefetch
+    from scheduler.planner import policies
+
+    tables = (
+        extension._EXTENSIONS, policies._PRESETS, balancing._POLICIES, cache.CACHE_POLICIES, prefetch.PREFETCH_POLICIES
+    )  # fmt: skip
+    before = [dict(table) for table in tables]
+    yield
+    for table, known in zip(tables, before, strict=True):
+        table.clear()
+        table.update(known)
 
 
 @pytest.fixture(scope="session")

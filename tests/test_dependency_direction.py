@@ -21,14 +21,14 @@ PACKAGES = ("hybrimoe", "cpu_kernels", "gpu_kernels", "scheduler", "yaml_rules")
 STDLIB = set(sys.stdlib_module_names)
 
 EVERYWHERE: dict[str, set[str]] = {
-    "scheduler": {"scheduler", "numpy", "networkx", "numba"},
+    "scheduler": {"scheduler", "numpy", "numba"},
     "cpu_kernels": {"cpu_kernels", "numpy", "numba", "llvmlite", "torch", "psutil"},
     "gpu_kernels": {"gpu_kernels", "cpu_kernels", "numpy", "torch"},
     "yaml_rules": {"yaml_rules", "yaml", "pydantic", "pydantic_core"},
 }
-# Only inside a function: optional parts that must not be needed to import the package.
+# Only inside a function: parts that are optional, or that few commands need and every start would pay for.
 LAZILY: dict[str, set[str]] = {
-    "scheduler": set(),
+    "scheduler": {"networkx"},
     "cpu_kernels": {"intel_extension_for_pytorch", "onnx", "onnxruntime"},
     "gpu_kernels": {"triton"},
     "yaml_rules": set(),

@@ -17,6 +17,11 @@ INT4_MIN, INT4_MAX = -8, 7
 # Candidates for (extreme value of a group) / scale in int4; the one with the least squared error wins. -8 uses all of
 # the code range, values nearer to 0 clip the extreme and round the rest more finely, +7 helps groups with two extremes.
 INT4_DIVISORS = np.array([-8.0, -8.6, -7.5, 7.0, 7.6], np.float32)
+INT4_GRID = np.array([-7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], np.float32)
+"""What the extreme value of a group may be coded as in weights that are int4 already (Q4_0 of GGUF, GPTQ, AWQ), so that
+they keep their codes. Tried where all values of the group lie on that grid, which other weights do not."""
+INT8_GRID_BITS = 6  # a power of two by which the extreme is at least 2**6: weights on such a grid (MXFP4) stay exact
+ON_GRID = np.float32(1 / 256)  # how far from a whole number of steps a value may lie, in steps
 TINY = np.float32(1e-30)  # groups below are stored as zeros
 WORDS = GROUP // 4  # 32-bit words of the codes of a group
 f32, i32 = np.float32, np.int32
@@ -94,7 +99,24 @@ def _round(values: np.ndarray, scale: Real, low: Whole, high: Whole, codes: np.n
 
 
 @inline_kernel
+def _on_grid(values: np.ndarray, step: Real) -> Truth:
+    """Whether all values are whole numbers of steps. Weights that are not quantised are told by their first values."""
+    if abs(step) <= TINY:
+        return False
+    inverse = f32(1) / step
+    for i in range(GROUP):
+        steps = values[i] * inverse
+        if abs(steps - ((steps + ROUND) - ROUND)) > ON_GRID:
+            return False
+    return True
+
+
+@inline_kernel
 def _int8_codes(values: np.ndarray, extreme: Real, codes: np.ndarray) -> Whole:
+    power = float_from_bits((bits_of_float(extreme) & INFINITY_BITS) - i32(INT8_GRID_BITS << 23))
+    if abs(extreme) > TINY and _on_grid(values, power):
+        _round(values, power, -INT8_MAX, INT8_MAX, codes)
+        return bits_of_float(power) >> i32(16)
     scale = _bfloat16_bits(abs(extreme) / f32(INT8_MAX))
     _round(values, float_from_bits(scale << i32(16)), -INT8_MAX, INT8_MAX, codes)
     return scale
@@ -109,6 +131,12 @@ def _int4_codes(values: np.ndarray, extreme: Real, codes: np.ndarray) -> Whole:
         error = _round(values, float_from_bits(scale << i32(16)), INT4_MIN, INT4_MAX, codes)
         if error < least:
             best, least = scale, error
+    for code in INT4_GRID:
+        if _on_grid(values, extreme / code):
+            scale = _bfloat16_bits(extreme / code)
+            error = _round(values, float_from_bits(scale << i32(16)), INT4_MIN, INT4_MAX, codes)
+            if error < least:
+                best, least = scale, error
     _round(values, float_from_bits(best << i32(16)), INT4_MIN, INT4_MAX, codes)
     return best
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from hybrimoe.checkpoint.errors import PackedFileWarning, UnsupportedCheckpointError
     from hybrimoe.checkpoint.loading import load
     from hybrimoe.checkpoint.packed import PackedFile
-    from hybrimoe.checkpoint.source import model_directory
+    from hybrimoe.checkpoint.source import model_path
     from hybrimoe.checkpoint.tokenizer import load_tokenizer
     from hybrimoe.injection.restore import rebuild_experts
 
@@ -19,7 +19,7 @@ _MODULE_OF = {
     "UnsupportedCheckpointError": "hybrimoe.checkpoint.errors",
     "load": "hybrimoe.checkpoint.loading",
     "load_tokenizer": "hybrimoe.checkpoint.tokenizer",
-    "model_directory": "hybrimoe.checkpoint.source",
+    "model_path": "hybrimoe.checkpoint.source",
     "rebuild_experts": "hybrimoe.injection.restore",
 }
 
@@ -29,7 +29,7 @@ __all__ = [
     "UnsupportedCheckpointError",
     "load",
     "load_tokenizer",
-    "model_directory",
+    "model_path",
     "rebuild_experts",
 ]
 

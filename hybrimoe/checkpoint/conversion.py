@@ -30,7 +30,8 @@ from transformers.core_model_loading import (
 )
 
 from hybrimoe.checkpoint.dequantise import Source
-from hybrimoe.checkpoint.source import listed
+from hybrimoe.checkpoint.errors import listed
+from hybrimoe.checkpoint.stored import Stored
 from hybrimoe.errors import CheckpointError
 
 WRAPPERS = re.compile(r"^(module\.|language_model\.(?=model\.|lm_head\.))+|(?<![^.])_orig_mod\.")
@@ -78,6 +79,10 @@ class Conversion:
     def source_keys(self) -> list[str]:
         """Keys of all sources."""
         return [source.key for group in self.sources.values() for source in group]
+
+    def stored(self) -> list[Stored]:
+        """The tensors of the files that all sources are made from."""
+        return [stored for group in self.sources.values() for source in group for stored in source.stored]
 
     def whole(self, shapes: ModelShapes) -> dict[str, torch.Tensor]:
         """Every parameter of this conversion, by key."""
@@ -155,6 +160,26 @@ def plan_conversions(model: PreTrainedModel, sources: Mapping[str, Source]) -> C
         conversion = conversions.setdefault(renamed, Conversion(renamed, converter))
         conversion.sources.setdefault(pattern or key, []).append(sources[key])
     return ConversionPlan(conversions, tuple(unknown))
+
+
+def plan_as_named(model: PreTrainedModel, sources: Mapping[str, Source]) -> ConversionPlan:
+    """For `sources` that are parameters of the (meta) `model` already, by their names there.
+
+    Raises CheckpointError for a shape that differs: here, before anything is read.
+    """
+    parameters = model.state_dict()
+    conversions: dict[str, Conversion] = {}
+    for key, source in sources.items():
+        if key not in parameters:
+            continue
+        if source.shape != tuple(parameters[key].shape):
+            raise CheckpointError(
+                f"{key}: the configuration asks for shape {list(parameters[key].shape)}, the checkpoint gives"
+                f" {list(source.shape)} ({source.key}); the file is damaged, or no conversion of a"
+                f" {model.config.model_type} model"
+            )
+        conversions[key] = Conversion(key, None, {key: [source]})
+    return ConversionPlan(conversions, tuple(source.key for key, source in sources.items() if key not in parameters))
 
 
 def _split(transforms: Iterable[WeightTransform]) -> tuple[list[WeightRenaming], list[WeightConverter]]:

@@ -28,8 +28,8 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from hybrimoe import compat
 from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
-from hybrimoe.checkpoint.errors import LeftOutWarning
-from hybrimoe.checkpoint.source import listed, read_config_dict
+from hybrimoe.checkpoint.errors import LeftOutWarning, listed
+from hybrimoe.checkpoint.source import read_config_dict
 from hybrimoe.errors import CheckpointError, ModelError
 from hybrimoe.generation.sampling import check_settings
 
@@ -59,8 +59,27 @@ OTHER_STACKS = re.compile(r"vision|visual|audio|encoder")  # have layers of thei
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def read_config(directory: Path) -> PreTrainedConfig:
-    """The model's configuration, without its quantisation (weights are dequantised when they are read)."""
+def read_config(path: Path) -> PreTrainedConfig:
+    """The configuration of a model directory or GGUF file, without its quantisation (weights are dequantised when they
+    are read)."""
+    if path.is_file():
+        return _described(path, read_config_dict(path))
+    return _read_directory(path)
+
+
+def _described(file: Path, raw: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration that a GGUF file's metadata stand for."""
+    try:
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except Exception as error:  # whatever transformers raises of metadata is about that file
+        raise ModelError(
+            f"{file}: transformers makes no {raw['model_type']} of its metadata: {_reason(error)}; fetch the file again"
+        ) from error
+    _check_counts(file, {name: getattr(config.get_text_config(), name, None) for name in COUNTS})
+    return config
+
+
+def _read_directory(directory: Path) -> PreTrainedConfig:
     raw = read_config_dict(directory)
     _check_counts(directory, raw)
     if "auto_map" in raw and raw["model_type"] not in CONFIG_MAPPING:
@@ -124,7 +143,8 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def read_generation_defaults(model: PreTrainedModel, directory: Path) -> None:
-    """Takes over generation_config.json (sampling defaults, end tokens), as `from_pretrained` does, if there is one.
+    """Of a model directory: takes over generation_config.json (sampling defaults, end tokens), if there is one, as
+    `from_pretrained` does.
 
     Raises ModelError where the file cannot be read, or has a value that no token could be chosen with.
     """

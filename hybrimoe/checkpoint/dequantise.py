@@ -18,6 +18,7 @@ from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
 from hybrimoe.checkpoint.quantisation import Quantisation, check_tensor_names
 from hybrimoe.checkpoint.safetensors_file import StoredTensor
 from hybrimoe.checkpoint.scales import E8M0_DTYPES, MX_GROUP, ScaleGrid, block_size, decoded, grid_of
+from hybrimoe.checkpoint.stored import Stored
 from hybrimoe.errors import CheckpointError
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -44,6 +45,10 @@ class Source(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of what `read` gives."""
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        """The tensors of the files that it is made from."""
 
     def read(self) -> torch.Tensor:
         """The whole tensor."""
@@ -72,6 +77,10 @@ class ScaledSource:
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        return self.weight, self.scales
 
     def read(self) -> torch.Tensor:
         return self._scaled(self.weight.read(), self.scales.read())
@@ -102,6 +111,10 @@ class Mxfp4Source:
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        return self.blocks, self.scales
 
     def read(self) -> torch.Tensor:
         return scale_mxfp4(self.blocks.read(), self.scales.read())

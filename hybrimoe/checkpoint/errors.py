@@ -18,3 +18,12 @@ class TiedEmbeddingsWarning(UserWarning):
 
 class LeftOutWarning(UserWarning):
     """Weights of the checkpoint that its model has no place for were left out; the message says which."""
+
+
+SHOWN_NAMES = 3  # names that an error lists before "and N more"
+
+
+def listed(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

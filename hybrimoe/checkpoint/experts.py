@@ -17,8 +17,8 @@ import torch
 from cpu_kernels import ExpertWeights
 from cpu_kernels.host.threads import torch_threads
 from hybrimoe.checkpoint.conversion import Conversion, ModelShapes
+from hybrimoe.checkpoint.errors import listed
 from hybrimoe.checkpoint.progress import Progress
-from hybrimoe.checkpoint.source import listed
 from hybrimoe.errors import CheckpointError
 from hybrimoe.experts.layout import ExpertsLayout
 from hybrimoe.runtime.store import ExpertStore

@@ -20,7 +20,7 @@ from cpu_kernels.jit.cache_dir import ENV_CACHE
 from hybrimoe import compat
 from hybrimoe.amounts import Amount
 from hybrimoe.checkpoint import packed, packed_dense
-from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes, plan_conversions
+from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes
 from hybrimoe.checkpoint.dense import (
     complete,
     dense_dtype,
@@ -30,15 +30,13 @@ from hybrimoe.checkpoint.dense import (
     read_generation_defaults,
     strict_dtypes,
 )
-from hybrimoe.checkpoint.dequantise import dequantised
 from hybrimoe.checkpoint.errors import PackedFileWarning, TiedEmbeddingsWarning
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources, pack_experts
 from hybrimoe.checkpoint.packed_dense import DenseSource
 from hybrimoe.checkpoint.progress import Progress, progress_of
-from hybrimoe.checkpoint.quantisation import read_quantisation
 from hybrimoe.checkpoint.record_file import folders
-from hybrimoe.checkpoint.safetensors_file import Checkpoint, open_checkpoint
-from hybrimoe.checkpoint.source import is_demo, model_directory, read_config_dict
+from hybrimoe.checkpoint.source import is_demo, model_path, read_config_dict
+from hybrimoe.checkpoint.weights import Weights, open_weights
 from hybrimoe.config.deploy import DeployConfig, load_config
 from hybrimoe.config.runtime import choose_accelerators
 from hybrimoe.dense.place import dense_device, place_dense
@@ -63,7 +61,8 @@ def load(
 ) -> PreTrainedModel:
     """Loads a mixture-of-experts model with its experts in a hybrid runtime; `model.hybrimoe` is the `Injection`.
 
-    path_or_hub_id: a model directory or hub id; None takes the deployment's `model`, and without one the demo model.
+    path_or_hub_id: a model directory, a GGUF file or a hub id; None takes the deployment's `model`, and without one the
+        demo model.
     config: deployment configuration (file, preset name, mapping or `DeployConfig`); `overrides` go over it
         (`accelerator`, `gpu_expert_slots`, `expert_dtype`, `policy`, `rules`, ... as in `hybrimoe.load_config`;
         `unknown_keys="ignore"` leaves out weights of the checkpoint that the model does not have).
@@ -88,7 +87,7 @@ class Loader:
     """One loading: the opened checkpoint, the model without storage, and how the one becomes the other."""
 
     deployment: DeployConfig
-    checkpoint: Checkpoint
+    weights: Weights
     model: PreTrainedModel
     plan: ConversionPlan
     shapes: ModelShapes
@@ -97,23 +96,22 @@ class Loader:
 
     @classmethod
     def open(cls, deployment: DeployConfig, *, packed_file: bool) -> Loader:
-        """Reads config.json and the headers of the checkpoint; no weights yet."""
+        """Reads the configuration and the headers of the checkpoint; no weights yet."""
         require_devices(choose_accelerators(deployment.accelerator))
-        directory = model_directory(deployment.model)
-        raw_config = read_config_dict(directory)
-        quantisation = read_quantisation(directory, raw_config)
-        hf_config = read_config(directory)
-        checkpoint = open_checkpoint(directory)
+        path = model_path(deployment.model)
+        raw_config = read_config_dict(path)
+        weights = open_weights(path, raw_config)
+        hf_config = read_config(path)
         model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config))
         layouts = {path: read(module) for path, module in find_experts(model)}
         if not layouts:
-            raise ModelError(f"{directory} is a dense model ({hf_config.model_type}): it has no experts to place")
-        plan = plan_conversions(model, dequantised(checkpoint.tensors, quantisation))
+            raise ModelError(f"{path} is a dense model ({hf_config.model_type}): it has no experts to place")
+        plan = weights.plan(model)
         tie_where_unsaid(model, raw_config, plan.conversions)
-        read_generation_defaults(model, directory)
+        read_generation_defaults(model, path)
         shapes = ModelShapes(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()})
-        places = folders(directory, beside=not is_demo(directory)) if packed_file else ()
-        return cls(deployment, checkpoint, model, plan, shapes, layouts, places)
+        places = folders(path, beside=not is_demo(path)) if packed_file else ()
+        return cls(deployment, weights, model, plan, shapes, layouts, places)
 
     def load(self, show: Progress) -> PreTrainedModel:
         """Injects the model, then fills it. Where something fails the session is closed before the error goes on."""
@@ -152,7 +150,7 @@ class Loader:
         """
         layers, memory = session.layer_specs(), self.deployment.memory
         n_bytes, num_experts = (sum(getattr(layer, name) for layer in layers) for name in ("nbytes", "num_experts"))
-        if file := packed.find(self.places, layers, packed.describe(layers, self.checkpoint.files)):
+        if file := packed.find(self.places, layers, packed.describe(layers, self.weights.files)):
             if not session.needs_pinned_host or memory.disk.kind != "none":
                 return file.open()
             check_host_memory(memory.host, n_bytes, num_experts)  # a mapping is no page-locked memory
@@ -196,7 +194,7 @@ class Loader:
         """The packed linear layers: read from their file, or packed from the checkpoint and kept in a file."""
         if not linears.entries:
             return None
-        header = packed_dense.describe(linears, self.checkpoint.files)
+        header = packed_dense.describe(linears, self.weights.files)
         records = packed_dense.read(self.places, linears, header, show)
         if records is None:
             records = linears.pack(self.model, self.shapes, dtypes, show)
@@ -207,12 +205,12 @@ class Loader:
 
     def _pack(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> None:
         pack_experts(store, sources, self.shapes, show)
-        header = packed.describe(store.layers, self.checkpoint.files)
+        header = packed.describe(store.layers, self.weights.files)
         self._keep("experts", store.nbytes, show, lambda place: packed.write(place, store.buffer, header))
 
     def _pack_on_disk(self, layers: tuple[LayerSpec, ...], sources: list[LayerSource], show: Progress) -> ExpertStore:
         """Packs straight into a packed file and maps it: experts that do not fit host memory."""
-        header = packed.describe(layers, self.checkpoint.files)
+        header = packed.describe(layers, self.weights.files)
         problems: list[str] = []
         for place in self.places:
             try:

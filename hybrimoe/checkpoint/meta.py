@@ -1,18 +1,24 @@
-"""A model without weights: its modules on the meta device, from config.json alone."""
+"""A model without weights: its modules on the meta device, and its sizes, from its configuration alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hybrimoe.checkpoint.gguf.file import is_gguf, open_gguf
 from hybrimoe.errors import ModelError
+from scheduler.machine.profile import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+EXPERTS_OF_A_LAYER = "_exps.weight"  # in names of GGUF tensors
+
 
 def meta_model(source: str | Path | PreTrainedConfig | None) -> PreTrainedModel:
-    """The language model of a directory, hub id or configuration, as `hybrimoe.load` builds it before it reads weights.
+    """The language model of a directory, GGUF file, hub id or configuration, as `hybrimoe.load` builds it before it
+    reads weights.
 
     None is the demo model. Of a hub id only config.json is fetched. Raises ModelError for a directory that is no model,
     a hub id that cannot be read, and a model type without a language model.
@@ -25,23 +31,50 @@ def meta_model(source: str | Path | PreTrainedConfig | None) -> PreTrainedModel:
 
 
 def model_config(model: str | Path | None) -> PreTrainedConfig:
-    """Configuration of a directory or hub id; None is the demo model. Raises ModelError as `meta_model` does."""
+    """Configuration of a directory, GGUF file or hub id; None is the demo model. Errors as `meta_model`."""
     from hybrimoe.checkpoint.dense import read_config
-    from hybrimoe.checkpoint.source import is_hub_id, model_directory
+    from hybrimoe.checkpoint.source import is_hub_id, model_path
 
-    return _hub_config(str(model)) if is_hub_id(model) else read_config(model_directory(model))
+    return _hub_config(str(model)) if is_hub_id(model) else read_config(model_path(model))
 
 
-def config_file(model: str) -> str:
-    """What `hybrimoe.machine.profiles.open_shape` reads for a model: the cached or fetched config.json of a hub id; a
-    directory, a file or the name of a shipped shape stays as it is.
+def model_shape(model: str | Path | None) -> ModelShape:
+    """Sizes of a model: a directory, a GGUF file, a hub id (its cached or fetched config.json), None for the demo
+    model, or what `hybrimoe.machine.profiles.open_shape` takes (the name of a shipped shape, a file).
 
-    Raises ModelError where the hub's cache has no config.json of that id and none can be fetched.
+    Raises ModelError where the hub's cache has no config.json of that id and none can be fetched, and CheckpointError
+    for a GGUF file that is damaged.
     """
-    from hybrimoe.checkpoint.source import hub_config_file, is_hub_id
+    from hybrimoe.checkpoint.source import hub_config_file, is_hub_id, model_path, read_config_dict
+    from hybrimoe.machine.profiles import open_shape
+    from yaml_rules.shapes import derive_shape
 
-    is_a_file = Path(model).suffix in (".json", ".yaml", ".yml")
-    return str(hub_config_file(model)) if is_hub_id(model) and not is_a_file else model
+    path = model_path(None) if model is None else Path(model).expanduser()
+    if is_hub_id(model) and path.suffix not in (".json", ".yaml", ".yml"):
+        # the hub's cache keeps the file under another name
+        return replace(open_shape(hub_config_file(str(model))), name=str(model).rpartition("/")[2])
+    if path.is_dir():
+        path = model_path(path)
+    if is_gguf(path):
+        path = model_path(path)
+        return ModelShape.from_mapping(derive_shape(read_config_dict(path), path.stem))
+    return open_shape(path if model is None or path.is_dir() else str(model))
+
+
+def packing_remark(model: str | Path | None, expert_dtype: str) -> str | None:
+    """What a GGUF file's quantised experts become, in a sentence; None for other models. Reads the header only."""
+    from hybrimoe.checkpoint.source import is_hub_id, model_path
+
+    path = None if model is None or is_hub_id(model) or not Path(model).expanduser().exists() else model_path(model)
+    if path is None or not path.is_file():
+        return None
+    experts = [tensor for name, tensor in open_gguf(path).tensors.items() if EXPERTS_OF_A_LAYER in name]
+    types = ", ".join(sorted({tensor.type_name for tensor in experts}))
+    gib = sum(tensor.nbytes for tensor in experts) / 2**30
+    return (
+        f"{path.name} has its experts as {types} ({gib:.2f} GiB); they are packed once as {expert_dtype}:"
+        " `hybrimoe inspect` measures what that adds"
+    )
 
 
 def _hub_config(hub_id: str) -> PreTrainedConfig:

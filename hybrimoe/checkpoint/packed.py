@@ -13,7 +13,7 @@ import numpy as np
 from cpu_kernels import LAYOUT_VERSION
 from hybrimoe.checkpoint import record_file
 from hybrimoe.checkpoint.record_file import Header
-from hybrimoe.checkpoint.safetensors_file import SafetensorsFile
+from hybrimoe.checkpoint.stored import WeightFile
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 
 FORMAT_VERSION = 2
@@ -44,7 +44,7 @@ class PackedFile:
         return store
 
 
-def describe(layers: Sequence[LayerSpec], files: Sequence[SafetensorsFile]) -> Header:
+def describe(layers: Sequence[LayerSpec], files: Sequence[WeightFile]) -> Header:
     """The header that a packed file must have to stand for these layers, packed from these checkpoint files."""
     return {
         "format": FORMAT_VERSION,

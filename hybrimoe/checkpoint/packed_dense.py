@@ -20,7 +20,7 @@ from hybrimoe.checkpoint.conversion import Conversion, ModelShapes
 from hybrimoe.checkpoint.dense import read_checked
 from hybrimoe.checkpoint.progress import Progress
 from hybrimoe.checkpoint.record_file import Header
-from hybrimoe.checkpoint.safetensors_file import SafetensorsFile
+from hybrimoe.checkpoint.stored import WeightFile
 from hybrimoe.dense.records import DenseRecords, LinearEntry
 
 FORMAT_VERSION = 1
@@ -80,9 +80,9 @@ class DenseSource:
         return records
 
 
-def describe(source: DenseSource, files: Sequence[SafetensorsFile]) -> Header:
+def describe(source: DenseSource, files: Sequence[WeightFile]) -> Header:
     """The header that a file must have to stand for these layers, packed from these checkpoint files."""
-    keys = {key for conversion in source.late.values() for key in conversion.source_keys()}
+    keys = {stored.key for conversion in source.late.values() for stored in conversion.stored()}
     return {
         "format": FORMAT_VERSION,
         "layout": LAYOUT_VERSION,

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cpu_kernels.jit.cache_dir import cache_home
-from hybrimoe.checkpoint.safetensors_file import SafetensorsFile
+from hybrimoe.checkpoint.source import packed_folder
+from hybrimoe.checkpoint.stored import WeightFile
 from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ByteArray
 
@@ -45,11 +46,12 @@ KEY_DIGITS = 12  # of the hash in a file's name
 FILE_MODE = 0o644
 
 
-def folders(directory: Path, *, beside: bool) -> tuple[Path, ...]:
-    """Where the packed files of a model may lie, best first: beside it, then in the cache directory."""
-    key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:KEY_DIGITS]
-    cache = cache_home() / f"{directory.resolve().name}-{key}"
-    return (directory, cache) if beside else (cache,)
+def folders(model: Path, *, beside: bool) -> tuple[Path, ...]:
+    """Where the packed files of a model (a directory or a GGUF file) may lie, best first: beside it, then in the cache
+    directory."""
+    key = hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:KEY_DIGITS]
+    cache = cache_home() / f"{model.resolve().name}-{key}"
+    return (packed_folder(model), cache) if beside else (cache,)
 
 
 def name_of(what: str, dtypes: Collection[str], key: object) -> str:
@@ -58,7 +60,7 @@ def name_of(what: str, dtypes: Collection[str], key: object) -> str:
     return f"{what}-{'-'.join(sorted(dtypes))}-{digest}{SUFFIX}"
 
 
-def stamps(files: Sequence[SafetensorsFile], sampled_keys: Collection[str] = ()) -> list[list[Any]]:
+def stamps(files: Sequence[WeightFile], sampled_keys: Collection[str] = ()) -> list[list[Any]]:
     """What tells each checkpoint file from one with other weights: name, size, time, header and samples of it.
 
     sampled_keys: tensors of which a block of their own is among the samples.
@@ -129,7 +131,7 @@ def whole_or_nothing(path: Path, header: Header, n_bytes: int) -> Iterator[tuple
         opened.close()
 
 
-def _sampled(file: SafetensorsFile, sampled_keys: Collection[str]) -> str:
+def _sampled(file: WeightFile, sampled_keys: Collection[str]) -> str:
     """A hash of blocks at even distances over all of a file, its end among them, and in the middle of some tensors:
     other weights of the same name, size and time are other samples, and a file of any size takes a few milliseconds."""
     last = max(0, file.size_bytes - SAMPLE_BYTES)

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
-from hybrimoe.checkpoint.source import INDEX_NAME, listed, weight_files
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed
+from hybrimoe.checkpoint.reading import read_bytes
+from hybrimoe.checkpoint.source import INDEX_NAME, weight_files
 from hybrimoe.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -42,6 +43,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH_BYTES = 8  # a safetensors file starts with the header's length as u64, little endian
 MAX_HEADER_BYTES = 100_000_000  # limit of the format
 
@@ -60,6 +62,16 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def type_name(self) -> str:
+        """As the format calls its dtype."""
+        return NAMES[self.dtype]
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The tensors of the file that this source is made from: itself."""
+        return (self,)
 
     def read(self) -> torch.Tensor:
         """The whole tensor, in its stored dtype."""
@@ -130,20 +142,7 @@ def _stored(path: Path, key: str, entry: Any, start: int) -> StoredTensor:
 
 
 def _read(tensor: StoredTensor, offset_bytes: int, shape: tuple[int, ...]) -> torch.Tensor:
-    raw = torch.empty(math.prod(shape) * tensor.dtype.itemsize, dtype=torch.uint8)
-    view = memoryview(raw.numpy().data)
-    try:
-        with tensor.file.open("rb", buffering=0) as file:
-            file.seek(offset_bytes)
-            while view:
-                count = file.readinto(view) or 0
-                if not count:
-                    raise CheckpointError(
-                        f"{tensor.file} ends inside {tensor.key}: the file is truncated; fetch it again"
-                    )
-                view = view[count:]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {tensor.key} from {tensor.file}: {error.strerror}") from error
+    raw = read_bytes(tensor.file, tensor.key, offset_bytes, math.prod(shape) * tensor.dtype.itemsize)
     return raw.view(tensor.dtype).reshape(shape)
 
 

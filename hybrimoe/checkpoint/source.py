@@ -1,4 +1,4 @@
-"""Finds a model: a directory, a hub id, or the demo model; its config.json, and the files of its weights.
+"""Finds a model (a directory, a GGUF file, a hub id, the demo model), its configuration, and the files of its weights.
 
 Nothing here imports torch or transformers: a wrong path is noticed before the seconds that these take.
 """
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed
+from hybrimoe.checkpoint.gguf.config import config_of
+from hybrimoe.checkpoint.gguf.file import first_part, first_parts, is_gguf, open_gguf
 from hybrimoe.errors import CheckpointError, ModelError
 
 INDEX_NAME, SINGLE_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -19,12 +21,12 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 HUB_PATTERNS = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 HUB_LEFT_OUT = ("original/*", "consolidated*", "onnx/*", "*/*.safetensors")
 """The same weights once more, in other layouts: Meta's, Mistral's, ONNX, and formats in folders of their own."""
-EXPECTED = f"a directory with {CONFIG_NAME} and *.safetensors, or a hub id"
-SHOWN_NAMES = 3  # names that an error lists before "and N more"
+EXPECTED = f"a directory with {CONFIG_NAME} and *.safetensors, a GGUF file, or a hub id"
 
 
-def model_directory(path_or_hub_id: str | Path | None) -> Path:
-    """The directory of a model; None is the demo model, and what looks like `owner/name` is fetched from the hub.
+def model_path(path_or_hub_id: str | Path | None) -> Path:
+    """The directory of a model, or its GGUF file (of a split one the first part); None is the demo model, and what
+    looks like `owner/name` is fetched from the hub. A directory without config.json is the one GGUF model in it.
 
     Raises ModelError where there is no model.
     """
@@ -34,7 +36,9 @@ def model_directory(path_or_hub_id: str | Path | None) -> Path:
         return demo_model_path()
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
-        return path
+        return _only_gguf(path) or path
+    if is_gguf(path):
+        return first_part(path)
     if path.exists():
         raise ModelError(f"{path} is a file; expected {EXPECTED}")
     if is_hub_id(path_or_hub_id):
@@ -42,8 +46,15 @@ def model_directory(path_or_hub_id: str | Path | None) -> Path:
     raise ModelError(f"no model directory {path}; expected {EXPECTED}")
 
 
-def read_config_dict(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory. Raises ModelError where the directory holds no model."""
+def read_config_dict(path: Path) -> dict[str, Any]:
+    """config.json of a model directory, or what a GGUF file says in its place.
+
+    Raises ModelError where the directory holds no model, CheckpointError for a GGUF file that is damaged.
+    """
+    return config_of(open_gguf(path)) if path.is_file() else _read_json(path)
+
+
+def _read_json(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG_NAME
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -92,10 +103,10 @@ def check_model(path_or_hub_id: str | Path | None, *, weights: bool = True) -> N
     if is_hub_id(path_or_hub_id):
         read_config_dict(hub_config_file(str(path_or_hub_id)).parent)
         return
-    directory = model_directory(path_or_hub_id)
-    read_config_dict(directory)
-    if weights:
-        weight_files(directory)
+    path = model_path(path_or_hub_id)
+    read_config_dict(path)
+    if weights and path.is_dir():
+        weight_files(path)
 
 
 def is_hub_id(model: str | Path | None) -> bool:
@@ -121,10 +132,9 @@ def hub_config_file(hub_id: str) -> Path:
         ) from error
 
 
-def listed(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    more = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+def packed_folder(path: Path) -> Path:
+    """Where packed files lie beside a model: in its directory, or in a folder named like its GGUF file."""
+    return path.with_suffix(".hybrimoe") if path.is_file() else path
 
 
 def is_demo(directory: Path) -> bool:
@@ -132,6 +142,16 @@ def is_demo(directory: Path) -> bool:
     from importlib.resources import files
 
     return directory.resolve().is_relative_to(Path(str(files("hybrimoe"))).resolve())
+
+
+def _only_gguf(directory: Path) -> Path | None:
+    """The one GGUF model of a directory without config.json. Raises ModelError where it has several."""
+    if (directory / CONFIG_NAME).exists():
+        return None
+    found = first_parts(directory)
+    if len(found) > 1:
+        raise ModelError(f"{directory} has several GGUF models ({listed([path.name for path in found])}); name one")
+    return found[0] if found else None
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -157,9 +177,8 @@ def _no_weights(directory: Path, candidates: list[Path]) -> CheckpointError:
         return CheckpointError(f"{directory} has several weight files ({found}) and no {INDEX_NAME} that joins them")
     others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.gguf", "*.h5") for file in directory.glob(pattern))
     if others:
-        return UnsupportedCheckpointError(
-            f"{directory} has {listed(others)} but no *.safetensors; convert it to safetensors"
-        )
+        what = "give the GGUF file itself" if others[0].endswith(".gguf") else "convert it to safetensors"
+        return UnsupportedCheckpointError(f"{directory} has {listed(others)} but no *.safetensors; {what}")
     return CheckpointError(f"{directory} has no weights: expected {SINGLE_NAME} or {INDEX_NAME} with its shards")
 
 

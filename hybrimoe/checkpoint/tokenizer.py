@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a model directory."""
+"""The tokenizer that belongs to a model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hybrimoe.checkpoint.source import model_directory
+from hybrimoe.checkpoint.gguf.tokenizer import load_tokenizer as gguf_tokenizer
+from hybrimoe.checkpoint.source import model_path
 from hybrimoe.errors import ModelError
 
 
 def load_tokenizer(path_or_hub_id: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory, hub id, or (None) the demo model.
+    """The tokenizer of a model directory, GGUF file, hub id, or (None) the demo model.
 
     Raises ModelError where there is no model, or no tokenizer in it.
     """
-    directory = model_directory(path_or_hub_id)
+    directory = model_path(path_or_hub_id)
+    if directory.is_file():
+        return gguf_tokenizer(directory)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exceptions; all are about the directory's files

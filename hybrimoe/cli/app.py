@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("Serve a model over an OpenAI-compatible HTTP API.", RUN),
     "explain": ("Show which rule places which module where; reads no weights.", UNDERSTAND),
     "rules": ("Check a rule file, or print the JSON Schema of rule files.", UNDERSTAND),
+    "inspect": ("Show what a checkpoint holds, and what packing its experts costs.", UNDERSTAND),
     "plan": ("Show what fits: experts per tier, KV room, expected hit rate and speed.", UNDERSTAND),
     "explain-step": ("Explain the schedule of one step: lanes, critical path, idle time.", UNDERSTAND),
     "doctor": ("Say what works on this machine and what does not.", UNDERSTAND),

@@ -22,7 +22,9 @@ PLACEMENT, SAMPLING, OUTPUT, BATCHES = "Where it runs", "Sampling", "Output", "M
 
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="Model directory or hub id; none is the demo model of the package."),
+    typer.Argument(
+        metavar="MODEL", help="Model directory, GGUF file or hub id; none is the demo model in the package."
+    ),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON document on stdout instead of text.", rich_help_panel=OUTPUT)

@@ -47,12 +47,12 @@ class OpenModel:
 def open_model(config: DeployConfig, *, show_progress: bool = True) -> Iterator[OpenModel]:
     """Load the model of `config`; its lanes stop when the block ends."""
     quiet_libraries()
-    from hybrimoe.checkpoint import load, load_tokenizer, model_directory
+    from hybrimoe.checkpoint import load, load_tokenizer, model_path
     from hybrimoe.checkpoint.source import read_config_dict
     from hybrimoe.generation import TextGenerator
     from hybrimoe.generation.kv_memory import kv_budget_bytes
 
-    read_config_dict(model_directory(config.model))  # no model is a clearer message than no tokenizer
+    read_config_dict(model_path(config.model))  # no model is a clearer message than no tokenizer
     tokenizer = load_tokenizer(config.model)
     with progress_bar(show_progress) as progress, warnings_as_notes():
         model = load(config.model, config=config, progress=progress)

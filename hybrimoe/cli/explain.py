@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,11 +39,13 @@ def explain_command(
     from hybrimoe.cli.common_model import quiet_libraries
 
     quiet_libraries()
-    from hybrimoe.checkpoint.meta import meta_model
+    from hybrimoe.checkpoint.meta import meta_model, packing_remark
     from hybrimoe.injection import explain
 
     source = deployment.located_rules() if rules is None else rules
     explanation = explain(meta_model(deployment.model), source, deployment.cpu.expert_dtype)
+    if remark := packing_remark(deployment.model, deployment.cpu.expert_dtype):
+        explanation = replace(explanation, remarks=(*explanation.remarks, remark))
     if as_json:
         render.emit_json(explanation.as_dict())
     else:

@@ -55,7 +55,7 @@ def explain_step(
     if timeline:
         from hybrimoe.cli.views.render_timeline import timeline as drawn
 
-        render.out().print(drawn(report.records, label="simulated"))
+        render.out().print(drawn(report.records, label="simulated", phase=report.facts["phase"]))
 
 
 def _show(facts: dict[str, Any]) -> None:

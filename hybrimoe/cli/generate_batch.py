@@ -64,11 +64,11 @@ def run(deployment: DeployConfig, text: str, options: SamplingOptions, job: JobO
 
 
 def _plan(opened: OpenModel, prompts: Any, options: SamplingOptions, job: JobOptions) -> JobPlan:
-    from hybrimoe.checkpoint import model_directory
+    from hybrimoe.checkpoint.meta import model_shape
     from hybrimoe.generation.batch.plan import plan_job
 
-    directory = model_directory(opened.config.model)
-    return plan_job(opened.generator, opened.session, directory, prompts, options, job.batch_size)
+    shape = model_shape(opened.config.model)
+    return plan_job(opened.generator, opened.session, shape, prompts, options, job.batch_size)
 
 
 def _predictor(path: Path | None) -> RoutePredictor | None:

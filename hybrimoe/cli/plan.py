@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -47,12 +47,10 @@ def plan(
 
     MODEL may also be the name of a shipped shape, like qwen3-30b-a3b.
     """
-    from hybrimoe.checkpoint.meta import config_file
-    from hybrimoe.demo import demo_model_path
-    from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, open_shape, with_accelerators
+    from hybrimoe.checkpoint.meta import model_shape, packing_remark
+    from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, with_accelerators
 
-    source = config_file(str(model or demo_model_path()))
-    shape = open_shape(source)
+    shape = model_shape(model)
     if hardware is not None:
         open_hardware(hardware)
     device_bytes = None if gpu_memory is None else _bytes(gpu_memory)
@@ -64,8 +62,6 @@ def plan(
     from hybrimoe.tracing.study.planning import expect, fit
 
     open_policy(policy)
-    if model is not None and source != model:
-        shape = replace(shape, name=model.rpartition("/")[2])  # the hub's cache keeps the file under another name
     profile, taken = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(expert_dtype)))
     profile = with_accelerators(profile, accelerators, shared_link=False)
     found = fit(
@@ -74,6 +70,8 @@ def plan(
     )  # fmt: skip
     expected = expect(found, shape, profile, policy, expert_dtype, dense_dtype)
     render.note(taken)
+    if remark := packing_remark(model, expert_dtype):
+        render.note(remark)
     if as_json:
         render.emit_json({**asdict(found), "hardware_taken": taken, "expected": expected})
     else:
@@ -118,10 +116,19 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
         ("experts outside host memory", experts(found["disk_experts"])),
         (f"longest context{' with a slot a layer' if has_device else ''}", f"{found['max_context']} tokens"),
         *([("expected hit rate (simulated)", f"{expected['hit_rate']:.0%}")] if has_device else []),
-        ("expected decode (simulated)", f"{expected['decode_tokens_per_s']:.1f} tokens/s"),
-        ("expected prefill (simulated)", f"{expected['prefill_tokens_per_s']:.0f} tokens/s"),
+        ("expected decode (simulated)", _speed(expected, "decode", 1)),
+        (f"expected prefill of {expected['prompt_tokens']} tokens (simulated)", _speed(expected, "prefill", 0)),
     ]
     render.out().print(render.table(f"{found['model']} on {found['hardware']}", ("", ""), rows))
+
+
+def _speed(expected: dict[str, Any], phase: str, digits: int) -> str:
+    """A speed, with the range of public measurements where the machine is known from data sheets only."""
+    told = f"{expected[f'{phase}_tokens_per_s']:.{digits}f} tokens/s"
+    bounds = expected[f"{phase}_tokens_per_s_range"]
+    if bounds is None:
+        return told
+    return f"{told}; {bounds[0]:.{digits}f} to {bounds[1]:.{digits}f} by public measurements (docs/calibration.md)"
 
 
 def _by_accelerator(found: dict[str, Any]) -> list[tuple[str, str]]:

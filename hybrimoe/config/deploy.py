@@ -98,7 +98,7 @@ class DeployConfig(Section):
 
     model_config = ConfigDict(extra="forbid", frozen=True, title="HybriMoE deployment")
 
-    model: ModelName | None = Field(default=None, description="Model directory or hub id; omitted = the demo model.")
+    model: ModelName | None = Field(default=None, description="Model directory, GGUF file or hub id; omitted = demo.")
     unknown_keys: UnknownKeys = Field(
         default="error", description="Weights of the checkpoint that the model does not have: error, or ignore them."
     )

@@ -14,6 +14,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "onnx": (("onnxruntime",), "CPU backend onnx"),
     "gpu": (("triton",), "Triton kernels on a GPU"),
     "serve": (("fastapi", "uvicorn", "prometheus-client", "httpx"), "hybrimoe serve"),
+    "gguf": (("gguf",), "quantised GGUF files"),
     "ui": (("matplotlib",), "plots"),
     "cluster": (("ray", "joblib"), "sweeps of benchmarks on a Ray cluster"),
     "bench": (("matplotlib", "joblib", "scipy", "pyarrow", "gguf"), "benchmarks with plots and tables"),

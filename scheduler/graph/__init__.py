@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from scheduler.graph.build import build
 from scheduler.graph.checks import GraphError, SlotContents, check_records, check_slots, check_structure, raise_if
@@ -11,6 +10,9 @@ from scheduler.graph.export import chrome_trace, gantt
 from scheduler.graph.tasks import DenseTimes, Durations, GanttRow, PlannedLayer, Schedule, Segment, Task, as_plain
 from scheduler.graph.timing import critical_path, idle_us, list_schedule
 from scheduler.records import TaskRecord
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = [
     "DenseTimes",

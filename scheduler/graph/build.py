@@ -1,13 +1,16 @@
 """Turns the plans of a step into nodes and dependency edges."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import numpy as np
 
 from scheduler.graph.tasks import DenseTimes, Durations, EdgeKind, PlannedLayer, Task
 from scheduler.plan import Transfer
 from scheduler.records import NO_EXPERT, Lane, TaskKind
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 ExpertKey = tuple[int, int]
 
@@ -21,6 +24,8 @@ class GraphBuilder:
     """
 
     def __init__(self, durations: Durations, expert_bytes: int) -> None:
+        import networkx as nx  # a graph is built when asked for; every start would pay for it
+
         self.graph: nx.DiGraph[int] = nx.DiGraph()
         self.lane_order: dict[str, list[int]] = {"cpu": [], "accel": [], "link": [], "disk": []}
         self._indices: dict[Lane, int] = {}

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from scheduler.errors import SchedulerError
 from scheduler.graph.tasks import PlannedLayer, Task, TaskKey
 from scheduler.records import TaskRecord
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 #: Kinds an execution must contain exactly as planned; dense work is checked when it was recorded.
 REQUIRED_KINDS = frozenset({"cpu_expert", "accel_expert", "transfer"})
@@ -25,6 +27,8 @@ def check_structure(
     graph: "nx.DiGraph[int]", items: Sequence[PlannedLayer], tasks: Sequence[Task], expert_bytes: int
 ) -> list[str]:
     """Acyclic; each activated expert exactly once with all its tokens; every copy moves one expert's bytes."""
+    import networkx as nx
+
     problems = []
     if not nx.is_directed_acyclic_graph(graph):
         cycle = [tasks[edge[0]].label for edge in nx.find_cycle(graph)]
@@ -113,6 +117,8 @@ def check_records(
     graph: "nx.DiGraph[int]", tasks: Sequence[Task], records: Sequence[TaskRecord], slack_us: float
 ) -> list[str]:
     """The records are a linear extension of the graph, complete, and no lane ran two tasks at once."""
+    import networkx as nx
+
     matched, problems = _match(tasks, records)
     ready_us: dict[int, float] = {}
     for node in nx.topological_sort(graph):

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from scheduler.graph.tasks import Schedule, Task
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 #: Times closer than this are the same instant (floating-point sums of microseconds).
 SAME_INSTANT_US = 1e-6

@@ -58,8 +58,12 @@ class CostModel:
                    cpu.table.get(key, ()))
             for size in kinds
         ]  # fmt: skip
+        launch_us = 0.0 if accel.expert_launches else accel.launch_us
+        tiles = np.ceil(tokens / accel.tile_tokens) * accel.tile_tokens
+        padded = np.where(tokens > 1, tiles, tokens)
+        padded[-2:] = tokens[-2:] + (accel.tile_tokens - 1) / 2  # the slope between them goes on beyond the table
         accel_rows = [
-            _curve(tokens, accel.launch_us, size / (accel.mem_gbps * 1e3), flops / (accel.tflops * 1e6),
+            _curve(padded, launch_us, size / (accel.mem_gbps * 1e3), flops / (accel.tflops * 1e6),
                    accel.table.get(key, ()))
             for size in kinds
         ]  # fmt: skip
@@ -132,6 +136,12 @@ class CostModel:
         self._link_by_layer = [float(link[k]) for k in kind.tolist()]
         self.drift = np.ones(3)
         """float64[3]: observed / predicted of cpu, accel and link."""
+
+    def become(self, other: CostModel) -> None:
+        """Takes the other's tables; the drift that was learned stays."""
+        drift = self.drift
+        self.__dict__.update(other.__dict__)
+        self.drift = drift
 
     def cpu_us(self, layer: int, n_tokens: npt.ArrayLike, link_busy: bool = False) -> Floats:
         """us of one expert on ``n_tokens`` tokens (any shape) on the CPU; slower while the link reads host memory."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from scheduler.errors import ProfileError, did_you_mean
 
-Provenance = Literal["measured", "datasheet"]
+Provenance = Literal["measured", "datasheet", "fitted"]
 CostTable = Mapping[str, tuple[tuple[int, float], ...]]
 
 BYTES_PER_WEIGHT: Mapping[str, float] = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0625, "int4": 0.5625}
@@ -38,7 +38,13 @@ class CpuProfile:
 
 @dataclass(frozen=True, slots=True)
 class AccelProfile:
-    """One accelerator; ``count`` like it are in the machine (``memory_gib`` is each one's own)."""
+    """One accelerator; ``count`` like it are in the machine (``memory_gib`` is each one's own).
+
+    ``launch_us``: what a kernel costs beside its work; little where steps are captured as graphs.
+    ``attention_launches``: kernels of one attention block. ``expert_launches``: those of all experts of a layer
+    together, 0 where each expert is launched alone. ``tile_tokens``: several tokens of an expert are computed in tiles
+    of so many, a part of one takes as long as a whole one; 1 where there is no such loss.
+    """
 
     mem_gbps: float
     tflops: float
@@ -46,6 +52,9 @@ class AccelProfile:
     memory_gib: float = 0.0
     table: CostTable = field(default_factory=dict)
     count: int = 1
+    attention_launches: int = 6
+    expert_launches: int = 0
+    tile_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +85,23 @@ class ContentionProfile:
 
 @dataclass(frozen=True, slots=True)
 class DenseProfile:
-    """Costs of a layer's other parts. 0 = unknown: the simulator derives attention from the model shape then."""
+    """Costs of a layer's other parts. 0 = unknown: the simulator derives attention from the model shape then.
+
+    ``sync_us``: of every layer, until the host knows the routing. ``handoff_us``: of a layer of which the CPU computes
+    experts, the way there and back. ``host_us``: of every step, for dispatch and sampling.
+    """
 
     attention_us: float = 0.0
     gate_us: float = 0.0
     sync_us: float = 0.0
+    handoff_us: float = 0.0
+    host_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class HardwareProfile:
-    """One machine. ``provenance`` says whether the figures were measured there or come from data sheets."""
+    """One machine. ``provenance``: the figures were measured there, come from data sheets, or are fitted to what others
+    measured of a software on it."""
 
     name: str
     provenance: Provenance
@@ -207,12 +223,17 @@ def _read_table(table: Any, lane: str) -> dict[str, tuple[tuple[int, float], ...
 
 
 def _check_profile(profile: HardwareProfile) -> None:
-    if profile.provenance not in ("measured", "datasheet"):
-        raise ProfileError(f"{profile.name}: provenance must be measured or datasheet, found {profile.provenance!r}")
+    if profile.provenance not in get_args(Provenance):
+        known = ", ".join(get_args(Provenance))
+        raise ProfileError(f"{profile.name}: provenance must be one of {known}, found {profile.provenance!r}")
     if isinstance(profile.accel.count, bool) or not isinstance(profile.accel.count, int) or profile.accel.count < 1:
         raise ProfileError(
             f"{profile.name}: accel.count must be an integer of at least 1, found {profile.accel.count!r}"
         )
+    for name, least in (("attention_launches", 0), ("expert_launches", 0), ("tile_tokens", 1)):
+        count = getattr(profile.accel, name)
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise ProfileError(f"{profile.name}: accel.{name} must be an integer of at least {least}, found {count!r}")
     if not isinstance(profile.link.shared, bool):
         raise ProfileError(f"{profile.name}: link.shared must be true or false, found {profile.link.shared!r}")
     positive = {
@@ -228,6 +249,7 @@ def _check_profile(profile: HardwareProfile) -> None:
         "cpu.overhead_us": profile.cpu.overhead_us, "accel.launch_us": profile.accel.launch_us,
         "link.latency_us": profile.link.latency_us, "dense.attention_us": profile.dense.attention_us,
         "dense.gate_us": profile.dense.gate_us, "dense.sync_us": profile.dense.sync_us,
+        "dense.handoff_us": profile.dense.handoff_us, "dense.host_us": profile.dense.host_us,
     }  # fmt: skip
     for name, value in not_negative.items():
         _number(profile.name, name, value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any, Final
 
 import numpy as np
@@ -344,6 +345,20 @@ class Planner:
         self._balance = self._balance_of_layers()
         self._desk = self._new_desk()
         return tuple(divmod(key, self.n_experts) for key in gone)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Planner:
+        """An independent planner as this one is now; what the desk wrote down by address is written down anew."""
+        memo.update({id(self._desk): None, id(self.policy): self.policy})
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(deepcopy(self.__dict__, memo))
+        made._desk = made._new_desk()
+        return made
+
+    def believe(self, costs: CostModel) -> None:
+        """From now on work costs what ``costs`` says, as corrected so far."""
+        self.costs.become(costs)
+        self._desk = self._new_desk()
 
     def explain(self, plan: LayerPlan) -> Explanation:
         """Why the latest plan of a layer is as it is. Raises DemandError for an older plan."""

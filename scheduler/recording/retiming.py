@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
 from scheduler.graph import DenseTimes, Durations, PlannedLayer, Task, TaskGraph
 from scheduler.records import Lane, TaskRecord
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 COMPUTE: Final = ("cpu_expert", "accel_expert")
 HOST: Final[Lane] = "disk"
@@ -95,6 +97,8 @@ class Retiming:
 
     def _lags(self) -> list[tuple[Task, float]]:
         """Recorded tasks with their lag; a layer's first task has none, a prefetch before it a negative one."""
+        import networkx as nx
+
         before = {b: a for order in self.graph.lane_order.values() for a, b in pairwise(order)}
         ended: dict[int, float] = {}
         result = []

@@ -7,6 +7,7 @@ CPU and the computing layer's link.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,12 +80,15 @@ class MultiSimulator(Simulator):
     def _engine(self, keep_records: bool, frequencies: NDArray[np.float64] | None) -> Engine:
         one = super()._engine(keep_records, frequencies)
         n_links = 1 if self.profile.link.shared else self.profile.accel.count
-        return MultiEngine(n_links, one.costs, one.expert_bytes, one.keep_records, one.host)
+        return MultiEngine(n_links, one.costs, one.expert_bytes, one.keep_records, one.host, one.handoff_us)
 
     def _run_layer(self, index: int, demand: LayerDemand, dense: DenseTimes, stats: PhaseStats) -> None:
         assert isinstance(self.engine, MultiEngine)
         self.engine.link = self.link_of(demand.layer)
         super()._run_layer(index, demand, dense, stats)
+
+    def planners(self) -> Sequence[Planner]:
+        return self.planner.planners
 
     def _planned(self, plan: LayerPlan, demand: LayerDemand, dense: DenseTimes) -> PlannedLayer:
         return PlannedLayer(plan, demand, dense, self.planner.accelerator_of(plan.layer), self.link_of(plan.layer))

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from scheduler.errors import ProfileError, did_you_mean
 from scheduler.machine.profile import BYTES_PER_WEIGHT, HardwareProfile, ModelShape
 
-#: Kernels a dense block launches on the accelerator: norms, projections, attention, residual.
-ATTENTION_LAUNCHES = 6
+#: Kernels that a dense MLP launches on the accelerator.
 SHARED_LAUNCHES = 3
 #: Scores and weighted values: 2 multiply-adds per query-key pair and hidden unit (the head width about equals hidden).
 FLOPS_PER_PAIR_AND_HIDDEN = 4
@@ -48,7 +47,7 @@ class DenseCosts:
             shape.kv_bytes * (n_sequences * context + n_tokens) / (accel.mem_gbps * 1e3),
             FLOPS_PER_PAIR_AND_HIDDEN * shape.hidden * pairs / (accel.tflops * 1e6),
         )
-        one = self._block_us(shape.attention_params, n_tokens, ATTENTION_LAUNCHES) + cache_us
+        one = self._block_us(shape.attention_params, n_tokens, accel.attention_launches) + cache_us
         extra = (
             shape.n_dense_layers
             * (one + self._block_us(shape.dense_params, n_tokens, SHARED_LAUNCHES))
@@ -57,9 +56,10 @@ class DenseCosts:
         return max(one, self.profile.dense.attention_us) + extra
 
     def gate_us(self, n_tokens: int) -> float:
-        """Router and the synchronisation that brings its choice to the host."""
-        params = self.shape.hidden * self.shape.n_experts
-        return max(self._block_us(params, n_tokens, 1), self.profile.dense.gate_us) + self.profile.dense.sync_us
+        """Router, the launches of the layer's experts together, and the time until the host knows the routing."""
+        params, accel, dense = self.shape.hidden * self.shape.n_experts, self.profile.accel, self.profile.dense
+        router_us = max(self._block_us(params, n_tokens, 1), dense.gate_us)
+        return router_us + accel.expert_launches * accel.launch_us + dense.sync_us
 
     def shared_us(self, n_tokens: int) -> float:
         """The always-active shared experts of a layer."""
@@ -70,8 +70,8 @@ class DenseCosts:
         return self.profile.accel.launch_us
 
     def head_us(self, n_sequences: int = 1) -> float:
-        """Output head for the last token of each sequence of a step (a prefill needs one row only)."""
-        return self._block_us(self.shape.head_params, n_sequences, 1)
+        """Output head for the last token of each sequence of a step (a prefill needs one row only), and the host."""
+        return self._block_us(self.shape.head_params, n_sequences, 1) + self.profile.dense.host_us
 
     def planner_profile(self, context: int) -> HardwareProfile:
         """The profile with attention and gate filled in for a decode token, for the planner's link budget."""

@@ -86,12 +86,16 @@ class HostTier:
 
 @dataclass(slots=True)
 class Engine:
-    """Lanes and clock. ``costs`` are the true durations; the planner has its own model of them."""
+    """Lanes and clock. ``costs`` are the true durations; the planner has its own model of them.
+
+    ``handoff_us``: until the CPU can start on a layer's experts, see ``DenseProfile``.
+    """
 
     costs: CostModel
     expert_bytes: int
     keep_records: bool = False
     host: HostTier | None = None
+    handoff_us: float = 0.0
     now_us: float = 0.0
     busy: Busy = field(default_factory=Busy)
     records: list[TaskRecord] = field(default_factory=list)
@@ -159,8 +163,9 @@ class Engine:
 
     def _cpu_from(self, plan: LayerPlan) -> Floats:
         if self.host is None:
-            return np.full(len(plan.cpu), self.now_us)
-        return np.array([self._host_ready_us(plan.layer, e, plan.step) for e in plan.cpu], np.float64)
+            return np.full(len(plan.cpu), self.now_us + self.handoff_us)
+        ready = [self._host_ready_us(plan.layer, e, plan.step) for e in plan.cpu]
+        return np.maximum(np.array(ready, np.float64), self.now_us + self.handoff_us)
 
     def _host_ready_us(self, layer: int, expert: int, step: int) -> float:
         """When an expert is in host memory; a read from disk is recorded."""

@@ -152,7 +152,7 @@ class LossyStage:
 
 def _engine(lossy: Lossy, shape: ModelShape, expert_dtype: str, profile: HardwareProfile, plain: Engine) -> PairEngine:
     """Lanes as in ``plain`` for what the policy makes of experts: two precisions, or bit planes."""
-    base = (plain.costs, plain.expert_bytes, plain.keep_records, plain.host)
+    base = (plain.costs, plain.expert_bytes, plain.keep_records, plain.host, plain.handoff_us)
     if lossy.uses_planes:
         if expert_dtype != "int4":
             raise SimulationError(

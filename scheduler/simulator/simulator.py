@@ -8,8 +8,9 @@ Deterministic: equal inputs give equal results. Times are simulated, never measu
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,7 +183,8 @@ class Simulator:
             capacity = max(1, round(config.host_ratio * shape.n_layers * shape.n_experts))
             host = HostTier(capacity, self.profile.disk.latency_us + expert_bytes / (self.profile.disk.gbps * 1e3))
             host.preload(_most_used(frequencies, shape))
-        return Engine(CostModel(self.profile, shape, config.expert_dtype), expert_bytes, keep_records, host)
+        costs = CostModel(self.profile, shape, config.expert_dtype)
+        return Engine(costs, expert_bytes, keep_records, host, self.profile.dense.handoff_us)
 
     def _warm_up(self, frequencies: NDArray[np.float64] | None) -> None:
         """Initial residents are loaded before the clock starts."""
@@ -205,17 +207,51 @@ class Simulator:
         ]
         return results if self.stage is None else list(map(self.stage.labelled, results))
 
-    def run_to(self, index: int) -> float:
-        """Simulate up to step ``index``; only that step is recorded and explained. Returns its latency in us."""
+    def advance_to(self, index: int) -> None:
+        """Simulate the steps before step ``index``."""
         if not 0 <= index < len(self.steps):
             raise SimulationError(f"step {index} is not there: the trace has steps 0..{len(self.steps) - 1}")
         for earlier in range(index):
             self._run_step(earlier, self.steps[earlier], PhaseStats())
-        self.engine.keep_records = True
+
+    def step_us(self, index: int, explained: bool = False) -> float:
+        """Simulate one step, after those before it. Returns its latency in us; ``explained``: it is recorded, too."""
+        self.engine.keep_records = explained
         began_us = self.engine.now_us
         self._run_step(index, self.steps[index], PhaseStats())
         self.engine.keep_records = False
         return self.engine.now_us - began_us
+
+    def snapshot(self) -> Self:
+        """An independent copy of this simulator as it is now. Trace, demands, profile and settings are shared."""
+        shared = (self.trace, self.source, self.profile, self.shape, self.config, self.steps)
+        return deepcopy(self, {id(part): part for part in shared})
+
+    def move_to(self, profile: HardwareProfile) -> None:
+        """From now on the steps run on another machine, and the planner knows its costs."""
+        self.profile, self.dense = profile, replace(self.dense, profile=profile)
+        self.engine.costs = CostModel(profile, self.shape, self.config.expert_dtype)
+        self.engine.handoff_us = profile.dense.handoff_us
+        believed = self.dense.planner_profile(self.config.context_tokens)
+        for planner in self.planners():
+            shape = replace(self.shape, n_layers=planner.n_layers)
+            planner.believe(CostModel(believed, shape, self.config.expert_dtype))
+
+    def add_resident(self, layer: int, expert: int) -> bool:
+        """One more slot, with this expert in it; False where the slot of that accelerator is not the last one."""
+        planner = self.planners()[-1]
+        own, n_slots = layer - planner.first_layer, planner.slots.n_slots
+        key = own * planner.n_experts + expert
+        if own < 0 or planner.slots.slot_of[key] >= 0:
+            return False
+        planner.resize(n_slots + 1)
+        planner.slots.begin_transfer(n_slots, key)
+        planner.slots.end_transfer(n_slots, key)
+        return True
+
+    def planners(self) -> Sequence[Planner]:
+        """The planner of each accelerator."""
+        return (self.planner,)
 
     def _run_step(self, index: int, step: TraceStep, stats: PhaseStats) -> None:
         engine = self.engine

@@ -38,13 +38,15 @@ def test_bits_do_not_depend_on_threads(make_pool, n_tokens) -> None:
 def test_a_failure_is_raised_after_the_others_have_ended(make_pool, monkeypatch) -> None:
     pool = make_pool(ck.ExpertSpec(64, 32, "float32"), n_experts=2)
     dispatch = ck.build_dispatch(np.array([[0, 1]]), np.ones((1, 2), np.float32), 2)
-    ended, may_fail = threading.Event(), threading.Event()
+    begun, ended, failing = threading.Event(), threading.Event(), threading.Event()
 
     def ffn(self: TorchBackend, spec: ck.ExpertSpec, record: np.ndarray, x: torch.Tensor) -> torch.Tensor:
         if record.ctypes.data == pool.memory[0].ctypes.data:
-            may_fail.set()
+            begun.wait(600)  # one that has not begun is not computed at all
+            failing.set()
             raise ArithmeticError("bad expert")
-        may_fail.wait(600)
+        begun.set()
+        failing.wait(600)
         ended.wait(0.05)  # long enough for a caller that does not wait to be gone
         ended.set()
         return x

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from scheduler.balancing import LayerCosts, balance
-from scheduler.cache import CACHE_POLICIES
 from scheduler.demand import LayerDemand, Prediction
 from scheduler.errors import PolicyError
 from scheduler.extension import Assignment, CachePolicy, PrefetchPolicy, Setting, Within, extensions, policy
@@ -16,12 +15,10 @@ from scheduler.machine.costs import CostModel
 from scheduler.parameters import read_parameters
 from scheduler.planner.planner import Planner
 from scheduler.planner.policies import POLICIES, policy_parameters, resolve_policy
-from scheduler.prefetch import PREFETCH_POLICIES
 
 N_LAYERS, N_EXPERTS = 3, 4
 
 
-@policy("test_sticky", balance="static", prefetch="none")
 class Sticky(CachePolicy):
     def __init__(
         self, setting: Setting, alpha: Annotated[float, Within(0.0, 1.0)] = 0.1, mode: Literal["a", "b"] = "a"
@@ -30,7 +27,6 @@ class Sticky(CachePolicy):
         self.alpha = alpha
 
 
-@policy("test_all_cpu", cache="lru")
 def all_cpu(costs: LayerCosts, spare: int = 0, broken: bool = False) -> Assignment:
     n = len(costs)
     if broken:
@@ -39,12 +35,10 @@ def all_cpu(costs: LayerCosts, spare: int = 0, broken: bool = False) -> Assignme
 
 
 @pytest.fixture(scope="module", autouse=True)
-def only_here():
-    """No later test meets a broken policy."""
-    yield
-    for registry in (CACHE_POLICIES, PREFETCH_POLICIES):
-        for name in [name for name in registry if name.startswith("test_")]:
-            del registry[name]
+def registered(policies_put_back):
+    """Not when the module is imported, which is before any test."""
+    policy("test_sticky", balance="static", prefetch="none")(Sticky)
+    policy("test_all_cpu", cache="lru")(all_cpu)
 
 
 def planner(name: str, n_slots: int = 4, **params: object) -> Planner:

@@ -37,26 +37,26 @@ SEEN_COLUMNS = 0.02
 """A task that fills less of a column than this is not drawn."""
 
 
-def timeline(records: Sequence[TaskRecord], *, label: str, width: int = 80) -> Group:
+def timeline(records: Sequence[TaskRecord], *, label: str, width: int = 80, phase: str = "prefill") -> Group:
     """The longest prefill step and the decode step of median length, one row a lane, `width` columns in all.
 
-    `label` says whether the times are measured or emulated.
+    `label` says whether the times are measured or emulated; `phase`: which kind of step a single one is.
     """
     steps: dict[int, list[TaskRecord]] = defaultdict(list)
     for record in records:
         steps[record.step].append(record)
     if not steps:
         return Group("no step was recorded")
-    parts = [_step(name, steps[step], width) for name, step in _chosen(steps)]
+    parts = [_step(name, steps[step], width) for name, step in _chosen(steps, phase)]
     return Group(*parts, _legend({record.kind for record in records}), Text(f"times: {label}", style="dim"))
 
 
-def _chosen(steps: dict[int, list[TaskRecord]]) -> list[tuple[str, int]]:
+def _chosen(steps: dict[int, list[TaskRecord]], phase: str) -> list[tuple[str, int]]:
     tokens = {step: max(record.n_tokens for record in records) for step, records in steps.items()}
     first = min(steps, default=None)
     decode = [step for step in steps if step != first]
     if not decode:
-        return [] if first is None else [(f"prefill, step {first}", first)]
+        return [] if first is None else [(f"{phase}, step {first}", first)]
     length = {step: _span(steps[step])[1] - _span(steps[step])[0] for step in decode}
     middle = median_low(length.values())
     chosen = min(step for step in decode if length[step] == middle)

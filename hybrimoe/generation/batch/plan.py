@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,10 @@ from hybrimoe.errors import ConfigError
 from hybrimoe.generation.batch.generate import BatchPrompt, new_tokens
 from hybrimoe.generation.sampling import SamplingOptions
 from hybrimoe.machine.calibrate import quick_profile
-from hybrimoe.machine.profiles import hardware_for_plan, open_shape
+from hybrimoe.machine.profiles import hardware_for_plan
 from scheduler.batching import LightningPlan, MemoryLeft, Roofline, Workload, plan_lightning
 from scheduler.batching.lightning import Attention
+from scheduler.machine.profile import ModelShape
 
 if TYPE_CHECKING:
     from hybrimoe.generation.engine import TextGenerator
@@ -35,10 +35,10 @@ class JobPlan:
 
 
 def plan_job(
-    generator: TextGenerator, session: Session | None, model: Path, prompts: Sequence[BatchPrompt],
+    generator: TextGenerator, session: Session | None, shape: ModelShape, prompts: Sequence[BatchPrompt],
     options: SamplingOptions, max_batch: int | None,
 ) -> JobPlan:  # fmt: skip
-    """The batch that MoE-Lightning's model of this machine finds best. `model`: directory with the config.json.
+    """The batch that MoE-Lightning's model of this machine finds best. `shape`: of the model.
 
     Attention and its keys and values are where the dense weights are: on a real accelerator, else in host memory.
     Raises ConfigError for a session without slots (there is no link to overlap with).
@@ -59,7 +59,7 @@ def plan_job(
     places: tuple[Attention, ...] = ("accelerator",) if on_device else ("cpu",)
     accel_bytes = host_bytes if free_bytes is None else round(MEMORY_SHARE * free_bytes)
     roofline = Roofline(
-        profile, open_shape(model, n_layers=len(layers)), expert_dtype=spec.dtype,
+        profile, replace(shape, n_layers=len(layers)), expert_dtype=spec.dtype,
         dense_dtype=_dense_dtype(generator), cached_share=session.n_slots / sum(layer.num_experts for layer in layers),
     )  # fmt: skip
     workload = Workload(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,10 +10,10 @@ from hybrimoe.extensions.policies import open_policy
 from hybrimoe.machine.profiles import open_hardware, with_accelerators
 from hybrimoe.tracing.sources import open_trace, split
 from scheduler.graph import TaskGraph
-from scheduler.machine.profile import HardwareProfile
 from scheduler.records import TaskRecord
 from scheduler.simulator.run import simulator_class
-from scheduler.simulator.simulator import SimulationConfig, Simulator
+from scheduler.simulator.simulator import Simulator
+from scheduler.simulator.what_if import us_with_a_slot, us_with_machine
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import predictions_for
@@ -42,13 +41,10 @@ def explain_step(
     profile = with_accelerators(open_hardware(hardware), accelerators, shared_link=False)
     config = open_policy(policy).simulated(cache_ratio=cache_ratio)
 
-    def simulator(on: HardwareProfile, with_config: SimulationConfig) -> Simulator:
-        return simulator_class(on, with_config)(
-            evaluation, on, found.shape, with_config, frequencies=known, source=source
-        )
-
-    run = simulator(profile, config)
-    latency_us = run.run_to(step)
+    run = simulator_class(profile, config)(evaluation, profile, found.shape, config, frequencies=known, source=source)
+    run.advance_to(step)
+    frozen = run.snapshot()
+    latency_us = run.step_us(step, explained=True)
     graph = TaskGraph.from_plans(run.layers, run.engine.costs, run.engine.expert_bytes)
     facts = {
         "model_shape": found.shape.name,
@@ -63,7 +59,7 @@ def explain_step(
         "critical_path_us": critical_path_us(graph),
         "idle_us": graph.idle_us(),
         "graph_makespan_us": graph.makespan_us,
-        "would_bring_us": _what_if(simulator, profile, replace(config, n_slots=run.n_slots), step, latency_us),
+        "would_bring_us": _what_if(frozen, run, step, latency_us),
         "kind": "simulated",
         "notes": list(found.notes),
     }
@@ -78,22 +74,17 @@ def critical_path_us(graph: TaskGraph) -> dict[str, float]:
     return dict(sorted(total.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def _what_if(
-    simulator: Callable[[HardwareProfile, SimulationConfig], Simulator], profile: HardwareProfile,
-    config: SimulationConfig, step: int, latency_us: float,
-) -> dict[str, float]:  # fmt: skip
-    """us saved on this step by one more unit of each resource, all earlier steps simulated with it as well."""
-    assert config.n_slots is not None
-    shape = simulator(profile, config).shape
+def _what_if(frozen: Simulator, run: Simulator, step: int, latency_us: float) -> dict[str, float]:
+    """us saved on this step by one more unit of each resource; ``frozen``: as it was before the step."""
+    profile, shape = frozen.profile, frozen.shape
     cpu, accel, link = profile.cpu, profile.accel, profile.link
-    changes: dict[str, tuple[HardwareProfile, SimulationConfig]] = {
-        "one more GB/s of CPU reads": (replace(profile, cpu=replace(cpu, read_gbps=cpu.read_gbps + 1)), config),
-        "one more GB/s of link": (replace(profile, link=replace(link, gbps=link.gbps + 1)), config),
-        "ten more GB/s of device memory": (
-            replace(profile, accel=replace(accel, mem_gbps=accel.mem_gbps + 10)),
-            config,
-        ),
+    machines = {
+        "one more GB/s of CPU reads": replace(profile, cpu=replace(cpu, read_gbps=cpu.read_gbps + 1)),
+        "one more GB/s of link": replace(profile, link=replace(link, gbps=link.gbps + 1)),
+        "ten more GB/s of device memory": replace(profile, accel=replace(accel, mem_gbps=accel.mem_gbps + 10)),
     }
-    if config.n_slots < shape.n_layers * shape.n_experts:
-        changes["one more slot"] = (profile, replace(config, n_slots=config.n_slots + 1))
-    return {name: latency_us - simulator(*change).run_to(step) for name, change in changes.items()}
+    plans = [item.plan for item in run.layers]
+    found = {name: us_with_machine(frozen, step, plans, machine) for name, machine in machines.items()}
+    if frozen.n_slots < shape.n_layers * shape.n_experts:
+        found["one more slot"] = us_with_a_slot(frozen, step, run.explanations)
+    return {name: max(latency_us - us, 0.0) for name, us in found.items()}

@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from hybrimoe.checkpoint import model_directory
+from hybrimoe.checkpoint import model_path
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 EXTRA = [
@@ -45,7 +45,7 @@ def fetched(files: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return str(here)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert model_directory("someone/something") == here
+    assert model_path("someone/something") == here
     return {str(file.relative_to(here)) for file in here.rglob("*") if file.is_file()}
 
 

@@ -65,6 +65,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "weightless").mkdir()
     (tmp_path / "weightless" / "config.json").write_bytes((demo / "config.json").read_bytes())
     (tmp_path / "file").write_text("no model")
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     (tmp_path / "rules.yaml").write_text("- match: {nam: experts}\n  replace: {op: hybrid_experts}\n")
     for name in ("empty", "broken", "gone"):
         (tmp_path / f"{name}.yaml").write_text(f"model: {name}\n")
@@ -74,6 +75,7 @@ def folder(tmp_path: Path) -> Path:
 
 WRONG_MODELS = [
     ("gone", "no model directory gone"),
+    ("cut.gguf", "cut.gguf is truncated or no valid GGUF file: it has 8 bytes"),
     ("empty", "empty is no model directory: it has no config.json"),
     ("broken", "config.json cannot be read as JSON"),
     ("untyped", "it has no model_type"),

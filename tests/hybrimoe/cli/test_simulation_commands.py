@@ -181,6 +181,7 @@ def test_explain_step(hybrimoe, tmp_path):
     assert sum(facts["critical_path_us"].values()) == pytest.approx(facts["graph_makespan_us"])
     assert json.loads((tmp_path / "c.json").read_text())["traceEvents"]
     assert "Critical path" in hybrimoe("explain-step", "--step", "2", "--timeline").out
+    assert "decode, step 2" in hybrimoe("explain-step", "--step", "2", "--timeline").out
     assert "the trace has steps 0" in hybrimoe("explain-step", "--step", "99999", "--json").data["error"]["message"]
 
 

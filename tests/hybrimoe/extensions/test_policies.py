@@ -28,7 +28,7 @@ LAST = HEAD + "@policy('{name}', balance='static')\nclass Last(CachePolicy):\n  
 
 
 @pytest.fixture(autouse=True)
-def nothing_registered(monkeypatch):
+def nothing_registered(monkeypatch, policies_put_back):
     """Each test's file may use the names of another test's, and no later test meets a broken policy."""
     monkeypatch.setattr(extension, "_EXTENSIONS", {})
     before = dict(CACHE_POLICIES), dict(PREFETCH_POLICIES)

@@ -82,7 +82,8 @@ def test_a_shared_link_is_one_lane(trace: Trace) -> None:
 
 def test_drawings_number_the_lanes(trace: Trace) -> None:
     run = simulator(trace, TWO)
-    run.run_to(2)
+    run.advance_to(2)
+    run.step_us(2, explained=True)
     assert {"accel:0", "accel:1"} <= {row.lane for row in gantt(run.records)}
     events = chrome_trace(run.records)["traceEvents"]
     names = {e["args"]["name"] for e in events if e["name"] == "thread_name"}

@@ -1,0 +1,70 @@
+"""The configuration of a GGUF model, as config.json would have it. Needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from hybrimoe.checkpoint.gguf.families import family_of, rope
+from hybrimoe.checkpoint.gguf.fields import Fields
+from hybrimoe.checkpoint.gguf.file import GgufModel
+from hybrimoe.errors import CheckpointError
+
+TOKEN_KEYS = {"bos_token_id": "bos", "pad_token_id": "padding"}
+END_KEYS = ("eos", "eot", "eom")
+DENSE_DTYPES = {"F32": "float32", "F16": "float16"}  # of a file whose dense matrices are in it; else bfloat16
+
+
+def config_of(model: GgufModel) -> dict[str, Any]:
+    """What config.json would say. Raises CheckpointError for metadata that are missing or cannot be true,
+    UnsupportedCheckpointError for an architecture that is not read."""
+    fields = Fields(model)
+    family = family_of(fields)
+    head_count = fields.whole("attention.head_count")
+    shared = {
+        "num_hidden_layers": num_hidden_layers(fields),
+        "hidden_size": fields.whole("embedding_length"),
+        "intermediate_size": fields.whole("feed_forward_length", 1),
+        "num_attention_heads": head_count,
+        "num_key_value_heads": fields.whole("attention.head_count_kv", head_count),
+        "max_position_embeddings": fields.whole("context_length"),
+        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": rope(fields),
+        "vocab_size": fields.shape("token_embd.weight")[0],
+        "tie_word_embeddings": not fields.has("output.weight"),
+        "dtype": _dense_dtype(model),
+        **_special_tokens(fields),
+    }
+    return shared | family.config(fields)
+
+
+def num_hidden_layers(fields: Fields) -> int:
+    """Layers without those that predict several tokens. Raises CheckpointError where the file lacks a layer."""
+    layers = fields.whole("block_count") - fields.whole("nextn_predict_layers", 0, least=0)
+    present = {name.split(".")[1] for name in fields.model.tensors if name.startswith("blk.")}
+    if not 1 <= layers <= len(present):
+        raise CheckpointError(
+            f"{fields.model.path}: {fields.architecture}.block_count asks for {layers} layers, the file has tensors of"
+            f" {len(present)}; the file is damaged, fetch it again"
+        )
+    return layers
+
+
+def _special_tokens(fields: Fields) -> dict[str, Any]:
+    """Ids of special tokens. Where a reply may end in several ways, `eos_token_id` is a list."""
+    found: dict[str, Any] = {name: _token(fields, key) for name, key in TOKEN_KEYS.items()}
+    ends = list(dict.fromkeys(end for key in END_KEYS if (end := _token(fields, key)) is not None))
+    return found | {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+
+
+def _token(fields: Fields, key: str) -> int | None:
+    value = fields.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    vocabulary = fields.shape("token_embd.weight")[0]
+    return value if isinstance(value, int) and 0 <= value < vocabulary else None
+
+
+def _dense_dtype(model: GgufModel) -> str:
+    """What most matrices outside the experts are in; quantised ones are computed in bfloat16."""
+    dense = {name: tensor for name, tensor in model.tensors.items() if "ffn_gate_inp" not in name}
+    most = Counter(tensor.kind.name for tensor in dense.values() if len(tensor.shape) == 2).most_common(1)
+    return DENSE_DTYPES.get(most[0][0] if most else "", "bfloat16")

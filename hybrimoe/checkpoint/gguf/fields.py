@@ -1,0 +1,113 @@
+"""Metadata of a GGUF file under its architecture's prefix, each value checked when it is asked for."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
+from hybrimoe.checkpoint.gguf.file import GgufModel
+from hybrimoe.errors import CheckpointError
+
+ARCHITECTURE_KEY = "general.architecture"
+MAX_WHOLE = 1 << 31  # no size or count of a model is more
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The metadata and tensors of a model as its family asks for them. Names are without the architecture's prefix."""
+
+    model: GgufModel
+    architecture: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        name = self.model.metadata.get(ARCHITECTURE_KEY)
+        if not isinstance(name, str):
+            raise CheckpointError(f"{self.model.path} does not say what it is: it has no {ARCHITECTURE_KEY}")
+        object.__setattr__(self, "architecture", name)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """All of it, under its own keys."""
+        return self.model.metadata
+
+    def whole(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """A size or number. Raises CheckpointError where it is missing without a `default`, or none."""
+        value = self._same_in_all_layers(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < MAX_WHOLE:
+            raise self.wrong(name, value, f"a whole number of {least} or more")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A number as the shortest decimal that its float32 stands for: 1e-06, not 9.99999997e-07."""
+        value = self._same_in_all_layers(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value - value != 0:
+            raise self.wrong(name, value, "a number")
+        return _shortest(float(value))
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        """A truth value."""
+        value = self._value(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, value, "true or false")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A word."""
+        value = self._value(name, default)
+        if not isinstance(value, str):
+            raise self.wrong(name, value, "a text")
+        return value
+
+    def given(self, name: str) -> bool:
+        """Whether the file has this value."""
+        return self._key(name) in self.metadata
+
+    def has(self, *tensors: str) -> bool:
+        """Whether the file has one of these tensors."""
+        return not self.model.tensors.keys().isdisjoint(tensors)
+
+    def shape(self, *tensors: str) -> tuple[int, ...]:
+        """Of the first of these tensors that is there. Raises CheckpointError where none is."""
+        found = next((self.model.tensors[name] for name in tensors if name in self.model.tensors), None)
+        if found is None:
+            raise CheckpointError(f"{self.model.path} lacks the tensor {' or '.join(tensors)}")
+        return found.shape
+
+    def wrong(self, name: str, value: Any, expected: str) -> CheckpointError:
+        """The error for a value that is missing or not what it should be."""
+        found = "missing" if value is None else f"{str(value)[:60]!r}"
+        return CheckpointError(
+            f"{self.model.path}: {self._key(name)} is {found}; expected {expected}. The file is damaged, or no"
+            f" conversion of a {self.architecture} model; fetch it again"
+        )
+
+    def _value(self, name: str, default: Any) -> Any:
+        return self.metadata.get(self._key(name), default)
+
+    def _same_in_all_layers(self, name: str, default: Any) -> Any:
+        value = self._value(name, default)
+        if not isinstance(value, list):
+            return value
+        if len(set(value)) > 1:
+            raise UnsupportedCheckpointError(
+                f"{self.model.path}: {self._key(name)} differs from layer to layer ({str(value)[:60]}), which is not"
+                f" read for {self.architecture}"
+            )
+        return value[0] if value else None
+
+    def _key(self, name: str) -> str:
+        return f"{self.architecture}.{name}"
+
+
+def _shortest(value: float) -> float:
+    """The decimal of fewest digits with the same float32."""
+    try:
+        single = struct.pack("<f", value)
+    except OverflowError:
+        return value
+    if struct.unpack("<f", single)[0] != value:
+        return value  # a float64, such as a default
+    return next(short for digits in range(1, 10) if struct.pack("<f", short := float(f"{value:.{digits}g}")) == single)

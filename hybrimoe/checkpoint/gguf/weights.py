@@ -1,0 +1,151 @@
+"""The parameters of a model from the tensors of its GGUF file: named, put together, and read only when asked for."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from hybrimoe.checkpoint.gguf.config import num_hidden_layers
+from hybrimoe.checkpoint.gguf.decoding import DecodedTensor
+from hybrimoe.checkpoint.gguf.families import SHARED_PLACES, WHOLE_MODEL, Arrangement, Place, family_of
+from hybrimoe.checkpoint.gguf.fields import Fields
+from hybrimoe.checkpoint.gguf.file import GgufModel, GgufTensor
+from hybrimoe.errors import CheckpointError
+
+LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
+UNUSED = re.compile(r"^(blk\.\d+\.attn_rot_embd|rope_freqs)\.")
+"""Tables of rotary embeddings in old files, which the configuration gives as well."""
+
+Join = Callable[..., torch.Tensor]
+"""Takes the tensors of a place, whole or one entry [1, ...] of each, and gives the parameter, whole or its entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArrangedTensor:
+    """A parameter that is one or several tensors of the file in another arrangement."""
+
+    parts: tuple[DecodedTensor, ...]
+    join: Join
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parts: tuple[DecodedTensor, ...], join: Join) -> ArrangedTensor:
+        """Raises CheckpointError for tensors whose shapes do not go together."""
+        try:
+            shape = join(*[torch.empty(part.shape, device="meta") for part in parts]).shape
+        except (RuntimeError, ValueError, ZeroDivisionError) as error:
+            shapes = ", ".join(f"{part.key} {list(part.shape)}" for part in parts)
+            raise CheckpointError(
+                f"{parts[0].tensor.file}: {shapes} do not fit each other or the metadata ({error}); fetch the file"
+                " again"
+            ) from error
+        return cls(parts, join, tuple(shape))
+
+    @property
+    def key(self) -> str:
+        """The tensors' names."""
+        return " + ".join(part.key for part in self.parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `read` gives."""
+        return self.parts[0].dtype
+
+    @property
+    def stored(self) -> tuple[GgufTensor, ...]:
+        """The tensors of the file that it is made from."""
+        return tuple(part.tensor for part in self.parts)
+
+    def read(self) -> torch.Tensor:
+        """The whole parameter."""
+        return self.join(*[part.read() for part in self.parts])
+
+    def read_slice(self, index: int) -> torch.Tensor:
+        """[1, ...]: one expert's entry of a parameter of experts."""
+        return self.join(*[part.read_slice(index) for part in self.parts])
+
+
+GgufSource = DecodedTensor | ArrangedTensor
+
+
+def sources_of(model: GgufModel, config: Mapping[str, Any]) -> dict[str, GgufSource]:
+    """Every parameter of the model by its name in transformers, and tensors that it has no place for by one alike.
+
+    config: as `config_of` gives it. Raises UnsupportedCheckpointError for an architecture that is not read.
+    """
+    fields = Fields(model)
+    places = (*family_of(fields).places, *SHARED_PLACES)
+    whole, layers = _by_layer(model)
+    found = _placed(whole, WHOLE_MODEL, "", config)
+    for number, tensors in layers.items():
+        prefix = f"model.layers.{number}."
+        if number < num_hidden_layers(fields):
+            found |= _placed(tensors, places, prefix, config)
+        else:
+            found |= {prefix + name: DecodedTensor(tensor) for name, tensor in tensors.items()}
+    return found
+
+
+def _by_layer(model: GgufModel) -> tuple[dict[str, GgufTensor], dict[int, dict[str, GgufTensor]]]:
+    whole: dict[str, GgufTensor] = {}
+    layers: dict[int, dict[str, GgufTensor]] = defaultdict(dict)
+    for name, tensor in model.tensors.items():
+        if UNUSED.match(name):
+            continue
+        layer = LAYER.match(name)
+        if layer is None:
+            whole[name] = tensor
+        else:
+            layers[int(layer[1])][layer[2]] = tensor
+    return whole, dict(sorted(layers.items()))
+
+
+def _placed(
+    tensors: Mapping[str, GgufTensor], places: tuple[Place, ...], prefix: str, config: Mapping[str, Any]
+) -> dict[str, GgufSource]:
+    """The parameters of a layer; what is left over keeps its name in the file."""
+    left, found = dict(tensors), dict[str, GgufSource]()
+    for place in places:
+        if all(part in left for part in place.parts):
+            parts = tuple(DecodedTensor(left.pop(part)) for part in place.parts)
+            as_it_is = place.how == "as it is"
+            found[prefix + place.target] = parts[0] if as_it_is else ArrangedTensor.of(parts, _join(place.how, config))
+    return found | {prefix + name: DecodedTensor(tensor) for name, tensor in left.items()}
+
+
+def _join(how: Arrangement, config: Mapping[str, Any]) -> Join:
+    match how:
+        case "heads of q":
+            return partial(_halves, heads=config["num_attention_heads"])
+        case "heads of k":
+            return partial(_halves, heads=config["num_key_value_heads"])
+        case _:
+            return JOINS[how]
+
+
+def _halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of each head from neighbours that are rotated together to first and second half."""
+    pairs = tensor.shape[0] // heads // 2
+    return tensor.reshape(heads, pairs, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _keys_and_values(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[heads, rank, d_k] and [heads, d_v, rank] -> kv_b [heads x (d_k + d_v), rank]."""
+    return torch.cat([k.transpose(1, 2), v], dim=1).flatten(0, 1)
+
+
+JOINS: dict[str, Join] = {
+    "rows joined": lambda gate, up: torch.cat([gate, up], dim=-2),
+    "transposed": lambda tensor: tensor.transpose(-1, -2),
+    "interleaved": lambda gate, up: torch.stack([gate, up], dim=-1).flatten(-2),
+    "interleaved, transposed": lambda gate, up: torch.stack([gate, up], dim=-2).flatten(-3, -2).transpose(-1, -2),
+    "a row": lambda tensor: tensor.reshape(1, -1),
+    "heads of k and v": _keys_and_values,
+}
+"""By the names of the table; the joins of heads are made for a number of heads."""

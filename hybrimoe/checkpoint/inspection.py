@@ -1,0 +1,139 @@
+"""What a checkpoint holds, and what its packed form costs: bytes of each type, and the error of records, measured on
+some of its experts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import prod, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from cpu_kernels import DTYPES, ExpertDtype, ExpertWeights, pack_expert, unpack_expert
+from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes
+from hybrimoe.checkpoint.dense import dense_dtype, meta_model, read_config
+from hybrimoe.checkpoint.experts import LayerSource, layer_sources
+from hybrimoe.checkpoint.source import model_path, read_config_dict
+from hybrimoe.checkpoint.stored import Stored
+from hybrimoe.checkpoint.weights import open_weights
+from hybrimoe.errors import ModelError
+from hybrimoe.experts.layout import find_experts, read
+
+SAMPLED_LAYERS = 3
+"""Layers (first, middle, last) of which an expert is packed to measure the error."""
+
+
+@dataclass(frozen=True, slots=True)
+class TypeTotals:
+    """All tensors of one type: how many, of how many values, in how many bytes."""
+
+    type_name: str
+    n_tensors: int
+    n_values: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordCost:
+    """The experts as records of a dtype: bytes of all, and the error that packing adds to what the file says.
+
+    error: root mean square of the difference over that of the weights, of the sampled experts together; 0 is exact.
+    """
+
+    dtype: str
+    n_bytes: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint. files: by name, with their bytes. other: tensors that the model has no place for."""
+
+    path: str
+    model_type: str
+    files: dict[str, int]
+    experts: tuple[TypeTotals, ...]
+    dense: tuple[TypeTotals, ...]
+    records: tuple[RecordCost, ...]
+    sampled_experts: tuple[str, ...]
+    other: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def inspect(path_or_hub_id: str | Path | None = None) -> Inspection:
+    """Reads headers, and the experts that the error is measured on. Errors as `hybrimoe.load`."""
+    path = model_path(path_or_hub_id)
+    raw_config = read_config_dict(path)
+    weights = open_weights(path, raw_config)
+    config = read_config(path)
+    model = meta_model(config, dense_dtype("auto", config))
+    plan = weights.plan(model)
+    sources = layer_sources({name: read(module) for name, module in find_experts(model)}, plan.conversions)
+    if not sources:
+        raise ModelError(f"{path} is a dense model ({config.model_type}): it has no experts to place")
+    in_experts = {stored.key for source in sources for c in source.parameters.values() for stored in c.stored()}
+    stored = _stored(plan)
+    sampled = _sampled(model, sources)
+    return Inspection(
+        path=str(path),
+        model_type=str(config.model_type),
+        files={file.path.name: file.size_bytes for file in weights.files},
+        experts=_totals(tensor for tensor in stored if tensor.key in in_experts),
+        dense=_totals(tensor for tensor in stored if tensor.key not in in_experts),
+        records=tuple(_cost(dtype, sources, [expert for _, expert in sampled]) for dtype in DTYPES),
+        sampled_experts=tuple(name for name, _ in sampled),
+        other=plan.unknown,
+    )
+
+
+def _stored(plan: ConversionPlan) -> list[Stored]:
+    """Every tensor once: an output layer and embeddings may be made from the same."""
+    return list({tensor.key: tensor for c in plan.conversions.values() for tensor in c.stored()}.values())
+
+
+def _totals(tensors: Iterable[Stored]) -> tuple[TypeTotals, ...]:
+    """Most bytes first."""
+    by_type: dict[str, list[Stored]] = defaultdict(list)
+    for tensor in tensors:
+        by_type[tensor.type_name].append(tensor)
+    totals = [
+        TypeTotals(name, len(of_type), sum(prod(t.shape) for t in of_type), sum(t.nbytes for t in of_type))
+        for name, of_type in by_type.items()
+    ]
+    return tuple(sorted(totals, key=lambda total: (-total.n_bytes, total.type_name)))
+
+
+Sample = tuple[LayerSource, ExpertWeights]
+
+
+def _sampled(model: PreTrainedModel, sources: Sequence[LayerSource]) -> list[tuple[str, Sample]]:
+    """(name, (layer, weights)) of the middle expert of some layers."""
+    shapes = ModelShapes(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    places = sorted({0, len(sources) // 2, len(sources) - 1})[:SAMPLED_LAYERS]
+    found = []
+    for source in (sources[place] for place in places):
+        index = source.num_experts // 2
+        found.append((f"{source.path}, expert {index}", (source, source.reader(shapes).expert(index))))
+    return found
+
+
+def _cost(dtype: ExpertDtype, sources: Sequence[LayerSource], sampled: Sequence[Sample]) -> RecordCost:
+    n_bytes = sum(source.num_experts * source.layout.spec(dtype).record_bytes for source in sources)
+    off = total = 0.0
+    for source, weights in sampled:
+        spec = source.layout.spec(dtype)
+        record = np.empty(spec.record_bytes, np.uint8)
+        pack_expert(spec, weights, record)
+        packed = unpack_expert(spec, record)
+        for name in ("gate", "up", "down"):
+            if (matrix := getattr(weights, name)) is not None:
+                off += float((getattr(packed, name).double() - matrix.double()).square().sum())
+                total += float(matrix.double().square().sum())
+    return RecordCost(dtype, n_bytes, sqrt(off / total) if total else 0.0)

@@ -1,0 +1,49 @@
+"""The weights of a model on disk, in any format: its files, and every tensor as a source of floating point values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hybrimoe.checkpoint.conversion import ConversionPlan, plan_as_named, plan_conversions
+from hybrimoe.checkpoint.dequantise import Source, dequantised
+from hybrimoe.checkpoint.gguf.file import open_gguf
+from hybrimoe.checkpoint.gguf.weights import sources_of
+from hybrimoe.checkpoint.quantisation import read_quantisation
+from hybrimoe.checkpoint.safetensors_file import open_checkpoint
+from hybrimoe.checkpoint.stored import WeightFile
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The opened files of a model.
+
+    sources: by their names in the checkpoint, which transformers' mapping turns into parameters; with `as_named`, by
+    the names of the parameters themselves.
+    """
+
+    files: tuple[WeightFile, ...]
+    sources: Mapping[str, Source]
+    as_named: bool
+
+    def plan(self, model: PreTrainedModel) -> ConversionPlan:
+        """Which sources make which parameter of the (meta) model. Raises CheckpointError for shapes that differ."""
+        return (plan_as_named if self.as_named else plan_conversions)(model, self.sources)
+
+
+def open_weights(path: Path, config: Mapping[str, Any]) -> Weights:
+    """Opens the weights of a model directory or GGUF file and checks headers; no weight is read.
+
+    config: what `read_config_dict` gives. Raises CheckpointError for missing, truncated or damaged files,
+    UnsupportedCheckpointError for formats and quantisations that are not read.
+    """
+    if path.is_file():
+        model = open_gguf(path)
+        return Weights(model.files, sources_of(model, config), as_named=True)
+    quantisation = read_quantisation(path, config)
+    checkpoint = open_checkpoint(path)
+    return Weights(checkpoint.files, dequantised(checkpoint.tensors, quantisation), as_named=False)

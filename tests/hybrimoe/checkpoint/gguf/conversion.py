@@ -1,0 +1,213 @@
+"""A saved model as a GGUF file, in the layout that llama.cpp's conversion scripts give, written by the package gguf.
+
+Nothing here is shared with what reads such files: names come from the package's own table, and what the scripts do to
+tensors (permuting, splitting, stacking) and which metadata they write is told again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import MODEL_ARCH, ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter, RopeScalingType
+from safetensors.torch import load_file
+
+ARCHITECTURES = {
+    "mixtral": MODEL_ARCH.LLAMA,
+    "olmoe": MODEL_ARCH.OLMOE,
+    "qwen2_moe": MODEL_ARCH.QWEN2MOE,
+    "qwen3_moe": MODEL_ARCH.QWEN3MOE,
+    "deepseek_v2": MODEL_ARCH.DEEPSEEK2,
+    "deepseek_v3": MODEL_ARCH.DEEPSEEK2,
+    "glm4_moe": MODEL_ARCH.GLM4_MOE,
+    "dots1": MODEL_ARCH.DOTS1,
+    "gpt_oss": MODEL_ARCH.GPT_OSS,
+    "granitemoe": MODEL_ARCH.GRANITE_MOE,
+    "granitemoeshared": MODEL_ARCH.GRANITE_MOE,
+    "ernie4_5_moe": MODEL_ARCH.ERNIE4_5_MOE,
+    "hunyuan_v1_moe": MODEL_ARCH.HUNYUAN_MOE,
+    "minimax_m2": MODEL_ARCH.MINIMAXM2,
+}
+"""transformers' model type -> llama.cpp's architecture."""
+ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight$")
+SIGMOID = ("deepseek_v3", "glm4_moe", "dots1", "minimax_m2")
+F32 = GGMLQuantizationType.F32
+
+
+def to_gguf(
+    directory: Path, path: Path, kind: GGMLQuantizationType = F32, *, split: int = 0, tokenizer: Any = None
+) -> Path:
+    """Writes the model of `directory` to `path`; gives the (first) file.
+
+    kind: of all matrices but routers. split: tensors a file, 0 for one file. tokenizer: called with the writer.
+    """
+    config = json.loads((directory / "config.json").read_text())
+    tensors = {key: value for file in sorted(directory.glob("*.safetensors")) for key, value in load_file(file).items()}
+    architecture = ARCHITECTURES[config["model_type"]]
+    writer = GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[architecture], split_max_tensors=split)
+    describe(writer, config)
+    (tokenizer or (lambda writer: writer.add_tokenizer_model("no_vocab")))(writer)
+    names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
+    for key, tensor in converted(tensors, config):
+        name = key if key.startswith("blk.") else names.get_name(key, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"llama.cpp has no name for {key}"
+        small = tensor.dim() == 1 or "ffn_gate_inp" in name
+        values = tensor.float().contiguous().numpy()
+        if small or kind == F32:
+            writer.add_tensor(name, values, raw_dtype=F32)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(gguf.quants.quantize(values, kind)), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return next(iter(sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))), path)
+
+
+def converted(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) as the scripts hand them to the writer: experts stacked, then what `modify_tensors` does."""
+    stacks: dict[str, dict[int, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        expert = ONE_EXPERT.match(key)
+        if expert is None:
+            yield from modified(key, tensor, config)
+        else:
+            stacks.setdefault(f"{expert[1]}.{expert[3]}.weight", {})[int(expert[2])] = tensor
+    for key, experts in stacks.items():
+        yield key, torch.stack([experts[index] for index in range(len(experts))])
+
+
+def modified(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """One tensor as the script of its architecture changes it."""
+    kind, layer = config["model_type"], re.search(r"layers\.(\d+)\.", key)
+    block = f"blk.{layer[1]}" if layer else ""
+    if kind in ("mixtral", "granitemoe", "granitemoeshared") and re.search(r"\.[qk]_proj\.", key):
+        heads = config["num_attention_heads" if ".q_proj." in key else "num_key_value_heads"]
+        yield key, permuted(tensor, heads)
+    elif key.endswith("kv_b_proj.weight"):
+        keys = config["qk_nope_head_dim"]
+        parts = tensor.view(config["num_attention_heads"], keys + config["v_head_dim"], -1)
+        yield f"{block}.attn_k_b.weight", parts[:, :keys].transpose(1, 2)
+        yield f"{block}.attn_v_b.weight", parts[:, keys:]
+    elif key.endswith("input_linear.weight"):
+        gate, up = tensor.chunk(2, dim=-2)
+        end = "shexp" if "shared_mlp" in key else "exps"
+        yield f"{block}.ffn_gate_{end}.weight", gate
+        yield f"{block}.ffn_up_{end}.weight", up
+    elif kind == "gpt_oss" and "mlp.experts" in key:
+        yield from gpt_oss_experts(block, key, tensor)
+    elif key.endswith("sinks"):
+        yield key + ".weight", tensor
+    elif key.endswith("e_score_correction_bias"):
+        yield key.replace("_correction_bias", "_correction.bias"), tensor.squeeze()
+    else:
+        yield key, tensor
+
+
+def gpt_oss_experts(block: str, key: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gate and up taken apart, matrices with rows of their own outputs."""
+    end = "bias" if key.endswith("_bias") else "weight"
+    rows = tensor if end == "bias" else tensor.transpose(-1, -2)
+    if "down_proj" in key:
+        yield f"{block}.ffn_down_exps.{end}", rows
+    else:
+        yield f"{block}.ffn_gate_exps.{end}", rows[:, ::2]
+        yield f"{block}.ffn_up_exps.{end}", rows[:, 1::2]
+
+
+def permuted(weights: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of each head from two halves to neighbours that are rotated together."""
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
+
+
+def describe(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    """The metadata that the scripts write: what all have, then those of the architecture."""
+    latent = config["model_type"].startswith("deepseek")
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(1 if latent else config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    rotary = config["rope_parameters"]
+    writer.add_rope_freq_base(rotary["rope_theta"])
+    if rotary["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rotary["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rotary["original_max_position_embeddings"])
+        for name in ("beta_fast", "beta_slow"):
+            if name in rotary:
+                getattr(writer, f"add_rope_scaling_yarn_{name}")(rotary[name])
+        if "mscale_all_dim" in rotary:
+            writer.add_rope_scaling_yarn_log_mul(0.1 * rotary["mscale_all_dim"])
+    if not latent:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_rope_dimension_count(int(head_dim * rotary.get("partial_rotary_factor", 1)))
+    _describe_experts(writer, config)
+    if latent:
+        _describe_latent(writer, config)
+    if "granite" in config["model_type"]:
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
+    if config["model_type"] == "gpt_oss":
+        writer.add_sliding_window(config["sliding_window"])
+
+
+def _describe_experts(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    kind = config["model_type"]
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    writer.add_expert_count(next(config[name] for name in counts if name in config))
+    writer.add_expert_used_count(
+        next(config[name] for name in ("num_experts_per_tok", "moe_topk", "moe_k") if name in config)
+    )
+    if kind not in ("mixtral", "olmoe", "granitemoe", "granitemoeshared"):
+        writer.add_expert_feed_forward_length(config.get("moe_intermediate_size") or config["intermediate_size"])
+    if "first_k_dense_replace" in config:
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+    if kind in SIGMOID:
+        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    if kind == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if kind == "granitemoeshared":
+        writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+    if kind == "hunyuan_v1_moe":
+        writer.add_expert_shared_feed_forward_length(config["intermediate_size"])
+        writer.add_expert_shared_count(1)
+    if kind == "ernie4_5_moe":
+        shared = config["moe_num_shared_experts"]
+        writer.add_interleave_moe_layer_step(config["moe_layer_interval"])
+        writer.add_leading_dense_block_count(config["moe_layer_start_index"])
+        writer.add_expert_shared_count(shared)
+        writer.add_expert_shared_feed_forward_length(shared * config["moe_intermediate_size"])
+
+
+def _describe_latent(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    if config["q_lora_rank"] is not None:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(config["kv_lora_rank"])
+    writer.add_key_length(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+    writer.add_value_length(config["kv_lora_rank"])
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_rope_dimension_count(config["qk_rope_head_dim"])

@@ -1,0 +1,80 @@
+"""Tiny models of the families that GGUF files are read of, saved by transformers and written as GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from transformers import PreTrainedModel
+
+from ....families.tiny_families import FAMILIES, tiny_model
+from .conversion import ARCHITECTURES, to_gguf
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"norm_topk_prob": True},  # in every such model, says llama.cpp
+    "olmoe": {"num_key_value_heads": 4, "intermediate_size": 64},  # llama.cpp reads no fewer; whole blocks of 32
+    "dots1": {"num_key_value_heads": 4},
+    "deepseek_v3": {
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
+    },
+    "glm4_moe": {"first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True},
+    "ernie4_5_moe": {"tie_word_embeddings": True},
+    "granitemoe": {
+        "attention_multiplier": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.25, "logits_scaling": 4.0,
+    },
+}  # fmt: skip
+"""What a family has beyond `tiny_families`, so that more of its metadata and tensors matter."""
+NOISE = 0.2  # on norms and biases, which are ones and zeros in a new model
+
+
+def saved_model(family: str, folder: Path) -> Path:
+    """The directory of a new random model, as transformers saves it."""
+    tiny = FAMILIES[family]
+    changed = {**tiny.overrides, **OVERRIDES.get(family, {})}
+    FAMILIES[family] = type(tiny)(tiny.model_type, changed, tiny.text, tiny.towers)
+    try:
+        model = tiny_model(family)
+    finally:
+        FAMILIES[family] = tiny
+    _make_every_vector_matter(model)
+    model.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def gguf_model(family: str, folder: Path, **options: Any) -> Path:
+    """The same model as a GGUF file. options: of `to_gguf`."""
+    return to_gguf(saved_model(family, folder), folder / "model.gguf", **options)
+
+
+def _make_every_vector_matter(model: PreTrainedModel) -> None:
+    generator = torch.Generator().manual_seed(1)
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if "e_score" in name]
+    with torch.no_grad():
+        for name, values in (*model.named_parameters(), *buffers):
+            if values.dim() == 1 or "e_score" in name:
+                values.add_(NOISE * torch.randn(values.shape, generator=generator))
+
+
+def letters(writer: gguf.GGUFWriter, n_tokens: int = 96) -> None:
+    """A byte-level vocabulary of `n_tokens`: three special tokens, single letters, two of two letters."""
+    tokens = ["<|bos|>", "<|eos|>", "<|pad|>", *(chr(33 + index) for index in range(n_tokens - 5)), "ab", "cd"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, *[1] * (n_tokens - 3)])
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+__all__ = ["ARCHITECTURES", "gguf_model", "letters", "saved_model"]

@@ -1,0 +1,62 @@
+"""Every architecture of GGUF files that is read: the model that the file gives is the model it was made from, and
+llama.cpp, on the same file, gives the same logits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrimoe.checkpoint import load
+from hybrimoe.checkpoint.gguf.families import FAMILIES
+
+from ..models import FLOAT32, TOKENS, logits
+from .conversion import ARCHITECTURES
+from .models import gguf_model, saved_model
+
+REPRESENTATIVE = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")
+MODELS = [
+    pytest.param(name, marks=[pytest.mark.families, *[pytest.mark.representative] * (name in REPRESENTATIVE)])
+    for name in ARCHITECTURES
+]
+LLAMA_CPP_TOLERANCE = 2e-5  # of logits up to 1: both compute in float32, in other orders of summation
+RUN_LLAMA_CPP = """
+import json, sys
+from llama_cpp import Llama
+model = Llama(sys.argv[1], logits_all=True, n_ctx=64, n_threads=1, verbose=False, type_k=0, type_v=0)  # float32 cache
+model.eval(json.loads(sys.argv[2]))
+print(json.dumps(model._scores.tolist()))
+"""
+
+
+def test_every_architecture_of_the_table_is_tested() -> None:
+    import gguf
+
+    assert {gguf.MODEL_ARCH_NAMES[architecture] for architecture in ARCHITECTURES.values()} == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_gguf_file_gives_the_logits_of_the_model_it_was_made_from(family: str, tmp_path: Path) -> None:
+    expected = logits(load(saved_model(family, tmp_path), **FLOAT32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing of the file is left out, nothing has to be guessed
+        found = load(gguf_model(family, tmp_path), **FLOAT32)
+    assert torch.equal(logits(found), expected)
+    assert found.config.model_type == json.loads((tmp_path / "model" / "config.json").read_text())["model_type"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("family", MODELS)
+def test_llama_cpp_gives_the_same_logits_on_the_same_file(family: str, tmp_path: Path) -> None:
+    file = gguf_model(family, tmp_path)
+    arguments = [sys.executable, "-c", RUN_LLAMA_CPP, str(file), json.dumps(TOKENS[0].tolist())]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)  # it aborts on errors
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = torch.tensor(json.loads(done.stdout))[None]
+    assert (logits(load(file, **FLOAT32)) - found).abs().max() < LLAMA_CPP_TOLERANCE
