@@ -101,7 +101,7 @@ class ExpertsCall:
         space.work.hidden, space.work.host_rows = call.hidden, exchange.rows
         self._plan(space, parts, exchange.ids)
         lanes, lanes_ns = space.experts.lanes, -perf_counter_ns()
-        if space.plan.hands_over:
+        if space.plan.moved and space.plan.hands_over:
             lanes.submit(space)
             lanes.compute(space)
             exchange.put(lanes.combine(space))
