@@ -9,7 +9,7 @@ from cpu_kernels.jit.compiled import Real, Whole, Worker, float_kernel, inline_k
 from cpu_kernels.jit.primitives import call_attend, floats_at, int64s_at, take_ticket
 from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST, AttendKernel
 from cpu_kernels.simd.compile import kernel_address
-from cpu_kernels.step.cached import CACHE_SIZE, K_TOKEN, KIND, V_TOKEN, key_address, rows_of, value_address
+from cpu_kernels.step.cached import K_TOKEN, KIND, V_TOKEN, key_address, place_of, rows_of, value_address
 from cpu_kernels.step.floats import FLOAT32, fill, read_row
 from cpu_kernels.step.heads import Source
 from cpu_kernels.step.program import (
@@ -29,8 +29,7 @@ from cpu_kernels.step.program import (
 
 (STATE, NEXT, NEXT_JOIN, N_HEADS, N_KV_HEADS, DIM, V_DIM, SHARED, WINDOW, IN_BLOCKS, SINKS, QUERY, PARTS, STATS,
  MAX_CHUNKS, OUT, OUT_ROW, GATE, GATE_ROW, GATE_HEAD, BLOCK_FLOATS, ONE_FLOATS, BLOCK_HALVES, ONE_HALVES, ZEROS,
- ATTEND_CALL) = range(26)  # fmt: skip
-CACHE = ATTEND_CALL
+ PLACES, ATTEND_CALL) = range(27)  # fmt: skip
 TASK_HEADS = 4 * HEAD_BLOCK
 """Query heads of a task at most: many heads that share one head of keys are work for several threads."""
 
@@ -49,7 +48,7 @@ EVERYTHING = Sight()
 
 def _attend(call_address: int, thread: int) -> None:
     """Worker. Task: a run of cached tokens of one head of keys and values, for up to TASK_HEADS heads of a row."""
-    call = int64s_at(call_address, CACHE + CACHE_SIZE)
+    call = int64s_at(call_address, ATTEND_CALL)
     state = int64s_at(call[STATE], STATE_SIZE)
     rows = rows_of(state)
     scores = state[SCRATCH] + thread * SCRATCH_BYTES
@@ -88,20 +87,21 @@ def _n_chunks(call: np.ndarray, place: np.ndarray) -> Whole:
 
 @inline_kernel
 def _run(
-    call: np.ndarray, state: np.ndarray, place: np.ndarray, row: Whole, kv_head: Whole, head: Whole, stop: Whole,
+    call: np.ndarray, state: np.ndarray, seen: np.ndarray, row: Whole, kv_head: Whole, head: Whole, stop: Whole,
     chunk: Whole, scores: Whole,
 ) -> None:  # fmt: skip
     """The run `chunk` of a row, for query heads from `head` to `stop` of those that share a head of keys."""
-    first = _first_seen(call, place) + chunk * CHUNK
-    n_tokens = min(CHUNK, place[SEEN] - first)
-    keys, key_bytes = key_address(call, CACHE, place[SEQUENCE], kv_head, first), call[CACHE + K_TOKEN]
-    values, value_bytes = value_address(call, CACHE, place[SEQUENCE], kv_head, first), call[CACHE + V_TOKEN]
+    first = _first_seen(call, seen) + chunk * CHUNK
+    n_tokens = min(CHUNK, seen[SEEN] - first)
+    place = place_of(call[PLACES], seen[SEQUENCE])
+    keys, key_bytes = key_address(place, kv_head, first), place[K_TOKEN]
+    values, value_bytes = value_address(place, kv_head, first), place[V_TOKEN]
     more, more_bytes = values, value_bytes
     if call[SHARED]:
         values, value_bytes = keys, key_bytes
-    bias = state[MASK] + 4 * (place[SEQUENCE] * state[MASK_ROW] + first) if state[MASK] else call[ZEROS]
-    floats = call[CACHE + KIND] == FLOAT32
-    block, one = (call[BLOCK_FLOATS], call[ONE_FLOATS]) if floats else (call[BLOCK_HALVES], call[ONE_HALVES])
+    bias = state[MASK] + 4 * (seen[SEQUENCE] * state[MASK_ROW] + first) if state[MASK] else call[ZEROS]
+    kind = place[KIND]
+    block, one = (call[BLOCK_FLOATS], call[ONE_FLOATS]) if kind == FLOAT32 else (call[BLOCK_HALVES], call[ONE_HALVES])
     dim, v_dim, shared = call[DIM], call[V_DIM], call[SHARED]
     while head < stop:
         many = stop - head >= HEAD_BLOCK and block != 0
@@ -116,18 +116,19 @@ def _run(
             )  # fmt: skip
         else:
             _attend_plainly(
-                call, query, keys, key_bytes, values, value_bytes, bias, n_tokens, scores, stats, out, more, more_bytes
-            )
+                call, kind, query, keys, key_bytes, values, value_bytes, bias, n_tokens, scores, stats, out, more,
+                more_bytes,
+            )  # fmt: skip
         head += HEAD_BLOCK if many else 1
 
 
 @float_kernel
 def _attend_plainly(
-    call: np.ndarray, query: Whole, keys: Whole, key_bytes: Whole, values: Whole, value_bytes: Whole, bias: Whole,
-    n_tokens: Whole, scores: Whole, stats: Whole, out: Whole, more: Whole, more_bytes: Whole,
+    call: np.ndarray, kind: Whole, query: Whole, keys: Whole, key_bytes: Whole, values: Whole, value_bytes: Whole,
+    bias: Whole, n_tokens: Whole, scores: Whole, stats: Whole, out: Whole, more: Whole, more_bytes: Whole,
 ) -> None:  # fmt: skip
     """What `attend` of `cpu_kernels.simd.attention` does, for head sizes that are no whole number of vectors."""
-    kind, dim, v_dim, shared = call[CACHE + KIND], call[DIM], call[V_DIM], call[SHARED]
+    dim, v_dim, shared = call[DIM], call[V_DIM], call[SHARED]
     q, added, weights = floats_at(query, dim + shared), floats_at(bias, n_tokens), floats_at(scores, n_tokens)
     row = floats_at(scores + 4 * CHUNK, max(dim + shared, v_dim))
     top = np.float32(LOWEST)
@@ -156,7 +157,7 @@ ATTEND_WORK = Worker(_attend)
 
 def _join(call_address: int, thread: int) -> None:
     """Worker. Task: a query head of a row: its runs, in their order, become its result."""
-    call = int64s_at(call_address, CACHE + CACHE_SIZE)
+    call = int64s_at(call_address, ATTEND_CALL)
     state = int64s_at(call[STATE], STATE_SIZE)
     rows = rows_of(state)
     n_heads, v_dim = call[N_HEADS], call[V_DIM]
@@ -203,20 +204,22 @@ JOIN_WORK = Worker(_join)
 
 
 def add_attention(
-    program: Program, n_heads: int, n_kv_heads: int, dim: int, v_dim: int, query: int, out: int, isa_name: str, *,
+    program: Program, n_heads: int, n_kv_heads: int, dim: int, v_dim: int, query: int, places: int, out: int,
+    isa_name: str, *,
     sight: Sight = EVERYTHING, sinks: np.ndarray | None = None, gate: Source | None = None, shared: int = 0,
 ) -> np.ndarray:  # fmt: skip
     """Adds out float32 [rows, n_heads * v_dim] = attention of query float32 [rows, n_heads, dim + shared]; returns its
-    call, which says from CACHE on where the cache lies. `give_room` must have set where runs are kept.
+    call. `give_room` must have set where runs are kept.
 
-    sinks float32 [n_heads]: scores without values. gate: heads of v_dim columns, whose sigmoid the result is multiplied
-    with. shared: columns that the cache keeps where values are otherwise; keys are dim columns of the cache's keys and
-    then these, and values are the first v_dim columns of the cache's keys.
+    places: address of the table that says where the caches lie. sinks float32 [n_heads]: scores without values. gate:
+    heads of v_dim columns, whose sigmoid the result is multiplied with. shared: columns that the cache keeps where
+    values are otherwise; keys are dim columns of the cache's keys and then these, and values are the first v_dim
+    columns of the cache's keys.
     """
-    call = program.zeros(CACHE + CACHE_SIZE, np.int64)
+    call = program.zeros(ATTEND_CALL, np.int64)
     call[[STATE, N_HEADS, N_KV_HEADS, DIM, V_DIM]] = program.state.ctypes.data, n_heads, n_kv_heads, dim, v_dim
     call[[WINDOW, IN_BLOCKS, SHARED]] = sight.window, sight.in_blocks, shared
-    call[[QUERY, OUT, OUT_ROW]] = query, out, n_heads * v_dim
+    call[[QUERY, PLACES, OUT, OUT_ROW]] = query, places, out, n_heads * v_dim
     call[SINKS] = 0 if sinks is None else program.keep(np.ascontiguousarray(sinks, np.float32))
     if gate is not None:
         call[[GATE, GATE_ROW, GATE_HEAD]] = gate.address, gate.row, gate.head

@@ -1,6 +1,7 @@
-"""Where a step's rows stand in a KV cache: the part of a call vector that says where keys and values lie.
+"""Where a step's rows stand in KV caches: a table of places, one for each sequence of the step.
 
-Heads write there, attention reads there; `compiled` binds both to the cache of a call.
+Heads write there, attention reads there; `compiled` binds the table to the caches of a call. Sequences may lie in one
+cache or in caches of their own, and may have different lengths.
 """
 
 import numpy as np
@@ -9,10 +10,9 @@ from cpu_kernels.jit.compiled import Whole, inline_kernel
 from cpu_kernels.jit.primitives import int64s_at
 from cpu_kernels.step.program import N_ROWS, ROW_SIZE, ROWS
 
-# Addresses of keys and values, each with the bytes from one sequence, head and token to the next; how they are stored
-# (`floats.FLOAT32` or `BFLOAT16`); the number of the first token that is held.
-(KEYS, K_SEQUENCE, K_HEAD, K_TOKEN, VALUES, V_SEQUENCE, V_HEAD, V_TOKEN, KIND, PAST_FIRST,
- CACHE_SIZE) = range(11)  # fmt: skip
+# A place: addresses of one sequence's keys and values in one layer, each with the bytes from one head and token to the
+# next; how they are stored (`floats.FLOAT32` or `BFLOAT16`); the number of the first token that is held.
+(KEYS, K_HEAD, K_TOKEN, VALUES, V_HEAD, V_TOKEN, KIND, PAST_FIRST, PLACE_SIZE) = range(9)
 
 
 @inline_kernel
@@ -22,14 +22,18 @@ def rows_of(state: np.ndarray) -> np.ndarray:
 
 
 @inline_kernel
-def key_address(call: np.ndarray, cache: Whole, sequence: Whole, head: Whole, token: Whole) -> Whole:
-    """Of a cached key. cache: where in `call` the positions above begin; token: its number in the conversation."""
-    place = call[cache + KEYS] + sequence * call[cache + K_SEQUENCE] + head * call[cache + K_HEAD]
-    return place + (token - call[cache + PAST_FIRST]) * call[cache + K_TOKEN]
+def place_of(places: Whole, sequence: Whole) -> np.ndarray:
+    """int64 [PLACE_SIZE]: the place of a sequence. places: address of the table."""
+    return int64s_at(places + 8 * PLACE_SIZE * sequence, PLACE_SIZE)
 
 
 @inline_kernel
-def value_address(call: np.ndarray, cache: Whole, sequence: Whole, head: Whole, token: Whole) -> Whole:
+def key_address(place: np.ndarray, head: Whole, token: Whole) -> Whole:
+    """Of a cached key. token: its number in the conversation."""
+    return place[KEYS] + head * place[K_HEAD] + (token - place[PAST_FIRST]) * place[K_TOKEN]
+
+
+@inline_kernel
+def value_address(place: np.ndarray, head: Whole, token: Whole) -> Whole:
     """Of a cached value, as `key_address`."""
-    place = call[cache + VALUES] + sequence * call[cache + V_SEQUENCE] + head * call[cache + V_HEAD]
-    return place + (token - call[cache + PAST_FIRST]) * call[cache + V_TOKEN]
+    return place[VALUES] + head * place[V_HEAD] + (token - place[PAST_FIRST]) * place[V_TOKEN]

@@ -30,13 +30,13 @@ from cpu_kernels.step.stream import add_embedding
 
 @dataclass(frozen=True, slots=True)
 class CachePlace:
-    """Where a layer's keys and values lie: addresses, and the bytes from one sequence, head and token to the next.
+    """Where a sequence's keys and values lie in a layer: addresses, and the bytes from one head and token to the next.
 
     kind: `floats.FLOAT32` or `BFLOAT16`. first: number of the first token that is held (earlier ones are gone).
     """
 
-    keys: tuple[int, int, int, int]
-    values: tuple[int, int, int, int]
+    keys: tuple[int, int, int]
+    values: tuple[int, int, int]
     kind: int
     first: int = 0
 
@@ -106,10 +106,9 @@ class CompiledLayers:
         """Clock ticks spent on each part, over all runs so far."""
         return {part: int(self.program.ticks[part]) for part in Part}
 
-    def bind(self, number: int, place: CachePlace) -> None:
-        """Lets attention `number` read and write its cache at `place`."""
-        for call in self._caches[number].places:
-            call[:] = (*place.keys, *place.values, place.kind, place.first)
+    def bind(self, number: int, sequence: int, place: CachePlace) -> None:
+        """Lets attention `number` read and write the cache of a step's sequence at `place`."""
+        self._caches[number].places[sequence] = (*place.keys, *place.values, place.kind, place.first)
 
     def give_room(self, n_tokens: int) -> None:
         """Makes room for the intermediate results of attention over up to `n_tokens` cached tokens."""
@@ -125,17 +124,18 @@ class CompiledLayers:
         for calls in self._caches:
             attend.give_room(calls.attend, start, start + parts, n_tokens)
 
-    def set_rows(self, n_sequences: int, n_new: int, n_past: int, tokens: Sequence[int] = ()) -> None:
-        """The rows of the next run: n_new tokens of each sequence, sequence by sequence, behind n_past cached ones.
+    def set_rows(self, n_past: Sequence[int], n_new: int, tokens: Sequence[int] = ()) -> None:
+        """The rows of the next run: n_new tokens of each sequence, sequence by sequence, behind its n_past cached ones.
 
         Raises LayoutError for more rows than a step has.
         """
-        n_rows = n_sequences * n_new
+        n_rows = len(n_past) * n_new
         if not 0 < n_rows <= MAX_ROWS:
-            raise LayoutError(f"a compiled step takes 1 to {MAX_ROWS} rows, found {n_sequences} x {n_new}")
+            raise LayoutError(f"a compiled step takes 1 to {MAX_ROWS} rows, found {len(n_past)} x {n_new}")
         rows = self.program.rows
         for row in range(n_rows):
-            rows[row, SEQUENCE], rows[row, SEEN], rows[row, PADDING] = row // n_new, n_past + row % n_new + 1, 0
+            sequence, number = divmod(row, n_new)
+            rows[row, SEQUENCE], rows[row, SEEN], rows[row, PADDING] = sequence, n_past[sequence] + number + 1, 0
         if tokens:
             rows[:n_rows, TOKEN] = tokens
         self.program.state[N_ROWS] = n_rows

@@ -8,22 +8,23 @@ from cpu_kernels.engine.plans import activation_parameters
 from cpu_kernels.host.isa import BY_NAME
 from cpu_kernels.simd.formats import Format, format_of
 from cpu_kernels.step import attend, heads, latent
+from cpu_kernels.step.cached import PLACE_SIZE
 from cpu_kernels.step.experts import add_experts, add_scaled_inputs, experts_call
 from cpu_kernels.step.gated import add_gated
 from cpu_kernels.step.parts import Attention, Branch, Columns, Core, Head, LatentAttention, Layer, Mlp, Moe, Rope
 from cpu_kernels.step.products import PLAIN_FORMAT, Product, Shared, add_product, target_of
-from cpu_kernels.step.program import Part, Program
+from cpu_kernels.step.program import MAX_ROWS, Part, Program
 from cpu_kernels.step.router import add_selection
 from cpu_kernels.step.stream import Norm, Summand, Target, add_stream
 
 
 @dataclass(slots=True)
 class CacheCalls:
-    """The call vectors of one attention that say where its cache lies, and its own call."""
+    """The call vector of one attention, and the table that says where the step's sequences lie in caches."""
 
     layer: int
     attend: np.ndarray
-    places: tuple[np.ndarray, ...]  # int64 [cached.CACHE_SIZE] each
+    places: np.ndarray  # int64 [MAX_ROWS, cached.PLACE_SIZE]
 
 
 @dataclass(slots=True)
@@ -155,19 +156,23 @@ class Emitter:
             address = outs[columns.product] + 4 * columns.first
             return heads.Source(address, core.inputs[columns.product].n_out, columns.head)
 
-        query = program.floats("query", core.n_heads * core.dim)
-        written = heads.add_heads(
+        query, places = program.floats("query", core.n_heads * core.dim), self._places()
+        heads.add_heads(
             program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, source(core.q), source(core.k),
-            source(core.v), query, scale=core.scale, norm=core.norm, rotary=self._rotary(core.rope),
+            source(core.v), query, places.ctypes.data, scale=core.scale, norm=core.norm, rotary=self._rotary(core.rope),
             clip=core.clip, tuning=core.tuning,
         )  # fmt: skip
         attended = program.floats("attended", core.n_heads * core.v_dim)
         call = attend.add_attention(
-            program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, query, attended, self.isa_name,
-            sight=core.sight, sinks=core.sinks, gate=None if core.gate is None else source(core.gate),
+            program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, query, places.ctypes.data, attended,
+            self.isa_name, sight=core.sight, sinks=core.sinks, gate=None if core.gate is None else source(core.gate),
         )  # fmt: skip
-        self.caches.append(CacheCalls(core.cache, call, (written, call[attend.CACHE :])))
+        self.caches.append(CacheCalls(core.cache, call, places))
         return self._attention_result(attended, core.output)
+
+    def _places(self) -> np.ndarray:
+        """A table of its own for one attention."""
+        return self.program.zeros(MAX_ROWS * PLACE_SIZE, np.int64).reshape(MAX_ROWS, PLACE_SIZE)
 
     def _rotary(self, rope: Rope | None) -> heads.Rotary | None:
         return None if rope is None else heads.Rotary(rope.n, rope.first, rope.kind, *self.angles[rope.table])
@@ -188,17 +193,17 @@ class Emitter:
             self._product(Part.PROJECTIONS, core.query_up, short, query)
         if core.up_rows is not None:
             program.keep(core.up_rows)
-        absorbed = program.floats("query", sizes.n_heads * (sizes.rank + sizes.rotated))
-        written = latent.add_absorption(
+        absorbed, places = program.floats("query", sizes.n_heads * (sizes.rank + sizes.rotated)), self._places()
+        latent.add_absorption(
             program, sizes, core.up, core.norm, self._rotary(core.rope), query, joined, absorbed,
-            scale=core.scale,
+            places.ctypes.data, scale=core.scale,
         )  # fmt: skip
         gathered = program.floats("gathered", sizes.n_heads * sizes.rank)
         call = attend.add_attention(
-            program, sizes.n_heads, 1, sizes.rank, sizes.rank, absorbed, gathered, self.isa_name,
-            shared=sizes.rotated,
+            program, sizes.n_heads, 1, sizes.rank, sizes.rank, absorbed, places.ctypes.data, gathered,
+            self.isa_name, shared=sizes.rotated,
         )  # fmt: skip
-        self.caches.append(CacheCalls(core.cache, call, (written, call[attend.CACHE :])))
+        self.caches.append(CacheCalls(core.cache, call, places))
         attended = program.floats("attended", sizes.n_heads * sizes.v_dim)
         latent.add_expansion(program, sizes, core.up, gathered, attended)
         return self._attention_result(attended, core.output)

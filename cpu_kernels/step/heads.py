@@ -14,15 +14,13 @@ import numpy as np
 
 from cpu_kernels.jit.compiled import Real, Whole, Worker, inline_kernel
 from cpu_kernels.jit.primitives import floats_at, int64s_at, take_ticket
-from cpu_kernels.step.cached import CACHE_SIZE, KIND, key_address, rows_of, value_address
+from cpu_kernels.step.cached import KIND, key_address, place_of, rows_of, value_address
 from cpu_kernels.step.floats import bits_of, copy, float_of, square_sum, write_row
 from cpu_kernels.step.program import N_ROWS, SCRATCH, SCRATCH_BYTES, SEEN, SEQUENCE, STATE_SIZE, Part, Program
 
 (STATE, NEXT, N_HEADS, N_KV_HEADS, DIM, V_DIM, ROT, ROT_FIRST, ROT_KIND, COS, SIN, NORM, NORM_LAST, EPS, Q_WEIGHT,
  K_WEIGHT, SCALE, TUNING, TUNING_STEP, CLIP, Q, Q_ROW, Q_HEAD, K, K_ROW, K_HEAD, V, V_ROW, V_HEAD, QUERY,
- HEADS_CALL) = range(31)  # fmt: skip
-CACHE = HEADS_CALL
-"""The positions of `cached` begin here in the call vector; those of attention have them too."""
+ PLACES, HEADS_CALL) = range(32)  # fmt: skip
 NO_NORM, HEAD_NORM, ROW_NORM = range(3)
 HALVES, PAIRS, PAIRS_TO_HALVES = range(3)
 NO_CLIP = 3.0e38
@@ -69,7 +67,7 @@ class Source:
 
 def _heads(call_address: int, thread: int) -> None:
     """Worker. Task: a head of a row: first all queries, then keys, then values."""
-    call = int64s_at(call_address, CACHE + CACHE_SIZE)
+    call = int64s_at(call_address, HEADS_CALL)
     state = int64s_at(call[STATE], STATE_SIZE)
     rows = rows_of(state)
     head_room = floats_at(state[SCRATCH] + thread * SCRATCH_BYTES, 2 * call[DIM])
@@ -80,7 +78,7 @@ def _heads(call_address: int, thread: int) -> None:
         if task >= state[N_ROWS] * per_row:
             return
         row, head = task // per_row, task % per_row
-        sequence, token = rows[row, SEQUENCE], rows[row, SEEN] - 1
+        place, token = place_of(call[PLACES], rows[row, SEQUENCE]), rows[row, SEEN] - 1
         if head < n_heads:
             source = call[Q] + 4 * (row * call[Q_ROW] + head * call[Q_HEAD])
             query = floats_at(call[QUERY] + 4 * (row * n_heads + head) * call[DIM], call[DIM])
@@ -93,12 +91,12 @@ def _heads(call_address: int, thread: int) -> None:
             source = call[K] + 4 * (row * call[K_ROW] + head * call[K_HEAD])
             key = head_room[call[DIM] :]
             _place(call, row, head, n_kv_heads, source, call[K_WEIGHT], head_room, key)
-            write_row(call[CACHE + KIND], key_address(call, CACHE, sequence, head, token), key)
+            write_row(place[KIND], key_address(place, head, token), key)
         else:
             head -= n_heads + n_kv_heads
             value = floats_at(call[V] + 4 * (row * call[V_ROW] + head * call[V_HEAD]), call[V_DIM])
             _clip(value, float_of(call[CLIP]))
-            write_row(call[CACHE + KIND], value_address(call, CACHE, sequence, head, token), value)
+            write_row(place[KIND], value_address(place, head, token), value)
 
 
 @inline_kernel
@@ -176,16 +174,17 @@ HEADS_WORK = Worker(_heads)
 
 def add_heads(
     program: Program, n_heads: int, n_kv_heads: int, dim: int, v_dim: int, q: Source, k: Source, v: Source, query: int,
-    *, scale: float, norm: HeadNorm | None = None, rotary: Rotary | None = None, clip: float = NO_CLIP,
+    places: int, *, scale: float, norm: HeadNorm | None = None, rotary: Rotary | None = None, clip: float = NO_CLIP,
     tuning: Tuning | None = None,
-) -> np.ndarray:  # fmt: skip
-    """Adds the operation; returns the positions of its call vector that say where the cache lies (int64 [CACHE_SIZE]).
+) -> None:  # fmt: skip
+    """Adds the operation.
 
-    query: where float32 [rows, n_heads, dim] go, multiplied with `scale` and what `tuning` says.
+    places: address of the table that says where the caches lie. query: where float32 [rows, n_heads, dim] go,
+    multiplied with `scale` and what `tuning` says.
     """
-    call = program.zeros(CACHE + CACHE_SIZE, np.int64)
+    call = program.zeros(HEADS_CALL, np.int64)
     call[[STATE, N_HEADS, N_KV_HEADS, DIM, V_DIM]] = program.state.ctypes.data, n_heads, n_kv_heads, dim, v_dim
-    call[[SCALE, CLIP, QUERY]] = bits_of(scale), bits_of(clip), query
+    call[[SCALE, CLIP, QUERY, PLACES]] = bits_of(scale), bits_of(clip), query, places
     call[[Q, Q_ROW, Q_HEAD]] = q.address, q.row, q.head
     call[[K, K_ROW, K_HEAD]] = k.address, k.row, k.head
     call[[V, V_ROW, V_HEAD]] = v.address, v.row, v.head
@@ -199,4 +198,3 @@ def add_heads(
         call[K_WEIGHT] = program.keep(np.ascontiguousarray(norm.k_weight, np.float32))
     program.count(call, NEXT)
     program.add(HEADS_WORK, call, Part.ATTENTION)
-    return call[CACHE:]

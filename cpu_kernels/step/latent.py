@@ -13,7 +13,7 @@ import numpy as np
 
 from cpu_kernels.jit.compiled import Whole, Worker, inline_kernel
 from cpu_kernels.jit.primitives import floats_at, int64s_at, take_ticket
-from cpu_kernels.step.cached import CACHE_SIZE, KIND, key_address, rows_of, value_address
+from cpu_kernels.step.cached import KIND, key_address, place_of, rows_of, value_address
 from cpu_kernels.step.floats import (
     ELEMENT_BYTES,
     add_row,
@@ -31,8 +31,7 @@ from cpu_kernels.step.program import N_ROWS, SCRATCH, SCRATCH_BYTES, SEEN, SEQUE
 from cpu_kernels.step.stream import Norm
 
 (STATE, NEXT, N_HEADS, OWN, ROT, RANK, V_DIM, UP, UP_KIND, UP_ROW, Q, QUERY, SCALE, JOINED, WEIGHT, EPS, ROT_KIND, COS,
- SIN, GATHERED, OUT, LATENT_CALL) = range(22)  # fmt: skip
-CACHE = LATENT_CALL
+ SIN, GATHERED, OUT, PLACES, LATENT_CALL) = range(23)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class LatentSizes:
 
 def _absorb(call_address: int, thread: int) -> None:
     """Worker. Task: a head's queries of all rows, or what a row's token leaves in the cache."""
-    call = int64s_at(call_address, CACHE + CACHE_SIZE)
+    call = int64s_at(call_address, LATENT_CALL)
     state = int64s_at(call[STATE], STATE_SIZE)
     rows = rows_of(state)
     room = state[SCRATCH] + thread * SCRATCH_BYTES
@@ -80,7 +79,7 @@ def _absorb_query(call: np.ndarray, row: Whole, head: Whole) -> None:
 
 
 @inline_kernel
-def _store(call: np.ndarray, place: np.ndarray, row: Whole, room: Whole) -> None:
+def _store(call: np.ndarray, seen: np.ndarray, row: Whole, room: Whole) -> None:
     """Writes a token's vector, normalised, and its rotated part into the cache. room: for both."""
     rot, rank = call[ROT], call[RANK]
     joined = floats_at(call[JOINED] + 4 * row * (rank + rot), rank + rot)
@@ -88,9 +87,9 @@ def _store(call: np.ndarray, place: np.ndarray, row: Whole, room: Whole) -> None
     copy(joined, vector)
     scale_by(vector, root_factor(square_sum(vector), rank, call[EPS]), floats_at(call[WEIGHT], rank))
     _rotate(call, row, joined[rank:], rotated)
-    sequence, token, kind = place[SEQUENCE], place[SEEN] - 1, call[CACHE + KIND]
-    write_row(kind, key_address(call, CACHE, sequence, 0, token), vector)
-    write_row(kind, value_address(call, CACHE, sequence, 0, token), rotated)
+    place, token = place_of(call[PLACES], seen[SEQUENCE]), seen[SEEN] - 1
+    write_row(place[KIND], key_address(place, 0, token), vector)
+    write_row(place[KIND], value_address(place, 0, token), rotated)
 
 
 @inline_kernel
@@ -129,31 +128,30 @@ EXPAND_WORK = Worker(_expand)
 
 def add_absorption(
     program: Program, sizes: LatentSizes, up: Product, norm: Norm, rotary: Rotary | None, q: int, joined: int,
-    query: int, *, scale: float,
-) -> np.ndarray:  # fmt: skip
+    query: int, places: int, *, scale: float,
+) -> None:  # fmt: skip
     """Adds query float32 [rows, n_heads, rank + rotated] from q float32 [rows, n_heads, own + rotated], and the cache's
-    new rows from joined float32 [rows, rank + rotated]. Returns the positions that say where the cache lies.
+    new rows from joined float32 [rows, rank + rotated]. places: address of the table that says where the caches lie.
 
     up: rows [n_heads, own + v_dim, rank] that are not packed. norm: over the rank columns, a plain RMS norm.
     """
-    call = _latent_call(program, sizes, up, CACHE + CACHE_SIZE)
-    call[[Q, JOINED, QUERY, SCALE]] = q, joined, query, bits_of(scale)
+    call = _latent_call(program, sizes, up)
+    call[[Q, JOINED, QUERY, PLACES, SCALE]] = q, joined, query, places, bits_of(scale)
     call[[WEIGHT, EPS]] = program.keep(np.ascontiguousarray(norm.weight, np.float32)), bits_of(norm.eps)
     if rotary is not None:
         call[[ROT_KIND, COS, SIN]] = rotary.kind, rotary.cos, rotary.sin
     program.add(ABSORB_WORK, call, Part.ATTENTION)
-    return call[CACHE:]
 
 
 def add_expansion(program: Program, sizes: LatentSizes, up: Product, gathered: int, out: int) -> None:
     """Adds out float32 [rows, n_heads * v_dim] from what heads gathered of the cache, float32 [rows, n_heads, rank]."""
-    call = _latent_call(program, sizes, up, LATENT_CALL)
+    call = _latent_call(program, sizes, up)
     call[[GATHERED, OUT]] = gathered, out
     program.add(EXPAND_WORK, call, Part.ATTENTION)
 
 
-def _latent_call(program: Program, sizes: LatentSizes, up: Product, size: int) -> np.ndarray:
-    call = program.zeros(size, np.int64)
+def _latent_call(program: Program, sizes: LatentSizes, up: Product) -> np.ndarray:
+    call = program.zeros(LATENT_CALL, np.int64)
     call[[STATE, N_HEADS, OWN, ROT]] = program.state.ctypes.data, sizes.n_heads, sizes.own, sizes.rotated
     call[[RANK, V_DIM]] = sizes.rank, sizes.v_dim
     call[[UP, UP_KIND, UP_ROW]] = up.address, up.kind, sizes.rank * ELEMENT_BYTES[up.kind]

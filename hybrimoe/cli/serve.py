@@ -42,9 +42,26 @@ def serve(
     conversations: Annotated[
         int | None, typer.Option(min=1, max=256, help="Latest conversations whose KV caches are kept (16).")
     ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Replies at once (up to 4, as the memory for keys and values goes)."),
+    ] = None,
+    queue_length: Annotated[
+        int | None, typer.Option(min=0, max=100_000, help="Requests that may wait; one more gets 429 (32).")
+    ] = None,
+    max_wait_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=86_400.0, help="A request that has waited so long gets 429 (any time)."),
+    ] = None,
+    max_stall_ms: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0, max=600_000.0, help="Longest part of a prompt between two tokens of the others, ms (500)."
+        ),
+    ] = None,
     drain_seconds: Annotated[
         float | None,
-        typer.Option(min=0.0, max=86_400.0, help="Time that a reply under way has when the server is to end (30)."),
+        typer.Option(min=0.0, max=86_400.0, help="Time that replies under way have when the server is to end (30)."),
     ] = None,
     access_log: Annotated[
         bool | None,
@@ -55,18 +72,21 @@ def serve(
 ) -> None:
     """Serve /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics until Ctrl-C or SIGTERM.
 
-    Requests are answered one at a time, in the order in which they come; one that continues a kept conversation
-    computes only what is new. While the model is loaded, /health says so and requests are answered with 503.
+    Up to --parallel requests are answered at once and join and leave at every token; the others wait in the order in
+    which they come. Each greedy reply is the one that the request gets alone. A request that continues a kept
+    conversation computes only what is new. While the model is loaded, /health says so and requests are answered with
+    503.
 
-    Ctrl-C or SIGTERM: what waits is refused at once, the reply under way has --drain-seconds to end; a second one ends
+    Ctrl-C or SIGTERM: what waits is refused at once, replies under way have --drain-seconds to end; a second one ends
     the server where it stands. With a key in HYBRIMOE_API_KEY, or keys in the file of server.api_key_file, requests
     need one. With --json, one line on stdout says where the server listens, once the model is there.
     """
     _need_extra()
     deployment = placement.deployment(model)
     given = {
-        "host": host, "name": name, "conversations": conversations, "drain_seconds": drain_seconds,
-        "access_log": access_log,
+        "host": host, "name": name, "conversations": conversations, "parallel": parallel,
+        "queue_length": queue_length, "max_wait_seconds": max_wait_seconds, "max_stall_ms": max_stall_ms,
+        "drain_seconds": drain_seconds, "access_log": access_log,
     }  # fmt: skip
     chosen = {key: value for key, value in given.items() if value is not None}
     settings = deployment.server.model_copy(update=chosen)
@@ -83,7 +103,11 @@ def run(
     from hybrimoe.server.served import Served
 
     name = settings.name or ("demo" if deployment.model is None else deployment.model)
-    served = Served(name, conversations=settings.conversations)
+    served = Served(
+        name, conversations=settings.conversations, queue_length=settings.queue_length,
+        parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
+        max_wait_s=settings.max_wait_seconds,
+    )  # fmt: skip
     with HttpServer(served, settings, keys, listener) as http, open_model(deployment) as opened:
         served.open(opened.generator, opened.stats)
         with stopped_by_signals() as stop:
@@ -91,7 +115,7 @@ def run(
             if as_json:
                 render.emit_json({"url": http.url, "model": name})
             else:
-                render.note(f"{name} at {http.url}/v1 (Ctrl-C ends it)")
+                render.note(f"{name} at {http.url}/v1, {served.described()} (Ctrl-C ends it)")
             stop.wait()
             leave_after(settings.drain_seconds + EXIT_SECONDS)
             served.drain(settings.drain_seconds)

@@ -80,6 +80,22 @@ class ServerConfig(Section):
     conversations: int = Field(
         default=16, ge=1, le=256, description="Latest conversations whose KV caches are kept, as far as memory.kv goes."
     )
+    parallel: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        default="auto",
+        description="Replies that are computed at once; auto: up to 4, as the memory for keys and values goes.",
+    )
+    queue_length: int = Field(
+        default=32, ge=0, le=100_000, description="Requests that may wait; one more is refused with 429."
+    )
+    max_wait_seconds: float | None = Field(
+        default=None, gt=0.0, le=86_400.0, description="A request that has waited so long gets 429; none: any time."
+    )
+    max_stall_ms: float = Field(
+        default=500.0,
+        gt=0.0,
+        le=600_000.0,
+        description="Longest part of a prompt between two tokens of the other replies, in ms of computing.",
+    )
     api_key_file: str | None = Field(
         default=None, min_length=1, description="File with the API keys, one a line; without one none is asked for."
     )
@@ -88,7 +104,7 @@ class ServerConfig(Section):
     )
     max_body: SizeAmount = Field(default=Amount("bytes", 8 << 20), description="Largest request that is read.")
     drain_seconds: float = Field(
-        default=30.0, ge=0.0, le=86_400.0, description="Time that a reply under way has when the server is to end."
+        default=30.0, ge=0.0, le=86_400.0, description="Time that replies under way have when the server is to end."
     )
     access_log: bool = Field(default=True, description="A line on stderr for each request, without contents.")
 

@@ -1,8 +1,9 @@
-"""One reply, token by token: prefill in chunks, then sample, show, forward; timed, interruptible between tokens."""
+"""One reply, token by token: prefill in parts, then sample, show, forward; timed, interruptible between tokens."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,7 @@ class TextGenerator:
         cache: PrefixCache | None = None,
         should_stop: Callable[[], bool] = _never,
         profile: Profile | None = None,
+        part_tokens: int | None = None,
     ) -> Reply:
         """A reply to `prompt_ids`, computed while it is iterated.
 
@@ -127,6 +129,7 @@ class TextGenerator:
             cache: kept from reply to reply; what a prompt shares with the sequence before is not computed again.
             should_stop: asked between tokens and prefill chunks; True ends the reply, with what there is.
             profile: a new one, which then has where the time went.
+            part_tokens: of the prompt, that are computed at once at most; None for `prefill_chunk_tokens`.
 
         Raises:
             PromptError: no token, one that the model does not have, or no room for a reply in the model's context.
@@ -134,7 +137,8 @@ class TextGenerator:
         self.check_prompt(len(prompt_ids))
         check_token_ids(self.model, prompt_ids, self.tokenizer)
         options = (options or SamplingOptions()).with_seed()
-        return Reply(self, list(prompt_ids), options, cache or PrefixCache(self.model), should_stop, profile)
+        cache = cache or PrefixCache(self.model)
+        return Reply(self, list(prompt_ids), options, cache, should_stop, profile, part_tokens)
 
     def check_prompt(self, n_tokens: int) -> None:
         """Raises PromptError unless a prompt of `n_tokens` leaves room for one token."""
@@ -173,6 +177,24 @@ class TextGenerator:
         self._measure(cache)
         last: torch.Tensor = outputs.logits[0, -1]
         return last
+
+    def forward_each(self, token_ids: Sequence[int], caches: Sequence[PrefixCache]) -> torch.Tensor | None:
+        """Compute a token of each of several sequences on top of its cache, in one compiled step; logits [n, V].
+
+        Each row has the bits that `forward` gives for the sequence alone. None, before anything is computed, where they
+        must be computed one after another. A step that fails leaves the caches as they were.
+        """
+        step = getattr(getattr(self.model, "hybrimoe", None), "step", None)
+        if step is None:
+            return None
+        for cache in caches:
+            cache.growing(1)
+        logits: torch.Tensor | None = step.logits_of_each(token_ids, [cache.states for cache in caches])
+        if logits is not None:
+            for token, cache in zip(token_ids, caches, strict=True):
+                cache.extended([token], cache.states)
+                self._measure(cache)
+        return logits
 
     def verify(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor | None:
         """Compute a token and drafted ones on top of `cache`; returns the logits [n, V] after each of them.
@@ -219,6 +241,9 @@ class TextGenerator:
 class Reply:
     """Iterating gives the text piece by piece; afterwards the attributes say what happened.
 
+    Whoever computes several replies side by side drives each by hand instead: `begin`, `prefill` until it gives logits,
+    then `take` with the logits after each token until `has_ended`, and `end`.
+
     text: all pieces joined. token_ids: the new tokens, an end-of-sequence token included. n_reused: prompt tokens that
     came from the cache. seed: with it the same reply comes again. text_offsets: where each token's text begins in the
     reply, in characters.
@@ -232,6 +257,7 @@ class Reply:
         cache: PrefixCache,
         should_stop: Callable[[], bool],
         profile: Profile | None = None,
+        part_tokens: int | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.seed = options.seed
@@ -239,7 +265,10 @@ class Reply:
         self.times = ReplyTimes()
         self.text_offsets: list[int] = []
         self._generator = generator
-        self._cache = cache
+        self.cache = cache
+        self._part_tokens = part_tokens
+        self._parts: deque[tuple[int, int]] | None = None
+        self._started = self._last = 0
         self._should_stop = should_stop
         limit = generator.context_tokens
         self._sampler = Sampler(generator.model, options, prompt_ids)
@@ -294,69 +323,93 @@ class Reply:
                 self._speculation.give_up()
 
     def _pieces(self) -> Iterator[str]:
-        last = started = time.perf_counter_ns()
-        logits = self._prefill()
-        self.times.prefill_us = (time.perf_counter_ns() - started) / 1000
+        self.begin()
+        logits = None
+        while logits is None and not self.has_ended():
+            logits = self.prefill()
         while logits is not None:
-            token = self._choose(logits)
-            now = time.perf_counter_ns()
-            if self.token_ids:
-                self.times.between_tokens_us.append((now - last) / 1000)
-            else:
-                self.times.ttft_us = (now - started) / 1000
-            last = now
-            self.text_offsets.append(self._transcript.n_characters)
-            yield self._show(token)
-            if self.finish_reason is None and self._should_stop():
-                self._transcript.finish_reason = "interrupted"
-            if self.finish_reason is not None:
-                break
-            logits = self._after(token)
-        yield self._transcript.end()
+            yield self.take(logits)
+            logits = None if self.has_ended() else self.next_logits()
+        yield self.end()
 
-    def _after(self, token: int) -> torch.Tensor:
-        """Logits after the newest token."""
-        if self._speculation is None:
-            return self._forward([token], self._cache)
-        return self._speculation.next_logits(token, self._transcript.n_left)
+    def begin(self) -> None:
+        """The reply's times count from here on."""
+        self._started = self._last = time.perf_counter_ns()
 
-    def _prefill(self) -> torch.Tensor | None:
-        """Logits after the prompt; None where it was interrupted.
+    def has_ended(self) -> bool:
+        """Whether nothing more is to be computed; asks `should_stop`."""
+        if self.finish_reason is None and self._should_stop():
+            self.finish("interrupted")
+        return self.finish_reason is not None
+
+    def finish(self, reason: FinishReason) -> None:
+        """The reply ends with what there is."""
+        self._transcript.finish_reason = reason
+
+    def prefill(self) -> torch.Tensor | None:
+        """Computes the next part of the prompt; returns the logits [V] after the prompt once it is complete, else None.
 
         Where an accelerator's memory does not suffice, expert slots make room and the prompt begins anew.
         """
         import torch
 
-        while True:
-            try:
-                return self._prompt_logits()
-            except torch.OutOfMemoryError as error:
-                self._cache.clear()
-                self._generator.make_room(error)
+        try:
+            return self._next_part()
+        except torch.OutOfMemoryError as error:
+            self._parts = None
+            self.cache.clear()
+            self._generator.make_room(error)
+            return None
 
-    def _prompt_logits(self) -> torch.Tensor | None:
-        logits = None
-        self.n_reused = self._cache.reuse(self.prompt_ids)
-        self._cache.announce(len(self.prompt_ids))
+    def take(self, logits: torch.Tensor) -> str:
+        """Chooses the next token by the logits [V] after what there is; returns the text that it completes."""
+        token = self._choose(logits)
+        now = time.perf_counter_ns()
+        if self.token_ids:
+            self.times.between_tokens_us.append((now - self._last) / 1000)
+        else:
+            self.times.ttft_us = (now - self._started) / 1000
+        self._last = now
+        self.text_offsets.append(self._transcript.n_characters)
+        return self._show(token)
+
+    def next_logits(self) -> torch.Tensor:
+        """Computes the newest token; returns the logits [V] after it."""
+        token = self.token_ids[-1]
+        if self._speculation is None:
+            return self._forward([token], self.cache)
+        return self._speculation.next_logits(token, self._transcript.n_left)
+
+    def end(self) -> str:
+        """The text that was held back."""
+        if self._speculation is not None:
+            self._speculation.give_up()
+        return self._transcript.end()
+
+    def _next_part(self) -> torch.Tensor | None:
         checkpoint = len(self.prompt_ids) - CHECKPOINT_TAIL_TOKENS
-        for start, end in self._chunks(checkpoint):
-            if self._should_stop():
-                self._transcript.finish_reason = "interrupted"
-                return None
-            logits = self._forward(self.prompt_ids[start:end], self._cache)
-            if end == checkpoint:
-                self._cache.checkpoint()
-        return logits
+        if self._parts is None:
+            self.n_reused = self.cache.reuse(self.prompt_ids)
+            self.cache.announce(len(self.prompt_ids))
+            self._parts = deque(self._cut(checkpoint))
+        start, end = self._parts.popleft()
+        logits = self._forward(self.prompt_ids[start:end], self.cache)
+        if end == checkpoint:
+            self.cache.checkpoint()
+        self.times.prefill_us = (time.perf_counter_ns() - self._started) / 1000
+        return None if self._parts else logits
 
-    def _chunks(self, checkpoint: int) -> Iterator[tuple[int, int]]:
+    def _cut(self, checkpoint: int) -> Iterator[tuple[int, int]]:
         """Beginnings and ends of the parts in which the prompt is computed; one ends at `checkpoint` where the cache
         needs one."""
-        chunk = self._generator.prefill_chunk_tokens or chunk_tokens(self._generator.model)
+        size = self._generator.prefill_chunk_tokens or chunk_tokens(self._generator.model)
+        if self._part_tokens is not None:
+            size = min(size, self._part_tokens)
         start, end = self.n_reused, len(self.prompt_ids)
-        if self._cache.needs_checkpoints and start < checkpoint:
-            yield from _parts(start, checkpoint, chunk)
+        if self.cache.needs_checkpoints and start < checkpoint:
+            yield from _parts(start, checkpoint, size)
             start = checkpoint
-        yield from _parts(start, end, chunk)
+        yield from _parts(start, end, size)
 
 
 def _parts(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:

@@ -166,7 +166,8 @@ class PrefixCaches:
 
     n_conversations: how many are kept at most. max_bytes: what they may take together, the one that is answered among
     them; token_bytes: tells what a further token takes. What goes first is small and old: the least tokens for the
-    number of prompts since its last use, because tokens are what it takes to compute it again.
+    number of prompts since its last use, because tokens are what it takes to compute it again. Caches that are held are
+    those of replies under way: no other prompt gets them, and they are not cleared.
     """
 
     def __init__(
@@ -179,12 +180,24 @@ class PrefixCaches:
         self._last_use = [0] * n_conversations
         self._idle_bytes = [0] * n_conversations
         self._clock = 0
+        self._held: set[int] = set()
+
+    def hold(self, cache: PrefixCache) -> None:
+        """A reply is computed in `cache` until it is released."""
+        self._held.add(self._caches.index(cache))
+
+    def release(self, cache: PrefixCache) -> None:
+        """The reply in `cache` has ended; what it holds may be continued, or make room."""
+        index = self._caches.index(cache)
+        self._held.discard(index)
+        self._idle_bytes[index] = cache.n_bytes()
 
     def for_prompt(self, prompt_ids: Sequence[int]) -> PrefixCache:
         """The cache to answer `prompt_ids` with.
 
         The conversation that it continues: of those of which it keeps KEPT_SHARE or more, the one that it shares most
-        with, of equals the most recent. Else an empty cache, else that of the conversation which is worth least.
+        with, of equals the most recent. Else an empty cache, else that of the conversation which is worth least. One
+        that is held is never given; one must be free.
         """
         self._clock += 1
         chosen = self._choose(prompt_ids)
@@ -193,13 +206,12 @@ class PrefixCaches:
         return self._caches[chosen]
 
     def _choose(self, prompt_ids: Sequence[int]) -> int:
-        shared = {index: cache.n_shared(prompt_ids) for index, cache in enumerate(self._caches)}
-        continued = [
-            index for index, cache in enumerate(self._caches) if shared[index] > KEPT_SHARE * len(cache.token_ids)
-        ]
+        free = [index for index in range(len(self._caches)) if index not in self._held]
+        shared = {index: self._caches[index].n_shared(prompt_ids) for index in free}
+        continued = [index for index in free if shared[index] > KEPT_SHARE * len(self._caches[index].token_ids)]
         if continued:
             return max(continued, key=lambda index: (shared[index], self._last_use[index]))
-        return min(range(len(self._caches)), key=self._worth)
+        return min(free, key=self._worth)
 
     def _worth(self, index: int) -> tuple[float, int]:
         age = self._clock - self._last_use[index]
@@ -211,9 +223,10 @@ class PrefixCaches:
             return
         from hybrimoe.generation.growing import LEAST_ROOM
 
-        chosen = self._caches.index(active)
-        needed = self._token_bytes() * (len(active.token_ids) + n_tokens + LEAST_ROOM)
-        idle = [index for index, cache in enumerate(self._caches) if index != chosen and cache.token_ids]
+        busy = self._held | {self._caches.index(active)}
+        held_tokens = sum(len(self._caches[index].token_ids) + LEAST_ROOM for index in busy)
+        needed = self._token_bytes() * (held_tokens + n_tokens)
+        idle = [index for index, cache in enumerate(self._caches) if index not in busy and cache.token_ids]
         for index in sorted(idle, key=self._worth):
             if needed + sum(self._idle_bytes[other] for other in idle) <= self._max_bytes:
                 return

@@ -17,7 +17,7 @@ from hybrimoe.generation.vocabulary import check_token_ids
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Sampler", "SamplingOptions", "TokenLogprob", "with_length"]
+__all__ = ["UNLIMITED_TOKENS", "Sampler", "SamplingOptions", "TokenLogprob", "reply_length", "with_length"]
 
 COMPLETION_TOKENS = 256
 """Length of a completion at the command line and in batches, where nothing sets one: plain text need not end."""
@@ -158,7 +158,7 @@ class Sampler:
         config = compat.generation_settings(model, options.generation_kwargs())
         self.greedy = not config.do_sample
         self.eos_token_ids = frozenset() if options.ignore_eos else _token_ids(config.eos_token_id)
-        self.max_new_tokens = options.max_new_tokens or _configured_length(model, len(prompt_ids)) or UNLIMITED_TOKENS
+        self.max_new_tokens = reply_length(model, options, len(prompt_ids))
         config.max_length = len(prompt_ids) + self.max_new_tokens
         self._processors_on = partial(_processors, model, config, len(prompt_ids))
         self._processors = self._processors_on("cpu")
@@ -303,6 +303,11 @@ def with_length(options: SamplingOptions, model: Any, n_tokens: int) -> Sampling
     """`options`, with replies of at most `n_tokens` where neither they nor the model's configuration set a length."""
     configured = model.generation_config.max_new_tokens or model.generation_config.max_length
     return options if options.max_new_tokens or configured else replace(options, max_new_tokens=n_tokens)
+
+
+def reply_length(model: Any, options: SamplingOptions, n_prompt: int) -> int:
+    """Tokens that a reply may have by its options or the model's configuration; UNLIMITED_TOKENS where neither says."""
+    return options.max_new_tokens or _configured_length(model, n_prompt) or UNLIMITED_TOKENS
 
 
 def _token_ids(value: int | Sequence[int] | None) -> frozenset[int]:

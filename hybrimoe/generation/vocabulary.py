@@ -21,11 +21,10 @@ def check_token_ids(model: Any, token_ids: Iterable[int], tokenizer: Any = None,
 
     tokenizer: that of the prompt, which knows the token's text. what: where the tokens come from.
     """
-    size = vocabulary_size(model)
-    outside = next(((place, token) for place, token in enumerate(token_ids) if not 0 <= token < size), None)
-    if outside is None:
+    size, ids = vocabulary_size(model), list(token_ids)
+    if not ids or (min(ids) >= 0 and max(ids) < size):
         return
-    place, token = outside
+    place, token = next((place, token) for place, token in enumerate(ids) if not 0 <= token < size)
     text = tokenizer.convert_ids_to_tokens(int(token)) if tokenizer is not None and 0 <= token < 2**31 else None
     if text:
         raise PromptError(

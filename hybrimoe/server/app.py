@@ -33,8 +33,9 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorBody, "description": "No API key, or an unknown one."},
     404: {"model": ErrorBody, "description": "No such model."},
     413: {"model": ErrorBody, "description": "The body is larger than this server reads."},
+    429: {"model": ErrorBody, "description": "Too many wait; Retry-After says when to come again."},
     500: {"model": ErrorBody, "description": "A failure of the server."},
-    503: {"model": ErrorBody, "description": "The model is being loaded, too many wait, or the server ends."},
+    503: {"model": ErrorBody, "description": "The model is being loaded, or the server ends."},
 }
 ASSUMED_STATUS = "422"
 """FastAPI documents it for every route that takes data; here such requests are answered with 400."""
@@ -51,10 +52,11 @@ EVENTS = {
 
 
 class Health(TypedDict):
-    """Whether the server can answer, how many requests wait, and the model."""
+    """Whether the server can answer, how many requests wait and are being answered, and the model."""
 
     status: State
     waiting: int
+    running: int
     model: str
 
 
@@ -83,7 +85,9 @@ def create_app(
     api_keys: any of them opens /v1 and /metrics; none at all leaves them open. cors_origins: web pages that may call
     this server, "*" for all; none sends no CORS headers. max_body_bytes: a larger request is refused with 413.
     """
-    metrics = Metrics(lambda: served.experts(), lambda: served.n_waiting)
+    metrics = Metrics(
+        lambda: served.experts(), lambda: served.n_waiting, lambda: served.n_running, lambda: served.engine
+    )
     served.on_reply = metrics.observe
 
     @asynccontextmanager
@@ -145,7 +149,9 @@ def _add_service_routes(app: FastAPI, served: Served, metrics: Metrics) -> None:
     @app.get("/health", responses={503: {"model": Health}, 413: ERROR_RESPONSES[413]}, response_model=Health)
     async def health() -> JSONResponse:
         state = served.state
-        body: Health = {"status": state, "waiting": served.n_waiting, "model": served.name}
+        body: Health = {
+            "status": state, "waiting": served.n_waiting, "running": served.n_running, "model": served.name
+        }  # fmt: skip
         return JSONResponse(body, status_code=200 if state == "ok" else 503)
 
     @app.get("/metrics", responses=errors | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},

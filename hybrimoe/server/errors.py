@@ -1,7 +1,7 @@
 """Errors of a request, and the one place that says with which status and words every error is answered.
 
-A request that cannot be honoured is the client's (4xx) or bad timing (503), and a class of its own; whatever else is
-raised is a failure of ours: 500.
+A request that cannot be honoured is the client's (4xx) or bad timing (429, 503), and a class of its own; whatever
+else is raised is a failure of ours: 500.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class RequestError(HybriMoEError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+    def answer_headers(self) -> Mapping[str, str]:
+        """Headers of the answer."""
+        return self.headers
 
 
 class UnknownModelError(RequestError):
@@ -73,10 +77,26 @@ class UnavailableError(RequestError):
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
-class QueueFullError(UnavailableError):
-    """More requests wait than the server is willing to keep."""
+class QueueFullError(RequestError):
+    """More requests wait than the server is willing to keep. retry_s: when a place should be free."""
 
+    status = 429
+    kind = "rate_limit_error"
     code = "queue_full"
+
+    def __init__(self, message: str, retry_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
+
+    def answer_headers(self) -> Mapping[str, str]:
+        """When to come again."""
+        return {"Retry-After": str(self.retry_s)}
+
+
+class LateError(QueueFullError):
+    """The request has waited for longer than the server lets one wait."""
+
+    code = "waited_too_long"
 
 
 class LoadingError(UnavailableError):
@@ -118,7 +138,7 @@ class ErrorAnswer:
 def error_answer(error: BaseException) -> ErrorAnswer:
     """How `error` is answered."""
     if isinstance(error, RequestError):
-        return ErrorAnswer(error.status, _body(str(error), error.kind, error.code, error.param), error.headers)
+        return ErrorAnswer(error.status, _body(str(error), error.kind, error.code, error.param), error.answer_headers())
     if isinstance(error, PromptError):
         return ErrorAnswer(400, _body(str(error), INVALID_REQUEST, "invalid_prompt"))
     if isinstance(error, RequestValidationError):

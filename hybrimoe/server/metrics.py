@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply
+    from hybrimoe.generation.batching import BatchEngine
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -16,20 +17,38 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 class Metrics:
     """Counts of requests and tokens, times to the first and between tokens, and the expert cache's own counters."""
 
-    def __init__(self, experts: Callable[[], dict[str, Any] | None], n_waiting: Callable[[], int]) -> None:
+    def __init__(
+        self, experts: Callable[[], dict[str, Any] | None], n_waiting: Callable[[], int],
+        n_running: Callable[[], int] = lambda: 0, engine: Callable[[], BatchEngine | None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.registry = CollectorRegistry()
-        self._experts = experts
+        self._experts, self._engine = experts, engine
         new: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("hybrimoe_requests", "Requests by path and status.", ["path", "status"], **new)
         self._prompt = Counter("hybrimoe_prompt_tokens", "Prompt tokens.", **new)
         self._reused = Counter("hybrimoe_prompt_tokens_reused", "Prompt tokens that came from the KV cache.", **new)
         self._generated = Counter("hybrimoe_generated_tokens", "Generated tokens.", **new)
-        self._ttft = Histogram("hybrimoe_ttft_seconds", "Time to the first token.", buckets=SECONDS, **new)
+        self._ttft = Histogram(
+            "hybrimoe_ttft_seconds", "Time to the first token, waiting in the queue included.", buckets=SECONDS, **new
+        )
         self._tbt = Histogram("hybrimoe_tbt_seconds", "Time between tokens.", buckets=SECONDS, **new)
         self._drafted = Counter("hybrimoe_drafted_tokens", "Tokens drafted by speculation and computed.", **new)
         self._accepted = Counter("hybrimoe_accepted_tokens", "Drafted tokens that were right: steps saved.", **new)
+        self._queue = Histogram(
+            "hybrimoe_queue_seconds", "Time in the queue, of requests that were answered.", buckets=SECONDS, **new
+        )
         waiting = Gauge("hybrimoe_requests_waiting", "Requests in the queue.", **new)
         waiting.set_function(n_waiting)
+        running = Gauge("hybrimoe_requests_running", "Requests that are being answered.", **new)
+        running.set_function(n_running)
+        self._steps = Gauge("hybrimoe_decode_steps", "Steps that gave a token to each running reply, so far.", **new)
+        self._parallel = Gauge(
+            "hybrimoe_requests_parallel", "Replies at once at most; way: in one step, or in turn, and why.",
+            ["way", "reason"], **new,
+        )  # fmt: skip
+        self._part = Gauge(
+            "hybrimoe_prompt_part_tokens", "Tokens of a prompt between two tokens of the others; 0: no limit.", **new
+        )
         self._gauges = {
             name: Gauge(f"hybrimoe_expert_{name}", words, **new)
             for name, words in {
@@ -62,8 +81,9 @@ class Metrics:
             }.items()
         }
 
-    def observe(self, reply: Reply) -> None:
-        """Count a finished reply."""
+    def observe(self, reply: Reply, waited_s: float = 0.0) -> None:
+        """Count a finished reply, which had waited so many seconds before it began."""
+        self._queue.observe(waited_s)
         self._prompt.inc(len(reply.prompt_ids))
         self._reused.inc(reply.n_reused)
         self._generated.inc(len(reply.token_ids))
@@ -71,7 +91,7 @@ class Metrics:
             self._drafted.inc(reply.speculation.drafted_tokens)
             self._accepted.inc(reply.speculation.accepted_tokens)
         if reply.token_ids:
-            self._ttft.observe(reply.times.ttft_us / 1e6)
+            self._ttft.observe(waited_s + reply.times.ttft_us / 1e6)
         for us in reply.times.between_tokens_us:
             self._tbt.observe(us / 1e6)
 
@@ -84,4 +104,11 @@ class Metrics:
             for number, device in enumerate(experts["accelerators"]):
                 for name, gauge in self._by_accelerator.items():
                     gauge.labels(str(number), device["name"]).set(({**device["total"], **device})[name] or 0.0)
+        engine = self._engine()
+        if engine is not None:
+            reason = engine.in_turn
+            self._parallel.clear()
+            self._parallel.labels("one step" if reason is None else "in turn", reason or "").set(engine.parallel)
+            self._part.set(engine.part_tokens or 0)
+            self._steps.set(engine.n_steps)
         return generate_latest(self.registry)

@@ -9,12 +9,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from hybrimoe.generation.batching import BatchEngine, default_parallel
+from hybrimoe.generation.prompt_parts import PromptPart, measured_part
 from hybrimoe.server.errors import DrainingError, LoadingError
 from hybrimoe.server.worker import CONVERSATIONS, QUEUE_LENGTH, Worker
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply, TextGenerator
 
+MAX_STALL_MS = 500.0
+"""What a part of a prompt may take while others get tokens, where nothing else is said."""
 ENCODING_THREADS = 4
 """Threads that turn text into tokens, beside the event loop: so many long prompts do not delay a short one."""
 
@@ -25,24 +29,45 @@ Result = TypeVar("Result")
 class Served:
     """`name` is the model's in the API. Requests before `open` are answered with 503, as those after `drain`.
 
-    on_reply: called with each reply that has ended, by the thread that generates.
+    parallel: replies at once; None chooses by the memory for keys and values. max_stall_ms: what a part of a prompt may
+    take while others get tokens. max_wait_s: a request that has waited so long is refused; None: for any time.
+    on_reply: called with each reply that has ended and the seconds that it waited before it began, by the thread that
+    generates.
     """
 
-    def __init__(self, name: str, *, conversations: int = CONVERSATIONS, queue_length: int = QUEUE_LENGTH) -> None:
+    def __init__(
+        self, name: str, *, conversations: int = CONVERSATIONS, queue_length: int = QUEUE_LENGTH,
+        parallel: int | None = 1, max_stall_ms: float = MAX_STALL_MS, max_wait_s: float | None = None,
+    ) -> None:  # fmt: skip
         self.name = name
         self.created = int(time.time())
         self.experts: Callable[[], dict[str, Any] | None] = lambda: None
-        self.on_reply: Callable[[Reply], None] = lambda reply: None
+        self.on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None
         self._conversations, self._queue_length = conversations, queue_length
+        self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
+        self.part: PromptPart | None = None
         self._worker: Worker | None = None
         self._draining = False
         self._encoders = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="hybrimoe-encode")
 
     def open(self, generator: TextGenerator, experts: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
-        """The model is there. experts: the session's counters for /metrics, or None."""
+        """The model is there. experts: the session's counters for /metrics, or None.
+
+        Where several replies run at once, some short prompts are computed to see how many tokens of a prompt fit the
+        time that the others may wait.
+        """
         generator.tokenizer("a")  # the first call settles the tokenizer's state; later ones may run side by side
         self.experts = experts
-        worker = Worker(generator, self._conversations, self._queue_length, lambda reply: self.on_reply(reply))
+        parallel = default_parallel(generator) if self._parallel is None else self._parallel
+        if parallel > 1:
+            self.part = measured_part(generator, 1000 * self._max_stall_ms)
+        engine = BatchEngine(
+            generator, parallel=parallel, conversations=self._conversations,
+            part_tokens=None if self.part is None else self.part.n_tokens,
+        )  # fmt: skip
+        worker = Worker(
+            engine, self._queue_length, self._max_wait_s, lambda reply, waited_s: self.on_reply(reply, waited_s)
+        )
         worker.start()
         self._worker = worker
 
@@ -60,6 +85,24 @@ class Served:
         """Requests in the queue."""
         return 0 if self._worker is None else self._worker.n_waiting
 
+    @property
+    def n_running(self) -> int:
+        """Requests that are being answered."""
+        return 0 if self._worker is None else self._worker.n_running
+
+    @property
+    def engine(self) -> BatchEngine | None:
+        """What computes the replies; None before `open`."""
+        return None if self._worker is None else self._worker.engine
+
+    def described(self) -> str:
+        """How many replies run at once, and how, in a phrase. Called after `open`."""
+        engine = self.engine
+        if engine is None or engine.parallel == 1:
+            return "one reply at a time"
+        how = "in one step" if engine.in_turn is None else f"one after another each token ({engine.in_turn})"
+        return f"up to {engine.parallel} replies at once, {how}"
+
     def worker(self) -> Worker:
         """The worker of the model. Raises LoadingError, DrainingError while there is none to ask."""
         if self._draining:
@@ -73,7 +116,7 @@ class Served:
         return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
 
     def drain(self, seconds: float) -> None:
-        """Refuse what waits and what comes; the reply under way has `seconds` left to end."""
+        """Refuse what waits and what comes; replies under way have `seconds` left to end."""
         self._draining = True
         if self._worker is not None:
             self._worker.drain()

@@ -1,18 +1,21 @@
-"""The one thread that generates: requests wait in a bounded queue, pieces travel back to the event loop."""
+"""The one thread that generates: requests wait in a bounded queue, join the running batch, their pieces travel back."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hybrimoe.errors import ModelError
-from hybrimoe.generation import PrefixCaches, SamplingOptions
+from hybrimoe.generation import SamplingOptions
+from hybrimoe.generation.batching import BatchEngine, Progress
 from hybrimoe.generation.vocabulary import check_token_ids
-from hybrimoe.server.errors import DrainingError, QueueFullError
+from hybrimoe.server.errors import DrainingError, LateError, QueueFullError
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply, TextGenerator, TokenLogprob
@@ -20,9 +23,13 @@ if TYPE_CHECKING:
 CONVERSATIONS = 16
 """Conversations whose caches are kept where nothing else is said; the memory for them has a limit of its own."""
 QUEUE_LENGTH = 32
-"""Requests that may wait; one more is refused with 503 instead of being answered much later."""
+"""Requests that may wait; one more is refused with 429 instead of being answered much later."""
 JOIN_SECONDS = 5.0
 """Time for the computation under way (a token, a part of a prompt) to end when the server does."""
+REMEMBERED_REPLIES = 16
+"""Latest replies whose mean duration says when a refused request may come again."""
+MOST_RETRY_SECONDS = 60
+"""What a refused request is told at most: clients give up rather than wait longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,8 @@ class Piece:
 class Job:
     """One generation. `pieces` gets pieces, then None at the end, or the exception that ended it.
 
-    `reply` is there once the generation has begun. Methods of the event loop: `cancel`; of any thread: `send`, `cut`.
+    `reply` is there once the generation has begun, after `waited_s` seconds in the queue. Methods of the event loop:
+    `cancel`; of any thread: `send`, `cut`.
     """
 
     prompt_ids: list[int]
@@ -49,7 +57,10 @@ class Job:
     loop: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Piece | Exception | None] = field(default_factory=asyncio.Queue)
     stopped: threading.Event = field(default_factory=threading.Event)
+    submitted_s: float = field(default_factory=time.monotonic)
+    waited_s: float = 0.0
     reply: Reply | None = None
+    _n_told: int = 0
 
     def cancel(self) -> None:
         """The client has gone: the generation ends within one token or part of a prompt, a waiting one never begins."""
@@ -65,24 +76,37 @@ class Job:
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
 
+    def tell(self, text: str, *, all_of_it: bool = False) -> None:
+        """Send text with what belongs to it. all_of_it: also log probabilities for which there is no text."""
+        reply = self.reply
+        assert reply is not None
+        n_logprobs = len(reply.logprobs)
+        if text or (all_of_it and self._n_told < n_logprobs):
+            since = slice(self._n_told, None)
+            self.send(Piece(text, tuple(reply.logprobs[since]), tuple(reply.text_offsets[since])))
+            self._n_told = n_logprobs
+
 
 class Worker:
-    """Owns the generator and the KV caches of `conversations`: a prompt that continues one is not computed again.
+    """Owns the engine that generates: up to `engine.parallel` requests run at once, the others wait in their order.
 
-    on_reply: called with each reply that has ended.
+    max_wait_s: one that has waited so long is refused; None waits for any time. on_reply: called with each reply that
+    has ended, and the seconds that it waited before it began.
     """
 
     def __init__(
-        self, generator: TextGenerator, conversations: int = CONVERSATIONS, queue_length: int = QUEUE_LENGTH,
-        on_reply: Callable[[Reply], None] = lambda reply: None,
+        self, engine: BatchEngine, queue_length: int = QUEUE_LENGTH, max_wait_s: float | None = None,
+        on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None,
     ) -> None:  # fmt: skip
-        self.generator = generator
+        self.engine = engine
+        self.generator: TextGenerator = engine.generator
         self._on_reply = on_reply
-        self._caches = PrefixCaches(generator.model, conversations, generator.kv_bytes, generator.token_bytes)
-        self._queue_length = queue_length
+        self._queue_length, self._max_wait_s = queue_length, max_wait_s
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._running: dict[Reply, Job] = {}
+        self._beginning: Job | None = None
+        self._durations_s: deque[float] = deque(maxlen=REMEMBERED_REPLIES)
         self._draining = False
         self._thread = threading.Thread(target=self._run, name="hybrimoe-generate", daemon=True)
 
@@ -94,6 +118,11 @@ class Worker:
     def n_waiting(self) -> int:
         """Requests in the queue."""
         return sum(not job.stopped.is_set() for job in list(self._waiting))
+
+    @property
+    def n_running(self) -> int:
+        """Requests that are being answered."""
+        return len(self._under_way())
 
     @property
     def alive(self) -> bool:
@@ -119,13 +148,15 @@ class Worker:
                 raise ModelError("the generating thread has ended; restart the server")
             self._waiting = deque(waiting for waiting in self._waiting if not waiting.stopped.is_set())
             if len(self._waiting) >= self._queue_length:
-                raise QueueFullError(f"{self._queue_length} requests are waiting already; try again later")
+                raise QueueFullError(
+                    f"{self._queue_length} requests are waiting already; try again later", self._retry_seconds()
+                )
             self._waiting.append(job)
             self._changed.notify()
         return job
 
     def drain(self) -> None:
-        """Refuse what waits and what comes; the generation under way goes on."""
+        """Refuse what waits and what comes; the generations under way go on."""
         with self._changed:
             self._draining = True
             refused, self._waiting = self._waiting, deque()
@@ -134,52 +165,92 @@ class Worker:
             job.cut(DrainingError("this server ends before it gets to this request; ask another one"))
 
     def cut_running(self) -> None:
-        """End the generation under way; its client is told."""
-        running = self._running
-        if running is not None:
-            running.cut(DrainingError("this server ended before the reply was complete"))
+        """End the generations under way; their clients are told."""
+        for job in self._under_way():
+            job.cut(DrainingError("this server ended before the reply was complete"))
 
     def close(self) -> None:
-        """Drain, end the generation under way, and wait a moment for the thread."""
+        """Drain, end the generations under way, and wait a moment for the thread."""
         self.drain()
         self.cut_running()
         if self.alive:
             self._thread.join(JOIN_SECONDS)
 
+    def _under_way(self) -> list[Job]:
+        with self._changed:
+            beginning = [] if self._beginning is None else [self._beginning]
+            return [*self._running.values(), *beginning]
+
+    def _retry_seconds(self) -> int:
+        """When a place in the queue should be free, by the latest replies."""
+        if not self._durations_s:
+            return 1
+        mean_s = sum(self._durations_s) / len(self._durations_s)
+        return max(1, min(MOST_RETRY_SECONDS, math.ceil(mean_s / self.engine.parallel)))
+
+    # The generating thread --------------------------------------------------------------------------------------
+
     def _run(self) -> None:
-        while (job := self._next()) is not None:
-            self._generate(job)
-            self._running = None
+        try:
+            while self._has_work():
+                while (job := self._next()) is not None:
+                    self._begin(job)
+                for progress in self.engine.step():
+                    self._deliver(progress)
+        except BaseException:
+            self.drain()
+            for job in self._under_way():
+                job.cut(ModelError("the generating thread has ended with an error; restart the server"))
+            raise
+
+    def _has_work(self) -> bool:
+        """Waits for work; False once the worker drains and nothing is under way."""
+        with self._changed:
+            while not self._running and not self._waiting:
+                if self._draining:
+                    return False
+                self._changed.wait()
+        return True
 
     def _next(self) -> Job | None:
-        """The job that has waited longest; None once the worker drains and nothing waits."""
+        """The job that has waited longest, where the engine has room for it; later ones do not overtake it."""
         with self._changed:
-            while True:
-                while self._waiting:
-                    job = self._waiting.popleft()
-                    if not job.stopped.is_set():
-                        self._running = job
-                        return job
-                if self._draining:
-                    return None
-                self._changed.wait()
+            self._drop_those_that_end_waiting()
+            if not self._waiting or not self.engine.has_room(self._waiting[0].prompt_ids, self._waiting[0].options):
+                return None
+            self._beginning = self._waiting.popleft()
+            return self._beginning
 
-    def _generate(self, job: Job) -> None:
+    def _drop_those_that_end_waiting(self) -> None:
+        """Clients that have gone, and requests that waited too long; the oldest come first."""
+        limit = self._max_wait_s
+        while self._waiting:
+            job = self._waiting[0]
+            if limit is not None and not job.stopped.is_set() and time.monotonic() - job.submitted_s > limit:
+                job.cut(LateError(f"the request has waited for more than {limit:g} seconds", self._retry_seconds()))
+            if not job.stopped.is_set():
+                return
+            self._waiting.popleft()
+
+    def _begin(self, job: Job) -> None:
+        job.waited_s = time.monotonic() - job.submitted_s
         try:
-            cache = self._caches.for_prompt(job.prompt_ids)
-            job.reply = self.generator.reply(job.prompt_ids, job.options, cache=cache, should_stop=job.stopped.is_set)
-            told = 0
-            for text in job.reply:
-                job.send(_piece(job.reply, text, told))
-                told = len(job.reply.logprobs)
-            if told < len(job.reply.logprobs):
-                job.send(_piece(job.reply, "", told))
-            self._on_reply(job.reply)
-        except Exception as error:  # noqa: BLE001  # it belongs to the request; the worker serves the next one
+            job.reply = self.engine.admit(job.prompt_ids, job.options, job.stopped.is_set)
+        except Exception as error:  # noqa: BLE001  # it belongs to the request; the worker serves the others
             job.send(error)
-        else:
-            job.send(None)
+        with self._changed:
+            self._beginning = None
+            if job.reply is not None:
+                self._running[job.reply] = job
 
-
-def _piece(reply: Reply, text: str, told: int) -> Piece:
-    return Piece(text, tuple(reply.logprobs[told:]), tuple(reply.text_offsets[told:]))
+    def _deliver(self, progress: Progress) -> None:
+        job = self._running[progress.reply]
+        job.tell(progress.text, all_of_it=progress.ended and progress.error is None)
+        if not progress.ended:
+            return
+        with self._changed:
+            del self._running[progress.reply]
+            self._durations_s.append(time.monotonic() - job.submitted_s - job.waited_s)
+        if progress.error is None:
+            self._on_reply(progress.reply, job.waited_s)
+        job.send(progress.error)

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from cpu_kernels.step.compiled import CachePlace, CompiledLayers
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32
+from cpu_kernels.step.program import MAX_ROWS
 from hybrimoe.generation.growing import Buffers, GrowingLayer, grow_in_place
 from hybrimoe.step.angles import Angles
 from hybrimoe.step.calls import StepCall
@@ -18,16 +19,16 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 """Dtypes of caches that the step reads and writes."""
 
 
-def place_of(buffers: Buffers) -> CachePlace:
-    """Where the step finds keys and values, whose rows are contiguous."""
+def place_of(buffers: Buffers, row: int = 0) -> CachePlace:
+    """Where the step finds keys and values of sequence `row` of the buffers; those of a token are contiguous."""
     keys, values = buffers.keys, buffers.values
-    return CachePlace(_strides(keys), _strides(values), KINDS[keys.dtype], buffers.first)
+    return CachePlace(_strides(keys, row), _strides(values, row), KINDS[keys.dtype], buffers.first)
 
 
-def _strides(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+def _strides(tensor: torch.Tensor, row: int) -> tuple[int, int, int]:
     size = tensor.element_size()
     sequence, head, token, _ = tensor.stride()
-    return tensor.data_ptr(), size * sequence, size * head, size * token
+    return tensor.data_ptr() + size * sequence * row, size * head, size * token
 
 
 def fits(cache: DynamicCache, used: set[int], n_past: int, n_sequences: int) -> bool:
@@ -49,32 +50,44 @@ def _is_readable(layer: Any, n_past: int, n_sequences: int) -> bool:
 
 
 class BoundLayers:
-    """Compiled layers and where they find their cache; one call runs at a time."""
+    """Compiled layers and where they find the caches of a call; one call runs at a time."""
 
     def __init__(self, compiled: CompiledLayers, angles: list[Angles]) -> None:
         self.compiled = compiled
         self._angles = angles
-        self._bound: list[Any] = [None] * len(compiled.cache_layers)
+        self._bound: list[list[tuple[Buffers, int] | None]] = [[None] * MAX_ROWS for _ in compiled.cache_layers]
 
     def run(self, call: StepCall) -> float:
-        """The rows of a call, whose input the layers hold already; the cache has its new tokens afterwards.
+        """The rows of a call, whose input the layers hold already; the caches have their new tokens afterwards.
 
-        Returns the microseconds of the compiled call.
+        Returns the microseconds of the compiled call. A run that fails leaves the caches with the tokens they had.
         """
-        compiled, layers = self.compiled, call.cache.layers
+        compiled = self.compiled
         for number, layer in enumerate(compiled.cache_layers):
-            buffers = layers[layer].grown(call.n_new)
-            if buffers is not self._bound[number]:  # other buffers than in the step before
-                compiled.bind(number, place_of(buffers))
-                self._bound[number] = buffers
-        compiled.give_room(call.n_past + call.n_new)
-        compiled.set_rows(call.n_sequences, call.n_new, call.n_past, call.token_ids)
+            self._bind(number, [cache.layers[layer].grown(call.n_new) for cache in call.caches], call)
+        compiled.give_room(max(call.n_past) + call.n_new)
+        compiled.set_rows(call.n_past, call.n_new, call.token_ids)
         compiled.set_mask(call.mask)
         for angles, (cos, sin) in zip(self._angles, compiled.angles, strict=True):
             angles.write(call.positions, cos, sin)
         began = time.perf_counter()
         compiled.run()
         us = (time.perf_counter() - began) * 1e6
-        for layer in set(compiled.cache_layers):
-            layers[layer].advance(call.n_new)
+        for cache in call.caches:
+            for layer in set(compiled.cache_layers):
+                cache.layers[layer].advance(call.n_new)
         return us
+
+    def _bind(self, number: int, buffers: list[Buffers], call: StepCall) -> None:
+        """Tells attention `number` where the sequences of a call lie, where they lie elsewhere than in the step before.
+
+        buffers: of each of the call's caches.
+        """
+        bound = self._bound[number]
+        n_rows = call.n_sequences // len(call.caches)
+        for sequence in range(call.n_sequences):
+            held, row = buffers[sequence // n_rows], sequence % n_rows
+            known = bound[sequence]
+            if known is None or known[0] is not held or known[1] != row:
+                self.compiled.bind(number, sequence, place_of(held, row))
+                bound[sequence] = held, row

@@ -25,20 +25,25 @@ FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 @dataclass(frozen=True, slots=True)
 class StepCall:
-    """A call that can be served. positions: of each row; mask: float32 [sequences, tokens] added to scores, or None.
+    """A call that can be served: `n_new` tokens of each sequence, which lie in one cache, or in a cache each.
 
-    phase: as which it is counted.
+    token_ids, positions: of each row, sequence by sequence. n_past: tokens that the cache holds of each sequence. mask:
+    float32 [sequences, tokens] added to scores, or None. phase: as which it is counted.
     """
 
     token_ids: list[int]
-    n_sequences: int
     n_new: int
-    n_past: int
-    cache: DynamicCache
+    n_past: list[int]
+    caches: list[DynamicCache]
     positions: list[int]
     mask: np.ndarray | None
     n_logits: int
     phase: Phase
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences of the call."""
+        return len(self.n_past)
 
 
 def read_call(
@@ -73,7 +78,14 @@ def read_call(
         return None
     phase: Phase = "decode" if n_new == 1 else "prefill"
     return StepCall(
-        ids.flatten().tolist(), n_sequences, n_new, n_past, cache, positions, mask, min(kept or n_new, n_new), phase
+        ids.flatten().tolist(),
+        n_new,
+        [n_past] * n_sequences,
+        [cache],
+        positions,
+        mask,
+        min(kept or n_new, n_new),
+        phase,
     )
 
 

@@ -42,7 +42,7 @@ from hybrimoe.step.pieces import Counts, ExpertsPlace, Pieces, Routed, Within
 MAX_SEQUENCES = 8
 """Sequences of a step that is captured."""
 KEPT = 4
-"""Captured steps that are kept: of the latest conversations, and of numbers of sequences."""
+"""Captured steps that are kept where nothing else is said: of the latest conversations, and of numbers of sequences."""
 LEAST_ROOM = 1024
 """Room of a new buffer for keys and values: other buffers need other graphs, whose recording takes as long as some
 twenty steps."""
@@ -74,6 +74,7 @@ class CapturedStep(ModelStep):
             hooks for module in called for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self.device = device
+        self._n_kept = KEPT
         self.captures = 0
         """How often a step was recorded."""
         config: Any = model.config
@@ -100,14 +101,14 @@ class CapturedStep(ModelStep):
         if found is None:
             return own(*args, **kwargs)
         logits, output_type = found
-        return output_type(logits=logits, past_key_values=call.cache)
+        return output_type(logits=logits, past_key_values=call.caches[0])
 
     def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
         """As `ModelStep.next_logits`, of one token."""
         if len(token_ids) != 1 or type(cache) is not DynamicCache or not self.usable():
             return None
         n_past = cache.get_seq_length()
-        call = StepCall(list(token_ids), 1, 1, n_past, cache, [n_past], None, 1, "decode")
+        call = StepCall(list(token_ids), 1, [n_past], [cache], [n_past], None, 1, "decode")
         layers = self._layers_of(call) if n_past else None
         if layers is None:
             return None
@@ -120,6 +121,15 @@ class CapturedStep(ModelStep):
     def differs_in_batches(self) -> str | None:
         """As `ModelStep.differs_in_batches`."""
         return "a captured step has one token of each sequence"
+
+    @property
+    def one_by_one(self) -> str | None:
+        """As `ModelStep.one_by_one`."""
+        return "the sequences of a captured step have one length"
+
+    def keep_for(self, n_sequences: int) -> None:
+        """As `ModelStep.keep_for`: the graphs of each."""
+        self._n_kept = max(KEPT, n_sequences)
 
     def undo(self) -> None:
         """Frees the graphs and lets go of the caches."""
@@ -164,7 +174,7 @@ class CapturedStep(ModelStep):
     def _logits_given(self, cache: DynamicCache, token_id: int, outputs: list[torch.Tensor]) -> torch.Tensor:
         """float32 logits [1, V] of a step on a cache, with these outputs of the experts."""
         n_past = cache.get_seq_length()
-        call = StepCall([token_id], 1, 1, n_past, cache, [n_past], None, 1, "decode")
+        call = StepCall([token_id], 1, [n_past], [cache], [n_past], None, 1, "decode")
         layers = self._layers_of(call)
         if layers is None:
             raise NotCompiled("its cache has layers that are neither plain attention nor a sliding window")
@@ -182,7 +192,7 @@ class CapturedStep(ModelStep):
     def _layers_of(self, call: StepCall) -> list[GrowingLayer] | None:
         if call.n_new != 1 or call.n_sequences > MAX_SEQUENCES:
             return None
-        return growing_layers(call.cache, call.n_past, call.n_sequences, self.device)
+        return growing_layers(call.caches[0], call.n_past[0], call.n_sequences, self.device)
 
     def usable(self) -> bool:
         """As `ModelStep.usable`, and no recording has failed."""
@@ -234,7 +244,7 @@ class CapturedStep(ModelStep):
 
     def _numbers(self, call: StepCall) -> torch.Tensor:
         """On the host, as `Pieces.numbers`."""
-        return torch.tensor([*call.token_ids, *call.positions, call.n_past])
+        return torch.tensor([*call.token_ids, *call.positions, call.n_past[0]])
 
     def _pieces(
         self, layers: list[GrowingLayer], n_sequences: int, within: Within = None
@@ -247,7 +257,7 @@ class CapturedStep(ModelStep):
             if known.is_of(layers, n_sequences, within) and known.is_alive():
                 self._captured.append(self._captured.pop(number))
                 return self._captured[-1]
-        self._captured = [known for known in self._captured if known.is_alive()][1 - KEPT :]
+        self._captured = [known for known in self._captured if known.is_alive()][1 - self._n_kept :]
         pieces = self._capture(layers, buffers, n_sequences, within)
         self._captured.append(pieces)
         return pieces

@@ -50,10 +50,26 @@ class ModelStep:
         """
         return None
 
+    def logits_of_each(self, token_ids: Sequence[int], caches: Sequence[Any]) -> torch.Tensor | None:
+        """Logits [n, V] after a new token of each of n sequences, which have a cache of one sequence each.
+
+        Each row has the bits that `next_logits` gives for the sequence alone. None, and nothing computed, where the
+        sequences must be computed one after another. A failure leaves the caches with the tokens that they had.
+        """
+        return None
+
     @property
     def differs_in_batches(self) -> str | None:
         """Why several tokens in one step may not get the bits that they get one by one; None where they do."""
         raise NotImplementedError
+
+    @property
+    def one_by_one(self) -> str | None:
+        """Why sequences of different lengths are not computed in one step; None where `logits_of_each` does it."""
+        return self.differs_in_batches
+
+    def keep_for(self, n_sequences: int) -> None:
+        """So many sequences will take turns: what the step keeps of each must last from turn to turn."""
 
     def undo(self) -> None:
         """Takes away what the step has put into the model; whoever put it before the forward takes it from there."""

@@ -235,9 +235,9 @@ def _error(
         kept[layer] = [
             part[..., PROMPT_TOKENS : PROMPT_TOKENS + n_rows, :].clone() for part in (buffers.keys, buffers.values)
         ]
-        compiled.bind(index, place_of(buffers))
+        compiled.bind(index, 0, place_of(buffers))
     compiled.give_room(PROMPT_TOKENS + n_rows)
-    compiled.set_rows(1, n_rows, PROMPT_TOKENS)
+    compiled.set_rows([PROMPT_TOKENS], n_rows)
     fill_angles(compiled, ropes, torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + n_rows)[None])
     compiled.stream[:n_rows] = before
     compiled.run()

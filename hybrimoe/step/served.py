@@ -43,7 +43,7 @@ class ServedStep(ModelStep):
         if torch.is_grad_enabled() or not self.usable():
             return None
         call = read_call(self.model.config, self.reading.cache_type, args, kwargs)
-        return call if call is not None and self.fits(call.cache, call.n_past, call.n_sequences) else None
+        return call if call is not None and self.fits(call.caches[0], call.n_past[0], call.n_sequences) else None
 
     def usable(self) -> bool:
         """As `ModelStep.usable`, and the experts are computed on the CPU as the router says, watched by nobody."""
@@ -53,6 +53,11 @@ class ServedStep(ModelStep):
         """Whether the cache's layers are such as the step reads."""
         used = {layer for program in self.programs for layer in program.compiled.cache_layers}
         return fits(cache, used, n_past, n_sequences)
+
+    @property
+    def one_by_one(self) -> str | None:
+        """As `ModelStep.one_by_one`."""
+        return f"this model has no compiled step for all of it: {self.reading.reason}"
 
     # Counting ---------------------------------------------------------------------------------------------------
 

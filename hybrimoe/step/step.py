@@ -38,22 +38,35 @@ class Step(ServedStep):
         if call is None:
             return own(*args, **kwargs)
         assert self.reading.output_type is not None
-        return self.reading.output_type(logits=self._logits(call), past_key_values=call.cache)
+        return self.reading.output_type(logits=self._logits(call), past_key_values=call.caches[0])
 
     def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
         """As `ModelStep.next_logits`."""
-        known = isinstance(cache, DynamicCache) and type(cache) is self.reading.cache_type
-        if len(token_ids) > MAX_ROWS or not known or not self.usable():
-            return None
-        n_past = cache.get_seq_length()
-        if not n_past or not self.fits(cache, n_past, 1):
+        if len(token_ids) > MAX_ROWS or not self.usable() or not (n_past := self._n_past(cache)):
             return None
         n_new = len(token_ids)
         positions = list(range(n_past, n_past + n_new))
         phase: Phase = "decode" if drafted or n_new == 1 else "prefill"
-        call = StepCall(list(token_ids), 1, n_new, n_past, cache, positions, None, n_new if drafted else 1, phase)
+        call = StepCall(list(token_ids), n_new, [n_past], [cache], positions, None, n_new if drafted else 1, phase)
         with torch.inference_mode():
             return self._logits(call)[0]
+
+    def logits_of_each(self, token_ids: Sequence[int], caches: Sequence[Any]) -> torch.Tensor | None:
+        """As `ModelStep.logits_of_each`."""
+        if not 0 < len(token_ids) <= MAX_ROWS or self.one_by_one is not None or not self.usable():
+            return None
+        n_past = [self._n_past(cache) for cache in caches]
+        if not all(n_past):
+            return None
+        call = StepCall(list(token_ids), 1, n_past, list(caches), n_past, None, 1, "decode")
+        with torch.inference_mode():
+            return self._logits(call)[:, 0]
+
+    def _n_past(self, cache: Any) -> int:
+        """Tokens of the one sequence that a cache holds; 0 where the step cannot go on from it."""
+        known = isinstance(cache, DynamicCache) and type(cache) is self.reading.cache_type
+        n_past = int(cache.get_seq_length()) if known else 0
+        return n_past if n_past and self.fits(cache, n_past, 1) else 0
 
     @property
     def differs_in_batches(self) -> str | None:
@@ -61,6 +74,11 @@ class Step(ServedStep):
         if any(angles.changes for angles in self.angles):
             return "the angles of the model's rotary embedding depend on the longest position of a step"
         return None
+
+    @property
+    def one_by_one(self) -> str | None:
+        """As `ModelStep.one_by_one`."""
+        return self.differs_in_batches
 
     def _logits(self, call: StepCall) -> torch.Tensor:
         """Runs the step; logits [sequences, kept, V] in the dtype that the model itself gives."""

@@ -13,8 +13,8 @@ from hybrimoe.errors import HybriMoEError
 if TYPE_CHECKING:
     import httpx
 
-REFUSED = 503
-"""The status with which a server says that its queue is full."""
+REFUSED = (429, 503)
+"""Statuses with which servers say that their queue is full."""
 
 
 class ServerError(HybriMoEError):
@@ -94,7 +94,7 @@ class Client:
         start = time.perf_counter()
         try:
             with self._http.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
-                if answer.status_code == REFUSED:
+                if answer.status_code in REFUSED:
                     return Exchange(prompt, "", (start,), refused=True)
                 if answer.status_code != 200:
                     raise ServerError(f"{self.url}/v1/completions: {answer.status_code} {answer.read().decode()[:300]}")

@@ -42,6 +42,9 @@ def serve(
     conversations: Annotated[
         int | None, typer.Option(min=1, help="Conversations whose KV caches the server keeps.")
     ] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Replies that the server computes at once.")
+    ] = None,
     as_json: common.JsonOption = False,
 ) -> None:
     """Times to the first token and between tokens, and tokens a second, for users who ask at the same time.
@@ -53,7 +56,7 @@ def serve(
     from hybrimoe.bench.serve import measure as serve_bench
     from hybrimoe.cli.common_model import progress_bar
 
-    given = asdict(placement) | {"conversations": conversations}
+    given = asdict(placement) | {"conversations": conversations, "parallel": parallel}
     options = {f"--{name.replace('_', '-')}": value for name, value in given.items() if value is not None}
     if url is None:
         placement.deployment(model)  # what is wrong is said here, not in the log of the server's process

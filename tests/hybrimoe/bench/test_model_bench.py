@@ -14,16 +14,18 @@ from typer.testing import CliRunner
 
 from cpu_kernels.host.threads import resolve_threads
 from hybrimoe.bench import rounds as harness
-from hybrimoe.bench.model import contenders, sources, speculate
+from hybrimoe.bench.model import contenders, parallel, sources, speculate
 from hybrimoe.bench.model import measure as model_bench
 from hybrimoe.bench.model.weights import gguf_step_bytes, step_bytes
 from hybrimoe.cli.app import app
 from hybrimoe.cli.bench import model_run
+from hybrimoe.cli.bench import parallel as parallel_command
 from hybrimoe.cli.bench import speculate as speculate_command
 from hybrimoe.cli.views import render
 from hybrimoe.config.deploy import load_config
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.errors import ConfigError, MissingExtraError, ModelError
+from hybrimoe.generation import TextGenerator
 from hybrimoe.machine.facts import machine
 
 
@@ -316,6 +318,31 @@ def test_speculation_is_measured_on_two_texts(capsys):
     assert all(text["drafts"]["steps"] + text["drafts"]["steps_saved"] == 11 for text in result["texts"])
     speculate_command.show(result)
     assert "pays from an acceptance of" in capsys.readouterr().out
+
+
+def test_replies_side_by_side_are_measured_and_compared_with_each_alone(capsys):
+    result = run("parallel", "-r", "1", "-r", "3", "--new-tokens", "10", "--rounds", "1", "--dtype", "int8")
+    one, three = result["rows"]
+    assert (one["replies"], three["replies"]) == (1, 3)
+    assert result["in_turn"] is None
+    assert one["gain"] == 1.0
+    assert one["experts"] < three["experts"] <= 3 * one["experts"]
+    assert sum(three["parts"].values()) == pytest.approx(1.0)
+    parallel_command.show(result)
+    assert "every reply is the one it is alone" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_reply_that_its_batch_changes_ends_the_benchmark(monkeypatch):
+    own = TextGenerator.forward_each
+
+    def swapped(self, tokens, caches):
+        logits = own(self, tokens, caches)
+        return logits.flip(0)
+
+    monkeypatch.setattr(TextGenerator, "forward_each", swapped)
+    deployment = load_config({}, accelerator="none", expert_dtype="int8")
+    with pytest.raises(ModelError, match="is another one than alone"):
+        parallel.measure(parallel.Request(None, None, None, deployment, (2,), 10, 1), lambda *_: None)
 
 
 def test_an_acceptance_that_pays_for_a_longer_step():

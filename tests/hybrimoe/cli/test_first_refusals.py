@@ -86,6 +86,7 @@ WRONG_MODELS = [
 TAKES_A_MODEL = [
     "generate --prompt x", "chat", "serve --port 0", "trace record", "trace capture", "bench decode", "bench prefill",
     "bench quality", "bench quality --lossy skip", "bench contention", "bench serve", "bench speculate",
+    "bench parallel",
 ]  # fmt: skip
 READS_ONLY_THE_CONFIGURATION = ["explain", "rules check moe --model"]
 

@@ -107,6 +107,7 @@ def begun():
             body = {**LONG, **more, "stream": True}
             response = opened.enter_context(client.stream("POST", f"{server.url}/v1/completions", json=body))
             lines = response.iter_lines()
+            opened.callback(lines.close)  # lines that nobody holds would close the connection, and end the reply
             next(lines)
             return lines
 
@@ -115,7 +116,7 @@ def begun():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_refuses_what_waits_and_gives_the_reply_under_way_its_time(serve, begun, number):
-    server = serve("--drain-seconds", "0.5", program=("-c", SLOW_MODEL))
+    server = serve("--drain-seconds", "0.5", "--parallel", "1", program=("-c", SLOW_MODEL))
     lines = begun(server)
     results, threads = in_threads(4, lambda: server.post(LONG))
     until(lambda: server.waits() == 4)

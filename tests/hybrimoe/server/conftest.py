@@ -38,7 +38,8 @@ def application(generator):
     opened = []
 
     def make(loaded=True, **settings):
-        served = Served("tiny", queue_length=settings.pop("queue_length", 32))
+        own = {name: settings.pop(name) for name in ("queue_length", "parallel", "max_stall_ms") if name in settings}
+        served = Served("tiny", **own)
         if loaded:
             served.open(generator, lambda: {"total": dict.fromkeys(COUNTERS, 5.0), "accelerators": [UNIT, UNIT]})
         opened.append(served)

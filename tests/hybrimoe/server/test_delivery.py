@@ -43,7 +43,7 @@ def failing_after(generator, monkeypatch, n_steps, error):
 
 
 def idle(served):
-    return served.n_waiting == 0 and served.worker()._running is None
+    return served.n_waiting == 0 and served.n_running == 0
 
 
 async def until(condition):
@@ -187,3 +187,63 @@ def test_a_prompt_is_turned_into_tokens_beside_the_event_loop(application, conne
         return [(await one.sent.get())["status"] for one in connections]
 
     assert asyncio.run(run()) == [200, 200]
+
+
+def test_a_full_queue_is_429_with_the_time_to_come_again(application, connect, client, gate):
+    app, served = application(queue_length=1)
+
+    async def run():
+        first, second = connect(app, PATH, WHOLE), connect(app, PATH, WHOLE)
+        running = asyncio.create_task(first.run())
+        await asyncio.to_thread(gate.began.wait, 30)
+        waiting = asyncio.create_task(second.run())
+        await until(lambda: served.n_waiting == 1)
+        async with client(app) as connection:
+            refused = await connection.post(PATH, json=WHOLE)
+            health = await connection.get("/health")
+        gate.set()
+        await asyncio.gather(running, waiting)
+        return refused, health
+
+    refused, health = asyncio.run(run())
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert {name: health.json()[name] for name in ("waiting", "running")} == {"waiting": 1, "running": 1}
+
+
+def test_several_requests_at_once_are_answered_as_one_after_another(application, client):
+    prompts = ["It was", "a bright cold day in April, and the clocks were striking", "thirteen", "He said: "]
+    bodies = [{**WHOLE, "prompt": prompt, "max_tokens": 12 + 3 * n} for n, prompt in enumerate(prompts)]
+
+    async def run(app, together):
+        async with client(app) as connection:
+            if together:
+                return await asyncio.gather(*(connection.post(PATH, json=body) for body in bodies))
+            return [await connection.post(PATH, json=body) for body in bodies]
+
+    (app, served), (alone, _) = application(parallel=3, max_stall_ms=1e-3), application(max_stall_ms=1e-3)
+    found, expected = asyncio.run(run(app, True)), asyncio.run(run(alone, False))
+    for one, other in zip(found, expected, strict=True):
+        assert one.json()["choices"] == other.json()["choices"]
+        assert one.json()["usage"] == other.json()["usage"]
+    assert served.part.n_tokens >= 16
+    assert "up to 3 replies at once, one after another each token" in served.described()
+
+
+def test_metrics_tell_how_requests_run_beside_each_other(application, client):
+    app, served = application(parallel=3)
+
+    async def run():
+        async with client(app) as connection:
+            await asyncio.gather(*(connection.post(PATH, json=WHOLE) for _ in range(3)))
+            return (await connection.get("/metrics")).text
+
+    text = asyncio.run(run())
+    assert 'hybrimoe_requests_parallel{reason="the model has no compiled step",way="in turn"} 3.0' in text
+    assert f"hybrimoe_prompt_part_tokens {float(served.part.n_tokens)}" in text
+    assert "hybrimoe_requests_running 0.0" in text
+    assert "hybrimoe_queue_seconds_count 3.0" in text
+    assert "hybrimoe_ttft_seconds_count 3.0" in text
+    steps = next(line for line in text.splitlines() if line.startswith("hybrimoe_decode_steps "))
+    assert 59 <= float(steps.split()[1]) <= 3 * 59

@@ -1,15 +1,17 @@
-"""The generating thread: its queue, who may leave it and when, and how it ends."""
+"""The generating thread: its queue, who runs at once, who may leave and when, and how it ends."""
 
 import asyncio
 import threading
+import time
 
 import pytest
 
 from hybrimoe.errors import ModelError
 from hybrimoe.generation import SamplingOptions
+from hybrimoe.generation.batching import BatchEngine
 from hybrimoe.server.delivery import PieceReader
-from hybrimoe.server.errors import DrainingError, QueueFullError
-from hybrimoe.server.worker import Worker
+from hybrimoe.server.errors import DrainingError, LateError, QueueFullError
+from hybrimoe.server.worker import Job, Worker
 
 SHORT = SamplingOptions(max_new_tokens=2, temperature=0.0)
 LONG = SamplingOptions(max_new_tokens=80, temperature=1.0, seed=1)
@@ -50,7 +52,7 @@ async def began(steps):
 
 def test_a_client_that_leaves_is_computed_no_further_than_the_step_under_way(generator, steps):
     async def run():
-        worker = Worker(generator)
+        worker = Worker(BatchEngine(generator))
         worker.start()
         job = worker.submit(generator.encode("It was"), LONG)
         await began(steps)
@@ -70,7 +72,7 @@ def test_a_long_prompt_ends_after_the_part_under_way(generator, steps, monkeypat
     monkeypatch.setattr(generator, "prefill_chunk_tokens", 4)
 
     async def run():
-        worker = Worker(generator)
+        worker = Worker(BatchEngine(generator))
         worker.start()
         job = worker.submit(generator.encode("It was a bright cold day in April, and the clocks were striking"), LONG)
         await began(steps)
@@ -85,7 +87,7 @@ def test_a_long_prompt_ends_after_the_part_under_way(generator, steps, monkeypat
 
 def test_a_waiting_client_that_leaves_makes_room_at_once_and_is_never_computed(generator, steps):
     async def run():
-        worker = Worker(generator, queue_length=1)
+        worker = Worker(BatchEngine(generator), queue_length=1)
         worker.start()
         ids = generator.encode("It was")
         first = worker.submit(ids, SHORT)
@@ -108,7 +110,7 @@ def test_a_waiting_client_that_leaves_makes_room_at_once_and_is_never_computed(g
 
 def test_draining_refuses_what_waits_and_lets_the_running_one_end(generator, steps):
     async def run():
-        worker = Worker(generator)
+        worker = Worker(BatchEngine(generator))
         worker.start()
         ids = generator.encode("It was")
         first = worker.submit(ids, SHORT)
@@ -133,7 +135,7 @@ def test_draining_refuses_what_waits_and_lets_the_running_one_end(generator, ste
 
 def test_a_reply_that_is_cut_tells_its_client_at_once(generator, steps):
     async def run():
-        worker = Worker(generator)
+        worker = Worker(BatchEngine(generator))
         worker.start()
         job = worker.submit(generator.encode("It was"), LONG)
         await began(steps)
@@ -153,7 +155,7 @@ def test_a_failed_generation_leaves_the_worker_alive(generator, monkeypatch):
         raise RuntimeError("a lane died")
 
     async def run():
-        worker = Worker(generator)
+        worker = Worker(BatchEngine(generator))
         worker.start()
         ids = generator.encode("It was")
         with monkeypatch.context() as patch:
@@ -169,8 +171,151 @@ def test_a_failed_generation_leaves_the_worker_alive(generator, monkeypatch):
 
 def test_a_worker_whose_thread_has_ended_says_so(generator):
     async def run():
-        worker = Worker(generator)
+        worker = Worker(BatchEngine(generator))
         with pytest.raises(ModelError, match="has ended"):
             worker.submit(generator.encode("It was"), SHORT)
 
     running(run())
+
+
+class TestSeveralAtOnce:
+    """Requests beside each other. The model has no compiled step, so that each token is a step of its own."""
+
+    def test_a_client_that_leaves_frees_its_place_for_one_that_waits(self, generator, steps):
+        async def run():
+            worker = Worker(BatchEngine(generator, parallel=2))
+            worker.start()
+            ids = generator.encode("It was")
+            jobs = [worker.submit(ids, LONG) for _ in range(3)]
+            await began(steps)
+            steps.go.release(2)  # both prompts
+            await began(steps), await began(steps)
+            assert (worker.n_running, worker.n_waiting) == (2, 1)
+            jobs[0].cancel()
+            while jobs[2].reply is None:
+                steps.go.release(1)
+                await began(steps)
+            n_tokens = [len(job.reply.token_ids) for job in jobs]
+            steps.go.release(1000)
+            texts = [await text_of(job) for job in jobs[1:]]
+            await asyncio.to_thread(worker.close)
+            return jobs, n_tokens, texts
+
+        jobs, n_tokens, texts = running(run())
+        assert n_tokens[0] <= 2, "its own prompt, and the token under way"
+        assert texts[0] == texts[1] != ""
+        assert jobs[0].reply.finish_reason == "interrupted"
+        assert jobs[2].waited_s >= 0
+
+    def test_the_replies_are_those_of_one_at_a_time(self, generator):
+        words = ["It was", "A bright cold day in April", "clocks", "striking thirteen, and he"]
+
+        async def run(parallel):
+            worker = Worker(BatchEngine(generator, parallel=parallel))
+            worker.start()
+            options = [SamplingOptions(max_new_tokens=7 + n, temperature=0.8, seed=n) for n in range(len(words))]
+            jobs = [worker.submit(generator.encode(one), own) for one, own in zip(words, options, strict=True)]
+            texts = [await text_of(job) for job in jobs]
+            await asyncio.to_thread(worker.close)
+            return texts
+
+        assert running(run(1)) == running(run(3))
+
+    def test_draining_lets_all_of_them_end_and_cutting_tells_all_of_them(self, generator, steps):
+        async def run(cut):
+            worker = Worker(BatchEngine(generator, parallel=2))
+            worker.start()
+            ids = generator.encode("It was")
+            jobs = [worker.submit(ids, SHORT) for _ in range(3)]
+            await began(steps)
+            while worker.n_waiting > 1:
+                await asyncio.sleep(0)
+            worker.drain()
+            if cut:
+                worker.cut_running()
+            steps.go.release(1000)
+            told = await asyncio.gather(*(text_of(job) for job in jobs), return_exceptions=True)
+            await asyncio.to_thread(worker.close)
+            return told, worker.alive
+
+        (first, second, refused), alive = running(run(cut=False))
+        assert first == second != ""
+        assert isinstance(refused, DrainingError)
+        assert not alive
+        told, _ = running(run(cut=True))
+        assert all(isinstance(one, DrainingError) for one in told)
+
+    def test_one_that_fails_does_not_take_the_others(self, generator, monkeypatch):
+        forward, caches = generator.forward, []
+
+        def fail_second(ids, cache):
+            caches.extend([cache] if cache not in caches else [])
+            if cache is caches[min(1, len(caches) - 1)] and len(caches) > 1 and len(ids) == 1:
+                raise MemoryError("no room for it")
+            return forward(ids, cache)
+
+        monkeypatch.setattr(generator, "forward", fail_second)
+
+        async def run():
+            worker = Worker(BatchEngine(generator, parallel=3))
+            worker.start()
+            ids = generator.encode("It was")
+            jobs = [worker.submit(ids, SHORT) for _ in range(3)]
+            told = await asyncio.gather(*(text_of(job) for job in jobs), return_exceptions=True)
+            await asyncio.to_thread(worker.close)
+            return told
+
+        told = running(run())
+        assert isinstance(told[1], MemoryError)
+        assert told[0] == told[2] != ""
+
+    def test_a_refusal_says_when_a_place_should_be_free(self, generator, steps):
+        async def run():
+            worker = Worker(BatchEngine(generator, parallel=2), queue_length=0)
+            worker.start()
+            worker._durations_s.extend([6.0, 10.0])
+            with pytest.raises(QueueFullError) as refused:
+                worker.submit(generator.encode("It was"), SHORT)
+            await asyncio.to_thread(worker.close)
+            return refused.value
+
+        refused = running(run())
+        assert refused.answer_headers() == {"Retry-After": "4"}
+
+    def test_a_request_that_has_waited_too_long_is_refused(self, generator, steps):
+        async def run():
+            worker = Worker(BatchEngine(generator), max_wait_s=1e-6)
+            worker.start()
+            ids = generator.encode("It was")
+            first = Job(ids, SHORT, asyncio.get_running_loop(), submitted_s=time.monotonic() + 3600)  # not late
+            worker._waiting.append(first)
+            late = worker.submit(ids, SHORT)
+            steps.go.release(1000)
+            told = await asyncio.gather(text_of(first), text_of(late), return_exceptions=True)
+            await asyncio.to_thread(worker.close)
+            return told, late
+
+        (text, refused), late = running(run())
+        assert text
+        assert (type(refused), refused.status) == (LateError, 429)
+        assert late.reply is None
+
+    def test_an_engine_that_breaks_tells_everybody(self, generator, steps, monkeypatch):
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)  # the thread's end is part of the test
+
+        async def run():
+            engine = BatchEngine(generator, parallel=1)
+            worker = Worker(engine)
+            worker.start()
+            jobs = [worker.submit(generator.encode("It was"), SHORT) for _ in range(2)]
+            await began(steps)
+            monkeypatch.setattr(engine, "_decode", None)
+            steps.go.release(1000)
+            told = await asyncio.gather(*(text_of(job) for job in jobs), return_exceptions=True)
+            return told, worker
+
+        (first, second), worker = running(run())
+        assert isinstance(first, ModelError)
+        assert isinstance(second, DrainingError)
+        worker._thread.join(600)
+        assert not worker.alive

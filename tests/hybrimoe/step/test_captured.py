@@ -241,6 +241,21 @@ def test_conversations_keep_their_graphs_and_ended_ones_are_let_go(model: Any) -
     assert not any(held is gone for held in kept for gone in buffers)
 
 
+def test_as_many_conversations_keep_their_graphs_as_take_turns(model: Any) -> None:
+    ids, own = prompt(), model.hybrimoe.step
+    caches = [after_prompt(model, ids) for _ in range(KEPT + 2)]
+    own.keep_for(len(caches))
+    try:
+        for cache in caches:
+            step(model, ids[:, :1], cache)
+        _, captures = steps_of(model)
+        for cache in caches:
+            step(model, ids[:, :1], cache)
+        assert steps_of(model)[1] == captures
+    finally:
+        own.keep_for(1)
+
+
 def test_experts_that_fail_leave_the_cache_as_it_was(model: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = prompt()
     mine, theirs = after_prompt(model, ids), after_prompt(plain, ids)

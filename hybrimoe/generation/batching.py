@@ -1,0 +1,217 @@
+"""Continuous batching: replies join and leave at every token, and each is what it would be alone.
+
+A step of the engine computes a part of the oldest prompt that is not complete, then one token of every other reply:
+all of them in one compiled step where the model has one for all of it, else one after another. The compiled step gives
+each sequence the bits that it has alone, and a prompt is cut into the same parts whoever else is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from cpu_kernels.step.program import MAX_ROWS
+from hybrimoe.generation.growing import LEAST_ROOM
+from hybrimoe.generation.kv_cache import PrefixCaches
+from hybrimoe.generation.sampling import UNLIMITED_TOKENS, SamplingOptions, reply_length
+
+if TYPE_CHECKING:
+    import torch
+
+    from hybrimoe.generation.engine import Reply, TextGenerator
+
+__all__ = ["BatchEngine", "Progress", "default_parallel"]
+
+MOST_PARALLEL = 4
+"""Replies at once where nothing is said: each further one slows those that run, and takes memory from conversations."""
+COMFORTABLE_TOKENS = 4096
+"""Of prompt and reply together: the memory for keys and values should hold so many of each reply at once."""
+PROMISED_TOKENS = 1024
+"""Room that a reply without a length is sure of; beyond, it goes on while the others leave room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step did for one reply. text: what may be shown now. ended: nothing more comes; error: because of it."""
+
+    reply: Reply
+    text: str = ""
+    ended: bool = False
+    error: Exception | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """A reply under way. planned: tokens of prompt and reply that it has room for; in_prompt: of which parts wait."""
+
+    reply: Reply
+    planned: int
+    in_prompt: bool = True
+
+
+class BatchEngine:
+    """Up to `parallel` replies of one generator, and the caches of the latest conversations.
+
+    part_tokens: of a prompt, between two tokens of the others; None for the generator's own size. One thread calls all
+    methods.
+    """
+
+    def __init__(
+        self, generator: TextGenerator, *, parallel: int = 1, conversations: int = 1, part_tokens: int | None = None
+    ) -> None:
+        self.generator = generator
+        self.parallel = parallel
+        self.part_tokens = part_tokens
+        n_caches = max(conversations, parallel)
+        self._caches = PrefixCaches(generator.model, n_caches, generator.kv_bytes, generator.token_bytes)
+        step = getattr(getattr(generator.model, "hybrimoe", None), "step", None)
+        if step is not None:
+            step.keep_for(parallel)
+        self._places: list[_Place] = []
+        self.n_steps = 0
+        """Steps so far that gave a token to each reply beyond its prompt."""
+
+    @property
+    def n_running(self) -> int:
+        """Replies under way."""
+        return len(self._places)
+
+    @property
+    def in_turn(self) -> str | None:
+        """Why the replies are computed one after another each token; None where one step computes all of them."""
+        injection = getattr(self.generator.model, "hybrimoe", None)
+        step = getattr(injection, "step", None)
+        if self.generator.pace is not None:
+            return "with speculation, a step has several tokens of one reply"
+        if step is None:
+            return getattr(getattr(injection, "way", None), "reason", None) or "the model has no compiled step"
+        reason: str | None = step.one_by_one
+        return reason
+
+    def has_room(self, prompt_ids: Sequence[int], options: SamplingOptions) -> bool:
+        """Whether a reply to the prompt could begin now: a place is free, and memory for its keys and values."""
+        if len(self._places) >= self.parallel:
+            return False
+        return not self._places or self._fits(self._planned(prompt_ids, options))
+
+    def admit(self, prompt_ids: Sequence[int], options: SamplingOptions, should_stop: Callable[[], bool]) -> Reply:
+        """A reply that the next steps compute; `has_room` has said that it may begin. Raises as `TextGenerator.reply`.
+
+        should_stop: asked at every step; True ends the reply with what there is.
+        """
+        cache = self._caches.for_prompt(prompt_ids)
+        reply = self.generator.reply(
+            prompt_ids, options, cache=cache, should_stop=should_stop, part_tokens=self.part_tokens
+        )
+        self._caches.hold(cache)
+        self._places.append(_Place(reply, self._planned(prompt_ids, options)))
+        reply.begin()
+        return reply
+
+    def step(self) -> Iterator[Progress]:
+        """One part of a prompt, one token of each other reply; iterate it to the end. A failure ends its reply only."""
+        yield from self._ended()
+        decoding = [place for place in self._places if not place.in_prompt]
+        prompt = next((place for place in self._places if place.in_prompt), None)
+        if prompt is not None:
+            yield from self._prefill(prompt)
+        for place in decoding:
+            self._extend_plan(place)
+        going = iter([place for place in decoding if not place.reply.has_ended()])
+        self.n_steps += bool(decoding)
+        while group := list(islice(going, MAX_ROWS)):
+            yield from self._decode(group)
+        yield from self._ended()
+
+    # One step ---------------------------------------------------------------------------------------------------
+
+    def _ended(self) -> Iterator[Progress]:
+        """Those leave that have their last token, or whose client has gone."""
+        for place in list(self._places):
+            if place.reply.has_ended():
+                yield self._end(place)
+
+    def _prefill(self, place: _Place) -> Iterator[Progress]:
+        try:
+            logits = place.reply.prefill()
+        except Exception as error:  # noqa: BLE001  # it belongs to this reply; the others go on
+            yield self._end(place, error)
+            return
+        if logits is not None:
+            place.in_prompt = False
+            yield self._take(place, logits)
+
+    def _decode(self, places: list[_Place]) -> Iterator[Progress]:
+        """One token of each."""
+        rows = self._together(places)
+        for number, place in enumerate(places):
+            try:
+                logits = place.reply.next_logits() if rows is None else rows[number]
+            except Exception as error:  # noqa: BLE001  # as above
+                yield self._end(place, error)
+            else:
+                yield self._take(place, logits)
+
+    def _together(self, places: list[_Place]) -> torch.Tensor | None:
+        """Logits [n, V] of one step; None where they must be computed in turn: always so, or because the step failed,
+        so that each is computed again by itself and only those fail that cannot be."""
+        if len(places) == 1 or self.in_turn is not None:
+            return None
+        tokens = [place.reply.token_ids[-1] for place in places]
+        try:
+            return self.generator.forward_each(tokens, [place.reply.cache for place in places])
+        except Exception:  # noqa: BLE001  # the one that it belongs to fails again by itself
+            return None
+
+    def _take(self, place: _Place, logits: torch.Tensor) -> Progress:
+        try:
+            return Progress(place.reply, place.reply.take(logits))
+        except Exception as error:  # noqa: BLE001  # as above
+            return self._end(place, error)
+
+    def _end(self, place: _Place, error: Exception | None = None) -> Progress:
+        """The reply leaves the batch."""
+        self._places.remove(place)
+        self._caches.release(place.reply.cache)
+        try:
+            text = place.reply.end() if error is None else ""
+        except Exception as failed:  # noqa: BLE001  # as above
+            return Progress(place.reply, ended=True, error=failed)
+        return Progress(place.reply, text, ended=True, error=error)
+
+    # Memory -----------------------------------------------------------------------------------------------------
+
+    def _planned(self, prompt_ids: Sequence[int], options: SamplingOptions) -> int:
+        """Tokens of prompt and reply that must fit before the reply begins."""
+        length = reply_length(self.generator.model, options, len(prompt_ids))
+        wanted = max(LEAST_ROOM, len(prompt_ids) + (PROMISED_TOKENS if length == UNLIMITED_TOKENS else length))
+        limit = self.generator.context_tokens
+        return wanted if limit is None else min(wanted, limit)
+
+    def _fits(self, n_more: int) -> bool:
+        """Whether the memory holds so many tokens beside what the replies under way have planned."""
+        limit = self.generator.memory_tokens
+        return limit is None or sum(place.planned for place in self._places) + n_more <= limit
+
+    def _extend_plan(self, place: _Place) -> None:
+        """Before a token is added: a reply beyond its plan takes room that is free, and ends where there is none."""
+        needed = len(place.reply.prompt_ids) + len(place.reply.token_ids) + 1
+        if needed <= place.planned or place.reply.has_ended():
+            return
+        limit = self.generator.context_tokens
+        wanted = place.planned + LEAST_ROOM if limit is None else min(place.planned + LEAST_ROOM, limit)
+        if self._fits(wanted - place.planned):
+            place.planned = wanted
+        else:
+            place.reply.finish("context")
+
+
+def default_parallel(generator: TextGenerator) -> int:
+    """Replies at once for which the memory for keys and values has comfortable room, at most MOST_PARALLEL."""
+    memory = generator.memory_tokens
+    if memory is None:
+        return MOST_PARALLEL
+    each = min(generator.context_tokens or COMFORTABLE_TOKENS, COMFORTABLE_TOKENS)
+    return max(1, min(MOST_PARALLEL, memory // each))

@@ -1,0 +1,78 @@
+"""How much of a prompt is computed between two tokens of the other replies, so that none of them waits long.
+
+The size is measured once and then kept: a prompt is always cut alike, so its results do not depend on who else is
+served.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hybrimoe.generation.context import model_context_tokens
+from hybrimoe.generation.kv_cache import PrefixCache
+from hybrimoe.generation.kv_memory import chunk_tokens
+from hybrimoe.generation.vocabulary import vocabulary_size
+
+if TYPE_CHECKING:
+    from hybrimoe.generation.engine import TextGenerator
+
+__all__ = ["PromptPart", "chosen_part", "measured_part"]
+
+FEW_TOKENS, MANY_TOKENS = 16, 64
+"""Of the prompts that are timed. 16 tokens already choose most experts of a layer, so that what further ones take is
+their own."""
+LEAST_TOKENS = 16
+"""Of a part: fewer would read the weights for next to nothing."""
+TRIAL_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """The size of a part and what it takes by what was measured."""
+
+    n_tokens: int
+    expected_us: float
+
+
+def measured_part(
+    generator: TextGenerator, stall_us: float, clock_ns: Callable[[], int] = time.perf_counter_ns
+) -> PromptPart:
+    """The part of a prompt that takes at most `stall_us` on this machine; see `chosen_part`.
+
+    Computes three short prompts, which count in no statistics; the first is not timed, because a model's first call
+    does more than others.
+    """
+    longest = min(MANY_TOKENS, model_context_tokens(generator.model.config) or MANY_TOKENS)
+    few = max(1, longest // (MANY_TOKENS // FEW_TOKENS))
+    numbers = random.Random(TRIAL_SEED)
+    ids = [numbers.randrange(vocabulary_size(generator.model)) for _ in range(longest)]
+    times_us = []
+    for n_tokens in (few, few, longest):
+        cache = PrefixCache(generator.model)
+        cache.reuse(ids[:n_tokens])
+        began = clock_ns()
+        generator.forward(ids[:n_tokens], cache)
+        times_us.append((clock_ns() - began) / 1000)
+    session = getattr(getattr(generator.model, "hybrimoe", None), "session", None)
+    if session is not None:
+        session.forget_trial()
+    per_token_us = max((times_us[2] - times_us[1]) / max(1, longest - few), times_us[2] / longest / 100)
+    part = chosen_part(max(0.0, times_us[1] - few * per_token_us), per_token_us, stall_us)
+    n_tokens = min(part.n_tokens, chunk_tokens(generator.model))
+    return PromptPart(n_tokens, part.expected_us * n_tokens / part.n_tokens)
+
+
+def chosen_part(fixed_us: float, per_token_us: float, stall_us: float) -> PromptPart:
+    """The most tokens that take `stall_us`, where a part takes fixed_us + n * per_token_us.
+
+    Not fewer than take as long as the fixed share (weights that are read or moved for any number of tokens): smaller
+    parts would spend most of their time on it, and a prompt would take several times as long as whole. Where that is
+    more than `stall_us` allows, `expected_us` says what the others wait.
+    """
+    fits, worthwhile = (stall_us - fixed_us) / per_token_us, fixed_us / per_token_us
+    n_tokens = max(LEAST_TOKENS, int(fits), int(worthwhile))
+    return PromptPart(n_tokens, fixed_us + n_tokens * per_token_us)
