@@ -189,7 +189,7 @@ class CallSpace:
             hidden, top_k_index, top_k_weights = workspace.to_host(hidden, top_k_index, top_k_weights)
         if places is None and fits(hidden, top_k_index, top_k_weights, width) and not hidden.requires_grad:
             places = (
-                top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], len(top_k_index),
+                top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], top_k_index.shape[0],
                 top_k_index.shape[1], hidden.data_ptr(), FLOATS[hidden.dtype],
             )  # fmt: skip
         if places is not None and self._norm is None:
