@@ -11,11 +11,12 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from cpu_kernels import ExpertSpec, relative_error, tolerance
+from gpu_kernels.tuning import Timings, TunedModule, setting_of, timer, tune
 
 AGREEMENT = 1e-4
 """Relative error allowed between the fused kernels and torch where both add in float32, in another order; tensor cores,
@@ -55,7 +56,7 @@ class RowsOfCall:
     dtype: torch.dtype
 
 
-class FusedModule(Protocol):
+class FusedModule(TunedModule, Protocol):
     """What this module needs of `gpu_kernels.triton.fused`."""
 
     MAX_TOKENS: int
@@ -67,14 +68,6 @@ class FusedModule(Protocol):
 
     def block_tokens(self, n_tokens: list[int]) -> int:
         """Tokens that one program takes of a group whose experts have so many: what the kernels are compiled for."""
-        ...
-
-    def run_group(
-        self, spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor,
-        rows: torch.Tensor, n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int,
-        out: torch.Tensor,
-    ) -> None:  # fmt: skip
-        """Computes the group's rows into `out`."""
         ...
 
 
@@ -108,6 +101,19 @@ class FusedChoice:
         self._add_up = add_up
         self._right: dict[tuple[ExpertSpec, int], bool] = {}
         self._adds_up: dict[tuple[int, int, torch.dtype, bool], bool] = {}
+        self._cuts: dict[tuple[ExpertSpec, int], Any] = {}
+
+    def tune(self, spec: ExpertSpec, slots: torch.Tensor, seconds: float) -> None:
+        """Takes the cuts that are the fastest on the slots' device, by what was timed there before, and by timing the
+        others for so many seconds at most. For the start of a session: another cut adds up in another order."""
+        time_us = timer(self.module, spec, slots) if self.module.supports(spec) else None
+        if time_us is not None:
+            chosen = tune(self.module, spec, slots.device, Timings.of(setting_of(slots.device)), time_us, seconds)
+            self._cuts.update({(spec, block): cuts for block, cuts in chosen.items()})
+
+    def cuts(self, spec: ExpertSpec, n_tokens: list[int]) -> Any | None:
+        """The cut that was chosen for such a group; None: the default."""
+        return self._cuts.get((spec, self.module.block_tokens(n_tokens)))
 
     def accepts(self, spec: ExpertSpec, n_tokens: list[int]) -> bool:
         """Whether `run` may be called: known activation, not found wrong before."""
@@ -180,7 +186,9 @@ class FusedChoice:
         return None
 
     def _launch(self, spec: ExpertSpec, slots: torch.Tensor, group: Group) -> None:
+        cuts = self.cuts(spec, group.n_tokens)
+        more = {} if cuts is None else {"cuts": cuts}
         self.module.run_group(
             spec, slots, group.slot_ids, group.offsets, group.rows, group.n_tokens, group.hidden, group.weights,
-            group.top_k, group.out,
+            group.top_k, group.out, **more,
         )  # fmt: skip

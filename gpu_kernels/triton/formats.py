@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 INT4, INT8, BFLOAT16, FLOAT32 = 0, 1, 2, 3
 SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, IDENTITY = 0, 1, 2, 3, 4, 5, 6
@@ -50,10 +51,13 @@ def two_bfloat16(x):
 
 @triton.jit(**ANY_CALL)
 def prepare_kernel(
-    source_ptr, target_ptr, n_columns, n_blocks, x_quads, QUANTISED: tl.constexpr, GROUPS: tl.constexpr
+    source_ptr, target_ptr, n_columns, n_blocks, x_quads,
+    QUANTISED: tl.constexpr, GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Rows of float32 [T, n_columns] as rows of int8 activations, or of pairs of bfloat16; program (row, part of GROUPS
     groups of 32 columns)."""
+    if OVERLAP:
+        gdc_launch_dependents()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     groups = part * GROUPS + tl.arange(0, GROUPS)
     columns = groups[:, None] * 32 + tl.arange(0, 32)[None, :]

@@ -1,14 +1,13 @@
 """Launches the fused kernels for a group of experts: gate, up and activation in one launch, down in another.
 
 Two families, by the tokens of an expert: `few` reads each record once for 1 or 4 tokens, by integer or float sums in
-registers; `many` takes tiles of 16 or 64 tokens to tensor cores. A third, small kernel brings a call's input into the
-form that both read: rounded to int8 for int8 and int4 experts, in two parts for bfloat16 on tensor cores.
+registers; `many` takes tiles of 16, 64 or 128 tokens to tensor cores. A third, small kernel brings a call's input into
+the form that both read: rounded to int8 for int8 and int4 experts, in two parts for bfloat16 on tensor cores.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch.nn import functional
 from cpu_kernels import ExpertDtype, ExpertSpec
 from cpu_kernels.format.layout import BLOCK_COLUMNS, GROUP, LINE_BYTES, is_quantised
 from gpu_kernels.triton import few, formats, many
+from gpu_kernels.triton.cuts import BLOCK_TOKENS, FEW_TOKENS, Cut, Cuts, capability_of
+from gpu_kernels.triton.cuts import candidates as cuts_for
 
 DTYPES: dict[ExpertDtype, int] = {
     "int4": formats.INT4,
@@ -33,12 +34,10 @@ KINDS = {
     "sigmoid": formats.SIGMOID,
     "identity": formats.IDENTITY,
 }
-BLOCK_TOKENS = (1, 4, 16, 64)
-"""Tokens that one program takes: the kernels are compiled once for each, and more tokens take several programs."""
-FEW_TOKENS = 4
-"""Up to so many tokens, multiplying them one by one takes no longer than reading the record."""
-MAX_TOKENS = BLOCK_TOKENS[-1] << 15
-"""Of one expert; so many programs a grid has in its third dimension."""
+MAX_TOKENS = 64 << 15
+"""Of one expert; so many programs of 64 tokens a grid has in its third dimension."""
+LARGEST_TILE_COST = 1.3
+"""Time of a program for 128 tokens beside that of one for 64 (H200, 64 experts: 607 us for 128 tokens, by two 951)."""
 GROUPS = BLOCK_COLUMNS // GROUP
 """Of a block of 64 columns."""
 UP_COLUMNS = 32
@@ -48,21 +47,14 @@ QUAD = 4
 """Words of 16 bytes: rows of activations begin on such, so that kernels may read as much at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """How a kernel for few tokens is cut: groups (int8, int4) or times 4 lines (floats) that a program takes at once,
-    warps of a program, and, of down, rows."""
-
-    units: int
-    warps: int
-    rows: int = 32
+def blocks() -> tuple[int, ...]:
+    """Each number of tokens that one program may take."""
+    return BLOCK_TOKENS
 
 
-UP = {1: Tuning(32, 8), 4: Tuning(32, 8)}
-DOWN = {1: Tuning(32, 4), 4: Tuning(32, 4)}
-TILE_WARPS = 4
-"""More would split the columns of a sum between them, and exchange it at each step."""
-DOWN_TILE_ROWS = 64
+def candidates(spec: ExpertSpec, block: int, device: torch.device) -> tuple[Cuts, ...]:
+    """Cuts that may be the fastest for programs of `block` tokens, the default first."""
+    return cuts_for(spec.dtype, block, capability_of(device))
 
 
 def supports(spec: ExpertSpec) -> bool:
@@ -71,25 +63,31 @@ def supports(spec: ExpertSpec) -> bool:
 
 
 def block_tokens(n_tokens: list[int]) -> int:
-    """Tokens that one program takes of a group whose experts have so many."""
-    return next((block for block in BLOCK_TOKENS if block >= max(n_tokens)), BLOCK_TOKENS[-1])
+    """Tokens that one program takes of a group whose experts have so many: for more than 64, what takes less time."""
+    *smaller, large, largest = BLOCK_TOKENS
+    if max(n_tokens) > large:
+        tiles = sum(-(-n // large) for n in n_tokens)
+        return largest if LARGEST_TILE_COST * sum(-(-n // largest) for n in n_tokens) < tiles else large
+    return next((block for block in smaller if block >= max(n_tokens)), large)
 
 
 def run_group(
     spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor,
-    n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int, out: torch.Tensor,
+    n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int, out: torch.Tensor, *,
+    cuts: Cuts | None = None,
 ) -> None:  # fmt: skip
     """Computes the rows of a group of experts.
 
     slots uint8 [n_slots, stride]; slot_ids int32 [n], negative: an expert that is left out; rows int64 [R]: the group's
     rows, expert by expert, with offsets int32 [n + 1]; n_tokens: rows of each expert; hidden float32 [T, H]; weights
     float32 [T * top_k]; out float32 [T * top_k, H], of which exactly the given rows are written, less those left out.
+    cuts: of `candidates`, by default the first.
     """
-    layout = spec.layout
+    layout, device = spec.layout, hidden.device
     words = slots.view(torch.int32)
     block = block_tokens(n_tokens)
-    x, inner = _activations(spec, block, hidden, rows.numel())
-    grid = len(n_tokens), -(-max(n_tokens) // block)
+    cuts = cuts or candidates(spec, block, device)[0]
+    x, inner = _activations(spec, block, hidden, rows.numel(), cuts.overlap)
     group = words, words.stride(0) * WORD_BYTES // LINE_BYTES, slot_ids, offsets, rows
     up = [
         *group, x, inner, x.stride(0) // QUAD, inner.stride(0) // QUAD, spec.hidden, spec.inter,
@@ -100,47 +98,54 @@ def run_group(
         *group, inner, weights, out, inner.stride(0) // QUAD, layout.inter_padded, spec.hidden,
         layout.inter_padded // BLOCK_COLUMNS, layout.down_offset // LINE_BYTES, layout.down_bias_offset // WORD_BYTES,
     ]  # fmt: skip
-    up_kernel, up_options = up_variant(spec, block, has_dp4a(hidden.device))
+    grid = len(n_tokens), -(-max(n_tokens) // block)
+    up_kernel, up_options = up_variant(spec, block, cuts, on_nvidia(device))
     up_kernel[(layout.inter_padded // UP_COLUMNS, *grid)](*up, **up_options)
-    down_kernel, down_options = down_variant(spec, block, has_dp4a(hidden.device))
-    down_kernel[(layout.hidden_padded // down_options["ROWS"], *grid)](*down, **down_options)
+    down_kernel, down_options = down_variant(spec, block, cuts, on_nvidia(device))
+    down_kernel[(layout.hidden_padded // cuts.down.rows, *grid)](*down, **down_options)
 
 
-def up_variant(spec: ExpertSpec, block: int, dp4a: bool) -> tuple[Any, dict[str, Any]]:
+def up_variant(spec: ExpertSpec, block: int, cuts: Cuts, nvidia: bool) -> tuple[Any, dict[str, Any]]:
     """The kernel of gate, up and activation for programs of `block` tokens, and what it is compiled for."""
-    kind = {"KIND": KINDS[spec.activation.kind], "GATED": spec.activation.gated}
+    starts_early = cuts.overlap and needs_preparation(spec, block)  # else what comes before it is another's
+    options = _common(spec, block, cuts.up, starts_early)
+    options |= {"KIND": KINDS[spec.activation.kind], "GATED": spec.activation.gated}
     if block > FEW_TOKENS:
-        return many.up_tile_kernel, _common(spec, block) | kind | {"num_warps": TILE_WARPS}
-    cut = UP[block]
-    options = {"UNITS": cut.units, "DP4A": dp4a, "num_warps": cut.warps}
-    return few.up_kernel, _common(spec, block) | kind | options
+        return many.up_tile_kernel, options
+    return few.up_kernel, options | {"UNITS": cuts.up.units, "OVERLAP": cuts.overlap, "NVIDIA": nvidia}
 
 
-def down_variant(spec: ExpertSpec, block: int, dp4a: bool) -> tuple[Any, dict[str, Any]]:
+def down_variant(spec: ExpertSpec, block: int, cuts: Cuts, nvidia: bool) -> tuple[Any, dict[str, Any]]:
     """The kernel of down for programs of `block` tokens, and what it is compiled for."""
+    options = _common(spec, block, cuts.down, cuts.overlap) | {"ROWS": cuts.down.rows}
     if block > FEW_TOKENS:
-        options = {"ROWS": DOWN_TILE_ROWS, "num_warps": TILE_WARPS}
-        return many.down_tile_kernel, _common(spec, block) | options
-    cut = DOWN[block]
-    options = {"UNITS": cut.units, "ROWS": cut.rows, "DP4A": dp4a, "num_warps": cut.warps}
-    return few.down_kernel, _common(spec, block) | options
+        return many.down_tile_kernel, options
+    return few.down_kernel, options | {"UNITS": cuts.down.units, "OVERLAP": cuts.overlap, "NVIDIA": nvidia}
 
 
-def _common(spec: ExpertSpec, block: int) -> dict[str, Any]:
-    return {"TOKENS": block, "DTYPE": DTYPES[spec.dtype], "HAS_BIAS": spec.has_bias}
+def _common(spec: ExpertSpec, block: int, cut: Cut, starts_early: bool) -> dict[str, Any]:
+    options = {"TOKENS": block, "DTYPE": DTYPES[spec.dtype], "HAS_BIAS": spec.has_bias, "num_warps": cut.warps}
+    return options | ({"launch_pdl": True} if starts_early else {})
 
 
-def has_dp4a(device: torch.device) -> bool:
-    """Whether the kernels may use NVIDIA's instruction for products of four bytes; elsewhere (and in Triton's
-    interpreter) plain arithmetic gives the same integers."""
+def needs_preparation(spec: ExpertSpec, block: int) -> bool:
+    """Whether programs of `block` tokens read activations in another form than float32."""
+    return is_quantised(spec.dtype) or (spec.dtype == "bfloat16" and block > FEW_TOKENS)
+
+
+def on_nvidia(device: torch.device) -> bool:
+    """Whether the kernels may use NVIDIA's instructions, such as that for products of four bytes; elsewhere (and in
+    Triton's interpreter) plain arithmetic gives the same integers."""
     return device.type == "cuda" and torch.version.hip is None
 
 
-def _activations(spec: ExpertSpec, block: int, hidden: torch.Tensor, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _activations(
+    spec: ExpertSpec, block: int, hidden: torch.Tensor, n_rows: int, overlap: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The input as the kernels read it, and memory for the intermediate of n_rows rows."""
     layout, quantised = spec.layout, is_quantised(spec.dtype)
     inner = _rows(spec, n_rows, layout.inter_padded, hidden.device)
-    if not quantised and (spec.dtype == "float32" or block <= FEW_TOKENS):
+    if not needs_preparation(spec, block):
         if spec.hidden % QUAD or hidden.data_ptr() % (QUAD * WORD_BYTES):
             hidden = functional.pad(hidden, (0, -spec.hidden % QUAD + QUAD))  # a copy in any case
         return hidden, inner
@@ -148,7 +153,7 @@ def _activations(spec: ExpertSpec, block: int, hidden: torch.Tensor, n_rows: int
     n_blocks = layout.hidden_padded // BLOCK_COLUMNS
     formats.prepare_kernel[(len(hidden), -(-n_blocks * GROUPS // formats.PREPARED_GROUPS))](
         hidden, x, spec.hidden, n_blocks, x.stride(0) // QUAD,
-        QUANTISED=quantised, GROUPS=formats.PREPARED_GROUPS, num_warps=4,
+        QUANTISED=quantised, GROUPS=formats.PREPARED_GROUPS, OVERLAP=overlap, num_warps=4,
     )  # fmt: skip
     return x, inner
 

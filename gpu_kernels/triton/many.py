@@ -115,7 +115,8 @@ def up_tile_kernel(
     slots_ptr, slot_lines, slot_ids_ptr, offsets_ptr, rows_ptr, x_ptr, inner_ptr,
     x_quads, inner_quads, n_columns, n_rows, n_blocks, inner_blocks, top_k, gate_bias_word, up_bias_word,
     alpha, gate_max, act_max, up_limit, up_offset,
-    TOKENS: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """As `few.up_kernel`, for a tile of TOKENS tokens."""
     unit, expert, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -126,10 +127,11 @@ def up_tile_kernel(
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
     n_parts: tl.constexpr = 4 if GATED else 2
-    tokens = tl.load(rows_ptr + at, mask=at < end, other=0) // top_k
+    matrix_ptr = record_ptr + unit.to(tl.int64) * n_blocks * (n_parts * block_words)
+    tokens = tl.load(rows_ptr + at, mask=at < end, other=0).to(tl.int32) // top_k
     sums = _tile(
-        record_ptr + unit.to(tl.int64) * n_blocks * (n_parts * block_words), n_blocks, n_columns,
-        x_ptr + tokens * (x_quads * 4), 16 * n_parts, TOKENS, DTYPE,
+        matrix_ptr, n_blocks, n_columns,
+        x_ptr + tokens.to(tl.int64) * (x_quads * 4), 16 * n_parts, TOKENS, DTYPE,
     )  # fmt: skip
     columns = unit * 32 + tl.arange(0, 32)
     if GATED:
@@ -160,11 +162,21 @@ def up_tile_kernel(
         tl.store(row_ptrs[:, None] + columns[None, :], value, mask=inside)
 
 
+@triton.jit
+def _store_rows(sums, rows_ptr, weights_ptr, out_ptr, at, end, columns, n_rows):
+    """Sums [ROWS, T] of the tokens `at`, times their routing weights, to their rows of the result."""
+    rows = tl.load(rows_ptr + at, mask=at < end, other=0)
+    sums *= tl.load(weights_ptr + rows, mask=at < end, other=0.0)[None, :]
+    inside = (at < end)[:, None] & (columns < n_rows)[None, :]
+    tl.store(out_ptr + rows[:, None] * n_rows + columns[None, :], tl.trans(sums), mask=inside)
+
+
 @triton.jit(**ANY_CALL)
 def down_tile_kernel(
     slots_ptr, slot_lines, slot_ids_ptr, offsets_ptr, rows_ptr, x_ptr, weights_ptr, out_ptr,
     x_quads, n_columns, n_rows, n_blocks, down_line, down_bias_word,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """As `few.down_kernel`, for a tile of TOKENS tokens."""
     part, expert, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -174,14 +186,19 @@ def down_tile_kernel(
     if (tl.load(offsets_ptr + expert) + tile * TOKENS >= end) | (tl.load(slot_ids_ptr + expert) < 0):
         return
     block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
+    matrix_ptr = record_ptr + down_line * 16 + part.to(tl.int64) * n_blocks * (ROWS // 16 * block_words)
     sums = _tile(
-        record_ptr + down_line * 16 + part.to(tl.int64) * n_blocks * (ROWS // 16 * block_words), n_blocks, n_columns,
+        matrix_ptr, n_blocks, n_columns,
         x_ptr + tl.minimum(at, end - 1).to(tl.int64) * (x_quads * 4), ROWS, TOKENS, DTYPE,
     )  # fmt: skip
     columns = part * ROWS + tl.arange(0, ROWS)
     if HAS_BIAS:
         sums += tl.load(record_ptr + down_bias_word + columns).to(tl.float32, bitcast=True)[:, None]
-    rows = tl.load(rows_ptr + at, mask=at < end, other=0)
-    sums *= tl.load(weights_ptr + rows, mask=at < end, other=0.0)[None, :]
-    inside = (at < end)[:, None] & (columns < n_rows)[None, :]
-    tl.store(out_ptr + rows[:, None] * n_rows + columns[None, :], tl.trans(sums), mask=inside)
+    if TOKENS > 64:  # By halves, and read again: registers would not suffice for all places beside all sums.
+        at = tl.load(offsets_ptr + expert, volatile=True) + tile * TOKENS + tl.arange(0, TOKENS)
+        at0, at1 = tl.split(tl.trans(tl.reshape(at, (2, TOKENS // 2))))
+        sums0, sums1 = tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, TOKENS // 2)), (0, 2, 1)))
+        _store_rows(sums0, rows_ptr, weights_ptr, out_ptr, at0, end, columns, n_rows)
+        _store_rows(sums1, rows_ptr, weights_ptr, out_ptr, at1, end, columns, n_rows)
+    else:
+        _store_rows(sums, rows_ptr, weights_ptr, out_ptr, at, end, columns, n_rows)

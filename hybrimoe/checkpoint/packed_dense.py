@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from cpu_kernels import LAYOUT_VERSION, pack_linear
 from hybrimoe.checkpoint import record_file
-from hybrimoe.checkpoint.conversion import Conversion, ModelShapes
-from hybrimoe.checkpoint.dense import read_checked
 from hybrimoe.checkpoint.progress import Progress
 from hybrimoe.checkpoint.record_file import Header
 from hybrimoe.checkpoint.stored import WeightFile
 from hybrimoe.dense.records import DenseRecords, LinearEntry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hybrimoe.checkpoint.conversion import Conversion, ModelShapes
 
 FORMAT_VERSION = 1
 PACKING, READING = "packing dense layers", "reading packed dense layers"
@@ -62,6 +65,8 @@ class DenseSource:
         self, model: nn.Module, shapes: ModelShapes, dtypes: Mapping[str, torch.dtype], show: Progress
     ) -> DenseRecords:
         """Reads and packs every layer, one at a time. Raises CheckpointError as `load_dense` does."""
+        from hybrimoe.checkpoint.dense import read_checked  # transformers takes seconds, and files are read without it
+
         records, done = DenseRecords(self.entries), 0
         by_key = {entry.weight_key: entry for entry in self.entries}
         waiting = dict(by_key)

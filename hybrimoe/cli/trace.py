@@ -45,6 +45,10 @@ def record(
     horizon: Annotated[int, typer.Option(min=0, help="Layers ahead that are predicted.")] = 3,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
     seed: Annotated[int, typer.Option(min=0, help="The same seed, the same text.")] = 0,
+    full_scores: Annotated[
+        bool,
+        typer.Option("--full-scores", help="Keep the gates' probabilities of all experts, not of routed ones only."),
+    ] = False,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Keep the tokens' input embeddings: train --target routes needs them.")
     ] = False,
@@ -70,6 +74,7 @@ def record(
         trace = record_texts(
             opened.generator, texts, options, source=opened.name, licence=licence, horizon=horizon,
             embeddings=embeddings,
+            full_scores=full_scores,
         )  # fmt: skip
     trace.save(out)
     facts = {"file": str(out), "tokens": trace.n_tokens, "sequences": len(texts), "layers": trace.n_layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from cpu_kernels.host.isa import ENV_ISA, detect
 from cpu_kernels.host.threads import physical_cores, resolve_threads
 from cpu_kernels.jit import cache_dir
 from gpu_kernels import AcceleratorError, open_accelerator
+from gpu_kernels.devices import auto_device
+from gpu_kernels.graphs import graphs_of
+from gpu_kernels.tuning import Timings, setting_of
 from hybrimoe.errors import HybriMoEError
 from hybrimoe.machine.check import Check, guarded
 from hybrimoe.machine.facts import cpu_model
@@ -31,6 +35,7 @@ def checks() -> Iterator[Check]:
     yield guarded("instruction set", _isa, (ck.IsaError,), f"unset {ENV_ISA}, or set it to a path that this CPU has")
     yield guarded("threads", _threads, (ck.ThreadingError,), "see the message; one thread always works: --threads 1")
     yield _accelerator()
+    yield from _card_kernels()
     yield _memory()
     yield _disk()
     yield _kernel_cache()
@@ -68,6 +73,19 @@ def _accelerator() -> Check:
     assert kind is not None
     every = ", ".join(f"{kind.type}:{index}" for index in range(count))
     return Check("accelerator", "ok", f"{count} x {kind.type}", f"to use all: accelerator: [{every}]" * (count > 1))
+
+
+def _card_kernels() -> Iterator[Check]:
+    """What sessions have chosen for the card that "auto" means; nothing where there is none with fused kernels."""
+    device = auto_device()
+    if device is None or graphs_of(device) is None or importlib.util.find_spec("triton") is None:
+        return
+    timings = Timings.of(setting_of(device))
+    if timings.us:
+        found = "; ".join(f"{kernel}: {label}" for kernel, label in sorted(timings.best().items()))
+        yield Check("card's kernels", "ok", f"timed here: {found}")
+    else:
+        yield Check("card's kernels", "info", "not timed here yet", "the first session on the card does, in seconds")
 
 
 def _memory() -> Check:

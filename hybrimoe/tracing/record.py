@@ -67,17 +67,20 @@ class Recorded:
     sequence: int
     phase: Phase
     embeddings: NDArray[np.float16] | None = None
+    gate_scores: NDArray[np.float16] | None = None
 
 
 @dataclass(slots=True)
 class RoutingTap:
     """Listens to a model. Use :func:`listening`; call :meth:`begin_sequence` before each new text.
 
+    ``full_scores``: the gate's probabilities of all experts are kept, too.
     Within a step the last call of a layer counts: earlier ones are lookahead probes of the runtime.
     """
 
     model: nn.Module
     horizon: int = DEFAULT_HORIZON
+    full_scores: bool = False
     steps: list[Recorded] = field(default_factory=list)
     _experts: list[nn.Module] = field(default_factory=list)
     _calls: dict[int, LayerCall] = field(default_factory=dict)
@@ -112,7 +115,9 @@ class RoutingTap:
         self._fresh = False
         ids = np.stack([call.index for call in calls], axis=1)
         weights = np.stack([call.weights for call in calls], axis=1)
-        self.steps.append(Recorded(ids, weights, self._predict(calls), self._sequence, phase, self._embeddings))
+        predicted = self._predict(calls)
+        scores = self._all_scores(calls) if self.full_scores else None
+        self.steps.append(Recorded(ids, weights, predicted, self._sequence, phase, self._embeddings, scores))
 
     def heard(self, layer: int, arguments: tuple[Any, ...]) -> None:
         """A layer's experts are called."""
@@ -148,6 +153,23 @@ class RoutingTap:
                     found[:, layer, ahead - 1, : best.shape[1]] = best
         return found
 
+    def _all_scores(self, calls: Sequence[LayerCall]) -> NDArray[np.float16]:
+        """float16 [T, layers, E]: each layer's own gate on its hidden states. Raises ModelError for a gate that is not
+        a matrix: its probabilities are not known."""
+        assert self._lookahead is not None
+        n_experts = max(num_experts(module) for module in self._experts)
+        found = np.zeros((calls[0].index.shape[0], len(calls), n_experts), np.float16)
+        for layer, call in enumerate(calls):
+            gate = self._lookahead.gate(layer)
+            if not isinstance(gate, LinearGate):
+                raise ModelError(
+                    f"the gate of MoE layer {layer} is not a matrix that we read, so its probabilities of all experts"
+                    " are not known; record without full scores"
+                )
+            _, chances = gate.scores(call.hidden.float().cpu().numpy() @ gate.weight.T)
+            found[:, layer, : chances.shape[1]] = chances
+        return found
+
     def _gate_choice(
         self, layer: int, hidden: torch.Tensor, host: NDArray[np.float32], width: int
     ) -> NDArray[np.int16] | None:
@@ -175,6 +197,7 @@ class RoutingTap:
             raise ModelError("nothing was recorded: the model ran no complete step with its experts")
         n_tokens = [len(step.ids) for step in self.steps]
         known = [step.embeddings for step in self.steps if step.embeddings is not None]
+        scores = [step.gate_scores for step in self.steps if step.gate_scores is not None]
         first = self.steps[0]
         meta = {
             "model": source,
@@ -193,6 +216,7 @@ class RoutingTap:
             expert_weights=np.concatenate([step.weights for step in self.steps]),
             predicted_ids=np.concatenate([step.predicted for step in self.steps]),
             embeddings=np.concatenate(known) if len(known) == len(self.steps) else None,
+            gate_scores=np.concatenate(scores) if len(scores) == len(self.steps) else None,
             name=name,
         )
 
@@ -214,9 +238,12 @@ def num_experts(module: nn.Module) -> int:
 
 
 @contextmanager
-def listening(model: nn.Module, horizon: int = DEFAULT_HORIZON, embeddings: bool = False) -> Iterator[RoutingTap]:
-    """Hooks on ``model`` for the block; the tap keeps what it heard, with ``embeddings`` the tokens' too."""
-    tap = RoutingTap(model, horizon)
+def listening(
+    model: nn.Module, horizon: int = DEFAULT_HORIZON, embeddings: bool = False, full_scores: bool = False
+) -> Iterator[RoutingTap]:
+    """Hooks on ``model`` for the block; the tap keeps what it heard, with ``embeddings`` the tokens' too, with
+    ``full_scores`` the gates' probabilities of all experts."""
+    tap = RoutingTap(model, horizon, full_scores)
     handles = [model.register_forward_pre_hook(lambda *_: tap.flush())]
     if embeddings:
         handles.append(input_embeddings(model).register_forward_hook(lambda _, __, output: tap.embedded(output)))
@@ -249,10 +276,10 @@ def _listener(tap: RoutingTap, layer: int) -> Any:
 
 def record_texts(
     generator: TextGenerator, prompts: Sequence[str], options: SamplingOptions, *, source: str, licence: str,
-    horizon: int = DEFAULT_HORIZON, embeddings: bool = False,
+    horizon: int = DEFAULT_HORIZON, embeddings: bool = False, full_scores: bool = False,
 ) -> Trace:  # fmt: skip
     """Generate a reply to each prompt and record its routing; each prompt is one sequence."""
-    with listening(generator.model, horizon, embeddings) as tap:
+    with listening(generator.model, horizon, embeddings, full_scores) as tap:
         for prompt in prompts:
             tap.begin_sequence()
             for _ in generator.reply(generator.encode(prompt), options):

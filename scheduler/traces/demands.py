@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,8 @@ from scheduler.traces.trace import Trace, TraceStep
 class DemandSource:
     """Builds the :class:`LayerDemand` of each step and layer of a trace.
 
-    ``gate_scores`` is the mean routing weight over the step's tokens; without recorded weights every selected expert
-    of a token counts 1 / top_k.
+    ``gate_scores`` is the mean over the step's tokens of the gate's probability where the trace has it for all experts,
+    else of the routing weight; without recorded weights every selected expert of a token counts 1 / top_k.
     """
 
     def __init__(self, trace: Trace, predictions: Predictions | None = None) -> None:
@@ -38,9 +39,13 @@ class DemandSource:
     def _make(self, step: TraceStep, layer: int) -> LayerDemand:
         ids = self._ids[step.start : step.stop, layer].ravel()
         weights = self._weights[step.start : step.stop, layer].ravel()
-        return demand_of(
+        made = demand_of(
             layer, step.phase, step.n_tokens, ids, weights, self.trace.n_experts, self.predicted(step, layer)
         )
+        known = self.trace.gate_scores
+        if known is None:
+            return made
+        return replace(made, gate_scores=known[step.start : step.stop, layer].mean(axis=0, dtype=np.float32))
 
     def step(self, step: TraceStep) -> Iterator[LayerDemand]:
         """Demands of all layers in order."""

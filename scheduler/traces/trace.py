@@ -4,7 +4,8 @@ Arrays: ``expert_ids`` int16 [tokens, layers, top_k] (``-1`` absent), ``expert_w
 (optional), ``sequence`` int32 [tokens], ``phase`` uint8 [tokens] (0 prefill, 1 decode), ``meta`` JSON text, optional
 ``predicted_ids`` int16 [tokens, layers, horizon, p]: the routing that the gates of layers l + 1, l + 2, ... gave from
 layer l's hidden state, best first; optional ``embeddings`` float16 [tokens, hidden]: the model's input embeddings of
-the tokens, which predictors of routes learn from.
+the tokens, which predictors of routes learn from; optional ``gate_scores`` float16 [tokens, layers, num_experts]: the
+gate's probabilities of all experts, routed or not, which scores such as HybriMoE's MRS are defined on.
 """
 
 import json
@@ -59,6 +60,7 @@ class Trace:
     expert_weights: NDArray[np.float16] | None = None
     predicted_ids: NDArray[np.int16] | None = None
     embeddings: NDArray[np.float16] | None = None
+    gate_scores: NDArray[np.float16] | None = None
     name: str = field(default="trace")
 
     def __post_init__(self) -> None:
@@ -96,6 +98,7 @@ class Trace:
             expert_weights=_optional(arrays, "expert_weights", np.float16, path),
             predicted_ids=_optional(arrays, "predicted_ids", np.int16, path),
             embeddings=_optional(arrays, "embeddings", np.float16, path),
+            gate_scores=_optional(arrays, "gate_scores", np.float16, path),
             name=path.stem,
         )
 
@@ -114,6 +117,8 @@ class Trace:
             arrays["predicted_ids"] = self.predicted_ids
         if self.embeddings is not None:
             arrays["embeddings"] = self.embeddings
+        if self.gate_scores is not None:
+            arrays["gate_scores"] = self.gate_scores
         partial = path.with_name(f".{path.name}.partial")
         try:
             with partial.open("wb") as handle:
@@ -204,6 +209,7 @@ class Trace:
             expert_weights=None if self.expert_weights is None else self.expert_weights[index],
             predicted_ids=None if self.predicted_ids is None else self.predicted_ids[index],
             embeddings=None if self.embeddings is None else self.embeddings[index],
+            gate_scores=None if self.gate_scores is None else self.gate_scores[index],
         )
 
 
@@ -253,7 +259,8 @@ def _check(trace: Trace) -> None:
     _check_ids(trace.expert_ids, n_experts, f"trace {trace.name!r}: expert_ids")
     if trace.predicted_ids is not None:
         _check_ids(trace.predicted_ids, n_experts, f"trace {trace.name!r}: predicted_ids")
-    for name, values in (("expert_weights", trace.expert_weights), ("embeddings", trace.embeddings)):
+    named = {name: getattr(trace, name) for name in ("expert_weights", "embeddings", "gate_scores")}
+    for name, values in named.items():
         if values is not None and not np.isfinite(values).all():
             raise TraceError(f"trace {trace.name!r}: {name} hold NaN or infinite values")
     if not np.isin(trace.phase, (0, 1)).all():
@@ -290,6 +297,9 @@ def _check_shapes(trace: Trace) -> None:
     if predicted is not None and (predicted.ndim != 4 or predicted.shape[:2] != ids.shape[:2]):
         wanted = f"[{n_tokens}, {ids.shape[1]}, horizon, p]"
         raise TraceError(f"{where}: predicted_ids must be {wanted}, found {list(predicted.shape)}")
+    wanted_scores = (*ids.shape[:2], trace.n_experts)
+    if trace.gate_scores is not None and trace.gate_scores.shape != wanted_scores:
+        raise TraceError(f"{where}: gate_scores must be {list(wanted_scores)}, found {list(trace.gate_scores.shape)}")
     if trace.embeddings is not None and (trace.embeddings.ndim != 2 or len(trace.embeddings) != n_tokens):
         raise TraceError(f"{where}: embeddings must be [{n_tokens}, hidden], found {list(trace.embeddings.shape)}")
 

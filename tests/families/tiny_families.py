@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,9 +234,10 @@ def _small(config_class: type[PreTrainedConfig], sizes: dict[str, Any], override
     return config_class(**chosen | nested | overrides)
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """The family's model with seeded random float32 weights, in evaluation mode."""
+def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """The family's model with seeded random float32 weights, in evaluation mode; overrides: of its configuration."""
     tiny = FAMILIES[family]
+    tiny = replace(tiny, overrides={**tiny.overrides, **overrides})
     torch.manual_seed(seed)
     causal = tiny.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText

@@ -39,7 +39,10 @@ def test_parity_in_the_interpreter(dtypes: str) -> None:
         [sys.executable, script, dtypes], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok") == 10, done.stdout
+    from gpu_kernels.triton.cuts import BLOCK_TOKENS, candidates
+
+    other_cuts = sum(len(candidates(dtypes, block, None)) - 1 for block in BLOCK_TOKENS)  # type: ignore[arg-type]
+    assert done.stdout.count("ok") == 11 + other_cuts, done.stdout
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Assembly:
 
     ptx: str
     cubin: bytes
+    shared_bytes: int
 
     @property
     def loops(self) -> list[str]:
@@ -70,24 +74,27 @@ OURS = ("slots_ptr", "x_ptr", "inner_ptr", "target_ptr")
 """Memory that torch gives or `fused` aligns: always to 16 bytes."""
 
 
-def compiled(target: tuple[str, int | str, int], spec: ExpertSpec, block: int) -> list[Any]:
-    """Triton's results for both kernels; target: backend, architecture, threads of a warp."""
+def compiled(target: tuple[str, int | str, int], spec: ExpertSpec, block: int, number: int = 0) -> list[Any]:
+    """Triton's results for both kernels, cut as the candidate of that number; target: backend, architecture, threads of
+    a warp."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gpu_kernels.triton import fused
+    from gpu_kernels.triton import cuts, fused
 
     known = {"rows_ptr": "*i64", "slots_ptr": "*i32", "slot_ids_ptr": "*i32", "offsets_ptr": "*i32"}
     if is_quantised(spec.dtype):
         known |= {"x_ptr": "*i32", "inner_ptr": "*i32"}
     known |= dict.fromkeys(("alpha", "gate_max", "act_max", "up_limit", "up_offset"), "fp32")
+    nvidia = target[0] == "cuda"
+    chosen = cuts.candidates(spec.dtype, block, divmod(int(target[1]), 10) if nvidia else None)[number]
     results = []
-    for kernel, options in (fused.up_variant(spec, block, dp4a=True), fused.down_variant(spec, block, dp4a=True)):
+    for kernel, options in (
+        fused.up_variant(spec, block, chosen, nvidia), fused.down_variant(spec, block, chosen, nvidia),
+    ):  # fmt: skip
         names = kernel.arg_names
         constants = {name: value for name, value in options.items() if name in names}
-        if target[0] != "cuda" and "DP4A" in constants:
-            constants["DP4A"] = False
         types = {
             name: "constexpr" if name in constants else known.get(name, "*fp32" if name.endswith("_ptr") else "i32")
             for name in names
@@ -106,24 +113,38 @@ def compiled(target: tuple[str, int | str, int], spec: ExpertSpec, block: int) -
 
 
 @functools.cache
-def assembly(arch: int, dtype: ExpertDtype, block: int) -> list[Assembly]:
+def assembly(arch: int, dtype: ExpertDtype, block: int, number: int = 0) -> list[Assembly]:
     """Of up and down."""
-    found = compiled(("cuda", arch, 32), ExpertSpec(2048, 1024, dtype), block)
-    return [Assembly(kernel.asm["ptx"], kernel.asm["cubin"]) for kernel in found]
+    found = compiled(("cuda", arch, 32), ExpertSpec(2048, 1024, dtype), block, number)
+    return [Assembly(kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.shared) for kernel in found]
+
+
+def nvidia_tool(name: str) -> Path:
+    """A program that comes with Triton."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def instructions(cubin: bytes, path: Path) -> list[str]:
+    """The machine's instructions, in order."""
+    path.write_bytes(cubin)
+    listed = subprocess.run([nvidia_tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.split("\n") if re.search(r"/\*[0-9a-f]{4,5}\*/", line)]
 
 
 def stack_bytes(cubin: bytes, path: Path) -> int:
     """Bytes of local memory that each thread has: registers that did not suffice."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     path.write_bytes(cubin)
+    tool = nvidia_tool("cuobjdump")
     usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     return int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
 
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
-EVERY_BLOCK = [(arch, block) for arch in ARCHITECTURES for block in (1, 64)] + [(90, 4), (90, 16)]
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+"""Of shared memory that a program may take (CUDA C++ Programming Guide, compute capabilities)."""
+EVERY_BLOCK = [(arch, block) for arch in ARCHITECTURES for block in (1, 128)] + [(90, 4), (90, 16), (90, 64)]
 """All blocks of tokens for one architecture, the smallest and the largest for the others."""
 no_fusion_warning = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -148,6 +169,7 @@ def test_no_product_is_rounded_to_tf32_and_no_register_spilled(
     for kernel in assembly(arch, dtype, block):
         assert "tf32" not in kernel.ptx
         assert stack_bytes(kernel.cubin, tmp_path / "kernel.cubin") == 0
+        assert kernel.shared_bytes <= SHARED_KIB[arch] << 10
 
 
 @needs_triton
@@ -176,6 +198,67 @@ def test_many_tokens_take_tensor_cores(arch: int, dtype: ExpertDtype, block: int
 
 
 @needs_triton
+@no_fusion_warning
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
+def test_every_cut_keeps_its_sums_in_registers(dtype: ExpertDtype, block: int, tmp_path: Path) -> None:
+    """What may be chosen on a card keeps the promises of the default."""
+    from gpu_kernels.triton.cuts import candidates
+
+    for number in range(1, len(candidates(dtype, block, (9, 0)))):
+        for kernel in assembly(90, dtype, block, number):
+            assert stack_bytes(kernel.cubin, tmp_path / "kernel.cubin") == 0
+            assert re.search(r"ld\.global\S*\.v4\.b32", kernel.main_loop)
+            assert "bar.sync" not in kernel.main_loop
+            assert "tf32" not in kernel.ptx
+
+
+@needs_triton
+@no_fusion_warning
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
+def test_no_load_of_weights_waits_for_the_one_before(arch: int, dtype: ExpertDtype, tmp_path: Path) -> None:
+    """NVIDIA's assembler once put the arithmetic of a line between the loads of two, to save registers: one load of a
+    thread was under way, and a card gave half its rate."""
+    arithmetic = r"IDP" if is_quantised(dtype) else r"FFMA"
+    for kernel in assembly(arch, dtype, 1):
+        runs, run = [], 0
+        for line in instructions(kernel.cubin, tmp_path / "kernel.cubin"):
+            if "LDG" in line and ".128" in line:
+                run += 1
+            elif re.search(arithmetic, line):
+                runs, run = [*runs, run], 0
+        assert max(runs) >= 4
+        assert all(run == 0 or run >= 4 for run in runs), runs
+
+
+@needs_triton
+@no_fusion_warning
+def test_kernels_read_weights_while_the_one_before_still_runs() -> None:
+    """The wait stands after the first loads of weights. Where nothing is prepared, `up` starts after all work before
+    it: that is another's, which does not know of being overlapped."""
+    from gpu_kernels.triton import cuts, fused
+
+    for kernel in assembly(90, "int4", 1):
+        before, _, after = kernel.ptx.rpartition("griddepcontrol.wait")
+        assert before.count("griddepcontrol.wait") == 1, "programs without work wait too, or the end would say too much"
+        assert re.search(r"ld\.global\S*\.v4\.b32", before)
+        assert "dp4a" in after
+        assert "dp4a" not in before
+    assert all("griddepcontrol" not in kernel.ptx for kernel in assembly(80, "int4", 1))
+    for dtype, block, early in (
+        ("int4", 1, True),
+        ("bfloat16", 1, False),
+        ("int8", 4, True),
+        ("float32", 4, False),
+    ):
+        spec = ExpertSpec(64, 64, dtype)  # type: ignore[arg-type]
+        overlapping = cuts.candidates(spec.dtype, block, (9, 0))[0]
+        assert ("launch_pdl" in fused.up_variant(spec, block, overlapping, nvidia=True)[1]) == early
+        assert "launch_pdl" in fused.down_variant(spec, block, overlapping, nvidia=True)[1]
+
+
+@needs_triton
 def test_what_changes_from_call_to_call_is_not_compiled_in() -> None:
     """Only dtype, activation, bias and block decide what is compiled: one start compiles all that a session needs."""
     from gpu_kernels.triton import few, formats, many
@@ -198,10 +281,11 @@ def test_what_changes_from_call_to_call_is_not_compiled_in() -> None:
 def test_blocks_cover_the_tokens(n_tokens: int) -> None:
     from gpu_kernels.triton import fused
 
+    assert fused.block_tokens([65, 40, 40, 40]) == 64, "one expert of many does not double what the others take"
     block = fused.block_tokens([1, n_tokens])
-    assert block in fused.BLOCK_TOKENS
+    assert block in fused.blocks()
     assert block >= min(n_tokens, 64)
-    assert fused.BLOCK_TOKENS == KERNEL_TOKENS, "what a session compiles at its start"
+    assert fused.blocks() == KERNEL_TOKENS, "what a session compiles at its start"
 
 
 class Faulty:

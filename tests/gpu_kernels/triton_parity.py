@@ -27,6 +27,7 @@ from cpu_kernels import (
 from cpu_kernels import unpack_expert as unpack
 from cpu_kernels.format.layout import is_quantised
 from gpu_kernels.triton import fused
+from gpu_kernels.triton.cuts import BLOCK_TOKENS, FEW_TOKENS, Cuts, candidates
 
 GPT_OSS = Activation("silu", alpha=1.702, gate_max=7.0, up_limit=7.0, up_offset=1.0)
 ACTIVATIONS = (
@@ -40,7 +41,7 @@ ACTIVATIONS = (
 )
 SHAPES = ((80, 48), (65, 1), (33, 100), (200, 72), (2080, 64), (64, 1060))
 """(hidden, inter): the last two take several rounds of the loop over columns."""
-GROUPS = ([1], [1, 1], [3, 1], [4], [5, 2], [16], [17, 1], [64], [67, 3])
+GROUPS = ([1], [1, 1], [3, 1], [4], [5, 2], [16], [17, 1], [64], [67, 3], [70, 33, 40])
 """Tokens of each expert of a group: every block of tokens that there is, alone and mixed, and more than the largest."""
 ORDER = 2e-6
 """Relative error between the same sums in another order."""
@@ -93,7 +94,7 @@ def on_the_cpu(spec: ExpertSpec, record: torch.Tensor, x: torch.Tensor, weights:
     return torch.from_numpy(out)
 
 
-def check(spec: ExpertSpec, n_tokens: list[int]) -> None:
+def check(spec: ExpertSpec, n_tokens: list[int], cuts: Cuts | None = None) -> None:
     """Experts with so many rows each, the rows of a call in random order. Rows of no expert must stay untouched."""
     generator = torch.Generator().manual_seed(sum(n_tokens))
     slots = torch.full((len(n_tokens) + 1, -(-spec.record_bytes // 256) * 256), 255, dtype=torch.uint8)
@@ -106,8 +107,8 @@ def check(spec: ExpertSpec, n_tokens: list[int]) -> None:
     hidden = torch.randn(n_all // TOP_K, spec.hidden, generator=generator)
     weights = torch.rand(n_all, generator=generator)
     out = torch.full((n_all, spec.hidden), float("nan"))
-    fused.run_group(spec, slots, slot_ids, offsets, rows, n_tokens, hidden, weights, TOP_K, out)
-    tiles_of_bfloat16 = spec.dtype == "bfloat16" and fused.block_tokens(n_tokens) > fused.FEW_TOKENS
+    fused.run_group(spec, slots, slot_ids, offsets, rows, n_tokens, hidden, weights, TOP_K, out, cuts=cuts)
+    tiles_of_bfloat16 = spec.dtype == "bfloat16" and fused.block_tokens(n_tokens) > FEW_TOKENS
     for slot, part in zip(slot_ids.tolist(), torch.split(rows, n_tokens), strict=True):
         record, x = slots[slot, : spec.record_bytes], hidden[part // TOP_K]
         if is_quantised(spec.dtype):
@@ -152,4 +153,7 @@ if __name__ == "__main__":
             activation, has_bias = ACTIVATIONS[(case + number) % len(ACTIVATIONS)]
             hidden, inter = SHAPES[(case + 2 * number) % len(SHAPES)]
             check(ExpertSpec(hidden, inter, dtype, activation, has_bias), n_tokens)  # type: ignore[arg-type]
+        for block in BLOCK_TOKENS:
+            for cuts in candidates(dtype, block, None)[1:]:  # type: ignore[arg-type]
+                check(ExpertSpec(80, 48, dtype, GPT_OSS, has_bias=True), [block], cuts)  # type: ignore[arg-type]
     check_broken_input()

@@ -12,7 +12,7 @@ from cpu_kernels import ExpertDtype, ExpertSpec, reference_ffn, relative_error, 
 from cpu_kernels.format.layout import SCALE_BYTES, block_bytes, is_quantised
 from gpu_kernels import fused_choice
 from gpu_kernels.devices import indexed, memory_info
-from gpu_kernels.fused_choice import FusedModule
+from gpu_kernels.fused_choice import FusedChoice, Group
 from hybrimoe.bench.kernels.measure import ParityError
 from hybrimoe.bench.kernels.setting import Shape
 from hybrimoe.errors import HybriMoEError
@@ -28,6 +28,8 @@ READ_BYTES = 2 << 30
 CALLS = 8
 """At least so many calls, each of other experts, between two time stamps: what one launch costs is then hidden."""
 REPEATS = 20
+TUNING_S = 5.0
+"""For each shape and dtype that was never timed on this card; as at a session's start."""
 WEIGHT_SIZE = 0.02
 """Standard deviation of random weights."""
 
@@ -36,7 +38,8 @@ WEIGHT_SIZE = 0.02
 class KernelRate:
     """One measured call of `experts` experts with `tokens` tokens each.
 
-    us: median of one call. gbps: 1e9 bytes of records a second. read_share: gbps over the device's read rate.
+    us: median of one call. gbps: 1e9 bytes of records a second. read_share: gbps over the device's read rate. cut: how
+    the kernels' work is shared between programs, as it was chosen on this card; "default" where nothing was chosen.
     """
 
     shape: str
@@ -46,6 +49,7 @@ class KernelRate:
     us: float
     gbps: float
     read_share: float
+    cut: str
 
 
 def device_name(device: torch.device) -> str:
@@ -79,12 +83,12 @@ def kernel_rates(
         for shape in shapes:
             for dtype in dtypes:
                 progress(f"{shape.name} {dtype}")
-                rows += _rates(device, fused.module, shape, dtype, tokens, plain_gbps)
+                rows += _rates(device, fused, shape, dtype, tokens, plain_gbps)
     return rows
 
 
 def _rates(
-    device: torch.device, module: FusedModule, shape: Shape, dtype: ExpertDtype, tokens: Sequence[int],
+    device: torch.device, fused: FusedChoice, shape: Shape, dtype: ExpertDtype, tokens: Sequence[int],
     plain_gbps: float,
 ) -> list[KernelRate]:  # fmt: skip
     spec = ExpertSpec(shape.hidden, shape.inter, dtype)
@@ -92,14 +96,17 @@ def _rates(
     if spec.record_bytes * max(n_slots, shape.k) > memory_info(device)[0] // 2:
         return []
     slots = random_slots(spec, max(n_slots, shape.k), device)
+    fused.tune(spec, slots, TUNING_S)
     rows = []
     for n_tokens in tokens:
-        if n_tokens > module.MAX_TOKENS:
+        if n_tokens > fused.module.MAX_TOKENS:
             continue
         for n_experts in sorted({shape.k, FEW_EXPERTS} if n_tokens == 1 else {shape.k}, reverse=True):
-            us = _call_us(device, module, spec, slots, n_experts, n_tokens)
+            us = _call_us(device, fused, spec, slots, n_experts, n_tokens)
             gbps = n_experts * spec.record_bytes / (us * 1e3)
-            rows.append(KernelRate(shape.name, dtype, n_tokens, n_experts, us, gbps, gbps / plain_gbps))
+            cuts = fused.cuts(spec, [n_tokens])
+            cut = "default" if cuts is None else cuts.label
+            rows.append(KernelRate(shape.name, dtype, n_tokens, n_experts, us, gbps, gbps / plain_gbps, cut))
     return rows
 
 
@@ -119,7 +126,7 @@ def random_slots(spec: ExpertSpec, n_slots: int, device: torch.device) -> torch.
 
 
 def _call_us(
-    device: torch.device, module: FusedModule, spec: ExpertSpec, slots: torch.Tensor, n_experts: int, n_tokens: int
+    device: torch.device, fused: FusedChoice, spec: ExpertSpec, slots: torch.Tensor, n_experts: int, n_tokens: int
 ) -> float:
     """Median us of a call, over enough calls of different experts to leave the caches behind."""
     n_rows = n_experts * n_tokens
@@ -134,7 +141,7 @@ def _call_us(
     def call(number: int) -> None:
         ids = order[number * n_experts : (number + 1) * n_experts]
         counts = [n_tokens] * n_experts
-        module.run_group(spec, slots, ids, offsets, rows, counts, hidden, weights, n_experts, out)
+        fused.run_known(spec, slots, Group(ids, offsets, rows, counts, hidden, weights, n_experts, out))
 
     call(0)
     expected = reference_ffn(spec, unpack_expert(spec, slots[int(order[0])]), hidden) * weights[rows[:n_tokens], None]

@@ -40,11 +40,12 @@ _DEEPSEEK3 = (
 )
 _DIGITS_THEN_GPT2 = (r"\p{N}", _GPT2)
 SPLITS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("default", "gpt-2", "gpt2", "olmo", "mpt", "jais"), (_GPT2,)),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),  # llama.cpp's, where a file names none
+    **dict.fromkeys(("gpt-2", "olmo", "mpt", "jais"), (_GPT2,)),
     **dict.fromkeys(("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone"), _DIGITS_THEN_GPT2),
     **dict.fromkeys(("glm4", "chatglm-bpe"), (_LLAMA3,)),
-    **dict.fromkeys(("hunyuan", "stablelm2", "solar-open"), (_QWEN2,)),
-    **dict.fromkeys(("deepseek-v3", "deepseek-r1", "hunyuan-dense", "joyai-llm"), _DEEPSEEK3),
+    **dict.fromkeys(("hunyuan", "stablelm2"), (_QWEN2,)),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3),
     "deepseek-llm": (
         r"[\r\n]",
         rf"\s?{_CASED}+",

@@ -103,11 +103,11 @@ def _show_rates(device: str, rates: list[KernelRate]) -> None:
     lines = [
         [
             rate.shape, rate.dtype, str(rate.tokens), str(rate.experts), f"{rate.us:.1f}", f"{rate.gbps:.0f}",
-            f"{rate.read_share:.0%}",
+            f"{rate.read_share:.0%}", rate.cut,
         ]
         for rate in rates
     ]  # fmt: skip
-    columns = ["shape", "dtype", "tokens an expert", "experts", "us", "GB/s", "of read rate"]
+    columns = ["shape", "dtype", "tokens an expert", "experts", "us", "GB/s", "of read rate", "cut"]
     render.out().print(render.table(f"measured on {device}", columns, lines))
 
 

@@ -6,13 +6,14 @@ tens of milliseconds; `hybrimoe calibrate` measures longer and more.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 
 from cpu_kernels import CpuBackend, Dispatch, ExpertSpec, build_dispatch
-from gpu_kernels import Accelerator, LayerWork
+from gpu_kernels import Accelerator, LayerWork, TorchAccelerator
 from gpu_kernels.streams import clock_us
 from hybrimoe.runtime.store import ExpertStore
 from scheduler import HardwareProfile
@@ -25,9 +26,11 @@ MAX_EXPERTS = 8
 POINT_BUDGET_US = 25_000.0
 """A point that takes longer than this is the last one of its lane."""
 REPEATS = 3
-KERNEL_TOKENS = (1, 4, 16, 64)
+KERNEL_TOKENS = (1, 4, 16, 64, 128)
 """Tokens of an expert for which a device may have kernels of their own, compiled when they are first called; the blocks
 of `gpu_kernels.triton.fused`."""
+TUNING_S = 5.0
+"""Of a session's start, at most, for timing kernels that were never timed on this card (`gpu_kernels.tuning`)."""
 
 
 def measure_profile(
@@ -60,6 +63,14 @@ def measure_profile(
         ),
         link=LinkProfile(gbps=link_gbps, latency_us=0.0),
     )
+
+
+def tune_kernels(store: ExpertStore, layers: Iterable[int], accelerator: Accelerator) -> None:
+    """Chooses the fastest kernels of a torch device for each kind of expert of these layers; there must be a slot."""
+    until = time.monotonic() + TUNING_S
+    if isinstance(accelerator, TorchAccelerator):
+        for spec in dict.fromkeys(store.layers[layer].spec for layer in layers):
+            accelerator.tune(spec, until - time.monotonic())
 
 
 def run_each_kernel(store: ExpertStore, layers: Iterable[int], accelerator: Accelerator) -> None:

@@ -83,12 +83,13 @@ def test_trace_record_analyze_train_simulate(hybrimoe, tmp_path):
     path = tmp_path / "t.npz"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("In the beginning\n\nShe could not\nThe table\n")
-    done = hybrimoe("trace", "record", "-o", path, "--prompts", prompts, "-n", "6", "--json")
+    done = hybrimoe("trace", "record", "-o", path, "--prompts", prompts, "-n", "6", "--full-scores", "--json")
     assert done.code == 0, done.err
     assert done.data["sequences"] == 3
     trace = Trace.load(path)
     assert trace.has_phase("prefill")
     assert trace.has_phase("decode")
+    assert trace.gate_scores is not None
     report = hybrimoe("trace", "analyze", path, "--slow-tokens", "10", "--html", tmp_path / "r.html", "--json").data
     assert set(report["pool_curves"]) >= {"lru", "mrs", "belady", "value"}
     page = (tmp_path / "r.html").read_text()

@@ -29,10 +29,10 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def make(family: str) -> PreTrainedModel:
+def make(family: str, **sizes: int) -> PreTrainedModel:
     from tiny_families import tiny_model
 
-    return tiny_model(family)
+    return tiny_model(family, **sizes)
 
 
 @pytest.mark.parametrize(("family", "settings"), CASES)
@@ -53,7 +53,7 @@ def test_a_compiled_model_gives_the_same_logits(family: str, settings: dict[str,
 def test_decoding_with_a_static_cache_and_a_compiled_forward() -> None:
     from tiny_families import prompt
 
-    model = make("qwen3_moe").to(torch.bfloat16)
+    model = make("qwen3_moe", num_hidden_layers=1).to(torch.bfloat16)  # each layer is traced anew, for seconds
     with hybrimoe.inject(model, accelerator="none"), torch.no_grad():
         expected = model.generate(prompt(), max_new_tokens=4, do_sample=False, cache_implementation="static")
         model.forward = torch.compile(model.forward, backend="eager")
@@ -67,7 +67,7 @@ def test_decoding_with_a_static_cache_and_a_compiled_forward() -> None:
 def test_training_through_a_compiled_model() -> None:
     from tiny_families import prompt
 
-    model = make("qwen3_moe")
+    model = make("qwen3_moe", num_hidden_layers=1)
     with hybrimoe.inject(model, accelerator="none", expert_dtype="float32"):
         model(prompt()).logits.square().sum().backward()
         weight = model.model.layers[0].self_attn.q_proj.weight

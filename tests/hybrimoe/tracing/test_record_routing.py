@@ -1,5 +1,7 @@
 """Recording: what is written is what the router chose, on plain and on injected models."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,11 @@ import torch
 import hybrimoe
 from hybrimoe.errors import ModelError
 from hybrimoe.tracing.record import listening
+from scheduler.cache.simple import mrs_update
 from scheduler.traces.analysis import predictor_quality
+from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import recorded
+from scheduler.traces.trace import Trace, TraceError
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
@@ -104,3 +109,39 @@ def test_embeddings_are_those_of_the_tokens(model):
     model.get_input_embeddings = None
     with pytest.raises(ModelError, match="does not name its input embeddings"), listening(model, embeddings=True):
         pass
+
+
+def test_full_scores_are_the_gates_probabilities_of_all_experts(model):
+    tokens = torch.tensor([[3, 5, 7, 9]])
+    with listening(model, full_scores=True) as tap, torch.no_grad():
+        tap.begin_sequence()
+        model(tokens)
+        trace = tap.trace("tiny", "Apache-2.0")
+    scores = trace.gate_scores
+    assert scores is not None
+    assert scores.shape == (4, trace.n_layers, trace.n_experts)
+    np.testing.assert_allclose(scores.sum(axis=-1), 1.0, atol=2e-3)
+    best = np.sort(np.argsort(-scores.astype(np.float32), axis=-1)[..., : trace.top_k], axis=-1)
+    np.testing.assert_array_equal(best, np.sort(trace.expert_ids, axis=-1))
+    with listening(model) as tap, torch.no_grad():
+        tap.begin_sequence()
+        model(tokens)
+        assert tap.trace("tiny", "Apache-2.0").gate_scores is None
+
+
+def test_mrs_sees_experts_that_were_not_routed(model, tmp_path):
+    """Without full scores the (k+1)-th best expert of a token has the score 0, whatever its probability."""
+    with listening(model, full_scores=True) as tap, torch.no_grad():
+        tap.begin_sequence()
+        model(torch.tensor([[3, 5, 7, 9]]))
+        trace = tap.trace("tiny", "Apache-2.0")
+    trace.save(tmp_path / "t.npz")
+    full = Trace.load(tmp_path / "t.npz")
+    step = next(full.steps())
+    demand = DemandSource(full).layer(step, 0)
+    np.testing.assert_allclose(demand.gate_scores, full.gate_scores[:, 0].mean(axis=0, dtype=np.float32), atol=1e-6)
+    row = np.zeros(full.n_experts)
+    mrs_update(row, demand.gate_scores, 2 * full.top_k, 0.5)
+    assert np.count_nonzero(row) == min(2 * full.top_k, full.n_experts)
+    with pytest.raises(TraceError, match="gate_scores must be"):
+        replace(full, gate_scores=full.gate_scores[..., :1])

@@ -1,0 +1,86 @@
+"""How the fused kernels are cut: what one program takes. The cut changes the order of sums, and so the time; no more.
+
+For a kernel and a number of tokens there are a few cuts worth trying (`candidates`); which of them is the fastest on a
+card is measured there (`gpu_kernels.tuning`). Without a measurement the first one is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from cpu_kernels import ExpertDtype
+
+BLOCK_TOKENS: tuple[int, ...] = (1, 4, 16, 64, 128)
+"""Tokens that one program takes: kernels are compiled once for each, and more tokens take several programs."""
+FEW_TOKENS = 4
+"""Up to so many tokens, multiplying them one by one takes no longer than reading the record."""
+HOPPER = 9
+"""Major compute capability of the cards whose tensor cores read an operand from shared memory."""
+OVERLAP_FROM = (9, 0)
+"""Compute capability of the first NVIDIA cards that start a kernel before the one before it has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One kernel's. warps: of a program. units: groups of 32 columns (int8, int4) or times 4 lines (floats) that a
+    program for few tokens takes at once. rows: that a program of down takes."""
+
+    warps: int
+    units: int = 0
+    rows: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Both kernels' of a group. overlap: each may start, and read weights, before the one before it has ended."""
+
+    up: Cut
+    down: Cut
+    overlap: bool = False
+
+    @property
+    def label(self) -> str:
+        """A name that says all of it, for files and tables."""
+        up, down = self.up, self.down
+        text = f"up {up.units}u{up.warps}w, down {down.units}u{down.warps}w{down.rows}r"
+        return text + (", overlapping" if self.overlap else "")
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA card; None for anything else."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if nvidia else None
+
+
+def candidates(dtype: ExpertDtype, block: int, capability: tuple[int, int] | None) -> tuple[Cuts, ...]:
+    """Cuts worth trying for programs of `block` tokens on such a card, the default first."""
+    if block > FEW_TOKENS:  # tensor cores are busy: kernels that overlapped were slower (H200)
+        wide = dtype == "bfloat16" and block == BLOCK_TOKENS[-1] and (capability is None or capability[0] != HOPPER)
+        return (_WIDE_TILES if wide else _TILES,)
+    overlap = capability is not None and capability >= OVERLAP_FROM
+    return tuple(replace(cuts, overlap=overlap) for cuts in _FEW[block][dtype])
+
+
+_ONE_FLOATS = (
+    Cuts(Cut(16, 32), Cut(4, 32, 16)), Cuts(Cut(8, 32), Cut(4, 32, 16)), Cuts(Cut(16, 64), Cut(4, 32, 16)),
+)  # fmt: skip
+_FOUR_QUANTISED = Cuts(Cut(4, 16), Cut(2, 16)), Cuts(Cut(8, 16), Cut(4, 16))
+_FOUR_FLOATS = (Cuts(Cut(8, 16), Cut(4, 16)),)
+_FEW: dict[int, dict[ExpertDtype, tuple[Cuts, ...]]] = {
+    1: {
+        "int4": (
+            Cuts(Cut(8, 32), Cut(4, 32, 16)), Cuts(Cut(4, 16), Cut(4, 32, 16)), Cuts(Cut(8, 16), Cut(4, 32, 32)),
+        ),
+        "int8": (
+            Cuts(Cut(8, 16), Cut(4, 16, 32)), Cuts(Cut(8, 32), Cut(4, 32, 16)), Cuts(Cut(4, 16), Cut(2, 16, 16)),
+        ),
+        "bfloat16": _ONE_FLOATS,
+        "float32": _ONE_FLOATS,
+    },
+    4: {"int4": _FOUR_QUANTISED, "int8": _FOUR_QUANTISED, "bfloat16": _FOUR_FLOATS, "float32": _FOUR_FLOATS},
+}  # fmt: skip
+_TILES = Cuts(Cut(4), Cut(4, rows=64))
+_WIDE_TILES = Cuts(Cut(8), Cut(8, rows=64))
+"""Where sums and both operands of a product are in registers, four warps have not enough for a tile of 128 tokens."""
