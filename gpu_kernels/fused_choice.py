@@ -103,13 +103,19 @@ class FusedChoice:
         self._adds_up: dict[tuple[int, int, torch.dtype, bool], bool] = {}
         self._cuts: dict[tuple[ExpertSpec, int], Any] = {}
 
-    def tune(self, spec: ExpertSpec, slots: torch.Tensor, seconds: float) -> None:
+    def tune(self, spec: ExpertSpec, slots: torch.Tensor, seconds: float) -> bool:
         """Takes the cuts that are the fastest on the slots' device, by what was timed there before, and by timing the
-        others for so many seconds at most. For the start of a session: another cut adds up in another order."""
+        others for so many seconds at most. For the start of a session: another cut adds up in another order. True where
+        a kernel has another cut than before, and was not compared with torch's yet."""
         time_us = timer(self.module, spec, slots) if self.module.supports(spec) else None
-        if time_us is not None:
-            chosen = tune(self.module, spec, slots.device, Timings.of(setting_of(slots.device)), time_us, seconds)
-            self._cuts.update({(spec, block): cuts for block, cuts in chosen.items()})
+        if time_us is None:
+            return False
+        chosen = tune(self.module, spec, slots.device, Timings.of(setting_of(slots.device)), time_us, seconds)
+        changed = {(spec, block): cuts for block, cuts in chosen.items() if self._cuts.get((spec, block)) != cuts}
+        self._cuts |= changed
+        for kernel in changed:
+            self._right.pop(kernel, None)
+        return bool(changed)
 
     def cuts(self, spec: ExpertSpec, n_tokens: list[int]) -> Any | None:
         """The cut that was chosen for such a group; None: the default."""

@@ -193,12 +193,13 @@ class TorchAccelerator:
         with torch.no_grad(), self._current():
             return run_resident(spec, self._slots, slot_of, hidden, ids, weights, self._fused)
 
-    def tune(self, spec: ExpertSpec, seconds: float) -> None:
+    def tune(self, spec: ExpertSpec, seconds: float) -> bool:
         """Chooses how the fused kernels are cut for such experts, in so many seconds at most; see `FusedChoice.tune`.
         Reads slots, whatever they hold."""
-        if self._fused is not None and self.n_slots and spec.record_bytes <= self._slot_bytes:
-            with torch.no_grad(), self._current():
-                self._fused.tune(spec, self._slots, seconds)
+        if self._fused is None or not self.n_slots or spec.record_bytes > self._slot_bytes:
+            return False
+        with torch.no_grad(), self._current():
+            return self._fused.tune(spec, self._slots, seconds)
 
     def exchange(
         self, n_tokens: int, top_k: int, width: int, dtype: torch.dtype, weights_dtype: torch.dtype

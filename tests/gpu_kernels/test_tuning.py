@@ -146,8 +146,12 @@ def test_a_session_uses_what_was_chosen(timings: Timings, monkeypatch: pytest.Mo
         return kernels.used[-1]
 
     assert run(1) is None
-    choice.tune(SPEC, slots, LONG_S)
+    assert choice.tune(SPEC, slots, LONG_S)
+    assert not choice.is_right(SPEC, 1), "another cut was compared with torch"
     assert run(1) == Named("wide")
+    assert choice.is_right(SPEC, 1)
+    assert not choice.tune(SPEC, slots, 0.0)
+    assert choice.is_right(SPEC, 1), "the same cut as before"
     assert run(3) is None
 
 

@@ -7,7 +7,7 @@ tens of milliseconds; `hybrimoe calibrate` measures longer and more.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ KERNEL_TOKENS = (1, 4, 16, 64, 128)
 of `gpu_kernels.triton.fused`."""
 TUNING_S = 5.0
 """Of a session's start, at most, for timing kernels that were never timed on this card (`gpu_kernels.tuning`)."""
+COLD_S = 5.0
+"""A start whose kernels took longer than this compiled them: it times none, the next one does."""
 
 
 def measure_profile(
@@ -65,12 +67,24 @@ def measure_profile(
     )
 
 
-def tune_kernels(store: ExpertStore, layers: Iterable[int], accelerator: Accelerator) -> None:
-    """Chooses the fastest kernels of a torch device for each kind of expert of these layers; there must be a slot."""
-    until = time.monotonic() + TUNING_S
-    if isinstance(accelerator, TorchAccelerator):
-        for spec in dict.fromkeys(store.layers[layer].spec for layer in layers):
-            accelerator.tune(spec, until - time.monotonic())
+def make_kernels_ready(store: ExpertStore, layers: Iterable[int], accelerator: Accelerator) -> None:
+    """Compiles and compares every kernel that these layers can need, each cut as it is fastest as far as that is known;
+    a start that need not compile times what is not. There must be a slot."""
+    layers = list(layers)
+    _tune(store, layers, accelerator, 0.0)
+    started = time.monotonic()
+    run_each_kernel(store, layers, accelerator)
+    if time.monotonic() - started < COLD_S and _tune(store, layers, accelerator, TUNING_S):
+        run_each_kernel(store, layers, accelerator)
+
+
+def _tune(store: ExpertStore, layers: Sequence[int], accelerator: Accelerator, seconds: float) -> bool:
+    """Chooses how a torch device's kernels are cut, in so many seconds for all. Whether one was changed."""
+    until = time.monotonic() + seconds
+    if not isinstance(accelerator, TorchAccelerator):
+        return False
+    specs = dict.fromkeys(store.layers[layer].spec for layer in layers)
+    return sum(accelerator.tune(spec, until - time.monotonic()) for spec in specs) > 0
 
 
 def run_each_kernel(store: ExpertStore, layers: Iterable[int], accelerator: Accelerator) -> None:

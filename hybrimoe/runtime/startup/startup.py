@@ -23,7 +23,7 @@ from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
 from hybrimoe.runtime.layer_call.steps import StepTracker
-from hybrimoe.runtime.startup.measure import measure_profile, run_each_kernel, tune_kernels
+from hybrimoe.runtime.startup.measure import make_kernels_ready, measure_profile
 from hybrimoe.runtime.startup.units import Unit, blocks_of, slots_by_unit
 from hybrimoe.runtime.store import ExpertStore
 from scheduler import CostModel, ModelShape
@@ -135,14 +135,12 @@ class Startup:
         index = next(with_slots, unit.layers[0])
         layer = self.layers[index]
         spec, device = layer.spec, unit.accelerator
-        if device.n_slots:
-            tune_kernels(self.store, unit.layers, device)  # before anything is measured
+        if device.n_slots and device.kind != "emulated":
+            make_kernels_ready(self.store, unit.layers, device)  # before anything is measured
         profile = self.config.profile or calibrated(spec.hidden, spec.inter, spec.dtype, device.name, device.kind)
         if profile is None:
             assert layer.backend is not None
             profile = measure_profile(self.store, index, layer.backend, device if device.n_slots else None)
-        if device.n_slots and device.kind != "emulated":
-            run_each_kernel(self.store, unit.layers, device)
         shape = ModelShape(
             name=layer.path,
             n_layers=len(unit.layers),
