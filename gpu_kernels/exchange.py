@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from cpu_kernels import ExpertSpec
+from cpu_kernels.engine.routed import FLOATS, MAX_TOKENS
 from gpu_kernels.downloads import starts_of
 from gpu_kernels.errors import GraphError
 from gpu_kernels.fused_choice import FusedChoice, RowsOfCall
@@ -19,6 +20,11 @@ from gpu_kernels.pairs import Pairs, add_up, run_pairs
 
 NO_PLACE = -1
 """In `slots`: the device does not compute this pair. In `source`: the pair's row is the device's own."""
+
+
+Places = tuple[int, int, int, int, int, int, int]
+"""Of a call's tensors on the host: address of ids, address and kind of weights, tokens, experts of a token, address and
+kind of hidden states; kinds as in `cpu_kernels.engine.routed.FLOATS`."""
 
 
 class Exchange:
@@ -57,6 +63,13 @@ class Exchange:
         if not self._synchronous and not memory.is_pinned():
             raise GraphError(f"{device} can read and write no memory of the host by itself: it cannot be page-locked")
         self.hidden, self.ids, self.weights, self._given_slots, self._given_source, self._given_rows = places
+        self.places: Places | None = None
+        """Where a compiled call reads what was sent; None for dtypes that it does not know."""
+        if dtype in FLOATS and weights_dtype in FLOATS and n_tokens <= MAX_TOKENS:
+            self.places = (
+                self.ids.data_ptr(), self.weights.data_ptr(), FLOATS[weights_dtype], n_tokens, top_k,
+                self.hidden.data_ptr(), FLOATS[dtype],
+            )  # fmt: skip
         self.slots, self.source = self._given_slots.numpy(), self._given_source.numpy()
         self.rows = self._given_rows[:n_rows].numpy()
         self._first_rows = slice(0, n_rows, top_k)

@@ -178,8 +178,12 @@ class Contender:
         """All layers of all steps."""
         with torch.no_grad():
             for step in steps:
-                for experts, call in zip(self.experts, step, strict=True):
-                    experts(*call)
+                for layer, call in enumerate(step):
+                    self.prepared(layer, call)()
+
+    def prepared(self, layer: int, call: Call) -> Callable[[], object]:
+        """What runs a call of a layer, and nothing else."""
+        return partial(self.experts[layer], *call)
 
     def check(self) -> None:
         """Raises ModelError where the output of a call is not that of the reference."""
@@ -225,13 +229,10 @@ class SentContender(Contender):
     def _recorded(self, layer: int, call: Call, replay: Callable[[], None]) -> SentCall:
         return self._exchanged.sent_call(layer, self._exchange, *call, replay)
 
-    def run(self, steps: list[list[Call]]) -> None:
-        """All layers of all steps."""
-        with torch.no_grad():
-            for step in steps:
-                for sent, call in zip(self._sent, step, strict=True):
-                    self._exchange.send(*call)
-                    self.session.run_sent(sent)
+    def prepared(self, layer: int, call: Call) -> Callable[[], object]:
+        """What runs a call of a layer once the card has sent it."""
+        self._exchange.send(*call)
+        return partial(self.session.run_sent, self._sent[layer])
 
     def _output(self, call: Call) -> torch.Tensor:
         hidden, _, weights = call

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
+from gpu_kernels.exchange import Places
 from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
@@ -92,7 +93,7 @@ class ExpertsCall:
             if output is not None:
                 exchange.put(output)
                 return
-        parts, n_tokens = self._read(index, exchange.hidden, exchange.ids, exchange.weights)
+        parts, n_tokens = self._read(index, exchange.hidden, exchange.ids, exchange.weights, exchange.places)
         if not n_tokens:
             exchange.put_nothing()
             return
@@ -100,7 +101,7 @@ class ExpertsCall:
         space.work.hidden, space.work.host_rows = call.hidden, exchange.rows
         self._plan(space, parts, exchange.ids)
         lanes, lanes_ns = space.experts.lanes, -perf_counter_ns()
-        if space.plan.hands_over:
+        if space.plan.moved and space.plan.hands_over:
             lanes.submit(space)
             lanes.compute(space)
             exchange.put(lanes.combine(space))
@@ -112,8 +113,9 @@ class ExpertsCall:
         self._count(index, start_ns, lanes_ns)
 
     def _read(
-        self, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> tuple[Sequence[CallSpace], int]:
+        self, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
+        places: Places | None = None,
+    ) -> tuple[Sequence[CallSpace], int]:  # fmt: skip
         """The call's routing: as the router gave it, or the parts that a lossy policy makes of it; and the number of
         tokens, 0 where there is nothing to compute. What has ended is collected before; then the call is under way, and
         belongs to the current step or starts one."""
@@ -123,7 +125,7 @@ class ExpertsCall:
         self.consistent = True  # what is wrong with the tensors is told before anything has happened
         lossy, space = self.lossy, self.experts.spaces[index]
         if lossy is None:
-            n_active = space.read(hidden, top_k_index, top_k_weights, self.experts.workspace)
+            n_active = space.read(hidden, top_k_index, top_k_weights, self.experts.workspace, places)
             n_tokens = space.work.dispatch.n_tokens if n_active else 0
         else:
             inputs = space.inputs(hidden, top_k_index, top_k_weights, self.experts.workspace)

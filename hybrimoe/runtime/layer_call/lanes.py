@@ -80,7 +80,9 @@ class Lanes:
         if plan.transfers:
             self.start_transfers(plan.transfers, space.step, traced=False)
         if n_accel and call.replay is not None:
-            awaited = [plan.slot_of[position] for position in (*plan.awaited, *plan.moved)]
+            awaited: Sequence[int] = ()
+            if plan.awaited or plan.moved:
+                awaited = [plan.slot_of[position] for position in (*plan.awaited, *plan.moved)]
             timed = not space.step % OBSERVE_EVERY
             end = call.accelerator.launch(call.replay, awaited, timed=timed)
             if end is not None:

@@ -16,6 +16,7 @@ from cpu_kernels import Dispatch, build_dispatch
 from cpu_kernels.engine.routed import FLOATS, fits
 from gpu_kernels import Event, LayerWork
 from gpu_kernels.downloads import Downloads
+from gpu_kernels.exchange import Places
 from gpu_kernels.uploads import Uploads
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime.layer_call.compiled import describe_routing, read_and_describe
@@ -174,18 +175,25 @@ class CallSpace:
         self._counted = routing_counts, self._n_tokens, self._scores, first_key, slot_of, state, self.found
 
     def read(
-        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, workspace: Workspace
-    ) -> int:
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, workspace: Workspace,
+        places: Places | None = None,
+    ) -> int:  # fmt: skip
         """Takes a call's tensors, grouped by expert, into `work`, and describes it in `demand`. Returns the number of
         active experts.
 
-        Few tokens are read in one compiled call; see `call_inputs` for what others may be and raise.
+        Few tokens are read in one compiled call; see `call_inputs` for what others may be and raise. places: of host
+        tensors that are always the same, and are known to be few tokens.
         """
         width, given = self._width, hidden
         if not hidden.is_cpu:
             hidden, top_k_index, top_k_weights = workspace.to_host(hidden, top_k_index, top_k_weights)
-        if self._norm is None and fits(hidden, top_k_index, top_k_weights, width) and not hidden.requires_grad:
-            n_tokens, top_k = top_k_index.shape
+        if places is None and fits(hidden, top_k_index, top_k_weights, width) and not hidden.requires_grad:
+            places = (
+                top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], top_k_index.shape[0],
+                top_k_index.shape[1], hidden.data_ptr(), FLOATS[hidden.dtype],
+            )  # fmt: skip
+        if places is not None and self._norm is None:
+            n_tokens, top_k = places[3:5]
             buffers, n_rows = self._buffers, n_tokens * top_k
             if buffers.weights.size < n_rows:
                 buffers = self._grow(n_rows)
@@ -193,9 +201,8 @@ class CallSpace:
                 n_tokens, top_k, width
             )
             n_active: int = read_and_describe(
-                top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], n_tokens, top_k,
-                hidden.data_ptr(), FLOATS[hidden.dtype], host_hidden, buffers.weights, buffers.counts,
-                buffers.expert_ids, buffers.offsets, buffers.rows, *self._counted,
+                *places, host_hidden, buffers.weights, buffers.counts, buffers.expert_ids, buffers.offsets,
+                buffers.rows, *self._counted,
             )  # fmt: skip
             if n_active >= 0:
                 shape = n_tokens, top_k, n_active, int(buffers.offsets[n_active])

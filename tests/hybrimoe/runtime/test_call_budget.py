@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe.bench.overhead import Contender, Request
+from hybrimoe.bench.overhead import Contender, Request, SentContender
 from scheduler import SlotTable
 
 CONFIG = {
@@ -20,18 +20,20 @@ CONFIG = {
     "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 32, "num_experts_per_tok": 4, "vocab_size": 96,
 }  # fmt: skip
 WARM_STEPS, STEPS = 24, 24
-MOST_WITH_SLOTS, MOST_WITHOUT = 60, 14
-"""Python calls a layer: compiled functions, torch's own module call and what moving experts takes included."""
+MOST_WITH_SLOTS, MOST_WITHOUT, MOST_SENT = 60, 14, 48
+"""Python calls a layer: compiled functions, torch's own module call and what moving experts takes included; of a layer
+that a card has sent, also the clocks of what stands for the card."""
 USUAL_MOVES, MOST_A_MOVE = 0.2, 40
 """Experts that move in a usual layer of these steps. How many do depends on the machine's pace; each further one may
 take so many calls: a transfer to start, to follow and to report, and a piece of work of its own that waits for it."""
 
 
-def calls_of_a_layer(tmp_path: Path, policy: str | None) -> Counter[str]:
+def calls_of_a_layer(tmp_path: Path, policy: str | None, kind: type[Contender]) -> Counter[str]:
     """Calls of the decode steps after the warm-up; "layer" and "moved" count layer calls and experts that moved."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
-    contender = Contender(Request(str(path), 4, (policy or "ours",), "float32", 0.25, STEPS, 1), policy)
+    request = Request(str(path), 4, (policy or "ours",), "float32", 0.25, STEPS, 1)
+    contender = kind(request, policy)  # type: ignore[arg-type]
     found: Counter[str] = Counter()
 
     def note(frame: FrameType, event: str, _argument: Any) -> None:
@@ -43,13 +45,13 @@ def calls_of_a_layer(tmp_path: Path, policy: str | None) -> Counter[str]:
         contender.run(steps[:WARM_STEPS])
         contender.session.reset_stats()
         with torch.no_grad():
-            for experts, call in (
-                pair for step in steps[WARM_STEPS:] for pair in zip(contender.experts, step, strict=True)
-            ):
-                sys.setprofile(note)
-                experts(*call)
-                sys.setprofile(None)
-                found["layer"] += 1
+            for step in steps[WARM_STEPS:]:
+                for layer, call in enumerate(step):
+                    run = contender.prepared(layer, call)
+                    sys.setprofile(note)
+                    run()
+                    sys.setprofile(None)
+                    found["layer"] += 1
         total = contender.session.stats().total
         found["moved"] = total.transfers + total.prefetches
     finally:
@@ -58,12 +60,15 @@ def calls_of_a_layer(tmp_path: Path, policy: str | None) -> Counter[str]:
     return found
 
 
-@pytest.mark.parametrize(("policy", "most"), [("ours", MOST_WITH_SLOTS), (None, MOST_WITHOUT)])
+@pytest.mark.parametrize(
+    ("policy", "most", "kind"),
+    [("ours", MOST_WITH_SLOTS, Contender), (None, MOST_WITHOUT, Contender), ("ours", MOST_SENT, SentContender)],
+)
 def test_a_layer_call_stays_within_its_budget(
-    tmp_path: Path, policy: str | None, most: float, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, policy: str | None, most: float, kind: type[Contender], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SlotTable, "validating", False)
-    found = calls_of_a_layer(tmp_path, policy)
+    found = calls_of_a_layer(tmp_path, policy, kind)
     layers, moved = found.pop("layer"), found.pop("moved")
     per_layer = found.total() / layers
     listed = "\n".join(f"{n / layers:6.2f} {name}" for name, n in found.most_common(80))
