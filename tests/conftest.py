@@ -20,7 +20,7 @@ def validating_slot_tables() -> None:
     SlotTable.validating = True
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="module")
 def policies_put_back() -> Iterator[None]:
     """The tables of policies are afterwards what they were: other modules' tests hold them to documents and reports."""
     from scheduler import balancing, cache, extension, prefetch
