@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from hybrimoe.generation.batching import BatchEngine, default_parallel
+from hybrimoe.generation.continuous_batching import BatchEngine, default_parallel
 from hybrimoe.generation.prompt_parts import PromptPart, measured_part
 from hybrimoe.server.errors import DrainingError, LoadingError
 from hybrimoe.server.worker import CONVERSATIONS, QUEUE_LENGTH, Worker

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hybrimoe.errors import ModelError
 from hybrimoe.generation import SamplingOptions
-from hybrimoe.generation.batching import BatchEngine, Progress
+from hybrimoe.generation.continuous_batching import BatchEngine, Progress
 from hybrimoe.generation.vocabulary import check_token_ids
 from hybrimoe.server.errors import DrainingError, LateError, QueueFullError
 

@@ -101,7 +101,7 @@ class _Rows:
 
     def __init__(self, generator: TextGenerator, prompts: Sequence[list[int]], new_tokens: int) -> None:
         from hybrimoe.generation import SamplingOptions
-        from hybrimoe.generation.batching import BatchEngine
+        from hybrimoe.generation.continuous_batching import BatchEngine
 
         self._generator, self._prompts = generator, prompts
         self._options = SamplingOptions(temperature=0.0, max_new_tokens=new_tokens, ignore_eos=True)
@@ -111,7 +111,7 @@ class _Rows:
 
     def tokens_per_s(self, n_replies: int) -> float:
         """Of all replies together, from the moment on when each has its first token."""
-        from hybrimoe.generation.batching import BatchEngine
+        from hybrimoe.generation.continuous_batching import BatchEngine
 
         engine = BatchEngine(self._generator, parallel=n_replies)
         replies = [engine.admit(prompt, self._options, lambda: False) for prompt in self._prompts[:n_replies]]

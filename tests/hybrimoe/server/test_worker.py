@@ -8,7 +8,7 @@ import pytest
 
 from hybrimoe.errors import ModelError
 from hybrimoe.generation import SamplingOptions
-from hybrimoe.generation.batching import BatchEngine
+from hybrimoe.generation.continuous_batching import BatchEngine
 from hybrimoe.server.delivery import PieceReader
 from hybrimoe.server.errors import DrainingError, LateError, QueueFullError
 from hybrimoe.server.worker import Job, Worker

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import hybrimoe
 from hybrimoe.errors import PromptError
 from hybrimoe.generation import SamplingOptions, TextGenerator
-from hybrimoe.generation.batching import MOST_PARALLEL, PROMISED_TOKENS, BatchEngine, default_parallel
+from hybrimoe.generation.continuous_batching import MOST_PARALLEL, PROMISED_TOKENS, BatchEngine, default_parallel
 from hybrimoe.generation.growing import LEAST_ROOM
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
