@@ -61,12 +61,17 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class ObservedTask:
-    """One finished task: ``n_tokens`` is 0 for a transfer. ``us`` is its own duration, waiting left out."""
+    """One finished task: ``n_tokens`` is 0 for a transfer. ``us`` is its own duration, waiting left out.
+
+    ``group`` > 0: the accelerator's experts that were launched together, told as so many like this one; ``us`` is then
+    the time of all of them, launching included.
+    """
 
     lane: LaneName
     layer: int
     n_tokens: int
     us: float
+    group: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

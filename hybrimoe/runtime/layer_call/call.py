@@ -1,6 +1,7 @@
 """One call of a layer's experts, top to bottom: read the routing, plan, submit, compute, combine, collect.
 
-Where nothing has a slot, a call of few tokens is one compiled call from the router's tensors to the output.
+Where nothing has a slot, a call of few tokens is one compiled call from the router's tensors to the output. Where the
+planner's decision is compiled, reading and planning are one (`hybrimoe.runtime.layer_call.choosing`).
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import torch
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from gpu_kernels.exchange import Places
+from hybrimoe.runtime.layer_call.choosing import AtOnce, Choice
 from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.predicting import RoutingRecorder, predict, record
-from hybrimoe.runtime.layer_call.routing import CallSpace
+from hybrimoe.runtime.layer_call.routing import CallSpace, places_of
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stages import LossyStage
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
-from scheduler import Phase
+from scheduler import Phase, Planner, Transfer
+from scheduler.forecast.use_model import FEW_TOKENS
 from scheduler.graph import PlannedLayer
+from scheduler.planner.at_once import HANDS_ON
 from scheduler.records import TaskRecord
 
 WholeCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, int] | None]
@@ -42,7 +46,7 @@ class ExpertsCall:
         self.experts, self.tracker, self.lossy = experts, tracker, lossy
         self.every = [experts] if lossy is None or lossy.low is None else [experts, lossy.low]
         self.layers, self.planner, self.costs = experts.layers, experts.planner, experts.costs
-        self.lookahead: Lookahead | None = None
+        self._lookahead: Lookahead | None = None
         self.routing_recorder: RoutingRecorder | None = None
         for others in self.every[1:]:
             others.reports.timeline = experts.reports.timeline
@@ -53,18 +57,42 @@ class ExpertsCall:
         if experts.planner is None and lossy is None:
             self._whole = list(map(_whole_call, self.layers, experts.lanes.addresses))
         self._alone = [(space,) for space in experts.spaces]
+        self._at_once: AtOnce | None = None
+        self._link_free_us = 0.0
+        """By the host's clock: when the copies that were under way will have ended, as of the latest sent call."""
+        self._released: tuple[CallSpace, Choice] | None = None
+        """A sent call whose output is there, and for which `settle` has something to do."""
+        self.lookahead = None
+
+    @property
+    def lookahead(self) -> Lookahead | None:
+        """What predicts the routing of later layers; None: nothing does."""
+        return self._lookahead
+
+    @lookahead.setter
+    def lookahead(self, lookahead: Lookahead | None) -> None:
+        self._lookahead = lookahead
+        if self.lossy is None and isinstance(self.planner, Planner) and self.planner.decides_at_once:
+            self._at_once = AtOnce(self.experts, self.planner, lookahead)
 
     def run(
         self, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """One call of layer `index`; see HybridExperts.forward."""
         start_ns = perf_counter_ns()
+        if self._released is not None:
+            self.settle()
         whole = self._whole[index]
         if whole is not None and self.routing_recorder is None and not self.experts.tracing:
             output = self._run_whole(whole, index, hidden, top_k_index, top_k_weights, start_ns)
             if output is not None:
                 return output
-        parts, n_tokens = self._read(index, hidden, top_k_index, top_k_weights)
+        begun = False
+        if self._at_once is not None and self.routing_recorder is None and not self.experts.tracing:
+            output, begun = self._run_at_once(self._at_once, index, hidden, top_k_index, top_k_weights, start_ns)
+            if output is not None:
+                return output
+        parts, n_tokens = self._read(index, hidden, top_k_index, top_k_weights, begun=begun)
         if not n_tokens:
             return torch.zeros_like(hidden)
         lanes_ns = 0
@@ -80,45 +108,173 @@ class ExpertsCall:
             space.experts.reports.finish(space)
         if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
             output = self._as_asked(output, hidden)
-        self._count(index, start_ns, lanes_ns)
+        self._count(self.experts.spaces[index], perf_counter_ns() - start_ns, lanes_ns)
         return output
 
     def run_sent(self, call: SentCall) -> None:
         """One call of a layer whose tensors the device has sent, and the host has waited for; its output, or what the
-        device makes it of, is then in the call's exchange."""
+        device makes it of, is then in the call's exchange. `settle` may then be called, once the device goes on."""
         start_ns, index, exchange = perf_counter_ns(), call.layer, call.exchange
+        if self._released is not None:
+            self.settle()
         whole = self._whole[index]
         if whole is not None:
             output = self._run_whole(whole, index, exchange.hidden, exchange.ids, exchange.weights, start_ns)
             if output is not None:
                 exchange.put(output)
                 return
-        parts, n_tokens = self._read(index, exchange.hidden, exchange.ids, exchange.weights, exchange.places)
+        at_once, begun = self._at_once, False
+        if at_once is not None and exchange.places is not None:
+            if self._answer(at_once, call, start_ns):
+                return
+            begun = True
+        parts, n_tokens = self._read(
+            index, exchange.hidden, exchange.ids, exchange.weights, exchange.places, begun=begun
+        )  # fmt: skip
         if not n_tokens:
             exchange.put_nothing()
             return
         (space,) = parts
         space.work.hidden, space.work.host_rows = call.hidden, exchange.rows
         self._plan(space, parts, exchange.ids)
-        lanes, lanes_ns = space.experts.lanes, -perf_counter_ns()
-        if space.plan.moved and space.plan.hands_over:
-            lanes.submit(space)
-            lanes.compute(space)
-            exchange.put(lanes.combine(space))
+        lanes, plan, lanes_ns = space.experts.lanes, space.plan, -perf_counter_ns()
+        if plan.moved and plan.hands_over:
+            self._compute_for(call, space)
         else:
-            lanes.launch(space, call)
+            lanes.place(space, exchange)
+            lanes.launch(space, call, len(plan.accel), plan.transfers, _awaited_slots(space))
+            if plan.prefetches:
+                lanes.start_transfers(plan.prefetches, space.step, traced=False)
             lanes.compute(space)
         lanes_ns += perf_counter_ns()
         space.experts.reports.finish(space)
-        self._count(index, start_ns, lanes_ns)
+        self._count(space, perf_counter_ns() - start_ns, lanes_ns)
+
+    def _answer(self, at_once: AtOnce, call: SentCall, start_ns: int) -> bool:
+        """`run_sent` where reading and planning are one: what nobody waits for is left to `settle`. False: the call's
+        step has begun, and nothing else has happened."""
+        exchange, experts = call.exchange, self.experts
+        assert exchange.places is not None
+        space, lanes, n_tokens = experts.spaces[call.layer], experts.lanes, exchange.places[3]
+        if experts.reports.finished is not None:
+            experts.reports.collect(self.phase)  # of a call that went the long way
+        step = self.tracker.next(call.layer, n_tokens)
+        if step.new:
+            self.begin_step(step, n_tokens)
+        link_us = max(self._link_free_us - start_ns * 1e-3, 0.0)
+        self.consistent = False
+        choice = at_once.choose(space, self.phase, call.hidden, exchange.hidden, exchange.places, exchange, link_us)
+        if choice is None or choice.n_active <= 0:
+            self.consistent = True
+            if choice is None or choice.n_active < 0:
+                return False
+            exchange.put_nothing()
+            return True
+        transfers: Sequence[Transfer] = ()
+        awaited: Sequence[int] = ()
+        choice.is_planned = choice.n_moved > 0 or choice.n_awaited != 0
+        if choice.is_planned:
+            self._take(at_once, space, choice, link_us)
+            transfers, awaited = space.plan.transfers, _awaited_slots(space)
+        lanes_ns = -perf_counter_ns()
+        if choice.n_awaited == HANDS_ON:
+            self._compute_for(call, space)
+        else:
+            lanes.launch(space, call, choice.n_accel, transfers, awaited)
+            lanes.compute_taken(space, choice.n_cpu)
+        end_ns = perf_counter_ns()
+        choice.took_ns, choice.lanes_ns = end_ns - start_ns, lanes_ns + end_ns
+        self._released, self.consistent = (space, choice), True
+        return True
+
+    def _take(self, at_once: AtOnce, space: CallSpace, choice: Choice, link_us: float) -> None:
+        """The choice becomes the space's plan: for whoever moves experts, waits for some, or counts."""
+        if choice.n_awaited == HANDS_ON:
+            at_once.decide_rest(space, link_us)
+        else:
+            space.plan = at_once.planner.chosen(
+                space.demand, choice.makespan_us, choice.link_share, choice.n_awaited
+            )  # fmt: skip
+
+    def settle(self) -> None:
+        """What the latest sent call left to do when its output was there: experts of later layers are fetched, what was
+        decided and what has ended is learnt from and counted."""
+        released, at_once = self._released, self._at_once
+        if released is None or at_once is None:
+            return
+        self._released, self.consistent, start_ns = None, False, perf_counter_ns()
+        (space, choice), experts = released, self.experts
+        if not choice.is_planned:
+            space.plan = at_once.planner.chosen(space.demand, choice.makespan_us, choice.link_share, choice.n_awaited)
+        prefetches = at_once.look_ahead(space, choice)
+        if prefetches:
+            experts.lanes.start_transfers(prefetches, space.step, traced=False)
+        experts.count(space)
+        experts.reports.finish(space)
+        experts.reports.collect(self.phase)
+        now_ns = perf_counter_ns()
+        self._link_free_us = now_ns * 1e-3
+        if experts.lanes.queues[0].pending:
+            self._link_free_us += experts.lanes.link_busy_us(space.index)
+        self._count(space, choice.took_ns + now_ns - start_ns, choice.lanes_ns)
+
+    def _run_at_once(
+        self, at_once: AtOnce, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor, start_ns: int,
+    ) -> tuple[torch.Tensor | None, bool]:  # fmt: skip
+        """A call of few tokens where reading and planning are one: the output, or None for what the long way runs; and
+        whether the call's step has begun."""
+        experts, space = self.experts, self.experts.spaces[index]
+        if top_k_index.shape[0] > FEW_TOKENS or space.norm is not None:
+            return None, False
+        arrived = experts.workspace.to_host(hidden, top_k_index, top_k_weights)
+        on_host = arrived[0]
+        places = places_of(*arrived, space.layer.spec.hidden)
+        if places is None or hidden.requires_grad:
+            return None, False
+        lanes = experts.lanes
+        self.consistent = False
+        experts.reports.collect(self.phase)
+        self._enter_step(index, places[3])
+        link_us = lanes.link_busy_us(index)
+        choice = at_once.choose(space, self.phase, hidden, on_host, places, None, link_us)
+        if choice is None or choice.n_active <= 0:
+            self.consistent = True
+            nothing = choice is not None and choice.n_active == 0
+            return (torch.zeros_like(hidden) if nothing else None), True
+        self._take(at_once, space, choice, link_us)
+        lanes_ns = -perf_counter_ns()
+        lanes.submit(space)
+        prefetches = at_once.look_ahead(space, choice)
+        if prefetches:
+            lanes.start_transfers(prefetches, space.step, traced=False)
+        if choice.n_awaited == HANDS_ON:
+            lanes.compute(space)
+        else:
+            lanes.compute_taken(space, choice.n_cpu)
+        output = lanes.combine(space)
+        lanes_ns += perf_counter_ns()
+        experts.count(space)
+        space.experts.reports.finish(space)
+        if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
+            output = self._as_asked(output, hidden)
+        self._count(space, perf_counter_ns() - start_ns, lanes_ns)
+        return output, True
+
+    def _compute_for(self, call: SentCall, space: CallSpace) -> None:
+        """A planned call that cannot be launched as it was recorded: its output for the device."""
+        lanes = space.experts.lanes
+        lanes.submit(space)
+        lanes.compute(space)
+        call.exchange.put(lanes.combine(space))
 
     def _read(
         self, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
-        places: Places | None = None,
+        places: Places | None = None, *, begun: bool = False,
     ) -> tuple[Sequence[CallSpace], int]:  # fmt: skip
         """The call's routing: as the router gave it, or the parts that a lossy policy makes of it; and the number of
         tokens, 0 where there is nothing to compute. What has ended is collected before; then the call is under way, and
-        belongs to the current step or starts one."""
+        belongs to the current step or starts one, unless that has `begun`."""
         self.consistent = False
         for experts in self.every:
             experts.reports.collect(self.phase)
@@ -133,10 +289,15 @@ class ExpertsCall:
         if not n_tokens:
             return (), 0
         self.consistent = False
+        if not begun:
+            self._enter_step(index, n_tokens)
+        return (self._alone[index] if lossy is None else lossy.rewrite(self.phase, index, inputs)), n_tokens
+
+    def _enter_step(self, index: int, n_tokens: int) -> None:
+        """A call of so many tokens belongs to the current step or starts one."""
         step = self.tracker.next(index, n_tokens)
         if step.new:
             self.begin_step(step, n_tokens)
-        return (self._alone[index] if lossy is None else lossy.rewrite(self.phase, index, inputs)), n_tokens
 
     def begin_step(self, step: Step, n_tokens: int) -> None:
         """Tells planners and lossy stage of a new step."""
@@ -150,7 +311,8 @@ class ExpertsCall:
         """Plans one part of a call, behind those before it; the predictions go to the experts as stored."""
         experts, lossy = space.experts, self.lossy
         if lossy is None:
-            lanes = 0.0, 0.0, experts.lanes.link_busy_us(space.index)
+            launch_us = 0.0 if self.costs is None else self.costs.launch_us(space.index)
+            lanes = 0.0, launch_us, experts.lanes.link_busy_us(space.index)
         else:
             lanes = lossy.lanes(space, parts)
         if experts is not self.experts:
@@ -185,10 +347,9 @@ class ExpertsCall:
             output = move(output, hidden.device)
         return output.reshape(hidden.shape)
 
-    def _count(self, index: int, start_ns: int, lanes_ns: int) -> None:
+    def _count(self, space: CallSpace, took_ns: int, lanes_ns: int) -> None:
         """The call has ended: its time, of which the lanes took `lanes_ns`."""
-        took_ns = perf_counter_ns() - start_ns
-        counters = self.experts.stats.counters[self.phase][index]
+        counters = self.experts.stats.counters[self.phase][space.index]
         counters.wall_us += took_ns * 1e-3
         counters.overhead_us += (took_ns - lanes_ns) * 1e-3
         self.consistent = True
@@ -255,6 +416,7 @@ class ExpertsCall:
 
     def drain(self) -> None:
         """Waits for the work under way and reports it; completes the timeline."""
+        self.settle()
         for experts in self.every:
             for queue in experts.lanes.queues:
                 queue.accelerator.synchronize()
@@ -262,11 +424,13 @@ class ExpertsCall:
 
     def report(self) -> None:
         """Reports what has ended so far to planners and counters."""
+        self.settle()
         for experts in self.every:
             experts.reports.collect(self.phase)
 
     def release(self) -> None:
         """Lets go of what a call that did not end keeps: its tensors may fill a device."""
+        self._released = None
         for experts in self.every:
             for space in experts.spaces:
                 space.release()
@@ -279,6 +443,12 @@ class ExpertsCall:
         """Ends what only this call path uses: another one follows, or the session is closed."""
         if self.lossy is not None:
             self.lossy.close()
+
+
+def _awaited_slots(space: CallSpace) -> Sequence[int]:
+    """Slots into which a planned call's experts are being copied."""
+    plan = space.plan
+    return [plan.slot_of[position] for position in (*plan.awaited, *plan.moved)] if plan.awaited or plan.moved else ()
 
 
 def _whole_call(layer: Layer, addresses: npt.NDArray[np.uint64]) -> WholeCall | None:

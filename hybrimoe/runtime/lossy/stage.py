@@ -110,13 +110,14 @@ class LossyStage:
     def lanes(self, space: CallSpace, parts: Sequence[CallSpace]) -> tuple[float, float, float]:
         """When CPU, accelerator and link get free for a part, in us from now.
 
-        That is after both parts' transfers, and the work of the parts before (waiting inside it is left out).
+        That is after both parts' transfers, the work of the parts before (waiting inside it is left out), and, on the
+        accelerator, a launch.
         """
-        index = space.index
+        index, costs = space.index, space.experts.costs
         link_us = self.experts.lanes.link_busy_us(index)
         if self.low is not None:
             link_us += self.low.lanes.link_busy_us(index)
-        cpu_us, accel_us = self.deferred.remaining_us(), 0.0
+        cpu_us, accel_us = self.deferred.remaining_us(), 0.0 if costs is None else costs.launch_us(index)
         for before in parts:
             if before is space:
                 break
