@@ -106,7 +106,8 @@ Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Contender:
     """One session over random weights. `policy` None: no accelerator."""
 
-    name, lanes, timed = "emulated accelerator, {}", "measured (accelerator emulated)", TIMED
+    name, lanes = "emulated accelerator, {}", "measured (accelerator emulated)"
+    timed: tuple[Timed, ...] = TIMED
 
     def __init__(self, request: Request, policy: str | None) -> None:
         shape = ModelShape.from_mapping(load_shape(request.shape))
@@ -205,7 +206,6 @@ class SentContender(Contender):
     memory stands for its own, and its work is left out."""
 
     name, lanes = "sent by a card, {}", "measured (the card's own work left out)"
-    timed: tuple[Timed, ...] = ()
 
     def __init__(self, request: Request, policy: str) -> None:
         super().__init__(request, policy)

@@ -173,11 +173,12 @@ class ExpertsCall:
         transfers: Sequence[Transfer] = ()
         awaited: Sequence[int] = ()
         choice.is_planned = choice.n_moved > 0 or choice.n_awaited != 0
-        if choice.is_planned:
-            self._take(at_once, space, choice, link_us)
+        if choice.is_planned and choice.n_awaited != HANDS_ON:
+            space.plan = at_once.planner.chosen(space.demand, choice.makespan_us, choice.link_share, choice.n_awaited)
             transfers, awaited = space.plan.transfers, _awaited_slots(space)
         lanes_ns = -perf_counter_ns()
         if choice.n_awaited == HANDS_ON:
+            at_once.decide_rest(space, link_us)
             self._compute_for(call, space)
         else:
             lanes.launch(space, call, choice.n_accel, transfers, awaited)
@@ -186,15 +187,6 @@ class ExpertsCall:
         choice.took_ns, choice.lanes_ns = end_ns - start_ns, lanes_ns + end_ns
         self._released, self.consistent = (space, choice), True
         return True
-
-    def _take(self, at_once: AtOnce, space: CallSpace, choice: Choice, link_us: float) -> None:
-        """The choice becomes the space's plan: for whoever moves experts, waits for some, or counts."""
-        if choice.n_awaited == HANDS_ON:
-            at_once.decide_rest(space, link_us)
-        else:
-            space.plan = at_once.planner.chosen(
-                space.demand, choice.makespan_us, choice.link_share, choice.n_awaited
-            )  # fmt: skip
 
     def settle(self) -> None:
         """What the latest sent call left to do when its output was there: experts of later layers are fetched, what was
@@ -227,22 +219,26 @@ class ExpertsCall:
         experts, space = self.experts, self.experts.spaces[index]
         if top_k_index.shape[0] > FEW_TOKENS or space.norm is not None:
             return None, False
-        arrived = experts.workspace.to_host(hidden, top_k_index, top_k_weights)
-        on_host = arrived[0]
-        places = places_of(*arrived, space.layer.spec.hidden)
+        on_host, ids, weights = experts.workspace.to_host(hidden, top_k_index, top_k_weights)
+        places = places_of(on_host, ids, weights, space.layer.spec.hidden)
         if places is None or hidden.requires_grad:
             return None, False
         lanes = experts.lanes
         self.consistent = False
         experts.reports.collect(self.phase)
-        self._enter_step(index, places[3])
+        step = self.tracker.next(index, places[3])
+        if step.new:
+            self.begin_step(step, places[3])
         link_us = lanes.link_busy_us(index)
         choice = at_once.choose(space, self.phase, hidden, on_host, places, None, link_us)
         if choice is None or choice.n_active <= 0:
             self.consistent = True
             nothing = choice is not None and choice.n_active == 0
             return (torch.zeros_like(hidden) if nothing else None), True
-        self._take(at_once, space, choice, link_us)
+        if choice.n_awaited == HANDS_ON:
+            at_once.decide_rest(space, link_us)
+        else:
+            space.plan = at_once.planner.chosen(space.demand, choice.makespan_us, choice.link_share, choice.n_awaited)
         lanes_ns = -perf_counter_ns()
         lanes.submit(space)
         prefetches = at_once.look_ahead(space, choice)
@@ -290,14 +286,10 @@ class ExpertsCall:
             return (), 0
         self.consistent = False
         if not begun:
-            self._enter_step(index, n_tokens)
+            step = self.tracker.next(index, n_tokens)
+            if step.new:
+                self.begin_step(step, n_tokens)
         return (self._alone[index] if lossy is None else lossy.rewrite(self.phase, index, inputs)), n_tokens
-
-    def _enter_step(self, index: int, n_tokens: int) -> None:
-        """A call of so many tokens belongs to the current step or starts one."""
-        step = self.tracker.next(index, n_tokens)
-        if step.new:
-            self.begin_step(step, n_tokens)
 
     def begin_step(self, step: Step, n_tokens: int) -> None:
         """Tells planners and lossy stage of a new step."""

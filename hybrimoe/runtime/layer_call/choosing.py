@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -150,7 +151,7 @@ class Slate:
         self.inputs, self.rows = inputs, rows if exchange is None else exchange.rows
         routing_counts, tokens, scores, *_ = space.counted
         buffers, words = space.buffers, np.zeros(SLATE_SIZE, np.int64)
-        self._kept = {
+        self._kept: dict[int, npt.NDArray[Any]] = {
             HOST_HIDDEN: inputs, ROUTING: buffers.weights, COUNTS: buffers.counts, EXPERT_IDS: buffers.expert_ids,
             OFFSETS: buffers.offsets, PAIR_ROWS: buffers.rows, USES: routing_counts, TOKENS: tokens, SCORES: scores,
             FOUND: space.found, DESK: desk.words, ADDRESSES: addresses, POSITIONS: space.positions,
@@ -212,7 +213,8 @@ class AtOnce:
                 slate = self._slates[index] = self._new_slate(space, desk, places, exchange)
         elif slate.buffers is not space.buffers:
             slate = self._slates[index] = self._new_slate(space, desk, places, exchange)
-        ids, scores, predictions = *NO_PREDICTION, ()
+        ids, scores = NO_PREDICTION
+        predictions: tuple[Prediction, ...] = ()
         ahead = self._ahead[index]
         if ahead is not None and self._ahead_of[index] == self.experts.step:
             predictions, ids, scores = (ahead,), ahead.expert_ids, ahead.scores

@@ -16,14 +16,14 @@ from cpu_kernels import Dispatch, build_dispatch
 from cpu_kernels.engine.routed import FLOATS, fits
 from gpu_kernels import Event, LayerWork
 from gpu_kernels.downloads import Downloads
-from gpu_kernels.exchange import Places
+from gpu_kernels.exchange import Exchange, Places
 from gpu_kernels.uploads import Uploads
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime.layer_call.compiled import describe_routing, read_and_describe
 from hybrimoe.runtime.layer_call.layers import Layer, apply_norm
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stats import Counters
-from scheduler import Phase, Prediction
+from scheduler import Phase, Prediction, Transfer
 from scheduler.demand import DemandView
 from scheduler.planner.plan_view import PlanView
 from scheduler.planner.protocol import Costs
@@ -99,7 +99,14 @@ class RunsLanes(Protocol):
 
     def submit(self, space: CallSpace) -> None: ...
 
-    def launch(self, space: CallSpace, call: SentCall) -> None: ...
+    def place(self, space: CallSpace, exchange: Exchange) -> None: ...
+
+    def launch(
+        self, space: CallSpace, call: SentCall, n_accel: int, transfers: Sequence[Transfer] = (),
+        awaited: Sequence[int] = (),
+    ) -> None: ...  # fmt: skip
+
+    def start_transfers(self, transfers: Sequence[Transfer], step: int, *, traced: bool) -> None: ...
 
     def compute(self, space: CallSpace) -> None: ...
 

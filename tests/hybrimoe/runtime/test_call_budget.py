@@ -20,7 +20,7 @@ CONFIG = {
     "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 32, "num_experts_per_tok": 4, "vocab_size": 96,
 }  # fmt: skip
 WARM_STEPS, STEPS = 24, 24
-MOST_WITH_SLOTS, MOST_WITHOUT, MOST_SENT = 50, 14, 48
+MOST_WITH_SLOTS, MOST_WITHOUT, MOST_SENT = 56, 14, 48
 """Python calls a layer: compiled functions, torch's own module call and what moving experts takes included; of a layer
 that a card has sent, also the clocks of what stands for the card."""
 USUAL_MOVES, MOST_A_MOVE = 0.2, 40
