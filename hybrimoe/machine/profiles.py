@@ -72,7 +72,9 @@ def with_changes(profile: HardwareProfile, changes: str) -> HardwareProfile:
         name, _, value = change.partition("=")
         part, _, key = name.partition(".")
         if not isinstance(mapping.get(part), dict) or key not in mapping[part]:
-            raise ProfileError(f"change {change!r}: a profile has no {name!r}; expected PART.NAME=NUMBER as link.gbps=8")
+            raise ProfileError(
+                f"change {change!r}: a profile has no {name!r}; expected PART.NAME=NUMBER as link.gbps=8"
+            )
         try:
             mapping[part][key] = float(value)
         except ValueError:

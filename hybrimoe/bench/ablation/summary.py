@@ -125,7 +125,8 @@ def oracle_share(group: dict[str, Row], policy: str) -> float | None:
 
 def tables(summary: dict[str, Any]) -> list[Table]:
     """(title, columns, rows) for the terminal and the HTML page."""
-    makers = {"table3": _table_3_table, "sensitivity": _sensitivity_table, "speedups": _speedup_table, "hits": _hit_table, "policies": _policy_table,
+    makers = {"table3": _table_3_table, "sensitivity": _sensitivity_table,
+              "speedups": _speedup_table, "hits": _hit_table, "policies": _policy_table,
               "lossy": _lossy_table}  # fmt: skip
     return [make(summary[name]) for name, make in makers.items() if name in summary]
 

@@ -42,8 +42,8 @@ PROFILE_SEQUENCES = 2
 class Case:
     """One row to compute. ``trace`` is a file, demo, or synthetic (of ``n_prefill`` + ``n_decode`` tokens).
 
-    ``lossy``: kind of the lossy policy beside ``policy``, empty without. ``predictions``: routing ahead. ``changes``: to
-    the profile, see ``with_changes``. ``variant``: what the case is one of, where rows differ by more than their fields.
+    ``lossy``: kind of the lossy policy beside ``policy``, empty without. ``predictions``: routing ahead.
+    ``changes``: to the profile, see ``with_changes``. ``variant``: the assumption that is changed, empty for none.
     """
 
     experiment: str
@@ -279,12 +279,18 @@ def _input_order(case: Case) -> tuple[Any, ...]:
     )
 
 
-def check_sources(traces: Sequence[str], shape: str, policies: Sequence[str], hardware: Sequence[str]) -> None:
-    """Opens everything that cases name. Raises what the first bad name raises: a TraceError, PolicyError, ..."""
+def check_sources(
+    traces: Sequence[str], shape: str, policies: Sequence[str], hardware: Sequence[str]
+) -> tuple[str, ...]:
+    """Opens everything that cases name; what must be said of the traces. Raises what the first bad name raises: a
+    TraceError, PolicyError, ..."""
+    notes = []
     for name in traces:
         found = open_trace(name, shape or None)
         check_fit(found.trace, found.shape)
+        notes += [f"{name}: {note}" for note in found.notes]
     for text in policies:
         open_policy(text)
     for name in hardware:
         open_hardware(name)
+    return tuple(notes)

@@ -114,7 +114,8 @@ def build_cases(
     from hybrimoe.bench.ablation.sweep import SYNTHETIC, check_sources
     from hybrimoe.tracing.sources import DEMO
 
-    check_sources(compared.traces, compared.shape, compared.policies, compared.hardware)
+    for note in check_sources(compared.traces, compared.shape, compared.policies, compared.hardware):
+        render.note(note)
     tokens = QUICK_TOKENS if quick else FULL_TOKENS
     made = {
         "table3": lambda: paper.table_3(tokens),
