@@ -49,5 +49,6 @@ def _across_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     starts = torch.arange(WORD_BITS) * bits
     first, offset = starts // WORD_BITS, starts % WORD_BITS
     following = (first + 1).clamp(max=bits - 1)  # of the last code: itself, shifted out of what is kept
-    both = groups[..., first] >> offset | groups[..., following] << (WORD_BITS - offset)
-    return (both & (2**bits - 1)).to(torch.uint8).flatten(-2)
+    both: torch.Tensor = groups[..., first] >> offset | groups[..., following] << (WORD_BITS - offset)
+    codes: torch.Tensor = both & (2**bits - 1)
+    return codes.to(torch.uint8).flatten(-2)
