@@ -1,4 +1,4 @@
-"""`hybrimoe serve`: one model behind the HTTP APIs of OpenAI, Anthropic, Ollama and llama-server."""
+"""`hybrimoe serve`: one model behind HTTP APIs."""
 
 from __future__ import annotations
 

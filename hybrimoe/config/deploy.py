@@ -24,6 +24,7 @@ from yaml_rules.errors import YamlRulesError
 from yaml_rules.located import KeyPath, Located, read_yaml
 
 ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int4"]
+ExpertDtypeChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 UnknownKeys = Literal["error", "ignore"]
 BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
@@ -51,7 +52,9 @@ class CpuConfig(Section):
         default="auto", description="CPU kernels; auto takes the fastest that is measured to work."
     )
     threads: Threads = Field(default="auto", description="CPU threads; auto takes one per physical core.")
-    expert_dtype: ExpertDtypeName = Field(default="bfloat16", description="How experts are stored.")
+    expert_dtype: ExpertDtypeChoice = Field(
+        default="auto", description="How experts are stored; auto: as suits a quantised file, else bfloat16."
+    )
     dense_dtype: DenseDtypeName = Field(
         default="auto", description="How all other weights are stored; auto as in the model."
     )
@@ -162,6 +165,14 @@ class DeployConfig(Section):
     def check_scheduler(self) -> None:
         """Raises ConfigError where a policy, one of its parts or a parameter does not exist; names file and line."""
         check_scheduler(self.scheduler, self._located, self._given)
+
+    def with_expert_dtype(self, dtype: ExpertDtypeName) -> DeployConfig:
+        """The same deployment with another `cpu.expert_dtype`: where it says "auto", what that comes to."""
+        if dtype == self.cpu.expert_dtype:
+            return self
+        changed = self.model_copy(update={"cpu": self.cpu.model_copy(update={"expert_dtype": dtype})})
+        changed._located, changed._given = self._located, self._given
+        return changed
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data that `load_config` reads back as an equal configuration."""

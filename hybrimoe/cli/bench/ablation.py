@@ -14,7 +14,7 @@ from hybrimoe.cli.common import JsonOption, check_folder
 from hybrimoe.cli.simulated import check_trace
 from hybrimoe.cli.views import render
 
-EXPERIMENTS = ("table3", "paper", "hits", "policies", "lossy")
+EXPERIMENTS = ("table3", "sensitivity", "paper", "hits", "policies", "lossy")
 #: Decode tokens of each row; quick is for a look, full for figures to report.
 QUICK_TOKENS, FULL_TOKENS = 24, 128
 QUICK_PREFILLS = (32, 128)
@@ -114,10 +114,12 @@ def build_cases(
     from hybrimoe.bench.ablation.sweep import SYNTHETIC, check_sources
     from hybrimoe.tracing.sources import DEMO
 
-    check_sources(compared.traces, compared.shape, compared.policies, compared.hardware)
+    for note in check_sources(compared.traces, compared.shape, compared.policies, compared.hardware):
+        render.note(note)
     tokens = QUICK_TOKENS if quick else FULL_TOKENS
     made = {
         "table3": lambda: paper.table_3(tokens),
+        "sensitivity": lambda: paper.sensitivity(tokens),
         "paper": lambda: paper.speedups(tokens, QUICK_PREFILLS if quick else paper.PAPER_PREFILLS),
         "hits": lambda: paper.hit_rates(tokens),
         "policies": lambda: paper.every_policy(
