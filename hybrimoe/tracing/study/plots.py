@@ -37,6 +37,16 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def svg(figure: Any) -> str:
+    """The figure as an SVG text; equal figures give equal texts."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "hybrimoe", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
 def lines(title: str, x_label: str, y_label: str, x: Sequence[float], series: Mapping[str, Sequence[float]]) -> bytes:
     """One line per series over common x values."""
     figure, axis = new_figure()
