@@ -84,7 +84,7 @@ def line_panels(
 
     figure, axes = _panels(title, len(panels))
     for axis, (name, series) in zip(axes, panels.items(), strict=True):
-        axis.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
+        axis.set_prop_cycle(color=[matplotlib.colormaps["tab20"](i) for i in range(20)])
         for label, points in series.items():
             x, y, error = zip(*points, strict=True)
             axis.errorbar(x, y, yerr=error if any(error) else None, marker="o", markersize=3, label=label)
