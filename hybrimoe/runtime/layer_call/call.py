@@ -208,7 +208,9 @@ class ExpertsCall:
         self._link_free_us = now_ns * 1e-3
         if experts.lanes.queues[0].pending:
             self._link_free_us += experts.lanes.link_busy_us(space.index)
-        self._count(space, choice.took_ns + now_ns - start_ns, choice.lanes_ns)
+        space.counters.wall_us += (choice.took_ns + now_ns - start_ns) * 1e-3
+        space.counters.overhead_us += (choice.took_ns + now_ns - start_ns - choice.lanes_ns) * 1e-3
+        self.consistent = True
 
     def _run_at_once(
         self, at_once: AtOnce, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor,
