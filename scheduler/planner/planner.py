@@ -226,21 +226,15 @@ class Planner:
         return self._desk is not None
 
     def desk_for(self, layer: int, n_tokens: int, n_most: int) -> Desk | None:
-        """What decides at once on a call of a layer, about to be read, of ``n_tokens`` tokens and at most ``n_most``
-        active experts; None where ``decide`` is to be asked.
+        """What decides at once on calls of a layer of ``n_tokens`` tokens and at most ``n_most`` active experts; None
+        where ``decide`` is to be asked.
 
-        Where at least one expert is active the caller has ``at_once.choose_at_once`` run on the desk. Then comes
-        ``chosen``, and ``prefetched`` with what ``at_once.prefetch_at_once`` answers; or ``decide_rest`` where the
-        first has found HANDS_ON.
+        The caller tells the desk's forecast that such a call arrives (``ValueModel.arrive_few``), and where at least
+        one expert is active has ``at_once.choose_at_once`` run. Then comes ``chosen``, and ``prefetched`` with what
+        ``at_once.prefetch_at_once`` answers; or ``decide_rest`` where the first has found HANDS_ON.
         """
-        desk = self._desk
-        if desk is None or not self._known[layer] or n_tokens > FEW_TOKENS or n_most > MAX_ACTIVE:
-            return None
-        model = desk.model
-        if model.last_layer >= layer or not model.few:
-            model.arrive_few(layer)
-        model.last_layer = layer
-        return desk
+        few = n_tokens <= FEW_TOKENS and n_most <= MAX_ACTIVE
+        return self._desk if few and self._known[layer] else None
 
     def chosen(self, demand: Demand, makespan_us: float, link_share: float, n_awaited: int) -> PlanView:
         """The plan that ``choose_at_once`` has performed for a demand; the numbers are its answers."""

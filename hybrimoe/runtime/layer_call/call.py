@@ -26,7 +26,6 @@ from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stages import LossyStage
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
 from scheduler import Phase, Planner, Transfer
-from scheduler.forecast.use_model import FEW_TOKENS
 from scheduler.graph import PlannedLayer
 from scheduler.planner.at_once import HANDS_ON
 from scheduler.records import TaskRecord
@@ -87,12 +86,11 @@ class ExpertsCall:
             output = self._run_whole(whole, index, hidden, top_k_index, top_k_weights, start_ns)
             if output is not None:
                 return output
-        begun = False
         if self._at_once is not None and self.routing_recorder is None and not self.experts.tracing:
-            output, begun = self._run_at_once(self._at_once, index, hidden, top_k_index, top_k_weights, start_ns)
+            output = self._run_at_once(self._at_once, index, hidden, top_k_index, top_k_weights, start_ns)
             if output is not None:
                 return output
-        parts, n_tokens = self._read(index, hidden, top_k_index, top_k_weights, begun=begun)
+        parts, n_tokens = self._read(index, hidden, top_k_index, top_k_weights)
         if not n_tokens:
             return torch.zeros_like(hidden)
         lanes_ns = 0
@@ -123,14 +121,9 @@ class ExpertsCall:
             if output is not None:
                 exchange.put(output)
                 return
-        at_once, begun = self._at_once, False
-        if at_once is not None and exchange.places is not None:
-            if self._answer(at_once, call, start_ns):
-                return
-            begun = True
-        parts, n_tokens = self._read(
-            index, exchange.hidden, exchange.ids, exchange.weights, exchange.places, begun=begun
-        )  # fmt: skip
+        if self._at_once is not None and self._answer(self._at_once, call, start_ns):
+            return
+        parts, n_tokens = self._read(index, exchange.hidden, exchange.ids, exchange.weights, exchange.places)
         if not n_tokens:
             exchange.put_nothing()
             return
@@ -151,11 +144,15 @@ class ExpertsCall:
         self._count(space, perf_counter_ns() - start_ns, lanes_ns)
 
     def _answer(self, at_once: AtOnce, call: SentCall, start_ns: int) -> bool:
-        """`run_sent` where reading and planning are one: what nobody waits for is left to `settle`. False: the call's
-        step has begun, and nothing else has happened."""
-        exchange, experts = call.exchange, self.experts
-        assert exchange.places is not None
-        space, lanes, n_tokens = experts.spaces[call.layer], experts.lanes, exchange.places[3]
+        """`run_sent` where reading and planning are one: what nobody waits for is left to `settle`. False where the
+        long way runs the call, or says what is wrong with it."""
+        exchange, experts, places = call.exchange, self.experts, call.exchange.places
+        if places is None:
+            return False
+        space, lanes, n_tokens = experts.spaces[call.layer], experts.lanes, places[3]
+        desk = at_once.desk_for(call.layer, n_tokens, places[4])
+        if desk is None:
+            return False
         if experts.reports.finished is not None:
             experts.reports.collect(self.phase)  # of a call that went the long way
         step = self.tracker.next(call.layer, n_tokens)
@@ -163,13 +160,12 @@ class ExpertsCall:
             self.begin_step(step, n_tokens)
         link_us = max(self._link_free_us - start_ns * 1e-3, 0.0)
         self.consistent = False
-        choice = at_once.choose(space, self.phase, call.hidden, exchange.hidden, exchange.places, exchange, link_us)
-        if choice is None or choice.n_active <= 0:
+        choice = at_once.choose(desk, space, self.phase, call.hidden, exchange.hidden, places, exchange, link_us)
+        if choice.n_active <= 0:
             self.consistent = True
-            if choice is None or choice.n_active < 0:
-                return False
-            exchange.put_nothing()
-            return True
+            if choice.n_active == 0:
+                exchange.put_nothing()
+            return choice.n_active == 0
         transfers: Sequence[Transfer] = ()
         awaited: Sequence[int] = ()
         choice.is_planned = choice.n_moved > 0 or choice.n_awaited != 0
@@ -215,16 +211,17 @@ class ExpertsCall:
     def _run_at_once(
         self, at_once: AtOnce, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor, start_ns: int,
-    ) -> tuple[torch.Tensor | None, bool]:  # fmt: skip
-        """A call of few tokens where reading and planning are one: the output, or None for what the long way runs; and
-        whether the call's step has begun."""
+    ) -> torch.Tensor | None:  # fmt: skip
+        """A call of few tokens where reading and planning are one: the output, or None where the long way runs the
+        call, or says what is wrong with it."""
         experts, space = self.experts, self.experts.spaces[index]
-        if top_k_index.shape[0] > FEW_TOKENS or space.norm is not None:
-            return None, False
+        desk = at_once.desk_for(index, top_k_index.shape[0], top_k_index.shape[-1])
+        if desk is None or space.norm is not None:
+            return None
         on_host, ids, weights = experts.workspace.to_host(hidden, top_k_index, top_k_weights)
         places = places_of(on_host, ids, weights, space.layer.spec.hidden)
         if places is None or hidden.requires_grad:
-            return None, False
+            return None
         lanes = experts.lanes
         self.consistent = False
         experts.reports.collect(self.phase)
@@ -232,11 +229,10 @@ class ExpertsCall:
         if step.new:
             self.begin_step(step, places[3])
         link_us = lanes.link_busy_us(index)
-        choice = at_once.choose(space, self.phase, hidden, on_host, places, None, link_us)
-        if choice is None or choice.n_active <= 0:
+        choice = at_once.choose(desk, space, self.phase, hidden, on_host, places, None, link_us)
+        if choice.n_active <= 0:
             self.consistent = True
-            nothing = choice is not None and choice.n_active == 0
-            return (torch.zeros_like(hidden) if nothing else None), True
+            return None if choice.n_active else torch.zeros_like(hidden)
         if choice.n_awaited == HANDS_ON:
             at_once.decide_rest(space, link_us)
         else:
@@ -257,7 +253,7 @@ class ExpertsCall:
         if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
             output = self._as_asked(output, hidden)
         self._count(space, perf_counter_ns() - start_ns, lanes_ns)
-        return output, True
+        return output
 
     def _compute_for(self, call: SentCall, space: CallSpace) -> None:
         """A planned call that cannot be launched as it was recorded: its output for the device."""
@@ -268,11 +264,11 @@ class ExpertsCall:
 
     def _read(
         self, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
-        places: Places | None = None, *, begun: bool = False,
+        places: Places | None = None,
     ) -> tuple[Sequence[CallSpace], int]:  # fmt: skip
         """The call's routing: as the router gave it, or the parts that a lossy policy makes of it; and the number of
         tokens, 0 where there is nothing to compute. What has ended is collected before; then the call is under way, and
-        belongs to the current step or starts one, unless that has `begun`."""
+        belongs to the current step or starts one."""
         self.consistent = False
         for experts in self.every:
             experts.reports.collect(self.phase)
@@ -287,10 +283,9 @@ class ExpertsCall:
         if not n_tokens:
             return (), 0
         self.consistent = False
-        if not begun:
-            step = self.tracker.next(index, n_tokens)
-            if step.new:
-                self.begin_step(step, n_tokens)
+        step = self.tracker.next(index, n_tokens)
+        if step.new:
+            self.begin_step(step, n_tokens)
         return (self._alone[index] if lossy is None else lossy.rewrite(self.phase, index, inputs)), n_tokens
 
     def begin_step(self, step: Step, n_tokens: int) -> None:

@@ -166,16 +166,6 @@ class Slate:
             words[[SLOTS, SOURCE]] = exchange.plan_addresses
         self.words = words
 
-    def serves(self, space: CallSpace, desk: Desk, places: Places, exchange: Exchange | None) -> bool:
-        """Whether this is what a call needs; where only the tensors lie elsewhere it is from here on."""
-        if self.desk is not desk or self.buffers is not space.buffers or self.exchange is not exchange:
-            return False
-        if places[3:5] != self.places[3:5]:
-            return False
-        self.places = places
-        self.words[:N_PLACES] = places
-        return True
-
 
 class AtOnce:
     """Plans calls of few tokens of all layers by `read_and_choose`."""
@@ -190,35 +180,39 @@ class AtOnce:
         self._ahead_of = [-1] * n_layers
         """Of each layer: the prediction that its next call is decided with, and the step that it is for."""
 
-    def choose(
-        self, space: CallSpace, phase: Phase, given: torch.Tensor, hidden: torch.Tensor, places: Places,
-        exchange: Exchange | None, link_ready_us: float,
-    ) -> Choice | None:  # fmt: skip
-        """Decides on a call whose tensors are at `places` on the host; the space's `work` and `demand` are then filled.
-
-        given, hidden: the hidden states where the model has them, and on the host. None, with nothing done, for calls
-        that the planner does not decide so, or while the gates are not known yet. See `Choice` for what it refuses.
-        """
+    def desk_for(self, layer: int, n_tokens: int, top_k: int) -> Desk | None:
+        """What `choose` decides on, for calls of a layer with so many tokens and experts of each; None for those that
+        are not decided so, and while the gates are not known yet."""
         if not self._is_ready:
             self._is_ready = self._lookahead is not None and self._lookahead.stacked
             if not self._is_ready:
                 return None
-        index, n_tokens, top_k = space.index, places[3], places[4]
-        desk = self.planner.desk_for(index, n_tokens, n_tokens * top_k)
-        if desk is None:
-            return None
+        return self.planner.desk_for(layer, n_tokens, n_tokens * top_k)
+
+    def choose(
+        self, desk: Desk, space: CallSpace, phase: Phase, given: torch.Tensor, hidden: torch.Tensor, places: Places,
+        exchange: Exchange | None, link_ready_us: float,
+    ) -> Choice:  # fmt: skip
+        """Decides on a call whose tensors are at `places` on the host; the space's `work` and `demand` are then filled.
+
+        given, hidden: the hidden states where the model has them, and on the host. See `Choice` for what it refuses.
+        """
+        index, n_tokens, top_k, model = space.index, places[3], places[4], desk.model
+        if model.last_layer >= index or not model.few:
+            model.arrive_few(index)
+        model.last_layer = index
         slate = self._slates[index]
-        if slate is None or slate.places != places or not (slate.desk is desk and slate.exchange is exchange):
-            if slate is None or not slate.serves(space, desk, places, exchange):
-                slate = self._slates[index] = self._new_slate(space, desk, places, exchange)
-        elif slate.buffers is not space.buffers:
+        known = slate is not None and slate.desk is desk and slate.buffers is space.buffers
+        if slate is None or not known or slate.exchange is not exchange or slate.places[3:5] != places[3:5]:
             slate = self._slates[index] = self._new_slate(space, desk, places, exchange)
+        elif slate.places != places:
+            slate.places = slate.words[:N_PLACES] = places
         ids, scores = NO_PREDICTION
         predictions: tuple[Prediction, ...] = ()
         ahead = self._ahead[index]
         if ahead is not None and self._ahead_of[index] == self.experts.step:
             predictions, ids, scores = (ahead,), ahead.expert_ids, ahead.scores
-        use, n_flight, choice = desk.model.use, len(desk.movement.in_flight) and desk.under_way(), slate.choice
+        use, n_flight, choice = model.use, len(desk.movement.in_flight) and desk.under_way(), slate.choice
         (
             choice.n_active, choice.n_cpu, choice.n_accel, choice.n_moved, choice.makespan_us, choice.link_share,
             choice.n_awaited, choice.idle_us,
