@@ -32,6 +32,7 @@ DRIFT_BOUNDS: Final = (0.25, 4.0)
 SAME_SIZE: Final = 0.25
 """Groups whose experts differ by less than this share of their expected time say little about what one takes."""
 LAUNCH, BEFORE, TOOK = range(3)
+RECORDED: Final = 1
 """Places of ``CostModel._groups``."""
 LANES: Final = {"cpu": 0, "accel": 1, "link": 2}
 
@@ -142,9 +143,9 @@ class CostModel:
         self._link_by_layer = [float(link[k]) for k in kind.tolist()]
         self.drift = np.ones(3)
         """float64[3]: observed / predicted of cpu, accel and link."""
-        self._groups = np.zeros(3)
-        """float64[3]: us of a group's launch; of the latest group, us that its experts were expected to take without
-        drift, and us that it took."""
+        self._groups = np.zeros((2, 3))
+        """float64[2, 3] of groups launched kernel by kernel, and of recorded ones: us of a launch; of the latest group,
+        us that its experts were expected to take without drift, and us that it took."""
 
     def become(self, other: CostModel) -> None:
         """Takes the other's tables; what was learned by observing stays."""
@@ -179,8 +180,8 @@ class CostModel:
 
     def launch_us(self, layer: int) -> float:
         """us that a group of experts takes on the accelerator beyond ``accel_us`` of each, however many they are: until
-        the first of them runs. 0 before one was observed."""
-        return float(self._groups[LAUNCH])
+        the first of them runs. That of recorded work, which is the device's alone; 0 before such was observed."""
+        return float(self._groups[RECORDED, LAUNCH])
 
     def observe(self, task: ObservedTask, link_share: float = 0.0) -> None:
         """Moves the lane's drift towards observed / predicted. Raises CostError for a time that cannot be.
@@ -197,7 +198,7 @@ class CostModel:
         if task.lane == "cpu":
             expected *= 1.0 + link_share * (1.0 / self.cpu_with_link - 1.0)
         if task.group > 0.0:
-            self._follow_group(expected * task.group, task.us)
+            self._follow_group(self._groups[int(task.recorded)], expected * task.group, task.us)
             return
         self._follow(LANES[task.lane], task.us, expected)
 
@@ -215,12 +216,12 @@ class CostModel:
         moved = (1.0 - DRIFT_WEIGHT) * known + DRIFT_WEIGHT * seen
         self.drift[lane] = min(max(moved, DRIFT_BOUNDS[0]), DRIFT_BOUNDS[1])
 
-    def _follow_group(self, expected_us: float, us: float) -> None:
+    def _follow_group(self, groups: Floats, expected_us: float, us: float) -> None:
         """Groups of different sizes tell what an expert takes apart from a launch: by how much one group takes longer
         than the one before, beside how much more its experts were expected to take. What is left is the launch's."""
         if expected_us <= 0.0 or us == 0.0:
             return
-        lane, groups = LANES["accel"], self._groups
+        lane = LANES["accel"]
         launch_us, before_us, took_us = groups.tolist()
         known = float(self.drift[lane])
         groups[BEFORE], groups[TOOK] = expected_us, us

@@ -129,7 +129,7 @@ class ExpertsCall:
             return
         (space,) = parts
         space.work.hidden, space.work.host_rows = call.hidden, exchange.rows
-        self._plan(space, parts, exchange.ids)
+        self._plan(space, parts, exchange.ids, 0.0 if self.costs is None else self.costs.launch_us(index))
         lanes, plan, lanes_ns = space.experts.lanes, space.plan, -perf_counter_ns()
         if plan.moved and plan.hands_over:
             self._compute_for(call, space)
@@ -296,11 +296,13 @@ class ExpertsCall:
         if self.lossy is not None:
             self.lossy.begin_step(step)
 
-    def _plan(self, space: CallSpace, parts: Sequence[CallSpace], top_k_index: torch.Tensor) -> None:
-        """Plans one part of a call, behind those before it; the predictions go to the experts as stored."""
+    def _plan(
+        self, space: CallSpace, parts: Sequence[CallSpace], top_k_index: torch.Tensor, launch_us: float = 0.0
+    ) -> None:
+        """Plans one part of a call, behind those before it; the predictions go to the experts as stored. launch_us:
+        until the accelerator's first expert can run."""
         experts, lossy = space.experts, self.lossy
         if lossy is None:
-            launch_us = 0.0 if self.costs is None else self.costs.launch_us(space.index)
             lanes = 0.0, launch_us, experts.lanes.link_busy_us(space.index)
         else:
             lanes = lossy.lanes(space, parts)

@@ -218,7 +218,7 @@ class AtOnce:
             choice.n_awaited, choice.idle_us,
         ) = read_and_choose(
             slate.words, ids, scores, use.now, use.run - 1, desk.residency.horizon, n_flight, 0.0,
-            self.planner.costs.launch_us(index), link_ready_us,
+            0.0 if exchange is None else self.planner.costs.launch_us(index), link_ready_us,
         )  # fmt: skip
         if choice.n_active > 0:
             space.filled(n_tokens, top_k, choice.n_active, given, hidden, slate.inputs, slate.rows)
@@ -227,8 +227,7 @@ class AtOnce:
 
     def decide_rest(self, space: CallSpace, link_ready_us: float) -> None:
         """The plan of a call in which one expert takes over another's slot, of which `choose` has only told that."""
-        launch_us = self.planner.costs.launch_us(space.index)
-        space.plan = self.planner.decide_rest(space.demand, 0.0, launch_us, link_ready_us)
+        space.plan = self.planner.decide_rest(space.demand, 0.0, 0.0, link_ready_us)
 
     def look_ahead(self, space: CallSpace, choice: Choice) -> Sequence[Transfer]:
         """Foretells what the next call needs to know; the transfers of experts of later layers that start now. The

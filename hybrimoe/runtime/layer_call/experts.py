@@ -91,7 +91,7 @@ class Experts:
         space.counters = self.stats.counters[phase][space.index]
         if space.ends:
             self.reports.forget(space)
-        space.step, space.traced, space.stands_for = self.step, self.tracing, 1
+        space.step, space.traced, space.stands_for, space.recorded = self.step, self.tracing, 1, False
 
     def count(self, space: CallSpace) -> None:
         """Counts a planned call: what it found, and what its plan does."""

@@ -91,7 +91,7 @@ class Lanes:
             end = call.accelerator.launch(call.replay, awaited, timed=timed)
             if end is not None:
                 space.ends.append(end)
-                space.stands_for = OBSERVE_EVERY
+                space.stands_for, space.recorded = OBSERVE_EVERY, True
 
     def _interleave(self, space: CallSpace, queue: TransferQueue) -> None:
         """Submits work and transfers in turn, so that each computation sees the slot contents that the plan means."""

@@ -110,7 +110,7 @@ class Reports:
         first of them."""
         n_tokens = space.demand.n_tokens[positions].tolist()
         alike = 1.0 / share_out(1.0, n_tokens, partial(planner.costs.accel_us, space.index))
-        return ObservedTask("accel", space.index, n_tokens[0], us, alike)
+        return ObservedTask("accel", space.index, n_tokens[0], us, alike, space.recorded)
 
     def _record_work(self, space: CallSpace) -> None:
         """The timeline's entries of work on the accelerator, which a traced call submits expert by expert."""

@@ -148,8 +148,8 @@ class CallSpace:
 
     __slots__ = (
         "_dispatches", "_scores", "_width", "_work", "buffers", "counted", "counters", "cpu_us", "demand", "ends",
-        "experts", "found", "index", "layer", "n_cpu", "n_tokens", "norm", "plan", "positions", "ran", "records",
-        "sent", "stands_for", "step", "traced", "unit", "work",
+        "experts", "found", "index", "layer", "n_cpu", "n_tokens", "norm", "plan", "positions", "ran", "recorded",
+        "records", "sent", "stands_for", "step", "traced", "unit", "work",
     )  # fmt: skip
 
     work: LayerWork
@@ -169,7 +169,7 @@ class CallSpace:
         self.sent: list[list[int]] = []
         self.ran: list[TaskRecord] = []
         self.step, self.n_cpu, self.cpu_us, self.traced, self.unit = -1, 0, 0.0, False, 0
-        self.stands_for = 1
+        self.stands_for, self.recorded = 1, False
         self.norm, self._width = layer.transform(), layer.spec.hidden
         self.buffers = Buffers(0, layer.num_experts)
         self._work = LayerWork(self.buffers.dispatch(0, 1, 0, 0), NOTHING, NO_ROWS, NO_ROWS)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_kernels import Accelerator
 from hybrimoe.bench.overhead import Call, Request, SentContender
 from hybrimoe.machine.profiles import open_hardware
 from hybrimoe.runtime.layer_call import choosing
@@ -28,12 +29,15 @@ TOLD = ("begin_sequence", "begin_step", "end_transfer", "end_layer", "observe")
 class Twins:
     """The planner of a session, and one that lives through the same in parts, by what it is told beside the first."""
 
-    def __init__(self, planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, planner: Planner, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
         self.planner, self.parts = planner, copy.deepcopy(planner)
         self.parts._desk = None
         self.plans: list[tuple[LayerPlan, LayerPlan]] = []
         self.lanes = LaneState()
+        self.waits: list[tuple[set[int], set[int]]] = []
+        """Of each launch: the slots that it waited for, and those into which its experts were being copied."""
         self._asked: LayerPlan | None = None
+        self._awaited: set[int] | None = None
         self._telling = False
         for name in TOLD:
             monkeypatch.setattr(planner, name, self._both(name))
@@ -51,9 +55,22 @@ class Twins:
             assert self._asked is not None
             demand = planner._demands[layer]
             assert demand is not None
-            self.plans.append((planner._plan.plan(demand), self._asked))
+            plan = planner._plan.plan(demand)
+            self.plans.append((plan, self._asked))
+            if self._awaited is not None:
+                late = {*plan.awaited, *(transfer.expert for transfer in plan.transfers)}
+                slots = {slot for expert, slot in zip(plan.accel, plan.accel_slots, strict=True) if expert in late}
+                self.waits.append((self._awaited, slots))
+            self._awaited = None
             told(layer, observed)
 
+        launch = accelerator.launch  # type: ignore[attr-defined]
+
+        def launched(replay: Any, awaited: Any, **options: Any) -> Any:
+            self._awaited = set(awaited)
+            return launch(replay, awaited, **options)
+
+        monkeypatch.setattr(accelerator, "launch", launched)
         monkeypatch.setattr(choosing, "read_and_choose", read_and_choose)
         monkeypatch.setattr(planner, "chosen", ask_parts)
         monkeypatch.setattr(planner, "end_layer", compare)
@@ -117,12 +134,15 @@ def test_plans_and_slots_are_those_of_the_parts(
     contender.run(contender.calls(4))
     planner = contender.session.planner
     assert isinstance(planner, Planner)
-    twins = Twins(planner, monkeypatch)
+    twins = Twins(planner, contender.session.accelerators[0], monkeypatch)
     contender.run(recorded_steps(contender) if recorded else contender.calls(N_STEPS))
     assert len(twins.plans) == N_STEPS * N_LAYERS
     for ours, parts in twins.plans:
         assert ours == parts
     assert any(plan.transfers for plan, _ in twins.plans)
+    assert any(slots for _, slots in twins.waits)
+    for awaited, slots in twins.waits:
+        assert awaited == slots, "a launch waits for the copies that its experts need"
     for name in ("slot_of", "key_of", "state", "pins"):
         np.testing.assert_array_equal(getattr(planner.slots, name), getattr(twins.parts.slots, name))
     np.testing.assert_array_equal(planner.costs.drift, twins.parts.costs.drift)

@@ -46,7 +46,7 @@ def call_on_the_accelerator(experts: Experts, n_active: int, launch_us: float) -
     space: CallSpace = experts.spaces[0]
     ids = torch.arange(n_active).view(1, -1)
     space.read(torch.zeros(1, HIDDEN), ids, torch.ones(1, n_active), Workspace())
-    space.step, space.counters, space.cpu_us = 0, Counters(), 0.0
+    space.step, space.counters, space.cpu_us, space.recorded = 0, Counters(), 0.0, True
     space.ends.append(Lane(launch_us + OWN_US * n_active))
     space.sent.append(list(range(n_active)))
     experts.reports.finish(space)

@@ -138,7 +138,7 @@ def observe_groups(costs: CostModel, n: int, launch_us: float, own_us: float) ->
     random, found = np.random.default_rng(0), []
     for _ in range(n):
         size = int(random.integers(1, 9))
-        costs.observe(ObservedTask("accel", 0, 1, launch_us + own_us * size, float(size)))
+        costs.observe(ObservedTask("accel", 0, 1, launch_us + own_us * size, float(size), True))
         found.append(float(costs.accel_us(0, 1)))
     return found
 
@@ -154,6 +154,16 @@ def test_a_slow_launch_does_not_change_what_an_expert_costs() -> None:
     assert again.launch_us(0) == costs.launch_us(0)
 
 
+def test_launches_by_the_host_are_not_the_devices() -> None:
+    costs = CostModel.uniform(2, accel_us=20.0)
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        size = int(random.integers(1, 9))
+        costs.observe(ObservedTask("accel", 0, 1, 5000.0 + 20.0 * size, float(size)))
+    assert costs.launch_us(0) == 0.0
+    assert float(costs.accel_us(0, 1)) == pytest.approx(20.0, rel=0.2)
+
+
 @pytest.mark.parametrize("own_us", [10.0, 40.0])
 def test_what_an_expert_costs_is_learnt_beside_the_launch(own_us: float) -> None:
     costs = CostModel.uniform(2, accel_us=20.0)
@@ -165,5 +175,5 @@ def test_what_an_expert_costs_is_learnt_beside_the_launch(own_us: float) -> None
 def test_groups_of_one_size_that_are_faster_than_believed_make_experts_cheaper() -> None:
     costs = CostModel.uniform(2, accel_us=20.0)
     for _ in range(300):
-        costs.observe(ObservedTask("accel", 0, 1, 40.0, 4.0))
+        costs.observe(ObservedTask("accel", 0, 1, 40.0, 4.0, True))
     assert costs.launch_us(0) + 4 * float(costs.accel_us(0, 1)) == pytest.approx(40.0, rel=0.05)
