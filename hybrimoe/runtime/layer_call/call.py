@@ -150,8 +150,8 @@ class ExpertsCall:
         if places is None:
             return False
         space, lanes, n_tokens = experts.spaces[call.layer], experts.lanes, places[3]
-        desk = at_once.desk_for(call.layer, n_tokens, places[4])
-        if desk is None:
+        desk = at_once.planner.desk_for(call.layer, n_tokens, n_tokens * places[4])
+        if desk is None or not (at_once.is_ready or at_once.get_ready()):
             return False
         if experts.reports.finished is not None:
             experts.reports.collect(self.phase)  # of a call that went the long way
@@ -215,10 +215,12 @@ class ExpertsCall:
         """A call of few tokens where reading and planning are one: the output, or None where the long way runs the
         call, or says what is wrong with it."""
         experts, space = self.experts, self.experts.spaces[index]
-        desk = at_once.desk_for(index, top_k_index.shape[0], top_k_index.shape[-1])
-        if desk is None or space.norm is not None:
+        desk = at_once.planner.desk_for(index, top_k_index.shape[0], top_k_index.numel())
+        if desk is None or space.norm is not None or not (at_once.is_ready or at_once.get_ready()):
             return None
-        on_host, ids, weights = experts.workspace.to_host(hidden, top_k_index, top_k_weights)
+        on_host, ids, weights = hidden, top_k_index, top_k_weights
+        if not hidden.is_cpu:
+            on_host, ids, weights = experts.workspace.to_host(hidden, top_k_index, top_k_weights)
         places = places_of(on_host, ids, weights, space.layer.spec.hidden)
         if places is None or hidden.requires_grad:
             return None

@@ -175,19 +175,16 @@ class AtOnce:
         n_layers = len(experts.layers)
         self._slates: list[Slate | None] = [None] * n_layers
         self._foretells = lookahead is not None and planner.layers_ahead > 0 and not planner.all_cached
-        self._is_ready = not self._foretells
+        self.is_ready = not self._foretells
+        """As `get_ready` told last."""
         self._ahead: list[Prediction | None] = [None] * n_layers
         self._ahead_of = [-1] * n_layers
         """Of each layer: the prediction that its next call is decided with, and the step that it is for."""
 
-    def desk_for(self, layer: int, n_tokens: int, top_k: int) -> Desk | None:
-        """What `choose` decides on, for calls of a layer with so many tokens and experts of each; None for those that
-        are not decided so, and while the gates are not known yet."""
-        if not self._is_ready:
-            self._is_ready = self._lookahead is not None and self._lookahead.stacked
-            if not self._is_ready:
-                return None
-        return self.planner.desk_for(layer, n_tokens, n_tokens * top_k)
+    def get_ready(self) -> bool:
+        """Whether calls can be decided so: not while the gates are not known yet."""
+        self.is_ready = self.is_ready or (self._lookahead is not None and self._lookahead.stacked)
+        return self.is_ready
 
     def choose(
         self, desk: Desk, space: CallSpace, phase: Phase, given: torch.Tensor, hidden: torch.Tensor, places: Places,
@@ -195,7 +192,8 @@ class AtOnce:
     ) -> Choice:  # fmt: skip
         """Decides on a call whose tensors are at `places` on the host; the space's `work` and `demand` are then filled.
 
-        given, hidden: the hidden states where the model has them, and on the host. See `Choice` for what it refuses.
+        desk: the planner's, for such calls. given, hidden: the hidden states where the model has them, and on the host.
+        See `Choice` for what it refuses.
         """
         index, n_tokens, top_k, model = space.index, places[3], places[4], desk.model
         if model.last_layer >= index or not model.few:

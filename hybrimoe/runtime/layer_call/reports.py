@@ -109,7 +109,9 @@ class Reports:
         """The accelerator's experts at `positions`, which were launched together and took `us`: as so many like the
         first of them."""
         n_tokens = space.demand.n_tokens[positions].tolist()
-        alike = 1.0 / share_out(1.0, n_tokens, partial(planner.costs.accel_us, space.index))
+        alike = float(len(n_tokens))
+        if min(n_tokens) != max(n_tokens):
+            alike = 1.0 / share_out(1.0, n_tokens, partial(planner.costs.accel_us, space.index))
         return ObservedTask("accel", space.index, n_tokens[0], us, alike, space.recorded)
 
     def _record_work(self, space: CallSpace) -> None:
