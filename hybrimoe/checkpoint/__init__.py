@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hybrimoe.checkpoint.converting import convert
     from hybrimoe.checkpoint.errors import PackedFileWarning, UnsupportedCheckpointError
     from hybrimoe.checkpoint.loading import load
     from hybrimoe.checkpoint.pack.checksums import verify_pack
-    from hybrimoe.checkpoint.pack.convert import convert
     from hybrimoe.checkpoint.packed import PackedFile
     from hybrimoe.checkpoint.source import model_path
     from hybrimoe.checkpoint.tokenizer import load_tokenizer
@@ -19,7 +19,7 @@ _MODULE_OF = {
     "PackedFile": "hybrimoe.checkpoint.packed",
     "PackedFileWarning": "hybrimoe.checkpoint.errors",
     "UnsupportedCheckpointError": "hybrimoe.checkpoint.errors",
-    "convert": "hybrimoe.checkpoint.pack.convert",
+    "convert": "hybrimoe.checkpoint.converting",
     "load": "hybrimoe.checkpoint.loading",
     "load_tokenizer": "hybrimoe.checkpoint.tokenizer",
     "model_path": "hybrimoe.checkpoint.source",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
 from transformers import GraniteMoeConfig, PreTrainedModel
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from hybrimoe.checkpoint import convert, load, verify_pack
 from hybrimoe.checkpoint.inspection import inspect
@@ -138,7 +136,7 @@ def test_the_record_and_the_tensor_are_named(pack: Path) -> None:
     flip(dense, dense.stat().st_size - 1)
     flip(pack / "model.safetensors", (pack / "model.safetensors").stat().st_size - 1)
     first, second, third = sorted(verify_pack(pack).damaged)
-    assert "lm_head.weight is not what was written" in first
+    assert first.endswith("self_attn.o_proj.weight is not what was written")
     assert "model.layers.1.mlp.experts, expert 2 is not what was written" in second
     assert third.startswith("model.safetensors: model.")
 
@@ -155,7 +153,7 @@ def test_files_that_are_gone_or_cut_short(pack: Path) -> None:
 
 
 def test_what_is_no_pack(directory: Path, pack: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no pack: expected a folder with hybrimoe-pack.json"):
+    with pytest.raises(CheckpointError, match=r"is no pack: expected a folder with hybrimoe-pack\.json"):
         verify_pack(directory)
     entries = json.loads((pack / MANIFEST_NAME).read_text())
     (pack / MANIFEST_NAME).write_text(json.dumps(entries | {"format": 99}))
@@ -183,10 +181,11 @@ def test_two_at_once(directory: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("room", [100, 5_000, 12_000, 18_000, 30_000])
 def test_a_disk_that_fills_leaves_nothing(room: int, directory: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        with pytest.raises(FileError, match="cannot be written: .*choose a folder on a disk with room"):
+        with pytest.raises(FileError, match=r"cannot be written: .*choose a folder on a disk with room"):
             convert(directory, tmp_path / "pack", **INT4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -210,11 +209,8 @@ def hybrimoe(*words: object) -> Result:
 
 def test_commands(directory: Path, tmp_path: Path) -> None:
     made = hybrimoe("convert", directory, tmp_path / "pack", "--dtype", "int4", "--dense-dtype", "int8", "--json")
-    assert (made.exit_code, json.loads(made.stdout)["is_new"], json.loads(made.stdout)["has_tokenizer"]) == (
-        0,
-        True,
-        False,
-    )
+    said = json.loads(made.stdout)
+    assert (made.exit_code, said["is_new"], said["has_tokenizer"]) == (0, True, False)
     again = hybrimoe("convert", directory, tmp_path / "pack", "--dtype", "int4", "--dense-dtype", "int8")
     assert again.stdout.startswith("there already: ")
     assert hybrimoe("verify", tmp_path / "pack").stdout.endswith("as written\n")
