@@ -1,9 +1,10 @@
 """Quantised checkpoints seen as plain ones: each quantised tensor and its scales become one source that is dequantised
 when it is read, whole or an expert's slice at a time, so that everything after it sees floating point weights only.
 
-Formats: fp8 (float8 weights with a scale for all, an expert, a row, or a block; DeepSeek-V3 and others), fp4 in bytes
-(two values a byte, a power of two per 32; DeepSeek-V4's experts) and mxfp4 (the same as `_blocks` and `_scales`;
-gpt-oss). A scale is always what its weight is multiplied by, whatever its name says of an inverse.
+Here: fp8 (float8 weights with a scale for all, an expert, a row, or a block; DeepSeek-V3 and others), fp4 in bytes (two
+values a byte, a power of two per 32; DeepSeek-V4's experts) and mxfp4 (the same as `_blocks` and `_scales`; gpt-oss).
+All others stand in a table (`formats.table`). A scale is always what its weight is multiplied by, whatever its name
+says of an inverse.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from typing import Protocol
 import torch
 
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
+from hybrimoe.checkpoint.formats.codes import FP4_PER_BYTE, fp4_values
+from hybrimoe.checkpoint.formats.table import decoded_sources
 from hybrimoe.checkpoint.quantisation import Quantisation, check_tensor_names
 from hybrimoe.checkpoint.safetensors_file import StoredTensor
 from hybrimoe.checkpoint.scales import E8M0_DTYPES, MX_GROUP, ScaleGrid, block_size, decoded, grid_of
-from hybrimoe.checkpoint.stored import Stored
+from hybrimoe.checkpoint.stored import Storage, Stored
 from hybrimoe.errors import CheckpointError
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 BYTE_DTYPES = (torch.int8, torch.uint8)
 SCALE_SUFFIXES = ("_scale_inv", "_scale")  # after a parameter's own name: weight_scale_inv, gate_up_proj_scale, ...
 SCALE_NAMES = ("scale", "scale_inv", "qscale_weight")  # in the place of `weight`: wq_a.scale (DeepSeek-V4), ...
+MXFP4_STORAGE = Storage("MXFP4", "int8", "nothing changes")
 BLOCKS_SUFFIX, SCALES_SUFFIX = "_blocks", "_scales"
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""OCP MX v1.0, e2m1: the value of each half byte."""
-FP4_PER_BYTE = 2
 
 
 class Source(Protocol):
@@ -49,6 +50,10 @@ class Source(Protocol):
     @property
     def stored(self) -> tuple[Stored, ...]:
         """The tensors of the files that it is made from."""
+
+    @property
+    def storage(self) -> Storage:
+        """How its values lie in them."""
 
     def read(self) -> torch.Tensor:
         """The whole tensor."""
@@ -81,6 +86,12 @@ class ScaledSource:
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
         return self.weight, self.scales
+
+    @property
+    def storage(self) -> Storage:
+        if self.weight.dtype in BYTE_DTYPES:
+            return MXFP4_STORAGE
+        return Storage(f"fp8 ({self.weight.type_name.removeprefix('F8_').lower()})", "int8", "rounded again")
 
     def read(self) -> torch.Tensor:
         return self._scaled(self.weight.read(), self.scales.read())
@@ -116,6 +127,10 @@ class Mxfp4Source:
     def stored(self) -> tuple[StoredTensor, ...]:
         return self.blocks, self.scales
 
+    @property
+    def storage(self) -> Storage:
+        return MXFP4_STORAGE
+
     def read(self) -> torch.Tensor:
         return scale_mxfp4(self.blocks.read(), self.scales.read())
 
@@ -131,7 +146,8 @@ def dequantised(tensors: Mapping[str, StoredTensor], quantisation: Quantisation)
     """
     check_tensor_names(tensors)
     mxfp4 = _mxfp4_sources(tensors)
-    used = {stored.key for source in mxfp4 for stored in (source.blocks, source.scales)}
+    decoded_ones, used = decoded_sources(tensors, quantisation)
+    used |= {stored.key for source in mxfp4 for stored in (source.blocks, source.scales)}
     pairs = _scaled_pairs({key: tensor for key, tensor in tensors.items() if key not in used})
     fp4 = [(weight, scales) for weight, scales in pairs if weight.dtype in BYTE_DTYPES]
     fp8 = [(weight, scales) for weight, scales in pairs if weight.dtype in FP8_DTYPES]
@@ -140,15 +156,8 @@ def dequantised(tensors: Mapping[str, StoredTensor], quantisation: Quantisation)
     scaled += [ScaledSource(weight, scales, _fp4_grid(weight, scales)) for weight, scales in fp4]
     used |= {stored.key for source in scaled for stored in (source.weight, source.scales)}
     joined: list[Source] = [*mxfp4, *scaled]
-    return {source.key: source for source in joined} | {
-        key: tensor for key, tensor in tensors.items() if key not in used
-    }
-
-
-def fp4_values(packed: torch.Tensor) -> torch.Tensor:
-    """Bytes [..., n] to float32 [..., 2 n]; the low half of a byte comes first."""
-    table, packed = torch.tensor(FP4_VALUES), packed.view(torch.uint8)
-    return torch.stack([table[(packed & 15).long()], table[(packed >> 4).long()]], dim=-1).flatten(-2)
+    plain = {key: tensor for key, tensor in tensors.items() if key not in used}
+    return {source.key: source for source in joined} | decoded_ones | plain
 
 
 def scale_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from cpu_kernels.host.threads import torch_threads
 from hybrimoe.checkpoint.conversion import Conversion, ModelShapes
 from hybrimoe.checkpoint.errors import listed
 from hybrimoe.checkpoint.progress import Progress
+from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 from hybrimoe.experts.layout import ExpertsLayout
 from hybrimoe.runtime.store import ExpertStore
@@ -47,6 +48,12 @@ class LayerSource:
         apart = {name: c.keeps_experts_apart(self.num_experts) for name, c in self.parameters.items()}
         whole = {name: self._whole(name, shapes) for name in self.parameters if not apart[name]}
         return ExpertReader(self, dataclasses.replace(shapes, first_entries=True), whole)
+
+    def storages(self) -> set[Storage]:
+        """How the weights of the experts lie in the checkpoint; biases do not count."""
+        matrices = [conversion for name, conversion in self.parameters.items() if not name.endswith("bias")]
+        groups = [group for conversion in matrices for group in conversion.sources.values()]
+        return {source.storage for group in groups for source in group}
 
     def source_keys(self, index: int) -> list[str]:
         """Names of the checkpoint's tensors that expert `index` is made from (all of the layer's where fused)."""

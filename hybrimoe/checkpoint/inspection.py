@@ -14,11 +14,12 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from cpu_kernels import DTYPES, ExpertDtype, ExpertWeights, pack_expert, unpack_expert
+from hybrimoe.checkpoint.choice import ExpertChoice, choose_expert_dtype
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes
 from hybrimoe.checkpoint.dense import dense_dtype, meta_model, read_config
+from hybrimoe.checkpoint.dequantise import Source
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources
 from hybrimoe.checkpoint.source import model_path, read_config_dict
-from hybrimoe.checkpoint.stored import Stored
 from hybrimoe.checkpoint.weights import open_weights
 from hybrimoe.errors import ModelError
 from hybrimoe.experts.layout import find_experts, read
@@ -29,7 +30,7 @@ SAMPLED_LAYERS = 3
 
 @dataclass(frozen=True, slots=True)
 class TypeTotals:
-    """All tensors of one type: how many, of how many values, in how many bytes."""
+    """All weights of one type or quantised format: how many tensors, of how many weights, in how many bytes."""
 
     type_name: str
     n_tensors: int
@@ -51,7 +52,8 @@ class RecordCost:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint. files: by name, with their bytes. other: tensors that the model has no place for."""
+    """A checkpoint. files: by name, with their bytes. other: tensors that the model has no place for. choice: what
+    experts are packed as where nobody says a dtype."""
 
     path: str
     model_type: str
@@ -59,6 +61,7 @@ class Inspection:
     experts: tuple[TypeTotals, ...]
     dense: tuple[TypeTotals, ...]
     records: tuple[RecordCost, ...]
+    choice: ExpertChoice
     sampled_experts: tuple[str, ...]
     other: tuple[str, ...]
 
@@ -78,36 +81,44 @@ def inspect(path_or_hub_id: str | Path | None = None) -> Inspection:
     sources = layer_sources({name: read(module) for name, module in find_experts(model)}, plan.conversions)
     if not sources:
         raise ModelError(f"{path} is a dense model ({config.model_type}): it has no experts to place")
-    in_experts = {stored.key for source in sources for c in source.parameters.values() for stored in c.stored()}
-    stored = _stored(plan)
+    in_experts = {key for source in sources for c in source.parameters.values() for key in c.source_keys()}
+    found = _sources(plan)
     sampled = _sampled(model, sources)
     return Inspection(
         path=str(path),
         model_type=str(config.model_type),
         files={file.path.name: file.size_bytes for file in weights.files},
-        experts=_totals(tensor for tensor in stored if tensor.key in in_experts),
-        dense=_totals(tensor for tensor in stored if tensor.key not in in_experts),
+        experts=_totals(source for source in found if source.key in in_experts),
+        dense=_totals(source for source in found if source.key not in in_experts),
         records=tuple(_cost(dtype, sources, [expert for _, expert in sampled]) for dtype in DTYPES),
+        choice=choose_expert_dtype(None, sources),
         sampled_experts=tuple(name for name, _ in sampled),
         other=plan.unknown,
     )
 
 
-def _stored(plan: ConversionPlan) -> list[Stored]:
-    """Every tensor once: an output layer and embeddings may be made from the same."""
-    return list({tensor.key: tensor for c in plan.conversions.values() for tensor in c.stored()}.values())
+def _sources(plan: ConversionPlan) -> list[Source]:
+    """Every weight once: an output layer and embeddings may be made from the same."""
+    groups = [group for conversion in plan.conversions.values() for group in conversion.sources.values()]
+    return list({source.key: source for group in groups for source in group}.values())
 
 
-def _totals(tensors: Iterable[Stored]) -> tuple[TypeTotals, ...]:
+def _totals(sources: Iterable[Source]) -> tuple[TypeTotals, ...]:
     """Most bytes first."""
-    by_type: dict[str, list[Stored]] = defaultdict(list)
-    for tensor in tensors:
-        by_type[tensor.type_name].append(tensor)
-    totals = [
-        TypeTotals(name, len(of_type), sum(prod(t.shape) for t in of_type), sum(t.nbytes for t in of_type))
-        for name, of_type in by_type.items()
-    ]
+    by_type: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    for source in sources:
+        for name, *sizes in _sizes(source):
+            by_type[name].append((sizes[0], sizes[1], sizes[2]))
+    totals = [TypeTotals(name, *(sum(column) for column in zip(*rows, strict=True))) for name, rows in by_type.items()]
     return tuple(sorted(totals, key=lambda total: (-total.n_bytes, total.type_name)))
+
+
+def _sizes(source: Source) -> list[tuple[str, int, int, int]]:
+    """(type, tensors, weights, bytes) of each tensor of a weight, or of all together where they are one format."""
+    name = source.storage.name
+    if name in {tensor.type_name for tensor in source.stored}:
+        return [(tensor.type_name, 1, prod(tensor.shape), tensor.nbytes) for tensor in source.stored]
+    return [(name, len(source.stored), prod(source.shape), sum(tensor.nbytes for tensor in source.stored))]
 
 
 Sample = tuple[LayerSource, ExpertWeights]

@@ -20,6 +20,7 @@ from cpu_kernels.jit.cache_dir import ENV_CACHE
 from hybrimoe import compat
 from hybrimoe.amounts import Amount
 from hybrimoe.checkpoint import packed, packed_dense
+from hybrimoe.checkpoint.choice import ExpertChoice, choose_expert_dtype, wanted_dtype
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes
 from hybrimoe.checkpoint.dense import (
     complete,
@@ -92,6 +93,8 @@ class Loader:
     plan: ConversionPlan
     shapes: ModelShapes
     layouts: dict[str, ExpertsLayout]
+    sources: list[LayerSource]
+    choice: ExpertChoice
     places: tuple[Path, ...]
 
     @classmethod
@@ -111,14 +114,17 @@ class Loader:
         read_generation_defaults(model, path)
         shapes = ModelShapes(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()})
         places = folders(path, beside=not is_demo(path)) if packed_file else ()
-        return cls(deployment, weights, model, plan, shapes, layouts, places)
+        sources = layer_sources(layouts, plan.conversions)
+        choice = choose_expert_dtype(wanted_dtype(deployment.cpu.expert_dtype), sources)
+        deployment = deployment.with_expert_dtype(choice.dtype)
+        return cls(deployment, weights, model, plan, shapes, layouts, sources, choice, places)
 
     def load(self, show: Progress) -> PreTrainedModel:
         """Injects the model, then fills it. Where something fails the session is closed before the error goes on."""
         from hybrimoe.injection.inject import place_operators
 
         dtypes = strict_dtypes(self.model, next(self.model.parameters()).dtype)
-        sources = layer_sources(self.layouts, self.plan.conversions)
+        sources = self.sources
         experts = {f"{source.path}.{name}" for source in sources for name in source.parameters}
         dense = [conversion for conversion in self.plan.conversions.values() if experts.isdisjoint(conversion.targets)]
         linears = self._linears_to_pack()
@@ -128,6 +134,7 @@ class Loader:
         complete(self.model, loaded, later, self.plan, unknown_keys=self.deployment.unknown_keys)
         injection = place_operators(self.model, self.deployment)
         session = injection.session
+        injection.packing = self.choice.remark
         try:
             place_dense(self.model, self.deployment)  # before the session measures what memory is left for slots
             session.finalize(store=self._packed_store(session, sources, show))

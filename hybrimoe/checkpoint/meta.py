@@ -13,6 +13,8 @@ from scheduler.machine.profile import ModelShape
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from hybrimoe.checkpoint.choice import ExpertChoice
+
 EXPERTS_OF_A_LAYER = "_exps.weight"  # in names of GGUF tensors
 
 
@@ -59,6 +61,26 @@ def model_shape(model: str | Path | None) -> ModelShape:
         path = model_path(path)
         return ModelShape.from_mapping(derive_shape(read_config_dict(path), path.stem))
     return open_shape(path if model is None or path.is_dir() else str(model))
+
+
+def expert_choice(model: str | Path | None, meta: PreTrainedModel, expert_dtype: str) -> ExpertChoice:
+    """What `hybrimoe.load` packs experts as; reads headers only. meta: the model's `meta_model`.
+
+    Of a hub id, and of a directory without weights, nothing is known of how its experts are stored. Raises
+    CheckpointError for files that are damaged, or in a format that is not read.
+    """
+    from hybrimoe.checkpoint.choice import choose_expert_dtype, wanted_dtype
+    from hybrimoe.checkpoint.experts import layer_sources
+    from hybrimoe.checkpoint.source import has_weights, is_hub_id, model_path, read_config_dict
+    from hybrimoe.checkpoint.weights import open_weights
+    from hybrimoe.experts.layout import find_experts, read
+
+    path = None if is_hub_id(model) else model_path(model)
+    if path is None or (path.is_dir() and not has_weights(path)):
+        return choose_expert_dtype(wanted_dtype(expert_dtype), ())
+    plan = open_weights(path, read_config_dict(path)).plan(meta)
+    sources = layer_sources({name: read(module) for name, module in find_experts(meta)}, plan.conversions)
+    return choose_expert_dtype(wanted_dtype(expert_dtype), sources)
 
 
 def packing_remark(model: str | Path | None, expert_dtype: str) -> str | None:

@@ -26,6 +26,7 @@ import torch
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed
 from hybrimoe.checkpoint.reading import read_bytes
 from hybrimoe.checkpoint.source import INDEX_NAME, weight_files
+from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -72,6 +73,11 @@ class StoredTensor:
     def stored(self) -> tuple[StoredTensor, ...]:
         """The tensors of the file that this source is made from: itself."""
         return (self,)
+
+    @property
+    def storage(self) -> Storage:
+        """How its values lie there: as they are."""
+        return Storage(self.type_name)
 
     def read(self) -> torch.Tensor:
         """The whole tensor, in its stored dtype."""

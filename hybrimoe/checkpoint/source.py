@@ -95,6 +95,14 @@ def weight_files(directory: Path) -> WeightFiles:
     return WeightFiles((candidates[0],))
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether all files of the weights of `directory` are there."""
+    try:
+        return bool(weight_files(directory).paths)
+    except CheckpointError:
+        return False
+
+
 def check_model(path_or_hub_id: str | Path | None, *, weights: bool = True) -> None:
     """Raises ModelError or CheckpointError where there is no model: what a command asks before it imports torch.
 

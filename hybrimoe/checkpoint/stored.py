@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from cpu_kernels import ExpertDtype
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How the values of a weight lie in a checkpoint, and what they are best packed as.
+
+    name: as people call it ("GPTQ int4, groups of 128, symmetric"). suits: the dtype for records of experts that are
+    stored like this, None where nothing is quantised. remark: what packing them so changes.
+    """
+
+    name: str
+    suits: ExpertDtype | None = None
+    remark: str = ""
 
 
 class Stored(Protocol):

@@ -53,7 +53,11 @@ SlotsOption = Annotated[
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option(metavar="DTYPE", help="Experts as float32, bfloat16, int8, or int4.", rich_help_panel=PLACEMENT),
+    typer.Option(
+        metavar="DTYPE",
+        help="Experts as float32, bfloat16, int8, int4; auto: as suits the file.",
+        rich_help_panel=PLACEMENT,
+    ),
 ]
 PolicyOption = Annotated[
     str | None,

@@ -56,6 +56,8 @@ def open_model(config: DeployConfig, *, show_progress: bool = True) -> Iterator[
     tokenizer = load_tokenizer(config.model)
     with progress_bar(show_progress) as progress, warnings_as_notes():
         model = load(config.model, config=config, progress=progress)
+    if show_progress and model.hybrimoe.packing is not None:
+        render.note(f"note: {model.hybrimoe.packing}")
     try:
         with warnings_as_notes():
             kv_bytes = kv_budget_bytes(model, config.memory.kv)

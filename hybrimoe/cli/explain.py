@@ -39,12 +39,14 @@ def explain_command(
     from hybrimoe.cli.common_model import quiet_libraries
 
     quiet_libraries()
-    from hybrimoe.checkpoint.meta import meta_model, packing_remark
+    from hybrimoe.checkpoint.meta import expert_choice, meta_model, packing_remark
     from hybrimoe.injection import explain
 
     source = deployment.located_rules() if rules is None else rules
-    explanation = explain(meta_model(deployment.model), source, deployment.cpu.expert_dtype)
-    if remark := packing_remark(deployment.model, deployment.cpu.expert_dtype):
+    meta = meta_model(deployment.model)
+    choice = expert_choice(deployment.model, meta, deployment.cpu.expert_dtype)
+    explanation = explain(meta, source, choice.dtype)
+    if remark := choice.remark or packing_remark(deployment.model, choice.dtype):
         explanation = replace(explanation, remarks=(*explanation.remarks, remark))
     if as_json:
         render.emit_json(explanation.as_dict())

@@ -57,6 +57,8 @@ def show(found: Inspection) -> None:
     out.print()
     out.print(render.table(None, ("experts packed as", "bytes", "error that packing adds"), costs))
     out.print(f"measured on {len(found.sampled_experts)} experts", style="dim")
+    said = found.choice.remark or f"experts are packed as {found.choice.dtype}"
+    out.print(f"without --dtype, {said}", style="dim", markup=False)
     for name in found.other:
         out.print(f"left out: {name}", markup=False)
 

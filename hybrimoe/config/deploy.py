@@ -24,6 +24,7 @@ from yaml_rules.errors import YamlRulesError
 from yaml_rules.located import KeyPath, Located, read_yaml
 
 ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int4"]
+ExpertDtypeChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 UnknownKeys = Literal["error", "ignore"]
 BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
@@ -51,7 +52,9 @@ class CpuConfig(Section):
         default="auto", description="CPU kernels; auto takes the fastest that is measured to work."
     )
     threads: Threads = Field(default="auto", description="CPU threads; auto takes one per physical core.")
-    expert_dtype: ExpertDtypeName = Field(default="bfloat16", description="How experts are stored.")
+    expert_dtype: ExpertDtypeChoice = Field(
+        default="auto", description="How experts are stored; auto: as suits a quantised file, else bfloat16."
+    )
     dense_dtype: DenseDtypeName = Field(
         default="auto", description="How all other weights are stored; auto as in the model."
     )
@@ -69,6 +72,9 @@ class GenerationConfig(Section):
     speculate: bool = Field(
         default=False, description="Drafts from the text itself, verified several tokens a step; the text is the same."
     )
+
+
+ToolParser = Literal["hermes", "qwen3_coder", "glm", "mistral", "llama3", "deepseek", "harmony"]
 
 
 class ServerConfig(Section):
@@ -105,6 +111,12 @@ class ServerConfig(Section):
     max_body: SizeAmount = Field(default=Amount("bytes", 8 << 20), description="Largest request that is read.")
     drain_seconds: float = Field(
         default=30.0, ge=0.0, le=86_400.0, description="Time that replies under way have when the server is to end."
+    )
+    tool_parser: ToolParser | None = Field(
+        default=None, description="Form in which the model calls tools; by default its chat template and tokens tell."
+    )
+    strict: bool = Field(
+        default=False, description="Refuse requests with unknown fields, instead of leaving these out with a warning."
     )
     access_log: bool = Field(default=True, description="A line on stderr for each request, without contents.")
 
@@ -153,6 +165,14 @@ class DeployConfig(Section):
     def check_scheduler(self) -> None:
         """Raises ConfigError where a policy, one of its parts or a parameter does not exist; names file and line."""
         check_scheduler(self.scheduler, self._located, self._given)
+
+    def with_expert_dtype(self, dtype: ExpertDtypeName) -> DeployConfig:
+        """The same deployment with another `cpu.expert_dtype`: where it says "auto", what that comes to."""
+        if dtype == self.cpu.expert_dtype:
+            return self
+        changed = self.model_copy(update={"cpu": self.cpu.model_copy(update={"expert_dtype": dtype})})
+        changed._located, changed._given = self._located, self._given
+        return changed
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data that `load_config` reads back as an equal configuration."""

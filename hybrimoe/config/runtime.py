@@ -23,7 +23,7 @@ def runtime_config(config: DeployConfig) -> RuntimeConfig:
     return RuntimeConfig(
         accelerator=accelerators[0] if len(accelerators) == 1 else accelerators,
         gpu_expert_slots=slots_setting(config.memory.gpu_experts),
-        expert_dtype=config.cpu.expert_dtype,
+        expert_dtype="bfloat16" if config.cpu.expert_dtype == "auto" else config.cpu.expert_dtype,
         backend=config.cpu.backend,
         threads=config.cpu.threads if isinstance(config.cpu.threads, int) else None,
         policy=policy,

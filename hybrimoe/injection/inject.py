@@ -44,7 +44,7 @@ def inject(
     rules: "auto", a shipped name, a file, or inline rules.
     accelerator: "cuda:0" or another torch device, "emulated", "none", "auto", or a list: each gets a block of layers.
     gpu_expert_slots: experts on the accelerator at a time, over all layers: a number, a share in (0, 1], "6GiB", auto.
-    expert_dtype: "float32", "bfloat16", "int8" or "int4".
+    expert_dtype: "float32", "bfloat16", "int8" or "int4"; "auto" is bfloat16.
     scheduler: `{"policy": ...}` and parameters, as in the deployment file.
     config: deployment file, preset or mapping; what is given above goes over it. Without one, "auto" and bfloat16.
     frequencies: activation counts [layers, experts] for the first fill of the slots.
@@ -101,7 +101,7 @@ def place_operators(
         application.undo()
         session.close()
         raise
-    injection = Injection(model, deployment, resolution, application)
+    injection = Injection(model, deployment.with_expert_dtype(session.config.expert_dtype), resolution, application)
     model.__dict__[MARK] = injection
     install_guards(model)
     return injection

@@ -51,6 +51,8 @@ class Injection:
         self.prompts: WidePrompts | None = None
         self.card_attention: CardAttention | None = None
         self.way: StepWay | None = None
+        self.packing: str | None = None
+        """Of a loaded model whose file has its experts quantised: what they became, and why."""
         self._application = application
         self._active = True
         self._sharing: weakref.WeakSet[Injection] = weakref.WeakSet([self])
@@ -63,8 +65,9 @@ class Injection:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What of the rules has no effect here, and why."""
-        return (*self._application.remarks, *self._without_accelerator())
+        """What of the rules has no effect here, and why; and what experts of a quantised file became."""
+        packing = () if self.packing is None else (self.packing,)
+        return (*self._application.remarks, *self._without_accelerator(), *packing)
 
     def prepare_dense(self, *, keep_originals: bool, records: DenseRecords | None = None) -> None:
         """What the deployment's `cpu` section says of all that is not experts: their dtype, attention, torch.
@@ -162,7 +165,7 @@ class Injection:
             for unit in units
             for layer in unit.layers
         }
-        dtype = self.config.cpu.expert_dtype
+        dtype = self.session.config.expert_dtype
         explanation = explain_resolution(self.model, self.resolution, dtype, self.remarks, places)
         return explanation if self.way is None else replace(explanation, ways=self.way.described())
 

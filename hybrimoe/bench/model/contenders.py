@@ -112,13 +112,14 @@ def _drawn(n_tokens: int) -> SamplingOptions:
 
 
 @contextmanager
-def hybrid(label: str, make: Callable[[], Any], tokenizer: Any, dtype: str, lossy: bool = False) -> Iterator[Contender]:
+def hybrid(label: str, make: Callable[[], Any], tokenizer: Any, lossy: bool = False) -> Iterator[Contender]:
     """A model with hybrid experts, made by `make` (hybrimoe.load, or random weights)."""
     from hybrimoe.generation import TextGenerator
 
     model = make()
     try:
-        yield Contender(label, TextGenerator(model, tokenizer), model.hybrimoe.session, dtype, lossy)
+        session = model.hybrimoe.session
+        yield Contender(label, TextGenerator(model, tokenizer), session, session.config.expert_dtype, lossy)
     finally:
         model.hybrimoe.session.close()
         del model

@@ -198,8 +198,8 @@ def _openers(request: Request, progress: Any) -> tuple[int, list[Callable[[ExitS
 
         def opener(stack: ExitStack, label: str = label, deployment: Any = deployment) -> Any:
             make = partial(source.hybrid, deployment, progress)
-            dtype, lossy = deployment.cpu.expert_dtype, runtime_config(deployment).lossy is not None
-            return stack.enter_context(contenders.hybrid(label, make, source.tokenizer, dtype, lossy))
+            lossy = runtime_config(deployment).lossy is not None
+            return stack.enter_context(contenders.hybrid(label, make, source.tokenizer, lossy))
 
         openers.append(opener)
     if request.gguf is not None:

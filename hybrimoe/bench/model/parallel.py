@@ -68,7 +68,7 @@ def measure(request: Request, progress: Progress) -> dict[str, Any]:
         "model": request.shape or request.model or "demo",
         "weights": "random" if request.shape else "checkpoint",
         "layers": len(model.hybrimoe.session.layer_specs()),
-        "expert_dtype": request.deployment.cpu.expert_dtype,
+        "expert_dtype": model.hybrimoe.session.config.expert_dtype,
         "dense_dtype": request.deployment.cpu.dense_dtype,
         "in_turn": rows.in_turn,
         "new_tokens": request.new_tokens,

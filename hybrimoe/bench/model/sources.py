@@ -104,7 +104,7 @@ class RandomSource:
         model = meta_model(self.config, dense_dtype(deployment.cpu.dense_dtype, self.config))
         injection = inject(model, config=deployment)
         store = injection.session.store
-        _require_memory(store.nbytes, f"experts in {deployment.cpu.expert_dtype}")
+        _require_memory(store.nbytes, f"experts in {injection.session.config.expert_dtype}")
         _fill(injection.session, progress)
         _draw_dense(model)
         place_dense(model, deployment)

@@ -70,7 +70,7 @@ def measure(request: Request, progress: Progress) -> dict[str, Any]:
         "bench": "speculate",
         "model": request.shape or request.model or "demo",
         "weights": "random" if request.shape else "checkpoint",
-        "expert_dtype": request.deployment.cpu.expert_dtype,
+        "expert_dtype": model.hybrimoe.session.config.expert_dtype,
         "dense_dtype": request.deployment.cpu.dense_dtype,
         "new_tokens": request.new_tokens,
         "rounds": request.rounds,

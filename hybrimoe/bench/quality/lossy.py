@@ -72,8 +72,9 @@ def run(request: Request, progress: Callable[[str], None] = lambda text: None) -
             for at in range(len(variants)):
                 _decode(variants[(at + number) % len(variants)], prompt, following)
         rows = [_row(variant, variants[0], windows, [following for _, following in steps]) for variant in variants]
+    dtype = variants[0].model.hybrimoe.session.config.expert_dtype
     return {
-        "text": source, "prefill_tokens": sum(map(len, windows)), "dtype": request.deployment.cpu.expert_dtype,
+        "text": source, "prefill_tokens": sum(map(len, windows)), "dtype": dtype,
         "decode_tokens": sum(len(following) for _, following in steps), "machine": machine(), "rows": rows,
     }  # fmt: skip
 

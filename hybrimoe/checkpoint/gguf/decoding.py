@@ -13,8 +13,14 @@ import torch
 from hybrimoe.checkpoint.gguf.file import GgufTensor
 from hybrimoe.checkpoint.gguf.tensor_types import TensorType
 from hybrimoe.checkpoint.reading import read_bytes
+from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError, MissingExtraError
 
+PACKED_REMARKS = {
+    **dict.fromkeys(("Q4_0", "Q8_0"), "codes stay, scales are rounded to bfloat16"),
+    "MXFP4": "nothing changes",
+}
+"""What packing experts as the dtype that suits them changes, by type; others are rounded again."""
 VALUES_AT_A_TIME = 1 << 20
 """Decoded at once: the package needs up to ten float32 temporaries a value, 40 MiB together."""
 
@@ -41,6 +47,11 @@ class DecodedTensor:
         return self.tensor.shape
 
     @property
+    def storage(self) -> Storage:
+        """How its values lie in the file."""
+        return storage_of(self.tensor.kind)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of what `read` gives: the file's own, float32 for quantised types."""
         return dtype_of(self.tensor.kind)
@@ -61,6 +72,14 @@ class DecodedTensor:
     def _values(self, offset_bytes: int, shape: tuple[int, ...]) -> torch.Tensor:
         kind = self.tensor.kind
         return decoded(kind, read_bytes(self.tensor.file, self.key, offset_bytes, kind.n_bytes(shape)), shape)
+
+
+def storage_of(kind: TensorType) -> Storage:
+    """What a type is, and which records suit it: the smallest that do not round its codes again, else int8."""
+    if kind.dtype is not None:
+        return Storage(kind.name)
+    remark = PACKED_REMARKS.get(kind.name, "rounded again")
+    return Storage(kind.name, "int4" if kind.name == "Q4_0" else "int8", remark)
 
 
 def dtype_of(kind: TensorType) -> torch.dtype:

@@ -16,6 +16,7 @@ from hybrimoe.checkpoint.gguf.decoding import DecodedTensor
 from hybrimoe.checkpoint.gguf.families import SHARED_PLACES, WHOLE_MODEL, Arrangement, Place, family_of
 from hybrimoe.checkpoint.gguf.fields import Fields
 from hybrimoe.checkpoint.gguf.file import GgufModel, GgufTensor
+from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 
 LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
@@ -61,6 +62,11 @@ class ArrangedTensor:
     def stored(self) -> tuple[GgufTensor, ...]:
         """The tensors of the file that it is made from."""
         return tuple(part.tensor for part in self.parts)
+
+    @property
+    def storage(self) -> Storage:
+        """How its values lie there: of several tensors as the first."""
+        return self.parts[0].storage
 
     def read(self) -> torch.Tensor:
         """The whole parameter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from hybrimoe.checkpoint import UnsupportedCheckpointError, load
-from hybrimoe.checkpoint.quantisation import Quantisation, check_tensor_names, read_quantisation
+from hybrimoe.checkpoint.quantisation import Quantisation, WeightGroup, check_tensor_names, read_quantisation
 from hybrimoe.errors import CheckpointError
 
 FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 64]}
@@ -61,15 +62,18 @@ def test_a_quantised_kv_cache_alone_is_no_quantisation_of_weights(tmp_path: Path
 @pytest.mark.parametrize(
     ("entry", "name"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq", "bits": 4}, "awq"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"load_in_8bit": True}, "bitsandbytes"),
-        ({"bits": 4, "group_size": 128, "desc_act": False}, "gptq"),
-        ({"w_bit": 4, "q_group_size": 128}, "awq"),
-        (compressed({"num_bits": 4, "type": "int"}, "pack-quantized"), r"compressed-tensors \(pack-quantized\)"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, r"gptq \(marlin\)"),
+        ({"bits": 4, "group_size": 128, "checkpoint_format": "bitblas"}, r"gptq \(bitblas\)"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, r"awq \(gemv\)"),
+        ({"w_bit": 4, "q_group_size": 128, "version": "GEMV_FAST"}, r"awq \(GEMV_FAST\)"),
+        (compressed({"num_bits": 4, "type": "int"}, "marlin-24"), r"compressed-tensors \(marlin-24\)"),
         (compressed({"num_bits": 4, "type": "float"}, "float-quantized"), r"compressed-tensors \(float-quantized\)"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"modelopt \(NVFP4\)"),
+        (
+            compressed({"num_bits": 4, "type": "int"}, "pack-quantized")
+            | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            r"compressed-tensors \(sparse-24-bitmask\)",
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"modelopt \(W4A8_AWQ\)"),
         ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
         ({"quant_method": "hqq"}, "hqq"),
     ],
@@ -90,11 +94,49 @@ def test_what_is_not_read_is_refused_by_name(entry: dict[str, Any], name: str, w
 )
 def test_a_file_that_names_no_method_is_its_programs(file: str, name: str | None, tmp_path: Path) -> None:
     (tmp_path / file).write_text(json.dumps({"group_size": 128}))
-    if name is None:
-        assert read_quantisation(tmp_path, {}) == Quantisation()
-    else:
-        with pytest.raises(UnsupportedCheckpointError, match=f"quantised with {name};.*told by {file}"):
-            read_quantisation(tmp_path, {})
+    found = read_quantisation(tmp_path, {})
+    assert (found.method, found.group_size) == (name, None if name is None else 128)
+
+
+@pytest.mark.parametrize(
+    ("entry", "read"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": False},
+            Quantisation("gptq", bits=4, group_size=128, symmetric=False, act_order=True),
+        ),
+        (
+            {"bits": 3, "group_size": -1, "checkpoint_format": "gptq_v2", "sym": True},
+            Quantisation("gptq", bits=3, symmetric=True, zero_shift=0),
+        ),
+        ({"w_bit": 4, "q_group_size": 64, "version": "GEMM"}, Quantisation("awq", bits=4, group_size=64, zero_shift=0)),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, Quantisation("bitsandbytes")),
+        ({"load_in_8bit": True}, Quantisation("bitsandbytes")),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, Quantisation("nvfp4")),
+        (
+            compressed({"num_bits": 4, "type": "int"}, "pack-quantized"),
+            Quantisation("compressed-tensors", groups=(WeightGroup((), 4),)),
+        ),
+        (
+            compressed(FLOAT8 | {"strategy": "group", "group_size": 64}, "float-quantized"),
+            Quantisation("fp8", block=(1, 64), groups=(WeightGroup((), 8),)),
+        ),
+    ],
+)
+def test_what_is_said_of_codes_and_groups(entry: dict[str, Any], read: Quantisation, tmp_path: Path) -> None:
+    found = read_quantisation(tmp_path, {"quantization_config": entry})
+    assert found == replace(read, where="config.json: quantization_config")
+
+
+@pytest.mark.parametrize(
+    ("module", "bits"),
+    [("model.layers.0.q_proj", 4), ("model.layers.0.down_proj", 8), ("lm_head", 6), ("model.layers.1.down_proj", 8)],
+)
+def test_the_group_of_a_layer_is_the_one_that_names_it(module: str, bits: int) -> None:
+    groups = (WeightGroup(("Linear",), 4), WeightGroup(("re:.*down_proj$",), 8), WeightGroup(("lm_head",), 6))
+    found = Quantisation("compressed-tensors", groups=groups).group_of(f"{module}.weight")
+    assert found is not None
+    assert found.bits == bits
 
 
 @pytest.mark.parametrize(
@@ -102,6 +144,15 @@ def test_a_file_that_names_no_method_is_its_programs(file: str, name: str | None
     [
         ("fp8", "expected a mapping with quant_method"),
         ({"speed": "high"}, "has no quant_method, and its keys tell of none: speed"),
+        ({"quant_method": "gptq", "bits": "four"}, "bits is 'four'; expected a whole number"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"a": {"targets": ["re:("]}},
+            },
+            "the targets .* of a config group are damaged",
+        ),
         (FP8 | {"weight_block_size": [128]}, r"a block size of \[128\]; expected rows and columns"),
         (FP8 | {"weight_block_size": [0, 4]}, r"a block size of \[0, 4\]"),
         (FP8 | {"weight_block_size": 128}, "a block size of 128"),
@@ -122,13 +173,9 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "method"),
     [
-        ("q_proj.weight.absmax", "bitsandbytes"),
-        ("q_proj.weight.quant_state.bitsandbytes__nf4", "bitsandbytes"),
-        ("q_proj.SCB", "bitsandbytes"),
-        ("q_proj.qweight", "gptq or awq"),
-        ("q_proj.weight_packed", "compressed-tensors"),
-        ("q_proj.weight_scale_2", "nvfp4"),
         ("q_proj.W_q", "hqq"),
+        ("q_proj.weight._data", "quanto"),
+        ("q_proj.codebooks", "aqlm"),
     ],
 )
 def test_tensors_tell_what_a_config_does_not(tensor: str, method: str) -> None:
@@ -136,19 +183,18 @@ def test_tensors_tell_what_a_config_does_not(tensor: str, method: str) -> None:
         check_tensor_names(["q_proj.weight", tensor])
 
 
-def test_bitsandbytes_without_a_config_is_named_when_it_is_loaded(directory: Path, edit: Any) -> None:
+def test_bytes_of_no_known_format_are_refused_when_they_are_loaded(directory: Path, edit: Any) -> None:
     def quantise(tensors: dict[str, torch.Tensor]) -> None:
         for key in [key for key in tensors if ".experts." in key]:
-            tensors[f"{key}.absmax"] = torch.ones(4)
-            tensors[key] = torch.ones(768, 1, dtype=torch.uint8)
+            tensors[key] = torch.ones(tensors[key].shape, dtype=torch.uint8)
 
-    with pytest.raises(UnsupportedCheckpointError, match="quantised with bitsandbytes"):
+    with pytest.raises(CheckpointError, match=r"expected floating point weights, found torch.uint8.*not read"):
         load(edit(quantise), accelerator="none", policy="static", progress=False)
 
 
 @pytest.mark.parametrize("where", ["quantization_config", "compression_config", "text_config"])
 def test_a_method_is_refused_before_transformers_reads_the_config(where: str, edit_config: Any) -> None:
-    entry = {"quant_method": "gptq", "bits": 4}
+    entry = {"quant_method": "hqq", "nbits": 4}
     directory = edit_config(**{where: entry if where != "text_config" else {"quantization_config": entry}})
-    with pytest.raises(UnsupportedCheckpointError, match=f"quantised with gptq;.*{where}"):
+    with pytest.raises(UnsupportedCheckpointError, match=f"quantised with hqq; readable are fp8.*GPTQ.*{where}"):
         load(directory, accelerator="none", policy="static", progress=False)

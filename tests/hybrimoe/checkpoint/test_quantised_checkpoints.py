@@ -221,9 +221,9 @@ def test_scales_of_a_dtype_that_is_not_read(tmp_path: Path) -> None:
         sources(tmp_path, {"w": fp8_weight(24, 40), "w_scale": torch.ones(2, 3, dtype=torch.int32)})
 
 
-def test_whole_numbers_with_scales_are_no_fp4(tmp_path: Path) -> None:
-    tensors = {"w.weight": torch.ones(24, 40, dtype=torch.int8), "w.weight_scale": torch.ones(24, 1)}
-    with pytest.raises(UnsupportedCheckpointError, match=r"w.weight is torch.int8.*only fp4"):
+def test_bytes_that_are_no_format_are_no_fp4(tmp_path: Path) -> None:
+    tensors = {"w.weight": torch.ones(24, 40, dtype=torch.uint8), "w.weight_scale": torch.ones(24, 1)}
+    with pytest.raises(UnsupportedCheckpointError, match=r"w.weight is torch.uint8.*only fp4"):
         sources(tmp_path, tensors)
 
 

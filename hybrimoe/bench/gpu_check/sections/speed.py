@@ -124,7 +124,7 @@ def _plain(setting: Setting, source: Any, stack: ExitStack) -> contenders.Conten
 
 
 def _hybrid(label: str, make: Callable[[], Any], tokenizer: Any, stack: ExitStack) -> contenders.Contender:
-    return stack.enter_context(contenders.hybrid(label, make, tokenizer, DTYPE))
+    return stack.enter_context(contenders.hybrid(label, make, tokenizer))
 
 
 def _llama_cpp(setting: Setting, source: Any, stack: ExitStack) -> contenders.LlamaCpp:

@@ -1,0 +1,1 @@
+"""Quantised formats of Hugging Face checkpoints: how their tensors are named, and how they become plain weights."""
