@@ -1,9 +1,9 @@
 """One dense feed-forward part cut into a shared expert and routed ones, which together compute what it computed.
 
-A gated feed-forward part is a sum over its neurons, `sum_i silu(g_i x) (u_i x) d_i`, so that any grouping of the neurons
-into experts gives the same sum. Neurons that are strong on most tokens go to the shared expert; the others are grouped
-with those that are strong on the same tokens, so that few groups have most of the sum (as in MoEfication,
-arXiv 2110.01786). The router is fitted to how much each expert gives.
+A gated feed-forward part is a sum over its neurons, `sum_i silu(g_i x) (u_i x) d_i`, so that any grouping of them into
+experts gives the same sum. Neurons that are strong on most tokens go to the shared expert; the others are grouped with
+those that are strong on the same tokens, so that few groups have most of the sum (as in MoEfication, arXiv
+2110.01786). The router is fitted to how much each expert gives.
 """
 
 from __future__ import annotations

@@ -131,6 +131,7 @@ def _write_files(folder: Path, model: Converted, tokenizer: Any, source: dict[st
     (folder / "README.md").write_text(card, encoding="utf-8")
     _write_json(folder / "config.json", model.config | {MADE_FROM: source})
     for file in folder.iterdir():
+        file.chmod(0o644)
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
 
