@@ -1,6 +1,6 @@
-"""The simulator against public measurements (benchmarks/public_rows.yaml): docs/calibration.md.
+"""The simulator against public measurements (benchmarks/public_rows.yaml): docs/calibration.md and its picture.
 
-    python benchmarks/calibration_report.py          # table: public, data sheet alone, calibrated, errors
+    python benchmarks/calibration_report.py          # table: public, data sheet alone, calibrated, errors (matplotlib)
     python benchmarks/calibration_report.py --fit    # fits yaml_rules/engines/llama_cpp.yaml first (a minute)
 
 Every figure that we give is simulated; the public ones were measured by the authors of their pages.
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hybrimoe.tracing.study import plots
 from scheduler.machine.engine_profile import EngineProfile
 from scheduler.machine.profile import AccelProfile, CpuProfile, HardwareProfile, LinkProfile, ModelShape
 from scheduler.simulator.simulator import SimulationConfig, Simulator
@@ -30,6 +31,7 @@ from yaml_rules.shapes.derive import derive_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, PAGE = ROOT / "benchmarks" / "public_rows.yaml", ROOT / "docs" / "calibration.md"
+PICTURE = ROOT / "docs" / "pictures" / "calibration.svg"
 ENGINE_FILE = ROOT / "yaml_rules" / "engines" / "llama_cpp.yaml"
 DECODE_TOKENS = 1
 #: As in the shipped data sheet profiles (yaml_rules/hardware): shares of nominal memory rate, link and tensor rate.
@@ -67,8 +69,10 @@ def main() -> None:
     data = public()
     if parser.parse_args().fit:
         write_engine(data, fit(data))
-    page = document(data, compare(data, EngineProfile.from_mapping(load_engine("llama_cpp"))))
+    rows = compare(data, EngineProfile.from_mapping(load_engine("llama_cpp")))
+    page = document(data, rows)
     PAGE.write_text(page, encoding="utf-8")
+    PICTURE.write_text(picture(rows), encoding="utf-8")
     print(page)
 
 
@@ -200,6 +204,24 @@ def document(data: dict[str, Any], rows: Sequence[Row]) -> str:
     )  # fmt: skip
 
 
+def picture(rows: Sequence[Row]) -> str:
+    """SVG: predicted over public speed, each half in its colour, with the goal's band of 35 %."""
+    figure, axis = plots.new_figure(7.0, 4.5)
+    ends = (0.7 * min(row.row["speed"] for row in rows), 1.5 * max(row.row["speed"] for row in rows))
+    axis.fill_between(ends, *([(1.0 + sign * GOAL_WORST) * end for end in ends] for sign in (-1.0, 1.0)), alpha=0.15,
+                      color="gray", label=f"within {GOAL_WORST:.0%}")  # fmt: skip
+    axis.plot(ends, ends, color="gray", linewidth=0.8)
+    for half, colour in (("calibrate", "tab:blue"), ("held-out", "tab:red")):
+        for phase, marker in (("decode", "o"), ("prefill", "s")):
+            found = [row for row in rows if (row.row["half"], row.row["phase"]) == (half, phase)]
+            axis.scatter([row.row["speed"] for row in found], [row.calibrated for row in found], color=colour,
+                         marker=marker, s=22, label=f"{half}, {phase}")  # fmt: skip
+    axis.set(xscale="log", yscale="log", xlabel="public, tokens/s (measured by others)", ylabel="simulated, tokens/s")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return plots.svg(figure)
+
+
 def summary_lines(half: str, rows: Sequence[Row]) -> list[str]:
     """A line of the summary for each phase."""
     lines = []
@@ -254,6 +276,8 @@ are all on an NVIDIA card.
 {summary}
 
 The goal is a median of at most 15 % and no row above 35 % on the held-out half.
+
+![Simulated over public speeds of both halves](pictures/calibration.svg)
 
 {tables}
 

@@ -62,6 +62,7 @@ WHAT = {
     "misses": "Table III: what the CPU computed is brought in by the idle link",
     "optimal": "exact minimum of the makespan",
     "hybrimoe": "HybriMoE: greedy, with stealing",
+    "hybrimoe_released": "HybriMoE's published code: the lane that ends an expert first takes it",
     "static": "KTransformers: residents on the accelerator, the rest on the CPU",
     "on_demand": "every miss is transferred",
     "layers": "llama.cpp: whole layers",

@@ -1,4 +1,4 @@
-"""`hybrimoe serve`: one model behind an OpenAI-compatible HTTP API."""
+"""`hybrimoe serve`: one model behind HTTP APIs."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def run(
     served = Served(
         name, conversations=settings.conversations, queue_length=settings.queue_length,
         parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
-        max_wait_s=settings.max_wait_seconds,
+        max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
     )  # fmt: skip
     with HttpServer(served, settings, keys, listener) as http, open_model(deployment) as opened:
         served.open(opened.generator, opened.stats)
@@ -137,8 +137,9 @@ class HttpServer:
         self.on_end: Callable[[], None] = lambda: None
         _log_to_stderr(settings.access_log)
         application = create_app(
-            served, api_keys=keys, cors_origins=settings.cors_origins, max_body_bytes=int(settings.max_body.value)
-        )
+            served, api_keys=keys, cors_origins=settings.cors_origins, max_body_bytes=int(settings.max_body.value),
+            strict=settings.strict,
+        )  # fmt: skip
         self._listener = listener
         self._server = uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False))
         self._thread = threading.Thread(target=self._run, name="hybrimoe-http", daemon=True)

@@ -74,6 +74,9 @@ class GenerationConfig(Section):
     )
 
 
+ToolParser = Literal["hermes", "qwen3_coder", "glm", "mistral", "llama3", "deepseek", "harmony"]
+
+
 class ServerConfig(Section):
     """Where `hybrimoe serve` listens, and what it keeps between requests."""
 
@@ -108,6 +111,12 @@ class ServerConfig(Section):
     max_body: SizeAmount = Field(default=Amount("bytes", 8 << 20), description="Largest request that is read.")
     drain_seconds: float = Field(
         default=30.0, ge=0.0, le=86_400.0, description="Time that replies under way have when the server is to end."
+    )
+    tool_parser: ToolParser | None = Field(
+        default=None, description="Form in which the model calls tools; by default its chat template and tokens tell."
+    )
+    strict: bool = Field(
+        default=False, description="Refuse requests with unknown fields, instead of leaving these out with a warning."
     )
     access_log: bool = Field(default=True, description="A line on stderr for each request, without contents.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,9 @@ from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.sampling import SamplingOptions
 from hybrimoe.generation.template_form import in_the_templates_form
 
-__all__ = ["Conversation", "Turn", "chat_options", "encode_chat", "has_chat_template"]
+__all__ = [
+    "Conversation", "Turn", "chat_options", "encode_chat", "has_chat_template", "render_chat", "tokenised_chat",
+]  # fmt: skip
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() }}: {{ message['content'] }}\n{% endfor %}"
@@ -133,10 +135,23 @@ def chat_options(tokenizer: Any, options: SamplingOptions) -> SamplingOptions:
 def encode_chat(
     tokenizer: Any, messages: list[dict[str, Any]], variables: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Token ids of `messages` through the model's chat template, ready for the assistant's words.
+    """Token ids of `messages` through the model's chat template, ready for the assistant's words; see `render_chat`."""
+    return tokenised_chat(tokenizer, render_chat(tokenizer, messages, variables))
+
+
+def tokenised_chat(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a conversation that `render_chat` gave."""
+    return list(tokenizer(text, add_special_tokens=not has_chat_template(tokenizer))["input_ids"])
+
+
+def render_chat(
+    tokenizer: Any, messages: list[dict[str, Any]], variables: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:  # fmt: skip
+    """`messages` through the model's chat template, ready for the assistant's words.
 
     messages: role, content as text, and where a client sends them tool_calls, tool_call_id, name, reasoning_content.
-    variables: of the template, such as enable_thinking.
+    variables: of the template, such as enable_thinking. tools: functions that the template shows to the model.
 
     Raises:
         PromptError: a variable that the template does not have.
@@ -150,6 +165,7 @@ def encode_chat(
     def render(given: list[dict[str, Any]]) -> str:
         shown: str = tokenizer.apply_chat_template(
             given,
+            tools=None if tools is None else list(tools),
             chat_template=None if with_template else PLAIN_TEMPLATE,
             tokenize=False,
             add_generation_prompt=True,
@@ -158,12 +174,11 @@ def encode_chat(
         return shown
 
     try:
-        text = render(in_the_templates_form(render, _in_words_of(template, messages)))
+        return render(in_the_templates_form(render, _in_words_of(template, messages)))
     except ModelError:
         raise
     except Exception as error:  # templates are programs of the model's author and raise what they like
         raise ModelError(f"the model's chat template rejects this conversation: {error}") from error
-    return list(tokenizer(text, add_special_tokens=not with_template)["input_ids"])
 
 
 def _check_variables(template: str, variables: Mapping[str, Any]) -> None:
@@ -173,19 +188,32 @@ def _check_variables(template: str, variables: Mapping[str, Any]) -> None:
 
 
 def _in_words_of(template: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages without what `template` does not know: a developer speaks as the system, tool calls stand in the text.
+    """Messages without what `template` does not know: a developer speaks as the system, calls of tools and their
+    results stand in the text (in the form of Hermes), reasoning has the name that the template gives it.
 
-    A template that knows neither leaves them out without a word.
+    A template that does not know them leaves them out without a word.
     """
     known = []
     for message in messages:
         if message["role"] == "developer" and "developer" not in template:
             message = {**message, "role": "system"}
-        if message.get("tool_calls") and "tool_calls" not in template:
-            calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
-            message = {**message, "content": "\n".join(part for part in (message["content"], *calls) if part)}
+        if "tool_calls" not in template:
+            message = _with_calls_as_text(message)
+        if "reasoning_content" in message and "reasoning_content" not in template and ".thinking" in template:
+            message = {**message, "thinking": message["reasoning_content"]}
         known.append(message)
     return known
+
+
+def _with_calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    if message["role"] == "tool":
+        result = f"<tool_response>\n{message['content']}\n</tool_response>"
+        return {**message, "role": "user", "content": result}
+    if not message.get("tool_calls"):
+        return message
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
+    shown = [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
+    return {**message, "content": "\n".join(part for part in (message["content"], *shown) if part)}
 
 
 def _next_user(messages: list[dict[str, str]], start: int) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
-__all__ = ["IncrementalDecoder", "StopTexts"]
+__all__ = ["IncrementalDecoder", "StopTexts", "beginning_of_one"]
 
 REPLACEMENT = "\ufffd"
 """What a decoder puts where bytes are no complete character; at the end of a text: perhaps not complete yet."""
@@ -22,7 +22,8 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class IncrementalDecoder:
     """Turns token ids into text piece by piece; the pieces joined are what decoding all tokens at once gives.
 
-    Special tokens give no text. `prompt_ids` are only context: their text is not given again.
+    Special tokens give no text, but for those of `shown`, whose names are text. `prompt_ids` are only context: their
+    text is not given again.
 
     Two kinds of tokens can change the text before them and are therefore held back. A byte-level token may be part of a
     character: the text then ends with U+FFFD. A byte-fallback token belongs to a run, which is text only if the whole
@@ -30,8 +31,9 @@ class IncrementalDecoder:
     `tokenizers.DecodeStream` raises on such runs.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), shown: Set[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown
         self._special = _special_ids(tokenizer)
         self._window = self._prompt_window(prompt_ids)
         """Tokens that are decoded together; the text of those before has been given."""
@@ -44,6 +46,8 @@ class IncrementalDecoder:
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character or a run of bytes is incomplete."""
+        if token in self._shown:
+            return self._give_name(token)
         if token in self._special:
             return ""
         self._window.append(token)
@@ -65,6 +69,13 @@ class IncrementalDecoder:
         self._n_given = max(self._n_given, len(text))
         self.n_characters += len(piece)
         return piece
+
+    def _give_name(self, token: int) -> str:
+        """What is incomplete ends here; then the name of a special token. The text after it is decoded by itself."""
+        rest, name = self.flush(), str(self._tokenizer.convert_ids_to_tokens(token))
+        self.n_characters += len(name)
+        self._window, self._n_given, self._n_settled = [], 0, 0
+        return rest + name
 
     def _move(self) -> None:
         """Begin the window at the last settled place; what is in front of it no longer matters."""
@@ -115,7 +126,7 @@ class StopTexts:
             position, self.found = min(hits, key=lambda hit: (hit[0], -len(hit[1])))
             self._held = ""
             return text[:position]
-        keep = self._beginning_of_a_stop(text)
+        keep = beginning_of_one(text, self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -124,12 +135,13 @@ class StopTexts:
         text, self._held = self._held, ""
         return text
 
-    def _beginning_of_a_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that is a beginning of a stop text."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+
+def beginning_of_one(text: str, wanted: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is a beginning of one of the `wanted` texts, and not all of it."""
+    longest = 0
+    for one in wanted:
+        for length in range(min(len(one) - 1, len(text)), longest, -1):
+            if text.endswith(one[:length]):
+                longest = length
+                break
+    return longest

@@ -275,6 +275,7 @@ class Reply:
         self._transcript = Transcript(
             generator.tokenizer, prompt_ids, eos_token_ids=self._sampler.eos_token_ids,
             max_new_tokens=self._sampler.max_new_tokens, context_tokens=limit, stop=options.stop,
+            shown_special=options.shown_special,
         )  # fmt: skip
         self.profile = profile
         self._forward, self._choose, self._show = generator.forward, self._sampler.next, self._transcript.push
@@ -371,7 +372,10 @@ class Reply:
             self.times.ttft_us = (now - self._started) / 1000
         self._last = now
         self.text_offsets.append(self._transcript.n_characters)
-        return self._show(token)
+        text = self._show(token)
+        if self._sampler.is_complete:
+            self._transcript.complete()
+        return text
 
     def next_logits(self) -> torch.Tensor:
         """Computes the newest token; returns the logits [V] after it."""

@@ -17,6 +17,8 @@ from hybrimoe.generation.vocabulary import check_token_ids
 if TYPE_CHECKING:
     import torch
 
+    from hybrimoe.generation.constraint import Constraint
+
 __all__ = ["UNLIMITED_TOKENS", "Sampler", "SamplingOptions", "TokenLogprob", "reply_length", "with_length"]
 
 COMPLETION_TOKENS = 256
@@ -73,6 +75,8 @@ class SamplingOptions:
     stop: texts that end the reply; they are not part of it.
     max_new_tokens: None is until the end of the text or of the context, unless the generation config says a number.
     top_logprobs: for each token, record its log probability and those of so many best ones; None records nothing.
+    constraint: the structure of the reply; only tokens that it allows are chosen, and the reply ends where it does.
+    shown_special: special tokens whose names are part of the reply's text; of the others there is none.
     """
 
     temperature: float | None = None
@@ -88,6 +92,8 @@ class SamplingOptions:
     max_new_tokens: int | None = None
     ignore_eos: bool = False
     top_logprobs: int | None = None
+    constraint: Constraint | None = None
+    shown_special: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         _in_range("temperature", self.temperature, 0.0, MAX_TEMPERATURE, "0 is greedy, 1 leaves probabilities alone")
@@ -164,10 +170,16 @@ class Sampler:
         self._processors = self._processors_on("cpu")
         self._ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
         self._adjustments = _Adjustments(options)
+        self._structure = None if options.constraint is None else options.constraint.begin()
         self._top_logprobs = options.top_logprobs
         self.logprobs: list[TokenLogprob] = []
         self._seed = options.seed if options.seed is not None else secrets.randbits(32)
         self._generator = torch.Generator(device="cpu").manual_seed(self._seed)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the structure of the reply has its end, after which no token may come."""
+        return self._structure is not None and self._structure.is_complete
 
     def next(self, logits: torch.Tensor) -> int:
         """The next token from `logits` [V], any float dtype and device; it is remembered as part of the sequence.
@@ -175,7 +187,8 @@ class Sampler:
         Runs on one thread of torch: its others would spin for milliseconds afterwards, on the cores that the next
         step needs.
 
-        Raises ModelError for logits with NaN or infinity; minus infinity excludes a token.
+        Raises ModelError for logits with NaN or infinity; minus infinity excludes a token. ConstraintError where the
+        structure of the reply has become too complex to follow.
         """
         from cpu_kernels.host.threads import torch_threads
 
@@ -185,14 +198,17 @@ class Sampler:
     def _next(self, logits: torch.Tensor) -> int:
         import torch
 
-        needs_all = self._adjustments.any or self._top_logprobs is not None
+        needs_all = self._adjustments.any or self._top_logprobs is not None or self._structure is not None
         few = None if needs_all else few_candidates(self._processors, logits, greedy=self.greedy)
         if few is None:
             self._move_to(logits.device)
             own, token_ids = logits.to(torch.float32, copy=True), None
         else:
             own, token_ids = sent_together(*few)
-        scores = self._processors(self._ids, self._adjustments.apply(own)[None])
+        allowed = self._adjustments.apply(own)
+        if self._structure is not None:
+            allowed = self._structure.masked(allowed)
+        scores = self._processors(self._ids, allowed[None])
         token = torch.argmax(scores, dim=-1) if self.greedy else self._drawn(scores)
         if token_ids is not None:
             token = token_ids[token]
@@ -205,6 +221,8 @@ class Sampler:
         self._ids = torch.cat([self._ids, token[:, None]], dim=-1)
         chosen = int(chosen_id)
         self._adjustments.count(chosen)
+        if self._structure is not None:
+            self._structure.accept(chosen)
         if self._top_logprobs is not None:
             self.logprobs.append(_logprob(own, chosen, self._top_logprobs))
         return chosen

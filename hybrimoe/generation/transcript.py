@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Literal
 
 from hybrimoe.generation.detokenise import IncrementalDecoder, StopTexts
 
 __all__ = ["FinishReason", "Transcript"]
 
-FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
+FinishReason = Literal["eos", "stop", "complete", "length", "context", "interrupted"]
+"""complete: the structure that was asked for has its end."""
 
 
 class Transcript:
     """`push` each new token, then `end`; the pieces of text that they give, joined, are `text`.
 
     token_ids: the new tokens, an end-of-sequence token included. finish_reason: None while the reply goes on.
-    context_tokens: the longest prompt and reply together, None where there is no limit.
+    context_tokens: the longest prompt and reply together, None where there is no limit. shown_special: special tokens
+    whose names are part of the text.
     """
 
     def __init__(
         self, tokenizer: Any, prompt_ids: Sequence[int], *, eos_token_ids: frozenset[int], max_new_tokens: int,
-        context_tokens: int | None, stop: Sequence[str] = (),
+        context_tokens: int | None, stop: Sequence[str] = (), shown_special: Set[int] = frozenset(),
     ) -> None:  # fmt: skip
         self.text = ""
         self.token_ids: list[int] = []
@@ -30,7 +32,7 @@ class Transcript:
         self._eos_token_ids = eos_token_ids
         self._max_new_tokens = max_new_tokens
         self._context_tokens = context_tokens
-        self._decoder = IncrementalDecoder(tokenizer, prompt_ids)
+        self._decoder = IncrementalDecoder(tokenizer, prompt_ids, shown_special)
         self._stops = StopTexts(stop)
 
     @property
@@ -52,6 +54,11 @@ class Transcript:
         self.finish_reason = self._reason_to_end(token)
         self.text += piece
         return piece
+
+    def complete(self) -> None:
+        """The structure of the reply has its end: the newest token is the last one, however many might have come."""
+        if self.finish_reason not in ("eos", "stop"):
+            self.finish_reason = "complete"
 
     def end(self) -> str:
         """What was held back: an incomplete character, the beginning of a stop text."""

@@ -62,6 +62,26 @@ def open_hardware(source: str | Path) -> HardwareProfile:
         raise ProfileError(f"{source}: {error}") from error
 
 
+def with_changes(profile: HardwareProfile, changes: str) -> HardwareProfile:
+    """The profile with other numbers: ``"link.gbps=8,dense.sync_us=500"``; empty for none.
+
+    Raises ProfileError for a name that a profile does not have, or a number that cannot be.
+    """
+    mapping = profile.to_mapping()
+    for change in filter(None, changes.split(",")):
+        name, _, value = change.partition("=")
+        part, _, key = name.partition(".")
+        if not isinstance(mapping.get(part), dict) or key not in mapping[part]:
+            raise ProfileError(
+                f"change {change!r}: a profile has no {name!r}; expected PART.NAME=NUMBER as link.gbps=8"
+            )
+        try:
+            mapping[part][key] = float(value)
+        except ValueError:
+            raise ProfileError(f"change {change!r}: expected a number, found {value!r}") from None
+    return HardwareProfile.from_mapping(mapping)
+
+
 def with_accelerators(profile: HardwareProfile, count: int | None, shared_link: bool) -> HardwareProfile:
     """The profile with so many accelerators like its own; None: as many as it says."""
     link = replace(profile.link, shared=profile.link.shared or shared_link)

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible HTTP API over one model. Needs the extra `serve`; nothing else imports this package."""
+"""HTTP APIs over one model. Needs the extra `serve`; nothing else imports this package."""

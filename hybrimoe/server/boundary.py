@@ -9,11 +9,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrimoe.server.errors import BodyTooLargeError, ClientLeftError, KeyRefusedError, error_answer
+from hybrimoe.server.errors import BodyTooLargeError, ClientLeftError, KeyRefusedError, error_answer, worded
+from hybrimoe.server.fields import left_out
 from hybrimoe.server.metrics import Metrics
 
 MAX_BODY_BYTES = 8 << 20
@@ -21,8 +22,10 @@ MAX_BODY_BYTES = 8 << 20
 MAX_DISCARDED_BYTES = 64 << 20
 """So much of a body that is too large is read and thrown away: many clients only look for an answer after they have
 sent everything. A longer one is cut off."""
-PROTECTED = ("/v1/", "/metrics")
-"""Paths that need a key where there are keys. /health stays open for supervisors."""
+OPEN = ("/health", "/openapi.json", "/docs")
+"""Paths that need no key where there are keys: for supervisors, and for whoever wants to know what there is."""
+MOST_WARNINGS, MOST_WARNING_CHARACTERS = 8, 200
+"""Unknown fields that an answer's header tells of, and characters of each warning."""
 
 access = logging.getLogger("hybrimoe.server.access")
 log = logging.getLogger("hybrimoe.server")
@@ -36,12 +39,16 @@ class _Sent:
 
 
 class Boundary:
-    """ASGI middleware around all routes. Whatever a route raises becomes an answer, and the connection is kept."""
+    """ASGI middleware around all routes. Whatever a route raises becomes an answer, and the connection is kept.
+
+    strict: unknown fields are refused; else they are left out, and a Warning header tells so.
+    """
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, api_keys: Sequence[str] = (), max_body_bytes: int = MAX_BODY_BYTES
-    ) -> None:
-        self._app, self._metrics = app, metrics
+        self, app: ASGIApp, metrics: Metrics, api_keys: Sequence[str] = (), max_body_bytes: int = MAX_BODY_BYTES,
+        strict: bool = False,
+    ) -> None:  # fmt: skip
+        self._app, self._metrics, self._strict = app, metrics, strict
         self._api_keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
 
@@ -51,10 +58,13 @@ class Boundary:
             await self._app(scope, receive, send)
             return
         started, sent = time.perf_counter(), _Sent()
+        unknown: list[str] = []
+        left_out.set(None if self._strict else unknown)
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 sent.status = message["status"]
+                _warn(MutableHeaders(scope=message), unknown)
             await send(message)
 
         try:
@@ -73,16 +83,20 @@ class Boundary:
             answer = error_answer(error)
             if answer.status == 500:
                 log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
 
     def _check_key(self, scope: Scope) -> None:
         """Raises KeyRefusedError. The comparison takes the same time for every wrong key."""
-        if not self._api_keys or not scope["path"].startswith(PROTECTED):
+        if not self._api_keys or scope["path"].startswith(OPEN):
             return
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        known = [hmac.compare_digest(key.strip().encode("utf-8", "replace"), own) for own in self._api_keys]
-        if scheme.lower() != "bearer" or not any(known):
-            raise KeyRefusedError("this server needs an API key: send the header Authorization: Bearer KEY")
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = key if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        known = [hmac.compare_digest(given.strip().encode("utf-8", "replace"), own) for own in self._api_keys]
+        if not any(known):
+            raise KeyRefusedError(
+                "this server needs an API key: send the header Authorization: Bearer KEY, or x-api-key: KEY"
+            )
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         """Count it, and log who asked what, never the contents. A status of 0 is an answer that never began."""
@@ -92,11 +106,21 @@ class Boundary:
         access.info("%s %s %s %d %.3f s", client, scope["method"], scope["path"], status, seconds)
 
 
-def error_response(error: BaseException) -> Response:
+def error_response(error: BaseException, path: str) -> Response:
     """The answer to a request that failed. Texts of the client's come back in it: half surrogates stay escapes."""
     answer = error_answer(error)
-    content = json.dumps(answer.body, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    content = json.dumps(worded(answer, path), ensure_ascii=False).encode("utf-8", "backslashreplace")
     return Response(content, answer.status, answer.headers, "application/json")
+
+
+def _warn(headers: MutableHeaders, unknown: Sequence[str]) -> None:
+    """Tell of fields that were left out, in the form of RFC 7234: code, agent, text."""
+    for message in unknown[:MOST_WARNINGS]:
+        text = message.encode("ascii", "backslashreplace").decode()[:MOST_WARNING_CHARACTERS]
+        quoted = (
+            "".join(character for character in text if character.isprintable()).replace("\\", "/").replace('"', "'")
+        )
+        headers.append("Warning", f'299 hybrimoe "{quoted}; it was left out"')
 
 
 async def _body(headers: Headers, receive: Receive, limit: int) -> bytes:

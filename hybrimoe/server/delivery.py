@@ -1,11 +1,10 @@
-"""How a reply travels to its client: whole or as server-sent events, and what happens when the client leaves."""
+"""How replies travel to their client: whole or piece by piece, and what happens when the client leaves."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,9 +13,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from hybrimoe.errors import ModelError
-from hybrimoe.server.answers import Form, finish_reason
-from hybrimoe.server.errors import ClientLeftError, error_answer
-from hybrimoe.server.worker import Job, Piece
+from hybrimoe.server.asking import Prepared
+from hybrimoe.server.errors import ClientLeftError, error_answer, worded
+from hybrimoe.server.forms import Ended, Form, Update, WholeReply
+from hybrimoe.server.replies.events import Call, ReplyParser, joined
+from hybrimoe.server.worker import Job, Piece, Worker
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply
@@ -44,14 +45,16 @@ class PieceReader:
         self.job = job
         self._next: asyncio.Task[Piece | Exception | None] | None = None
 
-    async def next(self, seconds: float | None = None) -> Piece | Waiting | None:
-        """The next piece; None after the last; WAITING after so many seconds. Raises what ended the generation."""
+    def coming(self) -> asyncio.Task[Piece | Exception | None]:
+        """Done when the next piece is there."""
         if self._next is None:
             self._next = asyncio.ensure_future(self.job.pieces.get())
-        await asyncio.wait({self._next}, timeout=seconds)
-        if not self._next.done():
-            return Waiting.WAITING
-        item, self._next = self._next.result(), None
+        return self._next
+
+    async def next(self) -> Piece | None:
+        """The next piece; None after the last. Raises what ended the generation."""
+        item = await asyncio.shield(self.coming())
+        self._next = None
         if isinstance(item, Exception):
             raise item
         return item
@@ -59,7 +62,7 @@ class PieceReader:
     async def rest(self) -> list[Piece]:
         """All pieces until the end."""
         pieces = []
-        while isinstance(piece := await self.next(), Piece):
+        while (piece := await self.next()) is not None:
             pieces.append(piece)
         return pieces
 
@@ -70,25 +73,98 @@ class PieceReader:
             self._next.cancel()
 
 
-async def whole(job: Job, form: Form, request: Request) -> JSONResponse:
-    """The complete reply. A client that leaves before ends its generation."""
-    reader = PieceReader(job)
+class ReadReply:
+    """One reply of a request: its pieces through its parser."""
+
+    def __init__(self, choice: int, job: Job, parser: ReplyParser) -> None:
+        self.choice, self.job = choice, job
+        self.reader = PieceReader(job)
+        self.ended: Ended | None = None
+        self._parser = parser
+        self._has_calls = False
+
+    async def next(self) -> Update:
+        """What the next piece brings."""
+        piece = await self.reader.next()
+        events = self._parser.finish() if piece is None else self._parser.push(piece.text)
+        self._has_calls = self._has_calls or any(isinstance(event, Call) for event in events)
+        if piece is None:
+            self.ended = Ended(finished(self.job), self._has_calls)
+        return Update(self.choice, events, piece or Piece(""), self.ended)
+
+
+class Replies:
+    """All replies to one request, which are computed beside each other."""
+
+    def __init__(self, worker: Worker, prepared: Sequence[Prepared]) -> None:
+        """Queues them: all or none. Raises as `Worker.submit`."""
+        self._all: list[ReadReply] = []
+        try:
+            for choice, one in enumerate(prepared):
+                job = worker.submit(one.prompt_ids, one.options)
+                self._all.append(ReadReply(choice, job, one.new_parser()))
+        except BaseException:
+            self.close()
+            raise
+
+    async def next(self, seconds: float | None = None) -> Update | Waiting | None:
+        """What is new; None once all have ended; WAITING after so many seconds. Raises what ended a generation."""
+        going = {one.reader.coming(): one for one in self._all if one.ended is None}
+        if not going:
+            return None
+        done, _ = await asyncio.wait(going, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        first = next((one for task, one in going.items() if task in done), None)
+        return Waiting.WAITING if first is None else await first.next()
+
+    async def whole(self) -> list[WholeReply]:
+        """All of them, complete."""
+        updates: list[list[Update]] = [[] for _ in self._all]
+        while isinstance(update := await self.next(), Update):
+            updates[update.choice].append(update)
+        return [
+            WholeReply(
+                joined(event for update in of_one for event in update.events),
+                _joined_pieces([update.piece for update in of_one]),
+                ended,
+            )
+            for of_one, ended in zip(updates, self.ended(), strict=True)
+        ]
+
+    def ended(self) -> list[Ended]:
+        """How they ended, once they have."""
+        return [one.ended for one in self._all if one.ended is not None]
+
+    def close(self) -> None:
+        """Nobody reads on: they stop."""
+        for one in self._all:
+            one.reader.close()
+
+
+async def deliver(
+    worker: Worker, prepared: Sequence[Prepared], form: Form, request: Request, *, streamed: bool
+) -> Response:
+    """Replies to all of `prepared`, in one answer."""
+    replies = Replies(worker, prepared)
+    return await (stream if streamed else whole)(replies, form, request)
+
+
+async def whole(replies: Replies, form: Form, request: Request) -> Response:
+    """The complete answer. A client that leaves before ends the generation."""
     try:
-        pieces = await unless_left(request, reader.rest())
+        complete = await unless_left(request, replies.whole())
     finally:
-        reader.close()
-    return JSONResponse(form.whole(pieces, finished(job)))
+        replies.close()
+    return JSONResponse(form.whole(complete))
 
 
-async def stream(job: Job, form: Form, request: Request, include_usage: bool) -> Response:
-    """The reply piece by piece. A failure before the first piece is raised; a later one is an event that ends all."""
-    reader = PieceReader(job)
+async def stream(replies: Replies, form: Form, request: Request) -> Response:
+    """The answer piece by piece. A failure before the first piece is raised; a later one is a message that ends all."""
     try:
-        first = await unless_left(request, reader.next(STATUS_SECONDS))
+        first = await unless_left(request, replies.next(STATUS_SECONDS))
     except BaseException:
-        reader.close()
+        replies.close()
         raise
-    return EventStream(_events(reader, first, form, include_usage), reader)
+    return ReplyStream(_messages(replies, first, form, request.url.path), replies, form.media_type)
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -109,43 +185,40 @@ async def _left(request: Request) -> None:
         pass
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events; however they end, the generation does, too."""
+class ReplyStream(StreamingResponse):
+    """A stream of messages; however they end, the generation does, too."""
 
-    def __init__(self, events: AsyncIterator[str], reader: PieceReader) -> None:
+    def __init__(self, messages: AsyncIterator[str], replies: Replies, media_type: str) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._reader = reader
+        super().__init__(messages, headers=headers, media_type=media_type)
+        self._replies = replies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send them. The client may leave before the first."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._reader.close()
+            self._replies.close()
 
 
-async def _events(
-    reader: PieceReader, first: Piece | Waiting | None, form: Form, include_usage: bool
-) -> AsyncIterator[str]:
+async def _messages(replies: Replies, first: Update | Waiting | None, form: Form, path: str) -> AsyncIterator[str]:
     try:
-        for opening in form.opening():
-            yield _data(opening)
-        piece = first
-        while piece is not None:
-            yield ": still working\n\n" if isinstance(piece, Waiting) else _data(form.event(piece))
-            piece = await reader.next(PING_SECONDS)
-        reply = finished(reader.job)
+        for message in form.opening():
+            yield message
+        update = first
+        while update is not None:
+            for message in [form.ping] if isinstance(update, Waiting) else form.update(update):
+                if message:
+                    yield message
+            update = await replies.next(PING_SECONDS)
     except Exception as error:  # whatever it is, the client must not take the cut text for a success
         answer = error_answer(error)
         if answer.status == 500:
             log.error("a stream failed", exc_info=error)
-        yield _data(answer.body)
+        yield form.failure(answer, worded(answer, path))
         return
-    yield _data(form.event(Piece(""), finish_reason(reply)))
-    if include_usage:
-        yield _data(form.counts(reply))
-    yield "data: [DONE]\n\n"
+    for message in form.closing(replies.ended()):
+        yield message
 
 
 def finished(job: Job) -> Reply:
@@ -155,5 +228,10 @@ def finished(job: Job) -> Reply:
     return job.reply
 
 
-def _data(body: Any) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+def _joined_pieces(pieces: Sequence[Piece]) -> Piece:
+    """All pieces as one."""
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        tuple(one for piece in pieces for one in piece.logprobs),
+        tuple(offset for piece in pieces for offset in piece.text_offsets),
+    )

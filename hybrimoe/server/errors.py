@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from hybrimoe.errors import HybriMoEError, PromptError
+from hybrimoe.generation.constraint import ConstraintError
 
 PATH_PART = re.compile(r"\w+")
 """Names and indices of a path to a field; pydantic adds the forms that it tried, which have brackets and hyphens."""
@@ -126,6 +127,33 @@ class ErrorBody(TypedDict):
     error: ErrorDetail
 
 
+class AnthropicErrorDetail(TypedDict):
+    """What went wrong, in Anthropic's form."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(TypedDict):
+    """As `ErrorBody`, in Anthropic's form."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+
+
+class OllamaErrorBody(TypedDict):
+    """As `ErrorBody`, in Ollama's form."""
+
+    error: str
+
+
+ANTHROPIC_KINDS = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
+ANTHROPIC_PATH, OLLAMA_PATH = "/v1/messages", "/api/"
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
     """Status, body and headers of the answer to a request that failed."""
@@ -139,7 +167,7 @@ def error_answer(error: BaseException) -> ErrorAnswer:
     """How `error` is answered."""
     if isinstance(error, RequestError):
         return ErrorAnswer(error.status, _body(str(error), error.kind, error.code, error.param), error.answer_headers())
-    if isinstance(error, PromptError):
+    if isinstance(error, (PromptError, ConstraintError)):
         return ErrorAnswer(400, _body(str(error), INVALID_REQUEST, "invalid_prompt"))
     if isinstance(error, RequestValidationError):
         where, message = _first_problem(error)
@@ -149,6 +177,14 @@ def error_answer(error: BaseException) -> ErrorAnswer:
         return ErrorAnswer(error.status_code, _body(str(error.detail), kind), error.headers or {})
     said = str(error) if isinstance(error, HybriMoEError) else f"{type(error).__name__}: {error}"
     return ErrorAnswer(500, _body(f"the server failed: {said}", SERVER_ERROR, "internal_error"))
+
+
+def worded(answer: ErrorAnswer, path: str) -> Any:
+    """The body of an answer in the words of the API that `path` belongs to."""
+    message = answer.body["error"]["message"]
+    if path.startswith(ANTHROPIC_PATH):
+        return {"type": "error", "error": {"type": ANTHROPIC_KINDS.get(answer.status, "api_error"), "message": message}}
+    return {"error": message} if path.startswith(OLLAMA_PATH) else answer.body
 
 
 def _first_problem(error: RequestValidationError) -> tuple[str | None, str]:

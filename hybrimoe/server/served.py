@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from hybrimoe.generation.continuous_batching import BatchEngine, default_parallel
 from hybrimoe.generation.prompt_parts import PromptPart, measured_part
-from hybrimoe.server.errors import DrainingError, LoadingError
+from hybrimoe.server.asking import Preparation
+from hybrimoe.server.errors import DrainingError, LoadingError, UnknownModelError
 from hybrimoe.server.worker import CONVERSATIONS, QUEUE_LENGTH, Worker
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ MAX_STALL_MS = 500.0
 """What a part of a prompt may take while others get tokens, where nothing else is said."""
 ENCODING_THREADS = 4
 """Threads that turn text into tokens, beside the event loop: so many long prompts do not delay a short one."""
+DEFAULT_TAG = ":latest"
 
 State = Literal["loading", "ok", "draining", "failed"]
 Result = TypeVar("Result")
@@ -30,7 +32,8 @@ class Served:
     """`name` is the model's in the API. Requests before `open` are answered with 503, as those after `drain`.
 
     parallel: replies at once; None chooses by the memory for keys and values. max_stall_ms: what a part of a prompt may
-    take while others get tokens. max_wait_s: a request that has waited so long is refused; None: for any time.
+    take while others get tokens. tool_parser: the form of the model's calls of tools, where its template does not tell
+    (see `ReplySyntax.of`). max_wait_s: a request that has waited so long is refused; None: for any time.
     on_reply: called with each reply that has ended and the seconds that it waited before it began, by the thread that
     generates.
     """
@@ -38,6 +41,7 @@ class Served:
     def __init__(
         self, name: str, *, conversations: int = CONVERSATIONS, queue_length: int = QUEUE_LENGTH,
         parallel: int | None = 1, max_stall_ms: float = MAX_STALL_MS, max_wait_s: float | None = None,
+        tool_parser: str | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.created = int(time.time())
@@ -45,7 +49,9 @@ class Served:
         self.on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None
         self._conversations, self._queue_length = conversations, queue_length
         self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
+        self._tool_parser = tool_parser
         self.part: PromptPart | None = None
+        self._preparation: Preparation | None = None
         self._worker: Worker | None = None
         self._draining = False
         self._encoders = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="hybrimoe-encode")
@@ -54,10 +60,11 @@ class Served:
         """The model is there. experts: the session's counters for /metrics, or None.
 
         Where several replies run at once, some short prompts are computed to see how many tokens of a prompt fit the
-        time that the others may wait.
+        time that the others may wait. Raises ConfigError for a `tool_parser` that there is not.
         """
         generator.tokenizer("a")  # the first call settles the tokenizer's state; later ones may run side by side
         self.experts = experts
+        self._preparation = Preparation(generator, self._tool_parser)
         parallel = default_parallel(generator) if self._parallel is None else self._parallel
         if parallel > 1:
             self.part = measured_part(generator, 1000 * self._max_stall_ms)
@@ -102,6 +109,18 @@ class Served:
             return "one reply at a time"
         how = "in one step" if engine.in_turn is None else f"one after another each token ({engine.in_turn})"
         return f"up to {engine.parallel} replies at once, {how}"
+
+    def check_name(self, name: str | None) -> None:
+        """Raises UnknownModelError for another model than this one. Ollama's clients add a tag to the name."""
+        if name is not None and name.removesuffix(DEFAULT_TAG) != self.name:
+            raise UnknownModelError(f"this server has the model {self.name!r}, not {name!r}", "model")
+
+    @property
+    def preparation(self) -> Preparation:
+        """What turns requests into prompts. Raises as `worker`."""
+        self.worker()
+        assert self._preparation is not None
+        return self._preparation
 
     def worker(self) -> Worker:
         """The worker of the model. Raises LoadingError, DrainingError while there is none to ask."""

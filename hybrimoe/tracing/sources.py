@@ -51,10 +51,21 @@ def open_trace(
         found = open_shape(shape if shape is not None else DEMO_MODEL)
         return TraceInput(_synthetic(found, seed, sequences), found, ("trace: synthetic routing of this shape",))
     trace = load_trace(source or DEMO)
+    scores = _scores_of(trace)
     if shape is not None:
-        return TraceInput(trace, open_shape(shape))
+        return TraceInput(trace, open_shape(shape), scores)
     found, note = _shape_of(trace, demo=source in (None, DEMO))
-    return TraceInput(trace, found, (note,))
+    return TraceInput(trace, found, (note, *scores))
+
+
+def _scores_of(trace: Trace) -> tuple[str, ...]:
+    """What must be said where policies that weigh experts by the gate see less than they do at run time."""
+    if trace.expert_weights is None and trace.gate_scores is None:
+        return (
+            "the trace has no routing weights: policies that read the gates' scores (mrs of hybrimoe, hobbit, learned, "
+            "lossy ones) take all routed experts of a token as equal; `trace record` keeps weights",
+        )
+    return ()
 
 
 def load_trace(source: str) -> Trace:

@@ -53,6 +53,7 @@ _CPU_RATE = Parameter("cpu_rate", (float,), 1.0, Within(1e-3, 1.0))
 _POLICIES: dict[str, _Entry] = {
     "optimal": _Entry(_optimal.optimal, (_NODE_LIMIT,)),
     "hybrimoe": _Entry(_peers.hybrimoe),
+    "hybrimoe_released": _Entry(_peers.hybrimoe_released),
     "static": _Entry(_peers.static_mapping),
     "on_demand": _Entry(_peers.on_demand),
     "layers": _Entry(_peers.whole_layers),

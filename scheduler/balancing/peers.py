@@ -136,8 +136,7 @@ def hybrimoe(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds
             if heads[candidate] >= 0 and (lane < 0 or clock[candidate] < clock[lane]):
                 lane = candidate
         expert = heads[lane]
-        plan[lane, plan[lane, COUNT]] = expert
-        plan[lane, COUNT] += 1
+        _append(plan, lane, expert)
         if lane == LINK:
             clock[LINK] += table[TRANSFER, expert]
             arrival[expert] = clock[LINK]
@@ -147,6 +146,48 @@ def hybrimoe(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds
         open_[expert] = False
         placed += 1
     return plan_makespan(table, ready, plan), 0.0
+
+
+@compiled
+def hybrimoe_released(table: Floats, ready: Floats, params: Floats, plan: Ints) -> Bounds:
+    """The balance of HybriMoE's published code (github.com/PKU-SEC-Lab/HybriMoE), which is not the one of its text.
+
+    One queue: residents, high load first, then misses, high load first. The accelerator takes from its head (a miss
+    by the link), the CPU from its tail; each time the lane that would end its expert first takes it (ties:
+    accelerator). Ends when the queue is empty. (The release does so in decode; its prompts transfer every miss.)
+    """
+    n = table.shape[1]
+    here = table[ARRIVAL] >= 0.0
+    queue = np.empty(n, np.int64)
+    residents = by_key(-table[CPU], here)
+    queue[: residents.size] = residents
+    queue[residents.size :] = by_key(-table[CPU], ~here)
+    cpu_free, accel_free, link_free = ready[CPU], ready[ACCEL], ready[LINK]
+    plan[CPU, COUNT], plan[ACCEL, COUNT], plan[TRANSFER, COUNT] = 0, 0, 0
+    head, tail = 0, n - 1
+    while head <= tail:
+        first, last = queue[head], queue[tail]
+        landed = table[ARRIVAL, first] if here[first] else link_free + table[TRANSFER, first]
+        accel_end = max(accel_free, landed) + table[ACCEL, first]
+        cpu_end = cpu_free + table[CPU, last]
+        if accel_end <= cpu_end:
+            accel_free = accel_end
+            _append(plan, ACCEL, first)
+            if not here[first]:
+                link_free = landed
+                _append(plan, TRANSFER, first)
+            head += 1
+        else:
+            cpu_free = cpu_end
+            _append(plan, CPU, last)
+            tail -= 1
+    return plan_makespan(table, ready, plan), 0.0
+
+
+@compiled
+def _append(plan: Ints, row: int, position: int) -> None:
+    plan[row, plan[row, COUNT]] = position
+    plan[row, COUNT] += 1
 
 
 @compiled

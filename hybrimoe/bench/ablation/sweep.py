@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hybrimoe.bench.ablation.spread import in_processes, on_cluster
 from hybrimoe.extensions.policies import in_place_of, open_policy
 from hybrimoe.machine.facts import environment
-from hybrimoe.machine.profiles import open_hardware, open_shape
+from hybrimoe.machine.profiles import open_hardware, open_shape, with_changes
 from hybrimoe.tracing.sources import DEFAULT_LOCALITY, DEMO, DEMO_TRACE, open_trace, split
 from scheduler.compiled import source_stamp
 from scheduler.demand import Phase
@@ -42,7 +42,9 @@ PROFILE_SEQUENCES = 2
 class Case:
     """One row to compute. ``trace`` is a file, demo, or synthetic (of ``n_prefill`` + ``n_decode`` tokens).
 
+    ``seed``: another one is another synthetic trace, or begins with another sequence of a recorded one.
     ``lossy``: kind of the lossy policy beside ``policy``, empty without. ``predictions``: routing ahead.
+    ``changes``: to the profile, see ``with_changes``. ``variant``: the assumption that is changed, empty for none.
     """
 
     experiment: str
@@ -62,6 +64,8 @@ class Case:
     seed: int = 0
     lossy: str = ""
     predictions: PredictionKind = "auto"
+    changes: str = ""
+    variant: str = ""
 
     @property
     def key(self) -> str:
@@ -110,6 +114,7 @@ def _inputs(
     if trace != SYNTHETIC:
         found = open_trace(None if trace == DEMO else trace, shape or None)
         calibration, evaluation = split(found.trace)
+        evaluation = evaluation.from_sequence(seed)
         if phase == "prefill" and not evaluation.has_phase("prefill"):
             evaluation = evaluation.as_prefill(n_prefill)
         evaluation = _only(evaluation, phase, n_prefill if phase == "prefill" else n_decode, sequences)
@@ -152,7 +157,7 @@ def run_case(case: Case) -> dict[str, Any]:
         cache_ratio=case.cache_ratio, dense_dtype=case.dense_dtype, expert_dtype=case.expert_dtype,
         lossy=resolve_lossy(case.lossy or None),
     )  # fmt: skip
-    profile = open_hardware(case.hardware)
+    profile = with_changes(open_hardware(case.hardware), case.changes)
     results = simulate(
         inputs.source.trace, profile, inputs.shape, config, None, inputs.frequencies if case.informed else None, None,
         inputs.source,
@@ -276,12 +281,18 @@ def _input_order(case: Case) -> tuple[Any, ...]:
     )
 
 
-def check_sources(traces: Sequence[str], shape: str, policies: Sequence[str], hardware: Sequence[str]) -> None:
-    """Opens everything that cases name. Raises what the first bad name raises: a TraceError, PolicyError, ..."""
+def check_sources(
+    traces: Sequence[str], shape: str, policies: Sequence[str], hardware: Sequence[str]
+) -> tuple[str, ...]:
+    """Opens everything that cases name; what must be said of the traces. Raises what the first bad name raises: a
+    TraceError, PolicyError, ..."""
+    notes = []
     for name in traces:
         found = open_trace(name, shape or None)
         check_fit(found.trace, found.shape)
+        notes += [f"{name}: {note}" for note in found.notes]
     for text in policies:
         open_policy(text)
     for name in hardware:
         open_hardware(name)
+    return tuple(notes)

@@ -91,6 +91,7 @@ def speculation(stats: Mapping[str, Any]) -> str:
 
 
 END_WORDS = {
+    "complete": "the structure of the reply has its end",
     "eos": "the model ended the text",
     "stop": "a stop text was reached",
     "length": "--max-new-tokens was reached",

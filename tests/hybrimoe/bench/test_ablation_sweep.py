@@ -12,13 +12,15 @@ import pytest
 
 import yaml_rules
 from hybrimoe.bench.ablation import sweep as ablation_sweep
-from hybrimoe.bench.ablation.cases import every_policy, hit_rates, speedups, table_3
+from hybrimoe.bench.ablation.cases import SENSITIVITY, every_policy, hit_rates, sensitivity, speedups, table_3
 from hybrimoe.bench.ablation.spread import ClusterError
 from hybrimoe.bench.ablation.summary import oracle_share, summarise, tables
 from hybrimoe.bench.ablation.sweep import DEMO, Case, cached_row, run_case, sweep
 from hybrimoe.cli.bench.ablation import build_cases, write
 from hybrimoe.errors import MissingExtraError
+from hybrimoe.machine.profiles import open_hardware, with_changes
 from hybrimoe.tracing.sources import DEMO_TRACE
+from scheduler.errors import ProfileError
 from scheduler.traces.trace import Trace
 
 CASE = Case("policies", "static", "laptop", "", DEMO, 0.25, "decode", n_decode=12)
@@ -174,12 +176,17 @@ def test_the_papers_experiments_are_there():
         "+ prefetching",
         "+ caching",
         "all",
+        "+ scheduling, text",
+        "all, text",
         "ours",
     }
     found = speedups(8)
     assert {case.n_prefill for case in found if case.phase == "prefill"} == {32, 128, 512, 1024}
     assert {case.cache_ratio for case in found if case.phase == "decode"} == {0.25, 0.5, 0.75}
     assert {case.label for case in hit_rates(8)} == {"lru", "mrs"}
+    changed = sensitivity(8)
+    assert len(changed) == 9 * len(SENSITIVITY)
+    assert len({case.key for case in changed}) == len(changed)
     every = every_policy([(DEMO, "")], 8, (0.25,))
     assert len({case.hardware for case in every}) == 5
     assert "oracle" in {case.policy for case in every}
@@ -187,11 +194,51 @@ def test_the_papers_experiments_are_there():
     assert len({case.key for case in every}) > 250
 
 
+def test_figures_over_seeds_have_a_spread(tmp_path):
+    """Each seed's speed-up is taken within the seed; what is printed is their mean and standard deviation."""
+    times = {0: {"static": 10.0, "ours": 5.0, "oracle": 4.0}, 1: {"static": 12.0, "ours": 4.0, "oracle": 3.0}}
+    rows = [row(name, ms, seed=seed) for seed, group in times.items() for name, ms in group.items()]
+    summary = summarise(rows)
+    ours = next(r for r in summary["policies"] if r["policy"] == "ours")
+    assert summary["seeds"] == [0, 1]
+    assert (ours["speedup"], ours["sd"]["speedup"]) == (2.5, pytest.approx(0.5**0.5))
+    shown = next(cells for cells in tables(summary)[0][2] if cells[0] == "ours")
+    assert shown[1] == "2.50 ± 0.71x"
+    pytest.importorskip("matplotlib")
+    pictures = {path.name for path in write(tmp_path, rows, summary) if path.suffix == ".png"}
+    assert pictures == {"policies.png", "lanes-t.png"}
+    rows += [{**row, "cache_ratio": 0.5} for row in rows]
+    assert "share-t.png" in {path.name for path in write(tmp_path, rows, summarise(rows))}
+    assert r"2.50 $\pm$ 0.71x" in (tmp_path / "tables.tex").read_text()
+
+
+def test_a_seed_begins_a_recorded_trace_with_another_sequence():
+    first, other = (run_case(replace(CASE, seed=seed)) for seed in (0, 1))
+    assert first["latency_ms"] != other["latency_ms"]
+    assert build_cases(("hits",), quick=True, seeds=range(3))[-1].seed == 2
+
+
 def row(policy, latency_ms, **more):
     plain = {"experiment": "policies", "hardware": "h", "shape": "s", "trace": "t", "cache_ratio": 0.25,
-             "phase": "decode",
-             "n_prefill": 0, "hit_rate": 0.5, "prefetches": 0, "prefetch_precision": 0.0}  # fmt: skip
+             "phase": "decode", "n_prefill": 0, "hit_rate": 0.5, "prefetches": 0, "prefetch_precision": 0.0,
+             "cpu_busy": 0.5, "accel_busy": 0.25, "link_busy": 0.25}  # fmt: skip
     return {**plain, "policy": policy, "label": policy, "latency_ms": latency_ms, **more}
+
+
+def test_a_changed_assumption_changes_the_row():
+    """A faster link shortens what the link decides; the table says how far every figure is off."""
+    few = [replace(case, n_prefill=16, n_decode=3) for case in sensitivity(3) if case.phase == "decode"]
+    rows = [run_case(c) for c in few if c.variant in ("as assumed", "link 8 GB/s") and c.label == "+ scheduling"]
+    assert rows[1]["latency_ms"] < rows[0]["latency_ms"]
+    assumed, faster = summarise(rows)["sensitivity"]
+    assert faster["off"]["+ scheduling, decode"] < assumed["off"]["+ scheduling, decode"]
+    assert tables(summarise(rows))[0][1] == ("", "+ scheduling, decode", "largest")
+
+
+@pytest.mark.parametrize("changes", ["link.speed=8", "link.gbps=fast", "link", "name=3", "link.gbps=-1"])
+def test_changes_that_a_profile_does_not_have(changes):
+    with pytest.raises(ProfileError, match=r"change|gbps"):
+        with_changes(open_hardware("laptop"), changes)
 
 
 def test_share_of_the_way_to_the_oracle():
@@ -214,7 +261,12 @@ def test_tables_and_files(tmp_path):
     assert steps["all", "decode"]["off"] == pytest.approx(0.0)
     assert tables(summary)[0][0].startswith("Table III")
     names = {path.name for path in write(tmp_path, rows, summary)}
-    assert names >= {"rows.csv", "summary.json", "report.html"}
+    assert names >= {"rows.csv", "summary.json", "tables.md", "tables.tex", "report.html"}
+    assert "| all | hybrimoe_released | decode | 0.110 s |" in (tmp_path / "tables.md").read_text()
+    paper = (tmp_path / "tables.tex").read_text()
+    assert paper.count(r"\begin{tabular}") == len(tables(summary)) == paper.count(r"\bottomrule")
+    assert r"hybrimoe\_released & decode" in paper
+    assert r"-2\%" in paper or r"+0\%" in paper
     assert "simulated" in (tmp_path / "report.html").read_text()
 
 

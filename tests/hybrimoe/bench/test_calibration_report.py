@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 from scheduler.machine.engine_profile import EngineProfile
 from yaml_rules.engines import load_engine
 
@@ -38,3 +40,14 @@ def test_the_page_has_the_figures_of_a_row():
     line = next(line for line in report.PAGE.read_text().splitlines() if line.startswith("| RTX 3090 Ti"))
     assert f"| {speed:.0f} |" in line
     assert len(engine.decode_ratios) + len(engine.prefill_ratios) == sum(r["half"] == "held-out" for r in data["rows"])
+
+
+def test_the_picture_shows_every_kind_of_row_and_is_the_same_twice():
+    pytest.importorskip("matplotlib")
+    rows = [report.Row(row, row["speed"], row["speed"]) for row in report.public()["rows"]]
+    drawn = report.picture(rows)
+    assert drawn == report.picture(rows)
+    shown = report.PICTURE.read_text()
+    for text in ("within 35%", "calibrate, decode", "held-out, prefill"):
+        assert f">{text}<" in drawn
+        assert f">{text}<" in shown

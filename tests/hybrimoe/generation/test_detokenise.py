@@ -32,6 +32,19 @@ def test_joined_pieces_are_the_text_and_no_piece_has_a_partial_character(byte_to
         assert not any("\ufffd" in piece for piece in got)
 
 
+def test_special_tokens_that_are_shown_give_their_names_and_the_others_nothing(byte_tokenizer):
+    special = byte_tokenizer.all_special_ids[0]
+    name, (half, *_) = byte_tokenizer.convert_ids_to_tokens(special), byte_tokenizer("é")["input_ids"]
+    before, after = byte_tokenizer("a é")["input_ids"], byte_tokenizer("ü b")["input_ids"]
+    for shown, expected in ((frozenset({special}), f"a é{name}ü b"), (frozenset(), "a éü b")):
+        decoder = IncrementalDecoder(byte_tokenizer, (), shown)
+        text = "".join(decoder.push(token) for token in [*before, special, *after]) + decoder.flush()
+        assert text == expected
+        assert decoder.n_characters == len(expected)
+    decoder = IncrementalDecoder(byte_tokenizer, (), frozenset({special}))
+    assert "".join(decoder.push(token) for token in [half, special, *after]) == f"\ufffd{name}ü b"
+
+
 def test_a_prompt_is_context_and_is_not_given_again(byte_tokenizer):
     prompt, text = "für dich: ", "größer 🙂"
     got = pieces(byte_tokenizer, byte_tokenizer(text)["input_ids"], byte_tokenizer(prompt)["input_ids"])

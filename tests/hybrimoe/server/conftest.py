@@ -14,7 +14,7 @@ from hybrimoe.generation import TextGenerator
 from hybrimoe.server.app import create_app
 from hybrimoe.server.served import Served
 
-CONTEXT = 96
+CONTEXT = 512
 COUNTERS = ("hits", "misses", "transfers", "prefetches", "transfer_bytes", "hit_rate", "cpu_us", "accel_us", "link_us",
             "routed", "skipped", "substituted", "lowered", "deferred")  # fmt: skip
 UNIT = {"name": "emulated", "n_slots": 6, "n_layers": 2, "total": dict.fromkeys(COUNTERS, 2.5)}
@@ -38,7 +38,11 @@ def application(generator):
     opened = []
 
     def make(loaded=True, **settings):
-        own = {name: settings.pop(name) for name in ("queue_length", "parallel", "max_stall_ms") if name in settings}
+        own = {
+            name: settings.pop(name)
+            for name in ("queue_length", "parallel", "max_stall_ms", "tool_parser")
+            if name in settings
+        }
         served = Served("tiny", **own)
         if loaded:
             served.open(generator, lambda: {"total": dict.fromkeys(COUNTERS, 5.0), "accelerators": [UNIT, UNIT]})
@@ -61,8 +65,22 @@ async def client_of(app):
 @pytest.fixture
 def call(application):
     """`call(method, path, body)` sends a request to an application, `call.together` several at once."""
-    app, _ = application()
+    return _calling(application()[0])
 
+
+@pytest.fixture
+def strict_call(application):
+    """As `call`, of a server that refuses unknown fields."""
+    return _calling(application(strict=True)[0])
+
+
+@pytest.fixture
+def calling():
+    """Makes such a `call` of an application."""
+    return _calling
+
+
+def _calling(app):
     def together(*requests):
         async def run():
             async with client_of(app) as client:

@@ -6,7 +6,7 @@ import pytest
 
 from hybrimoe.generation import SamplingOptions
 
-CONTEXT = 96
+CONTEXT = 512
 HEAD = {"model": "tiny", "temperature": 0.9, "seed": 3, "max_tokens": 8}
 
 
@@ -78,18 +78,22 @@ def test_requests_at_once_are_answered_one_after_another_with_their_own_text(cal
     ("path", "body", "status", "words"),
     [
         ("completions", {"prompt": ""}, 400, "prompt is empty"),
-        ("completions", {"prompt": "word " * 200}, 400, f"context is {CONTEXT} tokens"),
+        ("completions", {"prompt": "word " * 700}, 400, f"context is {CONTEXT} tokens"),
         ("completions", {}, 400, "prompt"),
         ("completions", {"prompt": "x", "temperature": -1}, 400, "temperature"),
         ("completions", {"prompt": "x", "top_p": "much"}, 400, "top_p"),
-        ("completions", {"prompt": "x", "n": 2}, 400, "n"),
+        ("completions", {"prompt": "x", "n": 0}, 400, "n"),
+        ("completions", {"prompt": "x", "n": 2, "best_of": 1}, 400, "best_of"),
+        ("completions", {"prompt": "x", "best_of": 2, "stream": True}, 400, "best_of"),
+        ("completions", {"prompt": "x", "echo": True, "logprobs": 1}, 400, "echo"),
         ("completions", {"prompt": "x", "logprobs": 50}, 400, "logprobs"),
         ("completions", {"prompt": "x", "stop": ""}, 400, "stop"),
         ("completions", {"prompt": "x", "model": "other"}, 404, "'tiny', not 'other'"),
-        ("completions", {"prompt": ["a", "b"]}, 400, "one prompt"),
+        ("completions", {"prompt": []}, 400, "1 to 256 prompts"),
+        ("completions", {"prompt": ["a", ""]}, 400, "prompt is empty"),
         ("completions", {"prompt": [1, 10**9]}, 400, "outside the vocabulary"),
         ("chat/completions", {"messages": []}, 400, "messages"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tool calls"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools"),
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

@@ -33,7 +33,11 @@ def test_the_shape_is_found_by_the_traces_model(tmp_path):
     trace = generate(4, 8, 2, 20, recall=None)
     named = Trace(trace.expert_ids, trace.sequence, trace.phase, {**trace.meta, "model": "allenai/OLMoE-1B-7B-0125"})
     named.save(tmp_path / "a.npz")
-    assert open_trace(str(tmp_path / "a.npz"), None).shape.name == "olmoe-1b-7b"
+    found = open_trace(str(tmp_path / "a.npz"), None)
+    assert found.shape.name == "olmoe-1b-7b"
+    assert "no routing weights" in found.notes[1]
+    trace.save(tmp_path / "weighted.npz")
+    assert not any("weights" in note for note in open_trace(str(tmp_path / "weighted.npz"), "olmoe-1b-7b").notes)
     trace.save(tmp_path / "b.npz")
     with pytest.raises(ConfigError, match="--model-shape"):
         open_trace(str(tmp_path / "b.npz"), None)

@@ -182,6 +182,14 @@ def test_paper_figure_5() -> None:
     assert plan.makespan_us == 4.0
 
 
+def test_the_released_code_steals_nothing_in_figure_5() -> None:
+    """D and E, C and the last of A and B: each to the lane that ends it first."""
+    costs = LayerCosts([1, 1, 3, 1, 4], [1] * 5, [3] * 5, [False, False, False, True, True])
+    plan = balance(costs, "hybrimoe_released")
+    assert (plan.cpu, plan.accel, plan.transfers) == ((1, 0), (4, 3, 2), (2,))
+    assert plan.makespan_us == 4.0
+
+
 # Positions 0, 1 are misses with cpu 10 and 40, position 2 a resident with cpu 30; accelerator 5, transfer 20.
 PEER_PLANS = {
     "static": ((0, 1), (2,), ()),
@@ -193,6 +201,7 @@ PEER_PLANS = {
     "monde": ((0,), (2, 1), (1,)),
     "bandwidth": ((1,), (2, 0), (0,)),
     "hybrimoe": ((0,), (2, 1), (1,)),
+    "hybrimoe_released": ((0,), (2, 1), (1,)),
     "optimal": ((0,), (2, 1), (1,)),
     "value": ((0,), (2, 1), (1,)),
 }

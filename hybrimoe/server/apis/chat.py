@@ -1,0 +1,408 @@
+"""OpenAI's /v1/chat/completions: conversations, with tools, reasoning and answers of a given structure."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import TypedDict
+
+from hybrimoe.server.apis.documented import text_answers
+from hybrimoe.server.apis.openai import Sampling, Usage, choice_options, usage
+from hybrimoe.server.asking import ChatAsked
+from hybrimoe.server.delivery import deliver, unless_left
+from hybrimoe.server.errors import RequestError
+from hybrimoe.server.fields import MAX_SHOWN, Boolean, Free, Refused, Strict, Text, Tokens, TopLogprobs, shown
+from hybrimoe.server.forms import Ended, FinishReason, Form, Update, WholeReply, sse
+from hybrimoe.server.replies import events
+from hybrimoe.server.replies.events import Call, Reasoning, Tool
+from hybrimoe.server.replies.syntax import ToolUse
+from hybrimoe.server.served import Served
+from hybrimoe.server.worker import Piece
+
+if TYPE_CHECKING:
+    from hybrimoe.generation import TokenLogprob
+
+MAX_MESSAGES = 10_000
+MAX_TOOLS = 512
+TOOL_NAME = r"^[a-zA-Z0-9_.:/-]{1,128}$"
+"""OpenAI's names, and the dots and colons that agents put between a server of tools and its tool."""
+REFUSED_OF_MESSAGES: Refused = {
+    "function_call": ("functions; send tool_calls", ()),
+    "audio": ("audio", ()),
+    "annotations": ("annotations", ([],)),
+}
+STREAM = "With stream: true. Events `data: {...}` in the form of chunks, `data: [DONE]` at the end; a failure is an \
+event with an error object, and no [DONE] follows."
+
+
+class TextPart(Strict):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _no_other_parts(value: object) -> object:
+    """A clearer message than that of the union: which kind of part this server has no support for."""
+    if isinstance(value, list):
+        kinds = {str(part.get("type")) for part in value if isinstance(part, dict)} - {"text"}
+        if kinds:
+            raise ValueError(f"expected text content, found {', '.join(sorted(kinds))[:MAX_SHOWN]}")
+    return value
+
+
+class CalledFunction(Strict):
+    """What a tool call asked for; arguments are JSON, as text."""
+
+    name: Text
+    arguments: Text
+
+
+class ToolCall(Strict):
+    """A tool call of an earlier reply."""
+
+    refused: ClassVar[Refused] = {"index": ("pieces of tool calls", tuple(range(MAX_TOOLS)))}
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Strict):
+    """One message of a chat. Only an assistant's may have no content."""
+
+    refused: ClassVar[Refused] = REFUSED_OF_MESSAGES
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[Text | list[TextPart] | None, BeforeValidator(_no_other_parts)] = None
+    name: Text | None = None
+    refusal: Text | None = None
+    reasoning_content: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Text | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content: a message of the {self.role} needs some, found null or none")
+        return self
+
+    def as_template_takes_it(self) -> dict[str, Any]:
+        """The message as chat templates read it: content as text, arguments of tool calls as data."""
+        parts = self.content if isinstance(self.content, list) else [self.content or self.refusal or ""]
+        content = "".join(part if isinstance(part, str) else part.text for part in parts)
+        given = {"name": self.name, "reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
+        message: dict[str, Any] = {"role": self.role, "content": content}
+        message |= {name: value for name, value in given.items() if value is not None}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                called(call.id, call.function.name, call.function.arguments) for call in self.tool_calls
+            ]
+        return message
+
+
+def called(id_: str | None, name: str, arguments: str) -> dict[str, Any]:
+    """A call of an earlier reply as chat templates read it."""
+    try:
+        data = json.loads(arguments)
+    except (ValueError, RecursionError):
+        data = arguments
+    return {"id": id_, "type": "function", "function": {"name": name, "arguments": data}}
+
+
+class FunctionDefinition(Strict):
+    """A function that the model may call. parameters: JSON schema of its arguments."""
+
+    name: Annotated[str, Field(pattern=TOOL_NAME)]
+    description: Text | None = None
+    parameters: Free | None = None
+    strict: Boolean | None = Field(default=None, description="Calls that the model decides on follow the schema.")
+
+    def tool(self) -> Tool:
+        """In the server's own form."""
+        return new_tool(self.name, self.description, self.parameters, strict=bool(self.strict))
+
+
+def new_tool(name: str, description: str | None, parameters: dict[str, Any] | None, *, strict: bool = False) -> Tool:
+    """A tool whose schema is that of an object without arguments where there is none."""
+    plain = Tool(name, description or "", strict=strict)
+    return replace(plain, parameters=parameters) if parameters else plain
+
+
+def only_functions(value: object) -> object:
+    """A clearer message for tools that run at the provider's."""
+    kind = value.get("type") if isinstance(value, dict) else "function"
+    if kind != "function":
+        raise ValueError(f"type: this server has no support for tools of the type {shown(kind)}; expected function")
+    return value
+
+
+class ToolDefinition(Strict):
+    """A tool; all are functions of the client's."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(Strict):
+    """The name of a function."""
+
+    name: Text
+
+
+class NamedTool(Strict):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+Tools = Annotated[list[Annotated[ToolDefinition, BeforeValidator(only_functions)]], Field(max_length=MAX_TOOLS)]
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: Tokens | None = Field(default=None, description="As max_tokens.")
+    logprobs: Boolean | None = None
+    top_logprobs: TopLogprobs | None = Field(default=None, description="Needs logprobs.")
+    tools: Tools | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: Boolean | None = Field(default=None, description="false: at most one call in a reply.")
+    reasoning_effort: Text | None = Field(default=None, description="Handed to the model's chat template.")
+    reasoning_format: Literal["auto", "deepseek", "none"] | None = Field(
+        default=None, description="none: reasoning stays within the content; else it is reasoning_content."
+    )
+    chat_template_kwargs: Free | None = Field(default=None, description="Variables of the model's chat template.")
+
+    refused: ClassVar[Refused] = {
+        **Sampling.refused, "best_of": ("choosing among replies", (1,)), "echo": ("repeating the prompt", (False,)),
+        "suffix": ("text insertion", ("",)),
+    }  # fmt: skip
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs: true")
+        return self
+
+    @property
+    def longest_reply(self) -> int | None:
+        """See `Sampling`."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def n_top_logprobs(self) -> int | None:
+        """See `Sampling`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        """Messages as chat templates take them."""
+        return [message.as_template_takes_it() for message in self.messages]
+
+    def template_variables(self) -> dict[str, Any]:
+        """Variables for the chat template."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
+
+    def tool_use(self) -> ToolUse:
+        """Tools in the server's own form. Raises RequestError."""
+        tools = [tool.function.tool() for tool in self.tools or []]
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        choice = "required" if isinstance(self.tool_choice, NamedTool) else self.tool_choice or "auto"
+        return tool_use(tools, choice, named, many=self.parallel_tool_calls is not False)
+
+    def asked(self) -> ChatAsked:
+        """In the server's own form. Raises RequestError."""
+        structure, field = self.answer()
+        return ChatAsked(
+            self.template_messages(), self.options(), self.tool_use(), structure, field, self.template_variables(),
+            separate_reasoning=self.reasoning_format != "none",
+        )  # fmt: skip
+
+
+def tool_use(
+    tools: Sequence[Tool], choice: Literal["auto", "none", "required"], named: str | None, *, many: bool
+) -> ToolUse:
+    """Raises RequestError where the choice is none of the tools, or two have one name."""
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise RequestError("tools: two of them have the same name", "tools")
+    if choice == "required" and not tools:
+        raise RequestError("tool_choice: there are no tools to call; send tools, or leave it out", "tool_choice")
+    if named is not None and named not in names:
+        raise RequestError(f"tool_choice: no tool has the name {shown(named)}", "tool_choice")
+    return ToolUse(tuple(tools), choice, named, many and named is None)
+
+
+class TopLogprob(TypedDict):
+    """One of the best tokens at a place. bytes: null for a token that is part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    """A token of the reply, and the best ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    """Log probabilities of a chat reply or of one piece of it."""
+
+    content: list[ChatLogprob]
+
+
+class AnsweredFunction(TypedDict):
+    """What a call asks for; arguments are JSON, as text."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(TypedDict):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: AnsweredFunction
+
+
+class AssistantMessage(TypedDict):
+    """A whole reply of a chat. content: null where it is nothing but calls."""
+
+    role: Literal["assistant"]
+    content: str | None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[AnsweredCall]]
+
+
+class ChatChoice(TypedDict):
+    """A whole reply of a chat, why it ended, and its log probabilities."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(TypedDict):
+    """The whole answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatForm(Form):
+    """See `Form`. new_id: makes ids of calls."""
+
+    def __init__(self, model: str, tokenizer: Any, body: ChatRequest, new_id: Callable[[], str]) -> None:
+        self._tokenizer, self._body, self._new_id = tokenizer, body, new_id
+        self._n = body.n or 1
+        self._n_calls = [0] * self._n
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def opening(self) -> Iterable[str]:
+        """The role, as OpenAI's first event has it."""
+        for index in range(self._n):
+            yield self._chunk(index, {"role": "assistant", "content": ""}, None, None)
+
+    def update(self, update: Update) -> Iterable[str]:
+        """See `Form`."""
+        logprobs = self._logprobs(update.piece)
+        for event in update.events:
+            for delta in self._deltas(update.choice, event):
+                yield self._chunk(update.choice, delta, logprobs, None)
+                logprobs = None
+        if logprobs is not None and logprobs["content"]:
+            yield self._chunk(update.choice, {"content": ""}, logprobs, None)
+        if update.ended is not None:
+            yield self._chunk(update.choice, {}, None, update.ended.reason)
+
+    def closing(self, replies: Sequence[Ended]) -> Iterable[str]:
+        """See `Form`."""
+        if self._body.include_usage:
+            yield sse(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage(replies, self._n)})
+        yield "data: [DONE]\n\n"
+
+    def whole(self, replies: Sequence[WholeReply]) -> dict[str, Any]:
+        """See `Form`."""
+        choices: list[ChatChoice] = [
+            {
+                "index": index, "message": self._message(reply), "logprobs": self._logprobs(reply.piece),
+                "finish_reason": reply.ended.reason,
+            }
+            for index, reply in enumerate(replies)
+        ]  # fmt: skip
+        counts = usage([reply.ended for reply in replies], self._n)
+        return self._head | {"object": "chat.completion", "choices": choices, "usage": counts}
+
+    def _message(self, reply: WholeReply) -> AssistantMessage:
+        calls = [self._call(call) for call in reply.calls]
+        message: AssistantMessage = {"role": "assistant", "content": reply.text or (None if calls else "")}
+        if reply.reasoning:
+            message["reasoning_content"] = reply.reasoning
+        if calls:
+            message["tool_calls"] = calls
+        return message
+
+    def _call(self, call: Call) -> AnsweredCall:
+        return {
+            "id": self._new_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments},
+        }  # fmt: skip
+
+    def _deltas(self, choice: int, event: events.Event) -> Iterable[dict[str, Any]]:
+        if not isinstance(event, Call):
+            yield {"reasoning_content" if isinstance(event, Reasoning) else "content": event.text}
+            return
+        index = self._n_calls[choice]
+        self._n_calls[choice] += 1
+        begun = self._call(replace(event, arguments=""))
+        yield {"tool_calls": [{"index": index, **begun}]}
+        yield {"tool_calls": [{"index": index, "function": {"arguments": event.arguments}}]}
+
+    def _chunk(self, index: int, delta: Any, logprobs: ChatLogprobs | None, finish: FinishReason | None) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return sse(self._head | {"object": "chat.completion.chunk", "choices": [choice]})
+
+    def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        return {"content": [self._logprob(one) for one in piece.logprobs]}
+
+    def _logprob(self, one: TokenLogprob) -> ChatLogprob:
+        best = [self._top(token, logprob) for token, logprob in one.top]
+        return {**self._top(one.token_id, one.logprob), "top_logprobs": best}
+
+    def _top(self, token: int, logprob: float) -> TopLogprob:
+        text = str(self._tokenizer.decode([token]))
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def add_routes(app: FastAPI, served: Served) -> None:
+    """Adds the endpoint."""
+
+    @app.post("/v1/chat/completions", responses=text_answers(ChatCompletion, STREAM))
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        served.check_name(body.model)
+        worker, preparation = served.worker(), served.preparation
+        asked = body.asked()
+        prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
+        each = [replace(prepared, options=options) for options in choice_options(prepared.options, body.n or 1)]
+        form = ChatForm(served.name, worker.generator.tokenizer, body, preparation.syntax.new_id)
+        return await deliver(worker, each, form, request, streamed=bool(body.stream))

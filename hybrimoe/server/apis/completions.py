@@ -1,0 +1,204 @@
+"""OpenAI's /v1/completions: texts or tokens that are continued."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from pydantic import Field, model_validator
+from typing_extensions import TypedDict
+
+from hybrimoe.server.apis.documented import text_answers
+from hybrimoe.server.apis.openai import MOST_CHOICES, Sampling, Usage, choice_options, usage
+from hybrimoe.server.asking import TextAsked
+from hybrimoe.server.delivery import deliver, unless_left
+from hybrimoe.server.errors import RequestError
+from hybrimoe.server.fields import Boolean, Integer, Refused, Text, TopLogprobs
+from hybrimoe.server.forms import Ended, FinishReason, Form, Update, WholeReply, sse
+from hybrimoe.server.served import Served
+from hybrimoe.server.worker import Piece
+
+MOST_PROMPTS = 256
+"""Prompts in one request; more than fit the queue are refused with 429."""
+STREAM = "With stream: true. Events `data: {...}` in the form of pieces, `data: [DONE]` at the end; a failure is an \
+event with an error object, and no [DONE] follows."
+
+Prompt = str | list[int]
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    refused: ClassVar[Refused] = {**Sampling.refused, "suffix": ("text insertion; see /infill", ("",))}
+
+    prompt: Text | list[Text] | list[Integer] | list[list[Integer]]
+    logprobs: TopLogprobs | None = Field(
+        default=None, description="Log probabilities of each token and of so many best ones."
+    )
+    best_of: Integer | None = Field(
+        default=None, ge=1, le=MOST_CHOICES, description="Of so many replies, the n most probable ones by token."
+    )
+    echo: Boolean | None = Field(default=None, description="The text begins with the prompt.")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError("best_of: expected at least n")
+        if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
+            raise ValueError("best_of: the best replies are known at the end, so they cannot be streamed")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: this server has no log probabilities of prompts; leave logprobs out")
+        return self
+
+    @property
+    def n_top_logprobs(self) -> int | None:
+        """See `Sampling`."""
+        return self.logprobs
+
+    @property
+    def n_computed(self) -> int:
+        """Replies to each prompt that are computed."""
+        return self.best_of or self.n or 1
+
+    def prompts(self) -> list[Prompt]:
+        """Each by itself. Raises RequestError for none, and for too many."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        if not 0 < len(self.prompt) <= MOST_PROMPTS:
+            raise RequestError(f"prompt: expected 1 to {MOST_PROMPTS} prompts, found {len(self.prompt)}", "prompt")
+        return [one if isinstance(one, (str, list)) else [one] for one in self.prompt]
+
+    def asked(self, prompt: Prompt) -> TextAsked:
+        """One prompt in the server's own form."""
+        structure, field = self.answer()
+        options = self.options()
+        if self.n_computed > (self.n or 1) and options.top_logprobs is None:
+            options = replace(options, top_logprobs=0)  # the best ones are chosen by them
+        return TextAsked(prompt, options, structure, field)
+
+
+class CompletionLogprobs(TypedDict):
+    """Log probabilities of a completion or of one piece of it; the lists have an entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(TypedDict):
+    """The text of a completion or of one piece of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(TypedDict):
+    """The answer of /v1/completions, whole or as a piece of a stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionForm(Form):
+    """See `Form`. echoed: of each prompt, the text that its replies begin with."""
+
+    def __init__(self, model: str, tokenizer: Any, body: CompletionRequest, echoed: Sequence[str]) -> None:
+        self._tokenizer, self._body, self._echoed = tokenizer, body, echoed
+        self._n = body.n or 1
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model,
+        }  # fmt: skip
+
+    def opening(self) -> Iterable[str]:
+        """The echoed prompts."""
+        for index in range(len(self._echoed) * self._n):
+            text = self._echoed[index // self._n]
+            if text:
+                yield sse(self._head | {"choices": [self._choice(index, Piece(text), None)]})
+
+    def update(self, update: Update) -> Iterable[str]:
+        """See `Form`."""
+        finish = None if update.ended is None else update.ended.reason
+        yield sse(self._head | {"choices": [self._choice(update.choice, update.piece, finish)]})
+
+    def closing(self, replies: Sequence[Ended]) -> Iterable[str]:
+        """See `Form`."""
+        if self._body.include_usage:
+            yield sse(self._head | {"choices": [], "usage": usage(replies, self._n)})
+        yield "data: [DONE]\n\n"
+
+    def whole(self, replies: Sequence[WholeReply]) -> dict[str, Any]:
+        """See `Form`."""
+        each = self._body.n_computed
+        choices: list[CompletionChoice] = []
+        for number, echoed in enumerate(self._echoed):
+            for reply in self._best(replies[number * each : (number + 1) * each]):
+                piece = replace(reply.piece, text=echoed + reply.piece.text)
+                choices.append(self._choice(len(choices), piece, reply.ended.reason))
+        return self._head | {"choices": choices, "usage": usage([reply.ended for reply in replies], each)}
+
+    def _best(self, replies: Sequence[WholeReply]) -> Sequence[WholeReply]:
+        """As many as are wanted, by the mean log probability of their tokens."""
+        if len(replies) == self._n:
+            return replies
+        return sorted(replies, key=lambda reply: -_mean_logprob(reply.piece))[: self._n]
+
+    def _choice(self, index: int, piece: Piece, finish: FinishReason | None) -> CompletionChoice:
+        logprobs = None if self._body.logprobs is None else self._logprobs(piece)
+        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _logprobs(self, piece: Piece) -> CompletionLogprobs:
+        return {
+            "tokens": [self._token_text(one.token_id) for one in piece.logprobs],
+            "token_logprobs": [one.logprob for one in piece.logprobs],
+            "top_logprobs": [
+                {self._token_text(token): logprob for token, logprob in reversed(one.top)} for one in piece.logprobs
+            ],
+            "text_offset": list(piece.text_offsets),
+        }
+
+    def _token_text(self, token: int) -> str:
+        return str(self._tokenizer.decode([token]))
+
+
+def add_routes(app: FastAPI, served: Served) -> None:
+    """Adds the endpoint."""
+
+    @app.post("/v1/completions", responses=text_answers(Completion, STREAM))
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        served.check_name(body.model)
+        worker, preparation = served.worker(), served.preparation
+        asked = [body.asked(prompt) for prompt in body.prompts()]
+        prepared = [await unless_left(request, served.encode(partial(preparation.text, one))) for one in asked]
+        tokenizer = worker.generator.tokenizer
+        echoed = [_text(tokenizer, one.prompt) if body.echo else "" for one in asked]
+        each = [
+            replace(one, options=options)
+            for one in prepared
+            for options in choice_options(one.options, body.n_computed)
+        ]
+        form = CompletionForm(served.name, tokenizer, body, echoed)
+        return await deliver(worker, each, form, request, streamed=bool(body.stream))
+
+
+def _text(tokenizer: Any, prompt: str | Sequence[int]) -> str:
+    return prompt if isinstance(prompt, str) else str(tokenizer.decode(list(prompt), skip_special_tokens=True))
+
+
+def _mean_logprob(piece: Piece) -> float:
+    return sum(one.logprob for one in piece.logprobs) / max(1, len(piece.logprobs))

@@ -1,0 +1,152 @@
+"""Checked fields of requests, and objects whose fields are all known.
+
+A field is one of four: honoured (a field of a model), without an effect here (described so), refused unless it says
+what holds anyway (`refused`), or unknown. An unknown one is refused where the server is strict; else it is left out,
+and the answer's header says so. null is the same as an absent field.
+"""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from hybrimoe.errors import did_you_mean
+from hybrimoe.generation.sampling import (
+    MAX_FREQUENCY_PENALTY,
+    MAX_LOGIT_BIAS,
+    MAX_TEMPERATURE,
+    MAX_TOP_LOGPROBS,
+    PENALTY_RANGE,
+)
+
+MAX_TOKENS = 2**31 - 1
+"""Longest reply that may be asked for; the model's context ends it before."""
+MAX_SEED = 2**63 - 1
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+"""Stop texts, and characters of each. OpenAI takes 4."""
+MAX_BIASED_TOKENS = 1024
+MAX_SHOWN = 60
+"""Characters of what was found that an error message shows."""
+LONGEST_NAME = 64
+"""A longer name of a field is no misspelt one."""
+
+Refused = dict[str, tuple[str, tuple[Any, ...]]]
+"""Fields without support: what for, and the values that ask for nothing which does not hold anyway."""
+
+left_out: ContextVar[list[str] | None] = ContextVar("left_out", default=None)
+"""Where the unknown fields of the request at hand are told; None where they are refused."""
+
+
+def _number(value: object) -> object:
+    """JSON's numbers; not true, not "1", not NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"expected a number, found {shown(value)}")
+    return value
+
+
+def _whole_number(value: object) -> object:
+    """JSON's whole numbers, which may be written 2.0."""
+    number = _number(value)
+    if isinstance(number, float):
+        if not number.is_integer():
+            raise ValueError(f"expected a whole number, found {number}")
+        return int(number)
+    return number
+
+
+def _boolean(value: object) -> object:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, found {shown(value)}")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text, found {shown(value)}")
+    return _unicode(value)
+
+
+def _unicode(value: str) -> str:
+    """Raises ValueError for half of a surrogate pair, which JSON can write and no text has."""
+    at = next((index for index, character in enumerate(value) if "\ud800" <= character <= "\udfff"), None)
+    if at is not None:
+        raise ValueError(f"character {at} is half of a surrogate pair (\\u{ord(value[at]):x}); send valid Unicode")
+    return value
+
+
+def _unicode_throughout(value: Any) -> Any:
+    """The same for all texts within free-form data."""
+    if isinstance(value, str):
+        _unicode(value)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _unicode_throughout(key)
+            _unicode_throughout(item)
+    elif isinstance(value, list):
+        for item in value:
+            _unicode_throughout(item)
+    return value
+
+
+def shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+WholeNumber, AnyNumber = BeforeValidator(_whole_number), BeforeValidator(_number)
+Integer = Annotated[int, WholeNumber]
+Boolean = Annotated[bool, BeforeValidator(_boolean)]
+Text = Annotated[str, BeforeValidator(_text)]
+Free = Annotated[dict[str, Any], AfterValidator(_unicode_throughout)]
+
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS), WholeNumber]
+TopK = Annotated[int, Field(ge=0, le=MAX_TOKENS), WholeNumber]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WholeNumber]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WholeNumber]
+Temperature = Annotated[float, Field(ge=0.0, le=MAX_TEMPERATURE), AnyNumber]
+Share = Annotated[float, Field(ge=0.0, le=1.0), AnyNumber]
+Repetition = Annotated[float, Field(ge=PENALTY_RANGE[0], le=PENALTY_RANGE[1]), AnyNumber]
+Penalty = Annotated[float, Field(ge=-MAX_FREQUENCY_PENALTY, le=MAX_FREQUENCY_PENALTY), AnyNumber]
+Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS), AnyNumber]
+Biases = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASED_TOKENS)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), BeforeValidator(_text)]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+
+
+class Strict(BaseModel):
+    """An object whose fields are all known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    refused: ClassVar[Refused] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        known: dict[str, Any] = {}
+        for name, value in data.items():
+            if name in names:
+                known[name] = value
+            elif name in cls.refused:
+                what, neutral = cls.refused[name]
+                if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
+                    raise ValueError(f"{name}: this server has no support for {what}, found {shown(value)}")
+            else:
+                cls._leave_out(name, [*names, *cls.refused])
+        return known
+
+    @staticmethod
+    def _leave_out(name: str, names: list[str]) -> None:
+        """Raises ValueError for an unknown field, or tells it to the client."""
+        near = did_you_mean(name, names) if len(name) <= LONGEST_NAME else ""
+        message, told = f"unknown field {shown(name)}{near}", left_out.get()
+        if told is None:
+            raise ValueError(message)
+        if message not in told:
+            told.append(message)

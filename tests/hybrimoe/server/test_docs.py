@@ -1,0 +1,25 @@
+"""The requests in docs/server.md are answered as they stand there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "server.md"
+
+
+def requests():
+    """(path, body) of each curl command of the page."""
+    blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    commands = [shlex.split(block) for block in blocks if block.startswith("curl ")]
+    return [
+        (words[1].removeprefix("http://127.0.0.1:8000"), words[3] if len(words) > 2 else None) for words in commands
+    ]
+
+
+@pytest.mark.parametrize(("path", "body"), requests(), ids=[path for path, _ in requests()])
+def test_a_documented_request_is_answered(call, path, body):
+    pytest.importorskip("llguidance", reason="structured replies need the extra serve")
+    answer = call("GET", path) if body is None else call("POST", path, body.encode())
+    assert answer.status_code == 200, answer.text
