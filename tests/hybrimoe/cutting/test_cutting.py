@@ -11,12 +11,12 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from hybrimoe.cutting.conversion import Recipe
+from hybrimoe.cutting.dense import read_dense
+from hybrimoe.cutting.making import make
+from hybrimoe.cutting.neurons import FeedForward, cut
 from hybrimoe.demo import demo_model_path
 from hybrimoe.demo.smollm2 import packaged_gguf
-from hybrimoe.demo.smollm2.conversion import Recipe
-from hybrimoe.demo.smollm2.cutting import FeedForward, cut
-from hybrimoe.demo.smollm2.dense import read_dense
-from hybrimoe.demo.smollm2.making import make
 from hybrimoe.errors import FileError, MissingExtraError, ModelError
 
 from ..checkpoint.gguf.conversion import permuted

@@ -1,4 +1,4 @@
-"""Where the dense model comes from, and where the model that is made of it goes."""
+"""SmolLM2, the demo model that answers: where its dense weights come from, and where the made model goes."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.demo.smollm2.conversion import Converted, Recipe, converted
-from hybrimoe.demo.smollm2.dense import read_dense
-from hybrimoe.demo.smollm2.samples import packaged_samples
+from hybrimoe.cutting.conversion import Converted, Recipe, converted
+from hybrimoe.cutting.dense import read_dense
+from hybrimoe.cutting.samples import packaged_samples
 from hybrimoe.errors import FileError
 
 __all__ = ["Made", "make"]

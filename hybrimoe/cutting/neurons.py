@@ -99,4 +99,6 @@ def _router(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     gram = inputs.T @ inputs
     penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     weights = torch.linalg.solve(gram + penalty, inputs.T @ wanted).T
-    return (weights * (ROUTER_SPREAD / (inputs @ weights.T).abs().max().clamp(min=1e-30))).float()
+    largest = float((inputs @ weights.T).abs().max().clamp(min=1e-30))
+    router: torch.Tensor = (weights * (ROUTER_SPREAD / largest)).float()
+    return router

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from hybrimoe.demo.smollm2.cutting import Cut, FeedForward, cut
-from hybrimoe.demo.smollm2.samples import Samples
+from hybrimoe.cutting.neurons import Cut, FeedForward, cut
+from hybrimoe.cutting.samples import Samples
 from hybrimoe.errors import ModelError
 
 __all__ = ["Converted", "Recipe", "converted"]
