@@ -47,7 +47,7 @@ PAPER_SPEEDUP: dict[Phase, float] = {"prefill": 1.33, "decode": 1.70}
 #: Hit rates at 25 % (LRU, MRS).
 PAPER_HITS = {"mixtral-8x7b": (0.302, 0.362), "deepseek-v2-lite": (0.477, 0.527), "qwen2-57b-a14b": (0.450, 0.528)}
 
-HEADLINE = ("static", "hybrimoe", "ours")
+HEADLINE = ("static", "hybrimoe", "hybrimoe_released", "ours")
 EVERY_POLICY = ("static", "llama_cpp", "moe_infinity", "fiddler", "freetoken", "adapmoe", "hobbit", "fate", "hybrimoe",
                 "hybrimoe_released", "ours", "oracle")  # fmt: skip
 EVERY_HARDWARE = ("a6000-xeon5220r", "rtx4090-ryzen9", "rtx5090-xeon", "laptop", "h100")

@@ -94,7 +94,7 @@ def _speedups(rows: Sequence[Row]) -> list[Row]:
             gains = [base[_setting(r)] / r["latency_ms"] for r in rows if r["phase"] == phase and r["policy"] == policy]
             if gains:
                 result.append({"phase": phase, "policy": policy, "mean": fmean(gains), "least": min(gains),
-                               "most": max(gains), "paper": paper if policy == "hybrimoe" else None})  # fmt: skip
+                               "most": max(gains), "paper": paper if policy == "hybrimoe_released" else None})  # fmt: skip
     return result
 
 
