@@ -39,6 +39,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("Show which rule places which module where; reads no weights.", UNDERSTAND),
     "rules": ("Check a rule file, or print the JSON Schema of rule files.", UNDERSTAND),
     "inspect": ("Show what a checkpoint holds, and what packing its experts costs.", UNDERSTAND),
+    "convert": ("Pack a model once into a folder that later starts map.", UNDERSTAND),
+    "verify": ("Compare a converted model with its checksums.", UNDERSTAND),
     "plan": ("Show what fits: experts per tier, KV room, expected hit rate and speed.", UNDERSTAND),
     "explain-step": ("Explain the schedule of one step: lanes, critical path, idle time.", UNDERSTAND),
     "doctor": ("Say what works on this machine and what does not.", UNDERSTAND),
