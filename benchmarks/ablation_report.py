@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from hybrimoe.bench.ablation.summary import oracle_share, tables
+from hybrimoe.bench.ablation.summary import markdown, oracle_share, tables
 
 Row = dict[str, str]
 INTRODUCTION = """# Ablation: simulated
@@ -55,12 +55,6 @@ def main() -> None:
     for name in names:
         mine = [row for row in settings if Path(row["trace"]).stem == name]
         print(f"## {name}: decode by machine and share cached\n\n{markdown(COLUMNS, by_setting(mine))}\n")
-
-
-def markdown(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [columns, ["---"] * len(columns), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def by_setting(rows: Iterable[Row]) -> list[list[str]]:

@@ -24,14 +24,17 @@ an emulated accelerator take away from it (cores, Python's lock) does not count 
 while the real kernels run. With kernels that compute nothing the same code takes several times less: after each layer
 the kernels have streamed tens of megabytes through the caches, and the interpreter's code and data come from memory
 again. Most of what is left is that; it falls with the number of different things that are called, not with their work.
-The goals are 60 us of planning, bookkeeping and dispatch for a layer with slots and 15 us without, and 2 % of a decode
-step; they are not reached where Python runs the step. The shares here are of the MoE layer's call alone. Other programs
-use this machine's memory: where the kernels' range is wide, compare the columns of CPU time and not the shares.
+The goals are 60 us of planning, bookkeeping and dispatch for a layer with slots and 15 us without, 30 us that a card
+waits for, and 2 % of a decode step; they are not reached where Python runs the step. The shares here are of the MoE
+layer's call alone. Other programs use this machine's memory: where the kernels' range is wide, compare the columns of
+CPU time and not the shares.
 
 A cell is the median over {runs} runs, with the range of the runs. `bookkeeping` is the rest of the call: tensors,
 grouping by expert, counters, the sum of the experts' rows; reading the clocks is part of it, about a microsecond for
 each section. On the CPU alone all but the checks of the tensors and the counters is one compiled call, which counts as
-kernels.
+kernels. Of a layer that a card has sent, `bookkeeping` is all that the card waits for beside kernels and copies,
+planning and launching included. `after the release` is what the host does while the card goes on. The card's own work
+is left out there, and the calling thread makes the copies (`link`), which a card's link makes by itself.
 """
 
 
@@ -52,7 +55,10 @@ def main() -> None:
         _table(runs),
     ]  # fmt: skip
     if before:
-        parts += ["Before a layer's decision became one compiled call (the same benchmark and stopwatch, in turn):\n"]
+        parts += [
+            "Before reading and deciding became one compiled call, and bookkeeping followed the release (the same"
+            " benchmark and stopwatch, in turn):\n"
+        ]
         parts += [_table(before)]
     print("\n".join(parts), end="")
 

@@ -72,6 +72,8 @@ class Exchange:
             )  # fmt: skip
         self.slots, self.source = self._given_slots.numpy(), self._given_source.numpy()
         self.rows = self._given_rows[:n_rows].numpy()
+        self.plan_addresses = self._given_slots.data_ptr(), self._given_source.data_ptr()
+        """Where a compiled call writes `slots` and `source`."""
         self._first_rows = slice(0, n_rows, top_k)
         self.slots[:], self._nothing = NO_PLACE, n_rows
         self.put_nothing()

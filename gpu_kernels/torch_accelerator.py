@@ -226,7 +226,7 @@ class TorchAccelerator:
         Returns the end of the work if it is `timed`.
         """
         if self._synchronous:
-            start_us = clock_us()
+            start_us = clock_us() if timed else 0.0
             replay()
             return DoneEvent(start_us, clock_us()) if timed else None
         stream = torch.accelerator.current_stream(self.device)

@@ -61,12 +61,19 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class ObservedTask:
-    """One finished task: ``n_tokens`` is 0 for a transfer. ``us`` is its own duration, waiting left out."""
+    """One finished task: ``n_tokens`` is 0 for a transfer. ``us`` is its own duration, waiting left out.
+
+    ``group`` > 0: the accelerator's experts that were launched together, told as so many like this one; ``us`` is then
+    the time of all of them, launching included. ``recorded``: by one launch of recorded work; otherwise it is also the
+    time of the host, which launches kernel after kernel.
+    """
 
     lane: LaneName
     layer: int
     n_tokens: int
     us: float
+    group: float = 0.0
+    recorded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,24 @@ def call_finish(
 
 
 @intrinsic
+def call_dot_rows(
+    typingctx: Any,
+    function: Any,
+    weights: Any,
+    weight_bytes: Any,
+    n_outputs: Any,
+    n_in: Any,
+    x: Any,
+    x_bytes: Any,
+    n_rows: Any,
+    out: Any,
+    out_bytes: Any,
+) -> Any:
+    """Calls the compiled `dot_rows` (cpu_kernels.simd.matrix_rows) at address `function`."""
+    return _kernel_call(9, types.void)
+
+
+@intrinsic
 def call_attend(
     typingctx: Any,
     function: Any,

@@ -12,7 +12,6 @@ gets m = max score and the sum of exp(score - m) (float32 [heads, 2]), out the s
 Partial results of runs are joined by ``exp(m - max m)`` (Dao et al., Flash-Decoding, 2023).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -142,7 +141,7 @@ def _products(s: Simd, a: _Arguments, n_heads: int, token: ir.Value, n_tokens: i
         (a.k, a.k_bytes, a.dim, a.q), (a.more, a.more_bytes, a.more_dim, s.offset(a.q, s.b.mul(a.dim, s.const(4)))),
     ):  # fmt: skip
         keys = [s.offset(first, s.b.mul(each, row_bytes)) for each in tokens]
-        sums = _folded(s, n_columns, s.lanes, sums, partial(_add_columns, s, a, keys, query, query_bytes))
+        sums = s.fold(s.const(0), n_columns, s.lanes, sums, partial(_add_columns, s, a, keys, query, query_bytes))
     return sums
 
 
@@ -166,7 +165,7 @@ def _softmax(s: Simd, scores: ir.Value, stats: ir.Value, n_tokens: ir.Value) -> 
     def largest(token: ir.Value, best: list[ir.Value]) -> list[ir.Value]:
         return [s.maximum(s.load(s.offset(scores, _floats(s, token)), s.f32), best[0])]
 
-    (best,) = _folded(s, n_tokens, s.lanes, [s.constant(s.f32, LOWEST)], largest)
+    (best,) = s.fold(s.const(0), n_tokens, s.lanes, [s.constant(s.f32, LOWEST)], largest)
     top = s.max_float(best)
     shift = s.splat(s.b.fneg(top))
 
@@ -176,7 +175,7 @@ def _softmax(s: Simd, scores: ir.Value, stats: ir.Value, n_tokens: ir.Value) -> 
         s.store(weight, place)
         return [s.b.fadd(total[0], weight)]
 
-    (total,) = _folded(s, n_tokens, s.lanes, [s.zero(s.f32)], weigh)
+    (total,) = s.fold(s.const(0), n_tokens, s.lanes, [s.zero(s.f32)], weigh)
     s.store(top, stats, 4)
     s.store(s.sum_floats(total), s.offset(stats, 4), 4)
 
@@ -204,7 +203,7 @@ def _value_columns(s: Simd, a: _Arguments, n_heads: int, column: ir.Value, n_vec
             added += [s.mul_add(weight, part, sums[head * n_vectors + i]) for i, part in enumerate(parts)]
         return added
 
-    sums = _folded(s, a.n_tokens, 1, [s.zero(s.f32)] * (n_heads * n_vectors), add)
+    sums = s.fold(s.const(0), a.n_tokens, 1, [s.zero(s.f32)] * (n_heads * n_vectors), add)
     for head in range(n_heads):
         target = s.offset(a.out, s.b.mul(s.b.add(s.b.mul(a.v_dim, s.const(head)), column), s.const(4)))
         for vector in range(n_vectors):
@@ -214,31 +213,3 @@ def _value_columns(s: Simd, a: _Arguments, n_heads: int, column: ir.Value, n_vec
 def _floats(s: Simd, index: ir.Value, first: int = 0) -> ir.Value:
     """Byte offset of float32 number first + index."""
     return s.b.mul(s.b.add(index, s.const(first)), s.const(4))
-
-
-def _folded(
-    s: Simd,
-    stop: ir.Value,
-    step: int,
-    start: list[ir.Value],
-    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
-) -> list[ir.Value]:
-    """The values after ``for i in range(0, stop, step): values = body(i, values)``; they stay in registers."""
-    before = s.b.block
-    head, inside, after = (s.b.append_basic_block(name) for name in ("head", "body", "after"))
-    s.b.branch(head)
-    s.b.position_at_end(head)
-    index = s.b.phi(I64)
-    values = [s.b.phi(value.type) for value in start]
-    index.add_incoming(s.const(0), before)
-    for value, first in zip(values, start, strict=True):
-        value.add_incoming(first, before)
-    s.b.cbranch(s.b.icmp_signed("<", index, stop), inside, after)
-    s.b.position_at_end(inside)
-    results = body(index, values)
-    index.add_incoming(s.b.add(index, s.const(step)), s.b.block)
-    for value, result in zip(values, results, strict=True):
-        value.add_incoming(result, s.b.block)
-    s.b.branch(head)
-    s.b.position_at_end(after)
-    return values

@@ -62,6 +62,34 @@ class Simd:
         self.b.branch(head)
         self.b.position_at_end(after)
 
+    def fold(
+        self,
+        start: ir.Value,
+        stop: ir.Value,
+        step: int,
+        values: Sequence[ir.Value],
+        body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+    ) -> list[ir.Value]:
+        """The values after ``for i in range(start, stop, step): values = body(i, values)``; they stay in registers."""
+        before = self.b.block
+        head, inside, after = (self.b.append_basic_block(name) for name in ("head", "body", "after"))
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        index = self.b.phi(I64)
+        current = [self.b.phi(value.type) for value in values]
+        index.add_incoming(start, before)
+        for value, first in zip(current, values, strict=True):
+            value.add_incoming(first, before)
+        self.b.cbranch(self.b.icmp_signed("<", index, stop), inside, after)
+        self.b.position_at_end(inside)
+        results = body(index, current)
+        index.add_incoming(self.b.add(index, self.const(step)), self.b.block)
+        for value, result in zip(current, results, strict=True):
+            value.add_incoming(result, self.b.block)
+        self.b.branch(head)
+        self.b.position_at_end(after)
+        return current
+
     def real(self, value: float) -> ir.Constant:
         """A float32 (rounded from `value`)."""
         return ir.Constant(F32, value)

@@ -11,15 +11,17 @@ from cpu_kernels.format.layout import BLOCK_COLUMNS, padded
 from cpu_kernels.format.linear import LinearSpec
 from cpu_kernels.host.isa import BY_NAME
 from cpu_kernels.jit.compiled import Worker
-from cpu_kernels.jit.primitives import floats_at, int64s_at, take_ticket
+from cpu_kernels.jit.primitives import call_dot_rows, floats_at, int64s_at, take_ticket
 from cpu_kernels.simd.compile import kernel_address
 from cpu_kernels.simd.formats import Format, format_of
+from cpu_kernels.simd.matrix_rows import DotRowsKernel
 from cpu_kernels.simd.rows import PrepareKernel
-from cpu_kernels.step.floats import BFLOAT16, ELEMENT_BYTES, FLOAT32, dot
+from cpu_kernels.step.floats import BFLOAT16, ELEMENT_BYTES, FLOAT32
 from cpu_kernels.step.program import MAX_ROWS, N_ROWS, STATE_SIZE, Part, Program
 from cpu_kernels.step.stream import Target
 
-(STATE, NEXT, KIND, WEIGHTS, BIAS, N_IN, N_OUT, INPUT, INPUT_BYTES, OUT, TASK_ROWS, SCALES, PLAIN_CALL) = range(13)
+(STATE, NEXT, KERNEL, WEIGHTS, WEIGHT_BYTES, BIAS, N_IN, N_OUT, INPUT, INPUT_BYTES, OUT, TASK_ROWS, SCALES,
+ PLAIN_CALL) = range(14)  # fmt: skip
 PLAIN_FORMAT = Format("plain")
 TASK_BYTES = 64 * 1024
 """Weights of a task of a plain product."""
@@ -55,20 +57,29 @@ def _plain(call_address: int, thread: int) -> None:
     """Worker. Task: TASK_ROWS outputs of all rows, of a matrix that is not packed."""
     call = int64s_at(call_address, PLAIN_CALL)
     n_rows = int64s_at(call[STATE], STATE_SIZE)[N_ROWS]
-    n_in, n_out, kind = call[N_IN], call[N_OUT], call[KIND]
-    row_bytes = n_in * (4 if kind == FLOAT32 else 2)
+    n_out, weight_bytes, out_bytes = call[N_OUT], call[WEIGHT_BYTES], 4 * call[N_OUT]
     while True:
         first = take_ticket(call[NEXT]) * call[TASK_ROWS]
         if first >= n_out:
             return
-        for output in range(first, min(n_out, first + call[TASK_ROWS])):
-            weights = call[WEIGHTS] + output * row_bytes
-            bias = floats_at(call[BIAS] + 4 * output, 1)[0] if call[BIAS] else np.float32(0)
+        count = min(n_out - first, call[TASK_ROWS])
+        out = call[OUT] + 4 * first
+        call_dot_rows(
+            call[KERNEL], call[WEIGHTS] + first * weight_bytes, weight_bytes, count, call[N_IN], call[INPUT],
+            call[INPUT_BYTES], n_rows, out, out_bytes,
+        )  # fmt: skip
+        if call[BIAS]:
+            bias = floats_at(call[BIAS] + 4 * first, count)
             for row in range(n_rows):
-                value = dot(kind, weights, floats_at(call[INPUT] + row * call[INPUT_BYTES], n_in)) + bias
-                if call[SCALES]:
-                    value *= floats_at(call[SCALES], 1)[0]
-                floats_at(call[OUT] + 4 * row * n_out, n_out)[output] = value
+                values = floats_at(out + row * out_bytes, count)
+                for i in range(count):
+                    values[i] += bias[i]
+        if call[SCALES]:
+            scale = floats_at(call[SCALES], 1)[0]
+            for row in range(n_rows):
+                values = floats_at(out + row * out_bytes, count)
+                for i in range(count):
+                    values[i] *= scale
 
 
 PLAIN_WORK = Worker(_plain)
@@ -96,7 +107,7 @@ def add_product(
     """Adds out float32 [rows, n_out] = scale * (W source + bias); returns the operation's number."""
     scales = 0 if scale == 1.0 else program.keep(np.full(MAX_ROWS, scale, np.float32))
     if product.spec is None:
-        return _add_plain(program, part, product, source, out, scales, meets)
+        return _add_plain(program, part, product, source, out, scales, isa_name, meets)
     spec = product.spec
     call = program.zeros(engine.CALL_SIZE, np.int64)
     call[: engine.PLAN_SIZE] = linear_plan(spec.in_features, spec.out_features, spec.dtype, isa_name).vector
@@ -114,15 +125,17 @@ def add_product(
 
 
 def _add_plain(
-    program: Program, part: Part, product: Product, source: Target, out: int, scales: int, meets: bool
+    program: Program, part: Part, product: Product, source: Target, out: int, scales: int, isa_name: str, meets: bool
 ) -> int:
     call = program.zeros(PLAIN_CALL, np.int64)
-    call[[STATE, KIND, WEIGHTS]] = program.state.ctypes.data, product.kind, product.address
+    kernel = DotRowsKernel("float32" if product.kind == FLOAT32 else "bfloat16")
+    call[[STATE, KERNEL, WEIGHTS]] = program.state.ctypes.data, kernel_address(kernel, isa_name), product.address
     call[BIAS] = 0 if product.bias is None else program.keep(np.ascontiguousarray(product.bias, np.float32))
     call[[N_IN, N_OUT, INPUT, INPUT_BYTES]] = product.n_in, product.n_out, source.address, source.row_bytes
     call[[OUT, SCALES]] = out, scales
     row_bytes = product.n_in * ELEMENT_BYTES[product.kind]
     fair = max(1, product.n_out // (4 * program.n_threads))
+    call[WEIGHT_BYTES] = row_bytes
     call[TASK_ROWS] = max(1, min(TASK_BYTES // row_bytes, fair))
     program.count(call, NEXT)
     return program.add(PLAIN_WORK, call, part, meets=meets)

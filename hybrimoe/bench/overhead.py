@@ -37,7 +37,6 @@ WARM_STEPS = 20
 
 TIMED = (
     Timed("bookkeeping", HybridExperts, "forward"),
-    Timed("bookkeeping", Session, "run_sent"),
     Timed("kernels", kernel_driver, "run_layer"),
     Timed("kernels", routed, "run_routed"),
     Timed("waiting", HostEvent, "wait"),
@@ -48,14 +47,11 @@ TIMED = (
     Timed("planning", Planner, "observe"),
     Timed("dispatch", EmulatedAccelerator, "run_experts"),
     Timed("dispatch", EmulatedAccelerator, "copy_to_slot"),
-    Timed("dispatch", TorchAccelerator, "launch"),
-    Timed("link", TorchAccelerator, "copy_to_slot"),
 )
 """What is timed; the rest of a call is bookkeeping: tensors, grouping by expert, counters, the sum of the rows."""
-SECTIONS = tuple(dict.fromkeys(item.section for item in TIMED))
-OVERHEAD = tuple(name for name in SECTIONS if name not in ("kernels", "waiting", "link"))
-"""Sections in which no expert of the layer is computed, waited for or copied: their CPU time is the overhead. (What
-stands for a card copies in the calling thread, which a card's link does by itself.)"""
+BESIDE = ("kernels", "waiting", "link")
+"""Sections in which experts of the layer are computed, waited for or copied (what stands for a card copies in the
+calling thread, which a card's link does by itself). The CPU time of all others is the overhead."""
 CARD = "h100"
 """The hardware profile by whose costs a call that a card has sent is planned."""
 NOTHING = Times()
@@ -111,6 +107,7 @@ class Contender:
     """One session over random weights. `policy` None: no accelerator."""
 
     name, lanes = "emulated accelerator, {}", "measured (accelerator emulated)"
+    timed: tuple[Timed, ...] = TIMED
 
     def __init__(self, request: Request, policy: str | None) -> None:
         shape = ModelShape.from_mapping(load_shape(request.shape))
@@ -232,7 +229,12 @@ class SentContender(Contender):
     def prepared(self, layer: int, call: Call) -> Callable[[], object]:
         """What runs a call of a layer once the card has sent it."""
         self._exchange.send(*call)
-        return partial(self.session.run_sent, self._sent[layer])
+        return partial(self.answer, layer)
+
+    def answer(self, layer: int) -> None:
+        """A call of a layer, and what it leaves to do once the card goes on."""
+        self.session.run_sent(self._sent[layer])
+        self.session.settle()
 
     def _output(self, call: Call) -> torch.Tensor:
         hidden, _, weights = call
@@ -240,6 +242,17 @@ class SentContender(Contender):
         compute = partial(self._exchanged.compute, 0, self._exchange, hidden, weights)
         self.session.run_sent(self._recorded(0, call, compute))
         return self._exchanged.combine(self._exchange, hidden)
+
+
+SentContender.timed = (
+    Timed("bookkeeping", SentContender, "answer"),
+    Timed("kernels", kernel_driver, "run_layer"),
+    Timed("after the release", Session, "settle"),
+    Timed("link", TorchAccelerator, "copy_to_slot"),
+)
+"""A card waits for what is not after the release of its layer: bookkeeping, here with planning and launching."""
+SECTIONS = tuple(dict.fromkeys(item.section for item in (*TIMED, *SentContender.timed)))
+OVERHEAD = tuple(name for name in SECTIONS if name not in BESIDE)
 
 
 def measure(request: Request) -> dict[str, Any]:
@@ -262,7 +275,7 @@ def _measure_one(request: Request, policy: Any, kind: type[Contender]) -> dict[s
         for _ in range(request.rounds):
             layer_us.append(_layer_us(contender, steps[WARM_STEPS:]))
             watch = Stopwatch("bookkeeping")
-            with watch.watching(TIMED):
+            with watch.watching(contender.timed):
                 contender.run(steps[WARM_STEPS:])
             watches.append(watch)
     finally:

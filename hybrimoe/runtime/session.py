@@ -196,6 +196,13 @@ class Session:
             output = self.run_layer(call.layer, call.hidden, call.ids, call.weights)
             call.exchange.put(output)
 
+    def settle(self) -> None:
+        """What the latest sent call has left to do, once the device goes on with its output; see `ExpertsCall.settle`.
+        Whoever does not call it has the next call do it."""
+        with self._lock:
+            if self._runner is not None and self._runner.consistent:
+                self._runner.settle()
+
     def expert_spec(self, layer: int) -> ExpertSpec:
         """Shape, storage dtype and activation of a layer's experts."""
         return self._layers[layer].spec
@@ -492,6 +499,7 @@ class Session:
             raise ModelError("the session has not started: weights are missing (load them, then call start())")
         if not self._runner.consistent:
             self._recover(self._runner)
+        self._runner.settle()
         return self._runner
 
     def _recover(self, broken: ExpertsCall, n_slots: int | None = None) -> None:

@@ -185,7 +185,8 @@ class CapturedStep(ModelStep):
                 raise NotCompiled(
                     f"{len(pieces.experts)} calls of experts in a captured step, {len(outputs)} in its own"
                 )
-            return pieces.run(self._numbers(call), lambda place: place.give(next(remaining)))[0][:, -1].float()
+            logits, _ = pieces.run(self._numbers(call), lambda place: place.give(next(remaining)), _nothing)
+            return logits[:, -1].float()
         finally:
             self._captured.clear()
 
@@ -205,7 +206,9 @@ class CapturedStep(ModelStep):
             pieces = self._recorded(call, layers)
             if pieces is None:
                 return None
-            logits, busy_ns = pieces.run(self._numbers(call), lambda place: place.run(self.session))
+            logits, busy_ns = pieces.run(
+                self._numbers(call), lambda place: place.run(self.session), self.session.settle
+            )
             self._unreported += pieces.counts
             for layer in layers:
                 layer.advance(1)
@@ -406,6 +409,10 @@ def _warm_up(
                 within.compute(layer, exchange, call[0], call[2])
             return within.combine(exchange, call[0])
     return torch.zeros_like(_hidden(args, kwargs))
+
+
+def _nothing() -> None:
+    """Experts whose outputs are given leave nothing to do."""
 
 
 def _routed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routed | None:

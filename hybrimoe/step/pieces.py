@@ -74,8 +74,11 @@ class Pieces:
     inside: list[InsideCall] = field(default_factory=list)
     counts: Counts = field(default_factory=lambda: np.zeros((0, 3)))
 
-    def run(self, numbers: torch.Tensor, experts: Callable[[ExpertsPlace], None]) -> tuple[torch.Tensor, int]:
-        """Launches the step; `experts` answers each call of experts.
+    def run(
+        self, numbers: torch.Tensor, experts: Callable[[ExpertsPlace], None], settle: Callable[[], None]
+    ) -> tuple[torch.Tensor, int]:
+        """Launches the step; `experts` answers each call of experts, and `settle` does what that leaves to do while
+        the device computes the piece behind it.
 
         Returns the logits [sequences, 1, V], which the next step overwrites, and the nanoseconds that the host was busy
         with the pieces, or waited for one.
@@ -84,6 +87,9 @@ class Pieces:
         self.numbers.copy_(numbers, non_blocking=True)
         for graph, place in zip_longest(self.graphs, self.experts):
             graph.replay()
+            busy_ns += time.perf_counter_ns()
+            settle()
+            busy_ns -= time.perf_counter_ns()
             if place is not None:
                 if place.sent is not None:
                     place.sent.exchange.wait()

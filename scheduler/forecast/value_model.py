@@ -188,7 +188,8 @@ class ValueModel:
         self.listed, self.cells = (np.zeros((n_layers, CANDIDATES), np.int64) for _ in range(2))
         self.chances, self.n_listed = np.zeros((n_layers, CANDIDATES)), np.zeros(n_layers, np.int64)
         self.sure_keys, self.sure_chances = np.zeros(MAX_SURE, np.int64), np.zeros(MAX_SURE)
-        self._last_layer = n_layers
+        self.last_layer = n_layers
+        """Where the latest demand was from: one that is not from a later layer begins a step."""
         self.few = True
         """Whether the latest demand had so few tokens that it says who follows whom."""
         self._no_ids, self._no_scores = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -207,7 +208,7 @@ class ValueModel:
 
     def begin_sequence(self) -> None:
         """What was active last no longer precedes what comes."""
-        self._last_layer = self.setting.n_layers
+        self.last_layer = self.setting.n_layers
         self.n_listed[:] = 0
         self.use.begin_sequence()
 
@@ -224,11 +225,20 @@ class ValueModel:
     def arrive(self, demand: Demand) -> bool:
         """A layer's routing is about to be followed: it may begin a step. Returns whether a step has so few tokens that
         it says who follows whom."""
-        few = self.few = demand.n_tokens_total <= FEW_TOKENS and demand.expert_ids.size <= MAX_ACTIVE
-        if self._last_layer >= demand.layer:
-            self._begin_step(demand, few)
-        self._last_layer = demand.layer
+        few = demand.n_tokens_total <= FEW_TOKENS and demand.expert_ids.size <= MAX_ACTIVE
+        if few:
+            self.arrive_few(demand.layer)
+        elif self.last_layer >= demand.layer:
+            self._begin_step(few)
+            self._protect_later_layers(demand)
+        self.few, self.last_layer = few, demand.layer
         return few
+
+    def arrive_few(self, layer: int) -> None:
+        """``arrive`` of a layer's routing of few tokens that has at least one active expert."""
+        if self.last_layer >= layer:
+            self._begin_step(True)
+        self.few, self.last_layer = True, layer
 
     def follow(self, demand: Demand) -> None:
         """Learns from a layer's routing and looks at the next one. Arrays as Demand says (int32, contiguous)."""
@@ -282,11 +292,9 @@ class ValueModel:
         n_tokens, costs = np.ceil(loads).astype(np.int64), self.setting.costs
         return np.asarray(np.maximum(costs.cpu_us(layer, n_tokens) - costs.accel_us(layer, n_tokens), 0.0))
 
-    def _begin_step(self, demand: Demand, few: bool) -> None:
+    def _begin_step(self, few: bool) -> None:
         self.residency.begin_step(self.setting.slots.n_slots, few)
         self.use.begin_step(few)
-        if not few:
-            self._protect_later_layers(demand)
 
     def _protect_later_layers(self, demand: Demand) -> None:
         """A prefill will use nearly every expert of the layers ahead: they are worth that much until it is their turn.

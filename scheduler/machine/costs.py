@@ -2,7 +2,8 @@
 
 Shape of a cost: a memory floor (the expert's bytes must be read, however few tokens there are), then linear in
 tokens (arithmetic). Measured tables replace the formula point by point. What really ran is fed back with
-``observe``; an exponentially weighted mean of observed / predicted, kept within bounds, scales each lane.
+``observe``; an exponentially weighted mean of observed / predicted, kept within bounds, scales each lane. Experts that
+an accelerator is given together take one launch more than they take each, which is learnt apart (``launch_us``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ OUTLIER: Final = 1.5
 operating system interrupted says nothing about the next one. A real change of 4 times is followed in 57 tasks."""
 DRIFT_BOUNDS: Final = (0.25, 4.0)
 """A lane is never believed to be more than 4 times slower or faster than its profile says."""
+SAME_SIZE: Final = 0.25
+"""Groups whose experts differ by less than this share of their expected time say little about what one takes."""
+LAUNCH, BEFORE, TOOK = range(3)
+RECORDED: Final = 1
+"""Places of ``CostModel._groups``."""
 LANES: Final = {"cpu": 0, "accel": 1, "link": 2}
 
 
@@ -106,7 +112,7 @@ class CostModel:
         return {
             "kind": self.kind.tolist(), "cpu": self.cpu_grid.tolist(), "accel": self.accel_grid.tolist(),
             "link": self.link_us.tolist(), "cpu_with_link": self.cpu_with_link, "link_with_cpu": self.link_with_cpu,
-            "dense_us": self.dense_us, "drift": self.drift.tolist(),
+            "dense_us": self.dense_us, "drift": self.drift.tolist(), "groups": self._groups.tolist(),
         }  # fmt: skip
 
     @classmethod
@@ -119,6 +125,7 @@ class CostModel:
             values["cpu_with_link"], values["link_with_cpu"], values["dense_us"],
         )  # fmt: skip
         model.drift[:] = values["drift"]
+        model._groups[:] = values.get("groups", 0.0)
         return model
 
     def _build(
@@ -136,12 +143,15 @@ class CostModel:
         self._link_by_layer = [float(link[k]) for k in kind.tolist()]
         self.drift = np.ones(3)
         """float64[3]: observed / predicted of cpu, accel and link."""
+        self._groups = np.zeros((2, 3))
+        """float64[2, 3] of groups launched kernel by kernel, and of recorded ones: us of a launch; of the latest group,
+        us that its experts were expected to take without drift, and us that it took."""
 
     def become(self, other: CostModel) -> None:
-        """Takes the other's tables; the drift that was learned stays."""
-        drift = self.drift
+        """Takes the other's tables; what was learned by observing stays."""
+        drift, groups = self.drift, self._groups
         self.__dict__.update(other.__dict__)
-        self.drift = drift
+        self.drift, self._groups = drift, groups
 
     def cpu_us(self, layer: int, n_tokens: npt.ArrayLike, link_busy: bool = False) -> Floats:
         """us of one expert on ``n_tokens`` tokens (any shape) on the CPU; slower while the link reads host memory."""
@@ -168,6 +178,11 @@ class CostModel:
         """us of one expert over the link; slower while the CPU reads host memory."""
         return float(self._link_by_layer[layer] * self.drift[2] / (self.link_with_cpu if cpu_busy else 1.0))
 
+    def launch_us(self, layer: int) -> float:
+        """us that a group of experts takes on the accelerator beyond ``accel_us`` of each, however many they are: until
+        the first of them runs. That of recorded work, which is the device's alone; 0 before such was observed."""
+        return float(self._groups[RECORDED, LAUNCH])
+
     def observe(self, task: ObservedTask, link_share: float = 0.0) -> None:
         """Moves the lane's drift towards observed / predicted. Raises CostError for a time that cannot be.
 
@@ -182,6 +197,9 @@ class CostModel:
         expected = _look_up_one(rows[task.layer], task.n_tokens)
         if task.lane == "cpu":
             expected *= 1.0 + link_share * (1.0 / self.cpu_with_link - 1.0)
+        if task.group > 0.0:
+            self._follow_group(self._groups[int(task.recorded)], expected * task.group, task.us)
+            return
         self._follow(LANES[task.lane], task.us, expected)
 
     def observe_transfer(self, layer: int, us: float) -> None:
@@ -196,6 +214,31 @@ class CostModel:
         known = float(self.drift[lane])
         seen = min(max(us / expected_us, known / OUTLIER), known * OUTLIER)
         moved = (1.0 - DRIFT_WEIGHT) * known + DRIFT_WEIGHT * seen
+        self.drift[lane] = min(max(moved, DRIFT_BOUNDS[0]), DRIFT_BOUNDS[1])
+
+    def _follow_group(self, groups: Floats, expected_us: float, us: float) -> None:
+        """Groups of different sizes tell what an expert takes apart from a launch: by how much one group takes longer
+        than the one before, beside how much more its experts were expected to take. What is left is the launch's."""
+        if expected_us <= 0.0 or us == 0.0:
+            return
+        lane = LANES["accel"]
+        launch_us, before_us, took_us = groups.tolist()
+        known = float(self.drift[lane])
+        groups[BEFORE], groups[TOOK] = expected_us, us
+        if before_us == 0.0:
+            groups[LAUNCH] = max(us - known * expected_us, 0.0)
+            return
+        more_us, mean_us = expected_us - before_us, 0.5 * (expected_us + before_us)
+        bound_us = (OUTLIER - 1.0) * known * mean_us
+        surprise = min(max(us - took_us - known * more_us, -bound_us), bound_us)
+        moved = known + DRIFT_WEIGHT * surprise * more_us / (more_us**2 + (SAME_SIZE * mean_us) ** 2)
+        rest_us = us - known * expected_us
+        bound_us = (OUTLIER - 1.0) * (launch_us + known * expected_us)
+        launch_us += DRIFT_WEIGHT * min(max(rest_us - launch_us, -bound_us), bound_us)
+        if launch_us < 0.0:  # faster than its experts were believed to be
+            moved += launch_us / expected_us
+            launch_us = 0.0
+        groups[LAUNCH] = launch_us
         self.drift[lane] = min(max(moved, DRIFT_BOUNDS[0]), DRIFT_BOUNDS[1])
 
 

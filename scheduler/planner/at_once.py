@@ -3,6 +3,9 @@
 It is what ``Planner.decide`` does piece by piece, for a demand of few tokens: follow the forecast, balance, take slots,
 start transfers, pin, prefetch. A test holds both to the same plans. What the call works on is written down once, as a
 vector of addresses (``Desk``).
+
+It has two parts, which other compiled code may call one after the other: ``choose_at_once`` says where the layer's own
+experts run, and ``prefetch_at_once``, for which nobody waits, brings experts of later layers.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ LINK_WITH_CPU, DENSE_US, CERTAINTY, PRICE, N_NUMBERS = range(5)
 FETCHED_KEY, FETCHED_SLOT, FETCHED_EVICTED = range(3)
 """Rows of the desk's FETCHED int64[3, MAX_PREFETCHES]."""
 HANDS_ON: Final = -1
-"""Number of prefetches where nothing was started: one expert of the plan takes over the slot of another."""
+"""Number of awaited experts where nothing was started: one expert of the plan takes over the slot of another."""
 
 
 @compiled
@@ -95,12 +98,31 @@ def decide_at_once(
     desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, n_flight: int, cpu_ready_us: float,
     accel_ready_us: float, link_ready_us: float, ids: Ids, n_tokens: Ids, given: Ids, scores: Singles,
 ) -> tuple[float, float, int, int]:  # fmt: skip
+    """``choose_at_once``, then ``prefetch_at_once``.
+
+    Returns (makespan in us, share of it during which the link works, number of awaited experts or HANDS_ON, number of
+    prefetches).
+    """
+    makespan_us, link_share, n_awaited, idle_us = choose_at_once(
+        desk, layer, n_total, now, run, horizon, n_flight, cpu_ready_us, accel_ready_us, link_ready_us, ids, n_tokens,
+        given, scores,
+    )  # fmt: skip
+    n_fetched = 0 if n_awaited == HANDS_ON else prefetch_at_once(desk, layer, idle_us)
+    return makespan_us, link_share, n_awaited, n_fetched
+
+
+@compiled
+def choose_at_once(
+    desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, n_flight: int, cpu_ready_us: float,
+    accel_ready_us: float, link_ready_us: float, ids: Ids, n_tokens: Ids, given: Ids, scores: Singles,
+) -> tuple[float, float, int, float]:  # fmt: skip
     """Decides on a layer and performs that in the slot table; the plan is then in the desk's ROWS, and beside it GAINS
-    and ADMITTED of its transfers, AWAITED of its accelerated experts, FETCHED and FETCH_GAINS of its prefetches.
+    and ADMITTED of its transfers, AWAITED of its accelerated experts.
 
     given, scores: the gate's prediction for the layer that is forecast next. n_flight: the slots in flight, in FLIGHT
-    in link order. Returns (makespan in us, share of it during which the link works, number of awaited experts, of
-    prefetches or HANDS_ON). In the latter case the forecast has followed the layer, and nothing else has happened.
+    in link order. Returns (makespan in us, share of it during which the link works, number of awaited experts or
+    HANDS_ON, us for which the link then idles until the next layer). At HANDS_ON the forecast has followed the layer,
+    and nothing else has happened.
     """
     follow_at_once(desk, layer, n_total, now, run, horizon, ids, n_tokens, given, scores)
     n_layers, n_experts, n_slots, n = desk[N_LAYERS], desk[N_EXPERTS], desk[N_SLOTS], ids.size
@@ -108,7 +130,7 @@ def decide_at_once(
     slot_of, key_of = ints_at(desk[SLOT_OF], n_layers * n_experts), ints_at(desk[KEY_OF], n_slots)
     state, pins = ints_at(desk[STATE], n_slots), ints_at(desk[PINS], n_slots)
     keep, arrival = floats_at(desk[KEEP], n_layers * n_experts), floats_at(desk[ARRIVAL], n_slots)
-    transfer_us = floats_at(desk[LINK_US], n_layers)[layer] * drift[2] / numbers[LINK_WITH_CPU]
+    transfer_us = _transfer_us(desk, layer)
     flight = ints_at(desk[FLIGHT], n_slots)
     for i in range(n_flight):  # the link is in order: the last one lands when it gets free
         arrival[flight[i]] = max(link_ready_us - (n_flight - 1 - i) * transfer_us, 0.0)
@@ -126,7 +148,7 @@ def decide_at_once(
     )  # fmt: skip
     for i in range(plan[TRANSFER, COUNT]):
         if plan[EVICTED, plan[TRANSFER, i]] == REUSE:
-            return makespan_us, 0.0, 0, HANDS_ON
+            return makespan_us, 0.0, HANDS_ON, 0.0
     awaited = ints_at(desk[AWAITED], n)
     n_awaited = 0
     for i in range(plan[ACCEL, COUNT]):
@@ -149,16 +171,16 @@ def decide_at_once(
             state[slot] = PINNED
     link_us = plan[TRANSFER, COUNT] * transfer_us
     link_share = min((link_ready_us + link_us) / makespan_us, 1.0) if makespan_us > 0.0 else 0.0
-    idle_us = makespan_us + numbers[DENSE_US] - (link_ready_us + link_us)
-    n_fetched = 0
-    if idle_us > 0.0 and desk[LOOKAHEAD] > 0:
-        n_fetched = prefetch_at_once(desk, layer, idle_us, transfer_us, saved_us)
-    return makespan_us, link_share, n_awaited, n_fetched
+    return makespan_us, link_share, n_awaited, makespan_us + numbers[DENSE_US] - (link_ready_us + link_us)
 
 
 @compiled
-def prefetch_at_once(desk: Ints, layer: int, idle_us: float, transfer_us: float, saved_us: float) -> int:
-    """``Movement.start_prefetches`` of what ``ValuePrefetch`` proposes for few tokens. Returns how many it started."""
+def prefetch_at_once(desk: Ints, layer: int, idle_us: float) -> int:
+    """``Movement.start_prefetches`` of what ``ValuePrefetch`` proposes for few tokens: FETCHED and FETCH_GAINS of the
+    desk. Returns how many it started; idle_us: for how long the link idles before the next layer."""
+    if idle_us <= 0.0 or desk[LOOKAHEAD] <= 0:
+        return 0
+    transfer_us, saved_us = _transfer_us(desk, layer), _saved_us(desk, layer)
     n_layers, n_experts, n_slots = desk[N_LAYERS], desk[N_EXPERTS], desk[N_SLOTS]
     numbers, fixed = floats_at(desk[NUMBERS], N_NUMBERS), ints_at(desk[FIXED], n_layers)
     slot_of, key_of = ints_at(desk[SLOT_OF], n_layers * n_experts), ints_at(desk[KEY_OF], n_slots)
@@ -198,6 +220,13 @@ def prefetch_at_once(desk: Ints, layer: int, idle_us: float, transfer_us: float,
 
 
 @compiled
+def _transfer_us(desk: Ints, layer: int) -> float:
+    """us of one expert of the layer over the link, beside the CPU."""
+    us = floats_at(desk[LINK_US], desk[N_LAYERS])[layer] * floats_at(desk[DRIFT], 3)[2]
+    return float(us / floats_at(desk[NUMBERS], N_NUMBERS)[LINK_WITH_CPU])
+
+
+@compiled
 def _saved_us(desk: Ints, layer: int) -> float:
     """us that one use of a resident of the layer saves for one token."""
     n_kinds, n_grid = desk[N_KINDS], desk[N_GRID]
@@ -226,7 +255,7 @@ class Desk:
     ) -> None:  # fmt: skip
         self.movement, self.model = movement, cache.model
         slots, model, use, setting = movement.slots, cache.model, cache.model.use, cache.setting
-        self._residency, self._setting = model.residency, setting
+        self.residency, self._setting = model.residency, setting
         self._flight = np.zeros(slots.n_slots, np.int64)
         self._rows = np.zeros(5 * (MAX_ACTIVE + 1), np.int64)
         self._gains, self._admitted = np.zeros(MAX_ACTIVE), np.zeros(MAX_ACTIVE, np.int64)
@@ -237,8 +266,8 @@ class Desk:
         numbers[CERTAINTY], numbers[PRICE] = prefetch.certainty, prefetch.link_share
         fixed = np.array(movement.fixed, np.int64)
         link_us = np.asarray(costs.link_us[costs.kind])
-        self._words = np.zeros(DESK_SIZE, np.int64)
-        words = self._words
+        self.words = np.zeros(DESK_SIZE, np.int64)
+        words = self.words
         words[[N_LAYERS, N_EXPERTS, N_SLOTS]] = slots.n_layers, slots.n_experts, slots.n_slots
         words[[N_KINDS, N_GRID]] = costs.cpu_grid.shape
         words[[N_STEPS, DISTANCE, LOOKAHEAD]] = len(use.routes), model.distance, setting.lookahead
@@ -273,7 +302,7 @@ class Desk:
         the link works), slots numbered as inside. None where one expert takes over another's slot: the forecast has
         then followed the demand, and the rest is to be done piece by piece.
         """
-        layer, use, movement = demand.layer, self.model.use, self.movement
+        layer, use = demand.layer, self.model.use
         ids, n_tokens = demand.expert_ids, demand.n_tokens
         if ids.dtype != np.int32 or n_tokens.dtype != np.int32:
             ids, n_tokens = int32s(ids), int32s(n_tokens)
@@ -282,29 +311,47 @@ class Desk:
         for prediction in demand.predictions:
             if prediction.layer == target:
                 given, scores = prediction.expert_ids, prediction.scores
-        n_flight = len(movement.in_flight)
-        if n_flight:
-            self._flight[:n_flight] = list(movement.in_flight.values())
         makespan_us, link_share, n_awaited, n_fetched = decide_at_once(
-            self._words, layer, demand.n_tokens_total, use.now, use.run - 1, self._residency.horizon, n_flight,
+            self.words, layer, demand.n_tokens_total, use.now, use.run - 1, self.residency.horizon, self.under_way(),
             cpu_ready_us, accel_ready_us, link_ready_us, ids, n_tokens, given, scores,
         )  # fmt: skip
-        if n_fetched == HANDS_ON:
+        if n_awaited == HANDS_ON:
             return None
-        rows = self._views[ids.size]
-        table = movement.slots
-        slots = plan.take(rows, makespan_us, table.first_slot)
+        slots, leaving = self.chosen(demand, makespan_us, n_awaited, plan)
+        if n_fetched:
+            self.prefetched(n_fetched, plan)
+        return slots, leaving, link_share
+
+    def under_way(self) -> int:
+        """How many transfers are under way; their slots are then in FLIGHT, in link order."""
+        in_flight = self.movement.in_flight
+        n_flight = len(in_flight)
+        if n_flight:
+            self._flight[:n_flight] = list(in_flight.values())
+        return n_flight
+
+    def chosen(self, demand: Demand, makespan_us: float, n_awaited: int, plan: PlanView) -> tuple[Ints, list[int]]:
+        """Fills ``plan`` with what ``choose_at_once`` has decided and performed for a demand.
+
+        Returns (the pinned slots, those of them whose expert leaves with the layer), numbered as inside.
+        """
+        table = self.movement.slots
+        slots = plan.take(self._views[demand.expert_ids.size], makespan_us, table.first_slot)
         leaving: list[int] = []
         if n_awaited:
             plan.awaited = self._awaited[:n_awaited].tolist()
         if plan.moved:
             plan.transfers = self._started(demand, plan, leaving)
         table.events.append(("pin", slots, NO_KEY))
-        if n_fetched:
-            plan.prefetches = self._prefetched(n_fetched)
         if table.validating:
             table.validate()
-        return np.array(slots, np.int64), leaving, link_share
+        return np.array(slots, np.int64), leaving
+
+    def prefetched(self, n_fetched: int, plan: PlanView) -> None:
+        """Adds to ``plan`` what ``prefetch_at_once`` has started."""
+        plan.prefetches = self._prefetched(n_fetched)
+        if self.movement.slots.validating:
+            self.movement.slots.validate()
 
     def _started(self, demand: Demand, plan: PlanView, leaving: list[int]) -> list[Transfer]:
         """The demand transfers; ``leaving``: slots of those that are not admitted."""
@@ -318,14 +365,14 @@ class Desk:
             if not admitted:
                 leaving.append(slot)
         if self._setting.step >= 0:
-            self._residency.transferred(len(started))
+            self.residency.transferred(len(started))
         return started
 
     def _prefetched(self, n: int) -> list[Transfer]:
         keys, slots, evicted = self._fetched[:, :n].tolist()
         gains = self._fetch_gains[:n].tolist()
         if self._setting.step >= 0:
-            self._residency.transferred(n)
+            self.residency.transferred(n)
         movement, started = self.movement, []
         for key, slot, old, gain_us in zip(keys, slots, evicted, gains, strict=True):
             movement.slots.events.append(("begin_transfer", slot, key))

@@ -47,6 +47,11 @@ class GroupCosts:
         costs, own = self._parts[layer]
         return costs.transfer_us(own, cpu_busy)
 
+    def launch_us(self, layer: int) -> float:
+        """As ``CostModel.launch_us``."""
+        costs, own = self._parts[layer]
+        return costs.launch_us(own)
+
 
 class PlannerGroup:
     """``make(block)`` gives the planner of a block, which numbers its layers and slots from the block's first ones."""

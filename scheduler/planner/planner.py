@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +21,8 @@ from scheduler.cache.base import CachePolicy
 from scheduler.cache.value import ValueCache
 from scheduler.demand import Demand, LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
+from scheduler.forecast.affinity import MAX_ACTIVE
+from scheduler.forecast.use_model import FEW_TOKENS
 from scheduler.future import Future
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Placement, Transfer, TransferEnded
@@ -217,6 +220,47 @@ class Planner:
         self._decide_in_parts(demand, cpu_ready_us, accel_ready_us, link_ready_us)
         return plan
 
+    @property
+    def decides_at_once(self) -> bool:
+        """Whether decisions on few tokens are one compiled call (policy ``ours``)."""
+        return self._desk is not None
+
+    def desk_for(self, layer: int, n_tokens: int, n_most: int) -> Desk | None:
+        """What decides at once on calls of a layer of ``n_tokens`` tokens and at most ``n_most`` active experts; None
+        where ``decide`` is to be asked.
+
+        The caller tells the desk's forecast that such a call arrives (``ValueModel.arrive_few``), and where at least
+        one expert is active has ``at_once.choose_at_once`` run. Then comes ``chosen``, and ``prefetched`` with what
+        ``at_once.prefetch_at_once`` answers; or ``decide_rest`` where the first has found HANDS_ON.
+        """
+        few = n_tokens <= FEW_TOKENS and n_most <= MAX_ACTIVE
+        return self._desk if few and self._known[layer] else None
+
+    def chosen(self, demand: Demand, makespan_us: float, link_share: float, n_awaited: int) -> PlanView:
+        """The plan that ``choose_at_once`` has performed for a demand; the numbers are its answers."""
+        desk, plan = self._desk, self._plan
+        assert desk is not None
+        self._demands[demand.layer] = demand
+        plan.step, plan.layer = self._step, demand.layer + self.first_layer
+        self._open[demand.layer].append((*desk.chosen(demand, makespan_us, n_awaited, plan), link_share))
+        return plan
+
+    def prefetched(self, n_fetched: int) -> list[Transfer]:
+        """Adds to the latest plan, which ``chosen`` has told, what ``prefetch_at_once`` has started for it."""
+        desk, plan = self._desk, self._plan
+        assert desk is not None
+        desk.prefetched(n_fetched, plan)
+        return plan.prefetches
+
+    def decide_rest(
+        self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float
+    ) -> PlanView:  # fmt: skip
+        """``decide`` of a demand that the forecast has followed already."""
+        self._demands[demand.layer] = demand
+        self._plan.step, self._plan.layer = self._step, demand.layer + self.first_layer
+        self._decide_in_parts(demand, cpu_ready_us, accel_ready_us, link_ready_us)
+        return self._plan
+
     def _decide_in_parts(
         self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float
     ) -> None:
@@ -327,7 +371,7 @@ class Planner:
     def observe(self, task: ObservedTask, link_share: float = 0.0) -> None:
         """A task's duration, see ``CostModel.observe``. Raises CostError for a time that cannot be."""
         if self.first_layer:
-            task = ObservedTask(task.lane, task.layer - self.first_layer, task.n_tokens, task.us)
+            task = replace(task, layer=task.layer - self.first_layer)
         self.costs.observe(task, link_share)
 
     def resize(self, n_slots: int) -> tuple[tuple[int, int], ...]:

@@ -29,6 +29,8 @@ class Costs(Protocol):
 
     def transfer_us(self, layer: int, cpu_busy: bool = False) -> float: ...
 
+    def launch_us(self, layer: int) -> float: ...
+
 
 class LayerPlanner(Protocol):
     """Plans layers and hears of what ran; see ``Planner`` for each method."""

@@ -179,6 +179,11 @@ class Trace:
         """Only these sequences, in file order; used to keep tuning and evaluation apart."""
         return self._take(np.flatnonzero(np.isin(self.sequence, np.asarray(sequences))))
 
+    def from_sequence(self, first: int) -> "Trace":
+        """The same sequences in turn, beginning with the ``first``-th (modulo their number)."""
+        starts = [start for start, _ in self.sequence_spans()]
+        return self._take(np.roll(np.arange(self.n_tokens), -starts[first % len(starts)]))
+
     def as_prefill(self, n_tokens: int) -> "Trace":
         """Cut the token stream into prompts of exactly ``n_tokens``: routing recorded token by token, used as prefill.
 

@@ -103,12 +103,14 @@ class Cards:
     def device(self, device: torch.device | str | int | None) -> torch.device:
         """With an index; None and a device without one mean the current card. Raises RuntimeError beyond the last."""
         if isinstance(device, int):
+            if 0 <= device < self.n:
+                return self._cards[device].device
             device = torch.device(DEVICE_TYPE, device)
         found = torch.device(DEVICE_TYPE, self.index) if device is None else torch.device(device)
         index = self.index if found.index is None else found.index
         if found.type != DEVICE_TYPE or not 0 <= index < self.n:
             raise RuntimeError(f"{found} is not one of the {self.n} cards")
-        return torch.device(DEVICE_TYPE, index)
+        return self._cards[index].device
 
     def has(self, device: object) -> bool:
         """True for what names a card."""
@@ -278,11 +280,19 @@ def _asker() -> str:
     """The innermost function of the project (tests aside) or of transformers that is being called."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if any(part in name for part in ASKERS) and "/tests/" not in name:
-            return f"{name.rpartition('/')[2]}:{frame.f_code.co_qualname}"
+        name = _name_of_asker(frame.f_code)
+        if name is not None:
+            return name
         frame = frame.f_back
     return "elsewhere"
+
+
+@functools.cache
+def _name_of_asker(code: types.CodeType) -> str | None:
+    """As "file.py:function", or None for other code than that of ASKERS."""
+    name = code.co_filename
+    asks = any(part in name for part in ASKERS) and "/tests/" not in name
+    return f"{name.rpartition('/')[2]}:{code.co_qualname}" if asks else None
 
 
 class _DeviceIndex:

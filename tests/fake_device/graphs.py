@@ -136,9 +136,11 @@ class CardGraph:
         counts, sites = cards.counts.copy(), cards.sites.copy()
         with torch.no_grad():
             for run, results, name in self._noted:
-                for old, new in zip(tree_leaves(results), tree_leaves(run()), strict=True):
-                    if isinstance(old, DeviceTensor) and old.data_ptr() != new.data_ptr():
-                        self._settle(old, new, name)
+                found = run()
+                if found is not results:
+                    for old, new in zip(tree_leaves(results), tree_leaves(found), strict=True):
+                        if isinstance(old, DeviceTensor) and old.data_ptr() != new.data_ptr():
+                            self._settle(old, new, name)
         waits = cards.counts["waits"] - counts["waits"]
         cards.counts, cards.sites = counts, sites
         cards.note("graph launches")

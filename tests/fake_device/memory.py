@@ -61,6 +61,9 @@ def extent(inner: torch.Tensor) -> tuple[int, int]:
     if not inner.numel():
         return 0, 0
     size = inner.element_size()
+    if inner.is_contiguous():
+        lo = inner.storage_offset() * size
+        return lo, lo + inner.numel() * size
     last = sum((n - 1) * stride for n, stride in zip(inner.shape, inner.stride(), strict=True))
     return inner.storage_offset() * size, (inner.storage_offset() + last + 1) * size
 

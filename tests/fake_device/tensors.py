@@ -27,6 +27,8 @@ INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, 
 UNWRITTEN = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default}
 ATTENTION_BY_PLAIN_OPERATIONS = 0
 """The answer to `_fused_sdp_choice`."""
+NOTHING_SPECIAL = object()
+"""In place of a result: it is an operation like most."""
 DEVICE_ADDRESSES = 1 << 60
 """Where addresses on cards begin: beyond what a processor can read."""
 
@@ -96,60 +98,81 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not types and self._cards.noted is None and func is not aten.is_pinned.default:
+            if not kwargs:
+                return func(*args)
+            if not kwargs.get("pin_memory") and not self._cards.has(kwargs.get("device")):
+                return func(*args, **kwargs)
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One operation; noted where a graph is being recorded."""
-        result = self._run(func, args, kwargs)
-        if self._cards.noted is not None:
-            self._cards.noted.append((lambda: func(*args, **kwargs), result, str(func)))
+        """One operation; noted where a graph is being recorded, unless it only looks at memory in another way."""
+        result, again = self._run(func, args, kwargs)
+        if self._cards.noted is not None and not is_view(func):
+            self._cards.noted.append((again, result, str(func)))
         return result
 
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Callable[[], Any]]:
+        """The result, and what does it again in a graph."""
         tensors = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, torch.Tensor)]
         ours = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
+        if ours or self._cards.has(kwargs.get("device")):
+            special = self._with_cards(func, args, kwargs, tensors)
+            if special is NOTHING_SPECIAL:
+                return self._on_card(func, args, kwargs, tensors, ours)
+        else:
+            special = self._on_host(func, args, kwargs)
+        return special, functools.partial(func, *args, **kwargs)
+
+    def _with_cards(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
+    ) -> Any:  # fmt: skip
+        """What is no operation of one card: copies between devices, and questions; else NOTHING_SPECIAL."""
         target = kwargs.get("device")
         if func is aten.is_pinned.default:
-            return not ours and self._cards.pinned(args[0])
-        if func is aten._fused_sdp_choice.default and ours:
+            return not isinstance(args[0], DeviceTensor) and self._cards.pinned(args[0])
+        if func is aten._fused_sdp_choice.default:
             if torch.backends.cuda.cudnn_sdp_enabled():
                 self._cards.plan_attention(tuple(tensor.shape for tensor in tensors))
             return ATTENTION_BY_PLAIN_OPERATIONS
-        if func is aten._to_copy.default and target is not None and (ours or self._cards.has(target)):
+        if func is aten._to_copy.default and target is not None:
             source = args[0]
             if torch.device(target) != source.device:
                 return self._copy_to_new(source, torch.device(target), kwargs)
         if func is aten.copy_.default and args[0].device != args[1].device:
             self._copy(args[0], args[1], bool(args[2]) if len(args) > 2 else kwargs.get("non_blocking", False))
             return args[0]
-        if not ours and not self._cards.has(target):
-            return self._on_host(func, args, kwargs)
-        return self._on_card(func, args, kwargs, ours)
+        return NOTHING_SPECIAL
 
     def _on_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is aten.is_pinned.default:
+            return self._cards.pinned(args[0])
         if not kwargs.get("pin_memory"):
             return func(*args, **kwargs)
         made = func(*args, **kwargs | {"pin_memory": False})
         self._cards.pin(made)
         return made
 
-    def _on_card(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ours: list[DeviceTensor]) -> Any:
-        device = self._common_device(func, args, kwargs, ours)
-        stream = self._cards.stream(device.index)
+    def _on_card(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor],
+        ours: list[DeviceTensor],
+    ) -> tuple[Any, Callable[[], Any]]:  # fmt: skip
         if func in INDEXING:
-            self._check_indices(args[1], device, stream)
-        plain = dict(kwargs)
+            tensors = [leaf for leaf in _leaves(args[:1] + args[2:], {}) if isinstance(leaf, torch.Tensor)]
+        device = self._common_device(func, kwargs, tensors, ours)
+        stream = self._cards.stream(device.index)
+        plain = {name: _mapped(_inner, value) for name, value in kwargs.items() if name != "pin_memory"}
         if "device" in plain:
             plain["device"] = torch.device("cpu")
-        plain.pop("pin_memory", None)
-        out = func(*_mapped(_inner, args), **{name: _mapped(_inner, value) for name, value in plain.items()})
+        compute = functools.partial(func, *_mapped(_inner, args), **plain)
+        out = compute()
         if func in UNWRITTEN:
             poison(out)
         by_inner = {id(tensor.inner): tensor for tensor in ours}
         memories = {tensor.inner.untyped_storage().data_ptr(): tensor.memory for tensor in ours}
         made = [leaf for leaf in _leaves((out,), {}) if isinstance(leaf, torch.Tensor)]
         written = _written(func, args, kwargs)
-        is_view = not written and made and all(leaf.untyped_storage().data_ptr() in memories for leaf in made)
+        shares = not written and made and all(leaf.untyped_storage().data_ptr() in memories for leaf in made)
         fresh: list[DeviceTensor] = []
 
         def wrap(leaf: Any) -> Any:
@@ -167,27 +190,49 @@ class Operations(TorchDispatchMode):
             return tensor
 
         result = _mapped(wrap, out)
-        if not is_view and func not in UNWRITTEN:
-            self._cards.launch(stream, str(func), ours, [*written, *fresh])
+        touched = None if shares or func in UNWRITTEN else [*written, *fresh]
+        self._judge(func, args, device, ours, touched)
+
+        def again() -> Any:
+            """Computes into the memory of the results."""
+            values = [leaf for leaf in _leaves((compute(),), {}) if isinstance(leaf, torch.Tensor)]
+            for old, new in zip(made, values, strict=True):
+                if func in UNWRITTEN:
+                    poison(old)
+                elif old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+            self._judge(func, args, device, ours, touched)
+            return result
+
+        return result, again
+
+    def _judge(
+        self, func: Any, args: tuple[Any, ...], device: torch.device, ours: list[DeviceTensor],
+        touched: list[DeviceTensor] | None,
+    ) -> None:  # fmt: skip
+        """An operation as the card sees it: reads `ours`, writes `touched` (None: no kernel is launched for it)."""
+        stream = self._cards.stream(device.index)
+        if func in INDEXING:
+            self._check_indices(args[1], stream)
+        if touched is not None:
+            self._cards.launch(stream, str(func), ours, touched)
         if func in READ_BY_HOST or func in SIZED_BY_DATA:
             self._cards.wait(stream, str(func))
-        return result
 
     def _common_device(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ours: list[DeviceTensor]
+        self, func: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor], ours: list[DeviceTensor]
     ) -> torch.device:
         """The one device of an operation. Raises RuntimeError, as torch does, where there are several."""
         found = {tensor.device for tensor in ours}
         if self._cards.has(kwargs.get("device")):
             found.add(self._cards.device(kwargs["device"]))
-        leaves = _leaves(args[:1] + args[2:], {}) if func in INDEXING else _leaves(args, kwargs)
-        hosts = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DeviceTensor)]
+        hosts = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor)]
         if len(found) > 1 or any(host.dim() for host in hosts):
             names = ", ".join(sorted({str(device) for device in found} | {str(host.device) for host in hosts}))
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {names}")
         return found.pop()
 
-    def _check_indices(self, indices: Any, device: torch.device, stream: FakeStream) -> None:
+    def _check_indices(self, indices: Any, stream: FakeStream) -> None:
         for index in indices:
             if index is None:
                 continue
@@ -253,6 +298,13 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[D
 
 
 @functools.cache
+def is_view(func: Any) -> bool:
+    """Whether an operation's results are memory of its arguments, which it leaves as they are."""
+    returns = [result.alias_info for result in func._schema.returns]
+    return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
+
+
+@functools.cache
 def _changed_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """Place and name of each argument that the operation's schema says it writes."""
     return tuple(
@@ -265,8 +317,11 @@ def _changed_arguments(func: Any) -> tuple[tuple[int, str], ...]:
 def _leaves(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
     """Arguments of an operation, lists of tensors taken apart."""
     found: list[Any] = []
-    for value in (*args, *kwargs.values()):
-        found += _leaves(value, {}) if isinstance(value, list | tuple) else (value,)
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, list | tuple):
+            found += _leaves(value, {})
+        else:
+            found.append(value)
     return found
 
 

@@ -1,9 +1,12 @@
-"""From rows to the tables of the ablation: Table III, average speed-ups, hit rates, share of the way to the oracle."""
+"""From rows to the tables of the ablation: Table III, average speed-ups, hit rates, share of the way to the oracle.
+
+Of several seeds each figure is the mean, and a row's ``sd`` has the standard deviations over the seeds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from hybrimoe.bench.ablation.cases import PAPER_HITS, PAPER_SPEEDUP, TABLE_3
@@ -13,7 +16,13 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Plain data of every experiment that has rows."""
+    """Plain data of every experiment that has rows; ``seeds``: those that the figures are means over."""
+    seeds = list(dict.fromkeys(row.get("seed", 0) for row in rows))
+    drawn = [_of_one_seed([row for row in rows if row.get("seed", 0) == seed]) for seed in seeds]
+    return {"kind": "simulated", "seeds": seeds, **_over_seeds(drawn)}
+
+
+def _of_one_seed(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found = {
         "table3": _table_3([row for row in rows if row["experiment"] == "table3"]),
         "sensitivity": _sensitivity([row for row in rows if row["experiment"] == "sensitivity"]),
@@ -22,7 +31,31 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "policies": _policies([row for row in rows if row["experiment"] == "policies"]),
         "lossy": _lossy([row for row in rows if row["experiment"] == "lossy"]),
     }
-    return {"kind": "simulated", **{name: table for name, table in found.items() if table}}
+    return {name: table for name, table in found.items() if table}
+
+
+def _over_seeds(drawn: Sequence[dict[str, list[Row]]]) -> dict[str, list[Row]]:
+    """The same experiments and rows of each seed, as means."""
+    if len(drawn) < 2:
+        return dict(drawn[0]) if drawn else {}
+    return {
+        name: [_mean_row(rows) for rows in zip(*(tables[name] for tables in drawn), strict=True)] for name in drawn[0]
+    }
+
+
+def _mean_row(rows: Sequence[Row]) -> Row:
+    """Floats become means, with their standard deviations in ``sd``; what else a row says is alike in all."""
+    mean, sd = dict(rows[0]), {}
+    for key in mean:
+        values = [row[key] for row in rows]
+        if isinstance(values[0], dict):
+            merged = _mean_row(values)
+            sd[key] = merged.pop("sd")
+            mean[key] = merged
+        elif any(isinstance(value, float) for value in values):
+            known = [value for value in values if value is not None]
+            mean[key], sd[key] = fmean(known), stdev(known) if len(known) > 1 else 0.0
+    return {**mean, "sd": sd}
 
 
 def _table_3(rows: Sequence[Row]) -> list[Row]:
@@ -123,6 +156,40 @@ def oracle_share(group: dict[str, Row], policy: str) -> float | None:
     return None if static - oracle <= 1e-9 else (static - group[policy]["latency_ms"]) / (static - oracle)
 
 
+Point = tuple[float, float, float]
+"""x, y, standard deviation of y (0 where there is one seed)."""
+
+
+def latency_by_share(rows: Sequence[Row]) -> dict[str, dict[str, list[Point]]]:
+    """machine -> policy -> ms a token at each share of the experts that is cached, mean over the seeds."""
+    found: dict[str, dict[str, list[Point]]] = {}
+    for (machine, policy, share), own in sorted(_grouped(rows, "hardware", "policy", "cache_ratio").items()):
+        ms = [row["latency_ms"] for row in own]
+        point = (share, fmean(ms), stdev(ms) if len(ms) > 1 else 0.0)
+        found.setdefault(machine, {}).setdefault(policy, []).append(point)
+    return found
+
+
+LANES = {"CPU": "cpu_busy", "accelerator": "accel_busy", "link": "link_busy"}
+
+
+def busy_lanes(rows: Sequence[Row], share: float) -> dict[str, dict[str, dict[str, float]]]:
+    """machine -> policy -> lane -> busy ms a token at a cached share, mean over the seeds."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (machine, policy, at), own in _grouped(rows, "hardware", "policy", "cache_ratio").items():
+        if at == share:
+            busy = {lane: fmean(row[key] * row["latency_ms"] for row in own) for lane, key in LANES.items()}
+            found.setdefault(machine, {})[policy] = busy
+    return found
+
+
+def _grouped(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
 def tables(summary: dict[str, Any]) -> list[Table]:
     """(title, columns, rows) for the terminal and the HTML page."""
     makers = {"table3": _table_3_table, "sensitivity": _sensitivity_table,
@@ -134,8 +201,8 @@ def tables(summary: dict[str, Any]) -> list[Table]:
 def _table_3_table(rows: Iterable[Row]) -> Table:
     columns = ("step", "policy", "phase", "simulated", "paper", "off", "gain")
     cells = [
-        (r["step"], r["policy"], r["phase"], f"{r['simulated_s']:.3f} s", _seconds(r["paper_s"]), _signed(r["off"]),
-         f"{r['speedup']:.2f}x")
+        (r["step"], r["policy"], r["phase"], _told(r, "simulated_s", "{:.3f}", " s"), _seconds(r["paper_s"]),
+         _signed(r["off"]), _told(r, "speedup", "{:.2f}", "x"))
         for r in rows
     ]  # fmt: skip
     return "Table III, Qwen2-57B-A14B, 25 % cached", columns, cells
@@ -149,7 +216,7 @@ def _sensitivity_table(rows: Sequence[Row]) -> Table:
 
 def _speedup_table(rows: Iterable[Row]) -> Table:
     cells = [
-        (f"{r['policy']}, {r['phase']}", f"{r['mean']:.2f}x", f"{r['least']:.2f} - {r['most']:.2f}",
+        (f"{r['policy']}, {r['phase']}", _told(r, "mean", "{:.2f}", "x"), f"{r['least']:.2f} - {r['most']:.2f}",
          "-" if r["paper"] is None else f"{r['paper']:.2f}x")
         for r in rows
     ]  # fmt: skip
@@ -157,21 +224,23 @@ def _speedup_table(rows: Iterable[Row]) -> Table:
 
 
 def _hit_table(rows: Iterable[Row]) -> Table:
-    cells = [(f"{r['shape']}, {r['cache']}", f"{r['simulated']:.1%}", f"{r['paper']:.1%}") for r in rows]
+    cells = [(f"{r['shape']}, {r['cache']}", _told(r, "simulated", "{:.1%}"), f"{r['paper']:.1%}") for r in rows]
     return "Hit rates at 25 %", ("", "simulated", "paper"), cells
 
 
 def _policy_table(rows: Iterable[Row]) -> Table:
     columns = ("policy", "speed-up", "median", "hits", "of the way to the oracle", "prefetch right")
-    cells = [(r["policy"], f"{r['speedup']:.2f}x", f"{r['median']:.2f}x", f"{r['hit_rate']:.1%}",
-              _percent(r["oracle_share"]), _percent(r["prefetch_precision"])) for r in rows]  # fmt: skip
+    cells = [(r["policy"], _told(r, "speedup", "{:.2f}", "x"), _told(r, "median", "{:.2f}", "x"),
+              _told(r, "hit_rate", "{:.1%}"), _told(r, "oracle_share", "{:.0%}"),
+              _told(r, "prefetch_precision", "{:.0%}")) for r in rows]  # fmt: skip
     return "Every policy, mean over traces, profiles and cache shares (decode)", columns, cells
 
 
 def _lossy_table(rows: Iterable[Row]) -> Table:
     columns = ("policy", "lossy", "experts", "speed-up", "range", "hits", "MiB a token", "routed experts changed")
-    cells = [(r["policy"], r["lossy"], r["expert_dtype"], f"{r['speedup']:.2f}x", f"{r['least']:.2f} - {r['most']:.2f}",
-              f"{r['hit_rate']:.1%}", f"{r['mib_per_token']:.0f}", f"{r['changed']:.0%}") for r in rows]  # fmt: skip
+    cells = [(r["policy"], r["lossy"], r["expert_dtype"], _told(r, "speedup", "{:.2f}", "x"),
+              f"{r['least']:.2f} - {r['most']:.2f}", f"{r['hit_rate']:.1%}", f"{r['mib_per_token']:.0f}",
+              f"{r['changed']:.0%}") for r in rows]  # fmt: skip
     return "Lossy policies over the lossless run, mean over profiles (quality: bench quality --lossy)", columns, cells
 
 
@@ -183,5 +252,35 @@ def _signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.0%}"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
+def _told(row: Row, key: str, form: str, unit: str = "") -> str:
+    """A figure, with its standard deviation where there is one."""
+    if row[key] is None:
+        return "-"
+    spread = row.get("sd", {}).get(key)
+    return form.format(row[key]) + ("" if spread is None else f" ± {form.format(spread)}") + unit
+
+
+def markdown(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """A table for a page."""
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def latex(title: str, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """A table for a paper (package booktabs); the first column is text, the others are right-aligned."""
+    rows = [" & ".join(map(_escaped, line)) + r" \\" for line in (columns, *cells)]
+    return "\n".join(
+        [r"\begin{table}", r"  \centering", rf"  \caption{{{_escaped(title)} (simulated)}}",
+         rf"  \begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}", r"    \toprule", f"    {rows[0]}", r"    \midrule",
+         *(f"    {row}" for row in rows[1:]), r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""]
+    )  # fmt: skip
+
+
+_LATEX = str.maketrans(
+    {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$",
+     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)  # fmt: skip
+
+
+def _escaped(text: str) -> str:
+    return text.translate(_LATEX)

@@ -42,6 +42,7 @@ PROFILE_SEQUENCES = 2
 class Case:
     """One row to compute. ``trace`` is a file, demo, or synthetic (of ``n_prefill`` + ``n_decode`` tokens).
 
+    ``seed``: another one is another synthetic trace, or begins with another sequence of a recorded one.
     ``lossy``: kind of the lossy policy beside ``policy``, empty without. ``predictions``: routing ahead.
     ``changes``: to the profile, see ``with_changes``. ``variant``: the assumption that is changed, empty for none.
     """
@@ -113,6 +114,7 @@ def _inputs(
     if trace != SYNTHETIC:
         found = open_trace(None if trace == DEMO else trace, shape or None)
         calibration, evaluation = split(found.trace)
+        evaluation = evaluation.from_sequence(seed)
         if phase == "prefill" and not evaluation.has_phase("prefill"):
             evaluation = evaluation.as_prefill(n_prefill)
         evaluation = _only(evaluation, phase, n_prefill if phase == "prefill" else n_decode, sequences)

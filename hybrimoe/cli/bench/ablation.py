@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +62,15 @@ def ablation(
         typer.Option("--cluster", help="Use the Ray cluster at RAY_ADDRESS, or the one that runs here."),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed, the same rows.")] = 0,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Seeds, from --seed on: each draws other synthetic traces and begins recorded ones "
+            "with another sequence; figures are means with standard deviations.",
+        ),
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Simulate the ablation. Rows are kept in DIR/rows: an interrupted sweep goes on where it stopped."""
@@ -74,7 +84,7 @@ def ablation(
     from hybrimoe.bench.ablation.sweep import sweep
 
     compared = Compared(tuple(trace or ()), model_shape or "", tuple(policy or ()), tuple(hardware or ()))
-    cases = build_cases(chosen, compared, quick=quick, seed=seed)
+    cases = build_cases(chosen, compared, quick=quick, seeds=range(seed, seed + seeds))
     rows = sweep(cases, out / "rows", jobs=jobs, cluster=cluster, progress=_tell)
     summary = summarise(rows)
     written = write(out, rows, summary)
@@ -107,9 +117,9 @@ class Compared:
 
 
 def build_cases(
-    experiments: tuple[str, ...], compared: Compared = Compared(), *, quick: bool, seed: int = 0
+    experiments: tuple[str, ...], compared: Compared = Compared(), *, quick: bool, seeds: Sequence[int] = (0,)
 ) -> list[Any]:
-    """Every case of the chosen experiments, each with the seed. Names are checked, so that no late row fails."""
+    """Every case of the chosen experiments, each with every seed. Names are checked, so that no late row fails."""
     from hybrimoe.bench.ablation import cases as paper
     from hybrimoe.bench.ablation.sweep import SYNTHETIC, check_sources
     from hybrimoe.tracing.sources import DEMO
@@ -131,7 +141,7 @@ def build_cases(
         ),
         "lossy": lambda: paper.lossy(tokens),
     }
-    return [replace(case, seed=seed) for name in experiments for case in made[name]()]
+    return [replace(case, seed=seed) for seed in seeds for name in experiments for case in made[name]()]
 
 
 def _tell(done: int, total: int) -> None:
@@ -140,14 +150,23 @@ def _tell(done: int, total: int) -> None:
 
 
 def write(out: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Path]:
-    """rows.csv, rows.parquet (pyarrow), summary.json, plots (matplotlib) and report.html; returns the paths."""
-    written = [out / "rows.csv", out / "summary.json"]
+    """rows.csv, rows.parquet (pyarrow), summary.json, tables.md, tables.tex, plots (matplotlib) and report.html.
+
+    Returns the paths.
+    """
+    from hybrimoe.bench.ablation.summary import latex, markdown, tables
+
+    written = [out / "rows.csv", out / "summary.json", out / "tables.md", out / "tables.tex"]
     with written[0].open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)
     written[1].write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    return [*written, *_write_parquet(out / "rows.parquet", rows), *_write_report(out, summary)]
+    found = tables(summary)
+    pages = "\n".join(f"## {title} (simulated)\n\n{markdown(columns, cells)}\n" for title, columns, cells in found)
+    written[2].write_text(pages, encoding="utf-8")
+    written[3].write_text("\n".join(latex(*table) for table in found), encoding="utf-8")
+    return [*written, *_write_parquet(out / "rows.parquet", rows), *_write_report(out, rows, summary)]
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> list[Path]:
@@ -161,7 +180,7 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> list[Path]:
     return [path]
 
 
-def _write_report(out: Path, summary: dict[str, Any]) -> list[Path]:
+def _write_report(out: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Path]:
     from hybrimoe.bench.ablation.summary import tables
     from hybrimoe.errors import MissingExtraError
     from hybrimoe.tracing.study import plots
@@ -169,7 +188,7 @@ def _write_report(out: Path, summary: dict[str, Any]) -> list[Path]:
     sections = [(title, plots.html_table(columns, cells)) for title, columns, cells in tables(summary)]
     written = []
     try:
-        for name, data in figures(summary).items():
+        for name, data in figures(rows, summary).items():
             (out / name).write_bytes(data)
             written.append(out / name)
             sections.append((name.removesuffix(".png"), plots.image(data, name)))
@@ -180,19 +199,36 @@ def _write_report(out: Path, summary: dict[str, Any]) -> list[Path]:
     return [*written, out / "report.html"]
 
 
-def figures(summary: dict[str, Any]) -> dict[str, bytes]:
-    """Bar charts of Table III and of every policy."""
+def figures(rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, bytes]:
+    """Bar charts of Table III and of every policy; of each trace, a panel a machine, latency over the cached share and
+    what the lanes are busy with."""
+    from hybrimoe.bench.ablation.summary import busy_lanes, latency_by_share
     from hybrimoe.tracing.study import plots
 
     found = {}
     if "table3" in summary:
         decode = [row for row in summary["table3"] if row["phase"] == "decode"]
         series = {"simulated": [r["simulated_s"] for r in decode], "paper": [r["paper_s"] or 0.0 for r in decode]}
-        found["table3.png"] = plots.bars("Table III, decode", "s a token", [r["step"] for r in decode], series)
+        errors = {"simulated": [r["sd"]["simulated_s"] for r in decode]} if "sd" in decode[0] else {}
+        found["table3.png"] = plots.bars("Table III, decode", "s a token", [r["step"] for r in decode], series, errors)
     if "policies" in summary:
-        rows = summary["policies"]
-        series = {"speed-up over static": [row["speedup"] for row in rows]}
+        means = summary["policies"]
+        series = {"speed-up": [row["speedup"] for row in means]}
+        errors = {"speed-up": [row["sd"]["speedup"] for row in means]} if "sd" in means[0] else {}
         found["policies.png"] = plots.bars(
-            "Every policy, decode (simulated)", "x", [row["policy"] for row in rows], series
+            "Every policy, decode: speed-up over static (simulated)", "x", [row["policy"] for row in means], series,
+            errors,
+        )  # fmt: skip
+    compared = [row for row in rows if row["experiment"] == "policies"]
+    for trace in dict.fromkeys(row["trace"] for row in compared):
+        mine, name = [row for row in compared if row["trace"] == trace], Path(trace).stem
+        shares = {row["cache_ratio"] for row in mine}
+        if len(shares) > 1:
+            found[f"share-{name}.png"] = plots.line_panels(
+                f"{name}: decode (simulated)", "share of the experts cached", "ms a token", latency_by_share(mine)
+            )
+        share = min(shares)
+        found[f"lanes-{name}.png"] = plots.stacked_panels(
+            f"{name}: busy lanes, {share:.0%} cached (simulated)", "ms a token", busy_lanes(mine, share)
         )
     return found

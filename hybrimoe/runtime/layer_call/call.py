@@ -1,6 +1,7 @@
 """One call of a layer's experts, top to bottom: read the routing, plan, submit, compute, combine, collect.
 
-Where nothing has a slot, a call of few tokens is one compiled call from the router's tensors to the output.
+Where nothing has a slot, a call of few tokens is one compiled call from the router's tensors to the output. Where the
+planner's decision is compiled, reading and planning are one (`hybrimoe.runtime.layer_call.choosing`).
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import torch
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from gpu_kernels.exchange import Places
+from hybrimoe.runtime.layer_call.choosing import AtOnce, Choice
 from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.predicting import RoutingRecorder, predict, record
-from hybrimoe.runtime.layer_call.routing import CallSpace
+from hybrimoe.runtime.layer_call.routing import CallSpace, places_of
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stages import LossyStage
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
-from scheduler import Phase
+from scheduler import Phase, Planner, Transfer
 from scheduler.graph import PlannedLayer
+from scheduler.planner.at_once import HANDS_ON
 from scheduler.records import TaskRecord
 
 WholeCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, int] | None]
@@ -42,7 +45,7 @@ class ExpertsCall:
         self.experts, self.tracker, self.lossy = experts, tracker, lossy
         self.every = [experts] if lossy is None or lossy.low is None else [experts, lossy.low]
         self.layers, self.planner, self.costs = experts.layers, experts.planner, experts.costs
-        self.lookahead: Lookahead | None = None
+        self._lookahead: Lookahead | None = None
         self.routing_recorder: RoutingRecorder | None = None
         for others in self.every[1:]:
             others.reports.timeline = experts.reports.timeline
@@ -53,15 +56,38 @@ class ExpertsCall:
         if experts.planner is None and lossy is None:
             self._whole = list(map(_whole_call, self.layers, experts.lanes.addresses))
         self._alone = [(space,) for space in experts.spaces]
+        self._at_once: AtOnce | None = None
+        self._link_free_us = 0.0
+        """By the host's clock: when the copies that were under way will have ended, as of the latest sent call."""
+        self._released: tuple[CallSpace, Choice] | None = None
+        """A sent call whose output is there, and for which `settle` has something to do."""
+        self.lookahead = None
+
+    @property
+    def lookahead(self) -> Lookahead | None:
+        """What predicts the routing of later layers; None: nothing does."""
+        return self._lookahead
+
+    @lookahead.setter
+    def lookahead(self, lookahead: Lookahead | None) -> None:
+        self._lookahead = lookahead
+        if self.lossy is None and isinstance(self.planner, Planner) and self.planner.decides_at_once:
+            self._at_once = AtOnce(self.experts, self.planner, lookahead)
 
     def run(
         self, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """One call of layer `index`; see HybridExperts.forward."""
         start_ns = perf_counter_ns()
+        if self._released is not None:
+            self.settle()
         whole = self._whole[index]
         if whole is not None and self.routing_recorder is None and not self.experts.tracing:
             output = self._run_whole(whole, index, hidden, top_k_index, top_k_weights, start_ns)
+            if output is not None:
+                return output
+        if self._at_once is not None and self.routing_recorder is None and not self.experts.tracing:
+            output = self._run_at_once(self._at_once, index, hidden, top_k_index, top_k_weights, start_ns)
             if output is not None:
                 return output
         parts, n_tokens = self._read(index, hidden, top_k_index, top_k_weights)
@@ -80,37 +106,163 @@ class ExpertsCall:
             space.experts.reports.finish(space)
         if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
             output = self._as_asked(output, hidden)
-        self._count(index, start_ns, lanes_ns)
+        self._count(self.experts.spaces[index], perf_counter_ns() - start_ns, lanes_ns)
         return output
 
     def run_sent(self, call: SentCall) -> None:
         """One call of a layer whose tensors the device has sent, and the host has waited for; its output, or what the
-        device makes it of, is then in the call's exchange."""
+        device makes it of, is then in the call's exchange. `settle` may then be called, once the device goes on."""
         start_ns, index, exchange = perf_counter_ns(), call.layer, call.exchange
+        if self._released is not None:
+            self.settle()
         whole = self._whole[index]
         if whole is not None:
             output = self._run_whole(whole, index, exchange.hidden, exchange.ids, exchange.weights, start_ns)
             if output is not None:
                 exchange.put(output)
                 return
+        if self._at_once is not None and self._answer(self._at_once, call, start_ns):
+            return
         parts, n_tokens = self._read(index, exchange.hidden, exchange.ids, exchange.weights, exchange.places)
         if not n_tokens:
             exchange.put_nothing()
             return
         (space,) = parts
         space.work.hidden, space.work.host_rows = call.hidden, exchange.rows
-        self._plan(space, parts, exchange.ids)
-        lanes, lanes_ns = space.experts.lanes, -perf_counter_ns()
-        if space.plan.moved and space.plan.hands_over:
-            lanes.submit(space)
-            lanes.compute(space)
-            exchange.put(lanes.combine(space))
+        self._plan(space, parts, exchange.ids, 0.0 if self.costs is None else self.costs.launch_us(index))
+        lanes, plan, lanes_ns = space.experts.lanes, space.plan, -perf_counter_ns()
+        if plan.moved and plan.hands_over:
+            self._compute_for(call, space)
         else:
-            lanes.launch(space, call)
+            lanes.place(space, exchange)
+            lanes.launch(space, call, len(plan.accel), plan.transfers, _awaited_slots(space))
+            if plan.prefetches:
+                lanes.start_transfers(plan.prefetches, space.step, traced=False)
             lanes.compute(space)
         lanes_ns += perf_counter_ns()
         space.experts.reports.finish(space)
-        self._count(index, start_ns, lanes_ns)
+        self._count(space, perf_counter_ns() - start_ns, lanes_ns)
+
+    def _answer(self, at_once: AtOnce, call: SentCall, start_ns: int) -> bool:
+        """`run_sent` where reading and planning are one: what nobody waits for is left to `settle`. False where the
+        long way runs the call, or says what is wrong with it."""
+        exchange, experts, places = call.exchange, self.experts, call.exchange.places
+        if places is None:
+            return False
+        space, lanes, n_tokens = experts.spaces[call.layer], experts.lanes, places[3]
+        desk = at_once.planner.desk_for(call.layer, n_tokens, n_tokens * places[4])
+        if desk is None or not (at_once.is_ready or at_once.get_ready()):
+            return False
+        if experts.reports.finished is not None:
+            experts.reports.collect(self.phase)  # of a call that went the long way
+        step = self.tracker.next(call.layer, n_tokens)
+        if step.new:
+            self.begin_step(step, n_tokens)
+        link_us = max(self._link_free_us - start_ns * 1e-3, 0.0)
+        self.consistent = False
+        choice = at_once.choose(desk, space, self.phase, call.hidden, exchange.hidden, places, exchange, link_us)
+        if choice.n_active <= 0:
+            self.consistent = True
+            if choice.n_active == 0:
+                exchange.put_nothing()
+            return choice.n_active == 0
+        transfers: Sequence[Transfer] = ()
+        awaited: Sequence[int] = ()
+        choice.is_planned = choice.n_moved > 0 or choice.n_awaited != 0
+        if choice.is_planned and choice.n_awaited != HANDS_ON:
+            space.plan = at_once.planner.chosen(space.demand, choice.makespan_us, choice.link_share, choice.n_awaited)
+            transfers, awaited = space.plan.transfers, _awaited_slots(space)
+        lanes_ns = -perf_counter_ns()
+        if choice.n_awaited == HANDS_ON:
+            at_once.decide_rest(space, link_us)
+            self._compute_for(call, space)
+        else:
+            lanes.launch(space, call, choice.n_accel, transfers, awaited)
+            lanes.compute_taken(space, choice.n_cpu)
+        end_ns = perf_counter_ns()
+        choice.took_ns, choice.lanes_ns = end_ns - start_ns, lanes_ns + end_ns
+        self._released, self.consistent = (space, choice), True
+        return True
+
+    def settle(self) -> None:
+        """What the latest sent call left to do when its output was there: experts of later layers are fetched, what was
+        decided and what has ended is learnt from and counted."""
+        released, at_once = self._released, self._at_once
+        if released is None or at_once is None:
+            return
+        self._released, self.consistent, start_ns = None, False, perf_counter_ns()
+        (space, choice), experts = released, self.experts
+        if not choice.is_planned:
+            space.plan = at_once.planner.chosen(space.demand, choice.makespan_us, choice.link_share, choice.n_awaited)
+        prefetches = at_once.look_ahead(space, choice)
+        if prefetches:
+            experts.lanes.start_transfers(prefetches, space.step, traced=False)
+        experts.count(space)
+        experts.reports.finish(space)
+        experts.reports.collect(self.phase)
+        now_ns = perf_counter_ns()
+        self._link_free_us = now_ns * 1e-3
+        if experts.lanes.queues[0].pending:
+            self._link_free_us += experts.lanes.link_busy_us(space.index)
+        space.counters.wall_us += (choice.took_ns + now_ns - start_ns) * 1e-3
+        space.counters.overhead_us += (choice.took_ns + now_ns - start_ns - choice.lanes_ns) * 1e-3
+        self.consistent = True
+
+    def _run_at_once(
+        self, at_once: AtOnce, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor, start_ns: int,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """A call of few tokens where reading and planning are one: the output, or None where the long way runs the
+        call, or says what is wrong with it."""
+        experts, space = self.experts, self.experts.spaces[index]
+        desk = at_once.planner.desk_for(index, top_k_index.shape[0], top_k_index.numel())
+        if desk is None or space.norm is not None or not (at_once.is_ready or at_once.get_ready()):
+            return None
+        on_host, ids, weights = hidden, top_k_index, top_k_weights
+        if not hidden.is_cpu:
+            on_host, ids, weights = experts.workspace.to_host(hidden, top_k_index, top_k_weights)
+        places = places_of(on_host, ids, weights, space.layer.spec.hidden)
+        if places is None or hidden.requires_grad:
+            return None
+        lanes = experts.lanes
+        self.consistent = False
+        experts.reports.collect(self.phase)
+        step = self.tracker.next(index, places[3])
+        if step.new:
+            self.begin_step(step, places[3])
+        link_us = lanes.link_busy_us(index)
+        choice = at_once.choose(desk, space, self.phase, hidden, on_host, places, None, link_us)
+        if choice.n_active <= 0:
+            self.consistent = True
+            return None if choice.n_active else torch.zeros_like(hidden)
+        if choice.n_awaited == HANDS_ON:
+            at_once.decide_rest(space, link_us)
+        else:
+            space.plan = at_once.planner.chosen(space.demand, choice.makespan_us, choice.link_share, choice.n_awaited)
+        lanes_ns = -perf_counter_ns()
+        lanes.submit(space)
+        prefetches = at_once.look_ahead(space, choice)
+        if prefetches:
+            lanes.start_transfers(prefetches, space.step, traced=False)
+        if choice.n_awaited == HANDS_ON:
+            lanes.compute(space)
+        else:
+            lanes.compute_taken(space, choice.n_cpu)
+        output = lanes.combine(space)
+        lanes_ns += perf_counter_ns()
+        experts.count(space)
+        space.experts.reports.finish(space)
+        if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
+            output = self._as_asked(output, hidden)
+        self._count(space, perf_counter_ns() - start_ns, lanes_ns)
+        return output
+
+    def _compute_for(self, call: SentCall, space: CallSpace) -> None:
+        """A planned call that cannot be launched as it was recorded: its output for the device."""
+        lanes = space.experts.lanes
+        lanes.submit(space)
+        lanes.compute(space)
+        call.exchange.put(lanes.combine(space))
 
     def _read(
         self, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
@@ -146,11 +298,14 @@ class ExpertsCall:
         if self.lossy is not None:
             self.lossy.begin_step(step)
 
-    def _plan(self, space: CallSpace, parts: Sequence[CallSpace], top_k_index: torch.Tensor) -> None:
-        """Plans one part of a call, behind those before it; the predictions go to the experts as stored."""
+    def _plan(
+        self, space: CallSpace, parts: Sequence[CallSpace], top_k_index: torch.Tensor, launch_us: float = 0.0
+    ) -> None:
+        """Plans one part of a call, behind those before it; the predictions go to the experts as stored. launch_us:
+        until the accelerator's first expert can run."""
         experts, lossy = space.experts, self.lossy
         if lossy is None:
-            lanes = 0.0, 0.0, experts.lanes.link_busy_us(space.index)
+            lanes = 0.0, launch_us, experts.lanes.link_busy_us(space.index)
         else:
             lanes = lossy.lanes(space, parts)
         if experts is not self.experts:
@@ -185,10 +340,9 @@ class ExpertsCall:
             output = move(output, hidden.device)
         return output.reshape(hidden.shape)
 
-    def _count(self, index: int, start_ns: int, lanes_ns: int) -> None:
+    def _count(self, space: CallSpace, took_ns: int, lanes_ns: int) -> None:
         """The call has ended: its time, of which the lanes took `lanes_ns`."""
-        took_ns = perf_counter_ns() - start_ns
-        counters = self.experts.stats.counters[self.phase][index]
+        counters = self.experts.stats.counters[self.phase][space.index]
         counters.wall_us += took_ns * 1e-3
         counters.overhead_us += (took_ns - lanes_ns) * 1e-3
         self.consistent = True
@@ -255,6 +409,7 @@ class ExpertsCall:
 
     def drain(self) -> None:
         """Waits for the work under way and reports it; completes the timeline."""
+        self.settle()
         for experts in self.every:
             for queue in experts.lanes.queues:
                 queue.accelerator.synchronize()
@@ -262,11 +417,13 @@ class ExpertsCall:
 
     def report(self) -> None:
         """Reports what has ended so far to planners and counters."""
+        self.settle()
         for experts in self.every:
             experts.reports.collect(self.phase)
 
     def release(self) -> None:
         """Lets go of what a call that did not end keeps: its tensors may fill a device."""
+        self._released = None
         for experts in self.every:
             for space in experts.spaces:
                 space.release()
@@ -279,6 +436,12 @@ class ExpertsCall:
         """Ends what only this call path uses: another one follows, or the session is closed."""
         if self.lossy is not None:
             self.lossy.close()
+
+
+def _awaited_slots(space: CallSpace) -> Sequence[int]:
+    """Slots into which a planned call's experts are being copied."""
+    plan = space.plan
+    return [plan.slot_of[position] for position in (*plan.awaited, *plan.moved)] if plan.awaited or plan.moved else ()
 
 
 def _whole_call(layer: Layer, addresses: npt.NDArray[np.uint64]) -> WholeCall | None:

@@ -32,13 +32,14 @@ HIT, ON_ITS_WAY = 0, 1
 """Places of `found` in `describe_routing`."""
 
 
-def _compiled(function: Function) -> Function:
+def with_gil(function: Function) -> Function:
+    """Compiles a function that is over before another thread could be given the interpreter's lock, and keeps it."""
     made = numba.njit(fastmath={"reassoc", "contract", "nsz"})(function)
     keep_on_disk(made, "hybrimoe", "cpu_kernels", "scheduler")
     return cast(Function, made)
 
 
-@_compiled
+@with_gil
 def describe_routing(
     expert_ids: Ints, offsets: Ints, rows: Ints, weights: Floats, n_total: int,
     routing_counts: npt.NDArray[np.float64], n_tokens: Ints, scores: Floats, first_key: int, slot_of: Keys, state: Keys,
@@ -65,7 +66,7 @@ def describe_routing(
                 found[HIT if state[slot] >= RESIDENT else ON_ITS_WAY] += 1
 
 
-@_compiled
+@with_gil
 def read_and_describe(
     index: int, weights: int, weights_kind: int, n_tokens: int, top_k: int, hidden: int, hidden_kind: int,
     host_hidden: Floats, routing: Floats, counts: Ints, expert_ids: Ints, offsets: Ints, rows: Ints,
@@ -85,7 +86,7 @@ def read_and_describe(
     return n_active
 
 
-@_compiled
+@with_gil
 def place_pairs(plan: Keys, n_cpu: int, n_accel: int, offsets: Ints, rows: Ints, slots: Ints, source: Ints) -> None:
     """Writes a plan into an exchange (`gpu_kernels.exchange`): slots and source int32 [R] of each (token, expert) pair.
 
@@ -103,7 +104,7 @@ def place_pairs(plan: Keys, n_cpu: int, n_accel: int, offsets: Ints, rows: Ints,
             source[rows[i]], slots[rows[i]] = NO_PLACE, plan[SLOT, position]
 
 
-@_compiled
+@with_gil
 def count_hits(expert_ids: Ints, first_key: int, slot_of: Keys, state: Keys) -> tuple[int, int]:
     """(resident, in flight) among the active experts; arrays as for `describe_routing`."""
     hits, late = 0, 0
@@ -117,7 +118,7 @@ def count_hits(expert_ids: Ints, first_key: int, slot_of: Keys, state: Keys) -> 
     return hits, late
 
 
-@_compiled
+@with_gil
 def predict_token(
     halves: npt.NDArray[np.uint16],
     bias: Floats,

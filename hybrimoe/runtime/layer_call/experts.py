@@ -75,20 +75,28 @@ class Experts:
         accel_ready_us: float, link_ready_us: float,
     ) -> None:  # fmt: skip
         """Where and in which order the described call's experts run; the times say when each lane gets free."""
-        planner, index, stats = self.planner, space.index, self.stats
-        counters = space.counters = stats.counters[phase][index]
-        demand = space.demand
-        demand.phase, demand.predictions = phase, predictions
-        stats.found(counters, index, demand.expert_ids, demand.n_tokens_total, space.found)
-        if space.ends:
-            self.reports.forget(space)
-        space.step, space.traced, space.stands_for = self.step, self.tracing, 1
+        planner, index = self.planner, space.index
+        self.expect(space, phase, predictions)
         if planner is None:
             space.plan = self._unplanned
-            space.plan.run_on_cpu(self.step, index, len(demand.expert_ids))
+            space.plan.run_on_cpu(self.step, index, len(space.demand.expert_ids))
         else:
-            space.plan = planner.decide(demand, cpu_ready_us, accel_ready_us, link_ready_us)
-        plan = space.plan
+            space.plan = planner.decide(space.demand, cpu_ready_us, accel_ready_us, link_ready_us)
+        self.count(space)
+
+    def expect(self, space: CallSpace, phase: Phase, predictions: tuple[Prediction, ...]) -> None:
+        """A described call is about to be planned."""
+        demand = space.demand
+        demand.phase, demand.predictions = phase, predictions
+        space.counters = self.stats.counters[phase][space.index]
+        if space.ends:
+            self.reports.forget(space)
+        space.step, space.traced, space.stands_for, space.recorded = self.step, self.tracing, 1, False
+
+    def count(self, space: CallSpace) -> None:
+        """Counts a planned call: what it found, and what its plan does."""
+        index, stats, counters, demand, plan = space.index, self.stats, space.counters, space.demand, space.plan
+        stats.found(counters, index, demand.expert_ids, demand.n_tokens_total, space.found)
         counters.cpu_experts += len(plan.cpu)
         counters.accel_experts += len(plan.accel)
         if plan.transfers or plan.prefetches:

@@ -17,6 +17,7 @@ from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.engine.dispatch import take_records
 from gpu_kernels import LaneError
 from gpu_kernels.combining import combine_on_host
+from gpu_kernels.exchange import Exchange
 from hybrimoe.runtime.layer_call.compiled import place_pairs
 from hybrimoe.runtime.layer_call.failures import failed_experts, with_story
 from hybrimoe.runtime.layer_call.layers import Layer
@@ -69,28 +70,28 @@ class Lanes:
         if plan.prefetches:
             self.start_transfers(plan.prefetches, space.step, traced=space.traced)
 
-    def launch(self, space: CallSpace, call: SentCall) -> None:
-        """`submit` of a call that an exchange carries: one launch of recorded work for all experts on the accelerator;
-        `compute` must follow. Not for plans in which one expert takes over another's slot."""
-        plan, dispatch, exchange = space.plan, space.work.dispatch, call.exchange
-        n_accel = len(plan.accel)
+    def place(self, space: CallSpace, exchange: Exchange) -> None:
+        """Tells the device where the pairs of a call that an exchange carries are computed; `launch` must follow."""
+        plan, dispatch = space.plan, space.work.dispatch
         place_pairs(
-            plan.rows, len(plan.cpu), n_accel, dispatch.offsets, dispatch.rows, exchange.slots, exchange.source
+            plan.rows, len(plan.cpu), len(plan.accel), dispatch.offsets, dispatch.rows, exchange.slots, exchange.source
         )  # fmt: skip
-        if plan.transfers:
-            self.start_transfers(plan.transfers, space.step, traced=False)
+
+    def launch(
+        self, space: CallSpace, call: SentCall, n_accel: int, transfers: Sequence[Transfer] = (),
+        awaited: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """`submit` of a call that an exchange carries: one launch of recorded work for its `n_accel` experts on the
+        accelerator, behind `transfers` and earlier copies into the slots `awaited`; `compute` must follow. Not for
+        plans in which one expert takes over another's slot."""
+        if transfers:
+            self.start_transfers(transfers, space.step, traced=False)
         if n_accel and call.replay is not None:
-            awaited: Sequence[int] = ()
-            if plan.awaited or plan.moved:
-                awaited = [plan.slot_of[position] for position in (*plan.awaited, *plan.moved)]
             timed = not space.step % OBSERVE_EVERY
             end = call.accelerator.launch(call.replay, awaited, timed=timed)
             if end is not None:
                 space.ends.append(end)
-                space.sent.append(plan.accel)
-                space.stands_for = OBSERVE_EVERY
-        if plan.prefetches:
-            self.start_transfers(plan.prefetches, space.step, traced=False)
+                space.stands_for, space.recorded = OBSERVE_EVERY, True
 
     def _interleave(self, space: CallSpace, queue: TransferQueue) -> None:
         """Submits work and transfers in turn, so that each computation sees the slot contents that the plan means."""
@@ -126,15 +127,22 @@ class Lanes:
 
     def compute(self, space: CallSpace) -> None:
         """The CPU lane's experts, in the calling thread: all in one call, or one by one when traced."""
-        rows, work, layer = space.plan.rows, space.work, space.layer
-        space.cpu_us = 0.0
+        n = len(space.plan.cpu)
+        if n:
+            taken = space.positions[:n], space.records[:n]
+            ids = space.work.dispatch.expert_ids
+            take_records(self.addresses[space.index], ids, space.plan.rows[CPU, :n], *taken)
+        self.compute_taken(space, n)
+
+    def compute_taken(self, space: CallSpace, n: int) -> None:
+        """`compute` of the first `n` of the space's positions and records."""
+        work, layer = space.work, space.layer
+        space.cpu_us, space.n_cpu = 0.0, n
         space.ran.clear()
-        n = space.n_cpu = len(space.plan.cpu)
         positions, records = space.positions[:n], space.records[:n]
         work.host_positions = positions
         if not n:
             return
-        take_records(self.addresses[space.index], work.dispatch.expert_ids, rows[CPU, :n], positions, records)
         run, rest = self._runs[space.index], (work.dispatch, work.host_hidden, work.host_rows)
         if space.traced:
             self._compute_one_by_one(

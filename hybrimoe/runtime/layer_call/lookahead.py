@@ -164,6 +164,11 @@ class Lookahead:
         self.knows_all = False
         """Whether every layer's gate was looked for."""
 
+    @property
+    def stacked(self) -> bool:
+        """Whether all gates are known, and predict from the host's copy of the hidden states alone."""
+        return self._stack is not None
+
     def learned(self, layer: int) -> bool:
         """True once `learn` was called for the layer."""
         return self._learned[layer]

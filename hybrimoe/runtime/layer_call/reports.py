@@ -33,7 +33,8 @@ class Reports:
     def __init__(self, planner: LayerPlanner | None, stats: StatsRecorder, queues: Sequence[TransferQueue]) -> None:
         self._planner, self._stats, self._queues = planner, stats, list(queues)
         self.timeline: list[TaskRecord] = []
-        self._finished: CallSpace | None = None
+        self.finished: CallSpace | None = None
+        """The latest call, until the planner is told of its end."""
         self._unreported: deque[CallSpace] = deque()
 
     def collect(self, phase: Phase) -> None:
@@ -45,9 +46,9 @@ class Reports:
             pending = queue.pending
             while pending and pending[0].event.done():
                 self._end_transfer(pending.popleft(), phase)
-        finished, planner = self._finished, self._planner
+        finished, planner = self.finished, self._planner
         if finished is not None and planner is not None:
-            self._finished = None
+            self.finished = None
             observing = not finished.step % OBSERVE_EVERY and finished.cpu_us > 0.0
             planner.end_layer(finished.index, self._observed_on_cpu(finished, planner) if observing else ())
         unreported = self._unreported
@@ -65,7 +66,9 @@ class Reports:
 
     def finish(self, space: CallSpace) -> None:
         """The call's result is there: the next `collect` tells the planner of it."""
-        self._finished = space
+        self.finished = space
+        if space.ends and not space.sent:
+            space.sent.append(space.plan.accel)  # by one launch
         space.release()
         space.counters.cpu_us += space.cpu_us
         if space.traced:
@@ -88,19 +91,28 @@ class Reports:
 
     def _end_work(self, space: CallSpace) -> None:
         """A layer's work on the accelerator has ended: recorded if traced, and in some steps it corrects the costs."""
-        accel_us = 0.0
-        for end in space.ends:
+        planner = None if space.step % OBSERVE_EVERY else self._planner
+        for end, positions in zip(space.ends, space.sent, strict=True):
             start_us, end_us = end.span_us()
-            accel_us += end_us - start_us
-        space.counters.accel_us += accel_us * space.stands_for
+            space.counters.accel_us += (end_us - start_us) * space.stands_for
+            if planner is not None:
+                planner.observe(self._observed_group(space, planner, positions, end_us - start_us))
         if space.traced:
             self._record_work(space)
-        if self._planner is not None and not space.step % OBSERVE_EVERY:
-            n_tokens = space.demand.n_tokens[[position for positions in space.sent for position in positions]].tolist()
-            us = share_out(accel_us, n_tokens, partial(self._planner.costs.accel_us, space.index))
-            self._planner.observe(ObservedTask("accel", space.index, n_tokens[0], us))
         space.ends.clear()
         space.sent.clear()
+
+    @staticmethod
+    def _observed_group(
+        space: CallSpace, planner: LayerPlanner, positions: list[int], us: float
+    ) -> ObservedTask:  # fmt: skip
+        """The accelerator's experts at `positions`, which were launched together and took `us`: as so many like the
+        first of them."""
+        n_tokens = space.demand.n_tokens[positions].tolist()
+        alike = float(len(n_tokens))
+        if min(n_tokens) != max(n_tokens):
+            alike = 1.0 / share_out(1.0, n_tokens, partial(planner.costs.accel_us, space.index))
+        return ObservedTask("accel", space.index, n_tokens[0], us, alike, space.recorded)
 
     def _record_work(self, space: CallSpace) -> None:
         """The timeline's entries of work on the accelerator, which a traced call submits expert by expert."""

@@ -16,14 +16,14 @@ from cpu_kernels import Dispatch, build_dispatch
 from cpu_kernels.engine.routed import FLOATS, fits
 from gpu_kernels import Event, LayerWork
 from gpu_kernels.downloads import Downloads
-from gpu_kernels.exchange import Places
+from gpu_kernels.exchange import Exchange, Places
 from gpu_kernels.uploads import Uploads
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime.layer_call.compiled import describe_routing, read_and_describe
 from hybrimoe.runtime.layer_call.layers import Layer, apply_norm
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stats import Counters
-from scheduler import Phase, Prediction
+from scheduler import Phase, Prediction, Transfer
 from scheduler.demand import DemandView
 from scheduler.planner.plan_view import PlanView
 from scheduler.planner.protocol import Costs
@@ -49,16 +49,19 @@ class Workspace:
 
     def __init__(self) -> None:
         self._rows = np.empty(0, dtype=np.float32)
-        self.few: dict[tuple[int, int, int], FewTokens] = {}
+        self._few: dict[tuple[int, int, int], FewTokens] = {}
         """Of calls of few tokens, by (tokens, top-k, width)."""
         self._from: dict[torch.device, Downloads] = {}
         self._to: dict[torch.device, Uploads] = {}
 
     def of_few(self, n_tokens: int, top_k: int, width: int) -> FewTokens:
         """Inputs float32 [n_tokens, width] and result rows float32 [n_tokens * top_k, width] of calls of this shape."""
-        inputs, rows = (np.empty((n, width), np.float32) for n in (n_tokens, n_tokens * top_k))
-        self.few[n_tokens, top_k, width] = inputs, rows
-        return inputs, rows
+        shape = n_tokens, top_k, width
+        known = self._few.get(shape)
+        if known is None:
+            inputs, rows = (np.empty((n, width), np.float32) for n in (n_tokens, n_tokens * top_k))
+            known = self._few[shape] = inputs, rows
+        return known
 
     def to_host(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
         """A call's tensors on the host, valid until the next call: those of a device by one wait, unless they are large
@@ -96,7 +99,14 @@ class RunsLanes(Protocol):
 
     def submit(self, space: CallSpace) -> None: ...
 
-    def launch(self, space: CallSpace, call: SentCall) -> None: ...
+    def place(self, space: CallSpace, exchange: Exchange) -> None: ...
+
+    def launch(
+        self, space: CallSpace, call: SentCall, n_accel: int, transfers: Sequence[Transfer] = (),
+        awaited: Sequence[int] = (),
+    ) -> None: ...  # fmt: skip
+
+    def start_transfers(self, transfers: Sequence[Transfer], step: int, *, traced: bool) -> None: ...
 
     def compute(self, space: CallSpace) -> None: ...
 
@@ -137,9 +147,9 @@ class CallSpace:
     """
 
     __slots__ = (
-        "_buffers", "_counted", "_dispatches", "_n_tokens", "_norm", "_scores", "_width", "_work", "counters", "cpu_us",
-        "demand", "ends", "experts", "found", "index", "layer", "n_cpu", "plan", "positions", "ran", "records", "sent",
-        "stands_for", "step", "traced", "unit", "work",
+        "_dispatches", "_scores", "_width", "_work", "buffers", "counted", "counters", "cpu_us", "demand", "ends",
+        "experts", "found", "index", "layer", "n_cpu", "n_tokens", "norm", "plan", "positions", "ran", "recorded",
+        "records", "sent", "stands_for", "step", "traced", "unit", "work",
     )  # fmt: skip
 
     work: LayerWork
@@ -149,8 +159,8 @@ class CallSpace:
         """`n_experts`: the planner's number of experts, at least the layer's own."""
         self.experts, self.index, self.layer = experts, index, layer
         self.counters = NOT_COUNTED
-        self._scores, self._n_tokens = np.zeros(n_experts, np.float32), np.zeros(n_experts, np.int32)
-        self.demand = DemandView(index, "decode", 0, self._n_tokens[:0], self._n_tokens[:0], self._scores)
+        self._scores, self.n_tokens = np.zeros(n_experts, np.float32), np.zeros(n_experts, np.int32)
+        self.demand = DemandView(index, "decode", 0, self.n_tokens[:0], self.n_tokens[:0], self._scores)
         self.positions = np.empty(layer.num_experts, np.int32)
         self.records = np.empty(layer.num_experts, np.uint64)
         self.found = np.zeros(2, np.int64)
@@ -159,10 +169,10 @@ class CallSpace:
         self.sent: list[list[int]] = []
         self.ran: list[TaskRecord] = []
         self.step, self.n_cpu, self.cpu_us, self.traced, self.unit = -1, 0, 0.0, False, 0
-        self.stands_for = 1
-        self._norm, self._width = layer.transform(), layer.spec.hidden
-        self._buffers = _Buffers(0, layer.num_experts)
-        self._work = LayerWork(self._buffers.dispatch(0, 1, 0, 0), NOTHING, NO_ROWS, NO_ROWS)
+        self.stands_for, self.recorded = 1, False
+        self.norm, self._width = layer.transform(), layer.spec.hidden
+        self.buffers = Buffers(0, layer.num_experts)
+        self._work = LayerWork(self.buffers.dispatch(0, 1, 0, 0), NOTHING, NO_ROWS, NO_ROWS)
         self._dispatches: dict[tuple[int, int, int, int], Dispatch] = {}
 
     def count_in(
@@ -172,7 +182,7 @@ class CallSpace:
         """From here on the count of each active expert rises by 1 in `routing_counts` [E] with each call, and `found`
         tells how many of them have their bytes in a slot, and how many are on their way: slot_of and state are a
         `SlotTable`'s, the layer's from `first_key` on; empty where nothing has a slot."""
-        self._counted = routing_counts, self._n_tokens, self._scores, first_key, slot_of, state, self.found
+        self.counted = routing_counts, self.n_tokens, self._scores, first_key, slot_of, state, self.found
 
     def read(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, workspace: Workspace,
@@ -187,37 +197,45 @@ class CallSpace:
         width, given = self._width, hidden
         if not hidden.is_cpu:
             hidden, top_k_index, top_k_weights = workspace.to_host(hidden, top_k_index, top_k_weights)
-        if places is None and fits(hidden, top_k_index, top_k_weights, width) and not hidden.requires_grad:
-            places = (
-                top_k_index.data_ptr(), top_k_weights.data_ptr(), FLOATS[top_k_weights.dtype], top_k_index.shape[0],
-                top_k_index.shape[1], hidden.data_ptr(), FLOATS[hidden.dtype],
-            )  # fmt: skip
-        if places is not None and self._norm is None:
+        if places is None and not hidden.requires_grad:
+            places = places_of(hidden, top_k_index, top_k_weights, width)
+        if places is not None and self.norm is None:
             n_tokens, top_k = places[3:5]
-            buffers, n_rows = self._buffers, n_tokens * top_k
-            if buffers.weights.size < n_rows:
-                buffers = self._grow(n_rows)
-            host_hidden, host_rows = workspace.few.get((n_tokens, top_k, width)) or workspace.of_few(
-                n_tokens, top_k, width
-            )
+            buffers = self.room_for(n_tokens * top_k)
+            host_hidden, host_rows = workspace.of_few(n_tokens, top_k, width)
             n_active: int = read_and_describe(
                 *places, host_hidden, buffers.weights, buffers.counts, buffers.expert_ids, buffers.offsets,
-                buffers.rows, *self._counted,
+                buffers.rows, *self.counted,
             )  # fmt: skip
             if n_active >= 0:
-                shape = n_tokens, top_k, n_active, int(buffers.offsets[n_active])
-                dispatch = self._dispatches.get(shape)
-                if dispatch is None:
-                    dispatch = self._dispatches[shape] = buffers.dispatch(*shape)
-                work, demand = self._work, self.demand
-                self.work = work
-                work.dispatch, work.hidden, work.like, work.device_state = dispatch, given, hidden, None
-                work.host_hidden, work.host_rows = host_hidden, host_rows
-                demand.n_tokens_total, demand.expert_ids = n_tokens, dispatch.expert_ids
-                demand.n_tokens = self._n_tokens[:n_active]
+                self.filled(n_tokens, top_k, n_active, given, hidden, host_hidden, host_rows)
                 return n_active
         inputs = call_inputs(given, top_k_index, top_k_weights, width, hidden)
         return self.take(inputs, inputs.ids, inputs.weights, workspace) and self.describe()
+
+    def filled(
+        self, n_tokens: int, top_k: int, n_active: int, given: torch.Tensor, hidden: torch.Tensor,
+        host_hidden: npt.NDArray[np.float32], host_rows: npt.NDArray[np.float32],
+    ) -> None:  # fmt: skip
+        """The space's own arrays hold the routing of a call of few tokens: `work` and `demand` become views of them.
+
+        given: the hidden states where the model has them; hidden: on the host; host_hidden, host_rows: as in `work`.
+        """
+        buffers = self.buffers
+        shape = n_tokens, top_k, n_active, int(buffers.offsets[n_active])
+        dispatch = self._dispatches.get(shape)
+        if dispatch is None:
+            dispatch = self._dispatches[shape] = buffers.dispatch(*shape)
+        work, demand = self._work, self.demand
+        self.work = work
+        work.dispatch, work.hidden, work.like, work.device_state = dispatch, given, hidden, None
+        work.host_hidden, work.host_rows = host_hidden, host_rows
+        demand.n_tokens_total, demand.expert_ids = n_tokens, dispatch.expert_ids
+        demand.n_tokens = self.n_tokens[:n_active]
+
+    def room_for(self, n_rows: int) -> Buffers:
+        """The space's own arrays, with room for so many (token, expert) pairs."""
+        return self.buffers if self.buffers.weights.size >= n_rows else self._grow(n_rows)
 
     def inputs(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, workspace: Workspace
@@ -234,8 +252,8 @@ class CallSpace:
     ) -> int:
         """Takes this routing of a call (the router's, or a part of it). Returns the number of active experts."""
         self.work = inputs.work(ids, weights, self.layer.num_experts, workspace)
-        if self._norm is not None:
-            self._postpone_weights(self._norm)
+        if self.norm is not None:
+            self._postpone_weights(self.norm)
         return len(self.work.dispatch.expert_ids)
 
     def release(self) -> None:
@@ -244,11 +262,11 @@ class CallSpace:
         work.hidden, work.like, work.device_state, work.transform, work.weights = NOTHING, None, None, None, None
         work.host_hidden = work.host_rows = NO_ROWS
 
-    def _grow(self, n_rows: int) -> _Buffers:
+    def _grow(self, n_rows: int) -> Buffers:
         """Room for more (token, expert) pairs; `read` then makes its views anew."""
-        self._buffers = _Buffers(n_rows, self.layer.num_experts)
+        self.buffers = Buffers(n_rows, self.layer.num_experts)
         self._dispatches.clear()
-        return self._buffers
+        return self.buffers
 
     def _postpone_weights(self, norm: nn.Module) -> None:
         """Families with a norm over each expert's output: the routing weights are multiplied in after it."""
@@ -263,12 +281,12 @@ class CallSpace:
         """Describes what was taken in `demand`, as `read` does. Returns the number of active experts."""
         dispatch, demand = self.work.dispatch, self.demand
         ids = dispatch.expert_ids
-        describe_routing(ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, *self._counted)
-        demand.n_tokens_total, demand.expert_ids, demand.n_tokens = dispatch.n_tokens, ids, self._n_tokens[: ids.size]
+        describe_routing(ids, dispatch.offsets, dispatch.rows, dispatch.weights, dispatch.n_tokens, *self.counted)
+        demand.n_tokens_total, demand.expert_ids, demand.n_tokens = dispatch.n_tokens, ids, self.n_tokens[: ids.size]
         return int(ids.size)
 
 
-class _Buffers:
+class Buffers:
     """A call's routing in flat arrays of at most `n_rows` (token, expert) pairs over `num_experts` experts."""
 
     __slots__ = ("counts", "expert_ids", "offsets", "rows", "weights")
@@ -305,6 +323,16 @@ class CallInputs:
         dispatch = build_dispatch(ids, weights, num_experts)
         rows = workspace.rows(dispatch.n_tokens * dispatch.top_k, self.host_hidden.shape[1])
         return LayerWork(dispatch, self.hidden, self.host_hidden, rows)
+
+
+def places_of(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, hidden_size: int) -> Places | None:
+    """Where a compiled call reads a call's tensors; None for those that it does not know, or that are wrong."""
+    if not fits(hidden, index, weights, hidden_size):
+        return None
+    return (
+        index.data_ptr(), weights.data_ptr(), FLOATS[weights.dtype], index.shape[0], index.shape[1], hidden.data_ptr(),
+        FLOATS[hidden.dtype],
+    )  # fmt: skip
 
 
 def call_inputs(

@@ -163,13 +163,22 @@ class LossyStage:
         counters.calls, counters.tokens = n_calls + 1, n_tokens + len(inputs.ids)
         self._inputs = self._rewritten = self._from_before = None
         if before is not None:
-            outputs = [*outputs, before.to(outputs[0].device) if outputs else before]
+            outputs = [*outputs, before]
         if not outputs:
             return torch.zeros(inputs.host_hidden.shape)
+        outputs = self._on_one_device(outputs)
         out = outputs[0]
         for more in outputs[1:]:
             out = out + more
         return out
+
+    def _on_one_device(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs that can be added: a part whose experts all ran on the CPU has its own on the host."""
+        devices = [output.device for output in outputs if output.device.type != "cpu"]
+        if not devices:
+            return outputs
+        move, device = self.experts.workspace.to_device, devices[0]
+        return [move(output, device) if output.device.type == "cpu" else output.to(device) for output in outputs]
 
     def take_over(self, previous: Stage, lookahead: Lookahead | None) -> None:
         """Continues a stage that ends here: its gates know the routers already."""

@@ -23,6 +23,8 @@ TOKEN_POINTS = (1, 2, 4, 16, 64)
 """Tokens per expert at which costs are measured; between and beyond them costs are linear."""
 MAX_EXPERTS = 8
 """Experts in one measured call: as a decode step would have, so that the pool of threads is used as there."""
+LEAST_OWN_SHARE = 0.1
+"""Of the time of a group on the accelerator, at least so much is its experts' and not the launch's."""
 POINT_BUDGET_US = 25_000.0
 """A point that takes longer than this is the last one of its lane."""
 REPEATS = 3
@@ -47,7 +49,7 @@ def measure_profile(
     else:
         link_gbps = _measure_link(store, layer, accelerator)
         n_slots = min(n_experts, accelerator.n_slots)
-        accel_points = _measure_lane(spec, n_slots, _accel_call(accelerator, spec))
+        accel_points = _measure_lane(spec, n_slots, _accel_call(accelerator, spec), launched=True)
     key = table_key(spec.hidden, spec.inter, spec.dtype)
     return HardwareProfile(
         name="this machine",
@@ -107,14 +109,18 @@ def _rate_gflops(spec: ExpertSpec, points: tuple[tuple[int, float], ...]) -> flo
 
 
 def _measure_lane(
-    spec: ExpertSpec, n_experts: int, call: Callable[[LayerWork, int], float]
+    spec: ExpertSpec, n_experts: int, call: Callable[[LayerWork, int], float], *, launched: bool = False
 ) -> tuple[tuple[int, float], ...]:
-    """(n_tokens, us of one expert) points; `call` runs `n_experts` experts and returns their us together."""
+    """(n_tokens, us of one expert) points; `call` runs `n_experts` experts and returns their us together. launched:
+    those hold the launch of all of them, which is no expert's: one takes what a group takes longer with one more."""
     points: list[tuple[int, float]] = []
     for n_tokens in TOKEN_POINTS:
         work = _work(spec, n_experts, n_tokens)
         call(work, n_experts)
         us = min(call(work, n_experts) for _ in range(REPEATS)) / n_experts
+        if launched and n_experts > 1:
+            first_us = min(call(work, 1) for _ in range(REPEATS))
+            us = min(max((us * n_experts - first_us) / (n_experts - 1), LEAST_OWN_SHARE * us), us)
         floor_us = points[-1][1] if points else 0.01
         points.append((n_tokens, max(us, floor_us)))
         if us * n_experts > POINT_BUDGET_US:

@@ -15,6 +15,7 @@ from gpu_kernels import Accelerator, AcceleratorError
 from hybrimoe.errors import BudgetError, debugging
 from hybrimoe.machine.profiles import calibrated
 from hybrimoe.runtime.config import RuntimeConfig
+from hybrimoe.runtime.layer_call import choosing
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.compiled import make_ready
 from hybrimoe.runtime.layer_call.experts import Experts
@@ -26,7 +27,7 @@ from hybrimoe.runtime.layer_call.steps import StepTracker
 from hybrimoe.runtime.startup.measure import make_kernels_ready, measure_profile
 from hybrimoe.runtime.startup.units import Unit, blocks_of, slots_by_unit
 from hybrimoe.runtime.store import ExpertStore
-from scheduler import CostModel, ModelShape
+from scheduler import CostModel, ModelShape, Planner
 from scheduler.planner.protocol import LayerPlanner
 from scheduler.planner.rehearsal import rehearse
 from scheduler.planner.setup import PlannerSetup
@@ -88,6 +89,8 @@ class Startup:
             _rehearse_alone(self.layers[0], self.store)
             return
         rehearse(self.config.policy, self.config.policy_params, self.config.lookahead)
+        if isinstance(experts.planner, Planner) and experts.planner.decides_at_once:
+            choosing.make_ready()
         experts.warm_up(experts.planner.warm_up(frequencies))
 
     def _slotted(self) -> list[Layer]:

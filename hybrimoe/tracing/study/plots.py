@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from hybrimoe.errors import MissingExtraError
@@ -58,18 +59,65 @@ def lines(title: str, x_label: str, y_label: str, x: Sequence[float], series: Ma
     return png(figure)
 
 
-def bars(title: str, y_label: str, names: Sequence[str], series: Mapping[str, Sequence[float]]) -> bytes:
-    """Grouped bars: one group per name, one bar per series."""
+def bars(
+    title: str, y_label: str, names: Sequence[str], series: Mapping[str, Sequence[float]],
+    errors: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> bytes:  # fmt: skip
+    """Grouped bars: one group per name, one bar per series, with error bars of the series that ``errors`` names."""
     figure, axis = new_figure()
     width = 0.8 / max(1, len(series))
     for i, (label, values) in enumerate(series.items()):
-        axis.bar([at + i * width for at in range(len(names))], values, width, label=label)
+        axis.bar([at + i * width for at in range(len(names))], values, width, label=label, yerr=errors.get(label))
     axis.set(title=title, ylabel=y_label)
     axis.set_xticks([at + 0.4 - width / 2 for at in range(len(names))], names, rotation=30, ha="right", fontsize=8)
     axis.grid(axis="y", alpha=0.3)
     if len(series) > 1:
         axis.legend(fontsize=8)
     return png(figure)
+
+
+def line_panels(
+    title: str, x_label: str, y_label: str, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]]
+) -> bytes:
+    """A panel a name, in it a line a series through its points (x, y, error of y), all with one legend."""
+    import matplotlib
+
+    figure, axes = _panels(title, len(panels))
+    for axis, (name, series) in zip(axes, panels.items(), strict=True):
+        axis.set_prop_cycle(color=[matplotlib.colormaps["tab20"](i) for i in range(20)])
+        for label, points in series.items():
+            x, y, error = zip(*points, strict=True)
+            axis.errorbar(x, y, yerr=error if any(error) else None, marker="o", markersize=3, label=label)
+        axis.set(title=name, xlabel=x_label, ylim=(0.0, None))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(y_label)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    return png(figure)
+
+
+def stacked_panels(title: str, y_label: str, panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
+    """A panel a name, in it a bar a series, stacked from its parts."""
+    figure, axes = _panels(title, len(panels))
+    for axis, (name, series) in zip(axes, panels.items(), strict=True):
+        below = [0.0] * len(series)
+        for part in next(iter(series.values())):
+            values = [parts[part] for parts in series.values()]
+            axis.bar(range(len(series)), values, 0.8, bottom=below, label=part)
+            below = [low + value for low, value in zip(below, values, strict=True)]
+        axis.set_title(name)
+        axis.set_xticks(range(len(series)), list(series), rotation=90, fontsize=7)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel(y_label)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    return png(figure)
+
+
+def _panels(title: str, n: int) -> tuple[Any, Any]:
+    """A figure with n panels beside each other."""
+    figure, axis = new_figure(2.0 + 2.6 * n, 4.0)
+    axis.remove()
+    figure.suptitle(title)
+    return figure, figure.subplots(1, n, squeeze=False)[0]
 
 
 def page(title: str, sections: Sequence[tuple[str, str]]) -> str:

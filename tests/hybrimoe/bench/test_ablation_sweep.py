@@ -194,10 +194,34 @@ def test_the_papers_experiments_are_there():
     assert len({case.key for case in every}) > 250
 
 
+def test_figures_over_seeds_have_a_spread(tmp_path):
+    """Each seed's speed-up is taken within the seed; what is printed is their mean and standard deviation."""
+    times = {0: {"static": 10.0, "ours": 5.0, "oracle": 4.0}, 1: {"static": 12.0, "ours": 4.0, "oracle": 3.0}}
+    rows = [row(name, ms, seed=seed) for seed, group in times.items() for name, ms in group.items()]
+    summary = summarise(rows)
+    ours = next(r for r in summary["policies"] if r["policy"] == "ours")
+    assert summary["seeds"] == [0, 1]
+    assert (ours["speedup"], ours["sd"]["speedup"]) == (2.5, pytest.approx(0.5**0.5))
+    shown = next(cells for cells in tables(summary)[0][2] if cells[0] == "ours")
+    assert shown[1] == "2.50 ± 0.71x"
+    pytest.importorskip("matplotlib")
+    pictures = {path.name for path in write(tmp_path, rows, summary) if path.suffix == ".png"}
+    assert pictures == {"policies.png", "lanes-t.png"}
+    rows += [{**row, "cache_ratio": 0.5} for row in rows]
+    assert "share-t.png" in {path.name for path in write(tmp_path, rows, summarise(rows))}
+    assert r"2.50 $\pm$ 0.71x" in (tmp_path / "tables.tex").read_text()
+
+
+def test_a_seed_begins_a_recorded_trace_with_another_sequence():
+    first, other = (run_case(replace(CASE, seed=seed)) for seed in (0, 1))
+    assert first["latency_ms"] != other["latency_ms"]
+    assert build_cases(("hits",), quick=True, seeds=range(3))[-1].seed == 2
+
+
 def row(policy, latency_ms, **more):
     plain = {"experiment": "policies", "hardware": "h", "shape": "s", "trace": "t", "cache_ratio": 0.25,
-             "phase": "decode",
-             "n_prefill": 0, "hit_rate": 0.5, "prefetches": 0, "prefetch_precision": 0.0}  # fmt: skip
+             "phase": "decode", "n_prefill": 0, "hit_rate": 0.5, "prefetches": 0, "prefetch_precision": 0.0,
+             "cpu_busy": 0.5, "accel_busy": 0.25, "link_busy": 0.25}  # fmt: skip
     return {**plain, "policy": policy, "label": policy, "latency_ms": latency_ms, **more}
 
 
@@ -237,7 +261,12 @@ def test_tables_and_files(tmp_path):
     assert steps["all", "decode"]["off"] == pytest.approx(0.0)
     assert tables(summary)[0][0].startswith("Table III")
     names = {path.name for path in write(tmp_path, rows, summary)}
-    assert names >= {"rows.csv", "summary.json", "report.html"}
+    assert names >= {"rows.csv", "summary.json", "tables.md", "tables.tex", "report.html"}
+    assert "| all | hybrimoe_released | decode | 0.110 s |" in (tmp_path / "tables.md").read_text()
+    paper = (tmp_path / "tables.tex").read_text()
+    assert paper.count(r"\begin{tabular}") == len(tables(summary)) == paper.count(r"\bottomrule")
+    assert r"hybrimoe\_released & decode" in paper
+    assert r"-2\%" in paper or r"+0\%" in paper
     assert "simulated" in (tmp_path / "report.html").read_text()
 
 

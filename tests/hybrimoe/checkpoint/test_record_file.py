@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from hybrimoe.checkpoint import PackedFileWarning, load, loading, packed, record_file
 from hybrimoe.checkpoint.safetensors_file import open_safetensors
+from tests.forked import Forked
 
 from .models import DENSE_OPTIONS, OPTIONS, done_in_loading, files_of, logits
 
@@ -76,10 +77,6 @@ from pathlib import Path
 from hybrimoe.checkpoint import record_file
 place = Path(sys.argv[1])
 """
-
-
-def run(script: str, place: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", script, str(place)], stderr=subprocess.PIPE)
 
 
 def packed_in(done: set[str]) -> set[str]:
@@ -173,9 +170,9 @@ def test_a_full_disk_is_a_warning_each_and_leaves_nothing_behind(
 @of_each_kind
 def test_a_kill_while_writing_leaves_a_half_file_that_is_swept_away(kind: Kind, directory: Path) -> None:
     stop = "record_file._sync_folder = os.fsync = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-    killed = run(PLACE + kind.setup + stop + kind.write, directory)
-    _, errors = killed.communicate()
-    assert killed.returncode == -signal.SIGKILL, errors
+    with Forked(PLACE + kind.setup + stop + kind.write, str(directory)) as killed:
+        _, errors = killed.communicate()
+        assert killed.returncode == -signal.SIGKILL, errors
     assert files_of(kind.what, directory) == []
     assert len(list(directory.glob("*.partial"))) == 1
     assert kind.packing in done_in_loading(directory)
@@ -196,15 +193,15 @@ def test_a_partial_file_that_is_being_written_is_left_alone(directory: Path) -> 
 def test_two_processes_write_and_read_at_once(kind: Kind, tmp_path: Path) -> None:
     """Each writes and reads back many times; what it finds is always whole."""
     script = f"for _ in range(15):\n    {kind.write}\n    assert ({kind.read}.buffer == 7).all()\n"
-    processes = [run(PLACE + kind.setup + script, tmp_path / "model") for _ in range(2)]
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    program = PLACE + kind.setup + script
+    with Forked(program, str(tmp_path / "model")) as one, Forked(program, str(tmp_path / "model")) as two:
+        errors = [process.communicate()[1] for process in (one, two)]
+        assert (one.returncode, two.returncode) == (0, 0), errors
     assert len(files_of(kind.what, tmp_path)) == 1
     assert list(tmp_path.rglob("*.partial")) == []
 
 
-@of_each_kind
-def test_a_system_without_posix_calls_writes_and_reads_too(kind: Kind, tmp_path: Path) -> None:
+def test_a_system_without_posix_calls_writes_and_reads_too(tmp_path: Path) -> None:
     """As on Windows: no fcntl, no positioned reads and writes, no modes of descriptors, no folders to open."""
     hidden = """
 import os, sys
@@ -213,22 +210,25 @@ for name in ("pread", "preadv", "pwrite", "pwritev", "fchmod", "posix_fallocate"
     delattr(os, name)
 """
     script = f"""
-record_file._sync_folder = lambda folder: None
-place.mkdir()
-(place / "left.partial").touch()
-{kind.write}
-assert ({kind.read}.buffer == 7).all()
 import torch
 from safetensors.torch import save_file
 from hybrimoe.checkpoint.safetensors_file import open_safetensors
+record_file._sync_folder = lambda folder: None
+place.mkdir()
+(place / "left.partial").touch()
+{EXPERTS.setup}
+{EXPERTS.write}
+assert ({EXPERTS.read}.buffer == 7).all()
+assert (packed.find((place,), layers, header).read(pinned=False).buffer == 7).all()
+{DENSE.setup}
+{DENSE.write}
+assert ({DENSE.read}.buffer == 7).all()
 save_file({{"w": torch.arange(6.0).reshape(2, 3)}}, place / "w.safetensors")
 assert open_safetensors(place / "w.safetensors").tensors["w"].read_slice(1).tolist() == [[3.0, 4.0, 5.0]]
 """
-    if kind is EXPERTS:
-        script += "assert (packed.find((place,), layers, header).read(pinned=False).buffer == 7).all()\n"
-    done = run(hidden + PLACE + kind.setup + script, tmp_path / "model")
-    _, errors = done.communicate()
-    assert done.returncode == 0, errors
+    words = [sys.executable, "-c", hidden + PLACE + script, str(tmp_path / "model")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("*.partial"))
 
 

@@ -1,12 +1,11 @@
 """`hybrimoe chat` over a pipe and with signals, on the demo model."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
+
+from tests.forked import HYBRIMOE, Forked
 
 SHORT = ("--max-new-tokens", "6", "--seed", "3", "--temperature", "0.8")
 
@@ -80,19 +79,17 @@ def test_wrong_usage_ends_before_the_model_is_loaded(hybrimoe, words):
 
 def test_ctrl_c_stops_the_reply_and_not_the_program():
     """The reply is streamed unbuffered, so that the signal is sent when its first characters are there."""
-    command = [sys.executable, "-m", "hybrimoe", "chat", "-n", "40", "--seed", "3", "-t", "1"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, env=dict(os.environ)) as process:
-        process.stdin.write(b"Good morning\n")
+    with Forked(HYBRIMOE, "chat", "-n", "40", "--seed", "3", "-t", "1") as process:
+        process.stdin.write("Good morning\n")
         process.stdin.flush()
         assert process.stdout.read(4)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(b"And then?\n/exit\n", timeout=600)
-    assert process.returncode == 0
-    assert err.count(b"tokens/s") == 2, "the message after the interrupted one was answered, too"
-    assert err.count(b"interrupted") == 1
-    assert b"Traceback" not in err
-    assert out.count(b"\n") >= 2
+        out, err = process.communicate("And then?\n/exit\n")
+        assert process.returncode == 0
+    assert err.count("tokens/s") == 2, "the message after the interrupted one was answered, too"
+    assert err.count("interrupted") == 1
+    assert "Traceback" not in err
+    assert out.count("\n") >= 2
 
 
 def test_a_chat_tells_profile_and_drafts(hybrimoe):

@@ -1,11 +1,10 @@
-"""`hybrimoe serve` as a process of its own: it listens before the model is there, and ends as it is asked to."""
+"""`hybrimoe serve` as a process of its own: it listens before the model is there, and ends as it is asked to. (A server
+that is started as users start it: `tests/hybrimoe/cli/test_bench_serve.py`.)"""
 
 import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,8 +12,8 @@ import httpx
 import pytest
 
 from hybrimoe.config.deploy import ServerConfig
+from tests.forked import HANG_SECONDS, HYBRIMOE, Forked
 
-HANG_SECONDS = 600  # no machine is as slow: what takes so long hangs
 DRAIN_SECONDS = ServerConfig().drain_seconds
 LONG = {"prompt": "It was", "max_tokens": 1500, "temperature": 1, "seed": 1, "ignore_eos": True}
 
@@ -35,10 +34,9 @@ main()
 class Server:
     """A running server, its address, and what it said on stderr when it has ended."""
 
-    def __init__(self, *words, environment=None, program=("-m", "hybrimoe")):
-        command = [sys.executable, *program, "serve", "--port", "0", "--json", *words]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, **pipes, env={**os.environ, **(environment or {})})
+    def __init__(self, *words, environment=None, program=HYBRIMOE):
+        environment = {**os.environ, **(environment or {})}
+        self.process = Forked(program, "serve", "--port", "0", "--json", *words, environment=environment)
         lines = []
         for line in self.process.stdout:
             lines.append(line)
@@ -58,7 +56,7 @@ class Server:
 
     def ended(self):
         """Exit code, and stderr."""
-        _, said = self.process.communicate(timeout=HANG_SECONDS)
+        _, said = self.process.communicate()
         return self.process.returncode, said
 
 
@@ -72,9 +70,7 @@ def serve():
 
     yield start
     for server in servers:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.communicate()
+        server.process.close()
 
 
 def in_threads(n, work):
@@ -116,7 +112,7 @@ def begun():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_refuses_what_waits_and_gives_the_reply_under_way_its_time(serve, begun, number):
-    server = serve("--drain-seconds", "0.5", "--parallel", "1", program=("-c", SLOW_MODEL))
+    server = serve("--drain-seconds", "0.5", "--parallel", "1", program=SLOW_MODEL)
     lines = begun(server)
     results, threads = in_threads(4, lambda: server.post(LONG))
     until(lambda: server.waits() == 4)
@@ -144,7 +140,7 @@ def test_a_reply_that_ends_within_the_time_is_complete(serve, begun):
 
 
 def test_a_second_signal_ends_the_server_at_once(serve, begun):
-    server = serve("--drain-seconds", "600", program=("-c", SLOW_MODEL))
+    server = serve("--drain-seconds", "600", program=SLOW_MODEL)
     begun(server)
     server.signal(signal.SIGTERM)
     until(lambda: not answers(f"{server.url}/health"))
@@ -176,8 +172,7 @@ def test_ipv6_keys_name_and_the_access_log(serve, tmp_path):
 
 def test_it_listens_and_says_so_while_the_model_is_loaded():
     port = free_port()
-    command = [sys.executable, "-c", SLOW_START, str(port)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with Forked(SLOW_START, str(port)) as process:
         url = f"http://127.0.0.1:{port}"
         until(lambda: answers(f"{url}/health"))
         health = httpx.get(f"{url}/health", timeout=HANG_SECONDS)
@@ -189,8 +184,8 @@ def test_it_listens_and_says_so_while_the_model_is_loaded():
         assert process.stdout.readline().startswith("{")
         until(lambda: httpx.get(f"{url}/health", timeout=HANG_SECONDS).status_code == 200)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == 0
+        process.communicate()
+        assert process.returncode == 0
 
 
 SLOW_START = """

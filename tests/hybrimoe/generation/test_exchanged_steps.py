@@ -19,17 +19,23 @@ from scheduler.planner.plan_view import PlanView
 from tests.fake_device import Cards, fake_cards
 from tests.fake_device.graphs import CardGraphs
 from tests.fake_device.streams import FakeStream
-from tests.hybrimoe.generation.test_on_cards import N_LAYERS, N_TOKENS, ONE, greedy, own_cache, save_model
+from tests.hybrimoe.generation.test_on_cards import (
+    N_LAYERS,
+    N_TOKENS,
+    ONE,
+    greedy,
+    own_cache,
+    save_model,
+    tokens_of_the_cpu,
+)
 
-__all__ = ["own_cache"]
+__all__ = ["own_cache", "tokens_of_the_cpu"]
 STEPS = N_TOKENS - 1
-KNOWN: list[int] = []
-"""The CPU's tokens, once a test has had them made."""
 OPTIONS: dict[str, Any] = {"accelerator": ONE, "gpu_expert_slots": 12, "policy": "on_demand/impact/lru"}
 
 
 class Watched:
-    """A run of 40 tokens on a fake card whose graphs are recorded: tokens, statistics, the captured step."""
+    """A run of 20 tokens on a fake card whose graphs are recorded: tokens, statistics, the captured step."""
 
     def __init__(self, cards: Cards, directory: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> None:
         self.cards, self.step = cards, None
@@ -66,10 +72,8 @@ def run(
 
 
 @pytest.fixture
-def expected(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    if not KNOWN:
-        KNOWN.extend(greedy(save_model(tmp_path / "model", "float32"), byte_tokenizer, accelerator="none")[0])
-    return KNOWN
+def expected(tokens_of_the_cpu: Callable[[str], list[int]]) -> list[int]:
+    return tokens_of_the_cpu("float32")
 
 
 @pytest.mark.parametrize("policy", ["ours", "hybrimoe", "static", "on_demand/impact/lru"])
@@ -193,7 +197,7 @@ def test_without_the_wait_for_a_copy_there_is_a_race(
     """The fake sees what `launch` waits for: experts whose transfer is under way."""
     monkeypatch.setattr(FakeStream, "wait_event", lambda self, event: None)
     with fake_cards(1, link_gbps=1e-3) as cards:
-        run(cards, policy="on_demand/none/lru")
+        run(cards, policy="on_demand/none/lru", n_tokens=4)
         assert any("fused" in finding and "may not have been written yet" in finding for finding in cards.findings)
         cards.findings.clear()
 

@@ -1,7 +1,8 @@
-"""From a checkpoint to 40 greedy tokens on fake cards: the CPU's tokens, and nothing that a real card would punish."""
+"""From a checkpoint to 20 greedy tokens on fake cards: the CPU's tokens, and nothing that a real card would punish."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from hybrimoe.runtime.layer_call.stats import SessionStats
 from tests.fake_device import DEVICE_TYPE, fake_cards
 
 PROMPT = list(b"It was a bright morning, and she had been so long in the world")
-N_TOKENS, N_LAYERS = 40, 4
+N_TOKENS, N_LAYERS = 20, 4
+MANY_TOKENS = 40
+"""Where calls are counted, and the first ones do more."""
 ONE, TWO = f"{DEVICE_TYPE}:0", [f"{DEVICE_TYPE}:0", f"{DEVICE_TYPE}:1"]
 LEARNING = 30
 """Waits of the first calls: the lookahead reads the routers' weights, kernels are compared with torch."""
@@ -46,21 +49,34 @@ def save_model(folder: Path, dtype: str) -> Path:
 
 def greedy(
     directory: Path, tokenizer: PreTrainedTokenizerFast, prepare: Callable[[Any], None] = lambda model: None,
-    **options: Any,
+    *, n_tokens: int = N_TOKENS, **options: Any,
 ) -> tuple[list[int], SessionStats]:  # fmt: skip
-    """40 tokens after the prompt, and the session's statistics. `prepare` may change the loaded model."""
+    """`n_tokens` after the prompt, and the session's statistics. `prepare` may change the loaded model."""
     settings: dict[str, Any] = {"progress": False, "expert_dtype": "float32", "backend": "torch"}
     model = hybrimoe.load(directory, **settings | options)
     prepare(model)
     try:
         reply = TextGenerator(model, tokenizer, prefill_chunk_tokens=40).reply(
-            PROMPT, SamplingOptions(temperature=0.0, max_new_tokens=N_TOKENS)
+            PROMPT, SamplingOptions(temperature=0.0, max_new_tokens=n_tokens)
         )
         for _ in reply:
             pass
         return reply.token_ids, model.hybrimoe.stats()
     finally:
         model.hybrimoe.session.close()
+
+
+@pytest.fixture(scope="module")
+def tokens_of_the_cpu(
+    tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str], list[int]]:
+    """What the model in a dtype says without a card."""
+
+    @functools.cache
+    def compute(dtype: str) -> list[int]:
+        return greedy(save_model(tmp_path_factory.mktemp(dtype), dtype), byte_tokenizer, accelerator="none")[0]
+
+    return compute
 
 
 @pytest.mark.parametrize(
@@ -73,10 +89,10 @@ def greedy(
     ],
 )
 def test_tokens_are_those_of_the_cpu(
-    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, accelerator: str | list[str], dtype: str, policy: str
-) -> None:
-    directory = save_model(tmp_path / "model", dtype)
-    expected, _ = greedy(directory, byte_tokenizer, accelerator="none")
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, tokens_of_the_cpu: Callable[[str], list[int]],
+    accelerator: str | list[str], dtype: str, policy: str,
+) -> None:  # fmt: skip
+    directory, expected = save_model(tmp_path / "model", dtype), tokens_of_the_cpu(dtype)
     with fake_cards(2) as cards:
         found, stats = greedy(directory, byte_tokenizer, accelerator=accelerator, policy=policy, gpu_expert_slots=12)
     assert found == expected
@@ -90,8 +106,9 @@ def test_tokens_are_those_of_the_cpu(
 @pytest.mark.parametrize("step", ["auto", "transformers"])
 @pytest.mark.parametrize("policy", ["hybrimoe", "on_demand/impact/lru"])
 def test_tokens_of_a_real_card_are_those_of_the_cpu(
-    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, policy: str, step: str
-) -> None:
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, tokens_of_the_cpu: Callable[[str], list[int]],
+    policy: str, step: str,
+) -> None:  # fmt: skip
     captured: list[Any] = []
 
     def prepare(model: Any) -> None:
@@ -99,8 +116,7 @@ def test_tokens_of_a_real_card_are_those_of_the_cpu(
         if model.hybrimoe.step is not None:
             captured.append(model.hybrimoe.step)
 
-    directory = save_model(tmp_path / "model", "float32")
-    expected, _ = greedy(directory, byte_tokenizer, accelerator="none")
+    directory, expected = save_model(tmp_path / "model", "float32"), tokens_of_the_cpu("float32")
     found, stats = greedy(
         directory, byte_tokenizer, prepare, accelerator="auto", policy=policy, gpu_expert_slots=12, step=step
     )
@@ -139,9 +155,9 @@ def test_the_host_waits_once_a_layer(
 
         greedy(
             save_model(tmp_path / "model", "bfloat16"), byte_tokenizer, prepare, accelerator=ONE, gpu_expert_slots=12,
-            policy=policy,
+            policy=policy, n_tokens=MANY_TOKENS,
         )  # fmt: skip
-        steps = N_TOKENS + 1  # two chunks of the prompt; the last token is not computed any more
+        steps = MANY_TOKENS + 1  # two chunks of the prompt; the last token is not computed any more
         calls, sites = N_LAYERS * steps, cards.sites
         assert sites["downloads.py:Downloads.fetch: host waits"] <= calls
         assert cards.counts["waits"] <= 2 * steps + LEARNING

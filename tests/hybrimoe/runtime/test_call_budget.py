@@ -21,24 +21,32 @@ CONFIG = {
 }  # fmt: skip
 WARM_STEPS, STEPS = 24, 24
 MOST_WITH_SLOTS, MOST_WITHOUT, MOST_SENT = 60, 14, 48
+MOST_UNTIL_RELEASE, UNTIL_RELEASE = 24, "until the release"
 """Python calls a layer: compiled functions, torch's own module call and what moving experts takes included; of a layer
-that a card has sent, also the clocks of what stands for the card."""
+that a card has sent, also the clocks of what stands for the card. Until the release: what the card waits for."""
 USUAL_MOVES, MOST_A_MOVE = 0.2, 40
 """Experts that move in a usual layer of these steps. How many do depends on the machine's pace; each further one may
 take so many calls: a transfer to start, to follow and to report, and a piece of work of its own that waits for it."""
 
 
 def calls_of_a_layer(tmp_path: Path, policy: str | None, kind: type[Contender]) -> Counter[str]:
-    """Calls of the decode steps after the warm-up; "layer" and "moved" count layer calls and experts that moved."""
+    """Calls of the decode steps after the warm-up; "layer" and "moved" count layer calls and experts that moved, "until
+    the release" the calls before what a sent call leaves to do."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
     request = Request(str(path), 4, (policy or "ours",), "float32", 0.25, STEPS, 1)
     contender = kind(request, policy)  # type: ignore[arg-type]
     found: Counter[str] = Counter()
+    released: list[str] = []
 
     def note(frame: FrameType, event: str, _argument: Any) -> None:
         if event == "call":
-            found[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"] += 1
+            name = f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"
+            found[name] += 1
+            if name == "session.py:settle":
+                released.append(name)
+            if not released:
+                found[UNTIL_RELEASE] += 1
 
     try:
         steps = contender.calls(WARM_STEPS + STEPS)
@@ -51,6 +59,7 @@ def calls_of_a_layer(tmp_path: Path, policy: str | None, kind: type[Contender]) 
                     sys.setprofile(note)
                     run()
                     sys.setprofile(None)
+                    released.clear()
                     found["layer"] += 1
         total = contender.session.stats().total
         found["moved"] = total.transfers + total.prefetches
@@ -69,8 +78,11 @@ def test_a_layer_call_stays_within_its_budget(
 ) -> None:
     monkeypatch.setattr(SlotTable, "validating", False)
     found = calls_of_a_layer(tmp_path, policy, kind)
-    layers, moved = found.pop("layer"), found.pop("moved")
+    layers, moved, until = (found.pop(name) for name in ("layer", "moved", UNTIL_RELEASE))
     per_layer = found.total() / layers
     listed = "\n".join(f"{n / layers:6.2f} {name}" for name, n in found.most_common(80))
-    most += MOST_A_MOVE * max(moved / layers - USUAL_MOVES, 0.0)
+    more = MOST_A_MOVE * max(moved / layers - USUAL_MOVES, 0.0)
+    most += more
     assert per_layer <= most, f"{per_layer:.1f} calls a layer, with {moved / layers:.2f} experts moved:\n{listed}"
+    if kind is SentContender:
+        assert until / layers <= MOST_UNTIL_RELEASE + more, f"{until / layers:.1f} calls until the release:\n{listed}"

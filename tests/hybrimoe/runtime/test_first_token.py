@@ -1,9 +1,8 @@
 """Nothing is compiled in the first reply: a user waits for that behind a progress bar, not for a token."""
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.forked import Forked
 
 SCRIPT = """
 import sys
@@ -28,7 +27,7 @@ print(sorted(compiled() - before))
 
 @pytest.mark.parametrize(("accelerator", "lookahead"), [("emulated", 3), ("emulated", 0), ("none", 3)])
 def test_the_first_reply_compiles_nothing(accelerator: str, lookahead: int) -> None:
-    words = [sys.executable, "-c", SCRIPT, accelerator, str(lookahead)]
-    result = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "[]"
+    with Forked(SCRIPT, accelerator, str(lookahead)) as program:
+        found, errors = program.communicate()
+        assert program.returncode == 0, errors
+    assert found.strip() == "[]"

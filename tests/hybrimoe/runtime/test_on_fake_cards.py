@@ -17,7 +17,9 @@ from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.startup import startup
 from hybrimoe.runtime.startup.budget import unpack_bytes
 from scheduler import Transfer
+from scheduler.demand import Demand
 from scheduler.lossy import LOSSY_POLICIES, resolve_lossy
+from scheduler.planner.plan_view import PlanView
 from tests.fake_device import DEVICE_TYPE, ManualClock, fake_cards
 from tests.hybrimoe.runtime.conftest import Rig, routing
 
@@ -165,6 +167,32 @@ def test_lossy_policies_run_on_cards(make_rig: Callable[..., Rig], kind: str) ->
             for out in call_all(rig, n_tokens, seed=n_tokens):
                 assert torch.isfinite(out).all()
         assert rig.session.stats().total.accel_experts > 0
+        rig.session.close()
+
+
+def test_a_part_that_ran_on_the_cpu_alone_is_added_on_the_card(
+    make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_cards(1):
+        rig = make_rig(
+            n_layers=2, accelerator=(CARD,), gpu_expert_slots=4, expert_dtype="bfloat16", lossy=resolve_lossy("hobbit")
+        )  # fmt: skip
+        runner = rig.session._runner
+        assert runner is not None
+        low, plan = runner.every[1], PlanView()
+
+        def on_the_cpu(demand: Demand, *ready_us: float) -> PlanView:
+            plan.run_on_cpu(0, demand.layer, len(demand.expert_ids))
+            return plan
+
+        monkeypatch.setattr(low.planner, "decide", on_the_cpu)
+        monkeypatch.setattr(low.planner, "end_layer", lambda *told: None)
+        for n_tokens in (5, 1, 1, 30, 1):
+            for out in call_all(rig, n_tokens, seed=n_tokens):
+                assert torch.isfinite(out).all()
+        total = rig.session.stats().total
+        assert total.lowered > 0
+        assert total.accel_experts > 0
         rig.session.close()
 
 

@@ -131,3 +131,49 @@ def test_uniform_rejects_bad_costs(value: float) -> None:
     with pytest.raises(CostError, match="finite and not negative"):
         CostModel.uniform(2, cpu_us=value)
     assert np.isfinite(CostModel.uniform(2).cpu_us(1, 3))
+
+
+def observe_groups(costs: CostModel, n: int, launch_us: float, own_us: float) -> list[float]:
+    """Groups of 1 to 8 experts on the accelerator; the cost of an expert after each."""
+    random, found = np.random.default_rng(0), []
+    for _ in range(n):
+        size = int(random.integers(1, 9))
+        costs.observe(ObservedTask("accel", 0, 1, launch_us + own_us * size, float(size), True))
+        found.append(float(costs.accel_us(0, 1)))
+    return found
+
+
+def test_a_slow_launch_does_not_change_what_an_expert_costs() -> None:
+    costs = CostModel.uniform(2, accel_us=20.0)
+    observe_groups(costs, 100, launch_us=30.0, own_us=20.0)
+    assert costs.launch_us(0) == pytest.approx(30.0, rel=0.05)
+    learnt = observe_groups(costs, 300, launch_us=400.0, own_us=20.0)
+    assert learnt == pytest.approx([20.0] * 300, rel=0.2)
+    assert costs.launch_us(0) == pytest.approx(400.0, rel=0.05)
+    again = CostModel.from_mapping(costs.as_mapping())
+    assert again.launch_us(0) == costs.launch_us(0)
+
+
+def test_launches_by_the_host_are_not_the_devices() -> None:
+    costs = CostModel.uniform(2, accel_us=20.0)
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        size = int(random.integers(1, 9))
+        costs.observe(ObservedTask("accel", 0, 1, 5000.0 + 20.0 * size, float(size)))
+    assert costs.launch_us(0) == 0.0
+    assert float(costs.accel_us(0, 1)) == pytest.approx(20.0, rel=0.2)
+
+
+@pytest.mark.parametrize("own_us", [10.0, 40.0])
+def test_what_an_expert_costs_is_learnt_beside_the_launch(own_us: float) -> None:
+    costs = CostModel.uniform(2, accel_us=20.0)
+    learnt = observe_groups(costs, 400, launch_us=30.0, own_us=own_us)
+    assert learnt[-1] == pytest.approx(own_us, rel=0.05)
+    assert costs.launch_us(0) == pytest.approx(30.0, rel=0.1)
+
+
+def test_groups_of_one_size_that_are_faster_than_believed_make_experts_cheaper() -> None:
+    costs = CostModel.uniform(2, accel_us=20.0)
+    for _ in range(300):
+        costs.observe(ObservedTask("accel", 0, 1, 40.0, 4.0, True))
+    assert costs.launch_us(0) + 4 * float(costs.accel_us(0, 1)) == pytest.approx(40.0, rel=0.05)

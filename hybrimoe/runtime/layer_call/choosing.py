@@ -1,0 +1,252 @@
+"""A call of few tokens from the router's tensors to a decision that is performed, in one compiled call.
+
+For planners whose decision is compiled (`scheduler.planner.at_once`); others are asked once the routing has been read
+(`CallSpace.read`, `Experts.plan`). What a layer's experts wait for is only this call. The rest of planning comes when
+their output is there (`AtOnce.look_ahead`): experts of later layers that are fetched, and the gates' prediction for the
+layer that the next call forecasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpu_kernels.engine.routed import read_call
+from cpu_kernels.jit.primitives import floats_at as singles_at
+from cpu_kernels.jit.primitives import int32s_at, int64s_at
+from gpu_kernels.exchange import Exchange, Places
+from hybrimoe.runtime.layer_call.compiled import describe_routing, place_pairs, with_gil
+from hybrimoe.runtime.layer_call.experts import Experts
+from hybrimoe.runtime.layer_call.lookahead import Lookahead
+from hybrimoe.runtime.layer_call.routing import CallSpace
+from scheduler import Phase, Planner, Prediction, Transfer
+from scheduler.balancing.problem import ACCEL, COUNT, CPU, TRANSFER
+from scheduler.planner.at_once import (
+    DESK_SIZE,
+    HANDS_ON,
+    N_SLOTS,
+    ROWS,
+    SLOT_OF,
+    STATE,
+    Desk,
+    choose_at_once,
+    prefetch_at_once,
+)
+from scheduler.planner.at_once import N_EXPERTS as N_PLANNED
+from scheduler.planner.at_once import N_LAYERS as N_PLANNED_LAYERS
+from scheduler.views import floats_at
+
+Keys = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int32]
+Singles = npt.NDArray[np.float32]
+
+(IDS, WEIGHTS, WEIGHTS_KIND, N_TOKENS, TOP_K, HIDDEN, HIDDEN_KIND, HOST_HIDDEN, WIDTH, LAYER, N_EXPERTS, ROUTING,
+ COUNTS, EXPERT_IDS, OFFSETS, PAIR_ROWS, USES, TOKENS, SCORES, FOUND, DESK, SLOTS, SOURCE, ADDRESSES, POSITIONS,
+ RECORDS, SLATE_SIZE) = range(27)  # fmt: skip
+"""Places of a slate int64[SLATE_SIZE]: sizes and addresses. First `gpu_kernels.exchange.Places`; SLOTS and SOURCE are 0
+where no exchange carries the call."""
+N_PLACES = 7
+NO_PREDICTION: tuple[Ids, Singles] = np.empty(0, np.int32), np.empty(0, np.float32)
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """What was decided on a layer's latest call; filled anew by the next one.
+
+    First the answers of `read_and_choose`. n_active: 0, or negative for a routing that it refuses, and nothing has
+    happened; otherwise numbers of experts by lane, and the answers of `choose_at_once`. For a call whose output is
+    there before all is done: whether this is the space's plan already, and what the call took, of which the lanes.
+    """
+
+    n_active: int = 0
+    n_cpu: int = 0
+    n_accel: int = 0
+    n_moved: int = 0
+    makespan_us: float = 0.0
+    link_share: float = 0.0
+    n_awaited: int = 0
+    idle_us: float = 0.0
+    is_planned: bool = False
+    took_ns: int = 0
+    lanes_ns: int = 0
+
+
+@with_gil
+def read_and_choose(
+    slate: Keys, given: Ids, scores: Singles, now: int, run: int, horizon: float, n_flight: int, cpu_ready_us: float,
+    accel_ready_us: float, link_ready_us: float,
+) -> tuple[int, int, int, int, float, float, int, float]:  # fmt: skip
+    """Reads and describes a call, has it decided, and writes the CPU lane's positions and records; for an exchange also
+    where each pair is computed. Returns the answers of a `Choice`; given and what follows it: see `choose_at_once`."""
+    n_tokens, top_k, n_experts, layer = slate[N_TOKENS], slate[TOP_K], slate[N_EXPERTS], slate[LAYER]
+    n_rows = n_tokens * top_k
+    ids, offsets = int32s_at(slate[EXPERT_IDS], n_rows), int32s_at(slate[OFFSETS], n_rows + 1)
+    routing, rows = singles_at(slate[ROUTING], n_rows), int32s_at(slate[PAIR_ROWS], n_rows)
+    n_active = read_call(
+        slate[IDS], slate[WEIGHTS], slate[WEIGHTS_KIND], n_tokens, top_k, slate[HIDDEN], slate[HIDDEN_KIND],
+        singles_at(slate[HOST_HIDDEN], n_tokens * slate[WIDTH]), routing, int32s_at(slate[COUNTS], n_experts), ids,
+        offsets, rows,
+    )  # fmt: skip
+    if n_active <= 0:
+        return n_active, 0, 0, 0, 0.0, 0.0, 0, 0.0
+    desk = int64s_at(slate[DESK], DESK_SIZE)
+    n_planned, n_slots = desk[N_PLANNED], desk[N_SLOTS]
+    active, tokens = ids[:n_active], int32s_at(slate[TOKENS], n_planned)
+    describe_routing(
+        active, offsets, rows, routing, n_tokens, floats_at(slate[USES], n_planned), tokens,
+        singles_at(slate[SCORES], n_planned), layer * n_planned,
+        int64s_at(desk[SLOT_OF], desk[N_PLANNED_LAYERS] * n_planned), int64s_at(desk[STATE], n_slots),
+        int64s_at(slate[FOUND], 2),
+    )  # fmt: skip
+    makespan_us, link_share, n_awaited, idle_us = choose_at_once(
+        desk, layer, n_tokens, now, run, horizon, n_flight, cpu_ready_us, accel_ready_us, link_ready_us, active,
+        tokens[:n_active], given, scores,
+    )  # fmt: skip
+    if n_awaited == HANDS_ON:
+        return n_active, 0, 0, 0, makespan_us, link_share, n_awaited, idle_us
+    plan = int64s_at(desk[ROWS], 5 * (n_active + 1)).reshape((5, n_active + 1))
+    n_cpu, n_accel = plan[CPU, COUNT], plan[ACCEL, COUNT]
+    positions, records = int32s_at(slate[POSITIONS], n_cpu), int64s_at(slate[RECORDS], n_cpu)
+    addresses = int64s_at(slate[ADDRESSES], n_experts)
+    for i in range(n_cpu):
+        positions[i] = plan[CPU, i]
+        records[i] = addresses[ids[plan[CPU, i]]]
+    if slate[SLOTS] != 0:
+        slots, source = int32s_at(slate[SLOTS], n_rows), int32s_at(slate[SOURCE], n_rows)
+        place_pairs(plan, n_cpu, n_accel, offsets, rows, slots, source)
+    return n_active, n_cpu, n_accel, plan[TRANSFER, COUNT], makespan_us, link_share, n_awaited, idle_us
+
+
+def make_ready() -> None:
+    """Compiles (or loads from the cache) what the first call would otherwise wait for: here no expert is active."""
+    absent, weight = np.full(1, -1, np.int64), np.ones(1, np.float32)
+    counts, ends = np.zeros(1, np.int32), np.zeros(2, np.int32)
+    slate = np.zeros(SLATE_SIZE, np.int64)
+    slate[[N_TOKENS, TOP_K, WIDTH, N_EXPERTS]] = 1
+    slate[IDS] = absent.ctypes.data
+    slate[[WEIGHTS, HIDDEN, HOST_HIDDEN, ROUTING]] = weight.ctypes.data
+    slate[[COUNTS, EXPERT_IDS, PAIR_ROWS]], slate[OFFSETS] = counts.ctypes.data, ends.ctypes.data
+    read_and_choose(slate, *NO_PREDICTION, 0, 0, 0.0, 0, 0.0, 0.0, 0.0)
+    prefetch_at_once(np.zeros(DESK_SIZE, np.int64), 0, 0.0)
+
+
+class Slate:
+    """What `read_and_choose` works on, of one layer's space: `words` int64[SLATE_SIZE], and its answers.
+
+    The tensors of calls are at `places`, sent by `exchange` or not. inputs, rows float32 [T, H], [T * top_k, H]: hidden
+    states and result rows on the host.
+    """
+
+    def __init__(
+        self, space: CallSpace, desk: Desk, addresses: npt.NDArray[np.uint64], places: Places,
+        exchange: Exchange | None, inputs: Singles, rows: Singles,
+    ) -> None:  # fmt: skip
+        self.desk, self.buffers, self.choice = desk, space.buffers, Choice()
+        self.places, self.exchange = places, exchange
+        self.inputs, self.rows = inputs, rows if exchange is None else exchange.rows
+        routing_counts, tokens, scores, *_ = space.counted
+        buffers, words = space.buffers, np.zeros(SLATE_SIZE, np.int64)
+        self._kept: dict[int, npt.NDArray[Any]] = {
+            HOST_HIDDEN: inputs, ROUTING: buffers.weights, COUNTS: buffers.counts, EXPERT_IDS: buffers.expert_ids,
+            OFFSETS: buffers.offsets, PAIR_ROWS: buffers.rows, USES: routing_counts, TOKENS: tokens, SCORES: scores,
+            FOUND: space.found, DESK: desk.words, ADDRESSES: addresses, POSITIONS: space.positions,
+            RECORDS: space.records,
+        }  # fmt: skip
+        for place, array in self._kept.items():
+            assert array.flags.c_contiguous
+            words[place] = array.ctypes.data
+        words[:N_PLACES] = places
+        words[[WIDTH, LAYER, N_EXPERTS]] = space.layer.spec.hidden, space.index, space.layer.num_experts
+        if exchange is not None:
+            words[[SLOTS, SOURCE]] = exchange.plan_addresses
+        self.words = words
+
+
+class AtOnce:
+    """Plans calls of few tokens of all layers by `read_and_choose`."""
+
+    def __init__(self, experts: Experts, planner: Planner, lookahead: Lookahead | None) -> None:
+        self.experts, self.planner, self._lookahead = experts, planner, lookahead
+        n_layers = len(experts.layers)
+        self._slates: list[Slate | None] = [None] * n_layers
+        self._foretells = lookahead is not None and planner.layers_ahead > 0 and not planner.all_cached
+        self.is_ready = not self._foretells
+        """As `get_ready` told last."""
+        self._ahead: list[Prediction | None] = [None] * n_layers
+        self._ahead_of = [-1] * n_layers
+        """Of each layer: the prediction that its next call is decided with, and the step that it is for."""
+
+    def get_ready(self) -> bool:
+        """Whether calls can be decided so: not while the gates are not known yet."""
+        self.is_ready = self.is_ready or (self._lookahead is not None and self._lookahead.stacked)
+        return self.is_ready
+
+    def choose(
+        self, desk: Desk, space: CallSpace, phase: Phase, given: torch.Tensor, hidden: torch.Tensor, places: Places,
+        exchange: Exchange | None, link_ready_us: float,
+    ) -> Choice:  # fmt: skip
+        """Decides on a call whose tensors are at `places` on the host; the space's `work` and `demand` are then filled.
+
+        desk: the planner's, for such calls. given, hidden: the hidden states where the model has them, and on the host.
+        See `Choice` for what it refuses.
+        """
+        index, n_tokens, top_k, model = space.index, places[3], places[4], desk.model
+        if model.last_layer >= index or not model.few:
+            model.arrive_few(index)
+        model.last_layer = index
+        slate = self._slates[index]
+        known = slate is not None and slate.desk is desk and slate.buffers is space.buffers
+        if slate is None or not known or slate.exchange is not exchange or slate.places[3:5] != places[3:5]:
+            slate = self._slates[index] = self._new_slate(space, desk, places, exchange)
+        elif slate.places != places:
+            slate.places = slate.words[:N_PLACES] = places
+        ids, scores = NO_PREDICTION
+        predictions: tuple[Prediction, ...] = ()
+        ahead = self._ahead[index]
+        if ahead is not None and self._ahead_of[index] == self.experts.step:
+            predictions, ids, scores = (ahead,), ahead.expert_ids, ahead.scores
+        use, n_flight, choice = model.use, len(desk.movement.in_flight) and desk.under_way(), slate.choice
+        (
+            choice.n_active, choice.n_cpu, choice.n_accel, choice.n_moved, choice.makespan_us, choice.link_share,
+            choice.n_awaited, choice.idle_us,
+        ) = read_and_choose(
+            slate.words, ids, scores, use.now, use.run - 1, desk.residency.horizon, n_flight, 0.0,
+            0.0 if exchange is None else self.planner.costs.launch_us(index), link_ready_us,
+        )  # fmt: skip
+        if choice.n_active > 0:
+            space.filled(n_tokens, top_k, choice.n_active, given, hidden, slate.inputs, slate.rows)
+            self.experts.expect(space, phase, predictions)
+        return choice
+
+    def decide_rest(self, space: CallSpace, link_ready_us: float) -> None:
+        """The plan of a call in which one expert takes over another's slot, of which `choose` has only told that."""
+        space.plan = self.planner.decide_rest(space.demand, 0.0, 0.0, link_ready_us)
+
+    def look_ahead(self, space: CallSpace, choice: Choice) -> Sequence[Transfer]:
+        """Foretells what the next call needs to know; the transfers of experts of later layers that start now. The
+        choice is the space's plan."""
+        index, lookahead = space.index, self._lookahead
+        target = index + 1 + self.planner.layers_ahead
+        if lookahead is not None and self._foretells and target < len(self._ahead):
+            skipped, work = target - index - 1, space.work
+            for prediction in lookahead.predict(
+                index, work.hidden, work.host_hidden, work.dispatch.top_k, skipped + 1, skipped
+            ):
+                if prediction.layer == target:
+                    self._ahead[index + 1], self._ahead_of[index + 1] = prediction, self.experts.step
+        slate = self._slates[index]
+        if choice.n_awaited == HANDS_ON or slate is None:
+            return ()
+        n_fetched = prefetch_at_once(slate.desk.words, index, choice.idle_us)
+        return self.planner.prefetched(n_fetched) if n_fetched else ()
+
+    def _new_slate(self, space: CallSpace, desk: Desk, places: Places, exchange: Exchange | None) -> Slate:
+        n_tokens, top_k = places[3:5]
+        space.room_for(n_tokens * top_k)
+        memory = self.experts.workspace.of_few(n_tokens, top_k, space.layer.spec.hidden)
+        return Slate(space, desk, self.experts.lanes.addresses[space.index], places, exchange, *memory)
