@@ -335,13 +335,7 @@ class Output:
         self._open = kind
         if kind == "reasoning":
             part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
-            item: dict[str, Any] = {
-                "type": "reasoning",
-                "id": _id("rs"),
-                "summary": [],
-                "content": [],
-                "status": "in_progress",
-            }
+            item: dict[str, Any] = {"type": "reasoning", "id": _id("rs"), "summary": [], "content": []}
         else:
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             item = {"type": "message", "id": _id("msg"), "role": "assistant", "content": []}
