@@ -6,8 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hybrimoe.checkpoint.converting import convert
     from hybrimoe.checkpoint.errors import PackedFileWarning, UnsupportedCheckpointError
     from hybrimoe.checkpoint.loading import load
+    from hybrimoe.checkpoint.pack.checksums import verify_pack
     from hybrimoe.checkpoint.packed import PackedFile
     from hybrimoe.checkpoint.source import model_path
     from hybrimoe.checkpoint.tokenizer import load_tokenizer
@@ -17,20 +19,24 @@ _MODULE_OF = {
     "PackedFile": "hybrimoe.checkpoint.packed",
     "PackedFileWarning": "hybrimoe.checkpoint.errors",
     "UnsupportedCheckpointError": "hybrimoe.checkpoint.errors",
+    "convert": "hybrimoe.checkpoint.converting",
     "load": "hybrimoe.checkpoint.loading",
     "load_tokenizer": "hybrimoe.checkpoint.tokenizer",
     "model_path": "hybrimoe.checkpoint.source",
     "rebuild_experts": "hybrimoe.injection.restore",
+    "verify_pack": "hybrimoe.checkpoint.pack.checksums",
 }
 
 __all__ = [
     "PackedFile",
     "PackedFileWarning",
     "UnsupportedCheckpointError",
+    "convert",
     "load",
     "load_tokenizer",
     "model_path",
     "rebuild_experts",
+    "verify_pack",
 ]
 
 

@@ -30,8 +30,8 @@ def choose_expert_dtype(wanted: ExpertDtype | None, sources: Iterable[LayerSourc
     quantised = sorted((storage for storage in found if storage.suits is not None), key=lambda storage: storage.name)
     if not quantised:
         return ExpertChoice(wanted or FLOAT_DTYPE)
-    suited = [storage.suits for storage in quantised if storage.suits is not None]
-    followed: ExpertDtype = "int4" if set(suited) == {"int4"} and len(found) == len(quantised) else "int8"
+    suited = {storage.suits for storage in quantised if storage.suits is not None}
+    followed: ExpertDtype = suited.pop() if len(suited) == 1 and len(found) == len(quantised) else "int8"
     names = "; ".join(storage.name for storage in quantised)
     if wanted is not None and wanted != followed:
         return ExpertChoice(

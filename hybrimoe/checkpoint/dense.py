@@ -198,7 +198,7 @@ def read_checked(
 
 
 def complete(
-    model: PreTrainedModel, loaded: set[str], later: set[str], plan: ConversionPlan, *, unknown_keys: str
+    model: PreTrainedModel, loaded: set[str], later: Set[str], plan: ConversionPlan, *, unknown_keys: str
 ) -> None:
     """Ties weights, computes buffers that no checkpoint stores, and checks that nothing is missing or left over.
 

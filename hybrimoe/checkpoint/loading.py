@@ -21,7 +21,7 @@ from hybrimoe import compat
 from hybrimoe.amounts import Amount
 from hybrimoe.checkpoint import packed, packed_dense
 from hybrimoe.checkpoint.choice import ExpertChoice, choose_expert_dtype, wanted_dtype
-from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes
+from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
 from hybrimoe.checkpoint.dense import (
     complete,
     dense_dtype,
@@ -83,6 +83,16 @@ def load(
         return loader.load(show)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A model's weights by when they are read. early: dense ones that stay as they are. linears: linear layers that are
+    packed. later: keys of the experts and of packed layers, which stay on the meta device at first."""
+
+    early: list[Conversion]
+    linears: DenseSource
+    later: frozenset[str]
+
+
 @dataclass(slots=True)
 class Loader:
     """One loading: the opened checkpoint, the model without storage, and how the one becomes the other."""
@@ -104,6 +114,8 @@ class Loader:
         path = model_path(deployment.model)
         raw_config = read_config_dict(path)
         weights = open_weights(path, raw_config)
+        if weights.pack is not None and deployment.cpu.dense_dtype == "auto":
+            deployment = deployment.with_dtypes(dense=weights.pack.dense_dtype)
         hf_config = read_config(path)
         model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config))
         layouts = {path: read(module) for path, module in find_experts(model)}
@@ -113,10 +125,11 @@ class Loader:
         tie_where_unsaid(model, raw_config, plan.conversions)
         read_generation_defaults(model, path)
         shapes = ModelShapes(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()})
-        places = folders(path, beside=not is_demo(path)) if packed_file else ()
+        beside = weights.pack is None and not is_demo(path)  # nothing is ever added to a pack
+        places = folders(path, beside=beside) if packed_file else ()
         sources = layer_sources(layouts, plan.conversions)
         choice = choose_expert_dtype(wanted_dtype(deployment.cpu.expert_dtype), sources)
-        deployment = deployment.with_expert_dtype(choice.dtype)
+        deployment = deployment.with_dtypes(expert=choice.dtype)
         return cls(deployment, weights, model, plan, shapes, layouts, sources, choice, places)
 
     def load(self, show: Progress) -> PreTrainedModel:
@@ -124,14 +137,9 @@ class Loader:
         from hybrimoe.injection.inject import place_operators
 
         dtypes = strict_dtypes(self.model, next(self.model.parameters()).dtype)
-        sources = self.sources
-        experts = {f"{source.path}.{name}" for source in sources for name in source.parameters}
-        dense = [conversion for conversion in self.plan.conversions.values() if experts.isdisjoint(conversion.targets)]
-        linears = self._linears_to_pack()
-        early = [conversion for conversion in dense if linears.late.keys().isdisjoint(conversion.targets)]
-        loaded = load_dense(self.model, early, self.shapes, dtypes)
-        later = experts | linears.late.keys()
-        complete(self.model, loaded, later, self.plan, unknown_keys=self.deployment.unknown_keys)
+        sources, parts = self.sources, self.parts()
+        loaded = load_dense(self.model, parts.early, self.shapes, dtypes)
+        complete(self.model, loaded, parts.later, self.plan, unknown_keys=self.deployment.unknown_keys)
         injection = place_operators(self.model, self.deployment)
         session = injection.session
         injection.packing = self.choice.remark
@@ -139,7 +147,7 @@ class Loader:
             place_dense(self.model, self.deployment)  # before the session measures what memory is left for slots
             session.finalize(store=self._packed_store(session, sources, show))
             self._load_unreplaced(injection, sources, dtypes)
-            records = self._dense_records(self._load_moved(injection, linears, dtypes), dtypes, show)
+            records = self._dense_records(self._load_moved(injection, parts.linears, dtypes), dtypes, show)
             injection.prepare_dense(keep_originals=False, records=records)
             if not session.started:
                 self._pack(session.store, sources, show)
@@ -150,6 +158,20 @@ class Loader:
             raise
         return self.model
 
+    def parts(self) -> Parts:
+        """Which weights are read when."""
+        experts = {f"{source.path}.{name}" for source in self.sources for name in source.parameters}
+        dense = [conversion for conversion in self.plan.conversions.values() if experts.isdisjoint(conversion.targets)]
+        linears = self._linears_to_pack()
+        early = [conversion for conversion in dense if linears.late.keys().isdisjoint(conversion.targets)]
+        return Parts(early, linears, frozenset(experts | linears.late.keys()))
+
+    @property
+    def shelves(self) -> tuple[Path, ...]:
+        """Where packed files may lie: in the model's own folder if it is a pack, then in `places`."""
+        own = () if self.weights.pack is None or self.weights.folder is None else (self.weights.folder,)
+        return (*own, *self.places)
+
     def _packed_store(self, session: Session, sources: list[LayerSource], show: Progress) -> ExpertStore | None:
         """The session's experts as they lie packed on disk, or are packed there now; None where they go to memory.
 
@@ -157,7 +179,7 @@ class Loader:
         """
         layers, memory = session.layer_specs(), self.deployment.memory
         n_bytes, num_experts = (sum(getattr(layer, name) for layer in layers) for name in ("nbytes", "num_experts"))
-        if file := packed.find(self.places, layers, packed.describe(layers, self.weights.files)):
+        if file := packed.find(self.shelves, layers, packed.describe(layers, self.weights.stamps(()))):
             if not session.needs_pinned_host or memory.disk.kind != "none":
                 return file.open()
             check_host_memory(memory.host, n_bytes, num_experts)  # a mapping is no page-locked memory
@@ -201,8 +223,8 @@ class Loader:
         """The packed linear layers: read from their file, or packed from the checkpoint and kept in a file."""
         if not linears.entries:
             return None
-        header = packed_dense.describe(linears, self.weights.files)
-        records = packed_dense.read(self.places, linears, header, show)
+        header = packed_dense.describe(linears, self.weights.stamps(linears.stored_keys()))
+        records = packed_dense.read(self.shelves, linears, header, show)
         if records is None:
             records = linears.pack(self.model, self.shapes, dtypes, show)
             self._keep(
@@ -212,12 +234,12 @@ class Loader:
 
     def _pack(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> None:
         pack_experts(store, sources, self.shapes, show)
-        header = packed.describe(store.layers, self.weights.files)
+        header = packed.describe(store.layers, self.weights.stamps(()))
         self._keep("experts", store.nbytes, show, lambda place: packed.write(place, store.buffer, header))
 
     def _pack_on_disk(self, layers: tuple[LayerSpec, ...], sources: list[LayerSource], show: Progress) -> ExpertStore:
         """Packs straight into a packed file and maps it: experts that do not fit host memory."""
-        header = packed.describe(layers, self.weights.files)
+        header = packed.describe(layers, self.weights.stamps(()))
         problems: list[str] = []
         for place in self.places:
             try:

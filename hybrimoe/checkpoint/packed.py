@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cpu_kernels import LAYOUT_VERSION
 from hybrimoe.checkpoint import record_file
 from hybrimoe.checkpoint.record_file import Header
-from hybrimoe.checkpoint.stored import WeightFile
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 
 FORMAT_VERSION = 2
@@ -44,8 +44,9 @@ class PackedFile:
         return store
 
 
-def describe(layers: Sequence[LayerSpec], files: Sequence[WeightFile]) -> Header:
-    """The header that a packed file must have to stand for these layers, packed from these checkpoint files."""
+def describe(layers: Sequence[LayerSpec], source: Sequence[Any]) -> Header:
+    """The header that a packed file must have to stand for these layers. source: what tells the checkpoint that they
+    were packed from (`Weights.stamps`)."""
     return {
         "format": FORMAT_VERSION,
         "layout": LAYOUT_VERSION,
@@ -62,7 +63,7 @@ def describe(layers: Sequence[LayerSpec], files: Sequence[WeightFile]) -> Header
             }
             for layer in layers
         ],
-        "source": record_file.stamps(files),
+        "source": list(source),
     }
 
 

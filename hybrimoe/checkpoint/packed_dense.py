@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from cpu_kernels import LAYOUT_VERSION, pack_linear
 from hybrimoe.checkpoint import record_file
 from hybrimoe.checkpoint.progress import Progress
 from hybrimoe.checkpoint.record_file import Header
-from hybrimoe.checkpoint.stored import WeightFile
 from hybrimoe.dense.records import DenseRecords, LinearEntry
 
 if TYPE_CHECKING:
@@ -56,6 +55,10 @@ class DenseSource:
         }
         return cls(tuple(entries), late)
 
+    def stored_keys(self) -> set[str]:
+        """Names of the checkpoint's tensors that `late` weights are made from."""
+        return {stored.key for conversion in self.late.values() for stored in conversion.stored()}
+
     def without(self, paths: Collection[str]) -> DenseSource:
         """The layers that are not at `paths`."""
         kept = tuple(entry for entry in self.entries if entry.path not in paths)
@@ -85,16 +88,16 @@ class DenseSource:
         return records
 
 
-def describe(source: DenseSource, files: Sequence[WeightFile]) -> Header:
-    """The header that a file must have to stand for these layers, packed from these checkpoint files."""
-    keys = {stored.key for conversion in source.late.values() for stored in conversion.stored()}
+def describe(source: DenseSource, checkpoint: Sequence[Any]) -> Header:
+    """The header that a file must have to stand for these layers. checkpoint: what tells the checkpoint that they were
+    packed from (`Weights.stamps`, with samples of `source.stored_keys`)."""
     return {
         "format": FORMAT_VERSION,
         "layout": LAYOUT_VERSION,
         "linears": [
             [e.path, e.spec.out_features, e.spec.in_features, e.spec.dtype, str(e.weight_dtype)] for e in source.entries
         ],
-        "source": record_file.stamps(files, keys),
+        "source": list(checkpoint),
     }
 
 

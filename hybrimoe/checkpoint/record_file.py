@@ -120,7 +120,7 @@ def whole_or_nothing(path: Path, header: Header, n_bytes: int) -> Iterator[tuple
         if not HAS_LOCKS:  # such a system renames no open file; where there are locks, it stays locked until then
             opened.close()
         os.replace(name, path)
-        _sync_folder(place)
+        sync_folder(place)
     except BaseException:
         if not HAS_LOCKS:
             opened.close()
@@ -203,7 +203,8 @@ def _sweep(place: Path) -> None:
                 unfinished.unlink()
 
 
-def _sync_folder(place: Path) -> None:
+def sync_folder(place: Path) -> None:
+    """Makes what was renamed or removed in a folder last over a power cut. Raises OSError."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     descriptor = os.open(place, os.O_RDONLY)

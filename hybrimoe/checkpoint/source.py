@@ -14,6 +14,7 @@ from typing import Any
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed
 from hybrimoe.checkpoint.gguf.config import config_of
 from hybrimoe.checkpoint.gguf.file import first_part, first_parts, is_gguf, open_gguf
+from hybrimoe.demo import smollm2
 from hybrimoe.errors import CheckpointError, ModelError
 
 INDEX_NAME, SINGLE_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -25,8 +26,9 @@ EXPECTED = f"a directory with {CONFIG_NAME} and *.safetensors, a GGUF file, or a
 
 
 def model_path(path_or_hub_id: str | Path | None) -> Path:
-    """The directory of a model, or its GGUF file (of a split one the first part); None is the demo model, and what
-    looks like `owner/name` is fetched from the hub. A directory without config.json is the one GGUF model in it.
+    """The directory of a model, or its GGUF file (of a split one the first part); None is the demo model, smollm2 the
+    one that `hybrimoe demo smollm2` made, and what looks like `owner/name` is fetched from the hub. A directory without
+    config.json is the one GGUF model in it.
 
     Raises ModelError where there is no model.
     """
@@ -35,6 +37,8 @@ def model_path(path_or_hub_id: str | Path | None) -> Path:
 
         return demo_model_path()
     path = Path(path_or_hub_id).expanduser()
+    if str(path_or_hub_id) == smollm2.NAME and not path.exists():
+        return smollm2.made_model_path()
     if path.is_dir():
         return _only_gguf(path) or path
     if is_gguf(path):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from hybrimoe.checkpoint import record_file
 from hybrimoe.checkpoint.conversion import ConversionPlan, plan_as_named, plan_conversions
 from hybrimoe.checkpoint.dequantise import Source, dequantised
 from hybrimoe.checkpoint.gguf.file import open_gguf
 from hybrimoe.checkpoint.gguf.weights import sources_of
+from hybrimoe.checkpoint.pack.manifest import Manifest, read_manifest
+from hybrimoe.checkpoint.pack.sources import packed_sources
 from hybrimoe.checkpoint.quantisation import read_quantisation
 from hybrimoe.checkpoint.safetensors_file import open_checkpoint
 from hybrimoe.checkpoint.stored import WeightFile
@@ -23,15 +26,25 @@ class Weights:
     """The opened files of a model.
 
     sources: by their names in the checkpoint, which transformers' mapping turns into parameters; with `as_named`, by
-    the names of the parameters themselves.
+    the names of the parameters themselves. pack, folder: of a pack, whose packed weights become sources when the model
+    is known; None of other checkpoints.
     """
 
     files: tuple[WeightFile, ...]
-    sources: Mapping[str, Source]
+    sources: dict[str, Source]
     as_named: bool
+    pack: Manifest | None = None
+    folder: Path | None = None
+
+    def stamps(self, sampled_keys: Collection[str]) -> list[Any]:
+        """What tells this checkpoint from one with other weights: of a pack its identity, of others
+        `record_file.stamps`."""
+        return record_file.stamps(self.files, sampled_keys) if self.pack is None else [self.pack.identity]
 
     def plan(self, model: PreTrainedModel) -> ConversionPlan:
         """Which sources make which parameter of the (meta) model. Raises CheckpointError for shapes that differ."""
+        if self.pack is not None and self.folder is not None:
+            return plan_as_named(model, self.sources | packed_sources(self.folder, self.pack, model))
         return (plan_as_named if self.as_named else plan_conversions)(model, self.sources)
 
 
@@ -43,7 +56,10 @@ def open_weights(path: Path, config: Mapping[str, Any]) -> Weights:
     """
     if path.is_file():
         model = open_gguf(path)
-        return Weights(model.files, sources_of(model, config), as_named=True)
+        return Weights(model.files, dict(sources_of(model, config)), as_named=True)
+    if (manifest := read_manifest(path)) is not None:
+        checkpoint = open_checkpoint(path)
+        return Weights(checkpoint.files, dict(checkpoint.tensors), as_named=True, pack=manifest, folder=path)
     quantisation = read_quantisation(path, config)
     checkpoint = open_checkpoint(path)
     return Weights(checkpoint.files, dequantised(checkpoint.tensors, quantisation), as_named=False)

@@ -23,7 +23,7 @@ PLACEMENT, SAMPLING, OUTPUT, BATCHES = "Where it runs", "Sampling", "Output", "M
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="MODEL", help="Model directory, GGUF file or hub id; none is the demo model in the package."
+        metavar="MODEL", help="Model directory, GGUF file, hub id, or smollm2; none is the demo model in the package."
     ),
 ]
 JsonOption = Annotated[

@@ -166,11 +166,10 @@ class DeployConfig(Section):
         """Raises ConfigError where a policy, one of its parts or a parameter does not exist; names file and line."""
         check_scheduler(self.scheduler, self._located, self._given)
 
-    def with_expert_dtype(self, dtype: ExpertDtypeName) -> DeployConfig:
-        """The same deployment with another `cpu.expert_dtype`: where it says "auto", what that comes to."""
-        if dtype == self.cpu.expert_dtype:
-            return self
-        changed = self.model_copy(update={"cpu": self.cpu.model_copy(update={"expert_dtype": dtype})})
+    def with_dtypes(self, *, expert: str | None = None, dense: str | None = None) -> DeployConfig:
+        """The same deployment with other dtypes of `cpu`: where it says "auto", what that comes to."""
+        given = {name: dtype for name, dtype in (("expert_dtype", expert), ("dense_dtype", dense)) if dtype is not None}
+        changed = self.model_copy(update={"cpu": self.cpu.model_copy(update=given)})
         changed._located, changed._given = self._located, self._given
         return changed
 

@@ -101,7 +101,7 @@ def place_operators(
         application.undo()
         session.close()
         raise
-    injection = Injection(model, deployment.with_expert_dtype(session.config.expert_dtype), resolution, application)
+    injection = Injection(model, deployment.with_dtypes(expert=session.config.expert_dtype), resolution, application)
     model.__dict__[MARK] = injection
     install_guards(model)
     return injection

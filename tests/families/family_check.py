@@ -48,6 +48,8 @@ class Comparison:
     cpu_experts: int
     accel_experts: int
     restored: bool
+    ways: dict[str, str]
+    """How decode steps run: by layer, or of all of them as "model"."""
 
 
 def outputs(model: PreTrainedModel) -> Outputs:
@@ -68,6 +70,7 @@ def compare(model: PreTrainedModel, plain: Outputs, placement: str) -> Compariso
     try:
         hybrid = outputs(model)
         total = injection.stats().as_dict()["total"]
+        ways = dict(injection.explain().ways)
     finally:
         injection.restore()
     after = outputs(model)
@@ -80,6 +83,7 @@ def compare(model: PreTrainedModel, plain: Outputs, placement: str) -> Compariso
         cpu_experts=total["cpu_experts"],
         accel_experts=total["accel_experts"],
         restored=same and untouched,
+        ways=ways,
     )
 
 

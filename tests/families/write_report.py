@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,18 @@ def measure(family: str) -> dict[str, Any]:
         max(r.prefill_error, r.decode_error) <= TOLERANCE and r.same_tokens and r.restored for r in results.values()
     )
     errors = {name: float(f"{max(r.prefill_error, r.decode_error):.0e}") for name, r in results.items()}
-    return describe(family) | {"works": works, "max_logit_error": errors}
+    return describe(family) | {"works": works, "max_logit_error": errors} | decode_step(results["cpu"].ways)
+
+
+def decode_step(ways: Mapping[str, str]) -> dict[str, str]:
+    """How the decode steps of a model run on the CPU, from the way of each layer, and why not compiled."""
+    compiled = [way for way in ways.values() if way == "compiled"]
+    if len(compiled) == len(ways):
+        return {"decode_step": "compiled"}
+    mixed = [way for way in ways.values() if "compiled;" in way or way == "compiled"]
+    if not mixed:
+        return {"decode_step": "transformers", "why": next(iter(ways.values())).removeprefix("transformers: ")}
+    return {"decode_step": f"in pieces: {len(compiled)} of {len(ways)} layers, {len(mixed) - len(compiled)} in part"}
 
 
 def report() -> dict[str, Any]:
@@ -63,19 +75,23 @@ def long_table(data: Mapping[str, Any]) -> str:
         "and compared with plain transformers:",
         "the largest deviation of a logit, over a prompt and six tokens generated with a KV cache (allowed:",
         f"{data['tolerance']:g}); the same greedy tokens; and bit-exact equality after `restore()`. Placements: all",
-        "experts on the CPU, all on the (emulated) accelerator, and mixed.",
+        "experts on the CPU, all on the (emulated) accelerator, and mixed. Decode step: how a token is computed where",
+        "all experts are on the CPU, compiled as a whole, in pieces, or by the forward of transformers.",
         "Written by `python tests/families/write_report.py`; `make test` checks it.",
         "",
-        "| family | model | experts | gate | stored | CPU | accelerator | mixed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| family | model | experts | gate | stored | CPU | accelerator | mixed | decode step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for family, row in data["families"].items():
         cells = [f"{row['max_logit_error'][placement]:.0e}" for placement in ("cpu", "accelerator", "mixed")]
         cells = cells if row["works"] else [f"{cell} (fails)" for cell in cells]
+        cells.append(row["decode_step"])
         names = (f"`{row['model_class']}`", f"`{row['experts_class']}`", row["gate"], row["form"])
         lines.append(
             f"| {family} | {' | '.join(name.replace('|', chr(92) + '|') for name in names)} | {' | '.join(cells)} |"
         )
+    lines += ["", "Decode steps by the forward of transformers, with the reason:", "", "| family | why |", "|---|---|"]
+    lines += [f"| {family} | {row['why']} |" for family, row in data["families"].items() if "why" in row]
     lines += ["", "Not supported, with the reason:", "", "| family | why |", "|---|---|"]
     lines += [f"| {family} | {reason} |" for family, reason in data["not_supported"].items()]
     return "\n".join(lines) + "\n"
@@ -85,10 +101,12 @@ def short_table(data: Mapping[str, Any]) -> str:
     """The part of the README between the markers."""
     works = [family for family, row in data["families"].items() if row["works"]]
     fails = [family for family, row in data["families"].items() if not row["works"]]
+    steps = Counter(row["decode_step"].partition(":")[0] for row in data["families"].values())
     worst = max(max(row["max_logit_error"].values()) for row in data["families"].values())
     lines = [
-        f"{len(works)} families of transformers {data['transformers']} run; the largest deviation of a logit",
-        f"from plain transformers is {worst:.0e} in float32. Not supported:",
+        f"{len(works)} families of transformers {data['transformers']} run, {steps['compiled']} of them with decode",
+        f"steps compiled as a whole on the CPU, {steps['in pieces']} in pieces; the largest deviation of a logit from",
+        f"plain transformers is {worst:.0e} in float32. Not supported:",
         f"{', '.join(data['not_supported'])}.",
         "Each family, with what was compared, or the reason why not: [docs/families.md](docs/families.md).",
     ]

@@ -19,9 +19,13 @@ def config_of(model: GgufModel) -> dict[str, Any]:
     """What config.json would say. Raises CheckpointError for metadata that are missing or cannot be true,
     UnsupportedCheckpointError for an architecture that is not read."""
     fields = Fields(model)
-    family = family_of(fields)
+    return shared_config(fields) | family_of(fields).config(fields)
+
+
+def shared_config(fields: Fields) -> dict[str, Any]:
+    """What every architecture's configuration has, dense ones included. Errors as `config_of`."""
     head_count = fields.whole("attention.head_count")
-    shared = {
+    return {
         "num_hidden_layers": num_hidden_layers(fields),
         "hidden_size": fields.whole("embedding_length"),
         "intermediate_size": fields.whole("feed_forward_length", 1),
@@ -32,10 +36,9 @@ def config_of(model: GgufModel) -> dict[str, Any]:
         "rope_parameters": rope(fields),
         "vocab_size": fields.shape("token_embd.weight")[0],
         "tie_word_embeddings": not fields.has("output.weight"),
-        "dtype": _dense_dtype(model),
+        "dtype": _dense_dtype(fields.model),
         **_special_tokens(fields),
     }
-    return shared | family.config(fields)
 
 
 def num_hidden_layers(fields: Fields) -> int:

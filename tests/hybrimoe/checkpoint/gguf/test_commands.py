@@ -54,6 +54,18 @@ def test_the_demo_model_replies_the_same_from_a_gguf_file(demo: Path) -> None:
     assert texts[0].strip()
 
 
+def test_a_pack_of_a_gguf_file_replies_the_same_with_its_tokenizer(demo: Path, tmp_path: Path) -> None:
+    made = json.loads(run("convert", str(demo), str(tmp_path / "pack"), "--dtype", "int4", "--json").stdout)
+    assert made["has_tokenizer"]
+    same = ("--prompt", "The king", "--max-new-tokens", "8", "--temperature", "0", "--accelerator", "none", "--json")
+    models = ((str(demo), "--dtype", "int4"), (str(tmp_path / "pack"),))
+    texts = [
+        json.loads(run("generate", *model, *same, "--repetition-penalty", "1.0").stdout)["text"] for model in models
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0].strip()
+
+
 def test_chat_takes_a_gguf_file(demo: Path) -> None:
     found = run("chat", str(demo), "--accelerator", "none", "--max-new-tokens", "8", "--seed", "1", text="Hello\n")
     assert found.stdout.strip()
