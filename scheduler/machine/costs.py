@@ -29,6 +29,8 @@ OUTLIER: Final = 1.5
 operating system interrupted says nothing about the next one. A real change of 4 times is followed in 57 tasks."""
 DRIFT_BOUNDS: Final = (0.25, 4.0)
 """A lane is never believed to be more than 4 times slower or faster than its profile says."""
+LAUNCH_EXPERTS: Final = 4.0
+"""A launch is never believed to take longer than so many experts on one token."""
 SAME_SIZE: Final = 0.25
 """Groups whose experts differ by less than this share of their expected time say little about what one takes."""
 LAUNCH, BEFORE, TOOK = range(3)
@@ -180,8 +182,13 @@ class CostModel:
 
     def launch_us(self, layer: int) -> float:
         """us that a group of experts takes on the accelerator beyond ``accel_us`` of each, however many they are: until
-        the first of them runs. That of recorded work, which is the device's alone; 0 before such was observed."""
-        return float(self._groups[RECORDED, LAUNCH])
+        the first of them runs. That of recorded work, which is the device's alone; 0 before such was observed.
+
+        At most as long as LAUNCH_EXPERTS of them: whoever believes more gives the accelerator nothing, and never learns
+        otherwise.
+        """
+        most_us = LAUNCH_EXPERTS * self.accel_rows[layer][1] * self.drift[1]
+        return float(min(self._groups[RECORDED, LAUNCH], most_us))
 
     def observe(self, task: ObservedTask, link_share: float = 0.0) -> None:
         """Moves the lane's drift towards observed / predicted. Raises CostError for a time that cannot be.
@@ -226,7 +233,6 @@ class CostModel:
         known = float(self.drift[lane])
         groups[BEFORE], groups[TOOK] = expected_us, us
         if before_us == 0.0:
-            groups[LAUNCH] = max(us - known * expected_us, 0.0)
             return
         more_us, mean_us = expected_us - before_us, 0.5 * (expected_us + before_us)
         bound_us = (OUTLIER - 1.0) * known * mean_us

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scheduler import CostError, CostModel, HardwareProfile, ModelShape, ObservedTask, ProfileError
-from scheduler.machine.costs import DRIFT_BOUNDS, GRID_TOKENS
+from scheduler.machine.costs import DRIFT_BOUNDS, GRID_TOKENS, LAUNCH_EXPERTS
 
 SHAPE = ModelShape("toy", n_layers=3, n_experts=8, top_k=2, hidden=1000, inter=500)
 MAPPING = {
@@ -149,9 +149,19 @@ def test_a_slow_launch_does_not_change_what_an_expert_costs() -> None:
     assert costs.launch_us(0) == pytest.approx(30.0, rel=0.05)
     learnt = observe_groups(costs, 300, launch_us=400.0, own_us=20.0)
     assert learnt == pytest.approx([20.0] * 300, rel=0.2)
-    assert costs.launch_us(0) == pytest.approx(400.0, rel=0.05)
+    assert costs._groups[1, 0] == pytest.approx(400.0, rel=0.05)
+    assert costs.launch_us(0) == LAUNCH_EXPERTS * learnt[-1], "so that the accelerator is still tried"
     again = CostModel.from_mapping(costs.as_mapping())
     assert again.launch_us(0) == costs.launch_us(0)
+
+
+def test_one_launch_that_takes_very_long_is_hardly_believed() -> None:
+    """The first one on a card may wait for a compiler."""
+    costs = CostModel.uniform(2, accel_us=20.0)
+    for us in (300_000.0, 40.0, 300_000.0, 50.0):
+        costs.observe(ObservedTask("accel", 0, 1, us, 2.0, True))
+    assert costs.launch_us(0) < 5.0
+    assert float(costs.accel_us(0, 1)) == pytest.approx(20.0, rel=0.2)
 
 
 def test_launches_by_the_host_are_not_the_devices() -> None:
