@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hybrimoe.server.apis.anthropic import MessagesRequest
 from hybrimoe.server.apis.responses import ResponseRequest
@@ -237,3 +239,30 @@ def test_prefix_and_suffix_stand_where_the_family_has_them():
     assert not can_infill(Filler("x"))
     with pytest.raises(RequestError, match="cannot fill in"):
         infill_tokens(Filler("x"), "a", "b")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+    | st.sampled_from(["a\ud83d", 2**64, "user", "assistant", "text", "function", "json", "tiny", {"type": "text"}]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(
+        st.sampled_from(["type", "role", "content", "text", "name", "schema", "input", "stop", "arguments"]), inner,
+        max_size=4,
+    ),
+    max_leaves=6,
+)  # fmt: skip
+FIELDS = st.sampled_from(
+    ["messages", "input", "prompt", "tools", "tool_choice", "format", "text", "system", "options", "stop_sequences",
+     "thinking", "think", "output_config", "instructions", "reasoning", "suffix", "input_suffix", "content", "tokens",
+     "grammar", "json_schema", "temperature", "unknown"]
+)  # fmt: skip
+PATHS = [*ASKED, "/v1/messages/count_tokens", "/tokenize", "/detokenize", "/apply-template", "/infill", "/api/show"]
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(PATHS), changes=st.dictionaries(FIELDS, VALUES, max_size=3))
+def test_no_body_is_a_failure_of_the_server(call, path, changes):
+    """Whatever stands in a request, it is answered or refused in the words of its API."""
+    answer = call("POST", path, ASKED.get(path, {}) | changes)
+    assert answer.status_code in (200, 400, 404), (path, changes, answer.text)
+    if answer.status_code != 200:
+        assert error_of(path, answer)
