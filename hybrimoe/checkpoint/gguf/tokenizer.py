@@ -127,10 +127,8 @@ def _backend(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
 def _with_sentencepieces_spaces(backend: Tokenizer, metadata: Mapping[str, Any]) -> Tokenizer:
     """Spaces as SentencePiece and llama.cpp have them: one more is put before a text, also before one that begins with
     spaces (which the library's own way leaves out), unless the file says that none is."""
-    spaces = [normalizers.Replace(" ", SPACE)]
-    if metadata.get(SPACE_BEFORE, True) is not False:
-        spaces.insert(0, normalizers.Prepend(SPACE))
-    backend.normalizer = normalizers.Sequence(spaces)
+    first = [] if metadata.get(SPACE_BEFORE, True) is False else [normalizers.Prepend(SPACE)]
+    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
     backend.pre_tokenizer = None
     return backend
 
