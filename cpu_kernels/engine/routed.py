@@ -25,6 +25,9 @@ REFUSED, NOT_FINITE = -1, -2
 """Results of `run_routed` and `read_call`: routing that `build_dispatch` refuses; of the former, NOT_FINITE - token: a
 hidden state is not finite."""
 NAN_BITS = np.uint16(0x7FC0)
+NO_PLACE = -1
+"""Where a device and the CPU share a call's (token, expert) pairs: no slot of the device has the expert, and the pair's
+row is not among those of the host. Every negative number means this."""
 
 
 def fits(hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, hidden_size: int) -> bool:

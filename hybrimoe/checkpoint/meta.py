@@ -47,7 +47,7 @@ def model_shape(model: str | Path | None) -> ModelShape:
     Raises ModelError where the hub's cache has no config.json of that id and none can be fetched, and CheckpointError
     for a GGUF file that is damaged.
     """
-    from hybrimoe.checkpoint.source import hub_config_file, is_hub_id, model_path, read_config_dict
+    from hybrimoe.checkpoint.source import HUB_FILE, hub_config_file, is_hub_id, model_path, read_config_dict
     from hybrimoe.machine.profiles import open_shape
     from yaml_rules.shapes import derive_shape
 
@@ -55,8 +55,8 @@ def model_shape(model: str | Path | None) -> ModelShape:
     if is_hub_id(model) and path.suffix not in (".json", ".yaml", ".yml"):
         # the hub's cache keeps the file under another name
         return replace(open_shape(hub_config_file(str(model))), name=str(model).rpartition("/")[2])
-    if path.is_dir():
-        path = model_path(path)
+    if path.is_dir() or HUB_FILE.match(str(model)):
+        path = model_path(model)
     if is_gguf(path):
         path = model_path(path)
         return ModelShape.from_mapping(derive_shape(read_config_dict(path), path.stem))

@@ -13,22 +13,26 @@ from typing import Any
 
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed
 from hybrimoe.checkpoint.gguf.config import config_of
-from hybrimoe.checkpoint.gguf.file import first_part, first_parts, is_gguf, open_gguf
+from hybrimoe.checkpoint.gguf.file import PART_NAME, first_part, first_parts, is_gguf, open_gguf
 from hybrimoe.demo import smollm2
 from hybrimoe.errors import CheckpointError, ModelError
 
 INDEX_NAME, SINGLE_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+HUB_FILE = re.compile(r"^(?P<hub_id>[A-Za-z0-9][\w.-]*/[\w.-]+):(?P<name>[\w./ -]+\.gguf)$")
+"""A GGUF file of a hub repository: `owner/name:FILE.gguf`."""
 HUB_PATTERNS = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 HUB_LEFT_OUT = ("original/*", "consolidated*", "onnx/*", "*/*.safetensors")
 """The same weights once more, in other layouts: Meta's, Mistral's, ONNX, and formats in folders of their own."""
-EXPECTED = f"a directory with {CONFIG_NAME} and *.safetensors, a GGUF file, or a hub id"
+EXPECTED = (
+    f"a directory with {CONFIG_NAME} and *.safetensors, a GGUF file, or a hub id, owner/name or owner/name:FILE.gguf"
+)
 
 
 def model_path(path_or_hub_id: str | Path | None) -> Path:
     """The directory of a model, or its GGUF file (of a split one the first part); None is the demo model, smollm2 the
-    one that `hybrimoe demo smollm2` made, and what looks like `owner/name` is fetched from the hub. A directory without
-    config.json is the one GGUF model in it.
+    one that `hybrimoe demo smollm2` made, and what looks like `owner/name` or `owner/name:FILE.gguf` is fetched from
+    the hub, of a split file all parts. A directory without config.json is the one GGUF model in it.
 
     Raises ModelError where there is no model.
     """
@@ -47,6 +51,8 @@ def model_path(path_or_hub_id: str | Path | None) -> Path:
         raise ModelError(f"{path} is a file; expected {EXPECTED}")
     if is_hub_id(path_or_hub_id):
         return _from_hub(str(path_or_hub_id))
+    if (file := HUB_FILE.match(str(path_or_hub_id))) is not None:
+        return first_part(_file_from_hub(file["hub_id"], file["name"]))
     raise ModelError(f"no model directory {path}; expected {EXPECTED}")
 
 
@@ -200,8 +206,28 @@ def _from_hub(hub_id: str) -> Path:
 
     try:
         directory = Path(snapshot_download(hub_id, allow_patterns=[*HUB_PATTERNS], ignore_patterns=[*HUB_LEFT_OUT]))
+        if not (directory / CONFIG_NAME).is_file():
+            raise ModelError(
+                f"{hub_id} has no {CONFIG_NAME}; of a repository of GGUF files name the one to take: {hub_id}:FILE.gguf"
+            )
         index = directory / INDEX_NAME
         weights = sorted(set(_read_index(index).values())) if index.is_file() else ["*.safetensors"]
         return Path(snapshot_download(hub_id, allow_patterns=weights, ignore_patterns=[*HUB_LEFT_OUT]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ModelError(f"{hub_id} is neither a directory here nor a model that the hub gives: {error}") from error
+
+
+def _file_from_hub(hub_id: str, name: str) -> Path:
+    """A GGUF file of a repository, with all parts where it is split. Raises ModelError where the hub gives none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    part = PART_NAME.match(name)
+    pattern = name if part is None else f"{part['stem']}-*-of-{part['count']}.gguf"
+    try:
+        file = Path(snapshot_download(hub_id, allow_patterns=[pattern])) / name
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(f"{hub_id} is no repository that the hub gives: {error}") from error
+    if not file.is_file():
+        raise ModelError(f"{hub_id} has no file {name}; expected the name of a GGUF file that its page lists")
+    return file

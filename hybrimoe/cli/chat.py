@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,8 +16,10 @@ from hybrimoe.cli.views import render
 if TYPE_CHECKING:
     from hybrimoe.cli.common_model import OpenModel
     from hybrimoe.generation import Conversation, SamplingOptions
+    from hybrimoe.generation.sessions import Session
 
 FAILED, INTERRUPTED = 1, 130
+SESSIONS = "Sessions"
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +31,18 @@ def chat(
     *,
     model: common.ModelArgument = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="A system message.")] = None,
+    session: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Go on with the conversation of that name, or begin it.", rich_help_panel=SESSIONS
+        ),
+    ] = None,
+    list_sessions: Annotated[
+        bool, typer.Option("--list-sessions", help="The names of all, and nothing else.", rich_help_panel=SESSIONS)
+    ] = False,
+    delete_session: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Delete one, and nothing else.", rich_help_panel=SESSIONS)
+    ] = None,
     sampling: common.SamplingGroup,
     placement: common.PlacementGroup,
     profile: common.ProfileOption = False,
@@ -41,26 +56,89 @@ def chat(
     Arrow keys edit and bring earlier messages back; what is pasted is one message. /help lists the commands. Ctrl-C
     stops a reply; Ctrl-D or /exit leaves. In a pipe a line is a message; the exit code is 1 where none was answered.
     """
+    from hybrimoe.generation.sessions import Session, session_names
+
+    if list_sessions or delete_session is not None:
+        if delete_session is not None:
+            Session(sessions_folder(), delete_session).delete()
+        names = session_names(sessions_folder())
+        if as_json:
+            render.emit_json({"sessions": names})
+        elif list_sessions:
+            render.out().print("\n".join(names) or "no sessions", markup=False)
+        return
     options = sampling.options()
+    kept = None if session is None else Session(sessions_folder(), session)
+    if kept is not None and system is not None and session in session_names(sessions_folder()):
+        raise typer.BadParameter(f"the session {session} has begun with its own system message; leave --system out")
     deployment = placement.deployment(model)
     from hybrimoe.cli.common_model import open_model
     from hybrimoe.generation import Conversation
 
     with open_model(deployment, show_progress=not quiet) as opened:
         conversation = Conversation(opened.generator, system=system)
-        ChatLoop(opened, conversation, options, profiled=profile, quiet=quiet, as_json=as_json).run()
+        if kept is not None:
+            kept = Session(kept.folder, kept.name, identity(opened))
+            take_up(kept, conversation, quiet=quiet)
+        loop = ChatLoop(
+            opened, conversation, options, session=kept, profiled=profile, quiet=quiet, as_json=as_json
+        )  # fmt: skip
+        try:
+            loop.run()
+        finally:
+            if kept is not None:
+                kept.save_states(conversation)
+
+
+def sessions_folder() -> Path:
+    """Where conversations are kept by name."""
+    from cpu_kernels.jit.cache_dir import cache_home
+
+    return cache_home() / "sessions"
+
+
+def identity(opened: OpenModel) -> str:
+    """Of the model as it runs here: a conversation's states are those of this one only."""
+    import torch
+
+    from hybrimoe.checkpoint.source import model_path, read_config_dict
+    from hybrimoe.generation.sessions import identity_of
+
+    path = model_path(opened.config.model)
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    weights = [file for file in files if file.suffix in (".safetensors", ".gguf")]
+    return identity_of(
+        {
+            "config": read_config_dict(path),
+            "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights],
+            "template": getattr(opened.generator.tokenizer, "chat_template", None),
+            "deployment": {key: value for key, value in opened.config.as_dict().items() if key != "server"},
+            "torch": torch.__version__,
+        }
+    )
+
+
+def take_up(session: Session, conversation: Conversation, *, quiet: bool) -> None:
+    """Restore a session, and say what that means for the next reply."""
+    reason = session.restore(conversation)
+    if quiet or not conversation.n_turns:
+        return
+    turns = f"{conversation.n_turns} message" + "s" * (conversation.n_turns > 1)
+    computed = "" if reason is None else f"; the next reply computes them again: {reason}"
+    render.note(f"session {session.name}: {turns} of yours so far{computed}")
 
 
 class ChatLoop:
     """Reads messages and commands until their end; nothing that goes wrong with a message ends the loop."""
 
     def __init__(
-        self, opened: OpenModel, conversation: Conversation, options: SamplingOptions, *, profiled: bool, quiet: bool,
-        as_json: bool,
+        self, opened: OpenModel, conversation: Conversation, options: SamplingOptions, *, session: Session | None,
+        profiled: bool, quiet: bool, as_json: bool,
     ) -> None:  # fmt: skip
         self.opened = opened
         self.conversation = conversation
         self.options = options
+        self.session = session
         self.profiled = profiled
         self.quiet = quiet
         self.as_json = as_json
@@ -146,6 +224,7 @@ class ChatLoop:
             else:
                 stream_out(turn)
                 stream_out(["\n"])
+        self._keep()
         self.last = render_summary.reply_as_dict(turn.reply, self.opened.stats())
         if self.as_json:
             self._emit({"model": self.opened.name, **self.last, "dropped_messages": turn.n_dropped})
@@ -157,6 +236,11 @@ class ChatLoop:
             render.err().print(profile_table(profile.as_dict(), label))
         if not self.quiet:
             render.note(f"[{render_summary.one_line(self.last)}]")
+
+    def _keep(self) -> None:
+        """The text of a session, after each change of it."""
+        if self.session is not None:
+            self.session.save_text(self.conversation)
 
     def _record(self) -> None:
         """A new recording for each reply, so that /timeline has the last one. A record costs about a microsecond, but
@@ -178,6 +262,7 @@ class ChatLoop:
 
     def _reset(self) -> bool:
         self.conversation.reset()
+        self._keep()
         render.note("the conversation is forgotten")
         return True
 

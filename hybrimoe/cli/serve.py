@@ -70,7 +70,7 @@ def serve(
     placement: common.PlacementGroup,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Serve /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics until Ctrl-C or SIGTERM.
+    """Serve the APIs of OpenAI, Anthropic, Ollama and llama-server, /health and /metrics, until Ctrl-C or SIGTERM.
 
     Up to --parallel requests are answered at once and join and leave at every token; the others wait in the order in
     which they come. Each greedy reply is the one that the request gets alone. A request that continues a kept

@@ -71,13 +71,19 @@ class Conversation:
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.has_template = has_chat_template(generator.tokenizer)
-        self._cache = PrefixCache(generator.model)
+        self.cache = PrefixCache(generator.model)
         self.reset()
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        self._cache.clear()
+        self.cache.clear()
+
+    def take_up(self, system: str | None, messages: list[dict[str, str]]) -> None:
+        """Go on with the messages of an earlier conversation, its system message among them; nothing is computed."""
+        self.system = system
+        self.reset()
+        self.messages = messages
 
     @property
     def n_turns(self) -> int:
@@ -98,7 +104,7 @@ class Conversation:
         options = chat_options(self.generator.tokenizer, options or SamplingOptions())
         messages = [*self.messages, {"role": "user", "content": text}]
         kept, prompt_ids = self._fit(messages, options)
-        reply = self.generator.reply(prompt_ids, options, cache=self._cache, should_stop=should_stop, profile=profile)
+        reply = self.generator.reply(prompt_ids, options, cache=self.cache, should_stop=should_stop, profile=profile)
         self.messages = kept
         return Turn(self, reply, len(messages) - len(kept))
 

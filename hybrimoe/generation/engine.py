@@ -313,6 +313,11 @@ class Reply:
         """Why the reply ended; None before."""
         return self._transcript.finish_reason
 
+    @property
+    def stop_text(self) -> str | None:
+        """The stop text that ended the reply, which is no part of it."""
+        return self._transcript.stop_text
+
     def __iter__(self) -> Iterator[str]:
         pieces = self._pieces()
         try:

@@ -111,6 +111,28 @@ class PrefixCache:
         self._checkpoints.clear()
         self.states = self._new_states()
 
+    def keys_and_values(self) -> list[tuple[Any, Any]] | None:
+        """Of each layer, [1, heads, tokens, D]; None where a layer keeps something else, or nothing is held."""
+        layers = self._layers()
+        whole = [keeps_every_token(layer) and layer.get_seq_length() == len(self.token_ids) for layer in layers]
+        if not self.token_ids or not layers or not all(whole) or self._knows_its_prompt():
+            return None
+        return [(layer.keys, layer.values) for layer in layers]
+
+    def take_up(self, token_ids: Sequence[int], held: Sequence[tuple[Any, Any]]) -> bool:
+        """Hold what `keys_and_values` gave for `token_ids`; False, and nothing is held, where the model has others."""
+        import torch
+
+        self.clear()
+        layers = self._layers()
+        if len(layers) != len(held) or not all(keeps_every_token(layer) for layer in layers):
+            return False
+        with torch.inference_mode():
+            for layer, (keys, values) in zip(layers, held, strict=True):
+                layer.update(keys.to(self._model.device), values.to(self._model.device))
+        self.token_ids.extend(token_ids)
+        return True
+
     def n_bytes(self) -> int:
         """Memory that states and checkpoints take."""
         saved = [layer for point in self._checkpoints for layer in point.layers.values()]

@@ -43,6 +43,11 @@ class Transcript:
         return left if limit is None else min(left, limit - self._n_prompt - n_new)
 
     @property
+    def stop_text(self) -> str | None:
+        """The stop text that ended the reply."""
+        return self._stops.found
+
+    @property
     def n_characters(self) -> int:
         """Characters of the whole text so far, those that are held back for a stop text included."""
         return self._decoder.n_characters

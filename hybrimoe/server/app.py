@@ -12,12 +12,12 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from hybrimoe.server.apis import chat, completions, service
+from hybrimoe.server.apis import anthropic, chat, completions, llama_server, ollama, responses, service
 from hybrimoe.server.boundary import MAX_BODY_BYTES, Boundary, error_response
 from hybrimoe.server.metrics import Metrics
 from hybrimoe.server.served import Served
 
-APIS = (completions, chat)
+APIS = (completions, chat, responses, anthropic, ollama, llama_server)
 ASSUMED_STATUS = "422"
 """FastAPI documents it for every route that takes data; here such requests are answered with 400."""
 ASSUMED_SCHEMAS = ("HTTPValidationError", "ValidationError")

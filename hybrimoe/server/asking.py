@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from hybrimoe.generation.chat import chat_options, render_chat, tokenised_chat
 from hybrimoe.generation.constraint import Constraint, ConstraintError, Grammars, Structure
 from hybrimoe.generation.vocabulary import check_token_ids, vocabulary_size
 from hybrimoe.server.errors import RequestError
+from hybrimoe.server.infill import infill_tokens
 from hybrimoe.server.replies.events import PlainParser, ReplyParser
 from hybrimoe.server.replies.syntax import ReplySyntax, ToolUse
 
@@ -28,6 +30,7 @@ Variables = Mapping[str, Any]
 class ChatAsked:
     """A reply to a conversation.
 
+    beginning: of the reply, which the model continues.
     answer: the structure of the answer, and `answer_field` the field that asked for it. variables: of the chat
     template. separate_reasoning: False leaves it in the answer, markers and all.
     """
@@ -39,14 +42,16 @@ class ChatAsked:
     answer_field: str | None = None
     variables: Variables = field(default_factory=dict)
     separate_reasoning: bool = True
+    beginning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TextAsked:
-    """The continuation of a text, or of tokens."""
+    """The continuation of a text, or of tokens. suffix: what stands behind the text that is wanted."""
 
     prompt: str | Sequence[int]
     options: SamplingOptions
+    suffix: str = ""
     answer: Structure | None = None
     answer_field: str | None = None
 
@@ -74,7 +79,7 @@ class Preparation:
 
     def text(self, asked: TextAsked) -> Prepared:
         """Raises RequestError, PromptError for what cannot be honoured."""
-        ids = self._generator.encode(asked.prompt) if isinstance(asked.prompt, str) else list(asked.prompt)
+        ids = self._between(asked) if asked.suffix else self._tokens(asked.prompt)
         self._check_token_ids("prompt", ids)
         return Prepared(ids, self._held_to(asked.options, asked.answer, asked.answer_field))
 
@@ -97,7 +102,22 @@ class Preparation:
             text = render_chat(tokenizer, messages, asked.variables, syntax.template_tools(asked.use))
         except ModelError as error:  # the template's own words about a conversation that it cannot render
             raise RequestError(str(error), "messages") from error
+        text += asked.beginning
         return text, tokenised_chat(tokenizer, text)
+
+    def takes(self, variable: str) -> bool:
+        """Whether the model's chat template has a variable of this name."""
+        template = str(getattr(self._generator.tokenizer, "chat_template", None) or "")
+        return re.search(rf"\b{variable}\b", template) is not None
+
+    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        return self._generator.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _between(self, asked: TextAsked) -> list[int]:
+        """Tokens that ask for what stands between the prompt and the suffix."""
+        if not isinstance(asked.prompt, str):
+            raise RequestError("suffix: needs a prompt that is a text, found tokens", "prompt")
+        return infill_tokens(self._generator.tokenizer, asked.prompt, asked.suffix)
 
     def _held_to(self, options: SamplingOptions, structure: Structure | None, about: str | None) -> SamplingOptions:
         self._check_token_ids("logit_bias", [token for token, _ in options.logit_bias])

@@ -77,17 +77,17 @@ def _unicode(value: str) -> str:
     return value
 
 
-def _unicode_throughout(value: Any) -> Any:
+def unicode_throughout(value: Any) -> Any:
     """The same for all texts within free-form data."""
     if isinstance(value, str):
         _unicode(value)
     elif isinstance(value, dict):
         for key, item in value.items():
-            _unicode_throughout(key)
-            _unicode_throughout(item)
+            unicode_throughout(key)
+            unicode_throughout(item)
     elif isinstance(value, list):
         for item in value:
-            _unicode_throughout(item)
+            unicode_throughout(item)
     return value
 
 
@@ -98,9 +98,10 @@ def shown(value: object) -> str:
 
 WholeNumber, AnyNumber = BeforeValidator(_whole_number), BeforeValidator(_number)
 Integer = Annotated[int, WholeNumber]
+Number = Annotated[float, AnyNumber]
 Boolean = Annotated[bool, BeforeValidator(_boolean)]
 Text = Annotated[str, BeforeValidator(_text)]
-Free = Annotated[dict[str, Any], AfterValidator(_unicode_throughout)]
+Free = Annotated[dict[str, Any], AfterValidator(unicode_throughout)]
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS), WholeNumber]
 TopK = Annotated[int, Field(ge=0, le=MAX_TOKENS), WholeNumber]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hybrimoe import compat
@@ -24,6 +24,7 @@ WHOLE_JSON = "tokenizer.huggingface.json"
 CHAT_TEMPLATE = "tokenizer.chat_template"
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+SPACE, SPACE_BEFORE = "▁", "tokenizer.ggml.add_space_prefix"
 READABLE = (BYTE_LEVEL, SENTENCEPIECE)
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -107,7 +108,7 @@ def _backend(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     backend: Tokenizer = compat.gguf_tokenizer(str(metadata[ARCHITECTURE_KEY]), metadata)
     name = metadata.get(SPLIT_NAME, "default")
     if metadata[MODEL] != BYTE_LEVEL:
-        return backend
+        return _with_sentencepieces_spaces(backend, metadata)
     if name in STARTS_WITH_BOS:
         backend.model.ignore_merges = True
     if name in SPLITS:
@@ -120,6 +121,15 @@ def _backend(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
             f"{path} splits text like {name!r} ({SPLIT_NAME}) before it makes tokens of it, which is not known here;"
             f" known are {known}. hybrimoe.load gives the model all the same, for a tokenizer of your own"
         )
+    return backend
+
+
+def _with_sentencepieces_spaces(backend: Tokenizer, metadata: Mapping[str, Any]) -> Tokenizer:
+    """Spaces as SentencePiece and llama.cpp have them: one more is put before a text, also before one that begins with
+    spaces (which the library's own way leaves out), unless the file says that none is."""
+    first = [] if metadata.get(SPACE_BEFORE, True) is False else [normalizers.Prepend(SPACE)]
+    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
+    backend.pre_tokenizer = None
     return backend
 
 

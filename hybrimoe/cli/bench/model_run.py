@@ -1,7 +1,9 @@
-"""What `bench decode` and `bench prefill` share: options, the measurement, and a table or JSON."""
+"""What benchmarks of whole models share: options, the measurement, and a table or JSON. `ContendersGroup` is that of
+`bench decode` and `bench prefill`, `RepliesGroup` that of `bench parallel` and `bench speculate`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,11 @@ from hybrimoe.cli.views.render_profile import profile_table
 
 if TYPE_CHECKING:
     from hybrimoe.bench.model.measure import Request
+    from hybrimoe.cli.common_model import Progress
+    from hybrimoe.config.deploy import DeployConfig
+
+QUICK_TOKENS = 24
+"""Tokens of a reply with --quick, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +110,49 @@ class ContendersGroup:
         measure_and_show(request, csv=self.csv, plot=self.plot, as_json=as_json)
 
 
-def measure_and_show(request: Request, *, csv: Path | None, plot: Path | None, as_json: bool) -> None:
-    """Measures the contenders of a request; prints one table, or one JSON document, and writes the files asked for."""
+@dataclass(frozen=True, slots=True)
+class RepliesGroup:
+    """Of which model the replies are, on the CPU alone, and whether few of them do."""
+
+    shape: options.ShapeOption = None
+    layers: options.LayersOption = None
+    config: common.ConfigOption = None
+    dtype: common.DtypeOption = None
+    threads: common.ThreadsOption = None
+    quick: options.QuickOption = False
+
+    def deployment(self, model: str | None) -> DeployConfig:
+        """The deployment of `model`, or of a shape. Raises ConfigError before anything heavy is imported."""
+        from hybrimoe.errors import ConfigError
+
+        if model is not None and self.shape is not None:
+            raise ConfigError(f"give a model ({model}) or --shape {self.shape}, not both")
+        if self.layers is not None and self.shape is None:
+            raise ConfigError("--layers goes with --shape: a checkpoint is measured whole")
+        return common.deploy_config(
+            self.config, model=model, accelerator="none", dtype=self.dtype, threads=self.threads
+        )
+
+    def sizes(self, new_tokens: int, rounds: int) -> tuple[int, int]:
+        """Tokens of a reply and counted rounds: those given, or fewer with --quick."""
+        if not self.quick:
+            return new_tokens, rounds
+        return min(new_tokens, QUICK_TOKENS), min(rounds, options.QUICK_ROUNDS)
+
+    def measured(
+        self, measure: Callable[[Progress], dict[str, Any]], show: Callable[[dict[str, Any]], None], *, as_json: bool
+    ) -> None:
+        """Measures, and shows what came out: by `show`, or as one JSON document."""
+        result = _measured(measure)
+        if as_json:
+            render.emit_json(result)
+        else:
+            show(result)
+
+
+def _measured(measure: Callable[[Progress], dict[str, Any]]) -> dict[str, Any]:
+    """What `measure` returns, with a progress bar, and a remark before it if the machine is busy."""
     from hybrimoe.bench import rounds
-    from hybrimoe.bench.model.measure import measure, write_csv, write_plot
     from hybrimoe.cli.common_model import progress_bar, quiet_libraries
 
     quiet_libraries()
@@ -114,7 +160,14 @@ def measure_and_show(request: Request, *, csv: Path | None, plot: Path | None, a
     if warning:
         render.note(warning)
     with progress_bar() as progress:
-        result = measure(request, progress)
+        return measure(progress)
+
+
+def measure_and_show(request: Request, *, csv: Path | None, plot: Path | None, as_json: bool) -> None:
+    """Measures the contenders of a request; prints one table, or one JSON document, and writes the files asked for."""
+    from hybrimoe.bench.model.measure import measure, write_csv, write_plot
+
+    result = _measured(partial(measure, request))
     if csv is not None:
         write_csv(result, csv)
     if plot is not None:

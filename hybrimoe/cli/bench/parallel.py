@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from hybrimoe.cli import common
-from hybrimoe.cli.bench import options
+from hybrimoe.cli.bench import model_run, options
 from hybrimoe.cli.views import render
 
 SHOWN_PARTS = 3
@@ -16,22 +17,18 @@ SHOWN_PARTS = 3
 
 def register(app: typer.Typer) -> None:
     """Add `parallel`."""
-    app.command("parallel")(parallel)
+    app.command("parallel")(common.grouped(parallel))
 
 
 def parallel(
+    *,
     model: common.ModelArgument = None,
-    shape: options.ShapeOption = None,
-    layers: options.LayersOption = None,
     replies: Annotated[
         list[int] | None, typer.Option("--replies", "-r", min=1, max=64, help="Replies at once; may be repeated.")
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=4, help="Tokens of a reply.")] = 64,
     rounds: options.RoundsOption = 5,
-    config: common.ConfigOption = None,
-    dtype: common.DtypeOption = None,
-    threads: common.ThreadsOption = None,
-    quick: options.QuickOption = False,
+    group: model_run.RepliesGroup,
     as_json: common.JsonOption = False,
 ) -> None:
     """Tokens a second of 1, 2 and 4 replies side by side, as the server computes them, in alternating rounds.
@@ -40,30 +37,12 @@ def parallel(
     prompts are passages of a text, with --shape random tokens. A reply that is not the one that its prompt gets alone
     ends the benchmark.
     """
-    from hybrimoe.errors import ConfigError
-
-    if model is not None and shape is not None:
-        raise ConfigError(f"give a model ({model}) or --shape {shape}, not both")
-    if layers is not None and shape is None:
-        raise ConfigError("--layers goes with --shape: a checkpoint is measured whole")
-    deployment = common.deploy_config(config, model=model, accelerator="none", dtype=dtype, threads=threads)
-    from hybrimoe.bench import rounds as harness
+    deployment = group.deployment(model)
     from hybrimoe.bench.model.parallel import Request, measure
-    from hybrimoe.cli.common_model import progress_bar, quiet_libraries
 
-    quiet_libraries()
-    warning = harness.busy_warning()
-    if warning:
-        render.note(warning)
-    counted = min(rounds, options.QUICK_ROUNDS) if quick else rounds
-    length = min(new_tokens, 24) if quick else new_tokens
     numbers = tuple(dict.fromkeys(replies or (1, 2, 4)))
-    with progress_bar() as progress:
-        result = measure(Request(model, shape, layers, deployment, numbers, length, counted), progress)
-    if as_json:
-        render.emit_json(result)
-    else:
-        show(result)
+    request = Request(model, group.shape, group.layers, deployment, numbers, *group.sizes(new_tokens, rounds))
+    group.measured(partial(measure, request), show, as_json=as_json)
 
 
 def show(result: dict[str, Any]) -> None:

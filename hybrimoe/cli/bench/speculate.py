@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from hybrimoe.cli import common
-from hybrimoe.cli.bench import options
+from hybrimoe.cli.bench import model_run, options
 from hybrimoe.cli.views import render
 
 
 def register(app: typer.Typer) -> None:
     """Add `speculate`."""
-    app.command("speculate")(speculate)
+    app.command("speculate")(common.grouped(speculate))
 
 
 def speculate(
+    *,
     model: common.ModelArgument = None,
-    shape: options.ShapeOption = None,
-    layers: options.LayersOption = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=4, help="Tokens of a reply.")] = 128,
     rounds: options.RoundsOption = 7,
-    config: common.ConfigOption = None,
-    dtype: common.DtypeOption = None,
-    threads: common.ThreadsOption = None,
-    quick: options.QuickOption = False,
+    group: model_run.RepliesGroup,
     as_json: common.JsonOption = False,
 ) -> None:
     """The time of a step of 1 to 4 tokens, and tokens a second with and without drafts, in alternating rounds.
@@ -34,29 +31,11 @@ def speculate(
     second is a new one and drawn; with --shape both prompts are random tokens. A draft that changed a token ends the
     benchmark.
     """
-    from hybrimoe.errors import ConfigError
-
-    if model is not None and shape is not None:
-        raise ConfigError(f"give a model ({model}) or --shape {shape}, not both")
-    if layers is not None and shape is None:
-        raise ConfigError("--layers goes with --shape: a checkpoint is measured whole")
-    deployment = common.deploy_config(config, model=model, accelerator="none", dtype=dtype, threads=threads)
-    from hybrimoe.bench import rounds as harness
+    deployment = group.deployment(model)
     from hybrimoe.bench.model.speculate import Request, measure
-    from hybrimoe.cli.common_model import progress_bar, quiet_libraries
 
-    quiet_libraries()
-    warning = harness.busy_warning()
-    if warning:
-        render.note(warning)
-    counted = min(rounds, options.QUICK_ROUNDS) if quick else rounds
-    length = min(new_tokens, 24) if quick else new_tokens
-    with progress_bar() as progress:
-        result = measure(Request(model, shape, layers, deployment, length, counted), progress)
-    if as_json:
-        render.emit_json(result)
-    else:
-        show(result)
+    request = Request(model, group.shape, group.layers, deployment, *group.sizes(new_tokens, rounds))
+    group.measured(partial(measure, request), show, as_json=as_json)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.backends.warm import warm_call_ends
-from cpu_kernels.engine.routed import FLOATS, read_call
+from cpu_kernels.engine.routed import FLOATS, NO_PLACE, read_call
 from cpu_kernels.jit.primitives import float_from_bits
 from scheduler.balancing.problem import ACCEL, CPU
 from scheduler.compiled import keep_on_disk
@@ -26,8 +26,6 @@ Ints = npt.NDArray[np.int32]
 Keys = npt.NDArray[np.int64]
 
 SOFTMAX, SIGMOID = 0, 1
-NO_PLACE = -1
-"""In an exchange: no slot, and a row that is not on the host. There every negative number means this."""
 HIT, ON_ITS_WAY = 0, 1
 """Places of `found` in `describe_routing`."""
 

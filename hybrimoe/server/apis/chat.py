@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -16,10 +15,10 @@ from typing_extensions import TypedDict
 
 from hybrimoe.server.apis.documented import text_answers
 from hybrimoe.server.apis.openai import Sampling, Usage, choice_options, usage
+from hybrimoe.server.apis.tools import MAX_TOOLS, TOOL_NAME, called, new_tool, only_functions, tool_use
 from hybrimoe.server.asking import ChatAsked
 from hybrimoe.server.delivery import deliver, unless_left
-from hybrimoe.server.errors import RequestError
-from hybrimoe.server.fields import MAX_SHOWN, Boolean, Free, Refused, Strict, Text, Tokens, TopLogprobs, shown
+from hybrimoe.server.fields import MAX_SHOWN, Boolean, Free, Refused, Strict, Text, Tokens, TopLogprobs
 from hybrimoe.server.forms import Ended, FinishReason, Form, Update, WholeReply, sse
 from hybrimoe.server.replies import events
 from hybrimoe.server.replies.events import Call, Reasoning, Tool
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     from hybrimoe.generation import TokenLogprob
 
 MAX_MESSAGES = 10_000
-MAX_TOOLS = 512
-TOOL_NAME = r"^[a-zA-Z0-9_.:/-]{1,128}$"
-"""OpenAI's names, and the dots and colons that agents put between a server of tools and its tool."""
 REFUSED_OF_MESSAGES: Refused = {
     "function_call": ("functions; send tool_calls", ()),
     "audio": ("audio", ()),
@@ -109,15 +105,6 @@ class Message(Strict):
         return message
 
 
-def called(id_: str | None, name: str, arguments: str) -> dict[str, Any]:
-    """A call of an earlier reply as chat templates read it."""
-    try:
-        data = json.loads(arguments)
-    except (ValueError, RecursionError):
-        data = arguments
-    return {"id": id_, "type": "function", "function": {"name": name, "arguments": data}}
-
-
 class FunctionDefinition(Strict):
     """A function that the model may call. parameters: JSON schema of its arguments."""
 
@@ -129,20 +116,6 @@ class FunctionDefinition(Strict):
     def tool(self) -> Tool:
         """In the server's own form."""
         return new_tool(self.name, self.description, self.parameters, strict=bool(self.strict))
-
-
-def new_tool(name: str, description: str | None, parameters: dict[str, Any] | None, *, strict: bool = False) -> Tool:
-    """A tool whose schema is that of an object without arguments where there is none."""
-    plain = Tool(name, description or "", strict=strict)
-    return replace(plain, parameters=parameters) if parameters else plain
-
-
-def only_functions(value: object) -> object:
-    """A clearer message for tools that run at the provider's."""
-    kind = value.get("type") if isinstance(value, dict) else "function"
-    if kind != "function":
-        raise ValueError(f"type: this server has no support for tools of the type {shown(kind)}; expected function")
-    return value
 
 
 class ToolDefinition(Strict):
@@ -228,20 +201,6 @@ class ChatRequest(Sampling):
             self.template_messages(), self.options(), self.tool_use(), structure, field, self.template_variables(),
             separate_reasoning=self.reasoning_format != "none",
         )  # fmt: skip
-
-
-def tool_use(
-    tools: Sequence[Tool], choice: Literal["auto", "none", "required"], named: str | None, *, many: bool
-) -> ToolUse:
-    """Raises RequestError where the choice is none of the tools, or two have one name."""
-    names = [tool.name for tool in tools]
-    if len(set(names)) < len(names):
-        raise RequestError("tools: two of them have the same name", "tools")
-    if choice == "required" and not tools:
-        raise RequestError("tool_choice: there are no tools to call; send tools, or leave it out", "tool_choice")
-    if named is not None and named not in names:
-        raise RequestError(f"tool_choice: no tool has the name {shown(named)}", "tool_choice")
-    return ToolUse(tuple(tools), choice, named, many and named is None)
 
 
 class TopLogprob(TypedDict):

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -19,7 +19,7 @@ from hybrimoe.server.apis.openai import MOST_CHOICES, Sampling, Usage, choice_op
 from hybrimoe.server.asking import TextAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.errors import RequestError
-from hybrimoe.server.fields import Boolean, Integer, Refused, Text, TopLogprobs
+from hybrimoe.server.fields import Boolean, Integer, Text, TopLogprobs
 from hybrimoe.server.forms import Ended, FinishReason, Form, Update, WholeReply, sse
 from hybrimoe.server.served import Served
 from hybrimoe.server.worker import Piece
@@ -35,8 +35,6 @@ Prompt = str | list[int]
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    refused: ClassVar[Refused] = {**Sampling.refused, "suffix": ("text insertion; see /infill", ("",))}
-
     prompt: Text | list[Text] | list[Integer] | list[list[Integer]]
     logprobs: TopLogprobs | None = Field(
         default=None, description="Log probabilities of each token and of so many best ones."
@@ -44,6 +42,7 @@ class CompletionRequest(Sampling):
     best_of: Integer | None = Field(
         default=None, ge=1, le=MOST_CHOICES, description="Of so many replies, the n most probable ones by token."
     )
+    suffix: Text | None = Field(default=None, description="What stands behind the text; for models that can fill in.")
     echo: Boolean | None = Field(default=None, description="The text begins with the prompt.")
 
     @model_validator(mode="after")
@@ -82,7 +81,7 @@ class CompletionRequest(Sampling):
         options = self.options()
         if self.n_computed > (self.n or 1) and options.top_logprobs is None:
             options = replace(options, top_logprobs=0)  # the best ones are chosen by them
-        return TextAsked(prompt, options, structure, field)
+        return TextAsked(prompt, options, self.suffix or "", structure, field)
 
 
 class CompletionLogprobs(TypedDict):

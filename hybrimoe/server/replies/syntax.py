@@ -99,6 +99,11 @@ class ReplySyntax:
         return HARMONY if self.calls is None else self.calls.name
 
     @property
+    def can_think(self) -> bool:
+        """Whether replies may hold reasoning."""
+        return self.calls is None or self.thinking is not None
+
+    @property
     def shown_special(self) -> frozenset[int]:
         """Special tokens that a parser must see."""
         thinking = () if self.thinking is None else (self.thinking.begin, self.thinking.end)

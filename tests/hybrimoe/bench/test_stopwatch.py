@@ -37,7 +37,7 @@ def test_each_section_gets_its_own_time() -> None:
         assert call["asleep"].wall_us >= 10_000
         assert call["asleep"].cpu_us < call["asleep"].wall_us
         assert call["computing"].cpu_us > 0
-        assert call["rest"].wall_us < call["asleep"].wall_us
+        assert call["rest"].cpu_us < call["computing"].cpu_us, "CPU time: other programs may interrupt this one"
     assert watch.median_us(lambda call: call["asleep"].wall_us) >= 10_000
 
 

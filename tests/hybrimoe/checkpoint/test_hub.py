@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from hybrimoe.checkpoint import model_path
+from hybrimoe.errors import ModelError
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 EXTRA = [
@@ -27,8 +28,8 @@ EXTRA = [
 SMALL = ["config.json", "tokenizer.json", "chat_template.jinja", "additional_chat_templates/tools.jinja"]
 
 
-def fetched(files: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """What is there after fetching a repository of `files`, by the hub's own filter of names."""
+def fetched(files: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gguf: str | None = None) -> set[str]:
+    """What is there after fetching a repository of `files`, or its file `gguf`, by the hub's own filter of names."""
     repository, here = tmp_path / "repository", tmp_path / "here"
     for name in files:
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
@@ -38,14 +39,18 @@ def fetched(files: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         entries = ", ".join(f'"w{number}": "{name}"' for number, name in enumerate(SHARDS))
         index.write_text(f'{{"weight_map": {{{entries}}}}}')
 
-    def snapshot(hub_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def snapshot(hub_id: str, *, allow_patterns: list[str], ignore_patterns: list[str] | None = None) -> str:
+        here.mkdir(exist_ok=True)
         for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             (here / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(repository / name, here / name)
         return str(here)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert model_path("someone/something") == here
+    if gguf is None:
+        assert model_path("someone/something") == here
+    else:
+        assert model_path(f"someone/something:{gguf}") == here / gguf.replace("-00002-", "-00001-", 1)
     return {str(file.relative_to(here)) for file in here.rglob("*") if file.is_file()}
 
 
@@ -57,3 +62,22 @@ def test_shards_by_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [*SMALL, "model.safetensors"]
     assert fetched([*wanted, *EXTRA], tmp_path, monkeypatch) == set(wanted)
+
+
+PARTS = ["Q4/m-00001-of-00002.gguf", "Q4/m-00002-of-00002.gguf"]
+
+
+def test_a_gguf_file_with_all_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = ["Q8/m.gguf", "m-Q4_0.gguf", "README.md"]
+    assert fetched([*PARTS, *others], tmp_path, monkeypatch, PARTS[1]) == set(PARTS)
+
+
+def test_one_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fetched([*PARTS, "m-Q4_0.gguf", "m-Q8_0.gguf"], tmp_path, monkeypatch, "m-Q4_0.gguf") == {"m-Q4_0.gguf"}
+
+
+def test_a_repository_of_gguf_files_asks_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=r"no config.json; .* name the one to take: someone/something:FILE.gguf"):
+        fetched([*PARTS, "params.json"], tmp_path, monkeypatch)
+    with pytest.raises(ModelError, match=r"has no file other.gguf"):
+        fetched(PARTS, tmp_path, monkeypatch, "other.gguf")

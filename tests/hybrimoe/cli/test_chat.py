@@ -44,6 +44,20 @@ def test_a_message_that_is_too_long_is_an_error_of_its_own(conversation):
     assert "context is 2048 tokens" in conversation[3]["error"]["message"]
 
 
+def test_a_session_goes_on_where_it_was(hybrimoe, conversation):
+    words = ("chat", *SHORT, "--json", "--session", "walk")
+    (first,) = turns(hybrimoe(*words, stdin="Good morning\n"))
+    result = hybrimoe(*words, stdin="And then\\\nwhat?\n")
+    (second,) = turns(result)
+    assert [first["text"], second["text"]] == [turn["text"] for turn in conversation[:2]]
+    assert second["reused_tokens"] == conversation[1]["reused_tokens"]
+    assert "1 message of yours so far" in result.err
+    assert hybrimoe("chat", "--list-sessions").out == "walk\n"
+    assert hybrimoe("chat", "--session", "walk", "--system", "Be brief.").code == 2
+    assert hybrimoe("chat", "--delete-session", "walk", "--json").data == {"sessions": []}
+    assert hybrimoe("chat", "--delete-session", "walk").code == 1
+
+
 def test_replies_go_to_stdout_and_the_rest_to_stderr(hybrimoe, conversation):
     stdin = f"/stats\n/stat\n{'word ' * 4000}\nGood morning\n/stats\n/timeline\n/reset\n/help\n/exit\nnever read\n"
     result = hybrimoe("chat", *SHORT, stdin=stdin)

@@ -10,6 +10,18 @@ BODIES = {
     "/v1/chat/completions": {
         "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "logprobs": True, "top_logprobs": 1,
     },
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/api/chat": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "options": {"num_predict": 2}},
+    "/api/generate": {"model": "tiny", "prompt": "Hi", "options": {"num_predict": 2}, "stream": False},
+    "/completion": {"prompt": "Hi", "n_predict": 2},
+}  # fmt: skip
+
+
+OTHERS = {
+    "/tokenize": {"content": "Hi", "with_pieces": True}, "/detokenize": {"tokens": [5]}, "/api/show": {"model": "tiny"},
+    "/apply-template": {"messages": [{"role": "user", "content": "Hi"}]}, "/infill": {"input_prefix": "a"},
 }  # fmt: skip
 
 
@@ -44,10 +56,12 @@ def test_answers_of_the_text_endpoints_are_documented(call, path, more):
 
 def test_answers_of_the_other_endpoints_are_documented(call, application):
     document = call("GET", "/openapi.json").json()
-    for path in ("/v1/models", "/health", "/metrics"):
+    for path in ("/v1/models", "/health", "/metrics", "/api/tags", "/api/ps", "/api/version", "/props", "/slots"):
         check(document, path, "get", call("GET", path))
     check(document, "/v1/models/{model_id}", "get", call("GET", "/v1/models/tiny"))
     check(document, "/v1/models/{model_id}", "get", call("GET", "/v1/models/other"))
+    for path, body in OTHERS.items():
+        check(document, path, "post", call("POST", path, body))
 
 
 @pytest.mark.parametrize("path", BODIES)

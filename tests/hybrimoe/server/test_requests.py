@@ -36,13 +36,19 @@ def refusal(response):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("functions", [{}]), ("suffix", "end"), ("modalities", ["text", "audio"]), ("audio", {}), ("store", True),
+        ("functions", [{}]), ("modalities", ["text", "audio"]), ("audio", {}), ("store", True),
         ("service_tier", "flex"), ("verbosity", "low"), ("mirostat", 2), ("typical_p", 0.5), ("use_beam_search", True),
     ],
 )  # fmt: skip
 def test_what_has_no_support_is_refused_by_name(call, field, value):
     for ask in (completion, chat):
         assert refusal(ask(call, **{field: value})).startswith(f"{field}: this server has no support for")
+
+
+def test_what_one_endpoint_takes_and_the_other_does_not_is_refused_there(call):
+    for field, value in {"suffix": "end", "echo": True, "best_of": 2}.items():
+        assert refusal(chat(call, **{field: value})).startswith(f"{field}: this server has no support for")
+    assert "cannot fill in" in refusal(completion(call, suffix="end"))
 
 
 UNKNOWN = ["temprature", "max_token", "typical", SURROGATE, "x" * 10_000]

@@ -1,5 +1,6 @@
 """A section that finds something, then waits for what never comes."""
 
+import sys
 import threading
 
 from hybrimoe.bench.gpu_check.findings import Findings
@@ -12,4 +13,6 @@ def run(setting: Setting, findings: Findings) -> None:
 
 
 def wait_for_ever() -> None:
+    sys.stdout.write("waiting\n")
+    sys.stdout.flush()
     threading.Event().wait()

@@ -1,5 +1,6 @@
 """A section whose result is complete and whose process does not end: a thread of it lives on."""
 
+import sys
 import threading
 
 from hybrimoe.bench.gpu_check.findings import Findings
@@ -12,4 +13,6 @@ def run(setting: Setting, findings: Findings) -> None:
 
 
 def live_on() -> None:
+    sys.stdout.write("waiting\n")
+    sys.stdout.flush()
     threading.Event().wait()
