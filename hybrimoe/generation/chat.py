@@ -41,18 +41,22 @@ REPLY_ROOM_TOKENS = 256
 
 
 class Turn:
-    """One user message and its reply; iterate it for the text. `n_dropped`: old messages that no longer fitted."""
+    """One user message and its reply; iterate it for the text. `n_dropped`: old messages that no longer fitted.
 
-    def __init__(self, conversation: Conversation, reply: Reply, n_dropped: int) -> None:
+    before: the history that comes back where the turn fails.
+    """
+
+    def __init__(self, conversation: Conversation, reply: Reply, n_dropped: int, before: list[dict[str, str]]) -> None:
         self.reply = reply
         self.n_dropped = n_dropped
         self._conversation = conversation
+        self._before = before
 
     def __iter__(self) -> Iterator[str]:
         try:
             yield from self.reply
         except Exception:
-            self._conversation.messages.pop()  # the user message stays unanswered: as if it had not been sent
+            self._conversation.messages = self._before  # as if the message had not been sent
             raise
         except BaseException:  # the reader has gone, or Ctrl-C: what there is counts as the reply
             self._answer()
@@ -80,10 +84,37 @@ class Conversation:
         self.cache.clear()
 
     def take_up(self, system: str | None, messages: list[dict[str, str]]) -> None:
-        """Go on with the messages of an earlier conversation, its system message among them; nothing is computed."""
+        """Go on with the messages of an earlier conversation, its system message among them; nothing is computed.
+
+        The cache stays: it knows its tokens, and the next prompt uses those that it begins with, too.
+        """
+        self.system = system
+        self.messages = messages
+
+    def begin_with(self, system: str | None) -> None:
+        """Forget all turns, and begin anew with another system message, or without one.
+
+        Raises ModelError, and changes nothing, where the chat template takes no system message.
+        """
+        self.check([] if system is None else [{"role": "system", "content": system}])
         self.system = system
         self.reset()
-        self.messages = messages
+
+    def check(self, messages: list[dict[str, str]]) -> None:
+        """Raises ModelError where the chat template rejects a conversation that goes on after `messages`."""
+        self.encode([*messages, {"role": "user", "content": "Go on."}])
+
+    def undo(self) -> str:
+        """Take back the last user message and its reply; returns its text. Raises PromptError where there is none."""
+        last = self._last_user()
+        text = self.messages[last]["content"]
+        self.messages = self.messages[:last]
+        return text
+
+    @property
+    def last_message(self) -> str:
+        """The text of the last user message. Raises PromptError where there is none."""
+        return self.messages[self._last_user()]["content"]
 
     @property
     def n_turns(self) -> int:
@@ -91,26 +122,37 @@ class Conversation:
         return sum(message["role"] == "user" for message in self.messages)
 
     def send(
-        self, text: str, options: SamplingOptions | None = None, *, should_stop: Callable[[], bool] = lambda: False,
-        profile: Profile | None = None,
+        self, text: str, options: SamplingOptions | None = None, *, instead: bool = False,
+        should_stop: Callable[[], bool] = lambda: False, profile: Profile | None = None,
     ) -> Turn:  # fmt: skip
         """Add a user message; the reply is computed while the returned turn is iterated. profile: as in `reply`.
 
+        instead: the message takes the place of the last one and of its reply.
+
         Raises:
-            PromptError: the message is empty, or does not fit the context even without the turns before.
+            PromptError: the message is empty, or does not fit the context even without the turns before; or there is
+                none that it could take the place of.
         """
         if not text.strip():
             raise PromptError("the message is empty: type some text, or /help for the commands")
         options = chat_options(self.generator.tokenizer, options or SamplingOptions())
-        messages = [*self.messages, {"role": "user", "content": text}]
+        earlier = self.messages[: self._last_user()] if instead else self.messages
+        messages = [*earlier, {"role": "user", "content": text}]
         kept, prompt_ids = self._fit(messages, options)
         reply = self.generator.reply(prompt_ids, options, cache=self.cache, should_stop=should_stop, profile=profile)
-        self.messages = kept
-        return Turn(self, reply, len(messages) - len(kept))
+        before, self.messages = self.messages, kept
+        return Turn(self, reply, len(messages) - len(kept), before)
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of `messages`, ready for the assistant's words; see `encode_chat`."""
         return encode_chat(self.generator.tokenizer, messages)
+
+    def _last_user(self) -> int:
+        """Index of the last user message. Raises PromptError where there is none."""
+        for index in range(len(self.messages) - 1, -1, -1):
+            if self.messages[index]["role"] == "user":
+                return index
+        raise PromptError("nothing was said yet: send a message first")
 
     def _fit(self, messages: list[dict[str, str]], options: SamplingOptions) -> tuple[list[dict[str, str]], list[int]]:
         """The newest messages that leave room for a reply, and their prompt; the system message always stays."""

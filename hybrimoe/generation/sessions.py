@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import FileError, PromptError
+from hybrimoe.generation.conversation_file import messages_of, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -96,13 +95,20 @@ class Session:
             return None
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-            system, messages = data["system"], [dict(message) for message in data["messages"]]
-            if data["version"] != VERSION or not all(isinstance(message["content"], str) for message in messages):
+            system, messages = data["system"], messages_of(data)
+            if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FileError(f"{file} is no saved conversation ({error!r}); delete the session {self.name}") from error
         conversation.take_up(system, messages)
         return self._restore_states(conversation) if messages else None
+
+    def drop_states(self) -> None:
+        """Remove keys and values, of a conversation that is to be forgotten. Raises FileError where that cannot be."""
+        try:
+            (self.place / STATES).unlink(missing_ok=True)
+        except OSError as error:
+            raise FileError(f"cannot remove {self.place / STATES} ({error.strerror})") from error
 
     def delete(self) -> None:
         """Remove it. Raises FileError where there is none."""
@@ -135,13 +141,7 @@ class Session:
         """A file under another name first, which takes its own when it is complete and on the disk."""
         try:
             self.place.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".partial-", dir=self.place) as folder:
-                partial = Path(folder) / name
-                write(partial)
-                partial.chmod(0o600)
-                with partial.open("rb") as stream:
-                    os.fsync(stream.fileno())
-                os.replace(partial, self.place / name)
+            write_whole(self.place / name, write)
         except OSError as error:
             raise FileError(f"cannot save the session in {self.place} ({error.strerror})") from error
 

@@ -164,14 +164,30 @@ def provenance(experts: Mapping[str, Any] | None) -> str:
 
 
 def one_line(result: Mapping[str, Any]) -> str:
-    """The short form that follows each reply of a chat."""
-    decode, experts = result["decode"], result.get("experts")
+    """The short form that follows each reply of a chat in a pipe."""
+    decode = result["decode"]
     words = [
         f"{result['new_tokens']} tokens",
         rate(decode["tokens_per_s"]),
         f"first after {ms(result['ttft_us'])}",
         *([f"{result['reused_tokens']} prompt tokens from the cache"] if result["reused_tokens"] else []),
     ]
+    return ", ".join([*words, *_how_it_ran(result)])
+
+
+def status(result: Mapping[str, Any], context_tokens: int | None) -> str:
+    """What a terminal shows after each reply of a chat: speed, hit rate, how full the context is.
+
+    context_tokens: the longest prompt and reply together; None where nothing limits them.
+    """
+    used = f"context {result['prompt_tokens'] + result['new_tokens']}"
+    full = used if context_tokens is None else f"{used} of {context_tokens}"
+    return ", ".join([rate(result["decode"]["tokens_per_s"]), *_how_it_ran(result), full])
+
+
+def _how_it_ran(result: Mapping[str, Any]) -> list[str]:
+    """Drafts, slots, lossy policy, and an end that came early, where there are such."""
+    experts, words = result.get("experts"), []
     if "speculation" in result:
         words.append(f"{result['speculation']['steps_saved']} steps saved by drafts")
     if experts and experts["n_slots"]:
@@ -180,7 +196,7 @@ def one_line(result: Mapping[str, Any]) -> str:
         words.append(f"lossy: {experts['lossy']}")
     if result["finish_reason"] in ("interrupted", "context"):
         words.append(END_WORDS[result["finish_reason"]])
-    return ", ".join(words)
+    return words
 
 
 def rate(tokens_per_s: float | None) -> str:

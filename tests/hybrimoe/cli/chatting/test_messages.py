@@ -12,14 +12,14 @@ from ast import literal_eval
 
 import pytest
 
-from hybrimoe.cli.messages import PipedMessages
+from hybrimoe.cli.chatting.messages import PipedMessages
 
 PASTE = "\x1b[200~{}\x1b[201~"
 UP, LEFT, ALT_ENTER, CTRL_D = "\x1b[A", "\x1b[D", "\x1b\r", "\x04"
 READER = """
 import sys
 from pathlib import Path
-from hybrimoe.cli.messages import TerminalMessages
+from hybrimoe.cli.chatting.messages import TerminalMessages
 source = TerminalMessages(Path(sys.argv[1]))
 while (message := source.read()) is not None:
     print(ascii(message), flush=True)

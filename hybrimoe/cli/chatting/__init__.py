@@ -1,0 +1,1 @@
+"""What `hybrimoe chat` does once the model is open: messages, commands, replies."""
