@@ -74,6 +74,7 @@ def chat(
             " chat"
         )
     deployment = placement.deployment(model)
+    from hybrimoe.cli.chatting.answering import Chat
     from hybrimoe.cli.chatting.loop import ChatLoop
     from hybrimoe.cli.common_model import open_model
     from hybrimoe.generation import Conversation
@@ -83,11 +84,9 @@ def chat(
         if kept is not None:
             kept = Session(kept.folder, kept.name, identity(opened))
             take_up(kept, conversation, quiet=quiet)
-        loop = ChatLoop(
-            opened, conversation, options, session=kept, profiled=profile, quiet=quiet, as_json=as_json
-        )  # fmt: skip
+        talk = Chat(opened, conversation, options, session=kept, profiled=profile, quiet=quiet, as_json=as_json)
         try:
-            loop.run()
+            ChatLoop(talk).run()
         finally:
             if kept is not None:
                 kept.save_states(conversation)

@@ -74,12 +74,11 @@ def messages_of(data: Any) -> list[dict[str, str]]:
 
 
 def _message_of(message: Any, number: int) -> dict[str, str]:
-    kept = {name: message.get(name) for name in ("role", "content")} if isinstance(message, dict) else {}
-    if not kept or not all(isinstance(value, str) for value in kept.values()):
+    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f"message {number}: expected an object with role and content, both texts")
-    for value in kept.values():
-        value.encode("utf-8")  # half of a surrogate pair is valid JSON, and no text
-    return kept
+    content.encode("utf-8")  # half of a surrogate pair is valid JSON, and no text
+    return {"role": role, "content": content}
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -7,14 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from hybrimoe.cli.chatting.answering import Chat
 from hybrimoe.cli.chatting.settings import DEFAULT, checked_name, setting_lines, with_setting
 from hybrimoe.cli.views import render
 from hybrimoe.errors import FileError, PromptError, did_you_mean
-
-if TYPE_CHECKING:
-    from hybrimoe.cli.chatting.loop import ChatLoop
 
 MISTYPED = 0.8
 """Likeness of a word to a command from which a longer line is taken for a mistyped command, not for a message."""
@@ -39,7 +36,7 @@ class Command:
 class Commands:
     """The commands on one chat."""
 
-    def __init__(self, chat: ChatLoop) -> None:
+    def __init__(self, chat: Chat) -> None:
         self._chat = chat
         clear = Command("/clear", "forget the conversation (so does /reset)", self._clear)
         self.table: dict[str, Command] = {

@@ -1,20 +1,13 @@
-"""The loop of a chat: reads messages and commands, shows replies and what they cost."""
+"""The loop of a chat: reads messages and commands until their end."""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any
-
 import typer
 
+from hybrimoe.cli.chatting.answering import Chat
 from hybrimoe.cli.chatting.commands import Commands
 from hybrimoe.cli.chatting.messages import messages
 from hybrimoe.cli.views import render
-
-if TYPE_CHECKING:
-    from hybrimoe.cli.common_model import OpenModel
-    from hybrimoe.generation import Conversation, Profile, SamplingOptions
-    from hybrimoe.generation.sessions import Session
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -22,23 +15,11 @@ FAILED, INTERRUPTED = 1, 130
 class ChatLoop:
     """Reads messages and commands until their end; nothing that goes wrong with a message ends the loop."""
 
-    def __init__(
-        self, opened: OpenModel, conversation: Conversation, options: SamplingOptions, *, session: Session | None,
-        profiled: bool, quiet: bool, as_json: bool,
-    ) -> None:  # fmt: skip
-        self.opened = opened
-        self.conversation = conversation
-        self.options = options
-        self.session = session
-        self.profiled = profiled
-        self.quiet = quiet
-        self.as_json = as_json
-        self.at_terminal = sys.stdin.isatty() and not as_json
-        self.messages = messages(self.at_terminal)
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.messages = messages(chat.at_terminal)
+        self.commands = Commands(chat)
         self.n_failed = 0
-        self.last: dict[str, Any] | None = None
-        self.leaves = False
-        self.commands = Commands(self)
 
     def run(self) -> None:
         """The loop. Raises typer.Exit(130) when Ctrl-C is pressed twice while it waits for a message, Exit(1) at the
@@ -50,7 +31,7 @@ class ChatLoop:
                 message = self.messages.read()
             except KeyboardInterrupt:
                 presses += 1
-                if presses > 1 or not self.at_terminal:
+                if presses > 1 or not self.chat.at_terminal:
                     raise typer.Exit(INTERRUPTED) from None
                 render.note("\npress Ctrl-C again to leave")
                 continue
@@ -58,18 +39,18 @@ class ChatLoop:
             if message is None:
                 break
             self._handle(message)
-            if self.leaves:
+            if self.chat.leaves:
                 break
-        if self.n_failed and self.last is None and not self.at_terminal:
+        if self.n_failed and self.chat.last is None and not self.chat.at_terminal:
             raise typer.Exit(FAILED)
 
     def _greet(self) -> None:
-        if self.quiet:
+        if self.chat.quiet:
             return
-        if not self.conversation.has_template:
+        if not self.chat.conversation.has_template:
             render.note("this model has no chat template: the conversation is given to it as a plain transcript")
-        if self.at_terminal:
-            render.note(f"{self.opened.name}; /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
+        if self.chat.at_terminal:
+            render.note(f"{self.chat.opened.name}; /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
 
     def _handle(self, message: str) -> None:
         """Do a command or answer a message."""
@@ -77,7 +58,7 @@ class ChatLoop:
             return
         try:
             if not self.commands.run(message):
-                self.answer(message)
+                self.chat.answer(message)
         except Exception as error:  # noqa: BLE001  # it belongs to the message: the conversation goes on
             self._failed(error)
 
@@ -86,72 +67,7 @@ class ChatLoop:
 
         self.n_failed += 1
         said = str(error) if isinstance(error, HybriMoEError) else f"unexpected {type(error).__name__}: {error}"
-        if self.as_json:
-            self._emit({"error": {"type": type(error).__name__, "message": said}})
+        if self.chat.as_json:
+            self.chat.emit({"error": {"type": type(error).__name__, "message": said}})
         else:
             render.error(said)
-
-    def answer(self, message: str, *, options: SamplingOptions | None = None, instead: bool = False) -> str:
-        """Show the reply to `message` as it comes, and what it cost; returns its text.
-
-        options: in place of those of the chat. instead: the message takes the place of the last one and of its reply.
-        """
-        from hybrimoe.cli.common_model import stream_out
-        from hybrimoe.cli.views import render_summary
-        from hybrimoe.generation import Profile, interruptible
-
-        self.opened.reset_stats()
-        self._record()
-        profile = Profile(self.opened.generator.model) if self.profiled else None
-        with interruptible() as interrupt:
-            turn = self.conversation.send(
-                message, options or self.options, instead=instead, should_stop=interrupt, profile=profile
-            )
-            if turn.n_dropped and not self.quiet:
-                render.note(f"the context is full: the oldest {turn.n_dropped} messages are no longer part of it")
-            if self.as_json:
-                "".join(turn)
-            else:
-                stream_out(turn)
-                stream_out(["\n"])
-        self.keep()
-        self.last = render_summary.reply_as_dict(turn.reply, self.opened.stats())
-        if self.as_json:
-            self._emit({"model": self.opened.name, **self.last, "dropped_messages": turn.n_dropped})
-        else:
-            self._tell(self.last, profile)
-        return turn.reply.text
-
-    def _tell(self, reply: dict[str, Any], profile: Profile | None) -> None:
-        """What a reply cost, on stderr: a line that says in a terminal how full the context is."""
-        from hybrimoe.cli.views import render_summary
-
-        if profile is not None:
-            from hybrimoe.cli.views.render_profile import profile_table
-
-            label = render_summary.provenance(reply["experts"])
-            render.err().print(profile_table(profile.as_dict(), label))
-        if self.quiet:
-            return
-        if self.at_terminal:
-            line = render_summary.status(reply, self.opened.generator.context_tokens)
-        else:
-            line = render_summary.one_line(reply)
-        render.note(f"[{line}]")
-
-    def keep(self) -> None:
-        """The text of a session, after each change of it."""
-        if self.session is not None:
-            self.session.save_text(self.conversation)
-
-    def _record(self) -> None:
-        """A new recording for each reply, so that /timeline has the last one. A record costs about a microsecond, but
-        a compiled step cannot be recorded, and would not run."""
-        if self.opened.session is not None and self.opened.session.n_slots and self.at_terminal:
-            self.opened.session.record_timeline(True)
-
-    def _emit(self, data: dict[str, Any]) -> None:
-        import json
-
-        sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
