@@ -230,7 +230,7 @@ def _reset() -> None:
     for word, value in library_functions().items():
         _set(word, value)
     _set(SPIN_NS, 100_000)
-    _set(IDLE_SPIN_NS, 1_000_000)
+    _set(IDLE_SPIN_NS, 3_000_000)
     _set(BUSY_SPIN_NS, 20_000)
 
 

@@ -20,7 +20,7 @@ PACKAGES = ("scheduler", "cpu_kernels", "hybrimoe", "gpu_kernels", "yaml_rules")
 WRAPPERS = {
     "scheduler": ("scheduler.caller", "scheduler.compiled", "compiled", "scheduler.callee"),
     "kernels": ("cpu_kernels.caller", "cpu_kernels.jit.compiled", "kernel", "cpu_kernels.jit.callee"),
-    "layer call": ("hybrimoe.caller", "hybrimoe.runtime.layer_call.compiled", "_compiled", "cpu_kernels.jit.callee"),
+    "layer call": ("hybrimoe.caller", "hybrimoe.runtime.layer_call.compiled", "with_gil", "cpu_kernels.jit.callee"),
 }
 CALLEES = {
     "scheduler.callee": "from scheduler.compiled import compiled\n\n@compiled\ndef callee(x):\n    return x + {}\n",

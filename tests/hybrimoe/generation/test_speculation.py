@@ -212,6 +212,44 @@ def test_drafts_are_right_where_the_text_repeats() -> None:
     assert stats.as_dict()["steps_saved"] == stats.steps_saved
 
 
+class Patterned:
+    """A structure of tokens whose number modulo 3 goes 0, 1, 1, 2 and again; it ends after so many tokens. What it has
+    been asked and told since `begin` must be one reply's tokens, in order."""
+
+    PATTERN = (0, 1, 1, 2)
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens, self.chosen = n_tokens, []
+
+    def begin(self) -> Patterned:
+        return Patterned(self.n_tokens)
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.chosen) == self.n_tokens
+
+    def masked(self, logits: torch.Tensor) -> torch.Tensor:
+        allowed = torch.arange(len(logits)) % 3 == self.PATTERN[len(self.chosen) % 4]
+        return torch.where(allowed, logits, -torch.inf)
+
+    def accept(self, token: int) -> None:
+        assert token % 3 == self.PATTERN[len(self.chosen) % 4]
+        self.chosen.append(token)
+
+
+@pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_a_structure_holds_with_drafts_as_without(options: Any) -> None:
+    model = injected("qwen2_moe")
+    options = replace(options, constraint=Patterned(30))
+    start = beginning(model)
+    plain = run(generator_of(model).reply(PROMPT, options, cache=twin(model, start)))
+    drafted = run(generator_of(model, Always()).reply(PROMPT, options, cache=twin(model, start)))
+    assert drafted.token_ids == plain.token_ids
+    assert len(plain.token_ids) == 30
+    assert drafted.finish_reason == plain.finish_reason == "complete"
+    assert drafted.speculation.drafted_tokens > 0
+
+
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 def test_turns_of_a_conversation_are_those_without_drafts(family: str) -> None:
     model = injected(family)
