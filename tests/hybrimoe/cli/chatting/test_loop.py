@@ -76,7 +76,7 @@ def test_retry_answers_anew_with_the_next_seed(talk):
 
 
 def test_a_greedy_retry_says_that_it_is_the_same(talk):
-    """The first one may differ from the reply before: the end of the prompt is computed alone, and rounded otherwise."""
+    """The first may differ from the reply before: the end of the prompt is computed alone, and rounded otherwise."""
     chat = talk("/set temperature 0", HELLO, "/retry", "/retry")
     assert chat.replies[1]["text"] == chat.replies[2]["text"]
     assert "the same reply again" in chat.notes
