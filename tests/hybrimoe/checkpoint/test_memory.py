@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import gc
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,20 +66,22 @@ def peak_growth() -> Iterator[list[int]]:
         growth[0] = max(growth[0], own_bytes() - before)
 
 
-PROGRAM = (
-    f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r}); from {__name__} import measure; measure()"
-)
+PROGRAM = f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+from {__name__} import measured
+print(json.dumps(measured(*sys.argv[1:])))
+"""
 """In a process of its own: what other tests have left in this one must not count."""
 
 
-def measure() -> None:
-    """Prints how many bytes loading the second of two checkpoints took at most, its experts' and its dense weights'."""
-    small, large = sys.argv[1:]
+def measured(small: str, large: str) -> tuple[int, int, int]:
+    """How many bytes loading the second of two checkpoints took at most, its experts' and its dense weights'."""
     load(small, **OPTIONS)  # imports and compiled kernels are not part of the footprint
     with peak_growth() as growth:
         model = load(large, **OPTIONS)
     dense_bytes = sum(value.nbytes for value in [*model.parameters(), *model.buffers()])
-    print(json.dumps([growth[0], model.hybrimoe.session.store.nbytes, dense_bytes]))
+    return growth[0], model.hybrimoe.session.store.nbytes, dense_bytes
 
 
 @pytest.mark.parametrize("config_class", [MixtralConfig, GraniteMoeConfig], ids=["tensor-per-expert", "fused"])
