@@ -36,12 +36,14 @@ MOST_RETRY_SECONDS = 60
 class Piece:
     """Text that may be shown, and the log probabilities of the tokens since the last piece where they are recorded.
 
-    text_offsets: where the text of each of those tokens begins in the reply, in characters.
+    text_offsets: where the text of each of those tokens begins in the reply, in characters. prompt_logprobs: of the
+    prompt's tokens, in the first piece, where they are recorded.
     """
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     text_offsets: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +63,7 @@ class Job:
     waited_s: float = 0.0
     reply: Reply | None = None
     _n_told: int = 0
+    _has_told: bool = False
 
     def cancel(self) -> None:
         """The client has gone: the generation ends within one token or part of a prompt, a waiting one never begins."""
@@ -83,8 +86,9 @@ class Job:
         n_logprobs = len(reply.logprobs)
         if text or (all_of_it and self._n_told < n_logprobs):
             since = slice(self._n_told, None)
-            self.send(Piece(text, tuple(reply.logprobs[since]), tuple(reply.text_offsets[since])))
-            self._n_told = n_logprobs
+            of_prompt = () if self._has_told else tuple(reply.prompt_logprobs)
+            self.send(Piece(text, tuple(reply.logprobs[since]), tuple(reply.text_offsets[since]), of_prompt))
+            self._n_told, self._has_told = n_logprobs, True
 
 
 class Worker:
