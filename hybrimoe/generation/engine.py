@@ -30,6 +30,7 @@ CHECKPOINT_TAIL_TOKENS = 8
 """A checkpoint is made so many tokens before the end of a prompt: the end is often the template's opening of the reply
 (the role, an opened thinking block), which stands otherwise in the next prompt."""
 
+NOTHING: Mapping[str, Any] = {}
 MEASURE_TOKENS = 64
 """A cache that holds so many tokens is long enough to see what one takes."""
 
@@ -167,14 +168,12 @@ class TextGenerator:
         return self._model_logits(token_ids, cache, {"logits_to_keep": 0})
 
     def _model_logits(
-        self, token_ids: Sequence[int], cache: PrefixCache, more: Mapping[str, Any] | None = None
+        self, token_ids: Sequence[int], cache: PrefixCache, more: Mapping[str, Any] = NOTHING
     ) -> torch.Tensor:
         """Logits [n, V] by the model's forward, for which `more` replaces arguments that it takes."""
         import torch
 
-        kwargs = self.forward_kwargs | {
-            name: value for name, value in (more or {}).items() if name in self.forward_kwargs
-        }
+        kwargs = self.forward_kwargs | {name: more[name] for name in more if name in self.forward_kwargs}
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.model.device)
         cache.growing(len(token_ids))
         try:

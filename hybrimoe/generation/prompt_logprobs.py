@@ -19,7 +19,7 @@ __all__ = ["PromptScorer", "most_scored_tokens", "token_logprobs"]
 LOGITS_BYTES = 256 << 20
 """Logits of one part of a prompt take at most so much, as float32: 441 tokens of a vocabulary of 152,064."""
 FEWEST_TOKENS = 16
-"""Fewer in a part would read most of the weights for next to nothing; a large vocabulary may take more than the bytes."""
+"""Fewer in a part would read most of the weights for next to nothing; a large vocabulary may take more memory."""
 SLICE_ROWS = 64
 """Rows whose log probabilities are computed at once: all of a part would take its memory a second and a third time."""
 FLOAT_BYTES = 4

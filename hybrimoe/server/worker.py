@@ -95,16 +95,18 @@ class Worker:
     """Owns the engine that generates: up to `engine.parallel` requests run at once, the others wait in their order.
 
     max_wait_s: one that has waited so long is refused; None waits for any time. on_reply: called with each reply that
-    has ended, and the seconds that it waited before it began.
+    has ended, and the seconds that it waited before it began. on_idle: called by the generating thread when the last
+    one has; it must not wait.
     """
 
     def __init__(
         self, engine: BatchEngine, queue_length: int = QUEUE_LENGTH, max_wait_s: float | None = None,
         on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None,
+        on_idle: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.engine = engine
         self.generator: TextGenerator = engine.generator
-        self._on_reply = on_reply
+        self._on_reply, self._on_idle = on_reply, on_idle
         self._queue_length, self._max_wait_s = queue_length, max_wait_s
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -211,6 +213,7 @@ class Worker:
         """Waits for work; False once the worker drains and nothing is under way."""
         with self._changed:
             while not self._running and not self._waiting:
+                self._on_idle()
                 if self._draining:
                     return False
                 self._changed.wait()

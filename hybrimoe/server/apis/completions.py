@@ -22,7 +22,7 @@ from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.errors import RequestError
 from hybrimoe.server.fields import MAX_TOKENS, Boolean, Integer, Text, TopLogprobs, WholeNumber
 from hybrimoe.server.forms import Ended, FinishReason, Form, Update, WholeReply, sse
-from hybrimoe.server.served import Served
+from hybrimoe.server.models import Models
 from hybrimoe.server.worker import Piece
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Echo:
     offsets: Sequence[int] = ()
 
     @classmethod
-    def of(cls, tokenizer: Any, prompt: Prompt, prompt_ids: Sequence[int]) -> Echo:
+    def of(cls, tokenizer: Any, prompt: str | Sequence[int], prompt_ids: Sequence[int]) -> Echo:
         """prompt_ids: the prompt as the model is given it."""
         decoder = IncrementalDecoder(tokenizer)
         offsets, pieces = [], []
@@ -241,28 +241,28 @@ class CompletionForm(Form):
         return str(self._tokenizer.decode([token]))
 
 
-def add_routes(app: FastAPI, served: Served) -> None:
+def add_routes(app: FastAPI, models: Models) -> None:
     """Adds the endpoint."""
 
     @app.post("/v1/completions", responses=text_answers(Completion, STREAM))
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        served.check_name(body.model)
-        worker, preparation = served.worker(), served.preparation
-        asked = [body.asked(prompt) for prompt in body.prompts()]
-        prepared = [await unless_left(request, served.encode(partial(preparation.text, one))) for one in asked]
-        tokenizer = worker.generator.tokenizer
-        echoes = [Echo()] * len(asked)
-        if body.echo:
-            pairs = zip(asked, prepared, strict=True)
-            work = [partial(Echo.of, tokenizer, one.prompt, ready.prompt_ids) for one, ready in pairs]
-            echoes = [await unless_left(request, served.encode(one)) for one in work]
-        each = [
-            replace(one, options=options)
-            for one in prepared
-            for options in choice_options(one.options, body.n_computed)
-        ]
-        form = CompletionForm(served.name, tokenizer, body, echoes)
-        return await deliver(worker, each, form, request, streamed=bool(body.stream))
+        async with models.using(body.model, request) as served:
+            worker, preparation = served.worker(), served.preparation
+            asked = [body.asked(prompt) for prompt in body.prompts()]
+            prepared = [await unless_left(request, served.encode(partial(preparation.text, one))) for one in asked]
+            tokenizer = worker.generator.tokenizer
+            echoes = [Echo()] * len(asked)
+            if body.echo:
+                pairs = zip(asked, prepared, strict=True)
+                work = [partial(Echo.of, tokenizer, one.prompt, ready.prompt_ids) for one, ready in pairs]
+                echoes = [await unless_left(request, served.encode(one)) for one in work]
+            each = [
+                replace(one, options=options)
+                for one in prepared
+                for options in choice_options(one.options, body.n_computed)
+            ]
+            form = CompletionForm(served.name, tokenizer, body, echoes)
+            return await deliver(worker, each, form, request, streamed=bool(body.stream))
 
 
 def _mean_logprob(piece: Piece) -> float:
