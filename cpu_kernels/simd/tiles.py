@@ -43,9 +43,9 @@ SPARSE_LINES, SPARSE_BYTES = 8, 2 * L1_WEIGHT_BYTES
 # Tokens of a tile from which each line is asked for, with 32 vector registers and with 16 (Zen 4, 2 threads).
 EACH_LINE_FROM = {"int4": (4, 2), "int8": (4, 2), "bfloat16": (4, 2), "float32": (8, 4)}
 # With 16 registers a single token asks for each line as well, and as read once (prefetchnta): the megabytes of a layer
-# then pass the caches by, and Python, which runs between two layers, finds its own code and data where it left them. What
-# takes it 236 us after a layer of int4 takes 100 us so, and 71 us without a layer. The kernels gain by it: int4 8 %, int8
-# 3 %, bfloat16 12 %. Those of float32 lose 4 %, and Python gains nothing. (OLMoE's shape, Zen 1, 2 threads.)
+# then pass the caches by, and Python, which runs between two layers, finds its own code and data where it left them.
+# What takes it 236 us after a layer of int4 takes 100 us so, and 71 us without a layer. The kernels gain by it: int4
+# 8 %, int8 3 %, bfloat16 12 %. Those of float32 lose 4 %, and Python gains nothing (OLMoE's shape, Zen 1, 2 threads).
 ONCE_DTYPES, ONCE_BYTES = ("int4", "int8", "bfloat16"), L1_WEIGHT_BYTES // 4
 WORD_BYTES = 4  # of a row in a line
 SCALE_BYTES = 2
