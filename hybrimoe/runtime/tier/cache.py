@@ -302,7 +302,7 @@ class HostCache:
             return False
         layer, expert = divmod(key, self.places.n_experts)
         offset, n_bytes, lead = self.places.window(layer, expert)
-        into = memoryview(self.slots.view(slot))[:n_bytes]
+        into = self.slots.view(slot)[:n_bytes].data
         needed_bytes = lead + self.places.record(layer, expert)[1]
         read = Read(key, into, offset, needed_bytes, urgency, self.places.name(layer, expert))
         self._slot_of[key], self._key_of[slot], self._state[slot] = slot, key, READING

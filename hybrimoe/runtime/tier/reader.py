@@ -129,7 +129,7 @@ class RecordReader:
         """
         lead = offset_bytes % BLOCK_BYTES
         buffer = page_aligned(-(-(lead + n_bytes) // BLOCK_BYTES) * BLOCK_BYTES)
-        read = Read(0, memoryview(buffer), offset_bytes - lead, lead + n_bytes, Urgency.NEEDED, name)
+        read = Read(0, buffer.data, offset_bytes - lead, lead + n_bytes, Urgency.NEEDED, name)
         self._fill(read)
         return buffer[lead : lead + n_bytes]
 
@@ -221,7 +221,7 @@ def _open(path: Path, direct: bool) -> tuple[int, bool]:
         descriptor = -1
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-            os.preadv(descriptor, [memoryview(page_aligned(BLOCK_BYTES))], 0)
+            os.preadv(descriptor, [page_aligned(BLOCK_BYTES).data], 0)
             return descriptor, True
         except OSError:  # a file system without direct reads
             if descriptor >= 0:

@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -121,7 +122,7 @@ class HostSlots:
 
 def _give_back(view: ByteArray) -> None:
     """Returns the pages of a slot to the system, which gives new ones when it is written to again."""
-    memory = view
+    memory: Any = view
     while isinstance(memory.base, np.ndarray):
         memory = memory.base
     owner = memory.base.obj if isinstance(memory.base, memoryview) else memory.base

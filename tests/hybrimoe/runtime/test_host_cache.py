@@ -152,3 +152,14 @@ def test_the_number_of_slots_can_change(make_cache: Callable[..., HostCache]) ->
                 assert np.array_equal(cache.record(layer, expert), in_file(cache, layer, expert))
             cache.hold(layer, [])
             compute(cache, layer, [1, 5])
+
+
+def test_slots_that_are_given_up_are_the_systems_again(make_cache: Callable[..., HostCache]) -> None:
+    spec = ExpertSpec(hidden=512, inter=512, dtype="float32", activation=Activation())
+    cache = make_cache(16, spec, n_layers=4)
+    for layer in range(4):
+        compute(cache, layer, [0, 1, 2, 3])
+    process = psutil.Process()
+    before = process.memory_info().rss
+    cache.resize(4)
+    assert before - process.memory_info().rss > 11 * spec.record_bytes
