@@ -329,4 +329,5 @@ def _log_to_stderr(access: bool) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("hybrimoe.server")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if access else logging.WARNING)
+    logger.setLevel(logging.INFO)
+    logging.getLogger("hybrimoe.server.access").setLevel(logging.INFO if access else logging.WARNING)

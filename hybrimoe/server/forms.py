@@ -48,9 +48,9 @@ class Ended:
         return "tool_calls" if self.has_calls and reason == "stop" else reason
 
     @property
-    def stop_reason(self) -> StopReason:
+    def stop_reason(self) -> Literal["deadline"] | None:
         """What an answer tells beside `reason`: that the time was over."""
-        return {"stop_reason": "deadline"} if self.reply.finish_reason == "deadline" else {}
+        return "deadline" if self.reply.finish_reason == "deadline" else None
 
     @property
     def n_prompt(self) -> int:

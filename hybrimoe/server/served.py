@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from hybrimoe.generation.continuous_batching import BatchEngine, default_paralle
 from hybrimoe.generation.prompt_parts import PromptPart, measured_part
 from hybrimoe.server.asking import Preparation
 from hybrimoe.server.errors import DrainingError, LoadingError
+from hybrimoe.server.selfcheck import CHECKED_TOKENS, Finding, findings
 from hybrimoe.server.worker import CONVERSATIONS, QUEUE_LENGTH, Worker
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ ENCODING_THREADS = 4
 DEFAULT_TAG = ":latest"
 """What Ollama's clients add to a name."""
 
+log = logging.getLogger("hybrimoe.server")
 State = Literal["loading", "ok", "draining", "failed"]
 Result = TypeVar("Result")
 
@@ -58,6 +61,9 @@ class Served:
         self.part: PromptPart | None = None
         self._preparation: Preparation | None = None
         self._worker: Worker | None = None
+        self._n_unchecked = CHECKED_TOKENS
+        self.findings: list[Finding] = []
+        """What the self-check has found; empty before it."""
         self._draining = False
         self._encoders = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="hybrimoe-encode")
 
@@ -80,11 +86,23 @@ class Served:
             part_tokens=None if self.part is None else self.part.n_tokens,
         )  # fmt: skip
         worker = Worker(
-            engine, self._queue_length, self._max_wait_s, lambda reply, waited_s: self.on_reply(reply, waited_s),
+            engine, self._queue_length, self._max_wait_s, self._ended,
             lambda: self.on_idle(), max_reply_s=self._max_reply_s,
         )  # fmt: skip
         worker.start()
         self._worker = worker
+
+    def _ended(self, reply: Reply, waited_s: float) -> None:
+        self.on_reply(reply, waited_s)
+        if self._n_unchecked > 0:
+            self._n_unchecked -= len(reply.token_ids)
+            if self._n_unchecked <= 0:
+                self._check()
+
+    def _check(self) -> None:
+        self.findings = findings(self.experts())
+        for one in self.findings:
+            log.log(logging.INFO if one["good"] else logging.WARNING, "%s: %s", self.name, one["text"])
 
     @property
     def state(self) -> State:

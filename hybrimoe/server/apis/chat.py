@@ -310,7 +310,8 @@ class ChatForm(Form):
             for index, reply in enumerate(replies)
         ]  # fmt: skip
         for choice, reply in zip(choices, replies, strict=True):
-            choice.update(reply.ended.stop_reason)
+            if reply.ended.stop_reason is not None:
+                choice["stop_reason"] = reply.ended.stop_reason
         counts = usage([reply.ended for reply in replies], self._n)
         return self._head | {"object": "chat.completion", "choices": choices, "usage": counts}
 
@@ -339,8 +340,10 @@ class ChatForm(Form):
         yield {"tool_calls": [{"index": index, "function": {"arguments": event.arguments}}]}
 
     def _chunk(self, index: int, delta: Any, logprobs: ChatLogprobs | None, ended: Ended | None) -> str:
-        finish = {"finish_reason": None} if ended is None else {"finish_reason": ended.reason, **ended.stop_reason}
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, **finish}
+        finish = None if ended is None else ended.reason
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        if ended is not None and ended.stop_reason is not None:
+            choice["stop_reason"] = ended.stop_reason
         return sse(self._head | {"object": "chat.completion.chunk", "choices": [choice]})
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:

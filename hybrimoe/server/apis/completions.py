@@ -220,8 +220,8 @@ class CompletionForm(Form):
             "index": index, "text": piece.text, "logprobs": logprobs,
             "finish_reason": None if ended is None else ended.reason,
         }  # fmt: skip
-        if ended is not None:
-            choice.update(ended.stop_reason)
+        if ended is not None and ended.stop_reason is not None:
+            choice["stop_reason"] = ended.stop_reason
         return choice
 
     def _logprobs(self, piece: Piece, echo: Echo) -> CompletionLogprobs:
