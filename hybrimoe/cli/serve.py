@@ -63,6 +63,9 @@ def serve(
         float | None,
         typer.Option(min=0.0, max=86_400.0, help="Time that replies under way have when the server is to end (30)."),
     ] = None,
+    page: Annotated[
+        bool | None, typer.Option("--page/--no-page", help="A page at / to chat and to see the model at work (on).")
+    ] = None,
     access_log: Annotated[
         bool | None,
         typer.Option("--access-log/--no-access-log", help="A line on stderr for each request, without contents (on)."),
@@ -70,7 +73,9 @@ def serve(
     placement: common.PlacementGroup,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Serve the APIs of OpenAI, Anthropic, Ollama and llama-server, /health and /metrics, until Ctrl-C or SIGTERM.
+    """Serve a page to chat at /, the APIs of OpenAI, Anthropic, Ollama and llama-server, /health and /metrics.
+
+    Until Ctrl-C or SIGTERM.
 
     Up to --parallel requests are answered at once and join and leave at every token; the others wait in the order in
     which they come. Each greedy reply is the one that the request gets alone. A request that continues a kept
@@ -86,7 +91,7 @@ def serve(
     given = {
         "host": host, "name": name, "conversations": conversations, "parallel": parallel,
         "queue_length": queue_length, "max_wait_seconds": max_wait_seconds, "max_stall_ms": max_stall_ms,
-        "drain_seconds": drain_seconds, "access_log": access_log,
+        "drain_seconds": drain_seconds, "page": page, "access_log": access_log,
     }  # fmt: skip
     chosen = {key: value for key, value in given.items() if value is not None}
     settings = deployment.server.model_copy(update=chosen)
@@ -108,14 +113,18 @@ def run(
         parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
         max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
     )  # fmt: skip
-    with HttpServer(served, settings, keys, listener) as http, open_model(deployment) as opened:
+    with (
+        HttpServer(served, settings, keys, listener) as http,
+        open_model(deployment, told=served.tell_loading) as opened,
+    ):
         served.open(opened.generator, opened.stats)
         with stopped_by_signals() as stop:
             http.on_end = stop.set
             if as_json:
                 render.emit_json({"url": http.url, "model": name})
             else:
-                render.note(f"{name} at {http.url}/v1, {served.described()} (Ctrl-C ends it)")
+                page = f", the page at {http.url}/" if settings.page else ""
+                render.note(f"{name} at {http.url}/v1{page}, {served.described()} (Ctrl-C ends it)")
             stop.wait()
             leave_after(settings.drain_seconds + EXIT_SECONDS)
             served.drain(settings.drain_seconds)
@@ -138,7 +147,7 @@ class HttpServer:
         _log_to_stderr(settings.access_log)
         application = create_app(
             served, api_keys=keys, cors_origins=settings.cors_origins, max_body_bytes=int(settings.max_body.value),
-            strict=settings.strict,
+            strict=settings.strict, page=settings.page,
         )  # fmt: skip
         self._listener = listener
         self._server = uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False))

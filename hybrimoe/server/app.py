@@ -12,12 +12,13 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from hybrimoe.server.apis import anthropic, chat, completions, llama_server, ollama, responses, service
+from hybrimoe.server.apis import anthropic, chat, completions, live, llama_server, ollama, responses, service
 from hybrimoe.server.boundary import MAX_BODY_BYTES, Boundary, error_response
 from hybrimoe.server.metrics import Metrics
+from hybrimoe.server.page import files
 from hybrimoe.server.served import Served
 
-APIS = (completions, chat, responses, anthropic, ollama, llama_server)
+APIS = (completions, chat, responses, anthropic, ollama, llama_server, live)
 ASSUMED_STATUS = "422"
 """FastAPI documents it for every route that takes data; here such requests are answered with 400."""
 ASSUMED_SCHEMAS = ("HTTPValidationError", "ValidationError")
@@ -25,13 +26,15 @@ ASSUMED_SCHEMAS = ("HTTPValidationError", "ValidationError")
 
 def create_app(
     served: Served, *, api_keys: Sequence[str] = (), cors_origins: Sequence[str] = (),
-    max_body_bytes: int = MAX_BODY_BYTES, strict: bool = False,
+    max_body_bytes: int = MAX_BODY_BYTES, strict: bool = False, page: bool = True,
 ) -> FastAPI:  # fmt: skip
     """The application for one model, which may still be loading.
 
-    api_keys: any of them opens all but /health and the API's description; none at all leaves everything open.
+    api_keys: any of them opens all but /health, the API's description and the page's files; none at all leaves
+    everything open.
     cors_origins: web pages that may call this server, "*" for all; none sends no CORS headers. max_body_bytes: a larger
     request is refused with 413. strict: fields that no API has are refused, instead of left out with a warning.
+    page: the page at `/`.
     """
     metrics = Metrics(
         lambda: served.experts(), lambda: served.n_waiting, lambda: served.n_running, lambda: served.engine
@@ -55,6 +58,8 @@ def create_app(
     service.add_routes(app, served, metrics)
     for api in APIS:
         api.add_routes(app, served)
+    if page:
+        files.add_routes(app)
     _describe(app, strict)
     return app
 

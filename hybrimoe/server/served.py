@@ -51,10 +51,16 @@ class Served:
         self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
         self._tool_parser = tool_parser
         self.part: PromptPart | None = None
+        self.loading: tuple[int, int, str] | None = None
+        """Of a model that is being loaded: how much is done, of how much (0: not known), of what."""
         self._preparation: Preparation | None = None
         self._worker: Worker | None = None
         self._draining = False
         self._encoders = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="hybrimoe-encode")
+
+    def tell_loading(self, done: int, total: int, what: str) -> None:
+        """How far the model is; a loader calls this."""
+        self.loading = done, total, what
 
     def open(self, generator: TextGenerator, experts: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
         """The model is there. experts: the session's counters for /metrics, or None.
@@ -76,7 +82,7 @@ class Served:
             engine, self._queue_length, self._max_wait_s, lambda reply, waited_s: self.on_reply(reply, waited_s)
         )
         worker.start()
-        self._worker = worker
+        self._worker, self.loading = worker, None
 
     @property
     def state(self) -> State:
@@ -101,6 +107,11 @@ class Served:
     def engine(self) -> BatchEngine | None:
         """What computes the replies; None before `open`."""
         return None if self._worker is None else self._worker.engine
+
+    @property
+    def running_worker(self) -> Worker | None:
+        """The worker, whatever its state; None before `open`."""
+        return self._worker
 
     def described(self) -> str:
         """How many replies run at once, and how, in a phrase. Called after `open`."""
