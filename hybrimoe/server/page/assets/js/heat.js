@@ -4,8 +4,11 @@ import { element } from "./dom.js";
 import { colour } from "./lanes.js";
 
 const FADES = 0.85; // of what was used before, a reading later
-const LARGEST_PX = 22;
+const LABEL_PX = 26;
+const WIDEST_PX = 34;
+const TALLEST_PX = 22;
 const SMALLEST_PX = 4;
+const MANY_ROWS = 32;
 
 export class HeatMap {
   constructor() {
@@ -21,7 +24,7 @@ export class HeatMap {
     this.canvas.addEventListener("blur", () => this.look(null));
   }
 
-  /** With what the server says now; false where it tells nothing. */
+  /** With what the server says now. */
   async read() {
     const { layers } = await json("hybrimoe/experts");
     const first = this.layers.length !== layers.length;
@@ -31,8 +34,10 @@ export class HeatMap {
       return since + FADES * (this.recent[layer]?.[expert] ?? 0);
     }));
     this.layers = layers;
+    this.canvas.hidden = !layers.length;
+    if (!layers.length) this.reading.textContent = "No expert has a slot now: all run on the CPU.";
+    else if (!this.at) this.reading.textContent = "";
     this.draw();
-    return layers.length > 0;
   }
 
   get shape() {
@@ -43,10 +48,9 @@ export class HeatMap {
     const [rows, columns] = this.shape;
     const room = this.element.clientWidth - LABEL_PX;
     if (!rows || room <= 0) return;
-    const cell = Math.max(SMALLEST_PX, Math.min(LARGEST_PX, Math.floor(room / columns)));
-    const height = Math.max(cell, Math.min(LARGEST_PX, 12));
-    this.cell = { width: cell, height: Math.min(height, rows > 32 ? 10 : LARGEST_PX) };
-    const [width, tall] = [LABEL_PX + columns * cell, rows * this.cell.height];
+    const wide = Math.max(SMALLEST_PX, Math.min(WIDEST_PX, Math.floor(room / columns)));
+    this.cell = { width: wide, height: rows > MANY_ROWS ? 10 : Math.min(TALLEST_PX, Math.max(12, wide)) };
+    const [width, tall] = [LABEL_PX + columns * wide, rows * this.cell.height];
     const scale = devicePixelRatio || 1;
     Object.assign(this.canvas, { width: width * scale, height: tall * scale });
     this.canvas.style.width = `${width}px`;
@@ -114,8 +118,6 @@ export class HeatMap {
     return `Layer ${layer}, expert ${expert}: ${where}, used in ${uses[expert].toLocaleString("en")} calls (${((100 * uses[expert]) / total).toFixed(1)} % of ${path})`;
   }
 }
-
-const LABEL_PX = 26;
 
 function within(value, n) {
   return Math.max(0, Math.min(n - 1, value));

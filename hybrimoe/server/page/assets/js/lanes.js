@@ -6,15 +6,15 @@ import { history, rate } from "./state.js";
 const SHOWN_S = 120;
 const SYNC = uPlot.sync("live");
 const TITLES = { cpu: "CPU", accel: "Accelerator", link: "Link" };
+const SHORT = { cpu: "CPU", accel: "GPU", link: "link" };
 
 /** The lanes of a state: {name, kind, title, short, busyUs(state)}. */
 export function lanesOf(state) {
   return (state?.experts?.lanes ?? []).map(({ name, kind, device }) => {
     const number = name.split(":")[1];
-    const emulated = kind !== "cpu" && device === "emulated";
     const title = `${TITLES[kind]}${number ? ` ${Number(number) + 1}` : ""}`;
     return {
-      name, kind, title, short: { cpu: "CPU", accel: "GPU", link: "link" }[kind], note: emulated ? "emulated" : kind === "cpu" ? "experts only" : device,
+      name, kind, title, short: SHORT[kind], note: { cpu: "experts only", accel: device, link: "experts to slots" }[kind],
       busyUs: (one) => one.experts?.lanes.find((lane) => lane.name === name)?.busy_us ?? null,
     };
   });

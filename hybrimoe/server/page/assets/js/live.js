@@ -1,5 +1,6 @@
 // The live view: what the model does now, what lies where, what may be changed, and one step in detail.
-import { byId, element, icon, size } from "./dom.js";
+import { request } from "./api.js";
+import { announce, byId, element, icon, size } from "./dom.js";
 import { HeatMap } from "./heat.js";
 import { Strip, laneStrip, lanesOf } from "./lanes.js";
 import { history, latest, loadingText, onState, rate } from "./state.js";
@@ -7,12 +8,15 @@ import { StepView } from "./step.js";
 import { Switches } from "./switches.js";
 
 const WINDOW = 30; // readings that the hit rate looks back
+const SAMPLE_TOKENS = 400;
+const WATCH = "Generate something to watch";
 const TIERS = { slots: "Slots", experts: "Experts", keys_and_values: "Keys and values", process: "This process" };
 
 export class LiveView {
   constructor() {
     this.place = byId("live");
     this.made = "";
+    this.sample = new Sample();
     onState((state, problem) => this.told(state, problem));
     window.addEventListener("themechange", () => this.repaint());
     new ResizeObserver(() => this.update()).observe(this.place);
@@ -52,7 +56,7 @@ export class LiveView {
   header() {
     return element("header", { class: "bar" },
       element("a", { class: "quiet button", href: "#/", "aria-label": "Back to the chat", title: "Back to the chat" }, icon("left")),
-      element("h1", {}, "Live view"), this.about = element("span", { class: "about" }));
+      element("h1", {}, "Live view"), this.about = element("span", { class: "about" }), this.sample.button);
   }
 
   make(state, lanes) {
@@ -69,7 +73,7 @@ export class LiveView {
     const grid = [
       card("Lanes", "how busy each is, of every second", element("div", { class: "strips" }, ...this.strips.map((strip) => strip.element)), "wide"),
       planned ? card("Slots by layer and expert", "", element("div", {}, this.heat.element, heatLegend()), "wide") : null,
-      planned ? card("Policy and slots", "act between two steps", this.switches.element, "half") : card("What runs where", "", element("p", {}, nothingPlanned(state)), "half"),
+      planned ? card("Policy and slots", "", this.switches.element, "half") : card("What runs where", "", element("p", {}, nothingPlanned(state)), "half"),
       card("Memory", "", this.memory, "half"),
       card("Requests", "", this.queue, "half"),
       planned ? card("A step in detail", "", this.step.element, "wide") : null,
@@ -77,7 +81,7 @@ export class LiveView {
     this.place.replaceChildren(this.header(), element("div", { class: "live-scroll" }, this.tiles, element("div", { class: "grid" }, ...grid.filter(Boolean))));
   }
 
-  async values(state) {
+  values(state) {
     const { experts, requests } = state;
     this.about.textContent = experts ? `${state.model} · ${experts.policy}${experts.lossy ? ` · ${experts.lossy} (lossy)` : ""}${experts.n_slots && experts.accelerator_kind === "emulated" ? " · times of accelerator and link are emulated" : ""}` : state.model;
     const pace = paceOver(3);
@@ -94,8 +98,33 @@ export class LiveView {
     this.queue.replaceChildren(...queue(requests));
     if (!this.heat) return;
     this.switches.show(state);
-    await this.heat.read().catch(() => {}); // the state tells of a server that is gone
+    this.heat.read().catch(() => {}); // the state tells of a server that is gone
     this.step.draw();
+  }
+}
+
+/** A reply that nobody reads: something to watch. */
+class Sample {
+  constructor() {
+    this.button = element("button", { type: "button", class: "plain", onclick: () => this.toggle() }, WATCH);
+    this.aborted = null;
+  }
+
+  async toggle() {
+    if (this.aborted) {
+      this.aborted.abort();
+      return;
+    }
+    this.aborted = new AbortController();
+    this.button.textContent = "Stop it";
+    const body = { prompt: "It was a bright morning, and", max_tokens: SAMPLE_TOKENS, ignore_eos: true };
+    try {
+      await request("v1/completions", { body, signal: this.aborted.signal });
+    } catch (error) {
+      if (error.name !== "AbortError") announce(error.message);
+    }
+    this.aborted = null;
+    this.button.textContent = WATCH;
   }
 }
 

@@ -49,8 +49,11 @@ export class Sidebar {
 
   rename(one, entry) {
     const input = element("input", { value: one.title, "aria-label": "Name of the conversation", maxlength: "120" });
+    let ended = false;
     const end = async (keep) => {
-      input.replaceWith(element("span", {}));
+      if (ended) return; // taking the field away ends its focus, too
+      ended = true;
+      input.remove();
       if (keep && input.value.trim()) await changeConversation(one.id, (now) => ({ ...now, title: input.value.trim() }));
       await this.show();
       byId("conversations").querySelector(`[data-id="${one.id}"] a`)?.focus();
@@ -61,7 +64,7 @@ export class Sidebar {
       event.stopPropagation();
       end(event.key === "Enter");
     });
-    input.addEventListener("blur", () => input.isConnected && end(true));
+    input.addEventListener("blur", () => end(true));
     entry.replaceChildren(input);
     input.select();
   }

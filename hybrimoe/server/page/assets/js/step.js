@@ -8,11 +8,12 @@ const LABEL_PX = 58;
 const INKS = { cpu_expert: "cpu", accel_expert: "accel", transfer: "link", prefetch: "ahead" };
 const WORDS = { cpu_expert: "expert on the CPU", accel_expert: "expert in a slot", transfer: "transfer that was waited for", prefetch: "transfer ahead of time" };
 const SHOWN_ALTERNATIVES = 5;
+const GAP_SHARE = 0.02; // of the time in which any lane works: no gap between two tasks is drawn longer
 
 export class StepView {
   constructor() {
     this.button = element("button", { type: "button", class: "primary", onclick: () => this.record() }, "Record the next step");
-    this.said = element("p", { class: "hint", "aria-live": "polite" }, "While a reply arrives: the next step is recorded, task by task.");
+    this.said = element("p", { class: "hint", "aria-live": "polite" }, "The next step of a reply, task by task, and why each expert ran where it did.");
     this.found = element("div", {});
     this.element = element("div", { class: "step" }, element("div", { class: "row" }, this.button, this.said), this.found);
     this.step = null;
@@ -20,9 +21,10 @@ export class StepView {
 
   async record() {
     this.button.disabled = true;
-    this.said.textContent = "Waiting for the next step …";
+    this.said.textContent = "Waiting for a step: it comes with the next token of a reply …";
     try {
       this.step = await json("hybrimoe/step", { method: "POST" });
+      [this.tasks, this.workingUs, this.drawnUs] = withoutGaps(this.step.tasks);
       this.layer = 0;
       this.show();
       announce("A step was recorded");
@@ -36,7 +38,7 @@ export class StepView {
     const { us, kind, policy, n_tokens: tokens, layers, tasks } = this.step;
     const cpu = layers.flatMap((layer) => layer.decisions).filter(({ lane }) => lane === "cpu").length;
     const all = layers.flatMap((layer) => layer.decisions).length;
-    this.said.textContent = `${(us / 1000).toFixed(2)} ms (${kind}), policy ${policy}, ${tokens === 1 ? "one token" : `${tokens} tokens`}: ${cpu} of ${all} experts ran on the CPU, ${tasks.filter((task) => task.kind === "transfer").length} were waited for.`;
+    this.said.textContent = `${(us / 1000).toFixed(2)} ms (${kind}), of which a lane works on experts in ${(this.workingUs / 1000).toFixed(2)} ms; policy ${policy}, ${tokens === 1 ? "one token" : `${tokens} tokens`}: ${cpu} of ${all} experts ran on the CPU, ${tasks.filter((task) => task.kind === "transfer").length} were waited for.`;
     this.canvas = element("canvas", { role: "img", "aria-label": "Tasks of the step by lane" });
     this.found.replaceChildren(element("div", { class: "gantt" }, this.canvas), legend(tasks), this.why());
     this.draw();
@@ -44,7 +46,7 @@ export class StepView {
 
   draw() {
     if (!this.step || !this.canvas) return;
-    const lanes = [...new Set(this.step.tasks.map(({ lane }) => lane))].sort((a, b) => rank(a) - rank(b));
+    const lanes = [...new Set(this.tasks.map(({ lane }) => lane))].sort((a, b) => rank(a) - rank(b));
     const width = Math.max(260, this.canvas.parentElement.clientWidth);
     const height = lanes.length * ROW_PX + 22;
     const scale = devicePixelRatio || 1;
@@ -55,11 +57,11 @@ export class StepView {
     pen.scale(scale, scale);
     pen.font = "11px system-ui";
     pen.textBaseline = "middle";
-    this.paint(pen, lanes, (width - LABEL_PX) / this.step.us, height);
+    this.paint(pen, lanes, (width - LABEL_PX) / this.drawnUs, height);
   }
 
   paint(pen, lanes, perUs, height) {
-    this.begins(this.step.tasks).forEach(([layer, us]) => {
+    this.begins().forEach(([layer, us]) => {
       const x = LABEL_PX + us * perUs;
       pen.fillStyle = colour("line");
       pen.fillRect(x, 0, 1, height - 16);
@@ -69,7 +71,7 @@ export class StepView {
     lanes.forEach((lane, row) => {
       pen.fillStyle = colour("faint");
       pen.fillText(lane.replace("accel", "GPU").replace("cpu", "CPU"), 0, (row + 0.5) * ROW_PX);
-      for (const task of this.step.tasks.filter((one) => one.lane === lane)) {
+      for (const task of this.tasks.filter((one) => one.lane === lane)) {
         pen.fillStyle = colour(INKS[task.kind] ?? "faint");
         const wide = Math.max(1.5, (task.end_us - task.start_us) * perUs - 0.75);
         pen.beginPath();
@@ -80,15 +82,15 @@ export class StepView {
   }
 
   /** [layer, us] where each layer begins, as far as there is room for its name. */
-  begins(tasks) {
+  begins() {
     const first = new Map();
-    for (const task of tasks) {
+    for (const task of this.tasks) {
       if (task.kind !== "prefetch") first.set(task.layer, Math.min(first.get(task.layer) ?? Infinity, task.start_us));
     }
-    const room = this.step.us / 9;
+    const room = this.drawnUs / 14;
     let free = -Infinity;
     return [...first].sort((a, b) => a[1] - b[1]).filter(([, us]) => {
-      if (us < free) return false;
+      if (us < free || us + room > this.drawnUs) return false;
       free = us + room;
       return true;
     });
@@ -118,6 +120,28 @@ export class StepView {
       element("p", { class: "hint" }, `Expected ${Math.round(expected)} µs. Balance policies by themselves, µs: ${others}.${ahead ? ` Fetched ahead: ${ahead}.` : ""}`),
     ];
   }
+}
+
+/** The tasks moved together where no lane works (attention, norms); us in which any works; us that are drawn. */
+function withoutGaps(tasks) {
+  const sorted = [...tasks].sort((a, b) => a.start_us - b.start_us);
+  const busy = [];
+  for (const { start_us: start, end_us: end } of sorted) {
+    if (busy.length && start <= busy.at(-1)[1]) busy.at(-1)[1] = Math.max(busy.at(-1)[1], end);
+    else busy.push([start, end]);
+  }
+  const workingUs = busy.reduce((sum, [start, end]) => sum + end - start, 0);
+  const shifts = [];
+  let moved = 0;
+  busy.forEach(([start], at) => {
+    if (at) moved += Math.max(0, start - busy[at - 1][1] - GAP_SHARE * workingUs);
+    shifts.push([start, moved]);
+  });
+  const shifted = sorted.map((task) => {
+    const [, by] = shifts.findLast(([start]) => start <= task.start_us);
+    return { ...task, start_us: task.start_us - by, end_us: task.end_us - by };
+  });
+  return [shifted, workingUs, Math.max(...shifted.map(({ end_us: end }) => end))];
 }
 
 function rank(lane) {
