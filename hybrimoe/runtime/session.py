@@ -37,6 +37,7 @@ from hybrimoe.runtime.startup.backends import backend_for, close_all, cpu_thread
 from hybrimoe.runtime.startup.startup import Frequencies, Startup
 from hybrimoe.runtime.startup.units import Unit, share_layers
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
+from hybrimoe.runtime.tier.store import TieredStore
 from scheduler.errors import SchedulerError
 from scheduler.graph import PlannedLayer
 from scheduler.plan import Placement
@@ -92,7 +93,7 @@ class Session:
             raise ModelError(f"placement {placement!r} is unknown; expected one of {', '.join(PLACEMENTS)}")
         layout = experts_layout.read(module)
         spec = layout.spec(expert_dtype or self.config.expert_dtype)
-        experts = HybridExperts(self, len(self._layers), module, layout.num_experts)
+        experts = HybridExperts(self, len(self._layers), layout)
         self._layers.append(Layer(path, spec, layout.num_experts, placement, layout, experts))
         return experts
 
@@ -164,6 +165,8 @@ class Session:
             self._stats = self._new_stats()
             model = None if self._model is None else self._model()
             self._units = share_layers(self._layers, self._accelerators, model, self.config.kv_reserve_bytes)
+            if frequencies is None and isinstance(self._store, TieredStore):
+                frequencies = self._store.earlier_uses
             self._start_runner(self.config.gpu_expert_slots, None, frequencies)
 
     # Running ----------------------------------------------------------------------------------------------------
@@ -303,6 +306,8 @@ class Session:
             self._runner = None
             if self._finalizer is not None:
                 self._finalizer()
+            if self._store is not None:
+                self._store.close()
 
     # Looking ----------------------------------------------------------------------------------------------------
 
@@ -425,6 +430,7 @@ class Session:
             and not runner.experts.tracing
             and runner.lossy is None
             and self._sink is None
+            and runner.experts.lanes.tier is None
             and not self._closed
         )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from hybrimoe.generation.continuous_batching import BatchEngine, default_parallel
 from hybrimoe.generation.prompt_parts import PromptPart, measured_part
 from hybrimoe.server.asking import Preparation
-from hybrimoe.server.errors import DrainingError, LoadingError, UnknownModelError
+from hybrimoe.server.errors import DrainingError, LoadingError
 from hybrimoe.server.worker import CONVERSATIONS, QUEUE_LENGTH, Worker
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ MAX_STALL_MS = 500.0
 ENCODING_THREADS = 4
 """Threads that turn text into tokens, beside the event loop: so many long prompts do not delay a short one."""
 DEFAULT_TAG = ":latest"
+"""What Ollama's clients add to a name."""
 
 State = Literal["loading", "ok", "draining", "failed"]
 Result = TypeVar("Result")
@@ -35,7 +36,7 @@ class Served:
     take while others get tokens. tool_parser: the form of the model's calls of tools, where its template does not tell
     (see `ReplySyntax.of`). max_wait_s: a request that has waited so long is refused; None: for any time.
     on_reply: called with each reply that has ended and the seconds that it waited before it began, by the thread that
-    generates.
+    generates. on_idle: called when nothing is left to answer, by the same thread.
     """
 
     def __init__(
@@ -47,20 +48,15 @@ class Served:
         self.created = int(time.time())
         self.experts: Callable[[], dict[str, Any] | None] = lambda: None
         self.on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None
+        self.on_idle: Callable[[], None] = lambda: None
         self._conversations, self._queue_length = conversations, queue_length
         self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
         self._tool_parser = tool_parser
         self.part: PromptPart | None = None
-        self.loading: tuple[int, int, str] | None = None
-        """Of a model that is being loaded: how much is done, of how much (0: not known), of what."""
         self._preparation: Preparation | None = None
         self._worker: Worker | None = None
         self._draining = False
         self._encoders = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="hybrimoe-encode")
-
-    def tell_loading(self, done: int, total: int, what: str) -> None:
-        """How far the model is; a loader calls this."""
-        self.loading = done, total, what
 
     def open(self, generator: TextGenerator, experts: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
         """The model is there. experts: the session's counters for /metrics, or None.
@@ -79,10 +75,11 @@ class Served:
             part_tokens=None if self.part is None else self.part.n_tokens,
         )  # fmt: skip
         worker = Worker(
-            engine, self._queue_length, self._max_wait_s, lambda reply, waited_s: self.on_reply(reply, waited_s)
-        )
+            engine, self._queue_length, self._max_wait_s, lambda reply, waited_s: self.on_reply(reply, waited_s),
+            lambda: self.on_idle(),
+        )  # fmt: skip
         worker.start()
-        self._worker, self.loading = worker, None
+        self._worker = worker
 
     @property
     def state(self) -> State:
@@ -120,11 +117,6 @@ class Served:
             return "one reply at a time"
         how = "in one step" if engine.in_turn is None else f"one after another each token ({engine.in_turn})"
         return f"up to {engine.parallel} replies at once, {how}"
-
-    def check_name(self, name: str | None) -> None:
-        """Raises UnknownModelError for another model than this one. Ollama's clients add a tag to the name."""
-        if name is not None and name.removesuffix(DEFAULT_TAG) != self.name:
-            raise UnknownModelError(f"this server has the model {self.name!r}, not {name!r}", "model")
 
     @property
     def preparation(self) -> Preparation:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
+from starlette.concurrency import run_in_threadpool
 
 from hybrimoe.server.apis.documented import errors, service_errors
 from hybrimoe.server.fields import Integer, Strict, Text
@@ -14,7 +15,7 @@ from hybrimoe.server.live.changes import change
 from hybrimoe.server.live.experts import ExpertMap, read_experts
 from hybrimoe.server.live.state import State, read_state, session_of
 from hybrimoe.server.live.step import RecordedStep, record_step
-from hybrimoe.server.served import Served
+from hybrimoe.server.models import Models
 
 
 class Changes(Strict):
@@ -30,24 +31,27 @@ class Changes(Strict):
         return self
 
 
-def add_routes(app: FastAPI, served: Served) -> None:
-    """Adds the endpoints."""
+def add_routes(app: FastAPI, models: Models) -> None:
+    """Adds the endpoints. Those that only look run beside the event loop, and load no model."""
     recording = asyncio.Lock()
 
     @app.get("/hybrimoe/state", responses=service_errors())
-    async def state() -> State:
-        return await served.encode(lambda: read_state(served))
+    def state() -> State:
+        return read_state(models)
 
     @app.get("/hybrimoe/experts", responses=service_errors())
-    async def experts() -> ExpertMap:
-        return await served.encode(lambda: read_experts(session_of(served.engine)))
+    def experts() -> ExpertMap:
+        return read_experts(session_of(models.engine))
 
     @app.post("/hybrimoe/settings", responses=errors())
-    async def settings(body: Changes) -> State:
-        await change(served, body.policy, body.slots)
-        return await served.encode(lambda: read_state(served))
+    async def settings(body: Changes, request: Request) -> State:
+        models.in_memory()
+        async with models.using(None, request) as served:
+            await change(served, body.policy, body.slots)
+        return await run_in_threadpool(read_state, models)
 
     @app.post("/hybrimoe/step", responses=errors())
-    async def step() -> RecordedStep:
-        async with recording:
+    async def step(request: Request) -> RecordedStep:
+        models.in_memory()
+        async with models.using(None, request) as served, recording:
             return await record_step(served)

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from hybrimoe.machine.memory import available_bytes
 from hybrimoe.server.live.policies import offered_beside
-from hybrimoe.server.served import Served
+from hybrimoe.server.models import Models, ModelState, Progress
 from hybrimoe.server.served import State as Status
 
 if TYPE_CHECKING:
@@ -96,10 +96,12 @@ class Switches(TypedDict):
 
 
 class State(TypedDict):
-    """GET /hybrimoe/state. time_s: a clock that only goes forward."""
+    """GET /hybrimoe/state. model: the one in memory, or that is meant where a request names none; models: the state of
+    each. time_s: a clock that only goes forward."""
 
     status: Status
     model: str
+    models: dict[str, ModelState]
     time_s: float
     loading: Loading | None
     requests: Requests
@@ -115,18 +117,20 @@ def session_of(engine: BatchEngine | None) -> Session | None:
     return None if injection is None else injection.session
 
 
-def read_state(served: Served) -> State:
+def read_state(models: Models) -> State:
     """The state now. Waits for the layer that runs, so the event loop should not call it."""
-    engine, worker = served.engine, served.running_worker
-    session, stats = session_of(engine), served.experts()
+    served = models.served
+    engine, worker = (None, None) if served is None else (served.engine, served.running_worker)
+    session, stats = session_of(engine), models.experts()
     return {
-        "status": served.state,
-        "model": served.name,
+        "status": models.state,
+        "model": models.name,
+        "models": dict(models.states),
         "time_s": time.monotonic(),
-        "loading": _loading(served),
+        "loading": _loading(models.loading),
         "requests": {
-            "running": served.n_running,
-            "waiting": served.n_waiting,
+            "running": models.n_running,
+            "waiting": models.n_waiting,
             "parallel": 0 if engine is None else engine.parallel,
             "queue_length": 0 if worker is None else worker.queue_length,
             "in_turn": None if engine is None else engine.in_turn,
@@ -141,9 +145,8 @@ def read_state(served: Served) -> State:
     }
 
 
-def _loading(served: Served) -> Loading | None:
-    told = served.loading
-    return None if told is None else {"done": told[0], "total": told[1], "what": told[2]}
+def _loading(progress: Progress | None) -> Loading | None:
+    return None if progress is None else {"done": progress.done, "total": progress.total, "what": progress.what}
 
 
 def _experts(session: Session, stats: Mapping[str, Any]) -> Experts:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RecordedStep", "record_step"]
 
-MOST_SECONDS = 60.0
+MOST_SECONDS = 30.0
 """A step that does not come in this time is given up: nothing is asked, or a long prompt is computed."""
 LOOK_SECONDS = 0.01
 

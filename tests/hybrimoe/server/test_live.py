@@ -1,7 +1,10 @@
 """What is told of a model while it runs, and what can be changed: a small mixture on the emulated accelerator."""
 
 import asyncio
+import contextlib
 import copy
+import threading
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -11,6 +14,7 @@ from hybrimoe.generation import TextGenerator
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.server.app import create_app
 from hybrimoe.server.live.policies import offered_beside
+from hybrimoe.server.models import Loadable, Models, Progress
 from hybrimoe.server.served import Served
 
 REPLY = {"prompt": "It was", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
@@ -166,13 +170,33 @@ def test_the_answers_are_as_documented(ask):
         jsonschema.validate(answer.json(), {**schema, "components": document["components"]})
 
 
-def test_a_model_that_is_being_loaded_says_how_far_it_is(calling, application):
-    app, served = application(loaded=False)
-    served.tell_loading(3, 10, "packing experts")
-    state = calling(app)("GET", "/hybrimoe/state").json()
-    assert (state["status"], state["experts"]) == ("loading", None)
-    assert state["loading"] == {"done": 3, "total": 10, "what": "packing experts"}
-    assert calling(app)("POST", "/hybrimoe/settings", {"slots": 1}).status_code == 503
+def test_a_model_that_is_being_loaded_says_how_far_it_is(calling, injected):
+    progress, told, go = Progress(), threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def loads():
+        progress.tell(3, 10, "packing experts")
+        told.set()
+        assert go.wait(60)
+        yield SimpleNamespace(generator=injected, stats=lambda: None)
+
+    models = Models({"slow": Loadable(loads, lambda: Served("slow"), progress=progress)})
+    loading = threading.Thread(target=models.start, args=("slow",))
+    loading.start()
+    try:
+        assert told.wait(60)
+        call = calling(create_app(models))
+        state = call("GET", "/hybrimoe/state").json()
+        assert (state["status"], state["models"], state["experts"]) == ("loading", {"slow": "loading"}, None)
+        assert state["loading"] == {"done": 3, "total": 10, "what": "packing experts"}
+        assert call("POST", "/hybrimoe/settings", {"slots": 1}).status_code == 503
+        go.set()
+        loading.join()
+        assert call("GET", "/hybrimoe/state").json()["loading"] is None
+    finally:
+        go.set()
+        loading.join()
+        models.close()
 
 
 def test_a_model_without_experts_of_ours_has_nothing_to_change(call):

@@ -1,14 +1,13 @@
 // The page: which of its parts is shown, and how they are joined.
-import { json } from "./api.js";
 import { Chat, anyBusy, busy } from "./chat.js";
 import { Composer } from "./composer.js";
 import { byId, element, notice } from "./dom.js";
-import { onKey, startKey } from "./key.js";
+import { startKey } from "./key.js";
 import { LiveView } from "./live.js";
 import { Pace } from "./pace.js";
 import { SettingsDrawer } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { loadingText, onState, startState, watch } from "./state.js";
+import { latest, loadingText, onState, startState, watch } from "./state.js";
 import { onChangeElsewhere, openStore } from "./store.js";
 
 const chat = new Chat({ changed: showBusy, opened: (id) => history.replaceState(null, "", `#/c/${id}`) });
@@ -35,6 +34,7 @@ async function route() {
   else {
     const there = await chat.open(part === "c" ? id : null);
     notice(there ? "" : "This conversation is not in this browser any more.");
+    showModels(latest());
     composer.focus();
   }
   showBusy();
@@ -56,8 +56,9 @@ function showServer(state, problem) {
   badge.textContent = state ? state.model : problem.status === 401 ? "needs a key" : "no answer";
   badge.dataset.state = state ? state.status : "failed";
   badge.title = state ? { ok: "The model is ready", loading: loadingText(state), draining: "The server is about to end", failed: "The server has failed" }[state.status] : problem.message;
+  showModels(state);
   byId("welcome").replaceChildren(
-    element("h2", {}, state ? state.model : "HybriMoE"),
+    element("h2", {}, state ? chat.settings.model ?? state.model : "HybriMoE"),
     element("p", {}, state ? described(state) : problem.message),
   );
 }
@@ -70,12 +71,16 @@ function described({ status, experts, ...state }) {
   return `${n} experts in ${layers} layers, ${where}.`;
 }
 
-async function models() {
-  const { data } = await json("v1/models").catch(() => ({ data: [] }));
-  if (data.length < 2) return;
-  const choice = element("select", { id: "model", "aria-label": "Model", onchange: () => chat.changeSettings({ ...chat.settings, model: choice.value }) },
-    ...data.map(({ id }) => element("option", {}, id)));
-  byId("server-state").replaceWith(choice, byId("server-state"));
+/** Which model answers, where the server has several; what is chosen holds for the conversation. */
+function showModels(state) {
+  const names = Object.keys(state?.models ?? {});
+  const choice = byId("model");
+  choice.hidden = names.length < 2;
+  byId("server-state").textContent = names.length < 2 ? byId("server-state").textContent : "";
+  if (choice.hidden || document.activeElement === choice) return;
+  const words = { loaded: "in memory", loading: "being loaded", unloading: "leaving", failed: "could not be loaded" };
+  choice.replaceChildren(...names.map((name) => element("option", { value: name }, words[state.models[name]] ? `${name} (${words[state.models[name]]})` : name)));
+  choice.value = names.includes(chat.settings.model) ? chat.settings.model : state.model;
 }
 
 async function start() {
@@ -96,8 +101,7 @@ async function start() {
   });
   await route();
   startState();
-  onKey(models);
-  models();
+  byId("model").addEventListener("change", () => chat.changeSettings({ ...chat.settings, model: byId("model").value }));
   document.documentElement.dataset.ready = "true";
 }
 

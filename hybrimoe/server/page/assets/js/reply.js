@@ -47,7 +47,7 @@ export class Reply {
   /** To the end. Raises nothing: what goes wrong is in the message. */
   async run() {
     window.addEventListener("pagehide", this.leaving);
-    const touching = setInterval(() => performance.now() - this.savedAt > TOUCH_MS && this.save(), TOUCH_MS);
+    const touching = setInterval(() => this.touch(), TOUCH_MS);
     this.beganAt = performance.now();
     let end;
     try {
@@ -61,6 +61,16 @@ export class Reply {
     this.changed(this.message);
   }
 
+  /** Tell other tabs that it still arrives, and whoever waits what it waits for. */
+  touch() {
+    if (performance.now() - this.savedAt > TOUCH_MS) this.save();
+    if (this.firstAt) return;
+    const { loading, requests } = latest() ?? {};
+    const waits = requests?.waiting ? `${requests.waiting} requests wait for a place …` : null;
+    this.message.note = loading ? loadingText(latest()) : waits;
+    this.changed(this.message);
+  }
+
   /** Fields of the message that say how it ended. */
   async ended() {
     for (;;) {
@@ -70,7 +80,9 @@ export class Reply {
       } catch (error) {
         if (error.name === "AbortError") return { state: "stopped", problem: null, usage: this.facts() };
         if (error.code !== "loading") return { state: "failed", problem: told(error) };
-        await this.waitForModel();
+        this.message.note = loadingText(latest());
+        this.changed(this.message);
+        await new Promise((resolve) => setTimeout(resolve, LOADING_MS));
       }
     }
   }
@@ -87,13 +99,6 @@ export class Reply {
       if (performance.now() - this.savedAt > SAVE_MS) this.save();
       this.changed(this.message);
     }
-  }
-
-  /** A moment, in which the message says how far the model is. */
-  async waitForModel() {
-    this.message.note = loadingText(latest());
-    this.changed(this.message);
-    await new Promise((resolve) => setTimeout(resolve, LOADING_MS));
   }
 
   async save() {
