@@ -51,11 +51,11 @@ class Tokens(TypedDict):
 
 
 class Lane(TypedDict):
-    """What works on experts: the CPU, an accelerator or the link to it. busy_us: since the start; of an emulated
-    accelerator emulated time."""
+    """What works on experts: the CPU, an accelerator, the link to it, the disk. busy_us: since the start, in emulated
+    time where the accelerator is emulated."""
 
     name: str
-    kind: Literal["cpu", "accel", "link"]
+    kind: Literal["cpu", "accel", "link", "disk"]
     device: str
     busy_us: float
 
@@ -82,7 +82,7 @@ class Experts(TypedDict):
 class Tier(TypedDict):
     """A place in memory. of_bytes: what there is of it, or what it may take; null where that is not known."""
 
-    name: Literal["slots", "experts", "keys_and_values", "process"]
+    name: Literal["slots", "experts", "disk", "keys_and_values", "process"]
     device: str
     bytes: int
     of_bytes: int | None
@@ -170,7 +170,7 @@ def _experts(session: Session, stats: Mapping[str, Any]) -> Experts:
 
 
 def _lanes(stats: Mapping[str, Any]) -> Iterator[Lane]:
-    """The CPU's, and two of each accelerator that has slots."""
+    """The CPU's, two of each accelerator that has slots, and the disk's where experts are read from it."""
     yield {"name": "cpu", "kind": "cpu", "device": "cpu", "busy_us": float(stats["total"]["cpu_us"])}
     for number, unit in enumerate(stats["accelerators"]):
         if not unit["n_slots"]:
@@ -179,6 +179,8 @@ def _lanes(stats: Mapping[str, Any]) -> Iterator[Lane]:
         for kind in kinds:
             name, busy_us = f"{kind}:{number}" if number else kind, float(unit["total"][f"{kind}_us"])
             yield {"name": name, "kind": kind, "device": str(unit["name"]), "busy_us": busy_us}
+    if stats["tier"] is not None:
+        yield {"name": "disk", "kind": "disk", "device": "disk", "busy_us": float(stats["total"]["disk_us"])}
 
 
 def _memory(
@@ -190,7 +192,13 @@ def _memory(
             if slots.n_slots:
                 n_bytes = slots.n_slots * slots.slot_bytes
                 yield {"name": "slots", "device": slots.name, "bytes": n_bytes, "of_bytes": None}
-        yield {"name": "experts", "device": "cpu", "bytes": int(stats["store_bytes"]), "of_bytes": None}
+        tier = stats["tier"]
+        if tier is None:
+            yield {"name": "experts", "device": "cpu", "bytes": int(stats["store_bytes"]), "of_bytes": None}
+        else:
+            each, on_disk = tier["slot_bytes"], tier["slot_bytes"] * tier["n_records"]
+            yield {"name": "experts", "device": "cpu", "bytes": each * tier["held"], "of_bytes": each * tier["n_slots"]}
+            yield {"name": "disk", "device": tier["path"], "bytes": on_disk, "of_bytes": None}
     if engine is not None:
         device, limit = str(engine.generator.model.device), engine.generator.kv_bytes
         yield {"name": "keys_and_values", "device": device, "bytes": engine.kv_bytes, "of_bytes": limit}

@@ -71,7 +71,7 @@ def test_tokens_are_counted_while_a_reply_is_under_way(served, calling):
     async def look():
         while True:
             counted.append(served.running_worker.n_generated)
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.005)
 
     async def run():
         looking = asyncio.ensure_future(look())

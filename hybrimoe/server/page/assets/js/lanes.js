@@ -5,8 +5,8 @@ import { history, rate } from "./state.js";
 
 const SHOWN_S = 120;
 const SYNC = uPlot.sync("live");
-const TITLES = { cpu: "CPU", accel: "Accelerator", link: "Link" };
-const SHORT = { cpu: "CPU", accel: "GPU", link: "link" };
+const TITLES = { cpu: "CPU", accel: "Accelerator", link: "Link", disk: "Disk" };
+const SHORT = { cpu: "CPU", accel: "GPU", link: "link", disk: "disk" };
 
 /** The lanes of a state: {name, kind, title, short, busyUs(state)}. */
 export function lanesOf(state) {
@@ -14,7 +14,7 @@ export function lanesOf(state) {
     const number = name.split(":")[1];
     const title = `${TITLES[kind]}${number ? ` ${Number(number) + 1}` : ""}`;
     return {
-      name, kind, title, short: SHORT[kind], note: { cpu: "experts only", accel: device, link: "experts to slots" }[kind],
+      name, kind, title, short: SHORT[kind], note: { cpu: "experts only", accel: device, link: "experts to slots", disk: "experts to memory" }[kind],
       busyUs: (one) => one.experts?.lanes.find((lane) => lane.name === name)?.busy_us ?? null,
     };
   });

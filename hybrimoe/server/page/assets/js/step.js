@@ -5,8 +5,8 @@ import { colour } from "./lanes.js";
 
 const ROW_PX = 26;
 const LABEL_PX = 58;
-const INKS = { cpu_expert: "cpu", accel_expert: "accel", transfer: "link", prefetch: "ahead" };
-const WORDS = { cpu_expert: "expert on the CPU", accel_expert: "expert in a slot", transfer: "transfer that was waited for", prefetch: "transfer ahead of time" };
+const INKS = { cpu_expert: "cpu", accel_expert: "accel", transfer: "link", prefetch: "ahead", read: "disk" };
+const WORDS = { cpu_expert: "expert on the CPU", accel_expert: "expert in a slot", transfer: "transfer that was waited for", prefetch: "transfer ahead of time", read: "read from disk" };
 const SHOWN_ALTERNATIVES = 5;
 const GAP_SHARE = 0.02; // of the time in which any lane works: no gap between two tasks is drawn longer
 
