@@ -63,6 +63,10 @@ def serve(
         float | None,
         typer.Option(min=0.001, max=86_400.0, help="A request that has waited so long gets 429 (any time)."),
     ] = None,
+    max_reply_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=86_400.0, help="A reply ends so long after its request came (any time)."),
+    ] = None,
     max_stall_ms: Annotated[
         float | None,
         typer.Option(
@@ -96,8 +100,8 @@ def serve(
     With --models FOLDER, or server.models in the deployment file, a request loads the model that it names, once the
     replies of the one in memory have ended; without MODEL none is loaded before.
 
-    Up to --parallel requests are answered at once and join and leave at every token; the others wait in the order in
-    which they come. Each greedy reply is the one that the request gets alone. A request that continues a kept
+    Up to --parallel requests are answered at once and join and leave at every token; of the others, clients take turns.
+    Each greedy reply is the one that the request gets alone. A request that continues a kept
     conversation computes only what is new. While the model is loaded, /health says so and requests are answered with
     503.
 
@@ -111,8 +115,8 @@ def serve(
         "host": host, "name": name, "models": models, "idle_unload_seconds": idle_unload_seconds,
         "conversations": conversations, "parallel": parallel,
         "queue_length": queue_length, "max_wait_seconds": max_wait_seconds, "max_stall_ms": max_stall_ms,
-        "drain_seconds": drain_seconds, "page": page, "access_log": access_log, "tls_cert_file": tls_cert_file,
-        "tls_key_file": tls_key_file,
+        "max_reply_seconds": max_reply_seconds, "drain_seconds": drain_seconds, "page": page, "access_log": access_log,
+        "tls_cert_file": tls_cert_file, "tls_key_file": tls_key_file,
     }  # fmt: skip
     chosen = {key: value for key, value in given.items() if value is not None}
     deployment = deployment.model_copy(update={"server": deployment.server.model_copy(update=chosen)})
@@ -162,6 +166,7 @@ def loadable(name: str, deployment: DeployConfig) -> Loadable:
             name, conversations=settings.conversations, queue_length=settings.queue_length,
             parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
             max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
+            special_in_messages=settings.special_in_messages, max_reply_s=settings.max_reply_seconds,
         )  # fmt: skip
 
     return Loadable(
@@ -332,4 +337,5 @@ def _log_to_stderr(access: bool) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("hybrimoe.server")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if access else logging.WARNING)
+    logger.setLevel(logging.INFO)
+    logging.getLogger("hybrimoe.server.access").setLevel(logging.INFO if access else logging.WARNING)
