@@ -63,6 +63,10 @@ def serve(
         float | None,
         typer.Option(min=0.001, max=86_400.0, help="A request that has waited so long gets 429 (any time)."),
     ] = None,
+    max_reply_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=86_400.0, help="A reply ends so long after its request came (any time)."),
+    ] = None,
     max_stall_ms: Annotated[
         float | None,
         typer.Option(
@@ -72,6 +76,9 @@ def serve(
     drain_seconds: Annotated[
         float | None,
         typer.Option(min=0.0, max=86_400.0, help="Time that replies under way have when the server is to end (30)."),
+    ] = None,
+    page: Annotated[
+        bool | None, typer.Option("--page/--no-page", help="A page at / to chat and to see the model at work (on).")
     ] = None,
     tls_cert_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Certificate (PEM) for HTTPS; with --tls-key-file.")
@@ -86,13 +93,15 @@ def serve(
     placement: common.PlacementGroup,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Serve the APIs of OpenAI, Anthropic, Ollama and llama-server, /health and /metrics, until Ctrl-C or SIGTERM.
+    """Serve a page to chat at /, the APIs of OpenAI, Anthropic, Ollama and llama-server, /health and /metrics.
+
+    Until Ctrl-C or SIGTERM.
 
     With --models FOLDER, or server.models in the deployment file, a request loads the model that it names, once the
     replies of the one in memory have ended; without MODEL none is loaded before.
 
-    Up to --parallel requests are answered at once and join and leave at every token; the others wait in the order in
-    which they come. Each greedy reply is the one that the request gets alone. A request that continues a kept
+    Up to --parallel requests are answered at once and join and leave at every token; of the others, clients take turns.
+    Each greedy reply is the one that the request gets alone. A request that continues a kept
     conversation computes only what is new. While the model is loaded, /health says so and requests are answered with
     503.
 
@@ -106,8 +115,8 @@ def serve(
         "host": host, "name": name, "models": models, "idle_unload_seconds": idle_unload_seconds,
         "conversations": conversations, "parallel": parallel,
         "queue_length": queue_length, "max_wait_seconds": max_wait_seconds, "max_stall_ms": max_stall_ms,
-        "drain_seconds": drain_seconds, "access_log": access_log, "tls_cert_file": tls_cert_file,
-        "tls_key_file": tls_key_file,
+        "max_reply_seconds": max_reply_seconds, "drain_seconds": drain_seconds, "page": page, "access_log": access_log,
+        "tls_cert_file": tls_cert_file, "tls_key_file": tls_key_file,
     }  # fmt: skip
     chosen = {key: value for key, value in given.items() if value is not None}
     deployment = deployment.model_copy(update={"server": deployment.server.model_copy(update=chosen)})
@@ -136,7 +145,8 @@ def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, a
             if as_json:
                 render.emit_json({"url": http.url, "model": models.name, "models": list(shelf)})
             else:
-                render.note(f"{described(models)} at {http.url}/v1 (Ctrl-C ends it)")
+                page = f", the page at {http.url}/" if settings.page else ""
+                render.note(f"{described(models)} at {http.url}/v1{page} (Ctrl-C ends it)")
             stop.wait()
             leave_after(settings.drain_seconds + EXIT_SECONDS)
             models.drain(settings.drain_seconds)
@@ -146,19 +156,22 @@ def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, a
 def loadable(name: str, deployment: DeployConfig) -> Loadable:
     """How the model of a deployment comes into memory, and how it is served there."""
     from hybrimoe.cli.common_model import open_model
-    from hybrimoe.server.models import Loadable
+    from hybrimoe.server.models import Loadable, Progress
     from hybrimoe.server.served import Served
 
-    settings = deployment.server
+    settings, progress = deployment.server, Progress()
 
     def serving() -> Served:
         return Served(
             name, conversations=settings.conversations, queue_length=settings.queue_length,
             parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
             max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
+            special_in_messages=settings.special_in_messages, max_reply_s=settings.max_reply_seconds,
         )  # fmt: skip
 
-    return Loadable(lambda: open_model(deployment), serving, deployment.model or name)
+    return Loadable(
+        lambda: open_model(deployment, told=progress.tell), serving, deployment.model or name, progress
+    )  # fmt: skip
 
 
 def described(models: Models) -> str:
@@ -188,7 +201,7 @@ class HttpServer:
         _log_to_stderr(settings.access_log)
         application = create_app(
             models, api_keys=keys, cors_origins=settings.cors_origins, max_body_bytes=int(settings.max_body.value),
-            strict=settings.strict, max_body_s=settings.max_body_seconds,
+            strict=settings.strict, max_body_s=settings.max_body_seconds, page=settings.page,
         )  # fmt: skip
         self._listener = listener
         config = uvicorn.Config(
@@ -324,4 +337,5 @@ def _log_to_stderr(access: bool) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("hybrimoe.server")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if access else logging.WARNING)
+    logger.setLevel(logging.INFO)
+    logging.getLogger("hybrimoe.server.access").setLevel(logging.INFO if access else logging.WARNING)

@@ -7,8 +7,9 @@ its layer's ExpertSpec and is a multiple of 64 bytes, so every record is as well
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,9 @@ class ExpertStore:
     `complete`: False once records were dropped.
     """
 
+    in_memory: ClassVar[bool] = True
+    """Whether every record lies at its address all the time."""
+
     def __init__(self, layers: Sequence[LayerSpec], *, pinned: bool = False) -> None:
         self._attach(tuple(layers), host_bytes(sum(layer.nbytes for layer in layers), pinned))
 
@@ -70,6 +74,10 @@ class ExpertStore:
     def addresses(self, layer: int) -> npt.NDArray[np.uint64]:
         """uint64 [num_experts]: where each record of a layer starts."""
         return self._addresses[layer]
+
+    def hold(self, layer: int, experts: Iterable[int]) -> npt.NDArray[np.uint64]:
+        """uint64 [n]: where the records of some experts start. They stay there until the next call of this."""
+        return self._addresses[layer][list(experts)]
 
     def write(self, layer: int, expert: int, weights: ExpertWeights) -> None:
         """Packs one expert's float weights, from any device, into its record.
@@ -114,6 +122,9 @@ class ExpertStore:
             places.append(at)
         self._place(buffer, places)
         self.complete = False
+
+    def close(self) -> None:
+        """Nothing is brought into memory any more."""
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
