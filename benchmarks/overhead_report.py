@@ -58,8 +58,8 @@ def main() -> None:
     ]  # fmt: skip
     if before:
         parts += [
-            "Before weights passed the caches by, whole calls were written on sheets, and prefetches were decided with the"
-            " choice (the same benchmark and stopwatch, in turn):\n"
+            "Before weights passed the caches by, whole calls were written on sheets, and prefetches were decided with"
+            " the choice (the same benchmark and stopwatch, in turn):\n"
         ]
         parts += [_table(before)]
     print("\n".join(parts), end="")
