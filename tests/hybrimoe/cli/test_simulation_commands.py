@@ -134,6 +134,12 @@ def test_plan(hybrimoe):
     assert "like 12GiB" in hybrimoe("plan", "--gpu-memory", "12", "--json").data["error"]["message"]
 
 
+def test_plan_fit(hybrimoe):
+    done = hybrimoe("plan", "olmoe-1b-7b", "--hardware", "laptop", "--host-memory", "12GiB", "--fit", "--json")
+    assert (done.data["expert_dtype"], done.data["dense_dtype"]) == ("int8", "int8")
+    assert "nothing more precise" in done.data["reasons"][1]
+
+
 @pytest.fixture
 def uncalibrated(tmp_path, monkeypatch, private_cache):
     """No calibration in the cache: it has the compiled kernels only."""
