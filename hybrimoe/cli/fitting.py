@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cpu_kernels import ExpertDtype
     from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.tracing.study.fitting import Choice
 
 __all__ = ["chosen", "fitted", "told"]
 
-MEASURED_DTYPE = "int4"
+MEASURED_DTYPE: ExpertDtype = "int4"
 """Of the experts with which a machine without a calibration is measured for a moment; only speeds depend on it."""
 
 
