@@ -430,7 +430,6 @@ class Session:
             and not runner.experts.tracing
             and runner.lossy is None
             and self._sink is None
-            and runner.experts.lanes.tier is None
             and not self._closed
         )
 
