@@ -14,6 +14,7 @@ from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from cpu_kernels import ExpertDtype
+    from scheduler.machine.profile import HardwareProfile
 
 
 def register(app: typer.Typer) -> None:
@@ -68,12 +69,18 @@ def plan(
     from hybrimoe.tracing.study.planning import expect, fit
 
     open_policy(policy)
-    profile, taken = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(expert_dtype)))
-    profile = with_accelerators(profile, accelerators, shared_link=False)
+
+    def measured(dtype: str) -> tuple[HardwareProfile, str]:
+        found, said = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(dtype)))
+        return with_accelerators(found, accelerators, shared_link=False), said
+
+    profile, taken = measured(expert_dtype)
     host_bytes = host_bytes or psutil.virtual_memory().total
     reasons: list[str] = []
     if fit_dtypes:
         choice = choose(shape, profile, context=context, device_bytes=device_bytes, host_bytes=host_bytes)
+        if choice.expert_dtype != expert_dtype:
+            profile, taken = measured(choice.expert_dtype)
         expert_dtype, dense_dtype, found = choice.expert_dtype, choice.dense_dtype, choice.fit
         reasons = told(choice)
     else:

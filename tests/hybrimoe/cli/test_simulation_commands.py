@@ -147,6 +147,14 @@ def uncalibrated(tmp_path, monkeypatch, private_cache):
 
 
 @pytest.mark.usefixtures("uncalibrated")
+def test_plan_fit_measures_this_machine_for_the_dtype_that_it_chooses(hybrimoe):
+    done = hybrimoe("plan", "olmoe-1b-7b", "--host-memory", "4096GiB", "--fit", "--json")
+    assert done.code == 0, done.err
+    assert done.data["expert_dtype"] == "bfloat16"
+    assert done.data["expected"]["decode_tokens_per_s"] > 0
+
+
+@pytest.mark.usefixtures("uncalibrated")
 def test_plan_without_calibration_is_for_this_machine_and_within_the_models_context(hybrimoe):
     done = hybrimoe("plan", "olmoe-1b-7b", "--host-memory", "4096GiB", "--json")
     assert "this machine" in done.data["hardware_taken"]
