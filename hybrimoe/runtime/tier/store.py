@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from time import monotonic
@@ -42,6 +43,7 @@ class TieredStore(ExpertStore):
         n_slots = places.slots_for(budget_bytes)
         self.cache = HostCache(places, RecordReader(path), n_slots, pinned=pinned)
         self._layers, self.complete = places.layers, True
+        self._finalizer = weakref.finalize(self, self.cache.reader.close)  # of a store that nobody closes
         self._usage = UsageFile(path, usage_folders, self.cache.uses.shape)
         self._saved_at, self._saving, self._closed = monotonic(), threading.Lock(), False
         if self._usage.earlier is not None:

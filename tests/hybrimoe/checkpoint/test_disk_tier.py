@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -228,6 +229,16 @@ def test_the_budget_changes_while_the_model_runs(directory: Path, tiered: Callab
 def test_the_command_line_sets_the_budget(directory: Path) -> None:
     memory = deploy_config(None, model=str(directory), host_memory="8GiB", slots="6").memory
     assert (str(memory.host), str(memory.disk), str(memory.gpu_experts)) == ("8GiB", "auto", "6")
+
+
+def test_a_model_that_nobody_closes_leaves_no_threads(directory: Path) -> None:
+    model = load(directory, **OPTIONS | AS_TRANSFORMERS | {"memory": {"disk": "auto", "host": 8}})
+    answers(model)
+    reader = cache_of(model).reader
+    assert reader._threads
+    del model
+    gc.collect()
+    assert not reader._threads
 
 
 def test_experts_can_be_had_back(directory: Path, tiered: Callable[..., PreTrainedModel]) -> None:
