@@ -79,6 +79,11 @@ class BatchEngine:
         return len(self._places)
 
     @property
+    def kv_bytes(self) -> int:
+        """Memory of the keys and values of all conversations that are kept or under way."""
+        return self._caches.n_bytes()
+
+    @property
     def in_turn(self) -> str | None:
         """Why the replies are computed one after another each token; None where one step computes all of them."""
         injection = getattr(self.generator.model, "hybrimoe", None)

@@ -214,6 +214,12 @@ class PrefixCaches:
         self._held.discard(index)
         self._idle_bytes[index] = cache.n_bytes()
 
+    def n_bytes(self) -> int:
+        """Memory of all: of those under way as many bytes as their tokens take. Any thread may ask."""
+        held = set(self._held)
+        idle = sum(n for index, n in enumerate(self._idle_bytes) if index not in held)
+        return idle + self._token_bytes() * sum(len(self._caches[index].token_ids) for index in held)
+
     def for_prompt(self, prompt_ids: Sequence[int]) -> PrefixCache:
         """The cache to answer `prompt_ids` with.
 
