@@ -18,6 +18,7 @@ from hybrimoe.cli import common
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
+    from hybrimoe.amounts import Amount
     from hybrimoe.config.deploy import DeployConfig, ServerConfig
     from hybrimoe.server.served import Served
 
@@ -39,8 +40,12 @@ def serve(
     ] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in the API.")] = None,
-    conversations: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Latest conversations whose KV caches are kept (16).")
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Host memory for what prompts and replies computed: 4GiB, a share, none, or auto (half of what is free).",
+        ),
     ] = None,
     parallel: Annotated[
         int | None,
@@ -73,8 +78,8 @@ def serve(
     """Serve the APIs of OpenAI, Anthropic, Ollama and llama-server, /health and /metrics, until Ctrl-C or SIGTERM.
 
     Up to --parallel requests are answered at once and join and leave at every token; the others wait in the order in
-    which they come. Each greedy reply is the one that the request gets alone. A request that continues a kept
-    conversation computes only what is new. While the model is loaded, /health says so and requests are answered with
+    which they come. Each greedy reply is the one that the request gets alone. What any request computed, a prompt that
+    begins alike does not compute again, as far as --prefix-cache goes. While the model is loaded, /health says so and requests are answered with
     503.
 
     Ctrl-C or SIGTERM: what waits is refused at once, replies under way have --drain-seconds to end; a second one ends
@@ -84,11 +89,13 @@ def serve(
     _need_extra()
     deployment = placement.deployment(model)
     given = {
-        "host": host, "name": name, "conversations": conversations, "parallel": parallel,
+        "host": host, "name": name, "parallel": parallel,
         "queue_length": queue_length, "max_wait_seconds": max_wait_seconds, "max_stall_ms": max_stall_ms,
         "drain_seconds": drain_seconds, "access_log": access_log,
     }  # fmt: skip
-    chosen = {key: value for key, value in given.items() if value is not None}
+    chosen: dict[str, object] = {key: value for key, value in given.items() if value is not None}
+    if prefix_cache is not None:
+        chosen["prefix_cache"] = _memory("--prefix-cache", prefix_cache)
     settings = deployment.server.model_copy(update=chosen)
     keys = read_api_keys(settings)
     with listening(settings.host, settings.port if port is None else port) as listener:
@@ -104,7 +111,7 @@ def run(
 
     name = settings.name or ("demo" if deployment.model is None else deployment.model)
     served = Served(
-        name, conversations=settings.conversations, queue_length=settings.queue_length,
+        name, prefix_cache=settings.prefix_cache, queue_length=settings.queue_length,
         parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
         max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
     )  # fmt: skip
@@ -223,6 +230,17 @@ def listening(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
         ) from error
+
+
+def _memory(option: str, text: str) -> Amount:
+    """An amount of memory. Raises ConfigError for what is none."""
+    from hybrimoe.amounts import parse_amount
+    from hybrimoe.errors import ConfigError
+
+    amount = parse_amount(text)
+    if amount.kind == "count":
+        raise ConfigError(f"{option}: expected a size like 4GiB, a share like 0.25, auto or none, found {text!r}")
+    return amount
 
 
 def _url(listener: socket.socket) -> str:

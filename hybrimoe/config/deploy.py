@@ -40,8 +40,8 @@ class MemoryConfig(Section):
     disk: DiskAmount = Field(default=Amount("none"), description="Experts that stay on disk, read when needed.")
     kv: BytesAmount = Field(
         default=Amount("auto"),
-        description="Memory for keys and values of all conversations, on the device that computes attention; expert "
-        "slots leave it free.",
+        description="Memory for keys and values of replies under way, on the device that computes attention; expert slots "
+        "leave it free.",
     )
 
 
@@ -83,8 +83,10 @@ class ServerConfig(Section):
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=1, le=65535)
     name: str | None = Field(default=None, min_length=1, description="Name of the model in the API.")
-    conversations: int = Field(
-        default=16, ge=1, le=256, description="Latest conversations whose KV caches are kept, as far as memory.kv goes."
+    prefix_cache: DiskAmount = Field(
+        default=Amount("auto"),
+        description="Host memory for what prompts and replies computed, for prompts that begin alike; auto: half of what "
+        "is free beside the model and memory.kv.",
     )
     parallel: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         default="auto",
