@@ -44,7 +44,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Host memory for what prompts and replies computed: 4GiB, a share, none, or auto (half of what is free).",
+            help="Host memory for what prompts and replies computed: 4GiB, a share, none (half of what is free).",
         ),
     ] = None,
     parallel: Annotated[
@@ -79,8 +79,8 @@ def serve(
 
     Up to --parallel requests are answered at once and join and leave at every token; the others wait in the order in
     which they come. Each greedy reply is the one that the request gets alone. What any request computed, a prompt that
-    begins alike does not compute again, as far as --prefix-cache goes. While the model is loaded, /health says so and requests are answered with
-    503.
+    begins alike does not compute again, as far as --prefix-cache goes. While the model is loaded, /health says so and
+    requests are answered with 503.
 
     Ctrl-C or SIGTERM: what waits is refused at once, replies under way have --drain-seconds to end; a second one ends
     the server where it stands. With a key in HYBRIMOE_API_KEY, or keys in the file of server.api_key_file, requests

@@ -40,8 +40,8 @@ class MemoryConfig(Section):
     disk: DiskAmount = Field(default=Amount("none"), description="Experts that stay on disk, read when needed.")
     kv: BytesAmount = Field(
         default=Amount("auto"),
-        description="Memory for keys and values of replies under way, on the device that computes attention; expert slots "
-        "leave it free.",
+        description="Memory for keys and values of replies under way, on the device that computes attention; expert "
+        "slots leave it free.",
     )
 
 
@@ -85,8 +85,8 @@ class ServerConfig(Section):
     name: str | None = Field(default=None, min_length=1, description="Name of the model in the API.")
     prefix_cache: DiskAmount = Field(
         default=Amount("auto"),
-        description="Host memory for what prompts and replies computed, for prompts that begin alike; auto: half of what "
-        "is free beside the model and memory.kv.",
+        description="Host memory for what prompts and replies computed, for prompts that begin alike; auto: half of "
+        "what is free beside the model and memory.kv.",
     )
     parallel: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         default="auto",

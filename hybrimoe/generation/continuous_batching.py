@@ -189,6 +189,7 @@ class BatchEngine:
             return Progress(place.reply, ended=True, error=failed)
         finally:
             self._rows.give_back(place.reply.cache)
+            self._free_idle_memory()
         return Progress(place.reply, text, ended=True, error=error)
 
     # Memory -----------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         return self.keys, self.values
 
     def append(self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], n_expected: int) -> None:
-        """Append keys and values [B, heads, n, D] of each part, into buffers with room for `n_expected` tokens in all."""
+        """Append keys and values [B, heads, n, D] of each part; buffers get room for `n_expected` tokens in all."""
         for keys, values in parts:
             if not self.is_initialized:
                 self.lazy_initialization(keys, values)

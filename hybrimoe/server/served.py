@@ -34,16 +34,17 @@ Result = TypeVar("Result")
 class Served:
     """`name` is the model's in the API. Requests before `open` are answered with 503, as those after `drain`.
 
-    prefix_cache: host memory for what prompts and replies computed, so that a prompt that begins alike need not; what auto
-    is, `prefix_budget_bytes` says. parallel: replies at once; None chooses by the memory for keys and values. max_stall_ms: what a part of a prompt may
-    take while others get tokens. tool_parser: the form of the model's calls of tools, where its template does not tell
-    (see `ReplySyntax.of`). max_wait_s: a request that has waited so long is refused; None: for any time.
+    prefix_cache: host memory for what prompts and replies computed, so that a prompt that begins alike need not; None
+    chooses, see `prefix_budget_bytes`. parallel: replies at once; None chooses by the memory for keys and values.
+    max_stall_ms: what a part of a prompt may take while others get tokens. tool_parser: the form of the model's calls of
+    tools, where its template does not tell (see `ReplySyntax.of`). max_wait_s: a request that has waited so long is
+    refused; None: for any time.
     on_reply: called with each reply that has ended and the seconds that it waited before it began, by the thread that
     generates.
     """
 
     def __init__(
-        self, name: str, *, prefix_cache: Amount = Amount("auto"), queue_length: int = QUEUE_LENGTH,
+        self, name: str, *, prefix_cache: Amount | None = None, queue_length: int = QUEUE_LENGTH,
         parallel: int | None = 1, max_stall_ms: float = MAX_STALL_MS, max_wait_s: float | None = None,
         tool_parser: str | None = None,
     ) -> None:  # fmt: skip
@@ -51,7 +52,7 @@ class Served:
         self.created = int(time.time())
         self.experts: Callable[[], dict[str, Any] | None] = lambda: None
         self.on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None
-        self._prefix_cache, self._queue_length = prefix_cache, queue_length
+        self._prefix_cache, self._queue_length = prefix_cache or Amount("auto"), queue_length
         self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
         self._tool_parser = tool_parser
         self.part: PromptPart | None = None

@@ -1,9 +1,9 @@
 """The prefix cache: a tree of blocks of tokens in host memory, over everything that prompts and replies computed.
 
-A block holds keys and values of up to 64 tokens, copied from the cache of the reply that computed them, and hangs on the
-block of the tokens before. So a path from the root is a text, conversations share the blocks of what they begin with
-alike, and any prompt finds the longest beginning that is kept. A reply computes in a cache of its own, into which that
-beginning is copied: nothing here changes while it is read.
+A block holds keys and values of up to 64 tokens, copied from the cache of the reply that computed them, and hangs on
+the block of the tokens before. So a path from the root is a text, conversations share the blocks of what they begin
+with alike, and any prompt finds the longest beginning that is kept. A reply computes in a cache of its own, into which
+that beginning is copied: nothing here changes while it is read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["BLOCK_TOKENS", "Block", "Known", "PrefixTree"]
 BLOCK_TOKENS = 64
 """Tokens of a block: some MB of keys and values, whose copy costs little beside its handling."""
 TOKEN_ID_BYTES = 40
-"""What a token's number takes in a tuple of Python integers; blocks of models without keys and values have only these."""
+"""What a token's number takes in a tuple of Python integers; blocks without keys and values have only these."""
 
 HeldLayers = dict[int, tuple[Any, Any]]
 """Index of a layer in the cache to keys and values [1, heads, tokens, D]."""
@@ -43,7 +43,7 @@ class Block:
     def n_bytes(self) -> int:
         """Memory of keys, values and token numbers; checkpoints count for themselves."""
         tensors = [tensor for pair in self.held.values() for tensor in pair]
-        return sum(tensor.nbytes for tensor in tensors) + TOKEN_ID_BYTES * len(self.token_ids)
+        return sum(int(tensor.nbytes) for tensor in tensors) + TOKEN_ID_BYTES * len(self.token_ids)
 
     def begins_like(self, token_ids: Sequence[int]) -> Iterator[tuple[Block, int]]:
         """The children that begin with the same token, and how many they have alike."""
@@ -57,7 +57,7 @@ class Known:
     """What is kept of a prompt's beginning.
 
     n_tokens: can be taken up, from `blocks` (of the last one perhaps a part) and, where the model has layers without
-    their past, `checkpoint`. n_seen: tokens that an earlier sequence began with, the states of whose end may be missing.
+    their past, `checkpoint`. n_seen: tokens that an earlier sequence began with; the states of their end may be missing.
     """
 
     n_tokens: int = 0
@@ -80,8 +80,8 @@ class Known:
 class PrefixTree:
     """Blocks of at most `max_bytes` together. One thread calls all methods; the counters may be read by any.
 
-    What was used longest ago leaves first, ends of texts before what they continue, the states of a message's end before
-    its tokens. reason: why nothing is kept of this model, None where it is.
+    What was used longest ago leaves first, ends of texts before what they continue, the states of a message's end
+    before its tokens. reason: why nothing is kept of this model, None where it is.
     """
 
     def __init__(self, model: Any, max_bytes: int) -> None:
@@ -181,7 +181,9 @@ class PrefixTree:
     ) -> Block | None:
         """A new child of `parent`; None where only the blocks of `path` could make room for it."""
         end = begin + len(token_ids)
-        views = {index: (layer.keys[..., begin:end, :], layer.values[..., begin:end, :]) for index, layer in held.items()}
+        views = {
+            index: (layer.keys[..., begin:end, :], layer.values[..., begin:end, :]) for index, layer in held.items()
+        }
         block = Block(parent, token_ids, views)
         if not self._make_room(block.n_bytes(), path):
             return None

@@ -191,9 +191,7 @@ class TestTree:
             assert found.n_tokens == longest if unlimited else found.n_tokens <= longest
             if token_ids:
                 first = found.n_tokens // 3
-                assert torch.equal(
-                    self.held(found, first), self.layer(token_ids).keys[..., first : found.n_tokens, :]
-                )
+                assert torch.equal(self.held(found, first), self.layer(token_ids).keys[..., first : found.n_tokens, :])
                 tree.keep(token_ids, [self.layer(token_ids)])
             kept.append(token_ids)
             assert tree.n_bytes == sum(block.n_bytes() for block in self.blocks(tree)) <= tree.max_bytes
@@ -219,7 +217,11 @@ class TestTree:
         tree.look_up(texts[0])
         other = [50, *texts[0][1:BLOCK_TOKENS]]
         tree.keep(other, [self.layer(other)])
-        assert [tree.look_up(text).n_tokens for text in (*texts, other)] == [2 * BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_TOKENS]
+        assert [tree.look_up(text).n_tokens for text in (*texts, other)] == [
+            2 * BLOCK_TOKENS,
+            BLOCK_TOKENS,
+            BLOCK_TOKENS,
+        ]
         assert tree.n_evicted == 1
 
     def test_checkpoints_move_to_the_block_that_goes_on(self, tiny_model: Any) -> None:
