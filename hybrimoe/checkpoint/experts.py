@@ -45,9 +45,19 @@ class LayerSource:
 
     def reader(self, shapes: ModelShapes) -> ExpertReader:
         """Prepares reading; what cannot be read expert by expert is read now, as a whole layer."""
-        apart = {name: c.keeps_experts_apart(self.num_experts) for name, c in self.parameters.items()}
+        apart = {name: self._is_apart(c) for name, c in self.parameters.items()}
         whole = {name: self._whole(name, shapes) for name in self.parameters if not apart[name]}
         return ExpertReader(self, dataclasses.replace(shapes, first_entries=True), whole)
+
+    def _is_apart(self, conversion: Conversion) -> bool:
+        """Whether an expert's entry is read without the others; the checkpoint may have entries of identity experts."""
+        return any(conversion.keeps_experts_apart(count) for count in self.entry_counts)
+
+    @property
+    def entry_counts(self) -> set[int]:
+        """How many entries a parameter may have in a checkpoint: with or without those of identity experts, which
+        nothing reads (LongCat-Flash's own files have none, transformers writes them)."""
+        return {self.num_experts, self.num_experts + self.layout.num_identity}
 
     def storages(self) -> set[Storage]:
         """How the weights of the experts lie in the checkpoint; biases do not count."""
@@ -60,7 +70,7 @@ class LayerSource:
         names: list[str] = []
         for conversion in self.parameters.values():
             for group in conversion.sources.values():
-                names += [group[index].key] if len(group) == self.num_experts else [source.key for source in group]
+                names += [group[index].key] if len(group) in self.entry_counts else [source.key for source in group]
         return names
 
     def _whole(self, name: str, shapes: ModelShapes) -> torch.Tensor:
@@ -134,7 +144,7 @@ def _check_counts(source: LayerSource) -> None:
         if len(set(counts.values())) > 1 or (
             conversion.converter is not None
             and len(conversion.converter.target_patterns) == 1
-            and not set(counts.values()) <= {1, source.num_experts}
+            and not set(counts.values()) <= {1, *source.entry_counts}
         ):
             found = ", ".join(f"{count} like {pattern}" for pattern, count in counts.items())
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""`hybrimoe serve`: one model behind HTTP APIs."""
+"""`hybrimoe serve`: models behind HTTP APIs, one in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from hybrimoe.cli.views import render
 if TYPE_CHECKING:
     from hybrimoe.amounts import Amount
     from hybrimoe.config.deploy import DeployConfig, ServerConfig
-    from hybrimoe.server.served import Served
+    from hybrimoe.server.models import Loadable, Models
 
 API_KEY_VARIABLE = "HYBRIMOE_API_KEY"
+MOST_NAMED = 5
+"""Models on request that the line at the start names."""
 EXIT_SECONDS = 10.0
 """After the time to drain, what still does not end (a very long step) is left behind so much later."""
 
@@ -40,6 +42,14 @@ def serve(
     ] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in the API.")] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Serve all models of a folder, each loaded when a request names it."),
+    ] = None,
+    idle_unload_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=31_536_000.0, help="A model leaves memory after so long without a request."),
+    ] = None,
     prefix_cache: Annotated[
         str | None,
         typer.Option(
@@ -68,6 +78,12 @@ def serve(
         float | None,
         typer.Option(min=0.0, max=86_400.0, help="Time that replies under way have when the server is to end (30)."),
     ] = None,
+    tls_cert_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Certificate (PEM) for HTTPS; with --tls-key-file.")
+    ] = None,
+    tls_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Private key (PEM) of the certificate.")
+    ] = None,
     access_log: Annotated[
         bool | None,
         typer.Option("--access-log/--no-access-log", help="A line on stderr for each request, without contents (on)."),
@@ -76,6 +92,9 @@ def serve(
     as_json: common.JsonOption = False,
 ) -> None:
     """Serve the APIs of OpenAI, Anthropic, Ollama and llama-server, /health and /metrics, until Ctrl-C or SIGTERM.
+
+    With --models FOLDER, or server.models in the deployment file, a request loads the model that it names, once the
+    replies of the one in memory have ended; without MODEL none is loaded before.
 
     Up to --parallel requests are answered at once and join and leave at every token; the others wait in the order in
     which they come. Each greedy reply is the one that the request gets alone. What any request computed, a prompt that
@@ -89,44 +108,75 @@ def serve(
     _need_extra()
     deployment = placement.deployment(model)
     given = {
-        "host": host, "name": name, "parallel": parallel,
+        "host": host, "name": name, "models": models, "idle_unload_seconds": idle_unload_seconds,
+        "parallel": parallel,
         "queue_length": queue_length, "max_wait_seconds": max_wait_seconds, "max_stall_ms": max_stall_ms,
-        "drain_seconds": drain_seconds, "access_log": access_log,
+        "drain_seconds": drain_seconds, "access_log": access_log, "tls_cert_file": tls_cert_file,
+        "tls_key_file": tls_key_file,
     }  # fmt: skip
     chosen: dict[str, object] = {key: value for key, value in given.items() if value is not None}
     if prefix_cache is not None:
         chosen["prefix_cache"] = _memory("--prefix-cache", prefix_cache)
-    settings = deployment.server.model_copy(update=chosen)
-    keys = read_api_keys(settings)
-    with listening(settings.host, settings.port if port is None else port) as listener:
-        run(deployment, settings, keys, listener, as_json=as_json)
+    deployment = deployment.model_copy(update={"server": deployment.server.model_copy(update=chosen)})
+    keys = read_api_keys(deployment.server)
+    check_tls(deployment.server)
+    with listening(deployment.server.host, deployment.server.port if port is None else port) as listener:
+        run(deployment, keys, listener, as_json=as_json)
 
 
-def run(
-    deployment: DeployConfig, settings: ServerConfig, keys: list[str], listener: socket.socket, *, as_json: bool
-) -> None:
+def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, as_json: bool) -> None:
     """Listen from the first moment on, load the model, serve until a signal."""
-    from hybrimoe.cli.common_model import open_model
-    from hybrimoe.server.served import Served
+    from hybrimoe.server.models import Models
+    from hybrimoe.server.shelf import deployments
 
-    name = settings.name or ("demo" if deployment.model is None else deployment.model)
-    served = Served(
-        name, prefix_cache=settings.prefix_cache, queue_length=settings.queue_length,
-        parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
-        max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
+    settings = deployment.server
+    shelf = deployments(deployment)
+    models = Models(
+        {name: loadable(name, own) for name, own in shelf.items()}, idle_unload_s=settings.idle_unload_seconds,
+        max_wait_s=settings.max_wait_seconds, max_waiting=settings.queue_length,
     )  # fmt: skip
-    with HttpServer(served, settings, keys, listener) as http, open_model(deployment) as opened:
-        served.open(opened.generator, opened.stats)
+    first = next((name for name, own in shelf.items() if own is deployment), None)
+    with HttpServer(models, settings, keys, listener) as http, contextlib.closing(models):
+        models.start(first)
         with stopped_by_signals() as stop:
             http.on_end = stop.set
             if as_json:
-                render.emit_json({"url": http.url, "model": name})
+                render.emit_json({"url": http.url, "model": models.name, "models": list(shelf)})
             else:
-                render.note(f"{name} at {http.url}/v1, {served.described()} (Ctrl-C ends it)")
+                render.note(f"{described(models)} at {http.url}/v1 (Ctrl-C ends it)")
             stop.wait()
             leave_after(settings.drain_seconds + EXIT_SECONDS)
-            served.drain(settings.drain_seconds)
+            models.drain(settings.drain_seconds)
             http.stop()
+
+
+def loadable(name: str, deployment: DeployConfig) -> Loadable:
+    """How the model of a deployment comes into memory, and how it is served there."""
+    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.server.models import Loadable
+    from hybrimoe.server.served import Served
+
+    settings = deployment.server
+
+    def serving() -> Served:
+        return Served(
+            name, prefix_cache=settings.prefix_cache, queue_length=settings.queue_length,
+            parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
+            max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
+        )  # fmt: skip
+
+    return Loadable(lambda: open_model(deployment), serving, deployment.model or name)
+
+
+def described(models: Models) -> str:
+    """The models, and how the one in memory answers, in a phrase."""
+    served, names = models.served, list(models.states)
+    others = [name for name in names if served is None or name != served.name]
+    told = "" if served is None else f"{served.name}, {served.described()}"
+    if not others:
+        return told
+    on_request = f"{', '.join(others[:MOST_NAMED])}{', ...' if len(others) > MOST_NAMED else ''} on request"
+    return f"{told}; {on_request}" if told else on_request
 
 
 class HttpServer:
@@ -135,20 +185,24 @@ class HttpServer:
     on_end: called when it has ended, for whatever reason.
     """
 
-    def __init__(self, served: Served, settings: ServerConfig, keys: list[str], listener: socket.socket) -> None:
+    def __init__(self, models: Models, settings: ServerConfig, keys: list[str], listener: socket.socket) -> None:
         import uvicorn
 
         from hybrimoe.server.app import create_app
 
-        self.url = _url(listener)
+        self.url = _url(listener, "http" if settings.tls_cert_file is None else "https")
         self.on_end: Callable[[], None] = lambda: None
         _log_to_stderr(settings.access_log)
         application = create_app(
-            served, api_keys=keys, cors_origins=settings.cors_origins, max_body_bytes=int(settings.max_body.value),
-            strict=settings.strict,
+            models, api_keys=keys, cors_origins=settings.cors_origins, max_body_bytes=int(settings.max_body.value),
+            strict=settings.strict, max_body_s=settings.max_body_seconds,
         )  # fmt: skip
         self._listener = listener
-        self._server = uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False))
+        config = uvicorn.Config(
+            application, log_level="warning", access_log=False, ssl_certfile=settings.tls_cert_file,
+            ssl_keyfile=settings.tls_key_file,
+        )  # fmt: skip
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, name="hybrimoe-http", daemon=True)
 
     def __enter__(self) -> HttpServer:
@@ -243,9 +297,29 @@ def _memory(option: str, text: str) -> Amount:
     return amount
 
 
-def _url(listener: socket.socket) -> str:
+def check_tls(settings: ServerConfig) -> None:
+    """Raises ConfigError where certificate and key cannot be used, before a model is loaded."""
+    import ssl
+
+    from hybrimoe.errors import ConfigError
+
+    cert, key = settings.tls_cert_file, settings.tls_key_file
+    if cert is None and key is None:
+        return
+    if cert is None or key is None:
+        raise ConfigError("server.tls_cert_file and server.tls_key_file: expected both, found one")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+    except OSError as error:  # what ssl raises is one, too
+        raise ConfigError(
+            f"server.tls_cert_file, tls_key_file: cannot use {cert} with {key}: {error}; expected a certificate and its"
+            " private key without a password, both in PEM"
+        ) from error
+
+
+def _url(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _need_extra() -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,6 +75,7 @@ class GenerationConfig(Section):
     )
 
 
+ModelsEntry = Annotated[str, Field(min_length=1)] | dict[str, Any]
 ToolParser = Literal["hermes", "qwen3_coder", "glm", "mistral", "llama3", "deepseek", "harmony"]
 
 
@@ -83,6 +85,14 @@ class ServerConfig(Section):
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=1, le=65535)
     name: str | None = Field(default=None, min_length=1, description="Name of the model in the API.")
+    models: Annotated[str, Field(min_length=1)] | dict[str, ModelsEntry] | None = Field(
+        default=None,
+        description="Further models, loaded when a request names them: a folder of models, or their names with a model"
+        " each, or with what their deployment has instead of this one's.",
+    )
+    idle_unload_seconds: float | None = Field(
+        default=None, gt=0.0, le=31_536_000.0, description="Time without a request after which a model leaves memory."
+    )
     prefix_cache: DiskAmount = Field(
         default=Amount("auto"),
         description="Host memory for what prompts and replies computed, for prompts that begin alike; auto: half of "
@@ -107,10 +117,20 @@ class ServerConfig(Section):
     api_key_file: str | None = Field(
         default=None, min_length=1, description="File with the API keys, one a line; without one none is asked for."
     )
+    tls_cert_file: str | None = Field(
+        default=None, min_length=1, description="Certificate (PEM, with the chain) for HTTPS; needs tls_key_file."
+    )
+    tls_key_file: str | None = Field(default=None, min_length=1, description="Private key (PEM) of tls_cert_file.")
     cors_origins: tuple[str, ...] = Field(
         default=(), description="Web pages that may call the server, as https://chat.example.org; * is all."
     )
     max_body: SizeAmount = Field(default=Amount("bytes", 8 << 20), description="Largest request that is read.")
+    max_body_seconds: float = Field(
+        default=60.0,
+        gt=0.0,
+        le=86_400.0,
+        description="Time in which a request must be sent; slower ones get 408.",
+    )
     drain_seconds: float = Field(
         default=30.0, ge=0.0, le=86_400.0, description="Time that replies under way have when the server is to end."
     )
@@ -297,15 +317,38 @@ def _with_resolved_paths(config: DeployConfig, located: Located, given: Mapping[
         value = getattr(config, key)
         if key not in given and isinstance(value, str) and value != "auto":
             changed[key] = _from_folder(value, folder, f"{locate((key,), located, given)}: {key}")
-    keys = config.server.api_key_file
-    if keys is not None and "server" not in given:
-        place = f"{locate(('server', 'api_key_file'), located, given)}: server.api_key_file"
-        changed["server"] = config.server.model_copy(update={"api_key_file": _from_folder(keys, folder, place)})
+    if "server" not in given:
+        of_server = _server_paths(config.server, folder, lambda key: locate(("server", key), located, given))
+        if of_server:
+            changed["server"] = config.server.model_copy(update=of_server)
     if not changed:
         return config
     moved = config.model_copy(update=changed)
     moved._located, moved._given = located, given
     return moved
+
+
+def _server_paths(server: ServerConfig, folder: Path, where: Callable[[str], str]) -> dict[str, Any]:
+    """The files and models that `server` names, resolved. where: the place of a key of it."""
+
+    def resolved(key: str, path: str) -> str:
+        return _from_folder(path, folder, f"{where(key)}: server.{key}")
+
+    paths = {key: getattr(server, key) for key in ("api_key_file", "tls_cert_file", "tls_key_file")}
+    changed: dict[str, Any] = {key: resolved(key, path) for key, path in paths.items() if path is not None}
+    if isinstance(server.models, str):
+        changed["models"] = resolved("models", server.models)
+    elif server.models is not None:
+        of_models = partial(resolved, "models")
+        changed["models"] = {name: _with_model(entry, of_models) for name, entry in server.models.items()}
+    return changed
+
+
+def _with_model(entry: str | dict[str, Any], resolved: Callable[[str], str]) -> str | dict[str, Any]:
+    """An entry of `server.models` with its model's path resolved."""
+    if isinstance(entry, str):
+        return resolved(entry)
+    return {**entry, "model": resolved(entry["model"])} if isinstance(entry.get("model"), str) else entry
 
 
 def _from_folder(path: str, folder: Path, place: str) -> str:

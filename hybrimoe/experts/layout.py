@@ -30,6 +30,8 @@ SORTED_EXPERTS = ("Llama4TextExperts",)
 class ExpertsLayout:
     """The experts of one layer in normal form.
 
+    `num_experts` have weights. The `num_identity` ones whose ids follow theirs give back their input (LongCat-Flash's
+    zero-computation experts): no weights, no record, no work but `hybrimoe.experts.identity`.
     `post_expert_norm` is the module's norm over an expert's output (applied to [rows, H] before the routing weight), or
     None. Weights returned by `expert` are views: writing into them writes into the module.
     """
@@ -43,6 +45,7 @@ class ExpertsLayout:
     is_concatenated: bool
     is_transposed: bool
     post_expert_norm: nn.Module | None
+    num_identity: int = 0
 
     @property
     def is_meta(self) -> bool:
@@ -92,7 +95,6 @@ class ExpertsLayout:
 FOREIGN_EXPERTS = {
     "DbrxExperts": "its weights are one matrix over all experts and each layer cuts its own experts out of it",
     "JetMoeParallelExperts": "each projection is a module of its own that takes tokens sorted by expert",
-    "LongcatFlashExperts": "some of its experts are the identity and have no weights",
 }
 """Experts of transformers' causal language models that cannot be replaced, and why."""
 
@@ -116,7 +118,8 @@ def is_experts(module: nn.Module) -> bool:
     if type(module).__name__ in SORTED_EXPERTS:
         return True
     has_weights = _has_3d(module, "gate_up_proj") and _has_3d(module, "down_proj")
-    return has_weights and hasattr(module, "_apply_gate") and _call_names(module)[:3] == ROUTED_CALL
+    gates = hasattr(module, "_apply_gate") or _num_identity(module) is not None
+    return has_weights and gates and _call_names(module)[:3] == ROUTED_CALL
 
 
 def read(module: nn.Module) -> ExpertsLayout:
@@ -134,7 +137,8 @@ def read(module: nn.Module) -> ExpertsLayout:
     gated, has_bias = bool(getattr(module, "has_gate", True)), bool(getattr(module, "has_bias", False))
     concatenated = bool(getattr(module, "is_concatenated", True))
     transposed = bool(getattr(module, "is_transposed", type(module).__name__ in SORTED_EXPERTS))
-    num_experts, hidden, inter = _sizes(module, gated, transposed)
+    num_identity = _num_identity(module) or 0
+    num_experts, hidden, inter = _sizes(module, gated, transposed, num_identity)
     norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
     return ExpertsLayout(
         module=module,
@@ -146,22 +150,34 @@ def read(module: nn.Module) -> ExpertsLayout:
         is_concatenated=concatenated,
         is_transposed=transposed,
         post_expert_norm=norm if isinstance(norm, nn.Module) else None,
+        num_identity=num_identity,
     )
 
 
-def _sizes(module: nn.Module, gated: bool, transposed: bool) -> tuple[int, int, int]:
-    """(experts, hidden, inter) from the parameters' shapes, which must agree."""
+def _num_identity(module: nn.Module) -> int | None:
+    """How many experts of the module are the identity, after LongCat-Flash's attributes; None for other modules."""
+    declared = getattr(module, "zero_expert_num", None)
+    has_identity = isinstance(module._modules.get("identity_expert"), nn.Identity)
+    return declared if has_identity and isinstance(declared, int) else None
+
+
+def _sizes(module: nn.Module, gated: bool, transposed: bool, num_identity: int) -> tuple[int, int, int]:
+    """(experts with weights, hidden, inter) from the parameters' shapes, which must agree.
+
+    The first projection of a module with identity experts has entries for these as well, which nothing reads.
+    """
     first: torch.Tensor = getattr(module, "gate_up_proj" if gated else "up_proj")
     down: torch.Tensor = module.down_proj  # type: ignore[assignment]
     rows, hidden = (first.shape[2], first.shape[1]) if transposed else (first.shape[1], first.shape[2])
     inter = rows // 2 if gated else rows
-    expected = (first.shape[0], inter, hidden) if transposed else (first.shape[0], hidden, inter)
+    num_experts = first.shape[0] - num_identity
+    expected = (num_experts, inter, hidden) if transposed else (num_experts, hidden, inter)
     if tuple(down.shape) != expected or (gated and rows % 2):
         raise UnsupportedExpertsError(
             f"{type(module).__name__}: first projection {tuple(first.shape)} asks for down_proj {expected},"
             f" found {tuple(down.shape)}"
         )
-    return first.shape[0], hidden, inter
+    return num_experts, hidden, inter
 
 
 def _refuse_quantised(module: nn.Module) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 from hybrimoe.errors import ModelError
 from hybrimoe.experts.absent import AbsentWeights, PackedWeightsError, explanation
 from hybrimoe.experts.gradient import FrozenLayer
-from hybrimoe.experts.layout import read
+from hybrimoe.experts.identity import add_identity_experts
+from hybrimoe.experts.layout import ExpertsLayout, read
 from hybrimoe.experts.protocol import RunsLayers
 from hybrimoe.experts.sorted import run_sorted
 
@@ -34,8 +35,10 @@ class HybridExperts(nn.Module):
     saved or read. Asking it for a weight, loading weights into it raises ModelError, and so does pickling it.
     """
 
-    def __init__(self, session: RunsLayers, layer: int, replaced: nn.Module, num_experts: int) -> None:
+    def __init__(self, session: RunsLayers, layer: int, layout: ExpertsLayout) -> None:
+        """layout: what `read` found in the module that this one replaces."""
         super().__init__()
+        replaced = layout.module
         for name, value in vars(replaced).items():
             if not name.startswith("_") and name not in ("training", "forward"):
                 setattr(self, name, value)
@@ -43,7 +46,8 @@ class HybridExperts(nn.Module):
             self.add_module(name, child)
         for name in HOOKS:
             self.__dict__[name] = replaced.__dict__[name]
-        self.num_experts = num_experts
+        self.num_experts = layout.num_experts
+        self.num_identity = layout.num_identity
         self.layer = layer
         self._session = session
         self.__dict__["_replaced"] = replaced
@@ -68,8 +72,9 @@ class HybridExperts(nn.Module):
     ) -> torch.Tensor:
         """Sum over j of top_k_weights[:, j] * FFN_{top_k_index[:, j]}(hidden_states), in hidden_states' dtype.
 
-        hidden_states: floating [T, H] (or [..., H]); top_k_index: integer [T, k], -1 or >= num_experts = absent;
-        top_k_weights: floating [T, k]. Raises ModelError before the session has started or after it was closed.
+        hidden_states: floating [T, H] (or [..., H]); top_k_index: integer [T, k], -1 or >= num_experts = absent, and
+        of the latter the first num_identity are the identity; top_k_weights: floating [T, k]. Raises ModelError before
+        the session has started or after it was closed.
         With hidden_states alone it is Llama-4's call, see `hybrimoe.experts.sorted`.
         """
         if torch.compiler.is_compiling():
@@ -79,8 +84,14 @@ class HybridExperts(nn.Module):
             return run_sorted(hidden_states, self.num_experts, self.forward)
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
             frozen = FrozenLayer(self._session, self.layer, self.num_experts, self._norm)
-            return frozen.run(hidden_states, top_k_index, top_k_weights)
-        return self._session.run_layer(self.layer, hidden_states, top_k_index, top_k_weights)
+            routed = frozen.run(hidden_states, top_k_index, top_k_weights)
+        else:
+            routed = self._session.run_layer(self.layer, hidden_states, top_k_index, top_k_weights)
+        if not self.num_identity:
+            return routed
+        return add_identity_experts(
+            routed, hidden_states, top_k_index, top_k_weights, self.num_experts, self.num_identity
+        )
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """The replaced module's own parameters by name, where they lie; dequantised, on the CPU, where only packed ones
@@ -92,7 +103,7 @@ class HybridExperts(nn.Module):
             return {name: value.detach() for name, value in self.replaced.named_parameters(recurse=False)}
         filled = copy.copy(self.replaced)
         filled._parameters = {
-            name: nn.Parameter(torch.empty_like(value, device="cpu"), requires_grad=False)
+            name: nn.Parameter(torch.zeros_like(value, device="cpu"), requires_grad=False)
             for name, value in self.replaced.named_parameters(recurse=False)
         }
         layout = read(filled)

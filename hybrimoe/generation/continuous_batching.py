@@ -106,7 +106,8 @@ class BatchEngine:
 
         should_stop: asked at every step; True ends the reply with what there is.
         """
-        cache = self._rows.take(prompt_ids)
+        anew = options.prompt_logprobs is not None  # nothing is reused, so no conversation is taken for it
+        cache = self._rows.take(() if anew else prompt_ids)
         try:
             reply = self.generator.reply(
                 prompt_ids, options, cache=cache, should_stop=should_stop, part_tokens=self.part_tokens

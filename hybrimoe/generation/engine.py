@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,18 @@ from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.kv_memory import chunk_tokens, estimated_token_bytes, measured_token_bytes
 from hybrimoe.generation.pace import DraftPace
 from hybrimoe.generation.profile import Profile
+from hybrimoe.generation.prompt_logprobs import PromptScorer, most_scored_tokens
 from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
 from hybrimoe.generation.speculation import Speculation, SpeculationStats, require_speculation
 from hybrimoe.generation.transcript import FinishReason, Transcript
-from hybrimoe.generation.vocabulary import check_token_ids
+from hybrimoe.generation.vocabulary import check_token_ids, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["FinishReason", "Reply", "ReplyTimes", "TextGenerator"]
 
+NOTHING: Mapping[str, Any] = {}
 MEASURE_TOKENS = 64
 """A cache that holds so many tokens is long enough to see what one takes."""
 
@@ -153,16 +155,26 @@ class TextGenerator:
 
     def forward(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor:
         """Compute `token_ids` on top of `cache`; returns the logits [V] after the last of them."""
+        rows = self._step_logits(token_ids, cache)
+        last: torch.Tensor = (self._model_logits(token_ids, cache) if rows is None else rows)[-1]
+        return last
+
+    def forward_rows(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor:
+        """As `forward`, with the logits [n, V] after each of the tokens."""
+        return self._model_logits(token_ids, cache, {"logits_to_keep": 0})
+
+    def _model_logits(
+        self, token_ids: Sequence[int], cache: PrefixCache, more: Mapping[str, Any] = NOTHING
+    ) -> torch.Tensor:
+        """Logits [n, V] by the model's forward, for which `more` replaces arguments that it takes."""
         import torch
 
-        rows = self._step_logits(token_ids, cache)
-        if rows is not None:
-            return rows[-1]
+        kwargs = self.forward_kwargs | {name: more[name] for name in more if name in self.forward_kwargs}
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.model.device)
         try:
             with torch.inference_mode():
                 inputs = self.model.prepare_inputs_for_generation(
-                    ids, past_key_values=cache.states, is_first_iteration=not cache.token_ids, **self.forward_kwargs
+                    ids, past_key_values=cache.states, is_first_iteration=not cache.token_ids, **kwargs
                 )
                 outputs = self.model(**inputs)
         except BaseException:
@@ -170,8 +182,8 @@ class TextGenerator:
             raise
         cache.extended(token_ids, outputs.past_key_values)
         self._measure(cache)
-        last: torch.Tensor = outputs.logits[0, -1]
-        return last
+        logits: torch.Tensor = outputs.logits[0]
+        return logits
 
     def forward_each(self, token_ids: Sequence[int], caches: Sequence[PrefixCache]) -> torch.Tensor | None:
         """Compute a token of each of several sequences on top of its cache, in one compiled step; logits [n, V].
@@ -265,6 +277,9 @@ class Reply:
         self._should_stop = should_stop
         limit = generator.context_tokens
         self._sampler = Sampler(generator.model, options, prompt_ids)
+        self._scorer: PromptScorer | None = None
+        if options.prompt_logprobs is not None:
+            self._scorer = PromptScorer(generator.forward_rows, prompt_ids, options.prompt_logprobs)
         self._transcript = Transcript(
             generator.tokenizer, prompt_ids, eos_token_ids=self._sampler.eos_token_ids,
             max_new_tokens=self._sampler.max_new_tokens, context_tokens=limit, stop=options.stop,
@@ -290,6 +305,12 @@ class Reply:
     def logprobs(self) -> list[TokenLogprob]:
         """Log probabilities of the new tokens so far, where the options ask for them."""
         return self._sampler.logprobs
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob | None]:
+        """Log probabilities of the prompt's tokens that were computed so far, None for the first one; empty where the
+        options ask for none."""
+        return [] if self._scorer is None else self._scorer.logprobs
 
     @property
     def text(self) -> str:
@@ -392,12 +413,15 @@ class Reply:
 
     def _next_part(self) -> torch.Tensor | None:
         if self._parts is None:
-            self.n_reused = self.cache.reuse(self.prompt_ids)
+            if self._scorer is not None:
+                self._scorer.restart()
+            self.n_reused = self.cache.reuse(self.prompt_ids, anew=self._scorer is not None)
             self.cache.announce(len(self.prompt_ids))
             self._checkpoints = self.cache.checkpoint_places(len(self.prompt_ids))
             self._parts = deque(self._cut())
         start, end = self._parts.popleft()
-        logits = self._forward(self.prompt_ids[start:end], self.cache)
+        forward = self._forward if self._scorer is None else self._scorer.forward
+        logits = forward(self.prompt_ids[start:end], self.cache)
         if end in self._checkpoints:
             self.cache.checkpoint()
         self.cache.share(with_end=not self._parts)
@@ -409,6 +433,8 @@ class Reply:
         size = self._generator.prefill_chunk_tokens or chunk_tokens(self._generator.model)
         if self._part_tokens is not None:
             size = min(size, self._part_tokens)
+        if self._scorer is not None:
+            size = min(size, most_scored_tokens(vocabulary_size(self._generator.model)))
         start = self.n_reused
         for end in (*self._checkpoints, len(self.prompt_ids)):
             yield from _parts(start, end, size)

@@ -50,10 +50,13 @@ class PrefixCache:
         """How many tokens `prompt_ids` and the cache begin with alike."""
         return _common_prefix(self.token_ids, prompt_ids)
 
-    def reuse(self, prompt_ids: Sequence[int]) -> int:
-        """Fit the cache to `prompt_ids`; returns how many of its tokens need no computing (at most all but one)."""
-        shared = min(self.n_shared(prompt_ids), len(prompt_ids) - 1)
-        self._known = Known() if self._prefixes is None else self._prefixes.look_up(prompt_ids[:-1])
+    def reuse(self, prompt_ids: Sequence[int], *, anew: bool = False) -> int:
+        """Fit the cache to `prompt_ids`; returns how many of its tokens need no computing (at most all but one).
+
+        anew: each token is to be computed.
+        """
+        shared = 0 if anew else min(self.n_shared(prompt_ids), len(prompt_ids) - 1)
+        self._known = Known() if self._prefixes is None or anew else self._prefixes.look_up(prompt_ids[:-1])
         kept = 0 if self._knows_its_prompt() else self._kept(shared)
         if kept <= 0:
             kept = 0

@@ -75,6 +75,7 @@ class SamplingOptions:
     stop: texts that end the reply; they are not part of it.
     max_new_tokens: None is until the end of the text or of the context, unless the generation config says a number.
     top_logprobs: for each token, record its log probability and those of so many best ones; None records nothing.
+    prompt_logprobs: the same for each token of the prompt, which is computed anew from its beginning for that.
     constraint: the structure of the reply; only tokens that it allows are chosen, and the reply ends where it does.
     shown_special: special tokens whose names are part of the reply's text; of the others there is none.
     """
@@ -92,6 +93,7 @@ class SamplingOptions:
     max_new_tokens: int | None = None
     ignore_eos: bool = False
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     shown_special: frozenset[int] = frozenset()
 
@@ -107,7 +109,8 @@ class SamplingOptions:
             _in_range(name, getattr(self, name), -MAX_FREQUENCY_PENALTY, MAX_FREQUENCY_PENALTY, "0 switches it off")
         for token, bias in self.logit_bias:
             _in_range(f"logit_bias of token {token}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, "added to its logit")
-        _in_range("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS, "a number of tokens")
+        for name in ("top_logprobs", "prompt_logprobs"):
+            _in_range(name, getattr(self, name), 0, MAX_TOP_LOGPROBS, "a number of tokens")
         if any(not text for text in self.stop):
             raise ConfigError("an empty stop text would end every reply at once; leave it out")
 

@@ -16,13 +16,14 @@ STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def rebuild_experts(module: nn.Module, store: ExpertStore, layer: int) -> None:
     """Gives an experts module on the meta device its weights back from `store`, bit for bit, in place.
 
+    Entries that no expert reads (the first projection's, of identity experts) become zeros.
     Raises ModelError where the store holds less than the module (int8, int4, bfloat16 of a float32 model, or only some
     of the experts).
     """
     _require_lossless(module, store, layer)
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.is_meta:
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False))
+            setattr(module, name, nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False))
     layout = read(module)
     for expert in range(layout.num_experts):
         layout.assign(expert, store.read(layer, expert))

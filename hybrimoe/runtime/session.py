@@ -89,7 +89,7 @@ class Session:
             raise ModelError(f"placement {placement!r} is unknown; expected one of {', '.join(PLACEMENTS)}")
         layout = experts_layout.read(module)
         spec = layout.spec(expert_dtype or self.config.expert_dtype)
-        experts = HybridExperts(self, len(self._layers), module, layout.num_experts)
+        experts = HybridExperts(self, len(self._layers), layout)
         self._layers.append(Layer(path, spec, layout.num_experts, placement, layout, experts))
         return experts
 

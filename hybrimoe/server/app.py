@@ -1,4 +1,4 @@
-"""The HTTP application: every API of `hybrimoe.server.apis` over one model."""
+"""The HTTP application: every API of `hybrimoe.server.apis` over the models of a server."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from hybrimoe.server.apis import anthropic, chat, completions, llama_server, ollama, responses, service
-from hybrimoe.server.boundary import MAX_BODY_BYTES, Boundary, error_response
+from hybrimoe.server.boundary import MAX_BODY_BYTES, MAX_BODY_SECONDS, Boundary, error_response
 from hybrimoe.server.metrics import Metrics
+from hybrimoe.server.models import Models
 from hybrimoe.server.served import Served
 
 APIS = (completions, chat, responses, anthropic, ollama, llama_server)
@@ -24,37 +25,38 @@ ASSUMED_SCHEMAS = ("HTTPValidationError", "ValidationError")
 
 
 def create_app(
-    served: Served, *, api_keys: Sequence[str] = (), cors_origins: Sequence[str] = (),
-    max_body_bytes: int = MAX_BODY_BYTES, strict: bool = False,
+    serving: Served | Models, *, api_keys: Sequence[str] = (), cors_origins: Sequence[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES, strict: bool = False, max_body_s: float = MAX_BODY_SECONDS,
 ) -> FastAPI:  # fmt: skip
-    """The application for one model, which may still be loading.
+    """The application for one model, which may still be loading, or for several.
 
     api_keys: any of them opens all but /health and the API's description; none at all leaves everything open.
     cors_origins: web pages that may call this server, "*" for all; none sends no CORS headers. max_body_bytes: a larger
-    request is refused with 413. strict: fields that no API has are refused, instead of left out with a warning.
+    request is refused with 413; one that takes longer than max_body_s to send, with 408. strict: fields that no API has
+    are refused, instead of left out with a warning.
     """
-    metrics = Metrics(
-        lambda: served.experts(), lambda: served.n_waiting, lambda: served.n_running, lambda: served.engine
-    )
-    served.on_reply = metrics.observe
+    models = Models.of_one(serving) if isinstance(serving, Served) else serving
+    metrics = Metrics(models)
+    models.on_reply = metrics.observe
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        served.close()
+        models.close()
 
     app = FastAPI(title="HybriMoE", lifespan=lifespan)
     app.add_middleware(
-        Boundary, metrics=metrics, api_keys=api_keys, max_body_bytes=max_body_bytes, strict=strict
+        Boundary, metrics=metrics, api_keys=api_keys, max_body_bytes=max_body_bytes, strict=strict,
+        max_body_s=max_body_s,
     )  # fmt: skip
     if cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     _add_error_handlers(app)
-    service.add_routes(app, served, metrics)
+    service.add_routes(app, models, metrics)
     for api in APIS:
-        api.add_routes(app, served)
+        api.add_routes(app, models)
     _describe(app, strict)
     return app
 

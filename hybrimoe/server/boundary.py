@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -13,7 +14,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrimoe.server.errors import BodyTooLargeError, ClientLeftError, KeyRefusedError, error_answer, worded
+from hybrimoe.server.errors import (
+    BodyTooLargeError,
+    ClientLeftError,
+    KeyRefusedError,
+    SlowBodyError,
+    error_answer,
+    worded,
+)
 from hybrimoe.server.fields import left_out
 from hybrimoe.server.metrics import Metrics
 
@@ -22,6 +30,8 @@ MAX_BODY_BYTES = 8 << 20
 MAX_DISCARDED_BYTES = 64 << 20
 """So much of a body that is too large is read and thrown away: many clients only look for an answer after they have
 sent everything. A longer one is cut off."""
+MAX_BODY_SECONDS = 60.0
+"""A request that takes longer to send is refused: connections are not held by those who send nothing."""
 OPEN = ("/health", "/openapi.json", "/docs")
 """Paths that need no key where there are keys: for supervisors, and for whoever wants to know what there is."""
 MOST_WARNINGS, MOST_WARNING_CHARACTERS = 8, 200
@@ -46,11 +56,11 @@ class Boundary:
 
     def __init__(
         self, app: ASGIApp, metrics: Metrics, api_keys: Sequence[str] = (), max_body_bytes: int = MAX_BODY_BYTES,
-        strict: bool = False,
+        strict: bool = False, max_body_s: float = MAX_BODY_SECONDS,
     ) -> None:  # fmt: skip
         self._app, self._metrics, self._strict = app, metrics, strict
         self._api_keys = [key.encode() for key in api_keys]
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._max_body_s = max_body_bytes, max_body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or an event of the server's life."""
@@ -74,7 +84,7 @@ class Boundary:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, sent: _Sent) -> None:
         try:
-            body = await _body(Headers(scope=scope), receive, self._max_body_bytes)
+            body = await self._read(scope, receive)
             self._check_key(scope)
             await self._app(scope, _replayed(body, receive), send)
         except Exception as error:
@@ -84,6 +94,13 @@ class Boundary:
             if answer.status == 500:
                 log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
             await error_response(error, scope["path"])(scope, receive, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        """The body of a request. Raises SlowBodyError, and as `_body`."""
+        try:
+            return await asyncio.wait_for(_body(Headers(scope=scope), receive, self._max_body_bytes), self._max_body_s)
+        except TimeoutError as error:
+            raise SlowBodyError(f"the request was not complete after {self._max_body_s:g} seconds") from error
 
     def _check_key(self, scope: Scope) -> None:
         """Raises KeyRefusedError. The comparison takes the same time for every wrong key."""

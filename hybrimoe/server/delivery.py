@@ -234,4 +234,5 @@ def _joined_pieces(pieces: Sequence[Piece]) -> Piece:
         "".join(piece.text for piece in pieces),
         tuple(one for piece in pieces for one in piece.logprobs),
         tuple(offset for piece in pieces for offset in piece.text_offsets),
+        tuple(one for piece in pieces for one in piece.prompt_logprobs),
     )

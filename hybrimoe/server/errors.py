@@ -62,6 +62,13 @@ class BodyTooLargeError(RequestError):
     code = "request_too_large"
 
 
+class SlowBodyError(RequestError):
+    """A request that is sent too slowly."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class ClientLeftError(RequestError):
     """The client closed the connection before its answer was ready. Nobody reads the answer; the log shows it."""
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply
-    from hybrimoe.generation.continuous_batching import BatchEngine
     from hybrimoe.generation.prefix.blocks import PrefixTree
+    from hybrimoe.server.models import Models
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -18,12 +17,9 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 class Metrics:
     """Counts of requests and tokens, times to the first and between tokens, and the expert cache's own counters."""
 
-    def __init__(
-        self, experts: Callable[[], dict[str, Any] | None], n_waiting: Callable[[], int],
-        n_running: Callable[[], int] = lambda: 0, engine: Callable[[], BatchEngine | None] = lambda: None,
-    ) -> None:  # fmt: skip
+    def __init__(self, models: Models) -> None:
         self.registry = CollectorRegistry()
-        self._experts, self._engine = experts, engine
+        self._models = models
         new: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("hybrimoe_requests", "Requests by path and status.", ["path", "status"], **new)
         self._prompt = Counter("hybrimoe_prompt_tokens", "Prompt tokens.", **new)
@@ -39,9 +35,14 @@ class Metrics:
             "hybrimoe_queue_seconds", "Time in the queue, of requests that were answered.", buckets=SECONDS, **new
         )
         waiting = Gauge("hybrimoe_requests_waiting", "Requests in the queue.", **new)
-        waiting.set_function(n_waiting)
+        waiting.set_function(lambda: models.n_waiting)
         running = Gauge("hybrimoe_requests_running", "Requests that are being answered.", **new)
-        running.set_function(n_running)
+        running.set_function(lambda: models.n_running)
+        wanting = Gauge("hybrimoe_requests_waiting_for_model", "Requests whose model is not in memory.", **new)
+        wanting.set_function(lambda: models.n_waiting_for_model)
+        self._loaded = Gauge("hybrimoe_model_loaded", "1: the model is in memory.", ["model"], **new)
+        loads = Gauge("hybrimoe_model_loads", "Loads of a model into memory, so far.", **new)
+        loads.set_function(lambda: models.n_loads)
         self._steps = Gauge("hybrimoe_decode_steps", "Steps that gave a token to each running reply, so far.", **new)
         self._parallel = Gauge(
             "hybrimoe_requests_parallel", "Replies at once at most; way: in one step, or in turn, and why.",
@@ -112,14 +113,16 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
-        experts = self._experts()
+        for name, state in self._models.states.items():
+            self._loaded.labels(name).set(state == "loaded")
+        experts = self._models.experts()
         if experts is not None:
             for name, gauge in self._gauges.items():
                 gauge.set(experts["total"][name] or 0.0)
             for number, device in enumerate(experts["accelerators"]):
                 for name, gauge in self._by_accelerator.items():
                     gauge.labels(str(number), device["name"]).set(({**device["total"], **device})[name] or 0.0)
-        engine = self._engine()
+        engine = self._models.engine
         if engine is not None:
             reason = engine.in_turn
             self._parallel.clear()

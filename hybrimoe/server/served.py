@@ -15,7 +15,7 @@ from hybrimoe.generation.prefix.blocks import PrefixTree
 from hybrimoe.generation.prefix.budget import prefix_budget_bytes
 from hybrimoe.generation.prompt_parts import PromptPart, measured_part
 from hybrimoe.server.asking import Preparation
-from hybrimoe.server.errors import DrainingError, LoadingError, UnknownModelError
+from hybrimoe.server.errors import DrainingError, LoadingError
 from hybrimoe.server.worker import QUEUE_LENGTH, Worker
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ MAX_STALL_MS = 500.0
 ENCODING_THREADS = 4
 """Threads that turn text into tokens, beside the event loop: so many long prompts do not delay a short one."""
 DEFAULT_TAG = ":latest"
+"""What Ollama's clients add to a name."""
 
 State = Literal["loading", "ok", "draining", "failed"]
 Result = TypeVar("Result")
@@ -36,11 +37,11 @@ class Served:
 
     prefix_cache: host memory for what prompts and replies computed, so that a prompt that begins alike need not; None
     chooses, see `prefix_budget_bytes`. parallel: replies at once; None chooses by the memory for keys and values.
-    max_stall_ms: what a part of a prompt may take while others get tokens. tool_parser: the form of the model's calls of
-    tools, where its template does not tell (see `ReplySyntax.of`). max_wait_s: a request that has waited so long is
+    max_stall_ms: what a part of a prompt may take while others get tokens. tool_parser: the form of the model's calls
+    of tools, where its template does not tell (see `ReplySyntax.of`). max_wait_s: a request that has waited so long is
     refused; None: for any time.
     on_reply: called with each reply that has ended and the seconds that it waited before it began, by the thread that
-    generates.
+    generates. on_idle: called when nothing is left to answer, by the same thread.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Served:
         self.created = int(time.time())
         self.experts: Callable[[], dict[str, Any] | None] = lambda: None
         self.on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None
+        self.on_idle: Callable[[], None] = lambda: None
         self._prefix_cache, self._queue_length = prefix_cache or Amount("auto"), queue_length
         self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
         self._tool_parser = tool_parser
@@ -79,8 +81,9 @@ class Served:
             part_tokens=None if self.part is None else self.part.n_tokens,
         )  # fmt: skip
         worker = Worker(
-            engine, self._queue_length, self._max_wait_s, lambda reply, waited_s: self.on_reply(reply, waited_s)
-        )
+            engine, self._queue_length, self._max_wait_s, lambda reply, waited_s: self.on_reply(reply, waited_s),
+            lambda: self.on_idle(),
+        )  # fmt: skip
         worker.start()
         self._worker = worker
 
@@ -117,11 +120,6 @@ class Served:
             return f"one reply at a time, {_kept(engine.prefixes)}"
         how = "in one step" if engine.in_turn is None else f"one after another each token ({engine.in_turn})"
         return f"up to {engine.parallel} replies at once, {how}, {_kept(engine.prefixes)}"
-
-    def check_name(self, name: str | None) -> None:
-        """Raises UnknownModelError for another model than this one. Ollama's clients add a tag to the name."""
-        if name is not None and name.removesuffix(DEFAULT_TAG) != self.name:
-            raise UnknownModelError(f"this server has the model {self.name!r}, not {name!r}", "model")
 
     @property
     def preparation(self) -> Preparation:

@@ -34,12 +34,14 @@ MOST_RETRY_SECONDS = 60
 class Piece:
     """Text that may be shown, and the log probabilities of the tokens since the last piece where they are recorded.
 
-    text_offsets: where the text of each of those tokens begins in the reply, in characters.
+    text_offsets: where the text of each of those tokens begins in the reply, in characters. prompt_logprobs: of the
+    prompt's tokens, in the first piece, where they are recorded.
     """
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     text_offsets: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +61,7 @@ class Job:
     waited_s: float = 0.0
     reply: Reply | None = None
     _n_told: int = 0
+    _has_told: bool = False
 
     def cancel(self) -> None:
         """The client has gone: the generation ends within one token or part of a prompt, a waiting one never begins."""
@@ -81,24 +84,27 @@ class Job:
         n_logprobs = len(reply.logprobs)
         if text or (all_of_it and self._n_told < n_logprobs):
             since = slice(self._n_told, None)
-            self.send(Piece(text, tuple(reply.logprobs[since]), tuple(reply.text_offsets[since])))
-            self._n_told = n_logprobs
+            of_prompt = () if self._has_told else tuple(reply.prompt_logprobs)
+            self.send(Piece(text, tuple(reply.logprobs[since]), tuple(reply.text_offsets[since]), of_prompt))
+            self._n_told, self._has_told = n_logprobs, True
 
 
 class Worker:
     """Owns the engine that generates: up to `engine.parallel` requests run at once, the others wait in their order.
 
     max_wait_s: one that has waited so long is refused; None waits for any time. on_reply: called with each reply that
-    has ended, and the seconds that it waited before it began.
+    has ended, and the seconds that it waited before it began. on_idle: called by the generating thread when the last
+    one has; it must not wait.
     """
 
     def __init__(
         self, engine: BatchEngine, queue_length: int = QUEUE_LENGTH, max_wait_s: float | None = None,
         on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None,
+        on_idle: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.engine = engine
         self.generator: TextGenerator = engine.generator
-        self._on_reply = on_reply
+        self._on_reply, self._on_idle = on_reply, on_idle
         self._queue_length, self._max_wait_s = queue_length, max_wait_s
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -205,6 +211,7 @@ class Worker:
         """Waits for work; False once the worker drains and nothing is under way."""
         with self._changed:
             while not self._running and not self._waiting:
+                self._on_idle()
                 if self._draining:
                     return False
                 self._changed.wait()

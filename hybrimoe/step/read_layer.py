@@ -143,6 +143,8 @@ def _moe(call: Call, experts: Call, inside: list[Call], session: Any) -> Iterato
         raise NotCompiled(f"{experts.path}: the experts' activation has no closed form")
     if layer.transform() is not None:
         raise NotCompiled(f"{experts.path}: a norm stands behind each expert")
+    if module.num_identity:
+        raise NotCompiled(f"{experts.path}: some experts are the identity")
     routing = read_router(call, experts, layer.num_experts, call.input.shape[-1])
     addresses = session.store.addresses(module.layer).astype("int64")
     known = (routing.path, experts.path)

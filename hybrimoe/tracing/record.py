@@ -83,6 +83,7 @@ class RoutingTap:
     full_scores: bool = False
     steps: list[Recorded] = field(default_factory=list)
     _experts: list[nn.Module] = field(default_factory=list)
+    _num_experts: list[int] = field(default_factory=list)
     _calls: dict[int, LayerCall] = field(default_factory=dict)
     _lookahead: Lookahead | None = None
     _sink: ProbeSink | None = None
@@ -93,9 +94,8 @@ class RoutingTap:
     def __post_init__(self) -> None:
         paths, self._experts = experts_modules(self.model)
         blocks = [self.model.get_submodule(path.rpartition(".")[0]) for path in paths]
-        self._lookahead = Lookahead(
-            blocks, self._experts, [num_experts(module) for module in self._experts], self.horizon, self._probe
-        )
+        self._num_experts = [num_experts(module) for module in self._experts]
+        self._lookahead = Lookahead(blocks, self._experts, self._num_experts, self.horizon, self._probe)
 
     def begin_sequence(self) -> None:
         """The next step starts a new sequence with its prefill."""
@@ -125,9 +125,7 @@ class RoutingTap:
         if self._sink is not None:
             self._sink.top_k_index, self._sink.top_k_weights = index, weights
             raise RoutingCaptured
-        n_experts = num_experts(self._experts[layer])
-        chosen = index.detach().cpu().numpy().astype(np.int64)
-        chosen = np.where((chosen >= 0) & (chosen < n_experts), chosen, ABSENT).astype(np.int16)
+        chosen = _with_weights(index, self._num_experts[layer])
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
         self._calls[layer] = LayerCall(flat, chosen, weights.detach().float().cpu().numpy().astype(np.float16))
 
@@ -143,7 +141,7 @@ class RoutingTap:
             if not lookahead.learned(layer):
                 lookahead.learn(layer, call.hidden, call.index)
         n_tokens, top_k = calls[0].index.shape
-        width = min(WIDTH_PER_TOP_K * top_k, min(num_experts(module) for module in self._experts))
+        width = min(WIDTH_PER_TOP_K * top_k, min(self._num_experts))
         found = np.full((n_tokens, len(calls), self.horizon, width), ABSENT, np.int16)
         for layer, call in enumerate(calls):
             host = call.hidden.float().cpu().numpy()
@@ -157,7 +155,7 @@ class RoutingTap:
         """float16 [T, layers, E]: each layer's own gate on its hidden states. Raises ModelError for a gate that is not
         a matrix: its probabilities are not known."""
         assert self._lookahead is not None
-        n_experts = max(num_experts(module) for module in self._experts)
+        n_experts = max(self._num_experts)
         found = np.zeros((calls[0].index.shape[0], len(calls), n_experts), np.float16)
         for layer, call in enumerate(calls):
             gate = self._lookahead.gate(layer)
@@ -181,7 +179,7 @@ class RoutingTap:
             scores, _ = gate.scores(host @ gate.weight.T)
             return np.argsort(-scores, axis=1, kind="stable")[:, :width].astype(np.int16)
         routing = gate.run(hidden)
-        return None if routing is None else routing[0].cpu().numpy().astype(np.int16)[:, :width]
+        return None if routing is None else _with_weights(routing[0], self._num_experts[layer])[:, :width]
 
     def _probe(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         self._sink = ProbeSink()
@@ -202,7 +200,7 @@ class RoutingTap:
         meta = {
             "model": source,
             "num_layers": first.ids.shape[1],
-            "num_experts": max(num_experts(module) for module in self._experts),
+            "num_experts": max(self._num_experts),
             "top_k": first.ids.shape[2],
             "source": f"hybrimoe trace record {source}",
             "licence": licence,
@@ -221,6 +219,12 @@ class RoutingTap:
         )
 
 
+def _with_weights(index: torch.Tensor, n_experts: int) -> NDArray[np.int16]:
+    """The ids of experts with weights, ABSENT in place of all others (identity experts, padding)."""
+    ids = index.detach().cpu().numpy().astype(np.int64)
+    return np.where((ids >= 0) & (ids < n_experts), ids, ABSENT).astype(np.int16)
+
+
 def experts_modules(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
     """Paths and modules of a model's experts in layer order, replaced or not. Raises ModelError for a dense model."""
     found: list[tuple[str, nn.Module]] = [
@@ -233,8 +237,8 @@ def experts_modules(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
 
 
 def num_experts(module: nn.Module) -> int:
-    """Number of experts of an experts module."""
-    return int(module.num_experts)  # type: ignore[arg-type]
+    """Number of experts with weights of an experts module."""
+    return module.num_experts if isinstance(module, HybridExperts) else experts_layout.read(module).num_experts
 
 
 @contextmanager

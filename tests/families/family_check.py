@@ -133,5 +133,6 @@ def form_text(layout: ExpertsLayout) -> str:
         "" if layout.is_concatenated else "interleaved",
         "biased" if layout.has_bias else "",
         "norm after each expert" if layout.post_expert_norm is not None else "",
+        "some are the identity" if layout.num_identity else "",
     ]
     return ", ".join(part for part in parts if part) or "plain"

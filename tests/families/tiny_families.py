@@ -148,6 +148,7 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "kimi_linear": Tiny("kimi_linear", {**MLA, "layer_types": LINEAR_AND_FULL, "mlp_layer_types": SPARSE}),
     "lfm2_moe": Tiny("lfm2_moe", {"layer_types": ["conv", "full_attention"]}),
+    "longcat_flash": Tiny("longcat_flash", {**MLA, "num_layers": 2, "zero_expert_num": 4}),
     "mimo_v2_flash": Tiny("mimo_v2_flash", {"mlp_layer_types": SPARSE}),
     "minimax_m3_vl": Tiny("minimax_m3_vl_text"),
     "nemotron_h": Tiny("nemotron_h", {"layers_block_type": ["mamba", "moe", "attention", "moe"]}),
@@ -187,11 +188,10 @@ FAMILIES: dict[str, Tiny] = {
     "qwen3_vl_moe": Tiny("qwen3_vl_moe", text={}),
     "unlimited_ocr": Tiny("unlimited_ocr", text={"mlp_layer_types": SPARSE}),
 }
-UNDECORATED = ("llama4", "step3p7")  # experts without the decorator, in a form that is read all the same
+UNDECORATED = ("llama4", "longcat_flash", "step3p7")  # experts without the decorator, which are read all the same
 FOREIGN: dict[str, tuple[Tiny, str]] = {
     "dbrx": (Tiny("dbrx", {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}}), "DbrxExperts"),
     "jetmoe": (Tiny("jetmoe"), "JetMoeParallelExperts"),
-    "longcat_flash": (Tiny("longcat_flash"), "LongcatFlashExperts"),
 }
 """Causal language models without the decorator that are refused, and the class that the refusal names."""
 NOT_CAUSAL: dict[str, str] = {
@@ -255,6 +255,8 @@ def _enlarge(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 parameter.normal_(std=EXPERT_STD)
+                if getattr(model.config, "zero_expert_num", None):
+                    parameter[SMALL["num_experts"] :] = 0  # of identity experts: nothing reads them
             elif re.search(r"\.(gate|router)(\.|$)", name) and parameter.dim() >= 2:
                 parameter.normal_(std=ROUTER_STD)
 

@@ -57,7 +57,7 @@ class Known:
     """What is kept of a prompt's beginning.
 
     n_tokens: can be taken up, from `blocks` (of the last one perhaps a part) and, where the model has layers without
-    their past, `checkpoint`. n_seen: tokens that an earlier sequence began with; the states of their end may be missing.
+    their past, `checkpoint`. n_seen: tokens that an earlier sequence began with; states of their end may be missing.
     """
 
     n_tokens: int = 0

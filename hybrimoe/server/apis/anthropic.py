@@ -35,10 +35,10 @@ from hybrimoe.server.fields import (
     unicode_throughout,
 )
 from hybrimoe.server.forms import Ended, Form, Update, WholeReply, sse
+from hybrimoe.server.models import Models
 from hybrimoe.server.replies.events import Call, Event, Reasoning, parsed_json
 from hybrimoe.server.replies.events import Text as TextEvent
 from hybrimoe.server.replies.syntax import ToolUse
-from hybrimoe.server.served import Served
 
 MAX_MESSAGES = 100_000
 SIGNATURE = "hybrimoe"
@@ -401,23 +401,23 @@ def _usage(n_prompt: int, n_reused: int, n_new: int) -> AnthropicUsage:
     }  # fmt: skip
 
 
-def add_routes(app: FastAPI, served: Served) -> None:
+def add_routes(app: FastAPI, models: Models) -> None:
     """Adds the endpoints."""
 
     @app.post("/v1/messages", responses=text_answers(AnthropicAnswer, STREAM, error=AnthropicErrorBody))
     async def messages(body: MessagesRequest, request: Request) -> Response:
-        served.check_name(body.model)
-        worker, preparation = served.worker(), served.preparation
-        asked = body.asked(preparation)
-        prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
-        thinks = body.thinking is None or body.thinking.type != "disabled"
-        form = AnthropicForm(served.name, len(prepared.prompt_ids), preparation.syntax.new_id, thinks=thinks)
-        return await deliver(worker, [prepared], form, request, streamed=bool(body.stream))
+        async with models.using(body.model, request) as served:
+            worker, preparation = served.worker(), served.preparation
+            asked = body.asked(preparation)
+            prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
+            thinks = body.thinking is None or body.thinking.type != "disabled"
+            form = AnthropicForm(served.name, len(prepared.prompt_ids), preparation.syntax.new_id, thinks=thinks)
+            return await deliver(worker, [prepared], form, request, streamed=bool(body.stream))
 
     @app.post("/v1/messages/count_tokens", responses=errors(AnthropicErrorBody), response_model=TokenCount)
     async def count_tokens(body: MessagesRequest, request: Request) -> Response:
-        served.check_name(body.model)
-        preparation = served.preparation
-        asked = body.asked(preparation)
-        _, ids = await unless_left(request, served.encode(lambda: preparation.prompt(asked)))
-        return JSONResponse({"input_tokens": len(ids)})
+        async with models.using(body.model, request) as served:
+            preparation = served.preparation
+            asked = body.asked(preparation)
+            _, ids = await unless_left(request, served.encode(lambda: preparation.prompt(asked)))
+            return JSONResponse({"input_tokens": len(ids)})

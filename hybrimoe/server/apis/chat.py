@@ -20,10 +20,10 @@ from hybrimoe.server.asking import ChatAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.fields import MAX_SHOWN, Boolean, Free, Refused, Strict, Text, Tokens, TopLogprobs
 from hybrimoe.server.forms import Ended, FinishReason, Form, Update, WholeReply, sse
+from hybrimoe.server.models import Models
 from hybrimoe.server.replies import events
 from hybrimoe.server.replies.events import Call, Reasoning, Tool
 from hybrimoe.server.replies.syntax import ToolUse
-from hybrimoe.server.served import Served
 from hybrimoe.server.worker import Piece
 
 if TYPE_CHECKING:
@@ -353,15 +353,15 @@ class ChatForm(Form):
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
-def add_routes(app: FastAPI, served: Served) -> None:
+def add_routes(app: FastAPI, models: Models) -> None:
     """Adds the endpoint."""
 
     @app.post("/v1/chat/completions", responses=text_answers(ChatCompletion, STREAM))
     async def chat(body: ChatRequest, request: Request) -> Response:
-        served.check_name(body.model)
-        worker, preparation = served.worker(), served.preparation
-        asked = body.asked()
-        prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
-        each = [replace(prepared, options=options) for options in choice_options(prepared.options, body.n or 1)]
-        form = ChatForm(served.name, worker.generator.tokenizer, body, preparation.syntax.new_id)
-        return await deliver(worker, each, form, request, streamed=bool(body.stream))
+        async with models.using(body.model, request) as served:
+            worker, preparation = served.worker(), served.preparation
+            asked = body.asked()
+            prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
+            each = [replace(prepared, options=options) for options in choice_options(prepared.options, body.n or 1)]
+            form = ChatForm(served.name, worker.generator.tokenizer, body, preparation.syntax.new_id)
+            return await deliver(worker, each, form, request, streamed=bool(body.stream))

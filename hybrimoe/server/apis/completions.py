@@ -5,24 +5,28 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
+from hybrimoe.generation.detokenise import IncrementalDecoder
 from hybrimoe.server.apis.documented import text_answers
 from hybrimoe.server.apis.openai import MOST_CHOICES, Sampling, Usage, choice_options, usage
 from hybrimoe.server.asking import TextAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.errors import RequestError
-from hybrimoe.server.fields import Boolean, Integer, Text, TopLogprobs
+from hybrimoe.server.fields import MAX_TOKENS, Boolean, Integer, Text, TopLogprobs, WholeNumber
 from hybrimoe.server.forms import Ended, FinishReason, Form, Update, WholeReply, sse
-from hybrimoe.server.served import Served
+from hybrimoe.server.models import Models
 from hybrimoe.server.worker import Piece
+
+if TYPE_CHECKING:
+    from hybrimoe.generation import TokenLogprob
 
 MOST_PROMPTS = 256
 """Prompts in one request; more than fit the queue are refused with 429."""
@@ -39,6 +43,9 @@ class CompletionRequest(Sampling):
     logprobs: TopLogprobs | None = Field(
         default=None, description="Log probabilities of each token and of so many best ones."
     )
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), WholeNumber] | None = Field(
+        default=None, description="null: until the end of the text or of the context. 0 needs echo."
+    )
     best_of: Integer | None = Field(
         default=None, ge=1, le=MOST_CHOICES, description="Of so many replies, the n most probable ones by token."
     )
@@ -51,9 +58,19 @@ class CompletionRequest(Sampling):
             raise ValueError("best_of: expected at least n")
         if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
             raise ValueError("best_of: the best replies are known at the end, so they cannot be streamed")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo: this server has no log probabilities of prompts; leave logprobs out")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 leaves nothing to answer; send echo: true for the prompt alone")
         return self
+
+    @property
+    def longest_reply(self) -> int | None:
+        """See `Sampling`. The token after a prompt takes no computing of its own; the form leaves it out."""
+        return 1 if self.max_tokens == 0 else self.max_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log probabilities of the prompt's tokens are told."""
+        return bool(self.echo) and self.logprobs is not None
 
     @property
     def n_top_logprobs(self) -> int | None:
@@ -81,15 +98,21 @@ class CompletionRequest(Sampling):
         options = self.options()
         if self.n_computed > (self.n or 1) and options.top_logprobs is None:
             options = replace(options, top_logprobs=0)  # the best ones are chosen by them
+        if self.scores_prompt:
+            options = replace(options, prompt_logprobs=self.logprobs)
         return TextAsked(prompt, options, self.suffix or "", structure, field)
 
 
 class CompletionLogprobs(TypedDict):
-    """Log probabilities of a completion or of one piece of it; the lists have an entry for each token."""
+    """Log probabilities of a completion or of one piece of it; the lists have an entry for each token.
+
+    null is that of a prompt's first token. The best tokens are with the one that stands there, so one more than asked
+    for where it is not among them.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -113,43 +136,77 @@ class Completion(TypedDict):
     usage: Usage
 
 
-class CompletionForm(Form):
-    """See `Form`. echoed: of each prompt, the text that its replies begin with."""
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """What replies to a prompt begin with: its text, its tokens and where the text of each begins."""
 
-    def __init__(self, model: str, tokenizer: Any, body: CompletionRequest, echoed: Sequence[str]) -> None:
-        self._tokenizer, self._body, self._echoed = tokenizer, body, echoed
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    offsets: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any, prompt: str | Sequence[int], prompt_ids: Sequence[int]) -> Echo:
+        """prompt_ids: the prompt as the model is given it."""
+        decoder = IncrementalDecoder(tokenizer)
+        offsets, pieces = [], []
+        for token in prompt_ids:
+            offsets.append(decoder.n_characters)
+            pieces.append(decoder.push(token))
+        text = prompt if isinstance(prompt, str) else "".join([*pieces, decoder.flush()])
+        return cls(text, prompt_ids, offsets)
+
+
+class CompletionForm(Form):
+    """See `Form`. echoes: of each prompt, what its replies begin with."""
+
+    def __init__(self, model: str, tokenizer: Any, body: CompletionRequest, echoes: Sequence[Echo]) -> None:
+        self._tokenizer, self._body, self._echoes = tokenizer, body, echoes
         self._n = body.n or 1
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model,
         }  # fmt: skip
 
     def opening(self) -> Iterable[str]:
-        """The echoed prompts."""
-        for index in range(len(self._echoed) * self._n):
-            text = self._echoed[index // self._n]
+        """The echoed prompts, unless they wait for their log probabilities."""
+        for index in range(0 if self._body.scores_prompt else len(self._echoes) * self._n):
+            text = self._echoes[index // self._n].text
             if text:
                 yield sse(self._head | {"choices": [self._choice(index, Piece(text), None)]})
 
     def update(self, update: Update) -> Iterable[str]:
         """See `Form`."""
         finish = None if update.ended is None else update.ended.reason
-        yield sse(self._head | {"choices": [self._choice(update.choice, update.piece, finish)]})
+        piece = self._new_part(update.piece)
+        if update.piece.prompt_logprobs:
+            piece = replace(piece, text=self._echoes[update.choice // self._n].text + piece.text)
+        yield sse(self._head | {"choices": [self._choice(update.choice, piece, finish)]})
 
     def closing(self, replies: Sequence[Ended]) -> Iterable[str]:
         """See `Form`."""
         if self._body.include_usage:
-            yield sse(self._head | {"choices": [], "usage": usage(replies, self._n)})
+            yield sse(self._head | {"choices": [], "usage": self._usage(replies, self._n)})
         yield "data: [DONE]\n\n"
 
     def whole(self, replies: Sequence[WholeReply]) -> dict[str, Any]:
         """See `Form`."""
         each = self._body.n_computed
         choices: list[CompletionChoice] = []
-        for number, echoed in enumerate(self._echoed):
+        for number, echo in enumerate(self._echoes):
             for reply in self._best(replies[number * each : (number + 1) * each]):
-                piece = replace(reply.piece, text=echoed + reply.piece.text)
+                new = self._new_part(reply.piece)
+                piece = replace(new, text=echo.text + new.text)
                 choices.append(self._choice(len(choices), piece, reply.ended.reason))
-        return self._head | {"choices": choices, "usage": usage([reply.ended for reply in replies], each)}
+        return self._head | {"choices": choices, "usage": self._usage([reply.ended for reply in replies], each)}
+
+    def _new_part(self, piece: Piece) -> Piece:
+        """Without the token after a prompt that was to be scored only."""
+        return replace(piece, text="", logprobs=(), text_offsets=()) if self._body.max_tokens == 0 else piece
+
+    def _usage(self, replies: Sequence[Ended], n_per_prompt: int) -> Usage:
+        counts = usage(replies, n_per_prompt)
+        if self._body.max_tokens == 0:
+            counts |= {"completion_tokens": 0, "total_tokens": counts["prompt_tokens"]}
+        return counts
 
     def _best(self, replies: Sequence[WholeReply]) -> Sequence[WholeReply]:
         """As many as are wanted, by the mean log probability of their tokens."""
@@ -158,45 +215,54 @@ class CompletionForm(Form):
         return sorted(replies, key=lambda reply: -_mean_logprob(reply.piece))[: self._n]
 
     def _choice(self, index: int, piece: Piece, finish: FinishReason | None) -> CompletionChoice:
-        logprobs = None if self._body.logprobs is None else self._logprobs(piece)
+        logprobs = None if self._body.logprobs is None else self._logprobs(piece, self._echoes[index // self._n])
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, piece: Piece) -> CompletionLogprobs:
+    def _logprobs(self, piece: Piece, echo: Echo) -> CompletionLogprobs:
+        prompt = echo.token_ids if piece.prompt_logprobs else ()
+        all_of_them = [*piece.prompt_logprobs, *piece.logprobs]
+        ids = [*prompt, *(one.token_id for one in piece.logprobs)]
         return {
-            "tokens": [self._token_text(one.token_id) for one in piece.logprobs],
-            "token_logprobs": [one.logprob for one in piece.logprobs],
-            "top_logprobs": [
-                {self._token_text(token): logprob for token, logprob in reversed(one.top)} for one in piece.logprobs
+            "tokens": [self._token_text(token) for token in ids],
+            "token_logprobs": [None if one is None else one.logprob for one in all_of_them],
+            "top_logprobs": [None if one is None else self._top(one) for one in all_of_them],
+            "text_offset": [
+                *(echo.offsets if prompt else ()), *(len(echo.text) + offset for offset in piece.text_offsets)
             ],
-            "text_offset": list(piece.text_offsets),
-        }
+        }  # fmt: skip
+
+    def _top(self, one: TokenLogprob) -> dict[str, float]:
+        best = {self._token_text(token): logprob for token, logprob in reversed(one.top)}
+        if best:
+            best.setdefault(self._token_text(one.token_id), one.logprob)
+        return best
 
     def _token_text(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
 
 
-def add_routes(app: FastAPI, served: Served) -> None:
+def add_routes(app: FastAPI, models: Models) -> None:
     """Adds the endpoint."""
 
     @app.post("/v1/completions", responses=text_answers(Completion, STREAM))
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        served.check_name(body.model)
-        worker, preparation = served.worker(), served.preparation
-        asked = [body.asked(prompt) for prompt in body.prompts()]
-        prepared = [await unless_left(request, served.encode(partial(preparation.text, one))) for one in asked]
-        tokenizer = worker.generator.tokenizer
-        echoed = [_text(tokenizer, one.prompt) if body.echo else "" for one in asked]
-        each = [
-            replace(one, options=options)
-            for one in prepared
-            for options in choice_options(one.options, body.n_computed)
-        ]
-        form = CompletionForm(served.name, tokenizer, body, echoed)
-        return await deliver(worker, each, form, request, streamed=bool(body.stream))
-
-
-def _text(tokenizer: Any, prompt: str | Sequence[int]) -> str:
-    return prompt if isinstance(prompt, str) else str(tokenizer.decode(list(prompt), skip_special_tokens=True))
+        async with models.using(body.model, request) as served:
+            worker, preparation = served.worker(), served.preparation
+            asked = [body.asked(prompt) for prompt in body.prompts()]
+            prepared = [await unless_left(request, served.encode(partial(preparation.text, one))) for one in asked]
+            tokenizer = worker.generator.tokenizer
+            echoes = [Echo()] * len(asked)
+            if body.echo:
+                pairs = zip(asked, prepared, strict=True)
+                work = [partial(Echo.of, tokenizer, one.prompt, ready.prompt_ids) for one, ready in pairs]
+                echoes = [await unless_left(request, served.encode(one)) for one in work]
+            each = [
+                replace(one, options=options)
+                for one in prepared
+                for options in choice_options(one.options, body.n_computed)
+            ]
+            form = CompletionForm(served.name, tokenizer, body, echoes)
+            return await deliver(worker, each, form, request, streamed=bool(body.stream))
 
 
 def _mean_logprob(piece: Piece) -> float:

@@ -13,6 +13,7 @@ DESCRIPTIONS = {
     400: "The request cannot be honoured; the message says why.",
     401: "No API key, or an unknown one.",
     404: "No such model.",
+    408: "The request was sent too slowly.",
     413: "The body is larger than this server reads.",
     429: "Too many wait; Retry-After says when to come again.",
     500: "A failure of the server.",
@@ -28,7 +29,7 @@ def errors(body: Any = ErrorBody) -> Responses:
 
 def service_errors(body: Any = ErrorBody) -> Responses:
     """Answers of an endpoint that does not."""
-    return {status: answer for status, answer in errors(body).items() if status in (401, 413, 500)}
+    return {status: answer for status, answer in errors(body).items() if status in (401, 408, 413, 500)}
 
 
 def text_answers(answer: Any, stream: str, *, media_type: str = EVENT_STREAM, error: Any = ErrorBody) -> Responses:

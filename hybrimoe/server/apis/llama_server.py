@@ -20,6 +20,7 @@ from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.errors import RequestError
 from hybrimoe.server.fields import Boolean, Integer, Refused, Strict, Text
 from hybrimoe.server.forms import Ended, Form, Update, WholeReply, sse
+from hybrimoe.server.models import Models
 from hybrimoe.server.served import Served
 
 STREAM = "With stream: true. Events `data: {...}` with content and stop; the last one has stop: true."
@@ -29,6 +30,7 @@ MS_PER_US = 1000.0
 class TokenizeRequest(Strict):
     """POST /tokenize."""
 
+    model: Text | None = None
     content: Text
     add_special: Boolean = Field(default=False, description="With the tokens that begin a prompt.")
     parse_special: Boolean | None = Field(default=None, description="Special tokens in the text are always read.")
@@ -38,6 +40,7 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
+    model: Text | None = None
     tokens: list[Integer]
 
 
@@ -216,62 +219,66 @@ class Props(TypedDict):
     build_info: str
 
 
-def add_routes(app: FastAPI, served: Served) -> None:
+def add_routes(app: FastAPI, models: Models) -> None:
     """Adds the endpoints."""
 
     @app.post("/tokenize", responses=errors())
     async def tokenize(body: TokenizeRequest, request: Request) -> Tokens:
-        tokenizer = served.worker().generator.tokenizer
+        async with models.using(body.model, request) as served:
+            tokenizer = served.worker().generator.tokenizer
 
-        def encode() -> list[int]:
-            return list(tokenizer(body.content, add_special_tokens=body.add_special)["input_ids"])
+            def encode() -> list[int]:
+                return list(tokenizer(body.content, add_special_tokens=body.add_special)["input_ids"])
 
-        ids = await unless_left(request, served.encode(encode))
+            ids = await unless_left(request, served.encode(encode))
         if not body.with_pieces:
             return {"tokens": ids}
         pieces: list[Token] = [{"id": one, "piece": str(tokenizer.decode([one]))} for one in ids]
         return {"tokens": pieces}
 
     @app.post("/detokenize", responses=errors())
-    async def detokenize(body: DetokenizeRequest) -> Content:
-        generator = served.worker().generator
-        try:
-            check_token_ids(generator.model, body.tokens, what="tokens")
-        except PromptError as error:
-            raise RequestError(str(error), "tokens") from error
-        return {"content": str(generator.tokenizer.decode(body.tokens))}
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Content:
+        async with models.using(body.model, request) as served:
+            generator = served.worker().generator
+            try:
+                check_token_ids(generator.model, body.tokens, what="tokens")
+            except PromptError as error:
+                raise RequestError(str(error), "tokens") from error
+            return {"content": str(generator.tokenizer.decode(body.tokens))}
 
     @app.post("/apply-template", responses=errors())
     async def apply_template(body: ChatRequest, request: Request) -> RenderedPrompt:
-        preparation, asked = served.preparation, body.asked()
-        prompt, _ = await unless_left(request, served.encode(lambda: preparation.prompt(asked)))
-        return {"prompt": prompt}
+        async with models.using(body.model, request) as served:
+            preparation, asked = served.preparation, body.asked()
+            prompt, _ = await unless_left(request, served.encode(lambda: preparation.prompt(asked)))
+            return {"prompt": prompt}
 
     @app.post("/completion", responses=text_answers(NativeAnswer, STREAM))
     async def completion(body: CompletionRequest, request: Request) -> Response:
-        return await _answer(served, body, request)
+        return await _answer(models, body, request)
 
     @app.post("/infill", responses=text_answers(NativeAnswer, STREAM))
     async def infill(body: InfillRequest, request: Request) -> Response:
-        return await _answer(served, body, request)
+        return await _answer(models, body, request)
 
     @app.get("/props", responses=errors())
     async def props() -> Props:
-        return _props(served)
+        served = models.in_memory()
+        return _props(served, models.source(served.name) or served.name)
 
     @app.get("/slots", responses=errors())
     async def slots() -> list[Slot]:
-        return _slots(served)
+        return _slots(models.in_memory())
 
 
-async def _answer(served: Served, body: CompletionRequest, request: Request) -> Response:
-    served.check_name(body.model)
-    preparation, asked = served.preparation, body.asked()
-    prepared = await unless_left(request, served.encode(lambda: preparation.text(asked)))
-    return await deliver(served.worker(), [prepared], NativeForm(served.name), request, streamed=bool(body.stream))
+async def _answer(models: Models, body: CompletionRequest, request: Request) -> Response:
+    async with models.using(body.model, request) as served:
+        preparation, asked = served.preparation, body.asked()
+        prepared = await unless_left(request, served.encode(lambda: preparation.text(asked)))
+        return await deliver(served.worker(), [prepared], NativeForm(served.name), request, streamed=bool(body.stream))
 
 
-def _props(served: Served) -> Props:
+def _props(served: Served, path: str) -> Props:
     worker = served.worker()
     generator = worker.generator
     tokenizer = generator.tokenizer
@@ -279,7 +286,7 @@ def _props(served: Served) -> Props:
         "default_generation_settings": {"n_ctx": generator.context_tokens or 0},
         "total_slots": worker.engine.parallel,
         "model_alias": served.name,
-        "model_path": served.name,
+        "model_path": path,
         "modalities": {"vision": False, "audio": False},
         "chat_template": str(getattr(tokenizer, "chat_template", None) or ""),
         "bos_token": str(tokenizer.bos_token or ""),

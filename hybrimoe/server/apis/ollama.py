@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal, NotRequired
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from hybrimoe.errors import ConfigError
@@ -39,9 +40,11 @@ from hybrimoe.server.fields import (
     Temperature,
     Text,
     TopK,
+    shown,
 )
 from hybrimoe.server.forms import NDJSON, Ended, Form, Update, WholeReply, line
 from hybrimoe.server.infill import can_infill
+from hybrimoe.server.models import Models
 from hybrimoe.server.replies.events import Call, Reasoning, parsed_json
 from hybrimoe.server.served import DEFAULT_TAG, Served
 
@@ -50,6 +53,28 @@ OLLAMA_VERSION = "0.12.6"
 STREAM = "Unless stream is false: lines of JSON, the last one with done: true; a failure is a line with error."
 NS_PER_US = 1000
 IMAGES: Refused = {"images": ("images", ([],))}
+
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
+SECONDS_OF = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds_of(duration: str | float) -> float:
+    """Seconds of a duration as Go writes it (1h30m), or of a number. Raises ValueError."""
+    if not isinstance(duration, str):
+        return float(duration)
+    sign, unsigned = (-1.0, duration[1:]) if duration.startswith("-") else (1.0, duration)
+    if re.fullmatch(r"\d+(\.\d+)?", unsigned):
+        return sign * float(unsigned)
+    parts = DURATION.findall(unsigned)
+    if not parts or "".join(number + unit for number, unit in parts) != unsigned:
+        raise ValueError(f"expected seconds or a duration like 5m, found {shown(duration)}")
+    return sign * sum(float(number) * SECONDS_OF[unit] for number, unit in parts)
+
+
+def _duration(value: str | float) -> str | float:
+    seconds_of(value)
+    return value
 
 
 class Options(Strict):
@@ -150,10 +175,20 @@ class OllamaRequest(Strict):
     stream: Boolean | None = None
     format: Literal["", "json"] | Free | None = None
     options: Options | None = None
-    keep_alive: Text | Integer | None = Field(default=None, description="The model stays loaded.")
+    keep_alive: Annotated[Text | Number, AfterValidator(_duration)] | None = Field(
+        default=None,
+        description="Time without a request after which the model leaves memory: seconds, or a text like 5m; below 0:"
+        " it stays.",
+    )
     think: Boolean | Literal["low", "medium", "high", "max"] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
+
+    @property
+    def keep_s(self) -> float | None:
+        """Seconds that the model stays in memory without a request; None: for ever, or nothing is said."""
+        seconds = None if self.keep_alive is None else seconds_of(self.keep_alive)
+        return None if seconds is None or seconds < 0 else seconds
 
     def sampling(self) -> SamplingOptions:
         """See `Options`."""
@@ -298,9 +333,9 @@ class OllamaForm(Form):
         thought = reply.reasoning if self._thinks else ""
         return self._answer(reply.text, thought, reply.calls) | self._end(reply.ended)
 
-    def loaded(self) -> dict[str, Any]:
-        """The answer to a request without a prompt, which only loads the model."""
-        return self._answer("") | {"done": True, "done_reason": "load"}
+    def without_prompt(self, reason: Literal["load", "unload"]) -> dict[str, Any]:
+        """The answer to a request without a prompt, which only loads the model or lets it go."""
+        return self._answer("") | {"done": True, "done_reason": reason}
 
     def _answer(self, text: str, thought: str = "", calls: Sequence[Call] = ()) -> dict[str, Any]:
         head = {"model": self._model, "created_at": _now(), "done": False}
@@ -331,7 +366,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
-def add_routes(app: FastAPI, served: Served) -> None:
+def add_routes(app: FastAPI, models: Models) -> None:
     """Adds the endpoints."""
 
     def documented(answer: Any) -> Any:
@@ -339,77 +374,102 @@ def add_routes(app: FastAPI, served: Served) -> None:
 
     @app.post("/api/chat", responses=documented(OllamaChatAnswer))
     async def chat(body: OllamaChatRequest, request: Request) -> Response:
-        preparation = _checked(served, body)
         form = OllamaForm(body.model, chat=True, thinks=body.think is not False)
         if not body.messages:
-            return JSONResponse(form.loaded())
-        asked = body.asked(preparation)
-        prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
-        return await deliver(served.worker(), [prepared], form, request, streamed=body.stream is not False)
+            return await _only_loaded(models, body, form, request)
+        async with models.using(body.model, request) as served:
+            _keep(models, body)
+            preparation = served.preparation
+            asked = body.asked(preparation)
+            prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
+            return await deliver(served.worker(), [prepared], form, request, streamed=body.stream is not False)
 
     @app.post("/api/generate", responses=documented(OllamaGenerateAnswer))
     async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
-        preparation = _checked(served, body)
         form = OllamaForm(body.model, chat=False, thinks=body.think is not False)
         if not body.prompt and not body.suffix:
-            return JSONResponse(form.loaded())
-        asked = body.asked(preparation)
+            return await _only_loaded(models, body, form, request)
+        async with models.using(body.model, request) as served:
+            _keep(models, body)
+            preparation = served.preparation
+            asked = body.asked(preparation)
 
-        def prepare() -> Prepared:
-            return preparation.chat(asked) if isinstance(asked, ChatAsked) else preparation.text(asked)
+            def prepare() -> Prepared:
+                return preparation.chat(asked) if isinstance(asked, ChatAsked) else preparation.text(asked)
 
-        prepared = await unless_left(request, served.encode(prepare))
-        return await deliver(served.worker(), [prepared], form, request, streamed=body.stream is not False)
+            prepared = await unless_left(request, served.encode(prepare))
+            return await deliver(served.worker(), [prepared], form, request, streamed=body.stream is not False)
 
-    _add_service_routes(app, served)
+    _add_service_routes(app, models)
 
 
-def _add_service_routes(app: FastAPI, served: Served) -> None:
+async def _only_loaded(models: Models, body: OllamaRequest, form: OllamaForm, request: Request) -> Response:
+    """A request without a prompt: the model is loaded, or with keep_alive: 0 leaves memory."""
+    if body.keep_s == 0.0 and models.states[models.full_name(body.model)] != "loaded":
+        return JSONResponse(form.without_prompt("unload"))
+    async with models.using(body.model, request):
+        _keep(models, body)
+    return JSONResponse(form.without_prompt("unload" if body.keep_s == 0.0 else "load"))
+
+
+def _keep(models: Models, body: OllamaRequest) -> None:
+    if body.keep_alive is not None:
+        models.keep(body.model, body.keep_s)
+
+
+def _add_service_routes(app: FastAPI, models: Models) -> None:
     @app.get("/api/version", responses=service_errors(OllamaErrorBody))
     async def version() -> dict[str, str]:
         return {"version": OLLAMA_VERSION}
 
     @app.get("/api/tags", responses=service_errors(OllamaErrorBody))
     async def tags() -> dict[str, list[dict[str, Any]]]:
-        return {"models": [_card(served)]}
+        return {"models": [_card(models, name) for name in models.states]}
 
     @app.get("/api/ps", responses=service_errors(OllamaErrorBody))
     async def running() -> dict[str, list[dict[str, Any]]]:
-        never = datetime(9999, 12, 31, tzinfo=UTC).isoformat()
-        loaded = served.engine is not None
-        return {"models": [_card(served) | {"expires_at": never, "size_vram": 0}] if loaded else []}
+        loaded = [name for name, state in models.states.items() if state == "loaded"]
+        told = [{"expires_at": _leaves_at(models, name), "size_vram": 0} for name in loaded]
+        return {"models": [_card(models, name) | more for name, more in zip(loaded, told, strict=True)]}
 
     @app.post("/api/show", responses=errors(OllamaErrorBody), response_model=dict[str, Any])
     async def show(body: ModelName) -> Response:
         name = body.model or body.name
         if name is None:
             raise RequestError("model: expected the name of a model, found none", "model")
-        served.check_name(name)
-        return JSONResponse(_shown(served))
+        return JSONResponse(_shown(models, models.full_name(name)))
 
 
-def _checked(served: Served, body: OllamaRequest) -> Preparation:
-    served.check_name(body.model)
-    return served.preparation
+def _leaves_at(models: Models, name: str) -> str:
+    left_s = models.leaves_in_s(name)
+    if left_s is None:
+        return datetime(9999, 12, 31, tzinfo=UTC).isoformat()
+    return (datetime.now(UTC) + timedelta(seconds=left_s)).isoformat()
 
 
-def _card(served: Served) -> dict[str, Any]:
-    name = served.name if ":" in served.name else served.name + DEFAULT_TAG
+def _card(models: Models, name: str) -> dict[str, Any]:
+    tagged = name if ":" in name else name + DEFAULT_TAG
     return {
-        "name": name,
-        "model": name,
-        "modified_at": datetime.fromtimestamp(served.created, UTC).isoformat(),
+        "name": tagged,
+        "model": tagged,
+        "modified_at": datetime.fromtimestamp(models.created, UTC).isoformat(),
         "size": 0,
-        "digest": hashlib.sha256(served.name.encode()).hexdigest(),
-        "details": _details(served),
+        "digest": hashlib.sha256(name.encode()).hexdigest(),
+        "details": _details(_in_memory(models, name)),
     }
 
 
-def _details(served: Served) -> dict[str, Any]:
-    family = _family(served)
+def _in_memory(models: Models, name: str) -> Served | None:
+    """What answers with a model, where it is in memory."""
+    served = models.served
+    return served if served is not None and served.name == name and served.engine is not None else None
+
+
+def _details(served: Served | None) -> dict[str, Any]:
+    family = "" if served is None else _family(served)
     return {
-        "parent_model": "", "format": "safetensors", "family": family, "families": [family], "parameter_size": "",
-        "quantization_level": "",
+        "parent_model": "", "format": "safetensors", "family": family, "families": [family] if family else [],
+        "parameter_size": "", "quantization_level": "",
     }  # fmt: skip
 
 
@@ -418,7 +478,18 @@ def _family(served: Served) -> str:
     return "" if engine is None else str(getattr(engine.generator.model.config, "model_type", ""))
 
 
-def _shown(served: Served) -> dict[str, Any]:
+def _shown(models: Models, name: str) -> dict[str, Any]:
+    """What is known of a model; of one that is not in memory only that it completes text."""
+    served = _in_memory(models, name)
+    about = {"capabilities": ["completion", "tools"], "template": "", "model_info": {}}
+    return {
+        "modelfile": "", "parameters": "", "license": "",
+        "modified_at": datetime.fromtimestamp(models.created, UTC).isoformat(),
+        "details": _details(served), **(about if served is None else _about(served)),
+    }  # fmt: skip
+
+
+def _about(served: Served) -> dict[str, Any]:
     generator, preparation = served.worker().generator, served.preparation
     config, tokenizer = generator.model.config, generator.tokenizer
     family = _family(served)
@@ -432,9 +503,5 @@ def _shown(served: Served) -> dict[str, Any]:
         value = getattr(config.get_text_config(decoder=True), ours, None)
         if value is not None:
             info[f"{family}.{theirs}"] = int(value)
-    return {
-        "modelfile": "", "parameters": "", "license": "",
-        "template": str(getattr(tokenizer, "chat_template", None) or ""),
-        "modified_at": datetime.fromtimestamp(served.created, UTC).isoformat(),
-        "details": _details(served), "model_info": info, "capabilities": capabilities,
-    }  # fmt: skip
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    return {"capabilities": capabilities, "template": template, "model_info": info}

@@ -33,8 +33,8 @@ from hybrimoe.server.fields import (
     shown,
 )
 from hybrimoe.server.forms import Ended, Form, Update, WholeReply, sse
+from hybrimoe.server.models import Models
 from hybrimoe.server.replies.events import Call, Event, Reasoning
-from hybrimoe.server.served import Served
 
 MAX_ITEMS = 10_000
 STREAM = "With stream: true. Events `event: TYPE` and `data: {...}` as OpenAI has them, from response.created to \
@@ -448,19 +448,19 @@ def _id(prefix: str) -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
-def add_routes(app: FastAPI, served: Served) -> None:
+def add_routes(app: FastAPI, models: Models) -> None:
     """Adds the endpoint."""
 
     @app.post("/v1/responses", responses=text_answers(ResponseAnswer, STREAM))
     async def responses(body: ResponseRequest, request: Request) -> Response:
-        served.check_name(body.model)
-        worker, preparation = served.worker(), served.preparation
-        asked = body.asked()
-        prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
-        tokenizer = worker.generator.tokenizer
+        async with models.using(body.model, request) as served:
+            worker, preparation = served.worker(), served.preparation
+            asked = body.asked()
+            prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
+            tokenizer = worker.generator.tokenizer
 
-        def count(text: str) -> int:
-            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            def count(text: str) -> int:
+                return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        form = ResponseForm(served.name, body, preparation.syntax.new_id, count)
-        return await deliver(worker, [prepared], form, request, streamed=bool(body.stream))
+            form = ResponseForm(served.name, body, preparation.syntax.new_id, count)
+            return await deliver(worker, [prepared], form, request, streamed=bool(body.stream))

@@ -10,25 +10,29 @@ from typing_extensions import TypedDict
 
 from hybrimoe.server.apis.documented import Responses, errors, service_errors
 from hybrimoe.server.metrics import Metrics
-from hybrimoe.server.served import Served, State
+from hybrimoe.server.models import Models, ModelState
+from hybrimoe.server.served import State
 
 
 class Health(TypedDict):
-    """Whether the server can answer, how many requests wait and are being answered, and the model."""
+    """Whether the server can answer, how many requests wait and are being answered, the model in memory (or the one
+    that is meant where a request names none), and the state of each."""
 
     status: State
     waiting: int
     running: int
     model: str
+    models: dict[str, ModelState]
 
 
 class ModelCard(TypedDict):
-    """A model as OpenAI's API lists it."""
+    """A model as OpenAI's API lists it, and whether it is in memory."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    state: ModelState
 
 
 class ModelList(TypedDict):
@@ -38,26 +42,29 @@ class ModelList(TypedDict):
     data: list[ModelCard]
 
 
-def add_routes(app: FastAPI, served: Served, metrics: Metrics) -> None:
+def add_routes(app: FastAPI, models: Models, metrics: Metrics) -> None:
     """Adds the endpoints."""
 
-    def card() -> ModelCard:
-        return {"id": served.name, "object": "model", "created": served.created, "owned_by": "hybrimoe"}
+    def card(name: str, state: ModelState) -> ModelCard:
+        return {"id": name, "object": "model", "created": models.created, "owned_by": "hybrimoe", "state": state}
 
     @app.get("/v1/models", responses=service_errors())
-    async def models() -> ModelList:
-        return {"object": "list", "data": [card()]}
+    async def listed() -> ModelList:
+        return {"object": "list", "data": [card(name, state) for name, state in models.states.items()]}
 
     @app.get("/v1/models/{model_id:path}", responses=service_errors() | {404: errors()[404]})
     async def model(model_id: str) -> ModelCard:
-        served.check_name(model_id)
-        return card()
+        name = models.full_name(model_id)
+        return card(name, models.states[name])
 
-    @app.get("/health", responses={503: {"model": Health}, 413: errors()[413]}, response_model=Health)
+    @app.get(
+        "/health", responses={503: {"model": Health}, 408: errors()[408], 413: errors()[413]}, response_model=Health
+    )
     async def health() -> JSONResponse:
-        state = served.state
+        state = models.state
         body: Health = {
-            "status": state, "waiting": served.n_waiting, "running": served.n_running, "model": served.name
+            "status": state, "waiting": models.n_waiting, "running": models.n_running, "model": models.name,
+            "models": models.states,
         }  # fmt: skip
         return JSONResponse(body, status_code=200 if state == "ok" else 503)
 

@@ -55,6 +55,15 @@ def test_a_body_far_above_the_limit_is_refused_before_it_is_read(ask):
     assert response.status_code == 413
 
 
+def test_a_body_that_does_not_come_is_408(ask):
+    async def slowly():
+        yield b'{"prompt": '
+        await asyncio.sleep(3600)
+
+    answer = ask({"max_body_s": 0.01}, "POST", "/v1/completions", content=slowly())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "request_timeout")
+
+
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny", "/metrics"])
 def test_keys_are_asked_for_where_there_are_keys(ask, path):
     keys = {"api_keys": ["first", "schlüssel"]}
