@@ -419,12 +419,18 @@ class Reply:
             self.cache.announce(len(self.prompt_ids))
             self._checkpoints = self.cache.checkpoint_places(len(self.prompt_ids))
             self._parts = deque(self._cut())
+            if not self._parts:
+                self.times.prefill_us = (time.perf_counter_ns() - self._started) / 1000
+                return self.cache.known_logits()
         start, end = self._parts.popleft()
         forward = self._forward if self._scorer is None else self._scorer.forward
         logits = forward(self.prompt_ids[start:end], self.cache)
         if end in self._checkpoints:
             self.cache.checkpoint()
-        self.cache.share(with_end=not self._parts)
+        if self._parts:
+            self.cache.share_part()
+        else:
+            self.cache.share_prompt(logits)
         self.times.prefill_us = (time.perf_counter_ns() - self._started) / 1000
         return None if self._parts else logits
 

@@ -51,12 +51,14 @@ class PrefixCache:
         return _common_prefix(self.token_ids, prompt_ids)
 
     def reuse(self, prompt_ids: Sequence[int], *, anew: bool = False) -> int:
-        """Fit the cache to `prompt_ids`; returns how many of its tokens need no computing (at most all but one).
+        """Fit the cache to `prompt_ids`; returns how many of its tokens need no computing: at most all but one, or all
+        where `known_logits` are those after the last.
 
         anew: each token is to be computed.
         """
-        shared = 0 if anew else min(self.n_shared(prompt_ids), len(prompt_ids) - 1)
-        self._known = Known() if self._prefixes is None or anew else self._prefixes.look_up(prompt_ids[:-1])
+        self._known = Known() if self._prefixes is None or anew else self._prefixes.look_up(prompt_ids)
+        most = len(prompt_ids) - (self._known.n_tokens < len(prompt_ids))
+        shared = 0 if anew else min(self.n_shared(prompt_ids), most)
         kept = 0 if self._knows_its_prompt() else self._kept(shared)
         if kept <= 0:
             kept = 0
@@ -66,6 +68,11 @@ class PrefixCache:
         if self._known.n_tokens > kept:
             self._copy_known(prompt_ids)
         return len(self.token_ids)
+
+    def known_logits(self) -> Any:
+        """Logits [V] after the prompt, of which `reuse` has given all tokens."""
+        assert self._known.checkpoint is not None
+        return self._known.checkpoint.logits.to(self._model.device, copy=True)
 
     def checkpoint_places(self, n_prompt: int) -> list[int]:
         """After how many tokens of the prompt of `n_prompt` tokens that is computed next `checkpoint` is to be called.
@@ -89,16 +96,26 @@ class PrefixCache:
             self._checkpoints.append(checkpoint_of(len(self.token_ids), self._layers()))
             del self._checkpoints[:-KEPT_CHECKPOINTS]
 
-    def share(self, *, with_end: bool) -> None:
-        """Others may use what was computed so far; with_end: also a last block of tokens that is not full."""
-        if self._prefixes is not None and self.token_ids and not self._knows_its_prompt():
-            self._prefixes.keep(self.token_ids, self._layers(), self._checkpoints, with_end=with_end)
+    def share_part(self) -> None:
+        """Others may use what was computed so far: whole blocks, because more tokens follow."""
+        self._share(self._checkpoints, with_end=False)
+
+    def share_prompt(self, logits: Any) -> None:
+        """The prompt is complete, with these logits [V] after it, which the same prompt need not compute again."""
+        checkpoints = self._checkpoints
+        if self._prefixes is not None and not self.needs_checkpoints:
+            checkpoints = [Checkpoint(len(self.token_ids), {}, logits.to("cpu", copy=True))]
+        self._share(checkpoints, with_end=True)
 
     def share_reply(self) -> None:
-        """The reply is complete: as `share`, with the states of its end, where the next prompt goes on."""
+        """The reply is complete, too; the states of its end are those from which the next prompt goes on."""
         if self._prefixes is not None:
             self.checkpoint()
-            self.share(with_end=True)
+            self._share(self._checkpoints, with_end=True)
+
+    def _share(self, checkpoints: Sequence[Checkpoint], *, with_end: bool) -> None:
+        if self._prefixes is not None and self.token_ids and not self._knows_its_prompt():
+            self._prefixes.keep(self.token_ids, self._layers(), checkpoints, with_end=with_end)
 
     def announce(self, n_tokens: int) -> None:
         """The prompt that is computed next, perhaps in several chunks, has `n_tokens`.

@@ -126,6 +126,6 @@ def _show(title: str, rows: Sequence[Row]) -> None:
     ]  # fmt: skip
     render.out().print(render.table(title, COLUMNS, shown))
     render.note(
-        "in brackets: prompt tokens that were not computed again, 95th percentiles; gap: between pieces of text; tokens/s:"
+        "in brackets: prompt tokens that were reused, 95th percentiles; gap: between pieces of text; tokens/s:"
         " within a reply, and over all users"
     )

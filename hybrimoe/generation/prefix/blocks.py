@@ -57,7 +57,8 @@ class Known:
     """What is kept of a prompt's beginning.
 
     n_tokens: can be taken up, from `blocks` (of the last one perhaps a part) and, where the model has layers without
-    their past, `checkpoint`. n_seen: tokens that an earlier sequence began with; states of their end may be missing.
+    their past, `checkpoint`; it has the logits, too, where `n_tokens` are all of the prompt. n_seen: tokens that an
+    earlier sequence began with; states of their end may be missing.
     """
 
     n_tokens: int = 0
@@ -99,14 +100,14 @@ class PrefixTree:
         """Blocks, and checkpoints with the block that they stand in, the longest unused first. Each use of a path goes
         through it from its end to the root: a block is always older than its parent, a checkpoint than its block."""
 
-    def look_up(self, token_ids: Sequence[int]) -> Known:
-        """What is kept of the beginning of `token_ids`; all of it counts as used now."""
+    def look_up(self, prompt_ids: Sequence[int]) -> Known:
+        """What is kept of the beginning of a prompt, all of which counts as used now; not the prompt's last token,
+        unless the logits after it are kept, too."""
         if self.reason is not None:
             return Known()
-        path = self._path(token_ids)
-        at = BLOCK_TOKENS * len(path)
-        ends = list((path[-1] if path else self._root).begins_like(token_ids[at : at + BLOCK_TOKENS]))
-        found = self._resumable(path, ends) if self._needs_checkpoints else _longest(path, ends)
+        found = self._find(prompt_ids)
+        if found.n_tokens == len(prompt_ids) and (found.checkpoint is None or found.checkpoint.logits is None):
+            found = self._find(prompt_ids[:-1])
         self.n_hits += found.n_tokens > 0
         self.n_misses += found.n_tokens == 0
         self._used(found.blocks, found.checkpoint)
@@ -138,6 +139,12 @@ class PrefixTree:
             self._remember(checkpoint, path)
 
     # Finding -----------------------------------------------------------------------------------------------------
+
+    def _find(self, token_ids: Sequence[int]) -> Known:
+        path = self._path(token_ids)
+        at = BLOCK_TOKENS * len(path)
+        ends = list((path[-1] if path else self._root).begins_like(token_ids[at : at + BLOCK_TOKENS]))
+        return self._resumable(path, ends) if self._needs_checkpoints else _longest(path, ends)
 
     def _path(self, token_ids: Sequence[int]) -> list[Block]:
         """The full blocks that `token_ids` begin with."""
@@ -255,9 +262,9 @@ def _longest(path: list[Block], ends: list[tuple[Block, int]]) -> Known:
     """All tokens of `path`, and those that the likest of the `ends` shares."""
     n_path = BLOCK_TOKENS * len(path)
     if not ends:
-        return Known(n_path, n_path, tuple(path))
+        return Known(n_path, n_path, tuple(path), path[-1].checkpoints.get(BLOCK_TOKENS) if path else None)
     end, alike = max(ends, key=lambda one: one[1])
-    return Known(n_path + alike, n_path + alike, (*path, end))
+    return Known(n_path + alike, n_path + alike, (*path, end), end.checkpoints.get(alike))
 
 
 def _own(part: Any) -> Any:

@@ -15,15 +15,19 @@ __all__ = ["Checkpoint", "checkpoint_of", "copied", "is_bounded", "is_plain", "r
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """States after `n_tokens`, of the layers that cannot give back their past: index in the cache to copied layer, in
-    host memory. Nobody changes them: who goes on from there copies them again."""
+    """What cropping to `n_tokens` could not bring back, in host memory. Nobody changes it: who goes on copies it again.
+
+    layers: of those that cannot give back their past, index in the cache to copied layer. logits: [V] after the last
+    token, where a prompt ended there and the same prompt may come again.
+    """
 
     n_tokens: int
     layers: dict[int, Any]
+    logits: Any = None
 
     def n_bytes(self) -> int:
-        """Memory that the states take."""
-        return held_bytes(self.layers.values())
+        """Memory that it takes."""
+        return held_bytes(self.layers.values()) + (0 if self.logits is None else int(self.logits.nbytes))
 
 
 def checkpoint_of(n_tokens: int, layers: Sequence[Any]) -> Checkpoint:

@@ -99,7 +99,7 @@ def test_any_prompt_reuses_what_any_earlier_one_computed(generator: TextGenerato
 def test_replies_to_one_prompt_at_the_same_time_compute_it_once(generator: TextGenerator) -> None:
     counting = Counting(generator, parallel=3)
     replies = counting.answers(*[SYSTEM] * 4)
-    again = 1 if has_plain_layers_only(generator) else CHECKPOINT_TAIL_TOKENS
+    again = 0 if has_plain_layers_only(generator) else CHECKPOINT_TAIL_TOKENS
     assert [len(SYSTEM) - reply.n_reused for reply in replies] == [len(SYSTEM), again, again, again]
     assert (counting.tree.n_hits, counting.tree.n_misses) == (3, 1)
 
@@ -185,7 +185,7 @@ class TestTree:
         kept: list[list[int]] = []
         for one in drawn:
             token_ids = self.text(*one)
-            found = tree.look_up(token_ids)
+            found = tree.look_up([*token_ids, -1])
             alike = [n_alike(token_ids, text) for text in kept]
             longest = max(alike, default=0)
             assert found.n_tokens == longest if unlimited else found.n_tokens <= longest
@@ -217,7 +217,7 @@ class TestTree:
         tree.look_up(texts[0])
         other = [50, *texts[0][1:BLOCK_TOKENS]]
         tree.keep(other, [self.layer(other)])
-        assert [tree.look_up(text).n_tokens for text in (*texts, other)] == [
+        assert [tree.look_up([*text, -1]).n_tokens for text in (*texts, other)] == [
             2 * BLOCK_TOKENS,
             BLOCK_TOKENS,
             BLOCK_TOKENS,
@@ -232,8 +232,9 @@ class TestTree:
         states.update(*[torch.zeros(1, 1, 8, 2)] * 2)
         for text, place in ((short, 70), (long, 100)):
             tree.keep(text, [self.layer(text)], [Checkpoint(place, {1: states})])
-        assert [tree.look_up(long[:n]).n_tokens for n in (69, 70, 99, 100, 114)] == [0, 70, 70, 100, 100]
-        assert tree.look_up(long[:99]).n_seen == 99
+        assert [tree.look_up(long[: n + 1]).n_tokens for n in (69, 70, 99, 100, 113)] == [0, 70, 70, 100, 100]
+        assert tree.look_up(long[:70]).n_tokens == 0, "without logits the last token is computed"
+        assert tree.look_up([*long[:99], -1]).n_seen == 99
         assert tree.n_blocks == 2
 
 
