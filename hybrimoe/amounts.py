@@ -64,7 +64,7 @@ class Amount:
             return int(self.value)
         if self.value < expert_bytes:
             raise BudgetError(
-                f"{self} holds no expert: one expert takes {_size_text(expert_bytes)}; give that or more, or 0"
+                f"{self} holds no expert: one expert takes {size_text(expert_bytes)}; give that or more, or 0"
             )
         return min(total_experts, int(self.value) // expert_bytes)
 
@@ -133,7 +133,8 @@ def _share(value: float, written: object) -> Amount:
     return Amount("share", value)
 
 
-def _size_text(size: int) -> str:
+def size_text(size: int) -> str:
+    """A size as people read it, with four digits."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         scale = BYTES_PER_UNIT[unit.lower()]
         if size >= scale:

@@ -8,7 +8,7 @@ packed. What a later start finds packed on disk it does not read from the checkp
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from cpu_kernels.jit.cache_dir import ENV_CACHE
 from hybrimoe import compat
-from hybrimoe.amounts import Amount
+from hybrimoe.amounts import Amount, size_text
 from hybrimoe.checkpoint import packed, packed_dense
 from hybrimoe.checkpoint.choice import ExpertChoice, choose_expert_dtype, wanted_dtype
 from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
@@ -33,6 +33,7 @@ from hybrimoe.checkpoint.dense import (
 )
 from hybrimoe.checkpoint.errors import PackedFileWarning, TiedEmbeddingsWarning
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources, pack_experts
+from hybrimoe.checkpoint.packed import PackedFile
 from hybrimoe.checkpoint.packed_dense import DenseSource
 from hybrimoe.checkpoint.progress import Progress, progress_of
 from hybrimoe.checkpoint.record_file import folders
@@ -46,10 +47,16 @@ from hybrimoe.errors import BudgetError, CheckpointError, ModelError
 from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
 from hybrimoe.runtime.startup.backends import require_devices
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
+from hybrimoe.runtime.tier.slots import RecordPlaces
 
 if TYPE_CHECKING:
     from hybrimoe.injection import Injection
     from hybrimoe.runtime.session import Session
+
+
+AUTO_SHARE = 0.75
+"""Of the memory that is available before dense layers are packed: what `memory.host: auto` gives to experts. The rest
+is for those layers, keys and values, and other programs."""
 
 
 def load(
@@ -136,6 +143,7 @@ class Loader:
         """Injects the model, then fills it. Where something fails the session is closed before the error goes on."""
         from hybrimoe.injection.inject import place_operators
 
+        self.check_budget()
         dtypes = strict_dtypes(self.model, next(self.model.parameters()).dtype)
         sources, parts = self.sources, self.parts()
         loaded = load_dense(self.model, parts.early, self.shapes, dtypes)
@@ -158,6 +166,13 @@ class Loader:
             raise
         return self.model
 
+    def check_budget(self) -> None:
+        """Raises BudgetError, before anything is read, where `memory.host` is too small to run experts from disk."""
+        memory, dtype = self.deployment.memory, self.deployment.cpu.expert_dtype
+        if memory.disk.kind != "none" and memory.host.kind != "auto" and dtype != "auto":
+            layers = [LayerSpec(path, layout.spec(dtype), layout.num_experts) for path, layout in self.layouts.items()]
+            RecordPlaces.of(Path(), layers, 0).slots_for(host_budget(memory.host, layers))
+
     def parts(self) -> Parts:
         """Which weights are read when."""
         experts = {f"{source.path}.{name}" for source in self.sources for name in source.parameters}
@@ -179,16 +194,32 @@ class Loader:
         """
         layers, memory = session.layer_specs(), self.deployment.memory
         n_bytes, num_experts = (sum(getattr(layer, name) for layer in layers) for name in ("nbytes", "num_experts"))
-        if file := packed.find(self.shelves, layers, packed.describe(layers, self.weights.stamps(()))):
-            if not session.needs_pinned_host or memory.disk.kind != "none":
-                return file.open()
-            check_host_memory(memory.host, n_bytes, num_experts)  # a mapping is no page-locked memory
-            return file.read(lambda done: show(done, n_bytes, "reading packed experts"))
+        file = packed.find(self.shelves, layers, packed.describe(layers, self.weights.stamps(())))
         if memory.disk.kind != "none":
-            check_disk(memory.disk, n_bytes)
-            return self._pack_on_disk(layers, sources, show)
-        check_host_memory(memory.host, n_bytes, num_experts)
-        return None
+            if file is None:
+                check_disk(memory.disk, n_bytes)
+                file = self._pack_on_disk(layers, sources, show)
+            return self._from_disk(file, session)
+        if file is not None and not session.needs_pinned_host:
+            return file.open()
+        check_host_memory(memory.host, n_bytes, num_experts)  # a mapping is no page-locked memory
+        return None if file is None else file.read(lambda done: show(done, n_bytes, "reading packed experts"))
+
+    def _from_disk(self, file: PackedFile, session: Session) -> ExpertStore:
+        """The packed experts, of which host memory holds as many as `memory.host` allows; mapped where that is all.
+
+        Raises BudgetError where it is too little, or where a lossy policy needs them all.
+        """
+        budget_bytes = host_budget(self.deployment.memory.host, file.layers)
+        n_bytes = sum(layer.nbytes for layer in file.layers)
+        if budget_bytes >= n_bytes:
+            return file.open()
+        if session.config.lossy is not None:
+            raise BudgetError(
+                f"a lossy policy ({session.config.lossy.name}) needs all experts in host memory:"
+                f" {size_text(n_bytes)}, memory.host allows {size_text(budget_bytes)}; leave scheduler.lossy out"
+            )
+        return file.tiered(budget_bytes, self.places, pinned=session.needs_pinned_host)
 
     def _linears_to_pack(self) -> DenseSource:
         """The linear layers that `cpu.dense_dtype` packs; none where the dense part goes to an accelerator as a
@@ -237,8 +268,8 @@ class Loader:
         header = packed.describe(store.layers, self.weights.stamps(()))
         self._keep("experts", store.nbytes, show, lambda place: packed.write(place, store.buffer, header))
 
-    def _pack_on_disk(self, layers: tuple[LayerSpec, ...], sources: list[LayerSource], show: Progress) -> ExpertStore:
-        """Packs straight into a packed file and maps it: experts that do not fit host memory."""
+    def _pack_on_disk(self, layers: tuple[LayerSpec, ...], sources: list[LayerSource], show: Progress) -> PackedFile:
+        """Packs straight into a packed file: experts that do not fit host memory."""
         header = packed.describe(layers, self.weights.stamps(()))
         problems: list[str] = []
         for place in self.places:
@@ -249,7 +280,7 @@ class Loader:
                 problems.append(f"{place}: {error.strerror or error}")
                 continue
             if file := packed.find((place,), layers, header):
-                return file.open()
+                return file
         raise CheckpointError(
             f"memory.disk: the packed experts need {sum(layer.nbytes for layer in layers) / 2**30:.2f} GiB on disk:"
             f" {'; '.join(problems) or 'packed_file=False leaves no place for them'};"
@@ -278,6 +309,20 @@ class Loader:
             ),
             stacklevel=2,
         )
+
+
+def host_budget(host: Amount, layers: Sequence[LayerSpec]) -> int:
+    """Bytes of host memory that `host` allows for experts ("auto": AUTO_SHARE of what is available now)."""
+    memory = psutil.virtual_memory()
+    match host.kind:
+        case "bytes":
+            return int(host.value)
+        case "share":
+            return int(host.value * memory.total)
+        case "count":
+            return int(host.value) * RecordPlaces.of(Path(), layers, 0).slot_bytes
+        case _:
+            return int(AUTO_SHARE * memory.available)
 
 
 def check_host_memory(host: Amount, needed_bytes: int, num_experts: int) -> None:

@@ -15,6 +15,7 @@ from cpu_kernels import LAYOUT_VERSION
 from hybrimoe.checkpoint import record_file
 from hybrimoe.checkpoint.record_file import Header
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
+from hybrimoe.runtime.tier.store import TieredStore
 
 FORMAT_VERSION = 2
 
@@ -33,6 +34,13 @@ class PackedFile:
             self.path, dtype=np.uint8, mode="r", offset=self.offset_bytes, shape=(_records_bytes(self.layers),)
         )
         return ExpertStore.from_buffer(self.layers, mapped)
+
+    def tiered(self, budget_bytes: int, usage_folders: Sequence[Path], *, pinned: bool) -> TieredStore:
+        """A store that keeps as many experts as `budget_bytes` hold in memory and reads the others when they are
+        needed. Raises BudgetError for too small a budget, CheckpointError where the file cannot be opened."""
+        return TieredStore(
+            self.layers, self.path, self.offset_bytes, budget_bytes, usage_folders=usage_folders, pinned=pinned
+        )
 
     def read(self, progress: Callable[[int], None] = lambda n_bytes: None, *, pinned: bool = True) -> ExpertStore:
         """A store of its own, page-locked memory, filled from the file; for accelerators that copy from such memory.

@@ -68,6 +68,10 @@ def serve(
         float | None,
         typer.Option(min=0.001, max=86_400.0, help="A request that has waited so long gets 429 (any time)."),
     ] = None,
+    max_reply_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=86_400.0, help="A reply ends so long after its request came (any time)."),
+    ] = None,
     max_stall_ms: Annotated[
         float | None,
         typer.Option(
@@ -96,10 +100,10 @@ def serve(
     With --models FOLDER, or server.models in the deployment file, a request loads the model that it names, once the
     replies of the one in memory have ended; without MODEL none is loaded before.
 
-    Up to --parallel requests are answered at once and join and leave at every token; the others wait in the order in
-    which they come. Each greedy reply is the one that the request gets alone. What any request computed, a prompt that
-    begins alike does not compute again, as far as --prefix-cache goes. While the model is loaded, /health says so and
-    requests are answered with 503.
+    Up to --parallel requests are answered at once and join and leave at every token; of the others, clients take turns.
+    Each greedy reply is the one that the request gets alone. What any request computed, a prompt that begins alike does
+    not compute again, as far as --prefix-cache goes. While the model is loaded, /health says so and requests are
+    answered with 503.
 
     Ctrl-C or SIGTERM: what waits is refused at once, replies under way have --drain-seconds to end; a second one ends
     the server where it stands. With a key in HYBRIMOE_API_KEY, or keys in the file of server.api_key_file, requests
@@ -111,8 +115,8 @@ def serve(
         "host": host, "name": name, "models": models, "idle_unload_seconds": idle_unload_seconds,
         "parallel": parallel,
         "queue_length": queue_length, "max_wait_seconds": max_wait_seconds, "max_stall_ms": max_stall_ms,
-        "drain_seconds": drain_seconds, "access_log": access_log, "tls_cert_file": tls_cert_file,
-        "tls_key_file": tls_key_file,
+        "max_reply_seconds": max_reply_seconds, "drain_seconds": drain_seconds, "access_log": access_log,
+        "tls_cert_file": tls_cert_file, "tls_key_file": tls_key_file,
     }  # fmt: skip
     chosen: dict[str, object] = {key: value for key, value in given.items() if value is not None}
     if prefix_cache is not None:
@@ -163,6 +167,7 @@ def loadable(name: str, deployment: DeployConfig) -> Loadable:
             name, prefix_cache=settings.prefix_cache, queue_length=settings.queue_length,
             parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
             max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
+            special_in_messages=settings.special_in_messages, max_reply_s=settings.max_reply_seconds,
         )  # fmt: skip
 
     return Loadable(lambda: open_model(deployment), serving, deployment.model or name)
@@ -342,4 +347,5 @@ def _log_to_stderr(access: bool) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("hybrimoe.server")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if access else logging.WARNING)
+    logger.setLevel(logging.INFO)
+    logging.getLogger("hybrimoe.server.access").setLevel(logging.INFO if access else logging.WARNING)

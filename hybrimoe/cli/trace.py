@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,15 +22,19 @@ from hybrimoe.cli.common import (
 from hybrimoe.cli.simulated import check_trace
 from hybrimoe.cli.views import render
 
+if TYPE_CHECKING:
+    from scheduler.traces.trace import Trace
+
 TARGETS = ("cache", "prefetch", "routes")
 """What `trace train` can learn."""
 
 
 def register(app: typer.Typer) -> None:
-    """Add `trace record`, `trace capture`, `trace analyze` and `trace train`."""
+    """Add `trace record`, `trace capture`, `trace import`, `trace analyze` and `trace train`."""
     group = typer.Typer(no_args_is_help=True, help="Record and analyse the expert routing of a model.")
     group.command("record")(record)
     group.command("capture")(capture)
+    group.command("import")(import_)
     group.command("analyze")(analyze)
     group.command("train")(train)
     app.add_typer(group, name="trace")
@@ -77,15 +81,7 @@ def record(
             full_scores=full_scores,
         )  # fmt: skip
     trace.save(out)
-    facts = {"file": str(out), "tokens": trace.n_tokens, "sequences": len(texts), "layers": trace.n_layers,
-             "experts": trace.n_experts, "top_k": trace.top_k, "bytes": out.stat().st_size}  # fmt: skip
-    if as_json:
-        render.emit_json(facts)
-    else:
-        told = (
-            f"{trace.n_tokens} tokens of {len(texts)} sequences, {trace.n_layers} layers of {trace.n_experts} experts"
-        )
-        render.out().print(f"{out}: {told}", soft_wrap=True)
+    _tell(out, trace, as_json)
 
 
 def capture(
@@ -125,6 +121,51 @@ def capture(
     else:
         told = f"{facts['plans']} plans and {facts['tasks']} tasks ({recording.facts['lanes']})"
         render.out().print(f"{out}: {told}; replay it with: hybrimoe simulate --replay {out}", soft_wrap=True)
+
+
+def import_(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="llama.cpp's moe-trace (.csv), responses with routed_experts of vLLM or SGLang (.json, .jsonl), ids"
+            " [tokens, layers, k] (.npy).",
+        ),
+    ],
+    model_shape: Annotated[
+        str,
+        typer.Option(
+            "--model-shape", metavar="M", help="Shape of the recorded model: a name, config.json, or directory."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .npz to write.")] = Path("trace.npz"),
+    prompt_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of the prompt in each .npy file; other formats say so.")
+    ] = 0,
+    licence: Annotated[str, typer.Option(help="Licence of the trace, kept in the file.")] = "unknown",
+    as_json: JsonOption = False,
+) -> None:
+    """Turn routing that another program recorded into a trace, for simulate, analyze, bench ablation and train."""
+    check_writable(out)
+    from hybrimoe.machine.profiles import open_shape
+    from hybrimoe.tracing.importing import import_traces
+
+    trace = import_traces(files, open_shape(model_shape), prompt_tokens=prompt_tokens, licence=licence)
+    trace.save(out)
+    _tell(out, trace, as_json)
+
+
+def _tell(out: Path, trace: Trace, as_json: bool) -> None:
+    """What is in a trace that was written."""
+    n_sequences = len(trace.sequence_spans())
+    facts = {"file": str(out), "tokens": trace.n_tokens, "sequences": n_sequences, "layers": trace.n_layers,
+             "experts": trace.n_experts, "top_k": trace.top_k, "bytes": out.stat().st_size}  # fmt: skip
+    if as_json:
+        render.emit_json(facts)
+    else:
+        of = f"{n_sequences} sequence{'s' if n_sequences > 1 else ''}"
+        told = f"{trace.n_tokens} tokens of {of}, {trace.n_layers} layers of {trace.n_experts} experts"
+        render.out().print(f"{out}: {told}", soft_wrap=True)
 
 
 def _lines(path: Path | None) -> list[str]:

@@ -108,6 +108,12 @@ class ServerConfig(Section):
     max_wait_seconds: float | None = Field(
         default=None, gt=0.0, le=86_400.0, description="A request that has waited so long gets 429; none: any time."
     )
+    max_reply_seconds: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=86_400.0,
+        description="A reply that is not complete so long after its request came ends with what there is.",
+    )
     max_stall_ms: float = Field(
         default=500.0,
         gt=0.0,
@@ -136,6 +142,11 @@ class ServerConfig(Section):
     )
     tool_parser: ToolParser | None = Field(
         default=None, description="Form in which the model calls tools; by default its chat template and tokens tell."
+    )
+    special_in_messages: bool = Field(
+        default=False,
+        description="Read the names of special tokens within messages as these tokens; else they are text, and no"
+        " message can pretend to end.",
     )
     strict: bool = Field(
         default=False, description="Refuse requests with unknown fields, instead of leaving these out with a warning."

@@ -14,6 +14,7 @@ from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.sampling import SamplingOptions
 from hybrimoe.generation.template_form import in_the_templates_form
+from hybrimoe.generation.template_limit import time_limit
 
 __all__ = [
     "Conversation", "Turn", "chat_options", "encode_chat", "has_chat_template", "render_chat", "tokenised_chat",
@@ -211,14 +212,15 @@ def render_chat(
     _check_variables(template, variables or {})
 
     def render(given: list[dict[str, Any]]) -> str:
-        shown: str = tokenizer.apply_chat_template(
-            given,
-            tools=None if tools is None else list(tools),
-            chat_template=None if with_template else PLAIN_TEMPLATE,
-            tokenize=False,
-            add_generation_prompt=True,
-            **(variables or {}),
-        )
+        with time_limit():
+            shown: str = tokenizer.apply_chat_template(
+                given,
+                tools=None if tools is None else list(tools),
+                chat_template=None if with_template else PLAIN_TEMPLATE,
+                tokenize=False,
+                add_generation_prompt=True,
+                **(variables or {}),
+            )
         return shown
 
     try:

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 __all__ = ["PARTS", "PhaseProfile", "Profile", "ProfiledPhase"]
 
 PARTS = (
-    "norms", "projections", "attention", "router", "pieces", "planning", "experts_cpu", "experts_accelerator",
-    "experts_link", "shared_experts", "output_layer", "sampling", "detokenising", "caller", "framework",
+    "norms", "projections", "attention", "router", "pieces", "planning", "experts_cpu", "experts_disk",
+    "experts_accelerator", "experts_link", "shared_experts", "output_layer", "sampling", "detokenising", "caller",
+    "framework",
 )  # fmt: skip
 """In the order in which they are shown.
 
 pieces: the captured pieces of a step on a card, norms to router in one, as the host sees them: launching, and waiting
 for what is read from the card. planning: everything in calls of experts but the lanes. experts_cpu: the CPU lane.
+experts_disk: the CPU lane waiting for experts that are read from disk.
 experts_accelerator: waiting for the accelerator while it computes. experts_link: waiting for it while a transfer keeps
 it from computing. caller: whoever takes the text (a terminal, a server).
 framework: all the rest, transformers' and ours.
@@ -189,7 +191,8 @@ class Profile:
 def split_experts(
     experts_us: float, stepped_us: float, before: Mapping[str, Counters], after: Mapping[str, Counters]
 ) -> dict[str, float]:
-    """Time in calls of experts by what it was for: planning, experts_cpu, experts_accelerator, experts_link.
+    """Time in calls of experts by what it was for: planning, experts_cpu, experts_disk, experts_accelerator,
+    experts_link.
 
     experts_us: of the modules' calls. stepped_us: experts of compiled steps, which the counters have as well. before,
     after: counters by layer. Of the time that a layer waited after its CPU lane, the link has what the accelerator did
@@ -197,18 +200,21 @@ def split_experts(
     """
     if not after:  # a model as transformers has it
         return {"experts_cpu": experts_us}
-    cpu_us, accel_us, link_us = -stepped_us, 0.0, 0.0
+    cpu_us, disk_us, accel_us, link_us = -stepped_us, 0.0, 0.0, 0.0
     for path, now in after.items():
         layer = now.since(before[path])
         cpu_us += layer.cpu_us
+        disk_us += layer.disk_wait_us
         if layer.accel_experts:
-            waited = max(0.0, layer.wall_us - layer.overhead_us - layer.cpu_us)
-            idle = layer.cpu_us + waited - layer.accel_us
+            on_host_us = layer.cpu_us + layer.disk_wait_us
+            waited = max(0.0, layer.wall_us - layer.overhead_us - on_host_us)
+            idle = on_host_us + waited - layer.accel_us
             link = min(max(0.0, idle), waited, layer.link_us)
             link_us += link
             accel_us += waited - link
     left, lanes = experts_us, {}
-    for part, us in (("experts_cpu", cpu_us), ("experts_accelerator", accel_us), ("experts_link", link_us)):
+    parts = {"cpu": cpu_us, "disk": disk_us, "accelerator": accel_us, "link": link_us}
+    for part, us in ((f"experts_{lane}", us) for lane, us in parts.items()):
         lanes[part] = min(max(0.0, us), left)
         left -= lanes[part]
     return {**lanes, "planning": left}

@@ -9,8 +9,8 @@ from hybrimoe.generation.detokenise import IncrementalDecoder, StopTexts
 
 __all__ = ["FinishReason", "Transcript"]
 
-FinishReason = Literal["eos", "stop", "complete", "length", "context", "interrupted"]
-"""complete: the structure that was asked for has its end."""
+FinishReason = Literal["eos", "stop", "complete", "length", "context", "interrupted", "deadline"]
+"""complete: the structure that was asked for has its end. deadline: the reply's time was over."""
 
 
 class Transcript:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
+from hybrimoe.amounts import size_text
 from hybrimoe.config.deploy import DeployConfig
 from hybrimoe.dense.card_attention import CardAttention
 from hybrimoe.dense.prompts import WidePrompts
@@ -67,7 +68,7 @@ class Injection:
     def remarks(self) -> tuple[str, ...]:
         """What of the rules has no effect here, and why; and what experts of a quantised file became."""
         packing = () if self.packing is None else (self.packing,)
-        return (*self._application.remarks, *self._without_accelerator(), *packing)
+        return (*self._application.remarks, *self._without_accelerator(), *packing, *self._from_disk())
 
     def prepare_dense(self, *, keep_originals: bool, records: DenseRecords | None = None) -> None:
         """What the deployment's `cpu` section says of all that is not experts: their dtype, attention, torch.
@@ -154,6 +155,17 @@ class Injection:
             if isinstance(module, HybridExperts | PackedLinear):
                 state |= {f"{path}.{name}": weight for name, weight in module.full_weights().items()}
         return state
+
+    def _from_disk(self) -> tuple[str, ...]:
+        """Where experts are read from, if host memory does not hold them all."""
+        tier = self.session.stats().tier
+        if tier is None:
+            return ()
+        how = "past the page cache" if tier.direct else "through the page cache"
+        return (
+            f"{tier.n_slots} of {tier.n_records} experts fit host memory (memory.host,"
+            f" {size_text(tier.n_slots * tier.slot_bytes)}); the others are read from {tier.path}, {how}",
+        )
 
     def explain(self) -> Explanation:
         """Which rule is for which module, with its operator, device (which of several accelerators) and bytes, and

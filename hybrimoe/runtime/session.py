@@ -35,6 +35,7 @@ from hybrimoe.runtime.startup.backends import backend_for, close_all, cpu_thread
 from hybrimoe.runtime.startup.startup import Frequencies, Startup
 from hybrimoe.runtime.startup.units import Unit, share_layers
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
+from hybrimoe.runtime.tier.store import TieredStore
 from scheduler.graph import PlannedLayer
 from scheduler.plan import Placement
 from scheduler.planner.protocol import Costs, LayerPlanner
@@ -161,6 +162,8 @@ class Session:
             self._stats = self._new_stats()
             model = None if self._model is None else self._model()
             self._units = share_layers(self._layers, self._accelerators, model, self.config.kv_reserve_bytes)
+            if frequencies is None and isinstance(self._store, TieredStore):
+                frequencies = self._store.earlier_uses
             self._start_runner(self.config.gpu_expert_slots, None, frequencies)
 
     # Running ----------------------------------------------------------------------------------------------------
@@ -279,6 +282,8 @@ class Session:
             self._runner = None
             if self._finalizer is not None:
                 self._finalizer()
+            if self._store is not None:
+                self._store.close()
 
     # Looking ----------------------------------------------------------------------------------------------------
 
@@ -394,6 +399,7 @@ class Session:
             and not runner.experts.tracing
             and runner.lossy is None
             and self._sink is None
+            and runner.experts.lanes.tier is None
             and not self._closed
         )
 

@@ -11,6 +11,7 @@ from hybrimoe.runtime.layer_call.stats import Counters, SessionStats, StatsRecor
 from hybrimoe.runtime.lossy.low_copy import LowCopy
 from hybrimoe.runtime.startup.units import Unit
 from hybrimoe.runtime.store import ExpertStore
+from hybrimoe.runtime.tier.store import TieredStore
 
 
 def snapshot(
@@ -31,6 +32,7 @@ def snapshot(
         warmup_transfers=stats.warmup_transfers,
         failures=stats.failures,
         lossy=None if config.lossy is None else config.lossy.name,
+        tier=store.cache.state() if isinstance(store, TieredStore) else None,
         n_low_slots=0 if low is None else sum(device.n_slots for device in low.accelerators),
     )
 

@@ -7,7 +7,7 @@ its layer's ExpertSpec and is a multiple of 64 bytes, so every record is as well
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +71,10 @@ class ExpertStore:
         """uint64 [num_experts]: where each record of a layer starts."""
         return self._addresses[layer]
 
+    def hold(self, layer: int, experts: Iterable[int]) -> npt.NDArray[np.uint64]:
+        """uint64 [n]: where the records of some experts start. They stay there until the next call of this."""
+        return self._addresses[layer][list(experts)]
+
     def write(self, layer: int, expert: int, weights: ExpertWeights) -> None:
         """Packs one expert's float weights, from any device, into its record.
 
@@ -114,6 +118,9 @@ class ExpertStore:
             places.append(at)
         self._place(buffer, places)
         self.complete = False
+
+    def close(self) -> None:
+        """Nothing is brought into memory any more."""
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:

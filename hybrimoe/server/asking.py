@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import ModelError, PromptError
 from hybrimoe.generation import SamplingOptions
-from hybrimoe.generation.chat import chat_options, render_chat, tokenised_chat
+from hybrimoe.generation.chat import chat_options, render_chat
 from hybrimoe.generation.constraint import Constraint, ConstraintError, Grammars, Structure
+from hybrimoe.generation.control_tokens import ControlTokens
 from hybrimoe.generation.vocabulary import check_token_ids, vocabulary_size
 from hybrimoe.server.errors import RequestError
 from hybrimoe.server.infill import infill_tokens
@@ -68,11 +69,16 @@ class Prepared:
 class Preparation:
     """Templates, tokens and grammars of one model. Methods take their time and may run side by side.
 
-    tool_parser: see `ReplySyntax.of`, whose errors this raises.
+    tool_parser: see `ReplySyntax.of`, whose errors this raises. special_in_messages: special tokens within messages
+    are read as such; else they are text, and nobody can forge the end of a message.
     """
 
-    def __init__(self, generator: TextGenerator, tool_parser: str | None = None) -> None:
+    def __init__(
+        self, generator: TextGenerator, tool_parser: str | None = None, *, special_in_messages: bool = False
+    ) -> None:
         self._generator = generator
+        self._control = ControlTokens(generator.tokenizer)
+        self._mark: Callable[[Any], Any] = (lambda value: value) if special_in_messages else self._control.mark
         self.syntax = ReplySyntax.of(generator.tokenizer, tool_parser)
         self._grammars: Grammars | None = None
         self._making = threading.Lock()
@@ -96,14 +102,14 @@ class Preparation:
 
     def prompt(self, asked: ChatAsked) -> tuple[str, list[int]]:
         """The conversation as the model is given it: text and tokens."""
-        tokenizer, syntax = self._generator.tokenizer, self.syntax
-        messages = syntax.instructed(asked.messages, asked.use)
+        tokenizer, syntax, mark = self._generator.tokenizer, self.syntax, self._mark
+        messages = mark(syntax.instructed(asked.messages, asked.use))
         try:
-            text = render_chat(tokenizer, messages, asked.variables, syntax.template_tools(asked.use))
+            text = render_chat(tokenizer, messages, mark(asked.variables), mark(syntax.template_tools(asked.use)))
         except ModelError as error:  # the template's own words about a conversation that it cannot render
             raise RequestError(str(error), "messages") from error
-        text += asked.beginning
-        return text, tokenised_chat(tokenizer, text)
+        text += mark(asked.beginning)
+        return self._control.shown(text), self._control.encode(text)
 
     def takes(self, variable: str) -> bool:
         """Whether the model's chat template has a variable of this name."""

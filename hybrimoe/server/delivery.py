@@ -17,6 +17,7 @@ from hybrimoe.server.asking import Prepared
 from hybrimoe.server.errors import ClientLeftError, error_answer, worded
 from hybrimoe.server.forms import Ended, Form, Update, WholeReply
 from hybrimoe.server.replies.events import Call, ReplyParser, joined
+from hybrimoe.server.urgency import Urgency, urgency_of
 from hybrimoe.server.worker import Job, Piece, Worker
 
 if TYPE_CHECKING:
@@ -96,12 +97,12 @@ class ReadReply:
 class Replies:
     """All replies to one request, which are computed beside each other."""
 
-    def __init__(self, worker: Worker, prepared: Sequence[Prepared]) -> None:
+    def __init__(self, worker: Worker, prepared: Sequence[Prepared], urgency: Urgency) -> None:
         """Queues them: all or none. Raises as `Worker.submit`."""
         self._all: list[ReadReply] = []
         try:
             for choice, one in enumerate(prepared):
-                job = worker.submit(one.prompt_ids, one.options)
+                job = worker.submit(one.prompt_ids, one.options, urgency)
                 self._all.append(ReadReply(choice, job, one.new_parser()))
         except BaseException:
             self.close()
@@ -141,10 +142,11 @@ class Replies:
 
 
 async def deliver(
-    worker: Worker, prepared: Sequence[Prepared], form: Form, request: Request, *, streamed: bool
-) -> Response:
-    """Replies to all of `prepared`, in one answer."""
-    replies = Replies(worker, prepared)
+    worker: Worker, prepared: Sequence[Prepared], form: Form, request: Request, *, streamed: bool,
+    urgency: Urgency | None = None,
+) -> Response:  # fmt: skip
+    """Replies to all of `prepared`, in one answer. urgency: None is that of the request's headers."""
+    replies = Replies(worker, prepared, urgency or urgency_of(request))
     return await (stream if streamed else whole)(replies, form, request)
 
 

@@ -24,6 +24,8 @@ from hybrimoe.generation.sampling import (
 
 MAX_TOKENS = 2**31 - 1
 """Longest reply that may be asked for; the model's context ends it before."""
+MAX_PRIORITY = 1_000
+MAX_REPLY_SECONDS = 86_400.0
 MAX_SEED = 2**63 - 1
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 """Stop texts, and characters of each. OpenAI takes 4."""
@@ -112,6 +114,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0), AnyNumber]
 Repetition = Annotated[float, Field(ge=PENALTY_RANGE[0], le=PENALTY_RANGE[1]), AnyNumber]
 Penalty = Annotated[float, Field(ge=-MAX_FREQUENCY_PENALTY, le=MAX_FREQUENCY_PENALTY), AnyNumber]
 Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS), AnyNumber]
+Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), WholeNumber]
+Seconds = Annotated[float, Field(ge=0.001, le=MAX_REPLY_SECONDS), AnyNumber]
 Biases = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASED_TOKENS)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), BeforeValidator(_text)]
 StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]

@@ -6,7 +6,9 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from hybrimoe.server.errors import ErrorAnswer
 from hybrimoe.server.replies.events import Call, Event, Reasoning, Text
@@ -20,9 +22,16 @@ __all__ = ["EVENT_STREAM", "NDJSON", "Ended", "FinishReason", "Form", "Update", 
 FinishReason = Literal["stop", "length", "tool_calls"]
 FINISH: dict[str, FinishReason] = {
     "eos": "stop", "stop": "stop", "complete": "stop", "length": "length", "context": "length", "interrupted": "stop",
+    "deadline": "length",
 }  # fmt: skip
 """Why a reply ended, in OpenAI's words."""
 EVENT_STREAM, NDJSON = "text/event-stream", "application/x-ndjson"
+
+
+class StopReason(TypedDict):
+    """What a choice tells beside its finish reason."""
+
+    stop_reason: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,11 @@ class Ended:
         """Why it ended."""
         reason = FINISH[str(self.reply.finish_reason)]
         return "tool_calls" if self.has_calls and reason == "stop" else reason
+
+    @property
+    def stop_reason(self) -> Literal["deadline"] | None:
+        """What an answer tells beside `reason`: that the time was over."""
+        return "deadline" if self.reply.finish_reason == "deadline" else None
 
     @property
     def n_prompt(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from hybrimoe.generation.prefix.budget import prefix_budget_bytes
 from hybrimoe.generation.prompt_parts import PromptPart, measured_part
 from hybrimoe.server.asking import Preparation
 from hybrimoe.server.errors import DrainingError, LoadingError
+from hybrimoe.server.selfcheck import CHECKED_TOKENS, Finding, findings
 from hybrimoe.server.worker import QUEUE_LENGTH, Worker
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ ENCODING_THREADS = 4
 DEFAULT_TAG = ":latest"
 """What Ollama's clients add to a name."""
 
+log = logging.getLogger("hybrimoe.server")
 State = Literal["loading", "ok", "draining", "failed"]
 Result = TypeVar("Result")
 
@@ -38,8 +41,9 @@ class Served:
     prefix_cache: host memory for what prompts and replies computed, so that a prompt that begins alike need not; None
     chooses, see `prefix_budget_bytes`. parallel: replies at once; None chooses by the memory for keys and values.
     max_stall_ms: what a part of a prompt may take while others get tokens. tool_parser: the form of the model's calls
-    of tools, where its template does not tell (see `ReplySyntax.of`). max_wait_s: a request that has waited so long is
-    refused; None: for any time.
+    of tools, where its template does not tell (see `ReplySyntax.of`). special_in_messages: see `Preparation`.
+    max_wait_s: a request that has waited so long is refused; None: for any time. max_reply_s: a reply that is not
+    complete after so long ends with what there is.
     on_reply: called with each reply that has ended and the seconds that it waited before it began, by the thread that
     generates. on_idle: called when nothing is left to answer, by the same thread.
     """
@@ -47,7 +51,8 @@ class Served:
     def __init__(
         self, name: str, *, prefix_cache: Amount | None = None, queue_length: int = QUEUE_LENGTH,
         parallel: int | None = 1, max_stall_ms: float = MAX_STALL_MS, max_wait_s: float | None = None,
-        tool_parser: str | None = None,
+        tool_parser: str | None = None, special_in_messages: bool = False,
+        max_reply_s: float | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.created = int(time.time())
@@ -56,10 +61,14 @@ class Served:
         self.on_idle: Callable[[], None] = lambda: None
         self._prefix_cache, self._queue_length = prefix_cache or Amount("auto"), queue_length
         self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
-        self._tool_parser = tool_parser
+        self._max_reply_s = max_reply_s
+        self._tool_parser, self._special_in_messages = tool_parser, special_in_messages
         self.part: PromptPart | None = None
         self._preparation: Preparation | None = None
         self._worker: Worker | None = None
+        self._n_unchecked = CHECKED_TOKENS
+        self.findings: list[Finding] = []
+        """What the self-check has found; empty before it."""
         self._draining = False
         self._encoders = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="hybrimoe-encode")
 
@@ -71,7 +80,9 @@ class Served:
         """
         generator.tokenizer("a")  # the first call settles the tokenizer's state; later ones may run side by side
         self.experts = experts
-        self._preparation = Preparation(generator, self._tool_parser)
+        self._preparation = Preparation(
+            generator, self._tool_parser, special_in_messages=self._special_in_messages
+        )  # fmt: skip
         parallel = default_parallel(generator) if self._parallel is None else self._parallel
         if parallel > 1:
             self.part = measured_part(generator, 1000 * self._max_stall_ms)
@@ -81,11 +92,23 @@ class Served:
             part_tokens=None if self.part is None else self.part.n_tokens,
         )  # fmt: skip
         worker = Worker(
-            engine, self._queue_length, self._max_wait_s, lambda reply, waited_s: self.on_reply(reply, waited_s),
-            lambda: self.on_idle(),
+            engine, self._queue_length, self._max_wait_s, self._ended,
+            lambda: self.on_idle(), max_reply_s=self._max_reply_s,
         )  # fmt: skip
         worker.start()
         self._worker = worker
+
+    def _ended(self, reply: Reply, waited_s: float) -> None:
+        self.on_reply(reply, waited_s)
+        if self._n_unchecked > 0:
+            self._n_unchecked -= len(reply.token_ids)
+            if self._n_unchecked <= 0:
+                self._check()
+
+    def _check(self) -> None:
+        self.findings = findings(self.experts())
+        for one in self.findings:
+            log.log(logging.INFO if one["good"] else logging.WARNING, "%s: %s", self.name, one["text"])
 
     @property
     def state(self) -> State:

@@ -6,8 +6,8 @@ import asyncio
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from hybrimoe.generation import SamplingOptions
 from hybrimoe.generation.continuous_batching import BatchEngine, Progress
 from hybrimoe.generation.vocabulary import check_token_ids
 from hybrimoe.server.errors import DrainingError, LateError, QueueFullError
+from hybrimoe.server.urgency import Urgency
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply, TextGenerator, TokenLogprob
@@ -55,6 +56,7 @@ class Job:
     prompt_ids: list[int]
     options: SamplingOptions
     loop: asyncio.AbstractEventLoop
+    urgency: Urgency = field(default_factory=Urgency)
     pieces: asyncio.Queue[Piece | Exception | None] = field(default_factory=asyncio.Queue)
     stopped: threading.Event = field(default_factory=threading.Event)
     submitted_s: float = field(default_factory=time.monotonic)
@@ -89,23 +91,50 @@ class Job:
             self._n_told, self._has_told = n_logprobs, True
 
 
+class Turns:
+    """Whose turn it is: the lowest priority; of these the client with the fewest replies under way, of equals the one
+    whose last turn is the longest ago; of its requests the oldest."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._last_turn: dict[str, int] = {}
+
+    def next(self, waiting: Sequence[Job], running: Iterable[Job]) -> Job:
+        """One of those that wait, in the order in which they came."""
+        n_running = Counter(job.urgency.client for job in running)
+
+        def place(job: Job) -> tuple[int, int, int]:
+            client = job.urgency.client
+            return job.urgency.priority, n_running[client], self._last_turn.get(client, 0)
+
+        there = {job.urgency.client for job in waiting} | set(n_running)
+        self._last_turn = {client: turn for client, turn in self._last_turn.items() if client in there}
+        return min(waiting, key=place)
+
+    def begun(self, job: Job) -> None:
+        """It was this one's turn."""
+        self._number += 1
+        self._last_turn[job.urgency.client] = self._number
+
+
 class Worker:
-    """Owns the engine that generates: up to `engine.parallel` requests run at once, the others wait in their order.
+    """Owns the engine that generates: up to `engine.parallel` requests run at once, the others wait for their turn.
 
     max_wait_s: one that has waited so long is refused; None waits for any time. on_reply: called with each reply that
     has ended, and the seconds that it waited before it began. on_idle: called by the generating thread when the last
-    one has; it must not wait.
+    one has; it must not wait. max_reply_s: from a request's arrival to the end of its reply; None: any time.
     """
 
     def __init__(
         self, engine: BatchEngine, queue_length: int = QUEUE_LENGTH, max_wait_s: float | None = None,
         on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None,
-        on_idle: Callable[[], None] = lambda: None,
+        on_idle: Callable[[], None] = lambda: None, *, max_reply_s: float | None = None,
     ) -> None:  # fmt: skip
         self.engine = engine
         self.generator: TextGenerator = engine.generator
         self._on_reply, self._on_idle = on_reply, on_idle
-        self._queue_length, self._max_wait_s = queue_length, max_wait_s
+        self._queue_length, self._max_wait_s, self._max_reply_s = queue_length, max_wait_s, max_reply_s
+        self._turns = Turns()
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: dict[Reply, Job] = {}
@@ -133,7 +162,7 @@ class Worker:
         """Whether the thread can take work."""
         return self._thread.is_alive()
 
-    def submit(self, prompt_ids: list[int], options: SamplingOptions) -> Job:
+    def submit(self, prompt_ids: list[int], options: SamplingOptions, urgency: Urgency | None = None) -> Job:
         """Queue a generation. Called by the event loop.
 
         Raises:
@@ -144,7 +173,7 @@ class Worker:
         """
         self.generator.check_prompt(len(prompt_ids))
         check_token_ids(self.generator.model, prompt_ids, self.generator.tokenizer)
-        job = Job(prompt_ids, options, asyncio.get_running_loop())
+        job = Job(prompt_ids, options, asyncio.get_running_loop(), urgency or Urgency())
         with self._changed:
             if self._draining:
                 raise DrainingError("this server is about to end; ask another one, or again in a moment")
@@ -199,6 +228,7 @@ class Worker:
             while self._has_work():
                 while (job := self._next()) is not None:
                     self._begin(job)
+                self._end_those_out_of_time()
                 for progress in self.engine.step():
                     self._deliver(progress)
         except BaseException:
@@ -218,24 +248,44 @@ class Worker:
         return True
 
     def _next(self) -> Job | None:
-        """The job that has waited longest, where the engine has room for it; later ones do not overtake it."""
+        """The job whose turn it is, where the engine has room for it; others do not overtake it."""
         with self._changed:
             self._drop_those_that_end_waiting()
-            if not self._waiting or not self.engine.has_room(self._waiting[0].prompt_ids, self._waiting[0].options):
+            if not self._waiting:
                 return None
-            self._beginning = self._waiting.popleft()
-            return self._beginning
+            job = self._turns.next(self._waiting, self._running.values())
+            if not self.engine.has_room(job.prompt_ids, job.options):
+                return None
+            self._waiting.remove(job)
+            self._turns.begun(job)
+            self._beginning = job
+            return job
 
     def _drop_those_that_end_waiting(self) -> None:
-        """Clients that have gone, and requests that waited too long; the oldest come first."""
-        limit = self._max_wait_s
-        while self._waiting:
-            job = self._waiting[0]
+        """Clients that have gone, and requests that waited too long."""
+        for job in self._waiting:
+            limit = self._wait_limit(job)
             if limit is not None and not job.stopped.is_set() and time.monotonic() - job.submitted_s > limit:
                 job.cut(LateError(f"the request has waited for more than {limit:g} seconds", self._retry_seconds()))
-            if not job.stopped.is_set():
-                return
-            self._waiting.popleft()
+        self._waiting = deque(job for job in self._waiting if not job.stopped.is_set())
+
+    def _wait_limit(self, job: Job) -> float | None:
+        """Seconds that a job may wait: none of its reply is left after that."""
+        limits = [limit for limit in (self._max_wait_s, self._reply_limit(job)) if limit is not None]
+        return min(limits, default=None)
+
+    def _reply_limit(self, job: Job) -> float | None:
+        """Seconds from the arrival of a job to the end of its reply."""
+        limits = [limit for limit in (self._max_reply_s, job.urgency.max_s) if limit is not None]
+        return min(limits, default=None)
+
+    def _end_those_out_of_time(self) -> None:
+        """Replies that have had their time end with what there is."""
+        now_s = time.monotonic()
+        for reply, job in self._running.items():
+            limit = self._reply_limit(job)
+            if limit is not None and now_s - job.submitted_s > limit and reply.finish_reason is None:
+                reply.finish("deadline")
 
     def _begin(self, job: Job) -> None:
         job.waited_s = time.monotonic() - job.submitted_s

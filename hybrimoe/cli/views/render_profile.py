@@ -16,6 +16,7 @@ WORDS = {
     "router": "router",
     "planning": "planning and dispatch",
     "experts_cpu": "experts: CPU",
+    "experts_disk": "experts: waiting for the disk",
     "experts_accelerator": "experts: accelerator",
     "experts_link": "experts: waiting for the link",
     "shared_experts": "shared experts, dense MLP",

@@ -62,7 +62,8 @@ def summary(result: Mapping[str, Any]) -> Group:
     """The lines that follow a reply: speed, cache, lanes."""
     parts: list[Any] = [_speed(result)]
     if result.get("experts"):
-        parts += [_cache(result["experts"]), *_lossy(result["experts"]), _lanes(result["experts"])]
+        experts = result["experts"]
+        parts += [_cache(experts), *_tier(experts), *_lossy(experts), _lanes(experts)]
     return Group(*parts)
 
 
@@ -139,7 +140,31 @@ def lane_rows(experts: Mapping[str, Any]) -> list[tuple[str, float, int, str]]:
         of, name = unit["total"], f" {number}" if len(units) > 1 else ""
         rows.append((f"accelerator{name} ({_words(unit)})", of["accel_us"], of["accel_experts"], "experts"))
         rows.append((f"link{name}", of["link_us"], of["transfers"] + of["prefetches"], "transfers"))
+    if experts.get("tier"):
+        rows.append(("disk", experts["tier"]["busy_us"], total["disk_reads"] + total["disk_ahead"], "reads"))
     return rows
+
+
+def _tier(experts: Mapping[str, Any]) -> list[Text]:
+    """What host memory holds of the experts; nothing where it holds them all."""
+    tier = experts.get("tier")
+    if not tier:
+        return []
+    total, room = experts["total"], gib(tier["n_slots"] * tier["slot_bytes"])
+    how = "past the page cache" if tier["direct"] else "through the page cache"
+    return [
+        Text(
+            f"memory   {tier['n_slots']} of {tier['n_records']} experts fit ({room}, memory.host);"
+            f" {total['disk_reads']} were read when they were needed, {total['disk_ahead']} before\n"
+            f"         {gib(total['disk_bytes'])} read {how} at {tier['gbps']:.2f} GB/s; waited"
+            f" {ms(total['disk_wait_us'])} for them"
+        )
+    ]
+
+
+def gib(n_bytes: int) -> str:
+    """A size in GiB."""
+    return f"{n_bytes / 2**30:.2f} GiB"
 
 
 def _lanes(experts: Mapping[str, Any]) -> Any:

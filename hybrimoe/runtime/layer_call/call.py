@@ -25,6 +25,7 @@ from hybrimoe.runtime.layer_call.routing import CallSpace, places_of
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stages import LossyStage
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
+from hybrimoe.runtime.tier.cache import LAYERS_AHEAD
 from scheduler import Phase, Planner, Transfer
 from scheduler.graph import PlannedLayer
 from scheduler.planner.at_once import HANDS_ON
@@ -53,7 +54,7 @@ class ExpertsCall:
         self.consistent = True
         """False while a call runs, and after one that did not end: slots and plans may then disagree."""
         self._whole: list[WholeCall | None] = [None] * len(self.layers)
-        if experts.planner is None and lossy is None:
+        if experts.planner is None and lossy is None and experts.lanes.tier is None:
             self._whole = list(map(_whole_call, self.layers, experts.lanes.addresses))
         self._alone = [(space,) for space in experts.spaces]
         self._at_once: AtOnce | None = None
@@ -71,7 +72,8 @@ class ExpertsCall:
     @lookahead.setter
     def lookahead(self, lookahead: Lookahead | None) -> None:
         self._lookahead = lookahead
-        if self.lossy is None and isinstance(self.planner, Planner) and self.planner.decides_at_once:
+        alone = self.lossy is None and self.experts.lanes.tier is None
+        if alone and isinstance(self.planner, Planner) and self.planner.decides_at_once:
             self._at_once = AtOnce(self.experts, self.planner, lookahead)
 
     def run(
@@ -303,7 +305,10 @@ class ExpertsCall:
     ) -> None:
         """Plans one part of a call, behind those before it; the predictions go to the experts as stored. launch_us:
         until the accelerator's first expert can run."""
-        experts, lossy = space.experts, self.lossy
+        experts, lossy, tier = space.experts, self.lossy, self.experts.lanes.tier
+        if tier is not None:
+            index, phase = space.index, self.phase
+            self.experts.lanes.want(space, phase, self.experts.stats.counters[phase][index])
         if lossy is None:
             lanes = 0.0, launch_us, experts.lanes.link_busy_us(space.index)
         else:
@@ -314,7 +319,10 @@ class ExpertsCall:
             told = record(self.routing_recorder, space, top_k_index, self.lookahead, lossy)
             experts.plan(space, self.phase, told, *lanes)
         else:
-            ahead = predict(space, top_k_index, self.lookahead, self.planner, lossy)
+            layers_ahead = 0 if tier is None else LAYERS_AHEAD
+            ahead = predict(space, top_k_index, self.lookahead, self.planner, lossy, layers_ahead)
+            if tier is not None:
+                tier.foretell(space.index, ahead)
             experts.plan(space, self.phase, ahead, *lanes)
 
     def _compute(self, index: int, parts: Sequence[CallSpace]) -> torch.Tensor:
@@ -376,6 +384,7 @@ class ExpertsCall:
         self.routing_recorder = previous.routing_recorder
         for experts, before in zip(self.every, previous.every, strict=False):
             experts.tracing, experts.plans = before.tracing, before.plans
+            experts.reports.tracing = before.tracing
             experts.count_in(before.routing_counts)
             experts.reports.timeline = before.reports.timeline
         if self.lookahead is not None and previous.lookahead is not None:
@@ -390,7 +399,7 @@ class ExpertsCall:
         for experts in self.every:
             if on:
                 experts.reports.timeline, experts.plans = timeline, []
-            experts.tracing = on
+            experts.tracing = experts.reports.tracing = on
 
     @property
     def timeline(self) -> list[TaskRecord]:

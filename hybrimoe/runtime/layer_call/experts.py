@@ -35,7 +35,7 @@ class Experts:
         self.layers, self.store, self.planner, self.stats = list(layers), store, planner, stats
         self.costs: Costs | None = None if planner is None else planner.costs
         self.lanes = Lanes(self.layers, store, planner, queues, queue_of)
-        self.reports = Reports(planner, stats, queues)
+        self.reports = Reports(planner, stats, queues, self.lanes.tier)
         n_experts = max(layer.num_experts for layer in layers)
         self.spaces = [CallSpace(self, index, layer, n_experts) for index, layer in enumerate(layers)]
         self.workspace = Workspace()
@@ -65,6 +65,8 @@ class Experts:
     def begin_step(self, step: Step, n_tokens: int) -> None:
         """A step starts."""
         self.step += 1
+        if self.lanes.tiered is not None:
+            self.lanes.tiered.begin_step(new_sequence=step.new_sequence)
         if self.planner is not None:
             if step.new_sequence:
                 self.planner.begin_sequence()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 
+import numpy as np
 import torch
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
@@ -24,9 +25,12 @@ from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.reports import OBSERVE_EVERY
 from hybrimoe.runtime.layer_call.routing import CallSpace
 from hybrimoe.runtime.layer_call.sent import SentCall
-from hybrimoe.runtime.layer_call.slots import TransferQueue
+from hybrimoe.runtime.layer_call.slots import CopiesUnderWay, TransferQueue
+from hybrimoe.runtime.layer_call.stats import Counters
 from hybrimoe.runtime.store import ExpertStore
-from scheduler import Transfer
+from hybrimoe.runtime.tier.cache import HostCache
+from hybrimoe.runtime.tier.store import TieredStore
+from scheduler import Phase, Transfer
 from scheduler.balancing.problem import CPU
 from scheduler.planner.protocol import LayerPlanner
 from scheduler.records import TaskRecord
@@ -37,7 +41,7 @@ class Lanes:
     in which they stand here.
 
     `queues`: one for each accelerator; none: everything runs on the CPU lane. `queue_of`: each layer's. `planner`:
-    None where nothing has a slot.
+    None where nothing has a slot. `tier`: the host cache where experts are read from disk; `want` then comes first.
     """
 
     def __init__(
@@ -50,6 +54,10 @@ class Lanes:
             self._queue_of = [self.queues[unit] for unit in queue_of]
         self._runs = [_runner_of(layer) for layer in layers]
         self.addresses = [store.addresses(index) for index in range(len(layers))]
+        self.tiered = store if isinstance(store, TieredStore) else None
+        self.tier: HostCache | None = None if self.tiered is None else self.tiered.cache
+        if self.tier is not None:
+            self.tier.copies = None if planner is None else CopiesUnderWay(self.queues, planner)
 
     def link_busy_us(self, layer: int) -> float:
         """Expected us until the transfers under way have ended on the link of the layer's accelerator."""
@@ -57,6 +65,17 @@ class Lanes:
         if queue is None or self._planner is None or not queue.pending:
             return 0.0
         return queue.busy_us(perf_counter_ns() * 1e-3, self._planner.costs.transfer_us)
+
+    def want(self, space: CallSpace, phase: Phase, counters: Counters) -> None:
+        """The routing is known: all experts that are neither in a slot nor in host memory begin to be read."""
+        tier, demand = self.tier, space.demand
+        if tier is None:
+            return
+        demand.phase, ids = phase, demand.expert_ids
+        if self._planner is not None:
+            table, own = self._planner.table(space.index)
+            ids = ids[table.slot_of[own * table.n_experts + ids] < 0]
+        counters.disk_reads += tier.demand(demand, ids)
 
     def submit(self, space: CallSpace) -> None:
         """Starts the plan's transfers and its work on the accelerator; `compute` and `combine` must follow."""
@@ -128,6 +147,9 @@ class Lanes:
     def compute(self, space: CallSpace) -> None:
         """The CPU lane's experts, in the calling thread: all in one call, or one by one when traced."""
         n = len(space.plan.cpu)
+        if self.tier is not None:
+            self._compute_as_read(space, n, self.tier)
+            return
         if n:
             taken = space.positions[:n], space.records[:n]
             ids = space.work.dispatch.expert_ids
@@ -153,18 +175,45 @@ class Lanes:
         run(layer.spec, records, positions, *rest)
         space.cpu_us = (perf_counter_ns() - start_ns) * 1e-3
 
+    def _compute_as_read(self, space: CallSpace, n: int, tier: HostCache) -> None:
+        """`compute` where experts are read from disk: first those that are in memory, then each as it comes."""
+        work, layer, index = space.work, space.layer, space.index
+        space.cpu_us, space.n_cpu = 0.0, n
+        space.ran.clear()
+        positions = space.positions[:n]
+        positions[:] = space.plan.rows[CPU, :n]
+        work.host_positions, left = positions, positions.copy()
+        run, rest = self._runs[index], (work.dispatch, work.host_hidden, work.host_rows)
+        while left.size:
+            start_ns = perf_counter_ns()
+            there = tier.ready(index, work.dispatch.expert_ids[left])
+            if space.traced:
+                there[np.flatnonzero(there)[1:]] = False
+            begin_ns = perf_counter_ns()
+            space.counters.disk_wait_us += (begin_ns - start_ns) * 1e-3
+            now, left = left[there], left[~there]
+            ids = work.dispatch.expert_ids[now]
+            run(layer.spec, self.addresses[index][ids], now, *rest)
+            end_ns = perf_counter_ns()
+            space.cpu_us += (end_ns - begin_ns) * 1e-3
+            tier.done(index, ids)
+            if space.traced:
+                space.ran.append(self._ran_on_cpu(space, int(now[0]), begin_ns * 1e-3, end_ns * 1e-3))
+
+    @staticmethod
+    def _ran_on_cpu(space: CallSpace, position: int, start_us: float, end_us: float) -> TaskRecord:
+        """An expert of a traced call as a timeline entry."""
+        expert, n_tokens = int(space.demand.expert_ids[position]), int(space.demand.n_tokens[position])
+        return TaskRecord("cpu", "cpu_expert", space.index, expert, n_tokens, 0, start_us, end_us, space.step)
+
     def _compute_one_by_one(self, space: CallSpace, run: Callable[[int], None]) -> None:
         """`compute` with a record for each expert."""
-        ids, n_tokens = space.demand.expert_ids, space.demand.n_tokens
         for at, position in enumerate(space.plan.cpu):
             start_us = perf_counter_ns() * 1e-3
             run(at)
             end_us = perf_counter_ns() * 1e-3
             space.cpu_us += end_us - start_us
-            space.ran.append(
-                TaskRecord("cpu", "cpu_expert", space.index, int(ids[position]), int(n_tokens[position]), 0, start_us,
-                           end_us, space.step)
-            )  # fmt: skip
+            space.ran.append(self._ran_on_cpu(space, position, start_us, end_us))
 
     def combine(self, space: CallSpace) -> torch.Tensor:
         """Waits for the accelerator; the layer's output, float32 [T, H] or as the hidden states are.

@@ -21,20 +21,22 @@ RoutingRecorder = Callable[[int, npt.NDArray[np.integer], npt.NDArray[np.float32
 
 def predict(
     space: CallSpace, top_k_index: torch.Tensor, lookahead: Lookahead | None, planner: LayerPlanner | None,
-    lossy: LossyStage | None,
+    lossy: LossyStage | None, layers_ahead: int = 0,
 ) -> tuple[Prediction, ...]:  # fmt: skip
-    """Routing of as many following layers as the planner reads.
+    """Routing of as many following layers as the planner reads, and of the next `layers_ahead` in any case.
 
     Predictions may be a workspace of the lookahead, filled anew by the layer's next call.
     """
-    if lookahead is None or planner is None or not planner.layers_ahead or planner.all_cached:
+    planned = 0 if planner is None or planner.all_cached else planner.layers_ahead
+    n_layers = max(planned, layers_ahead)
+    if lookahead is None or not n_layers:
         return ()
     work = space.work
     if not lookahead.knows_all:
         _learn(space, top_k_index, lookahead)
     top_k = work.dispatch.top_k
-    skipped = planner.layers_skipped if top_k <= MAX_ACTIVE else 0
-    found = lookahead.predict(space.index, work.hidden, work.host_hidden, top_k, planner.layers_ahead, skipped)
+    skipped = 0 if planner is None or layers_ahead or top_k > MAX_ACTIVE else planner.layers_skipped
+    found = lookahead.predict(space.index, work.hidden, work.host_hidden, top_k, n_layers, skipped)
     return found if lossy is None else lossy.policy.predicted(found)
 
 

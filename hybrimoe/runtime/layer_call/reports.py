@@ -14,6 +14,8 @@ from hybrimoe.runtime.layer_call.failures import with_story
 from hybrimoe.runtime.layer_call.routing import CallSpace
 from hybrimoe.runtime.layer_call.slots import InFlight, TransferQueue
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
+from hybrimoe.runtime.tier.cache import EndedRead, HostCache
+from hybrimoe.runtime.tier.reader import Urgency
 from scheduler import ObservedTask, Phase
 from scheduler.planner.protocol import LayerPlanner
 from scheduler.records import TaskRecord
@@ -27,11 +29,16 @@ MAX_UNREPORTED = 4
 class Reports:
     """Follows the calls of one precision's experts from `finish` until all of their work is known to have ended.
 
-    `timeline`: the tasks of calls that were traced, in the order in which their ends became known.
+    `timeline`: the tasks of calls that were traced, in the order in which their ends became known; reads from disk into
+    `tier` while `tracing`.
     """
 
-    def __init__(self, planner: LayerPlanner | None, stats: StatsRecorder, queues: Sequence[TransferQueue]) -> None:
-        self._planner, self._stats, self._queues = planner, stats, list(queues)
+    def __init__(
+        self, planner: LayerPlanner | None, stats: StatsRecorder, queues: Sequence[TransferQueue],
+        tier: HostCache | None = None,
+    ) -> None:  # fmt: skip
+        self._planner, self._stats, self._queues, self._tier = planner, stats, list(queues), tier
+        self.tracing, self._step = False, -1
         self.timeline: list[TaskRecord] = []
         self.finished: CallSpace | None = None
         """The latest call, until the planner is told of its end."""
@@ -46,6 +53,9 @@ class Reports:
             pending = queue.pending
             while pending and pending[0].event.done():
                 self._end_transfer(pending.popleft(), phase)
+        if self._tier is not None:
+            for read in self._tier.take_ended():
+                self._end_read(read, phase)
         finished, planner = self.finished, self._planner
         if finished is not None and planner is not None:
             self.finished = None
@@ -57,6 +67,19 @@ class Reports:
         while len(unreported) > MAX_UNREPORTED and not unreported[0].traced:
             unreported.popleft()
 
+    def _end_read(self, read: EndedRead, phase: Phase) -> None:
+        """A read from disk has ended: its time and bytes are its layer's."""
+        counters = self._stats.counters[phase][read.layer]
+        counters.disk_us += read.end_us - read.start_us
+        counters.disk_bytes += read.n_bytes
+        if read.urgency is not Urgency.NEEDED:
+            counters.disk_ahead += 1
+        if self.tracing:
+            self.timeline.append(
+                TaskRecord("disk", "read", read.layer, read.expert, 0, read.n_bytes, read.start_us, read.end_us,
+                           self._step)
+            )  # fmt: skip
+
     def forget(self, space: CallSpace) -> None:
         """The space is filled anew: what its layer's last call left unreported stays unknown."""
         if space in self._unreported:
@@ -66,7 +89,7 @@ class Reports:
 
     def finish(self, space: CallSpace) -> None:
         """The call's result is there: the next `collect` tells the planner of it."""
-        self.finished = space
+        self.finished, self._step = space, space.step
         if space.ends and not space.sent:
             space.sent.append(space.plan.accel)  # by one launch
         space.release()

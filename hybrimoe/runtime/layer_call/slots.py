@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from gpu_kernels import Accelerator, Event
 from hybrimoe.errors import HybriMoEError
 from scheduler import Transfer
+from scheduler.planner.protocol import LayerPlanner
 from scheduler.records import TaskKind, TaskRecord
 
 
@@ -51,6 +52,31 @@ class InFlight:
             "link", kind, self.transfer.layer, self.transfer.expert, 0, self.n_bytes, start_us, end_us, self.step,
             self.unit,
         )  # fmt: skip
+
+
+class CopiesUnderWay:
+    """What a cache in host memory asks about copies from it (`tier.cache.Copies`): those of all queues."""
+
+    def __init__(self, queues: Sequence[TransferQueue], planner: LayerPlanner) -> None:
+        self._queues, self._planner = queues, planner
+
+    def being_copied(self) -> Collection[tuple[int, int]]:
+        """(layer, expert) of each copy that has not ended."""
+        return {(item.transfer.layer, item.transfer.expert) for item in self._pending()}
+
+    def wait_for_one(self) -> None:
+        """Until the first of them has ended. Raises LaneError where it failed."""
+        for item in self._pending():
+            item.event.wait()
+            return
+
+    def in_slots(self) -> npt.NDArray[np.bool_]:
+        """bool [layers * experts]: an accelerator holds the expert."""
+        planner = self._planner
+        return np.concatenate([planner.resident_mask(layer) for layer in range(planner.n_layers)])
+
+    def _pending(self) -> list[InFlight]:
+        return [item for queue in self._queues for item in queue.pending if not item.event.done()]
 
 
 class TransferQueue:

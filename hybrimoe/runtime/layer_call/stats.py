@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrimoe.runtime.layer_call.compiled import count_hits
+from hybrimoe.runtime.tier.cache import TierState
 from scheduler import LayerPlan, Phase, SlotTable
 from scheduler.planner.plan_view import PlanView
 
@@ -21,7 +22,9 @@ class Counters:
     """Sums over calls. An activated expert is a hit if its bytes were resident when it was demanded, else a miss;
     `late_prefetches` are misses whose prefetch was still under way. Times in us, sizes in bytes. Of a lossy policy:
     `routed` (token, expert) pairs that the router asked for, of which `skipped`, `substituted`, `lowered` (computed
-    from the low-precision copy) and `deferred` (added to the next layer's output)."""
+    from the low-precision copy) and `deferred` (added to the next layer's output). Where experts are read from disk:
+    `disk_reads` of which a call needed the expert at once, `disk_ahead` before one did, their `disk_bytes` and
+    `disk_us`, and the `disk_wait_us` in which the CPU lane had nothing else to do."""
 
     calls: int = 0
     tokens: int = 0
@@ -46,6 +49,11 @@ class Counters:
     substituted: int = 0
     lowered: int = 0
     deferred: int = 0
+    disk_reads: int = 0
+    disk_ahead: int = 0
+    disk_bytes: int = 0
+    disk_us: float = 0.0
+    disk_wait_us: float = 0.0
 
     def ran_on_cpu(self, n_tokens: int, n_experts: int, cpu_us: float, wall_us: float) -> None:
         """Counts one call without slots: every active expert was a miss and ran on the CPU."""
@@ -123,7 +131,8 @@ class UnitStats:
 class SessionStats:
     """A snapshot: sums by phase and by layer (module path), and what the session runs on.
 
-    attention_calls: by module path, how many decode steps of it the CPU's attention kernel computed.
+    tier: the host cache, where experts are read from disk. attention_calls: by module path, how many decode steps of it
+    the CPU's attention kernel computed.
     """
 
     by_phase: dict[Phase, Counters]
@@ -137,6 +146,7 @@ class SessionStats:
     lossy: str | None = None
     n_low_slots: int = 0
     attention_calls: Mapping[str, int] = field(default_factory=dict)
+    tier: TierState | None = None
 
     @property
     def total(self) -> Counters:
@@ -178,6 +188,7 @@ class SessionStats:
             "slots_filled": self.slots_filled,
             "n_experts": self.n_experts,
             "store_bytes": self.store_bytes,
+            "tier": None if self.tier is None else asdict(self.tier),
             "warmup_transfers": self.warmup_transfers,
             "failures": self.failures,
             "total": self.total.as_dict(),

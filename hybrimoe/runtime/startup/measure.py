@@ -147,7 +147,7 @@ def _cpu_call(
     def call(work: LayerWork, n_experts: int) -> float:
         experts = (state["first"] + np.arange(n_experts)) % n_stored
         state["first"] += n_experts
-        records = store.addresses(layer)[experts]
+        records = store.hold(layer, experts.tolist())
         start_us = clock_us()
         backend.run(
             spec, records, np.arange(n_experts, dtype=np.int32), work.dispatch, work.host_hidden, work.host_rows

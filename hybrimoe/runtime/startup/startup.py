@@ -183,4 +183,5 @@ def _rehearse_alone(layer: Layer, store: ExpertStore) -> None:
     """Compiles (or loads) the one call of few tokens on the CPU, with the first expert and a token of zeros."""
     if isinstance(layer.backend, NumbaBackend):
         hidden, nobody = torch.zeros(1, layer.spec.hidden), torch.zeros(1, 1, dtype=torch.int64)
+        store.hold(0, [0])
         layer.backend.run_routed(layer.spec, store.addresses(0), hidden, nobody, torch.ones(1, 1))

@@ -19,11 +19,12 @@ from hybrimoe.server.apis.tools import MAX_TOOLS, TOOL_NAME, called, new_tool, o
 from hybrimoe.server.asking import ChatAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.fields import MAX_SHOWN, Boolean, Free, Refused, Strict, Text, Tokens, TopLogprobs
-from hybrimoe.server.forms import Ended, FinishReason, Form, Update, WholeReply, sse
+from hybrimoe.server.forms import Ended, FinishReason, Form, StopReason, Update, WholeReply, sse
 from hybrimoe.server.models import Models
 from hybrimoe.server.replies import events
 from hybrimoe.server.replies.events import Call, Reasoning, Tool
 from hybrimoe.server.replies.syntax import ToolUse
+from hybrimoe.server.urgency import urgency_of
 from hybrimoe.server.worker import Piece
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ class AssistantMessage(TypedDict):
     tool_calls: NotRequired[list[AnsweredCall]]
 
 
-class ChatChoice(TypedDict):
+class ChatChoice(StopReason):
     """A whole reply of a chat, why it ended, and its log probabilities."""
 
     index: int
@@ -291,7 +292,7 @@ class ChatForm(Form):
         if logprobs is not None and logprobs["content"]:
             yield self._chunk(update.choice, {"content": ""}, logprobs, None)
         if update.ended is not None:
-            yield self._chunk(update.choice, {}, None, update.ended.reason)
+            yield self._chunk(update.choice, {}, None, update.ended)
 
     def closing(self, replies: Sequence[Ended]) -> Iterable[str]:
         """See `Form`."""
@@ -308,6 +309,9 @@ class ChatForm(Form):
             }
             for index, reply in enumerate(replies)
         ]  # fmt: skip
+        for choice, reply in zip(choices, replies, strict=True):
+            if reply.ended.stop_reason is not None:
+                choice["stop_reason"] = reply.ended.stop_reason
         counts = usage([reply.ended for reply in replies], self._n)
         return self._head | {"object": "chat.completion", "choices": choices, "usage": counts}
 
@@ -335,8 +339,11 @@ class ChatForm(Form):
         yield {"tool_calls": [{"index": index, **begun}]}
         yield {"tool_calls": [{"index": index, "function": {"arguments": event.arguments}}]}
 
-    def _chunk(self, index: int, delta: Any, logprobs: ChatLogprobs | None, finish: FinishReason | None) -> str:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+    def _chunk(self, index: int, delta: Any, logprobs: ChatLogprobs | None, ended: Ended | None) -> str:
+        finish = None if ended is None else ended.reason
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        if ended is not None and ended.stop_reason is not None:
+            choice["stop_reason"] = ended.stop_reason
         return sse(self._head | {"object": "chat.completion.chunk", "choices": [choice]})
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
@@ -364,4 +371,5 @@ def add_routes(app: FastAPI, models: Models) -> None:
             prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
             each = [replace(prepared, options=options) for options in choice_options(prepared.options, body.n or 1)]
             form = ChatForm(served.name, worker.generator.tokenizer, body, preparation.syntax.new_id)
-            return await deliver(worker, each, form, request, streamed=bool(body.stream))
+            urgency = urgency_of(request, body.priority, body.max_reply_seconds)
+            return await deliver(worker, each, form, request, streamed=bool(body.stream), urgency=urgency)

@@ -21,8 +21,9 @@ from hybrimoe.server.asking import TextAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.errors import RequestError
 from hybrimoe.server.fields import MAX_TOKENS, Boolean, Integer, Text, TopLogprobs, WholeNumber
-from hybrimoe.server.forms import Ended, FinishReason, Form, Update, WholeReply, sse
+from hybrimoe.server.forms import Ended, FinishReason, Form, StopReason, Update, WholeReply, sse
 from hybrimoe.server.models import Models
+from hybrimoe.server.urgency import urgency_of
 from hybrimoe.server.worker import Piece
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
-class CompletionChoice(TypedDict):
+class CompletionChoice(StopReason):
     """The text of a completion or of one piece of it."""
 
     index: int
@@ -175,11 +176,10 @@ class CompletionForm(Form):
 
     def update(self, update: Update) -> Iterable[str]:
         """See `Form`."""
-        finish = None if update.ended is None else update.ended.reason
         piece = self._new_part(update.piece)
         if update.piece.prompt_logprobs:
             piece = replace(piece, text=self._echoes[update.choice // self._n].text + piece.text)
-        yield sse(self._head | {"choices": [self._choice(update.choice, piece, finish)]})
+        yield sse(self._head | {"choices": [self._choice(update.choice, piece, update.ended)]})
 
     def closing(self, replies: Sequence[Ended]) -> Iterable[str]:
         """See `Form`."""
@@ -195,7 +195,7 @@ class CompletionForm(Form):
             for reply in self._best(replies[number * each : (number + 1) * each]):
                 new = self._new_part(reply.piece)
                 piece = replace(new, text=echo.text + new.text)
-                choices.append(self._choice(len(choices), piece, reply.ended.reason))
+                choices.append(self._choice(len(choices), piece, reply.ended))
         return self._head | {"choices": choices, "usage": self._usage([reply.ended for reply in replies], each)}
 
     def _new_part(self, piece: Piece) -> Piece:
@@ -214,9 +214,15 @@ class CompletionForm(Form):
             return replies
         return sorted(replies, key=lambda reply: -_mean_logprob(reply.piece))[: self._n]
 
-    def _choice(self, index: int, piece: Piece, finish: FinishReason | None) -> CompletionChoice:
+    def _choice(self, index: int, piece: Piece, ended: Ended | None) -> CompletionChoice:
         logprobs = None if self._body.logprobs is None else self._logprobs(piece, self._echoes[index // self._n])
-        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish}
+        choice: CompletionChoice = {
+            "index": index, "text": piece.text, "logprobs": logprobs,
+            "finish_reason": None if ended is None else ended.reason,
+        }  # fmt: skip
+        if ended is not None and ended.stop_reason is not None:
+            choice["stop_reason"] = ended.stop_reason
+        return choice
 
     def _logprobs(self, piece: Piece, echo: Echo) -> CompletionLogprobs:
         prompt = echo.token_ids if piece.prompt_logprobs else ()
@@ -262,7 +268,8 @@ def add_routes(app: FastAPI, models: Models) -> None:
                 for options in choice_options(one.options, body.n_computed)
             ]
             form = CompletionForm(served.name, tokenizer, body, echoes)
-            return await deliver(worker, each, form, request, streamed=bool(body.stream))
+            urgency = urgency_of(request, body.priority, body.max_reply_seconds)
+            return await deliver(worker, each, form, request, streamed=bool(body.stream), urgency=urgency)
 
 
 def _mean_logprob(piece: Piece) -> float:

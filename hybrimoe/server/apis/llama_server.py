@@ -22,6 +22,7 @@ from hybrimoe.server.fields import Boolean, Integer, Refused, Strict, Text
 from hybrimoe.server.forms import Ended, Form, Update, WholeReply, sse
 from hybrimoe.server.models import Models
 from hybrimoe.server.served import Served
+from hybrimoe.server.urgency import urgency_of
 
 STREAM = "With stream: true. Events `data: {...}` with content and stop; the last one has stop: true."
 MS_PER_US = 1000.0
@@ -33,7 +34,7 @@ class TokenizeRequest(Strict):
     model: Text | None = None
     content: Text
     add_special: Boolean = Field(default=False, description="With the tokens that begin a prompt.")
-    parse_special: Boolean | None = Field(default=None, description="Special tokens in the text are always read.")
+    parse_special: Literal[True] | None = Field(default=None, description="Special tokens in the text are read.")
     with_pieces: Boolean = Field(default=False, description="With the text of each token.")
 
 
@@ -275,7 +276,11 @@ async def _answer(models: Models, body: CompletionRequest, request: Request) -> 
     async with models.using(body.model, request) as served:
         preparation, asked = served.preparation, body.asked()
         prepared = await unless_left(request, served.encode(lambda: preparation.text(asked)))
-        return await deliver(served.worker(), [prepared], NativeForm(served.name), request, streamed=bool(body.stream))
+        urgency = urgency_of(request, body.priority, body.max_reply_seconds)
+        form = NativeForm(served.name)
+        return await deliver(
+            served.worker(), [prepared], form, request, streamed=bool(body.stream), urgency=urgency
+        )  # fmt: skip
 
 
 def _props(served: Served, path: str) -> Props:

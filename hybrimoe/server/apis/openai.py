@@ -19,8 +19,10 @@ from hybrimoe.server.fields import (
     Free,
     Integer,
     Penalty,
+    Priority,
     Refused,
     Repetition,
+    Seconds,
     Seed,
     Share,
     StopText,
@@ -143,6 +145,10 @@ class Sampling(Strict):
     guided_choice: list[Text] | None = Field(default=None, description="The answer is one of them (vLLM).")
     guided_grammar: Text | None = Field(default=None, description="As grammar (vLLM).")
     structured_outputs: StructuredOutputs | None = Field(default=None, description="As the guided ones (vLLM).")
+    priority: Priority | None = Field(default=None, description="A lower one comes first; 0 where none is sent.")
+    max_reply_seconds: Seconds | None = Field(
+        default=None, description="The reply ends so long after the request came, with stop_reason: deadline."
+    )
     user: Text | None = Field(default=None, description=UNUSED["user"])
     safety_identifier: Text | None = Field(default=None, description=UNUSED["safety_identifier"])
     metadata: Free | None = Field(default=None, description=UNUSED["metadata"])

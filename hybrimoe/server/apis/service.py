@@ -11,18 +11,20 @@ from typing_extensions import TypedDict
 from hybrimoe.server.apis.documented import Responses, errors, service_errors
 from hybrimoe.server.metrics import Metrics
 from hybrimoe.server.models import Models, ModelState
+from hybrimoe.server.selfcheck import Finding
 from hybrimoe.server.served import State
 
 
 class Health(TypedDict):
     """Whether the server can answer, how many requests wait and are being answered, the model in memory (or the one
-    that is meant where a request names none), and the state of each."""
+    that is meant where a request names none), the state of each, and what the self-check of the one in memory found."""
 
     status: State
     waiting: int
     running: int
     model: str
     models: dict[str, ModelState]
+    findings: list[Finding]
 
 
 class ModelCard(TypedDict):
@@ -64,7 +66,7 @@ def add_routes(app: FastAPI, models: Models, metrics: Metrics) -> None:
         state = models.state
         body: Health = {
             "status": state, "waiting": models.n_waiting, "running": models.n_running, "model": models.name,
-            "models": models.states,
+            "models": models.states, "findings": [] if models.served is None else models.served.findings,
         }  # fmt: skip
         return JSONResponse(body, status_code=200 if state == "ok" else 503)
 

@@ -93,7 +93,7 @@ def test_another_record_layout_is_packed_again(directory: Path, monkeypatch: pyt
 
 def test_the_disk_tier_packs_straight_into_the_file(directory: Path) -> None:
     expected = load(directory, **OPTIONS, packed_file=False)
-    model = load(directory, **OPTIONS, memory={"disk": "auto", "host": "1KiB"})
+    model = load(directory, **OPTIONS, memory={"disk": "auto", "host": "1GiB"})
     store = model.hybrimoe.session.store
     assert not store.buffer.flags.writeable
     assert np.array_equal(store.buffer, expected.hybrimoe.session.store.buffer)

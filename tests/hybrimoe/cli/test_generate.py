@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from hybrimoe.checkpoint import load_tokenizer
 from hybrimoe.cli.generate import read_prompt
 from hybrimoe.demo import demo_model_path
 from hybrimoe.errors import PromptError
+from tests.forked import HYBRIMOE, Forked
 
 PROMPT = "It was a bright morning, and Elizabeth"
 SAMPLED = ("--temperature", "0.8", "--top-p", "0.9", "--seed", "7", "--max-new-tokens", "12")
@@ -183,18 +181,15 @@ def test_a_deployment_file_is_used_and_options_go_over_it(hybrimoe, tmp_path):
 
 
 def test_ctrl_c_ends_the_text_and_the_summary_of_what_there_is_follows():
-    command = [sys.executable, "-m", "hybrimoe", "generate", "-p", PROMPT, "-n", "1500", "--seed", "1", "-t", "1"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
-        first = process.stdout.read(8)
+    with Forked(HYBRIMOE, "generate", "-p", PROMPT, "-n", "1500", "--seed", "1", "-t", "1") as process:
+        assert len(process.stdout.read(8)) == 8
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=600)
-    assert process.returncode == 130
-    assert len(first) == 8
-    assert out.endswith(b"\n")
-    assert b"interrupted" in err
-    assert b"tokens/s" in err
-    assert b"Traceback" not in err
+        out, err = process.communicate()
+        assert process.returncode == 130
+    assert out.endswith("\n")
+    assert "interrupted" in err
+    assert "tokens/s" in err
+    assert "Traceback" not in err
 
 
 def test_a_profile_says_where_the_time_of_a_token_went(hybrimoe):

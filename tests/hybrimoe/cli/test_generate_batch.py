@@ -156,12 +156,11 @@ def test_a_route_predictor_that_does_not_fit_is_refused(hybrimoe, prompts, predi
     lonely = hybrimoe(*words, "--route-predictor", predictor)
     assert lonely.code == 2
     assert "--batching expertflow" in lonely.data["error"]["message"]
-    cache = tmp_path / "cache.onnx"
-    hybrimoe("trace", "train", "--target", "cache", "-o", cache, "--epochs", "1", "--json")
+    cache, other = tmp_path / "cache.onnx", tmp_path / "other.onnx"
+    nets = [np.zeros(shape, np.float32) for shape in ((192, 4), (4,), (4, 6), (6,))]
+    write_net(cache, nets, ("mean_embedding",), "cache", {"model": "x", "n_layers": 2, "n_experts": 3})
     wrong = hybrimoe(*words, "--batching", "expertflow", "--route-predictor", cache)
     assert "predicts 'cache', not routes" in wrong.data["error"]["message"]
-    other = tmp_path / "other.onnx"
-    nets = [np.zeros(shape, np.float32) for shape in ((192, 4), (4,), (4, 6), (6,))]
     write_net(other, nets, ("mean_embedding",), "routes", {"model": "x", "n_layers": 2, "n_experts": 3})
     unfit = hybrimoe(*words, "--batching", "expertflow", "--route-predictor", other)
     assert "2 layers of 3 experts" in unfit.data["error"]["message"]

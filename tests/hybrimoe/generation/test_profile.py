@@ -142,7 +142,11 @@ def test_waiting_is_the_links_while_the_accelerator_has_nothing_to_compute() -> 
     waited = {"wall_us": 100.0, "overhead_us": 20.0, "cpu_us": 30.0, "accel_experts": 2}  # 50 us after the CPU lane
     after = counted(**waited, accel_us=60.0, link_us=500.0)
     lanes = split_experts(110.0, 0.0, before, after)
-    assert lanes == {"experts_cpu": 30.0, "experts_link": 20.0, "experts_accelerator": 30.0, "planning": 30.0}
+    assert lanes == {
+        "experts_cpu": 30.0, "experts_disk": 0.0, "experts_link": 20.0, "experts_accelerator": 30.0, "planning": 30.0
+    }  # fmt: skip
+    on_disk = split_experts(110.0, 0.0, before, counted(**waited, accel_us=60.0, link_us=500.0, disk_wait_us=20.0))
+    assert (on_disk["experts_disk"], on_disk["experts_link"], on_disk["experts_accelerator"]) == (20.0, 20.0, 10.0)
     busy = split_experts(110.0, 0.0, before, counted(**waited, accel_us=90.0, link_us=500.0))
     assert busy["experts_link"] == 0.0
     idle_link = split_experts(110.0, 0.0, before, counted(**waited, accel_us=60.0, link_us=5.0))
@@ -153,7 +157,7 @@ def test_experts_of_compiled_steps_are_not_counted_twice() -> None:
     after = counted(wall_us=100.0, overhead_us=0.0, cpu_us=100.0)
     assert split_experts(0.0, 100.0, counted(), after)["experts_cpu"] == 0.0
     assert split_experts(45.0, 60.0, counted(), after) == {
-        "experts_cpu": 40.0, "experts_accelerator": 0.0, "experts_link": 0.0, "planning": 5.0
+        "experts_cpu": 40.0, "experts_disk": 0.0, "experts_accelerator": 0.0, "experts_link": 0.0, "planning": 5.0
     }  # fmt: skip
 
 

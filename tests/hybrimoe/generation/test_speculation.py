@@ -426,9 +426,10 @@ def test_angles_that_depend_on_the_longest_position_are_refused() -> None:
 def test_the_server_counts_drafts() -> None:
     pytest.importorskip("prometheus_client")
     from hybrimoe.server.metrics import Metrics
+    from hybrimoe.server.models import Models
 
     reply = run(generator_of(injected("qwen2_moe"), Always()).reply(PROMPT, replace(GREEDY, max_new_tokens=100)))
-    metrics = Metrics(lambda: None, lambda: 0)
+    metrics = Metrics(Models({"qwen2_moe": None}))
     metrics.observe(reply)
     shown = metrics.render().decode()
     assert f"hybrimoe_drafted_tokens_total {float(reply.speculation.drafted_tokens)}" in shown

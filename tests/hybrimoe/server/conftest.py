@@ -16,7 +16,8 @@ from hybrimoe.server.served import Served
 
 CONTEXT = 512
 COUNTERS = ("hits", "misses", "transfers", "prefetches", "transfer_bytes", "hit_rate", "cpu_us", "accel_us", "link_us",
-            "routed", "skipped", "substituted", "lowered", "deferred")  # fmt: skip
+            "routed", "skipped", "substituted", "lowered", "deferred", "disk_reads", "disk_ahead", "disk_bytes",
+            "disk_us", "disk_wait_us")  # fmt: skip
 UNIT = {"name": "emulated", "n_slots": 6, "n_layers": 2, "total": dict.fromkeys(COUNTERS, 2.5)}
 
 

@@ -5,6 +5,7 @@ They are no requirement of the tests (`pip install openai anthropic ollama`); te
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -167,3 +168,42 @@ def test_ollama(ollama_client):
     assert text.response
     assert listed.models[0].model == running.models[0].model == "tiny:latest"
     assert "tools" in shown.capabilities
+
+
+@pytest.mark.filterwarnings("ignore")  # of its own, at import
+def test_litellm(openai_client, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it asks the network for prices
+    litellm = pytest.importorskip("litellm", reason="the client is not installed: pip install litellm")
+    tools = [{"type": "function", "function": {"name": "add", "parameters": SCHEMA}}]
+    at = {"api_base": "http://x/v1", "client": openai_client}
+
+    async def work():
+        chat = await litellm.acompletion("openai/tiny", USER, max_tokens=4, temperature=0, **at)
+        stream = await litellm.acompletion("openai/tiny", USER, max_tokens=4, temperature=0, stream=True, **at)
+        pieces = [piece.choices[0].delta.content or "" async for piece in stream]
+        forced = {"type": "function", "function": {"name": "add"}}
+        called = await litellm.acompletion(
+            "openai/tiny", USER, max_tokens=200, tools=tools, tool_choice=forced, seed=1, **at
+        )
+        return chat, pieces, called
+
+    chat, pieces, called = run(work)
+    assert chat.choices[0].message.content == "".join(pieces) != ""
+    assert chat.usage.completion_tokens == 4
+    assert json.loads(called.choices[0].message.tool_calls[0].function.arguments)["a"] in (1, 2)
+
+
+def test_lm_eval_reads_the_scores_of_prompts(call, generator):
+    """Its own request, and its own reading of the answer; test_scored_prompts.py has both without it."""
+    module = pytest.importorskip("lm_eval.models.openai_completions", reason="not installed: pip install lm_eval[api]")
+    api = module.LocalCompletionsAPI
+    prompts = [generator.encode(text) for text in ("It was a bright day", "He saw the sun")]
+    body = api._create_payload(SimpleNamespace(model="tiny"), prompts, generate=False)
+    answer = call("POST", "/v1/completions", body)
+    assert answer.status_code == 200, answer.text
+    scores = api.parse_logprobs([answer.json()], ctxlens=[2, 1])
+    assert [type(greedy) for _, greedy in scores] == [bool, bool]
+    assert all(score < 0 for score, _ in scores)
+    generating = {"until": ["\n"], "max_gen_toks": 4}
+    body = api._create_payload(SimpleNamespace(model="tiny", _max_gen_toks=4), prompts, True, generating)
+    assert len(api.parse_generations([call("POST", "/v1/completions", body).json()])) == 2

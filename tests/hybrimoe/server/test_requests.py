@@ -1,5 +1,6 @@
 """What a request may ask: all that is honoured changes the reply, and what cannot be honoured is refused by name."""
 
+import asyncio
 import json
 import math
 
@@ -238,3 +239,38 @@ def test_no_message_is_a_failure_of_the_server(call, message):
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b"1" * 5000])
 def test_a_body_that_is_no_object_is_refused(call, content):
     assert refusal(call("POST", "/v1/completions", content))
+
+
+def test_priority_and_time_are_fields_or_headers(application, client):
+    """A reply whose time is over says so beside its finish reason."""
+
+    async def run():
+        app, served = application(parallel=1)
+        seen, submit = [], served.worker().submit
+
+        def watched(ids, options, urgency):
+            seen.append(urgency)
+            return submit(ids, options, urgency)
+
+        served.worker().submit = watched
+        async with client(app) as http:
+            body = {"prompt": "It was", "max_tokens": 2}
+            await http.post("/v1/completions", json={**body, "priority": -2, "max_reply_seconds": 30})
+            headers = {"X-HybriMoE-Priority": "7", "X-HybriMoE-Max-Reply-Seconds": "20", "x-api-key": "secret"}
+            await http.post("/v1/completions", json=body, headers=headers)
+            refused = await http.post("/v1/completions", json=body, headers={"X-HybriMoE-Priority": "urgent"})
+            slow = {"prompt": "It was", "max_tokens": 400, "ignore_eos": True, "max_reply_seconds": 0.001}
+            late = await http.post("/v1/completions", json=slow)
+        return seen, refused, late
+
+    seen, refused, late = asyncio.run(run())
+    assert [(one.priority, one.max_s) for one in seen[:2]] == [(-2, 30.0), (7, 20.0)]
+    assert seen[0].client != seen[1].client
+    assert "secret" not in str(seen[1])
+    assert refused.status_code == 400
+    assert "X-HybriMoE-Priority" in refused.json()["error"]["message"]
+    if late.status_code == 200:  # else it was over before the reply began
+        choice = late.json()["choices"][0]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "deadline")
+    else:
+        assert late.status_code == 429

@@ -11,7 +11,8 @@ from hybrimoe.generation import SamplingOptions
 from hybrimoe.generation.continuous_batching import BatchEngine
 from hybrimoe.server.delivery import PieceReader
 from hybrimoe.server.errors import DrainingError, LateError, QueueFullError
-from hybrimoe.server.worker import Job, Worker
+from hybrimoe.server.urgency import Urgency
+from hybrimoe.server.worker import Job, Turns, Worker
 
 SHORT = SamplingOptions(max_new_tokens=2, temperature=0.0)
 LONG = SamplingOptions(max_new_tokens=80, temperature=1.0, seed=1)
@@ -319,3 +320,76 @@ class TestSeveralAtOnce:
         assert isinstance(second, DrainingError)
         worker._thread.join(600)
         assert not worker.alive
+
+
+class TestTurns:
+    """Who is next, and who has no time left. One place, so that replies are computed one after another."""
+
+    def order(self, generator, steps, urgencies):
+        """Requests in the order in which they were answered, the first of them already under way, and their texts."""
+
+        async def run():
+            worker = Worker(BatchEngine(generator))
+            worker.start()
+            ids, ended = generator.encode("It was"), []
+            jobs = [worker.submit(ids, SHORT, urgencies[0])]
+            await began(steps)
+            jobs += [worker.submit(ids, SHORT, urgency) for urgency in urgencies[1:]]
+
+            async def answered(number, job):
+                text = await text_of(job)
+                ended.append(number)
+                return text
+
+            steps.go.release(1000)
+            texts = await asyncio.gather(*(answered(number, job) for number, job in enumerate(jobs)))
+            await asyncio.to_thread(worker.close)
+            return ended, texts
+
+        return running(run())
+
+    def test_clients_take_turns_however_many_requests_one_has_sent(self, generator, steps):
+        many, few = Urgency("many"), Urgency("few")
+        ended, texts = self.order(generator, steps, [many, many, many, few, many, few])
+        assert ended == [0, 3, 1, 5, 2, 4]
+        assert len(set(texts)) == 1, "each greedy reply is the one that the request gets alone"
+
+    def test_a_lower_priority_comes_first_and_equal_ones_in_their_order(self, generator, steps):
+        urgencies = [Urgency(priority=priority) for priority in (0, 5, 0, -1, 0, -1)]
+        assert self.order(generator, steps, urgencies)[0] == [0, 3, 5, 2, 4, 1]
+
+    def test_clients_share_the_places(self):
+        def job(client, number):
+            return Job([number], SHORT, None, Urgency(client))
+
+        under_way, waiting = [job("a", 0), job("a", 1)], [job("a", 2), job("b", 3)]
+        assert Turns().next(waiting, under_way) is waiting[1]
+
+    def test_a_reply_ends_with_what_there_is_when_its_time_is_over(self, generator, steps):
+        async def run(max_s, server_s):
+            worker = Worker(BatchEngine(generator), max_reply_s=server_s)
+            worker.start()
+            ids = generator.encode("It was")
+            urgency = Urgency(max_s=max_s)
+            first = worker.submit(ids, LONG, urgency)
+            await began(steps)
+            second = worker.submit(ids, SHORT, urgency)
+            steps.go.release(2)
+            await began(steps), await began(steps)
+            first.submitted_s -= 7200  # as if two hours had gone by
+            second.submitted_s -= 7200
+            steps.go.release(1000)
+            told = await asyncio.gather(text_of(first), text_of(second), return_exceptions=True)
+            await asyncio.to_thread(worker.close)
+            return first.reply, told
+
+        steps.go.release(1000)
+        whole = "".join(generator.reply(generator.encode("It was"), LONG))
+        while steps.go.acquire(blocking=False) or steps.began.acquire(blocking=False):
+            pass
+        for limits in ((3600, None), (None, 3600), (3600, 10_000)):
+            reply, (text, late) = running(run(*limits))
+            assert reply.finish_reason == "deadline"
+            assert 0 < len(reply.token_ids) < 80
+            assert whole.startswith(text)
+            assert isinstance(late, LateError)

@@ -72,6 +72,7 @@ class Twin:
             self.land(self.under_way[:n_ended])
             del self.under_way[:n_ended]
             self.told("on_event", LayerEnded(layer + 2, (ObservedTask("cpu", layer + 2, 1, 120.0),)))
+        self.compare_stories()
 
     def compare(self) -> None:
         """Everything that later decisions depend on is the same, to the last bit."""
@@ -80,6 +81,10 @@ class Twin:
             np.testing.assert_array_equal(getattr(ours.slots, name), getattr(parts.slots, name))
         np.testing.assert_array_equal(ours.cache.keep, parts.cache.keep)
         np.testing.assert_array_equal(ours.costs.drift, parts.costs.drift)
+
+    def compare_stories(self) -> None:
+        """What errors would tell of each slot is the same."""
+        ours, parts = self.both
         for slot in range(ours.slots.n_slots):
             assert ours.slots.story(slot) == parts.slots.story(slot)
 

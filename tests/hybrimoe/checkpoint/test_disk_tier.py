@@ -1,0 +1,206 @@
+"""Experts that do not fit host memory: the same bits at every budget, clear errors, the hot set at the next start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import MixtralConfig, PreTrainedModel
+
+from hybrimoe.checkpoint import load
+from hybrimoe.errors import BudgetError, CheckpointError
+from hybrimoe.runtime.tier.cache import HostCache
+from hybrimoe.runtime.tier.store import TieredStore
+from hybrimoe.runtime.tier.usage import UsageWarning
+
+from .conftest import SMALL
+from .models import OPTIONS, files_of
+
+N_LAYERS, N_EXPERTS = 4, 8
+IN_MEMORY = {"step": "transformers"}
+"""What runs experts from disk runs the rest as transformers does: the same bits are to be expected of the same way."""
+
+
+@pytest.fixture
+def directory(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
+    """A Mixtral with 32 experts."""
+    config = MixtralConfig(**SMALL | {"num_hidden_layers": N_LAYERS, "num_local_experts": N_EXPERTS})
+    make_model(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def tiered(directory: Path) -> Iterator[Callable[..., PreTrainedModel]]:
+    """Loads the model with so many experts in host memory, and closes it."""
+    models = []
+
+    def open_with(host: Any, **options: Any) -> PreTrainedModel:
+        models.append(load(directory, **OPTIONS | {"memory": {"disk": "auto", "host": host}} | options))
+        return models[-1]
+
+    yield open_with
+    for model in models:
+        model.hybrimoe.session.close()
+
+
+def cache_of(model: PreTrainedModel) -> HostCache:
+    store = model.hybrimoe.session.store
+    assert isinstance(store, TieredStore)
+    return store.cache
+
+
+def answers(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of a prompt and of 6 decode steps behind it, of two sequences."""
+    found = []
+    with torch.inference_mode():
+        for start in (1, 7):
+            ids = (torch.arange(9)[None] * start + start) % 60
+            output = model(ids, use_cache=True)
+            found.append(output.logits[0, -1])
+            for _ in range(6):
+                ids = output.logits[:, -1:].argmax(-1)
+                output = model(ids, past_key_values=output.past_key_values, use_cache=True)
+                found.append(output.logits[0, -1])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "policy", "in_memory"),
+    [("none", "ours", 8), ("none", "ours", 16), ("none", "ours", 24), ("emulated", "ours", 8),
+     ("emulated", "ours", 24), ("emulated", "on_demand/none/lru", 16)],
+)  # fmt: skip
+def test_every_budget_gives_the_same_bits(
+    directory: Path, tiered: Callable[..., PreTrainedModel], accelerator: str, policy: str, in_memory: int
+) -> None:
+    options = {"accelerator": accelerator, "gpu_expert_slots": 6, "policy": policy}
+    expected = answers(load(directory, **OPTIONS | options | IN_MEMORY))
+    model = tiered(in_memory, **options)
+    assert torch.equal(answers(model), expected)
+    stats = model.hybrimoe.session.stats()
+    assert stats.tier is not None
+    assert (stats.tier.n_slots, stats.tier.n_records) == (in_memory, N_LAYERS * N_EXPERTS)
+    assert 0 < stats.tier.held <= in_memory
+    total = stats.total
+    assert min(total.disk_reads, total.disk_bytes, total.disk_us) > 0
+    assert stats.as_dict()["tier"]["slot_bytes"] == cache_of(model).slots.slot_bytes
+    assert f"{in_memory} of 32 experts fit host memory" in "".join(model.hybrimoe.explain().remarks)
+
+
+def test_reads_stand_in_the_timeline(tiered: Callable[..., PreTrainedModel]) -> None:
+    model = tiered(8)
+    session = model.hybrimoe.session
+    session.record_timeline(True)
+    answers(model)
+    reads = [record for record in session.timeline if record.lane == "disk"]
+    assert len(reads) >= session.stats().total.disk_reads > 0
+    assert all(read.end_us > read.start_us and read.bytes > 0 and read.step >= 0 for read in reads[8:])
+
+
+def test_where_all_fits_the_file_is_mapped(tiered: Callable[..., PreTrainedModel]) -> None:
+    for host in ("1GiB", "auto"):
+        assert not isinstance(tiered(host, **IN_MEMORY).hybrimoe.session.store, TieredStore)
+
+
+@pytest.mark.parametrize("host", [0, 7, "1KiB"])
+def test_too_small_a_budget_is_refused_with_the_smallest_that_works(
+    directory: Path, tiered: Callable[..., PreTrainedModel], host: Any
+) -> None:
+    with pytest.raises(BudgetError, match=r"at least 8 must be in memory at once: give (\d+)B") as refused:
+        tiered(host)
+    assert files_of("experts", directory) == [], "it was refused after the experts were packed"
+    least = int(str(refused.value).partition("give ")[2].partition("B")[0])
+    with pytest.raises(BudgetError):
+        tiered(f"{least - 1}B")
+    assert cache_of(tiered(f"{least}B")).slots.n_slots == 8
+
+
+def test_a_lossy_policy_needs_all_experts(tiered: Callable[..., PreTrainedModel]) -> None:
+    with pytest.raises(BudgetError, match="needs all experts in host memory"):
+        tiered(8, lossy="skip")
+
+
+def test_a_file_that_is_cut_ends_the_call_and_no_other(directory: Path, tiered: Callable[..., PreTrainedModel]) -> None:
+    model = tiered(8)
+    expected = answers(model)
+    (path,) = files_of("experts", directory)
+    whole, known = path.read_bytes(), path.stat()
+    os.truncate(path, known.st_size // 4)
+    with pytest.raises(CheckpointError, match=rf"{path.name} was cut short .*model\.layers\.\d.*expert \d"):
+        answers(model)
+    with path.open("r+b") as file:
+        file.write(whole)
+    with pytest.raises(CheckpointError, match="was written to while it was in use"):
+        answers(model)
+    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
+    assert torch.equal(answers(model), expected)
+    assert model.hybrimoe.session.stats().tier.failed > 0
+
+
+def test_a_disk_that_returns_errors_ends_the_call_and_no_other(
+    tmp_path: Path, tiered: Callable[..., PreTrainedModel]
+) -> None:
+    model = tiered(8)
+    expected, reader = answers(model), cache_of(model).reader
+    good = os.dup(reader._descriptor)
+    broken = os.open(tmp_path / "not readable", os.O_WRONLY | os.O_CREAT)
+    try:
+        os.dup2(broken, reader._descriptor)  # what the system then says of a read is an error
+        with pytest.raises(CheckpointError, match=r"expert \d.*cannot be read: Bad file descriptor.*hybrimoe verify"):
+            answers(model)
+        os.dup2(good, reader._descriptor)
+        assert torch.equal(answers(model), expected)
+    finally:
+        os.close(good)
+        os.close(broken)
+
+
+def test_a_file_that_is_deleted_is_read_on(directory: Path, tiered: Callable[..., PreTrainedModel]) -> None:
+    model = tiered(8)
+    expected = answers(model)
+    files_of("experts", directory)[0].unlink()
+    assert torch.equal(answers(model), expected)
+
+
+def test_what_was_used_is_there_at_the_next_start(directory: Path, tiered: Callable[..., PreTrainedModel]) -> None:
+    first = tiered(12)
+    expected, uses = answers(first), cache_of(first).uses.copy()
+    first.hybrimoe.session.close()
+    (kept,) = directory.rglob("*.usage.json")
+    second = tiered(12)
+    hottest = np.argsort(-uses.reshape(-1), kind="stable")[:12]
+    cache = cache_of(second)
+    while cache.state().held < 12:
+        cache.reader.wait()
+        cache.take_ended()
+    addresses = np.concatenate(cache.addresses)
+    assert np.count_nonzero(addresses[hottest]) >= 11, "one slot is the start's own"
+    assert torch.equal(answers(second), expected)
+    second.hybrimoe.session.close()
+
+    (path,) = files_of("experts", directory)
+    os.utime(path, ns=(1, 1))  # another file now, as far as anybody can tell
+    assert tiered(12).hybrimoe.session.store.earlier_uses is None
+    kept.write_text("{")
+    assert tiered(12).hybrimoe.session.store.earlier_uses is None
+
+
+def test_usage_that_cannot_be_kept_is_a_warning(directory: Path, tiered: Callable[..., PreTrainedModel]) -> None:
+    model = tiered(8)
+    answers(model)
+    (path,) = files_of("experts", directory)
+    for folder in model.hybrimoe.session.store._usage._paths:
+        folder.mkdir(parents=True)  # a folder stands where the file would be
+    with pytest.warns(UsageWarning, match=f"could not be kept for the next start.*{path.parent}"):
+        model.hybrimoe.session.close()
+
+
+def test_experts_can_be_had_back(directory: Path, tiered: Callable[..., PreTrainedModel]) -> None:
+    session = tiered(8).hybrimoe.session
+    other = load(directory, **OPTIONS).hybrimoe.session
+    for expert in (0, 5):
+        assert torch.equal(session.read_expert(3, expert).up, other.read_expert(3, expert).up)
