@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybrimoe.compat import takes_dynamic_cache
 from hybrimoe.generation.kv_memory import held_bytes, keeps_every_token
@@ -16,6 +16,9 @@ from hybrimoe.generation.prefix.states import (
     is_plain,
     treats_prompts,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["CacheRows", "PrefixCache"]
 
@@ -69,10 +72,11 @@ class PrefixCache:
             self._copy_known(prompt_ids)
         return len(self.token_ids)
 
-    def known_logits(self) -> Any:
+    def known_logits(self) -> torch.Tensor:
         """Logits [V] after the prompt, of which `reuse` has given all tokens."""
         assert self._known.checkpoint is not None
-        return self._known.checkpoint.logits.to(self._model.device, copy=True)
+        logits: torch.Tensor = self._known.checkpoint.logits
+        return logits.to(self._model.device, copy=True)
 
     def checkpoint_places(self, n_prompt: int) -> list[int]:
         """After how many tokens of the prompt of `n_prompt` tokens that is computed next `checkpoint` is to be called.
