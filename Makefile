@@ -10,10 +10,12 @@ STAMP_DEV := $(VENV)/.hybrimoe-dev
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
+STAMP_BROWSER := $(VENV)/.hybrimoe-browser
+
 STAMP_FLOOR := .venv-floor/.hybrimoe-floor
 FLOOR := .venv-floor/bin/python
 
-.PHONY: demo test test-fast test-all test-floor coverage lint bench gpu-check test-ipex clean help
+.PHONY: demo test test-fast test-all test-browser pictures test-floor coverage lint bench gpu-check test-ipex clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -41,6 +43,16 @@ test-fast: $(STAMP_DEV)  ## what a change is tried with: the scheduler, rules, c
 
 test-all: $(STAMP_DEV)  ## every test, with every model family of transformers (what CI runs)
 	$(BIN)/python -m pytest -q $(PARALLEL)
+
+$(STAMP_BROWSER): $(STAMP_DEV)
+	$(PIP) install -q -c constraints.txt -e '.[browser]'
+	@touch $@
+
+test-browser: $(STAMP_BROWSER)  ## the server's page in Chromium (the system's: apt-get install chromium), a minute
+	$(BIN)/python -m pytest -q -m browser tests/hybrimoe/server/browser
+
+pictures: $(STAMP_BROWSER)  ## docs/pictures of the page, anew: starts a server and looks at it in Chromium
+	$(BIN)/python benchmarks/page_pictures.py
 
 $(STAMP_FLOOR): pyproject.toml constraints.txt $(STAMP_DEV)
 	$(PYTHON) -m venv .venv-floor

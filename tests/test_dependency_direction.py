@@ -37,7 +37,7 @@ LAZILY: dict[str, set[str]] = {
 SHARED = {"scheduler.compiled"}
 FORBIDDEN_IN_SCHEDULER = {"time", "threading", "os", "logging", "asyncio", "multiprocessing", "subprocess"}
 # Folders whose modules are imported only where their extra is needed.
-LOADED_ON_DEMAND = {"triton", "backends", "server", "apis"}
+LOADED_ON_DEMAND = {"triton", "backends", "server", "apis", "page", "live"}
 OPTIONAL = {
     "triton", "onnxruntime", "intel_extension_for_pytorch", "ray", "matplotlib", "joblib", "scipy", "pyarrow", "pandas",
     "fastapi", "uvicorn", "prometheus_client", "llama_cpp", "httpx", "starlette", "gguf", "accelerate",

@@ -44,8 +44,10 @@ class OpenModel:
 
 
 @contextmanager
-def open_model(config: DeployConfig, *, show_progress: bool = True) -> Iterator[OpenModel]:
-    """Load the model of `config`; its lanes stop when the block ends."""
+def open_model(
+    config: DeployConfig, *, show_progress: bool = True, told: Progress = lambda done, total, what: None
+) -> Iterator[OpenModel]:
+    """Load the model of `config`; its lanes stop when the block ends. told: called, as a bar is, with how far it is."""
     quiet_libraries()
     from hybrimoe.checkpoint import load, load_tokenizer, model_path
     from hybrimoe.checkpoint.source import read_config_dict
@@ -55,7 +57,12 @@ def open_model(config: DeployConfig, *, show_progress: bool = True) -> Iterator[
     read_config_dict(model_path(config.model))  # no model is a clearer message than no tokenizer
     tokenizer = load_tokenizer(config.model)
     with progress_bar(show_progress) as progress, warnings_as_notes():
-        model = load(config.model, config=config, progress=progress)
+
+        def progressed(done: int, total: int, what: str) -> None:
+            progress(done, total, what)
+            told(done, total, what)
+
+        model = load(config.model, config=config, progress=progressed)
     if show_progress and model.hybrimoe.packing is not None:
         render.note(f"note: {model.hybrimoe.packing}")
     try:

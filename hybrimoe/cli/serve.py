@@ -82,6 +82,9 @@ def serve(
         float | None,
         typer.Option(min=0.0, max=86_400.0, help="Time that replies under way have when the server is to end (30)."),
     ] = None,
+    page: Annotated[
+        bool | None, typer.Option("--page/--no-page", help="A page at / to chat and to see the model at work (on).")
+    ] = None,
     tls_cert_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Certificate (PEM) for HTTPS; with --tls-key-file.")
     ] = None,
@@ -95,7 +98,9 @@ def serve(
     placement: common.PlacementGroup,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Serve the APIs of OpenAI, Anthropic, Ollama and llama-server, /health and /metrics, until Ctrl-C or SIGTERM.
+    """Serve a page to chat at /, the APIs of OpenAI, Anthropic, Ollama and llama-server, /health and /metrics.
+
+    Until Ctrl-C or SIGTERM.
 
     With --models FOLDER, or server.models in the deployment file, a request loads the model that it names, once the
     replies of the one in memory have ended; without MODEL none is loaded before.
@@ -115,7 +120,7 @@ def serve(
         "host": host, "name": name, "models": models, "idle_unload_seconds": idle_unload_seconds,
         "parallel": parallel,
         "queue_length": queue_length, "max_wait_seconds": max_wait_seconds, "max_stall_ms": max_stall_ms,
-        "max_reply_seconds": max_reply_seconds, "drain_seconds": drain_seconds, "access_log": access_log,
+        "max_reply_seconds": max_reply_seconds, "drain_seconds": drain_seconds, "page": page, "access_log": access_log,
         "tls_cert_file": tls_cert_file, "tls_key_file": tls_key_file,
     }  # fmt: skip
     chosen: dict[str, object] = {key: value for key, value in given.items() if value is not None}
@@ -147,7 +152,8 @@ def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, a
             if as_json:
                 render.emit_json({"url": http.url, "model": models.name, "models": list(shelf)})
             else:
-                render.note(f"{described(models)} at {http.url}/v1 (Ctrl-C ends it)")
+                page = f", the page at {http.url}/" if settings.page else ""
+                render.note(f"{described(models)} at {http.url}/v1{page} (Ctrl-C ends it)")
             stop.wait()
             leave_after(settings.drain_seconds + EXIT_SECONDS)
             models.drain(settings.drain_seconds)
@@ -157,10 +163,10 @@ def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, a
 def loadable(name: str, deployment: DeployConfig) -> Loadable:
     """How the model of a deployment comes into memory, and how it is served there."""
     from hybrimoe.cli.common_model import open_model
-    from hybrimoe.server.models import Loadable
+    from hybrimoe.server.models import Loadable, Progress
     from hybrimoe.server.served import Served
 
-    settings = deployment.server
+    settings, progress = deployment.server, Progress()
 
     def serving() -> Served:
         return Served(
@@ -170,7 +176,9 @@ def loadable(name: str, deployment: DeployConfig) -> Loadable:
             special_in_messages=settings.special_in_messages, max_reply_s=settings.max_reply_seconds,
         )  # fmt: skip
 
-    return Loadable(lambda: open_model(deployment), serving, deployment.model or name)
+    return Loadable(
+        lambda: open_model(deployment, told=progress.tell), serving, deployment.model or name, progress
+    )  # fmt: skip
 
 
 def described(models: Models) -> str:
@@ -200,7 +208,7 @@ class HttpServer:
         _log_to_stderr(settings.access_log)
         application = create_app(
             models, api_keys=keys, cors_origins=settings.cors_origins, max_body_bytes=int(settings.max_body.value),
-            strict=settings.strict, max_body_s=settings.max_body_seconds,
+            strict=settings.strict, max_body_s=settings.max_body_seconds, page=settings.page,
         )  # fmt: skip
         self._listener = listener
         config = uvicorn.Config(

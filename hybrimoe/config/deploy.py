@@ -151,6 +151,7 @@ class ServerConfig(Section):
     strict: bool = Field(
         default=False, description="Refuse requests with unknown fields, instead of leaving these out with a warning."
     )
+    page: bool = Field(default=True, description="A page at / to chat and to see the model at work.")
     access_log: bool = Field(default=True, description="A line on stderr for each request, without contents.")
 
 

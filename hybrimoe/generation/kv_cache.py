@@ -259,6 +259,8 @@ class CacheRows:
 
     def __init__(self, model: Any, n_rows: int, prefixes: PrefixTree | None = None) -> None:
         self._idle = [PrefixCache(model, prefixes) for _ in range(n_rows)]
+        self.idle_bytes = 0
+        """Memory of the idle ones, which any thread may read."""
 
     def take(self, prompt_ids: Sequence[int]) -> PrefixCache:
         """An idle cache; there must be one. The one in which most is shared and least lost, else the longest idle."""
@@ -269,19 +271,24 @@ class CacheRows:
 
         chosen = max(self._idle, key=gain)
         self._idle.remove(chosen)
+        self._measure()
         return chosen
 
     def give_back(self, cache: PrefixCache) -> None:
         """The reply in `cache` has ended."""
         self._idle.append(cache)
+        self._measure()
 
     def shrink(self, max_bytes: int) -> None:
         """Let idle caches, the longest idle first, forget what they hold until they take no more than `max_bytes`."""
-        sizes = [cache.n_bytes() for cache in self._idle]
-        for number, cache in enumerate(self._idle):
-            if sum(sizes[number:]) <= max_bytes:
+        for cache in self._idle:
+            if self.idle_bytes <= max_bytes:
                 return
             cache.clear()
+            self._measure()
+
+    def _measure(self) -> None:
+        self.idle_bytes = sum(cache.n_bytes() for cache in self._idle)
 
 
 def _can_crop(layer: Any) -> bool:

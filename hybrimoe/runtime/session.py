@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -36,6 +38,7 @@ from hybrimoe.runtime.startup.startup import Frequencies, Startup
 from hybrimoe.runtime.startup.units import Unit, share_layers
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
 from hybrimoe.runtime.tier.store import TieredStore
+from scheduler.errors import SchedulerError
 from scheduler.graph import PlannedLayer
 from scheduler.plan import Placement
 from scheduler.planner.protocol import Costs, LayerPlanner
@@ -252,6 +255,27 @@ class Session:
                 raise
             return self.n_slots
 
+    def change_policy(self, policy: str) -> None:
+        """Plans by another policy while the session lives; slots start over with the most used experts, costs stay.
+
+        policy: a preset, or balance/prefetch/cache. What it compiles is best compiled before
+        (`scheduler.planner.rehearsal`): layers do not run meanwhile. Raises PolicyError for one that there is not, or
+        that needs the future, as oracles do, ModelError where nothing is planned; all is then as before.
+        """
+        with self._lock:
+            runner, before = self._ready(), self.config
+            if runner.planner is None:
+                raise ModelError("no expert has a slot, so there is nothing that a policy would decide")
+            runner.drain()
+            used = runner.routing_counts if runner.routing_counts.any() else None
+            self.config = replace(before, policy=policy, policy_params={})
+            try:
+                self._start_runner(None, runner, used)
+            except SchedulerError:
+                self.config = before
+                self._start_runner(None, runner, used)
+                raise
+
     def resize_budget(self, budget: int | float | str) -> int:
         """Changes, while the session lives, how many experts a lossy policy with a memory budget keeps.
 
@@ -383,6 +407,13 @@ class Session:
         """The plans and demands of the recorded layer calls, in order."""
         return list(self._ready().plans)
 
+    @property
+    def expert_uses(self) -> npt.NDArray[np.float64] | None:
+        """float64 [layers, experts]: calls in which each expert was active; None where they are not told apart, because
+        nothing is planned."""
+        runner = self._runner
+        return None if runner is None or runner.planner is None else runner.routing_counts.copy()
+
     def slot_contents(self) -> dict[int, tuple[int, int]]:
         """Slot -> (layer, expert) of what the slots hold or are being filled with."""
         with self._lock:
@@ -399,7 +430,6 @@ class Session:
             and not runner.experts.tracing
             and runner.lossy is None
             and self._sink is None
-            and runner.experts.lanes.tier is None
             and not self._closed
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,9 @@ class ExpertStore:
 
     `complete`: False once records were dropped.
     """
+
+    in_memory: ClassVar[bool] = True
+    """Whether every record lies at its address all the time."""
 
     def __init__(self, layers: Sequence[LayerSpec], *, pinned: bool = False) -> None:
         self._attach(tuple(layers), host_bytes(sum(layer.nbytes for layer in layers), pinned))

@@ -12,13 +12,14 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from hybrimoe.server.apis import anthropic, chat, completions, llama_server, ollama, responses, service
+from hybrimoe.server.apis import anthropic, chat, completions, live, llama_server, ollama, responses, service
 from hybrimoe.server.boundary import MAX_BODY_BYTES, MAX_BODY_SECONDS, Boundary, error_response
 from hybrimoe.server.metrics import Metrics
 from hybrimoe.server.models import Models
+from hybrimoe.server.page import files
 from hybrimoe.server.served import Served
 
-APIS = (completions, chat, responses, anthropic, ollama, llama_server)
+APIS = (completions, chat, responses, anthropic, ollama, llama_server, live)
 ASSUMED_STATUS = "422"
 """FastAPI documents it for every route that takes data; here such requests are answered with 400."""
 ASSUMED_SCHEMAS = ("HTTPValidationError", "ValidationError")
@@ -26,14 +27,15 @@ ASSUMED_SCHEMAS = ("HTTPValidationError", "ValidationError")
 
 def create_app(
     serving: Served | Models, *, api_keys: Sequence[str] = (), cors_origins: Sequence[str] = (),
-    max_body_bytes: int = MAX_BODY_BYTES, strict: bool = False, max_body_s: float = MAX_BODY_SECONDS,
+    max_body_bytes: int = MAX_BODY_BYTES, strict: bool = False, max_body_s: float = MAX_BODY_SECONDS, page: bool = True,
 ) -> FastAPI:  # fmt: skip
     """The application for one model, which may still be loading, or for several.
 
-    api_keys: any of them opens all but /health and the API's description; none at all leaves everything open.
+    api_keys: any of them opens all but /health, the API's description and the page's files; none at all leaves
+    everything open.
     cors_origins: web pages that may call this server, "*" for all; none sends no CORS headers. max_body_bytes: a larger
     request is refused with 413; one that takes longer than max_body_s to send, with 408. strict: fields that no API has
-    are refused, instead of left out with a warning.
+    are refused, instead of left out with a warning. page: the page at `/`.
     """
     models = Models.of_one(serving) if isinstance(serving, Served) else serving
     metrics = Metrics(models)
@@ -57,6 +59,8 @@ def create_app(
     service.add_routes(app, models, metrics)
     for api in APIS:
         api.add_routes(app, models)
+    if page:
+        files.add_routes(app)
     _describe(app, strict)
     return app
 

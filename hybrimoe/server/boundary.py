@@ -32,8 +32,12 @@ MAX_DISCARDED_BYTES = 64 << 20
 sent everything. A longer one is cut off."""
 MAX_BODY_SECONDS = 60.0
 """A request that takes longer to send is refused: connections are not held by those who send nothing."""
-OPEN = ("/health", "/openapi.json", "/docs")
-"""Paths that need no key where there are keys: for supervisors, and for whoever wants to know what there is."""
+OPEN = ("/health", "/openapi.json", "/docs", "/page/")
+"""Paths that need no key where there are keys: for supervisors, for whoever wants to know what there is, and the files
+of the page, which hold no data."""
+PAGE = "/"
+OFTEN = ("/page/", "/hybrimoe/state", "/hybrimoe/experts")
+"""Paths that an open page asks for each second, which would bury the rest of the access log."""
 MOST_WARNINGS, MOST_WARNING_CHARACTERS = 8, 200
 """Unknown fields that an answer's header tells of, and characters of each warning."""
 
@@ -104,7 +108,7 @@ class Boundary:
 
     def _check_key(self, scope: Scope) -> None:
         """Raises KeyRefusedError. The comparison takes the same time for every wrong key."""
-        if not self._api_keys or scope["path"].startswith(OPEN):
+        if not self._api_keys or scope["path"] == PAGE or scope["path"].startswith(OPEN):
             return
         headers = Headers(scope=scope)
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -120,7 +124,8 @@ class Boundary:
         path = getattr(scope.get("route"), "path", "other")
         self._metrics.requests.labels(path, status).inc()
         client = scope["client"][0] if scope.get("client") else "-"
-        access.info("%s %s %s %d %.3f s", client, scope["method"], scope["path"], status, seconds)
+        level = logging.DEBUG if scope["path"].startswith(OFTEN) else logging.INFO
+        access.log(level, "%s %s %s %d %.3f s", client, scope["method"], scope["path"], status, seconds)
 
 
 def error_response(error: BaseException, path: str) -> Response:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hybrimoe.generation import Reply, TextGenerator
     from hybrimoe.generation.continuous_batching import BatchEngine
 
-__all__ = ["Loadable", "ModelState", "Models"]
+__all__ = ["Loadable", "ModelState", "Models", "Progress"]
 
 MOST_NAMES = 20
 """Names that the answer to an unknown one lists."""
@@ -48,14 +48,28 @@ class Opened(Protocol):
         """Counters for /metrics; None without a session."""
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far a model is that is being loaded: so much is done, of how much (0: not known), of what."""
+
+    done: int = 0
+    total: int = 0
+    what: str = ""
+
+    def tell(self, done: int, total: int, what: str) -> None:
+        """Called by what loads it."""
+        self.done, self.total, self.what = done, total, what
+
+
 @dataclass(frozen=True, slots=True)
 class Loadable:
     """How a model comes into memory. open: loads it; it leaves when the block ends. serving: what answers with it, not
-    opened yet. source: where it comes from, for lists."""
+    opened yet. source: where it comes from, for lists. progress: of a load that is under way."""
 
     open: Callable[[], AbstractContextManager[Opened]]
     serving: Callable[[], Served]
     source: str = ""
+    progress: Progress = field(default_factory=Progress)
 
 
 @dataclass(slots=True, eq=False)
@@ -183,6 +197,14 @@ class Models:
         """Where a model comes from."""
         loadable = self._named(name).loadable
         return "" if loadable is None else loadable.source
+
+    @property
+    def loading(self) -> Progress | None:
+        """Of the model that is being loaded; None where none is."""
+        for entry in self._entries.values():
+            if entry.state == "loading" and entry.loadable is not None:
+                return entry.loadable.progress
+        return None
 
     def leaves_in_s(self, name: str) -> float | None:
         """Seconds until a loaded model is unloaded if nobody asks for it; None: it stays."""
@@ -378,6 +400,7 @@ class Models:
     def _load(self, entry: _Entry) -> None:
         """Raises what opening it raises; nothing is in memory then."""
         assert entry.loadable is not None
+        entry.loadable.progress.tell(0, 0, "")
         entry.state, began_s = "loading", time.monotonic()
         try:
             opened = self._in_memory.enter_context(entry.loadable.open())

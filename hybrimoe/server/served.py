@@ -134,6 +134,11 @@ class Served:
         """What computes the replies; None before `open`."""
         return None if self._worker is None else self._worker.engine
 
+    @property
+    def running_worker(self) -> Worker | None:
+        """The worker, whatever its state; None before `open`."""
+        return self._worker
+
     def described(self) -> str:
         """How many replies run at once, and how, and what is kept of them, in a phrase. Called after `open`."""
         engine = self.engine

@@ -8,8 +8,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hybrimoe.errors import ModelError
 from hybrimoe.generation import SamplingOptions
@@ -29,6 +30,8 @@ REMEMBERED_REPLIES = 16
 """Latest replies whose mean duration says when a refused request may come again."""
 MOST_RETRY_SECONDS = 60
 """What a refused request is told at most: clients give up rather than wait longer."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,8 @@ class Worker:
         self._beginning: Job | None = None
         self._durations_s: deque[float] = deque(maxlen=REMEMBERED_REPLIES)
         self._draining = False
+        self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._tokens_of_ended = 0
         self._thread = threading.Thread(target=self._run, name="hybrimoe-generate", daemon=True)
 
     def start(self) -> None:
@@ -156,6 +161,17 @@ class Worker:
     def n_running(self) -> int:
         """Requests that are being answered."""
         return len(self._under_way())
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens of all replies so far, those under way included."""
+        with self._changed:
+            return self._tokens_of_ended + sum(len(reply.token_ids) for reply in self._running)
+
+    @property
+    def queue_length(self) -> int:
+        """Requests that may wait."""
+        return self._queue_length
 
     @property
     def alive(self) -> bool:
@@ -187,6 +203,19 @@ class Worker:
             self._waiting.append(job)
             self._changed.notify()
         return job
+
+    def between_steps(self, errand: Callable[[], Result]) -> Future[Result]:
+        """Have the generating thread do something between two steps, when no layer runs; its result or what it raises.
+
+        Any thread may ask. Raises DrainingError where the server is about to end.
+        """
+        done: Future[Result] = Future()
+        with self._changed:
+            if self._draining or not self.alive:
+                raise DrainingError("this server is about to end; ask another one")
+            self._errands.append((errand, done))
+            self._changed.notify()
+        return done
 
     def drain(self) -> None:
         """Refuse what waits and what comes; the generations under way go on."""
@@ -226,6 +255,7 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._has_work():
+                self._do_errands()
                 while (job := self._next()) is not None:
                     self._begin(job)
                 self._end_those_out_of_time()
@@ -233,19 +263,32 @@ class Worker:
                     self._deliver(progress)
         except BaseException:
             self.drain()
+            ended = ModelError("the generating thread has ended with an error; restart the server")
             for job in self._under_way():
-                job.cut(ModelError("the generating thread has ended with an error; restart the server"))
+                job.cut(ended)
+            for _, done in self._errands:
+                done.cancel()
             raise
 
     def _has_work(self) -> bool:
         """Waits for work; False once the worker drains and nothing is under way."""
         with self._changed:
-            while not self._running and not self._waiting:
+            while not self._running and not self._waiting and not self._errands:
                 self._on_idle()
                 if self._draining:
                     return False
                 self._changed.wait()
         return True
+
+    def _do_errands(self) -> None:
+        while self._errands:
+            errand, done = self._errands.popleft()
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                done.set_result(errand())
+            except Exception as error:  # noqa: BLE001  # it belongs to whoever asked
+                done.set_exception(error)
 
     def _next(self) -> Job | None:
         """The job whose turn it is, where the engine has room for it; others do not overtake it."""
@@ -305,6 +348,7 @@ class Worker:
             return
         with self._changed:
             del self._running[progress.reply]
+            self._tokens_of_ended += len(progress.reply.token_ids)
             self._durations_s.append(time.monotonic() - job.submitted_s - job.waited_s)
         if progress.error is None:
             self._on_reply(progress.reply, job.waited_s)

@@ -66,7 +66,7 @@ def compile_step(model: nn.Module, session: Any) -> StepWay:
     if devices:
         return _on_devices(model, session, devices)
     if not session.plain:
-        return StepWay(reason="experts have slots on an accelerator, are read from disk, or a lossy policy runs")
+        return StepWay(reason="experts have slots on an accelerator, or a lossy policy runs")
     backend = session.layers[0].backend
     if not isinstance(backend, NumbaBackend):
         return StepWay(reason=f"the experts run on the backend {getattr(backend, 'name', '?')!r}, the step needs numba")

@@ -145,6 +145,8 @@ def _moe(call: Call, experts: Call, inside: list[Call], session: Any) -> Iterato
         raise NotCompiled(f"{experts.path}: a norm stands behind each expert")
     if module.num_identity:
         raise NotCompiled(f"{experts.path}: some experts are the identity")
+    if not session.store.in_memory:
+        raise NotCompiled(f"{experts.path}: experts are read from disk when they are needed")
     routing = read_router(call, experts, layer.num_experts, call.input.shape[-1])
     addresses = session.store.addresses(module.layer).astype("int64")
     known = (routing.path, experts.path)

@@ -178,7 +178,7 @@ class HostCache:
 
     def record(self, layer: int, expert: int) -> ByteArray:
         """uint8 [record_bytes]: a view of one expert, read now if it is not there. It stays until copies of it that
-        `copies` tells of have ended, or without those until the next `hold`. Raises CheckpointError."""
+        `copies` tells of have ended, or without those until the next `hold` or call. Raises CheckpointError."""
         key = layer * self.places.n_experts + expert
         if self.copies is not None:
             self._lent.clear()  # the copy of the one before is under way
@@ -197,7 +197,7 @@ class HostCache:
         return self.slots.view(slot)[lead : lead + self.places.record(layer, expert)[1]]
 
     def hold(self, layer: int, experts: Iterable[int]) -> npt.NDArray[np.uint64]:
-        """Addresses of some experts, which all stay until the next call of this."""
+        """Addresses of some experts, which all stay until this or `demand` is called again."""
         self._lent.clear()
         for expert in experts:
             self.record(layer, expert)
@@ -239,7 +239,6 @@ class HostCache:
         """Changes how many experts fit, between two calls; those with the least expected uses leave. Raises BudgetError
         where the system has no memory for more: there are then as many as before."""
         self._forget_call()
-        self._lent.clear()
         before = self.slots.n_slots
         if n_slots > before:
             self.slots.resize(n_slots)
@@ -264,8 +263,7 @@ class HostCache:
         """The call before has ended, or failed."""
         self._needed[:] = False
         self._waiting.clear()
-        if self.copies is not None:
-            self._lent.clear()
+        self._lent.clear()
 
     def _settle(self) -> dict[int, CheckpointError]:
         """What has been read is there from now on. Returns why others are not: their slots are free again, and they are
@@ -437,8 +435,10 @@ class HostCache:
         while self._wishes and self._n_ahead < MAX_AHEAD and not self._waiting:
             key, chance = self._wishes.popleft()
             gain = chance - self._wait_share * (1.0 - chance)
-            if self._slot_of[key] < 0 and chance >= MIN_CHANCE and gain > 0.0:
-                self._begin(key, Urgency.AHEAD, gain)
+            if self._slot_of[key] >= 0 or chance < MIN_CHANCE or gain <= 0.0:
+                continue
+            if not self._begin(key, Urgency.AHEAD, gain):
+                self._wishes.clear()  # the likeliest come first
 
     def _note_time(self) -> None:
         """Learns which share of the time calls wait for reads."""

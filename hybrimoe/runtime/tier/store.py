@@ -30,6 +30,8 @@ class TieredStore(ExpertStore):
     where the file cannot be opened.
     """
 
+    in_memory = False
+
     def __init__(
         self, layers: Sequence[LayerSpec], path: Path, offset_bytes: int, budget_bytes: int, *,
         usage_folders: Sequence[Path] = (), pinned: bool = False,

@@ -22,8 +22,8 @@ from .conftest import SMALL
 from .models import OPTIONS, files_of
 
 N_LAYERS, N_EXPERTS = 4, 8
-IN_MEMORY = {"step": "transformers"}
-"""What runs experts from disk runs the rest as transformers does: the same bits are to be expected of the same way."""
+AS_TRANSFORMERS = {"step": "transformers"}
+"""All but the experts by transformers: a compiled step computes routers in another order."""
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def tiered(directory: Path) -> Iterator[Callable[..., PreTrainedModel]]:
     models = []
 
     def open_with(host: Any, **options: Any) -> PreTrainedModel:
-        models.append(load(directory, **OPTIONS | {"memory": {"disk": "auto", "host": host}} | options))
+        memory = {"memory": {"disk": "auto", "host": host}}
+        models.append(load(directory, **OPTIONS | memory | AS_TRANSFORMERS | options))
         return models[-1]
 
     yield open_with
@@ -78,7 +79,7 @@ def test_every_budget_gives_the_same_bits(
     directory: Path, tiered: Callable[..., PreTrainedModel], accelerator: str, policy: str, in_memory: int
 ) -> None:
     options = {"accelerator": accelerator, "gpu_expert_slots": 6, "policy": policy}
-    expected = answers(load(directory, **OPTIONS | options | IN_MEMORY))
+    expected = answers(load(directory, **OPTIONS | options | AS_TRANSFORMERS))
     model = tiered(in_memory, **options)
     assert torch.equal(answers(model), expected)
     stats = model.hybrimoe.session.stats()
@@ -89,6 +90,15 @@ def test_every_budget_gives_the_same_bits(
     assert min(total.disk_reads, total.disk_bytes, total.disk_us) > 0
     assert stats.as_dict()["tier"]["slot_bytes"] == cache_of(model).slots.slot_bytes
     assert f"{in_memory} of 32 experts fit host memory" in "".join(model.hybrimoe.explain().remarks)
+
+
+def test_the_rest_of_a_step_is_compiled(directory: Path, tiered: Callable[..., PreTrainedModel]) -> None:
+    model = tiered(12, step="auto")
+    ways = model.hybrimoe.explain().ways
+    assert all("compiled" in way and "read from disk" in way for way in ways.values()), ways
+    expected = answers(load(directory, **OPTIONS | AS_TRANSFORMERS))
+    assert torch.nn.functional.cosine_similarity(answers(model), expected).min() > 0.9999
+    assert model.hybrimoe.step.n_steps >= 12
 
 
 def test_reads_stand_in_the_timeline(tiered: Callable[..., PreTrainedModel]) -> None:
@@ -103,7 +113,7 @@ def test_reads_stand_in_the_timeline(tiered: Callable[..., PreTrainedModel]) -> 
 
 def test_where_all_fits_the_file_is_mapped(tiered: Callable[..., PreTrainedModel]) -> None:
     for host in ("1GiB", "auto"):
-        assert not isinstance(tiered(host, **IN_MEMORY).hybrimoe.session.store, TieredStore)
+        assert not isinstance(tiered(host).hybrimoe.session.store, TieredStore)
 
 
 @pytest.mark.parametrize("host", [0, 7, "1KiB"])

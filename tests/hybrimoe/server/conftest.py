@@ -11,13 +11,12 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hybrimoe.checkpoint import load_tokenizer
 from hybrimoe.generation import TextGenerator
+from hybrimoe.runtime.layer_call.stats import Counters
 from hybrimoe.server.app import create_app
 from hybrimoe.server.served import Served
 
 CONTEXT = 512
-COUNTERS = ("hits", "misses", "transfers", "prefetches", "transfer_bytes", "hit_rate", "cpu_us", "accel_us", "link_us",
-            "routed", "skipped", "substituted", "lowered", "deferred", "disk_reads", "disk_ahead", "disk_bytes",
-            "disk_us", "disk_wait_us")  # fmt: skip
+COUNTERS = tuple(Counters().as_dict())
 UNIT = {"name": "emulated", "n_slots": 6, "n_layers": 2, "total": dict.fromkeys(COUNTERS, 2.5)}
 
 

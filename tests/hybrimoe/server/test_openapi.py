@@ -56,7 +56,18 @@ def test_answers_of_the_text_endpoints_are_documented(call, path, more):
 
 def test_answers_of_the_other_endpoints_are_documented(call, application):
     document = call("GET", "/openapi.json").json()
-    for path in ("/v1/models", "/health", "/metrics", "/api/tags", "/api/ps", "/api/version", "/props", "/slots"):
+    for path in (
+        "/v1/models",
+        "/health",
+        "/metrics",
+        "/api/tags",
+        "/api/ps",
+        "/api/version",
+        "/props",
+        "/slots",
+        "/hybrimoe/state",
+        "/hybrimoe/experts",
+    ):
         check(document, path, "get", call("GET", path))
     check(document, "/v1/models/{model_id}", "get", call("GET", "/v1/models/tiny"))
     check(document, "/v1/models/{model_id}", "get", call("GET", "/v1/models/other"))

@@ -1,0 +1,216 @@
+"""What is told of a model while it runs, and what can be changed: a small mixture on the emulated accelerator."""
+
+import asyncio
+import contextlib
+import copy
+import threading
+from types import SimpleNamespace
+
+import jsonschema
+import pytest
+
+import hybrimoe
+from hybrimoe.generation import TextGenerator
+from hybrimoe.runtime.config import RuntimeConfig
+from hybrimoe.server.app import create_app
+from hybrimoe.server.live.policies import offered_beside
+from hybrimoe.server.models import Loadable, Models, Progress
+from hybrimoe.server.served import Served
+
+REPLY = {"prompt": "It was", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+N_SLOTS = 4
+
+
+@pytest.fixture(scope="module")
+def injected(generator):
+    model = copy.deepcopy(generator.model)
+    with hybrimoe.inject(model, accelerator="emulated", gpu_expert_slots=N_SLOTS, expert_dtype="float32"):
+        yield TextGenerator(model, generator.tokenizer)
+
+
+@pytest.fixture
+def served(injected):
+    """A server of the model; its slots and policy are as at the start again afterwards."""
+    served = Served("tiny", parallel=2)
+    served.open(injected, lambda: injected.model.hybrimoe.stats().as_dict())
+    yield served
+    served.close()
+    session = injected.model.hybrimoe.session
+    session.resize_slots(N_SLOTS)
+    session.change_policy(RuntimeConfig().policy)
+
+
+@pytest.fixture
+def ask(served, calling):
+    """As `call`, of that server."""
+    return calling(create_app(served))
+
+
+def test_the_state_counts_what_ran(ask):
+    before = ask("GET", "/hybrimoe/state").json()
+    assert (before["status"], before["loading"], before["requests"]["parallel"]) == ("ok", None, 2)
+    ask("POST", "/v1/completions", REPLY)
+    after = ask("GET", "/hybrimoe/state").json()
+    assert after["tokens"]["generated"] - before["tokens"]["generated"] == REPLY["max_tokens"]
+    assert after["time_s"] > before["time_s"]
+    experts = after["experts"]
+    assert (experts["n_layers"], experts["n_experts"], experts["n_slots"]) == (2, 8, N_SLOTS)
+    assert experts["activated"] > before["experts"]["activated"] + REPLY["max_tokens"]
+    assert 0 < experts["hits"] < experts["activated"]
+    assert [lane["name"] for lane in experts["lanes"]] == ["cpu", "accel", "link"]
+    assert all(lane["busy_us"] > 0 for lane in experts["lanes"])
+    memory = {tier["name"]: tier["bytes"] for tier in after["memory"]}
+    assert memory["slots"] * 2 == memory["experts"] > 0
+    assert memory["process"] > memory["keys_and_values"] > 0
+
+
+def test_tokens_are_counted_while_a_reply_is_under_way(served, calling):
+    together = calling(create_app(served)).together
+    counted = []
+
+    async def look():
+        while True:
+            counted.append(served.running_worker.n_generated)
+            await asyncio.sleep(0.005)
+
+    async def run():
+        looking = asyncio.ensure_future(look())
+        await asyncio.to_thread(together, ("POST", "/v1/completions", REPLY), ("POST", "/v1/completions", REPLY))
+        looking.cancel()
+
+    asyncio.run(run())
+    assert counted == sorted(counted)
+    assert len(set(counted)) > 5
+
+
+def test_the_map_of_experts_shows_the_slots(ask, injected):
+    ask("POST", "/v1/completions", REPLY)
+    layers = ask("GET", "/hybrimoe/experts").json()["layers"]
+    assert [layer["path"] for layer in layers] == [spec.path for spec in injected.model.hybrimoe.session.layer_specs()]
+    assert sorted(slot for layer in layers for slot in layer["slots"] if slot >= 0) == list(range(N_SLOTS))
+    assert all(sum(layer["uses"]) >= 2 * REPLY["max_tokens"] for layer in layers)
+
+
+def test_policy_and_slots_change_while_replies_go_on(served, calling):
+    call = calling(create_app(served))
+    alone = call("POST", "/v1/completions", REPLY).json()["choices"][0]["text"]
+    answers = call.together(
+        ("POST", "/v1/completions", REPLY),
+        ("POST", "/hybrimoe/settings", {"policy": "hybrimoe/none/lru", "slots": 6}),
+        ("POST", "/v1/completions", REPLY),
+    )
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    experts = answers[1].json()["experts"]
+    assert (experts["policy"], experts["n_slots"]) == ("hybrimoe/none/lru", 6)
+    assert {answer.json()["choices"][0]["text"] for answer in answers[::2]} == {alone}
+
+
+def test_slots_may_go_and_come_back(ask):
+    without = ask("POST", "/hybrimoe/settings", {"slots": 0}).json()
+    assert (without["experts"]["n_slots"], without["switches"]["policies"]) == (0, [])
+    assert [lane["name"] for lane in without["experts"]["lanes"]] == ["cpu"]
+    assert ask("GET", "/hybrimoe/experts").json() == {"layers": []}
+    assert "no expert has a slot" in ask("POST", "/hybrimoe/settings", {"policy": "static"}).json()["error"]["message"]
+    assert ask("POST", "/hybrimoe/settings", {"slots": 5}).json()["experts"]["n_slots"] == 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, "expected policy"),
+        ({"policy": "oracel"}, "oracle"),
+        ({"policy": "oracle"}, "future"),
+        ({"slots": -1}, "slots"),
+    ],
+)
+def test_what_cannot_be_changed_is_refused_and_nothing_changes(ask, asked, said):
+    answer = ask("POST", "/hybrimoe/settings", asked)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+    experts = ask("GET", "/hybrimoe/state").json()["experts"]
+    assert (experts["policy"], experts["n_slots"]) == ("ours", N_SLOTS)
+
+
+def test_what_is_offered_can_plan():
+    offered = offered_beside("ours")
+    assert "oracle" not in offered
+    assert {"ours", "hybrimoe", "static", "fiddler"} <= set(offered)
+    assert offered_beside("a/b/c")[0] == "a/b/c"
+
+
+def test_a_step_is_recorded_and_explained(served, calling, injected):
+    call = calling(create_app(served))
+    reply, step = call.together(("POST", "/v1/completions", REPLY), ("POST", "/hybrimoe/step"))
+    assert reply.json()["choices"][0]["text"] == call("POST", "/v1/completions", REPLY).json()["choices"][0]["text"]
+    found = step.json()
+    assert (found["kind"], found["n_tokens"], len(found["layers"])) == ("emulated", 1, 2)
+    for layer in found["layers"]:
+        ran = {(task["expert"], task["lane"]) for task in found["tasks"]
+               if task["layer"] == layer["layer"] and task["kind"].endswith("_expert")}  # fmt: skip
+        assert ran == {(one["expert"], one["lane"]) for one in layer["decisions"]}
+        assert layer["alternatives"] == sorted(layer["alternatives"], key=lambda one: one["makespan_us"])
+    assert min(task["start_us"] for task in found["tasks"]) == 0
+    assert max(task["end_us"] for task in found["tasks"]) == pytest.approx(found["us"])
+    assert not injected.model.hybrimoe.session._runner.experts.tracing
+
+
+def test_without_a_reply_no_step_is_recorded(ask, monkeypatch):
+    monkeypatch.setattr("hybrimoe.server.live.step.MOST_SECONDS", 0.05)
+    answer = ask("POST", "/hybrimoe/step")
+    assert (answer.status_code, "no token came" in answer.json()["error"]["message"]) == (400, True)
+
+
+def test_the_answers_are_as_documented(ask):
+    document = ask("GET", "/openapi.json").json()
+    for method, path, *body in (
+        ("get", "/hybrimoe/state"), ("get", "/hybrimoe/experts"), ("post", "/hybrimoe/settings", {"slots": 3}),
+    ):  # fmt: skip
+        answer = ask(method.upper(), path, *body)
+        schema = document["paths"][path][method]["responses"]["200"]["content"]["application/json"]["schema"]
+        jsonschema.validate(answer.json(), {**schema, "components": document["components"]})
+
+
+def test_a_model_that_is_being_loaded_says_how_far_it_is(calling, injected):
+    progress, told, go = Progress(), threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def loads():
+        progress.tell(3, 10, "packing experts")
+        told.set()
+        assert go.wait(60)
+        yield SimpleNamespace(generator=injected, stats=lambda: None)
+
+    models = Models({"slow": Loadable(loads, lambda: Served("slow"), progress=progress)})
+    loading = threading.Thread(target=models.start, args=("slow",))
+    loading.start()
+    try:
+        assert told.wait(60)
+        call = calling(create_app(models))
+        state = call("GET", "/hybrimoe/state").json()
+        assert (state["status"], state["models"], state["experts"]) == ("loading", {"slow": "loading"}, None)
+        assert state["loading"] == {"done": 3, "total": 10, "what": "packing experts"}
+        assert call("POST", "/hybrimoe/settings", {"slots": 1}).status_code == 503
+        go.set()
+        loading.join()
+        assert call("GET", "/hybrimoe/state").json()["loading"] is None
+    finally:
+        go.set()
+        loading.join()
+        models.close()
+
+
+def test_a_model_without_experts_of_ours_has_nothing_to_change(call):
+    state = call("GET", "/hybrimoe/state").json()
+    assert (state["experts"], state["switches"]) == (None, {"policies": [], "most_slots": None})
+    assert call("POST", "/hybrimoe/settings", {"slots": 1}).status_code == 400
+
+
+def test_an_errand_that_fails_is_told_and_the_thread_goes_on(served):
+    worker = served.running_worker
+
+    def fails():
+        raise ValueError("not this one")
+
+    with pytest.raises(ValueError, match="not this one"):
+        worker.between_steps(fails).result(timeout=60)
+    assert worker.between_steps(lambda: 7).result(timeout=60) == 7
