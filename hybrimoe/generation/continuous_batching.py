@@ -86,10 +86,9 @@ class BatchEngine:
     @property
     def kv_bytes(self) -> int:
         """Memory of keys and values: of replies under way as many bytes as their tokens take, of those that have ended
-        what is still held of them, and the prefix cache. Any thread may ask."""
+        what is still held of them. Any thread may ask."""
         n_running = sum(len(place.reply.cache.token_ids) for place in list(self._places))
-        kept = 0 if self.prefixes is None else self.prefixes.n_bytes
-        return self._rows.idle_bytes + n_running * self.generator.token_bytes() + kept
+        return self._rows.idle_bytes + n_running * self.generator.token_bytes()
 
     @property
     def in_turn(self) -> str | None:
