@@ -42,6 +42,14 @@ def chat(
     sampling: common.SamplingGroup,
     placement: common.PlacementGroup,
     profile: common.ProfileOption = False,
+    markdown: Annotated[
+        bool,
+        typer.Option(
+            "--markdown/--no-markdown",
+            help="Draw replies as Markdown in a terminal, or as they are (on).",
+            rich_help_panel=common.OUTPUT,
+        ),
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only replies.", rich_help_panel=common.OUTPUT)] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line for each reply.", rich_help_panel=common.OUTPUT)
@@ -84,7 +92,10 @@ def chat(
         if kept is not None:
             kept = Session(kept.folder, kept.name, identity(opened))
             take_up(kept, conversation, quiet=quiet)
-        talk = Chat(opened, conversation, options, session=kept, profiled=profile, quiet=quiet, as_json=as_json)
+        talk = Chat(
+            opened, conversation, options, session=kept, profiled=profile, quiet=quiet, as_json=as_json,
+            markdown=markdown,
+        )  # fmt: skip
         try:
             ChatLoop(talk).run()
         finally:

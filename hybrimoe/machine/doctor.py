@@ -28,6 +28,7 @@ REQUIRED = {
     "safetensors": "0.8",
     "tokenizers": "0.23.1",
     "typer": "0.24",
+    "markdown-it-py": "2.2",
     "rich": "13.7",
     "prompt_toolkit": "3.0.40",
     "jinja2": "3.1",

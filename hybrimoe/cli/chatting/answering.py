@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.cli.views import render
@@ -21,8 +22,9 @@ class Chat:
 
     def __init__(
         self, opened: OpenModel, conversation: Conversation, options: SamplingOptions, *, session: Session | None,
-        profiled: bool, quiet: bool, as_json: bool,
+        profiled: bool, quiet: bool, as_json: bool, markdown: bool = True,
     ) -> None:  # fmt: skip
+        """markdown: replies are drawn as Markdown where stdout is a terminal."""
         self.opened = opened
         self.conversation = conversation
         self.options = options
@@ -30,6 +32,7 @@ class Chat:
         self.profiled = profiled
         self.quiet = quiet
         self.as_json = as_json
+        self._markdown = markdown
         self.at_terminal = sys.stdin.isatty() and not as_json
         self.last: dict[str, Any] | None = None
         self.leaves = False
@@ -39,7 +42,6 @@ class Chat:
 
         options: in place of those of the chat. instead: the message takes the place of the last one and of its reply.
         """
-        from hybrimoe.cli.common_model import stream_out
         from hybrimoe.cli.views import render_summary
         from hybrimoe.generation import Profile, interruptible
 
@@ -52,11 +54,7 @@ class Chat:
             )
             if turn.n_dropped and not self.quiet:
                 render.note(f"the context is full: the oldest {turn.n_dropped} messages are no longer part of it")
-            if self.as_json:
-                "".join(turn)
-            else:
-                stream_out(turn)
-                stream_out(["\n"])
+            self._show(turn)
         self.keep()
         self.last = render_summary.reply_as_dict(turn.reply, self.opened.stats())
         if self.as_json:
@@ -64,6 +62,20 @@ class Chat:
         else:
             self._tell(self.last, profile)
         return turn.reply.text
+
+    def _show(self, turn: Iterable[str]) -> None:
+        """A reply as it comes; with JSON it is told when it is complete."""
+        from hybrimoe.cli.chatting.markdown import can_redraw, show_markdown
+        from hybrimoe.cli.common_model import stream_out
+
+        console = render.out()
+        if self.as_json:
+            "".join(turn)
+        elif self._markdown and can_redraw(console):
+            show_markdown(turn, console)
+        else:
+            stream_out(turn)
+            stream_out(["\n"])
 
     def _tell(self, reply: dict[str, Any], profile: Profile | None) -> None:
         """What a reply cost, on stderr: a line that says in a terminal how full the context is."""

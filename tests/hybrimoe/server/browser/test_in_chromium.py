@@ -214,6 +214,15 @@ def test_a_block_is_made_once(visit, site):
     assert page.locator(".assistant ol li").count() == 2
 
 
+def test_a_list_stays_one_list(visit, site):
+    page = visit()
+    site.answers("4. four\n\n", "5", ". five\n\n", "6. s", "ix\n\nand *on*")
+    send(page, "count")
+    page.locator(".assistant em").wait_for()
+    listed = page.locator(".assistant ol")
+    assert (listed.count(), listed.get_attribute("start"), listed.locator("li").count()) == (1, "4", 3)
+
+
 def test_what_a_model_writes_does_nothing(visit, site):
     page = visit()
     elsewhere = []

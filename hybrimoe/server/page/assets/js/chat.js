@@ -45,8 +45,9 @@ export class Chat {
   /** Show a conversation; null begins a new one. False where it is gone. */
   async open(id) {
     const found = id === null ? null : await conversation(id);
+    if (found) this.settings = found.settings;
+    else if (this.conversation) this.settings = defaultSettings(); // else those that were just set for a new one
     this.conversation = found;
-    this.settings = found ? found.settings : defaultSettings();
     this.messages = found ? await this.read(id) : [];
     this.views.clear();
     byId("messages").replaceChildren();

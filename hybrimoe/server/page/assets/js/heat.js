@@ -8,7 +8,8 @@ const LABEL_PX = 26;
 const WIDEST_PX = 34;
 const TALLEST_PX = 22;
 const SMALLEST_PX = 4;
-const MANY_ROWS = 32;
+const FLATTEST_PX = 10;
+const HEIGHT_PX = 340; // of all rows, where they can be as flat
 
 export class HeatMap {
   constructor() {
@@ -49,7 +50,7 @@ export class HeatMap {
     const room = this.element.clientWidth - LABEL_PX;
     if (!rows || room <= 0) return;
     const wide = Math.max(SMALLEST_PX, Math.min(WIDEST_PX, Math.floor(room / columns)));
-    this.cell = { width: wide, height: rows > MANY_ROWS ? 10 : Math.min(TALLEST_PX, Math.max(12, wide)) };
+    this.cell = { width: wide, height: Math.max(FLATTEST_PX, Math.min(TALLEST_PX, Math.floor(HEIGHT_PX / rows))) };
     const [width, tall] = [LABEL_PX + columns * wide, rows * this.cell.height];
     const scale = devicePixelRatio || 1;
     Object.assign(this.canvas, { width: width * scale, height: tall * scale });
@@ -70,7 +71,7 @@ export class HeatMap {
       const most = Math.max(1, ...this.recent[layer]);
       pen.globalAlpha = 1;
       pen.fillStyle = inks.faint;
-      if (height >= 10) pen.fillText(String(layer), 0, (layer + 0.5) * height);
+      if (height >= 14 || layer % 2 === 0) pen.fillText(String(layer), 0, (layer + 0.5) * height);
       slots.forEach((slot, expert) => {
         const [x, y] = [LABEL_PX + expert * width, layer * height];
         const heat = this.recent[layer][expert] / most;

@@ -6,7 +6,8 @@ import { history, rate } from "./state.js";
 const SHOWN_S = 120;
 const SYNC = uPlot.sync("live");
 const TITLES = { cpu: "CPU", accel: "Accelerator", link: "Link", disk: "Disk" };
-const SHORT = { cpu: "CPU", accel: "GPU", link: "link", disk: "disk" };
+const TOPS = [0.1, 0.25, 0.5, 1]; // ends of the scale of a share
+const SHORT = { cpu: "CPU", accel: "accel", link: "link", disk: "disk" };
 
 /** The lanes of a state: {name, kind, title, short, busyUs(state)}. */
 export function lanesOf(state) {
@@ -60,7 +61,8 @@ export class Strip {
 
   made() {
     const line = colour(this.kind);
-    const scale = (self, min, max) => [0, this.most ?? Math.max(1, 1.15 * (max ?? 1))];
+    const top = (max) => (this.most === 1 ? TOPS.find((one) => (max ?? 0) <= one) ?? 1 : Math.max(1, 1.15 * (max ?? 1)));
+    const scale = (self, min, max) => [0, top(max)];
     return new uPlot({
       width: this.place.clientWidth, height: this.place.clientHeight, padding: [6, 0, 2, 0], legend: { show: false },
       cursor: { sync: { key: SYNC.key }, y: false, points: { size: 6 }, drag: { x: false, y: false } },

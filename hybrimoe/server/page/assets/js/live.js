@@ -64,7 +64,7 @@ export class LiveView {
     this.tiles = element("div", { class: "tiles" });
     this.strips = [
       ...lanes.map(laneStrip),
-      new Strip({ title: "Tokens a second", kind: "pace", value: (a, b) => rate(a, b, (one) => one.tokens.generated), shown: (value) => (value < 10 ? value.toFixed(1) : Math.round(value)) }),
+      new Strip({ title: "Tokens/s", kind: "pace", value: (a, b) => rate(a, b, (one) => one.tokens.generated), shown: (value) => (value < 10 ? value.toFixed(1) : Math.round(value)) }),
       ...(planned ? [new Strip({ title: "Hit rate", kind: "hits", most: 1, value: hitRate, shown: (share) => `${Math.round(100 * share)} %` })] : []),
     ];
     this.memory = element("div", { class: "memory" });

@@ -10,6 +10,7 @@ import { element } from "./dom.js";
 
 const FASTEST_MS = 40; // between two looks at a reply that grows
 const SHARE = 4; // of which a quarter at most is spent on making elements
+const LONGEST_MARK = 10; // characters that may still become the number of a list's next entry
 const KEPT_TAGS = /^<\/?(b|i|u|em|strong|kbd|mark|sub|sup|br|hr|details|summary)\s*\/?>$/i;
 const SAFE = {
   ALLOWED_TAGS: [
@@ -18,6 +19,7 @@ const SAFE = {
   ],
   ALLOWED_ATTR: ["align", "class", "href", "start", "title"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ADD_URI_SAFE_ATTR: ["align", "start"],
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
@@ -80,8 +82,7 @@ export class Markdown {
     const rest = this.text.slice(this.settledTo);
     const tokens = marked.lexer(rest);
     const wholly = tokens.reduce((sum, token) => sum + token.raw.length, 0) === rest.length;
-    const last = tokens.findLastIndex((token) => token.type !== "space");
-    const settled = this.complete ? tokens.length : wholly ? Math.max(0, last) : 0;
+    const settled = this.complete ? tokens.length : wholly ? nUnchanging(tokens) : 0;
     tokens.slice(0, settled).forEach((token) => this.settle(token));
     this.grow(tokens.slice(settled));
     this.lastMs = performance.now() - began;
@@ -111,6 +112,14 @@ export class Markdown {
     }
     return this.open;
   }
+}
+
+/** How many of the blocks no later text changes: all but the last, and but a list that the last may turn out to go on. */
+function nUnchanging(tokens) {
+  const blocks = [...tokens.keys()].filter((at) => tokens[at].type !== "space");
+  const [before, last] = [blocks.at(-2), blocks.at(-1)];
+  const mayGoOn = before !== undefined && tokens[before].type === "list" && tokens[last].raw.length <= LONGEST_MARK;
+  return (mayGoOn ? before : last) ?? 0;
 }
 
 /** Any block but code. */

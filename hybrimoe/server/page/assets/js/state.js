@@ -30,7 +30,7 @@ export function onState(listener) {
 export function watch(often) {
   if (often === watched) return;
   watched = often;
-  if (often) ask();
+  ask();
 }
 
 /** How far a model is that is being loaded, in a sentence. */

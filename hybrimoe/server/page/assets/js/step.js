@@ -70,7 +70,7 @@ export class StepView {
     });
     lanes.forEach((lane, row) => {
       pen.fillStyle = colour("faint");
-      pen.fillText(lane.replace("accel", "GPU").replace("cpu", "CPU"), 0, (row + 0.5) * ROW_PX);
+      pen.fillText(lane.replace("cpu", "CPU"), 0, (row + 0.5) * ROW_PX);
       for (const task of this.tasks.filter((one) => one.lane === lane)) {
         pen.fillStyle = colour(INKS[task.kind] ?? "faint");
         const wide = Math.max(1.5, (task.end_us - task.start_us) * perUs - 0.75);
