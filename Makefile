@@ -15,7 +15,7 @@ STAMP_BROWSER := $(VENV)/.hybrimoe-browser
 STAMP_FLOOR := .venv-floor/.hybrimoe-floor
 FLOOR := .venv-floor/bin/python
 
-.PHONY: demo test test-fast test-all test-browser pictures test-floor coverage lint bench gpu-check test-ipex clean help
+.PHONY: demo test test-fast test-all test-browser pictures test-floor coverage lint bench soak gpu-check test-ipex clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -78,6 +78,9 @@ bench: $(STAMP_DEV)  ## the kernel, decode and ablation benchmarks in their shor
 	$(BIN)/hybrimoe bench kernels --quick
 	$(BIN)/hybrimoe bench decode --quick
 	$(BIN)/hybrimoe bench ablation --quick
+
+soak: $(STAMP_DEV)  ## a server under mixed load for 3 minutes; exit code 1 if anything is lost (ARGS="--minutes 30": a night)
+	$(BIN)/hybrimoe bench soak $(ARGS)
 
 gpu-check: $(STAMP_DEV)  ## on a machine with a card: the acceptance kit, at most 9 minutes (ARGS="--quick": 3)
 	$(BIN)/hybrimoe doctor --gpu $(ARGS)

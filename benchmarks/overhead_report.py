@@ -21,9 +21,11 @@ slot. Measured; accelerators are emulated by host threads.
 
 Kernels and waiting are wall time of the calling thread, everything else is its CPU time, so that what the threads of
 an emulated accelerator take away from it (cores, Python's lock) does not count as overhead. The sections are measured
-while the real kernels run. With kernels that compute nothing the same code takes several times less: after each layer
-the kernels have streamed tens of megabytes through the caches, and the interpreter's code and data come from memory
-again. Most of what is left is that; it falls with the number of different things that are called, not with their work.
+while the real kernels run. What a layer streams through the caches decides much of them: Python's own code and data
+come from memory where it has driven them out. On AVX2 the weights of one token pass the caches by
+([kernels.md](kernels.md)), which halved what Python takes without slots. What the threads of an emulated accelerator
+and the copies of slots stream still drives it out. Beyond that it falls with the number of different things that are
+called, not with their work.
 The goals are 60 us of planning, bookkeeping and dispatch for a layer with slots and 15 us without, 30 us that a card
 waits for, and 2 % of a decode step; they are not reached where Python runs the step. The shares here are of the MoE
 layer's call alone. Other programs use this machine's memory: where the kernels' range is wide, compare the columns of
@@ -56,8 +58,8 @@ def main() -> None:
     ]  # fmt: skip
     if before:
         parts += [
-            "Before reading and deciding became one compiled call, and bookkeeping followed the release (the same"
-            " benchmark and stopwatch, in turn):\n"
+            "Before weights passed the caches by, whole calls were written on sheets, and prefetches were decided with"
+            " the choice (the same benchmark and stopwatch, in turn):\n"
         ]
         parts += [_table(before)]
     print("\n".join(parts), end="")

@@ -57,6 +57,7 @@ class LayerWork:
     `weights`, float32 [T * top_k], are multiplied in afterwards. None: rows are complete as the kernels write them.
     `like`: a contiguous host tensor of T * H values, float32 or bfloat16: the output's dtype, and its shape where rows
     are added on the host. None: float32 [T, H].
+    `out`: where rows are added on the host, a tensor like `like` for the sum; None: one is made for it.
     `device_state`: the accelerator's own tensors for this call (rows, indices) when it has its own memory.
     """
 
@@ -68,6 +69,7 @@ class LayerWork:
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None
     weights: npt.NDArray[np.float32] | None = None
     like: torch.Tensor | None = None
+    out: torch.Tensor | None = None
     device_state: object | None = None
 
 

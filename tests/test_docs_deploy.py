@@ -1,5 +1,6 @@
 """The files in docs/deploy.md are ones that systemd, a container builder, and HybriMoE take."""
 
+import ast
 import re
 import shlex
 import shutil
@@ -67,3 +68,30 @@ def test_metrics_of_the_page_are_metrics_of_the_server():
     known = {metric.name for metric in metrics.registry.collect()}
     named = set(re.findall(r"hybrimoe_\w+", "".join(re.findall(r"^\|.*\|$", PAGE.read_text(), re.MULTILINE))))
     assert {name.removesuffix("_total") for name in named} <= known
+
+
+def test_the_agent_of_the_clients_page_is_a_program_whose_tool_the_server_takes():
+    from hybrimoe.server.apis.chat import ToolDefinition
+
+    text = (PAGE.parent / "clients.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    tree = ast.parse(program)
+    (tools,) = (
+        ast.literal_eval(one.value)
+        for one in tree.body
+        if isinstance(one, ast.Assign) and getattr(one.targets[0], "id", "") == "tools"
+    )
+    assert [ToolDefinition.model_validate(tool).function.tool().name for tool in tools] == ["add"]
+
+
+def test_links_within_the_pages_lead_somewhere():
+    for page in ("clients.md", "deploy.md"):
+        for target in re.findall(r"\]\(([\w./#-]+)\)", (PAGE.parent / page).read_text(encoding="utf-8")):
+            name, _, anchor = target.partition("#")
+            text = (PAGE.parent / name).read_text(encoding="utf-8")
+            headings = {
+                re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                for line in text.splitlines()
+                if line.startswith("#")
+            }
+            assert not anchor or anchor in headings, (page, target)

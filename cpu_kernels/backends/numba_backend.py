@@ -21,6 +21,29 @@ SERIAL_BYTES = 128 * 1024  # below this much weight a second thread costs more t
 SERIAL_CONTEXT_BYTES = 1024 * 1024  # the same for keys and values, most of which the last step left in a cache
 
 
+class Sheet:
+    """What is the same in all whole calls of a layer of one shape, at an `address`; see `cpu_kernels.engine.routed`.
+
+    It keeps what it was made of, so that the ids by which it is known stay theirs. needed: bytes of workspace.
+    """
+
+    __slots__ = ("_made_of", "address", "needed", "words", "workspace")
+
+    def __init__(self, spec: ExpertSpec, plan: Plan, records: np.ndarray, needed: int) -> None:
+        self._made_of, self.needed = (spec, plan, records), needed
+        self.words = np.zeros(routed.SHEET_SIZE, np.int64)
+        self.address = self.words.ctypes.data
+        self.workspace: np.ndarray | None = None
+        self.words[[routed.PLAN, routed.PARAMETERS]] = plan.vector.ctypes.data, plan.parameters.ctypes.data
+        self.words[[routed.RECORDS, routed.N_RECORDS]] = records.ctypes.data, records.size
+        self.words[[routed.N_PARAMETERS, routed.WIDTH]] = plan.parameters.size, spec.hidden
+
+    def work_in(self, workspace: np.ndarray) -> None:
+        """Calls use this memory from here on."""
+        self.workspace = workspace
+        self.words[[routed.WORKSPACE, routed.WORKSPACE_BYTES]] = workspace.ctypes.data, workspace.size
+
+
 class NumbaBackend:
     """SIMD kernels by ISA on the team of threads; one call per layer.
 
@@ -37,8 +60,8 @@ class NumbaBackend:
         self._sizes: dict[tuple[int, int, int, int], tuple[Plan, int, int, ExpertSpec]] = {}
         """Of calls seen before: plan, bytes of workspace, bytes of weights. By shape and by the id of the spec, which
         is kept here, so that no other can have it: hashing one is a call of Python."""
-        self._routed_sizes: dict[tuple[int, int, int, int], tuple[Plan, int, int, int, ExpertSpec]] = {}
-        """The same of whole calls: plan, bytes of scratch, bytes of workspace, experts that one thread runs."""
+        self._sheets: dict[tuple[int, int, int, int], Sheet] = {}
+        """Of whole calls, by spec and records in the same way, tokens, and experts of a token."""
         self._workspace = np.empty(0, np.uint8)
         self._lock = threading.Lock()
 
@@ -120,33 +143,32 @@ class NumbaBackend:
         if not routed.fits(hidden, index, weights, spec.hidden):
             return None
         n_tokens, top_k = index.shape
-        sizes = self._routed_sizes.get((id(spec), n_tokens, top_k, records.size))
-        if sizes is None:
-            sizes = self._routed_sizes_of(spec, n_tokens, top_k, records.size)
-        plan, scratch, needed, serial_experts, _ = sizes
+        sheet = self._sheets.get((id(spec), id(records), n_tokens, top_k))
+        if sheet is None:
+            sheet = self._new_sheet(spec, records, n_tokens, top_k)
         out = torch.empty_like(hidden)
         if len(helpers) < self.n_threads - 1:
             start_team(self.n_threads)
         with self._lock:
+            if sheet.workspace is not self._workspace:
+                sheet.work_in(self._grown(sheet.needed))
             done = routed.run_routed(
-                plan.vector, plan.parameters, records, index.data_ptr(), weights.data_ptr(),
-                routed.FLOATS[weights.dtype], hidden.data_ptr(), routed.FLOATS[hidden.dtype], out.data_ptr(), n_tokens,
-                top_k, spec.hidden, self._workspace if self._workspace.size >= needed else self._grown(needed), scratch,
-                self.n_threads, serial_experts,
+                sheet.address, index.data_ptr(), weights.data_ptr(), routed.FLOATS[weights.dtype], hidden.data_ptr(),
+                routed.FLOATS[hidden.dtype], out.data_ptr(),
             )  # fmt: skip
         if done <= routed.NOT_FINITE:
             raise_not_finite(routed.NOT_FINITE - done)
         return None if done < 0 else (out, done)
 
-    def _routed_sizes_of(
-        self, spec: ExpertSpec, n_tokens: int, top_k: int, n_experts: int
-    ) -> tuple[Plan, int, int, int, ExpertSpec]:
-        plan, n_rows = self._plan_of(spec), n_tokens * top_k
+    def _new_sheet(self, spec: ExpertSpec, records: np.ndarray, n_tokens: int, top_k: int) -> Sheet:
+        plan, n_rows, n_experts = self._plan_of(spec), n_tokens * top_k, records.size
         scratch = routed.scratch_bytes(n_tokens, n_rows, spec.hidden)
         needed = layer.workspace_bytes(min(n_rows, n_experts), n_tokens, n_rows, plan.x_row_bytes, plan.h_row_bytes)
-        sizes = plan, scratch, needed + scratch, (SERIAL_BYTES - 1) // spec.record_bytes, spec
-        self._routed_sizes[id(spec), n_tokens, top_k, n_experts] = sizes
-        return sizes
+        sheet = self._sheets[id(spec), id(records), n_tokens, top_k] = Sheet(spec, plan, records, needed + scratch)
+        sheet.words[[routed.SCRATCH_BYTES, routed.N_TOKENS, routed.TOP_K]] = scratch, n_tokens, top_k
+        sheet.words[routed.N_THREADS] = self.n_threads
+        sheet.words[routed.SERIAL_EXPERTS] = (SERIAL_BYTES - 1) // spec.record_bytes
+        return sheet
 
     def linear(self, spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray) -> None:
         """See `cpu_kernels.backends.shared.run_linear`."""

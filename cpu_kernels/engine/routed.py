@@ -10,11 +10,11 @@ every array or tensor made in Python after them, and every function called, cost
 import numpy as np
 import torch
 
-from cpu_kernels.engine.call import LINE
+from cpu_kernels.engine.call import LINE, PLAN_SIZE
 from cpu_kernels.engine.dispatch import combine_rows, group_rows, group_rows_into, present_rows
 from cpu_kernels.engine.layer import run_layer
 from cpu_kernels.jit.compiled import Real, inline_kernel, kernel
-from cpu_kernels.jit.primitives import bits_of_float, float_from_bits, floats_at, halves_at, int64s_at
+from cpu_kernels.jit.primitives import bits_of_float, bytes_at, float_from_bits, floats_at, halves_at, int64s_at
 
 MAX_TOKENS = 16
 """With more tokens the kernels take so long that the short way saves nothing."""
@@ -24,6 +24,10 @@ FLOAT32 = 0
 REFUSED, NOT_FINITE = -1, -2
 """Results of `run_routed` and `read_call`: routing that `build_dispatch` refuses; of the former, NOT_FINITE - token: a
 hidden state is not finite."""
+(PLAN, PARAMETERS, N_PARAMETERS, RECORDS, N_RECORDS, WORKSPACE, WORKSPACE_BYTES, SCRATCH_BYTES, N_TOKENS, TOP_K, WIDTH,
+ N_THREADS, SERIAL_EXPERTS, SHEET_SIZE) = range(14)  # fmt: skip
+"""Places of a sheet int64[SHEET_SIZE], on which is written what stays the same from call to call of a layer: addresses
+and sizes. Passing a number to compiled code takes a tenth of what an array takes."""
 NAN_BITS = np.uint16(0x7FC0)
 NO_PLACE = -1
 """Where a device and the CPU share a call's (token, expert) pairs: no slot of the device has the expert, and the pair's
@@ -61,17 +65,20 @@ def scratch_bytes(n_tokens: int, n_rows: int, hidden: int) -> int:
 
 @kernel
 def run_routed(
-    plan: np.ndarray, parameters: np.ndarray, addresses: np.ndarray, index: int, weights: int, weights_kind: int,
-    hidden: int, hidden_kind: int, out: int, n_tokens: int, top_k: int, hidden_size: int, workspace: np.ndarray,
-    scratch: int, n_threads: int, serial_experts: int,
-) -> int:  # fmt: skip
+    sheet_address: int, index: int, weights: int, weights_kind: int, hidden: int, hidden_kind: int, out: int
+) -> int:
     """out[t] = sum over j of weights[t, j] * FFN of expert index[t, j] (hidden[t]). Returns the number of active
     experts, REFUSED, or NOT_FINITE - token.
 
-    addresses uint64 [E]; index, weights, hidden, out: where int64 [T, k], floats [T, k], [T, H] and [T, H] lie; out
-    has the dtype of hidden. workspace uint8, of which the last `scratch` bytes are used here. Up to `serial_experts`
-    experts run on one thread.
+    index, weights, hidden, out: where int64 [T, k], floats [T, k], [T, H] and [T, H] lie; out has the dtype of hidden.
+    The sheet has the plan, the records' addresses uint64 [E], and a workspace uint8, of which the last SCRATCH_BYTES
+    are used here. Up to SERIAL_EXPERTS experts run on one thread.
     """
+    sheet = int64s_at(sheet_address, SHEET_SIZE)
+    n_tokens, top_k, hidden_size, scratch = sheet[N_TOKENS], sheet[TOP_K], sheet[WIDTH], sheet[SCRATCH_BYTES]
+    plan, parameters = int64s_at(sheet[PLAN], PLAN_SIZE), floats_at(sheet[PARAMETERS], sheet[N_PARAMETERS])
+    addresses = int64s_at(sheet[RECORDS], sheet[N_RECORDS]).view(np.uint64)
+    workspace = bytes_at(sheet[WORKSPACE], sheet[WORKSPACE_BYTES])
     n_rows, size = n_tokens * top_k, n_tokens * hidden_size
     routing = _read(weights, n_rows, weights_kind)
     ids, offsets, rows, problem = group_rows(int64s_at(index, n_rows), routing, addresses.size)
@@ -81,7 +88,7 @@ def run_routed(
     inputs = floats_at(start, size)
     _read_into(inputs, hidden, hidden_kind)
     results = floats_at(start + 4 * size, n_rows * hidden_size).reshape(n_rows, hidden_size)
-    threads = n_threads if ids.size > serial_experts else 1
+    threads = sheet[N_THREADS] if ids.size > sheet[SERIAL_EXPERTS] else 1
     if ids.size:
         positions = np.arange(ids.size).astype(np.int32)
         bad = run_layer(

@@ -118,10 +118,11 @@ class Simd:
         """An (unaligned) store."""
         self.b.store(value, pointer, align=align)
 
-    def prefetch(self, pointer: ir.Value) -> None:
-        """Asks for the cache line of `pointer` in L2; harmless for any address."""
-        read, second_level, data = (ir.Constant(I32, value) for value in (0, 2, 1))
-        self._call("llvm.prefetch.p0", VOID, [pointer, read, second_level, data])
+    def prefetch(self, pointer: ir.Value, once: bool = False) -> None:
+        """Asks for the cache line of `pointer` in L2; harmless for any address. once: it will be read once, and is to
+        leave what the caches hold in place."""
+        read, level, data = (ir.Constant(I32, value) for value in (0, 0 if once else 2, 1))
+        self._call("llvm.prefetch.p0", VOID, [pointer, read, level, data])
 
     def splat(self, scalar: ir.Value) -> ir.Value:
         """All lanes = scalar."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import random
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -27,7 +28,7 @@ import torch
 
 from cpu_kernels import ExpertSpec, ExpertWeights, pack_expert
 from hybrimoe.bench.overhead import Experts
-from hybrimoe.bench.rounds import alternate, busy_warning, spread
+from hybrimoe.bench.rounds import busy_warning, spread
 from hybrimoe.checkpoint import packed, record_file
 from hybrimoe.checkpoint.packed import PackedFile
 from hybrimoe.errors import BudgetError, ConfigError, ModelError
@@ -196,7 +197,10 @@ class Bench:
 
 
 def measure(request: Request, progress: Callable[[int, int, str], None] = lambda *_: None) -> dict[str, Any]:
-    """Rounds of all contenders, in turn. Refuses (ModelError) where they do not give the same bits."""
+    """Rounds of all contenders, in an order drawn for each; the comparison before them warms up.
+
+    Raises ModelError where they do not give the same bits.
+    """
     remark = busy_warning()
     with packed_file(request) as file:
         places = RecordPlaces.of(file.path, file.layers, file.offset_bytes)
@@ -204,20 +208,20 @@ def measure(request: Request, progress: Callable[[int, int, str], None] = lambda
         n_slots = places.slots_for(round(request.share * places.n_records) * places.slot_bytes)
         hidden = torch.randn(len(routes), file.layers[0].spec.hidden, generator=torch.Generator().manual_seed(SEED))
         bench = Bench(request, file, n_slots, routes, uses, hidden)
-        names = ["ours", "least recently used", "static", *(["mmap"] if can_give_back() else [])]
+        names = ["ours", *(["mmap"] if can_give_back() else []), "static", "least recently used"]
         check_same_bits(bench, names)
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
 
-        def one(name: str) -> float:
-            rounds[name].append(bench.run(name))
-            return 0.0
-
-        alternate({name: name for name in names}, one, request.rounds, progress=progress)
+        order = random.Random(SEED)
+        for number in range(request.rounds):
+            for name in order.sample(names, len(names)):  # who follows whom changes: pages that are dropped cost later
+                progress(number, request.rounds, "measuring")
+                rounds[name].append(bench.run(name))
         return {
             "request": asdict(request) | {"trace": str(request.trace or ""), "folder": str(request.folder)},
             "machine": machine(), "remark": remark, "disk_gbps": disk_gbps(file.path), "n_slots": n_slots,
             "n_records": places.n_records, "record_bytes": file.layers[0].spec.record_bytes,
-            "contenders": [_row(name, rounds[name][1:]) for name in names],
+            "contenders": [_row(name, rounds[name]) for name in names],
         }  # fmt: skip
 
 

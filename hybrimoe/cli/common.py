@@ -51,6 +51,14 @@ SlotsOption = Annotated[
         rich_help_panel=PLACEMENT,
     ),
 ]
+HostMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Host memory for experts, as 8GiB, a share of it, or auto; the others are read from disk.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
@@ -189,6 +197,7 @@ class PlacementGroup:
     config: ConfigOption = None
     accelerator: AcceleratorOption = None
     slots: SlotsOption = None
+    host_memory: HostMemoryOption = None
     dtype: DtypeOption = None
     policy: PolicyOption = None
     lossy: LossyOption = None
@@ -231,6 +240,7 @@ def deploy_config(
     model: str | None,
     accelerator: str | None = None,
     slots: str | None = None,
+    host_memory: str | None = None,
     dtype: str | None = None,
     policy: str | None = None,
     threads: int | None = None,
@@ -255,6 +265,7 @@ def deploy_config(
         model=model,
         accelerator=_names(accelerator),
         gpu_expert_slots=slots,
+        memory=None if host_memory is None else {"host": host_memory, "disk": "auto"},
         expert_dtype=dtype,
         policy=policy,
         threads=threads,

@@ -9,10 +9,12 @@ import typer
 
 from hybrimoe.cli import simulated
 from hybrimoe.cli.common import JsonOption, ModelArgument
+from hybrimoe.cli.fitting import told
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from cpu_kernels import ExpertDtype
+    from scheduler.machine.profile import HardwareProfile
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +42,10 @@ def plan(
     host_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Host memory. Default: this machine's.")
     ] = None,
+    fit_dtypes: Annotated[
+        bool,
+        typer.Option("--fit", help="Choose both dtypes: the most precise ones with which all experts fit host memory."),
+    ] = False,
     policy: Annotated[str, typer.Option(metavar="NAME", help="Policy of the expectation, as in `simulate`.")] = "ours",
     as_json: JsonOption = False,
 ) -> None:
@@ -59,21 +65,38 @@ def plan(
 
     from hybrimoe.extensions.policies import open_policy
     from hybrimoe.machine.calibrate import quick_profile
+    from hybrimoe.tracing.study.fitting import choose
     from hybrimoe.tracing.study.planning import expect, fit
 
     open_policy(policy)
-    profile, taken = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(expert_dtype)))
-    profile = with_accelerators(profile, accelerators, shared_link=False)
-    found = fit(
-        shape, profile, context=context, expert_dtype=expert_dtype, dense_dtype=dense_dtype,
-        device_bytes=device_bytes, host_bytes=host_bytes or psutil.virtual_memory().total,
-    )  # fmt: skip
+
+    def measured(dtype: str) -> tuple[HardwareProfile, str]:
+        found, said = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(dtype)))
+        return with_accelerators(found, accelerators, shared_link=False), said
+
+    profile, taken = measured(expert_dtype)
+    host_bytes = host_bytes or psutil.virtual_memory().total
+    reasons: list[str] = []
+    if fit_dtypes:
+        choice = choose(shape, profile, context=context, device_bytes=device_bytes, host_bytes=host_bytes)
+        if choice.expert_dtype != expert_dtype:
+            profile, taken = measured(choice.expert_dtype)
+        expert_dtype, dense_dtype, found = choice.expert_dtype, choice.dense_dtype, choice.fit
+        reasons = told(choice)
+    else:
+        found = fit(
+            shape, profile, context=context, expert_dtype=expert_dtype, dense_dtype=dense_dtype,
+            device_bytes=device_bytes, host_bytes=host_bytes,
+        )  # fmt: skip
     expected = expect(found, shape, profile, policy, expert_dtype, dense_dtype)
     render.note(taken)
+    for reason in reasons:
+        render.note(reason)
     if remark := packing_remark(model, expert_dtype):
         render.note(remark)
     if as_json:
-        render.emit_json({**asdict(found), "hardware_taken": taken, "expected": expected})
+        dtypes = {"expert_dtype": expert_dtype, "dense_dtype": dense_dtype, "reasons": reasons}
+        render.emit_json({**asdict(found), **dtypes, "hardware_taken": taken, "expected": expected})
     else:
         _show(asdict(found), expected)
 

@@ -91,6 +91,10 @@ def serve(
     tls_key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Private key (PEM) of the certificate.")
     ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Dtypes and tiers by what this machine has room for, with the reasons."),
+    ] = False,
     access_log: Annotated[
         bool | None,
         typer.Option("--access-log/--no-access-log", help="A line on stderr for each request, without contents (on)."),
@@ -116,6 +120,12 @@ def serve(
     """
     _need_extra()
     deployment = placement.deployment(model)
+    if fit:
+        from hybrimoe.cli.fitting import fitted
+
+        deployment, reasons = fitted(deployment)
+        for reason in reasons:
+            render.note(f"fit: {reason}")
     given = {
         "host": host, "name": name, "models": models, "idle_unload_seconds": idle_unload_seconds,
         "parallel": parallel,
@@ -142,7 +152,7 @@ def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, a
     shelf = deployments(deployment)
     models = Models(
         {name: loadable(name, own) for name, own in shelf.items()}, idle_unload_s=settings.idle_unload_seconds,
-        max_wait_s=settings.max_wait_seconds, max_waiting=settings.queue_length,
+        max_wait_s=settings.max_wait_seconds, max_waiting=max(1, settings.queue_length),
     )  # fmt: skip
     first = next((name for name, own in shelf.items() if own is deployment), None)
     with HttpServer(models, settings, keys, listener) as http, contextlib.closing(models):

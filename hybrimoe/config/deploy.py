@@ -36,9 +36,12 @@ class MemoryConfig(Section):
 
     gpu_experts: ExpertsAmount = Field(default=Amount("auto"), description="Expert slots on the accelerator.")
     host: HostAmount = Field(
-        default=Amount("auto"), description="Host memory for experts; what does not fit needs `disk`."
+        default=Amount("auto"),
+        description="Host memory for experts; those that do not fit are read from disk, if `disk` allows it.",
     )
-    disk: DiskAmount = Field(default=Amount("none"), description="Experts that stay on disk, read when needed.")
+    disk: DiskAmount = Field(
+        default=Amount("none"), description="auto: experts that `host` has no room for are read when needed."
+    )
     kv: BytesAmount = Field(
         default=Amount("auto"),
         description="Memory for keys and values of replies under way, on the device that computes attention; expert "

@@ -77,7 +77,7 @@ class HybridExperts(nn.Module):
         the session has started or after it was closed.
         With hidden_states alone it is Llama-4's call, see `hybrimoe.experts.sorted`.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             compiled: torch.Tensor = self._run_outside_graphs(hidden_states, top_k_index, top_k_weights)
             return compiled
         if top_k_index is None or top_k_weights is None:

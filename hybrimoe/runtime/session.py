@@ -255,6 +255,23 @@ class Session:
                 raise
             return self.n_slots
 
+    def resize_host(self, budget: int | float | str) -> int:
+        """Changes the host memory of experts that are read from disk while the session lives; those with the least
+        expected uses leave.
+
+        budget: a number of experts over all layers, a share of them, or a size ("8GiB"). Returns the number of experts
+        that fit. Raises ModelError where all experts are in memory anyway, BudgetError for what cannot be: it is then
+        as before.
+        """
+        with self._lock:
+            self._ready().drain()
+            if not isinstance(self._store, TieredStore):
+                raise ModelError(
+                    "all experts are in host memory, so there is no budget to change: load the model with"
+                    " memory.host and memory.disk (--host-memory) to have one"
+                )
+            return self._store.resize(parse_amount(budget))
+
     def change_policy(self, policy: str) -> None:
         """Plans by another policy while the session lives; slots start over with the most used experts, costs stay.
 

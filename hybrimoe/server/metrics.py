@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Metrics:
         self._loaded = Gauge("hybrimoe_model_loaded", "1: the model is in memory.", ["model"], **new)
         loads = Gauge("hybrimoe_model_loads", "Loads of a model into memory, so far.", **new)
         loads.set_function(lambda: models.n_loads)
+        resident = Gauge("hybrimoe_resident_bytes", "Memory of the server's process that is in use.", **new)
+        resident.set_function(lambda: psutil.Process().memory_info().rss)
         self._steps = Gauge("hybrimoe_decode_steps", "Steps that gave a token to each running reply, so far.", **new)
         self._parallel = Gauge(
             "hybrimoe_requests_parallel", "Replies at once at most; way: in one step, or in turn, and why.",

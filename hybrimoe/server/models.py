@@ -424,7 +424,10 @@ class Models:
     def _unload(self, entry: _Entry) -> None:
         with self._lock:
             self._served, self._current = None, None
-        self._in_memory.close()
+        try:
+            self._in_memory.close()
+        except Exception as error:  # the next model must not wait for one that does not end well
+            log.error("%s did not leave memory as it should", entry.name, exc_info=error)
         gc.collect()  # models hold themselves by their hooks; the next one needs their memory now
         _empty_accelerators()
         entry.state, entry.keep_s = "unloaded", self._idle_unload_s

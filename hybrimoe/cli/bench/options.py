@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,3 +20,24 @@ CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="W
 PlotOption = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a figure here (matplotlib).")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="A short run: few rounds and tokens.")]
 QUICK_ROUNDS = 3
+
+
+@contextlib.contextmanager
+def measured_server(url: str | None, model: str | None, options: dict[str, Any]) -> Iterator[str]:
+    """The address to measure. Raises ConfigError where options of a server of our own come with --url."""
+    from hybrimoe.bench.serve.process import running_server
+    from hybrimoe.errors import ConfigError
+
+    if url is not None:
+        if model is not None or options:
+            raise ConfigError(
+                f"--url measures a server as it runs: leave out {', '.join(['MODEL'] * bool(model) + list(options))}"
+            )
+        yield url
+        return
+    words = [model] if model is not None else []
+    for name, value in options.items():
+        flag = name if value is not False else name.replace("--", "--no-")
+        words += [flag] if isinstance(value, bool) else [name, str(value)]
+    with running_server(words) as address:
+        yield address

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrimoe.cli import common
+from hybrimoe.cli.bench.options import measured_server
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -61,34 +62,13 @@ def serve(
     if url is None:
         placement.deployment(model)  # what is wrong is said here, not in the log of the server's process
     load = serve_bench.Load(requests, turns, prompt_words, new_tokens)
-    with _server(url, model, options) as address, _client(address) as client, progress_bar() as progress:
+    with measured_server(url, model, options) as address, _client(address) as client, progress_bar() as progress:
         rows = serve_bench.measure(client, users or [1, 2, 4], load, progress)
         name = client.model
     if as_json:
         render.emit_json({"model": name, "url": url, "rows": serve_bench.as_dicts(rows), "machine": _machine()})
     else:
         _show(f"{name}: {turns} turn(s) a conversation, at most {new_tokens} new tokens a reply; measured", rows)
-
-
-@contextlib.contextmanager
-def _server(url: str | None, model: str | None, options: dict[str, Any]) -> Iterator[str]:
-    """The address to measure. Raises ConfigError where options of a server of our own come with --url."""
-    from hybrimoe.bench.serve.process import running_server
-    from hybrimoe.errors import ConfigError
-
-    if url is not None:
-        if model is not None or options:
-            raise ConfigError(
-                f"--url measures a server as it runs: leave out {', '.join(['MODEL'] * bool(model) + list(options))}"
-            )
-        yield url
-        return
-    words = [model] if model is not None else []
-    for name, value in options.items():
-        flag = name if value is not False else name.replace("--", "--no-")
-        words += [flag] if isinstance(value, bool) else [name, str(value)]
-    with running_server(words) as address:
-        yield address
 
 
 @contextlib.contextmanager

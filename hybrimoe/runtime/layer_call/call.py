@@ -196,7 +196,8 @@ class ExpertsCall:
         (space, choice), experts = released, self.experts
         if not choice.is_planned:
             space.plan = at_once.planner.chosen(space.demand, choice.makespan_us, choice.link_share, choice.n_awaited)
-        prefetches = at_once.look_ahead(space, choice)
+        at_once.foretell(space)
+        prefetches = at_once.fetch(space, choice)
         if prefetches:
             experts.lanes.start_transfers(prefetches, space.step, traced=False)
         experts.count(space)
@@ -241,18 +242,22 @@ class ExpertsCall:
             at_once.decide_rest(space, link_us)
         else:
             space.plan = at_once.planner.chosen(space.demand, choice.makespan_us, choice.link_share, choice.n_awaited)
+            if choice.n_fetched:
+                at_once.planner.prefetched(choice.n_fetched)
+        if hidden.is_cpu:  # before threads of an accelerator wait for Python's lock, which torch lets go of here
+            space.work.out = torch.empty_like(hidden)
         lanes_ns = -perf_counter_ns()
         lanes.submit(space)
-        prefetches = at_once.look_ahead(space, choice)
-        if prefetches:
-            lanes.start_transfers(prefetches, space.step, traced=False)
         if choice.n_awaited == HANDS_ON:
             lanes.compute(space)
         else:
             lanes.compute_taken(space, choice.n_cpu)
+        lanes_ns += perf_counter_ns()
+        at_once.foretell(space)
+        experts.count(space)
+        lanes_ns -= perf_counter_ns()
         output = lanes.combine(space)
         lanes_ns += perf_counter_ns()
-        experts.count(space)
         space.experts.reports.finish(space)
         if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
             output = self._as_asked(output, hidden)

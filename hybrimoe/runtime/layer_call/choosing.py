@@ -2,8 +2,8 @@
 
 For planners whose decision is compiled (`scheduler.planner.at_once`); others are asked once the routing has been read
 (`CallSpace.read`, `Experts.plan`). What a layer's experts wait for is only this call. The rest of planning comes when
-their output is there (`AtOnce.look_ahead`): experts of later layers that are fetched, and the gates' prediction for the
-layer that the next call forecasts.
+their output is there: experts of later layers that are fetched (`AtOnce.fetch`; at once where no card waits), and the
+gates' prediction for the layer that the next call forecasts (`AtOnce.foretell`).
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class Choice:
     """What was decided on a layer's latest call; filled anew by the next one.
 
     First the answers of `read_and_choose`. n_active: 0, or negative for a routing that it refuses, and nothing has
-    happened; otherwise numbers of experts by lane, and the answers of `choose_at_once`. For a call whose output is
-    there before all is done: whether this is the space's plan already, and what the call took, of which the lanes.
+    happened; otherwise numbers of experts by lane, the answers of `choose_at_once`, and the number of prefetches where
+    they were decided with it. For a call whose output is there before all is done: whether this is the space's plan
+    already, and what the call took, of which the lanes.
     """
 
     n_active: int = 0
@@ -71,6 +72,7 @@ class Choice:
     link_share: float = 0.0
     n_awaited: int = 0
     idle_us: float = 0.0
+    n_fetched: int = 0
     is_planned: bool = False
     took_ns: int = 0
     lanes_ns: int = 0
@@ -80,9 +82,10 @@ class Choice:
 def read_and_choose(
     slate: Keys, given: Ids, scores: Singles, now: int, run: int, horizon: float, n_flight: int, cpu_ready_us: float,
     accel_ready_us: float, link_ready_us: float,
-) -> tuple[int, int, int, int, float, float, int, float]:  # fmt: skip
-    """Reads and describes a call, has it decided, and writes the CPU lane's positions and records; for an exchange also
-    where each pair is computed. Returns the answers of a `Choice`; given and what follows it: see `choose_at_once`."""
+) -> tuple[int, int, int, int, float, float, int, float, int]:  # fmt: skip
+    """Reads and describes a call, has it decided, and writes the CPU lane's positions and records. For an exchange it
+    writes where each pair is computed; else, where no card waits, it decides on prefetches as well. Returns the answers
+    of a `Choice`; given and what follows it: see `choose_at_once`."""
     n_tokens, top_k, n_experts, layer = slate[N_TOKENS], slate[TOP_K], slate[N_EXPERTS], slate[LAYER]
     n_rows = n_tokens * top_k
     ids, offsets = int32s_at(slate[EXPERT_IDS], n_rows), int32s_at(slate[OFFSETS], n_rows + 1)
@@ -93,7 +96,7 @@ def read_and_choose(
         offsets, rows,
     )  # fmt: skip
     if n_active <= 0:
-        return n_active, 0, 0, 0, 0.0, 0.0, 0, 0.0
+        return n_active, 0, 0, 0, 0.0, 0.0, 0, 0.0, 0
     desk = int64s_at(slate[DESK], DESK_SIZE)
     n_planned, n_slots = desk[N_PLANNED], desk[N_SLOTS]
     active, tokens = ids[:n_active], int32s_at(slate[TOKENS], n_planned)
@@ -108,7 +111,7 @@ def read_and_choose(
         tokens[:n_active], given, scores,
     )  # fmt: skip
     if n_awaited == HANDS_ON:
-        return n_active, 0, 0, 0, makespan_us, link_share, n_awaited, idle_us
+        return n_active, 0, 0, 0, makespan_us, link_share, n_awaited, idle_us, 0
     plan = int64s_at(desk[ROWS], 5 * (n_active + 1)).reshape((5, n_active + 1))
     n_cpu, n_accel = plan[CPU, COUNT], plan[ACCEL, COUNT]
     positions, records = int32s_at(slate[POSITIONS], n_cpu), int64s_at(slate[RECORDS], n_cpu)
@@ -116,10 +119,13 @@ def read_and_choose(
     for i in range(n_cpu):
         positions[i] = plan[CPU, i]
         records[i] = addresses[ids[plan[CPU, i]]]
-    if slate[SLOTS] != 0:
+    n_fetched = 0
+    if slate[SLOTS] == 0:
+        n_fetched = prefetch_at_once(desk, layer, idle_us)
+    else:
         slots, source = int32s_at(slate[SLOTS], n_rows), int32s_at(slate[SOURCE], n_rows)
         place_pairs(plan, n_cpu, n_accel, offsets, rows, slots, source)
-    return n_active, n_cpu, n_accel, plan[TRANSFER, COUNT], makespan_us, link_share, n_awaited, idle_us
+    return n_active, n_cpu, n_accel, plan[TRANSFER, COUNT], makespan_us, link_share, n_awaited, idle_us, n_fetched
 
 
 def make_ready() -> None:
@@ -213,7 +219,7 @@ class AtOnce:
         use, n_flight, choice = model.use, len(desk.movement.in_flight) and desk.under_way(), slate.choice
         (
             choice.n_active, choice.n_cpu, choice.n_accel, choice.n_moved, choice.makespan_us, choice.link_share,
-            choice.n_awaited, choice.idle_us,
+            choice.n_awaited, choice.idle_us, choice.n_fetched,
         ) = read_and_choose(
             slate.words, ids, scores, use.now, use.run - 1, desk.residency.horizon, n_flight, 0.0,
             0.0 if exchange is None else self.planner.costs.launch_us(index), link_ready_us,
@@ -227,23 +233,27 @@ class AtOnce:
         """The plan of a call in which one expert takes over another's slot, of which `choose` has only told that."""
         space.plan = self.planner.decide_rest(space.demand, 0.0, 0.0, link_ready_us)
 
-    def look_ahead(self, space: CallSpace, choice: Choice) -> Sequence[Transfer]:
-        """Foretells what the next call needs to know; the transfers of experts of later layers that start now. The
-        choice is the space's plan."""
-        index, lookahead = space.index, self._lookahead
-        target = index + 1 + self.planner.layers_ahead
-        if lookahead is not None and self._foretells and target < len(self._ahead):
-            skipped, work = target - index - 1, space.work
-            for prediction in lookahead.predict(
-                index, work.hidden, work.host_hidden, work.dispatch.top_k, skipped + 1, skipped
-            ):
-                if prediction.layer == target:
-                    self._ahead[index + 1], self._ahead_of[index + 1] = prediction, self.experts.step
-        slate = self._slates[index]
+    def fetch(self, space: CallSpace, choice: Choice) -> Sequence[Transfer]:
+        """The transfers of experts of later layers that start now, where they were not decided with the choice, which
+        is the space's plan."""
+        slate = self._slates[space.index]
         if choice.n_awaited == HANDS_ON or slate is None:
             return ()
-        n_fetched = prefetch_at_once(slate.desk.words, index, choice.idle_us)
-        return self.planner.prefetched(n_fetched) if n_fetched else ()
+        choice.n_fetched = prefetch_at_once(slate.desk.words, space.index, choice.idle_us)
+        return self.planner.prefetched(choice.n_fetched) if choice.n_fetched else ()
+
+    def foretell(self, space: CallSpace) -> None:
+        """Predicts what the next layer's call needs to know, from this call's hidden states."""
+        index, lookahead = space.index, self._lookahead
+        target = index + 1 + self.planner.layers_ahead
+        if lookahead is None or not self._foretells or target >= len(self._ahead):
+            return
+        skipped, work = target - index - 1, space.work
+        for prediction in lookahead.predict(
+            index, work.hidden, work.host_hidden, work.dispatch.top_k, skipped + 1, skipped
+        ):
+            if prediction.layer == target:
+                self._ahead[index + 1], self._ahead_of[index + 1] = prediction, self.experts.step
 
     def _new_slate(self, space: CallSpace, desk: Desk, places: Places, exchange: Exchange | None) -> Slate:
         n_tokens, top_k = places[3:5]

@@ -228,7 +228,7 @@ class CallSpace:
             dispatch = self._dispatches[shape] = buffers.dispatch(*shape)
         work, demand = self._work, self.demand
         self.work = work
-        work.dispatch, work.hidden, work.like, work.device_state = dispatch, given, hidden, None
+        work.dispatch, work.hidden, work.like, work.out, work.device_state = dispatch, given, hidden, None, None
         work.host_hidden, work.host_rows = host_hidden, host_rows
         demand.n_tokens_total, demand.expert_ids = n_tokens, dispatch.expert_ids
         demand.n_tokens = self.n_tokens[:n_active]
@@ -259,7 +259,8 @@ class CallSpace:
     def release(self) -> None:
         """Lets go of the call's tensors and of rows made for it alone; what was counted stays."""
         work = self.work = self._work
-        work.hidden, work.like, work.device_state, work.transform, work.weights = NOTHING, None, None, None, None
+        work.hidden, work.like, work.out, work.device_state = NOTHING, None, None, None
+        work.transform = work.weights = None
         work.host_hidden = work.host_rows = NO_ROWS
 
     def _grow(self, n_rows: int) -> Buffers:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from cpu_kernels import ExpertWeights, unpack_expert
-from hybrimoe.errors import ModelError
+from hybrimoe.amounts import Amount, size_text
+from hybrimoe.errors import BudgetError, ModelError
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 from hybrimoe.runtime.tier.cache import HostCache
 from hybrimoe.runtime.tier.reader import RecordReader
@@ -40,6 +43,7 @@ class TieredStore(ExpertStore):
         n_slots = places.slots_for(budget_bytes)
         self.cache = HostCache(places, RecordReader(path), n_slots, pinned=pinned)
         self._layers, self.complete = places.layers, True
+        self._finalizer = weakref.finalize(self, self.cache.reader.close)  # of a store that nobody closes
         self._usage = UsageFile(path, usage_folders, self.cache.uses.shape)
         self._saved_at, self._saving, self._closed = monotonic(), threading.Lock(), False
         if self._usage.earlier is not None:
@@ -83,6 +87,23 @@ class TieredStore(ExpertStore):
     def nbytes(self) -> int:
         """Bytes of the records that host memory has room for."""
         return self.cache.slots.nbytes
+
+    def resize(self, budget: Amount) -> int:
+        """Room for another number of records, in place; how many fit then. Raises BudgetError for what cannot be, and
+        leaves it as it is."""
+        cache = self.cache
+        places, slot_bytes = cache.places, cache.slots.slot_bytes
+        n_bytes = int(budget.value)
+        if budget.kind != "bytes":
+            n_bytes = slot_bytes * budget.to_experts(places.n_records, slot_bytes, auto=cache.slots.n_slots)
+        n_slots = places.slots_for(n_bytes)
+        missing, available = (n_slots - cache.slots.n_slots) * slot_bytes, psutil.virtual_memory().available
+        if missing > available:
+            raise BudgetError(
+                f"{n_slots} experts need {size_text(missing)} more host memory, {size_text(available)} are available"
+            )
+        cache.resize(n_slots)
+        return n_slots
 
     def begin_step(self, *, new_sequence: bool) -> None:
         """A step begins: now and then the usage is saved, beside it."""

@@ -12,7 +12,7 @@ import torch
 from numba import njit
 
 import cpu_kernels as ck
-from cpu_kernels.format.layout import BLOCK_ROWS, GROUP, OFFSET, block_bytes
+from cpu_kernels.format.layout import BLOCK_ROWS, GROUP, LINE_BYTES, OFFSET, block_bytes
 from cpu_kernels.format.pack import pack_matrix, unpack_matrix
 from cpu_kernels.host import isa
 from cpu_kernels.jit.primitives import call_panel
@@ -243,6 +243,13 @@ def test_one_token_reads_weights_in_ascending_order(dtype: str) -> None:
     assert len({register for register, _ in places}) == 1
     offsets = [offset for _, offset in places]
     assert offsets == sorted(offsets)
+
+
+@pytest.mark.parametrize(("dtype", "once"), [("int4", True), ("int8", True), ("bfloat16", True), ("float32", False)])
+def test_one_token_leaves_the_caches_to_others(dtype: str, once: bool) -> None:
+    """Every line is asked for as read once: what runs between two layers finds its own in the caches."""
+    text = assembly(PanelKernel(dtype), isa.BY_NAME["avx2"], Target(X86, "znver1", ""))
+    assert text.count("prefetchnta") == (block_bytes(dtype) // LINE_BYTES if once else 0)
 
 
 FINISH = FinishKernel(Format("quantised", 8), "silu", gated=True)

@@ -28,7 +28,7 @@ def tiny(tmp_path: Path) -> tiers_bench.Request:
 def test_reports_each_contender(tiny: tiers_bench.Request) -> None:
     result = tiers_bench.measure(tiny)
     names = [row["name"] for row in result["contenders"]]
-    assert names[:3] == ["ours", "least recently used", "static"]
+    assert {"ours", "least recently used", "static"} <= set(names)
     assert (result["n_slots"], result["n_records"]) == (12, 24)
     assert result["disk_gbps"] > 0
     for row in result["contenders"]:

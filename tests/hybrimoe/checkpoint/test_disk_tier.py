@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from transformers import MixtralConfig, PreTrainedModel
 
 from hybrimoe.checkpoint import load
-from hybrimoe.errors import BudgetError, CheckpointError
+from hybrimoe.cli.common import deploy_config
+from hybrimoe.errors import BudgetError, CheckpointError, ModelError
 from hybrimoe.runtime.tier.cache import HostCache
 from hybrimoe.runtime.tier.store import TieredStore
 from hybrimoe.runtime.tier.usage import UsageWarning
@@ -207,6 +209,36 @@ def test_usage_that_cannot_be_kept_is_a_warning(directory: Path, tiered: Callabl
         folder.mkdir(parents=True)  # a folder stands where the file would be
     with pytest.warns(UsageWarning, match=f"could not be kept for the next start.*{path.parent}"):
         model.hybrimoe.session.close()
+
+
+def test_the_budget_changes_while_the_model_runs(directory: Path, tiered: Callable[..., PreTrainedModel]) -> None:
+    expected = answers(load(directory, **OPTIONS | AS_TRANSFORMERS))
+    session = (model := tiered(16)).hybrimoe.session
+    slot_bytes = cache_of(model).slots.slot_bytes
+    for budget, fitting in ((8, 8), (0.75, 24), (f"{10 * slot_bytes}B", 10), ("1GiB", 32)):
+        assert session.resize_host(budget) == fitting == session.stats().tier.n_slots
+        assert torch.equal(answers(model), expected)
+    for wrong in (7, "1KiB", 33):
+        with pytest.raises(BudgetError):
+            session.resize_host(wrong)
+    assert session.stats().tier.n_slots == 32
+    with pytest.raises(ModelError, match="--host-memory"):
+        load(directory, **OPTIONS | AS_TRANSFORMERS).hybrimoe.session.resize_host(8)
+
+
+def test_the_command_line_sets_the_budget(directory: Path) -> None:
+    memory = deploy_config(None, model=str(directory), host_memory="8GiB", slots="6").memory
+    assert (str(memory.host), str(memory.disk), str(memory.gpu_experts)) == ("8GiB", "auto", "6")
+
+
+def test_a_model_that_nobody_closes_leaves_no_threads(directory: Path) -> None:
+    model = load(directory, **OPTIONS | AS_TRANSFORMERS | {"memory": {"disk": "auto", "host": 8}})
+    answers(model)
+    reader = cache_of(model).reader
+    assert reader._threads
+    del model
+    gc.collect()
+    assert not reader._threads
 
 
 def test_experts_can_be_had_back(directory: Path, tiered: Callable[..., PreTrainedModel]) -> None:

@@ -211,6 +211,6 @@ def test_tables_agree_with_pyproject() -> None:
     } == doctor.TOO_NEW
     assert f">={'.'.join(map(str, doctor.FIRST_PYTHON))}" == project["requires-python"]
     extras = project["optional-dependencies"]
-    assert set(doctor_parts.EXTRAS) == set(extras) - {"dev", "ipex"}
+    assert set(doctor_parts.EXTRAS) == set(extras) - {"dev", "browser", "ipex"}
     for extra, (packages, _) in doctor_parts.EXTRAS.items():
         assert set(packages) == {text.split(">=")[0].split("[")[0] for text in extras[extra]}

@@ -134,10 +134,24 @@ def test_plan(hybrimoe):
     assert "like 12GiB" in hybrimoe("plan", "--gpu-memory", "12", "--json").data["error"]["message"]
 
 
+def test_plan_fit(hybrimoe):
+    done = hybrimoe("plan", "olmoe-1b-7b", "--hardware", "laptop", "--host-memory", "12GiB", "--fit", "--json")
+    assert (done.data["expert_dtype"], done.data["dense_dtype"]) == ("int8", "int8")
+    assert "nothing more precise" in done.data["reasons"][1]
+
+
 @pytest.fixture
 def uncalibrated(tmp_path, monkeypatch, private_cache):
     """No calibration in the cache: it has the compiled kernels only."""
     monkeypatch.setenv("HYBRIMOE_CACHE", str(private_cache(tmp_path / "cache")))
+
+
+@pytest.mark.usefixtures("uncalibrated")
+def test_plan_fit_measures_this_machine_for_the_dtype_that_it_chooses(hybrimoe):
+    done = hybrimoe("plan", "olmoe-1b-7b", "--host-memory", "4096GiB", "--fit", "--json")
+    assert done.code == 0, done.err
+    assert done.data["expert_dtype"] == "bfloat16"
+    assert done.data["expected"]["decode_tokens_per_s"] > 0
 
 
 @pytest.mark.usefixtures("uncalibrated")

@@ -1,0 +1,71 @@
+"""The soak against a small model behind the real server, and against servers that do what it must find."""
+
+import contextlib
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from hybrimoe.bench.serve.client import ServerError
+from hybrimoe.bench.serve.soak import Load, Report, soak
+from hybrimoe.checkpoint import load_tokenizer
+from hybrimoe.cli.serve import HttpServer, listening
+from hybrimoe.config.deploy import ServerConfig
+from hybrimoe.generation import TextGenerator
+from hybrimoe.generation.continuous_batching import BatchEngine
+from hybrimoe.server.models import Models
+from hybrimoe.server.served import Served
+
+LOAD = Load(minutes=1.0, users=6, requests=60, new_tokens=6, long_words=100)
+
+
+@pytest.fixture
+def server():
+    tokenizer = load_tokenizer(None)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, moe_intermediate_size=16,
+        num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, max_position_embeddings=512, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    served = Served("tiny", parallel=3)
+    served.open(TextGenerator(Qwen3MoeForCausalLM(config).eval(), tokenizer))
+    settings = ServerConfig(access_log=False)
+    with (
+        contextlib.closing(served),
+        listening("127.0.0.1", 0) as listener,
+        HttpServer(Models.of_one(served), settings, [], listener) as http,
+    ):
+        yield http.url
+
+
+def test_mixed_load_leaves_nothing_and_changes_no_reply(server):
+    report = soak(server, LOAD)
+    assert report.problems == []
+    assert report.sent.total() >= LOAD.requests
+    assert report.ended["complete"] + report.ended["left"] + report.ended["rejected"] == report.sent.total()
+    assert report.ended["left"] > 0
+    assert report.ended["rejected"] > 0
+
+
+def test_replies_that_are_mixed_up_are_found(server, monkeypatch):
+    admit, count = BatchEngine.admit, [0]
+
+    def other_prompt(self, prompt_ids, options, should_stop):
+        count[0] += 1
+        return admit(self, prompt_ids[::-1] if count[0] > 40 else prompt_ids, options, should_stop)
+
+    monkeypatch.setattr(BatchEngine, "admit", other_prompt)
+    report = soak(server, LOAD)
+    assert any("another reply than alone" in problem for problem in report.problems)
+
+
+def test_memory_that_grows_is_found():
+    report = Report(resident_mib=[50, 90, 100, 100, 101, 100, 103, 102])
+    assert report.growth == pytest.approx(0.03)
+    assert Report(resident_mib=[1, 2]).growth is None
+
+
+def test_no_server_is_told():
+    with pytest.raises(ServerError, match="does not answer"):
+        soak("http://127.0.0.1:9", LOAD)
