@@ -23,11 +23,14 @@ class Changes(Strict):
 
     policy: Text | None = Field(default=None, description="A policy's name, or balance/prefetch/cache.")
     slots: Annotated[Integer, Field(ge=0)] | None = Field(default=None, description="Expert slots of all accelerators.")
+    host_memory: Text | None = Field(
+        default=None, description="Host memory for experts that are read from disk: a size, a share, a number of them."
+    )
 
     @model_validator(mode="after")
     def _something(self) -> Changes:
-        if self.policy is None and self.slots is None:
-            raise ValueError("expected policy, slots, or both")
+        if self.policy is None and self.slots is None and self.host_memory is None:
+            raise ValueError("expected policy, slots, host_memory, or several of them")
         return self
 
 
@@ -47,7 +50,7 @@ def add_routes(app: FastAPI, models: Models) -> None:
     async def settings(body: Changes, request: Request) -> State:
         models.in_memory()
         async with models.using(None, request) as served:
-            await change(served, body.policy, body.slots)
+            await change(served, body.policy, body.slots, body.host_memory)
         return await run_in_threadpool(read_state, models)
 
     @app.post("/hybrimoe/step", responses=errors())

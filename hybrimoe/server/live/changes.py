@@ -1,4 +1,4 @@
-"""What may be changed while a model runs: the policy that plans, and the number of slots."""
+"""What may be changed while a model runs: the policy that plans, the number of slots, the host memory of experts."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ def planned_session(served: Served) -> Session:
     return session
 
 
-async def change(served: Served, policy: str | None, slots: int | None) -> None:
+async def change(served: Served, policy: str | None, slots: int | None, host_memory: str | None = None) -> None:
     """Change what is given, between two steps: replies under way go on.
 
     What another policy needs is compiled before, beside the replies. Raises RequestError for what cannot be, naming
     the field, and what is named is then as before.
     """
+    if host_memory is not None:
+        session = _session(served)
+        await _between_steps(served, "host_memory", lambda: session.resize_host(host_memory))
     if slots is not None:
         session = _session(served)
         await _between_steps(served, "slots", lambda: session.resize_slots(slots))

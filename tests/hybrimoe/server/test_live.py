@@ -121,6 +121,7 @@ def test_slots_may_go_and_come_back(ask):
         ({"policy": "oracel"}, "oracle"),
         ({"policy": "oracle"}, "future"),
         ({"slots": -1}, "slots"),
+        ({"host_memory": "1GiB"}, "all experts are in host memory"),
     ],
 )
 def test_what_cannot_be_changed_is_refused_and_nothing_changes(ask, asked, said):
