@@ -18,6 +18,7 @@ from hybrimoe.cli import common
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
+    from hybrimoe.amounts import Amount
     from hybrimoe.config.deploy import DeployConfig, ServerConfig
     from hybrimoe.server.models import Loadable, Models
 
@@ -49,8 +50,12 @@ def serve(
         float | None,
         typer.Option(min=0.001, max=31_536_000.0, help="A model leaves memory after so long without a request."),
     ] = None,
-    conversations: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Latest conversations whose KV caches are kept (16).")
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Host memory for what prompts and replies computed: 4GiB, a share, none (half of what is free).",
+        ),
     ] = None,
     parallel: Annotated[
         int | None,
@@ -105,9 +110,9 @@ def serve(
     replies of the one in memory have ended; without MODEL none is loaded before.
 
     Up to --parallel requests are answered at once and join and leave at every token; of the others, clients take turns.
-    Each greedy reply is the one that the request gets alone. A request that continues a kept
-    conversation computes only what is new. While the model is loaded, /health says so and requests are answered with
-    503.
+    Each greedy reply is the one that the request gets alone. What any request computed, a prompt that begins alike does
+    not compute again, as far as --prefix-cache goes. While the model is loaded, /health says so and requests are
+    answered with 503.
 
     Ctrl-C or SIGTERM: what waits is refused at once, replies under way have --drain-seconds to end; a second one ends
     the server where it stands. With a key in HYBRIMOE_API_KEY, or keys in the file of server.api_key_file, requests
@@ -123,12 +128,14 @@ def serve(
             render.note(f"fit: {reason}")
     given = {
         "host": host, "name": name, "models": models, "idle_unload_seconds": idle_unload_seconds,
-        "conversations": conversations, "parallel": parallel,
+        "parallel": parallel,
         "queue_length": queue_length, "max_wait_seconds": max_wait_seconds, "max_stall_ms": max_stall_ms,
         "max_reply_seconds": max_reply_seconds, "drain_seconds": drain_seconds, "page": page, "access_log": access_log,
         "tls_cert_file": tls_cert_file, "tls_key_file": tls_key_file,
     }  # fmt: skip
-    chosen = {key: value for key, value in given.items() if value is not None}
+    chosen: dict[str, object] = {key: value for key, value in given.items() if value is not None}
+    if prefix_cache is not None:
+        chosen["prefix_cache"] = _memory("--prefix-cache", prefix_cache)
     deployment = deployment.model_copy(update={"server": deployment.server.model_copy(update=chosen)})
     keys = read_api_keys(deployment.server)
     check_tls(deployment.server)
@@ -173,7 +180,7 @@ def loadable(name: str, deployment: DeployConfig) -> Loadable:
 
     def serving() -> Served:
         return Served(
-            name, conversations=settings.conversations, queue_length=settings.queue_length,
+            name, prefix_cache=settings.prefix_cache, queue_length=settings.queue_length,
             parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
             max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
             special_in_messages=settings.special_in_messages, max_reply_s=settings.max_reply_seconds,
@@ -300,6 +307,17 @@ def listening(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
         ) from error
+
+
+def _memory(option: str, text: str) -> Amount:
+    """An amount of memory. Raises ConfigError for what is none."""
+    from hybrimoe.amounts import parse_amount
+    from hybrimoe.errors import ConfigError
+
+    amount = parse_amount(text)
+    if amount.kind == "count":
+        raise ConfigError(f"{option}: expected a size like 4GiB, a share like 0.25, auto or none, found {text!r}")
+    return amount
 
 
 def check_tls(settings: ServerConfig) -> None:

@@ -44,7 +44,7 @@ class MemoryConfig(Section):
     )
     kv: BytesAmount = Field(
         default=Amount("auto"),
-        description="Memory for keys and values of all conversations, on the device that computes attention; expert "
+        description="Memory for keys and values of replies under way, on the device that computes attention; expert "
         "slots leave it free.",
     )
 
@@ -96,8 +96,10 @@ class ServerConfig(Section):
     idle_unload_seconds: float | None = Field(
         default=None, gt=0.0, le=31_536_000.0, description="Time without a request after which a model leaves memory."
     )
-    conversations: int = Field(
-        default=16, ge=1, le=256, description="Latest conversations whose KV caches are kept, as far as memory.kv goes."
+    prefix_cache: DiskAmount = Field(
+        default=Amount("auto"),
+        description="Host memory for what prompts and replies computed, for prompts that begin alike; auto: half of "
+        "what is free beside the model and memory.kv.",
     )
     parallel: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         default="auto",

@@ -3,7 +3,7 @@
 from hybrimoe.generation.chat import Conversation, Turn, chat_options, encode_chat, has_chat_template
 from hybrimoe.generation.engine import FinishReason, Reply, ReplyTimes, TextGenerator
 from hybrimoe.generation.interrupt import Interrupt, interruptible
-from hybrimoe.generation.kv_cache import PrefixCache, PrefixCaches
+from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
 
@@ -12,7 +12,6 @@ __all__ = [
     "FinishReason",
     "Interrupt",
     "PrefixCache",
-    "PrefixCaches",
     "Profile",
     "Reply",
     "ReplyTimes",

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from cpu_kernels.step.program import MAX_ROWS
 from hybrimoe.generation.growing import LEAST_ROOM
-from hybrimoe.generation.kv_cache import PrefixCaches
+from hybrimoe.generation.kv_cache import CacheRows, PrefixCache
+from hybrimoe.generation.prefix.blocks import PrefixTree
 from hybrimoe.generation.sampling import UNLIMITED_TOKENS, SamplingOptions, reply_length
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 __all__ = ["BatchEngine", "Progress", "default_parallel"]
 
 MOST_PARALLEL = 4
-"""Replies at once where nothing is said: each further one slows those that run, and takes memory from conversations."""
+"""Replies at once where nothing is said: each further one slows those that run, and takes memory from them."""
 COMFORTABLE_TOKENS = 4096
 """Of prompt and reply together: the memory for keys and values should hold so many of each reply at once."""
 PROMISED_TOKENS = 1024
 """Room that a reply without a length is sure of; beyond, it goes on while the others leave room."""
+MOST_BROUGHT = 2
+"""Times what it plans, that the memory which a reply takes over from an earlier one may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +55,22 @@ class _Place:
 
 
 class BatchEngine:
-    """Up to `parallel` replies of one generator, and the caches of the latest conversations.
+    """Up to `parallel` replies of one generator.
 
-    part_tokens: of a prompt, between two tokens of the others; None for the generator's own size. One thread calls all
-    methods.
+    prefixes: what any earlier prompt or reply computed, so that it is not computed again; None: nothing is kept beyond
+    the latest replies. part_tokens: of a prompt, between two tokens of the others; None for the generator's own size.
+    One thread calls all methods.
     """
 
     def __init__(
-        self, generator: TextGenerator, *, parallel: int = 1, conversations: int = 1, part_tokens: int | None = None
-    ) -> None:
+        self, generator: TextGenerator, *, parallel: int = 1, prefixes: PrefixTree | None = None,
+        part_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         self.generator = generator
         self.parallel = parallel
+        self.prefixes = prefixes
         self.part_tokens = part_tokens
-        n_caches = max(conversations, parallel)
-        self._caches = PrefixCaches(generator.model, n_caches, generator.kv_bytes, generator.token_bytes)
+        self._rows = CacheRows(generator.model, parallel, prefixes)
         step = getattr(getattr(generator.model, "hybrimoe", None), "step", None)
         if step is not None:
             step.keep_for(parallel)
@@ -80,8 +85,10 @@ class BatchEngine:
 
     @property
     def kv_bytes(self) -> int:
-        """Memory of the keys and values of all conversations that are kept or under way."""
-        return self._caches.n_bytes()
+        """Memory of keys and values: of replies under way as many bytes as their tokens take, of those that have ended
+        what is still held of them. Any thread may ask."""
+        n_running = sum(len(place.reply.cache.token_ids) for place in list(self._places))
+        return self._rows.idle_bytes + n_running * self.generator.token_bytes()
 
     @property
     def in_turn(self) -> str | None:
@@ -107,12 +114,16 @@ class BatchEngine:
         should_stop: asked at every step; True ends the reply with what there is.
         """
         anew = options.prompt_logprobs is not None  # nothing is reused, so no conversation is taken for it
-        cache = self._caches.for_prompt(() if anew else prompt_ids)
-        reply = self.generator.reply(
-            prompt_ids, options, cache=cache, should_stop=should_stop, part_tokens=self.part_tokens
-        )
-        self._caches.hold(cache)
-        self._places.append(_Place(reply, self._planned(prompt_ids, options)))
+        cache = self._rows.take(() if anew else prompt_ids)
+        try:
+            reply = self.generator.reply(
+                prompt_ids, options, cache=cache, should_stop=should_stop, part_tokens=self.part_tokens
+            )
+        except Exception:
+            self._rows.give_back(cache)
+            raise
+        self._places.append(_Place(reply, self._taken_over(cache, self._planned(prompt_ids, options))))
+        self._free_idle_memory()
         reply.begin()
         return reply
 
@@ -180,11 +191,13 @@ class BatchEngine:
     def _end(self, place: _Place, error: Exception | None = None) -> Progress:
         """The reply leaves the batch."""
         self._places.remove(place)
-        self._caches.release(place.reply.cache)
         try:
             text = place.reply.end() if error is None else ""
         except Exception as failed:  # noqa: BLE001  # as above
             return Progress(place.reply, ended=True, error=failed)
+        finally:
+            self._rows.give_back(place.reply.cache)
+            self._free_idle_memory()
         return Progress(place.reply, text, ended=True, error=error)
 
     # Memory -----------------------------------------------------------------------------------------------------
@@ -210,8 +223,24 @@ class BatchEngine:
         wanted = place.planned + LEAST_ROOM if limit is None else min(place.planned + LEAST_ROOM, limit)
         if self._fits(wanted - place.planned):
             place.planned = wanted
+            self._free_idle_memory()
         else:
             place.reply.finish("context")
+
+    def _taken_over(self, cache: PrefixCache, planned: int) -> int:
+        """Tokens that a reply has room for which plans some and takes over the memory of an earlier one; memory that is
+        far more than it needs is freed."""
+        brought = cache.n_bytes() // max(1, self.generator.token_bytes())
+        if brought > MOST_BROUGHT * planned or not self._fits(brought):
+            cache.clear()
+            return planned
+        return max(planned, brought)
+
+    def _free_idle_memory(self) -> None:
+        """Caches of replies that have ended leave the room that those under way have planned."""
+        if self.generator.kv_bytes is not None:
+            planned = sum(place.planned for place in self._places)
+            self._rows.shrink(self.generator.kv_bytes - planned * self.generator.token_bytes())
 
 
 def default_parallel(generator: TextGenerator) -> int:

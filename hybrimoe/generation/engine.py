@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FinishReason", "Reply", "ReplyTimes", "TextGenerator"]
 
-CHECKPOINT_TAIL_TOKENS = 8
-"""A checkpoint is made so many tokens before the end of a prompt: the end is often the template's opening of the reply
-(the role, an opened thinking block), which stands otherwise in the next prompt."""
-
 NOTHING: Mapping[str, Any] = {}
 MEASURE_TOKENS = 64
 """A cache that holds so many tokens is long enough to see what one takes."""
@@ -175,7 +171,6 @@ class TextGenerator:
 
         kwargs = self.forward_kwargs | {name: more[name] for name in more if name in self.forward_kwargs}
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.model.device)
-        cache.growing(len(token_ids))
         try:
             with torch.inference_mode():
                 inputs = self.model.prepare_inputs_for_generation(
@@ -199,8 +194,6 @@ class TextGenerator:
         step = getattr(getattr(self.model, "hybrimoe", None), "step", None)
         if step is None:
             return None
-        for cache in caches:
-            cache.growing(1)
         logits: torch.Tensor | None = step.logits_of_each(token_ids, [cache.states for cache in caches])
         if logits is not None:
             for token, cache in zip(token_ids, caches, strict=True):
@@ -231,7 +224,6 @@ class TextGenerator:
         step = getattr(getattr(self.model, "hybrimoe", None), "step", None)
         if step is None:
             return None
-        cache.growing(len(token_ids))
         try:
             logits: torch.Tensor | None = step.next_logits(token_ids, cache.states, drafted=drafted)
         except BaseException:
@@ -280,6 +272,7 @@ class Reply:
         self.cache = cache
         self._part_tokens = part_tokens
         self._parts: deque[tuple[int, int]] | None = None
+        self._checkpoints: list[int] = []
         self._started = self._last = 0
         self._should_stop = should_stop
         limit = generator.context_tokens
@@ -411,41 +404,47 @@ class Reply:
         return self._speculation.next_logits(token, self._transcript.n_left)
 
     def end(self) -> str:
-        """The text that was held back."""
+        """The text that was held back; others may use what was computed."""
         if self._speculation is not None:
             self._speculation.give_up()
+        if self.token_ids:
+            self.cache.share_reply()
         return self._transcript.end()
 
     def _next_part(self) -> torch.Tensor | None:
-        checkpoint = len(self.prompt_ids) - CHECKPOINT_TAIL_TOKENS
         if self._parts is None:
             if self._scorer is not None:
                 self._scorer.restart()
-                self.cache.clear()
-            self.n_reused = self.cache.reuse(self.prompt_ids)
+            self.n_reused = self.cache.reuse(self.prompt_ids, anew=self._scorer is not None)
             self.cache.announce(len(self.prompt_ids))
-            self._parts = deque(self._cut(checkpoint))
+            self._checkpoints = self.cache.checkpoint_places(len(self.prompt_ids))
+            self._parts = deque(self._cut())
+            if not self._parts:
+                self.times.prefill_us = (time.perf_counter_ns() - self._started) / 1000
+                return self.cache.known_logits()
         start, end = self._parts.popleft()
         forward = self._forward if self._scorer is None else self._scorer.forward
         logits = forward(self.prompt_ids[start:end], self.cache)
-        if end == checkpoint:
+        if end in self._checkpoints:
             self.cache.checkpoint()
+        if self._parts:
+            self.cache.share_part()
+        else:
+            self.cache.share_prompt(logits)
         self.times.prefill_us = (time.perf_counter_ns() - self._started) / 1000
         return None if self._parts else logits
 
-    def _cut(self, checkpoint: int) -> Iterator[tuple[int, int]]:
-        """Beginnings and ends of the parts in which the prompt is computed; one ends at `checkpoint` where the cache
-        needs one."""
+    def _cut(self) -> Iterator[tuple[int, int]]:
+        """Beginnings and ends of the parts in which the prompt is computed; one ends at each checkpoint."""
         size = self._generator.prefill_chunk_tokens or chunk_tokens(self._generator.model)
         if self._part_tokens is not None:
             size = min(size, self._part_tokens)
         if self._scorer is not None:
             size = min(size, most_scored_tokens(vocabulary_size(self._generator.model)))
-        start, end = self.n_reused, len(self.prompt_ids)
-        if self.cache.needs_checkpoints and start < checkpoint:
-            yield from _parts(start, checkpoint, size)
-            start = checkpoint
-        yield from _parts(start, end, size)
+        start = self.n_reused
+        for end in (*self._checkpoints, len(self.prompt_ids)):
+            yield from _parts(start, end, size)
+            start = end
 
 
 def _parts(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:

@@ -5,6 +5,8 @@ transformers' forward calls `update`; the compiled step writes into the buffers 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +85,29 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         self.advance(n_new)
         return self.keys, self.values
 
+    def append(self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], n_expected: int) -> None:
+        """Append keys and values [B, heads, n, D] of each part; buffers get room for `n_expected` tokens in all."""
+        for keys, values in parts:
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+            self._with_room(n_expected - self.get_seq_length(), keys, values)
+            self.update(keys, values)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens, given as a negative number; their room in the buffers is free again."""
+        n_left = self.get_seq_length() + tokens_to_remove
+        buffers = self._buffers
+        if buffers is None or not 0 <= n_left <= self.get_seq_length() or not self._shows(buffers):
+            super().crop(tokens_to_remove)
+            return
+        self._n_used, self._set = n_left, None
+
+    def compact(self) -> GrowingLayer:
+        """A layer with the same keys and values, whose memory is no larger than they are; they are not copied here."""
+        twin = copy.copy(self)
+        twin._buffers, twin._n_used, twin._set = None, 0, self._both()
+        return twin
+
     @property
     def buffers(self) -> Buffers | None:
         """The newest buffers, which the layer may have left since (`keys` were set); None before the first token."""
@@ -115,12 +140,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         self._n_used -= n_last
         self._set = None
 
+    def _shows(self, buffers: Buffers) -> bool:
+        """Whether `keys` and `values` are the beginnings of the buffers: seen, not replaced."""
+        return self._set is None or (self.get_seq_length() > 0 and _begins(self._set, buffers))
+
     def _with_room(self, n_new: int, keys_like: torch.Tensor, values_like: torch.Tensor) -> Buffers:
         """Buffers that begin with what is held and have room for n_new tokens more."""
         n_held = self.get_seq_length()
         buffers = self._buffers
-        known = self._set is None or (buffers is not None and n_held and _begins(self._set, buffers))
-        if buffers is not None and known and buffers.keys.shape[-2] >= n_held + n_new:
+        if buffers is not None and self._shows(buffers) and buffers.keys.shape[-2] >= n_held + n_new:
             self._n_used = n_held
             return buffers
         n_tokens = n_held + n_new
@@ -148,6 +176,10 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
             self, key_states, value_states, *args, **kwargs
         )
         return result
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `DynamicSlidingWindowLayer` does."""
+        DynamicSlidingWindowLayer.crop(self, tokens_to_remove)
 
     def get_seq_length(self) -> int:
         """Tokens seen so far."""

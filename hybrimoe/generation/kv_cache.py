@@ -1,30 +1,33 @@
-"""KV caches of conversations, which know the tokens they hold and reuse what the next prompt shares."""
+"""The KV cache of a sequence, which knows the tokens it holds and reuses what the next prompt shares."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from hybrimoe.compat import takes_dynamic_cache
 from hybrimoe.generation.kv_memory import held_bytes, keeps_every_token
+from hybrimoe.generation.prefix.blocks import BLOCK_TOKENS, Known, PrefixTree
+from hybrimoe.generation.prefix.states import (
+    Checkpoint,
+    checkpoint_of,
+    copied,
+    is_bounded,
+    is_plain,
+    treats_prompts,
+)
 
-__all__ = ["PrefixCache", "PrefixCaches"]
+if TYPE_CHECKING:
+    import torch
 
-KEPT_SHARE = 0.5
-"""A prompt that shares less of a conversation than this does not crop it: it is another one's beginning."""
+__all__ = ["CacheRows", "PrefixCache"]
+
 KEPT_CHECKPOINTS = 2
-"""Checkpoints that a conversation keeps: of the prompt before the last, and of the last. A model with linear attention
+"""Checkpoints that a cache keeps itself: of the prompt before the last, and of the last. A model with linear attention
 has some 75 MB in each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """States after `n_tokens`, of the layers that cannot give back their past: index in the cache to copied layer."""
-
-    n_tokens: int
-    layers: dict[int, Any]
+CHECKPOINT_TAIL_TOKENS = 8
+"""A checkpoint is made so many tokens before the end of a prompt: the end is often the template's opening of the reply
+(the role, an opened thinking block), which stands otherwise in the next prompt."""
 
 
 class PrefixCache:
@@ -32,51 +35,91 @@ class PrefixCache:
 
     A prompt that begins with the same tokens needs only its rest computed. Cached tokens beyond the shared prefix are
     cropped; where a layer cannot give back its past (a full sliding window, linear attention), the states go back to
-    the last checkpoint within the shared prefix, and without one all starts anew.
+    the last checkpoint within the shared prefix, and without one all starts anew. What `prefixes` know of the prompt
+    beyond that is copied from there.
 
-    on_growth: called with this cache before tokens are added, with their number.
+    prefixes: what other sequences computed, to which this one adds what it computes; None: it stands alone.
     """
 
-    def __init__(
-        self, model: Any, on_growth: Callable[[PrefixCache, int], None] = lambda cache, n_tokens: None
-    ) -> None:
+    def __init__(self, model: Any, prefixes: PrefixTree | None = None) -> None:
         self._model = model
-        self._on_growth = on_growth
+        self._prefixes = prefixes
         self.states: Any = None
         self.token_ids: list[int] = []
         self._checkpoints: list[Checkpoint] = []
+        self._known = Known()
 
     def n_shared(self, prompt_ids: Sequence[int]) -> int:
         """How many tokens `prompt_ids` and the cache begin with alike."""
         return _common_prefix(self.token_ids, prompt_ids)
 
-    def reuse(self, prompt_ids: Sequence[int]) -> int:
-        """Fit the cache to `prompt_ids`; returns how many of its tokens need no computing (at most all but one)."""
-        shared = min(self.n_shared(prompt_ids), len(prompt_ids) - 1)
+    def reuse(self, prompt_ids: Sequence[int], *, anew: bool = False) -> int:
+        """Fit the cache to `prompt_ids`; returns how many of its tokens need no computing: at most all but one, or all
+        where `known_logits` are those after the last.
+
+        anew: each token is to be computed.
+        """
+        self._known = Known() if self._prefixes is None or anew else self._prefixes.look_up(prompt_ids)
+        most = len(prompt_ids) - (self._known.n_tokens < len(prompt_ids))
+        shared = 0 if anew else min(self.n_shared(prompt_ids), most)
         kept = 0 if self._knows_its_prompt() else self._kept(shared)
         if kept <= 0:
-            self.clear()
-            return 0
+            kept = 0
+            self._begin_anew()
         del self.token_ids[kept:]
         self._checkpoints = [point for point in self._checkpoints if point.n_tokens <= kept]
-        return kept
+        if self._known.n_tokens > kept:
+            self._copy_known(prompt_ids)
+        return len(self.token_ids)
+
+    def known_logits(self) -> torch.Tensor:
+        """Logits [V] after the prompt, of which `reuse` has given all tokens."""
+        assert self._known.checkpoint is not None
+        logits: torch.Tensor = self._known.checkpoint.logits
+        return logits.to(self._model.device, copy=True)
+
+    def checkpoint_places(self, n_prompt: int) -> list[int]:
+        """After how many tokens of the prompt of `n_prompt` tokens that is computed next `checkpoint` is to be called.
+
+        Shortly before its end, and where it parts from what an earlier sequence computed: others will part there, too.
+        """
+        if not self.needs_checkpoints:
+            return []
+        end, held = n_prompt - CHECKPOINT_TAIL_TOKENS, len(self.token_ids)
+        parting = self._known.n_seen if self._known.n_seen >= held + BLOCK_TOKENS else 0
+        return [place for place in (parting, end) if held < place <= end]
 
     @property
     def needs_checkpoints(self) -> bool:
         """Whether a layer cannot give back its past."""
-        return not self._knows_its_prompt() and any(_is_bounded(layer) for layer in self._layers())
+        return not self._knows_its_prompt() and any(is_bounded(layer) for layer in self._layers())
 
     def checkpoint(self) -> None:
         """Remember the states as they are now, where cropping could not bring them back."""
-        bounded = {index: layer for index, layer in enumerate(self._layers()) if _is_bounded(layer)}
-        if bounded and self.token_ids:
-            layers = {index: _copied(layer) for index, layer in bounded.items()}
-            self._checkpoints.append(Checkpoint(len(self.token_ids), layers))
+        if self.needs_checkpoints and self.token_ids:
+            self._checkpoints.append(checkpoint_of(len(self.token_ids), self._layers()))
             del self._checkpoints[:-KEPT_CHECKPOINTS]
 
-    def growing(self, n_tokens: int) -> None:
-        """`n_tokens` are about to be computed on top."""
-        self._on_growth(self, n_tokens)
+    def share_part(self) -> None:
+        """Others may use what was computed so far: whole blocks, because more tokens follow."""
+        self._share(self._checkpoints, with_end=False)
+
+    def share_prompt(self, logits: Any) -> None:
+        """The prompt is complete, with these logits [V] after it, which the same prompt need not compute again."""
+        checkpoints = self._checkpoints
+        if self._prefixes is not None and not self.needs_checkpoints:
+            checkpoints = [Checkpoint(len(self.token_ids), {}, logits.to("cpu", copy=True))]
+        self._share(checkpoints, with_end=True)
+
+    def share_reply(self) -> None:
+        """The reply is complete, too; the states of its end are those from which the next prompt goes on."""
+        if self._prefixes is not None:
+            self.checkpoint()
+            self._share(self._checkpoints, with_end=True)
+
+    def _share(self, checkpoints: Sequence[Checkpoint], *, with_end: bool) -> None:
+        if self._prefixes is not None and self.token_ids and not self._knows_its_prompt():
+            self._prefixes.keep(self.token_ids, self._layers(), checkpoints, with_end=with_end)
 
     def announce(self, n_tokens: int) -> None:
         """The prompt that is computed next, perhaps in several chunks, has `n_tokens`.
@@ -88,7 +131,7 @@ class PrefixCache:
             layer.set_prefill_length(n_tokens)
 
     def _layers_that_ask(self) -> list[Any]:
-        return [layer for layer in getattr(self.states, "layers", ()) if hasattr(layer, "set_prefill_length")]
+        return [layer for layer in getattr(self.states, "layers", ()) if treats_prompts(layer)]
 
     def _knows_its_prompt(self) -> bool:
         """Whether a layer treats the tokens of its first prompt in another way, so that no second one can follow."""
@@ -106,7 +149,7 @@ class PrefixCache:
         del self.token_ids[-n_tokens:]
 
     def clear(self) -> None:
-        """Forget everything; the next prompt is computed from its first token."""
+        """Forget everything, and free its memory; the next prompt is computed from its first token."""
         self.token_ids.clear()
         self._checkpoints.clear()
         self.states = self._new_states()
@@ -114,7 +157,7 @@ class PrefixCache:
     def keys_and_values(self) -> list[tuple[Any, Any]] | None:
         """Of each layer, [1, heads, tokens, D]; None where a layer keeps something else, or nothing is held."""
         layers = self._layers()
-        whole = [keeps_every_token(layer) and layer.get_seq_length() == len(self.token_ids) for layer in layers]
+        whole = [is_plain(layer) and layer.get_seq_length() == len(self.token_ids) for layer in layers]
         if not self.token_ids or not layers or not all(whole) or self._knows_its_prompt():
             return None
         return [(layer.keys, layer.values) for layer in layers]
@@ -125,7 +168,7 @@ class PrefixCache:
 
         self.clear()
         layers = self._layers()
-        if len(layers) != len(held) or not all(keeps_every_token(layer) for layer in layers):
+        if len(layers) != len(held) or not all(is_plain(layer) for layer in layers):
             return False
         with torch.inference_mode():
             for layer, (keys, values) in zip(layers, held, strict=True):
@@ -144,6 +187,31 @@ class PrefixCache:
 
     def _layers(self) -> list[Any]:
         return list(getattr(self.states, "layers", ()))
+
+    def _begin_anew(self) -> None:
+        """Hold nothing; memory that can be written again stays, and what was recorded for it (graphs) with it."""
+        layers = self._layers()
+        if layers and all(is_plain(layer) and layer.get_seq_length() == len(self.token_ids) for layer in layers):
+            for layer in layers:
+                layer.crop(-len(self.token_ids))
+            self.token_ids.clear()
+            self._checkpoints.clear()
+        else:
+            self.clear()
+
+    def _copy_known(self, prompt_ids: Sequence[int]) -> None:
+        """Add what the prefixes know of the prompt to what is held of it."""
+        import torch
+
+        known, device, first = self._known, self._model.device, len(self.token_ids)
+        with torch.inference_mode():
+            for index, layer in enumerate(self.states.layers):
+                if index in known.blocks[0].held:
+                    parts = ((keys.to(device), values.to(device)) for keys, values in known.parts(index, first))
+                    layer.append(parts, len(prompt_ids))
+            for index, layer in known.checkpoint.layers.items() if known.checkpoint is not None else ():
+                self.states.layers[index] = copied(layer, device)
+        self.token_ids.extend(prompt_ids[first : known.n_tokens])
 
     def _new_states(self) -> Any:
         if not takes_dynamic_cache(self._model):
@@ -177,119 +245,57 @@ class PrefixCache:
         """States as they were at the checkpoint, which stays as it is; returns its number of tokens."""
         for index, layer in enumerate(self.states.layers):
             if index in point.layers:
-                self.states.layers[index] = _copied(point.layers[index])
+                self.states.layers[index] = copied(point.layers[index], self._model.device)
             else:
                 layer.crop(point.n_tokens - len(self.token_ids))
         return point.n_tokens
 
 
-class PrefixCaches:
-    """Caches of the latest conversations, so that users who take turns do not undo each other's.
+class CacheRows:
+    """The caches in which replies are computed, each of which serves one reply at a time.
 
-    n_conversations: how many are kept at most. max_bytes: what they may take together, the one that is answered among
-    them; token_bytes: tells what a further token takes. What goes first is small and old: the least tokens for the
-    number of prompts since its last use, because tokens are what it takes to compute it again. Caches that are held are
-    those of replies under way: no other prompt gets them, and they are not cleared.
+    An idle one keeps what it holds: a prompt that goes on from there needs no copy, and no new memory.
     """
 
-    def __init__(
-        self, model: Any, n_conversations: int, max_bytes: int | None = None,
-        token_bytes: Callable[[], int] = lambda: 0,
-    ) -> None:  # fmt: skip
-        self._max_bytes = max_bytes
-        self._token_bytes = token_bytes
-        self._caches = [PrefixCache(model, self._make_room) for _ in range(n_conversations)]
-        self._last_use = [0] * n_conversations
-        self._idle_bytes = [0] * n_conversations
-        self._clock = 0
-        self._held: set[int] = set()
+    def __init__(self, model: Any, n_rows: int, prefixes: PrefixTree | None = None) -> None:
+        self._idle = [PrefixCache(model, prefixes) for _ in range(n_rows)]
+        self.idle_bytes = 0
+        """Memory of the idle ones, which any thread may read."""
 
-    def hold(self, cache: PrefixCache) -> None:
-        """A reply is computed in `cache` until it is released."""
-        self._held.add(self._caches.index(cache))
+    def take(self, prompt_ids: Sequence[int]) -> PrefixCache:
+        """An idle cache; there must be one. The one in which most is shared and least lost, else the longest idle."""
 
-    def release(self, cache: PrefixCache) -> None:
-        """The reply in `cache` has ended; what it holds may be continued, or make room."""
-        index = self._caches.index(cache)
-        self._held.discard(index)
-        self._idle_bytes[index] = cache.n_bytes()
+        def gain(cache: PrefixCache) -> int:
+            shared = cache.n_shared(prompt_ids)
+            return shared - (len(cache.token_ids) - shared)
 
-    def n_bytes(self) -> int:
-        """Memory of all: of those under way as many bytes as their tokens take. Any thread may ask."""
-        held = set(self._held)
-        idle = sum(n for index, n in enumerate(self._idle_bytes) if index not in held)
-        return idle + self._token_bytes() * sum(len(self._caches[index].token_ids) for index in held)
+        chosen = max(self._idle, key=gain)
+        self._idle.remove(chosen)
+        self._measure()
+        return chosen
 
-    def for_prompt(self, prompt_ids: Sequence[int]) -> PrefixCache:
-        """The cache to answer `prompt_ids` with.
+    def give_back(self, cache: PrefixCache) -> None:
+        """The reply in `cache` has ended."""
+        self._idle.append(cache)
+        self._measure()
 
-        The conversation that it continues: of those of which it keeps KEPT_SHARE or more, the one that it shares most
-        with, of equals the most recent. Else an empty cache, else that of the conversation which is worth least. One
-        that is held is never given; one must be free.
-        """
-        self._clock += 1
-        chosen = self._choose(prompt_ids)
-        self._idle_bytes = [cache.n_bytes() for cache in self._caches]
-        self._last_use[chosen] = self._clock
-        return self._caches[chosen]
-
-    def _choose(self, prompt_ids: Sequence[int]) -> int:
-        free = [index for index in range(len(self._caches)) if index not in self._held]
-        shared = {index: self._caches[index].n_shared(prompt_ids) for index in free}
-        continued = [index for index in free if shared[index] > KEPT_SHARE * len(self._caches[index].token_ids)]
-        if continued:
-            return max(continued, key=lambda index: (shared[index], self._last_use[index]))
-        return min(free, key=self._worth)
-
-    def _worth(self, index: int) -> tuple[float, int]:
-        age = self._clock - self._last_use[index]
-        return len(self._caches[index].token_ids) / max(age, 1), self._last_use[index]
-
-    def _make_room(self, active: PrefixCache, n_tokens: int) -> None:
-        """Clear idle conversations until `n_tokens` more fit beside what the others hold."""
-        if self._max_bytes is None:
-            return
-        from hybrimoe.generation.growing import LEAST_ROOM
-
-        busy = self._held | {self._caches.index(active)}
-        held_tokens = sum(len(self._caches[index].token_ids) + LEAST_ROOM for index in busy)
-        needed = self._token_bytes() * (held_tokens + n_tokens)
-        idle = [index for index, cache in enumerate(self._caches) if index not in busy and cache.token_ids]
-        for index in sorted(idle, key=self._worth):
-            if needed + sum(self._idle_bytes[other] for other in idle) <= self._max_bytes:
+    def shrink(self, max_bytes: int) -> None:
+        """Let idle caches, the longest idle first, forget what they hold until they take no more than `max_bytes`."""
+        for cache in self._idle:
+            if self.idle_bytes <= max_bytes:
                 return
-            self._caches[index].clear()
-            self._idle_bytes[index] = 0
+            cache.clear()
+            self._measure()
 
-
-def _is_bounded(layer: Any) -> bool:
-    """Whether a layer keeps states that are not those of every token: it cannot be cropped at any."""
-    return bool(vars(layer)) and not keeps_every_token(layer)
+    def _measure(self) -> None:
+        self.idle_bytes = sum(cache.n_bytes() for cache in self._idle)
 
 
 def _can_crop(layer: Any) -> bool:
     """Whether a layer can drop its last tokens now: a sliding window can until it is full."""
     if getattr(layer, "is_sliding", False) and not hasattr(layer, "conv_states"):
         return bool(layer.get_seq_length() < layer.sliding_window)
-    return not _is_bounded(layer)
-
-
-def _copied(layer: Any) -> Any:
-    """A cache layer with tensors of its own."""
-    twin = copy.copy(layer)
-    for name, value in vars(layer).items():
-        setattr(twin, name, _copied_value(value))
-    return twin
-
-
-def _copied_value(value: Any) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _copied_value(item) for key, item in value.items()}
-    return [_copied_value(item) for item in value] if isinstance(value, list) else value
+    return not is_bounded(layer)
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

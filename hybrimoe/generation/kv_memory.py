@@ -28,9 +28,8 @@ __all__ = [
 ]
 
 AUTO_SHARE = 0.5
-"""Share of the memory that is free once the model is loaded which keys and values may take; the other half is for
-activations, for copying a cache that grows, and for other programs."""
-
+"""Share of the memory that is free once the model is loaded which keys and values may take; the other half is for the
+prefix cache of a server, activations, copying a cache that grows, and other programs."""
 
 MOST_TOKENS = 2048
 """More gain nothing: each expert has so many rows by then that its weights are read in no time."""
@@ -44,7 +43,7 @@ STREAMS = 12
 
 
 def kv_budget_bytes(model: Any, setting: Amount) -> int:
-    """Bytes that the caches of all conversations may take together, on the device of the model's attention.
+    """Bytes that the caches of the replies under way may take together, on the device of the model's attention.
 
     setting: `memory.kv`: a size, a share of that device's memory, or auto.
 

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply
+    from hybrimoe.generation.prefix.blocks import PrefixTree
     from hybrimoe.server.models import Models
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -53,6 +54,20 @@ class Metrics:
         self._part = Gauge(
             "hybrimoe_prompt_part_tokens", "Tokens of a prompt between two tokens of the others; 0: no limit.", **new
         )
+        self._prefix_budget = Gauge(
+            "hybrimoe_prefix_cache_max_bytes", "Memory that the prefix cache may take; reason: why it keeps nothing.",
+            ["reason"], **new,
+        )  # fmt: skip
+        self._prefixes = {
+            name: Gauge(f"hybrimoe_prefix_cache_{name}", words, **new)
+            for name, words in {
+                "hits": "Prompts whose beginning was kept, so far.",
+                "misses": "Prompts of which nothing was kept, so far.",
+                "bytes": "Memory that kept tokens take.",
+                "blocks": "Blocks of up to 64 tokens that are kept.",
+                "evictions": "Blocks that made room for others, so far.",
+            }.items()
+        }
         self._gauges = {
             name: Gauge(f"hybrimoe_expert_{name}", words, **new)
             for name, words in {
@@ -122,4 +137,18 @@ class Metrics:
             self._parallel.labels("one step" if reason is None else "in turn", reason or "").set(engine.parallel)
             self._part.set(engine.part_tokens or 0)
             self._steps.set(engine.n_steps)
+            self._tell_of_prefixes(engine.prefixes)
         return generate_latest(self.registry)
+
+    def _tell_of_prefixes(self, prefixes: PrefixTree | None) -> None:
+        self._prefix_budget.clear()
+        if prefixes is None:
+            self._prefix_budget.labels("switched off").set(0)
+            return
+        self._prefix_budget.labels(prefixes.reason or "").set(prefixes.max_bytes)
+        counts = {
+            "hits": prefixes.n_hits, "misses": prefixes.n_misses, "bytes": prefixes.n_bytes,
+            "blocks": prefixes.n_blocks, "evictions": prefixes.n_evicted,
+        }  # fmt: skip
+        for name, value in counts.items():
+            self._prefixes[name].set(value)

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from hybrimoe.amounts import Amount
 from hybrimoe.generation.continuous_batching import BatchEngine, default_parallel
+from hybrimoe.generation.prefix.blocks import PrefixTree
+from hybrimoe.generation.prefix.budget import prefix_budget_bytes
 from hybrimoe.generation.prompt_parts import PromptPart, measured_part
 from hybrimoe.server.asking import Preparation
 from hybrimoe.server.errors import DrainingError, LoadingError
 from hybrimoe.server.selfcheck import CHECKED_TOKENS, Finding, findings
-from hybrimoe.server.worker import CONVERSATIONS, QUEUE_LENGTH, Worker
+from hybrimoe.server.worker import QUEUE_LENGTH, Worker
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply, TextGenerator
@@ -35,16 +38,18 @@ Result = TypeVar("Result")
 class Served:
     """`name` is the model's in the API. Requests before `open` are answered with 503, as those after `drain`.
 
-    parallel: replies at once; None chooses by the memory for keys and values. max_stall_ms: what a part of a prompt may
-    take while others get tokens. tool_parser: the form of the model's calls of tools, where its template does not tell
-    (see `ReplySyntax.of`). special_in_messages: see `Preparation`. max_wait_s: a request that has waited so long is
-    refused; None: for any time. max_reply_s: a reply that is not complete after so long ends with what there is.
+    prefix_cache: host memory for what prompts and replies computed, so that a prompt that begins alike need not; None
+    chooses, see `prefix_budget_bytes`. parallel: replies at once; None chooses by the memory for keys and values.
+    max_stall_ms: what a part of a prompt may take while others get tokens. tool_parser: the form of the model's calls
+    of tools, where its template does not tell (see `ReplySyntax.of`). special_in_messages: see `Preparation`.
+    max_wait_s: a request that has waited so long is refused; None: for any time. max_reply_s: a reply that is not
+    complete after so long ends with what there is.
     on_reply: called with each reply that has ended and the seconds that it waited before it began, by the thread that
     generates. on_idle: called when nothing is left to answer, by the same thread.
     """
 
     def __init__(
-        self, name: str, *, conversations: int = CONVERSATIONS, queue_length: int = QUEUE_LENGTH,
+        self, name: str, *, prefix_cache: Amount | None = None, queue_length: int = QUEUE_LENGTH,
         parallel: int | None = 1, max_stall_ms: float = MAX_STALL_MS, max_wait_s: float | None = None,
         tool_parser: str | None = None, special_in_messages: bool = False,
         max_reply_s: float | None = None,
@@ -54,7 +59,7 @@ class Served:
         self.experts: Callable[[], dict[str, Any] | None] = lambda: None
         self.on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None
         self.on_idle: Callable[[], None] = lambda: None
-        self._conversations, self._queue_length = conversations, queue_length
+        self._prefix_cache, self._queue_length = prefix_cache or Amount("auto"), queue_length
         self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
         self._max_reply_s = max_reply_s
         self._tool_parser, self._special_in_messages = tool_parser, special_in_messages
@@ -81,8 +86,9 @@ class Served:
         parallel = default_parallel(generator) if self._parallel is None else self._parallel
         if parallel > 1:
             self.part = measured_part(generator, 1000 * self._max_stall_ms)
+        budget = prefix_budget_bytes(generator.model, self._prefix_cache, generator.kv_bytes or 0)
         engine = BatchEngine(
-            generator, parallel=parallel, conversations=self._conversations,
+            generator, parallel=parallel, prefixes=PrefixTree(generator.model, budget) if budget else None,
             part_tokens=None if self.part is None else self.part.n_tokens,
         )  # fmt: skip
         worker = Worker(
@@ -134,12 +140,14 @@ class Served:
         return self._worker
 
     def described(self) -> str:
-        """How many replies run at once, and how, in a phrase. Called after `open`."""
+        """How many replies run at once, and how, and what is kept of them, in a phrase. Called after `open`."""
         engine = self.engine
-        if engine is None or engine.parallel == 1:
-            return "one reply at a time"
+        if engine is None:
+            return "no model yet"
+        if engine.parallel == 1:
+            return f"one reply at a time, {_kept(engine.prefixes)}"
         how = "in one step" if engine.in_turn is None else f"one after another each token ({engine.in_turn})"
-        return f"up to {engine.parallel} replies at once, {how}"
+        return f"up to {engine.parallel} replies at once, {how}, {_kept(engine.prefixes)}"
 
     @property
     def preparation(self) -> Preparation:
@@ -175,3 +183,12 @@ class Served:
         self._encoders.shutdown(wait=False, cancel_futures=True)
         if self._worker is not None:
             self._worker.close()
+
+
+def _kept(prefixes: PrefixTree | None) -> str:
+    """What is kept of prompts and replies, in a phrase."""
+    if prefixes is None:
+        return "no prefix cache"
+    if prefixes.reason is not None:
+        return f"no prefix cache ({prefixes.reason})"
+    return f"a prefix cache of {prefixes.max_bytes / 2**30:.2g} GiB"

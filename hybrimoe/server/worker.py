@@ -22,8 +22,6 @@ from hybrimoe.server.urgency import Urgency
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply, TextGenerator, TokenLogprob
 
-CONVERSATIONS = 16
-"""Conversations whose caches are kept where nothing else is said; the memory for them has a limit of its own."""
 QUEUE_LENGTH = 32
 """Requests that may wait; one more is refused with 429 instead of being answered much later."""
 JOIN_SECONDS = 5.0

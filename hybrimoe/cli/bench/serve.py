@@ -40,8 +40,8 @@ def serve(
     prompt_words: Annotated[int, typer.Option(min=1, help="Words of a conversation's first prompt.")] = 48,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Longest reply, in tokens.")] = 32,
     placement: common.PlacementGroup,
-    conversations: Annotated[
-        int | None, typer.Option(min=1, help="Conversations whose KV caches the server keeps.")
+    prefix_cache: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for what the server's prompts and replies computed.")
     ] = None,
     parallel: Annotated[
         int | None, typer.Option(min=1, max=64, help="Replies that the server computes at once.")
@@ -57,7 +57,7 @@ def serve(
     from hybrimoe.bench.serve import measure as serve_bench
     from hybrimoe.cli.common_model import progress_bar
 
-    given = asdict(placement) | {"conversations": conversations, "parallel": parallel}
+    given = asdict(placement) | {"prefix_cache": prefix_cache, "parallel": parallel}
     options = {f"--{name.replace('_', '-')}": value for name, value in given.items() if value is not None}
     if url is None:
         placement.deployment(model)  # what is wrong is said here, not in the log of the server's process
@@ -106,6 +106,6 @@ def _show(title: str, rows: Sequence[Row]) -> None:
     ]  # fmt: skip
     render.out().print(render.table(title, COLUMNS, shown))
     render.note(
-        "in brackets: prompt tokens from kept conversations, 95th percentiles; gap: between pieces of text; tokens/s:"
+        "in brackets: prompt tokens that were reused, 95th percentiles; gap: between pieces of text; tokens/s:"
         " within a reply, and over all users"
     )

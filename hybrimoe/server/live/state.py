@@ -82,7 +82,7 @@ class Experts(TypedDict):
 class Tier(TypedDict):
     """A place in memory. of_bytes: what there is of it, or what it may take; null where that is not known."""
 
-    name: Literal["slots", "experts", "disk", "keys_and_values", "process"]
+    name: Literal["slots", "experts", "disk", "keys_and_values", "prefix_cache", "process"]
     device: str
     bytes: int
     of_bytes: int | None
@@ -202,6 +202,9 @@ def _memory(
     if engine is not None:
         device, limit = str(engine.generator.model.device), engine.generator.kv_bytes
         yield {"name": "keys_and_values", "device": device, "bytes": engine.kv_bytes, "of_bytes": limit}
+        if engine.prefixes is not None:
+            kept, most = engine.prefixes.n_bytes, engine.prefixes.max_bytes
+            yield {"name": "prefix_cache", "device": "cpu", "bytes": kept, "of_bytes": most}
     resident = int(psutil.Process().memory_info().rss)
     yield {"name": "process", "device": "cpu", "bytes": resident, "of_bytes": resident + available_bytes()}
 

@@ -149,4 +149,4 @@ def test_the_real_server_is_started_measured_and_ended(hybrimoe):
     (row,) = data["rows"]
     assert (data["model"], row["requests"]) == ("demo", 4)
     assert 0 < row["new_tokens"] <= 16
-    assert row["cached_tokens"] > 0, "second turns continue a kept conversation"
+    assert row["cached_tokens"] > 0, "second turns reuse what the first computed"

@@ -56,7 +56,7 @@ def test_every_shipped_preset_is_valid_commented_and_survives_a_round_trip(prese
     assert shipped.path_of("deploy", preset).read_text(encoding="utf-8").startswith("# ")
 
 
-@pytest.mark.parametrize("key", ["server.port", "server.conversations", "scheduler.lookahead", "cpu.threads"])
+@pytest.mark.parametrize("key", ["server.port", "server.queue_length", "scheduler.lookahead", "cpu.threads"])
 def test_true_is_no_number(tmp_path: Path, key: str) -> None:
     section, name = key.split(".")
     with pytest.raises(ConfigError, match=rf"deploy.yaml:1: {key}: expected a number.*found True"):

@@ -342,10 +342,26 @@ class TestMemory:
             own.kv_bytes = n_tokens * own.token_bytes()
             assert default_parallel(own) == expected, "of 128 tokens of context each"
 
+    def test_idle_caches_leave_the_memory_that_replies_under_way_have_planned(self) -> None:
+        engine = self.engine(3 * LEAST_ROOM)
+        engine.generator.model.config.max_position_embeddings = 8 * LEAST_ROOM
+        limit = engine.generator.kv_bytes or 0
+        for prompt in PROMPTS[:4]:
+            engine.admit(prompt, GREEDY, lambda: False)
+            while engine.n_running:
+                list(engine.step())
+        idle = engine._rows._idle
+        assert sum(cache.n_bytes() for cache in idle) <= limit
+        held = [cache.token_ids[: len(prompt)] == prompt for cache, prompt in zip(idle, PROMPTS[:4], strict=True)]
+        assert held == [False, False, True, True], "those that were idle longest made room"
+        engine.admit([9, *PROMPTS[5]], replace(GREEDY, max_new_tokens=2 * LEAST_ROOM), lambda: False)
+        planned = engine._places[0].planned * engine.generator.token_bytes()
+        assert sum(cache.n_bytes() for cache in idle) <= limit - planned
 
-class TestConversations:
-    def test_a_conversation_goes_on_in_its_cache_beside_others(self, generator: TextGenerator) -> None:
-        engine = BatchEngine(generator, parallel=2, conversations=3, part_tokens=PART)
+
+class TestRows:
+    def test_a_prompt_takes_the_cache_that_it_goes_on_from(self, generator: TextGenerator) -> None:
+        engine = BatchEngine(generator, parallel=2, part_tokens=PART)
         first = engine.admit(PROMPTS[1], GREEDY, lambda: False)
         other = engine.admit(PROMPTS[2], GREEDY, lambda: False)
         while engine.n_running:
@@ -353,15 +369,17 @@ class TestConversations:
         talk = [*PROMPTS[1], *first.token_ids, 40, 41]
         again = engine.admit(talk, GREEDY, lambda: False)
         beside = engine.admit([*talk, 42], GREEDY, lambda: False)
+        buffers = [layer.buffers for layer in beside.cache.states.layers]
         while engine.n_running:
             list(engine.step())
         assert again.n_reused == len(PROMPTS[1]) + len(first.token_ids) - 1
-        assert beside.n_reused == 0, "the conversation's cache is in use"
         assert again.cache is first.cache
-        assert beside.cache is not other.cache, "there was an empty one"
+        assert beside.cache is other.cache
+        assert beside.n_reused == 0, "another beginning, in the memory of the earlier reply"
+        assert all(now.buffers is then for now, then in zip(beside.cache.states.layers, buffers, strict=True))
 
     def test_a_cancelled_prompt_leaves_what_was_computed(self, generator: TextGenerator) -> None:
-        engine = BatchEngine(generator, parallel=1, conversations=1, part_tokens=PART)
+        engine = BatchEngine(generator, parallel=1, part_tokens=PART)
         gone: list[bool] = []
         reply = engine.admit(PROMPTS[3], GREEDY, lambda: bool(gone))
         list(engine.step()), list(engine.step())

@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from hybrimoe.errors import ModelError, PromptError
-from hybrimoe.generation import Conversation, PrefixCache, PrefixCaches, SamplingOptions, TextGenerator, interruptible
-from hybrimoe.generation.growing import LEAST_ROOM
+from hybrimoe.generation import Conversation, PrefixCache, SamplingOptions, TextGenerator, interruptible
 
 CONTEXT = 128
-LEAST_ROOM_BYTES = 2 * 2 * (50 + LEAST_ROOM) * 16 * 4
-"""Keys and values of a conversation of 50 tokens in the tiny model: two layers of 16 float32, with room to grow."""
 TEXT = "She had been so long in the world that she knew it well."
 
 
@@ -66,65 +63,6 @@ def test_states_that_cannot_be_cropped_start_anew(generator, monkeypatch):
     reply = run(generator.reply(ids[:-3], SamplingOptions(max_new_tokens=4), cache=cache))
     assert reply.n_reused == 0
     assert reply.token_ids == run(generator.reply(ids[:-3], SamplingOptions(max_new_tokens=4))).token_ids
-
-
-def test_conversations_that_take_turns_keep_their_caches(generator):
-    caches = PrefixCaches(generator.model, 2)
-    options = SamplingOptions(max_new_tokens=4)
-    talks = [generator.encode(TEXT), generator.encode("Quite another talk, of other things.")]
-    for turn in range(3):
-        for number, talk in enumerate(talks):
-            reply = run(generator.reply(talk, options, cache=caches.for_prompt(talk)))
-            assert reply.token_ids == run(generator.reply(talk, options)).token_ids
-            assert (reply.n_reused > 0) == (turn > 0)
-            talks[number] = talk + reply.token_ids + [7, 8, 9]
-
-
-def filled(generator, caches, *prompts):
-    for prompt in prompts:
-        caches.for_prompt(prompt).extended(prompt, None)
-
-
-def test_the_least_recent_conversation_makes_room(generator):
-    caches = PrefixCaches(generator.model, 2)
-    old, new, third = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]
-    filled(generator, caches, old, new)
-    assert caches.for_prompt([*old, 12]).token_ids == old
-    assert caches.for_prompt(third).token_ids == new, "old was used after new"
-
-
-def test_a_common_beginning_is_no_continuation(generator):
-    caches = PrefixCaches(generator.model, 2)
-    talk = [1, 2, 3, 4, 5, 6, 7, 8]
-    filled(generator, caches, talk)
-    assert caches.for_prompt([1, 2, 3, 20, 21]).token_ids == [], "3 of 8 tokens: the talk is kept whole"
-    assert caches.for_prompt([1, 2, 3, 4, 5, 20]).token_ids == talk
-
-
-def test_a_large_conversation_outlives_small_ones_that_come_between(generator):
-    caches = PrefixCaches(generator.model, 2)
-    talk = list(range(40))
-    filled(generator, caches, talk)
-    for title in range(3):
-        filled(generator, caches, [50 + title, 60, 61])
-    assert caches.for_prompt([*talk, 41]).token_ids == talk
-
-
-def test_kept_conversations_leave_room_for_the_reply_under_way(tiny_model, byte_tokenizer):
-    """What all hold together stays within the budget after each step, and no more is dropped than must be."""
-    token_bytes = TextGenerator(tiny_model, byte_tokenizer).token_bytes()
-    budget = 2 * LEAST_ROOM_BYTES + 40 * token_bytes
-    generator = TextGenerator(tiny_model, byte_tokenizer, kv_bytes=budget)
-    caches = PrefixCaches(tiny_model, 4, generator.kv_bytes, generator.token_bytes)
-    options = SamplingOptions(max_new_tokens=30)
-    talks = [[number] * 20 for number in range(1, 5)]
-    for talk in talks:
-        cache = caches.for_prompt(talk)
-        for _ in generator.reply(talk, options, cache=cache):
-            assert sum(one.n_bytes() for one in caches._caches if one is not cache) <= budget
-    held = [cache.token_ids[:20] for cache in caches._caches]
-    assert [talk in held for talk in talks] == [False, False, True, True]
-    assert sum(cache.n_bytes() for cache in caches._caches) <= budget
 
 
 def test_a_failed_forward_leaves_no_half_filled_cache(generator, monkeypatch):

@@ -247,3 +247,32 @@ def test_metrics_tell_how_requests_run_beside_each_other(application, client):
     assert "hybrimoe_ttft_seconds_count 3.0" in text
     steps = next(line for line in text.splitlines() if line.startswith("hybrimoe_decode_steps "))
     assert 59 <= float(steps.split()[1]) <= 3 * 59
+
+
+def test_replies_to_one_prompt_compute_it_once(application, client, generator, monkeypatch):
+    forward, computed = generator.forward, []
+
+    def counted(token_ids, cache):
+        computed.append(len(token_ids))
+        return forward(token_ids, cache)
+
+    app, served = application(parallel=2)
+    monkeypatch.setattr(generator, "forward", counted)
+    prompt = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 4
+
+    async def run():
+        async with client(app) as connection:
+            chosen = {"prompt": prompt, "max_tokens": 3, "temperature": 0, "n": 3, "best_of": 4}
+            answer = (await connection.post(PATH, json=chosen)).json()
+            again = (await connection.post(PATH, json={**chosen, "n": 1, "best_of": 1})).json()
+            return answer, again, (await connection.get("/metrics")).text
+
+    answer, again, metrics = asyncio.run(run())
+    n_prompt, steps = answer["usage"]["prompt_tokens"], 5 * 2
+    assert sum(computed) == n_prompt + steps
+    assert len({choice["text"] for choice in (*answer["choices"], *again["choices"])}) == 1
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == n_prompt
+    told = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line.startswith("hybrimoe_prefix_cache"))
+    assert (told["hybrimoe_prefix_cache_hits"], told["hybrimoe_prefix_cache_misses"]) == ("4.0", "1.0")
+    assert 0 < float(told["hybrimoe_prefix_cache_bytes"]) < float(told['hybrimoe_prefix_cache_max_bytes{reason=""}'])
+    assert "a prefix cache of" in served.described()

@@ -1,0 +1,1 @@
+"""What earlier prompts and replies computed, kept in blocks of tokens for whatever prompt begins alike."""
