@@ -116,7 +116,7 @@ def serve(
 
     Ctrl-C or SIGTERM: what waits is refused at once, replies under way have --drain-seconds to end; a second one ends
     the server where it stands. With a key in HYBRIMOE_API_KEY, or keys in the file of server.api_key_file, requests
-    need one. With --json, one line on stdout says where the server listens, once the model is there.
+    need one. With --json, a document on stdout says where the server listens, once the model is there.
     """
     _need_extra()
     deployment = placement.deployment(model)

@@ -73,5 +73,5 @@ def add_routes(app: FastAPI, models: Models, metrics: Metrics) -> None:
     text: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
     @app.get("/metrics", responses={**service_errors(), **text}, response_class=Response)
-    async def scrape() -> Response:
+    def scrape() -> Response:  # in a thread: it waits for the session's lock
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
