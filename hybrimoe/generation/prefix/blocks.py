@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybrimoe.generation.growing import growing_cache
 from hybrimoe.generation.prefix.states import Checkpoint, is_bounded, is_plain, reason_against_blocks
 
 __all__ = ["BLOCK_TOKENS", "Block", "Known", "PrefixTree"]
@@ -86,6 +85,8 @@ class PrefixTree:
     """
 
     def __init__(self, model: Any, max_bytes: int) -> None:
+        from hybrimoe.generation.growing import growing_cache
+
         self.max_bytes = max_bytes
         self.reason = reason_against_blocks(model)
         self.n_bytes = self.n_blocks = 0
