@@ -172,3 +172,24 @@ def test_a_window_that_moves_in_the_comparison_is_refused(monkeypatch: pytest.Mo
     injection = hybrimoe.inject(tiny_model("gpt_oss"), accelerator="none", expert_dtype="float32")
     ways = injection.explain().ways
     assert any("its window of 8 tokens is shorter than the comparison" in way for way in ways.values()), ways
+
+
+@pytest.mark.parametrize("spoiled", [False, True], ids=["as it is", "another scale"])
+def test_a_stream_of_bfloat16_with_large_values(spoiled: bool) -> None:
+    """What a branch adds to them is lost in the stream's own rounding there; it is compared where it is not."""
+    model = tiny_model("qwen2_moe").to(torch.bfloat16)
+    large = 200.0
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = large
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter[0], parameter[1:] = 0.0, large
+            elif name.endswith(("v_proj.weight", "o_proj.weight")):
+                parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    if spoiled:
+        model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, __, out: 1.5 * out)
+    injection = hybrimoe.inject(model, accelerator="none", expert_dtype="bfloat16")
+    ways = injection.explain().ways
+    injection.restore()
+    assert ways["model.layers.1"] == "compiled", ways
+    assert (ways["model.layers.0"] == "compiled") is not spoiled, ways
