@@ -13,7 +13,7 @@ from hybrimoe.cli.views import render
 if TYPE_CHECKING:
     from hybrimoe.cli.common_model import OpenModel
     from hybrimoe.generation import Conversation
-    from hybrimoe.generation.sessions import Session
+    from hybrimoe.generation.saved.sessions import Session
 
 SESSIONS = "Sessions"
 
@@ -63,7 +63,7 @@ def chat(
     Commands: /retry, /edit TEXT, /undo, /clear, /system TEXT, /save FILE, /load FILE, /set NAME VALUE, /stats,
     /timeline; /help says what they do.
     """
-    from hybrimoe.generation.sessions import Session, session_names
+    from hybrimoe.generation.saved.sessions import Session, session_names
 
     if list_sessions or delete_session is not None:
         if delete_session is not None:
@@ -115,7 +115,7 @@ def identity(opened: OpenModel) -> str:
     import torch
 
     from hybrimoe.checkpoint.source import model_path, read_config_dict
-    from hybrimoe.generation.sessions import identity_of
+    from hybrimoe.generation.saved.sessions import identity_of
 
     path = model_path(opened.config.model)
     files = sorted(path.glob("*")) if path.is_dir() else [path]

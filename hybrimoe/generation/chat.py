@@ -13,8 +13,8 @@ from hybrimoe.generation.engine import Reply, TextGenerator
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.sampling import SamplingOptions
-from hybrimoe.generation.template_form import in_the_templates_form
-from hybrimoe.generation.template_limit import time_limit
+from hybrimoe.generation.templates.form import in_the_templates_form
+from hybrimoe.generation.templates.limit import time_limit
 
 __all__ = [
     "Conversation", "Turn", "chat_options", "encode_chat", "has_chat_template", "render_chat", "tokenised_chat",

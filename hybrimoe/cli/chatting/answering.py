@@ -11,7 +11,7 @@ from hybrimoe.cli.views import render
 if TYPE_CHECKING:
     from hybrimoe.cli.common_model import OpenModel
     from hybrimoe.generation import Conversation, Profile, SamplingOptions
-    from hybrimoe.generation.sessions import Session
+    from hybrimoe.generation.saved.sessions import Session
 
 
 class Chat:

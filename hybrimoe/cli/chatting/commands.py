@@ -135,7 +135,7 @@ class Commands:
         chat.keep()
 
     def _save(self, name: str) -> None:
-        from hybrimoe.generation.conversation_file import write_messages
+        from hybrimoe.generation.saved.conversation_file import write_messages
 
         path = _path("/save", name)
         messages = self._chat.conversation.messages
@@ -143,7 +143,7 @@ class Commands:
         render.note(f"saved {_count(messages)} in {path}")
 
     def _load(self, name: str) -> None:
-        from hybrimoe.generation.conversation_file import read_messages
+        from hybrimoe.generation.saved.conversation_file import read_messages
 
         conversation = self._chat.conversation
         path = _path("/load", name)

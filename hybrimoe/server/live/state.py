@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 from typing_extensions import TypedDict
 
 from hybrimoe.machine.memory import available_bytes
-from hybrimoe.server.live.policies import offered_beside
 from hybrimoe.server.models import Models, ModelState, Progress
 from hybrimoe.server.served import State as Status
+from scheduler.errors import PolicyError
+from scheduler.machine.costs import CostModel
+from scheduler.planner.planner import Planner
+from scheduler.planner.policies import POLICIES
 
 if TYPE_CHECKING:
     from hybrimoe.generation.continuous_batching import BatchEngine
     from hybrimoe.runtime.session import Session
 
-__all__ = ["State", "read_state", "session_of"]
+__all__ = ["State", "offered_beside", "read_state", "session_of"]
 
 
 class Loading(TypedDict):
@@ -214,3 +218,20 @@ def _switches(session: Session | None) -> Switches:
         return {"policies": [], "most_slots": None}
     policies = [] if session.planner is None else offered_beside(session.config.policy)
     return {"policies": policies, "most_slots": sum(layer.num_experts for layer in session.layers)}
+
+
+def offered_beside(present: str) -> list[str]:
+    """Policies that may plan a running model: all but those that need to know the future. The present one comes first
+    where it is no preset."""
+    found = [name for name in POLICIES if _can_plan(name)]
+    return found if present in found else [present, *found]
+
+
+@cache
+def _can_plan(name: str) -> bool:
+    """Whether a planner of the policy can be made without a recorded future."""
+    try:
+        Planner(1, 1, 1, CostModel.uniform(1), name)
+    except PolicyError:
+        return False
+    return True

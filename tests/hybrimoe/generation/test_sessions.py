@@ -4,7 +4,7 @@ import pytest
 
 from hybrimoe.errors import FileError, PromptError
 from hybrimoe.generation import Conversation, SamplingOptions, TextGenerator
-from hybrimoe.generation.sessions import STATES, TEXT, Session, session_names
+from hybrimoe.generation.saved.sessions import STATES, TEXT, Session, session_names
 
 GREEDY = SamplingOptions(temperature=0.0, max_new_tokens=6)
 

@@ -9,7 +9,7 @@ from hybrimoe.errors import ModelError
 from hybrimoe.generation import SamplingOptions, TextGenerator
 from hybrimoe.generation.chat import render_chat
 from hybrimoe.generation.control_tokens import ControlTokens
-from hybrimoe.generation.template_limit import time_limit
+from hybrimoe.generation.templates.limit import time_limit
 from hybrimoe.server.asking import ChatAsked, Preparation
 
 TEMPLATE = (

@@ -13,7 +13,7 @@ import hybrimoe
 from hybrimoe.generation import TextGenerator
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.server.app import create_app
-from hybrimoe.server.live.policies import offered_beside
+from hybrimoe.server.live.state import offered_beside
 from hybrimoe.server.models import Loadable, Models, Progress
 from hybrimoe.server.served import Served
 

@@ -10,7 +10,7 @@ from hybrimoe.cli.chatting.settings import SETTINGS, setting_lines
 from hybrimoe.cli.common import deploy_config
 from hybrimoe.cli.common_model import open_model
 from hybrimoe.generation import Conversation, SamplingOptions
-from hybrimoe.generation.sessions import STATES, TEXT, Session
+from hybrimoe.generation.saved.sessions import STATES, TEXT, Session
 
 SHORT = SamplingOptions(max_new_tokens=5, temperature=0.8, seed=3)
 HELLO = "Good morning"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import FileError, PromptError
-from hybrimoe.generation.conversation_file import messages_of, write_whole
+from hybrimoe.generation.saved.conversation_file import messages_of, write_whole
 
 if TYPE_CHECKING:
     import torch
