@@ -40,6 +40,7 @@ def chat(
         str | None, typer.Option(metavar="NAME", help="Delete one, and nothing else.", rich_help_panel=SESSIONS)
     ] = None,
     sampling: common.SamplingGroup,
+    prefixes: common.PrefixGroup,
     placement: common.PlacementGroup,
     profile: common.ProfileOption = False,
     markdown: Annotated[
@@ -59,6 +60,9 @@ def chat(
 
     Arrow keys edit and bring earlier messages back; what is pasted is one message. Ctrl-C stops a reply; Ctrl-D or
     /exit leaves. In a pipe a line is a message; the exit code is 1 where none was answered.
+
+    What an earlier message, an earlier branch of the conversation or another one computed is not computed again, as far
+    as --prefix-cache goes; with --prefix-cache-disk not in a later chat, either.
 
     Commands: /retry, /edit TEXT, /undo, /clear, /system TEXT, /save FILE, /load FILE, /set NAME VALUE, /stats,
     /timeline; /help says what they do.
@@ -81,14 +85,14 @@ def chat(
             f"the session {session} has begun with its own system message; leave --system out, or use /system in the"
             " chat"
         )
-    deployment = placement.deployment(model)
+    deployment = prefixes.over(placement.deployment(model))
     from hybrimoe.cli.chatting.answering import Chat
     from hybrimoe.cli.chatting.loop import ChatLoop
-    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.cli.common_model import kept_prefixes, open_model
     from hybrimoe.generation import Conversation
 
-    with open_model(deployment, show_progress=not quiet) as opened:
-        conversation = Conversation(opened.generator, system=system)
+    with open_model(deployment, show_progress=not quiet) as opened, kept_prefixes(opened) as tree:
+        conversation = Conversation(opened.generator, system=system, prefixes=tree)
         if kept is not None:
             kept = Session(kept.folder, kept.name, identity(opened))
             take_up(kept, conversation, quiet=quiet)
@@ -112,23 +116,11 @@ def sessions_folder() -> Path:
 
 def identity(opened: OpenModel) -> str:
     """Of the model as it runs here: a conversation's states are those of this one only."""
-    import torch
+    from hybrimoe.cli.common_model import states_identity
 
-    from hybrimoe.checkpoint.source import model_path, read_config_dict
-    from hybrimoe.generation.saved.sessions import identity_of
-
-    path = model_path(opened.config.model)
-    files = sorted(path.glob("*")) if path.is_dir() else [path]
-    weights = [file for file in files if file.suffix in (".safetensors", ".gguf")]
-    return identity_of(
-        {
-            "config": read_config_dict(path),
-            "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights],
-            "template": getattr(opened.generator.tokenizer, "chat_template", None),
-            "deployment": {key: value for key, value in opened.config.as_dict().items() if key != "server"},
-            "torch": torch.__version__,
-        }
-    )
+    deployment = {key: value for key, value in opened.config.as_dict().items() if key != "server"}
+    template = getattr(opened.generator.tokenizer, "chat_template", None)
+    return states_identity(opened.config, template=template, exactly=deployment)
 
 
 def take_up(session: Session, conversation: Conversation, *, quiet: bool) -> None:

@@ -29,6 +29,8 @@ __all__ = ["FinishReason", "Reply", "ReplyTimes", "TextGenerator"]
 NOTHING: Mapping[str, Any] = {}
 MEASURE_TOKENS = 64
 """A cache that holds so many tokens is long enough to see what one takes."""
+READ_WAIT_S = 0.02
+"""In which a prompt waits for what is read of it from disk, before other replies get a token."""
 
 
 def _never() -> bool:
@@ -249,8 +251,8 @@ class Reply:
     then `take` with the logits after each token until `has_ended`, and `end`.
 
     text: all pieces joined. token_ids: the new tokens, an end-of-sequence token included. n_reused: prompt tokens that
-    came from the cache. seed: with it the same reply comes again. text_offsets: where each token's text begins in the
-    reply, in characters.
+    came from the cache, n_read: those of them that were read from disk. seed: with it the same reply comes again.
+    text_offsets: where each token's text begins in the reply, in characters.
     """
 
     def __init__(
@@ -265,7 +267,7 @@ class Reply:
     ) -> None:
         self.prompt_ids = prompt_ids
         self.seed = options.seed
-        self.n_reused = 0
+        self.n_reused = self.n_read = 0
         self.times = ReplyTimes()
         self.text_offsets: list[int] = []
         self._generator = generator
@@ -413,6 +415,10 @@ class Reply:
 
     def _next_part(self) -> torch.Tensor | None:
         if self._parts is None:
+            if self._scorer is None:
+                if not self.cache.has_read(self.prompt_ids, READ_WAIT_S):
+                    return None
+                self.n_read = self.cache.n_read
             if self._scorer is not None:
                 self._scorer.restart()
             self.n_reused = self.cache.reuse(self.prompt_ids, anew=self._scorer is not None)
