@@ -81,8 +81,8 @@ def generate(
     the text; the summary of what there is still follows.
 
     With --prompts many prompts run in padded batches. Each gives a line of JSON on stdout, in the order of the file;
-    Ctrl-C keeps those that have ended. With --batch-size 1 a prompt takes what it has alike with an earlier one from the
-    prefix cache; with --prefix-cache-disk so does the prompt of a later call.
+    Ctrl-C keeps those that have ended. With --batch-size 1 a prompt takes from the prefix cache what it has alike with
+    an earlier one; with --prefix-cache-disk so does the prompt of a later call.
     """
     if prompts is None and not (batching is None and batch_size is None and route_predictor is None):
         raise typer.BadParameter(

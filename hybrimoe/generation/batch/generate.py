@@ -101,8 +101,8 @@ def _alone(
     generator: TextGenerator, prompt: BatchPrompt, options: SamplingOptions, should_stop: Callable[[], bool],
     on_step: Callable[[], None], prefixes: PrefixTree | None,
 ) -> BatchReply:  # fmt: skip
-    """A batch of one, with drafts or what is known of its beginning: the tokens are those that `generate` would choose or
-    draw."""
+    """A batch of one, with drafts or what is known of its beginning: the tokens are those that `generate` would choose
+    or draw."""
     own = _own_options(generator, prompt, options)
     cache = PrefixCache(generator.model, prefixes)
     reply = generator.reply(list(prompt.token_ids), own, cache=cache, should_stop=should_stop)

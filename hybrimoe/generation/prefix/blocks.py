@@ -344,11 +344,11 @@ class PrefixTree:
 
 
 def _longest(path: list[Block], ends: list[tuple[Block, int]]) -> Known:
-    """All tokens of `path`, and those that the likest of the `ends` shares."""
+    """All tokens of `path`, and those that the likest of the `ends` shares; of equals the one with the logits there."""
     n_path = BLOCK_TOKENS * len(path)
     if not ends:
         return Known(n_path, n_path, tuple(path), path[-1].checkpoints.get(BLOCK_TOKENS) if path else None)
-    end, alike = max(ends, key=lambda one: one[1])
+    end, alike = max(ends, key=lambda one: (one[1], one[1] in one[0].checkpoints))
     return Known(n_path + alike, n_path + alike, (*path, end), end.checkpoints.get(alike))
 
 
