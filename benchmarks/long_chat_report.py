@@ -37,8 +37,8 @@ def table(result: dict[str, Any]) -> str:
     """One measurement as Markdown."""
     machine = result["machine"]
     title = (
-        f"\n{result['model']}, {result['layers']} layers ({result['weights']} weights), {result['expert_dtype']} experts"
-        f", on {machine['cpu']}, {machine['cores']} cores; {result['turn_tokens']} new tokens a turn, replies of"
+        f"\n{result['model']}, {result['layers']} layers ({result['weights']} weights), {result['expert_dtype']}"
+        f" experts, on {machine['cpu']}, {machine['cores']} cores; {result['turn_tokens']} new tokens a turn, replies of"
         f" {result['new_tokens']}; medians of {result['rounds']} alternating rounds, in brackets the least and the"
         " greatest.\n"
     )

@@ -42,6 +42,7 @@ def chat(
     sampling: common.SamplingGroup,
     prefixes: common.PrefixGroup,
     placement: common.PlacementGroup,
+    fit: common.FitOption = False,
     profile: common.ProfileOption = False,
     markdown: Annotated[
         bool,
@@ -86,6 +87,10 @@ def chat(
             " chat"
         )
     deployment = prefixes.over(placement.deployment(model))
+    if fit:
+        from hybrimoe.cli.fitting import fitted
+
+        deployment = fitted(deployment, told=not quiet)
     from hybrimoe.cli.chatting.answering import Chat
     from hybrimoe.cli.chatting.loop import ChatLoop
     from hybrimoe.cli.common_model import kept_prefixes, open_model

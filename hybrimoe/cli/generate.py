@@ -69,6 +69,7 @@ def generate(
     sampling: common.SamplingGroup,
     prefixes: common.PrefixGroup,
     placement: common.PlacementGroup,
+    fit: common.FitOption = False,
     timeline: common.TimelineOption = False,
     trace: common.TraceOption = None,
     profile: common.ProfileOption = False,
@@ -96,6 +97,10 @@ def generate(
     common.check_readable(route_predictor)
     common.check_writable(trace)
     deployment = prefixes.over(placement.deployment(model))
+    if fit:
+        from hybrimoe.cli.fitting import fitted
+
+        deployment = fitted(deployment, told=not quiet)
     if prompts is not None:
         from hybrimoe.cli import generate_batch
 
