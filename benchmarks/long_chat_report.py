@@ -37,9 +37,10 @@ def table(result: dict[str, Any]) -> str:
     """One measurement as Markdown."""
     machine = result["machine"]
     title = (
-        f"\n{result['model']}, {result['layers']} layers ({result['weights']} weights), {result['expert_dtype']}"
-        f" experts, on {machine['cpu']}, {machine['cores']} cores; {result['turn_tokens']} new tokens a turn, replies of"
-        f" {result['new_tokens']}; medians of {result['rounds']} alternating rounds, in brackets the least and the"
+        f"\n{result['model']}, {result['layers']} layers ({result['weights']} weights),"
+        f" {result['expert_dtype']} experts,"
+        f"\non {machine['cpu']}, {machine['cores']} cores; {result['turn_tokens']} new tokens a turn, replies of"
+        f" {result['new_tokens']};\nmedians of {result['rounds']} alternating rounds, in brackets the least and the"
         " greatest.\n"
     )
     return title + HEAD + "".join(_lines(result["rows"])) + "\n" + "".join(_tiers(result["rows"]))

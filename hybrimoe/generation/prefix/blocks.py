@@ -151,8 +151,8 @@ class PrefixTree:
         self._used(path)
         for checkpoint in checkpoints:
             self._remember(checkpoint, path)
-        if lasting:
-            self._write_down(path)
+        if lasting and self.disk is not None:
+            self.disk.used(self._write_down(path))
 
     # The disk level ----------------------------------------------------------------------------------------------
 
@@ -202,10 +202,9 @@ class PrefixTree:
         self._write_down(blocks)
         self.disk.close(seconds)
 
-    def _write_down(self, blocks: Sequence[Block]) -> None:
-        """Have the disk level keep blocks and their checkpoints, of which the first is the last to leave."""
-        if self.disk is None:
-            return
+    def _write_down(self, blocks: Sequence[Block]) -> list[str]:
+        """Have the disk level keep blocks and their checkpoints; returns the names of their files."""
+        assert self.disk is not None
         records = [
             record
             for block in blocks
@@ -213,7 +212,7 @@ class PrefixTree:
         ]
         for record in records:
             self.disk.keep(record)
-        self.disk.used([record.name for record in records])
+        return [record.name for record in records]
 
     # Finding -----------------------------------------------------------------------------------------------------
 
@@ -376,4 +375,8 @@ def _own(part: Any) -> Any:
     """A copy in host memory, of its own size."""
     import torch
 
-    return part.to("cpu", memory_format=torch.contiguous_format, copy=True)
+    from hybrimoe.generation.growing import copy_rows
+
+    own = torch.empty(part.shape, dtype=part.dtype)
+    copy_rows(own, part)
+    return own

@@ -201,7 +201,7 @@ class DiskLevel:
             self._errands.clear()
             self._changed.notify_all()
         self._writer.join(seconds)
-        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._readers.shutdown(wait=False, cancel_futures=True)
         if not self._writer.is_alive():
             self._folder.close()
 
