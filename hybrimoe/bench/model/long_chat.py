@@ -117,7 +117,7 @@ def measure(request: Request, progress: Progress) -> dict[str, Any]:
         model = source.hybrid(request.deployment, progress)
         stack.callback(model.hybrimoe.session.close)
         contenders = list(_contenders(request, source, model, folder, n_tokens, progress))
-        rows = []
+        rows: list[dict[str, Any]] = []
         for number, context in enumerate(request.contexts):
             progress(number, len(request.contexts), "contexts")
             rows += _rows(request, contenders, context, source.vocab_size)
