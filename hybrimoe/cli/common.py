@@ -67,6 +67,14 @@ DtypeOption = Annotated[
         rich_help_panel=PLACEMENT,
     ),
 ]
+KvDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="Keys and values as float32, bfloat16, int8, int4; auto: as the model computes them. On the CPU alone.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
 PolicyOption = Annotated[
     str | None,
     typer.Option(
@@ -199,6 +207,7 @@ class PlacementGroup:
     slots: SlotsOption = None
     host_memory: HostMemoryOption = None
     dtype: DtypeOption = None
+    kv_dtype: KvDtypeOption = None
     policy: PolicyOption = None
     lossy: LossyOption = None
     threads: ThreadsOption = None
@@ -242,6 +251,7 @@ def deploy_config(
     slots: str | None = None,
     host_memory: str | None = None,
     dtype: str | None = None,
+    kv_dtype: str | None = None,
     policy: str | None = None,
     threads: int | None = None,
     lookahead: int | None = None,
@@ -267,6 +277,7 @@ def deploy_config(
         gpu_expert_slots=slots,
         memory=None if host_memory is None else {"host": host_memory, "disk": "auto"},
         expert_dtype=dtype,
+        kv_dtype=kv_dtype,
         policy=policy,
         threads=threads,
         lookahead=lookahead,

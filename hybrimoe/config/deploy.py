@@ -28,6 +28,7 @@ ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int4"]
 ExpertDtypeChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 UnknownKeys = Literal["error", "ignore"]
+KvDtypeName = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
 
 
@@ -46,6 +47,11 @@ class MemoryConfig(Section):
         default=Amount("auto"),
         description="Memory for keys and values of replies under way, on the device that computes attention; expert "
         "slots leave it free.",
+    )
+    kv_dtype: KvDtypeName = Field(
+        default="auto",
+        description="How keys and values are stored; auto as the model computes them. Others are for models whose "
+        "attention is compiled on the CPU.",
     )
 
 
@@ -266,6 +272,7 @@ _ALIASES: dict[str, KeyPath] = {
     "lookahead": ("scheduler", "lookahead"),
     "lossy": ("scheduler", "lossy"),
     "speculate": ("generation", "speculate"),
+    "kv_dtype": ("memory", "kv_dtype"),
 }
 
 

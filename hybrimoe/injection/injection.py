@@ -96,13 +96,18 @@ class Injection:
         """Decode steps in one compiled call, where the deployment wants that and the model is understood.
 
         The session must have started: the model runs a short prompt, which its compiled form is compared with.
+        Raises ConfigError where `memory.kv_dtype` stores keys and values as no step of this model reads them.
         """
-        from hybrimoe.step.build import StepWay, compile_step
+        from hybrimoe.generation.stored import kv_dtype_of
+        from hybrimoe.step.build import StepWay, compile_step, require_readable
 
         if self.config.cpu.step == "transformers":
             self.way = StepWay(reason="cpu.step: transformers")
         else:
             self.way = compile_step(self.model, self.session)
+        name = kv_dtype_of(self.model)
+        if name != "auto":
+            require_readable(self.model, self.way, name)
 
     @contextmanager
     def without_step(self) -> Iterator[None]:
