@@ -150,6 +150,25 @@ SpeculateOption = Annotated[
         rich_help_panel=PLACEMENT,
     ),
 ]
+ContextShiftOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--context-shift/--no-context-shift",
+        help="Leave the oldest tokens out where a text outgrows the context, instead of an error (off).",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+SinksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--attention-sinks",
+        metavar="N",
+        min=0,
+        max=65_536,
+        help="With --context-shift: first tokens that always stay (4).",
+        rich_help_panel=PLACEMENT,
+    ),
+]
 ProfileOption = Annotated[
     bool,
     typer.Option("--profile", help="Where a token's time went, by part of the model and lane.", rich_help_panel=OUTPUT),
@@ -214,6 +233,8 @@ class PlacementGroup:
     lookahead: LookaheadOption = None
     unknown_keys: UnknownKeysOption = None
     speculate: SpeculateOption = None
+    context_shift: ContextShiftOption = None
+    attention_sinks: SinksOption = None
 
     def deployment(self, model: str | None) -> DeployConfig:
         """As `deploy_config`."""
@@ -258,6 +279,8 @@ def deploy_config(
     lossy: str | None = None,
     unknown_keys: str | None = None,
     speculate: bool | None = None,
+    context_shift: bool | None = None,
+    attention_sinks: int | None = None,
     weights: bool = True,
 ) -> DeployConfig:
     """The deployment that a command line describes: a file or preset, with the given options on top.
@@ -284,6 +307,8 @@ def deploy_config(
         lossy=None if lossy is None else lossy_option(lossy),
         unknown_keys=unknown_keys,
         speculate=speculate,
+        context_shift=context_shift,
+        attention_sinks=attention_sinks,
     )
     check_model(deployment.model, weights=weights)
     check_rules(deployment.rules)
