@@ -14,7 +14,9 @@ from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from cpu_kernels import ExpertDtype
-    from scheduler.machine.profile import HardwareProfile
+    from scheduler.machine.profile import HardwareProfile, ModelShape
+
+KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +35,12 @@ def plan(
     ] = None,
     expert_dtype: simulated.ExpertDtypeOption = "int4",
     dense_dtype: simulated.DenseDtypeOption = "int8",
+    kv_dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE", help="Keys and values as float32, bfloat16, int8, int4, on the CPU; auto: in 16 bit."
+        ),
+    ] = "auto",
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of one device, like 12GiB. Default: profile.")
     ] = None,
@@ -56,13 +64,14 @@ def plan(
     from hybrimoe.checkpoint.meta import model_shape, packing_remark
     from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, with_accelerators
 
-    shape = model_shape(model)
+    shape = _with_kv_dtype(model_shape(model), model, kv_dtype)
     if hardware is not None:
         open_hardware(hardware)
     device_bytes = None if gpu_memory is None else _bytes(gpu_memory)
     host_bytes = None if host_memory is None else _bytes(host_memory)
     import psutil
 
+    from hybrimoe.errors import ConfigError
     from hybrimoe.extensions.policies import open_policy
     from hybrimoe.machine.calibrate import quick_profile
     from hybrimoe.tracing.study.fitting import choose
@@ -88,6 +97,8 @@ def plan(
             shape, profile, context=context, expert_dtype=expert_dtype, dense_dtype=dense_dtype,
             device_bytes=device_bytes, host_bytes=host_bytes,
         )  # fmt: skip
+    if found.device_bytes and kv_dtype != "auto":
+        raise ConfigError("--kv-dtype: keys and values lie on the device, and are stored otherwise on the CPU alone")
     expected = expect(found, shape, profile, policy, expert_dtype, dense_dtype)
     render.note(taken)
     for reason in reasons:
@@ -95,7 +106,7 @@ def plan(
     if remark := packing_remark(model, expert_dtype):
         render.note(remark)
     if as_json:
-        dtypes = {"expert_dtype": expert_dtype, "dense_dtype": dense_dtype, "reasons": reasons}
+        dtypes = {"expert_dtype": expert_dtype, "dense_dtype": dense_dtype, "kv_dtype": kv_dtype, "reasons": reasons}
         render.emit_json({**asdict(found), **dtypes, "hardware_taken": taken, "expected": expected})
     else:
         _show(asdict(found), expected)
@@ -132,7 +143,7 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
     has_device = found["device_bytes"] > 0
     rows = [
         (f"dense weights {'on the device' if has_device else 'in host memory'}", _gib(found["dense_bytes"])),
-        (f"KV cache of {found['context']} tokens", _gib(found["kv_bytes"])),
+        (f"KV cache of {found['context']} tokens", _kv(found)),
         *([("experts in device slots", experts(found["device_experts"]))] if has_device else []),
         *_by_accelerator(found),
         ("experts in host memory", experts(found["host_experts"])),
@@ -163,6 +174,37 @@ def _by_accelerator(found: dict[str, Any]) -> list[tuple[str, str]]:
         (f"  accelerator {unit}", f"{n_layers} MoE layers, {n_slots} slots")
         for unit, (n_layers, n_slots) in enumerate(zip(layers, slots, strict=True))
     ]
+
+
+def _kv(found: dict[str, Any]) -> str:
+    return f"{_gib(found['kv_bytes'])} ({found['kv_bytes'] / found['context'] / 1024:.1f} KiB a token)"
+
+
+def _with_kv_dtype(shape: ModelShape, model: str | None, kv_dtype: str) -> ModelShape:
+    """The shape with the bytes that a token's keys and values take as `kv_dtype`. Raises ConfigError for what is
+    none."""
+    import json
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from hybrimoe.checkpoint.source import hub_config_file, is_hub_id, model_path, read_config_dict
+    from hybrimoe.errors import ConfigError, unknown
+    from hybrimoe.generation.kv_memory import stored_bytes
+    from yaml_rules import shapes
+    from yaml_rules.located import read_yaml
+
+    if kv_dtype == "auto":
+        return shape
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(unknown("dtype of keys and values", kv_dtype, ("auto", *KV_DTYPES)))
+    if model in shapes.shape_names():
+        config = read_yaml(shapes.FOLDER / f"{model}.yaml").data["config"]
+    elif is_hub_id(model):
+        config = json.loads(hub_config_file(str(model)).read_text(encoding="utf-8"))
+    else:
+        config = read_config_dict(model_path(model))
+    settings = SimpleNamespace(**{**config, **config.get("text_config", {})})
+    return replace(shape, kv_bytes=stored_bytes(settings, kv_dtype))
 
 
 def _gib(n_bytes: float) -> str:

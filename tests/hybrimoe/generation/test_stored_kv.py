@@ -134,7 +134,9 @@ def test_the_memory_of_a_token_is_told_as_it_is(generator: TextGenerator) -> Non
     replied(generator, PROMPT, cache)
     told = measured_token_bytes(cache.growing_layers(), len(cache.token_ids))
     assert told == estimated_token_bytes(generator.model)
-    assert told < 4 * 2 * 2 * 16  # float32, two layers, keys and values of 16 columns
+    a_row = {"int8": 16 + 4, "int4": 16 // 2 + 2}[generator.model.hybrimoe.config.memory.kv_dtype]
+    assert told == 4 * a_row + 4 * a_row // 8  # keys and values of two layers, with room to grow
+    assert any(f", {4 * a_row} bytes a token" in remark for remark in generator.model.hybrimoe.remarks)
 
 
 def test_padded_batches(generator: TextGenerator) -> None:
