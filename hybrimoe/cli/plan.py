@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from hybrimoe.cli import simulated
-from hybrimoe.cli.common import JsonOption, ModelArgument
-from hybrimoe.cli.fitting import told
+from hybrimoe.cli.common import FitOption, JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from cpu_kernels import ExpertDtype
-    from scheduler.machine.profile import HardwareProfile, ModelShape
-
-KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
+    from scheduler.machine.profile import HardwareProfile
 
 
 def register(app: typer.Typer) -> None:
@@ -50,21 +47,22 @@ def plan(
     host_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Host memory. Default: this machine's.")
     ] = None,
-    fit_dtypes: Annotated[
-        bool,
-        typer.Option("--fit", help="Choose both dtypes: the most precise ones with which all experts fit host memory."),
-    ] = False,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Replies at once that the KV cache must hold. Default: 1.")
+    ] = None,
+    fit_all: FitOption = False,
     policy: Annotated[str, typer.Option(metavar="NAME", help="Policy of the expectation, as in `simulate`.")] = "ours",
     as_json: JsonOption = False,
 ) -> None:
     """Show experts per tier, KV room, and the expected hit rate and speed (simulated). No weights are read.
 
-    MODEL may also be the name of a shipped shape, like qwen3-30b-a3b.
+    MODEL may also be the name of a shipped shape, like qwen3-30b-a3b. With --fit both dtypes are chosen, the most
+    precise with which all experts fit host memory, and where they are not given context and replies at once, too.
     """
-    from hybrimoe.checkpoint.meta import model_shape, packing_remark
+    from hybrimoe.checkpoint.meta import model_shape, packing_remark, with_kv_dtype
     from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, with_accelerators
 
-    shape = _with_kv_dtype(model_shape(model), model, kv_dtype)
+    shape = with_kv_dtype(model_shape(model), model, kv_dtype)
     if hardware is not None:
         open_hardware(hardware)
     device_bytes = None if gpu_memory is None else _bytes(gpu_memory)
@@ -74,7 +72,7 @@ def plan(
     from hybrimoe.errors import ConfigError
     from hybrimoe.extensions.policies import open_policy
     from hybrimoe.machine.calibrate import quick_profile
-    from hybrimoe.tracing.study.fitting import choose
+    from hybrimoe.tracing.study.fitting import KV_DTYPE, Machine, Wish, choose
     from hybrimoe.tracing.study.planning import expect, fit
 
     open_policy(policy)
@@ -86,16 +84,20 @@ def plan(
     profile, taken = measured(expert_dtype)
     host_bytes = host_bytes or psutil.virtual_memory().total
     reasons: list[str] = []
-    if fit_dtypes:
-        choice = choose(shape, profile, context=context, device_bytes=device_bytes, host_bytes=host_bytes)
+    stored = KV_DTYPE if kv_dtype == "auto" else kv_dtype
+    if fit_all:
+        from hybrimoe.cli.fitting import most_replies
+
+        wish = Wish(context=context, replies=parallel, most_replies=most_replies(), kv_dtype=stored)
+        choice = choose(shape, Machine(profile, device_bytes, host_bytes), wish)
         if choice.expert_dtype != expert_dtype:
             profile, taken = measured(choice.expert_dtype)
         expert_dtype, dense_dtype, found = choice.expert_dtype, choice.dense_dtype, choice.fit
-        reasons = told(choice)
+        reasons = list(choice.reasons)
     else:
         found = fit(
             shape, profile, context=context, expert_dtype=expert_dtype, dense_dtype=dense_dtype,
-            device_bytes=device_bytes, host_bytes=host_bytes,
+            device_bytes=device_bytes, host_bytes=host_bytes, replies=parallel or 1,
         )  # fmt: skip
     if found.device_bytes and kv_dtype != "auto":
         raise ConfigError("--kv-dtype: keys and values lie on the device, and are stored otherwise on the CPU alone")
@@ -106,7 +108,7 @@ def plan(
     if remark := packing_remark(model, expert_dtype):
         render.note(remark)
     if as_json:
-        dtypes = {"expert_dtype": expert_dtype, "dense_dtype": dense_dtype, "kv_dtype": kv_dtype, "reasons": reasons}
+        dtypes = {"expert_dtype": expert_dtype, "dense_dtype": dense_dtype, "kv_dtype": stored, "reasons": reasons}
         render.emit_json({**asdict(found), **dtypes, "hardware_taken": taken, "expected": expected})
     else:
         _show(asdict(found), expected)
@@ -143,7 +145,7 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
     has_device = found["device_bytes"] > 0
     rows = [
         (f"dense weights {'on the device' if has_device else 'in host memory'}", _gib(found["dense_bytes"])),
-        (f"KV cache of {found['context']} tokens", _kv(found)),
+        (_cached(found), _kv(found)),
         *([("experts in device slots", experts(found["device_experts"]))] if has_device else []),
         *_by_accelerator(found),
         ("experts in host memory", experts(found["host_experts"])),
@@ -154,6 +156,11 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
         (f"expected prefill of {expected['prompt_tokens']} tokens (simulated)", _speed(expected, "prefill", 0)),
     ]
     render.out().print(render.table(f"{found['model']} on {found['hardware']}", ("", ""), rows))
+
+
+def _cached(found: dict[str, Any]) -> str:
+    each = "" if found["replies"] == 1 else f"{found['replies']} replies of "
+    return f"KV cache of {each}{found['context']} tokens"
 
 
 def _speed(expected: dict[str, Any], phase: str, digits: int) -> str:
@@ -177,34 +184,8 @@ def _by_accelerator(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _kv(found: dict[str, Any]) -> str:
-    return f"{_gib(found['kv_bytes'])} ({found['kv_bytes'] / found['context'] / 1024:.1f} KiB a token)"
-
-
-def _with_kv_dtype(shape: ModelShape, model: str | None, kv_dtype: str) -> ModelShape:
-    """The shape with the bytes that a token's keys and values take as `kv_dtype`. Raises ConfigError for what is
-    none."""
-    import json
-    from dataclasses import replace
-    from types import SimpleNamespace
-
-    from hybrimoe.checkpoint.source import hub_config_file, is_hub_id, model_path, read_config_dict
-    from hybrimoe.errors import ConfigError, unknown
-    from hybrimoe.generation.kv_memory import stored_bytes
-    from yaml_rules import shapes
-    from yaml_rules.located import read_yaml
-
-    if kv_dtype == "auto":
-        return shape
-    if kv_dtype not in KV_DTYPES:
-        raise ConfigError(unknown("dtype of keys and values", kv_dtype, ("auto", *KV_DTYPES)))
-    if model in shapes.shape_names():
-        config = read_yaml(shapes.FOLDER / f"{model}.yaml").data["config"]
-    elif is_hub_id(model):
-        config = json.loads(hub_config_file(str(model)).read_text(encoding="utf-8"))
-    else:
-        config = read_config_dict(model_path(model))
-    settings = SimpleNamespace(**{**config, **config.get("text_config", {})})
-    return replace(shape, kv_bytes=stored_bytes(settings, kv_dtype))
+    token_bytes = found["kv_bytes"] / (found["context"] * found["replies"])
+    return f"{_gib(found['kv_bytes'])} ({token_bytes / 1024:.1f} KiB a token)"
 
 
 def _gib(n_bytes: float) -> str:

@@ -83,15 +83,22 @@ def test_trace_record_analyze_train_simulate(hybrimoe, tmp_path):
     path = tmp_path / "t.npz"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("In the beginning\n\nShe could not\nThe table\n")
-    done = hybrimoe("trace", "record", "-o", path, "--prompts", prompts, "-n", "6", "--full-scores", "--json")
+    letter = tmp_path / "letter.txt"
+    letter.write_text("My dear Emma,\n\nThe table\n")
+    done = hybrimoe(
+        "trace", "record", "-o", path, "--prompts", prompts, "--prompt-file", letter, "-n", "6", "--full-scores",
+        "--json",
+    )  # fmt: skip
     assert done.code == 0, done.err
-    assert done.data["sequences"] == 3
+    assert done.data["sequences"] == 4
     trace = Trace.load(path)
+    assert trace.token_ids is not None
     assert trace.has_phase("prefill")
     assert trace.has_phase("decode")
     assert trace.gate_scores is not None
     report = hybrimoe("trace", "analyze", path, "--slow-tokens", "10", "--html", tmp_path / "r.html", "--json").data
     assert set(report["pool_curves"]) >= {"lru", "mrs", "belady", "value"}
+    assert 0 < report["predictors"]["token"][0]["precision"] <= 1
     page = (tmp_path / "r.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page
@@ -137,7 +144,7 @@ def test_plan(hybrimoe):
 def test_plan_fit(hybrimoe):
     done = hybrimoe("plan", "olmoe-1b-7b", "--hardware", "laptop", "--host-memory", "12GiB", "--fit", "--json")
     assert (done.data["expert_dtype"], done.data["dense_dtype"]) == ("int8", "int8")
-    assert "nothing more precise" in done.data["reasons"][1]
+    assert "experts with int8 dense weights: all 1024 experts" in done.data["reasons"][1]
 
 
 @pytest.fixture
