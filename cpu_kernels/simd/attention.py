@@ -100,7 +100,7 @@ def begin(name: str, symbol: str, isa: Isa) -> tuple[ir.Module, Simd, list[Any]]
 
 def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
     module, s, arguments = begin(kernel.name, kernel.symbol, isa)
-    a = _Arguments(*arguments, is_bf16=kernel.dtype == "bfloat16")
+    a = _Arguments(*[*arguments, kernel.dtype == "bfloat16"])
     _scores(s, a, kernel.n_heads)
     softmax(s, a, kernel.n_heads)
     _values(s, a, kernel.n_heads)

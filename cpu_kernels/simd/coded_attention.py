@@ -47,7 +47,7 @@ def whole_columns(bits: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CodedAttendKernel:
-    """`attend` for a number of query heads that share keys and values of 8 or 4 bits. split: keys have `more` columns,
+    """`attend` for 1 to 4 query heads that share keys and values of 8 or 4 bits. split: keys have `more` columns,
     which are a row of their own."""
 
     n_heads: int
@@ -210,7 +210,7 @@ class _Writer:
 
         def add(column: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             codes = [s.load(s.offset(row, column), s.u8) for row in rows]
-            added = []
+            added: list[ir.Value] = []
             for head in range(self.kernel.n_heads):
                 place = s.offset(s.offset(keys.codes, s.b.mul(keys.head_bytes, s.const(head))), column)
                 query, size = s.load(place, s.u8), s.load(s.offset(place, keys.n), s.u8)
@@ -220,7 +220,7 @@ class _Writer:
 
         n_sums = self.kernel.n_heads * len(rows)
         sums = s.fold(s.const(0), keys.n, 4 * s.lanes, [s.zero(s.i32)] * n_sums, add)
-        products = s.sum_each([s.to_f32(total) for total in sums])
+        products = self._sum_each([s.to_f32(total) for total in sums])
         scales = [s.load(s.offset(row, keys.n), F32, 1) for row in rows] * self.kernel.n_heads
         return s.b.fmul(products, s.b.fmul(self._vector(scales), keys.scales))
 
@@ -244,7 +244,11 @@ class _Writer:
 
         n_sums = self.kernel.n_heads * len(rows)
         sums = s.fold(s.const(0), half, GROUP, [s.zero(s.f32)] * n_sums, add)
-        return s.b.fmul(s.sum_each(sums), keys.scales)
+        return s.b.fmul(self._sum_each(sums), keys.scales)
+
+    def _sum_each(self, sums: list[ir.Value]) -> ir.Value:
+        """The sums of the lanes of each vector; three heads leave some lanes of the result over, which become 0."""
+        return self.s.sum_each(sums + [self.s.zero(self.s.f32)] * (self.s.lanes - len(sums)))
 
     def _group_product(self, keys: _Keys, head: int, column: ir.Value, codes: list[ir.Value]) -> ir.Value:
         """int32 lanes whose sum is that of a group's products, without the codes' offset."""
@@ -317,7 +321,7 @@ class _Writer:
 
         def scale_token(token: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
             row = s.offset(a.v, s.b.mul(token, a.v_bytes))
-            added = []
+            added: list[ir.Value] = []
             for side, column in enumerate(columns):
                 scale = self._int4_scale(row, half, column)
                 for head, place in enumerate(weights[side]):
@@ -340,7 +344,7 @@ class _Writer:
             s.prefetch(s.offset(row, s.b.mul(a.v_bytes, s.const(PREFETCH_TOKENS))))
             narrow = ir.VectorType(I8, s.lanes)
             codes = [s.load(s.offset(row, s.lanes * vector), narrow) for vector in range(n_vectors)]
-            added = []
+            added: list[ir.Value] = []
             for take, places in zip(takes, weights, strict=True):
                 parts = [s.to_f32(take(code)) for code in codes]
                 for place in places:
@@ -368,8 +372,9 @@ class _Writer:
         s.store(values, s.offset(a.out, floats(s, s.b.add(s.b.mul(a.v_dim, s.const(head)), column))))
 
     def _vector(self, scalars: list[ir.Value]) -> ir.Value:
-        """A vector of scalars, one a lane."""
-        vector: ir.Value = ir.Constant(ir.VectorType(scalars[0].type, len(scalars)), ir.Undefined)
+        """A vector of scalars, one a lane. Of the heads of a block, the lanes that are left over are 0."""
+        n_lanes = len(scalars) if len(scalars) <= self.block else self.s.lanes
+        vector: ir.Value = ir.Constant(ir.VectorType(scalars[0].type, n_lanes), None)
         for lane, scalar in enumerate(scalars):
             vector = self.s.b.insert_element(vector, scalar, ir.Constant(I32, lane))
         return vector

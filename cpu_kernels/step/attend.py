@@ -10,7 +10,7 @@ from cpu_kernels.jit.compiled import Real, Whole, Worker, float_kernel, inline_k
 from cpu_kernels.jit.primitives import call_attend, floats_at, int64s_at, take_ticket
 from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST, AttendKernel
 from cpu_kernels.simd.coded_attention import CodedAttendKernel, coded_isa, whole_columns
-from cpu_kernels.simd.compile import kernel_address
+from cpu_kernels.simd.compile import VectorKernel, kernel_address
 from cpu_kernels.step.cached import K_TOKEN, KIND, V_TOKEN, key_address, place_of, rows_of, value_address
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32, fill
 from cpu_kernels.step.heads import Source
@@ -32,8 +32,10 @@ from cpu_kernels.step.stored import INT4, INT8, N_KINDS, is_turned, read_stored,
 
 (STATE, NEXT, NEXT_JOIN, N_HEADS, N_KV_HEADS, DIM, V_DIM, SHARED, WINDOW, IN_BLOCKS, SINKS, QUERY, PARTS, STATS,
  MAX_CHUNKS, OUT, OUT_ROW, GATE, GATE_ROW, GATE_HEAD, ZEROS, PLACES, KERNELS) = range(23)  # fmt: skip
-# From KERNELS on, by how rows are stored: addresses of the kernels for HEAD_BLOCK heads and for one, 0: there are none.
-ATTEND_CALL = KERNELS + 2 * N_KINDS
+# From KERNELS on, by how rows are stored: addresses of the kernels for HEAD_BLOCK heads and for fewer, and how many these
+# are; 0: there are none.
+BLOCK, REST, REST_HEADS, KIND_KERNELS = range(4)
+ATTEND_CALL = KERNELS + KIND_KERNELS * N_KINDS
 KERNEL_DTYPES: dict[int, Literal["float32", "bfloat16"]] = {FLOAT32: "float32", BFLOAT16: "bfloat16"}
 KERNEL_BITS: dict[int, Literal[8, 4]] = {INT8: 8, INT4: 4}
 TASK_HEADS = 4 * HEAD_BLOCK
@@ -107,17 +109,19 @@ def _run(
         values, value_bytes = keys, key_bytes
     bias = state[MASK] + 4 * (seen[SEQUENCE] * state[MASK_ROW] + first) if state[MASK] else call[ZEROS]
     kind = place[KIND]
-    block, one = call[KERNELS + 2 * kind], call[KERNELS + 2 * kind + 1]
+    kernels = call[KERNELS + KIND_KERNELS * kind :]
+    block, rest, n_rest = kernels[BLOCK], kernels[REST], kernels[REST_HEADS]
     dim, v_dim, shared = call[DIM], call[V_DIM], call[SHARED]
     while head < stop:
         many = stop - head >= HEAD_BLOCK and block != 0
+        n_now = HEAD_BLOCK if many else max(1, n_rest)
         own = kv_head * (call[N_HEADS] // call[N_KV_HEADS]) + head
         part = (row * call[MAX_CHUNKS] + chunk) * call[N_HEADS] + own
         query = call[QUERY] + 4 * (row * call[N_HEADS] + own) * (dim + shared)
         stats, out = call[STATS] + 8 * part, call[PARTS] + 4 * part * v_dim
-        if one != 0:
+        if n_rest != 0:
             call_attend(
-                block if many else one, query, keys, key_bytes, values, value_bytes, bias, n_tokens, dim, v_dim, scores,
+                block if many else rest, query, keys, key_bytes, values, value_bytes, bias, n_tokens, dim, v_dim, scores,
                 stats, out, more, more_bytes, shared,
             )  # fmt: skip
         else:
@@ -125,7 +129,7 @@ def _run(
                 call, kind, query, keys, key_bytes, values, value_bytes, bias, n_tokens, scores, stats, out, more,
                 more_bytes,
             )  # fmt: skip
-        head += HEAD_BLOCK if many else 1
+        head += n_now
 
 
 @float_kernel
@@ -242,19 +246,25 @@ def add_attention(
 def set_kernels(call: np.ndarray, kind: int, isa_name: str) -> None:
     """Sets the kernels for rows that are stored as `kind`, where they can take its numbers of columns (else rows are
     read by plain loops). Raises LayoutError for heads that cannot be stored so."""
-    if call[KERNELS + 2 * kind]:
+    own = call[KERNELS + KIND_KERNELS * kind :][:KIND_KERNELS]
+    if own[REST_HEADS]:
         return
     isa, sizes = BY_NAME[isa_name], [int(call[at]) for at in (DIM, V_DIM, SHARED)]
     for size in sizes:
         row_bytes(kind, size)
-    kernels: list[AttendKernel | CodedAttendKernel] = []
+    group = int(call[N_HEADS] // call[N_KV_HEADS])
     if kind in KERNEL_DTYPES and all(size % isa.lanes == 0 for size in sizes):
-        kernels = [AttendKernel(n, KERNEL_DTYPES[kind]) for n in (HEAD_BLOCK, 1)]
+        dtype = KERNEL_DTYPES[kind]
+        _set(own, AttendKernel(HEAD_BLOCK, dtype), AttendKernel(1, dtype), isa)
     elif kind in KERNEL_BITS and all(size % whole_columns(KERNEL_BITS[kind]) == 0 for size in sizes):
-        isa = coded_isa(isa)
-        kernels = [CodedAttendKernel(n, KERNEL_BITS[kind], bool(call[SHARED])) for n in (HEAD_BLOCK, 1)]
-    for at, kernel in enumerate(kernels, KERNELS + 2 * kind):
-        call[at] = kernel_address(kernel, isa.name)
+        bits, split = KERNEL_BITS[kind], bool(call[SHARED])
+        fewer = CodedAttendKernel(group % HEAD_BLOCK or 1, bits, split)
+        _set(own, CodedAttendKernel(HEAD_BLOCK, bits, split) if group >= HEAD_BLOCK else None, fewer, coded_isa(isa))
+
+
+def _set(own: np.ndarray, block: VectorKernel | None, rest: AttendKernel | CodedAttendKernel, isa: Isa) -> None:
+    own[BLOCK] = 0 if block is None else kernel_address(block, isa.name)
+    own[REST], own[REST_HEADS] = kernel_address(rest, isa.name), rest.n_heads
 
 
 def room_bytes(call: np.ndarray, n_tokens: int) -> tuple[int, int]:

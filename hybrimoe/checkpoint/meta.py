@@ -66,7 +66,7 @@ def model_shape(model: str | Path | None) -> ModelShape:
 
 
 def with_kv_dtype(shape: ModelShape, model: str | Path | None, kv_dtype: str) -> ModelShape:
-    """The shape of `model` with the bytes that a token's keys and values take where they are stored as `kv_dtype`; auto:
+    """The shape of `model` with the bytes of a token's keys and values where they are stored as `kv_dtype`; auto:
     in 16 bit. Raises ConfigError for what is no such dtype."""
     from types import SimpleNamespace
 
