@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from cpu_kernels.host.isa import BY_NAME
+from cpu_kernels.host.isa import BY_NAME, Isa
 from cpu_kernels.jit.compiled import Real, Whole, Worker, float_kernel, inline_kernel
 from cpu_kernels.jit.primitives import call_attend, floats_at, int64s_at, take_ticket
 from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST, AttendKernel
@@ -32,8 +32,8 @@ from cpu_kernels.step.stored import INT4, INT8, N_KINDS, is_turned, read_stored,
 
 (STATE, NEXT, NEXT_JOIN, N_HEADS, N_KV_HEADS, DIM, V_DIM, SHARED, WINDOW, IN_BLOCKS, SINKS, QUERY, PARTS, STATS,
  MAX_CHUNKS, OUT, OUT_ROW, GATE, GATE_ROW, GATE_HEAD, ZEROS, PLACES, KERNELS) = range(23)  # fmt: skip
-# From KERNELS on, by how rows are stored: addresses of the kernels for HEAD_BLOCK heads and for fewer, and how many these
-# are; 0: there are none.
+# From KERNELS on, by how rows are stored: addresses of the kernels for HEAD_BLOCK heads and for fewer, and how many
+# these are; 0: there are none.
 BLOCK, REST, REST_HEADS, KIND_KERNELS = range(4)
 ATTEND_CALL = KERNELS + KIND_KERNELS * N_KINDS
 KERNEL_DTYPES: dict[int, Literal["float32", "bfloat16"]] = {FLOAT32: "float32", BFLOAT16: "bfloat16"}
@@ -121,8 +121,8 @@ def _run(
         stats, out = call[STATS] + 8 * part, call[PARTS] + 4 * part * v_dim
         if n_rest != 0:
             call_attend(
-                block if many else rest, query, keys, key_bytes, values, value_bytes, bias, n_tokens, dim, v_dim, scores,
-                stats, out, more, more_bytes, shared,
+                block if many else rest, query, keys, key_bytes, values, value_bytes, bias, n_tokens, dim, v_dim,
+                scores, stats, out, more, more_bytes, shared,
             )  # fmt: skip
         else:
             _attend_plainly(
