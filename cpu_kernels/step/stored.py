@@ -15,7 +15,7 @@ turned queries give the same scores, and a sum of turned values is turned back o
 import numpy as np
 
 from cpu_kernels.errors import LayoutError
-from cpu_kernels.jit.compiled import Real, Whole, inline_kernel
+from cpu_kernels.jit.compiled import Real, Truth, Whole, inline_kernel
 from cpu_kernels.jit.primitives import bytes_at, floats_at, halves_at
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32, from_half, read_row, to_half, write_row
 
@@ -130,8 +130,8 @@ def _store_int4(target: Whole, x: np.ndarray) -> None:
         usable = finite and abs(scale) > TINY
         inverse = np.float32(1) / scale if usable else np.float32(0)
         for i in range(first, stop):
-            rounded = np.rint(x[i] * inverse) if usable else np.float32(0)
-            code = np.uint8(min(max(np.int32(rounded) - LOWEST_INT4, 0), TOP_INT4))
+            shifted = np.int32(np.rint(x[i] * inverse) if usable else np.float32(0)) - LOWEST_INT4
+            code = np.uint8(0 if shifted < 0 else TOP_INT4 if shifted > TOP_INT4 else shifted)
             if i < half:
                 codes[i] = code
             else:
@@ -167,6 +167,6 @@ def _read_int4(source: Whole, values: np.ndarray, scale: Real) -> None:
 
 
 @inline_kernel
-def is_turned(kind: Whole) -> bool:
+def is_turned(kind: Whole) -> Truth:
     """Whether rows of a kind are turned, so that the query that meets them must be, too."""
     return kind >= INT8

@@ -258,7 +258,8 @@ class Reply:
 
     text: all pieces joined. token_ids: the new tokens, an end-of-sequence token included. n_reused: prompt tokens that
     came from the cache. seed: with it the same reply comes again. text_offsets: where each token's text begins in the
-    reply, in characters. n_shifts: how often the context was full, so that oldest tokens were left out.
+    reply, in characters. n_kept: tokens of the prompt that are computed or reused. n_shifts: how often the
+    context was full, so that oldest tokens were left out.
     """
 
     def __init__(
@@ -292,6 +293,7 @@ class Reply:
         if self._shift is not None and limit is not None and len(prompt_ids) >= limit:
             self._computed_ids = self._shift.kept(prompt_ids, limit)
             self.n_shifts = 1
+        self.n_kept = len(self._computed_ids)
         self._sampler = Sampler(generator.model, options, prompt_ids)
         self._scorer: PromptScorer | None = None
         if options.prompt_logprobs is not None:
