@@ -130,10 +130,10 @@ class Loader:
             deployment = deployment.with_dtypes(dense=weights.pack.dense_dtype)
         hf_config = read_config(path)
         model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config))
-        layouts = {path: read(module) for path, module in find_experts(model)}
-        if not layouts:
+        if not find_experts(model):
             raise ModelError(f"{path} is a dense model ({hf_config.model_type}): it has no experts to place")
         plan = weights.plan(model)
+        layouts = {path: read(module) for path, module in find_experts(model)}
         tie_where_unsaid(model, raw_config, plan.conversions)
         merged = merge_adapters(model, plan, adapters)
         read_generation_defaults(model, path)

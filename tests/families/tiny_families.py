@@ -237,7 +237,11 @@ def _small(config_class: type[PreTrainedConfig], sizes: dict[str, Any], override
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """The family's model with seeded random float32 weights, in evaluation mode; overrides: of its configuration."""
     tiny = FAMILIES[family]
-    tiny = replace(tiny, overrides={**tiny.overrides, **overrides})
+    return built(replace(tiny, overrides={**tiny.overrides, **overrides}), seed)
+
+
+def built(tiny: Tiny, seed: int = 0) -> PreTrainedModel:
+    """The model of such a configuration, as `tiny_model` makes it."""
     torch.manual_seed(seed)
     causal = tiny.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText

@@ -301,8 +301,9 @@ def test_what_follows_auto_is_for_machines_without_an_accelerator(here: bool, mo
 
 
 def test_json_schema_knows_every_section() -> None:
-    sections = {"model", "unknown_keys", "rules", "accelerator", "memory", "cpu", "scheduler", "generation", "server"}
-    assert set(json_schema()["properties"]) == sections
+    keys = {"model", "adapters", "unknown_keys", "rules", "accelerator"}
+    sections = {"memory", "cpu", "scheduler", "generation", "server"}
+    assert set(json_schema()["properties"]) == keys | sections
 
 
 def test_speculation_is_a_key_of_replies() -> None:

@@ -18,6 +18,7 @@ from hybrimoe.cli.app import app as program
 from hybrimoe.errors import BudgetError
 from hybrimoe.generation import SamplingOptions, TextGenerator
 from hybrimoe.generation.continuous_batching import BatchEngine
+from hybrimoe.generation.growing import LEAST_ROOM
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.server.app import create_app
 from hybrimoe.server.live.state import offered_beside
@@ -234,7 +235,7 @@ def test_memory_for_keys_and_values_changes_while_replies_go_on(served, calling)
     call = calling(create_app(served))
     alone = call("POST", "/v1/completions", REPLY).json()["choices"][0]["text"]
     generator, engine = served.engine.generator, served.engine
-    planned = (len(generator.encode(REPLY["prompt"])) + REPLY["max_tokens"]) * generator.token_bytes()
+    planned = max(LEAST_ROOM, len(generator.encode(REPLY["prompt"])) + REPLY["max_tokens"]) * generator.token_bytes()
     sizes = (planned - 1, planned, 4 * planned, planned)
     answers = call.together(
         ("POST", "/v1/completions", REPLY), *(("POST", "/hybrimoe/settings", {"kv": f"{size}B"}) for size in sizes)
@@ -247,7 +248,7 @@ def test_memory_for_keys_and_values_changes_while_replies_go_on(served, calling)
     assert memory["keys_and_values"]["of_bytes"] == generator.kv_bytes == planned
     assert engine.kv_bytes <= planned, "memory of replies that have ended was given back"
     assert call("POST", "/v1/completions", REPLY).json()["choices"][0]["text"] == alone
-    too_long = call("POST", "/v1/completions", REPLY | {"prompt": "It was " * 100}).json()
+    too_long = call("POST", "/v1/completions", REPLY | {"prompt": "It was " * 200}).json()
     assert "memory for keys and values" in too_long["error"]["message"]
     assert call("POST", "/hybrimoe/settings", {"kv": "auto"}).status_code == 200
     generator.kv_bytes = None
@@ -260,7 +261,7 @@ def test_what_replies_under_way_need_is_not_taken(injected):
     wanted = "".join(injected.reply(prompt, options))
     engine.resize_kv("64MiB")
     first, second = (engine.admit(prompt, options, lambda: False) for _ in range(2))
-    least = 2 * (len(prompt) + 40) * injected.token_bytes()
+    least = 2 * max(LEAST_ROOM, len(prompt) + 40) * injected.token_bytes()
     texts = {first: "", second: ""}
     for number in range(80):
         if number == 5:
