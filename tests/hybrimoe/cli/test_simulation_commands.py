@@ -144,7 +144,7 @@ def test_plan(hybrimoe):
 def test_plan_fit(hybrimoe):
     done = hybrimoe("plan", "olmoe-1b-7b", "--hardware", "laptop", "--host-memory", "12GiB", "--fit", "--json")
     assert (done.data["expert_dtype"], done.data["dense_dtype"]) == ("int8", "int8")
-    assert "nothing more precise" in done.data["reasons"][1]
+    assert "experts with int8 dense weights: all 1024 experts" in done.data["reasons"][1]
 
 
 @pytest.fixture
