@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_families import FAMILIES, LINEAR_AND_FULL, VOCABULARY, Tiny, built, prompt
+from tiny_families import VOCABULARY, WRAPPED, Tiny, built, prompt
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -17,17 +17,6 @@ from hybrimoe.errors import UnsupportedExpertsError
 
 PLAIN: dict[str, Any] = {"accelerator": "none", "expert_dtype": "float32", "backend": "torch", "step": "transformers"}
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-WRAPPED: dict[str, Tiny] = {
-    "gemma4": Tiny(
-        "gemma4",
-        text={"enable_moe_block": True, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
-    ),
-    "llama4": Tiny("llama4", text={"intermediate_size_mlp": 32, "attention_chunk_size": 64}),
-    "minimax_m3_vl": Tiny("minimax_m3_vl", text={}),
-    "qwen3_5_moe": Tiny("qwen3_5_moe", text={"layer_types": LINEAR_AND_FULL}),
-    "qwen4_exp": Tiny("qwen4_exp", text=FAMILIES["qwen4_exp"].overrides),
-}
-"""Wrappers of families that the table runs as language models alone; it has the other wrappers itself."""
 
 
 def assert_same(model: PreTrainedModel, **inputs: Any) -> None:
@@ -42,7 +31,7 @@ def assert_same(model: PreTrainedModel, **inputs: Any) -> None:
 
 @pytest.mark.parametrize("family", WRAPPED)
 def test_text_through_a_wrapper(family: str) -> None:
-    model = built(WRAPPED[family])
+    model = built(WRAPPED[family], whole=True)
     assert type(model).__name__.endswith("ForConditionalGeneration")
     assert_same(model, input_ids=prompt(1))
 
@@ -69,7 +58,8 @@ def test_an_image_through_a_wrapper() -> None:
 @pytest.mark.parametrize(
     ("model_type", "sizes", "named"),
     [
-        ("switch_transformers", {"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
+        ("switch_transformers", {"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+                                 "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
          "SwitchTransformersExperts"),
         ("nllb-moe", {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
                       "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_sparse_step": 1,

@@ -42,9 +42,9 @@ FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
 Make = Callable[..., PreTrainedModel]
 
 
-def pruned(make_model: Make, family: str, directory: Path) -> PreTrainedModel:
+def pruned(make_model: Make, family: str, directory: Path, n_of_each: tuple[int, int] = (4, FEWER)) -> PreTrainedModel:
     """A model whose second layer has fewer experts, and its checkpoint with the config.json of the others."""
-    model, other = make_model(FAMILIES[family](4)), make_model(FAMILIES[family](FEWER), std=0.2)
+    model, other = (make_model(FAMILIES[family](n), std=std) for n, std in zip(n_of_each, (0.1, 0.2), strict=True))
     model.save_pretrained(directory)
     other.save_pretrained(directory.with_name("other"))
     files = [folder / "model.safetensors" for folder in (directory, directory.with_name("other"))]
@@ -64,16 +64,16 @@ def test_each_layer_has_the_experts_that_the_checkpoint_has(family: str, make_mo
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_slots_packs_and_replies(make_model: Make, tmp_path: Path) -> None:
-    reference = pruned(make_model, "mixtral", tmp_path / "model")
+def test_packs_replies_and_experts_on_disk(make_model: Make, tmp_path: Path) -> None:
+    reference = pruned(make_model, "mixtral", tmp_path / "model", (8, 6))
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     tokens = torch.arange(3, 9)[None]
     expected = reference.generate(tokens, **options)
-    emulated = FLOAT32 | {"accelerator": "emulated", "gpu_expert_slots": 5, "policy": "ours"}
-    model = load(tmp_path / "model", packed_file=False, **emulated)
-    assert torch.equal(model.generate(tokens, **options), expected)
-    assert model.hybrimoe.stats().total.hits > 0
-    model.hybrimoe.session.close()
+    on_disk = load(tmp_path / "model", memory={"host": 9, "disk": "auto"}, **FLOAT32)
+    assert torch.equal(on_disk.generate(tokens, **options), expected)
+    on_disk.hybrimoe.session.close()
+    with pytest.raises(ModelError, match=r"have 6 to 8 experts, which run on the CPU only: .*--accelerator none"):
+        load(tmp_path / "model", **FLOAT32 | {"accelerator": "emulated", "gpu_expert_slots": 5})
     convert(tmp_path / "model", tmp_path / "pack", expert_dtype="float32", progress=False)
     assert torch.equal(load(tmp_path / "pack", **FLOAT32).generate(tokens, **options), expected)
     assert inspect(tmp_path / "model").other == ()
