@@ -17,6 +17,7 @@ from hybrimoe.server.errors import ClientLeftError, error_answer, worded
 from hybrimoe.server.forms import Ended, Form, Update, WholeReply
 from hybrimoe.server.inbox import Inbox
 from hybrimoe.server.replies.events import Call, ReplyParser, joined
+from hybrimoe.server.tracing import RequestTrace, Traces
 from hybrimoe.server.urgency import Urgency, urgency_of
 from hybrimoe.server.worker import Job, Piece, Said, Worker
 
@@ -54,8 +55,11 @@ class ReadReply:
 class Replies:
     """All replies to one request, which are computed beside each other."""
 
-    def __init__(self, worker: Worker, prepared: Sequence[Prepared], urgency: Urgency) -> None:
-        """Queues them: all or none. Raises as `Worker.submit`."""
+    def __init__(
+        self, worker: Worker, prepared: Sequence[Prepared], urgency: Urgency, trace: RequestTrace | None = None
+    ) -> None:
+        """Queues them: all or none. Raises as `Worker.submit`. trace: is told how they end."""
+        self._trace = trace
         self._inbox: Inbox[Said] = Inbox()
         self._all: list[ReadReply] = []
         self._failure: Exception | None = None
@@ -63,7 +67,8 @@ class Replies:
             for choice, one in enumerate(prepared):
                 job = worker.submit(one.prompt_ids, one.options, urgency, inbox=self._inbox, choice=choice)
                 self._all.append(ReadReply(job, one.new_parser()))
-        except BaseException:
+        except Exception as error:
+            self._failure = error
             self.close()
             raise
 
@@ -111,6 +116,9 @@ class Replies:
         for one in self._all:
             one.job.cancel()
         self._inbox.close()
+        if self._trace is not None:
+            left = None if len(self.ended()) == len(self._all) else ClientLeftError("the client has left")
+            self._trace.end([one.job for one in self._all], self._failure or left)
 
 
 async def deliver(
@@ -118,7 +126,9 @@ async def deliver(
     urgency: Urgency | None = None,
 ) -> Response:  # fmt: skip
     """Replies to all of `prepared`, in one answer. urgency: None is that of the request's headers."""
-    replies = Replies(worker, prepared, urgency or urgency_of(request))
+    traces: Traces | None = request.app.state.traces
+    trace = None if traces is None else RequestTrace(traces, request, request.state.model)
+    replies = Replies(worker, prepared, urgency or urgency_of(request), trace)
     return await (stream if streamed else whole)(replies, form, request)
 
 

@@ -20,13 +20,14 @@ __all__ = ["HttpServer", "listening"]
 class HttpServer:
     """uvicorn in a thread of its own, so that it answers while the main thread loads the model and waits for signals.
 
-    on_end: called when it has ended, for whatever reason.
+    on_end: called when it has ended, for whatever reason. Raises MissingExtraError as `open_traces`.
     """
 
     def __init__(self, models: Models, settings: ServerConfig, keys: list[str], listener: socket.socket) -> None:
         import uvicorn
 
         from hybrimoe.server.app import create_app
+        from hybrimoe.server.tracing import open_traces
 
         self.url = _url(listener, "http" if settings.tls_cert_file is None else "https")
         self.on_end: Callable[[], None] = lambda: None
@@ -34,6 +35,7 @@ class HttpServer:
         application = create_app(
             models, api_keys=keys, cors_origins=settings.cors_origins, max_body_bytes=int(settings.max_body.value),
             strict=settings.strict, max_body_s=settings.max_body_seconds, page=settings.page,
+            traces=open_traces(settings.tracing),
         )  # fmt: skip
         self._listener = listener
         config = uvicorn.Config(
