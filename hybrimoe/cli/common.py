@@ -109,6 +109,15 @@ UnknownKeysOption = Annotated[
     ),
 ]
 
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIR[:SCALE]",
+        help="PEFT adapter (LoRA) to merge into the weights while they are read; may be repeated.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+
 TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", "-t", min=0, help="0 is greedy.", rich_help_panel=SAMPLING)
 ]
@@ -244,6 +253,7 @@ class PlacementGroup:
     speculate: SpeculateOption = None
     context_shift: ContextShiftOption = None
     attention_sinks: SinksOption = None
+    adapter: AdapterOption = None
 
     def deployment(self, model: str | None) -> DeployConfig:
         """As `deploy_config`."""
@@ -290,6 +300,7 @@ def deploy_config(
     speculate: bool | None = None,
     context_shift: bool | None = None,
     attention_sinks: int | None = None,
+    adapter: list[str] | None = None,
     weights: bool = True,
 ) -> DeployConfig:
     """The deployment that a command line describes: a file or preset, with the given options on top.
@@ -298,6 +309,7 @@ def deploy_config(
     import torch and transformers, so that what is wrong is said at once. Raises ConfigError, ModelError,
     CheckpointError and RuleError.
     """
+    from hybrimoe.checkpoint.adapters.settings import check_adapters
     from hybrimoe.checkpoint.source import check_model
     from hybrimoe.config.deploy import read_config
     from hybrimoe.config.scheduler import lossy_option
@@ -318,8 +330,10 @@ def deploy_config(
         speculate=speculate,
         context_shift=context_shift,
         attention_sinks=attention_sinks,
+        adapters=adapter,
     )
     check_model(deployment.model, weights=weights)
+    check_adapters(deployment.adapters)
     check_rules(deployment.rules)
     deployment.check_scheduler()
     return deployment
