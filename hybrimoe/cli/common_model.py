@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 KEEP_SECONDS = 5.0
 """Time at the end of a command for what is to be kept on disk."""
+WEIGHTS = (".safetensors", ".gguf", ".bin")
 BUDGETS = ("gpu_experts", "host", "disk", "kv")
 """Of the section `memory`: sizes, which change where something lies and not what it is."""
 
@@ -126,23 +127,31 @@ def states_identity(config: DeployConfig, **more: Any) -> str:
     import transformers
 
     from hybrimoe.checkpoint.source import model_path, read_config_dict
+    from hybrimoe.config.adapters import parse_adapter
     from hybrimoe.generation.saved.sessions import identity_of
 
     path = model_path(config.model)
-    files = sorted(path.glob("*")) if path.is_dir() else [path]
-    weights = [file for file in files if file.suffix in (".safetensors", ".gguf")]
+    named = [config.rules, *(parse_adapter(adapter).path for adapter in config.adapters)]
+    places = [path, *(Path(name).expanduser() for name in named if isinstance(name, str))]
     deployment = {key: value for key, value in config.as_dict().items() if key not in ("server", "generation", "model")}
     deployment["memory"] = {key: value for key, value in deployment["memory"].items() if key not in BUDGETS}
     deployment["scheduler"] = deployment["scheduler"].get("lossy")
     return identity_of(
         {
             "config": read_config_dict(path),
-            "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights],
+            "files": [stamp for place in places for stamp in _stamps(place)],
             "deployment": deployment,
             "versions": [torch.__version__, transformers.__version__],
             **more,
         }
     )
+
+
+def _stamps(place: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of those in a folder that hold weights; none where nothing is there."""
+    files = sorted(place.glob("*")) if place.is_dir() else [place] if place.is_file() else []
+    held = [file for file in files if file.suffix in WEIGHTS or file == place]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in held]
 
 
 def _shift(config: DeployConfig) -> ContextShift | None:
