@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrimoe.checkpoint.gguf.file import is_gguf, open_gguf
-from hybrimoe.errors import ModelError
+from hybrimoe.errors import ConfigError, ModelError, unknown
 from scheduler.machine.profile import ModelShape
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from hybrimoe.checkpoint.choice import ExpertChoice
 
+KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
 EXPERTS_OF_A_LAYER = "_exps.weight"  # in names of GGUF tensors
 
 
@@ -63,12 +66,41 @@ def model_shape(model: str | Path | None) -> ModelShape:
     return open_shape(path if model is None or path.is_dir() else str(model))
 
 
-def expert_choice(model: str | Path | None, meta: PreTrainedModel, expert_dtype: str) -> ExpertChoice:
-    """What `hybrimoe.load` packs experts as; reads headers only. meta: the model's `meta_model`.
+def with_kv_dtype(shape: ModelShape, model: str | Path | None, kv_dtype: str) -> ModelShape:
+    """The shape of `model` with the bytes of a token's keys and values where they are stored as `kv_dtype`; auto:
+    in 16 bit. Raises ConfigError for what is no such dtype."""
+    from types import SimpleNamespace
+
+    from hybrimoe.checkpoint.source import HUB_FILE, hub_config_file, is_hub_id, model_path, read_config_dict
+    from hybrimoe.generation.kv_memory import stored_bytes
+    from yaml_rules import shapes
+    from yaml_rules.located import read_yaml
+
+    if kv_dtype == "auto":
+        return shape
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(unknown("dtype of keys and values", kv_dtype, ("auto", *KV_DTYPES)))
+    if model in shapes.shape_names():
+        config = read_yaml(shapes.FOLDER / f"{model}.yaml").data["config"]
+    elif is_hub_id(model) and not HUB_FILE.match(str(model)):
+        config = json.loads(hub_config_file(str(model)).read_text(encoding="utf-8"))
+    else:
+        config = read_config_dict(model_path(model))
+    settings = SimpleNamespace(**{**config, **config.get("text_config", {})})
+    return replace(shape, kv_bytes=stored_bytes(settings, kv_dtype))
+
+
+def expert_choice(
+    model: str | Path | None, meta: PreTrainedModel, expert_dtype: str, adapters: Sequence[str] = ()
+) -> ExpertChoice:
+    """What `hybrimoe.load` packs experts as; reads headers only. meta: the model's `meta_model`. adapters: `DIR` or
+    `DIR:SCALE`, which are merged.
 
     Of a hub id, and of a directory without weights, nothing is known of how its experts are stored. Raises
     CheckpointError for files that are damaged, or in a format that is not read.
     """
+    from hybrimoe.checkpoint.adapters.file import open_adapter
+    from hybrimoe.checkpoint.adapters.merging import merge_adapters
     from hybrimoe.checkpoint.choice import choose_expert_dtype, wanted_dtype
     from hybrimoe.checkpoint.experts import layer_sources
     from hybrimoe.checkpoint.source import has_weights, is_hub_id, model_path, read_config_dict
@@ -79,6 +111,7 @@ def expert_choice(model: str | Path | None, meta: PreTrainedModel, expert_dtype:
     if path is None or (path.is_dir() and not has_weights(path)):
         return choose_expert_dtype(wanted_dtype(expert_dtype), ())
     plan = open_weights(path, read_config_dict(path)).plan(meta)
+    merge_adapters(meta, plan, [open_adapter(name) for name in adapters])
     sources = layer_sources({name: read(module) for name, module in find_experts(meta)}, plan.conversions)
     return choose_expert_dtype(wanted_dtype(expert_dtype), sources)
 

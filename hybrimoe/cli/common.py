@@ -67,6 +67,14 @@ DtypeOption = Annotated[
         rich_help_panel=PLACEMENT,
     ),
 ]
+KvDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="Keys and values as float32, bfloat16, int8, int4; auto: as the model computes them. On the CPU alone.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
 PolicyOption = Annotated[
     str | None,
     typer.Option(
@@ -97,6 +105,15 @@ UnknownKeysOption = Annotated[
     typer.Option(
         metavar="error|ignore",
         help="Weights of the checkpoint that the model does not have: an error (default), or left out.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIR[:SCALE]",
+        help="PEFT adapter (LoRA) to merge into the weights while they are read; may be repeated.",
         rich_help_panel=PLACEMENT,
     ),
 ]
@@ -139,6 +156,25 @@ SpeculateOption = Annotated[
     typer.Option(
         "--speculate/--no-speculate",
         help="Drafts from the text itself, several tokens a step; the same text. For models on the CPU alone.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+ContextShiftOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--context-shift/--no-context-shift",
+        help="Leave the oldest tokens out where a text outgrows the context, instead of an error (off).",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+SinksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--attention-sinks",
+        metavar="N",
+        min=0,
+        max=65_536,
+        help="With --context-shift: first tokens that always stay (4).",
         rich_help_panel=PLACEMENT,
     ),
 ]
@@ -208,12 +244,16 @@ class PlacementGroup:
     slots: SlotsOption = None
     host_memory: HostMemoryOption = None
     dtype: DtypeOption = None
+    kv_dtype: KvDtypeOption = None
     policy: PolicyOption = None
     lossy: LossyOption = None
     threads: ThreadsOption = None
     lookahead: LookaheadOption = None
     unknown_keys: UnknownKeysOption = None
     speculate: SpeculateOption = None
+    context_shift: ContextShiftOption = None
+    attention_sinks: SinksOption = None
+    adapter: AdapterOption = None
 
     def deployment(self, model: str | None) -> DeployConfig:
         """As `deploy_config`."""
@@ -251,12 +291,16 @@ def deploy_config(
     slots: str | None = None,
     host_memory: str | None = None,
     dtype: str | None = None,
+    kv_dtype: str | None = None,
     policy: str | None = None,
     threads: int | None = None,
     lookahead: int | None = None,
     lossy: str | None = None,
     unknown_keys: str | None = None,
     speculate: bool | None = None,
+    context_shift: bool | None = None,
+    attention_sinks: int | None = None,
+    adapter: list[str] | None = None,
     weights: bool = True,
 ) -> DeployConfig:
     """The deployment that a command line describes: a file or preset, with the given options on top.
@@ -265,6 +309,7 @@ def deploy_config(
     import torch and transformers, so that what is wrong is said at once. Raises ConfigError, ModelError,
     CheckpointError and RuleError.
     """
+    from hybrimoe.checkpoint.adapters.settings import check_adapters
     from hybrimoe.checkpoint.source import check_model
     from hybrimoe.config.deploy import read_config
     from hybrimoe.config.scheduler import lossy_option
@@ -276,14 +321,19 @@ def deploy_config(
         gpu_expert_slots=slots,
         memory=None if host_memory is None else {"host": host_memory, "disk": "auto"},
         expert_dtype=dtype,
+        kv_dtype=kv_dtype,
         policy=policy,
         threads=threads,
         lookahead=lookahead,
         lossy=None if lossy is None else lossy_option(lossy),
         unknown_keys=unknown_keys,
         speculate=speculate,
+        context_shift=context_shift,
+        attention_sinks=attention_sinks,
+        adapters=adapter,
     )
     check_model(deployment.model, weights=weights)
+    check_adapters(deployment.adapters)
     check_rules(deployment.rules)
     deployment.check_scheduler()
     return deployment

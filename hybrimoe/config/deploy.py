@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount, SizeAmount
+from hybrimoe.config.adapters import Adapters, resolved_adapters
 from hybrimoe.config.errors import config_error, locate
 from hybrimoe.config.scheduler import SchedulerConfig, check_scheduler
 from hybrimoe.config.values import Accelerators, ModelName, Section, Threads, check_rules
@@ -28,6 +29,7 @@ ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int4"]
 ExpertDtypeChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 UnknownKeys = Literal["error", "ignore"]
+KvDtypeName = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
 
 
@@ -46,6 +48,11 @@ class MemoryConfig(Section):
         default=Amount("auto"),
         description="Memory for keys and values of replies under way, on the device that computes attention; expert "
         "slots leave it free.",
+    )
+    kv_dtype: KvDtypeName = Field(
+        default="auto",
+        description="How keys and values are stored; auto as the model computes them. Others are for models whose "
+        "attention is compiled on the CPU.",
     )
 
 
@@ -76,6 +83,20 @@ class GenerationConfig(Section):
     speculate: bool = Field(
         default=False, description="Drafts from the text itself, verified several tokens a step; the text is the same."
     )
+    context_shift: bool = Field(
+        default=False,
+        description="Leave the oldest tokens out where a text outgrows the context; else a longer prompt is refused and"
+        " a reply ends there.",
+    )
+    attention_sinks: int | None = Field(
+        default=None, ge=0, le=65_536, description="With context_shift: first tokens that always stay (4)."
+    )
+
+    @model_validator(mode="after")
+    def _sinks_of_shifts(self) -> GenerationConfig:
+        if self.attention_sinks is not None and not self.context_shift:
+            raise ValueError("attention_sinks are tokens that context_shift keeps: give that, too, or leave them out")
+        return self
 
 
 ModelsEntry = Annotated[str, Field(min_length=1)] | dict[str, Any]
@@ -169,6 +190,9 @@ class DeployConfig(Section):
     model_config = ConfigDict(extra="forbid", frozen=True, title="HybriMoE deployment")
 
     model: ModelName | None = Field(default=None, description="Model directory, GGUF file or hub id; omitted = demo.")
+    adapters: Adapters = Field(
+        default=(), description="Folders of PEFT adapters (LoRA) that are merged into the weights, as DIR or DIR:SCALE."
+    )
     unknown_keys: UnknownKeys = Field(
         default="error", description="Weights of the checkpoint that the model does not have: error, or ignore them."
     )
@@ -271,6 +295,9 @@ _ALIASES: dict[str, KeyPath] = {
     "lookahead": ("scheduler", "lookahead"),
     "lossy": ("scheduler", "lossy"),
     "speculate": ("generation", "speculate"),
+    "context_shift": ("generation", "context_shift"),
+    "attention_sinks": ("generation", "attention_sinks"),
+    "kv_dtype": ("memory", "kv_dtype"),
 }
 
 
@@ -337,6 +364,9 @@ def _with_resolved_paths(config: DeployConfig, located: Located, given: Mapping[
         value = getattr(config, key)
         if key not in given and isinstance(value, str) and value != "auto":
             changed[key] = _from_folder(value, folder, f"{locate((key,), located, given)}: {key}")
+    if "adapters" not in given and config.adapters:
+        where = f"{locate(('adapters',), located, given)}: adapters"
+        changed["adapters"] = resolved_adapters(config.adapters, lambda path: _from_folder(path, folder, where))
     if "server" not in given:
         of_server = _server_paths(config.server, folder, lambda key: locate(("server", key), located, given))
         if of_server:
@@ -365,10 +395,14 @@ def _server_paths(server: ServerConfig, folder: Path, where: Callable[[str], str
 
 
 def _with_model(entry: str | dict[str, Any], resolved: Callable[[str], str]) -> str | dict[str, Any]:
-    """An entry of `server.models` with its model's path resolved."""
+    """An entry of `server.models` with the paths of its model and of its adapters resolved."""
     if isinstance(entry, str):
         return resolved(entry)
-    return {**entry, "model": resolved(entry["model"])} if isinstance(entry.get("model"), str) else entry
+    own = {**entry, "model": resolved(entry["model"])} if isinstance(entry.get("model"), str) else entry
+    adapters = [own["adapters"]] if isinstance(own.get("adapters"), str) else own.get("adapters")
+    if not isinstance(adapters, list) or not all(isinstance(name, str) for name in adapters):
+        return own
+    return {**own, "adapters": list(resolved_adapters(tuple(adapters), resolved))}
 
 
 def _from_folder(path: str, folder: Path, place: str) -> str:
