@@ -99,6 +99,9 @@ class Contender(Protocol):
     def tiers(self) -> dict[str, int]:
         """Bytes by where keys and values lie."""
 
+    def close(self) -> None:
+        """Nothing more is asked, and nothing more is written."""
+
 
 def measure(request: Request, progress: Progress) -> dict[str, Any]:
     """Times of all turns by context and contender, as plain data.
@@ -117,6 +120,8 @@ def measure(request: Request, progress: Progress) -> dict[str, Any]:
         model = source.hybrid(request.deployment, progress)
         stack.callback(model.hybrimoe.session.close)
         contenders = list(_contenders(request, source, model, folder, n_tokens, progress))
+        for one in contenders:
+            stack.callback(one.close)
         rows: list[dict[str, Any]] = []
         for number, context in enumerate(request.contexts):
             progress(number, len(request.contexts), "contexts")
@@ -247,6 +252,10 @@ class Hybrid:
         tree = self._tree
         return {"keys and values": self._engine.kv_bytes, "prefix cache": tree.n_bytes, "disk": tree.disk.n_bytes}
 
+    def close(self) -> None:
+        """See `Contender`."""
+        self._end_process()
+
     def _start_process(self) -> None:
         from hybrimoe.generation.continuous_batching import BatchEngine
         from hybrimoe.generation.prefix.blocks import PrefixTree
@@ -259,6 +268,7 @@ class Hybrid:
     def _end_process(self) -> None:
         if self._tree is not None:
             self._tree.close(KEEP_S)
+            self._tree = None
 
     def _ask(self, prompt_ids: list[int]) -> Asked:
         from hybrimoe.generation import SamplingOptions
@@ -340,6 +350,9 @@ class LlamaTurns:
         """See `Contender`."""
         n_bytes = 0 if self._state is None else len(self._state)
         return {"keys and values": n_bytes, "prefix cache": n_bytes, "disk": n_bytes}
+
+    def close(self) -> None:
+        """See `Contender`."""
 
     def _ask(self, prompt_ids: Sequence[int], n_held: int, restore: Callable[[], Any] = lambda: None) -> Asked:
         """A reply; `restore` brings the state of `n_held` tokens back, and counts as time to the first token."""
