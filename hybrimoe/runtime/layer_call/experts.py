@@ -83,7 +83,10 @@ class Experts:
             space.plan = self._unplanned
             space.plan.run_on_cpu(self.step, index, len(space.demand.expert_ids))
         else:
-            space.plan = planner.decide(space.demand, cpu_ready_us, accel_ready_us, link_ready_us)
+            host, tier = None, self.lanes.tier
+            if tier is not None:
+                host = tier.view(index, space.demand.expert_ids, planner.costs.read_us(index))
+            space.plan = planner.decide(space.demand, cpu_ready_us, accel_ready_us, link_ready_us, host)
         self.count(space)
 
     def expect(self, space: CallSpace, phase: Phase, predictions: tuple[Prediction, ...]) -> None:
