@@ -44,8 +44,8 @@ def price_of_absence(
     key_of: npt.NDArray[np.int64], held: Bools, keep: Floats, saving_us: Floats, read_us: Floats, n_experts: int,
     priced: Floats,
 ) -> None:  # fmt: skip
-    """priced float64[n_keys] = ``keep``, and for experts of which only a slot and the disk have a copy also what it costs
-    to read them back, times the chance that they are needed in the time for which ``keep`` counts uses.
+    """priced float64[n_keys] = ``keep``, and for experts that only a slot and the disk have also what it costs to read
+    them back, times the chance that they are needed in the time for which ``keep`` counts uses.
 
     saving_us, read_us float64[n_layers]: us that one use of a resident saves, and that one read takes.
     """

@@ -22,7 +22,8 @@ EXHAUSTIVE_EXPERTS = 20
 LARGE_NODE_LIMIT = 1024
 """Nodes for more experts: about 30 us of search."""
 READING_NODE_LIMIT = 1 << 14
-"""Nodes where experts wait for the disk, so that 13 of them are searched whole: below a millisecond, as a read takes."""
+"""Nodes where experts wait for the disk, so that 13 of them are searched whole: below a millisecond, less than a read.
+"""
 TOLERANCE = 1e-9
 """A placement replaces the best one only if it is better by more than this share (float sums differ by order)."""
 DUAL_LEVELS = 4

@@ -8,6 +8,7 @@ Rows are added in top-k order, so the result does not depend on which lane ran f
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter_ns
 
@@ -80,11 +81,16 @@ class Lanes:
     def submit(self, space: CallSpace) -> None:
         """Starts the plan's transfers and its work on the accelerator; `compute` and `combine` must follow."""
         plan, queue = space.plan, self._queue_of[space.index]
+        space.turns = None
         if queue is None:
             return
         if plan.moved or plan.awaited or space.traced:
-            space.turns = (), self._interleave(space, queue)
-            self._submit_what_is_read(space)
+            turns = self._interleave(space, queue)
+            if self.tier is None:
+                deque(turns, maxlen=0)  # nothing waits for the disk
+            else:
+                space.turns = None, turns
+                self._submit_what_is_read(space, self.tier)
             return
         if plan.accel:
             self._send(space, queue, plan.accel, plan.slots)
@@ -96,16 +102,16 @@ class Lanes:
         tier = self.tier
         return tier is not None and not all(tier.has(transfer.layer, transfer.expert) for transfer in transfers)
 
-    def _submit_what_is_read(self, space: CallSpace) -> None:
+    @staticmethod
+    def _submit_what_is_read(space: CallSpace, tier: HostCache) -> None:
         """Goes on with a plan's transfers and the work between them, up to the first that is still to be read."""
         assert space.turns is not None
         waiting, turns = space.turns
-        while not self.waits_for_disk(waiting):
-            following = next(turns, None)
-            if following is None:
+        while waiting is None or tier.has(waiting.layer, waiting.expert):
+            waiting = next(turns, None)
+            if waiting is None:
                 space.turns = None
                 return
-            waiting = following
         space.turns = waiting, turns
 
     def place(self, space: CallSpace, exchange: Exchange) -> None:
@@ -131,10 +137,10 @@ class Lanes:
                 space.ends.append(end)
                 space.stands_for, space.recorded = OBSERVE_EVERY, True
 
-    def _interleave(self, space: CallSpace, queue: TransferQueue) -> Iterator[Sequence[Transfer]]:
+    def _interleave(self, space: CallSpace, queue: TransferQueue) -> Iterator[Transfer]:
         """Submits work and transfers in turn, so that each computation sees the slot contents that the plan means.
 
-        Yields transfers before it starts them: their experts must be in host memory then.
+        Yields each transfer before it starts it: the expert must be in host memory then.
         """
         plan, sent, begun = space.plan, 0, 0
         for at, position in enumerate(plan.accel):
@@ -143,14 +149,15 @@ class Lanes:
                 self._send(space, queue, plan.accel[begun:at], plan.slots[begun:at])
                 begun = at
             if needed >= sent:
-                yield plan.transfers[sent : needed + 1]
-                self.start_transfers(plan.transfers[sent : needed + 1], space.step, traced=space.traced)
+                for transfer in plan.transfers[sent : needed + 1]:
+                    yield transfer
+                    self.start_transfers((transfer,), space.step, traced=space.traced)
                 sent = needed + 1
         if begun < len(plan.accel):
             self._send(space, queue, plan.accel[begun:], plan.slots[begun:])
-        if sent < len(plan.transfers):
-            yield plan.transfers[sent:]
-            self.start_transfers(plan.transfers[sent:], space.step, traced=space.traced)
+        for transfer in plan.transfers[sent:]:
+            yield transfer
+            self.start_transfers((transfer,), space.step, traced=space.traced)
         if plan.prefetches:
             self.start_transfers(plan.prefetches, space.step, traced=space.traced)
 
@@ -213,11 +220,12 @@ class Lanes:
         run, rest = self._runs[index], (work.dispatch, work.host_hidden, work.host_rows)
         while left.size or space.turns is not None:
             start_ns = perf_counter_ns()
-            sending = [] if space.turns is None else [transfer.expert for transfer in space.turns[0]]
-            there = tier.ready(index, np.concatenate([work.dispatch.expert_ids[left], np.array(sending, np.int64)]))
-            there = there[: left.size]
+            asked = work.dispatch.expert_ids[left]
+            if space.turns is not None and space.turns[0] is not None:
+                asked = np.append(asked, space.turns[0].expert)
+            there = tier.ready(index, asked)[: left.size]
             if space.turns is not None:
-                self._submit_what_is_read(space)
+                self._submit_what_is_read(space, tier)
             if space.traced:
                 there[np.flatnonzero(there)[1:]] = False
             begin_ns = perf_counter_ns()

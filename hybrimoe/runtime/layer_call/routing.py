@@ -143,8 +143,8 @@ class CallSpace:
     `work` is what the lanes share, `demand` what the planner sees of it, `plan` its answer; `positions` int32 and
     `records` uint64 [E] are the CPU lane's experts. `ends`: of each piece of work on the accelerator, whose
     experts are at positions `sent`, and whose time stands for that of `stands_for` calls. `ran`: the CPU lane's tasks,
-    while `traced`, and `unit`: the accelerator then. `turns`: what is left to submit, once the first transfers of it,
-    which come with it, have been read from disk.
+    while `traced`, and `unit`: the accelerator then. `turns`: what is left to submit, once the first transfer of it has
+    been read from disk.
     """
 
     __slots__ = (
@@ -171,7 +171,7 @@ class CallSpace:
         self.ran: list[TaskRecord] = []
         self.step, self.n_cpu, self.cpu_us, self.traced, self.unit = -1, 0, 0.0, False, 0
         self.stands_for, self.recorded = 1, False
-        self.turns: tuple[Sequence[Transfer], Iterator[Sequence[Transfer]]] | None = None
+        self.turns: tuple[Transfer | None, Iterator[Transfer]] | None = None
         self.norm, self._width = layer.transform(), layer.spec.hidden
         self.buffers = Buffers(0, layer.num_experts)
         self._work = LayerWork(self.buffers.dispatch(0, 1, 0, 0), NOTHING, NO_ROWS, NO_ROWS)

@@ -31,8 +31,10 @@ def explain_step(
     trace: str | None, hardware: str, shape: str | None, policy: str, cache_ratio: float, step: int, seed: int = 0,
     accelerators: int | None = None, host_ratio: float = 1.0,
 ) -> StepReport:  # fmt: skip
-    """Simulate up to ``step`` and explain it. ``phase`` of the step is whatever the trace has there; ``host_ratio``: the
-    share of all experts that host memory holds."""
+    """Simulate up to ``step`` and explain it. ``phase`` of the step is whatever the trace has there.
+
+    host_ratio: the share of all experts that host memory holds.
+    """
     if step < 0:
         raise ConfigError(f"--step counts from 0, found {step}")
     found = open_trace(trace, shape, seed=seed)
