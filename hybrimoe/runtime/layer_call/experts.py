@@ -97,6 +97,7 @@ class Experts:
         if space.ends:
             self.reports.forget(space)
         space.step, space.traced, space.stands_for, space.recorded = self.step, self.tracing, 1, False
+        space.turns = None
 
     def count(self, space: CallSpace) -> None:
         """Counts a planned call: what it found, and what its plan does."""

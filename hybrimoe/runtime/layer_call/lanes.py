@@ -81,7 +81,6 @@ class Lanes:
     def submit(self, space: CallSpace) -> None:
         """Starts the plan's transfers and its work on the accelerator; `compute` and `combine` must follow."""
         plan, queue = space.plan, self._queue_of[space.index]
-        space.turns = None
         if queue is None:
             return
         if plan.moved or plan.awaited or space.traced:

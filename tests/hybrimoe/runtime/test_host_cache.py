@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,30 @@ def test_a_call_of_more_experts_than_fit_is_computed_in_turns(make_cache: Callab
     cache = make_cache(3)
     for layer in (0, 1, 2, 0):
         assert compute(cache, layer, list(range(N_EXPERTS)), n_tokens=64) >= N_EXPERTS - 3
+
+
+def test_a_planner_is_told_what_waits_for_the_disk(make_cache: Callable[..., HostCache]) -> None:
+    cache = make_cache(12)
+    compute(cache, 0, [1])
+    told = replace(demand(0, [1, 2, 5, 7]), n_tokens=np.array([1, 1, 4, 1], np.int32))
+    cache.demand(told, np.array([1, 2, 5]))  # 7 is in a slot
+    view = cache.view(0, told.expert_ids, 10.0)
+    assert view is not None
+    assert view.waits_us[0] == 0.0
+    assert view.waits_us[2] <= 10.0, "the heaviest load is read first"
+    assert view.waits_us[1] <= 20.0
+    assert np.isinf(view.waits_us[3])
+    assert view.reads[-2:] == ((0, 5), (0, 2))
+    assert view.held[1]
+    assert not view.held[7]
+    cache.ready(0, np.array([2]))
+    assert cache.has(0, 2)
+    assert not cache.has(0, 7)
+    everything = make_cache(N_LAYERS * N_EXPERTS)
+    for layer in range(N_LAYERS):
+        compute(everything, layer, list(range(N_EXPERTS)))
+    assert everything.view(0, np.arange(3), 10.0) is None
+    assert everything.read_took_us() > 0.0
 
 
 def test_memory_stays_within_the_budget(make_cache: Callable[..., HostCache]) -> None:
