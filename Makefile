@@ -9,6 +9,7 @@ STAMP_DEV := $(VENV)/.hybrimoe-dev
 # Tests run in as many processes as there are cores, but not more than 4 (about 1.5 GB of memory each); WORKERS=0: in one.
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
+SHORT := not slow and (not families or representative)
 
 STAMP_BROWSER := $(VENV)/.hybrimoe-browser
 
@@ -34,14 +35,14 @@ $(STAMP_DEV): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(STAMP_BASE)  ## set up, then stream a text from the demo model and show what ran where
 	$(BIN)/hybrimoe generate --prompt "It was a bright morning, and Elizabeth" --max-new-tokens 96 --seed 7
 
-test: $(STAMP_DEV)  ## set up, then run the tests, with six of the model families
-	$(BIN)/python -m pytest -q $(PARALLEL) -m "not families or representative"
+test: $(STAMP_DEV)  ## set up, then run the tests, with six of the model families, without the slow ones
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "$(SHORT)"
 
 test-fast: $(STAMP_DEV)  ## what a change is tried with: the scheduler, rules, configuration and checkpoints
 	$(BIN)/python -m pytest -q -m "not families" tests/scheduler tests/yaml_rules tests/hybrimoe/config \
 	  tests/test_dependency_direction.py
 
-test-all: $(STAMP_DEV)  ## every test, with every model family of transformers (what CI runs)
+test-all: $(STAMP_DEV)  ## every test, the slow ones too, with every model family of transformers (what CI runs)
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 $(STAMP_BROWSER): $(STAMP_DEV)
@@ -64,7 +65,7 @@ $(STAMP_FLOOR): pyproject.toml constraints.txt $(STAMP_DEV)
 	@touch $@
 
 test-floor: $(STAMP_FLOOR)  ## the tests with the lowest versions that pyproject.toml allows (torch 2.8: 7 GB of disk)
-	PYTHONPATH=. $(FLOOR) -m pytest -q $(PARALLEL) -m "not families or representative" -W default
+	PYTHONPATH=. $(FLOOR) -m pytest -q $(PARALLEL) -m "$(SHORT)" -W default
 
 coverage: $(STAMP_DEV)  ## the tests with line and branch coverage; functions that Numba compiled are not seen
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not families or representative" --cov --cov-report=term

@@ -49,7 +49,7 @@ def simulate(
     expert_dtype: simulated.ExpertDtypeOption = "int4",
     dense_dtype: simulated.DenseDtypeOption = "int8",
     predictions: Annotated[
-        str, typer.Option(help="Routing known ahead: auto, recorded, transition, noisy, or none.")
+        str, typer.Option(help="Routing known ahead: auto, recorded, transition, token, noisy, or none.")
     ] = "auto",
     lookahead: Annotated[int, typer.Option(min=0, help="Layers ahead that are predicted.")] = 3,
     max_tokens: Annotated[int, typer.Option(help="Simulate at most so many tokens; 0: all.")] = DEFAULT_TOKENS,

@@ -19,6 +19,7 @@ from hybrimoe.cli.common import (
     check_writable,
     deploy_config,
 )
+from hybrimoe.cli.generate import read_file, read_prompt
 from hybrimoe.cli.simulated import check_trace
 from hybrimoe.cli.views import render
 
@@ -45,6 +46,9 @@ def record(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .npz to write.")] = Path("trace.npz"),
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt, one sequence each; repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt a line.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option("--prompt-file", help="A text file that is one prompt; repeatable.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Decode steps a prompt.")] = 64,
     horizon: Annotated[int, typer.Option(min=0, help="Layers ahead that are predicted.")] = 3,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
@@ -56,6 +60,13 @@ def record(
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Keep the tokens' input embeddings: train --target routes needs them.")
     ] = False,
+    token_ids: Annotated[
+        bool,
+        typer.Option(
+            "--token-ids/--no-token-ids",
+            help="Keep the tokens themselves, for predictions by token; the texts can be read from them.",
+        ),
+    ] = True,
     licence: Annotated[str, typer.Option(help="Licence of the trace, kept in the file.")] = "Apache-2.0",
     config: ConfigOption = None,
     unknown_keys: UnknownKeysOption = None,
@@ -64,7 +75,7 @@ def record(
     """Generate replies and record ids, weights and predicted routing of every layer, in prefill and decode."""
     from hybrimoe.generation import SamplingOptions
 
-    texts = [*(prompt or ()), *_lines(prompts)]
+    texts = [*(prompt or ()), *_lines(prompts), *(read_prompt(None, path) for path in prompt_file or ())]
     options = SamplingOptions(max_new_tokens=new_tokens, temperature=temperature, seed=seed)
     check_writable(out)
     deployment = deploy_config(
@@ -77,8 +88,7 @@ def record(
     with open_model(deployment, show_progress=not as_json) as opened:
         trace = record_texts(
             opened.generator, texts, options, source=opened.name, licence=licence, horizon=horizon,
-            embeddings=embeddings,
-            full_scores=full_scores,
+            embeddings=embeddings, full_scores=full_scores, token_ids=token_ids,
         )  # fmt: skip
     trace.save(out)
     _tell(out, trace, as_json)
@@ -169,14 +179,11 @@ def _tell(out: Path, trace: Trace, as_json: bool) -> None:
 
 
 def _lines(path: Path | None) -> list[str]:
-    if path is None:
-        return []
     from hybrimoe.errors import PromptError
 
-    try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path} cannot be read as text: {error}") from error
+    if path is None:
+        return []
+    found = [line.strip() for line in read_file(path).splitlines() if line.strip()]
     if not found:
         raise PromptError(f"{path} holds no prompt: expected one a line")
     return found

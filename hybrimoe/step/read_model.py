@@ -21,7 +21,7 @@ from hybrimoe.experts.module import HybridExperts
 from hybrimoe.step.caches import place_of
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_attention import RopeTables, angles_at
-from hybrimoe.step.read_layer import Site, branches_of, sites_of, whole_site
+from hybrimoe.step.read_layer import Site, branches_of, rounding, sites_of, whole_site
 from hybrimoe.step.read_parts import read_linear, read_norm
 from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Call, Trace, same
 
@@ -242,7 +242,7 @@ def _error(
     compiled.stream[:n_rows] = before
     compiled.run()
     base = before if branch.keep == 1.0 and not branch.renews else np.zeros_like(before)
-    unknown = _rounding(site.after) * np.abs(after)
+    unknown = rounding(site.after) * np.abs(after)
     error = _relative(compiled.stream[:n_rows] - base, after - base, _is_exact(trace, session), unknown)
     for layer, originals in kept.items():
         buffers = layers[layer].grown(0)
@@ -252,13 +252,6 @@ def _error(
             error = max(error, _relative(pair[0], pair[1], _is_exact(trace, session)))
             written.copy_(original)
     return error
-
-
-def _rounding(stream: torch.Tensor) -> float:
-    """How far the stream may be from the sum that it is, of its values: half a unit in the last place, where it has
-    fewer places than the compiled one. Beside values of thousands, which some models carry along from layer to layer,
-    that is more than a branch adds."""
-    return torch.finfo(stream.dtype).eps / 2 if stream.dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
 def _relative(found: np.ndarray, expected: np.ndarray, exact: bool, unknown: np.ndarray | float = 0.0) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ class Recorded:
     phase: Phase
     embeddings: NDArray[np.float16] | None = None
     gate_scores: NDArray[np.float16] | None = None
+    token_ids: NDArray[np.int32] | None = None
 
 
 @dataclass(slots=True)
@@ -90,6 +91,7 @@ class RoutingTap:
     _sequence: int = -1
     _fresh: bool = True
     _embeddings: NDArray[np.float16] | None = None
+    _token_ids: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         paths, self._experts = experts_modules(self.model)
@@ -117,7 +119,9 @@ class RoutingTap:
         weights = np.stack([call.weights for call in calls], axis=1)
         predicted = self._predict(calls)
         scores = self._all_scores(calls) if self.full_scores else None
-        self.steps.append(Recorded(ids, weights, predicted, self._sequence, phase, self._embeddings, scores))
+        self.steps.append(
+            Recorded(ids, weights, predicted, self._sequence, phase, self._embeddings, scores, self._token_ids)
+        )
 
     def heard(self, layer: int, arguments: tuple[Any, ...]) -> None:
         """A layer's experts are called."""
@@ -128,6 +132,10 @@ class RoutingTap:
         chosen = _with_weights(index, self._num_experts[layer])
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
         self._calls[layer] = LayerCall(flat, chosen, weights.detach().float().cpu().numpy().astype(np.float16))
+
+    def given(self, ids: torch.Tensor) -> None:
+        """The token ids of the step under way, [..., T]."""
+        self._token_ids = ids.detach().reshape(-1).cpu().numpy().astype(np.int32)
 
     def embedded(self, output: torch.Tensor) -> None:
         """The input embeddings of the step under way, [..., T, H]."""
@@ -194,8 +202,6 @@ class RoutingTap:
         if not self.steps:
             raise ModelError("nothing was recorded: the model ran no complete step with its experts")
         n_tokens = [len(step.ids) for step in self.steps]
-        known = [step.embeddings for step in self.steps if step.embeddings is not None]
-        scores = [step.gate_scores for step in self.steps if step.gate_scores is not None]
         first = self.steps[0]
         meta = {
             "model": source,
@@ -213,10 +219,20 @@ class RoutingTap:
             meta=meta,
             expert_weights=np.concatenate([step.weights for step in self.steps]),
             predicted_ids=np.concatenate([step.predicted for step in self.steps]),
-            embeddings=np.concatenate(known) if len(known) == len(self.steps) else None,
-            gate_scores=np.concatenate(scores) if len(scores) == len(self.steps) else None,
+            embeddings=_joined([step.embeddings for step in self.steps]),
+            gate_scores=_joined([step.gate_scores for step in self.steps]),
+            token_ids=_joined([step.token_ids for step in self.steps]),
             name=name,
         )
+
+
+Kept = TypeVar("Kept", bound=np.generic)
+
+
+def _joined(parts: list[NDArray[Kept] | None]) -> NDArray[Kept] | None:
+    """The steps' arrays as one; None where a step has none."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 def _with_weights(index: torch.Tensor, n_experts: int) -> NDArray[np.int16]:
@@ -243,12 +259,15 @@ def num_experts(module: nn.Module) -> int:
 
 @contextmanager
 def listening(
-    model: nn.Module, horizon: int = DEFAULT_HORIZON, embeddings: bool = False, full_scores: bool = False
-) -> Iterator[RoutingTap]:
-    """Hooks on ``model`` for the block; the tap keeps what it heard, with ``embeddings`` the tokens' too, with
-    ``full_scores`` the gates' probabilities of all experts."""
+    model: nn.Module, horizon: int = DEFAULT_HORIZON, embeddings: bool = False, full_scores: bool = False,
+    token_ids: bool = True,
+) -> Iterator[RoutingTap]:  # fmt: skip
+    """Hooks on ``model`` for the block; the tap keeps what it heard: with ``token_ids`` the tokens too, with
+    ``embeddings`` their embeddings, with ``full_scores`` the gates' probabilities of all experts."""
     tap = RoutingTap(model, horizon, full_scores)
     handles = [model.register_forward_pre_hook(lambda *_: tap.flush())]
+    if token_ids:
+        handles.append(input_embeddings(model).register_forward_hook(lambda _, given, __: tap.given(given[0])))
     if embeddings:
         handles.append(input_embeddings(model).register_forward_hook(lambda _, __, output: tap.embedded(output)))
     for layer, module in enumerate(tap._experts):
@@ -280,10 +299,10 @@ def _listener(tap: RoutingTap, layer: int) -> Any:
 
 def record_texts(
     generator: TextGenerator, prompts: Sequence[str], options: SamplingOptions, *, source: str, licence: str,
-    horizon: int = DEFAULT_HORIZON, embeddings: bool = False, full_scores: bool = False,
+    horizon: int = DEFAULT_HORIZON, embeddings: bool = False, full_scores: bool = False, token_ids: bool = True,
 ) -> Trace:  # fmt: skip
     """Generate a reply to each prompt and record its routing; each prompt is one sequence."""
-    with listening(generator.model, horizon, embeddings, full_scores) as tap:
+    with listening(generator.model, horizon, embeddings, full_scores, token_ids) as tap:
         for prompt in prompts:
             tap.begin_sequence()
             for _ in generator.reply(generator.encode(prompt), options):

@@ -54,7 +54,7 @@ def open_trace(
     scores = _scores_of(trace)
     if shape is not None:
         return TraceInput(trace, open_shape(shape), scores)
-    found, note = _shape_of(trace, demo=source in (None, DEMO))
+    found, note = _shape_of(trace)
     return TraceInput(trace, found, (note, *scores))
 
 
@@ -93,13 +93,15 @@ def _is_demo_shape(shape: ModelShape) -> bool:
     return (shape.n_layers, shape.n_experts, shape.top_k) == (demo.n_layers, demo.n_experts, demo.top_k)
 
 
-def _shape_of(trace: Trace, *, demo: bool) -> tuple[ModelShape, str]:
+def _shape_of(trace: Trace) -> tuple[ModelShape, str]:
     """The shape that goes with a trace: the demo model's, or the shipped one whose name the trace's model ends with."""
-    if demo:
+    if trace.meta["model"] == DEMO:
         return replace(open_shape(DEMO_MODEL), name="demo"), "model shape: the demo model"
     from yaml_rules.shapes import shape_names
 
     model = str(trace.meta["model"]).lower()
+    if (Path(trace.meta["model"]) / "config.json").is_file():
+        return open_shape(trace.meta["model"]), f"model shape: that of {trace.meta['model']}"
     for name in shape_names():
         if name in model:
             return open_shape(name), f"model shape: {name} (from the trace's model {trace.meta['model']})"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from scheduler.traces.trace import Trace, TraceError
 
-PredictionKind = Literal["auto", "recorded", "transition", "noisy", "none"]
+PredictionKind = Literal["auto", "recorded", "transition", "token", "noisy", "none"]
 DEFAULT_HORIZON = 3
 #: Recall assumed 1, 2 and 3 layers ahead by ``noisy``: about what next-layer gates reach on the current hidden state
 #: (Eliseev and Mazur, arXiv 2312.17238, figure 2, report 0.8 to 0.9 one layer ahead for as many guesses as experts).
@@ -44,10 +44,37 @@ def recorded(trace: Trace) -> Predictions:
     """The trace's own predictions; rank r of the best ``top_k`` scores (top_k - r) / sum, further ones are dropped."""
     if trace.predicted_ids is None:
         raise TraceError(f"trace {trace.name!r} has no predicted_ids; use predictions 'transition', 'noisy' or 'none'")
-    kept = trace.predicted_ids[..., : trace.top_k]
-    rank = np.arange(kept.shape[-1], 0, -1, dtype=np.float32)
-    scores = np.broadcast_to(rank / rank.sum(), kept.shape)
-    return Predictions(kept, np.where(kept >= 0, scores, 0.0).astype(np.float32), "recorded")
+    return _ranked(trace.predicted_ids[..., : trace.top_k], "recorded")
+
+
+def by_token(trace: Trace, horizon: int = DEFAULT_HORIZON) -> Predictions:
+    """What each token was routed to when it was last seen in an earlier step; nothing for one that was not.
+
+    How far the token alone decides its routing, whatever stands before it. Ranks score as in ``recorded``.
+    """
+    if trace.token_ids is None:
+        raise TraceError(
+            f"trace {trace.name!r} has no token_ids; record it with `hybrimoe trace record`, or use predictions"
+            " 'transition', 'noisy' or 'none'"
+        )
+    latest: dict[int, int] = {}
+    before = np.full(trace.n_tokens, -1)
+    for step in trace.steps():
+        tokens = trace.token_ids[step.start : step.stop].tolist()
+        before[step.start : step.stop] = [latest.get(token, -1) for token in tokens]
+        latest.update(zip(tokens, range(step.start, step.stop), strict=True))
+    n_tokens, n_layers, top_k = trace.expert_ids.shape
+    ids = np.full((n_tokens, n_layers, horizon, top_k), -1, np.int16)
+    seen = before >= 0
+    for ahead in range(1, min(horizon, n_layers - 1) + 1):
+        ids[seen, : n_layers - ahead, ahead - 1] = trace.expert_ids[before[seen], ahead:]
+    return _ranked(ids, "token")
+
+
+def _ranked(ids: NDArray[np.int16], kind: str) -> Predictions:
+    """Rank r of p guesses, best first, scores (p - r) / sum."""
+    rank = np.arange(ids.shape[-1], 0, -1, dtype=np.float32)
+    return Predictions(ids, np.where(ids >= 0, rank / rank.sum(), 0.0).astype(np.float32), kind)
 
 
 def noisy(
@@ -177,6 +204,8 @@ def predictions_for(
         return None
     if kind == "recorded" or (kind == "auto" and trace.predicted_ids is not None):
         return recorded(trace)
+    if kind == "token":
+        return by_token(trace)
     if kind == "noisy":
         return noisy(trace, seed=seed)
     return TransitionPredictor().fit(trace if calibration is None else calibration).predict(trace)

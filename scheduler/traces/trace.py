@@ -5,7 +5,8 @@ Arrays: ``expert_ids`` int16 [tokens, layers, top_k] (``-1`` absent), ``expert_w
 ``predicted_ids`` int16 [tokens, layers, horizon, p]: the routing that the gates of layers l + 1, l + 2, ... gave from
 layer l's hidden state, best first; optional ``embeddings`` float16 [tokens, hidden]: the model's input embeddings of
 the tokens, which predictors of routes learn from; optional ``gate_scores`` float16 [tokens, layers, num_experts]: the
-gate's probabilities of all experts, routed or not, which scores such as HybriMoE's MRS are defined on.
+gate's probabilities of all experts, routed or not, which scores such as HybriMoE's MRS are defined on; optional
+``token_ids`` int32 [tokens]: the tokens themselves, by the model's tokenizer.
 """
 
 import json
@@ -24,6 +25,10 @@ from scheduler.errors import SchedulerError
 
 PHASE_CODES: dict[Phase, int] = {"prefill": 0, "decode": 1}
 REQUIRED_ARRAYS = ("expert_ids", "sequence", "phase", "meta")
+OPTIONAL_ARRAYS: Mapping[str, type[np.generic]] = {
+    "expert_weights": np.float16, "predicted_ids": np.int16, "embeddings": np.float16, "gate_scores": np.float16,
+    "token_ids": np.int32,
+}  # fmt: skip
 REQUIRED_META = ("model", "num_layers", "num_experts", "top_k")
 
 
@@ -61,6 +66,7 @@ class Trace:
     predicted_ids: NDArray[np.int16] | None = None
     embeddings: NDArray[np.float16] | None = None
     gate_scores: NDArray[np.float16] | None = None
+    token_ids: NDArray[np.int32] | None = None
     name: str = field(default="trace")
 
     def __post_init__(self) -> None:
@@ -95,11 +101,12 @@ class Trace:
             sequence=_as_dtype(arrays["sequence"], np.int32, "sequence", path),
             phase=_as_dtype(arrays["phase"], np.uint8, "phase", path),
             meta=_read_meta(arrays["meta"], path),
-            expert_weights=_optional(arrays, "expert_weights", np.float16, path),
-            predicted_ids=_optional(arrays, "predicted_ids", np.int16, path),
-            embeddings=_optional(arrays, "embeddings", np.float16, path),
-            gate_scores=_optional(arrays, "gate_scores", np.float16, path),
             name=path.stem,
+            **{
+                name: _as_dtype(arrays[name], dtype, name, path)
+                for name, dtype in OPTIONAL_ARRAYS.items()
+                if name in arrays
+            },
         )
 
     def save(self, path: str | Path) -> None:
@@ -110,15 +117,8 @@ class Trace:
             "sequence": self.sequence,
             "phase": self.phase,
             "meta": np.array(json.dumps(dict(self.meta), sort_keys=True)),
+            **self._optional(),
         }
-        if self.expert_weights is not None:
-            arrays["expert_weights"] = self.expert_weights
-        if self.predicted_ids is not None:
-            arrays["predicted_ids"] = self.predicted_ids
-        if self.embeddings is not None:
-            arrays["embeddings"] = self.embeddings
-        if self.gate_scores is not None:
-            arrays["gate_scores"] = self.gate_scores
         partial = path.with_name(f".{path.name}.partial")
         try:
             with partial.open("wb") as handle:
@@ -126,6 +126,11 @@ class Trace:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+    def _optional(self) -> dict[str, Any]:
+        """The optional arrays that this trace has."""
+        found = {name: getattr(self, name) for name in OPTIONAL_ARRAYS}
+        return {name: array for name, array in found.items() if array is not None}
 
     def has_phase(self, phase: Phase) -> bool:
         return bool((self.phase == PHASE_CODES[phase]).any())
@@ -211,10 +216,7 @@ class Trace:
             expert_ids=self.expert_ids[index],
             sequence=self.sequence[index] if sequence is None else sequence,
             phase=self.phase[index] if phase is None else phase,
-            expert_weights=None if self.expert_weights is None else self.expert_weights[index],
-            predicted_ids=None if self.predicted_ids is None else self.predicted_ids[index],
-            embeddings=None if self.embeddings is None else self.embeddings[index],
-            gate_scores=None if self.gate_scores is None else self.gate_scores[index],
+            **{name: array[index] for name, array in self._optional().items()},
         )
 
 
@@ -251,10 +253,6 @@ def _as_dtype(array: NDArray[Any], dtype: type, name: str, path: Path) -> NDArra
     if wanted.kind in "iu" and not np.array_equal(converted, array):
         raise TraceError(f"{path}: {name} holds values that do not fit {wanted}")
     return converted
-
-
-def _optional(arrays: Mapping[str, NDArray[Any]], name: str, dtype: type, path: Path) -> NDArray[Any] | None:
-    return _as_dtype(arrays[name], dtype, name, path) if name in arrays else None
 
 
 def _check(trace: Trace) -> None:
@@ -307,6 +305,8 @@ def _check_shapes(trace: Trace) -> None:
         raise TraceError(f"{where}: gate_scores must be {list(wanted_scores)}, found {list(trace.gate_scores.shape)}")
     if trace.embeddings is not None and (trace.embeddings.ndim != 2 or len(trace.embeddings) != n_tokens):
         raise TraceError(f"{where}: embeddings must be [{n_tokens}, hidden], found {list(trace.embeddings.shape)}")
+    if trace.token_ids is not None and trace.token_ids.shape != (n_tokens,):
+        raise TraceError(f"{where}: token_ids must have {n_tokens} entries, found {list(trace.token_ids.shape)}")
 
 
 def _check_ids(ids: NDArray[np.int16], n_experts: int, what: str) -> None:

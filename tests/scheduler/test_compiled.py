@@ -67,6 +67,7 @@ def run(tree: Path, code: str, **environment: str) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, "-c", code], cwd=tree, env=given, capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 def test_a_change_in_another_module_compiles_again(tree: Path) -> None:
     """What a caller returns tells which source of its callee it was compiled with."""
     script = "import cpu_kernels.worker\n"
@@ -114,6 +115,7 @@ def test_a_value_in_a_call_needs_no_code_of_its_own() -> None:
     assert len(inner.signatures) == 1
 
 
+@pytest.mark.slow
 def test_nothing_can_be_kept_and_all_works(tree: Path) -> None:
     """A read-only installation and home: one warning, right results, no error (here even root may not write)."""
     for folder in [path for package in PACKAGES for path in (tree / package).rglob("*") if path.is_dir()]:

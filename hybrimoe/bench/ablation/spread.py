@@ -18,6 +18,8 @@ from hybrimoe.errors import HybriMoEError, MissingExtraError
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 PACKAGES = ("hybrimoe", "scheduler", "yaml_rules", "cpu_kernels", "gpu_kernels")
+NOT_SHIPPED = ("*.safetensors", "__pycache__")
+"""Files of the packages that no row reads: the demo model's weights, compiled code. In .gitignore's syntax."""
 RETRIES = 3
 """Times that a row is computed again whose worker was lost."""
 
@@ -86,7 +88,7 @@ def _connect() -> Any:
     except ImportError as error:
         raise MissingExtraError("cluster", "--cluster needs ray") from error
     root = Path(__file__).parents[3]
-    environment = {"py_modules": [str(root / package) for package in PACKAGES]}
+    environment = {"py_modules": [str(root / package) for package in PACKAGES], "excludes": list(NOT_SHIPPED)}
     try:
         ray.init(address="auto", runtime_env=environment, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:

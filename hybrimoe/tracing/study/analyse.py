@@ -21,7 +21,7 @@ from scheduler.traces.analysis import (
 from scheduler.traces.analysis_cache import LAYER_POLICIES, hit_rate_curve
 from scheduler.traces.analysis_pool import cache_hit_rate
 from scheduler.traces.demands import DemandSource
-from scheduler.traces.predictions import TransitionPredictor, recorded
+from scheduler.traces.predictions import TransitionPredictor, by_token, recorded
 from scheduler.traces.trace import Trace
 
 SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)
@@ -76,13 +76,16 @@ def pool_curves(trace: Trace) -> dict[str, Any]:
 
 
 def predictors(trace: Trace) -> dict[str, list[dict[str, float]]]:
-    """Recall and precision by distance: recorded gates where there are any, and the transition predictor.
+    """Recall and precision by distance: recorded gates and the token's routing before where the trace has them, and the
+    transition predictor.
 
     The latter learns from the first quarter and is judged on the rest.
     """
     found: dict[str, list[dict[str, float]]] = {}
     if trace.predicted_ids is not None:
         found["gates"] = [asdict(q) for q in predictor_quality(trace, recorded(trace))]
+    if trace.token_ids is not None and trace.n_layers > 1:
+        found["token"] = [asdict(q) for q in predictor_quality(trace, by_token(trace))]
     if trace.n_layers > 1:
         calibration, rest = split(trace)
         rest = rest.head(4 * SLOW_TOKENS)

@@ -1,6 +1,8 @@
 """The ablation: rows say where they come from, a stopped sweep goes on, tables follow from rows."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 import yaml_rules
 from hybrimoe.bench.ablation import sweep as ablation_sweep
 from hybrimoe.bench.ablation.cases import SENSITIVITY, every_policy, hit_rates, sensitivity, speedups, table_3
-from hybrimoe.bench.ablation.spread import ClusterError
+from hybrimoe.bench.ablation.spread import ClusterError, on_cluster
 from hybrimoe.bench.ablation.summary import oracle_share, summarise, tables
 from hybrimoe.bench.ablation.sweep import DEMO, Case, cached_row, run_case, sweep
 from hybrimoe.cli.bench.ablation import build_cases, write
@@ -131,25 +133,36 @@ def test_the_processes_of_a_killed_sweep_end(tmp_path):
     assert not alive, "workers outlived the sweep"
 
 
-def test_rows_of_a_ray_cluster(tmp_path):
-    """Needs ray: code and traces are shipped to a local cluster of two workers, rows are those of this process."""
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """A local Ray cluster of two workers: runs a Python program that may connect to it; gives what it prints."""
     ray = pytest.importorskip("ray")
+    with pytest.raises(ClusterError, match="no Ray cluster answers"):
+        next(on_cluster(run_case, [CASE], [[]]))
+    ray.init(num_cpus=2, include_dashboard=False)
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+    def program(code, *arguments):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    yield program
+    ray.shutdown()
+
+
+def test_rows_of_a_ray_cluster(ray_cluster, tmp_path):
+    """Code and traces are shipped; rows are those of this process."""
     trace = tmp_path / "t.npz"
     Trace.load(DEMO_TRACE).head(60).save(trace)
     cases = [replace(CASE, trace=str(trace), policy=policy) for policy in ("static", "fiddler")]
-    with pytest.raises(ClusterError, match="no Ray cluster answers"):
-        sweep(cases, tmp_path / "none", cluster=True)
-    ray.init(num_cpus=2, include_dashboard=False)
-    try:
-        address = ray.get_runtime_context().gcs_address
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RAY_ADDRESS", address)
-            ray_rows = subprocess.run(
-                [sys.executable, "-c", RAY_SWEEP, str(trace), str(tmp_path / "ray")], check=True, capture_output=True
-            )
-    finally:
-        ray.shutdown()
-    assert json.loads(ray_rows.stdout.splitlines()[-1]) == sweep(cases, tmp_path / "here")
+    assert ray_cluster(RAY_SWEEP, trace, tmp_path / "ray") == sweep(cases, tmp_path / "here")
+
+
+def test_a_lost_worker_of_a_ray_cluster_costs_its_rows_only(ray_cluster, tmp_path):
+    assert ray_cluster(RAY_LOSS, tmp_path) == [[0, 0], [1, 2], [2, 4], [3, 6]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0-1", "1-1", "1-2", "2-1", "3-1"]
 
 
 RAY_SWEEP = """
@@ -162,10 +175,28 @@ case = Case("policies", "static", "laptop", "", sys.argv[1], 0.25, "decode", n_d
 rows = sweep([replace(case, policy=p) for p in ("static", "fiddler")], Path(sys.argv[2]), cluster=True)
 print(json.dumps(rows))
 """
+RAY_LOSS = """
+import json, os, sys
+from pathlib import Path
+from hybrimoe.bench.ablation.spread import on_cluster
+
+folder = Path(sys.argv[1])
+
+def run(item, files):
+    attempt = 1 + len(list(folder.glob(f"{item}-*")))
+    (folder / f"{item}-{attempt}").touch()
+    if (item, attempt) == (1, 1):
+        os._exit(1)
+    return 2 * item
+
+print(json.dumps(sorted(on_cluster(run, range(4), [[]] * 4))))
+"""
 
 
 def test_cluster_needs_ray(tmp_path):
     pytest.importorskip("joblib")
+    if importlib.util.find_spec("ray") is not None:
+        pytest.skip("ray is installed")
     with pytest.raises(MissingExtraError, match="ray"):
         sweep([CASE], tmp_path, cluster=True)
 

@@ -7,6 +7,7 @@ import pytest
 from hybrimoe.bench.contention import Contention, busy_loops
 
 
+@pytest.mark.slow
 def test_the_share_of_the_idle_speed_is_told(hybrimoe):
     result = hybrimoe("bench", "contention", "--quick", "--loops", "1", "--accelerator", "none", "--json")
     assert result.code == 0, result.err
@@ -19,6 +20,7 @@ def test_the_share_of_the_idle_speed_is_told(hybrimoe):
     assert found["idle_loss"] == pytest.approx(loss)
 
 
+@pytest.mark.slow
 def test_the_table(hybrimoe):
     shown = hybrimoe("bench", "contention", "--quick", "--rounds", "1", "--new-tokens", "3", "--accelerator", "none")
     assert shown.code == 0, shown.err

@@ -131,6 +131,7 @@ def test_no_server_no_api_and_options_of_another_server_are_told(hybrimoe, url):
     assert "leave out --slots, --dtype" in unused.err
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_gives_its_reason(hybrimoe, tmp_path):
     nothing = bench(hybrimoe, str(tmp_path / "nothing"))
     assert (nothing.code, "no model directory" in " ".join(nothing.err.split())) == (1, True)
@@ -142,6 +143,7 @@ def test_a_server_that_does_not_start_gives_its_reason(hybrimoe, tmp_path):
     assert "model.safetensors is truncated" in result.err.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_the_real_server_is_started_measured_and_ended(hybrimoe):
     result = bench(hybrimoe, "-u", "2", "--requests", "2", "--turns", "2", "-n", "4", "--json")
     assert result.code == 0, result.err

@@ -13,6 +13,7 @@ from hybrimoe.bench.gpu_check import report
 WITHOUT_CARD = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a card")
 
 
+@pytest.mark.slow
 def test_the_emulated_device_is_checked(hybrimoe, tmp_path: Path) -> None:
     outcome = hybrimoe(
         "doctor", "--gpu", "--accelerator", "emulated", "--minutes", "5", "--only", "lost_copy", "--only", "overlap",

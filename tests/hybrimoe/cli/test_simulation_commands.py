@@ -83,15 +83,22 @@ def test_trace_record_analyze_train_simulate(hybrimoe, tmp_path):
     path = tmp_path / "t.npz"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("In the beginning\n\nShe could not\nThe table\n")
-    done = hybrimoe("trace", "record", "-o", path, "--prompts", prompts, "-n", "6", "--full-scores", "--json")
+    letter = tmp_path / "letter.txt"
+    letter.write_text("My dear Emma,\n\nThe table\n")
+    done = hybrimoe(
+        "trace", "record", "-o", path, "--prompts", prompts, "--prompt-file", letter, "-n", "6", "--full-scores",
+        "--json",
+    )  # fmt: skip
     assert done.code == 0, done.err
-    assert done.data["sequences"] == 3
+    assert done.data["sequences"] == 4
     trace = Trace.load(path)
+    assert trace.token_ids is not None
     assert trace.has_phase("prefill")
     assert trace.has_phase("decode")
     assert trace.gate_scores is not None
     report = hybrimoe("trace", "analyze", path, "--slow-tokens", "10", "--html", tmp_path / "r.html", "--json").data
     assert set(report["pool_curves"]) >= {"lru", "mrs", "belady", "value"}
+    assert 0 < report["predictors"]["token"][0]["precision"] <= 1
     page = (tmp_path / "r.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page

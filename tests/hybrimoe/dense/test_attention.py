@@ -236,6 +236,7 @@ def test_eager_attention_set_after_injection_gives_transformers_attentions(name)
         torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_flex_attention_set_after_injection_is_used(name, monkeypatch):
     from tiny_families import prompt

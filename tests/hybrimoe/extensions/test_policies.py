@@ -148,6 +148,7 @@ def section() -> str:
     return text.split("## Try a policy of your own")[1].split("\n## ")[0]
 
 
+@pytest.mark.slow
 def test_what_contributing_says_works(tmp_path, monkeypatch):
     """The file of the section is written, and each of its commands run."""
     monkeypatch.chdir(tmp_path)

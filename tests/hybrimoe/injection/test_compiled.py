@@ -36,6 +36,7 @@ def make(family: str, **sizes: int) -> PreTrainedModel:
     return tiny_model(family, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "settings"), CASES)
 def test_a_compiled_model_gives_the_same_logits(family: str, settings: dict[str, Any]) -> None:
     from tiny_families import prompt
@@ -51,6 +52,7 @@ def test_a_compiled_model_gives_the_same_logits(family: str, settings: dict[str,
         assert any(OUTSIDE in reason for reason in counters["graph_break"])
 
 
+@pytest.mark.slow
 def test_decoding_with_a_static_cache_and_a_compiled_forward() -> None:
     from tiny_families import prompt
 
@@ -64,6 +66,7 @@ def test_decoding_with_a_static_cache_and_a_compiled_forward() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's tracer looks at it
 def test_training_through_a_compiled_model() -> None:
     from tiny_families import prompt

@@ -174,11 +174,11 @@ def test_a_window_that_moves_in_the_comparison_is_refused(monkeypatch: pytest.Mo
     assert any("its window of 8 tokens is shorter than the comparison" in way for way in ways.values()), ways
 
 
+@pytest.mark.parametrize("large", [200.0, 20_000.0])
 @pytest.mark.parametrize("spoiled", [False, True], ids=["as it is", "another scale"])
-def test_a_stream_of_bfloat16_with_large_values(spoiled: bool) -> None:
+def test_a_stream_of_bfloat16_with_large_values(spoiled: bool, large: float) -> None:
     """What a branch adds to them is lost in the stream's own rounding there; it is compared where it is not."""
     model = tiny_model("qwen2_moe").to(torch.bfloat16)
-    large = 200.0
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = large
         for name, parameter in model.named_parameters():

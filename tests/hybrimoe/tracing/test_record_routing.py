@@ -111,6 +111,15 @@ def test_embeddings_are_those_of_the_tokens(model):
         pass
 
 
+def test_token_ids_are_those_that_the_model_was_given(model):
+    with listening(model) as tap:
+        run(model, tap)
+        assert tap.trace("tiny", "Apache-2.0").token_ids.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 1, 2, 3, 4, 5, 7, 8, 9]
+    with listening(model, token_ids=False) as tap:
+        run(model, tap)
+        assert tap.trace("tiny", "Apache-2.0").token_ids is None
+
+
 def test_full_scores_are_the_gates_probabilities_of_all_experts(model):
     tokens = torch.tensor([[3, 5, 7, 9]])
     with listening(model, full_scores=True) as tap, torch.no_grad():

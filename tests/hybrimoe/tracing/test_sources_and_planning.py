@@ -5,7 +5,7 @@ import pytest
 
 from hybrimoe.errors import BudgetError, ConfigError
 from hybrimoe.machine.profiles import open_hardware, open_shape
-from hybrimoe.tracing.sources import DEMO_TRACE, open_trace, split
+from hybrimoe.tracing.sources import DEMO_MODEL, DEMO_TRACE, open_trace, split
 from hybrimoe.tracing.study.planning import GIB, dense_bytes, fit
 from scheduler.traces.synthetic import generate
 from scheduler.traces.trace import Trace
@@ -23,6 +23,11 @@ def test_the_shipped_trace_is_the_demo_models():
     assert DEMO_TRACE.stat().st_size < 1 << 20
 
 
+def test_a_file_of_the_demo_models_routing_is_the_demo_models(tmp_path):
+    Trace.load(DEMO_TRACE).head(40).save(tmp_path / "part.npz")
+    assert open_trace(str(tmp_path / "part.npz"), None).shape == open_trace("demo", None).shape
+
+
 def test_a_shape_without_a_trace_gets_a_synthetic_one():
     found = open_trace(None, "mixtral-8x7b")
     assert (found.trace.n_layers, found.trace.n_experts) == (32, 8)
@@ -36,6 +41,9 @@ def test_the_shape_is_found_by_the_traces_model(tmp_path):
     found = open_trace(str(tmp_path / "a.npz"), None)
     assert found.shape.name == "olmoe-1b-7b"
     assert "no routing weights" in found.notes[1]
+    mine = Trace(trace.expert_ids, trace.sequence, trace.phase, {**trace.meta, "model": str(DEMO_MODEL)})
+    mine.save(tmp_path / "mine.npz")
+    assert open_trace(str(tmp_path / "mine.npz"), None).shape == open_shape(str(DEMO_MODEL))
     trace.save(tmp_path / "weighted.npz")
     assert not any("weights" in note for note in open_trace(str(tmp_path / "weighted.npz"), "olmoe-1b-7b").notes)
     trace.save(tmp_path / "b.npz")

@@ -16,7 +16,7 @@ from scheduler.traces.analysis import (
     window_counts,
 )
 from scheduler.traces.analysis_cache import hit_rate_curve, layer_hit_rate
-from scheduler.traces.predictions import Predictions, TransitionPredictor, noisy, predictions_for, recorded
+from scheduler.traces.predictions import Predictions, TransitionPredictor, by_token, noisy, predictions_for, recorded
 from scheduler.traces.trace import Trace
 
 
@@ -111,6 +111,23 @@ def test_predictor_quality_by_hand():
     with pytest.raises(SchedulerError, match="no predicted_ids"):
         recorded(trace)
     assert recorded(trace.with_predictions(guess)).ids.tolist() == guess.tolist()
+
+
+def test_predictions_by_token_know_earlier_steps_only():
+    """Two sequences: a prompt of two equal tokens and a reply of two. A prompt is one step."""
+    ids = np.array([[[0], [1]], [[2], [3]], [[1], [0]], [[3], [2]]] * 2, np.int16)
+    meta = {"model": "toy", "num_layers": 2, "num_experts": 4, "top_k": 1}
+    trace = Trace(
+        ids, np.repeat(np.arange(2, dtype=np.int32), 4), np.array([0, 0, 1, 1] * 2, np.uint8), meta,
+        token_ids=np.array([5, 5, 5, 6, 6, 7, 7, 5], np.int32),
+    )  # fmt: skip
+    found = by_token(trace, horizon=1)
+    assert found.ids[:, 0, 0, 0].tolist() == [-1, -1, 3, -1, 2, -1, 3, 0]
+    assert (found.ids[:, 1] == -1).all()
+    np.testing.assert_array_equal(found.scores[:, 0, 0, 0], found.ids[:, 0, 0, 0] >= 0)
+    assert predictions_for(trace, "token").kind == "token"
+    with pytest.raises(SchedulerError, match="no token_ids; record it"):
+        predictions_for(drifting(), "token")
 
 
 def drifting(n_tokens=400, seed=0):

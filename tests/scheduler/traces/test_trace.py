@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from scheduler.traces.trace import Trace, TraceError
+from scheduler.traces.trace import OPTIONAL_ARRAYS, Trace, TraceError
 
 META = {"model": "toy", "num_layers": 2, "num_experts": 4, "top_k": 2}
 
@@ -32,15 +32,21 @@ def written(tmp_path, **changed):
 
 
 def test_round_trip(tmp_path):
-    predicted = np.zeros((6, 2, 1, 3), np.int16)
-    embeddings = np.arange(18, dtype=np.float16).reshape(6, 3)
-    trace = Trace(**arrays(), predicted_ids=predicted, embeddings=embeddings)
+    optional = {
+        "expert_weights": np.full((6, 2, 2), 0.5, np.float16),
+        "predicted_ids": np.zeros((6, 2, 1, 3), np.int16),
+        "embeddings": np.arange(18, dtype=np.float16).reshape(6, 3),
+        "gate_scores": np.full((6, 2, 4), 0.25, np.float16),
+        "token_ids": np.arange(6, dtype=np.int32),
+    }
+    assert set(optional) == set(OPTIONAL_ARRAYS)
+    trace = Trace(**arrays(**optional))
     trace.save(tmp_path / "a.npz")
     again = Trace.load(tmp_path / "a.npz")
-    for name in ("expert_ids", "expert_weights", "sequence", "phase", "predicted_ids", "embeddings"):
+    for name in ("expert_ids", "sequence", "phase", *optional):
         assert getattr(again, name).dtype == getattr(trace, name).dtype
         np.testing.assert_array_equal(getattr(again, name), getattr(trace, name))
-    np.testing.assert_array_equal(again.tail(2).embeddings, embeddings[4:])
+        np.testing.assert_array_equal(getattr(again.tail(2), name), getattr(trace, name)[4:])
     assert again.meta == META
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
 
@@ -99,6 +105,7 @@ def test_an_empty_phase_is_named(tmp_path):
         ({"predicted_ids": np.full((6, 2, 1, 2), 9, np.int16)}, "predicted_ids must lie in"),
         ({"predicted_ids": np.zeros((6, 2, 2), np.int16)}, "horizon, p"),
         ({"embeddings": np.zeros((5, 3), np.float16)}, r"embeddings must be \[6, hidden\]"),
+        ({"token_ids": np.zeros(5, np.int32)}, r"token_ids must have 6 entries, found \[5\]"),
         ({"embeddings": np.full((6, 3), np.nan, np.float16)}, "embeddings hold NaN"),
     ],
 )
