@@ -31,13 +31,13 @@ CHANCE_RATE = 0.05
 
 class ReadAhead:
     """Experts are keys, layer * n_experts + expert. expected bool [layers * experts]: what is foretold of the layers
-    whose turn is still to come."""
+    whose turn is still to come. chances float64 [layers + 1]: how often gates were right, by distance in layers."""
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
         self._n_experts = n_experts
         self.expected = np.zeros(n_layers * n_experts, np.bool_)
         self._told: list[list[tuple[int, Ids]]] = [[] for _ in range(n_layers)]
-        self._chance = np.full(n_layers + 1, FIRST_CHANCE)
+        self.chances = np.full(n_layers + 1, FIRST_CHANCE)
         self._wishes: deque[tuple[int, float]] = deque()
         self._clock_us, self._wait_share = 0.0, 0.0
 
@@ -45,7 +45,7 @@ class ReadAhead:
         """A layer's turn has come with these experts: what gates said of it is compared, and no longer expected."""
         for distance, ids in self._told[layer]:
             right = float(np.isin(ids, active).mean()) if ids.size else 1.0
-            self._chance[distance] += CHANCE_RATE * (right - self._chance[distance])
+            self.chances[distance] += CHANCE_RATE * (right - self.chances[distance])
         self._told[layer].clear()
         self.expected[layer * self._n_experts : (layer + 1) * self._n_experts] = False
 
@@ -65,7 +65,7 @@ class ReadAhead:
             ids = prediction.expert_ids[np.argsort(-prediction.n_tokens * prediction.scores, kind="stable")]
             distance = prediction.layer - layer
             self._told[prediction.layer].append((distance, ids.copy()))
-            self._wish(prediction.layer, ids, np.full(ids.size, self._chance[distance]), there)
+            self._wish(prediction.layer, ids, np.full(ids.size, self.chances[distance]), there)
 
     def take(self) -> tuple[int, float] | None:
         """The next key that is worth a read, and how many uses it gains; None where there is none.

@@ -107,6 +107,8 @@ class HostCache:
         self._begun: list[tuple[int, int]] = []
         """(layer, expert) of the reads that have begun since a planner was told of them."""
         self._rated = 0.0, 0
+        self._earlier: set[int] = set()
+        """Keys whose reads were under way when the call began."""
         self._waited_us = 0.0
 
     # A call -----------------------------------------------------------------------------------------------------
@@ -280,6 +282,7 @@ class HostCache:
 
     def _forget_call(self) -> None:
         """The call before has ended, or failed."""
+        self._earlier = set(self._reading)
         del self._begun[:-MAX_BEGUN]
         self._needed[:] = False
         self._waiting.clear()
@@ -306,11 +309,12 @@ class HostCache:
         self.failed += len(failures)
         return failures
 
-    @staticmethod
-    def _raise_of(failures: dict[int, CheckpointError], keys: Iterable[int]) -> None:
-        """Raises the error of the first of `keys` that could not be read."""
+    def _raise_of(self, failures: dict[int, CheckpointError], keys: Iterable[int]) -> None:
+        """Raises the error of the first of `keys` that could not be read. What was begun before this call is read again
+        instead: its error may be of a file that has been mended since."""
+        known, self._earlier = self._earlier, self._earlier.difference(failures) if failures else self._earlier
         for key in keys if failures else ():
-            if key in failures:
+            if key in failures and key not in known:
                 raise failures[key]
 
     def _begin(self, key: int, urgency: Urgency, bar: float = np.inf) -> bool:

@@ -13,6 +13,7 @@ import pytest
 
 from cpu_kernels import Activation, ExpertSpec
 from hybrimoe.checkpoint import record_file
+from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import LayerSpec
 from hybrimoe.runtime.tier.cache import HostCache
 from hybrimoe.runtime.tier.reader import RecordReader
@@ -162,7 +163,7 @@ def test_a_forecast_that_was_wrong_is_cancelled_or_thrown_out(make_cache: Callab
             assert n <= 1
             cache.ready(layer, np.array([token % 4]))
             cache.done(layer, np.array([token % 4]))
-    assert cache._chance[1] < 0.3, "forecasts that never come true are still believed"
+    assert cache.ahead.chances[1] < 0.3, "forecasts that never come true are still believed"
 
 
 def test_the_number_of_slots_can_change(make_cache: Callable[..., HostCache]) -> None:
@@ -188,3 +189,15 @@ def test_slots_that_are_given_up_are_the_systems_again(make_cache: Callable[...,
     before = process.memory_info().rss
     cache.resize(4)
     assert before - process.memory_info().rss > 11 * spec.record_bytes
+
+
+def test_an_error_of_the_call_before_is_not_that_of_the_next(make_cache: Callable[..., HostCache]) -> None:
+    """A read that fails after its call has ended is made again by the call that needs it next."""
+    cache = make_cache(8, n_threads=1)
+    cache.demand(demand(0, [1]), np.array([1]))
+    late = cache._reading[1]
+    cache.reader.wait()
+    late.error = CheckpointError("of a file that was cut")
+    cache._forget_call()
+    assert cache.ready(0, np.array([1])).all()
+    assert cache.failed == 1
