@@ -41,7 +41,7 @@ LOADED_ON_DEMAND = {"triton", "backends", "server", "apis", "page", "live"}
 OPTIONAL = {
     "triton", "onnxruntime", "intel_extension_for_pytorch", "ray", "matplotlib", "joblib", "scipy", "pyarrow", "pandas",
     "fastapi", "uvicorn", "prometheus_client", "llama_cpp", "httpx", "starlette", "gguf", "accelerate",
-    "llguidance",
+    "llguidance", "opentelemetry",
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def chat(
     ] = None,
     sampling: common.SamplingGroup,
     placement: common.PlacementGroup,
+    fit: common.FitOption = False,
     profile: common.ProfileOption = False,
     markdown: Annotated[
         bool,
@@ -82,6 +83,10 @@ def chat(
             " chat"
         )
     deployment = placement.deployment(model)
+    if fit:
+        from hybrimoe.cli.fitting import fitted
+
+        deployment = fitted(deployment, told=not quiet)
     from hybrimoe.cli.chatting.answering import Chat
     from hybrimoe.cli.chatting.loop import ChatLoop
     from hybrimoe.cli.common_model import open_model

@@ -190,6 +190,15 @@ def _by_name(parameter: inspect.Parameter) -> inspect.Parameter:
     return parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
 
 
+FitOption = Annotated[
+    bool,
+    typer.Option(
+        "--fit",
+        help="Choose what this machine has room for: dtypes, memory of each tier, context, replies at once; says why.",
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True)
 class PlacementGroup:
     """Where a model runs: a deployment file or preset, and what goes over it."""

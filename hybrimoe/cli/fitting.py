@@ -1,21 +1,38 @@
-"""`--fit`: a deployment with the dtypes and tiers that this machine has room for, and why."""
+"""`--fit`: a deployment with the dtypes, tiers, context and replies that this machine has room for, and why."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe.cli.views import render
+
 if TYPE_CHECKING:
     from cpu_kernels import ExpertDtype
     from hybrimoe.config.deploy import DeployConfig
-    from hybrimoe.tracing.study.fitting import Choice
+    from hybrimoe.tracing.study.fitting import Choice, Wish
 
-__all__ = ["chosen", "fitted", "told"]
+__all__ = ["chosen", "fitted", "most_replies", "wished"]
 
 MEASURED_DTYPE: ExpertDtype = "int4"
 """Of the experts with which a machine without a calibration is measured for a moment; only speeds depend on it."""
+IN_HOST = {"none", "emulated"}
+"""Accelerators without memory of their own."""
 
 
-def chosen(model: str | None, context: int | None = None) -> Choice:
+def fitted(deployment: DeployConfig, *, serves: bool = False, told: bool = True) -> DeployConfig:
+    """The deployment with what fits. What it sets itself stays as it is.
+
+    serves: several replies at once are planned for. told: says why on stderr. Raises as `chosen`.
+    """
+    from hybrimoe.config.deploy import read_config
+
+    choice = chosen(deployment, wished(deployment, serves=serves))
+    for reason in choice.reasons if told else ():
+        render.note(f"fit: {reason}")
+    return read_config(deployment, **_changes(deployment, choice, serves=serves))
+
+
+def chosen(deployment: DeployConfig, wish: Wish) -> Choice:
     """For this machine as it is now: its accelerator, and the host memory that is free.
 
     Raises what `hybrimoe.checkpoint.meta.model_shape` and `hybrimoe.tracing.study.fitting.choose` raise.
@@ -24,33 +41,48 @@ def chosen(model: str | None, context: int | None = None) -> Choice:
     from hybrimoe.machine.calibrate import quick_profile
     from hybrimoe.machine.memory import available_bytes
     from hybrimoe.machine.profiles import hardware_for_plan
-    from hybrimoe.tracing.study.fitting import choose
+    from hybrimoe.tracing.study.fitting import Machine, choose
 
-    shape = model_shape(model)
+    shape = model_shape(deployment.model)
     profile, _ = hardware_for_plan(None, lambda: quick_profile(shape.hidden, shape.inter, MEASURED_DTYPE))
-    return choose(shape, profile, context=context, device_bytes=None, host_bytes=available_bytes())
+    device_bytes = 0 if IN_HOST.issuperset(deployment.accelerator) else None
+    return choose(shape, Machine(profile, device_bytes, available_bytes()), wish)
 
 
-def fitted(deployment: DeployConfig) -> tuple[DeployConfig, list[str]]:
-    """The deployment with what fits, and lines that say why. What it sets itself stays as it is."""
-    from hybrimoe.config.deploy import read_config
+def wished(deployment: DeployConfig, *, serves: bool) -> Wish:
+    """What a deployment settles itself."""
+    from hybrimoe.tracing.study.fitting import Wish
 
-    choice, cpu = chosen(deployment.model), deployment.cpu
-    changes: dict[str, Any] = {}
-    if cpu.expert_dtype == "auto":
-        changes["expert_dtype"] = choice.expert_dtype
-    if cpu.dense_dtype == "auto":
-        changes["dense_dtype"] = choice.dense_dtype
+    cpu, kv, parallel = deployment.cpu, deployment.memory.kv, deployment.server.parallel
+    return Wish(
+        replies=None if not serves or parallel == "auto" else parallel,
+        most_replies=most_replies() if serves else 1,
+        expert_dtype=None if cpu.expert_dtype == "auto" else cpu.expert_dtype,
+        dense_dtype=None if cpu.dense_dtype == "auto" else cpu.dense_dtype,
+        kv_bytes=int(kv.value) if kv.kind == "bytes" else None,
+    )
+
+
+def most_replies() -> int:
+    """Replies at once of a server for which nothing is said."""
+    from hybrimoe.generation.continuous_batching import MOST_PARALLEL
+
+    return MOST_PARALLEL
+
+
+def _changes(deployment: DeployConfig, choice: Choice, *, serves: bool) -> dict[str, Any]:
+    """As `read_config` takes them. Slots stay what the deployment says: auto is what is free once the model is loaded,
+    and leaves the memory for keys and values alone."""
+    memory: dict[str, Any] = {}
+    if deployment.memory.kv.kind == "auto" and choice.kv_bytes:
+        memory["kv"] = f"{choice.kv_bytes}B"
     if choice.needs_disk and deployment.memory.disk.kind == "none":
-        changes["memory"] = {"disk": "auto"}
-    return read_config(deployment, **changes), told(choice)
-
-
-def told(choice: Choice) -> list[str]:
-    """Why, and what is planned; slots and the memory for keys and values are what is free once the model is loaded."""
-    found = choice.fit
-    planned = [f"{found.host_experts} of {found.n_experts} experts in host memory"]
-    if found.device_bytes:
-        planned.append(f"{found.device_experts} in device slots")
-    planned.append(f"a context of {found.context} tokens, at most {found.max_context}")
-    return [*choice.reasons, f"planned: {', '.join(planned)}"]
+        memory["disk"] = "auto"
+    changes: dict[str, Any] = {"memory": memory} if memory else {}
+    if deployment.cpu.expert_dtype == "auto":
+        changes["expert_dtype"] = choice.expert_dtype
+    if deployment.cpu.dense_dtype == "auto":
+        changes["dense_dtype"] = choice.dense_dtype
+    if serves and deployment.server.parallel == "auto":
+        changes["server"] = {"parallel": choice.fit.replies}
+    return changes

@@ -68,6 +68,7 @@ def generate(
     ] = None,
     sampling: common.SamplingGroup,
     placement: common.PlacementGroup,
+    fit: common.FitOption = False,
     timeline: common.TimelineOption = False,
     trace: common.TraceOption = None,
     profile: common.ProfileOption = False,
@@ -94,6 +95,10 @@ def generate(
     common.check_readable(route_predictor)
     common.check_writable(trace)
     deployment = placement.deployment(model)
+    if fit:
+        from hybrimoe.cli.fitting import fitted
+
+        deployment = fitted(deployment, told=not quiet)
     if prompts is not None:
         from hybrimoe.cli import generate_batch
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from hybrimoe.cli import simulated
-from hybrimoe.cli.common import JsonOption, ModelArgument
-from hybrimoe.cli.fitting import told
+from hybrimoe.cli.common import FitOption, JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -42,16 +41,17 @@ def plan(
     host_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Host memory. Default: this machine's.")
     ] = None,
-    fit_dtypes: Annotated[
-        bool,
-        typer.Option("--fit", help="Choose both dtypes: the most precise ones with which all experts fit host memory."),
-    ] = False,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Replies at once that the KV cache must hold. Default: 1.")
+    ] = None,
+    fit_all: FitOption = False,
     policy: Annotated[str, typer.Option(metavar="NAME", help="Policy of the expectation, as in `simulate`.")] = "ours",
     as_json: JsonOption = False,
 ) -> None:
     """Show experts per tier, KV room, and the expected hit rate and speed (simulated). No weights are read.
 
-    MODEL may also be the name of a shipped shape, like qwen3-30b-a3b.
+    MODEL may also be the name of a shipped shape, like qwen3-30b-a3b. With --fit both dtypes are chosen, the most
+    precise with which all experts fit host memory, and where they are not given context and replies at once, too.
     """
     from hybrimoe.checkpoint.meta import model_shape, packing_remark
     from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, with_accelerators
@@ -65,7 +65,7 @@ def plan(
 
     from hybrimoe.extensions.policies import open_policy
     from hybrimoe.machine.calibrate import quick_profile
-    from hybrimoe.tracing.study.fitting import choose
+    from hybrimoe.tracing.study.fitting import KV_DTYPE, Machine, Wish, choose
     from hybrimoe.tracing.study.planning import expect, fit
 
     open_policy(policy)
@@ -77,16 +77,19 @@ def plan(
     profile, taken = measured(expert_dtype)
     host_bytes = host_bytes or psutil.virtual_memory().total
     reasons: list[str] = []
-    if fit_dtypes:
-        choice = choose(shape, profile, context=context, device_bytes=device_bytes, host_bytes=host_bytes)
+    if fit_all:
+        from hybrimoe.cli.fitting import most_replies
+
+        wish = Wish(context=context, replies=parallel, most_replies=most_replies())
+        choice = choose(shape, Machine(profile, device_bytes, host_bytes), wish)
         if choice.expert_dtype != expert_dtype:
             profile, taken = measured(choice.expert_dtype)
         expert_dtype, dense_dtype, found = choice.expert_dtype, choice.dense_dtype, choice.fit
-        reasons = told(choice)
+        reasons = list(choice.reasons)
     else:
         found = fit(
             shape, profile, context=context, expert_dtype=expert_dtype, dense_dtype=dense_dtype,
-            device_bytes=device_bytes, host_bytes=host_bytes,
+            device_bytes=device_bytes, host_bytes=host_bytes, replies=parallel or 1,
         )  # fmt: skip
     expected = expect(found, shape, profile, policy, expert_dtype, dense_dtype)
     render.note(taken)
@@ -95,7 +98,9 @@ def plan(
     if remark := packing_remark(model, expert_dtype):
         render.note(remark)
     if as_json:
-        dtypes = {"expert_dtype": expert_dtype, "dense_dtype": dense_dtype, "reasons": reasons}
+        dtypes = {
+            "expert_dtype": expert_dtype, "dense_dtype": dense_dtype, "kv_dtype": KV_DTYPE, "reasons": reasons,
+        }  # fmt: skip
         render.emit_json({**asdict(found), **dtypes, "hardware_taken": taken, "expected": expected})
     else:
         _show(asdict(found), expected)
@@ -132,7 +137,7 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
     has_device = found["device_bytes"] > 0
     rows = [
         (f"dense weights {'on the device' if has_device else 'in host memory'}", _gib(found["dense_bytes"])),
-        (f"KV cache of {found['context']} tokens", _gib(found["kv_bytes"])),
+        (_cached(found), _gib(found["kv_bytes"])),
         *([("experts in device slots", experts(found["device_experts"]))] if has_device else []),
         *_by_accelerator(found),
         ("experts in host memory", experts(found["host_experts"])),
@@ -143,6 +148,11 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
         (f"expected prefill of {expected['prompt_tokens']} tokens (simulated)", _speed(expected, "prefill", 0)),
     ]
     render.out().print(render.table(f"{found['model']} on {found['hardware']}", ("", ""), rows))
+
+
+def _cached(found: dict[str, Any]) -> str:
+    each = "" if found["replies"] == 1 else f"{found['replies']} replies of "
+    return f"KV cache of {each}{found['context']} tokens"
 
 
 def _speed(expected: dict[str, Any], phase: str, digits: int) -> str:

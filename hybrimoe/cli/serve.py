@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -91,10 +91,7 @@ def serve(
     tls_key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Private key (PEM) of the certificate.")
     ] = None,
-    fit: Annotated[
-        bool,
-        typer.Option("--fit", help="Dtypes and tiers by what this machine has room for, with the reasons."),
-    ] = False,
+    fit: common.FitOption = False,
     access_log: Annotated[
         bool | None,
         typer.Option("--access-log/--no-access-log", help="A line on stderr for each request, without contents (on)."),
@@ -118,14 +115,10 @@ def serve(
     the server where it stands. With a key in HYBRIMOE_API_KEY, or keys in the file of server.api_key_file, requests
     need one. With --json, a document on stdout says where the server listens, once the model is there.
     """
-    _need_extra()
-    deployment = placement.deployment(model)
-    if fit:
-        from hybrimoe.cli.fitting import fitted
+    need_extra()
+    from hybrimoe.server.http import listening
 
-        deployment, reasons = fitted(deployment)
-        for reason in reasons:
-            render.note(f"fit: {reason}")
+    deployment = placement.deployment(model)
     given = {
         "host": host, "name": name, "models": models, "idle_unload_seconds": idle_unload_seconds,
         "parallel": parallel,
@@ -140,18 +133,19 @@ def serve(
     keys = read_api_keys(deployment.server)
     check_tls(deployment.server)
     with listening(deployment.server.host, deployment.server.port if port is None else port) as listener:
-        run(deployment, keys, listener, as_json=as_json)
+        run(deployment, keys, listener, fit=fit, as_json=as_json)
 
 
-def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, as_json: bool) -> None:
-    """Listen from the first moment on, load the model, serve until a signal."""
+def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, fit: bool, as_json: bool) -> None:
+    """Listen from the first moment on, load the model, serve until a signal. fit: see `loadable`."""
+    from hybrimoe.server.http import HttpServer
     from hybrimoe.server.models import Models
     from hybrimoe.server.shelf import deployments
 
     settings = deployment.server
     shelf = deployments(deployment)
     models = Models(
-        {name: loadable(name, own) for name, own in shelf.items()}, idle_unload_s=settings.idle_unload_seconds,
+        {name: loadable(name, own, fit=fit) for name, own in shelf.items()}, idle_unload_s=settings.idle_unload_seconds,
         max_wait_s=settings.max_wait_seconds, max_waiting=max(1, settings.queue_length),
     )  # fmt: skip
     first = next((name for name, own in shelf.items() if own is deployment), None)
@@ -170,15 +164,23 @@ def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, a
             http.stop()
 
 
-def loadable(name: str, deployment: DeployConfig) -> Loadable:
-    """How the model of a deployment comes into memory, and how it is served there."""
-    from hybrimoe.cli.common_model import open_model
+def loadable(name: str, deployment: DeployConfig, *, fit: bool = False) -> Loadable:
+    """How the model of a deployment comes into memory, and how it is served there. fit: with what fits at that time."""
+    from hybrimoe.cli.common_model import OpenModel, open_model
     from hybrimoe.server.models import Loadable, Progress
     from hybrimoe.server.served import Served
 
-    settings, progress = deployment.server, Progress()
+    settled, progress = [deployment], Progress()
+
+    def opening() -> contextlib.AbstractContextManager[OpenModel]:
+        if fit:
+            from hybrimoe.cli.fitting import fitted
+
+            settled[0] = fitted(deployment, serves=True)
+        return open_model(settled[0], told=progress.tell)
 
     def serving() -> Served:
+        settings = settled[0].server
         return Served(
             name, prefix_cache=settings.prefix_cache, queue_length=settings.queue_length,
             parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
@@ -186,9 +188,7 @@ def loadable(name: str, deployment: DeployConfig) -> Loadable:
             special_in_messages=settings.special_in_messages, max_reply_s=settings.max_reply_seconds,
         )  # fmt: skip
 
-    return Loadable(
-        lambda: open_model(deployment, told=progress.tell), serving, deployment.model or name, progress
-    )  # fmt: skip
+    return Loadable(opening, serving, deployment.model or name, progress)
 
 
 def described(models: Models) -> str:
@@ -200,51 +200,6 @@ def described(models: Models) -> str:
         return told
     on_request = f"{', '.join(others[:MOST_NAMED])}{', ...' if len(others) > MOST_NAMED else ''} on request"
     return f"{told}; {on_request}" if told else on_request
-
-
-class HttpServer:
-    """uvicorn in a thread of its own, so that it answers while the main thread loads the model and waits for signals.
-
-    on_end: called when it has ended, for whatever reason.
-    """
-
-    def __init__(self, models: Models, settings: ServerConfig, keys: list[str], listener: socket.socket) -> None:
-        import uvicorn
-
-        from hybrimoe.server.app import create_app
-
-        self.url = _url(listener, "http" if settings.tls_cert_file is None else "https")
-        self.on_end: Callable[[], None] = lambda: None
-        _log_to_stderr(settings.access_log)
-        application = create_app(
-            models, api_keys=keys, cors_origins=settings.cors_origins, max_body_bytes=int(settings.max_body.value),
-            strict=settings.strict, max_body_s=settings.max_body_seconds, page=settings.page,
-        )  # fmt: skip
-        self._listener = listener
-        config = uvicorn.Config(
-            application, log_level="warning", access_log=False, ssl_certfile=settings.tls_cert_file,
-            ssl_keyfile=settings.tls_key_file,
-        )  # fmt: skip
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._run, name="hybrimoe-http", daemon=True)
-
-    def __enter__(self) -> HttpServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Take no more connections, let the answers under way end, and end."""
-        self._server.should_exit = True
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            self._server.run([self._listener])
-        finally:
-            self.on_end()
 
 
 @contextlib.contextmanager
@@ -294,21 +249,6 @@ def read_api_keys(settings: ServerConfig) -> list[str]:
     return keys + found
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a taken port is known before the model is loaded. Raises ConfigError."""
-    from hybrimoe.errors import ConfigError
-
-    address = host.removeprefix("[").removesuffix("]")
-    try:
-        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        both = address == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(place[:2], family=family, dualstack_ipv6=both)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
-        ) from error
-
-
 def _memory(option: str, text: str) -> Amount:
     """An amount of memory. Raises ConfigError for what is none."""
     from hybrimoe.amounts import parse_amount
@@ -340,12 +280,7 @@ def check_tls(settings: ServerConfig) -> None:
         ) from error
 
 
-def _url(listener: socket.socket, scheme: str) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _need_extra() -> None:
+def need_extra() -> None:
     """Raises MissingExtraError without the extra `serve`."""
     from hybrimoe.errors import MissingExtraError
 
@@ -355,15 +290,3 @@ def _need_extra() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("serve", str(error)) from error
-
-
-def _log_to_stderr(access: bool) -> None:
-    """Lines of the server's loggers; the access log only where it is asked for."""
-    import logging
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger = logging.getLogger("hybrimoe.server")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logging.getLogger("hybrimoe.server.access").setLevel(logging.INFO if access else logging.WARNING)

@@ -52,7 +52,9 @@ def simulate(
         str, typer.Option(help="Routing known ahead: auto, recorded, transition, token, noisy, or none.")
     ] = "auto",
     lookahead: Annotated[int, typer.Option(min=0, help="Layers ahead that are predicted.")] = 3,
-    max_tokens: Annotated[int, typer.Option(help="Simulate at most so many tokens; 0: all.")] = DEFAULT_TOKENS,
+    max_tokens: Annotated[
+        int, typer.Option(help="Simulate at most so many tokens, of --phase if that is given; 0: all.")
+    ] = DEFAULT_TOKENS,
     host_ratio: simulated.HostRatioOption = 1.0,
     disk_blind: Annotated[
         bool, typer.Option("--disk-blind", help="Plan as if every expert were in host memory, for comparison.")

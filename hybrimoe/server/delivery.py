@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
@@ -16,9 +15,11 @@ from hybrimoe.errors import ModelError
 from hybrimoe.server.asking import Prepared
 from hybrimoe.server.errors import ClientLeftError, error_answer, worded
 from hybrimoe.server.forms import Ended, Form, Update, WholeReply
+from hybrimoe.server.inbox import Inbox
 from hybrimoe.server.replies.events import Call, ReplyParser, joined
+from hybrimoe.server.tracing import RequestTrace, Traces
 from hybrimoe.server.urgency import Urgency, urgency_of
-from hybrimoe.server.worker import Job, Piece, Worker
+from hybrimoe.server.worker import Job, Piece, Said, Worker
 
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply
@@ -33,95 +34,70 @@ Result = TypeVar("Result")
 log = logging.getLogger("hybrimoe.server")
 
 
-class Waiting(Enum):
-    """No piece came in the time that was given."""
-
-    WAITING = "waiting"
-
-
-class PieceReader:
-    """Reads the pieces of a job one after another; a wait that ends early loses none."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self._next: asyncio.Task[Piece | Exception | None] | None = None
-
-    def coming(self) -> asyncio.Task[Piece | Exception | None]:
-        """Done when the next piece is there."""
-        if self._next is None:
-            self._next = asyncio.ensure_future(self.job.pieces.get())
-        return self._next
-
-    async def next(self) -> Piece | None:
-        """The next piece; None after the last. Raises what ended the generation."""
-        item = await asyncio.shield(self.coming())
-        self._next = None
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    async def rest(self) -> list[Piece]:
-        """All pieces until the end."""
-        pieces = []
-        while (piece := await self.next()) is not None:
-            pieces.append(piece)
-        return pieces
-
-    def close(self) -> None:
-        """Nobody reads on: the generation stops."""
-        self.job.cancel()
-        if self._next is not None:
-            self._next.cancel()
-
-
 class ReadReply:
     """One reply of a request: its pieces through its parser."""
 
-    def __init__(self, choice: int, job: Job, parser: ReplyParser) -> None:
-        self.choice, self.job = choice, job
-        self.reader = PieceReader(job)
+    def __init__(self, job: Job, parser: ReplyParser) -> None:
+        self.job = job
         self.ended: Ended | None = None
         self._parser = parser
         self._has_calls = False
 
-    async def next(self) -> Update:
-        """What the next piece brings."""
-        piece = await self.reader.next()
+    def read(self, piece: Piece | None) -> Update:
+        """What a piece brings, or the end."""
         events = self._parser.finish() if piece is None else self._parser.push(piece.text)
         self._has_calls = self._has_calls or any(isinstance(event, Call) for event in events)
         if piece is None:
             self.ended = Ended(finished(self.job), self._has_calls)
-        return Update(self.choice, events, piece or Piece(""), self.ended)
+        return Update(self.job.choice, events, piece or Piece(""), self.ended)
 
 
 class Replies:
     """All replies to one request, which are computed beside each other."""
 
-    def __init__(self, worker: Worker, prepared: Sequence[Prepared], urgency: Urgency) -> None:
-        """Queues them: all or none. Raises as `Worker.submit`."""
+    def __init__(
+        self, worker: Worker, prepared: Sequence[Prepared], urgency: Urgency, trace: RequestTrace | None = None
+    ) -> None:
+        """Queues them: all or none. Raises as `Worker.submit`. trace: is told how they end."""
+        self._trace = trace
+        self._inbox: Inbox[Said] = Inbox()
         self._all: list[ReadReply] = []
+        self._failure: Exception | None = None
         try:
             for choice, one in enumerate(prepared):
-                job = worker.submit(one.prompt_ids, one.options, urgency)
-                self._all.append(ReadReply(choice, job, one.new_parser()))
-        except BaseException:
+                job = worker.submit(one.prompt_ids, one.options, urgency, inbox=self._inbox, choice=choice)
+                self._all.append(ReadReply(job, one.new_parser()))
+        except Exception as error:
+            self._failure = error
             self.close()
             raise
 
-    async def next(self, seconds: float | None = None) -> Update | Waiting | None:
-        """What is new; None once all have ended; WAITING after so many seconds. Raises what ended a generation."""
-        going = {one.reader.coming(): one for one in self._all if one.ended is None}
-        if not going:
+    async def next(self, seconds: float | None = None) -> list[Update] | None:
+        """All that is new, in the order in which it came; nothing after so many seconds; None once all have ended.
+
+        Raises what ended a generation, after all that came before it.
+        """
+        if self._failure is None and all(one.ended is not None for one in self._all):
             return None
-        done, _ = await asyncio.wait(going, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        first = next((one for task, one in going.items() if task in done), None)
-        return Waiting.WAITING if first is None else await first.next()
+        updates: list[Update] = []
+        said = [] if self._failure is not None else await self._inbox.take(seconds)
+        for choice, item in said:
+            if self._all[choice].ended is not None:
+                continue
+            if isinstance(item, Exception):
+                self._failure = item
+                break
+            updates.append(self._all[choice].read(item))
+        if self._failure is not None and not updates:
+            raise self._failure
+        return updates
 
     async def whole(self) -> list[WholeReply]:
         """All of them, complete."""
         updates: list[list[Update]] = [[] for _ in self._all]
-        while isinstance(update := await self.next(), Update):
-            updates[update.choice].append(update)
+        while (new := await self.next()) is not None:
+            for update in new:
+                updates[update.choice].append(update)
         return [
             WholeReply(
                 joined(event for update in of_one for event in update.events),
@@ -138,7 +114,11 @@ class Replies:
     def close(self) -> None:
         """Nobody reads on: they stop."""
         for one in self._all:
-            one.reader.close()
+            one.job.cancel()
+        self._inbox.close()
+        if self._trace is not None:
+            left = None if len(self.ended()) == len(self._all) else ClientLeftError("the client has left")
+            self._trace.end([one.job for one in self._all], self._failure or left)
 
 
 async def deliver(
@@ -146,7 +126,9 @@ async def deliver(
     urgency: Urgency | None = None,
 ) -> Response:  # fmt: skip
     """Replies to all of `prepared`, in one answer. urgency: None is that of the request's headers."""
-    replies = Replies(worker, prepared, urgency or urgency_of(request))
+    traces: Traces | None = request.app.state.traces
+    trace = None if traces is None else RequestTrace(traces, request, request.state.model)
+    replies = Replies(worker, prepared, urgency or urgency_of(request), trace)
     return await (stream if streamed else whole)(replies, form, request)
 
 
@@ -190,7 +172,7 @@ async def _left(request: Request) -> None:
 class ReplyStream(StreamingResponse):
     """A stream of messages; however they end, the generation does, too."""
 
-    def __init__(self, messages: AsyncIterator[str], replies: Replies, media_type: str) -> None:
+    def __init__(self, messages: AsyncIterator[bytes], replies: Replies, media_type: str) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(messages, headers=headers, media_type=media_type)
         self._replies = replies
@@ -203,24 +185,27 @@ class ReplyStream(StreamingResponse):
             self._replies.close()
 
 
-async def _messages(replies: Replies, first: Update | Waiting | None, form: Form, path: str) -> AsyncIterator[str]:
+async def _messages(replies: Replies, first: list[Update] | None, form: Form, path: str) -> AsyncIterator[bytes]:
+    """What is sent at once: all messages that are there."""
+    ready = list(form.opening())
     try:
-        for message in form.opening():
-            yield message
-        update = first
-        while update is not None:
-            for message in [form.ping] if isinstance(update, Waiting) else form.update(update):
-                if message:
-                    yield message
-            update = await replies.next(PING_SECONDS)
+        updates = first
+        while updates is not None:
+            if not updates:
+                ready.append(form.ping)
+            for update in updates:
+                ready.extend(form.update(update))
+            if text := "".join(ready):
+                ready.clear()
+                yield text.encode()
+            updates = await replies.next(PING_SECONDS)
+        ready.extend(form.closing(replies.ended()))
     except Exception as error:  # whatever it is, the client must not take the cut text for a success
         answer = error_answer(error)
         if answer.status == 500:
             log.error("a stream failed", exc_info=error)
-        yield form.failure(answer, worded(answer, path))
-        return
-    for message in form.closing(replies.ended()):
-        yield message
+        ready.append(form.failure(answer, worded(answer, path)))
+    yield "".join(ready).encode()
 
 
 def finished(job: Job) -> Reply:

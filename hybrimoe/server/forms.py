@@ -17,7 +17,7 @@ from hybrimoe.server.worker import Piece
 if TYPE_CHECKING:
     from hybrimoe.generation import Reply
 
-__all__ = ["EVENT_STREAM", "NDJSON", "Ended", "FinishReason", "Form", "Update", "WholeReply", "line", "sse"]
+__all__ = ["EVENT_STREAM", "NDJSON", "Ended", "FinishReason", "Form", "Frame", "Update", "WholeReply", "line", "sse"]
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 FINISH: dict[str, FinishReason] = {
@@ -25,6 +25,7 @@ FINISH: dict[str, FinishReason] = {
     "deadline": "length",
 }  # fmt: skip
 """Why a reply ended, in OpenAI's words."""
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 EVENT_STREAM, NDJSON = "text/event-stream", "application/x-ndjson"
 
 
@@ -130,9 +131,25 @@ class Form(ABC):
 
 def sse(data: Any, event: str | None = None) -> str:
     """A server-sent event."""
-    return ("" if event is None else f"event: {event}\n") + f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return ("" if event is None else f"event: {event}\n") + f"data: {_as_json(data)}\n\n"
 
 
 def line(data: Any) -> str:
     """A line of newline-separated JSON."""
-    return json.dumps(data, ensure_ascii=False) + "\n"
+    return _as_json(data) + "\n"
+
+
+class Frame:
+    """A message of a stream that is the same for every token but for its text, and is put into words once.
+
+    message: with the text `Frame.TEXT` in the place of the token's, as one JSON string.
+    """
+
+    TEXT: ClassVar[str] = "\x00text\x00"
+
+    def __init__(self, message: str) -> None:
+        self._before, _, self._after = message.partition(_as_json(self.TEXT))
+
+    def of(self, text: str) -> str:
+        """The message with this text."""
+        return f"{self._before}{_as_json(text)}{self._after}"

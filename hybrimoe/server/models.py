@@ -239,12 +239,14 @@ class Models:
     @asynccontextmanager
     async def using(self, name: str | None, request: Request) -> AsyncIterator[Served]:
         """What answers with the model of this name, which stays in memory until the block and its replies have ended.
+        The request's state then has the name in full, as `model`.
 
         Raises UnknownModelError, LoadingError at the server's start, DrainingError at its end, QueueFullError and
         LateError for a model that too many wait for, or for too long; and what loading it raises.
         """
         entry = self._named(name)
         served = await self._granted(entry, request)
+        request.state.model = served.name
         try:
             yield served
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 import time
@@ -17,6 +16,7 @@ from hybrimoe.generation import SamplingOptions
 from hybrimoe.generation.continuous_batching import BatchEngine, Progress
 from hybrimoe.generation.vocabulary import check_token_ids
 from hybrimoe.server.errors import DrainingError, LateError, QueueFullError
+from hybrimoe.server.inbox import Inbox
 from hybrimoe.server.urgency import Urgency
 
 if TYPE_CHECKING:
@@ -48,19 +48,23 @@ class Piece:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
+Said = tuple[int, Piece | Exception | None]
+"""Which of a request's generations says something, and what: see `Job`."""
+
+
 @dataclass(slots=True, eq=False)
 class Job:
-    """One generation. `pieces` gets pieces, then None at the end, or the exception that ended it.
+    """One generation. `inbox` gets its pieces, then None at the end, or the exception that ended it.
 
-    `reply` is there once the generation has begun, after `waited_s` seconds in the queue. Methods of the event loop:
-    `cancel`; of any thread: `send`, `cut`.
+    choice: which one of the request's, whose inbox they share; it stands beside each item. `reply` is there once the
+    generation has begun, after `waited_s` seconds in the queue. Any thread may call `cancel`, `send` and `cut`.
     """
 
     prompt_ids: list[int]
     options: SamplingOptions
-    loop: asyncio.AbstractEventLoop
+    inbox: Inbox[Said]
+    choice: int = 0
     urgency: Urgency = field(default_factory=Urgency)
-    pieces: asyncio.Queue[Piece | Exception | None] = field(default_factory=asyncio.Queue)
     stopped: threading.Event = field(default_factory=threading.Event)
     submitted_s: float = field(default_factory=time.monotonic)
     waited_s: float = 0.0
@@ -78,9 +82,8 @@ class Job:
         self.send(reason)
 
     def send(self, item: Piece | Exception | None) -> None:
-        """Hand an item to the event loop; one that has gone no longer listens."""
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
+        """Hand an item to the event loop."""
+        self.inbox.put((self.choice, item))
 
     def tell(self, text: str, *, all_of_it: bool = False) -> None:
         """Send text with what belongs to it. all_of_it: also log probabilities for which there is no text."""
@@ -178,8 +181,11 @@ class Worker:
         """Whether the thread can take work."""
         return self._thread.is_alive()
 
-    def submit(self, prompt_ids: list[int], options: SamplingOptions, urgency: Urgency | None = None) -> Job:
-        """Queue a generation. Called by the event loop.
+    def submit(
+        self, prompt_ids: list[int], options: SamplingOptions, urgency: Urgency | None = None, *,
+        inbox: Inbox[Said] | None = None, choice: int = 0,
+    ) -> Job:  # fmt: skip
+        """Queue a generation. Called by the event loop. inbox: of a request with several; else it gets one of its own.
 
         Raises:
             PromptError: no token, one that the model does not have, or no room for a reply.
@@ -189,7 +195,7 @@ class Worker:
         """
         self.generator.check_prompt(len(prompt_ids))
         check_token_ids(self.generator.model, prompt_ids, self.generator.tokenizer)
-        job = Job(prompt_ids, options, asyncio.get_running_loop(), urgency or Urgency())
+        job = Job(prompt_ids, options, inbox or Inbox(), choice, urgency or Urgency())
         with self._changed:
             if self._draining:
                 raise DrainingError("this server is about to end; ask another one, or again in a moment")

@@ -34,7 +34,7 @@ from hybrimoe.server.fields import (
     shown,
     unicode_throughout,
 )
-from hybrimoe.server.forms import Ended, Form, Update, WholeReply, sse
+from hybrimoe.server.forms import Ended, Form, Frame, Update, WholeReply, sse
 from hybrimoe.server.models import Models
 from hybrimoe.server.replies.events import Call, Event, Reasoning, parsed_json
 from hybrimoe.server.replies.events import Text as TextEvent
@@ -309,6 +309,8 @@ class AnthropicForm(Form):
         self._head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
         self._open: Literal["thinking", "text"] | None = None
         self._n_blocks = 0
+        self._frame = Frame("")
+        """Of the texts of the block that is open."""
 
     def opening(self) -> Iterable[str]:
         """See `Form`."""
@@ -361,7 +363,8 @@ class AnthropicForm(Form):
             empty = {"type": kind, kind: ""}
             yield self._begin({**empty, "signature": ""} if kind == "thinking" else empty)
             self._open = kind
-        yield self._delta({"type": f"{kind}_delta", kind: event.text})
+            self._frame = Frame(self._delta({"type": f"{kind}_delta", kind: Frame.TEXT}))
+        yield self._frame.of(event.text)
 
     def _close(self) -> Iterator[str]:
         if self._open == "thinking":

@@ -19,7 +19,7 @@ from hybrimoe.server.apis.tools import MAX_TOOLS, TOOL_NAME, called, new_tool, o
 from hybrimoe.server.asking import ChatAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.fields import MAX_SHOWN, Boolean, Free, Refused, Strict, Text, Tokens, TopLogprobs
-from hybrimoe.server.forms import Ended, FinishReason, Form, StopReason, Update, WholeReply, sse
+from hybrimoe.server.forms import Ended, FinishReason, Form, Frame, StopReason, Update, WholeReply, sse
 from hybrimoe.server.models import Models
 from hybrimoe.server.replies import events
 from hybrimoe.server.replies.events import Call, Reasoning, Tool
@@ -275,6 +275,7 @@ class ChatForm(Form):
         self._tokenizer, self._body, self._new_id = tokenizer, body, new_id
         self._n = body.n or 1
         self._n_calls = [0] * self._n
+        self._frames: dict[tuple[int, str], Frame] = {}
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def opening(self) -> Iterable[str]:
@@ -286,6 +287,9 @@ class ChatForm(Form):
         """See `Form`."""
         logprobs = self._logprobs(update.piece)
         for event in update.events:
+            if logprobs is None and not isinstance(event, Call):
+                yield self._frame(update.choice, _field(event)).of(event.text)
+                continue
             for delta in self._deltas(update.choice, event):
                 yield self._chunk(update.choice, delta, logprobs, None)
                 logprobs = None
@@ -331,13 +335,19 @@ class ChatForm(Form):
 
     def _deltas(self, choice: int, event: events.Event) -> Iterable[dict[str, Any]]:
         if not isinstance(event, Call):
-            yield {"reasoning_content" if isinstance(event, Reasoning) else "content": event.text}
+            yield {_field(event): event.text}
             return
         index = self._n_calls[choice]
         self._n_calls[choice] += 1
         begun = self._call(replace(event, arguments=""))
         yield {"tool_calls": [{"index": index, **begun}]}
         yield {"tool_calls": [{"index": index, "function": {"arguments": event.arguments}}]}
+
+    def _frame(self, index: int, field: str) -> Frame:
+        """Chunks that bring nothing but text."""
+        if (index, field) not in self._frames:
+            self._frames[index, field] = Frame(self._chunk(index, {field: Frame.TEXT}, None, None))
+        return self._frames[index, field]
 
     def _chunk(self, index: int, delta: Any, logprobs: ChatLogprobs | None, ended: Ended | None) -> str:
         finish = None if ended is None else ended.reason
@@ -358,6 +368,11 @@ class ChatForm(Form):
     def _top(self, token: int, logprob: float) -> TopLogprob:
         text = str(self._tokenizer.decode([token]))
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def _field(event: events.Text | Reasoning) -> str:
+    """Where the text of an event stands in a message."""
+    return "reasoning_content" if isinstance(event, Reasoning) else "content"
 
 
 def add_routes(app: FastAPI, models: Models) -> None:

@@ -21,7 +21,7 @@ from hybrimoe.server.asking import TextAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.errors import RequestError
 from hybrimoe.server.fields import MAX_TOKENS, Boolean, Integer, Text, TopLogprobs, WholeNumber
-from hybrimoe.server.forms import Ended, FinishReason, Form, StopReason, Update, WholeReply, sse
+from hybrimoe.server.forms import Ended, FinishReason, Form, Frame, StopReason, Update, WholeReply, sse
 from hybrimoe.server.models import Models
 from hybrimoe.server.urgency import urgency_of
 from hybrimoe.server.worker import Piece
@@ -166,6 +166,8 @@ class CompletionForm(Form):
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model,
         }  # fmt: skip
+        self._only_text = body.logprobs is None and body.max_tokens != 0
+        self._frames: dict[int, Frame] = {}
 
     def opening(self) -> Iterable[str]:
         """The echoed prompts, unless they wait for their log probabilities."""
@@ -176,6 +178,9 @@ class CompletionForm(Form):
 
     def update(self, update: Update) -> Iterable[str]:
         """See `Form`."""
+        if self._only_text and update.ended is None:
+            yield self._frame(update.choice).of(update.piece.text)
+            return
         piece = self._new_part(update.piece)
         if update.piece.prompt_logprobs:
             piece = replace(piece, text=self._echoes[update.choice // self._n].text + piece.text)
@@ -213,6 +218,13 @@ class CompletionForm(Form):
         if len(replies) == self._n:
             return replies
         return sorted(replies, key=lambda reply: -_mean_logprob(reply.piece))[: self._n]
+
+    def _frame(self, index: int) -> Frame:
+        """Pieces of a reply that bring nothing but text."""
+        if index not in self._frames:
+            choice = self._choice(index, Piece(Frame.TEXT), None)
+            self._frames[index] = Frame(sse(self._head | {"choices": [choice]}))
+        return self._frames[index]
 
     def _choice(self, index: int, piece: Piece, ended: Ended | None) -> CompletionChoice:
         logprobs = None if self._body.logprobs is None else self._logprobs(piece, self._echoes[index // self._n])

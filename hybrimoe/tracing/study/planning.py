@@ -33,7 +33,8 @@ DEFAULT_CONTEXT = 8192
 class Fit:
     """Bytes and experts by tier; ``device_bytes`` of each accelerator, 0 on a machine without one. ``device_experts``
     is the sum over ``experts_by_accelerator``. ``max_context`` is the longest context that would fit beside one slot a
-    layer (without an accelerator: beside all experts in host memory), at most the model's own."""
+    layer (without an accelerator: beside all experts in host memory), at most the model's own. ``kv_bytes`` are
+    those of ``replies`` at once, each of ``context`` tokens."""
 
     model: str
     hardware: str
@@ -42,6 +43,7 @@ class Fit:
     dense_bytes: int
     kv_bytes: int
     context: int
+    replies: int
     device_bytes: int
     host_bytes: int
     device_experts: int
@@ -54,9 +56,11 @@ class Fit:
 
 def fit(
     shape: ModelShape, profile: HardwareProfile, *, context: int | None, expert_dtype: str, dense_dtype: str,
-    device_bytes: int | None, host_bytes: int,
+    device_bytes: int | None, host_bytes: int, replies: int = 1,
 ) -> Fit:  # fmt: skip
     """Dense weights and KV cache first, then as many experts as there is room for; the rest in host memory, then disk.
+
+    ``replies`` at once have ``context`` tokens each.
 
     Of several accelerators (``profile.accel.count``) the first has dense weights and KV cache, and each has a block of
     layers in proportion to the room that it has, as in the runtime. Without an accelerator all of it is in host memory.
@@ -68,14 +72,14 @@ def fit(
     device = round(profile.accel.memory_gib * GIB) if device_bytes is None else device_bytes
     total, size = shape.n_layers * shape.n_experts, shape.expert_bytes(expert_dtype)
     dense = dense_bytes(shape, dense_dtype)
-    layers = shape.n_layers + shape.n_dense_layers
-    kv = context * shape.kv_bytes * layers
+    kv = replies * context * token_bytes(shape)
+    cache = f"KV cache of {context} tokens" if replies == 1 else f"KV cache of {replies} x {context} tokens"
     if not device:
-        return _fit_host(shape, profile, context, dense, kv, size, host_bytes)
+        return _fit_host(shape, profile, (context, replies, cache), dense, kv, size, host_bytes)
     room = device - dense - kv - DEVICE_RESERVE_BYTES
     if room < 0:
         raise BudgetError(
-            f"{shape.name}: dense weights ({_gib(dense)}), KV cache of {context} tokens ({_gib(kv)}) and reserve do "
+            f"{shape.name}: dense weights ({_gib(dense)}), {cache} ({_gib(kv)}) and reserve do "
             f"not fit the {_gib(device)} of {profile.name}; shorten --context, or use a smaller --dense-dtype"
         )
     rooms = [room, *[device - DEVICE_RESERVE_BYTES] * (profile.accel.count - 1)]
@@ -89,8 +93,9 @@ def fit(
         )
     spare = device - dense - DEVICE_RESERVE_BYTES - min(total, blocks[0]) * size
     return Fit(
-        shape.name, profile.name, total, size, dense, kv, context, device, host_bytes, int(slots), int(in_host),
-        int(total - in_host), _longest(shape, spare), tuple(blocks), tuple(int(slots) for slots in by_device),
+        shape.name, profile.name, total, size, dense, kv, context, replies, device, host_bytes, int(slots),
+        int(in_host), int(total - in_host), _longest(shape, spare // replies), tuple(blocks),
+        tuple(int(slots) for slots in by_device),
     )  # fmt: skip
 
 
@@ -105,29 +110,38 @@ def _context(shape: ModelShape, asked: int | None) -> int:
 
 def _longest(shape: ModelShape, spare_bytes: int) -> int:
     """Tokens of KV cache that fit, at most the model's context; 0 where not even one fits."""
-    per_token = max(1, shape.kv_bytes * (shape.n_layers + shape.n_dense_layers))
-    fitting = max(0, int(spare_bytes // per_token))
+    fitting = max(0, int(spare_bytes // max(1, token_bytes(shape))))
     return min(fitting, shape.max_context) if shape.max_context else fitting
 
 
 def _fit_host(
-    shape: ModelShape, profile: HardwareProfile, context: int, dense: int, kv: int, size: int, host_bytes: int
-) -> Fit:
-    """Dense weights, KV cache and experts in host memory, in this order; what is left over on disk."""
+    shape: ModelShape, profile: HardwareProfile, cached: tuple[int, int, str], dense: int, kv: int, size: int,
+    host_bytes: int,
+) -> Fit:  # fmt: skip
+    """Dense weights, KV cache and experts in host memory, in this order; what is left over on disk.
+
+    cached: tokens of each reply, replies at once, and both in words.
+    """
+    context, replies, cache = cached
     total = shape.n_layers * shape.n_experts
     room = host_bytes - HOST_RESERVE_BYTES - dense - kv
     if room < 0 or (room // size < total and profile.disk is None):
         raise BudgetError(
-            f"{shape.name}: dense weights ({_gib(dense)}), KV cache of {context} tokens ({_gib(kv)}), experts "
+            f"{shape.name}: dense weights ({_gib(dense)}), {cache} ({_gib(kv)}), experts "
             f"({_gib(total * size)}) and reserve do not fit the {_gib(host_bytes)} of host memory; shorten --context,"
             " use a smaller --expert-dtype or --dense-dtype, or name a machine with --hardware"
         )
     in_host = min(total, room // size)
     spare = room + kv - in_host * size
     return Fit(
-        shape.name, profile.name, total, size, dense, kv, context, 0, host_bytes, 0, int(in_host),
-        int(total - in_host), _longest(shape, spare), (), (),
+        shape.name, profile.name, total, size, dense, kv, context, replies, 0, host_bytes, 0, int(in_host),
+        int(total - in_host), _longest(shape, spare // replies), (), (),
     )  # fmt: skip
+
+
+def token_bytes(shape: ModelShape) -> int:
+    """Keys and values of one token, in all layers."""
+    return shape.kv_bytes * (shape.n_layers + shape.n_dense_layers)
 
 
 def dense_bytes(shape: ModelShape, dtype: str) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
+
 from hybrimoe.config.scheduler import lossy_option, lossy_settings
 from hybrimoe.errors import ConfigError, did_you_mean
 from hybrimoe.extensions.policies import open_policy
@@ -19,7 +21,7 @@ from scheduler.simulator.simulator import PhaseResult, SimulationConfig, check_f
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import PredictionKind, predictions_for
-from scheduler.traces.trace import Trace
+from scheduler.traces.trace import PHASE_CODES, Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +85,9 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
     found = open_trace(request.trace, request.model_shape, seed=request.seed)
     check_fit(found.trace, found.shape)
     calibration, evaluation = split(found.trace)
-    evaluation = _cut(evaluation, request.max_tokens)
     if phase is not None:
         evaluation.require_phase(phase)
+    evaluation, cut = _cut(evaluation, request.max_tokens, phase)
     predictions = predictions_for(evaluation, kind, calibration, request.seed)
     source = DemandSource(evaluation, predictions)
     known = expert_frequencies(calibration)
@@ -98,7 +100,7 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
         )
     ]
     told = "none" if predictions is None else predictions.kind
-    notes = (*found.notes, f"{evaluation.n_tokens} of {found.trace.n_tokens} tokens; routing ahead: {told}")
+    notes = (*found.notes, *cut, f"{evaluation.n_tokens} of {found.trace.n_tokens} tokens; routing ahead: {told}")
     return SimulationReport(results, profile.name, found.shape.name, found.trace.name, notes)
 
 
@@ -133,7 +135,13 @@ def _kind(name: str) -> PredictionKind:
     return cast(PredictionKind, name)
 
 
-def _cut(trace: Trace, max_tokens: int) -> Trace:
+def _cut(trace: Trace, max_tokens: int, phase: Phase | None) -> tuple[Trace, tuple[str, ...]]:
+    """The first `max_tokens` tokens (0: all), of `phase` where one is given, and what must be said of that."""
     if max_tokens < 0:
         raise ConfigError(f"--max-tokens must be at least 0 (all), found {max_tokens}")
-    return trace if max_tokens == 0 else trace.head(max_tokens)
+    counted = np.ones(trace.n_tokens, bool) if phase is None else trace.phase == PHASE_CODES[phase]
+    if max_tokens == 0 or max_tokens >= counted.sum():
+        return trace, ()
+    part = trace.head(int(np.flatnonzero(counted)[max_tokens - 1]) + 1)
+    lost = [name for name in get_args(Phase) if phase is None and trace.has_phase(name) and not part.has_phase(name)]
+    return part, tuple(f"the first {max_tokens} tokens have no {name}; --max-tokens 0 takes all" for name in lost)

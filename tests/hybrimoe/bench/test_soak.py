@@ -9,10 +9,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from hybrimoe.bench.serve.client import ServerError
 from hybrimoe.bench.serve.soak import Load, Report, soak
 from hybrimoe.checkpoint import load_tokenizer
-from hybrimoe.cli.serve import HttpServer, listening
 from hybrimoe.config.deploy import ServerConfig
 from hybrimoe.generation import TextGenerator
 from hybrimoe.generation.continuous_batching import BatchEngine
+from hybrimoe.server.http import HttpServer, listening
 from hybrimoe.server.models import Models
 from hybrimoe.server.served import Served
 

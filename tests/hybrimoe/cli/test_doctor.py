@@ -19,7 +19,8 @@ PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 LINES = [
     "Python", "torch", "transformers", "numba", "numpy", "CPU", "instruction set", "threads", "accelerator", "memory",
     "disk", "kernel cache", "packed models", "calibration", "demo model", "extra onnx", "extra gpu", "extra serve",
-    "extra gguf", "extra smollm2", "extra ui", "extra cluster", "extra bench", "extra ipex",
+    "extra fast-serve", "extra otel", "extra gguf", "extra smollm2",
+    "extra ui", "extra cluster", "extra bench", "extra ipex",
 ]  # fmt: skip
 
 

@@ -9,8 +9,9 @@ import sys
 import httpx
 import pytest
 
-from hybrimoe.cli.serve import HttpServer, check_tls, listening
+from hybrimoe.cli.serve import check_tls
 from hybrimoe.config.deploy import ServerConfig
+from hybrimoe.server.http import HttpServer, listening
 from hybrimoe.server.models import Models
 
 

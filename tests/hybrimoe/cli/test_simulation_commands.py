@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -78,6 +79,18 @@ def test_damaged_trace_and_empty_phase(hybrimoe, tmp_path):
     assert "no prefill tokens" in done.data["error"]["message"]
 
 
+def test_a_limit_counts_tokens_of_the_phase(hybrimoe, tmp_path):
+    """A long prompt does not use it up where decoding is simulated; where both are, what is lost is told."""
+    whole = Trace.load(DEMO).select_sequences([0, 1])
+    n_prompt = whole.n_tokens - 20
+    phase = np.where(np.arange(whole.n_tokens) < n_prompt, 0, 1).astype(np.uint8)
+    replace(whole, sequence=np.zeros_like(whole.sequence), phase=phase).save(tmp_path / "long.npz")
+    words = ("simulate", "--trace", tmp_path / "long.npz", "--max-tokens", "9", "--policy", "static")
+    (row,) = hybrimoe(*words, "--phase", "decode", "--json").data
+    assert row["steps"] == 9
+    assert "the first 9 tokens have no decode; --max-tokens 0 takes all" in hybrimoe(*words).err
+
+
 def test_trace_record_analyze_train_simulate(hybrimoe, tmp_path):
     """The whole way: record the demo model, look at it, learn from it, use what was learned."""
     path = tmp_path / "t.npz"
@@ -144,7 +157,7 @@ def test_plan(hybrimoe):
 def test_plan_fit(hybrimoe):
     done = hybrimoe("plan", "olmoe-1b-7b", "--hardware", "laptop", "--host-memory", "12GiB", "--fit", "--json")
     assert (done.data["expert_dtype"], done.data["dense_dtype"]) == ("int8", "int8")
-    assert "nothing more precise" in done.data["reasons"][1]
+    assert "experts with int8 dense weights: all 1024 experts" in done.data["reasons"][1]
 
 
 @pytest.fixture

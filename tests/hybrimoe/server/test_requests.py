@@ -248,9 +248,9 @@ def test_priority_and_time_are_fields_or_headers(application, client):
         app, served = application(parallel=1)
         seen, submit = [], served.worker().submit
 
-        def watched(ids, options, urgency):
+        def watched(ids, options, urgency, **more):
             seen.append(urgency)
-            return submit(ids, options, urgency)
+            return submit(ids, options, urgency, **more)
 
         served.worker().submit = watched
         async with client(app) as http:

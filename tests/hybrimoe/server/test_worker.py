@@ -9,8 +9,8 @@ import pytest
 from hybrimoe.errors import ModelError
 from hybrimoe.generation import SamplingOptions
 from hybrimoe.generation.continuous_batching import BatchEngine
-from hybrimoe.server.delivery import PieceReader
 from hybrimoe.server.errors import DrainingError, LateError, QueueFullError
+from hybrimoe.server.inbox import Inbox
 from hybrimoe.server.urgency import Urgency
 from hybrimoe.server.worker import Job, Turns, Worker
 
@@ -44,7 +44,14 @@ def running(coroutine):
 
 
 async def text_of(job):
-    return "".join(piece.text for piece in await PieceReader(job).rest())
+    text = ""
+    while True:
+        for _, item in await job.inbox.take():
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                return text
+            text += item.text
 
 
 async def began(steps):
@@ -288,7 +295,7 @@ class TestSeveralAtOnce:
             worker = Worker(BatchEngine(generator), max_wait_s=1e-6)
             worker.start()
             ids = generator.encode("It was")
-            first = Job(ids, SHORT, asyncio.get_running_loop(), submitted_s=time.monotonic() + 3600)  # not late
+            first = Job(ids, SHORT, Inbox(), submitted_s=time.monotonic() + 3600)  # not late
             worker._waiting.append(first)
             late = worker.submit(ids, SHORT)
             steps.go.release(1000)
@@ -360,7 +367,7 @@ class TestTurns:
 
     def test_clients_share_the_places(self):
         def job(client, number):
-            return Job([number], SHORT, None, Urgency(client))
+            return Job([number], SHORT, None, urgency=Urgency(client))
 
         under_way, waiting = [job("a", 0), job("a", 1)], [job("a", 2), job("b", 3)]
         assert Turns().next(waiting, under_way) is waiting[1]
