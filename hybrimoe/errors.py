@@ -18,6 +18,7 @@ __all__ = [
     "ModelError",
     "PromptError",
     "RuleError",
+    "ServerError",
     "UnsupportedExpertsError",
     "debugging",
     "did_you_mean",
@@ -73,6 +74,10 @@ class PromptError(HybriMoEError, ValueError):
 
 class FileError(HybriMoEError):
     """A file or folder that a command was given and that cannot be read or written."""
+
+
+class ServerError(HybriMoEError):
+    """A running server that cannot be reached, that needs a key, or that refuses what it was asked."""
 
 
 class MissingExtraError(HybriMoEError, ImportError):

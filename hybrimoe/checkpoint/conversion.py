@@ -8,10 +8,10 @@ then gives its parameters whole, or one expert's slice of them: where all operat
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -57,16 +57,31 @@ class ModelShapes:
         return torch.empty((1, *shape[1:]) if self.first_entries else shape, device="meta")
 
 
+class Change(Protocol):
+    """What an adapter makes of a parameter whose values are being read; it may write into what it is given."""
+
+    def whole(self, key: str, values: torch.Tensor, shapes: ModelShapes) -> torch.Tensor:
+        """All of the parameter `key` as it is with the adapter."""
+
+    def expert(self, key: str, index: int, entry: torch.Tensor, shapes: ModelShapes) -> torch.Tensor:
+        """[1, ...]: expert `index` of it."""
+
+    def prepared(self) -> Change:
+        """The same, with what all experts of a layer need of the adapter in memory."""
+
+
 @dataclass(slots=True)
 class Conversion:
     """The sources of one parameter (or of several, for a converter with several targets).
 
     target: key of the (first) parameter. sources: by pattern of the converter, in natural order of their keys.
+    changes: what adapters make of the parameters, by key, in the order in which they are done.
     """
 
     target: str
     converter: WeightConverter | None
     sources: dict[str, list[Source]] = field(default_factory=dict)
+    changes: dict[str, list[Change]] = field(default_factory=dict)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -86,7 +101,23 @@ class Conversion:
 
     def whole(self, shapes: ModelShapes) -> dict[str, torch.Tensor]:
         """Every parameter of this conversion, by key."""
-        return self._convert({pattern: [s.read() for s in group] for pattern, group in self.sources.items()}, shapes)
+        given = self._convert({pattern: [s.read() for s in group] for pattern, group in self.sources.items()}, shapes)
+        for key, changes in self.changes.items():
+            for change in changes:
+                given[key] = change.whole(key, given[key], shapes)
+        return given
+
+    def shapes_given(self, shapes: ModelShapes) -> dict[str, torch.Size]:
+        """The shape of every parameter as the sources have it, by key; nothing is read. Raises CheckpointError for
+        sources that do not go together."""
+        empty = {p: [torch.empty(s.shape, device="meta") for s in group] for p, group in self.sources.items()}
+        return {key: tensor.shape for key, tensor in self._convert(empty, shapes).items()}
+
+    def prepared(self) -> Conversion:
+        """The same, ready to give one expert after the other."""
+        if not self.changes:
+            return self
+        return replace(self, changes={key: [one.prepared() for one in all_] for key, all_ in self.changes.items()})
 
     def keeps_experts_apart(self, num_experts: int) -> bool:
         """True where one expert's slice needs that expert's sources only."""
@@ -94,16 +125,22 @@ class Conversion:
             return len(self.source_keys()) == 1
         if len(self.converter.target_patterns) != 1:
             return False
-        merged = _merges_first(self.converter)
+        merged = merges_experts(self.converter)
         counts = {len(group) for group in self.sources.values()}
         fits = counts == {num_experts} if merged else counts == {1} and self._stacked(num_experts)
         return fits and all(_keeps_first_dimension(op) for op in self.converter.operations)
 
     def expert(self, index: int, shapes: ModelShapes) -> torch.Tensor:
         """[1, ...]: expert `index` of the parameter. Only where `keeps_experts_apart`."""
+        entry = self._expert(index, shapes)
+        for change in self.changes.get(self.target, ()):
+            entry = change.expert(self.target, index, entry, shapes)
+        return entry
+
+    def _expert(self, index: int, shapes: ModelShapes) -> torch.Tensor:
         if self.converter is None:
             return next(iter(self.sources.values()))[0].read_slice(index)
-        if _merges_first(self.converter):
+        if merges_experts(self.converter):
             tensors = {pattern: [group[index].read()] for pattern, group in self.sources.items()}
         else:
             tensors = {pattern: [group[0].read_slice(index)] for pattern, group in self.sources.items()}
@@ -139,26 +176,56 @@ class ConversionPlan:
     unknown: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """How transformers names the weights of a checkpoint when it loads them into a model, as `from_pretrained` does.
+
+    parameters: of the model, by key.
+    """
+
+    parameters: dict[str, torch.Tensor]
+    renamings: list[WeightRenaming]
+    converters: list[WeightConverter]
+    by_pattern: Mapping[str, WeightConverter]
+    prefix: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Naming:
+        """The names of a (meta) model."""
+        renamings, converters = _split(get_model_conversion_mapping(model))
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        return cls(model.state_dict(), renamings, converters, by_pattern, model.base_model_prefix)
+
+    def place(self, key: str, known: Container[str] = ()) -> tuple[str, WeightConverter | None, str] | None:
+        """(parameter that the weight `key` makes, or makes with others; the converter; its pattern, else the key), None
+        where it makes none. known: other keys, which a wrapper's name is not taken off for."""
+        renamed, pattern = self._renamed(key)
+        if renamed not in self.parameters and key in self.parameters:
+            renamed, pattern = key, None
+        if renamed not in self.parameters and (bare := WRAPPERS.sub("", key)) != key and bare not in known:
+            renamed, pattern = self._renamed(bare)
+        if renamed not in self.parameters:
+            return None
+        return renamed, None if pattern is None else self.by_pattern[pattern], pattern or key
+
+    def _renamed(self, key: str) -> tuple[str, str | None]:
+        renamed, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.parameters)
+        return renamed, pattern
+
+
 def plan_conversions(model: PreTrainedModel, sources: Mapping[str, Source]) -> ConversionPlan:
     """Groups `sources` by the parameter of the (meta) `model` that they make, as `from_pretrained` would."""
-    transforms = get_model_conversion_mapping(model)
-    renamings, converters = _split(transforms)
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    parameters = model.state_dict()
+    naming = Naming.of(model)
     conversions: dict[str, Conversion] = {}
     unknown: list[str] = []
     for key in sorted(sources, key=dot_natural_key):
-        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        if renamed not in parameters and key in parameters:
-            renamed, pattern = key, None
-        if renamed not in parameters and (bare := WRAPPERS.sub("", key)) != key and bare not in sources:
-            renamed, pattern = rename_source_key(bare, renamings, converters, model.base_model_prefix, parameters)
-        if renamed not in parameters:
+        place = naming.place(key, sources)
+        if place is None:
             unknown.append(key)
             continue
-        converter = by_pattern[pattern] if pattern is not None else None
-        conversion = conversions.setdefault(renamed, Conversion(renamed, converter))
-        conversion.sources.setdefault(pattern or key, []).append(sources[key])
+        target, converter, pattern = place
+        conversion = conversions.setdefault(target, Conversion(target, converter))
+        conversion.sources.setdefault(pattern, []).append(sources[key])
     return ConversionPlan(conversions, tuple(unknown))
 
 
@@ -188,7 +255,8 @@ def _split(transforms: Iterable[WeightTransform]) -> tuple[list[WeightRenaming],
     return renamings, [entry for entry in transforms if isinstance(entry, WeightConverter)]
 
 
-def _merges_first(converter: WeightConverter) -> bool:
+def merges_experts(converter: WeightConverter) -> bool:
+    """Whether a converter begins with joining tensors of single experts."""
     return isinstance(converter.operations[0], MergeModulelist)
 
 

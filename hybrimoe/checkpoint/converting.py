@@ -92,10 +92,13 @@ def _is_free(target: Path, identity: str) -> bool:
 
 
 def _identity(loader: Loader) -> str:
-    """A hash of the checkpoint's contents, as far as `record_file.stamps` looks at them, and of how it is packed."""
+    """A hash of the checkpoint's contents, as far as `record_file.stamps` looks at them, of adapters, and of how it is
+    packed."""
     contents = [stamp[:2] + stamp[3:] for stamp in loader.weights.stamps(()) if isinstance(stamp, list)]
     cpu, rules = loader.deployment.cpu, loader.deployment.rules
     known = [contents or loader.weights.stamps(()), cpu.expert_dtype, cpu.dense_dtype, rules]
+    if adapters := loader.merged.stamps(sorted(loader.merged.identities)):
+        known.append(adapters)
     return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
 
 

@@ -47,7 +47,8 @@ class LayerSource:
         """Prepares reading; what cannot be read expert by expert is read now, as a whole layer."""
         apart = {name: self._is_apart(c) for name, c in self.parameters.items()}
         whole = {name: self._whole(name, shapes) for name in self.parameters if not apart[name]}
-        return ExpertReader(self, dataclasses.replace(shapes, first_entries=True), whole)
+        one = dataclasses.replace(self, parameters={name: c.prepared() for name, c in self.parameters.items()})
+        return ExpertReader(one, dataclasses.replace(shapes, first_entries=True), whole)
 
     def _is_apart(self, conversion: Conversion) -> bool:
         """Whether an expert's entry is read without the others; the checkpoint may have entries of identity experts."""
@@ -60,10 +61,17 @@ class LayerSource:
         return {self.num_experts, self.num_experts + self.layout.num_identity}
 
     def storages(self) -> set[Storage]:
-        """How the weights of the experts lie in the checkpoint; biases do not count."""
+        """How the weights of the experts lie in the checkpoint; biases do not count.
+
+        Quantised ones that an adapter changes are no longer the values that their codes stood for.
+        """
         matrices = [conversion for name, conversion in self.parameters.items() if not name.endswith("bias")]
-        groups = [group for conversion in matrices for group in conversion.sources.values()]
-        return {source.storage for group in groups for source in group}
+        return {
+            source.storage.merged() if conversion.changes else source.storage
+            for conversion in matrices
+            for group in conversion.sources.values()
+            for source in group
+        }
 
     def source_keys(self, index: int) -> list[str]:
         """Names of the checkpoint's tensors that expert `index` is made from (all of the layer's where fused)."""

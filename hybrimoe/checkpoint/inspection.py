@@ -14,6 +14,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from cpu_kernels import DTYPES, ExpertDtype, ExpertWeights, pack_expert, unpack_expert
+from hybrimoe.checkpoint.adapters.file import Adapter, open_adapter
+from hybrimoe.checkpoint.adapters.merging import Merged, merge_adapters
 from hybrimoe.checkpoint.choice import ExpertChoice, choose_expert_dtype
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes
 from hybrimoe.checkpoint.dense import dense_dtype, meta_model, read_config
@@ -51,9 +53,21 @@ class RecordCost:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """An adapter, and how many parameters of the model it changes: stacked experts, and others."""
+
+    path: str
+    scale: float
+    ranks: tuple[int, ...]
+    base_model: str
+    n_experts: int
+    n_others: int
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """A checkpoint. files: by name, with their bytes. other: tensors that the model has no place for. choice: what
-    experts are packed as where nobody says a dtype."""
+    experts are packed as where nobody says a dtype. records: of the experts with the adapters, if there are any."""
 
     path: str
     model_type: str
@@ -64,20 +78,24 @@ class Inspection:
     choice: ExpertChoice
     sampled_experts: tuple[str, ...]
     other: tuple[str, ...]
+    adapters: tuple[AdapterSummary, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
 
 
-def inspect(path_or_hub_id: str | Path | None = None) -> Inspection:
-    """Reads headers, and the experts that the error is measured on. Errors as `hybrimoe.load`."""
+def inspect(path_or_hub_id: str | Path | None = None, adapters: Sequence[str] = ()) -> Inspection:
+    """Reads headers, and the experts that the error is measured on. adapters: `DIR` or `DIR:SCALE`, which are merged.
+    Errors as `hybrimoe.load`."""
     path = model_path(path_or_hub_id)
+    opened = [open_adapter(name) for name in adapters]
     raw_config = read_config_dict(path)
     weights = open_weights(path, raw_config)
     config = read_config(path)
     model = meta_model(config, dense_dtype("auto", config))
     plan = weights.plan(model)
+    merged = merge_adapters(model, plan, opened)
     sources = layer_sources({name: read(module) for name, module in find_experts(model)}, plan.conversions)
     if not sources:
         raise ModelError(f"{path} is a dense model ({config.model_type}): it has no experts to place")
@@ -94,6 +112,16 @@ def inspect(path_or_hub_id: str | Path | None = None) -> Inspection:
         choice=choose_expert_dtype(None, sources),
         sampled_experts=tuple(name for name, _ in sampled),
         other=plan.unknown,
+        adapters=tuple(_summary(one, merged, [source.path for source in sources]) for one in opened),
+    )
+
+
+def _summary(adapter: Adapter, merged: Merged, experts: Sequence[str]) -> AdapterSummary:
+    changed = [key for key, identities in merged.identities.items() if adapter.identity in identities]
+    n_experts = sum(key.rpartition(".")[0] in experts for key in changed)
+    settings = adapter.settings
+    return AdapterSummary(
+        str(settings.folder), settings.scale, adapter.ranks, settings.base_model, n_experts, len(changed) - n_experts
     )
 
 

@@ -20,6 +20,8 @@ from cpu_kernels.jit.cache_dir import ENV_CACHE
 from hybrimoe import compat
 from hybrimoe.amounts import Amount, size_text
 from hybrimoe.checkpoint import packed, packed_dense
+from hybrimoe.checkpoint.adapters.file import open_adapter
+from hybrimoe.checkpoint.adapters.merging import Merged, merge_adapters
 from hybrimoe.checkpoint.choice import ExpertChoice, choose_expert_dtype, wanted_dtype
 from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
 from hybrimoe.checkpoint.dense import (
@@ -36,7 +38,7 @@ from hybrimoe.checkpoint.experts import LayerSource, layer_sources, pack_experts
 from hybrimoe.checkpoint.packed import PackedFile
 from hybrimoe.checkpoint.packed_dense import DenseSource
 from hybrimoe.checkpoint.progress import Progress, progress_of
-from hybrimoe.checkpoint.record_file import folders
+from hybrimoe.checkpoint.record_file import Header, folders
 from hybrimoe.checkpoint.source import is_demo, model_path, read_config_dict
 from hybrimoe.checkpoint.weights import Weights, open_weights
 from hybrimoe.config.deploy import DeployConfig, load_config
@@ -73,7 +75,8 @@ def load(
         demo model.
     config: deployment configuration (file, preset name, mapping or `DeployConfig`); `overrides` go over it
         (`accelerator`, `gpu_expert_slots`, `expert_dtype`, `policy`, `rules`, ... as in `hybrimoe.load_config`;
-        `unknown_keys="ignore"` leaves out weights of the checkpoint that the model does not have).
+        `unknown_keys="ignore"` leaves out weights of the checkpoint that the model does not have;
+        `adapters=["lora", "style:0.5"]` merges PEFT adapters into the weights while these are read).
     progress: called with (bytes done, bytes in total, what); True draws a bar on stderr, False does not, None does
         where stderr is a terminal.
     packed_file: keep packed experts and packed dense layers beside the model (or in the cache directory where that
@@ -113,6 +116,7 @@ class Loader:
     sources: list[LayerSource]
     choice: ExpertChoice
     places: tuple[Path, ...]
+    merged: Merged
 
     @classmethod
     def open(cls, deployment: DeployConfig, *, packed_file: bool) -> Loader:
@@ -120,16 +124,18 @@ class Loader:
         require_devices(choose_accelerators(deployment.accelerator))
         path = model_path(deployment.model)
         raw_config = read_config_dict(path)
+        adapters = [open_adapter(name) for name in deployment.adapters]
         weights = open_weights(path, raw_config)
         if weights.pack is not None and deployment.cpu.dense_dtype == "auto":
             deployment = deployment.with_dtypes(dense=weights.pack.dense_dtype)
         hf_config = read_config(path)
         model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config))
-        layouts = {path: read(module) for path, module in find_experts(model)}
-        if not layouts:
+        if not find_experts(model):
             raise ModelError(f"{path} is a dense model ({hf_config.model_type}): it has no experts to place")
         plan = weights.plan(model)
+        layouts = {path: read(module) for path, module in find_experts(model)}
         tie_where_unsaid(model, raw_config, plan.conversions)
+        merged = merge_adapters(model, plan, adapters)
         read_generation_defaults(model, path)
         shapes = ModelShapes(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()})
         beside = weights.pack is None and not is_demo(path)  # nothing is ever added to a pack
@@ -137,7 +143,7 @@ class Loader:
         sources = layer_sources(layouts, plan.conversions)
         choice = choose_expert_dtype(wanted_dtype(deployment.cpu.expert_dtype), sources)
         deployment = deployment.with_dtypes(expert=choice.dtype)
-        return cls(deployment, weights, model, plan, shapes, layouts, sources, choice, places)
+        return cls(deployment, weights, model, plan, shapes, layouts, sources, choice, places, merged)
 
     def load(self, show: Progress) -> PreTrainedModel:
         """Injects the model, then fills it. Where something fails the session is closed before the error goes on."""
@@ -194,7 +200,7 @@ class Loader:
         """
         layers, memory = session.layer_specs(), self.deployment.memory
         n_bytes, num_experts = (sum(getattr(layer, name) for layer in layers) for name in ("nbytes", "num_experts"))
-        file = packed.find(self.shelves, layers, packed.describe(layers, self.weights.stamps(())))
+        file = packed.find(self.shelves, layers, self._experts_header(layers))
         if memory.disk.kind != "none":
             if file is None:
                 check_disk(memory.disk, n_bytes)
@@ -254,7 +260,8 @@ class Loader:
         """The packed linear layers: read from their file, or packed from the checkpoint and kept in a file."""
         if not linears.entries:
             return None
-        header = packed_dense.describe(linears, self.weights.stamps(linears.stored_keys()))
+        adapters = self.merged.stamps(entry.weight_key for entry in linears.entries)
+        header = packed_dense.describe(linears, self.weights.stamps(linears.stored_keys()), adapters)
         records = packed_dense.read(self.shelves, linears, header, show)
         if records is None:
             records = linears.pack(self.model, self.shapes, dtypes, show)
@@ -263,14 +270,19 @@ class Loader:
             )
         return records
 
+    def _experts_header(self, layers: Sequence[LayerSpec]) -> Header:
+        """What a packed file must say of itself to hold these experts, as the adapters leave them."""
+        parameters = (f"{source.path}.{name}" for source in self.sources for name in source.parameters)
+        return packed.describe(layers, self.weights.stamps(()), self.merged.stamps(parameters))
+
     def _pack(self, store: ExpertStore, sources: list[LayerSource], show: Progress) -> None:
         pack_experts(store, sources, self.shapes, show)
-        header = packed.describe(store.layers, self.weights.stamps(()))
+        header = self._experts_header(store.layers)
         self._keep("experts", store.nbytes, show, lambda place: packed.write(place, store.buffer, header))
 
     def _pack_on_disk(self, layers: tuple[LayerSpec, ...], sources: list[LayerSource], show: Progress) -> PackedFile:
         """Packs straight into a packed file: experts that do not fit host memory."""
-        header = packed.describe(layers, self.weights.stamps(()))
+        header = self._experts_header(layers)
         problems: list[str] = []
         for place in self.places:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,12 +64,17 @@ def model_shape(model: str | Path | None) -> ModelShape:
     return open_shape(path if model is None or path.is_dir() else str(model))
 
 
-def expert_choice(model: str | Path | None, meta: PreTrainedModel, expert_dtype: str) -> ExpertChoice:
-    """What `hybrimoe.load` packs experts as; reads headers only. meta: the model's `meta_model`.
+def expert_choice(
+    model: str | Path | None, meta: PreTrainedModel, expert_dtype: str, adapters: Sequence[str] = ()
+) -> ExpertChoice:
+    """What `hybrimoe.load` packs experts as; reads headers only. meta: the model's `meta_model`. adapters: `DIR` or
+    `DIR:SCALE`, which are merged.
 
     Of a hub id, and of a directory without weights, nothing is known of how its experts are stored. Raises
     CheckpointError for files that are damaged, or in a format that is not read.
     """
+    from hybrimoe.checkpoint.adapters.file import open_adapter
+    from hybrimoe.checkpoint.adapters.merging import merge_adapters
     from hybrimoe.checkpoint.choice import choose_expert_dtype, wanted_dtype
     from hybrimoe.checkpoint.experts import layer_sources
     from hybrimoe.checkpoint.source import has_weights, is_hub_id, model_path, read_config_dict
@@ -79,6 +85,7 @@ def expert_choice(model: str | Path | None, meta: PreTrainedModel, expert_dtype:
     if path is None or (path.is_dir() and not has_weights(path)):
         return choose_expert_dtype(wanted_dtype(expert_dtype), ())
     plan = open_weights(path, read_config_dict(path)).plan(meta)
+    merge_adapters(meta, plan, [open_adapter(name) for name in adapters])
     sources = layer_sources({name: read(module) for name, module in find_experts(meta)}, plan.conversions)
     return choose_expert_dtype(wanted_dtype(expert_dtype), sources)
 

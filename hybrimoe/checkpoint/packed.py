@@ -52,10 +52,10 @@ class PackedFile:
         return store
 
 
-def describe(layers: Sequence[LayerSpec], source: Sequence[Any]) -> Header:
+def describe(layers: Sequence[LayerSpec], source: Sequence[Any], adapters: Sequence[str] = ()) -> Header:
     """The header that a packed file must have to stand for these layers. source: what tells the checkpoint that they
-    were packed from (`Weights.stamps`)."""
-    return {
+    were packed from (`Weights.stamps`). adapters: identities of those that are merged into them."""
+    header: Header = {
         "format": FORMAT_VERSION,
         "layout": LAYOUT_VERSION,
         "layers": [
@@ -73,12 +73,14 @@ def describe(layers: Sequence[LayerSpec], source: Sequence[Any]) -> Header:
         ],
         "source": list(source),
     }
+    return record_file.with_adapters(header, adapters)
 
 
 def file_name(header: Header) -> str:
-    """Name of the packed file: the dtypes in it and a hash of layers and layout, so that variants lie side by side."""
+    """Name of the packed file: the dtypes in it and a hash of layers, layout and adapters, so that variants lie side by
+    side."""
     dtypes = {layer["dtype"] for layer in header["layers"]}
-    return record_file.name_of("experts", dtypes, [header["layout"], header["layers"]])
+    return record_file.name_of("experts", dtypes, [header["layout"], header["layers"]], header)
 
 
 def find(places: Sequence[Path], layers: tuple[LayerSpec, ...], header: Header) -> PackedFile | None:

@@ -88,10 +88,11 @@ class DenseSource:
         return records
 
 
-def describe(source: DenseSource, checkpoint: Sequence[Any]) -> Header:
+def describe(source: DenseSource, checkpoint: Sequence[Any], adapters: Sequence[str] = ()) -> Header:
     """The header that a file must have to stand for these layers. checkpoint: what tells the checkpoint that they were
-    packed from (`Weights.stamps`, with samples of `source.stored_keys`)."""
-    return {
+    packed from (`Weights.stamps`, with samples of `source.stored_keys`). adapters: identities of those that are merged
+    into them."""
+    header: Header = {
         "format": FORMAT_VERSION,
         "layout": LAYOUT_VERSION,
         "linears": [
@@ -99,12 +100,13 @@ def describe(source: DenseSource, checkpoint: Sequence[Any]) -> Header:
         ],
         "source": list(checkpoint),
     }
+    return record_file.with_adapters(header, adapters)
 
 
 def path_in(place: Path, source: DenseSource, header: Header) -> Path:
     """The file of these layers in a folder."""
     dtypes = {entry.spec.dtype for entry in source.entries}
-    return place / record_file.name_of("dense", dtypes, [header["layout"], header["linears"]])
+    return place / record_file.name_of("dense", dtypes, [header["layout"], header["linears"]], header)
 
 
 def read(places: Sequence[Path], source: DenseSource, header: Header, show: Progress) -> DenseRecords | None:

@@ -36,6 +36,9 @@ except ImportError:  # Windows, which renames and removes no file that is open
 Header = dict[str, Any]
 """What a file must say of itself to be used: JSON values only."""
 
+ADAPTERS = "adapters"
+"""The header's entry for what is merged into the records; packs without adapters have none."""
+
 MAGIC = b"HYBRIMOE"
 SUFFIX, PARTIAL_SUFFIX = ".hybrimoe", ".partial"
 PAGE_BYTES = 4096
@@ -54,9 +57,16 @@ def folders(model: Path, *, beside: bool) -> tuple[Path, ...]:
     return (packed_folder(model), cache) if beside else (cache,)
 
 
-def name_of(what: str, dtypes: Collection[str], key: object) -> str:
-    """A file's name: what it holds, in which dtypes, and a hash of `key`, so that variants lie side by side."""
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:KEY_DIGITS]
+def with_adapters(header: Header, adapters: Sequence[str]) -> Header:
+    """The header of records that adapters of these identities are merged into; as it was where there are none."""
+    return {**header, ADAPTERS: list(adapters)} if adapters else header
+
+
+def name_of(what: str, dtypes: Collection[str], key: list[Any], header: Header) -> str:
+    """A file's name: what it holds, in which dtypes, and a hash of `key` and of the header's adapters, so that variants
+    lie side by side."""
+    known = [*key, header[ADAPTERS]] if ADAPTERS in header else key
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:KEY_DIGITS]
     return f"{what}-{'-'.join(sorted(dtypes))}-{digest}{SUFFIX}"
 
 

@@ -23,6 +23,12 @@ class Storage:
     suits: ExpertDtype | None = None
     remark: str = ""
 
+    def merged(self) -> Storage:
+        """Of weights that an adapter is merged into, once they are dequantised."""
+        if self.suits is None:
+            return self
+        return Storage(f"{self.name}, with an adapter", "int8", "rounded again")
+
 
 class Stored(Protocol):
     """A tensor as it lies in a file."""

@@ -19,6 +19,7 @@ from hybrimoe.checkpoint.pack.sources import packed_sources
 from hybrimoe.checkpoint.quantisation import read_quantisation
 from hybrimoe.checkpoint.safetensors_file import open_checkpoint
 from hybrimoe.checkpoint.stored import WeightFile
+from hybrimoe.checkpoint.uneven import counts_of, fit_layers, uneven_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,17 @@ class Weights:
         return record_file.stamps(self.files, sampled_keys) if self.pack is None else [self.pack.identity]
 
     def plan(self, model: PreTrainedModel) -> ConversionPlan:
-        """Which sources make which parameter of the (meta) model. Raises CheckpointError for shapes that differ."""
+        """Which sources make which parameter of the (meta) model, whose layers get the number of experts that the
+        checkpoint has of each. Raises CheckpointError for shapes that differ, ModelError for layers that cannot."""
+        fit_layers(model, self._uneven_counts())
         if self.pack is not None and self.folder is not None:
             return plan_as_named(model, self.sources | packed_sources(self.folder, self.pack, model))
         return (plan_as_named if self.as_named else plan_conversions)(model, self.sources)
+
+    def _uneven_counts(self) -> dict[int, int]:
+        if self.pack is None:
+            return uneven_counts(self.sources)
+        return counts_of({str(layer["path"]): int(layer["num_experts"]) for layer in self.pack.layers})
 
 
 def open_weights(path: Path, config: Mapping[str, Any]) -> Weights:

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("Stream the completion of one prompt, or run many in batches.", RUN),
     "chat": ("Talk with a model; the KV cache is kept from turn to turn.", RUN),
     "serve": ("Serve a model over an OpenAI-compatible HTTP API.", RUN),
+    "ctl": ("Look at a running server, and change its slots, memory, policy and models.", RUN),
     "demo": ("Make a demo model that can hold a conversation.", RUN),
     "explain": ("Show which rule places which module where; reads no weights.", UNDERSTAND),
     "rules": ("Check a rule file, or print the JSON Schema of rule files.", UNDERSTAND),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +15,9 @@ from hybrimoe.cli import common
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
+    from hybrimoe.cli.chatting.models import Opened
     from hybrimoe.cli.common_model import OpenModel
-    from hybrimoe.generation import Conversation
+    from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation.saved.sessions import Session
 
 SESSIONS = "Sessions"
@@ -39,6 +44,9 @@ def chat(
     delete_session: Annotated[
         str | None, typer.Option(metavar="NAME", help="Delete one, and nothing else.", rich_help_panel=SESSIONS)
     ] = None,
+    models: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Models of a folder to go on with; /models lists them.")
+    ] = None,
     sampling: common.SamplingGroup,
     placement: common.PlacementGroup,
     fit: common.FitOption = False,
@@ -62,7 +70,7 @@ def chat(
     /exit leaves. In a pipe a line is a message; the exit code is 1 where none was answered.
 
     Commands: /retry, /edit TEXT, /undo, /clear, /system TEXT, /save FILE, /load FILE, /set NAME VALUE, /stats,
-    /timeline; /help says what they do.
+    /timeline, /models [NAME]; /help says what they do.
     """
     from hybrimoe.generation.saved.sessions import Session, session_names
 
@@ -83,29 +91,45 @@ def chat(
             " chat"
         )
     deployment = placement.deployment(model)
-    if fit:
-        from hybrimoe.cli.fitting import fitted
+    if models is not None:
+        deployment = deployment.model_copy(update={"server": deployment.server.model_copy(update={"models": models})})
+    from hybrimoe.server.shelf import deployments
 
-        deployment = fitted(deployment, told=not quiet)
+    shelf = deployments(deployment)
     from hybrimoe.cli.chatting.answering import Chat
     from hybrimoe.cli.chatting.loop import ChatLoop
-    from hybrimoe.cli.common_model import open_model
-    from hybrimoe.generation import Conversation
+    from hybrimoe.cli.chatting.models import ChatModels
 
-    with open_model(deployment, show_progress=not quiet) as opened:
-        conversation = Conversation(opened.generator, system=system)
-        if kept is not None:
-            kept = Session(kept.folder, kept.name, identity(opened))
-            take_up(kept, conversation, quiet=quiet)
+    with ChatModels(shelf, partial(opened_for_chat, system=system, kept=kept, fit=fit, quiet=quiet)) as choice:
+        opened = choice.open(next(iter(shelf)))
+        take_up(opened, quiet=quiet)
         talk = Chat(
-            opened, conversation, options, session=kept, profiled=profile, quiet=quiet, as_json=as_json,
-            markdown=markdown,
+            opened.model, opened.conversation, options, session=opened.session, profiled=profile, quiet=quiet,
+            as_json=as_json, markdown=markdown, models=choice,
         )  # fmt: skip
         try:
             ChatLoop(talk).run()
         finally:
-            if kept is not None:
-                kept.save_states(conversation)
+            if talk.session is not None:
+                talk.session.save_states(talk.conversation)
+
+
+@contextlib.contextmanager
+def opened_for_chat(
+    deployment: DeployConfig, *, system: str | None, kept: Session | None, fit: bool, quiet: bool
+) -> Iterator[Opened]:
+    """A model in memory, a new conversation with it, and the session with this model's states. fit: with what fits."""
+    from hybrimoe.cli.chatting.models import Opened
+    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.generation import Conversation
+
+    if fit:
+        from hybrimoe.cli.fitting import fitted
+
+        deployment = fitted(deployment, told=not quiet)
+    with open_model(deployment, show_progress=not quiet) as opened:
+        session = None if kept is None else replace(kept, identity=identity(opened))
+        yield Opened(opened, Conversation(opened.generator, system=system), session)
 
 
 def sessions_folder() -> Path:
@@ -136,8 +160,11 @@ def identity(opened: OpenModel) -> str:
     )
 
 
-def take_up(session: Session, conversation: Conversation, *, quiet: bool) -> None:
+def take_up(opened: Opened, *, quiet: bool) -> None:
     """Restore a session, and say what that means for the next reply."""
+    session, conversation = opened.session, opened.conversation
+    if session is None:
+        return
     reason = session.restore(conversation)
     if quiet or not conversation.n_turns:
         return

@@ -101,6 +101,15 @@ UnknownKeysOption = Annotated[
     ),
 ]
 
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIR[:SCALE]",
+        help="PEFT adapter (LoRA) to merge into the weights while they are read; may be repeated.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+
 TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", "-t", min=0, help="0 is greedy.", rich_help_panel=SAMPLING)
 ]
@@ -214,6 +223,7 @@ class PlacementGroup:
     lookahead: LookaheadOption = None
     unknown_keys: UnknownKeysOption = None
     speculate: SpeculateOption = None
+    adapter: AdapterOption = None
 
     def deployment(self, model: str | None) -> DeployConfig:
         """As `deploy_config`."""
@@ -257,6 +267,7 @@ def deploy_config(
     lossy: str | None = None,
     unknown_keys: str | None = None,
     speculate: bool | None = None,
+    adapter: list[str] | None = None,
     weights: bool = True,
 ) -> DeployConfig:
     """The deployment that a command line describes: a file or preset, with the given options on top.
@@ -265,6 +276,7 @@ def deploy_config(
     import torch and transformers, so that what is wrong is said at once. Raises ConfigError, ModelError,
     CheckpointError and RuleError.
     """
+    from hybrimoe.checkpoint.adapters.settings import check_adapters
     from hybrimoe.checkpoint.source import check_model
     from hybrimoe.config.deploy import read_config
     from hybrimoe.config.scheduler import lossy_option
@@ -282,8 +294,10 @@ def deploy_config(
         lossy=None if lossy is None else lossy_option(lossy),
         unknown_keys=unknown_keys,
         speculate=speculate,
+        adapters=adapter,
     )
     check_model(deployment.model, weights=weights)
+    check_adapters(deployment.adapters)
     check_rules(deployment.rules)
     deployment.check_scheduler()
     return deployment

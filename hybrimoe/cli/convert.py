@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybrimoe.cli.common import ConfigOption, DtypeOption, JsonOption, UnknownKeysOption, deploy_config
+from hybrimoe.cli.common import AdapterOption, ConfigOption, DtypeOption, JsonOption, UnknownKeysOption, deploy_config
 from hybrimoe.cli.views import render
 
 
@@ -26,6 +26,7 @@ def convert_command(
         typer.Option(metavar="DTYPE", help="All other weights: auto, float32, bfloat16, float16, int8, or int4."),
     ] = None,
     unknown_keys: UnknownKeysOption = None,
+    adapter: AdapterOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Pack a model once: experts, dense layers, tokenizer, configuration and checksums, in one folder.
@@ -33,7 +34,7 @@ def convert_command(
     The folder is a MODEL for every other command. Its experts are mapped; the original is not needed again. It appears
     when it is whole: nothing is left where the disk fills or the command is ended.
     """
-    deployment = deploy_config(config, model=model, dtype=dtype, unknown_keys=unknown_keys)
+    deployment = deploy_config(config, model=model, dtype=dtype, unknown_keys=unknown_keys, adapter=adapter)
     from hybrimoe.cli.common_model import progress_bar, quiet_libraries, warnings_as_notes
 
     quiet_libraries()

@@ -44,7 +44,7 @@ def explain_command(
 
     source = deployment.located_rules() if rules is None else rules
     meta = meta_model(deployment.model)
-    choice = expert_choice(deployment.model, meta, deployment.cpu.expert_dtype)
+    choice = expert_choice(deployment.model, meta, deployment.cpu.expert_dtype, deployment.adapters)
     explanation = explain(meta, source, choice.dtype)
     if remark := choice.remark or packing_remark(deployment.model, choice.dtype):
         explanation = replace(explanation, remarks=(*explanation.remarks, remark))

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from hybrimoe.cli.common import JsonOption, ModelArgument
+from hybrimoe.cli.common import AdapterOption, JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
-    from hybrimoe.checkpoint.inspection import Inspection, RecordCost, TypeTotals
+    from hybrimoe.checkpoint.inspection import AdapterSummary, Inspection, RecordCost, TypeTotals
 
 EXACT = 1e-7  # relative: what float32 arithmetic leaves
 
@@ -20,21 +20,24 @@ def register(app: typer.Typer) -> None:
     app.command("inspect")(inspect_command)
 
 
-def inspect_command(model: ModelArgument = None, as_json: JsonOption = False) -> None:
+def inspect_command(model: ModelArgument = None, adapter: AdapterOption = None, as_json: JsonOption = False) -> None:
     """Show the types and bytes of a checkpoint's tensors, and of its experts in each dtype that they can be packed in.
 
     The error of packing is measured on three experts: the root mean square of the difference to what the file says,
-    over that of the weights. Nothing is written.
+    over that of the weights. With --adapter, to what the merged weights are, and it is shown what the adapter changes.
+    Nothing is written.
     """
+    from hybrimoe.checkpoint.adapters.settings import check_adapters
     from hybrimoe.checkpoint.source import check_model
     from hybrimoe.cli.common_model import quiet_libraries, warnings_as_notes
 
     check_model(model)
+    check_adapters(adapter or ())
     quiet_libraries()
     from hybrimoe.checkpoint.inspection import inspect
 
     with warnings_as_notes():
-        found = inspect(model)
+        found = inspect(model, adapter or ())
     if as_json:
         render.emit_json(found.as_dict())
     else:
@@ -59,8 +62,18 @@ def show(found: Inspection) -> None:
     out.print(f"measured on {len(found.sampled_experts)} experts", style="dim")
     said = found.choice.remark or f"experts are packed as {found.choice.dtype}"
     out.print(f"without --dtype, {said}", style="dim", markup=False)
+    for one in found.adapters:
+        out.print(f"adapter {one.path}: {told(one)}", markup=False, soft_wrap=True)
     for name in found.other:
         out.print(f"left out: {name}", markup=False)
+
+
+def told(adapter: AdapterSummary) -> str:
+    """What an adapter changes, in a phrase."""
+    ranks = " and ".join(map(str, adapter.ranks))
+    scale = "" if adapter.scale == 1.0 else f", times {adapter.scale:g}"
+    changed = f"{adapter.n_experts} parameters of experts and {adapter.n_others} others"
+    return f"LoRA of rank {ranks}{scale}; changes {changed} (made for {adapter.base_model})"
 
 
 def bits(total: TypeTotals) -> float:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount, SizeAmount
+from hybrimoe.config.adapters import Adapters, resolved_adapters
 from hybrimoe.config.errors import config_error, locate
 from hybrimoe.config.scheduler import SchedulerConfig, check_scheduler
 from hybrimoe.config.values import Accelerators, ModelName, Section, Threads, check_rules
@@ -169,6 +170,9 @@ class DeployConfig(Section):
     model_config = ConfigDict(extra="forbid", frozen=True, title="HybriMoE deployment")
 
     model: ModelName | None = Field(default=None, description="Model directory, GGUF file or hub id; omitted = demo.")
+    adapters: Adapters = Field(
+        default=(), description="Folders of PEFT adapters (LoRA) that are merged into the weights, as DIR or DIR:SCALE."
+    )
     unknown_keys: UnknownKeys = Field(
         default="error", description="Weights of the checkpoint that the model does not have: error, or ignore them."
     )
@@ -337,6 +341,9 @@ def _with_resolved_paths(config: DeployConfig, located: Located, given: Mapping[
         value = getattr(config, key)
         if key not in given and isinstance(value, str) and value != "auto":
             changed[key] = _from_folder(value, folder, f"{locate((key,), located, given)}: {key}")
+    if "adapters" not in given and config.adapters:
+        where = f"{locate(('adapters',), located, given)}: adapters"
+        changed["adapters"] = resolved_adapters(config.adapters, lambda path: _from_folder(path, folder, where))
     if "server" not in given:
         of_server = _server_paths(config.server, folder, lambda key: locate(("server", key), located, given))
         if of_server:
@@ -365,10 +372,14 @@ def _server_paths(server: ServerConfig, folder: Path, where: Callable[[str], str
 
 
 def _with_model(entry: str | dict[str, Any], resolved: Callable[[str], str]) -> str | dict[str, Any]:
-    """An entry of `server.models` with its model's path resolved."""
+    """An entry of `server.models` with the paths of its model and of its adapters resolved."""
     if isinstance(entry, str):
         return resolved(entry)
-    return {**entry, "model": resolved(entry["model"])} if isinstance(entry.get("model"), str) else entry
+    own = {**entry, "model": resolved(entry["model"])} if isinstance(entry.get("model"), str) else entry
+    adapters = [own["adapters"]] if isinstance(own.get("adapters"), str) else own.get("adapters")
+    if not isinstance(adapters, list) or not all(isinstance(name, str) for name in adapters):
+        return own
+    return {**own, "adapters": list(resolved_adapters(tuple(adapters), resolved))}
 
 
 def _from_folder(path: str, folder: Path, place: str) -> str:

@@ -95,8 +95,10 @@ class ExpertsLayout:
 FOREIGN_EXPERTS = {
     "DbrxExperts": "its weights are one matrix over all experts and each layer cuts its own experts out of it",
     "JetMoeParallelExperts": "each projection is a module of its own that takes tokens sorted by expert",
+    "NllbMoeExperts": "each expert is a module of its own, called by transformers' older code",
+    "SwitchTransformersExperts": "each expert is a module of its own, which takes one-hot routing",
 }
-"""Experts of transformers' causal language models that cannot be replaced, and why."""
+"""Experts of transformers' language models that cannot be replaced, and why."""
 
 
 def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -13,8 +13,11 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from cpu_kernels.step.program import MAX_ROWS
+from hybrimoe.amounts import parse_amount, size_text
+from hybrimoe.errors import BudgetError
 from hybrimoe.generation.growing import LEAST_ROOM
 from hybrimoe.generation.kv_cache import CacheRows, PrefixCache
+from hybrimoe.generation.kv_memory import device_memory, kv_budget_bytes
 from hybrimoe.generation.prefix.blocks import PrefixTree
 from hybrimoe.generation.sampling import UNLIMITED_TOKENS, SamplingOptions, reply_length
 
@@ -142,6 +145,30 @@ class BatchEngine:
             yield from self._decode(group)
         yield from self._ended()
 
+    def resize_kv(self, budget: int | float | str) -> int:
+        """Changes, between two steps, what the keys and values of all replies may take together.
+
+        budget: a size ("4GiB"), a share of the device's memory, or auto, as `memory.kv`. Memory of replies that have
+        ended is given back as far as that needs. Returns the bytes. Raises BudgetError, and nothing has changed, for
+        less than the replies under way have room for, and for more than there is.
+        """
+        wanted = kv_budget_bytes(self.generator.model, parse_amount(budget))
+        least = self._planned_bytes
+        if wanted < least:
+            raise BudgetError(
+                f"{size_text(wanted)} is less than what {self.n_running} replies under way have room for: give {least}B"
+                f" ({size_text(least)}) or more, or wait until they have ended"
+            )
+        most = self.kv_bytes + device_memory(self.generator.model.device)[0]
+        if wanted > max(most, self.generator.kv_bytes or 0):
+            raise BudgetError(
+                f"{size_text(wanted)} is more than {self.generator.model.device} has left: give {size_text(most)} or"
+                " less, or take memory from experts first"
+            )
+        self.generator.kv_bytes = wanted
+        self._free_idle_memory()
+        return wanted
+
     # One step ---------------------------------------------------------------------------------------------------
 
     def _ended(self) -> Iterator[Progress]:
@@ -209,6 +236,11 @@ class BatchEngine:
         limit = self.generator.context_tokens
         return wanted if limit is None else min(wanted, limit)
 
+    @property
+    def _planned_bytes(self) -> int:
+        """What the replies under way have room for."""
+        return sum(place.planned for place in self._places) * self.generator.token_bytes()
+
     def _fits(self, n_more: int) -> bool:
         """Whether the memory holds so many tokens beside what the replies under way have planned."""
         limit = self.generator.memory_tokens
@@ -239,8 +271,7 @@ class BatchEngine:
     def _free_idle_memory(self) -> None:
         """Caches of replies that have ended leave the room that those under way have planned."""
         if self.generator.kv_bytes is not None:
-            planned = sum(place.planned for place in self._places)
-            self._rows.shrink(self.generator.kv_bytes - planned * self.generator.token_bytes())
+            self._rows.shrink(self.generator.kv_bytes - self._planned_bytes)
 
 
 def default_parallel(generator: TextGenerator) -> int:

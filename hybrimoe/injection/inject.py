@@ -63,6 +63,11 @@ def inject(
         scheduler=scheduler,
         **overrides,
     )
+    if deployment.adapters:
+        raise ConfigError(
+            f"adapters ({', '.join(deployment.adapters)}) are merged by hybrimoe.load while it reads weights; into"
+            " a model in memory PEFT merges them: PeftModel.from_pretrained(model, folder).merge_and_unload()"
+        )
     injection = place_operators(model, deployment, rules, runtime)
     try:
         injection.session.finalize(frequencies=frequencies)

@@ -117,12 +117,22 @@ class Session:
         else:
             self._accelerators = tuple(accelerator) if isinstance(accelerator, Sequence) else (accelerator,)
         self._finalizer = weakref.finalize(self, close_all, self._accelerators)
+        self._require_even_layers()
         threads = cpu_threads(self.config, self._accelerators)
         for layer in self._layers:
             layer.backend = backend_for(self.config.backend, threads, layer.spec)
         if model is not None:
             self._model = weakref.ref(model)
             self._tracker.bind(model)
+
+    def _require_even_layers(self) -> None:
+        """Plans number the experts of all layers alike, so that slots are for as many of each."""
+        counts = {layer.num_experts for layer in self._layers}
+        if self._accelerators and len(counts) > 1:
+            raise ModelError(
+                f"the layers of this model have {min(counts)} to {max(counts)} experts, which run on the CPU only: give"
+                " accelerator none (--accelerator none); slots are planned for layers with the same number"
+            )
 
     @property
     def needs_pinned_host(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hybrimoe.checkpoint.adapters.settings import check_adapters
 from hybrimoe.checkpoint.gguf.file import first_parts
 from hybrimoe.checkpoint.source import CONFIG_NAME, check_model
 from hybrimoe.config.deploy import DeployConfig, read_config
@@ -67,8 +68,9 @@ def _merged(deployment: DeployConfig, name: str, entry: str | Mapping[str, Any])
             raise ConfigError("expected the key model, with a directory, a GGUF file or a hub id")
         if "models" in (own.get("server") or {}):
             raise ConfigError("server.models: a model has none of its own")
-        merged = read_config(deployment, **own)
+        merged = read_config(deployment, **{"adapters": [], **own})  # those of another model do not fit this one
         check_model(merged.model)
+        check_adapters(merged.adapters)
         merged.check_scheduler()
     except HybriMoEError as error:
         raise ConfigError(f"server.models: {name}: {error}") from error

@@ -188,12 +188,22 @@ FAMILIES: dict[str, Tiny] = {
     "qwen3_vl_moe": Tiny("qwen3_vl_moe", text={}),
     "unlimited_ocr": Tiny("unlimited_ocr", text={"mlp_layer_types": SPARSE}),
 }
+WRAPPED: dict[str, Tiny] = {
+    "gemma4": Tiny("gemma4", text=FAMILIES["gemma4"].overrides),
+    "llama4": Tiny("llama4", text=FAMILIES["llama4"].overrides),
+    "minimax_m3_vl": Tiny("minimax_m3_vl", text={}),
+    "qwen3_5_moe": Tiny("qwen3_5_moe", text=FAMILIES["qwen3_5_moe"].overrides),
+    "qwen4_exp": Tiny("qwen4_exp", text=FAMILIES["qwen4_exp"].overrides),
+}
+"""Wrappers, with towers for images and sound, of families that the table runs as language models alone."""
 UNDECORATED = ("llama4", "longcat_flash", "step3p7")  # experts without the decorator, which are read all the same
 FOREIGN: dict[str, tuple[Tiny, str]] = {
     "dbrx": (Tiny("dbrx", {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}}), "DbrxExperts"),
     "jetmoe": (Tiny("jetmoe"), "JetMoeParallelExperts"),
 }
 """Causal language models without the decorator that are refused, and the class that the refusal names."""
+ENCODER_DECODER = {"nllb_moe": "NllbMoeExperts", "switch_transformers": "SwitchTransformersExperts"}
+"""Encoder-decoder models with experts, which are refused, and the class that the refusal names."""
 NOT_CAUSAL: dict[str, str] = {
     "diffusion_gemma": "denoises blocks of text (DiffusionGemmaForBlockDiffusion); it has no causal language model",
     "openai_privacy_filter": "classifies tokens (OpenAIPrivacyFilterForTokenClassification); no causal language model",
@@ -237,9 +247,14 @@ def _small(config_class: type[PreTrainedConfig], sizes: dict[str, Any], override
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """The family's model with seeded random float32 weights, in evaluation mode; overrides: of its configuration."""
     tiny = FAMILIES[family]
-    tiny = replace(tiny, overrides={**tiny.overrides, **overrides})
+    return built(replace(tiny, overrides={**tiny.overrides, **overrides}), seed)
+
+
+def built(tiny: Tiny, seed: int = 0, *, whole: bool = False) -> PreTrainedModel:
+    """The model of such a configuration, as `tiny_model` makes it. whole: with its towers, where transformers also has
+    its language model alone."""
     torch.manual_seed(seed)
-    causal = tiny.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal = tiny.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not whole
     auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     model: PreTrainedModel = auto.from_config(tiny_config(tiny), dtype=torch.float32).eval()
     _enlarge(model)

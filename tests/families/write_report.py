@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from family_check import PLACEMENTS, compare, describe, plain_outputs
-from tiny_families import FAMILIES, FOREIGN, NOT_CAUSAL, tiny_model
+from tiny_families import ENCODER_DECODER, FAMILIES, FOREIGN, NOT_CAUSAL, WRAPPED, tiny_model
 
 from hybrimoe.experts.layout import FOREIGN_EXPERTS
 
@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 JSON_FILE, TABLE_FILE, README = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md", ROOT / "README.md"
 BEGIN, END = "<!-- families:begin (python tests/families/write_report.py) -->", "<!-- families:end -->"
 TOLERANCE = 1e-4
+WRAPPER = "ForConditionalGeneration"
+"""In the class names of models that wrap a language model."""
 
 
 def measure(family: str) -> dict[str, Any]:
@@ -61,7 +63,8 @@ def report() -> dict[str, Any]:
 
 def not_supported() -> dict[str, str]:
     """Families that do not work, with the reason."""
-    foreign = {family: FOREIGN_EXPERTS[class_name] for family, (_, class_name) in FOREIGN.items()}
+    classes = {family: class_name for family, (_, class_name) in FOREIGN.items()} | ENCODER_DECODER
+    foreign = {family: FOREIGN_EXPERTS[class_name] for family, class_name in classes.items()}
     return dict(sorted((NOT_CAUSAL | foreign).items()))
 
 
@@ -90,6 +93,15 @@ def long_table(data: Mapping[str, Any]) -> str:
         lines.append(
             f"| {family} | {' | '.join(name.replace('|', chr(92) + '|') for name in names)} | {' | '.join(cells)} |"
         )
+    in_table = {family for family, row in data["families"].items() if WRAPPER in row["model_class"]}
+    lines += [
+        "",
+        "Models that take images or sound, too: the language model inside is found, and text through the whole model",
+        f"is that of plain transformers, for {', '.join(sorted(in_table | set(WRAPPED)))}; with an image (prepared by",
+        "transformers' processor) for qwen3_vl_moe. `model.generate(**inputs)` takes what a model's processor gives;",
+        "commands and server take text. Of llama4, qwen3_5_moe and qwen4_exp `hybrimoe.load` takes the language model",
+        "alone, as `AutoModelForCausalLM` does; load them with transformers and `hybrimoe.inject` them for images.",
+    ]
     lines += ["", "Decode steps by the forward of transformers, with the reason:", "", "| family | why |", "|---|---|"]
     lines += [f"| {family} | {row['why']} |" for family, row in data["families"].items() if "why" in row]
     lines += ["", "Not supported, with the reason:", "", "| family | why |", "|---|---|"]

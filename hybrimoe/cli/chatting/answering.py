@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
+    from hybrimoe.cli.chatting.models import ChatModels, Opened
     from hybrimoe.cli.common_model import OpenModel
     from hybrimoe.generation import Conversation, Profile, SamplingOptions
     from hybrimoe.generation.saved.sessions import Session
@@ -22,13 +23,14 @@ class Chat:
 
     def __init__(
         self, opened: OpenModel, conversation: Conversation, options: SamplingOptions, *, session: Session | None,
-        profiled: bool, quiet: bool, as_json: bool, markdown: bool = True,
+        profiled: bool, quiet: bool, as_json: bool, markdown: bool = True, models: ChatModels | None = None,
     ) -> None:  # fmt: skip
-        """markdown: replies are drawn as Markdown where stdout is a terminal."""
+        """markdown: replies are drawn as Markdown where stdout is a terminal. models: that the chat may go on with."""
         self.opened = opened
         self.conversation = conversation
         self.options = options
         self.session = session
+        self.models = models
         self.profiled = profiled
         self.quiet = quiet
         self.as_json = as_json
@@ -62,6 +64,28 @@ class Chat:
         else:
             self._tell(self.last, profile)
         return turn.reply.text
+
+    def change_model(self, name: str) -> None:
+        """Go on with another model: what was said stays. Raises as `ChatModels.change`; without models, ConfigError."""
+        from hybrimoe.cli.chatting.models import FormerModel
+        from hybrimoe.errors import ConfigError
+
+        if self.models is None:
+            raise ConfigError("this chat has one model; --models FOLDER, or server.models in its --config, gives more")
+        messages, system = self.conversation.messages, self.conversation.system
+        self.models.check(name, messages)
+        if self.session is not None:
+            self.session.drop_states()
+        try:
+            self._go_on_with(self.models.change(name, messages), system, messages)
+        except FormerModel as error:
+            self._go_on_with(error.opened, system, messages)
+            raise
+
+    def _go_on_with(self, opened: Opened, system: str | None, messages: list[dict[str, str]]) -> None:
+        self.opened, self.conversation, self.session = opened.model, opened.conversation, opened.session
+        self.conversation.take_up(system, messages)
+        self.keep()
 
     def _show(self, turn: Iterable[str]) -> None:
         """A reply as it comes; with JSON it is told when it is complete."""

@@ -54,6 +54,7 @@ class Commands:
             "/set": Command("/set [NAME VALUE]", "list the sampling options, or change one", self._set, takes=True),
             "/stats": Command("/stats", "speed, cache and lanes of the last reply", self._stats),
             "/timeline": Command("/timeline", "draw what each lane did in the last reply", self._timeline),
+            "/models": Command("/models [NAME]", "list the models, or go on with another", self._models, takes=True),
             "/exit": Command("/exit", "leave (so does Ctrl-D)", self._exit, takes=True),
         }
 
@@ -196,6 +197,22 @@ class Commands:
         console = render.err()
         label = render_summary.provenance(chat.last["experts"])
         console.print(timeline(records, label=label, width=console.width))
+
+    def _models(self, name: str) -> None:
+        chat = self._chat
+        if name:
+            chat.change_model(name)
+            render.note(
+                f"{name} goes on with {_count(chat.conversation.messages)}; it computes them with its next reply"
+            )
+            return
+        models = chat.models
+        sources = {chat.opened.name: chat.opened.name} if models is None else models.sources
+        for one, source in sources.items():
+            here = models is None or one == models.current
+            render.note(f"{'*' if here else ' '} {one}" + (f"  ({source})" if source != one else ""))
+        if len(sources) > 1:
+            render.note("/models NAME goes on with another one in this conversation")
 
     def _exit(self, _: str) -> None:
         self._chat.leaves = True

@@ -22,12 +22,12 @@ from rich.table import Table
 
 def out() -> Console:
     """A console on stdout, for results."""
-    return Console(highlight=False, soft_wrap=False)
+    return Console(highlight=False, soft_wrap=False, emoji=False)
 
 
 def err() -> Console:
     """A console on stderr, for notes, progress and errors."""
-    return Console(stderr=True, highlight=False, soft_wrap=False)
+    return Console(stderr=True, highlight=False, soft_wrap=False, emoji=False)
 
 
 def emit_json(data: Any) -> None:

@@ -27,10 +27,14 @@ class Changes(Strict):
         default=None, description="Host memory for experts that are read from disk: a size, a share, a number of them."
     )
 
+    kv: Text | None = Field(
+        default=None, description="Memory for keys and values of all replies: a size, a share of the device's, or auto."
+    )
+
     @model_validator(mode="after")
     def _something(self) -> Changes:
-        if self.policy is None and self.slots is None and self.host_memory is None:
-            raise ValueError("expected policy, slots, host_memory, or several of them")
+        if self.policy is None and self.slots is None and self.host_memory is None and self.kv is None:
+            raise ValueError("expected policy, slots, host_memory, kv, or several of them")
         return self
 
 
@@ -50,7 +54,7 @@ def add_routes(app: FastAPI, models: Models) -> None:
     async def settings(body: Changes, request: Request) -> State:
         models.in_memory()
         async with models.using(None, request) as served:
-            await change(served, body.policy, body.slots, body.host_memory)
+            await change(served, body.policy, body.slots, body.host_memory, body.kv)
         return await run_in_threadpool(read_state, models)
 
     @app.post("/hybrimoe/step", responses=errors())

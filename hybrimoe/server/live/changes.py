@@ -1,4 +1,5 @@
-"""What may be changed while a model runs: the policy that plans, the number of slots, the host memory of experts."""
+"""What may be changed while a model runs: the policy that plans, the number of slots, the memory of experts and of keys
+and values."""
 
 from __future__ import annotations
 
@@ -28,12 +29,17 @@ def planned_session(served: Served) -> Session:
     return session
 
 
-async def change(served: Served, policy: str | None, slots: int | None, host_memory: str | None = None) -> None:
+async def change(
+    served: Served, policy: str | None, slots: int | None, host_memory: str | None = None, kv: str | None = None
+) -> None:
     """Change what is given, between two steps: replies under way go on.
 
     What another policy needs is compiled before, beside the replies. Raises RequestError for what cannot be, naming
     the field, and what is named is then as before.
     """
+    if kv is not None:
+        engine = served.worker().engine
+        await _between_steps(served, "kv", lambda: engine.resize_kv(kv))
     if host_memory is not None:
         session = _session(served)
         await _between_steps(served, "host_memory", lambda: session.resize_host(host_memory))

@@ -205,6 +205,19 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "model: Qwen/Qwen3-30B-A3B\n")).model == "Qwen/Qwen3-30B-A3B"
 
 
+def test_adapters_are_found_beside_the_file_and_keep_their_scale(tmp_path: Path) -> None:
+    (tmp_path / "style").mkdir()
+    own = "server: {models: {other: {model: x, adapters: [style, 'style:0.5']}}}"
+    config = load_config(write(tmp_path, f"adapters: ['style:0.5', owner/name]\n{own}\n"))
+    style = str(tmp_path / "style")
+    assert config.adapters == (f"{style}:0.5", "owner/name")
+    assert config.server.models == {"other": {"model": "x", "adapters": [style, f"{style}:0.5"]}}
+    assert load_config(config.as_dict()) == config
+    assert load_config(config, adapters=str(tmp_path)).adapters == (str(tmp_path),)
+    with pytest.raises(ConfigError, match=r"deploy.yaml:1: adapters: .*DIR:SCALE with a scale like 0.5, found 'a:0'"):
+        load_config(write(tmp_path, "adapters: 'a:0'\n"))
+
+
 def test_paths_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     path = tmp_path / "windows.yaml"
     path.write_bytes("\ufeffserver:\r\n  port: 81\r\n".encode())
@@ -288,8 +301,9 @@ def test_what_follows_auto_is_for_machines_without_an_accelerator(here: bool, mo
 
 
 def test_json_schema_knows_every_section() -> None:
-    sections = {"model", "unknown_keys", "rules", "accelerator", "memory", "cpu", "scheduler", "generation", "server"}
-    assert set(json_schema()["properties"]) == sections
+    keys = {"model", "adapters", "unknown_keys", "rules", "accelerator"}
+    sections = {"memory", "cpu", "scheduler", "generation", "server"}
+    assert set(json_schema()["properties"]) == keys | sections
 
 
 def test_speculation_is_a_key_of_replies() -> None:

@@ -3,14 +3,22 @@
 import asyncio
 import contextlib
 import copy
+import json
+import socket
 import threading
 from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import uvicorn
+from typer.testing import CliRunner
 
 import hybrimoe
-from hybrimoe.generation import TextGenerator
+from hybrimoe.cli.app import app as program
+from hybrimoe.errors import BudgetError
+from hybrimoe.generation import SamplingOptions, TextGenerator
+from hybrimoe.generation.continuous_batching import BatchEngine
+from hybrimoe.generation.growing import LEAST_ROOM
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.server.app import create_app
 from hybrimoe.server.live.state import offered_beside
@@ -122,6 +130,9 @@ def test_slots_may_go_and_come_back(ask):
         ({"policy": "oracle"}, "future"),
         ({"slots": -1}, "slots"),
         ({"host_memory": "1GiB"}, "all experts are in host memory"),
+        ({"kv": "1B"}, "the keys and values of one token take"),
+        ({"kv": "500TiB"}, "is more than cpu has left: give"),
+        ({"kv": "many"}, "expected a size"),
     ],
 )
 def test_what_cannot_be_changed_is_refused_and_nothing_changes(ask, asked, said):
@@ -215,3 +226,132 @@ def test_an_errand_that_fails_is_told_and_the_thread_goes_on(served):
     with pytest.raises(ValueError, match="not this one"):
         worker.between_steps(fails).result(timeout=60)
     assert worker.between_steps(lambda: 7).result(timeout=60) == 7
+
+
+# Keys and values ------------------------------------------------------------------------------------------------------
+
+
+def test_memory_for_keys_and_values_changes_while_replies_go_on(served, calling):
+    call = calling(create_app(served))
+    alone = call("POST", "/v1/completions", REPLY).json()["choices"][0]["text"]
+    generator, engine = served.engine.generator, served.engine
+    planned = max(LEAST_ROOM, len(generator.encode(REPLY["prompt"])) + REPLY["max_tokens"]) * generator.token_bytes()
+    sizes = (planned - 1, planned, 4 * planned, planned)
+    answers = call.together(
+        ("POST", "/v1/completions", REPLY), *(("POST", "/hybrimoe/settings", {"kv": f"{size}B"}) for size in sizes)
+    )
+    assert answers[0].json()["choices"][0]["text"] == alone
+    assert [answer.status_code for answer in answers[2:]] == [200] * 3
+    if answers[1].status_code == 400:  # it came while the reply was under way
+        assert f"give {planned}B" in answers[1].json()["error"]["message"]
+    memory = {tier["name"]: tier for tier in call("GET", "/hybrimoe/state").json()["memory"]}
+    assert memory["keys_and_values"]["of_bytes"] == generator.kv_bytes == planned
+    assert engine.kv_bytes <= planned, "memory of replies that have ended was given back"
+    assert call("POST", "/v1/completions", REPLY).json()["choices"][0]["text"] == alone
+    too_long = call("POST", "/v1/completions", REPLY | {"prompt": "It was " * 200}).json()
+    assert "memory for keys and values" in too_long["error"]["message"]
+    assert call("POST", "/hybrimoe/settings", {"kv": "auto"}).status_code == 200
+    generator.kv_bytes = None
+
+
+def test_what_replies_under_way_need_is_not_taken(injected):
+    engine = BatchEngine(injected, parallel=2)
+    options = SamplingOptions(max_new_tokens=40, temperature=0.0, ignore_eos=True)
+    prompt = injected.encode("It was a bright morning")
+    wanted = "".join(injected.reply(prompt, options))
+    engine.resize_kv("64MiB")
+    first, second = (engine.admit(prompt, options, lambda: False) for _ in range(2))
+    least = 2 * max(LEAST_ROOM, len(prompt) + 40) * injected.token_bytes()
+    texts = {first: "", second: ""}
+    for number in range(80):
+        if number == 5:
+            with pytest.raises(BudgetError, match=rf"2 replies under way have room for: give {least}B"):
+                engine.resize_kv(f"{least - 1}B")
+            assert injected.kv_bytes == 64 << 20
+            assert engine.resize_kv(f"{least}B") == least
+        for progress in engine.step():
+            texts[progress.reply] += progress.text
+    assert texts == {first: wanted, second: wanted}
+    assert not engine.n_running
+    injected.kv_bytes = None
+
+
+# hybrimoe ctl ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listening(app):
+    """The URL of a server that answers over a socket of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def ctl(*words, **environment):
+    """Exit code and output of `hybrimoe ctl`."""
+    ran = CliRunner().invoke(program, ["ctl", *words], env={"HYBRIMOE_API_KEY": None, "COLUMNS": "200"} | environment)
+    return ran.exit_code, " ".join(ran.output.split())
+
+
+def test_ctl_shows_and_changes_a_running_server(served, tmp_path):
+    (tmp_path / "key").write_text("secret\n")
+    with listening(create_app(served, api_keys=["secret"])) as url:
+        code, said = ctl("status", "--url", url)
+        assert (code, "asks for an API key, and no key was given: set HYBRIMOE_API_KEY" in said) == (1, True)
+        assert "the given key is not one of its keys" in ctl("status", "--url", url, HYBRIMOE_API_KEY="guess")[1]
+        known = {"HYBRIMOE_API_KEY": "secret"}
+        code, said = ctl("status", "--url", url, "--api-key-file", str(tmp_path / "key"))
+        assert (code, "tiny: loaded (server: ok)" in said, f"{N_SLOTS} slots for 8 experts" in said) == (0, True, True)
+        code, said = ctl("slots", "6", "--url", url, "--json", **known)
+        assert (code, json.loads(said)["experts"]["n_slots"]) == (0, 6)
+        assert "policy hybrimoe; 6 slots" in ctl("policy", "hybrimoe", "--url", url.removeprefix("http://"), **known)[1]
+        assert ctl("kv", "64MiB", "--url", url + "/", **known)[0] == 0
+        assert served.engine.generator.kv_bytes == 64 << 20
+        served.engine.generator.kv_bytes = None
+        for words, refusal in (
+            (("slots", "9"), "refuses: slots: asked for 9 expert slots, but the model has 8 experts in all"),
+            (("kv", "1B"), "refuses: kv: memory.kv: 1B is 1 bytes, and the keys and values of one token take"),
+            (("policy", "oracel"), "refuses: policy: unknown policy 'oracel'"),
+            (("host-memory", "1GiB"), "refuses: host_memory: all experts are in host memory"),
+            (("load", "other"), "refuses: this server has"),
+        ):
+            code, said = ctl(*words, "--url", url, **known)
+            assert (code, refusal in said) == (1, True), said
+        assert ctl("load", "tiny", "--url", url, **known)[0] == 0
+
+
+def test_ctl_loads_and_unloads(injected):
+    @contextlib.contextmanager
+    def opened():
+        yield SimpleNamespace(generator=injected, stats=lambda: injected.model.hybrimoe.stats().as_dict())
+
+    models = Models({name: Loadable(opened, lambda name=name: Served(name)) for name in ("one", "two")})
+    models.start("one")
+    with listening(create_app(models)) as url, contextlib.closing(models):
+        assert "one: unloaded, two: loaded" in ctl("load", "two", "--url", url)[1]
+        assert ctl("unload", "two", "--url", url)[0] == 0
+        assert ctl("unload", "two", "--url", url)[0] == 0, "it has left already"
+
+
+def test_ctl_says_what_else_is_wrong(tmp_path):
+    code, said = ctl("status", "--url", "http://127.0.0.1:9")
+    assert (code, "no server answers at http://127.0.0.1:9" in said, "hybrimoe serve" in said) == (1, True, True)
+    assert ctl("status", "--url", "ftp://x")[0] == 2
+    assert "cannot read" in ctl("status", "--api-key-file", str(tmp_path / "gone"))[1]
+    (tmp_path / "empty").touch()
+    assert "has no key" in ctl("status", "--api-key-file", str(tmp_path / "empty"))[1]
+
+    async def stranger(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"<html>another</html>"})
+
+    with listening(stranger) as url:
+        assert (
+            "is no server of this version of HybriMoE: it answers '<html>another" in ctl("slots", "1", "--url", url)[1]
+        )
