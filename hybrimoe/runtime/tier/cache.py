@@ -220,6 +220,7 @@ class HostCache:
     def hold(self, layer: int, experts: Iterable[int]) -> npt.NDArray[np.uint64]:
         """Addresses of some experts, which all stay until this or `demand` is called again."""
         self._lent.clear()
+        self._earlier = set(self._reading)
         for expert in experts:
             self.record(layer, expert)
         return self.addresses[layer][list(experts)]
