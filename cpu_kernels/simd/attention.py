@@ -53,7 +53,7 @@ class AttendKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class _Arguments:
+class Arguments:
     """The function's arguments by name."""
 
     q: ir.Value
@@ -71,6 +71,12 @@ class _Arguments:
     more: ir.Value
     more_bytes: ir.Value
     more_dim: ir.Value
+
+
+@dataclass(frozen=True, slots=True)
+class _Arguments(Arguments):
+    """The same, and how keys and values are stored."""
+
     is_bf16: bool
 
     @property
@@ -83,17 +89,20 @@ class _Arguments:
         return s.load_bf16(place) if self.is_bf16 else s.load(place, s.f32)
 
 
-def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
-    module = ir.Module(kernel.name)
+def begin(name: str, symbol: str, isa: Isa) -> tuple[ir.Module, Simd, list[Any]]:
+    """A module with `attend` as function `symbol`, still without instructions; its arguments."""
+    module = ir.Module(name)
     kinds = [POINTER, POINTER, I64, POINTER, I64, POINTER, I64, I64, I64, POINTER, POINTER, POINTER]
     kinds += [POINTER, I64, I64]
-    function = ir.Function(module, ir.FunctionType(VOID, kinds), kernel.symbol)
-    s = Simd(ir.IRBuilder(function.append_basic_block()), isa)
-    arguments: list[Any] = [*function.args, kernel.dtype == "bfloat16"]
-    a = _Arguments(*arguments)
+    function = ir.Function(module, ir.FunctionType(VOID, kinds), symbol)
+    return module, Simd(ir.IRBuilder(function.append_basic_block()), isa), list(function.args)
+
+
+def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
+    module, s, arguments = begin(kernel.name, kernel.symbol, isa)
+    a = _Arguments(*[*arguments, kernel.dtype == "bfloat16"])
     _scores(s, a, kernel.n_heads)
-    for head in range(kernel.n_heads):
-        _softmax(s, s.offset(a.scores, 4 * CHUNK * head), s.offset(a.stats, 8 * head), a.n_tokens)
+    softmax(s, a, kernel.n_heads)
     _values(s, a, kernel.n_heads)
     s.b.ret_void()
     return module
@@ -106,17 +115,22 @@ def _scores(s: Simd, a: _Arguments, n_heads: int) -> None:
     head would read 16 rows at once for it, which the prefetchers do not follow: 3 times as long. Zen 4, measured). Each
     sum is the same as that of a single token.
     """
+    fill_last_vector(s, a, n_heads)
+    first = s.const(0) if n_heads == 1 else _scores_by_blocks(s, a, n_heads)
+    with s.loop(first, a.n_tokens) as token:
+        bias = s.load(s.offset(a.bias, floats(s, token)), F32, 4)
+        for head, total in enumerate(_products(s, a, n_heads, token, 1)):
+            score = s.b.fadd(s.sum_floats(total), bias)
+            s.store(score, s.offset(a.scores, floats(s, token, CHUNK * head)), 4)
+
+
+def fill_last_vector(s: Simd, a: Arguments, n_heads: int) -> None:
+    """The last vector of each head's scores = LOWEST."""
     lanes = s.const(s.lanes)
     whole = s.b.mul(s.b.sdiv(s.b.sub(s.b.add(a.n_tokens, lanes), s.const(1)), lanes), lanes)
     for head in range(n_heads):
         with s.loop(s.b.sub(whole, lanes), whole) as token:
-            s.store(s.real(LOWEST), s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
-    first = s.const(0) if n_heads == 1 else _scores_by_blocks(s, a, n_heads)
-    with s.loop(first, a.n_tokens) as token:
-        bias = s.load(s.offset(a.bias, _floats(s, token)), F32, 4)
-        for head, total in enumerate(_products(s, a, n_heads, token, 1)):
-            score = s.b.fadd(s.sum_floats(total), bias)
-            s.store(score, s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
+            s.store(s.real(LOWEST), s.offset(a.scores, floats(s, token, CHUNK * head)), 4)
 
 
 def _scores_by_blocks(s: Simd, a: _Arguments, n_heads: int) -> ir.Value:
@@ -125,10 +139,10 @@ def _scores_by_blocks(s: Simd, a: _Arguments, n_heads: int) -> ir.Value:
     blocked = s.b.mul(s.b.sdiv(a.n_tokens, s.const(block)), s.const(block))
     with s.loop(s.const(0), blocked, block) as token:
         sums = s.sum_each(_products(s, a, n_heads, token, block))
-        bias = s.load(s.offset(a.bias, _floats(s, token)), ir.VectorType(F32, block), 4)
+        bias = s.load(s.offset(a.bias, floats(s, token)), ir.VectorType(F32, block), 4)
         for head in range(n_heads):
             score = s.b.fadd(s.part(sums, head * block, block), bias)
-            s.store(score, s.offset(a.scores, _floats(s, token, CHUNK * head)), 4)
+            s.store(score, s.offset(a.scores, floats(s, token, CHUNK * head)), 4)
     return blocked
 
 
@@ -159,18 +173,24 @@ def _add_columns(
     return added
 
 
+def softmax(s: Simd, a: Arguments, n_heads: int) -> None:
+    """Scores become exp(score - m), stats m and the sum, head by head."""
+    for head in range(n_heads):
+        _softmax(s, s.offset(a.scores, 4 * CHUNK * head), s.offset(a.stats, 8 * head), a.n_tokens)
+
+
 def _softmax(s: Simd, scores: ir.Value, stats: ir.Value, n_tokens: ir.Value) -> None:
     """scores[t] becomes exp(scores[t] - m); stats = m, sum."""
 
     def largest(token: ir.Value, best: list[ir.Value]) -> list[ir.Value]:
-        return [s.maximum(s.load(s.offset(scores, _floats(s, token)), s.f32), best[0])]
+        return [s.maximum(s.load(s.offset(scores, floats(s, token)), s.f32), best[0])]
 
     (best,) = s.fold(s.const(0), n_tokens, s.lanes, [s.constant(s.f32, LOWEST)], largest)
     top = s.max_float(best)
     shift = s.splat(s.b.fneg(top))
 
     def weigh(token: ir.Value, total: list[ir.Value]) -> list[ir.Value]:
-        place = s.offset(scores, _floats(s, token))
+        place = s.offset(scores, floats(s, token))
         weight = exp(s, s.b.fadd(s.load(place, s.f32), shift))
         s.store(weight, place)
         return [s.b.fadd(total[0], weight)]
@@ -199,7 +219,7 @@ def _value_columns(s: Simd, a: _Arguments, n_heads: int, column: ir.Value, n_vec
         parts = [a.load(s, s.offset(row, a.element_bytes * s.lanes * vector)) for vector in range(n_vectors)]
         added = []
         for head in range(n_heads):
-            weight = s.splat_load(s.offset(a.scores, _floats(s, token, CHUNK * head)), F32)
+            weight = s.splat_load(s.offset(a.scores, floats(s, token, CHUNK * head)), F32)
             added += [s.mul_add(weight, part, sums[head * n_vectors + i]) for i, part in enumerate(parts)]
         return added
 
@@ -210,6 +230,6 @@ def _value_columns(s: Simd, a: _Arguments, n_heads: int, column: ir.Value, n_vec
             s.store(sums[head * n_vectors + vector], s.offset(target, 4 * s.lanes * vector))
 
 
-def _floats(s: Simd, index: ir.Value, first: int = 0) -> ir.Value:
+def floats(s: Simd, index: ir.Value, first: int = 0) -> ir.Value:
     """Byte offset of float32 number first + index."""
     return s.b.mul(s.b.add(index, s.const(first)), s.const(4))

@@ -63,11 +63,11 @@ def write_group(s: Simd, form: Format, values: Sequence[ir.Value], block: ir.Val
         return _write_quantised(s, form.offset, values, block, group)
     for i, x in enumerate(values):
         s.store(x, s.offset(s.offset(block, s.b.mul(group, s.const(4 * GROUP))), 4 * s.lanes * i))
-    bad = _flag(s, s.b.icmp_unsigned(">=", _largest(s, values), ir.Constant(I32, INFINITY_BITS)), NOT_FINITE)
+    bad = _flag(s, s.b.icmp_unsigned(">=", largest_bits(s, values), ir.Constant(I32, INFINITY_BITS)), NOT_FINITE)
     return s.b.or_(bad, _write_pairs(s, values, block, group)) if form.kind == "paired" else bad
 
 
-def _largest(s: Simd, values: Sequence[ir.Value]) -> ir.Value:
+def largest_bits(s: Simd, values: Sequence[ir.Value]) -> ir.Value:
     """The largest absolute value, as its bits (int32): exact in any order, and NaN is above infinity."""
     absolute = s.constant(s.i32, ABSOLUTE_BITS)
     found = s.b.and_(s.as_words(values[0]), absolute)
@@ -83,7 +83,7 @@ def _flag(s: Simd, condition: ir.Value, flag: int) -> ir.Value:
 def _write_quantised(s: Simd, offset: int, values: Sequence[ir.Value], block: ir.Value, group: ir.Value) -> ir.Value:
     """Codes of the largest absolute value / 127; where a value is not finite, codes 0 and an infinite scale, so that
     the results become NaN as they would in float arithmetic."""
-    bits = _largest(s, values)
+    bits = largest_bits(s, values)
     finite = s.b.icmp_unsigned("<", bits, ir.Constant(I32, INFINITY_BITS))
     extreme = s.b.bitcast(bits, F32)
     usable = s.b.and_(finite, s.b.fcmp_ordered(">", extreme, s.real(TINY)))

@@ -1,16 +1,18 @@
 """Attention of a step's rows over the KV cache: runs of CHUNK cached tokens, then their join, head by head."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from cpu_kernels.host.isa import BY_NAME
+from cpu_kernels.host.isa import BY_NAME, Isa
 from cpu_kernels.jit.compiled import Real, Whole, Worker, float_kernel, inline_kernel
 from cpu_kernels.jit.primitives import call_attend, floats_at, int64s_at, take_ticket
 from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST, AttendKernel
-from cpu_kernels.simd.compile import kernel_address
+from cpu_kernels.simd.coded_attention import CodedAttendKernel, coded_isa, whole_columns
+from cpu_kernels.simd.compile import VectorKernel, kernel_address
 from cpu_kernels.step.cached import K_TOKEN, KIND, V_TOKEN, key_address, place_of, rows_of, value_address
-from cpu_kernels.step.floats import FLOAT32, fill, read_row
+from cpu_kernels.step.floats import BFLOAT16, FLOAT32, fill
 from cpu_kernels.step.heads import Source
 from cpu_kernels.step.program import (
     MASK,
@@ -26,10 +28,16 @@ from cpu_kernels.step.program import (
     Part,
     Program,
 )
+from cpu_kernels.step.stored import INT4, INT8, N_KINDS, is_turned, read_stored, row_bytes, turn
 
 (STATE, NEXT, NEXT_JOIN, N_HEADS, N_KV_HEADS, DIM, V_DIM, SHARED, WINDOW, IN_BLOCKS, SINKS, QUERY, PARTS, STATS,
- MAX_CHUNKS, OUT, OUT_ROW, GATE, GATE_ROW, GATE_HEAD, BLOCK_FLOATS, ONE_FLOATS, BLOCK_HALVES, ONE_HALVES, ZEROS,
- PLACES, ATTEND_CALL) = range(27)  # fmt: skip
+ MAX_CHUNKS, OUT, OUT_ROW, GATE, GATE_ROW, GATE_HEAD, ZEROS, PLACES, KERNELS) = range(23)  # fmt: skip
+# From KERNELS on, by how rows are stored: addresses of the kernels for HEAD_BLOCK heads and for fewer, and how many
+# these are; 0: there are none.
+BLOCK, REST, REST_HEADS, KIND_KERNELS = range(4)
+ATTEND_CALL = KERNELS + KIND_KERNELS * N_KINDS
+KERNEL_DTYPES: dict[int, Literal["float32", "bfloat16"]] = {FLOAT32: "float32", BFLOAT16: "bfloat16"}
+KERNEL_BITS: dict[int, Literal[8, 4]] = {INT8: 8, INT4: 4}
 TASK_HEADS = 4 * HEAD_BLOCK
 """Query heads of a task at most: many heads that share one head of keys are work for several threads."""
 
@@ -101,25 +109,27 @@ def _run(
         values, value_bytes = keys, key_bytes
     bias = state[MASK] + 4 * (seen[SEQUENCE] * state[MASK_ROW] + first) if state[MASK] else call[ZEROS]
     kind = place[KIND]
-    block, one = (call[BLOCK_FLOATS], call[ONE_FLOATS]) if kind == FLOAT32 else (call[BLOCK_HALVES], call[ONE_HALVES])
+    kernels = call[KERNELS + KIND_KERNELS * kind :]
+    block, rest, n_rest = kernels[BLOCK], kernels[REST], kernels[REST_HEADS]
     dim, v_dim, shared = call[DIM], call[V_DIM], call[SHARED]
     while head < stop:
         many = stop - head >= HEAD_BLOCK and block != 0
+        n_now = HEAD_BLOCK if many else max(1, n_rest)
         own = kv_head * (call[N_HEADS] // call[N_KV_HEADS]) + head
         part = (row * call[MAX_CHUNKS] + chunk) * call[N_HEADS] + own
         query = call[QUERY] + 4 * (row * call[N_HEADS] + own) * (dim + shared)
         stats, out = call[STATS] + 8 * part, call[PARTS] + 4 * part * v_dim
-        if one != 0:
+        if n_rest != 0:
             call_attend(
-                block if many else one, query, keys, key_bytes, values, value_bytes, bias, n_tokens, dim, v_dim, scores,
-                stats, out, more, more_bytes, shared,
+                block if many else rest, query, keys, key_bytes, values, value_bytes, bias, n_tokens, dim, v_dim,
+                scores, stats, out, more, more_bytes, shared,
             )  # fmt: skip
         else:
             _attend_plainly(
                 call, kind, query, keys, key_bytes, values, value_bytes, bias, n_tokens, scores, stats, out, more,
                 more_bytes,
             )  # fmt: skip
-        head += HEAD_BLOCK if many else 1
+        head += n_now
 
 
 @float_kernel
@@ -133,8 +143,9 @@ def _attend_plainly(
     row = floats_at(scores + 4 * CHUNK, max(dim + shared, v_dim))
     top = np.float32(LOWEST)
     for token in range(n_tokens):
-        read_row(kind, keys + token * key_bytes, row[:dim], np.float32(1))
-        read_row(kind, more + token * more_bytes, row[dim : dim + shared], np.float32(1))
+        read_stored(kind, keys + token * key_bytes, row[:dim], np.float32(1))
+        if shared:
+            read_stored(kind, more + token * more_bytes, row[dim : dim + shared], np.float32(1))
         total = np.float32(0)
         for i in range(q.size):
             total += q[i] * row[i]
@@ -146,7 +157,7 @@ def _attend_plainly(
     for token in range(n_tokens):
         weight = np.exp(weights[token] - top)
         total += weight
-        read_row(kind, values + token * value_bytes, row[:v_dim], weight)
+        read_stored(kind, values + token * value_bytes, row[:v_dim], weight)
         for i in range(v_dim):
             result[i] += row[i]
     kept[0], kept[1] = top, total
@@ -172,6 +183,8 @@ def _join(call_address: int, thread: int) -> None:
         sink = floats_at(call[SINKS] + 4 * head, 1)[0] if call[SINKS] else np.float32(LOWEST)
         result = floats_at(call[OUT] + 4 * (row * call[OUT_ROW] + head * v_dim), v_dim)
         _join_runs(stats, call[PARTS] + 4 * first * v_dim, n_heads, n_chunks, sink, result)
+        if is_turned(place_of(call[PLACES], rows[row, SEQUENCE])[KIND]):
+            turn(result)
         if call[GATE]:
             gate = floats_at(call[GATE] + 4 * (row * call[GATE_ROW] + head * call[GATE_HEAD]), v_dim)
             for i in range(v_dim):
@@ -204,12 +217,11 @@ JOIN_WORK = Worker(_join)
 
 
 def add_attention(
-    program: Program, n_heads: int, n_kv_heads: int, dim: int, v_dim: int, query: int, places: int, out: int,
-    isa_name: str, *,
+    program: Program, n_heads: int, n_kv_heads: int, dim: int, v_dim: int, query: int, places: int, out: int, *,
     sight: Sight = EVERYTHING, sinks: np.ndarray | None = None, gate: Source | None = None, shared: int = 0,
 ) -> np.ndarray:  # fmt: skip
     """Adds out float32 [rows, n_heads * v_dim] = attention of query float32 [rows, n_heads, dim + shared]; returns its
-    call. `give_room` must have set where runs are kept.
+    call. `give_room` must have set where runs are kept, and `set_kernels` those of the caches' kinds.
 
     places: address of the table that says where the caches lie. sinks float32 [n_heads]: scores without values. gate:
     heads of v_dim columns, whose sigmoid the result is multiplied with. shared: columns that the cache keeps where
@@ -223,19 +235,36 @@ def add_attention(
     call[SINKS] = 0 if sinks is None else program.keep(np.ascontiguousarray(sinks, np.float32))
     if gate is not None:
         call[[GATE, GATE_ROW, GATE_HEAD]] = gate.address, gate.row, gate.head
-    lanes = BY_NAME[isa_name].lanes
-    if dim % lanes == v_dim % lanes == shared % lanes == 0:
-        call[[BLOCK_FLOATS, ONE_FLOATS, BLOCK_HALVES, ONE_HALVES]] = [
-            kernel_address(AttendKernel(n, dtype), isa_name)
-            for dtype in ("float32", "bfloat16")
-            for n in (HEAD_BLOCK, 1)
-        ]
     call[ZEROS] = program.floats("zeros", CHUNK)
     program.count(call, NEXT)
     program.count(call, NEXT_JOIN)
     program.add(ATTEND_WORK, call, Part.ATTENTION)
     program.add(JOIN_WORK, call, Part.ATTENTION)
     return call
+
+
+def set_kernels(call: np.ndarray, kind: int, isa_name: str) -> None:
+    """Sets the kernels for rows that are stored as `kind`, where they can take its numbers of columns (else rows are
+    read by plain loops). Raises LayoutError for heads that cannot be stored so."""
+    own = call[KERNELS + KIND_KERNELS * kind :][:KIND_KERNELS]
+    if own[REST_HEADS]:
+        return
+    isa, sizes = BY_NAME[isa_name], [int(call[at]) for at in (DIM, V_DIM, SHARED)]
+    for size in sizes:
+        row_bytes(kind, size)
+    group = int(call[N_HEADS] // call[N_KV_HEADS])
+    if kind in KERNEL_DTYPES and all(size % isa.lanes == 0 for size in sizes):
+        dtype = KERNEL_DTYPES[kind]
+        _set(own, AttendKernel(HEAD_BLOCK, dtype), AttendKernel(1, dtype), isa)
+    elif kind in KERNEL_BITS and all(size % whole_columns(KERNEL_BITS[kind]) == 0 for size in sizes):
+        bits, split = KERNEL_BITS[kind], bool(call[SHARED])
+        fewer = CodedAttendKernel(group % HEAD_BLOCK or 1, bits, split)
+        _set(own, CodedAttendKernel(HEAD_BLOCK, bits, split) if group >= HEAD_BLOCK else None, fewer, coded_isa(isa))
+
+
+def _set(own: np.ndarray, block: VectorKernel | None, rest: AttendKernel | CodedAttendKernel, isa: Isa) -> None:
+    own[BLOCK] = 0 if block is None else kernel_address(block, isa.name)
+    own[REST], own[REST_HEADS] = kernel_address(rest, isa.name), rest.n_heads
 
 
 def room_bytes(call: np.ndarray, n_tokens: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from cpu_kernels.jit.primitives import int64s_at
 from cpu_kernels.step.program import N_ROWS, ROW_SIZE, ROWS
 
 # A place: addresses of one sequence's keys and values in one layer, each with the bytes from one head and token to the
-# next; how they are stored (`floats.FLOAT32` or `BFLOAT16`); the number of the first token that is held.
+# next; how they are stored (`stored.KIND_OF`); the number of the first token that is held.
 (KEYS, K_HEAD, K_TOKEN, VALUES, V_HEAD, V_TOKEN, KIND, PAST_FIRST, PLACE_SIZE) = range(9)
 
 

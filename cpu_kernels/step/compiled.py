@@ -32,7 +32,8 @@ from cpu_kernels.step.stream import add_embedding
 class CachePlace:
     """Where a sequence's keys and values lie in a layer: addresses, and the bytes from one head and token to the next.
 
-    kind: `floats.FLOAT32` or `BFLOAT16`. first: number of the first token that is held (earlier ones are gone).
+    kind: how they are stored, one of `stored.KIND_OF`. first: number of the first token that is held (earlier ones are
+    gone).
     """
 
     keys: tuple[int, int, int]
@@ -65,6 +66,7 @@ class CompiledLayers:
         self._workspace = workspace or Workspace()
         self.program = Program(n_threads, self._workspace.buffers)
         self._emitter = Emitter(self.program, width, isa_name, ropes)
+        self._isa_name = isa_name
         self._begin()
         for number, layer in layers:
             self._emitter.layer(number, layer)
@@ -109,6 +111,16 @@ class CompiledLayers:
     def bind(self, number: int, sequence: int, place: CachePlace) -> None:
         """Lets attention `number` read and write the cache of a step's sequence at `place`."""
         self._caches[number].places[sequence] = (*place.keys, *place.values, place.kind, place.first)
+        attend.set_kernels(self._caches[number].attend, place.kind, self._isa_name)
+
+    def prepare(self, kind: int, layers: Sequence[int]) -> None:
+        """Compiles (or loads) now what attention in `layers` of the cache needs to read rows that are stored as `kind`.
+
+        Raises LayoutError where heads cannot be stored so.
+        """
+        for calls in self._caches:
+            if calls.layer in layers:
+                attend.set_kernels(calls.attend, kind, self._isa_name)
 
     def give_room(self, n_tokens: int) -> None:
         """Makes room for the intermediate results of attention over up to `n_tokens` cached tokens."""

@@ -165,7 +165,7 @@ class Emitter:
         attended = program.floats("attended", core.n_heads * core.v_dim)
         call = attend.add_attention(
             program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, query, places.ctypes.data, attended,
-            self.isa_name, sight=core.sight, sinks=core.sinks, gate=None if core.gate is None else source(core.gate),
+            sight=core.sight, sinks=core.sinks, gate=None if core.gate is None else source(core.gate),
         )  # fmt: skip
         self.caches.append(CacheCalls(core.cache, call, places))
         return self._attention_result(attended, core.output)
@@ -201,7 +201,7 @@ class Emitter:
         gathered = program.floats("gathered", sizes.n_heads * sizes.rank)
         call = attend.add_attention(
             program, sizes.n_heads, 1, sizes.rank, sizes.rank, absorbed, places.ctypes.data, gathered,
-            self.isa_name, shared=sizes.rotated,
+            shared=sizes.rotated,
         )  # fmt: skip
         self.caches.append(CacheCalls(core.cache, call, places))
         attended = program.floats("attended", sizes.n_heads * sizes.v_dim)

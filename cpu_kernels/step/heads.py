@@ -1,7 +1,8 @@
 """Between the projections and attention: norm of queries and keys, rotary embedding, and the KV cache's new rows.
 
 One task is one head of one row: a query head is normalised, rotated, scaled and kept; a key head is normalised, rotated
-and stored in the cache; a value head is stored in the cache. Rotation is of ROT columns from ROT_FIRST::
+and stored in the cache; a value head is stored in the cache (`stored`: where as codes, the query is turned as they
+are). Rotation is of ROT columns from ROT_FIRST::
 
     halves            (x[i], x[i + ROT / 2])  rotated in place
     pairs             (x[2 i], x[2 i + 1])    rotated in place
@@ -15,8 +16,9 @@ import numpy as np
 from cpu_kernels.jit.compiled import Real, Whole, Worker, inline_kernel
 from cpu_kernels.jit.primitives import floats_at, int64s_at, take_ticket
 from cpu_kernels.step.cached import KIND, key_address, place_of, rows_of, value_address
-from cpu_kernels.step.floats import bits_of, copy, float_of, square_sum, write_row
+from cpu_kernels.step.floats import bits_of, copy, float_of, square_sum
 from cpu_kernels.step.program import N_ROWS, SCRATCH, SCRATCH_BYTES, SEEN, SEQUENCE, STATE_SIZE, Part, Program
+from cpu_kernels.step.stored import is_turned, store_row, turn
 
 (STATE, NEXT, N_HEADS, N_KV_HEADS, DIM, V_DIM, ROT, ROT_FIRST, ROT_KIND, COS, SIN, NORM, NORM_LAST, EPS, Q_WEIGHT,
  K_WEIGHT, SCALE, TUNING, TUNING_STEP, CLIP, Q, Q_ROW, Q_HEAD, K, K_ROW, K_HEAD, V, V_ROW, V_HEAD, QUERY,
@@ -86,17 +88,19 @@ def _heads(call_address: int, thread: int) -> None:
             scale = _query_scale(call, token)
             for i in range(query.size):
                 query[i] *= scale
+            if is_turned(place[KIND]):
+                turn(query)
         elif head < n_heads + n_kv_heads:
             head -= n_heads
             source = call[K] + 4 * (row * call[K_ROW] + head * call[K_HEAD])
             key = head_room[call[DIM] :]
             _place(call, row, head, n_kv_heads, source, call[K_WEIGHT], head_room, key)
-            write_row(place[KIND], key_address(place, head, token), key)
+            store_row(place[KIND], key_address(place, head, token), key)
         else:
             head -= n_heads + n_kv_heads
             value = floats_at(call[V] + 4 * (row * call[V_ROW] + head * call[V_HEAD]), call[V_DIM])
             _clip(value, float_of(call[CLIP]))
-            write_row(place[KIND], value_address(place, head, token), value)
+            store_row(place[KIND], value_address(place, head, token), value)
 
 
 @inline_kernel

@@ -23,11 +23,11 @@ from cpu_kernels.step.floats import (
     fill,
     float_of,
     square_sum,
-    write_row,
 )
 from cpu_kernels.step.heads import Rotary, root_factor, rotate, scale_by
 from cpu_kernels.step.products import Product
 from cpu_kernels.step.program import N_ROWS, SCRATCH, SCRATCH_BYTES, SEEN, SEQUENCE, STATE_SIZE, Part, Program
+from cpu_kernels.step.stored import is_turned, store_row, turn
 from cpu_kernels.step.stream import Norm
 
 (STATE, NEXT, N_HEADS, OWN, ROT, RANK, V_DIM, UP, UP_KIND, UP_ROW, Q, QUERY, SCALE, JOINED, WEIGHT, EPS, ROT_KIND, COS,
@@ -57,14 +57,14 @@ def _absorb(call_address: int, thread: int) -> None:
             return
         if task < call[N_HEADS]:
             for row in range(state[N_ROWS]):
-                _absorb_query(call, row, task)
+                _absorb_query(call, rows[row], row, task)
         else:
             _store(call, rows[task - call[N_HEADS]], task - call[N_HEADS], room)
 
 
 @inline_kernel
-def _absorb_query(call: np.ndarray, row: Whole, head: Whole) -> None:
-    """query [rank + rotated] = scale * [K^T own, rotated]."""
+def _absorb_query(call: np.ndarray, seen: np.ndarray, row: Whole, head: Whole) -> None:
+    """query [rank + rotated] = scale * [K^T own, rotated], each turned where the cache stores codes."""
     own, rot, rank, scale = call[OWN], call[ROT], call[RANK], float_of(call[SCALE])
     number = row * call[N_HEADS] + head
     source = floats_at(call[Q] + 4 * number * (own + rot), own + rot)
@@ -76,6 +76,9 @@ def _absorb_query(call: np.ndarray, row: Whole, head: Whole) -> None:
     _rotate(call, row, source[own:], query[rank:])
     for i in range(rank, query.size):
         query[i] *= scale
+    if is_turned(place_of(call[PLACES], seen[SEQUENCE])[KIND]):
+        turn(query[:rank])
+        turn(query[rank:])
 
 
 @inline_kernel
@@ -88,8 +91,8 @@ def _store(call: np.ndarray, seen: np.ndarray, row: Whole, room: Whole) -> None:
     scale_by(vector, root_factor(square_sum(vector), rank, call[EPS]), floats_at(call[WEIGHT], rank))
     _rotate(call, row, joined[rank:], rotated)
     place, token = place_of(call[PLACES], seen[SEQUENCE]), seen[SEEN] - 1
-    write_row(place[KIND], key_address(place, 0, token), vector)
-    write_row(place[KIND], value_address(place, 0, token), rotated)
+    store_row(place[KIND], key_address(place, 0, token), vector)
+    store_row(place[KIND], value_address(place, 0, token), rotated)
 
 
 @inline_kernel

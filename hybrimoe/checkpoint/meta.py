@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrimoe.checkpoint.gguf.file import is_gguf, open_gguf
-from hybrimoe.errors import ModelError
+from hybrimoe.errors import ConfigError, ModelError, unknown
 from scheduler.machine.profile import ModelShape
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from hybrimoe.checkpoint.choice import ExpertChoice
 
+KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
 EXPERTS_OF_A_LAYER = "_exps.weight"  # in names of GGUF tensors
 
 
@@ -62,6 +64,30 @@ def model_shape(model: str | Path | None) -> ModelShape:
         path = model_path(path)
         return ModelShape.from_mapping(derive_shape(read_config_dict(path), path.stem))
     return open_shape(path if model is None or path.is_dir() else str(model))
+
+
+def with_kv_dtype(shape: ModelShape, model: str | Path | None, kv_dtype: str) -> ModelShape:
+    """The shape of `model` with the bytes of a token's keys and values where they are stored as `kv_dtype`; auto:
+    in 16 bit. Raises ConfigError for what is no such dtype."""
+    from types import SimpleNamespace
+
+    from hybrimoe.checkpoint.source import HUB_FILE, hub_config_file, is_hub_id, model_path, read_config_dict
+    from hybrimoe.generation.kv_memory import stored_bytes
+    from yaml_rules import shapes
+    from yaml_rules.located import read_yaml
+
+    if kv_dtype == "auto":
+        return shape
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(unknown("dtype of keys and values", kv_dtype, ("auto", *KV_DTYPES)))
+    if model in shapes.shape_names():
+        config = read_yaml(shapes.FOLDER / f"{model}.yaml").data["config"]
+    elif is_hub_id(model) and not HUB_FILE.match(str(model)):
+        config = json.loads(hub_config_file(str(model)).read_text(encoding="utf-8"))
+    else:
+        config = read_config_dict(model_path(model))
+    settings = SimpleNamespace(**{**config, **config.get("text_config", {})})
+    return replace(shape, kv_bytes=stored_bytes(settings, kv_dtype))
 
 
 def expert_choice(

@@ -132,6 +132,10 @@ def opened_for_chat(
         yield Opened(opened, Conversation(opened.generator, system=system), session)
 
 
+NO_STATES = ("server", "generation")
+"""Sections of a deployment on which keys and values do not depend."""
+
+
 def sessions_folder() -> Path:
     """Where conversations are kept by name."""
     from cpu_kernels.jit.cache_dir import cache_home
@@ -154,7 +158,7 @@ def identity(opened: OpenModel) -> str:
             "config": read_config_dict(path),
             "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights],
             "template": getattr(opened.generator.tokenizer, "chat_template", None),
-            "deployment": {key: value for key, value in opened.config.as_dict().items() if key != "server"},
+            "deployment": {key: value for key, value in opened.config.as_dict().items() if key not in NO_STATES},
             "torch": torch.__version__,
         }
     )

@@ -67,6 +67,14 @@ DtypeOption = Annotated[
         rich_help_panel=PLACEMENT,
     ),
 ]
+KvDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="Keys and values as float32, bfloat16, int8, int4; auto: as the model computes them. On the CPU alone.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
 PolicyOption = Annotated[
     str | None,
     typer.Option(
@@ -151,6 +159,25 @@ SpeculateOption = Annotated[
         rich_help_panel=PLACEMENT,
     ),
 ]
+ContextShiftOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--context-shift/--no-context-shift",
+        help="Leave the oldest tokens out where a text outgrows the context, instead of an error (off).",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+SinksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--attention-sinks",
+        metavar="N",
+        min=0,
+        max=65_536,
+        help="With --context-shift: first tokens that always stay (4).",
+        rich_help_panel=PLACEMENT,
+    ),
+]
 ProfileOption = Annotated[
     bool,
     typer.Option("--profile", help="Where a token's time went, by part of the model and lane.", rich_help_panel=OUTPUT),
@@ -217,12 +244,15 @@ class PlacementGroup:
     slots: SlotsOption = None
     host_memory: HostMemoryOption = None
     dtype: DtypeOption = None
+    kv_dtype: KvDtypeOption = None
     policy: PolicyOption = None
     lossy: LossyOption = None
     threads: ThreadsOption = None
     lookahead: LookaheadOption = None
     unknown_keys: UnknownKeysOption = None
     speculate: SpeculateOption = None
+    context_shift: ContextShiftOption = None
+    attention_sinks: SinksOption = None
     adapter: AdapterOption = None
 
     def deployment(self, model: str | None) -> DeployConfig:
@@ -261,12 +291,15 @@ def deploy_config(
     slots: str | None = None,
     host_memory: str | None = None,
     dtype: str | None = None,
+    kv_dtype: str | None = None,
     policy: str | None = None,
     threads: int | None = None,
     lookahead: int | None = None,
     lossy: str | None = None,
     unknown_keys: str | None = None,
     speculate: bool | None = None,
+    context_shift: bool | None = None,
+    attention_sinks: int | None = None,
     adapter: list[str] | None = None,
     weights: bool = True,
 ) -> DeployConfig:
@@ -288,12 +321,15 @@ def deploy_config(
         gpu_expert_slots=slots,
         memory=None if host_memory is None else {"host": host_memory, "disk": "auto"},
         expert_dtype=dtype,
+        kv_dtype=kv_dtype,
         policy=policy,
         threads=threads,
         lookahead=lookahead,
         lossy=None if lossy is None else lossy_option(lossy),
         unknown_keys=unknown_keys,
         speculate=speculate,
+        context_shift=context_shift,
+        attention_sinks=attention_sinks,
         adapters=adapter,
     )
     check_model(deployment.model, weights=weights)

@@ -15,6 +15,7 @@ from hybrimoe.cli.views import render
 if TYPE_CHECKING:
     from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation import TextGenerator
+    from hybrimoe.generation.context import ContextShift
 
 Progress = Callable[[int, int, str], None]
 
@@ -68,10 +69,23 @@ def open_model(
     try:
         with warnings_as_notes():
             kv_bytes = kv_budget_bytes(model, config.memory.kv)
-            generator = TextGenerator(model, tokenizer, kv_bytes=kv_bytes, speculate=config.generation.speculate)
+            generator = TextGenerator(
+                model, tokenizer, kv_bytes=kv_bytes, speculate=config.generation.speculate,
+                shift=_shift(config),
+            )  # fmt: skip
         yield OpenModel(generator, model.hybrimoe.session, "demo" if config.model is None else config.model, config)
     finally:
         model.hybrimoe.session.close()
+
+
+def _shift(config: DeployConfig) -> ContextShift | None:
+    """What is left out of texts that outgrow the context, as the deployment says."""
+    from hybrimoe.generation.context import ContextShift
+
+    settings = config.generation
+    if not settings.context_shift:
+        return None
+    return ContextShift() if settings.attention_sinks is None else ContextShift(settings.attention_sinks)
 
 
 def quiet_libraries() -> None:

@@ -37,13 +37,13 @@ def chosen(deployment: DeployConfig, wish: Wish) -> Choice:
 
     Raises what `hybrimoe.checkpoint.meta.model_shape` and `hybrimoe.tracing.study.fitting.choose` raise.
     """
-    from hybrimoe.checkpoint.meta import model_shape
+    from hybrimoe.checkpoint.meta import model_shape, with_kv_dtype
     from hybrimoe.machine.calibrate import quick_profile
     from hybrimoe.machine.memory import available_bytes
     from hybrimoe.machine.profiles import hardware_for_plan
     from hybrimoe.tracing.study.fitting import Machine, choose
 
-    shape = model_shape(deployment.model)
+    shape = with_kv_dtype(model_shape(deployment.model), deployment.model, deployment.memory.kv_dtype)
     profile, _ = hardware_for_plan(None, lambda: quick_profile(shape.hidden, shape.inter, MEASURED_DTYPE))
     device_bytes = 0 if IN_HOST.issuperset(deployment.accelerator) else None
     return choose(shape, Machine(profile, device_bytes, available_bytes()), wish)
@@ -51,7 +51,7 @@ def chosen(deployment: DeployConfig, wish: Wish) -> Choice:
 
 def wished(deployment: DeployConfig, *, serves: bool) -> Wish:
     """What a deployment settles itself."""
-    from hybrimoe.tracing.study.fitting import Wish
+    from hybrimoe.tracing.study.fitting import KV_DTYPE, Wish
 
     cpu, kv, parallel = deployment.cpu, deployment.memory.kv, deployment.server.parallel
     return Wish(
@@ -60,6 +60,7 @@ def wished(deployment: DeployConfig, *, serves: bool) -> Wish:
         expert_dtype=None if cpu.expert_dtype == "auto" else cpu.expert_dtype,
         dense_dtype=None if cpu.dense_dtype == "auto" else cpu.dense_dtype,
         kv_bytes=int(kv.value) if kv.kind == "bytes" else None,
+        kv_dtype=KV_DTYPE if deployment.memory.kv_dtype == "auto" else deployment.memory.kv_dtype,
     )
 
 

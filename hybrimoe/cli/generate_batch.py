@@ -36,12 +36,18 @@ class JobOptions:
 
 def run(deployment: DeployConfig, text: str, options: SamplingOptions, job: JobOptions) -> bool:
     """Runs the prompts in `text`. Returns whether Ctrl-C ended it."""
+    from hybrimoe.errors import ConfigError
     from hybrimoe.generation.batch.prompts_file import read_prompts
     from scheduler.batching import batching_kind
 
     kind = batching_kind(job.batching)
     if job.route_predictor is not None and kind != "expertflow":
         raise typer.BadParameter("--route-predictor is what --batching expertflow groups by: give both")
+    if deployment.generation.context_shift:
+        raise ConfigError(
+            "--context-shift (generation.context_shift) is for single replies: batches of prompts end at the context;"
+            " leave it out of --prompts"
+        )
     lines = read_prompts(text, job.name)
     from hybrimoe.cli.common_model import open_model, progress_bar
     from hybrimoe.generation import interruptible

@@ -32,6 +32,12 @@ def plan(
     ] = None,
     expert_dtype: simulated.ExpertDtypeOption = "int4",
     dense_dtype: simulated.DenseDtypeOption = "int8",
+    kv_dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE", help="Keys and values as float32, bfloat16, int8, int4, on the CPU; auto: in 16 bit."
+        ),
+    ] = "auto",
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of one device, like 12GiB. Default: profile.")
     ] = None,
@@ -53,16 +59,17 @@ def plan(
     MODEL may also be the name of a shipped shape, like qwen3-30b-a3b. With --fit both dtypes are chosen, the most
     precise with which all experts fit host memory, and where they are not given context and replies at once, too.
     """
-    from hybrimoe.checkpoint.meta import model_shape, packing_remark
+    from hybrimoe.checkpoint.meta import model_shape, packing_remark, with_kv_dtype
     from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, with_accelerators
 
-    shape = model_shape(model)
+    shape = with_kv_dtype(model_shape(model), model, kv_dtype)
     if hardware is not None:
         open_hardware(hardware)
     device_bytes = None if gpu_memory is None else _bytes(gpu_memory)
     host_bytes = None if host_memory is None else _bytes(host_memory)
     import psutil
 
+    from hybrimoe.errors import ConfigError
     from hybrimoe.extensions.policies import open_policy
     from hybrimoe.machine.calibrate import quick_profile
     from hybrimoe.tracing.study.fitting import KV_DTYPE, Machine, Wish, choose
@@ -77,10 +84,11 @@ def plan(
     profile, taken = measured(expert_dtype)
     host_bytes = host_bytes or psutil.virtual_memory().total
     reasons: list[str] = []
+    stored = KV_DTYPE if kv_dtype == "auto" else kv_dtype
     if fit_all:
         from hybrimoe.cli.fitting import most_replies
 
-        wish = Wish(context=context, replies=parallel, most_replies=most_replies())
+        wish = Wish(context=context, replies=parallel, most_replies=most_replies(), kv_dtype=stored)
         choice = choose(shape, Machine(profile, device_bytes, host_bytes), wish)
         if choice.expert_dtype != expert_dtype:
             profile, taken = measured(choice.expert_dtype)
@@ -91,6 +99,8 @@ def plan(
             shape, profile, context=context, expert_dtype=expert_dtype, dense_dtype=dense_dtype,
             device_bytes=device_bytes, host_bytes=host_bytes, replies=parallel or 1,
         )  # fmt: skip
+    if found.device_bytes and kv_dtype != "auto":
+        raise ConfigError("--kv-dtype: keys and values lie on the device, and are stored otherwise on the CPU alone")
     expected = expect(found, shape, profile, policy, expert_dtype, dense_dtype)
     render.note(taken)
     for reason in reasons:
@@ -98,9 +108,7 @@ def plan(
     if remark := packing_remark(model, expert_dtype):
         render.note(remark)
     if as_json:
-        dtypes = {
-            "expert_dtype": expert_dtype, "dense_dtype": dense_dtype, "kv_dtype": KV_DTYPE, "reasons": reasons,
-        }  # fmt: skip
+        dtypes = {"expert_dtype": expert_dtype, "dense_dtype": dense_dtype, "kv_dtype": stored, "reasons": reasons}
         render.emit_json({**asdict(found), **dtypes, "hardware_taken": taken, "expected": expected})
     else:
         _show(asdict(found), expected)
@@ -137,7 +145,7 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
     has_device = found["device_bytes"] > 0
     rows = [
         (f"dense weights {'on the device' if has_device else 'in host memory'}", _gib(found["dense_bytes"])),
-        (_cached(found), _gib(found["kv_bytes"])),
+        (_cached(found), _kv(found)),
         *([("experts in device slots", experts(found["device_experts"]))] if has_device else []),
         *_by_accelerator(found),
         ("experts in host memory", experts(found["host_experts"])),
@@ -173,6 +181,11 @@ def _by_accelerator(found: dict[str, Any]) -> list[tuple[str, str]]:
         (f"  accelerator {unit}", f"{n_layers} MoE layers, {n_slots} slots")
         for unit, (n_layers, n_slots) in enumerate(zip(layers, slots, strict=True))
     ]
+
+
+def _kv(found: dict[str, Any]) -> str:
+    token_bytes = found["kv_bytes"] / (found["context"] * found["replies"])
+    return f"{_gib(found['kv_bytes'])} ({token_bytes / 1024:.1f} KiB a token)"
 
 
 def _gib(n_bytes: float) -> str:

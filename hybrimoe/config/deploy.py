@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from hybrimoe.amounts import Amount, BytesAmount, DiskAmount, ExpertsAmount, HostAmount, SizeAmount
 from hybrimoe.config.adapters import Adapters, resolved_adapters
@@ -29,6 +29,7 @@ ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int4"]
 ExpertDtypeChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 UnknownKeys = Literal["error", "ignore"]
+KvDtypeName = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
 
 
@@ -47,6 +48,11 @@ class MemoryConfig(Section):
         default=Amount("auto"),
         description="Memory for keys and values of replies under way, on the device that computes attention; expert "
         "slots leave it free.",
+    )
+    kv_dtype: KvDtypeName = Field(
+        default="auto",
+        description="How keys and values are stored; auto as the model computes them. Others are for models whose "
+        "attention is compiled on the CPU.",
     )
 
 
@@ -77,6 +83,20 @@ class GenerationConfig(Section):
     speculate: bool = Field(
         default=False, description="Drafts from the text itself, verified several tokens a step; the text is the same."
     )
+    context_shift: bool = Field(
+        default=False,
+        description="Leave the oldest tokens out where a text outgrows the context; else a longer prompt is refused and"
+        " a reply ends there.",
+    )
+    attention_sinks: int | None = Field(
+        default=None, ge=0, le=65_536, description="With context_shift: first tokens that always stay (4)."
+    )
+
+    @model_validator(mode="after")
+    def _sinks_of_shifts(self) -> GenerationConfig:
+        if self.attention_sinks is not None and not self.context_shift:
+            raise ValueError("attention_sinks are tokens that context_shift keeps: give that, too, or leave them out")
+        return self
 
 
 ModelsEntry = Annotated[str, Field(min_length=1)] | dict[str, Any]
@@ -275,6 +295,9 @@ _ALIASES: dict[str, KeyPath] = {
     "lookahead": ("scheduler", "lookahead"),
     "lossy": ("scheduler", "lossy"),
     "speculate": ("generation", "speculate"),
+    "context_shift": ("generation", "context_shift"),
+    "attention_sinks": ("generation", "attention_sinks"),
+    "kv_dtype": ("memory", "kv_dtype"),
 }
 
 

@@ -1,11 +1,42 @@
-"""How long a sequence the model is made for."""
+"""How long a sequence the model is made for, and what stays of one that grows beyond that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["model_context_tokens"]
+from hybrimoe.errors import ConfigError
+
+__all__ = ["ContextShift", "model_context_tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextShift:
+    """Texts may go on beyond the context: their oldest tokens are left out, but for the first `n_sinks`, and the states
+    of what is kept are computed once more.
+
+    To turn the keys that are there to their new places would be quicker, but it is right for plain rotary embeddings
+    alone, and their values would still know of the tokens that are gone. Computed anew, every model (scaled rotary
+    embeddings, learned positions, windows, latent attention, recurrent states) gives what it gives for the kept tokens.
+    Half of the context is kept, so that a token of a long text is computed about twice. Models attend much to the first
+    tokens, whatever they are (Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023).
+    """
+
+    n_sinks: int = 4
+
+    def check(self, limit: int | None) -> None:
+        """Raises ConfigError where a context of `limit` tokens has no room for the sinks and as many other tokens."""
+        if limit is not None and 2 * self.n_sinks + 2 > limit:
+            raise ConfigError(
+                f"generation.attention_sinks: {self.n_sinks} of a context of {limit} tokens; expected at most"
+                f" {max(0, limit // 2 - 1)}"
+            )
+
+    def kept(self, token_ids: Sequence[int], limit: int) -> list[int]:
+        """What stays of a text that has more tokens than `limit`: its sinks, and the newest for half of the rest."""
+        n_newest = max(1, (limit - self.n_sinks) // 2)
+        return [*token_ids[: self.n_sinks], *token_ids[-n_newest:]]
 
 
 def model_context_tokens(config: Any) -> int | None:

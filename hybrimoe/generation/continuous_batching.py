@@ -139,6 +139,10 @@ class BatchEngine:
             yield from self._prefill(prompt)
         for place in decoding:
             self._extend_plan(place)
+            if not place.reply.has_ended() and place.reply.must_shift():
+                place.reply.begin_shift()
+                place.in_prompt = True
+        decoding = [place for place in decoding if not place.in_prompt]
         going = iter([place for place in decoding if not place.reply.has_ended()])
         self.n_steps += bool(decoding)
         while group := list(islice(going, MAX_ROWS)):
@@ -248,7 +252,7 @@ class BatchEngine:
 
     def _extend_plan(self, place: _Place) -> None:
         """Before a token is added: a reply beyond its plan takes room that is free, and ends where there is none."""
-        needed = len(place.reply.prompt_ids) + len(place.reply.token_ids) + 1
+        needed = place.reply.n_context + 1
         if needed <= place.planned or place.reply.has_ended():
             return
         limit = self.generator.context_tokens

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import PromptError
-from hybrimoe.generation.context import model_context_tokens
+from hybrimoe.generation.context import ContextShift, model_context_tokens
 from hybrimoe.generation.decoding import warn_of_other_decoding
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.kv_memory import chunk_tokens, estimated_token_bytes, measured_token_bytes
@@ -60,13 +60,14 @@ class TextGenerator:
     not the result. None chooses by the free memory, anew for each prompt.
     kv_bytes: what keys and values may take, None for no limit; a prompt that would take more is refused, and a reply
     ends before it does. speculate: replies are computed with drafts, see `hybrimoe.generation.speculation`; raises
-    ConfigError for a model that cannot. pace: how many tokens are drafted, None without drafts.
+    ConfigError for a model that cannot. pace: how many tokens are drafted, None without drafts. shift: what is left out
+    of texts that outgrow the context; None: a longer prompt is refused, and a reply ends there.
     forward_kwargs: what a forward call of the model takes beside its inputs; logits of the last token only, if it can.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, *, prefill_chunk_tokens: int | None = None, kv_bytes: int | None = None,
-        speculate: bool = False,
+        speculate: bool = False, shift: ContextShift | None = None,
     ) -> None:  # fmt: skip
         import inspect
 
@@ -79,6 +80,9 @@ class TextGenerator:
         self.pace = DraftPace() if speculate else None
         self._token_bytes = estimated_token_bytes(model)
         self._measured = False
+        self.shift = shift
+        if shift is not None:
+            shift.check(self.context_tokens)
         warn_of_other_decoding(model)
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.forward_kwargs: dict[str, Any] = {"use_cache": True, "return_dict": True}
@@ -133,17 +137,20 @@ class TextGenerator:
             PromptError: no token, one that the model does not have, or no room for a reply in the model's context.
         """
         self.check_prompt(len(prompt_ids))
+        if options is not None and options.prompt_logprobs is not None:
+            self.check_prompt(len(prompt_ids), may_shift=False)
         check_token_ids(self.model, prompt_ids, self.tokenizer)
         options = (options or SamplingOptions()).with_seed()
         cache = cache or PrefixCache(self.model)
         return Reply(self, list(prompt_ids), options, cache, should_stop, profile, part_tokens)
 
-    def check_prompt(self, n_tokens: int) -> None:
-        """Raises PromptError unless a prompt of `n_tokens` leaves room for one token."""
+    def check_prompt(self, n_tokens: int, *, may_shift: bool = True) -> None:
+        """Raises PromptError unless a prompt of `n_tokens` leaves room for one token, or what is too much of it is left
+        out (may_shift: where that is what the deployment says)."""
         limit = self.context_tokens
         if n_tokens == 0:
             raise PromptError("the prompt has no tokens: expected some text to continue")
-        if limit is not None and n_tokens >= limit:
+        if limit is not None and n_tokens >= limit and not (may_shift and self.shift is not None):
             what = f"the model's context is {limit} tokens"
             if limit == self.memory_tokens and limit != model_context_tokens(self.model.config):
                 what = f"the memory for keys and values ({(self.kv_bytes or 0) / 2**20:.0f} MiB) holds {limit} tokens"
@@ -151,6 +158,7 @@ class TextGenerator:
                 f"the prompt has {n_tokens} tokens; {what}, prompt and reply together. "
                 f"Shorten the prompt to at most {limit - 1} tokens"
                 + (", or raise memory.kv." if "memory" in what else ".")
+                + (" --context-shift leaves the oldest tokens out." if may_shift else "")
             )
 
     def forward(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor:
@@ -250,7 +258,8 @@ class Reply:
 
     text: all pieces joined. token_ids: the new tokens, an end-of-sequence token included. n_reused: prompt tokens that
     came from the cache. seed: with it the same reply comes again. text_offsets: where each token's text begins in the
-    reply, in characters.
+    reply, in characters. n_kept: tokens of the prompt that are computed or reused. n_shifts: how often the
+    context was full, so that oldest tokens were left out.
     """
 
     def __init__(
@@ -272,17 +281,26 @@ class Reply:
         self.cache = cache
         self._part_tokens = part_tokens
         self._parts: deque[tuple[int, int]] | None = None
+        self._computed_ids = prompt_ids
+        """What is computed as a prompt: the prompt, later what a shift has kept."""
+        self._n_before = 0
+        """New tokens that are among them."""
+        self.n_shifts = 0
         self._checkpoints: list[int] = []
         self._started = self._last = 0
         self._should_stop = should_stop
         limit = generator.context_tokens
+        if self._shift is not None and limit is not None and len(prompt_ids) >= limit:
+            self._computed_ids = self._shift.kept(prompt_ids, limit)
+            self.n_shifts = 1
+        self.n_kept = len(self._computed_ids)
         self._sampler = Sampler(generator.model, options, prompt_ids)
         self._scorer: PromptScorer | None = None
         if options.prompt_logprobs is not None:
             self._scorer = PromptScorer(generator.forward_rows, prompt_ids, options.prompt_logprobs)
         self._transcript = Transcript(
             generator.tokenizer, prompt_ids, eos_token_ids=self._sampler.eos_token_ids,
-            max_new_tokens=self._sampler.max_new_tokens, context_tokens=limit, stop=options.stop,
+            max_new_tokens=self._sampler.max_new_tokens, context_tokens=self._longest(options), stop=options.stop,
             shown_special=options.shown_special,
         )  # fmt: skip
         self.profile = profile
@@ -295,6 +313,18 @@ class Reply:
         self._speculation: Speculation | None = None
         if generator.pace is not None:
             self._speculation = Speculation(prompt_ids, cache, generator.pace, self._forward, verify)
+
+    @property
+    def _shift(self) -> ContextShift | None:
+        return self._generator.shift
+
+    def _longest(self, options: SamplingOptions) -> int | None:
+        """Tokens of prompt and reply at most. Where oldest ones are left out, a reply whose length is given has no such
+        limit, and every other may be as long as the context by itself."""
+        limit = self._generator.context_tokens
+        if limit is None or self._shift is None:
+            return limit
+        return None if options.max_new_tokens is not None else len(self.prompt_ids) + limit
 
     @property
     def speculation(self) -> SpeculationStats | None:
@@ -349,8 +379,18 @@ class Reply:
             logits = self.prefill()
         while logits is not None:
             yield self.take(logits)
-            logits = None if self.has_ended() else self.next_logits()
+            logits = None if self.has_ended() else self._go_on()
         yield self.end()
+
+    def _go_on(self) -> torch.Tensor | None:
+        """Logits after the newest token; None where the reply ended while a shifted context was computed."""
+        if not self.must_shift():
+            return self.next_logits()
+        self.begin_shift()
+        logits = None
+        while logits is None and not self.has_ended():
+            logits = self.prefill()
+        return logits
 
     def begin(self) -> None:
         """The reply's times count from here on."""
@@ -381,6 +421,28 @@ class Reply:
             self._generator.make_room(error)
             return None
 
+    @property
+    def n_context(self) -> int:
+        """Tokens of the context: those of the prompt and the reply that were not left out."""
+        return len(self._computed_ids) + len(self.token_ids) - self._n_before
+
+    def must_shift(self) -> bool:
+        """Whether the context has no room for the newest token, and oldest ones are to be left out."""
+        limit = self._generator.context_tokens
+        return self._shift is not None and limit is not None and self.n_context > limit
+
+    def begin_shift(self) -> None:
+        """Leaves the oldest tokens out; `prefill` then computes the others, and gives the logits after the newest."""
+        limit = self._generator.context_tokens
+        assert self._shift is not None
+        assert limit is not None
+        if self._speculation is not None:
+            self._speculation.pass_over(self.token_ids[-1])
+        self._computed_ids = self._shift.kept([*self._computed_ids, *self.token_ids[self._n_before :]], limit)
+        self._n_before = len(self.token_ids)
+        self._parts = None
+        self.n_shifts += 1
+
     def take(self, logits: torch.Tensor) -> str:
         """Chooses the next token by the logits [V] after what there is; returns the text that it completes."""
         token = self._choose(logits)
@@ -401,7 +463,12 @@ class Reply:
         token = self.token_ids[-1]
         if self._speculation is None:
             return self._forward([token], self.cache)
-        return self._speculation.next_logits(token, self._transcript.n_left)
+        return self._speculation.next_logits(token, self._n_left())
+
+    def _n_left(self) -> int:
+        """New tokens that may still come, before the context is full."""
+        left, limit = self._transcript.n_left, self._generator.context_tokens
+        return left if limit is None or self._shift is None else min(left, limit - self.n_context + 1)
 
     def end(self) -> str:
         """The text that was held back; others may use what was computed."""
@@ -412,37 +479,46 @@ class Reply:
         return self._transcript.end()
 
     def _next_part(self) -> torch.Tensor | None:
+        token_ids, in_prompt = self._computed_ids, self._n_before == 0
+        scorer = self._scorer if in_prompt else None
         if self._parts is None:
-            if self._scorer is not None:
-                self._scorer.restart()
-            self.n_reused = self.cache.reuse(self.prompt_ids, anew=self._scorer is not None)
-            self.cache.announce(len(self.prompt_ids))
-            self._checkpoints = self.cache.checkpoint_places(len(self.prompt_ids))
-            self._parts = deque(self._cut())
+            if scorer is not None:
+                scorer.restart()
+            n_reused = self.cache.reuse(token_ids, anew=scorer is not None)
+            if in_prompt:
+                self.n_reused = n_reused
+            self.cache.announce(len(token_ids))
+            self._checkpoints = self.cache.checkpoint_places(len(token_ids))
+            self._parts = deque(self._cut(n_reused))
             if not self._parts:
-                self.times.prefill_us = (time.perf_counter_ns() - self._started) / 1000
+                self._prefilled()
                 return self.cache.known_logits()
         start, end = self._parts.popleft()
-        forward = self._forward if self._scorer is None else self._scorer.forward
-        logits = forward(self.prompt_ids[start:end], self.cache)
+        forward = self._forward if scorer is None else scorer.forward
+        logits = forward(token_ids[start:end], self.cache)
         if end in self._checkpoints:
             self.cache.checkpoint()
         if self._parts:
             self.cache.share_part()
         else:
             self.cache.share_prompt(logits)
-        self.times.prefill_us = (time.perf_counter_ns() - self._started) / 1000
+        self._prefilled()
         return None if self._parts else logits
 
-    def _cut(self) -> Iterator[tuple[int, int]]:
-        """Beginnings and ends of the parts in which the prompt is computed; one ends at each checkpoint."""
+    def _prefilled(self) -> None:
+        """A part of the prompt is computed; what a shift computes later counts as time between two tokens."""
+        if self._n_before == 0:
+            self.times.prefill_us = (time.perf_counter_ns() - self._started) / 1000
+
+    def _cut(self, start: int) -> Iterator[tuple[int, int]]:
+        """Beginnings and ends of the parts in which the prompt is computed from `start` on; one ends at each
+        checkpoint."""
         size = self._generator.prefill_chunk_tokens or chunk_tokens(self._generator.model)
         if self._part_tokens is not None:
             size = min(size, self._part_tokens)
         if self._scorer is not None:
             size = min(size, most_scored_tokens(vocabulary_size(self._generator.model)))
-        start = self.n_reused
-        for end in (*self._checkpoints, len(self.prompt_ids)):
+        for end in (*self._checkpoints, len(self._computed_ids)):
             yield from _parts(start, end, size)
             start = end
 

@@ -78,20 +78,23 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         """Append [B, heads, new tokens, D]; returns all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        n_new, n_held = key_states.shape[-2], self.get_seq_length()
-        buffers = self._with_room(n_new, key_states, value_states)
-        buffers.keys[..., n_held : n_held + n_new, :] = key_states
-        buffers.values[..., n_held : n_held + n_new, :] = value_states
-        self.advance(n_new)
+        self._append(key_states, value_states, key_states.shape[-2])
         return self.keys, self.values
 
     def append(self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], n_expected: int) -> None:
-        """Append keys and values [B, heads, n, D] of each part; buffers get room for `n_expected` tokens in all."""
+        """Append what `keys` and `values` of such layers held; buffers get room for `n_expected` tokens in all."""
         for keys, values in parts:
             if not self.is_initialized:
                 self.lazy_initialization(keys, values)
-            self._with_room(n_expected - self.get_seq_length(), keys, values)
-            self.update(keys, values)
+            self._append(keys, values, max(n_expected - self.get_seq_length(), keys.shape[-2]))
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor, n_room: int) -> None:
+        """Write keys and values behind those held; buffers have room for `n_room` tokens more."""
+        n_new, n_held = keys.shape[-2], self.get_seq_length()
+        buffers = self._with_room(n_room, keys, values)
+        buffers.keys[..., n_held : n_held + n_new, :] = keys
+        buffers.values[..., n_held : n_held + n_new, :] = values
+        self.advance(n_new)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens, given as a negative number; their room in the buffers is free again."""

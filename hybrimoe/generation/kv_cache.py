@@ -155,7 +155,8 @@ class PrefixCache:
         self.states = self._new_states()
 
     def keys_and_values(self) -> list[tuple[Any, Any]] | None:
-        """Of each layer, [1, heads, tokens, D]; None where a layer keeps something else, or nothing is held."""
+        """Of each layer, [1, heads, tokens, row] as it stores them; None where one keeps something else, or nothing is
+        held."""
         layers = self._layers()
         whole = [is_plain(layer) and layer.get_seq_length() == len(self.token_ids) for layer in layers]
         if not self.token_ids or not layers or not all(whole) or self._knows_its_prompt():
@@ -172,7 +173,7 @@ class PrefixCache:
             return False
         with torch.inference_mode():
             for layer, (keys, values) in zip(layers, held, strict=True):
-                layer.update(keys.to(self._model.device), values.to(self._model.device))
+                layer.append([(keys.to(self._model.device), values.to(self._model.device))], len(token_ids))
         self.token_ids.extend(token_ids)
         return True
 
@@ -216,9 +217,9 @@ class PrefixCache:
     def _new_states(self) -> Any:
         if not takes_dynamic_cache(self._model):
             return None  # the model makes its own kind in its first call
-        from hybrimoe.generation.growing import growing_cache
+        from hybrimoe.generation.stored import new_cache
 
-        return growing_cache(self._model.config.get_text_config(decoder=True))
+        return new_cache(self._model)
 
     def _kept(self, shared: int) -> int:
         """Bring the states back to `shared` tokens or, where they cannot be cropped, to a checkpoint before; returns

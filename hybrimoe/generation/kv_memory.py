@@ -25,6 +25,7 @@ __all__ = [
     "kv_budget_bytes",
     "measured_token_bytes",
     "number_of",
+    "stored_bytes",
 ]
 
 AUTO_SHARE = 0.5
@@ -74,15 +75,23 @@ def estimated_token_bytes(model: Any) -> int:
 
     Room for growth included. Layers of bounded size (sliding windows, linear attention) do not count.
     """
-    from hybrimoe.generation.growing import growing_cache
+    from hybrimoe.generation.stored import StoredLayer, new_cache
 
     config = model.config.get_text_config(decoder=True)
-    if takes_dynamic_cache(model):
-        n_growing = sum(keeps_every_token(layer) for layer in growing_cache(config).layers)
-    else:
-        n_growing = number_of(config, "num_hidden_layers")
-    values = n_growing * _values_per_token(config) * model.dtype.itemsize
-    return _with_room(values)
+    plain = sum(_rows_per_token(config)) * model.dtype.itemsize
+    if not takes_dynamic_cache(model):
+        return _with_room(number_of(config, "num_hidden_layers") * plain)
+    layers = [layer for layer in new_cache(model).layers if keeps_every_token(layer)]
+    return _with_room(
+        sum(stored_bytes(config, layer.name) if isinstance(layer, StoredLayer) else plain for layer in layers)
+    )
+
+
+def stored_bytes(config: Any, kv_dtype: str) -> int:
+    """Bytes that one layer keeps of a token where keys and values are stored as `kv_dtype`, from the configuration."""
+    from cpu_kernels.step.stored import KIND_OF, row_bytes
+
+    return sum(row_bytes(KIND_OF[kv_dtype], size) for size in _rows_per_token(config))
 
 
 def _with_room(token_bytes: int) -> int:
@@ -92,13 +101,13 @@ def _with_room(token_bytes: int) -> int:
     return token_bytes + token_bytes // ROOM_SHARE
 
 
-def _values_per_token(config: Any) -> int:
-    """Numbers that one layer keeps of a token: its keys and its values."""
+def _rows_per_token(config: Any) -> list[int]:
+    """Numbers in each row that one layer keeps of a token: a head's key, or its value."""
     heads = number_of(config, "num_attention_heads")
     if number_of(config, "kv_lora_rank"):  # latent attention: the compressed keys and values, and the rotated part
-        return number_of(config, "kv_lora_rank") + number_of(config, "qk_rope_head_dim")
+        return [number_of(config, "kv_lora_rank"), number_of(config, "qk_rope_head_dim")]
     size = number_of(config, "head_dim") or (number_of(config, "hidden_size") // heads if heads else 0)
-    return 2 * (number_of(config, "num_key_value_heads") or heads) * size
+    return [size] * (2 * (number_of(config, "num_key_value_heads") or heads))
 
 
 def number_of(config: Any, name: str) -> int:

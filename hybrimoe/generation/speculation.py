@@ -128,6 +128,12 @@ class Speculation:
             self.give_up()
         return self._step(token, self._lookup.draft(min(MAX_DRAFT_TOKENS, n_left - 1)))
 
+    def pass_over(self, token: int) -> None:
+        """`token` was chosen and is computed elsewhere, in another context than the drafts."""
+        self._lookup.append(token)
+        self._passed_over = None
+        self.give_up()
+
     def give_up(self) -> None:
         """Takes drafted tokens that were not chosen out of the cache; the reply ends here, or goes another way."""
         if self._ahead:

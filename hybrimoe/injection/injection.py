@@ -68,7 +68,8 @@ class Injection:
     def remarks(self) -> tuple[str, ...]:
         """What of the rules has no effect here, and why; and what experts of a quantised file became."""
         packing = () if self.packing is None else (self.packing,)
-        return (*self._application.remarks, *self._without_accelerator(), *packing, *self._from_disk())
+        remarks = (*self._application.remarks, *self._without_accelerator(), *packing)
+        return (*remarks, *self._stored_keys(), *self._from_disk())
 
     def prepare_dense(self, *, keep_originals: bool, records: DenseRecords | None = None) -> None:
         """What the deployment's `cpu` section says of all that is not experts: their dtype, attention, torch.
@@ -96,13 +97,18 @@ class Injection:
         """Decode steps in one compiled call, where the deployment wants that and the model is understood.
 
         The session must have started: the model runs a short prompt, which its compiled form is compared with.
+        Raises ConfigError where `memory.kv_dtype` stores keys and values as no step of this model reads them.
         """
-        from hybrimoe.step.build import StepWay, compile_step
+        from hybrimoe.generation.stored import kv_dtype_of
+        from hybrimoe.step.build import StepWay, compile_step, require_readable
 
         if self.config.cpu.step == "transformers":
             self.way = StepWay(reason="cpu.step: transformers")
         else:
             self.way = compile_step(self.model, self.session)
+        name = kv_dtype_of(self.model)
+        if name != "auto":
+            require_readable(self.model, self.way, name)
 
     @contextmanager
     def without_step(self) -> Iterator[None]:
@@ -155,6 +161,17 @@ class Injection:
             if isinstance(module, HybridExperts | PackedLinear):
                 state |= {f"{path}.{name}": weight for name, weight in module.full_weights().items()}
         return state
+
+    def _stored_keys(self) -> tuple[str, ...]:
+        """What a token's keys and values take, where they are stored in another dtype than the model's."""
+        from hybrimoe.generation.kv_memory import stored_bytes
+        from hybrimoe.generation.stored import StoredLayer, kv_dtype_of, new_cache
+
+        if (name := kv_dtype_of(self.model)) == "auto":
+            return ()
+        stored = [layer for layer in new_cache(self.model).layers if isinstance(layer, StoredLayer)]
+        own = len(stored) * stored_bytes(self.model.config.get_text_config(decoder=True), name)  # type: ignore[union-attr, operator]
+        return (f"keys and values are stored as {name} in {len(stored)} layers, {own} bytes a token (memory.kv_dtype)",)
 
     def _from_disk(self) -> tuple[str, ...]:
         """Where experts are read from, if host memory does not hold them all."""

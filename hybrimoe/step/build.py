@@ -9,16 +9,20 @@ import torch
 from torch import nn
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
-from cpu_kernels.errors import KernelError
+from cpu_kernels.errors import KernelError, LayoutError
+from cpu_kernels.step.stored import KIND_OF
 from gpu_kernels.graphs import RecordsGraphs, graphs_of
 from gpu_kernels.step_kernels import StepKernels, load_step_kernels
 from hybrimoe.compat import takes_dynamic_cache
+from hybrimoe.errors import ConfigError
+from hybrimoe.generation.growing import GrowingLayer, growing_cache
 from hybrimoe.step.captured import CapturedStep
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.forward import InPlaceOfForward
 from hybrimoe.step.mixed import MixedStep
 from hybrimoe.step.model_step import ModelStep
 from hybrimoe.step.read_model import Reading, read_model
+from hybrimoe.step.served import ServedStep
 from hybrimoe.step.step import Step
 from hybrimoe.step.trace import SEED, record
 
@@ -89,6 +93,42 @@ def compile_step(model: nn.Module, session: Any) -> StepWay:
     step = (MixedStep if reading.model is None else Step)(model, session, reading, backend.n_threads)
     session.add_reporter(step.report)
     return StepWay(step, None, layers, InPlaceOfForward(model, step.answer))
+
+
+def require_readable(model: nn.Module, way: StepWay, kv_dtype: str) -> None:
+    """Compiles what reads keys and values that are stored as `kv_dtype`.
+
+    Raises ConfigError, with the layer and the reason, where transformers' own forward would read them in a decode step,
+    which would make floats of all of them for each token; and where there is nothing to store so.
+    """
+    asked = f"memory.kv_dtype: {kv_dtype}"
+    if not takes_dynamic_cache(model):
+        raise ConfigError(f"{asked}: the model makes a cache of its own kind; leave kv_dtype out")
+    layers = growing_cache(model.config.get_text_config(decoder=True)).layers  # type: ignore[union-attr, operator]
+    plain = [number for number, layer in enumerate(layers) if type(layer) is GrowingLayer]
+    if not plain:
+        raise ConfigError(
+            f"{asked}: no layer of this model keeps keys and values of every token, and nothing else (windows and"
+            " recurrent states stay as the model computes them); leave kv_dtype out"
+        )
+    programs = way.step.programs if isinstance(way.step, ServedStep) else []
+    compiled = {number for program in programs for number in program.compiled.cache_layers}
+    for number in plain:
+        if number not in compiled:
+            raise ConfigError(
+                f"{asked}: it needs attention that is compiled on the CPU (--accelerator none), and layer {number} has"
+                f" {_way_of_layer(way, number)}; leave kv_dtype out"
+            )
+    for program in programs:
+        try:
+            program.compiled.prepare(KIND_OF[kv_dtype], plain)
+        except LayoutError as error:
+            raise ConfigError(f"{asked}: {error}") from error
+
+
+def _way_of_layer(way: StepWay, number: int) -> str:
+    ways = way.described()
+    return next((told for path, told in ways.items() if path.endswith(f".{number}")), next(iter(ways.values())))
 
 
 def _on_devices(model: nn.Module, session: Any, devices: set[torch.device]) -> StepWay:

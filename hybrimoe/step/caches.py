@@ -9,14 +9,15 @@ import torch
 from transformers import DynamicCache
 
 from cpu_kernels.step.compiled import CachePlace, CompiledLayers
-from cpu_kernels.step.floats import BFLOAT16, FLOAT32
 from cpu_kernels.step.program import MAX_ROWS
+from cpu_kernels.step.stored import KIND_OF
 from hybrimoe.generation.growing import Buffers, GrowingLayer, grow_in_place
+from hybrimoe.generation.stored import ROW_DTYPES
 from hybrimoe.step.angles import Angles
 from hybrimoe.step.calls import StepCall
 
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-"""Dtypes of caches that the step reads and writes."""
+KINDS = {dtype: KIND_OF[name] for name, dtype in ROW_DTYPES.items()}
+"""How the rows of caches that the step reads and writes are stored, by the dtype of the tensors that hold them."""
 
 
 def place_of(buffers: Buffers, row: int = 0) -> CachePlace:

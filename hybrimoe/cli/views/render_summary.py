@@ -20,7 +20,7 @@ MIB = 2**20
 def reply_as_dict(reply: Reply, experts: Mapping[str, Any] | None) -> dict[str, Any]:
     """One reply as plain data. Times are measured on this machine; `experts` are the session's counters or None."""
     times = reply.times
-    n_prefilled = len(reply.prompt_ids) - reply.n_reused
+    n_prefilled = reply.n_kept - reply.n_reused
     return {
         "text": reply.text,
         "finish_reason": reply.finish_reason,
@@ -37,6 +37,7 @@ def reply_as_dict(reply: Reply, experts: Mapping[str, Any] | None) -> dict[str, 
         },
         "decode": _decode(times.between_tokens_us),
         "experts": experts,
+        **({"context_shifts": reply.n_shifts} if reply.n_shifts else {}),
         **({} if reply.speculation is None else {"speculation": reply.speculation.as_dict()}),
         **({} if reply.profile is None else {"profile": reply.profile.as_dict()}),
     }
@@ -79,8 +80,14 @@ def _speed(result: Mapping[str, Any]) -> Text:
         lines[1] += f", {ms(decode['median_us'])} a token (median; p95 {ms(decode['p95_us'])})"
     if "speculation" in result:
         lines.append(f"drafts   {speculation(result['speculation'])}")
+    if "context_shifts" in result:
+        lines.append(f"context  was full {_times(result['context_shifts'])}: the oldest tokens were left out")
     lines.append(f"end      {END_WORDS[result['finish_reason']]}; seed {result['seed']}")
     return Text("\n".join(lines))
+
+
+def _times(n: int) -> str:
+    return "once" if n == 1 else f"{n} times"
 
 
 def speculation(stats: Mapping[str, Any]) -> str:
@@ -219,6 +226,8 @@ def _how_it_ran(result: Mapping[str, Any]) -> list[str]:
         words.append(f"hit rate {percent(experts['total']['hit_rate'])} ({provenance(experts)})")
     if experts and experts.get("lossy"):
         words.append(f"lossy: {experts['lossy']}")
+    if "context_shifts" in result:
+        words.append("oldest tokens left out")
     if result["finish_reason"] in ("interrupted", "context"):
         words.append(END_WORDS[result["finish_reason"]])
     return words

@@ -58,6 +58,8 @@ def generate_batch(
     import torch
     from transformers import StoppingCriteriaList
 
+    from hybrimoe.generation.stored import kv_dtype_of, new_cache
+
     _check_options(options)
     for prompt in prompts:
         check_token_ids(generator.model, prompt.token_ids, generator.tokenizer)
@@ -73,6 +75,8 @@ def generate_batch(
         "max_new_tokens": max(new_tokens(generator, prompts[at], options) for at in order),
         "pad_token_id": int(ids[0, 0]),
     }
+    if kv_dtype_of(generator.model) != "auto":
+        kwargs["past_key_values"] = new_cache(generator.model)
     device = generator.model.device
     with listening(generator.model, padding), torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(options.with_seed().seed or 0)

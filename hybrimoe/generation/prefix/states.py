@@ -44,8 +44,9 @@ def is_bounded(layer: Any) -> bool:
 def is_plain(layer: Any) -> bool:
     """Whether a layer has keys and values of every token, and nothing else (such as an index of the tokens)."""
     from hybrimoe.generation.growing import GrowingLayer
+    from hybrimoe.generation.stored import StoredLayer
 
-    return type(layer) is GrowingLayer
+    return type(layer) in (GrowingLayer, StoredLayer)
 
 
 def treats_prompts(layer: Any) -> bool:

@@ -123,7 +123,7 @@ class Session:
             with safe_open(self.place / STATES, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("identity") != self.identity:
-                    return "the saved states are of another model, template or configuration"
+                    return "the saved states are of another model, template or configuration (such as memory.kv_dtype)"
                 tensors = {key: file.get_tensor(key) for key in list(file.keys())}
         except FileNotFoundError:
             return "no states were saved"

@@ -45,7 +45,8 @@ class Wish:
     """What is settled already; None is to be chosen.
 
     context: tokens of each reply, its prompt included. replies: at once, else at most `most_replies`. kv_bytes: memory
-    for keys and values, with the room in which they grow.
+    for keys and values, with the room in which they grow. kv_dtype: how they are stored, for which the shape's
+    `kv_bytes` are.
     """
 
     context: int | None = None
@@ -54,6 +55,7 @@ class Wish:
     expert_dtype: str | None = None
     dense_dtype: str | None = None
     kv_bytes: int | None = None
+    kv_dtype: str = KV_DTYPE
 
     def candidates(self) -> list[tuple[str, str]]:
         """Dtypes of experts and of all other weights, the most precise first."""
@@ -108,8 +110,8 @@ def choose(shape: ModelShape, machine: Machine, wish: Wish) -> Choice:
     if found.disk_experts:
         reasons.append("what does not fit host memory is read from disk when it is needed (memory.disk: auto)")
     found, kv_bytes = _with_room(shape, machine, wish, best)
-    reasons += [_cache_reason(shape, found, kv_bytes), _slots_reason(found)]
-    return Choice(expert_dtype, dense_dtype, kv_bytes, found, tuple(reasons))
+    reasons += [_cache_reason(shape, found, kv_bytes, wish.kv_dtype), _slots_reason(found)]
+    return Choice(expert_dtype, dense_dtype, kv_bytes, found, tuple(reasons), wish.kv_dtype)
 
 
 def _fit(
@@ -179,11 +181,11 @@ def _all_fit(what: str, found: Fit) -> str:
     return f"{what}: {experts} fit {where}, beside " + (f"{dense} on the device" if found.device_bytes else dense)
 
 
-def _cache_reason(shape: ModelShape, found: Fit, kv_bytes: int) -> str:
+def _cache_reason(shape: ModelShape, found: Fit, kv_bytes: int, kv_dtype: str) -> str:
     each = "one reply" if found.replies == 1 else f"{found.replies} replies at once, each"
     limit = f"; the model's own limit is {shape.max_context}" if found.context == shape.max_context else ""
     return (
-        f"keys and values in {KV_DTYPE}: {token_bytes(shape) / 2**10:.0f} KiB a token; {_gib(kv_bytes)} hold {each} of"
+        f"keys and values in {kv_dtype}: {token_bytes(shape) / 2**10:.0f} KiB a token; {_gib(kv_bytes)} hold {each} of"
         f" {found.context} tokens, prompt included{limit}"
     )
 

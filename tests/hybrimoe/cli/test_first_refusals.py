@@ -86,7 +86,7 @@ WRONG_MODELS = [
 TAKES_A_MODEL = [
     "generate --prompt x", "chat", "serve --port 0", "trace record", "trace capture", "bench decode", "bench prefill",
     "bench quality", "bench quality --lossy skip", "bench contention", "bench serve", "bench speculate",
-    "bench parallel",
+    "bench parallel", "bench kv",
 ]  # fmt: skip
 READS_ONLY_THE_CONFIGURATION = ["explain", "rules check moe --model"]
 
@@ -124,6 +124,11 @@ def test_what_else_is_plainly_wrong(folder: Path) -> None:
             ("generate --prompt x --config rules-gone.yaml", "nosuchrules.yaml"),
             ("generate --prompt x --slots many", "many"),
             ("generate --prompt x --dtype int5", "int5"),
+            ("generate --prompt x --kv-dtype fp8", "memory.kv_dtype"),
+            ("serve --attention-sinks 4", "attention_sinks are tokens that context_shift keeps"),
+            ("generate --prompts rules.yaml --context-shift", "is for single replies"),
+            ("bench kv --kv-dtype fp8", "dtype of keys and values"),
+            ("plan --kv-dtype fp8", "dtype of keys and values"),
             ("generate --prompt x --unknown-keys forgive", "unknown_keys"),
             ("generate --prompt x --adapter gone", "no adapter gone"),
             ("chat --adapter empty", "empty is no adapter: it has no adapter_config.json"),
