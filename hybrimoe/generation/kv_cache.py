@@ -187,9 +187,13 @@ class PrefixCache:
         """Hold what `keys_and_values` gave for `token_ids`; False, and nothing is held, where the model has others."""
         import torch
 
+        from hybrimoe.generation.stored import can_hold
+
         self.clear()
         layers = self._layers()
         if len(layers) != len(held) or not all(is_plain(layer) for layer in layers):
+            return False
+        if not all(can_hold(layer, rows) for layer, pair in zip(layers, held, strict=True) for rows in pair):
             return False
         with torch.inference_mode():
             for layer, (keys, values) in zip(layers, held, strict=True):
