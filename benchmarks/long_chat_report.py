@@ -17,7 +17,7 @@ from typing import Any
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "long-chats.md"
 MARK = "<!-- written by benchmarks/long_chat_report.py -->\n"
 HEAD = """
-| first turn | | turn | TTFT ms | of the first | ms a token | tokens reused | from disk |
+| context | | turn | TTFT ms | of the first | ms a token | tokens reused | from disk |
 |---|---|---|---|---|---|---|---|
 """
 

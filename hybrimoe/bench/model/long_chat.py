@@ -36,11 +36,11 @@ OTHER_TOKENS = 64
 SEED = 0
 KEEP_S = 600.0
 """Time for what a process leaves on disk."""
-FIRST = "first turn"
+FIRST = "first"
 PLACES = {
-    "own": "second turn, its cache still there",
-    "between": "second turn, another conversation between",
-    "disk": "second turn, after a restart",
+    "own": "second, own cache",
+    "between": "second, from memory",
+    "disk": "second, from disk",
 }
 
 

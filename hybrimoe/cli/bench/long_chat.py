@@ -13,7 +13,7 @@ from hybrimoe.cli.bench import model_run, options
 from hybrimoe.cli.views import render
 
 CONTEXTS = (4096, 16384)
-COLUMNS = ("first turn", "", "turn", "TTFT ms", "spread", "of the first", "ms a token", "reused", "from disk")
+COLUMNS = ("context", "", "turn", "TTFT ms", "spread", "of first", "ms a token", "reused")
 
 
 def register(app: typer.Typer) -> None:
@@ -76,6 +76,10 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"{row['context']} tokens, {row['contender']}: {held}", style="dim")
     described = result["machine"]
     console.print(
+        "own cache: nobody has used it since; from memory: another conversation has; from disk: after a restart",
+        style="dim",
+    )
+    console.print(
         f"measured on {described['cpu']}, {described['cores']} cores, medians of {result['rounds']} alternating rounds;"
         " the disk is read, not the page cache",
         style="dim",
@@ -87,5 +91,4 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         str(row["context"]), row["contender"], row["turn"], f"{ttft['median']:.0f}",
         f"{ttft['min']:.0f}-{ttft['max']:.0f}", f"{row['of_first']:.1%}", f"{row['tbt_ms']:.1f}", str(row["reused"]),
-        str(row["from_disk"]),
     )  # fmt: skip

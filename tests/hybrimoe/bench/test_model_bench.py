@@ -339,14 +339,14 @@ def test_a_second_turn_is_measured_by_where_the_first_one_is_kept(capsys, tmp_pa
     kept = 80 + 4 - 1
     turns = [(row["turn"].split(", ")[-1], row["reused"], row["from_disk"]) for row in result["rows"]]
     assert turns == [
-        ("first turn", 0, 0),
-        ("its cache still there", kept, 0),
-        ("another conversation between", kept, 0),
-        ("after a restart", kept, kept),
+        ("first", 0, 0),
+        ("own cache", kept, 0),
+        ("from memory", kept, 0),
+        ("from disk", kept, kept),
     ]
     assert all(row["ttft_ms"]["median"] > 0 < row["tiers"]["disk"] for row in result["rows"])
     long_chat_command.show(result)
-    assert "after a restart" in " ".join(capsys.readouterr().out.split())
+    assert "second, from disk" in " ".join(capsys.readouterr().out.split())
     assert list(tmp_path.iterdir()) == []
 
 
