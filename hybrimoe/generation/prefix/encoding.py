@@ -27,6 +27,8 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 LENGTH = struct.Struct("<Q")
 FIRST_BYTES = len(MAGIC) + DIGEST_BYTES + LENGTH.size
 ALIGNMENT = 64
+MOST_HEADER_BYTES = 16 << 20
+"""A header has some KB; a damaged length is not to be read into memory."""
 
 
 def encode(facts: Facts, content: Any) -> list[memoryview]:
@@ -78,8 +80,10 @@ def facts_of(file: BinaryIO) -> Facts:
     first = file.read(FIRST_BYTES)
     if len(first) < FIRST_BYTES or not first.startswith(MAGIC):
         raise ValueError("it is no file of the prefix cache")
-    header = json.loads(file.read(LENGTH.unpack(first[-LENGTH.size :])[0]))
-    facts: Facts = header["facts"]
+    (n_header,) = LENGTH.unpack(first[-LENGTH.size :])
+    if n_header > MOST_HEADER_BYTES:
+        raise ValueError(f"its header has {n_header} bytes")
+    facts: Facts = json.loads(file.read(n_header))["facts"]
     return facts
 
 

@@ -179,10 +179,15 @@ def test_a_file_that_is_cut_or_changed_anywhere_is_a_miss_and_is_deleted(
     caplog.set_level(logging.CRITICAL)
     for damaged in (*cut, *flipped, whole + b"x"):
         file.write_bytes(damaged)
+        disk.likest(KEY, (*one.token_ids[:-1], 9))  # looks at the file's beginning
         assert disk.read("block", KEY, one.token_ids).result() is None
+        assert disk.likest(KEY, (*one.token_ids[:-1], 9)) == ((), 0)
         assert not file.exists()
     assert disk.n_damaged == len(cut) + len(flipped) + 1
+    disk.close(PATIENCE_S)
     file.write_bytes(whole)
+    disk = written(tmp_path)
+    assert disk.likest(KEY, (*one.token_ids[:-1], 9)) == (one.token_ids, 2)
     assert disk.read("block", KEY, one.token_ids).result() is not None
     assert disk.read("block", KEY, (5, 1, 2)).result() is None, "no such file is no damaged one"
     disk.close(PATIENCE_S)
