@@ -1,4 +1,5 @@
-"""The files in docs/deploy.md are ones that systemd, a container builder, and HybriMoE take."""
+"""What the docs of a deployment show is what systemd, a container builder, Prometheus and HybriMoE take; links lead
+somewhere."""
 
 import ast
 import re
@@ -17,8 +18,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "deploy.md"
 INSTRUCTIONS = {"FROM", "RUN", "COPY", "USER", "ENV", "VOLUME", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
 
 
-def blocks(kind):
-    return re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(kind, page=PAGE.name):
+    return re.findall(rf"```{kind}\n(.*?)```", (PAGE.parent / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture
@@ -42,10 +43,15 @@ def test_the_unit_is_one_that_systemd_takes(unit, tmp_path):
 def test_the_units_command_and_deployment_are_ones_that_hybrimoe_takes(unit):
     (command,) = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
     parse(shlex.split(command)[1:])
-    deployment, scrape = (yaml.safe_load(text) for text in blocks("yaml"))
+    (deployment,) = (yaml.safe_load(text) for text in blocks("yaml"))
     stop_s = int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])
     assert load_config({**deployment, "model": None}).server.drain_seconds + 10 < stop_s
+
+
+def test_what_watches_the_server_is_yaml_that_its_readers_take():
+    scrape, traced = (yaml.safe_load(text) for text in blocks("yaml", "monitoring.md"))
     assert scrape["scrape_configs"][0]["job_name"] == "hybrimoe"
+    assert load_config(traced).server.tracing.endswith("/v1/traces")
 
 
 def test_the_container_file_runs_the_server_as_nobody_in_particular():
@@ -60,20 +66,21 @@ def test_the_container_file_runs_the_server_as_nobody_in_particular():
     compile(yaml.safe_load(told["HEALTHCHECK"].split("CMD ")[1])[2], "<health>", "exec")
 
 
-def test_metrics_of_the_page_are_metrics_of_the_server():
+def test_metrics_of_the_pages_are_metrics_of_the_server():
     from hybrimoe.server.metrics import Metrics
     from hybrimoe.server.models import Models
 
     metrics = Metrics(Models({"x": None}))
     known = {metric.name for metric in metrics.registry.collect()}
-    named = set(re.findall(r"hybrimoe_\w+", "".join(re.findall(r"^\|.*\|$", PAGE.read_text(), re.MULTILINE))))
+    text = "".join((PAGE.parent / name).read_text(encoding="utf-8") for name in ("monitoring.md", "tuning.md"))
+    named = set(re.findall(r"hybrimoe_\w+", "".join(re.findall(r"^\|.*\|$", text, re.MULTILINE))))
     assert {name.removesuffix("_total") for name in named} <= known
 
 
-def test_the_agent_of_the_clients_page_is_a_program_whose_tool_the_server_takes():
+def test_the_agent_of_the_agents_page_is_a_program_whose_tool_the_server_takes():
     from hybrimoe.server.apis.chat import ToolDefinition
 
-    text = (PAGE.parent / "clients.md").read_text(encoding="utf-8")
+    text = (PAGE.parent / "agents.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     tree = ast.parse(program)
     (tools,) = (
@@ -84,14 +91,17 @@ def test_the_agent_of_the_clients_page_is_a_program_whose_tool_the_server_takes(
     assert [ToolDefinition.model_validate(tool).function.tool().name for tool in tools] == ["add"]
 
 
-def test_links_within_the_pages_lead_somewhere():
-    for page in ("clients.md", "deploy.md"):
-        for target in re.findall(r"\]\(([\w./#-]+)\)", (PAGE.parent / page).read_text(encoding="utf-8")):
-            name, _, anchor = target.partition("#")
-            text = (PAGE.parent / name).read_text(encoding="utf-8")
-            headings = {
-                re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-                for line in text.splitlines()
-                if line.startswith("#")
-            }
-            assert not anchor or anchor in headings, (page, target)
+def anchors(page):
+    """Those of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted(PAGE.parent.glob("*.md")), ids=lambda page: page.name)
+def test_links_between_pages_lead_to_a_page_and_a_heading_of_it(page):
+    for target, anchor in re.findall(r"\]\(([\w-]+\.md)?(?:#([\w-]+))?\)", page.read_text(encoding="utf-8")):
+        if not target and not anchor:
+            continue
+        other = PAGE.parent / target if target else page
+        assert other.is_file(), target
+        assert not anchor or anchor in anchors(other), f"{target}#{anchor}"

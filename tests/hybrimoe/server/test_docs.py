@@ -1,4 +1,4 @@
-"""The requests in docs/server.md are answered as they stand there."""
+"""The requests in the docs of the server are answered as they stand there."""
 
 import re
 import shlex
@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "server.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+PAGES = [DOCS / f"{name}.md" for name in ("server", "agents", "several-models", "monitoring")]
 
 
 def requests():
-    """(path, body) of each curl command of the page."""
-    blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    """(path, body) of each curl command of the pages."""
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    blocks = [block for text in texts for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
     commands = [command for block in blocks for command in re.split(r"^curl ", block, flags=re.MULTILINE)[1:]]
     words = [shlex.split(command) for command in commands]
     return [(one[0].removeprefix("http://127.0.0.1:8000"), one[2] if len(one) > 1 else None) for one in words]
