@@ -147,12 +147,14 @@ def identity(opened: OpenModel) -> str:
     """Of the model as it runs here: a conversation's states are those of this one only."""
     import torch
 
+    from hybrimoe.checkpoint.adapters.settings import weights_files
     from hybrimoe.checkpoint.source import model_path, read_config_dict
     from hybrimoe.generation.saved.sessions import identity_of
 
     path = model_path(opened.config.model)
     files = sorted(path.glob("*")) if path.is_dir() else [path]
     weights = [file for file in files if file.suffix in (".safetensors", ".gguf")]
+    weights += weights_files(opened.config.adapters)
     return identity_of(
         {
             "config": read_config_dict(path),
