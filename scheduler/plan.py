@@ -9,7 +9,7 @@ TransferKind = Literal["demand", "prefetch", "warmup"]
 Placement = Literal["hybrid", "cpu", "accelerator"]
 """Where a layer's experts may run: on both lanes, or on one of them only."""
 
-LaneName = Literal["cpu", "accel", "link"]
+LaneName = Literal["cpu", "accel", "link", "disk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class LayerPlan:
     ``transfers`` are this layer's demand transfers in link order; ``prefetches`` (later layers) follow them.
     ``awaited`` are experts of ``accel`` whose earlier transfer (a prefetch) is still under way: they need no transfer,
     but the compute waits for it. ``predicted_makespan_us`` runs from the call to the later end of the compute lanes.
+    ``reads`` are the (layer, expert) whose reads from disk the layer's call has begun, in the order in which the disk
+    takes them: its own ones first, which ``cpu`` and ``transfers`` wait for, then those ahead of later layers.
     """
 
     step: int
@@ -57,11 +59,13 @@ class LayerPlan:
     prefetches: tuple[Transfer, ...]
     predicted_makespan_us: float
     awaited: tuple[int, ...] = ()
+    reads: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedTask:
-    """One finished task: ``n_tokens`` is 0 for a transfer. ``us`` is its own duration, waiting left out.
+    """One finished task: ``n_tokens`` is 0 for a transfer or a read. ``us`` is its own duration, waiting left out; of a
+    read, its share of the time in which the disk was at work.
 
     ``group`` > 0: the accelerator's experts that were launched together, told as so many like this one; ``us`` is then
     the time of all of them, launching included. ``recorded``: by one launch of recorded work; otherwise it is also the

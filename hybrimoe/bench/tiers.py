@@ -38,9 +38,9 @@ from hybrimoe.runtime import ExpertStore, LayerSpec, RuntimeConfig, Session
 from hybrimoe.runtime.tier.reader import Read, RecordReader, Urgency
 from hybrimoe.runtime.tier.slots import RecordPlaces
 from hybrimoe.runtime.tier.store import TieredStore
-from hybrimoe.runtime.tier.worth import Worth
 from hybrimoe.tracing.sources import DEFAULT_LOCALITY
 from scheduler.demand import Demand
+from scheduler.forecast.host_worth import Worth
 from scheduler.traces.synthetic import LOCALITIES, generate
 from scheduler.traces.trace import Trace
 

@@ -28,6 +28,7 @@ def explain_step(
     cache_ratio: simulated.CacheRatioOption = 0.25,
     step: Annotated[int, typer.Option(min=0, help="Which step of the simulated sequences, from 0.")] = 16,
     accelerators: simulated.AcceleratorsOption = None,
+    host_ratio: simulated.HostRatioOption = 1.0,
     timeline: TimelineOption = False,
     chrome: Annotated[
         Path | None, typer.Option("--chrome", metavar="FILE", help="Write a Chrome/Perfetto trace.")
@@ -41,7 +42,15 @@ def explain_step(
     from scheduler.graph import chrome_trace
 
     report = explained(
-        setting.trace, setting.hardware, setting.model_shape, policy, cache_ratio, step, setting.seed, accelerators
+        setting.trace,
+        setting.hardware,
+        setting.model_shape,
+        policy,
+        cache_ratio,
+        step,
+        setting.seed,
+        accelerators,
+        host_ratio,
     )
     for text in report.facts["notes"]:
         render.note(text)
@@ -80,11 +89,18 @@ def _show(facts: dict[str, Any]) -> None:
 def _show_layer(layer: dict[str, Any]) -> None:
     rows = [
         (f"E{d['expert']}", d["n_tokens"], "yes" if d["resident"] else "no", f"{d['cpu_us']:.0f}",
-         f"{d['accel_us']:.0f}", f"{d['transfer_us']:.0f}", d["lane"])
+         f"{d['accel_us']:.0f}", f"{d['transfer_us']:.0f}", _waited(d["wait_us"]), d["lane"])
         for d in layer["decisions"]
     ]  # fmt: skip
     others = ", ".join(f"{name} {us:.0f}" for name, us in layer["alternatives"][:4])
     title = f"Layer {layer['layer']}: {layer['makespan_us']:.0f} us (balance alone: {others} us)"
-    columns = ("expert", "tokens", "resident", "CPU us", "accel us", "transfer us", "runs on")
+    columns = ("expert", "tokens", "resident", "CPU us", "accel us", "transfer us", "disk us", "runs on")
     render.out().print(render.table(title, columns, rows))
     render.out().print()
+
+
+def _waited(wait_us: float | None) -> str:
+    """How long an expert is read from disk."""
+    if wait_us is None:
+        return "not read"
+    return f"{wait_us:.0f}" if wait_us else "-"

@@ -55,9 +55,10 @@ def simulate(
     max_tokens: Annotated[
         int, typer.Option(help="Simulate at most so many tokens, of --phase if that is given; 0: all.")
     ] = DEFAULT_TOKENS,
-    host_ratio: Annotated[
-        float, typer.Option(help="Share of all experts that host memory holds; the rest is on disk.")
-    ] = 1.0,
+    host_ratio: simulated.HostRatioOption = 1.0,
+    disk_blind: Annotated[
+        bool, typer.Option("--disk-blind", help="Plan as if every expert were in host memory, for comparison.")
+    ] = False,
     accelerators: simulated.AcceleratorsOption = None,
     shared_link: Annotated[bool, typer.Option("--shared-link", help="All accelerators behind one link.")] = False,
     cache_model: Annotated[
@@ -97,6 +98,7 @@ def simulate(
         lookahead=lookahead,
         max_tokens=max_tokens,
         host_ratio=host_ratio,
+        disk_blind=disk_blind,
         accelerators=accelerators,
         shared_link=shared_link,
         seed=setting.seed,

@@ -20,6 +20,9 @@ PolicyOption = Annotated[
 CacheRatioOption = Annotated[
     float, typer.Option(metavar="R", min=0.0, max=1.0, help="Share of all experts that has a slot.")
 ]
+HostRatioOption = Annotated[
+    float, typer.Option(metavar="R", help="Share of all experts that host memory holds; the rest is on disk.")
+]
 ExpertDtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, int8, or int4.")]
 DenseDtypeOption = Annotated[str, typer.Option(help="Weights outside the experts.")]
 

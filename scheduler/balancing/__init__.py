@@ -26,6 +26,7 @@ from scheduler.balancing.problem import (
     LayerCosts,
     new_plan,
 )
+from scheduler.balancing.timeline import keep_in_slots, plan_makespan
 from scheduler.errors import CostError, PolicyError, did_you_mean
 from scheduler.parameters import Parameter, Within, check_values
 
@@ -106,6 +107,8 @@ def balance(
         costs.table[PRIORITY] = values
     plan = new_plan(n)
     makespan_us, bound_us = kernel(costs.table, costs.ready, numbers, plan)
+    if keep_in_slots(costs.table, plan):
+        makespan_us = plan_makespan(costs.table, costs.ready, plan)
     cpu, accel, transfers = (tuple(plan[row, : plan[row, COUNT]].tolist()) for row in (CPU, ACCEL, TRANSFER))
     return BalancePlan(cpu, accel, transfers, float(makespan_us), float(bound_us))
 

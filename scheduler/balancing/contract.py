@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, LINK, TRANSFER, LayerCosts, new_plan
+from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, HOST, LINK, NEVER_US, TRANSFER, LayerCosts, new_plan
 from scheduler.balancing.timeline import plan_makespan
 from scheduler.errors import CostError, PolicyError, SchedulerError
 
@@ -38,6 +38,8 @@ def evaluate(costs: LayerCosts, cpu: Sequence[int], accel: Sequence[int], transf
     needed = {e for e in accel if costs.table[ARRIVAL, e] < 0}
     if sorted(transfers) != sorted(needed):
         raise CostError(f"transfers must be the accelerator's misses {sorted(needed)}, found {transfers}")
+    if costs.table.shape[0] > HOST and any(costs.table[HOST, e] >= NEVER_US for e in cpu):
+        raise CostError(f"experts without a copy in host memory stay on the accelerator, found cpu {cpu}")
     plan = new_plan(n)
     write(plan, cpu, accel, transfers)
     return float(plan_makespan(costs.table, costs.ready, plan))
@@ -48,6 +50,11 @@ def write(plan: npt.NDArray[np.int64], cpu: Sequence[int], accel: Sequence[int],
     for row, experts in ((CPU, cpu), (ACCEL, accel), (TRANSFER, transfers)):
         plan[row, COUNT] = len(experts)
         plan[row, : len(experts)] = experts
+
+
+def _host_us(table: Floats) -> Floats | None:
+    """``LayerCosts.host_us`` of a table."""
+    return np.where(table[HOST] < NEVER_US, table[HOST], np.inf) if table.shape[0] > HOST else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ class FunctionKernel:
         here = table[ARRIVAL] >= 0.0
         costs = LayerCosts(
             table[CPU].copy(), table[ACCEL].copy(), table[TRANSFER].copy(), here, float(ready[CPU]),
-            float(ready[ACCEL]), float(ready[LINK]), np.maximum(table[ARRIVAL], 0.0),
+            float(ready[ACCEL]), float(ready[LINK]), np.maximum(table[ARRIVAL], 0.0), _host_us(table),
         )  # fmt: skip
         answer = self._ask(costs)
         try:

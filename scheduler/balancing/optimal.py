@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, LINK, TRANSFER
-from scheduler.balancing.timeline import by_key, johnson_order, plan_makespan, write_plan
+from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, HOST, LINK, TRANSFER
+from scheduler.balancing.timeline import by_key, host_us, johnson_order, plan_makespan, write_plan
 from scheduler.compiled import compiled
 
 Floats = npt.NDArray[np.float64]
@@ -21,6 +21,9 @@ EXHAUSTIVE_EXPERTS = 20
 """Up to here the search has no effective node limit: 2^21 nodes cover every placement."""
 LARGE_NODE_LIMIT = 1024
 """Nodes for more experts: about 30 us of search."""
+READING_NODE_LIMIT = 1 << 14
+"""Nodes where experts wait for the disk, so that 13 of them are searched whole: below a millisecond, less than a read.
+"""
 TOLERANCE = 1e-9
 """A placement replaces the best one only if it is better by more than this share (float sums differ by order)."""
 DUAL_LEVELS = 4
@@ -36,7 +39,10 @@ def optimal(table: Floats, ready: Floats, params: Floats, plan: Ints) -> tuple[f
     """Least makespan; ties: fewest transfers, then fewest stolen residents (thresholds), else first found.
 
     params[0] = node limit of the branch and bound, or -1: no effective limit up to EXHAUSTIVE_EXPERTS experts,
-    LARGE_NODE_LIMIT above. Where the limit is hit, the returned bound says how far the optimum can be.
+    LARGE_NODE_LIMIT above, READING_NODE_LIMIT where experts wait for the disk. Where the limit is hit, the returned
+    bound says how far the optimum can be; so it does where experts that wait take different times on link or
+    accelerator, since the order in which they are sent is then a good one, not the best (a flow shop with release
+    dates).
     """
     n = table.shape[1]
     order = johnson_order(table)
@@ -52,7 +58,12 @@ def optimal(table: Floats, ready: Floats, params: Floats, plan: Ints) -> tuple[f
         limit = int(params[0])
         if limit < 0:
             limit = 1 << (EXHAUSTIVE_EXPERTS + 1) if n <= EXHAUSTIVE_EXPERTS else LARGE_NODE_LIMIT
+            limit = min(limit, READING_NODE_LIMIT) if table.shape[0] > HOST else limit
+        bound = max(bound, _latest_read(table))
         bound, exact = _branch_and_bound(table, ready, order, limit, best, bound, on_accel)
+        if not _order_is_best(table, misses):  # of all lanes from 0 on, so that it holds for one lane alone as well
+            bound = max(_start(table, np.zeros(3), order, on_accel.copy())[1], _latest_read(table))
+            exact = False
     write_plan(table, on_accel, order, plan)
     makespan = plan_makespan(table, ready, plan)
     return makespan, makespan if exact else min(bound, makespan)
@@ -63,8 +74,11 @@ def _thresholds_suffice(table: Floats, ready: Floats, residents: Ints, misses: I
     """Whether some optimum transfers the misses with the highest cpu_us and steals the residents with the lowest.
 
     True if accel_us never rises with cpu_us within each group, the transfers are equal, and no resident is late:
-    exchanging two experts of a group towards the threshold then lowers the CPU's sum and no accelerator term.
+    exchanging two experts of a group towards the threshold then lowers the CPU's sum and no accelerator term. Where
+    experts wait for the disk, the CPU's end is no sum.
     """
+    if table.shape[0] > HOST:
+        return False
     for i in range(residents.size):
         if table[ARRIVAL, residents[i]] > ready[ACCEL]:
             return False
@@ -77,6 +91,30 @@ def _thresholds_suffice(table: Floats, ready: Floats, residents: Ints, misses: I
         ):
             return False
     return True
+
+
+@compiled
+def _order_is_best(table: Floats, misses: Ints) -> bool:
+    """Whether no order of the link ends sooner than ``johnson_order``: nothing waits for the disk, or all misses take
+    the same times, so that one that is there sooner may always go first."""
+    if table.shape[0] <= HOST:
+        return True
+    for expert in misses:
+        for row in (ACCEL, TRANSFER):
+            if table[row, expert] != table[row, misses[0]]:
+                return False
+    return True
+
+
+@compiled
+def _latest_read(table: Floats) -> float:
+    """No layer ends before the expert that is read last has been computed somewhere."""
+    latest = 0.0
+    for i in range(table.shape[1]):
+        if table[ARRIVAL, i] < 0.0 and host_us(table, i) > 0.0:
+            work = min(table[CPU, i], table[TRANSFER, i] + table[ACCEL, i])
+            latest = max(latest, host_us(table, i) + work)
+    return latest
 
 
 @compiled
@@ -118,13 +156,13 @@ def _placement_makespan(table: Floats, ready: Floats, order: Ints, on_accel: Fla
     any_cpu, any_accel = False, False
     for expert in order:
         if not on_accel[expert]:
-            cpu += table[CPU, expert]
+            cpu = max(cpu, host_us(table, expert)) + table[CPU, expert]
             any_cpu = True
             continue
         any_accel = True
         arrival = table[ARRIVAL, expert]
         if arrival < 0.0:
-            link += table[TRANSFER, expert]
+            link = max(link, host_us(table, expert)) + table[TRANSFER, expert]
             arrival = link
         accel = max(accel, arrival) + table[ACCEL, expert]
     return max(cpu if any_cpu else 0.0, accel if any_accel else 0.0)
@@ -280,11 +318,11 @@ def _advance(table: Floats, clock: Floats, depth: int, expert: int, on_accel: bo
     """clock[depth + 1] = lane ends (cpu, accel, link, transfers so far) after the expert at this depth is placed."""
     clock[depth + 1] = clock[depth]
     if not on_accel:
-        clock[depth + 1, CPU] += table[CPU, expert]
+        clock[depth + 1, CPU] = max(clock[depth + 1, CPU], host_us(table, expert)) + table[CPU, expert]
         return
     arrival = table[ARRIVAL, expert]
     if arrival < 0.0:
-        clock[depth + 1, LINK] += table[TRANSFER, expert]
+        clock[depth + 1, LINK] = max(clock[depth + 1, LINK], host_us(table, expert)) + table[TRANSFER, expert]
         clock[depth + 1, SENT] += 1.0
         arrival = clock[depth + 1, LINK]
     clock[depth + 1, ACCEL] = max(clock[depth + 1, ACCEL], arrival) + table[ACCEL, expert]

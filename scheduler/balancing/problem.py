@@ -17,6 +17,10 @@ CPU, ACCEL, TRANSFER, ARRIVAL, PRIORITY = range(5)
 """Rows of a cost table float64[5, n]. ARRIVAL is -1 for an expert that is not resident, else when it is there."""
 LINK = TRANSFER
 """CPU, ACCEL and LINK also index ``ready`` float64[3], when each lane gets free, and name the rows of a plan."""
+HOST = 5
+"""A sixth row, of a table in which experts wait for the disk: us until each is in host memory, where CPU and link read
+it; NEVER_US where it will not be. Tables without the row are of layers of which everything is there."""
+NEVER_US = 1e15
 COUNT = -1
 """Last column of a plan int64[3, n + 1]: how many of the row's n places are taken. The row CPU holds positions in the
 order in which the CPU computes them, ACCEL in that of the accelerator, TRANSFER in that of the link."""
@@ -30,6 +34,9 @@ class LayerCosts:
     cpu_us, accel_us, transfer_us: finite, at least 0; resident: booleans. The three ready times say when each lane
     gets free. ``arrival_us`` (optional) is for residents whose bytes are still under way from an earlier transfer of
     the same link, so at most ``link_ready_us``: the accelerator may not start them before. Not read for the others.
+    ``host_us`` (optional): until the expert's bytes have been read from disk into host memory, 0 where they are there;
+    neither CPU nor link may start on them before. A resident has 0, or inf where it has no copy there: it stays where
+    it is.
     Raises CostError for anything else.
     """
 
@@ -41,6 +48,7 @@ class LayerCosts:
     accel_ready_us: float = 0.0
     link_ready_us: float = 0.0
     arrival_us: npt.ArrayLike | None = None
+    host_us: npt.ArrayLike | None = None
     table: Floats = field(init=False, repr=False)
     ready: Floats = field(init=False, repr=False)
 
@@ -49,7 +57,9 @@ class LayerCosts:
         n = cpu.size
         if n == 0:
             raise CostError("no activated experts: expected at least 1 entry in cpu_us")
-        table = np.empty((5, n))
+        host = None if self.host_us is None else _numbers("host_us", self.host_us, n).astype(np.float64)
+        waiting = host is not None and bool(np.any(host != 0.0))
+        table = np.empty((6 if waiting else 5, n))
         table[CPU] = cpu
         table[ACCEL] = _numbers("accel_us", self.accel_us, n)
         table[TRANSFER] = _numbers("transfer_us", self.transfer_us, n)
@@ -58,6 +68,8 @@ class LayerCosts:
         ready = np.array((self.cpu_ready_us, self.accel_ready_us, self.link_ready_us), np.float64)
         if not accept(table, ready, _booleans(self.resident, n)):
             _name_the_bad(table, ready)
+        if waiting:
+            table[HOST] = _until_in_host_memory(host, table[ARRIVAL])
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "ready", ready)
 
@@ -100,6 +112,16 @@ def accept(table: Floats, ready: Floats, resident: npt.NDArray[np.bool_]) -> boo
         elif table[ARRIVAL, position] > ready[LINK]:
             return False
     return True
+
+
+def _until_in_host_memory(host_us: Any, arrival: Floats) -> Floats:
+    """The row HOST of experts with these times. Raises CostError for one that can run nowhere."""
+    for position, us in enumerate(host_us.tolist()):
+        resident = arrival[position] >= 0.0
+        if not (us in (0.0, np.inf) if resident else 0.0 <= us < np.inf):
+            expected = "0 or inf for a resident" if resident else "a finite number of at least 0 for one without a slot"
+            raise CostError(f"host_us[{position}]: expected {expected}, found {us}")
+    return np.asarray(np.minimum(host_us, NEVER_US), np.float64)
 
 
 def _numbers(name: str, values: npt.ArrayLike, n: int | None = None) -> npt.NDArray[Any]:

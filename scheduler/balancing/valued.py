@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.balancing.optimal import optimal
-from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, LINK, PRIORITY, TRANSFER
-from scheduler.balancing.timeline import by_key, johnson_order, write_plan
+from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, HOST, LINK, PRIORITY, TRANSFER
+from scheduler.balancing.timeline import by_host, by_key, host_us, johnson_order, write_plan
 from scheduler.compiled import compiled
 
 Floats = npt.NDArray[np.float64]
@@ -44,12 +44,31 @@ def contended_makespan(table: Floats, ready: Floats, order: Ints, on_accel: Flag
         any_accel = True
         arrival = table[ARRIVAL, expert]
         if arrival < 0.0:
-            link += table[TRANSFER, expert]
+            link = max(link, host_us(table, expert)) + table[TRANSFER, expert]
             arrival = link
         accel = max(accel, arrival) + table[ACCEL, expert]
     end = accel if any_accel else 0.0
     if any_cpu:
         end = max(end, shared_memory_end(ready[CPU], cpu, link, cpu_rate))
+        if table.shape[0] > HOST:
+            end = max(end, _waiting_end(table, ready[CPU], order, on_accel, cpu, link, cpu_rate))
+    return end
+
+
+@compiled
+def _waiting_end(
+    table: Floats, cpu_ready: float, order: Ints, on_accel: Flags, work_us: float, link_end: float, cpu_rate: float
+) -> float:
+    """The CPU's end where it waits for the disk: from each expert's arrival on, all that comes after it is still to do.
+
+    The link counts as busy until its end, also while it waits.
+    """
+    end = 0.0
+    for expert in order:
+        if not on_accel[expert]:
+            begin = max(cpu_ready, host_us(table, expert))
+            end = max(end, shared_memory_end(begin, work_us, link_end, cpu_rate))
+            work_us -= table[CPU, expert]
     return end
 
 
@@ -67,6 +86,8 @@ def valued(table: Floats, ready: Floats, victims: Floats, link_price: float, cpu
     here = table[ARRIVAL] >= 0.0
     misses = by_key(-(table[CPU] + table[PRIORITY]), ~here)
     residents = by_key(table[CPU], here)
+    if table.shape[0] > HOST:
+        by_host(table, residents)
     optimal(table, ready, np.full(2, -1.0), plan)
     best_place = np.zeros(n, np.bool_)
     for i in range(plan[ACCEL, COUNT]):

@@ -206,6 +206,11 @@ class ValueModel:
         costs = self.setting.costs
         return saving_us(costs.cpu_grid, costs.accel_grid, int(costs.kind[layer]), costs.drift)
 
+    def savings_us(self) -> Floats:
+        """float64[n_layers]: ``saving_us`` of each."""
+        costs = self.setting.costs
+        return np.array([saving_us(costs.cpu_grid, costs.accel_grid, k, costs.drift) for k in costs.kind.tolist()])
+
     def begin_sequence(self) -> None:
         """What was active last no longer precedes what comes."""
         self.last_layer = self.setting.n_layers

@@ -18,7 +18,8 @@ ExpertKey = tuple[int, int]
 class GraphBuilder:
     """Adds layers in execution order and remembers who wrote and who reads each slot.
 
-    Edges: ``data`` from a producer to its consumer, ``slot`` from the last readers of a slot to the transfer
+    Edges: ``data`` from a producer to its consumer (a read from disk is that of the CPU or of the copy that reads the
+    bytes), ``slot`` from the last readers of a slot to the transfer
     that overwrites it. The order of each lane is kept beside the graph (``lane_order``): it is a property of
     the executor (every lane is first in, first out), not of the data.
     """
@@ -34,6 +35,7 @@ class GraphBuilder:
         self._expert_bytes = expert_bytes
         self._writer: dict[int, int] = {}  # slot -> transfer task
         self._readers: dict[int, list[int]] = {}  # slot -> compute tasks since the last write
+        self._last_read: dict[ExpertKey, int] = {}
         self._last_combine: int | None = None
 
     def add_layer(self, item: PlannedLayer) -> None:
@@ -43,6 +45,11 @@ class GraphBuilder:
         attention = self._add(dense.lane, "attention", plan.layer, plan.step, dense.attention_us, after=self._tail())
         gate = self._add(dense.lane, "gate", plan.layer, plan.step, dense.gate_us, after=[attention])
         shared = self._add_shared(item, gate)
+        for layer, expert in plan.reads:
+            self._last_read[layer, expert] = self._add(
+                "disk", "read", layer, plan.step, self._durations.read_us(layer), expert=expert,
+                n_bytes=self._expert_bytes, after=[gate],
+            )  # fmt: skip
         computes = self._add_experts(item, gate)
         transfers = self._add_transfers(plan.transfers, "transfer", plan.step, plan.layer, gate)
         transfers += self._add_transfers(plan.prefetches, "prefetch", plan.step, plan.layer, gate)
@@ -108,9 +115,14 @@ class GraphBuilder:
                     expert=expert,
                     n_tokens=n_tokens,
                     slot=slot,
-                    after=[gate],
+                    after=[gate, *self._read_of(plan.layer, expert)] if lane == "cpu" else [gate],
                 )
         return added
+
+    def _read_of(self, layer: int, expert: int) -> list[int]:
+        """The read that brought an expert into host memory, if it is in the graph."""
+        found = self._last_read.get((layer, expert))
+        return [] if found is None else [found]
 
     def _expert_us(self, lane: str, layer: int, n_tokens: int) -> float:
         cost = self._durations.cpu_us if lane == "cpu" else self._durations.accel_us
@@ -135,7 +147,7 @@ class GraphBuilder:
                 expert=transfer.expert,
                 n_bytes=self._expert_bytes,
                 slot=transfer.slot,
-                after=[gate] if first is None else [first],
+                after=[gate if first is None else first, *self._read_of(transfer.layer, transfer.expert)],
             )
             added.append((transfer, copy if first is None else first, copy))
         return added

@@ -58,6 +58,8 @@ class Durations(Protocol):
 
     def transfer_us(self, layer: int) -> float: ...
 
+    def read_us(self, layer: int) -> float: ...
+
 
 @dataclass(frozen=True, slots=True)
 class DenseTimes:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.errors import CostError, ProfileError, did_you_mean
-from scheduler.machine.profile import HardwareProfile, ModelShape, table_key
+from scheduler.machine.profile import DiskProfile, HardwareProfile, ModelShape, table_key
 from scheduler.plan import ObservedTask
 
 Floats = npt.NDArray[np.float64]
@@ -29,6 +29,10 @@ OUTLIER: Final = 1.5
 operating system interrupted says nothing about the next one. A real change of 4 times is followed in 57 tasks."""
 DRIFT_BOUNDS: Final = (0.25, 4.0)
 """A lane is never believed to be more than 4 times slower or faster than its profile says."""
+DISK_BOUNDS: Final = (1.0 / 64.0, 64.0)
+"""A disk may be another one than the profile's, or its file already in somebody's memory."""
+UNKNOWN_DISK: Final = DiskProfile(gbps=1.0)
+"""Of machines of which nobody has said how fast their disk is: a SATA disk or a slow share of a network."""
 LAUNCH_EXPERTS: Final = 4.0
 """A launch is never believed to take longer than so many experts on one token."""
 SAME_SIZE: Final = 0.25
@@ -76,10 +80,13 @@ class CostModel:
             for size in kinds
         ]  # fmt: skip
         link = [profile.link.latency_us + size / (profile.link.gbps * 1e3) for size in kinds]
+        disk = UNKNOWN_DISK if profile.disk is None else profile.disk
+        read = [size / (disk.gbps * 1e3) for size in kinds]
         self._build(
             np.array([kinds.index(size) for size in sizes], np.int64), np.array(cpu_rows), np.array(accel_rows),
             np.array(link, np.float64), profile.contention.cpu_with_link, profile.contention.link_with_cpu,
-            profile.dense.attention_us + profile.dense.gate_us + profile.dense.sync_us,
+            profile.dense.attention_us + profile.dense.gate_us + profile.dense.sync_us, np.array(read, np.float64),
+            disk.latency_us,
         )  # fmt: skip
 
     @classmethod
@@ -92,6 +99,8 @@ class CostModel:
         cpu_us_per_token: float = 0.0,
         accel_us_per_token: float = 0.0,
         dense_us: float = 0.0,
+        read_us: float = 0.0,
+        read_latency_us: float = 0.0,
     ) -> CostModel:
         """The same made-up costs in every layer: ``cpu_us + (n - 1) * cpu_us_per_token`` and so on. For tests."""
         model = cls.__new__(cls)
@@ -106,6 +115,8 @@ class CostModel:
             1.0,
             1.0,
             dense_us,
+            np.array([read_us], np.float64),
+            read_latency_us,
         )
         return model
 
@@ -114,7 +125,8 @@ class CostModel:
         return {
             "kind": self.kind.tolist(), "cpu": self.cpu_grid.tolist(), "accel": self.accel_grid.tolist(),
             "link": self.link_us.tolist(), "cpu_with_link": self.cpu_with_link, "link_with_cpu": self.link_with_cpu,
-            "dense_us": self.dense_us, "drift": self.drift.tolist(), "groups": self._groups.tolist(),
+            "dense_us": self.dense_us, "read": self._read_us.tolist(), "read_latency_us": self.read_latency_us,
+            "drift": self.drift.tolist(), "disk_drift": self.disk_drift, "groups": self._groups.tolist(),
         }  # fmt: skip
 
     @classmethod
@@ -125,16 +137,17 @@ class CostModel:
             np.array(values["kind"], np.int64), np.array(values["cpu"], np.float64),
             np.array(values["accel"], np.float64), np.array(values["link"], np.float64),
             values["cpu_with_link"], values["link_with_cpu"], values["dense_us"],
+            np.array(values.get("read", [0.0] * len(values["link"])), np.float64), values.get("read_latency_us", 0.0),
         )  # fmt: skip
-        model.drift[:] = values["drift"]
+        model.drift[:], model.disk_drift = values["drift"], values.get("disk_drift", 1.0)
         model._groups[:] = values.get("groups", 0.0)
         return model
 
     def _build(
         self, kind: npt.NDArray[np.int64], cpu: Floats, accel: Floats, link: Floats,
-        cpu_with_link: float, link_with_cpu: float, dense_us: float,
+        cpu_with_link: float, link_with_cpu: float, dense_us: float, read: Floats, read_latency_us: float,
     ) -> None:  # fmt: skip
-        for name, values in (("cpu", cpu), ("accel", accel), ("transfer", link)):
+        for name, values in (("cpu", cpu), ("accel", accel), ("transfer", link), ("read", read)):
             if not np.all(np.isfinite(values)) or np.any(values < 0):
                 raise CostError(f"{name}_us must be finite and not negative")
         self.n_layers = int(kind.size)
@@ -143,17 +156,20 @@ class CostModel:
         self.cpu_rows = [cpu[k] for k in kind.tolist()]
         self.accel_rows = [accel[k] for k in kind.tolist()]
         self._link_by_layer = [float(link[k]) for k in kind.tolist()]
+        self._read_us, self.read_latency_us = read, read_latency_us
         self.drift = np.ones(3)
         """float64[3]: observed / predicted of cpu, accel and link."""
+        self.disk_drift = 1.0
+        """The same of the disk."""
         self._groups = np.zeros((2, 3))
         """float64[2, 3] of groups launched kernel by kernel, and of recorded ones: us of a launch; of the latest group,
         us that its experts were expected to take without drift, and us that it took."""
 
     def become(self, other: CostModel) -> None:
         """Takes the other's tables; what was learned by observing stays."""
-        drift, groups = self.drift, self._groups
+        learned = self.drift, self.disk_drift, self._groups
         self.__dict__.update(other.__dict__)
-        self.drift, self._groups = drift, groups
+        self.drift, self.disk_drift, self._groups = learned
 
     def cpu_us(self, layer: int, n_tokens: npt.ArrayLike, link_busy: bool = False) -> Floats:
         """us of one expert on ``n_tokens`` tokens (any shape) on the CPU; slower while the link reads host memory."""
@@ -180,6 +196,15 @@ class CostModel:
         """us of one expert over the link; slower while the CPU reads host memory."""
         return float(self._link_by_layer[layer] * self.drift[2] / (self.link_with_cpu if cpu_busy else 1.0))
 
+    def read_us(self, layer: int) -> float:
+        """us for which one expert keeps the disk. Reads that are under way together share its rate; what comes on top
+        until the first bytes arrive is ``read_latency_us``."""
+        return float(self._read_us[self.kind[layer]] * self.disk_drift)
+
+    def alone_read_us(self) -> Floats:
+        """float64[n_layers]: us from the start of a read of each layer's experts to its end, if no other one runs."""
+        return np.asarray(self._read_us[self.kind] * self.disk_drift + self.read_latency_us)
+
     def launch_us(self, layer: int) -> float:
         """us that a group of experts takes on the accelerator beyond ``accel_us`` of each, however many they are: until
         the first of them runs. That of recorded work, which is the device's alone; 0 before such was observed.
@@ -195,10 +220,15 @@ class CostModel:
 
         ``link_share``: part of the task's time during which the link worked; a CPU task is expected to be slower then.
         """
-        if not (0.0 <= task.us < np.inf) or task.lane not in LANES or not 0 <= task.layer < self.n_layers:
+        known_lane = task.lane in LANES or task.lane == "disk"
+        if not (0.0 <= task.us < np.inf) or not known_lane or not 0 <= task.layer < self.n_layers:
             raise CostError(f"expected a finite us >= 0 of a known lane and layer, found {task}")
         if task.lane == "link":
             self.observe_transfer(task.layer, task.us)
+            return
+        if task.lane == "disk":
+            expected_us = float(self._read_us[self.kind[task.layer]])
+            self.disk_drift = _moved(self.disk_drift, task.us, expected_us, DISK_BOUNDS)
             return
         rows = self.cpu_rows if task.lane == "cpu" else self.accel_rows
         expected = _look_up_one(rows[task.layer], task.n_tokens)
@@ -216,12 +246,7 @@ class CostModel:
         self._follow(LANES["link"], us, self._link_by_layer[layer] / self.link_with_cpu)
 
     def _follow(self, lane: int, us: float, expected_us: float) -> None:
-        if expected_us <= 0.0 or us == 0.0:
-            return
-        known = float(self.drift[lane])
-        seen = min(max(us / expected_us, known / OUTLIER), known * OUTLIER)
-        moved = (1.0 - DRIFT_WEIGHT) * known + DRIFT_WEIGHT * seen
-        self.drift[lane] = min(max(moved, DRIFT_BOUNDS[0]), DRIFT_BOUNDS[1])
+        self.drift[lane] = _moved(float(self.drift[lane]), us, expected_us, DRIFT_BOUNDS)
 
     def _follow_group(self, groups: Floats, expected_us: float, us: float) -> None:
         """Groups of different sizes tell what an expert takes apart from a launch: by how much one group takes longer
@@ -246,6 +271,15 @@ class CostModel:
             launch_us = 0.0
         groups[LAUNCH] = launch_us
         self.drift[lane] = min(max(moved, DRIFT_BOUNDS[0]), DRIFT_BOUNDS[1])
+
+
+def _moved(known: float, us: float, expected_us: float, bounds: tuple[float, float]) -> float:
+    """A drift after one more observation."""
+    if expected_us <= 0.0 or us == 0.0:
+        return known
+    seen = min(max(us / expected_us, known / OUTLIER), known * OUTLIER)
+    moved = (1.0 - DRIFT_WEIGHT) * known + DRIFT_WEIGHT * seen
+    return min(max(moved, bounds[0]), bounds[1])
 
 
 def _curve(

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.balancing import VALUE, Kernel, kernel_of
-from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, LINK, NOT_RESIDENT, PRIORITY, TRANSFER
-from scheduler.balancing.timeline import plan_makespan
+from scheduler.balancing.problem import ACCEL, ARRIVAL, COUNT, CPU, HOST, LINK, NOT_RESIDENT, PRIORITY, TRANSFER
+from scheduler.balancing.timeline import keep_in_slots, plan_makespan
 from scheduler.balancing.valued import valued
 from scheduler.compiled import compiled
 from scheduler.slots import FREE, RESIDENT
@@ -47,7 +47,7 @@ def fill_table(
     ids: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], first_key: int, cpu: Floats, accel: Floats,
     scales: Floats, link_ready: float, slot_of: Ints, state: Ints, arrival: Floats, priority: Floats, table: Floats,
 ) -> None:  # fmt: skip
-    """Fills the cost table float64[5, A] of a demand. scales = (cpu drift, accel drift, transfer us)."""
+    """Fills the first five rows of a demand's cost table. scales = (cpu drift, accel drift, transfer us)."""
     for i in range(ids.size):
         key = first_key + ids[i]
         table[CPU, i] = grid_us(cpu, n_tokens[i]) * scales[CPU]
@@ -221,10 +221,13 @@ def decide_by_kernel(
 ) -> float:  # fmt: skip
     """Plans one layer into ``plan`` (see ``new_plan``) by a balance kernel, in three compiled calls.
 
-    params: the kernel's; ``table`` float64[5, A] is filled on the way. Returns the predicted makespan in us.
+    params: the kernel's; ``table`` float64[5, A] is filled on the way, or float64[6, A], of which the row HOST is there
+    already. Returns the predicted makespan in us.
     """
     fill_table(ids, n_tokens, first_key, cpu, accel, scales, ready[LINK], slot_of, state, arrival, priority, table)
     makespan = kernel(table, ready, params, plan)[0]
+    if table.shape[0] > HOST and keep_in_slots(table, plan):
+        makespan = plan_makespan(table, ready, plan)
     return assign(makespan, ids, first_key, end_key, capacity, table, ready, slot_of, key_of, state, pins, keep, plan)
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from scheduler.demand import Demand, DemandView, LayerDemand, Phase, Prediction
 from scheduler.errors import SlotError
 from scheduler.future import Future
+from scheduler.host import HostView
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Event, LaneState, LayerPlan, ObservedTask, Transfer
 from scheduler.planner.explain import Explanation
@@ -46,6 +47,11 @@ class GroupCosts:
         """As ``CostModel.transfer_us``."""
         costs, own = self._parts[layer]
         return costs.transfer_us(own, cpu_busy)
+
+    def read_us(self, layer: int) -> float:
+        """As ``CostModel.read_us``."""
+        costs, own = self._parts[layer]
+        return costs.read_us(own)
 
     def launch_us(self, layer: int) -> float:
         """As ``CostModel.launch_us``."""
@@ -107,17 +113,18 @@ class PlannerGroup:
         for planner in self.planners:
             planner.begin_step(phase, n_tokens)
 
-    def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan:
+    def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW, host: HostView | None = None) -> LayerPlan:
         """As ``Planner.plan_layer``; ``lanes`` are those of the layer's accelerator."""
-        return self.decide(demand, lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us).plan(demand)
+        return self.decide(demand, lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us, host).plan(demand)
 
     def decide(
-        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0
-    ) -> PlanView:
+        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0,
+        host: HostView | None = None,
+    ) -> PlanView:  # fmt: skip
         """As ``Planner.decide``; the times are those of the layer's accelerator."""
         layer = demand.layer
         inside = self._inside[layer].of(demand)
-        return self._home[layer].decide(inside, cpu_ready_us, accel_ready_us, link_ready_us)
+        return self._home[layer].decide(inside, cpu_ready_us, accel_ready_us, link_ready_us, host)
 
     def on_event(self, event: Event) -> None:
         """As ``Planner.on_event``."""

@@ -17,6 +17,9 @@ from scheduler.planner.plan_view import PlanView
 from scheduler.prefetch.base import PrefetchPolicy
 from scheduler.slots import SlotTable
 
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
 MAX_PREFETCHES: Final = 8
 """Prefetches that one layer may start, however long the link idles: later layers know more."""
 
@@ -96,21 +99,29 @@ class Movement:
         gain_us = self.costs.gain_us(demand.layer, int(demand.n_tokens[position]))
         return self.start(slot, key, "demand", gain_us, self.cache.admits(key), handed_over)
 
-    def start_prefetches(self, demand: Demand, idle_us: float, transfer_us: float) -> list[Transfer]:
-        """Prefetches that start before the next layer's demand can need the link, which idles for ``idle_us`` > 0."""
+    def start_prefetches(
+        self, demand: Demand, idle_us: float, transfer_us: float, keep: Floats, held: Bools | None = None
+    ) -> list[Transfer]:
+        """Prefetches that start before the next layer's demand can need the link, which idles for ``idle_us`` > 0.
+
+        keep: the cache policy's, or with the price of the disk. held: what is in host memory, where not all is: what is
+        on disk is read before it can go on.
+        """
         limit = MAX_PREFETCHES if transfer_us <= 0.0 else min(math.ceil(idle_us / transfer_us), MAX_PREFETCHES)
         keys, gains = self.prefetch.propose(demand, limit)
+        if held is not None and keys.size:
+            keys, gains = keys[held[keys]], gains[held[keys]]
         if not keys.size:
             return []
         taken = self._nobody if self.cache.keeps_us else self._needed_soon(demand)
         started = []
         for key, gain in zip(keys.tolist(), gains.tolist(), strict=True):
-            slot = self._prefetch_slot(key, taken)
-            if slot >= 0 and (not self.cache.keeps_us or self._worth_it(slot, key, gain)):
+            slot = self._prefetch_slot(key, taken, keep)
+            if slot >= 0 and (not self.cache.keeps_us or self._worth_it(slot, key, gain, keep)):
                 started.append(self.start(slot, key, "prefetch", gain, True))
         return started
 
-    def _needed_soon(self, demand: Demand) -> npt.NDArray[np.bool_]:
+    def _needed_soon(self, demand: Demand) -> Bools:
         """bool[n_slots]: experts that this demand's predictions name; prefetches do not evict them.
 
         A cache policy that keeps by us has already raised those that the next layer needs.
@@ -121,7 +132,7 @@ class Movement:
             taken[slots[slots >= 0]] = True
         return taken
 
-    def _prefetch_slot(self, key: int, taken: npt.NDArray[np.bool_]) -> int:
+    def _prefetch_slot(self, key: int, taken: Bools, keep: Floats) -> int:
         slots, cache = self.slots, self.cache
         layer = key // slots.n_experts
         if self.fixed[layer]:
@@ -129,11 +140,11 @@ class Movement:
         first_key = layer * slots.n_experts
         capacity = int(cache.capacities[layer]) if cache.scope == "layer" else -1
         return pick_slot(
-            slots.key_of, slots.state, slots.pins, cache.keep, taken, first_key, first_key + slots.n_experts,
+            slots.key_of, slots.state, slots.pins, keep, taken, first_key, first_key + slots.n_experts,
             capacity,
         )  # fmt: skip
 
-    def _worth_it(self, slot: int, newcomer: int, gain_us: float) -> bool:
+    def _worth_it(self, slot: int, newcomer: int, gain_us: float, keep: Floats) -> bool:
         """Policies whose ``keep`` is in us do not let a prefetch evict what is worth more."""
         key = int(self.slots.key_of[slot])
-        return gain_us + float(self.cache.keep[newcomer]) > (0.0 if key < 0 else float(self.cache.keep[key]))
+        return gain_us + float(keep[newcomer]) > (0.0 if key < 0 else float(keep[key]))

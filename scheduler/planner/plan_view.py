@@ -20,12 +20,12 @@ class PlanView:
     ``rows`` int64[5, A + 1] is the plan (``decide.new_plan``) of A active experts. ``cpu`` and ``accel`` are positions
     in execution order, ``slots[i]`` the slot of ``accel[i]``. ``moved``: the positions of ``transfers``, in
     link order; ``prefetches`` (later layers) follow them. ``awaited``: positions of accelerated experts whose earlier
-    transfer is still under way. Layers and slots are numbered as outside of the planner.
+    transfer is still under way. ``reads``: see ``LayerPlan``. Layers and slots are numbered as outside of the planner.
     """
 
     __slots__ = (
         "_plans", "_tables", "accel", "awaited", "cpu", "evicted", "layer", "makespan_us", "moved", "prefetches",
-        "rows", "slot_of", "slots", "step", "transfers",
+        "reads", "rows", "slot_of", "slots", "step", "transfers",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -48,6 +48,7 @@ class PlanView:
         self.awaited: list[int] = []
         self.transfers: list[Transfer] = []
         self.prefetches: list[Transfer] = []
+        self.reads: tuple[tuple[int, int], ...] = ()
         self.makespan_us = 0.0
         return self._tables[n]
 
@@ -66,7 +67,7 @@ class PlanView:
         self.cpu, self.accel, self.moved, self.slot_of, self.evicted = rows.tolist()
         for lane in (self.cpu, self.accel, self.moved):
             del lane[lane[COUNT] :]
-        self.awaited, self.transfers, self.prefetches = [], [], []
+        self.awaited, self.transfers, self.prefetches, self.reads = [], [], [], ()
         slots = list(map(self.slot_of.__getitem__, self.accel))
         self.slots = [slot + first_slot for slot in slots] if first_slot else slots
         return slots
@@ -82,5 +83,5 @@ class PlanView:
         return LayerPlan(
             self.step, self.layer, tuple([ids[p] for p in self.cpu]), tuple([ids[p] for p in self.accel]),
             tuple(self.slots), tuple(self.transfers), tuple(self.prefetches), self.makespan_us,
-            tuple([ids[p] for p in self.awaited]),
+            tuple([ids[p] for p in self.awaited]), self.reads,
         )  # fmt: skip

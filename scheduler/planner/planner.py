@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.balancing import ACCEL_ONLY, CPU_ONLY, parameters_of_balance
-from scheduler.balancing.problem import ACCEL, CPU, LINK, TRANSFER
+from scheduler.balancing.problem import ACCEL, CPU, HOST, LINK, TRANSFER
 from scheduler.cache import CACHE_POLICIES
 from scheduler.cache.base import CachePolicy
 from scheduler.cache.value import ValueCache
@@ -23,7 +23,9 @@ from scheduler.demand import Demand, LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.forecast.affinity import MAX_ACTIVE
 from scheduler.forecast.use_model import FEW_TOKENS
+from scheduler.forecast.value_model import ValueModel
 from scheduler.future import Future
+from scheduler.host import HostView, fill_waits, price_of_absence
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Placement, Transfer, TransferEnded
 from scheduler.planner.at_once import Desk, int32s
@@ -38,6 +40,8 @@ from scheduler.prefetch.base import PrefetchPolicy
 from scheduler.prefetch.value import ValuePrefetch
 from scheduler.setting import Scorer, Setting, make
 from scheduler.slots import RESIDENT, SlotTable
+
+Floats = npt.NDArray[np.float64]
 
 NOW: Final = LaneState()
 NO_SLOTS: Final = np.empty(0, np.int64)
@@ -103,6 +107,8 @@ class Planner:
         """Of few tokens, predictions of so many nearest layers are not read: what they need is under way or late."""
         self._open: list[deque[tuple[npt.NDArray[np.int64], list[int], float]]] = [deque() for _ in range(n_layers)]
         self._demands: list[Demand | None] = [None] * n_layers
+        self._hosts: list[HostView | None] = [None] * n_layers
+        self._priced = np.zeros(n_layers * n_experts)
         self._lanes = np.zeros((n_layers, 3))
         self._scales = np.zeros(3)
         self._plan = PlanView()
@@ -184,16 +190,18 @@ class Planner:
         self._step += 1
         self._setting.step += 1
 
-    def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan:
+    def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW, host: HostView | None = None) -> LayerPlan:
         """``decide`` as a frozen value, for everything that is not the hot path."""
-        return self.decide(demand, lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us).plan(demand)
+        return self.decide(demand, lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us, host).plan(demand)
 
     def decide(
-        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0
-    ) -> PlanView:
+        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0,
+        host: HostView | None = None,
+    ) -> PlanView:  # fmt: skip
         """The plan of one layer; its transfers are in flight and its slots pinned from now on.
 
-        The times say when each lane gets free, in us from now. What is returned is filled anew by the next call. Raises
+        The times say when each lane gets free, in us from now. host: what is in host memory, where some experts are on
+        disk; None where all are there, or nobody says. What is returned is filled anew by the next call. Raises
         DemandError if the demand does not fit the model (the full check is ``LayerDemand.validate``).
         """
         layer, ids = demand.layer, demand.expert_ids
@@ -209,7 +217,7 @@ class Planner:
         plan.step, plan.layer = self._step, layer + self.first_layer
         forecast, desk = self._setting.forecast, self._desk
         if forecast is not None:
-            if forecast.arrive(demand) and desk is not None and n and self._known[layer]:
+            if forecast.arrive(demand) and desk is not None and n and self._known[layer] and host is None:
                 done = desk.decide(demand, cpu_ready_us, accel_ready_us, link_ready_us, plan)
                 if done is not None:
                     self._open[layer].append(done)
@@ -217,7 +225,7 @@ class Planner:
             else:
                 forecast.follow(demand)
                 self._known[layer] |= n > 0 and self._placements[layer] == "hybrid"
-        self._decide_in_parts(demand, cpu_ready_us, accel_ready_us, link_ready_us)
+        self._decide_in_parts(demand, cpu_ready_us, accel_ready_us, link_ready_us, host)
         return plan
 
     @property
@@ -262,8 +270,9 @@ class Planner:
         return self._plan
 
     def _decide_in_parts(
-        self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float
-    ) -> None:
+        self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float,
+        host: HostView | None = None,
+    ) -> None:  # fmt: skip
         """A decision of any policy, for any demand; the forecast knows of it."""
         layer, n, plan = demand.layer, demand.expert_ids.size, self._plan
         lanes = self._lanes[layer]
@@ -272,22 +281,42 @@ class Planner:
             observe(demand)
         if self._refreshes:
             self.cache.refresh(layer)
-        table = plan.start(n)
+        self._hosts[layer] = host
+        table, keep, held = plan.start(n), self.cache.keep, None
+        if host is not None:
+            table, keep, held = self._beside_disk(host, table, n)
         link_end_us, transfer_us = link_ready_us, self.costs.transfer_us(layer, cpu_busy=True)
         if n:
-            self._choose(demand, lanes, transfer_us, plan, table)
-            link_end_us += self._start(demand, plan, link_ready_us)
+            self._choose(demand, lanes, transfer_us, plan, table, keep)
+            link_end_us = self._start(demand, plan, link_ready_us, host)
         else:
             self._open[layer].append((NO_SLOTS, [], 0.0))
         idle_us = plan.makespan_us + self.costs.dense_us - link_end_us
         if idle_us > 0.0 and self.slots.n_slots:
-            plan.prefetches = self._movement.start_prefetches(demand, idle_us, transfer_us)
+            plan.prefetches = self._movement.start_prefetches(demand, idle_us, transfer_us, keep, held)
+        if host is not None:
+            plan.reads = host.reads
+
+    def _beside_disk(self, host: HostView, table: Floats, n: int) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+        """Where some experts are on disk: the cost table of ``n`` active ones, with the row HOST if one of them waits;
+        what residents are kept by, with the price of reading them back; and which of the planner's experts are in host
+        memory."""
+        first_key = self.first_layer * self.n_experts
+        held, keep = host.held[first_key : first_key + self.n_layers * self.n_experts], self.cache.keep
+        if host.waits_us.any():
+            table = np.empty((HOST + 1, n))
+            fill_waits(table, host.waits_us)
+        if isinstance(self._setting.forecast, ValueModel) and self.cache.keeps_us:
+            savings_us, reads_us = self._setting.forecast.savings_us(), self.costs.alone_read_us()
+            price_of_absence(self.slots.key_of, held, keep, savings_us, reads_us, self.n_experts, self._priced)
+            keep = self._priced
+        return table, keep, held
 
     def _choose(
-        self, demand: Demand, lanes: npt.NDArray[np.float64], transfer_us: float, plan: PlanView,
-        table: npt.NDArray[np.float64],
-    ) -> None:  # fmt: skip
-        """The compiled decision: which lane and which slot each active expert gets (see ``decide``)."""
+        self, demand: Demand, lanes: Floats, transfer_us: float, plan: PlanView, table: Floats, keep: Floats
+    ) -> None:
+        """The compiled decision: which lane and which slot each active expert gets (see ``decide``); keep: what
+        residents are kept by."""
         layer, costs, cache, slots = demand.layer, self.costs, self.cache, self.slots
         first_key = layer * self.n_experts
         link_ready_us = float(lanes[LINK])
@@ -305,14 +334,14 @@ class Planner:
         plan.makespan_us = decide(
             params, ids, n_tokens, first_key, first_key + self.n_experts, capacity, costs.cpu_rows[layer],
             costs.accel_rows[layer], scales, lanes, slots.slot_of, slots.key_of, slots.state, slots.pins,
-            self._movement.arrival, cache.keep, cache.keep if self._by_value else self._last_use, table, plan.rows,
+            self._movement.arrival, keep, keep if self._by_value else self._last_use, table, plan.rows,
         )  # fmt: skip
         if by_last_use:
             self._clock += 1
             self._last_use[ids + first_key] = self._clock
 
-    def _start(self, demand: Demand, plan: PlanView, link_ready_us: float) -> float:
-        """Starts the decision's transfers and pins its slots. Returns the us for which they keep the link."""
+    def _start(self, demand: Demand, plan: PlanView, link_ready_us: float, host: HostView | None) -> float:
+        """Starts the decision's transfers and pins its slots. Returns the us from now until they leave the link."""
         movement, layer, first_slot = self._movement, demand.layer, self.first_slot
         slots = plan.take(plan.rows, plan.makespan_us, first_slot)
         if movement.in_flight:
@@ -324,16 +353,20 @@ class Planner:
         pinned, makespan_us = np.array(slots, np.int64), plan.makespan_us
         if not pinned_already:
             self.slots.pin_all(pinned)
-        link_us = len(plan.moved) * float(self._scales[TRANSFER])
+        link_end_us = link_ready_us + len(plan.moved) * float(self._scales[TRANSFER])
+        if host is not None:
+            link_end_us = link_ready_us
+            for position in plan.moved:
+                link_end_us = max(link_end_us, float(host.waits_us[position])) + float(self._scales[TRANSFER])
         link_share = 0.0
         if self._by_value and makespan_us > 0.0:
-            link_share = min((link_ready_us + link_us) / makespan_us, 1.0)
+            link_share = min(link_end_us / makespan_us, 1.0)
         leaving: list[int] = []
         for transfer in plan.transfers:
             if not transfer.admit:
                 leaving.append(transfer.slot - first_slot)
         self._open[layer].append((pinned, leaving, link_share))
-        return link_us
+        return link_end_us
 
     def on_event(self, event: Event) -> None:
         """``end_transfer`` or ``end_layer``, as a value. Raises SlotError for anything else."""
@@ -410,7 +443,8 @@ class Planner:
         demand = self._demands[layer]
         if demand is None or plan.step != self._step:
             raise DemandError(f"only plans of the current step can be explained, found step {plan.step}")
-        return explain(plan, demand, LaneState(*self._lanes[layer].tolist()), self.costs, self.slots)
+        lanes = LaneState(*self._lanes[layer].tolist())
+        return explain(plan, demand, lanes, self.costs, self.slots, self._hosts[layer])
 
 
 def _check_placements(placements: Sequence[Placement] | None, n_layers: int) -> tuple[Placement, ...]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from scheduler.demand import Demand, LayerDemand, Phase
 from scheduler.future import Future
+from scheduler.host import HostView
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Event, LaneState, LayerPlan, ObservedTask, Transfer
 from scheduler.planner.plan_view import PlanView
@@ -28,6 +29,8 @@ class Costs(Protocol):
     def accel_us(self, layer: int, n_tokens: npt.ArrayLike) -> npt.NDArray[np.float64]: ...
 
     def transfer_us(self, layer: int, cpu_busy: bool = False) -> float: ...
+
+    def read_us(self, layer: int) -> float: ...
 
     def launch_us(self, layer: int) -> float: ...
 
@@ -68,11 +71,12 @@ class LayerPlanner(Protocol):
 
     def begin_step(self, phase: Phase, n_tokens: int) -> None: ...
 
-    def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan: ...
+    def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW, host: HostView | None = None) -> LayerPlan: ...
 
     def decide(
-        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0
-    ) -> PlanView: ...
+        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0,
+        host: HostView | None = None,
+    ) -> PlanView: ...  # fmt: skip
 
     def on_event(self, event: Event) -> None: ...
 

@@ -21,6 +21,7 @@ from scheduler.demand import Demand, DemandView, LayerDemand, Phase, Prediction
 from scheduler.errors import SchedulerError
 from scheduler.future import Future
 from scheduler.graph import PlannedLayer
+from scheduler.host import HostView
 from scheduler.machine.costs import CostModel
 from scheduler.plan import (
     Event,
@@ -183,19 +184,21 @@ class Recorder:
         self.planner.begin_step(phase, n_tokens)
         self._note("begin_step", (phase, n_tokens))
 
-    def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW) -> LayerPlan:
+    def plan_layer(self, demand: LayerDemand, lanes: LaneState = NOW, host: HostView | None = None) -> LayerPlan:
         """As ``Planner.plan_layer``."""
-        return self.decide(demand, lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us).plan(demand)
+        return self.decide(demand, lanes.cpu_ready_us, lanes.accel_ready_us, lanes.link_ready_us, host).plan(demand)
 
     def decide(
-        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0
-    ) -> PlanView:
+        self, demand: Demand, cpu_ready_us: float = 0.0, accel_ready_us: float = 0.0, link_ready_us: float = 0.0,
+        host: HostView | None = None,
+    ) -> PlanView:  # fmt: skip
         """As ``Planner.decide``; noted as a call of ``plan_layer``."""
         hits = resident_hits(self.planner, demand)
         told = demand.frozen() if isinstance(demand, DemandView) else demand
-        view = self.planner.decide(demand, cpu_ready_us, accel_ready_us, link_ready_us)
+        view = self.planner.decide(demand, cpu_ready_us, accel_ready_us, link_ready_us, host)
         lanes = LaneState(cpu_ready_us, accel_ready_us, link_ready_us)
-        self._note("plan_layer", (told, lanes), view.plan(demand), hits)
+        given = (told, lanes) if host is None else (told, lanes, host.copied())
+        self._note("plan_layer", given, view.plan(demand), hits)
         return view
 
     def on_event(self, event: Event) -> None:
@@ -250,7 +253,7 @@ def _plain(value: Any) -> Any:
 def _decode(entry: Any) -> Call:
     name, args, answer, hits = entry
     if name == "plan_layer":
-        return Call(name, (_demand(args[0]), LaneState(**args[1])), _plan(answer), int(hits))
+        return Call(name, (_demand(args[0]), LaneState(**args[1]), *map(_host, args[2:])), _plan(answer), int(hits))
     if name == "warm_up":
         known = None if args[0] is None else np.array(args[0], np.float64)
         return Call(name, (known,), tuple(_transfer(item) for item in answer))
@@ -283,6 +286,14 @@ def _demand(body: Mapping[str, Any]) -> LayerDemand:
     )  # fmt: skip
 
 
+def _host(body: Mapping[str, Any]) -> HostView:
+    return HostView(np.array(body["waits_us"], np.float64), np.array(body["held"], np.bool_), _pairs(body["reads"]))
+
+
+def _pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((int(layer), int(expert)) for layer, expert in pairs)
+
+
 def _transfer(body: Mapping[str, Any]) -> Transfer:
     return Transfer(**{**body, "evicts": None if body["evicts"] is None else tuple(body["evicts"])})
 
@@ -290,4 +301,4 @@ def _transfer(body: Mapping[str, Any]) -> Transfer:
 def _plan(body: Mapping[str, Any]) -> LayerPlan:
     moves = {name: tuple(_transfer(item) for item in body[name]) for name in ("transfers", "prefetches")}
     experts = {name: tuple(body[name]) for name in ("cpu", "accel", "accel_slots", "awaited")}
-    return LayerPlan(**{**body, **experts, **moves})
+    return LayerPlan(**{**body, **experts, **moves, "reads": _pairs(body.get("reads", ()))})

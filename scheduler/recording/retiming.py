@@ -9,7 +9,7 @@ and synchronisation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 COMPUTE: Final = ("cpu_expert", "accel_expert")
 HOST: Final[Lane] = "disk"
-"""The lane of the time between layers: the one lane that no expert uses here."""
+"""The lane of the time between layers. No expert uses it here: waiting for reads from disk counts as lag."""
 
 
 class StepTime(NamedTuple):
@@ -82,7 +82,8 @@ class Retiming:
             key = (item.plan.step, item.plan.layer)
             start, end = self._spans[key]
             gaps[key] = 0.0 if ended is None else max(start - ended, 0.0)
-            items.append(item._replace(dense=DenseTimes(attention_us=gaps[key], lane=HOST)))
+            plan = replace(item.plan, reads=())
+            items.append(item._replace(plan=plan, dense=DenseTimes(attention_us=gaps[key], lane=HOST)))
             ended = end
         return items, gaps
 
@@ -168,6 +169,8 @@ class _Nothing:
 
     def transfer_us(self, layer: int) -> float:
         return 0.0
+
+    read_us = transfer_us
 
 
 def _first_tasks(tasks: Iterable[Task]) -> set[int]:

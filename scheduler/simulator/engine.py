@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +12,7 @@ from scheduler.errors import SchedulerError
 from scheduler.machine.costs import CostModel
 from scheduler.plan import LayerPlan, ObservedTask, Transfer, TransferEnded
 from scheduler.records import TaskKind, TaskRecord
+from scheduler.simulator.host_tier import HostTier
 from scheduler.simulator.lanes import run_lanes, run_link
 
 Floats = NDArray[np.float64]
@@ -52,36 +51,6 @@ class Busy:
     link: float = 0.0
     disk: float = 0.0
     link_bytes: int = 0
-
-
-class HostTier:
-    """Experts in host memory when not all fit: least recently used ones live on disk only, one shared read queue."""
-
-    def __init__(self, capacity: int, read_us: float) -> None:
-        self.capacity, self.read_us = capacity, read_us
-        self.free_us = 0.0
-        self.busy_us = 0.0
-        self.reads = 0
-        self._held: OrderedDict[tuple[int, int], None] = OrderedDict()
-
-    def ready_us(self, key: tuple[int, int], now_us: float) -> float:
-        """When the expert is in host memory; starts a read when it is not."""
-        if key in self._held:
-            self._held.move_to_end(key)
-            return now_us
-        self.free_us = max(self.free_us, now_us) + self.read_us
-        self.busy_us += self.read_us
-        self.reads += 1
-        self._held[key] = None
-        while len(self._held) > self.capacity:
-            self._held.popitem(last=False)
-        return self.free_us
-
-    def preload(self, keys: Iterable[tuple[int, int]]) -> None:
-        """Fill the tier before the run, without cost."""
-        for key in keys:
-            if len(self._held) < self.capacity:
-                self._held[key] = None
 
 
 @dataclass(slots=True)
@@ -131,6 +100,9 @@ class Engine:
     def run_layer(self, plan: LayerPlan, demand: LayerDemand, shared_us: float) -> tuple[ObservedTask, ...]:
         """Perform one plan; afterwards ``now_us`` is the end of the compute lanes. Returns a sample of durations."""
         tokens = dict(zip(demand.expert_ids.tolist(), demand.n_tokens.tolist(), strict=True))
+        if self.host is not None:  # whoever planned it: the CPU computes what is there
+            at = {expert: self._host_ready_us(plan.layer, expert, plan.step) for expert in plan.cpu}
+            plan = replace(plan, cpu=tuple(sorted(plan.cpu, key=at.__getitem__)))
         known = len(self._queue)
         self._enqueue(plan)
         cpu_us, accel_us = self._compute_us(plan, tokens)
@@ -162,23 +134,34 @@ class Engine:
         self.busy.link_bytes += n_bytes
 
     def _cpu_from(self, plan: LayerPlan) -> Floats:
+        begin_us = self.now_us + self.handoff_us
         if self.host is None:
-            return np.full(len(plan.cpu), self.now_us + self.handoff_us)
+            return np.full(len(plan.cpu), begin_us)
         ready = [self._host_ready_us(plan.layer, e, plan.step) for e in plan.cpu]
-        return np.maximum(np.array(ready, np.float64), self.now_us + self.handoff_us)
+        return np.maximum(np.array(ready, np.float64), begin_us)
 
     def _host_ready_us(self, layer: int, expert: int, step: int) -> float:
-        """When an expert is in host memory; a read from disk is recorded."""
+        """When an expert is in host memory."""
         if self.host is None:
             return self.now_us
-        known = self.host.reads
-        ready_us = self.host.ready_us((layer, expert), self.now_us)
-        if self.keep_records and self.host.reads > known:
-            begin_us = ready_us - self.host.read_us
-            self.records.append(
-                TaskRecord("disk", "read", layer, expert, 0, self.expert_bytes, begin_us, ready_us, step)
-            )
+        ready_us = self.host.ready_us(layer * self.host.n_experts + expert, self.now_us)
+        self.record_reads(step)
         return ready_us
+
+    def record_reads(self, step: int) -> None:
+        """Keeps the reads that the disk has begun."""
+        if self.host is None:
+            return
+        for read in self.host.take_begun():
+            if self.keep_records:
+                layer, expert = divmod(read.key, self.host.n_experts)
+                self.records.append(
+                    TaskRecord("disk", "read", layer, expert, 0, self.expert_bytes, read.start_us, read.end_us, step)
+                )
+
+    def copying(self) -> list[tuple[int, int]]:
+        """(layer, expert) of the copies that are under way or wait for the link."""
+        return [(copy.transfer.layer, copy.transfer.expert) for copy in self._queue]
 
     def _run(
         self, plan: LayerPlan, known: int, cpu_us: Floats, cpu_from: Floats, accel_us: Floats, shared_us: float
@@ -261,6 +244,7 @@ class Engine:
         self.busy.accel += float((accel_end - accel_start).sum()) + shared_us
         if self.host is not None:
             self.busy.disk = self.host.busy_us
+            self.host.note_wait(self.now_us, _idle_us(cpu_start, cpu_end, began_us + self.handoff_us))
         if not self.keep_records:
             return
         if shared_us > 0.0:
@@ -287,3 +271,8 @@ class Engine:
                 ObservedTask("accel", plan.layer, tokens[plan.accel[-1]], float(accel_end[-1] - accel_start[-1]))
             )
         return tuple(observed)
+
+
+def _idle_us(start: Floats, end: Floats, began_us: float) -> float:
+    """us for which the CPU waited between experts, in the order in which it computed them."""
+    return float(np.maximum(start - np.concatenate(([began_us], end[:-1])), 0.0).sum()) if start.size else 0.0

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scheduler.demand import LayerDemand, Phase
 from scheduler.future import Future
 from scheduler.graph.tasks import DenseTimes, PlannedLayer
+from scheduler.host import HostView
 from scheduler.lossy import Lossy
 from scheduler.machine.costs import CostModel
 from scheduler.machine.profile import HardwareProfile, ModelShape
@@ -28,7 +29,8 @@ from scheduler.planner.policies import resolve_policy
 from scheduler.records import TaskRecord
 from scheduler.setting import Scorer
 from scheduler.simulator.dense import DenseCosts
-from scheduler.simulator.engine import Engine, HostTier, SimulationError, SimulationSettingError
+from scheduler.simulator.engine import Engine, SimulationError, SimulationSettingError
+from scheduler.simulator.host_tier import HostTier
 from scheduler.simulator.lossy import LossyStage, Part, share_slots
 from scheduler.simulator.stats import PhaseResult, PhaseStats, PrefetchJudge
 from scheduler.slots import SlotState
@@ -43,6 +45,8 @@ __all__ = ["PhaseResult", "SimulationConfig", "SimulationError", "Simulator", "c
 class SimulationConfig:
     """What is simulated. ``cache_ratio`` is the share of all experts that has a slot; ``n_slots`` overrides it.
 
+    ``host_ratio``: the share of all experts that host memory holds; the others are on disk. ``disk_blind``: the planner
+    is not told of that, and plans as if all were in memory.
     ``lossy``: a lossy policy between router and planner, see ``scheduler.lossy``. ``label``: the policy's name in
     results, where that is not ``policy``.
     """
@@ -55,6 +59,7 @@ class SimulationConfig:
     lookahead: int = 3
     context_tokens: int = 512
     host_ratio: float = 1.0
+    disk_blind: bool = False
     params: dict[str, Any] = field(default_factory=dict)
     lossy: Lossy | None = None
     label: str = ""
@@ -134,7 +139,7 @@ class Simulator:
             self.engine = self.stage.engine
         self.layers: list[PlannedLayer] = []
         self.explanations: list[Explanation] = []
-        self._judge = PrefetchJudge(trace.n_layers, trace.n_experts)
+        self._judge, self._step = PrefetchJudge(trace.n_layers, trace.n_experts), 0
         self._warm_up(frequencies)
 
     def _planner(self, scorer: Scorer | None, prefetch_scorer: Scorer | None) -> Planner:
@@ -176,14 +181,13 @@ class Simulator:
     def _engine(self, keep_records: bool, frequencies: NDArray[np.float64] | None) -> Engine:
         config, shape = self.config, self.shape
         expert_bytes = shape.expert_bytes(config.expert_dtype)
-        host = None
+        host, costs = None, CostModel(self.profile, shape, config.expert_dtype)
         if config.host_ratio < 1.0:
             if self.profile.disk is None:
                 raise SimulationError(f"profile {self.profile.name!r} has no disk; host ratio must be 1")
             capacity = max(1, round(config.host_ratio * shape.n_layers * shape.n_experts))
-            host = HostTier(capacity, self.profile.disk.latency_us + expert_bytes / (self.profile.disk.gbps * 1e3))
-            host.preload(_most_used(frequencies, shape))
-        costs = CostModel(self.profile, shape, config.expert_dtype)
+            host = HostTier(shape.n_layers, shape.n_experts, capacity, costs.read_us(0), costs.read_latency_us)
+            host.preload(_most_used(frequencies, shape), frequencies)
         return Engine(costs, expert_bytes, keep_records, host, self.profile.dense.handoff_us)
 
     def _warm_up(self, frequencies: NDArray[np.float64] | None) -> None:
@@ -232,6 +236,8 @@ class Simulator:
         self.profile, self.dense = profile, replace(self.dense, profile=profile)
         self.engine.costs = CostModel(profile, self.shape, self.config.expert_dtype)
         self.engine.handoff_us = profile.dense.handoff_us
+        if self.engine.host is not None:
+            self.engine.host.read_us = self.engine.costs.read_us(0)
         believed = self.dense.planner_profile(self.config.context_tokens)
         for planner in self.planners():
             shape = replace(self.shape, n_layers=planner.n_layers)
@@ -259,7 +265,10 @@ class Simulator:
             self.stage.begin_step(step, self._future(step.sequence) if step.first else None)
         if step.first:
             self.planner.begin_sequence(self._future(step.sequence))
+            if engine.host is not None:
+                engine.host.begin_sequence()
         stats.begin(engine.now_us, engine.busy)
+        self._step = index
         self.planner.begin_step(step.phase, step.n_tokens)
         context = self._context(step)
         dense = DenseTimes(
@@ -307,12 +316,23 @@ class Simulator:
                 lanes = LaneState(0.0, shared_us, self.engine.link_ready_us())
             else:
                 lanes = self.stage.lanes(plans[-1] if plans else None, parts[0][1], shared_us)
-            plan = planner.plan_layer(demand, lanes)
+            plan = planner.plan_layer(demand, lanes, self._host_view(demand) if own else None)
             stats.count_plan(plan)
             if own:
                 self._judge.planned(plan, demand.phase)
             plans.append(plan)
         return plans
+
+    def _host_view(self, demand: LayerDemand) -> HostView | None:
+        """The reads of a layer begin; what its planner is told of host memory."""
+        host, width = self.engine.host, self.shape.n_experts
+        if host is None:
+            return None
+        copying = [layer * width + expert for layer, expert in self.engine.copying()]
+        in_slots = np.concatenate([planner.slots.slot_of >= 0 for planner in self.planners()])
+        view = host.demand(demand, self.engine.now_us, in_slots, copying)
+        self.engine.record_reads(self._step)
+        return None if self.config.disk_blind else view
 
     def _report(self, events: Iterable[TransferEnded]) -> None:
         """Copies that have ended, to the planner that started them."""
@@ -345,7 +365,8 @@ class Simulator:
         return sorted(self.engine.records, key=lambda r: (r.start_us, r.end_us))
 
 
-def _most_used(frequencies: NDArray[np.float64] | None, shape: ModelShape) -> list[tuple[int, int]]:
-    total = shape.n_layers * shape.n_experts
-    order = range(total) if frequencies is None else np.argsort(-np.ravel(frequencies), kind="stable").tolist()
-    return [divmod(int(key), shape.n_experts) for key in order]
+def _most_used(frequencies: NDArray[np.float64] | None, shape: ModelShape) -> list[int]:
+    """Keys, layer * n_experts + expert."""
+    if frequencies is None:
+        return list(range(shape.n_layers * shape.n_experts))
+    return [int(key) for key in np.argsort(-np.ravel(frequencies), kind="stable")]

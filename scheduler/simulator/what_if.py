@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from scheduler.demand import LayerDemand
+from scheduler.host import HostView
 from scheduler.machine.profile import HardwareProfile
 from scheduler.plan import Event, LaneState, LayerPlan
 from scheduler.planner.explain import Explanation
@@ -29,7 +30,7 @@ class _Followed:
     planner: Planner
     plans: dict[int, LayerPlan]
 
-    def plan_layer(self, demand: LayerDemand, _lanes: LaneState) -> LayerPlan:
+    def plan_layer(self, demand: LayerDemand, _lanes: LaneState, _host: HostView | None = None) -> LayerPlan:
         return self.plans[demand.layer]
 
     def on_event(self, _event: Event) -> None:

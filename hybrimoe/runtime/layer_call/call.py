@@ -25,8 +25,8 @@ from hybrimoe.runtime.layer_call.routing import CallSpace, places_of
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stages import LossyStage
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
-from hybrimoe.runtime.tier.cache import LAYERS_AHEAD
 from scheduler import Phase, Planner, Transfer
+from scheduler.forecast.read_ahead import LAYERS_AHEAD
 from scheduler.graph import PlannedLayer
 from scheduler.planner.at_once import HANDS_ON
 from scheduler.records import TaskRecord
@@ -133,7 +133,7 @@ class ExpertsCall:
         space.work.hidden, space.work.host_rows = call.hidden, exchange.rows
         self._plan(space, parts, exchange.ids, 0.0 if self.costs is None else self.costs.launch_us(index))
         lanes, plan, lanes_ns = space.experts.lanes, space.plan, -perf_counter_ns()
-        if plan.moved and plan.hands_over:
+        if plan.moved and (plan.hands_over or lanes.waits_for_disk(plan.transfers)):
             self._compute_for(call, space)
         else:
             lanes.place(space, exchange)

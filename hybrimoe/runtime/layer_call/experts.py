@@ -83,7 +83,10 @@ class Experts:
             space.plan = self._unplanned
             space.plan.run_on_cpu(self.step, index, len(space.demand.expert_ids))
         else:
-            space.plan = planner.decide(space.demand, cpu_ready_us, accel_ready_us, link_ready_us)
+            host, tier = None, self.lanes.tier
+            if tier is not None:
+                host = tier.view(index, space.demand.expert_ids, planner.costs.read_us(index))
+            space.plan = planner.decide(space.demand, cpu_ready_us, accel_ready_us, link_ready_us, host)
         self.count(space)
 
     def expect(self, space: CallSpace, phase: Phase, predictions: tuple[Prediction, ...]) -> None:
@@ -94,6 +97,7 @@ class Experts:
         if space.ends:
             self.reports.forget(space)
         space.step, space.traced, space.stands_for, space.recorded = self.step, self.tracing, 1, False
+        space.turns = None
 
     def count(self, space: CallSpace) -> None:
         """Counts a planned call: what it found, and what its plan does."""

@@ -8,7 +8,8 @@ Rows are added in top-k order, so the result does not depend on which lane ran f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter_ns
 
 import numpy as np
@@ -83,11 +84,34 @@ class Lanes:
         if queue is None:
             return
         if plan.moved or plan.awaited or space.traced:
-            self._interleave(space, queue)
-        elif plan.accel:
+            turns = self._interleave(space, queue)
+            if self.tier is None:
+                deque(turns, maxlen=0)  # nothing waits for the disk
+            else:
+                space.turns = None, turns
+                self._submit_what_is_read(space, self.tier)
+            return
+        if plan.accel:
             self._send(space, queue, plan.accel, plan.slots)
         if plan.prefetches:
             self.start_transfers(plan.prefetches, space.step, traced=space.traced)
+
+    def waits_for_disk(self, transfers: Sequence[Transfer]) -> bool:
+        """Whether one of the transfers' experts is still to be read into host memory."""
+        tier = self.tier
+        return tier is not None and not all(tier.has(transfer.layer, transfer.expert) for transfer in transfers)
+
+    @staticmethod
+    def _submit_what_is_read(space: CallSpace, tier: HostCache) -> None:
+        """Goes on with a plan's transfers and the work between them, up to the first that is still to be read."""
+        assert space.turns is not None
+        waiting, turns = space.turns
+        while waiting is None or tier.has(waiting.layer, waiting.expert):
+            waiting = next(turns, None)
+            if waiting is None:
+                space.turns = None
+                return
+        space.turns = waiting, turns
 
     def place(self, space: CallSpace, exchange: Exchange) -> None:
         """Tells the device where the pairs of a call that an exchange carries are computed; `launch` must follow."""
@@ -112,8 +136,11 @@ class Lanes:
                 space.ends.append(end)
                 space.stands_for, space.recorded = OBSERVE_EVERY, True
 
-    def _interleave(self, space: CallSpace, queue: TransferQueue) -> None:
-        """Submits work and transfers in turn, so that each computation sees the slot contents that the plan means."""
+    def _interleave(self, space: CallSpace, queue: TransferQueue) -> Iterator[Transfer]:
+        """Submits work and transfers in turn, so that each computation sees the slot contents that the plan means.
+
+        Yields each transfer before it starts it: the expert must be in host memory then.
+        """
         plan, sent, begun = space.plan, 0, 0
         for at, position in enumerate(plan.accel):
             needed = plan.moved.index(position) if position in plan.moved else -1
@@ -121,12 +148,17 @@ class Lanes:
                 self._send(space, queue, plan.accel[begun:at], plan.slots[begun:at])
                 begun = at
             if needed >= sent:
-                self.start_transfers(plan.transfers[sent : needed + 1], space.step, traced=space.traced)
+                for transfer in plan.transfers[sent : needed + 1]:
+                    yield transfer
+                    self.start_transfers((transfer,), space.step, traced=space.traced)
                 sent = needed + 1
         if begun < len(plan.accel):
             self._send(space, queue, plan.accel[begun:], plan.slots[begun:])
-        if sent < len(plan.transfers):
-            self.start_transfers(plan.transfers[sent:], space.step, traced=space.traced)
+        for transfer in plan.transfers[sent:]:
+            yield transfer
+            self.start_transfers((transfer,), space.step, traced=space.traced)
+        if plan.prefetches:
+            self.start_transfers(plan.prefetches, space.step, traced=space.traced)
 
     def _send(self, space: CallSpace, queue: TransferQueue, positions: list[int], slots: list[int]) -> None:
         """Submits accelerator experts as one piece of work."""
@@ -176,7 +208,8 @@ class Lanes:
         space.cpu_us = (perf_counter_ns() - start_ns) * 1e-3
 
     def _compute_as_read(self, space: CallSpace, n: int, tier: HostCache) -> None:
-        """`compute` where experts are read from disk: first those that are in memory, then each as it comes."""
+        """`compute` where experts are read from disk: first those that are in memory, then each as it comes, and so
+        for transfers."""
         work, layer, index = space.work, space.layer, space.index
         space.cpu_us, space.n_cpu = 0.0, n
         space.ran.clear()
@@ -184,13 +217,20 @@ class Lanes:
         positions[:] = space.plan.rows[CPU, :n]
         work.host_positions, left = positions, positions.copy()
         run, rest = self._runs[index], (work.dispatch, work.host_hidden, work.host_rows)
-        while left.size:
+        while left.size or space.turns is not None:
             start_ns = perf_counter_ns()
-            there = tier.ready(index, work.dispatch.expert_ids[left])
+            asked = work.dispatch.expert_ids[left]
+            if space.turns is not None and space.turns[0] is not None:
+                asked = np.append(asked, space.turns[0].expert)
+            there = tier.ready(index, asked)[: left.size]
+            if space.turns is not None:
+                self._submit_what_is_read(space, tier)
             if space.traced:
                 there[np.flatnonzero(there)[1:]] = False
             begin_ns = perf_counter_ns()
             space.counters.disk_wait_us += (begin_ns - start_ns) * 1e-3
+            if not there.any():
+                continue
             now, left = left[there], left[~there]
             ids = work.dispatch.expert_ids[now]
             run(layer.spec, self.addresses[index][ids], now, *rest)

@@ -54,8 +54,12 @@ class Reports:
             while pending and pending[0].event.done():
                 self._end_transfer(pending.popleft(), phase)
         if self._tier is not None:
-            for read in self._tier.take_ended():
+            ended = self._tier.take_ended()
+            for read in ended:
                 self._end_read(read, phase)
+            if ended and self._planner is not None:
+                us = self._tier.read_took_us()
+                self._planner.observe(ObservedTask("disk", ended[-1].layer, 0, us))
         finished, planner = self.finished, self._planner
         if finished is not None and planner is not None:
             self.finished = None

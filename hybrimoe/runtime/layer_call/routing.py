@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -99,6 +99,8 @@ class RunsLanes(Protocol):
 
     def submit(self, space: CallSpace) -> None: ...
 
+    def waits_for_disk(self, transfers: Sequence[Transfer]) -> bool: ...
+
     def place(self, space: CallSpace, exchange: Exchange) -> None: ...
 
     def launch(
@@ -143,13 +145,14 @@ class CallSpace:
     `work` is what the lanes share, `demand` what the planner sees of it, `plan` its answer; `positions` int32 and
     `records` uint64 [E] are the CPU lane's experts. `ends`: of each piece of work on the accelerator, whose
     experts are at positions `sent`, and whose time stands for that of `stands_for` calls. `ran`: the CPU lane's tasks,
-    while `traced`, and `unit`: the accelerator then.
+    while `traced`, and `unit`: the accelerator then. `turns`: what is left to submit, once the first transfer of it has
+    been read from disk.
     """
 
     __slots__ = (
         "_dispatches", "_scores", "_width", "_work", "buffers", "counted", "counters", "cpu_us", "demand", "ends",
         "experts", "found", "index", "layer", "n_cpu", "n_tokens", "norm", "plan", "positions", "ran", "recorded",
-        "records", "sent", "stands_for", "step", "traced", "unit", "work",
+        "records", "sent", "stands_for", "step", "traced", "turns", "unit", "work",
     )  # fmt: skip
 
     work: LayerWork
@@ -170,6 +173,7 @@ class CallSpace:
         self.ran: list[TaskRecord] = []
         self.step, self.n_cpu, self.cpu_us, self.traced, self.unit = -1, 0, 0.0, False, 0
         self.stands_for, self.recorded = 1, False
+        self.turns: tuple[Transfer | None, Iterator[Transfer]] | None = None
         self.norm, self._width = layer.transform(), layer.spec.hidden
         self.buffers = Buffers(0, layer.num_experts)
         self._work = LayerWork(self.buffers.dispatch(0, 1, 0, 0), NOTHING, NO_ROWS, NO_ROWS)

@@ -2,12 +2,11 @@
 
 One thread uses it at a time (the session's lock); only the reader's threads run beside it. A slot is free, being read
 into, or holds an expert. What a call needs, what a copy to an accelerator still reads, and what is being read never
-leaves. Of the rest the expert with the least expected uses does (`tier.worth`).
+leaves. Of the rest the expert with the least expected uses does (`scheduler.forecast.host_worth`).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
@@ -20,23 +19,17 @@ from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ByteArray
 from hybrimoe.runtime.tier.reader import Read, RecordReader, Urgency
 from hybrimoe.runtime.tier.slots import HostSlots, RecordPlaces
-from hybrimoe.runtime.tier.worth import Worth
 from scheduler.demand import Demand, Prediction
+from scheduler.forecast.host_worth import Worth
+from scheduler.forecast.read_ahead import MAX_AHEAD, ReadAhead
+from scheduler.host import HostView
 
 Ids = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
 FREE, READING, HELD = 0, 1, 2
-MAX_AHEAD = 4
-"""Reads for later layers that are queued or running: no more, since each takes a slot from an expert."""
-LAYERS_AHEAD = 2
-"""Following layers whose gates are asked. The slots that reads for later ones take are worth more."""
-MIN_CHANCE = 0.25
-"""A forecast below this is not read for."""
-FIRST_CHANCE = 0.6
-"""How often gates are right about a later layer, before that was seen."""
-CHANCE_RATE = 0.05
-"""Weight of the newest layer in that, and in the share of time that calls wait for reads."""
+MAX_BEGUN = 16
+"""Reads of earlier calls that a planner is still told of; without one nobody asks."""
 
 
 class Copies(Protocol):
@@ -106,15 +99,17 @@ class HostCache:
         self._waiting: list[int] = []
         """Keys that are needed and have found no slot yet."""
         self._lent: set[int] = set()
-        self._expected = np.zeros(n_keys, np.bool_)
-        self._told: list[list[tuple[int, Ids]]] = [[] for _ in range(n_layers)]
-        self._chance = np.full(n_layers + 1, FIRST_CHANCE)
-        self._wishes: deque[tuple[int, float]] = deque()
+        self.ahead = ReadAhead(n_layers, places.n_experts)
         self._n_ahead = 0
         self._many_from = n_layers
         """In a step of many tokens: the first layer whose turn is still to come, which will need nearly all experts."""
         self._ended: list[EndedRead] = []
-        self._clock_us, self._waited_us, self._wait_share = 0.0, 0.0, 0.0
+        self._begun: list[tuple[int, int]] = []
+        """(layer, expert) of the reads that have begun since a planner was told of them."""
+        self._rated = 0.0, 0
+        self._earlier: set[int] = set()
+        """Keys whose reads were under way when the call began."""
+        self._waited_us = 0.0
 
     # A call -----------------------------------------------------------------------------------------------------
 
@@ -128,31 +123,57 @@ class HostCache:
         self._needed[keys] = True
         self.uses[layer, demand.expert_ids] += 1.0
         self._judge_forecasts(layer, demand.expert_ids)
-        missing = keys[~self._held(keys)]
+        loads = demand.n_tokens[np.searchsorted(demand.expert_ids, ids)]
+        missing = keys[np.argsort(-loads, kind="stable")]
+        missing = missing[~self._held(missing)]
         for key in missing.tolist():
             read = self._reading.get(key)
             if read is not None:
                 self._hurry(read)
             elif not self._begin(key, Urgency.NEEDED):
                 self._waiting.append(key)
-        self._note_time()
+        self.ahead.note_time(perf_counter_ns() * 1e-3, self._waited_us)
+        self._waited_us = 0.0
         forecast = self.worth.observe(demand)
-        self._many_from = layer + 1 if demand.phase == "prefill" and forecast is None else len(self._told)
+        self._many_from = layer + 1 if demand.phase == "prefill" and forecast is None else len(self.addresses)
         if forecast is not None:
-            self._wish_by_odds(*forecast)
+            target, odds = forecast
+            self.ahead.by_odds(target, odds[: self.places.layers[target].num_experts], self._slot_of >= 0)
         return len(missing)
+
+    def view(self, layer: int, ids: Ids, read_us: float) -> HostView | None:
+        """What a planner is told of the call's experts, whose reads `demand` has begun; None where all of the model's
+        are in memory. read_us: for which one expert keeps the disk."""
+        held = np.zeros(self._slot_of.size, np.bool_)
+        held[self._key_of[self._state == HELD]] = True
+        reads, self._begun = tuple(self._begun), []
+        if held.all():
+            return None
+        waits_us = np.where(held[layer * self.places.n_experts + ids.astype(np.int64)], 0.0, np.inf)
+        needed = [key for key, read in self._reading.items() if read.urgency is Urgency.NEEDED]
+        at = {key: turn * read_us for turn, key in enumerate([*needed, *self._waiting], 1)}
+        for i in np.flatnonzero(waits_us).tolist():
+            waits_us[i] = at.get(layer * self.places.n_experts + int(ids[i]), np.inf)
+        return HostView(waits_us, held, reads)
+
+    def has(self, layer: int, expert: int) -> bool:
+        """Whether an expert is in memory."""
+        return bool(self.addresses[layer][expert])
+
+    def read_took_us(self) -> float:
+        """us for which each read since the last call of this has kept the disk; 0 where none has ended."""
+        busy_us, n_bytes = self.reader.rate
+        took_us, came = busy_us - self._rated[0], (n_bytes - self._rated[1]) / self.slots.slot_bytes
+        if came <= 0.0 or took_us <= 0.0:
+            return 0.0
+        self._rated = busy_us, n_bytes
+        return took_us / came
 
     def foretell(self, layer: int, predictions: Sequence[Prediction]) -> None:
         """What gates say of the layers behind `layer`, nearest first: replaces other forecasts for these layers."""
-        if not predictions:
-            return
-        self._wishes.clear()
-        for prediction in predictions:
-            ids = prediction.expert_ids[np.argsort(-prediction.n_tokens * prediction.scores, kind="stable")]
-            distance = prediction.layer - layer
-            self._told[prediction.layer].append((distance, ids.copy()))
-            self._wish(prediction.layer, ids, np.full(ids.size, self._chance[distance]))
-        self._read_ahead()
+        if predictions:
+            self.ahead.by_gates(layer, predictions, self._slot_of >= 0)
+            self._read_ahead()
 
     def ready(self, layer: int, ids: Ids) -> Bools:
         """Which of the call's experts `ids` are in memory; waits until one is. Raises CheckpointError where one of them
@@ -199,6 +220,7 @@ class HostCache:
     def hold(self, layer: int, experts: Iterable[int]) -> npt.NDArray[np.uint64]:
         """Addresses of some experts, which all stay until this or `demand` is called again."""
         self._lent.clear()
+        self._earlier = set(self._reading)
         for expert in experts:
             self.record(layer, expert)
         return self.addresses[layer][list(experts)]
@@ -261,6 +283,8 @@ class HostCache:
 
     def _forget_call(self) -> None:
         """The call before has ended, or failed."""
+        self._earlier = set(self._reading)
+        del self._begun[:-MAX_BEGUN]
         self._needed[:] = False
         self._waiting.clear()
         self._lent.clear()
@@ -286,11 +310,12 @@ class HostCache:
         self.failed += len(failures)
         return failures
 
-    @staticmethod
-    def _raise_of(failures: dict[int, CheckpointError], keys: Iterable[int]) -> None:
-        """Raises the error of the first of `keys` that could not be read."""
+    def _raise_of(self, failures: dict[int, CheckpointError], keys: Iterable[int]) -> None:
+        """Raises the error of the first of `keys` that could not be read. What was begun before this call is read again
+        instead: its error may be of a file that has been mended since."""
+        known, self._earlier = self._earlier, self._earlier.difference(failures) if failures else self._earlier
         for key in keys if failures else ():
-            if key in failures:
+            if key in failures and key not in known:
                 raise failures[key]
 
     def _begin(self, key: int, urgency: Urgency, bar: float = np.inf) -> bool:
@@ -308,6 +333,7 @@ class HostCache:
         self._n_ahead += urgency is Urgency.AHEAD
         if urgency is not Urgency.PREHEAT:
             self.worth.read()
+            self._begun.append((layer, expert))
         self.reader.submit(read)
         return True
 
@@ -338,7 +364,7 @@ class HostCache:
         keys = keys[may_leave]
         if not keys.size:
             return -1
-        worth = self.worth.keep[keys] + self._expected[keys]
+        worth = self.worth.keep[keys] + self.ahead.expected[keys]
         worth += keys >= self._many_from * self.places.n_experts
         if self.copies is not None:
             worth[self.copies.in_slots()[keys]] = 0.0
@@ -404,50 +430,22 @@ class HostCache:
 
     def _judge_forecasts(self, layer: int, active: Ids) -> None:
         """A layer's turn has come: what was foretold of it is compared, and queued reads for nothing are cancelled."""
-        for distance, ids in self._told[layer]:
-            right = float(np.isin(ids, active).mean()) if ids.size else 1.0
-            self._chance[distance] += CHANCE_RATE * (right - self._chance[distance])
-        self._told[layer].clear()
-        n = self.places.n_experts
-        self._expected[layer * n : (layer + 1) * n] = False
+        self.ahead.judge(layer, active)
         for key, read in list(self._reading.items()):
-            for_nothing = read.urgency is Urgency.AHEAD and key // n == layer and not self._needed[key]
+            of_layer = key // self.places.n_experts == layer
+            for_nothing = read.urgency is Urgency.AHEAD and of_layer and not self._needed[key]
             if for_nothing and self.reader.cancel(read):
                 self._cancelled(read)
 
-    def _wish_by_odds(self, layer: int, odds: npt.NDArray[np.float32]) -> None:
-        """Without gates: the forecast of use says which experts the next layer needs."""
-        chances = 1.0 / (1.0 + np.exp(-odds[: self.places.layers[layer].num_experts].astype(np.float64)))
-        likely = np.flatnonzero(chances >= MIN_CHANCE)
-        likely = likely[np.argsort(-chances[likely], kind="stable")]
-        self._wishes.clear()
-        self._wish(layer, likely, chances[likely])
-
-    def _wish(self, layer: int, ids: Ids, chances: npt.NDArray[np.float64]) -> None:
-        keys = layer * self.places.n_experts + ids.astype(np.int64)
-        self._expected[keys] = True
-        missing = self._slot_of[keys] < 0
-        self._wishes.extend(zip(keys[missing].tolist(), chances[missing].tolist(), strict=True))
-
     def _read_ahead(self) -> None:
-        """Begins reads that were wished for and are worth it: where calls wait for the disk most of the time, a read
-        for nothing costs as much as one that was right saves."""
-        while self._wishes and self._n_ahead < MAX_AHEAD and not self._waiting:
-            key, chance = self._wishes.popleft()
-            gain = chance - self._wait_share * (1.0 - chance)
-            if self._slot_of[key] >= 0 or chance < MIN_CHANCE or gain <= 0.0:
-                continue
-            if not self._begin(key, Urgency.AHEAD, gain):
-                self._wishes.clear()  # the likeliest come first
-
-    def _note_time(self) -> None:
-        """Learns which share of the time calls wait for reads."""
-        now_us = perf_counter_ns() * 1e-3
-        passed_us = now_us - self._clock_us
-        if self._clock_us and passed_us > 0.0:
-            share = min(self._waited_us / passed_us, 1.0)
-            self._wait_share += CHANCE_RATE * (share - self._wait_share)
-        self._clock_us, self._waited_us = now_us, 0.0
+        """Begins reads for later layers that are worth it."""
+        while self._n_ahead < MAX_AHEAD and not self._waiting:
+            wish = self.ahead.take()
+            if wish is None:
+                return
+            key, gain = wish
+            if self._slot_of[key] < 0 and not self._begin(key, Urgency.AHEAD, gain):
+                self.ahead.forget()  # the likeliest come first
 
     # Fewer slots ------------------------------------------------------------------------------------------------
 

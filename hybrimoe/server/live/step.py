@@ -46,7 +46,8 @@ class StepTask(TypedDict):
 
 
 class StepDecision(TypedDict):
-    """An activated expert: where it ran, and what each alternative was expected to take. resident: it was in a slot."""
+    """An activated expert: where it ran, and what each alternative was expected to take. resident: it was in a slot.
+    wait_us: until it was read from disk into host memory; null for a resident that is not read."""
 
     expert: int
     n_tokens: int
@@ -54,6 +55,7 @@ class StepDecision(TypedDict):
     cpu_us: float
     accel_us: float
     transfer_us: float
+    wait_us: float | None
     lane: str
 
 
@@ -148,7 +150,8 @@ def _layer(session: Session, item: PlannedLayer) -> StepLayer:
     decisions: Sequence[StepDecision] = [
         {
             "expert": one.expert, "n_tokens": one.n_tokens, "resident": one.resident, "cpu_us": one.cpu_us,
-            "accel_us": one.accel_us, "transfer_us": one.transfer_us, "lane": one.lane,
+            "accel_us": one.accel_us, "transfer_us": one.transfer_us, "wait_us": one.wait_us,
+            "lane": one.lane,
         }
         for one in why.decisions
     ]  # fmt: skip

@@ -41,6 +41,7 @@ class SimulationRequest:
     lookahead: int = 3
     max_tokens: int = 2000
     host_ratio: float = 1.0
+    disk_blind: bool = False
     accelerators: int | None = None
     shared_link: bool = False
     seed: int = 0
@@ -110,6 +111,7 @@ def _config(request: SimulationRequest, policy: str, ratio: float, lossy: Lossy 
         dense_dtype=request.dense_dtype,
         lookahead=request.lookahead,
         host_ratio=request.host_ratio,
+        disk_blind=request.disk_blind,
         lossy=lossy,
     )
 

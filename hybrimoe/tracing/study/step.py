@@ -29,9 +29,12 @@ class StepReport:
 
 def explain_step(
     trace: str | None, hardware: str, shape: str | None, policy: str, cache_ratio: float, step: int, seed: int = 0,
-    accelerators: int | None = None,
+    accelerators: int | None = None, host_ratio: float = 1.0,
 ) -> StepReport:  # fmt: skip
-    """Simulate up to ``step`` and explain it. ``phase`` of the step is whatever the trace has there."""
+    """Simulate up to ``step`` and explain it. ``phase`` of the step is whatever the trace has there.
+
+    host_ratio: the share of all experts that host memory holds.
+    """
     if step < 0:
         raise ConfigError(f"--step counts from 0, found {step}")
     found = open_trace(trace, shape, seed=seed)
@@ -39,7 +42,7 @@ def explain_step(
     source = DemandSource(evaluation, predictions_for(evaluation, "auto", calibration, seed))
     known = expert_frequencies(calibration)
     profile = with_accelerators(open_hardware(hardware), accelerators, shared_link=False)
-    config = open_policy(policy).simulated(cache_ratio=cache_ratio)
+    config = open_policy(policy).simulated(cache_ratio=cache_ratio, host_ratio=host_ratio)
 
     run = simulator_class(profile, config)(evaluation, profile, found.shape, config, frequencies=known, source=source)
     run.advance_to(step)
@@ -51,6 +54,7 @@ def explain_step(
         "hardware": profile.name,
         "policy": policy,
         "cache_ratio": cache_ratio,
+        "host_ratio": host_ratio,
         "step": step,
         "phase": run.steps[step].phase,
         "tokens": run.steps[step].n_tokens,
@@ -83,6 +87,9 @@ def _what_if(frozen: Simulator, run: Simulator, step: int, latency_us: float) ->
         "one more GB/s of link": replace(profile, link=replace(link, gbps=link.gbps + 1)),
         "ten more GB/s of device memory": replace(profile, accel=replace(accel, mem_gbps=accel.mem_gbps + 10)),
     }
+    if run.engine.host is not None and profile.disk is not None:
+        faster = replace(profile.disk, gbps=profile.disk.gbps + 1)
+        machines["one more GB/s of disk"] = replace(profile, disk=faster)
     plans = [item.plan for item in run.layers]
     found = {name: us_with_machine(frozen, step, plans, machine) for name, machine in machines.items()}
     if frozen.n_slots < shape.n_layers * shape.n_experts:

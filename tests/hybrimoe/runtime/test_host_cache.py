@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from cpu_kernels import Activation, ExpertSpec
 from hybrimoe.checkpoint import record_file
+from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import LayerSpec
 from hybrimoe.runtime.tier.cache import HostCache
 from hybrimoe.runtime.tier.reader import RecordReader
@@ -85,6 +87,30 @@ def test_a_call_of_more_experts_than_fit_is_computed_in_turns(make_cache: Callab
         assert compute(cache, layer, list(range(N_EXPERTS)), n_tokens=64) >= N_EXPERTS - 3
 
 
+def test_a_planner_is_told_what_waits_for_the_disk(make_cache: Callable[..., HostCache]) -> None:
+    cache = make_cache(12)
+    compute(cache, 0, [1])
+    told = replace(demand(0, [1, 2, 5, 7]), n_tokens=np.array([1, 1, 4, 1], np.int32))
+    cache.demand(told, np.array([1, 2, 5]))  # 7 is in a slot
+    view = cache.view(0, told.expert_ids, 10.0)
+    assert view is not None
+    assert view.waits_us[0] == 0.0
+    assert view.waits_us[2] <= 10.0, "the heaviest load is read first"
+    assert view.waits_us[1] <= 20.0
+    assert np.isinf(view.waits_us[3])
+    assert view.reads[-2:] == ((0, 5), (0, 2))
+    assert view.held[1]
+    assert not view.held[7]
+    cache.ready(0, np.array([2]))
+    assert cache.has(0, 2)
+    assert not cache.has(0, 7)
+    everything = make_cache(N_LAYERS * N_EXPERTS)
+    for layer in range(N_LAYERS):
+        compute(everything, layer, list(range(N_EXPERTS)))
+    assert everything.view(0, np.arange(3), 10.0) is None
+    assert everything.read_took_us() > 0.0
+
+
 def test_memory_stays_within_the_budget(make_cache: Callable[..., HostCache]) -> None:
     """96 MiB of records through 16 MiB of memory."""
     spec = ExpertSpec(hidden=512, inter=512, dtype="float32", activation=Activation())
@@ -137,7 +163,7 @@ def test_a_forecast_that_was_wrong_is_cancelled_or_thrown_out(make_cache: Callab
             assert n <= 1
             cache.ready(layer, np.array([token % 4]))
             cache.done(layer, np.array([token % 4]))
-    assert cache._chance[1] < 0.3, "forecasts that never come true are still believed"
+    assert cache.ahead.chances[1] < 0.3, "forecasts that never come true are still believed"
 
 
 def test_the_number_of_slots_can_change(make_cache: Callable[..., HostCache]) -> None:
@@ -163,3 +189,15 @@ def test_slots_that_are_given_up_are_the_systems_again(make_cache: Callable[...,
     before = process.memory_info().rss
     cache.resize(4)
     assert before - process.memory_info().rss > 11 * spec.record_bytes
+
+
+def test_an_error_of_the_call_before_is_not_that_of_the_next(make_cache: Callable[..., HostCache]) -> None:
+    """A read that fails after its call has ended is made again by the call that needs it next."""
+    cache = make_cache(8, n_threads=1)
+    cache.demand(demand(0, [1]), np.array([1]))
+    late = cache._reading[1]
+    cache.reader.wait()
+    late.error = CheckpointError("of a file that was cut")
+    cache.hold(0, [1])  # as a session does that recovers
+    assert cache.failed == 1
+    assert cache.ready(0, np.array([1])).all()

@@ -74,6 +74,18 @@ def test_drift_follows_observations_within_bounds() -> None:
     assert costs.drift.tolist()[1:] == [DRIFT_BOUNDS[1], DRIFT_BOUNDS[0]]
 
 
+def test_a_read_costs_what_the_disk_says_and_then_what_it_took() -> None:
+    costs = model(disk={"gbps": 2.0, "latency_us": 80.0})
+    assert costs.read_us(0) == pytest.approx(3 * 1000 * 500 * 2 / 2e3)
+    assert costs.alone_read_us().tolist() == pytest.approx([costs.read_us(0) + 80.0] * 3)
+    for _ in range(300):
+        costs.observe(ObservedTask("disk", 1, 0, 15000.0))
+    assert costs.read_us(0) == pytest.approx(15000.0, rel=0.01)
+    assert costs.drift.tolist() == [1.0, 1.0, 1.0]
+    assert CostModel.from_mapping(costs.as_mapping()).read_us(2) == costs.read_us(2)
+    assert model().read_us(0) > 0.0, "a machine whose disk nobody described"
+
+
 @pytest.mark.parametrize("us", [float("nan"), -1.0, float("inf")])
 def test_observed_nonsense_is_refused(us: float) -> None:
     with pytest.raises(CostError, match="finite"):

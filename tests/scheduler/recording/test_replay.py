@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from scheduler import CostModel, LaneState, LayerDemand, LayerEnded, ObservedTask, TransferEnded
+from scheduler.host import HostView
 from scheduler.planner.layer_blocks import blocks
 from scheduler.planner.setup import PlannerSetup
 from scheduler.recording.recording import Recorder, Recording, RecordingError
@@ -20,8 +21,9 @@ from scheduler.records import TaskRecord
 LAYERS, EXPERTS = 3, 16
 
 
-def run(policy: str = "ours", steps: int = 30, n_accelerators: int = 1) -> Recording:
-    """A prefill and some decode steps with drifting times, as a runtime would report them."""
+def run(policy: str = "ours", steps: int = 30, n_accelerators: int = 1, *, on_disk: bool = False) -> Recording:
+    """A prefill and some decode steps with drifting times, as a runtime would report them. on_disk: a third of the
+    experts is, another one each time."""
     rng = np.random.default_rng(3)
     parts = blocks(LAYERS, 20, n_accelerators)
     costs = [CostModel.uniform(part.n_layers, 100.0, 15.0, 120.0, 10.0, 1.0, dense_us=200.0) for part in parts]
@@ -40,7 +42,14 @@ def run(policy: str = "ours", steps: int = 30, n_accelerators: int = 1) -> Recor
             demand = LayerDemand(
                 layer, "decode" if step else "prefill", n_tokens, ids, np.ones(ids.size, np.int32), scores
             )
-            plan = planner.plan_layer(demand, LaneState(link_ready_us=float(rng.random() * 50)))
+            lanes, host = LaneState(link_ready_us=float(rng.random() * 50)), None
+            if on_disk:
+                held = rng.random(LAYERS * EXPERTS) < 0.7
+                in_slots = planner.table(layer)[0].slot_of[planner.table(layer)[1] * EXPERTS + ids] >= 0
+                waits_us = np.where(held[layer * EXPERTS + ids], 0.0, np.where(in_slots, np.inf, 90.0))
+                host = HostView(waits_us, held, ((layer, int(ids[0])),))
+            plan = planner.plan_layer(demand, lanes, host)
+            assert plan.reads == (((layer, int(ids[0])),) if on_disk else ())
             for t in (*plan.transfers, *plan.prefetches):
                 planner.on_event(TransferEnded(t.layer, t.expert, t.slot, float(rng.random() * 300)))
             observed = (ObservedTask("cpu", layer, 1, float(80 + 40 * rng.random())),) if plan.cpu else ()
@@ -53,9 +62,9 @@ def run(policy: str = "ours", steps: int = 30, n_accelerators: int = 1) -> Recor
 
 
 @pytest.mark.parametrize("n_accelerators", [1, 2])
-@pytest.mark.parametrize("policy", ["ours", "hybrimoe", "freetoken", "fate"])
+@pytest.mark.parametrize("policy", ["ours", "hybrimoe", "freetoken", "fate", "ours, on disk"])
 def test_a_saved_recording_is_replayed_exactly(policy: str, n_accelerators: int, tmp_path: Path) -> None:
-    recording = run(policy, n_accelerators=n_accelerators)
+    recording = run(policy.split(",")[0], n_accelerators=n_accelerators, on_disk="disk" in policy)
     recording.save(tmp_path / "run.json.gz")
     found = replay(Recording.load(tmp_path / "run.json.gz"))
     assert found.exact, found.divergence

@@ -12,7 +12,7 @@ from scheduler.machine.costs import CostModel
 from scheduler.machine.profile import HardwareProfile, ModelShape
 from scheduler.plan import LayerPlan, Transfer
 from scheduler.simulator.dense import DenseCosts
-from scheduler.simulator.engine import Engine, HostTier, SimulationError
+from scheduler.simulator.engine import Engine, SimulationError
 from scheduler.simulator.lanes import run_lanes, run_link
 from scheduler.simulator.run import simulate
 from scheduler.simulator.simulator import SimulationConfig, Simulator
@@ -124,16 +124,6 @@ def test_link_alone():
     run_link(10.0, 70.0, left, np.zeros(2), start, end)
     assert left.tolist() == pytest.approx([0.0, 20.0])
     assert end.tolist() == pytest.approx([40.0, -1.0])
-
-
-def test_host_tier_reads_each_expert_once():
-    tier = HostTier(2, read_us=10.0)
-    tier.preload([(0, 0)])
-    assert tier.ready_us((0, 0), 5.0) == 5.0
-    assert tier.ready_us((0, 1), 5.0) == 15.0
-    assert tier.ready_us((0, 2), 5.0) == 25.0  # second read queues; (0, 0) leaves
-    assert tier.ready_us((0, 0), 30.0) == 40.0
-    assert tier.reads == 3
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""What keeps an expert in host memory: the uses that are expected of it, by the forecast that GPU slots are kept by.
+"""What keeps an expert in host memory: the uses that are expected of it, by the forecast that slots are kept by.
 
-All records cost the same read, so that uses alone decide, without us.
+All records cost the same read, so that uses alone decide, without us. Runtime and simulator ask the same.
 """
 
 from __future__ import annotations
