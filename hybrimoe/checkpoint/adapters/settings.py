@@ -88,11 +88,6 @@ def check_adapters(names: Iterable[str]) -> None:
             read_settings(parsed)
 
 
-def weights_files(names: Iterable[str]) -> list[Path]:
-    """The files that the weights of adapters lie in. Raises ModelError where there is no adapter."""
-    return [adapter_folder(parse_adapter(name)) / WEIGHTS_NAME for name in names]
-
-
 def read_settings(name: AdapterName) -> Settings:
     """The configuration of an adapter.
 

@@ -17,7 +17,7 @@ from hybrimoe.errors import ModelError
 from ....families.tiny_families import tiny_model
 from ..models import DENSE_OPTIONS, FLOAT32, OPTIONS, done_in_loading, files_of, logits
 from ..test_adapters import pair, product, written
-from .models import gguf_model, letters
+from .models import OVERRIDES, gguf_model, letters
 
 Q4_0, Q8_0 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
 
@@ -76,14 +76,14 @@ def test_quantised_experts_in_records_of_their_size_change_little(kind: object, 
 
 
 def test_an_adapter_is_merged_into_the_values_of_a_quantised_file(tmp_path: Path) -> None:
-    file = gguf_model("mixtral", tmp_path, kind=Q4_0)
-    q, w2 = "model.layers.1.self_attn.q_proj", "model.layers.1.block_sparse_moe.experts.5.w2"
-    adapter = written(tmp_path / "adapter", tensors := pair(q, 32, 32) | pair(w2, 32, 48))
+    file = gguf_model("olmoe", tmp_path, kind=Q4_0)
+    q, down = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.experts.5.down_proj"
+    adapter = written(tmp_path / "adapter", tensors := pair(q, 32, 32) | pair(down, 32, 64))
     values = load(file, **FLOAT32).hybrimoe.full_state_dict()
     values[f"{q}.weight"] = values[f"{q}.weight"].float() + product(tensors, q)
     experts = values["model.layers.1.mlp.experts.down_proj"].clone()
-    experts[5] += product(tensors, w2)
-    merged = tiny_model("mixtral")
+    experts[5] += product(tensors, down)
+    merged = tiny_model("olmoe", **OVERRIDES["olmoe"])
     merged.load_state_dict(values | {"model.layers.1.mlp.experts.down_proj": experts})
     found = load(file, adapters=[str(adapter)], **FLOAT32)
     torch.testing.assert_close(logits(found), logits(merged), rtol=1e-4, atol=1e-4)
