@@ -16,7 +16,7 @@ from cpu_kernels.step.kv_rows import FLOAT_KINDS, load_tokens, store_tokens
 from cpu_kernels.step.stored import KIND_OF, row_bytes
 from hybrimoe.generation.growing import GrowingLayer, growing_cache
 
-__all__ = ["ROW_DTYPES", "StoredLayer", "kv_dtype_of", "new_cache"]
+__all__ = ["ROW_DTYPES", "StoredLayer", "can_hold", "kv_dtype_of", "new_cache"]
 
 ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
 """Of the tensors that hold rows. Those of int8 and int4 hold bytes, the scales among them."""
@@ -63,6 +63,13 @@ class StoredLayer(GrowingLayer):
         floats = torch.empty(*rows.shape[:-1], like.shape[-1], dtype=dtype)
         load_tokens(KIND_OF[self.name], rows, floats)
         return floats.to(like.dtype)
+
+
+def can_hold(layer: GrowingLayer, rows: torch.Tensor) -> bool:
+    """Whether a layer could have stored `rows` itself."""
+    if isinstance(layer, StoredLayer):
+        return rows.dtype == ROW_DTYPES[layer.name]
+    return rows.is_floating_point()
 
 
 def kv_dtype_of(model: Any) -> str:

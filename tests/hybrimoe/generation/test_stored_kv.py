@@ -13,12 +13,13 @@ from transformers import DynamicCache
 
 import hybrimoe
 from hybrimoe.errors import ConfigError
-from hybrimoe.generation import SamplingOptions, TextGenerator
+from hybrimoe.generation import Conversation, SamplingOptions, TextGenerator
 from hybrimoe.generation.continuous_batching import BatchEngine
 from hybrimoe.generation.growing import GrowingLayer, growing_cache
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.kv_memory import estimated_token_bytes, measured_token_bytes
 from hybrimoe.generation.prefix.blocks import PrefixTree
+from hybrimoe.generation.saved.sessions import Session
 from hybrimoe.generation.stored import ROW_DTYPES, StoredLayer, new_cache
 from hybrimoe.step.step import Step
 
@@ -114,6 +115,27 @@ def test_what_moves_tokens_moves_rows(generator: TextGenerator) -> None:
         torch.equal(a.keys[..., :64, :], b.keys[..., :64, :])
         for a, b in zip(reader.growing_layers(), writer.growing_layers(), strict=True)
     )
+
+
+def test_a_saved_session_belongs_to_its_dtype(
+    generator: TextGenerator, tiny_model: Any, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    """It goes on as if it had not paused; states of another dtype are not taken up, and computed from the text."""
+    conversation = Conversation(generator)
+    "".join(conversation.send("once upon a time", GREEDY))
+    session = Session(tmp_path, "one", "this model")
+    session.save_text(conversation)
+    session.save_states(conversation)
+    second = conversation.send("and then", GREEDY)
+    expected = "".join(second), second.reply.n_reused
+    restored = Conversation(generator)
+    assert session.restore(restored) is None
+    again = restored.send("and then", GREEDY)
+    assert ("".join(again), again.reply.n_reused) == expected
+    other = Conversation(TextGenerator(tiny_model, byte_tokenizer))
+    assert session.restore(other) == "the model keeps other states now"
+    assert other.cache.token_ids == []
+    assert [message["content"] for message in other.messages] == [m["content"] for m in conversation.messages[:2]]
 
 
 def test_side_by_side_and_with_drafts(generator: TextGenerator) -> None:
