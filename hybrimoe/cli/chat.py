@@ -48,6 +48,7 @@ def chat(
         str | None, typer.Option(metavar="FOLDER", help="Models of a folder to go on with; /models lists them.")
     ] = None,
     sampling: common.SamplingGroup,
+    prefixes: common.PrefixGroup,
     placement: common.PlacementGroup,
     fit: common.FitOption = False,
     profile: common.ProfileOption = False,
@@ -68,6 +69,9 @@ def chat(
 
     Arrow keys edit and bring earlier messages back; what is pasted is one message. Ctrl-C stops a reply; Ctrl-D or
     /exit leaves. In a pipe a line is a message; the exit code is 1 where none was answered.
+
+    What an earlier message, an earlier branch of the conversation or another one computed is not computed again, as far
+    as --prefix-cache goes; with --prefix-cache-disk not in a later chat, either.
 
     Commands: /retry, /edit TEXT, /undo, /clear, /system TEXT, /save FILE, /load FILE, /set NAME VALUE, /stats,
     /timeline, /models [NAME]; /help says what they do.
@@ -90,7 +94,7 @@ def chat(
             f"the session {session} has begun with its own system message; leave --system out, or use /system in the"
             " chat"
         )
-    deployment = placement.deployment(model)
+    deployment = prefixes.over(placement.deployment(model))
     if models is not None:
         deployment = deployment.model_copy(update={"server": deployment.server.model_copy(update={"models": models})})
     from hybrimoe.server.shelf import deployments
@@ -120,16 +124,16 @@ def opened_for_chat(
 ) -> Iterator[Opened]:
     """A model in memory, a new conversation with it, and the session with this model's states. fit: with what fits."""
     from hybrimoe.cli.chatting.models import Opened
-    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.cli.common_model import kept_prefixes, open_model
     from hybrimoe.generation import Conversation
 
     if fit:
         from hybrimoe.cli.fitting import fitted
 
         deployment = fitted(deployment, told=not quiet)
-    with open_model(deployment, show_progress=not quiet) as opened:
+    with open_model(deployment, show_progress=not quiet) as opened, kept_prefixes(opened) as tree:
         session = None if kept is None else replace(kept, identity=identity(opened))
-        yield Opened(opened, Conversation(opened.generator, system=system), session)
+        yield Opened(opened, Conversation(opened.generator, system=system, prefixes=tree), session)
 
 
 NO_STATES = ("server", "generation")
@@ -145,23 +149,11 @@ def sessions_folder() -> Path:
 
 def identity(opened: OpenModel) -> str:
     """Of the model as it runs here: a conversation's states are those of this one only."""
-    import torch
+    from hybrimoe.cli.common_model import states_identity
 
-    from hybrimoe.checkpoint.source import model_path, read_config_dict
-    from hybrimoe.generation.saved.sessions import identity_of
-
-    path = model_path(opened.config.model)
-    files = sorted(path.glob("*")) if path.is_dir() else [path]
-    weights = [file for file in files if file.suffix in (".safetensors", ".gguf")]
-    return identity_of(
-        {
-            "config": read_config_dict(path),
-            "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights],
-            "template": getattr(opened.generator.tokenizer, "chat_template", None),
-            "deployment": {key: value for key, value in opened.config.as_dict().items() if key not in NO_STATES},
-            "torch": torch.__version__,
-        }
-    )
+    deployment = {key: value for key, value in opened.config.as_dict().items() if key not in NO_STATES}
+    template = getattr(opened.generator.tokenizer, "chat_template", None)
+    return states_identity(opened.config, template=template, exactly=deployment)
 
 
 def take_up(opened: Opened, *, quiet: bool) -> None:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
+    from hybrimoe.amounts import Amount
     from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation import SamplingOptions
 
 PLACEMENT, SAMPLING, OUTPUT, BATCHES = "Where it runs", "Sampling", "Output", "Many prompts"
+PREFIXES = "What is kept of prompts and replies"
 
 ModelArgument = Annotated[
     str | None,
@@ -259,6 +261,54 @@ class PlacementGroup:
         """As `deploy_config`."""
         options = {name: getattr(self, name) for name in self.__slots__ if name != "config"}
         return deploy_config(self.config, model=model, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixGroup:
+    """Where what prompts and replies computed is kept, so that a prompt that begins alike need not compute it."""
+
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="In host memory: 4GiB, a share, none (half of what is free).",
+            rich_help_panel=PREFIXES,
+        ),
+    ] = None
+    prefix_cache_disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="On disk, for the next start, too: 20GiB, a share, auto, none (none).",
+            rich_help_panel=PREFIXES,
+        ),
+    ] = None
+    prefix_cache_folder: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where on disk (prefixes, in HYBRIMOE_CACHE).", rich_help_panel=PREFIXES),
+    ] = None
+
+    def over(self, deployment: DeployConfig) -> DeployConfig:
+        """`deployment` with what is given. Raises ConfigError for what is no size."""
+        chosen: dict[str, Any] = {
+            name: _size(f"--{name.replace('_', '-')}", text)
+            for name in ("prefix_cache", "prefix_cache_disk")
+            if (text := getattr(self, name)) is not None
+        }
+        if self.prefix_cache_folder is not None:
+            chosen["prefix_cache_folder"] = self.prefix_cache_folder
+        return deployment.model_copy(update={"server": deployment.server.model_copy(update=chosen)})
+
+
+def _size(option: str, text: str) -> Amount:
+    """An amount of memory or disk. Raises ConfigError for what is none."""
+    from hybrimoe.amounts import parse_amount
+    from hybrimoe.errors import ConfigError
+
+    amount = parse_amount(text)
+    if amount.kind == "count":
+        raise ConfigError(f"{option}: expected a size like 4GiB, a share like 0.25, auto or none, found {text!r}")
+    return amount
 
 
 @dataclass(frozen=True, slots=True)

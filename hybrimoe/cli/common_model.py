@@ -16,8 +16,15 @@ if TYPE_CHECKING:
     from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation import TextGenerator
     from hybrimoe.generation.context import ContextShift
+    from hybrimoe.generation.prefix.blocks import PrefixTree
+    from hybrimoe.generation.prefix.budget import PrefixSettings
 
 Progress = Callable[[int, int, str], None]
+KEEP_SECONDS = 5.0
+"""Time at the end of a command for what is to be kept on disk."""
+WEIGHTS = (".safetensors", ".gguf", ".bin")
+BUDGETS = ("gpu_experts", "host", "disk", "kv")
+"""Of the section `memory`: sizes, which change where something lies and not what it is."""
 
 
 @dataclass(slots=True)
@@ -76,6 +83,75 @@ def open_model(
         yield OpenModel(generator, model.hybrimoe.session, "demo" if config.model is None else config.model, config)
     finally:
         model.hybrimoe.session.close()
+
+
+def prefix_settings(config: DeployConfig) -> PrefixSettings:
+    """Where a deployment keeps what prompts and replies computed."""
+    from cpu_kernels.jit.cache_dir import cache_home
+    from hybrimoe.generation.prefix.budget import DiskSettings, PrefixSettings
+
+    server = config.server
+    if server.prefix_cache_disk.kind == "none":
+        return PrefixSettings(server.prefix_cache)
+    folder = Path(server.prefix_cache_folder or cache_home() / "prefixes").expanduser()
+    return PrefixSettings(server.prefix_cache, DiskSettings(folder, server.prefix_cache_disk, states_identity(config)))
+
+
+@contextmanager
+def kept_prefixes(opened: OpenModel, *, on_disk_only: bool = False) -> Iterator[PrefixTree | None]:
+    """The prefix cache of an open model; what is not on disk yet gets there when the block ends.
+
+    on_disk_only: none without a disk level, for whoever has one prompt.
+    """
+    from hybrimoe.generation.prefix.budget import prefix_tree
+
+    generator, settings = opened.generator, prefix_settings(opened.config)
+    if on_disk_only and settings.disk is None:
+        yield None
+        return
+    tree = prefix_tree(generator.model, settings, generator.kv_bytes or 0)
+    try:
+        yield tree
+    finally:
+        if tree is not None:
+            tree.close(KEEP_SECONDS)
+
+
+def states_identity(config: DeployConfig, **more: Any) -> str:
+    """A hash of all that the keys and values of a text depend on, in a model as it runs here: its weights, and how they
+    are stored and computed. Budgets, policies that lose nothing, and the server's settings do not count.
+
+    more: further things that count, as JSON takes them.
+    """
+    import torch
+    import transformers
+
+    from hybrimoe.checkpoint.source import model_path, read_config_dict
+    from hybrimoe.config.adapters import parse_adapter
+    from hybrimoe.generation.saved.sessions import identity_of
+
+    path = model_path(config.model)
+    named = [config.rules, *(parse_adapter(adapter).path for adapter in config.adapters)]
+    places = [path, *(Path(name).expanduser() for name in named if isinstance(name, str))]
+    deployment = {key: value for key, value in config.as_dict().items() if key not in ("server", "generation", "model")}
+    deployment["memory"] = {key: value for key, value in deployment["memory"].items() if key not in BUDGETS}
+    deployment["scheduler"] = deployment["scheduler"].get("lossy")
+    return identity_of(
+        {
+            "config": read_config_dict(path),
+            "files": [stamp for place in places for stamp in _stamps(place)],
+            "deployment": deployment,
+            "versions": [torch.__version__, transformers.__version__],
+            **more,
+        }
+    )
+
+
+def _stamps(place: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of those in a folder that hold weights; none where nothing is there."""
+    files = sorted(place.glob("*")) if place.is_dir() else [place] if place.is_file() else []
+    held = [file for file in files if file.suffix in WEIGHTS or file == place]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in held]
 
 
 def _shift(config: DeployConfig) -> ContextShift | None:

@@ -14,7 +14,7 @@ from hybrimoe.cli.views import render
 if TYPE_CHECKING:
     from hybrimoe.cli.common_model import OpenModel
     from hybrimoe.generation import Reply, SamplingOptions
-
+    from hybrimoe.generation.kv_cache import PrefixCache
 
 INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended, as shells have it (128 + SIGINT)."""
@@ -67,6 +67,7 @@ def generate(
         ),
     ] = None,
     sampling: common.SamplingGroup,
+    prefixes: common.PrefixGroup,
     placement: common.PlacementGroup,
     fit: common.FitOption = False,
     timeline: common.TimelineOption = False,
@@ -81,7 +82,8 @@ def generate(
     the text; the summary of what there is still follows.
 
     With --prompts many prompts run in padded batches. Each gives a line of JSON on stdout, in the order of the file;
-    Ctrl-C keeps those that have ended.
+    Ctrl-C keeps those that have ended. With --batch-size 1 a prompt takes from the prefix cache what it has alike with
+    an earlier one; with --prefix-cache-disk so does the prompt of a later call.
     """
     if prompts is None and not (batching is None and batch_size is None and route_predictor is None):
         raise typer.BadParameter(
@@ -94,7 +96,7 @@ def generate(
     options = sampling.options()
     common.check_readable(route_predictor)
     common.check_writable(trace)
-    deployment = placement.deployment(model)
+    deployment = prefixes.over(placement.deployment(model))
     if fit:
         from hybrimoe.cli.fitting import fitted
 
@@ -106,12 +108,15 @@ def generate(
         if generate_batch.run(deployment, text, options, job):
             raise typer.Exit(INTERRUPTED)
         return
-    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.cli.common_model import kept_prefixes, open_model
     from hybrimoe.generation import interruptible
+    from hybrimoe.generation.kv_cache import PrefixCache
 
     with open_model(deployment, show_progress=not quiet) as opened, interruptible() as interrupt:
         record = timeline or trace is not None
-        reply = run(opened, text, options, interrupt, record=record, echo=not as_json, profiled=profile)
+        with kept_prefixes(opened, on_disk_only=True) as tree:
+            cache = PrefixCache(opened.generator.model, tree)
+            reply = run(opened, text, options, interrupt, cache, record=record, echo=not as_json, profiled=profile)
         report(opened, reply, timeline=timeline, trace=trace, quiet=quiet, as_json=as_json)
     if interrupt.pressed:
         raise typer.Exit(INTERRUPTED)
@@ -149,8 +154,9 @@ def read_file(path: Path | None) -> str:
 
 
 def run(
-    opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, *, record: bool, echo: bool, profiled: bool
-) -> Reply:
+    opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, cache: PrefixCache, *, record: bool,
+    echo: bool, profiled: bool,
+) -> Reply:  # fmt: skip
     """Generate; the text is written to stdout as it comes where `echo` is set."""
     from hybrimoe.cli.common_model import stream_out
     from hybrimoe.generation import Profile
@@ -159,7 +165,7 @@ def run(
     prompt_ids = opened.generator.encode(text)
     options = with_length(options, opened.generator.model, COMPLETION_TOKENS)
     profile = Profile(opened.generator.model) if profiled else None
-    reply = opened.generator.reply(prompt_ids, options, should_stop=interrupt, profile=profile)
+    reply = opened.generator.reply(prompt_ids, options, cache=cache, should_stop=interrupt, profile=profile)
     opened.reset_stats()
     if record and opened.session is not None:
         opened.session.record_timeline(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,16 +50,17 @@ def run(deployment: DeployConfig, text: str, options: SamplingOptions, job: JobO
             " leave it out of --prompts"
         )
     lines = read_prompts(text, job.name)
-    from hybrimoe.cli.common_model import open_model, progress_bar
+    from hybrimoe.cli.common_model import kept_prefixes, open_model, progress_bar
     from hybrimoe.generation import interruptible
     from hybrimoe.generation.batch.job import BatchJob, job_prompts
 
     predictor = _predictor(job.route_predictor)
-    with open_model(deployment, show_progress=not job.quiet) as opened:
+    with open_model(deployment, show_progress=not job.quiet) as opened, ExitStack() as ending:
         prompts = job_prompts(opened.generator, lines, job.name)
         plan = _plan(opened, prompts, options, job) if kind == "moe-lightning" else None
         size = (job.batch_size or DEFAULT_BATCH) if plan is None else plan.plan.batch
-        work = BatchJob(opened.generator, opened.session, lines, prompts, options, kind, size, predictor)
+        tree = ending.enter_context(kept_prefixes(opened)) if size == 1 else None
+        work = BatchJob(opened.generator, opened.session, lines, prompts, options, kind, size, predictor, tree)
         writer = _Writer(silent=job.as_json, order=[line.line for line in lines])
         with interruptible() as interrupt, progress_bar(not job.quiet, beginning="first batch") as progress:
             try:

@@ -18,7 +18,6 @@ from hybrimoe.cli import common
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
-    from hybrimoe.amounts import Amount
     from hybrimoe.config.deploy import DeployConfig, ServerConfig
     from hybrimoe.server.models import Loadable, Models
 
@@ -49,13 +48,6 @@ def serve(
     idle_unload_seconds: Annotated[
         float | None,
         typer.Option(min=0.001, max=31_536_000.0, help="A model leaves memory after so long without a request."),
-    ] = None,
-    prefix_cache: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Host memory for what prompts and replies computed: 4GiB, a share, none (half of what is free).",
-        ),
     ] = None,
     parallel: Annotated[
         int | None,
@@ -96,6 +88,7 @@ def serve(
         bool | None,
         typer.Option("--access-log/--no-access-log", help="A line on stderr for each request, without contents (on)."),
     ] = None,
+    prefixes: common.PrefixGroup,
     placement: common.PlacementGroup,
     as_json: common.JsonOption = False,
 ) -> None:
@@ -108,8 +101,8 @@ def serve(
 
     Up to --parallel requests are answered at once and join and leave at every token; of the others, clients take turns.
     Each greedy reply is the one that the request gets alone. What any request computed, a prompt that begins alike does
-    not compute again, as far as --prefix-cache goes. While the model is loaded, /health says so and requests are
-    answered with 503.
+    not compute again, as far as --prefix-cache goes; with --prefix-cache-disk not after a restart, either. While the
+    model is loaded, /health says so and requests are answered with 503.
 
     Ctrl-C or SIGTERM: what waits is refused at once, replies under way have --drain-seconds to end; a second one ends
     the server where it stands. With a key in HYBRIMOE_API_KEY, or keys in the file of server.api_key_file, requests
@@ -127,9 +120,8 @@ def serve(
         "tls_cert_file": tls_cert_file, "tls_key_file": tls_key_file,
     }  # fmt: skip
     chosen: dict[str, object] = {key: value for key, value in given.items() if value is not None}
-    if prefix_cache is not None:
-        chosen["prefix_cache"] = _memory("--prefix-cache", prefix_cache)
     deployment = deployment.model_copy(update={"server": deployment.server.model_copy(update=chosen)})
+    deployment = prefixes.over(deployment)
     keys = read_api_keys(deployment.server)
     check_tls(deployment.server)
     with listening(deployment.server.host, deployment.server.port if port is None else port) as listener:
@@ -166,7 +158,7 @@ def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, f
 
 def loadable(name: str, deployment: DeployConfig, *, fit: bool = False) -> Loadable:
     """How the model of a deployment comes into memory, and how it is served there. fit: with what fits at that time."""
-    from hybrimoe.cli.common_model import OpenModel, open_model
+    from hybrimoe.cli.common_model import OpenModel, open_model, prefix_settings
     from hybrimoe.server.models import Loadable, Progress
     from hybrimoe.server.served import Served
 
@@ -182,7 +174,7 @@ def loadable(name: str, deployment: DeployConfig, *, fit: bool = False) -> Loada
     def serving() -> Served:
         settings = settled[0].server
         return Served(
-            name, prefix_cache=settings.prefix_cache, queue_length=settings.queue_length,
+            name, prefix_cache=prefix_settings(settled[0]), queue_length=settings.queue_length,
             parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
             max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
             special_in_messages=settings.special_in_messages, max_reply_s=settings.max_reply_seconds,
@@ -247,17 +239,6 @@ def read_api_keys(settings: ServerConfig) -> list[str]:
     if not found:
         raise ConfigError(f"server.api_key_file: {settings.api_key_file} has no key; expected one a line")
     return keys + found
-
-
-def _memory(option: str, text: str) -> Amount:
-    """An amount of memory. Raises ConfigError for what is none."""
-    from hybrimoe.amounts import parse_amount
-    from hybrimoe.errors import ConfigError
-
-    amount = parse_amount(text)
-    if amount.kind == "count":
-        raise ConfigError(f"{option}: expected a size like 4GiB, a share like 0.25, auto or none, found {text!r}")
-    return amount
 
 
 def check_tls(settings: ServerConfig) -> None:

@@ -122,6 +122,14 @@ class ServerConfig(Section):
         description="Host memory for what prompts and replies computed, for prompts that begin alike; auto: half of "
         "what is free beside the model and memory.kv.",
     )
+    prefix_cache_disk: DiskAmount = Field(
+        default=Amount("none"),
+        description="Disk for what prefix_cache has no more room for, and for the next start: what was said in "
+        "conversations, readable by their user alone; auto: a quarter of what is free.",
+    )
+    prefix_cache_folder: str | None = Field(
+        default=None, min_length=1, description="Folder of prefix_cache_disk; by default prefixes in HYBRIMOE_CACHE."
+    )
     parallel: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         default="auto",
         description="Replies that are computed at once; auto: up to 4, as the memory for keys and values goes.",
@@ -386,6 +394,8 @@ def _server_paths(server: ServerConfig, folder: Path, where: Callable[[str], str
 
     paths = {key: getattr(server, key) for key in ("api_key_file", "tls_cert_file", "tls_key_file")}
     changed: dict[str, Any] = {key: resolved(key, path) for key, path in paths.items() if path is not None}
+    if server.prefix_cache_folder is not None:
+        changed["prefix_cache_folder"] = resolved("prefix_cache_folder", server.prefix_cache_folder)
     if isinstance(server.models, str):
         changed["models"] = resolved("models", server.models)
     elif server.models is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from hybrimoe.errors import ModelError, PromptError
 from hybrimoe.generation.engine import Reply, TextGenerator
 from hybrimoe.generation.kv_cache import PrefixCache
+from hybrimoe.generation.prefix.blocks import PrefixTree
 from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.sampling import SamplingOptions
 from hybrimoe.generation.templates.form import in_the_templates_form
@@ -69,14 +70,19 @@ class Turn:
 
 
 class Conversation:
-    """Messages of a chat with one model. A message that cannot be answered leaves the history as it was."""
+    """Messages of a chat with one model. A message that cannot be answered leaves the history as it was.
 
-    def __init__(self, generator: TextGenerator, *, system: str | None = None) -> None:
+    prefixes: what earlier messages, their branches and other conversations computed, so that it is not computed again.
+    """
+
+    def __init__(
+        self, generator: TextGenerator, *, system: str | None = None, prefixes: PrefixTree | None = None
+    ) -> None:
         self.generator = generator
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.has_template = has_chat_template(generator.tokenizer)
-        self.cache = PrefixCache(generator.model)
+        self.cache = PrefixCache(generator.model, prefixes)
         self.reset()
 
     def reset(self) -> None:

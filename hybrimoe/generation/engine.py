@@ -29,6 +29,8 @@ __all__ = ["FinishReason", "Reply", "ReplyTimes", "TextGenerator"]
 NOTHING: Mapping[str, Any] = {}
 MEASURE_TOKENS = 64
 """A cache that holds so many tokens is long enough to see what one takes."""
+READ_WAIT_S = 0.02
+"""In which a prompt waits for what is read of it from disk, before other replies get a token."""
 
 
 def _never() -> bool:
@@ -257,9 +259,9 @@ class Reply:
     then `take` with the logits after each token until `has_ended`, and `end`.
 
     text: all pieces joined. token_ids: the new tokens, an end-of-sequence token included. n_reused: prompt tokens that
-    came from the cache. seed: with it the same reply comes again. text_offsets: where each token's text begins in the
-    reply, in characters. n_kept: tokens of the prompt that are computed or reused. n_shifts: how often the
-    context was full, so that oldest tokens were left out.
+    came from the cache, n_read: those of them that were read from disk. seed: with it the same reply comes again.
+    text_offsets: where each token's text begins in the reply, in characters. n_kept: tokens of the prompt that are
+    computed or reused. n_shifts: how often the context was full, so that oldest tokens were left out.
     """
 
     def __init__(
@@ -274,7 +276,7 @@ class Reply:
     ) -> None:
         self.prompt_ids = prompt_ids
         self.seed = options.seed
-        self.n_reused = 0
+        self.n_reused = self.n_read = 0
         self.times = ReplyTimes()
         self.text_offsets: list[int] = []
         self._generator = generator
@@ -482,11 +484,13 @@ class Reply:
         token_ids, in_prompt = self._computed_ids, self._n_before == 0
         scorer = self._scorer if in_prompt else None
         if self._parts is None:
+            if scorer is None and not self.cache.has_read(token_ids, READ_WAIT_S):
+                return None
             if scorer is not None:
                 scorer.restart()
             n_reused = self.cache.reuse(token_ids, anew=scorer is not None)
             if in_prompt:
-                self.n_reused = n_reused
+                self.n_reused, self.n_read = n_reused, self.cache.n_read if scorer is None else 0
             self.cache.announce(len(token_ids))
             self._checkpoints = self.cache.checkpoint_places(len(token_ids))
             self._parts = deque(self._cut(n_reused))

@@ -6,13 +6,16 @@ transformers' forward calls `update`; the compiled step writes into the buffers 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["Buffers", "GrowingLayer", "GrowingWindowLayer", "grow_in_place", "growing_cache"]
+from cpu_kernels.host.memory import HUGE_PAGE, page_aligned
+
+__all__ = ["Buffers", "GrowingLayer", "GrowingWindowLayer", "copy_rows", "grow_in_place", "growing_cache"]
 
 LEAST_ROOM = 256
 """Tokens of room that a new buffer usually has at least."""
@@ -92,8 +95,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         """Write keys and values behind those held; buffers have room for `n_room` tokens more."""
         n_new, n_held = keys.shape[-2], self.get_seq_length()
         buffers = self._with_room(n_room, keys, values)
-        buffers.keys[..., n_held : n_held + n_new, :] = keys
-        buffers.values[..., n_held : n_held + n_new, :] = values
+        copy_rows(buffers.keys[..., n_held : n_held + n_new, :], keys)
+        copy_rows(buffers.values[..., n_held : n_held + n_new, :], values)
         self.advance(n_new)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -157,7 +160,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         n_tokens = n_held + n_new
         room = n_tokens + max(self.least_room, n_tokens // ROOM_SHARE)
         held = self._both()
-        new = [like.new_empty(*like.shape[:-2], room, like.shape[-1]) for like in (keys_like, values_like)]
+        new = [_new_rows(like, room) for like in (keys_like, values_like)]
         if n_held:
             for buffer, part in zip(new, held, strict=True):
                 buffer[..., :n_held, :] = part
@@ -227,6 +230,29 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         shown = buffers.keys[..., used, :], buffers.values[..., used, :]
         same_tokens = buffers.first + self._n_used == self.cumulative_length
         return same_tokens and all(_same_place(a, b) for a, b in zip(self._set, shown, strict=True))
+
+
+def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy rows [..., n, D] of one dtype into rows of a buffer.
+
+    In host memory by a plain copy of bytes: PyTorch would share each of hundreds of small copies among its threads, and
+    where these have to wait for a core, waiting for them takes ten times as long as copying.
+    """
+    in_memory = target.device.type == source.device.type == "cpu" and target.dtype == source.dtype
+    if in_memory and target.stride(-1) == source.stride(-1) == 1 and not source.requires_grad:
+        target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()
+    else:
+        target.copy_(source)
+
+
+def _new_rows(like: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """An empty buffer [..., n_tokens, D]; in host memory on huge pages where it is large, so that a copy into it does
+    not stop at each page of 4 KiB."""
+    shape = (*like.shape[:-2], n_tokens, like.shape[-1])
+    n_bytes = math.prod(shape) * like.itemsize
+    if like.device.type != "cpu" or n_bytes < HUGE_PAGE:
+        return like.new_empty(shape)
+    return torch.from_numpy(page_aligned(n_bytes)).view(like.dtype).view(shape)
 
 
 def _begins(held: tuple[Any, Any], buffers: Buffers) -> bool:

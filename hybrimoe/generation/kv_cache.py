@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hybrimoe.compat import takes_dynamic_cache
 from hybrimoe.generation.kv_memory import held_bytes, keeps_every_token
 from hybrimoe.generation.prefix.blocks import BLOCK_TOKENS, Known, PrefixTree
+from hybrimoe.generation.prefix.reading import Reading
 from hybrimoe.generation.prefix.states import (
     Checkpoint,
     checkpoint_of,
@@ -48,10 +49,29 @@ class PrefixCache:
         self.token_ids: list[int] = []
         self._checkpoints: list[Checkpoint] = []
         self._known = Known()
+        self._reading: Reading | None = None
+        self.n_read = 0
+        """Tokens of the latest prompt that came from disk."""
 
     def n_shared(self, prompt_ids: Sequence[int]) -> int:
         """How many tokens `prompt_ids` and the cache begin with alike."""
         return _common_prefix(self.token_ids, prompt_ids)
+
+    def has_read(self, prompt_ids: Sequence[int], wait_s: float) -> bool:
+        """Whether all that the disk has of a prompt and memory has not is in memory now, so that `reuse` finds it.
+
+        The first call of a prompt begins to read; each waits so long at most.
+        """
+        if self._prefixes is None:
+            return True
+        if self._reading is None or self._reading.prompt_ids is not prompt_ids:
+            self.n_read = 0
+            self._reading = self._prefixes.begin_reading(prompt_ids, self.n_shared(prompt_ids))
+        if self._reading is not None:
+            if not self._reading.is_complete(wait_s):
+                return False
+            self.n_read, self._reading = self._prefixes.take_up(self._reading), None
+        return True
 
     def reuse(self, prompt_ids: Sequence[int], *, anew: bool = False) -> int:
         """Fit the cache to `prompt_ids`; returns how many of its tokens need no computing: at most all but one, or all
@@ -115,11 +135,11 @@ class PrefixCache:
         """The reply is complete, too; the states of its end are those from which the next prompt goes on."""
         if self._prefixes is not None:
             self.checkpoint()
-            self._share(self._checkpoints, with_end=True)
+            self._share(self._checkpoints, with_end=True, lasting=True)
 
-    def _share(self, checkpoints: Sequence[Checkpoint], *, with_end: bool) -> None:
+    def _share(self, checkpoints: Sequence[Checkpoint], *, with_end: bool, lasting: bool = False) -> None:
         if self._prefixes is not None and self.token_ids and not self._knows_its_prompt():
-            self._prefixes.keep(self.token_ids, self._layers(), checkpoints, with_end=with_end)
+            self._prefixes.keep(self.token_ids, self._layers(), checkpoints, with_end=with_end, lasting=lasting)
 
     def announce(self, n_tokens: int) -> None:
         """The prompt that is computed next, perhaps in several chunks, has `n_tokens`.
@@ -263,9 +283,18 @@ class CacheRows:
     """
 
     def __init__(self, model: Any, n_rows: int, prefixes: PrefixTree | None = None) -> None:
-        self._idle = [PrefixCache(model, prefixes) for _ in range(n_rows)]
+        self._model, self._prefixes = model, prefixes
+        self._idle: list[PrefixCache] = []
         self.idle_bytes = 0
         """Memory of the idle ones, which any thread may read."""
+        self.resize(n_rows)
+
+    def resize(self, n_idle: int) -> None:
+        """So many idle ones: new ones are empty, and the longest idle go first."""
+        missing = n_idle - len(self._idle)
+        added = [PrefixCache(self._model, self._prefixes) for _ in range(missing)]
+        self._idle = added + self._idle[max(0, -missing) :]
+        self._measure()
 
     def take(self, prompt_ids: Sequence[int]) -> PrefixCache:
         """An idle cache; there must be one. The one in which most is shared and least lost, else the longest idle."""

@@ -68,6 +68,23 @@ class Metrics:
                 "evictions": "Blocks that made room for others, so far.",
             }.items()
         }
+        self._prefix_disk_budget = Gauge(
+            "hybrimoe_prefix_cache_disk_max_bytes",
+            "What the disk level may take; reason: why nothing is written.", ["reason"], **new,
+        )  # fmt: skip
+        self._prefixes_on_disk = {
+            name: Gauge(f"hybrimoe_prefix_cache_disk_{name}", words, **new)
+            for name, words in {
+                "bytes": "What the files of the disk level take.",
+                "files": "Blocks and states that are kept on disk.",
+                "read_tokens": "Prompt tokens that came from disk, so far.",
+                "read_bytes": "Bytes read, so far.",
+                "written_bytes": "Bytes written, so far.",
+                "evictions": "Files that made room for others, so far.",
+                "damaged": "Files that were not as they had been written, and were deleted, so far.",
+                "left_out": "Blocks and states that memory gave up faster than the disk took them, so far.",
+            }.items()
+        }
         self._gauges = {
             name: Gauge(f"hybrimoe_expert_{name}", words, **new)
             for name, words in {
@@ -152,3 +169,16 @@ class Metrics:
         }  # fmt: skip
         for name, value in counts.items():
             self._prefixes[name].set(value)
+        disk = prefixes.disk
+        self._prefix_disk_budget.clear()
+        if disk is None:
+            self._prefix_disk_budget.labels("switched off").set(0)
+            return
+        self._prefix_disk_budget.labels(disk.reason or "").set(disk.max_bytes)
+        on_disk = {
+            "bytes": disk.n_bytes, "files": disk.n_files, "read_tokens": prefixes.n_read_tokens,
+            "read_bytes": disk.n_read_bytes, "written_bytes": disk.n_written_bytes, "evictions": disk.n_evicted,
+            "damaged": disk.n_damaged, "left_out": disk.n_left_out,
+        }  # fmt: skip
+        for name, value in on_disk.items():
+            self._prefixes_on_disk[name].set(value)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from hybrimoe.amounts import Amount
+from hybrimoe.amounts import size_text
 from hybrimoe.generation.continuous_batching import BatchEngine, default_parallel
 from hybrimoe.generation.prefix.blocks import PrefixTree
-from hybrimoe.generation.prefix.budget import prefix_budget_bytes
+from hybrimoe.generation.prefix.budget import PrefixSettings, prefix_tree
 from hybrimoe.generation.prompt_parts import PromptPart, measured_part
 from hybrimoe.server.asking import Preparation
 from hybrimoe.server.errors import DrainingError, LoadingError
@@ -27,6 +27,8 @@ MAX_STALL_MS = 500.0
 """What a part of a prompt may take while others get tokens, where nothing else is said."""
 ENCODING_THREADS = 4
 """Threads that turn text into tokens, beside the event loop: so many long prompts do not delay a short one."""
+KEEP_SECONDS = 5.0
+"""Time for what is not on disk yet to get there when a model leaves memory."""
 DEFAULT_TAG = ":latest"
 """What Ollama's clients add to a name."""
 
@@ -38,8 +40,8 @@ Result = TypeVar("Result")
 class Served:
     """`name` is the model's in the API. Requests before `open` are answered with 503, as those after `drain`.
 
-    prefix_cache: host memory for what prompts and replies computed, so that a prompt that begins alike need not; None
-    chooses, see `prefix_budget_bytes`. parallel: replies at once; None chooses by the memory for keys and values.
+    prefix_cache: where what prompts and replies computed is kept, so that a prompt that begins alike need not; None
+    chooses. parallel: replies at once; None chooses by the memory for keys and values.
     max_stall_ms: what a part of a prompt may take while others get tokens. tool_parser: the form of the model's calls
     of tools, where its template does not tell (see `ReplySyntax.of`). special_in_messages: see `Preparation`.
     max_wait_s: a request that has waited so long is refused; None: for any time. max_reply_s: a reply that is not
@@ -49,7 +51,7 @@ class Served:
     """
 
     def __init__(
-        self, name: str, *, prefix_cache: Amount | None = None, queue_length: int = QUEUE_LENGTH,
+        self, name: str, *, prefix_cache: PrefixSettings | None = None, queue_length: int = QUEUE_LENGTH,
         parallel: int | None = 1, max_stall_ms: float = MAX_STALL_MS, max_wait_s: float | None = None,
         tool_parser: str | None = None, special_in_messages: bool = False,
         max_reply_s: float | None = None,
@@ -59,7 +61,7 @@ class Served:
         self.experts: Callable[[], dict[str, Any] | None] = lambda: None
         self.on_reply: Callable[[Reply, float], None] = lambda reply, waited_s: None
         self.on_idle: Callable[[], None] = lambda: None
-        self._prefix_cache, self._queue_length = prefix_cache or Amount("auto"), queue_length
+        self._prefix_cache, self._queue_length = prefix_cache or PrefixSettings(), queue_length
         self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
         self._max_reply_s = max_reply_s
         self._tool_parser, self._special_in_messages = tool_parser, special_in_messages
@@ -86,9 +88,9 @@ class Served:
         parallel = default_parallel(generator) if self._parallel is None else self._parallel
         if parallel > 1:
             self.part = measured_part(generator, 1000 * self._max_stall_ms)
-        budget = prefix_budget_bytes(generator.model, self._prefix_cache, generator.kv_bytes or 0)
         engine = BatchEngine(
-            generator, parallel=parallel, prefixes=PrefixTree(generator.model, budget) if budget else None,
+            generator, parallel=parallel,
+            prefixes=prefix_tree(generator.model, self._prefix_cache, generator.kv_bytes or 0),
             part_tokens=None if self.part is None else self.part.n_tokens,
         )  # fmt: skip
         worker = Worker(
@@ -183,6 +185,9 @@ class Served:
         self._encoders.shutdown(wait=False, cancel_futures=True)
         if self._worker is not None:
             self._worker.close()
+            prefixes = self._worker.engine.prefixes
+            if prefixes is not None and not self._worker.alive:
+                prefixes.close(KEEP_SECONDS)
 
 
 def _kept(prefixes: PrefixTree | None) -> str:
@@ -191,4 +196,5 @@ def _kept(prefixes: PrefixTree | None) -> str:
         return "no prefix cache"
     if prefixes.reason is not None:
         return f"no prefix cache ({prefixes.reason})"
-    return f"a prefix cache of {prefixes.max_bytes / 2**30:.2g} GiB"
+    on_disk = "" if prefixes.disk is None else f" and {size_text(prefixes.disk.max_bytes)} in {prefixes.disk.path}"
+    return f"a prefix cache of {prefixes.max_bytes / 2**30:.2g} GiB{on_disk}"

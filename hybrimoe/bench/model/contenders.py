@@ -149,7 +149,7 @@ class LlamaCpp:
         self.open_s = self.resident_mib = 0.0
         self.step_bytes = gguf_step_bytes(path)
         context = max(CONTEXT, n_tokens + 1)
-        self._llama = Llama(
+        self.llama = Llama(
             model_path=path, n_threads=threads, n_threads_batch=threads, n_ctx=context, n_gpu_layers=device_layers,
             verbose=False,
         )  # fmt: skip
@@ -158,45 +158,46 @@ class LlamaCpp:
     def prefill(self, prompt_ids: Sequence[int]) -> float:
         """Tokens per second of computing a prompt from nothing."""
         self._held = []
-        self._llama.reset()
+        self.llama.reset()
         started = time.perf_counter()
-        self._llama.eval(self._known(prompt_ids))
+        self.llama.eval(self._known(prompt_ids))
         return len(prompt_ids) / (time.perf_counter() - started)
 
     def decode(self, prompt_ids: Sequence[int], n_tokens: int) -> float:
         """Tokens per second of `n_tokens` decode steps after a prompt, which is computed in the first round."""
         prompt = self._known(prompt_ids)
         if self._held != prompt:
-            self._llama.reset()
-            self._llama.eval(prompt[:-1])
+            self.llama.reset()
+            self.llama.eval(prompt[:-1])
             self._held = prompt
-        self._llama.n_tokens = len(prompt) - 1  # `eval` takes out of its memory what comes after
-        self._llama.eval(prompt[-1:])
-        token = self._greedy()
+        self.llama.n_tokens = len(prompt) - 1  # `eval` takes out of its memory what comes after
+        self.llama.eval(prompt[-1:])
+        token = self.greedy()
         started = time.perf_counter()
         for _ in range(n_tokens):
-            self._llama.eval([token])
-            token = self._greedy()
+            self.llama.eval([token])
+            token = self.greedy()
         return n_tokens / (time.perf_counter() - started)
 
     def logits(self, prompt_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after a prompt, float32 [V]."""
         self._held = []
-        self._llama.reset()
-        self._llama.eval(self._known(prompt_ids))
+        self.llama.reset()
+        self.llama.eval(self._known(prompt_ids))
         return self._last_logits().copy()
 
     def _last_logits(self) -> NDArray[np.float32]:
         from llama_cpp import llama_get_logits_ith
 
-        address = llama_get_logits_ith(self._llama.ctx, -1)
-        return np.ctypeslib.as_array(address, shape=(self._llama.n_vocab(),))
+        address = llama_get_logits_ith(self.llama.ctx, -1)
+        return np.ctypeslib.as_array(address, shape=(self.llama.n_vocab(),))
 
-    def _greedy(self) -> int:
+    def greedy(self) -> int:
+        """The most probable token after what was computed."""
         return int(self._last_logits().argmax())
 
     def _known(self, prompt_ids: Sequence[int]) -> list[int]:
-        return [token % self._llama.n_vocab() for token in prompt_ids]
+        return [token % self.llama.n_vocab() for token in prompt_ids]
 
 
 def check_parity(contenders: Sequence[Any], prompt_ids: Sequence[int]) -> dict[str, float]:

@@ -28,6 +28,7 @@ def reply_as_dict(reply: Reply, experts: Mapping[str, Any] | None) -> dict[str, 
         "token_ids": reply.token_ids,
         "prompt_tokens": len(reply.prompt_ids),
         "reused_tokens": reply.n_reused,
+        "reused_from_disk": reply.n_read,
         "new_tokens": len(reply.token_ids),
         "ttft_us": times.ttft_us,
         "prefill": {
@@ -70,7 +71,7 @@ def summary(result: Mapping[str, Any]) -> Group:
 
 def _speed(result: Mapping[str, Any]) -> Text:
     prefill, decode = result["prefill"], result["decode"]
-    reused = f" (+ {result['reused_tokens']} from the cache)" if result["reused_tokens"] else ""
+    reused = f" (+ {_reused(result)})" if result["reused_tokens"] else ""
     lines = [
         f"prefill  {prefill['tokens']} tokens{reused}, {rate(prefill['tokens_per_s'])}, "
         f"first token after {ms(result['ttft_us'])}",
@@ -88,6 +89,12 @@ def _speed(result: Mapping[str, Any]) -> Text:
 
 def _times(n: int) -> str:
     return "once" if n == 1 else f"{n} times"
+
+
+def _reused(result: Mapping[str, Any], what: str = "") -> str:
+    """Prompt tokens that were not computed."""
+    from_disk = f", {result['reused_from_disk']} of them read from disk" if result["reused_from_disk"] else ""
+    return f"{result['reused_tokens']} {what}from the cache{from_disk}"
 
 
 def speculation(stats: Mapping[str, Any]) -> str:
@@ -202,7 +209,7 @@ def one_line(result: Mapping[str, Any]) -> str:
         f"{result['new_tokens']} tokens",
         rate(decode["tokens_per_s"]),
         f"first after {ms(result['ttft_us'])}",
-        *([f"{result['reused_tokens']} prompt tokens from the cache"] if result["reused_tokens"] else []),
+        *([_reused(result, "prompt tokens ")] if result["reused_tokens"] else []),
     ]
     return ", ".join([*words, *_how_it_ran(result)])
 

@@ -17,6 +17,8 @@ import numpy as np
 from hybrimoe.errors import ConfigError
 from hybrimoe.generation.batch.padding import Padding, left_padded, listening
 from hybrimoe.generation.engine import TextGenerator
+from hybrimoe.generation.kv_cache import PrefixCache
+from hybrimoe.generation.prefix.blocks import PrefixTree
 from hybrimoe.generation.sampling import COMPLETION_TOKENS, Sampler, SamplingOptions, with_length
 from hybrimoe.generation.transcript import FinishReason, Transcript
 from hybrimoe.generation.vocabulary import check_token_ids
@@ -46,9 +48,11 @@ class BatchReply:
 
 def generate_batch(
     generator: TextGenerator, prompts: Sequence[BatchPrompt], options: SamplingOptions,
-    should_stop: Callable[[], bool], on_step: Callable[[], None] = lambda: None,
+    should_stop: Callable[[], bool], on_step: Callable[[], None] = lambda: None, prefixes: PrefixTree | None = None,
 ) -> list[BatchReply]:  # fmt: skip
     """Replies to all prompts, in their order. `should_stop` is asked between tokens, `on_step` called after each step.
+
+    prefixes: what earlier prompts computed, which a prompt without others beside it takes up.
 
     Sampled replies depend on what shares the batch: the batch draws from one generator with the seed of `options`.
     A generator with speculation takes one prompt at a time. Raises PromptError for a prompt without room for a reply or
@@ -65,7 +69,8 @@ def generate_batch(
         check_token_ids(generator.model, prompt.token_ids, generator.tokenizer)
     if generator.pace is not None:
         require_single(len(prompts))
-        return [_speculated(generator, prompt, options, should_stop, on_step) for prompt in prompts]
+    if generator.pace is not None or (prefixes is not None and len(prompts) == 1):
+        return [_alone(generator, prompt, options, should_stop, on_step, prefixes) for prompt in prompts]
     order = _longest_first(prompts)
     transcripts = [_transcript(generator, prompts[at], options) for at in order]
     padding = Padding(np.zeros(len(prompts), np.bool_))
@@ -96,13 +101,15 @@ def require_single(n_sequences: int) -> None:
         )
 
 
-def _speculated(
+def _alone(
     generator: TextGenerator, prompt: BatchPrompt, options: SamplingOptions, should_stop: Callable[[], bool],
-    on_step: Callable[[], None],
+    on_step: Callable[[], None], prefixes: PrefixTree | None,
 ) -> BatchReply:  # fmt: skip
-    """A batch of one, computed with drafts: the tokens are those that `generate` would choose or draw."""
+    """A batch of one, with drafts or what is known of its beginning: the tokens are those that `generate` would choose
+    or draw."""
     own = _own_options(generator, prompt, options)
-    reply = generator.reply(list(prompt.token_ids), own, should_stop=should_stop)
+    cache = PrefixCache(generator.model, prefixes)
+    reply = generator.reply(list(prompt.token_ids), own, cache=cache, should_stop=should_stop)
     n_told = 0
     for _ in chain(reply, [""]):  # tokens without a text of their own come with the next piece, or at the end
         while n_told < len(reply.token_ids):

@@ -22,6 +22,7 @@ from hybrimoe.generation.batch.generate import (
 )
 from hybrimoe.generation.batch.prompts_file import PromptLine
 from hybrimoe.generation.engine import TextGenerator
+from hybrimoe.generation.prefix.blocks import PrefixTree
 from hybrimoe.generation.sampling import SamplingOptions
 from hybrimoe.generation.vocabulary import check_token_ids
 from scheduler.batching import Batching, Request, ServiceCosts, ServiceOrder, expected_distinct, make_batches
@@ -97,19 +98,21 @@ class BatchJob:
     """Runs prompts in batches of at most `size`. `on_result` gets each reply as its batch ends.
 
     `predictor`: tells `expertflow` the routes of replies; without one the prompts' own are recorded by a prefill.
-    Raises ConfigError for batches of several prompts with speculation.
+    `prefixes`: what earlier prompts computed, for batches of one. Raises ConfigError for batches of several prompts
+    with speculation.
     """
 
     def __init__(
         self, generator: TextGenerator, session: Session | None, lines: Sequence[PromptLine],
         prompts: Sequence[BatchPrompt], options: SamplingOptions, batching: Batching, size: int,
-        predictor: PredictsRoutes | None = None,
+        predictor: PredictsRoutes | None = None, prefixes: PrefixTree | None = None,
     ) -> None:  # fmt: skip
         if generator.pace is not None:
             require_single(size)
         self._generator, self._session = generator, session
         self._lines, self._prompts, self._options = lines, prompts, options.with_seed()
         self._batching, self._size, self._predictor = batching, size, predictor
+        self._prefixes = prefixes
         self.totals = JobTotals()
         self._step_us: list[float] = []
         self._prompt_token_us = 0.0
@@ -146,8 +149,9 @@ class BatchJob:
         prompts = [self._prompts[at] for at in batch]
         ends = [time.perf_counter_ns()]
         replies = generate_batch(
-            self._generator, prompts, self._options, should_stop, lambda: ends.append(time.perf_counter_ns())
-        )
+            self._generator, prompts, self._options, should_stop, lambda: ends.append(time.perf_counter_ns()),
+            self._prefixes,
+        )  # fmt: skip
         if len(ends) > 1:
             self._prompt_token_us = (ends[1] - ends[0]) / 1e3 / sum(len(prompt.token_ids) for prompt in prompts)
         self._step_us += (np.diff(ends[1:]) / 1e3).tolist()

@@ -3,16 +3,21 @@
 A block holds keys and values of up to 64 tokens, copied from the cache of the reply that computed them, and hangs on
 the block of the tokens before. So a path from the root is a text, conversations share the blocks of what they begin
 with alike, and any prompt finds the longest beginning that is kept. A reply computes in a cache of its own, into which
-that beginning is copied: nothing here changes while it is read.
+that beginning is copied: nothing here changes while it is read. Below it there may be a disk level: it keeps what a
+reply leaves and what memory gives up, and a prompt reads from there what memory does not have.
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hybrimoe.generation.prefix.disk import DiskLevel
+from hybrimoe.generation.prefix.keys import Record, n_alike, name_of, next_key
+from hybrimoe.generation.prefix.reading import Reading, parts_of
 from hybrimoe.generation.prefix.states import Checkpoint, is_bounded, is_plain, reason_against_blocks
 
 __all__ = ["BLOCK_TOKENS", "Block", "Known", "PrefixTree"]
@@ -30,10 +35,11 @@ HeldLayers = dict[int, tuple[Any, Any]]
 class Block:
     """Tokens that follow those of `parent`, with keys and values of each. Only a full block has children.
 
-    checkpoints: by the number of this block's tokens after which they stand.
+    key: of the text up to its end. checkpoints: by the number of this block's tokens after which they stand.
     """
 
     parent: Block | None
+    key: bytes
     token_ids: tuple[int, ...] = ()
     held: HeldLayers = field(default_factory=dict)
     children: dict[tuple[int, ...], Block] = field(default_factory=dict)
@@ -48,7 +54,7 @@ class Block:
         """The children that begin with the same token, and how many they have alike."""
         for child in self.children.values():
             if token_ids and child.token_ids[0] == token_ids[0]:
-                yield child, _n_alike(child.token_ids, token_ids)
+                yield child, n_alike(child.token_ids, token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +87,25 @@ class PrefixTree:
     """Blocks of at most `max_bytes` together. One thread calls all methods; the counters may be read by any.
 
     What was used longest ago leaves first, ends of texts before what they continue, the states of a message's end
-    before its tokens. reason: why nothing is kept of this model, None where it is.
+    before its tokens. reason: why nothing is kept of this model, None where it is. disk: what keeps more.
     """
 
-    def __init__(self, model: Any, max_bytes: int) -> None:
+    def __init__(self, model: Any, max_bytes: int, disk: DiskLevel | None = None) -> None:
         from hybrimoe.generation.growing import growing_cache
 
         self.max_bytes = max_bytes
+        self.disk = disk
         self.reason = reason_against_blocks(model)
         self.n_bytes = self.n_blocks = 0
         self.n_hits = self.n_misses = 0
         """Prompts of which a beginning was kept, and others."""
         self.n_evicted = 0
         """Blocks that made room for others."""
+        self.n_read_tokens = 0
+        """Tokens of prompts that came from disk."""
         layers = [] if self.reason else growing_cache(model.config.get_text_config(decoder=True)).layers
         self._needs_checkpoints = any(is_bounded(layer) for layer in layers)
-        self._root = Block(None)
+        self._root = Block(None, b"" if disk is None else disk.first_key)
         self._by_use: OrderedDict[Block | Checkpoint, Block] = OrderedDict()
         """Blocks, and checkpoints with the block that they stand in, the longest unused first. Each use of a path goes
         through it from its end to the root: a block is always older than its parent, a checkpoint than its block."""
@@ -116,12 +125,13 @@ class PrefixTree:
 
     def keep(
         self, token_ids: Sequence[int], layers: Sequence[Any], checkpoints: Sequence[Checkpoint] = (), *,
-        with_end: bool = True,
+        with_end: bool = True, lasting: bool = False,
     ) -> None:  # fmt: skip
         """Copy what is not kept yet of a sequence, whose cache has `layers`.
 
-        with_end: also the tokens of a last block that is not full; without, they wait until it is. A sequence that is
-        larger than `max_bytes` leaves its beginning.
+        with_end: also the tokens of a last block that is not full; without, they wait until it is. lasting: the
+        sequence is complete, so the disk level keeps it, too. A sequence that is larger than `max_bytes` leaves its
+        beginning.
         """
         held = {index: layer for index, layer in enumerate(layers) if is_plain(layer) and layer.get_seq_length()}
         n_tokens = len(token_ids)
@@ -131,13 +141,78 @@ class PrefixTree:
         for begin in range(0, n_tokens if with_end else n_tokens - n_tokens % BLOCK_TOKENS, BLOCK_TOKENS):
             tokens = tuple(token_ids[begin : begin + BLOCK_TOKENS])
             parent = path[-1] if path else self._root
-            block = self._covering(parent, tokens) or self._add(parent, tokens, begin, held, path)
+            block = self._covering(parent, tokens)
+            if block is None:
+                views = {index: _rows(layer, begin, begin + len(tokens)) for index, layer in held.items()}
+                block = self._add(parent, tokens, views, path, copies=True)
             if block is None:
                 break
             path.append(block)
         self._used(path)
         for checkpoint in checkpoints:
             self._remember(checkpoint, path)
+        if lasting and self.disk is not None:
+            self.disk.used(self._write_down(path))
+
+    # The disk level ----------------------------------------------------------------------------------------------
+
+    def begin_reading(self, prompt_ids: Sequence[int], n_held: int) -> Reading | None:
+        """Begin to read what the disk has of the beginning of a prompt and memory has not; None where that is nothing.
+
+        n_held: tokens of it that the reply's own cache holds already.
+        """
+        if self.disk is None or self.reason is not None:
+            return None
+        self.disk.refresh()
+        path, found = self._path(prompt_ids), self._find(prompt_ids)
+        parts = parts_of(
+            self.disk, [self._root.key, *(block.key for block in path)], prompt_ids, block_tokens=BLOCK_TOKENS,
+            n_known=found.n_tokens if self._needs_checkpoints else max(found.n_tokens, n_held),
+            n_in_memory=found.n_seen, needs_states=self._needs_checkpoints,
+            max_bytes=self.max_bytes - sum(block.n_bytes() for block in path),
+        )  # fmt: skip
+        return Reading(self.disk, prompt_ids, parts) if parts else None
+
+    def take_up(self, reading: Reading) -> int:
+        """Add what was read; returns how many tokens of the prompt that is."""
+        path, n_read = self._path(reading.prompt_ids), 0
+        for part, content in reading.contents():
+            if part.kind == "state":
+                self._remember(Checkpoint(part.end, **content), path)
+            elif part.first == BLOCK_TOKENS * len(path):  # else other replies have added or driven out blocks meanwhile
+                parent = path[-1] if path else self._root
+                block = self._covering(parent, part.token_ids)
+                if block is None:
+                    block = self._add(parent, part.token_ids, content, path)
+                    n_read += n_alike(part.token_ids, reading.prompt_ids[part.first : part.end])
+                if block is None:
+                    break
+                path.append(block)
+        self._used(path)
+        self.n_read_tokens += n_read
+        return n_read
+
+    def close(self, seconds: float) -> None:
+        """The disk level keeps all that memory has, as far as it gets in so many seconds, and ends."""
+        if self.disk is None:
+            return
+        blocks = list(self._root.children.values())
+        for block in blocks:
+            blocks += block.children.values()
+        self._write_down(blocks)
+        self.disk.close(seconds)
+
+    def _write_down(self, blocks: Sequence[Block]) -> list[str]:
+        """Have the disk level keep blocks and their checkpoints; returns the names of their files."""
+        assert self.disk is not None
+        records = [
+            record
+            for block in blocks
+            for record in (_record(block), *(_state_record(block, n) for n in block.checkpoints))
+        ]
+        for record in records:
+            self.disk.keep(record)
+        return [record.name for record in records]
 
     # Finding -----------------------------------------------------------------------------------------------------
 
@@ -185,17 +260,14 @@ class PrefixTree:
     # Keeping -----------------------------------------------------------------------------------------------------
 
     def _add(
-        self, parent: Block, token_ids: tuple[int, ...], begin: int, held: dict[int, Any], path: list[Block]
+        self, parent: Block, token_ids: tuple[int, ...], held: HeldLayers, path: list[Block], *, copies: bool = False
     ) -> Block | None:
-        """A new child of `parent`; None where only the blocks of `path` could make room for it."""
-        end = begin + len(token_ids)
-        views = {
-            index: (layer.keys[..., begin:end, :], layer.values[..., begin:end, :]) for index, layer in held.items()
-        }
-        block = Block(parent, token_ids, views)
+        """A new child of `parent`; None where only the blocks of `path` could make room for it. copies: of `held`."""
+        block = Block(parent, next_key(parent.key, token_ids), token_ids, held)
         if not self._make_room(block.n_bytes(), path):
             return None
-        block.held = {index: (_own(keys), _own(values)) for index, (keys, values) in views.items()}
+        if copies:
+            block.held = {index: tuple(_own(part) for part in parts) for index, parts in held.items()}
         for shorter, alike in list(parent.begins_like(token_ids)):
             if alike == len(shorter.token_ids):
                 self._replace(shorter, block)
@@ -212,6 +284,9 @@ class PrefixTree:
             self._by_use[checkpoint] = block
         shorter.checkpoints = {}
         self._drop(shorter)
+        if self.disk is not None:
+            assert shorter.parent is not None
+            self.disk.drop(name_of("block", shorter.parent.key, shorter.token_ids))
 
     def _remember(self, checkpoint: Checkpoint, path: list[Block]) -> None:
         """Keep a checkpoint in the block of `path` that has the token before it."""
@@ -236,13 +311,21 @@ class PrefixTree:
         return True
 
     def _let_go(self, oldest: Block | Checkpoint) -> None:
+        block = self._by_use[oldest]
         if isinstance(oldest, Block):
+            self._hand_down(_record(block))
             self.n_evicted += 1
-            self._drop(oldest)
+            self._drop(block)
             return
-        block = self._by_use.pop(oldest)
-        block.checkpoints = {n: one for n, one in block.checkpoints.items() if one is not oldest}
+        (n,) = (n for n, one in block.checkpoints.items() if one is oldest)
+        self._hand_down(_state_record(block, n))
+        del block.checkpoints[n], self._by_use[oldest]
         self.n_bytes -= oldest.n_bytes()
+
+    def _hand_down(self, record: Record) -> None:
+        """The disk level keeps what leaves memory."""
+        if self.disk is not None:
+            self.disk.take_over(record)
 
     def _drop(self, block: Block) -> None:
         """Take out a block without children and checkpoints."""
@@ -260,23 +343,40 @@ class PrefixTree:
 
 
 def _longest(path: list[Block], ends: list[tuple[Block, int]]) -> Known:
-    """All tokens of `path`, and those that the likest of the `ends` shares."""
+    """All tokens of `path`, and those that the likest of the `ends` shares; of equals the one with the logits there."""
     n_path = BLOCK_TOKENS * len(path)
     if not ends:
         return Known(n_path, n_path, tuple(path), path[-1].checkpoints.get(BLOCK_TOKENS) if path else None)
-    end, alike = max(ends, key=lambda one: one[1])
+    end, alike = max(ends, key=lambda one: (one[1], one[1] in one[0].checkpoints))
     return Known(n_path + alike, n_path + alike, (*path, end), end.checkpoints.get(alike))
+
+
+def _rows(layer: Any, begin: int, end: int) -> tuple[Any, ...]:
+    """Keys and values [1, heads, n, D] of tokens of a layer, as it holds them."""
+    return layer.keys[..., begin:end, :], layer.values[..., begin:end, :]
+
+
+def _record(block: Block) -> Record:
+    """A block as the disk level keeps it."""
+    assert block.parent is not None
+    name = name_of("block", block.parent.key, block.token_ids)
+    return Record(name, block.token_ids, block.held, block.n_bytes(), time.time_ns())
+
+
+def _state_record(block: Block, n: int) -> Record:
+    """The checkpoint after `n` tokens of a block."""
+    assert block.parent is not None
+    one, token_ids = block.checkpoints[n], block.token_ids[:n]
+    name = name_of("state", block.parent.key, token_ids)
+    return Record(name, token_ids, {"layers": one.layers, "logits": one.logits}, one.n_bytes(), time.time_ns())
 
 
 def _own(part: Any) -> Any:
     """A copy in host memory, of its own size."""
     import torch
 
-    return part.to("cpu", memory_format=torch.contiguous_format, copy=True)
+    from hybrimoe.generation.growing import copy_rows
 
-
-def _n_alike(left: Sequence[int], right: Sequence[int]) -> int:
-    for count, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return count
-    return min(len(left), len(right))
+    own = torch.empty(part.shape, dtype=part.dtype)
+    copy_rows(own, part)
+    return own

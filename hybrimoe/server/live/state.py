@@ -86,7 +86,7 @@ class Experts(TypedDict):
 class Tier(TypedDict):
     """A place in memory. of_bytes: what there is of it, or what it may take; null where that is not known."""
 
-    name: Literal["slots", "experts", "disk", "keys_and_values", "prefix_cache", "process"]
+    name: Literal["slots", "experts", "disk", "keys_and_values", "prefix_cache", "prefix_cache_disk", "process"]
     device: str
     bytes: int
     of_bytes: int | None
@@ -209,6 +209,10 @@ def _memory(
         if engine.prefixes is not None:
             kept, most = engine.prefixes.n_bytes, engine.prefixes.max_bytes
             yield {"name": "prefix_cache", "device": "cpu", "bytes": kept, "of_bytes": most}
+            disk = engine.prefixes.disk
+            if disk is not None:
+                kept, most = disk.n_bytes, disk.max_bytes
+                yield {"name": "prefix_cache_disk", "device": str(disk.path), "bytes": kept, "of_bytes": most}
     resident = int(psutil.Process().memory_info().rss)
     yield {"name": "process", "device": "cpu", "bytes": resident, "of_bytes": resident + available_bytes()}
 

@@ -18,6 +18,7 @@ from hybrimoe.bench.model import contenders, parallel, sources, speculate
 from hybrimoe.bench.model import measure as model_bench
 from hybrimoe.bench.model.weights import gguf_step_bytes, step_bytes
 from hybrimoe.cli.app import app
+from hybrimoe.cli.bench import long_chat as long_chat_command
 from hybrimoe.cli.bench import model_run
 from hybrimoe.cli.bench import parallel as parallel_command
 from hybrimoe.cli.bench import speculate as speculate_command
@@ -330,6 +331,23 @@ def test_replies_side_by_side_are_measured_and_compared_with_each_alone(capsys):
     assert sum(three["parts"].values()) == pytest.approx(1.0)
     parallel_command.show(result)
     assert "every reply is the one it is alone" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_second_turn_is_measured_by_where_the_first_one_is_kept(capsys, tmp_path):
+    words = ("--context", "80", "--turn-tokens", "5", "--new-tokens", "4", "--rounds", "1", "--folder", tmp_path)
+    result = run("long-chat", *map(str, words))
+    kept = 80 + 4 - 1
+    turns = [(row["turn"].split(", ")[-1], row["reused"], row["from_disk"]) for row in result["rows"]]
+    assert turns == [
+        ("first turn", 0, 0),
+        ("its cache still there", kept, 0),
+        ("another conversation between", kept, 0),
+        ("after a restart", kept, kept),
+    ]
+    assert all(row["ttft_ms"]["median"] > 0 < row["tiers"]["disk"] for row in result["rows"])
+    long_chat_command.show(result)
+    assert "after a restart" in " ".join(capsys.readouterr().out.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_reply_that_its_batch_changes_ends_the_benchmark(monkeypatch):

@@ -35,7 +35,7 @@ def test_each_line_is_a_message_and_the_cache_is_kept(conversation):
 def test_reset_forgets(conversation):
     first, _, again = conversation[:3]
     assert again["text"] == first["text"]
-    assert again["reused_tokens"] == 0
+    assert again["prompt_tokens"] == again["reused_tokens"] == first["prompt_tokens"]
 
 
 def test_a_message_that_is_too_long_is_an_error_of_its_own(conversation):

@@ -30,6 +30,19 @@ def run(hybrimoe, tmp_path_factory):
     return result.data, json.loads(trace.read_text())
 
 
+def test_a_later_call_reads_the_prompt_from_disk(hybrimoe, run, tmp_path):
+    kept = ("--prefix-cache-disk", "1GiB", "--prefix-cache-folder", tmp_path / "prefixes")
+    first, second = (hybrimoe("generate", "-p", PROMPT, *SAMPLED, "--json", *kept).data for _ in range(2))
+    n_prompt = first["prompt_tokens"]
+    assert [one["reused_from_disk"] for one in (first, second)] == [0, n_prompt]
+    assert first["token_ids"] == second["token_ids"] == run[0]["token_ids"]
+    other = hybrimoe("generate", "-p", PROMPT, *SAMPLED, "--json", "--dtype", "float32", *kept).data
+    assert other["reused_tokens"] == 0, "another dtype has other keys and values"
+    refused = hybrimoe("generate", "-p", PROMPT, "--prefix-cache-disk", "12")
+    assert refused.code == 2
+    assert "--prefix-cache-disk: expected a size" in refused.err
+
+
 def test_text_goes_to_stdout_and_summary_and_timeline_to_stderr(hybrimoe, run, tmp_path):
     trace = tmp_path / "run.json"
     result = hybrimoe("generate", "--prompt", PROMPT, *SAMPLED, "--timeline", "--trace", trace)

@@ -13,6 +13,7 @@ from hybrimoe.generation.batch.generate import BatchPrompt, generate_batch, new_
 from hybrimoe.generation.batch.job import BatchJob, job_prompts
 from hybrimoe.generation.batch.padding import left_padded
 from hybrimoe.generation.batch.prompts_file import PromptLine
+from hybrimoe.generation.prefix.blocks import PrefixTree
 
 TEXTS = ("a rather long prompt of forty characters", "short", "of a middling length", "b", "another short one")
 GREEDY = SamplingOptions(temperature=0.0, max_new_tokens=10)
@@ -155,6 +156,18 @@ def run_job(injected, lines, batching, size, stop=never):
     progress = []
     totals = job.run(stop, lambda result: None, lambda done, total, what: progress.append((done, total, what)))
     return totals, progress
+
+
+def test_prompts_one_by_one_compute_what_they_begin_with_alike_once(injected):
+    generator, session = injected
+    tree = PrefixTree(generator.model, 1 << 30)
+    lines = [PromptLine(at, TEXTS[0] + text) for at, text in enumerate((" a", " b", " c"), start=1)]
+    prompts = job_prompts(generator, lines, "p.txt")
+    job = BatchJob(generator, session, lines, prompts, GREEDY, "none", 1, prefixes=tree)
+    totals = job.run(never, lambda result: None, lambda done, total, what: None)
+    for prompt, result in zip(prompts, totals.results, strict=True):
+        assert (result.reply.text, result.reply.token_ids) == single(generator, prompt)[:2]
+    assert (tree.n_hits, tree.n_misses) == (2, 1)
 
 
 @pytest.mark.parametrize("batching", ["none", "expertflow", "moe-lightning"])

@@ -4,7 +4,7 @@ import torch
 from transformers import DynamicCache, GptOssConfig, Qwen3MoeConfig
 from transformers.cache_utils import DynamicLayer
 
-from hybrimoe.generation.growing import LEAST_ROOM, GrowingLayer, growing_cache
+from hybrimoe.generation.growing import LEAST_ROOM, GrowingLayer, copy_rows, growing_cache
 
 
 def tokens(n, seed=0, batch=1):
@@ -48,6 +48,33 @@ def test_room_is_a_share_of_what_is_held():
     layer.update(*tokens(80 * LEAST_ROOM))
     held = layer.keys.untyped_storage().nbytes() / layer.keys.element_size() / (2 * 8)
     assert held == 80 * LEAST_ROOM * 9 // 8
+
+
+def test_parts_come_into_one_buffer_that_has_room_for_all():
+    """A new layer, too: it made a buffer for each part, and copied what came before into it."""
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        layer, parts = GrowingLayer(), [tuple(half.to(dtype) for half in tokens(40, seed)) for seed in range(9)]
+        places = set()
+        layer.append((place_told(part, layer, places) for part in parts), 9 * 40 + 5)
+        assert len(places) == 1
+        assert torch.equal(layer.keys, torch.cat([keys for keys, _ in parts], -2))
+        assert torch.equal(layer.values, torch.cat([values for _, values in parts], -2))
+
+
+def place_told(part, layer, places):
+    if layer.buffers is not None:
+        places.add(layer.buffers.keys.data_ptr())
+    return part
+
+
+def test_rows_are_copied_between_any_memory():
+    for source in (torch.randn(2, 3, 5), torch.randn(2, 5, 3).mT, torch.randn(2, 3, 0), torch.ones(2, 3, 5).half()):
+        target = torch.zeros(
+            2, 7, source.shape[-1], dtype=torch.float32 if source.dtype == torch.half else source.dtype
+        )
+        copy_rows(target[:, 2:5], source)
+        assert torch.equal(target[:, 2:5], source.to(target.dtype))
+        assert not target[:, :2].any()
 
 
 def test_cropped_chosen_repeated_and_reordered_rows():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,59 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DeepseekV32Config
 
-import hybrimoe
 from hybrimoe.amounts import Amount
 from hybrimoe.errors import BudgetError
-from hybrimoe.generation import SamplingOptions, TextGenerator
-from hybrimoe.generation.continuous_batching import BatchEngine
+from hybrimoe.generation import TextGenerator
 from hybrimoe.generation.growing import GrowingLayer
 from hybrimoe.generation.kv_cache import CHECKPOINT_TAIL_TOKENS
 from hybrimoe.generation.prefix.blocks import BLOCK_TOKENS, Known, PrefixTree
 from hybrimoe.generation.prefix.budget import prefix_budget_bytes
 from hybrimoe.generation.prefix.states import Checkpoint
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
-from tiny_families import Letters
-from tiny_families import tiny_model as tiny_family
-
-GREEDY = SamplingOptions(temperature=0.0, max_new_tokens=6, ignore_eos=True)
-PLENTY = 1 << 30
-SYSTEM = [5 + n * n % 83 for n in range(100)]
-PART = 48
-
-
-def made(family: str) -> TextGenerator:
-    model = tiny_family(family)
-    model.config.get_text_config(decoder=True).max_position_embeddings = 512
-    if family == "qwen2_moe":
-        hybrimoe.inject(model, accelerator="none", expert_dtype="float32")
-    return TextGenerator(model, Letters())
-
-
-class Counting:
-    """An engine with a prefix cache, which counts the prompt tokens that it computes."""
-
-    def __init__(self, generator: TextGenerator, max_bytes: int = PLENTY, parallel: int = 2) -> None:
-        self.generator = generator
-        self.tree = PrefixTree(generator.model, max_bytes)
-        self.engine = BatchEngine(generator, parallel=parallel, prefixes=self.tree, part_tokens=PART)
-
-    def answers(self, *prompts: list[int], options: SamplingOptions = GREEDY) -> list[Any]:
-        """The replies to prompts that come at the same time; each is the one that the prompt gets alone."""
-        waiting, replies = list(prompts), []
-        while waiting or self.engine.n_running:
-            while waiting and self.engine.has_room(waiting[0], options):
-                replies.append(self.engine.admit(waiting.pop(0), options, lambda: False))
-            assert all(progress.error is None for progress in self.engine.step())
-        for prompt, reply in zip(prompts, replies, strict=True):
-            alone = self.generator.reply(prompt, options, part_tokens=PART)
-            assert "".join(alone) == reply.text
-            assert alone.token_ids == reply.token_ids
-        return replies
-
-
-FAMILIES = ("qwen2_moe", "deepseek_v2", "gpt_oss", "qwen3_next", "lfm2_moe")
-"""Plain and compiled, latent attention, sliding windows, linear attention, convolutions."""
+from tests.hybrimoe.generation.prefix_replies import (
+    FAMILIES,
+    GREEDY,
+    PLENTY,
+    SYSTEM,
+    Counting,
+    Letters,
+    has_plain_layers_only,
+    made,
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -75,10 +38,6 @@ def generator(request: pytest.FixtureRequest) -> Iterator[TextGenerator]:
     torch.set_num_threads(1)
     yield made(request.param)
     torch.set_num_threads(threads)
-
-
-def has_plain_layers_only(generator: TextGenerator) -> bool:
-    return not PrefixTree(generator.model, 1)._needs_checkpoints
 
 
 def test_any_prompt_reuses_what_any_earlier_one_computed(generator: TextGenerator) -> None:

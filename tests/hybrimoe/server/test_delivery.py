@@ -6,6 +6,8 @@ import threading
 
 import pytest
 
+from hybrimoe.amounts import Amount
+from hybrimoe.generation.prefix.budget import DiskSettings, PrefixSettings
 from hybrimoe.server import delivery
 
 WHOLE = {"prompt": "It was", "max_tokens": 60, "temperature": 0}
@@ -276,3 +278,32 @@ def test_replies_to_one_prompt_compute_it_once(application, client, generator, m
     assert (told["hybrimoe_prefix_cache_hits"], told["hybrimoe_prefix_cache_misses"]) == ("4.0", "1.0")
     assert 0 < float(told["hybrimoe_prefix_cache_bytes"]) < float(told['hybrimoe_prefix_cache_max_bytes{reason=""}'])
     assert "a prefix cache of" in served.described()
+
+
+def test_a_restarted_server_reads_what_an_earlier_one_computed(application, client, tmp_path):
+    disk = DiskSettings(tmp_path / "prefixes", Amount("bytes", 1 << 30), "a model")
+    prompt = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 2
+
+    async def run(app):
+        async with client(app) as connection:
+            answer = await connection.post(PATH, json={"prompt": prompt, "max_tokens": 3, "temperature": 0})
+            return answer.json(), (await connection.get("/metrics")).text, await connection.get("/hybrimoe/state")
+
+    answers = []
+    for restarted in (False, True):
+        app, served = application(prefix_cache=PrefixSettings(disk=disk))
+        assert f"1GiB in {disk.folder}" in served.described()
+        answer, metrics, state = asyncio.run(run(app))
+        answers.append(answer)
+        reused = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert reused == (answer["usage"]["prompt_tokens"] if restarted else 0)
+        told = dict(
+            line.rsplit(" ", 1) for line in metrics.splitlines() if line.startswith("hybrimoe_prefix_cache_disk")
+        )
+        assert float(told["hybrimoe_prefix_cache_disk_read_tokens"]) == reused
+        assert float(told['hybrimoe_prefix_cache_disk_max_bytes{reason=""}']) == 1 << 30
+        tier = next(tier for tier in state.json()["memory"] if tier["name"] == "prefix_cache_disk")
+        assert (tier["device"], tier["of_bytes"]) == (str(disk.folder), 1 << 30)
+        served.close()
+    assert tier["bytes"] > 0
+    assert answers[0]["choices"] == answers[1]["choices"]

@@ -4,12 +4,14 @@ import json
 
 import pytest
 
+from hybrimoe.amounts import Amount
 from hybrimoe.cli.chatting.answering import Chat
 from hybrimoe.cli.chatting.loop import ChatLoop
 from hybrimoe.cli.chatting.settings import SETTINGS, setting_lines
 from hybrimoe.cli.common import deploy_config
 from hybrimoe.cli.common_model import open_model
 from hybrimoe.generation import Conversation, SamplingOptions
+from hybrimoe.generation.prefix.budget import DiskSettings, PrefixSettings, prefix_tree
 from hybrimoe.generation.saved.sessions import STATES, TEXT, Session
 
 SHORT = SamplingOptions(max_new_tokens=5, temperature=0.8, seed=3)
@@ -125,6 +127,45 @@ def test_a_conversation_is_saved_and_loaded(talk, tmp_path):
     assert other.conversation.system == "Be brief."
     assert len(json.loads(file.read_text())) == 5
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_every_branch_and_every_conversation_reuses_what_any_other_computed(talk, opened, tmp_path):
+    file, disk = tmp_path / "walk.json", DiskSettings(tmp_path / "prefixes", Amount("auto"), "the demo")
+
+    def conversation(tree):
+        return Conversation(opened.generator, prefixes=tree)
+
+    def begun():
+        return prefix_tree(opened.generator.model, PrefixSettings(Amount("bytes", 1 << 28), disk), 0)
+
+    tree = begun()
+    lines = (
+        HELLO,
+        "And then?",
+        f"/save {file}",
+        "/edit What now?",
+        f"/load {file}",
+        "Go on",
+        "/retry",
+        "/clear",
+        HELLO,
+    )
+    chat = talk(*lines, "/stats", conversation=conversation(tree))
+    hello, then, edited, on, retried, again = chat.replies
+    assert hello["reused_tokens"] == 0
+    assert edited["reused_tokens"] >= hello["prompt_tokens"], "the row goes back"
+    assert on["reused_tokens"] >= then["prompt_tokens"], "the branch before /edit is in the tree"
+    for reply in (retried, again):
+        assert reply["reused_tokens"] == reply["prompt_tokens"], "nothing is computed for the same prompt"
+    assert f"{again['prompt_tokens']} from the cache)" in chat.notes
+    other = talk(HELLO, "/edit Good evening", conversation=conversation(tree)).replies
+    assert other[0]["token_ids"] == hello["token_ids"]
+    tree.close(60)
+    later = talk(f"/load {file}", "Go on", "/stats", conversation=conversation(begun()))
+    (reply,) = later.replies
+    assert reply["reused_from_disk"] == reply["reused_tokens"] == reply["prompt_tokens"]
+    assert reply["token_ids"] == on["token_ids"]
+    assert f"{reply['prompt_tokens']} of them read from disk" in later.notes
 
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}

@@ -10,7 +10,7 @@ import { Switches } from "./switches.js";
 const WINDOW = 30; // readings that the hit rate looks back
 const SAMPLE_TOKENS = 400;
 const WATCH = "Generate something to watch";
-const TIERS = { slots: "Slots", experts: "Experts", disk: "Experts on disk", keys_and_values: "Keys and values", prefix_cache: "Prefix cache", process: "This process" };
+const TIERS = { slots: "Slots", experts: "Experts", disk: "Experts on disk", keys_and_values: "Keys and values", prefix_cache: "Prefix cache", prefix_cache_disk: "Prefix cache on disk", process: "This process" };
 
 export class LiveView {
   constructor() {

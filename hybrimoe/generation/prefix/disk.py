@@ -1,0 +1,256 @@
+"""The disk level of the prefix cache: what prompts and replies computed, for later processes and for what memory gives
+up.
+
+A thread writes, so that no token waits; threads read what a prompt begins with, all of it at once. Whatever goes wrong
+with a file is a miss: it is computed again. Where nothing can be written, the level warns once and writes no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hybrimoe.generation.prefix.encoding import decode, encode, facts_of
+from hybrimoe.generation.prefix.folder import Folder
+from hybrimoe.generation.prefix.keys import Kind, Record, first_key, n_alike, name_of
+
+__all__ = ["DiskLevel"]
+
+READERS = 4
+"""Threads: a disk serves several reads at once, and checksums take a core each."""
+MOST_LENT_BYTES = 256 << 20
+"""Of what memory has given up, that waits to be written; more is left out rather than held in memory."""
+MOST_LOOKED_AT = 16
+"""Files whose beginnings a prompt reads to see which block has most of its next tokens."""
+log = logging.getLogger("hybrimoe.generation.prefix")
+
+
+class DiskLevel:
+    """Files of at most `max_bytes` in `folder`, of the model with `identity`. The generating thread calls the methods;
+    the counters may be read by any.
+
+    reason: why nothing is written any more, None while it is.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, identity: str) -> None:
+        self.first_key = first_key(identity)
+        self.reason: str | None = None
+        self.n_read_bytes = self.n_written_bytes = 0
+        self.n_damaged = 0
+        """Files that were not as they had been written, and were deleted."""
+        self.n_left_out = 0
+        """Blocks and states that memory gave up faster than the disk took them."""
+        self._folder = Folder(folder, max_bytes)
+        self._changed = threading.Condition()
+        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._lent: dict[str, int] = {}
+        """Bytes of waiting records that memory has given up, by name."""
+        self._errands: deque[Callable[[], None]] = deque()
+        self._writing = self._closing = False
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="hybrimoe-prefix-read")
+        self._writer = threading.Thread(target=self._write, name="hybrimoe-prefix-write", daemon=True)
+        self._writer.start()
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self._folder.path
+
+    @property
+    def max_bytes(self) -> int:
+        """What the files may take together, whatever model they are of."""
+        return self._folder.max_bytes
+
+    @property
+    def n_bytes(self) -> int:
+        """What they take."""
+        return self._folder.n_bytes
+
+    @property
+    def n_files(self) -> int:
+        """Blocks and states that are kept."""
+        return len(self._folder)
+
+    @property
+    def n_evicted(self) -> int:
+        """Those that made room for others."""
+        return self._folder.n_evicted
+
+    # Reading -----------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """See what other processes have written."""
+        self._folder.refresh()
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return name in self._folder
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; 0 where there is none."""
+        return self._folder.size(name)
+
+    def longest(self, kind: Kind, key: bytes, token_ids: Sequence[int]) -> int:
+        """How many of `token_ids` the longest block or state that is kept after the text with `key` has; 0: none."""
+        if self.has(name_of(kind, key, token_ids)):
+            return len(token_ids)
+        numbers = {n for n, _ in self._folder.after(key, kind) if n <= len(token_ids)}
+        return next((n for n in sorted(numbers, reverse=True) if self.has(name_of(kind, key, token_ids[:n]))), 0)
+
+    def likest(self, key: bytes, token_ids: Sequence[int]) -> tuple[tuple[int, ...], int]:
+        """The tokens of a block after the text with `key`, and how many it and `token_ids` begin with alike; the most.
+
+        A block that has others, too, is told by its file; of these a few are looked at, the latest used first.
+        """
+        n = self.longest("block", key, token_ids)
+        best, most = tuple(token_ids[:n]), n
+        others = (name for n_there, name in self._folder.after(key, "block") if n_there > n)
+        for name in islice(others, MOST_LOOKED_AT if n < len(token_ids) else 0):
+            known = self._tokens_of(name)
+            alike = n_alike(known, token_ids)
+            if alike > most:
+                best, most = known, alike
+        return best, most
+
+    def _tokens_of(self, name: str) -> tuple[int, ...]:
+        """As a file says; none where it is gone or damaged, which a reader will see."""
+        try:
+            with (self.path / name).open("rb") as file:
+                return tuple(facts_of(file)["token_ids"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return ()
+
+    def read(self, kind: Kind, key: bytes, token_ids: Sequence[int]) -> Future[Any]:
+        """What was kept, as the result of a thread; None where it is not there, or damaged: that file is deleted."""
+        return self._readers.submit(self._read, name_of(kind, key, token_ids), list(token_ids))
+
+    def _read(self, name: str, token_ids: list[int]) -> Any:
+        try:
+            data = self._folder.read(name)
+        except OSError as error:
+            log.warning("the prefix cache cannot read %s: %s", self.path / name, error)
+            return None
+        if data is None:
+            return None
+        try:
+            facts, content = decode(data)
+            if facts != {"name": name, "token_ids": token_ids}:
+                raise ValueError("it is of another text")
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            self.n_damaged += 1
+            log.warning("%s of the prefix cache is damaged and is deleted: %s", self.path / name, error)
+            with contextlib.suppress(OSError):
+                self._folder.delete(name)
+            return None
+        self.n_read_bytes += data.nbytes
+        return content
+
+    # Writing -----------------------------------------------------------------------------------------------------
+
+    def keep(self, record: Record) -> None:
+        """Write a block or a checkpoint, which memory holds meanwhile."""
+        with self._changed:
+            if self._takes(record.name) and record.name not in self._records:
+                self._records[record.name] = record
+                self._changed.notify_all()
+
+    def take_over(self, record: Record) -> None:
+        """Write what memory gives up, if it is not on disk yet and not too much waits already."""
+        with self._changed:
+            if not self._takes(record.name):
+                return
+            if sum(self._lent.values()) + record.n_bytes > MOST_LENT_BYTES:
+                self._records.pop(record.name, None)
+                self.n_left_out += 1
+                return
+            self._records.setdefault(record.name, record)
+            self._lent[record.name] = record.n_bytes
+            self._changed.notify_all()
+
+    def used(self, names: Sequence[str]) -> None:
+        """The files of a text, in its order, are used now."""
+        now_ns = time.time_ns()
+        self._in_turn(lambda: self._folder.used(names, now_ns))
+
+    def drop(self, name: str) -> None:
+        """A file, written or not, that another one replaces."""
+        with self._changed:
+            self._records.pop(name, None)
+        if self.has(name):
+            self._in_turn(lambda: self._folder.delete(name))
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until everything is written; False where it is not after so long."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._records or self._errands or self._writing), seconds)
+
+    def close(self, seconds: float) -> None:
+        """Write what waits, for so long at most, and end."""
+        self.wait(seconds)
+        with self._changed:
+            self._closing = True
+            self._records.clear()
+            self._errands.clear()
+            self._changed.notify_all()
+        self._writer.join(seconds)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        if not self._writer.is_alive():
+            self._folder.close()
+
+    def _takes(self, name: str) -> bool:
+        return self.reason is None and not self._closing and not self.has(name)
+
+    def _in_turn(self, errand: Callable[[], None]) -> None:
+        """Have the writing thread do something, after what waits now."""
+        with self._changed:
+            if self.reason is None and not self._closing:
+                self._errands.append(errand)
+                self._changed.notify_all()
+
+    def _write(self) -> None:
+        """The writing thread: errands come after the records that waited before them, as of one text."""
+        while True:
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._records or self._errands or self._closing)
+                if self._closing:
+                    return
+                record = self._records.popitem(last=False)[1] if self._records else None
+                errand = self._errands.popleft() if record is None else None
+                self._writing = True
+            try:
+                if record is not None:
+                    self._write_record(record)
+                elif errand is not None:
+                    errand()
+            except (OSError, TypeError) as error:
+                self._give_up(error)
+
+    def _write_record(self, record: Record) -> None:
+        try:
+            pieces = encode({"name": record.name, "token_ids": list(record.token_ids)}, record.content)
+            if self._folder.write(record.name, pieces, record.used_ns):
+                self.n_written_bytes += record.n_bytes
+        finally:
+            with self._changed:
+                self._lent.pop(record.name, None)
+
+    def _give_up(self, error: Exception) -> None:
+        """A full disk, a folder that is gone: nothing is written any more; what there is can still be read."""
+        with self._changed:
+            self.reason = str(error)
+            self._records.clear()
+            self._lent.clear()
+            self._errands.clear()
+        log.warning(
+            "the prefix cache writes no more into %s (%s); what it keeps in memory is not affected", self.path, error
+        )
