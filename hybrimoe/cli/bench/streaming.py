@@ -36,7 +36,7 @@ def streaming(
 
     Chats are streamed to clients in a process of their own, and CPU time of this process is compared with that of the
     same replies by the same engine in the same thread, which nobody is sent. Sampling and turning tokens into text
-    belong to the engine. Take a small model, like that of the package, with --accelerator none --threads 1: of others the
+    belong to the engine. Take a small model, like that of the package, with --accelerator none --threads 1: else the
     difference is lost in what the engine's own threads take.
     """
     from hybrimoe.cli.serve import need_extra
