@@ -134,6 +134,8 @@ def test_what_else_is_plainly_wrong(folder: Path) -> None:
             ("chat --adapter empty", "empty is no adapter: it has no adapter_config.json"),
             ("serve --adapter empty:zero", "no adapter empty:zero"),
             ("inspect --adapter gone:0.5", "no adapter gone"),
+            ("ctl status --url ftp://x", "expected an address like http://127.0.0.1:8000"),
+            ("ctl slots 4 --url 127.0.0.1:1", "no server answers at http://127.0.0.1:1"),
             ("convert weightless out --adapter gone", "weightless has no weights"),
             ("generate --prompts rules.yaml --batching expertflow --route-predictor gone.onnx", "gone.onnx"),
             ("chat --top-p 0.5 --accelerator gpu7", "'gpu7' is no accelerator"),
