@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from hybrimoe.checkpoint.dense import OTHER_STACKS, PREDICTION_KEY
 from hybrimoe.errors import ModelError
 from hybrimoe.experts.layout import find_experts, read
 
@@ -41,6 +42,8 @@ def uneven_counts(sources: Mapping[str, Source]) -> dict[int, int]:
     numbers: dict[int, set[int]] = defaultdict(set)
     rows: dict[int, set[int]] = defaultdict(set)
     for key, source in sources.items():
+        if PREDICTION_KEY.search(key) or OTHER_STACKS.search(key):
+            continue  # layers of their own, with the same numbers
         if single := SINGLE.search(key):
             numbers[int(single[1])].add(int(single[2]))
         elif (stacked := STACKED.search(key)) and len(source.shape) == 3:

@@ -5,9 +5,11 @@ A command takes options one by one, or as a group: a parameter whose type is a d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -333,6 +335,30 @@ class SamplingGroup:
         return SamplingOptions(**given, stop=stop)
 
 
+OPTION_OF_KEY = {
+    "accelerator": "--accelerator", "memory.gpu_experts": "--slots", "memory.host": "--host-memory",
+    "memory.kv_dtype": "--kv-dtype", "cpu.expert_dtype": "--dtype", "cpu.threads": "--threads",
+    "scheduler.policy": "--policy", "scheduler.lookahead": "--lookahead", "scheduler.lossy": "--lossy",
+    "generation.attention_sinks": "--attention-sinks",
+}  # fmt: skip
+"""Options by the key of a deployment file that they stand for."""
+
+
+@contextlib.contextmanager
+def _options_named() -> Iterator[None]:
+    """A ConfigError names the option that a value came from, not the key that it stands for."""
+    from hybrimoe.errors import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        told = re.sub(
+            r"^<option>: ([\w.]+)(?=:)", lambda found: OPTION_OF_KEY.get(found[1], found[0]), str(error), flags=re.M
+        )
+        raise ConfigError(told) from error
+
+
+@_options_named()
 def deploy_config(
     config: str | None,
     *,

@@ -45,6 +45,7 @@ def register(app: typer.Typer) -> None:
     group.command("slots")(slots)
     group.command("host-memory")(host_memory)
     group.command("kv")(kv)
+    group.command("parallel")(parallel)
     group.command("policy")(policy)
     group.command("load")(load)
     group.command("unload")(unload)
@@ -82,6 +83,14 @@ def kv(
 ) -> None:  # fmt: skip
     """Change the memory for keys and values of all replies; what those under way have planned stays theirs."""
     _change({"kv": size}, url, api_key_file, as_json=as_json)
+
+
+def parallel(
+    number: Annotated[int, typer.Argument(metavar="N", min=1, max=64, help="Replies at once.")],
+    url: UrlOption = DEFAULT_URL, api_key_file: KeyFileOption = None, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Change how many replies are computed at once; fewer than run now are refused."""
+    _change({"parallel": number}, url, api_key_file, as_json=as_json)
 
 
 def policy(

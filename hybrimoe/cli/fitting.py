@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from cpu_kernels import ExpertDtype
     from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.tracing.study.fitting import Choice, Wish
+    from scheduler.machine.profile import ModelShape
 
-__all__ = ["chosen", "fitted", "most_replies", "wished"]
+__all__ = ["chosen", "fitted", "most_replies", "stored_shapes", "wished"]
 
 MEASURED_DTYPE: ExpertDtype = "int4"
 """Of the experts with which a machine without a calibration is measured for a moment; only speeds depend on it."""
+FEWER_BITS = ("int8", "int4")
+"""Of keys and values, where nothing fits in 16 bit."""
 IN_HOST = {"none", "emulated"}
 """Accelerators without memory of their own."""
 
@@ -37,21 +40,38 @@ def chosen(deployment: DeployConfig, wish: Wish) -> Choice:
 
     Raises what `hybrimoe.checkpoint.meta.model_shape` and `hybrimoe.tracing.study.fitting.choose` raise.
     """
-    from hybrimoe.checkpoint.meta import model_shape, with_kv_dtype
+    from hybrimoe.checkpoint.meta import model_shape
     from hybrimoe.machine.calibrate import quick_profile
     from hybrimoe.machine.memory import available_bytes
     from hybrimoe.machine.profiles import hardware_for_plan
-    from hybrimoe.tracing.study.fitting import Machine, choose
+    from hybrimoe.tracing.study.fitting import Machine, choose_stored
 
-    shape = with_kv_dtype(model_shape(deployment.model), deployment.model, deployment.memory.kv_dtype)
+    shape = model_shape(deployment.model)
     profile, _ = hardware_for_plan(None, lambda: quick_profile(shape.hidden, shape.inter, MEASURED_DTYPE))
     device_bytes = 0 if IN_HOST.issuperset(deployment.accelerator) else None
-    return choose(shape, Machine(profile, device_bytes, available_bytes()), wish)
+    on_cpu = device_bytes == 0 or not profile.accel.memory_gib
+    shapes = stored_shapes(deployment.model, shape, deployment.memory.kv_dtype, on_cpu=on_cpu)
+    return choose_stored(shapes, Machine(profile, device_bytes, available_bytes()), wish)
+
+
+def stored_shapes(model: str | None, shape: ModelShape, kv_dtype: str, *, on_cpu: bool) -> dict[str, ModelShape]:
+    """The shape of a model by the dtypes in which its keys and values may be stored, the preferred one first.
+
+    kv_dtype: the one that is settled; auto: any, with attention on the CPU in fewer bits, too. Raises ConfigError for
+    what is no such dtype.
+    """
+    from hybrimoe.checkpoint.meta import with_kv_dtype
+    from hybrimoe.tracing.study.fitting import KV_DTYPE
+
+    if kv_dtype != "auto":
+        return {kv_dtype: with_kv_dtype(shape, model, kv_dtype)}
+    fewer = {name: with_kv_dtype(shape, model, name) for name in FEWER_BITS} if on_cpu else {}
+    return {KV_DTYPE: shape} | fewer
 
 
 def wished(deployment: DeployConfig, *, serves: bool) -> Wish:
     """What a deployment settles itself."""
-    from hybrimoe.tracing.study.fitting import KV_DTYPE, Wish
+    from hybrimoe.tracing.study.fitting import Wish
 
     cpu, kv, parallel = deployment.cpu, deployment.memory.kv, deployment.server.parallel
     return Wish(
@@ -60,7 +80,6 @@ def wished(deployment: DeployConfig, *, serves: bool) -> Wish:
         expert_dtype=None if cpu.expert_dtype == "auto" else cpu.expert_dtype,
         dense_dtype=None if cpu.dense_dtype == "auto" else cpu.dense_dtype,
         kv_bytes=int(kv.value) if kv.kind == "bytes" else None,
-        kv_dtype=KV_DTYPE if deployment.memory.kv_dtype == "auto" else deployment.memory.kv_dtype,
     )
 
 
@@ -74,9 +93,13 @@ def most_replies() -> int:
 def _changes(deployment: DeployConfig, choice: Choice, *, serves: bool) -> dict[str, Any]:
     """As `read_config` takes them. Slots stay what the deployment says: auto is what is free once the model is loaded,
     and leaves the memory for keys and values alone."""
+    from hybrimoe.tracing.study.fitting import KV_DTYPE
+
     memory: dict[str, Any] = {}
     if deployment.memory.kv.kind == "auto" and choice.kv_bytes:
         memory["kv"] = f"{choice.kv_bytes}B"
+    if deployment.memory.kv_dtype == "auto" and choice.kv_dtype != KV_DTYPE:
+        memory["kv_dtype"] = choice.kv_dtype
     if choice.needs_disk and deployment.memory.disk.kind == "none":
         memory["disk"] = "auto"
     changes: dict[str, Any] = {"memory": memory} if memory else {}

@@ -92,6 +92,8 @@ def generate(
     single = prompt is not None or prompt_file is not None or timeline or trace is not None or profile
     if prompts is not None and single:
         raise typer.BadParameter("--prompts does not go with --prompt, --prompt-file, --timeline, --trace, --profile")
+    if prompts is not None and placement.context_shift:
+        raise typer.BadParameter("--context-shift is for single replies: batches of prompts end at the context")
     text = read_prompt(prompt, prompt_file) if prompts is None else read_file(prompts)
     options = sampling.options()
     common.check_readable(route_predictor)

@@ -46,8 +46,7 @@ def run(deployment: DeployConfig, text: str, options: SamplingOptions, job: JobO
         raise typer.BadParameter("--route-predictor is what --batching expertflow groups by: give both")
     if deployment.generation.context_shift:
         raise ConfigError(
-            "--context-shift (generation.context_shift) is for single replies: batches of prompts end at the context;"
-            " leave it out of --prompts"
+            "generation.context_shift is for single replies: the prompts of --prompts end at the context; leave it out"
         )
     lines = read_prompts(text, job.name)
     from hybrimoe.cli.common_model import kept_prefixes, open_model, progress_bar

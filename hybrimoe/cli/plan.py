@@ -72,7 +72,7 @@ def plan(
     from hybrimoe.errors import ConfigError
     from hybrimoe.extensions.policies import open_policy
     from hybrimoe.machine.calibrate import quick_profile
-    from hybrimoe.tracing.study.fitting import KV_DTYPE, Machine, Wish, choose
+    from hybrimoe.tracing.study.fitting import KV_DTYPE, Machine, Wish, choose_stored
     from hybrimoe.tracing.study.planning import expect, fit
 
     open_policy(policy)
@@ -86,14 +86,17 @@ def plan(
     reasons: list[str] = []
     stored = KV_DTYPE if kv_dtype == "auto" else kv_dtype
     if fit_all:
-        from hybrimoe.cli.fitting import most_replies
+        from hybrimoe.cli.fitting import most_replies, stored_shapes
 
-        wish = Wish(context=context, replies=parallel, most_replies=most_replies(), kv_dtype=stored)
-        choice = choose(shape, Machine(profile, device_bytes, host_bytes), wish)
+        wish = Wish(context=context, replies=parallel, most_replies=most_replies())
+        on_cpu = not (profile.accel.memory_gib if device_bytes is None else device_bytes)
+        shapes = stored_shapes(model, shape, kv_dtype, on_cpu=on_cpu)
+        choice = choose_stored(shapes, Machine(profile, device_bytes, host_bytes), wish)
         if choice.expert_dtype != expert_dtype:
             profile, taken = measured(choice.expert_dtype)
         expert_dtype, dense_dtype, found = choice.expert_dtype, choice.dense_dtype, choice.fit
-        reasons = list(choice.reasons)
+        reasons, stored = list(choice.reasons), choice.kv_dtype
+        shape = shapes[stored]
     else:
         found = fit(
             shape, profile, context=context, expert_dtype=expert_dtype, dense_dtype=dense_dtype,

@@ -74,9 +74,7 @@ class BatchEngine:
         self.prefixes = prefixes
         self.part_tokens = part_tokens
         self._rows = CacheRows(generator.model, parallel, prefixes)
-        step = getattr(getattr(generator.model, "hybrimoe", None), "step", None)
-        if step is not None:
-            step.keep_for(parallel)
+        self._tell_step()
         self._places: list[_Place] = []
         self.n_steps = 0
         """Steps so far that gave a token to each reply beyond its prompt."""
@@ -172,6 +170,26 @@ class BatchEngine:
         self.generator.kv_bytes = wanted
         self._free_idle_memory()
         return wanted
+
+    def resize_parallel(self, parallel: int) -> None:
+        """Changes, between two steps, how many replies run at once; of parts of prompts the size stays.
+
+        Raises BudgetError, and nothing has changed, for fewer than run now.
+        """
+        if parallel < max(1, self.n_running):
+            raise BudgetError(
+                f"{self.n_running} replies are under way: give {max(1, self.n_running)} or more, or wait until they"
+                f" have ended; asked for {parallel}"
+            )
+        self._rows.resize(parallel - self.n_running)
+        self.parallel = parallel
+        self._tell_step()
+
+    def _tell_step(self) -> None:
+        """The compiled or captured step keeps something of each sequence."""
+        step = getattr(getattr(self.generator.model, "hybrimoe", None), "step", None)
+        if step is not None:
+            step.keep_for(self.parallel)
 
     # One step ---------------------------------------------------------------------------------------------------
 

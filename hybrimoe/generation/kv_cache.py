@@ -283,9 +283,18 @@ class CacheRows:
     """
 
     def __init__(self, model: Any, n_rows: int, prefixes: PrefixTree | None = None) -> None:
-        self._idle = [PrefixCache(model, prefixes) for _ in range(n_rows)]
+        self._model, self._prefixes = model, prefixes
+        self._idle: list[PrefixCache] = []
         self.idle_bytes = 0
         """Memory of the idle ones, which any thread may read."""
+        self.resize(n_rows)
+
+    def resize(self, n_idle: int) -> None:
+        """So many idle ones: new ones are empty, and the longest idle go first."""
+        missing = n_idle - len(self._idle)
+        added = [PrefixCache(self._model, self._prefixes) for _ in range(missing)]
+        self._idle = added + self._idle[max(0, -missing) :]
+        self._measure()
 
     def take(self, prompt_ids: Sequence[int]) -> PrefixCache:
         """An idle cache; there must be one. The one in which most is shared and least lost, else the longest idle."""

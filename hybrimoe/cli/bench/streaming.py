@@ -36,7 +36,8 @@ def streaming(
 
     Chats are streamed to clients in a process of their own, and CPU time of this process is compared with that of the
     same replies by the same engine in the same thread, which nobody is sent. Sampling and turning tokens into text
-    belong to the engine. A small model, like that of the package, makes the difference small beside nothing.
+    belong to the engine. Take a small model, like that of the package, with --accelerator none --threads 1: else the
+    difference is lost in what the engine's own threads take.
     """
     from hybrimoe.cli.serve import need_extra
 
@@ -81,5 +82,5 @@ def _show(rows: list[Row], new_tokens: int, rounds: int) -> None:
     render.out().print(render.table(f"CPU time of a streamed token, of {new_tokens} a reply; measured", columns, shown))
     render.note(
         f"The least disturbed of {rounds} rounds each; all threads of the process; from - to: what rounds differ by."
-        " --threads 1 leaves out threads that spin while they wait for work."
+        " --accelerator none --threads 1 leave out threads that spin, or hold Python's lock, beside the server's."
     )

@@ -31,10 +31,12 @@ class Changes(Strict):
         default=None, description="Memory for keys and values of all replies: a size, a share of the device's, or auto."
     )
 
+    parallel: Annotated[Integer, Field(ge=1, le=64)] | None = Field(default=None, description="Replies at once.")
+
     @model_validator(mode="after")
     def _something(self) -> Changes:
-        if self.policy is None and self.slots is None and self.host_memory is None and self.kv is None:
-            raise ValueError("expected policy, slots, host_memory, kv, or several of them")
+        if all(value is None for value in (self.policy, self.slots, self.host_memory, self.kv, self.parallel)):
+            raise ValueError("expected policy, slots, host_memory, kv, parallel, or several of them")
         return self
 
 
@@ -54,7 +56,7 @@ def add_routes(app: FastAPI, models: Models) -> None:
     async def settings(body: Changes, request: Request) -> State:
         models.in_memory()
         async with models.using(None, request) as served:
-            await change(served, body.policy, body.slots, body.host_memory, body.kv)
+            await change(served, body.policy, body.slots, body.host_memory, body.kv, body.parallel)
         return await run_in_threadpool(read_state, models)
 
     @app.post("/hybrimoe/step", responses=errors())

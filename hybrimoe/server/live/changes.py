@@ -1,5 +1,5 @@
-"""What may be changed while a model runs: the policy that plans, the number of slots, the memory of experts and of keys
-and values."""
+"""What may be changed while a model runs: the policy that plans, the number of slots and of replies at once, the memory
+of experts and of keys and values."""
 
 from __future__ import annotations
 
@@ -30,15 +30,18 @@ def planned_session(served: Served) -> Session:
 
 
 async def change(
-    served: Served, policy: str | None, slots: int | None, host_memory: str | None = None, kv: str | None = None
-) -> None:
+    served: Served, policy: str | None, slots: int | None, host_memory: str | None = None, kv: str | None = None,
+    parallel: int | None = None,
+) -> None:  # fmt: skip
     """Change what is given, between two steps: replies under way go on.
 
     What another policy needs is compiled before, beside the replies. Raises RequestError for what cannot be, naming
     the field, and what is named is then as before.
     """
+    engine = served.worker().engine
+    if parallel is not None:
+        await _between_steps(served, "parallel", lambda: engine.resize_parallel(parallel))
     if kv is not None:
-        engine = served.worker().engine
         await _between_steps(served, "kv", lambda: engine.resize_kv(kv))
     if host_memory is not None:
         session = _session(served)

@@ -6,18 +6,19 @@ what the experts leave, for as many replies as are wanted and for a context as l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from hybrimoe.errors import BudgetError
 from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES
 from hybrimoe.tracing.study.planning import DEFAULT_CONTEXT, GIB, HOST_RESERVE_BYTES, Fit, fit, token_bytes
 from scheduler.machine.profile import HardwareProfile, ModelShape
 
-__all__ = ["CANDIDATES", "Choice", "Machine", "Wish", "choose"]
+__all__ = ["CANDIDATES", "Choice", "Machine", "Wish", "choose", "choose_stored"]
 
 CANDIDATES = (("bfloat16", "bfloat16"), ("int8", "int8"), ("int4", "int8"))
 """Dtypes of experts and of all other weights, the most precise first; int4 dense layers are for who asks for them."""
+MIB = 1 << 20
 KV_DTYPE = "bfloat16"
 """Of keys and values: as the model computes them."""
 SPARE_SHARE = 0.5
@@ -112,6 +113,28 @@ def choose(shape: ModelShape, machine: Machine, wish: Wish) -> Choice:
     found, kv_bytes = _with_room(shape, machine, wish, best)
     reasons += [_cache_reason(shape, found, kv_bytes, wish.kv_dtype), _slots_reason(found)]
     return Choice(expert_dtype, dense_dtype, kv_bytes, found, tuple(reasons), wish.kv_dtype)
+
+
+def choose_stored(shapes: Mapping[str, ModelShape], machine: Machine, wish: Wish) -> Choice:
+    """`choose` with keys and values in the first dtype for which anything fits.
+
+    shapes: of the model, by that dtype, the preferred one first. Those in fewer bits come only where nothing fits else:
+    they are an approximation, and need attention that is compiled on the CPU.
+
+    Raises as `choose` for the first one.
+    """
+    failed: dict[str, BudgetError] = {}
+    for kv_dtype, shape in shapes.items():
+        try:
+            choice = choose(shape, machine, replace(wish, kv_dtype=kv_dtype))
+        except BudgetError as error:
+            failed[kv_dtype] = error
+            continue
+        if not failed:
+            return choice
+        why = f"with keys and values in {' or '.join(failed)} nothing fits; {kv_dtype} is an approximation (docs/kv.md)"
+        return replace(choice, reasons=(*choice.reasons, why))
+    raise next(iter(failed.values()))
 
 
 def _fit(
@@ -232,4 +255,5 @@ def _nearer(wish: Wish) -> Iterator[tuple[str, Wish]]:
 
 
 def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / GIB:.1f} GiB"
+    """An amount in GiB, in MiB where that would be next to none."""
+    return f"{n_bytes / GIB:.1f} GiB" if n_bytes >= GIB // 10 else f"{n_bytes / MIB:.1f} MiB"

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from transformers import (
 import hybrimoe
 from hybrimoe.checkpoint import UnsupportedCheckpointError, convert, load
 from hybrimoe.checkpoint.inspection import inspect
+from hybrimoe.cli.chat import identity
+from hybrimoe.cli.common_model import OpenModel
 from hybrimoe.errors import CheckpointError, ConfigError, HybriMoEError, ModelError
 
 from .conftest import SMALL
@@ -30,6 +33,7 @@ from .models import DENSE_OPTIONS, FLOAT32, OPTIONS, files_of, logits
 
 RANK, ALPHA, STD = 4, 6, 0.3
 LAYER = "model.layers.1"
+Q = f"{LAYER}.self_attn.q_proj"
 HIDDEN, INTER, N_EXPERTS, VOCABULARY = (
     SMALL[name] for name in ("hidden_size", "intermediate_size", "num_local_experts", "vocab_size")
 )
@@ -276,6 +280,20 @@ def test_packs_with_and_without_an_adapter_are_never_mixed(directory: Path, tmp_
     assert not torch.equal(logits(load(directory, **DENSE_OPTIONS, adapters=str(experts))), fresh[1])
 
 
+def test_saved_conversations_belong_to_the_adapters_that_they_were_held_with(directory: Path, tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", pair(Q, HIDDEN, HIDDEN))
+
+    def of(**options: Any) -> str:
+        config = hybrimoe.load_config({"model": str(directory)}, **options)
+        return identity(cast("OpenModel", SimpleNamespace(config=config, generator=SimpleNamespace(tokenizer=None))))
+
+    before = of(adapters=[str(adapter)])
+    assert len({of(), before, of(adapters=[f"{adapter}:0.5"])}) == 3
+    assert of(adapters=[str(adapter)]) == before
+    written(adapter, pair(Q, HIDDEN, HIDDEN) | pair("lm_head", VOCABULARY, HIDDEN))
+    assert of(adapters=[str(adapter)]) != before
+
+
 def test_a_converted_model_is_the_merged_one(directory: Path, mixtral: PreTrainedModel, tmp_path: Path) -> None:
     adapter = written(tmp_path / "adapter", stacked_experts() | around_experts(), **STACKED)
 
@@ -307,7 +325,6 @@ def test_inspect_says_what_an_adapter_changes(directory: Path, tmp_path: Path) -
 
 # Bad input ------------------------------------------------------------------------------------------------------------
 
-Q = f"{LAYER}.self_attn.q_proj"
 BAD: list[tuple[str, Tensors, dict[str, Any], type[HybriMoEError], str]] = [
     ("another method", {}, {"peft_type": "IA3"}, UnsupportedCheckpointError, "IA3; only LoRA is merged"),
     ("no weights", {}, {}, CheckpointError, "has no weights"),

@@ -19,6 +19,7 @@ from hybrimoe.errors import BudgetError, CheckpointError, ModelError
 from hybrimoe.runtime.tier.cache import HostCache
 from hybrimoe.runtime.tier.store import TieredStore
 from hybrimoe.runtime.tier.usage import UsageWarning
+from scheduler.graph import TaskGraph
 
 from .conftest import SMALL
 from .models import OPTIONS, files_of
@@ -111,6 +112,24 @@ def test_reads_stand_in_the_timeline(tiered: Callable[..., PreTrainedModel]) -> 
     reads = [record for record in session.timeline if record.lane == "disk"]
     assert len(reads) >= session.stats().total.disk_reads > 0
     assert all(read.end_us > read.start_us and read.bytes > 0 and read.step >= 0 for read in reads[8:])
+
+
+@pytest.mark.parametrize("policy", ["ours", "on_demand/none/lru"])
+def test_an_accelerators_plans_know_what_is_read(tiered: Callable[..., PreTrainedModel], policy: str) -> None:
+    """What ran is a linear extension of the plans' graph, with the reads that CPU and transfers have waited for."""
+    model = tiered(12, accelerator="emulated", gpu_expert_slots=6, policy=policy)
+    session = model.hybrimoe.session
+    resident = session.slot_contents()
+    session.record_timeline(True)
+    answers(model)
+    records, plans, planner = session.timeline, session.plans, session.planner
+    assert sum(len(item.plan.reads) for item in plans) > 0
+    graph = TaskGraph.from_plans(plans, planner.costs, session.layer_specs()[0].spec.record_bytes)
+    graph.validate(6, resident)
+    graph.check_execution([record for record in records if record.lane != "disk"], slack_us=100.0)
+    kinds = {graph.tasks[node].kind for task in graph.tasks if task.kind == "read" for node in graph.graph[task.id]}
+    assert kinds & {"cpu_expert", "transfer"}
+    assert planner.cost_models[0].disk_drift != 1.0, "what reads take was not learnt"
 
 
 def test_where_all_fits_the_file_is_mapped(tiered: Callable[..., PreTrainedModel]) -> None:

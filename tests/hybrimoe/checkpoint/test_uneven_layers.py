@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hybrimoe.checkpoint import convert, load
+from hybrimoe.checkpoint.errors import LeftOutWarning
 from hybrimoe.checkpoint.inspection import inspect
 from hybrimoe.errors import CheckpointError, ModelError
 
@@ -87,6 +88,20 @@ def test_a_layer_that_lacks_experts_is_no_pruned_one(make_model: Make, tmp_path:
     save_file(cut, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"config\.json asks for 4 experts, the checkpoint has 3 like"):
         load(tmp_path, **OPTIONS)
+
+
+def test_experts_of_other_stacks_are_not_counted(make_model: Make, tmp_path: Path) -> None:
+    """A pruned model whose layers for several tokens at once were left as they were."""
+    expected = logits(model := make_model())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    gate = {"mtp.layers.0.block_sparse_moe.gate.weight": torch.zeros(6, SMALL["hidden_size"])}
+    experts = {f"mtp.layers.0.block_sparse_moe.experts.{n}.w1.weight": torch.zeros(48, 32) for n in range(6)}
+    save_file(tensors | gate | experts, file, metadata={"format": "pt"})
+    with pytest.warns(LeftOutWarning):
+        found = load(tmp_path, packed_file=False, **FLOAT32)
+    torch.testing.assert_close(logits(found), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fewer_experts_than_a_token_is_routed_to(make_model: Make, tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ def test_slots_may_go_and_come_back(ask):
         ({"kv": "1B"}, "the keys and values of one token take"),
         ({"kv": "500TiB"}, "is more than cpu has left: give"),
         ({"kv": "many"}, "expected a size"),
+        ({"parallel": 0}, "parallel"),
     ],
 )
 def test_what_cannot_be_changed_is_refused_and_nothing_changes(ask, asked, said):
@@ -265,6 +266,12 @@ def test_what_replies_under_way_need_is_not_taken(injected):
     texts = {first: "", second: ""}
     for number in range(80):
         if number == 5:
+            with pytest.raises(BudgetError, match="2 replies are under way: give 2 or more"):
+                engine.resize_parallel(1)
+            engine.resize_parallel(3)
+            assert engine.has_room(prompt, options)
+            engine.resize_parallel(2)
+            assert not engine.has_room(prompt, options)
             with pytest.raises(BudgetError, match=rf"2 replies under way have room for: give {least}B"):
                 engine.resize_kv(f"{least - 1}B")
             assert injected.kv_bytes == 64 << 20
@@ -273,6 +280,9 @@ def test_what_replies_under_way_need_is_not_taken(injected):
             texts[progress.reply] += progress.text
     assert texts == {first: wanted, second: wanted}
     assert not engine.n_running
+    engine.resize_parallel(1)
+    assert engine.admit(prompt, options, lambda: False)
+    assert not engine.has_room(prompt, options)
     injected.kv_bytes = None
 
 
@@ -312,6 +322,7 @@ def test_ctl_shows_and_changes_a_running_server(served, tmp_path):
         assert (code, json.loads(said)["experts"]["n_slots"]) == (0, 6)
         assert "policy hybrimoe; 6 slots" in ctl("policy", "hybrimoe", "--url", url.removeprefix("http://"), **known)[1]
         assert ctl("kv", "64MiB", "--url", url + "/", **known)[0] == 0
+        assert "up to 5 at once" in ctl("parallel", "5", "--url", url, **known)[1]
         assert served.engine.generator.kv_bytes == 64 << 20
         served.engine.generator.kv_bytes = None
         for words, refusal in (

@@ -9,8 +9,8 @@ from hybrimoe.config.deploy import load_config
 from hybrimoe.errors import BudgetError, ConfigError
 from hybrimoe.machine.profiles import open_hardware, open_shape
 from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES
-from hybrimoe.tracing.study.fitting import Machine, Wish, choose
-from hybrimoe.tracing.study.planning import HOST_RESERVE_BYTES
+from hybrimoe.tracing.study.fitting import Machine, Wish, choose, choose_stored
+from hybrimoe.tracing.study.planning import HOST_RESERVE_BYTES, token_bytes
 
 GIB = 1 << 30
 WISH = Wish(context=4096)
@@ -97,6 +97,26 @@ def test_what_is_wished_is_kept():
 def test_a_refusal_names_the_nearest_that_fits(wish, said):
     with pytest.raises(BudgetError, match=said):
         choice_of(64, wish, device_bytes=3 * GIB, model="qwen3-30b-a3b")
+
+
+def test_keys_and_values_take_fewer_bits_only_where_nothing_fits_else():
+    shape = open_shape("olmoe-1b-7b")
+    shapes = fitting.stored_shapes("olmoe-1b-7b", shape, "auto", on_cpu=True)
+    assert list(shapes) == ["bfloat16", "int8", "int4"]
+    assert [shapes[name].kv_bytes for name in shapes] == sorted((one.kv_bytes for one in shapes.values()), reverse=True)
+    assert list(fitting.stored_shapes("olmoe-1b-7b", shape, "auto", on_cpu=False)) == ["bfloat16"]
+    assert list(fitting.stored_shapes("olmoe-1b-7b", shape, "int4", on_cpu=True)) == ["int4"]
+    diskless = replace(open_hardware("laptop"), disk=None)
+    least = choice_of(64, Wish(context=1, expert_dtype="int4", dense_dtype="int8"), device_bytes=0).fit
+    weights = least.dense_bytes + least.n_experts * least.expert_bytes + HOST_RESERVE_BYTES
+    roomy, tight = (
+        choose_stored(shapes, Machine(diskless, 0, weights + kv), Wish(context=4096))
+        for kv in (4096 * token_bytes(shape), 4096 * token_bytes(shapes["int8"]))
+    )
+    assert (roomy.kv_dtype, tight.kv_dtype) == ("bfloat16", "int8")
+    assert "with keys and values in bfloat16 nothing fits" in tight.reasons[-1]
+    with pytest.raises(BudgetError, match="nothing fits"):
+        choose_stored(shapes, Machine(diskless, 0, weights // 2), Wish(context=4096))
 
 
 def test_a_deployment_keeps_what_it_sets_itself(monkeypatch):

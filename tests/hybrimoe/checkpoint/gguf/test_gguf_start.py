@@ -14,8 +14,10 @@ from hybrimoe.checkpoint.meta import model_shape
 from hybrimoe.checkpoint.source import model_path
 from hybrimoe.errors import ModelError
 
+from ....families.tiny_families import tiny_model
 from ..models import DENSE_OPTIONS, FLOAT32, OPTIONS, done_in_loading, files_of, logits
-from .models import gguf_model, letters
+from ..test_adapters import pair, product, written
+from .models import OVERRIDES, gguf_model, letters
 
 Q4_0, Q8_0 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
 
@@ -71,6 +73,22 @@ def test_quantised_experts_in_records_of_their_size_change_little(kind: object, 
     exact, found = load(file, **FLOAT32), load(file, **FLOAT32 | {"expert_dtype": dtype})
     difference = (logits(exact) - logits(found)).abs().max()
     assert difference < 0.05 * logits(exact).abs().max(), "activations are rounded to int8 beside such weights"
+
+
+def test_an_adapter_is_merged_into_the_values_of_a_quantised_file(tmp_path: Path) -> None:
+    file = gguf_model("olmoe", tmp_path, kind=Q4_0)
+    q, down = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.experts.5.down_proj"
+    adapter = written(tmp_path / "adapter", tensors := pair(q, 32, 32) | pair(down, 32, 64))
+    options = FLOAT32 | {"dense_dtype": "float32"}
+    values = load(file, **options).hybrimoe.full_state_dict()
+    values[f"{q}.weight"] = values[f"{q}.weight"] + product(tensors, q)
+    experts = values["model.layers.1.mlp.experts.down_proj"].clone()
+    experts[5] += product(tensors, down)
+    merged = tiny_model("olmoe", **OVERRIDES["olmoe"])
+    merged.load_state_dict(values | {"model.layers.1.mlp.experts.down_proj": experts})
+    found = load(file, adapters=[str(adapter)], **options)
+    torch.testing.assert_close(logits(found), logits(merged), rtol=1e-4, atol=1e-4)
+    assert (inspect(file).choice.dtype, inspect(file, [str(adapter)]).choice.dtype) == ("int4", "int8")
 
 
 def test_an_inspection_says_what_packing_costs(tmp_path: Path) -> None:
