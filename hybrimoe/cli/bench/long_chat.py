@@ -76,7 +76,8 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"{row['context']} tokens, {row['contender']}: {held}", style="dim")
     described = result["machine"]
     console.print(
-        "own cache: nobody has used it since; from memory: another conversation has; from disk: after a restart",
+        "second turns, own cache: nobody has used it since; from memory: another conversation has; from disk: after a"
+        " restart",
         style="dim",
     )
     console.print(
@@ -89,6 +90,6 @@ def show(result: dict[str, Any]) -> None:
 def _line(row: dict[str, Any]) -> tuple[str, ...]:
     ttft = row["ttft_ms"]
     return (
-        str(row["context"]), row["contender"], row["turn"], f"{ttft['median']:.0f}",
+        str(row["context"]), row["contender"], row["turn"].removeprefix("second, "), f"{ttft['median']:.0f}",
         f"{ttft['min']:.0f}-{ttft['max']:.0f}", f"{row['of_first']:.1%}", f"{row['tbt_ms']:.1f}", str(row["reused"]),
     )  # fmt: skip
