@@ -157,7 +157,7 @@ def test_the_benchmarks_of_the_package_are_commands(hybrimoe):
     shown = hybrimoe("bench", "--help").out
     for name in names:
         assert callable(importlib.import_module(f"hybrimoe.cli.bench.{name}").register)
-        assert name in shown
+        assert name.replace("_", "-") in shown
 
 
 def test_json_keeps_number_lists_on_one_line_and_leaves_text_alone(capsys):
@@ -171,21 +171,23 @@ def test_json_keeps_number_lists_on_one_line_and_leaves_text_alone(capsys):
 
 
 def numeric_options():
-    """Every option of every command, groups included, that takes a number: the words of its command, and its name."""
+    """Every option and argument of every command that takes a number: the words in front of it, and how it is named."""
     for name in app_module.COMMANDS:
         command = app_module.load_command(name)
         for leaf, found in getattr(command, "commands", {"": command}).items():
             types = typing.get_type_hints(inspect.unwrap(found.callback))
             for option in found.params:
                 if re.search(r"\bint\b|\bfloat\b", str(types[option.name])):
-                    yield pytest.param([word for word in (name, leaf) if word], option.opts[0])
+                    is_argument = option.param_type_name == "argument"
+                    marker, named = ("--", f"'{option.metavar}'") if is_argument else (option.opts[0], option.opts[0])
+                    yield pytest.param([word for word in (name, leaf, marker) if word], named)
 
 
-@pytest.mark.parametrize(("words", "option"), list(numeric_options()))
-def test_a_number_that_cannot_be_meant_is_wrong_usage(hybrimoe, words, option):
-    result = hybrimoe(*words, option, "-7", stdin="a prompt")
+@pytest.mark.parametrize(("words", "named"), list(numeric_options()))
+def test_a_number_that_cannot_be_meant_is_wrong_usage(hybrimoe, words, named):
+    result = hybrimoe(*words, "-7", stdin="a prompt")
     assert result.code == 2
-    assert re.search(option.strip("-").replace("-", "[ _-]"), result.err)
+    assert re.search(named.strip("-").replace("-", "[ _-]"), result.err)
 
 
 def test_no_processes_at_all_are_wrong_usage(hybrimoe, tmp_path):
