@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from hybrimoe.checkpoint.dequantise import Source
 from hybrimoe.checkpoint.safetensors_file import StoredTensor
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
@@ -14,38 +15,12 @@ from hybrimoe.errors import CheckpointError
 STORAGE = Storage("LoRA")
 
 
-class Delta(Protocol):
+class Delta(Source, Protocol):
     """What is added to a weight or, where the model's mapping joins weights, to a part of one; all float32.
 
-    It is a `hybrimoe.checkpoint.dequantise.Source`, so that the mapping makes of deltas what it makes of weights: all
-    that it does is linear.
+    A source, so that the mapping makes of deltas what it makes of weights: all that it does is linear. Its key is where
+    it stands in the adapter.
     """
-
-    @property
-    def key(self) -> str:
-        """Where it stands in the adapter."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """float32."""
-
-    @property
-    def stored(self) -> tuple[StoredTensor, ...]:
-        """The tensors of the adapter that it is made from."""
-
-    @property
-    def storage(self) -> Storage:
-        """LoRA."""
-
-    def read(self) -> torch.Tensor:
-        """All of it."""
-
-    def read_slice(self, index: int) -> torch.Tensor:
-        """[1, ...]: one entry of the first dimension."""
 
     def add_to(self, values: torch.Tensor) -> None:
         """Adds all of it to float32 `values`, without a copy of either."""
