@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -136,9 +136,11 @@ def plain(label: str, model: Any, tokenizer: Any) -> Contender:
 class LlamaCpp:
     """A GGUF file through llama-cpp-python; the interface of `Contender` as far as speed goes."""
 
-    def __init__(self, path: str, threads: int, n_tokens: int, device_layers: int = 0) -> None:
+    def __init__(self, path: str, threads: int, n_tokens: int, device_layers: int = 0, *, mapped: bool = False) -> None:
         """threads: of prompts and of decode steps. n_tokens: of prompt and reply together, which its context holds.
-        device_layers: on the device, where llama.cpp is built for one; -1: all."""
+        device_layers: on the device, where llama.cpp is built for one; -1: all. mapped: weights stay pages of the file,
+        without copies in layouts that are faster to compute with, and the context is no longer than it must be: for a
+        model that does not fit memory."""
         try:
             from llama_cpp import Llama
         except ImportError as error:
@@ -148,11 +150,12 @@ class LlamaCpp:
         self.counters: list[dict[str, Any]] = []
         self.open_s = self.resident_mib = 0.0
         self.step_bytes = gguf_step_bytes(path)
-        context = max(CONTEXT, n_tokens + 1)
-        self.llama = Llama(
-            model_path=path, n_threads=threads, n_threads_batch=threads, n_ctx=context, n_gpu_layers=device_layers,
-            verbose=False,
-        )  # fmt: skip
+        context = n_tokens + 1 if mapped else max(CONTEXT, n_tokens + 1)
+        with _without_copies() if mapped else nullcontext():
+            self.llama = Llama(
+                model_path=path, n_threads=threads, n_threads_batch=threads, n_ctx=context, n_gpu_layers=device_layers,
+                verbose=False,
+            )  # fmt: skip
         self._held: list[int] = []
 
     def prefill(self, prompt_ids: Sequence[int]) -> float:
@@ -186,6 +189,11 @@ class LlamaCpp:
         self.llama.eval(self._known(prompt_ids))
         return self._last_logits().copy()
 
+    def forward(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Computes tokens behind those before; logits [V] after the last of them."""
+        self.llama.eval(self._known(tokens))
+        return self._last_logits().copy()
+
     def _last_logits(self) -> NDArray[np.float32]:
         from llama_cpp import llama_get_logits_ith
 
@@ -198,6 +206,26 @@ class LlamaCpp:
 
     def _known(self, prompt_ids: Sequence[int]) -> list[int]:
         return [token % self.llama.n_vocab() for token in prompt_ids]
+
+
+@contextmanager
+def _without_copies() -> Iterator[None]:
+    """A model that is opened meanwhile computes from the file's own layout. llama.cpp has a setting for it, for which
+    `Llama` has no argument."""
+    from llama_cpp import llama_cpp
+
+    defaults = llama_cpp.llama_model_default_params
+
+    def without() -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_model_default_params = without
+    try:
+        yield
+    finally:
+        llama_cpp.llama_model_default_params = defaults
 
 
 def check_parity(contenders: Sequence[Any], prompt_ids: Sequence[int]) -> dict[str, float]:

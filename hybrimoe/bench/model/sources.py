@@ -114,8 +114,11 @@ class RandomSource:
         injection.compile_step()
         return model
 
-    def gguf(self, path: Path, progress: Callable[[int, int, str], None]) -> None:
-        """Writes the weights that `hybrid` has as a GGUF file for llama.cpp. Raises as `write_gguf`."""
+    def gguf(
+        self, path: Path, progress: Callable[[int, int, str], None], change: Callable[[Any], None] = lambda model: None
+    ) -> None:
+        """Writes the weights that `hybrid` has as a GGUF file for llama.cpp. change: is given the model first, and may
+        set other values of what is not experts. Raises as `write_gguf`."""
         from hybrimoe.bench.model.gguf_file import write_gguf
         from hybrimoe.checkpoint.dense import meta_model
         from hybrimoe.config.deploy import load_config
@@ -126,6 +129,7 @@ class RandomSource:
         layer = injection.session.layer_specs()[0]
         injection.session.close()  # its store was never written to: it took no memory
         _draw_dense(model)
+        change(model)
         generator = torch.Generator().manual_seed(SEED)
         drawn = [_random_expert(layer.spec, generator) for _ in range(min(DISTINCT_EXPERTS, layer.num_experts))]
         which = [expert % len(drawn) for expert in range(layer.num_experts)]

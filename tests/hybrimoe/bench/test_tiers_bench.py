@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrimoe.bench import tiers as tiers_bench
+from hybrimoe.bench.tiers import layers as tiers_bench
 from hybrimoe.errors import BudgetError, ConfigError, ModelError
 
 CONFIG = {

@@ -269,10 +269,18 @@ def routes_of(request: Request) -> tuple[Routes, npt.NDArray[np.float64]]:
 def packed_file(request: Request) -> Iterator[PackedFile]:
     """A packed file of random experts in the request's folder, removed afterwards. Raises BudgetError where the disk
     has no room for it."""
+    layers = require_room(request)
+    with tempfile.TemporaryDirectory(prefix="hybrimoe-bench-", dir=request.folder) as folder:
+        yield _written(Path(folder), layers)
+
+
+def require_room(request: Request, copies: int = 1) -> tuple[LayerSpec, ...]:
+    """The layers of a request, whose folder is there afterwards. Raises BudgetError where the disk has no room for so
+    many copies of their experts."""
     shape = open_shape(request.shape)
     spec = ExpertSpec(shape.hidden, shape.inter, request.dtype)  # type: ignore[arg-type]
     layers = tuple(LayerSpec(f"layers.{index}.experts", spec, shape.n_experts) for index in range(request.layers))
-    n_bytes = sum(layer.nbytes for layer in layers)
+    n_bytes = copies * sum(layer.nbytes for layer in layers)
     request.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(request.folder).free
     if free < n_bytes:
@@ -280,8 +288,7 @@ def packed_file(request: Request) -> Iterator[PackedFile]:
             f"{request.folder} has {free / 2**30:.1f} GiB free, the experts take {n_bytes / 2**30:.1f} GiB:"
             " fewer --layers"
         )
-    with tempfile.TemporaryDirectory(prefix="hybrimoe-bench-", dir=request.folder) as folder:
-        yield _written(Path(folder), layers)
+    return layers
 
 
 def _written(folder: Path, layers: tuple[LayerSpec, ...]) -> PackedFile:
