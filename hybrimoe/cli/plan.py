@@ -106,6 +106,10 @@ def plan(
         raise ConfigError("--kv-dtype: keys and values lie on the device, and are stored otherwise on the CPU alone")
     expected = expect(found, shape, profile, policy, expert_dtype, dense_dtype)
     render.note(taken)
+    if found.disk_experts and profile.disk is not None:
+        from hybrimoe.machine.disks import disk_text
+
+        render.note(f"disk: {disk_text(profile.disk)}")
     for reason in reasons:
         render.note(reason)
     if remark := packing_remark(model, expert_dtype):

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -22,6 +23,7 @@ from hybrimoe.injection.application import Application
 from hybrimoe.injection.explain import Explanation, explain_resolution
 from hybrimoe.injection.guards import MARK, remove_guards
 from hybrimoe.injection.resolve import Resolution
+from hybrimoe.machine.disks import calibrated_disk, disk_text
 
 if TYPE_CHECKING:
     from hybrimoe.dense.attention import DecodeAttention
@@ -179,9 +181,11 @@ class Injection:
         if tier is None:
             return ()
         how = "past the page cache" if tier.direct else "through the page cache"
+        disk = calibrated_disk(Path(tier.path))
+        measured = f"; measured: {disk_text(disk)}" if disk is not None else "; hybrimoe calibrate measures this disk"
         return (
             f"{tier.n_slots} of {tier.n_records} experts fit host memory (memory.host,"
-            f" {size_text(tier.n_slots * tier.slot_bytes)}); the others are read from {tier.path}, {how}",
+            f" {size_text(tier.n_slots * tier.slot_bytes)}); the others are read from {tier.path}, {how}{measured}",
         )
 
     def explain(self) -> Explanation:

@@ -125,6 +125,7 @@ def _packed_cache() -> Check:
 
 
 def _profile() -> Check:
+    from hybrimoe.machine.disks import disk_text
     from hybrimoe.machine.profiles import open_hardware, profile_path
 
     path = profile_path()
@@ -134,7 +135,10 @@ def _profile() -> Check:
         profile = open_hardware(path)
     except (YamlRulesError, ValueError, OSError, HybriMoEError) as error:
         return Check("calibration", "warn", f"{path}: {error}", "hybrimoe calibrate writes it anew")
-    return Check("calibration", "ok", f"{path}: {profile.name}, {profile.provenance}")
+    found = f"{path}: {profile.name}, {profile.provenance}"
+    if profile.disk is None:
+        return Check("calibration", "ok", f"{found}, without the disk")
+    return Check("calibration", "ok", f"{found}; disk {disk_text(profile.disk)}")
 
 
 def kernels() -> Check:

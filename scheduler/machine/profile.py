@@ -71,8 +71,15 @@ class LinkProfile:
 
 @dataclass(frozen=True, slots=True)
 class DiskProfile:
+    """Reads of experts past the page cache: their rate together, and what one alone takes beyond its share of it.
+
+    ``reads_in_flight``: the fewest that reach the rate, 0 where nobody has measured it. ``device``: what was measured.
+    """
+
     gbps: float
     latency_us: float = 100.0
+    reads_in_flight: int = 0
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +250,8 @@ def _check_profile(profile: HardwareProfile) -> None:
     }  # fmt: skip
     if profile.disk is not None:
         positive["disk.gbps"] = profile.disk.gbps
+        _number(profile.name, "disk.latency_us", profile.disk.latency_us)
+        _number(profile.name, "disk.reads_in_flight", profile.disk.reads_in_flight)
     for name, value in positive.items():
         _number(profile.name, name, value, above_zero=True)
     not_negative = {

@@ -29,13 +29,13 @@ import torch
 from cpu_kernels import ExpertSpec, ExpertWeights, pack_expert
 from hybrimoe.bench.overhead import Experts
 from hybrimoe.bench.rounds import busy_warning, spread
-from hybrimoe.checkpoint import packed, record_file
+from hybrimoe.checkpoint import packed
 from hybrimoe.checkpoint.packed import PackedFile
 from hybrimoe.errors import BudgetError, ConfigError, ModelError
 from hybrimoe.machine.facts import machine
 from hybrimoe.machine.profiles import open_shape
 from hybrimoe.runtime import ExpertStore, LayerSpec, RuntimeConfig, Session
-from hybrimoe.runtime.tier.reader import Read, RecordReader, Urgency
+from hybrimoe.runtime.tier.disk_speed import drop_from_page_cache, measure_disk
 from hybrimoe.runtime.tier.slots import RecordPlaces
 from hybrimoe.runtime.tier.store import TieredStore
 from hybrimoe.tracing.sources import DEFAULT_LOCALITY
@@ -46,8 +46,6 @@ from scheduler.traces.trace import Trace
 
 SEED = 0
 WEIGHT_SCALE = 0.02
-RATE_BYTES = 256 << 20
-"""Read to measure the disk."""
 LOW, HIGH = "slowest", "fastest"
 
 Routes = npt.NDArray[np.int64]
@@ -205,6 +203,7 @@ def measure(request: Request, progress: Callable[[int, int, str], None] = lambda
     with packed_file(request) as file:
         places = RecordPlaces.of(file.path, file.layers, file.offset_bytes)
         routes, uses = routes_of(request)
+        record_bytes = file.layers[0].spec.record_bytes
         n_slots = places.slots_for(round(request.share * places.n_records) * places.slot_bytes)
         hidden = torch.randn(len(routes), file.layers[0].spec.hidden, generator=torch.Generator().manual_seed(SEED))
         bench = Bench(request, file, n_slots, routes, uses, hidden)
@@ -219,8 +218,8 @@ def measure(request: Request, progress: Callable[[int, int, str], None] = lambda
                 rounds[name].append(bench.run(name))
         return {
             "request": asdict(request) | {"trace": str(request.trace or ""), "folder": str(request.folder)},
-            "machine": machine(), "remark": remark, "disk_gbps": disk_gbps(file.path), "n_slots": n_slots,
-            "n_records": places.n_records, "record_bytes": file.layers[0].spec.record_bytes,
+            "machine": machine(), "remark": remark, "disk_gbps": disk_gbps(file.path, record_bytes),
+            "n_slots": n_slots, "n_records": places.n_records, "record_bytes": record_bytes,
             "contenders": [_row(name, rounds[name]) for name in names],
         }  # fmt: skip
 
@@ -321,32 +320,7 @@ def can_give_back() -> bool:
     return hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "posix_fadvise")
 
 
-def drop_from_page_cache(path: Path) -> None:
-    """Nothing of the file is in memory afterwards, where the system can be told so."""
-    if hasattr(os, "posix_fadvise"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
-def disk_gbps(path: Path) -> float:
+def disk_gbps(path: Path, record_bytes: int) -> float:
     """1e9 bytes/s at which the file is read, cold, record by record as a host cache does."""
-    drop_from_page_cache(path)
-    n_bytes = min(RATE_BYTES, path.stat().st_size // record_file.PAGE_BYTES * record_file.PAGE_BYTES)
-    block = min(4 << 20, n_bytes)
-    reader = RecordReader(path)
-    memory = np.zeros(block + record_file.PAGE_BYTES, np.uint8)
-    into = memory[-memory.ctypes.data % record_file.PAGE_BYTES :][:block].data
-    start_s = perf_counter()
-    places = range(0, n_bytes - block + 1, block)
-    for place in places:
-        reader.submit(Read(place, into, place, block, Urgency.NEEDED, "a block"))
-    done = 0
-    while done < len(places):
-        reader.wait()
-        done += len(reader.take_ended())
-    took_s = perf_counter() - start_s
-    reader.close()
-    return len(places) * block / took_s * 1e-9
+    found = measure_disk(path, record_bytes, rounds=1)
+    return found.profile().gbps

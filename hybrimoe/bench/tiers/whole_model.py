@@ -32,12 +32,13 @@ from hybrimoe.bench.model.sources import RandomSource
 from hybrimoe.bench.rounds import busy_warning, spread
 from hybrimoe.bench.tiers import contender
 from hybrimoe.bench.tiers.contender import DTYPE, LLAMA_CPP, Job
-from hybrimoe.bench.tiers.layers import Request, Routes, disk_gbps, drop_from_page_cache, require_room, routes_of
+from hybrimoe.bench.tiers.layers import Request, Routes, disk_gbps, require_room, routes_of
 from hybrimoe.bench.tiers.memory_group import memory_group
 from hybrimoe.checkpoint.converting import convert
 from hybrimoe.checkpoint.pack.manifest import read_manifest
-from hybrimoe.errors import BudgetError, ConfigError, HybriMoEError, ModelError
+from hybrimoe.errors import BudgetError, HybriMoEError, ModelError
 from hybrimoe.machine.facts import machine
+from hybrimoe.runtime.tier.disk_speed import drop_from_page_cache
 from hybrimoe.runtime.tier.usage import SUFFIX
 
 SEED = 0
@@ -88,20 +89,18 @@ def measure(
     """For each share of the experts (in place of the request's own) rounds of all contenders, in an order drawn anew.
     The limit is what dense weights and the share take, and `allowance_bytes` for keys and values and what is computed.
 
-    Raises ConfigError for experts of another dtype, BudgetError where there can be no memory group or it is too small,
-    ModelError where contenders do not agree.
+    Raises BudgetError where there can be no memory group or it is too small, ModelError where contenders do not agree.
     """
-    if request.dtype != DTYPE:
-        raise ConfigError(f"--system-limit compares {DTYPE} experts, which llama.cpp has too, found {request.dtype}")
     with memory_group(allowance_bytes):
         pass  # refused before anything is written
     remark = busy_warning()
     routes, uses = routes_of(request)
     with files(request, routes, progress) as model:
+        record_bytes = model.expert_file.stat().st_size // uses.size
         general = {
-            "machine": machine(), "remark": remark, "disk_gbps": disk_gbps(model.expert_file),
+            "machine": machine(), "remark": remark, "disk_gbps": disk_gbps(model.expert_file, record_bytes),
             "threads": resolve_threads(request.threads), "n_records": uses.size,
-            "record_bytes": model.expert_file.stat().st_size // uses.size, "dense_bytes": model.dense_bytes(),
+            "record_bytes": record_bytes, "dense_bytes": model.dense_bytes(),
             "allowance_bytes": allowance_bytes, "left_out": [] if LLAMA_CPP in contenders() else [LLAMA_CPP],
         }  # fmt: skip
         measuring = (

@@ -13,6 +13,10 @@ from hybrimoe.cli.bench import options
 
 SHARES = (0.25, 0.5, 0.75)
 MIB = 2**20
+DTYPE = "int4"
+"""Of experts whose values both we and llama.cpp have (Q4_0)."""
+ALLOWANCE = "96MiB"
+"""What a whole model takes beside its weights in a run of the default length: about 45 MiB of OLMoE's shape."""
 QUICK_TOKENS = 8
 """Tokens of a reply with --quick, at most."""
 
@@ -44,8 +48,11 @@ def tiers(
         ),
     ] = False,
     allowance: Annotated[
-        str, typer.Option(metavar="SIZE", help="With --system-limit: memory beside dense weights and share of experts.")
-    ] = "64MiB",
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="With --system-limit: memory beside dense weights and experts; default 96MiB."
+        ),
+    ] = None,
     threads: common.ThreadsOption = None,
     rounds: options.RoundsOption = 3,
     quick: options.QuickOption = False,
@@ -61,6 +68,7 @@ def tiers(
     llama.cpp, which maps the same weights as a GGUF file (packages llama-cpp-python and gguf). Each is a process of its
     own in a memory cgroup, whose limit holds the page cache, too.
     """
+    allowance_bytes = _allowance_bytes(allowance, dtype, system_limit=system_limit)
     from cpu_kernels.jit.cache_dir import cache_home
     from hybrimoe.bench.tiers import layers as layers_alone
     from hybrimoe.cli.common_model import progress_bar, quiet_libraries
@@ -71,7 +79,6 @@ def tiers(
         shape, layers, dtype, shares[0], prompt_tokens, min(new_tokens, QUICK_TOKENS) if quick else new_tokens,
         min(rounds, options.QUICK_ROUNDS) if quick else rounds, trace, folder or cache_home(), threads,
     )  # fmt: skip
-    allowance_bytes = _allowance_bytes(allowance)
     with progress_bar(not as_json) as progress:
         if system_limit:
             from hybrimoe.bench.tiers import whole_model
@@ -86,13 +93,18 @@ def tiers(
         _show(results)
 
 
-def _allowance_bytes(text: str) -> int:
+def _allowance_bytes(text: str | None, dtype: str, *, system_limit: bool) -> int:
+    """Of --system-limit. Raises ConfigError for options that do not go together, or no size."""
     from hybrimoe.amounts import parse_amount
     from hybrimoe.errors import ConfigError
 
-    amount = parse_amount(text)
-    if amount.kind != "bytes":
-        raise ConfigError(f"--allowance: expected a size like 64MiB, found {text!r}")
+    if system_limit and dtype != DTYPE:
+        raise ConfigError(f"--system-limit compares {DTYPE} experts, which llama.cpp has too, found --dtype {dtype}")
+    if not system_limit and text is not None:
+        raise ConfigError("--allowance goes with --system-limit")
+    amount = parse_amount(ALLOWANCE if text is None else text)
+    if amount.kind != "bytes" or not amount.value:
+        raise ConfigError(f"--allowance: expected a size like {ALLOWANCE}, found {text!r}")
     return int(amount.value)
 
 

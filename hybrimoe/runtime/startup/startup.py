@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from torch import nn
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from gpu_kernels import Accelerator, AcceleratorError
 from hybrimoe.errors import BudgetError, debugging
+from hybrimoe.machine.disks import calibrated_disk
 from hybrimoe.machine.profiles import calibrated
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.layer_call import choosing
@@ -27,6 +28,7 @@ from hybrimoe.runtime.layer_call.steps import StepTracker
 from hybrimoe.runtime.startup.measure import make_kernels_ready, measure_profile
 from hybrimoe.runtime.startup.units import Unit, blocks_of, slots_by_unit
 from hybrimoe.runtime.store import ExpertStore
+from hybrimoe.runtime.tier.store import TieredStore
 from scheduler import CostModel, ModelShape, Planner
 from scheduler.planner.protocol import LayerPlanner
 from scheduler.planner.rehearsal import rehearse
@@ -144,6 +146,8 @@ class Startup:
         if profile is None:
             assert layer.backend is not None
             profile = measure_profile(self.store, index, layer.backend, device if device.n_slots else None)
+        if self.config.profile is None and isinstance(self.store, TieredStore):
+            profile = replace(profile, disk=calibrated_disk(self.store.cache.reader.path))
         shape = ModelShape(
             name=layer.path,
             n_layers=len(unit.layers),

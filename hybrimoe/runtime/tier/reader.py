@@ -23,7 +23,10 @@ from hybrimoe.runtime.store import ByteArray
 BLOCK_BYTES = 4096
 """Direct reads begin and end at multiples of this in file and memory: the largest logical block of a disk."""
 READS_IN_FLIGHT = 4
-"""Threads that read. Of 1, 2, 4 and 8 the fewest that reach the full rate of the disks tried (docs/tiers.md)."""
+"""Threads that read where nobody has measured the disk. Of 1, 2, 4 and 8 the fewest that reach the full rate of the
+disks tried (docs/tiers.md)."""
+LEAST_IN_FLIGHT = 2
+"""With one, the disk would wait while its thread waits for the interpreter."""
 
 
 class Urgency(IntEnum):
@@ -64,11 +67,12 @@ class Read:
 class RecordReader:
     """The open file, its threads and their queues. All methods are called by one thread at a time.
 
-    `direct`: whether reads go past the page cache. Raises CheckpointError where the file cannot be opened.
+    `direct`: whether reads go past the page cache. `n_threads`: reads in flight at most. Raises CheckpointError where
+    the file cannot be opened.
     """
 
     def __init__(self, path: Path, *, n_threads: int = READS_IN_FLIGHT, direct: bool = True) -> None:
-        self.path, self._n_threads = path, n_threads
+        self.path, self.n_threads = path, n_threads
         try:
             self._descriptor, self.direct = _open(path, direct)
         except OSError as error:
@@ -82,12 +86,19 @@ class RecordReader:
         self._running, self._busy_from_us, self._busy_us, self._bytes = 0, 0.0, 0.0, 0
         self._closed = False
 
+    def __enter__(self) -> RecordReader:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+        self._finalizer()
+
     def submit(self, read: Read) -> None:
         """Queues a read behind those that are as urgent."""
         with self._changed:
             self._queues[read.urgency].append(read)
             self._changed.notify()
-        if len(self._threads) < self._n_threads:
+        if len(self._threads) < self.n_threads:
             thread = threading.Thread(target=self._work, name=f"reads of {self.path.name}", daemon=True)
             self._threads.append(thread)
             thread.start()

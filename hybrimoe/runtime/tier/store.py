@@ -15,9 +15,10 @@ import psutil
 from cpu_kernels import ExpertWeights, unpack_expert
 from hybrimoe.amounts import Amount, size_text
 from hybrimoe.errors import BudgetError, ModelError
+from hybrimoe.machine.disks import calibrated_disk
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 from hybrimoe.runtime.tier.cache import HostCache
-from hybrimoe.runtime.tier.reader import RecordReader
+from hybrimoe.runtime.tier.reader import LEAST_IN_FLIGHT, READS_IN_FLIGHT, RecordReader
 from hybrimoe.runtime.tier.slots import RecordPlaces
 from hybrimoe.runtime.tier.usage import UsageFile
 
@@ -30,7 +31,7 @@ class TieredStore(ExpertStore):
 
     path, offset_bytes: the packed file and where its records begin. budget_bytes: what the memory of experts never
     exceeds. usage_folders: where the usage is kept. Raises BudgetError for a budget that is too small, CheckpointError
-    where the file cannot be opened.
+    where the file cannot be opened, ProfileError where this machine's calibration is damaged.
     """
 
     in_memory = False
@@ -41,7 +42,7 @@ class TieredStore(ExpertStore):
     ) -> None:  # fmt: skip
         places = RecordPlaces.of(path, layers, offset_bytes)
         n_slots = places.slots_for(budget_bytes)
-        self.cache = HostCache(places, RecordReader(path), n_slots, pinned=pinned)
+        self.cache = HostCache(places, RecordReader(path, n_threads=_reads_in_flight(path)), n_slots, pinned=pinned)
         self._layers, self.complete = places.layers, True
         self._finalizer = weakref.finalize(self, self.cache.reader.close)  # of a store that nobody closes
         self._usage = UsageFile(path, usage_folders, self.cache.uses.shape)
@@ -125,3 +126,11 @@ class TieredStore(ExpertStore):
     def _save(self, uses: npt.NDArray[np.float64]) -> None:
         with self._saving:
             self._usage.save(uses)
+
+
+def _reads_in_flight(path: Path) -> int:
+    """As many as saturate the disk, where `hybrimoe calibrate` has measured it."""
+    disk = calibrated_disk(path)
+    if disk is None or not disk.reads_in_flight:
+        return READS_IN_FLIGHT
+    return max(LEAST_IN_FLIGHT, int(disk.reads_in_flight))

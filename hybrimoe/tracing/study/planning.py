@@ -89,7 +89,8 @@ def fit(
     in_host = min(total, max(0, host_bytes - HOST_RESERVE_BYTES) // size)
     if in_host + slots < total and profile.disk is None:
         raise BudgetError(
-            f"{shape.name}: {total - in_host - slots} of {total} experts fit neither host memory nor device"
+            f"{shape.name}: {total - in_host - slots} of {total} experts fit neither host memory nor device;"
+            " hybrimoe calibrate measures the disk, so that they can be planned there"
         )
     spare = device - dense - DEVICE_RESERVE_BYTES - min(total, blocks[0]) * size
     return Fit(
@@ -129,7 +130,8 @@ def _fit_host(
         raise BudgetError(
             f"{shape.name}: dense weights ({_gib(dense)}), {cache} ({_gib(kv)}), experts "
             f"({_gib(total * size)}) and reserve do not fit the {_gib(host_bytes)} of host memory; shorten --context,"
-            " use a smaller --expert-dtype or --dense-dtype, or name a machine with --hardware"
+            " use a smaller --expert-dtype or --dense-dtype, name a machine with --hardware, or measure this one's disk"
+            " with hybrimoe calibrate"
         )
     in_host = min(total, room // size)
     spare = room + kv - in_host * size

@@ -17,8 +17,9 @@ from hybrimoe.bench.model.sources import RandomSource
 from hybrimoe.bench.tiers import contender, whole_model
 from hybrimoe.bench.tiers.layers import Request
 from hybrimoe.bench.tiers.memory_group import V1, V2, MemoryGroup, memory_group
+from hybrimoe.cli.app import app
 from hybrimoe.demo import demo_model_path
-from hybrimoe.errors import BudgetError, ConfigError, ModelError
+from hybrimoe.errors import BudgetError, ModelError
 
 SMALLER = {
     "hidden_size": 256, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -116,10 +117,18 @@ def test_wrong_results_are_refused(small: Request, monkeypatch: pytest.MonkeyPat
         whole_model.check_agreement({"ours": ours}, np.zeros((1, 4)))
 
 
-def test_other_dtypes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="int4 experts"):
-        whole_model.measure(dataclasses.replace(REQUEST, dtype="int8", folder=tmp_path / "disk"), [0.5], 1)
-    assert not (tmp_path / "disk").exists()
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--system-limit", "--dtype", "int8"], "int4 experts"), (["--allowance", "1GiB"], "goes with --system-limit"),
+        (["--system-limit", "--allowance", "0.5"], "a size like 96MiB"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together(options: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        app(["bench", "tiers", *options])
+    assert left.value.code == 2
+    assert expected in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow

@@ -13,10 +13,14 @@ import pytest
 import torch
 from transformers import MixtralConfig, PreTrainedModel
 
+from hybrimoe.bench.model.sources import NoTokenizer
 from hybrimoe.checkpoint import load
 from hybrimoe.cli.common import deploy_config
 from hybrimoe.errors import BudgetError, CheckpointError, ModelError
+from hybrimoe.generation import PrefixCache, SamplingOptions, TextGenerator
+from hybrimoe.runtime.tier import reader as reader_module
 from hybrimoe.runtime.tier.cache import HostCache
+from hybrimoe.runtime.tier.reader import BLOCK_BYTES
 from hybrimoe.runtime.tier.store import TieredStore
 from hybrimoe.runtime.tier.usage import UsageWarning
 from scheduler.graph import TaskGraph
@@ -188,6 +192,50 @@ def test_a_disk_that_returns_errors_ends_the_call_and_no_other(
     finally:
         os.close(good)
         os.close(broken)
+
+
+def test_reads_that_come_in_pieces_are_whole(
+    tiered: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pieces = tiered(8), []
+    expected, whole = answers(model), reader_module._read_at
+
+    def short(descriptor: int, into: memoryview, offset_bytes: int) -> int:
+        pieces.append(min(BLOCK_BYTES + 100, whole(descriptor, into[: 2 * BLOCK_BYTES], offset_bytes)))
+        return pieces[-1]
+
+    monkeypatch.setattr(reader_module, "_read_at", short)
+    assert torch.equal(answers(model), expected)
+    assert len(pieces) > 2 * N_LAYERS * N_EXPERTS
+
+
+@pytest.mark.parametrize("phase", ["prompt", "reply"])
+def test_a_reply_that_a_disk_ends_says_so_and_the_next_one_is_right(
+    tiered: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    generator = TextGenerator(tiered(8), NoTokenizer())
+    model = generator.model
+
+    def reply(cache: PrefixCache) -> list[int]:
+        found = generator.reply(range(1, 10), SamplingOptions(temperature=0.0, max_new_tokens=8), cache=cache)
+        "".join(found)
+        return list(found.token_ids)
+
+    expected, kept = reply(PrefixCache(model)), PrefixCache(model)
+    good, left = reader_module._read_at, [0 if phase == "prompt" else 40]
+
+    def fails(descriptor: int, into: memoryview, offset_bytes: int) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(5, "Input/output error")
+        return good(descriptor, into, offset_bytes)
+
+    monkeypatch.setattr(reader_module, "_read_at", fails)
+    with pytest.raises(CheckpointError, match=r"expert \d.*cannot be read: Input/output error; check the disk"):
+        list(map(reply, [kept] * 20))  # what is in memory needs no disk
+    monkeypatch.setattr(reader_module, "_read_at", good)
+    assert reply(kept) == expected
+    assert reply(PrefixCache(model)) == expected
 
 
 def test_a_file_that_is_deleted_is_read_on(directory: Path, tiered: Callable[..., PreTrainedModel]) -> None:

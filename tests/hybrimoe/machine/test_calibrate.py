@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from hybrimoe.cli.app import app
+from hybrimoe.errors import FileError
 from hybrimoe.machine import calibrate, calibration
+from hybrimoe.machine.disks import device_of
 from hybrimoe.machine.profiles import open_hardware
+from hybrimoe.runtime.tier import disk_speed
 
 QUICK = calibrate.Request(shapes=((64, 128),), dtypes=("int4", "float32"), accelerator="emulated", budget_s=3600)
 
@@ -72,12 +75,42 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     shape = tmp_path / "config.json"
     shape.write_text(json.dumps(CONFIG), encoding="utf-8")
     arguments = ["calibrate", "--dtype", "int8", "--shape", str(shape), "--accelerator", "none", "--output", str(path)]
+    arguments += ["--disk", str(tmp_path)]
     with pytest.raises(SystemExit) as left:
         app([*arguments, "--json"])
     assert left.value.code in (0, None)
     printed = json.loads(capsys.readouterr().out)
     assert printed["file"] == str(path)
-    assert open_hardware(path).cpu.table.keys() == {"64x32/int8"}
+    profile = open_hardware(path)
+    assert profile.cpu.table.keys() == {"64x32/int8"}
+    assert profile.disk is not None
+    assert profile.disk.device == device_of(tmp_path)
+    assert {"disk.gbps, 1 in flight", "disk, one read alone, us"} <= printed["spread"].keys()
+
+
+@pytest.mark.parametrize("disk", ["none", "full"])
+def test_without_the_disk_there_is_a_profile_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, disk: str
+) -> None:
+    def full(place: Path, record_bytes: int) -> None:
+        raise FileError(f"{place} has too little room")
+
+    monkeypatch.setattr(calibrate, "TOKEN_POINTS", (1,))
+    monkeypatch.setattr(disk_speed, "measure_disk", full)
+    words = ["calibrate", "--dtype", "int8", "--accelerator", "none", "--output", str(tmp_path / "p.yaml")]
+    (tmp_path / "shape.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    with pytest.raises(SystemExit) as left:
+        app([*words, "--shape", str(tmp_path / "shape.json"), "--disk", "none" if disk == "none" else str(tmp_path)])
+    assert left.value.code in (0, None)
+    assert open_hardware(tmp_path / "p.yaml").disk is None
+    assert ("has too little room" in " ".join(capsys.readouterr().err.split())) is (disk == "full")
+
+
+def test_a_disk_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        app(["calibrate", "--disk", "/not/there"])
+    assert left.value.code == 2
+    assert "--disk /not/there: expected a folder or a file" in " ".join(capsys.readouterr().err.split())
 
 
 def test_wrong_dtype(capsys: pytest.CaptureFixture[str]) -> None:
