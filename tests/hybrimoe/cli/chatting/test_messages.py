@@ -17,7 +17,7 @@ from hybrimoe.cli.chatting.messages import PipedMessages
 PASTE = "\x1b[200~{}\x1b[201~"
 UP, LEFT, ALT_ENTER, CTRL_D = "\x1b[A", "\x1b[D", "\x1b\r", "\x04"
 ENTER = "\r"
-"""A key of its own sends the message: between two prompts the terminal edits lines itself, and takes Ctrl-D for itself."""
+"""A key of its own sends the message: between two prompts the terminal edits lines itself, and keeps a Ctrl-D."""
 PROMPTED = "\x1b[?2004h"
 """What a prompt that reads keys asks the terminal for first: that pasted text is marked."""
 READER = """
