@@ -16,7 +16,6 @@ import pytest
 import cpu_kernels as ck
 from cpu_kernels.backends import ipex_backend
 
-
 IMPORT = importlib.import_module
 EXTENSION = "intel_extension_for_pytorch"
 
