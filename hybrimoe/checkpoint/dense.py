@@ -129,9 +129,13 @@ def dense_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
     return DTYPES.get(name, own if isinstance(own, torch.dtype) else torch.float32)
 
 
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `config` without storage. Raises ModelError where transformers has no language model for it."""
-    auto: Any = next((auto for mapping, auto in AUTO_CLASSES if type(config) in mapping), None)
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, whole: bool = False) -> PreTrainedModel:
+    """The model of `config` without storage. Raises ModelError where transformers has no language model for it.
+
+    whole: with the part that sees images, also where transformers has its language model alone.
+    """
+    classes = AUTO_CLASSES[::-1] if whole else AUTO_CLASSES
+    auto: Any = next((auto for mapping, auto in classes if type(config) in mapping), None)
     if auto is None:
         raise ModelError(f"transformers has no language model with experts for model_type {config.model_type!r}")
     try:

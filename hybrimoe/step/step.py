@@ -40,25 +40,30 @@ class Step(ServedStep):
         assert self.reading.output_type is not None
         return self.reading.output_type(logits=self._logits(call), past_key_values=call.caches[0])
 
-    def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
+    def next_logits(
+        self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False, shift: int = 0
+    ) -> torch.Tensor | None:
         """As `ModelStep.next_logits`."""
         if len(token_ids) > MAX_ROWS or not self.usable() or not (n_past := self._n_past(cache)):
             return None
         n_new = len(token_ids)
-        positions = list(range(n_past, n_past + n_new))
+        positions = list(range(n_past + shift, n_past + shift + n_new))
         phase: Phase = "decode" if drafted or n_new == 1 else "prefill"
         call = StepCall(list(token_ids), n_new, [n_past], [cache], positions, None, n_new if drafted else 1, phase)
         with torch.inference_mode():
             return self._logits(call)[0]
 
-    def logits_of_each(self, token_ids: Sequence[int], caches: Sequence[Any]) -> torch.Tensor | None:
+    def logits_of_each(
+        self, token_ids: Sequence[int], caches: Sequence[Any], shifts: Sequence[int] = ()
+    ) -> torch.Tensor | None:
         """As `ModelStep.logits_of_each`."""
         if not 0 < len(token_ids) <= MAX_ROWS or self.one_by_one is not None or not self.usable():
             return None
         n_past = [self._n_past(cache) for cache in caches]
         if not all(n_past):
             return None
-        call = StepCall(list(token_ids), 1, n_past, list(caches), n_past, None, 1, "decode")
+        positions = [n + shift for n, shift in zip(n_past, shifts, strict=True)] if shifts else n_past
+        call = StepCall(list(token_ids), 1, n_past, list(caches), positions, None, 1, "decode")
         with torch.inference_mode():
             return self._logits(call)[:, 0]
 
