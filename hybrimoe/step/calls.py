@@ -102,6 +102,10 @@ def _positions(given: Any, n_sequences: int, n_new: int, n_past: int) -> list[in
         given = _along_all_axes(given)
     if not isinstance(given, torch.Tensor) or given.shape not in ((n_sequences, n_new), (1, n_new)):
         return None
+    if given.is_floating_point():  # as Qwen's omni models count
+        if not bool((given == given.floor()).all()):
+            return None
+        given = given.long()
     positions: list[int] = given.flatten().tolist()
     return positions if len(given) == n_sequences else positions * n_sequences
 

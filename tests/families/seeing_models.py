@@ -72,6 +72,23 @@ def _seeing(tiny: Tiny, pixels: dict[str, Any]) -> Seeing:
 FAMILIES_THAT_SEE = {
     "qwen3_vl_moe": _seeing(FAMILIES["qwen3_vl_moe"], QWEN_PIXELS),
     "qwen3_5_moe": _seeing(WRAPPED["qwen3_5_moe"], QWEN_PIXELS),
+    "qwen4_exp": _seeing(WRAPPED["qwen4_exp"], QWEN_PIXELS),
+    "glm4v_moe": _seeing(
+        FAMILIES["glm4v_moe"],
+        {**QWEN_PIXELS, "image_processor_type": "Glm4vImageProcessor", "processor_class": "Glm4vProcessor"},
+    ),
+    "glm5_next": _seeing(
+        FAMILIES["glm5_next"],
+        {
+            "image_processor_type": "Glm5NextImageProcessor",
+            "processor_class": "Glm5NextProcessor",
+            "patch_size": 4,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "min_image_tokens": 4,
+            "max_image_tokens": 64,
+        },
+    ),
 }
 
 

@@ -50,9 +50,7 @@ class Commands:
             "/system": Command(
                 "/system [TEXT]", "show the system message, or begin with one", self._system, takes=True
             ),
-            "/image": Command(
-                "/image [FILE]", "show an image with the next message, or list those", self._image, takes=True
-            ),
+            "/image": Command("/image [FILE]", "show an image next, or list what waits", self._image, takes=True),
             "/save": Command("/save FILE", "write the conversation as JSON messages", self._save, takes=True),
             "/load": Command("/load FILE", "go on with the conversation of a file", self._load, takes=True),
             "/set": Command("/set [NAME VALUE]", "list the sampling options, or change one", self._set, takes=True),

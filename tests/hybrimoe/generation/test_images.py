@@ -31,6 +31,7 @@ from hybrimoe.generation.images.tokens import ImageToken, identities, kept, span
 from hybrimoe.generation.images.vision import Vision
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.prefix.blocks import PrefixTree
+from hybrimoe.generation.prefix.disk import DiskLevel
 from hybrimoe.generation.prefix.keys import name_of
 from hybrimoe.generation.saved.sessions import Session
 
@@ -211,6 +212,25 @@ def test_another_picture_in_the_same_place_is_no_hit(seers: Callable[[str], Seer
         assert reply.token_ids == seer.reply(ids)
     before = next(spans(ids)).start
     assert [n for n, _ in answers] == [0, before, len(ids)]
+
+
+def test_pictures_are_told_apart_on_disk(seers: Callable[[str], Seer], tmp_path: Path) -> None:
+    seer = seers("qwen3_vl_moe")
+    text = SHOWN + "Tell me all about what is here, and more. " * 3 + ASKED
+    read = []
+    for seed in (0, 0, 1):
+        ids = seer.encode(text, file_of(seed))
+        tree = PrefixTree(seer.model, 64 << 20, DiskLevel(tmp_path, 1 << 30, "seer"))
+        reply = seer.generator.reply(ids, GREEDY, cache=PrefixCache(seer.model, tree))
+        "".join(reply)
+        read.append(reply.n_read)
+        assert reply.token_ids == seer.reply(ids)
+        assert tree.disk is not None
+        assert tree.disk.n_damaged == 0
+        tree.close(10)
+    assert read[0] == 0
+    assert read[1] >= 64, "a picture and the text behind it"
+    assert read[2] == 0, "blocks with parts of images are found by their names alone"
 
 
 def test_a_beginning_that_ends_within_a_picture(seers: Callable[[str], Seer]) -> None:
