@@ -9,7 +9,7 @@ from typing import Any
 from hybrimoe.errors import MissingExtraError, ModelError, PromptError
 from hybrimoe.generation.images.messages import images_in
 from hybrimoe.generation.images.reading import ImageError, ImageFile, from_base64, from_data_url
-from hybrimoe.generation.images.vision import Vision
+from hybrimoe.generation.images.vision import MAX_IMAGES, Vision
 from hybrimoe.server.errors import RequestError
 
 __all__ = ["EncodedImage", "decoded", "image_part", "text_part"]
@@ -55,6 +55,9 @@ def decoded(messages: Sequence[dict[str, Any]], vision: Vision | None) -> list[I
             images[0].where,
         )
     assert vision is not None
+    if len(images) > MAX_IMAGES:
+        where = images[MAX_IMAGES].where
+        raise RequestError(f"{where}: {len(images)} images: at most {MAX_IMAGES} are taken in one request", where)
     files = []
     for image in images:
         try:
