@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from cpu_kernels.simd.attention import LOWEST
-from cpu_kernels.step.program import MAX_ROWS
+from cpu_kernels.step.program import MAX_LOGITS, MAX_ROWS
 from scheduler import Phase
 
 SERVED = frozenset((
@@ -72,6 +72,9 @@ def read_call(
         return None
     if known.get("position_ids") is None and cache.get_seq_length() != n_past:
         return None
+    n_logits = min(kept or n_new, n_new)
+    if (n_logits if n_sequences == 1 else n_sequences * n_new) > MAX_LOGITS:
+        return None
     positions = _positions(known.get("position_ids"), n_sequences, n_new, n_past)
     mask = _mask(known.get("attention_mask"), n_sequences, n_past + n_new)
     if positions is None or mask is False:
@@ -84,7 +87,7 @@ def read_call(
         [cache],
         positions,
         mask,
-        min(kept or n_new, n_new),
+        n_logits,
         phase,
     )
 

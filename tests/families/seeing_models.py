@@ -12,6 +12,7 @@ import torch
 from tiny_families import FAMILIES, WRAPPED, Tiny, built
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hybrimoe.dense.towers import in_tower, tower_paths
 
@@ -64,7 +65,13 @@ class Seeing:
 
 
 def _seeing(tiny: Tiny, pixels: dict[str, Any]) -> Seeing:
-    ids = {"image_token_id": VOCABULARY[PLACEHOLDER], "vision_start_token_id": VOCABULARY["<|vision_start|>"]}
+    start, end = VOCABULARY["<|vision_start|>"], VOCABULARY["<|vision_end|>"]
+    ids = {
+        "image_token_id": VOCABULARY[PLACEHOLDER], "vision_start_token_id": start, "image_start_token_id": start,
+        "image_end_token_id": end,
+    }  # fmt: skip
+    known = set(CONFIG_MAPPING[tiny.model_type].__dataclass_fields__)
+    ids = {name: number for name, number in ids.items() if name in known}
     text = {**(tiny.text or {}), "vocab_size": len(VOCABULARY), "max_position_embeddings": 1024}
     return Seeing(replace(tiny, overrides={**tiny.overrides, **ids}, text=text), pixels)
 
@@ -76,6 +83,15 @@ FAMILIES_THAT_SEE = {
     "glm4v_moe": _seeing(
         FAMILIES["glm4v_moe"],
         {**QWEN_PIXELS, "image_processor_type": "Glm4vImageProcessor", "processor_class": "Glm4vProcessor"},
+    ),
+    "ernie4_5_vl_moe": _seeing(
+        FAMILIES["ernie4_5_vl_moe"],
+        {
+            **QWEN_PIXELS,
+            "image_processor_type": "Ernie4_5_VLMoeImageProcessor",
+            "temporal_patch_size": 1,
+            "processor_class": "Ernie4_5_VLMoeProcessor",
+        },
     ),
     "glm5_next": _seeing(
         FAMILIES["glm5_next"],

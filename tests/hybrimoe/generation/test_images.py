@@ -74,7 +74,11 @@ class Seer:
         seen = self.vision._processor.image_processor(
             images=[one.pixels() for one in files], return_tensors="pt"
         )  # fmt: skip
-        return {"input_ids": tokens, "mm_token_type_ids": (tokens == VOCABULARY[PLACEHOLDER]).int(), **seen}
+        given = {"input_ids": tokens, "mm_token_type_ids": (tokens == VOCABULARY[PLACEHOLDER]).int(), **seen}
+        if hasattr(self.vision._processor, "create_moe_mm_token_type_ids"):
+            types = self.vision._processor.create_moe_mm_token_type_ids(tokens.tolist())
+            given["moe_mm_token_type_ids"] = torch.tensor(types)
+        return given
 
 
 @pytest.fixture(scope="module")
