@@ -93,6 +93,23 @@ FAMILIES_THAT_SEE = {
             "processor_class": "Ernie4_5_VLMoeProcessor",
         },
     ),
+    "gemma4": _seeing(
+        replace(
+            WRAPPED["gemma4"],
+            text={
+                **(WRAPPED["gemma4"].text or {}),
+                "use_bidirectional_attention": "vision",
+                "vocab_size_per_layer_input": len(VOCABULARY),
+            },
+        ),
+        {
+            "image_processor_type": "Gemma4ImageProcessor",
+            "processor_class": "Gemma4Processor",
+            "patch_size": 4,
+            "max_soft_tokens": 70,
+            "pooling_kernel_size": 3,
+        },
+    ),
     "glm5_next": _seeing(
         FAMILIES["glm5_next"],
         {

@@ -4,6 +4,7 @@ different images have nothing in common; and what is no image is refused with a 
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import struct
 import sys
@@ -74,7 +75,10 @@ class Seer:
         seen = self.vision._processor.image_processor(
             images=[one.pixels() for one in files], return_tensors="pt"
         )  # fmt: skip
-        given = {"input_ids": tokens, "mm_token_type_ids": (tokens == VOCABULARY[PLACEHOLDER]).int(), **seen}
+        takes = inspect.signature(self.plain.forward).parameters
+        given = {name: value for name, value in seen.items() if name in takes} | {"input_ids": tokens}
+        if "mm_token_type_ids" in takes:
+            given["mm_token_type_ids"] = (tokens == VOCABULARY[PLACEHOLDER]).int()
         if hasattr(self.vision._processor, "create_moe_mm_token_type_ids"):
             types = self.vision._processor.create_moe_mm_token_type_ids(tokens.tolist())
             given["moe_mm_token_type_ids"] = torch.tensor(types)
