@@ -156,6 +156,7 @@ class ModelShape:
     ``attention_params`` and ``shared_params`` are weights a layer outside the routed experts (projections; shared
     experts and dense MLP), ``head_params`` those of the output head, ``kv_bytes`` cache bytes a token and layer.
     ``max_context`` is the longest sequence in tokens that the model is made for; 0 where nothing limits it.
+    ``tower_bytes`` is what the parts take that see images or hear, which text does not go through.
     """
 
     name: str
@@ -172,6 +173,7 @@ class ModelShape:
     n_dense_layers: int = 0
     dense_params: int = 0
     max_context: int = 0
+    tower_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_experts", "top_k", "hidden", "inter"):
