@@ -59,7 +59,7 @@ $(STAMP_FLOOR): pyproject.toml constraints.txt $(STAMP_DEV)
 	$(PYTHON) -m venv .venv-floor
 	echo '*' >.venv-floor/.gitignore
 	$(BIN)/uv pip compile -q --resolution lowest-direct --extra onnx --extra serve --extra fast-serve \
-	  --extra otel --extra bench pyproject.toml -o .venv-floor/requirements.txt
+	  --extra otel --extra bench --extra images pyproject.toml -o .venv-floor/requirements.txt
 	grep -E '^(pytest|pytest-randomly|pytest-xdist|hypothesis|jsonschema)==' constraints.txt >.venv-floor/tools.txt
 	$(BIN)/uv pip install -q --python $(FLOOR) -r .venv-floor/requirements.txt -r .venv-floor/tools.txt
 	@touch $@

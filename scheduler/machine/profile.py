@@ -157,6 +157,7 @@ class ModelShape:
     ``attention_params`` and ``shared_params`` are weights a layer outside the routed experts (projections; shared
     experts and dense MLP), ``head_params`` those of the output head, ``kv_bytes`` cache bytes a token and layer.
     ``max_context`` is the longest sequence in tokens that the model is made for; 0 where nothing limits it.
+    ``tower_bytes`` is what the parts take that see images or hear, which text does not go through.
     ``attention_kernels``: kernels a layer beyond those of plain attention. ``full_attention``: the share of layers that
     see the whole context; the others see a window, or keep a state. ``weight_bits``: bits a weight of experts, of the
     output head and of all others in a file of its own format; None where they are those of the dtypes asked for.
@@ -176,6 +177,7 @@ class ModelShape:
     n_dense_layers: int = 0
     dense_params: int = 0
     max_context: int = 0
+    tower_bytes: int = 0
     attention_kernels: int = 0
     full_attention: float = 1.0
     weight_bits: tuple[float, float, float] | None = None

@@ -146,10 +146,10 @@ def token_bytes(shape: ModelShape) -> int:
 
 
 def dense_bytes(shape: ModelShape, dtype: str) -> int:
-    """Everything but the routed experts: attention, routers, shared and dense blocks, embedding and head."""
+    """Everything but the routed experts: attention, routers, shared and dense blocks, embedding and head, towers."""
     moe_layer = shape.attention_params + shape.shared_params + shape.hidden * shape.n_experts
     params = shape.n_layers * moe_layer + shape.n_dense_layers * (shape.attention_params + shape.dense_params)
-    return round((params + 2 * shape.head_params) * BYTES_PER_WEIGHT[dtype])
+    return round((params + 2 * shape.head_params) * BYTES_PER_WEIGHT[dtype]) + shape.tower_bytes
 
 
 def expect(
