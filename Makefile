@@ -65,7 +65,7 @@ $(STAMP_FLOOR): pyproject.toml constraints.txt $(STAMP_DEV)
 	@touch $@
 
 test-floor: $(STAMP_FLOOR)  ## the tests with the lowest versions that pyproject.toml allows (torch 2.8: 7 GB of disk)
-	PYTHONPATH=. $(FLOOR) -m pytest -q $(PARALLEL) -m "$(SHORT)" -W default
+	PYTHONPATH="$(CURDIR)" $(FLOOR) -m pytest -q $(PARALLEL) -m "$(SHORT)" -W default
 
 coverage: $(STAMP_DEV)  ## the tests with line and branch coverage; functions that Numba compiled are not seen
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not families or representative" --cov --cov-report=term
