@@ -19,7 +19,7 @@ PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 LINES = [
     "Python", "torch", "transformers", "numba", "numpy", "CPU", "instruction set", "threads", "accelerator", "memory",
     "disk", "kernel cache", "packed models", "calibration", "demo model", "extra onnx", "extra gpu", "extra serve",
-    "extra fast-serve", "extra otel", "extra gguf", "extra smollm2",
+    "extra fast-serve", "extra otel", "extra gguf", "extra images", "extra smollm2",
     "extra ui", "extra cluster", "extra bench", "extra ipex",
 ]  # fmt: skip
 
