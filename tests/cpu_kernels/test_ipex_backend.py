@@ -3,7 +3,6 @@
 The parity suite is ipex_parity.py, which tests/ipex/run.sh runs in an environment that has the extension.
 """
 
-import importlib
 import os
 import platform
 import subprocess
@@ -15,6 +14,11 @@ import pytest
 
 import cpu_kernels as ck
 from cpu_kernels.backends import ipex_backend
+
+
+def imports_by(monkeypatch, function):
+    """What the backend imports by name comes from `function`; nobody else's imports do (ours are by name as well)."""
+    monkeypatch.setattr(ipex_backend, "importlib", types.SimpleNamespace(import_module=function))
 
 
 @pytest.fixture
@@ -31,7 +35,7 @@ def machine(monkeypatch):
     def refuse(name):
         raise AssertionError(f"{name} was imported")
 
-    monkeypatch.setattr(importlib, "import_module", refuse)
+    imports_by(monkeypatch, refuse)
     return pretend
 
 
@@ -72,7 +76,7 @@ def test_an_import_that_fails_is_a_backend_error(machine, monkeypatch) -> None:
     def fail(name):
         raise AttributeError("module 'torch._C' has no attribute 'x'")
 
-    monkeypatch.setattr(importlib, "import_module", fail)
+    imports_by(monkeypatch, fail)
     with pytest.raises(ck.BackendError, match=r"importing intel_extension_for_pytorch failed: module 'torch\._C'"):
         ck.get_backend("ipex")
 
@@ -80,7 +84,7 @@ def test_an_import_that_fails_is_a_backend_error(machine, monkeypatch) -> None:
 def test_dtypes_are_refused_by_name(machine, monkeypatch) -> None:
     machine()
     without = types.SimpleNamespace(_C=types.SimpleNamespace(onednn_has_bf16_support=lambda: False))
-    monkeypatch.setattr(importlib, "import_module", lambda name: without)
+    imports_by(monkeypatch, lambda name: without)
     backend = ipex_backend.IpexBackend(1)
     assert backend.supports(ck.ExpertSpec(8, 8, "float32")) is None
     assert "AVX512-BF16 or AMX" in backend.supports(ck.ExpertSpec(8, 8, "bfloat16"))
