@@ -1,4 +1,9 @@
-"""Attention of a step's rows over the KV cache: runs of CHUNK cached tokens, then their join, head by head."""
+"""Attention of a step's rows over the KV cache: runs of CHUNK cached tokens, then their join, head by head.
+
+Rows of one sequence that follow each other see the same keys and values in all runs but the last ones. Where fewer
+heads share keys than a kernel takes, such rows share them instead: the kernel is given the queries of several rows.
+Each query's result has the same bits, whoever shares its keys.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,18 +11,17 @@ from typing import Literal
 import numpy as np
 
 from cpu_kernels.host.isa import BY_NAME, Isa
-from cpu_kernels.jit.compiled import Real, Whole, Worker, float_kernel, inline_kernel
+from cpu_kernels.jit.compiled import Real, Truth, Whole, Worker, float_kernel, inline_kernel
 from cpu_kernels.jit.primitives import call_attend, floats_at, int64s_at, take_ticket
 from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST, AttendKernel
 from cpu_kernels.simd.coded_attention import CodedAttendKernel, coded_isa, whole_columns
 from cpu_kernels.simd.compile import VectorKernel, kernel_address
 from cpu_kernels.step.cached import K_TOKEN, KIND, V_TOKEN, key_address, place_of, rows_of, value_address
-from cpu_kernels.step.floats import BFLOAT16, FLOAT32, fill
+from cpu_kernels.step.floats import BFLOAT16, FLOAT32, copy, fill
 from cpu_kernels.step.heads import Source
 from cpu_kernels.step.program import (
     MASK,
     MASK_ROW,
-    MAX_ROWS,
     N_ROWS,
     PADDING,
     SCRATCH,
@@ -40,6 +44,10 @@ KERNEL_DTYPES: dict[int, Literal["float32", "bfloat16"]] = {FLOAT32: "float32", 
 KERNEL_BITS: dict[int, Literal[8, 4]] = {INT8: 8, INT4: 4}
 TASK_HEADS = 4 * HEAD_BLOCK
 """Query heads of a task at most: many heads that share one head of keys are work for several threads."""
+SHARING_ROWS = HEAD_BLOCK
+"""Rows of a task: with any number of heads for each head of keys they are whole blocks of queries."""
+GATHERED = SCRATCH_BYTES // 2
+"""Where in a thread's scratch the queries of several rows lie, and behind them their results and statistics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +63,87 @@ EVERYTHING = Sight()
 
 
 def _attend(call_address: int, thread: int) -> None:
-    """Worker. Task: a run of cached tokens of one head of keys and values, for up to TASK_HEADS heads of a row."""
+    """Worker. Task: a run of cached tokens of one head of keys and values, for up to TASK_HEADS heads of a row, or of
+    SHARING_ROWS rows. Tasks that read the same run follow each other."""
     call = int64s_at(call_address, ATTEND_CALL)
     state = int64s_at(call[STATE], STATE_SIZE)
     rows = rows_of(state)
     scores = state[SCRATCH] + thread * SCRATCH_BYTES
-    group = call[N_HEADS] // call[N_KV_HEADS]
+    group, n_rows = call[N_HEADS] // call[N_KV_HEADS], state[N_ROWS]
     n_parts = (group + TASK_HEADS - 1) // TASK_HEADS
     longest = 0
-    for row in range(state[N_ROWS]):
+    for row in range(n_rows):
         longest = max(longest, _n_chunks(call, rows[row]))
-    per_row = call[N_KV_HEADS] * n_parts * longest
+    together = SHARING_ROWS if _may_share(call, rows, group) else 1
+    n_groups = (n_rows + together - 1) // together
     while True:
         task = take_ticket(call[NEXT])
-        if task >= state[N_ROWS] * per_row:
+        if task >= call[N_KV_HEADS] * n_parts * longest * n_groups:
             return
-        row, rest = task // per_row, task % per_row
+        rest, row = task // n_groups, task % n_groups * together
         heads, chunk = rest // longest, rest % longest
         kv_head, first = heads // n_parts, heads % n_parts * TASK_HEADS
-        if chunk < _n_chunks(call, rows[row]):
-            _run(call, state, rows[row], row, kv_head, first, min(group, first + TASK_HEADS), chunk, scores)
+        head_stop, row_stop = min(group, first + TASK_HEADS), min(n_rows, row + together)
+        if row_stop - row == together > 1 and _share_run(call, rows, row, row_stop, chunk):
+            _run_of_rows(call, state, rows, row, row_stop, kv_head, first, head_stop, chunk, scores)
+            continue
+        while row < row_stop:
+            if chunk < _n_chunks(call, rows[row]):
+                _run(call, state, rows[row], row, kv_head, first, head_stop, chunk, scores)
+            row += 1
+
+
+@inline_kernel
+def _may_share(call: np.ndarray, rows: np.ndarray, group: Whole) -> Truth:
+    """Whether rows may share runs: several of one sequence, too few heads for a kernel, and room for the queries."""
+    if rows.shape[0] == 1 or group % HEAD_BLOCK == 0 or rows[0, SEQUENCE] != rows[1, SEQUENCE] or call[WINDOW]:
+        return False
+    n_floats = call[DIM] + call[SHARED] + call[V_DIM] + 2
+    return 4 * HEAD_BLOCK * n_floats <= SCRATCH_BYTES - GATHERED
+
+
+@inline_kernel
+def _share_run(call: np.ndarray, rows: np.ndarray, row: Whole, stop: Whole, chunk: Whole) -> Truth:
+    """Whether rows from `row` to `stop` see all tokens of a run of one sequence, and kernels read them."""
+    kind = place_of(call[PLACES], rows[row, SEQUENCE])[KIND]
+    whole = call[KERNELS + KIND_KERNELS * kind + BLOCK] != 0 and rows[row, SEQUENCE] == rows[stop - 1, SEQUENCE]
+    return whole and rows[row, SEEN] >= (chunk + 1) * CHUNK
+
+
+@inline_kernel
+def _run_of_rows(
+    call: np.ndarray, state: np.ndarray, rows: np.ndarray, row: Whole, stop: Whole, kv_head: Whole, head: Whole,
+    head_stop: Whole, chunk: Whole, scores: Whole,
+) -> None:  # fmt: skip
+    """A run that rows from `row` to `stop` share, HEAD_BLOCK of their queries at a time."""
+    seen, first = rows[row], chunk * CHUNK
+    place = place_of(call[PLACES], seen[SEQUENCE])
+    keys, key_bytes = key_address(place, kv_head, first), place[K_TOKEN]
+    values, value_bytes = value_address(place, kv_head, first), place[V_TOKEN]
+    more, more_bytes = values, value_bytes
+    if call[SHARED]:
+        values, value_bytes = keys, key_bytes
+    bias = state[MASK] + 4 * (seen[SEQUENCE] * state[MASK_ROW] + first) if state[MASK] else call[ZEROS]
+    block = call[KERNELS + KIND_KERNELS * place[KIND] + BLOCK]
+    n_heads, v_dim, width = call[N_HEADS], call[V_DIM], call[DIM] + call[SHARED]
+    own = kv_head * (n_heads // call[N_KV_HEADS]) + head
+    n_own = head_stop - head
+    queries = scores + GATHERED
+    results = queries + 4 * HEAD_BLOCK * width
+    stats = results + 4 * HEAD_BLOCK * v_dim
+    for begin in range(0, (stop - row) * n_own, HEAD_BLOCK):
+        for i in range(HEAD_BLOCK):
+            source = (row + (begin + i) // n_own) * n_heads + own + (begin + i) % n_own
+            copy(floats_at(call[QUERY] + 4 * source * width, width), floats_at(queries + 4 * i * width, width))
+        call_attend(
+            block, queries, keys, key_bytes, values, value_bytes, bias, CHUNK, call[DIM], v_dim, scores,
+            stats, results, more, more_bytes, call[SHARED],
+        )  # fmt: skip
+        for i in range(HEAD_BLOCK):
+            of_row = (row + (begin + i) // n_own) * call[MAX_CHUNKS] + chunk
+            part = of_row * n_heads + own + (begin + i) % n_own
+            copy(floats_at(results + 4 * i * v_dim, v_dim), floats_at(call[PARTS] + 4 * part * v_dim, v_dim))
+            copy(floats_at(stats + 8 * i, 2), floats_at(call[STATS] + 8 * part, 2))
 
 
 @inline_kernel
@@ -259,17 +328,17 @@ def set_kernels(call: np.ndarray, kind: int, isa_name: str) -> None:
     elif kind in KERNEL_BITS and all(size % whole_columns(KERNEL_BITS[kind]) == 0 for size in sizes):
         bits, split = KERNEL_BITS[kind], bool(call[SHARED])
         fewer = CodedAttendKernel(group % HEAD_BLOCK or 1, bits, split)
-        _set(own, CodedAttendKernel(HEAD_BLOCK, bits, split) if group >= HEAD_BLOCK else None, fewer, coded_isa(isa))
+        _set(own, CodedAttendKernel(HEAD_BLOCK, bits, split), fewer, coded_isa(isa))
 
 
-def _set(own: np.ndarray, block: VectorKernel | None, rest: AttendKernel | CodedAttendKernel, isa: Isa) -> None:
-    own[BLOCK] = 0 if block is None else kernel_address(block, isa.name)
+def _set(own: np.ndarray, block: VectorKernel, rest: AttendKernel | CodedAttendKernel, isa: Isa) -> None:
+    own[BLOCK] = kernel_address(block, isa.name)
     own[REST], own[REST_HEADS] = kernel_address(rest, isa.name), rest.n_heads
 
 
-def room_bytes(call: np.ndarray, n_tokens: int) -> tuple[int, int]:
-    """Bytes of (results, statistics) of all runs of `n_tokens` cached tokens."""
-    n_runs = MAX_ROWS * int(call[N_HEADS]) * -(-n_tokens // CHUNK)
+def room_bytes(call: np.ndarray, n_rows: int, n_tokens: int) -> tuple[int, int]:
+    """Bytes of (results, statistics) of all runs of `n_tokens` cached tokens, for each of n_rows rows."""
+    n_runs = n_rows * int(call[N_HEADS]) * -(-n_tokens // CHUNK)
     return 4 * n_runs * int(call[V_DIM]), 8 * n_runs
 
 

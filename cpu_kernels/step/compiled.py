@@ -14,6 +14,7 @@ from cpu_kernels.step.parts import Layer, Model
 from cpu_kernels.step.program import (
     MASK,
     MASK_ROW,
+    MAX_LOGITS,
     MAX_ROWS,
     N_ROWS,
     NOT_FINITE,
@@ -26,6 +27,9 @@ from cpu_kernels.step.program import (
 )
 from cpu_kernels.step.run import perform
 from cpu_kernels.step.stream import add_embedding
+
+ROOM_BYTES = 64 << 20
+"""What the intermediate results of attention may take for the rows of a prompt; those of MAX_LOGITS rows always may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class CompiledLayers:
         self.width = width
         self._caches = self._emitter.caches
         self._room = self._workspace.room
-        self._room_tokens = 0
+        self._room_for = (0, 0)  # rows, tokens
         self._array = {"stream": _floats(self._emitter.stream, width)}
         self.angles = [
             (_floats(cos, n), _floats(sin, n)) for n, (cos, sin) in zip(ropes, self._emitter.angles, strict=True)
@@ -122,36 +126,47 @@ class CompiledLayers:
             if calls.layer in layers:
                 attend.set_kernels(calls.attend, kind, self._isa_name)
 
-    def give_room(self, n_tokens: int) -> None:
-        """Makes room for the intermediate results of attention over up to `n_tokens` cached tokens."""
-        if n_tokens <= self._room_tokens and self._room is self._workspace.room:
+    def give_room(self, n_rows: int, n_tokens: int) -> None:
+        """Makes room for the intermediate results of attention of n_rows rows over up to `n_tokens` cached tokens."""
+        known_rows, known_tokens = self._room_for
+        if n_rows <= known_rows and n_tokens <= known_tokens and self._room is self._workspace.room:
             return
-        n_tokens = -(-max(n_tokens * 5 // 4, self._room_tokens) // CHUNK) * CHUNK
-        sizes = [attend.room_bytes(calls.attend, n_tokens) for calls in self._caches]
+        if n_tokens > known_tokens:
+            n_tokens = -(-n_tokens * 5 // 4 // CHUNK) * CHUNK
+        n_tokens = max(n_tokens, known_tokens)
+        sizes = [attend.room_bytes(calls.attend, n_rows, n_tokens) for calls in self._caches]
         parts, stats = max((size[0] for size in sizes), default=0), max((size[1] for size in sizes), default=0)
         if parts + stats + LINE > self._workspace.room.size:
             self._workspace.room = np.empty(parts + stats + LINE, np.uint8)
-        self._room, self._room_tokens = self._workspace.room, n_tokens
+        self._room, self._room_for = self._workspace.room, (n_rows, n_tokens)
         start = int(self._room.ctypes.data) + -int(self._room.ctypes.data) % LINE
         for calls in self._caches:
             attend.give_room(calls.attend, start, start + parts, n_tokens)
 
-    def set_rows(self, n_past: Sequence[int], n_new: int, tokens: Sequence[int] = ()) -> None:
+    def most_rows(self, n_tokens: int) -> int:
+        """Rows of a run over up to `n_tokens` cached tokens whose intermediate results take at most ROOM_BYTES."""
+        row_bytes = max((sum(attend.room_bytes(calls.attend, 1, n_tokens)) for calls in self._caches), default=0)
+        return max(MAX_LOGITS, min(MAX_ROWS, ROOM_BYTES // max(1, row_bytes)))
+
+    def set_rows(self, n_past: Sequence[int], n_new: int, tokens: Sequence[int] = (), n_logits: int = 0) -> None:
         """The rows of the next run: n_new tokens of each sequence, sequence by sequence, behind its n_past cached ones.
 
-        Raises LayoutError for more rows than a step has.
+        n_logits: of one sequence, how many of its last rows get logits; 0: as many as there can be.
+        Raises LayoutError for more rows than a step has, or rows with logits.
         """
         n_rows = len(n_past) * n_new
+        n_logits = n_logits or min(n_rows, MAX_LOGITS)
         if not 0 < n_rows <= MAX_ROWS:
             raise LayoutError(f"a compiled step takes 1 to {MAX_ROWS} rows, found {len(n_past)} x {n_new}")
+        if n_logits > min(n_rows, MAX_LOGITS):
+            raise LayoutError(f"a compiled step gives up to {MAX_LOGITS} logits, found {n_logits} of {n_rows} rows")
         rows = self.program.rows
         for row in range(n_rows):
             sequence, number = divmod(row, n_new)
             rows[row, SEQUENCE], rows[row, SEEN], rows[row, PADDING] = sequence, n_past[sequence] + number + 1, 0
         if tokens:
             rows[:n_rows, TOKEN] = tokens
-        self.program.state[N_ROWS] = n_rows
-        self._emitter.starts[1] = n_rows
+        self._emitter.set_rows(n_rows, n_logits)
 
     def set_mask(self, mask: np.ndarray | None) -> None:
         """float32 [sequences, tokens] that is added to all scores of the next run, at least LOWEST; None: nothing.
@@ -166,12 +181,14 @@ class CompiledLayers:
 
     def run(self) -> None:
         """Performs the operations on the rows. Raises ActivationValueError where a hidden state is not finite."""
-        state = self.program.state
-        state[NOT_FINITE] = 0
+        states = (self.program.state, self.program.head_state)
+        for state in states:
+            state[NOT_FINITE] = 0
         perform(self.program)
-        if state[NOT_FINITE]:
+        found = max(int(state[NOT_FINITE]) for state in states)
+        if found:
             raise ActivationValueError(
-                f"layer {int(state[NOT_FINITE]) - 1}: a hidden state before its products is NaN or infinite; the error "
+                f"layer {found - 1}: a hidden state before its products is NaN or infinite; the error "
                 "lies in this layer or before it: a damaged weight, or NaN in the KV cache of the conversation"
             )
 
@@ -182,7 +199,7 @@ class CompiledStep(CompiledLayers):
     def __init__(self, model: Model, n_threads: int, isa_name: str) -> None:
         self._model = model
         super().__init__(list(enumerate(model.layers)), model.embedding.width, model.ropes, n_threads, isa_name)
-        self._array["logits"] = _floats(self._logits, model.head.output.n_out)
+        self._array["logits"] = _floats(self._logits, model.head.output.n_out, MAX_LOGITS)
 
     def _begin(self) -> None:
         add_embedding(self.program, self._model.embedding, self._emitter.stream)
@@ -192,13 +209,13 @@ class CompiledStep(CompiledLayers):
 
     @property
     def logits(self) -> np.ndarray:
-        """float32 [MAX_ROWS, vocabulary] of the last run."""
+        """float32 [MAX_LOGITS, vocabulary] of the last run's rows that have some."""
         return self._array["logits"]
 
 
-def _floats(address: int, width: int) -> np.ndarray:
-    """float32 [MAX_ROWS, width] at an address of the program."""
+def _floats(address: int, width: int, n_rows: int = MAX_ROWS) -> np.ndarray:
+    """float32 [n_rows, width] at an address of the program."""
     import ctypes
 
     pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
-    return np.ctypeslib.as_array(pointer, shape=(MAX_ROWS, width))
+    return np.ctypeslib.as_array(pointer, shape=(n_rows, width))

@@ -13,7 +13,7 @@ from cpu_kernels.step.experts import add_experts, add_scaled_inputs, experts_cal
 from cpu_kernels.step.gated import add_gated
 from cpu_kernels.step.parts import Attention, Branch, Columns, Core, Head, LatentAttention, Layer, Mlp, Moe, Rope
 from cpu_kernels.step.products import PLAIN_FORMAT, Product, Shared, add_product, target_of
-from cpu_kernels.step.program import MAX_ROWS, Part, Program
+from cpu_kernels.step.program import FIRST_ROW, MAX_ROWS, N_ROWS, Part, Program
 from cpu_kernels.step.router import add_selection
 from cpu_kernels.step.stream import Norm, Summand, Target, add_stream
 
@@ -43,19 +43,22 @@ class Emitter:
     stream: int = field(init=False)
     angles: list[tuple[int, int]] = field(init=False)
     _shared: Shared = field(init=False)
+    _of_head: Shared = field(init=False)
     _layer: int = 0
 
     def __post_init__(self) -> None:
-        self._shared = Shared.of(self.program)
+        self._shared = Shared.of(self.program, self.program.state)
+        self._of_head = Shared.of(self.program, self.program.head_state)
         self.stream = self.program.floats("stream", self.width)
         self.angles = [
             (self.program.floats(f"cos {i}", n), self.program.floats(f"sin {i}", n)) for i, n in enumerate(self.ropes)
         ]
 
-    @property
-    def starts(self) -> np.ndarray:
-        """int64 [2] = 0, rows of the step: whoever sets the rows sets it."""
-        return self._shared.starts
+    def set_rows(self, n_rows: int, n_logits: int) -> None:
+        """The next run has so many rows, of which the last n_logits have logits."""
+        for shared, first in ((self._shared, 0), (self._of_head, n_rows - n_logits)):
+            shared.state[[FIRST_ROW, N_ROWS]] = first, n_rows - first
+            shared.starts[1] = n_rows - first
 
     def layer(self, number: int, layer: Layer) -> None:
         """All branches of a layer; `number` is what errors and counters call it."""
@@ -71,10 +74,18 @@ class Emitter:
         self.pending, self.keep = [], 1.0
 
     def head(self, head: Head) -> int:
-        """Final norm and output layer; returns where the logits float32 [rows, n_out] go."""
-        _, (source,) = self._normalised(head.norm, [head.output.format(self.isa_name)])
-        logits = self.program.floats("logits", head.output.n_out)
-        self._product(Part.OUTPUT_LAYER, head.output, source, logits, scale=head.scale)
+        """Final norm and output layer; returns where the logits float32 [rows that have some, n_out] go."""
+        out, form = self.program.floats("normed", self.width), head.output.format(self.isa_name)
+        source = self._target("input", form, out, self.width)
+        add_stream(
+            self.program, Part.NORMS, self._layer, self.stream, self.width, keep=self.keep, summands=self.pending,
+            norm=head.norm, out=out, targets=() if source.address == out else (source,), state=self._of_head.state,
+        )  # fmt: skip
+        self.pending, self.keep = [], 1.0
+        logits = self.program.logits(head.output.n_out)
+        add_product(
+            self.program, self._of_head, Part.OUTPUT_LAYER, head.output, source, logits, self.isa_name, scale=head.scale
+        )
         return logits
 
     def _branch(self, branch: Branch) -> None:

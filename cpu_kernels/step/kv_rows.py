@@ -15,10 +15,12 @@ from cpu_kernels.jit.primitives import int64s_at, take_ticket
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32, read_row, write_row
 from cpu_kernels.step.stored import is_turned, read_stored, row_bytes, store_row, turn
 
-# A call: sizes, how the rows are stored, whether they are read; address of the floats, how they are stored, bytes from
+# A call: sizes, how the rows are stored, which way they go; address of the floats, how they are stored, bytes from
 # one sequence, head and token to the next; the same of the rows.
 (NEXT, N_HEADS, N_TOKENS, DIM, N_TASKS, KIND, LOADS, FLOATS, FLOATS_KIND, F_BATCH, F_HEAD, F_TOKEN, ROWS, R_BATCH,
  R_HEAD, R_TOKEN, ROWS_CALL) = range(17)  # fmt: skip
+STORED, LOADED, AS_STORED, TURNED = range(4)
+"""What LOADS says: rows are written; read, and turned back where they are turned; read as they are; read and turned."""
 TASK_TOKENS = 64
 FLOAT_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
@@ -29,15 +31,24 @@ def store_tokens(kind: int, floats: torch.Tensor, rows: torch.Tensor, threads: i
     floats: float32 or bfloat16 [B, heads, T, D]. rows: [B, heads, T, bytes or values of a row] of any dtype. The last
     dimension of both is contiguous, and both are in host memory. Raises LayoutError where sizes do not fit.
     """
-    _run(kind, floats, rows, False, threads)
+    _run(kind, floats, rows, STORED, threads)
 
 
-def load_tokens(kind: int, rows: torch.Tensor, floats: torch.Tensor, threads: int | None = None) -> None:
-    """floats = what `rows` stand for; as `store_tokens`."""
-    _run(kind, floats, rows, True, threads)
+def load_tokens(
+    kind: int, rows: torch.Tensor, floats: torch.Tensor, threads: int | None = None, *, as_stored: bool = False
+) -> None:
+    """floats = what `rows` stand for; as `store_tokens`. as_stored: codes stay turned."""
+    _run(kind, floats, rows, AS_STORED if as_stored else LOADED, threads)
 
 
-def _run(kind: int, floats: torch.Tensor, rows: torch.Tensor, loads: bool, threads: int | None) -> None:
+def turned(floats: torch.Tensor, threads: int | None = None) -> torch.Tensor:
+    """float32 [B, heads, T, D]: `floats` (float32 or bfloat16) turned, as rows of codes are."""
+    result = torch.empty(floats.shape)
+    _run(FLOAT_KINDS[floats.dtype], result, floats if floats.stride(3) == 1 else floats.contiguous(), TURNED, threads)
+    return result
+
+
+def _run(kind: int, floats: torch.Tensor, rows: torch.Tensor, loads: int, threads: int | None) -> None:
     expected = (*floats.shape[:3], row_bytes(kind, floats.shape[3]))
     found = (*rows.shape[:3], rows.shape[3] * rows.element_size())
     if floats.dtype not in FLOAT_KINDS or expected != found or floats.stride(3) != 1 or rows.stride(3) != 1:
@@ -85,7 +96,7 @@ def _move(call_address: int, thread: int) -> None:
             source, row = floats + token * call[F_TOKEN], rows + token * call[R_TOKEN]
             if call[LOADS]:
                 read_stored(call[KIND], row, values, np.float32(1))
-                if is_turned(call[KIND]):
+                if call[LOADS] == TURNED or (call[LOADS] == LOADED and is_turned(call[KIND])):
                     turn(values)
                 write_row(call[FLOATS_KIND], source, values)
             else:

@@ -87,17 +87,19 @@ PLAIN_WORK = Worker(_plain)
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Tables that all packed products of a program use: starts int64 [2] = 0, rows; ids int32 [MAX_ROWS]."""
+    """What all products on the same rows use: starts int64 [2] = 0, rows; ids int32 [MAX_ROWS]; the program's state of
+    these rows."""
 
     starts: np.ndarray
     ids: np.ndarray
+    state: np.ndarray
 
     @classmethod
-    def of(cls, program: Program) -> "Shared":
+    def of(cls, program: Program, state: np.ndarray) -> "Shared":
         """New ones, kept by the program."""
         ids = program.zeros(MAX_ROWS, np.int32)
         ids[:] = np.arange(MAX_ROWS)
-        return cls(program.zeros(2, np.int64), ids)
+        return cls(program.zeros(2, np.int64), ids, state)
 
 
 def add_product(
@@ -107,7 +109,7 @@ def add_product(
     """Adds out float32 [rows, n_out] = scale * (W source + bias); returns the operation's number."""
     scales = 0 if scale == 1.0 else program.keep(np.full(MAX_ROWS, scale, np.float32))
     if product.spec is None:
-        return _add_plain(program, part, product, source, out, scales, isa_name, meets)
+        return _add_plain(program, shared, part, product, source, out, scales, isa_name, meets)
     spec = product.spec
     call = program.zeros(engine.CALL_SIZE, np.int64)
     call[: engine.PLAN_SIZE] = linear_plan(spec.in_features, spec.out_features, spec.dtype, isa_name).vector
@@ -125,11 +127,12 @@ def add_product(
 
 
 def _add_plain(
-    program: Program, part: Part, product: Product, source: Target, out: int, scales: int, isa_name: str, meets: bool
-) -> int:
+    program: Program, shared: Shared, part: Part, product: Product, source: Target, out: int, scales: int,
+    isa_name: str, meets: bool,
+) -> int:  # fmt: skip
     call = program.zeros(PLAIN_CALL, np.int64)
     kernel = DotRowsKernel("float32" if product.kind == FLOAT32 else "bfloat16")
-    call[[STATE, KERNEL, WEIGHTS]] = program.state.ctypes.data, kernel_address(kernel, isa_name), product.address
+    call[[STATE, KERNEL, WEIGHTS]] = shared.state.ctypes.data, kernel_address(kernel, isa_name), product.address
     call[BIAS] = 0 if product.bias is None else program.keep(np.ascontiguousarray(product.bias, np.float32))
     call[[N_IN, N_OUT, INPUT, INPUT_BYTES]] = product.n_in, product.n_out, source.address, source.row_bytes
     call[[OUT, SCALES]] = out, scales

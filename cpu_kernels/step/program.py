@@ -14,17 +14,19 @@ from cpu_kernels.engine.call import LINE
 from cpu_kernels.errors import KernelError
 from cpu_kernels.jit.compiled import Worker
 
-MAX_ROWS = 16
-"""Tokens of a step, over all its sequences."""
+MAX_ROWS = 64
+"""Tokens of a step, over all its sequences: so many of a prompt read the weights once."""
+MAX_LOGITS = 16
+"""Tokens of a step that have logits: the last ones of one sequence, or all of several."""
 SCRATCH_BYTES = 64 * 1024
 """Of each thread, for what a task needs only while it runs."""
 
 # An operation. PRESENT: address of a counter of the threads that began it (upper half) and that ended it (lower half);
 # behind it those that sleep on it.
 WORKER, CALL, MEETS, PART, PRESENT, OP_SIZE = range(6)
-# The state
+# The state. FIRST_ROW: the first of the N_ROWS rows that an operation of the output layer reads; 0 of all others.
 (N_ROWS, N_THREADS, OPERATIONS, FIRST, STOP, ROWS, NOT_FINITE, SCRATCH, TICKS, MASK, MASK_ROW,
- STATE_SIZE) = range(12)  # fmt: skip
+ FIRST_ROW, STATE_SIZE) = range(13)  # fmt: skip
 # A row: one new token of a sequence. SEEN: cached tokens up to itself, itself included; PADDING: those of them that are
 # padding before the sequence.
 TOKEN, SEQUENCE, SEEN, PADDING, ROW_SIZE = range(5)
@@ -53,6 +55,7 @@ class Program:
     n_threads: int
     buffers: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
     state: np.ndarray = field(init=False)  # int64 [STATE_SIZE]
+    head_state: np.ndarray = field(init=False)  # int64 [STATE_SIZE], of what comes after the last layer
     rows: np.ndarray = field(init=False)  # int64 [MAX_ROWS, ROW_SIZE]
     ticks: np.ndarray = field(init=False)  # int64 [len(Part)], since the program was made
     counters: np.ndarray = field(init=False)  # int64, zeroed before each run
@@ -63,7 +66,7 @@ class Program:
     _patches: list[tuple[np.ndarray, int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.state = self.zeros(STATE_SIZE, np.int64)
+        self.state, self.head_state = self.zeros(STATE_SIZE, np.int64), self.zeros(STATE_SIZE, np.int64)
         self.rows = self.zeros(MAX_ROWS * ROW_SIZE, np.int64).reshape(MAX_ROWS, ROW_SIZE)
         self.ticks = self.zeros(len(Part), np.int64)
         scratch = self._buffer("scratch of threads", self.n_threads * SCRATCH_BYTES)
@@ -92,6 +95,10 @@ class Program:
         if (name, n_bytes) not in self.buffers:
             self.buffers[name, n_bytes] = self.zeros(n_bytes, np.uint8)
         return int(self.buffers[name, n_bytes].ctypes.data)
+
+    def logits(self, n_out: int) -> int:
+        """Address of float32 [MAX_LOGITS, n_out]."""
+        return self._buffer("logits", MAX_LOGITS * 4 * n_out)
 
     def floats(self, name: str, width: int) -> int:
         """Address of float32 [MAX_ROWS, width]."""

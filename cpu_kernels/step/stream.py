@@ -30,7 +30,7 @@ from cpu_kernels.step.floats import (
     read_row,
     square_sum,
 )
-from cpu_kernels.step.program import N_ROWS, NOT_FINITE, STATE_SIZE, TOKEN, Part, Program
+from cpu_kernels.step.program import FIRST_ROW, N_ROWS, NOT_FINITE, STATE_SIZE, TOKEN, Part, Program
 
 (STATE, NEXT, STREAM, WIDTH, KEEP, N_SUMMANDS, SUMMANDS, NORM, WEIGHT, BIAS, EPS, OUT, N_TARGETS, TARGETS, LAYER,
  STREAM_CALL) = range(16)  # fmt: skip
@@ -88,15 +88,16 @@ class Target:
 
 
 def _stream(call_address: int, thread: int) -> None:
-    """Worker. Task: a row."""
+    """Worker. Task: a row. What it is written to is counted from the first row that is asked for."""
     call = int64s_at(call_address, STREAM_CALL)
     state = int64s_at(call[STATE], STATE_SIZE)
     while True:
         row = take_ticket(call[NEXT])
         if row >= state[N_ROWS]:
             return
-        values = floats_at(call[STREAM] + 4 * row * call[WIDTH], call[WIDTH])
-        _add_summands(call, row, values)
+        from_row = state[FIRST_ROW] + row
+        values = floats_at(call[STREAM] + 4 * from_row * call[WIDTH], call[WIDTH])
+        _add_summands(call, from_row, values)
         out = floats_at(call[OUT] + 4 * row * call[WIDTH], call[WIDTH])
         if call[NORM] == RMS_NORM:
             _rms(call, values, out)
@@ -166,15 +167,17 @@ STREAM_WORK = Worker(_stream)
 
 def add_stream(
     program: Program, part: Part, layer: int, stream: int, width: int, *, keep: float, summands: Sequence[Summand] = (),
-    norm: Norm | None = None, out: int = 0, targets: Sequence[Target] = (),
+    norm: Norm | None = None, out: int = 0, targets: Sequence[Target] = (), state: np.ndarray | None = None,
 ) -> int:  # fmt: skip
     """Adds a row operation on float32 [rows, width] at `stream`; returns its number.
 
     keep: what the stream's own values are multiplied with; 0: they are not read. out: where the normalised rows go; 0:
-    they stay the stream's.
+    they stay the stream's. state: of the rows, where they are not all of the program's; `out` lies elsewhere than the
+    stream then.
     """
     call = program.zeros(STREAM_CALL, np.int64)
-    call[[STATE, STREAM, WIDTH, KEEP, LAYER]] = program.state.ctypes.data, stream, width, bits_of(keep), layer
+    of_rows = program.state if state is None else state
+    call[[STATE, STREAM, WIDTH, KEEP, LAYER]] = of_rows.ctypes.data, stream, width, bits_of(keep), layer
     call[OUT] = out or stream
     table = np.array(
         [[s.address, s.parts, bits_of(s.scale), s.gate, s.row or width] for s in summands] or [[0] * 5], np.int64

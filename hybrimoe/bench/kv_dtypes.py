@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from cpu_kernels.step.kv_rows import load_tokens, store_tokens
-from cpu_kernels.step.program import MAX_ROWS
+from cpu_kernels.step.program import MAX_LOGITS
 from cpu_kernels.step.stored import KIND_OF, row_bytes
 from hybrimoe.bench import rounds as harness
 from hybrimoe.bench.model.sources import CheckpointSource, RandomSource
@@ -131,7 +131,7 @@ def _decoded(model: Any, step: Step, name: str, window: torch.Tensor) -> torch.T
     cache, found = cache_of(model, name), []
     with torch.inference_mode():
         model(window[None, :PROMPT_TOKENS], past_key_values=cache, use_cache=True)
-    for part in window[PROMPT_TOKENS:].split(MAX_ROWS):
+    for part in window[PROMPT_TOKENS:].split(MAX_LOGITS):
         logits = step.next_logits(part.tolist(), cache, drafted=True)
         assert logits is not None
         found.append(logits.float())

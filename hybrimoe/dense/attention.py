@@ -1,7 +1,9 @@
 """`cpu.attention`: decode steps of bfloat16 attention on the CPU by the kernel of `cpu_kernels`.
 
 PyTorch's own kernel is made for many queries: against a long context it takes ten times as long as reading the keys and
-values once does, which is most of a step of long chats. Prompts, other dtypes and other devices stay with PyTorch.
+values once does, which is most of a step of long chats. Prompts that go on from a cache are computed with PyTorch's
+kernel block by block (`prompt_attention`): without the mask, of which it reads a number for each pair of tokens, and
+without floats of all that the cache stores. Other prompts, other dtypes and other devices stay with PyTorch.
 
 transformers asks its registry of attention functions for "sdpa" at each call of an attention module. While a model uses
 the kernel, that entry is `attention_forward`, which passes on every call that is not of a module of such a model. The
@@ -11,6 +13,7 @@ model's configuration stays as it is, so another implementation that is set late
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +25,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cpu_kernels import decode_attention, supports_decode_attention
+from cpu_kernels.backends.prompt_attention import prompt_attention, supports_prompt_attention
 from cpu_kernels.backends.shared import shared_backend
+from cpu_kernels.step.stored_states import StoredStates
+from hybrimoe.dense.prompts import multiplies_bfloat16
 
 REPLACED = "sdpa"
 """The attention implementation in transformers' registry whose decode steps the kernel takes."""
@@ -59,6 +65,11 @@ def attention_forward(
     query [B, heads, queries, D], key and value [B, kv_heads, T, D or V]; attention_mask: bool (True is seen) or added.
     """
     use: KernelUse | None = module.__dict__.get(MARK)
+    if use is not None and _takes_prompt(module, query, key, value, attention_mask, dropout, others):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        dtype = query.dtype if multiplies_bfloat16() else torch.float32
+        found = prompt_attention(query, key, value, scale, dtype=dtype, threads=use.threads)
+        return found.transpose(1, 2).contiguous(), None  # as torch's: some models look at it as [B, queries, heads * V]
     if use is not None and _takes(query, key, value, attention_mask, dropout, others):
         use.calls += 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -67,16 +78,64 @@ def attention_forward(
     return registry.passed_on(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
 
 
+def _takes_prompt(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    dropout: float, others: dict[str, Any],
+) -> bool:  # fmt: skip
+    """Whether `prompt_attention` computes the call: keys and values that are stored, or several tokens that see all
+    tokens before them."""
+    n_new, n_tokens = query.shape[2], key.shape[2]
+    if not isinstance(key, StoredStates) and (n_new == 1 or n_new == n_tokens):
+        return False
+    if _is_special(query, key, value, mask, dropout, others) or not supports_prompt_attention(query, key, value):
+        return False
+    if mask is not None:
+        return causal_masks.is_plain(mask, n_new, n_tokens)
+    causal = others.get("is_causal")
+    return n_new == 1 or (n_new == n_tokens and bool(getattr(module, "is_causal", True) if causal is None else causal))
+
+
+def _is_special(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float,
+    others: dict[str, Any],
+) -> bool:  # fmt: skip
+    """Whether more is asked for than the kernels know."""
+    if dropout or torch.compiler.is_compiling() or any(others.get(name) is not None for name in UNKNOWN_HERE):
+        return True
+    seen = (query, key, value) if mask is None else (query, key, value, mask)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in seen)
+
+
+class CausalMasks:
+    """Which masks hide nothing but later tokens. All layers of a call have the same mask: it is looked at once."""
+
+    def __init__(self) -> None:
+        self._known = threading.local()
+
+    def is_plain(self, mask: torch.Tensor, n_new: int, n_tokens: int) -> bool:
+        """Whether a mask [B, 1, n_new, n_tokens] of bool (True is seen) lets token i see all but the last
+        n_new - 1 - i."""
+        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, n_new, n_tokens):
+            return False
+        known, version = getattr(self._known, "latest", None), 0 if mask.is_inference() else mask._version
+        if known is None or known[0]() is not mask or known[1] != version:
+            n_past = n_tokens - n_new
+            square = torch.ones(n_new, n_new, dtype=torch.bool).tril_()
+            plain = bool(mask[..., :n_past].all()) and bool((mask[..., n_past:] == square).all())
+            known = self._known.latest = (weakref.ref(mask), version, plain)
+        return bool(known[2])
+
+
+causal_masks = CausalMasks()
+
+
 def _takes(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float,
     others: dict[str, Any],
 ) -> bool:  # fmt: skip
-    if query.shape[2] != 1 or dropout or torch.compiler.is_compiling():
+    if query.shape[2] != 1 or isinstance(key, StoredStates):
         return False
-    if any(others.get(name) is not None for name in UNKNOWN_HERE):
-        return False
-    seen = (query, key, value) if mask is None else (query, key, value, mask)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in seen):
+    if _is_special(query, key, value, mask, dropout, others):
         return False
     same_mask = mask is None or (mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1)
     return same_mask and supports_decode_attention(query, key, value)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from cpu_kernels.step.program import MAX_ROWS
+from cpu_kernels.step.program import MAX_LOGITS
 from hybrimoe.amounts import parse_amount, size_text
 from hybrimoe.errors import BudgetError
 from hybrimoe.generation.growing import LEAST_ROOM
@@ -143,7 +143,7 @@ class BatchEngine:
         decoding = [place for place in decoding if not place.in_prompt]
         going = iter([place for place in decoding if not place.reply.has_ended()])
         self.n_steps += bool(decoding)
-        while group := list(islice(going, MAX_ROWS)):
+        while group := list(islice(going, MAX_LOGITS)):
             yield from self._decode(group)
         yield from self._ended()
 

@@ -1,7 +1,8 @@
 """KV cache layers that store keys and values in another dtype than the model computes them in (`memory.kv_dtype`).
 
 What a layer holds are rows, as `cpu_kernels.step.stored` says. The compiled step writes and reads them where they lie;
-transformers' forward, which computes prompts, gets floats for as long as it computes a layer. All that moves tokens
+transformers' forward, which computes prompts, gets `StoredStates`, of which attention reads block after block, and of
+which everything else sees floats. All that moves tokens
 from cache to cache (the prefix cache, saved sessions, a crop) moves rows, and loses nothing.
 """
 
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from cpu_kernels.step.kv_rows import FLOAT_KINDS, load_tokens, store_tokens
+from cpu_kernels.step.kv_rows import FLOAT_KINDS, store_tokens
 from cpu_kernels.step.stored import KIND_OF, row_bytes
+from cpu_kernels.step.stored_states import StoredStates
 from hybrimoe.generation.growing import GrowingLayer, growing_cache
 
 __all__ = ["ROW_DTYPES", "StoredLayer", "can_hold", "kv_dtype_of", "new_cache"]
@@ -45,7 +47,8 @@ class StoredLayer(GrowingLayer):
         for rows, states in ((buffers.keys, key_states), (buffers.values, value_states)):
             self._store(states, rows[..., n_held : n_held + n_new, :])
         self.advance(n_new)
-        return self._floats(self.keys, key_states), self._floats(self.values, value_states)
+        kind = KIND_OF[self.name]
+        return StoredStates.of(self.keys, kind, key_states), StoredStates.of(self.values, kind, value_states)
 
     def _empty(self, states: torch.Tensor) -> torch.Tensor:
         """No rows, of the size that rows of `states` have."""
@@ -56,13 +59,6 @@ class StoredLayer(GrowingLayer):
     def _store(self, states: torch.Tensor, rows: torch.Tensor) -> None:
         known = states if states.dtype in FLOAT_KINDS else states.float()
         store_tokens(KIND_OF[self.name], known if known.stride(-1) == 1 else known.contiguous(), rows)
-
-    def _floats(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """[B, heads, T, D] of the rows of all tokens; D and dtype are those of `like`."""
-        dtype = like.dtype if like.dtype in FLOAT_KINDS else torch.float32
-        floats = torch.empty(*rows.shape[:-1], like.shape[-1], dtype=dtype)
-        load_tokens(KIND_OF[self.name], rows, floats)
-        return floats.to(like.dtype)
 
 
 def can_hold(layer: GrowingLayer, rows: torch.Tensor) -> bool:

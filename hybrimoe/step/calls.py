@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from cpu_kernels.simd.attention import LOWEST
-from cpu_kernels.step.program import MAX_ROWS
+from cpu_kernels.step.program import MAX_LOGITS, MAX_ROWS
 from scheduler import Phase
 
 SERVED = frozenset((
@@ -72,6 +72,9 @@ def read_call(
         return None
     if known.get("position_ids") is None and cache.get_seq_length() != n_past:
         return None
+    n_logits = min(kept or n_new, n_new)
+    if (n_logits if n_sequences == 1 else n_sequences * n_new) > MAX_LOGITS:
+        return None
     positions = _positions(known.get("position_ids"), n_sequences, n_new, n_past)
     mask = _mask(known.get("attention_mask"), n_sequences, n_past + n_new)
     if positions is None or mask is False:
@@ -84,7 +87,7 @@ def read_call(
         [cache],
         positions,
         mask,
-        min(kept or n_new, n_new),
+        n_logits,
         phase,
     )
 
@@ -98,10 +101,23 @@ def tokens_held(cache: DynamicCache) -> int:
 def _positions(given: Any, n_sequences: int, n_new: int, n_past: int) -> list[int] | None:
     if given is None:
         return list(range(n_past, n_past + n_new)) * n_sequences
+    if isinstance(given, torch.Tensor) and given.dim() == 3:
+        given = _along_all_axes(given)
     if not isinstance(given, torch.Tensor) or given.shape not in ((n_sequences, n_new), (1, n_new)):
         return None
+    if given.is_floating_point():  # as Qwen's omni models count
+        if not bool((given == given.floor()).all()):
+            return None
+        given = given.long()
     positions: list[int] = given.flatten().tolist()
     return positions if len(given) == n_sequences else positions * n_sequences
+
+
+def _along_all_axes(given: torch.Tensor) -> torch.Tensor | None:
+    """Positions [sequences, n] of tokens that stand at the same place along each axis [axes, sequences, n], as text
+    does where images lie in a plane; None for others. (Of four axes the first is the number in the text.)"""
+    axes = given[1:] if len(given) == 4 else given
+    return axes[0] if bool((axes == axes[:1]).all()) else None
 
 
 def _mask(given: Any, n_sequences: int, n_tokens: int) -> Any:

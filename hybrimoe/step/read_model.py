@@ -236,7 +236,7 @@ def _error(
             part[..., PROMPT_TOKENS : PROMPT_TOKENS + n_rows, :].clone() for part in (buffers.keys, buffers.values)
         ]
         compiled.bind(index, 0, place_of(buffers))
-    compiled.give_room(PROMPT_TOKENS + n_rows)
+    compiled.give_room(n_rows, PROMPT_TOKENS + n_rows)
     compiled.set_rows([PROMPT_TOKENS], n_rows)
     fill_angles(compiled, ropes, torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + n_rows)[None])
     compiled.stream[:n_rows] = before

@@ -40,10 +40,13 @@ class ServedStep(ModelStep):
 
     def served_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
         """The call of the model's forward as the step sees it; None where transformers must answer it."""
-        if torch.is_grad_enabled() or not self.usable():
+        if torch.is_grad_enabled() or not self.usable() or self.is_moved(kwargs):
             return None
         call = read_call(self.model.config, self.reading.cache_type, args, kwargs)
-        return call if call is not None and self.fits(call.caches[0], call.n_past[0], call.n_sequences) else None
+        if call is None or not self.fits(call.caches[0], call.n_past[0], call.n_sequences):
+            return None
+        most = min(program.compiled.most_rows(call.n_past[0] + call.n_new) for program in self.programs)
+        return call if call.n_sequences * call.n_new <= most else None
 
     def usable(self) -> bool:
         """As `ModelStep.usable`, and the experts are computed on the CPU as the router says, watched by nobody."""

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from cpu_kernels.host.isa import detect
 from cpu_kernels.host.threads import torch_threads
 from cpu_kernels.step.compiled import CompiledStep
-from cpu_kernels.step.program import MAX_ROWS
+from cpu_kernels.step.program import MAX_LOGITS, MAX_ROWS
 from hybrimoe.errors import ModelError
 from hybrimoe.step.caches import BoundLayers
 from hybrimoe.step.calls import StepCall
@@ -40,25 +40,34 @@ class Step(ServedStep):
         assert self.reading.output_type is not None
         return self.reading.output_type(logits=self._logits(call), past_key_values=call.caches[0])
 
-    def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
+    def next_logits(
+        self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False, shift: int = 0
+    ) -> torch.Tensor | None:
         """As `ModelStep.next_logits`."""
-        if len(token_ids) > MAX_ROWS or not self.usable() or not (n_past := self._n_past(cache)):
-            return None
         n_new = len(token_ids)
-        positions = list(range(n_past, n_past + n_new))
+        if n_new > (MAX_LOGITS if drafted else MAX_ROWS) or not self.usable() or not (n_past := self._n_past(cache)):
+            return None
         phase: Phase = "decode" if drafted or n_new == 1 else "prefill"
-        call = StepCall(list(token_ids), n_new, [n_past], [cache], positions, None, n_new if drafted else 1, phase)
+        most = n_new if drafted else self._compiled.most_rows(n_past + n_new)
         with torch.inference_mode():
-            return self._logits(call)[0]
+            for first in range(0, n_new, most):
+                part = list(token_ids[first : first + most])
+                past, n_logits = n_past + first, len(part) if drafted else 1
+                positions = list(range(past + shift, past + shift + len(part)))
+                logits = self._logits(StepCall(part, len(part), [past], [cache], positions, None, n_logits, phase))
+        return logits[0]
 
-    def logits_of_each(self, token_ids: Sequence[int], caches: Sequence[Any]) -> torch.Tensor | None:
+    def logits_of_each(
+        self, token_ids: Sequence[int], caches: Sequence[Any], shifts: Sequence[int] = ()
+    ) -> torch.Tensor | None:
         """As `ModelStep.logits_of_each`."""
-        if not 0 < len(token_ids) <= MAX_ROWS or self.one_by_one is not None or not self.usable():
+        if not 0 < len(token_ids) <= MAX_LOGITS or self.one_by_one is not None or not self.usable():
             return None
         n_past = [self._n_past(cache) for cache in caches]
         if not all(n_past):
             return None
-        call = StepCall(list(token_ids), 1, n_past, list(caches), n_past, None, 1, "decode")
+        positions = [n + shift for n, shift in zip(n_past, shifts, strict=True)] if shifts else n_past
+        call = StepCall(list(token_ids), 1, n_past, list(caches), positions, None, 1, "decode")
         with torch.inference_mode():
             return self._logits(call)[:, 0]
 
@@ -86,8 +95,9 @@ class Step(ServedStep):
             raise IndexError(f"token ids must be below {self.embedding.shape[0]}, found {call.token_ids}")
         with self.lock, torch_threads(1):  # more would spin on after the copy of the logits
             us = self._bound.run(call)
-            n_rows = call.n_sequences * call.n_new
-            rows = torch.from_numpy(self._compiled.logits[:n_rows]).view(call.n_sequences, call.n_new, -1)
-            logits = rows[:, call.n_new - call.n_logits :].to(self.reading.logits_dtype, copy=True)
+            n_each = call.n_logits if call.n_sequences == 1 else call.n_new
+            found = torch.from_numpy(self._compiled.logits[: call.n_sequences * n_each])
+            rows = found.view(call.n_sequences, n_each, -1)
+            logits = rows[:, n_each - call.n_logits :].to(self.reading.logits_dtype, copy=True)
             self.count(call, us)
         return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,41 +92,44 @@ class Attended:
             rows.append(made)
         return rows[0], rows[1]
 
-    def run(self, kind: int, threads: int) -> torch.Tensor:
-        """The result [2, heads, v_dim] of the operation."""
-        own = self.kind
+    def run(
+        self, kind: int, threads: int, rows: Sequence[tuple[int, int]] = (), query: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The result [rows, heads, v_dim] of the operation. rows: the sequence of each, and how many tokens it sees."""
+        own, places_of_rows = self.kind, list(rows) or list(enumerate(self.seen))
+        n_rows = len(places_of_rows)
         program = Program(threads)
         width = own.dim + own.shared
-        query, out = program.floats("query", own.heads * width), program.floats("out", own.heads * own.v_dim)
+        source, out = program.floats("query", own.heads * width), program.floats("out", own.heads * own.v_dim)
         places = program.zeros(16 * PLACE_SIZE, np.int64).reshape(16, PLACE_SIZE)
         call = attend.add_attention(
-            program, own.heads, own.kv_heads, own.dim, own.v_dim, query, places.ctypes.data, out,
+            program, own.heads, own.kv_heads, own.dim, own.v_dim, source, places.ctypes.data, out,
             sight=own.sight, sinks=self.sinks, shared=own.shared,
         )  # fmt: skip
         attend.set_kernels(call, kind, detect().isa.name)
-        room = np.empty(sum(attend.room_bytes(call, N_TOKENS)), np.uint8)
-        parts = attend.room_bytes(call, N_TOKENS)[0]
+        room = np.empty(sum(attend.room_bytes(call, n_rows, N_TOKENS)), np.uint8)
+        parts = attend.room_bytes(call, n_rows, N_TOKENS)[0]
         attend.give_room(call, room.ctypes.data, room.ctypes.data + parts, N_TOKENS)
         program.seal()
-        rows = self.stored(kind)
+        held = self.stored(kind)
         for sequence in range(2):
-            for at, part in enumerate(rows):
+            for at, part in enumerate(held):
                 places[sequence, 3 * at : 3 * at + 3] = part[sequence].data_ptr(), part.stride(1), part.stride(2)
             places[sequence, 6:8] = kind, 0
-            program.rows[sequence, [SEQUENCE, SEEN, PADDING]] = sequence, self.seen[sequence], 0
+        for row, (sequence, seen) in enumerate(places_of_rows):
+            program.rows[row, [SEQUENCE, SEEN, PADDING]] = sequence, seen, 0
         mask = self.mask()
-        program.state[N_ROWS] = 2
+        program.state[N_ROWS] = n_rows
         if own.is_padded:
             program.state[[MASK, MASK_ROW]] = mask.ctypes.data, N_TOKENS
-        asked = self.query
+        asked = self.query if query is None else query
         if kind in (INT8, INT4):
             asked = torch.cat([turned(part) for part in asked.split([own.dim, own.shared], -1) if part.numel()], -1)
         buffers = {name: buffer for (name, _), buffer in program.buffers.items()}
         buffers["query"].view(np.float32)[: asked.numel()] = asked.flatten().numpy()
         perform(program)
-        return torch.from_numpy(buffers["out"].view(np.float32)[: 2 * own.heads * own.v_dim].copy()).view(
-            2, own.heads, own.v_dim
-        )
+        found = buffers["out"].view(np.float32)[: n_rows * own.heads * own.v_dim].copy()
+        return torch.from_numpy(found).view(n_rows, own.heads, own.v_dim)
 
     def mask(self) -> np.ndarray:
         """float32 [2, N_TOKENS]: padding before the sequences."""
@@ -156,6 +160,18 @@ class Attended:
             weights = torch.softmax(torch.cat([scores, sinks], 1), 1)[:, : scores.shape[1]]
             results.append((weights[:, None] @ v)[:, 0])
         return torch.stack(results)
+
+
+@pytest.mark.parametrize("name", ["one head", "groups of three", "odd size", "padding", "window"])
+def test_rows_of_one_sequence_get_the_bits_that_each_has_alone(name: str) -> None:
+    attended = Attended(KINDS[name])
+    own = attended.kind
+    rows = [(1, N_TOKENS - 9 + i) for i in range(7)] + [(0, 513), (0, 514)]
+    query = torch.randn(len(rows), own.heads, own.dim, generator=torch.Generator().manual_seed(3)) / own.dim**0.5
+    for kind in KIND_OF.values():
+        together = attended.run(kind, 2, rows, query)
+        alone = [attended.run(kind, 1, [row], query[i : i + 1]) for i, row in enumerate(rows)]
+        assert torch.equal(together, torch.cat(alone)), kind
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

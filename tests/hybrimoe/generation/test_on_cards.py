@@ -28,6 +28,9 @@ LEARNING = 30
 """Waits of the first calls: the lookahead reads the routers' weights, kernels are compared with torch."""
 FIRST_USE = 120
 """Launches of torch's way, with which fused kernels are compared when they are first used."""
+WEIGHTS = {"float32": (0, 0.3), "bfloat16": (75, 0.2)}
+"""Seed and spread of the weights. In bfloat16 each way to compute rounds otherwise, and CPUs differ: this model's first
+choice leads the second, in each of the 20 tokens, by 4.9 times what its logits are away from those in float32."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +40,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private_cache: Ca
 
 def save_model(folder: Path, dtype: str) -> Path:
     """A small Qwen3-MoE of 4 layers with 8 experts each."""
+    seed, spread = WEIGHTS[dtype]
     config = Qwen3MoeConfig(
         vocab_size=258, hidden_size=64, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=N_LAYERS,
         num_experts=8, num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-        max_position_embeddings=128, bos_token_id=None, eos_token_id=None, initializer_range=0.3,
+        max_position_embeddings=128, bos_token_id=None, eos_token_id=None, initializer_range=spread,
     )  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     Qwen3MoeForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 

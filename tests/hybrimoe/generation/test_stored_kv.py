@@ -12,6 +12,8 @@ import torch
 from transformers import DynamicCache
 
 import hybrimoe
+from cpu_kernels.step.stored_states import StoredStates
+from hybrimoe.dense import attention
 from hybrimoe.errors import ConfigError
 from hybrimoe.generation import Conversation, SamplingOptions, TextGenerator
 from hybrimoe.generation.continuous_batching import BatchEngine
@@ -65,6 +67,50 @@ def test_every_familys_attention_reads_every_dtype(family: str) -> None:
         found = logits_after(model, injection.step, name)
         assert float((found - exact).norm() / exact.norm()) <= tolerance, name
         assert all(torch.equal(found, logits_after(model, twin, name)) for twin in twins), name
+    injection.restore()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_a_prompt_reads_stored_rows_by_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second part of a prompt makes no floats of all that is stored, and gives the logits that it gave with them."""
+    model = tiny_family(family)
+    injection = hybrimoe.inject(model, accelerator="none", expert_dtype="float32")
+
+    def last_logits(name: str | None) -> torch.Tensor:
+        cache = stored(model, name)
+        with torch.inference_mode():
+            for part in (TEXT[:70], TEXT[70:]):
+                found = model(input_ids=torch.tensor([part]), past_key_values=cache, use_cache=True).logits
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attention, "supports_prompt_attention", lambda *_: False)
+        expected = {name: last_logits(name) for name in (None, "float32", "int8", "int4")}
+    monkeypatch.delattr(StoredStates, "floats")
+    for name, wanted in expected.items():
+        assert float((last_logits(name) - wanted).norm() / wanted.norm()) <= 1e-4, name
+    injection.restore()
+
+
+def test_a_prompt_with_padding_is_left_to_torch() -> None:
+    model = tiny_family("qwen3_moe")
+    plain = tiny_family("qwen3_moe")
+    injection = hybrimoe.inject(model, accelerator="none", expert_dtype="float32")
+    ids = torch.tensor([TEXT[:40], TEXT[40:80]])
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    found = []
+    with torch.inference_mode():
+        for one in (model, plain):
+            cache = stored(one, None)
+            for stop in (20, 40):
+                places = (mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, stop - 20 :]
+                output = one(
+                    input_ids=ids[:, stop - 20 : stop], attention_mask=mask[:, :stop], position_ids=places,
+                    past_key_values=cache, use_cache=True,
+                )  # fmt: skip
+            found.append(output.logits)
+    assert torch.allclose(found[0], found[1], atol=1e-4)
     injection.restore()
 
 

@@ -13,7 +13,8 @@ import torch
 from transformers import DynamicCache
 
 import hybrimoe
-from cpu_kernels.step.program import MAX_ROWS
+from cpu_kernels.step import compiled
+from cpu_kernels.step.program import MAX_LOGITS, MAX_ROWS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
 from tiny_families import prompt, tiny_model
@@ -51,7 +52,7 @@ def served(model: Any) -> int:
     return int(model.hybrimoe.step.n_steps)
 
 
-@pytest.mark.parametrize(("batch", "n_new"), [(1, 1), (1, 5), (3, 1), (4, 4), (1, MAX_ROWS)])
+@pytest.mark.parametrize(("batch", "n_new"), [(1, 1), (1, 5), (3, 1), (4, 4), (1, MAX_LOGITS)])
 def test_rows_of_several_sequences_and_tokens(model: Any, plain: Any, batch: int, n_new: int) -> None:
     ids, new = prompt(batch), prompt(batch, seed=1).repeat(1, 2)[:, :n_new]
     before = served(model)
@@ -65,8 +66,44 @@ def test_rows_of_several_sequences_and_tokens(model: Any, plain: Any, batch: int
 def test_more_rows_than_a_step_has_are_left_to_the_model(model: Any) -> None:
     cache = after_prompt(model, prompt(1))
     before = served(model)
-    step(model, prompt(1).repeat(1, 2)[:, : MAX_ROWS + 1], cache)
+    step(model, prompt(1).repeat(1, 9)[:, : MAX_ROWS + 1], cache, logits_to_keep=1)
     assert served(model) == before
+
+
+def test_more_logits_than_a_step_has_are_left_to_the_model(model: Any) -> None:
+    before = served(model)
+    step(model, prompt(1).repeat(1, 9)[:, : MAX_LOGITS + 1], after_prompt(model, prompt(1)))
+    step(model, prompt(3).repeat(1, 9)[:, : MAX_LOGITS // 2], after_prompt(model, prompt(3)), logits_to_keep=1)
+    assert served(model) == before
+
+
+@pytest.mark.parametrize("n_new", [MAX_LOGITS + 1, MAX_ROWS - 1, MAX_ROWS])
+def test_a_short_prompt_is_a_step(model: Any, plain: Any, n_new: int) -> None:
+    """Its last logits have the bits that they have token by token, and the model's values."""
+    ids, new = prompt(1), prompt(1, seed=1).repeat(1, 9)[:, :n_new]
+    whole, pieces = after_prompt(model, ids), after_prompt(model, ids)
+    before = served(model)
+    found = step(model, new, whole, logits_to_keep=1)
+    assert served(model) == before + 1
+    for token in new[0]:
+        alone = step(model, token.view(1, 1), pieces)
+    assert torch.equal(found, alone)
+    for one, other in zip(whole.layers, pieces.layers, strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+    expected = step(plain, new, after_prompt(plain, ids), logits_to_keep=1)
+    assert float((found - expected).abs().max()) <= TOLERANCE
+
+
+def test_a_short_prompt_over_a_long_cache_takes_several_steps(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as keep what attention writes within its room, and the result is the same."""
+    ids, new = prompt(1), prompt(1, seed=1).repeat(1, 9)[0, :MAX_ROWS].tolist()
+    whole = model.hybrimoe.step.next_logits(new, after_prompt(model, ids))
+    before = served(model)
+    monkeypatch.setattr(compiled, "ROOM_BYTES", 0)
+    parts = model.hybrimoe.step.next_logits(new, after_prompt(model, ids))
+    assert served(model) == before + MAX_ROWS // MAX_LOGITS
+    assert torch.equal(whole, parts)
 
 
 def test_the_last_logits_only(model: Any) -> None:
@@ -239,9 +276,27 @@ def test_sliding_windows_that_fill_and_move(room: int, monkeypatch: pytest.Monke
     assert own.hybrimoe.step.n_steps == 40
 
 
-def test_positions_that_depend_on_images_stay_with_the_model() -> None:
+def test_tokens_that_stand_in_a_plane_stay_with_the_model() -> None:
     own = tiny_model("qwen3_vl_moe")
-    assert "images" in str(hybrimoe.inject(own, accelerator="none", expert_dtype="float32").way.reason)
+    hybrimoe.inject(own, accelerator="none", expert_dtype="float32")
+    assert own.hybrimoe.step is not None, own.hybrimoe.way
+    cache = after_prompt(own, prompt(1))
+    token, n_past = torch.tensor([[7]]), cache.get_seq_length()
+    in_text = torch.full((3, 1, 1), n_past + 5)
+    in_a_plane = torch.tensor([n_past, n_past + 1, n_past + 2]).view(3, 1, 1)
+    found = step(own, token, cache, position_ids=in_text)
+    assert own.hybrimoe.step.n_steps == 1
+    cache.crop(-1)
+    with torch.no_grad():
+        torch.testing.assert_close(found, type(own).forward(own, token, past_key_values=cache,
+                                                            position_ids=in_text).logits)  # fmt: skip
+    cache.crop(-1)
+    step(own, token, cache, position_ids=in_a_plane)
+    assert own.hybrimoe.step.n_steps == 1, "no table of angles has these"
+    own.model.rope_deltas = torch.tensor([[3]])
+    cache.crop(-1)
+    step(own, token, cache)
+    assert own.hybrimoe.step.n_steps == 1, "the model itself adds what it remembers of images"
 
 
 def test_threads_that_call_a_mixed_model_at_once_do_not_disturb_each_other() -> None:

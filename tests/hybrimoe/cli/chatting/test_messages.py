@@ -16,6 +16,10 @@ from hybrimoe.cli.chatting.messages import PipedMessages
 
 PASTE = "\x1b[200~{}\x1b[201~"
 UP, LEFT, ALT_ENTER, CTRL_D = "\x1b[A", "\x1b[D", "\x1b\r", "\x04"
+ENTER = "\r"
+"""A key of its own sends the message: between two prompts the terminal edits lines itself, and keeps a Ctrl-D."""
+PROMPTED = "\x1b[?2004h"
+"""What a prompt that reads keys asks the terminal for first: that pasted text is marked."""
 READER = """
 import sys
 from pathlib import Path
@@ -103,9 +107,16 @@ def terminal(tmp_path):
             os.close(theirs)
             screen = Screen(ours)
             try:
-                screen.wait_for(">")
+                screen.wait_for(PROMPTED)
                 for key in keys:
-                    screen.press_until(*key) if isinstance(key, tuple) else screen.type(key)
+                    if isinstance(key, tuple):
+                        screen.press_until(*key)
+                    elif key == ENTER:
+                        screen.shown = ""
+                        screen.type(ENTER)
+                        screen.wait_for(PROMPTED)
+                    else:
+                        screen.type(key)
                 while screen.read() and process.poll() is None:
                     pass
                 lines = process.stdout.read().splitlines()
@@ -119,20 +130,23 @@ def terminal(tmp_path):
 
 
 def test_pasted_lines_are_one_message(terminal):
-    assert terminal(PASTE.format("one\ntwo\n\nthree"), "\r", CTRL_D) == ["one\ntwo\n\nthree"]
+    assert terminal(PASTE.format("one\ntwo\n\nthree"), ENTER, CTRL_D) == ["one\ntwo\n\nthree"]
 
 
 def test_a_long_paste_is_not_cut(terminal):
     long = "word " * 4000
-    assert terminal(PASTE.format(long), "\r", CTRL_D) == [long]
+    assert terminal(PASTE.format(long), ENTER, CTRL_D) == [long]
 
 
 def test_a_line_is_edited_and_continued(terminal):
-    assert terminal("ac", LEFT, "b", "\r", "one", ALT_ENTER, "two\\\rthree\r", CTRL_D) == ["abc", "one\ntwo\nthree"]
+    assert terminal("ac", LEFT, "b", ENTER, "one", ALT_ENTER, "two\\\rthree", ENTER, CTRL_D) == [
+        "abc",
+        "one\ntwo\nthree",
+    ]
 
 
 def test_earlier_messages_come_back_in_the_next_chat_and_only_the_user_can_read_them(terminal, tmp_path):
-    assert terminal("first\r", CTRL_D) == ["first"]
-    (again,) = terminal((UP, "first"), "!\r", CTRL_D)
+    assert terminal("first", ENTER, CTRL_D) == ["first"]
+    (again,) = terminal((UP, "first"), "!", ENTER, CTRL_D)
     assert again == "first!"
     assert stat.S_IMODE((tmp_path / "kept" / "history").stat().st_mode) == 0o600
