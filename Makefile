@@ -59,13 +59,13 @@ $(STAMP_FLOOR): pyproject.toml constraints.txt $(STAMP_DEV)
 	$(PYTHON) -m venv .venv-floor
 	echo '*' >.venv-floor/.gitignore
 	$(BIN)/uv pip compile -q --resolution lowest-direct --extra onnx --extra serve --extra fast-serve \
-	  --extra otel --extra bench pyproject.toml -o .venv-floor/requirements.txt
+	  --extra otel --extra bench --extra images pyproject.toml -o .venv-floor/requirements.txt
 	grep -E '^(pytest|pytest-randomly|pytest-xdist|hypothesis|jsonschema)==' constraints.txt >.venv-floor/tools.txt
 	$(BIN)/uv pip install -q --python $(FLOOR) -r .venv-floor/requirements.txt -r .venv-floor/tools.txt
 	@touch $@
 
 test-floor: $(STAMP_FLOOR)  ## the tests with the lowest versions that pyproject.toml allows (torch 2.8: 7 GB of disk)
-	PYTHONPATH=. $(FLOOR) -m pytest -q $(PARALLEL) -m "$(SHORT)" -W default
+	PYTHONPATH="$(CURDIR)" $(FLOOR) -m pytest -q $(PARALLEL) -m "$(SHORT)" -W default
 
 coverage: $(STAMP_DEV)  ## the tests with line and branch coverage; functions that Numba compiled are not seen
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not families or representative" --cov --cov-report=term

@@ -2,7 +2,11 @@
 block of README.md.
 
     python benchmarks/models_report.py --measure  # 20 minutes on 2 cores; needs llama-cpp-python and the extra bench
+    HYBRIMOE_ISA=avx2 python benchmarks/models_report.py --measure --short  # this CPU as an older one; 10 minutes
     python benchmarks/models_report.py            # writes the pages anew from docs/models-measured.json
+
+The file holds the runs of several machines; what is measured takes the place of what the same CPU gave with the same
+instruction set.
 """
 
 from __future__ import annotations
@@ -39,46 +43,51 @@ TITLES = {
     "prefill": "Prefill of 512 tokens, tokens/s",
     "decode 8k": "Decode at a context of 8,000 tokens, tokens/s",
 }
-INTRODUCTION = """# Whole models: measured
+INTRODUCTION = f"""# Whole models: measured
 
-Written by `benchmarks/models_report.py` from runs of `hybrimoe bench decode` and `bench prefill` on {cpu},
-{cores} cores, {threads} threads for everybody, virtual machine, shared; experts on the CPU alone. Random weights in the
-shape of {shape} with {layers} layers, the same for all: llama.cpp (llama-cpp-python) reads them as Q4_0 with an output
+Written by `benchmarks/models_report.py` from runs of `hybrimoe bench decode` and `bench prefill` on virtual machines,
+shared, with as many threads as cores for everybody; experts on the CPU alone. Random weights in the shape of
+{SHAPE} with {LAYERS} layers, the same for all: llama.cpp (llama-cpp-python) reads them as Q4_0 with an output
 layer of Q8_0, transformers as bfloat16; ours has int4 experts, and dense layers as named. A cell is the median of
 alternating rounds, its range behind it. *Of the read rate*: the weights that a token visits by the time of its step,
 as a share of what this machine reads with as many threads; keys and values are not counted. *Cosine*: of the logits
 after the prompt, to those of plain transformers. *MiB*: by how much the process grew, for all that the contender holds.
+`HYBRIMOE_ISA` makes ours take an older instruction set; the others take what the CPU has.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, if asked to, and write the pages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--measure", action="store_true", help="run the benchmarks here, and keep what they say")
+    parser.add_argument("--short", action="store_true", help="measure no growth with layers and context")
     parser.add_argument("--folder", type=Path, default=ROOT, help="with docs/ and README.md")
     given = parser.parse_args(arguments)
     kept = given.folder / "docs" / "models-measured.json"
+    machines: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))["machines"]
     if given.measure:
-        kept.write_text(json.dumps(measured(), indent=1) + "\n", encoding="utf-8")
-    data = json.loads(kept.read_text(encoding="utf-8"))
-    (given.folder / "docs" / "models-measured.md").write_text(document(data), encoding="utf-8")
+        new = measured(growth={} if given.short else GROWTH)
+        places = [place for place, old in enumerate(machines) if title(old) == title(new)] or [len(machines)]
+        machines[places[0] : places[0] + 1] = [new]
+        kept.write_text(json.dumps({"machines": machines}, indent=1) + "\n", encoding="utf-8")
+    (given.folder / "docs" / "models-measured.md").write_text(document(machines), encoding="utf-8")
     readme = given.folder / "README.md"
-    readme.write_text(with_block(readme.read_text(encoding="utf-8"), summary(data)), encoding="utf-8")
+    readme.write_text(with_block(readme.read_text(encoding="utf-8"), summary(machines)), encoding="utf-8")
 
 
-def measured() -> dict[str, Any]:
-    """The results of all runs, by kind and dtype of the dense layers, and of growth."""
+def measured(growth: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """The results of all runs, by kind and dtype of the dense layers, and of `growth`, by name."""
     compared: dict[str, dict[str, Any]] = {}
     for kind, (words, dtypes) in RUNS.items():
         compared[kind] = {}
         for dense in dtypes:
             plain = ("--no-plain",) if dense != DENSE[0] and "--no-plain" not in words else ()
             compared[kind][dense] = run(dense, *words, *plain, "--layers", str(LAYERS), "--llama-cpp")
-    growth = {
+    grown = {
         name: run("int8", "decode", "--new-tokens", "32", "--rounds", "5", "--no-plain", *words)
-        for name, words in GROWTH.items()
+        for name, words in growth.items()
     }
-    return {"compared": compared, "growth": growth}
+    return {"compared": compared, "growth": grown}
 
 
 def run(dense: str, *words: str) -> dict[str, Any]:
@@ -93,17 +102,20 @@ def run(dense: str, *words: str) -> dict[str, Any]:
     return result
 
 
-def document(data: dict[str, Any]) -> str:
+def title(data: dict[str, Any]) -> str:
+    """A machine in a line, with the instruction set that ours took."""
+    machine = data["compared"]["decode"][DENSE[0]]["machine"]
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}"
+
+
+def document(machines: Sequence[dict[str, Any]]) -> str:
     """docs/models-measured.md."""
-    first = data["compared"]["decode"][DENSE[0]]
-    machine = first["machine"]
-    parts = [
-        INTRODUCTION.format(
-            cpu=machine["cpu"], cores=machine["cores"], threads=first["threads"], shape=SHAPE, layers=LAYERS
-        )
-    ]
-    parts += [f"## {TITLES[kind]}\n\n{table(results)}" for kind, results in data["compared"].items()]
-    parts.append(f"## How a step grows\n\n{growth_table(data)}")
+    parts = [INTRODUCTION]
+    for data in machines:
+        parts.append(f"## {title(data)}\n")
+        parts += [f"### {TITLES[kind]}\n\n{table(results)}" for kind, results in data["compared"].items()]
+        if data["growth"]:
+            parts.append(f"### How a step grows\n\n{growth_table(data)}")
     return "\n".join(parts)
 
 
@@ -143,23 +155,23 @@ def growth_table(data: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(data: dict[str, Any]) -> str:
+def summary(machines: Sequence[dict[str, Any]]) -> str:
     """README's lines."""
-    machine = data["compared"]["decode"][DENSE[0]]["machine"]
     lines = [
-        f"Measured on {machine['cpu']}, {machine['cores']} cores, CPU alone, the same weights in the shape of",
-        f"{SHAPE} with {LAYERS} layers ([docs/models-measured.md](docs/models-measured.md)):",
+        f"Measured on the CPU alone, the same weights in the shape of {SHAPE} with {LAYERS} layers",
+        "([docs/models-measured.md](docs/models-measured.md)):",
         "",
         "| tokens/s | ours, dense int8 | ours, dense int4 | llama.cpp Q4_0 | transformers bfloat16 |",
         "|---|---|---|---|---|",
     ]
-    for kind, results in data["compared"].items():
-        by_dense = {dense: {row["name"]: row for row in result["results"]} for dense, result in results.items()}
-        ours = [by_dense.get(dense, {}).get("as configured") for dense in DENSE]
-        peers = [by_dense[DENSE[0]].get(name) for name in ("llama.cpp", "transformers")]
-        cells = ["-" if row is None else f"{row['tokens_per_s']['median']:.1f}" for row in (*ours, *peers)]
-        title = TITLES[kind].replace(", tokens/s", "")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    for data in machines:
+        lines.append(f"| **{title(data)}** | | | | |")
+        for kind, results in data["compared"].items():
+            by_dense = {dense: {row["name"]: row for row in result["results"]} for dense, result in results.items()}
+            ours = [by_dense.get(dense, {}).get("as configured") for dense in DENSE]
+            peers = [by_dense[DENSE[0]].get(name) for name in ("llama.cpp", "transformers")]
+            cells = ["-" if row is None else f"{row['tokens_per_s']['median']:.1f}" for row in (*ours, *peers)]
+            lines.append(f"| {TITLES[kind].replace(', tokens/s', '')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

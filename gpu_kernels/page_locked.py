@@ -22,8 +22,8 @@ def page_locked(n_bytes: int) -> npt.NDArray[np.uint8]:
     allocates. A system that refuses is warned of once: the memory is then pageable, and copies go through staging
     buffers. Raises OSError, ValueError or OverflowError where there is no such memory at all.
     """
-    device = torch.accelerator.current_accelerator()
-    if not n_bytes or device is None:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if not n_bytes or device is None:  # a torch that was built for cards names one on a machine that has none
         return page_aligned(n_bytes)
     runtime = getattr(torch.get_device_module(device), "cudart", None)
     if runtime is None:

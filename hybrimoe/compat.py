@@ -6,8 +6,10 @@ Each is a method or attribute of a model that transformers offers under no publi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybriMoEError
@@ -93,6 +95,60 @@ def tie_output(model: PreTrainedModel) -> None:
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Patterns of parameters that the model's class keeps in another dtype than `dtype`."""
     return dict(_call(model, "_get_dtype_plan", dtype))
+
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a model's folder has the settings of a processor for images."""
+    return folder.is_dir() and any((folder / name).is_file() for name in PROCESSOR_FILES)
+
+
+def image_processor(folder: Path, tokenizer: Any, model_type: str) -> Any:
+    """transformers' processor of a model, for images only: its parts for video (which need torchvision) and sound are
+    left out.
+
+    Raises ImportError for a package that the family's processor needs, and whatever transformers raises of its files.
+    """
+    import transformers
+    from transformers import AutoImageProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    settings: dict[str, Any] = {}
+    for file in (folder / name for name in PROCESSOR_FILES):
+        if file.is_file():
+            settings = json.loads(file.read_text(encoding="utf-8")) | settings
+    name = settings.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
+    if not name:
+        raise HybriMoEError(f"transformers {version('transformers')} has no processor for {model_type}")
+    of_family: Any = getattr(transformers, name)
+
+    class ForImages(of_family):  # type: ignore[misc] # the class is known at run time only
+        """The family's processor, of which parts may be missing."""
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            """As transformers does; a part that is left out is none of a wrong class."""
+            return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+    parts = {"image_processor": AutoImageProcessor.from_pretrained(folder), "tokenizer": tokenizer}
+    file = folder / PROCESSOR_FILES[0]
+    own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return ForImages.from_args_and_dict([parts.get(name) for name in of_family.get_attributes()], own)
+
+
+def prepared_image(processor: Any, pixels: Any) -> tuple[dict[str, Any], str]:
+    """What a processor makes of one image (tensors by the names of arguments), and the text that stands for it."""
+    settings = processor._merge_kwargs(tokenizer_init_kwargs={}, return_tensors="pt")["images_kwargs"]
+    seen, (text,) = processor._process_images([pixels], **{**settings, "return_tensors": "pt"})
+    return dict(seen), str(text)
+
+
+def image_features_arguments(model: PreTrainedModel) -> frozenset[str]:
+    """Names of what `get_image_features` takes."""
+    import inspect
+
+    return frozenset(inspect.signature(model.get_image_features).parameters)
 
 
 def _attribute(model: PreTrainedModel, name: str) -> Any:

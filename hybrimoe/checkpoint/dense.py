@@ -54,6 +54,7 @@ EXPONENTS = {
 CHECKED_VALUES = 1 << 18  # at a time
 SCALE_KEY = re.compile(r"(^|[._])(input|activation|output|[kqv]|kv|prob)_scale(_ub|_inv)?$|\.qscale_act$")
 PREDICTION_KEY = re.compile(r"(^|\.)(mtp|mtp_layers|nextn)\.")
+BOUND_KEY = re.compile(r"\.(input|output)_(min|max)$")  # Gemma's towers: infinite where nothing is bounded
 LAYER_KEY = re.compile(r"(^|\.)layers\.(\d+)\.")
 OTHER_STACKS = re.compile(r"vision|visual|audio|encoder")  # have layers of their own, which num_hidden_layers is not of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,9 +130,13 @@ def dense_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
     return DTYPES.get(name, own if isinstance(own, torch.dtype) else torch.float32)
 
 
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `config` without storage. Raises ModelError where transformers has no language model for it."""
-    auto: Any = next((auto for mapping, auto in AUTO_CLASSES if type(config) in mapping), None)
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, whole: bool = False) -> PreTrainedModel:
+    """The model of `config` without storage. Raises ModelError where transformers has no language model for it.
+
+    whole: with the part that sees images, also where transformers has its language model alone.
+    """
+    classes = AUTO_CLASSES[::-1] if whole else AUTO_CLASSES
+    auto: Any = next((auto for mapping, auto in classes if type(config) in mapping), None)
     if auto is None:
         raise ModelError(f"transformers has no language model with experts for model_type {config.model_type!r}")
     try:
@@ -283,6 +288,8 @@ def _check(key: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype
         )
     if tensor.is_floating_point() != dtype.is_floating_point:
         raise CheckpointError(f"{key}: the model has {dtype}, the checkpoint gives {tensor.dtype} ({names})")
+    if BOUND_KEY.search(key) and not bool(torch.isnan(tensor).any()):
+        return
     if tensor.is_floating_point() and not _is_finite(tensor):
         raise CheckpointError(f"{names} has values that are NaN or infinite (for {key}); the checkpoint is damaged")
 

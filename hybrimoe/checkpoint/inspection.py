@@ -23,6 +23,7 @@ from hybrimoe.checkpoint.dequantise import Source
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources
 from hybrimoe.checkpoint.source import model_path, read_config_dict
 from hybrimoe.checkpoint.weights import open_weights
+from hybrimoe.compat import has_processor
 from hybrimoe.errors import ModelError
 from hybrimoe.experts.layout import find_experts, read
 
@@ -93,7 +94,7 @@ def inspect(path_or_hub_id: str | Path | None = None, adapters: Sequence[str] = 
     raw_config = read_config_dict(path)
     weights = open_weights(path, raw_config)
     config = read_config(path)
-    model = meta_model(config, dense_dtype("auto", config))
+    model = meta_model(config, dense_dtype("auto", config), whole=has_processor(path))
     plan = weights.plan(model)
     merged = merge_adapters(model, plan, opened)
     sources = layer_sources({name: read(module) for name, module in find_experts(model)}, plan.conversions)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ from hybrimoe.config.deploy import DeployConfig, load_config
 from hybrimoe.config.runtime import choose_accelerators
 from hybrimoe.dense.place import dense_device, place_dense
 from hybrimoe.dense.records import DenseRecords
+from hybrimoe.dense.towers import in_tower, remove_towers, tower_paths
 from hybrimoe.errors import BudgetError, CheckpointError, ModelError
 from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
 from hybrimoe.runtime.startup.backends import require_devices
@@ -76,7 +77,8 @@ def load(
     config: deployment configuration (file, preset name, mapping or `DeployConfig`); `overrides` go over it
         (`accelerator`, `gpu_expert_slots`, `expert_dtype`, `policy`, `rules`, ... as in `hybrimoe.load_config`;
         `unknown_keys="ignore"` leaves out weights of the checkpoint that the model does not have;
-        `adapters=["lora", "style:0.5"]` merges PEFT adapters into the weights while these are read).
+        `vision="none"` leaves out the part that sees images; `adapters=["lora", "style:0.5"]` merges PEFT adapters into
+        the weights while these are read).
     progress: called with (bytes done, bytes in total, what); True draws a bar on stderr, False does not, None does
         where stderr is a terminal.
     packed_file: keep packed experts and packed dense layers beside the model (or in the cache directory where that
@@ -129,10 +131,13 @@ class Loader:
         if weights.pack is not None and deployment.cpu.dense_dtype == "auto":
             deployment = deployment.with_dtypes(dense=weights.pack.dense_dtype)
         hf_config = read_config(path)
-        model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config))
+        sees = compat.has_processor(path)
+        model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config), whole=sees)
         if not find_experts(model):
             raise ModelError(f"{path} is a dense model ({hf_config.model_type}): it has no experts to place")
         plan = weights.plan(model)
+        if deployment.vision == "none" or (weights.pack is not None and not has_towers(model, plan)):
+            plan = without_towers(model, plan)
         layouts = {path: read(module) for path, module in find_experts(model)}
         tie_where_unsaid(model, raw_config, plan.conversions)
         merged = merge_adapters(model, plan, adapters)
@@ -321,6 +326,23 @@ class Loader:
             ),
             stacklevel=2,
         )
+
+
+def has_towers(model: PreTrainedModel, plan: ConversionPlan) -> bool:
+    """Whether a checkpoint has weights for the parts of a model that text does not go through."""
+    towers = tower_paths(model)
+    return any(in_tower(key, towers) for key in plan.conversions)
+
+
+def without_towers(model: PreTrainedModel, plan: ConversionPlan) -> ConversionPlan:
+    """Takes those parts out of a model (on the meta device); returns the plan for the others."""
+    towers = remove_towers(model)
+    kept = {
+        key: conversion
+        for key, conversion in plan.conversions.items()
+        if not all(in_tower(target, towers) for target in conversion.targets)
+    }
+    return replace(plan, conversions=kept)
 
 
 def host_budget(host: Amount, layers: Sequence[LayerSpec]) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybrimoe.checkpoint.gguf.file import is_gguf, open_gguf
 from hybrimoe.errors import ConfigError, ModelError, unknown
@@ -18,21 +20,28 @@ if TYPE_CHECKING:
     from hybrimoe.checkpoint.choice import ExpertChoice
 
 KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
+HEADER_LENGTH = struct.Struct("<Q")  # a safetensors file begins with the bytes of its header
+TOWER_KEY = re.compile(r"(^|\.)\w*(visual|vision|audio|projector)\w*\.")
 EXPERTS_OF_A_LAYER = "_exps.weight"  # in names of GGUF tensors
 
 
-def meta_model(source: str | Path | PreTrainedConfig | None) -> PreTrainedModel:
-    """The language model of a directory, GGUF file, hub id or configuration, as `hybrimoe.load` builds it before it
-    reads weights.
+def meta_model(source: str | Path | PreTrainedConfig | None, vision: str = "auto") -> PreTrainedModel:
+    """The model of a directory, GGUF file, hub id or configuration, as `hybrimoe.load` builds it before it reads
+    weights. vision: as in the deployment file.
 
     None is the demo model. Of a hub id only config.json is fetched. Raises ModelError for a directory that is no model,
     a hub id that cannot be read, and a model type without a language model.
     """
     from hybrimoe.checkpoint.dense import dense_dtype
     from hybrimoe.checkpoint.dense import meta_model as build
+    from hybrimoe.dense.towers import remove_towers
 
     config = model_config(source) if source is None or isinstance(source, str | Path) else source
-    return build(config, dense_dtype("auto", config))
+    sees = isinstance(source, str | Path) and vision == "auto" and _has_processor(source)
+    model = build(config, dense_dtype("auto", config), whole=sees)
+    if vision == "none":
+        remove_towers(model)
+    return model
 
 
 def model_config(model: str | Path | None) -> PreTrainedConfig:
@@ -43,9 +52,11 @@ def model_config(model: str | Path | None) -> PreTrainedConfig:
     return _hub_config(str(model)) if is_hub_id(model) else read_config(model_path(model))
 
 
-def model_shape(model: str | Path | None) -> ModelShape:
-    """Sizes of a model: a directory, a GGUF file, a hub id (its cached or fetched config.json), None for the demo
-    model, or what `hybrimoe.machine.profiles.open_shape` takes (the name of a shipped shape, a file).
+def model_shape(model: str | Path | None, vision: str = "auto") -> ModelShape:
+    """Sizes of a model, and of the part that sees images where it is loaded (vision: as in the deployment file).
+
+    model: a directory, a GGUF file, a hub id (its cached or fetched config.json), None for the demo model, or what
+    `hybrimoe.machine.profiles.open_shape` takes (the name of a shipped shape, a file).
 
     Raises ModelError where the hub's cache has no config.json of that id and none can be fetched, and CheckpointError
     for a GGUF file that is damaged.
@@ -63,7 +74,45 @@ def model_shape(model: str | Path | None) -> ModelShape:
     if is_gguf(path):
         path = model_path(path)
         return ModelShape.from_mapping(derive_shape(read_config_dict(path), path.stem))
-    return open_shape(path if model is None or path.is_dir() else str(model))
+    shape = open_shape(path if model is None or path.is_dir() else str(model))
+    return shape if vision == "none" else replace(shape, tower_bytes=_tower_bytes(path))
+
+
+def _has_processor(model: str | Path) -> bool:
+    """Whether a model's folder, if it is there, has a processor for images."""
+    from hybrimoe.checkpoint.source import is_hub_id, model_path
+    from hybrimoe.compat import has_processor
+
+    return not is_hub_id(model) and has_processor(model_path(model))
+
+
+def _tower_bytes(path: Path) -> int:
+    """What the weights of towers take in a model's folder; 0 where it has no processor, or its weights are not here.
+
+    Read from the headers of its files, without torch: `hybrimoe plan` does without.
+    """
+    from hybrimoe.checkpoint.source import has_weights, weight_files
+    from hybrimoe.compat import has_processor
+
+    if not has_processor(path) or not has_weights(path):
+        return 0
+    return sum(
+        entry["data_offsets"][1] - entry["data_offsets"][0]
+        for file in weight_files(path).paths
+        for name, entry in _safetensors_header(file).items()
+        if TOWER_KEY.search(name)
+    )
+
+
+def _safetensors_header(file: Path) -> dict[str, Any]:
+    """The entries of a file; none where it is damaged, which loading it tells."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = HEADER_LENGTH.unpack(stream.read(HEADER_LENGTH.size))
+            header = json.loads(stream.read(length)) if length <= file.stat().st_size else {}
+    except (OSError, ValueError, struct.error):
+        return {}
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def with_kv_dtype(shape: ModelShape, model: str | Path | None, kv_dtype: str) -> ModelShape:

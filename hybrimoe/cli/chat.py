@@ -73,8 +73,8 @@ def chat(
     What an earlier message, an earlier branch of the conversation or another one computed is not computed again, as far
     as --prefix-cache goes; with --prefix-cache-disk not in a later chat, either.
 
-    Commands: /retry, /edit TEXT, /undo, /clear, /system TEXT, /save FILE, /load FILE, /set NAME VALUE, /stats,
-    /timeline, /models [NAME]; /help says what they do.
+    Commands: /retry, /edit TEXT, /undo, /clear, /system TEXT, /image FILE, /save FILE, /load FILE, /set NAME VALUE,
+    /stats, /timeline, /models [NAME]; /help says what they do.
     """
     from hybrimoe.generation.saved.sessions import Session, session_names
 

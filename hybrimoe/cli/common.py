@@ -113,6 +113,15 @@ UnknownKeysOption = Annotated[
     ),
 ]
 
+VisionOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|none",
+        help="none leaves the part of the model out that sees images, for memory.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+
 AdapterOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -254,6 +263,7 @@ class PlacementGroup:
     threads: ThreadsOption = None
     lookahead: LookaheadOption = None
     unknown_keys: UnknownKeysOption = None
+    vision: VisionOption = None
     speculate: SpeculateOption = None
     context_shift: ContextShiftOption = None
     attention_sinks: SinksOption = None
@@ -373,6 +383,7 @@ def deploy_config(
     lookahead: int | None = None,
     lossy: str | None = None,
     unknown_keys: str | None = None,
+    vision: str | None = None,
     speculate: bool | None = None,
     context_shift: bool | None = None,
     attention_sinks: int | None = None,
@@ -403,6 +414,7 @@ def deploy_config(
         lookahead=lookahead,
         lossy=None if lossy is None else lossy_option(lossy),
         unknown_keys=unknown_keys,
+        vision=vision,
         speculate=speculate,
         context_shift=context_shift,
         attention_sinks=attention_sinks,

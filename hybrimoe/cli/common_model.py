@@ -60,6 +60,7 @@ def open_model(
     from hybrimoe.checkpoint import load, load_tokenizer, model_path
     from hybrimoe.checkpoint.source import read_config_dict
     from hybrimoe.generation import TextGenerator
+    from hybrimoe.generation.images.vision import Vision
     from hybrimoe.generation.kv_memory import kv_budget_bytes
 
     read_config_dict(model_path(config.model))  # no model is a clearer message than no tokenizer
@@ -78,7 +79,7 @@ def open_model(
             kv_bytes = kv_budget_bytes(model, config.memory.kv)
             generator = TextGenerator(
                 model, tokenizer, kv_bytes=kv_bytes, speculate=config.generation.speculate,
-                shift=_shift(config),
+                shift=_shift(config), vision=Vision(model, tokenizer, model_path(config.model)),
             )  # fmt: skip
         yield OpenModel(generator, model.hybrimoe.session, "demo" if config.model is None else config.model, config)
     finally:

@@ -43,7 +43,7 @@ def explain_command(
     from hybrimoe.injection import explain
 
     source = deployment.located_rules() if rules is None else rules
-    meta = meta_model(deployment.model)
+    meta = meta_model(deployment.model, deployment.vision)
     choice = expert_choice(deployment.model, meta, deployment.cpu.expert_dtype, deployment.adapters)
     explanation = explain(meta, source, choice.dtype)
     if remark := choice.remark or packing_remark(deployment.model, choice.dtype):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from hybrimoe.cli.common_model import OpenModel
-    from hybrimoe.generation import Reply, SamplingOptions
+    from hybrimoe.generation import Reply, SamplingOptions, TextGenerator
     from hybrimoe.generation.kv_cache import PrefixCache
 
 INTERRUPTED = 130
@@ -31,6 +32,13 @@ def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="An image that the prompt is about, for a model that sees; may be repeated.",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -81,6 +89,9 @@ def generate(
     The prompt comes from --prompt, --prompt-file or stdin. Text goes to stdout, everything else to stderr. Ctrl-C ends
     the text; the summary of what there is still follows.
 
+    With --image the prompt is a question about the images, in the model's chat template; a prompt in which the model's
+    own placeholders for images stand, one for each, is taken as it is.
+
     With --prompts many prompts run in padded batches. Each gives a line of JSON on stdout, in the order of the file;
     Ctrl-C keeps those that have ended. With --batch-size 1 a prompt takes from the prefix cache what it has alike with
     an earlier one; with --prefix-cache-disk so does the prompt of a later call.
@@ -89,14 +100,18 @@ def generate(
         raise typer.BadParameter(
             "--batching, --batch-size and --route-predictor are for many prompts: give --prompts FILE"
         )
-    single = prompt is not None or prompt_file is not None or timeline or trace is not None or profile
+    single = prompt is not None or prompt_file is not None or timeline or trace is not None or profile or image
     if prompts is not None and single:
-        raise typer.BadParameter("--prompts does not go with --prompt, --prompt-file, --timeline, --trace, --profile")
+        raise typer.BadParameter(
+            "--prompts does not go with --prompt, --prompt-file, --image, --timeline, --trace, --profile"
+        )
     if prompts is not None and placement.context_shift:
         raise typer.BadParameter("--context-shift is for single replies: batches of prompts end at the context")
     text = read_prompt(prompt, prompt_file) if prompts is None else read_file(prompts)
     options = sampling.options()
     common.check_readable(route_predictor)
+    for file in image or []:
+        common.check_readable(file)
     common.check_writable(trace)
     deployment = prefixes.over(placement.deployment(model))
     if fit:
@@ -118,7 +133,10 @@ def generate(
         record = timeline or trace is not None
         with kept_prefixes(opened, on_disk_only=True) as tree:
             cache = PrefixCache(opened.generator.model, tree)
-            reply = run(opened, text, options, interrupt, cache, record=record, echo=not as_json, profiled=profile)
+            reply = run(
+                opened, text, options, interrupt, cache, images=image or [], record=record, echo=not as_json,
+                profiled=profile,
+            )  # fmt: skip
         report(opened, reply, timeline=timeline, trace=trace, quiet=quiet, as_json=as_json)
     if interrupt.pressed:
         raise typer.Exit(INTERRUPTED)
@@ -156,15 +174,15 @@ def read_file(path: Path | None) -> str:
 
 
 def run(
-    opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, cache: PrefixCache, *, record: bool,
-    echo: bool, profiled: bool,
+    opened: OpenModel, text: str, options: SamplingOptions, interrupt: Any, cache: PrefixCache, *,
+    images: Sequence[Path] = (), record: bool, echo: bool, profiled: bool,
 ) -> Reply:  # fmt: skip
     """Generate; the text is written to stdout as it comes where `echo` is set."""
     from hybrimoe.cli.common_model import stream_out
     from hybrimoe.generation import Profile
     from hybrimoe.generation.sampling import COMPLETION_TOKENS, with_length
 
-    prompt_ids = opened.generator.encode(text)
+    prompt_ids = with_images(opened.generator, text, images) if images else opened.generator.encode(text)
     options = with_length(options, opened.generator.model, COMPLETION_TOKENS)
     profile = Profile(opened.generator.model) if profiled else None
     reply = opened.generator.reply(prompt_ids, options, cache=cache, should_stop=interrupt, profile=profile)
@@ -177,6 +195,20 @@ def run(
     else:
         "".join(reply)
     return reply
+
+
+def with_images(generator: TextGenerator, text: str, files: Sequence[Path]) -> list[int]:
+    """Token ids of a prompt about images. Raises FileError, PromptError where they cannot be read or are not taken."""
+    from hybrimoe.generation.chat import encode_chat, require_vision
+    from hybrimoe.generation.images.messages import with_images as content
+    from hybrimoe.generation.images.reading import read_image_file
+
+    vision = require_vision(generator.vision)
+    images = [read_image_file(file) for file in files]
+    if vision.n_places(text) == len(images):
+        return vision.encode(text, images, generator.encode)
+    messages = [{"role": "user", "content": content(text, images)}]
+    return encode_chat(generator.tokenizer, messages, vision=vision)
 
 
 def report(opened: OpenModel, reply: Reply, *, timeline: bool, trace: Path | None, quiet: bool, as_json: bool) -> None:

@@ -167,11 +167,13 @@ def _cached(found: dict[str, Any]) -> str:
 
 
 def _speed(expected: dict[str, Any], phase: str, digits: int) -> str:
-    """A speed, with the range of public measurements where the machine is known from data sheets only."""
+    """A speed, with the range of public measurements where the machine is known from data sheets only, or that none of
+    them is like it."""
     told = f"{expected[f'{phase}_tokens_per_s']:.{digits}f} tokens/s"
     bounds = expected[f"{phase}_tokens_per_s_range"]
     if bounds is None:
-        return told
+        near = "; no public measurement is like it (docs/calibration.md)" if expected["from_data_sheets"] else ""
+        return told + near
     return f"{told}; {bounds[0]:.{digits}f} to {bounds[1]:.{digits}f} by public measurements (docs/calibration.md)"
 
 

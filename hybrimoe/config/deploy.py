@@ -29,6 +29,7 @@ ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int4"]
 ExpertDtypeChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 UnknownKeys = Literal["error", "ignore"]
+VisionName = Literal["auto", "none"]
 KvDtypeName = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
 
@@ -203,6 +204,11 @@ class DeployConfig(Section):
     )
     unknown_keys: UnknownKeys = Field(
         default="error", description="Weights of the checkpoint that the model does not have: error, or ignore them."
+    )
+    vision: VisionName = Field(
+        default="auto",
+        description="The part of a model that sees images: auto has it where the model has a processor; none leaves it"
+        " out, for memory.",
     )
     rules: Annotated[Any, BeforeValidator(check_rules)] = Field(
         default="auto", description="Shipped name, file or inline list."

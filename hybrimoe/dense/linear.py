@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from cpu_kernels import LinearSpec, pack_linear, run_linear, unpack_linear, unpack_linear_blocks
 from hybrimoe.dense.records import DenseRecords, LinearEntry
+from hybrimoe.dense.towers import in_tower, tower_paths
 from hybrimoe.errors import CheckpointError, ModelError
 from hybrimoe.experts.absent import AbsentWeights
 
@@ -274,10 +275,13 @@ class _Candidate:
 def _candidates(model: nn.Module, num_experts: frozenset[int], dtype: PackedDtype) -> Iterator[_Candidate]:
     some_frozen = any(not weight.requires_grad for weight in model.parameters())
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    towers = tower_paths(model)  # what they compute of an image is not worth rounding: they run once for each
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             full = f"{path}.{name}" if path else name
-            if type(child) is not nn.Linear or not _worth_packing(full, child, num_experts):
+            if type(child) is not nn.Linear or in_tower(full, towers):
+                continue
+            if not _worth_packing(full, child, num_experts):
                 continue
             if not _is_plain(child) or "base_layer" in parent._modules or (some_frozen and child.weight.requires_grad):
                 continue

@@ -21,6 +21,7 @@ from torch import nn
 
 from cpu_kernels.host.threads import torch_threads
 from hybrimoe.dense.calls import MAX_TOKENS, AroundCalls
+from hybrimoe.dense.towers import in_tower, tower_paths
 from hybrimoe.errors import ModelError
 
 LITTLE_BYTES = 16 << 20
@@ -90,6 +91,8 @@ class FewThreadsGenerate:
 
 
 def torch_linear_bytes(model: nn.Module) -> int:
-    """Bytes of the weights of `nn.Linear` layers that are on the CPU."""
-    layers = (module for module in model.modules() if type(module) is nn.Linear)
+    """Bytes of the weights of `nn.Linear` layers that are on the CPU, and that text goes through."""
+    towers = tower_paths(model)
+    named = ((path, module) for path, module in model.named_modules() if type(module) is nn.Linear)
+    layers = (module for path, module in named if not in_tower(path, towers))
     return sum(layer.weight.nbytes for layer in layers if layer.weight.device.type == "cpu")

@@ -10,6 +10,9 @@ from typing import Any
 
 from hybrimoe.errors import ModelError, PromptError
 from hybrimoe.generation.engine import Reply, TextGenerator
+from hybrimoe.generation.images.messages import for_template, images_in, text_in, with_images
+from hybrimoe.generation.images.reading import ImageFile
+from hybrimoe.generation.images.vision import Vision
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.prefix.blocks import PrefixTree
 from hybrimoe.generation.profile import Profile
@@ -18,7 +21,8 @@ from hybrimoe.generation.templates.form import in_the_templates_form
 from hybrimoe.generation.templates.limit import time_limit
 
 __all__ = [
-    "Conversation", "Turn", "chat_options", "encode_chat", "has_chat_template", "render_chat", "tokenised_chat",
+    "Conversation", "Turn", "chat_options", "encode_chat", "has_chat_template", "render_chat", "require_vision",
+    "tokenised_chat",
 ]  # fmt: skip
 
 PLAIN_TEMPLATE = (
@@ -48,7 +52,7 @@ class Turn:
     before: the history that comes back where the turn fails.
     """
 
-    def __init__(self, conversation: Conversation, reply: Reply, n_dropped: int, before: list[dict[str, str]]) -> None:
+    def __init__(self, conversation: Conversation, reply: Reply, n_dropped: int, before: list[dict[str, Any]]) -> None:
         self.reply = reply
         self.n_dropped = n_dropped
         self._conversation = conversation
@@ -80,7 +84,7 @@ class Conversation:
     ) -> None:
         self.generator = generator
         self.system = system
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         self.has_template = has_chat_template(generator.tokenizer)
         self.cache = PrefixCache(generator.model, prefixes)
         self.reset()
@@ -90,7 +94,7 @@ class Conversation:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.cache.clear()
 
-    def take_up(self, system: str | None, messages: list[dict[str, str]]) -> None:
+    def take_up(self, system: str | None, messages: list[dict[str, Any]]) -> None:
         """Go on with the messages of an earlier conversation, its system message among them; nothing is computed.
 
         The cache stays: it knows its tokens, and the next prompt uses those that it begins with, too.
@@ -107,21 +111,21 @@ class Conversation:
         self.system = system
         self.reset()
 
-    def check(self, messages: list[dict[str, str]]) -> None:
+    def check(self, messages: list[dict[str, Any]]) -> None:
         """Raises ModelError where the chat template rejects a conversation that goes on after `messages`."""
         self.encode([*messages, {"role": "user", "content": "Go on."}])
 
     def undo(self) -> str:
         """Take back the last user message and its reply; returns its text. Raises PromptError where there is none."""
         last = self._last_user()
-        text = self.messages[last]["content"]
+        text = text_in(self.messages[last])
         self.messages = self.messages[:last]
         return text
 
     @property
     def last_message(self) -> str:
         """The text of the last user message. Raises PromptError where there is none."""
-        return self.messages[self._last_user()]["content"]
+        return text_in(self.messages[self._last_user()])
 
     @property
     def n_turns(self) -> int:
@@ -129,30 +133,32 @@ class Conversation:
         return sum(message["role"] == "user" for message in self.messages)
 
     def send(
-        self, text: str, options: SamplingOptions | None = None, *, instead: bool = False,
-        should_stop: Callable[[], bool] = lambda: False, profile: Profile | None = None,
+        self, text: str, options: SamplingOptions | None = None, *, images: Sequence[ImageFile] = (),
+        instead: bool = False, should_stop: Callable[[], bool] = lambda: False, profile: Profile | None = None,
     ) -> Turn:  # fmt: skip
         """Add a user message; the reply is computed while the returned turn is iterated. profile: as in `reply`.
 
-        instead: the message takes the place of the last one and of its reply.
+        images: that the message shows before its text. instead: the message takes the place of the last one and of its
+        reply; the images of that one stay.
 
         Raises:
             PromptError: the message is empty, or does not fit the context even without the turns before; or there is
-                none that it could take the place of.
+                none that it could take the place of; or the model takes no images.
         """
         if not text.strip():
             raise PromptError("the message is empty: type some text, or /help for the commands")
         options = chat_options(self.generator.tokenizer, options or SamplingOptions())
-        earlier = self.messages[: self._last_user()] if instead else self.messages
-        messages = [*earlier, {"role": "user", "content": text}]
+        last = self._last_user() if instead else len(self.messages)
+        earlier, shown = self.messages[:last], [*images_in(self.messages[last : last + 1]), *images]
+        messages = [*earlier, {"role": "user", "content": with_images(text, shown)}]
         kept, prompt_ids = self._fit(messages, options)
         reply = self.generator.reply(prompt_ids, options, cache=self.cache, should_stop=should_stop, profile=profile)
         before, self.messages = self.messages, kept
         return Turn(self, reply, len(messages) - len(kept), before)
 
-    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of `messages`, ready for the assistant's words; see `encode_chat`."""
-        return encode_chat(self.generator.tokenizer, messages)
+        return encode_chat(self.generator.tokenizer, messages, vision=self.generator.vision)
 
     def _last_user(self) -> int:
         """Index of the last user message. Raises PromptError where there is none."""
@@ -161,7 +167,7 @@ class Conversation:
                 return index
         raise PromptError("nothing was said yet: send a message first")
 
-    def _fit(self, messages: list[dict[str, str]], options: SamplingOptions) -> tuple[list[dict[str, str]], list[int]]:
+    def _fit(self, messages: list[dict[str, Any]], options: SamplingOptions) -> tuple[list[dict[str, Any]], list[int]]:
         """The newest messages that leave room for a reply, and their prompt; the system message always stays."""
         messages = list(messages)
         first = 1 if messages[0]["role"] == "system" else 0
@@ -188,10 +194,27 @@ def chat_options(tokenizer: Any, options: SamplingOptions) -> SamplingOptions:
 
 
 def encode_chat(
-    tokenizer: Any, messages: list[dict[str, Any]], variables: Mapping[str, Any] | None = None
-) -> list[int]:
-    """Token ids of `messages` through the model's chat template, ready for the assistant's words; see `render_chat`."""
-    return tokenised_chat(tokenizer, render_chat(tokenizer, messages, variables))
+    tokenizer: Any, messages: list[dict[str, Any]], variables: Mapping[str, Any] | None = None,
+    vision: Vision | None = None,
+) -> list[int]:  # fmt: skip
+    """Token ids of `messages` through the model's chat template, ready for the assistant's words; see `render_chat`.
+
+    vision: of the model, for messages with images. Raises PromptError where there are some and it has none.
+    """
+    images = images_in(messages)
+    if not images:
+        return tokenised_chat(tokenizer, render_chat(tokenizer, messages, variables))
+    seeing = require_vision(vision)
+    text = render_chat(tokenizer, messages, variables, placeholder=seeing.placeholder)
+    return seeing.encode(text, images, lambda whole: tokenised_chat(tokenizer, whole))
+
+
+def require_vision(vision: Vision | None) -> Vision:
+    """The sight of a model that has some. Raises PromptError where it takes no images."""
+    if vision is None:
+        raise PromptError("this model takes no images: it was opened for text alone")
+    vision.check()
+    return vision
 
 
 def tokenised_chat(tokenizer: Any, text: str) -> list[int]:
@@ -201,12 +224,13 @@ def tokenised_chat(tokenizer: Any, text: str) -> list[int]:
 
 def render_chat(
     tokenizer: Any, messages: list[dict[str, Any]], variables: Mapping[str, Any] | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None, placeholder: str = "",
 ) -> str:  # fmt: skip
     """`messages` through the model's chat template, ready for the assistant's words.
 
     messages: role, content as text, and where a client sends them tool_calls, tool_call_id, name, reasoning_content.
     variables: of the template, such as enable_thinking. tools: functions that the template shows to the model.
+    placeholder: what stands for an image where the model has no template.
 
     Raises:
         PromptError: a variable that the template does not have.
@@ -230,7 +254,8 @@ def render_chat(
         return shown
 
     try:
-        return render(in_the_templates_form(render, _in_words_of(template, messages)))
+        shown = [for_template(message, None if with_template else placeholder) for message in messages]
+        return render(in_the_templates_form(render, _in_words_of(template, shown)))
     except ModelError:
         raise
     except Exception as error:  # templates are programs of the model's author and raise what they like
@@ -262,6 +287,9 @@ def _in_words_of(template: str, messages: list[dict[str, Any]]) -> list[dict[str
 
 
 def _with_calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    if message["role"] == "tool" and isinstance(message["content"], list):
+        around = ({"type": "text", "text": text} for text in ("<tool_response>\n", "\n</tool_response>"))
+        return {**message, "role": "user", "content": [next(around), *message["content"], next(around)]}
     if message["role"] == "tool":
         result = f"<tool_response>\n{message['content']}\n</tool_response>"
         return {**message, "role": "user", "content": result}
@@ -272,6 +300,6 @@ def _with_calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": "\n".join(part for part in (message["content"], *shown) if part)}
 
 
-def _next_user(messages: list[dict[str, str]], start: int) -> int:
+def _next_user(messages: list[dict[str, Any]], start: int) -> int:
     """Index of the first user message at or after `start`; the last message is one."""
     return next(index for index in range(start, len(messages)) if messages[index]["role"] == "user")

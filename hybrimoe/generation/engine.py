@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hybrimoe.errors import PromptError
 from hybrimoe.generation.context import ContextShift, model_context_tokens
 from hybrimoe.generation.decoding import warn_of_other_decoding
+from hybrimoe.generation.images.forward import ImageForward
+from hybrimoe.generation.images.tokens import has_images, is_inside, whole_images
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.kv_memory import chunk_tokens, estimated_token_bytes, measured_token_bytes
 from hybrimoe.generation.pace import DraftPace
@@ -23,6 +25,8 @@ from hybrimoe.generation.vocabulary import check_token_ids, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
+
+    from hybrimoe.generation.images.vision import Vision
 
 __all__ = ["FinishReason", "Reply", "ReplyTimes", "TextGenerator"]
 
@@ -65,11 +69,12 @@ class TextGenerator:
     ConfigError for a model that cannot. pace: how many tokens are drafted, None without drafts. shift: what is left out
     of texts that outgrow the context; None: a longer prompt is refused, and a reply ends there.
     forward_kwargs: what a forward call of the model takes beside its inputs; logits of the last token only, if it can.
+    vision: what turns images into tokens of prompts; None: prompts are text.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, *, prefill_chunk_tokens: int | None = None, kv_bytes: int | None = None,
-        speculate: bool = False, shift: ContextShift | None = None,
+        speculate: bool = False, shift: ContextShift | None = None, vision: Vision | None = None,
     ) -> None:  # fmt: skip
         import inspect
 
@@ -82,6 +87,8 @@ class TextGenerator:
         self.pace = DraftPace() if speculate else None
         self._token_bytes = estimated_token_bytes(model)
         self._measured = False
+        self.vision = vision
+        self._of_images = ImageForward(model)
         self.shift = shift
         if shift is not None:
             shift.check(self.context_tokens)
@@ -97,6 +104,11 @@ class TextGenerator:
         holds where that is less; None where neither sets a limit."""
         limits = [limit for limit in (model_context_tokens(self.model.config), self.memory_tokens) if limit is not None]
         return min(limits, default=None)
+
+    @property
+    def whole_images(self) -> bool:
+        """Whether an image of a prompt must be computed at once."""
+        return self._of_images.whole_images
 
     @property
     def memory_tokens(self) -> int | None:
@@ -165,7 +177,7 @@ class TextGenerator:
 
     def forward(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor:
         """Compute `token_ids` on top of `cache`; returns the logits [V] after the last of them."""
-        rows = self._step_logits(token_ids, cache)
+        rows = None if has_images(token_ids) else self._step_logits(token_ids, cache)
         last: torch.Tensor = (self._model_logits(token_ids, cache) if rows is None else rows)[-1]
         return last
 
@@ -186,7 +198,8 @@ class TextGenerator:
                 inputs = self.model.prepare_inputs_for_generation(
                     ids, past_key_values=cache.states, is_first_iteration=not cache.token_ids, **kwargs
                 )
-                outputs = self.model(**inputs)
+                seen = self._of_images.arguments(token_ids, cache.token_ids, self._shift_of(cache))
+                outputs = self.model(**inputs | seen)
         except BaseException:
             cache.clear()  # some layers hold the new tokens, some do not
             raise
@@ -204,7 +217,9 @@ class TextGenerator:
         step = getattr(getattr(self.model, "hybrimoe", None), "step", None)
         if step is None:
             return None
-        logits: torch.Tensor | None = step.logits_of_each(token_ids, [cache.states for cache in caches])
+        logits: torch.Tensor | None = step.logits_of_each(
+            token_ids, [cache.states for cache in caches], [self._shift_of(cache) for cache in caches]
+        )
         if logits is not None:
             for token, cache in zip(token_ids, caches, strict=True):
                 cache.extended([token], cache.states)
@@ -235,7 +250,9 @@ class TextGenerator:
         if step is None:
             return None
         try:
-            logits: torch.Tensor | None = step.next_logits(token_ids, cache.states, drafted=drafted)
+            logits: torch.Tensor | None = step.next_logits(
+                token_ids, cache.states, drafted=drafted, shift=self._shift_of(cache)
+            )
         except BaseException:
             cache.clear()
             raise
@@ -243,6 +260,10 @@ class TextGenerator:
             cache.extended(token_ids, cache.states)
             self._measure(cache)
         return logits
+
+    def _shift_of(self, cache: PrefixCache) -> int:
+        """By how much the images in a cache move the positions of the text behind them."""
+        return cache.n_shifted() if self._of_images.in_a_plane else 0
 
     def _measure(self, cache: PrefixCache) -> None:
         """Learn from a cache what a token takes, once."""
@@ -293,7 +314,7 @@ class Reply:
         self._should_stop = should_stop
         limit = generator.context_tokens
         if self._shift is not None and limit is not None and len(prompt_ids) >= limit:
-            self._computed_ids = self._shift.kept(prompt_ids, limit)
+            self._computed_ids = whole_images(self._shift.kept(prompt_ids, limit))
             self.n_shifts = 1
         self.n_kept = len(self._computed_ids)
         self._sampler = Sampler(generator.model, options, prompt_ids)
@@ -440,7 +461,8 @@ class Reply:
         assert limit is not None
         if self._speculation is not None:
             self._speculation.pass_over(self.token_ids[-1])
-        self._computed_ids = self._shift.kept([*self._computed_ids, *self.token_ids[self._n_before :]], limit)
+        longer = [*self._computed_ids, *self.token_ids[self._n_before :]]
+        self._computed_ids = whole_images(self._shift.kept(longer, limit))
         self._n_before = len(self.token_ids)
         self._parts = None
         self.n_shifts += 1
@@ -523,10 +545,14 @@ class Reply:
         if self._scorer is not None:
             size = min(size, most_scored_tokens(vocabulary_size(self._generator.model)))
         for end in (*self._checkpoints, len(self._computed_ids)):
-            yield from _parts(start, end, size)
-            start = end
+            while start < end:
+                stop = self._after_image(min(start + size, end))
+                yield start, stop
+                start = stop
 
-
-def _parts(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    for at in range(start, end, size):
-        yield at, min(at + size, end)
+    def _after_image(self, stop: int) -> int:
+        """The end of a part, moved behind an image that it would cut where images are computed whole."""
+        ids = self._computed_ids
+        while self._generator.whole_images and stop < len(ids) and is_inside(ids[stop]):
+            stop += 1
+        return stop

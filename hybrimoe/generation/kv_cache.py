@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.compat import takes_dynamic_cache
+from hybrimoe.generation.images.forward import wants_whole_images
+from hybrimoe.generation.images.tokens import ImageToken, has_images, is_inside, kept
 from hybrimoe.generation.kv_memory import held_bytes, keeps_every_token
 from hybrimoe.generation.prefix.blocks import BLOCK_TOKENS, Known, PrefixTree
 from hybrimoe.generation.prefix.reading import Reading
@@ -50,12 +52,25 @@ class PrefixCache:
         self._checkpoints: list[Checkpoint] = []
         self._known = Known()
         self._reading: Reading | None = None
+        self._whole_images = wants_whole_images(model)
+        self._shift = (0, 0)
+        """Of so many tokens: by how much their images move the positions of what follows."""
         self.n_read = 0
         """Tokens of the latest prompt that came from disk."""
 
     def n_shared(self, prompt_ids: Sequence[int]) -> int:
         """How many tokens `prompt_ids` and the cache begin with alike."""
         return _common_prefix(self.token_ids, prompt_ids)
+
+    def n_shifted(self) -> int:
+        """By how many positions the images of the tokens move the text behind them, for models that give the tokens of
+        an image positions in a plane."""
+        n_known, shift = self._shift
+        for token in self.token_ids[n_known:]:
+            if type(token) is ImageToken and token.place == token.picture.n_tokens - 1:
+                shift += token.picture.n_positions - token.picture.n_tokens
+        self._shift = len(self.token_ids), shift
+        return shift
 
     def has_read(self, prompt_ids: Sequence[int], wait_s: float) -> bool:
         """Whether all that the disk has of a prompt and memory has not is in memory now, so that `reuse` finds it.
@@ -80,15 +95,20 @@ class PrefixCache:
         anew: each token is to be computed.
         """
         self._known = Known() if self._prefixes is None or anew else self._prefixes.look_up(prompt_ids)
+        if self._cuts_an_image(prompt_ids, self._known.n_tokens):
+            self._known = Known()
         most = len(prompt_ids) - (self._known.n_tokens < len(prompt_ids))
         shared = 0 if anew else min(self.n_shared(prompt_ids), most)
-        kept = 0 if self._knows_its_prompt() else self._kept(shared)
-        if kept <= 0:
-            kept = 0
+        while self._cuts_an_image(prompt_ids, shared):
+            shared -= 1
+        n_kept = 0 if self._knows_its_prompt() else self._kept(shared)
+        if n_kept <= 0:
+            n_kept = 0
             self._begin_anew()
-        del self.token_ids[kept:]
-        self._checkpoints = [point for point in self._checkpoints if point.n_tokens <= kept]
-        if self._known.n_tokens > kept:
+        del self.token_ids[n_kept:]
+        self._shift = (0, 0)
+        self._checkpoints = [point for point in self._checkpoints if point.n_tokens <= n_kept]
+        if self._known.n_tokens > n_kept:
             self._copy_known(prompt_ids)
         return len(self.token_ids)
 
@@ -160,26 +180,28 @@ class PrefixCache:
     def extended(self, token_ids: Sequence[int], states: Any) -> None:
         """Record that `token_ids` were computed on top, and the `states` which the model returned."""
         self.states = states
-        self.token_ids.extend(token_ids)
+        self.token_ids.extend(kept(token_ids) if has_images(token_ids) else token_ids)
 
     def drop_last(self, n_tokens: int) -> None:
         """Take back the last tokens of the latest step, which the compiled step computed (its layers can do that)."""
         for layer in self._layers():
             layer.retract(n_tokens)
         del self.token_ids[-n_tokens:]
+        self._shift = (0, 0)
 
     def clear(self) -> None:
         """Forget everything, and free its memory; the next prompt is computed from its first token."""
         self.token_ids.clear()
+        self._shift = (0, 0)
         self._checkpoints.clear()
         self.states = self._new_states()
 
     def keys_and_values(self) -> list[tuple[Any, Any]] | None:
-        """Of each layer, [1, heads, tokens, row] as it stores them; None where one keeps something else, or nothing is
-        held."""
+        """Of each layer, [1, heads, tokens, row] as it stores them; None where one keeps something else, where nothing
+        is held, and of tokens of images, whose numbers do not tell what they show."""
         layers = self._layers()
         whole = [is_plain(layer) and layer.get_seq_length() == len(self.token_ids) for layer in layers]
-        if not self.token_ids or not layers or not all(whole) or self._knows_its_prompt():
+        if not self.token_ids or not layers or not all(whole) or self._knows_its_prompt() or has_images(self.token_ids):
             return None
         return [(layer.keys, layer.values) for layer in layers]
 
@@ -236,7 +258,13 @@ class PrefixCache:
                     layer.append(parts, len(prompt_ids))
             for index, layer in known.checkpoint.layers.items() if known.checkpoint is not None else ():
                 self.states.layers[index] = copied(layer, device)
-        self.token_ids.extend(prompt_ids[first : known.n_tokens])
+        self.token_ids.extend(kept(prompt_ids[first : known.n_tokens]))
+
+    def _cuts_an_image(self, prompt_ids: Sequence[int], n_tokens: int) -> bool:
+        """Whether a picture that must be computed at once would be computed from its middle on."""
+        if not self._whole_images or not 0 < n_tokens < len(prompt_ids):
+            return False
+        return is_inside(prompt_ids[n_tokens])
 
     def _new_states(self) -> Any:
         if not takes_dynamic_cache(self._model):

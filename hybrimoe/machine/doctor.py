@@ -31,7 +31,7 @@ REQUIRED = {
     "markdown-it-py": "2.2",
     "rich": "13.7",
     "prompt_toolkit": "3.0.40",
-    "jinja2": "3.1",
+    "jinja2": "3.1.6",
     "psutil": "5.9",
 }
 SHOWN = ("torch", "transformers", "numba", "numpy")

@@ -17,8 +17,11 @@ def machine() -> dict[str, Any]:
     """The machine and the libraries that compute, as plain data."""
     import torch
 
+    from cpu_kernels.host.isa import detect
+
     return {
         "cpu": cpu_model(),
+        "isa": detect().isa.name,
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -13,8 +13,10 @@ from hybrimoe.generation import SamplingOptions
 from hybrimoe.generation.chat import chat_options, render_chat
 from hybrimoe.generation.constraint import Constraint, ConstraintError, Grammars, Structure
 from hybrimoe.generation.control_tokens import ControlTokens
+from hybrimoe.generation.images.messages import images_in
 from hybrimoe.generation.vocabulary import check_token_ids, vocabulary_size
 from hybrimoe.server.errors import RequestError
+from hybrimoe.server.images import decoded
 from hybrimoe.server.infill import infill_tokens
 from hybrimoe.server.replies.events import PlainParser, ReplyParser
 from hybrimoe.server.replies.syntax import ReplySyntax, ToolUse
@@ -44,6 +46,11 @@ class ChatAsked:
     variables: Variables = field(default_factory=dict)
     separate_reasoning: bool = True
     beginning: str = ""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the conversation shows images, of which each may take seconds."""
+        return bool(images_in(self.messages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +110,26 @@ class Preparation:
     def prompt(self, asked: ChatAsked) -> tuple[str, list[int]]:
         """The conversation as the model is given it: text and tokens."""
         tokenizer, syntax, mark = self._generator.tokenizer, self.syntax, self._mark
+        vision = self._generator.vision
+        images = decoded(asked.messages, vision)
+        placeholder = "" if vision is None or not images else vision.placeholder
         messages = mark(syntax.instructed(asked.messages, asked.use))
         try:
-            text = render_chat(tokenizer, messages, mark(asked.variables), mark(syntax.template_tools(asked.use)))
+            text = render_chat(
+                tokenizer, messages, mark(asked.variables), mark(syntax.template_tools(asked.use)), placeholder
+            )
         except ModelError as error:  # the template's own words about a conversation that it cannot render
             raise RequestError(str(error), "messages") from error
         text += mark(asked.beginning)
-        return self._control.shown(text), self._control.encode(text)
+        if not images:
+            return self._control.shown(text), self._control.encode(text)
+        assert vision is not None
+        return self._control.shown(text), vision.encode(text, images, self._control.encode)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes images."""
+        return self._generator.vision is not None and self._generator.vision.reason is None
 
     def takes(self, variable: str) -> bool:
         """Whether the model's chat template has a variable of this name."""

@@ -73,6 +73,7 @@ class Served:
         """What the self-check has found; empty before it."""
         self._draining = False
         self._encoders = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="hybrimoe-encode")
+        self._lookers = ThreadPoolExecutor(1, thread_name_prefix="hybrimoe-look")
 
     def open(self, generator: TextGenerator, experts: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
         """The model is there. experts: the session's counters for /metrics, or None.
@@ -152,6 +153,11 @@ class Served:
         return f"up to {engine.parallel} replies at once, {how}, {_kept(engine.prefixes)}"
 
     @property
+    def sees(self) -> bool:
+        """Whether the model takes images; False before `open`."""
+        return self._preparation is not None and self._preparation.sees
+
+    @property
     def preparation(self) -> Preparation:
         """What turns requests into prompts. Raises as `worker`."""
         self.worker()
@@ -166,9 +172,12 @@ class Served:
             raise LoadingError(f"the model {self.name!r} is being loaded; try again in a moment")
         return self._worker
 
-    async def encode(self, work: Callable[[], Result]) -> Result:
-        """Run `work` (templates, tokenising) beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
+    async def encode(self, work: Callable[[], Result], *, looks: bool = False) -> Result:
+        """Run `work` (templates, tokenising) beside the event loop.
+
+        looks: it computes what the model sees of images, one request after another, so that texts do not wait for that.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._lookers if looks else self._encoders, work)
 
     def drain(self, seconds: float) -> None:
         """Refuse what waits and what comes; replies under way have `seconds` left to end."""
@@ -183,6 +192,7 @@ class Served:
         """End what still runs."""
         self._draining = True
         self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._lookers.shutdown(wait=False, cancel_futures=True)
         if self._worker is not None:
             self._worker.close()
             prefixes = self._worker.engine.prefixes

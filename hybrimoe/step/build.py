@@ -24,7 +24,7 @@ from hybrimoe.step.model_step import ModelStep
 from hybrimoe.step.read_model import Reading, read_model
 from hybrimoe.step.served import ServedStep
 from hybrimoe.step.step import Step
-from hybrimoe.step.trace import SEED, record
+from hybrimoe.step.trace import SEED, record, without_earlier_images
 
 TRIAL_TOKENS = 7
 """Of the step that a captured one is compared with; the last is computed in both ways."""
@@ -74,8 +74,6 @@ def compile_step(model: nn.Module, session: Any) -> StepWay:
     backend = session.layers[0].backend
     if not isinstance(backend, NumbaBackend):
         return StepWay(reason=f"the experts run on the backend {getattr(backend, 'name', '?')!r}, the step needs numba")
-    if any(hasattr(module, "rope_deltas") for module in model.modules()):
-        return StepWay(reason="the positions of its tokens depend on the images before them")
     was_training = model.training
     model.eval()
     try:
@@ -164,7 +162,8 @@ def capture_step(
         step = CapturedStep(model, session, device, graphs, kernels)
         generator = torch.Generator().manual_seed(SEED)
         tokens = torch.randint(0, step.text_config.vocab_size, (TRIAL_TOKENS,), generator=generator)
-        n_calls = step.try_out(tokens.tolist())
+        with without_earlier_images(model):
+            n_calls = step.try_out(tokens.tolist())
     except NotCompiled as error:
         return StepWay(reason=str(error))
     except Exception as error:  # noqa: BLE001 - drivers and compilers of other projects: no common root

@@ -101,10 +101,23 @@ def tokens_held(cache: DynamicCache) -> int:
 def _positions(given: Any, n_sequences: int, n_new: int, n_past: int) -> list[int] | None:
     if given is None:
         return list(range(n_past, n_past + n_new)) * n_sequences
+    if isinstance(given, torch.Tensor) and given.dim() == 3:
+        given = _along_all_axes(given)
     if not isinstance(given, torch.Tensor) or given.shape not in ((n_sequences, n_new), (1, n_new)):
         return None
+    if given.is_floating_point():  # as Qwen's omni models count
+        if not bool((given == given.floor()).all()):
+            return None
+        given = given.long()
     positions: list[int] = given.flatten().tolist()
     return positions if len(given) == n_sequences else positions * n_sequences
+
+
+def _along_all_axes(given: torch.Tensor) -> torch.Tensor | None:
+    """Positions [sequences, n] of tokens that stand at the same place along each axis [axes, sequences, n], as text
+    does where images lie in a plane; None for others. (Of four axes the first is the number in the text.)"""
+    axes = given[1:] if len(given) == 4 else given
+    return axes[0] if bool((axes == axes[:1]).all()) else None
 
 
 def _mask(given: Any, n_sequences: int, n_tokens: int) -> Any:

@@ -93,7 +93,7 @@ class CapturedStep(ModelStep):
 
     def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output, by the captured step where that can answer."""
-        if torch.is_grad_enabled() or not self.usable():
+        if torch.is_grad_enabled() or not self.usable() or self.is_moved(kwargs):
             return own(*args, **kwargs)
         call = read_call(self.model.config, DynamicCache, args, kwargs)
         layers = None if call is None or call.mask is not None else self._layers_of(call)
@@ -105,12 +105,14 @@ class CapturedStep(ModelStep):
         logits, output_type = found
         return output_type(logits=logits, past_key_values=call.caches[0])
 
-    def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
+    def next_logits(
+        self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False, shift: int = 0
+    ) -> torch.Tensor | None:
         """As `ModelStep.next_logits`, of one token."""
         if len(token_ids) != 1 or type(cache) is not DynamicCache or not self.usable():
             return None
         n_past = cache.get_seq_length()
-        call = StepCall(list(token_ids), 1, [n_past], [cache], [n_past], None, 1, "decode")
+        call = StepCall(list(token_ids), 1, [n_past], [cache], [n_past + shift], None, 1, "decode")
         layers = self._layers_of(call) if n_past else None
         if layers is None:
             return None

@@ -35,6 +35,7 @@ class ModelStep:
         ]  # fmt: skip
         self.embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
         self._as_read = AsRead(model)
+        self._in_a_plane: list[Any] = [module for module in model.modules() if hasattr(module, "rope_deltas")]
         self.n_steps = 0
         self.step_us = 0.0
 
@@ -42,16 +43,22 @@ class ModelStep:
         """The output of the model's forward, which is `own`, for a call."""
         raise NotImplementedError
 
-    def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
+    def next_logits(
+        self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False, shift: int = 0
+    ) -> torch.Tensor | None:
         """Logits [1, V] after new tokens of one sequence; None where the model's forward must be called.
 
         The short way of `answer` for callers that hold plain numbers and a cache. drafted: the tokens after the first
-        are guesses about the next decode steps, and the logits are those after each of the n tokens, [n, V].
+        are guesses about the next decode steps, and the logits are those after each of the n tokens, [n, V]. shift: by
+        how much images before the tokens move their positions.
         """
         return None
 
-    def logits_of_each(self, token_ids: Sequence[int], caches: Sequence[Any]) -> torch.Tensor | None:
-        """Logits [n, V] after a new token of each of n sequences, which have a cache of one sequence each.
+    def logits_of_each(
+        self, token_ids: Sequence[int], caches: Sequence[Any], shifts: Sequence[int] = ()
+    ) -> torch.Tensor | None:
+        """Logits [n, V] after a new token of each of n sequences, which have a cache of one sequence each, and whose
+        images move its position by so many `shifts` (none given: by none).
 
         Each row has the bits that `next_logits` gives for the sequence alone. None, and nothing computed, where the
         sequences must be computed one after another. A failure leaves the caches with the tokens that they had.
@@ -83,6 +90,13 @@ class ModelStep:
             and not torch_module._global_forward_hooks
             and not torch_module._global_forward_pre_hooks
         )
+
+    def is_moved(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call leaves it to the model where its tokens stand, and the model remembers images before them."""
+        if kwargs.get("position_ids") is not None:
+            return False
+        deltas = [module.rope_deltas for module in self._in_a_plane]
+        return any(delta is not None and bool(torch.as_tensor(delta).any()) for delta in deltas)
 
     @staticmethod
     def is_watched(hooks_of_modules: Sequence[Mapping[int, Any]]) -> bool:

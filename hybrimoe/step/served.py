@@ -40,7 +40,7 @@ class ServedStep(ModelStep):
 
     def served_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
         """The call of the model's forward as the step sees it; None where transformers must answer it."""
-        if torch.is_grad_enabled() or not self.usable():
+        if torch.is_grad_enabled() or not self.usable() or self.is_moved(kwargs):
             return None
         call = read_call(self.model.config, self.reading.cache_type, args, kwargs)
         if call is None or not self.fits(call.caches[0], call.n_past[0], call.n_sequences):

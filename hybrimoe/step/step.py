@@ -40,7 +40,9 @@ class Step(ServedStep):
         assert self.reading.output_type is not None
         return self.reading.output_type(logits=self._logits(call), past_key_values=call.caches[0])
 
-    def next_logits(self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False) -> torch.Tensor | None:
+    def next_logits(
+        self, token_ids: Sequence[int], cache: Any, *, drafted: bool = False, shift: int = 0
+    ) -> torch.Tensor | None:
         """As `ModelStep.next_logits`."""
         n_new = len(token_ids)
         if n_new > (MAX_LOGITS if drafted else MAX_ROWS) or not self.usable() or not (n_past := self._n_past(cache)):
@@ -51,18 +53,21 @@ class Step(ServedStep):
             for first in range(0, n_new, most):
                 part = list(token_ids[first : first + most])
                 past, n_logits = n_past + first, len(part) if drafted else 1
-                positions = list(range(past, past + len(part)))
+                positions = list(range(past + shift, past + shift + len(part)))
                 logits = self._logits(StepCall(part, len(part), [past], [cache], positions, None, n_logits, phase))
         return logits[0]
 
-    def logits_of_each(self, token_ids: Sequence[int], caches: Sequence[Any]) -> torch.Tensor | None:
+    def logits_of_each(
+        self, token_ids: Sequence[int], caches: Sequence[Any], shifts: Sequence[int] = ()
+    ) -> torch.Tensor | None:
         """As `ModelStep.logits_of_each`."""
         if not 0 < len(token_ids) <= MAX_LOGITS or self.one_by_one is not None or not self.usable():
             return None
         n_past = [self._n_past(cache) for cache in caches]
         if not all(n_past):
             return None
-        call = StepCall(list(token_ids), 1, n_past, list(caches), n_past, None, 1, "decode")
+        positions = [n + shift for n, shift in zip(n_past, shifts, strict=True)] if shifts else n_past
+        call = StepCall(list(token_ids), 1, n_past, list(caches), positions, None, 1, "decode")
         with torch.inference_mode():
             return self._logits(call)[:, 0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,24 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.dtype == other.dtype
 
 
+@contextmanager
+def without_earlier_images(model: nn.Module) -> Iterator[None]:
+    """Within the block a model that remembers how far the images of its latest prompt moved the text behind them has
+    forgotten that: such a number is of other sequences."""
+    kept = [
+        (module, module.rope_deltas)
+        for module in model.modules()
+        if getattr(module, "rope_deltas", None) is not None
+    ]  # fmt: skip
+    for module, _ in kept:
+        module.rope_deltas = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, deltas in kept:
+            module.rope_deltas = deltas
+
+
 def record(model: nn.Module) -> Trace:
     """Runs a short prompt, then a step with every call recorded.
 
@@ -98,7 +117,7 @@ def record(model: nn.Module) -> Trace:
     text_config = config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(0, text_config.vocab_size, (1, PROMPT_TOKENS + NEW_TOKENS), generator=generator)
-    with torch.no_grad():
+    with torch.no_grad(), without_earlier_images(model):
         cache = model(input_ids=tokens[:, :PROMPT_TOKENS], use_cache=True).past_key_values
         if not isinstance(cache, DynamicCache):
             raise NotCompiled(f"the model keeps its past in a {type(cache).__name__}")

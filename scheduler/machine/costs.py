@@ -71,9 +71,7 @@ class CostModel:
             for size in kinds
         ]  # fmt: skip
         launch_us = 0.0 if accel.expert_launches else accel.launch_us
-        tiles = np.ceil(tokens / accel.tile_tokens) * accel.tile_tokens
-        padded = np.where(tokens > 1, tiles, tokens)
-        padded[-2:] = tokens[-2:] + (accel.tile_tokens - 1) / 2  # the slope between them goes on beyond the table
+        padded = np.where(tokens > 1, tokens + accel.fill_tokens, tokens)
         accel_rows = [
             _curve(padded, launch_us, size / (accel.mem_gbps * 1e3), flops / (accel.tflops * 1e6),
                    accel.table.get(key, ()))

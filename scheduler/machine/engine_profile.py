@@ -20,8 +20,11 @@ INTERVAL = (0.1, 0.9)
 class EngineProfile:
     """Shares are of a data sheet profile's rates; the rest are us. ``captured_launch_us``: of a launch where steps are
     captured as graphs, which is the case for decode steps with all experts on an accelerator that can capture.
+    ``handoff_us``: of a layer whose experts the CPU computes, there and back; ``windows_handoff_us``: under Windows.
+    ``cache_share``, ``attention_share``, ``fill_tokens``, ``token_passes``: see ``AccelProfile``.
 
-    ``decode_ratios``, ``prefill_ratios``: measured / predicted speed of the rows that were held out.
+    ``decode_ratios``, ``mixed_decode_ratios``, ``prefill_ratios``: measured / predicted speed of held-out rows:
+    decode with all experts on the accelerator, with some or all on the CPU; prompts with all on the accelerator.
     """
 
     name: str
@@ -31,15 +34,19 @@ class EngineProfile:
     launch_us: float
     captured_launch_us: float
     handoff_us: float
-    host_us: float
+    windows_handoff_us: float
+    cache_share: float
+    attention_share: float
+    fill_tokens: float
+    token_passes: float
     expert_launches: int
     attention_launches: int
-    tile_tokens: int
     decode_ratios: Sequence[float] = ()
+    mixed_decode_ratios: Sequence[float] = ()
     prefill_ratios: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        for name in ("accel_memory", "accel_tensor", "cpu_read"):
+        for name in ("accel_memory", "accel_tensor", "cpu_read", "cache_share", "attention_share"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ProfileError(f"engine {self.name}: {name} must be above 0, found {getattr(self, name)!r}")
 
@@ -51,7 +58,7 @@ class EngineProfile:
         except TypeError as error:
             raise ProfileError(f"engine profile: {error}") from error
 
-    def on(self, profile: HardwareProfile, captured: bool = False) -> HardwareProfile:
+    def on(self, profile: HardwareProfile, captured: bool = False, windows: bool = False) -> HardwareProfile:
         """The machine as this engine drives it, with steps that are captured as graphs or not."""
         cpu, accel = profile.cpu, profile.accel
         return replace(
@@ -60,16 +67,26 @@ class EngineProfile:
             accel=replace(
                 accel, mem_gbps=accel.mem_gbps * self.accel_memory, tflops=accel.tflops * self.accel_tensor,
                 launch_us=self.captured_launch_us if captured else self.launch_us, expert_launches=self.expert_launches,
-                attention_launches=self.attention_launches, tile_tokens=self.tile_tokens,
+                attention_launches=self.attention_launches, own_attention=True, cache_share=self.cache_share,
+                attention_share=self.attention_share, fill_tokens=self.fill_tokens, token_passes=self.token_passes,
             ),
-            dense=replace(profile.dense, sync_us=0.0, handoff_us=self.handoff_us, host_us=self.host_us),
+            dense=replace(
+                profile.dense, sync_us=0.0, handoff_us=self.windows_handoff_us if windows else self.handoff_us,
+            ),
         )  # fmt: skip
 
-    def interval(self, phase: str, speed: float) -> tuple[float, float]:
-        """The range in which a speed that was predicted as ``speed`` is to be expected."""
-        ratios = sorted(self.decode_ratios if phase == "decode" else self.prefill_ratios)
+    def interval(self, phase: str, speed: float, mixed: bool = False) -> tuple[float, float] | None:
+        """The range in which a speed that was predicted as ``speed`` is to be expected; ``mixed``: the CPU has experts.
+
+        None where no row that was held out is near: then nothing is known of how far off the prediction is.
+        """
+        of_phase = {
+            ("decode", False): self.decode_ratios, ("decode", True): self.mixed_decode_ratios,
+            ("prefill", False): self.prefill_ratios,
+        }  # fmt: skip
+        ratios = sorted(of_phase.get((phase, mixed), ()))
         if not ratios:
-            raise ProfileError(f"engine {self.name} has no held-out rows of {phase}")
+            return None
         low, high = (_quantile(ratios, at) for at in INTERVAL)
         return speed * low, speed * high
 

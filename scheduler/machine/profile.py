@@ -42,8 +42,12 @@ class AccelProfile:
 
     ``launch_us``: what a kernel costs beside its work; little where steps are captured as graphs.
     ``attention_launches``: kernels of one attention block. ``expert_launches``: those of all experts of a layer
-    together, 0 where each expert is launched alone. ``tile_tokens``: several tokens of an expert are computed in tiles
-    of so many, a part of one takes as long as a whole one; 1 where there is no such loss.
+    together, 0 where each expert is launched alone. ``fill_tokens``: several tokens of an expert take as long as so
+    many more, since tiles of its matrices are not full.
+    ``own_attention``: a model's further kernels (``ModelShape.attention_kernels``) are launched, and only its
+    ``full_attention`` layers read the whole context. ``cache_share``, ``attention_share``: what attention reaches of
+    the memory rate at keys and values, and of the tensor rate. ``token_passes``: how often the values between the
+    matrices of several tokens cross the memory.
     """
 
     mem_gbps: float
@@ -54,7 +58,11 @@ class AccelProfile:
     count: int = 1
     attention_launches: int = 6
     expert_launches: int = 0
-    tile_tokens: int = 1
+    fill_tokens: float = 0.0
+    own_attention: bool = False
+    cache_share: float = 1.0
+    attention_share: float = 1.0
+    token_passes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +157,10 @@ class ModelShape:
     ``attention_params`` and ``shared_params`` are weights a layer outside the routed experts (projections; shared
     experts and dense MLP), ``head_params`` those of the output head, ``kv_bytes`` cache bytes a token and layer.
     ``max_context`` is the longest sequence in tokens that the model is made for; 0 where nothing limits it.
+    ``tower_bytes`` is what the parts take that see images or hear, which text does not go through.
+    ``attention_kernels``: kernels a layer beyond those of plain attention. ``full_attention``: the share of layers that
+    see the whole context; the others see a window, or keep a state. ``weight_bits``: bits a weight of experts, of the
+    output head and of all others in a file of its own format; None where they are those of the dtypes asked for.
     """
 
     name: str
@@ -165,6 +177,10 @@ class ModelShape:
     n_dense_layers: int = 0
     dense_params: int = 0
     max_context: int = 0
+    tower_bytes: int = 0
+    attention_kernels: int = 0
+    full_attention: float = 1.0
+    weight_bits: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_experts", "top_k", "hidden", "inter"):
@@ -173,6 +189,10 @@ class ModelShape:
                 raise ProfileError(f"model shape {self.name!r}: {name} must be a positive integer, found {value!r}")
         if self.top_k > self.n_experts:
             raise ProfileError(f"model shape {self.name!r}: top_k {self.top_k} is above n_experts {self.n_experts}")
+        if not 0.0 < self.full_attention <= 1.0:
+            raise ProfileError(
+                f"model shape {self.name!r}: full_attention is a share in (0, 1], found {self.full_attention!r}"
+            )
 
     @property
     def expert_params(self) -> int:
@@ -183,7 +203,8 @@ class ModelShape:
         """Bytes of one routed expert's record in this dtype, biases and padding left out."""
         if dtype not in BYTES_PER_WEIGHT:
             raise ProfileError(f"unknown expert dtype {dtype!r}{did_you_mean(dtype, BYTES_PER_WEIGHT)}")
-        return math.ceil(self.expert_params * BYTES_PER_WEIGHT[dtype])
+        each = BYTES_PER_WEIGHT[dtype] if self.weight_bits is None else self.weight_bits[0] / 8
+        return math.ceil(self.expert_params * each)
 
     def expert_flops(self, n_tokens: int = 1) -> int:
         """Floating point operations of one routed expert on ``n_tokens`` tokens."""
@@ -230,15 +251,20 @@ def _check_profile(profile: HardwareProfile) -> None:
         raise ProfileError(
             f"{profile.name}: accel.count must be an integer of at least 1, found {profile.accel.count!r}"
         )
-    for name, least in (("attention_launches", 0), ("expert_launches", 0), ("tile_tokens", 1)):
+    for name, least in (("attention_launches", 0), ("expert_launches", 0)):
         count = getattr(profile.accel, name)
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise ProfileError(f"{profile.name}: accel.{name} must be an integer of at least {least}, found {count!r}")
+    if not isinstance(profile.accel.own_attention, bool):
+        raise ProfileError(
+            f"{profile.name}: accel.own_attention must be true or false, found {profile.accel.own_attention!r}"
+        )
     if not isinstance(profile.link.shared, bool):
         raise ProfileError(f"{profile.name}: link.shared must be true or false, found {profile.link.shared!r}")
     positive = {
         "cpu.read_gbps": profile.cpu.read_gbps, "accel.mem_gbps": profile.accel.mem_gbps,
         "accel.tflops": profile.accel.tflops, "link.gbps": profile.link.gbps,
+        "accel.cache_share": profile.accel.cache_share, "accel.attention_share": profile.accel.attention_share,
         **{f"cpu.gflops.{k}": v for k, v in profile.cpu.gflops.items()},
     }  # fmt: skip
     if profile.disk is not None:
@@ -247,6 +273,7 @@ def _check_profile(profile: HardwareProfile) -> None:
         _number(profile.name, name, value, above_zero=True)
     not_negative = {
         "cpu.overhead_us": profile.cpu.overhead_us, "accel.launch_us": profile.accel.launch_us,
+        "accel.fill_tokens": profile.accel.fill_tokens, "accel.token_passes": profile.accel.token_passes,
         "link.latency_us": profile.link.latency_us, "dense.attention_us": profile.dense.attention_us,
         "dense.gate_us": profile.dense.gate_us, "dense.sync_us": profile.dense.sync_us,
         "dense.handoff_us": profile.dense.handoff_us, "dense.host_us": profile.dense.host_us,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from family_check import PLACEMENTS, compare, describe, plain_outputs
+from seeing_models import FAMILIES_THAT_SEE
 from tiny_families import ENCODER_DECODER, FAMILIES, FOREIGN, NOT_CAUSAL, WRAPPED, tiny_model
 
 from hybrimoe.experts.layout import FOREIGN_EXPERTS
@@ -97,10 +98,10 @@ def long_table(data: Mapping[str, Any]) -> str:
     lines += [
         "",
         "Models that take images or sound, too: the language model inside is found, and text through the whole model",
-        f"is that of plain transformers, for {', '.join(sorted(in_table | set(WRAPPED)))}; with an image (prepared by",
-        "transformers' processor) for qwen3_vl_moe. `model.generate(**inputs)` takes what a model's processor gives;",
-        "commands and server take text. Of llama4, qwen3_5_moe and qwen4_exp `hybrimoe.load` takes the language model",
-        "alone, as `AutoModelForCausalLM` does; load them with transformers and `hybrimoe.inject` them for images.",
+        f"is that of plain transformers, for {', '.join(sorted(in_table | set(WRAPPED)))}.",
+        "Images in commands and server ([images.md](images.md)), prompts in one piece and in parts, give what plain",
+        f"transformers gives for {', '.join(sorted(FAMILIES_THAT_SEE))}; in the others they go the same way, untested.",
+        "A model whose folder has no image processor is loaded as a model of text.",
     ]
     lines += ["", "Decode steps by the forward of transformers, with the reason:", "", "| family | why |", "|---|---|"]
     lines += [f"| {family} | {row['why']} |" for family, row in data["families"].items() if "why" in row]

@@ -18,6 +18,7 @@ from gpu_kernels import (
     TorchAccelerator,
     open_accelerator,
 )
+from gpu_kernels.page_locked import page_locked
 
 from .conftest import Experts
 
@@ -120,3 +121,13 @@ def test_open_by_name() -> None:
 def test_devices_that_do_not_exist_are_named(name: str) -> None:
     with pytest.raises(DeviceNotFoundError, match=repr(name)):
         open_accelerator(name)
+
+
+def test_a_torch_that_is_made_for_cards_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's wheel names its kind of device where there is no driver, and each use of that device is an error."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    memory = page_locked(5000)
+    assert memory.shape == (5000,)
+    assert not memory.any()
+    assert open_accelerator("auto") is None

@@ -32,6 +32,10 @@ EVERY = (
 #: Families whose experts have no gate projection (two matrices each).
 NOT_GATED = ("nemotron_h",)
 KV_BYTES_PER_VALUE = 2  # bfloat16 cache
+#: Families with norms of queries and keys, and those that keep a state in most layers.
+NORMED = ("qwen3", "olmoe")
+LINEAR = ("qwen3_next", "qwen3_5")
+NORM_KERNELS, LATENT_KERNELS, LINEAR_KERNELS = 2, 10, 10
 
 
 def derive_shape(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -60,7 +64,32 @@ def derive_shape(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         "n_dense_layers": n_layers - n_moe,
         "dense_params": 3 * hidden * int(merged.get("intermediate_size") or 0) if n_layers > n_moe else 0,
         "max_context": _max_context(merged),
+        "attention_kernels": _attention_kernels(merged),
+        "full_attention": _full_attention(merged),
     }
+
+
+def _attention_kernels(config: Mapping[str, Any]) -> int:
+    """Kernels a layer beyond those of plain attention and one MLP, as llama.cpp launches them."""
+    if _is_linear(config):
+        return LINEAR_KERNELS
+    if config.get("kv_lora_rank"):
+        return LATENT_KERNELS
+    return NORM_KERNELS if str(config.get("model_type")).startswith(NORMED) else 0
+
+
+def _full_attention(config: Mapping[str, Any]) -> float:
+    """Share of layers that see the whole context: the listed ones, every fourth of linear ones, else all."""
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and kinds:
+        return max(1, kinds.count("full_attention")) / len(kinds)
+    if _is_linear(config):
+        return 1.0 / int(config.get("full_attention_interval") or 4)
+    return 0.5 if config.get("model_type") == "gpt_oss" else 1.0
+
+
+def _is_linear(config: Mapping[str, Any]) -> bool:
+    return str(config.get("model_type")).startswith(LINEAR)
 
 
 def _max_context(config: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hybrimoe.cli.chatting.models import ChatModels, Opened
     from hybrimoe.cli.common_model import OpenModel
     from hybrimoe.generation import Conversation, Profile, SamplingOptions
+    from hybrimoe.generation.images.reading import ImageFile
     from hybrimoe.generation.saved.sessions import Session
 
 
@@ -36,6 +37,8 @@ class Chat:
         self.as_json = as_json
         self._markdown = markdown
         self.at_terminal = sys.stdin.isatty() and not as_json
+        self.images: list[ImageFile] = []
+        """That the next message shows."""
         self.last: dict[str, Any] | None = None
         self.leaves = False
 
@@ -52,8 +55,10 @@ class Chat:
         profile = Profile(self.opened.generator.model) if self.profiled else None
         with interruptible() as interrupt:
             turn = self.conversation.send(
-                message, options or self.options, instead=instead, should_stop=interrupt, profile=profile
-            )
+                message, options or self.options, images=self.images, instead=instead, should_stop=interrupt,
+                profile=profile,
+            )  # fmt: skip
+            self.images = []
             if turn.n_dropped and not self.quiet:
                 render.note(f"the context is full: the oldest {turn.n_dropped} messages are no longer part of it")
             self._show(turn)
@@ -82,7 +87,7 @@ class Chat:
             self._go_on_with(error.opened, system, messages)
             raise
 
-    def _go_on_with(self, opened: Opened, system: str | None, messages: list[dict[str, str]]) -> None:
+    def _go_on_with(self, opened: Opened, system: str | None, messages: list[dict[str, Any]]) -> None:
         self.opened, self.conversation, self.session = opened.model, opened.conversation, opened.session
         self.conversation.take_up(system, messages)
         self.keep()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hybrimoe.cli.chatting.answering import Chat
 from hybrimoe.cli.chatting.settings import DEFAULT, checked_name, setting_lines, with_setting
@@ -49,6 +50,7 @@ class Commands:
             "/system": Command(
                 "/system [TEXT]", "show the system message, or begin with one", self._system, takes=True
             ),
+            "/image": Command("/image [FILE]", "show an image next, or list what waits", self._image, takes=True),
             "/save": Command("/save FILE", "write the conversation as JSON messages", self._save, takes=True),
             "/load": Command("/load FILE", "go on with the conversation of a file", self._load, takes=True),
             "/set": Command("/set [NAME VALUE]", "list the sampling options, or change one", self._set, takes=True),
@@ -129,11 +131,32 @@ class Commands:
         render.note(f"the conversation begins anew, {how}")
 
     def _begun_anew(self) -> None:
-        """A session, too, forgets what was said, and its keys and values."""
+        """A session, too, forgets what was said, and its keys and values; images that wait are forgotten."""
         chat = self._chat
+        chat.images.clear()
         if chat.session is not None:
             chat.session.drop_states()
         chat.keep()
+
+    def _image(self, name: str) -> None:
+        """A file is looked at now: what is wrong with it is said before the message is written."""
+        from hybrimoe.generation.chat import require_vision
+        from hybrimoe.generation.images.reading import read_image_file
+
+        chat = self._chat
+        vision = require_vision(chat.opened.generator.vision)
+        if name == NONE:
+            chat.images.clear()
+        elif name:
+            image = read_image_file(name)
+            n_tokens = vision.look(image).picture.n_tokens
+            chat.images.append(image)
+            render.note(f"{image.what}: {n_tokens} tokens, with your next message")
+            return
+        waiting = ", ".join(image.what for image in chat.images)
+        render.note(
+            f"with your next message: {waiting}; /image {NONE} takes them back" if waiting else "no image waits"
+        )
 
     def _save(self, name: str) -> None:
         from hybrimoe.generation.saved.conversation_file import write_messages
@@ -224,5 +247,5 @@ def _path(command: str, name: str) -> Path:
     return Path(os.path.expanduser(name))
 
 
-def _count(messages: list[dict[str, str]]) -> str:
+def _count(messages: list[dict[str, Any]]) -> str:
     return f"{len(messages)} message" + "s" * (len(messages) != 1)

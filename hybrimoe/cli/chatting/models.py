@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import BudgetError, ConfigError, HybriMoEError, unknown
 
@@ -60,7 +60,7 @@ class ChatModels:
         self.current = name
         return opened
 
-    def check(self, name: str, messages: list[dict[str, str]]) -> None:
+    def check(self, name: str, messages: list[dict[str, Any]]) -> None:
         """Raises where another model cannot take the place of the one in memory, which stays.
 
         ConfigError: no model has this name, or it is in memory. BudgetError: it does not fit the memory that the other
@@ -73,7 +73,7 @@ class ChatModels:
         self._check_memory(name)
         self._check_template(name, messages)
 
-    def change(self, name: str, messages: list[dict[str, str]]) -> Opened:
+    def change(self, name: str, messages: list[dict[str, Any]]) -> Opened:
         """Another model in the place of the one in memory. Raises as `check`, and what opening it raises: then the
         former one is in memory again, as a `FormerModel` in that error's place where it can be."""
         self.check(name, messages)
@@ -97,12 +97,12 @@ class ChatModels:
                 f" {self.current} has left; {self.current} stays. Smaller: cpu.expert_dtype int4, or memory.disk: auto"
             )
 
-    def _check_template(self, name: str, messages: list[dict[str, str]]) -> None:
+    def _check_template(self, name: str, messages: list[dict[str, Any]]) -> None:
         from hybrimoe.checkpoint import load_tokenizer
-        from hybrimoe.generation.chat import encode_chat
+        from hybrimoe.generation.chat import render_chat
 
         tokenizer = load_tokenizer(self._shelf[name].model)
-        encode_chat(tokenizer, [*messages, {"role": "user", "content": "Go on."}])
+        render_chat(tokenizer, [*messages, {"role": "user", "content": "Go on."}])
 
 
 class FormerModel(HybriMoEError):
@@ -124,7 +124,7 @@ def needed_bytes(deployment: DeployConfig) -> int | None:
     from yaml_rules.errors import YamlRulesError
 
     try:
-        shape = model_shape(deployment.model)
+        shape = model_shape(deployment.model, deployment.vision)
     except (ProfileError, YamlRulesError):
         return None
     cpu = deployment.cpu

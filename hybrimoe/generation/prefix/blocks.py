@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hybrimoe.generation.images.tokens import kept
 from hybrimoe.generation.prefix.disk import DiskLevel
 from hybrimoe.generation.prefix.keys import Record, n_alike, name_of, next_key
 from hybrimoe.generation.prefix.reading import Reading, parts_of
@@ -263,6 +264,7 @@ class PrefixTree:
         self, parent: Block, token_ids: tuple[int, ...], held: HeldLayers, path: list[Block], *, copies: bool = False
     ) -> Block | None:
         """A new child of `parent`; None where only the blocks of `path` could make room for it. copies: of `held`."""
+        token_ids = tuple(kept(token_ids))
         block = Block(parent, next_key(parent.key, token_ids), token_ids, held)
         if not self._make_room(block.n_bytes(), path):
             return None

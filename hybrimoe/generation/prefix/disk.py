@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hybrimoe.generation.images.tokens import identities
 from hybrimoe.generation.prefix.encoding import decode, encode, facts_of
 from hybrimoe.generation.prefix.folder import Folder
 from hybrimoe.generation.prefix.keys import Kind, Record, first_key, n_alike, name_of
@@ -121,18 +122,20 @@ class DiskLevel:
         return best, most
 
     def _tokens_of(self, name: str) -> tuple[int, ...]:
-        """As a file says; none where it is gone or damaged, which a reader will see."""
+        """As a file says; none where it is gone or damaged, which a reader will see, and where some are parts of
+        images: such a block is found by its name alone."""
         try:
             with (self.path / name).open("rb") as file:
-                return tuple(facts_of(file)["token_ids"])
+                known = facts_of(file)["token_ids"]
+                return tuple(known) if all(isinstance(token, int) for token in known) else ()
         except (OSError, ValueError, LookupError, TypeError):
             return ()
 
     def read(self, kind: Kind, key: bytes, token_ids: Sequence[int]) -> Future[Any]:
         """What was kept, as the result of a thread; None where it is not there, or damaged: that file is deleted."""
-        return self._readers.submit(self._read, name_of(kind, key, token_ids), list(token_ids))
+        return self._readers.submit(self._read, name_of(kind, key, token_ids), identities(token_ids))
 
-    def _read(self, name: str, token_ids: list[int]) -> Any:
+    def _read(self, name: str, token_ids: list[int | str]) -> Any:
         try:
             data = self._folder.read(name)
         except OSError as error:
@@ -237,7 +240,7 @@ class DiskLevel:
 
     def _write_record(self, record: Record) -> None:
         try:
-            pieces = encode({"name": record.name, "token_ids": list(record.token_ids)}, record.content)
+            pieces = encode({"name": record.name, "token_ids": identities(record.token_ids)}, record.content)
             if self._folder.write(record.name, pieces, record.used_ns):
                 self.n_written_bytes += record.n_bytes
         finally:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hybrimoe.generation.images.tokens import has_images, identities
+
 __all__ = ["KEY_BYTES", "NAME", "Kind", "Record", "first_key", "n_alike", "name_of", "next_key"]
 
 Kind = Literal["block", "state"]
@@ -25,7 +27,8 @@ def first_key(identity: str) -> bytes:
 
 def next_key(key: bytes, token_ids: Sequence[int]) -> bytes:
     """The key of a text that goes on with `token_ids` after the text with `key`."""
-    return hashlib.sha256(key + array("q", token_ids).tobytes()).digest()[:KEY_BYTES]
+    of_images = repr(identities(token_ids)).encode() if has_images(token_ids) else b""
+    return hashlib.sha256(key + array("q", token_ids).tobytes() + of_images).digest()[:KEY_BYTES]
 
 
 def name_of(kind: Kind, parent: bytes, token_ids: Sequence[int]) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe.errors import FileError
+from hybrimoe.generation.images.messages import as_json, content_from_json
 
 __all__ = ["messages_of", "read_messages", "write_messages", "write_whole"]
 
 TURN = ("user", "assistant")
 
 
-def read_messages(path: Path) -> list[dict[str, str]]:
+def read_messages(path: Path) -> list[dict[str, Any]]:
     """The messages of a file that `write_messages` or another program wrote; see `messages_of`.
 
     Raises FileError where it cannot be read, or is no conversation.
@@ -33,12 +34,12 @@ def read_messages(path: Path) -> list[dict[str, str]]:
         raise FileError(f"{path} is no conversation: {error}") from error
 
 
-def write_messages(path: Path, messages: Sequence[dict[str, str]]) -> None:
+def write_messages(path: Path, messages: Sequence[dict[str, Any]]) -> None:
     """Write `messages`, whole or not at all, readable by their user alone; an earlier conversation is replaced.
 
     Raises FileError where that cannot be, or where the file is something else, which stays as it is.
     """
-    text = json.dumps(list(messages), ensure_ascii=False, indent=1) + "\n"
+    text = json.dumps(as_json(messages), ensure_ascii=False, indent=1) + "\n"
     try:
         if path.exists():
             read_messages(path)
@@ -52,11 +53,11 @@ def write_messages(path: Path, messages: Sequence[dict[str, str]]) -> None:
         ) from error
 
 
-def messages_of(data: Any) -> list[dict[str, str]]:
+def messages_of(data: Any) -> list[dict[str, Any]]:
     """Role and content of each message in `data`: a list of messages, or an object that has one as `messages`.
 
     Raises ValueError with what is wrong unless they are at most one system message, then a user's and an assistant's
-    in turn, each with a text as its content.
+    in turn, each with a text as its content, a user's also with parts: texts, and images as data: URLs.
     """
     given = data.get("messages") if isinstance(data, dict) else data
     if not isinstance(given, list):
@@ -73,12 +74,11 @@ def messages_of(data: Any) -> list[dict[str, str]]:
     return messages
 
 
-def _message_of(message: Any, number: int) -> dict[str, str]:
+def _message_of(message: Any, number: int) -> dict[str, Any]:
     role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-    if not isinstance(role, str) or not isinstance(content, str):
+    if not isinstance(role, str) or (role != "user" and not isinstance(content, str)):
         raise ValueError(f"message {number}: expected an object with role and content, both texts")
-    content.encode("utf-8")  # half of a surrogate pair is valid JSON, and no text
-    return {"role": role, "content": content}
+    return {"role": role, "content": content_from_json(content, f"message {number}")}
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

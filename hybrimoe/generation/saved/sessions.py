@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import FileError, PromptError
+from hybrimoe.generation.images.messages import as_json
 from hybrimoe.generation.saved.conversation_file import messages_of, write_whole
 
 if TYPE_CHECKING:
@@ -64,13 +65,14 @@ class Session:
 
     def save_text(self, conversation: Conversation) -> None:
         """Write the messages: cheap, after every turn. Raises FileError where that cannot be."""
-        data = {"version": VERSION, "system": conversation.system, "messages": conversation.messages}
+        data = {"version": VERSION, "system": conversation.system, "messages": as_json(conversation.messages)}
         text = json.dumps(data, ensure_ascii=False, indent=1)
         self._write(TEXT, lambda path: path.write_text(text, encoding="utf-8"))
 
     def save_states(self, conversation: Conversation) -> None:
         """Write keys and values, when the conversation pauses. Nothing is written for a model with other states
-        (sliding windows, linear attention): its conversations are computed again. Raises as `save_text`."""
+        (sliding windows, linear attention), nor for a conversation with images: they are computed again. Raises as
+        `save_text`."""
         import torch
         from safetensors.torch import save_file
 

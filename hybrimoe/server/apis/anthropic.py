@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from typing_extensions import TypedDict
 
 from hybrimoe.errors import ConfigError
@@ -35,6 +35,7 @@ from hybrimoe.server.fields import (
     unicode_throughout,
 )
 from hybrimoe.server.forms import Ended, Form, Frame, Update, WholeReply, sse
+from hybrimoe.server.images import image_part, text_part
 from hybrimoe.server.models import Models
 from hybrimoe.server.replies.events import Call, Event, Reasoning, parsed_json
 from hybrimoe.server.replies.events import Text as TextEvent
@@ -56,11 +57,27 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 CacheControl = Annotated[Free | None, Field(description="Every prompt's beginning is looked up in the cache.")]
 
 
-class Block(Strict):
-    """A part of a message: text, reasoning, a call of a tool, or its result."""
+KNOWN_BLOCKS = ("text", "image", "thinking", "redacted_thinking", "tool_use", "tool_result")
 
-    type: Literal["text", "thinking", "redacted_thinking", "tool_use", "tool_result"]
+
+class ImageSource(Strict):
+    """The image itself, in base64; nothing is fetched from elsewhere."""
+
+    refused: ClassVar[Refused] = {
+        "url": ("images that it would have to fetch; send base64", ()), "file_id": ("stored files; send base64", ()),
+    }  # fmt: skip
+
+    type: Literal["base64"]
+    media_type: Text | None = Field(default=None, description="The file itself says what it is.")
+    data: Text
+
+
+class Block(Strict):
+    """A part of a message: text, an image, reasoning, a call of a tool, or its result."""
+
+    type: Literal["text", "image", "thinking", "redacted_thinking", "tool_use", "tool_result"]
     text: Text | None = None
+    source: ImageSource | None = None
     thinking: Text | None = None
     signature: Text | None = None
     data: Text | None = None
@@ -69,7 +86,7 @@ class Block(Strict):
     input: Free | None = None
     tool_use_id: Text | None = None
     content: Annotated[Any, AfterValidator(unicode_throughout)] = Field(
-        default=None, description="Of a result: a text, or a list of text blocks."
+        default=None, description="Of a result: a text, or a list of text and image blocks."
     )
     is_error: Boolean | None = None
     citations: list[Any] | None = None
@@ -79,10 +96,9 @@ class Block(Strict):
 
 def _known_blocks(value: object) -> object:
     """A clearer message than that of the union: which kind of block this server has no support for."""
-    known = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
     if isinstance(value, list):
         for block in value:
-            if isinstance(block, dict) and block.get("type") not in known:
+            if isinstance(block, dict) and block.get("type") not in KNOWN_BLOCKS:
                 raise ValueError(f"this server has no support for blocks of the type {shown(block.get('type'))}")
     return value
 
@@ -209,7 +225,10 @@ class MessagesRequest(Strict):
 
     def conversation(self) -> tuple[list[dict[str, Any]], str]:
         """Messages as chat templates take them, and the beginning of the reply, where the last one is that."""
-        told = [one for message in self.messages for one in _template_messages(message)]
+        told = [
+            one for number, message in enumerate(self.messages)
+            for one in _template_messages(message, f"messages.{number}")
+        ]  # fmt: skip
         system = "" if self.system is None else _texts(self.system)
         first = [{"role": "system", "content": system}] if system else []
         if self.messages[-1].role == "assistant" and not told[-1].get("tool_calls"):
@@ -228,16 +247,23 @@ class MessagesRequest(Strict):
         return variables
 
 
-def _template_messages(message: AnthropicMessage) -> list[dict[str, Any]]:
-    """A message as chat templates take it; each result of a tool is a message of its own. Raises RequestError."""
+def _template_messages(message: AnthropicMessage, where: str) -> list[dict[str, Any]]:
+    """A message as chat templates take it; each result of a tool is a message of its own. where: it stands in the
+    request. Raises RequestError."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     told: list[dict[str, Any]] = []
     own: dict[str, Any] = {"role": message.role, "content": ""}
     calls = []
-    for block in message.content:
+    parts: list[dict[str, Any]] = []
+    for number, block in enumerate(message.content):
+        place = f"{where}.content.{number}"
         if block.type == "text":
-            own["content"] += block.text or ""
+            parts.append(text_part(block.text or ""))
+        elif block.type == "image":
+            if message.role != "user":
+                raise RequestError(f"{place}: images are for messages of the user", place)
+            parts.append(_image(block, place))
         elif block.type == "thinking":
             own["reasoning_content"] = own.get("reasoning_content", "") + (block.thinking or "")
         elif block.type == "tool_use":
@@ -246,7 +272,8 @@ def _template_messages(message: AnthropicMessage) -> list[dict[str, Any]]:
             function = {"name": block.name, "arguments": block.input or {}}
             calls.append({"id": block.id, "type": "function", "function": function})
         elif block.type == "tool_result":
-            told.append({"role": "tool", "content": _result(block), "tool_call_id": block.tool_use_id or ""})
+            told.append({"role": "tool", "content": _result(block, place), "tool_call_id": block.tool_use_id or ""})
+    own["content"] = _joined(parts)
     if calls:
         own["tool_calls"] = calls
     if own["content"] or calls or not told:
@@ -254,17 +281,40 @@ def _template_messages(message: AnthropicMessage) -> list[dict[str, Any]]:
     return told
 
 
-def _result(block: Block) -> str:
-    """The text of a tool's result. Raises RequestError for what is no text."""
+def _joined(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Parts as the content of a message: one text where there are no images."""
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
+
+
+def _image(block: Block, where: str) -> dict[str, Any]:
+    if block.source is None:
+        raise RequestError(f"{where}: an image needs a source with its data in base64", where)
+    return image_part(block.source.data, where, is_url=False)
+
+
+def _result(block: Block, where: str) -> str | list[dict[str, Any]]:
+    """The content of a tool's result: text, and images where there are some. Raises RequestError for other things."""
     content = block.content
     if content is None or isinstance(content, str):
-        text = content or ""
+        given: list[Any] = [{"type": "text", "text": content or ""}]
     else:
-        parts = content if isinstance(content, list) else [content]
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        given = content if isinstance(content, list) else [content]
+    parts = [text_part("Error: ")] if block.is_error else []
+    for number, part in enumerate(given):
+        place = f"{where}.content.{number}"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            parts.append(text_part(str(part.get("text", ""))))
+        elif kind == "image":
+            try:
+                parts.append(_image(Block.model_validate(part), place))
+            except ValidationError as error:
+                raise RequestError(f"{place}: {error.errors()[0]['msg']}", place) from error
+        else:
             raise RequestError("messages: expected text as the content of a tool_result", "messages")
-        text = "".join(str(part.get("text", "")) for part in parts)
-    return f"Error: {text}" if block.is_error else text
+    return _joined(parts)
 
 
 def _texts(blocks: str | list[Block]) -> str:
@@ -412,7 +462,9 @@ def add_routes(app: FastAPI, models: Models) -> None:
         async with models.using(body.model, request) as served:
             worker, preparation = served.worker(), served.preparation
             asked = body.asked(preparation)
-            prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
+            prepared = await unless_left(
+                request, served.encode(lambda: preparation.chat(asked), looks=asked.has_images)
+            )
             thinks = body.thinking is None or body.thinking.type != "disabled"
             form = AnthropicForm(served.name, len(prepared.prompt_ids), preparation.syntax.new_id, thinks=thinks)
             return await deliver(worker, [prepared], form, request, streamed=bool(body.stream))
@@ -422,5 +474,7 @@ def add_routes(app: FastAPI, models: Models) -> None:
         async with models.using(body.model, request) as served:
             preparation = served.preparation
             asked = body.asked(preparation)
-            _, ids = await unless_left(request, served.encode(lambda: preparation.prompt(asked)))
+            _, ids = await unless_left(
+                request, served.encode(lambda: preparation.prompt(asked), looks=asked.has_images)
+            )
             return JSONResponse({"input_tokens": len(ids)})

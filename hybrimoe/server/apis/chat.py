@@ -18,8 +18,10 @@ from hybrimoe.server.apis.openai import Sampling, Usage, choice_options, usage
 from hybrimoe.server.apis.tools import MAX_TOOLS, TOOL_NAME, called, new_tool, only_functions, tool_use
 from hybrimoe.server.asking import ChatAsked
 from hybrimoe.server.delivery import deliver, unless_left
+from hybrimoe.server.errors import RequestError
 from hybrimoe.server.fields import MAX_SHOWN, Boolean, Free, Refused, Strict, Text, Tokens, TopLogprobs
 from hybrimoe.server.forms import Ended, FinishReason, Form, Frame, StopReason, Update, WholeReply, sse
+from hybrimoe.server.images import image_part, text_part
 from hybrimoe.server.models import Models
 from hybrimoe.server.replies import events
 from hybrimoe.server.replies.events import Call, Reasoning, Tool
@@ -47,13 +49,30 @@ class TextPart(Strict):
     text: Text
 
 
+class ImageUrl(Strict):
+    """The image itself, as data:image/png;base64,... ; nothing is fetched from elsewhere."""
+
+    url: Text
+    detail: Text | None = Field(default=None, description="An image is seen as the model's processor prepares it.")
+
+
+class ImagePart(Strict):
+    """An image within a message's content, for models that see."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl | Text
+
+
 def _no_other_parts(value: object) -> object:
     """A clearer message than that of the union: which kind of part this server has no support for."""
     if isinstance(value, list):
-        kinds = {str(part.get("type")) for part in value if isinstance(part, dict)} - {"text"}
+        kinds = {str(part.get("type")) for part in value if isinstance(part, dict)} - {"text", "image_url"}
         if kinds:
             raise ValueError(f"expected text content, found {', '.join(sorted(kinds))[:MAX_SHOWN]}")
     return value
+
+
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class CalledFunction(Strict):
@@ -79,7 +98,7 @@ class Message(Strict):
     refused: ClassVar[Refused] = REFUSED_OF_MESSAGES
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Text | list[TextPart] | None, BeforeValidator(_no_other_parts)] = None
+    content: Annotated[Text | list[ContentPart] | None, BeforeValidator(_no_other_parts)] = None
     name: Text | None = None
     refusal: Text | None = None
     reasoning_content: Text | None = None
@@ -92,10 +111,10 @@ class Message(Strict):
             raise ValueError(f"content: a message of the {self.role} needs some, found null or none")
         return self
 
-    def as_template_takes_it(self) -> dict[str, Any]:
-        """The message as chat templates read it: content as text, arguments of tool calls as data."""
-        parts = self.content if isinstance(self.content, list) else [self.content or self.refusal or ""]
-        content = "".join(part if isinstance(part, str) else part.text for part in parts)
+    def as_template_takes_it(self, where: str = "messages") -> dict[str, Any]:
+        """The message as chat templates read it: content as text, or as parts where it shows images; arguments of tool
+        calls as data. where: it stands in the request. Raises RequestError."""
+        content = self._content(where)
         given = {"name": self.name, "reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
         message: dict[str, Any] = {"role": self.role, "content": content}
         message |= {name: value for name, value in given.items() if value is not None}
@@ -104,6 +123,22 @@ class Message(Strict):
                 called(call.id, call.function.name, call.function.arguments) for call in self.tool_calls
             ]
         return message
+
+    def _content(self, where: str) -> str | list[dict[str, Any]]:
+        if not isinstance(self.content, list):
+            return self.content or self.refusal or ""
+        if all(isinstance(part, TextPart) for part in self.content):
+            return "".join(part.text for part in self.content if isinstance(part, TextPart))
+        if self.role not in ("user", "tool"):
+            raise RequestError(f"{where}: images are for messages of the user, found one of the {self.role}", where)
+        parts = []
+        for number, part in enumerate(self.content):
+            if isinstance(part, TextPart):
+                parts.append(text_part(part.text))
+            else:
+                url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+                parts.append(image_part(url, f"{where}.content.{number}", is_url=True))
+        return parts
 
 
 class FunctionDefinition(Strict):
@@ -181,7 +216,7 @@ class ChatRequest(Sampling):
 
     def template_messages(self) -> list[dict[str, Any]]:
         """Messages as chat templates take them."""
-        return [message.as_template_takes_it() for message in self.messages]
+        return [message.as_template_takes_it(f"messages.{at}") for at, message in enumerate(self.messages)]
 
     def template_variables(self) -> dict[str, Any]:
         """Variables for the chat template."""
@@ -383,7 +418,9 @@ def add_routes(app: FastAPI, models: Models) -> None:
         async with models.using(body.model, request) as served:
             worker, preparation = served.worker(), served.preparation
             asked = body.asked()
-            prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
+            prepared = await unless_left(
+                request, served.encode(lambda: preparation.chat(asked), looks=asked.has_images)
+            )
             each = [replace(prepared, options=options) for options in choice_options(prepared.options, body.n or 1)]
             form = ChatForm(served.name, worker.generator.tokenizer, body, preparation.syntax.new_id)
             urgency = urgency_of(request, body.priority, body.max_reply_seconds)

@@ -51,7 +51,7 @@ class CompletionRequest(Sampling):
     refused: ClassVar[Refused] = {
         **Sampling.refused, "n": ("several replies here; see /v1/completions", (1,)),
         "n_probs": ("probabilities here; see /v1/completions", (0,)),
-        "image_data": ("images", ([],)),
+        "image_data": ("images here; send them to /v1/chat/completions", ([],)),
     }  # fmt: skip
 
     prompt: Text | list[Integer] = ""
@@ -251,7 +251,9 @@ def add_routes(app: FastAPI, models: Models) -> None:
     async def apply_template(body: ChatRequest, request: Request) -> RenderedPrompt:
         async with models.using(body.model, request) as served:
             preparation, asked = served.preparation, body.asked()
-            prompt, _ = await unless_left(request, served.encode(lambda: preparation.prompt(asked)))
+            prompt, _ = await unless_left(
+                request, served.encode(lambda: preparation.prompt(asked), looks=asked.has_images)
+            )
             return {"prompt": prompt}
 
     @app.post("/completion", responses=text_answers(NativeAnswer, STREAM))
@@ -292,7 +294,7 @@ def _props(served: Served, path: str) -> Props:
         "total_slots": worker.engine.parallel,
         "model_alias": served.name,
         "model_path": path,
-        "modalities": {"vision": False, "audio": False},
+        "modalities": {"vision": served.preparation.sees, "audio": False},
         "chat_template": str(getattr(tokenizer, "chat_template", None) or ""),
         "bos_token": str(tokenizer.bos_token or ""),
         "eos_token": str(tokenizer.eos_token or ""),

@@ -43,6 +43,7 @@ from hybrimoe.server.fields import (
     shown,
 )
 from hybrimoe.server.forms import NDJSON, Ended, Form, Update, WholeReply, line
+from hybrimoe.server.images import image_part, text_part
 from hybrimoe.server.infill import can_infill
 from hybrimoe.server.models import Models
 from hybrimoe.server.replies.events import Call, Reasoning, parsed_json
@@ -52,8 +53,9 @@ OLLAMA_VERSION = "0.12.6"
 """Of the Ollama whose API this is: clients ask, and refuse older ones."""
 STREAM = "Unless stream is false: lines of JSON, the last one with done: true; a failure is a line with error."
 NS_PER_US = 1000
-IMAGES: Refused = {"images": ("images", ([],))}
-
+MAX_IMAGES = 64
+"""In one message."""
+Images = Annotated[list[Text], Field(max_length=MAX_IMAGES, description="Image files in base64.")]
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
 SECONDS_OF = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -145,19 +147,20 @@ class OllamaCall(Strict):
 class OllamaMessage(Strict):
     """One message of a chat."""
 
-    refused: ClassVar[Refused] = IMAGES
-
     role: Literal["system", "user", "assistant", "tool"]
     content: Text | None = None
+    images: Images | None = None
     thinking: Text | None = None
     tool_calls: list[OllamaCall] | None = None
     tool_name: Text | None = None
     tool_call_id: Text | None = None
 
-    def as_template_takes_it(self) -> dict[str, Any]:
-        """The message as chat templates read it."""
+    def as_template_takes_it(self, where: str = "messages") -> dict[str, Any]:
+        """The message as chat templates read it. where: it stands in the request. Raises RequestError."""
+        if self.images and self.role not in ("user", "tool"):
+            raise RequestError(f"{where}: images are for messages of the user, found one of the {self.role}", where)
         given = {"name": self.tool_name, "reasoning_content": self.thinking, "tool_call_id": self.tool_call_id}
-        message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        message: dict[str, Any] = {"role": self.role, "content": _content(self.content, self.images, where)}
         message |= {name: value for name, value in given.items() if value is not None}
         if self.tool_calls:
             message["tool_calls"] = [
@@ -166,6 +169,15 @@ class OllamaMessage(Strict):
                 for call in self.tool_calls
             ]  # fmt: skip
         return message
+
+
+def _content(text: str | None, images: Sequence[str] | None, where: str) -> str | list[dict[str, Any]]:
+    """The content of a message, in which images come before the text."""
+    if not images:
+        return text or ""
+    inside = f"{where}." if where else ""
+    shown = [image_part(one, f"{inside}images.{at}", is_url=False) for at, one in enumerate(images)]
+    return [*shown, text_part(text or "")]
 
 
 class OllamaRequest(Strict):
@@ -223,7 +235,8 @@ class OllamaChatRequest(OllamaRequest):
             new_tool(one.function.name, one.function.description, one.function.parameters) for one in self.tools or []
         ]
         return ChatAsked(
-            [message.as_template_takes_it() for message in self.messages], self.sampling(),
+            [message.as_template_takes_it(f"messages.{at}") for at, message in enumerate(self.messages)],
+            self.sampling(),
             tool_use(tools, "auto", None, many=True), self.answer(), "format", self.variables(preparation),
         )  # fmt: skip
 
@@ -232,21 +245,24 @@ class OllamaGenerateRequest(OllamaRequest):
     """POST /api/generate."""
 
     refused: ClassVar[Refused] = {
-        **IMAGES, "template": ("other templates than the model's; send raw: true", ("",)),
+        "template": ("other templates than the model's; send raw: true", ("",)),
         "context": ("contexts as tokens; use /api/chat", ([],)),
     }  # fmt: skip
 
     prompt: Text | None = None
+    images: Images | None = None
     suffix: Text | None = None
     system: Text | None = None
     raw: Boolean | None = None
 
     def asked(self, preparation: Preparation) -> ChatAsked | TextAsked:
         """In the server's own form: a chat, unless the text is to be continued as it is. Raises RequestError."""
+        if self.images and (self.raw or self.suffix):
+            raise RequestError("images: need the chat template; leave raw and suffix out", "images")
         if self.raw or self.suffix:
             return TextAsked(self.prompt or "", self.sampling(), self.suffix or "", self.answer(), "format")
         system = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*system, {"role": "user", "content": self.prompt or ""}]
+        messages: list[dict[str, Any]] = [*system, {"role": "user", "content": _content(self.prompt, self.images, "")}]
         return ChatAsked(
             messages, self.sampling(), answer=self.answer(), answer_field="format",
             variables=self.variables(preparation),
@@ -381,13 +397,15 @@ def add_routes(app: FastAPI, models: Models) -> None:
             _keep(models, body)
             preparation = served.preparation
             asked = body.asked(preparation)
-            prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
+            prepared = await unless_left(
+                request, served.encode(lambda: preparation.chat(asked), looks=asked.has_images)
+            )
             return await deliver(served.worker(), [prepared], form, request, streamed=body.stream is not False)
 
     @app.post("/api/generate", responses=documented(OllamaGenerateAnswer))
     async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
         form = OllamaForm(body.model, chat=False, thinks=body.think is not False)
-        if not body.prompt and not body.suffix:
+        if not body.prompt and not body.suffix and not body.images:
             return await _only_loaded(models, body, form, request)
         async with models.using(body.model, request) as served:
             _keep(models, body)
@@ -397,7 +415,9 @@ def add_routes(app: FastAPI, models: Models) -> None:
             def prepare() -> Prepared:
                 return preparation.chat(asked) if isinstance(asked, ChatAsked) else preparation.text(asked)
 
-            prepared = await unless_left(request, served.encode(prepare))
+            prepared = await unless_left(
+                request, served.encode(prepare, looks=isinstance(asked, ChatAsked) and asked.has_images)
+            )
             return await deliver(served.worker(), [prepared], form, request, streamed=body.stream is not False)
 
     _add_service_routes(app, models)
@@ -496,6 +516,8 @@ def _about(served: Served) -> dict[str, Any]:
     capabilities = ["completion", "tools"]
     if preparation.syntax.can_think:
         capabilities.append("thinking")
+    if preparation.sees:
+        capabilities.append("vision")
     if can_infill(tokenizer):
         capabilities.append("insert")
     info: dict[str, Any] = {"general.architecture": family, f"{family}.context_length": generator.context_tokens or 0}

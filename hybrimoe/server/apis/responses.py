@@ -33,6 +33,7 @@ from hybrimoe.server.fields import (
     shown,
 )
 from hybrimoe.server.forms import Ended, Form, Update, WholeReply, sse
+from hybrimoe.server.images import image_part, text_part
 from hybrimoe.server.models import Models
 from hybrimoe.server.replies.events import Call, Event, Reasoning
 
@@ -54,12 +55,14 @@ REFUSED: Refused = {
 
 
 class ContentPart(Strict):
-    """Text within an item; annotations and log probabilities of earlier replies are left out."""
+    """Text or an image within an item; annotations and log probabilities of earlier replies are left out."""
 
-    refused: ClassVar[Refused] = {}
+    refused: ClassVar[Refused] = {"file_id": ("stored files; send the image itself as image_url", ())}
 
-    type: Literal["input_text", "output_text", "refusal", "summary_text", "reasoning_text"]
+    type: Literal["input_text", "output_text", "refusal", "summary_text", "reasoning_text", "input_image"]
     text: Text | None = None
+    image_url: Text | None = Field(default=None, description="Of an input_image: data:image/png;base64,...")
+    detail: Text | None = Field(default=None, description="An image is seen as the model's processor prepares it.")
     refusal: Text | None = None
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
@@ -67,7 +70,7 @@ class ContentPart(Strict):
 
 def _text_parts(value: object) -> object:
     """A clearer message than that of the union: which kind of part this server has no support for."""
-    known = ("input_text", "output_text", "refusal", "summary_text", "reasoning_text")
+    known = ("input_text", "output_text", "refusal", "summary_text", "reasoning_text", "input_image")
     if isinstance(value, list):
         for part in value:
             if isinstance(part, dict) and part.get("type") not in known:
@@ -258,7 +261,8 @@ def _add(messages: list[dict[str, Any]], item: InputItem, where: str, thought: s
     if item.type == "function_call_output":
         if item.call_id is None or item.output is None:
             raise RequestError(f"{where}: a function_call_output needs call_id and output", where)
-        messages.append({"role": "tool", "content": _plain(item.output), "tool_call_id": item.call_id})
+        shown = _shown(item.output, f"{where}.output")
+        messages.append({"role": "tool", "content": shown, "tool_call_id": item.call_id})
     elif item.type == "function_call":
         if item.name is None or item.arguments is None:
             raise RequestError(f"{where}: a function_call needs name and arguments", where)
@@ -269,12 +273,34 @@ def _add(messages: list[dict[str, Any]], item: InputItem, where: str, thought: s
     else:
         if item.role is None or item.content is None:
             raise RequestError(f"{where}: a message needs role and content", where)
-        message = {"role": item.role, "content": _plain(item.content)}
+        if item.role != "user" and _has_images(item.content):
+            raise RequestError(f"{where}: images are for messages of the user, found one of the {item.role}", where)
+        message = {"role": item.role, "content": _shown(item.content, f"{where}.content")}
         messages.append(message | (_reasoning(thought) if item.role == "assistant" else {}))
 
 
 def _reasoning(thought: str) -> dict[str, str]:
     return {"reasoning_content": thought} if thought else {}
+
+
+def _has_images(content: str | list[ContentPart] | None) -> bool:
+    return isinstance(content, list) and any(part.type == "input_image" for part in content)
+
+
+def _shown(content: str | list[ContentPart] | None, where: str) -> str | list[dict[str, Any]]:
+    """A text, or parts where it shows images. Raises RequestError for one without an image."""
+    if not isinstance(content, list) or not _has_images(content):
+        return _plain(content)
+    parts = []
+    for number, part in enumerate(content):
+        place = f"{where}.{number}"
+        if part.type != "input_image":
+            parts.append(text_part(part.text or part.refusal or ""))
+        elif part.image_url is None:
+            raise RequestError(f"{place}: an input_image needs an image_url with a data: URL", place)
+        else:
+            parts.append(image_part(part.image_url, place, is_url=True))
+    return parts
 
 
 def _plain(content: str | list[ContentPart] | None) -> str:
@@ -456,7 +482,9 @@ def add_routes(app: FastAPI, models: Models) -> None:
         async with models.using(body.model, request) as served:
             worker, preparation = served.worker(), served.preparation
             asked = body.asked()
-            prepared = await unless_left(request, served.encode(lambda: preparation.chat(asked)))
+            prepared = await unless_left(
+                request, served.encode(lambda: preparation.chat(asked), looks=asked.has_images)
+            )
             tokenizer = worker.generator.tokenizer
 
             def count(text: str) -> int:

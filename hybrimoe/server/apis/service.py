@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -28,13 +28,14 @@ class Health(TypedDict):
 
 
 class ModelCard(TypedDict):
-    """A model as OpenAI's API lists it, and whether it is in memory."""
+    """A model as OpenAI's API lists it, whether it is in memory, and what it takes where that is known."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     state: ModelState
+    input_modalities: NotRequired[list[str]]
 
 
 class ModelList(TypedDict):
@@ -48,7 +49,13 @@ def add_routes(app: FastAPI, models: Models, metrics: Metrics) -> None:
     """Adds the endpoints."""
 
     def card(name: str, state: ModelState) -> ModelCard:
-        return {"id": name, "object": "model", "created": models.created, "owned_by": "hybrimoe", "state": state}
+        told: ModelCard = {
+            "id": name, "object": "model", "created": models.created, "owned_by": "hybrimoe", "state": state,
+        }  # fmt: skip
+        served = models.served
+        if served is not None and served.name == name and served.engine is not None:
+            told["input_modalities"] = ["text", "image"] if served.sees else ["text"]
+        return told
 
     @app.get("/v1/models", responses=service_errors())
     async def listed() -> ModelList:

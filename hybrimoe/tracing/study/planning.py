@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,10 +146,10 @@ def token_bytes(shape: ModelShape) -> int:
 
 
 def dense_bytes(shape: ModelShape, dtype: str) -> int:
-    """Everything but the routed experts: attention, routers, shared and dense blocks, embedding and head."""
+    """Everything but the routed experts: attention, routers, shared and dense blocks, embedding and head, towers."""
     moe_layer = shape.attention_params + shape.shared_params + shape.hidden * shape.n_experts
     params = shape.n_layers * moe_layer + shape.n_dense_layers * (shape.attention_params + shape.dense_params)
-    return round((params + 2 * shape.head_params) * BYTES_PER_WEIGHT[dtype])
+    return round((params + 2 * shape.head_params) * BYTES_PER_WEIGHT[dtype]) + shape.tower_bytes
 
 
 def expect(
@@ -157,7 +158,7 @@ def expect(
     """Hit rate and speed of a short synthetic run with the slots that fit (simulated).
 
     A machine that is known from data sheets only is taken as an engine drives it (docs/calibration.md), and each speed
-    has the range that public measurements of such machines had.
+    has the range that public measurements of such machines had; None where none of them is like it.
     """
     name = shape.name.casefold()
     locality = name if name in LOCALITIES else DEFAULT_LOCALITY
@@ -177,7 +178,9 @@ def expect(
     )  # fmt: skip
     source = DemandSource(trace, predictions)
     engine = EngineProfile.from_mapping(load_engine(ENGINE)) if profile.provenance == "datasheet" else None
-    machine = profile if engine is None else engine.on(profile, captured=found.device_experts == found.n_experts)
+    mixed = found.device_experts < found.n_experts
+    windows = sys.platform == "win32"
+    machine = profile if engine is None else engine.on(profile, captured=not mixed, windows=windows)
     prefill, decode = simulate(trace, machine, shape, config, source=source)
     speeds = {"decode": 1e3 / decode.latency_ms, "prefill": PROMPT_TOKENS * 1e3 / prefill.latency_ms}
     return {
@@ -187,9 +190,10 @@ def expect(
         "prompt_tokens": PROMPT_TOKENS,
         **{f"{phase}_tokens_per_s": speed for phase, speed in speeds.items()},
         **{
-            f"{phase}_tokens_per_s_range": None if engine is None else engine.interval(phase, speed)
+            f"{phase}_tokens_per_s_range": None if engine is None else engine.interval(phase, speed, mixed)
             for phase, speed in speeds.items()
         },
+        "from_data_sheets": engine is not None,
         "kind": "simulated",
     }
 

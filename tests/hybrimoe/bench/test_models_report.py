@@ -35,9 +35,30 @@ def test_the_pages_are_those_of_the_recorded_runs(report: ModuleType, tmp_path: 
 
 
 def test_peers_had_as_many_threads_and_the_same_weights(report: ModuleType) -> None:
-    data = json.loads((ROOT / "docs" / "models-measured.json").read_text(encoding="utf-8"))
-    for results in data["compared"].values():
-        for result in results.values():
-            assert result["model"] == report.SHAPE
-            assert result["threads"] == result["machine"]["cores"]
-            assert {"as configured", "llama.cpp"} <= {row["name"] for row in result["results"]}
+    kept = json.loads((ROOT / "docs" / "models-measured.json").read_text(encoding="utf-8"))
+    assert len({report.title(data) for data in kept["machines"]}) == len(kept["machines"])
+    for result in (each for data in kept["machines"] for runs in data["compared"].values() for each in runs.values()):
+        assert result["model"] == report.SHAPE
+        assert result["threads"] == result["machine"]["cores"]
+        assert {"as configured", "llama.cpp"} <= {row["name"] for row in result["results"]}
+
+
+def test_a_new_run_takes_the_place_of_the_same_machine_and_set_only(
+    report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/models-measured.json"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    kept = tmp_path / "docs" / "models-measured.json"
+    before = json.loads(kept.read_text(encoding="utf-8"))["machines"]
+    for isa in ("avx1024", "avx1024", before[0]["compared"]["decode"]["int8"]["machine"]["isa"]):
+        again = json.loads(json.dumps(before[0]))
+        again["compared"]["decode"]["int8"]["machine"]["isa"] = isa
+        monkeypatch.setattr(report, "measured", lambda growth, again=again: again | {"growth": growth})
+        report.main(["--folder", str(tmp_path), "--measure", "--short"])
+    after = json.loads(kept.read_text(encoding="utf-8"))["machines"]
+    assert [report.title(data) for data in after] == [
+        *map(report.title, before),
+        report.title(before[0]).replace("avx2", "avx1024"),
+    ]
+    assert after[0]["growth"] == {}

@@ -96,9 +96,15 @@ def test_requests_at_once_are_answered_one_after_another_with_their_own_text(cal
         ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools"),
         (
             "chat/completions",
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
             400,
-            "expected text content, found image_url",
+            "expected text content, found input_audio",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:,"}]}]},
+            400,
+            "messages.0.content.0: expected text content, found an image: this model takes no images",
         ),
     ],
 )

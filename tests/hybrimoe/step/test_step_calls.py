@@ -276,9 +276,27 @@ def test_sliding_windows_that_fill_and_move(room: int, monkeypatch: pytest.Monke
     assert own.hybrimoe.step.n_steps == 40
 
 
-def test_positions_that_depend_on_images_stay_with_the_model() -> None:
+def test_tokens_that_stand_in_a_plane_stay_with_the_model() -> None:
     own = tiny_model("qwen3_vl_moe")
-    assert "images" in str(hybrimoe.inject(own, accelerator="none", expert_dtype="float32").way.reason)
+    hybrimoe.inject(own, accelerator="none", expert_dtype="float32")
+    assert own.hybrimoe.step is not None, own.hybrimoe.way
+    cache = after_prompt(own, prompt(1))
+    token, n_past = torch.tensor([[7]]), cache.get_seq_length()
+    in_text = torch.full((3, 1, 1), n_past + 5)
+    in_a_plane = torch.tensor([n_past, n_past + 1, n_past + 2]).view(3, 1, 1)
+    found = step(own, token, cache, position_ids=in_text)
+    assert own.hybrimoe.step.n_steps == 1
+    cache.crop(-1)
+    with torch.no_grad():
+        torch.testing.assert_close(found, type(own).forward(own, token, past_key_values=cache,
+                                                            position_ids=in_text).logits)  # fmt: skip
+    cache.crop(-1)
+    step(own, token, cache, position_ids=in_a_plane)
+    assert own.hybrimoe.step.n_steps == 1, "no table of angles has these"
+    own.model.rope_deltas = torch.tensor([[3]])
+    cache.crop(-1)
+    step(own, token, cache)
+    assert own.hybrimoe.step.n_steps == 1, "the model itself adds what it remembers of images"
 
 
 def test_threads_that_call_a_mixed_model_at_once_do_not_disturb_each_other() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scheduler.machine.profile import HardwareProfile, ModelShape
 from scheduler.simulator.run import simulator_class
@@ -72,3 +74,22 @@ def test_one_more_slot_holds_what_was_missing():
     latency_us = run.step_us(STEP, explained=True)
     assert us_with_a_slot(frozen, STEP, run.explanations) <= latency_us
     assert us_with_machine(frozen, STEP, [item.plan for item in run.layers], two) == pytest.approx(latency_us)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    policy=st.sampled_from(POLICIES), step=st.integers(2, 15), seed=st.integers(0, 50), more=st.floats(1.0, 8.0),
+    part=st.sampled_from((("cpu", "read_gbps"), ("link", "gbps"), ("accel", "mem_gbps"), ("accel", "tflops"))),
+)  # fmt: skip
+def test_a_faster_part_is_never_a_loss_at_any_step(policy, step, seed, more, part):
+    """However much faster, and before anything is rounded up to zero for the reader."""
+    trace = generate(SHAPE.n_layers, SHAPE.n_experts, SHAPE.top_k, 24, 1, 6, "olmoe-1b-7b", seed=seed)
+    config = SimulationConfig(policy, cache_ratio=0.3)
+    run = simulator_class(PROFILE, config)(trace, PROFILE, SHAPE, config)
+    run.advance_to(step)
+    frozen = run.snapshot()
+    latency_us = run.step_us(step, explained=True)
+    section, field = part
+    faster = replace(getattr(PROFILE, section), **{field: getattr(getattr(PROFILE, section), field) * more})
+    plans = [item.plan for item in run.layers]
+    assert us_with_machine(frozen, step, plans, replace(PROFILE, **{section: faster})) <= latency_us + 1e-6

@@ -1,9 +1,13 @@
 """The page in a browser: by keyboard alone, on a phone, reloaded, in two tabs, with long and with hostile replies."""
 
+import base64
+import io
 import re
 import time
 
 import pytest
+
+from hybrimoe.server.served import Served
 
 pytestmark = pytest.mark.browser
 PHONE = {"width": 360, "height": 740}
@@ -270,11 +274,14 @@ def test_reasoning_is_folded(visit, site):
 def test_files_become_text_and_others_are_refused(visit, site, tmp_path):
     (tmp_path / "notes.txt").write_text("line one\n```\nline two", encoding="utf-8")
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF")
+    (tmp_path / "report.pdf").write_bytes(b"%PDF-1.7\xff\0")
     (tmp_path / "huge.log").write_bytes(b"x" * (2 << 20))
     page = visit()
-    page.locator("#file-input").set_input_files([tmp_path / name for name in ("notes.txt", "photo.jpg", "huge.log")])
+    names = ("notes.txt", "photo.jpg", "report.pdf", "huge.log")
+    page.locator("#file-input").set_input_files([tmp_path / name for name in names])
     problem = page.locator("#file-problem")
-    problem.get_by_text("photo.jpg is not text").wait_for()
+    problem.get_by_text("photo.jpg is an image, and this model takes text only").wait_for()
+    assert "report.pdf is not text" in problem.inner_text()
     assert "huge.log has 2.0 MiB; at most 1.0 MiB" in problem.inner_text()
     assert page.locator("#files li").all_inner_texts()[0].startswith("notes.txt")
     site.answers("read")
@@ -283,6 +290,37 @@ def test_files_become_text_and_others_are_refused(visit, site, tmp_path):
     assert site.asked[-1]["messages"][0]["content"] == (
         "File notes.txt:\n````\nline one\n```\nline two\n````\n\nwhat is in it?"
     )
+
+
+def test_images_are_shown_to_a_model_that_sees(visit, site, tmp_path, monkeypatch):
+    images = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(Served, "sees", property(lambda served: True))
+    images.new("RGB", (40, 20), "red").save(tmp_path / "small.png")
+    images.new("RGB", (3000, 1500), "red").save(tmp_path / "large.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    page = visit()
+    page.locator("#file-input").set_input_files([tmp_path / f"{name}.png" for name in ("small", "large", "broken")])
+    page.locator("#file-problem").get_by_text("broken.png cannot be read as an image").wait_for()
+    site.answers("red")
+    send(page, "which colour?")
+    wait_for_text(page, "red")
+    parts = site.asked[-1]["messages"][0]["content"]
+    assert [part["type"] for part in parts] == ["image_url", "image_url", "text"]
+    assert parts[2]["text"] == "which colour?"
+    sizes = []
+    for part in parts[:2]:
+        data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+        sizes.append(images.open(io.BytesIO(data)).size)
+    assert sizes == [(40, 20), (2048, 1024)], "what no model sees at once is not sent"
+    page.reload()
+    shown = page.locator(".message.user canvas.thumbnail")
+    shown.nth(1).wait_for()
+    page.wait_for_function("document.querySelectorAll('.thumbnail')[1].width === 240")
+    site.answers("still red")
+    send(page, "and now?")
+    wait_for_text(page, "still red")
+    assert site.asked[-1]["messages"][0]["content"] == parts
+    assert site.asked[-1]["messages"][2]["content"] == "and now?"
 
 
 def test_settings_are_sent_and_kept(visit, site):

@@ -1,8 +1,15 @@
-// Where a message is written: Enter sends, Shift and Enter makes a new line, Escape stops, files become text.
+// Where a message is written: Enter sends, Shift and Enter makes a new line, Escape stops, files become parts of it.
+import { json } from "./api.js";
 import { announce, byId, element, iconButton, size } from "./dom.js";
 import { readFiles } from "./files.js";
 
 const MOST_LINES_PX = 260;
+
+/** Whether a model of this server takes images. */
+async function sees() {
+  const { data } = await json("v1/models");
+  return data.some((model) => model.input_modalities?.includes("image"));
+}
 
 export class Composer {
   /** send(text, files): a message was written. stop(): no more of the reply. editLast(): the last message again. */
@@ -76,7 +83,7 @@ export class Composer {
   }
 
   async add(files) {
-    const { found, problems } = await readFiles(files, this.files);
+    const { found, problems } = await readFiles(files, this.files, sees);
     this.files = [...this.files, ...found];
     this.problem(problems.join(" "));
     this.showFiles();
@@ -93,7 +100,7 @@ export class Composer {
     const list = byId("files");
     list.hidden = !this.files.length;
     list.replaceChildren(...this.files.map((file) => element(
-      "li", { class: "file" }, element("span", {}, file.name), element("small", {}, size(new Blob([file.text]).size)),
+      "li", { class: "file" }, element("span", {}, file.name), element("small", {}, size(file.bytes ?? new Blob([file.text]).size)),
       iconButton("close", `Leave out ${file.name}`, () => {
         this.files = this.files.filter((other) => other !== file);
         this.showFiles();

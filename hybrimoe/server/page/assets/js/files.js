@@ -1,11 +1,17 @@
-// Files as text: what is dropped, pasted or chosen becomes part of the message. Anything that is no text is refused.
+// Files: what is dropped, pasted or chosen becomes part of the message, texts as text and images, where the model sees, as
+// images. Anything else is refused.
 import { size } from "./dom.js";
+import { imageUrl, isImage } from "./images.js";
 
-const MOST_BYTES = 1 << 20; // of a file; a model reads a token from three or four of them
+const MOST_BYTES = 1 << 20; // of a text; a model reads a token from three or four of them
 const MOST_FILES = 10;
 
-/** {name, text} of a file. Raises an Error whose message is for people. */
-export async function readFile(file) {
+/** {name, text} of a file, {name, text: "", image, bytes} of an image. Raises an Error whose message is for people. */
+export async function readFile(file, sees) {
+  if (isImage(file)) {
+    if (!(await sees())) throw new Error(`${file.name} is an image, and this model takes text only.`);
+    return { name: file.name, text: "", image: await imageUrl(file), bytes: file.size };
+  }
   if (file.size > MOST_BYTES) {
     throw new Error(`${file.name} has ${size(file.size)}; at most ${size(MOST_BYTES)} of a file fit a message. Take the part that matters.`);
   }
@@ -19,8 +25,9 @@ export async function readFile(file) {
   return { name: file.name, text };
 }
 
-/** Files beside those that are there already: the texts, and what is wrong with the others. */
-export async function readFiles(files, already) {
+/** Files beside those that are there already: what they hold, and what is wrong with the others. sees(): whether the
+ *  model takes images. */
+export async function readFiles(files, already, sees) {
   const found = [];
   const problems = [];
   for (const file of files) {
@@ -29,7 +36,7 @@ export async function readFiles(files, already) {
       continue;
     }
     try {
-      found.push(await readFile(file));
+      found.push(await readFile(file, sees));
     } catch (error) {
       problems.push(error.message);
     }
@@ -48,9 +55,23 @@ function decoded(bytes) {
   }
 }
 
-/** What the model is told of a message with files. */
+/** What the model is told of a message with files: a text, or parts where some are images. */
 export function withFiles(message) {
-  const parts = message.files.map(({ name, text }) => `File ${name}:\n${fence(text)}\n${text}\n${fence(text)}`);
+  const images = message.files.filter(({ image }) => image);
+  const text = withTexts(message);
+  if (!images.length) return text;
+  const parts = images.map(({ image }) => ({ type: "image_url", image_url: { url: image } }));
+  return text ? [...parts, { type: "text", text }] : parts;
+}
+
+/** Two contents, as `withFiles` gives them, one after the other. */
+export function joined(first, second) {
+  if (typeof first === "string" && typeof second === "string") return `${first}\n\n${second}`;
+  return [first, second].flatMap((content) => (typeof content === "string" ? [{ type: "text", text: content }] : content));
+}
+
+function withTexts(message) {
+  const parts = message.files.filter(({ image }) => !image).map(({ name, text }) => `File ${name}:\n${fence(text)}\n${text}\n${fence(text)}`);
   return [...parts, message.text].filter(Boolean).join("\n\n");
 }
 

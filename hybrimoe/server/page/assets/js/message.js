@@ -1,5 +1,6 @@
 // How one message looks: what was said, what the model thought before, what went wrong, and what can be done with it.
 import { copyButton, element, icon, iconButton, size } from "./dom.js";
+import { thumbnail } from "./images.js";
 import { Markdown } from "./markdown.js";
 
 const LONGEST_SHOWN = 20_000; // characters of a file or of a user's text that are shown
@@ -43,11 +44,11 @@ export class MessageView {
 
   showMine(message) {
     this.body.replaceChildren(
-      ...message.files.map((file) => element(
+      ...message.files.map((file) => (file.image ? thumbnail(file.image, file.name) : element(
         "details", { class: "attached" },
         element("summary", {}, icon("file"), file.name, element("small", {}, size(new Blob([file.text]).size))),
         element("pre", {}, shortened(file.text)),
-      )),
+      ))),
       ...(message.text ? [element("p", { class: "said" }, shortened(message.text))] : []),
     );
   }

@@ -1,6 +1,6 @@
 // One reply on its way: asked for, written down while it arrives, ended by its last token, by stop or by an error.
 import { chat } from "./api.js";
-import { withFiles } from "./files.js";
+import { joined, withFiles } from "./files.js";
 import { requested } from "./settings.js";
 import { latest, loadingText } from "./state.js";
 import { changeMessage, keepUnsaved } from "./store.js";
@@ -21,8 +21,8 @@ export function requestFor(conversation, messages, parent) {
   const told = [];
   for (const message of before(messages, parent)) {
     const content = message.role === "user" ? withFiles(message) : message.text;
-    if (!content) continue; // a reply that failed before its first word
-    if (told.at(-1)?.role === message.role) told.at(-1).content += `\n\n${content}`;
+    if (!content.length) continue; // a reply that failed before its first word
+    if (told.at(-1)?.role === message.role) told.at(-1).content = joined(told.at(-1).content, content);
     else told.push({ role: message.role, content });
   }
   const system = conversation.settings.system?.trim();
