@@ -11,16 +11,12 @@ from __future__ import annotations
 import torch
 
 from cpu_kernels import ExpertSpec
-from cpu_kernels.engine.routed import FLOATS, MAX_TOKENS, NO_PLACE
+from cpu_kernels.engine.routed import FLOATS, MAX_TOKENS, NO_PLACE, Places
 from gpu_kernels.downloads import starts_of
 from gpu_kernels.errors import GraphError
 from gpu_kernels.fused_choice import FusedChoice, RowsOfCall
 from gpu_kernels.page_locked import page_locked
 from gpu_kernels.pairs import Pairs, add_up, run_pairs
-
-Places = tuple[int, int, int, int, int, int, int]
-"""Of a call's tensors on the host: address of ids, address and kind of weights, tokens, experts of a token, address and
-kind of hidden states; kinds as in `cpu_kernels.engine.routed.FLOATS`."""
 
 
 class Exchange:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
+from weakref import WeakSet
 
 from gpu_kernels.errors import ClosedError, LaneError
 
@@ -25,13 +26,16 @@ def clock_us() -> float:
 
 
 class HostEvent:
-    """The end of a job of a HostStream. Jobs move it: begin, then finish or fail."""
+    """The end of a job of a HostStream. Jobs move it: begin, then finish or fail.
 
-    __slots__ = ("_error", "_gate", "_label", "_state", "end_us", "start_us", "succeeded")
+    Who has to wait brings a lock, which the end releases: most events are never waited for. A waiter adds its lock
+    before it looks whether the job has ended, and the end is marked before it looks for locks, so none is missed.
+    """
+
+    __slots__ = ("_error", "_gates", "_label", "_state", "end_us", "start_us", "succeeded")
 
     def __init__(self, label: str = "work") -> None:
-        self._gate = threading.Lock()
-        self._gate.acquire()
+        self._gates: list[threading.Lock] = []
         self._state = 0
         self._error: BaseException | None = None
         self.succeeded = False
@@ -52,7 +56,8 @@ class HostEvent:
         self._error = error
         self.succeeded = error is None
         self._state = 1
-        self._gate.release()
+        while self._gates:
+            self._gates.pop().release()
 
     def done(self) -> bool:
         """True once the job has ended or failed."""
@@ -60,9 +65,13 @@ class HostEvent:
 
     def wait_end(self) -> None:
         """Blocks until the job has ended, failed or not."""
+        if self._state:
+            return
+        gate = threading.Lock()
+        gate.acquire()
+        self._gates.append(gate)
         if not self._state:
-            with self._gate:
-                pass
+            gate.acquire()
 
     def wait(self) -> None:
         """Blocks until the job has ended. Raises LaneError with the cause if it failed."""
@@ -87,15 +96,18 @@ class HostStream:
         self._precise_sleep = precise_sleep
         self._jobs: SimpleQueue[tuple[Job, HostEvent] | None] = SimpleQueue()
         self._closed = False
+        self._lost = False
+        """Whether this is a forked process, in which the thread is missing."""
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
+        _STREAMS.add(self)
 
     def submit(self, job: Job, event: HostEvent) -> HostEvent:
         """Queues a job and returns its event. Raises ClosedError after close(), and in a forked process."""
         if self._closed:
             raise ClosedError(f"{self.name} is closed; open a new accelerator")
-        if os.getpid() != self._process:
+        if self._lost:
             raise ClosedError(f"{self.name} belongs to process {self._process}: threads do not survive a fork")
         self._jobs.put((job, event))
         return event
@@ -116,7 +128,7 @@ class HostStream:
     @property
     def alive(self) -> bool:
         """True while the thread runs (in this process)."""
-        return os.getpid() == self._process and self._thread.is_alive()
+        return not self._lost and self._thread.is_alive()
 
     def _loop(self) -> None:
         if self._precise_sleep:
@@ -130,6 +142,18 @@ class HostStream:
             else:
                 event.finish()
             del item, job, event
+
+
+_STREAMS: WeakSet[HostStream] = WeakSet()
+
+
+def _after_fork() -> None:
+    for stream in _STREAMS:
+        stream._lost = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Pacer:

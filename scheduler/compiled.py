@@ -26,7 +26,7 @@ class UncachedCodeWarning(UserWarning):
 
 def compiled(function: Function) -> Function:
     """``numba.njit`` with this package's options; the type of the Python function is kept for checkers."""
-    made = once_for_all_values(numba.njit(nogil=True)(function))
+    made = once_for_all_values(numba.njit(nogil=True, error_model="numpy")(function))
     keep_on_disk(made, "scheduler")
     return cast(Function, made)
 

@@ -17,10 +17,15 @@ from numba import types
 from numba.extending import intrinsic  # type: ignore[import-untyped, unused-ignore]
 
 
-def _view_of(kind: Any, plain: Any) -> Callable[[int, int], Any]:
-    """``(address, n)`` -> the array [n] there, in compiled code, or in Python where compiling is switched off."""
+def _view_of(kind: Any, plain: Any) -> Callable[[int, int | tuple[int, ...]], Any]:
+    """``(address, shape)`` -> the array there, in compiled code, or in Python where compiling is switched off."""
     if numba.config.DISABLE_JIT:
-        return lambda address, n: np.ctypeslib.as_array((plain * int(n)).from_address(int(address)))
+
+        def slow_view(address: int, shape: int | tuple[int, ...]) -> Any:
+            size = int(np.prod(shape))
+            return np.ctypeslib.as_array((plain * size).from_address(int(address))).reshape(shape)
+
+        return slow_view
 
     @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
     def pointer(typingctx: Any, address: Any) -> Any:
@@ -29,17 +34,18 @@ def _view_of(kind: Any, plain: Any) -> Callable[[int, int], Any]:
 
         return types.CPointer(kind)(types.int64), code
 
-    def view(address: int, n: int) -> Any:
-        return numba.carray(pointer(address), (n,))
+    def view(address: int, shape: int | tuple[int, ...]) -> Any:
+        return numba.carray(pointer(address), shape)
 
-    return cast(Callable[[int, int], Any], numba.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(view))
+    made = numba.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(view)
+    return cast(Callable[[int, int | tuple[int, ...]], Any], made)
 
 
-floats_at: Callable[[int, int], npt.NDArray[np.float64]] = _view_of(types.float64, ctypes.c_double)
-"""float64 [n] at an address, without a copy."""
-singles_at: Callable[[int, int], npt.NDArray[np.float32]] = _view_of(types.float32, ctypes.c_float)
-"""float32 [n] at an address, without a copy."""
-ints_at: Callable[[int, int], npt.NDArray[np.int64]] = _view_of(types.int64, ctypes.c_int64)
-"""int64 [n] at an address, without a copy."""
-ids_at: Callable[[int, int], npt.NDArray[np.int32]] = _view_of(types.int32, ctypes.c_int32)
-"""int32 [n] at an address, without a copy."""
+floats_at: Callable[[int, int | tuple[int, ...]], npt.NDArray[np.float64]] = _view_of(types.float64, ctypes.c_double)
+"""float64 [n], or of a shape, at an address, without a copy: a reshape is more code than that."""
+singles_at: Callable[[int, int | tuple[int, ...]], npt.NDArray[np.float32]] = _view_of(types.float32, ctypes.c_float)
+"""float32, likewise."""
+ints_at: Callable[[int, int | tuple[int, ...]], npt.NDArray[np.int64]] = _view_of(types.int64, ctypes.c_int64)
+"""int64, likewise."""
+ids_at: Callable[[int, int | tuple[int, ...]], npt.NDArray[np.int32]] = _view_of(types.int32, ctypes.c_int32)
+"""int32, likewise."""

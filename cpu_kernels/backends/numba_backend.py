@@ -140,9 +140,10 @@ class NumbaBackend:
         records: uint64 [E], addresses of all packed experts of the layer. None where this short way does not apply; the
         long one (`build_dispatch`, `run`, `combine`) then does, or says what is wrong with the input.
         """
-        if not routed.fits(hidden, index, weights, spec.hidden):
+        places = routed.places_of(hidden, index, weights, spec.hidden)
+        if places is None:
             return None
-        n_tokens, top_k = index.shape
+        index_at, weights_at, weights_kind, n_tokens, top_k, hidden_at, hidden_kind = places
         sheet = self._sheets.get((id(spec), id(records), n_tokens, top_k))
         if sheet is None:
             sheet = self._new_sheet(spec, records, n_tokens, top_k)
@@ -153,9 +154,8 @@ class NumbaBackend:
             if sheet.workspace is not self._workspace:
                 sheet.work_in(self._grown(sheet.needed))
             done = routed.run_routed(
-                sheet.address, index.data_ptr(), weights.data_ptr(), routed.FLOATS[weights.dtype], hidden.data_ptr(),
-                routed.FLOATS[hidden.dtype], out.data_ptr(),
-            )  # fmt: skip
+                sheet.address, index_at, weights_at, weights_kind, hidden_at, hidden_kind, out.data_ptr()
+            )
         if done <= routed.NOT_FINITE:
             raise_not_finite(routed.NOT_FINITE - done)
         return None if done < 0 else (out, done)

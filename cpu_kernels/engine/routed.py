@@ -34,28 +34,36 @@ NO_PLACE = -1
 row is not among those of the host. Every negative number means this."""
 
 
-def fits(hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, hidden_size: int) -> bool:
-    """Whether `run_routed` takes these tensors: few tokens on the host, contiguous, known dtypes, shapes that fit.
+Places = tuple[int, int, int, int, int, int, int]
+"""Of a call's tensors on the host: address of ids, address and kind of weights, tokens, experts of a token, address and
+kind of hidden states; kinds as in FLOATS."""
 
-    False also for tensors that are wrong: the long way tells what is.
-    """
-    index_shape, shape = top_k_index.shape, hidden.shape
-    return (
-        len(index_shape) == 2
-        and 0 < index_shape[0] <= MAX_TOKENS
-        and index_shape == top_k_weights.shape
-        and shape[-1] == hidden_size
-        and hidden.numel() == index_shape[0] * hidden_size
+
+def places_of(
+    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, hidden_size: int
+) -> Places | None:
+    """Where `run_routed` and `read_call` read a call's tensors: few tokens on the host, contiguous, known dtypes,
+    shapes that fit. None for others, and for those that are wrong: the long way tells what is."""
+    shape, kind, weights_kind = top_k_index.shape, FLOATS.get(hidden.dtype), FLOATS.get(top_k_weights.dtype)
+    if (
+        len(shape) == 2
+        and 0 < shape[0] <= MAX_TOKENS
+        and shape == top_k_weights.shape
+        and hidden.shape[-1] == hidden_size
+        and hidden.numel() == shape[0] * hidden_size
         and top_k_index.dtype is torch.int64
-        and hidden.dtype in FLOATS
-        and top_k_weights.dtype in FLOATS
+        and kind is not None
+        and weights_kind is not None
         and hidden.is_cpu
         and top_k_index.is_cpu
         and top_k_weights.is_cpu
         and hidden.is_contiguous()
         and top_k_index.is_contiguous()
         and top_k_weights.is_contiguous()
-    )
+    ):
+        index, weights = top_k_index.data_ptr(), top_k_weights.data_ptr()
+        return index, weights, weights_kind, shape[0], shape[1], hidden.data_ptr(), kind
+    return None
 
 
 def scratch_bytes(n_tokens: int, n_rows: int, hidden: int) -> int:

@@ -77,7 +77,8 @@ def load(
     config: deployment configuration (file, preset name, mapping or `DeployConfig`); `overrides` go over it
         (`accelerator`, `gpu_expert_slots`, `expert_dtype`, `policy`, `rules`, ... as in `hybrimoe.load_config`;
         `unknown_keys="ignore"` leaves out weights of the checkpoint that the model does not have;
-        `adapters=["lora", "style:0.5"]` merges PEFT adapters into the weights while these are read).
+        `vision="none"` leaves out the part that sees images; `adapters=["lora", "style:0.5"]` merges PEFT adapters into
+        the weights while these are read).
     progress: called with (bytes done, bytes in total, what); True draws a bar on stderr, False does not, None does
         where stderr is a terminal.
     packed_file: keep packed experts and packed dense layers beside the model (or in the cache directory where that

@@ -94,7 +94,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
     def _append(self, keys: torch.Tensor, values: torch.Tensor, n_room: int) -> None:
         """Write keys and values behind those held; buffers have room for `n_room` tokens more."""
         n_new, n_held = keys.shape[-2], self.get_seq_length()
-        buffers = self._with_room(n_room, keys, values)
+        buffers = self._with_room(n_room, (keys, values))
         copy_rows(buffers.keys[..., n_held : n_held + n_new, :], keys)
         copy_rows(buffers.values[..., n_held : n_held + n_new, :], values)
         self.advance(n_new)
@@ -131,7 +131,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
 
     def grown(self, n_new: int) -> Buffers:
         """The buffers with room for n_new more tokens; whoever has written them calls `advance`."""
-        return self._with_room(n_new, self.keys, self.values)
+        return self._with_room(n_new)
 
     def advance(self, n_new: int) -> None:
         """The next n_new tokens of the buffers are in use."""
@@ -150,8 +150,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         """Whether `keys` and `values` are the beginnings of the buffers: seen, not replaced."""
         return self._set is None or (self.get_seq_length() > 0 and _begins(self._set, buffers))
 
-    def _with_room(self, n_new: int, keys_like: torch.Tensor, values_like: torch.Tensor) -> Buffers:
-        """Buffers that begin with what is held and have room for n_new tokens more."""
+    def _with_room(self, n_new: int, like: tuple[torch.Tensor, torch.Tensor] | None = None) -> Buffers:
+        """Buffers that begin with what is held and have room for n_new tokens more. like: keys and values such as they
+        are made for; None: such as are held."""
         n_held = self.get_seq_length()
         buffers = self._buffers
         if buffers is not None and self._shows(buffers) and buffers.keys.shape[-2] >= n_held + n_new:
@@ -160,7 +161,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         n_tokens = n_held + n_new
         room = n_tokens + max(self.least_room, n_tokens // ROOM_SHARE)
         held = self._both()
-        new = [_new_rows(like, room) for like in (keys_like, values_like)]
+        new = [_new_rows(part, room) for part in like or held]
         if n_held:
             for buffer, part in zip(new, held, strict=True):
                 buffer[..., :n_held, :] = part
@@ -204,7 +205,7 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         self.cumulative_length -= n_last
         super().retract(n_last)
 
-    def _with_room(self, n_new: int, keys_like: torch.Tensor, values_like: torch.Tensor) -> Buffers:
+    def _with_room(self, n_new: int, like: tuple[torch.Tensor, torch.Tensor] | None = None) -> Buffers:
         buffers = self._buffers
         if self._set is None or (buffers is not None and self._is_shown(buffers)):
             assert buffers is not None
@@ -215,7 +216,7 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         room = self.sliding_window + n_new + max(self.least_room, self.sliding_window // ROOM_SHARE)
         fits = buffers is not None and buffers.keys.shape[:-2] == held[0].shape[:-2] and buffers.keys.shape[-2] >= room
         if buffers is None or not fits or buffers.keys.is_inference() != torch.is_inference_mode_enabled():
-            new = [like.new_empty(*like.shape[:-2], room, like.shape[-1]) for like in (keys_like, values_like)]
+            new = [part.new_empty(*part.shape[:-2], room, part.shape[-1]) for part in like or held]
         else:
             new = [buffers.keys, buffers.values]
         for buffer, part in zip(new, held, strict=True):

@@ -42,8 +42,7 @@ class StoredLayer(GrowingLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states[..., :0, :], value_states[..., :0, :])
         n_held, n_new = self.get_seq_length(), key_states.shape[-2]
-        keys_like, values_like = (self._empty(states) for states in (key_states, value_states))
-        buffers = self._with_room(n_new, keys_like, values_like)
+        buffers = self._with_room(n_new, (self._empty(key_states), self._empty(value_states)))
         for rows, states in ((buffers.keys, key_states), (buffers.values, value_states)):
             self._store(states, rows[..., n_held : n_held + n_new, :])
         self.advance(n_new)

@@ -11,6 +11,7 @@ experts run, and ``prefetch_at_once``, for which nobody waits, brings experts of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 import numpy as np
@@ -41,7 +42,7 @@ Ids = npt.NDArray[np.int32]
 (N_LAYERS, N_EXPERTS, N_SLOTS, N_KINDS, N_GRID, N_STEPS, DISTANCE, LOOKAHEAD, SLOT_OF, KEY_OF, STATE, PINS, ARRIVAL,
  FLIGHT, KEEP, CPU_US, ACCEL_US, LINK_US, KIND, DRIFT, RATES, ROUTES, OWN_ODDS, ODDS, AHEAD, NEXT_TOKEN, SAME_TOKEN,
  SEEN, EVEN, FORETOLD, BINS, SHARED_BINS, N_LISTED, LISTED, CELLS, CHANCES, SURE_KEYS, SURE_CHANCES, PARAMS, NUMBERS,
- FIXED, LANES, TABLE, ROWS, GAINS, ADMITTED, AWAITED, FETCHED, FETCH_GAINS, DESK_SIZE) = range(50)  # fmt: skip
+ FIXED, LANES, TABLE, ROWS, TAKEN, GAINS, ADMITTED, AWAITED, FETCHED, FETCH_GAINS, DESK_SIZE) = range(51)  # fmt: skip
 """Places of a desk int64[DESK_SIZE]: sizes, then addresses."""
 LINK_WITH_CPU, DENSE_US, CERTAINTY, PRICE, N_NUMBERS = range(5)
 """Places of the desk's NUMBERS. PRICE: of a prefetch, as a share of a transfer's time."""
@@ -61,25 +62,21 @@ def follow_at_once(
     by_layer, weights = (n_layers, n_experts), (n_layers, SOURCE_LAYERS, n_experts, n_experts)
     seen = floats_at(desk[SEEN], n_layers)
     since, target = take_turn(layer, n_total, True, desk[DISTANCE], seen, ints_at(desk[FORETOLD], n_layers))
-    rates = floats_at(desk[RATES] + 8 * 3 * n_experts * layer, 3 * n_experts).reshape((3, n_experts))
-    cpu = floats_at(desk[CPU_US], n_kinds * desk[N_GRID]).reshape((n_kinds, desk[N_GRID]))
-    accel = floats_at(desk[ACCEL_US], n_kinds * desk[N_GRID]).reshape((n_kinds, desk[N_GRID]))
-    n_bins, n_listed = N_BINS * N_BINS, n_layers * CANDIDATES
+    rates = floats_at(desk[RATES] + 8 * 3 * n_experts * layer, (3, n_experts))
+    cpu = floats_at(desk[CPU_US], (n_kinds, desk[N_GRID]))
+    accel = floats_at(desk[ACCEL_US], (n_kinds, desk[N_GRID]))
+    n_bins, listed = N_BINS * N_BINS, (n_layers, CANDIDATES)
     follow_layer(
         layer, target, ids, n_tokens, n_total, now, run, since, seen[layer], floats_at(desk[EVEN], n_layers)[layer],
         True, horizon, cpu, accel, ints_at(desk[KIND], n_layers), floats_at(desk[DRIFT], 3),
         ints_at(desk[SLOT_OF], n_layers * n_experts), given, scores, floats_at(desk[KEEP], n_layers * n_experts), rates,
-        ids_at(desk[ROUTES], desk[N_STEPS] * n_layers * MAX_ACTIVE).reshape((desk[N_STEPS], n_layers, MAX_ACTIVE)),
-        singles_at(desk[OWN_ODDS], desk[N_STEPS] * n_layers * n_experts).reshape((desk[N_STEPS], n_layers, n_experts)),
-        singles_at(desk[ODDS], n_layers * n_experts).reshape(by_layer),
-        singles_at(desk[AHEAD], n_layers * n_experts).reshape(by_layer),
-        singles_at(desk[NEXT_TOKEN], n_layers * SOURCE_LAYERS * n_experts * n_experts).reshape(weights),
-        singles_at(desk[SAME_TOKEN], n_layers * SOURCE_LAYERS * n_experts * n_experts).reshape(weights),
-        floats_at(desk[BINS], n_layers * 2 * n_bins).reshape((n_layers, 2, n_bins)),
-        floats_at(desk[SHARED_BINS], 2 * n_bins).reshape((2, n_bins)), ints_at(desk[N_LISTED], n_layers),
-        ints_at(desk[LISTED], n_listed).reshape((n_layers, CANDIDATES)),
-        ints_at(desk[CELLS], n_listed).reshape((n_layers, CANDIDATES)),
-        floats_at(desk[CHANCES], n_listed).reshape((n_layers, CANDIDATES)),
+        ids_at(desk[ROUTES], (desk[N_STEPS], n_layers, MAX_ACTIVE)),
+        singles_at(desk[OWN_ODDS], (desk[N_STEPS], n_layers, n_experts)),
+        singles_at(desk[ODDS], by_layer), singles_at(desk[AHEAD], by_layer), singles_at(desk[NEXT_TOKEN], weights),
+        singles_at(desk[SAME_TOKEN], weights),
+        floats_at(desk[BINS], (n_layers, 2, n_bins)), floats_at(desk[SHARED_BINS], (2, n_bins)),
+        ints_at(desk[N_LISTED], n_layers), ints_at(desk[LISTED], listed), ints_at(desk[CELLS], listed),
+        floats_at(desk[CHANCES], listed),
     )  # fmt: skip
 
 
@@ -116,8 +113,8 @@ def choose_at_once(
     desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, n_flight: int, cpu_ready_us: float,
     accel_ready_us: float, link_ready_us: float, ids: Ids, n_tokens: Ids, given: Ids, scores: Singles,
 ) -> tuple[float, float, int, float]:  # fmt: skip
-    """Decides on a layer and performs that in the slot table; the plan is then in the desk's ROWS, and beside it GAINS
-    and ADMITTED of its transfers, AWAITED of its accelerated experts.
+    """Decides on a layer and performs that in the slot table; the plan is then in the desk's ROWS, and beside it the
+    slots TAKEN by its accelerated experts and which of these are AWAITED, GAINS and ADMITTED of its transfers.
 
     given, scores: the gate's prediction for the layer that is forecast next. n_flight: the slots in flight, in FLIGHT
     in link order. Returns (makespan in us, share of it during which the link works, number of awaited experts or
@@ -138,7 +135,7 @@ def choose_at_once(
     ready[CPU], ready[ACCEL], ready[LINK] = cpu_ready_us, accel_ready_us, link_ready_us
     scales = np.empty(3)
     scales[CPU], scales[ACCEL], scales[TRANSFER] = drift[CPU], drift[ACCEL], transfer_us
-    plan, table = ints_at(desk[ROWS], 5 * (n + 1)).reshape((5, n + 1)), floats_at(desk[TABLE], 5 * n).reshape((5, n))
+    plan, table = ints_at(desk[ROWS], (5, n + 1)), floats_at(desk[TABLE], (5, n))
     cpu_us = floats_at(desk[CPU_US] + 8 * desk[N_GRID] * kind[layer], desk[N_GRID])
     accel_us = floats_at(desk[ACCEL_US] + 8 * desk[N_GRID] * kind[layer], desk[N_GRID])
     first_key = layer * n_experts
@@ -164,8 +161,10 @@ def choose_at_once(
         gains[i] = cpu_us[tokens] * drift[CPU] - accel_us[tokens] * drift[ACCEL]
         admitted[i] = keep[key] >= WORTHLESS * saved_us
         receive(plan[SLOT, position], key, slot_of, key_of, state)
+    taken = ints_at(desk[TAKEN], n)
     for i in range(plan[ACCEL, COUNT]):
         slot = plan[SLOT, plan[ACCEL, i]]
+        taken[i] = slot
         pins[slot] += 1
         if state[slot] == RESIDENT:
             state[slot] = PINNED
@@ -191,13 +190,12 @@ def prefetch_at_once(desk: Ints, layer: int, idle_us: float) -> int:
     keys, chances = ints_at(desk[SURE_KEYS], MAX_SURE), floats_at(desk[SURE_CHANCES], MAX_SURE)
     n_sure = sure_absent(
         layer, min(layer + desk[DISTANCE], n_layers - 1), numbers[CERTAINTY], ints_at(desk[N_LISTED], n_layers),
-        ints_at(desk[LISTED], n_layers * CANDIDATES).reshape((n_layers, CANDIDATES)),
-        floats_at(desk[CHANCES], n_layers * CANDIDATES).reshape((n_layers, CANDIDATES)), slot_of, n_experts, keys,
-        chances,
+        ints_at(desk[LISTED], (n_layers, CANDIDATES)),
+        floats_at(desk[CHANCES], (n_layers, CANDIDATES)), slot_of, n_experts, keys, chances,
     )  # fmt: skip
     if n_sure == 0:
         return 0
-    fetched = ints_at(desk[FETCHED], 3 * MAX_PREFETCHES).reshape((3, MAX_PREFETCHES))
+    fetched = ints_at(desk[FETCHED], (3, MAX_PREFETCHES))
     gains, nobody = floats_at(desk[FETCH_GAINS], MAX_PREFETCHES), np.zeros(n_slots, np.bool_)
     price_us = numbers[PRICE] * transfer_us
     started = 0
@@ -230,8 +228,8 @@ def _transfer_us(desk: Ints, layer: int) -> float:
 def _saved_us(desk: Ints, layer: int) -> float:
     """us that one use of a resident of the layer saves for one token."""
     n_kinds, n_grid = desk[N_KINDS], desk[N_GRID]
-    cpu = floats_at(desk[CPU_US], n_kinds * n_grid).reshape((n_kinds, n_grid))
-    accel = floats_at(desk[ACCEL_US], n_kinds * n_grid).reshape((n_kinds, n_grid))
+    cpu = floats_at(desk[CPU_US], (n_kinds, n_grid))
+    accel = floats_at(desk[ACCEL_US], (n_kinds, n_grid))
     return saving_us(cpu, accel, ints_at(desk[KIND], desk[N_LAYERS])[layer], floats_at(desk[DRIFT], 3))
 
 
@@ -259,7 +257,7 @@ class Desk:
         self._flight = np.zeros(slots.n_slots, np.int64)
         self._rows = np.zeros(5 * (MAX_ACTIVE + 1), np.int64)
         self._gains, self._admitted = np.zeros(MAX_ACTIVE), np.zeros(MAX_ACTIVE, np.int64)
-        self._awaited = np.zeros(MAX_ACTIVE, np.int64)
+        self._awaited, self._taken = np.zeros(MAX_ACTIVE, np.int64), np.zeros(MAX_ACTIVE, np.int64)
         self._fetched, self._fetch_gains = np.zeros((3, MAX_PREFETCHES), np.int64), np.zeros(MAX_PREFETCHES)
         numbers = np.zeros(N_NUMBERS)
         numbers[LINK_WITH_CPU], numbers[DENSE_US] = costs.link_with_cpu, costs.dense_us
@@ -280,8 +278,8 @@ class Desk:
             SHARED_BINS: model.shared, N_LISTED: model.n_listed, LISTED: model.listed, CELLS: model.cells,
             CHANCES: model.chances, SURE_KEYS: model.sure_keys, SURE_CHANCES: model.sure_chances, PARAMS: params,
             NUMBERS: numbers, FIXED: fixed, LANES: lanes, TABLE: np.zeros(5 * MAX_ACTIVE), ROWS: self._rows,
-            GAINS: self._gains, ADMITTED: self._admitted, AWAITED: self._awaited, FETCHED: self._fetched,
-            FETCH_GAINS: self._fetch_gains,
+            TAKEN: self._taken, GAINS: self._gains, ADMITTED: self._admitted, AWAITED: self._awaited,
+            FETCHED: self._fetched, FETCH_GAINS: self._fetch_gains,
         }  # fmt: skip
         for place, array in self._kept.items():
             assert array.flags.c_contiguous
@@ -317,10 +315,11 @@ class Desk:
         )  # fmt: skip
         if n_awaited == HANDS_ON:
             return None
-        slots, leaving = self.chosen(demand, makespan_us, n_awaited, plan)
+        counts = self._views[ids.size][:SLOT, COUNT].tolist()
+        taken, leaving = self.chosen(demand, counts, makespan_us, n_awaited, plan)
         if n_fetched:
             self.prefetched(n_fetched, plan)
-        return slots, leaving, link_share
+        return taken, leaving, link_share
 
     def under_way(self) -> int:
         """How many transfers are under way; their slots are then in FLIGHT, in link order."""
@@ -330,22 +329,25 @@ class Desk:
             self._flight[:n_flight] = list(in_flight.values())
         return n_flight
 
-    def chosen(self, demand: Demand, makespan_us: float, n_awaited: int, plan: PlanView) -> tuple[Ints, list[int]]:
-        """Fills ``plan`` with what ``choose_at_once`` has decided and performed for a demand.
+    def chosen(
+        self, demand: Demand, counts: Sequence[int], makespan_us: float, n_awaited: int, plan: PlanView
+    ) -> tuple[Ints, list[int]]:
+        """Fills ``plan`` with what ``choose_at_once`` has decided and performed for a demand; counts: see its ``take``.
 
         Returns (the pinned slots, those of them whose expert leaves with the layer), numbered as inside.
         """
         table = self.movement.slots
-        slots = plan.take(self._views[demand.expert_ids.size], makespan_us, table.first_slot)
+        plan.take(self._views[demand.expert_ids.size], counts, makespan_us, table.first_slot)
         leaving: list[int] = []
         if n_awaited:
             plan.awaited = self._awaited[:n_awaited].tolist()
-        if plan.moved:
+        if plan.n_moved:
             plan.transfers = self._started(demand, plan, leaving)
-        table.events.append(("pin", slots, NO_KEY))
+        taken = self._taken[: plan.n_accel].copy()
+        table.events.append(("pin", taken, NO_KEY))
         if table.validating:
             table.validate()
-        return np.array(slots, np.int64), leaving
+        return taken, leaving
 
     def prefetched(self, n_fetched: int, plan: PlanView) -> None:
         """Adds to ``plan`` what ``prefetch_at_once`` has started."""
@@ -357,8 +359,9 @@ class Desk:
         """The demand transfers; ``leaving``: slots of those that are not admitted."""
         movement, first_key = self.movement, demand.layer * self.movement.slots.n_experts
         ids, started = demand.expert_ids.tolist(), []
-        slot_of, evicted = plan.slot_of, plan.evicted
-        for position, gain_us, admitted in zip(plan.moved, self._gains.tolist(), self._admitted.tolist(), strict=False):
+        _, _, moved, slot_of, evicted = plan.lists()
+        gains, admits = self._gains.tolist(), self._admitted.tolist()
+        for position, gain_us, admitted in zip(moved[: plan.n_moved], gains, admits, strict=False):
             key, slot = first_key + ids[position], slot_of[position]
             movement.slots.events.append(("begin_transfer", slot, key))
             started.append(movement.under_way(slot, key, evicted[position], "demand", gain_us, bool(admitted)))

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.balancing import ACCEL_ONLY, CPU_ONLY, parameters_of_balance
-from scheduler.balancing.problem import ACCEL, CPU, HOST, LINK, TRANSFER
+from scheduler.balancing.problem import ACCEL, COUNT, CPU, HOST, LINK, TRANSFER
 from scheduler.cache import CACHE_POLICIES
 from scheduler.cache.base import CachePolicy
 from scheduler.cache.value import ValueCache
@@ -29,7 +29,7 @@ from scheduler.host import HostView, fill_waits, price_of_absence
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Event, LaneState, LayerEnded, LayerPlan, ObservedTask, Placement, Transfer, TransferEnded
 from scheduler.planner.at_once import Desk, int32s
-from scheduler.planner.decide import decision_of
+from scheduler.planner.decide import SLOT, decision_of
 from scheduler.planner.explain import Explanation, explain
 from scheduler.planner.movement import Movement
 from scheduler.planner.plan_view import PlanView
@@ -244,13 +244,16 @@ class Planner:
         few = n_tokens <= FEW_TOKENS and n_most <= MAX_ACTIVE
         return self._desk if few and self._known[layer] else None
 
-    def chosen(self, demand: Demand, makespan_us: float, link_share: float, n_awaited: int) -> PlanView:
-        """The plan that ``choose_at_once`` has performed for a demand; the numbers are its answers."""
+    def chosen(
+        self, demand: Demand, counts: Sequence[int], makespan_us: float, link_share: float, n_awaited: int
+    ) -> PlanView:
+        """The plan that ``choose_at_once`` has performed for a demand; the numbers are its answers, counts: how many
+        experts it has put on each lane (see ``PlanView.take``)."""
         desk, plan = self._desk, self._plan
         assert desk is not None
         self._demands[demand.layer] = demand
         plan.step, plan.layer = self._step, demand.layer + self.first_layer
-        self._open[demand.layer].append((*desk.chosen(demand, makespan_us, n_awaited, plan), link_share))
+        self._open[demand.layer].append((*desk.chosen(demand, counts, makespan_us, n_awaited, plan), link_share))
         return plan
 
     def prefetched(self, n_fetched: int) -> list[Transfer]:
@@ -343,17 +346,17 @@ class Planner:
     def _start(self, demand: Demand, plan: PlanView, link_ready_us: float, host: HostView | None) -> float:
         """Starts the decision's transfers and pins its slots. Returns the us from now until they leave the link."""
         movement, layer, first_slot = self._movement, demand.layer, self.first_slot
-        slots = plan.take(plan.rows, plan.makespan_us, first_slot)
+        plan.take(plan.rows, plan.rows[:SLOT, COUNT].tolist(), plan.makespan_us, first_slot)
         if movement.in_flight:
             first_key, ids = layer * self.n_experts, demand.expert_ids.tolist()
             for position in plan.accel:
                 if first_key + ids[position] in movement.in_flight:
                     plan.awaited.append(position)
-        pinned_already = bool(plan.moved) and movement.start_demands(demand, plan, plan.slot_of)
-        pinned, makespan_us = np.array(slots, np.int64), plan.makespan_us
+        pinned_already = plan.n_moved > 0 and movement.start_demands(demand, plan, plan.slot_of)
+        pinned, makespan_us = plan.rows[SLOT, plan.accel], plan.makespan_us
         if not pinned_already:
             self.slots.pin_all(pinned)
-        link_end_us = link_ready_us + len(plan.moved) * float(self._scales[TRANSFER])
+        link_end_us = link_ready_us + plan.n_moved * float(self._scales[TRANSFER])
         if host is not None:
             link_end_us = link_ready_us
             for position in plan.moved:

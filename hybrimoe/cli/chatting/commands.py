@@ -131,8 +131,9 @@ class Commands:
         render.note(f"the conversation begins anew, {how}")
 
     def _begun_anew(self) -> None:
-        """A session, too, forgets what was said, and its keys and values."""
+        """A session, too, forgets what was said, and its keys and values; images that wait are forgotten."""
         chat = self._chat
+        chat.images.clear()
         if chat.session is not None:
             chat.session.drop_states()
         chat.keep()

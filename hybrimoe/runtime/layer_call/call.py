@@ -15,13 +15,13 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
-from gpu_kernels.exchange import Places
+from cpu_kernels.engine.routed import Places, places_of
 from hybrimoe.runtime.layer_call.choosing import AtOnce, Choice
 from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.layers import Layer
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.predicting import RoutingRecorder, predict, record
-from hybrimoe.runtime.layer_call.routing import CallSpace, places_of
+from hybrimoe.runtime.layer_call.routing import CallSpace
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stages import LossyStage
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
@@ -133,11 +133,11 @@ class ExpertsCall:
         space.work.hidden, space.work.host_rows = call.hidden, exchange.rows
         self._plan(space, parts, exchange.ids, 0.0 if self.costs is None else self.costs.launch_us(index))
         lanes, plan, lanes_ns = space.experts.lanes, space.plan, -perf_counter_ns()
-        if plan.moved and (plan.hands_over or lanes.waits_for_disk(plan.transfers)):
+        if plan.n_moved and (plan.hands_over or lanes.waits_for_disk(plan.transfers)):
             self._compute_for(call, space)
         else:
             lanes.place(space, exchange)
-            lanes.launch(space, call, len(plan.accel), plan.transfers, _awaited_slots(space))
+            lanes.launch(space, call, plan.n_accel, plan.transfers, _awaited_slots(space))
             if plan.prefetches:
                 lanes.start_transfers(plan.prefetches, space.step, traced=False)
             lanes.compute(space)
@@ -170,17 +170,18 @@ class ExpertsCall:
             return choice.n_active == 0
         transfers: Sequence[Transfer] = ()
         awaited: Sequence[int] = ()
-        choice.is_planned = choice.n_moved > 0 or choice.n_awaited != 0
+        n_cpu, n_accel, n_moved = choice.decided[0]
+        choice.is_planned = n_moved > 0 or choice.n_awaited != 0
         if choice.is_planned and choice.n_awaited != HANDS_ON:
-            space.plan = at_once.planner.chosen(space.demand, choice.makespan_us, choice.link_share, choice.n_awaited)
+            space.plan = at_once.planner.chosen(space.demand, *choice.decided)
             transfers, awaited = space.plan.transfers, _awaited_slots(space)
         lanes_ns = -perf_counter_ns()
         if choice.n_awaited == HANDS_ON:
             at_once.decide_rest(space, link_us)
             self._compute_for(call, space)
         else:
-            lanes.launch(space, call, choice.n_accel, transfers, awaited)
-            lanes.compute_taken(space, choice.n_cpu)
+            lanes.launch(space, call, n_accel, transfers, awaited)
+            lanes.compute_taken(space, n_cpu)
         end_ns = perf_counter_ns()
         choice.took_ns, choice.lanes_ns = end_ns - start_ns, lanes_ns + end_ns
         self._released, self.consistent = (space, choice), True
@@ -195,12 +196,12 @@ class ExpertsCall:
         self._released, self.consistent, start_ns = None, False, perf_counter_ns()
         (space, choice), experts = released, self.experts
         if not choice.is_planned:
-            space.plan = at_once.planner.chosen(space.demand, choice.makespan_us, choice.link_share, choice.n_awaited)
+            space.plan = at_once.planner.chosen(space.demand, *choice.decided)
         at_once.foretell(space)
         prefetches = at_once.fetch(space, choice)
         if prefetches:
             experts.lanes.start_transfers(prefetches, space.step, traced=False)
-        experts.count(space)
+        experts.count(space, choice.n_hits, choice.n_late)
         experts.reports.finish(space)
         experts.reports.collect(self.phase)
         now_ns = perf_counter_ns()
@@ -218,11 +219,13 @@ class ExpertsCall:
         """A call of few tokens where reading and planning are one: the output, or None where the long way runs the
         call, or says what is wrong with it."""
         experts, space = self.experts, self.experts.spaces[index]
-        desk = at_once.planner.desk_for(index, top_k_index.shape[0], top_k_index.numel())
+        shape = top_k_index.shape
+        desk = at_once.planner.desk_for(index, shape[0], shape[0] * shape[-1])
         if desk is None or space.norm is not None or not (at_once.is_ready or at_once.get_ready()):
             return None
         on_host, ids, weights = hidden, top_k_index, top_k_weights
-        if not hidden.is_cpu:
+        is_here = hidden.is_cpu
+        if not is_here:
             on_host, ids, weights = experts.workspace.to_host(hidden, top_k_index, top_k_weights)
         places = places_of(on_host, ids, weights, space.layer.spec.hidden)
         if places is None or hidden.requires_grad:
@@ -240,26 +243,25 @@ class ExpertsCall:
             return None if choice.n_active else torch.zeros_like(hidden)
         if choice.n_awaited == HANDS_ON:
             at_once.decide_rest(space, link_us)
-        else:
-            space.plan = at_once.planner.chosen(space.demand, choice.makespan_us, choice.link_share, choice.n_awaited)
-            if choice.n_fetched:
-                at_once.planner.prefetched(choice.n_fetched)
-        if hidden.is_cpu:  # before threads of an accelerator wait for Python's lock, which torch lets go of here
-            space.work.out = torch.empty_like(hidden)
+        elif choice.n_fetched:
+            at_once.planner.prefetched(choice.n_fetched)
+        out: torch.Tensor | None = None
+        if is_here:  # before threads of an accelerator wait for Python's lock, which torch lets go of here
+            out = space.work.out = torch.empty_like(hidden)
         lanes_ns = -perf_counter_ns()
         lanes.submit(space)
         if choice.n_awaited == HANDS_ON:
             lanes.compute(space)
         else:
-            lanes.compute_taken(space, choice.n_cpu)
+            lanes.compute_taken(space, choice.decided[0][0])
         lanes_ns += perf_counter_ns()
         at_once.foretell(space)
-        experts.count(space)
+        experts.count(space, choice.n_hits, choice.n_late)
         lanes_ns -= perf_counter_ns()
         output = lanes.combine(space)
         lanes_ns += perf_counter_ns()
         space.experts.reports.finish(space)
-        if output.dtype is not hidden.dtype or output.device != hidden.device or output.shape != hidden.shape:
+        if output is not out:
             output = self._as_asked(output, hidden)
         self._count(space, perf_counter_ns() - start_ns, lanes_ns)
         return output
@@ -366,7 +368,7 @@ class ExpertsCall:
     ) -> torch.Tensor | None:  # fmt: skip
         """A call of few tokens without slots; None, before anything has happened, for others."""
         self.consistent = False
-        kernels_ns = perf_counter_ns()
+        shape, kernels_ns = top_k_index.shape, perf_counter_ns()  # torch's code has left the caches after the kernels
         done = whole(hidden, top_k_index, top_k_weights)
         kernels_ns = perf_counter_ns() - kernels_ns
         self.consistent = True
@@ -374,7 +376,7 @@ class ExpertsCall:
             return None
         output, n_active = done
         if n_active:
-            n_tokens = top_k_index.shape[0]
+            n_tokens = shape[0]
             step = self.tracker.next(index, n_tokens)
             if step.new:
                 self.begin_step(step, n_tokens)
@@ -455,7 +457,10 @@ class ExpertsCall:
 def _awaited_slots(space: CallSpace) -> Sequence[int]:
     """Slots into which a planned call's experts are being copied."""
     plan = space.plan
-    return [plan.slot_of[position] for position in (*plan.awaited, *plan.moved)] if plan.awaited or plan.moved else ()
+    if not (plan.awaited or plan.n_moved):
+        return ()
+    _, _, moved, slot_of, _ = plan.lists()
+    return [slot_of[position] for position in (*plan.awaited, *moved[: plan.n_moved])]
 
 
 def _whole_call(layer: Layer, addresses: npt.NDArray[np.uint64]) -> WholeCall | None:

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_kernels.engine.routed import read_call
+from cpu_kernels.engine.routed import FLOAT32, Places, read_call
 from cpu_kernels.jit.primitives import floats_at as singles_at
 from cpu_kernels.jit.primitives import int32s_at, int64s_at
-from gpu_kernels.exchange import Exchange, Places
-from hybrimoe.runtime.layer_call.compiled import describe_routing, place_pairs, with_gil
+from gpu_kernels.exchange import Exchange
+from hybrimoe.runtime.layer_call.compiled import HIT, ON_ITS_WAY, describe_routing, place_pairs, with_gil
 from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.routing import CallSpace
@@ -39,19 +39,18 @@ from scheduler.planner.at_once import (
 )
 from scheduler.planner.at_once import N_EXPERTS as N_PLANNED
 from scheduler.planner.at_once import N_LAYERS as N_PLANNED_LAYERS
-from scheduler.views import floats_at
+from scheduler.views import floats_at, ints_at
 
-Keys = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.int32]
 Singles = npt.NDArray[np.float32]
 
-(IDS, WEIGHTS, WEIGHTS_KIND, N_TOKENS, TOP_K, HIDDEN, HIDDEN_KIND, HOST_HIDDEN, WIDTH, LAYER, N_EXPERTS, ROUTING,
- COUNTS, EXPERT_IDS, OFFSETS, PAIR_ROWS, USES, TOKENS, SCORES, FOUND, DESK, SLOTS, SOURCE, ADDRESSES, POSITIONS,
- RECORDS, SLATE_SIZE) = range(27)  # fmt: skip
-"""Places of a slate int64[SLATE_SIZE]: sizes and addresses. First `gpu_kernels.exchange.Places`; SLOTS and SOURCE are 0
-where no exchange carries the call."""
-N_PLACES = 7
-NO_PREDICTION: tuple[Ids, Singles] = np.empty(0, np.int32), np.empty(0, np.float32)
+(HOST_HIDDEN, WIDTH, LAYER, N_EXPERTS, ROUTING, COUNTS, EXPERT_IDS, OFFSETS, PAIR_ROWS, USES, TOKENS, SCORES, FOUND,
+ DESK, SLOTS, SOURCE, ADDRESSES, POSITIONS, RECORDS, SLATE_SIZE) = range(20)  # fmt: skip
+"""Places of a slate int64[SLATE_SIZE]: sizes and addresses. SLOTS and SOURCE are 0 where no exchange carries the call.
+"""
+Decided = tuple[tuple[int, int, int], float, float, int]
+Ahead = tuple[tuple[Prediction, ...], int, int, int]
+"""A prediction (or none), the addresses of its experts and scores, and how many they are."""
+NOTHING_AHEAD: Ahead = (), 0, 0, 0
 
 
 @dataclass(slots=True, eq=False)
@@ -59,18 +58,17 @@ class Choice:
     """What was decided on a layer's latest call; filled anew by the next one.
 
     First the answers of `read_and_choose`. n_active: 0, or negative for a routing that it refuses, and nothing has
-    happened; otherwise numbers of experts by lane, the answers of `choose_at_once`, and the number of prefetches where
-    they were decided with it. For a call whose output is there before all is done: whether this is the space's plan
-    already, and what the call took, of which the lanes.
+    happened; otherwise how many of the active experts were in slots and how many on their way, what the planner's
+    `chosen` is told (experts by lane as `PlanView.take` counts them, and the answers of `choose_at_once`, n_awaited
+    last), and the number of prefetches where they were decided with it. For a call whose output is there before all is
+    done: whether this is the space's plan already, and what the call took, of which the lanes.
     """
 
     n_active: int = 0
-    n_cpu: int = 0
-    n_accel: int = 0
-    n_moved: int = 0
-    makespan_us: float = 0.0
-    link_share: float = 0.0
+    n_hits: int = 0
+    n_late: int = 0
     n_awaited: int = 0
+    decided: Decided = (0, 0, 0), 0.0, 0.0, 0
     idle_us: float = 0.0
     n_fetched: int = 0
     is_planned: bool = False
@@ -80,39 +78,46 @@ class Choice:
 
 @with_gil
 def read_and_choose(
-    slate: Keys, given: Ids, scores: Singles, now: int, run: int, horizon: float, n_flight: int, cpu_ready_us: float,
-    accel_ready_us: float, link_ready_us: float,
-) -> tuple[int, int, int, int, float, float, int, float, int]:  # fmt: skip
+    slate_address: int, index: int, weights: int, weights_kind: int, n_tokens: int, top_k: int, hidden: int,
+    hidden_kind: int, given: int, scores: int, n_given: int, now: int, run: int, horizon: float, n_flight: int,
+    cpu_ready_us: float, accel_ready_us: float, link_ready_us: float,
+) -> tuple[int, int, int, int, Decided, float, int]:  # fmt: skip
     """Reads and describes a call, has it decided, and writes the CPU lane's positions and records. For an exchange it
     writes where each pair is computed; else, where no card waits, it decides on prefetches as well. Returns the answers
-    of a `Choice`; given and what follows it: see `choose_at_once`."""
-    n_tokens, top_k, n_experts, layer = slate[N_TOKENS], slate[TOP_K], slate[N_EXPERTS], slate[LAYER]
+    of a `Choice`.
+
+    All that it works on is told by address, since taking an array into compiled code is ten times a number. index to
+    hidden_kind: `cpu_kernels.engine.routed.Places`; given, scores, n_given: an `Ahead`; then see `choose_at_once`.
+    """
+    slate = int64s_at(slate_address, SLATE_SIZE)
+    n_experts, layer = slate[N_EXPERTS], slate[LAYER]
     n_rows = n_tokens * top_k
     ids, offsets = int32s_at(slate[EXPERT_IDS], n_rows), int32s_at(slate[OFFSETS], n_rows + 1)
     routing, rows = singles_at(slate[ROUTING], n_rows), int32s_at(slate[PAIR_ROWS], n_rows)
     n_active = read_call(
-        slate[IDS], slate[WEIGHTS], slate[WEIGHTS_KIND], n_tokens, top_k, slate[HIDDEN], slate[HIDDEN_KIND],
+        index, weights, weights_kind, n_tokens, top_k, hidden, hidden_kind,
         singles_at(slate[HOST_HIDDEN], n_tokens * slate[WIDTH]), routing, int32s_at(slate[COUNTS], n_experts), ids,
         offsets, rows,
     )  # fmt: skip
     if n_active <= 0:
-        return n_active, 0, 0, 0, 0.0, 0.0, 0, 0.0, 0
+        return n_active, 0, 0, 0, ((0, 0, 0), 0.0, 0.0, 0), 0.0, 0
     desk = int64s_at(slate[DESK], DESK_SIZE)
     n_planned, n_slots = desk[N_PLANNED], desk[N_SLOTS]
-    active, tokens = ids[:n_active], int32s_at(slate[TOKENS], n_planned)
+    active, tokens, found = ids[:n_active], int32s_at(slate[TOKENS], n_planned), int64s_at(slate[FOUND], 2)
     describe_routing(
         active, offsets, rows, routing, n_tokens, floats_at(slate[USES], n_planned), tokens,
         singles_at(slate[SCORES], n_planned), layer * n_planned,
         int64s_at(desk[SLOT_OF], desk[N_PLANNED_LAYERS] * n_planned), int64s_at(desk[STATE], n_slots),
-        int64s_at(slate[FOUND], 2),
+        found,
     )  # fmt: skip
     makespan_us, link_share, n_awaited, idle_us = choose_at_once(
         desk, layer, n_tokens, now, run, horizon, n_flight, cpu_ready_us, accel_ready_us, link_ready_us, active,
-        tokens[:n_active], given, scores,
+        tokens[:n_active], int32s_at(given, n_given), singles_at(scores, n_given),
     )  # fmt: skip
+    hits, late = found[HIT], found[ON_ITS_WAY]
     if n_awaited == HANDS_ON:
-        return n_active, 0, 0, 0, makespan_us, link_share, n_awaited, idle_us, 0
-    plan = int64s_at(desk[ROWS], 5 * (n_active + 1)).reshape((5, n_active + 1))
+        return n_active, hits, late, n_awaited, ((0, 0, 0), makespan_us, link_share, n_awaited), idle_us, 0
+    plan = ints_at(desk[ROWS], (5, n_active + 1))
     n_cpu, n_accel = plan[CPU, COUNT], plan[ACCEL, COUNT]
     positions, records = int32s_at(slate[POSITIONS], n_cpu), int64s_at(slate[RECORDS], n_cpu)
     addresses = int64s_at(slate[ADDRESSES], n_experts)
@@ -125,7 +130,8 @@ def read_and_choose(
     else:
         slots, source = int32s_at(slate[SLOTS], n_rows), int32s_at(slate[SOURCE], n_rows)
         place_pairs(plan, n_cpu, n_accel, offsets, rows, slots, source)
-    return n_active, n_cpu, n_accel, plan[TRANSFER, COUNT], makespan_us, link_share, n_awaited, idle_us, n_fetched
+    decided = (n_cpu, n_accel, plan[TRANSFER, COUNT]), makespan_us, link_share, n_awaited
+    return n_active, hits, late, n_awaited, decided, idle_us, n_fetched
 
 
 def make_ready() -> None:
@@ -133,27 +139,27 @@ def make_ready() -> None:
     absent, weight = np.full(1, -1, np.int64), np.ones(1, np.float32)
     counts, ends = np.zeros(1, np.int32), np.zeros(2, np.int32)
     slate = np.zeros(SLATE_SIZE, np.int64)
-    slate[[N_TOKENS, TOP_K, WIDTH, N_EXPERTS]] = 1
-    slate[IDS] = absent.ctypes.data
-    slate[[WEIGHTS, HIDDEN, HOST_HIDDEN, ROUTING]] = weight.ctypes.data
+    slate[[WIDTH, N_EXPERTS]] = 1
+    slate[[HOST_HIDDEN, ROUTING]] = floats = weight.ctypes.data
     slate[[COUNTS, EXPERT_IDS, PAIR_ROWS]], slate[OFFSETS] = counts.ctypes.data, ends.ctypes.data
-    read_and_choose(slate, *NO_PREDICTION, 0, 0, 0.0, 0, 0.0, 0.0, 0.0)
+    places: Places = absent.ctypes.data, floats, FLOAT32, 1, 1, floats, FLOAT32
+    read_and_choose(slate.ctypes.data, *places, *NOTHING_AHEAD[1:], 0, 0, 0.0, 0, 0.0, 0.0, 0.0)
     prefetch_at_once(np.zeros(DESK_SIZE, np.int64), 0, 0.0)
 
 
 class Slate:
-    """What `read_and_choose` works on, of one layer's space: `words` int64[SLATE_SIZE], and its answers.
+    """What `read_and_choose` works on, of one layer's space, at `address`, and its answers.
 
-    The tensors of calls are at `places`, sent by `exchange` or not. inputs, rows float32 [T, H], [T * top_k, H]: hidden
-    states and result rows on the host.
+    shape: tokens of its calls, and experts of a token; they are sent by `exchange` or not. inputs, rows float32 [T, H],
+    [T * top_k, H]: hidden states and result rows on the host.
     """
 
     def __init__(
-        self, space: CallSpace, desk: Desk, addresses: npt.NDArray[np.uint64], places: Places,
+        self, space: CallSpace, desk: Desk, addresses: npt.NDArray[np.uint64], shape: tuple[int, int],
         exchange: Exchange | None, inputs: Singles, rows: Singles,
     ) -> None:  # fmt: skip
         self.desk, self.buffers, self.choice = desk, space.buffers, Choice()
-        self.places, self.exchange = places, exchange
+        self.shape, self.exchange = shape, exchange
         self.inputs, self.rows = inputs, rows if exchange is None else exchange.rows
         routing_counts, tokens, scores, *_ = space.counted
         buffers, words = space.buffers, np.zeros(SLATE_SIZE, np.int64)
@@ -166,11 +172,10 @@ class Slate:
         for place, array in self._kept.items():
             assert array.flags.c_contiguous
             words[place] = array.ctypes.data
-        words[:N_PLACES] = places
         words[[WIDTH, LAYER, N_EXPERTS]] = space.layer.spec.hidden, space.index, space.layer.num_experts
         if exchange is not None:
             words[[SLOTS, SOURCE]] = exchange.plan_addresses
-        self.words = words
+        self._words, self.address = words, words.ctypes.data
 
 
 class AtOnce:
@@ -183,7 +188,7 @@ class AtOnce:
         self._foretells = lookahead is not None and planner.layers_ahead > 0 and not planner.all_cached
         self.is_ready = not self._foretells
         """As `get_ready` told last."""
-        self._ahead: list[Prediction | None] = [None] * n_layers
+        self._ahead: list[Ahead] = [NOTHING_AHEAD] * n_layers
         self._ahead_of = [-1] * n_layers
         """Of each layer: the prediction that its next call is decided with, and the step that it is for."""
 
@@ -196,7 +201,8 @@ class AtOnce:
         self, desk: Desk, space: CallSpace, phase: Phase, given: torch.Tensor, hidden: torch.Tensor, places: Places,
         exchange: Exchange | None, link_ready_us: float,
     ) -> Choice:  # fmt: skip
-        """Decides on a call whose tensors are at `places` on the host; the space's `work` and `demand` are then filled.
+        """Decides on a call whose tensors are at `places` on the host; the space's `work` and `demand` are then filled,
+        and where no card waits its plan is there as well.
 
         desk: the planner's, for such calls. given, hidden: the hidden states where the model has them, and on the host.
         See `Choice` for what it refuses.
@@ -207,26 +213,23 @@ class AtOnce:
         model.last_layer = index
         slate = self._slates[index]
         known = slate is not None and slate.desk is desk and slate.buffers is space.buffers
-        if slate is None or not known or slate.exchange is not exchange or slate.places[3:5] != places[3:5]:
-            slate = self._slates[index] = self._new_slate(space, desk, places, exchange)
-        elif slate.places != places:
-            slate.places = slate.words[:N_PLACES] = places
-        ids, scores = NO_PREDICTION
-        predictions: tuple[Prediction, ...] = ()
-        ahead = self._ahead[index]
-        if ahead is not None and self._ahead_of[index] == self.experts.step:
-            predictions, ids, scores = (ahead,), ahead.expert_ids, ahead.scores
+        if slate is None or not known or slate.exchange is not exchange or slate.shape != (n_tokens, top_k):
+            slate = self._slates[index] = self._new_slate(space, desk, (n_tokens, top_k), exchange)
+        ahead = self._ahead[index] if self._ahead_of[index] == self.experts.step else NOTHING_AHEAD
+        predictions, given_at, scores_at, n_given = ahead
         use, n_flight, choice = model.use, len(desk.movement.in_flight) and desk.under_way(), slate.choice
         (
-            choice.n_active, choice.n_cpu, choice.n_accel, choice.n_moved, choice.makespan_us, choice.link_share,
-            choice.n_awaited, choice.idle_us, choice.n_fetched,
+            choice.n_active, choice.n_hits, choice.n_late, choice.n_awaited, choice.decided, choice.idle_us,
+            choice.n_fetched,
         ) = read_and_choose(
-            slate.words, ids, scores, use.now, use.run - 1, desk.residency.horizon, n_flight, 0.0,
-            0.0 if exchange is None else self.planner.costs.launch_us(index), link_ready_us,
+            slate.address, *places, given_at, scores_at, n_given, use.now, use.run - 1, desk.residency.horizon,
+            n_flight, 0.0, 0.0 if exchange is None else self.planner.costs.launch_us(index), link_ready_us,
         )  # fmt: skip
         if choice.n_active > 0:
             space.filled(n_tokens, top_k, choice.n_active, given, hidden, slate.inputs, slate.rows)
             self.experts.expect(space, phase, predictions)
+            if exchange is None and choice.n_awaited != HANDS_ON:
+                space.plan = self.planner.chosen(space.demand, *choice.decided)
         return choice
 
     def decide_rest(self, space: CallSpace, link_ready_us: float) -> None:
@@ -253,10 +256,15 @@ class AtOnce:
             index, work.hidden, work.host_hidden, work.dispatch.top_k, skipped + 1, skipped
         ):
             if prediction.layer == target:
-                self._ahead[index + 1], self._ahead_of[index + 1] = prediction, self.experts.step
+                told = self._ahead[index + 1][0]
+                if not told or told[0] is not prediction:  # else it is the same memory, filled anew
+                    ids, scores = prediction.expert_ids, prediction.scores
+                    addresses = ids.ctypes.data, scores.ctypes.data
+                    self._ahead[index + 1] = (prediction,), *addresses, ids.size
+                self._ahead_of[index + 1] = self.experts.step
 
-    def _new_slate(self, space: CallSpace, desk: Desk, places: Places, exchange: Exchange | None) -> Slate:
-        n_tokens, top_k = places[3:5]
+    def _new_slate(self, space: CallSpace, desk: Desk, shape: tuple[int, int], exchange: Exchange | None) -> Slate:
+        n_tokens, top_k = shape
         space.room_for(n_tokens * top_k)
         memory = self.experts.workspace.of_few(n_tokens, top_k, space.layer.spec.hidden)
-        return Slate(space, desk, self.experts.lanes.addresses[space.index], places, exchange, *memory)
+        return Slate(space, desk, self.experts.lanes.addresses[space.index], shape, exchange, *memory)

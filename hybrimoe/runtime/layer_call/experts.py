@@ -87,7 +87,7 @@ class Experts:
             if tier is not None:
                 host = tier.view(index, space.demand.expert_ids, planner.costs.read_us(index))
             space.plan = planner.decide(space.demand, cpu_ready_us, accel_ready_us, link_ready_us, host)
-        self.count(space)
+        self.count(space, *space.found.tolist())
 
     def expect(self, space: CallSpace, phase: Phase, predictions: tuple[Prediction, ...]) -> None:
         """A described call is about to be planned."""
@@ -99,12 +99,12 @@ class Experts:
         space.step, space.traced, space.stands_for, space.recorded = self.step, self.tracing, 1, False
         space.turns = None
 
-    def count(self, space: CallSpace) -> None:
-        """Counts a planned call: what it found, and what its plan does."""
+    def count(self, space: CallSpace, hits: int, late: int) -> None:
+        """Counts a planned call: what it found (see `StatsRecorder.found`), and what its plan does."""
         index, stats, counters, demand, plan = space.index, self.stats, space.counters, space.demand, space.plan
-        stats.found(counters, index, demand.expert_ids, demand.n_tokens_total, space.found)
-        counters.cpu_experts += len(plan.cpu)
-        counters.accel_experts += len(plan.accel)
+        stats.found(counters, index, demand.expert_ids, demand.n_tokens_total, hits, late)
+        counters.cpu_experts += plan.n_cpu
+        counters.accel_experts += plan.n_accel
         if plan.transfers or plan.prefetches:
             stats.moved(counters, plan, self.record_bytes)
         if self.tracing:

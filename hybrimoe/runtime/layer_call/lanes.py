@@ -32,7 +32,7 @@ from hybrimoe.runtime.store import ExpertStore
 from hybrimoe.runtime.tier.cache import HostCache
 from hybrimoe.runtime.tier.store import TieredStore
 from scheduler import Phase, Transfer
-from scheduler.balancing.problem import CPU
+from scheduler.balancing.problem import CPU, TRANSFER
 from scheduler.planner.protocol import LayerPlanner
 from scheduler.records import TaskRecord
 
@@ -83,7 +83,7 @@ class Lanes:
         plan, queue = space.plan, self._queue_of[space.index]
         if queue is None:
             return
-        if plan.moved or plan.awaited or space.traced:
+        if plan.n_moved or plan.awaited or space.traced:
             turns = self._interleave(space, queue)
             if self.tier is None:
                 deque(turns, maxlen=0)  # nothing waits for the disk
@@ -91,8 +91,8 @@ class Lanes:
                 space.turns = None, turns
                 self._submit_what_is_read(space, self.tier)
             return
-        if plan.accel:
-            self._send(space, queue, plan.accel, plan.slots)
+        if plan.n_accel:
+            self._send(space, queue, *plan.accelerated())
         if plan.prefetches:
             self.start_transfers(plan.prefetches, space.step, traced=space.traced)
 
@@ -117,7 +117,7 @@ class Lanes:
         """Tells the device where the pairs of a call that an exchange carries are computed; `launch` must follow."""
         plan, dispatch = space.plan, space.work.dispatch
         place_pairs(
-            plan.rows, len(plan.cpu), len(plan.accel), dispatch.offsets, dispatch.rows, exchange.slots, exchange.source
+            plan.rows, plan.n_cpu, plan.n_accel, dispatch.offsets, dispatch.rows, exchange.slots, exchange.source
         )  # fmt: skip
 
     def launch(
@@ -142,18 +142,19 @@ class Lanes:
         Yields each transfer before it starts it: the expert must be in host memory then.
         """
         plan, sent, begun = space.plan, 0, 0
-        for at, position in enumerate(plan.accel):
-            needed = plan.moved.index(position) if position in plan.moved else -1
+        (accel, slots), moved = plan.accelerated(), plan.lists()[TRANSFER][: plan.n_moved]
+        for at, position in enumerate(accel):
+            needed = moved.index(position) if position in moved else -1
             if at > begun and (needed >= 0 or space.traced or position in plan.awaited):
-                self._send(space, queue, plan.accel[begun:at], plan.slots[begun:at])
+                self._send(space, queue, accel[begun:at], slots[begun:at])
                 begun = at
             if needed >= sent:
                 for transfer in plan.transfers[sent : needed + 1]:
                     yield transfer
                     self.start_transfers((transfer,), space.step, traced=space.traced)
                 sent = needed + 1
-        if begun < len(plan.accel):
-            self._send(space, queue, plan.accel[begun:], plan.slots[begun:])
+        if begun < len(accel):
+            self._send(space, queue, accel[begun:], slots[begun:])
         for transfer in plan.transfers[sent:]:
             yield transfer
             self.start_transfers((transfer,), space.step, traced=space.traced)
@@ -178,7 +179,7 @@ class Lanes:
 
     def compute(self, space: CallSpace) -> None:
         """The CPU lane's experts, in the calling thread: all in one call, or one by one when traced."""
-        n = len(space.plan.cpu)
+        n = space.plan.n_cpu
         if self.tier is not None:
             self._compute_as_read(space, n, self.tier)
             return

@@ -119,11 +119,11 @@ class Reports:
     def _end_work(self, space: CallSpace) -> None:
         """A layer's work on the accelerator has ended: recorded if traced, and in some steps it corrects the costs."""
         planner = None if space.step % OBSERVE_EVERY else self._planner
-        for end, positions in zip(space.ends, space.sent, strict=True):
+        for at, end in enumerate(space.ends):
             start_us, end_us = end.span_us()
             space.counters.accel_us += (end_us - start_us) * space.stands_for
             if planner is not None:
-                planner.observe(self._observed_group(space, planner, positions, end_us - start_us))
+                planner.observe(self._observed_group(space, planner, space.sent[at], end_us - start_us))
         if space.traced:
             self._record_work(space)
         space.ends.clear()

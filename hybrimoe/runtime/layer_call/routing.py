@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from cpu_kernels import Dispatch, build_dispatch
-from cpu_kernels.engine.routed import FLOATS, fits
+from cpu_kernels.engine.routed import Places, places_of
 from gpu_kernels import Event, LayerWork
 from gpu_kernels.downloads import Downloads
-from gpu_kernels.exchange import Exchange, Places
+from gpu_kernels.exchange import Exchange
 from gpu_kernels.uploads import Uploads
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime.layer_call.compiled import describe_routing, read_and_describe
@@ -226,7 +226,7 @@ class CallSpace:
         given: the hidden states where the model has them; hidden: on the host; host_hidden, host_rows: as in `work`.
         """
         buffers = self.buffers
-        shape = n_tokens, top_k, n_active, int(buffers.offsets[n_active])
+        shape = n_tokens, top_k, n_active, buffers.offsets.item(n_active)
         dispatch = self._dispatches.get(shape)
         if dispatch is None:
             dispatch = self._dispatches[shape] = buffers.dispatch(*shape)
@@ -328,16 +328,6 @@ class CallInputs:
         dispatch = build_dispatch(ids, weights, num_experts)
         rows = workspace.rows(dispatch.n_tokens * dispatch.top_k, self.host_hidden.shape[1])
         return LayerWork(dispatch, self.hidden, self.host_hidden, rows)
-
-
-def places_of(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, hidden_size: int) -> Places | None:
-    """Where a compiled call reads a call's tensors; None for those that it does not know, or that are wrong."""
-    if not fits(hidden, index, weights, hidden_size):
-        return None
-    return (
-        index.data_ptr(), weights.data_ptr(), FLOATS[weights.dtype], index.shape[0], index.shape[1], hidden.data_ptr(),
-        FLOATS[hidden.dtype],
-    )  # fmt: skip
 
 
 def call_inputs(

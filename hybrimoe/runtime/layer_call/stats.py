@@ -218,18 +218,16 @@ class StatsRecorder:
         table: tuple[SlotTable, int] | None,
     ) -> None:  # fmt: skip
         """Counts one call's demand against the slots as they are before planning (`LayerPlanner.table`)."""
-        found = np.zeros(2, np.int64)
+        found = 0, 0
         if table is not None and table[0].n_slots:
             slots, own = table
-            found[:] = count_hits(expert_ids, own * slots.n_experts, slots.slot_of, slots.state)
-        self.found(counters, layer, expert_ids, n_tokens, found)
+            found = count_hits(expert_ids, own * slots.n_experts, slots.slot_of, slots.state)
+        self.found(counters, layer, expert_ids, n_tokens, *found)
 
     def found(
-        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int,
-        found: npt.NDArray[np.int64],
-    ) -> None:  # fmt: skip
-        """Counts one call's demand; `found`: how many of its experts are in slots, and how many on their way."""
-        hits, late = found.tolist()
+        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int, hits: int, late: int
+    ) -> None:
+        """Counts one call's demand, of which `hits` experts are in slots, and `late` on their way."""
         n_active = len(expert_ids)
         counters.calls += 1
         counters.tokens += n_tokens

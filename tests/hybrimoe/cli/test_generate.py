@@ -272,8 +272,11 @@ def test_a_prompt_about_images(hybrimoe, tmp_path, monkeypatch):
         refused = hybrimoe(*asked, *more)
         assert refused.code == 1
         assert words in refused.out
-    said = hybrimoe("chat", tmp_path / "seer", "-n", "4", "-t", "0", "--accelerator", "none", "--json",
-                    stdin=f"/image {tmp_path / 'one.png'}\nWhat?\nAnd now?\n/image\n")  # fmt: skip
+    shown = f"/image {tmp_path / 'one.png'}\n"
+    said = hybrimoe(
+        "chat", tmp_path / "seer", "-n", "4", "-t", "0", "--accelerator", "none", "--json",
+        stdin=f"{shown}What?\nAnd now?\n{shown}/clear\n/image\n",
+    )  # fmt: skip
     assert said.code == 0, said.err
     replies = [json.loads(line) for line in said.out.splitlines()]
     assert replies[0]["prompt_tokens"] > 24

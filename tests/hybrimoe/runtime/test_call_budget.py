@@ -20,8 +20,8 @@ CONFIG = {
     "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 32, "num_experts_per_tok": 4, "vocab_size": 96,
 }  # fmt: skip
 WARM_STEPS, STEPS = 24, 24
-MOST_WITH_SLOTS, MOST_WITHOUT, MOST_SENT = 59, 13, 48
-MOST_UNTIL_RELEASE, UNTIL_RELEASE = 24, "until the release"
+MOST_WITH_SLOTS, MOST_WITHOUT, MOST_SENT = 58, 13, 48
+MOST_UNTIL_RELEASE, UNTIL_RELEASE = 22, "until the release"
 """Python calls a layer: compiled functions, torch's own module call and what moving experts takes included; of a layer
 that a card has sent, also the clocks of what stands for the card. Until the release: what the card waits for."""
 USUAL_MOVES, MOST_A_MOVE = 0.2, 40
