@@ -16,6 +16,7 @@ from typing import Any
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "long-chats.md"
 MARK = "<!-- written by benchmarks/long_chat_report.py -->\n"
+OWN, PEER = "hybrimoe", "llama.cpp"
 HEAD = """
 | context | | turn | TTFT ms | of the first | ms a token | tokens reused | from disk |
 |---|---|---|---|---|---|---|---|
@@ -27,23 +28,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", help="JSON documents of `hybrimoe bench long-chat`")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--cpu", metavar="TEXT", help="what the CPU is, where the system does not tell")
     arguments = parser.parse_args()
     results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
     before = arguments.document.read_text(encoding="utf-8").split(MARK)[0]
-    arguments.document.write_text(before + MARK + "\n".join(map(table, results)), encoding="utf-8")
+    tables = "\n".join(table(result, arguments.cpu) for result in results)
+    arguments.document.write_text(before + MARK + tables, encoding="utf-8")
 
 
-def table(result: dict[str, Any]) -> str:
-    """One measurement as Markdown."""
+def table(result: dict[str, Any], cpu: str | None = None) -> str:
+    """One measurement as Markdown. cpu: in place of the name that the CPU gave itself."""
     machine = result["machine"]
+    layers = f"{result['layers']} layer{'' if result['layers'] == 1 else 's'}"
     title = (
-        f"\n{result['model']}, {result['layers']} layers ({result['weights']} weights),"
-        f" {result['expert_dtype']} experts,"
-        f"\non {machine['cpu']}, {machine['cores']} cores; {result['turn_tokens']} new tokens a turn, replies of"
+        f"\n{result['model']}, {layers} ({result['weights']} weights), {result['expert_dtype']} experts,"
+        f"\non {cpu or machine['cpu']}, {machine['cores']} cores; {result['turn_tokens']} new tokens a turn, replies of"
         f" {result['new_tokens']};\nmedians of {result['rounds']} alternating rounds, in brackets the least and the"
         " greatest.\n"
     )
-    return title + HEAD + "".join(_lines(result["rows"])) + "\n" + "".join(_tiers(result["rows"]))
+    rows = result["rows"]
+    return title + HEAD + "".join(_lines(rows)) + "\n" + "".join(_compared(rows)) + "".join(_tiers(rows))
 
 
 def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -55,6 +59,16 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"{row['tbt_ms']:.1f}", row["reused"], row["from_disk"],
         )  # fmt: skip
         yield f"| {' | '.join(map(str, cells))} |\n"
+
+
+def _compared(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Of each context that llama.cpp was measured at, how many times its time to the first token is ours."""
+    ms = {(row["context"], row["contender"], row["turn"]): row["ttft_ms"]["median"] for row in rows}
+    for context in dict.fromkeys(row["context"] for row in rows):
+        turns = [turn for at, who, turn in ms if at == context and who == PEER]
+        if turns:
+            times = ", ".join(f"{turn}: {ms[context, PEER, turn] / ms[context, OWN, turn]:.2f}" for turn in turns)
+            yield f"- {context} tokens, {PEER}'s time to the first token over {OWN}'s: {times}\n"
 
 
 def _tiers(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Every part of a policy beside the others, on recorded traces: docs/policies.json and docs/policies.md.
 
     python benchmarks/policies_report.py TRACE.npz ...       # simulates (minutes); the demo trace is always among them
+    python benchmarks/policies_report.py TRACE.npz ... --only expert_maps   # the other recorded rows stay
     python benchmarks/policies_report.py --tables            # writes the page anew from docs/policies.json
 
 Caches alone: hit rate where every miss is brought in. Balances: decode step with an LRU cache and no prefetch.
@@ -58,6 +59,7 @@ WHAT = {
     "none": "nothing is brought ahead",
     "impact": "HybriMoE: by the simulated gain of having an expert",
     "gate_topk": "AdapMoE, HOBBIT, Fate: what the gates of later layers choose",
+    "expert_maps": "FineMoE (arXiv 2502.05370): the earlier step whose gates were most alike so far",
     "history": "experts used lately in the layers ahead",
     "misses": "Table III: what the CPU computed is brought in by the idle link",
     "optimal": "exact minimum of the makespan",
@@ -74,17 +76,17 @@ WHAT = {
 }
 
 
-def measure(paths: Sequence[str], tokens: int = TOKENS) -> dict[str, Any]:
-    """Rows of every cache, balance and prefetch on each trace."""
+def measure(paths: Sequence[str], tokens: int = TOKENS, only: str = "") -> dict[str, Any]:
+    """Rows of every cache, balance and prefetch on each trace; ``only``: of those of this name."""
     rows: list[dict[str, Any]] = []
     for path in (DEMO, *paths):
         found = open_trace(path, None)
         name = "demo" if path == DEMO else Path(path).name.split(".")[0]
-        rows += [{"trace": name, **row} for row in measured(found, tokens)]
+        rows += [{"trace": name, **row} for row in measured(found, tokens, only)]
     return {"kind": "simulated", "tokens": tokens, "environment": environment(), "rows": rows}
 
 
-def measured(found: TraceInput, tokens: int) -> Iterator[dict[str, Any]]:
+def measured(found: TraceInput, tokens: int, only: str = "") -> Iterator[dict[str, Any]]:
     """Rows of one trace: the second half of its sequences, with the first half as the profile."""
     sequences = [int(found.trace.sequence[start]) for start, _ in found.trace.sequence_spans()]
     half = len(sequences) // 2
@@ -92,13 +94,15 @@ def measured(found: TraceInput, tokens: int) -> Iterator[dict[str, Any]]:
     held = (found.trace.select_sequences(sequences[half:]) if half else found.trace).head(tokens)
     for share in SHARES:
         for cache in CACHE_POLICIES:
-            if cache not in NOT_ALONE:
+            if cache not in NOT_ALONE and only in ("", cache):
                 yield {"part": "cache", "name": cache, "share": share, "hit_rate": cache_hit_rate(held, cache, share)}
     source = DemandSource(held, predictions_for(held, "auto", profile, 0))
     known = expert_frequencies(profile)
     policies = [("balance", name, f"{name}/none/lru") for name in BALANCE_POLICIES]
     policies += [("prefetch", name, f"value/{name}/value") for name in PREFETCH_POLICIES]
     for part, name, policy in policies:
+        if only not in ("", name):
+            continue
         for hardware in MACHINES:
             for share in SHARES:
                 config = SimulationConfig(policy=policy, cache_ratio=share)
@@ -155,11 +159,15 @@ def main() -> None:
     parser.add_argument("traces", nargs="*")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--tables", action="store_true", help="only write the page anew")
+    parser.add_argument("--only", default="", metavar="NAME", help="measure parts of this name; the other rows stay")
     given = parser.parse_args()
     if given.tables:
         data = json.loads(JSON_FILE.read_text(encoding="utf-8"))
     else:
-        data = measure(given.traces, given.tokens)
+        data = measure(given.traces, given.tokens, given.only)
+        if given.only:
+            known = json.loads(JSON_FILE.read_text(encoding="utf-8"))
+            data = {**known, "rows": [r for r in known["rows"] if r["name"] != given.only] + data["rows"]}
         JSON_FILE.write_text(json.dumps(data).replace("}, {", "},\n{") + "\n", encoding="utf-8")
     PAGE.write_text(page(data), encoding="utf-8")
 

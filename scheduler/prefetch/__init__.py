@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scheduler.prefetch.base import NoPrefetch, PrefetchPolicy
+from scheduler.prefetch.expert_maps import ExpertMaps
 from scheduler.prefetch.gates import GateTopK, Impact
 from scheduler.prefetch.learned import PREFETCH_FEATURES, LearnedPrefetch
 from scheduler.prefetch.statistics import ActivationMatrixPrefetch, History, Misses, Perfect
@@ -15,6 +16,7 @@ PREFETCH_POLICIES: dict[str, type[PrefetchPolicy]] = {
     "history": History,
     "misses": Misses,
     "activation_matrix": ActivationMatrixPrefetch,
+    "expert_maps": ExpertMaps,
     "learned": LearnedPrefetch,
     "perfect": Perfect,
     "value": ValuePrefetch,

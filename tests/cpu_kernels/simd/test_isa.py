@@ -296,7 +296,7 @@ def test_portable_path_compiles_for_aarch64() -> None:
     assert re.search(r"\bv\d+\.4s", text)
 
 
-@pytest.mark.parametrize("name", ["avx2", "portable"])
+@pytest.mark.parametrize("name", ["avx512", "avxvnni", "avx2", "portable"])
 def test_whole_backend_on_a_forced_path(name: str) -> None:
     """In a process of its own, as a user would set it."""
     if isa.missing_features(isa.BY_NAME[name], isa.cpu_features()):

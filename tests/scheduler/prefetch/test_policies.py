@@ -158,6 +158,34 @@ def test_activation_matrix_follows_the_nearest_sequence() -> None:
     assert gains[1] == pytest.approx(1e-8 * 0.8 * 80)
 
 
+def test_expert_maps_follow_the_most_alike_earlier_step() -> None:
+    """Two stored steps; the running one begins like the second, with cosine 1: the least that a layer uses."""
+    maps = policy("expert_maps", setting(lookahead=2))
+    for first, second, third in ((0, 1, 1), (2, 3, 0)):
+        for layer, expert in enumerate((first, second, third)):
+            maps.observe(demand(layer, [expert]))
+    now = demand(0, [2])
+    maps.observe(now)
+    keys, gains = maps.propose(now, 4)
+    assert keys.tolist() == [4 + 3, 8 + 0]
+    assert gains.tolist() == pytest.approx([80, 40]), "probability 1, at distances 1 and 2"
+
+
+def test_expert_maps_take_more_where_nothing_is_alike_and_keep_the_newest() -> None:
+    maps = policy("expert_maps", setting(lookahead=1), capacity=1)
+    assert maps.propose(demand(0, [1]), 4)[0].size == 0, "no map yet"
+    for expert in (0, 1):
+        maps.observe(demand(0, [expert]))
+        maps.observe(demand(1, [expert, 3]))
+    now = demand(0, [2])
+    maps.observe(now)
+    assert maps.propose(now, 4)[0].tolist() == [4 + 1, 4 + 3], "cosine 0: all of the probability"
+    alike = demand(0, [1])
+    maps.begin_sequence()
+    maps.observe(alike)
+    assert maps.propose(alike, 4)[0].size == 0, "the one map is of the latest step, which had one layer"
+
+
 def test_perfect_reads_the_trace_and_wraps_to_the_next_step() -> None:
     steps = [np.array([[[0], [1], [2], [3]]]), np.array([[[3], [2], [1], [0]]])]
     given = setting(future=Future(steps, 4, 4), step=0, lookahead=3, held=(8 + 2,))
