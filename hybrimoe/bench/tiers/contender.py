@@ -20,6 +20,7 @@ from hybrimoe.bench.tiers.memory_group import MemoryGroup
 from hybrimoe.checkpoint import load
 from hybrimoe.errors import HybriMoEError
 from hybrimoe.generation import PrefixCache, TextGenerator
+from hybrimoe.runtime.tier.slots import LEAST_SLOTS
 from hybrimoe.runtime.tier.store import TieredStore
 
 DTYPE = "int4"
@@ -57,11 +58,11 @@ def run(job: Job, group: MemoryGroup, answer: Connection) -> None:
 
 
 def _warm_up(job: Job) -> None:
-    """The demo model computes a prompt and a token: kernels and what they need are there before, so that the group is
-    charged with what the model of the job takes."""
+    """The demo model computes a prompt and tokens, with experts on disk where the job has them there: what is compiled
+    and loaded for that is there before, so that the group is charged with what the model of the job takes."""
     model = load(
-        None, accelerator="none", threads=job.threads, progress=False, packed_file=False, expert_dtype=DTYPE,
-        dense_dtype=DTYPE,
+        None, accelerator="none", threads=job.threads, progress=False, expert_dtype=DTYPE, dense_dtype=DTYPE,
+        **_limited(job, LEAST_SLOTS),
     )  # fmt: skip
     generator, cache = TextGenerator(model, NoTokenizer()), PrefixCache(model)
     for tokens in (range(job.prompt_tokens), [0], [0]):
@@ -89,8 +90,13 @@ def measured(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _limited(job: Job, host_experts: int) -> dict[str, Any]:
+    """Settings of a model with so many experts in memory; none where the page cache has them all."""
+    return {} if job.name == "mmap" else {"memory.host": host_experts, "memory.disk": "auto"}
+
+
 def _hybrid(job: Job) -> tuple[Forward, Callable[[], dict[str, Any]]]:
-    limited: dict[str, Any] = {} if job.name == "mmap" else {"memory.host": job.host_experts, "memory.disk": "auto"}
+    limited = _limited(job, job.host_experts)
     model = load(job.model, accelerator="none", threads=job.threads, progress=False, **limited)
     generator, cache = TextGenerator(model, NoTokenizer()), PrefixCache(model)
     session = model.hybrimoe.session
