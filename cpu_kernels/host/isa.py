@@ -91,6 +91,12 @@ def cpu_features() -> frozenset[str]:
         return frozenset()
 
 
+@cache
+def is_zen() -> bool:
+    """Whether this is one of AMD's Zen CPUs: some choices that were measured there do not hold for others."""
+    return llvm.get_host_cpu_name().startswith("znver")
+
+
 def path_features(isa: Isa, features: frozenset[str]) -> frozenset[str]:
     """`features` without those that only better paths need: a forced path runs as it would on an older CPU."""
     better = PATHS[: [path.name for path in PATHS].index(isa.name)]

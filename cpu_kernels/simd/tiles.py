@@ -10,7 +10,7 @@ time, and the tokens in register tiles of some tokens by some vectors of rows. E
 multiply-adds in the same order of columns in every tile, so its bits depend on nothing but its inputs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from llvmlite import ir
@@ -25,7 +25,7 @@ from cpu_kernels.format.layout import (
     block_bytes,
     is_quantised,
 )
-from cpu_kernels.host.isa import Isa
+from cpu_kernels.host.isa import Isa, is_zen
 from cpu_kernels.simd.formats import GROUPS, PAIRS, X_CORRECTIONS, X_SCALES, format_of
 from cpu_kernels.simd.products import GroupDot
 from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, Simd
@@ -46,6 +46,8 @@ EACH_LINE_FROM = {"int4": (4, 2), "int8": (4, 2), "bfloat16": (4, 2), "float32":
 # then pass the caches by, and Python, which runs between two layers, finds its own code and data where it left them.
 # What takes it 236 us after a layer of int4 takes 100 us so, and 71 us without a layer. The kernels gain by it: int4
 # 8 %, int8 3 %, bfloat16 12 %. Those of float32 lose 4 %, and Python gains nothing (OLMoE's shape, Zen 1, 2 threads).
+# On Intel such lines come late: 2156 us a layer of int4 in place of 1566, for 33 us that Python gains (a Xeon of 2024,
+# forced to AVX2); so Zen alone does it.
 ONCE_DTYPES, ONCE_BYTES = ("int4", "int8", "bfloat16"), L1_WEIGHT_BYTES // 4
 WORD_BYTES = 4  # of a row in a line
 SCALE_BYTES = 2
@@ -59,17 +61,19 @@ class PanelKernel:
 
     pairs: multiplies the bfloat16 of paired activations; the same bits as from their float32, where these are
     bfloat16 (and no value subnormal). emulate_dot: products of narrow types in plain arithmetic, for tests on any CPU.
+    once: a single token's weights pass the caches by, where there are 16 registers (`ONCE_DTYPES`).
     """
 
     dtype: str
     pairs: bool = False
     emulate_dot: bool = False
+    once: bool = field(default_factory=is_zen)
     symbol: ClassVar[str] = "panel"
 
     @property
     def name(self) -> str:
         """Of the file that keeps it."""
-        return self.dtype + "-pairs" * self.pairs + "-emulated" * self.emulate_dot
+        return self.dtype + "-pairs" * self.pairs + "-emulated" * self.emulate_dot + "-once" * self.once
 
     def build(self, isa: Isa) -> ir.Module:
         """LLVM module with `panel`."""
@@ -152,6 +156,7 @@ class _Tile:
     def __init__(self, s: Simd, kernel: PanelKernel, n_tokens: int, n_vectors: int, function: ir.Function) -> None:
         self.s, self.dtype, self.n_vectors = s, kernel.dtype, n_vectors
         self.form, self.pairs = format_of(kernel.dtype, s.isa), kernel.pairs
+        self.once = kernel.once and n_tokens == 1 and not s.isa.many_registers and kernel.dtype in ONCE_DTYPES
         # Weights are read in the order in which they lie: the CPU's prefetchers follow an ascending stream at the rate
         # of a plain read, and lose it where LLVM's own order jumps to and fro (one token: int8 +14 to 30 %, float32
         # +11 to 20 %, int4 0 to 5 %; on AVX2 up to 20 %). Elsewhere more tokens would spill (AVX2: -30 %).
@@ -205,12 +210,11 @@ class _Tile:
     def _prefetch(self, block: ir.Value) -> None:
         """Asks for lines of a later block."""
         n_tokens, many_registers = len(self.x_rows), self.s.isa.many_registers
-        once = n_tokens == 1 and not many_registers and self.dtype in ONCE_DTYPES
         n_lines, ahead = SPARSE_LINES, SPARSE_BYTES
-        if once or n_tokens >= EACH_LINE_FROM[self.dtype][0 if many_registers else 1]:
-            n_lines, ahead = 1, ONCE_BYTES if once else PREFETCH_BYTES
+        if self.once or n_tokens >= EACH_LINE_FROM[self.dtype][0 if many_registers else 1]:
+            n_lines, ahead = 1, ONCE_BYTES if self.once else PREFETCH_BYTES
         for number in range(block_bytes(self.dtype) // (n_lines * LINE_BYTES)):
-            self.s.prefetch(self.s.offset(block, ahead + number * n_lines * LINE_BYTES), once)
+            self.s.prefetch(self.s.offset(block, ahead + number * n_lines * LINE_BYTES), self.once)
 
     def _read(self, row: Row, n_bytes: int, lane_bytes: int, kind: ir.Type) -> ir.Value:
         """Weights (or scales) of a vector of rows in the line at n_bytes of its block; lane_bytes: bytes of a row."""

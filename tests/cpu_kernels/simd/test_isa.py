@@ -248,8 +248,20 @@ def test_one_token_reads_weights_in_ascending_order(dtype: str) -> None:
 @pytest.mark.parametrize(("dtype", "once"), [("int4", True), ("int8", True), ("bfloat16", True), ("float32", False)])
 def test_one_token_leaves_the_caches_to_others(dtype: str, once: bool) -> None:
     """Every line is asked for as read once: what runs between two layers finds its own in the caches."""
-    text = assembly(PanelKernel(dtype), isa.BY_NAME["avx2"], Target(X86, "znver1", ""))
+    text = assembly(PanelKernel(dtype, once=True), isa.BY_NAME["avx2"], Target(X86, "znver1", ""))
     assert text.count("prefetchnta") == (block_bytes(dtype) // LINE_BYTES if once else 0)
+    elsewhere = PanelKernel(dtype, once=False)
+    assert "prefetchnta" not in assembly(elsewhere, isa.BY_NAME["avx2"], Target(X86, "haswell", ""))
+
+
+@pytest.mark.parametrize(("cpu", "zen"), [("znver1", True), ("znver5", True), ("rocketlake", False), ("", False)])
+def test_only_zen_passes_the_caches_by(monkeypatch: pytest.MonkeyPatch, cpu: str, zen: bool) -> None:
+    monkeypatch.setattr(isa.llvm, "get_host_cpu_name", lambda: cpu)
+    isa.is_zen.cache_clear()
+    try:
+        assert PanelKernel("int4").once is zen
+    finally:
+        isa.is_zen.cache_clear()
 
 
 FINISH = FinishKernel(Format("quantised", 8), "silu", gated=True)
