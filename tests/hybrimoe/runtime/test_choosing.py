@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,12 +18,14 @@ import torch
 from gpu_kernels import Accelerator
 from hybrimoe.bench.overhead import Call, Request, SentContender
 from hybrimoe.machine.profiles import open_hardware
-from hybrimoe.runtime.layer_call import choosing
+from hybrimoe.runtime.layer_call import choosing, lanes
 from scheduler import LaneState, LayerPlan, Planner
 
 N_LAYERS, N_STEPS = 6, 60
 USUAL, FEW_SLOTS = 0.25, 0.011
 """Shares of the experts that have a slot; the smaller one is two slots, beside a CPU that takes long."""
+CPU_LANE_US = 200
+"""What the CPU lane is told that a call took: where this machine is fast or busy, moving an expert may not pay."""
 TOLD = ("begin_sequence", "begin_step", "end_transfer", "end_layer", "observe")
 
 
@@ -122,6 +125,8 @@ def contender(
         known = open_hardware("h100")
         slow = replace(known, cpu=replace(known.cpu, read_gbps=1e-2, gflops=dict.fromkeys(known.cpu.gflops, 1e-2)))
         monkeypatch.setattr(SentContender, "_profile", staticmethod(lambda: slow))
+    ticks = itertools.count(0, CPU_LANE_US * 1000)
+    monkeypatch.setattr(lanes, "perf_counter_ns", lambda: next(ticks))
     made = SentContender(Request(str(path), N_LAYERS, ("ours",), "float32", slots, N_STEPS, 1), "ours")
     yield made
     made.session.close()
