@@ -48,11 +48,11 @@ def saying(application, calling, generator, monkeypatch):
 
 
 def sse(text):
-    """(event, data) of each server-sent event."""
+    """(event, data) of each server-sent event, but those that only say that a slow machine is still working."""
     found = []
     for block in text.split("\n\n"):
         lines = dict(line.split(": ", 1) for line in block.splitlines())
-        if lines:
+        if "data" in lines and lines.get("event") != "ping":
             found.append((lines.get("event"), json.loads(lines["data"])))
     return found
 

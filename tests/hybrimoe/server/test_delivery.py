@@ -134,7 +134,7 @@ def test_a_failure_within_a_stream_is_an_event_and_then_nothing_more(call, gener
     failing_after(generator, monkeypatch, 6, error)
     response = call("POST", PATH, STREAM)
     assert response.status_code == 200
-    *texts, last = [line for line in response.text.split("\n\n") if line]
+    *texts, last = [line for line in response.text.split("\n\n") if line and line[0] != ":"]
     assert texts
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
     assert "[DONE]" not in response.text

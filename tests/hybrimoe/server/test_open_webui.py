@@ -63,7 +63,7 @@ def test_a_chat_is_streamed_with_its_usage_at_the_end(webui, more):
     answer = webui("POST", "/v1/chat/completions", CHAT | more)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in answer.text.split("\n\n") if line]
+    lines = [line for line in answer.text.split("\n\n") if line and line[0] != ":"]
     assert lines[-1] == "data: [DONE]"
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events[:-1])

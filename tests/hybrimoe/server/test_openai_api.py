@@ -11,7 +11,7 @@ HEAD = {"model": "tiny", "temperature": 0.9, "seed": 3, "max_tokens": 8}
 
 
 def events(response):
-    lines = [line for line in response.text.split("\n\n") if line]
+    lines = [line for line in response.text.split("\n\n") if line and line[0] != ":"]
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]

@@ -33,7 +33,7 @@ def content(response):
 
 
 def streamed_text(response):
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line and line[0] != ":"]
     assert lines[-1] == "[DONE]"
     pieces = [json.loads(line)["choices"][0] for line in lines[:-1]]
     assert pieces[-1]["finish_reason"] == "stop"

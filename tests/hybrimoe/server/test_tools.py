@@ -33,7 +33,7 @@ def message(call, **more):
 def streamed(call, **more):
     """The message that the chunks of a stream add up to, and why it ended."""
     text = call("POST", PATH, {**BODY, **more, "stream": True}).text
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line and line[0] != ":"]
     assert lines[-1] == "[DONE]", text
     chunks = [json.loads(line)["choices"][0] for line in lines[:-1]]
     told, calls = {"role": "assistant"}, []
