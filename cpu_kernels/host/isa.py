@@ -94,7 +94,8 @@ def cpu_features() -> frozenset[str]:
 @cache
 def is_zen() -> bool:
     """Whether this is one of AMD's Zen CPUs: some choices that were measured there do not hold for others."""
-    return llvm.get_host_cpu_name().startswith("znver")
+    name: str = llvm.get_host_cpu_name()
+    return name.startswith("znver")
 
 
 def path_features(isa: Isa, features: frozenset[str]) -> frozenset[str]:
