@@ -51,7 +51,8 @@ shared, with as many threads as cores for everybody; experts on the CPU alone. R
 layer of Q8_0, transformers as bfloat16; ours has int4 experts, and dense layers as named. A cell is the median of
 alternating rounds, its range behind it. *Of the read rate*: the weights that a token visits by the time of its step,
 as a share of what this machine reads with as many threads; keys and values are not counted. *Cosine*: of the logits
-after the prompt, to those of plain transformers. *MiB*: by how much the process grew, for all that the contender holds.
+after the prompt, to those of plain transformers. *MiB*: by how much the process grew, for all that the contender holds
+(none where the system meanwhile took pages back that another contender had mapped).
 `HYBRIMOE_ISA` makes ours take an older instruction set; the others take what the CPU has.
 """
 
@@ -61,12 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="run the benchmarks here, and keep what they say")
     parser.add_argument("--short", action="store_true", help="measure no growth with layers and context")
+    parser.add_argument("--about", default="", help="a sentence on the machine or the programs, shown with its tables")
     parser.add_argument("--folder", type=Path, default=ROOT, help="with docs/ and README.md")
     given = parser.parse_args(arguments)
     kept = given.folder / "docs" / "models-measured.json"
     machines: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))["machines"]
     if given.measure:
-        new = measured(growth={} if given.short else GROWTH)
+        new = measured(growth={} if given.short else GROWTH) | {"about": given.about}
         places = [place for place, old in enumerate(machines) if title(old) == title(new)] or [len(machines)]
         machines[places[0] : places[0] + 1] = [new]
         kept.write_text(json.dumps({"machines": machines}, indent=1) + "\n", encoding="utf-8")
@@ -113,6 +115,8 @@ def document(machines: Sequence[dict[str, Any]]) -> str:
     parts = [INTRODUCTION]
     for data in machines:
         parts.append(f"## {title(data)}\n")
+        if data.get("about"):
+            parts.append(f"{data['about']}\n")
         parts += [f"### {TITLES[kind]}\n\n{table(results)}" for kind, results in data["compared"].items()]
         if data["growth"]:
             parts.append(f"### How a step grows\n\n{growth_table(data)}")
@@ -133,7 +137,7 @@ def table(results: dict[str, Any]) -> str:
                 "" if row is ours else f"{ratio(ours, row):.2f} x",
                 "" if row["of_read_rate"] is None else f"{row['of_read_rate']:.0%}",
                 "" if row["logits_cosine"] is None else f"{row['logits_cosine']:.4f}",
-                f"{row['resident_mib']:.0f}",
+                "-" if row["resident_mib"] <= 0 else f"{row['resident_mib']:.0f}",
             )
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
