@@ -12,13 +12,14 @@ gets m = max score and the sum of exp(score - m) (float32 [heads, 2]), out the s
 Partial results of runs are joined by ``exp(m - max m)`` (Dao et al., Flash-Decoding, 2023).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 from llvmlite import ir
 
-from cpu_kernels.host.isa import Isa
+from cpu_kernels.format.layout import LINE_BYTES
+from cpu_kernels.host.isa import Isa, is_zen
 from cpu_kernels.simd.functions import exp
 from cpu_kernels.simd.vectors import F32, I64, POINTER, VOID, Simd
 
@@ -30,22 +31,29 @@ LOWEST = -1.0e38
 """Below every score; finite, so that a run whose tokens are all masked has no inf - inf."""
 PREFETCH_TOKENS = 8
 """How far ahead of its use a row of values is asked for."""
+FAR_KEY_BYTES, FAR_TOKENS = 4096, 2 * PREFETCH_TOKENS
+"""The same where every line is asked for, of keys too: Intel's prefetchers alone leave half of the memory's rate unused
+(OLMoE's shape, 4 layers, 8,000 tokens, 2 threads: 32.6 tokens/s without, 36 with it). Zen was measured without."""
 VALUE_VECTORS = 4
 """Vectors of values that HEAD_BLOCK heads sum in registers."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttendKernel:
-    """`attend` for a number of query heads that share keys and values, which are stored as `dtype`."""
+    """`attend` for a number of query heads that share keys and values, which are stored as `dtype`.
+
+    far: every line of keys and values is asked for, far ahead of its use.
+    """
 
     n_heads: int
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    far: bool = field(default_factory=lambda: not is_zen())
     symbol: ClassVar[str] = "attend"
 
     @property
     def name(self) -> str:
         """Of the file that keeps it."""
-        return f"attend-{self.n_heads}" + ("" if self.dtype == "bfloat16" else f"-{self.dtype}")
+        return f"attend-{self.n_heads}" + ("" if self.dtype == "bfloat16" else f"-{self.dtype}") + "-far" * self.far
 
     def build(self, isa: Isa) -> ir.Module:
         """LLVM module with `attend`."""
@@ -78,6 +86,7 @@ class _Arguments(Arguments):
     """The same, and how keys and values are stored."""
 
     is_bf16: bool
+    far: bool
 
     @property
     def element_bytes(self) -> int:
@@ -100,7 +109,7 @@ def begin(name: str, symbol: str, isa: Isa) -> tuple[ir.Module, Simd, list[Any]]
 
 def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
     module, s, arguments = begin(kernel.name, kernel.symbol, isa)
-    a = _Arguments(*[*arguments, kernel.dtype == "bfloat16"])
+    a = _Arguments(*[*arguments, kernel.dtype == "bfloat16", kernel.far])
     _scores(s, a, kernel.n_heads)
     softmax(s, a, kernel.n_heads)
     _values(s, a, kernel.n_heads)
@@ -164,7 +173,11 @@ def _add_columns(
     sums: list[ir.Value],
 ) -> list[ir.Value]:  # fmt: skip
     """The sums of `_products` with a vector of columns more."""
-    parts = [a.load(s, s.offset(key, s.b.mul(column, s.const(a.element_bytes)))) for key in keys]
+    places = [s.offset(key, s.b.mul(column, s.const(a.element_bytes))) for key in keys]
+    if a.far:
+        for place in places:
+            s.prefetch(s.offset(place, FAR_KEY_BYTES))
+    parts = [a.load(s, place) for place in places]
     added: list[ir.Value] = []
     for head in range(len(sums) // len(keys)):
         place = s.offset(query, s.b.add(s.b.mul(query_bytes, s.const(head)), s.b.mul(column, s.const(4))))
@@ -215,7 +228,10 @@ def _value_columns(s: Simd, a: _Arguments, n_heads: int, column: ir.Value, n_vec
 
     def add(token: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
         row = s.offset(first, s.b.mul(token, a.v_bytes))
-        s.prefetch(s.offset(row, s.b.mul(a.v_bytes, s.const(PREFETCH_TOKENS))))
+        n_lines = -(-n_vectors * s.lanes * a.element_bytes // LINE_BYTES) if a.far else 1
+        ahead = s.b.mul(a.v_bytes, s.const(FAR_TOKENS if a.far else PREFETCH_TOKENS))
+        for line in range(n_lines):
+            s.prefetch(s.offset(s.offset(row, line * LINE_BYTES), ahead))
         parts = [a.load(s, s.offset(row, a.element_bytes * s.lanes * vector)) for vector in range(n_vectors)]
         added = []
         for head in range(n_heads):

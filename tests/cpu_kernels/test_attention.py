@@ -108,6 +108,20 @@ def test_arithmetic_of_every_path(name, monkeypatch):
     assert_close(ck.decode_attention(query, keys, values, 0.3), exact(query, keys, values, 0.3), values)
 
 
+def test_asking_for_lines_far_ahead_changes_no_bit(monkeypatch):
+    query, keys, values = random_case(8, 5, 1, 2 * CHUNK + 3, 64, 48)
+    results = []
+    for far in (False, True):
+        attend = (kernel_address(AttendKernel(n, far=far), here()[0]) for n in (HEAD_BLOCK, 1))
+        kernels = (*attend, attention.ATTEND_WORK.address)
+        monkeypatch.setattr(attention, "_kernels", lambda kernels=kernels: kernels)
+        results.append(ck.decode_attention(query, keys, values, 0.3))
+    assert torch.equal(*results)
+    target = Target("x86_64-unknown-linux-gnu", "sapphirerapids", "")
+    near, far = (assembly(AttendKernel(1, far=far), isa.BY_NAME["avx512vnni"], target) for far in (False, True))
+    assert far.count("prefetch") > near.count("prefetch") > 0
+
+
 @pytest.mark.parametrize("n_heads", [1, HEAD_BLOCK])
 @pytest.mark.parametrize(
     ("name", "cpu", "wide"),
