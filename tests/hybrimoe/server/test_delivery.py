@@ -228,7 +228,10 @@ def test_several_requests_at_once_are_answered_as_one_after_another(application,
     found, expected = asyncio.run(run(app, True)), asyncio.run(run(alone, False))
     for one, other in zip(found, expected, strict=True):
         assert one.json()["choices"] == other.json()["choices"]
-        assert one.json()["usage"] == other.json()["usage"]
+        counts = [answer.json()["usage"] for answer in (one, other)]
+        for count in counts:  # what is found of earlier prompts depends on which of the others have ended by then
+            del count["prompt_tokens_details"]
+        assert counts[0] == counts[1]
     assert served.part.n_tokens >= 16
     assert "up to 3 replies at once, one after another each token" in served.described()
 
