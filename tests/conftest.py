@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,3 +49,19 @@ def private_cache() -> Callable[[Path], Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def small_shape(tmp_path: Path) -> Callable[..., str]:
+    """Writes the configuration of a small OLMoE, changed as told; benchmarks take the returned path as a shape."""
+
+    def write(**changed: int) -> str:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({
+            "model_type": "olmoe", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2,
+            "vocab_size": 96,
+        } | changed))  # fmt: skip
+        return str(path)
+
+    return write

@@ -24,9 +24,7 @@ def register(app: typer.Typer) -> None:
 def streaming(
     *,
     model: common.ModelArgument = None,
-    clients: Annotated[
-        list[int] | None, typer.Option("--clients", "-c", min=1, max=64, help="Clients at once; may be repeated.")
-    ] = None,
+    clients: Annotated[list[int] | None, typer.Option(min=1, max=64, help="Clients at once; may be repeated.")] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Tokens of each reply.")] = 256,
     rounds: RoundsOption = 5,
     placement: common.PlacementGroup,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,17 +13,10 @@ import torch
 from hybrimoe.bench.tiers import layers as tiers_bench
 from hybrimoe.errors import BudgetError, ConfigError, ModelError
 
-CONFIG = {
-    "model_type": "olmoe", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 96,
-}  # fmt: skip
-
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> tiers_bench.Request:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIG))
-    return tiers_bench.Request(str(path), 3, "float32", 0.5, 6, 4, 1, None, tmp_path)
+def tiny(small_shape: Callable[..., str], tmp_path: Path) -> tiers_bench.Request:
+    return tiers_bench.Request(small_shape(num_hidden_layers=3), 3, "float32", 0.5, 6, 4, 1, None, tmp_path)
 
 
 def test_reports_each_contender(tiny: tiers_bench.Request) -> None:

@@ -56,10 +56,20 @@ def test_every_command_registers_under_its_name_and_has_help_and_json(hybrimoe, 
     assert shown.code == 0, shown.err
     assert name in shown.out
     command = app_module.load_command(name)
-    leaves = list(getattr(command, "commands", {}).values()) or [command]
-    for leaf in leaves:
+    for leaf in leaves_of(command):
         options = [option for parameter in leaf.params for option in parameter.opts]
         assert "--json" in options, f"{name} {leaf.name} has no --json"
+
+
+def leaves_of(command):
+    return [leaf for inner in getattr(command, "commands", {}).values() for leaf in leaves_of(inner)] or [command]
+
+
+@pytest.mark.parametrize("name", app_module.COMMANDS)
+def test_no_option_of_a_command_has_the_letter_of_another(name):
+    for leaf in leaves_of(app_module.load_command(name)):
+        words = [word for parameter in leaf.params for word in (*parameter.opts, *parameter.secondary_opts)]
+        assert len(words) == len(set(words)), f"{name} {leaf.name} has one of these twice: {sorted(words)}"
 
 
 def test_an_unknown_command_suggests_the_nearest_one(hybrimoe):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,10 +15,7 @@ import torch
 from hybrimoe.bench.overhead import Contender, Request, SentContender
 from scheduler import SlotTable
 
-CONFIG = {
-    "model_type": "olmoe", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 32, "num_experts_per_tok": 4, "vocab_size": 96,
-}  # fmt: skip
+SHAPE = {"num_hidden_layers": 4, "num_experts": 32, "num_experts_per_tok": 4}
 WARM_STEPS, STEPS = 24, 24
 MOST_WITH_SLOTS, MOST_WITHOUT, MOST_SENT = 58, 13, 48
 MOST_UNTIL_RELEASE, UNTIL_RELEASE = 22, "until the release"
@@ -29,12 +26,10 @@ USUAL_MOVES, MOST_A_MOVE = 0.2, 40
 take so many calls: a transfer to start, to follow and to report, and a piece of work of its own that waits for it."""
 
 
-def calls_of_a_layer(tmp_path: Path, policy: str | None, kind: type[Contender]) -> Counter[str]:
+def calls_of_a_layer(shape: str, policy: str | None, kind: type[Contender]) -> Counter[str]:
     """Calls of the decode steps after the warm-up; "layer" and "moved" count layer calls and experts that moved, "until
     the release" the calls before what a sent call leaves to do."""
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIG))
-    request = Request(str(path), 4, (policy or "ours",), "float32", 0.25, STEPS, 1)
+    request = Request(shape, 4, (policy or "ours",), "float32", 0.25, STEPS, 1)
     contender = kind(request, policy)  # type: ignore[arg-type]
     found: Counter[str] = Counter()
     released: list[str] = []
@@ -74,10 +69,14 @@ def calls_of_a_layer(tmp_path: Path, policy: str | None, kind: type[Contender]) 
     [("ours", MOST_WITH_SLOTS, Contender), (None, MOST_WITHOUT, Contender), ("ours", MOST_SENT, SentContender)],
 )
 def test_a_layer_call_stays_within_its_budget(
-    tmp_path: Path, policy: str | None, most: float, kind: type[Contender], monkeypatch: pytest.MonkeyPatch
+    small_shape: Callable[..., str],
+    policy: str | None,
+    most: float,
+    kind: type[Contender],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(SlotTable, "validating", False)
-    found = calls_of_a_layer(tmp_path, policy, kind)
+    found = calls_of_a_layer(small_shape(**SHAPE), policy, kind)
     layers, moved, until = (found.pop(name) for name in ("layer", "moved", UNTIL_RELEASE))
     per_layer = found.total() / layers
     listed = "\n".join(f"{n / layers:6.2f} {name}" for name, n in found.most_common(80))

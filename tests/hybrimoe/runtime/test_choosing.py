@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,23 +109,19 @@ def recorded_steps(contender: SentContender) -> list[list[Call]]:
 
 @pytest.fixture
 def contender(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, small_shape: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[SentContender]:
     with np.load(str(files("hybrimoe.tracing") / "data" / "demo.npz")) as trace:
         n_experts, top_k = int(trace["expert_ids"].max()) + 1, trace["expert_ids"].shape[2]
-    path, slots = tmp_path / "config.json", getattr(request, "param", USUAL)
-    path.write_text(json.dumps({
-        "model_type": "olmoe", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": N_LAYERS,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": n_experts, "num_experts_per_tok": top_k,
-        "vocab_size": 96,
-    }))  # fmt: skip
+    shape = small_shape(num_hidden_layers=N_LAYERS, num_experts=n_experts, num_experts_per_tok=top_k)
+    slots = getattr(request, "param", USUAL)
     if slots == FEW_SLOTS:
         known = open_hardware("h100")
         slow = replace(known, cpu=replace(known.cpu, read_gbps=1e-2, gflops=dict.fromkeys(known.cpu.gflops, 1e-2)))
         monkeypatch.setattr(SentContender, "_profile", staticmethod(lambda: slow))
     ticks = itertools.count(0, CPU_LANE_US * 1000)
     monkeypatch.setattr(lanes, "perf_counter_ns", lambda: next(ticks))
-    made = SentContender(Request(str(path), N_LAYERS, ("ours",), "float32", slots, N_STEPS, 1), "ours")
+    made = SentContender(Request(shape, N_LAYERS, ("ours",), "float32", slots, N_STEPS, 1), "ours")
     yield made
     made.session.close()
 

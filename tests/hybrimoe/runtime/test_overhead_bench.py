@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,17 +11,10 @@ import torch
 from hybrimoe.bench import overhead as overhead_bench
 from hybrimoe.errors import ModelError
 
-CONFIG = {
-    "model_type": "olmoe", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 96,
-}  # fmt: skip
-
 
 @pytest.fixture
-def request_of_tiny_shape(tmp_path: Path) -> overhead_bench.Request:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIG))
-    return overhead_bench.Request(str(path), 2, ("hybrimoe",), "float32", 0.5, steps=3, rounds=2)
+def request_of_tiny_shape(small_shape: Callable[..., str]) -> overhead_bench.Request:
+    return overhead_bench.Request(small_shape(), 2, ("hybrimoe",), "float32", 0.5, steps=3, rounds=2)
 
 
 def test_reports_layer_and_overhead_of_each_contender(request_of_tiny_shape: overhead_bench.Request) -> None:
