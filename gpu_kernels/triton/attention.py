@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.triton.launch import COMPILED_WITH
+
 BLOCK_KEYS, LEAST_KEYS = 64, 16
 """Keys that a program takes at once; fewer of those that are longer than LONG_BYTES with their values, so that three
 blocks under way fit the shared memory of every card."""
@@ -134,9 +136,11 @@ def decode_attention(
         0 if seen is None or len(seen) == 1 else seen.stride(0), n_heads, room, first, scale,
         GROUP=group, ROWS=max(LEAST_HEADS, triton.next_power_of_2(group)), SIZE=size,
         PADDED=padded, V_SIZE=v_size, V_PADDED=v_padded, KEYS=keys_at_once((padded + v_padded) * keys.element_size()),
-        SPLITS=n_splits, MASKED=seen is not None, EXACT=exact,
+        SPLITS=n_splits, MASKED=seen is not None, EXACT=exact, **COMPILED_WITH,
     )  # fmt: skip
-    join_kernel[(rows,)](acc, highest, total, out, SPLITS=n_splits, V_SIZE=v_size, V_PADDED=v_padded)
+    join_kernel[(rows,)](
+        acc, highest, total, out, SPLITS=n_splits, V_SIZE=v_size, V_PADDED=v_padded, **COMPILED_WITH
+    )  # fmt: skip
     return out
 
 

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.triton.launch import COMPILED_WITH
+
 BLOCK_COLUMNS = 512
 """Of a token's output, which one program adds up."""
 WARPS = 4
@@ -50,6 +52,6 @@ def combine(
     given = rows if host_rows is None else host_rows, rows if source is None else source
     combine_kernel[grid](
         rows, *given, out, n_columns, TOP_K=top_k, HAS_HOST_ROWS=source is not None, BLOCK=BLOCK_COLUMNS,
-        num_warps=WARPS,
+        num_warps=WARPS, **COMPILED_WITH,
     )  # fmt: skip
     return out

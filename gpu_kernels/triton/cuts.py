@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cpu_kernels import ExpertDtype
+from gpu_kernels.triton.launch import CAN_OVERLAP
 
 BLOCK_TOKENS: tuple[int, ...] = (1, 4, 16, 64, 128)
 """Tokens that one program takes: kernels are compiled once for each, and more tokens take several programs."""
@@ -59,7 +60,7 @@ def candidates(dtype: ExpertDtype, block: int, capability: tuple[int, int] | Non
     if block > FEW_TOKENS:  # tensor cores are busy: kernels that overlapped were slower (H200)
         wide = dtype == "bfloat16" and block == BLOCK_TOKENS[-1] and (capability is None or capability[0] != HOPPER)
         return (_WIDE_TILES if wide else _TILES,)
-    overlap = capability is not None and capability >= OVERLAP_FROM
+    overlap = CAN_OVERLAP and capability is not None and capability >= OVERLAP_FROM
     return tuple(replace(cuts, overlap=overlap) for cuts in _FEW[block][dtype])
 
 

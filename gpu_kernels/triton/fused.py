@@ -18,6 +18,7 @@ from cpu_kernels.format.layout import BLOCK_COLUMNS, GROUP, LINE_BYTES, is_quant
 from gpu_kernels.triton import few, formats, many
 from gpu_kernels.triton.cuts import BLOCK_TOKENS, FEW_TOKENS, Cut, Cuts, capability_of
 from gpu_kernels.triton.cuts import candidates as cuts_for
+from gpu_kernels.triton.launch import COMPILED_WITH
 
 DTYPES: dict[ExpertDtype, int] = {
     "int4": formats.INT4,
@@ -125,6 +126,7 @@ def down_variant(spec: ExpertSpec, block: int, cuts: Cuts, nvidia: bool) -> tupl
 
 def _common(spec: ExpertSpec, block: int, cut: Cut, starts_early: bool) -> dict[str, Any]:
     options = {"TOKENS": block, "DTYPE": DTYPES[spec.dtype], "HAS_BIAS": spec.has_bias, "num_warps": cut.warps}
+    options |= COMPILED_WITH
     return options | ({"launch_pdl": True} if starts_early else {})
 
 
@@ -153,7 +155,7 @@ def _activations(
     n_blocks = layout.hidden_padded // BLOCK_COLUMNS
     formats.prepare_kernel[(len(hidden), -(-n_blocks * GROUPS // formats.PREPARED_GROUPS))](
         hidden, x, spec.hidden, n_blocks, x.stride(0) // QUAD,
-        QUANTISED=quantised, GROUPS=formats.PREPARED_GROUPS, OVERLAP=overlap, num_warps=4,
+        QUANTISED=quantised, GROUPS=formats.PREPARED_GROUPS, OVERLAP=overlap, num_warps=4, **COMPILED_WITH,
     )  # fmt: skip
     return x, inner
 

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.triton.launch import COMPILED_WITH
+
 
 @triton.jit
 def rms_kernel(
@@ -32,6 +34,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, r
     size = x.shape[-1]
     rms_kernel[(x.numel() // size,)](
         x, weight, out, size, eps, offset, PADDED=triton.next_power_of_2(size), ROUND_FIRST=round_first,
-        num_warps=4 if size <= 4096 else 8,
+        num_warps=4 if size <= 4096 else 8, **COMPILED_WITH,
     )  # fmt: skip
     return out

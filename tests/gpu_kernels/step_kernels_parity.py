@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
+from interpreting import mend_the_interpreter
 from torch.nn.functional import scaled_dot_product_attention
-from triton.runtime import interpreter
 
 from gpu_kernels.triton.attention import decode_attention
 from gpu_kernels.triton.norms import rms_norm
@@ -21,17 +20,6 @@ CASES = [  # sequences, heads, key heads, size, size of values, room, tokens hel
     (1, 4, 2, 16, 16, 256, 100, 40, True, torch.float32),
     (2, 32, 1, 16, 16, 128, 64, 0, False, torch.float32),
 ]
-
-
-def loop_bounds_of_one_value() -> None:
-    """Triton 3.6's interpreter makes loop bounds of arrays with one value by `int`, which NumPy 2.5 refuses."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
 
 
 def check_norms(generator: torch.Generator) -> None:
@@ -53,7 +41,7 @@ def check_norms(generator: torch.Generator) -> None:
 
 
 def main() -> None:
-    loop_bounds_of_one_value()
+    mend_the_interpreter()
     check_norms(torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
     for n, heads, kv_heads, size, v_size, room, held, first, masked, dtype in CASES:

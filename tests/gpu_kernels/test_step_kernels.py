@@ -39,6 +39,7 @@ def test_it_compiles_without_tf32_or_spills_and_fits_the_shared_memory(capabilit
     from triton.compiler import ASTSource
 
     from gpu_kernels.triton import attention
+    from gpu_kernels.triton.launch import COMPILED_WITH
 
     padded, item = triton.next_power_of_2(size), 4 if dtype == "fp32" else 2
     constants: dict[str, Any] = {
@@ -53,7 +54,9 @@ def test_it_compiles_without_tf32_or_spills_and_fits_the_shared_memory(capabilit
         for name in kernel.arg_names
     }
     at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    made = triton.compile(ASTSource(kernel, types, constexprs=at), target=GPUTarget("cuda", capability, 32))
+    made = triton.compile(
+        ASTSource(kernel, types, constexprs=at), target=GPUTarget("cuda", capability, 32), options=COMPILED_WITH
+    )
     assert "tf32" not in made.asm["ptx"]
     assert "ld.local" not in made.asm["ptx"]
     assert made.metadata.shared <= SHARED_BYTES[capability]

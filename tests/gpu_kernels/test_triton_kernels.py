@@ -82,6 +82,7 @@ def compiled(target: tuple[str, int | str, int], spec: ExpertSpec, block: int, n
     from triton.compiler import ASTSource
 
     from gpu_kernels.triton import cuts, fused
+    from gpu_kernels.triton.launch import COMPILED_WITH
 
     known = {"rows_ptr": "*i64", "slots_ptr": "*i32", "slot_ids_ptr": "*i32", "offsets_ptr": "*i32"}
     if is_quantised(spec.dtype):
@@ -106,7 +107,7 @@ def compiled(target: tuple[str, int | str, int], spec: ExpertSpec, block: int, n
             triton.compile(
                 ASTSource(kernel, types, constexprs=at, attrs=aligned),
                 target=GPUTarget(*target),
-                options={"num_warps": options["num_warps"]},
+                options={"num_warps": options["num_warps"], **COMPILED_WITH},
             )
         )
     return results
@@ -146,20 +147,23 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 """Of shared memory that a program may take (CUDA C++ Programming Guide, compute capabilities)."""
 EVERY_BLOCK = [(arch, block) for arch in ARCHITECTURES for block in (1, 128)] + [(90, 4), (90, 16), (90, 64)]
 """All blocks of tokens for one architecture, the smallest and the largest for the others."""
-no_fusion_warning = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
 @needs_triton
-@no_fusion_warning
 @pytest.mark.parametrize("block", [1, 16])
 @pytest.mark.parametrize("dtype", ["int4", "bfloat16"])
 def test_kernels_compile_for_amd_without_a_device(dtype: ExpertDtype, block: int) -> None:
-    for kernel in compiled(("hip", "gfx942", 64), ExpertSpec(2048, 1024, dtype, has_bias=True), block):
+    try:
+        kernels = compiled(("hip", "gfx942", 64), ExpertSpec(2048, 1024, dtype, has_bias=True), block)
+    except Exception as error:
+        if "ld.lld not found" in str(error):
+            pytest.skip("this Triton comes without the linker for AMD")
+        raise
+    for kernel in kernels:
         assert "hsaco" in kernel.asm
 
 
 @needs_triton
-@no_fusion_warning
 @pytest.mark.parametrize(("arch", "block"), EVERY_BLOCK)
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
 def test_no_product_is_rounded_to_tf32_and_no_register_spilled(
@@ -173,7 +177,6 @@ def test_no_product_is_rounded_to_tf32_and_no_register_spilled(
 
 
 @needs_triton
-@no_fusion_warning
 @pytest.mark.parametrize(("arch", "block"), [(arch, block) for arch, block in EVERY_BLOCK if block < 16])
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
 def test_few_tokens_read_16_bytes_at_a_time_and_no_thread_waits(arch: int, dtype: ExpertDtype, block: int) -> None:
@@ -188,7 +191,6 @@ def test_few_tokens_read_16_bytes_at_a_time_and_no_thread_waits(arch: int, dtype
 
 
 @needs_triton
-@no_fusion_warning
 @pytest.mark.parametrize(("arch", "block"), [(arch, block) for arch, block in EVERY_BLOCK if block >= 16])
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16"])
 def test_many_tokens_take_tensor_cores(arch: int, dtype: ExpertDtype, block: int) -> None:
@@ -198,7 +200,6 @@ def test_many_tokens_take_tensor_cores(arch: int, dtype: ExpertDtype, block: int
 
 
 @needs_triton
-@no_fusion_warning
 @pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
 def test_every_cut_keeps_its_sums_in_registers(dtype: ExpertDtype, block: int, tmp_path: Path) -> None:
@@ -214,7 +215,6 @@ def test_every_cut_keeps_its_sums_in_registers(dtype: ExpertDtype, block: int, t
 
 
 @needs_triton
-@no_fusion_warning
 @pytest.mark.parametrize("arch", [80, 89, 90])
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
 def test_no_load_of_weights_waits_for_the_one_before(arch: int, dtype: ExpertDtype, tmp_path: Path) -> None:
@@ -233,12 +233,24 @@ def test_no_load_of_weights_waits_for_the_one_before(arch: int, dtype: ExpertDty
 
 
 @needs_triton
-@no_fusion_warning
+def test_no_kernel_overlaps_where_triton_cannot_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_kernels.triton import cuts
+
+    monkeypatch.setattr(cuts, "CAN_OVERLAP", False)
+    assert not any(cut.overlap for cut in cuts.candidates("int4", 1, (9, 0)))
+    monkeypatch.setattr(cuts, "CAN_OVERLAP", True)
+    assert all(cut.overlap for cut in cuts.candidates("int4", 1, (9, 0)))
+
+
+@needs_triton
 def test_kernels_read_weights_while_the_one_before_still_runs() -> None:
     """The wait stands after the first loads of weights. Where nothing is prepared, `up` starts after all work before
     it: that is another's, which does not know of being overlapped."""
     from gpu_kernels.triton import cuts, fused
+    from gpu_kernels.triton.launch import CAN_OVERLAP
 
+    if not CAN_OVERLAP:
+        pytest.skip("kernels of this Triton cannot wait for the one before them")
     for kernel in assembly(90, "int4", 1):
         before, _, after = kernel.ptx.rpartition("griddepcontrol.wait")
         assert before.count("griddepcontrol.wait") == 1, "programs without work wait too, or the end would say too much"

@@ -8,6 +8,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from gpu_kernels.triton.launch import COMPILED_WITH
+
 
 @triton.jit(do_not_specialize=["value"])
 def _ring_kernel(word_ptr, value):  # type: ignore[no-untyped-def]
@@ -16,4 +18,4 @@ def _ring_kernel(word_ptr, value):  # type: ignore[no-untyped-def]
 
 def ring(word: Any, value: int) -> None:
     """Writes `value` to `word`, int32 [1] in page-locked memory, on the current stream."""
-    _ring_kernel[(1,)](word, value)
+    _ring_kernel[(1,)](word, value, **COMPILED_WITH)
