@@ -4,7 +4,7 @@
     python benchmarks/kernels_report.py --amx with1.json ... --without-amx without1.json ...
     python benchmarks/kernels_report.py       # writes both anew from docs/kernels-measured.json, which keeps the runs
 
-Each run is the output of `--json`; several runs of a shape give medians and the range between runs. The second line adds
+Each run is the output of `--json`; several runs of a shape give medians and the range between runs. The second adds
 bfloat16 experts on a machine with AMX: runs with `--only bfloat16`, those without AMX with `HYBRIMOE_ISA=avx512bf16`.
 """
 
