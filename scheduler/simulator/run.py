@@ -37,9 +37,22 @@ def simulate(
     source: DemandSource | None = None,
     scorer: Scorer | None = None,
     prefetch_scorer: Scorer | None = None,
+    earlier: DemandSource | None = None,
 ) -> list[PhaseResult]:
     """Build the right :class:`Simulator` and run it."""
     config = SimulationConfig() if config is None else config
     return simulator_class(profile, config)(
-        trace, profile, shape, config, predictions, frequencies, phase, False, source, scorer, prefetch_scorer
+        trace,
+        profile,
+        shape,
+        config,
+        predictions,
+        frequencies,
+        phase,
+        False,
+        source,
+        scorer,
+        prefetch_scorer,
+        None,
+        earlier,
     ).run()

@@ -90,13 +90,13 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
     evaluation, cut = _cut(evaluation, request.max_tokens, phase)
     predictions = predictions_for(evaluation, kind, calibration, request.seed)
     source = DemandSource(evaluation, predictions)
-    known = expert_frequencies(calibration)
+    known, earlier = expert_frequencies(calibration), DemandSource(calibration)
     scorer, prefetch_scorer = _scorer(request.cache_model), _scorer(request.prefetch_model)
     results = [
         result
         for config in configs
         for result in simulate(
-            evaluation, profile, found.shape, config, None, known, phase, source, scorer, prefetch_scorer
+            evaluation, profile, found.shape, config, None, known, phase, source, scorer, prefetch_scorer, earlier
         )
     ]
     told = "none" if predictions is None else predictions.kind
