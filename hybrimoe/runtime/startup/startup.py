@@ -30,6 +30,7 @@ from hybrimoe.runtime.startup.units import Unit, blocks_of, slots_by_unit
 from hybrimoe.runtime.store import ExpertStore
 from hybrimoe.runtime.tier.store import TieredStore
 from scheduler import CostModel, ModelShape, Planner
+from scheduler.forecast.use_model import SLOW, Learnt
 from scheduler.planner.protocol import LayerPlanner
 from scheduler.planner.rehearsal import rehearse
 from scheduler.planner.setup import PlannerSetup
@@ -52,12 +53,14 @@ class Startup:
     tracker: StepTracker
     make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
     make_queue: Callable[[Accelerator, int, int], TransferQueue] = TransferQueue
+    learnt: Learnt | None = None
+    """What an earlier run has learnt of the model's routing."""
 
     def call(
         self, setting: int | float | str | None, previous: ExpertsCall | None, frequencies: Frequencies | None
     ) -> ExpertsCall:
         """What runs the layers, with freshly filled slots. `setting` None keeps the slot memory; `previous` hands over
-        its costs, counters and hooks. Raises BudgetError where slots do not fit."""
+        its costs, what its planner has learnt, counters and hooks. Raises BudgetError where slots do not fit."""
         if setting is not None:
             self.allocate(self.slots_of(setting))
         experts = self.experts(None if previous is None else previous.experts)
@@ -70,11 +73,14 @@ class Startup:
         return call
 
     def experts(self, previous: Experts | None) -> Experts:
-        """The experts in the slot memory that is allocated; `previous` hands over its costs."""
+        """The experts in the slot memory that is allocated; `previous` hands over its costs and what its planner has
+        learnt."""
         planner, queues, queue_of = None, [], []
         if self._slotted() and any(unit.accelerator.n_slots for unit in self.units):
             known = None if previous is None else previous.planner
             planner = self._planner([self._tried(unit) for unit in self.units] if known is None else known.cost_models)
+            if (learnt := self.learnt if known is None else known.learnt()) is not None:
+                planner.recall(learnt)
             firsts = [block.first_slot for block in blocks_of(self.units)]
             queues = [self.make_queue(unit.accelerator, firsts[unit.index], unit.index) for unit in self.units]
             queue_of = [unit.index for unit in self.units for _ in unit.layers]
@@ -84,7 +90,8 @@ class Startup:
         return Experts(self.layers, self.store, planner, self.stats, queues, queue_of)
 
     def fill_slots(self, experts: Experts, frequencies: Frequencies | None) -> None:
-        """Starts the transfers of the experts that are used most; makes ready what the first call would compile."""
+        """Starts the transfers of the experts that are used most, by `frequencies`, else by what the planner has
+        learnt; makes ready what the first call would compile."""
         if self.config.lookahead > 0 or experts.planner is not None:
             make_ready()
         if experts.planner is None:
@@ -93,6 +100,9 @@ class Startup:
         rehearse(self.config.policy, self.config.policy_params, self.config.lookahead)
         if isinstance(experts.planner, Planner) and experts.planner.decides_at_once:
             choosing.make_ready()
+        known = experts.planner.learnt() if frequencies is None else None
+        if known is not None and known["rates"].any():
+            frequencies = known["rates"][:, SLOW]
         experts.warm_up(experts.planner.warm_up(frequencies))
 
     def _slotted(self) -> list[Layer]:
