@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from hybrimoe.runtime.tier.usage import write_whole
 from scheduler.forecast.use_model import Learnt
@@ -25,6 +26,25 @@ HALVES = ("next_token", "same_token")
 
 class RoutingWarning(UserWarning):
     """What was learnt of the routing could not be kept for the next start."""
+
+
+def told_from(learnt: Learnt, distance: npt.NDArray[np.integer]) -> Learnt:
+    """What was learnt by a forecast that looks ahead from another layer, as one from `distance` [layers] layers before
+    knows it.
+
+    How far ahead is forecast follows from measured costs, so that it changes from run to run. What a layer says about
+    a later one stays true: the table of the nearest source layers moves by the difference.
+    """
+    moved = dict(learnt)
+    if "distance" in learnt and learnt["distance"].shape == distance.shape and "same_token" in learnt:
+        weights, nearer = learnt["same_token"], learnt["distance"] - distance
+        moved["distance"], moved["same_token"] = distance.copy(), np.zeros_like(weights)
+        for layer in range(min(len(nearer), len(weights))):
+            n = weights.shape[1] - abs(int(nearer[layer]))
+            into, out = max(int(nearer[layer]), 0), max(-int(nearer[layer]), 0)
+            if n > 0:
+                moved["same_token"][layer, into : into + n] = weights[layer, out : out + n]
+    return moved
 
 
 class RoutingFile:

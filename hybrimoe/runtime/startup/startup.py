@@ -25,6 +25,7 @@ from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
 from hybrimoe.runtime.layer_call.steps import StepTracker
+from hybrimoe.runtime.learnt import told_from
 from hybrimoe.runtime.startup.measure import make_kernels_ready, measure_profile
 from hybrimoe.runtime.startup.units import Unit, blocks_of, slots_by_unit
 from hybrimoe.runtime.store import ExpertStore
@@ -79,8 +80,9 @@ class Startup:
         if self._slotted() and any(unit.accelerator.n_slots for unit in self.units):
             known = None if previous is None else previous.planner
             planner = self._planner([self._tried(unit) for unit in self.units] if known is None else known.cost_models)
-            if (learnt := self.learnt if known is None else known.learnt()) is not None:
-                planner.recall(learnt)
+            learnt, own = self.learnt if known is None else known.learnt(), planner.learnt()
+            if learnt is not None and own is not None:
+                planner.recall(told_from(learnt, own["distance"]))
             firsts = [block.first_slot for block in blocks_of(self.units)]
             queues = [self.make_queue(unit.accelerator, firsts[unit.index], unit.index) for unit in self.units]
             queue_of = [unit.index for unit in self.units for _ in unit.layers]

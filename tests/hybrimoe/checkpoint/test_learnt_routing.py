@@ -12,7 +12,7 @@ import torch
 from transformers import MixtralConfig, PreTrainedModel
 
 from hybrimoe.checkpoint import load
-from hybrimoe.runtime.learnt import RoutingFile, RoutingWarning
+from hybrimoe.runtime.learnt import RoutingFile, RoutingWarning, told_from
 from scheduler.forecast.use_model import SLOW, Learnt, UseModel
 
 from .conftest import SMALL
@@ -58,6 +58,8 @@ def known(model: PreTrainedModel) -> Learnt:
 
 
 def assert_same(left: Learnt, right: Learnt) -> None:
+    """Alike but for how far ahead was forecast, which follows from measured costs."""
+    right = told_from(right, left["distance"])
     for name in left:
         np.testing.assert_allclose(left[name], right[name], rtol=1e-2, atol=1e-3, err_msg=name)
 
@@ -95,6 +97,15 @@ def test_policies_without_a_forecast_keep_nothing(directory: Path, opened: Calla
     assert not list(directory.rglob("*.routing.npz"))
 
 
+@pytest.mark.parametrize(("before", "now", "moved"), [(1, 1, [1, 2, 3]), (1, 2, [2, 3, 0]), (3, 1, [0, 0, 1])])
+def test_a_forecast_from_another_layer_moves_its_sources(before: int, now: int, moved: list[int]) -> None:
+    """Sources 1, 2 and 3 layers before where the forecast was made from 1 layer before."""
+    weights = np.tile(np.array([1.0, 2.0, 3.0], np.float32)[None, :, None, None], (2, 1, 4, 4))
+    found = told_from({"same_token": weights, "distance": np.full(2, before)}, np.full(2, now))
+    assert found["same_token"][0, :, 0, 0].tolist() == moved
+    assert found["distance"].tolist() == [now] * 2
+
+
 def lived() -> Learnt:
     model = UseModel(2, 4, 1)
     model.next_token[:] = 1.5
@@ -119,7 +130,7 @@ def test_a_file_holds_what_was_learnt_in_the_first_folder_that_takes_it(tmp_path
 def test_nothing_learnt_is_no_file_and_no_place_a_warning(tmp_path: Path) -> None:
     assert RoutingFile("x", [tmp_path]).save(UseModel(2, 4, 1).learnt()) is None
     assert RoutingFile("x", []).save(lived()) is None
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*.npz"))
     (tmp_path / "taken").write_text("no folder")
     with pytest.warns(RoutingWarning, match="could not be kept for the next start.*taken"):
         RoutingFile("x", [tmp_path / "taken"]).save(lived())
