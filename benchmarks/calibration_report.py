@@ -256,9 +256,9 @@ Rows of one page are no independent judges; the held-out prompts by card and mod
   computes a part of, shorter or longer prompts than these, several GPUs, a disk), both say so.
 - Rows of the held-out half beyond the goal:
 {worst}
-- Uploads: a page rarely says whether experts lie in page-locked memory, which decides between about half and nearly all
-  of the link's rate (llama.cpp, issue 25859). `link_share` is fitted to two machines; the RTX 3090's page must have had
-  the other kind.
+- Uploads: a page rarely says whether experts lie in page-locked memory (in llama.cpp's issue 25859 that was worth 21 %
+  of a prompt's speed). `link_share` is fitted to four rows of two machines; the RTX 3090's rows, which do not say, need
+  more of their link than that.
 - Few tokens an expert: kernels differ from card to card and were rewritten several times; the model has one width of
   tiles and one rate. What it has no parameter for: state kernels of linear attention, and that Blackwell cards gain
   less over Ada than their data sheets say.
