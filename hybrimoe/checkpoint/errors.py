@@ -38,6 +38,8 @@ def stands_for(file: Path) -> str | None:
     """What lies in the place of a file that was not fetched itself, and what to do; None for other files."""
     if file.is_symlink() and not file.exists():
         return f"{file} is a link to {file.readlink()}, which is not there; fetch it again"
+    if not file.is_file():  # a pipe would be waited for
+        return None
     try:
         with file.open("rb") as opened:
             first = opened.read(len(POINTER)).lower()

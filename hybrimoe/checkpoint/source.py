@@ -214,7 +214,10 @@ def _shards(directory: Path, file_of_key: dict[str, str]) -> WeightFiles:
 def _no_weights(directory: Path, candidates: list[Path]) -> CheckpointError:
     if candidates:
         found = listed([file.name for file in candidates])
-        return CheckpointError(f"{directory} has several weight files ({found}) and no {INDEX_NAME} that joins them")
+        return CheckpointError(
+            f"{directory} has several weight files ({found}) and no {INDEX_NAME} that joins them; fetch the index, or"
+            " remove the files that do not belong to the model"
+        )
     if unfinished := sorted(file.name for pattern in UNFINISHED for file in directory.glob(pattern)):
         return CheckpointError(f"{directory} has no weights yet: {listed(unfinished)} is not fetched to its end")
     others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.gguf", "*.h5") for file in directory.glob(pattern))

@@ -40,9 +40,22 @@ def simulate(
     scorer: Scorer | None = None,
     prefetch_scorer: Scorer | None = None,
     steps: Sequence[TraceStep] | None = None,
+    earlier: DemandSource | None = None,
 ) -> list[PhaseResult]:
     """Build the right :class:`Simulator` and run it."""
     config = SimulationConfig() if config is None else config
     return simulator_class(profile, config)(
-        trace, profile, shape, config, predictions, frequencies, phase, False, source, scorer, prefetch_scorer, steps
+        trace,
+        profile,
+        shape,
+        config,
+        predictions,
+        frequencies,
+        phase,
+        False,
+        source,
+        scorer,
+        prefetch_scorer,
+        steps,
+        earlier,
     ).run()

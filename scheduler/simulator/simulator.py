@@ -110,7 +110,8 @@ class Simulator:
     """Drives one :class:`Planner` over all steps of a trace.
 
     ``frequencies`` float [layers, experts] is what a profile of other sequences says about use (for the warm-up);
-    None leaves the start to the policy. ``predictions`` are what gate lookahead would give. ``source`` reuses another
+    None leaves the start to the policy. ``earlier`` is the routing of other sequences, from which a policy's forecast
+    learns before the first step. ``predictions`` are what gate lookahead would give. ``source`` reuses another
     simulator's demands of the same trace and predictions. ``steps`` replaces the trace's own (see
     ``scheduler.batching.routes.batched``). The scorers are what ``learned`` policies ask. With
     ``keep_records`` the executed tasks and the planned layers are kept (for one step, not for long traces).
@@ -130,6 +131,7 @@ class Simulator:
         scorer: Scorer | None = None,
         prefetch_scorer: Scorer | None = None,
         steps: Sequence[TraceStep] | None = None,
+        earlier: DemandSource | None = None,
     ) -> None:
         check_fit(trace, shape)
         self.trace, self.profile, self.shape, self.config = trace, profile, shape, config
@@ -150,6 +152,7 @@ class Simulator:
         self._judge, self._step = PrefetchJudge(trace.n_layers, trace.n_experts), 0
         self.streamer = None if config.streaming is None else Streamer(config.streaming, self.engine)
         self._costs: dict[int, CostModel] = {}
+        self._study(earlier)
         self._warm_up(frequencies)
 
     def _planner(self, scorer: Scorer | None, prefetch_scorer: Scorer | None) -> Planner:
@@ -199,6 +202,12 @@ class Simulator:
             host = HostTier(shape.n_layers, shape.n_experts, capacity, costs.read_us(0), costs.read_latency_us)
             host.preload(_most_used(frequencies, shape), frequencies)
         return Engine(costs, expert_bytes, keep_records, host, self.profile.dense.handoff_us)
+
+    def _study(self, earlier: DemandSource | None) -> None:
+        """The forecasts live through earlier sequences."""
+        if earlier is not None:
+            for step in earlier.trace.steps():
+                self.planner.study(list(earlier.step(step)), step.first)
 
     def _warm_up(self, frequencies: NDArray[np.float64] | None) -> None:
         """Initial residents are loaded before the clock starts."""

@@ -114,14 +114,25 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
     evaluation, cut = _cut(evaluation, request.max_tokens, phase)
     predictions = predictions_for(evaluation, kind, calibration, request.seed)
     source = DemandSource(evaluation, predictions)
-    known = expert_frequencies(calibration)
+    known, earlier = expert_frequencies(calibration), DemandSource(calibration)
     scorer, prefetch_scorer = _scorer(request.cache_model), _scorer(request.prefetch_model)
     steps = list(evaluation.steps(phase, request.prefill_chunk))
     results, ranges = [], []
     for config in configs:
         setting = _setting(profile, found.shape, config)
         for result in simulate(
-            evaluation, profile, found.shape, config, None, known, phase, source, scorer, prefetch_scorer, steps
+            evaluation,
+            profile,
+            found.shape,
+            config,
+            None,
+            known,
+            phase,
+            source,
+            scorer,
+            prefetch_scorer,
+            steps,
+            earlier,
         ):
             results.append(result)
             ranges.append(_range(setting, result))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,12 @@ def test_a_file_instead_of_a_directory(directory: Path) -> None:
     lone = directory.parent / "notes.txt"
     lone.write_text("text")
     fails(ModelError, "is a file; expected a directory", lone)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in this system's folders")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    fails(ModelError, "is a file; expected a directory", tmp_path / "model.gguf")
 
 
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
