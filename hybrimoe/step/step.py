@@ -77,15 +77,15 @@ class Step(ServedStep):
 
     def _n_past(self, cache: Any) -> int | None:
         """Tokens of the one sequence that a cache holds; None where the step cannot go on from it."""
-        known = cache if isinstance(cache, DynamicCache) else None
-        if known is None or type(known) is not self.reading.cache_type:
+        is_known = isinstance(cache, DynamicCache) and type(cache) is self.reading.cache_type
+        if not is_known:
             return None
-        n_past = int(known.get_seq_length())
+        n_past = int(cache.get_seq_length())
         if not n_past:
             if self._in_a_plane:  # the model's own forward forgets the images of its latest prompt
                 return None
-            begin(known, self._no_rows)
-        return n_past if self.fits(known, n_past, 1) else None
+            begin(cache, self._no_rows)
+        return n_past if self.fits(cache, n_past, 1) else None
 
     @property
     def differs_in_batches(self) -> str | None:
