@@ -77,13 +77,14 @@ def measure(path: str, tokens: int = TOKENS) -> dict[str, Any]:
 def decode(profile: Trace, held: Trace, shape: ModelShape) -> list[dict[str, Any]]:
     """One row a machine, share and policy."""
     source = DemandSource(held, predictions_for(held, "auto", profile, 0))
-    known = expert_frequencies(profile)
+    known, earlier = expert_frequencies(profile), DemandSource(profile)
     rows = []
     for hardware in EVERY_HARDWARE:
         for share in SHARES:
             for policy in POLICIES:
                 config = SimulationConfig(policy=policy, cache_ratio=share)
-                result = simulate(held, open_hardware(hardware), shape, config, None, known, None, source)[0]
+                machine = open_hardware(hardware)
+                result = simulate(held, machine, shape, config, None, known, None, source, earlier=earlier)[0]
                 kept = ("policy", "latency_ms", "hit_rate", "transfers", "prefetches", "prefetch_precision")
                 row = {name: value for name, value in result.as_dict().items() if name in kept}
                 rows.append({"hardware": hardware, "share": share, **row})

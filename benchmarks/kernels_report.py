@@ -1,9 +1,11 @@
 """Writes docs/kernels-measured.md and the summary in docs/kernels.md from runs of `bench kernels` and `bench quality`.
 
     python benchmarks/kernels_report.py run1.json run2.json ... --avx2 avx2.json ... --quality quality.json
+    python benchmarks/kernels_report.py --amx with1.json ... --without-amx without1.json ...
     python benchmarks/kernels_report.py       # writes both anew from docs/kernels-measured.json, which keeps the runs
 
-Each run is the output of `--json`; several runs of a shape give medians and the range between runs.
+Each run is the output of `--json`; several runs of a shape give medians and the range between runs. The second adds
+bfloat16 experts on a machine with AMX: runs with `--only bfloat16`, those without AMX with `HYBRIMOE_ISA=avx512bf16`.
 """
 
 from __future__ import annotations
@@ -49,27 +51,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--avx2", nargs="*", type=Path, default=[], help="runs with HYBRIMOE_ISA=avx2")
     parser.add_argument("--quality", type=Path)
+    parser.add_argument("--amx", nargs="*", type=Path, default=[], help="runs on a machine with AMX")
+    parser.add_argument(
+        "--without-amx", nargs="*", type=Path, default=[], help="runs with HYBRIMOE_ISA=avx512bf16 there"
+    )
     parser.add_argument("--folder", type=Path, default=ROOT, help="with docs/")
     given = parser.parse_args(arguments)
     kept = given.folder / "docs" / "kernels-measured.json"
+    data = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     if given.runs:
-        kept.write_text(stored(given.runs, given.avx2, given.quality), encoding="utf-8")
-    data = json.loads(kept.read_text(encoding="utf-8"))
+        data |= measured(given.runs, given.avx2, given.quality)
+    if given.amx:
+        data["amx"] = measured_amx(given.amx, given.without_amx)
+    kept.write_text(stored(data), encoding="utf-8")
     (given.folder / "docs" / "kernels-measured.md").write_text(document(data), encoding="utf-8")
     page = given.folder / "docs" / "kernels.md"
     page.write_text(with_table(page.read_text(encoding="utf-8"), data), encoding="utf-8")
 
 
-def stored(runs: Sequence[Path], avx2: Sequence[Path], quality: Path | None) -> str:
-    """JSON of what the documents need, a row a line."""
+def measured(runs: Sequence[Path], avx2: Sequence[Path], quality: Path | None) -> dict[str, Any]:
+    """What the documents need of runs."""
     results, narrow = ([json.loads(path.read_text(encoding="utf-8")) for path in paths] for paths in (runs, avx2))
-    data = {
+    return {
         "machine": results[0]["machine"],
         "columns": KEPT,
         "runs": [kept_rows(result) for result in results],
         "avx2": [kept_rows(result) for result in narrow],
         "quality": json.loads(quality.read_text(encoding="utf-8"))["rows"] if quality else [],
     }
+
+
+def measured_amx(tiles: Sequence[Path], vectors: Sequence[Path]) -> dict[str, Any]:
+    """What the documents need of runs on a machine with AMX."""
+    with_amx, without = ([json.loads(path.read_text(encoding="utf-8")) for path in paths] for paths in (tiles, vectors))
+    for results, paths, isa in ((with_amx, tiles, "amx"), (without, vectors, "avx512bf16")):
+        for result, path in zip(results, paths, strict=True):
+            if (found := result["machine"]["isa"]) != isa:
+                raise SystemExit(f"{path} is of {found}, expected {isa}: set HYBRIMOE_ISA for its run")
+    return {
+        "machine": with_amx[0]["machine"],
+        "columns": KEPT,
+        "with": [kept_rows(result) for result in with_amx],
+        "without": [kept_rows(result) for result in without],
+    }
+
+
+def stored(data: dict[str, Any]) -> str:
+    """JSON, a row a line."""
     return json.dumps(data).replace("[[", "[\n[").replace("], [", "],\n[") + "\n"
 
 
@@ -85,6 +113,8 @@ def document(data: dict[str, Any]) -> str:
     parts = [introduction(data["machine"], rows), goals(rows), speed_tables(rows), ratio_table(rows)]
     if data["avx2"]:
         parts.append(path_table(collect(data, "avx2")))
+    if "amx" in data:
+        parts.append(amx_table(data["amx"]))
     if data["quality"]:
         parts.append(quality_table(data["quality"]))
     return "\n".join(parts) + "\n"
@@ -241,6 +271,25 @@ def path_table(rows: Rows) -> str:
         parts.append(f"Milliseconds of a layer call, {tokens} tokens an expert:\n")
         parts.append(table(rows, tokens, lambda found: spread([row["ms"] for row in found], ".2f"), "ours"))
     return "\n".join(parts)
+
+
+def amx_table(data: dict[str, Any]) -> str:
+    """Milliseconds of bfloat16 experts with and without AMX, and of torch's."""
+    tiles, vectors, machine = collect(data, "with"), collect(data, "without"), data["machine"]
+    heads = ("shape", "tokens an expert", "ours", "ours without AMX", "torch", "without / with AMX", "torch / ours")
+    lines = []
+    for shape, tokens in dict.fromkeys((shape, tokens) for shape, tokens, _ in tiles):
+        found = (tiles, "ours bfloat16"), (vectors, "ours bfloat16"), (tiles, "torch bfloat16")
+        times = [[row["ms"] for row in rows.get((shape, tokens, name), [])] for rows, name in found]
+        ratios = [f"{median(other) / median(times[0]):.2f}" if other else "-" for other in times[1:]]
+        lines.append([shape, str(tokens), *(spread(values, ".2f") for values in times), *ratios])
+    return (
+        "## bfloat16 experts on AMX\n\n"
+        f"On another machine: {machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads, virtual\n"
+        "machine. Milliseconds of a layer call; medians over the runs, ratios of these medians. Without AMX:\n"
+        "HYBRIMOE_ISA=avx512bf16. torch's bfloat16 is oneDNN, which has AMX as well, and rounds what down sees.\n\n"
+        + markdown(heads, lines)
+    )
 
 
 def quality_table(rows: list[Row]) -> str:

@@ -97,7 +97,7 @@ def measured(found: TraceInput, tokens: int, only: str = "") -> Iterator[dict[st
             if cache not in NOT_ALONE and only in ("", cache):
                 yield {"part": "cache", "name": cache, "share": share, "hit_rate": cache_hit_rate(held, cache, share)}
     source = DemandSource(held, predictions_for(held, "auto", profile, 0))
-    known = expert_frequencies(profile)
+    known, earlier = expert_frequencies(profile), DemandSource(profile)
     policies = [("balance", name, f"{name}/none/lru") for name in BALANCE_POLICIES]
     policies += [("prefetch", name, f"value/{name}/value") for name in PREFETCH_POLICIES]
     for part, name, policy in policies:
@@ -106,7 +106,8 @@ def measured(found: TraceInput, tokens: int, only: str = "") -> Iterator[dict[st
         for hardware in MACHINES:
             for share in SHARES:
                 config = SimulationConfig(policy=policy, cache_ratio=share)
-                results = simulate(held, open_hardware(hardware), found.shape, config, None, known, None, source)
+                machine = open_hardware(hardware)
+                results = simulate(held, machine, found.shape, config, None, known, None, source, earlier=earlier)
                 result = next(row for row in results if row.phase == "decode").as_dict()
                 yield {"part": part, "name": name, "share": share, "hardware": hardware,
                        "latency_ms": result["latency_ms"]}  # fmt: skip

@@ -48,6 +48,7 @@ from hybrimoe.dense.records import DenseRecords
 from hybrimoe.errors import BudgetError, CheckpointError, ModelError
 from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
 from hybrimoe.experts.towers import in_tower, remove_towers, tower_paths
+from hybrimoe.runtime.learnt import RoutingFile
 from hybrimoe.runtime.startup.backends import require_devices
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
 from hybrimoe.runtime.tier.slots import RecordPlaces
@@ -164,6 +165,9 @@ class Loader:
         injection.packing = self.choice.remark
         try:
             place_dense(self.model, self.deployment)  # before the session measures what memory is left for slots
+            session.keep_routing(
+                RoutingFile(packed.file_name(self._experts_header(session.layer_specs())), self.places)
+            )
             session.finalize(store=self._packed_store(session, sources, show))
             self._load_unreplaced(injection, sources, dtypes)
             records = self._dense_records(self._load_moved(injection, parts.linears, dtypes), dtypes, show)

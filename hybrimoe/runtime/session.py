@@ -29,6 +29,7 @@ from hybrimoe.runtime.layer_call.predicting import RoutingRecorder
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stats import SessionStats, StatsRecorder
 from hybrimoe.runtime.layer_call.steps import StepTracker
+from hybrimoe.runtime.learnt import RoutingFile
 from hybrimoe.runtime.lossy.low_copy import LowCopy, make_low_copy
 from hybrimoe.runtime.lossy.startup import lossy_call
 from hybrimoe.runtime.resident import ResidentExperts, find_resident
@@ -72,6 +73,7 @@ class Session:
         self._tracker = StepTracker(self.config.decode_max_tokens)
         self._model: weakref.ref[nn.Module] | None = None
         self._sink: ProbeSink | None = None
+        self._routing: RoutingFile | None = None
         self._make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
         self._closed = False
         self._reporters: list[Callable[[StatsRecorder], None]] = []
@@ -166,6 +168,11 @@ class Session:
     @property
     def _opened(self) -> bool:
         return self._finalizer is not None
+
+    def keep_routing(self, file: RoutingFile) -> None:
+        """Before the start: the session begins with what the file holds of the model's routing, and `close` keeps there
+        what it has learnt (policies with a forecast)."""
+        self._routing = file
 
     def start(self, frequencies: Frequencies | None = None) -> None:
         """Measures costs, allocates slots, makes the planner and starts the warm-up. The store must be complete."""
@@ -329,6 +336,9 @@ class Session:
             self._closed = True
             self._tracker.unbind()
             if self._runner is not None:
+                planner = self._runner.planner
+                if self._routing is not None and planner is not None and (learnt := planner.learnt()) is not None:
+                    self._routing.save(learnt)
                 self._runner.close()
             self._runner = None
             if self._finalizer is not None:
@@ -586,6 +596,7 @@ class Session:
         startup = Startup(
             self.config, self._layers, self.store, self._units, model, self._probe, self._stats, self._tracker,
             make_planner=self._make_planner,
+            learnt=None if self._routing is None or previous is not None else self._routing.read(),
         )  # fmt: skip
         lossy = self.config.lossy
         if lossy is None:

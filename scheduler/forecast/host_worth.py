@@ -58,7 +58,5 @@ class Worth:
             self.use.begin_step(few)
         self._last_layer = layer
         target = self.use.observe(demand, few)
-        keep_by_use(
-            self.keep, layer * self.n_experts, self.use.odds, layer, self.use.rates[layer], self.residency.horizon, 1.0
-        )
+        keep_by_use(self.keep, layer * self.n_experts, self.use.odds, self.use.far, layer, self.residency.horizon, 1.0)
         return None if target < 0 else (target, self.use.ahead[target])

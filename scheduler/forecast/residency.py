@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Final
 
-HORIZON_SCALE: Final = 0.8
-"""Residency pays over so many times the root of the lifetime in tokens (gpt-oss-20b, tuning half: a share of the
-lifetime is right at 25 or at 50 % cached, not at both)."""
+HORIZON_SCALE: Final = 0.5
+"""Residency pays over so many times the root of the lifetime in tokens (gpt-oss-20b and OLMoE, tuning halves: a share
+of the lifetime is right at 25 or at 50 % cached, not at both)."""
 TRANSFER_WEIGHT: Final = 0.02
 """Weight of the newest token in the mean number of transfers a token."""
 FIRST_TRANSFERS: Final = 1.0

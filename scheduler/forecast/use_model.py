@@ -1,12 +1,14 @@
-"""Chance that an expert is used by its layer's next tokens, and by the running token in a later layer.
+"""Chance that an expert is used by its layer's next tokens, by those after them, and by the running token in a later
+layer.
 
-Own use (a fast and a slow moving mean, the share of the sequence's tokens) gives log-odds; what the experts active now
-say about those that follow (``affinity``) is added. All of it is learnt while running, nothing is trained ahead.
+Own use (a fast and a slow moving mean, the share of the sequence's tokens) is blended into log-odds; what the experts
+active now say about those that follow (``affinity``) is added. All of it, the blends included, is learnt while running.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +28,20 @@ SLOW_WEIGHT: Final = 0.03
 """Weights of the newest token in the two moving means of use."""
 SEQUENCE_TRUST: Final = 8.0
 """Tokens of even use that a sequence's count of uses starts with."""
-OWN_USE: Final = (0.14, 0.056, 0.243)
-"""Logistic weights of the log-odds of the fast and the slow mean and of the sequence's share, for the mean use over
-the next NEXT_TOKENS tokens (gpt-oss-20b, tuning half; the constant is 0)."""
 NEXT_TOKENS: Final = 3
-TOKEN_RATE: Final = 0.05
-VOTE_SHARE: Final = 0.5
-"""Part of the votes for the next tokens that counts: they are learnt from few tokens (tuning half)."""
-AHEAD: Final = (0.62, 0.35)
-"""Share of an expert's log-odds for the next tokens, and a constant, in those for the running token."""
+FAR_TOKENS: Final = 12
+"""The tokens after NEXT_TOKENS up to this one stand for all later ones."""
+N_STEPS: Final = FAR_TOKENS + 1
+"""Steps that are remembered until what they were asked about is known."""
+NEAR, FAR, AHEAD, BLEND_SIZE = 0, 4, 8, 10
+"""Places of a layer's blends. NEAR and FAR: logistic weights of the log-odds of the fast and the slow mean and of the
+sequence's share, and a constant, for the mean use over the next NEXT_TOKENS tokens and over the far ones. AHEAD: share
+of an expert's log-odds for the next tokens, and a constant, in those for the running token."""
+WEIGHT, SQUARES = 0, 1
+"""Rows of blends: the weights, and the sums of their squared gradients."""
+FIRST_BLEND: Final = (0.1, 0.1, 0.4, -0.2, 0.15, 0.3, 0.45, 0.0, 0.6, 0.2)
+BLEND_RATE: Final = 0.02
+TOKEN_RATE: Final = 0.025
 LAYER_RATE: Final = 0.1
 FEW_TOKENS: Final = 4
 """Above so many tokens a step (prefill) the union of experts says nothing about who follows whom."""
@@ -69,83 +76,132 @@ def count_use(rates: Floats, ids: Ids, n_tokens: Ids, n_total: int) -> None:
 
 
 @compiled
-def learn_layer(
-    layer: int, ids: Ids, now: int, run: int, distance: int, routes: Ids, own: Singles, ahead: Singles,
-    next_token: Singles, same_token: Singles,
-) -> None:  # fmt: skip
-    """The routing of step ``now`` at a layer is known: both regressions learn from it.
+def adjust(blend: Floats, place: int, gradient: float) -> None:
+    """Moves a weight of a blend float64[2, BLEND_SIZE] along its gradient, the less the more it has moved (Adagrad)."""
+    if gradient != 0.0:
+        blend[SQUARES, place] += gradient * gradient
+        blend[WEIGHT, place] += BLEND_RATE * gradient / np.sqrt(blend[SQUARES, place])
 
-    ``run``: steps of this sequence before this one. ``distance`` > 0: ``ahead`` float32[L, E] holds the log-odds that
-    were given for this layer so many layers before. own float32[steps, L, E]: log-odds of own use, by step.
-    """
-    n_experts, n_steps = ahead.shape[1], routes.shape[0]
-    moves = np.empty(n_experts, np.float32)
-    step = now % n_steps
-    if distance > 0:
-        for e in range(n_experts):
-            moves[e] = -LAYER_RATE * chance_of(ahead[layer, e])
-        for expert in ids:
-            moves[expert] += LAYER_RATE
-        correct(same_token, layer, routes, step, layer - distance, moves)
-    write_route(routes, step, layer, ids)
-    if run < NEXT_TOKENS:
-        return
-    old = (now - NEXT_TOKENS) % n_steps
-    moves[:] = own[old, layer]
-    add_votes(next_token, layer, routes, old, layer, moves)
-    for e in range(n_experts):
-        moves[e] = -TOKEN_RATE * chance_of(moves[e])
-    for later in range(now - NEXT_TOKENS + 1, now + 1):
+
+@compiled
+def adjust_own(blend: Floats, first: int, own: Singles, moves: Singles) -> None:
+    """Moves the four weights from place ``first`` on; own float32[3, E], moves float32[E]: truth minus chance."""
+    constant = 0.0
+    for e in range(moves.size):
+        constant += moves[e]
+    for rate in range(own.shape[0]):
+        gradient = 0.0
+        for e in range(moves.size):
+            gradient += moves[e] * own[rate, e]
+        adjust(blend, first + rate, gradient)
+    adjust(blend, first + own.shape[0], constant)
+
+
+@compiled
+def blend_own(blend: Floats, first: int, own: Singles, odds: Singles) -> None:
+    """odds float32[E]: log-odds by the four weights from place ``first`` on of own use, float32[3, E]."""
+    fast, slow, uses, constant = blend[WEIGHT, first : first + 4]
+    for e in range(odds.size):
+        odds[e] = fast * own[FAST, e] + slow * own[SLOW, e] + uses * own[USES, e] + constant
+
+
+@compiled
+def misjudged(routes: Ids, layer: int, first: int, last: int, odds: Singles) -> None:
+    """odds float32[E], in place: the mean use of each expert over the steps ``first`` to ``last`` minus its chance."""
+    for e in range(odds.size):
+        odds[e] = -chance_of(odds[e])
+    for step in range(first, last + 1):
         for i in range(MAX_ACTIVE):
-            expert = routes[later % n_steps, layer, i]
+            expert = routes[step % N_STEPS, layer, i]
             if expert < 0:
                 break
-            moves[expert] += TOKEN_RATE / NEXT_TOKENS
-    correct(next_token, layer, routes, old, layer, moves)
+            odds[expert] += 1.0 / (last + 1 - first)
+
+
+@compiled
+def learn_layer(
+    layer: int, ids: Ids, scores: Singles, now: int, run: int, distance: int, routes: Ids, gates: Singles, own: Singles,
+    blend: Floats, odds: Singles, ahead: Singles, next_token: Singles, same_token: Singles,
+) -> None:  # fmt: skip
+    """The routing of step ``now`` at a layer is known: what was expected of it is corrected.
+
+    scores float32[E]: gate weights. ``run``: steps of this sequence before this one. ``distance`` > 0: ``ahead``
+    float32[L, E] holds the log-odds that were given for this layer so many layers before. own float32[steps, L, 3, E]:
+    log-odds of own use, by step. blend float64[2, BLEND_SIZE]: the layer's.
+    """
+    moves, step = np.empty(odds.shape[1], np.float32), now % N_STEPS
+    write_route(routes, gates, step, layer, ids, scores)
+    if distance > 0:
+        moves[:] = ahead[layer]
+        misjudged(routes, layer, now, now, moves)
+        shared, constant = 0.0, 0.0
+        for e in range(moves.size):
+            shared += moves[e] * odds[layer, e]
+            constant += moves[e]
+            moves[e] *= LAYER_RATE
+        adjust(blend, AHEAD, shared)
+        adjust(blend, AHEAD + 1, constant)
+        correct(same_token, layer, routes, gates, step, layer - distance, moves)
+    if run >= NEXT_TOKENS:
+        old = (now - NEXT_TOKENS) % N_STEPS
+        blend_own(blend, NEAR, own[old, layer], moves)
+        add_votes(next_token, layer, routes, gates, old, layer, moves)
+        misjudged(routes, layer, now - NEXT_TOKENS + 1, now, moves)
+        adjust_own(blend, NEAR, own[old, layer], moves)
+        for e in range(moves.size):
+            moves[e] *= TOKEN_RATE
+        correct(next_token, layer, routes, gates, old, layer, moves)
+    if run >= FAR_TOKENS:
+        old = (now - FAR_TOKENS) % N_STEPS
+        blend_own(blend, FAR, own[old, layer], moves)
+        misjudged(routes, layer, now - FAR_TOKENS + NEXT_TOKENS + 1, now, moves)
+        adjust_own(blend, FAR, own[old, layer], moves)
 
 
 @compiled
 def expect_use(
-    layer: int, now: int, seen: float, even: float, rates: Floats, routes: Ids, own: Singles, odds: Singles,
-    next_token: Singles, voting: bool,
+    layer: int, now: int, seen: float, even: float, rates: Floats, routes: Ids, gates: Singles, own: Singles,
+    blend: Floats, odds: Singles, far: Singles, next_token: Singles, voting: bool,
 ) -> None:  # fmt: skip
-    """odds float32[L, E] of a layer: log-odds of the mean use over its next tokens. ``voting``: routes are known."""
-    step, n_experts = now % routes.shape[0], odds.shape[1]
-    votes = np.zeros(n_experts, np.float32)
+    """odds, far float32[L, E] of a layer: log-odds of the mean use over its next tokens, and over those after them.
+    ``voting``: routes are known."""
+    step = now % N_STEPS
+    rows = own[step, layer]
+    for e in range(odds.shape[1]):
+        rows[FAST, e], rows[SLOW, e] = log_odds(rates[FAST, e]), log_odds(rates[SLOW, e])
+        rows[USES, e] = log_odds((rates[USES, e] + SEQUENCE_TRUST * even) / (seen + SEQUENCE_TRUST))
+    blend_own(blend, NEAR, rows, odds[layer])
+    blend_own(blend, FAR, rows, far[layer])
     if voting:
-        add_votes(next_token, layer, routes, step, layer, votes)
-    for e in range(n_experts):
-        in_sequence = (rates[USES, e] + SEQUENCE_TRUST * even) / (seen + SEQUENCE_TRUST)
-        own[step, layer, e] = (
-            OWN_USE[0] * log_odds(rates[FAST, e])
-            + OWN_USE[1] * log_odds(rates[SLOW, e])
-            + OWN_USE[2] * log_odds(in_sequence)
-        )
-        odds[layer, e] = own[step, layer, e] + VOTE_SHARE * votes[e]
+        add_votes(next_token, layer, routes, gates, step, layer, odds[layer])
 
 
 @compiled
 def observe_use(
-    layer: int, ids: Ids, n_tokens: Ids, n_total: int, now: int, run: int, distance: int, seen: float, even: float,
-    few: bool, rates: Floats, routes: Ids, own: Singles, odds: Singles, ahead: Singles, next_token: Singles,
-    same_token: Singles,
+    layer: int, ids: Ids, n_tokens: Ids, scores: Singles, n_total: int, now: int, run: int, distance: int, seen: float,
+    even: float, few: bool, rates: Floats, routes: Ids, gates: Singles, own: Singles, blend: Floats, odds: Singles,
+    far: Singles, ahead: Singles, next_token: Singles, same_token: Singles,
 ) -> None:  # fmt: skip
     """A layer's routing is known: counts its use, learns if there are ``few`` tokens, forecasts the next ones."""
     count_use(rates, ids, n_tokens, n_total)
     if few:
-        learn_layer(layer, ids, now, run, distance, routes, own, ahead, next_token, same_token)
-    expect_use(layer, now, seen, even, rates, routes, own, odds, next_token, few)
+        learn_layer(
+            layer, ids, scores, now, run, distance, routes, gates, own, blend, odds, ahead, next_token, same_token
+        )
+    expect_use(layer, now, seen, even, rates, routes, gates, own, blend, odds, far, next_token, few)
 
 
 @compiled
 def foretell(
-    layer: int, target: int, now: int, routes: Ids, odds: Singles, same_token: Singles, ahead: Singles
-) -> None:
-    """ahead float32[L, E] of layer ``target``: log-odds that the running step uses its experts, told at ``layer``."""
-    row = ahead[target]
+    layer: int, target: int, now: int, routes: Ids, gates: Singles, blend: Floats, odds: Singles, same_token: Singles,
+    ahead: Singles,
+) -> None:  # fmt: skip
+    """ahead float32[L, E] of layer ``target``: log-odds that the running step uses its experts, told at ``layer``.
+    blend float64[2, BLEND_SIZE]: the target's."""
+    row, share, constant = ahead[target], blend[WEIGHT, AHEAD], blend[WEIGHT, AHEAD + 1]
     for e in range(row.size):
-        row[e] = AHEAD[0] * odds[target, e] + AHEAD[1]
-    add_votes(same_token, target, routes, now % routes.shape[0], layer, row)
+        row[e] = share * odds[target, e] + constant
+    add_votes(same_token, target, routes, gates, now % N_STEPS, layer, row)
 
 
 @compiled
@@ -165,11 +221,18 @@ def take_turn(layer: int, n_tokens: int, few: bool, distance: int, seen: Floats,
     return since, target
 
 
-class UseModel:
-    """State of one model: ``odds`` float32[L, E] for the next tokens, ``ahead`` float32[L, E] for the running one.
+LEARNT: Final = ("rates", "even", "blends", "next_token", "same_token")
+"""What a ``UseModel`` knows of a model's routing beyond the running sequence; every array has a row a layer."""
+Learnt = dict[str, npt.NDArray[Any]]
 
-    ``distance``: layers from where a forecast is made to where it is for. ``next_token``, ``same_token``: what was
-    learnt (``affinity``). ``now``: number of the step, ``run``: steps of few tokens of this sequence without a break.
+
+class UseModel:
+    """State of one model: log-odds float32[L, E] ``odds`` for the next tokens, ``far`` for those after them, ``ahead``
+    for the running one.
+
+    ``distance``: layers from where a forecast is made to where it is for. ``next_token``, ``same_token`` (``affinity``)
+    and ``blends`` float64[L, 2, BLEND_SIZE]: what was learnt. ``now``: number of the step, ``run``: steps of few tokens
+    of this sequence without a break.
     ``seen``, ``even`` float64[L]: tokens of the sequence, and an expert's even chance (0: nothing was active yet).
     """
 
@@ -178,13 +241,34 @@ class UseModel:
         self.rates = np.zeros((n_layers, 3, n_experts))
         self.seen, self.even = np.zeros(n_layers), np.zeros(n_layers)
         self._shares: Floats | None = None
-        self.routes = no_routes(NEXT_TOKENS + 1, n_layers)
-        self.own = np.zeros((NEXT_TOKENS + 1, n_layers, n_experts), np.float32)
-        self.odds = np.zeros((n_layers, n_experts), np.float32)
-        self.ahead = np.zeros((n_layers, n_experts), np.float32)
+        self.routes, self.gates = no_routes(N_STEPS, n_layers)
+        self.own = np.zeros((N_STEPS, n_layers, 3, n_experts), np.float32)
+        self.blends = np.zeros((n_layers, 2, BLEND_SIZE))
+        self.blends[:, WEIGHT] = FIRST_BLEND
+        self.odds, self.far, self.ahead = (np.zeros((n_layers, n_experts), np.float32) for _ in range(3))
         self.next_token, self.same_token = (no_weights(n_layers, n_experts) for _ in range(2))
         self.now, self.run = 0, 0
         self.foretold = np.zeros(n_layers, np.int64)
+
+    def learnt(self) -> Learnt:
+        """What another model of the same sizes can begin with, see ``recall``. The arrays are this model's own."""
+        return {name: getattr(self, name) for name in LEARNT} | {"distance": np.full(self.n_layers, self.distance)}
+
+    def recall(self, learnt: Mapping[str, npt.NDArray[Any]]) -> bool:
+        """Begins with what an earlier model has learnt, before the first step. Returns whether it fits: the same arrays
+        of finite numbers, forecast from as many layers before; nothing has changed where it does not."""
+        own = self.learnt()
+        if learnt.keys() != own.keys():
+            return False
+        for name, array in own.items():
+            given = learnt[name]
+            if given.shape != array.shape or given.dtype.kind not in "fi" or not np.isfinite(given).all():
+                return False
+        if not np.array_equal(learnt["distance"], own["distance"]):
+            return False
+        for name in LEARNT:
+            own[name][...] = learnt[name]
+        return True
 
     def begin_sequence(self) -> None:
         """What was active last no longer precedes what comes, and the sequence's uses are counted from 0."""
@@ -223,11 +307,14 @@ class UseModel:
         layer = demand.layer
         now, run, distance, seen, even, target = self.turn(demand, few)
         observe_use(
-            layer, demand.expert_ids, demand.n_tokens, demand.n_tokens_total, now, run, distance, seen, even, few,
-            self.rates[layer], self.routes, self.own, self.odds, self.ahead, self.next_token, self.same_token,
+            layer, demand.expert_ids, demand.n_tokens, demand.gate_scores, demand.n_tokens_total, now, run, distance,
+            seen, even, few, self.rates[layer], self.routes, self.gates, self.own, self.blends[layer], self.odds,
+            self.far, self.ahead, self.next_token, self.same_token,
         )  # fmt: skip
         if target >= 0:
-            foretell(layer, target, now, self.routes, self.odds, self.same_token, self.ahead)
+            foretell(
+                layer, target, now, self.routes, self.gates, self.blends[target], self.odds, self.same_token, self.ahead
+            )
         return target
 
     def loads(self, layer: int) -> Floats:

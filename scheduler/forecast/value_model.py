@@ -7,6 +7,7 @@ measured: the share of such forecasts that came true.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -17,7 +18,7 @@ from scheduler.compiled import compiled
 from scheduler.demand import Demand
 from scheduler.forecast.affinity import MAX_ACTIVE
 from scheduler.forecast.residency import Residency
-from scheduler.forecast.use_model import FEW_TOKENS, NEXT_TOKENS, SLOW, UseModel, chance_of, foretell, observe_use
+from scheduler.forecast.use_model import FEW_TOKENS, NEXT_TOKENS, UseModel, chance_of, foretell, observe_use
 from scheduler.setting import Setting
 
 Floats = npt.NDArray[np.float64]
@@ -92,12 +93,12 @@ def sure_absent(
 
 @compiled
 def keep_by_use(
-    keep: Floats, first_key: int, odds: Singles, layer: int, rates: Floats, horizon: float, saving_us: float
+    keep: Floats, first_key: int, odds: Singles, far: Singles, layer: int, horizon: float, saving_us: float
 ) -> None:
-    """keep float64[L * E] of a layer: uses within ``horizon`` tokens, by forecast and then by the slow mean of use."""
-    near, far = min(horizon, NEXT_TOKENS), max(horizon - NEXT_TOKENS, 0.0)
+    """keep float64[L * E] of a layer: uses within ``horizon`` tokens, by the forecasts of near and far ones."""
+    n_near, n_far = min(horizon, NEXT_TOKENS), max(horizon - NEXT_TOKENS, 0.0)
     for e in range(odds.shape[1]):
-        keep[first_key + e] = saving_us * (near * chance_of(odds[layer, e]) + far * rates[SLOW, e])
+        keep[first_key + e] = saving_us * (n_near * chance_of(odds[layer, e]) + n_far * chance_of(far[layer, e]))
 
 
 @compiled
@@ -142,11 +143,11 @@ def saving_us(cpu: Floats, accel: Floats, kind: int, drift: Floats) -> float:
 
 @compiled
 def follow_layer(
-    layer: int, target: int, ids: Ids, n_tokens: Ids, n_total: int, now: int, run: int, distance: int, seen: float,
-    even: float, few: bool, horizon: float, cpu: Floats, accel: Floats, kind: Ints, drift: Floats, slot_of: Ints,
-    given: Ids, scores: Singles, keep: Floats, rates: Floats, routes: Ids, own_odds: Singles, odds: Singles,
-    ahead: Singles, next_token: Singles, same_token: Singles, own: Floats, shared: Floats, n_listed: Ints, listed: Ints,
-    cells: Ints, chances: Floats,
+    layer: int, target: int, ids: Ids, n_tokens: Ids, gate_scores: Singles, n_total: int, now: int, run: int,
+    distance: int, seen: float, even: float, few: bool, horizon: float, cpu: Floats, accel: Floats, kind: Ints,
+    drift: Floats, slot_of: Ints, given: Ids, scores: Singles, keep: Floats, rates: Floats, routes: Ids, gates: Singles,
+    own_odds: Singles, blends: Floats, odds: Singles, far: Singles, ahead: Singles, next_token: Singles,
+    same_token: Singles, own: Floats, shared: Floats, n_listed: Ints, listed: Ints, cells: Ints, chances: Floats,
 ) -> None:  # fmt: skip
     """A layer's routing is known: learns from it (``observe_use``), judges what was listed for it, scores its experts.
 
@@ -154,17 +155,17 @@ def follow_layer(
     prediction for it.
     """
     observe_use(
-        layer, ids, n_tokens, n_total, now, run, distance, seen, even, few, rates, routes, own_odds, odds, ahead,
-        next_token, same_token,
+        layer, ids, n_tokens, gate_scores, n_total, now, run, distance, seen, even, few, rates, routes, gates, own_odds,
+        blends[layer], odds, far, ahead, next_token, same_token,
     )  # fmt: skip
     n = n_listed[layer]
     if n > 0:
         learn_fate(own[layer], shared, cells[layer, :n], listed[layer, :n], ids)
         n_listed[layer] = 0
     n_experts = odds.shape[1]
-    keep_by_use(keep, layer * n_experts, odds, layer, rates, horizon, saving_us(cpu, accel, kind[layer], drift))
+    keep_by_use(keep, layer * n_experts, odds, far, layer, horizon, saving_us(cpu, accel, kind[layer], drift))
     if target >= 0:
-        foretell(layer, target, now, routes, odds, same_token, ahead)
+        foretell(layer, target, now, routes, gates, blends[target], odds, same_token, ahead)
         n_listed[target] = rank_absent(
             keep, target, ahead, saving_us(cpu, accel, kind[target], drift), slot_of, given, scores, own, shared,
             listed, cells, chances,
@@ -227,10 +228,23 @@ class ValueModel:
         for layer in range(self.setting.n_layers):
             rows[layer] = self.saving_us(layer) * shares[layer]
 
+    def study(self, demands: Sequence[Demand], begins: bool) -> None:
+        """One step of an earlier sequence, the demands of all layers: who follows whom is learnt, nothing else.
+
+        ``begins``: it is the sequence's first.
+        """
+        if begins:
+            self.use.begin_sequence()
+        for demand in demands:
+            few = _is_few(demand)
+            if demand is demands[0]:
+                self.use.begin_step(few)
+            self.use.observe(demand, few)
+
     def arrive(self, demand: Demand) -> bool:
         """A layer's routing is about to be followed: it may begin a step. Returns whether a step has so few tokens that
         it says who follows whom."""
-        few = demand.n_tokens_total <= FEW_TOKENS and demand.expert_ids.size <= MAX_ACTIVE
+        few = _is_few(demand)
         if few:
             self.arrive_few(demand.layer)
         elif self.last_layer >= demand.layer:
@@ -255,11 +269,11 @@ class ValueModel:
             if prediction.layer == target:
                 given, scores = prediction.expert_ids, prediction.scores
         follow_layer(
-            layer, target, demand.expert_ids, demand.n_tokens, demand.n_tokens_total, now, run, distance, seen, even,
-            few, self.residency.horizon, costs.cpu_grid, costs.accel_grid, costs.kind, costs.drift,
-            setting.slots.slot_of, given, scores, self.keep, use.rates[layer], use.routes, use.own, use.odds, use.ahead,
-            use.next_token, use.same_token, self.own, self.shared, self.n_listed, self.listed, self.cells,
-            self.chances,
+            layer, target, demand.expert_ids, demand.n_tokens, demand.gate_scores, demand.n_tokens_total, now, run,
+            distance, seen, even, few, self.residency.horizon, costs.cpu_grid, costs.accel_grid, costs.kind,
+            costs.drift, setting.slots.slot_of, given, scores, self.keep, use.rates[layer], use.routes, use.gates,
+            use.own, use.blends, use.odds, use.far, use.ahead, use.next_token, use.same_token, self.own, self.shared,
+            self.n_listed, self.listed, self.cells, self.chances,
         )  # fmt: skip
 
     def observe(self, demand: Demand) -> None:
@@ -309,6 +323,11 @@ class ValueModel:
         rows = self.keep.reshape(self.setting.n_layers, -1)
         for layer in range(demand.layer + 1, self.setting.n_layers):
             rows[layer] += self.load_saving_us(layer, self.loads(layer, demand))
+
+
+def _is_few(demand: Demand) -> bool:
+    """Whether a demand has so few tokens and experts that it says who follows whom."""
+    return demand.n_tokens_total <= FEW_TOKENS and demand.expert_ids.size <= MAX_ACTIVE
 
 
 def _layers_of_a_transfer(setting: Setting) -> int:

@@ -22,8 +22,8 @@ from scheduler.cache.value import WORTHLESS, ValueCache
 from scheduler.compiled import compiled
 from scheduler.demand import Demand
 from scheduler.errors import SchedulerError
-from scheduler.forecast.affinity import MAX_ACTIVE, SOURCE_LAYERS
-from scheduler.forecast.use_model import take_turn
+from scheduler.forecast.affinity import MAX_ACTIVE
+from scheduler.forecast.use_model import BLEND_SIZE, N_STEPS, take_turn
 from scheduler.forecast.value_model import CANDIDATES, MAX_SURE, N_BINS, follow_layer, saving_us, sure_absent
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Transfer
@@ -39,10 +39,11 @@ Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
 
-(N_LAYERS, N_EXPERTS, N_SLOTS, N_KINDS, N_GRID, N_STEPS, DISTANCE, LOOKAHEAD, SLOT_OF, KEY_OF, STATE, PINS, ARRIVAL,
- FLIGHT, KEEP, CPU_US, ACCEL_US, LINK_US, KIND, DRIFT, RATES, ROUTES, OWN_ODDS, ODDS, AHEAD, NEXT_TOKEN, SAME_TOKEN,
- SEEN, EVEN, FORETOLD, BINS, SHARED_BINS, N_LISTED, LISTED, CELLS, CHANCES, SURE_KEYS, SURE_CHANCES, PARAMS, NUMBERS,
- FIXED, LANES, TABLE, ROWS, TAKEN, GAINS, ADMITTED, AWAITED, FETCHED, FETCH_GAINS, DESK_SIZE) = range(51)  # fmt: skip
+(N_LAYERS, N_EXPERTS, N_SLOTS, N_KINDS, N_GRID, N_SOURCES, DISTANCE, LOOKAHEAD, SLOT_OF, KEY_OF, STATE, PINS, ARRIVAL,
+ FLIGHT, KEEP, CPU_US, ACCEL_US, LINK_US, KIND, DRIFT, RATES, ROUTES, GATES, OWN_ODDS, BLENDS, ODDS, FAR_ODDS, AHEAD,
+ NEXT_TOKEN, SAME_TOKEN, SEEN, EVEN, FORETOLD, BINS, SHARED_BINS, N_LISTED, LISTED, CELLS, CHANCES, SURE_KEYS,
+ SURE_CHANCES, PARAMS, NUMBERS, FIXED, LANES, TABLE, ROWS, TAKEN, GAINS, ADMITTED, AWAITED, FETCHED, FETCH_GAINS,
+ DESK_SIZE) = range(54)  # fmt: skip
 """Places of a desk int64[DESK_SIZE]: sizes, then addresses."""
 LINK_WITH_CPU, DENSE_US, CERTAINTY, PRICE, N_NUMBERS = range(5)
 """Places of the desk's NUMBERS. PRICE: of a prefetch, as a share of a transfer's time."""
@@ -54,12 +55,12 @@ HANDS_ON: Final = -1
 
 @compiled
 def follow_at_once(
-    desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, ids: Ids, n_tokens: Ids, given: Ids,
-    scores: Singles,
+    desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, ids: Ids, n_tokens: Ids,
+    gate_scores: Singles, given: Ids, scores: Singles,
 ) -> None:  # fmt: skip
     """``ValueModel.follow`` of few tokens."""
     n_layers, n_experts, n_kinds = desk[N_LAYERS], desk[N_EXPERTS], desk[N_KINDS]
-    by_layer, weights = (n_layers, n_experts), (n_layers, SOURCE_LAYERS, n_experts, n_experts)
+    by_layer, weights = (n_layers, n_experts), (n_layers, desk[N_SOURCES], n_experts, n_experts)
     seen = floats_at(desk[SEEN], n_layers)
     since, target = take_turn(layer, n_total, True, desk[DISTANCE], seen, ints_at(desk[FORETOLD], n_layers))
     rates = floats_at(desk[RATES] + 8 * 3 * n_experts * layer, (3, n_experts))
@@ -67,13 +68,15 @@ def follow_at_once(
     accel = floats_at(desk[ACCEL_US], (n_kinds, desk[N_GRID]))
     n_bins, listed = N_BINS * N_BINS, (n_layers, CANDIDATES)
     follow_layer(
-        layer, target, ids, n_tokens, n_total, now, run, since, seen[layer], floats_at(desk[EVEN], n_layers)[layer],
-        True, horizon, cpu, accel, ints_at(desk[KIND], n_layers), floats_at(desk[DRIFT], 3),
+        layer, target, ids, n_tokens, gate_scores, n_total, now, run, since, seen[layer],
+        floats_at(desk[EVEN], n_layers)[layer], True, horizon, cpu, accel, ints_at(desk[KIND], n_layers),
+        floats_at(desk[DRIFT], 3),
         ints_at(desk[SLOT_OF], n_layers * n_experts), given, scores, floats_at(desk[KEEP], n_layers * n_experts), rates,
-        ids_at(desk[ROUTES], (desk[N_STEPS], n_layers, MAX_ACTIVE)),
-        singles_at(desk[OWN_ODDS], (desk[N_STEPS], n_layers, n_experts)),
-        singles_at(desk[ODDS], by_layer), singles_at(desk[AHEAD], by_layer), singles_at(desk[NEXT_TOKEN], weights),
-        singles_at(desk[SAME_TOKEN], weights),
+        ids_at(desk[ROUTES], (N_STEPS, n_layers, MAX_ACTIVE)), singles_at(desk[GATES], (N_STEPS, n_layers, MAX_ACTIVE)),
+        singles_at(desk[OWN_ODDS], (N_STEPS, n_layers, 3, n_experts)),
+        floats_at(desk[BLENDS], (n_layers, 2, BLEND_SIZE)), singles_at(desk[ODDS], by_layer),
+        singles_at(desk[FAR_ODDS], by_layer), singles_at(desk[AHEAD], by_layer),
+        singles_at(desk[NEXT_TOKEN], weights), singles_at(desk[SAME_TOKEN], weights),
         floats_at(desk[BINS], (n_layers, 2, n_bins)), floats_at(desk[SHARED_BINS], (2, n_bins)),
         ints_at(desk[N_LISTED], n_layers), ints_at(desk[LISTED], listed), ints_at(desk[CELLS], listed),
         floats_at(desk[CHANCES], listed),
@@ -93,7 +96,8 @@ def receive(slot: int, key: int, slot_of: Ints, key_of: Ints, state: Ints) -> in
 @compiled
 def decide_at_once(
     desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, n_flight: int, cpu_ready_us: float,
-    accel_ready_us: float, link_ready_us: float, ids: Ids, n_tokens: Ids, given: Ids, scores: Singles,
+    accel_ready_us: float, link_ready_us: float, ids: Ids, n_tokens: Ids, gate_scores: Singles, given: Ids,
+    scores: Singles,
 ) -> tuple[float, float, int, int]:  # fmt: skip
     """``choose_at_once``, then ``prefetch_at_once``.
 
@@ -102,7 +106,7 @@ def decide_at_once(
     """
     makespan_us, link_share, n_awaited, idle_us = choose_at_once(
         desk, layer, n_total, now, run, horizon, n_flight, cpu_ready_us, accel_ready_us, link_ready_us, ids, n_tokens,
-        given, scores,
+        gate_scores, given, scores,
     )  # fmt: skip
     n_fetched = 0 if n_awaited == HANDS_ON else prefetch_at_once(desk, layer, idle_us)
     return makespan_us, link_share, n_awaited, n_fetched
@@ -111,17 +115,19 @@ def decide_at_once(
 @compiled
 def choose_at_once(
     desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, n_flight: int, cpu_ready_us: float,
-    accel_ready_us: float, link_ready_us: float, ids: Ids, n_tokens: Ids, given: Ids, scores: Singles,
+    accel_ready_us: float, link_ready_us: float, ids: Ids, n_tokens: Ids, gate_scores: Singles, given: Ids,
+    scores: Singles,
 ) -> tuple[float, float, int, float]:  # fmt: skip
     """Decides on a layer and performs that in the slot table; the plan is then in the desk's ROWS, and beside it the
     slots TAKEN by its accelerated experts and which of these are AWAITED, GAINS and ADMITTED of its transfers.
 
-    given, scores: the gate's prediction for the layer that is forecast next. n_flight: the slots in flight, in FLIGHT
+    gate_scores float32[E]: the demand's. given, scores: the gate's prediction for the layer that is forecast next.
+    n_flight: the slots in flight, in FLIGHT
     in link order. Returns (makespan in us, share of it during which the link works, number of awaited experts or
     HANDS_ON, us for which the link then idles until the next layer). At HANDS_ON the forecast has followed the layer,
     and nothing else has happened.
     """
-    follow_at_once(desk, layer, n_total, now, run, horizon, ids, n_tokens, given, scores)
+    follow_at_once(desk, layer, n_total, now, run, horizon, ids, n_tokens, gate_scores, given, scores)
     n_layers, n_experts, n_slots, n = desk[N_LAYERS], desk[N_EXPERTS], desk[N_SLOTS], ids.size
     numbers, drift, kind = floats_at(desk[NUMBERS], N_NUMBERS), floats_at(desk[DRIFT], 3), ints_at(desk[KIND], n_layers)
     slot_of, key_of = ints_at(desk[SLOT_OF], n_layers * n_experts), ints_at(desk[KEY_OF], n_slots)
@@ -240,6 +246,13 @@ def int32s(array: npt.NDArray[Any]) -> Ids:
     return np.array(array, np.int32)
 
 
+def float32s(array: npt.NDArray[Any]) -> Singles:
+    """A contiguous writable float32 array, likewise."""
+    if array.dtype == np.float32 and array.flags.carray:
+        return array
+    return np.array(array, np.float32)
+
+
 class Desk:
     """What ``decide_at_once`` works on, of one planner, and how its answer becomes a plan.
 
@@ -268,13 +281,14 @@ class Desk:
         words = self.words
         words[[N_LAYERS, N_EXPERTS, N_SLOTS]] = slots.n_layers, slots.n_experts, slots.n_slots
         words[[N_KINDS, N_GRID]] = costs.cpu_grid.shape
-        words[[N_STEPS, DISTANCE, LOOKAHEAD]] = len(use.routes), model.distance, setting.lookahead
+        words[[N_SOURCES, DISTANCE, LOOKAHEAD]] = use.next_token.shape[1], model.distance, setting.lookahead
         self._kept: dict[int, npt.NDArray[Any]] = {
             SLOT_OF: slots.slot_of, KEY_OF: slots.key_of, STATE: slots.state, PINS: slots.pins,
             ARRIVAL: movement.arrival, FLIGHT: self._flight, KEEP: cache.keep, CPU_US: costs.cpu_grid,
             ACCEL_US: costs.accel_grid, LINK_US: link_us, KIND: costs.kind, DRIFT: costs.drift, RATES: use.rates,
-            ROUTES: use.routes, OWN_ODDS: use.own, ODDS: use.odds, AHEAD: use.ahead, NEXT_TOKEN: use.next_token,
-            SAME_TOKEN: use.same_token, SEEN: use.seen, EVEN: use.even, FORETOLD: use.foretold, BINS: model.own,
+            ROUTES: use.routes, GATES: use.gates, OWN_ODDS: use.own, BLENDS: use.blends, ODDS: use.odds,
+            FAR_ODDS: use.far, AHEAD: use.ahead, NEXT_TOKEN: use.next_token, SAME_TOKEN: use.same_token,
+            SEEN: use.seen, EVEN: use.even, FORETOLD: use.foretold, BINS: model.own,
             SHARED_BINS: model.shared, N_LISTED: model.n_listed, LISTED: model.listed, CELLS: model.cells,
             CHANCES: model.chances, SURE_KEYS: model.sure_keys, SURE_CHANCES: model.sure_chances, PARAMS: params,
             NUMBERS: numbers, FIXED: fixed, LANES: lanes, TABLE: np.zeros(5 * MAX_ACTIVE), ROWS: self._rows,
@@ -311,7 +325,7 @@ class Desk:
                 given, scores = prediction.expert_ids, prediction.scores
         makespan_us, link_share, n_awaited, n_fetched = decide_at_once(
             self.words, layer, demand.n_tokens_total, use.now, use.run - 1, self.residency.horizon, self.under_way(),
-            cpu_ready_us, accel_ready_us, link_ready_us, ids, n_tokens, given, scores,
+            cpu_ready_us, accel_ready_us, link_ready_us, ids, n_tokens, float32s(demand.gate_scores), given, scores,
         )  # fmt: skip
         if n_awaited == HANDS_ON:
             return None

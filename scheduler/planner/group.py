@@ -6,13 +6,15 @@ layers are numbered as if there were one pool: accelerator a's slots follow thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from scheduler.demand import Demand, DemandView, LayerDemand, Phase, Prediction
 from scheduler.errors import SlotError
+from scheduler.forecast.use_model import Learnt
 from scheduler.future import Future
 from scheduler.host import HostView
 from scheduler.machine.costs import CostModel
@@ -102,6 +104,28 @@ class PlannerGroup:
             known = None if every is None else every[part.first_layer : part.first_layer + part.n_layers]
             found += planner.warm_up(known)
         return tuple(found)
+
+    def study(self, demands: Sequence[Demand], begins: bool) -> None:
+        """As ``Planner.study``."""
+        for part, planner in zip(self.parts, self.planners, strict=True):
+            own = [d for d in demands if part.first_layer <= d.layer < part.first_layer + part.n_layers]
+            planner.study([self._inside[demand.layer].of(demand) for demand in own], begins)
+
+    def learnt(self) -> Learnt | None:
+        """As ``Planner.learnt``, copied; None where not all blocks have such forecasts."""
+        found = [known for planner in self.planners if (known := planner.learnt()) is not None]
+        shapes = {tuple(array.shape[1:] for array in known.values()) for known in found}
+        if len(found) < len(self.planners) or len(shapes) != 1:
+            return None
+        return {name: np.concatenate([known[name] for known in found]) for name in found[0]}
+
+    def recall(self, learnt: Mapping[str, npt.NDArray[Any]]) -> bool:
+        """As ``Planner.recall``, of each block; whether it fits all of them."""
+        fits = [
+            planner.recall({name: array[part.first_layer :][: part.n_layers] for name, array in learnt.items()})
+            for part, planner in zip(self.parts, self.planners, strict=True)
+        ]
+        return all(fits)
 
     def begin_sequence(self, future: Future | None = None) -> None:
         """As ``Planner.begin_sequence``."""

@@ -6,7 +6,7 @@ No clock, no threads: the same calls give the same plans.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Final
@@ -22,7 +22,7 @@ from scheduler.cache.value import ValueCache
 from scheduler.demand import Demand, LayerDemand, Phase
 from scheduler.errors import DemandError, PolicyError, SlotError
 from scheduler.forecast.affinity import MAX_ACTIVE
-from scheduler.forecast.use_model import FEW_TOKENS
+from scheduler.forecast.use_model import FEW_TOKENS, Learnt
 from scheduler.forecast.value_model import ValueModel
 from scheduler.future import Future
 from scheduler.host import HostView, fill_waits, price_of_absence
@@ -172,6 +172,24 @@ class Planner:
                 break
             transfers.append(self._movement.start(slot, key, "warmup", 0.0, True))
         return tuple(transfers)
+
+    def study(self, demands: Sequence[Demand], begins: bool) -> None:
+        """One step of an earlier sequence, the demands of all layers, from which a forecast learns before the first
+        step is planned; policies without one learn nothing. ``begins``: it is the sequence's first step."""
+        if isinstance(self._setting.forecast, ValueModel):
+            self._setting.forecast.study(demands, begins)
+
+    def learnt(self) -> Learnt | None:
+        """What the forecast has learnt, one row a layer, for ``recall`` of a later planner; None where the policy has
+        no forecast. The arrays are those that it works on."""
+        forecast = self._setting.forecast
+        return forecast.use.learnt() if isinstance(forecast, ValueModel) else None
+
+    def recall(self, learnt: Mapping[str, npt.NDArray[Any]]) -> bool:
+        """Begins with what an earlier planner's forecast has learnt. Returns whether there is a forecast that it fits;
+        nothing has changed where there is none."""
+        forecast = self._setting.forecast
+        return isinstance(forecast, ValueModel) and forecast.use.recall(learnt)
 
     def begin_sequence(self, future: Future | None = None) -> None:
         """A new sequence starts; what is resident stays. ``future``: its recorded routing, for the oracles."""

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from scheduler.demand import Demand, LayerDemand, Phase
+from scheduler.forecast.use_model import Learnt
 from scheduler.future import Future
 from scheduler.host import HostView
 from scheduler.machine.costs import CostModel
@@ -66,6 +67,10 @@ class LayerPlanner(Protocol):
     def contents(self) -> dict[int, tuple[int, int]]: ...
 
     def warm_up(self, frequencies: npt.ArrayLike | None = None) -> tuple[Transfer, ...]: ...
+
+    def learnt(self) -> Learnt | None: ...
+
+    def recall(self, learnt: Mapping[str, npt.NDArray[Any]]) -> bool: ...
 
     def begin_sequence(self, future: Future | None = None) -> None: ...
 

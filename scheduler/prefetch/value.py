@@ -26,7 +26,7 @@ class ValuePrefetch(PrefetchPolicy):
     the next layer's absent experts are streamed in by expected load, each worth what it saves with those tokens.
     """
 
-    def __init__(self, setting: Setting, certainty: float = 0.65, link_share: float | None = None) -> None:
+    def __init__(self, setting: Setting, certainty: float = 0.4, link_share: float | None = None) -> None:
         super().__init__(setting)
         self.certainty = number("value", "certainty", certainty, 0.0, 1.0)
         contended = CPU_WORKS * (1.0 - setting.costs.cpu_with_link) + DELAY_SHARE

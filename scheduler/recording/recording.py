@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from scheduler.demand import Demand, DemandView, LayerDemand, Phase, Prediction
 from scheduler.errors import SchedulerError
+from scheduler.forecast.use_model import Learnt
 from scheduler.future import Future
 from scheduler.graph import PlannedLayer
 from scheduler.host import HostView
@@ -173,6 +174,14 @@ class Recorder:
         transfers = self.planner.warm_up(frequencies)
         self._note("warm_up", (known,), transfers)
         return transfers
+
+    def learnt(self) -> Learnt | None:
+        """As ``Planner.learnt``."""
+        return self.planner.learnt()
+
+    def recall(self, learnt: Mapping[str, npt.NDArray[Any]]) -> bool:
+        """Recalls nothing: a replay begins with what the recording says, and that does not hold what was learnt."""
+        return False
 
     def begin_sequence(self, future: Future | None = None) -> None:
         """As ``Planner.begin_sequence``."""

@@ -105,6 +105,7 @@ class Inputs:
     shape: ModelShape
     source: DemandSource
     frequencies: NDArray[np.float64]
+    earlier: DemandSource
 
 
 @cache
@@ -123,7 +124,8 @@ def _inputs(
         known_shape = open_shape(shape)
         calibration, evaluation = _synthetic(known_shape, n_prefill, n_decode, sequences, seed)
     predictions = predictions_for(evaluation, kind, calibration, seed)
-    return Inputs(known_shape, DemandSource(evaluation, predictions), expert_frequencies(calibration))
+    known = expert_frequencies(calibration)
+    return Inputs(known_shape, DemandSource(evaluation, predictions), known, DemandSource(calibration))
 
 
 def _synthetic(shape: ModelShape, n_prefill: int, n_decode: int, sequences: int, seed: int) -> tuple[Trace, Trace]:
@@ -160,7 +162,7 @@ def run_case(case: Case) -> dict[str, Any]:
     profile = with_changes(open_hardware(case.hardware), case.changes)
     results = simulate(
         inputs.source.trace, profile, inputs.shape, config, None, inputs.frequencies if case.informed else None, None,
-        inputs.source,
+        inputs.source, earlier=inputs.earlier if case.informed else None,
     )  # fmt: skip
     result = next(r for r in results if r.phase == case.phase)
     predicted = inputs.source.predictions

@@ -104,15 +104,15 @@ def read_and_choose(
     desk = int64s_at(slate[DESK], DESK_SIZE)
     n_planned, n_slots = desk[N_PLANNED], desk[N_SLOTS]
     active, tokens, found = ids[:n_active], int32s_at(slate[TOKENS], n_planned), int64s_at(slate[FOUND], 2)
+    gate_scores = singles_at(slate[SCORES], n_planned)
     describe_routing(
-        active, offsets, rows, routing, n_tokens, floats_at(slate[USES], n_planned), tokens,
-        singles_at(slate[SCORES], n_planned), layer * n_planned,
-        int64s_at(desk[SLOT_OF], desk[N_PLANNED_LAYERS] * n_planned), int64s_at(desk[STATE], n_slots),
-        found,
+        active, offsets, rows, routing, n_tokens, floats_at(slate[USES], n_planned), tokens, gate_scores,
+        layer * n_planned, int64s_at(desk[SLOT_OF], desk[N_PLANNED_LAYERS] * n_planned),
+        int64s_at(desk[STATE], n_slots), found,
     )  # fmt: skip
     makespan_us, link_share, n_awaited, idle_us = choose_at_once(
         desk, layer, n_tokens, now, run, horizon, n_flight, cpu_ready_us, accel_ready_us, link_ready_us, active,
-        tokens[:n_active], int32s_at(given, n_given), singles_at(scores, n_given),
+        tokens[:n_active], gate_scores, int32s_at(given, n_given), singles_at(scores, n_given),
     )  # fmt: skip
     hits, late = found[HIT], found[ON_ITS_WAY]
     if n_awaited == HANDS_ON:

@@ -63,7 +63,7 @@ def _low_startup(startup: Startup, low: LowCopy) -> Startup:
     assert startup.stats.low is not None
     config = dataclasses.replace(startup.config, lookahead=0)
     return dataclasses.replace(
-        startup, config=config, layers=low.layers, store=low.store, stats=startup.stats.low,
+        startup, config=config, learnt=None, layers=low.layers, store=low.store, stats=startup.stats.low,
         units=[dataclasses.replace(u, accelerator=low.accelerators[u.index]) for u in startup.units],
     )  # fmt: skip
 

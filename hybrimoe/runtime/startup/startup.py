@@ -25,11 +25,13 @@ from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
 from hybrimoe.runtime.layer_call.steps import StepTracker
+from hybrimoe.runtime.learnt import told_from
 from hybrimoe.runtime.startup.measure import make_kernels_ready, measure_profile
 from hybrimoe.runtime.startup.units import Unit, blocks_of, slots_by_unit
 from hybrimoe.runtime.store import ExpertStore
 from hybrimoe.runtime.tier.store import TieredStore
 from scheduler import CostModel, ModelShape, Planner
+from scheduler.forecast.use_model import SLOW, Learnt
 from scheduler.planner.protocol import LayerPlanner
 from scheduler.planner.rehearsal import rehearse
 from scheduler.planner.setup import PlannerSetup
@@ -52,12 +54,14 @@ class Startup:
     tracker: StepTracker
     make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
     make_queue: Callable[[Accelerator, int, int], TransferQueue] = TransferQueue
+    learnt: Learnt | None = None
+    """What an earlier run has learnt of the model's routing."""
 
     def call(
         self, setting: int | float | str | None, previous: ExpertsCall | None, frequencies: Frequencies | None
     ) -> ExpertsCall:
         """What runs the layers, with freshly filled slots. `setting` None keeps the slot memory; `previous` hands over
-        its costs, counters and hooks. Raises BudgetError where slots do not fit."""
+        its costs, what its planner has learnt, counters and hooks. Raises BudgetError where slots do not fit."""
         if setting is not None:
             self.allocate(self.slots_of(setting))
         experts = self.experts(None if previous is None else previous.experts)
@@ -70,11 +74,15 @@ class Startup:
         return call
 
     def experts(self, previous: Experts | None) -> Experts:
-        """The experts in the slot memory that is allocated; `previous` hands over its costs."""
+        """The experts in the slot memory that is allocated; `previous` hands over its costs and what its planner has
+        learnt."""
         planner, queues, queue_of = None, [], []
         if self._slotted() and any(unit.accelerator.n_slots for unit in self.units):
             known = None if previous is None else previous.planner
             planner = self._planner([self._tried(unit) for unit in self.units] if known is None else known.cost_models)
+            learnt, own = self.learnt if known is None else known.learnt(), planner.learnt()
+            if learnt is not None and own is not None:
+                planner.recall(told_from(learnt, own["distance"]))
             firsts = [block.first_slot for block in blocks_of(self.units)]
             queues = [self.make_queue(unit.accelerator, firsts[unit.index], unit.index) for unit in self.units]
             queue_of = [unit.index for unit in self.units for _ in unit.layers]
@@ -84,7 +92,8 @@ class Startup:
         return Experts(self.layers, self.store, planner, self.stats, queues, queue_of)
 
     def fill_slots(self, experts: Experts, frequencies: Frequencies | None) -> None:
-        """Starts the transfers of the experts that are used most; makes ready what the first call would compile."""
+        """Starts the transfers of the experts that are used most, by `frequencies`, else by what the planner has
+        learnt; makes ready what the first call would compile."""
         if self.config.lookahead > 0 or experts.planner is not None:
             make_ready()
         if experts.planner is None:
@@ -93,6 +102,9 @@ class Startup:
         rehearse(self.config.policy, self.config.policy_params, self.config.lookahead)
         if isinstance(experts.planner, Planner) and experts.planner.decides_at_once:
             choosing.make_ready()
+        known = experts.planner.learnt() if frequencies is None else None
+        if known is not None and known["rates"].any():
+            frequencies = known["rates"][:, SLOW]
         experts.warm_up(experts.planner.warm_up(frequencies))
 
     def _slotted(self) -> list[Layer]:

@@ -49,7 +49,7 @@ class UsageFile:
         problems: list[str] = []
         for path in self._paths:
             try:
-                _write(path, text)
+                write_whole(path, text.encode())
             except OSError as error:
                 problems.append(f"{path.parent}: {error.strerror or error}")
                 continue
@@ -83,13 +83,13 @@ def _stamp(packed: Path) -> list[int]:
     return [known.st_size, known.st_mtime_ns]
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=path.name, suffix=".new", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)

@@ -44,7 +44,9 @@ def explain_step(
     profile = with_accelerators(open_hardware(hardware), accelerators, shared_link=False)
     config = open_policy(policy).simulated(cache_ratio=cache_ratio, host_ratio=host_ratio)
 
-    run = simulator_class(profile, config)(evaluation, profile, found.shape, config, frequencies=known, source=source)
+    run = simulator_class(profile, config)(
+        evaluation, profile, found.shape, config, frequencies=known, source=source, earlier=DemandSource(calibration)
+    )
     run.advance_to(step)
     frozen = run.snapshot()
     latency_us = run.step_us(step, explained=True)

@@ -189,6 +189,18 @@ def test_a_layer_on_tiles_agrees_with_one_on_vectors(monkeypatch: pytest.MonkeyP
     assert torch.equal(layer("amx", 3, monkeypatch), tiles[:3])
 
 
+@needs_amx
+def test_tiles_of_torch_and_ours_do_not_meet() -> None:
+    """Both set up the registers of the same thread, with other shapes."""
+    weights, blocks = values("plain", 64, 1), split(values("plain", 37, 2))
+    x = torch.randn(48, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours, torchs = products(PanelKernel("bfloat16"), weights, blocks, IDS), x @ x.T
+    for n_tokens in (1, 37, 16):
+        found = products(PanelKernel("bfloat16"), weights, blocks, IDS[:n_tokens])
+        assert np.array_equal(bits(found), bits(ours[:n_tokens]))
+        assert torch.equal(x @ x.T, torchs)
+
+
 def test_assembly_for_sapphire_rapids() -> None:
     """Tiles are set up, used for all 64 rows of both halves of a block, and given back."""
     for pairs, parts in ((True, 1), (False, PARTS)):

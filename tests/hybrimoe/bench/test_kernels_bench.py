@@ -116,6 +116,35 @@ def test_report_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert written.read_text(encoding="utf-8") == made
 
 
+def test_report_keeps_runs_with_and_without_amx(tmp_path: Path) -> None:
+    def result(ms: float, isa: str) -> dict[str, object]:
+        row = {"shape": "tiny", "tokens": 64, "gflops": 1.0, "bandwidth_share": 0.5, "read_gbps": 30.0}
+        rows = [row | {"contender": "ours bfloat16", "ms": ms}, row | {"contender": "torch bfloat16", "ms": 3.0}]
+        return {"machine": {"cpu": "a Xeon", "isa": isa, "cores": 2, "torch_threads": 2}, "rows": rows}
+
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    kept = docs / "kernels-measured.json"
+    columns = ["shape", "tokens", "contender", "ms", "gflops", "bandwidth_share", "read_gbps"]
+    rows = [["tiny", 1, "ours int4", 2.0, 1.0, 0.8, 30.0]]
+    base = {"machine": {"cpu": "an EPYC", "cores": 2, "torch_threads": 2}, "columns": columns, "runs": [rows]}
+    kept.write_text(json.dumps(base | {"avx2": [], "quality": []}), encoding="utf-8")
+    (docs / "kernels.md").write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    paths = [tmp_path / f"{number}.json" for number in range(3)]
+    for path, ms, isa in zip(paths, (1.0, 2.0, 6.0), ("amx", "amx", "avx512bf16"), strict=True):
+        path.write_text(json.dumps(result(ms, isa)), encoding="utf-8")
+    command = [sys.executable, REPORT, "--folder", tmp_path]
+    subprocess.run([*command, "--amx", *paths[:2], "--without-amx", paths[2]], check=True)
+    made = (docs / "kernels-measured.md").read_text(encoding="utf-8")
+    assert "an EPYC" in made
+    assert "On another machine: a Xeon" in made
+    assert "| tiny | 64 | 1.50 (1.00 - 2.00) | 6.00 | 3.00 | 4.00 | 2.00 |" in made
+    swapped = subprocess.run([*command, "--amx", paths[2], "--without-amx", paths[0]], capture_output=True, text=True)
+    assert swapped.returncode != 0
+    assert "is of avx512bf16, expected amx" in swapped.stderr
+    assert json.loads(kept.read_text(encoding="utf-8"))["amx"]["with"] != []
+
+
 def test_goals_say_where_they_are_missed(tmp_path: Path) -> None:
     columns = ["shape", "tokens", "contender", "ms", "gflops", "bandwidth_share", "read_gbps"]
     rows = [["tiny", 1, "ours int4", 2.0, 1.0, 0.8, 30.0], ["tiny", 1, "llama.cpp Q4_0", 2.4, 1.0, 0.7, 30.0]]

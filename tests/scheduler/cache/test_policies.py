@@ -8,7 +8,7 @@ import pytest
 from scheduler import CostModel, Future, LayerDemand, PolicyError, SlotTable
 from scheduler.cache import CACHE_POLICIES, CachePolicy
 from scheduler.cache.allocation import by_dynamic_programming, gains_of, shallow_first
-from scheduler.forecast.use_model import FAST, OWN_USE, SLOW
+from scheduler.forecast.use_model import FAR, FAST, FIRST_BLEND, NEAR, SLOW
 from scheduler.setting import Setting, make
 
 
@@ -168,8 +168,9 @@ def test_value_counts_us() -> None:
         value = policy("value", setting(n_slots=4), horizon_scale=scale)
         value.model.observe(demand(0, {1: 1.0}))
         rates = 0.75 / 4 + 0.25, 0.97 / 4 + 0.03, (1 + 8 / 4) / (1 + 8)
-        odds = sum(w * np.log(r / (1 - r)) for w, r in zip(OWN_USE, rates, strict=True))
-        expected = 80.0 * (near / (1 + np.exp(-odds)) + far * rates[1])
+        own = np.array([*(np.log(r / (1 - r)) for r in rates), 1.0])
+        chances = [1 / (1 + np.exp(-np.dot(FIRST_BLEND[first : first + 4], own))) for first in (NEAR, FAR)]
+        expected = 80.0 * (near * chances[0] + far * chances[1])
         assert value.keep[1] == pytest.approx(expected, rel=1e-5)
         assert value.keep[0] < value.keep[1]
 
