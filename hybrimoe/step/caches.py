@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,18 @@ def fits(cache: DynamicCache, used: set[int], n_past: int, n_sequences: int) -> 
     if any(not isinstance(layers[number], GrowingLayer) for number in used):
         grow_in_place(cache)
     return all(_is_readable(layers[number], n_past, n_sequences) for number in used)
+
+
+def begin(cache: DynamicCache, no_rows: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Gives layers of a cache without tokens the form that they have after a prompt: keys and values [1, heads, 0, D]
+    by layer."""
+    if not all(0 <= number < len(cache.layers) for number in no_rows):
+        return
+    if any(not isinstance(cache.layers[number], GrowingLayer) for number in no_rows):
+        grow_in_place(cache)
+    for number, (keys, values) in no_rows.items():
+        if not cache.layers[number].is_initialized:
+            cache.layers[number].update(keys, values)
 
 
 def _is_readable(layer: Any, n_past: int, n_sequences: int) -> bool:

@@ -18,6 +18,7 @@ from cpu_kernels.step.parts import Branch, Head, Layer, Model, Moe
 from cpu_kernels.step.stream import Embedding
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.experts.module import HybridExperts
+from hybrimoe.generation.growing import GrowingLayer
 from hybrimoe.step.caches import place_of
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_attention import RopeTables, angles_at
@@ -93,7 +94,8 @@ class PieceReading:
 class Reading:
     """What was read of a model. reasons: by layer path, why it is not compiled; `model` is None unless all are; then
     `pieces` are what can be compiled all the same. blocks: by layer path, the compiled ones of layers that are not.
-    session_layers: of the layers with experts, their number in the session."""
+    session_layers: of the layers with experts, their number in the session. no_rows: by number of the cache layer, the
+    keys and values [1, heads, 0, D] of no token."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -105,6 +107,7 @@ class Reading:
     cache_type: type = DynamicCache
     logits_dtype: torch.dtype = torch.float32
     session_layers: dict[int, int] = field(default_factory=dict)
+    no_rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def reason(self) -> str | None:
@@ -130,7 +133,7 @@ def read_model(trace: Trace, session: Any, n_threads: int) -> Reading:
     reader = _Reader(trace, session, n_threads)
     reading = Reading(
         ropes=reader.ropes, output_type=type(trace.output), cache_type=type(trace.cache),
-        logits_dtype=trace.output.logits.dtype,
+        logits_dtype=trace.output.logits.dtype, no_rows=_no_rows(trace.cache),
     )  # fmt: skip
     paths = layer_paths(trace.model)
     for number, path in enumerate(paths):
@@ -149,6 +152,15 @@ def read_model(trace: Trace, session: Any, n_threads: int) -> Reading:
     if reading.model is None:
         reader.find_pieces(reading, paths)
     return reading
+
+
+def _no_rows(cache: DynamicCache) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    layers = [(number, layer) for number, layer in enumerate(cache.layers) if isinstance(layer, GrowingLayer)]
+    return {
+        number: (layer.keys[..., :0, :].clone(), layer.values[..., :0, :].clone())
+        for number, layer in layers
+        if layer.is_initialized
+    }
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from cpu_kernels.host.threads import torch_threads
 from cpu_kernels.step.compiled import CompiledStep
 from cpu_kernels.step.program import MAX_LOGITS, MAX_ROWS
 from hybrimoe.errors import ModelError
-from hybrimoe.step.caches import BoundLayers
+from hybrimoe.step.caches import BoundLayers, begin
 from hybrimoe.step.calls import StepCall
 from hybrimoe.step.read_model import Reading
 from hybrimoe.step.served import ServedStep
@@ -31,6 +31,7 @@ class Step(ServedStep):
         self._compiled = CompiledStep(reading.model, n_threads, detect().isa.name)
         self._bound = BoundLayers(self._compiled, self.angles)
         self.programs = [self._bound]
+        self._no_rows = {layer: reading.no_rows[layer] for layer in set(self._compiled.cache_layers)}
 
     def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output, computed here where that is possible."""
@@ -45,7 +46,10 @@ class Step(ServedStep):
     ) -> torch.Tensor | None:
         """As `ModelStep.next_logits`."""
         n_new = len(token_ids)
-        if n_new > (MAX_LOGITS if drafted else MAX_ROWS) or not self.usable() or not (n_past := self._n_past(cache)):
+        if n_new > (MAX_LOGITS if drafted else MAX_ROWS) or not self.usable():
+            return None
+        n_past = self._n_past(cache)
+        if n_past is None:
             return None
         phase: Phase = "decode" if drafted or n_new == 1 else "prefill"
         most = n_new if drafted else self._compiled.most_rows(n_past + n_new)
@@ -63,19 +67,25 @@ class Step(ServedStep):
         """As `ModelStep.logits_of_each`."""
         if not 0 < len(token_ids) <= MAX_LOGITS or self.one_by_one is not None or not self.usable():
             return None
-        n_past = [self._n_past(cache) for cache in caches]
-        if not all(n_past):
+        n_past = [n for cache in caches if (n := self._n_past(cache))]
+        if len(n_past) < len(caches):
             return None
         positions = [n + shift for n, shift in zip(n_past, shifts, strict=True)] if shifts else n_past
         call = StepCall(list(token_ids), 1, n_past, list(caches), positions, None, 1, "decode")
         with torch.inference_mode():
             return self._logits(call)[:, 0]
 
-    def _n_past(self, cache: Any) -> int:
-        """Tokens of the one sequence that a cache holds; 0 where the step cannot go on from it."""
-        known = isinstance(cache, DynamicCache) and type(cache) is self.reading.cache_type
-        n_past = int(cache.get_seq_length()) if known else 0
-        return n_past if n_past and self.fits(cache, n_past, 1) else 0
+    def _n_past(self, cache: Any) -> int | None:
+        """Tokens of the one sequence that a cache holds; None where the step cannot go on from it."""
+        is_known = isinstance(cache, DynamicCache) and type(cache) is self.reading.cache_type
+        if not is_known:
+            return None
+        n_past = int(cache.get_seq_length())
+        if not n_past:
+            if self._in_a_plane:  # the model's own forward forgets the images of its latest prompt
+                return None
+            begin(cache, self._no_rows)
+        return n_past if self.fits(cache, n_past, 1) else None
 
     @property
     def differs_in_batches(self) -> str | None:

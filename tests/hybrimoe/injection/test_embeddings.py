@@ -134,8 +134,18 @@ def values(model: PreTrainedModel) -> nn.Module:
     return model
 
 
+def bias(model: PreTrainedModel) -> nn.Module:
+    model.model.layers[0].self_attn.o_proj.bias = nn.Parameter(torch.randn(64))
+    return model
+
+
+def norm(model: PreTrainedModel) -> nn.Module:
+    model.model.layers[1].input_layernorm = nn.Identity()
+    return model
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("replace", [adapter, module, weight, storage, values])
+@pytest.mark.parametrize("replace", [adapter, module, weight, storage, values, bias, norm])
 def test_a_compiled_step_sees_what_is_replaced_in_the_model(replace: Callable[[Any], Any]) -> None:
     """It reads weights where they lay when the model was injected: what lies elsewhere now is not its to compute."""
     plain, model = make(tied=False), make(tied=False)
@@ -148,6 +158,23 @@ def test_a_compiled_step_sees_what_is_replaced_in_the_model(replace: Callable[[A
     found = steps(replace(model))
     close(found, expected)
     assert not torch.allclose(found, before)
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.self_attn", "model.layers.1", ""])
+def test_what_is_added_or_taken_away_is_seen(where: str) -> None:
+    model = make(tied=False)
+    hybrimoe.inject(model, **PLAIN)
+    step, place = model.hybrimoe.step, model.get_submodule(where)
+    assert step.usable()
+    place.added = nn.Identity()
+    assert not step.usable()
+    del place.added
+    assert step.usable()
+    name, taken = list(place.named_children())[-1]
+    delattr(place, name)
+    assert not step.usable()
+    place.add_module(name, taken)
+    assert step.usable()
 
 
 @pytest.mark.parametrize("how", CHANGES)

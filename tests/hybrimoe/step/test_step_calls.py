@@ -15,6 +15,7 @@ from transformers import DynamicCache
 import hybrimoe
 from cpu_kernels.step import compiled
 from cpu_kernels.step.program import MAX_LOGITS, MAX_ROWS
+from hybrimoe.generation.stored import new_cache
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
 from tiny_families import prompt, tiny_model
@@ -93,6 +94,40 @@ def test_a_short_prompt_is_a_step(model: Any, plain: Any, n_new: int) -> None:
         assert torch.equal(one.values, other.values)
     expected = step(plain, new, after_prompt(plain, ids), logits_to_keep=1)
     assert float((found - expected).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "kv_dtype"), [("qwen2_moe", "auto"), ("qwen2_moe", "int8"), ("gpt_oss", "auto")])
+@pytest.mark.parametrize("n_new", [1, MAX_ROWS])
+def test_a_first_prompt_is_a_step(family: str, kv_dtype: str, n_new: int) -> None:
+    """On a cache that holds nothing yet: plain layers, stored ones and windows. It has the bits that its tokens have
+    one by one and the model's values, and the model goes on from the cache."""
+    plain, model = tiny_model(family), tiny_model(family)
+    config = {"memory": {"kv_dtype": kv_dtype}}
+    hybrimoe.inject(model, accelerator="none", expert_dtype="float32", config=config)
+    ids = prompt(1, seed=1).repeat(1, 9)[:, :n_new]
+    whole, pieces, tolerance = new_cache(model), new_cache(model), TOLERANCE if kv_dtype == "auto" else 0.1
+    before = served(model)
+    found = model.hybrimoe.step.next_logits(ids[0].tolist(), whole)
+    assert served(model) == before + 1
+    for token in ids[0].tolist():
+        alone = model.hybrimoe.step.next_logits([token], pieces)
+    assert torch.equal(found, alone)
+    own = DynamicCache(config=plain.config)
+    assert float((found - step(plain, ids, own, logits_to_keep=1)[:, -1]).abs().max()) <= tolerance
+    new = prompt(1).repeat(1, 9)[:, : MAX_ROWS + 1]
+    expected = step(plain, new, own, logits_to_keep=1)
+    assert float((step(model, new, whole, logits_to_keep=1) - expected).abs().max()) <= tolerance
+    assert served(model) == before + 1 + n_new
+
+
+def test_a_first_prompt_stays_with_a_model_that_remembers_images(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.hybrimoe.step, "_in_a_plane", [model])
+    assert model.hybrimoe.step.next_logits([3, 4], new_cache(model)) is None
+
+
+@pytest.mark.parametrize("cache", [None, DynamicCache()])
+def test_what_is_no_cache_of_the_model_is_left_to_it(model: Any, cache: Any) -> None:
+    assert model.hybrimoe.step.next_logits([3, 4], cache) is None
 
 
 def test_a_short_prompt_over_a_long_cache_takes_several_steps(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
