@@ -7,9 +7,11 @@ Each is a method or attribute of a model that transformers offers under no publi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybriMoEError
@@ -95,6 +97,50 @@ def tie_output(model: PreTrainedModel) -> None:
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Patterns of parameters that the model's class keeps in another dtype than `dtype`."""
     return dict(_call(model, "_get_dtype_plan", dtype))
+
+
+NOT_IMPORTED = re.compile(r"^Could not import module '")
+"""How transformers begins an error of an import of its own, whose cause is what failed."""
+CALLED_BY_OTHERS = ("importlib", "torch", "transformers")
+"""Packages whose code runs while another one is imported."""
+FIRST_TORCHVISION = 15
+"""torchvision 0.15 belongs to torch 2.0, 0.16 to 2.1, and so on (the table in torchvision's README)."""
+
+
+def torchvision_release() -> str:
+    """The torchvision that belongs to the installed torch, and how it is installed."""
+    torch_version = version("torch")
+    major, minor = torch_version.split(".")[:2]
+    fitting = (
+        f"'torchvision==0.{FIRST_TORCHVISION + int(minor)}.*'" if major == "2" and minor.isdigit() else "torchvision"
+    )
+    return (
+        f"the release that belongs to torch {torch_version}: pip install {fitting}, with --no-deps where torch is a"
+        " build of its own"
+    )
+
+
+def import_fault(error: BaseException) -> tuple[str, str] | None:
+    """What is wrong and what to do where transformers cannot be imported because of a package that it takes if it is
+    there (a torchvision that was built for another torch); None for other errors."""
+    if not isinstance(error, ImportError) or not NOT_IMPORTED.match(str(error)):
+        return None
+    first: BaseException = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    modules = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame, _ in walk_tb(first.__traceback__)]
+    for name in reversed(modules):
+        try:
+            found = None if name in CALLED_BY_OTHERS else version(name)
+        except (PackageNotFoundError, ValueError):
+            continue
+        if found is not None:
+            fitting = f"install {torchvision_release()}" if name == "torchvision" else f"pip install --upgrade {name}"
+            what = (
+                f"{name} {found} does not import here ({_first_line(first)}), and transformers takes it if it is there"
+            )
+            return what, f"{fitting}; or leave it out: pip uninstall {name}"
+    return None
 
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -185,3 +231,7 @@ def _call(model: PreTrainedModel, name: str, *arguments: Any, **named: Any) -> A
             f"transformers {installed} takes other arguments for {name} than {TESTED} does ({error});"
             f" install a release that fits: pip install 'transformers=={TESTED}'"
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

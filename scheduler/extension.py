@@ -29,6 +29,7 @@ from scheduler.planner.policies import PRESETS, Policy, add_preset, resolve_poli
 from scheduler.prefetch import PREFETCH_POLICIES
 from scheduler.prefetch.base import PrefetchPolicy, Proposals
 from scheduler.setting import Setting
+from scheduler.streaming import Streaming
 
 __all__ = [
     "Assignment",
@@ -40,6 +41,7 @@ __all__ = [
     "PrefetchPolicy",
     "Proposals",
     "Setting",
+    "Streaming",
     "Within",
     "extensions",
     "policy",
@@ -74,10 +76,17 @@ def extensions() -> tuple[Extension, ...]:
 
 
 def policy(
-    name: str, *, balance: str | None = None, prefetch: str | None = None, cache: str | None = None, **params: Any
+    name: str,
+    *,
+    balance: str | None = None,
+    prefetch: str | None = None,
+    cache: str | None = None,
+    streaming: Streaming | None = None,
+    **params: Any,
 ) -> Callable[[Decorated], Decorated]:
     """Registers what is decorated as a policy. The parts that are not given: balance optimal, prefetch none, cache lru.
 
+    ``streaming``: how simulations carry a prompt's experts past the slots; without it the policy plans prompts.
     ``params``: of the preset's parts, beside the defaults. Decorating again under the same name from the same file
     replaces. Raises PolicyError for a name that is taken or no name, an unknown part, or untyped parameters.
     """
@@ -92,7 +101,7 @@ def policy(
         defaults = {"balance": "optimal", "prefetch": "none", "cache": "lru"}
         wanted = "/".join(name if part == kind else parts[part] or defaults[part] for part in parts)
         found = resolve_policy(wanted, **params)
-        preset = Policy(found.balance, found.prefetch, found.cache, MappingProxyType(dict(found.params)))
+        preset = Policy(found.balance, found.prefetch, found.cache, MappingProxyType(dict(found.params)), streaming)
         add_preset(name, preset)
         _EXTENSIONS[name] = Extension(name, kind, preset, file)
         return made

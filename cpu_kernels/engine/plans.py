@@ -56,7 +56,7 @@ def _base(dtype: ExpertDtype, isa_name: str, n_in: int, n_inter: int, n_out: int
     vector = np.zeros(call.PLAN_SIZE, np.int64)
     form = format_of(dtype, BY_NAME[isa_name])
     vector[call.PANEL] = kernel_address(PanelKernel(dtype), isa_name)
-    vector[call.EXACT_PANEL] = kernel_address(PanelKernel(dtype, pairs=form.kind == "paired"), isa_name)
+    vector[call.EXACT_PANEL] = kernel_address(PanelKernel(dtype, pairs=form.holds_bf16), isa_name)
     vector[call.PREPARE] = kernel_address(PrepareKernel(form), isa_name)
     vector[[call.IN_TRUE, call.INTER_TRUE, call.OUT_TRUE]] = n_in, n_inter, n_out
     vector[[call.IN, call.INTER, call.OUT]] = padded(n_in), padded(n_inter), padded(n_out)

@@ -48,7 +48,7 @@ from cpu_kernels.engine.call import (
     counter_address,
     row_bytes_of,
 )
-from cpu_kernels.format.layout import BLOCK_COLUMNS, BLOCK_ROWS, INTERLEAVE
+from cpu_kernels.format.layout import BLOCK_COLUMNS, BLOCK_ROWS, INTERLEAVE, PANEL_ROWS
 from cpu_kernels.jit.compiled import Whole, Worker, inline_kernel
 from cpu_kernels.jit.primitives import (
     bytes_at,
@@ -61,7 +61,6 @@ from cpu_kernels.jit.primitives import (
     take_ticket,
 )
 from cpu_kernels.simd import formats
-from cpu_kernels.simd.tiles import PANEL_ROWS
 
 ROW_CHUNK = 128  # tokens a task handles at a time: its float32 results (32 KiB) and their activations stay in L2
 PANEL_BLOCKS = PANEL_ROWS // BLOCK_ROWS

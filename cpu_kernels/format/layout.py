@@ -26,6 +26,7 @@ BLOCK_ROWS = 16
 BLOCK_COLUMNS = 64
 GROUP = 32  # columns that share a scale, in weights and in quantised activations
 PAD = 64  # rows and columns are padded to multiples of this
+PANEL_ROWS = 64  # that the kernels take at a time
 INTERLEAVE = 32  # rows of gate, then as many rows of up
 SCALE_BYTES = BLOCK_ROWS * (BLOCK_COLUMNS // GROUP) * 2
 LINES = {"float32": 64, "bfloat16": 32, "int8": 16, "int4": 8}

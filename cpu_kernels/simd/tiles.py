@@ -7,7 +7,8 @@ Each module exports one function, `panel`::
 
 over `n_blocks` blocks of 64 columns; `out` is float32 [n_rows, 64] and `row_ids` int32 [n_rows]. It takes 16 rows at a
 time, and the tokens in register tiles of some tokens by some vectors of rows. Each output is one chain of fused
-multiply-adds in the same order of columns in every tile, so its bits depend on nothing but its inputs.
+multiply-adds in the same order of columns in every tile, so its bits depend on nothing but its inputs. With AMX,
+bfloat16 weights take `cpu_kernels.simd.amx` instead.
 """
 
 from dataclasses import dataclass, field
@@ -22,15 +23,16 @@ from cpu_kernels.format.layout import (
     GROUP,
     LINE_BYTES,
     LINES,
+    PANEL_ROWS,
     block_bytes,
     is_quantised,
 )
 from cpu_kernels.host.isa import Isa, is_zen
-from cpu_kernels.simd.formats import GROUPS, PAIRS, X_CORRECTIONS, X_SCALES, format_of
+from cpu_kernels.simd.amx import write_panel
+from cpu_kernels.simd.formats import GROUPS, PAIRS, PARTS, X_CORRECTIONS, X_SCALES, format_of
 from cpu_kernels.simd.products import GroupDot
 from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, Simd
 
-PANEL_ROWS = 64
 FLOAT_UNROLL = 16  # lines
 L1_WEIGHT_BYTES = 9216  # of a row block that stay in L1 (32 KiB) beside the activations of a tile
 # How far ahead weights are asked for, into L2. Each line, the next part while this one is in L1: with several tokens
@@ -51,6 +53,7 @@ EACH_LINE_FROM = {"int4": (4, 2), "int8": (4, 2), "bfloat16": (4, 2), "float32":
 ONCE_DTYPES, ONCE_BYTES = ("int4", "int8", "bfloat16"), L1_WEIGHT_BYTES // 4
 WORD_BYTES = 4  # of a row in a line
 SCALE_BYTES = 2
+PANEL_ARGUMENTS = [POINTER, I64, I64, POINTER, I64, POINTER, I64, POINTER]
 Tiles = list[tuple[int, ir.Function]]  # tokens of a tile, its code; from large to small
 Row = tuple[ir.Value, ir.Value]  # a vector of rows: address of its block, first row in it
 
@@ -59,8 +62,8 @@ Row = tuple[ir.Value, ir.Value]  # a vector of rows: address of its block, first
 class PanelKernel:
     """`panel` for a dtype.
 
-    pairs: multiplies the bfloat16 of paired activations; the same bits as from their float32, where these are
-    bfloat16 (and no value subnormal). emulate_dot: products of narrow types in plain arithmetic, for tests on any CPU.
+    pairs: multiplies the bfloat16 of activations; the same bits as from their float32, where these are bfloat16 (and,
+    in paired blocks, not subnormal). emulate_dot: products of narrow types in plain arithmetic, for tests on any CPU.
     once: a single token's weights pass the caches by, where there are 16 registers (`ONCE_DTYPES`).
     """
 
@@ -78,6 +81,11 @@ class PanelKernel:
     def build(self, isa: Isa) -> ir.Module:
         """LLVM module with `panel`."""
         module = ir.Module(self.name)
+        if isa.bf16_tiles and self.dtype == "bfloat16":
+            panel = ir.Function(module, ir.FunctionType(VOID, PANEL_ARGUMENTS), self.symbol)
+            s = Simd(ir.IRBuilder(panel.append_basic_block()), isa, self.emulate_dot)
+            write_panel(s, panel, 1 if self.pairs else PARTS)
+            return module
         shapes = isa.tiles
         if isa.float_tile is not None and not is_quantised(self.dtype):
             shapes = (isa.float_tile, *shapes)
@@ -93,9 +101,8 @@ def _panel_function(module: ir.Module, kernel: PanelKernel, isa: Isa, tiles: Til
     them. Each tile unpacks int4 codes anew: those instructions go to pipes that products leave idle
     (1.3 cycles a vpdpbusd with and without them; unpacking once a part, into L1, takes 1.5 at 16 tokens; Zen 4).
     """
-    arguments = [POINTER, I64, I64, POINTER, I64, POINTER, I64, POINTER]
     dtype, x_block_bytes = kernel.dtype, format_of(kernel.dtype, isa).block_bytes
-    panel = ir.Function(module, ir.FunctionType(VOID, arguments), kernel.symbol)
+    panel = ir.Function(module, ir.FunctionType(VOID, PANEL_ARGUMENTS), kernel.symbol)
     weights, stride, n_blocks, x, x_stride, row_ids, n_rows, out = panel.args
     s = Simd(ir.IRBuilder(panel.append_basic_block()), isa)
     part_blocks = L1_WEIGHT_BYTES // block_bytes(dtype)

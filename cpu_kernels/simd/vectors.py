@@ -25,6 +25,7 @@ class Simd:
         self.b = builder
         self.isa = isa
         self.lanes = isa.lanes
+        self.emulate_dot = emulate_dot
         self.dot_kind = "generic" if emulate_dot else isa.dot
         self.f32 = ir.VectorType(F32, self.lanes)
         self.i32 = ir.VectorType(I32, self.lanes)
@@ -122,7 +123,7 @@ class Simd:
         """Asks for the cache line of `pointer` in L2; harmless for any address. once: it will be read once, and is to
         leave what the caches hold in place."""
         read, level, data = (ir.Constant(I32, value) for value in (0, 0 if once else 2, 1))
-        self._call("llvm.prefetch.p0", VOID, [pointer, read, level, data])
+        self.call("llvm.prefetch.p0", VOID, [pointer, read, level, data])
 
     def splat(self, scalar: ir.Value) -> ir.Value:
         """All lanes = scalar."""
@@ -148,7 +149,7 @@ class Simd:
     def mul_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         """x * y + z, with one rounding where the ISA has the instruction."""
         name = "fma" if self.isa.fused else "fmuladd"
-        return self._call(f"llvm.{name}.v{self.lanes}f32", self.f32, [x, y, z])
+        return self.call(f"llvm.{name}.v{self.lanes}f32", self.f32, [x, y, z])
 
     def minimum(self, x: ir.Value, y: ir.Value) -> ir.Value:
         """min(x, y) of floats; y where one of them is NaN."""
@@ -160,11 +161,11 @@ class Simd:
 
     def max_words(self, x: ir.Value, y: ir.Value) -> ir.Value:
         """max(x, y) of unsigned 32-bit integers."""
-        return self._call(f"llvm.umax.v{self.lanes}i32", self.i32, [x, y])
+        return self.call(f"llvm.umax.v{self.lanes}i32", self.i32, [x, y])
 
     def reduce(self, x: ir.Value, operation: str) -> ir.Value:
         """int32 from all lanes of int32; operation: add, or, umax."""
-        return self._call(f"llvm.vector.reduce.{operation}.v{self.lanes}i32", I32, [x])
+        return self.call(f"llvm.vector.reduce.{operation}.v{self.lanes}i32", I32, [x])
 
     def sum_floats(self, x: ir.Value) -> ir.Value:
         """float32 sum of all lanes, by halves: the same order on every CPU of the ISA."""
@@ -208,11 +209,11 @@ class Simd:
 
     def absolute_floats(self, x: ir.Value) -> ir.Value:
         """|x|."""
-        return self._call(f"llvm.fabs.v{self.lanes}f32", self.f32, [x])
+        return self.call(f"llvm.fabs.v{self.lanes}f32", self.f32, [x])
 
     def copy_sign_floats(self, x: ir.Value, sign: ir.Value) -> ir.Value:
         """|x| with the sign of `sign`."""
-        return self._call(f"llvm.copysign.v{self.lanes}f32", self.f32, [x, sign])
+        return self.call(f"llvm.copysign.v{self.lanes}f32", self.f32, [x, sign])
 
     def to_f32(self, x: ir.Value) -> ir.Value:
         """int32 -> float32."""
@@ -266,13 +267,13 @@ class Simd:
             acc = self.mul_add(self.high_bf16(x), self.high_bf16(y), acc)
             return self.mul_add(self.low_bf16(x), self.low_bf16(y), acc)
         pairs = [self.b.bitcast(value, self.bf16) for value in (x, y)]
-        return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", self.f32, [acc, *pairs])
+        return self.call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", self.f32, [acc, *pairs])
 
     def dot_bytes(self, acc: ir.Value, codes: ir.Value, signed: ir.Value) -> ir.Value:
         """acc[i] + sum over the 4 bytes of lane i of unsigned codes * signed, in int32 (vpdpbusd)."""
         if self.dot_kind == "vnni":
             bits = 32 * self.lanes
-            return self._call(f"llvm.x86.avx512.vpdpbusd.{bits}", self.i32, [acc, codes, signed])
+            return self.call(f"llvm.x86.avx512.vpdpbusd.{bits}", self.i32, [acc, codes, signed])
         for byte in range(4):
             weight = self.b.lshr(self.as_words(codes), self.constant(self.i32, 8 * byte))
             weight = self.b.and_(weight, self.constant(self.i32, 255))
@@ -282,28 +283,29 @@ class Simd:
 
     def dot_pairs(self, codes: ir.Value, signed: ir.Value) -> ir.Value:
         """int16[i] = sum over bytes 2i, 2i + 1 of unsigned codes * signed (vpmaddubsw; must not overflow)."""
-        return self._call(self._x86("pmadd.ub.sw", "pmaddubs.w"), self.i16, [codes, signed])
+        return self.call(self._x86("pmadd.ub.sw", "pmaddubs.w"), self.i16, [codes, signed])
 
     def add_pairs(self, acc: ir.Value, x: ir.Value) -> ir.Value:
         """acc[i] + int16 x[2i] + x[2i + 1] (vpmaddwd with ones)."""
         ones = self.constant(self.i16, 1)
-        return self.b.add(acc, self._call(self._x86("pmadd.wd", "pmaddw.d"), self.i32, [x, ones]))
+        return self.b.add(acc, self.call(self._x86("pmadd.wd", "pmaddw.d"), self.i32, [x, ones]))
 
     def copy_sign(self, x: ir.Value, sign: ir.Value) -> ir.Value:
         """Per byte: x if sign > 0, -x if sign < 0 (either where sign is 0: its product is 0)."""
         if self.lanes == 8:
-            return self._call("llvm.x86.avx2.psign.b", self.u8, [x, sign])
+            return self.call("llvm.x86.avx2.psign.b", self.u8, [x, sign])
         negative = self.b.icmp_signed("<", sign, self.zero(self.u8))
         return self.b.select(negative, self.b.sub(self.zero(self.u8), x), x)
 
     def absolute(self, x: ir.Value) -> ir.Value:
         """Absolute value per byte."""
-        return self._call(f"llvm.abs.v{4 * self.lanes}i8", self.u8, [x, ir.Constant(I1, 0)])
+        return self.call(f"llvm.abs.v{4 * self.lanes}i8", self.u8, [x, ir.Constant(I1, 0)])
 
     def _x86(self, avx2: str, avx512: str) -> str:
         return f"llvm.x86.avx2.{avx2}" if self.lanes == 8 else f"llvm.x86.avx512.{avx512}.512"
 
-    def _call(self, name: str, result: ir.Type, arguments: Sequence[ir.Value]) -> ir.Value:
+    def call(self, name: str, result: ir.Type, arguments: Sequence[ir.Value]) -> ir.Value:
+        """The value of an LLVM intrinsic."""
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
         function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
         return self.b.call(function, arguments)

@@ -23,6 +23,7 @@ from cpu_kernels.step.program import (
     MASK,
     MASK_ROW,
     N_ROWS,
+    N_THREADS,
     PADDING,
     SCRATCH,
     SCRATCH_BYTES,
@@ -46,6 +47,10 @@ TASK_HEADS = 4 * HEAD_BLOCK
 """Query heads of a task at most: many heads that share one head of keys are work for several threads."""
 SHARING_ROWS = HEAD_BLOCK
 """Rows of a task: with any number of heads for each head of keys they are whole blocks of queries."""
+TICKET_TASKS, TICKETS = 4, 8
+"""A ticket is TICKET_TASKS tasks, of which most follow each other in memory and each asks for the beginning of the next
+(bfloat16, OLMoE's heads: 4 to 8 % more of the memory's rate; a Xeon, 2 threads), or fewer, so that each thread has
+TICKETS tickets to even out."""
 GATHERED = SCRATCH_BYTES // 2
 """Where in a thread's scratch the queries of several rows lie, and behind them their results and statistics."""
 
@@ -64,7 +69,7 @@ EVERYTHING = Sight()
 
 def _attend(call_address: int, thread: int) -> None:
     """Worker. Task: a run of cached tokens of one head of keys and values, for up to TASK_HEADS heads of a row, or of
-    SHARING_ROWS rows. Tasks that read the same run follow each other."""
+    SHARING_ROWS rows. Tasks that read the same run follow each other, then those of the next run."""
     call = int64s_at(call_address, ATTEND_CALL)
     state = int64s_at(call[STATE], STATE_SIZE)
     rows = rows_of(state)
@@ -76,21 +81,24 @@ def _attend(call_address: int, thread: int) -> None:
         longest = max(longest, _n_chunks(call, rows[row]))
     together = SHARING_ROWS if _may_share(call, rows, group) else 1
     n_groups = (n_rows + together - 1) // together
+    n_tasks = call[N_KV_HEADS] * n_parts * longest * n_groups
+    each = max(1, min(TICKET_TASKS, n_tasks // (TICKETS * state[N_THREADS])))
     while True:
-        task = take_ticket(call[NEXT])
-        if task >= call[N_KV_HEADS] * n_parts * longest * n_groups:
+        begin = take_ticket(call[NEXT]) * each
+        if begin >= n_tasks:
             return
-        rest, row = task // n_groups, task % n_groups * together
-        heads, chunk = rest // longest, rest % longest
-        kv_head, first = heads // n_parts, heads % n_parts * TASK_HEADS
-        head_stop, row_stop = min(group, first + TASK_HEADS), min(n_rows, row + together)
-        if row_stop - row == together > 1 and _share_run(call, rows, row, row_stop, chunk):
-            _run_of_rows(call, state, rows, row, row_stop, kv_head, first, head_stop, chunk, scores)
-            continue
-        while row < row_stop:
-            if chunk < _n_chunks(call, rows[row]):
-                _run(call, state, rows[row], row, kv_head, first, head_stop, chunk, scores)
-            row += 1
+        for task in range(begin, min(n_tasks, begin + each)):
+            rest, row = task // n_groups, task % n_groups * together
+            heads, chunk = rest // longest, rest % longest
+            kv_head, first = heads // n_parts, heads % n_parts * TASK_HEADS
+            head_stop, row_stop = min(group, first + TASK_HEADS), min(n_rows, row + together)
+            if row_stop - row == together > 1 and _share_run(call, rows, row, row_stop, chunk):
+                _run_of_rows(call, state, rows, row, row_stop, kv_head, first, head_stop, chunk, scores)
+                continue
+            while row < row_stop:
+                if chunk < _n_chunks(call, rows[row]):
+                    _run(call, state, rows[row], row, kv_head, first, head_stop, chunk, scores)
+                row += 1
 
 
 @inline_kernel
@@ -118,12 +126,7 @@ def _run_of_rows(
     """A run that rows from `row` to `stop` share, HEAD_BLOCK of their queries at a time."""
     seen, first = rows[row], chunk * CHUNK
     place = place_of(call[PLACES], seen[SEQUENCE])
-    keys, key_bytes = key_address(place, kv_head, first), place[K_TOKEN]
-    values, value_bytes = value_address(place, kv_head, first), place[V_TOKEN]
-    more, more_bytes = values, value_bytes
-    if call[SHARED]:
-        values, value_bytes = keys, key_bytes
-    bias = state[MASK] + 4 * (seen[SEQUENCE] * state[MASK_ROW] + first) if state[MASK] else call[ZEROS]
+    keys, key_bytes, values, value_bytes, more, more_bytes, bias = _memory(call, state, seen, place, kv_head, first)
     block = call[KERNELS + KIND_KERNELS * place[KIND] + BLOCK]
     n_heads, v_dim, width = call[N_HEADS], call[V_DIM], call[DIM] + call[SHARED]
     own = kv_head * (n_heads // call[N_KV_HEADS]) + head
@@ -144,6 +147,20 @@ def _run_of_rows(
             part = of_row * n_heads + own + (begin + i) % n_own
             copy(floats_at(results + 4 * i * v_dim, v_dim), floats_at(call[PARTS] + 4 * part * v_dim, v_dim))
             copy(floats_at(stats + 8 * i, 2), floats_at(call[STATS] + 8 * part, 2))
+
+
+@inline_kernel
+def _memory(
+    call: np.ndarray, state: np.ndarray, seen: np.ndarray, place: np.ndarray, kv_head: Whole, first: Whole
+) -> tuple[Whole, Whole, Whole, Whole, Whole, Whole, Whole]:
+    """Where a run from token `first` on lies: keys, values and the more columns of keys, each with the bytes from token
+    to token; and what is added to its scores."""
+    keys, key_bytes = key_address(place, kv_head, first), place[K_TOKEN]
+    more, more_bytes = value_address(place, kv_head, first), place[V_TOKEN]
+    bias = state[MASK] + 4 * (seen[SEQUENCE] * state[MASK_ROW] + first) if state[MASK] else call[ZEROS]
+    if call[SHARED]:
+        return keys, key_bytes, keys, key_bytes, more, more_bytes, bias
+    return keys, key_bytes, more, more_bytes, more, more_bytes, bias
 
 
 @inline_kernel
@@ -171,12 +188,7 @@ def _run(
     first = _first_seen(call, seen) + chunk * CHUNK
     n_tokens = min(CHUNK, seen[SEEN] - first)
     place = place_of(call[PLACES], seen[SEQUENCE])
-    keys, key_bytes = key_address(place, kv_head, first), place[K_TOKEN]
-    values, value_bytes = value_address(place, kv_head, first), place[V_TOKEN]
-    more, more_bytes = values, value_bytes
-    if call[SHARED]:
-        values, value_bytes = keys, key_bytes
-    bias = state[MASK] + 4 * (seen[SEQUENCE] * state[MASK_ROW] + first) if state[MASK] else call[ZEROS]
+    keys, key_bytes, values, value_bytes, more, more_bytes, bias = _memory(call, state, seen, place, kv_head, first)
     kind = place[KIND]
     kernels = call[KERNELS + KIND_KERNELS * kind :]
     block, rest, n_rest = kernels[BLOCK], kernels[REST], kernels[REST_HEADS]

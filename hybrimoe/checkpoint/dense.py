@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -143,8 +144,26 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, whole: bool = Fa
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(config, dtype=dtype)
     except Exception as error:  # and so is whatever is raised of a model that is built from it
+        if isinstance(error, KeyError) and error.args[0] in _rope_types(config):
+            known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+            raise ModelError(
+                f"config.json asks for positions of the type {error.args[0]!r} (rope_type), which transformers"
+                f" {transformers.__version__} does not know; it knows {known}: correct that entry, or use a"
+                " transformers that knows it"
+            ) from error
         raise ModelError(f"config.json describes no valid {config.model_type} model: {_reason(error)}") from error
     return model.eval()
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """The types of rotary positions that a configuration and its parts name."""
+    parts = [config.to_dict()]
+    found: set[str] = set()
+    while parts:
+        part = parts.pop()
+        found |= {value for name, value in part.items() if name == "rope_type" and isinstance(value, str)}
+        parts += [value for value in part.values() if isinstance(value, dict)]
+    return found
 
 
 def read_generation_defaults(model: PreTrainedModel, directory: Path) -> None:

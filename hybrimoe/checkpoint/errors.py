@@ -1,5 +1,7 @@
 """Errors that only loading raises."""
 
+from pathlib import Path
+
 from hybrimoe.errors import CheckpointError
 
 
@@ -27,3 +29,22 @@ def listed(names: list[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+POINTER, PAGES = b"version https://git-lfs", (b"<!doctype", b"<html")
+
+
+def stands_for(file: Path) -> str | None:
+    """What lies in the place of a file that was not fetched itself, and what to do; None for other files."""
+    if file.is_symlink() and not file.exists():
+        return f"{file} is a link to {file.readlink()}, which is not there; fetch it again"
+    try:
+        with file.open("rb") as opened:
+            first = opened.read(len(POINTER)).lower()
+    except OSError:
+        return None
+    if first == POINTER:
+        return f"{file} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {file.parent}"
+    if first.startswith(PAGES):
+        return f"{file} holds a web page, not the file itself; fetch it again, from its download link"
+    return None

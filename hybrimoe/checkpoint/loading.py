@@ -45,9 +45,9 @@ from hybrimoe.config.deploy import DeployConfig, load_config
 from hybrimoe.config.runtime import choose_accelerators
 from hybrimoe.dense.place import dense_device, place_dense
 from hybrimoe.dense.records import DenseRecords
-from hybrimoe.dense.towers import in_tower, remove_towers, tower_paths
 from hybrimoe.errors import BudgetError, CheckpointError, ModelError
 from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
+from hybrimoe.experts.towers import in_tower, remove_towers, tower_paths
 from hybrimoe.runtime.startup.backends import require_devices
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
 from hybrimoe.runtime.tier.slots import RecordPlaces

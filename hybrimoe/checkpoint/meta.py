@@ -34,7 +34,7 @@ def meta_model(source: str | Path | PreTrainedConfig | None, vision: str = "auto
     """
     from hybrimoe.checkpoint.dense import dense_dtype
     from hybrimoe.checkpoint.dense import meta_model as build
-    from hybrimoe.dense.towers import remove_towers
+    from hybrimoe.experts.towers import remove_towers
 
     config = model_config(source) if source is None or isinstance(source, str | Path) else source
     sees = isinstance(source, str | Path) and vision == "auto" and _has_processor(source)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed, stands_for
 from hybrimoe.checkpoint.reading import read_bytes
 from hybrimoe.checkpoint.source import INDEX_NAME, weight_files
 from hybrimoe.checkpoint.stored import Storage
@@ -112,7 +112,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
                 raise _damaged(path, size_bytes, "its header is cut off or no safetensors header")
             text = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(stands_for(path) or f"cannot read {path}: {error.strerror}") from error
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -153,6 +153,8 @@ def _read(tensor: StoredTensor, offset_bytes: int, shape: tuple[int, ...]) -> to
 
 
 def _damaged(path: Path, size_bytes: int, what: str) -> CheckpointError:
+    if instead := stands_for(path):
+        return CheckpointError(instead)
     return CheckpointError(f"{path} is truncated or damaged: it has {size_bytes} bytes, and {what}; fetch it again")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed, stands_for
 from hybrimoe.checkpoint.gguf.config import config_of
 from hybrimoe.checkpoint.gguf.file import PART_NAME, first_part, first_parts, is_gguf, open_gguf
 from hybrimoe.demo import smollm2
@@ -24,6 +24,12 @@ HUB_FILE = re.compile(r"^(?P<hub_id>[A-Za-z0-9][\w.-]*/[\w.-]+):(?P<name>[\w./ -
 HUB_PATTERNS = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 HUB_LEFT_OUT = ("original/*", "consolidated*", "onnx/*", "*/*.safetensors")
 """The same weights once more, in other layouts: Meta's, Mistral's, ONNX, and formats in folders of their own."""
+UNFINISHED = ("*.incomplete", "*.part", "*.partial", "*.crdownload", "*.aria2", "*.download")
+"""Names of files that are still being fetched, by git, browsers and download programs."""
+TO_SAFETENSORS = (
+    "take the model's safetensors, or convert it once, with transformers: AutoModelForCausalLM.from_pretrained(FOLDER)"
+    ".save_pretrained(NEW_FOLDER)"
+)
 EXPECTED = (
     f"a directory with {CONFIG_NAME} and *.safetensors, a GGUF file, or a hub id, owner/name or owner/name:FILE.gguf"
 )
@@ -48,7 +54,7 @@ def model_path(path_or_hub_id: str | Path | None) -> Path:
     if is_gguf(path):
         return first_part(path)
     if path.exists():
-        raise ModelError(f"{path} is a file; expected {EXPECTED}")
+        raise ModelError(stands_for(path) or f"{path} is a file; {_what_to_give(path)}")
     if is_hub_id(path_or_hub_id):
         return _from_hub(str(path_or_hub_id))
     if (file := HUB_FILE.match(str(path_or_hub_id))) is not None:
@@ -69,12 +75,26 @@ def _read_json(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(f"{directory} is no model directory: it has no {CONFIG_NAME}") from error
+        raise ModelError(
+            stands_for(file) or f"{directory} is no model directory: it has no {CONFIG_NAME}{_snapshot_in(directory)}"
+        ) from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as JSON: {error}") from error
+        raise ModelError(stands_for(file) or f"{file} cannot be read as JSON: {error}; fetch it again") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(f"{file} is no model configuration: it has no model_type")
     return config
+
+
+def _what_to_give(file: Path) -> str:
+    if (file.parent / CONFIG_NAME).is_file():
+        return f"give the model's folder: {file.parent}"
+    return f"expected {EXPECTED}"
+
+
+def _snapshot_in(directory: Path) -> str:
+    """Where a folder of the hub's cache has the model itself; "" for other folders."""
+    found = sorted(directory.glob(f"snapshots/*/{CONFIG_NAME}"), key=lambda file: file.parent.stat().st_mtime)
+    return f"; it is a folder of the hub's cache: give {found[-1].parent}" if found else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +198,9 @@ def _read_index(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(key): str(name) for key, name in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read as a safetensors index: {error!r}") from error
+        raise CheckpointError(
+            stands_for(index) or f"{index} cannot be read as a safetensors index: {error!r}; fetch it again"
+        ) from error
 
 
 def _shards(directory: Path, file_of_key: dict[str, str]) -> WeightFiles:
@@ -193,9 +215,11 @@ def _no_weights(directory: Path, candidates: list[Path]) -> CheckpointError:
     if candidates:
         found = listed([file.name for file in candidates])
         return CheckpointError(f"{directory} has several weight files ({found}) and no {INDEX_NAME} that joins them")
+    if unfinished := sorted(file.name for pattern in UNFINISHED for file in directory.glob(pattern)):
+        return CheckpointError(f"{directory} has no weights yet: {listed(unfinished)} is not fetched to its end")
     others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.gguf", "*.h5") for file in directory.glob(pattern))
     if others:
-        what = "give the GGUF file itself" if others[0].endswith(".gguf") else "convert it to safetensors"
+        what = "give the GGUF file itself" if others[0].endswith(".gguf") else TO_SAFETENSORS
         return UnsupportedCheckpointError(f"{directory} has {listed(others)} but no *.safetensors; {what}")
     return CheckpointError(f"{directory} has no weights: expected {SINGLE_NAME} or {INDEX_NAME} with its shards")
 

@@ -6,9 +6,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hybrimoe.checkpoint.dense import read_config
+from hybrimoe.checkpoint.errors import stands_for
 from hybrimoe.checkpoint.gguf.tokenizer import load_tokenizer as gguf_tokenizer
 from hybrimoe.checkpoint.source import model_path
 from hybrimoe.errors import ModelError
+
+TOKENIZER_NAME = "tokenizer.json"
 
 
 def load_tokenizer(path_or_hub_id: str | Path | None = None) -> PreTrainedTokenizerBase:
@@ -27,8 +31,12 @@ def load_tokenizer(path_or_hub_id: str | Path | None = None) -> PreTrainedTokeni
                 f"the tokenizer of {directory} is code of its own (auto_map in tokenizer_config.json), which hybrimoe"
                 " never runs; expected tokenizer.json, which such a tokenizer can be converted to"
             ) from error
+        read_config(directory)  # which says what is wrong where it is the configuration
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"{directory} has no usable tokenizer ({reason}); expected tokenizer.json beside the weights"
+            stands_for(directory / TOKENIZER_NAME)
+            or f"{directory} has no usable tokenizer ({reason}); expected {TOKENIZER_NAME} beside the weights"
         ) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes where there are no files of one
+        raise ModelError(f"{directory} has no tokenizer; expected {TOKENIZER_NAME} beside the weights: fetch it, too")
     return tokenizer

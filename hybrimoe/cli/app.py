@@ -149,6 +149,11 @@ def _message(error: Exception) -> str:
         return text
     if isinstance(error, OSError):
         return text
+    if isinstance(error, ImportError):
+        from hybrimoe.compat import import_fault
+
+        if fault := import_fault(error):
+            return ": ".join(fault)
     if isinstance(error, MemoryError):
         return f"out of memory: {text}"
     if isinstance(error, typer.Abort):

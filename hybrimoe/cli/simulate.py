@@ -12,6 +12,7 @@ from hybrimoe.cli.common import JsonOption, LossyList, check_readable, grouped
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
+    from hybrimoe.tracing.study.simulation import SimulationReport
     from scheduler.simulator.simulator import PhaseResult
 
 DEFAULT_POLICIES = ("static", "hybrimoe", "ours", "oracle")
@@ -61,6 +62,19 @@ def simulate(
     ] = False,
     accelerators: simulated.AcceleratorsOption = None,
     shared_link: Annotated[bool, typer.Option("--shared-link", help="All accelerators behind one link.")] = False,
+    stream: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Experts of prompts of N tokens and more go past the slots; 0: none. Default: policy's."
+        ),
+    ] = None,
+    stream_ahead: Annotated[
+        bool, typer.Option("--stream-ahead", help="Streamed prompts: upload a layer while the one before is computed.")
+    ] = False,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Prompts in steps of N tokens, one after another. Default: each as one step."),
+    ] = None,
     cache_model: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Net of `trace train --target cache`, for learned caches.")
     ] = None,
@@ -101,6 +115,9 @@ def simulate(
         disk_blind=disk_blind,
         accelerators=accelerators,
         shared_link=shared_link,
+        stream=stream,
+        stream_ahead=stream_ahead,
+        prefill_chunk=prefill_chunk,
         seed=setting.seed,
         cache_model=cache_model,
         prefetch_model=prefetch_model,
@@ -112,9 +129,11 @@ def simulate(
         render.emit_json(report.rows())
     else:
         _show(report.results, report.title)
+        _show_ranges(report)
 
 
 COLUMNS = ("policy", "slots", "phase", "ms", "gain", "hits", "CPU", "acc", "link", "copies", "prefetched")
+RANGE_COLUMNS = ("policy", "slots", "phase", "tokens/s", "to expect")
 
 
 def _show(results: list[PhaseResult], title: str) -> None:
@@ -129,6 +148,18 @@ def _show(results: list[PhaseResult], title: str) -> None:
              ahead)
         )  # fmt: skip
     render.out().print(render.table(title, COLUMNS, rows))
+
+
+def _show_ranges(report: SimulationReport) -> None:
+    """The speeds, and what public measurements say of each; nothing where they say nothing of any."""
+    if not any(report.ranges):
+        return
+    rows = [
+        (_name(r), f"{r.cache_ratio:.0%}", r.phase, f"{r.tokens_per_s:.4g}",
+         "no measurement is near" if bounds is None else f"{bounds[0]:.4g} to {bounds[1]:.4g}")
+        for r, bounds in zip(report.results, report.ranges, strict=True)
+    ]  # fmt: skip
+    render.out().print(render.table("Range by public measurements (docs/calibration.md)", RANGE_COLUMNS, rows))
 
 
 def _name(result: PhaseResult) -> str:

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from cpu_kernels import LinearSpec, pack_linear, run_linear, unpack_linear, unpack_linear_blocks
 from hybrimoe.dense.records import DenseRecords, LinearEntry
-from hybrimoe.dense.towers import in_tower, tower_paths
 from hybrimoe.errors import CheckpointError, ModelError
 from hybrimoe.experts.absent import AbsentWeights
+from hybrimoe.experts.towers import in_tower, tower_paths
 
 PackedDtype = Literal["int8", "int4"]
 ROUTER_NAME = re.compile(r"(^|\.)(gate|router|classifier|shared_expert_gate)(\.|$)")

@@ -21,8 +21,8 @@ from torch import nn
 
 from cpu_kernels.host.threads import torch_threads
 from hybrimoe.dense.calls import MAX_TOKENS, AroundCalls
-from hybrimoe.dense.towers import in_tower, tower_paths
 from hybrimoe.errors import ModelError
+from hybrimoe.experts.towers import in_tower, tower_paths
 
 LITTLE_BYTES = 16 << 20
 """Of weights that torch's own linear layers on the CPU read in a step: about 1 ms for one thread."""

@@ -20,6 +20,7 @@ from torch import nn
 from cpu_kernels import Activation, ExpertDtype, ExpertSpec, ExpertWeights
 from hybrimoe.errors import UnsupportedExpertsError
 from hybrimoe.experts.activation import recognise_activation
+from hybrimoe.experts.towers import in_tower, tower_paths
 
 ROUTED_CALL = ("hidden_states", "top_k_index", "top_k_weights")
 SORTED_EXPERTS = ("Llama4TextExperts",)
@@ -103,14 +104,21 @@ FOREIGN_EXPERTS = {
 
 def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """All experts modules of `model` that `read` understands, as (dotted path, module), in the order of execution.
+    Those of towers, which see an image once, stay as they are.
 
     A dense model gives an empty list. Raises UnsupportedExpertsError where the model has modules which hold experts
     but none of them can be read.
     """
-    found = [(path, module) for path, module in model.named_modules() if is_experts(module)]
+    found = [(path, module) for path, module in seen_by_text(model) if is_experts(module)]
     if not found:
         _refuse_foreign_experts(model)
     return found
+
+
+def seen_by_text(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules of `model` with their paths, but for experts of its towers."""
+    towers = tower_paths(model)
+    return [(path, one) for path, one in model.named_modules() if not (in_tower(path, towers) and is_experts(one))]
 
 
 def is_experts(module: nn.Module) -> bool:

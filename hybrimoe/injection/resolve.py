@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from hybrimoe.errors import ModelError, RuleError, UnsupportedExpertsError
-from hybrimoe.experts.layout import ExpertsLayout, find_experts, is_experts, read
+from hybrimoe.experts.layout import ExpertsLayout, find_experts, is_experts, read, seen_by_text
 from hybrimoe.injection.nearest import why_nothing_matches
 from hybrimoe.injection.rules import BoundRule, BoundRules
 
@@ -57,7 +57,7 @@ def resolve(model: nn.Module, rules: BoundRules) -> Resolution:
     an experts operator on a module that holds no experts.
     """
     _refuse_dense(model, rules)
-    modules = [(path, module) for path, module in model.named_modules() if path]
+    modules = [(path, module) for path, module in seen_by_text(model) if path]
     walk = _walk(modules, rules.rules)
     remarks = _check_every_rule(walk, modules, rules.rules)
     hits = tuple(_hit(path, module, rules.rules[index], modules) for path, module, index in walk.hits)

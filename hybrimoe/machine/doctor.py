@@ -11,7 +11,9 @@ import platform
 import sys
 from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 
+from hybrimoe.compat import import_fault
 from hybrimoe.machine.check import Check, guarded, installed
 
 # What the product cannot run without, with the first version that works (pyproject.toml; a test compares).
@@ -84,8 +86,23 @@ def _package(package: str, lowest: str) -> Check:
         wanted = f"{lowest} or later" + (f", before {highest}" if highest else "")
         return Check(package, "broken", f"{found}; needs {wanted}", REINSTALL)
     if package in SHOWN:
-        importlib.import_module(package)  # a damaged installation shows here
+        module = importlib.import_module(package)  # a damaged installation shows here
+        if package == "transformers" and (fault := _fault_of_models(module)):
+            return Check(package, "broken", f"{found}: {fault[0]}", fault[1])
     return Check(package, "ok", found)
+
+
+def _fault_of_models(transformers: ModuleType) -> tuple[str, str] | None:
+    """What keeps transformers' models from being imported, where that is another package; transformers itself imports
+    without them."""
+    try:
+        _ = transformers.PreTrainedModel
+    except ImportError as error:
+        fault = import_fault(error)
+        if fault is None:
+            raise
+        return fault
+    return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

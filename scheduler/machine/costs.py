@@ -8,6 +8,7 @@ an accelerator is given together take one launch more than they take each, which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.errors import CostError, ProfileError, did_you_mean
-from scheduler.machine.profile import DiskProfile, HardwareProfile, ModelShape, table_key
+from scheduler.machine.profile import AccelProfile, DiskProfile, HardwareProfile, ModelShape, table_key
 from scheduler.plan import ObservedTask
 
 Floats = npt.NDArray[np.float64]
@@ -37,6 +38,8 @@ LAUNCH_EXPERTS: Final = 4.0
 """A launch is never believed to take longer than so many experts on one token."""
 SAME_SIZE: Final = 0.25
 """Groups whose experts differ by less than this share of their expected time say little about what one takes."""
+TILE_STEP: Final = 8
+"""Columns by which tiles grow: those of one instruction of the tensor units."""
 LAUNCH, BEFORE, TOOK = range(3)
 RECORDED: Final = 1
 """Places of ``CostModel._groups``."""
@@ -52,8 +55,13 @@ class CostModel:
         shape: ModelShape,
         dtype: str = "bfloat16",
         record_bytes: int | Sequence[int] | None = None,
+        step_tokens: int | None = None,
     ) -> None:
-        """``record_bytes``: what really crosses the link for one expert (all layers, or one number a layer)."""
+        """``record_bytes``: what really crosses the link for one expert (all layers, or one number a layer).
+
+        ``step_tokens``: tokens of the steps whose costs these are, for accelerators whose tiles follow from that; None:
+        steps of any number, with the widest tiles.
+        """
         if dtype not in profile.cpu.gflops:
             raise ProfileError(f"{profile.name} has no CPU rate for {dtype!r}{did_you_mean(dtype, profile.cpu.gflops)}")
         given = shape.expert_bytes(dtype) if record_bytes is None else record_bytes
@@ -70,13 +78,7 @@ class CostModel:
                    cpu.table.get(key, ()))
             for size in kinds
         ]  # fmt: skip
-        launch_us = 0.0 if accel.expert_launches else accel.launch_us
-        padded = np.where(tokens > 1, tokens + accel.fill_tokens, tokens)
-        accel_rows = [
-            _curve(padded, launch_us, size / (accel.mem_gbps * 1e3), flops / (accel.tflops * 1e6),
-                   accel.table.get(key, ()))
-            for size in kinds
-        ]  # fmt: skip
+        accel_rows = [_accel_curve(tokens, accel, shape, size, accel.table.get(key, ()), step_tokens) for size in kinds]
         link = [profile.link.latency_us + size / (profile.link.gbps * 1e3) for size in kinds]
         disk = UNKNOWN_DISK if profile.disk is None else profile.disk
         read = [size / (disk.gbps * 1e3) for size in kinds]
@@ -280,11 +282,46 @@ def _moved(known: float, us: float, expected_us: float, bounds: tuple[float, flo
     return min(max(moved, bounds[0]), bounds[1])
 
 
+def _accel_curve(
+    tokens: Floats, accel: AccelProfile, shape: ModelShape, n_bytes: int, table: Sequence[tuple[int, float]],
+    step_tokens: int | None,
+) -> Floats:  # fmt: skip
+    """us on the accelerator of one expert of ``n_bytes`` for each entry of ``tokens``, in a step of so many tokens."""
+    launch_us = 0.0 if accel.expert_launches else accel.launch_us
+    read_us = n_bytes / (accel.mem_gbps * 1e3)
+    each_us = shape.expert_flops() / (accel.tflops * accel.expert_speed * 1e6)
+    if step_tokens is not None and 1 < step_tokens <= accel.vector_tokens:
+        return _curve(tokens, launch_us, 0.0, max(read_us, each_us), table)
+    apart = accel.reads_apart and step_tokens != 1
+    return _curve(_padded(tokens, accel, shape, step_tokens), launch_us, read_us, each_us, table, apart)
+
+
+def _padded(tokens: Floats, accel: AccelProfile, shape: ModelShape, step_tokens: int | None) -> Floats:
+    """Columns that an expert's tiles have for each number of its tokens; the last two entries have half a tile more
+    than tokens, since the slope between them goes on beyond the table."""
+    if accel.tile_tokens == 0 or step_tokens == 1:
+        return tokens
+    width = float(accel.tile_tokens)
+    if step_tokens is not None:
+        mean = step_tokens * shape.top_k / shape.n_experts if accel.tile_by_expert else step_tokens
+        width = min(width, TILE_STEP * math.ceil(mean / TILE_STEP))
+    columns = np.ceil(tokens / width) * width
+    if step_tokens is None:
+        columns[1] = 1.0
+    columns[-2:] = tokens[-2:] + width / 2
+    return np.asarray(columns)
+
+
 def _curve(
-    tokens: Floats, overhead_us: float, floor_us: float, us_per_token: float, table: Sequence[tuple[int, float]]
-) -> Floats:
-    """us for each entry of ``tokens``: the formula, or the measured points joined by lines."""
-    formula = overhead_us + np.maximum(floor_us, tokens * us_per_token)
+    tokens: Floats, overhead_us: float, floor_us: float, us_per_token: float, table: Sequence[tuple[int, float]],
+    apart: bool = False,
+) -> Floats:  # fmt: skip
+    """us for each entry of ``tokens``: the formula, or the measured points joined by lines; ``apart``: the floor does
+    not overlap what tokens take, if there are several."""
+    compute_us = tokens * us_per_token
+    formula = overhead_us + np.maximum(floor_us, compute_us)
+    if apart:
+        formula = np.where(tokens > 1, overhead_us + floor_us + compute_us, formula)
     if table:
         at = np.array([n for n, _ in table], np.float64)
         us = np.array([t for _, t in table], np.float64)

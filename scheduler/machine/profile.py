@@ -42,12 +42,17 @@ class AccelProfile:
 
     ``launch_us``: what a kernel costs beside its work; little where steps are captured as graphs.
     ``attention_launches``: kernels of one attention block. ``expert_launches``: those of all experts of a layer
-    together, 0 where each expert is launched alone. ``fill_tokens``: several tokens of an expert take as long as so
-    many more, since tiles of its matrices are not full.
-    ``own_attention``: a model's further kernels (``ModelShape.attention_kernels``) are launched, and only its
-    ``full_attention`` layers read the whole context. ``cache_share``, ``attention_share``: what attention reaches of
-    the memory rate at keys and values, and of the tensor rate. ``token_passes``: how often the values between the
-    matrices of several tokens cross the memory.
+    together, 0 where each expert is launched alone.
+    ``tile_tokens``: in a step of several tokens an expert's tokens are computed in tiles, and an empty column of a tile
+    takes as long as a full one. A tile has as many columns as the step has tokens, in eights, and at most so many;
+    ``tile_by_expert``: as an expert gets tokens on average. 0: no tiles. ``vector_tokens``: in steps of at most so
+    many, each token reads its experts by itself, without tiles. ``reads_apart``: of several tokens, weights are read
+    before they are multiplied and not meanwhile. ``expert_speed``: how many times faster an expert's matrices are
+    multiplied than others, where the format of its weights is the tensor units' own.
+    ``own_attention``: a model's further kernels (``ModelShape.attention_kernels``) are launched, only its
+    ``full_attention`` layers read the whole context, and its ``attention_width`` is multiplied. ``cache_share``,
+    ``attention_share``: what attention reaches of the memory rate at keys and values, and of the tensor rate.
+    ``token_passes``: how often the values between the matrices of several tokens cross the memory.
     """
 
     mem_gbps: float
@@ -58,7 +63,11 @@ class AccelProfile:
     count: int = 1
     attention_launches: int = 6
     expert_launches: int = 0
-    fill_tokens: float = 0.0
+    tile_tokens: int = 0
+    tile_by_expert: bool = False
+    vector_tokens: int = 1
+    reads_apart: bool = False
+    expert_speed: float = 1.0
     own_attention: bool = False
     cache_share: float = 1.0
     attention_share: float = 1.0
@@ -165,7 +174,8 @@ class ModelShape:
     experts and dense MLP), ``head_params`` those of the output head, ``kv_bytes`` cache bytes a token and layer.
     ``max_context`` is the longest sequence in tokens that the model is made for; 0 where nothing limits it.
     ``tower_bytes`` is what the parts take that see images or hear, which text does not go through.
-    ``attention_kernels``: kernels a layer beyond those of plain attention. ``full_attention``: the share of layers that
+    ``attention_kernels``: kernels a layer beyond those of plain attention. ``attention_width``: query heads times the
+    mean width of a key and a value, 0 where that is about ``hidden``. ``full_attention``: the share of layers that
     see the whole context; the others see a window, or keep a state. ``weight_bits``: bits a weight of experts, of the
     output head and of all others in a file of its own format; None where they are those of the dtypes asked for.
     """
@@ -186,6 +196,7 @@ class ModelShape:
     max_context: int = 0
     tower_bytes: int = 0
     attention_kernels: int = 0
+    attention_width: int = 0
     full_attention: float = 1.0
     weight_bits: tuple[float, float, float] | None = None
 
@@ -258,20 +269,21 @@ def _check_profile(profile: HardwareProfile) -> None:
         raise ProfileError(
             f"{profile.name}: accel.count must be an integer of at least 1, found {profile.accel.count!r}"
         )
-    for name, least in (("attention_launches", 0), ("expert_launches", 0)):
+    for name, least in (("attention_launches", 0), ("expert_launches", 0), ("tile_tokens", 0), ("vector_tokens", 1)):
         count = getattr(profile.accel, name)
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise ProfileError(f"{profile.name}: accel.{name} must be an integer of at least {least}, found {count!r}")
-    if not isinstance(profile.accel.own_attention, bool):
-        raise ProfileError(
-            f"{profile.name}: accel.own_attention must be true or false, found {profile.accel.own_attention!r}"
-        )
+    for name in ("own_attention", "tile_by_expert", "reads_apart"):
+        if not isinstance(getattr(profile.accel, name), bool):
+            found = getattr(profile.accel, name)
+            raise ProfileError(f"{profile.name}: accel.{name} must be true or false, found {found!r}")
     if not isinstance(profile.link.shared, bool):
         raise ProfileError(f"{profile.name}: link.shared must be true or false, found {profile.link.shared!r}")
     positive = {
         "cpu.read_gbps": profile.cpu.read_gbps, "accel.mem_gbps": profile.accel.mem_gbps,
         "accel.tflops": profile.accel.tflops, "link.gbps": profile.link.gbps,
         "accel.cache_share": profile.accel.cache_share, "accel.attention_share": profile.accel.attention_share,
+        "accel.expert_speed": profile.accel.expert_speed,
         **{f"cpu.gflops.{k}": v for k, v in profile.cpu.gflops.items()},
     }  # fmt: skip
     if profile.disk is not None:
@@ -282,7 +294,7 @@ def _check_profile(profile: HardwareProfile) -> None:
         _number(profile.name, name, value, above_zero=True)
     not_negative = {
         "cpu.overhead_us": profile.cpu.overhead_us, "accel.launch_us": profile.accel.launch_us,
-        "accel.fill_tokens": profile.accel.fill_tokens, "accel.token_passes": profile.accel.token_passes,
+        "accel.token_passes": profile.accel.token_passes,
         "link.latency_us": profile.link.latency_us, "dense.attention_us": profile.dense.attention_us,
         "dense.gate_us": profile.dense.gate_us, "dense.sync_us": profile.dense.sync_us,
         "dense.handoff_us": profile.dense.handoff_us, "dense.host_us": profile.dense.host_us,

@@ -16,16 +16,22 @@ from scheduler.parameters import Parameter, check_values, read_parameters
 from scheduler.prefetch import PREFETCH_POLICIES
 from scheduler.setting import Setting, make
 from scheduler.slots import SlotTable
+from scheduler.streaming import Streaming
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """``params`` are handed to those of the three that know them; see the classes for names and ranges."""
+    """``params`` are handed to those of the three that know them; see the classes for names and ranges.
+
+    ``streaming``: how a prompt's experts reach the accelerator beside the slots, where that is part of the system; the
+    planner does not read it, simulations do.
+    """
 
     balance: str
     prefetch: str
     cache: str
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    streaming: Streaming | None = None
 
     @property
     def name(self) -> str:
@@ -39,7 +45,7 @@ def _policy(balance: str, prefetch: str, cache: str, **params: Any) -> Policy:
 
 _PRESETS: dict[str, Policy] = {
     "static": _policy("static", "none", "lfu", scope="pool"),
-    "llama_cpp": _policy("layers", "none", "shallow_first"),
+    "llama_cpp": Policy("layers", "none", "shallow_first", streaming=Streaming(min_tokens=32)),
     "moe_infinity": _policy("on_demand", "activation_matrix", "activation_matrix"),
     "fiddler": _policy("fiddler", "none", "lfu", scope="pool"),
     "freetoken": _policy("bandwidth", "none", "lru", scope="pool"),
@@ -52,7 +58,8 @@ _PRESETS: dict[str, Policy] = {
     "oracle": _policy("optimal", "perfect", "belady"),
 }
 """static: KTransformers (most frequent experts resident by profile, never moved). llama_cpp: --n-cpu-moe (whole
-layers). moe_infinity: arXiv 2401.14361. fiddler: arXiv 2402.07033. freetoken: arXiv 2608.16157. adapmoe: arXiv
+layers; batches of at least 32 tokens upload the experts that they need: its pull requests 13386 and 15346).
+moe_infinity: arXiv 2401.14361. fiddler: arXiv 2402.07033. freetoken: arXiv 2608.16157. adapmoe: arXiv
 2408.10284. hobbit: arXiv 2411.01433, its lossless part. fate: arXiv 2502.12224. hybrimoe: arXiv 2504.05897;
 hybrimoe_released: with the balance of its published code, which its figures were measured with."""
 PRESETS: tuple[str, ...] = tuple(_PRESETS)

@@ -11,7 +11,7 @@ from scheduler.machine.profile import BYTES_PER_WEIGHT, HardwareProfile, ModelSh
 SHARED_LAUNCHES = 3
 #: Values between matrices are float32.
 VALUE_BYTES = 4
-#: Scores and weighted values: 2 multiply-adds per query-key pair and hidden unit (the head width about equals hidden).
+#: Scores and weighted values: 2 multiply-adds per query-key pair and unit of the heads' width (about hidden).
 FLOPS_PER_PAIR_AND_HIDDEN = 4
 
 
@@ -29,7 +29,7 @@ class DenseCosts:
             raise ProfileError(f"unknown dense dtype {self.dtype!r}{did_you_mean(self.dtype, BYTES_PER_WEIGHT)}")
 
     def _block_us(self, params: int, n_tokens: int, launches: int, head: bool = False) -> float:
-        """Weights are read once and used for every token: the larger of memory and arithmetic time."""
+        """Weights are read once and used for every token: the larger of memory and arithmetic time, or their sum."""
         if params == 0:
             return 0.0
         accel = self.profile.accel
@@ -37,7 +37,8 @@ class DenseCosts:
         weight_bytes = BYTES_PER_WEIGHT[self.dtype] if bits is None else bits[1 if head else 2] / 8
         read_us = params * weight_bytes / (accel.mem_gbps * 1e3)
         compute_us = 2.0 * params * n_tokens / (accel.tflops * 1e6)
-        return launches * accel.launch_us + max(read_us, compute_us)
+        apart = accel.reads_apart and n_tokens > 1
+        return launches * accel.launch_us + (read_us + compute_us if apart else max(read_us, compute_us))
 
     def attention_us(self, n_tokens: int, context: int, n_sequences: int = 1) -> float:
         """One attention block over ``n_tokens`` new tokens, as many of each sequence, that see up to ``context``
@@ -47,13 +48,14 @@ class DenseCosts:
         model has any, are spread evenly over the MoE layers.
         """
         accel, shape = self.profile.accel, self.shape
-        share, launches = 1.0, accel.attention_launches
+        share, launches, width = 1.0, accel.attention_launches, shape.hidden
         if accel.own_attention:
             share, launches = shape.full_attention, launches + shape.attention_kernels
+            width = shape.attention_width or shape.hidden
         pairs = share * n_tokens * (context + (n_tokens / n_sequences + 1) / 2)
         cache_us = max(
             share * shape.kv_bytes * (n_sequences * context + n_tokens) / (accel.mem_gbps * accel.cache_share * 1e3),
-            FLOPS_PER_PAIR_AND_HIDDEN * shape.hidden * pairs / (accel.tflops * accel.attention_share * 1e6),
+            FLOPS_PER_PAIR_AND_HIDDEN * width * pairs / (accel.tflops * accel.attention_share * 1e6),
         )
         one = self._block_us(shape.attention_params, n_tokens, launches) + cache_us
         extra = (

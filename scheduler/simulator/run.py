@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +16,7 @@ from scheduler.simulator.simulator import SimulationConfig, Simulator
 from scheduler.simulator.stats import PhaseResult
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import Predictions
-from scheduler.traces.trace import Trace
+from scheduler.traces.trace import Trace, TraceStep
 
 
 def simulator_class(profile: HardwareProfile, config: SimulationConfig) -> type[Simulator]:
@@ -37,9 +39,10 @@ def simulate(
     source: DemandSource | None = None,
     scorer: Scorer | None = None,
     prefetch_scorer: Scorer | None = None,
+    steps: Sequence[TraceStep] | None = None,
 ) -> list[PhaseResult]:
     """Build the right :class:`Simulator` and run it."""
     config = SimulationConfig() if config is None else config
     return simulator_class(profile, config)(
-        trace, profile, shape, config, predictions, frequencies, phase, False, source, scorer, prefetch_scorer
+        trace, profile, shape, config, predictions, frequencies, phase, False, source, scorer, prefetch_scorer, steps
     ).run()

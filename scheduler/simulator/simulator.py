@@ -33,7 +33,9 @@ from scheduler.simulator.engine import Engine, SimulationError, SimulationSettin
 from scheduler.simulator.host_tier import HostTier
 from scheduler.simulator.lossy import LossyStage, Part, share_slots
 from scheduler.simulator.stats import PhaseResult, PhaseStats, PrefetchJudge
+from scheduler.simulator.streamed import Streamer
 from scheduler.slots import SlotState
+from scheduler.streaming import Streaming
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import Predictions
 from scheduler.traces.trace import Trace, TraceStep
@@ -46,7 +48,8 @@ class SimulationConfig:
     """What is simulated. ``cache_ratio`` is the share of all experts that has a slot; ``n_slots`` overrides it.
 
     ``host_ratio``: the share of all experts that host memory holds; the others are on disk. ``disk_blind``: the planner
-    is not told of that, and plans as if all were in memory.
+    is not told of that, and plans as if all were in memory. ``streaming``: a prompt's experts go past slots and
+    planner; None: the policy plans prompts, too.
     ``lossy``: a lossy policy between router and planner, see ``scheduler.lossy``. ``label``: the policy's name in
     results, where that is not ``policy``.
     """
@@ -63,6 +66,7 @@ class SimulationConfig:
     params: dict[str, Any] = field(default_factory=dict)
     lossy: Lossy | None = None
     label: str = ""
+    streaming: Streaming | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.cache_ratio <= 1.0:
@@ -73,6 +77,10 @@ class SimulationConfig:
             raise SimulationSettingError(f"host ratio must lie above 0 and at most at 1, found {self.host_ratio}")
         if self.n_slots is not None and self.n_slots < 0:
             raise SimulationSettingError(f"number of slots must not be negative, found {self.n_slots}")
+        if self.streaming is not None and (self.host_ratio < 1.0 or self.lossy is not None):
+            raise SimulationSettingError(
+                "prompts are streamed from host memory, unchanged: not with experts on disk, not with a lossy policy"
+            )
 
 
 def slots_for(config: SimulationConfig, shape: ModelShape) -> int:
@@ -140,6 +148,8 @@ class Simulator:
         self.layers: list[PlannedLayer] = []
         self.explanations: list[Explanation] = []
         self._judge, self._step = PrefetchJudge(trace.n_layers, trace.n_experts), 0
+        self.streamer = None if config.streaming is None else Streamer(config.streaming, self.engine)
+        self._costs: dict[int, CostModel] = {}
         self._warm_up(frequencies)
 
     def _planner(self, scorer: Scorer | None, prefetch_scorer: Scorer | None) -> Planner:
@@ -235,6 +245,7 @@ class Simulator:
         """From now on the steps run on another machine, and the planner knows its costs."""
         self.profile, self.dense = profile, replace(self.dense, profile=profile)
         self.engine.costs = CostModel(profile, self.shape, self.config.expert_dtype)
+        self._costs.clear()
         self.engine.handoff_us = profile.dense.handoff_us
         if self.engine.host is not None:
             self.engine.host.read_us = self.engine.costs.read_us(0)
@@ -268,6 +279,9 @@ class Simulator:
             if engine.host is not None:
                 engine.host.begin_sequence()
         stats.begin(engine.now_us, engine.busy)
+        engine.costs = self._costs_of(step.n_tokens)
+        if self.streamer is not None:
+            self.streamer.begin_step()
         self._step = index
         self.planner.begin_step(step.phase, step.n_tokens)
         context = self._context(step)
@@ -278,7 +292,7 @@ class Simulator:
         for demand in self.source.step(step):
             self._run_layer(index, demand, dense, stats)
         engine.dense("attention", self.shape.n_layers, 1, self.dense.head_us(step.n_sequences), index)
-        stats.end(engine.now_us, engine.busy, step.n_tokens)
+        stats.end(engine.now_us, engine.busy, step.n_tokens, step.phase == "prefill" and not step.first)
 
     def _context(self, step: TraceStep) -> int:
         """Tokens that the step attends to: those before it in its sequence, in decode at least the configured ones."""
@@ -289,6 +303,9 @@ class Simulator:
         engine.dense("attention", layer, demand.n_tokens_total, dense.attention_us, index)
         engine.dense("gate", layer, demand.n_tokens_total, dense.gate_us, index)
         self._report(engine.take_ended())
+        if self.streamer is not None and self.streamer.takes(demand):
+            self._stream_layer(index, demand, dense, stats)
+            return
         parts = [(self.planner, demand)] if stage is None else stage.parts(layer)
         plans = self._plan_parts(parts, dense.shared_us, stats)
         plan, wanted = (plans[0], demand) if stage is None else stage.joined(plans, parts)
@@ -303,6 +320,24 @@ class Simulator:
         for planner, _ in parts:
             planner.on_event(LayerEnded(layer, observed if len(parts) == 1 else ()))
         engine.dense("combine", layer, demand.n_tokens_total, dense.combine_us, index)
+
+    def _stream_layer(self, index: int, demand: LayerDemand, dense: DenseTimes, stats: PhaseStats) -> None:
+        """One layer of a streamed prompt: the planner is not asked, and slots stay as they are."""
+        assert self.streamer is not None
+        layer, resident = demand.layer, self._resident(demand.layer)
+        stats.count_demand(demand, resident)
+        last = layer + 1 == self.shape.n_layers
+        following = np.empty(0, np.int64) if last else np.flatnonzero(~self._resident(layer + 1))
+        stats.transfers += self.streamer.run(demand, ~resident, following, dense.shared_us, index)
+        self.engine.dense("combine", layer, demand.n_tokens_total, dense.combine_us, index)
+
+    def _costs_of(self, n_tokens: int) -> CostModel:
+        """The true costs of a step of so many tokens: the engine's, unless tiles follow from the step."""
+        if self.profile.accel.tile_tokens == 0:
+            return self.engine.costs
+        if n_tokens not in self._costs:
+            self._costs[n_tokens] = CostModel(self.profile, self.shape, self.config.expert_dtype, step_tokens=n_tokens)
+        return self._costs[n_tokens]
 
     def _plan_parts(self, parts: Sequence[Part], shared_us: float, stats: PhaseStats) -> list[LayerPlan]:
         """The plan of each part of a layer, each behind the work of those before it."""

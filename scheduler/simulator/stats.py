@@ -16,8 +16,8 @@ from scheduler.simulator.engine import Busy
 
 @dataclass(frozen=True, slots=True)
 class PhaseResult:
-    """Outcome of one phase. ``latency_ms`` is the mean per decode token or per prefill; busy figures are shares of
-    time.
+    """Outcome of one phase. ``latency_ms`` is the mean per decode token or per prefill, in however many chunks;
+    ``steps`` is how many tokens or prefills there were. Busy figures are shares of time.
 
     ``hit_rate``: share of activated (layer, expert) pairs whose bytes were in a slot when the layer was planned.
     ``lossy``: the lossy policy, empty without; ``changed``: share of the routed (token, expert) pairs that it skipped,
@@ -48,6 +48,16 @@ class PhaseResult:
     lossy: str = ""
     changed: float = 0.0
 
+    @property
+    def step_tokens(self) -> float:
+        """Tokens of a prefill in the mean; 1 in decode, unless steps are batches."""
+        return self.tokens / max(1, self.steps)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Simulated speed of the phase."""
+        return self.step_tokens * 1e3 / self.latency_ms if self.latency_ms else 0.0
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON and tables."""
         return asdict(self)
@@ -77,10 +87,13 @@ class PhaseStats:
         self._begin_us = now_us
         self._begin_busy = replace(busy)
 
-    def end(self, now_us: float, busy: Busy, n_tokens: int) -> None:
-        """A step has ended."""
+    def end(self, now_us: float, busy: Busy, n_tokens: int, goes_on: bool = False) -> None:
+        """A step has ended; ``goes_on``: it was a further chunk of the prompt before it."""
         self.tokens += n_tokens
-        self.step_us.append(now_us - self._begin_us)
+        if goes_on and self.step_us:
+            self.step_us[-1] += now_us - self._begin_us
+        else:
+            self.step_us.append(now_us - self._begin_us)
         before = self._begin_busy
         self.busy.cpu += busy.cpu - before.cpu
         self.busy.accel += busy.accel - before.accel

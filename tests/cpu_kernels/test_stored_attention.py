@@ -47,6 +47,7 @@ class Kind:
 KINDS = {
     "grouped": Kind(),
     "one head": Kind(4, 4, 128, 128),
+    "tickets of several tasks": Kind(32, 32),
     "groups of three": Kind(6, 2),
     "odd size": Kind(4, 2, 24, 40),
     "window": Kind(sight=attend.Sight(100)),

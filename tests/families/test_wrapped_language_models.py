@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_families import VOCABULARY, WRAPPED, Tiny, built, prompt
+from tiny_families import FAMILIES, VOCABULARY, WRAPPED, Tiny, built, prompt
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hybrimoe
 from hybrimoe.errors import UnsupportedExpertsError
+from hybrimoe.experts.layout import find_experts
+from hybrimoe.experts.towers import remove_towers
 
 PLAIN: dict[str, Any] = {"accelerator": "none", "expert_dtype": "float32", "backend": "torch", "step": "transformers"}
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -34,6 +36,26 @@ def test_text_through_a_wrapper(family: str) -> None:
     model = built(WRAPPED[family], whole=True)
     assert type(model).__name__.endswith("ForConditionalGeneration")
     assert_same(model, input_ids=prompt(1))
+
+
+@pytest.mark.parametrize("family", [*WRAPPED, *(name for name, tiny in FAMILIES.items() if tiny.text is not None)])
+def test_text_is_the_same_without_the_towers(family: str) -> None:
+    model = built(WRAPPED.get(family) or FAMILIES[family], whole=True)
+    inputs = {"input_ids": prompt(1)}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert remove_towers(model)
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_experts_of_a_tower_stay_as_they_are() -> None:
+    model = built(WRAPPED["dots3_note"], whole=True)
+    tower = model.model.vision_tower
+    (experts,) = (module for module in tower.modules() if type(module).__name__ == "Dots3NoteExperts")
+    assert all(path.startswith("model.language_model.") for path, _ in find_experts(model))
+    with hybrimoe.inject(model, **PLAIN):
+        assert any(module is experts for module in tower.modules())
+        assert type(model.model.language_model.layers[0].mlp.experts) is not type(experts)
 
 
 def test_an_image_through_a_wrapper() -> None:

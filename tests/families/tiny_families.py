@@ -189,7 +189,23 @@ FAMILIES: dict[str, Tiny] = {
     "unlimited_ocr": Tiny("unlimited_ocr", text={"mlp_layer_types": SPARSE}),
 }
 WRAPPED: dict[str, Tiny] = {
+    "aria": Tiny(
+        "aria",
+        {"projector_patch_to_query_dict": {16: 4}},
+        text={},
+        towers={"vision_config": {"model_type": "idefics3_vision"}},
+    ),
+    "dots3_note": Tiny(
+        "dots3_note",
+        text=FAMILIES["dots3_note"].overrides,
+        towers={
+            "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32, "mlp_layer_types": ["sparse"]},
+            "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+        },
+    ),
     "gemma4": Tiny("gemma4", text=FAMILIES["gemma4"].overrides),
+    "inkling": Tiny("inkling_mm_model", text={}),
+    "inkling2": Tiny("inkling2", text={}, towers={"vision_config": {"text_hidden_size": 32}}),
     "llama4": Tiny("llama4", text=FAMILIES["llama4"].overrides),
     "minimax_m3_vl": Tiny("minimax_m3_vl", text={}),
     "qwen3_5_moe": Tiny("qwen3_5_moe", text=FAMILIES["qwen3_5_moe"].overrides),

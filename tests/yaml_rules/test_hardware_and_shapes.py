@@ -39,6 +39,13 @@ def test_shapes_have_the_published_number_of_parameters(name):
     assert total / 1e9 == pytest.approx(PARAMETERS[name], rel=0.005)
 
 
+def test_the_width_of_attention_is_that_of_its_heads():
+    """Twice the hidden size of Qwen3-30B-A3B; of latent attention keys and values in the mean; 0 where nothing says."""
+    widths = {"qwen3-30b-a3b": 32 * 128, "gpt-oss-20b": 64 * 64, "deepseek-v2-lite": 16 * (192 + 128) // 2}
+    assert {name: open_shape(name).attention_width for name in widths} == widths
+    assert open_shape("olmoe-1b-7b").attention_width == 0
+
+
 def test_every_shipped_shape_is_checked():
     assert set(shape_names()) == set(PARAMETERS)
     assert open_shape("qwen2-57b-a14b").inter == 2560

@@ -65,6 +65,7 @@ def derive_shape(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         "dense_params": 3 * hidden * int(merged.get("intermediate_size") or 0) if n_layers > n_moe else 0,
         "max_context": _max_context(merged),
         "attention_kernels": _attention_kernels(merged),
+        "attention_width": _attention_width(merged),
         "full_attention": _full_attention(merged),
     }
 
@@ -76,6 +77,15 @@ def _attention_kernels(config: Mapping[str, Any]) -> int:
     if config.get("kv_lora_rank"):
         return LATENT_KERNELS
     return NORM_KERNELS if str(config.get("model_type")).startswith(NORMED) else 0
+
+
+def _attention_width(config: Mapping[str, Any]) -> int:
+    """Query heads times the mean width of a key and a value; 0 where the configuration does not say."""
+    heads = _first(config, ("num_attention_heads", "n_head")) or 0
+    if config.get("kv_lora_rank"):
+        key = sum(int(config.get(name) or 0) for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
+        return heads * (key + int(config.get("v_head_dim") or 0)) // 2
+    return heads * (_first(config, ("head_dim",)) or 0)
 
 
 def _full_attention(config: Mapping[str, Any]) -> float:

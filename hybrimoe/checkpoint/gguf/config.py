@@ -19,7 +19,8 @@ def config_of(model: GgufModel) -> dict[str, Any]:
     """What config.json would say. Raises CheckpointError for metadata that are missing or cannot be true,
     UnsupportedCheckpointError for an architecture that is not read."""
     fields = Fields(model)
-    return shared_config(fields) | family_of(fields).config(fields)
+    family = family_of(fields)  # before values are asked for that another architecture has not
+    return shared_config(fields) | family.config(fields)
 
 
 def shared_config(fields: Fields) -> dict[str, Any]:

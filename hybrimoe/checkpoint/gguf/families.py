@@ -382,8 +382,23 @@ FAMILIES: Mapping[str, Family] = {
 """By `general.architecture`."""
 
 
+NO_MODELS = {
+    "adapter": "a LoRA adapter for llama.cpp: give a model, and the adapter as PEFT has written it (--adapter DIR)",
+    "mmproj": "the part of a model that sees or hears (mmproj): give the model's own file, read as one of text",
+    "imatrix": "an importance matrix, made for quantising: give the model's own file",
+    "vocab": "a vocabulary alone: give a model",
+}
+"""By `general.type`."""
+PROJECTOR = "clip"
+"""The architecture of parts that see or hear, also in files without a type."""
+
+
 def family_of(fields: Fields) -> Family:
-    """Raises UnsupportedCheckpointError, with the list of those that are read, for another architecture."""
+    """Raises UnsupportedCheckpointError, with the list of those that are read, for another architecture, and for a file
+    that is no model at all."""
+    kind = "mmproj" if fields.architecture == PROJECTOR else fields.metadata.get("general.type")
+    if isinstance(kind, str) and kind in NO_MODELS:
+        raise UnsupportedCheckpointError(f"{fields.model.path} is {NO_MODELS[kind]}")
     if fields.architecture not in FAMILIES:
         raise UnsupportedCheckpointError(
             f"{fields.model.path} is a {fields.architecture} model; of GGUF files the architectures"

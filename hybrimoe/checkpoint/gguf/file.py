@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed, stands_for
 from hybrimoe.checkpoint.gguf.tensor_types import TYPES, TensorType
 from hybrimoe.errors import CheckpointError
 
@@ -24,6 +24,8 @@ MAGIC = b"GGUF"
 SUFFIX = ".gguf"
 VERSIONS = (2, 3)
 PART_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+PROJECTOR_NAME = "mmproj"
+"""In the names that llama.cpp's scripts give to files of a model's projector."""
 SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS = "split.count", "split.no", "split.tensors.count"
 ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAX_ALIGNMENT = "general.alignment", 32, 1 << 16
 MAX_DIMENSIONS = 4
@@ -110,11 +112,12 @@ def first_part(path: Path) -> Path:
 
 
 def first_parts(directory: Path) -> list[Path]:
-    """The GGUF models of a folder: whole files, and of split ones the first part there is."""
+    """The GGUF models of a folder: whole files, and of split ones the first part there is. What sees or hears for the
+    model beside it (mmproj) is none."""
     found: dict[str, Path] = {}
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         part = PART_NAME.match(path.name)
-        if path.is_file():
+        if path.is_file() and PROJECTOR_NAME not in path.name.lower():
             found.setdefault(f"{part['stem']}-of-{part['count']}" if part else path.name, path)
     return list(found.values())
 
@@ -268,7 +271,8 @@ class _Reader:
     def damaged(self, what: str) -> CheckpointError:
         """The error for a header that cannot be true."""
         return CheckpointError(
-            f"{self.path} is truncated or no valid GGUF file: it has {self.size_bytes} bytes, and {what}; fetch it"
+            stands_for(self.path)
+            or f"{self.path} is truncated or no valid GGUF file: it has {self.size_bytes} bytes, and {what}; fetch it"
             " again"
         )
 

@@ -8,14 +8,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hybrimoe import compat
-from hybrimoe.dense.towers import tower_paths
 from hybrimoe.errors import HybriMoEError, MissingExtraError, ModelError, PromptError
+from hybrimoe.experts.towers import tower_paths
 from hybrimoe.generation.images.forward import positions_module
 from hybrimoe.generation.images.reading import ImageError, ImageFile
 from hybrimoe.generation.images.tokens import Features, ImageToken, Picture
@@ -23,6 +22,7 @@ from hybrimoe.generation.images.tokens import Features, ImageToken, Picture
 __all__ = ["MAX_IMAGES", "Look", "Vision"]
 
 INSTALL = "pip install 'hybrimoe[images]'"
+TORCHVISION = "torchvision"
 MAX_IMAGES = 64
 """Of one prompt."""
 MAX_SEEN_BYTES = 256 << 20
@@ -133,7 +133,9 @@ class Vision:
                 self._processor = compat.image_processor(self._folder, self._tokenizer, str(config.model_type))
             except ImportError as error:
                 raise _missing(error) from error
-            except Exception as error:  # whatever transformers raises of it is about the model's files
+            except Exception as error:  # whatever else transformers raises of it is about the model's files
+                if TORCHVISION in str(error).lower():
+                    raise _missing(error) from error
                 raise ModelError(
                     f"the image processor of {self._folder} cannot be used: {_first_line(error)}"
                 ) from error  # fmt: skip
@@ -254,13 +256,14 @@ def _moved(value: Any, model: Any) -> Any:
     return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
 
-def _missing(error: ImportError) -> HybriMoEError:
+def _missing(error: Exception) -> HybriMoEError:
     """Pillow comes with the extra; torchvision must be of the release that belongs to torch, which pip cannot tell."""
-    if "torchvision" not in str(error).lower():
+    if TORCHVISION not in str(error).lower():
         return MissingExtraError("images", _first_line(error))
+    installed = find_spec(TORCHVISION) is not None
+    state = f"which is installed and cannot be used ({_first_line(error)})" if installed else "which is not installed"
     return ModelError(
-        "the image processor of this family needs torchvision: install the release that belongs to torch"
-        f" {version('torch')}, with --no-deps where torch is a build of its own"
+        f"the image processor of this family needs torchvision, {state}: install {compat.torchvision_release()}"
     )
 
 

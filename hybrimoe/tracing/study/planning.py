@@ -9,6 +9,7 @@ from typing import Any
 from hybrimoe.errors import BudgetError, ConfigError
 from hybrimoe.extensions.policies import open_policy
 from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES
+from hybrimoe.tracing.study.public import Setting, speed_range
 from scheduler.machine.engine_profile import EngineProfile
 from scheduler.machine.profile import BYTES_PER_WEIGHT, HardwareProfile, ModelShape
 from scheduler.planner.layer_blocks import layers_of
@@ -182,6 +183,7 @@ def expect(
     engine = EngineProfile.from_mapping(load_engine(ENGINE)) if profile.provenance == "datasheet" else None
     mixed = found.device_experts < found.n_experts
     windows = sys.platform == "win32"
+    setting = Setting(profile, mixed, in_memory=share == 1.0)
     machine = profile if engine is None else engine.on(profile, captured=not mixed, windows=windows)
     prefill, decode = simulate(trace, machine, shape, config, source=source)
     speeds = {"decode": 1e3 / decode.latency_ms, "prefill": PROMPT_TOKENS * 1e3 / prefill.latency_ms}
@@ -192,7 +194,9 @@ def expect(
         "prompt_tokens": PROMPT_TOKENS,
         **{f"{phase}_tokens_per_s": speed for phase, speed in speeds.items()},
         **{
-            f"{phase}_tokens_per_s_range": None if engine is None else engine.interval(phase, speed, mixed)
+            f"{phase}_tokens_per_s_range": None
+            if engine is None
+            else speed_range(engine.residuals, setting, phase, speed, PROMPT_TOKENS)
             for phase, speed in speeds.items()
         },
         "from_data_sheets": engine is not None,

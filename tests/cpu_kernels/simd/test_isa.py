@@ -28,6 +28,8 @@ AVX512 = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"
 @pytest.mark.parametrize(
     ("features", "expected"),
     [
+        (AVX512 | {"avx512vnni", "avx512bf16", "amx-tile", "amx-bf16"}, "amx"),
+        (AVX512 | {"avx512vnni", "avx512bf16", "amx-tile", "amx-int8"}, "avx512bf16"),
         (AVX512 | {"avx512vnni", "avxvnni", "avx512bf16"}, "avx512bf16"),
         (AVX512 | {"avx512vnni", "avxvnni"}, "avx512vnni"),
         (AVX512 | {"avx512bf16"}, "avx512"),
@@ -49,13 +51,15 @@ def test_override_is_checked() -> None:
     assert isa.choose_isa(AVX512, "avx2").isa.name == "avx2"
     with pytest.raises(ck.IsaError, match="needs avx512vnni"):
         isa.choose_isa(AVX512, "avx512vnni")
-    with pytest.raises(ck.IsaError, match="'sse9' is unknown; expected one of avx512bf16"):
+    with pytest.raises(ck.IsaError, match="'sse9' is unknown; expected one of amx"):
         isa.choose_isa(AVX512, "sse9")
 
 
 def test_a_forced_path_compiles_without_better_instructions() -> None:
     features = AVX512 | {"avx512vnni", "avx512vbmi", "avxvnni", "bmi2"}
     assert isa.path_features(isa.BY_NAME["avx512vnni"], features | {"avx512bf16"}) == features
+    with_tiles = features | {"avx512bf16", "amx-tile", "amx-bf16"}
+    assert isa.path_features(isa.BY_NAME["avx512bf16"], with_tiles) == features | {"avx512bf16"}
     assert isa.path_features(isa.BY_NAME["avx2"], features) == {"avx2", "fma", "bmi2"}
     assert isa.path_features(isa.BY_NAME["portable"], features) == {"bmi2"}
     assert isa.path_features(isa.BY_NAME["avx512vnni"], features) == features
@@ -116,7 +120,19 @@ def paired(x: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     return x.float(), torch.cat(parts, dim=2).contiguous()
 
 
-WRITERS = {"plain": lambda x, dtype: (x, x.view(torch.uint8)), "quantised": quantised, "paired": paired}
+def split(x: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """x rounded to bfloat16, and the blocks."""
+    x = x.bfloat16()
+    high = x.view(15, 3, 64).view(torch.uint8)
+    return x.float(), torch.cat([high, torch.zeros_like(high), torch.zeros_like(high)], dim=2).contiguous()
+
+
+WRITERS = {
+    "plain": lambda x, dtype: (x, x.view(torch.uint8)),
+    "quantised": quantised,
+    "paired": paired,
+    "split": split,
+}
 
 
 def runnable() -> list[tuple[str, bool]]:
@@ -175,10 +191,14 @@ def test_bfloat16_pairs_give_the_same_bits_as_float32(name: str, emulated: bool)
     """So a token's result does not depend on whether all tokens of the call are bfloat16."""
     check_panel(name, PanelKernel("bfloat16", pairs=True, emulate_dot=emulated))
     pairs = products(name, PanelKernel("bfloat16", pairs=True, emulate_dot=emulated))[0]
-    assert np.array_equal(pairs, products(name, PanelKernel("bfloat16"))[0])
+    assert np.array_equal(pairs, products(name, PanelKernel("bfloat16", emulate_dot=emulated))[0])
 
 
-@pytest.mark.parametrize("name", [name for name, emulated in runnable() if not emulated])
+# Tiles, which multiply bfloat16 weights alone, add in another order.
+VECTOR_PATHS = [name for name, emulated in runnable() if not emulated and not isa.BY_NAME[name].bf16_tiles]
+
+
+@pytest.mark.parametrize("name", VECTOR_PATHS)
 def test_float32_and_bfloat16_give_the_same_bits_for_the_same_weights(name: str) -> None:
     matrix = torch.randn(64, 192, generator=torch.Generator().manual_seed(6)).bfloat16().float()
     results = []

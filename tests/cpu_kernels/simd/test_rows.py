@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from cpu_kernels.host import isa
 from cpu_kernels.simd.compile import kernel_address
-from cpu_kernels.simd.formats import INEXACT, NOT_FINITE, PAIRS, X_CORRECTIONS, X_SCALES, Format
+from cpu_kernels.simd.formats import INEXACT, NOT_FINITE, PAIRS, PARTS, X_CORRECTIONS, X_SCALES, Format
 from cpu_kernels.simd.rows import (
     ACT_MAX,
     ALPHA,
@@ -23,7 +23,12 @@ from cpu_kernels.simd.rows import (
 )
 
 PATHS = [path.name for path in isa.PATHS if not isa.missing_features(path, isa.cpu_features())]
-FORMATS = {"plain": Format("plain"), "paired": Format("paired"), "quantised": Format("quantised", 8)}
+FORMATS = {
+    "plain": Format("plain"),
+    "paired": Format("paired"),
+    "split": Format("split"),
+    "quantised": Format("quantised", 8),
+}
 KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -110,6 +115,40 @@ def test_paired_rows_say_whether_they_are_bfloat16(path: str) -> None:
     assert prepare("paired", rounded, path)[1] == INEXACT
 
 
+def parts_of(blocks: np.ndarray) -> np.ndarray:
+    """float32 [PARTS, n, 64] of split blocks."""
+    words = blocks.view(np.uint16).astype(np.uint32).reshape(len(blocks), PARTS, 64) << 16
+    return words.view(np.float32).transpose(1, 0, 2)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_parts_of_split_rows_add_up(path: str) -> None:
+    random = np.random.default_rng(1)
+    x = (random.standard_normal(100) * 10.0 ** random.integers(-30, 38, 100)).astype(np.float32)
+    x[:6] = [0.0, -0.0, np.finfo(np.float32).max, 1.0 + 2.0**-23, -1.0 - 2.0**-8 - 2.0**-23, 2.0**-16]
+    blocks, flags = prepare("split", x, path)
+    assert flags == INEXACT
+    high, middle, low = (part.ravel() for part in parts_of(blocks))
+    assert np.array_equal((high + (middle + low))[:100].view(np.uint32)[2:], x.view(np.uint32)[2:])
+    assert not (high + middle + low)[100:].any()
+    assert np.array_equal(middle[[3, 4]], [2.0**-23, -(2.0**-8)])
+    assert np.array_equal(low[[3, 4]], [0, -(2.0**-23)])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_split_rows_say_whether_the_highest_part_is_all(path: str) -> None:
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0)).bfloat16().float().numpy()
+    x[3:6] = [0.0, -0.0, 2.0**-130]  # tiles take subnormal values as 0 in any part
+    blocks, flags = prepare("split", x, path)
+    assert flags == 0
+    high, middle, low = (part.ravel() for part in parts_of(blocks))
+    assert np.array_equal(high[:100].view(np.uint32), x.view(np.uint32))
+    assert not middle.any()
+    assert not low.any()
+    x[99] += np.float32(2.0**-20)
+    assert prepare("split", x, path)[1] == INEXACT
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -119,6 +158,9 @@ def test_values_that_are_not_finite_are_flagged(path: str, form: str, bad: float
     x[66] = bad
     blocks, flags = prepare(form, x, path)
     assert flags & NOT_FINITE
+    if form == "split":
+        high, middle, low = (part.ravel()[66] for part in parts_of(blocks))
+        np.testing.assert_equal(high + (middle + low), np.float32(bad))
     if form == "quantised":
         assert not blocks[1, :X_SCALES].any()
         assert np.isinf(blocks[1, X_SCALES:X_CORRECTIONS].view(np.float32)[0])

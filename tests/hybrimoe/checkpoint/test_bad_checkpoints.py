@@ -19,6 +19,7 @@ from hybrimoe.demo import demo_model_path
 from hybrimoe.errors import BudgetError, CheckpointError, DeviceError, HybriMoEError, ModelError
 
 from .conftest import SMALL
+from .models import OPTIONS
 
 Edit = Callable[[Callable[[dict[str, torch.Tensor]], Any]], Path]
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
@@ -42,12 +43,23 @@ def test_no_directory(tmp_path: Path) -> None:
 
 
 def test_a_file_instead_of_a_directory(directory: Path) -> None:
-    fails(ModelError, "is a file; expected a directory", directory / "config.json")
+    for name in ("config.json", "model.safetensors"):
+        fails(ModelError, f"is a file; give the model's folder: {directory}", directory / name)
+    lone = directory.parent / "notes.txt"
+    lone.write_text("text")
+    fails(ModelError, "is a file; expected a directory", lone)
 
 
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     fails(ModelError, "is no model directory: it has no config.json", tmp_path / "empty")
+
+
+def test_a_folder_of_the_hubs_cache(directory: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0a1b"
+    snapshot.parent.mkdir(parents=True)
+    directory.rename(snapshot)
+    fails(ModelError, f"has no config.json; it is a folder of the hub's cache: give {snapshot}", snapshot.parents[1])
 
 
 def test_a_config_that_is_no_json(directory: Path) -> None:
@@ -77,7 +89,17 @@ def test_no_weights(directory: Path) -> None:
 
 def test_weights_in_another_format(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    fails(UnsupportedCheckpointError, "pytorch_model.bin.*convert it to safetensors", directory)
+    fails(
+        UnsupportedCheckpointError,
+        r"pytorch_model\.bin.*convert it once, with transformers: .*save_pretrained",
+        directory,
+    )
+
+
+@pytest.mark.parametrize("ending", [".incomplete", ".part", ".crdownload", ".aria2"])
+def test_a_download_that_has_not_ended(ending: str, directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / f"model.safetensors{ending}")
+    fails(CheckpointError, f"no weights yet: model.safetensors{ending} is not fetched to its end", directory)
 
 
 def test_a_truncated_file(directory: Path) -> None:
@@ -93,8 +115,49 @@ def test_a_file_cut_inside_its_header(directory: Path) -> None:
 
 
 def test_a_file_that_is_no_safetensors(directory: Path) -> None:
-    (directory / "model.safetensors").write_bytes(b"<!DOCTYPE html><html>not found</html>" * 99)
+    (directory / "model.safetensors").write_bytes(b"no weights at all" * 99)
     fails(CheckpointError, "truncated or damaged", directory)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4321\n"
+PAGE = b"<!DOCTYPE html><html>not found</html>" * 99
+
+
+@pytest.mark.parametrize(
+    ("contents", "wanted"),
+    [(POINTER, "is a pointer of Git LFS.*run `git lfs pull` in"), (PAGE, "holds a web page, not the file itself")],
+    ids=["a pointer", "a page"],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json"])
+def test_what_lies_in_the_place_of_a_file(name: str, contents: bytes, wanted: str, directory: Path) -> None:
+    if "index" in name:
+        (directory / "model.safetensors").unlink()
+    (directory / name).write_bytes(contents)
+    with pytest.raises((CheckpointError, ModelError), match=f"{name} {wanted}"):
+        load_tokenizer(directory) if name == "tokenizer.json" else load(directory, **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model"])
+def test_a_pointer_in_the_place_of_a_gguf_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises((CheckpointError, ModelError), match=f"{name} is a pointer of Git LFS"):
+        load(tmp_path / name, **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_link_to_what_is_not_there(name: str, directory: Path) -> None:
+    (directory / name).unlink()
+    (directory / name).symlink_to(directory.parent / "blobs" / "0a1b")
+    with pytest.raises(
+        (CheckpointError, ModelError), match=rf"{name} is a link to .*0a1b, which is not there; fetch it"
+    ):
+        load(directory, **OPTIONS)
+
+
+@pytest.mark.parametrize("entry", ["rope_parameters", "rope_scaling"])
+def test_positions_of_a_type_that_transformers_does_not_know(entry: str, edit_config: Callable[..., Path]) -> None:
+    directory = edit_config(**{entry: {"rope_type": "warp", "factor": 2.0, "rope_theta": 1e4}})
+    fails(ModelError, r"positions of the type 'warp' \(rope_type\).*it knows default, .*yarn: correct", directory)
 
 
 def test_a_missing_shard(tmp_path: Path, mixtral: PreTrainedModel) -> None:
@@ -227,8 +290,15 @@ def test_a_device_that_is_not_here(directory: Path) -> None:
         load(directory, accelerator="cuda:0", policy="static", progress=False)
 
 
-def test_a_directory_without_a_tokenizer(directory: Path) -> None:
-    with pytest.raises(ModelError, match="no usable tokenizer"):
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])  # transformers makes an empty one of the second
+def test_a_directory_without_a_tokenizer(family: str, edit_config: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match=r"has no (usable )?tokenizer.*expected tokenizer\.json beside the weights"):
+        load_tokenizer(edit_config(model_type=family))
+
+
+def test_a_tokenizer_is_not_blamed_for_the_configuration(edit_config: Callable[..., Path]) -> None:
+    directory = edit_config(model_type="qwen3_moe", rope_parameters={"rope_type": "yarn"})
+    with pytest.raises(ModelError, match=r"transformers cannot read config\.json \(qwen3_moe\).*'factor'"):
         load_tokenizer(directory)
 
 

@@ -227,7 +227,8 @@ def test_bytes_that_are_no_format_are_no_fp4(tmp_path: Path) -> None:
         sources(tmp_path, tensors)
 
 
-def test_a_gpt_oss_checkpoint_in_mxfp4(tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> None:
+def write_mxfp4(folder: Path, make_model: Callable[..., PreTrainedModel]) -> tuple[Path, PreTrainedModel]:
+    """A gpt-oss whose experts are in MXFP4, in `folder`, and the bfloat16 model of the same values."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -239,8 +240,8 @@ def test_a_gpt_oss_checkpoint_in_mxfp4(tmp_path: Path, make_model: Callable[...,
     config = GptOssConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8, rope_parameters=rope)
     plain = make_model(config, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
-    plain.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
+    plain.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
     for name, parameter in plain.model.layers[0].mlp.experts.named_parameters():
         if parameter.dim() != 3:
             continue
@@ -252,10 +253,15 @@ def test_a_gpt_oss_checkpoint_in_mxfp4(tmp_path: Path, make_model: Callable[...,
         del tensors[f"model.layers.0.mlp.experts.{name}"]
         tensors[f"model.layers.0.mlp.experts.{name}_blocks"] = blocks
         tensors[f"model.layers.0.mlp.experts.{name}_scales"] = scales
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.quantization_config = {"quant_method": "mxfp4"}
-    config.save_pretrained(tmp_path)
-    model = load(tmp_path, **FLOAT32)
+    config.save_pretrained(folder)
+    return folder, plain
+
+
+def test_a_gpt_oss_checkpoint_in_mxfp4(tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> None:
+    directory, plain = write_mxfp4(tmp_path, make_model)
+    model = load(directory, **FLOAT32)
     model.hybrimoe.restore()
     for name, parameter in plain.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
@@ -263,8 +269,13 @@ def test_a_gpt_oss_checkpoint_in_mxfp4(tmp_path: Path, make_model: Callable[...,
 
 @pytest.fixture
 def fp8(tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> tuple[Path, PreTrainedModel]:
-    """A DeepSeek-V3 on disk, every projection in fp8 blocks of BLOCK x BLOCK with scales that all differ, and the same
-    weights as a plain model. Its latent projections end in partial blocks, as 576 rows do in blocks of 128."""
+    """What `write_fp8_blocks` writes."""
+    return write_fp8_blocks(tmp_path, make_model)
+
+
+def write_fp8_blocks(folder: Path, make_model: Callable[..., PreTrainedModel]) -> tuple[Path, PreTrainedModel]:
+    """A DeepSeek-V3 in `folder`, every projection in fp8 blocks of BLOCK x BLOCK with scales that all differ, and the
+    same weights as a plain model. Its latent projections end in partial blocks, as 576 rows do in blocks of 128."""
     sizes = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 64}
     dims = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "vocab_size": 64}
@@ -276,8 +287,8 @@ def fp8(tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> tuple[Pat
         "first_k_dense_replace": 1,
     }
     plain = make_model(DeepseekV3Config(**sizes, **heads, **dims, **experts))
-    plain.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
+    plain.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(2)
     for key in [key for key in tensors if "_proj" in key and key.endswith(".weight")]:
         rows, columns = tensors[key].shape
@@ -289,9 +300,9 @@ def fp8(tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> tuple[Pat
         tensors[f"{key}.fp8"] = weight
     stored = {key: tensors.get(f"{key}.fp8", value) for key, value in tensors.items() if not key.endswith(".fp8")}
     plain.load_state_dict(fused(plain, tensors))
-    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    state_block(tmp_path, [BLOCK, BLOCK])
-    return tmp_path, plain
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    state_block(folder, [BLOCK, BLOCK])
+    return folder, plain
 
 
 def fused(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

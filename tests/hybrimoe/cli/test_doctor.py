@@ -1,6 +1,8 @@
 """`hybrimoe doctor`: every line for a sound machine, and what it says for each thing that can be wrong."""
 
 import importlib.metadata
+import os
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -39,6 +41,39 @@ def test_json_has_every_line_and_exit_code_0(hybrimoe) -> None:
     assert checks["instruction set"]["found"].startswith(ck.get_backend("numba").choice.isa.name + ":")
     assert all(set(check) == {"name", "status", "found", "advice"} for check in checks.values())
     assert all(check["advice"] for check in checks.values() if check["status"] in ("warn", "broken"))
+
+
+def test_a_torchvision_of_another_torch_is_named_by_every_command(broken_torchvision) -> None:
+    """transformers imports it where it finds it, so that nothing runs beside it."""
+    fitting = "torchvision 0.20.0 does not import here (operator torchvision::nms does not exist)"
+    for words, code in ((["doctor", "--no-kernels"], 1), (["inspect"], 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "hybrimoe", *words],
+            env=os.environ | {"COLUMNS": "400"},
+            capture_output=True,
+            text=True,
+        )
+        text = " ".join((done.stdout + done.stderr).split())
+        assert done.returncode == code
+        assert fitting in text
+        assert "pip install 'torchvision==0." in text
+        assert "pip uninstall torchvision" in text
+        assert "defect" not in text
+
+
+@pytest.fixture
+def broken_torchvision(tmp_path, monkeypatch) -> None:
+    """A torchvision on the path of processes that are started, built for another torch."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        'import torch\ntorch.library.register_fake("torchvision::nms")(lambda: None)\n'
+    )
+    (tmp_path / "torchvision-0.20.0.dist-info").mkdir()
+    (tmp_path / "torchvision-0.20.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.20.0\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", path)
 
 
 def test_kernels_are_run(monkeypatch) -> None:

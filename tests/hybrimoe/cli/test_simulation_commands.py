@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hybrimoe.tracing.sources import DEMO_TRACE as DEMO
+from hybrimoe.tracing.study.public import datasheet_residuals
 from scheduler.traces.trace import Trace
 from yaml_rules.located import read_yaml
 
@@ -37,6 +38,84 @@ def test_simulate_prints_a_list_of_objects(hybrimoe):
         "simulate", "--hardware", "laptop", "--policy", "static", "--policy", "ours", "--cache-ratio", "0.25",
         "--cache-ratio", "0.5", "--max-tokens", "80", "--json",
     ).data  # fmt: skip
+
+
+SMALL = (
+    "simulate",
+    "--trace",
+    "synthetic",
+    "--model-shape",
+    "olmoe-1b-7b",
+    "--max-tokens",
+    "150",
+    "--policy",
+    "static",
+)
+
+
+def test_a_data_sheet_machine_has_the_range_of_public_measurements(hybrimoe):
+    """Of decode beside the CPU and of a streamed prompt; none of a prompt that the CPU computes a part of."""
+    rows = hybrimoe(*SMALL, "--policy", "llama_cpp", "--hardware", "laptop", "--json").data
+    found = {(row["policy"], row["phase"]): row for row in rows}
+    residuals = datasheet_residuals()
+    for policy, streamed in (("static", False), ("llama_cpp", True)):
+        decode, prefill = found[policy, "decode"], found[policy, "prefill"]
+        assert decode["tokens_per_s"] == pytest.approx(1e3 / decode["latency_ms"])
+        assert decode["tokens_per_s_range"] == list(residuals.interval("decode", decode["tokens_per_s"], mixed=True))
+        assert decode["prompt_tokens"] is None
+        tokens = prefill["prompt_tokens"]
+        assert prefill["tokens_per_s"] == pytest.approx(tokens * 1e3 / prefill["latency_ms"])
+        known = residuals.interval("prefill", prefill["tokens_per_s"], mixed=True, streamed=streamed, tokens=tokens)
+        assert prefill["tokens_per_s_range"] == (None if known is None else list(known))
+        assert (known is not None) == streamed
+
+
+@pytest.mark.parametrize(
+    ("words", "told", "table"),
+    [
+        (("--hardware", "laptop"), "10th to 90th percentile of public measurements", True),
+        (("--hardware", "laptop", "--accelerators", "2"), "no public measurement is near", False),
+        (("--hardware", "laptop", "--host-ratio", "0.5"), "no public measurement is near", False),
+        (("--hardware", "a6000-xeon5220r"), "is fitted: no range", False),
+    ],
+)
+def test_simulate_says_what_is_known_of_its_error(hybrimoe, words, told, table):
+    done = hybrimoe(*SMALL, *words)
+    assert done.code == 0, done.err
+    assert told in " ".join(done.err.split())
+    assert ("Range by public measurements" in done.out) == table
+    assert "tokens in the mean, each as one step" in " ".join(done.err.split())
+
+
+def test_prompts_are_streamed_by_the_preset_or_as_asked(hybrimoe):
+    def prefill(*words):
+        (row,) = hybrimoe(*SMALL[:-1], *words, "--phase", "prefill", "--max-tokens", "128", "--json").data
+        return row
+
+    assert prefill("llama_cpp")["cpu_busy"] == 0.0
+    assert prefill("llama_cpp", "--stream", "0")["cpu_busy"] > 0.0
+    waits, ahead = prefill("static", "--stream", "1"), prefill("static", "--stream", "1", "--stream-ahead")
+    assert waits["cpu_busy"] == ahead["cpu_busy"] == 0.0
+    assert ahead["transfers"] > waits["transfers"]
+    chunks = prefill("static", "--stream", "1", "--prefill-chunk", "8")
+    assert chunks["tokens"] == waits["tokens"]
+    assert chunks["transfers"] > waits["transfers"]
+    assert chunks["latency_ms"] > waits["latency_ms"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--stream", "-1"), "--stream must be at least 0, found -1"),
+        (("--prefill-chunk", "0"), "--prefill-chunk must be at least 1, found 0"),
+        (("--stream", "0", "--stream-ahead"), "leave one of them out"),
+        (("--stream", "32", "--host-ratio", "0.5"), "not with experts on disk"),
+    ],
+)
+def test_prompts_that_cannot_be_streamed_are_refused(hybrimoe, words, message):
+    done = hybrimoe(*SMALL, *words, "--json")
+    assert done.code == 2
+    assert message in done.data["error"]["message"]
 
 
 def test_simulate_as_a_table(hybrimoe):

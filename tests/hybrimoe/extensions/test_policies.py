@@ -20,6 +20,7 @@ from hybrimoe.extensions.policies import PolicyImportWarning, in_place_of, load_
 from scheduler import extension
 from scheduler.cache import CACHE_POLICIES
 from scheduler.errors import PolicyError
+from scheduler.planner.policies import resolve_policy
 from scheduler.prefetch import PREFETCH_POLICIES
 
 ROOT = Path(__file__).parents[3]
@@ -90,6 +91,16 @@ def packages(tmp_path, monkeypatch):
     load_entry_points.cache_clear()
     yield
     load_entry_points.cache_clear()
+
+
+def test_a_preset_may_stream_prompts(mine):
+    plain = resolve_policy(open_policy("mine.py").name)
+    assert plain.streaming is None
+    mine.write_text(
+        LAST.format(name="file_policy").replace("balance='static'", "balance='static', streaming=Streaming(9)")
+    )
+    again = resolve_policy(open_policy("mine.py").name)
+    assert again.streaming == extension.Streaming(9)
 
 
 def test_an_entry_point_that_fails_leaves_the_others(packages):

@@ -6,10 +6,12 @@ from __future__ import annotations
 import base64
 import inspect
 import io
+import json
 import struct
 import sys
 import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import hybrimoe
 from hybrimoe.checkpoint import load_tokenizer
 from hybrimoe.checkpoint.converting import convert
 from hybrimoe.checkpoint.meta import meta_model, model_shape
-from hybrimoe.errors import PromptError
+from hybrimoe.errors import ModelError, PromptError
 from hybrimoe.generation import Conversation, SamplingOptions, TextGenerator
 from hybrimoe.generation.continuous_batching import BatchEngine
 from hybrimoe.generation.images.messages import as_json, with_images
@@ -186,6 +188,31 @@ def test_without_pillow_it_says_what_to_install(seers: Callable[[str], Seer], mo
     vision = Vision(seer.model, seer.tokenizer, seer.folder)
     with pytest.raises(PromptError, match=r"Pillow is not installed.*hybrimoe\[images\]"):
         vision.look(ImageFile(b"", "nothing"))
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("Llama4ImageProcessor", "Llama4Processor"), ("MiniMaxM3VLImageProcessor", "MiniMaxM3VLProcessor"),
+        ("PixtralImageProcessor", "PixtralProcessor"), ("InklingImageProcessor", "InklingProcessor"),
+    ],
+    ids=["Llama-4", "MiniMax-M3", "Mistral", "Inkling"],
+)  # fmt: skip
+def test_processors_that_are_written_for_torchvision_say_so(
+    kinds: tuple[str, str], seers: Callable[[str], Seer], tmp_path: Path
+) -> None:
+    if find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    seer = seers("qwen3_vl_moe")
+    (tmp_path / "config.json").write_bytes((seer.folder / "config.json").read_bytes())
+    settings = {"image_processor_type": kinds[0], "processor_class": kinds[1]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    vision = Vision(seer.model, seer.tokenizer, tmp_path)
+    wanted = (
+        r"needs torchvision, which is not installed: install the release .* torch 2\.\d.*'torchvision==0\.\d\d\.\*'"
+    )
+    with pytest.raises(ModelError, match=wanted):
+        vision.look(file_of())
 
 
 # What texts with images have in common -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
 from hybrimoe.checkpoint.dense import dense_dtype, meta_model, read_config
@@ -144,6 +145,39 @@ def test_a_tensor_that_is_missing_is_named(file: Path, tmp_path: Path) -> None:
     (tmp_path / "less.gguf").write_bytes(file.read_bytes().replace(b"blk.1.ffn_up_exps", b"blk.1.ffn_uX_exps"))
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj"):
         opened(tmp_path / "less.gguf")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "wanted"),
+    [
+        ("clip", None, r"part of a model that sees or hears \(mmproj\): give the model's own file"),
+        ("clip", "mmproj", r"\(mmproj\)"), ("olmoe", "adapter", r"LoRA adapter for llama\.cpp.*--adapter DIR"),
+        ("olmoe", "imatrix", "importance matrix"), ("olmoe", "vocab", "vocabulary alone"),
+        ("nosuch", None, "is a nosuch model; of GGUF files the architectures .*olmoe.* are read"),
+    ],
+)  # fmt: skip
+def test_what_is_no_model_that_is_read_is_named(
+    architecture: str, kind: str | None, wanted: str, tmp_path: Path
+) -> None:
+    """By its first keys: none of a language model's are there."""
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), architecture)
+    if kind is not None:
+        writer.add_type(kind)
+    writer.add_tensor("v.blk.0.attn_q.weight", np.zeros((32, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedCheckpointError, match=wanted):
+        opened(tmp_path / "model.gguf")
+
+
+def test_a_projector_beside_a_model_is_passed_over(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("model-Q8_0.gguf", "mmproj-F16.gguf"):
+        (folder / name).write_bytes(file.read_bytes())
+    assert model_path(folder).name == "model-Q8_0.gguf"
 
 
 def test_a_directory_with_a_files_name_is_no_file(tmp_path: Path) -> None:

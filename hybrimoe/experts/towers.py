@@ -14,7 +14,8 @@ OTHER_SENSES = ("vision_config", "audio_config")
 
 
 def tower_paths(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the modules that text never goes through: neighbours of the language model and of what holds it."""
+    """Paths of the modules that text never goes through: neighbours of the language model and of what holds it, but for
+    those without weights (a cap on logits)."""
     config = getattr(model, "config", None)
     if not any(getattr(config, name, None) is not None for name in OTHER_SENSES):
         return ()
@@ -26,7 +27,7 @@ def tower_paths(model: nn.Module) -> tuple[str, ...]:
     here = ""
     for name in language.split(".") if language else []:
         for other, child in at.named_children():
-            if other != name and child is not output:
+            if other != name and child is not output and any(True for _ in child.parameters()):
                 found.append(f"{here}{other}")
         at, here = getattr(at, name), f"{here}{name}."
     return tuple(found)
