@@ -282,10 +282,14 @@ class BatchEngine:
             place.reply.finish("context")
 
     def _taken_over(self, cache: PrefixCache, planned: int) -> int:
-        """Tokens that a reply has room for which plans some and takes over the memory of an earlier one; memory that is
-        far more than it needs is freed."""
-        brought = cache.n_bytes() // max(1, self.generator.token_bytes())
-        if brought > MOST_BROUGHT * planned or not self._fits(brought):
+        """Tokens that a reply has room for which plans some and takes over the memory of an earlier one.
+
+        Memory that is far more than it needs, and more than its share of what there is for all, is freed. Else it
+        stays: a long conversation that comes back would wait for new memory longer than for what is copied into it.
+        """
+        brought, memory = cache.n_bytes() // max(1, self.generator.token_bytes()), self.generator.memory_tokens
+        is_much = brought > MOST_BROUGHT * planned and memory is not None and brought > memory // self.parallel
+        if is_much or not self._fits(brought):
             cache.clear()
             return planned
         return max(planned, brought)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from cpu_kernels.host.memory import HUGE_PAGE, page_aligned
+from cpu_kernels.step.kv_copies import join_tokens
 
 __all__ = ["Buffers", "GrowingLayer", "GrowingWindowLayer", "copy_rows", "grow_in_place", "growing_cache"]
 
@@ -84,12 +86,32 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         self._append(key_states, value_states, key_states.shape[-2])
         return self.keys, self.values
 
-    def append(self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], n_expected: int) -> None:
-        """Append what `keys` and `values` of such layers held; buffers get room for `n_expected` tokens in all."""
-        for keys, values in parts:
-            if not self.is_initialized:
-                self.lazy_initialization(keys, values)
+    def append(
+        self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], n_expected: int, threads: int | None = None
+    ) -> None:
+        """Append what `keys` and `values` of such layers held; buffers get room for `n_expected` tokens in all.
+
+        In host memory all parts are copied at once, by so many threads (None for all); elsewhere one after another.
+        """
+        waiting = iter(parts)
+        first = next(waiting, None)
+        if first is None:
+            return
+        if not self.is_initialized:
+            self.lazy_initialization(*first)
+        if first[0].device.type == "cpu":
+            self._join([first, *waiting], n_expected, threads)
+            return
+        for keys, values in chain([first], waiting):
             self._append(keys, values, max(n_expected - self.get_seq_length(), keys.shape[-2]))
+
+    def _join(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], n_expected: int, threads: int | None) -> None:
+        """As `append`, of parts in host memory."""
+        n_new, n_held = sum(keys.shape[-2] for keys, _ in parts), self.get_seq_length()
+        buffers = self._with_room(max(n_expected - n_held, n_new), parts[0])
+        for buffer, own in zip((buffers.keys, buffers.values), zip(*parts, strict=True), strict=True):
+            join_rows(buffer[..., n_held : n_held + n_new, :], own, threads)
+        self.advance(n_new)
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor, n_room: int) -> None:
         """Write keys and values behind those held; buffers have room for `n_room` tokens more."""
@@ -244,6 +266,17 @@ def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
         target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()
     else:
         target.copy_(source)
+
+
+def join_rows(target: torch.Tensor, parts: Sequence[torch.Tensor], threads: int | None = None) -> None:
+    """Copy rows [B, heads, n, D] in host memory, one after another, into rows of a buffer, which are as many."""
+    if all(part.dtype == target.dtype and part.stride(-1) == 1 and part.stride(-2) == part.shape[-1] for part in parts):
+        join_tokens(target, parts, threads)
+        return
+    at = 0
+    for part in parts:
+        copy_rows(target[..., at : at + part.shape[-2], :], part)
+        at += part.shape[-2]
 
 
 def _new_rows(like: torch.Tensor, n_tokens: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from hybrimoe.generation.images.forward import wants_whole_images
 from hybrimoe.generation.images.tokens import ImageToken, has_images, is_inside, kept
 from hybrimoe.generation.kv_memory import held_bytes, keeps_every_token
 from hybrimoe.generation.prefix.blocks import BLOCK_TOKENS, Known, PrefixTree
+from hybrimoe.generation.prefix.keys import n_alike
 from hybrimoe.generation.prefix.reading import Reading
 from hybrimoe.generation.prefix.states import (
     Checkpoint,
@@ -60,7 +62,7 @@ class PrefixCache:
 
     def n_shared(self, prompt_ids: Sequence[int]) -> int:
         """How many tokens `prompt_ids` and the cache begin with alike."""
-        return _common_prefix(self.token_ids, prompt_ids)
+        return n_alike(self.token_ids, prompt_ids)
 
     def n_shifted(self) -> int:
         """By how many positions the images of the tokens move the text behind them, for models that give the tokens of
@@ -75,17 +77,25 @@ class PrefixCache:
     def has_read(self, prompt_ids: Sequence[int], wait_s: float) -> bool:
         """Whether all that the disk has of a prompt and memory has not is in memory now, so that `reuse` finds it.
 
-        The first call of a prompt begins to read; each waits so long at most.
+        The first call of a prompt begins to read; each waits so long at most, and brings what has come into the cache
+        meanwhile.
         """
         if self._prefixes is None:
             return True
         if self._reading is None or self._reading.prompt_ids is not prompt_ids:
+            if self._reading is not None:
+                self._reading.give_up()
             self.n_read = 0
             self._reading = self._prefixes.begin_reading(prompt_ids, self.n_shared(prompt_ids))
-        if self._reading is not None:
-            if not self._reading.is_complete(wait_s):
+        end = time.monotonic() + wait_s
+        while self._reading is not None:
+            if self._reading.waits(max(0.0, end - time.monotonic())):
                 return False
-            self.n_read, self._reading = self._prefixes.take_up(self._reading), None
+            self.n_read += self._prefixes.take_up(self._reading)
+            if self._reading.has_ended:
+                self._reading = None
+            elif self._prefixes.holds_every_token and not has_images(prompt_ids):
+                self._fit(prompt_ids, self._prefixes.taken_up(self._reading), threads=1)  # the others read
         return True
 
     def reuse(self, prompt_ids: Sequence[int], *, anew: bool = False) -> int:
@@ -94,9 +104,14 @@ class PrefixCache:
 
         anew: each token is to be computed.
         """
-        self._known = Known() if self._prefixes is None or anew else self._prefixes.look_up(prompt_ids)
-        if self._cuts_an_image(prompt_ids, self._known.n_tokens):
-            self._known = Known()
+        known = Known() if self._prefixes is None or anew else self._prefixes.look_up(prompt_ids)
+        return self._fit(prompt_ids, known, anew=anew)
+
+    def _fit(
+        self, prompt_ids: Sequence[int], known: Known, *, anew: bool = False, threads: int | None = None
+    ) -> int:  # fmt: skip
+        """As `reuse`, of what is `known`; threads: that copy."""
+        self._known = Known() if self._cuts_an_image(prompt_ids, known.n_tokens) else known
         most = len(prompt_ids) - (self._known.n_tokens < len(prompt_ids))
         shared = 0 if anew else min(self.n_shared(prompt_ids), most)
         while self._cuts_an_image(prompt_ids, shared):
@@ -109,7 +124,7 @@ class PrefixCache:
         self._shift = (0, 0)
         self._checkpoints = [point for point in self._checkpoints if point.n_tokens <= n_kept]
         if self._known.n_tokens > n_kept:
-            self._copy_known(prompt_ids)
+            self._copy_known(prompt_ids, threads)
         return len(self.token_ids)
 
     def known_logits(self) -> torch.Tensor:
@@ -246,7 +261,7 @@ class PrefixCache:
         else:
             self.clear()
 
-    def _copy_known(self, prompt_ids: Sequence[int]) -> None:
+    def _copy_known(self, prompt_ids: Sequence[int], threads: int | None) -> None:
         """Add what the prefixes know of the prompt to what is held of it."""
         import torch
 
@@ -255,7 +270,7 @@ class PrefixCache:
             for index, layer in enumerate(self.states.layers):
                 if index in known.blocks[0].held:
                     parts = ((keys.to(device), values.to(device)) for keys, values in known.parts(index, first))
-                    layer.append(parts, len(prompt_ids))
+                    layer.append(parts, len(prompt_ids), threads)
             for index, layer in known.checkpoint.layers.items() if known.checkpoint is not None else ():
                 self.states.layers[index] = copied(layer, device)
         self.token_ids.extend(kept(prompt_ids[first : known.n_tokens]))
@@ -358,12 +373,3 @@ def _can_crop(layer: Any) -> bool:
     if getattr(layer, "is_sliding", False) and not hasattr(layer, "conv_states"):
         return bool(layer.get_seq_length() < layer.sliding_window)
     return not is_bounded(layer)
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    count = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

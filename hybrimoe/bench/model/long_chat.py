@@ -7,6 +7,7 @@ turn, after another conversation has used that cache, and after a restart that l
 from __future__ import annotations
 
 import ctypes
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -268,7 +269,8 @@ class Hybrid:
     def _end_process(self) -> None:
         if self._tree is not None:
             self._tree.close(KEEP_S)
-            self._tree = None
+            self._tree = self._engine = None
+            gc.collect()  # the memory of a process that has ended is free
 
     def _ask(self, prompt_ids: list[int]) -> Asked:
         from hybrimoe.generation import SamplingOptions

@@ -92,6 +92,7 @@ class PrefixTree:
     """
 
     def __init__(self, model: Any, max_bytes: int, disk: DiskLevel | None = None) -> None:
+        from cpu_kernels.step.kv_copies import warm_up_copies
         from hybrimoe.generation.growing import growing_cache
 
         self.max_bytes = max_bytes
@@ -105,6 +106,7 @@ class PrefixTree:
         self.n_read_tokens = 0
         """Tokens of prompts that came from disk."""
         layers = [] if self.reason else growing_cache(model.config.get_text_config(decoder=True)).layers
+        warm_up_copies()
         self._needs_checkpoints = any(is_bounded(layer) for layer in layers)
         self._root = Block(None, b"" if disk is None else disk.first_key)
         self._by_use: OrderedDict[Block | Checkpoint, Block] = OrderedDict()
@@ -124,6 +126,11 @@ class PrefixTree:
         self._used(found.blocks, found.checkpoint)
         return found
 
+    @property
+    def holds_every_token(self) -> bool:
+        """Whether a text can be taken up at any of its tokens: the model has no states of its end alone."""
+        return not self._needs_checkpoints
+
     def keep(
         self, token_ids: Sequence[int], layers: Sequence[Any], checkpoints: Sequence[Checkpoint] = (), *,
         with_end: bool = True, lasting: bool = False,
@@ -138,8 +145,9 @@ class PrefixTree:
         n_tokens = len(token_ids)
         if self.reason is not None or any(layer.get_seq_length() != n_tokens for layer in held.values()):
             return
-        path: list[Block] = []
-        for begin in range(0, n_tokens if with_end else n_tokens - n_tokens % BLOCK_TOKENS, BLOCK_TOKENS):
+        path = self._path(token_ids)
+        end = n_tokens if with_end else n_tokens - n_tokens % BLOCK_TOKENS
+        for begin in range(BLOCK_TOKENS * len(path), end, BLOCK_TOKENS):
             tokens = tuple(token_ids[begin : begin + BLOCK_TOKENS])
             parent = path[-1] if path else self._root
             block = self._covering(parent, tokens)
@@ -172,14 +180,17 @@ class PrefixTree:
             n_in_memory=found.n_seen, needs_states=self._needs_checkpoints,
             max_bytes=self.max_bytes - sum(block.n_bytes() for block in path),
         )  # fmt: skip
-        return Reading(self.disk, prompt_ids, parts) if parts else None
+        return Reading(self.disk, prompt_ids, parts, path) if parts else None
 
     def take_up(self, reading: Reading) -> int:
-        """Add what was read; returns how many tokens of the prompt that is."""
-        path, n_read = self._path(reading.prompt_ids), 0
+        """Add what was read since last; returns how many tokens of the prompt that is."""
+        path, n_read = reading.path, 0
+        if path and path[-1] not in self._by_use:
+            path[:] = self._path(reading.prompt_ids)
         for part, content in reading.contents():
             if part.kind == "state":
-                self._remember(Checkpoint(part.end, **content), path)
+                end = self._covering(path[-1] if path else self._root, _beyond(path, reading.prompt_ids[: part.end]))
+                self._remember(Checkpoint(part.end, **content), path if end is None else [*path, end])
             elif part.first == BLOCK_TOKENS * len(path):  # else other replies have added or driven out blocks meanwhile
                 parent = path[-1] if path else self._root
                 block = self._covering(parent, part.token_ids)
@@ -192,6 +203,12 @@ class PrefixTree:
         self._used(path)
         self.n_read_tokens += n_read
         return n_read
+
+    def taken_up(self, reading: Reading) -> Known:
+        """What there is so far of a prompt that is being read: whole blocks."""
+        path = [block for block in reading.path if len(block.token_ids) == BLOCK_TOKENS]
+        n_tokens = min(BLOCK_TOKENS * len(path), len(reading.prompt_ids) - 1)
+        return Known(n_tokens, n_tokens, tuple(path))
 
     def close(self, seconds: float) -> None:
         """The disk level keeps all that memory has, as far as it gets in so many seconds, and ends."""
@@ -351,6 +368,11 @@ def _longest(path: list[Block], ends: list[tuple[Block, int]]) -> Known:
         return Known(n_path, n_path, tuple(path), path[-1].checkpoints.get(BLOCK_TOKENS) if path else None)
     end, alike = max(ends, key=lambda one: (one[1], one[1] in one[0].checkpoints))
     return Known(n_path + alike, n_path + alike, (*path, end), end.checkpoints.get(alike))
+
+
+def _beyond(path: Sequence[Block], token_ids: Sequence[int]) -> tuple[int, ...]:
+    """Those of `token_ids` that come after the full blocks of a path."""
+    return tuple(token_ids[BLOCK_TOKENS * len(path) :])
 
 
 def _rows(layer: Any, begin: int, end: int) -> tuple[Any, ...]:

@@ -12,26 +12,43 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from cpu_kernels.engine.checksum import LINE_BYTES, checksum
+from cpu_kernels.host.memory import page_aligned
 from hybrimoe.generation.images.tokens import identities
 from hybrimoe.generation.prefix.encoding import decode, encode, facts_of
 from hybrimoe.generation.prefix.folder import Folder
 from hybrimoe.generation.prefix.keys import Kind, Record, first_key, n_alike, name_of
 
-__all__ = ["DiskLevel"]
+__all__ = ["DiskLevel", "Readings"]
 
 READERS = 4
-"""Threads: a disk serves several reads at once, and checksums take a core each."""
+"""Threads: a disk serves several reads at once, and most of the time they wait for it."""
+ROOM_BYTES = 4 << 20
+"""Memory into which several files are read, neighbours in a text: new memory in small pieces takes longer than reading.
+It is free again when nothing holds any of them."""
 MOST_LENT_BYTES = 256 << 20
 """Of what memory has given up, that waits to be written; more is left out rather than held in memory."""
 MOST_LOOKED_AT = 16
 """Files whose beginnings a prompt reads to see which block has most of its next tokens."""
 log = logging.getLogger("hybrimoe.generation.prefix")
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """Files that are read: what each holds, None of one that is gone or damaged; and those that nobody has begun."""
+
+    results: list[Future[Any]]
+    waiting: deque[Any]
 
 
 class DiskLevel:
@@ -59,6 +76,7 @@ class DiskLevel:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="hybrimoe-prefix-read")
         self._writer = threading.Thread(target=self._write, name="hybrimoe-prefix-write", daemon=True)
         self._writer.start()
+        self._readers.submit(checksum, np.zeros(LINE_BYTES, np.uint8))  # loads what it is compiled to
 
     @property
     def path(self) -> Path:
@@ -133,19 +151,49 @@ class DiskLevel:
 
     def read(self, kind: Kind, key: bytes, token_ids: Sequence[int]) -> Future[Any]:
         """What was kept, as the result of a thread; None where it is not there, or damaged: that file is deleted."""
-        return self._readers.submit(self._read, name_of(kind, key, token_ids), identities(token_ids))
+        return self._readers.submit(self._read, name_of(kind, key, token_ids), token_ids)
 
-    def _read(self, name: str, token_ids: list[int | str]) -> Any:
+    def read_each(self, files: Sequence[tuple[str, Sequence[int]]]) -> Readings:
+        """The same of several, given by their names and tokens, in this order."""
+        readings = Readings([Future() for _ in files], deque())
+        sizes = [-(-self.size(name) // LINE_BYTES) * LINE_BYTES for name, _ in files]
+        for some in _neighbours(sizes):
+            readings.waiting.append([(*files[n], sizes[n], readings.results[n]) for n in some])
+        for _ in range(min(READERS, len(readings.waiting))):
+            self._readers.submit(self._read_waiting, readings.waiting)
+        return readings
+
+    def _read_waiting(self, waiting: deque[Any]) -> None:
+        """A reading thread: the next files that nobody else has taken, until there are none.
+
+        Each piece of memory is written by one thread: several would clear the same huge page of it.
+        """
+        while waiting:
+            try:
+                files = waiting.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            room, at = None, 0
+            for name, token_ids, size, result in files:
+                try:
+                    if room is None:
+                        room = page_aligned(sum(size for _, _, size, _ in files))
+                    result.set_result(None if self._closing else self._read(name, token_ids, room[at : at + size]))
+                except Exception as error:  # noqa: BLE001  # whoever waits for the file raises it
+                    result.set_exception(error)
+                at += size
+
+    def _read(self, name: str, token_ids: Sequence[int], room: np.ndarray | None = None) -> Any:
         try:
-            data = self._folder.read(name)
+            data = self._folder.read(name, room)
         except OSError as error:
             log.warning("the prefix cache cannot read %s: %s", self.path / name, error)
             return None
         if data is None:
             return None
         try:
-            facts, content = decode(data)
-            if facts != {"name": name, "token_ids": token_ids}:
+            facts, content = decode(torch.from_numpy(data))
+            if facts != {"name": name, "token_ids": identities(token_ids)}:
                 raise ValueError("it is of another text")
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             self.n_damaged += 1
@@ -204,7 +252,7 @@ class DiskLevel:
             self._errands.clear()
             self._changed.notify_all()
         self._writer.join(seconds)
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(wait=False)
         if not self._writer.is_alive():
             self._folder.close()
 
@@ -257,3 +305,14 @@ class DiskLevel:
         log.warning(
             "the prefix cache writes no more into %s (%s); what it keeps in memory is not affected", self.path, error
         )
+
+
+def _neighbours(sizes: Sequence[int]) -> Iterator[range]:
+    """Numbers of files that follow each other and lie in one room."""
+    first, n_bytes = 0, 0
+    for number, size in enumerate(sizes):
+        if number > first and n_bytes + size > ROOM_BYTES:
+            yield range(first, number)
+            first, n_bytes = number, 0
+        n_bytes += size
+    yield range(first, len(sizes))

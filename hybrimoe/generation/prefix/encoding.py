@@ -1,8 +1,9 @@
 """What is kept of a text as the bytes of a file: a checksum over all of it, a header of JSON, and tensors as they lie.
 
-File: magic (8 bytes), SHA-256 of all that follows (32), length of the header (u64), the header, and the bytes of each
-tensor from a multiple of 64 bytes on. Tensors of any dtype are bytes here, so another storage of keys and values needs
-no change. Nothing of a file is executed: layers of a cache are told by the names of their classes.
+File: magic (8 bytes), SHA-256 of the next two (32), length of the header (u64), the header, and the bytes of each
+tensor, followed by zeros up to a multiple of 64 bytes. The header has a checksum of each tensor and its zeros. Tensors
+of any dtype are bytes here, so another storage of keys and values needs no change. Nothing of a file is executed:
+layers of a cache are told by the names of their classes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from cpu_kernels.engine.checksum import LINE_BYTES, WORD_BYTES, checksum
+
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 __all__ = ["decode", "encode", "facts_of"]
@@ -22,11 +26,11 @@ __all__ = ["decode", "encode", "facts_of"]
 Facts = dict[str, Any]
 """What a file says of itself: JSON values."""
 
-MAGIC = b"HMPREFX1"
+MAGIC = b"HMPREFX2"
 DIGEST_BYTES = hashlib.sha256().digest_size
 LENGTH = struct.Struct("<Q")
 FIRST_BYTES = len(MAGIC) + DIGEST_BYTES + LENGTH.size
-ALIGNMENT = 64
+ALIGNMENT = LINE_BYTES
 MOST_HEADER_BYTES = 16 << 20
 """A header has some KB; a damaged length is not to be read into memory."""
 
@@ -39,19 +43,16 @@ def encode(facts: Facts, content: Any) -> list[memoryview]:
     """
     tensors: list[torch.Tensor] = []
     tree = _to_json(content, tensors)
-    at, described = 0, []
+    at, described, bodies = 0, [], []
     for tensor in tensors:
-        described.append([_dtype_name(tensor.dtype), list(tensor.shape), at])
-        at += _aligned(tensor.nbytes)
+        body = _lines_of(tensor)
+        described.append([_dtype_name(tensor.dtype), list(tensor.shape), at, checksum(body)])
+        bodies.append(body.data)
+        at += body.nbytes
     header = json.dumps({"facts": facts, "content": tree, "tensors": described}).encode()
     header += b" " * (_aligned(FIRST_BYTES + len(header)) - FIRST_BYTES - len(header))
-    pieces = [memoryview(LENGTH.pack(len(header))), memoryview(header)]
-    for tensor in tensors:
-        pieces += [_bytes_of(tensor), memoryview(bytes(_aligned(tensor.nbytes) - tensor.nbytes))]
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return [memoryview(MAGIC + digest.digest()), *pieces]
+    told = LENGTH.pack(len(header)) + header
+    return [memoryview(MAGIC + hashlib.sha256(told).digest() + told), *bodies]
 
 
 def decode(file: torch.Tensor) -> tuple[Facts, Any]:
@@ -59,16 +60,25 @@ def decode(file: torch.Tensor) -> tuple[Facts, Any]:
 
     Raises ValueError where any byte of it is not as it was written.
     """
-    data = file.numpy().data
+    bytes_of = file.numpy()
+    data = bytes_of.data
     if len(data) < FIRST_BYTES or bytes(data[: len(MAGIC)]) != MAGIC:
         raise ValueError("it is no file of the prefix cache")
     begin = len(MAGIC) + DIGEST_BYTES
-    if hashlib.sha256(data[begin:]).digest() != bytes(data[len(MAGIC) : begin]):
-        raise ValueError("its checksum is another")
     (n_header,) = LENGTH.unpack(data[begin:FIRST_BYTES])
-    header = json.loads(bytes(data[FIRST_BYTES : FIRST_BYTES + n_header]))
     first = FIRST_BYTES + n_header
-    tensors = [_tensor(file, first + at, dtype, shape) for dtype, shape, at in header["tensors"]]
+    if first > len(data) or hashlib.sha256(data[begin:first]).digest() != bytes(data[len(MAGIC) : begin]):
+        raise ValueError("the checksum of its header is another")
+    header = json.loads(bytes(data[FIRST_BYTES:first]))
+    tensors, end = [], first
+    for dtype, shape, at, told in header["tensors"]:
+        tensor = _tensor(file, first + at, dtype, shape)
+        end = first + at + _aligned(tensor.nbytes)
+        if end > len(data) or checksum(bytes_of[first + at : end]) != told:
+            raise ValueError("a checksum is another")
+        tensors.append(tensor)
+    if end != len(data):
+        raise ValueError(f"it has {len(data)} bytes, expected {end}")
     return header["facts"], _from_json(header["content"], tensors)
 
 
@@ -91,11 +101,19 @@ def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def _lines_of(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor (uint8 [n]), with zeros up to a multiple of ALIGNMENT; a copy where there are some."""
+    import numpy as np
     import torch
 
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    if not tensor.numel():
+        return np.empty(0, np.uint8)
+    data: np.ndarray = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    if data.nbytes % ALIGNMENT == 0 and data.ctypes.data % WORD_BYTES == 0:
+        return data
+    lines = np.zeros(_aligned(data.nbytes), np.uint8)
+    lines[: data.nbytes] = data
+    return lines
 
 
 def _tensor(file: torch.Tensor, at: int, dtype: str, shape: list[int]) -> torch.Tensor:

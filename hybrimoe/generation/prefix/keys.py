@@ -11,9 +11,13 @@ from typing import Any, Literal
 
 from hybrimoe.generation.images.tokens import has_images, identities
 
-__all__ = ["KEY_BYTES", "NAME", "Kind", "Record", "first_key", "n_alike", "name_of", "next_key"]
+__all__ = ["KEY_BYTES", "NAME", "Kind", "Record", "first_key", "n_alike", "name_between", "name_of", "next_key"]
 
 Kind = Literal["block", "state"]
+FORMAT = "2 "
+"""Of the files, which are not found by the names that another one had."""
+COMPARED = 256
+"""Tokens of two texts that are compared at once."""
 KEY_BYTES = 16
 """Of a hash: two texts have the same one with a probability of 2 ** -128."""
 NAME = re.compile(r"(?P<kind>block|state)(?P<n>\d+)-(?P<parent>[0-9a-f]{32})-(?P<own>[0-9a-f]{32})\.kv")
@@ -22,7 +26,7 @@ NAME = re.compile(r"(?P<kind>block|state)(?P<n>\d+)-(?P<parent>[0-9a-f]{32})-(?P
 
 def first_key(identity: str) -> bytes:
     """The key of the empty text of a model; identity: says of all that its keys and values depend on."""
-    return hashlib.sha256(identity.encode()).digest()[:KEY_BYTES]
+    return hashlib.sha256((FORMAT + identity).encode()).digest()[:KEY_BYTES]
 
 
 def next_key(key: bytes, token_ids: Sequence[int]) -> bytes:
@@ -33,15 +37,22 @@ def next_key(key: bytes, token_ids: Sequence[int]) -> bytes:
 
 def name_of(kind: Kind, parent: bytes, token_ids: Sequence[int]) -> str:
     """The file of a block, or of the states after its tokens; parent: the key of the text before."""
-    return f"{kind}{len(token_ids)}-{parent.hex()}-{next_key(parent, token_ids).hex()}.kv"
+    return name_between(kind, len(token_ids), parent, next_key(parent, token_ids))
+
+
+def name_between(kind: Kind, n_tokens: int, parent: bytes, own: bytes) -> str:
+    """The same, given the key of the text with the tokens, too."""
+    return f"{kind}{n_tokens}-{parent.hex()}-{own.hex()}.kv"
 
 
 def n_alike(left: Sequence[int], right: Sequence[int]) -> int:
     """How many tokens two texts begin with alike."""
-    for count, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return count
-    return min(len(left), len(right))
+    least, count = min(len(left), len(right)), 0
+    while count < least and left[count : count + COMPARED] == right[count : count + COMPARED]:
+        count += COMPARED
+    while count < least and left[count] == right[count]:
+        count += 1
+    return min(count, least)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 
 from hybrimoe.generation.prefix.disk import DiskLevel
-from hybrimoe.generation.prefix.keys import Kind, name_of, next_key
+from hybrimoe.generation.prefix.keys import Kind, name_between, name_of, next_key
 
 __all__ = ["Part", "Reading", "parts_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A file that a prompt needs: tokens `first` to `first + len(token_ids)` of it, after the text with `key`."""
+    """A file that a prompt needs: tokens `first` to `first + len(token_ids)` of it. name: of the file."""
 
     kind: Kind
-    key: bytes
+    name: str
     token_ids: tuple[int, ...]
     first: int
-
-    @property
-    def name(self) -> str:
-        """Of the file."""
-        return name_of(self.kind, self.key, self.token_ids)
 
     @property
     def end(self) -> int:
@@ -34,26 +30,45 @@ class Part:
 
 
 class Reading:
-    """Files that threads read for a prompt. Whoever has waited for its end takes `contents`."""
+    """Files that threads read for a prompt. What has come is taken by `contents`, while others are still read.
 
-    def __init__(self, disk: DiskLevel, prompt_ids: Sequence[int], parts: Sequence[Part]) -> None:
+    path: the blocks that memory has of it, which whoever takes contents extends.
+    """
+
+    def __init__(
+        self, disk: DiskLevel, prompt_ids: Sequence[int], parts: Sequence[Part], path: list[Any]
+    ) -> None:  # fmt: skip
         self.prompt_ids = prompt_ids
-        self._parts = [(part, disk.read(part.kind, part.key, part.token_ids)) for part in parts]
+        self.path = path
+        self._parts = deque(parts)
+        self._files = disk.read_each([(part.name, part.token_ids) for part in parts])
+        self._results = deque(self._files.results)
 
-    def is_complete(self, wait_s: float) -> bool:
-        """Whether all is read; waits so long at most."""
-        futures: list[Future[Any]] = [future for _, future in self._parts]
-        return not wait(futures, wait_s).not_done
+    @property
+    def has_ended(self) -> bool:
+        """Whether all that will come was taken."""
+        return not self._results
+
+    def waits(self, wait_s: float) -> bool:
+        """Whether nothing new has come after so long."""
+        return bool(self._results) and bool(wait([self._results[0]], wait_s).not_done)
 
     def contents(self) -> list[tuple[Part, Any]]:
-        """What was read, in the order of the prompt, up to the first file that was gone or damaged."""
-        read = []
-        for part, future in self._parts:
-            content = future.result()
+        """What has come since last, in the order of the prompt, up to the first file that was gone or damaged, after
+        which nothing more will."""
+        read: list[tuple[Part, Any]] = []
+        while self._results and self._results[0].done():
+            part, content = self._parts.popleft(), self._results.popleft().result()
             if content is None:
+                self.give_up()
                 break
             read.append((part, content))
         return read
+
+    def give_up(self) -> None:
+        """Nothing more is needed."""
+        self._files.waiting.clear()
+        self._results.clear()
 
 
 def parts_of(
@@ -66,9 +81,9 @@ def parts_of(
     taken up from memory now; n_in_memory: tokens whose keys and values memory has, which a model that `needs_states`
     can take up only where states stand. max_bytes: of files that may be read.
     """
-    blocks, n_found = _blocks(disk, keys, prompt_ids, block_tokens, max_bytes)
+    blocks, ends, n_found = _blocks(disk, keys, prompt_ids, block_tokens, max_bytes)
     n_there = max(n_in_memory, n_found)
-    starts = [*keys, *(next_key(part.key, part.token_ids) for part in blocks if part.first + block_tokens <= n_found)]
+    starts = [*keys, *ends]
     if needs_states:
         state = _last_state(disk, starts, prompt_ids[: min(n_there, len(prompt_ids) - 1)], block_tokens)
         if state is None or state.end <= n_known:
@@ -81,22 +96,27 @@ def parts_of(
 
 def _blocks(
     disk: DiskLevel, keys: Sequence[bytes], prompt_ids: Sequence[int], block_tokens: int, max_bytes: int
-) -> tuple[list[Part], int]:
-    """The blocks that follow the last of `keys`, the last of which may have other tokens, too, and the tokens of the
-    prompt up to there."""
+) -> tuple[list[Part], list[bytes], int]:
+    """The blocks that follow the last of `keys`, the last of which may have other tokens, too; the keys after those
+    that are full and of the prompt alone; and the tokens of the prompt up to there."""
     found: list[Part] = []
+    ends: list[bytes] = []
     key, first = keys[-1], block_tokens * (len(keys) - 1)
     while True:
         rest = tuple(prompt_ids[first : first + block_tokens])
-        token_ids, alike = disk.likest(key, rest)
-        part = Part("block", key, token_ids, first)
-        max_bytes -= disk.size(part.name)
+        own_key = next_key(key, rest)
+        token_ids, alike, name = rest, len(rest), name_between("block", len(rest), key, own_key)
+        if not rest or not disk.has(name):
+            token_ids, alike = disk.likest(key, rest)
+            name = name_of("block", key, token_ids)
+        max_bytes -= disk.size(name)
         if alike == 0 or max_bytes < 0:
-            return found, first
-        found.append(part)
+            return found, ends, first
+        found.append(Part("block", name, token_ids, first))
         if alike < block_tokens:
-            return found, first + alike
-        key, first = next_key(key, rest), first + block_tokens
+            return found, ends, first + alike
+        ends.append(own_key)
+        key, first = own_key, first + block_tokens
 
 
 def _last_state(
@@ -108,7 +128,7 @@ def _last_state(
         rest = tuple(prompt_ids[first : first + block_tokens])
         n = disk.longest("state", starts[number], rest)
         if n:
-            return Part("state", starts[number], rest[:n], first)
+            return Part("state", name_of("state", starts[number], rest[:n]), rest[:n], first)
     return None
 
 
@@ -120,5 +140,6 @@ def _logits(
     if n_there < len(prompt_ids) or number >= len(starts):
         return []
     first = block_tokens * number
-    part = Part("state", starts[number], tuple(prompt_ids[first:]), first)
+    rest = tuple(prompt_ids[first:])
+    part = Part("state", name_of("state", starts[number], rest), rest, first)
     return [part] if disk.has(part.name) else []

@@ -358,6 +358,24 @@ class TestMemory:
         planned = engine._places[0].planned * engine.generator.token_bytes()
         assert sum(cache.n_bytes() for cache in idle) <= limit - planned
 
+    def test_a_short_reply_keeps_the_memory_of_a_long_one_where_nobody_else_needs_it(self) -> None:
+        """A long conversation that comes back then needs no new memory."""
+        for n_tokens, parallel, stays in ((None, 1, True), (7 * LEAST_ROOM, 1, True), (7 * LEAST_ROOM, 4, False)):
+            own = compiled_generator()
+            own.model.config.max_position_embeddings = 8 * LEAST_ROOM
+            own.kv_bytes = None if n_tokens is None else n_tokens * own.token_bytes()
+            engine = BatchEngine(own, parallel=parallel)
+            engine._rows.resize(1)
+            engine.admit([3 + n % 60 for n in range(4 * LEAST_ROOM)], GREEDY, lambda: False)
+            while engine.n_running:
+                list(engine.step())
+            (cache,) = engine._rows._idle
+            before = cache.n_bytes()
+            engine.admit([70, 71], GREEDY, lambda: False)
+            while engine.n_running:
+                list(engine.step())
+            assert (cache.n_bytes() == before) == stays, (n_tokens, parallel)
+
 
 class TestRows:
     def test_a_prompt_takes_the_cache_that_it_goes_on_from(self, generator: TextGenerator) -> None:

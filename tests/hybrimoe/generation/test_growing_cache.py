@@ -54,17 +54,23 @@ def test_parts_come_into_one_buffer_that_has_room_for_all():
     """A new layer, too: it made a buffer for each part, and copied what came before into it."""
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
         layer, parts = GrowingLayer(), [tuple(half.to(dtype) for half in tokens(40, seed)) for seed in range(9)]
-        places = set()
-        layer.append((place_told(part, layer, places) for part in parts), 9 * 40 + 5)
-        assert len(places) == 1
+        layer.append(iter(parts[:2]), 9 * 40 + 5)
+        place = layer.buffers.keys.data_ptr()
+        for threads, some in ((1, parts[2:3]), (2, parts[3:]), (None, [])):
+            layer.append(some, 9 * 40 + 5, threads)
+        assert layer.buffers.keys.data_ptr() == place
         assert torch.equal(layer.keys, torch.cat([keys for keys, _ in parts], -2))
         assert torch.equal(layer.values, torch.cat([values for _, values in parts], -2))
 
 
-def place_told(part, layer, places):
-    if layer.buffers is not None:
-        places.add(layer.buffers.keys.data_ptr())
-    return part
+def test_parts_of_another_dtype_or_with_other_strides_are_converted():
+    layer = GrowingLayer()
+    layer.append([tokens(3)], 20)
+    keys, values = tokens(5, 1)
+    layer.append([(keys.bfloat16(), values.mT.contiguous().mT), (keys[..., ::2, :], values[..., :3, :])], 20)
+    expected = torch.cat([tokens(3)[0], keys.bfloat16().float(), keys[..., ::2, :]], -2)
+    assert torch.equal(layer.keys, expected)
+    assert torch.equal(layer.values, torch.cat([tokens(3)[1], values, values[..., :3, :]], -2))
 
 
 def test_rows_are_copied_between_any_memory():

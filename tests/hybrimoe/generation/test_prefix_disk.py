@@ -331,3 +331,70 @@ def test_the_settings_make_a_disk_level_or_say_why_not(plain: TextGenerator, tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="prefix_cache_folder: cannot use"):
         tree(Amount("auto"), folder=tmp_path / "file" / "inside")
+
+
+# Reading what a prompt begins with -----------------------------------------------------------------------------------
+
+
+def test_what_has_come_is_in_the_replys_cache_while_the_rest_is_read(
+    plain: TextGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = [*SYSTEM, *SYSTEM[::-1], *SYSTEM[::3]]
+    first = process(plain, tmp_path)
+    first.answers(text)
+    ended(first)
+    go, read, n_begun = threading.Event(), Folder.read, []
+
+    def slow(folder: Folder, name: str, room: Any = None) -> Any:
+        n_begun.append(name)
+        assert len(n_begun) < 3 or go.wait(PATIENCE_S)
+        return read(folder, name, room)
+
+    monkeypatch.setattr(Folder, "read", slow)
+    later = process(plain, tmp_path)
+    reply = later.engine.admit(text, GREEDY, lambda: False)
+    while len(reply.cache.token_ids) < 2 * BLOCK_TOKENS:
+        assert not reply.token_ids
+        list(later.engine.step())
+    assert reply.cache.token_ids == text[: 2 * BLOCK_TOKENS]
+    assert later.tree.n_blocks == 2
+    go.set()
+    while not reply.has_ended():
+        list(later.engine.step())
+    alone = plain.reply(text, GREEDY)
+    assert "".join(alone) == reply.text
+    assert reply.n_reused == reply.n_read == len(text)
+
+
+def test_files_are_read_where_the_system_keeps_them_in_its_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = record(n_values=3 << 18)
+    disk = written(tmp_path, one)
+    expected = [part.clone() for part in one.content[0]]
+
+    def refuse(*_arguments: Any) -> int:
+        raise OSError(22, "no direct reading here")
+
+    for refused in (False, True):
+        with monkeypatch.context() as patched:
+            if refused:
+                patched.setattr("hybrimoe.generation.prefix.folder.os.readv", refuse)
+            content = disk.read("block", KEY, one.token_ids).result()
+        assert all(torch.equal(a, b) for a, b in zip(content[0], expected, strict=True))
+    disk.close(PATIENCE_S)
+
+
+def test_whoever_waits_for_a_file_is_told_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [record(number) for number in range(3)]
+    disk = written(tmp_path, *records)
+
+    def fail(*_arguments: Any) -> Any:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(Folder, "read", fail)
+    readings = disk.read_each([(one.name, one.token_ids) for one in records])
+    for result in readings.results:
+        with pytest.raises(MemoryError, match="none left"):
+            result.result(PATIENCE_S)
+    disk.close(PATIENCE_S)
