@@ -286,7 +286,7 @@ def _read(path: str, flags: int, room: np.ndarray | None) -> np.ndarray:
 def _read_once(descriptor: int, room: np.ndarray, direct: bool) -> int:
     """Bytes that one call has read from where the file stands."""
     if direct:
-        n = min(len(room), os.readv(descriptor, [memoryview(_STAGE.memory)]))
+        n = min(len(room), os.readv(descriptor, [_STAGE.memory.data]))
         room[:n] = _STAGE.memory[:n]
         return n
     data = os.read(descriptor, min(len(room), STAGE_BYTES))
