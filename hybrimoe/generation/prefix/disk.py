@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from cpu_kernels.engine.checksum import LINE_BYTES, checksum
 from cpu_kernels.host.memory import page_aligned
 from hybrimoe.generation.images.tokens import identities
-from hybrimoe.generation.prefix.encoding import decode, encode, facts_of
+from hybrimoe.generation.prefix.encoding import ALIGNMENT, decode, encode, facts_of
 from hybrimoe.generation.prefix.folder import Folder
 from hybrimoe.generation.prefix.keys import Kind, Record, first_key, n_alike, name_of
 
@@ -76,7 +74,7 @@ class DiskLevel:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="hybrimoe-prefix-read")
         self._writer = threading.Thread(target=self._write, name="hybrimoe-prefix-write", daemon=True)
         self._writer.start()
-        self._readers.submit(checksum, np.zeros(LINE_BYTES, np.uint8))  # loads what it is compiled to
+        self._readers.submit(_load_checksum)
 
     @property
     def path(self) -> Path:
@@ -156,7 +154,7 @@ class DiskLevel:
     def read_each(self, files: Sequence[tuple[str, Sequence[int]]]) -> Readings:
         """The same of several, given by their names and tokens, in this order."""
         readings = Readings([Future() for _ in files], deque())
-        sizes = [-(-self.size(name) // LINE_BYTES) * LINE_BYTES for name, _ in files]
+        sizes = [-(-self.size(name) // ALIGNMENT) * ALIGNMENT for name, _ in files]
         for some in _neighbours(sizes):
             readings.waiting.append([(*files[n], sizes[n], readings.results[n]) for n in some])
         for _ in range(min(READERS, len(readings.waiting))):
@@ -184,6 +182,8 @@ class DiskLevel:
                 at += size
 
     def _read(self, name: str, token_ids: Sequence[int], room: np.ndarray | None = None) -> Any:
+        import torch
+
         try:
             data = self._folder.read(name, room)
         except OSError as error:
@@ -316,3 +316,10 @@ def _neighbours(sizes: Sequence[int]) -> Iterator[range]:
             first, n_bytes = number, 0
         n_bytes += size
     yield range(first, len(sizes))
+
+
+def _load_checksum() -> None:
+    """So that the first file that is read does not wait for compiled code."""
+    from cpu_kernels.engine.checksum import checksum
+
+    checksum(np.zeros(ALIGNMENT, np.uint8))

@@ -15,13 +15,11 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from cpu_kernels.engine.checksum import LINE_BYTES, WORD_BYTES, checksum
-
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["decode", "encode", "facts_of"]
+__all__ = ["ALIGNMENT", "decode", "encode", "facts_of"]
 
 Facts = dict[str, Any]
 """What a file says of itself: JSON values."""
@@ -30,7 +28,8 @@ MAGIC = b"HMPREFX2"
 DIGEST_BYTES = hashlib.sha256().digest_size
 LENGTH = struct.Struct("<Q")
 FIRST_BYTES = len(MAGIC) + DIGEST_BYTES + LENGTH.size
-ALIGNMENT = LINE_BYTES
+ALIGNMENT = 64
+"""Bytes: a line of a checksum."""
 MOST_HEADER_BYTES = 16 << 20
 """A header has some KB; a damaged length is not to be read into memory."""
 
@@ -41,6 +40,8 @@ def encode(facts: Facts, content: Any) -> list[memoryview]:
     content: tensors in host memory and layers of caches, in lists, tuples and dicts, with numbers and texts between.
     Raises TypeError for anything else.
     """
+    from cpu_kernels.engine.checksum import checksum
+
     tensors: list[torch.Tensor] = []
     tree = _to_json(content, tensors)
     at, described, bodies = 0, [], []
@@ -60,6 +61,8 @@ def decode(file: torch.Tensor) -> tuple[Facts, Any]:
 
     Raises ValueError where any byte of it is not as it was written.
     """
+    from cpu_kernels.engine.checksum import checksum
+
     bytes_of = file.numpy()
     data = bytes_of.data
     if len(data) < FIRST_BYTES or bytes(data[: len(MAGIC)]) != MAGIC:
@@ -105,6 +108,8 @@ def _lines_of(tensor: torch.Tensor) -> np.ndarray:
     """The bytes of a tensor (uint8 [n]), with zeros up to a multiple of ALIGNMENT; a copy where there are some."""
     import numpy as np
     import torch
+
+    from cpu_kernels.engine.checksum import WORD_BYTES
 
     if not tensor.numel():
         return np.empty(0, np.uint8)

@@ -135,7 +135,8 @@ def test_no_server_no_api_and_options_of_another_server_are_told(hybrimoe, url):
 def test_a_server_that_does_not_start_gives_its_reason(hybrimoe, tmp_path):
     nothing = bench(hybrimoe, str(tmp_path / "nothing"))
     assert (nothing.code, "no model directory" in " ".join(nothing.err.split())) == (1, True)
-    (tmp_path / "config.json").write_bytes((demo_model_path() / "config.json").read_bytes())
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((demo_model_path() / name).read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"cut off")
     result = bench(hybrimoe, str(tmp_path))
     assert result.code == 1

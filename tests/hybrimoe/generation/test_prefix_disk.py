@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from cpu_kernels.engine.checksum import LINE_BYTES
 from hybrimoe.amounts import Amount
 from hybrimoe.errors import BudgetError, FileError
 from hybrimoe.generation import TextGenerator
@@ -22,6 +23,7 @@ from hybrimoe.generation.kv_cache import CHECKPOINT_TAIL_TOKENS
 from hybrimoe.generation.prefix.blocks import BLOCK_TOKENS, PrefixTree
 from hybrimoe.generation.prefix.budget import DiskSettings, PrefixSettings, prefix_tree
 from hybrimoe.generation.prefix.disk import DiskLevel
+from hybrimoe.generation.prefix.encoding import ALIGNMENT
 from hybrimoe.generation.prefix.folder import Folder
 from hybrimoe.generation.prefix.keys import Record, first_key, name_of
 from tests.hybrimoe.generation.prefix_replies import FAMILIES, GREEDY, SYSTEM, Counting, has_plain_layers_only, made
@@ -191,6 +193,10 @@ def test_a_file_that_is_cut_or_changed_anywhere_is_a_miss_and_is_deleted(
     assert disk.read("block", KEY, one.token_ids).result() is not None
     assert disk.read("block", KEY, (5, 1, 2)).result() is None, "no such file is no damaged one"
     disk.close(PATIENCE_S)
+
+
+def test_tensors_lie_in_files_as_checksums_take_them() -> None:
+    assert ALIGNMENT % LINE_BYTES == 0
 
 
 def test_a_file_under_the_name_of_another_text_is_none_of_it(tmp_path: Path) -> None:
