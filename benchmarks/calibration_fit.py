@@ -36,9 +36,10 @@ TILE_TOKENS = 128
 VECTOR_TOKENS = 8
 """Tokens up to which experts are multiplied as vectors, in builds from 2026 on (pull request 18958, mmvq.cuh)."""
 TOKEN_PASSES = 2.0
-"""Counted in llama.cpp's graph of a layer, as multiples of ``DenseCosts._values_us``'s values: an expert's inputs are
-written and read once more as int8 blocks, gate and up are written, read by the activation, written, and read again, the
-products are written, weighted, and read by the sum; queries, keys and values are written, rotated, and read."""
+"""Counted by what the graph of a layer has to do, not in llama.cpp's sources, as multiples of
+``DenseCosts._values_us``'s values: an expert's inputs are written and read once more as int8 blocks, gate and up are
+written, read by the activation, written, and read again, the products are written, weighted, and read by the sum;
+queries, keys and values are written, rotated, and read."""
 #: What decode and prompts decide: name in the fit, least, most, start. Bounds are physical: at most 97 % of a nominal
 #: rate of memory or link, and tensor rates of up to 1.5 times the nominal bf16 rate, since int8's is higher.
 WANTED_OF_DECODE = {

@@ -192,8 +192,9 @@ simulator are simulated, with made routing. Error is predicted / public - 1.
 A machine, and a card, is in one half only. The machines of the file's first version keep their half, later ones have
 that of their card, and new cards fall by the hash of their machine's name. The fit sees the calibrate half alone. What
 the simulator models was chosen by the calibrate half and by leaving one card out of it, but not blind: earlier versions
-of this page showed the held-out rows, and which kernels a family has, kernels of few tokens, and how narrowly
-gpt-oss-120b routes came in with both halves in view. Beside it stands the error of each row where the parameters are
+of this page showed the held-out rows, their errors were printed at several steps of the work, and which kernels a
+family has, kernels of few tokens, and how narrowly gpt-oss-120b routes came in with both halves in view. Beside it
+stands the error of each row where the parameters are
 fitted to all rows of the other cards ("one card left out").
 
 Which engine a row is simulated as is decided by its card and the month of its build: `llama_cpp`; `llama_cpp_2025`,
@@ -240,8 +241,9 @@ Rows of one page are no independent judges; the held-out prompts by card and mod
 - Prompts: an expert's tokens are computed in tiles of up to `tile_tokens` columns, as wide as the micro-batch has
   tokens (with `tile_by_expert`: as an expert has on average); an empty column takes as long as a full one. A matrix is
   read, then multiplied (`reads_apart`), and in micro-batches of up to `vector_tokens` each token reads its experts by
-  itself. The values between matrices cross the memory `token_passes` times. These are counted in llama.cpp's sources,
-  not fitted. Builds that multiply MXFP4 natively on Blackwell cards do so at twice the rate.
+  itself: widths of llama.cpp's kernels. The values between matrices cross the memory `token_passes` times, which was
+  counted by what such a graph has to do, and not compared with llama.cpp's sources. None of these is fitted. Builds
+  that multiply MXFP4 natively on Blackwell cards do so at twice the rate.
 - Experts that are not on the GPU are uploaded for micro-batches of 32 tokens and more, those that are used, at
   `link_share`; meanwhile nothing is computed ([simulator.md](simulator.md#prompts)).
 
