@@ -31,6 +31,15 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
+def unreadable(file: Path, error: OSError | ValueError, damaged: str) -> str:
+    """Why a file gave no JSON, and what to do. damaged: what to do where it was read, and is none."""
+    if isinstance(error, PermissionError):
+        return f"{file} may not be read by this user; change its rights (chmod), or those of its folder"
+    if isinstance(error, OSError):
+        return f"{file} cannot be read: {error.strerror or error}"
+    return f"{file} cannot be read as JSON: {error}; {damaged}"
+
+
 POINTER, PAGES = b"version https://git-lfs", (b"<!doctype", b"<html")
 
 

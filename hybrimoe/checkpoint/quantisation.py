@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, unreadable
 from hybrimoe.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
@@ -193,7 +193,7 @@ def _in_files(directory: Path) -> Iterator[tuple[str, Any]]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{directory / name} cannot be read as JSON: {error}") from error
+            raise CheckpointError(unreadable(directory / name, error, "fetch it again")) from error
         if isinstance(entry, Mapping):
             entry = {"quant_method": _DEFAULT_METHODS[name], **entry}
         yield name, entry

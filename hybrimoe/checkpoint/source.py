@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed, stands_for
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed, stands_for, unreadable
 from hybrimoe.checkpoint.gguf.config import config_of
 from hybrimoe.checkpoint.gguf.file import PART_NAME, first_part, first_parts, is_gguf, open_gguf
 from hybrimoe.demo import smollm2
@@ -79,7 +79,7 @@ def _read_json(directory: Path) -> dict[str, Any]:
             stands_for(file) or f"{directory} is no model directory: it has no {CONFIG_NAME}{_snapshot_in(directory)}"
         ) from error
     except (OSError, ValueError) as error:
-        raise ModelError(stands_for(file) or f"{file} cannot be read as JSON: {error}; fetch it again") from error
+        raise ModelError(stands_for(file) or unreadable(file, error, "fetch it again")) from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(f"{file} is no model configuration: it has no model_type")
     return config

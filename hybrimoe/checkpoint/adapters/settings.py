@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed, unreadable
 from hybrimoe.checkpoint.source import is_hub_id
 from hybrimoe.config.adapters import AdapterName, parse_adapter
 from hybrimoe.errors import CheckpointError, ModelError
@@ -99,7 +99,7 @@ def read_settings(name: AdapterName) -> Settings:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}; copy the adapter again") from error
+        raise CheckpointError(unreadable(file, error, "copy the adapter again")) from error
     if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
         raise CheckpointError(f"{file} is no configuration of an adapter: it has no peft_type")
     _refuse(file, found)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cpu_kernels import LAYOUT_VERSION
+from hybrimoe.checkpoint.errors import unreadable
 from hybrimoe.checkpoint.source import SINGLE_NAME
 from hybrimoe.errors import CheckpointError
 
@@ -60,7 +61,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}; `hybrimoe convert` the model again") from error
+        raise CheckpointError(unreadable(file, error, "`hybrimoe convert` the model again")) from error
     versions = (found.get("format"), found.get("layout")) if isinstance(found, dict) else None
     if versions != (FORMAT_VERSION, LAYOUT_VERSION):
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -72,6 +73,24 @@ def test_a_folder_of_the_hubs_cache(directory: Path, tmp_path: Path) -> None:
 def test_a_config_that_is_no_json(directory: Path) -> None:
     (directory / "config.json").write_text("{")
     fails(ModelError, "cannot be read as JSON", directory)
+
+
+@pytest.mark.parametrize(("code", "words"), [(errno.EACCES, "may not be read by this user"), (errno.EIO, "cannot be")])
+def test_a_config_that_the_system_does_not_give(
+    directory: Path, code: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: nothing is withheld from root, as whom tests may run."""
+    read = Path.read_text
+
+    def refuse(file: Path, *arguments: Any, **options: Any) -> str:
+        if file.name == "config.json":
+            raise OSError(code, os.strerror(code), str(file))
+        return read(file, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ModelError, match=words) as caught:
+        load(directory)
+    assert "JSON" not in str(caught.value)
 
 
 def test_a_config_without_a_model_type(directory: Path) -> None:
