@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,9 @@ def whole_or_nothing(path: Path, header: Header, n_bytes: int) -> Iterator[tuple
     place, head = path.parent, _encode(header)
     place.mkdir(parents=True, exist_ok=True)
     _sweep(place)
-    descriptor, name = tempfile.mkstemp(prefix=path.stem + "-", suffix=PARTIAL_SUFFIX, dir=place)
-    opened = os.fdopen(descriptor, "r+b", buffering=0)
+    opened, name = _partial(path)
+    descriptor = opened.fileno()
     try:
-        if HAS_LOCKS:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         _reserve(descriptor, len(head) + n_bytes)
         _write_all(descriptor, memoryview(head), 0)
         yield descriptor, len(head)
@@ -139,6 +138,24 @@ def whole_or_nothing(path: Path, header: Header, n_bytes: int) -> Iterator[tuple
         raise
     finally:
         opened.close()
+
+
+def _partial(path: Path) -> tuple[FileIO, str]:
+    """A new partial file for `path`, locked, and its name."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=path.stem + "-", suffix=PARTIAL_SUFFIX, dir=path.parent)
+        opened = os.fdopen(descriptor, "r+b", buffering=0)
+        if not HAS_LOCKS:
+            return opened, name
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except BaseException:
+            opened.close()
+            os.unlink(name)
+            raise
+        if os.fstat(descriptor).st_nlink:
+            return opened, name
+        opened.close()  # before it was locked, another process took it for one that was left behind, and removed it
 
 
 def _sampled(file: WeightFile, sampled_keys: Collection[str]) -> str:

@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -187,6 +189,23 @@ def test_a_partial_file_that_is_being_written_is_left_alone(directory: Path) -> 
         assert EXPERTS.packing in done_in_loading(directory)
         assert len(list(directory.glob("*.partial"))) == 1
     assert list(directory.glob("*.partial")) == []
+
+
+def test_a_partial_file_that_is_swept_away_before_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = tempfile.mkstemp, []
+
+    def make_and_sweep(**options: Any) -> tuple[int, str]:
+        made.append(make(**options))
+        if len(made) < 3:
+            record_file._sweep(tmp_path)  # as another process would, that begins to write just now
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkstemp", make_and_sweep)
+    record_file.write(tmp_path / "records", np.full(64, 7, np.uint8), {})
+    assert len(made) == 3
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["records"]
 
 
 @of_each_kind
