@@ -49,8 +49,8 @@ SHARING_ROWS = HEAD_BLOCK
 """Rows of a task: with any number of heads for each head of keys they are whole blocks of queries."""
 TICKET_TASKS, TICKETS = 4, 8
 """A ticket is TICKET_TASKS tasks, of which most follow each other in memory and each asks for the beginning of the next
-(bfloat16, OLMoE's heads: 4 to 8 % more of the memory's rate; a Xeon, 2 threads), or fewer, so that each thread has
-TICKETS tickets to even out."""
+(bfloat16, OLMoE's heads: 4 to 8 % more of the memory's rate with earlier loops over values; a Xeon, 2 threads), or
+fewer, so that each thread has TICKETS tickets to even out."""
 GATHERED = SCRATCH_BYTES // 2
 """Where in a thread's scratch the queries of several rows lie, and behind them their results and statistics."""
 
