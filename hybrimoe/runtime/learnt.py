@@ -8,7 +8,6 @@ tokens. A folder that cannot be written to is passed over, and where none can a 
 from __future__ import annotations
 
 import io
-import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hybrimoe.runtime.tier.usage import write_whole
+from hybrimoe.runtime.kept import keep
 from scheduler.forecast.use_model import Learnt
 
 SUFFIX = ".routing.npz"
@@ -73,18 +72,6 @@ class RoutingFile:
         content = io.BytesIO()
         kept = {name: array.astype(np.float16) if name in HALVES else array for name, array in learnt.items()}
         np.savez_compressed(content, allow_pickle=False, **kept)
-        problems: list[str] = []
-        for path in self._paths:
-            try:
-                write_whole(path, content.getvalue())
-            except OSError as error:
-                problems.append(f"{path.parent}: {error.strerror or error}")
-                continue
-            return path
-        warnings.warn(
-            f"what was learnt of the routing could not be kept for the next start ({'; '.join(problems)}): it begins"
-            " with nothing",
-            RoutingWarning,
-            stacklevel=2,
+        return keep(
+            self._paths, content.getvalue(), "what was learnt of the routing", "it begins with nothing", RoutingWarning
         )
-        return None

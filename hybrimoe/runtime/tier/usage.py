@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from hybrimoe.runtime.kept import keep
 
 FORMAT_VERSION = 1
 SUFFIX = ".usage.json"
@@ -46,21 +45,9 @@ class UsageFile:
             return None
         kept = uses if self.earlier is None else KEPT_SHARE * self.earlier + uses
         text = json.dumps(self._head() | {"uses": np.round(kept, 2).tolist()})
-        problems: list[str] = []
-        for path in self._paths:
-            try:
-                write_whole(path, text.encode())
-            except OSError as error:
-                problems.append(f"{path.parent}: {error.strerror or error}")
-                continue
-            return path
-        warnings.warn(
-            f"which experts were used could not be kept for the next start ({'; '.join(problems)}): it begins without"
-            " reading them ahead",
-            UsageWarning,
-            stacklevel=2,
+        return keep(
+            self._paths, text.encode(), "which experts were used", "it begins without reading them ahead", UsageWarning
         )
-        return None
 
     def _head(self) -> dict[str, Any]:
         return {"format": FORMAT_VERSION, "packed": self._stamp}
@@ -81,19 +68,3 @@ class UsageFile:
 def _stamp(packed: Path) -> list[int]:
     known = packed.stat()
     return [known.st_size, known.st_mtime_ns]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=path.name, suffix=".new", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
