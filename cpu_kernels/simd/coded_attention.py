@@ -7,63 +7,78 @@ before they meet their codes.
     INT8   score = q scale * k scale * sum of q * k
     INT4   score = q scale * sum over groups of k scale * (sum of q * stored k - 8 * sum of q)
 
-dim, v_dim and more_dim are multiples of 32 (INT8) or 64 (INT4); vectors are of at most 256 bits, because rows are
-short. Behind the scores there must be room for codes of the query, 2 * (dim + more_dim) bytes a head, and for two times
-CHUNK floats a head.
+dim, v_dim and more_dim are multiples of 32 (INT8), or of 64 and at most MOST_COLUMNS (INT4). Behind the scores there
+must be room for codes of the query, 2 * (dim + more_dim) bytes a head.
+
+As for floats, keys and values are read row after row, as they lie, with sums of values that wait in L1.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 from llvmlite import ir
 
-from cpu_kernels.host.isa import BY_NAME, Isa, cpu_features, missing_features
-from cpu_kernels.simd.attention import CHUNK, PREFETCH_TOKENS, Arguments, begin, fill_last_vector, floats, softmax
+from cpu_kernels.format.layout import LINE_BYTES
+from cpu_kernels.host.isa import Isa, is_zen
+from cpu_kernels.simd.attention import (
+    CHUNK,
+    FAR_KEY_BYTES,
+    PREFETCH_TOKENS,
+    VALUE_TOKENS,
+    Arguments,
+    begin,
+    fill_last_vector,
+    floats,
+    softmax,
+)
 from cpu_kernels.simd.formats import ABSOLUTE_BITS, CODE_MAX, INFINITY_BITS, ROUND, ROUND_BITS, TINY
 from cpu_kernels.simd.vectors import F32, I8, I16, I32, Simd
 
+FAR_VALUE_TOKENS = 32
+"""How far ahead of its use a row of values is asked for, where every line is."""
 GROUP = 32
-"""Columns of an INT4 row that share a scale, and of a step of an INT8 row."""
+"""Columns of an INT4 row that share a scale, and of the least step of an INT8 row."""
 OFFSET = 8
 """What a stored INT4 code is larger than its value."""
-WIDEST = 8
-"""Lanes of a vector: 32 bytes of codes are a group of an INT8 row."""
-SUMS = 8
-"""Vectors of results that the loop over values keeps in registers, of 16."""
+BYTE_OFFSET = 128
+"""What an INT8 code becomes larger by, where bytes are multiplied as unsigned with signed ones."""
+MOST_COLUMNS = 1024
+"""Of an INT4 row."""
+SCALED_BYTES = 4 * MOST_COLUMNS // GROUP
+"""Of a weight times the scales of all groups of a row."""
+PIECE_BYTES = 4 * GROUP
+"""Of the query's codes for GROUP bytes of an INT4 row: the codes of two groups, then their corrections."""
 
 
-def coded_isa(isa: Isa) -> Isa:
-    """The vector path of these kernels on a CPU whose path is `isa`: at most 256 bits."""
-    if isa.lanes <= WIDEST:
-        return isa
-    return next(BY_NAME[name] for name in ("avxvnni", "avx2") if not missing_features(BY_NAME[name], cpu_features()))
-
-
-def whole_columns(bits: int) -> int:
-    """What the numbers of columns must be multiples of."""
-    return GROUP if bits == 8 else 2 * GROUP
+def takes_columns(bits: int, n: int) -> bool:
+    """Whether the kernels read rows of n columns."""
+    return n % GROUP == 0 if bits == 8 else n % (2 * GROUP) == 0 and n <= MOST_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
 class CodedAttendKernel:
     """`attend` for 1 to 4 query heads that share keys and values of 8 or 4 bits. split: keys have `more` columns,
-    which are a row of their own."""
+    which are a row of their own. far: every line of keys and values is asked for, far ahead of its use."""
 
     n_heads: int
     bits: Literal[8, 4]
     split: bool = False
+    far: bool = field(default_factory=lambda: not is_zen())
     symbol: ClassVar[str] = "attend"
 
     @property
     def name(self) -> str:
         """Of the file that keeps it."""
-        return f"attend-int{self.bits}-{self.n_heads}{'-split' if self.split else ''}"
+        return f"attend-int{self.bits}-{self.n_heads}" + "-split" * self.split + "-far" * self.far
 
     def build(self, isa: Isa) -> ir.Module:
         """LLVM module with `attend`."""
         module, s, arguments = begin(self.name, self.symbol, isa)
-        _Writer(s, Arguments(*arguments), self).write()
+        n_scaled = SCALED_BYTES * self.n_heads if self.bits == 4 else 0
+        stack = [s.scratch(n_bytes) for n_bytes in (4 * s.lanes * s.lanes, VALUE_TOKENS * n_scaled, n_scaled)]
+        _Writer(s, Arguments(*arguments), self, *stack).write()
         s.b.ret_void()
         return module
 
@@ -72,8 +87,10 @@ class CodedAttendKernel:
 class _Keys:
     """A row of each key: `n` columns at `rows`, `row_bytes` apart, and the query's codes for them.
 
-    The codes of a head lie at `codes` + head * `head_bytes`: int8 [n], then their sizes (INT8) or, by groups, a vector
-    whose first lane is -8 * sum of the codes (INT4). scales: of the heads, each for as many lanes as tokens of a block.
+    The codes of a head lie at `codes` + head * `head_bytes`. INT8: int8 [n], then their sizes. INT4: for each GROUP
+    bytes of a row the codes of the two groups in it, then int32 [16], whose lanes 0 and 8 are -8 * sum of the codes
+    of each. scales: of the heads, each for as many lanes as tokens of a block; sums: the same of -128 * sum of the
+    codes (INT8, where they meet unsigned ones).
     """
 
     rows: ir.Value
@@ -82,6 +99,7 @@ class _Keys:
     codes: ir.Value
     head_bytes: ir.Value
     scales: ir.Value
+    sums: ir.Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +109,12 @@ class _Writer:
     s: Simd
     a: Arguments
     kernel: CodedAttendKernel
+    sums: ir.Value
+    """Stack for a vector of each lane."""
+    scaled: ir.Value
+    """Stack for float32 [heads, VALUE_TOKENS, groups]."""
+    group_sums: ir.Value
+    """Stack for float32 [heads, groups]."""
 
     @property
     def block(self) -> int:
@@ -125,15 +149,19 @@ class _Writer:
         """Writes the codes of the heads' queries to `place`."""
         s = self.s
         head_bytes = s.b.mul(n, s.const(2))
-        scales = []
+        scales, sums = [], []
         for head, query in enumerate(queries):
-            scales.append(self._write_query(query, n, s.offset(place, s.b.mul(head_bytes, s.const(head)))))
-        lanes = [scale for scale in scales for _ in range(self.block)]
-        return _Keys(rows, row_bytes, n, place, head_bytes, self._vector(lanes))
+            scale, total = self._write_query(query, n, s.offset(place, s.b.mul(head_bytes, s.const(head))))
+            scales.append(scale)
+            sums.append(s.b.mul(total, ir.Constant(I32, -BYTE_OFFSET)))
+        of_tokens = [
+            self._vector([value for value in of_heads for _ in range(self.block)]) for of_heads in (scales, sums)
+        ]
+        return _Keys(rows, row_bytes, n, place, head_bytes, *of_tokens)
 
-    def _write_query(self, query: ir.Value, n: ir.Value, place: ir.Value) -> ir.Value:
+    def _write_query(self, query: ir.Value, n: ir.Value, place: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Writes codes of float32 [n] of the largest size / 127; returns their scale, NaN where a value is not
-        finite."""
+        finite, and their sum (INT8)."""
         s = self.s
 
         def larger(column: ir.Value, found: list[ir.Value]) -> list[ir.Value]:
@@ -147,23 +175,40 @@ class _Writer:
         usable = s.b.and_(finite, s.b.fcmp_ordered(">", extreme, s.real(TINY)))
         inverse = s.splat(s.b.select(usable, s.b.fdiv(s.real(CODE_MAX), extreme), s.real(0)))
         keep = s.splat(s.b.sext(finite, I32))
-        with s.loop(s.const(0), n, GROUP) as column:
+        half = s.b.sdiv(n, s.const(2))
+
+        def write(column: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             total = s.zero(s.i32)
+            target, correction = self._group_place(place, column, half)
             for first in range(0, GROUP, s.lanes):
-                here = s.b.add(column, s.const(first))
-                x = s.load(s.offset(query, floats(s, here)), s.f32)
+                x = s.load(s.offset(query, floats(s, s.b.add(column, s.const(first)))), s.f32)
                 rounded = s.as_words(s.b.fadd(s.b.fmul(x, inverse), s.constant(s.f32, ROUND)))
                 code = s.b.and_(s.b.sub(rounded, s.constant(s.i32, ROUND_BITS)), keep)
-                s.store(s.narrow(code, 8), s.offset(place, here))
+                s.store(s.narrow(code, 8), s.offset(target, first))
                 total = s.b.add(total, code)
                 if self.kernel.bits == 8:
                     size = s.b.select(s.b.icmp_signed("<", code, s.zero(s.i32)), s.b.neg(code), code)
-                    s.store(s.narrow(size, 8), s.offset(place, s.b.add(n, here)))
+                    s.store(s.narrow(size, 8), s.offset(target, s.b.add(n, s.const(first))))
+            group_sum = s.reduce(total, "add")
             if self.kernel.bits == 4:
-                correction = s.b.mul(s.reduce(total, "add"), ir.Constant(I32, -OFFSET))
-                first_lane = s.b.insert_element(s.zero(s.i32), correction, ir.Constant(I32, 0))
-                s.store(first_lane, s.offset(place, s.b.add(n, column)))
-        return s.b.select(finite, s.b.fmul(extreme, s.real(1 / CODE_MAX)), s.real(float("nan")))
+                first_lane = ir.Constant(ir.VectorType(I32, GROUP // 4), None)
+                offset = s.b.mul(group_sum, ir.Constant(I32, -OFFSET))
+                s.store(s.b.insert_element(first_lane, offset, ir.Constant(I32, 0)), correction)
+            return [s.b.add(sums[0], group_sum)]
+
+        (total,) = s.fold(s.const(0), n, GROUP, [ir.Constant(I32, 0)], write)
+        return s.b.select(finite, s.b.fmul(extreme, s.real(1 / CODE_MAX)), s.real(float("nan"))), total
+
+    def _group_place(self, place: ir.Value, column: ir.Value, half: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Where the codes of a group of the query lie, and (INT4) its correction."""
+        s = self.s
+        if self.kernel.bits == 8:
+            return s.offset(place, column), place
+        is_high = s.b.icmp_signed(">=", column, half)
+        byte = s.b.select(is_high, s.b.sub(column, half), column)
+        side = s.b.select(is_high, s.const(GROUP), s.const(0))
+        target = s.offset(place, s.b.add(s.b.mul(byte, s.const(PIECE_BYTES // GROUP)), side))
+        return target, s.offset(target, 2 * GROUP)
 
     # Scores ------------------------------------------------------------------------------------------------------
 
@@ -171,93 +216,139 @@ class _Writer:
         """scores[h, t] = q[h] . k[t] + bias[t], a block of tokens at a time."""
         s, a = self.s, self.a
         whole = s.b.mul(s.b.sdiv(a.n_tokens, s.const(self.block)), s.const(self.block))
+        last = s.b.sub(a.n_tokens, s.const(1))
         with s.loop(s.const(0), whole, self.block) as token:
             bias = s.load(s.offset(a.bias, floats(s, token)), ir.VectorType(F32, self.block), 4)
-            self._score_block(keys, token, [s.b.add(token, s.const(i)) for i in range(self.block)], bias, None)
-        last = s.b.sub(a.n_tokens, s.const(1))
-        with s.loop(whole, a.n_tokens, self.block) as token:
-            tokens, real = [], []
+            for head, scores in enumerate(self._score_block(keys, token, last)):
+                s.store(s.b.fadd(scores, bias), s.offset(a.scores, floats(s, token, CHUNK * head)), 4)
+        with s.loop(whole, a.n_tokens, self.block) as token:  # fewer than a block
+            found = self._score_block(keys, token, last)
             for i in range(self.block):
                 one = s.b.add(token, s.const(i))
-                real.append(s.b.icmp_signed("<=", one, last))
-                tokens.append(s.b.select(real[-1], one, last))
-            bias = self._vector([s.load(s.offset(a.bias, floats(s, one)), F32, 4) for one in tokens])
-            self._score_block(keys, token, tokens, bias, real)
+                with s.b.if_then(s.b.icmp_signed("<=", one, last)):
+                    bias = s.load(s.offset(a.bias, floats(s, one)), F32, 4)
+                    for head, scores in enumerate(found):
+                        score = s.b.fadd(s.b.extract_element(scores, ir.Constant(I32, i)), bias)
+                        s.store(score, s.offset(a.scores, floats(s, one, CHUNK * head)), 4)
 
-    def _score_block(
-        self, keys: list[_Keys], token: ir.Value, tokens: list[ir.Value], bias: ir.Value, real: list[ir.Value] | None
-    ) -> None:
-        """Scores of `tokens` from `token` on; those that are not `real` are left as they are."""
-        s, a, n_heads = self.s, self.a, self.kernel.n_heads
-        of_part = self._products_int8 if self.kernel.bits == 8 else self._products_int4
-        total = of_part(keys[0], tokens)
-        for part in keys[1:]:
-            total = s.b.fadd(total, of_part(part, tokens))
-        for head in range(n_heads):
-            scores = s.b.fadd(s.part(total, head * self.block, self.block), bias)
-            if real is None:
-                s.store(scores, s.offset(a.scores, floats(s, token, CHUNK * head)), 4)
-                continue
-            for i, one in enumerate(real):
-                with s.b.if_then(one):
-                    score = s.b.extract_element(scores, ir.Constant(I32, i))
-                    s.store(score, s.offset(a.scores, floats(s, tokens[i], CHUNK * head)), 4)
-
-    def _products_int8(self, keys: _Keys, tokens: list[ir.Value]) -> ir.Value:
-        """A vector of q[h] . k[t], head by head."""
+    def _score_block(self, keys: list[_Keys], token: ir.Value, last: ir.Value) -> list[ir.Value]:
+        """For each head q . k of a block of tokens from `token` on; behind the last token its own again."""
         s = self.s
-        rows = [s.offset(keys.rows, s.b.mul(token, keys.row_bytes)) for token in tokens]
+        of_part = self._products_int8 if self.kernel.bits == 8 else self._products_int4
+        total = of_part(keys[0], token, last)
+        for part in keys[1:]:
+            total = s.b.fadd(total, of_part(part, token, last))
+        return [s.part(total, head * self.block, self.block) for head in range(self.kernel.n_heads)]
 
-        def add(column: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            codes = [s.load(s.offset(row, column), s.u8) for row in rows]
-            added: list[ir.Value] = []
-            for head in range(self.kernel.n_heads):
-                place = s.offset(s.offset(keys.codes, s.b.mul(keys.head_bytes, s.const(head))), column)
-                query, size = s.load(place, s.u8), s.load(s.offset(place, keys.n), s.u8)
-                for i, code in enumerate(codes):
-                    added.append(self._dot(sums[head * len(rows) + i], size, s.copy_sign(code, query)))
-            return added
+    def _rows_of_block(
+        self, keys: _Keys, token: ir.Value, last: ir.Value, sums_of: Callable[[ir.Value], list[ir.Value]]
+    ) -> ir.Value:
+        """A vector of the sums that `sums_of` a row of keys gives each head, head by head. Row after row, as they lie:
+        several at once would be read as several streams, and need more registers than there are."""
+        s, n_heads, vector_bytes = self.s, self.kernel.n_heads, 4 * self.s.lanes
+        with s.loop(s.const(0), s.const(self.block)) as i:
+            row = s.offset(keys.rows, s.b.mul(s.smaller(s.b.add(token, i), last), keys.row_bytes))
+            for head, total in enumerate(sums_of(row)):
+                place = s.b.mul(s.b.add(i, s.const(head * self.block)), s.const(vector_bytes))
+                s.store(total, s.offset(self.sums, place), vector_bytes)
+        kind = s.i32 if self.kernel.bits == 8 else s.f32
+        sums = [
+            s.load(s.offset(self.sums, vector_bytes * at), kind, vector_bytes) for at in range(n_heads * self.block)
+        ]  # three heads leave some lanes of the result over, which become 0
+        return s.sum_each(sums + [s.zero(kind)] * (s.lanes - len(sums)))
 
-        n_sums = self.kernel.n_heads * len(rows)
-        sums = s.fold(s.const(0), keys.n, 4 * s.lanes, [s.zero(s.i32)] * n_sums, add)
-        products = self._sum_each([s.to_f32(total) for total in sums])
-        scales = [s.load(s.offset(row, keys.n), F32, 1) for row in rows] * self.kernel.n_heads
+    def _products_int8(self, keys: _Keys, token: ir.Value, last: ir.Value) -> ir.Value:
+        """A vector of q[h] . k[t], head by head."""
+        s, width = self.s, 4 * self.s.lanes
+        whole = s.b.mul(s.b.sdiv(keys.n, s.const(width)), s.const(width))
+
+        def sums_of(row: ir.Value) -> list[ir.Value]:
+            sums = [s.zero(s.i32)] * self.kernel.n_heads
+            sums = s.fold(s.const(0), whole, width, sums, partial(self._add_int8_columns, keys, row, width))
+            if width > GROUP:  # a group that fills no vector
+                sums = s.fold(whole, keys.n, GROUP, sums, partial(self._add_int8_columns, keys, row, GROUP))
+            return sums
+
+        total = self._rows_of_block(keys, token, last, sums_of)
+        products = s.to_f32(total if s.dot_kind == "maddubs" else s.b.add(total, keys.sums))
+        rows = [s.smaller(s.b.add(token, s.const(i)), last) for i in range(self.block)]
+        places = [s.offset(keys.rows, s.b.add(s.b.mul(row, keys.row_bytes), keys.n)) for row in rows]
+        scales = [s.load(place, F32, 1) for place in places] * self.kernel.n_heads
         return s.b.fmul(products, s.b.fmul(self._vector(scales), keys.scales))
 
-    def _products_int4(self, keys: _Keys, tokens: list[ir.Value]) -> ir.Value:
+    def _add_int8_columns(
+        self, keys: _Keys, row: ir.Value, n_bytes: int, column: ir.Value, sums: list[ir.Value]
+    ) -> list[ir.Value]:
+        """The heads' sums with n_bytes columns of a row more."""
+        s = self.s
+        code = self._codes(s.offset(row, column), n_bytes)
+        self._ask_ahead(s.offset(row, column))
+        added: list[ir.Value] = []
+        for head, total in enumerate(sums):
+            place = s.offset(s.offset(keys.codes, s.b.mul(keys.head_bytes, s.const(head))), column)
+            query = self._codes(place, n_bytes)
+            size = self._codes(s.offset(place, keys.n), n_bytes) if s.dot_kind == "maddubs" else None
+            added.append(self._signed_dot(total, code, query, size))
+        return added
+
+    def _codes(self, place: ir.Value, n_bytes: int) -> ir.Value:
+        """A vector of n_bytes of codes; behind them zeros."""
+        s = self.s
+        found = s.load(place, ir.VectorType(I8, n_bytes))
+        return found if n_bytes == 4 * s.lanes else s.widened(found, 4 * s.lanes)
+
+    def _signed_dot(self, total: ir.Value, code: ir.Value, query: ir.Value, size: ir.Value | None) -> ir.Value:
+        """total + products of signed bytes, four to a lane; where `size` (of the query) is None, the codes count as
+        larger by BYTE_OFFSET."""
+        s = self.s
+        if size is not None:
+            return s.add_pairs(total, s.dot_pairs(size, s.copy_sign(code, query)))
+        return s.dot_bytes(total, s.b.xor(code, s.constant(s.u8, BYTE_OFFSET)), query)
+
+    def _ask_ahead(self, place: ir.Value) -> None:
+        """Asks for a line far behind `place`."""
+        if self.kernel.far:
+            self.s.prefetch(self.s.offset(place, FAR_KEY_BYTES))
+
+    def _products_int4(self, keys: _Keys, token: ir.Value, last: ir.Value) -> ir.Value:
         """As `_products_int8`; a byte's halves are columns of two groups."""
         s = self.s
-        rows = [s.offset(keys.rows, s.b.mul(token, keys.row_bytes)) for token in tokens]
         half = s.b.sdiv(keys.n, s.const(2))
 
-        def add(byte: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        def add(row: ir.Value, byte: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            self._ask_ahead(s.offset(row, byte))
+            piece = s.offset(keys.codes, s.b.mul(byte, s.const(PIECE_BYTES // GROUP)))
             added = list(sums)
-            for i, row in enumerate(rows):
-                parts = [s.load(s.offset(s.offset(row, byte), at), s.u8) for at in range(0, GROUP, 4 * s.lanes)]
-                for column, take in ((byte, s.low_nibbles), (s.b.add(half, byte), s.high_nibbles)):
-                    codes, scale = [take(part) for part in parts], s.splat(self._int4_scale(row, half, column))
-                    for head in range(self.kernel.n_heads):
-                        at = head * len(rows) + i
-                        products = s.to_f32(self._group_product(keys, head, column, codes))
-                        added[at] = s.mul_add(products, scale, added[at])
+            for first, codes, scale in self._groups(row, half, byte):
+                for head in range(self.kernel.n_heads):
+                    place = s.offset(piece, s.b.mul(keys.head_bytes, s.const(head)))
+                    products = s.load(s.offset(place, 2 * GROUP + first), s.i32)
+                    for number, code in enumerate(codes):
+                        query = s.load(s.offset(place, first + 4 * s.lanes * number), s.u8)
+                        products = self._dot(products, code, query)
+                    added[head] = s.mul_add(s.to_f32(products), scale, added[head])
             return added
 
-        n_sums = self.kernel.n_heads * len(rows)
-        sums = s.fold(s.const(0), half, GROUP, [s.zero(s.f32)] * n_sums, add)
-        return s.b.fmul(self._sum_each(sums), keys.scales)
+        def sums_of(row: ir.Value) -> list[ir.Value]:
+            return s.fold(s.const(0), half, GROUP, [s.zero(s.f32)] * self.kernel.n_heads, partial(add, row))
 
-    def _sum_each(self, sums: list[ir.Value]) -> ir.Value:
-        """The sums of the lanes of each vector; three heads leave some lanes of the result over, which become 0."""
-        return self.s.sum_each(sums + [self.s.zero(self.s.f32)] * (self.s.lanes - len(sums)))
+        return s.b.fmul(self._rows_of_block(keys, token, last, sums_of), keys.scales)
 
-    def _group_product(self, keys: _Keys, head: int, column: ir.Value, codes: list[ir.Value]) -> ir.Value:
-        """int32 lanes whose sum is that of a group's products, without the codes' offset."""
+    def _groups(self, row: ir.Value, half: ir.Value, byte: ir.Value) -> list[tuple[int, list[ir.Value], ir.Value]]:
+        """Codes of the two groups in GROUP bytes of a row, as vectors, and a vector of their scales; before them where
+        their columns begin in the query's codes. Wide vectors hold both groups."""
         s = self.s
-        place = s.offset(s.offset(keys.codes, s.b.mul(keys.head_bytes, s.const(head))), column)
-        total = s.load(s.offset(place, keys.n), s.i32)
-        for number, part in enumerate(codes):
-            total = self._dot(total, part, s.load(s.offset(place, 4 * s.lanes * number), s.u8))
-        return total
+        here = s.offset(row, byte)
+        low, high = (self._int4_scale(row, half, column) for column in (byte, s.b.add(half, byte)))
+        if s.lanes * 4 > GROUP:
+            both = s.doubled(s.load(here, ir.VectorType(I8, GROUP)))
+            scale = s.halves(low, high)
+            return [(0, [s.nibbles_of_halves(both)], scale)]
+        parts = [s.load(s.offset(here, at), s.u8) for at in range(0, GROUP, 4 * s.lanes)]
+        return [
+            (0, [s.low_nibbles(part) for part in parts], s.splat(low)),
+            (GROUP, [s.high_nibbles(part) for part in parts], s.splat(high)),
+        ]
 
     def _dot(self, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
         """total + products of bytes, four to a lane; pairs of them must fit 16 bits."""
@@ -277,99 +368,136 @@ class _Writer:
 
     def _values_int8(self) -> None:
         """out[h] = sum over t of weight[h, t] * scale[t] * v[t]."""
-        s, a, n_heads = self.s, self.a, self.kernel.n_heads
-        with s.loop(s.const(0), a.n_tokens) as token:
-            scale = s.load(s.offset(s.offset(a.v, s.b.mul(token, a.v_bytes)), a.v_dim), F32, 1)
-            for head in range(n_heads):
-                place = s.offset(a.scores, floats(s, token, CHUNK * head))
-                s.store(s.b.fmul(s.load(place, F32, 4), scale), place, 4)
-        weights = [s.offset(a.scores, 4 * CHUNK * head) for head in range(n_heads)]
-        n_vectors = SUMS // n_heads
-        whole = s.b.mul(s.b.sdiv(a.v_dim, s.const(n_vectors * s.lanes)), s.const(n_vectors * s.lanes))
-        for start, stop, count in ((s.const(0), whole, n_vectors), (whole, a.v_dim, 1)):
-            with s.loop(start, stop, count * s.lanes) as column:
-                sums = self._gathered(s.offset(a.v, column), count, [weights], [self._signed])
-                for at, total in enumerate(sums):
-                    head, vector = divmod(at, count)
-                    self._store_out(total, head, s.b.add(column, s.const(s.lanes * vector)))
+        self._clear(self.a.out, self.s.b.mul(self.a.v_dim, self.s.const(self.kernel.n_heads)))
+        for start, stop, n_tokens in self._token_blocks():
+            with self.s.loop(start, stop, n_tokens) as token:
+                self._add_int8([self.s.b.add(token, self.s.const(i)) for i in range(n_tokens)])
+
+    def _token_blocks(self) -> tuple[tuple[ir.Value, ir.Value, int], ...]:
+        """(first token, behind the last one, tokens at a time)."""
+        s, n_tokens = self.s, self.a.n_tokens
+        whole = s.b.mul(s.b.sdiv(n_tokens, s.const(VALUE_TOKENS)), s.const(VALUE_TOKENS))
+        return (s.const(0), whole, VALUE_TOKENS), (whole, n_tokens, 1)
+
+    def _clear(self, place: ir.Value, n_floats: ir.Value) -> None:
+        """float32 [n_floats], whole vectors, = 0."""
+        with self.s.loop(self.s.const(0), n_floats, self.s.lanes) as at:
+            self.s.store(self.s.zero(self.s.f32), self.s.offset(place, floats(self.s, at)))
+
+    def _rows(self, tokens: list[ir.Value]) -> list[ir.Value]:
+        """Where values of tokens lie."""
+        return [self.s.offset(self.a.v, self.s.b.mul(token, self.a.v_bytes)) for token in tokens]
+
+    def _ask_for_values(self, rows: list[ir.Value], byte: ir.Value) -> None:
+        """Asks for lines of later rows."""
+        n_ahead = FAR_VALUE_TOKENS if self.kernel.far else PREFETCH_TOKENS
+        ahead = self.s.b.add(byte, self.s.b.mul(self.a.v_bytes, self.s.const(n_ahead)))
+        for row in rows:
+            self.s.prefetch(self.s.offset(row, ahead))
+
+    def _add_int8(self, tokens: list[ir.Value]) -> None:
+        """Adds the tokens' weighted values to the heads' results."""
+        s, a = self.s, self.a
+        rows = self._rows(tokens)
+        scales = [s.splat_load(s.offset(row, a.v_dim), F32) for row in rows]
+        weights = [
+            [
+                s.b.fmul(s.splat_load(s.offset(a.scores, floats(s, token, CHUNK * head)), F32), scale)
+                for token, scale in zip(tokens, scales, strict=True)
+            ]
+            for head in range(self.kernel.n_heads)
+        ]
+        whole = s.b.mul(s.b.sdiv(a.v_dim, s.const(LINE_BYTES)), s.const(LINE_BYTES))
+        for start, stop, step in ((s.const(0), whole, LINE_BYTES), (whole, a.v_dim, GROUP)):
+            with s.loop(start, stop, step) as column:
+                self._ask_for_values(rows, column)
+                for first in range(0, step, s.lanes):
+                    here = s.b.add(column, s.const(first))
+                    codes = [s.load(s.offset(row, here), ir.VectorType(I8, s.lanes)) for row in rows]
+                    self._add_columns(here, weights, [s.to_f32(s.b.sext(code, s.i32)) for code in codes])
+
+    def _add_columns(self, column: ir.Value, weights: list[list[ir.Value]], values: list[ir.Value]) -> None:
+        """Adds weights, by head and token, times a vector of columns of each token."""
+        s, a = self.s, self.a
+        for head, own in enumerate(weights):
+            place = s.offset(a.out, floats(s, s.b.add(s.b.mul(a.v_dim, s.const(head)), column)))
+            total = s.load(place, s.f32)
+            for weight, value in zip(own, values, strict=True):
+                total = s.mul_add(weight, value, total)
+            s.store(total, place)
 
     def _values_int4(self) -> None:
-        """The same, 32 bytes of the rows after the other: columns of two groups, whose scaled weights are made first,
-        and their sums for the codes' offset."""
-        s, a, n_heads = self.s, self.a, self.kernel.n_heads
-        half = s.b.sdiv(a.v_dim, s.const(2))
-        weights = [
-            [s.offset(self.room, 4 * CHUNK * (n_heads * side + head)) for head in range(n_heads)] for side in range(2)
-        ]
-        n_vectors = SUMS // (2 * n_heads)
+        """The same; the weights of each group are scaled first, and their sums taken off for the codes' offset."""
+        s, a = self.s, self.a
+        half, n_groups = s.b.sdiv(a.v_dim, s.const(2)), s.b.sdiv(a.v_dim, s.const(GROUP))
+        self._clear(a.out, s.b.mul(a.v_dim, s.const(self.kernel.n_heads)))
+        self._clear(self.group_sums, s.const(SCALED_BYTES // 4 * self.kernel.n_heads))
+        for start, stop, n_tokens in self._token_blocks():
+            with s.loop(start, stop, n_tokens) as token:
+                self._add_int4([s.b.add(token, s.const(i)) for i in range(n_tokens)], half, n_groups)
+        for head in range(self.kernel.n_heads):
+            out = s.offset(a.out, floats(s, s.b.mul(a.v_dim, s.const(head))))
+            with s.loop(s.const(0), a.v_dim, GROUP) as column:
+                group = s.b.add(floats(s, s.b.sdiv(column, s.const(GROUP))), s.const(SCALED_BYTES * head))
+                offset = s.b.fmul(s.splat_load(s.offset(self.group_sums, group), F32), s.constant(s.f32, -OFFSET))
+                for first in range(0, GROUP, s.lanes):
+                    place = s.offset(out, floats(s, column, first))
+                    s.store(s.b.fadd(s.load(place, s.f32), offset), place)
+
+    def _add_int4(self, tokens: list[ir.Value], half: ir.Value, n_groups: ir.Value) -> None:
+        """Adds the tokens' weighted codes to the heads' results, and their scaled weights to the sums of groups."""
+        s, n_heads = self.s, self.kernel.n_heads
+        rows = self._rows(tokens)
+        self._scale_weights(rows, tokens, half, n_groups)
         with s.loop(s.const(0), half, GROUP) as byte:
-            columns = [byte, s.b.add(half, byte)]
-            totals = self._scaled_weights(half, columns, weights)
-            offsets = [s.splat(s.b.fmul(total, s.real(-OFFSET))) for total in totals]
-            for first in range(0, GROUP, n_vectors * s.lanes):
-                place = s.offset(s.offset(a.v, byte), first)
-                sums = self._gathered(place, n_vectors, weights, [self._low, self._high])
-                for at, total in enumerate(sums):
-                    side_head, vector = divmod(at, n_vectors)
-                    side, head = divmod(side_head, n_heads)
-                    column = s.b.add(columns[side], s.const(first + s.lanes * vector))
-                    self._store_out(s.b.fadd(total, offsets[side_head]), head, column)
+            self._ask_for_values(rows, byte)
+            columns = byte, s.b.add(half, byte)
+            of_sides = []
+            for column in columns:
+                group = floats(s, s.b.sdiv(column, s.const(GROUP)))
+                scaled = [
+                    [s.splat_load(s.offset(self._scaled(head, i), group), F32) for i in range(len(tokens))]
+                    for head in range(n_heads)
+                ]
+                of_sides.append(scaled)
+            for first in range(0, GROUP, s.lanes):
+                places = [s.offset(s.offset(row, byte), first) for row in rows]
+                words = [s.b.zext(s.load(place, ir.VectorType(I8, s.lanes)), s.i32) for place in places]
+                for column, weights, take in zip(columns, of_sides, (self._low, self._high), strict=True):
+                    here = s.b.add(column, s.const(first))
+                    self._add_columns(here, weights, [s.to_f32(take(word)) for word in words])
 
-    def _scaled_weights(self, half: ir.Value, columns: list[ir.Value], weights: list[list[ir.Value]]) -> list[ir.Value]:
-        """Writes each head's weights times the values' scales of two groups; returns their sums."""
+    def _scaled(self, head: int, token: int) -> ir.Value:
+        """Where the weights of a token of a block times its scales lie, group by group."""
+        return self.s.offset(self.scaled, SCALED_BYTES * (VALUE_TOKENS * head + token))
+
+    def _scale_weights(self, rows: list[ir.Value], tokens: list[ir.Value], half: ir.Value, n_groups: ir.Value) -> None:
+        """Writes the tokens' weights times the scales of each group, and adds them to the sums of groups."""
         s, a = self.s, self.a
-
-        def scale_token(token: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            row = s.offset(a.v, s.b.mul(token, a.v_bytes))
-            added: list[ir.Value] = []
-            for side, column in enumerate(columns):
-                scale = self._int4_scale(row, half, column)
-                for head, place in enumerate(weights[side]):
-                    weight = s.b.fmul(s.load(s.offset(a.scores, floats(s, token, CHUNK * head)), F32, 4), scale)
-                    s.store(weight, s.offset(place, floats(s, token)), 4)
-                    added.append(s.b.fadd(totals[len(added)], weight))
-            return added
-
-        return s.fold(s.const(0), a.n_tokens, 1, [s.real(0)] * (2 * self.kernel.n_heads), scale_token)
-
-    def _gathered(
-        self, first: ir.Value, n_vectors: int, weights: list[list[ir.Value]],
-        takes: list[Callable[[ir.Value], ir.Value]],
-    ) -> list[ir.Value]:  # fmt: skip
-        """Sums over tokens of weights times what is taken of n_vectors * lanes bytes: by taking, head, vector."""
-        s, a = self.s, self.a
-
-        def add(token: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            row = s.offset(first, s.b.mul(token, a.v_bytes))
-            s.prefetch(s.offset(row, s.b.mul(a.v_bytes, s.const(PREFETCH_TOKENS))))
-            narrow = ir.VectorType(I8, s.lanes)
-            codes = [s.load(s.offset(row, s.lanes * vector), narrow) for vector in range(n_vectors)]
-            added: list[ir.Value] = []
-            for take, places in zip(takes, weights, strict=True):
-                parts = [s.to_f32(take(code)) for code in codes]
-                for place in places:
-                    weight = s.splat_load(s.offset(place, floats(s, token)), F32)
-                    added += [s.mul_add(weight, part, sums[len(added) + i]) for i, part in enumerate(parts)]
-            return added
-
-        n_sums = len(takes) * len(weights[0]) * n_vectors
-        return s.fold(s.const(0), a.n_tokens, 1, [s.zero(s.f32)] * n_sums, add)
-
-    def _signed(self, codes: ir.Value) -> ir.Value:
-        return self.s.b.sext(codes, self.s.i32)
+        fours = s.b.mul(s.b.sdiv(n_groups, s.const(4)), s.const(4))
+        for start, stop, count in ((s.const(0), fours, 4), (fours, n_groups, 2)):
+            words, kind = ir.VectorType(I32, count), ir.VectorType(F32, count)
+            with s.loop(start, stop, count) as group:
+                scales = []
+                for row in rows:
+                    place = s.offset(s.offset(row, half), s.b.mul(group, s.const(2)))
+                    wide = s.b.zext(s.load(place, ir.VectorType(I16, count)), words)
+                    scales.append(s.b.bitcast(s.b.shl(wide, ir.Constant(words, [16] * count)), kind))
+                for head in range(self.kernel.n_heads):
+                    place = s.offset(self.group_sums, s.b.add(floats(s, group), s.const(SCALED_BYTES * head)))
+                    total = s.load(place, kind)
+                    for i, (token, scale) in enumerate(zip(tokens, scales, strict=True)):
+                        weight = s.load(s.offset(a.scores, floats(s, token, CHUNK * head)), F32, 4)
+                        product = s.b.fmul(s.splat_of(weight, count), scale)
+                        s.store(product, s.offset(self._scaled(head, i), floats(s, group)))
+                        total = s.b.fadd(total, product)
+                    s.store(total, place)
 
     def _low(self, codes: ir.Value) -> ir.Value:
-        s = self.s
-        return s.b.and_(s.b.zext(codes, s.i32), s.constant(s.i32, 15))
+        return self.s.b.and_(codes, self.s.constant(self.s.i32, 15))
 
     def _high(self, codes: ir.Value) -> ir.Value:
-        s = self.s
-        return s.b.lshr(s.b.zext(codes, s.i32), s.constant(s.i32, 4))
-
-    def _store_out(self, values: ir.Value, head: int, column: ir.Value) -> None:
-        """Stores a vector of columns of a head's result."""
-        s, a = self.s, self.a
-        s.store(values, s.offset(a.out, floats(s, s.b.add(s.b.mul(a.v_dim, s.const(head)), column))))
+        return self.s.b.lshr(codes, self.s.constant(self.s.i32, 4))
 
     def _vector(self, scalars: list[ir.Value]) -> ir.Value:
         """A vector of scalars, one a lane. Of the heads of a block, the lanes that are left over are 0."""

@@ -95,6 +95,10 @@ class Simd:
         """A float32 (rounded from `value`)."""
         return ir.Constant(F32, value)
 
+    def smaller(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        """min(x, y) of signed integers."""
+        return self.b.select(self.b.icmp_signed("<", x, y), x, y)
+
     # Memory
 
     def scratch(self, n_bytes: int) -> ir.Value:
@@ -127,9 +131,13 @@ class Simd:
 
     def splat(self, scalar: ir.Value) -> ir.Value:
         """All lanes = scalar."""
-        kind = ir.VectorType(scalar.type, self.lanes)
+        return self.splat_of(scalar, self.lanes)
+
+    def splat_of(self, scalar: ir.Value, count: int) -> ir.Value:
+        """A vector of `count` times scalar."""
+        kind = ir.VectorType(scalar.type, count)
         first = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
-        mask = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
+        mask = ir.Constant(ir.VectorType(I32, count), [0] * count)
         return self.b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), mask)
 
     def splat_load(self, pointer: ir.Value, kind: ir.Type) -> ir.Value:
@@ -176,7 +184,7 @@ class Simd:
         return self._halved(x, self.maximum)
 
     def sum_each(self, vectors: Sequence[ir.Value]) -> ir.Value:
-        """Lane i = `sum_floats` of vector i, with its bits, for as many vectors as there are lanes."""
+        """Lane i = `sum_floats` of vector i, with its bits, for as many vectors as there are lanes; or of int32."""
         level, width = list(vectors), self.lanes
         while width > 1:
             width //= 2
@@ -188,12 +196,29 @@ class Simd:
         lows = [lane for lane in range(2 * self.lanes) if lane % (2 * width) < width]
         kind = ir.VectorType(I32, self.lanes)
         low, high = (ir.Constant(kind, [lane + offset for lane in lows]) for offset in (0, width))
-        return self.b.fadd(self.b.shuffle_vector(x, y, low), self.b.shuffle_vector(x, y, high))
+        add = self.b.add if x.type == self.i32 else self.b.fadd
+        return add(self.b.shuffle_vector(x, y, low), self.b.shuffle_vector(x, y, high))
 
     def part(self, x: ir.Value, first: int, count: int) -> ir.Value:
         """Lanes first .. first + count of x."""
         lanes = ir.Constant(ir.VectorType(I32, count), list(range(first, first + count)))
         return self.b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), lanes)
+
+    def widened(self, x: ir.Value, count: int) -> ir.Value:
+        """The elements of x, then zeros, `count` in all."""
+        order = ir.Constant(ir.VectorType(I32, count), [min(lane, x.type.count) for lane in range(count)])
+        return self.b.shuffle_vector(x, ir.Constant(x.type, None), order)
+
+    def doubled(self, x: ir.Value) -> ir.Value:
+        """The elements of x twice, one behind the other."""
+        order = ir.Constant(ir.VectorType(I32, 2 * x.type.count), [*range(x.type.count)] * 2)
+        return self.b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), order)
+
+    def halves(self, low: ir.Value, high: ir.Value) -> ir.Value:
+        """The lower lanes = low, the upper ones = high (of any 32-bit type)."""
+        half = self.lanes // 2
+        order = ir.Constant(ir.VectorType(I32, self.lanes), [*range(half), *range(self.lanes + half, 2 * self.lanes)])
+        return self.b.shuffle_vector(self.splat(low), self.splat(high), order)
 
     def _halved(self, x: ir.Value, operation: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
         """Lane 0 of x after log2(lanes) times ``x = operation(low half, high half)``."""
@@ -227,6 +252,11 @@ class Simd:
         """High four bits of each byte."""
         words = self.b.lshr(self.b.bitcast(x, self.i16), self.constant(self.i16, 4))
         return self.low_nibbles(self.b.bitcast(words, self.u8))
+
+    def nibbles_of_halves(self, x: ir.Value) -> ir.Value:
+        """Low four bits of the bytes in the lower half of x, high four bits of those in the upper half."""
+        shift = ir.Constant(self.i16, [0] * self.lanes + [4] * self.lanes)
+        return self.low_nibbles(self.b.bitcast(self.b.lshr(self.b.bitcast(x, self.i16), shift), self.u8))
 
     def low_bf16(self, x: ir.Value) -> ir.Value:
         """Low half of each 32-bit lane, a bfloat16, as float32."""

@@ -14,7 +14,7 @@ from cpu_kernels.host.isa import BY_NAME, Isa
 from cpu_kernels.jit.compiled import Real, Truth, Whole, Worker, float_kernel, inline_kernel
 from cpu_kernels.jit.primitives import call_attend, floats_at, int64s_at, take_ticket
 from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST, AttendKernel
-from cpu_kernels.simd.coded_attention import CodedAttendKernel, coded_isa, whole_columns
+from cpu_kernels.simd.coded_attention import CodedAttendKernel, takes_columns
 from cpu_kernels.simd.compile import VectorKernel, kernel_address
 from cpu_kernels.step.cached import K_TOKEN, KIND, V_TOKEN, key_address, place_of, rows_of, value_address
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32, copy, fill
@@ -337,10 +337,10 @@ def set_kernels(call: np.ndarray, kind: int, isa_name: str) -> None:
     if kind in KERNEL_DTYPES and all(size % isa.lanes == 0 for size in sizes):
         dtype = KERNEL_DTYPES[kind]
         _set(own, AttendKernel(HEAD_BLOCK, dtype), AttendKernel(1, dtype), isa)
-    elif kind in KERNEL_BITS and all(size % whole_columns(KERNEL_BITS[kind]) == 0 for size in sizes):
+    elif kind in KERNEL_BITS and all(takes_columns(KERNEL_BITS[kind], size) for size in sizes):
         bits, split = KERNEL_BITS[kind], bool(call[SHARED])
         fewer = CodedAttendKernel(group % HEAD_BLOCK or 1, bits, split)
-        _set(own, CodedAttendKernel(HEAD_BLOCK, bits, split), fewer, coded_isa(isa))
+        _set(own, CodedAttendKernel(HEAD_BLOCK, bits, split), fewer, isa)
 
 
 def _set(own: np.ndarray, block: VectorKernel, rest: AttendKernel | CodedAttendKernel, isa: Isa) -> None:

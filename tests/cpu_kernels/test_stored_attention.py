@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cpu_kernels.errors import LayoutError
-from cpu_kernels.host.isa import BY_NAME, detect
+from cpu_kernels.host.isa import BY_NAME, PATHS, cpu_features, detect, missing_features
+from cpu_kernels.simd import coded_attention
 from cpu_kernels.simd.attention import LOWEST
 from cpu_kernels.simd.coded_attention import CodedAttendKernel
 from cpu_kernels.simd.compile import Target, assembly
@@ -50,6 +51,8 @@ KINDS = {
     "tickets of several tasks": Kind(32, 32),
     "groups of three": Kind(6, 2),
     "odd size": Kind(4, 2, 24, 40),
+    "a group beyond whole lines": Kind(6, 6, 96, 32),
+    "six groups": Kind(4, 4, 192, 192),
     "window": Kind(sight=attend.Sight(100)),
     "blocks": Kind(sight=attend.Sight(128, in_blocks=True)),
     "sinks": Kind(has_sinks=True),
@@ -83,6 +86,7 @@ class Attended:
         self.values = normal(2, kind.kv_heads, N_TOKENS, kind.shared or kind.v_dim)
         self.sinks = normal(kind.heads).numpy() if kind.has_sinks else None
         self.seen = [N_TOKENS, N_TOKENS - 77]
+        self.isa = detect().isa.name
 
     def stored(self, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as rows."""
@@ -107,7 +111,7 @@ class Attended:
             program, own.heads, own.kv_heads, own.dim, own.v_dim, source, places.ctypes.data, out,
             sight=own.sight, sinks=self.sinks, shared=own.shared,
         )  # fmt: skip
-        attend.set_kernels(call, kind, detect().isa.name)
+        attend.set_kernels(call, kind, self.isa)
         room = np.empty(sum(attend.room_bytes(call, n_rows, N_TOKENS)), np.uint8)
         parts = attend.room_bytes(call, n_rows, N_TOKENS)[0]
         attend.give_room(call, room.ctypes.data, room.ctypes.data + parts, N_TOKENS)
@@ -191,6 +195,28 @@ def test_every_kind_of_attention_reads_every_kind_of_rows(name: str) -> None:
             assert torch.equal(found, attended.run(kind, threads)), (name, kind, threads)
 
 
+def here() -> list[str]:
+    return [path.name for path in PATHS if not missing_features(path, cpu_features())]
+
+
+@pytest.mark.parametrize("isa", here())
+def test_arithmetic_of_every_path(isa: str) -> None:
+    for name in ("one head", "a group beyond whole lines"):
+        attended = Attended(KINDS[name])
+        attended.isa = isa
+        for kind in (INT8, INT4):
+            assert error(attended.run(kind, 1), attended.expected(kind)) <= KERNEL_ERROR, (name, kind)
+
+
+def test_asking_for_lines_far_ahead_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    attended, results = Attended(KINDS["one head"]), []
+    for is_zen in (True, False):
+        monkeypatch.setattr(coded_attention, "is_zen", lambda is_zen=is_zen: is_zen)
+        assert CodedAttendKernel(1, 8).far is not is_zen
+        results.append([attended.run(kind, 1) for kind in (INT8, INT4)])
+    assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("kind", [INT8, INT4])
 def test_what_is_not_finite_stays_so(kind: int) -> None:
     for spoiled in (torch.nan, torch.inf):
@@ -220,7 +246,7 @@ def test_zeros_are_stored_as_zeros() -> None:
         assert not floats.any(), kind
 
 
-@pytest.mark.parametrize("name", ["avxvnni", "avx2", "portable"])
+@pytest.mark.parametrize("name", ["avx512vnni", "avx512", "avxvnni", "avx2", "portable"])
 def test_the_kernels_compile_for_every_path(name: str) -> None:
     isa = BY_NAME[name]
     target = Target("x86_64-unknown-linux-gnu", "x86-64", ",".join(f"+{feature}" for feature in isa.features))
