@@ -42,7 +42,10 @@ PREFETCH_BYTES = L1_WEIGHT_BYTES
 # costs them up to 20 %, asking for one in eight, further ahead, starts them on the pages to come: 1 and 2 tokens gain 4
 # to 17 % by it (Zen 4, 2 threads).
 SPARSE_LINES, SPARSE_BYTES = 8, 2 * L1_WEIGHT_BYTES
-# Tokens of a tile from which each line is asked for, with 32 vector registers and with 16 (Zen 4, 2 threads).
+# Tokens of a tile from which each line is asked for, with 32 vector registers and with 16 (Zen 4, 2 threads). On Intel
+# it always is: the prefetchers alone leave a third of the memory's rate unused. OLMoE's shape, 3 layers, int4 experts,
+# int8 dense layers, one token, on a Xeon of the Granite Rapids class, 2 threads: 8.0 ms a step in place of 9.2 with
+# AVX-512, 9.4 in place of 12.5 with AVX2 (medians; asking half as far ahead: 8.6 and 9.4).
 EACH_LINE_FROM = {"int4": (4, 2), "int8": (4, 2), "bfloat16": (4, 2), "float32": (8, 4)}
 # With 16 registers a single token asks for each line as well, and as read once (prefetchnta): the megabytes of a layer
 # then pass the caches by, and Python, which runs between two layers, finds its own code and data where it left them.
@@ -51,6 +54,10 @@ EACH_LINE_FROM = {"int4": (4, 2), "int8": (4, 2), "bfloat16": (4, 2), "float32":
 # On Intel such lines come late: 2156 us a layer of int4 in place of 1566, for 33 us that Python gains (a Xeon of 2024,
 # forced to AVX2); so Zen alone does it.
 ONCE_DTYPES, ONCE_BYTES = ("int4", "int8", "bfloat16"), L1_WEIGHT_BYTES // 4
+# Tiles of so many tokens multiply float32 on Intel, with the same bits: vdpbf16ps takes 1.23 times as long as two
+# multiply-adds with 8 tokens, 1.33 times with 64, 0.92 with 1 and 0.98 with 4 (panels that lie in the caches,
+# a Xeon of the Granite Rapids class). On Zen 4 it doubles the products a cycle.
+PAIRS_BELOW = 8
 WORD_BYTES = 4  # of a row in a line
 SCALE_BYTES = 2
 PANEL_ARGUMENTS = [POINTER, I64, I64, POINTER, I64, POINTER, I64, POINTER]
@@ -64,19 +71,24 @@ class PanelKernel:
 
     pairs: multiplies the bfloat16 of activations; the same bits as from their float32, where these are bfloat16 (and,
     in paired blocks, not subnormal). emulate_dot: products of narrow types in plain arithmetic, for tests on any CPU.
-    once: a single token's weights pass the caches by, where there are 16 registers (`ONCE_DTYPES`).
+    once: a single token's weights pass the caches by, where there are 16 registers (`ONCE_DTYPES`). many_pairs: the
+    same pairs for tiles of PAIRS_BELOW tokens and more, which otherwise take float32. each_line: every line of weights
+    is asked for, also for few tokens.
     """
 
     dtype: str
     pairs: bool = False
     emulate_dot: bool = False
     once: bool = field(default_factory=is_zen)
+    many_pairs: bool = field(default_factory=is_zen)
+    each_line: bool = field(default_factory=lambda: not is_zen())
     symbol: ClassVar[str] = "panel"
 
     @property
     def name(self) -> str:
         """Of the file that keeps it."""
-        return self.dtype + "-pairs" * self.pairs + "-emulated" * self.emulate_dot + "-once" * self.once
+        pairs = ("-pairs" + "-many" * self.many_pairs) * self.pairs
+        return self.dtype + pairs + "-emulated" * self.emulate_dot + "-once" * self.once + "-far" * self.each_line
 
     def build(self, isa: Isa) -> ir.Module:
         """LLVM module with `panel`."""
@@ -162,7 +174,9 @@ class _Tile:
 
     def __init__(self, s: Simd, kernel: PanelKernel, n_tokens: int, n_vectors: int, function: ir.Function) -> None:
         self.s, self.dtype, self.n_vectors = s, kernel.dtype, n_vectors
-        self.form, self.pairs = format_of(kernel.dtype, s.isa), kernel.pairs
+        self.form = format_of(kernel.dtype, s.isa)
+        self.pairs = kernel.pairs and (kernel.many_pairs or n_tokens < PAIRS_BELOW)
+        self.each_line = kernel.each_line
         self.once = kernel.once and n_tokens == 1 and not s.isa.many_registers and kernel.dtype in ONCE_DTYPES
         # Weights are read in the order in which they lie: the CPU's prefetchers follow an ascending stream at the rate
         # of a plain read, and lose it where LLVM's own order jumps to and fro (one token: int8 +14 to 30 %, float32
@@ -218,7 +232,7 @@ class _Tile:
         """Asks for lines of a later block."""
         n_tokens, many_registers = len(self.x_rows), self.s.isa.many_registers
         n_lines, ahead = SPARSE_LINES, SPARSE_BYTES
-        if self.once or n_tokens >= EACH_LINE_FROM[self.dtype][0 if many_registers else 1]:
+        if self.once or self.each_line or n_tokens >= EACH_LINE_FROM[self.dtype][0 if many_registers else 1]:
             n_lines, ahead = 1, ONCE_BYTES if self.once else PREFETCH_BYTES
         for number in range(block_bytes(self.dtype) // (n_lines * LINE_BYTES)):
             self.s.prefetch(self.s.offset(block, ahead + number * n_lines * LINE_BYTES), self.once)

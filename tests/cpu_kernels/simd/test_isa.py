@@ -186,11 +186,13 @@ def test_vpdpbusd_and_its_emulation_give_the_same_bits(dtype: str) -> None:
         assert np.array_equal(real, emulated)
 
 
+@pytest.mark.parametrize("many", [True, False])
 @pytest.mark.parametrize(("name", "emulated"), [(n, e) for n, e in runnable() if isa.BY_NAME[n].bf16_dot])
-def test_bfloat16_pairs_give_the_same_bits_as_float32(name: str, emulated: bool) -> None:
+def test_bfloat16_pairs_give_the_same_bits_as_float32(name: str, emulated: bool, many: bool) -> None:
     """So a token's result does not depend on whether all tokens of the call are bfloat16."""
-    check_panel(name, PanelKernel("bfloat16", pairs=True, emulate_dot=emulated))
-    pairs = products(name, PanelKernel("bfloat16", pairs=True, emulate_dot=emulated))[0]
+    kernel = PanelKernel("bfloat16", pairs=True, emulate_dot=emulated, many_pairs=many)
+    check_panel(name, kernel)
+    pairs = products(name, kernel)[0]
     assert np.array_equal(pairs, products(name, PanelKernel("bfloat16", emulate_dot=emulated))[0])
 
 
@@ -223,8 +225,8 @@ TARGETS = [
     ("avx512", Target(X86, "skylake-avx512", ""), PanelKernel("int4"), "vpmaddubsw"),
     ("avxvnni", Target(X86, "alderlake", ""), PanelKernel("int4"), "vpdpbusd"),
     ("avx2", Target(X86, "znver3", ""), PanelKernel("int8"), "vpmaddubsw"),
-    ("avx512bf16", ZNVER4, PanelKernel("bfloat16", pairs=True), "vdpbf16ps"),
-    ("avx512bf16", SAPPHIRE, PanelKernel("bfloat16", pairs=True), "vdpbf16ps"),
+    ("avx512bf16", ZNVER4, PanelKernel("bfloat16", pairs=True, many_pairs=True), "vdpbf16ps"),
+    ("avx512bf16", SAPPHIRE, PanelKernel("bfloat16", pairs=True, many_pairs=True), "vdpbf16ps"),
     ("avx512vnni", SAPPHIRE, PanelKernel("bfloat16"), "vfmadd"),
     ("avx2", Target(X86, "haswell", ""), PanelKernel("float32"), "vfmadd"),
 ]
@@ -252,6 +254,15 @@ def test_assembly_for_other_cpus(name: str, target: Target, kernel: PanelKernel,
         assert "{vex}" in text or "zmm" not in text
 
 
+def test_only_few_tokens_multiply_pairs_where_many_take_longer_by_it() -> None:
+    kernel = PanelKernel("bfloat16", pairs=True, many_pairs=False)
+    loops = tile_loops(assembly(kernel, isa.BY_NAME["avx512bf16"], SAPPHIRE))
+    paired = [any("vdpbf16ps" in line for line in loop) for loop in loops]
+    assert paired == sorted(paired)  # from many tokens to one
+    assert paired[0] is False
+    assert paired[-1] is True
+
+
 @pytest.mark.parametrize("dtype", ck.DTYPES)
 def test_one_token_reads_weights_in_ascending_order(dtype: str) -> None:
     """One stream for the CPU's prefetchers: no line of a block is loaded before one that lies ahead of it."""
@@ -271,6 +282,11 @@ def test_one_token_leaves_the_caches_to_others(dtype: str, once: bool) -> None:
     text = assembly(PanelKernel(dtype, once=True), isa.BY_NAME["avx2"], Target(X86, "znver1", ""))
     assert text.count("prefetchnta") == (block_bytes(dtype) // LINE_BYTES if once else 0)
     elsewhere = PanelKernel(dtype, once=False)
+    few = [
+        assembly(PanelKernel(dtype, once=False, each_line=each), isa.BY_NAME["avx512vnni"], SAPPHIRE) for each in (0, 1)
+    ]
+    n_lines = block_bytes(dtype) // LINE_BYTES
+    assert [tile_prefetches(text) for text in few] == [n_lines // 8, n_lines]
     assert "prefetchnta" not in assembly(elsewhere, isa.BY_NAME["avx2"], Target(X86, "haswell", ""))
 
 
@@ -279,7 +295,9 @@ def test_only_zen_passes_the_caches_by(monkeypatch: pytest.MonkeyPatch, cpu: str
     monkeypatch.setattr(isa.llvm, "get_host_cpu_name", lambda: cpu)
     isa.is_zen.cache_clear()
     try:
-        assert PanelKernel("int4").once is zen
+        kernel = PanelKernel("int4")
+        assert kernel.once is kernel.many_pairs is zen
+        assert kernel.each_line is not zen
     finally:
         isa.is_zen.cache_clear()
 
@@ -312,6 +330,12 @@ def tile_loops(text: str) -> list[list[str]]:
             if not inner and any(re.search("vpdpbusd|vpmaddubsw|vfmadd|vdpbf16ps", text) for text in body):
                 loops.append(body)
     return loops
+
+
+def tile_prefetches(text: str) -> int:
+    """Lines that the loop of the smallest tile asks for."""
+    body = text.split("tile_1x1:")[1].split(".Lfunc_end")[0]
+    return body.count("prefetch")
 
 
 def test_portable_path_compiles_for_aarch64() -> None:
