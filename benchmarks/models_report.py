@@ -28,11 +28,34 @@ RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "decode": (("decode", "--prompt-tokens", "32", "--new-tokens", "24", "--rounds", "5"), DENSE),
     "prefill": (("prefill", "--prompt-tokens", "512", "--rounds", "3", "--no-plain"), DENSE),
     "decode 8k": (
-        ("decode", "--prompt-tokens", "8000", "--new-tokens", "24", "--rounds", "5", "--no-plain"),
+        (
+            "decode",
+            "--prompt-tokens",
+            "8000",
+            "--new-tokens",
+            "24",
+            "--rounds",
+            "5",
+            "--no-plain",
+            "--kv-dtype",
+            "bfloat16",
+            "--kv-dtype",
+            "int8",
+            "--kv-dtype",
+            "int4",
+            "--llama-kv",
+            "f16",
+            "--llama-kv",
+            "q8_0",
+        ),
         ("int8",),
     ),
 }
 """Kind -> the command's words, and dtypes of the dense layers. Plain transformers decodes beside the first one."""
+OURS = "as configured"
+"""How names of our rows begin; behind a comma they say how keys and values are stored, where several are measured."""
+BESIDE = {"llama.cpp": "bfloat16", "llama.cpp, q8_0 keys and values": "int8", "llama.cpp, q4_0 keys and values": "int4"}
+"""Which of ours a peer is compared with: the one that stores keys and values in as many bits."""
 GROWTH: dict[str, tuple[str, ...]] = {
     **{f"{layers} layers, context 32": ("--layers", str(layers)) for layers in (2, 4, 16)},
     **{f"{LAYERS} layers, context {n}": ("--layers", str(LAYERS), "--prompt-tokens", str(n)) for n in (1000, 4000)},
@@ -50,7 +73,9 @@ shared, with as many threads as cores for everybody; experts on the CPU alone. R
 {SHAPE} with {LAYERS} layers, the same for all: llama.cpp (llama-cpp-python) reads them as Q4_0 with an output
 layer of Q8_0, transformers as bfloat16; ours has int4 experts, and dense layers as named. A cell is the median of
 alternating rounds, its range behind it. *Of the read rate*: the weights that a token visits by the time of its step,
-as a share of what this machine reads with as many threads; keys and values are not counted. *Cosine*: of the logits
+as a share of what this machine reads with as many threads; keys and values are not counted. Where nothing else is said,
+ours stores keys and values as bfloat16 and llama.cpp as f16; one that stores them in fewer bits, which llama.cpp does
+with flash attention, is compared with ours in as many. *Cosine*: of the logits
 after the prompt, to those of plain transformers. *MiB*: by how much the process grew, for all that the contender holds
 (none where the system meanwhile took pages back that another contender had mapped).
 `HYBRIMOE_ISA` makes ours take an older instruction set; the others take what the CPU has.
@@ -127,20 +152,25 @@ def table(results: dict[str, Any]) -> str:
     """One run a dtype: ours, then its peers with what ours is to them."""
     lines = ["| | tokens/s | ours to it | of the read rate | cosine | MiB |", "|---|---|---|---|---|---|"]
     for dense, result in results.items():
-        rows = {row["name"]: row for row in result["results"]}
-        ours = rows["as configured"]
-        for name, row in rows.items():
-            speed = row["tokens_per_s"]
-            label = f"ours, dense {dense}" if row is ours else f"{name} beside it"
+        for row in result["results"]:
+            speed, is_ours = row["tokens_per_s"], row["name"].startswith(OURS)
+            label = row["name"].replace(OURS, f"ours, dense {dense}") if is_ours else f"{row['name']} beside it"
             cells = (
                 f"{speed['median']:.1f} ({speed['min']:.1f} to {speed['max']:.1f})",
-                "" if row is ours else f"{ratio(ours, row):.2f} x",
+                "" if is_ours else f"{ratio(ours_beside(result, row['name']), row):.2f} x",
                 "" if row["of_read_rate"] is None else f"{row['of_read_rate']:.0%}",
                 "" if row["logits_cosine"] is None else f"{row['logits_cosine']:.4f}",
                 "-" if row["resident_mib"] <= 0 else f"{row['resident_mib']:.0f}",
             )
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def ours_beside(result: dict[str, Any], peer: str = "") -> dict[str, Any]:
+    """Our row that a peer of this name is compared with: the first one where there is no other reason."""
+    ours = [row for row in result["results"] if row["name"].startswith(OURS)]
+    fitting = f"{OURS}, {BESIDE.get(peer)} keys and values"
+    return next((row for row in ours if row["name"] == fitting), ours[0])
 
 
 def ratio(ours: dict[str, Any], other: dict[str, Any]) -> float:
@@ -154,7 +184,7 @@ def growth_table(data: dict[str, Any]) -> str:
     far = {f"{LAYERS} layers, context 8000": data["compared"]["decode 8k"]["int8"]}
     lines = ["| | ms a step | of the read rate |", "|---|---|---|"]
     for name, result in {**usual, **data["growth"], **far}.items():
-        row = next(row for row in result["results"] if row["name"] == "as configured")
+        row = ours_beside(result)
         lines.append(f"| {name} | {1000 / row['tokens_per_s']['median']:.1f} | {row['of_read_rate']:.0%} |")
     return "\n".join(lines) + "\n"
 
@@ -171,9 +201,9 @@ def summary(machines: Sequence[dict[str, Any]]) -> str:
     for data in machines:
         lines.append(f"| **{title(data)}** | | | | |")
         for kind, results in data["compared"].items():
-            by_dense = {dense: {row["name"]: row for row in result["results"]} for dense, result in results.items()}
-            ours = [by_dense.get(dense, {}).get("as configured") for dense in DENSE]
-            peers = [by_dense[DENSE[0]].get(name) for name in ("llama.cpp", "transformers")]
+            first = {row["name"]: row for row in results[DENSE[0]]["results"]}
+            ours = [ours_beside(results[dense]) if dense in results else None for dense in DENSE]
+            peers = [first.get(name) for name in ("llama.cpp", "transformers")]
             cells = ["-" if row is None else f"{row['tokens_per_s']['median']:.1f}" for row in (*ours, *peers)]
             lines.append(f"| {TITLES[kind].replace(', tokens/s', '')} | {' | '.join(cells)} |")
     return "\n".join(lines)

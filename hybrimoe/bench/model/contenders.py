@@ -29,6 +29,10 @@ LOGITS_COSINE = {"float32": 0.9999, "bfloat16": 0.998, "int8": 0.99, "int4": 0.9
 """Least cosine of the logits to plain transformers' for a contender's numbers to count, by expert dtype. A broken
 kernel or a wrong expert falls far below; int4 (group 32, symmetric) measures 0.95 and above on real models."""
 
+LLAMA_KV = {"f16": None, "q8_0": 8, "q4_0": 2}
+"""How llama.cpp may store keys and values -> its number for it (None: its default, without flash attention; values in
+fewer bits need flash attention)."""
+
 SEED = 1
 """Of prompts, and of the tokens drawn: all contenders of one dtype compute the same tokens."""
 
@@ -136,16 +140,22 @@ def plain(label: str, model: Any, tokenizer: Any) -> Contender:
 class LlamaCpp:
     """A GGUF file through llama-cpp-python; the interface of `Contender` as far as speed goes."""
 
-    def __init__(self, path: str, threads: int, n_tokens: int, device_layers: int = 0, *, mapped: bool = False) -> None:
+    def __init__(
+        self, path: str, threads: int, n_tokens: int, device_layers: int = 0, *, mapped: bool = False, kv: str = "f16",
+        flash: bool = False,
+    ) -> None:  # fmt: skip
         """threads: of prompts and of decode steps. n_tokens: of prompt and reply together, which its context holds.
         device_layers: on the device, where llama.cpp is built for one; -1: all. mapped: weights stay pages of the file,
         without copies in layouts that are faster to compute with, and the context is no longer than it must be: for a
-        model that does not fit memory."""
+        model that does not fit memory. kv: one of LLAMA_KV. flash: flash attention, which q8_0 and q4_0 take anyway."""
         try:
             from llama_cpp import Llama
         except ImportError as error:
             raise MissingExtraError("bench", "llama.cpp beside it needs llama-cpp-python as well") from error
-        self.label = "llama.cpp"
+        flash = flash or LLAMA_KV[kv] is not None
+        self.label = (
+            "llama.cpp" + f", {kv} keys and values" * (kv != "f16") + ", flash attention" * (flash and kv == "f16")
+        )
         self.dtype: str | None = None
         self.counters: list[dict[str, Any]] = []
         self.open_s = self.resident_mib = 0.0
@@ -154,7 +164,7 @@ class LlamaCpp:
         with _without_copies() if mapped else nullcontext():
             self.llama = Llama(
                 model_path=path, n_threads=threads, n_threads_batch=threads, n_ctx=context, n_gpu_layers=device_layers,
-                verbose=False,
+                type_k=LLAMA_KV[kv], type_v=LLAMA_KV[kv], flash_attn=flash, verbose=False,
             )  # fmt: skip
         self._held: list[int] = []
 

@@ -1,6 +1,7 @@
 """The random weights of a model shape as a GGUF file, so that llama.cpp runs on the same numbers.
 
-Experts and dense layers are Q4_0, the output layer Q8_0, norms and routers float32: what a user of a "Q4_0" file has.
+Experts and dense layers are Q4_0, the output layer Q8_0, norms and routers float32: what a user of a "Q4_0" file has;
+or all but norms and routers BF16.
 Needs the package gguf (llama.cpp's own); the names of tensors are those of its table.
 """
 
@@ -19,14 +20,18 @@ from hybrimoe.errors import ConfigError, MissingExtraError
 ARCHITECTURES = {"olmoe": "OLMOE", "qwen3_moe": "QWEN3MOE"}
 """Model type -> llama.cpp's architecture, for those whose tensors it takes as transformers has them."""
 
+WEIGHTS = {"q4_0": ("Q4_0", "Q8_0"), "bf16": ("BF16", "BF16")}
+"""Name of a file's weights -> GGUF types of matrices, and of the output layer."""
+
 Experts = Mapping[str, tuple[torch.Tensor, Sequence[int]]]
 """gate, up, down -> (float32 [distinct experts, rows, columns], which of them each expert is), equal in all layers."""
 
 
 def write_gguf(
-    path: Path, config: Any, dense: dict[str, torch.Tensor], experts: Experts, progress: Callable[[int, int, str], None]
-) -> None:
-    """Writes the model; dense: its state dict without experts, any float dtype.
+    path: Path, config: Any, dense: dict[str, torch.Tensor], experts: Experts,
+    progress: Callable[[int, int, str], None], weights: str = "q4_0",
+) -> None:  # fmt: skip
+    """Writes the model; dense: its state dict without experts, any float dtype. weights: one of WEIGHTS.
 
     Raises MissingExtraError without the package gguf, ConfigError for a model type without an architecture.
     """
@@ -42,13 +47,13 @@ def write_gguf(
     _describe(writer, config)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for key, tensor in dense.items():
-        kind = _type_of(gguf, key, tensor)
+        kind = _type_of(gguf, key, tensor, weights)
         writer.add_tensor(_name(names, key), _values(gguf, tensor, kind), raw_dtype=kind)
-    q4_0 = gguf.GGMLQuantizationType.Q4_0
-    stored = {part: _values(gguf, distinct, q4_0)[list(which)] for part, (distinct, which) in experts.items()}
+    kind = gguf.GGMLQuantizationType[WEIGHTS[weights][0]]
+    stored = {part: _values(gguf, distinct, kind)[list(which)] for part, (distinct, which) in experts.items()}
     for layer in range(config.num_hidden_layers):
         for part, values in stored.items():
-            writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", values, raw_dtype=q4_0)
+            writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", values, raw_dtype=kind)
         progress(layer + 1, config.num_hidden_layers, "GGUF file")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -85,11 +90,11 @@ def _name(names: Any, key: str) -> str:
     return str(found)
 
 
-def _type_of(gguf: Any, key: str, tensor: torch.Tensor) -> Any:
-    kinds = gguf.GGMLQuantizationType
+def _type_of(gguf: Any, key: str, tensor: torch.Tensor, weights: str) -> Any:
+    kinds, (matrices, output) = gguf.GGMLQuantizationType, WEIGHTS[weights]
     if tensor.dim() == 1 or key.endswith("gate.weight"):
         return kinds.F32
-    return kinds.Q8_0 if key.startswith("lm_head") else kinds.Q4_0
+    return kinds[output if key.startswith("lm_head") else matrices]
 
 
 def _values(gguf: Any, tensor: torch.Tensor, kind: Any) -> npt.NDArray[Any]:

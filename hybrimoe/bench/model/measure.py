@@ -25,6 +25,9 @@ from hybrimoe.tracing.study.plots import new_figure
 COMPARED_POLICIES = ("static", "llama_cpp", "hybrimoe", "ours")
 """What --compare-policies sets beside `cache off`: the best known placements, then ours."""
 
+PARITY_TOKENS = 1024
+"""Of the prompt, for comparing logits before anything is timed: several runs of attention, and no long wait."""
+
 CACHE_OFF = "cache off (CPU only)"
 
 
@@ -34,6 +37,9 @@ class Request:
 
     deploy: the deployment with some options replaced (policy, slots, dtype, lossy), as `cli.common.deploy_config`.
     profile: of decode, after the rounds: where a token's time goes, for each contender in this process.
+    kv_dtypes: how the hybrid contenders store keys and values, each in turn; llama_kv: the same of llama.cpp, by the
+    names of `contenders.LLAMA_KV`, with "-flash" behind them for flash attention. llama_weights: of the file that is
+    written for it, one of `gguf_file.WEIGHTS`.
     """
 
     kind: Literal["decode", "prefill"]
@@ -53,6 +59,9 @@ class Request:
     lossy: tuple[str, ...] = ()
     llama_cpp: bool = False
     profile: bool = False
+    kv_dtypes: tuple[str, ...] = ()
+    llama_kv: tuple[str, ...] = ()
+    llama_weights: str = "q4_0"
 
     def variants(self) -> list[tuple[str, dict[str, Any]]]:
         """(label, overrides of the deployment) of each hybrid contender, in the order in which they are shown."""
@@ -70,7 +79,13 @@ class Request:
                 found += [(f"{named} + {lossy}", {**common_to_all, "lossy": lossy}) for lossy in self.lossy]
         if len(self.dtypes) > 1:
             found = [(f"{label} {overrides['dtype']}", overrides) for label, overrides in found]
-        return found
+        if not self.kv_dtypes:
+            return found
+        return [
+            (f"{label}, {kv_dtype} keys and values", {**overrides, "kv_dtype": kv_dtype})
+            for label, overrides in found
+            for kv_dtype in self.kv_dtypes
+        ]
 
     @property
     def threads(self) -> int:
@@ -88,7 +103,7 @@ def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict
     vocab_size, openers = _openers(request, progress)
     prompt_ids = _prompt(vocab_size, request.prompt_tokens)
     with contenders.all_open(openers) as opened:
-        cosines = contenders.check_parity(opened, prompt_ids)
+        cosines = contenders.check_parity(opened, prompt_ids[:PARITY_TOKENS])
         subjects = {contender.label: contender for contender in opened}
         if request.kind == "decode":
             values = harness.alternate(
@@ -202,20 +217,29 @@ def _openers(request: Request, progress: Any) -> tuple[int, list[Callable[[ExitS
             return stack.enter_context(contenders.hybrid(label, make, source.tokenizer, lossy))
 
         openers.append(opener)
-    if request.gguf is not None:
-        openers.append(lambda stack: contenders.LlamaCpp(str(request.gguf), request.threads, request.context_tokens))
-    if request.llama_cpp:
-        openers.append(partial(_same_weights, request, source, progress))
-    return source.vocab_size, openers
+    written: list[Path] = []
 
+    def own_file(stack: ExitStack) -> str:
+        """The weights of a random source, written once, to a file that goes with the benchmark."""
+        if not written:
+            path = Path(stack.enter_context(TemporaryDirectory(prefix="hybrimoe-"))) / f"{request.shape}.gguf"
+            source.gguf(path, progress, weights=request.llama_weights)
+            written.append(path)
+        return str(written[0])
 
-def _same_weights(request: Request, source: Any, progress: Any, stack: ExitStack) -> contenders.LlamaCpp:
-    """llama.cpp on the weights of a random source, written to a file that goes with the benchmark."""
-    if request.shape is None:
+    def peer(name: str, of: Callable[[ExitStack], str], stack: ExitStack) -> contenders.LlamaCpp:
+        kv, _, flash = name.partition("-")
+        path = of(stack)
+        return contenders.LlamaCpp(path, request.threads, request.context_tokens, kv=kv, flash=bool(flash))
+
+    if request.llama_cpp and request.shape is None:
         raise ConfigError("--llama-cpp goes with --shape: of a checkpoint give its GGUF file with --gguf")
-    path = Path(stack.enter_context(TemporaryDirectory(prefix="hybrimoe-"))) / f"{request.shape}.gguf"
-    source.gguf(path, progress)
-    return contenders.LlamaCpp(str(path), request.threads, request.context_tokens)
+    for name in request.llama_kv or ("f16",):
+        if request.gguf is not None:
+            openers.append(partial(peer, name, lambda stack: str(request.gguf)))
+        if request.llama_cpp:
+            openers.append(partial(peer, name, own_file))
+    return source.vocab_size, openers
 
 
 def _source(request: Request) -> Any:

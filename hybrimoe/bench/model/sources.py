@@ -116,10 +116,11 @@ class RandomSource:
         return model
 
     def gguf(
-        self, path: Path, progress: Callable[[int, int, str], None], change: Callable[[Any], None] = lambda model: None
-    ) -> None:
+        self, path: Path, progress: Callable[[int, int, str], None], change: Callable[[Any], None] = lambda model: None,
+        weights: str = "q4_0",
+    ) -> None:  # fmt: skip
         """Writes the weights that `hybrid` has as a GGUF file for llama.cpp. change: is given the model first, and may
-        set other values of what is not experts. Raises as `write_gguf`."""
+        set other values of what is not experts. weights, and what is raised: as `write_gguf`."""
         from hybrimoe.bench.model.gguf_file import write_gguf
         from hybrimoe.checkpoint.dense import meta_model
         from hybrimoe.config.deploy import load_config
@@ -136,7 +137,7 @@ class RandomSource:
         which = [expert % len(drawn) for expert in range(layer.num_experts)]
         parts = {part: [getattr(expert, part) for expert in drawn] for part in ("gate", "up", "down")}
         experts = {part: (torch.stack(matrices), which) for part, matrices in parts.items() if matrices[0] is not None}
-        write_gguf(path, self.config, dict(model.named_parameters()), experts, progress)
+        write_gguf(path, self.config, dict(model.named_parameters()), experts, progress, weights)
 
 
 def _draw_dense(model: Any) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from hybrimoe.cli.common_model import Progress
     from hybrimoe.config.deploy import DeployConfig
 
+LLAMA_KV = ("f16", "f16-flash", "q8_0", "q4_0")
+LLAMA_WEIGHTS = ("q4_0", "bf16")
 QUICK_TOKENS = 24
 """Tokens of a reply with --quick, at most."""
 
@@ -48,9 +50,26 @@ class ContendersGroup:
         bool,
         typer.Option(
             "--llama-cpp",
-            help="With --shape: llama.cpp on the same weights beside it, as Q4_0 (llama-cpp-python and gguf).",
+            help="With --shape: llama.cpp on the same weights beside it (llama-cpp-python and gguf).",
         ),
     ] = False
+    llama_weights: Annotated[str, typer.Option(metavar="q4_0|bf16", help="With --llama-cpp: its weights.")] = "q4_0"
+    kv_dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kv-dtype",
+            metavar="auto|float32|bfloat16|int8|int4",
+            help="How ours stores keys and values; may be repeated.",
+        ),
+    ] = None
+    llama_kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--llama-kv",
+            metavar="|".join(LLAMA_KV),
+            help="How llama.cpp stores keys and values; may be repeated. f16 without flash attention.",
+        ),
+    ] = None
     rounds: options.RoundsOption = 7
     config: common.ConfigOption = None
     accelerator: common.AcceleratorOption = None
@@ -82,8 +101,17 @@ class ContendersGroup:
             common.deploy_config, self.config, model=model if self.shape is None else None,
             accelerator=self.accelerator, threads=self.threads, unknown_keys=self.unknown_keys,
         )  # fmt: skip
+        for name in self.llama_kv or ():
+            if name not in LLAMA_KV:
+                raise ConfigError(unknown("way of llama.cpp to store keys and values", name, LLAMA_KV))
+        if self.llama_weights not in LLAMA_WEIGHTS:
+            raise ConfigError(unknown("kind of weights for llama.cpp", self.llama_weights, LLAMA_WEIGHTS))
+        if self.llama_kv and not (self.llama_cpp or self.gguf):
+            raise ConfigError("--llama-kv goes with --llama-cpp or --gguf: nothing of llama.cpp is measured otherwise")
         for dtype in self.dtype or ():
             deploy(dtype=dtype)
+        for kv_dtype in self.kv_dtype or ():
+            deploy(kv_dtype=kv_dtype)
         for policy in (None, *(self.policy or ())):
             deploy(policy=policy, slots=self.slots)
         from hybrimoe.bench.model.measure import Request
@@ -100,6 +128,9 @@ class ContendersGroup:
             plain=self.plain,
             gguf=self.gguf,
             llama_cpp=self.llama_cpp,
+            kv_dtypes=tuple(self.kv_dtype or ()),
+            llama_kv=tuple(self.llama_kv or ()),
+            llama_weights=self.llama_weights,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rounds=min(self.rounds, options.QUICK_ROUNDS) if self.quick else self.rounds,

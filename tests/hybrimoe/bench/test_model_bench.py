@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from cpu_kernels.host.threads import resolve_threads
 from hybrimoe.bench import rounds as harness
-from hybrimoe.bench.model import contenders, parallel, sources, speculate
+from hybrimoe.bench.model import contenders, gguf_file, parallel, sources, speculate
 from hybrimoe.bench.model import measure as model_bench
 from hybrimoe.bench.model.weights import gguf_step_bytes, step_bytes
 from hybrimoe.cli.app import app
@@ -168,12 +169,40 @@ def test_comparing_policies_sets_cache_off_beside_cache_on():
         (("decode", "model", "--shape", "olmoe-1b-7b"), "not both"),
         (("prefill", "--policy", "nope"), "nope"),
         (("prefill", "--rounds", "0"), "--rounds"),
+        (("decode", "--kv-dtype", "int9"), "int9"),
+        (("decode", "--llama-kv", "q8_0"), "--llama-kv goes with --llama-cpp or --gguf"),
+        (("decode", "--llama-cpp", "--llama-kv", "q8"), "did you mean 'q8_0'"),
+        (("decode", "--llama-cpp", "--llama-weights", "f16"), "f16"),
     ],
 )
 def test_wrong_usage_is_told(words, message):
     result = CliRunner().invoke(app, ["bench", *words])
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+def test_keys_and_values_of_several_dtypes_side_by_side():
+    result = run(
+        "decode", "--kv-dtype", "bfloat16", "--kv-dtype", "int8", "--accelerator", "none", "--rounds", "1", "-n", "2",
+        "--prompt-tokens", "4", "--no-plain",
+    )  # fmt: skip
+    assert [row["name"] for row in result["results"]] == [
+        "as configured, bfloat16 keys and values", "as configured, int8 keys and values",
+    ]  # fmt: skip
+
+
+def test_llama_cpp_stores_keys_and_values_as_asked_for(monkeypatch, tmp_path):
+    opened = []
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=lambda **options: opened.append(options)))
+    monkeypatch.setattr(contenders, "gguf_step_bytes", lambda path: None)
+    made = [contenders.LlamaCpp("a", 1, 8), contenders.LlamaCpp("a", 1, 8, flash=True)]
+    made += [contenders.LlamaCpp("a", 1, 8, kv=kv) for kv in ("q8_0", "q4_0")]
+    assert [(o["type_k"], o["type_v"], o["flash_attn"]) for o in opened] == [
+        (None, None, False), (None, None, True), (8, 8, True), (2, 2, True),
+    ]  # fmt: skip
+    assert len({each.label for each in made}) == len(made)
+    assert set(model_run.LLAMA_KV) == {*contenders.LLAMA_KV, "f16-flash"}
+    assert set(model_run.LLAMA_WEIGHTS) == set(gguf_file.WEIGHTS)
 
 
 def test_llama_cpp_is_optional(monkeypatch):
@@ -197,6 +226,8 @@ def test_random_weights_as_a_gguf_file_hold_what_the_hybrid_model_holds(tmp_path
     q4_0 = (source.config.num_experts_per_tok * 3 * 128 * 64 + 4 * 128 * 128) * 18 // 32
     q8_0, float32 = 256 * 128 * 34 // 32, 4 * (8 * 128 + 5 * 128)
     assert gguf_step_bytes(tmp_path / "tiny.gguf") == q4_0 + q8_0 + float32
+    source.gguf(tmp_path / "bf16.gguf", lambda *_: None, weights="bf16")
+    assert gguf_step_bytes(tmp_path / "bf16.gguf") == 2 * (q4_0 * 32 // 18 + 256 * 128) + float32
     model = source.hybrid(load_config({}, accelerator="none", expert_dtype="float32"), lambda *_: None)
     store = model.hybrimoe.session.store
     try:

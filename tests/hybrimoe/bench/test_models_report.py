@@ -40,7 +40,17 @@ def test_peers_had_as_many_threads_and_the_same_weights(report: ModuleType) -> N
     for result in (each for data in kept["machines"] for runs in data["compared"].values() for each in runs.values()):
         assert result["model"] == report.SHAPE
         assert result["threads"] == result["machine"]["cores"]
-        assert {"as configured", "llama.cpp"} <= {row["name"] for row in result["results"]}
+        assert "llama.cpp" in {row["name"] for row in result["results"]}
+        assert report.ours_beside(result)["name"].startswith("as configured")
+
+
+def test_a_peer_is_compared_with_ours_in_as_many_bits(report: ModuleType) -> None:
+    names = ["as configured, bfloat16 keys and values", "as configured, int8 keys and values", "llama.cpp"]
+    result = {"results": [{"name": name} for name in [*names, "llama.cpp, q8_0 keys and values"]]}
+    assert report.ours_beside(result)["name"] == names[0]
+    assert report.ours_beside(result, "llama.cpp")["name"] == names[0]
+    assert report.ours_beside(result, "llama.cpp, q8_0 keys and values")["name"] == names[1]
+    assert report.ours_beside({"results": [{"name": "as configured"}]}, "llama.cpp")["name"] == "as configured"
 
 
 def test_a_new_run_takes_the_place_of_the_same_machine_and_set_only(
