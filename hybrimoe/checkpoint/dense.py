@@ -33,6 +33,7 @@ from hybrimoe.checkpoint.errors import LeftOutWarning, listed
 from hybrimoe.checkpoint.source import read_config_dict
 from hybrimoe.errors import CheckpointError, ModelError
 from hybrimoe.generation.sampling import check_settings
+from hybrimoe.text_files import plain_texts
 
 AUTO_CLASSES = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
@@ -87,7 +88,9 @@ def _read_directory(directory: Path) -> PreTrainedConfig:
     if "auto_map" in raw and raw["model_type"] not in CONFIG_MAPPING:
         raise code_of_its_own(str(directory), raw["model_type"])
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with plain_texts(directory) as plain:
+            config = AutoConfig.from_pretrained(plain, trust_remote_code=False)
+        config.name_or_path = str(directory)
     except Exception as error:  # whatever transformers raises of a configuration is about that file
         raise ModelError(
             f"{directory}: transformers cannot read config.json ({raw['model_type']}): {_reason(error)}; correct that"
@@ -176,7 +179,8 @@ def read_generation_defaults(model: PreTrainedModel, directory: Path) -> None:
         return
     file = directory / GENERATION_CONFIG_NAME
     try:
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        with plain_texts(directory) as plain:
+            model.generation_config = GenerationConfig.from_pretrained(plain)
     except Exception as error:  # whatever transformers raises here is about that file
         raise ModelError(
             f"{file}: transformers cannot read it: {_reason(error)}; correct the file, or remove it"

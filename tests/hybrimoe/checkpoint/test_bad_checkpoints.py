@@ -180,6 +180,11 @@ def test_a_link_to_what_is_not_there(name: str, directory: Path) -> None:
         load(directory, **OPTIONS)
 
 
+def test_a_link_in_the_place_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to("elsewhere")
+    fails(ModelError, "model is a link to elsewhere, which is not there", tmp_path / "model")
+
+
 @pytest.mark.parametrize("entry", ["rope_parameters", "rope_scaling"])
 def test_positions_of_a_type_that_transformers_does_not_know(entry: str, edit_config: Callable[..., Path]) -> None:
     directory = edit_config(**{entry: {"rope_type": "warp", "factor": 2.0, "rope_theta": 1e4}})
