@@ -179,7 +179,8 @@ def image_processor(folder: Path, tokenizer: Any, model_type: str) -> Any:
             return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
     with plain_texts(folder) as plain:
-        parts = {"image_processor": AutoImageProcessor.from_pretrained(plain), "tokenizer": tokenizer}
+        seeing = AutoImageProcessor.from_pretrained(plain, trust_remote_code=False)
+    parts = {"image_processor": seeing, "tokenizer": tokenizer}
     file = folder / PROCESSOR_FILES[0]
     own = json.loads(read_text(file)) if file.is_file() else {}
     return ForImages.from_args_and_dict([parts.get(name) for name in of_family.get_attributes()], own)
