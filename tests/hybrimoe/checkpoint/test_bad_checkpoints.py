@@ -180,6 +180,18 @@ def test_a_link_to_what_is_not_there(name: str, directory: Path) -> None:
         load(directory, **OPTIONS)
 
 
+@pytest.mark.parametrize("size", [1 << 31, 1 << 63, 1e300])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "num_local_experts", "sliding_window"])
+def test_sizes_beyond_all_measure_are_refused_before_anything_is_built(
+    name: str, size: float, edit_config: Callable[..., Path]
+) -> None:
+    fails(ModelError, f"{name} in config.json is .*; expected [0-9]+ at most", edit_config(**{name: size}))
+
+
+def test_a_text_config_that_is_none(edit_config: Callable[..., Path]) -> None:
+    fails(ModelError, "text_config in config.json is 'x'; expected an object", edit_config(text_config="x"))
+
+
 def test_a_link_in_the_place_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to("elsewhere")
     fails(ModelError, "model is a link to elsewhere, which is not there", tmp_path / "model")
