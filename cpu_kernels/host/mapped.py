@@ -50,14 +50,14 @@ _HANDLER = "void(int64, int64, int64)"  # signal (an int: its upper half is not 
 class MappedFile:
     """A file's bytes [offset_bytes, offset_bytes + n_bytes) as `array`, uint8, read-only, for as long as it is used.
 
-    Raises OSError or ValueError where the file cannot be mapped or is shorter.
+    mapping: of the whole file. Raises OSError or ValueError where the file cannot be mapped or is shorter.
     """
 
     def __init__(self, path: Path, offset_bytes: int, n_bytes: int) -> None:
         with path.open("rb") as file:
-            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.array = np.frombuffer(self._mapped, np.uint8, n_bytes, offset_bytes)
-        self._row = _watched(self._mapped, self.array) if n_bytes and is_watching() else None
+            self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.array = np.frombuffer(self.mapping, np.uint8, n_bytes, offset_bytes)
+        self._row = _watched(self.mapping, self.array) if n_bytes and is_watching() else None
 
     @property
     def n_lost_pages(self) -> int:

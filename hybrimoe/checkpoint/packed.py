@@ -59,7 +59,7 @@ class PackedFile:
     layers: tuple[LayerSpec, ...]
     offset_bytes: int
 
-    def open(self) -> ExpertStore:
+    def open(self) -> MappedStore:
         """A store over the mapped, read-only file. Raises CheckpointError where it cannot be mapped."""
         try:
             mapped = MappedFile(self.path, self.offset_bytes, _records_bytes(self.layers))

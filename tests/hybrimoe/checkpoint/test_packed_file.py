@@ -20,7 +20,7 @@ from hybrimoe.errors import BudgetError, CheckpointError
 from hybrimoe.generation import PrefixCache, TextGenerator
 from hybrimoe.runtime.store import ExpertStore
 
-from .models import OPTIONS, files_of, logits
+from .models import DENSE_OPTIONS, OPTIONS, done_in_loading, files_of, logits
 
 
 def packing(directory: Path, **options: Any) -> bool:
@@ -78,6 +78,22 @@ def test_a_compiled_step_whose_experts_are_lost_ends_the_reply(directory: Path) 
         generator.forward([4], cache)
     assert not cache.token_ids
     assert generator.has_lost_experts
+
+
+def test_what_lies_in_the_cache_is_found_again_once_the_model_was_moved(directory: Path) -> None:
+    expected = logits(load(directory, **DENSE_OPTIONS))
+    (cache,) = record_file.folders(directory, beside=False)
+    cache.mkdir(parents=True)
+    for what in ("experts", "dense"):
+        (file,) = files_of(what, directory)
+        file.rename(cache / file.name)
+    moved = directory.rename(directory.with_name("moved"))
+    assert not done_in_loading(moved) & {"packing experts", "packing dense layers"}
+    assert torch.equal(logits(load(moved, **DENSE_OPTIONS)), expected)
+    os.utime(moved / "model.safetensors")
+    assert done_in_loading(moved) >= {"packing experts", "packing dense layers"}, (
+        "other weights, as far as one can tell"
+    )
 
 
 def test_an_accelerator_that_wants_pinned_memory_gets_it_at_the_second_start(
