@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +59,12 @@ def test_a_pack_is_the_model_without_the_original(expert: str, dense: str, direc
     assert not [what for what in calls if "packing" in what]
     assert left_in(tmp_path / "moved") == before
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.hybrimoe"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="rights of POSIX")
+def test_others_may_read_a_pack_as_they_may_its_folder(pack: Path) -> None:
+    assert {file.stat().st_mode & 0o777 for file in pack.rglob("*")} == {0o644}
+    assert pack.stat().st_mode & 0o777 == 0o755
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> None:
