@@ -30,7 +30,12 @@ SCALE = 0.5
 EXACT = FLOAT32 | {"dense_dtype": "float32", "packed_file": False}
 REPACKED: dict[ExpertDtype, float] = {"int8": 0.008, "int4": 0.12}
 """How far records of this dtype are from any weights: root mean square of the difference over that of the weights."""
-BLOCK_TYPES = [kind for kind in TYPES.values() if kind.name.startswith(("Q2", "Q3", "IQ", "TQ")) or "_K" in kind.name]
+OFTEN = ("Q4_K", "Q6_K", "IQ4_XS")
+BLOCK_TYPES = [
+    pytest.param(kind, id=kind.name, marks=() if kind.name in OFTEN else pytest.mark.slow)
+    for kind in TYPES.values()
+    if kind.name.startswith(("IQ", "TQ")) or kind.name.endswith("_K")
+]
 KINDS = [gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16")]
 
 
@@ -180,7 +185,7 @@ def test_every_type_of_gguf(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> 
     assert_merged(file, f"{adapter}:{SCALE}", dequantised(file, "olmoe"), tensors, SCALE)
 
 
-@pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_types_that_only_llama_cpp_can_make(kind: TensorType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """K and IQ types, of random blocks: what they stand for is the model that the adapter is added to."""
     wide = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}  # rows are whole blocks
