@@ -197,8 +197,7 @@ def _message(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and error.filename is None and not _has_folder():
         return "the current folder is not there any more; change to one that is"
     if isinstance(error, OSError):
-        words = error.strerror or text
-        return words if error.filename is None else f"{error.filename}: {words}"
+        return text if error.filename is not None or not error.strerror else error.strerror
     if isinstance(error, ImportError):
         from hybrimoe.compat import import_fault
 

@@ -95,7 +95,7 @@ class Injection:
             self.dense = pack_linears(
                 self.model, sizes, dtype, keep_originals=keep_originals, threads=threads, records=records
             )
-        self.lost_experts = _check_after_calls(self.model, self.session)
+        self.lost_experts = self.model.register_forward_hook(_LostExperts(self.session))
         self.torch_threads = FewThreads(self.model)
         self.prompts = WidePrompts(self.model)
         self.card_attention = CardAttention(self.model)
@@ -274,7 +274,7 @@ class Injection:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """A session cannot be written to a file."""
-        raise ModelError(f"an injected model cannot be pickled: call model.{MARK}.restore() first")
+        _refuse_pickling()
 
     def __enter__(self) -> Injection:
         return self
@@ -315,11 +315,23 @@ class Injection:
         move(self.model, torch.device("cpu"))  # where the experts are now: whole models fit host memory, not a GPU
 
 
-def _check_after_calls(model: nn.Module, session: Session) -> RemovableHandle:
-    """Ends each call of the model with CheckpointError where bytes of experts that it may have used are lost."""
+def _refuse_pickling() -> NoReturn:
+    raise ModelError(f"an injected model cannot be pickled: call model.{MARK}.restore() first")
 
-    def check(*_: object) -> None:
+
+class _LostExperts:
+    """A hook that ends each call of a model with CheckpointError where bytes of experts that it may have used are lost.
+    Copies of the model have the same experts."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __call__(self, *_: object) -> None:
         if not torch.compiler.is_compiling():
-            session.store.check()
+            self._session.store.check()
 
-    return model.register_forward_hook(check)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LostExperts:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _refuse_pickling()

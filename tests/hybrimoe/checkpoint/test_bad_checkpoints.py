@@ -80,14 +80,14 @@ def test_a_config_that_the_system_does_not_give(
     directory: Path, code: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Simulated: nothing is withheld from root, as whom tests may run."""
-    read = Path.read_text
+    read = Path.read_bytes
 
-    def refuse(file: Path, *arguments: Any, **options: Any) -> str:
+    def refuse(file: Path) -> bytes:
         if file.name == "config.json":
             raise OSError(code, os.strerror(code), str(file))
-        return read(file, *arguments, **options)
+        return read(file)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(ModelError, match=words) as caught:
         load(directory)
     assert "JSON" not in str(caught.value)
