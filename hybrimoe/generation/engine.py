@@ -126,7 +126,7 @@ class TextGenerator:
             PromptError: the text is empty or only white space.
         """
         if not text.strip():
-            raise PromptError("the prompt is empty: expected some text to continue; pass --prompt, a file, or stdin")
+            raise PromptError("the prompt is empty: expected some text to continue")
         return list(self.tokenizer(text)["input_ids"])
 
     def reply(
