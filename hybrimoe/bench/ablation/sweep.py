@@ -177,12 +177,6 @@ def run_case(case: Case) -> dict[str, Any]:
     }
 
 
-def cached_row(case: Case, folder: Path) -> dict[str, Any]:
-    """The row of a case: from its file, else computed and written."""
-    known = _read(folder / f"{case.key}.json")
-    return known if known is not None else _keep(run_case(case), case, folder)
-
-
 def _keep(row: dict[str, Any], case: Case, folder: Path) -> dict[str, Any]:
     """Writes a row atomically, so that a stop loses only the rows that are being computed."""
     path = folder / f"{case.key}.json"

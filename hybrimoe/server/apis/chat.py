@@ -30,6 +30,7 @@ from hybrimoe.server.fields import (
     Tokens,
     TopLogprobs,
     length_of,
+    unicode_throughout,
 )
 from hybrimoe.server.forms import Ended, FinishReason, Form, Frame, StopReason, Update, WholeReply, sse
 from hybrimoe.server.images import image_part, text_part
@@ -79,7 +80,9 @@ def _no_other_parts(value: object) -> object:
     if isinstance(value, list):
         kinds = {str(part.get("type")) for part in value if isinstance(part, dict)} - {"text", "image_url"}
         if kinds:
-            raise ValueError(f"expected text content, found {', '.join(sorted(kinds))[:MAX_SHOWN]}")
+            found = ", ".join(sorted(kinds))[:MAX_SHOWN]
+            unicode_throughout(found)
+            raise ValueError(f"expected text content, found {found}")
     return value
 
 
