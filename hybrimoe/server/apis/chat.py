@@ -29,8 +29,8 @@ from hybrimoe.server.fields import (
     Text,
     Tokens,
     TopLogprobs,
+    json_throughout,
     length_of,
-    unicode_throughout,
 )
 from hybrimoe.server.forms import Ended, FinishReason, Form, Frame, StopReason, Update, WholeReply, sse
 from hybrimoe.server.images import image_part, text_part
@@ -81,7 +81,7 @@ def _no_other_parts(value: object) -> object:
         kinds = {str(part.get("type")) for part in value if isinstance(part, dict)} - {"text", "image_url"}
         if kinds:
             found = ", ".join(sorted(kinds))[:MAX_SHOWN]
-            unicode_throughout(found)
+            json_throughout(found)
             raise ValueError(f"expected text content, found {found}")
     return value
 
