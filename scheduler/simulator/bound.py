@@ -147,13 +147,13 @@ def work_of(simulator: Simulator, phase: Phase) -> Work:
 
 
 def least_us(work: Work, rounds: int = ROUNDS) -> float:
-    """The largest lower bound, in us of all steps, that ``rounds`` steps of Adam on the prices have met."""
-    n = work.dense_us.size
-    slot_us = 0.1 * float(work.cpu_us.mean()) * work.first.size / max(work.at.size, 1) if work.at.size else 1.0
-    guess = [
-        np.full(int(work.group[-1]) + 1, -1.0), np.zeros((LANES, n)),
-        np.full(int(work.group[-1]) + 1, np.log(max(min(slot_us, 1e6), 1e-6) * 1e-2)),
-    ]  # fmt: skip
+    """The largest lower bound, in us of all steps, that ``rounds`` steps of Adam on the prices have met.
+
+    At the first price of a slot an expert of mean use costs as much in a slot as on the CPU.
+    """
+    n, n_groups = work.dense_us.size, int(work.group[-1]) + 1
+    slot_us = float(work.cpu_us.sum()) / (n * (work.first.size - 1))
+    guess = [np.full(n_groups, -1.0), np.zeros((LANES, n)), np.full(n_groups, np.log(max(slot_us, 1e-3)))]
     means, squares = ([np.zeros_like(part) for part in guess] for _ in range(2))
     best = 0.0
     for turn in range(1, rounds + 1):
