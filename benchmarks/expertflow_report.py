@@ -21,8 +21,7 @@ import numpy as np
 
 from hybrimoe.cli.common_model import OpenModel, open_model
 from hybrimoe.config.deploy import load_config
-from hybrimoe.demo import demo_model_path
-from hybrimoe.demo.training.held_out import HELD_OUT_FILE
+from hybrimoe.demo import HELD_OUT_FILE, demo_model_path
 from hybrimoe.generation import SamplingOptions, TextGenerator
 from hybrimoe.generation.batch.generate import BatchPrompt
 from hybrimoe.generation.batch.job import BatchJob

@@ -177,7 +177,8 @@ def image_processor(folder: Path, tokenizer: Any, model_type: str) -> Any:
             """As transformers does; a part that is left out is none of a wrong class."""
             return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
-    parts = {"image_processor": AutoImageProcessor.from_pretrained(folder), "tokenizer": tokenizer}
+    seeing = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    parts = {"image_processor": seeing, "tokenizer": tokenizer}
     file = folder / PROCESSOR_FILES[0]
     own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return ForImages.from_args_and_dict([parts.get(name) for name in of_family.get_attributes()], own)

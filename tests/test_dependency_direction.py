@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +171,21 @@ def test_every_folder_has_one_direction() -> None:
                 lines = [graph.edges[edge[0], edge[1]]["why"][0] for edge in edges]
                 circles.append(f"{folder}: {' -> '.join(edge[0] for edge in edges)}\n    " + "\n    ".join(lines))
     assert not circles, "circles of imports:\n" + "\n".join(circles)
+
+
+def test_what_the_wheel_leaves_out_is_not_imported_by_what_it_has() -> None:
+    """The wheel is these packages without what its table excludes: an import of that works in the repository only."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    left_out = [Path(folder.strip("/")) for folder in wheel["wheel"]["exclude"]]
+    assert all((ROOT / folder).is_dir() for folder in left_out)
+    modules, wrong = _product_modules(), []
+    for path in modules.values():
+        if any(path.relative_to(ROOT).is_relative_to(folder) for folder in left_out):
+            continue
+        for name, line in _imported(path, modules):
+            if any(Path(*name.split(".")).is_relative_to(folder) for folder in left_out):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_nothing_private_of_another_package_and_no_benchmark_is_imported() -> None:

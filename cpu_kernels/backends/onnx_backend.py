@@ -10,7 +10,7 @@ anew, which takes longer than running them: choose another backend then.
 from __future__ import annotations
 
 import importlib.metadata
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from cpu_kernels.backends.prepared import PreparedExperts, shared_cache
 from cpu_kernels.engine.dispatch import Dispatch
 from cpu_kernels.errors import BackendError
 from cpu_kernels.format.spec import ExpertSpec
-from cpu_kernels.host.threads import resolve_threads
+from cpu_kernels.host.threads import Pool, resolve_threads
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -92,9 +92,9 @@ class OnnxBackend(PerExpertBackend):
 
 
 @cache
-def _pool(n_threads: int) -> ThreadPoolExecutor:
+def _pool(n_threads: int) -> Pool:
     """The threads that backends of this size share, over all layers."""
-    return ThreadPoolExecutor(n_threads, thread_name_prefix="hybrimoe-onnx")
+    return Pool(n_threads, "hybrimoe-onnx")
 
 
 def open_session(spec: ExpertSpec, record: np.ndarray) -> InferenceSession:

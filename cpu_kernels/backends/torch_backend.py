@@ -1,7 +1,7 @@
 """The `torch` backend: torch matrix products; runs every spec, custom activations included, on every machine."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +11,7 @@ from cpu_kernels.backends.base import PerExpertBackend
 from cpu_kernels.format.pack import unpack_expert
 from cpu_kernels.format.reference import reference_ffn
 from cpu_kernels.format.spec import ExpertSpec
-from cpu_kernels.host.threads import resolve_threads, torch_threads
+from cpu_kernels.host.threads import Pool, resolve_threads, torch_threads
 
 
 class TorchBackend(PerExpertBackend):
@@ -52,5 +52,5 @@ class TorchBackend(PerExpertBackend):
             wait(jobs)
 
     @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.n_threads, thread_name_prefix="hybrimoe-torch")
+    def _pool(self) -> Pool:
+        return Pool(self.n_threads, "hybrimoe-torch")

@@ -1,9 +1,11 @@
 """How many threads compute, on which cores, and how many of them torch uses."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -11,6 +13,35 @@ from cpu_kernels.errors import ThreadingError
 
 ENV_THREADS = "HYBRIMOE_THREADS"
 ENV_PIN = "HYBRIMOE_PIN"
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+class Pool:
+    """Threads that are started as they are needed. A process made by fork has the memory of a pool and none of its
+    threads, and would wait for ever: there the pool begins anew."""
+
+    def __init__(self, n_threads: int, name: str) -> None:
+        self._n_threads, self._name = n_threads, name
+        self._begin()
+
+    def submit(
+        self, work: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs
+    ) -> Future[Result]:  # fmt: skip
+        """Queues a call. Raises RuntimeError once the pool is shut down."""
+        if self._process != os.getpid():
+            self._begin()
+        return self._threads.submit(work, *args, **kwargs)
+
+    def shutdown(self) -> None:
+        """Ends the threads once all that is queued has run."""
+        if self._process == os.getpid():
+            self._threads.shutdown()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._threads = ThreadPoolExecutor(self._n_threads, thread_name_prefix=self._name)
 
 
 @cache

@@ -18,6 +18,8 @@ from hybrimoe.demo import smollm2
 from hybrimoe.errors import CheckpointError, ModelError
 
 INDEX_NAME, SINGLE_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
+MANIFEST_NAME, CHECKSUMS_NAME = "hybrimoe-pack.json", "hybrimoe-pack.sums"
+"""What a folder that `hybrimoe convert` has written says of itself, and the checksums of all of it."""
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 HUB_FILE = re.compile(r"^(?P<hub_id>[A-Za-z0-9][\w.-]*/[\w.-]+):(?P<name>[\w./ -]+\.gguf)$")
 """A GGUF file of a hub repository: `owner/name:FILE.gguf`."""
@@ -145,6 +147,15 @@ def check_model(path_or_hub_id: str | Path | None, *, weights: bool = True) -> N
     read_config_dict(path)
     if weights and path.is_dir():
         weight_files(path)
+
+
+def check_pack(folder: Path) -> None:
+    """Raises CheckpointError for a folder that `hybrimoe convert` has not written: before torch is imported, too."""
+    if not folder.is_dir() or not ((folder / MANIFEST_NAME).exists() or (folder / CHECKSUMS_NAME).exists()):
+        raise CheckpointError(
+            f"{folder} is no pack: expected a folder with {MANIFEST_NAME} that `hybrimoe convert` has written; other"
+            " checkpoints carry no checksums to compare with"
+        )
 
 
 def is_hub_id(model: str | Path | None) -> bool:

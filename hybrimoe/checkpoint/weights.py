@@ -71,3 +71,12 @@ def open_weights(path: Path, config: Mapping[str, Any]) -> Weights:
     quantisation = read_quantisation(path, config)
     checkpoint = open_checkpoint(path)
     return Weights(checkpoint.files, dequantised(checkpoint.tensors, quantisation), as_named=False)
+
+
+def weight_stamps(path: Path) -> list[Any]:
+    """What tells the weights of a model directory or GGUF file from others of the same name, size and time; headers and
+    samples are read. Raises as `open_weights`."""
+    if path.is_file():
+        return record_file.stamps(open_gguf(path).files)
+    manifest = read_manifest(path)
+    return record_file.stamps(open_checkpoint(path).files) if manifest is None else [manifest.identity]

@@ -18,7 +18,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -108,7 +108,29 @@ def load_command(name: str) -> Any:
     module = importlib.import_module(_module_of(name))
     holder = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="markdown")
     module.register(holder)
-    return get_group(holder).commands[name]
+    command = get_group(holder).commands[name]
+    _bound_whole_numbers(command)
+    return command
+
+
+def _bound_whole_numbers(command: Any) -> None:
+    """Whole numbers beyond what anything here can be are wrong usage: some would overflow deep inside."""
+    for leaf in getattr(command, "commands", {"": command}).values():
+        for param in leaf.params:
+            param.process_value = _bounded(param, param.process_value)
+
+
+def _bounded(param: Any, process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    largest = LARGEST_SEED if param.name == "seed" else LARGEST
+
+    def checked(context: Any, given: Any) -> Any:
+        value = process(context, given)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int) and number > largest:
+                raise typer.BadParameter(f"{number} is too large; expected at most {largest}", context, param)
+        return value
+
+    return checked
 
 
 def report(error: Exception, *, as_json: bool, debug: bool) -> int:
@@ -138,6 +160,8 @@ def exit_code(error: BaseException) -> int:
     return int(getattr(error, "exit_code", 1))
 
 
+LARGEST, LARGEST_SEED = 2**31 - 1, 2**63 - 1
+TORCH_HAS_NO_MEMORY = ("can't allocate memory", "not enough memory")
 OUR_PACKAGES = ("hybrimoe", "cpu_kernels", "gpu_kernels", "scheduler", "yaml_rules")
 
 
@@ -154,8 +178,8 @@ def _message(error: Exception) -> str:
 
         if fault := import_fault(error):
             return ": ".join(fault)
-    if isinstance(error, MemoryError):
-        return f"out of memory: {text}"
+    if isinstance(error, MemoryError) or any(words in text for words in TORCH_HAS_NO_MEMORY):
+        return f"out of memory: {text.splitlines()[0]}"
     if isinstance(error, typer.Abort):
         return "aborted"
     return f"unexpected {type(error).__name__}: {text}\nThis is a defect of HybriMoE; --debug shows where it came from."

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 PLACEMENT, SAMPLING, OUTPUT, BATCHES = "Where it runs", "Sampling", "Output", "Many prompts"
 PREFIXES = "What is kept of prompts and replies"
 
+API_KEY_VARIABLE = "HYBRIMOE_API_KEY"
+"""Holds a key that the server asks for, and that `hybrimoe ctl` sends."""
+
 ModelArgument = Annotated[
     str | None,
     typer.Argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 KEEP_SECONDS = 5.0
 """Time at the end of a command for what is to be kept on disk."""
-WEIGHTS = (".safetensors", ".gguf", ".bin")
 BUDGETS = ("gpu_experts", "host", "disk", "kv")
 """Of the section `memory`: sizes, which change where something lies and not what it is."""
 
@@ -127,20 +127,26 @@ def states_identity(config: DeployConfig, **more: Any) -> str:
     import torch
     import transformers
 
+    from hybrimoe.checkpoint.adapters.settings import CONFIG_NAME, WEIGHTS_NAME, adapter_folder
     from hybrimoe.checkpoint.source import model_path, read_config_dict
+    from hybrimoe.checkpoint.weights import weight_stamps
+    from hybrimoe.compat import PROCESSOR_FILES
     from hybrimoe.config.adapters import parse_adapter
     from hybrimoe.generation.saved.sessions import identity_of
 
     path = model_path(config.model)
-    named = [config.rules, *(parse_adapter(adapter).path for adapter in config.adapters)]
-    places = [path, *(Path(name).expanduser() for name in named if isinstance(name, str))]
+    adapters = [adapter_folder(parse_adapter(adapter)) for adapter in config.adapters]
+    small = [path / name for name in PROCESSOR_FILES]
+    small += [folder / name for folder in adapters for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    small += [Path(config.rules).expanduser()] if isinstance(config.rules, str) else []
     deployment = {key: value for key, value in config.as_dict().items() if key not in ("server", "generation", "model")}
     deployment["memory"] = {key: value for key, value in deployment["memory"].items() if key not in BUDGETS}
     deployment["scheduler"] = deployment["scheduler"].get("lossy")
     return identity_of(
         {
             "config": read_config_dict(path),
-            "files": [stamp for place in places for stamp in _stamps(place)],
+            "weights": weight_stamps(path),
+            "files": [_sha256(file) for file in small if file.is_file()],
             "deployment": deployment,
             "versions": [torch.__version__, transformers.__version__],
             **more,
@@ -148,11 +154,9 @@ def states_identity(config: DeployConfig, **more: Any) -> str:
     )
 
 
-def _stamps(place: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of a file, or of those in a folder that hold weights; none where nothing is there."""
-    files = sorted(place.glob("*")) if place.is_dir() else [place] if place.is_file() else []
-    held = [file for file in files if file.suffix in WEIGHTS or file == place]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in held]
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _shift(config: DeployConfig) -> ContextShift | None:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.common import API_KEY_VARIABLE, JsonOption
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-API_KEY_VARIABLE = "HYBRIMOE_API_KEY"
 ANSWER_SECONDS = 60.0
 """In which a server that runs answers: changes are made between two tokens."""
 LOADING_SECONDS = 24 * 3600.0

@@ -42,7 +42,7 @@ def plan(
         str | None, typer.Option(metavar="SIZE", help="Memory of one device, like 12GiB. Default: profile.")
     ] = None,
     accelerators: Annotated[
-        int | None, typer.Option(min=1, help="So many equal devices, a block of layers each. Default: profile.")
+        int | None, typer.Option(min=1, max=64, help="So many equal devices, a block of layers each. Default: profile.")
     ] = None,
     host_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Host memory. Default: this machine's.")

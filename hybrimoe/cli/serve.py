@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from hybrimoe.config.deploy import DeployConfig, ServerConfig
     from hybrimoe.server.models import Loadable, Models
 
-API_KEY_VARIABLE = "HYBRIMOE_API_KEY"
 MOST_NAMED = 5
 """Models on request that the line at the start names."""
 EXIT_SECONDS = 10.0
@@ -228,7 +227,8 @@ def read_api_keys(settings: ServerConfig) -> list[str]:
     """Keys of the file and of the environment; none where neither is set. Raises ConfigError."""
     from hybrimoe.errors import ConfigError
 
-    keys = [os.environ[API_KEY_VARIABLE]] if os.environ.get(API_KEY_VARIABLE) else []
+    key = os.environ.get(common.API_KEY_VARIABLE)
+    keys = [key] if key else []
     if settings.api_key_file is None:
         return keys
     try:

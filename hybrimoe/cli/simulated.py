@@ -12,7 +12,7 @@ DEFAULT_HARDWARE = "rtx4090-ryzen9"
 
 AcceleratorsOption = Annotated[
     int | None,
-    typer.Option(min=1, help="So many accelerators, each with its layers, slots and link. Default: profile."),
+    typer.Option(min=1, max=64, help="So many accelerators, each with its layers, slots and link. Default: profile."),
 ]
 PolicyOption = Annotated[
     str, typer.Option(metavar="NAME", help="A preset, balance/prefetch/cache, or FILE.py; :name=value sets parameters.")

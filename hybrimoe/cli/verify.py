@@ -26,6 +26,9 @@ def verify_command(
 
     Exit code 1 where something does.
     """
+    from hybrimoe.checkpoint.source import check_pack
+
+    check_pack(folder)
     from hybrimoe.checkpoint.pack.checksums import verify_pack
     from hybrimoe.cli.common_model import progress_bar
 

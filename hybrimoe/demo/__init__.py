@@ -8,7 +8,10 @@ from pathlib import Path
 
 from hybrimoe.errors import ModelError
 
-__all__ = ["demo_model_path"]
+__all__ = ["HELD_OUT_FILE", "demo_model_path"]
+
+HELD_OUT_FILE = "held-out.txt"
+"""Name of the text in a model's directory that `hybrimoe bench quality` reads."""
 
 
 def demo_model_path() -> Path:

@@ -41,7 +41,7 @@ def _demo() -> Check:
 
     try:
         path = demo_model_path()
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (HybriMoEError, OSError, ValueError) as error:
         return Check("demo model", "warn", str(error), "commands without MODEL need it; others run")
     if not any(path.glob("*.safetensors")):

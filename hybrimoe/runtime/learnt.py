@@ -8,7 +8,6 @@ tokens. A folder that cannot be written to is passed over, and where none can a 
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrimoe.runtime.kept import keep
-from scheduler.forecast.use_model import Learnt
+from scheduler.forecast.use_model import LEARNT, Learnt
 
 SUFFIX = ".routing.npz"
 HALVES = ("next_token", "same_token")
@@ -35,7 +34,7 @@ def told_from(learnt: Learnt, distance: npt.NDArray[np.integer]) -> Learnt:
     a later one stays true: the table of the nearest source layers moves by the difference.
     """
     moved = dict(learnt)
-    if "distance" in learnt and learnt["distance"].shape == distance.shape and "same_token" in learnt:
+    if learnt["distance"].shape == distance.shape and learnt["same_token"].ndim == 4:
         weights, nearer = learnt["same_token"], learnt["distance"] - distance
         moved["distance"], moved["same_token"] = distance.copy(), np.zeros_like(weights)
         for layer in range(min(len(nearer), len(weights))):
@@ -58,10 +57,12 @@ class RoutingFile:
         for path in self._paths:
             try:
                 with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
-                    found = {name: file[name] for name in file.files}
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+                    found = {name: file[name].astype(np.float32) if name in HALVES else file[name] for name in file}
+            except Exception:  # noqa: BLE001 - errors of a damaged archive (zlib, struct, memory) have no common root
                 continue
-            return {name: array.astype(np.float32) if name in HALVES else array for name, array in found.items()}
+            if found.keys() != {*LEARNT, "distance"} or len({array.shape[:1] for array in found.values()}) > 1:
+                continue
+            return found
         return None
 
     def save(self, learnt: Learnt) -> Path | None:
@@ -71,7 +72,7 @@ class RoutingFile:
             return None
         content = io.BytesIO()
         kept = {name: array.astype(np.float16) if name in HALVES else array for name, array in learnt.items()}
-        np.savez_compressed(content, allow_pickle=False, **kept)
+        np.savez_compressed(content, **kept)  # type: ignore[arg-type]
         return keep(
             self._paths, content.getvalue(), "what was learnt of the routing", "it begins with nothing", RoutingWarning
         )

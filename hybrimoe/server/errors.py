@@ -204,4 +204,6 @@ def _first_problem(error: RequestValidationError) -> tuple[str | None, str]:
 
 
 def _body(message: str, kind: str, code: str | None = None, param: str | None = None) -> ErrorBody:
+    """Half surrogate pairs of a request that a message quotes are written out: no answer could be sent with them."""
+    message = message.encode("utf-8", "backslashreplace").decode("utf-8")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

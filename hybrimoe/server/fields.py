@@ -73,9 +73,13 @@ def _text(value: object) -> str:
 
 def _unicode(value: str) -> str:
     """Raises ValueError for half of a surrogate pair, which JSON can write and no text has."""
-    at = next((index for index, character in enumerate(value) if "\ud800" <= character <= "\udfff"), None)
-    if at is not None:
-        raise ValueError(f"character {at} is half of a surrogate pair (\\u{ord(value[at]):x}); send valid Unicode")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):x}"
+        raise ValueError(
+            f"character {error.start} is half of a surrogate pair ({half}); send valid Unicode"
+        ) from None  # fmt: skip
     return value
 
 
@@ -106,6 +110,7 @@ Text = Annotated[str, BeforeValidator(_text)]
 Free = Annotated[dict[str, Any], AfterValidator(unicode_throughout)]
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS), WholeNumber]
+TokensOrNoLimit = Annotated[int, Field(ge=-MAX_TOKENS, le=MAX_TOKENS), WholeNumber]
 TopK = Annotated[int, Field(ge=0, le=MAX_TOKENS), WholeNumber]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WholeNumber]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WholeNumber]
@@ -133,11 +138,12 @@ class Strict(BaseModel):
     def _only_known_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        names = {field.alias or name for name, field in cls.model_fields.items()}
+        names = {field.alias or name: field for name, field in cls.model_fields.items()}
         known: dict[str, Any] = {}
         for name, value in data.items():
             if name in names:
-                known[name] = value
+                if value is not None or names[name].is_required():
+                    known[name] = value
             elif name in cls.refused:
                 what, neutral = cls.refused[name]
                 if value is not None and not any(type(value) is type(one) and value == one for one in neutral):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scheduler.graph.tasks import DenseTimes, Durations, EdgeKind, PlannedLayer, Task
+from scheduler.graph.tasks import Durations, EdgeKind, PlannedLayer, Task
 from scheduler.plan import Transfer
 from scheduler.records import NO_EXPERT, Lane, TaskKind
 
@@ -191,6 +191,3 @@ def build(
     for item in items:
         builder.add_layer(item)
     return builder.graph, builder.lane_order, builder.tasks
-
-
-NO_DENSE = DenseTimes()

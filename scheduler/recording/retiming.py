@@ -70,22 +70,21 @@ class Retiming:
     def __init__(self, plans: Sequence[PlannedLayer], tasks: Sequence[TaskRecord], expert_bytes: int) -> None:
         self._spans = _spans(tasks)
         whole = _whole_steps(plans, self._spans)
-        self.items, self.gaps_us = self._with_gaps([item for item in plans if item.plan.step in whole])
+        self.items = self._with_gaps([item for item in plans if item.plan.step in whole])
         self.graph = TaskGraph.from_plans(self.items, _Nothing(), expert_bytes)
         self._record = _match(self.graph.tasks, tasks)
         self._first = _first_tasks(self.graph.tasks)
         self._lagging = self._lags()
 
-    def _with_gaps(self, plans: Iterable[PlannedLayer]) -> tuple[list[PlannedLayer], dict[tuple[int, int], float]]:
-        items, gaps, ended = [], {}, None
+    def _with_gaps(self, plans: Iterable[PlannedLayer]) -> list[PlannedLayer]:
+        items, ended = [], None
         for item in plans:
-            key = (item.plan.step, item.plan.layer)
-            start, end = self._spans[key]
-            gaps[key] = 0.0 if ended is None else max(start - ended, 0.0)
+            start, end = self._spans[item.plan.step, item.plan.layer]
+            gap_us = 0.0 if ended is None else max(start - ended, 0.0)
             plan = replace(item.plan, reads=())
-            items.append(item._replace(plan=plan, dense=DenseTimes(attention_us=gaps[key], lane=HOST)))
+            items.append(item._replace(plan=plan, dense=DenseTimes(attention_us=gap_us, lane=HOST)))
             ended = end
-        return items, gaps
+        return items
 
     def lags(self, first_step: int = 0, end_step: int | None = None) -> Lag:
         """Median lag of each lane, over the steps from ``first_step`` to before ``end_step`` (None: all)."""

@@ -75,12 +75,6 @@ def srp(trace: Trace, windows: Sequence[int] = SRP_WINDOWS) -> list[SrpResult]:
     return results
 
 
-def srp_per_layer(trace: Trace, window: int) -> Floats:
-    """SRP of each layer as a group, float64 [layers]."""
-    counts = window_counts(trace, window).sum(axis=1)
-    return np.array([srp_from_counts(layer)[0] for layer in counts])
-
-
 def sch(trace: Trace, capacity: int, window: int) -> float:
     """Segment cache best hit rate: an oracle cache of ``capacity`` experts a layer.
 

@@ -99,3 +99,18 @@ def test_private_methods_of_models_are_called_here_only() -> None:
             if re.fullmatch(r"(self\._?)?(model|plain)", ast.unparse(called.value)):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} calls {ast.unparse(called)}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_that_transformers_opens_may_run_code_beside_the_weights() -> None:
+    """Without `trust_remote_code=False` it asks on the terminal, and runs what a piped "y" allows."""
+    wrong, found = [], 0
+    for path in sorted((ROOT / "hybrimoe").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if isinstance(node, ast.Call) and re.fullmatch(r"Auto\w+\.from_pretrained", called):
+                found += 1
+                said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if said.get("trust_remote_code") != "False":
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {called}")
+    assert found > 4
+    assert not wrong, "\n".join(wrong)

@@ -194,12 +194,6 @@ def _bound_ms(case: Case) -> float:
     return bounds[case.phase]
 
 
-def cached_row(case: Case, folder: Path) -> dict[str, Any]:
-    """The row of a case: from its file, else computed and written."""
-    known = _read(folder / f"{case.key}.json")
-    return known if known is not None else _keep(run_case(case), case, folder)
-
-
 def _keep(row: dict[str, Any], case: Case, folder: Path) -> dict[str, Any]:
     """Writes a row atomically, so that a stop loses only the rows that are being computed."""
     path = folder / f"{case.key}.json"

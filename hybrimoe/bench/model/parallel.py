@@ -85,8 +85,7 @@ def _prompts(request: Request, vocab_size: int) -> list[list[int]]:
     lengths = list(islice(cycle(PROMPT_TOKENS), max(request.replies)))
     if request.shape is None:
         from hybrimoe.checkpoint import load_tokenizer
-        from hybrimoe.demo import demo_model_path
-        from hybrimoe.demo.training.held_out import HELD_OUT_FILE
+        from hybrimoe.demo import HELD_OUT_FILE, demo_model_path
 
         text = (demo_model_path() / HELD_OUT_FILE).read_text(encoding="utf-8")
         ids = list(load_tokenizer(request.model)(text)["input_ids"])

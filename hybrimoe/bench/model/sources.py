@@ -57,7 +57,8 @@ class CheckpointSource:
 
         from hybrimoe.demo import demo_model_path
 
-        return AutoModelForCausalLM.from_pretrained(str(self.model or demo_model_path()), dtype="auto").eval()
+        path = str(self.model or demo_model_path())
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=False).eval()
 
     def hybrid(self, deployment: DeployConfig, progress: Callable[[int, int, str], None]) -> Any:
         """The model with hybrid experts."""

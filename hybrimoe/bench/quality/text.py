@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from hybrimoe.demo.training.held_out import HELD_OUT_FILE
+from hybrimoe.demo import HELD_OUT_FILE
 from hybrimoe.errors import ModelError
 
 WINDOW = 512  # tokens of a window of text
@@ -20,13 +20,13 @@ def text_windows(folder: Path, text: Path | None, count: int) -> tuple[list[torc
 
     text None: the held-out text beside the model, else its model card. Raises ModelError where there is none.
     """
-    from transformers import AutoTokenizer
+    from hybrimoe.checkpoint import load_tokenizer
 
     named = [folder / HELD_OUT_FILE, folder / "README.md"] if text is None else [text]
     path = next((candidate for candidate in named if candidate.is_file()), None)
     if path is None:
         raise ModelError(f"there is no text at {' or '.join(map(str, named))}; name one with --text")
-    encoded = AutoTokenizer.from_pretrained(folder)(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    encoded = load_tokenizer(folder)(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
     windows = [window for window in torch.tensor(encoded).split(WINDOW) if len(window) > 1]
     if not windows:
         raise ModelError(f"{path} is too short")

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe.bench.serve.client import Client, Exchange, ServerError
-from hybrimoe.demo import demo_model_path
-from hybrimoe.demo.training.held_out import HELD_OUT_FILE
+from hybrimoe.demo import HELD_OUT_FILE, demo_model_path
 
 CHECK_WORDS = "The first thing that one sees"
 """The prompt whose greedy reply must be the same alone and beside the load."""

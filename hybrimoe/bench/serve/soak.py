@@ -18,8 +18,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybrimoe.bench.serve.client import REFUSED, ServerError
-from hybrimoe.demo import demo_model_path
-from hybrimoe.demo.training.held_out import HELD_OUT_FILE
+from hybrimoe.demo import HELD_OUT_FILE, demo_model_path
 
 if TYPE_CHECKING:
     import httpx

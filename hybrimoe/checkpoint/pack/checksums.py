@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.checkpoint.pack.manifest import MANIFEST_NAME, Manifest, read_manifest
+from hybrimoe.checkpoint.pack.manifest import Manifest, read_manifest
 from hybrimoe.checkpoint.progress import Progress
 from hybrimoe.checkpoint.record_file import READERS
 from hybrimoe.checkpoint.safetensors_file import open_safetensors
-from hybrimoe.checkpoint.source import SINGLE_NAME
+from hybrimoe.checkpoint.source import CHECKSUMS_NAME, MANIFEST_NAME, SINGLE_NAME, check_pack
 from hybrimoe.errors import CheckpointError
 
-CHECKSUMS_NAME = "hybrimoe-pack.sums"
 DIGITS = 16  # of each hash: 64 bits, for accidents and not for attacks
 CHUNK_BYTES = 8 << 20
 WHOLE, HEADER = "the file", "the header"
@@ -77,11 +76,7 @@ def verify_pack(folder: Path, show: Progress = lambda done, total, what: None) -
 
     Raises CheckpointError where the folder is no pack, or its checksums are missing or damaged themselves.
     """
-    if not folder.is_dir() or not ((folder / MANIFEST_NAME).exists() or (folder / CHECKSUMS_NAME).exists()):
-        raise CheckpointError(
-            f"{folder} is no pack: expected a folder with {MANIFEST_NAME} that `hybrimoe convert` has written; other"
-            " checkpoints carry no checksums to compare with"
-        )
+    check_pack(folder)
     listed = _read(folder / CHECKSUMS_NAME)
     expected = {section: digest for name, rows in listed.items() for section, digest in _listed(folder / name, rows)}
     damaged = [f"{file.name}: {_size_text(file, rows)}" for file, rows in _other_sizes(folder, listed)]

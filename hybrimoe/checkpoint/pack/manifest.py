@@ -14,10 +14,9 @@ from typing import Any
 
 from cpu_kernels import LAYOUT_VERSION
 from hybrimoe.checkpoint.errors import unreadable
-from hybrimoe.checkpoint.source import SINGLE_NAME
+from hybrimoe.checkpoint.source import MANIFEST_NAME, SINGLE_NAME
 from hybrimoe.errors import CheckpointError
 
-MANIFEST_NAME = "hybrimoe-pack.json"
 FORMAT_VERSION = 1
 
 

@@ -201,8 +201,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run = RunFiles(options.run)
     settings = Settings.from_mapping(json.loads(run.settings.read_text(encoding="utf-8")))
-    model = AutoModelForCausalLM.from_pretrained(options.model, experts_implementation="grouped_mm")
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, experts_implementation="grouped_mm", trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     results = measure(model, tokenizer, read_corpora(options.corpora), settings.seq_len)
     metrics = run.read_metrics()
     card = render_card(settings, metrics, results, parameter_counts(model), sample_texts(model, tokenizer))

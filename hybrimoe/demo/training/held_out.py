@@ -9,10 +9,8 @@ from pathlib import Path
 
 from hybrimoe.demo.training.corpora import SOURCES, Document, read_corpora
 
-__all__ = ["EXCERPT_CHARS", "HELD_OUT_FILE", "excerpt"]
+__all__ = ["EXCERPT_CHARS", "excerpt"]
 
-HELD_OUT_FILE = "held-out.txt"
-"""Name of the text in a model's directory that `hybrimoe bench quality` reads."""
 EXCERPT_CHARS = 9_000
 """Of each domain: about five windows of 512 tokens."""
 

@@ -53,7 +53,7 @@ def open_run(settings: Settings, corpora: Path, out: Path) -> tuple[Trainer, Pre
         texts = (document.text for document in documents if not document.held_out)
         shape = settings.shape
         train_tokenizer(texts, shape.vocab_size, shape.max_positions).save_pretrained(files.tokenizer)
-    tokenizer = AutoTokenizer.from_pretrained(files.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False)
     trainer = Trainer(settings, encode_corpus(documents, tokenizer, settings.seed), tokenizer, files)
     trainer.resume()
     return trainer, tokenizer

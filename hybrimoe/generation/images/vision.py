@@ -136,9 +136,13 @@ class Vision:
             except Exception as error:  # whatever else transformers raises of it is about the model's files
                 if TORCHVISION in str(error).lower():
                     raise _missing(error) from error
-                raise ModelError(
-                    f"the image processor of {self._folder} cannot be used: {_first_line(error)}"
-                ) from error  # fmt: skip
+                reason = f"cannot be used: {_first_line(error)}"
+                if "trust_remote_code" in str(error):
+                    reason = (
+                        "is code of its own (auto_map in preprocessor_config.json), which hybrimoe never runs; text is"
+                        " taken"
+                    )
+                raise ModelError(f"the image processor of {self._folder} {reason}") from error
         return self._processor
 
     def _computed(self, processor: Any, image: ImageFile) -> Look:

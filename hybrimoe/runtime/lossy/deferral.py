@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from cpu_kernels.host.threads import Pool
 from gpu_kernels.combining import combine_on_host
 from gpu_kernels.streams import clock_us
 from hybrimoe.errors import ModelError
@@ -23,7 +24,7 @@ class DeferredLane:
 
     def __init__(self, experts: Experts) -> None:
         self._experts = experts
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="hybrimoe-deferred")
+        self._worker = Pool(1, "hybrimoe-deferred")
         self._pending: Future[torch.Tensor] | None = None
         self._ends_us = 0.0
         self._workspace = Workspace()

@@ -65,7 +65,8 @@ class Read:
 
 
 class RecordReader:
-    """The open file, its threads and their queues. All methods are called by one thread at a time.
+    """The open file, its threads and their queues. All methods are called by one thread at a time. A process made by
+    fork has none of the threads: it starts its own, and reads again what was under way.
 
     `direct`: whether reads go past the page cache. `n_threads`: reads in flight at most. Raises CheckpointError where
     the file cannot be opened.
@@ -83,8 +84,10 @@ class RecordReader:
         self._queues: tuple[deque[Read], ...] = tuple(deque() for _ in Urgency)
         self._ended: deque[Read] = deque()
         self._threads: list[threading.Thread] = []
-        self._running, self._busy_from_us, self._busy_us, self._bytes = 0, 0.0, 0.0, 0
+        self._running: set[Read] = set()
+        self._busy_from_us, self._busy_us, self._bytes = 0.0, 0.0, 0
         self._closed = False
+        _READERS.add(self)
 
     def __enter__(self) -> RecordReader:
         return self
@@ -99,9 +102,7 @@ class RecordReader:
             self._queues[read.urgency].append(read)
             self._changed.notify()
         if len(self._threads) < self.n_threads:
-            thread = threading.Thread(target=self._work, name=f"reads of {self.path.name}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            self._start_a_thread()
 
     def hurry(self, read: Read) -> None:
         """A read that somebody waits for now; one that runs goes on as it is."""
@@ -129,6 +130,8 @@ class RecordReader:
 
     def wait(self) -> None:
         """Until a read has ended that `take_ended` has not given yet. There must be one queued or running."""
+        if not self._threads:
+            self._start_a_thread()
         with self._changed:
             while not self._ended:
                 self._changed.wait()
@@ -159,6 +162,19 @@ class RecordReader:
             thread.join()
         self._threads = []
 
+    def _start_a_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name=f"reads of {self.path.name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _begin_anew(self) -> None:
+        """In a process that fork has made: a thread that is not here may have held the lock."""
+        self._changed, self._threads = threading.Condition(), []
+        for read in self._running:
+            read.state, read.urgency = State.QUEUED, Urgency.NEEDED
+            self._queues[Urgency.NEEDED].append(read)
+        self._running.clear()
+
     def _work(self) -> None:
         while (read := self._next()) is not None:
             try:
@@ -179,7 +195,7 @@ class RecordReader:
                         read.state, read.start_us = State.RUNNING, perf_counter_ns() * 1e-3
                         if not self._running:
                             self._busy_from_us = read.start_us
-                        self._running += 1
+                        self._running.add(read)
                         return read
                 self._changed.wait()
         return None
@@ -187,7 +203,7 @@ class RecordReader:
     def _end(self, read: Read) -> None:
         with self._changed:
             read.end_us, read.state = perf_counter_ns() * 1e-3, State.ENDED
-            self._running -= 1
+            self._running.discard(read)
             if not self._running:
                 self._busy_us += read.end_us - self._busy_from_us
             if read.error is None:
@@ -244,6 +260,18 @@ def _stamp(descriptor: int) -> tuple[int, int]:
     """Size and time of the latest change: others once somebody has written into the open file."""
     known = os.fstat(descriptor)
     return known.st_size, known.st_mtime_ns
+
+
+_READERS: weakref.WeakSet[RecordReader] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for reader in _READERS:
+        reader._begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 _seeking = threading.Lock()

@@ -19,7 +19,17 @@ from hybrimoe.server.apis.tools import MAX_TOOLS, TOOL_NAME, called, new_tool, o
 from hybrimoe.server.asking import ChatAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.errors import RequestError
-from hybrimoe.server.fields import MAX_SHOWN, Boolean, Free, Refused, Strict, Text, Tokens, TopLogprobs
+from hybrimoe.server.fields import (
+    MAX_SHOWN,
+    Boolean,
+    Free,
+    Refused,
+    Strict,
+    Text,
+    Tokens,
+    TopLogprobs,
+    unicode_throughout,
+)
 from hybrimoe.server.forms import Ended, FinishReason, Form, Frame, StopReason, Update, WholeReply, sse
 from hybrimoe.server.images import image_part, text_part
 from hybrimoe.server.models import Models
@@ -68,7 +78,9 @@ def _no_other_parts(value: object) -> object:
     if isinstance(value, list):
         kinds = {str(part.get("type")) for part in value if isinstance(part, dict)} - {"text", "image_url"}
         if kinds:
-            raise ValueError(f"expected text content, found {', '.join(sorted(kinds))[:MAX_SHOWN]}")
+            found = ", ".join(sorted(kinds))[:MAX_SHOWN]
+            unicode_throughout(found)
+            raise ValueError(f"expected text content, found {found}")
     return value
 
 

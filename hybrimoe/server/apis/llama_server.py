@@ -18,7 +18,7 @@ from hybrimoe.server.apis.openai import Sampling
 from hybrimoe.server.asking import TextAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.errors import RequestError
-from hybrimoe.server.fields import Boolean, Integer, Refused, Strict, Text
+from hybrimoe.server.fields import Boolean, Integer, Refused, Strict, Text, TokensOrNoLimit
 from hybrimoe.server.forms import Ended, Form, Update, WholeReply, sse
 from hybrimoe.server.models import Models
 from hybrimoe.server.served import Served
@@ -55,7 +55,7 @@ class CompletionRequest(Sampling):
     }  # fmt: skip
 
     prompt: Text | list[Integer] = ""
-    n_predict: Integer | None = Field(default=None, description="Tokens of the reply; below 1: no limit.")
+    n_predict: TokensOrNoLimit | None = Field(default=None, description="Tokens of the reply; below 1: no limit.")
     id_slot: Integer | None = Field(default=None, description="The server chooses.")
 
     @property

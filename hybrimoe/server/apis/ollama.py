@@ -39,6 +39,7 @@ from hybrimoe.server.fields import (
     Strict,
     Temperature,
     Text,
+    TokensOrNoLimit,
     TopK,
     shown,
 )
@@ -88,7 +89,7 @@ class Options(Strict):
         "mirostat": ("Mirostat", (0,)),
     }
 
-    num_predict: Integer | None = Field(default=None, description="Tokens of the reply; below 1: no limit.")
+    num_predict: TokensOrNoLimit | None = Field(default=None, description="Tokens of the reply; below 1: no limit.")
     temperature: Temperature | None = None
     top_k: TopK | None = None
     top_p: Share | None = None

@@ -123,8 +123,47 @@ def test_a_file_holds_what_was_learnt_in_the_first_folder_that_takes_it(tmp_path
     assert UseModel(2, 4, 1).recall(found)
     assert found["next_token"].dtype == np.float32
     assert_same(found, lived())
-    path.write_bytes(path.read_bytes()[:-40])
-    assert file.read() is None, "a file that is cut is passed over"
+
+
+def begin_with(file: RoutingFile) -> None:
+    """As a start does."""
+    model = UseModel(2, 4, 1)
+    learnt = file.read()
+    if learnt is not None:
+        model.recall(told_from(learnt, model.learnt()["distance"]))
+
+
+def test_a_start_passes_over_a_damaged_file(tmp_path: Path) -> None:
+    file = RoutingFile("x", [tmp_path])
+    path = file.save(lived())
+    assert path is not None
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        assert file.read() is None
+    chance = np.random.default_rng(3)
+    for place in chance.integers(len(whole), size=300):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << int(chance.integers(8))]) + whole[place + 1 :])
+        begin_with(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("distance", np.array(1)),
+        ("distance", np.ones(3, np.int64)),
+        ("same_token", np.zeros(2, np.float32)),
+        ("same_token", np.zeros((2, 0, 4, 4), np.float32)),
+        ("rates", np.full((2, 3, 4), np.nan)),
+        ("even", np.array(["a", "b"])),
+        ("next_token", np.array(["a", "b"])),
+        ("more", np.zeros(2)),
+    ],
+)
+def test_a_start_passes_over_arrays_that_do_not_fit(tmp_path: Path, name: str, array: np.ndarray) -> None:
+    with (tmp_path / "x.routing.npz").open("wb") as content:
+        np.savez(content, **lived() | {name: array})  # type: ignore[arg-type]
+    begin_with(RoutingFile("x", [tmp_path]))
 
 
 def test_nothing_learnt_is_no_file_and_no_place_a_warning(tmp_path: Path) -> None:

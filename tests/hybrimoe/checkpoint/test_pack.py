@@ -17,9 +17,8 @@ from typer.testing import CliRunner, Result
 
 from hybrimoe.checkpoint import convert, load, verify_pack
 from hybrimoe.checkpoint.inspection import inspect
-from hybrimoe.checkpoint.pack.checksums import CHECKSUMS_NAME
 from hybrimoe.checkpoint.pack.folder import _lock, whole_or_nothing
-from hybrimoe.checkpoint.pack.manifest import MANIFEST_NAME
+from hybrimoe.checkpoint.source import CHECKSUMS_NAME, MANIFEST_NAME
 from hybrimoe.cli.app import app
 from hybrimoe.errors import CheckpointError, FileError
 

@@ -180,14 +180,14 @@ def test_json_keeps_number_lists_on_one_line_and_leaves_text_alone(capsys):
     assert "[1, -2, 3.5e-07]" in text
 
 
-def numeric_options():
+def numeric_options(numbers=r"\bint\b|\bfloat\b"):
     """Every option and argument of every command that takes a number: the words in front of it, and how it is named."""
     for name in app_module.COMMANDS:
         command = app_module.load_command(name)
         for leaf, found in getattr(command, "commands", {"": command}).items():
             types = typing.get_type_hints(inspect.unwrap(found.callback))
             for option in found.params:
-                if re.search(r"\bint\b|\bfloat\b", str(types[option.name])):
+                if re.search(numbers, str(types[option.name])):
                     is_argument = option.param_type_name == "argument"
                     marker, named = ("--", f"'{option.metavar}'") if is_argument else (option.opts[0], option.opts[0])
                     yield pytest.param([word for word in (name, leaf, marker) if word], named)
@@ -198,6 +198,19 @@ def test_a_number_that_cannot_be_meant_is_wrong_usage(hybrimoe, words, named):
     result = hybrimoe(*words, "-7", stdin="a prompt")
     assert result.code == 2
     assert re.search(named.strip("-").replace("-", "[ _-]"), result.err)
+
+
+@pytest.mark.parametrize(("words", "named"), list(numeric_options(r"\bint\b")))
+def test_a_whole_number_beyond_all_measure_is_wrong_usage(hybrimoe, words, named):
+    result = hybrimoe(*words, "9" * 23, stdin="a prompt")
+    assert result.code == 2
+    assert re.search(named.strip("-").replace("-", "[ _-]"), result.err)
+
+
+def test_memory_that_torch_does_not_get_is_no_defect():
+    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes.\nframe #0: _start")
+    assert app_module._message(error).startswith("out of memory: ")
+    assert "frame" not in app_module._message(error)
 
 
 def test_no_processes_at_all_are_wrong_usage(hybrimoe, tmp_path):

@@ -86,7 +86,7 @@ WRONG_MODELS = [
 TAKES_A_MODEL = [
     "generate --prompt x", "chat", "serve --port 0", "trace record", "trace capture", "bench decode", "bench prefill",
     "bench quality", "bench quality --lossy skip", "bench contention", "bench serve", "bench speculate",
-    "bench parallel", "bench kv",
+    "bench parallel", "bench kv", "bench long-chat", "bench streaming", "bench soak", "inspect",
 ]  # fmt: skip
 READS_ONLY_THE_CONFIGURATION = ["explain", "rules check moe --model"]
 
@@ -101,7 +101,7 @@ def test_a_wrong_model(folder: Path) -> None:
 
 
 def test_a_wrong_model_in_a_deployment_file(folder: Path) -> None:
-    with_a_file = [command for command in TAKES_A_MODEL if command != "bench quality"]
+    with_a_file = [command for command in TAKES_A_MODEL if command not in ("bench quality", "inspect")]
     check(
         [
             (f"{command} --config {name}.yaml", text)
@@ -137,6 +137,10 @@ def test_what_else_is_plainly_wrong(folder: Path) -> None:
             ("ctl status --url ftp://x", "expected an address like http://127.0.0.1:8000"),
             ("ctl slots 4 --url 127.0.0.1:1", "no server answers at http://127.0.0.1:1"),
             ("convert weightless out --adapter gone", "weightless has no weights"),
+            ("convert gone out", "no model directory gone"),
+            ("convert cut.gguf out", "cut.gguf is truncated"),
+            ("verify gone", "gone is no pack"),
+            ("verify weightless", "weightless is no pack"),
             ("generate --prompts rules.yaml --batching expertflow --route-predictor gone.onnx", "gone.onnx"),
             ("chat --top-p 0.5 --accelerator gpu7", "'gpu7' is no accelerator"),
             ("serve --accelerator gpu7", "'gpu7' is no accelerator"),

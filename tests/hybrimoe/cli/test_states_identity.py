@@ -1,9 +1,14 @@
 """What keys and values on disk are of: all that they depend on, and nothing else."""
 
 import os
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
 
 from hybrimoe.cli.common_model import prefix_settings, states_identity
 from hybrimoe.config.deploy import load_config
+from hybrimoe.demo import demo_model_path
 
 
 def test_the_identity_follows_what_keys_and_values_depend_on(tmp_path):
@@ -11,6 +16,7 @@ def test_the_identity_follows_what_keys_and_values_depend_on(tmp_path):
     adapter.mkdir()
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(b"1")
+    (adapter / "adapter_config.json").write_text("{}")
 
     def identity(config=None, **settings):
         return states_identity(load_config(config or {}, **settings))
@@ -27,9 +33,33 @@ def test_the_identity_follows_what_keys_and_values_depend_on(tmp_path):
         {"accelerator": "emulated"}, {"adapters": [str(adapter)]}, {"adapters": [f"{adapter}:0.5"]},
     )  # fmt: skip
     assert len({plain, *(identity(**settings) for settings in others)}) == len(others) + 1
-    before = identity(adapters=[str(adapter)])
-    os.utime(weights, ns=(1, 1))
-    assert identity(adapters=[str(adapter)]) != before, "other weights under the same name"
+    before, facts = identity(adapters=[str(adapter)]), weights.stat()
+    weights.write_bytes(b"2")
+    os.utime(weights, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert identity(adapters=[str(adapter)]) != before, "other weights of the same name, size and time"
+
+
+def doubled(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({key: 2 * value for key, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def of_another_mean(folder):
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.6, 0.5, 0.5]}')
+
+
+@pytest.mark.parametrize(
+    ("file", "change"), [("model.safetensors", doubled), ("preprocessor_config.json", of_another_mean)]
+)
+def test_other_contents_of_the_same_name_size_and_time_are_another_model(tmp_path, file, change):
+    folder = tmp_path / "model"
+    shutil.copytree(demo_model_path(), folder)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    before, facts = states_identity(load_config({"model": str(folder)})), (folder / file).stat()
+    change(folder)
+    os.utime(folder / file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert (folder / file).stat().st_size == facts.st_size
+    assert states_identity(load_config({"model": str(folder)})) != before
 
 
 def test_the_folder_is_the_chosen_one_or_in_the_cache(tmp_path, monkeypatch):

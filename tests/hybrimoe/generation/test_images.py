@@ -190,6 +190,23 @@ def test_without_pillow_it_says_what_to_install(seers: Callable[[str], Seer], mo
         vision.look(ImageFile(b"", "nothing"))
 
 
+def test_a_processor_that_is_code_never_runs_and_nobody_is_asked(
+    seers: Callable[[str], Seer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seer = seers("qwen3_vl_moe")
+    (tmp_path / "config.json").write_bytes((seer.folder / "config.json").read_bytes())
+    (tmp_path / "processing_homemade.py").write_text("raise SystemExit('it ran')")
+    settings = {
+        "image_processor_type": "Homemade",
+        "processor_class": "Qwen3VLProcessor",
+        "auto_map": {"AutoImageProcessor": "processing_homemade.Homemade"},
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail("it asked"))
+    with pytest.raises(ModelError, match=r"image processor of .* is code of its own.*never runs"):
+        Vision(seer.model, seer.tokenizer, tmp_path).look(file_of())
+
+
 @pytest.mark.parametrize(
     "kinds",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import gguf
@@ -12,6 +13,7 @@ from hybrimoe.checkpoint import load, load_tokenizer
 from hybrimoe.checkpoint.inspection import inspect
 from hybrimoe.checkpoint.meta import model_shape
 from hybrimoe.checkpoint.source import model_path
+from hybrimoe.checkpoint.weights import weight_stamps
 from hybrimoe.errors import ModelError
 
 from ....families.tiny_families import tiny_model
@@ -51,6 +53,16 @@ def test_a_split_model_is_the_model(tmp_path: Path, file: Path) -> None:
     for named in (first, last, first.parent):
         assert model_path(named) == first
         assert torch.equal(logits(load(named, **FLOAT32)), expected)
+
+
+def test_every_part_of_a_split_model_tells_it_from_others(tmp_path: Path) -> None:
+    first = gguf_model("olmoe", tmp_path, split=10)
+    last, before = sorted(first.parent.glob("*.gguf"))[-1], weight_stamps(first)
+    facts, content = last.stat(), bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
+    os.utime(last, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert weight_stamps(first) != before
 
 
 def test_a_folder_with_several_models_asks_for_one(tmp_path: Path, file: Path) -> None:
