@@ -41,6 +41,8 @@ ROUNDS: Final = 300
 RATE: Final = 0.05
 MEAN_WEIGHT, SQUARE_WEIGHT = 0.1, 0.01
 """Adam: largest step in log-odds and logarithms of prices, weights of the newest gradient and of its square."""
+FIRST_SLOT: Final = 0.002
+"""First price of a slot, as a share of that at which an expert of mean use costs as much in a slot as on the CPU."""
 PRICED_LAYERS: Final = 8
 """At most so many layers in turn share a price of the link and of slots: finer prices take longer and gain little."""
 ROUNDING: Final = 1e-9
@@ -149,11 +151,11 @@ def work_of(simulator: Simulator, phase: Phase) -> Work:
 def least_us(work: Work, rounds: int = ROUNDS) -> float:
     """The largest lower bound, in us of all steps, that ``rounds`` steps of Adam on the prices have met.
 
-    At the first price of a slot an expert of mean use costs as much in a slot as on the CPU.
+    The first price of a slot is next to nothing, as it stays where slots are plenty.
     """
     n, n_groups = work.dense_us.size, int(work.group[-1]) + 1
-    slot_us = float(work.cpu_us.sum()) / (n * (work.first.size - 1))
-    guess = [np.full(n_groups, -1.0), np.zeros((LANES, n)), np.full(n_groups, np.log(max(slot_us, 1e-3)))]
+    slot_us = FIRST_SLOT * float(work.cpu_us.sum()) / (n * (work.first.size - 1))
+    guess = [np.full(n_groups, -1.0), np.zeros((LANES, n)), np.full(n_groups, np.log(max(slot_us, 1e-6)))]
     means, squares = ([np.zeros_like(part) for part in guess] for _ in range(2))
     best = 0.0
     for turn in range(1, rounds + 1):
