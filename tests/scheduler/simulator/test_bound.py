@@ -135,7 +135,7 @@ def test_no_policy_beats_it(seed, ratio, policy, cpu, link, sync, handoff, conte
     trace = generate(3, 8, 2, 12, 2, n_prefill=prompt, seed=seed)
     profile = machine(cpu, link, 400.0, sync, handoff, contention)
     made = simulator(trace, policy, ratio, profile)
-    bounds = lower_bounds(made, rounds=150)
+    bounds = lower_bounds(made, rounds=60)
     for result in made.run():
         assert 0.0 < bounds[result.phase] <= result.latency_ms
 
