@@ -114,7 +114,8 @@ def work_of(simulator: Simulator, phase: Phase) -> Work:
     """What the simulator's steps of a phase ask of any policy."""
     shape, costs = simulator.shape, simulator.engine.costs
     moments: list[tuple[float, float, float, float, bool, int]] = []
-    keys, at, cpu, accel = ([np.empty(0)] for _ in range(4))
+    keys, at = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    cpu, accel = [np.empty(0)], [np.empty(0)]
     group, last = -1, -1
     for index, step in _steps(simulator, phase):
         if last >= 0 and index != last + 1:
@@ -125,7 +126,7 @@ def work_of(simulator: Simulator, phase: Phase) -> Work:
         for demand in simulator.source.step(step):
             layer, ids = demand.layer, demand.expert_ids
             group += layer % PRICED_LAYERS == 0
-            keys.append(layer * shape.n_experts + ids)
+            keys.append(layer * shape.n_experts + ids.astype(np.int64))
             at.append(np.full(ids.size, len(moments)))
             cpu.append(own.cpu_us(layer, demand.n_tokens))
             accel.append(own.accel_us(layer, demand.n_tokens))
@@ -134,14 +135,14 @@ def work_of(simulator: Simulator, phase: Phase) -> Work:
                 around_us += simulator.dense.head_us(step.n_sequences)
             all_us = dense.shared_us + float(accel[-1].sum())
             moments.append((around_us, dense.shared_us, all_us, float(max(ids.size, 1)), False, group))
-    of_key = np.concatenate(keys).astype(np.int64)
+    of_key = np.concatenate(keys)
     order = np.argsort(of_key, kind="stable")
-    dense_us, shared_us, all_us, n_active, idle, groups = (np.array(column) for column in zip(*moments, strict=True))
+    around, shared, whole, n_active, idle, groups = (np.array(column) for column in zip(*moments, strict=True))
     n_keys = shape.n_layers * shape.n_experts
     return Work(
-        dense_us, shared_us, all_us, n_active, idle, groups,
+        around, shared, whole, n_active, idle, groups,
         np.searchsorted(of_key[order], np.arange(n_keys + 1)).astype(np.int64),
-        np.concatenate(at).astype(np.int64)[order], np.concatenate(cpu)[order], np.concatenate(accel)[order],
+        np.concatenate(at)[order], np.concatenate(cpu)[order], np.concatenate(accel)[order],
         np.repeat([costs.transfer_us(layer) for layer in range(shape.n_layers)], shape.n_experts),
         simulator.engine.handoff_us, costs.cpu_with_link, costs.link_with_cpu,
         simulator.n_slots + (shape.n_experts if simulator.streamer is not None else 0),
@@ -189,7 +190,8 @@ def _chain(work: Work, prices: Prices, shares: Floats, slopes: Prices) -> tuple[
     by_link = (slopes.link - mean) * prices.link * (1.0 - prices.link)
     by_lanes = (1.0 - prices.link) * shares * (slopes.lanes - mean)
     by_slots = slopes.slots * prices.slots
-    return np.bincount(work.group, by_link), by_lanes, np.bincount(work.group, by_slots)
+    grouped = [np.bincount(work.group, part).astype(np.float64) for part in (by_link, by_slots)]
+    return grouped[0], by_lanes, grouped[1]
 
 
 def priced(work: Work, prices: Prices) -> tuple[float, Prices]:
