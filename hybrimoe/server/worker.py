@@ -91,7 +91,7 @@ class Job:
         assert reply is not None
         n_logprobs = len(reply.logprobs)
         if text or (all_of_it and self._n_told < n_logprobs):
-            since = slice(self._n_told, None)
+            since = slice(self._n_told, n_logprobs)  # a reply has offsets of all tokens, recorded or not
             of_prompt = () if self._has_told else tuple(reply.prompt_logprobs)
             self.send(Piece(text, tuple(reply.logprobs[since]), tuple(reply.text_offsets[since]), of_prompt))
             self._n_told, self._has_told = n_logprobs, True

@@ -30,12 +30,13 @@ def streaming(
     placement: common.PlacementGroup,
     as_json: common.JsonOption = False,
 ) -> None:
-    """CPU time that the server adds to a streamed token: queues, HTTP, JSON, and what they cost the generating thread.
+    """What the server adds to a streamed token: text, stop texts, queues, locks, JSON, HTTP, and what they delay.
 
-    Chats are streamed to clients in a process of their own, and CPU time of this process is compared with that of the
-    same replies by the same engine in the same thread, which nobody is sent. Sampling and turning tokens into text
-    belong to the engine. Take a small model, like that of the package, with --accelerator none --threads 1: else the
-    difference is lost in what the engine's own threads take.
+    Chats are streamed to clients in a process of their own, and compared with the same replies by the same engine in
+    the same thread, which nobody is sent: the time to the first byte and between two tokens as a client sees them, and
+    the CPU time of this process. The engine alone is the decode step and the choice of the token. Take a small model,
+    like that of the package, with --accelerator none --threads 1: else the difference is lost in what the engine's own
+    threads take.
     """
     from hybrimoe.cli.serve import need_extra
 
@@ -71,14 +72,19 @@ def _measured(deployment: DeployConfig, clients: list[int], new_tokens: int, rou
 
 
 def _show(rows: list[Row], new_tokens: int, rounds: int) -> None:
-    columns = ("clients", "served, us", "engine alone, us", "server, us", "from - to")
+    columns = ("clients", "ms", "served", "engine alone", "server adds", "from - to", "of it text")
     shown = [
-        (str(row.clients), f"{row.served_us:.0f}", f"{row.engine_us:.0f}", f"{row.overhead_us:.0f}",
-         " - ".join(f"{us:.0f}" for us in row.overhead_us_range))
+        (str(row.clients), what, f"{one.served_ms:.3f}", f"{one.engine_ms:.3f}", f"{one.added_ms:.3f}",
+         " - ".join(f"{ms:.3f}" for ms in one.added_ms_range), f"{times * row.text_ms:.3f}")
         for row in rows
+        for what, one, times in (
+            ("to the first", row.first, 1), ("between two", row.between, row.clients), ("CPU of one", row.cpu, 1)
+        )
     ]  # fmt: skip
-    render.out().print(render.table(f"CPU time of a streamed token, of {new_tokens} a reply; measured", columns, shown))
+    render.out().print(render.table(f"Streamed tokens, {new_tokens} a reply; measured", columns, shown))
     render.note(
-        f"The least disturbed of {rounds} rounds each; all threads of the process; from - to: what rounds differ by."
-        " --accelerator none --threads 1 leave out threads that spin, or hold Python's lock, beside the server's."
+        f"Medians of {rounds} rounds each, and their difference; from - to: what rounds differ by. To the first: prompt"
+        " and choice of the token, by the clock, each question a new one. Between two: of one reply, by the clock; in"
+        " that time each client gets one. CPU: all threads of the process. --accelerator none --threads 1 leave out"
+        " threads that spin, or hold Python's lock, beside the server's."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
 __all__ = ["Call", "Event", "PlainParser", "Reasoning", "ReplyParser", "Text", "Tool", "call", "joined", "parsed_json"]
@@ -101,14 +102,12 @@ def parsed_json(text: str) -> Any:
 def joined(events: Iterable[Event]) -> list[Event]:
     """The events with neighbouring texts of one kind in one."""
     result: list[Event] = []
-    for event in events:
-        last = result[-1] if result else None
-        if isinstance(event, Text) and isinstance(last, Text):
-            result[-1] = Text(last.text + event.text)
-        elif isinstance(event, Reasoning) and isinstance(last, Reasoning):
-            result[-1] = Reasoning(last.text + event.text)
+    for kind, neighbours in groupby(events, type):
+        if kind is Call:
+            result.extend(neighbours)
         else:
-            result.append(event)
+            text = "".join(event.text for event in neighbours if not isinstance(event, Call))
+            result.append(Reasoning(text) if kind is Reasoning else Text(text))
     return result
 
 

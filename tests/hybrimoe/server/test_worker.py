@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -400,3 +401,24 @@ class TestTurns:
             assert 0 < len(reply.token_ids) < 80
             assert whole.startswith(text)
             assert isinstance(late, LateError)
+
+
+@pytest.mark.parametrize("top_logprobs", [None, 1])
+def test_a_piece_has_what_belongs_to_its_tokens_and_no_more(generator, top_logprobs):
+    """What each piece of a long reply carries must not grow with the reply: a whole answer keeps all of them."""
+
+    async def run():
+        worker = Worker(BatchEngine(generator))
+        worker.start()
+        job = worker.submit(generator.encode("It was"), replace(LONG, top_logprobs=top_logprobs))
+        pieces = []
+        while not pieces or pieces[-1] is not None:
+            pieces.extend(item for _, item in await job.inbox.take())
+        await asyncio.to_thread(worker.close)
+        return job, pieces[:-1]
+
+    job, pieces = running(run())
+    n_recorded = 0 if top_logprobs is None else len(job.reply.token_ids)
+    assert len(pieces) > 10
+    assert sum(len(piece.logprobs) for piece in pieces) == n_recorded
+    assert [offset for piece in pieces for offset in piece.text_offsets] == job.reply.text_offsets[:n_recorded]

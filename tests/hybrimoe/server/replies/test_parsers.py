@@ -165,3 +165,18 @@ def test_arguments_that_are_no_json_object_are_no_call_and_all_text_can_be_sent(
     for event in read(marked("hermes"), [text]):
         said = event.arguments if isinstance(event, Call) else event.text
         said.encode()
+
+
+def test_joined_texts_are_of_one_kind_and_calls_stay_apart():
+    events = [
+        Text("a"),
+        Text("b"),
+        Reasoning("c"),
+        Call("f", "{}"),
+        Call("f", "{}"),
+        Text("d"),
+        Reasoning("e"),
+        Reasoning("f"),
+    ]
+    assert joined(events) == [Text("ab"), Reasoning("c"), Call("f", "{}"), Call("f", "{}"), Text("d"), Reasoning("ef")]
+    assert joined(iter([])) == []
