@@ -15,6 +15,7 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybriMoEError
+from hybrimoe.text_files import plain_texts, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +165,7 @@ def image_processor(folder: Path, tokenizer: Any, model_type: str) -> Any:
     settings: dict[str, Any] = {}
     for file in (folder / name for name in PROCESSOR_FILES):
         if file.is_file():
-            settings = json.loads(file.read_text(encoding="utf-8")) | settings
+            settings = json.loads(read_text(file)) | settings
     name = settings.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
     if not name:
         raise HybriMoEError(f"transformers {version('transformers')} has no processor for {model_type}")
@@ -177,10 +178,11 @@ def image_processor(folder: Path, tokenizer: Any, model_type: str) -> Any:
             """As transformers does; a part that is left out is none of a wrong class."""
             return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
-    seeing = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    with plain_texts(folder) as plain:
+        seeing = AutoImageProcessor.from_pretrained(plain, trust_remote_code=False)
     parts = {"image_processor": seeing, "tokenizer": tokenizer}
     file = folder / PROCESSOR_FILES[0]
-    own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    own = json.loads(read_text(file)) if file.is_file() else {}
     return ForImages.from_args_and_dict([parts.get(name) for name in of_family.get_attributes()], own)
 
 

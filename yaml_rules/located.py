@@ -1,11 +1,13 @@
 """Safe YAML that remembers on which line each value stands, so that every later error can name file and line.
 
 Only plain data comes out (mappings with text or integer keys, lists, text, numbers, booleans, null). Python tags,
-duplicate keys, recursive aliases and alias bombs are errors.
+duplicate keys, recursive aliases and alias bombs are errors. What is a number or a truth value says YAML 1.2: `no` and
+`2026-01-01` are texts, 010 is ten, and 1e-3 is a number, where PyYAML has them as YAML 1.1 does.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +21,21 @@ KeyPath = tuple[str | int, ...]
 
 _TAG_PREFIX = "tag:yaml.org,2002:"
 _PLAIN_TAGS: dict[type[yaml.Node], frozenset[str]] = {
-    yaml.ScalarNode: frozenset({"str", "int", "float", "bool", "null", "timestamp"}),
+    yaml.ScalarNode: frozenset({"str", "int", "float", "bool", "null"}),
     yaml.SequenceNode: frozenset({"seq"}),
     yaml.MappingNode: frozenset({"map"}),
 }
+
+_SCALARS = (  # the core schema of YAML 1.2, section 10.3.2; and merge keys, which are refused by name
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
+)
+_BASES = {"0o": 8, "0x": 16}
+_SHOWN_CHARACTERS = 60  # of a value, in an error
 
 MAX_NODES = 50_000  # far above any rule file; stops alias bombs
 MAX_BYTES = 16 * 1024 * 1024
@@ -57,6 +70,27 @@ class Located:
         return self.source if line is None else f"{self.source}:{line}"
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, with the scalars of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 # PyYAML's own form
+
+    def whole_number(self, node: yaml.ScalarNode) -> int:
+        """The int of a node, which YAML 1.1 would read in other bases."""
+        return int(node.value, _BASES.get(node.value[:2], 10))
+
+
+for _kind, _pattern, _first in _SCALARS:
+    _firsts = ["" if character == "\0" else character for character in _first]
+    _Loader.add_implicit_resolver(_TAG_PREFIX + _kind, re.compile(f"^(?:{_pattern})$"), _firsts)
+_Loader.add_constructor(_TAG_PREFIX + "int", _Loader.whole_number)
+
+
+def plain_value(text: str) -> Any:
+    """What a value of a command line, such as `0.1` or `pool`, is in YAML. Raises YamlRulesError for what is none."""
+    return parse_yaml(text, "a value").data
+
+
 def read_yaml(path: str | Path) -> Located:
     """Read one YAML document from a file.
 
@@ -81,7 +115,7 @@ def read_yaml(path: str | Path) -> Located:
 def parse_yaml(text: str, source: str = "<text>") -> Located:
     """Parse one YAML document; `source` is what errors name as the file."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             root = loader.get_single_node()
             reader = _Reader(loader, source)
@@ -107,7 +141,7 @@ def _marked_message(error: yaml.MarkedYAMLError, source: str) -> str:
 class _Reader:
     """Turns YAML nodes into plain data and notes their lines."""
 
-    def __init__(self, loader: yaml.SafeLoader, source: str) -> None:
+    def __init__(self, loader: _Loader, source: str) -> None:
         self.loader = loader
         self.source = source
         self.lines: dict[KeyPath, int] = {}
@@ -157,7 +191,12 @@ class _Reader:
         try:
             return self.loader.construct_object(node, deep=True)
         except ValueError as error:
-            raise self._error(node, f"{node.value!r} cannot be read: {error}") from error
+            raise self._error(node, f"{_shown(node.value)} cannot be read: {error}") from error
 
     def _error(self, node: yaml.Node, message: str) -> YamlRulesError:
         return YamlRulesError(f"{self.source}:{node.start_mark.line + 1}: {message}")
+
+
+def _shown(value: str) -> str:
+    """A value in an error, of which a long one has only its beginning."""
+    return repr(value) if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]!r}..."

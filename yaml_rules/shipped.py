@@ -44,7 +44,7 @@ def find(kind: Kind, name_or_path: str | Path) -> Path:
     path = Path(text).expanduser()
     if path.is_file():
         return path
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or path.is_dir():
         raise YamlRulesError(
             f"{path}: " + ("expected a YAML file, found a directory" if path.is_dir() else "no such file")
         )

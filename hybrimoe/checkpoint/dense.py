@@ -33,6 +33,7 @@ from hybrimoe.checkpoint.errors import LeftOutWarning, listed
 from hybrimoe.checkpoint.source import read_config_dict
 from hybrimoe.errors import CheckpointError, ModelError
 from hybrimoe.generation.sampling import check_settings
+from hybrimoe.text_files import plain_texts
 
 AUTO_CLASSES = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
@@ -46,6 +47,21 @@ COUNTS = (
     "vocab_size",
     "num_experts_per_tok",
 )
+"""Of config.json: what is 1 or more in every model."""
+SIZES = (
+    *COUNTS,
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "max_position_embeddings",
+    "sliding_window",
+)
+"""What is multiplied, or made in that number, when a model is built."""
+MOST_LAYERS = 10_000
+"""A model is built layer by layer before its weights are looked at, and no model has so many."""
+MOST = (1 << 31) - 1  # of any other of these numbers: sizes are multiplied, and must fit 64 bits
 EXPONENTS = {
     torch.float32: (torch.int32, 0x7F800000),
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -77,7 +93,7 @@ def _described(file: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         raise ModelError(
             f"{file}: transformers makes no {raw['model_type']} of its metadata: {_reason(error)}; fetch the file again"
         ) from error
-    _check_counts(file, {name: getattr(config.get_text_config(), name, None) for name in COUNTS})
+    _check_counts(file, {name: getattr(config.get_text_config(), name, None) for name in SIZES})
     return config
 
 
@@ -87,13 +103,15 @@ def _read_directory(directory: Path) -> PreTrainedConfig:
     if "auto_map" in raw and raw["model_type"] not in CONFIG_MAPPING:
         raise code_of_its_own(str(directory), raw["model_type"])
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with plain_texts(directory) as plain:
+            config = AutoConfig.from_pretrained(plain, trust_remote_code=False)
+        config.name_or_path = str(directory)
     except Exception as error:  # whatever transformers raises of a configuration is about that file
         raise ModelError(
             f"{directory}: transformers cannot read config.json ({raw['model_type']}): {_reason(error)}; correct that"
             " entry, or fetch the file again"
         ) from error
-    _check_counts(directory, {name: getattr(config.get_text_config(), name, None) for name in COUNTS})
+    _check_counts(directory, {name: getattr(config.get_text_config(), name, None) for name in SIZES})
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
@@ -101,13 +119,22 @@ def _read_directory(directory: Path) -> PreTrainedConfig:
 
 
 def _check_counts(directory: Path, config: Mapping[str, Any]) -> None:
-    """Raises ModelError for a size or number of config.json that is 0 or less: transformers divides by some of them."""
+    """Raises ModelError for a size or number of config.json that is 0 or less (transformers divides by some of them),
+    or beyond all measure."""
     inner = config.get("text_config")
+    if not isinstance(inner, Mapping | None):
+        raise ModelError(
+            f"{directory}: text_config in config.json is {inner!r}; expected an object with the model's sizes"
+        )
     for part in (config, inner if isinstance(inner, Mapping) else {}):
-        for name in COUNTS:
-            value = part.get(name)
-            if isinstance(value, int | float) and value < 1:
+        for name in SIZES:
+            value, most = part.get(name), MOST_LAYERS if name == "num_hidden_layers" else MOST
+            if not isinstance(value, int | float):
+                continue
+            if value < 1 and name in COUNTS:
                 raise ModelError(f"{directory}: {name} in config.json is {value}; expected 1 or more")
+            if value > most:
+                raise ModelError(f"{directory}: {name} in config.json is {value}; expected {most} at most")
 
 
 def _reason(error: Exception) -> str:
@@ -176,7 +203,8 @@ def read_generation_defaults(model: PreTrainedModel, directory: Path) -> None:
         return
     file = directory / GENERATION_CONFIG_NAME
     try:
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        with plain_texts(directory) as plain:
+            model.generation_config = GenerationConfig.from_pretrained(plain)
     except Exception as error:  # whatever transformers raises here is about that file
         raise ModelError(
             f"{file}: transformers cannot read it: {_reason(error)}; correct the file, or remove it"

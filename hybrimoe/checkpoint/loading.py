@@ -38,7 +38,7 @@ from hybrimoe.checkpoint.experts import LayerSource, layer_sources, pack_experts
 from hybrimoe.checkpoint.packed import PackedFile
 from hybrimoe.checkpoint.packed_dense import DenseSource
 from hybrimoe.checkpoint.progress import Progress, progress_of
-from hybrimoe.checkpoint.record_file import Header, folders
+from hybrimoe.checkpoint.record_file import Header, folders, other_folders
 from hybrimoe.checkpoint.source import is_demo, model_path, read_config_dict
 from hybrimoe.checkpoint.weights import Weights, open_weights
 from hybrimoe.config.deploy import DeployConfig, load_config
@@ -198,9 +198,10 @@ class Loader:
 
     @property
     def shelves(self) -> tuple[Path, ...]:
-        """Where packed files may lie: in the model's own folder if it is a pack, then in `places`."""
+        """Where packed files may lie: in the model's own folder if it is a pack, in `places`, and, where the model was
+        moved, in other folders of the cache."""
         own = () if self.weights.pack is None or self.weights.folder is None else (self.weights.folder,)
-        return (*own, *self.places)
+        return (*own, *self.places, *(other_folders(self.places) if self.places else ()))
 
     def _packed_store(self, session: Session, sources: list[LayerSource], show: Progress) -> ExpertStore | None:
         """The session's experts as they lie packed on disk, or are packed there now; None where they go to memory.

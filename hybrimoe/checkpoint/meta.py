@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.checkpoint.gguf.file import is_gguf, open_gguf
 from hybrimoe.errors import ConfigError, ModelError, unknown
+from hybrimoe.text_files import read_text
 from scheduler.machine.profile import ModelShape
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def with_kv_dtype(shape: ModelShape, model: str | Path | None, kv_dtype: str) ->
     if model in shapes.shape_names():
         config = read_yaml(shapes.FOLDER / f"{model}.yaml").data["config"]
     elif is_hub_id(model) and not HUB_FILE.match(str(model)):
-        config = json.loads(hub_config_file(str(model)).read_text(encoding="utf-8"))
+        config = json.loads(read_text(hub_config_file(str(model))))
     else:
         config = read_config_dict(model_path(model))
     settings = SimpleNamespace(**{**config, **config.get("text_config", {})})

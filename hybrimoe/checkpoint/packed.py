@@ -11,13 +11,44 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels import LAYOUT_VERSION
+from cpu_kernels import LAYOUT_VERSION, ExpertWeights
+from cpu_kernels.host.mapped import MappedFile
 from hybrimoe.checkpoint import record_file
 from hybrimoe.checkpoint.record_file import Header
+from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 from hybrimoe.runtime.tier.store import TieredStore
 
 FORMAT_VERSION = 2
+
+
+class MappedStore(ExpertStore):
+    """A store over a mapped file, whose bytes may turn out to be lost when they are needed."""
+
+    mapped: MappedFile
+    path: Path
+
+    @classmethod
+    def over(cls, layers: Sequence[LayerSpec], mapped: MappedFile, path: Path) -> MappedStore:
+        """The store of the records that lie in `mapped`, of the file `path`."""
+        store = cls.from_buffer(layers, mapped.array)
+        store.mapped, store.path = mapped, path
+        return store
+
+    def read(self, layer: int, expert: int) -> ExpertWeights:
+        """As `ExpertStore.read`. Raises CheckpointError as `check`."""
+        weights = super().read(layer, expert)
+        self.check()
+        return weights
+
+    def check(self) -> None:
+        """As `ExpertStore.check`."""
+        if self.mapped.n_lost_pages:
+            raise CheckpointError(
+                f"{self.path} was cut short, or its disk gives errors, while the experts in it were in use:"
+                f" {self.mapped.n_lost_pages} pages of it did not come, and no reply can be trusted any more. Load the"
+                " model again: packed experts that are not whole are packed anew (a pack must be converted anew)"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +59,13 @@ class PackedFile:
     layers: tuple[LayerSpec, ...]
     offset_bytes: int
 
-    def open(self) -> ExpertStore:
-        """A store over the mapped, read-only file."""
-        mapped = np.memmap(
-            self.path, dtype=np.uint8, mode="r", offset=self.offset_bytes, shape=(_records_bytes(self.layers),)
-        )
-        return ExpertStore.from_buffer(self.layers, mapped)
+    def open(self) -> MappedStore:
+        """A store over the mapped, read-only file. Raises CheckpointError where it cannot be mapped."""
+        try:
+            mapped = MappedFile(self.path, self.offset_bytes, _records_bytes(self.layers))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} cannot be mapped into memory: {error}; start again") from error
+        return MappedStore.over(self.layers, mapped, self.path)
 
     def tiered(self, budget_bytes: int, usage_folders: Sequence[Path], *, pinned: bool) -> TieredStore:
         """A store that keeps as many experts as `budget_bytes` hold in memory and reads the others when they are

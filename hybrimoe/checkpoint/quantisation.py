@@ -15,6 +15,7 @@ from typing import Any
 
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, unreadable
 from hybrimoe.errors import CheckpointError
+from hybrimoe.text_files import read_text
 
 CONFIG_NAME = "config.json"
 CONFIG_KEYS = ("quantization_config", "compression_config")
@@ -189,7 +190,7 @@ def _in_config(config: Mapping[str, Any], path: str = f"{CONFIG_NAME}: ") -> Ite
 def _in_files(directory: Path) -> Iterator[tuple[str, Any]]:
     for name in SIDE_FILES:
         try:
-            entry = json.loads((directory / name).read_text(encoding="utf-8"))
+            entry = json.loads(read_text(directory / name))
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:

@@ -58,6 +58,13 @@ def folders(model: Path, *, beside: bool) -> tuple[Path, ...]:
     return (packed_folder(model), cache) if beside else (cache,)
 
 
+def other_folders(places: Collection[Path]) -> tuple[Path, ...]:
+    """Folders of the cache that are not among `places`: what a model has left there that lay elsewhere when it was
+    packed. Its files say what they were made from, so that those of other models are passed over."""
+    found = sorted(cache_home().glob(f"*-{'[0-9a-f]' * KEY_DIGITS}"))
+    return tuple(folder for folder in found if folder not in places)
+
+
 def with_adapters(header: Header, adapters: Sequence[str]) -> Header:
     """The header of records that adapters of these identities are merged into; as it was where there are none."""
     return {**header, ADAPTERS: list(adapters)} if adapters else header

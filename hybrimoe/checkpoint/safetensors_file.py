@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     expected_bytes = max((tensor.offset_bytes + tensor.nbytes for tensor in tensors.values()), default=start)
     if expected_bytes > size_bytes:
         raise _damaged(path, size_bytes, f"its header promises {expected_bytes} bytes")
+    _check_places(path, size_bytes, start, tensors.values())
     return SafetensorsFile(path, size_bytes, hashlib.sha256(text).hexdigest(), tensors)
 
 
@@ -145,6 +147,18 @@ def _stored(path: Path, key: str, entry: Any, start: int) -> StoredTensor:
             " the file is damaged, fetch it again"
         )
     return tensor
+
+
+def _check_places(path: Path, size_bytes: int, start: int, tensors: Iterable[StoredTensor]) -> None:
+    """The format has tensors one behind the other, without gaps, up to the end of the file. Raises CheckpointError."""
+    end, before = start, "its header"
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset_bytes, tensor.nbytes)):
+        if tensor.offset_bytes != end:
+            what = "overlaps" if tensor.offset_bytes < end else "leaves a gap behind"
+            raise _damaged(path, size_bytes, f"{tensor.key} {what} {before}")
+        end, before = end + tensor.nbytes, tensor.key
+    if end != size_bytes:
+        raise _damaged(path, size_bytes, f"its tensors end at {end}")
 
 
 def _read(tensor: StoredTensor, offset_bytes: int, shape: tuple[int, ...]) -> torch.Tensor:

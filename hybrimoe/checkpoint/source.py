@@ -16,6 +16,7 @@ from hybrimoe.checkpoint.gguf.config import config_of
 from hybrimoe.checkpoint.gguf.file import PART_NAME, first_part, first_parts, is_gguf, open_gguf
 from hybrimoe.demo import smollm2
 from hybrimoe.errors import CheckpointError, ModelError
+from hybrimoe.text_files import read_text
 
 INDEX_NAME, SINGLE_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
 MANIFEST_NAME, CHECKSUMS_NAME = "hybrimoe-pack.json", "hybrimoe-pack.sums"
@@ -61,7 +62,7 @@ def model_path(path_or_hub_id: str | Path | None) -> Path:
         return _from_hub(str(path_or_hub_id))
     if (file := HUB_FILE.match(str(path_or_hub_id))) is not None:
         return first_part(_file_from_hub(file["hub_id"], file["name"]))
-    raise ModelError(f"no model directory {path}; expected {EXPECTED}")
+    raise ModelError(stands_for(path) or f"no model directory {path}; expected {EXPECTED}")
 
 
 def read_config_dict(path: Path) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def read_config_dict(path: Path) -> dict[str, Any]:
 def _read_json(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG_NAME
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(file))
     except FileNotFoundError as error:
         raise ModelError(
             stands_for(file) or f"{directory} is no model directory: it has no {CONFIG_NAME}{_snapshot_in(directory)}"
@@ -206,7 +207,7 @@ def _only_gguf(directory: Path) -> Path | None:
 def _read_index(index: Path) -> dict[str, str]:
     """File name by key. Raises CheckpointError for an index that is damaged."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_text(index))["weight_map"]
         return {str(key): str(name) for key, name in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -81,6 +81,7 @@ class LazyGroup(TyperGroup):
         debug = "--debug" in options or os.environ.get("HYBRIMOE_DEBUG", "") not in ("", "0")
         if "--debug" in options:
             words.remove("--debug")
+        _open_closed_streams()
         _show_what_can_be_shown()
         try:
             result = super().main(words, standalone_mode=False, **extra)
@@ -93,6 +94,18 @@ class LazyGroup(TyperGroup):
         if standalone_mode:
             sys.exit(code)
         return code
+
+
+def _open_closed_streams() -> None:
+    """A program that was started without one of stdin, stdout and stderr (`>&-`) reads nothing, and writes to nowhere;
+    else the first file that it opens would stand in that place."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 # to the end
 
 
 def _show_what_can_be_shown() -> None:
@@ -146,13 +159,23 @@ def report(error: Exception, *, as_json: bool, debug: bool) -> int:
         render.traceback_to_stderr(error)
     code = exit_code(error)
     is_usage = hasattr(error, "format_message")
-    if as_json:
-        render.emit_json({"error": {"type": type(error).__name__, "message": _message(error), "exit_code": code}})
-    elif is_usage:
+    if as_json and _told_as_json(error, code):
+        return code
+    if is_usage:
         error.show()  # type: ignore[attr-defined]  # usage line, hint and message, from the parser
     else:
         render.error(_message(error))
     return code
+
+
+def _told_as_json(error: Exception, code: int) -> bool:
+    """False where stdout takes nothing, which may be what went wrong."""
+    try:
+        render.emit_json({"error": {"type": type(error).__name__, "message": _message(error), "exit_code": code}})
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
 
 
 def exit_code(error: BaseException) -> int:
@@ -171,8 +194,10 @@ def _message(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if type(error).__module__.split(".")[0] in OUR_PACKAGES:
         return text
+    if isinstance(error, FileNotFoundError) and error.filename is None and not _has_folder():
+        return "the current folder is not there any more; change to one that is"
     if isinstance(error, OSError):
-        return text
+        return text if error.filename is not None or not error.strerror else error.strerror
     if isinstance(error, ImportError):
         from hybrimoe.compat import import_fault
 
@@ -183,6 +208,14 @@ def _message(error: Exception) -> str:
     if isinstance(error, typer.Abort):
         return "aborted"
     return f"unexpected {type(error).__name__}: {text}\nThis is a defect of HybriMoE; --debug shows where it came from."
+
+
+def _has_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def _silence_closed_pipe() -> None:

@@ -15,6 +15,7 @@ import typer
 
 from hybrimoe.cli.common import API_KEY_VARIABLE, JsonOption
 from hybrimoe.cli.views import render
+from hybrimoe.text_files import read_text
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -135,7 +136,7 @@ class Server:
         if api_key_file is None:
             return cls(whole.rstrip("/"), os.environ.get(API_KEY_VARIABLE) or None)
         try:
-            lines = api_key_file.read_text(encoding="utf-8").split()
+            lines = read_text(api_key_file).split()
         except (OSError, UnicodeDecodeError) as error:
             raise FileError(f"cannot read {api_key_file} ({error}): expected a file with an API key") from error
         if not lines:

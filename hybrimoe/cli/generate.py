@@ -11,6 +11,7 @@ import typer
 
 from hybrimoe.cli import common
 from hybrimoe.cli.views import render
+from hybrimoe.text_files import MARK, read_text, require_text
 
 if TYPE_CHECKING:
     from hybrimoe.cli.common_model import OpenModel
@@ -156,6 +157,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     text = prompt if prompt is not None else read_file(prompt_file).removesuffix("\n")
     if not text.strip():
         raise PromptError("the prompt is empty: expected some text to continue")
+    require_text(text, "the prompt")
     return text
 
 
@@ -166,7 +168,7 @@ def read_file(path: Path | None) -> str:
     if path is None and sys.stdin.isatty():
         raise typer.BadParameter('no prompt: give --prompt "some text", --prompt-file FILE, or text on stdin')
     try:
-        return sys.stdin.read() if path is None or str(path) == "-" else path.read_text(encoding="utf-8")
+        return sys.stdin.read().removeprefix(MARK) if path is None or str(path) == "-" else read_text(path)
     except UnicodeDecodeError as error:
         raise PromptError(f"the prompt in {path or 'stdin'} is no UTF-8 text: {error}") from error
     except OSError as error:

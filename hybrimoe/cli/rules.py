@@ -8,6 +8,7 @@ import typer
 
 from hybrimoe.cli.common import JsonOption, check_rules
 from hybrimoe.cli.views import render
+from hybrimoe.text_files import read_text
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="Rule file, or the name of a shipped rule set.")]
 OnModelOption = Annotated[
@@ -105,4 +106,4 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
         return
     for source in dict.fromkeys(rule.located.source for rule in rules):
         render.out().print(f"# {source}", style="dim", markup=False)
-        render.out().print(Path(source).read_text(encoding="utf-8"), markup=False, soft_wrap=True)
+        render.out().print(read_text(Path(source)), markup=False, soft_wrap=True)

@@ -16,6 +16,7 @@ import typer
 
 from hybrimoe.cli import common
 from hybrimoe.cli.views import render
+from hybrimoe.text_files import read_text
 
 if TYPE_CHECKING:
     from hybrimoe.config.deploy import DeployConfig, ServerConfig
@@ -232,7 +233,7 @@ def read_api_keys(settings: ServerConfig) -> list[str]:
     if settings.api_key_file is None:
         return keys
     try:
-        lines = Path(settings.api_key_file).read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(settings.api_key_file)).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"server.api_key_file: cannot read {settings.api_key_file}: {error}") from error
     found = [line.strip() for line in lines if line.strip()]

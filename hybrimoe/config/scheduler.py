@@ -11,7 +11,8 @@ from hybrimoe.amounts import parse_amount
 from hybrimoe.config.errors import locate
 from hybrimoe.config.values import Section
 from hybrimoe.errors import ConfigError, did_you_mean
-from yaml_rules.located import Located
+from yaml_rules.errors import YamlRulesError
+from yaml_rules.located import Located, plain_value
 
 DEFAULT_POLICY = "ours"
 _PARTS = ("balance", "prefetch", "cache")
@@ -83,15 +84,16 @@ def lossy_option(text: str) -> dict[str, Any]:
 
     Raises ConfigError for a part without `=`; kind, names and values are checked where the mapping is used.
     """
-    import yaml
-
     kind, _, rest = text.partition(":")
     found: dict[str, Any] = {"kind": kind.strip()}
     for part in filter(None, rest.split(",")):
         name, equals, value = part.partition("=")
         if not equals or not value.strip():
             raise ConfigError(f"lossy {text!r}: expected KIND or KIND:name=value,name=value, found {part!r}")
-        found[name.strip()] = yaml.safe_load(value)
+        try:
+            found[name.strip()] = plain_value(value)
+        except YamlRulesError as error:
+            raise ConfigError(f"lossy {text!r}: {value!r} is no value of a parameter") from error
     return found
 
 

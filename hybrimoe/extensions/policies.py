@@ -19,13 +19,13 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hybrimoe.errors import ConfigError
 from scheduler.errors import PolicyError, SchedulerError
 from scheduler.extension import Extension, extensions
 from scheduler.planner.policies import resolve_policy
 from scheduler.simulator.simulator import SimulationConfig
+from yaml_rules.errors import YamlRulesError
+from yaml_rules.located import plain_value
 
 GROUP = "hybrimoe.policies"
 FILE_SPEC = re.compile(r"(?P<file>.+?\.py)(?:::(?P<name>[^:]+))?(?::(?P<rest>.*))?", re.DOTALL)
@@ -167,8 +167,8 @@ def _parameters(text: str, rest: str) -> dict[str, Any]:
         if not equals or not name.strip() or not value.strip():
             raise PolicyError(f"policy {text!r}: expected NAME or NAME:parameter=value,parameter=value, found {part!r}")
         try:
-            params[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            params[name.strip()] = plain_value(value)
+        except YamlRulesError as error:
             raise PolicyError(f"policy {text!r}: {value!r} is no value of a parameter") from error
     return params
 

@@ -19,6 +19,7 @@ from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.sampling import SamplingOptions
 from hybrimoe.generation.templates.form import in_the_templates_form
 from hybrimoe.generation.templates.limit import time_limit
+from hybrimoe.text_files import require_text
 
 __all__ = [
     "Conversation", "Turn", "chat_options", "encode_chat", "has_chat_template", "render_chat", "require_vision",
@@ -218,7 +219,8 @@ def require_vision(vision: Vision | None) -> Vision:
 
 
 def tokenised_chat(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a conversation that `render_chat` gave."""
+    """Token ids of a conversation that `render_chat` gave. Raises PromptError where it is no Unicode."""
+    require_text(text, "the message")
     return list(tokenizer(text, add_special_tokens=not has_chat_template(tokenizer))["input_ids"])
 
 

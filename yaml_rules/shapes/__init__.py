@@ -51,7 +51,7 @@ def _name_of(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise YamlRulesError(f"{path}: expected the JSON of a model configuration ({error})") from error
     if not isinstance(data, dict):

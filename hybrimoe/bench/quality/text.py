@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from hybrimoe.demo import HELD_OUT_FILE
 from hybrimoe.errors import ModelError
+from hybrimoe.text_files import read_text
 
 WINDOW = 512  # tokens of a window of text
 
@@ -26,7 +27,7 @@ def text_windows(folder: Path, text: Path | None, count: int) -> tuple[list[torc
     path = next((candidate for candidate in named if candidate.is_file()), None)
     if path is None:
         raise ModelError(f"there is no text at {' or '.join(map(str, named))}; name one with --text")
-    encoded = load_tokenizer(folder)(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    encoded = load_tokenizer(folder)(read_text(path), verbose=False)["input_ids"]
     windows = [window for window in torch.tensor(encoded).split(WINDOW) if len(window) > 1]
     if not windows:
         raise ModelError(f"{path} is too short")

@@ -92,13 +92,9 @@ class MappedWithin:
 
     def __init__(self, file: PackedFile, places: RecordPlaces, n_records: int) -> None:
         self.store, self._places, self._n_records = file.open(), places, n_records
+        self._map = self.store.mapped.mapping
         self._used: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._descriptor = os.open(file.path, os.O_RDONLY)
-        memory: Any = self.store.buffer
-        while not isinstance(memory, np.memmap):
-            memory = memory.base
-        self._map: mmap.mmap = memory._mmap  # type: ignore[attr-defined]
-        self._first = memory.offset - memory.offset % mmap.ALLOCATIONGRANULARITY
 
     def used(self, layer: int, experts: Iterable[int]) -> None:
         """These have been computed: the least recently used ones beyond the limit leave memory."""
@@ -111,7 +107,7 @@ class MappedWithin:
     def _drop(self, layer: int, expert: int) -> None:
         offset, size = self._places.record(layer, expert)
         start, end = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, (offset + size) // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, start - self._first, end - start)
+        self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
         os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:

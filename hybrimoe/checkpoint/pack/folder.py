@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybrimoe.checkpoint.record_file import HAS_LOCKS, PARTIAL_SUFFIX, sync_folder
+from hybrimoe.checkpoint.record_file import FILE_MODE, HAS_LOCKS, PARTIAL_SUFFIX, sync_folder
 
 if HAS_LOCKS:
     import fcntl
@@ -37,6 +37,8 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
         try:
             yield place
             for file in place.rglob("*"):
+                if file.is_file():  # some libraries write files that their user alone may read
+                    os.chmod(file, FILE_MODE)
                 _sync(file)
             os.chmod(place, FOLDER_MODE)
             os.rename(place, target)

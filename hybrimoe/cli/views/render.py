@@ -79,10 +79,11 @@ def traceback_to_stderr(problem: BaseException) -> None:
 
 
 def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A compact table: the first column is text, the others are right-aligned figures."""
+    """A compact table: the first column is text, the others are right-aligned figures. In a narrow terminal what has no
+    room in a line goes on in the next: a figure that is cut is another figure."""
     result = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(columns):
-        result.add_column(name, justify="left" if index == 0 else "right")
+        result.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         result.add_row(*(escape(str(cell)) for cell in row))
     return result

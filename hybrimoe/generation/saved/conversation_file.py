@@ -11,6 +11,7 @@ from typing import Any
 
 from hybrimoe.errors import FileError
 from hybrimoe.generation.images.messages import as_json, content_from_json
+from hybrimoe.text_files import read_text
 
 __all__ = ["messages_of", "read_messages", "write_messages", "write_whole"]
 
@@ -25,7 +26,7 @@ def read_messages(path: Path) -> list[dict[str, Any]]:
     try:
         if path.exists() and not path.is_file():
             raise FileError(f"{path} is no file: expected one with a JSON list of messages")
-        return messages_of(json.loads(path.read_text(encoding="utf-8-sig")))
+        return messages_of(json.loads(read_text(path)))
     except OSError as error:
         raise FileError(
             f"cannot read {path} ({error.strerror}): expected a file that exists, as /save writes"

@@ -31,8 +31,8 @@ from hybrimoe.server.fields import (
     Text,
     Tokens,
     TopK,
+    json_throughout,
     shown,
-    unicode_throughout,
 )
 from hybrimoe.server.forms import Ended, Form, Frame, Update, WholeReply, sse
 from hybrimoe.server.images import image_part, text_part
@@ -85,7 +85,7 @@ class Block(Strict):
     name: Text | None = None
     input: Free | None = None
     tool_use_id: Text | None = None
-    content: Annotated[Any, AfterValidator(unicode_throughout)] = Field(
+    content: Annotated[Any, AfterValidator(json_throughout)] = Field(
         default=None, description="Of a result: a text, or a list of text and image blocks."
     )
     is_error: Boolean | None = None

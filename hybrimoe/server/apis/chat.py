@@ -28,7 +28,7 @@ from hybrimoe.server.fields import (
     Text,
     Tokens,
     TopLogprobs,
-    unicode_throughout,
+    json_throughout,
 )
 from hybrimoe.server.forms import Ended, FinishReason, Form, Frame, StopReason, Update, WholeReply, sse
 from hybrimoe.server.images import image_part, text_part
@@ -79,7 +79,7 @@ def _no_other_parts(value: object) -> object:
         kinds = {str(part.get("type")) for part in value if isinstance(part, dict)} - {"text", "image_url"}
         if kinds:
             found = ", ".join(sorted(kinds))[:MAX_SHOWN]
-            unicode_throughout(found)
+            json_throughout(found)
             raise ValueError(f"expected text content, found {found}")
     return value
 

@@ -7,18 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from cpu_kernels import ExpertDtype
 from hybrimoe.checkpoint import load
+from hybrimoe.checkpoint.gguf.tensor_types import TYPES, TensorType
 from hybrimoe.checkpoint.inspection import inspect
 
 from ...families.tiny_families import tiny_model
 from .formats.test_whole_models import SIZES, quantise
 from .formats.writers import CASES, Case
 from .gguf.models import OVERRIDES, gguf_model
+from .gguf.test_tensor_types import blocks
 from .models import FLOAT32, OPTIONS, logits
 from .test_adapters import ALPHA, RANK, STACKED, Tensors, pair, product, written
 from .test_quantised_checkpoints import write_fp8_blocks, write_mxfp4
@@ -27,6 +30,12 @@ SCALE = 0.5
 EXACT = FLOAT32 | {"dense_dtype": "float32", "packed_file": False}
 REPACKED: dict[ExpertDtype, float] = {"int8": 0.008, "int4": 0.12}
 """How far records of this dtype are from any weights: root mean square of the difference over that of the weights."""
+OFTEN = ("Q4_K", "Q6_K", "IQ4_XS")
+BLOCK_TYPES = [
+    pytest.param(kind, id=kind.name, marks=() if kind.name in OFTEN else pytest.mark.slow)
+    for kind in TYPES.values()
+    if kind.name.startswith(("IQ", "TQ")) or kind.name.endswith("_K")
+]
 KINDS = [gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16")]
 
 
@@ -78,7 +87,9 @@ def assert_merged(
     torch.testing.assert_close(logits(load(source, adapters=[str(adapter)], **EXACT)), wanted, rtol=1e-4, atol=1e-4)
 
 
-def assert_records_are_near(source: Path, adapter: Path, merged: PreTrainedModel, dtype: str, allowed: float) -> None:
+def assert_records_are_near(
+    source: Path, adapter: Path | str, merged: PreTrainedModel, dtype: str, allowed: float
+) -> None:
     """Packed records are as near to the merged experts as this dtype comes to any weights."""
     found = load(source, adapters=[str(adapter)], **OPTIONS | {"expert_dtype": dtype, "packed_file": False})
     for key, values in found.hybrimoe.full_state_dict().items():
@@ -172,6 +183,24 @@ def test_every_type_of_gguf(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> 
     tensors = experts_of("model.layers.1.mlp.experts", 32, 64) | pair("lm_head", 96, 32)
     adapter = written(tmp_path / "adapter", tensors)
     assert_merged(file, f"{adapter}:{SCALE}", dequantised(file, "olmoe"), tensors, SCALE)
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_types_that_only_llama_cpp_can_make(kind: TensorType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K and IQ types, of random blocks: what they stand for is the model that the adapter is added to."""
+    wide = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}  # rows are whole blocks
+    monkeypatch.setitem(OVERRIDES, "olmoe", OVERRIDES["olmoe"] | wide)
+    generator = np.random.default_rng(0)
+
+    def encode(values: np.ndarray, _: gguf.GGMLQuantizationType) -> np.ndarray:
+        return blocks(kind, generator, values.shape, limit=0.5)
+
+    file = gguf_model("olmoe", tmp_path, kind=gguf.GGMLQuantizationType(kind.code), encode=encode)
+    tensors = experts_of("model.layers.1.mlp.experts", 256, 256) | pair("lm_head", 96, 256)
+    adapter = written(tmp_path / "adapter", tensors)
+    plain = dequantised(file, "olmoe")
+    assert_merged(file, f"{adapter}:{SCALE}", plain, tensors, SCALE)
+    assert_records_are_near(file, f"{adapter}:{SCALE}", plain, "auto", REPACKED["int8"])
 
 
 @pytest.mark.parametrize(

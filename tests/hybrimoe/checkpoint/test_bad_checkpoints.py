@@ -80,14 +80,14 @@ def test_a_config_that_the_system_does_not_give(
     directory: Path, code: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Simulated: nothing is withheld from root, as whom tests may run."""
-    read = Path.read_text
+    read = Path.read_bytes
 
-    def refuse(file: Path, *arguments: Any, **options: Any) -> str:
+    def refuse(file: Path) -> bytes:
         if file.name == "config.json":
             raise OSError(code, os.strerror(code), str(file))
-        return read(file, *arguments, **options)
+        return read(file)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(ModelError, match=words) as caught:
         load(directory)
     assert "JSON" not in str(caught.value)
@@ -178,6 +178,23 @@ def test_a_link_to_what_is_not_there(name: str, directory: Path) -> None:
         (CheckpointError, ModelError), match=rf"{name} is a link to .*0a1b, which is not there; fetch it"
     ):
         load(directory, **OPTIONS)
+
+
+@pytest.mark.parametrize("size", [1 << 31, 1 << 63, 1e300])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "num_local_experts", "sliding_window"])
+def test_sizes_beyond_all_measure_are_refused_before_anything_is_built(
+    name: str, size: float, edit_config: Callable[..., Path]
+) -> None:
+    fails(ModelError, f"{name} in config.json is .*; expected [0-9]+ at most", edit_config(**{name: size}))
+
+
+def test_a_text_config_that_is_none(edit_config: Callable[..., Path]) -> None:
+    fails(ModelError, "text_config in config.json is 'x'; expected an object", edit_config(text_config="x"))
+
+
+def test_a_link_in_the_place_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to("elsewhere")
+    fails(ModelError, "model is a link to elsewhere, which is not there", tmp_path / "model")
 
 
 @pytest.mark.parametrize("entry", ["rope_parameters", "rope_scaling"])

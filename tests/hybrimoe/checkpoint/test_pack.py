@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import GraniteMoeConfig, PreTrainedModel
@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from hybrimoe.checkpoint import convert, load, verify_pack
 from hybrimoe.checkpoint.inspection import inspect
 from hybrimoe.checkpoint.pack.folder import _lock, whole_or_nothing
+from hybrimoe.checkpoint.packed import MappedStore
 from hybrimoe.checkpoint.source import CHECKSUMS_NAME, MANIFEST_NAME
 from hybrimoe.cli.app import app
 from hybrimoe.errors import CheckpointError, FileError
@@ -54,10 +55,16 @@ def test_a_pack_is_the_model_without_the_original(expert: str, dense: str, direc
     assert torch.equal(logits(model), expected)
     store = model.hybrimoe.session.store
     assert {layer.spec.dtype for layer in store.layers} == {expert}
-    assert isinstance(store.buffer, np.memmap)
+    assert isinstance(store, MappedStore)
     assert not [what for what in calls if "packing" in what]
     assert left_in(tmp_path / "moved") == before
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.hybrimoe"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="rights of POSIX")
+def test_others_may_read_a_pack_as_they_may_its_folder(pack: Path) -> None:
+    assert {file.stat().st_mode & 0o777 for file in pack.rglob("*")} == {0o644}
+    assert pack.stat().st_mode & 0o777 == 0o755
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> None:

@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cpu_kernels.host.mapped import is_watching
 from gpu_kernels.emulated import EmulatedAccelerator
 from hybrimoe.checkpoint import load, packed, record_file
 from hybrimoe.errors import BudgetError, CheckpointError
+from hybrimoe.generation import PrefixCache, TextGenerator
 from hybrimoe.runtime.store import ExpertStore
 
-from .models import OPTIONS, files_of, logits
+from .models import DENSE_OPTIONS, OPTIONS, done_in_loading, files_of, logits
 
 
 def packing(directory: Path, **options: Any) -> bool:
@@ -34,12 +36,64 @@ def test_the_second_start_maps_what_the_first_one_packed(directory: Path) -> Non
     written = file.stat().st_mtime_ns
     second = load(directory, **OPTIONS)
     store = second.hybrimoe.session.store
-    assert isinstance(store.buffer.base, np.memmap) or isinstance(store.buffer, np.memmap)
+    assert isinstance(store, packed.MappedStore)
+    assert store.buffer is store.mapped.array
     assert not store.buffer.flags.writeable
     assert np.array_equal(store.buffer, first.hybrimoe.session.store.buffer)
     assert torch.equal(logits(first), logits(second))
     assert file.stat().st_mtime_ns == written
     assert not list(directory.glob("*.partial"))
+
+
+@pytest.mark.skipif(not is_watching(), reason="lost pages are not noticed on this system")
+@pytest.mark.parametrize("accelerator", ["none", "emulated"])
+def test_a_file_that_is_cut_while_it_is_in_use_ends_replies_and_not_the_process(
+    accelerator: str, directory: Path
+) -> None:
+    options = OPTIONS | {"accelerator": accelerator}
+    load(directory, **options)
+    model = load(directory, **options)
+    expected = logits(model)
+    (file,) = files_of("experts", directory)
+    os.truncate(file, record_file.PAGE_BYTES)  # pages that were touched are gone, too
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=f"{file.name} was cut short.*Load the model again"):
+            logits(model)
+    with pytest.raises(CheckpointError, match="was cut short"):
+        model.hybrimoe.full_state_dict()
+    assert torch.equal(logits(load(directory, **options)), expected), "packed anew"
+
+
+@pytest.mark.skipif(not is_watching(), reason="lost pages are not noticed on this system")
+def test_a_compiled_step_whose_experts_are_lost_ends_the_reply(directory: Path) -> None:
+    load(directory, **OPTIONS | {"dense_dtype": "float32"})
+    model = load(directory, **OPTIONS | {"dense_dtype": "float32"})
+    assert model.hybrimoe.step is not None
+    generator, cache = TextGenerator(model, None), PrefixCache(model)
+    generator.forward([1, 2, 3], cache)
+    assert not generator.has_lost_experts
+    (file,) = files_of("experts", directory)
+    os.truncate(file, record_file.PAGE_BYTES)
+    with pytest.raises(CheckpointError, match="was cut short"):
+        generator.forward([4], cache)
+    assert not cache.token_ids
+    assert generator.has_lost_experts
+
+
+def test_what_lies_in_the_cache_is_found_again_once_the_model_was_moved(directory: Path) -> None:
+    expected = logits(load(directory, **DENSE_OPTIONS))
+    (cache,) = record_file.folders(directory, beside=False)
+    cache.mkdir(parents=True)
+    for what in ("experts", "dense"):
+        (file,) = files_of(what, directory)
+        file.rename(cache / file.name)
+    moved = directory.rename(directory.with_name("moved"))
+    assert not done_in_loading(moved) & {"packing experts", "packing dense layers"}
+    assert torch.equal(logits(load(moved, **DENSE_OPTIONS)), expected)
+    os.utime(moved / "model.safetensors")
+    assert done_in_loading(moved) >= {"packing experts", "packing dense layers"}, (
+        "other weights, as far as one can tell"
+    )
 
 
 def test_an_accelerator_that_wants_pinned_memory_gets_it_at_the_second_start(

@@ -102,6 +102,11 @@ def _entry(dtype: Any, shape: Any, begin: Any, end: Any) -> dict[str, Any]:
         ({"w": _entry("F32", [2], -8, 0)}, "entry for w is damaged"),
         ({"w": _entry("F32", [3], 0, 8)}, r"w F32\[3\] needs 12 bytes, the header gives 8"),
         ({"w": _entry("F32", [4], 0, 16)}, "its header promises"),
+        ({"v": _entry("F32", [2], 0, 8), "w": _entry("F32", [2], 0, 8)}, "w overlaps v"),
+        ({"v": _entry("F32", [2], 0, 8), "w": _entry("F16", [2], 4, 8)}, "w overlaps v"),
+        ({"w": _entry("F32", [1], 4, 8)}, "w leaves a gap behind its header"),
+        ({"v": _entry("U8", [2], 0, 2), "w": _entry("F32", [1], 4, 8)}, "w leaves a gap behind v"),
+        ({"w": _entry("F32", [1], 0, 4)}, r"it has \d+ bytes, and its tensors end at \d+; fetch it again"),
     ],
 )
 def test_a_damaged_header(header: Any, message: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -87,6 +88,36 @@ def test_an_unknown_option_is_wrong_usage(hybrimoe):
     assert result.code == 2
     assert "--prompt" in result.err
     assert "Traceback" not in result.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder that is in use cannot be removed")
+def test_a_current_folder_that_is_gone(failing, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    result = failing(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+    assert result.code == 1
+    assert "the current folder is not there any more" in result.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_program_that_is_started_without_a_stream(closed):
+    """`rules list` writes, and the file that it reads must not stand in the place of a stream."""
+    command = f"{sys.executable} -m hybrimoe rules list {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", ""))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("words", ["rules list", "rules list --json", "verify nowhere --json"])
+def test_a_stdout_that_takes_nothing(words):
+    command = f"{sys.executable} -m hybrimoe {words} > /dev/full"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: (No space left on device|nowhere is no pack.*)\n", done.stderr)
 
 
 def test_version(hybrimoe):

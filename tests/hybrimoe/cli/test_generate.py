@@ -129,6 +129,8 @@ def test_without_a_prompt_a_terminal_is_told_how_to_give_one(monkeypatch):
     ("words", "code", "message"),
     [
         (("-p", ""), 1, "the prompt is empty"),
+        (("-p", "caf\udce9"), 1, "the prompt is no UTF-8 text: there are other bytes at character 3"),
+        (("-p", "x", "--config", "."), 2, "expected a YAML file, found a directory"),
         (("-p", "word " * 4000), 1, "context is 2048 tokens"),
         (("-p", "x", "--prompt-file", "y"), 2, "not both"),
         (("--prompt-file", "/nonexistent/prompt.txt"), 1, "/nonexistent/prompt.txt"),

@@ -38,6 +38,7 @@ def test_the_summary_tells_it(hybrimoe):
 @pytest.mark.parametrize(
     ("lossy", "message"),
     [("hobit", "did you mean 'hobbit'"), ("hobbit:t9=1", "unknown parameter 't9'"), ("hobbit:t1", "KIND:name=value"),
+     ("hobbit:t1=[", "'[' is no value of a parameter"),
      ("swapmoe:budget=some", "expected a size"), ("hobbit", "copy as int4 is not smaller than the expert as int4")],
 )  # fmt: skip
 def test_wrong_usage_is_exit_code_2(hybrimoe, lossy, message):

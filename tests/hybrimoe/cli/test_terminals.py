@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
+
+from hybrimoe.cli.views import render
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 ENVIRONMENTS = {
@@ -49,3 +53,17 @@ def test_help_tables_and_errors_are_printed(name, tmp_path):
     columns = int(environment.get("COLUMNS", "80"))
     tables = ESCAPE.sub("", done.stdout.decode("utf-8", "replace")).splitlines()  # terminals wrap what is on stderr
     assert max(map(len, tables)) <= columns
+
+
+def test_no_figure_of_a_narrow_table_is_cut():
+    spread, columns = (
+        "265.44 (237.95-292.93)",
+        ("in memory", "", "prefill", "decode", "reads waited for", "most memory"),
+    )
+    for width in (20, 40, 80):
+        console = Console(width=width, file=io.StringIO(), color_system=None)
+        console.print(render.table("tokens/s", columns, [("25%", "llama.cpp", spread, spread, "1", "424")]))
+        shown = console.file.getvalue()
+        assert "…" not in shown
+        for digit in set("0123456789"):
+            assert shown.count(digit) >= (spread * 2 + "25% 1 424").count(digit)

@@ -72,11 +72,13 @@ def changed(body, place, value):
 
 @pytest.mark.parametrize("path", FULL)
 def test_no_value_is_a_failure_of_the_server(application, calling, path):
-    call, body = calling(application(max_reply_s=0.1)[0]), FULL[path]
+    call, body = calling(application(queue_length=1000)[0]), FULL[path]
     assert call("POST", path, body).status_code == 200
-    requests = [("POST", path, changed(body, place, value)) for place in places(body) for value in VALUES]
+    length = LENGTHS.get(path, ())
+    others = [place for place in places(body) if place != length[: len(place)]]  # without a length replies are long
+    requests = [("POST", path, changed(body, place, value)) for place in others for value in VALUES]
     for (_, _, sent), answer in zip(requests, call.together(*requests), strict=True):
-        assert answer.status_code in (200, 400, 404, 429), (sent, answer.text)
+        assert answer.status_code in (200, 400, 404), (sent, answer.text)
 
 
 @pytest.mark.parametrize("path", LENGTHS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,13 @@ F32 = GGMLQuantizationType.F32
 
 
 def to_gguf(
-    directory: Path, path: Path, kind: GGMLQuantizationType = F32, *, split: int = 0, tokenizer: Any = None
-) -> Path:
+    directory: Path, path: Path, kind: GGMLQuantizationType = F32, *, split: int = 0, tokenizer: Any = None,
+    encode: Callable[[np.ndarray, GGMLQuantizationType], np.ndarray] = gguf.quants.quantize,
+) -> Path:  # fmt: skip
     """Writes the model of `directory` to `path`; gives the (first) file.
 
-    kind: of all matrices but routers. split: tensors a file, 0 for one file. tokenizer: called with the writer.
+    kind: of all matrices but routers. split: tensors a file, 0 for one file. tokenizer: called with the writer. encode:
+    what makes blocks of a kind of a matrix.
     """
     config = json.loads((directory / "config.json").read_text())
     tensors = {key: value for file in sorted(directory.glob("*.safetensors")) for key, value in load_file(file).items()}
@@ -62,7 +64,7 @@ def to_gguf(
         if small or kind == F32:
             writer.add_tensor(name, values, raw_dtype=F32)
         else:
-            writer.add_tensor(name, np.ascontiguousarray(gguf.quants.quantize(values, kind)), raw_dtype=kind)
+            writer.add_tensor(name, np.ascontiguousarray(encode(values, kind)), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -23,14 +23,16 @@ FLOATS = {"F32": np.float32, "F16": np.float16}
 SCALE_ERROR = 2.0**-8  # float16 scales rounded to bfloat16: half a unit of its last place, and the codes stay
 
 
-def blocks(kind: TensorType, generator: np.random.Generator, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
-    """Random blocks with finite scales: those that decode to anything else are drawn again."""
+def blocks(
+    kind: TensorType, generator: np.random.Generator, shape: tuple[int, ...] = SHAPE, limit: float = 1e4
+) -> np.ndarray:
+    """Random blocks of values below `limit`: those that decode to anything else are drawn again."""
     n_blocks = int(np.prod(shape)) // kind.block_values
     raw = generator.integers(0, 256, (n_blocks, kind.block_bytes), dtype=np.uint8)
     while True:
         with np.errstate(all="ignore"):
             values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind.code))
-        wrong = ~(np.abs(values) < 1e4).all(axis=1)
+        wrong = ~(np.abs(values) < limit).all(axis=1)
         if not wrong.any():
             return raw.reshape(*shape[:-1], -1)
         raw[wrong] = generator.integers(0, 256, (int(wrong.sum()), kind.block_bytes), dtype=np.uint8)
