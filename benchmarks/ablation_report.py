@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from hybrimoe.bench.ablation.summary import markdown, oracle_share, tables
+from hybrimoe.bench.ablation.summary import bound_share, markdown, oracle_share, tables
 
 Row = dict[str, str]
 INTRODUCTION = """# Ablation: simulated
@@ -30,9 +30,12 @@ table after it changes one assumption at a time.
 
 Prefetching does next to nothing in a prompt here: nearly every expert is needed, so none may leave for another (letting
 those that few tokens need leave for those that many need: 77 copies instead of 3, and 0.1 % slower).
+
+`oracle` is a policy that knows the next layers and the next use of every expert; another could be faster. The bound is
+a time that none can beat (`scheduler/simulator/bound.py`), and that perhaps none reaches.
 """
-COLUMNS = ("machine", "cached", "static ms", "FreeToken ms", "paper ms", "ours ms", "oracle ms", "ours / static",
-           "ours / FreeToken", "of the way to the oracle", "prefetch right")  # fmt: skip
+COLUMNS = ("machine", "cached", "static ms", "FreeToken ms", "paper ms", "ours ms", "oracle ms", "bound ms",
+           "ours / static", "ours / FreeToken", "way to the oracle", "way to the bound", "prefetch right")  # fmt: skip
 
 
 def main() -> None:
@@ -68,11 +71,14 @@ def by_setting(rows: Iterable[Row]) -> list[list[str]]:
 def _line(machine: str, share: float, group: dict[str, Row]) -> list[str]:
     ms = {policy: float(row["latency_ms"]) for policy, row in group.items()}
     ours = group["ours"]
-    way = oracle_share({policy: {"latency_ms": value} for policy, value in ms.items()}, "ours")
+    bound = float(ours["bound_ms"])
+    plain = {policy: {"latency_ms": value, "bound_ms": bound} for policy, value in ms.items()}
+    ways = ["-" if way is None else f"{way:.0%}" for way in (oracle_share(plain, "ours"), bound_share(plain, "ours"))]
     right = f"{float(ours['prefetch_precision']):.0%}" if int(ours["prefetches"]) else "-"
     times = [f"{ms[policy]:.1f}" for policy in ("static", "freetoken", "hybrimoe", "ours", "oracle")]
+    times.append(f"{bound:.1f}")
     gains = [f"{ms[policy] / ms['ours']:.2f}" for policy in ("static", "freetoken")]
-    return [machine, f"{share:.0%}", *times, *gains, "-" if way is None else f"{way:.0%}", right]
+    return [machine, f"{share:.0%}", *times, *gains, *ways, right]
 
 
 if __name__ == "__main__":

@@ -1,34 +1,35 @@
 """What ``ours`` reaches on sequences that no constant was tuned on: decode speed and hit rates, all simulated.
 
-    python benchmarks/heldout.py TRACE.npz           # simulates (minutes); writes docs/heldout.json and docs/heldout.md
-    python benchmarks/heldout.py --tables            # writes the page's table anew from docs/heldout.json
+    python benchmarks/heldout.py TRACE.npz ...       # simulates (minutes); writes docs/heldout.json and docs/heldout.md
+    python benchmarks/heldout.py --tables            # writes the page's tables anew from docs/heldout.json
 
 The first half of the sequences is for tuning (its first half also the warm-up's profile and what the transition
-predictor learns from), the second half is held out. ``tests/hybrimoe/bench/test_heldout.py`` checks that the page
-is that of docs/heldout.json.
+predictor learns from), the second half is held out; of a trace of a single sequence, the same shares of its tokens.
+``tests/hybrimoe/bench/test_heldout.py`` checks that the page is that of docs/heldout.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hybrimoe.bench.ablation.cases import EVERY_HARDWARE
-from hybrimoe.bench.ablation.summary import oracle_share
+from hybrimoe.bench.ablation.summary import bound_share, oracle_share
 from hybrimoe.bench.ablation.sweep import environment
 from hybrimoe.machine.profiles import open_hardware
 from hybrimoe.tracing.sources import open_trace
 from scheduler.machine.profile import ModelShape
+from scheduler.simulator.bound import lower_bounds
 from scheduler.simulator.run import simulate
-from scheduler.simulator.simulator import SimulationConfig
+from scheduler.simulator.simulator import SimulationConfig, Simulator
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.analysis_pool import cache_hit_rate
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import predictions_for
-from scheduler.traces.trace import Trace
+from scheduler.traces.trace import PHASE_CODES, Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON_FILE, PAGE = ROOT / "docs" / "heldout.json", ROOT / "docs" / "heldout.md"
@@ -48,24 +49,26 @@ ORDER = ("a6000-xeon5220r", "rtx4090-ryzen9", "h100", "rtx5090-xeon", "laptop")
 
 
 def parts(trace: Trace) -> tuple[Trace, Trace]:
-    """(profile, held out): the first quarter and the last half of the sequences."""
+    """(profile, held out): the first quarter and the last half of the sequences; of a single one, of its tokens."""
+    if len(trace.sequence_spans()) == 1:
+        return trace.head(trace.n_tokens // 4), trace.tail(trace.n_tokens - trace.n_tokens // 2)
     sequences = [int(trace.sequence[start]) for start, _ in trace.sequence_spans()]
     n = len(sequences)
     return trace.select_sequences(sequences[: n // 4]), trace.select_sequences(sequences[n // 2 :])
 
 
 def measure(path: str, tokens: int = TOKENS) -> dict[str, Any]:
-    """Rows of every machine, share and policy on the first ``tokens`` held-out tokens; hit rates on all of them."""
+    """Rows of every machine, share and policy on the first ``tokens`` held-out tokens (all, where there are fewer); hit
+    rates on all of them."""
     found = open_trace(path, None)
     profile, held = parts(found.trace)
+    head = held.head(tokens)
     return {
-        "kind": "simulated",
         "trace": Path(path).name,
         "model": found.trace.meta["model"],
-        "tokens": tokens,
+        "tokens": int((head.phase == PHASE_CODES["decode"]).sum()),
         "held_out_tokens": held.n_tokens,
-        "environment": environment(),
-        "decode": decode(profile, held.head(tokens), found.shape),
+        "decode": decode(profile, head, found.shape),
         "hits": [
             {"cache": name, "share": share, "hit_rate": cache_hit_rate(held, cache, share, **params)}
             for name, (cache, params) in HIT_RATES.items()
@@ -75,44 +78,57 @@ def measure(path: str, tokens: int = TOKENS) -> dict[str, Any]:
 
 
 def decode(profile: Trace, held: Trace, shape: ModelShape) -> list[dict[str, Any]]:
-    """One row a machine, share and policy."""
+    """One row a machine, share and policy; ``bound_ms``: what no policy can beat."""
     source = DemandSource(held, predictions_for(held, "auto", profile, 0))
     known, earlier = expert_frequencies(profile), DemandSource(profile)
     rows = []
     for hardware in EVERY_HARDWARE:
+        machine = open_hardware(hardware)
         for share in SHARES:
+            static = SimulationConfig(policy="static", cache_ratio=share)
+            bound = lower_bounds(Simulator(held, machine, shape, static, phase="decode", source=source))["decode"]
             for policy in POLICIES:
                 config = SimulationConfig(policy=policy, cache_ratio=share)
-                machine = open_hardware(hardware)
-                result = simulate(held, machine, shape, config, None, known, None, source, earlier=earlier)[0]
+                (result,) = simulate(held, machine, shape, config, None, known, "decode", source, earlier=earlier)
                 kept = ("policy", "latency_ms", "hit_rate", "transfers", "prefetches", "prefetch_precision")
                 row = {name: value for name, value in result.as_dict().items() if name in kept}
-                rows.append({"hardware": hardware, "share": share, **row})
+                rows.append({"hardware": hardware, "share": share, **row, "bound_ms": bound})
     return rows
 
 
 def table(data: Mapping[str, Any]) -> str:
-    """The part of the page between the markers."""
-    rows = data["decode"]
+    """The part of the page between the markers: a table a trace."""
+    return "\n".join(part for trace in data["traces"] for part in (*speed_lines(trace), "", *hit_lines(trace), ""))
+
+
+def speed_lines(trace: Mapping[str, Any]) -> list[str]:
+    """``ours`` on each machine."""
+    rows = trace["decode"]
     lines = [
-        f"Simulated, decode, {data['tokens']:,} tokens of sequences of a real {data['model'].split('/')[-1]} trace",
-        "that were not used for tuning; `ours` as a speed-up at 25 % / 50 % of the experts cached:",
+        f"Simulated, decode, {trace['tokens']:,} tokens of a real {trace['model'].split('/')[-1]} trace that were not",
+        "used for tuning; `ours` as a speed-up at 25 % / 50 % of the experts cached:",
         "",
         "| machine (datasheet profile) | over static | over FreeToken | of the way from static to the oracle |"
-        " prefetches right |",
-        "|---|---|---|---|---|",
+        " to the bound | bound below the oracle by | prefetches right |",
+        "|---|---|---|---|---|---|---|",
     ]
     for hardware in ORDER:
         groups = [_group(rows, hardware, share) for share in SHARES]
-        ways = [oracle_share(group, "ours") for group in groups]
+        own = [group["ours"] for group in groups]
         cells = (
             " / ".join(f"{group['static']['latency_ms'] / group['ours']['latency_ms']:.2f}" for group in groups),
             " / ".join(f"{group['freetoken']['latency_ms'] / group['ours']['latency_ms']:.2f}" for group in groups),
-            " / ".join("-" if way is None else f"{way:.0%}".replace("%", " %") for way in ways),
-            " / ".join(f"{group['ours']['prefetch_precision']:.0%}".replace("%", " %") for group in groups),
+            _percents(oracle_share(group, "ours") for group in groups),
+            _percents(bound_share(group, "ours") for group in groups),
+            _percents(1.0 - group["oracle"]["bound_ms"] / group["oracle"]["latency_ms"] for group in groups),
+            _percents(row["prefetch_precision"] if row["prefetches"] else None for row in own),
         )
         lines.append(f"| {NAMES[hardware]} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *hit_lines(data), ""])
+    return lines
+
+
+def _percents(shares: Iterable[float | None]) -> str:
+    return " / ".join("-" if share is None else f"{share:.0%}".replace("%", " %") for share in shares)
 
 
 def hit_lines(data: Mapping[str, Any]) -> list[str]:
@@ -150,12 +166,16 @@ def with_table(readme: str, text: str) -> str:
 def main() -> None:
     """Simulates, or takes the recorded results, and writes both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("trace", nargs="?", help="routing trace (.npz); without it only with --tables")
+    parser.add_argument("trace", nargs="*", help="routing traces (.npz, or demo); without any only with --tables")
     parser.add_argument("--tables", action="store_true", help="write the table from docs/heldout.json")
     arguments = parser.parse_args()
-    if arguments.tables == (arguments.trace is not None):
-        parser.error("give a trace, or --tables")
-    data = json.loads(JSON_FILE.read_text(encoding="utf-8")) if arguments.tables else measure(arguments.trace)
+    if arguments.tables == bool(arguments.trace):
+        parser.error("give traces, or --tables")
+    if arguments.tables:
+        data = json.loads(JSON_FILE.read_text(encoding="utf-8"))
+    else:
+        traces = [measure(path) for path in arguments.trace]
+        data = {"kind": "simulated", "environment": environment(), "traces": traces}
     JSON_FILE.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), table(data)), encoding="utf-8")
 

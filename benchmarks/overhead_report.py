@@ -33,7 +33,7 @@ an emulated accelerator take away from it (cores, Python's lock) does not count 
 while the real kernels run. What a layer streams through the caches decides much of them: Python's own code and data
 come from memory where it has driven them out. On AVX2 the weights of one token pass the caches by
 ([kernels.md](kernels.md)); here, on AVX-512, they do not. Beyond that it falls with the number of different things that
-are called, not with their work.
+are called, not with their work. A call's tensors are made just before it, as a model's router makes them.
 
 A cell is the median over {runs} runs, with the range of the runs. `bookkeeping` is the rest of the call: tensors,
 grouping by expert, counters, the sum of the experts' rows; reading the clocks is part of it. On the CPU alone all but
@@ -46,6 +46,12 @@ kernels' range is wide, compare the columns of CPU time and not the shares.
 
 
 REMARKS = """
+## Since the tables
+
+The tables were measured when the benchmark still held the tensors of all calls from its start. Since then they are made
+just before each call, outputs are made several at a time, and calls without slots are added up when somebody asks for
+the counters. What that changes has not been measured on a quiet machine.
+
 ## What bounds it
 
 The goals are 60 us of planning, bookkeeping and dispatch for a layer with slots and 15 us without, 30 us that a card

@@ -9,6 +9,7 @@ from cpu_kernels.backends.base import check_run, raise_not_finite
 from cpu_kernels.engine import layer, routed
 from cpu_kernels.engine.attention_workers import attention_bytes, run_attention
 from cpu_kernels.engine.dispatch import Dispatch
+from cpu_kernels.engine.outputs import Outputs
 from cpu_kernels.engine.plans import Plan, expert_plan, linear_plan
 from cpu_kernels.engine.team import helpers, start_team
 from cpu_kernels.errors import BackendError
@@ -63,6 +64,7 @@ class NumbaBackend:
         self._sheets: dict[tuple[int, int, int, int], Sheet] = {}
         """Of whole calls, by spec and records in the same way, tokens, and experts of a token."""
         self._workspace = np.empty(0, np.uint8)
+        self._outputs = Outputs()
         self._lock = threading.Lock()
 
     def supports(self, spec: ExpertSpec) -> str | None:
@@ -134,8 +136,9 @@ class NumbaBackend:
 
     def run_routed(
         self, spec: ExpertSpec, records: np.ndarray, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, int] | None:
-        """A whole layer call from the router's tensors: the output, like `hidden`, and the number of active experts.
+    ) -> tuple[torch.Tensor, int, int] | None:
+        """A whole layer call from the router's tensors: the output, like `hidden`, and the numbers of active experts
+        and of tokens.
 
         records: uint64 [E], addresses of all packed experts of the layer. None where this short way does not apply; the
         long one (`build_dispatch`, `run`, `combine`) then does, or says what is wrong with the input.
@@ -147,18 +150,16 @@ class NumbaBackend:
         sheet = self._sheets.get((id(spec), id(records), n_tokens, top_k))
         if sheet is None:
             sheet = self._new_sheet(spec, records, n_tokens, top_k)
-        out = torch.empty_like(hidden)
         if len(helpers) < self.n_threads - 1:
             start_team(self.n_threads)
         with self._lock:
+            out, out_at = self._outputs.take(hidden)
             if sheet.workspace is not self._workspace:
                 sheet.work_in(self._grown(sheet.needed))
-            done = routed.run_routed(
-                sheet.address, index_at, weights_at, weights_kind, hidden_at, hidden_kind, out.data_ptr()
-            )
+            done = routed.run_routed(sheet.address, index_at, weights_at, weights_kind, hidden_at, hidden_kind, out_at)
         if done <= routed.NOT_FINITE:
             raise_not_finite(routed.NOT_FINITE - done)
-        return None if done < 0 else (out, done)
+        return None if done < 0 else (out, done, n_tokens)
 
     def _new_sheet(self, spec: ExpertSpec, records: np.ndarray, n_tokens: int, top_k: int) -> Sheet:
         plan, n_rows, n_experts = self._plan_of(spec), n_tokens * top_k, records.size

@@ -44,13 +44,14 @@ def places_of(
 ) -> Places | None:
     """Where `run_routed` and `read_call` read a call's tensors: few tokens on the host, contiguous, known dtypes,
     shapes that fit. None for others, and for those that are wrong: the long way tells what is."""
-    shape, kind, weights_kind = top_k_index.shape, FLOATS.get(hidden.dtype), FLOATS.get(top_k_weights.dtype)
+    shape, wide = top_k_index.shape, hidden.shape
+    kind, weights_kind = FLOATS.get(hidden.dtype), FLOATS.get(top_k_weights.dtype)
     if (
         len(shape) == 2
         and 0 < shape[0] <= MAX_TOKENS
         and shape == top_k_weights.shape
-        and hidden.shape[-1] == hidden_size
-        and hidden.numel() == shape[0] * hidden_size
+        and wide[-1] == hidden_size
+        and (wide[0] == shape[0] if len(wide) == 2 else hidden.numel() == shape[0] * hidden_size)
         and top_k_index.dtype is torch.int64
         and kind is not None
         and weights_kind is not None

@@ -81,6 +81,10 @@ def simulate(
     prefetch_model: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Net of `trace train --target prefetch`, for learned prefetch.")
     ] = None,
+    bound: Annotated[
+        bool,
+        typer.Option("--bound", help="Also a time that no policy can beat (a lower bound; perhaps none reaches it)."),
+    ] = False,
     replay: Annotated[
         Path | None,
         typer.Option(
@@ -121,6 +125,7 @@ def simulate(
         seed=setting.seed,
         cache_model=cache_model,
         prefetch_model=prefetch_model,
+        bound=bound,
     )
     report = run_simulations(request)
     for text in report.notes:
@@ -129,10 +134,12 @@ def simulate(
         render.emit_json(report.rows())
     else:
         _show(report.results, report.title)
+        _show_bounds(report)
         _show_ranges(report)
 
 
 COLUMNS = ("policy", "slots", "phase", "ms", "gain", "hits", "CPU", "acc", "link", "copies", "prefetched")
+BOUND_COLUMNS = ("policy", "slots", "phase", "ms", "bound", "of the way")
 RANGE_COLUMNS = ("policy", "slots", "phase", "tokens/s", "to expect")
 
 
@@ -148,6 +155,19 @@ def _show(results: list[PhaseResult], title: str) -> None:
              ahead)
         )  # fmt: skip
     render.out().print(render.table(title, COLUMNS, rows))
+
+
+def _show_bounds(report: SimulationReport) -> None:
+    """What no policy can beat, and which share of the way from the first policy to there the others go."""
+    if not report.bounds:
+        return
+    rows = []
+    first: dict[tuple[Any, ...], float] = {}
+    for r in report.results:
+        begin, bound = first.setdefault((r.cache_ratio, r.phase), r.latency_ms), report.bounds[r.cache_ratio, r.phase]
+        way = (begin - r.latency_ms) / (begin - bound) if begin > bound else 0.0
+        rows.append((_name(r), f"{r.cache_ratio:.0%}", r.phase, f"{r.latency_ms:.2f}", f"{bound:.2f}", f"{way:.0%}"))
+    render.out().print(render.table("What no policy can beat (a lower bound, simulated)", BOUND_COLUMNS, rows))
 
 
 def _show_ranges(report: SimulationReport) -> None:

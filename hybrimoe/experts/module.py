@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import nn
+from torch import is_grad_enabled, nn
+from torch.compiler import is_dynamo_compiling
 
 from hybrimoe.errors import ModelError
 from hybrimoe.experts.absent import AbsentWeights, PackedWeightsError, explanation
@@ -77,12 +78,12 @@ class HybridExperts(nn.Module):
         the session has started or after it was closed.
         With hidden_states alone it is Llama-4's call, see `hybrimoe.experts.sorted`.
         """
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             compiled: torch.Tensor = self._run_outside_graphs(hidden_states, top_k_index, top_k_weights)
             return compiled
         if top_k_index is None or top_k_weights is None:
             return run_sorted(hidden_states, self.num_experts, self.forward)
-        if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+        if is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
             frozen = FrozenLayer(self._session, self.layer, self.num_experts, self._norm)
             routed = frozen.run(hidden_states, top_k_index, top_k_weights)
         else:

@@ -23,6 +23,10 @@ StructureKind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
 MOST_WHITESPACE = 64
 """Characters between two parts of JSON: enough for any indentation, and a weak model cannot go on for ever."""
 EXTRA = "serve"
+STATE, NO_TOKEN = "<state>", "NoExtensionBias"
+"""Of llguidance's messages: what begins the state of its parser, and its word for a place where nothing may come."""
+MOST_SAID = 300
+"""Characters of its message that are told."""
 
 
 class ConstraintError(HybriMoEError, ValueError):
@@ -87,7 +91,7 @@ class StructuredReply:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintError(f"the structure of the reply cannot be followed: {self._matcher.get_error()}")
+            raise ConstraintError(f"the structure of the reply cannot be followed: {_why(self._matcher.get_error())}")
 
 
 class Grammars:
@@ -120,7 +124,7 @@ class Grammars:
 
         matcher = LLMatcher(self._tokenizer, _source(structure), log_level=0)
         if matcher.is_error():
-            raise ConstraintError(_first_line(matcher.get_error()))
+            raise ConstraintError(_why(matcher.get_error()))
         return Constraint(matcher)
 
 
@@ -167,5 +171,11 @@ def _with_whitespace(schema: Mapping[str, Any] | bool) -> Any:
     return {**schema, "x-guidance": {"whitespace_pattern": pattern}}
 
 
-def _first_line(message: str) -> str:
-    return message.strip().splitlines()[0] if message.strip() else "it cannot be compiled"
+def _why(message: str) -> str:
+    """What llguidance says is wrong, without the state of its parser and the grammar, which it puts below."""
+    said = " ".join(message.partition(STATE)[0].split())
+    if said == NO_TOKEN:
+        return "no text follows it: it contradicts itself, or has no end"
+    if len(said) > MOST_SAID:
+        said = f"{said[:MOST_SAID]}..."
+    return said or "it cannot be compiled"

@@ -127,7 +127,7 @@ class TextGenerator:
             PromptError: the text is empty or only white space, or is no Unicode.
         """
         if not text.strip():
-            raise PromptError("the prompt is empty: expected some text to continue; pass --prompt, a file, or stdin")
+            raise PromptError("the prompt is empty: expected some text to continue")
         require_text(text, "the prompt")
         return list(self.tokenizer(text)["input_ids"])
 

@@ -12,9 +12,12 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
+from hybrimoe.errors import did_you_mean
 from hybrimoe.server.apis import anthropic, chat, completions, live, llama_server, ollama, responses, service
 from hybrimoe.server.boundary import MAX_BODY_BYTES, MAX_BODY_SECONDS, Boundary, error_response
+from hybrimoe.server.fields import shown
 from hybrimoe.server.metrics import Metrics
 from hybrimoe.server.models import Models
 from hybrimoe.server.page import files
@@ -22,6 +25,8 @@ from hybrimoe.server.served import Served
 from hybrimoe.server.tracing import Traces
 
 APIS = (completions, chat, responses, anthropic, ollama, llama_server, live)
+NO_ROUTE = "Not Found"
+"""What Starlette says of a path that no route has."""
 ASSUMED_STATUS = "422"
 """FastAPI documents it for every route that takes data; here such requests are answered with 400."""
 ASSUMED_SCHEMAS = ("HTTPValidationError", "ValidationError")
@@ -80,7 +85,15 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_such_page(request: Request, error: HTTPException) -> Response:
-        return error_response(error, request.url.path)
+        path = request.url.path
+        allowed = (error.headers or {}).get("Allow")
+        if error.status_code == 404 and error.detail == NO_ROUTE:
+            pages = [route.path for route in app.routes if isinstance(route, Route)]
+            said = f"there is no page {shown(path)}{did_you_mean(path, pages)}; GET /openapi.json lists what there is"
+            error = HTTPException(404, said)
+        elif error.status_code == 405 and allowed:
+            error = HTTPException(405, f"{shown(path)} takes {allowed}, not {request.method}", error.headers)
+        return error_response(error, path)
 
 
 def _describe(app: FastAPI, strict: bool) -> None:

@@ -36,6 +36,8 @@ OPEN = ("/health", "/openapi.json", "/docs", "/page/")
 """Paths that need no key where there are keys: for supervisors, for whoever wants to know what there is, and the files
 of the page, which hold no data."""
 PAGE = "/"
+SENT_BY_PAGES = ("origin", "sec-fetch-site")
+"""Headers by which a browser tells that a page sends the request."""
 OFTEN = ("/page/", "/hybrimoe/state", "/hybrimoe/experts")
 """Paths that an open page asks for each second, which would bury the rest of the access log."""
 MOST_WARNINGS, MOST_WARNING_CHARACTERS = 8, 200
@@ -50,6 +52,25 @@ class _Sent:
     """The status of the answer that has begun; 0 before."""
 
     status: int = 0
+
+
+def _as_routed(scope: Scope) -> Scope:
+    """The request as the routes take it.
+
+    HEAD is GET, whose body the connection leaves out. A body that does not say that it is JSON (`curl -d`) is read as
+    such, as llama-server and Ollama do, unless a web page sends it: pages of other places may send any other kind
+    without asking, and must not get at a server on their reader's own machine.
+    """
+    scope = dict(scope)
+    if scope["method"] == "HEAD":
+        scope["method"] = "GET"
+    headers = Headers(scope=scope)
+    if scope["method"] == "POST" and not any(name in headers for name in SENT_BY_PAGES):
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not kind.endswith("json"):
+            kept = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope["headers"] = [*kept, (b"content-type", b"application/json")]
+    return scope
 
 
 class Boundary:
@@ -72,6 +93,7 @@ class Boundary:
             await self._app(scope, receive, send)
             return
         started, sent = time.perf_counter(), _Sent()
+        scope = _as_routed(scope)
         unknown: list[str] = []
         left_out.set(None if self._strict else unknown)
 

@@ -7,7 +7,7 @@ else is raised is a failure of ours: 500.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,11 @@ from hybrimoe.generation.constraint import ConstraintError
 
 PATH_PART = re.compile(r"\w+")
 """Names and indices of a path to a field; pydantic adds the forms that it tried, which have brackets and hyphens."""
+OWN_FIELD = re.compile(r"([a-z]\w*): ")
+"""How a message begins that is about a field of the object at hand."""
+MOST_OF_NAME = 64
+"""Characters of a field's name that are told."""
+JSON_NAMES = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
 INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 
 
@@ -180,6 +185,8 @@ def error_answer(error: BaseException) -> ErrorAnswer:
         where, message = _first_problem(error)
         return ErrorAnswer(400, _body(message, INVALID_REQUEST, "invalid_request", where))
     if isinstance(error, HTTPException):
+        if error.status_code == 400:  # FastAPI's, for a body that json cannot read
+            return ErrorAnswer(400, _body(_unreadable(error.__cause__), INVALID_REQUEST, "invalid_request"))
         kind = INVALID_REQUEST if error.status_code < 500 else SERVER_ERROR
         return ErrorAnswer(error.status_code, _body(str(error.detail), kind), error.headers or {})
     said = str(error) if isinstance(error, HybriMoEError) else f"{type(error).__name__}: {error}"
@@ -198,9 +205,49 @@ def _first_problem(error: RequestValidationError) -> tuple[str | None, str]:
     """Field and message of the problem that is told: where a field may have several forms, that of the form which the
     request came nearest to."""
     problem = max(error.errors(), key=lambda one: len(one["loc"]))
-    parts = [str(part) for part in problem["loc"] if part != "body" and PATH_PART.fullmatch(str(part))]
-    where, words = ".".join(parts), str(problem["msg"]).removeprefix("Value error, ")
+    kind, words = problem["type"], str(problem["msg"]).removeprefix("Value error, ")
+    if kind == "json_invalid":
+        return None, f"the body is not JSON: {problem['ctx']['error']}, at character {problem['loc'][-1]}"
+    if tuple(problem["loc"]) == ("body",) and kind != "value_error":
+        return None, _no_object(problem.get("input"))
+    parts = _path(problem["loc"], error.body, lacks=kind == "missing")
+    own = OWN_FIELD.match(words) if kind == "value_error" else None
+    if own:  # a check of the whole object, which begins with the field that it is about
+        parts, words = [*parts, own[1]], words[own.end() :]
+    where = ".".join(parts)
     return where or None, f"{where}: {words}" if where else words
+
+
+def _path(loc: Sequence[Any], body: Any, *, lacks: bool) -> list[str]:
+    """Of pydantic's path to a problem those parts that stand in the request: the others name the forms that it tried.
+    lacks: the last one is a field that is not there."""
+    if loc[0] != "body":
+        return [str(part) for part in loc if PATH_PART.fullmatch(str(part))]
+    parts, here = [], body
+    for part in loc[1:]:
+        there = part in here if isinstance(here, dict) else isinstance(here, list) and part in range(len(here))
+        if there:
+            parts.append(str(part)[:MOST_OF_NAME])
+            here = here[part]
+    return [*parts, str(loc[-1])] if lacks else parts
+
+
+def _no_object(found: Any) -> str:
+    """A body that is nothing an endpoint could read. found: its data, or its bytes where it says to be no JSON."""
+    if isinstance(found, bytes):
+        return "the body does not say that it is JSON: send the header Content-Type: application/json"
+    if found is None:
+        return "the request has no body: expected a JSON object"
+    return f"the body must be a JSON object, found {JSON_NAMES.get(type(found), 'something else')}"
+
+
+def _unreadable(cause: BaseException | None) -> str:
+    """A body that ends json itself."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"the body is not UTF-8: {cause.reason} at byte {cause.start}; send it uncompressed, in UTF-8"
+    if isinstance(cause, RecursionError):
+        return "the body is nested too deeply"
+    return f"the body cannot be read as JSON: {cause}"
 
 
 def _body(message: str, kind: str, code: str | None = None, param: str | None = None) -> ErrorBody:

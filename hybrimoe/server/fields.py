@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextvars import ContextVar
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -114,8 +114,11 @@ Free = Annotated[dict[str, Any], AfterValidator(json_throughout)]
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS), WholeNumber]
 TokensOrNoLimit = Annotated[int, Field(ge=-MAX_TOKENS, le=MAX_TOKENS), WholeNumber]
-TopK = Annotated[int, Field(ge=0, le=MAX_TOKENS), WholeNumber]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WholeNumber]
+NoLimit = Annotated[Literal[-1], WholeNumber]
+"""A length that LM Studio's and llama-server's clients send for none."""
+TopK = Annotated[int, Field(ge=-1, le=MAX_TOKENS), WholeNumber, AfterValidator(lambda k: max(k, 0))]
+"""-1 is 0, as vLLM and llama-server have it: all tokens."""
+Seed = Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED), WholeNumber]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WholeNumber]
 Temperature = Annotated[float, Field(ge=0.0, le=MAX_TEMPERATURE), AnyNumber]
 Share = Annotated[float, Field(ge=0.0, le=1.0), AnyNumber]
@@ -127,6 +130,16 @@ Seconds = Annotated[float, Field(ge=0.001, le=MAX_REPLY_SECONDS), AnyNumber]
 Biases = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASED_TOKENS)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), BeforeValidator(_text)]
 StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+
+
+def seed_of(value: int | None) -> int | None:
+    """The generator's seed; None, a new one, for -1, as llama-server and Ollama have it."""
+    return None if value is None or value == -1 else value % (MAX_SEED + 1)
+
+
+def length_of(value: int | None) -> int | None:
+    """Tokens of a reply; None, no limit, for -1."""
+    return None if value == -1 else value
 
 
 class Strict(BaseModel):

@@ -72,14 +72,20 @@ def listening(host: str, port: int) -> socket.socket:
         both = address == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(place[:2], family=family, dualstack_ipv6=both)
     except OSError as error:
+        why = (error.strerror or str(error)).partition(" (while attempting")[0]
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
+            f"cannot listen on {_bracketed(address)}:{port}: {why}; choose another --port or --host"
         ) from error
 
 
 def _url(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{scheme}://{_bracketed(host)}:{port}"
+
+
+def _bracketed(host: str) -> str:
+    """A host as addresses have it."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _log_to_stderr(access: bool) -> None:

@@ -32,6 +32,8 @@ __all__ = ["Loadable", "ModelState", "Models", "Progress"]
 
 MOST_NAMES = 20
 """Names that the answer to an unknown one lists."""
+LONGEST_KEEP_S = 366 * 86_400.0
+"""Seconds; a model that may stay for longer stays. Clocks and waits have no room for the largest durations."""
 END_SECONDS = 30.0
 """Time for a load that is under way to end when the server does."""
 
@@ -259,8 +261,9 @@ class Models:
         self._wake.set()
 
     def keep(self, name: str | None, seconds: float | None) -> None:
-        """A model leaves memory so many seconds after its last request; None: it stays. Until it has left."""
-        self._named(name).keep_s = seconds
+        """A model leaves memory so many seconds after its last request; None, or more than LONGEST_KEEP_S: it stays.
+        Until it has left."""
+        self._named(name).keep_s = None if seconds is not None and seconds > LONGEST_KEEP_S else seconds
         self._wake.set()
 
     async def _granted(self, entry: _Entry, request: Request) -> Served:

@@ -288,24 +288,25 @@ class Simulator:
             if engine.host is not None:
                 engine.host.begin_sequence()
         stats.begin(engine.now_us, engine.busy)
-        engine.costs = self._costs_of(step.n_tokens)
+        engine.costs = self.costs_of(step.n_tokens)
         if self.streamer is not None:
             self.streamer.begin_step()
         self._step = index
         self.planner.begin_step(step.phase, step.n_tokens)
-        context = self._context(step)
-        dense = DenseTimes(
-            self.dense.attention_us(step.n_tokens, context, step.n_sequences), self.dense.gate_us(step.n_tokens),
-            self.dense.shared_us(step.n_tokens), self.dense.combine_us(),
-        )  # fmt: skip
+        dense = self.dense_times(step)
         for demand in self.source.step(step):
             self._run_layer(index, demand, dense, stats)
         engine.dense("attention", self.shape.n_layers, 1, self.dense.head_us(step.n_sequences), index)
         stats.end(engine.now_us, engine.busy, step.n_tokens, step.phase == "prefill" and not step.first)
 
-    def _context(self, step: TraceStep) -> int:
-        """Tokens that the step attends to: those before it in its sequence, in decode at least the configured ones."""
-        return max(step.position, self.config.context_tokens if step.phase == "decode" else 0)
+    def dense_times(self, step: TraceStep) -> DenseTimes:
+        """What surrounds the experts of each layer. The step attends to the tokens before it in its sequence, in decode
+        at least to the configured ones."""
+        context = max(step.position, self.config.context_tokens if step.phase == "decode" else 0)
+        return DenseTimes(
+            self.dense.attention_us(step.n_tokens, context, step.n_sequences), self.dense.gate_us(step.n_tokens),
+            self.dense.shared_us(step.n_tokens), self.dense.combine_us(),
+        )  # fmt: skip
 
     def _run_layer(self, index: int, demand: LayerDemand, dense: DenseTimes, stats: PhaseStats) -> None:
         engine, stage, layer = self.engine, self.stage, demand.layer
@@ -340,7 +341,7 @@ class Simulator:
         stats.transfers += self.streamer.run(demand, ~resident, following, dense.shared_us, index)
         self.engine.dense("combine", layer, demand.n_tokens_total, dense.combine_us, index)
 
-    def _costs_of(self, n_tokens: int) -> CostModel:
+    def costs_of(self, n_tokens: int) -> CostModel:
         """The true costs of a step of so many tokens: the engine's, unless tiles follow from the step."""
         if self.profile.accel.tile_tokens == 0:
             return self.engine.costs

@@ -1,4 +1,4 @@
-"""From rows to the tables of the ablation: Table III, average speed-ups, hit rates, share of the way to the oracle.
+"""From rows to the tables of the ablation: Table III, average speed-ups, hit rates, way to the oracle and the bound.
 
 Of several seeds each figure is the mean, and a row's ``sd`` has the standard deviations over the seeds.
 """
@@ -126,11 +126,13 @@ def _policies(rows: Sequence[Row]) -> list[Row]:
         groups = [group for group in whole if policy in group]
         gains = [group["static"]["latency_ms"] / group[policy]["latency_ms"] for group in groups]
         shares = [share for group in groups if (share := oracle_share(group, policy)) is not None]
+        bounded = [share for group in groups if (share := bound_share(group, policy)) is not None]
         precise = [group[policy]["prefetch_precision"] for group in groups if group[policy]["prefetches"]]
         if gains:
             result.append({"policy": policy, "settings": len(gains), "speedup": fmean(gains), "median": median(gains),
                            "hit_rate": fmean(group[policy]["hit_rate"] for group in groups),
                            "oracle_share": fmean(shares) if shares else None,
+                           "bound_share": fmean(bounded) if bounded else None,
                            "prefetch_precision": fmean(precise) if precise else None})  # fmt: skip
     return result
 
@@ -157,6 +159,12 @@ def oracle_share(group: dict[str, Row], policy: str) -> float | None:
     """(static - policy) / (static - oracle) in time; None where the oracle gains nothing."""
     static, oracle = group["static"]["latency_ms"], group["oracle"]["latency_ms"]
     return None if static - oracle <= 1e-9 else (static - group[policy]["latency_ms"]) / (static - oracle)
+
+
+def bound_share(group: dict[str, Row], policy: str) -> float | None:
+    """(static - policy) / (static - what no policy can beat) in time; None where nothing can be gained."""
+    static, bound = group["static"]["latency_ms"], group["static"]["bound_ms"]
+    return None if static - bound <= 1e-9 else float((static - group[policy]["latency_ms"]) / (static - bound))
 
 
 Point = tuple[float, float, float]
@@ -232,10 +240,10 @@ def _hit_table(rows: Iterable[Row]) -> Table:
 
 
 def _policy_table(rows: Iterable[Row]) -> Table:
-    columns = ("policy", "speed-up", "median", "hits", "of the way to the oracle", "prefetch right")
+    columns = ("policy", "speed-up", "median", "hits", "of the way to the oracle", "to the bound", "prefetch right")
     cells = [(r["policy"], _told(r, "speedup", "{:.2f}", "x"), _told(r, "median", "{:.2f}", "x"),
               _told(r, "hit_rate", "{:.1%}"), _told(r, "oracle_share", "{:.0%}"),
-              _told(r, "prefetch_precision", "{:.0%}")) for r in rows]  # fmt: skip
+              _told(r, "bound_share", "{:.0%}"), _told(r, "prefetch_precision", "{:.0%}")) for r in rows]  # fmt: skip
     return "Every policy, mean over traces, profiles and cache shares (decode)", columns, cells
 
 

@@ -23,8 +23,9 @@ from scheduler.compiled import source_stamp
 from scheduler.demand import Phase
 from scheduler.lossy import resolve_lossy
 from scheduler.machine.profile import ModelShape
+from scheduler.simulator.bound import lower_bounds
 from scheduler.simulator.run import simulate
-from scheduler.simulator.simulator import check_fit
+from scheduler.simulator.simulator import SimulationConfig, Simulator, check_fit
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.demands import DemandSource
 from scheduler.traces.predictions import PredictionKind, predictions_for
@@ -165,16 +166,32 @@ def run_case(case: Case) -> dict[str, Any]:
         inputs.source, earlier=inputs.earlier if case.informed else None,
     )  # fmt: skip
     result = next(r for r in results if r.phase == case.phase)
+    without_policy = replace(case, policy="static", label="", experiment="")
     predicted = inputs.source.predictions
     return {
         **asdict(case),
         **result.as_dict(),
         "label": case.label or case.policy,
         "routing_ahead": "none" if predicted is None else predicted.kind,
+        "bound_ms": _bound_ms(without_policy) if case.experiment == "policies" else None,
         "profile_provenance": profile.provenance,
         "kind": "simulated",
         **environment(),
     }
+
+
+@cache
+def _bound_ms(case: Case) -> float:
+    """What no policy can beat in a case."""
+    inputs = _inputs(
+        case.shape, case.trace, case.phase, case.n_prefill, case.n_decode, case.sequences, case.seed, case.predictions
+    )
+    config = SimulationConfig(
+        policy=case.policy, cache_ratio=case.cache_ratio, dense_dtype=case.dense_dtype, expert_dtype=case.expert_dtype
+    )
+    profile = with_changes(open_hardware(case.hardware), case.changes)
+    bounds = lower_bounds(Simulator(inputs.source.trace, profile, inputs.shape, config, source=inputs.source))
+    return bounds[case.phase]
 
 
 def _keep(row: dict[str, Any], case: Case, folder: Path) -> dict[str, Any]:

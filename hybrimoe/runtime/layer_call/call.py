@@ -24,6 +24,7 @@ from hybrimoe.runtime.layer_call.predicting import RoutingRecorder, predict, rec
 from hybrimoe.runtime.layer_call.routing import CallSpace
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stages import LossyStage
+from hybrimoe.runtime.layer_call.stats import MOST_UNCOUNTED
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
 from scheduler import Phase, Planner, Transfer
 from scheduler.forecast.read_ahead import LAYERS_AHEAD
@@ -31,8 +32,9 @@ from scheduler.graph import PlannedLayer
 from scheduler.planner.at_once import HANDS_ON
 from scheduler.records import TaskRecord
 
-WholeCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, int] | None]
-"""(hidden, top_k_index, top_k_weights) -> (output, number of active experts), or None for what the long way runs."""
+WholeCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, int, int] | None]
+"""(hidden, top_k_index, top_k_weights) -> (output, number of active experts, of tokens), or None for what the long way
+runs."""
 
 
 class ExpertsCall:
@@ -157,9 +159,11 @@ class ExpertsCall:
             return False
         if experts.reports.finished is not None:
             experts.reports.collect(self.phase)  # of a call that went the long way
-        step = self.tracker.next(call.layer, n_tokens)
-        if step.new:
-            self.begin_step(step, n_tokens)
+        tracker = self.tracker
+        if call.layer > tracker.last_layer:
+            tracker.last_layer = call.layer
+        else:
+            self.begin_step(tracker.next(call.layer, n_tokens), n_tokens)
         link_us = max(self._link_free_us - start_ns * 1e-3, 0.0)
         self.consistent = False
         choice = at_once.choose(desk, space, self.phase, call.hidden, exchange.hidden, places, exchange, link_us)
@@ -197,7 +201,8 @@ class ExpertsCall:
         (space, choice), experts = released, self.experts
         if not choice.is_planned:
             space.plan = at_once.planner.chosen(space.demand, *choice.decided)
-        at_once.foretell(space)
+        if at_once.foretells:
+            at_once.foretell(space)
         prefetches = at_once.fetch(space, choice)
         if prefetches:
             experts.lanes.start_transfers(prefetches, space.step, traced=False)
@@ -233,9 +238,11 @@ class ExpertsCall:
         lanes = experts.lanes
         self.consistent = False
         experts.reports.collect(self.phase)
-        step = self.tracker.next(index, places[3])
-        if step.new:
-            self.begin_step(step, places[3])
+        tracker = self.tracker
+        if index > tracker.last_layer:
+            tracker.last_layer = index
+        else:
+            self.begin_step(tracker.next(index, places[3]), places[3])
         link_us = lanes.link_busy_us(index)
         choice = at_once.choose(desk, space, self.phase, hidden, on_host, places, None, link_us)
         if choice.n_active <= 0:
@@ -247,7 +254,8 @@ class ExpertsCall:
             at_once.planner.prefetched(choice.n_fetched)
         out: torch.Tensor | None = None
         if is_here:  # before threads of an accelerator wait for Python's lock, which torch lets go of here
-            out = space.work.out = torch.empty_like(hidden)
+            out, _ = experts.workspace.outputs.take(hidden)
+            space.work.out = out
         lanes_ns = -perf_counter_ns()
         lanes.submit(space)
         if choice.n_awaited == HANDS_ON:
@@ -255,7 +263,8 @@ class ExpertsCall:
         else:
             lanes.compute_taken(space, choice.decided[0][0])
         lanes_ns += perf_counter_ns()
-        at_once.foretell(space)
+        if at_once.foretells:
+            at_once.foretell(space)
         experts.count(space, choice.n_hits, choice.n_late)
         lanes_ns -= perf_counter_ns()
         output = lanes.combine(space)
@@ -368,20 +377,24 @@ class ExpertsCall:
     ) -> torch.Tensor | None:  # fmt: skip
         """A call of few tokens without slots; None, before anything has happened, for others."""
         self.consistent = False
-        shape, kernels_ns = top_k_index.shape, perf_counter_ns()  # torch's code has left the caches after the kernels
+        kernels_ns = perf_counter_ns()
         done = whole(hidden, top_k_index, top_k_weights)
-        kernels_ns = perf_counter_ns() - kernels_ns
+        ended_ns = perf_counter_ns()
         self.consistent = True
         if done is None:
             return None
-        output, n_active = done
+        output, n_active, n_tokens = done
         if n_active:
-            n_tokens = shape[0]
-            step = self.tracker.next(index, n_tokens)
-            if step.new:
-                self.begin_step(step, n_tokens)
-            wall_us = (perf_counter_ns() - start_ns) * 1e-3
-            self.experts.stats.counters[self.phase][index].ran_on_cpu(n_tokens, n_active, kernels_ns * 1e-3, wall_us)
+            tracker, stats = self.tracker, self.experts.stats
+            if index > tracker.last_layer:
+                tracker.last_layer = index
+            else:
+                self.begin_step(tracker.next(index, n_tokens), n_tokens)
+                if len(stats.whole) > MOST_UNCOUNTED:
+                    stats.add_up()
+            stats.whole.append(
+                (self.phase, index, n_tokens, n_active, ended_ns - kernels_ns, perf_counter_ns() - start_ns)
+            )
         return output
 
     # What the session asks for ----------------------------------------------------------------------------------

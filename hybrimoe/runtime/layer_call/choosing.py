@@ -185,8 +185,9 @@ class AtOnce:
         self.experts, self.planner, self._lookahead = experts, planner, lookahead
         n_layers = len(experts.layers)
         self._slates: list[Slate | None] = [None] * n_layers
-        self._foretells = lookahead is not None and planner.layers_ahead > 0 and not planner.all_cached
-        self.is_ready = not self._foretells
+        self.foretells = lookahead is not None and planner.layers_ahead > 0 and not planner.all_cached
+        """Whether calls are decided with the gates' predictions, which `foretell` makes."""
+        self.is_ready = not self.foretells
         """As `get_ready` told last."""
         self._ahead: list[Ahead] = [NOTHING_AHEAD] * n_layers
         self._ahead_of = [-1] * n_layers
@@ -249,7 +250,7 @@ class AtOnce:
         """Predicts what the next layer's call needs to know, from this call's hidden states."""
         index, lookahead = space.index, self._lookahead
         target = index + 1 + self.planner.layers_ahead
-        if lookahead is None or not self._foretells or target >= len(self._ahead):
+        if lookahead is None or not self.foretells or target >= len(self._ahead):
             return
         skipped, work = target - index - 1, space.work
         for prediction in lookahead.predict(

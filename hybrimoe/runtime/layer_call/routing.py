@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cpu_kernels import Dispatch, build_dispatch
+from cpu_kernels.engine.outputs import Outputs
 from cpu_kernels.engine.routed import Places, places_of
 from gpu_kernels import Event, LayerWork
 from gpu_kernels.downloads import Downloads
@@ -49,6 +50,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._rows = np.empty(0, dtype=np.float32)
+        self.outputs = Outputs()
         self._few: dict[tuple[int, int, int], FewTokens] = {}
         """Of calls of few tokens, by (tokens, top-k, width)."""
         self._from: dict[torch.device, Downloads] = {}

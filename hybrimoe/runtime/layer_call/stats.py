@@ -199,15 +199,31 @@ class SessionStats:
         }
 
 
+MOST_UNCOUNTED = 4096
+"""Calls that are kept before they are added up."""
+WholeCall = tuple[Phase, int, int, int, int, int]
+"""A call without slots: phase, layer, tokens, active experts, ns in the kernels, ns in all."""
+
+
 class StatsRecorder:
-    """Counts per phase and layer while a session runs. `low`: what the low-precision copies add to it."""
+    """Counts per phase and layer while a session runs. `low`: what the low-precision copies add to it.
+
+    `whole`: calls without slots, which are added up when somebody asks: adding costs more where they run.
+    """
 
     def __init__(self, n_layers: int, low: StatsRecorder | None = None) -> None:
         self.low = low
+        self.whole: list[WholeCall] = []
         self.counters = {phase: [Counters() for _ in range(n_layers)] for phase in PHASES}
         self._prefetched: dict[tuple[int, int], Counters] = {}
         self.warmup_transfers = 0
         self.failures = 0
+
+    def add_up(self) -> None:
+        """Adds the calls that were only kept to the counters."""
+        kept, self.whole[:] = list(self.whole), []
+        for phase, layer, n_tokens, n_active, kernels_ns, wall_ns in kept:
+            self.counters[phase][layer].ran_on_cpu(n_tokens, n_active, kernels_ns * 1e-3, wall_ns * 1e-3)
 
     def of(self, phase: Phase, layer: int) -> Counters:
         """The counters to add to."""
@@ -262,6 +278,7 @@ class StatsRecorder:
 
     def reset(self) -> None:
         """Sets every counter to zero; slot contents stay."""
+        self.whole.clear()
         self.counters = {phase: [Counters() for _ in layers] for phase, layers in self.counters.items()}
         self._prefetched.clear()
         self.warmup_transfers = self.failures = 0
@@ -270,6 +287,7 @@ class StatsRecorder:
 
     def by_phase(self) -> dict[Phase, Counters]:
         """Sums over layers."""
+        self.add_up()
         own = {phase: _total(layers) for phase, layers in self.counters.items()}
         if self.low is None:
             return own
@@ -278,6 +296,7 @@ class StatsRecorder:
 
     def by_layer(self) -> list[Counters]:
         """Sums over phases."""
+        self.add_up()
         own = [_total(pair) for pair in zip(*self.counters.values(), strict=True)]
         return own if self.low is None else [_with_low(*pair) for pair in zip(own, self.low.by_layer(), strict=True)]
 

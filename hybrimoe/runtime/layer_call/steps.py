@@ -21,6 +21,8 @@ class Step:
     new_sequence: bool
 
 
+NO_STEP = 1 << 62
+"""In place of the last layer where the next call starts a step, whichever its layer."""
 SAME_STEP: dict[Phase, Step] = {
     "prefill": Step("prefill", new=False, new_sequence=False),
     "decode": Step("decode", new=False, new_sequence=False),
@@ -28,7 +30,7 @@ SAME_STEP: dict[Phase, Step] = {
 
 
 class StepTracker:
-    """Follows the calls of the layers of one model.
+    """Follows the calls of the layers of one model. A call of a layer after `last_layer` goes on with the step.
 
     A step starts when the layer index does not rise, or when the bound model was just called. Decode is told from
     the model's input (one new position per sequence) where a model is bound, else from the number of tokens.
@@ -41,7 +43,7 @@ class StepTracker:
 
     def restart(self) -> None:
         """Forgets the current step."""
-        self._last_layer = -1
+        self.last_layer = NO_STEP
         self._phase: Phase | None = None
         self._announced: Phase | None = None
 
@@ -68,13 +70,13 @@ class StepTracker:
 
     def announce(self, phase: Phase) -> None:
         """The next layer call starts a step of this phase (for callers that do not call the model itself)."""
-        self._announced = phase
+        self._announced, self.last_layer = phase, NO_STEP
 
     def next(self, layer: int, n_tokens: int) -> Step:
         """Classifies one call."""
         previous = self._phase
-        new = self._announced is not None or previous is None or layer <= self._last_layer
-        self._last_layer = layer
+        new = previous is None or layer <= self.last_layer
+        self.last_layer = layer
         if not new:
             assert previous is not None
             return SAME_STEP[previous]
@@ -90,4 +92,4 @@ class StepTracker:
         if inputs is None and args:
             inputs = args[0]
         if isinstance(inputs, torch.Tensor) and inputs.dim() >= 2:
-            self._announced = "decode" if inputs.shape[1] == 1 else "prefill"
+            self.announce("decode" if inputs.shape[1] == 1 else "prefill")

@@ -23,12 +23,14 @@ from hybrimoe.server.fields import (
     MAX_SHOWN,
     Boolean,
     Free,
+    NoLimit,
     Refused,
     Strict,
     Text,
     Tokens,
     TopLogprobs,
     json_throughout,
+    length_of,
 )
 from hybrimoe.server.forms import Ended, FinishReason, Form, Frame, StopReason, Update, WholeReply, sse
 from hybrimoe.server.images import image_part, text_part
@@ -193,7 +195,7 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: Tokens | None = Field(default=None, description="As max_tokens.")
+    max_completion_tokens: Tokens | NoLimit | None = Field(default=None, description="As max_tokens.")
     logprobs: Boolean | None = None
     top_logprobs: TopLogprobs | None = Field(default=None, description="Needs logprobs.")
     tools: Tools | None = None
@@ -219,7 +221,7 @@ class ChatRequest(Sampling):
     @property
     def longest_reply(self) -> int | None:
         """See `Sampling`."""
-        return self.max_completion_tokens or self.max_tokens
+        return length_of(self.max_completion_tokens or self.max_tokens)
 
     @property
     def n_top_logprobs(self) -> int | None:

@@ -20,7 +20,7 @@ from hybrimoe.server.apis.openai import MOST_CHOICES, Sampling, Usage, choice_op
 from hybrimoe.server.asking import TextAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.errors import RequestError
-from hybrimoe.server.fields import MAX_TOKENS, Boolean, Integer, Text, TopLogprobs, WholeNumber
+from hybrimoe.server.fields import MAX_TOKENS, Boolean, Integer, NoLimit, Text, TopLogprobs, WholeNumber, length_of
 from hybrimoe.server.forms import Ended, FinishReason, Form, Frame, StopReason, Update, WholeReply, sse
 from hybrimoe.server.models import Models
 from hybrimoe.server.urgency import urgency_of
@@ -44,7 +44,7 @@ class CompletionRequest(Sampling):
     logprobs: TopLogprobs | None = Field(
         default=None, description="Log probabilities of each token and of so many best ones."
     )
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), WholeNumber] | None = Field(
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), WholeNumber] | NoLimit | None = Field(
         default=None, description="null: until the end of the text or of the context. 0 needs echo."
     )
     best_of: Integer | None = Field(
@@ -66,7 +66,7 @@ class CompletionRequest(Sampling):
     @property
     def longest_reply(self) -> int | None:
         """See `Sampling`. The token after a prompt takes no computing of its own; the form leaves it out."""
-        return 1 if self.max_tokens == 0 else self.max_tokens
+        return 1 if self.max_tokens == 0 else length_of(self.max_tokens)
 
     @property
     def scores_prompt(self) -> bool:

@@ -41,6 +41,7 @@ from hybrimoe.server.fields import (
     Text,
     TokensOrNoLimit,
     TopK,
+    seed_of,
     shown,
 )
 from hybrimoe.server.forms import NDJSON, Ended, Form, Update, WholeReply, line
@@ -122,7 +123,7 @@ class Options(Strict):
             return SamplingOptions(
                 temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p,
                 repetition_penalty=self.repeat_penalty, presence_penalty=self.presence_penalty or 0.0,
-                frequency_penalty=self.frequency_penalty or 0.0, seed=self.seed, stop=stop,
+                frequency_penalty=self.frequency_penalty or 0.0, seed=seed_of(self.seed), stop=stop,
                 max_new_tokens=self.num_predict if self.num_predict and self.num_predict > 0 else None,
             )  # fmt: skip
         except ConfigError as error:

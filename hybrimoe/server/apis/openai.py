@@ -18,6 +18,7 @@ from hybrimoe.server.fields import (
     Boolean,
     Free,
     Integer,
+    NoLimit,
     Penalty,
     Priority,
     Refused,
@@ -32,6 +33,8 @@ from hybrimoe.server.fields import (
     Text,
     Tokens,
     TopK,
+    length_of,
+    seed_of,
 )
 from hybrimoe.server.forms import Ended
 from hybrimoe.server.replies.events import parsed_json
@@ -121,7 +124,9 @@ class Sampling(Strict):
     refused: ClassVar[Refused] = REFUSED
 
     model: Text | None = None
-    max_tokens: Tokens | None = Field(default=None, description="null: until the end of the text or of the context.")
+    max_tokens: Tokens | NoLimit | None = Field(
+        default=None, description="null or -1: until the end of the text or of the context."
+    )
     temperature: Temperature | None = None
     top_p: Share | None = None
     top_k: TopK | None = None
@@ -164,7 +169,7 @@ class Sampling(Strict):
     @property
     def longest_reply(self) -> int | None:
         """Tokens of the reply at most."""
-        return self.max_tokens
+        return length_of(self.max_tokens)
 
     @property
     def n_top_logprobs(self) -> int | None:
@@ -185,7 +190,7 @@ class Sampling(Strict):
                 frequency_penalty=self.frequency_penalty or 0.0,
                 presence_penalty=self.presence_penalty or 0.0,
                 logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
-                seed=self.seed,
+                seed=seed_of(self.seed),
                 stop=stop,
                 max_new_tokens=self.longest_reply,
                 ignore_eos=bool(self.ignore_eos),

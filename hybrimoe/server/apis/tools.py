@@ -29,9 +29,19 @@ def called(id_: str | None, name: str, arguments: str) -> dict[str, Any]:
 
 
 def new_tool(name: str, description: str | None, parameters: dict[str, Any] | None, *, strict: bool = False) -> Tool:
-    """A tool whose schema is that of an object without arguments where there is none."""
+    """A tool whose schema is that of an object without arguments where there is none.
+
+    Raises RequestError for the schema of anything else: a call has named arguments.
+    """
     plain = Tool(name, description or "", strict=strict)
-    return replace(plain, parameters=parameters) if parameters else plain
+    if not parameters:
+        return plain
+    kind = parameters.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise RequestError(
+            f"tools: the parameters of {name!r} must be the schema of an object, found the type {shown(kind)}", "tools"
+        )
+    return replace(plain, parameters={**parameters, "type": "object"})
 
 
 def only_functions(value: object) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -20,8 +20,9 @@ from scheduler.demand import Phase
 from scheduler.lossy import Lossy, resolve_lossy
 from scheduler.machine.profile import HardwareProfile, ModelShape
 from scheduler.planner.policies import resolve_policy
+from scheduler.simulator.bound import lower_bounds
 from scheduler.simulator.run import simulate
-from scheduler.simulator.simulator import PhaseResult, SimulationConfig, check_fit, slots_for
+from scheduler.simulator.simulator import PhaseResult, SimulationConfig, Simulator, check_fit, slots_for
 from scheduler.streaming import Streaming
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.demands import DemandSource
@@ -59,15 +60,21 @@ class SimulationRequest:
     seed: int = 0
     cache_model: Path | None = None
     prefetch_model: Path | None = None
+    bound: bool = False
+
+
+Bounds = dict[tuple[float, Phase], float]
+"""(cache ratio, phase) -> ms a step that no policy can beat."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationReport:
     """Results in request order, with what was assumed. ``ranges``: of each, the tokens/s to expect by public
-    measurements, None where none is near."""
+    measurements, None where none is near. ``bounds``: empty where none was asked for."""
 
     results: list[PhaseResult]
     ranges: list[Range | None]
+    bounds: Bounds
     hardware: str
     model_shape: str
     trace: str
@@ -88,6 +95,7 @@ class SimulationReport:
                 "tokens_per_s": result.tokens_per_s,
                 "tokens_per_s_range": known,
                 "prompt_tokens": result.step_tokens if result.phase == "prefill" else None,
+                **({"bound_ms": self.bounds[result.cache_ratio, result.phase]} if self.bounds else {}),
             }
             for result, known in zip(self.results, self.ranges, strict=True)
         ]
@@ -106,6 +114,7 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
         for lossy in variants
     ]
     profile = with_accelerators(open_hardware(request.hardware), request.accelerators, request.shared_link)
+    _check_bound(request, profile)
     found = open_trace(request.trace, request.model_shape, seed=request.seed)
     check_fit(found.trace, found.shape)
     calibration, evaluation = split(found.trace)
@@ -117,7 +126,7 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
     known, earlier = expert_frequencies(calibration), DemandSource(calibration)
     scorer, prefetch_scorer = _scorer(request.cache_model), _scorer(request.prefetch_model)
     steps = list(evaluation.steps(phase, request.prefill_chunk))
-    results, ranges = [], []
+    results, ranges, bounds = [], [], Bounds()
     for config in configs:
         setting = _setting(profile, found.shape, config)
         for result in simulate(
@@ -136,12 +145,27 @@ def run_simulations(request: SimulationRequest) -> SimulationReport:
         ):
             results.append(result)
             ranges.append(_range(setting, result))
+    if request.bound:
+        for config in {config.cache_ratio: config for config in configs}.values():
+            plain = replace(config, policy="static", params={}, streaming=_widest(configs))
+            made = Simulator(evaluation, profile, found.shape, plain, source=source, steps=steps)
+            bounds |= {(config.cache_ratio, of_phase): ms for of_phase, ms in lower_bounds(made).items()}
     told = "none" if predictions is None else predictions.kind
     notes = (
         *found.notes, *cut, f"{evaluation.n_tokens} of {found.trace.n_tokens} tokens; routing ahead: {told}",
         *_prompt_notes(request, results, configs), _range_note(profile, ranges),
     )  # fmt: skip
-    return SimulationReport(results, ranges, profile.name, found.shape.name, found.trace.name, notes)
+    return SimulationReport(results, ranges, bounds, profile.name, found.shape.name, found.trace.name, notes)
+
+
+def _widest(configs: list[SimulationConfig]) -> Streaming | None:
+    """The way of streaming prompts that has a buffer beside the slots, if any policy streams."""
+    return next((config.streaming for config in configs if config.streaming is not None), None)
+
+
+def _check_bound(request: SimulationRequest, profile: HardwareProfile) -> None:
+    if request.bound and (request.lossy or profile.accel.count > 1):
+        raise ConfigError("--bound is of one accelerator and of lossless policies: leave --lossy or the others out")
 
 
 def _setting(profile: HardwareProfile, shape: ModelShape, config: SimulationConfig) -> Setting:

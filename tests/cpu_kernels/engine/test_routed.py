@@ -65,7 +65,8 @@ def test_gives_the_bits_of_the_long_way(n_tokens: int, dtype: torch.dtype, weigh
     weights = weights.to(weights_dtype)
     done = backend.run_routed(experts.spec, experts.records, hidden, index, weights)
     assert done is not None
-    out, n_active = done
+    out, n_active, counted = done
+    assert counted == n_tokens
     assert out.dtype == dtype
     assert torch.equal(out, experts.long_way(backend, hidden, index, weights))
     assert n_active == len({e for e in index.flatten().tolist() if 0 <= e < N_EXPERTS})

@@ -16,7 +16,7 @@ import yaml_rules
 from hybrimoe.bench.ablation import sweep as ablation_sweep
 from hybrimoe.bench.ablation.cases import SENSITIVITY, every_policy, hit_rates, sensitivity, speedups, table_3
 from hybrimoe.bench.ablation.spread import ClusterError, on_cluster
-from hybrimoe.bench.ablation.summary import oracle_share, summarise, tables
+from hybrimoe.bench.ablation.summary import bound_share, oracle_share, summarise, tables
 from hybrimoe.bench.ablation.sweep import DEMO, Case, run_case, sweep
 from hybrimoe.cli.bench.ablation import build_cases, write
 from hybrimoe.errors import MissingExtraError
@@ -253,8 +253,15 @@ def test_a_seed_begins_a_recorded_trace_with_another_sequence():
 def row(policy, latency_ms, **more):
     plain = {"experiment": "policies", "hardware": "h", "shape": "s", "trace": "t", "cache_ratio": 0.25,
              "phase": "decode", "n_prefill": 0, "hit_rate": 0.5, "prefetches": 0, "prefetch_precision": 0.0,
-             "cpu_busy": 0.5, "accel_busy": 0.25, "link_busy": 0.25}  # fmt: skip
+             "bound_ms": 4.0, "cpu_busy": 0.5, "accel_busy": 0.25, "link_busy": 0.25}  # fmt: skip
     return {**plain, "policy": policy, "label": policy, "latency_ms": latency_ms, **more}
+
+
+def test_rows_of_compared_policies_say_what_no_policy_can_beat():
+    compared = [run_case(replace(CASE, experiment="policies", policy=policy)) for policy in ("static", "oracle")]
+    assert len({row["bound_ms"] for row in compared}) == 1
+    assert all(0.0 < row["bound_ms"] <= row["latency_ms"] for row in compared)
+    assert run_case(replace(CASE, experiment="hits"))["bound_ms"] is None
 
 
 def test_a_changed_assumption_changes_the_row():
@@ -277,8 +284,11 @@ def test_share_of_the_way_to_the_oracle():
     group = {name: row(name, ms) for name, ms in (("static", 10.0), ("ours", 6.0), ("oracle", 5.0))}
     assert oracle_share(group, "ours") == pytest.approx(0.8)
     assert oracle_share({**group, "oracle": row("oracle", 10.0)}, "ours") is None
+    assert bound_share(group, "ours") == pytest.approx(4 / 6)
+    assert bound_share({**group, "static": row("static", 4.0)}, "ours") is None
     (ours,) = [r for r in summarise(list(group.values()))["policies"] if r["policy"] == "ours"]
     assert ours["speedup"] == pytest.approx(10 / 6)
+    assert (ours["oracle_share"], ours["bound_share"]) == (pytest.approx(0.8), pytest.approx(4 / 6))
 
 
 def test_tables_and_files(tmp_path):

@@ -145,6 +145,25 @@ def test_simulate_refuses_bad_input(hybrimoe, words, code, message):
     assert message in done.data["error"]["message"]
 
 
+def test_the_bound_is_below_every_policy(hybrimoe):
+    rows = hybrimoe(
+        "simulate", "--max-tokens", "60", "--policy", "static", "--policy", "llama_cpp", "--policy", "oracle",
+        "--cache-ratio", "0.25", "--cache-ratio", "0.5", "--bound", "--json",
+    ).data  # fmt: skip
+    assert len({(row["cache_ratio"], row["phase"], row["bound_ms"]) for row in rows}) == 4
+    assert all(0.0 < row["bound_ms"] <= row["latency_ms"] for row in rows)
+    text = hybrimoe("simulate", "--max-tokens", "30", "--policy", "static", "--phase", "prefill", "--bound").out
+    assert "What no policy can beat" in text
+    assert "of the way" in text
+
+
+@pytest.mark.parametrize("words", [("--accelerators", "2"), ("--lossy", "skip")])
+def test_the_bound_of_what_it_does_not_cover_is_refused(hybrimoe, words):
+    done = hybrimoe(*SMALL, "--bound", *words, "--json")
+    assert done.code == 2
+    assert "--bound is of one accelerator" in done.data["error"]["message"]
+
+
 def test_damaged_trace_and_empty_phase(hybrimoe, tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 broken")
     assert "damaged" in hybrimoe("simulate", "--trace", tmp_path / "bad.npz", "--json").data["error"]["message"]

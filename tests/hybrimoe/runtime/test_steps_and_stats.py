@@ -82,3 +82,26 @@ def test_rates_of_nothing_are_unknown_not_zero() -> None:
     assert Counters().hit_rate is None
     assert Counters().prefetch_precision is None
     assert Counters().as_dict()["hit_rate"] is None
+
+
+def test_calls_that_were_only_kept_are_in_every_sum_once_and_gone_after_a_reset() -> None:
+    stats = StatsRecorder(2)
+    stats.whole += [("decode", 1, 1, 4, 5_000, 7_000), ("prefill", 0, 3, 6, 1_000, 1_000)]
+    for _ in range(2):
+        by_phase, by_layer = stats.by_phase(), stats.by_layer()
+        assert (by_phase["decode"].calls, by_phase["decode"].cpu_experts, by_phase["decode"].cpu_us) == (1, 4, 5.0)
+        assert (by_layer[1].wall_us, by_layer[1].overhead_us) == (7.0, 2.0)
+        assert (by_phase["prefill"].tokens, by_layer[0].misses) == (3, 6)
+    stats.whole.append(("decode", 1, 1, 4, 5_000, 7_000))
+    stats.reset()
+    assert stats.by_phase()["decode"].calls == 0
+
+
+def test_an_announced_step_is_new_whichever_layer_comes() -> None:
+    tracker = StepTracker(decode_max_tokens=2)
+    assert tracker.next(0, 1).new
+    assert tracker.last_layer == 0
+    tracker.announce("decode")
+    assert tracker.last_layer > 1 << 30, "no layer goes on with the step"
+    assert tracker.next(5, 1) == Step("decode", new=True, new_sequence=False)
+    assert tracker.next(6, 1) == Step("decode", new=False, new_sequence=False)

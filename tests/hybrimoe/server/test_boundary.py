@@ -5,7 +5,9 @@ import logging
 
 import pytest
 
+from hybrimoe.errors import ConfigError
 from hybrimoe.server.errors import ClientLeftError
+from hybrimoe.server.http import listening
 
 BODY = {"prompt": "It was", "max_tokens": 2}
 PATH = "/v1/completions"
@@ -160,3 +162,82 @@ def test_a_client_that_leaves_while_it_sends_is_no_failure(application, connect,
 
     assert asyncio.run(run())["status"] == ClientLeftError.status
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+FORM, JSON = {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "application/json"}
+TEXT = b'{"prompt": "It was", "max_tokens": 2}'
+
+
+@pytest.mark.parametrize("headers", [{}, FORM, {"content-type": "text/plain"}])
+def test_a_body_that_does_not_say_that_it_is_json_is_read_as_such_unless_a_page_sends_it(ask, headers):
+    assert ask({}, "POST", PATH, content=TEXT, headers=headers).status_code == 200, "as llama-server's and Ollama's"
+    for sent in ({"origin": "https://evil.example.org"}, {"sec-fetch-site": "cross-site"}):
+        refused = ask({}, "POST", PATH, content=TEXT, headers={**headers, **sent})
+        assert refused.status_code == 400
+        assert "Content-Type: application/json" in refused.json()["error"]["message"]
+        assert ask({}, "POST", PATH, content=TEXT, headers={**JSON, **sent}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "the request has no body: expected a JSON object"),
+        (b"null", "the request has no body"),
+        (b"[]", "must be a JSON object, found a list"),
+        (b'"x"', "must be a JSON object, found a text"),
+        (b'{"prompt": }', "not JSON: Expecting value, at character 11"),
+        (b'{"prompt": "\xff"}', "not UTF-8: invalid start byte at byte 12"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "cannot be read as JSON: Exceeds the limit"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_told_what_it_is(ask, body, words):
+    answer = ask({}, "POST", PATH, content=body, headers=JSON)
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert words in error["message"]
+    assert (error["param"], error["code"]) == (None, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"logit_bias": {"A": 1}}, "logit_bias.A"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"prompt": ["a", [1]]}, "prompt.1"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ],
+)
+def test_the_field_that_an_error_names_is_one_of_the_request(ask, more, param):
+    error = ask({}, "POST", PATH, json={**BODY, **more}).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/api/tags", "/"])
+def test_head_is_answered_as_get(ask, path):
+    seen, asked = ask({}, "GET", path), ask({}, "HEAD", path)
+    assert asked.status_code == seen.status_code == 200
+    assert asked.headers["content-type"] == seen.headers["content-type"]
+
+
+def test_a_path_that_there_is_not_gets_the_one_that_is_near_and_a_wrong_method_the_right_one(ask):
+    for path in ("/chat/completions", "/v1/v1/chat/completions"):
+        answer = ask({}, "POST", path, json=BODY)
+        assert answer.status_code == 404
+        assert "did you mean '/v1/chat/completions'?" in answer.json()["error"]["message"]
+    wrong = ask({}, "GET", "/v1/completions").json()["error"]["message"]
+    assert wrong == "'/v1/completions' takes POST, not GET"
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("[::1]", "[::1]")])
+def test_a_taken_port_is_told_once_with_its_address(host, shown):
+    try:
+        taken = listening(host, 0)
+    except ConfigError:
+        pytest.skip("this machine has no IPv6")
+    with taken, pytest.raises(ConfigError) as refused:
+        listening(host, taken.getsockname()[1])
+    assert str(refused.value).startswith(f"cannot listen on {shown}:")
+    assert str(refused.value).count("Address already in use") == 1
+    assert "bind" not in str(refused.value)

@@ -252,6 +252,15 @@ def test_ollamas_keep_alive_says_how_long_a_model_stays(models, asking, shelf):
     assert "5m" in refused.json()["error"]
 
 
+@pytest.mark.parametrize("duration", ["99999999999h", "9" * 400 + "h", 1e300, 1e12])
+def test_a_duration_that_no_clock_holds_is_for_ever_and_the_server_goes_on(models, asking, shelf, duration):
+    ask = asking(models("a", "b", start="a"))
+    assert ask("POST", "/api/generate", {"model": "a", "keep_alive": duration}).status_code == 200
+    assert ask("GET", "/api/ps").json()["models"][0]["expires_at"].startswith("9999")
+    assert ask("POST", "/v1/completions", {**PROMPT, "model": "b"}).status_code == 200, "models are still exchanged"
+    assert shelf.events == ["+a", "-a", "+b"]
+
+
 def test_the_end_refuses_those_who_wait_for_their_model(models, shelf, client):
     shelf.gates["b"] = threading.Event()
 

@@ -116,6 +116,28 @@ def test_a_bad_request_is_an_error_object_that_says_why(call, path, body, status
     assert error["type"] == "invalid_request_error"
 
 
+def test_minus_one_is_what_other_servers_take_it_for(call):
+    greedy = {"prompt": "It was", "temperature": 0}
+    bodies = [
+        {**greedy, "max_tokens": 4},
+        {**greedy, "max_tokens": 4, "seed": -1, "top_k": -1},
+        {**greedy, "max_tokens": -1, "max_reply_seconds": 60},
+    ]
+    plain, same, longer = call.together(*(("POST", "/v1/completions", body) for body in bodies))
+    assert same.json()["choices"] == plain.json()["choices"]
+    assert longer.json()["usage"]["completion_tokens"] > 4, "-1 tokens are no limit"
+    sampled = {**HEAD, "prompt": "It was", "temperature": 1.0, "seed": -5}
+    first, again = (call("POST", "/v1/completions", sampled).json()["choices"] for _ in range(2))
+    assert first == again, "other numbers below zero are seeds"
+    for field in ("max_tokens", "max_completion_tokens"):
+        body = {"messages": [{"role": "user", "content": "It was"}], "temperature": 0, field: -1}
+        assert call("POST", "/v1/chat/completions", body).json()["usage"]["completion_tokens"] > 4
+        assert call("POST", "/v1/chat/completions", {**body, field: -2}).status_code == 400
+    options = {"num_predict": 3, "seed": -1, "top_k": -1}
+    ollama = {"model": "tiny", "prompt": "It was", "stream": False, "options": options}
+    assert call("POST", "/api/generate", ollama).json()["eval_count"] == 3
+
+
 def test_models_and_health(call):
     paths = ("/v1/models", "/v1/models/tiny", "/v1/models/other", "/health", "/v1/nothing")
     models, card, missing, health, nothing = call.together(*(("GET", path) for path in paths))
@@ -124,7 +146,7 @@ def test_models_and_health(call):
     assert missing.status_code == 404
     assert health.json()["status"] == "ok"
     assert nothing.status_code == 404
-    assert nothing.json()["error"]["message"] == "Not Found"
+    assert nothing.json()["error"]["message"].startswith("there is no page '/v1/nothing'; did you mean '/v1/")
 
 
 def test_metrics_count_requests_tokens_and_the_expert_cache(call):

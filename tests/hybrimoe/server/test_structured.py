@@ -136,3 +136,19 @@ def test_json_of_any_kind(call):
         "content"
     ]
     assert text.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": "string", "pattern": "("}, "response_format: regex parse error: ( ^ error: unclosed group"),
+        ({"$ref": "#"}, "cannot be followed: no text follows it"),
+    ],
+)
+def test_why_a_schema_is_refused_is_told_whole_and_without_the_state_of_the_parser(call, schema, words):
+    answer = call(*chat(response_format=named(schema)))
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < 400

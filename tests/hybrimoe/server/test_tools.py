@@ -152,7 +152,9 @@ def test_the_model_is_shown_tools_calls_and_results(call, generator, monkeypatch
         ({"tools": [{"type": "web_search"}]}, "web_search"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
-        ({"tools": [{"type": "function", "function": {**ADD, "parameters": {"type": "thing"}}}],
+        ({"tools": [{"type": "function", "function": {**ADD, "parameters": {"type": "array"}}}]},
+         "the parameters of 'add' must be the schema of an object, found the type 'array'"),
+        ({"tools": [{"type": "function", "function": {**ADD, "parameters": {"properties": {"a": {"type": "thing"}}}}}],
           "tool_choice": "required"}, "Invalid type: thing"),
     ],
 )  # fmt: skip
