@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe import compat
 from hybrimoe.errors import ConfigError, ModelError
-from hybrimoe.generation.candidates import few_candidates, sent_together
 from hybrimoe.generation.vocabulary import check_token_ids
 
 if TYPE_CHECKING:
@@ -19,7 +18,15 @@ if TYPE_CHECKING:
 
     from hybrimoe.generation.constraint import Constraint
 
-__all__ = ["UNLIMITED_TOKENS", "Sampler", "SamplingOptions", "TokenLogprob", "reply_length", "with_length"]
+__all__ = [
+    "UNLIMITED_TOKENS",
+    "Sampler",
+    "SamplingOptions",
+    "TokenLogprob",
+    "few_candidates",
+    "reply_length",
+    "with_length",
+]
 
 COMPLETION_TOKENS = 256
 """Length of a completion at the command line and in batches, where nothing sets one: plain text need not end."""
@@ -344,3 +351,33 @@ def _configured_length(model: Any, n_prompt: int) -> int | None:
         return int(config.max_new_tokens)
     left = (config.max_length or 0) - n_prompt
     return left if left > 0 else None
+
+
+def few_candidates(
+    processors: Sequence[Any], logits: torch.Tensor, *, greedy: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Logits [k] and token ids [k] of the tokens among which `processors` choose, best first, on the logits' device.
+
+    k is 1 for greedy choice, else the sampler's top_k. None for logits on the host, and where a processor needs them
+    all, or changes their order (penalties, forbidden tokens). Of tokens that share the last place of the top k,
+    transformers keeps all; here one is kept.
+    """
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    ordered = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+    if logits.device.type == "cpu" or any(type(processor) not in ordered for processor in processors):
+        return None
+    if greedy:
+        return logits.topk(1)
+    first = next((processor for processor in processors if not isinstance(processor, TemperatureLogitsWarper)), None)
+    if not isinstance(first, TopKLogitsWarper):  # what stands before it would see fewer tokens than it should
+        return None
+    return logits.topk(min(first.top_k, logits.shape[-1]))
+
+
+def sent_together(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits float32 [k] and token ids int64 [k] on the host, by one copy: the host waits for the card once."""
+    import torch
+
+    bits = torch.stack([logits.float().view(torch.int32), token_ids.to(torch.int32)]).cpu()
+    return bits[0].view(torch.float32), bits[1].long()

@@ -6,7 +6,7 @@ import pytest
 from hybrimoe.demo.training.corpora import Document
 from hybrimoe.demo.training.data import WindowSampler, encode_corpus
 from hybrimoe.demo.training.errors import CorpusError
-from hybrimoe.demo.training.schedule import Schedule
+from hybrimoe.demo.training.trainer import Schedule
 
 
 def test_warm_up_stable_decay():
