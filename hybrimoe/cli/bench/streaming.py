@@ -72,19 +72,20 @@ def _measured(deployment: DeployConfig, clients: list[int], new_tokens: int, rou
 
 
 def _show(rows: list[Row], new_tokens: int, rounds: int) -> None:
-    columns = ("clients", "ms", "served", "engine alone", "server adds", "from - to", "of it text")
+    columns = ("clients", "ms", "served", "engine", "added", "least to most", "text")
     shown = [
         (str(row.clients), what, f"{one.served_ms:.3f}", f"{one.engine_ms:.3f}", f"{one.added_ms:.3f}",
-         " - ".join(f"{ms:.3f}" for ms in one.added_ms_range), f"{times * row.text_ms:.3f}")
+         " to ".join(f"{ms:.2f}" for ms in one.added_ms_range), f"{times * row.text_ms:.3f}")
         for row in rows
         for what, one, times in (
-            ("to the first", row.first, 1), ("between two", row.between, row.clients), ("CPU of one", row.cpu, 1)
+            ("first byte", row.first, 1), ("between two", row.between, row.clients), ("CPU of one", row.cpu, 1)
         )
     ]  # fmt: skip
     render.out().print(render.table(f"Streamed tokens, {new_tokens} a reply; measured", columns, shown))
     render.note(
-        f"Medians of {rounds} rounds each, and their difference; from - to: what rounds differ by. To the first: prompt"
-        " and choice of the token, by the clock, each question a new one. Between two: of one reply, by the clock; in"
-        " that time each client gets one. CPU: all threads of the process. --accelerator none --threads 1 leave out"
+        f"Medians of {rounds} rounds: what the server adds to the engine alone, and how much of it is text"
+        " and stop texts. First byte: prompt and choice of the token, by the clock, each question a new one. Between"
+        " two tokens of one reply, by the clock: in that time each client gets one. CPU: all threads of the process."
+        " --accelerator none --threads 1 leave out"
         " threads that spin, or hold Python's lock, beside the server's."
     )

@@ -37,7 +37,7 @@ def test_streaming_has_a_row_for_each_number_of_clients(hybrimoe: Any) -> None:
     assert result.data["machine"]["cores"] >= 1
     shown = hybrimoe("bench", *line.split())
     assert shown.code == 0, shown.err
-    assert not missing(shown.out, "clients", "server, us", "of 4 a reply")
+    assert not missing(shown.out, "clients", "served", "engine", "added", "first byte", "between two", "4 a reply")
 
 
 def test_keys_and_values_are_shown_as_a_table(hybrimoe: Any) -> None:
