@@ -30,7 +30,7 @@ SHARES: dict[Kind, float] = {"plain": 0.5, "leaving": 0.2, "malformed": 0.1, "sl
 N_PROMPTS, N_LONG_PROMPTS = 12, 2
 PROMPT_WORDS = (3, 40)
 MALFORMED = (
-    b"{", b"[]", b"null", b'{"prompt": 1.5}', b'{"prompt": "x", "max_tokens": -1}', b'{"prompt": "x", "seed": "hot"}',
+    b"{", b"[]", b"null", b'{"prompt": 1.5}', b'{"prompt": "x", "max_tokens": -2}', b'{"prompt": "x", "seed": "hot"}',
     b'{"prompt": "\\ud800"}', b'{"messages": "x"}', b'{"prompt": [99999999]}', b"\xff\xfe",
 )  # fmt: skip
 """Bodies that no API takes; each is answered with 4xx."""

@@ -2,12 +2,13 @@
 
 import contextlib
 
+import httpx
 import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hybrimoe.bench.serve.client import ServerError
-from hybrimoe.bench.serve.soak import Load, Report, soak
+from hybrimoe.bench.serve.soak import MALFORMED, Load, Report, soak
 from hybrimoe.checkpoint import load_tokenizer
 from hybrimoe.config.deploy import ServerConfig
 from hybrimoe.generation import TextGenerator
@@ -46,6 +47,14 @@ def test_mixed_load_leaves_nothing_and_changes_no_reply(server):
     assert report.ended["complete"] + report.ended["left"] + report.ended["rejected"] == report.sent.total()
     assert report.ended["left"] > 0
     assert report.ended["rejected"] > 0
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_the_server_takes_none_of_the_malformed_bodies(server, path):
+    for body in MALFORMED:
+        answer = httpx.post(f"{server}/v1/{path}", content=body, headers={"content-type": "application/json"})
+        assert 400 <= answer.status_code < 500, body
+        assert "error" in answer.json()
 
 
 def test_replies_that_are_mixed_up_are_found(server, monkeypatch):
