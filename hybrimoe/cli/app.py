@@ -126,6 +126,10 @@ def load_command(name: str) -> Any:
     return command
 
 
+LARGEST, LARGEST_SEED = 2**31 - 1, 2**63 - 1
+"""Of any whole number of a command line, and of a seed."""
+
+
 def _bound_whole_numbers(command: Any) -> None:
     """Whole numbers beyond what anything here can be are wrong usage: some would overflow deep inside."""
     for leaf in getattr(command, "commands", {"": command}).values():
@@ -183,7 +187,6 @@ def exit_code(error: BaseException) -> int:
     return int(getattr(error, "exit_code", 1))
 
 
-LARGEST, LARGEST_SEED = 2**31 - 1, 2**63 - 1
 TORCH_HAS_NO_MEMORY = ("can't allocate memory", "not enough memory")
 OUR_PACKAGES = ("hybrimoe", "cpu_kernels", "gpu_kernels", "scheduler", "yaml_rules")
 
