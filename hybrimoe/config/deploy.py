@@ -31,6 +31,7 @@ DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4
 UnknownKeys = Literal["error", "ignore"]
 VisionName = Literal["auto", "none"]
 KvDtypeName = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+DeviceWait = Annotated[float, Field(gt=0.0, le=86_400.0)] | Literal["auto", "none"]
 BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
 
 
@@ -215,6 +216,11 @@ class DeployConfig(Section):
     )
     accelerator: Accelerators = Field(
         default=("auto",), description="Device, emulated, none or auto; a list: all of them, a block of layers each."
+    )
+    device_wait_seconds: DeviceWait = Field(
+        default="auto",
+        description="Longest time for which work of an accelerator is waited for before it counts as hanging; auto: far"
+        " longer than it should take, 30 at least; none: any time.",
     )
     memory: MemoryConfig = MemoryConfig()
     cpu: CpuConfig = CpuConfig()

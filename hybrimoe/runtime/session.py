@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from cpu_kernels import ExpertDtype, ExpertSpec, ExpertWeights
-from gpu_kernels import Accelerator
+from gpu_kernels import Accelerator, LostError
+from gpu_kernels.waiting import DeviceFailure, WaitLimit
 from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import BudgetError, HybriMoEError, ModelError
 from hybrimoe.experts import layout as experts_layout
@@ -32,6 +33,7 @@ from hybrimoe.runtime.layer_call.steps import StepTracker
 from hybrimoe.runtime.learnt import RoutingFile
 from hybrimoe.runtime.lossy.low_copy import LowCopy, make_low_copy
 from hybrimoe.runtime.lossy.startup import lossy_call
+from hybrimoe.runtime.lost import go_on_without, why_it_ends
 from hybrimoe.runtime.resident import ResidentExperts, find_resident
 from hybrimoe.runtime.snapshot import snapshot
 from hybrimoe.runtime.startup.backends import backend_for, close_all, cpu_threads, open_devices
@@ -76,6 +78,7 @@ class Session:
         self._routing: RoutingFile | None = None
         self._make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
         self._closed = False
+        self._lost: str | None = None
         self._reporters: list[Callable[[StatsRecorder], None]] = []
         self._finalizer: weakref.finalize[..., Any] | None = None
 
@@ -196,15 +199,18 @@ class Session:
             if self._sink is not None:
                 self._sink.top_k_index, self._sink.top_k_weights = top_k_index, top_k_weights
                 raise RoutingCaptured
-            runner = self._runner
-            if runner is None or not runner.consistent:
-                runner = self._ready()
             while True:
                 try:
+                    runner = self._runner
+                    if runner is None or not runner.consistent:
+                        runner = self._ready()
                     return runner.run(layer, hidden, top_k_index, top_k_weights)
                 except torch.OutOfMemoryError as error:
                     self.make_room(error)
-                    runner = self._ready()
+                except LostError as error:
+                    self._go_on_without(error, hidden)
+                except DeviceFailure as error:
+                    self._go_on_without(self._failed(error), hidden)
 
     def run_sent(self, call: SentCall) -> None:
         """One call that a recorded step has sent; see `ExpertsCall.run_sent`."""
@@ -216,6 +222,10 @@ class Session:
                     return
                 except torch.OutOfMemoryError as error:
                     self.make_room(error)
+                except LostError as error:
+                    self._go_on_without(error, call.hidden)
+                except DeviceFailure as error:
+                    self._go_on_without(self._failed(error), call.hidden)
             output = self.run_layer(call.layer, call.hidden, call.ids, call.weights)
             call.exchange.put(output)
 
@@ -379,6 +389,19 @@ class Session:
     def started(self) -> bool:
         """True while layers can run."""
         return self._runner is not None and not self._closed
+
+    @property
+    def lost(self) -> str | None:
+        """What has become of an accelerator that hangs or has failed; None as long as all work."""
+        return self._lost or next((limit.lost for limit in self._limits() if limit.lost), None)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether an accelerator is lost without which the session cannot go on, or has not yet."""
+        return not self._closed and any(limit.lost for limit in self._limits())
+
+    def _limits(self) -> list[WaitLimit]:
+        return [device.wait_limit for device in self._accelerators]
 
     @property
     def planner(self) -> LayerPlanner | None:
@@ -587,6 +610,28 @@ class Session:
         self._stats.forget_slots()
         self._tracker.restart()
         self._start_runner(n_slots, broken, None)
+
+    def _failed(self, error: Exception) -> LostError:
+        """torch's error of a device that has failed, as ours."""
+        for device in self._accelerators:
+            return device.wait_limit.failed(error)
+        raise error
+
+    def _go_on_without(self, error: LostError, hidden: torch.Tensor) -> None:
+        """After the loss of an accelerator: the CPU computes all experts from here on, with a warning. Raises LostError
+        where it cannot compute a call with these hidden states."""
+        runner = self._runner
+        if runner is None or not self._accelerators:
+            raise error
+        self._lost = str(error)
+        if ending := why_it_ends(self.config, self.store, hidden):
+            raise LostError(f"{error}. {ending}") from error
+        go_on_without(error, self._accelerators, runner)
+        self._accelerators, self._units, self._resident, self._exchanged = (), [], None, None
+        self._stats.failures += 1
+        self._stats.forget_slots()
+        self._tracker.restart()
+        self._start_runner(None, runner, None)
 
     def _start_runner(
         self, setting: int | float | str | None, previous: ExpertsCall | None, frequencies: Frequencies | None
