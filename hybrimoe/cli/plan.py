@@ -155,6 +155,7 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
         (_cached(found), _kv(found)),
         *([("experts in device slots", experts(found["device_experts"]))] if has_device else []),
         *_by_accelerator(found),
+        *([_kept_free(found)] if has_device else []),
         ("experts in host memory", experts(found["host_experts"])),
         ("experts outside host memory", experts(found["disk_experts"])),
         (f"longest context{' with a slot a layer' if has_device else ''}", f"{found['max_context']} tokens"),
@@ -190,6 +191,12 @@ def _by_accelerator(found: dict[str, Any]) -> list[tuple[str, str]]:
         (f"  accelerator {unit}", f"{n_layers} MoE layers, {n_slots} slots")
         for unit, (n_layers, n_slots) in enumerate(zip(layers, slots, strict=True))
     ]
+
+
+def _kept_free(found: dict[str, Any]) -> tuple[str, str]:
+    """What no slot takes of a device's memory."""
+    parts = f"{_gib(found['reserve_bytes'])} for activations, workspaces and recorded steps"
+    return "kept free on each device", f"{parts}, {_gib(found['unpack_bytes'])} for one expert unpacked in a prompt"
 
 
 def _kv(found: dict[str, Any]) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from cpu_kernels import ExpertSpec
 from gpu_kernels import Accelerator
 from hybrimoe.errors import BudgetError
+
+if TYPE_CHECKING:
+    from hybrimoe.runtime.session import Session
 
 EMULATED_AUTO_SHARE = 0.25
 """Share of all experts that "auto" caches on the emulated accelerator: the paper's tightest setting."""
@@ -27,6 +32,39 @@ def unpack_bytes(spec: ExpertSpec) -> int:
     for gate and up while they are taken apart, or for one that is being dequantised."""
     matrices = 5 if spec.activation.gated else 4
     return matrices * 4 * spec.layout.hidden_padded * spec.layout.inter_padded
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMemory:
+    """Bytes of one device by what they are for. dense: weights and buffers there; slots: of experts. Still free: kv for
+    keys and values, unpack for one expert that a prompt takes apart, reserve for activations, workspaces of torch's
+    libraries, recorded steps and what their calls hand over."""
+
+    dense: int
+    slots: int
+    kv: int
+    unpack: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        """Of all parts."""
+        return self.dense + self.slots + self.kv + self.unpack + self.reserve
+
+
+def planned_memory(session: Session, model: nn.Module) -> list[PlannedMemory]:
+    """What each accelerator of a started session holds, and what its slots leave free there."""
+    kv_bytes = session.config.kv_reserve_bytes
+    kv_bytes = kv_cache_bytes(model) if kv_bytes is None else kv_bytes
+    unpack = max((unpack_bytes(layer.spec) for layer in session.layers if layer.placement != "cpu"), default=0)
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return [
+        PlannedMemory(
+            sum(tensor.nbytes for tensor in tensors.values() if tensor.device == device.device),
+            device.n_slots * device.slot_bytes, kv_bytes if index == 0 else 0, unpack, DEVICE_RESERVE_BYTES,
+        )
+        for index, device in enumerate(session.accelerators)
+    ]  # fmt: skip
 
 
 def reserve_bytes(
