@@ -133,6 +133,11 @@ class Accelerator(Protocol):
         """
         ...
 
+    def read_slot(self, slot: int, n_bytes: int) -> ByteArray:
+        """The first bytes of what was copied into a slot, on the host, once it is there. Raises SlotError for a slot
+        that was never filled, LaneError where its copy failed."""
+        ...
+
     def run_experts(self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork) -> Event:
         """Submits experts in order; expert `dispatch.expert_ids[positions[i]]` is read from `slots[i]`."""
         ...

@@ -98,6 +98,11 @@ class EmulatedAccelerator:
 
         return self._copy.submit(job, event)
 
+    def read_slot(self, slot: int, n_bytes: int) -> ByteArray:
+        """The first bytes of a slot, a copy of them."""
+        self._events.write_of(slot).wait()
+        return self._arena[slot][:n_bytes].copy()
+
     def run_experts(
         self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork
     ) -> HostEvent:

@@ -29,7 +29,7 @@ from gpu_kernels.slot_events import SlotEvents
 from gpu_kernels.streams import clock_us
 from gpu_kernels.torch_events import DeviceEvent, DoneEvent, TimeOrigin, on_stream
 from gpu_kernels.uploads import Array, Uploads
-from gpu_kernels.waiting import new_limit
+from gpu_kernels.waiting import new_limit, wait_for_stream
 
 STAGING_BUFFERS = 4
 """Page-locked records under way at once when the host's records are not page-locked."""
@@ -131,6 +131,13 @@ class TorchAccelerator:
         if index is not None:
             self._staging[index] = (self._staging[index][0], event)
         return event
+
+    def read_slot(self, slot: int, n_bytes: int) -> ByteArray:
+        """The first bytes of a slot on the host, which waits for its copy and for the current stream."""
+        self._events.write_of(slot).wait()
+        wait_for_stream(self.device, "the work before a slot is read back")
+        found: ByteArray = self._slots[slot, :n_bytes].to("cpu", copy=True).numpy()
+        return found
 
     def run_experts(self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork) -> Event:
         """Submits experts in order on the current stream; rows go to the call's rows on the device."""

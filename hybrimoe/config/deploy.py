@@ -46,6 +46,10 @@ class MemoryConfig(Section):
     disk: DiskAmount = Field(
         default=Amount("none"), description="auto: experts that `host` has no room for are read when needed."
     )
+    host_copy: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="drop: experts that a policy which never moves them (static) has put into slots leave host memory.",
+    )
     kv: BytesAmount = Field(
         default=Amount("auto"),
         description="Memory for keys and values of replies under way, on the device that computes attention; expert "
@@ -318,6 +322,7 @@ _ALIASES: dict[str, KeyPath] = {
     "context_shift": ("generation", "context_shift"),
     "attention_sinks": ("generation", "attention_sinks"),
     "kv_dtype": ("memory", "kv_dtype"),
+    "host_copy": ("memory", "host_copy"),
 }
 
 

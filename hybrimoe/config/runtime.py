@@ -31,6 +31,7 @@ def runtime_config(config: DeployConfig) -> RuntimeConfig:
         policy_params=policy_params,
         lookahead=config.scheduler.lookahead,
         kv_reserve_bytes=_kv_bytes(config.memory.kv, accelerators[0]),
+        host_copy=config.memory.host_copy,
         device_wait_s=_wait_seconds(config.device_wait_seconds),
         lossy=resolve_lossy(lossy_settings(config.scheduler.lossy)),
     )

@@ -25,7 +25,7 @@ def why_it_ends(config: RuntimeConfig, store: ExpertStore, hidden: torch.Tensor)
         )
     if config.lossy is not None:
         return f"scheduler.lossy has experts there that the host has not: {again}"
-    if not store.complete:
+    if store.released():
         return f"The host has no copy of the experts in its slots: {again}, or without memory.host_copy: drop"
     return None
 

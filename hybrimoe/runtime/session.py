@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from cpu_kernels import ExpertDtype, ExpertSpec, ExpertWeights
+from cpu_kernels import ExpertDtype, ExpertSpec, ExpertWeights, unpack_expert
 from gpu_kernels import Accelerator, LostError
 from gpu_kernels.waiting import DeviceFailure, WaitLimit
 from hybrimoe.amounts import parse_amount
@@ -23,6 +23,7 @@ from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.exchanged import ExchangedExperts, find_exchanged
+from hybrimoe.runtime.host_copy import bring_back, drop, never_moves, require_droppable
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.layers import PLACEMENTS, Layer, pack_layers
 from hybrimoe.runtime.layer_call.lookahead import ProbeSink, RoutingCaptured, run_probe
@@ -123,6 +124,8 @@ class Session:
             self._accelerators = tuple(accelerator) if isinstance(accelerator, Sequence) else (accelerator,)
         self._finalizer = weakref.finalize(self, close_all, self._accelerators)
         self._require_even_layers()
+        if self.config.host_copy == "drop":
+            require_droppable(self.config, self._accelerators)
         threads = cpu_threads(self.config, self._accelerators)
         for layer in self._layers:
             layer.backend = backend_for(self.config.backend, threads, layer.spec)
@@ -247,7 +250,17 @@ class Session:
                 f"{self._layers[layer].path}: some experts are kept in low precision only (scheduler.lossy), from which"
                 " the weights cannot be had back; load the model again without it"
             )
+        if (layer, expert) in self.store.released():
+            with self._lock:
+                spec = self._layers[layer].spec
+                return unpack_expert(spec, self._ready().experts.lanes.read_back(layer, expert, spec.record_bytes))
         return self.store.read(layer, expert)
+
+    def bring_back(self) -> None:
+        """All experts are in host memory again, where memory.host_copy has dropped some, until slots are filled."""
+        with self._lock:
+            if self.store.released():
+                bring_back(self.store, self._ready())
 
     def require_exact(self, purpose: str) -> None:
         """Raises ModelError, naming the purpose, where a lossy policy changes what the experts compute."""
@@ -310,6 +323,11 @@ class Session:
             runner, before = self._ready(), self.config
             if runner.planner is None:
                 raise ModelError("no expert has a slot, so there is nothing that a policy would decide")
+            if before.host_copy == "drop" and not never_moves(policy):
+                raise ModelError(
+                    f"policy {policy!r} moves experts, and those in slots have no copy in host memory"
+                    " (memory.host_copy: drop): start with keep to change to it"
+                )
             runner.drain()
             used = runner.routing_counts if runner.routing_counts.any() else None
             self.config = replace(before, policy=policy, policy_params={})
@@ -637,6 +655,8 @@ class Session:
         self, setting: int | float | str | None, previous: ExpertsCall | None, frequencies: Frequencies | None
     ) -> None:
         """Replaces the runner; `setting` None keeps the slots, `previous` hands over costs, hooks and records."""
+        if previous is not None:
+            bring_back(self.store, previous)  # what is copied into slots now
         model = None if self._model is None else self._model()
         startup = Startup(
             self.config, self._layers, self.store, self._units, model, self._probe, self._stats, self._tracker,
@@ -646,6 +666,8 @@ class Session:
         lossy = self.config.lossy
         if lossy is None:
             self._runner = startup.call(setting, previous, frequencies)
+            if self.config.host_copy == "drop":
+                drop(self.store, self._runner)
             return
         if lossy.low is not None and self._low is None:
             self._low = self._make_low_copy(lossy.low.low_dtype)
