@@ -101,7 +101,8 @@ class EmulatedAccelerator:
     def read_slot(self, slot: int, n_bytes: int) -> ByteArray:
         """The first bytes of a slot, a copy of them."""
         self._events.write_of(slot).wait()
-        return self._arena[slot][:n_bytes].copy()
+        found: ByteArray = self._arena[slot][:n_bytes].copy()
+        return found
 
     def run_experts(
         self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork
