@@ -38,6 +38,7 @@ from hybrimoe.runtime.lost import go_on_without, why_it_ends
 from hybrimoe.runtime.resident import ResidentExperts, find_resident
 from hybrimoe.runtime.snapshot import snapshot
 from hybrimoe.runtime.startup.backends import backend_for, close_all, cpu_threads, open_devices
+from hybrimoe.runtime.startup.budget import PlannedMemory, planned_memory
 from hybrimoe.runtime.startup.startup import Frequencies, Startup
 from hybrimoe.runtime.startup.units import Unit, share_layers
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
@@ -397,6 +398,12 @@ class Session:
     def units(self) -> tuple[Unit, ...]:
         """Each accelerator with its layers; empty before the start."""
         return tuple(self._units)
+
+    def planned_memory(self) -> list[PlannedMemory]:
+        """What each accelerator holds for this session, and what it keeps free there, in bytes."""
+        specs = {layer.spec for layer in self._layers if layer.placement != "cpu"}
+        model = None if self._model is None else self._model()
+        return planned_memory(self._accelerators, specs, model, self.config.kv_reserve_bytes)
 
     @property
     def n_slots(self) -> int:

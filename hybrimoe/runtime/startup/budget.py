@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from cpu_kernels import ExpertSpec
 from gpu_kernels import Accelerator
 from hybrimoe.errors import BudgetError
-
-if TYPE_CHECKING:
-    from hybrimoe.runtime.session import Session
 
 EMULATED_AUTO_SHARE = 0.25
 """Share of all experts that "auto" caches on the emulated accelerator: the paper's tightest setting."""
@@ -52,18 +48,20 @@ class PlannedMemory:
         return self.dense + self.slots + self.kv + self.unpack + self.reserve
 
 
-def planned_memory(session: Session, model: nn.Module) -> list[PlannedMemory]:
-    """What each accelerator of a started session holds, and what its slots leave free there."""
-    kv_bytes = session.config.kv_reserve_bytes
-    kv_bytes = kv_cache_bytes(model) if kv_bytes is None else kv_bytes
-    unpack = max((unpack_bytes(layer.spec) for layer in session.layers if layer.placement != "cpu"), default=0)
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+def planned_memory(
+    accelerators: Sequence[Accelerator], specs: Iterable[ExpertSpec], model: nn.Module | None,
+    kv_reserve_bytes: int | None,
+) -> list[PlannedMemory]:  # fmt: skip
+    """What each accelerator holds, and what its slots leave free there. specs: of experts that may have a slot."""
+    kv_bytes = kv_cache_bytes(model) if kv_reserve_bytes is None else kv_reserve_bytes
+    unpack = max(map(unpack_bytes, specs), default=0)
+    tensors = {id(t): t for t in ([] if model is None else [*model.parameters(), *model.buffers()])}
     return [
         PlannedMemory(
             sum(tensor.nbytes for tensor in tensors.values() if tensor.device == device.device),
             device.n_slots * device.slot_bytes, kv_bytes if index == 0 else 0, unpack, DEVICE_RESERVE_BYTES,
         )
-        for index, device in enumerate(session.accelerators)
+        for index, device in enumerate(accelerators)
     ]  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 
 import hybrimoe
 from hybrimoe.generation import SamplingOptions, TextGenerator
-from hybrimoe.runtime.startup.budget import planned_memory
 from tests.fake_device import DEVICE_TYPE, fake_cards
 from tests.hybrimoe.generation.test_on_cards import PROMPT, save_model
 
@@ -33,7 +32,7 @@ def test_weights_and_slots_are_what_a_card_holds_and_a_reply_stays_within_the_pl
             expert_dtype="float32", backend="torch", progress=False,
         )  # fmt: skip
         session = model.hybrimoe.session
-        (planned,) = planned_memory(session, model)
+        (planned,) = session.planned_memory()
         slots_bytes = sum(device.n_slots * device.slot_bytes for device in session.accelerators)
         assert planned.slots == slots_bytes
         assert planned.total == planned.dense + planned.slots + planned.kv + planned.unpack + planned.reserve
@@ -52,7 +51,7 @@ def test_auto_slots_fill_what_the_plan_leaves(tmp_path: Path) -> None:
         model = hybrimoe.load(
             folder, accelerator=CARD, expert_dtype="float32", backend="torch", progress=False, memory={"kv": "80MiB"}
         )
-        (planned,) = planned_memory(model.hybrimoe.session, model)
+        (planned,) = model.hybrimoe.session.planned_memory()
         assert planned.total <= cards.card_bytes
         assert planned.kv == 80 << 20
         model.hybrimoe.session.close()

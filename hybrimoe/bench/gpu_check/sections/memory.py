@@ -10,7 +10,6 @@ from gpu_kernels.devices import memory_info
 from hybrimoe.bench.gpu_check.findings import Findings, SkippedError
 from hybrimoe.bench.gpu_check.sections import models
 from hybrimoe.bench.gpu_check.setting import Setting
-from hybrimoe.runtime.startup.budget import planned_memory
 
 TOLERANCE_BYTES = 96 << 20
 """Between the plan and torch's allocator: rounding of its blocks, workspaces of the BLAS."""
@@ -30,9 +29,9 @@ def _at(setting: Setting, findings: Findings, share: float, ids: list[int]) -> N
     device = torch.device(setting.accelerator)
     before = _held(device)
     with models.opened(setting, setting.accelerator, "int4", share=share, dense_dtype="auto") as generator:
-        model, session = generator.model, generator.model.hybrimoe.session
+        session = generator.model.hybrimoe.session
         idle = _held(device)
-        n_slots, plan = session.accelerators[0].n_slots, planned_memory(session, model)[0]
+        n_slots, plan = session.accelerators[0].n_slots, session.planned_memory()[0]
         dense, slots, reserve = plan.dense, plan.slots, plan.kv + plan.unpack + plan.reserve
         models.forced_logits(generator, ids, ids[:2])
         after = _held(device)
