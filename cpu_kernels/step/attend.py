@@ -52,7 +52,7 @@ SHARING_ROWS = HEAD_BLOCK
 FEWEST_RUNS = 8
 """Runs become longer where a row has so many of them nevertheless: each costs 1 to 2 us beside its tokens. Not where
 more heads than HEAD_BLOCK share keys, which read a run again, from L2. With OLMoE's heads and 8,000 tokens runs of 512
-take 0.90 and of 1,024 take 0.87 of the time in bfloat16, 0.87 and 0.86 in int8 (a Xeon, 2 threads, both widths)."""
+take 0.91 and of 1,024 take 0.88 of the time in bfloat16, 0.92 and 0.88 in int8 (a Xeon, 2 threads, AVX-512)."""
 TICKET_TASKS, TICKETS = 4, 8
 """A ticket is TICKET_TASKS tasks, of which most follow each other in memory and each asks for the beginning of the next
 (bfloat16, OLMoE's heads: 4 to 8 % more of the memory's rate with earlier loops over values; a Xeon, 2 threads), or
