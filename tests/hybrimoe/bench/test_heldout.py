@@ -30,8 +30,8 @@ def test_the_page_holds_the_recorded_figures(heldout: ModuleType) -> None:
 
 
 def test_the_table_by_hand(heldout: ModuleType) -> None:
-    """ours takes 50 ms, static 100, FreeToken 60, the best schedule 37, the bound is 30: ours saves 50 of 63, and of 70;
-    the best 63 of 70."""
+    """ours takes 50 ms, static 100, FreeToken 60, the best schedule 37, the bound is 30: ours saves 50 of 63 and of
+    70, the best 63 of 70."""
     times = {"static": 100.0, "freetoken": 60.0, "ours": 50.0, "oracle": 40.0}
     decode = [
         {"hardware": hardware, "share": share, "policy": policy, "latency_ms": ms, "prefetch_precision": 0.8,
