@@ -13,7 +13,8 @@ from queue import SimpleQueue
 from typing import NoReturn
 from weakref import WeakSet
 
-from gpu_kernels.errors import ClosedError, LaneError
+from gpu_kernels.errors import ClosedError, LaneError, LostError
+from gpu_kernels.waiting import LEAST_HOST_WAIT_S, WaitLimit
 
 PR_SET_TIMERSLACK = 29
 """prctl option, linux/prctl.h."""
@@ -36,6 +37,8 @@ class HostEvent:
 
     label: str = "work"
     """What errors call the job."""
+    limit: WaitLimit | None = None
+    """Of waits for it; None: any time."""
     ended: bool = False
     """True once the job has ended or failed."""
     succeeded: bool = False
@@ -62,14 +65,20 @@ class HostEvent:
             gates.pop().release()
 
     def wait(self, *, also_failed: bool = False) -> None:
-        """Blocks until the job has ended. Raises LaneError if it failed, unless `also_failed` will do."""
+        """Blocks until the job has ended. Raises LaneError with the cause if it failed, unless `also_failed` will do,
+        and LostError where it does not end in time, or its lane hangs."""
         if not self.ended:
             gate = threading.Lock()
             gate.acquire()
             self.__dict__.setdefault("_gates", []).append(gate)  # one step, also for several waiters
             if not self.ended:
-                gate.acquire()
+                if self.limit is None:
+                    gate.acquire()
+                else:
+                    self.limit.wait_for_lock(gate, self.label)
         if self._error is not None and not also_failed:
+            if isinstance(self._error, LostError):
+                raise LostError(str(self._error)) from self._error
             raise LaneError(f"{self.label} failed: {self._error!r}") from self._error
 
 
@@ -79,8 +88,10 @@ Job = Callable[[HostEvent], None]
 class HostStream:
     """One daemon thread that runs jobs in the order of submission."""
 
-    def __init__(self, name: str, *, precise_sleep: bool = False) -> None:
+    def __init__(self, name: str, *, precise_sleep: bool = False, limit: WaitLimit | None = None) -> None:
+        """limit: of waits for all that is queued."""
         self.name = name
+        self.limit = WaitLimit(name, LEAST_HOST_WAIT_S) if limit is None else limit
         self._precise_sleep = precise_sleep
         self._jobs: SimpleQueue[tuple[Job, HostEvent] | None] = SimpleQueue()
         self.put: Callable[[tuple[Job, HostEvent]], None] = self._jobs.put
@@ -105,17 +116,20 @@ class HostStream:
         raise ClosedError(f"{self.name} belongs to process {self._process}: threads do not survive a fork")
 
     def drain(self) -> None:
-        """Blocks until everything submitted so far has ended."""
+        """Blocks until everything submitted so far has ended. Raises LostError where that takes too long."""
         if not self._closed and self.alive and self._thread is not threading.current_thread():
-            self.submit(lambda event: event.begin(), HostEvent()).wait(also_failed=True)
+            self.limit.require()
+            event = HostEvent()
+            event.limit, event.label = self.limit, f"all work of {self.name}"
+            self.submit(lambda event: event.begin(), event).wait(also_failed=True)
 
     def close(self) -> None:
-        """Runs what is queued, stops the thread and joins it; safe to call twice."""
+        """Runs what is queued, stops the thread and joins it, unless that hangs; safe to call twice."""
         if not self._closed:
             self._closed, self.put = True, self._refuse
             self._jobs.put(None)
         if self.alive and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(self.limit.seconds)
 
     @property
     def alive(self) -> bool:
