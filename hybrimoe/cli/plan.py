@@ -67,11 +67,10 @@ def plan(
         open_hardware(hardware)
     device_bytes = None if gpu_memory is None else _bytes(gpu_memory)
     host_bytes = None if host_memory is None else _bytes(host_memory)
-    import psutil
-
     from hybrimoe.errors import ConfigError
     from hybrimoe.extensions.policies import open_policy
     from hybrimoe.machine.calibrate import quick_profile
+    from hybrimoe.machine.memory import total_bytes
     from hybrimoe.tracing.study.fitting import KV_DTYPE, Machine, Wish, choose_stored
     from hybrimoe.tracing.study.planning import expect, fit
 
@@ -82,7 +81,7 @@ def plan(
         return with_accelerators(found, accelerators, shared_link=False), said
 
     profile, taken = measured(expert_dtype)
-    host_bytes = host_bytes or psutil.virtual_memory().total
+    host_bytes = host_bytes or total_bytes()
     reasons: list[str] = []
     stored = KV_DTYPE if kv_dtype == "auto" else kv_dtype
     if fit_all:
