@@ -69,9 +69,9 @@ def check_config(place: object, config: PreTrainedConfig) -> None:
     text = config.get_text_config()
     check_sizes(place, {name: getattr(text, name, None) for name in SIZES})
     _check_windows(place, text)
-    counts = [value for name in EXPERT_COUNTS if _is_count(value := getattr(text, name, None))]
-    if counts:
-        _check_choice(place, text, max(counts))
+    n_experts = max(_count(text, name) for name in EXPERT_COUNTS)
+    if n_experts:
+        _check_choice(place, text, n_experts)
 
 
 def check_positions(model: nn.Module) -> None:
@@ -99,9 +99,9 @@ def _check_windows(place: object, text: PreTrainedConfig) -> None:
 
 
 def _check_choice(place: object, text: PreTrainedConfig, n_experts: int) -> None:
-    chosen = getattr(text, "num_experts_per_tok", None)
-    choices = n_experts + (getattr(text, "zero_expert_num", None) or 0)
-    if _is_count(chosen) and chosen > choices:
+    chosen = _count(text, "num_experts_per_tok")
+    choices = n_experts + _count(text, "zero_expert_num")
+    if chosen > choices:
         raise _refused(
             place, "num_experts_per_tok", chosen, f"expected {choices} at most, as many as there are experts"
         )
@@ -117,8 +117,10 @@ def _check_choice(place: object, text: PreTrainedConfig, n_experts: int) -> None
         raise _refused(place, "topk_group", kept, f"expected 1 to {groups}, the groups that there are (n_group)")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
+def _count(text: PreTrainedConfig, name: str) -> int:
+    """A number of the configuration; 0 where it has none."""
+    value = getattr(text, name, None)
+    return value if isinstance(value, int) and value >= 1 else 0
 
 
 def _not_numbers(value: Any, name: str = "") -> Iterator[str]:
@@ -134,4 +136,5 @@ def _not_numbers(value: Any, name: str = "") -> Iterator[str]:
 
 
 def _refused(place: object, name: str, value: Any, expected: str) -> ModelError:
-    return ModelError(f"{place}: {name} in config.json is {value}; {expected}")
+    where = "its metadata" if str(place).endswith(".gguf") else "config.json"
+    return ModelError(f"{place}: {name} in {where} is {value}; {expected}")

@@ -9,7 +9,8 @@ from typing import Literal, Protocol, TypeVar
 from hybrimoe.errors import BudgetError, HybriMoEError
 
 Budget = Literal["slots", "host", "kv"]
-Given = TypeVar("Given")
+Setting = int | float | str
+"""What a budget is given as: a number of experts, a share, or a size."""
 Found = TypeVar("Found")
 
 
@@ -34,7 +35,7 @@ class Resized:
 class KeysAndValues(Protocol):
     """Whoever computes replies and keeps their keys and values."""
 
-    def checked_kv(self, budget: int | float | str) -> int:
+    def checked_kv(self, budget: Setting) -> int:
         """Bytes that a budget stands for. Raises BudgetError for less than replies under way need, or more than there
         is."""
         ...
@@ -44,7 +45,7 @@ class KeysAndValues(Protocol):
         ...
 
 
-def checked(budget: Budget, given: Given | None, find: Callable[[Given], Found]) -> Found | None:
+def checked(budget: Budget, given: Setting | None, find: Callable[[Setting], Found]) -> Found | None:
     """What `find` makes of a budget that is given. Raises ResizeError for whatever it refuses."""
     if given is None:
         return None

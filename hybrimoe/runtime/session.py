@@ -274,7 +274,8 @@ class Session:
             n_kv_bytes = checked("kv", kv, lambda budget: self._keys().checked_kv(budget))
             runner.drain()
             n_host_before = 0 if n_host is None else self._tier().cache.slots.n_slots
-            checked("host", n_host, lambda number: self._tier().resize(number))
+            if n_host is not None:
+                checked("host", host, lambda _: self._tier().resize(n_host))
             try:
                 n_slots = checked("slots", slots, lambda number: self._replace_slots(number, runner))
             except BudgetError:
