@@ -13,7 +13,7 @@ from cpu_kernels.jit.primitives import (
     int64s_at,
     take_ticket,
 )
-from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST
+from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST, RUN
 
 # A call as the worker sees it: int64. Strides and sizes of keys and values in bytes, others in elements.
 (ATTEND_BLOCK, ATTEND_ONE, WORKER, N_BATCH, N_KV_HEADS, GROUP_HEADS, N_TOKENS, DIM, V_DIM, QUERY, KEYS, K_BATCH, K_HEAD,
@@ -21,7 +21,7 @@ from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST
 
 
 def _attend(call_address: int, thread: int) -> None:
-    """Worker. Task: CHUNK tokens of one head of keys and values, for the query heads that share it."""
+    """Worker. Task: RUN tokens of one head of keys and values, for the query heads that share it."""
     call = int64s_at(call_address, CALL_SIZE)
     scores = np.empty(HEAD_BLOCK * CHUNK, np.float32)
     n_chunks = _chunks(call[N_TOKENS])
@@ -36,8 +36,8 @@ def _attend(call_address: int, thread: int) -> None:
 
 @inline_kernel
 def _attend_chunk(call: np.ndarray, batch: Whole, kv_head: Whole, chunk: Whole, scores: Whole) -> None:
-    first = chunk * CHUNK
-    n_tokens = min(CHUNK, call[N_TOKENS] - first)
+    first = chunk * RUN
+    n_tokens = min(RUN, call[N_TOKENS] - first)
     keys = call[KEYS] + batch * call[K_BATCH] + kv_head * call[K_HEAD] + first * call[K_TOKEN]
     values = call[VALUES] + batch * call[V_BATCH] + kv_head * call[V_HEAD] + first * call[V_TOKEN]
     bias = call[BIAS] + 4 * (batch * call[N_TOKENS] + first)
@@ -59,7 +59,7 @@ def _attend_chunk(call: np.ndarray, batch: Whole, kv_head: Whole, chunk: Whole, 
 
 @inline_kernel
 def _chunks(n_tokens: Whole) -> Whole:
-    return (n_tokens + CHUNK - 1) // CHUNK
+    return (n_tokens + RUN - 1) // RUN
 
 
 ATTEND_WORK = Worker(_attend)
@@ -67,7 +67,7 @@ ATTEND_WORK = Worker(_attend)
 
 def attention_bytes(n_rows: int, n_batch: int, n_tokens: int, dim: int, v_dim: int) -> int:
     """Workspace that `run_attention` needs for a call of n_rows = batch * heads query rows."""
-    n_chunks = -(-n_tokens // CHUNK)
+    n_chunks = -(-n_tokens // RUN)
     return 8 * (CALL_SIZE + 1) + 4 * (n_rows * dim + n_batch * n_tokens + n_chunks * n_rows * (v_dim + 2)) + 7 * LINE
 
 

@@ -23,8 +23,10 @@ from cpu_kernels.host.isa import Isa, is_zen
 from cpu_kernels.simd.functions import exp
 from cpu_kernels.simd.vectors import F32, I64, POINTER, VOID, Simd
 
-CHUNK = 256
+RUN = 256
 """Cached tokens of a run: keys and values of 128 columns (128 KiB) stay in L2 for the heads that share them."""
+CHUNK = 4 * RUN
+"""Cached tokens of a call at most."""
 HEAD_BLOCK = 4
 """Query heads that share one reading of keys and values."""
 LOWEST = -1.0e38

@@ -1,4 +1,6 @@
-"""Attention of a step's rows over the KV cache: runs of CHUNK cached tokens, then their join, head by head.
+"""Attention of a step's rows over the KV cache: runs of cached tokens, then their join, head by head.
+
+A run has RUN tokens, or up to CHUNK in a long context (`_run_tokens`): by what a row sees, never by who else is there.
 
 Rows of one sequence that follow each other see the same keys and values in all runs but the last ones. Where fewer
 heads share keys than a kernel takes, such rows share them instead: the kernel is given the queries of several rows.
@@ -13,7 +15,7 @@ import numpy as np
 from cpu_kernels.host.isa import BY_NAME, Isa
 from cpu_kernels.jit.compiled import Real, Truth, Whole, Worker, float_kernel, inline_kernel
 from cpu_kernels.jit.primitives import call_attend, floats_at, int64s_at, take_ticket
-from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST, AttendKernel
+from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST, RUN, AttendKernel
 from cpu_kernels.simd.coded_attention import CodedAttendKernel, takes_columns
 from cpu_kernels.simd.compile import VectorKernel, kernel_address
 from cpu_kernels.step.cached import K_TOKEN, KIND, V_TOKEN, key_address, place_of, rows_of, value_address
@@ -47,6 +49,10 @@ TASK_HEADS = 4 * HEAD_BLOCK
 """Query heads of a task at most: many heads that share one head of keys are work for several threads."""
 SHARING_ROWS = HEAD_BLOCK
 """Rows of a task: with any number of heads for each head of keys they are whole blocks of queries."""
+FEWEST_RUNS = 8
+"""Runs become longer where a row has so many of them nevertheless: each costs 1 to 2 us beside its tokens. Not where
+more heads than HEAD_BLOCK share keys, which read a run again, from L2. With OLMoE's heads and 8,000 tokens runs of 512
+take 0.91 and of 1,024 take 0.88 of the time in bfloat16, 0.92 and 0.88 in int8 (a Xeon, 2 threads, AVX-512)."""
 TICKET_TASKS, TICKETS = 4, 8
 """A ticket is TICKET_TASKS tasks, of which most follow each other in memory and each asks for the beginning of the next
 (bfloat16, OLMoE's heads: 4 to 8 % more of the memory's rate with earlier loops over values; a Xeon, 2 threads), or
@@ -113,9 +119,12 @@ def _may_share(call: np.ndarray, rows: np.ndarray, group: Whole) -> Truth:
 @inline_kernel
 def _share_run(call: np.ndarray, rows: np.ndarray, row: Whole, stop: Whole, chunk: Whole) -> Truth:
     """Whether rows from `row` to `stop` see all tokens of a run of one sequence, and kernels read them."""
+    n_tokens = _run_tokens(call, rows[row])
+    if n_tokens != _run_tokens(call, rows[stop - 1]):
+        return False
     kind = place_of(call[PLACES], rows[row, SEQUENCE])[KIND]
     whole = call[KERNELS + KIND_KERNELS * kind + BLOCK] != 0 and rows[row, SEQUENCE] == rows[stop - 1, SEQUENCE]
-    return whole and rows[row, SEEN] >= (chunk + 1) * CHUNK
+    return whole and rows[row, SEEN] >= (chunk + 1) * n_tokens
 
 
 @inline_kernel
@@ -124,7 +133,9 @@ def _run_of_rows(
     head_stop: Whole, chunk: Whole, scores: Whole,
 ) -> None:  # fmt: skip
     """A run that rows from `row` to `stop` share, HEAD_BLOCK of their queries at a time."""
-    seen, first = rows[row], chunk * CHUNK
+    seen = rows[row]
+    n_tokens = _run_tokens(call, seen)
+    first = chunk * n_tokens
     place = place_of(call[PLACES], seen[SEQUENCE])
     keys, key_bytes, values, value_bytes, more, more_bytes, bias = _memory(call, state, seen, place, kv_head, first)
     block = call[KERNELS + KIND_KERNELS * place[KIND] + BLOCK]
@@ -139,7 +150,7 @@ def _run_of_rows(
             source = (row + (begin + i) // n_own) * n_heads + own + (begin + i) % n_own
             copy(floats_at(call[QUERY] + 4 * source * width, width), floats_at(queries + 4 * i * width, width))
         call_attend(
-            block, queries, keys, key_bytes, values, value_bytes, bias, CHUNK, call[DIM], v_dim, scores,
+            block, queries, keys, key_bytes, values, value_bytes, bias, n_tokens, call[DIM], v_dim, scores,
             stats, results, more, more_bytes, call[SHARED],
         )  # fmt: skip
         for i in range(HEAD_BLOCK):
@@ -176,7 +187,20 @@ def _first_seen(call: np.ndarray, place: np.ndarray) -> Whole:
 
 @inline_kernel
 def _n_chunks(call: np.ndarray, place: np.ndarray) -> Whole:
-    return (place[SEEN] - _first_seen(call, place) + CHUNK - 1) // CHUNK
+    n_tokens = _run_tokens(call, place)
+    return (place[SEEN] - _first_seen(call, place) + n_tokens - 1) // n_tokens
+
+
+@inline_kernel
+def _run_tokens(call: np.ndarray, place: np.ndarray) -> Whole:
+    """Tokens of each run of a row."""
+    n_tokens = RUN
+    if call[N_HEADS] // call[N_KV_HEADS] > HEAD_BLOCK:
+        return n_tokens
+    n_seen = place[SEEN] - _first_seen(call, place)
+    while n_tokens < CHUNK and n_seen > 2 * n_tokens * (FEWEST_RUNS - 1):
+        n_tokens *= 2
+    return n_tokens
 
 
 @inline_kernel
@@ -185,8 +209,9 @@ def _run(
     chunk: Whole, scores: Whole,
 ) -> None:  # fmt: skip
     """The run `chunk` of a row, for query heads from `head` to `stop` of those that share a head of keys."""
-    first = _first_seen(call, seen) + chunk * CHUNK
-    n_tokens = min(CHUNK, seen[SEEN] - first)
+    n_tokens = _run_tokens(call, seen)
+    first = _first_seen(call, seen) + chunk * n_tokens
+    n_tokens = min(n_tokens, seen[SEEN] - first)
     place = place_of(call[PLACES], seen[SEQUENCE])
     keys, key_bytes, values, value_bytes, more, more_bytes, bias = _memory(call, state, seen, place, kv_head, first)
     kind = place[KIND]
@@ -348,12 +373,19 @@ def _set(own: np.ndarray, block: VectorKernel, rest: AttendKernel | CodedAttendK
     own[REST], own[REST_HEADS] = kernel_address(rest, isa.name), rest.n_heads
 
 
+def most_runs(call: np.ndarray, n_tokens: int) -> int:
+    """Runs of a row that sees up to `n_tokens`, at most."""
+    if call[N_HEADS] // call[N_KV_HEADS] > HEAD_BLOCK:
+        return -(-n_tokens // RUN)
+    return max(min(-(-n_tokens // RUN), 2 * (FEWEST_RUNS - 1)), -(-n_tokens // CHUNK))
+
+
 def room_bytes(call: np.ndarray, n_rows: int, n_tokens: int) -> tuple[int, int]:
     """Bytes of (results, statistics) of all runs of `n_tokens` cached tokens, for each of n_rows rows."""
-    n_runs = n_rows * int(call[N_HEADS]) * -(-n_tokens // CHUNK)
+    n_runs = n_rows * int(call[N_HEADS]) * most_runs(call, n_tokens)
     return 4 * n_runs * int(call[V_DIM]), 8 * n_runs
 
 
 def give_room(call: np.ndarray, parts: int, stats: int, n_tokens: int) -> None:
     """Lets runs of up to `n_tokens` cached tokens be kept at the addresses; `room_bytes` says how much they need."""
-    call[[PARTS, STATS, MAX_CHUNKS]] = parts, stats, -(-n_tokens // CHUNK)
+    call[[PARTS, STATS, MAX_CHUNKS]] = parts, stats, most_runs(call, n_tokens)

@@ -78,6 +78,8 @@ class CompiledLayers:
         self.program.seal()
         self.width = width
         self._caches = self._emitter.caches
+        self.cache_layers = tuple(calls.layer for calls in self._caches)
+        """Number of the cache layer of each attention, in order."""
         self._room = self._workspace.room
         self._room_for = (0, 0)  # rows, tokens
         self._array = {"stream": _floats(self._emitter.stream, width)}
@@ -96,11 +98,6 @@ class CompiledLayers:
     def stream(self) -> np.ndarray:
         """float32 [MAX_ROWS, width]: set before a run, read after it."""
         return self._array["stream"]
-
-    @property
-    def cache_layers(self) -> tuple[int, ...]:
-        """Number of the cache layer of each attention, in order."""
-        return tuple(calls.layer for calls in self._caches)
 
     @property
     def experts_activated(self) -> dict[int, int]:

@@ -222,23 +222,40 @@ class Sampler:
         if self._structure is not None:
             allowed = self._structure.masked(allowed)
         scores = self._processors(self._ids, allowed[None])
-        token = torch.argmax(scores, dim=-1) if self.greedy else self._drawn(scores)
-        if token_ids is not None:
-            token = token_ids[token]
-        largest, chosen_id = sent_together(own.max()[None], token)
-        if not math.isfinite(float(largest)):
+        on_host = own.device.type == "cpu" and token_ids is None
+        token, chosen, largest = self._on_host(own, scores) if on_host else self._there(own, scores, token_ids)
+        if not math.isfinite(largest):
             raise ModelError(
                 f"the model's logits after {self._ids.shape[-1]} tokens are not finite numbers: its weights are"
                 " damaged, or a dtype overflows; try expert_dtype and dense_dtype float32"
             )
         self._ids = torch.cat([self._ids, token[:, None]], dim=-1)
-        chosen = int(chosen_id)
         self._adjustments.count(chosen)
         if self._structure is not None:
             self._structure.accept(chosen)
         if self._top_logprobs is not None:
             self.logprobs.append(_logprob(own, chosen, self._top_logprobs))
         return chosen
+
+    def _on_host(self, own: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, int, float]:
+        """The token [1] that is chosen by scores [1, V], its number, and the largest of the model's own logits [V]: NaN
+        where one is. NumPy searches by vectors, and takes the first of several, as torch does one by one."""
+        import torch
+
+        token = torch.tensor([int(scores[0].numpy().argmax())]) if self.greedy else self._drawn(scores)
+        return token, int(token), float(own.numpy().max())
+
+    def _there(
+        self, own: torch.Tensor, scores: torch.Tensor, token_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int, float]:
+        """The same, of logits on an accelerator, or of its best candidates, whose ids are `token_ids`."""
+        import torch
+
+        token = torch.argmax(scores, dim=-1) if self.greedy else self._drawn(scores)
+        if token_ids is not None:
+            token = token_ids[token]
+        largest, chosen = sent_together(own.max()[None], token)
+        return token, int(chosen), float(largest)
 
     def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """A token id [1] by the chances of `scores` [1, V].

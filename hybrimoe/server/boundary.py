@@ -59,17 +59,18 @@ def _as_routed(scope: Scope) -> Scope:
 
     HEAD is GET, whose body the connection leaves out. A body that does not say that it is JSON (`curl -d`) is read as
     such, as llama-server and Ollama do, unless a web page sends it: pages of other places may send any other kind
-    without asking, and must not get at a server on their reader's own machine.
+    without asking, and must not get at a server on their reader's own machine. That is then plain bytes, which no route
+    takes: of one without a kind FastAPI 0.115 would think that it is JSON.
     """
     scope = dict(scope)
     if scope["method"] == "HEAD":
         scope["method"] = "GET"
     headers = Headers(scope=scope)
-    if scope["method"] == "POST" and not any(name in headers for name in SENT_BY_PAGES):
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if not kind.endswith("json"):
-            kept = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
-            scope["headers"] = [*kept, (b"content-type", b"application/json")]
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if scope["method"] == "POST" and not kind.endswith("json"):
+        by_page = any(name in headers for name in SENT_BY_PAGES)
+        kept = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+        scope["headers"] = [*kept, (b"content-type", b"application/octet-stream" if by_page else b"application/json")]
     return scope
 
 

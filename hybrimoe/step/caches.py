@@ -69,6 +69,7 @@ class BoundLayers:
     def __init__(self, compiled: CompiledLayers, angles: list[Angles]) -> None:
         self.compiled = compiled
         self._angles = angles
+        self._used = tuple(dict.fromkeys(compiled.cache_layers))
         self._bound: list[list[tuple[Buffers, int] | None]] = [[None] * MAX_ROWS for _ in compiled.cache_layers]
 
     def run(self, call: StepCall) -> float:
@@ -89,7 +90,7 @@ class BoundLayers:
         compiled.run()
         us = (time.perf_counter() - began) * 1e6
         for cache in call.caches:
-            for layer in set(compiled.cache_layers):
+            for layer in self._used:
                 cache.layers[layer].advance(call.n_new)
         return us
 

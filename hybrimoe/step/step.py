@@ -52,7 +52,7 @@ class Step(ServedStep):
         if n_past is None:
             return None
         phase: Phase = "decode" if drafted or n_new == 1 else "prefill"
-        most = n_new if drafted else self._compiled.most_rows(n_past + n_new)
+        most = n_new if drafted or n_new == 1 else self._compiled.most_rows(n_past + n_new)
         with torch.inference_mode():
             for first in range(0, n_new, most):
                 part = list(token_ids[first : first + most])

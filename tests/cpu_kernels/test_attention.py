@@ -10,7 +10,7 @@ import torch
 import cpu_kernels as ck
 from cpu_kernels.backends import attention
 from cpu_kernels.host import isa
-from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, AttendKernel
+from cpu_kernels.simd.attention import HEAD_BLOCK, RUN, AttendKernel
 from cpu_kernels.simd.compile import Target, assembly, kernel_address
 
 ROUNDING = 2.0**-8
@@ -52,10 +52,10 @@ def assert_close(result, expected, values):
     [
         (1, 1, 1, 16, 16),
         (4, 4, 17, 64, 64),
-        (16, 2, CHUNK - 1, 128, 128),
-        (10, 2, CHUNK, 128, 80),
-        (6, 1, CHUNK + 1, 192, 128),
-        (3, 3, 3 * CHUNK + 40, 96, 32),
+        (16, 2, RUN - 1, 128, 128),
+        (10, 2, RUN, 128, 80),
+        (6, 1, RUN + 1, 192, 128),
+        (3, 3, 3 * RUN + 40, 96, 32),
         (HEAD_BLOCK + 1, 1, 1000, 256, 256),
         (14, 2, 5, 48, 16),
     ],
@@ -73,10 +73,10 @@ def test_large_scores_do_not_overflow():
 
 
 def test_batches_with_masked_tokens():
-    query, keys, values = random_case(3, 4, 2, 2 * CHUNK + 7, 64, 64, batch=3)
+    query, keys, values = random_case(3, 4, 2, 2 * RUN + 7, 64, 64, batch=3)
     bias = torch.zeros(3, keys.shape[2])
     bias[0, :40] = -math.inf  # padding before the prompt
-    bias[1, : CHUNK + 3] = -math.inf  # a whole run is masked
+    bias[1, : RUN + 3] = -math.inf  # a whole run is masked
     bias[2] = torch.randn(keys.shape[2])
     assert_close(ck.decode_attention(query, keys, values, 0.2, bias), exact(query, keys, values, 0.2, bias), values)
 
@@ -104,12 +104,12 @@ def here():
 def test_arithmetic_of_every_path(name, monkeypatch):
     kernels = (*(kernel_address(AttendKernel(n), name) for n in (HEAD_BLOCK, 1)), attention.ATTEND_WORK.address)
     monkeypatch.setattr(attention, "_kernels", lambda: kernels)
-    query, keys, values = random_case(6, 5, 1, CHUNK + 3, 64, 48)
+    query, keys, values = random_case(6, 5, 1, RUN + 3, 64, 48)
     assert_close(ck.decode_attention(query, keys, values, 0.3), exact(query, keys, values, 0.3), values)
 
 
 def test_asking_for_lines_far_ahead_changes_no_bit(monkeypatch):
-    query, keys, values = random_case(8, 5, 1, 2 * CHUNK + 3, 64, 48)
+    query, keys, values = random_case(8, 5, 1, 2 * RUN + 3, 64, 48)
     results = []
     for far in (False, True):
         attend = (kernel_address(AttendKernel(n, far=far), here()[0]) for n in (HEAD_BLOCK, 1))

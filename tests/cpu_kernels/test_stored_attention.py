@@ -28,7 +28,6 @@ is 8 times as large (measured: 0.1 to 0.7 % in BFLOAT16, 0.9 to 1.8 % in INT8, 3
 """
 KERNEL_ERROR = 1.1e-2
 """The same against float64 attention over the stored rows: what the rounding of the query to int8 leaves."""
-N_TOKENS = 600
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Kind:
     sight: attend.Sight = attend.EVERYTHING
     has_sinks: bool = False
     is_padded: bool = False
+    n_tokens: int = 600
 
 
 KINDS = {
@@ -58,6 +58,11 @@ KINDS = {
     "sinks": Kind(has_sinks=True),
     "padding": Kind(is_padded=True),
     "latent": Kind(8, 1, 128, 128, shared=64),
+}
+LONG = {
+    "runs of two lengths": Kind(2, 2, n_tokens=3640),
+    "the longest runs": Kind(2, 1, n_tokens=7600),
+    "runs that many heads share": Kind(8, 1, 32, 32, n_tokens=3840),
 }
 
 
@@ -81,11 +86,11 @@ class Attended:
 
         self.kind = kind
         self.query = normal(2, kind.heads, kind.dim + kind.shared) / (kind.dim + kind.shared) ** 0.5
-        self.keys = normal(2, kind.kv_heads, N_TOKENS, kind.dim)
+        self.keys = normal(2, kind.kv_heads, kind.n_tokens, kind.dim)
         self.keys[..., 3] *= 8  # as keys are: some columns are much larger
-        self.values = normal(2, kind.kv_heads, N_TOKENS, kind.shared or kind.v_dim)
+        self.values = normal(2, kind.kv_heads, kind.n_tokens, kind.shared or kind.v_dim)
         self.sinks = normal(kind.heads).numpy() if kind.has_sinks else None
-        self.seen = [N_TOKENS, N_TOKENS - 77]
+        self.seen = [kind.n_tokens, kind.n_tokens - 77]
         self.isa = detect().isa.name
 
     def stored(self, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,9 +117,9 @@ class Attended:
             sight=own.sight, sinks=self.sinks, shared=own.shared,
         )  # fmt: skip
         attend.set_kernels(call, kind, self.isa)
-        room = np.empty(sum(attend.room_bytes(call, n_rows, N_TOKENS)), np.uint8)
-        parts = attend.room_bytes(call, n_rows, N_TOKENS)[0]
-        attend.give_room(call, room.ctypes.data, room.ctypes.data + parts, N_TOKENS)
+        room = np.empty(sum(attend.room_bytes(call, n_rows, own.n_tokens)), np.uint8)
+        parts = attend.room_bytes(call, n_rows, own.n_tokens)[0]
+        attend.give_room(call, room.ctypes.data, room.ctypes.data + parts, own.n_tokens)
         program.seal()
         held = self.stored(kind)
         for sequence in range(2):
@@ -126,7 +131,7 @@ class Attended:
         mask = self.mask()
         program.state[N_ROWS] = n_rows
         if own.is_padded:
-            program.state[[MASK, MASK_ROW]] = mask.ctypes.data, N_TOKENS
+            program.state[[MASK, MASK_ROW]] = mask.ctypes.data, own.n_tokens
         asked = self.query if query is None else query
         if kind in (INT8, INT4):
             asked = torch.cat([turned(part) for part in asked.split([own.dim, own.shared], -1) if part.numel()], -1)
@@ -137,8 +142,8 @@ class Attended:
         return torch.from_numpy(found).view(n_rows, own.heads, own.v_dim)
 
     def mask(self) -> np.ndarray:
-        """float32 [2, N_TOKENS]: padding before the sequences."""
-        mask = np.zeros((2, N_TOKENS), np.float32)
+        """float32 [2, own.n_tokens]: padding before the sequences."""
+        mask = np.zeros((2, self.kind.n_tokens), np.float32)
         mask[0, :9] = LOWEST
         return mask
 
@@ -167,11 +172,14 @@ class Attended:
         return torch.stack(results)
 
 
-@pytest.mark.parametrize("name", ["one head", "groups of three", "odd size", "padding", "window"])
+@pytest.mark.parametrize(
+    "name", ["one head", "groups of three", "odd size", "padding", "window", "runs of two lengths"]
+)
 def test_rows_of_one_sequence_get_the_bits_that_each_has_alone(name: str) -> None:
-    attended = Attended(KINDS[name])
+    attended = Attended((KINDS | LONG)[name])
     own = attended.kind
-    rows = [(1, N_TOKENS - 9 + i) for i in range(7)] + [(0, 513), (0, 514)]
+    rows = [(1, own.n_tokens - 9 + i) for i in range(7)] + [(0, 513), (0, 514)]
+    rows += [(0, seen) for seen in range(3582, 3590) if seen < own.n_tokens]  # where runs become longer
     query = torch.randn(len(rows), own.heads, own.dim, generator=torch.Generator().manual_seed(3)) / own.dim**0.5
     for kind in KIND_OF.values():
         together = attended.run(kind, 2, rows, query)
@@ -190,6 +198,16 @@ def test_every_kind_of_attention_reads_every_kind_of_rows(name: str) -> None:
     for kind in KIND_OF.values():
         found = attended.run(kind, 1)
         assert error(found, exact) <= TOLERANCES[kind], (name, kind)
+        assert error(found, attended.expected(kind)) <= (KERNEL_ERROR if kind in (INT8, INT4) else 1e-5), (name, kind)
+        for threads in (2, 3):
+            assert torch.equal(found, attended.run(kind, threads)), (name, kind, threads)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_runs_of_long_contexts(name: str) -> None:
+    attended = Attended(LONG[name])
+    for kind in KIND_OF.values():
+        found = attended.run(kind, 1)
         assert error(found, attended.expected(kind)) <= (KERNEL_ERROR if kind in (INT8, INT4) else 1e-5), (name, kind)
         for threads in (2, 3):
             assert torch.equal(found, attended.run(kind, threads)), (name, kind, threads)

@@ -66,3 +66,14 @@ def test_sums_stay_in_registers(kernel: DotRowsKernel, name: str, cpu: str) -> N
     register = "zmm" if isa.BY_NAME[name].lanes == 16 else "ymm"
     assert "vfmadd231ps" in text
     assert not [line for line in text.splitlines() if "movups" in line and "(%rsp)" in line and register in line]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.dtype)
+def test_asking_for_lines_far_ahead_changes_no_bit(kernel: DotRowsKernel) -> None:
+    weights, _, x = matrices(kernel, 103, 3)
+    near, far = (DotRowsKernel(kernel.dtype, far) for far in (False, True))
+    for path in PATHS:
+        assert np.array_equal(dot_rows(near, path, weights, x), dot_rows(far, path, weights, x))
+    target = Target("x86_64-unknown-linux-gnu", "znver3", "")
+    codes = [assembly(each, isa.BY_NAME["avx2"], target) for each in (near, far)]
+    assert ["prefetch" in code for code in codes] == [False, True]

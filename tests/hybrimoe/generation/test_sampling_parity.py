@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hybrimoe.errors import ConfigError
+from hybrimoe.errors import ConfigError, ModelError
 from hybrimoe.generation import SamplingOptions, TextGenerator
+from hybrimoe.generation.sampling import Sampler
 
 PROMPT = "It was a bright morning, and"
 CASES = {
@@ -103,3 +104,16 @@ def test_a_drawn_seed_is_told_and_repeats_the_reply(tiny_model, byte_tokenizer):
 def test_options_out_of_range_are_named(options, named):
     with pytest.raises(ConfigError, match=named):
         SamplingOptions(**options)
+
+
+def test_the_first_of_the_largest_logits_is_chosen_where_nothing_else_has_a_say(tiny_model):
+    sampler = Sampler(tiny_model, SamplingOptions(), [1, 2])
+    logits = torch.randn(256, generator=torch.Generator().manual_seed(2)).bfloat16()
+    logits[[9, 77, 140]] = 6.0
+    assert sampler.next(logits) == 9
+    assert sampler.next(logits.float()) == 9
+    for damaged in (float("nan"), float("inf")):
+        with pytest.raises(ModelError, match=r"after 4 tokens are not finite numbers"):
+            sampler.next(logits.index_fill(0, torch.tensor([3]), damaged))
+    with pytest.raises(ModelError, match="not finite"):
+        sampler.next(torch.full((256,), float("-inf")))
