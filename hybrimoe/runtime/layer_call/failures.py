@@ -10,7 +10,7 @@ from scheduler.planner.protocol import LayerPlanner
 
 
 def with_story(error: LaneError, planner: LayerPlanner | None, layer: int, experts: Iterable[int]) -> LaneError:
-    """The error with the story of `experts` of a layer, as the slot table remembers it."""
+    """The error with the story of `experts` of a layer, as the slot table remembers it; of its own class."""
     if planner is None:
         return error
     table, own = planner.table(layer)
@@ -20,7 +20,7 @@ def with_story(error: LaneError, planner: LayerPlanner | None, layer: int, exper
         slot = int(table.slot_of[key])
         story = table.story(None if slot < 0 else slot, key)
         stories.append(f"latest events of layer {layer} expert {expert}: {'; '.join(story) or 'none'}")
-    return LaneError(". ".join([str(error), *stories]))
+    return type(error)(". ".join([str(error), *stories]))
 
 
 def failed_experts(space: CallSpace) -> list[int]:
