@@ -726,20 +726,11 @@ class Session:
         self, setting: int | float | str | None, previous: ExpertsCall | None, frequencies: Frequencies | None
     ) -> None:
         """Replaces the runner; `setting` None keeps the slots, `previous` hands over costs, hooks and records."""
-<<<<<<< HEAD
+        if previous is not None:
+            bring_back(self.store, previous)  # what is copied into slots now
         startup = self._startup()
         if self._routing is not None and previous is None:
             startup.learnt = self._routing.read()
-=======
-        if previous is not None:
-            bring_back(self.store, previous)  # what is copied into slots now
-        model = None if self._model is None else self._model()
-        startup = Startup(
-            self.config, self._layers, self.store, self._units, model, self._probe, self._stats, self._tracker,
-            make_planner=self._make_planner,
-            learnt=None if self._routing is None or previous is not None else self._routing.read(),
-        )  # fmt: skip
->>>>>>> main
         lossy = self.config.lossy
         if lossy is None:
             self._runner = startup.call(setting, previous, frequencies)
