@@ -646,7 +646,8 @@ class Session:
             runner = self._runner
             if runner is not None and runner.consistent and not self._closed:
                 runner.report()
-            return snapshot(self.config, self._layers, self._stats, self._store, self._units, runner, self._low)
+            found = snapshot(self.config, self._layers, self._stats, self._store, self._units, runner, self._low)
+            return replace(found, lost=self.lost)
 
     def reset_stats(self) -> None:
         """Sets all counters to zero."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gpu_kernels import LaneError
+from gpu_kernels import LaneError, LostError
 from hybrimoe.runtime.layer_call.routing import CallSpace
 from scheduler.planner.protocol import LayerPlanner
 
 
 def with_story(error: LaneError, planner: LayerPlanner | None, layer: int, experts: Iterable[int]) -> LaneError:
-    """The error with the story of `experts` of a layer, as the slot table remembers it; of its own class."""
-    if planner is None:
+    """The error with the story of `experts` of a layer, as the slot table remembers it."""
+    if planner is None or isinstance(error, LostError):  # of a lost accelerator no expert is to blame
         return error
     table, own = planner.table(layer)
     stories = []
@@ -20,7 +20,7 @@ def with_story(error: LaneError, planner: LayerPlanner | None, layer: int, exper
         slot = int(table.slot_of[key])
         story = table.story(None if slot < 0 else slot, key)
         stories.append(f"latest events of layer {layer} expert {expert}: {'; '.join(story) or 'none'}")
-    return type(error)(". ".join([str(error), *stories]))
+    return LaneError(". ".join([str(error), *stories]))
 
 
 def failed_experts(space: CallSpace) -> list[int]:

@@ -133,7 +133,7 @@ class SessionStats:
 
     tier: the host cache, where experts are read from disk. attention_calls: by module path, how many decode steps of it
     the CPU's attention kernel computed. store_bytes: of experts in host memory; dropped_bytes: what is not there any
-    more because slots hold it (memory.host_copy).
+    more because slots hold it (memory.host_copy). lost: what has become of an accelerator that hangs or has failed.
     """
 
     by_phase: dict[Phase, Counters]
@@ -149,6 +149,7 @@ class SessionStats:
     attention_calls: Mapping[str, int] = field(default_factory=dict)
     tier: TierState | None = None
     dropped_bytes: int = 0
+    lost: str | None = None
 
     @property
     def total(self) -> Counters:
@@ -194,6 +195,7 @@ class SessionStats:
             "tier": None if self.tier is None else asdict(self.tier),
             "warmup_transfers": self.warmup_transfers,
             "failures": self.failures,
+            "lost": self.lost,
             "total": self.total.as_dict(),
             **{phase: counters.as_dict() for phase, counters in self.by_phase.items()},
             "accelerators": [unit.as_dict() for unit in self.accelerators],

@@ -9,7 +9,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import hybrimoe
+from cpu_kernels import ExpertSpec
+from hybrimoe.checkpoint.meta import model_shape
 from hybrimoe.generation import SamplingOptions, TextGenerator
+from hybrimoe.machine.profiles import open_hardware
+from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES, unpack_bytes
+from hybrimoe.tracing.study.planning import fit
 from tests.fake_device import DEVICE_TYPE, fake_cards
 from tests.hybrimoe.generation.test_on_cards import PROMPT, save_model
 
@@ -55,3 +60,25 @@ def test_auto_slots_fill_what_the_plan_leaves(tmp_path: Path) -> None:
         assert planned.total <= cards.card_bytes
         assert planned.kv == 80 << 20
         model.hybrimoe.session.close()
+
+
+def test_a_plan_promises_the_slots_that_a_session_then_has(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "bfloat16")
+    shape = model_shape(str(folder))
+    spec = ExpertSpec(shape.hidden, shape.inter, "bfloat16")
+    beside = DEVICE_RESERVE_BYTES + unpack_bytes(spec) + 420_000  # dense weights, keys and values, 15 experts
+    found = fit(
+        shape, open_hardware("laptop"), context=None, expert_dtype="bfloat16", dense_dtype="bfloat16",
+        device_bytes=beside, host_bytes=8 << 30,
+    )  # fmt: skip
+    with fake_cards(1, card_bytes=beside):
+        model = hybrimoe.load(folder, accelerator=CARD, expert_dtype="bfloat16", backend="torch", progress=False)
+        session = model.hybrimoe.session
+        (planned,), slot_bytes = session.planned_memory(), session.accelerators[0].slot_bytes
+        model.hybrimoe.session.close()
+    assert 0 < found.device_experts < found.n_experts
+    assert (planned.kv, planned.unpack, planned.reserve) == (found.kv_bytes, found.unpack_bytes, found.reserve_bytes)
+    assert planned.dense == pytest.approx(found.dense_bytes, rel=0.02), "a plan leaves rotary frequencies out"
+    promised = found.device_experts * found.expert_bytes
+    assert abs(planned.slots - promised) <= slot_bytes, "records of so small experts are padded"
+    assert planned.total <= beside < planned.total + slot_bytes
