@@ -6,12 +6,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from hybrimoe.config.deploy import load_config
+from hybrimoe.config.deploy import ServerConfig, load_config
 from tests.test_docs_commands import parse
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "deploy.md"
@@ -64,6 +65,29 @@ def test_the_container_file_runs_the_server_as_nobody_in_particular():
     entry, more = (yaml.safe_load(told[name]) for name in ("ENTRYPOINT", "CMD"))
     parse([*entry[1:], *more])
     compile(yaml.safe_load(told["HEALTHCHECK"].split("CMD ")[1])[2], "<health>", "exec")
+
+
+def test_the_container_file_names_what_there_is():
+    (text,) = blocks("dockerfile")
+    project = tomllib.loads((PAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    least, (python,) = project["requires-python"].removeprefix(">="), re.findall(r"python:(\d\.\d+)-", text)
+    assert [int(part) for part in python.split(".")] >= [int(part) for part in least.split(".")]
+    assert f"Programming Language :: Python :: {python}" in project.get("classifiers", [])
+    (extras,) = re.findall(r'\)\[([\w,-]+)\]"', text)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    variables = re.findall(r"(\w+)=(\S+)", re.search(r"^ENV (.*)$", text, re.MULTILINE)[1])
+    known = (PAGE.parent / "environment.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in known for name, _ in variables if name.startswith("HYBRIMOE"))
+    volumes = yaml.safe_load(re.search(r"^VOLUME (.*)$", text, re.MULTILINE)[1])
+    assert dict(variables)["HYBRIMOE_CACHE"] in volumes
+    assert yaml.safe_load(re.search(r"^CMD (.*)$", text, re.MULTILINE)[1])[-1] in volumes
+    port = str(ServerConfig().port)
+    assert re.search(r"^EXPOSE (.*)$", text, re.MULTILINE)[1] == port
+    run = re.search(r"^podman run (.*\n.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert re.findall(r"--volume [\w/-]+:(/\w+)", run) == volumes
+    assert f":{port} " in run
+    health = re.search(r"^HEALTHCHECK (.*)$", text, re.MULTILINE)[1]
+    assert f":{port}/health" in health
 
 
 def test_metrics_of_the_pages_are_metrics_of_the_server():

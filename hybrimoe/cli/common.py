@@ -66,6 +66,14 @@ HostMemoryOption = Annotated[
         rich_help_panel=PLACEMENT,
     ),
 ]
+HostCopyOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="keep|drop",
+        help="drop: experts that policy static has put into slots leave host memory.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
@@ -259,6 +267,7 @@ class PlacementGroup:
     accelerator: AcceleratorOption = None
     slots: SlotsOption = None
     host_memory: HostMemoryOption = None
+    host_copy: HostCopyOption = None
     dtype: DtypeOption = None
     kv_dtype: KvDtypeOption = None
     policy: PolicyOption = None
@@ -320,9 +329,13 @@ def _size(option: str, text: str) -> Amount:
     from hybrimoe.amounts import parse_amount
     from hybrimoe.errors import ConfigError
 
-    amount = parse_amount(text)
+    expected = f"{option}: expected a size like 4GiB, a share like 0.25, auto or none, found {text!r}"
+    try:
+        amount = parse_amount(text)
+    except ConfigError as error:
+        raise ConfigError(expected) from error
     if amount.kind == "count":
-        raise ConfigError(f"{option}: expected a size like 4GiB, a share like 0.25, auto or none, found {text!r}")
+        raise ConfigError(expected)
     return amount
 
 
@@ -379,6 +392,7 @@ def deploy_config(
     accelerator: str | None = None,
     slots: str | None = None,
     host_memory: str | None = None,
+    host_copy: str | None = None,
     dtype: str | None = None,
     kv_dtype: str | None = None,
     policy: str | None = None,
@@ -410,6 +424,7 @@ def deploy_config(
         accelerator=_names(accelerator),
         gpu_expert_slots=slots,
         memory=None if host_memory is None else {"host": host_memory, "disk": "auto"},
+        host_copy=host_copy,
         expert_dtype=dtype,
         kv_dtype=kv_dtype,
         policy=policy,

@@ -1,7 +1,9 @@
 """A server under mixed load for minutes: no request lost, none mixed up with another, memory flat.
 
 Users send chats and texts, whole and streamed, short and long; some leave in the middle, some read slowly, some send
-what is no request. Every reply is greedy, so each complete one must be what the same request got alone before.
+what is no request, or a prompt of 64 k tokens. Every reply is greedy, so each complete one must be what the same
+request got alone before. A prompt that is longer than the context must be refused with the context that there is; then
+others fill the context to its last token.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Load", "Report", "soak"]
 
-Kind = Literal["plain", "leaving", "malformed", "slow", "long"]
-SHARES: dict[Kind, float] = {"plain": 0.5, "leaving": 0.2, "malformed": 0.1, "slow": 0.1, "long": 0.1}
+Kind = Literal["plain", "leaving", "malformed", "slow", "long", "huge"]
+SHARES: dict[Kind, float] = {"plain": 0.48, "leaving": 0.2, "malformed": 0.1, "slow": 0.1, "long": 0.1, "huge": 0.02}
+HUGE_LEAVE = 0.2
+"""Share of huge prompts whose client leaves while they are computed."""
 N_PROMPTS, N_LONG_PROMPTS = 12, 2
 PROMPT_WORDS = (3, 40)
 MALFORMED = (
@@ -52,13 +56,14 @@ MOST_PROBLEMS = 20
 @dataclass(frozen=True, slots=True)
 class Load:
     """minutes: how long users go on. requests: after so many they stop, too; None: no limit. long_words: of a long
-    prompt."""
+    prompt. huge_tokens: of a huge one; 0: none is sent."""
 
     minutes: float
     users: int
     requests: int | None = None
     new_tokens: int = 12
     long_words: int = 400
+    huge_tokens: int = 65_536
     seed: int = 0
 
 
@@ -123,6 +128,10 @@ class _Soak:
         self._long = _requests(
             _texts(N_LONG_PROMPTS, (load.long_words, load.long_words), self._random), load.new_tokens
         )
+        self._kinds = [kind for kind in SHARES if kind != "huge" or load.huge_tokens]
+        self._huge: list[Request] = []
+        self._too_many: list[int] = []
+        self._context: int | None = None
         self._alone: dict[int, str] = {}
 
     async def run(self) -> Report:
@@ -133,7 +142,9 @@ class _Soak:
         async with httpx.AsyncClient(base_url=self._url, timeout=None, limits=limits) as self._http:
             try:
                 await self._http.get("/health")
-                for request in (*self._short, *self._long):
+                if self._load.huge_tokens:
+                    await self._choose_huge(self._load.huge_tokens)
+                for request in (*self._short, *self._long, *self._huge):
                     self._alone[id(request)] = await self._whole(request)
             except httpx.HTTPError as error:
                 raise ServerError(f"{self._url} does not answer: {error or type(error).__name__}") from error
@@ -155,7 +166,7 @@ class _Soak:
         """One request after another until the time is over, or all have been sent."""
         report, limit = self._report, self._load.requests
         while time.monotonic() < self._end_s and (limit is None or report.sent.total() < limit):
-            (kind,) = numbers.choices(list(SHARES), list(SHARES.values()))
+            (kind,) = numbers.choices(self._kinds, [SHARES[kind] for kind in self._kinds])
             report.sent[kind] += 1
             try:
                 report.ended[await self._send(kind, numbers)] += 1
@@ -165,9 +176,15 @@ class _Soak:
 
     async def _send(self, kind: Kind, numbers: random.Random) -> str:
         """How it ended."""
+        asked = kind
         if kind == "malformed":
             return await self._malformed(numbers.choice(MALFORMED), numbers.choice(("completions", "chat/completions")))
-        request = numbers.choice(self._long if kind == "long" else self._short)
+        if kind == "huge":
+            if self._context is not None and numbers.random() < 0.5:
+                return await self._too_long(self._context)
+            kind = "leaving" if numbers.random() < HUGE_LEAVE else kind
+        requests = {"huge": self._huge, "long": self._long}.get(asked, self._short)
+        request = numbers.choice(requests)
         if kind == "leaving":
             return await self._leaving(request, numbers)
         pause_s = SLOW_SECONDS if kind == "slow" else 0.0
@@ -182,6 +199,44 @@ class _Soak:
         if not 400 <= answer.status_code < 500 or "error" not in answer.json():
             self._report.problem(f"{body!r} was answered with {answer.status_code}: {answer.text[:200]}")
         return "rejected"
+
+    async def _choose_huge(self, n_tokens: int) -> None:
+        """The huge prompts, as tokens: so many, or as many as the context has room for beside a reply; where that is
+        fewer, the context is noted, and prompts of `n_tokens` must be refused. A server that leaves out the oldest
+        tokens (`--context-shift`) answers them instead.
+
+        Raises ServerError where the server does not tell its context or what a text is in tokens.
+        """
+        words = (demo_model_path() / HELD_OUT_FILE).read_text(encoding="utf-8")
+        told, cut = await self._http.get("/props"), await self._http.post("/tokenize", json={"content": words})
+        try:
+            context, tokens = told.json()["default_generation_settings"]["n_ctx"], cut.json()["tokens"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(
+                f"{self._url} has no /props and /tokenize as HybriMoE has; leave huge prompts out"
+            ) from error
+        self._too_many = list(islice(cycle(tokens), n_tokens))
+        self._huge = [self._of_tokens(self._too_many)]
+        if context and n_tokens + self._load.new_tokens > context and await self._is_refused(self._huge[0]):
+            self._context = context
+            self._huge = [self._of_tokens(self._too_many[: max(1, context - self._load.new_tokens)])]
+
+    async def _is_refused(self, request: Request) -> bool:
+        return (await self._http.post(request.path, json=request.body)).status_code != 200
+
+    def _of_tokens(self, tokens: list[int]) -> Request:
+        body = {"prompt": tokens, "max_tokens": self._load.new_tokens, "temperature": 0}
+        return Request("/v1/completions", body, _text)
+
+    async def _too_long(self, context: int) -> str:
+        """A prompt beyond the context, which the answer must name."""
+        request = self._of_tokens(self._too_many)
+        answer = await self._http.post(request.path, json=request.body)
+        if answer.status_code != 400 or f"{context} tokens" not in answer.text:
+            self._report.problem(
+                f"{len(self._too_many)} tokens for a context of {context}: {answer.status_code} {answer.text[:200]}"
+            )
+        return "too long"
 
     async def _leaving(self, request: Request, numbers: random.Random) -> str:
         """In the middle of a stream, or while a whole reply is computed."""

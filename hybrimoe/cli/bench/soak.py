@@ -31,6 +31,9 @@ def soak(
     requests: Annotated[int | None, typer.Option(min=1, help="Stop after so many requests, too.")] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Longest reply, in tokens.")] = 12,
     long_words: Annotated[int, typer.Option(min=1, help="Words of a long prompt.")] = 400,
+    huge_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of a huge prompt; those beyond the context must be refused. 0: none.")
+    ] = 65_536,
     seed: Annotated[int, typer.Option(min=0, help="The same seed, the same requests.")] = 0,
     placement: common.PlacementGroup,
     parallel: Annotated[
@@ -38,7 +41,9 @@ def soak(
     ] = None,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Chats and texts, whole and streamed, short and long; a fifth of the clients leave, some read slowly.
+    """Chats and texts, whole and streamed, short, long and huge; a fifth of the clients leave, some read slowly.
+
+    A huge prompt that does not fit the context must be refused with the context; then others fill all of it.
 
     Exit code 1 where a request is lost, a greedy reply is another one than alone, a stream ends badly, a malformed body
     is answered with other than 4xx, something is left when the users have gone, or the server's memory grows by more
@@ -52,7 +57,7 @@ def soak(
     if url is None:
         placement.deployment(model)  # what is wrong is said here, not in the log of the server's process
         options["--access-log"] = False
-    load = soaking.Load(minutes, users, requests, new_tokens, long_words, seed)
+    load = soaking.Load(minutes, users, requests, new_tokens, long_words, huge_tokens, seed)
     with measured_server(url, model, options) as address, progress_bar() as progress:
         report = soaking.soak(address, load, progress)
     if as_json:

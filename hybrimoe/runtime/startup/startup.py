@@ -12,6 +12,7 @@ from torch import nn
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from gpu_kernels import Accelerator, AcceleratorError
+from hybrimoe.amounts import size_text
 from hybrimoe.errors import BudgetError, debugging
 from hybrimoe.machine.disks import calibrated_disk
 from hybrimoe.machine.profiles import calibrated
@@ -35,6 +36,11 @@ from scheduler.forecast.use_model import SLOW, Learnt
 from scheduler.planner.protocol import LayerPlanner
 from scheduler.planner.rehearsal import rehearse
 from scheduler.planner.setup import PlannerSetup
+
+WAIT_MARGIN = 20.0
+"""The host waits for a device so many times as long as the work should take: costs are of a device that is idle."""
+TOKENS_OF_A_WAIT = 512
+"""Of each expert, in the work that a wait is for: all of a chunk of a prompt together."""
 
 Frequencies = npt.NDArray[np.floating]
 Probe = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
@@ -89,7 +95,22 @@ class Startup:
         if planner is not None and debugging():
             for index in range(len(self.layers)):
                 planner.table(index)[0].validating = True
+        self._limit_waits(planner)
         return Experts(self.layers, self.store, planner, self.stats, queues, queue_of)
+
+    def _limit_waits(self, planner: LayerPlanner | None) -> None:
+        """How long the host waits for an accelerator: as the settings say, else by what it should take to fill all
+        slots and to compute all experts of a layer with many tokens each, and far longer."""
+        for unit in self.units:
+            limit, seconds = unit.accelerator.wait_limit, self.config.device_wait_s
+            if seconds is None:
+                seconds = limit.least_s
+                if planner is not None and unit.layers:
+                    costs, n_experts = planner.cost_models[unit.index], self.layers[unit.layers[0]].num_experts
+                    copied_us = (unit.accelerator.n_slots + n_experts) * costs.transfer_us(0)
+                    us = copied_us + n_experts * float(costs.accel_us(0, np.array([TOKENS_OF_A_WAIT]))[0])
+                    seconds = max(seconds, WAIT_MARGIN * us * 1e-6)
+            limit.allow(seconds)
 
     def fill_slots(self, experts: Experts, frequencies: Frequencies | None) -> None:
         """Starts the transfers of the experts that are used most, by `frequencies`, else by what the planner has
@@ -120,6 +141,17 @@ class Startup:
         return slots_by_unit(
             setting, self.units, self.layers, self.slot_bytes, self.model, self.config.kv_reserve_bytes
         )
+
+    def check(self, setting: int | float | str) -> None:
+        """Raises BudgetError where the slots that a setting stands for do not fit, as far as that can be seen while
+        there are others."""
+        for unit, n_slots in zip(self.units, self.slots_of(setting), strict=True):
+            n_bytes, free_bytes = n_slots * self.slot_bytes, unit.accelerator.free_bytes()
+            if free_bytes is not None and n_bytes > free_bytes:
+                raise BudgetError(
+                    f"{n_slots} slots need {size_text(n_bytes)} of {unit.accelerator.name}, which has"
+                    f" {size_text(free_bytes)} for them: ask for fewer"
+                )
 
     def allocate(self, n_slots: Sequence[int]) -> None:
         """Replaces the slot memory of each accelerator. Raises BudgetError where it does not fit; each accelerator then

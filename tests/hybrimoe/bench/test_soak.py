@@ -1,16 +1,19 @@
 """The soak against a small model behind the real server, and against servers that do what it must find."""
 
 import contextlib
+from dataclasses import replace
 
 import httpx
 import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from hybrimoe.bench.serve import soak as soaking
 from hybrimoe.bench.serve.client import ServerError
 from hybrimoe.bench.serve.soak import MALFORMED, Load, Report, soak
 from hybrimoe.checkpoint import load_tokenizer
 from hybrimoe.config.deploy import ServerConfig
+from hybrimoe.errors import PromptError
 from hybrimoe.generation import TextGenerator
 from hybrimoe.generation.continuous_batching import BatchEngine
 from hybrimoe.server.http import HttpServer, listening
@@ -44,9 +47,40 @@ def test_mixed_load_leaves_nothing_and_changes_no_reply(server):
     report = soak(server, LOAD)
     assert report.problems == []
     assert report.sent.total() >= LOAD.requests
-    assert report.ended["complete"] + report.ended["left"] + report.ended["rejected"] == report.sent.total()
+    assert sum(report.ended[how] for how in ("complete", "left", "rejected", "too long")) == report.sent.total()
     assert report.ended["left"] > 0
     assert report.ended["rejected"] > 0
+
+
+def only_huge(monkeypatch):
+    monkeypatch.setattr(soaking, "SHARES", {"plain": 0.2, "huge": 0.8})
+
+
+def test_huge_prompts_beyond_the_context_are_refused_and_those_that_fill_it_answered(server, monkeypatch):
+    only_huge(monkeypatch)
+    report = soak(server, replace(LOAD, requests=12))
+    assert report.problems == []
+    assert report.ended["too long"] > 0
+    assert report.ended["complete"] > 0
+
+
+def test_huge_prompts_that_fit_are_all_answered(server, monkeypatch):
+    only_huge(monkeypatch)
+    report = soak(server, replace(LOAD, requests=12, huge_tokens=300))
+    assert report.problems == []
+    assert report.ended["too long"] == 0
+
+
+def test_a_huge_prompt_that_is_not_refused_as_it_should_be_is_found(server, monkeypatch):
+    only_huge(monkeypatch)
+
+    def refused(self, n_tokens):
+        if n_tokens > 600:
+            raise PromptError("no")
+
+    monkeypatch.setattr(TextGenerator, "check_prompt", refused)
+    report = soak(server, replace(LOAD, requests=12))
+    assert any("for a context of 512" in problem for problem in report.problems)
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
