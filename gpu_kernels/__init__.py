@@ -2,7 +2,7 @@
 
 from gpu_kernels.accelerator import Accelerator, Event, LayerWork
 from gpu_kernels.emulated import EmulatedAccelerator
-from gpu_kernels.errors import AcceleratorError, ClosedError, DeviceNotFoundError, LaneError, SlotError
+from gpu_kernels.errors import AcceleratorError, ClosedError, DeviceNotFoundError, LaneError, LostError, SlotError
 from gpu_kernels.opening import open_accelerator
 from gpu_kernels.pacing import Pacing
 from gpu_kernels.torch_accelerator import TorchAccelerator
@@ -16,6 +16,7 @@ __all__ = [
     "Event",
     "LaneError",
     "LayerWork",
+    "LostError",
     "Pacing",
     "SlotError",
     "TorchAccelerator",

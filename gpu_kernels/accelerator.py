@@ -7,7 +7,9 @@ device). Both keep the same order rules, so an executor needs to know only this 
   submitted before it that reads the slot has ended;
 - computations run one at a time in the order of submission, each not before the last copy submitted before it into
   its slot has ended;
-- nothing blocks the submitting thread; `Event.wait` blocks it and raises `LaneError` if that piece of work failed.
+- nothing blocks the submitting thread; `Event.wait` blocks it and raises `LaneError` if that piece of work failed;
+- no wait is for ever: `LostError` ends those that take longer than `wait_limit`, and everything that is asked of the
+  accelerator afterwards.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels import Dispatch, ExpertSpec
+from gpu_kernels.waiting import WaitLimit
 
 ByteArray = npt.NDArray[np.uint8]
 
@@ -93,6 +96,11 @@ class Accelerator(Protocol):
         ...
 
     @property
+    def wait_limit(self) -> WaitLimit:
+        """How long the host waits for any of its work."""
+        ...
+
+    @property
     def n_slots(self) -> int:
         """Slots allocated now."""
         ...
@@ -125,6 +133,11 @@ class Accelerator(Protocol):
         """
         ...
 
+    def read_slot(self, slot: int, n_bytes: int) -> ByteArray:
+        """The first bytes of what was copied into a slot, on the host, once it is there. Raises SlotError for a slot
+        that was never filled, LaneError where its copy failed."""
+        ...
+
     def run_experts(self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork) -> Event:
         """Submits experts in order; expert `dispatch.expert_ids[positions[i]]` is read from `slots[i]`."""
         ...
@@ -147,10 +160,10 @@ class Accelerator(Protocol):
     def synchronize(self) -> None:
         """Blocks until both lanes are empty; failures of drained work are dropped (their events keep them).
 
-        Raises LaneError where the device as a whole has failed.
+        Raises LostError where the device as a whole has failed, or hangs.
         """
         ...
 
     def close(self) -> None:
-        """Drains, stops the lanes and frees the slots; safe to call twice."""
+        """Drains, stops the lanes and frees the slots; safe to call twice. What hangs is left alone."""
         ...

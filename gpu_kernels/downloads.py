@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from gpu_kernels.waiting import limit_of
+
 ALIGNMENT_BYTES = 16
 """Where each tensor begins in the buffer."""
 SMALLEST_BYTES = 64 << 10
@@ -26,13 +28,14 @@ class Downloads:
         self._places: dict[Form, list[torch.Tensor]] = {}
 
     def fetch(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Each tensor of the device as one of its shape and dtype on the host: valid until the next `fetch`."""
+        """Each tensor of the device as one of its shape and dtype on the host: valid until the next `fetch`. Raises
+        LostError where the device has failed, or hangs."""
         form = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         landed = self._places.get(form) or self._place(form)
         for place, tensor in zip(landed, tensors, strict=True):
             place.copy_(tensor.detach() if tensor.requires_grad else tensor, non_blocking=True)
         self._ready.record(torch.accelerator.current_stream(self._device))
-        self._ready.synchronize()
+        limit_of(self._device).wait(self._ready, "the work before a copy to the host")
         return landed
 
     def _place(self, form: Form) -> list[torch.Tensor]:

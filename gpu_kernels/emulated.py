@@ -21,6 +21,7 @@ from gpu_kernels.errors import ClosedError, SlotError
 from gpu_kernels.pacing import Pacing
 from gpu_kernels.slot_events import SlotEvents
 from gpu_kernels.streams import HostEvent, HostStream, Pacer, clock_us
+from gpu_kernels.waiting import LEAST_HOST_WAIT_S, WaitLimit
 
 POISON_BYTE = 0xFF
 ALIGNMENT_BYTES = 64
@@ -40,8 +41,9 @@ class EmulatedAccelerator:
         """By the id of the spec, which is kept beside it: hashing one for each piece of work takes longer."""
         self._pacing = pacing
         self._poison = poison
-        self._copy = HostStream("hybrimoe-copy", precise_sleep=pacing is not None)
-        self._compute = HostStream("hybrimoe-compute", precise_sleep=pacing is not None)
+        self.wait_limit = limit = WaitLimit(self.name, LEAST_HOST_WAIT_S)
+        self._copy = HostStream("hybrimoe-copy", precise_sleep=pacing is not None, limit=limit)
+        self._compute = HostStream("hybrimoe-compute", precise_sleep=pacing is not None, limit=limit)
         self._copy_pacer, self._compute_pacer = Pacer(), Pacer()
         self._host_copy_us = 0.0
         self._closed = False
@@ -83,7 +85,7 @@ class EmulatedAccelerator:
             self._check_open()
         if record.nbytes > self._slot_bytes:
             raise SlotError(f"a record of {record.nbytes} bytes does not fit a slot of {self._slot_bytes} bytes")
-        event = HostEvent(f"copy into slot {slot}")
+        event = HostEvent(f"copy into slot {slot}", self.wait_limit)
         reader = self._events.on_write(slot, event)
         target, submitted_us = self._arena[slot], perf_counter_ns() * 1e-3
 
@@ -96,13 +98,19 @@ class EmulatedAccelerator:
 
         return self._copy.submit(job, event)
 
+    def read_slot(self, slot: int, n_bytes: int) -> ByteArray:
+        """The first bytes of a slot, a copy of them."""
+        self._events.write_of(slot).wait()
+        found: ByteArray = self._arena[slot][:n_bytes].copy()
+        return found
+
     def run_experts(
         self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork
     ) -> HostEvent:
         """Submits experts in order; their rows are written into `work.host_rows`."""
         if self._closed:
             self._check_open()
-        event = HostEvent("experts on the emulated accelerator")
+        event = HostEvent("experts on the emulated accelerator", self.wait_limit)
         writes = []
         for write in self._events.on_read(slots, event):
             if not write.succeeded:

@@ -17,6 +17,11 @@ class LaneError(AcceleratorError):
     """A copy or a computation on the accelerator failed; the cause is chained."""
 
 
+class LostError(LaneError):
+    """The accelerator hangs, or has failed as a whole: nothing that was submitted to it will end, and nothing more may
+    be."""
+
+
 class ClosedError(AcceleratorError):
     """The accelerator was used after close()."""
 

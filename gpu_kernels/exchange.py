@@ -17,6 +17,7 @@ from gpu_kernels.errors import GraphError
 from gpu_kernels.fused_choice import FusedChoice, RowsOfCall
 from gpu_kernels.page_locked import page_locked
 from gpu_kernels.pairs import Pairs, add_up, run_pairs
+from gpu_kernels.waiting import limit_of
 
 
 class Exchange:
@@ -104,9 +105,9 @@ class Exchange:
     # By the host ------------------------------------------------------------------------------------------------
 
     def wait(self) -> None:
-        """Waits until the current stream has done everything, the sending last."""
+        """Waits until the current stream has done everything, the sending last. Raises LostError."""
         if not self._synchronous:
-            torch.accelerator.current_stream(self._device).synchronize()
+            limit_of(self._device).wait(torch.accelerator.current_stream(self._device), "a piece of a decode step")
 
     def put(self, output: torch.Tensor) -> None:
         """An output of the whole call, [T, H] values on the host or the device, in place of rows."""

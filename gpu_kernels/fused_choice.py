@@ -17,6 +17,7 @@ import torch
 
 from cpu_kernels import ExpertSpec, relative_error, tolerance
 from gpu_kernels.tuning import Timings, TunedModule, setting_of, timer, tune
+from gpu_kernels.waiting import wait_for_stream
 
 AGREEMENT = 1e-4
 """Relative error allowed between the fused kernels and torch where both add in float32, in another order; tensor cores,
@@ -145,6 +146,7 @@ class FusedChoice:
         rows = group.out[group.rows].clone()
         by_torch()
         expected = group.out[group.rows]
+        wait_for_stream(group.out.device, "the first run of a kernel")
         if problem is None and not torch.isfinite(expected).all():
             return  # nothing to compare with: the next group tells
         if problem is None and not relative_error(rows, expected) <= agreement(spec):
@@ -172,6 +174,7 @@ class FusedChoice:
         if problem is None and right:
             return found
         expected = by_torch()
+        wait_for_stream(expected.device, "the first run of a kernel")
         if problem is None and not torch.isfinite(expected).all():
             return expected  # nothing to compare with: the next call tells
         if problem is None and not torch.equal(found, expected):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from gpu_kernels.errors import GraphError
+from gpu_kernels.waiting import limit_of, wait_for_stream
 
 TIMED_REPLAYS = 5
 
@@ -56,6 +57,7 @@ class TorchGraphs:
         """As `RecordsGraphs.recording`: on a stream of its own, with memory of its own (torch frees a pool with the
         last graph in it), with the garbage collector at rest, whose freeing of events and graphs a device takes for
         part of the work."""
+        wait_for_stream(self._device, "the work before a recording")
         torch.cuda.synchronize(self._device)
         self._pool = torch.cuda.graph_pool_handle()
         collects = gc.isenabled()
@@ -95,7 +97,7 @@ class TorchGraphs:
         for _ in range(TIMED_REPLAYS):
             graph.replay()
         end.record()
-        end.synchronize()
+        limit_of(self._device).wait(end, "a recorded piece of work")
         return float(start.elapsed_time(end)) * 1e3 / TIMED_REPLAYS
 
     @contextlib.contextmanager

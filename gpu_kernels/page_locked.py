@@ -33,12 +33,24 @@ def page_locked(n_bytes: int) -> npt.NDArray[np.uint8]:
     return memory
 
 
+_LOCKS: dict[int, weakref.finalize[..., Any]] = {}
+"""By address: what unlocks memory that this module has locked, which it does once, with its end at the latest."""
+
+
+def unlock(memory: npt.NDArray[np.uint8]) -> None:
+    """Makes memory of `page_locked` pageable; what torch has allocated stays as it is. No copy may be under way."""
+    lock = _LOCKS.pop(memory.ctypes.data, None)
+    if lock is not None:
+        lock()
+
+
 def _lock(memory: npt.NDArray[np.uint8], runtime: Any, device: torch.device) -> None:
     """Locks the pages of `memory` until it is freed."""
     address = memory.ctypes.data
     code = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
     if code == 0:
-        weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+        _LOCKS[address] = lock = weakref.finalize(memory, runtime.cudaHostUnregister, address)
+        lock.atexit = False
         return
     with contextlib.suppress(RuntimeError):  # the failed call's error would else be blamed on the next kernel
         torch.zeros(1, device=device).add_(1)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from weakref import WeakSet
 
-from gpu_kernels.errors import ClosedError, LaneError
+from gpu_kernels.errors import ClosedError, LaneError, LostError
+from gpu_kernels.waiting import LEAST_HOST_WAIT_S, WaitLimit
 
 PR_SET_TIMERSLACK = 29
 """prctl option, linux/prctl.h."""
@@ -32,9 +33,11 @@ class HostEvent:
     before it looks whether the job has ended, and the end is marked before it looks for locks, so none is missed.
     """
 
-    __slots__ = ("_error", "_gates", "_label", "_state", "end_us", "start_us", "succeeded")
+    __slots__ = ("_error", "_gates", "_label", "_limit", "_state", "end_us", "start_us", "succeeded")
 
-    def __init__(self, label: str = "work") -> None:
+    def __init__(self, label: str = "work", limit: WaitLimit | None = None) -> None:
+        """limit: of waits for it; None: any time."""
+        self._limit = limit
         self._gates: list[threading.Lock] = []
         self._state = 0
         self._error: BaseException | None = None
@@ -64,20 +67,25 @@ class HostEvent:
         return self._state == 1
 
     def wait_end(self) -> None:
-        """Blocks until the job has ended, failed or not."""
+        """Blocks until the job has ended, failed or not. Raises LostError where it does not end in time."""
         if self._state:
             return
         gate = threading.Lock()
         gate.acquire()
         self._gates.append(gate)
         if not self._state:
-            gate.acquire()
+            if self._limit is None:
+                gate.acquire()
+            else:
+                self._limit.wait_for_lock(gate, self._label)
 
     def wait(self) -> None:
-        """Blocks until the job has ended. Raises LaneError with the cause if it failed."""
+        """Blocks until the job has ended. Raises LaneError with the cause if it failed, LostError if its lane hangs."""
         if not self._state:
             self.wait_end()
         if self._error is not None:
+            if isinstance(self._error, LostError):
+                raise LostError(str(self._error)) from self._error
             raise LaneError(f"{self._label} failed: {self._error!r}") from self._error
 
     def span_us(self) -> tuple[float, float]:
@@ -91,8 +99,10 @@ Job = Callable[[HostEvent], None]
 class HostStream:
     """One daemon thread that runs jobs in the order of submission."""
 
-    def __init__(self, name: str, *, precise_sleep: bool = False) -> None:
+    def __init__(self, name: str, *, precise_sleep: bool = False, limit: WaitLimit | None = None) -> None:
+        """limit: of waits for all that is queued."""
         self.name = name
+        self.limit = WaitLimit(name, LEAST_HOST_WAIT_S) if limit is None else limit
         self._precise_sleep = precise_sleep
         self._jobs: SimpleQueue[tuple[Job, HostEvent] | None] = SimpleQueue()
         self._closed = False
@@ -113,17 +123,18 @@ class HostStream:
         return event
 
     def drain(self) -> None:
-        """Blocks until everything submitted so far has ended."""
+        """Blocks until everything submitted so far has ended. Raises LostError where that takes too long."""
         if not self._closed and self.alive and self._thread is not threading.current_thread():
-            self.submit(lambda event: event.begin(), HostEvent("drain")).wait_end()
+            self.limit.require()
+            self.submit(lambda event: event.begin(), HostEvent(f"all work of {self.name}", self.limit)).wait_end()
 
     def close(self) -> None:
-        """Runs what is queued, stops the thread and joins it; safe to call twice."""
+        """Runs what is queued, stops the thread and joins it, unless that hangs; safe to call twice."""
         if not self._closed:
             self._closed = True
             self._jobs.put(None)
         if self.alive and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(self.limit.seconds)
 
     @property
     def alive(self) -> bool:

@@ -21,7 +21,7 @@ from cpu_kernels import ExpertSpec, reference_ffn, unpack_expert
 from cpu_kernels.format.pack import record_tensor
 from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
 from gpu_kernels.devices import indexed, memory_info
-from gpu_kernels.errors import ClosedError, LaneError, SlotError
+from gpu_kernels.errors import ClosedError, LostError, SlotError
 from gpu_kernels.exchange import Exchange
 from gpu_kernels.fused_choice import Group, RowsOfCall, load_fused
 from gpu_kernels.resident import run_resident
@@ -29,6 +29,7 @@ from gpu_kernels.slot_events import SlotEvents
 from gpu_kernels.streams import clock_us
 from gpu_kernels.torch_events import DeviceEvent, DoneEvent, TimeOrigin, on_stream
 from gpu_kernels.uploads import Array, Uploads
+from gpu_kernels.waiting import new_limit, wait_for_stream
 
 STAGING_BUFFERS = 4
 """Page-locked records under way at once when the host's records are not page-locked."""
@@ -61,6 +62,7 @@ class TorchAccelerator:
         self.kind = self.device.type
         self._synchronous = self.kind == "cpu"
         self.name = "torch on the host" if self._synchronous else f"{_device_name(self.device)} ({self.device})"
+        self.wait_limit = new_limit(self.device, self.name)
         self._copy_stream = None if self._synchronous else torch.Stream(self.device)
         self._origin = None if self._synchronous else TimeOrigin(self.device)
         self._staging: list[tuple[torch.Tensor, Event | None]] = []
@@ -129,6 +131,13 @@ class TorchAccelerator:
         if index is not None:
             self._staging[index] = (self._staging[index][0], event)
         return event
+
+    def read_slot(self, slot: int, n_bytes: int) -> ByteArray:
+        """The first bytes of a slot on the host, which waits for its copy and for the current stream."""
+        self._events.write_of(slot).wait()
+        wait_for_stream(self.device, "the work before a slot is read back")
+        found: ByteArray = self._slots[slot, :n_bytes].to("cpu", copy=True).numpy()
+        return found
 
     def run_experts(self, spec: ExpertSpec, slots: Sequence[int], positions: Sequence[int], work: LayerWork) -> Event:
         """Submits experts in order on the current stream; rows go to the call's rows on the device."""
@@ -254,21 +263,27 @@ class TorchAccelerator:
         return other
 
     def synchronize(self) -> None:
-        """Blocks until the device is idle. Raises LaneError where the device itself has failed."""
+        """Blocks until the device is idle. Raises LostError where the device itself has failed, or hangs."""
         if self._synchronous:
             return
+        limit = self.wait_limit
+        limit.require()
+        assert self._copy_stream is not None
+        for stream in (self._copy_stream, torch.accelerator.current_stream(self.device)):
+            limit.wait(stream, "all work of a stream")
         try:
             torch.accelerator.synchronize(self.device)
         except RuntimeError as error:
-            raise LaneError(f"{self.name} has failed and cannot go on in this process: {error}") from error
+            raise limit.failed(error) from error
 
     def close(self) -> None:
         """Drains the device and frees slots and staging; safe to call twice."""
         if not self._closed:
             self._closed = True
-            with contextlib.suppress(LaneError):  # whoever waited for the failed work was told of it
+            with contextlib.suppress(LostError):  # whoever waited for the failed work was told of it
                 self.synchronize()
-            self._set_slots(0, 0)
+            if self.wait_limit.lost is None:  # what hangs may still use its slots
+                self._set_slots(0, 0)
 
     def _current(self) -> AbstractContextManager[object]:
         """Makes this device torch's current one: Triton launches on that one's stream, wherever its tensors are."""

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from gpu_kernels.errors import LaneError
 from gpu_kernels.streams import clock_us
+from gpu_kernels.waiting import limit_of
 
 
 class DoneEvent:
@@ -44,11 +44,8 @@ class DeviceEvent:
         return bool(self.end.query())
 
     def wait(self) -> None:
-        """Blocks the host until the end. Raises LaneError for an asynchronous device error."""
-        try:
-            self.end.synchronize()
-        except RuntimeError as error:
-            raise LaneError(f"the device reported an error: {error}") from error
+        """Blocks the host until the end. Raises LostError for an asynchronous device error, or where it hangs."""
+        limit_of(self._origin.device).wait(self.end, "a copy or a computation")
 
     def span_us(self) -> tuple[float, float]:
         """(start, end) in us of `clock_us`; (start, 0) while the work is under way, (0, 0) before."""
@@ -69,7 +66,7 @@ class TimeOrigin:
     """float32 tells milliseconds of this size apart to 0.12 us."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.Stream(device)
+        self.device, self._stream = device, torch.Stream(device)
         self._renew()
 
     def host_us(self, event: torch.Event) -> float:
@@ -79,9 +76,9 @@ class TimeOrigin:
         return self._us + self._event.elapsed_time(event) * 1e3
 
     def _renew(self) -> None:
-        self._event = torch.Event(self._device, enable_timing=True)
+        self._event = torch.Event(self.device, enable_timing=True)
         self._event.record(self._stream)
-        self._event.synchronize()
+        limit_of(self.device).wait(self._event, "an event of an idle stream")
         self._us = clock_us()
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from cpu_kernels.host.mapped import MappedFile
 from hybrimoe.checkpoint import record_file
 from hybrimoe.checkpoint.record_file import Header
 from hybrimoe.errors import CheckpointError
-from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
+from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec, give_pages_back
 from hybrimoe.runtime.tier.store import TieredStore
 
 FORMAT_VERSION = 2
@@ -34,6 +34,12 @@ class MappedStore(ExpertStore):
         store = cls.from_buffer(layers, mapped.array)
         store.mapped, store.path = mapped, path
         return store
+
+    is_own: ClassVar[bool] = False
+
+    def release(self, layer: int, expert: int) -> None:
+        """As `ExpertStore.release`; the file has the record, which may go on being read."""
+        self.released_bytes += give_pages_back(self._records[layer][expert])
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
         """As `ExpertStore.read`. Raises CheckpointError as `check`."""

@@ -208,6 +208,11 @@ def _message(error: Exception) -> str:
             return ": ".join(fault)
     if isinstance(error, MemoryError) or any(words in text for words in TORCH_HAS_NO_MEMORY):
         return f"out of memory: {text.splitlines()[0]}"
+    if type(error).__name__ == "AcceleratorError" and type(error).__module__ == "torch":
+        return (
+            f"the accelerator has failed: {text.splitlines()[0]}\nStart again; with --accelerator none the CPU computes"
+            " all. hybrimoe doctor looks at the device."
+        )
     if isinstance(error, typer.Abort):
         return "aborted"
     return f"unexpected {type(error).__name__}: {text}\nThis is a defect of HybriMoE; --debug shows where it came from."

@@ -66,6 +66,14 @@ HostMemoryOption = Annotated[
         rich_help_panel=PLACEMENT,
     ),
 ]
+HostCopyOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="keep|drop",
+        help="drop: experts that policy static has put into slots leave host memory.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
@@ -259,6 +267,7 @@ class PlacementGroup:
     accelerator: AcceleratorOption = None
     slots: SlotsOption = None
     host_memory: HostMemoryOption = None
+    host_copy: HostCopyOption = None
     dtype: DtypeOption = None
     kv_dtype: KvDtypeOption = None
     policy: PolicyOption = None
@@ -379,6 +388,7 @@ def deploy_config(
     accelerator: str | None = None,
     slots: str | None = None,
     host_memory: str | None = None,
+    host_copy: str | None = None,
     dtype: str | None = None,
     kv_dtype: str | None = None,
     policy: str | None = None,
@@ -410,6 +420,7 @@ def deploy_config(
         accelerator=_names(accelerator),
         gpu_expert_slots=slots,
         memory=None if host_memory is None else {"host": host_memory, "disk": "auto"},
+        host_copy=host_copy,
         expert_dtype=dtype,
         kv_dtype=kv_dtype,
         policy=policy,

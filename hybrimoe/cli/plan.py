@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -47,6 +48,10 @@ def plan(
     host_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Host memory. Default: this machine's.")
     ] = None,
+    host_copy: Annotated[
+        str,
+        typer.Option(metavar="keep|drop", help="drop: experts in slots leave host memory (with --policy static)."),
+    ] = "keep",
     parallel: Annotated[
         int | None, typer.Option(min=1, max=64, help="Replies at once that the KV cache must hold. Default: 1.")
     ] = None,
@@ -76,6 +81,7 @@ def plan(
     from hybrimoe.tracing.study.planning import expect, fit
 
     open_policy(policy)
+    _check_host_copy(host_copy, policy)
 
     def measured(dtype: str) -> tuple[HardwareProfile, str]:
         found, said = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(dtype)))
@@ -102,6 +108,8 @@ def plan(
             shape, profile, context=context, expert_dtype=expert_dtype, dense_dtype=dense_dtype,
             device_bytes=device_bytes, host_bytes=host_bytes, replies=parallel or 1,
         )  # fmt: skip
+    if host_copy == "drop" and not found.device_experts:
+        raise ConfigError("--host-copy drop: no expert has a slot on this hardware; leave it out")
     if found.device_bytes and kv_dtype != "auto":
         raise ConfigError("--kv-dtype: keys and values lie on the device, and are stored otherwise on the CPU alone")
     expected = expect(found, shape, profile, policy, expert_dtype, dense_dtype)
@@ -114,11 +122,13 @@ def plan(
         render.note(reason)
     if remark := packing_remark(model, expert_dtype):
         render.note(remark)
+    kept = found.host_experts - (min(found.device_experts, found.host_experts) if host_copy == "drop" else 0)
     if as_json:
         dtypes = {"expert_dtype": expert_dtype, "dense_dtype": dense_dtype, "kv_dtype": stored, "reasons": reasons}
-        render.emit_json({**asdict(found), **dtypes, "hardware_taken": taken, "expected": expected})
+        told = {"hardware_taken": taken, "host_experts_after_start": kept, "expected": expected}
+        render.emit_json({**asdict(found), **dtypes, **told})
     else:
-        _show(asdict(found), expected)
+        _show({**asdict(found), "host_experts_after_start": kept}, expected)
 
 
 def _bytes(text: str) -> int:
@@ -155,7 +165,9 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
         (_cached(found), _kv(found)),
         *([("experts in device slots", experts(found["device_experts"]))] if has_device else []),
         *_by_accelerator(found),
+        *([_kept_free(found)] if has_device else []),
         ("experts in host memory", experts(found["host_experts"])),
+        *_after_start(found, experts),
         ("experts outside host memory", experts(found["disk_experts"])),
         (f"longest context{' with a slot a layer' if has_device else ''}", f"{found['max_context']} tokens"),
         *([("expected hit rate (simulated)", f"{expected['hit_rate']:.0%}")] if has_device else []),
@@ -190,6 +202,31 @@ def _by_accelerator(found: dict[str, Any]) -> list[tuple[str, str]]:
         (f"  accelerator {unit}", f"{n_layers} MoE layers, {n_slots} slots")
         for unit, (n_layers, n_slots) in enumerate(zip(layers, slots, strict=True))
     ]
+
+
+def _check_host_copy(host_copy: str, policy: str) -> None:
+    from hybrimoe.errors import ConfigError, unknown
+    from hybrimoe.runtime.host_copy import never_moves
+
+    if host_copy not in ("keep", "drop"):
+        raise ConfigError(unknown("value of --host-copy", host_copy, ("keep", "drop")))
+    if host_copy == "drop" and not never_moves(policy):
+        raise ConfigError(
+            f"--host-copy drop is for policies that never move an expert, not {policy!r}: --policy static"
+        )
+
+
+def _after_start(found: dict[str, Any], experts: Callable[[int], str]) -> list[tuple[str, str]]:
+    """A row where copies of experts in slots are dropped: a start needs them all."""
+    kept = found["host_experts_after_start"]
+    return [] if kept == found["host_experts"] else [("  once the slots are filled (--host-copy drop)", experts(kept))]
+
+
+def _kept_free(found: dict[str, Any]) -> tuple[str, str]:
+    """What no slot takes of a device's memory."""
+    return "kept free on each device", (
+        f"{_gib(found['reserve_bytes'])}, and {_gib(found['unpack_bytes'])} for an expert that a prompt unpacks"
+    )
 
 
 def _kv(found: dict[str, Any]) -> str:

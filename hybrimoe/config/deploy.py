@@ -31,6 +31,7 @@ DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4
 UnknownKeys = Literal["error", "ignore"]
 VisionName = Literal["auto", "none"]
 KvDtypeName = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+DeviceWait = Annotated[float, Field(gt=0.0, le=86_400.0)] | Literal["auto", "none"]
 BackendName = Literal["auto", "numba", "torch", "ipex", "onnx", "reference"]
 
 
@@ -44,6 +45,10 @@ class MemoryConfig(Section):
     )
     disk: DiskAmount = Field(
         default=Amount("none"), description="auto: experts that `host` has no room for are read when needed."
+    )
+    host_copy: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="drop: experts that a policy which never moves them (static) has put into slots leave host memory.",
     )
     kv: BytesAmount = Field(
         default=Amount("auto"),
@@ -216,6 +221,11 @@ class DeployConfig(Section):
     accelerator: Accelerators = Field(
         default=("auto",), description="Device, emulated, none or auto; a list: all of them, a block of layers each."
     )
+    device_wait_seconds: DeviceWait = Field(
+        default="auto",
+        description="Longest time for which work of an accelerator is waited for before it counts as hanging; auto: far"
+        " longer than it should take, 30 at least; none: any time.",
+    )
     memory: MemoryConfig = MemoryConfig()
     cpu: CpuConfig = CpuConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -312,6 +322,7 @@ _ALIASES: dict[str, KeyPath] = {
     "context_shift": ("generation", "context_shift"),
     "attention_sinks": ("generation", "attention_sinks"),
     "kv_dtype": ("memory", "kv_dtype"),
+    "host_copy": ("memory", "host_copy"),
 }
 
 

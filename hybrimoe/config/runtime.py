@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +31,17 @@ def runtime_config(config: DeployConfig) -> RuntimeConfig:
         policy_params=policy_params,
         lookahead=config.scheduler.lookahead,
         kv_reserve_bytes=_kv_bytes(config.memory.kv, accelerators[0]),
+        host_copy=config.memory.host_copy,
+        device_wait_s=_wait_seconds(config.device_wait_seconds),
         lossy=resolve_lossy(lossy_settings(config.scheduler.lossy)),
     )
+
+
+def _wait_seconds(setting: float | str) -> float | None:
+    """In the form of `RuntimeConfig.device_wait_s`."""
+    if isinstance(setting, str):
+        return None if setting == "auto" else math.inf
+    return setting
 
 
 def slots_setting(amount: Amount) -> int | float | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -179,13 +180,15 @@ class TextGenerator:
 
     def forward(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor:
         """Compute `token_ids` on top of `cache`; returns the logits [V] after the last of them."""
-        rows = None if has_images(token_ids) else self._step_logits(token_ids, cache)
-        last: torch.Tensor = (self._model_logits(token_ids, cache) if rows is None else rows)[-1]
+        with self._on_device():
+            rows = None if has_images(token_ids) else self._step_logits(token_ids, cache)
+            last: torch.Tensor = (self._model_logits(token_ids, cache) if rows is None else rows)[-1]
         return last
 
     def forward_rows(self, token_ids: Sequence[int], cache: PrefixCache) -> torch.Tensor:
         """As `forward`, with the logits [n, V] after each of the tokens."""
-        return self._model_logits(token_ids, cache, {"logits_to_keep": 0})
+        with self._on_device():
+            return self._model_logits(token_ids, cache, {"logits_to_keep": 0})
 
     def _model_logits(
         self, token_ids: Sequence[int], cache: PrefixCache, more: Mapping[str, Any] = NOTHING
@@ -219,15 +222,29 @@ class TextGenerator:
         step = getattr(getattr(self.model, "hybrimoe", None), "step", None)
         if step is None:
             return None
-        logits: torch.Tensor | None = step.logits_of_each(
-            token_ids, [cache.states for cache in caches], [self._shift_of(cache) for cache in caches]
-        )
+        with self._on_device():
+            logits: torch.Tensor | None = step.logits_of_each(
+                token_ids, [cache.states for cache in caches], [self._shift_of(cache) for cache in caches]
+            )
         if logits is not None:
             self._check_experts(caches)
             for token, cache in zip(token_ids, caches, strict=True):
                 cache.extended([token], cache.states)
                 self._measure(cache)
         return logits
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        """Around work of the model: a device of its that hangs or has failed raises LostError."""
+        from gpu_kernels.waiting import on_device
+
+        return on_device(self.model.device)
+
+    @property
+    def has_lost_device(self) -> bool:
+        """Whether a device of the model hangs or has failed, so that no reply can be made until the program starts
+        again."""
+        session = getattr(getattr(self.model, "hybrimoe", None), "session", None)
+        return session is not None and bool(session.is_stuck)
 
     @property
     def has_lost_experts(self) -> bool:
@@ -257,7 +274,8 @@ class TextGenerator:
         None, before anything is computed, where the compiled step leaves them to the model. Each row has the bits that
         `forward` gives token by token.
         """
-        return self._step_logits(token_ids, cache, drafted=True)
+        with self._on_device():
+            return self._step_logits(token_ids, cache, drafted=True)
 
     def make_room(self, error: torch.OutOfMemoryError) -> None:
         """After a prompt for which an accelerator had no memory left. Raises `error` for a model without a session,

@@ -163,6 +163,9 @@ class PrefixCache:
         """The prompt is complete, with these logits [V] after it, which the same prompt need not compute again."""
         checkpoints = self._checkpoints
         if self._prefixes is not None and not self.needs_checkpoints:
+            from gpu_kernels.waiting import wait_for_stream
+
+            wait_for_stream(logits.device, "the model's output")
             checkpoints = [Checkpoint(len(self.token_ids), {}, logits.to("cpu", copy=True))]
         self._share(checkpoints, with_end=True)
 

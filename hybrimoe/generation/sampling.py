@@ -198,10 +198,12 @@ class Sampler:
         step needs.
 
         Raises ModelError for logits with NaN or infinity; minus infinity excludes a token. ConstraintError where the
-        structure of the reply has become too complex to follow.
+        structure of the reply has become too complex to follow, LostError where the logits' device hangs.
         """
         from cpu_kernels.host.threads import torch_threads
+        from gpu_kernels.waiting import wait_for_stream
 
+        wait_for_stream(logits.device, "the model's output")
         with torch_threads(1):
             return self._next(logits)
 

@@ -310,6 +310,7 @@ class Injection:
         from hybrimoe.dense.place import move
         from hybrimoe.injection.restore import rebuild_experts
 
+        self.session.bring_back()
         for layer, module in deferred:
             rebuild_experts(module, self.session.store, layer)
         move(self.model, torch.device("cpu"))  # where the experts are now: whole models fit host memory, not a GPU

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,9 +17,11 @@ from cpu_kernels.host.isa import ENV_ISA, detect
 from cpu_kernels.host.threads import physical_cores, resolve_threads
 from cpu_kernels.jit import cache_dir
 from gpu_kernels import AcceleratorError, open_accelerator
-from gpu_kernels.devices import auto_device
+from gpu_kernels.devices import auto_device, indexed, memory_info
 from gpu_kernels.graphs import graphs_of
+from gpu_kernels.page_locked import page_locked
 from gpu_kernels.tuning import Timings, setting_of
+from gpu_kernels.waiting import wait_for_stream
 from hybrimoe.errors import HybriMoEError
 from hybrimoe.machine.check import Check, guarded
 from hybrimoe.machine.facts import cpu_model
@@ -27,6 +30,12 @@ from yaml_rules.errors import YamlRulesError
 GIB = 2**30
 LEAST_MEMORY_GIB = 1.0  # the demo model with torch and transformers takes about half of it
 LEAST_DISK_GIB = 2.0
+LEAST_FREE_SHARE = 0.5
+"""Of an accelerator's memory: with less, others use it, too."""
+LOCKED_BYTES = 1 << 20
+"""That are page-locked for a trial."""
+LEAST_CAPABILITY = 7, 0
+"""Of NVIDIA cards for which Triton compiles."""
 
 
 def checks() -> Iterator[Check]:
@@ -35,6 +44,8 @@ def checks() -> Iterator[Check]:
     yield guarded("instruction set", _isa, (ck.IsaError,), f"unset {ENV_ISA}, or set it to a path that this CPU has")
     yield guarded("threads", _threads, (ck.ThreadingError,), "see the message; one thread always works: --threads 1")
     yield _accelerator()
+    yield from _card_memory()
+    yield from _page_lock()
     yield from _card_kernels()
     yield _memory()
     yield _disk()
@@ -71,14 +82,73 @@ def _accelerator() -> Check:
     device.close()
     count, kind = torch.accelerator.device_count(), torch.accelerator.current_accelerator()
     assert kind is not None
+    try:
+        _compute_a_little(device.device)
+    except (AcceleratorError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        return Check("accelerator", "warn", f"{device.name} computes nothing: {reason}", _what_to_do(reason))
     every = ", ".join(f"{kind.type}:{index}" for index in range(count))
     return Check("accelerator", "ok", f"{count} x {kind.type}", f"to use all: accelerator: [{every}]" * (count > 1))
+
+
+NO_KERNELS = "no kernel image"
+"""In CUDA's error of a card for which torch was not built."""
+
+
+def _compute_a_little(device: torch.device) -> None:
+    """Raises RuntimeError where a device does not, or what it computes is wrong."""
+    doubled = torch.arange(8, device=device) * 2
+    wait_for_stream(device, "a multiplication")
+    if doubled.cpu().tolist() != list(range(0, 16, 2)):
+        raise RuntimeError("it computes wrong numbers")
+
+
+def _what_to_do(reason: str) -> str:
+    if NO_KERNELS in reason:
+        return "the card is too old, or too new, for this torch: install one that has it, or --accelerator none"
+    return "experts run on the CPU until the device works: --accelerator none"
+
+
+def _card_memory() -> Iterator[Check]:
+    """What other programs have left of the memory of the accelerator that "auto" means."""
+    device = auto_device()
+    if device is None:
+        return
+    try:
+        free, total = memory_info(indexed(device))
+    except (AcceleratorError, RuntimeError):
+        return  # the line before says why
+    found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
+    if free < LEAST_FREE_SHARE * total:
+        advice = "other programs have the rest: end them, or expect fewer slots (memory.gpu_experts)"
+        yield Check("accelerator memory", "warn", found, advice)
+    else:
+        yield Check("accelerator memory", "ok", found)
+
+
+def _page_lock() -> Iterator[Check]:
+    """Whether memory can be page-locked, from which an accelerator copies by itself."""
+    if auto_device() is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of the refusal, which is told here
+        is_locked = torch.from_numpy(page_locked(LOCKED_BYTES)).is_pinned()
+    if is_locked:
+        yield Check("page-locked memory", "ok", f"{LOCKED_BYTES >> 20} MiB locked")
+        return
+    advice = "transfers are copied once more: raise ulimit -l; in WSL2 the memory of the virtual machine (.wslconfig)"
+    yield Check("page-locked memory", "warn", "the system refuses to lock pages", advice)
 
 
 def _card_kernels() -> Iterator[Check]:
     """What sessions have chosen for the card that "auto" means; nothing where there is none with fused kernels."""
     device = auto_device()
     if device is None or graphs_of(device) is None or importlib.util.find_spec("triton") is None:
+        return
+    capability = getattr(torch.get_device_module(device), "get_device_capability", lambda _: None)(device)
+    if capability is not None and tuple(capability) < LEAST_CAPABILITY:
+        found = f"the card is too old for them: compute capability {capability[0]}.{capability[1]}, 7.0 needed"
+        yield Check("card's kernels", "warn", found, "torch computes experts there, right but slower")
         return
     timings = Timings.of(setting_of(device))
     if timings.us:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from cpu_kernels import ExpertDtype
 from scheduler import HardwareProfile
@@ -24,6 +24,8 @@ class RuntimeConfig:
     profile: costs of this machine; None measures a few us per shape when the session is finalised.
     pacing: only for "emulated": link and compute are slowed down to this profile.
     decode_max_tokens: without a bound model, a call with at most this many tokens counts as decode.
+    device_wait_s: longest time for which work of an accelerator is waited for; None: by what it should take.
+    host_copy: "keep", or "drop": experts that stay in their slots for good leave host memory.
     lossy: a lossy policy between router and planner (scheduler.lossy); None computes what the router asked for.
     kv_reserve_bytes: for "auto" slots on a real device: memory left for the KV cache (None: estimated).
     """
@@ -41,3 +43,5 @@ class RuntimeConfig:
     decode_max_tokens: int = 4
     kv_reserve_bytes: int | None = None
     lossy: Lossy | None = None
+    device_wait_s: float | None = None
+    host_copy: Literal["keep", "drop"] = "keep"

@@ -14,14 +14,16 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from cpu_kernels import ExpertDtype, ExpertSpec, ExpertWeights
-from gpu_kernels import Accelerator
+from cpu_kernels import ExpertDtype, ExpertSpec, ExpertWeights, unpack_expert
+from gpu_kernels import Accelerator, LostError
+from gpu_kernels.waiting import DeviceFailure, WaitLimit
 from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import BudgetError, HybriMoEError, ModelError
 from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.exchanged import ExchangedExperts, find_exchanged
+from hybrimoe.runtime.host_copy import bring_back, drop, never_moves, require_droppable
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.layers import PLACEMENTS, Layer, pack_layers
 from hybrimoe.runtime.layer_call.lookahead import ProbeSink, RoutingCaptured, run_probe
@@ -32,9 +34,11 @@ from hybrimoe.runtime.layer_call.steps import StepTracker
 from hybrimoe.runtime.learnt import RoutingFile
 from hybrimoe.runtime.lossy.low_copy import LowCopy, make_low_copy
 from hybrimoe.runtime.lossy.startup import lossy_call
+from hybrimoe.runtime.lost import go_on_without, why_it_ends
 from hybrimoe.runtime.resident import ResidentExperts, find_resident
 from hybrimoe.runtime.snapshot import snapshot
 from hybrimoe.runtime.startup.backends import backend_for, close_all, cpu_threads, open_devices
+from hybrimoe.runtime.startup.budget import PlannedMemory, planned_memory
 from hybrimoe.runtime.startup.startup import Frequencies, Startup
 from hybrimoe.runtime.startup.units import Unit, share_layers
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
@@ -76,6 +80,7 @@ class Session:
         self._routing: RoutingFile | None = None
         self._make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
         self._closed = False
+        self._lost: str | None = None
         self._reporters: list[Callable[[StatsRecorder], None]] = []
         self._finalizer: weakref.finalize[..., Any] | None = None
 
@@ -120,6 +125,8 @@ class Session:
             self._accelerators = tuple(accelerator) if isinstance(accelerator, Sequence) else (accelerator,)
         self._finalizer = weakref.finalize(self, close_all, self._accelerators)
         self._require_even_layers()
+        if self.config.host_copy == "drop":
+            require_droppable(self.config, self._accelerators)
         threads = cpu_threads(self.config, self._accelerators)
         for layer in self._layers:
             layer.backend = backend_for(self.config.backend, threads, layer.spec)
@@ -196,15 +203,18 @@ class Session:
             if self._sink is not None:
                 self._sink.top_k_index, self._sink.top_k_weights = top_k_index, top_k_weights
                 raise RoutingCaptured
-            runner = self._runner
-            if runner is None or not runner.consistent:
-                runner = self._ready()
             while True:
                 try:
+                    runner = self._runner
+                    if runner is None or not runner.consistent:
+                        runner = self._ready()
                     return runner.run(layer, hidden, top_k_index, top_k_weights)
                 except torch.OutOfMemoryError as error:
                     self.make_room(error)
-                    runner = self._ready()
+                except LostError as error:
+                    self._go_on_without(error, hidden)
+                except DeviceFailure as error:
+                    self._go_on_without(self._failed(error), hidden)
 
     def run_sent(self, call: SentCall) -> None:
         """One call that a recorded step has sent; see `ExpertsCall.run_sent`."""
@@ -216,6 +226,10 @@ class Session:
                     return
                 except torch.OutOfMemoryError as error:
                     self.make_room(error)
+                except LostError as error:
+                    self._go_on_without(error, call.hidden)
+                except DeviceFailure as error:
+                    self._go_on_without(self._failed(error), call.hidden)
             output = self.run_layer(call.layer, call.hidden, call.ids, call.weights)
             call.exchange.put(output)
 
@@ -237,7 +251,17 @@ class Session:
                 f"{self._layers[layer].path}: some experts are kept in low precision only (scheduler.lossy), from which"
                 " the weights cannot be had back; load the model again without it"
             )
+        if (layer, expert) in self.store.released():
+            with self._lock:
+                spec = self._layers[layer].spec
+                return unpack_expert(spec, self._ready().experts.lanes.read_back(layer, expert, spec.record_bytes))
         return self.store.read(layer, expert)
+
+    def bring_back(self) -> None:
+        """All experts are in host memory again, where memory.host_copy has dropped some, until slots are filled."""
+        with self._lock:
+            if self.store.released():
+                bring_back(self.store, self._ready())
 
     def require_exact(self, purpose: str) -> None:
         """Raises ModelError, naming the purpose, where a lossy policy changes what the experts compute."""
@@ -300,6 +324,11 @@ class Session:
             runner, before = self._ready(), self.config
             if runner.planner is None:
                 raise ModelError("no expert has a slot, so there is nothing that a policy would decide")
+            if before.host_copy == "drop" and not never_moves(policy):
+                raise ModelError(
+                    f"policy {policy!r} moves experts, and those in slots have no copy in host memory"
+                    " (memory.host_copy: drop): start with keep to change to it"
+                )
             runner.drain()
             used = runner.routing_counts if runner.routing_counts.any() else None
             self.config = replace(before, policy=policy, policy_params={})
@@ -370,6 +399,12 @@ class Session:
         """Each accelerator with its layers; empty before the start."""
         return tuple(self._units)
 
+    def planned_memory(self) -> list[PlannedMemory]:
+        """What each accelerator holds for this session, and what it keeps free there, in bytes."""
+        specs = {layer.spec for layer in self._layers if layer.placement != "cpu"}
+        model = None if self._model is None else self._model()
+        return planned_memory(self._accelerators, specs, model, self.config.kv_reserve_bytes)
+
     @property
     def n_slots(self) -> int:
         """Slots of all accelerators, 0 without one."""
@@ -379,6 +414,19 @@ class Session:
     def started(self) -> bool:
         """True while layers can run."""
         return self._runner is not None and not self._closed
+
+    @property
+    def lost(self) -> str | None:
+        """What has become of an accelerator that hangs or has failed; None as long as all work."""
+        return self._lost or next((limit.lost for limit in self._limits() if limit.lost), None)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether an accelerator is lost without which the session cannot go on, or has not yet."""
+        return not self._closed and any(limit.lost for limit in self._limits())
+
+    def _limits(self) -> list[WaitLimit]:
+        return [device.wait_limit for device in self._accelerators]
 
     @property
     def planner(self) -> LayerPlanner | None:
@@ -534,7 +582,8 @@ class Session:
             runner = self._runner
             if runner is not None and runner.consistent and not self._closed:
                 runner.report()
-            return snapshot(self.config, self._layers, self._stats, self._store, self._units, runner, self._low)
+            found = snapshot(self.config, self._layers, self._stats, self._store, self._units, runner, self._low)
+            return replace(found, lost=self.lost)
 
     def reset_stats(self) -> None:
         """Sets all counters to zero."""
@@ -588,10 +637,34 @@ class Session:
         self._tracker.restart()
         self._start_runner(n_slots, broken, None)
 
+    def _failed(self, error: Exception) -> LostError:
+        """torch's error of a device that has failed, as ours."""
+        for device in self._accelerators:
+            return device.wait_limit.failed(error)
+        raise error
+
+    def _go_on_without(self, error: LostError, hidden: torch.Tensor) -> None:
+        """After the loss of an accelerator: the CPU computes all experts from here on, with a warning. Raises LostError
+        where it cannot compute a call with these hidden states."""
+        runner = self._runner
+        if runner is None or not self._accelerators:
+            raise error
+        self._lost = str(error)
+        if ending := why_it_ends(self.config, self.store, hidden):
+            raise LostError(f"{error}. {ending}") from error
+        go_on_without(error, self._accelerators, runner)
+        self._accelerators, self._units, self._resident, self._exchanged = (), [], None, None
+        self._stats.failures += 1
+        self._stats.forget_slots()
+        self._tracker.restart()
+        self._start_runner(None, runner, None)
+
     def _start_runner(
         self, setting: int | float | str | None, previous: ExpertsCall | None, frequencies: Frequencies | None
     ) -> None:
         """Replaces the runner; `setting` None keeps the slots, `previous` hands over costs, hooks and records."""
+        if previous is not None:
+            bring_back(self.store, previous)  # what is copied into slots now
         model = None if self._model is None else self._model()
         startup = Startup(
             self.config, self._layers, self.store, self._units, model, self._probe, self._stats, self._tracker,
@@ -601,6 +674,8 @@ class Session:
         lossy = self.config.lossy
         if lossy is None:
             self._runner = startup.call(setting, previous, frequencies)
+            if self.config.host_copy == "drop":
+                drop(self.store, self._runner)
             return
         if lossy.low is not None and self._low is None:
             self._low = self._make_low_copy(lossy.low.low_dtype)

@@ -20,7 +20,8 @@ def snapshot(
 ) -> SessionStats:  # fmt: skip
     """What a session has done so far. `runner` has reported what ended; None before the start and after the close."""
     planes = None if runner is None or runner.lossy is None else runner.lossy.planes
-    in_host_memory = [held.nbytes for held in (store, low and low.store, planes) if held]
+    in_host_memory = [held.nbytes for held in (low and low.store, planes) if held]
+    in_host_memory += [] if store is None else [store.held_bytes]
     by_layer = stats.by_layer()
     return SessionStats(
         by_phase=stats.by_phase(),
@@ -29,6 +30,7 @@ def snapshot(
         policy=config.policy,
         n_experts=sum(layer.num_experts for layer in layers),
         store_bytes=sum(in_host_memory),
+        dropped_bytes=0 if store is None else store.released_bytes,
         warmup_transfers=stats.warmup_transfers,
         failures=stats.failures,
         lossy=None if config.lossy is None else config.lossy.name,

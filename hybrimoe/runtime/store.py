@@ -6,7 +6,9 @@ its layer's ExpertSpec and is a multiple of 64 bytes, so every record is as well
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -67,9 +69,38 @@ class ExpertStore:
         store._attach(tuple(layers), buffer)
         return store
 
+    is_own: ClassVar[bool] = True
+    """Whether its bytes are nowhere else, as in a file."""
+
     def record(self, layer: int, expert: int) -> ByteArray:
-        """uint8 [record_bytes] view of one expert."""
+        """uint8 [record_bytes] view of one expert. Raises CheckpointError for one that was released."""
+        if self._released and (layer, expert) in self._released:
+            raise CheckpointError(
+                f"{self.layers[layer].path}, expert {expert}: its host copy was given up (memory.host_copy: drop)"
+            )
         return self._records[layer][expert]
+
+    def release(self, layer: int, expert: int) -> None:
+        """Gives the memory of a record back to the system, but for pages that it shares with its neighbours. The record
+        is not to be read before `refill`. Not for memory that is page-locked."""
+        self.released_bytes += give_pages_back(self._records[layer][expert])
+        self._released.add((layer, expert))
+
+    def refill(self, layer: int, expert: int, record: ByteArray) -> None:
+        """A released record is there again."""
+        self._records[layer][expert][:] = record
+        self._released.remove((layer, expert))
+        if not self._released:
+            self.released_bytes = 0
+
+    def released(self) -> list[tuple[int, int]]:
+        """(layer, expert) of each record that was released and is not there again."""
+        return sorted(self._released)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all records but for the released pages."""
+        return self.nbytes - self.released_bytes
 
     def addresses(self, layer: int) -> npt.NDArray[np.uint64]:
         """uint64 [num_experts]: where each record of a layer starts."""
@@ -147,6 +178,8 @@ class ExpertStore:
     def _attach(self, layers: tuple[LayerSpec, ...], buffer: ByteArray) -> None:
         self._layers = layers
         self.complete = True
+        self.released_bytes = 0
+        self._released: set[tuple[int, int]] = set()
         offset, places = 0, []
         for layer in layers:
             places.append(offset + np.arange(layer.num_experts, dtype=np.int64) * layer.spec.record_bytes)
@@ -175,6 +208,19 @@ def host_bytes(n_bytes: int, pinned: bool) -> ByteArray:
             f"the experts need {n_bytes / 2**30:.2f} GiB of host memory, which the system refused ({error});"
             " choose a smaller expert_dtype (int8, int4)"
         ) from error
+
+
+def give_pages_back(memory: ByteArray) -> int:
+    """Has the system take the whole pages within `memory`, uint8 [n]; bytes of them. Of a mapped file they come again
+    when they are read, of other memory as zeros. Raises OSError where the system refuses."""
+    first = -(-memory.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    n_bytes = max((memory.ctypes.data + memory.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE, 0)
+    if n_bytes and ctypes.CDLL(None, use_errno=True).madvise(
+        ctypes.c_void_p(first), ctypes.c_size_t(n_bytes), mmap.MADV_DONTNEED
+    ):
+        code = ctypes.get_errno()
+        raise OSError(code, f"the system does not take {n_bytes} bytes of memory back: {os.strerror(code)}")
+    return n_bytes
 
 
 def _aligned(raw: ByteArray, n_bytes: int) -> ByteArray:

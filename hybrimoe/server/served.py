@@ -120,7 +120,8 @@ class Served:
             return "draining"
         if self._worker is None:
             return "loading"
-        able = self._worker.alive and not self._worker.generator.has_lost_experts
+        generator = self._worker.generator
+        able = self._worker.alive and not (generator.has_lost_experts or generator.has_lost_device)
         return "ok" if able else "failed"
 
     @property

@@ -1,8 +1,9 @@
 """Chance that an expert is used by its layer's next tokens, by those after them, and by the running token in a later
 layer.
 
-Own use (a fast and a slow moving mean, the share of the sequence's tokens) is blended into log-odds; what the experts
-active now say about those that follow (``affinity``) is added. All of it, the blends included, is learnt while running.
+Own use (a fast, a slow and a long moving mean, the share of the sequence's tokens) is blended into log-odds; what the
+experts active now say about those that follow (``affinity``) is added, as far as it has proved right. All of it, the
+blends included, is learnt while running.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ Singles = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
 
-FAST, SLOW, USES = 0, 1, 2
+FAST, SLOW, LONG, USES, N_RATES = range(5)
 FAST_WEIGHT: Final = 0.25
 SLOW_WEIGHT: Final = 0.03
-"""Weights of the newest token in the two moving means of use."""
+LONG_WEIGHT: Final = 0.002
+"""Weights of the newest token in the three moving means of use."""
 SEQUENCE_TRUST: Final = 8.0
 """Tokens of even use that a sequence's count of uses starts with."""
 NEXT_TOKENS: Final = 3
@@ -33,14 +35,17 @@ FAR_TOKENS: Final = 12
 """The tokens after NEXT_TOKENS up to this one stand for all later ones."""
 N_STEPS: Final = FAR_TOKENS + 1
 """Steps that are remembered until what they were asked about is known."""
-NEAR, FAR, AHEAD, BLEND_SIZE = 0, 4, 8, 10
-"""Places of a layer's blends. NEAR and FAR: logistic weights of the log-odds of the fast and the slow mean and of the
-sequence's share, and a constant, for the mean use over the next NEXT_TOKENS tokens and over the far ones. AHEAD: share
-of an expert's log-odds for the next tokens, and a constant, in those for the running token."""
+NEAR, FAR, AHEAD, VOTES, BLEND_SIZE = 0, 5, 10, 12, 14
+"""Places of a layer's blends. NEAR and FAR: logistic weights of the log-odds of the three means and of the sequence's
+share, and a constant, for the mean use over the next NEXT_TOKENS tokens and over the far ones. AHEAD: share of an
+expert's log-odds for the next tokens, and a constant, in those for the running token. VOTES: trust in what the active
+experts say, about the next tokens and about the running one: where they say nothing, their votes are noise."""
+LEAST_TRUST: Final = 0.05
+"""Votes are trusted at least so far, so that it is seen when they begin to be right."""
 WEIGHT, SQUARES = 0, 1
 """Rows of blends: the weights, and the sums of their squared gradients."""
-FIRST_BLEND: Final = (0.1, 0.1, 0.4, -0.2, 0.15, 0.3, 0.45, 0.0, 0.6, 0.2)
-BLEND_RATE: Final = 0.02
+FIRST_BLEND: Final = (0.1, 0.1, 0.1, 0.3, -0.2, 0.15, 0.3, 0.1, 0.35, 0.0, 0.6, 0.2, 1.0, 1.0)
+BLEND_RATE: Final = 0.05
 TOKEN_RATE: Final = 0.025
 LAYER_RATE: Final = 0.1
 FEW_TOKENS: Final = 4
@@ -62,16 +67,19 @@ def chance_of(odds: float) -> float:
 
 @compiled
 def count_use(rates: Floats, ids: Ids, n_tokens: Ids, n_total: int) -> None:
-    """rates float64[3, E] of one layer, in place: fast and slow moving mean of use, uses in the sequence."""
+    """rates float64[4, E] of one layer, in place: fast, slow and long moving mean of use, uses in the sequence."""
     total = max(n_total, 1)
     fast, slow = (1.0 - FAST_WEIGHT) ** total, (1.0 - SLOW_WEIGHT) ** total
+    long = (1.0 - LONG_WEIGHT) ** total
     for e in range(rates.shape[1]):
         rates[FAST, e] *= fast
         rates[SLOW, e] *= slow
+        rates[LONG, e] *= long
     for i in range(ids.size):
         share = min(n_tokens[i] / total, 1.0)
         rates[FAST, ids[i]] += (1.0 - fast) * share
         rates[SLOW, ids[i]] += (1.0 - slow) * share
+        rates[LONG, ids[i]] += (1.0 - long) * share
         rates[USES, ids[i]] += total * share
 
 
@@ -84,8 +92,15 @@ def adjust(blend: Floats, place: int, gradient: float) -> None:
 
 
 @compiled
+def adjust_trust(blend: Floats, place: int, gradient: float) -> None:
+    """``adjust`` of a trust in votes, which stays positive."""
+    adjust(blend, place, gradient)
+    blend[WEIGHT, place] = max(blend[WEIGHT, place], LEAST_TRUST)
+
+
+@compiled
 def adjust_own(blend: Floats, first: int, own: Singles, moves: Singles) -> None:
-    """Moves the four weights from place ``first`` on; own float32[3, E], moves float32[E]: truth minus chance."""
+    """Moves the five weights from place ``first`` on; own float32[4, E], moves float32[E]: truth minus chance."""
     constant = 0.0
     for e in range(moves.size):
         constant += moves[e]
@@ -99,10 +114,10 @@ def adjust_own(blend: Floats, first: int, own: Singles, moves: Singles) -> None:
 
 @compiled
 def blend_own(blend: Floats, first: int, own: Singles, odds: Singles) -> None:
-    """odds float32[E]: log-odds by the four weights from place ``first`` on of own use, float32[3, E]."""
-    fast, slow, uses, constant = blend[WEIGHT, first : first + 4]
+    """odds float32[E]: log-odds by the five weights from place ``first`` on of own use, float32[4, E]."""
+    fast, slow, long, uses, constant = blend[WEIGHT, first : first + 5]
     for e in range(odds.size):
-        odds[e] = fast * own[FAST, e] + slow * own[SLOW, e] + uses * own[USES, e] + constant
+        odds[e] = fast * own[FAST, e] + slow * own[SLOW, e] + long * own[LONG, e] + uses * own[USES, e] + constant
 
 
 @compiled
@@ -126,28 +141,38 @@ def learn_layer(
     """The routing of step ``now`` at a layer is known: what was expected of it is corrected.
 
     scores float32[E]: gate weights. ``run``: steps of this sequence before this one. ``distance`` > 0: ``ahead``
-    float32[L, E] holds the log-odds that were given for this layer so many layers before. own float32[steps, L, 3, E]:
+    float32[L, E] holds the log-odds that were given for this layer so many layers before. own float32[steps, L, 4, E]:
     log-odds of own use, by step. blend float64[2, BLEND_SIZE]: the layer's.
     """
     moves, step = np.empty(odds.shape[1], np.float32), now % N_STEPS
     write_route(routes, gates, step, layer, ids, scores)
+    votes = np.zeros(odds.shape[1], np.float32)
     if distance > 0:
         moves[:] = ahead[layer]
         misjudged(routes, layer, now, now, moves)
-        shared, constant = 0.0, 0.0
+        shared, constant, voted = 0.0, 0.0, 0.0
         for e in range(moves.size):
             shared += moves[e] * odds[layer, e]
             constant += moves[e]
+            own_odds = blend[WEIGHT, AHEAD] * odds[layer, e] + blend[WEIGHT, AHEAD + 1]
+            voted += moves[e] * (ahead[layer, e] - own_odds)
             moves[e] *= LAYER_RATE
+        adjust_trust(blend, VOTES + 1, voted / blend[WEIGHT, VOTES + 1])
         adjust(blend, AHEAD, shared)
         adjust(blend, AHEAD + 1, constant)
         correct(same_token, layer, routes, gates, step, layer - distance, moves)
     if run >= NEXT_TOKENS:
         old = (now - NEXT_TOKENS) % N_STEPS
         blend_own(blend, NEAR, own[old, layer], moves)
-        add_votes(next_token, layer, routes, gates, old, layer, moves)
+        add_votes(next_token, layer, routes, gates, old, layer, votes)
+        for e in range(moves.size):
+            moves[e] += blend[WEIGHT, VOTES] * votes[e]
         misjudged(routes, layer, now - NEXT_TOKENS + 1, now, moves)
         adjust_own(blend, NEAR, own[old, layer], moves)
+        voted = 0.0
+        for e in range(moves.size):
+            voted += moves[e] * votes[e]
+        adjust_trust(blend, VOTES, voted)
         for e in range(moves.size):
             moves[e] *= TOKEN_RATE
         correct(next_token, layer, routes, gates, old, layer, moves)
@@ -168,12 +193,16 @@ def expect_use(
     step = now % N_STEPS
     rows = own[step, layer]
     for e in range(odds.shape[1]):
-        rows[FAST, e], rows[SLOW, e] = log_odds(rates[FAST, e]), log_odds(rates[SLOW, e])
+        for rate in range(USES):
+            rows[rate, e] = log_odds(rates[rate, e])
         rows[USES, e] = log_odds((rates[USES, e] + SEQUENCE_TRUST * even) / (seen + SEQUENCE_TRUST))
     blend_own(blend, NEAR, rows, odds[layer])
     blend_own(blend, FAR, rows, far[layer])
     if voting:
-        add_votes(next_token, layer, routes, gates, step, layer, odds[layer])
+        votes = np.zeros(odds.shape[1], np.float32)
+        add_votes(next_token, layer, routes, gates, step, layer, votes)
+        for e in range(votes.size):
+            odds[layer, e] += blend[WEIGHT, VOTES] * votes[e]
 
 
 @compiled
@@ -201,7 +230,10 @@ def foretell(
     row, share, constant = ahead[target], blend[WEIGHT, AHEAD], blend[WEIGHT, AHEAD + 1]
     for e in range(row.size):
         row[e] = share * odds[target, e] + constant
-    add_votes(same_token, target, routes, gates, now % N_STEPS, layer, row)
+    votes = np.zeros(row.size, np.float32)
+    add_votes(same_token, target, routes, gates, now % N_STEPS, layer, votes)
+    for e in range(row.size):
+        row[e] += blend[WEIGHT, VOTES + 1] * votes[e]
 
 
 @compiled
@@ -221,7 +253,7 @@ def take_turn(layer: int, n_tokens: int, few: bool, distance: int, seen: Floats,
     return since, target
 
 
-LEARNT: Final = ("rates", "even", "blends", "next_token", "same_token")
+LEARNT: Final = ("rates", "even", "blends", "odds", "next_token", "same_token")
 """What a ``UseModel`` knows of a model's routing beyond the running sequence; every array has a row a layer."""
 Learnt = dict[str, npt.NDArray[Any]]
 
@@ -238,11 +270,11 @@ class UseModel:
 
     def __init__(self, n_layers: int, n_experts: int, distance: int) -> None:
         self.n_layers, self.n_experts, self.distance = n_layers, n_experts, distance
-        self.rates = np.zeros((n_layers, 3, n_experts))
+        self.rates = np.zeros((n_layers, N_RATES, n_experts))
         self.seen, self.even = np.zeros(n_layers), np.zeros(n_layers)
         self._shares: Floats | None = None
         self.routes, self.gates = no_routes(N_STEPS, n_layers)
-        self.own = np.zeros((N_STEPS, n_layers, 3, n_experts), np.float32)
+        self.own = np.zeros((N_STEPS, n_layers, N_RATES, n_experts), np.float32)
         self.blends = np.zeros((n_layers, 2, BLEND_SIZE))
         self.blends[:, WEIGHT] = FIRST_BLEND
         self.odds, self.far, self.ahead = (np.zeros((n_layers, n_experts), np.float32) for _ in range(3))

@@ -23,7 +23,7 @@ from scheduler.compiled import compiled
 from scheduler.demand import Demand
 from scheduler.errors import SchedulerError
 from scheduler.forecast.affinity import MAX_ACTIVE
-from scheduler.forecast.use_model import BLEND_SIZE, N_STEPS, take_turn
+from scheduler.forecast.use_model import BLEND_SIZE, N_RATES, N_STEPS, take_turn
 from scheduler.forecast.value_model import CANDIDATES, MAX_SURE, N_BINS, follow_layer, saving_us, sure_absent
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Transfer
@@ -63,7 +63,7 @@ def follow_at_once(
     by_layer, weights = (n_layers, n_experts), (n_layers, desk[N_SOURCES], n_experts, n_experts)
     seen = floats_at(desk[SEEN], n_layers)
     since, target = take_turn(layer, n_total, True, desk[DISTANCE], seen, ints_at(desk[FORETOLD], n_layers))
-    rates = floats_at(desk[RATES] + 8 * 3 * n_experts * layer, (3, n_experts))
+    rates = floats_at(desk[RATES] + 8 * N_RATES * n_experts * layer, (N_RATES, n_experts))
     cpu = floats_at(desk[CPU_US], (n_kinds, desk[N_GRID]))
     accel = floats_at(desk[ACCEL_US], (n_kinds, desk[N_GRID]))
     n_bins, listed = N_BINS * N_BINS, (n_layers, CANDIDATES)
@@ -73,7 +73,7 @@ def follow_at_once(
         floats_at(desk[DRIFT], 3),
         ints_at(desk[SLOT_OF], n_layers * n_experts), given, scores, floats_at(desk[KEEP], n_layers * n_experts), rates,
         ids_at(desk[ROUTES], (N_STEPS, n_layers, MAX_ACTIVE)), singles_at(desk[GATES], (N_STEPS, n_layers, MAX_ACTIVE)),
-        singles_at(desk[OWN_ODDS], (N_STEPS, n_layers, 3, n_experts)),
+        singles_at(desk[OWN_ODDS], (N_STEPS, n_layers, N_RATES, n_experts)),
         floats_at(desk[BLENDS], (n_layers, 2, BLEND_SIZE)), singles_at(desk[ODDS], by_layer),
         singles_at(desk[FAR_ODDS], by_layer), singles_at(desk[AHEAD], by_layer),
         singles_at(desk[NEXT_TOKEN], weights), singles_at(desk[SAME_TOKEN], weights),

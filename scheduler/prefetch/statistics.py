@@ -95,7 +95,7 @@ class ActivationMatrixPrefetch(PrefetchPolicy):
 
 
 class Perfect(PrefetchPolicy):
-    """Oracle: what the layers ahead will ask for, read from a recorded trace; nearest layer first."""
+    """Oracle: what the layers ahead will ask for, read from a recorded trace; nearest layer first, each layer once."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -105,7 +105,7 @@ class Perfect(PrefetchPolicy):
         future, n_layers = self.setting.need_future("perfect"), self.setting.n_layers
         keys: list[npt.NDArray[np.int64]] = []
         gains: list[npt.NDArray[np.float64]] = []
-        for distance in range(1, self.setting.lookahead + 1):
+        for distance in range(1, min(self.setting.lookahead, n_layers) + 1):
             extra, layer = divmod(demand.layer + distance, n_layers)
             step = max(self.setting.step, 0) + extra
             active = future.active(step, layer)

@@ -10,7 +10,9 @@ kernels, so results are real; what is checked is what a real card would punish:
 - memory freed while another stream may still use it; page-locked memory that the host changes, or reads, before the
   asynchronous copy that uses it is known to have ended;
 - timing events, whose differences are float32 milliseconds as CUDA's are;
-- allocation beyond a card's memory.
+- allocation beyond a card's memory;
+- a wait that the host cannot leave, for a card that hangs (`FakeStream.hang`); a lost card raises what torch raises
+  (`Cards.lose`).
 
 The cards' type is "privateuseone": the only one for which torch takes a device guard written in Python. Not modelled:
 real durations (a launch takes 2 us, a copy its bytes by `link_gbps`), another order of summation, graphs.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 import sys
+import time
 import types
 import zlib
 from collections import Counter
@@ -19,7 +21,9 @@ import torch
 
 import gpu_kernels.fused_choice
 import gpu_kernels.torch_accelerator
+import gpu_kernels.waiting
 import hybrimoe.config.values
+from gpu_kernels.waiting import WaitLimit
 from tests.fake_device.fused import StreamedKernels
 from tests.fake_device.memory import POISON_BYTE, extent
 from tests.fake_device.streams import FakeEvent, FakeStream, HostClock, ManualClock, Ticks, join
@@ -66,6 +70,7 @@ class _Card:
     current: FakeStream | None = None
     used_bytes: int = 0
     peak_bytes: int = 0
+    lost: str | None = None
 
 
 @dataclass
@@ -140,8 +145,35 @@ class Cards:
     def synchronize(self, device: torch.device | str | int | None = None) -> None:
         """The host waits for all streams of a card."""
         self.note("device waits")
+        self.require(self.device(device))
         for stream in [stream for stream in self._streams if stream.device == self.device(device)]:
             stream.block_host()
+
+    def lose(self, index: int, reason: str = "CUDA error: unspecified launch failure") -> None:
+        """The card fails as a whole: whatever is asked of it from here on raises what torch raises."""
+        self._cards[index].lost = reason
+
+    def require(self, device: torch.device) -> None:
+        """Raises torch.AcceleratorError where the card is lost."""
+        reason = self._cards[device.index].lost
+        if reason is not None:
+            raise torch.AcceleratorError(reason)
+
+    def wait_until(self, device: torch.device, us: float) -> None:
+        """The host waits for a time of a card, by a call that it cannot leave. Raises AssertionError where the card
+        hangs: the program would never go on."""
+        self.require(device)
+        assert us < math.inf, f"{_asker()} waits for ever: {device} hangs"
+        self.clock.wait_until(us)
+
+    def pause(self, awaited: FakeStream | FakeEvent, seconds: float) -> None:
+        """Stands for `gpu_kernels.waiting.pause`: where the time does not go by itself, it goes on to the awaited
+        end."""
+        end_us = awaited.end_us if isinstance(awaited, FakeStream) else awaited.at_us
+        if isinstance(self.clock, ManualClock) and end_us < math.inf:
+            self.clock.wait_until(end_us)
+        else:
+            time.sleep(seconds)
 
     # Memory ------------------------------------------------------------------------------------------------------
 
@@ -275,8 +307,9 @@ class Cards:
 
     def check(self) -> None:
         """Raises AssertionError with everything found so far."""
-        for index in range(self.n):
-            self.synchronize(index)
+        for stream in self._streams:
+            if stream.end_us < math.inf and self._cards[stream.device.index].lost is None:
+                stream.block_host()
         assert not self.findings, "\n".join(self.findings)
 
 
@@ -400,6 +433,8 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
             stack.enter_context(mock.patch.object(torch, name, type(name, (kind,), {"cards": cards})))
         for user in (gpu_kernels.torch_accelerator, gpu_kernels.fused_choice):
             stack.enter_context(mock.patch.object(user, "load_fused", new=kernels.choice))
+        stack.enter_context(mock.patch.object(WaitLimit, "wait", _counted(cards)))
+        stack.enter_context(mock.patch.object(gpu_kernels.waiting, "pause", cards.pause))
         stack.enter_context(mock.patch.object(torch, "Generator", new=_Generator))
         # A wrapping tensor made in inference mode has no version counter, which torch's views then ask for.
         stack.enter_context(mock.patch.object(torch, "inference_mode", new=_without_gradient))
@@ -410,6 +445,17 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         yield cards
         cards.check()
+
+
+def _counted(cards: Cards) -> Callable[[WaitLimit, Any, str], None]:
+    """`WaitLimit.wait`, noted as a wait of the host by whoever asks for it."""
+    wait = WaitLimit.wait
+
+    def noted(limit: WaitLimit, awaited: Any, what: str) -> None:
+        cards.note("host waits")
+        wait(limit, awaited, what)
+
+    return noted
 
 
 def _without_gradient(mode: bool = True) -> contextlib.AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,6 +69,7 @@ class FakeStream:
         """Queues one operation; returns its tick."""
         join(self.seen, self._cards.host)
         self.seen[self.number] += 1
+        self._cards.require(self.device)
         self.end_us = max(self.end_us, self._cards.clock.now_us()) + duration_us
         return self.seen[self.number]
 
@@ -82,6 +84,18 @@ class FakeStream:
         join(self.seen, other.seen)
         self.end_us = max(self.end_us, other.end_us)
 
+    def query(self) -> bool:
+        """True once everything queued has ended."""
+        self._cards.require(self.device)
+        done = self._cards.clock.now_us() >= self.end_us
+        if done:
+            self._cards.host_learns(self.seen)
+        return done
+
+    def hang(self) -> None:
+        """What is queued, and what follows, never ends."""
+        self.end_us = math.inf
+
     def synchronize(self) -> None:
         """The host waits for everything queued."""
         self._cards.note("host waits")
@@ -89,7 +103,7 @@ class FakeStream:
 
     def block_host(self) -> None:
         """The host waits; it then knows what this stream knows."""
-        self._cards.clock.wait_until(self.end_us)
+        self._cards.wait_until(self.device, self.end_us)
         self._cards.host_learns(self.seen)
 
     def __enter__(self) -> FakeStream:
@@ -126,6 +140,7 @@ class FakeEvent:
 
     def query(self) -> bool:
         """True once the device has passed the event."""
+        self._cards.require(self.device)
         if not self._recorded:
             return True
         done = self._cards.clock.now_us() >= self.at_us
@@ -136,7 +151,7 @@ class FakeEvent:
     def synchronize(self) -> None:
         """The host waits for the event."""
         self._cards.note("host waits")
-        self._cards.clock.wait_until(self.at_us)
+        self._cards.wait_until(self.device, self.at_us)
         self._cards.host_learns(self.seen)
 
     def wait(self, stream: FakeStream | None = None) -> None:

@@ -14,6 +14,7 @@ from gpu_kernels.devices import memory_info
 from gpu_kernels.downloads import Downloads
 from gpu_kernels.page_locked import page_locked
 from gpu_kernels.uploads import LARGEST_BYTES, Uploads
+from gpu_kernels.waiting import WaitLimit
 from tests.fake_device import DEVICE_TYPE, Cards, ManualClock, fake_cards
 from tests.fake_device.streams import FakeEvent, FakeStream
 
@@ -296,7 +297,7 @@ def test_downloads_without_their_wait_are_garbage(cards: Cards, monkeypatch: pyt
     """The fake sees what the wait is for."""
     cards.clock = ManualClock()
     ones = torch.ones(5, device=FIRST)
-    monkeypatch.setattr(FakeEvent, "synchronize", lambda self: None)
+    monkeypatch.setattr(WaitLimit, "wait", lambda *_: None)
     (found,) = Downloads(FIRST).fetch(ones)
     assert found.isnan().all()
 

@@ -16,6 +16,7 @@ import torch
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.engine.routed import Places, places_of
+from gpu_kernels.waiting import wait_for_stream
 from hybrimoe.runtime.layer_call.choosing import AtOnce, Choice
 from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.layers import Layer
@@ -360,6 +361,7 @@ class ExpertsCall:
         output = output.to(hidden.dtype)
         if output.device != hidden.device:
             on_host = output.device.type == "cpu"
+            wait_for_stream(output.device, "the work of a layer")
             move = self.experts.workspace.to_device if on_host else torch.Tensor.to
             output = move(output, hidden.device)
         return output.reshape(hidden.shape)

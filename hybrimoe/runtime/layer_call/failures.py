@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gpu_kernels import LaneError
+from gpu_kernels import LaneError, LostError
 from hybrimoe.runtime.layer_call.routing import CallSpace
 from scheduler.planner.protocol import LayerPlanner
 
 
 def with_story(error: LaneError, planner: LayerPlanner | None, layer: int, experts: Iterable[int]) -> LaneError:
     """The error with the story of `experts` of a layer, as the slot table remembers it."""
-    if planner is None:
+    if planner is None or isinstance(error, LostError):  # of a lost accelerator no expert is to blame
         return error
     table, own = planner.table(layer)
     stories = []

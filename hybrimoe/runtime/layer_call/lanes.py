@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter_ns
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
@@ -176,6 +177,14 @@ class Lanes:
             queue = self._queue_of[transfer.layer]
             assert queue is not None
             queue.submit(transfer, self.store.record(transfer.layer, transfer.expert), step, traced=traced)
+
+    def read_back(self, layer: int, expert: int, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """The record of an expert that is in a slot, uint8 [n_bytes], as the accelerator has it."""
+        queue, planner = self._queue_of[layer], self._planner
+        assert queue is not None
+        assert planner is not None
+        slot = next(slot for slot, held in planner.contents().items() if held == (layer, expert))
+        return queue.accelerator.read_slot(slot - queue.first_slot, n_bytes)
 
     def compute(self, space: CallSpace) -> None:
         """The CPU lane's experts, in the calling thread: all in one call, or one by one when traced."""

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from gpu_kernels.waiting import wait_for_stream
 from hybrimoe.runtime.layer_call.compiled import SIGMOID, SOFTMAX, predict_token
 from scheduler import Prediction
 
@@ -236,6 +237,7 @@ class Lookahead:
                 self._gates[layer] = LinearGate(self._stack.weights[layer], gate.bias, gate.correction, gate.scoring)
 
     def _linear_gate(self, layer: int, x: torch.Tensor, index: Ints) -> LinearGate | None:
+        wait_for_stream(x.device, "a layer's inputs")
         host = x.float().cpu().numpy()
         best: tuple[float, LinearGate] | None = None
         for gate in _candidates(self._blocks[layer], self._experts[layer], self._num_experts[layer], x.shape[1]):

@@ -19,6 +19,7 @@ from gpu_kernels import Event, LayerWork
 from gpu_kernels.downloads import Downloads
 from gpu_kernels.exchange import Exchange
 from gpu_kernels.uploads import Uploads
+from gpu_kernels.waiting import wait_for_stream
 from hybrimoe.errors import ModelError
 from hybrimoe.runtime.layer_call.compiled import describe_routing, read_and_describe
 from hybrimoe.runtime.layer_call.layers import Layer, apply_norm
@@ -358,13 +359,17 @@ def call_inputs(
 def host_floats(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
     """C-contiguous float32 values on the host; shares memory where they are so already."""
     if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+        wait_for_stream(tensor.device, "a layer's inputs")
         tensor = tensor.to("cpu", torch.float32)
     return np.ascontiguousarray(tensor.numpy())
 
 
 def host_index(tensor: torch.Tensor) -> npt.NDArray[np.integer]:
     """Expert ids on the host."""
-    return (tensor if tensor.device.type == "cpu" else tensor.cpu()).numpy()
+    if tensor.device.type != "cpu":
+        wait_for_stream(tensor.device, "a layer's routing")
+        tensor = tensor.cpu()
+    return tensor.numpy()
 
 
 def _describe(tensor: torch.Tensor) -> str:

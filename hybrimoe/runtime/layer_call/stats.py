@@ -132,7 +132,8 @@ class SessionStats:
     """A snapshot: sums by phase and by layer (module path), and what the session runs on.
 
     tier: the host cache, where experts are read from disk. attention_calls: by module path, how many decode steps of it
-    the CPU's attention kernel computed.
+    the CPU's attention kernel computed. store_bytes: of experts in host memory; dropped_bytes: what is not there any
+    more because slots hold it (memory.host_copy). lost: what has become of an accelerator that hangs or has failed.
     """
 
     by_phase: dict[Phase, Counters]
@@ -147,6 +148,8 @@ class SessionStats:
     n_low_slots: int = 0
     attention_calls: Mapping[str, int] = field(default_factory=dict)
     tier: TierState | None = None
+    dropped_bytes: int = 0
+    lost: str | None = None
 
     @property
     def total(self) -> Counters:
@@ -188,9 +191,11 @@ class SessionStats:
             "slots_filled": self.slots_filled,
             "n_experts": self.n_experts,
             "store_bytes": self.store_bytes,
+            "dropped_bytes": self.dropped_bytes,
             "tier": None if self.tier is None else asdict(self.tier),
             "warmup_transfers": self.warmup_transfers,
             "failures": self.failures,
+            "lost": self.lost,
             "total": self.total.as_dict(),
             **{phase: counters.as_dict() for phase, counters in self.by_phase.items()},
             "accelerators": [unit.as_dict() for unit in self.accelerators],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -27,6 +28,41 @@ def unpack_bytes(spec: ExpertSpec) -> int:
     for gate and up while they are taken apart, or for one that is being dequantised."""
     matrices = 5 if spec.activation.gated else 4
     return matrices * 4 * spec.layout.hidden_padded * spec.layout.inter_padded
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMemory:
+    """Bytes of one device by what they are for. dense: weights and buffers there; slots: of experts. Still free: kv for
+    keys and values, unpack for one expert that a prompt takes apart, reserve for activations, workspaces of torch's
+    libraries, recorded steps and what their calls hand over."""
+
+    dense: int
+    slots: int
+    kv: int
+    unpack: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        """Of all parts."""
+        return self.dense + self.slots + self.kv + self.unpack + self.reserve
+
+
+def planned_memory(
+    accelerators: Sequence[Accelerator], specs: Iterable[ExpertSpec], model: nn.Module | None,
+    kv_reserve_bytes: int | None,
+) -> list[PlannedMemory]:  # fmt: skip
+    """What each accelerator holds, and what its slots leave free there. specs: of experts that may have a slot."""
+    kv_bytes = kv_cache_bytes(model) if kv_reserve_bytes is None else kv_reserve_bytes
+    unpack = max(map(unpack_bytes, specs), default=0)
+    tensors = {id(t): t for t in ([] if model is None else [*model.parameters(), *model.buffers()])}
+    return [
+        PlannedMemory(
+            sum(tensor.nbytes for tensor in tensors.values() if tensor.device == device.device),
+            device.n_slots * device.slot_bytes, kv_bytes if index == 0 else 0, unpack, DEVICE_RESERVE_BYTES,
+        )
+        for index, device in enumerate(accelerators)
+    ]  # fmt: skip
 
 
 def reserve_bytes(

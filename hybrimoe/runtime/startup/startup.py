@@ -36,6 +36,11 @@ from scheduler.planner.protocol import LayerPlanner
 from scheduler.planner.rehearsal import rehearse
 from scheduler.planner.setup import PlannerSetup
 
+WAIT_MARGIN = 20.0
+"""The host waits for a device so many times as long as the work should take: costs are of a device that is idle."""
+TOKENS_OF_A_WAIT = 512
+"""Of each expert, in the work that a wait is for: all of a chunk of a prompt together."""
+
 Frequencies = npt.NDArray[np.floating]
 Probe = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
 
@@ -89,7 +94,22 @@ class Startup:
         if planner is not None and debugging():
             for index in range(len(self.layers)):
                 planner.table(index)[0].validating = True
+        self._limit_waits(planner)
         return Experts(self.layers, self.store, planner, self.stats, queues, queue_of)
+
+    def _limit_waits(self, planner: LayerPlanner | None) -> None:
+        """How long the host waits for an accelerator: as the settings say, else by what it should take to fill all
+        slots and to compute all experts of a layer with many tokens each, and far longer."""
+        for unit in self.units:
+            limit, seconds = unit.accelerator.wait_limit, self.config.device_wait_s
+            if seconds is None:
+                seconds = limit.least_s
+                if planner is not None and unit.layers:
+                    costs, n_experts = planner.cost_models[unit.index], self.layers[unit.layers[0]].num_experts
+                    copied_us = (unit.accelerator.n_slots + n_experts) * costs.transfer_us(0)
+                    us = copied_us + n_experts * float(costs.accel_us(0, np.array([TOKENS_OF_A_WAIT]))[0])
+                    seconds = max(seconds, WAIT_MARGIN * us * 1e-6)
+            limit.allow(seconds)
 
     def fill_slots(self, experts: Experts, frequencies: Frequencies | None) -> None:
         """Starts the transfers of the experts that are used most, by `frequencies`, else by what the planner has

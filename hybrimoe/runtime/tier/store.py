@@ -44,6 +44,7 @@ class TieredStore(ExpertStore):
         n_slots = places.slots_for(budget_bytes)
         self.cache = HostCache(places, RecordReader(path, n_threads=_reads_in_flight(path)), n_slots, pinned=pinned)
         self._layers, self.complete = places.layers, True
+        self.released_bytes, self._released = 0, set()
         self._finalizer = weakref.finalize(self, self.cache.reader.close)  # of a store that nobody closes
         self._usage = UsageFile(path, usage_folders, self.cache.uses.shape)
         self._saved_at, self._saving, self._closed = monotonic(), threading.Lock(), False

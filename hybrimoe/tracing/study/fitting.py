@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from hybrimoe.errors import BudgetError
-from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES
 from hybrimoe.tracing.study.planning import DEFAULT_CONTEXT, GIB, HOST_RESERVE_BYTES, Fit, fit, token_bytes
 from scheduler.machine.profile import HardwareProfile, ModelShape
 
@@ -174,8 +173,8 @@ def _with_room(shape: ModelShape, machine: Machine, wish: Wish, best: tuple[str,
 
 def _kv_room(found: Fit) -> int:
     """Bytes that keys and values may take where nobody says how many, at least those that are planned."""
-    device = found.device_bytes
-    beside = (device - DEVICE_RESERVE_BYTES if device else found.host_bytes - HOST_RESERVE_BYTES) - found.dense_bytes
+    device, kept_free = found.device_bytes, found.unpack_bytes + found.reserve_bytes
+    beside = (device - kept_free if device else found.host_bytes - HOST_RESERVE_BYTES) - found.dense_bytes
     spare = beside - found.n_experts * found.expert_bytes
     if spare > 0:
         return max(found.kv_bytes, int(SPARE_SHARE * spare))

@@ -6,9 +6,10 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from cpu_kernels import Activation, ExpertSpec
 from hybrimoe.errors import BudgetError, ConfigError
 from hybrimoe.extensions.policies import open_policy
-from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES
+from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES, unpack_bytes
 from hybrimoe.tracing.study.public import Setting, speed_range
 from scheduler.machine.engine_profile import EngineProfile
 from scheduler.machine.profile import BYTES_PER_WEIGHT, HardwareProfile, ModelShape
@@ -36,7 +37,8 @@ class Fit:
     """Bytes and experts by tier; ``device_bytes`` of each accelerator, 0 on a machine without one. ``device_experts``
     is the sum over ``experts_by_accelerator``. ``max_context`` is the longest context that would fit beside one slot a
     layer (without an accelerator: beside all experts in host memory), at most the model's own. ``kv_bytes`` are
-    those of ``replies`` at once, each of ``context`` tokens."""
+    those of ``replies`` at once, each of ``context`` tokens. Each accelerator leaves ``unpack_bytes`` free for one
+    expert that a prompt takes apart, and ``reserve_bytes`` for activations, workspaces and recorded steps."""
 
     model: str
     hardware: str
@@ -54,6 +56,8 @@ class Fit:
     max_context: int
     layers_by_accelerator: tuple[int, ...]
     experts_by_accelerator: tuple[int, ...]
+    unpack_bytes: int = 0
+    reserve_bytes: int = 0
 
 
 def fit(
@@ -78,13 +82,16 @@ def fit(
     cache = f"KV cache of {context} tokens" if replies == 1 else f"KV cache of {replies} x {context} tokens"
     if not device:
         return _fit_host(shape, profile, (context, replies, cache), dense, kv, size, host_bytes)
-    room = device - dense - kv - DEVICE_RESERVE_BYTES
+    unpacked = unpack_bytes(_expert(shape))
+    free = DEVICE_RESERVE_BYTES + unpacked
+    room = device - dense - kv - free
     if room < 0:
         raise BudgetError(
-            f"{shape.name}: dense weights ({_gib(dense)}), {cache} ({_gib(kv)}) and reserve do "
-            f"not fit the {_gib(device)} of {profile.name}; shorten --context, or use a smaller --dense-dtype"
+            f"{shape.name}: dense weights ({_gib(dense)}), {cache} ({_gib(kv)}), one expert unpacked"
+            f" ({_gib(unpacked)}) and reserve ({_gib(DEVICE_RESERVE_BYTES)}) do not fit the {_gib(device)} of"
+            f" {profile.name}; shorten --context, or use a smaller --dense-dtype"
         )
-    rooms = [room, *[device - DEVICE_RESERVE_BYTES] * (profile.accel.count - 1)]
+    rooms = [room, *[max(device - free, 0)] * (profile.accel.count - 1)]
     blocks = layers_of([shape.n_experts] * shape.n_layers, [float(left) for left in rooms])
     by_device = [min(n * shape.n_experts, left // size) for n, left in zip(blocks, rooms, strict=True)]
     slots = sum(by_device)
@@ -94,12 +101,17 @@ def fit(
             f"{shape.name}: {total - in_host - slots} of {total} experts fit neither host memory nor device;"
             " hybrimoe calibrate measures the disk, so that they can be planned there"
         )
-    spare = device - dense - DEVICE_RESERVE_BYTES - min(total, blocks[0]) * size
+    spare = device - dense - free - min(total, blocks[0]) * size
     return Fit(
         shape.name, profile.name, total, size, dense, kv, context, replies, device, host_bytes, int(slots),
         int(in_host), int(total - in_host), _longest(shape, spare // replies), tuple(blocks),
-        tuple(int(slots) for slots in by_device),
+        tuple(int(slots) for slots in by_device), unpacked, DEVICE_RESERVE_BYTES,
     )  # fmt: skip
+
+
+def _expert(shape: ModelShape) -> ExpertSpec:
+    """An expert of the shape, as it is while a prompt is computed: its stored dtype does not matter."""
+    return ExpertSpec(shape.hidden, shape.inter, "float32", Activation("silu", gated=shape.gated))
 
 
 def _context(shape: ModelShape, asked: int | None) -> int:

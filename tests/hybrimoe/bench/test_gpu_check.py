@@ -35,6 +35,7 @@ from hybrimoe.bench.gpu_check.sections import (
 )
 from hybrimoe.bench.gpu_check.sections.profiled import (
     CPU_LANE,
+    WAIT,
     Seen,
     begun_while,
     both_us,
@@ -225,10 +226,11 @@ def test_a_trace_is_read_into_spans_and_calls() -> None:
         event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 20, 40, stream=13, bytes=1000),
         event("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", 90, 1, stream=7, bytes=8),
         event("user_annotation", CPU_LANE, 30, 20),
+        event("user_annotation", WAIT, 60, 7),
         event("cpu_op", "aten::add", 0, 1),
         {"ph": "M", "name": "process_name"},
     ])  # fmt: skip
-    assert (seen.called("launches"), seen.called("waits of the host"), seen.spent_us("launches")) == (2, 1, 8)
+    assert (seen.called("launches"), seen.called("waits of the host"), seen.spent_us("launches")) == (2, 2, 8)
     assert busy_us(seen.kernels) == 15
     assert both_us(seen.kernels, seen.copies["HtoD"]) == 5
     assert both_us(seen.cpu_lane, seen.copies["HtoD"]) == 20

@@ -11,6 +11,7 @@ import sys
 import typing
 
 import pytest
+import torch
 import typer
 
 from hybrimoe.cli import app as app_module
@@ -236,6 +237,14 @@ def test_a_whole_number_beyond_all_measure_is_wrong_usage(hybrimoe, words, named
     result = hybrimoe(*words, "9" * 23, stdin="a prompt")
     assert result.code == 2
     assert re.search(named.strip("-").replace("-", "[ _-]"), result.err)
+
+
+def test_a_device_that_failed_is_no_defect():
+    error = torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+    said = app_module._message(error)
+    assert said.startswith("the accelerator has failed: CUDA error: unspecified launch failure\n")
+    assert "--accelerator none" in said
+    assert "DSA" not in said
 
 
 def test_memory_that_torch_does_not_get_is_no_defect():

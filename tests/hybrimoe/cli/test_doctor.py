@@ -16,6 +16,7 @@ from gpu_kernels import EmulatedAccelerator
 from hybrimoe.errors import ModelError
 from hybrimoe.machine import doctor, doctor_machine, doctor_parts, profiles
 from hybrimoe.machine.doctor import Check
+from tests.fake_device import DEVICE_TYPE, fake_cards
 
 PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 LINES = [
@@ -250,3 +251,68 @@ def test_tables_agree_with_pyproject() -> None:
     assert set(doctor_parts.EXTRAS) == set(extras) - {"dev", "browser", "ipex"}
     for extra, (packages, _) in doctor_parts.EXTRAS.items():
         assert set(packages) == {text.split(">=")[0].split("[")[0] for text in extras[extra]}
+
+
+def test_a_sound_card_has_its_lines() -> None:
+    with fake_cards(2):
+        checks = list(doctor_machine.checks())
+        found = {check.name: (check.status, check.found) for check in checks}
+    assert found["accelerator"] == ("ok", f"2 x {DEVICE_TYPE}")
+    assert found["accelerator memory"] == ("ok", "4.0 GiB free of 4.0 GiB")
+    assert found["page-locked memory"] == ("ok", "1 MiB locked")
+
+
+def test_memory_that_others_hold_is_told() -> None:
+    with fake_cards(1) as cards:
+        taken = torch.empty(3 << 30, dtype=torch.uint8, device=f"{DEVICE_TYPE}:0")
+        check = line(doctor_machine.checks(), "accelerator memory")
+        assert taken.nbytes == cards.used_bytes()
+    assert (check.status, check.found) == ("warn", "1.0 GiB free of 4.0 GiB")
+    assert "end them, or expect fewer slots" in check.advice
+
+
+@pytest.mark.filterwarnings("error")
+def test_pages_that_cannot_be_locked_are_told() -> None:
+    with fake_cards(1, refuses_locking=True):
+        check = line(doctor_machine.checks(), "page-locked memory")
+    assert (check.status, check.found) == ("warn", "the system refuses to lock pages")
+    assert ("ulimit -l" in check.advice, "WSL2" in check.advice) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device", "too old, or too new, for this torch"),
+        ("CUDA error: unspecified launch failure", "until the device works: --accelerator none"),
+    ],
+)
+def test_a_card_that_computes_nothing_is_told(monkeypatch, reason: str, advice: str) -> None:
+    with fake_cards(1):
+
+        def failing(device: torch.device) -> None:
+            raise torch.AcceleratorError(f"{reason}\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1")
+
+        monkeypatch.setattr(doctor_machine, "_compute_a_little", failing)
+        check = line(doctor_machine.checks(), "accelerator")
+    assert check.status == "warn"
+    assert check.found.endswith(f"computes nothing: {reason}")
+    assert advice in check.advice
+
+
+def test_a_lost_card_has_a_line_and_no_crash() -> None:
+    with fake_cards(1) as cards:
+        cards.lose(0)
+        checks = list(doctor_machine.checks())
+    assert line(checks, "accelerator").status == "warn"
+
+
+def test_a_card_that_is_too_old_for_triton_is_told(monkeypatch) -> None:
+    monkeypatch.setattr(doctor_machine, "graphs_of", lambda device: object())
+    monkeypatch.setattr(doctor_machine.importlib.util, "find_spec", lambda name: object())
+    with fake_cards(1):
+        module = torch.get_device_module(f"{DEVICE_TYPE}:0")
+        monkeypatch.setattr(module, "get_device_capability", lambda device: (6, 1), raising=False)
+        check = line(doctor_machine.checks(), "card's kernels")
+    assert check.status == "warn"
+    assert "compute capability 6.1, 7.0 needed" in check.found
+    assert "right but slower" in check.advice

@@ -252,6 +252,24 @@ def test_plan(hybrimoe):
     assert "like 12GiB" in hybrimoe("plan", "--gpu-memory", "12", "--json").data["error"]["message"]
 
 
+def test_plan_says_what_it_keeps_free_and_what_leaves_host_memory(hybrimoe):
+    given = "plan", "qwen3-30b-a3b", "--hardware", "laptop", "--policy", "static"
+    found = hybrimoe(*given, "--host-copy", "drop", "--json").data
+    assert found["host_experts_after_start"] == found["host_experts"] - found["device_experts"]
+    assert hybrimoe(*given, "--json").data["host_experts_after_start"] == found["host_experts"]
+    said = " ".join(hybrimoe(*given, "--host-copy", "drop").out.split())
+    assert "kept free on each device" in said
+    assert "once the slots are filled" in said
+    no_slot = sum(found[f"{part}_bytes"] for part in ("dense", "kv", "unpack", "reserve")) + (1 << 20)
+    for more, message in (
+        (("--host-copy", "dorp"), "did you mean 'drop'"),
+        (("--host-copy", "drop", "--policy", "ours"), "never move an expert, not 'ours'"),
+        (("--host-copy", "drop", "--gpu-memory", f"{no_slot}B"), "no expert has a slot on this hardware"),
+    ):
+        refused = hybrimoe(*given, *more, "--json")
+        assert (refused.code, message in refused.data["error"]["message"]) == (2, True)
+
+
 def test_plan_fit(hybrimoe):
     done = hybrimoe("plan", "olmoe-1b-7b", "--hardware", "laptop", "--host-memory", "12GiB", "--fit", "--json")
     assert (done.data["expert_dtype"], done.data["dense_dtype"]) == ("int8", "int8")

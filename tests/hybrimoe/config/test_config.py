@@ -301,7 +301,7 @@ def test_what_follows_auto_is_for_machines_without_an_accelerator(here: bool, mo
 
 
 def test_json_schema_knows_every_section() -> None:
-    keys = {"model", "adapters", "unknown_keys", "vision", "rules", "accelerator"}
+    keys = {"model", "adapters", "unknown_keys", "vision", "rules", "accelerator", "device_wait_seconds"}
     sections = {"memory", "cpu", "scheduler", "generation", "server"}
     assert set(json_schema()["properties"]) == keys | sections
 

@@ -75,13 +75,22 @@ def test_what_fits_adds_up():
     shape = open_shape("qwen3-30b-a3b")
     found = room(shape)
     used = found.dense_bytes + found.kv_bytes + found.device_experts * found.expert_bytes
-    assert used <= 8 * GIB - GIB // 2 < used + found.expert_bytes
+    kept_free = found.unpack_bytes + found.reserve_bytes
+    assert (found.unpack_bytes, found.reserve_bytes) == (5 * 4 * 2048 * 768, GIB // 2)
+    assert used + kept_free <= 8 * GIB < used + kept_free + found.expert_bytes
     assert found.host_experts == found.n_experts
     assert found.disk_experts == 0
     assert room(shape, host_bytes=10 * GIB).disk_experts > 0
     assert room(shape, device_bytes=100 * GIB).device_experts == found.n_experts
     assert room(shape, context=8192).kv_bytes == 2 * found.kv_bytes
     assert dense_bytes(shape, "bfloat16") == pytest.approx(2 * 1.54e9, rel=0.02)
+
+
+def test_a_large_expert_that_a_prompt_unpacks_takes_slots():
+    found = room(open_shape("mixtral-8x7b"), device_bytes=12 * GIB)
+    assert found.unpack_bytes == 5 * 4 * 4096 * 14336
+    used = found.dense_bytes + found.kv_bytes + found.device_experts * found.expert_bytes
+    assert used + found.unpack_bytes + found.reserve_bytes <= 12 * GIB
 
 
 def test_what_does_not_fit_is_named():

@@ -167,9 +167,9 @@ def test_value_counts_us() -> None:
     for scale, near, far in ((0.0, 1.0, 0.0), (5.0, 3.0, 7.0)):
         value = policy("value", setting(n_slots=4), horizon_scale=scale)
         value.model.observe(demand(0, {1: 1.0}))
-        rates = 0.75 / 4 + 0.25, 0.97 / 4 + 0.03, (1 + 8 / 4) / (1 + 8)
+        rates = 0.75 / 4 + 0.25, 0.97 / 4 + 0.03, 0.998 / 4 + 0.002, (1 + 8 / 4) / (1 + 8)
         own = np.array([*(np.log(r / (1 - r)) for r in rates), 1.0])
-        chances = [1 / (1 + np.exp(-np.dot(FIRST_BLEND[first : first + 4], own))) for first in (NEAR, FAR)]
+        chances = [1 / (1 + np.exp(-np.dot(FIRST_BLEND[first : first + 5], own))) for first in (NEAR, FAR)]
         expected = 80.0 * (near * chances[0] + far * chances[1])
         assert value.keep[1] == pytest.approx(expected, rel=1e-5)
         assert value.keep[0] < value.keep[1]

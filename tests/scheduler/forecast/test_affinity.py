@@ -26,9 +26,11 @@ from scheduler.forecast.use_model import (
     FEW_TOKENS,
     FIRST_BLEND,
     LAYER_RATE,
+    LEAST_TRUST,
     NEAR,
     NEXT_TOKENS,
     SEQUENCE_TRUST,
+    VOTES,
     WEIGHT,
     UseModel,
     adjust,
@@ -82,16 +84,16 @@ def test_a_shorter_route_overwrites_a_longer_one() -> None:
 
 
 def test_own_use_by_hand() -> None:
-    """First token of a layer of 8 experts: even use 1 / 8, then fast .25, slow .03, one use in 1 + 8 tokens."""
+    """First token of a layer of 8 experts: even use 1 / 8, then fast .25, slow .03, long .002, one use in 1 + 8."""
     model = UseModel(1, 8, 1)
     model.begin_step(True)
     model.observe(demand(0, 5), True)
-    used = 0.75 / 8 + 0.25, 0.97 / 8 + 0.03, (1 + SEQUENCE_TRUST / 8) / (1 + SEQUENCE_TRUST)
-    unused = 0.75 / 8, 0.97 / 8, (SEQUENCE_TRUST / 8) / (1 + SEQUENCE_TRUST)
+    used = 0.75 / 8 + 0.25, 0.97 / 8 + 0.03, 0.998 / 8 + 0.002, (1 + SEQUENCE_TRUST / 8) / (1 + SEQUENCE_TRUST)
+    unused = 0.75 / 8, 0.97 / 8, 0.998 / 8, (SEQUENCE_TRUST / 8) / (1 + SEQUENCE_TRUST)
     for expert, rates in ((5, used), (0, unused)):
         own = [*map(log_odds, rates), 1.0]
         for odds, first in ((model.odds, NEAR), (model.far, FAR)):
-            expected = np.dot(FIRST_BLEND[first : first + 4], own)
+            expected = np.dot(FIRST_BLEND[first : first + 5], own)
             assert odds[0, expert] == pytest.approx(expected, rel=1e-5)
 
 
@@ -120,6 +122,20 @@ def test_a_blend_moves_along_its_gradient_the_less_the_more_it_has_moved() -> No
     assert blend[WEIGHT, :3] == pytest.approx([-BLEND_RATE, BLEND_RATE * (1 + 4 / 5), 0.0])
 
 
+def test_trust_in_votes_follows_what_they_are_worth() -> None:
+    """Layer 1 has the expert beside layer 0's: its votes are trusted more. Layer 2 is drawn at random: its less."""
+    rng = np.random.default_rng(5)
+    model = UseModel(3, 8, 1)
+    for _ in range(400):
+        model.begin_step(True)
+        first = int(rng.integers(8))
+        for layer, expert in enumerate((first, (first + 1) % 8, int(rng.integers(8)))):
+            model.observe(demand(layer, expert), True)
+    trust = model.blends[:, WEIGHT, VOTES + 1]
+    assert trust[1] > 1.5
+    assert LEAST_TRUST <= trust[2] < 0.8
+
+
 def test_blends_learn_what_own_use_says() -> None:
     """The experts of a sequence are drawn once and stay: its share says all, the blend comes to trust it."""
     rng = np.random.default_rng(2)
@@ -138,8 +154,7 @@ def test_blends_learn_what_own_use_says() -> None:
 
 @pytest.mark.parametrize("distance", [1, 2])
 def test_it_learns_who_follows_whom(distance: int) -> None:
-    """A random expert in layer 0, in each later layer the one beside it: own use says nothing, the route all. After 200
-    tokens the likeliest is the right one, after 500 (each expert 60 times) it is likelier than not."""
+    """A random expert in layer 0, in each later layer the one beside it: own use says nothing, the route all."""
     rng = np.random.default_rng(4)
     model = UseModel(4, 8, distance)
     right = told = 0
@@ -151,7 +166,7 @@ def test_it_learns_who_follows_whom(distance: int) -> None:
             if target >= 0 and step >= 200:
                 told += 1
                 right += int(model.ahead[target].argmax()) == (first + target) % 8
-                assert step < 500 or model.ahead[target].max() > 0.0
+                assert model.ahead[target].max() > 0.0, "likelier than not"
     assert right > 0.95 * told > 0
 
 
@@ -228,7 +243,7 @@ def test_what_was_learnt_is_recalled_by_models_that_it_fits() -> None:
             for layer in range(3):
                 model.observe(demand(layer, *experts), True)
     np.testing.assert_allclose(begun.odds, whole.odds)
-    np.testing.assert_allclose(begun.ahead, whole.ahead, atol=0.05)  # its first token was told of without any odds
+    np.testing.assert_allclose(begun.ahead, whole.ahead)
 
 
 @pytest.mark.parametrize(

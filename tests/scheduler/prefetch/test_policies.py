@@ -196,6 +196,13 @@ def test_perfect_reads_the_trace_and_wraps_to_the_next_step() -> None:
         policy("perfect", setting())
 
 
+def test_perfect_proposes_an_expert_once_however_far_it_looks() -> None:
+    """Six layers ahead of a model of four are the same layers again: their experts would be on their way already."""
+    steps = [np.array([[[0], [1], [2], [3]]])] * 3
+    perfect = policy("perfect", setting(future=Future(steps, 4, 4), step=0, lookahead=6))
+    assert perfect.propose(demand(0, [0]), 8)[0].tolist() == [4 + 1, 8 + 2, 12 + 3, 0]
+
+
 def test_learned_features_and_threshold() -> None:
     """Layer 1's expert 3 followed layer 0's expert 0 twice; the scorer just reads that feature."""
     given = setting(prefetch_scorer=lambda features: features[:, 0])

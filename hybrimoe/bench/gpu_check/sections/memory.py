@@ -10,7 +10,6 @@ from gpu_kernels.devices import memory_info
 from hybrimoe.bench.gpu_check.findings import Findings, SkippedError
 from hybrimoe.bench.gpu_check.sections import models
 from hybrimoe.bench.gpu_check.setting import Setting
-from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES, kv_cache_bytes, unpack_bytes
 
 TOLERANCE_BYTES = 96 << 20
 """Between the plan and torch's allocator: rounding of its blocks, workspaces of the BLAS."""
@@ -30,14 +29,10 @@ def _at(setting: Setting, findings: Findings, share: float, ids: list[int]) -> N
     device = torch.device(setting.accelerator)
     before = _held(device)
     with models.opened(setting, setting.accelerator, "int4", share=share, dense_dtype="auto") as generator:
-        model, session = generator.model, generator.model.hybrimoe.session
+        session = generator.model.hybrimoe.session
         idle = _held(device)
-        accelerator = session.accelerators[0]
-        dense = sum(tensor.nbytes for tensor in _on(device, model))
-        n_slots = accelerator.n_slots
-        slots = n_slots * accelerator.slot_bytes
-        reserve = kv_cache_bytes(model) + DEVICE_RESERVE_BYTES
-        reserve += max(unpack_bytes(layer.spec) for layer in session.layer_specs())
+        n_slots, plan = session.accelerators[0].n_slots, session.planned_memory()[0]
+        dense, slots, reserve = plan.dense, plan.slots, plan.kv + plan.unpack + plan.reserve
         models.forced_logits(generator, ids, ids[:2])
         after = _held(device)
     findings.row(
@@ -59,12 +54,6 @@ def _at(setting: Setting, findings: Findings, share: float, ids: list[int]) -> N
             peak <= planned + reserve,
             f"{share:.0%} slots: a prompt takes {_mib(peak)} MiB, {_mib(planned + reserve)} MiB were planned",
         )
-
-
-def _on(device: torch.device, model: Any) -> list[torch.Tensor]:
-    """Parameters and buffers of the model on the device, each once."""
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return [tensor for tensor in tensors.values() if tensor.device == device]
 
 
 def _held(device: torch.device) -> dict[str, int]:

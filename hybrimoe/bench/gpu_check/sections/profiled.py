@@ -14,9 +14,11 @@ from typing import Any
 Span = tuple[float, float]
 """Start and end in us."""
 CPU_LANE = "hybrimoe: CPU lane"
+WAIT = "hybrimoe: wait"
+"""A wait that asks the runtime again and again (`gpu_kernels.waiting`); its asking is counted as event queries, too."""
 
 CALLS: Mapping[str, tuple[str, ...]] = {
-    "waits of the host": ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"),
+    "waits of the host": ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy", WAIT),
     "launches": (
         "cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaLaunchCooperativeKernel",
     ),
@@ -25,7 +27,7 @@ CALLS: Mapping[str, tuple[str, ...]] = {
     "fills submitted": ("cudaMemsetAsync",),
     "events recorded": ("cudaEventRecord", "cudaEventRecordWithFlags"),
     "stream waits": ("cudaStreamWaitEvent",),
-    "event queries": ("cudaEventQuery",),
+    "event queries": ("cudaEventQuery", "cudaStreamQuery"),
 }  # fmt: skip
 """Calls of the runtime and the driver by what they are for."""
 
@@ -56,13 +58,14 @@ class Seen:
 
 
 @contextmanager
-def cpu_lane_marked() -> Iterator[None]:
-    """The CPU lane's work stands in the profile under CPU_LANE."""
+def host_marked() -> Iterator[None]:
+    """The CPU lane's work stands in the profile under CPU_LANE, a wait for a device under WAIT."""
     from torch.profiler import record_function
 
+    from gpu_kernels.waiting import WaitLimit
     from hybrimoe.runtime.layer_call.lanes import Lanes
 
-    compute = Lanes.compute
+    compute, wait = Lanes.compute, WaitLimit.wait
 
     def marked(self: Any, space: Any) -> None:
         if not len(space.plan.cpu):
@@ -71,11 +74,15 @@ def cpu_lane_marked() -> Iterator[None]:
         with record_function(CPU_LANE):
             compute(self, space)
 
-    Lanes.compute = marked  # type: ignore[method-assign]
+    def waiting(self: Any, awaited: Any, what: str) -> None:
+        with record_function(WAIT):
+            wait(self, awaited, what)
+
+    Lanes.compute, WaitLimit.wait = marked, waiting  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Lanes.compute = compute  # type: ignore[method-assign]
+        Lanes.compute, WaitLimit.wait = compute, wait  # type: ignore[method-assign]
 
 
 def profile(work: Callable[[], object]) -> Seen:
@@ -86,7 +93,7 @@ def profile(work: Callable[[], object]) -> Seen:
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    with cpu_lane_marked(), torch.profiler.profile(activities=activities) as profiler:
+    with host_marked(), torch.profiler.profile(activities=activities) as profiler:
         work()
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
@@ -119,6 +126,9 @@ def read_trace(events: Sequence[Mapping[str, Any]]) -> Seen:
             seen.copies.setdefault(kind, []).append(span)
             seen.copied_bytes[kind] += int(arguments.get("bytes", 0))
             seen.streams.setdefault(kind, set()).add(int(arguments.get("stream", -1)))
+        elif name == WAIT and category in ("user_annotation", "cpu_op"):
+            seen.calls[name] += 1
+            seen.host_us[name] += took  # type: ignore[assignment]
         elif name == CPU_LANE and category in ("user_annotation", "cpu_op"):
             seen.cpu_lane.append(span)
     return seen
