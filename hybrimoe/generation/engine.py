@@ -255,6 +255,13 @@ class TextGenerator:
             return True
         return False
 
+    @property
+    def failed_reads(self) -> str | None:
+        """As `ExpertStore.failed_reads`, of the model's experts."""
+        injection = getattr(self.model, "hybrimoe", None)
+        failed: str | None = None if injection is None else injection.session.store.failed_reads
+        return failed
+
     def _check_experts(self, caches: Sequence[PrefixCache]) -> None:
         """After a step beside the model's forward, which looks itself. Raises CheckpointError where experts that it may
         have used are lost; the caches hold nothing then."""
