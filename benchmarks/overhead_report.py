@@ -75,6 +75,14 @@ step and not by the layer: whether anybody has changed a weight or watches a mod
 the logits. SmolLM2 cut into experts (`hybrimoe demo smollm2`; 30 layers) on the same machine, median of 35 steps, two
 runs in turn: 1.4 ms of a step of 21 ms, which is 46 us a layer; 1.7 to 1.8 ms before each layer's cache was asked for
 room without views of its keys and values.
+
+Where those 1.3 to 1.4 ms go, and what a token takes beside the step, was taken apart on that machine, by the least of
+180 steps: 0.54 ms for whether the model is as it was read, 0.1 for the layers of the cache, 0.28 for the copy of the
+logits and what is around it; beside the step 0.7 for the choice of the token and 0.1 for its text. Since then the
+tables of a model's modules are looked through in three fifths of the time (92 us in place of 157, in a model with 1,171
+entries, behind a computation that has driven them out of the caches), and the largest of 49,152 logits is found in 8 us
+in place of 69. A whole token has not been
+measured since.
 """
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hybrimoe.errors import PromptError
 
@@ -37,6 +39,14 @@ def decoded(data: bytes) -> str:
     """As `read_text`, of the bytes of a file."""
     encoding = next((name for mark, name in ENCODINGS if data.startswith(mark)), "utf-8")
     return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads`. Raises ValueError for all that is no JSON, also where it is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
 
 
 def require_text(text: str, what: str) -> None:

@@ -28,6 +28,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from hybrimoe import compat
+from hybrimoe.checkpoint.config_numbers import check_config, check_positions, check_sizes
 from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
 from hybrimoe.checkpoint.errors import LeftOutWarning, listed
 from hybrimoe.checkpoint.source import read_config_dict
@@ -39,29 +40,6 @@ AUTO_CLASSES = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
     (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
 )
-COUNTS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "num_experts_per_tok",
-)
-"""Of config.json: what is 1 or more in every model."""
-SIZES = (
-    *COUNTS,
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "max_position_embeddings",
-    "sliding_window",
-)
-"""What is multiplied, or made in that number, when a model is built."""
-MOST_LAYERS = 10_000
-"""A model is built layer by layer before its weights are looked at, and no model has so many."""
-MOST = (1 << 31) - 1  # of any other of these numbers: sizes are multiplied, and must fit 64 bits
 EXPONENTS = {
     torch.float32: (torch.int32, 0x7F800000),
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -93,13 +71,13 @@ def _described(file: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         raise ModelError(
             f"{file}: transformers makes no {raw['model_type']} of its metadata: {_reason(error)}; fetch the file again"
         ) from error
-    _check_counts(file, {name: getattr(config.get_text_config(), name, None) for name in SIZES})
+    check_config(file, config)
     return config
 
 
 def _read_directory(directory: Path) -> PreTrainedConfig:
     raw = read_config_dict(directory)
-    _check_counts(directory, raw)
+    check_sizes(directory, raw)
     if "auto_map" in raw and raw["model_type"] not in CONFIG_MAPPING:
         raise code_of_its_own(str(directory), raw["model_type"])
     try:
@@ -111,30 +89,11 @@ def _read_directory(directory: Path) -> PreTrainedConfig:
             f"{directory}: transformers cannot read config.json ({raw['model_type']}): {_reason(error)}; correct that"
             " entry, or fetch the file again"
         ) from error
-    _check_counts(directory, {name: getattr(config.get_text_config(), name, None) for name in SIZES})
+    check_config(directory, config)
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     return config
-
-
-def _check_counts(directory: Path, config: Mapping[str, Any]) -> None:
-    """Raises ModelError for a size or number of config.json that is 0 or less (transformers divides by some of them),
-    or beyond all measure."""
-    inner = config.get("text_config")
-    if not isinstance(inner, Mapping | None):
-        raise ModelError(
-            f"{directory}: text_config in config.json is {inner!r}; expected an object with the model's sizes"
-        )
-    for part in (config, inner if isinstance(inner, Mapping) else {}):
-        for name in SIZES:
-            value, most = part.get(name), MOST_LAYERS if name == "num_hidden_layers" else MOST
-            if not isinstance(value, int | float):
-                continue
-            if value < 1 and name in COUNTS:
-                raise ModelError(f"{directory}: {name} in config.json is {value}; expected 1 or more")
-            if value > most:
-                raise ModelError(f"{directory}: {name} in config.json is {value}; expected {most} at most")
 
 
 def _reason(error: Exception) -> str:
@@ -255,7 +214,8 @@ def complete(
     """Ties weights, computes buffers that no checkpoint stores, and checks that nothing is missing or left over.
 
     later: keys of parameters that stay on the meta device for now (the experts).
-    Raises CheckpointError naming parameters without weights and (unknown_keys="error") weights without a parameter.
+    Raises CheckpointError naming parameters without weights and (unknown_keys="error") weights without a parameter,
+    ModelError where the configuration gives positions that are not finite.
     """
     for key in later:
         model.get_parameter(key)._is_hf_initialized = True
@@ -271,6 +231,7 @@ def complete(
     _check_keys(model, info, unknown_keys)
     model.mark_tied_weights_as_initialized(info)
     compat.compute_missing(model, missing)
+    check_positions(model)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     model.requires_grad_(False)
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -344,14 +305,16 @@ def _check(key: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite: those have all bits of their exponent set.
 
-    Looked at in parts that stay in the caches. torch's `isfinite` takes 20 times as long for bfloat16, and memory for
-    several copies of it.
+    Looked at in parts that stay in the caches, by NumPy: torch's `isfinite` takes 20 times as long for bfloat16, and
+    memory for several copies of it; and its threads wait for each other in each part, for seconds where other programs
+    have the cores.
     """
     if tensor.dtype not in EXPONENTS:
         return bool(torch.isfinite(tensor).all())
     words, exponent = EXPONENTS[tensor.dtype]
-    parts = tensor.contiguous().view(words).flatten().split(CHECKED_VALUES)
-    return all(int((part & exponent).max()) != exponent for part in parts if part.numel())
+    values = tensor.contiguous().view(words).flatten().numpy()
+    parts = (values[start : start + CHECKED_VALUES] for start in range(0, values.size, CHECKED_VALUES))
+    return all(int((part & exponent).max()) != exponent for part in parts)
 
 
 def _set(model: nn.Module, key: str, tensor: torch.Tensor) -> None:

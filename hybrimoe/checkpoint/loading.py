@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from transformers import PreTrainedModel
 
 from cpu_kernels.jit.cache_dir import ENV_CACHE
@@ -48,6 +47,7 @@ from hybrimoe.dense.records import DenseRecords
 from hybrimoe.errors import BudgetError, CheckpointError, ModelError
 from hybrimoe.experts.layout import ExpertsLayout, find_experts, read
 from hybrimoe.experts.towers import in_tower, remove_towers, tower_paths
+from hybrimoe.machine.memory import available_bytes, total_bytes
 from hybrimoe.runtime.learnt import RoutingFile
 from hybrimoe.runtime.startup.backends import require_devices
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
@@ -303,6 +303,7 @@ class Loader:
                 continue
             if file := packed.find((place,), layers, header):
                 return file
+            problems.append(f"{place}: what was just written cannot be read back; check the disk")
         raise CheckpointError(
             f"memory.disk: the packed experts need {sum(layer.nbytes for layer in layers) / 2**30:.2f} GiB on disk:"
             f" {'; '.join(problems) or 'packed_file=False leaves no place for them'};"
@@ -352,31 +353,29 @@ def without_towers(model: PreTrainedModel, plan: ConversionPlan) -> ConversionPl
 
 def host_budget(host: Amount, layers: Sequence[LayerSpec]) -> int:
     """Bytes of host memory that `host` allows for experts ("auto": AUTO_SHARE of what is available now)."""
-    memory = psutil.virtual_memory()
     match host.kind:
         case "bytes":
             return int(host.value)
         case "share":
-            return int(host.value * memory.total)
+            return int(host.value * total_bytes())
         case "count":
             return int(host.value) * RecordPlaces.of(Path(), layers, 0).slot_bytes
         case _:
-            return int(AUTO_SHARE * memory.available)
+            return int(AUTO_SHARE * available_bytes())
 
 
 def check_host_memory(host: Amount, needed_bytes: int, num_experts: int) -> None:
     """Raises BudgetError where `num_experts` of `needed_bytes` together are more than `host` allows ("auto": than what
     is available)."""
-    memory = psutil.virtual_memory()
     match host.kind:
         case "bytes":
             allowed, what = int(host.value), "memory.host allows"
         case "share":
-            allowed, what = int(host.value * memory.total), f"memory.host allows {host} of all memory,"
+            allowed, what = int(host.value * total_bytes()), f"memory.host allows {host} of all memory,"
         case "count":
             allowed, what = int(host.value * needed_bytes / num_experts), f"memory.host allows {host} experts,"
         case _:
-            allowed, what = memory.available, "this machine has free"
+            allowed, what = available_bytes(), "this machine has free"
     if needed_bytes > allowed:
         raise BudgetError(
             f"the packed experts need {needed_bytes / 2**30:.2f} GiB of host memory, {what} {allowed / 2**30:.2f} GiB;"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.checkpoint.gguf.file import is_gguf, open_gguf
 from hybrimoe.errors import ConfigError, ModelError, unknown
-from hybrimoe.text_files import read_text
+from hybrimoe.text_files import parse_json, read_text
 from scheduler.machine.profile import ModelShape
 
 if TYPE_CHECKING:
@@ -110,10 +109,10 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             (length,) = HEADER_LENGTH.unpack(stream.read(HEADER_LENGTH.size))
-            header = json.loads(stream.read(length)) if length <= file.stat().st_size else {}
+            header = parse_json(stream.read(length)) if length <= file.stat().st_size else {}
     except (OSError, ValueError, struct.error):
         return {}
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return {name: entry for name, entry in header.items() if name != "__metadata__"} if isinstance(header, dict) else {}
 
 
 def with_kv_dtype(shape: ModelShape, model: str | Path | None, kv_dtype: str) -> ModelShape:
@@ -133,7 +132,7 @@ def with_kv_dtype(shape: ModelShape, model: str | Path | None, kv_dtype: str) ->
     if model in shapes.shape_names():
         config = read_yaml(shapes.FOLDER / f"{model}.yaml").data["config"]
     elif is_hub_id(model) and not HUB_FILE.match(str(model)):
-        config = json.loads(read_text(hub_config_file(str(model))))
+        config = parse_json(read_text(hub_config_file(str(model))))
     else:
         config = read_config_dict(model_path(model))
     settings = SimpleNamespace(**{**config, **config.get("text_config", {})})
@@ -186,13 +185,16 @@ def _hub_config(hub_id: str) -> PreTrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+    from hybrimoe.checkpoint.config_numbers import check_config
     from hybrimoe.checkpoint.dense import code_of_its_own
 
     try:
         raw, _ = PreTrainedConfig.get_config_dict(hub_id)
         if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
             raise code_of_its_own(hub_id, str(raw.get("model_type")))
-        return AutoConfig.from_pretrained(hub_id, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(hub_id, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"{hub_id}: its configuration cannot be fetched from the hub: {first}") from error
+    check_config(hub_id, config)
+    return config

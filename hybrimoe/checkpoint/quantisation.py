@@ -6,7 +6,6 @@ part, such as `text_config`) or in a file of its own beside it. Nothing here rea
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, unreadable
 from hybrimoe.errors import CheckpointError
-from hybrimoe.text_files import read_text
+from hybrimoe.text_files import parse_json, read_text
 
 CONFIG_NAME = "config.json"
 CONFIG_KEYS = ("quantization_config", "compression_config")
@@ -190,7 +189,7 @@ def _in_config(config: Mapping[str, Any], path: str = f"{CONFIG_NAME}: ") -> Ite
 def _in_files(directory: Path) -> Iterator[tuple[str, Any]]:
     for name in SIDE_FILES:
         try:
-            entry = json.loads(read_text(directory / name))
+            entry = parse_json(read_text(directory / name))
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:

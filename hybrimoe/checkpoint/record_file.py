@@ -26,6 +26,7 @@ from hybrimoe.checkpoint.source import packed_folder
 from hybrimoe.checkpoint.stored import WeightFile
 from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ByteArray
+from hybrimoe.text_files import parse_json
 
 try:
     import fcntl
@@ -187,7 +188,7 @@ def _matching_offset(path: Path, header: Header, n_bytes: int) -> int | None:
             return None
         (length,) = struct.unpack("<I", start[len(MAGIC) :])
         try:
-            found = json.loads(file.read(length))
+            found = parse_json(file.read(length))
         except ValueError:
             return None
     offset_bytes = -(-(len(MAGIC) + 4 + length) // PAGE_BYTES) * PAGE_BYTES

@@ -14,7 +14,6 @@ stayed resident, as pages of the file, until the mapping was closed.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import struct
 from collections.abc import Iterable
@@ -29,6 +28,7 @@ from hybrimoe.checkpoint.reading import read_bytes
 from hybrimoe.checkpoint.source import INDEX_NAME, weight_files
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
+from hybrimoe.text_files import parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -115,8 +115,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     except OSError as error:
         raise CheckpointError(stands_for(path) or f"cannot read {path}: {error.strerror}") from error
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(text)
+    except ValueError as error:
         raise _damaged(path, size_bytes, "its header is no JSON") from error
     if not isinstance(header, dict):
         raise _damaged(path, size_bytes, "its header is no JSON object")

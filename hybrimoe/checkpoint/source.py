@@ -5,7 +5,6 @@ Nothing here imports torch or transformers: a wrong path is noticed before the s
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from hybrimoe.checkpoint.gguf.config import config_of
 from hybrimoe.checkpoint.gguf.file import PART_NAME, first_part, first_parts, is_gguf, open_gguf
 from hybrimoe.demo import smollm2
 from hybrimoe.errors import CheckpointError, ModelError
-from hybrimoe.text_files import read_text
+from hybrimoe.text_files import parse_json, read_text
 
 INDEX_NAME, SINGLE_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
 MANIFEST_NAME, CHECKSUMS_NAME = "hybrimoe-pack.json", "hybrimoe-pack.sums"
@@ -76,7 +75,7 @@ def read_config_dict(path: Path) -> dict[str, Any]:
 def _read_json(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG_NAME
     try:
-        config = json.loads(read_text(file))
+        config = parse_json(read_text(file))
     except FileNotFoundError as error:
         raise ModelError(
             stands_for(file) or f"{directory} is no model directory: it has no {CONFIG_NAME}{_snapshot_in(directory)}"
@@ -207,7 +206,7 @@ def _only_gguf(directory: Path) -> Path | None:
 def _read_index(index: Path) -> dict[str, str]:
     """File name by key. Raises CheckpointError for an index that is damaged."""
     try:
-        weight_map = json.loads(read_text(index))["weight_map"]
+        weight_map = parse_json(read_text(index))["weight_map"]
         return {str(key): str(name) for key, name in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

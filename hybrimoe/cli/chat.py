@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hybrimoe.cli import common
+from hybrimoe.cli.libraries import import_libraries
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def chat(
     deployment = prefixes.over(placement.deployment(model))
     if models is not None:
         deployment = deployment.model_copy(update={"server": deployment.server.model_copy(update={"models": models})})
+    import_libraries()
     from hybrimoe.server.shelf import deployments
 
     shelf = deployments(deployment)

@@ -329,9 +329,13 @@ def _size(option: str, text: str) -> Amount:
     from hybrimoe.amounts import parse_amount
     from hybrimoe.errors import ConfigError
 
-    amount = parse_amount(text)
+    expected = f"{option}: expected a size like 4GiB, a share like 0.25, auto or none, found {text!r}"
+    try:
+        amount = parse_amount(text)
+    except ConfigError as error:
+        raise ConfigError(expected) from error
     if amount.kind == "count":
-        raise ConfigError(f"{option}: expected a size like 4GiB, a share like 0.25, auto or none, found {text!r}")
+        raise ConfigError(expected)
     return amount
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe.cli.libraries import import_libraries
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def open_model(
     config: DeployConfig, *, show_progress: bool = True, told: Progress = lambda done, total, what: None
 ) -> Iterator[OpenModel]:
     """Load the model of `config`; its lanes stop when the block ends. told: called, as a bar is, with how far it is."""
+    import_libraries()
     quiet_libraries()
     from hybrimoe.checkpoint import load, load_tokenizer, model_path
     from hybrimoe.checkpoint.source import read_config_dict

@@ -70,13 +70,14 @@ def plan(
     shape = with_kv_dtype(model_shape(model), model, kv_dtype)
     if hardware is not None:
         open_hardware(hardware)
-    device_bytes = None if gpu_memory is None else _bytes(gpu_memory)
-    host_bytes = None if host_memory is None else _bytes(host_memory)
-    import psutil
-
+    device_bytes = None if gpu_memory is None else _bytes("--gpu-memory", gpu_memory)
+    host_bytes = None if host_memory is None else _bytes("--host-memory", host_memory)
+    _dtype("--expert-dtype", expert_dtype)
+    _dtype("--dense-dtype", dense_dtype)
     from hybrimoe.errors import ConfigError
     from hybrimoe.extensions.policies import open_policy
     from hybrimoe.machine.calibrate import quick_profile
+    from hybrimoe.machine.memory import total_bytes
     from hybrimoe.tracing.study.fitting import KV_DTYPE, Machine, Wish, choose_stored
     from hybrimoe.tracing.study.planning import expect, fit
 
@@ -84,11 +85,12 @@ def plan(
     _check_host_copy(host_copy, policy)
 
     def measured(dtype: str) -> tuple[HardwareProfile, str]:
-        found, said = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, _dtype(dtype)))
+        checked = _dtype("--expert-dtype", dtype)
+        found, said = hardware_for_plan(hardware, lambda: quick_profile(shape.hidden, shape.inter, checked))
         return with_accelerators(found, accelerators, shared_link=False), said
 
     profile, taken = measured(expert_dtype)
-    host_bytes = host_bytes or psutil.virtual_memory().total
+    host_bytes = host_bytes or total_bytes()
     reasons: list[str] = []
     stored = KV_DTYPE if kv_dtype == "auto" else kv_dtype
     if fit_all:
@@ -131,25 +133,27 @@ def plan(
         _show({**asdict(found), "host_experts_after_start": kept}, expected)
 
 
-def _bytes(text: str) -> int:
+def _bytes(option: str, text: str) -> int:
     from hybrimoe.amounts import parse_amount
     from hybrimoe.errors import ConfigError
 
-    amount = parse_amount(text)
+    expected = f"{option}: expected a size like 12GiB, found {text!r}"
+    try:
+        amount = parse_amount(text)
+    except ConfigError as error:
+        raise ConfigError(expected) from error
     if amount.kind != "bytes":
-        raise ConfigError(f"expected a size like 12GiB, found {text!r}")
+        raise ConfigError(expected)
     return int(amount.value)
 
 
-def _dtype(name: str) -> ExpertDtype:
-    """The name of an expert dtype, checked."""
-    from typing import get_args
-
-    from cpu_kernels import ExpertDtype
+def _dtype(option: str, name: str) -> ExpertDtype:
+    """The name of a dtype of packed weights, checked."""
     from hybrimoe.errors import ConfigError, unknown
+    from scheduler.machine.profile import BYTES_PER_WEIGHT
 
-    if name not in get_args(ExpertDtype):
-        raise ConfigError(unknown("expert dtype", name, get_args(ExpertDtype)))
+    if name not in BYTES_PER_WEIGHT:
+        raise ConfigError(f"{option}: {unknown('dtype', name, BYTES_PER_WEIGHT)}")
     return cast("ExpertDtype", name)
 
 

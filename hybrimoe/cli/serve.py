@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hybrimoe.cli import common
+from hybrimoe.cli.libraries import import_libraries
 from hybrimoe.cli.views import render
 from hybrimoe.text_files import read_text
 
@@ -130,6 +131,7 @@ def serve(
 
 def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, fit: bool, as_json: bool) -> None:
     """Listen from the first moment on, load the model, serve until a signal. fit: see `loadable`."""
+    import_libraries("hybrimoe.server.app", "uvicorn")
     from hybrimoe.server.http import HttpServer
     from hybrimoe.server.models import Models
     from hybrimoe.server.shelf import deployments

@@ -51,11 +51,12 @@ def resolved_policy(section: SchedulerConfig) -> tuple[str, dict[str, Any]]:
     from hybrimoe.extensions.policies import open_policy
     from scheduler import resolve_policy
 
-    base = open_policy(section.policy or DEFAULT_POLICY)
-    if not any(getattr(section, part) for part in _PARTS):
+    base = open_policy(DEFAULT_POLICY if section.policy is None else section.policy)
+    chosen = {part: name for part in _PARTS if (name := getattr(section, part)) is not None}
+    if not chosen:
         return base.name, {**base.params, **section.parameters}
     preset = resolve_policy(base.name, **base.params)
-    name = "/".join(getattr(section, part) or getattr(preset, part) for part in _PARTS)
+    name = "/".join(chosen.get(part, getattr(preset, part)) for part in _PARTS)
     open_policy(name)
     kept = {key: value for key, value in preset.params.items() if _knows(name, key, value)}
     return name, {**kept, **section.parameters}
@@ -67,7 +68,7 @@ def check_scheduler(section: SchedulerConfig, located: Located, given: Mapping[s
     from scheduler.errors import SchedulerError
 
     _check_lossy(section, located, given)
-    key = next((part for part in ("policy", *_PARTS) if getattr(section, part)), "policy")
+    key = next((part for part in ("policy", *_PARTS) if getattr(section, part) is not None), "policy")
     try:
         name, _ = resolved_policy(section)
         resolve_policy(name)

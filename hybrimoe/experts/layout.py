@@ -187,6 +187,11 @@ def _sizes(module: nn.Module, gated: bool, transposed: bool, num_identity: int) 
             f"{type(module).__name__}: first projection {tuple(first.shape)} asks for down_proj {expected},"
             f" found {tuple(down.shape)}"
         )
+    if not hidden or not inter:
+        raise UnsupportedExpertsError(
+            f"{type(module).__name__}: experts of {hidden} x {inter} have no weights; expected 1 or more of each"
+            " (hidden_size, and moe_intermediate_size or intermediate_size in config.json)"
+        )
     return num_experts, hidden, inter
 
 

@@ -76,6 +76,9 @@ class BatchEngine:
         self._rows = CacheRows(generator.model, parallel, prefixes)
         self._tell_step()
         self._places: list[_Place] = []
+        injection = getattr(generator.model, "hybrimoe", None)
+        if injection is not None:
+            injection.session.keep_keys(self)
         self.n_steps = 0
         """Steps so far that gave a token to each reply beyond its prompt."""
 
@@ -154,6 +157,12 @@ class BatchEngine:
         ended is given back as far as that needs. Returns the bytes. Raises BudgetError, and nothing has changed, for
         less than the replies under way have room for, and for more than there is.
         """
+        wanted = self.checked_kv(budget)
+        self.set_kv(wanted)
+        return wanted
+
+    def checked_kv(self, budget: int | float | str) -> int:
+        """Bytes that a budget for `resize_kv` stands for. Raises as that does."""
         wanted = kv_budget_bytes(self.generator.model, parse_amount(budget))
         least = self._planned_bytes
         if wanted < least:
@@ -167,23 +176,30 @@ class BatchEngine:
                 f"{size_text(wanted)} is more than {self.generator.model.device} has left: give {size_text(most)} or"
                 " less, or take memory from experts first"
             )
-        self.generator.kv_bytes = wanted
-        self._free_idle_memory()
         return wanted
+
+    def set_kv(self, kv_bytes: int) -> None:
+        """Keeps to so many bytes from here on, which `checked_kv` has given."""
+        self.generator.kv_bytes = kv_bytes
+        self._free_idle_memory()
 
     def resize_parallel(self, parallel: int) -> None:
         """Changes, between two steps, how many replies run at once; of parts of prompts the size stays.
 
         Raises BudgetError, and nothing has changed, for fewer than run now.
         """
+        self.check_parallel(parallel)
+        self._rows.resize(parallel - self.n_running)
+        self.parallel = parallel
+        self._tell_step()
+
+    def check_parallel(self, parallel: int) -> None:
+        """Raises as `resize_parallel` does."""
         if parallel < max(1, self.n_running):
             raise BudgetError(
                 f"{self.n_running} replies are under way: give {max(1, self.n_running)} or more, or wait until they"
                 f" have ended; asked for {parallel}"
             )
-        self._rows.resize(parallel - self.n_running)
-        self.parallel = parallel
-        self._tell_step()
 
     def _tell_step(self) -> None:
         """The compiled or captured step keeps something of each sequence."""

@@ -15,7 +15,7 @@ from hybrimoe.generation.decoding import warn_of_other_decoding
 from hybrimoe.generation.images.forward import ImageForward
 from hybrimoe.generation.images.tokens import has_images, is_inside, whole_images
 from hybrimoe.generation.kv_cache import PrefixCache
-from hybrimoe.generation.kv_memory import chunk_tokens, estimated_token_bytes, measured_token_bytes
+from hybrimoe.generation.kv_memory import FEWEST_TOKENS, chunk_tokens, estimated_token_bytes, measured_token_bytes
 from hybrimoe.generation.pace import DraftPace
 from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.prompt_logprobs import PromptScorer, most_scored_tokens
@@ -254,6 +254,13 @@ class TextGenerator:
         except CheckpointError:
             return True
         return False
+
+    @property
+    def failed_reads(self) -> str | None:
+        """As `ExpertStore.failed_reads`, of the model's experts."""
+        injection = getattr(self.model, "hybrimoe", None)
+        failed: str | None = None if injection is None else injection.session.store.failed_reads
+        return failed
 
     def _check_experts(self, caches: Sequence[PrefixCache]) -> None:
         """After a step beside the model's forward, which looks itself. Raises CheckpointError where experts that it may
@@ -583,7 +590,8 @@ class Reply:
     def _cut(self, start: int) -> Iterator[tuple[int, int]]:
         """Beginnings and ends of the parts in which the prompt is computed from `start` on; one ends at each
         checkpoint."""
-        size = self._generator.prefill_chunk_tokens or chunk_tokens(self._generator.model)
+        short = len(self._computed_ids) - start <= FEWEST_TOKENS  # whose part fits in any case: memory is not asked for
+        size = self._generator.prefill_chunk_tokens or (FEWEST_TOKENS if short else chunk_tokens(self._generator.model))
         if self._part_tokens is not None:
             size = min(size, self._part_tokens)
         if self._scorer is not None:

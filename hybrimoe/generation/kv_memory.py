@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import psutil
-
 from hybrimoe.amounts import Amount
 from hybrimoe.compat import takes_dynamic_cache
 from hybrimoe.errors import BudgetError
-from hybrimoe.machine.memory import available_bytes
+from hybrimoe.machine.memory import available_bytes, total_bytes
 
 __all__ = [
     "chunk_tokens",
@@ -66,7 +64,7 @@ def device_memory(device: Any) -> tuple[int, int]:
     from gpu_kernels.devices import memory_info
 
     if device.type == "cpu":
-        return available_bytes(), psutil.virtual_memory().total
+        return available_bytes(), total_bytes()
     return memory_info(device)
 
 

@@ -53,6 +53,9 @@ NUMBERS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutof
            "no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "min_new_tokens")  # fmt: skip
 """Entries of generation_config.json that are numbers; transformers compares some of them before it looks."""
 
+BAD_SETTINGS = (ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
+"""What transformers raises of a generation configuration that it cannot use."""
+
 MAX_TOP_LOGPROBS = 20
 """OpenAI's limit of alternatives whose log probability is told."""
 
@@ -287,7 +290,11 @@ def check_settings(model: Any, what: str) -> None:
         value = getattr(model.generation_config, name, None)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ModelError(f"{what}: {name}: expected a number, found {value!r}; correct the file, or remove it")
-    _processors(model, compat.generation_settings(model, {}), 1, what=what)
+    try:
+        settings = compat.generation_settings(model, {})
+    except BAD_SETTINGS as error:
+        raise ModelError(f"{what}: transformers cannot use it: {error}; correct the file, or remove it") from error
+    _processors(model, settings, 1, what=what)
 
 
 def _processors(
@@ -295,7 +302,7 @@ def _processors(
 ) -> Any:
     try:
         return compat.logits_processors(model, config, n_prompt_tokens, device)
-    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except BAD_SETTINGS as error:
         raise ModelError(
             f"{what}: transformers cannot choose tokens with it: {error}; correct the file, or remove it"
         ) from error

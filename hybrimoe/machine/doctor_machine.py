@@ -25,6 +25,7 @@ from gpu_kernels.waiting import wait_for_stream
 from hybrimoe.errors import HybriMoEError
 from hybrimoe.machine.check import Check, guarded
 from hybrimoe.machine.facts import cpu_model
+from hybrimoe.machine.memory import available_bytes, total_bytes
 from yaml_rules.errors import YamlRulesError
 
 GIB = 2**30
@@ -159,9 +160,11 @@ def _card_kernels() -> Iterator[Check]:
 
 
 def _memory() -> Check:
-    memory = psutil.virtual_memory()
-    found = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f} GiB"
-    if memory.available < LEAST_MEMORY_GIB * GIB:
+    available, total = available_bytes(), total_bytes()
+    found = f"{available / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
+    if total < psutil.virtual_memory().total:
+        found += " that this control group may use"
+    if available < LEAST_MEMORY_GIB * GIB:
         return Check("memory", "warn", found, "close other programs; `hybrimoe plan MODEL` says what a model needs")
     return Check("memory", "ok", found)
 

@@ -1,4 +1,4 @@
-"""Host memory that this process may still use: the machine's, or the rest of its control group where that is less."""
+"""Host memory that this process may use: the machine's, or that of its control group where it is less."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["available_bytes"]
+__all__ = ["available_bytes", "total_bytes"]
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
@@ -21,6 +21,12 @@ def available_bytes(root: Path = CGROUP_ROOT, own: Path = OWN_CGROUP) -> int:
     Page cache that a group can give back counts as free, as it does for the machine.
     """
     return max(0, min([psutil.virtual_memory().available, *_left_in_groups(root, own)]))
+
+
+def total_bytes(root: Path = CGROUP_ROOT, own: Path = OWN_CGROUP) -> int:
+    """All memory of the machine, or the lowest limit of the control groups around this process."""
+    limits = (_number(group / name) for group in _groups(root, own) for name, _ in LIMIT_AND_USE)
+    return min([psutil.virtual_memory().total, *(limit for limit in limits if limit is not None)])
 
 
 def _left_in_groups(root: Path, own: Path) -> Iterator[int]:

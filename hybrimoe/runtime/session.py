@@ -21,6 +21,7 @@ from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import BudgetError, HybriMoEError, ModelError
 from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
+from hybrimoe.runtime.budgets import KeysAndValues, Resized, checked
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.exchanged import ExchangedExperts, find_exchanged
 from hybrimoe.runtime.host_copy import bring_back, drop, never_moves, require_droppable
@@ -78,6 +79,7 @@ class Session:
         self._model: weakref.ref[nn.Module] | None = None
         self._sink: ProbeSink | None = None
         self._routing: RoutingFile | None = None
+        self._keys_of: weakref.ref[KeysAndValues] | None = None
         self._make_planner: Callable[[PlannerSetup], LayerPlanner] = PlannerSetup.planner
         self._closed = False
         self._lost: str | None = None
@@ -277,24 +279,48 @@ class Session:
             raise ModelError(f"phase must be prefill or decode, found {phase!r}")
         self._tracker.announce("prefill" if phase == "prefill" else "decode")
 
-    def resize_slots(self, slots: int | float | str) -> int:
-        """Changes the number of slots while the session lives; contents start over with the most used experts.
+    def resize(
+        self, *, slots: int | float | str | None = None, host: int | float | str | None = None,
+        kv: int | float | str | None = None,
+    ) -> Resized:  # fmt: skip
+        """Changes any of three budgets while the session lives, or none of them: all that are given are looked at
+        before anything is given up. Call it between two steps where `kv` is given.
 
-        Returns the new number. Raises BudgetError for what cannot be: there are then as many slots as before. Raises
-        ModelError without an accelerator.
+        slots, host: as `resize_slots` and `resize_host`. kv: what the keys and values of all replies may take together
+        (a size, a share of the device's memory, or auto), where a `BatchEngine` computes them. Raises ResizeError,
+        which names the budget that cannot be: all are then as before. (Slots start over, too, where only the attempt
+        to allocate shows that a device has no memory for them.)
         """
         with self._lock:
             runner = self._ready()
-            if not self._accelerators:
-                raise ModelError("there is no accelerator, so there are no slots to resize")
+            n_host = checked("host", host, lambda budget: self._tier().slots_for(parse_amount(budget)))
+            checked("slots", slots, self._check_slots)
+            n_kv_bytes = checked("kv", kv, lambda budget: self._keys().checked_kv(budget))
             runner.drain()
-            used = runner.routing_counts if runner.routing_counts.any() else None
+            n_host_before = 0 if n_host is None else self._tier().cache.slots.n_slots
+            if n_host is not None:
+                checked("host", host, lambda _: self._tier().resize(n_host))
             try:
-                self._start_runner(slots, runner, used)
-            except HybriMoEError:
-                self._start_runner(None, runner, used)  # what the slots held may be gone
+                n_slots = checked("slots", slots, lambda number: self._replace_slots(number, runner))
+            except BudgetError:
+                if n_host is not None:
+                    self._tier().resize(n_host_before)
                 raise
-            return self.n_slots
+            if n_kv_bytes is not None:
+                self._keys().set_kv(n_kv_bytes)
+            return Resized(n_slots, n_host, n_kv_bytes)
+
+    def resize_slots(self, slots: int | float | str) -> int:
+        """Changes the number of slots while the session lives; contents start over with the most used experts.
+
+        Returns the new number. Raises BudgetError for what cannot be: there are then as many slots as before, and they
+        keep what they hold where it could be seen beforehand. Raises ModelError without an accelerator.
+        """
+        with self._lock:
+            runner = self._ready()
+            self._check_slots(slots)
+            runner.drain()
+            return self._replace_slots(slots, runner)
 
     def resize_host(self, budget: int | float | str) -> int:
         """Changes the host memory of experts that are read from disk while the session lives; those with the least
@@ -305,13 +331,51 @@ class Session:
         as before.
         """
         with self._lock:
-            self._ready().drain()
-            if not isinstance(self._store, TieredStore):
-                raise ModelError(
-                    "all experts are in host memory, so there is no budget to change: load the model with"
-                    " memory.host and memory.disk (--host-memory) to have one"
-                )
-            return self._store.resize(parse_amount(budget))
+            runner, tier = self._ready(), self._tier()
+            number = tier.slots_for(parse_amount(budget))
+            runner.drain()
+            return tier.resize(number)
+
+    def keep_keys(self, owner: KeysAndValues) -> None:
+        """Whoever computes replies with the model from here on: `resize` tells it of another budget for keys and
+        values."""
+        self._keys_of = weakref.ref(owner)
+
+    def _check_slots(self, slots: int | float | str) -> None:
+        """Raises what `resize_slots` raises, as far as it can be seen without giving slots up."""
+        if not self._accelerators:
+            raise ModelError("there is no accelerator, so there are no slots to resize")
+        startup = self._startup()
+        if self._low is None:
+            startup.check(slots)
+        else:  # slots of the low-precision copy make room for the others
+            startup.slots_of(slots)
+
+    def _replace_slots(self, slots: int | float | str, runner: ExpertsCall) -> int:
+        used = runner.routing_counts if runner.routing_counts.any() else None
+        try:
+            self._start_runner(slots, runner, used)
+        except HybriMoEError:
+            self._start_runner(None, runner, used)  # what the slots held may be gone
+            raise
+        return self.n_slots
+
+    def _tier(self) -> TieredStore:
+        if not isinstance(self._store, TieredStore):
+            raise ModelError(
+                "all experts are in host memory, so there is no budget to change: load the model with"
+                " memory.host and memory.disk (--host-memory) to have one"
+            )
+        return self._store
+
+    def _keys(self) -> KeysAndValues:
+        owner = None if self._keys_of is None else self._keys_of()
+        if owner is None:
+            raise ModelError(
+                "no BatchEngine computes replies with this model, so its keys and values have no budget to change:"
+                " make one (hybrimoe.generation.continuous_batching), or serve the model"
+            )
+        return owner
 
     def change_policy(self, policy: str) -> None:
         """Plans by another policy while the session lives; slots start over with the most used experts, costs stay.
@@ -665,12 +729,9 @@ class Session:
         """Replaces the runner; `setting` None keeps the slots, `previous` hands over costs, hooks and records."""
         if previous is not None:
             bring_back(self.store, previous)  # what is copied into slots now
-        model = None if self._model is None else self._model()
-        startup = Startup(
-            self.config, self._layers, self.store, self._units, model, self._probe, self._stats, self._tracker,
-            make_planner=self._make_planner,
-            learnt=None if self._routing is None or previous is not None else self._routing.read(),
-        )  # fmt: skip
+        startup = self._startup()
+        if self._routing is not None and previous is None:
+            startup.learnt = self._routing.read()
         lossy = self.config.lossy
         if lossy is None:
             self._runner = startup.call(setting, previous, frequencies)
@@ -680,6 +741,13 @@ class Session:
         if lossy.low is not None and self._low is None:
             self._low = self._make_low_copy(lossy.low.low_dtype)
         self._runner = lossy_call(startup, lossy, self._low, setting, previous, frequencies)
+
+    def _startup(self) -> Startup:
+        model = None if self._model is None else self._model()
+        return Startup(
+            self.config, self._layers, self.store, self._units, model, self._probe, self._stats, self._tracker,
+            make_planner=self._make_planner,
+        )  # fmt: skip
 
     def _make_low_copy(self, dtype: Any) -> LowCopy:
         threads = cpu_threads(self.config, self._accelerators)

@@ -157,6 +157,11 @@ class ExpertStore:
     def check(self) -> None:
         """Raises CheckpointError where bytes of records are lost that a computation may have used."""
 
+    @property
+    def failed_reads(self) -> str | None:
+        """How many reads of experts from disk have failed, and why the latest did; None where none has."""
+        return None
+
     def close(self) -> None:
         """Nothing is brought into memory any more."""
 

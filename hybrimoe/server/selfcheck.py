@@ -1,7 +1,8 @@
 """What a server tells of itself once it has answered a little: whether slots, CPU lane and link do what they are for.
 
 A cache that never hits, or a link that takes longer than computing, fails no request; it is only slow. So after
-CHECKED_TOKENS tokens one line for each of the three stands in the log, and in /health from then on.
+CHECKED_TOKENS tokens one line for each of the three stands in the log, and in /health from then on. Of experts that are
+read from disk /health says at once that reads have failed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-__all__ = ["CHECKED_TOKENS", "Finding", "findings"]
+__all__ = ["CHECKED_TOKENS", "Finding", "disk_finding", "findings"]
 
 CHECKED_TOKENS = 64
 """Generated tokens after which the counters are looked at: some hundred experts of each layer."""
@@ -20,11 +21,13 @@ BETTER_THAN_CHANCE = 1.1
 NEARLY_ALL = 0.95
 """With a slot for so many of the experts there is little left that could be better."""
 
+About = Literal["cache", "cpu_lane", "link", "disk"]
+
 
 class Finding(TypedDict):
     """One line of the check. good: as it should be."""
 
-    about: Literal["cache", "cpu_lane", "link"]
+    about: About
     good: bool
     text: str
 
@@ -41,6 +44,11 @@ def findings(stats: Mapping[str, Any] | None) -> list[Finding]:
     cpu_us = counters["cpu_us"] / counters["cpu_experts"] if counters["cpu_experts"] else None
     kind = " (emulated)" if stats.get("accelerator_kind") == "emulated" else ""
     return [_cache(stats, counters), _cpu_lane(cpu_us, upload_us, counters), _link(upload_us, cpu_us, counters, kind)]
+
+
+def disk_finding(failed_reads: str) -> Finding:
+    """failed_reads: as `ExpertStore.failed_reads` has it."""
+    return _finding("disk", False, f"{failed_reads}. Replies that needed them have ended with this error, others go on")
 
 
 def _cache(stats: Mapping[str, Any], counters: Mapping[str, Any]) -> Finding:
@@ -80,5 +88,5 @@ def _link(upload_us: float | None, cpu_us: float | None, counters: Mapping[str, 
     return _finding("link", True, f"the link is in use: {told}")
 
 
-def _finding(about: Literal["cache", "cpu_lane", "link"], good: bool, text: str) -> Finding:
+def _finding(about: About, good: bool, text: str) -> Finding:
     return {"about": about, "good": good, "text": text}

@@ -17,7 +17,7 @@ from hybrimoe.generation.prefix.budget import PrefixSettings, prefix_tree
 from hybrimoe.generation.prompt_parts import PromptPart, measured_part
 from hybrimoe.server.asking import Preparation
 from hybrimoe.server.errors import DrainingError, LoadingError
-from hybrimoe.server.selfcheck import CHECKED_TOKENS, Finding, findings
+from hybrimoe.server.selfcheck import CHECKED_TOKENS, Finding, disk_finding, findings
 from hybrimoe.server.worker import QUEUE_LENGTH, Worker
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ class Served:
         self._preparation: Preparation | None = None
         self._worker: Worker | None = None
         self._n_unchecked = CHECKED_TOKENS
-        self.findings: list[Finding] = []
-        """What the self-check has found; empty before it."""
+        self._findings: list[Finding] = []
         self._draining = False
         self._encoders = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="hybrimoe-encode")
         self._lookers = ThreadPoolExecutor(1, thread_name_prefix="hybrimoe-look")
@@ -109,9 +108,15 @@ class Served:
                 self._check()
 
     def _check(self) -> None:
-        self.findings = findings(self.experts())
-        for one in self.findings:
+        self._findings = findings(self.experts())
+        for one in self._findings:
             log.log(logging.INFO if one["good"] else logging.WARNING, "%s: %s", self.name, one["text"])
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What the self-check has found (nothing before it), and whether reads of experts have failed."""
+        failed = None if self._worker is None else self._worker.generator.failed_reads
+        return self._findings if failed is None else [*self._findings, disk_finding(failed)]
 
     @property
     def state(self) -> State:

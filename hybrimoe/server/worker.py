@@ -30,6 +30,10 @@ REMEMBERED_REPLIES = 16
 """Latest replies whose mean duration says when a refused request may come again."""
 MOST_RETRY_SECONDS = 60
 """What a refused request is told at most: clients give up rather than wait longer."""
+GIVE_WAY_S = 0.0015
+"""Seconds that the generating thread leaves to the event loop after a reply's first text: the loop takes Python's lock
+several times until that is sent, and each time would wait for what the next step computes in Python. Measured with the
+demo model: first byte after 5.3 ms instead of 7 to 9."""
 
 Result = TypeVar("Result")
 
@@ -69,8 +73,9 @@ class Job:
     submitted_s: float = field(default_factory=time.monotonic)
     waited_s: float = 0.0
     reply: Reply | None = None
+    has_told: bool = False
+    """Whether some of its text was sent."""
     _n_told: int = 0
-    _has_told: bool = False
 
     def cancel(self) -> None:
         """The client has gone: the generation ends within one token or part of a prompt, a waiting one never begins."""
@@ -92,9 +97,9 @@ class Job:
         n_logprobs = len(reply.logprobs)
         if text or (all_of_it and self._n_told < n_logprobs):
             since = slice(self._n_told, n_logprobs)  # a reply has offsets of all tokens, recorded or not
-            of_prompt = () if self._has_told else tuple(reply.prompt_logprobs)
+            of_prompt = () if self.has_told else tuple(reply.prompt_logprobs)
             self.send(Piece(text, tuple(reply.logprobs[since]), tuple(reply.text_offsets[since]), of_prompt))
-            self._n_told, self._has_told = n_logprobs, True
+            self._n_told, self.has_told = n_logprobs, True
 
 
 class Turns:
@@ -265,8 +270,9 @@ class Worker:
                 while (job := self._next()) is not None:
                     self._begin(job)
                 self._end_those_out_of_time()
-                for progress in self.engine.step():
-                    self._deliver(progress)
+                begun = [self._deliver(progress) for progress in self.engine.step()]
+                if any(begun):
+                    self._give_way()
         except BaseException:
             self.drain()
             ended = ModelError("the generating thread has ended with an error; restart the server")
@@ -275,6 +281,9 @@ class Worker:
             for _, done in self._errands:
                 done.cancel()
             raise
+
+    def _give_way(self) -> None:
+        time.sleep(GIVE_WAY_S)
 
     def _has_work(self) -> bool:
         """Waits for work; False once the worker drains and nothing is under way."""
@@ -347,11 +356,13 @@ class Worker:
             if job.reply is not None:
                 self._running[job.reply] = job
 
-    def _deliver(self, progress: Progress) -> None:
+    def _deliver(self, progress: Progress) -> bool:
+        """Whether that was the first text of a reply that goes on."""
         job = self._running[progress.reply]
+        had_told = job.has_told
         job.tell(progress.text, all_of_it=progress.ended and progress.error is None)
         if not progress.ended:
-            return
+            return job.has_told and not had_told and not progress.reply.has_ended()
         with self._changed:
             del self._running[progress.reply]
             self._tokens_of_ended += len(progress.reply.token_ids)
@@ -359,3 +370,4 @@ class Worker:
         if progress.error is None:
             self._on_reply(progress.reply, job.waited_s)
         job.send(progress.error)
+        return False

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -15,8 +15,6 @@ from torch.nn.modules import module as torch_module
 HARMLESS = ("transformers.utils.output_capturing", "hybrimoe.generation.module_parts")
 """Modules whose hooks do nothing in a step: transformers leaves its own in a model once it was asked for hidden states
 or router logits; those of a profile time modules that are called."""
-END = object()
-"""After the last part of a model that is compared."""
 
 
 class ModelStep:
@@ -130,13 +128,13 @@ class AsRead:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._tables: list[ValuesView[Any]] = [
-            table.values()
+        self._tables: list[dict[str, Any]] = [
+            table
             for module in model.modules()
             for table in (module._modules, module._parameters, module._buffers)
             if table
         ]
-        self._parts = list(self._present())
+        self._parts = self._present()
         weights = [part for part in self._parts if isinstance(part, torch.Tensor) and not part.is_meta]
         self._weights = weights
         self._counted = [weight for weight in weights if not weight.is_inference()]  # the others have no counter
@@ -144,11 +142,14 @@ class AsRead:
 
     def unchanged(self) -> bool:
         """False where a module, a weight or its storage was replaced, or a weight was written to."""
-        return all(map(is_, self._present(), self._parts)) and self._state() == (self._places, self._versions)
+        present, known = self._present(), self._parts
+        as_before = len(present) == len(known) and all(map(is_, present, known))
+        return as_before and self._state() == (self._places, self._versions)
 
-    def _present(self) -> Iterator[Any]:
-        """All that the modules' tables hold now, then END, which stands elsewhere where there is more or less."""
-        return chain(chain.from_iterable(self._tables), (END,))
+    def _present(self) -> list[Any]:
+        """All that the modules' tables hold now, in order. The garbage collector tells it in three fifths of the time
+        that views of hundreds of tables take."""
+        return gc.get_referents(*self._tables)
 
     def _state(self) -> tuple[list[int], list[int]]:
         return [weight.data_ptr() for weight in self._weights], [weight._version for weight in self._counted]

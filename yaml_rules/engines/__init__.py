@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from yaml_rules.errors import YamlRulesError
+from yaml_rules.errors import UnknownNameError
 from yaml_rules.located import read_yaml
 from yaml_rules.suggest import unknown
 
@@ -24,5 +24,5 @@ def engine_names() -> tuple[str, ...]:
 def load_engine(name: str) -> dict[str, Any]:
     """Mapping of a shipped engine. Raises YamlRulesError with the nearest name."""
     if name not in engine_names():
-        raise YamlRulesError(unknown("engine", name, engine_names()))
+        raise UnknownNameError(unknown("engine", name, engine_names()))
     return dict(read_yaml(FOLDER / f"{name}.yaml").data)

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from yaml_rules.errors import YamlRulesError
+from yaml_rules.errors import UnknownNameError, YamlRulesError
 from yaml_rules.located import read_yaml
 from yaml_rules.suggest import unknown
 
@@ -32,7 +32,7 @@ def load_hardware(source: str | Path) -> dict[str, Any]:
     if not path.is_file():
         if path.suffix or len(path.parts) > 1:
             raise YamlRulesError(f"no hardware profile at {path}")
-        raise YamlRulesError(unknown("hardware profile", text, hardware_names()))
+        raise UnknownNameError(unknown("hardware profile", text, hardware_names()))
     data = _read(path)
     if not isinstance(data, dict):
         raise YamlRulesError(f"{path}: a hardware profile is a mapping with cpu, accel, link and more")

@@ -201,9 +201,9 @@ def _random_expert(spec: ExpertSpec, generator: torch.Generator) -> ExpertWeight
 
 
 def _require_memory(n_bytes: int, what: str) -> None:
-    import psutil
+    from hybrimoe.machine.memory import available_bytes
 
-    available = psutil.virtual_memory().available
+    available = available_bytes()
     if n_bytes > available:
         gib = 2**30
         raise BudgetError(

@@ -5,7 +5,6 @@ Nothing here imports torch: a wrong folder or method is noticed before the secon
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed, unrea
 from hybrimoe.checkpoint.source import is_hub_id
 from hybrimoe.config.adapters import AdapterName, parse_adapter
 from hybrimoe.errors import CheckpointError, ModelError
-from hybrimoe.text_files import read_text
+from hybrimoe.text_files import parse_json, read_text
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 TRAINED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -98,7 +97,7 @@ def read_settings(name: AdapterName) -> Settings:
     folder = adapter_folder(name)
     file = folder / CONFIG_NAME
     try:
-        found = json.loads(read_text(file))
+        found = parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise CheckpointError(unreadable(file, error, "copy the adapter again")) from error
     if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from hybrimoe.checkpoint.formats.source import ROUNDED, DecodedSource, Parts
 from hybrimoe.checkpoint.quantisation import Quantisation
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
+from hybrimoe.text_files import parse_json
 
 INT8_STEP = 7.874015718698502e-3  # 1 / 127 as the library writes it
 ROW_FORMAT = 0  # of `weight_format`: rows as they are, the only one that the library still reads
@@ -36,7 +36,7 @@ class BlockState:
     def of(cls, key: str, raw: torch.Tensor) -> BlockState:
         """raw: uint8, the note as JSON. Raises CheckpointError where it is damaged."""
         try:
-            note: dict[str, Any] = json.loads(bytes(raw.tolist()))
+            note: dict[str, Any] = parse_json(bytes(raw.tolist()))
             block, shape = int(note["blocksize"]), tuple(int(size) for size in note["shape"])
             nested = note.get("nested_blocksize")
             state = cls(block, shape, None if nested is None else int(nested), float(note.get("nested_offset", 0.0)))

@@ -11,15 +11,16 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hybrimoe.checkpoint.pack.manifest import Manifest, read_manifest
+from hybrimoe.checkpoint.pack.manifest import MOST_SIZE, SHOWN_CHARACTERS, Manifest, read_manifest
 from hybrimoe.checkpoint.progress import Progress
 from hybrimoe.checkpoint.record_file import READERS
 from hybrimoe.checkpoint.safetensors_file import open_safetensors
-from hybrimoe.checkpoint.source import CHECKSUMS_NAME, MANIFEST_NAME, SINGLE_NAME, check_pack
+from hybrimoe.checkpoint.source import CHECKSUMS_NAME, CONFIG_NAME, MANIFEST_NAME, SINGLE_NAME, check_pack
 from hybrimoe.errors import CheckpointError
+from hybrimoe.text_files import parse_json
 
 DIGITS = 16  # of each hash: 64 bits, for accidents and not for attacks
 CHUNK_BYTES = 8 << 20
@@ -87,8 +88,15 @@ def verify_pack(folder: Path, show: Progress = lambda done, total, what: None) -
         for (section, digest), now in zip(there.items(), found, strict=True)
         if digest != now
     ]
+    if not damaged:  # so that the manifest is what was written
+        damaged = [f"{name}: it has no checksum" for name in _needed(folder) if name not in listed]
     n_bytes = sum(section.n_bytes for section in expected)
     return Verified(str(folder), len(listed), len(expected), n_bytes, tuple(damaged))
+
+
+def _needed(folder: Path) -> tuple[str, ...]:
+    """Names of the files without which a pack is none. Raises CheckpointError."""
+    return (MANIFEST_NAME, CONFIG_NAME, *_manifest(folder).files)
 
 
 def _manifest(folder: Path) -> Manifest:
@@ -152,12 +160,27 @@ def _read(file: Path) -> Mapping[str, list[Any]]:
         first, text = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         if _hash(text) != first:
             raise ValueError("its own checksum differs")
-        listed: Mapping[str, list[Any]] = json.loads(text)
+        listed: Mapping[str, list[Any]] = parse_json(text)
+        _check_listed(listed)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{file} is missing or damaged ({error}); copy the pack again, or `hybrimoe convert` the model again"
         ) from error
     return listed
+
+
+def _check_listed(listed: Any) -> None:
+    """Raises ValueError for what `write_checksums` does not write: sizes are read, and names are opened."""
+    if not isinstance(listed, dict):
+        raise ValueError("it is no list of files")
+    for name, rows in listed.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name or not isinstance(rows, list):
+            raise ValueError(f"it lists {name[:SHOWN_CHARACTERS]!r}, which is no file of the folder")
+        for row in rows:
+            whole = isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and isinstance(row[2], str)
+            if not whole or type(row[1]) is not int or not 0 <= row[1] <= MOST_SIZE:
+                raise ValueError(f"{name}: expected name, bytes and hash, found {str(row)[:SHOWN_CHARACTERS]}")
 
 
 def _listed(file: Path, rows: list[Any]) -> Iterator[tuple[Section, str]]:

@@ -43,7 +43,7 @@ def plan_job(
     Attention and its keys and values are where the dense weights are: on a real accelerator, else in host memory.
     Raises ConfigError for a session without slots (there is no link to overlap with).
     """
-    import psutil
+    from hybrimoe.machine.memory import available_bytes
 
     if session is None or not session.n_slots:
         raise ConfigError(
@@ -53,7 +53,7 @@ def plan_job(
     layers, accelerator = session.layers, session.accelerators[0]
     spec = layers[0].spec
     profile, hardware = hardware_for_plan(None, lambda: quick_profile(spec.hidden, spec.inter, spec.dtype))
-    host_bytes = round(MEMORY_SHARE * psutil.virtual_memory().available)
+    host_bytes = round(MEMORY_SHARE * available_bytes())
     free_bytes = accelerator.free_bytes()
     on_device = accelerator.kind != "emulated"
     places: tuple[Attention, ...] = ("accelerator",) if on_device else ("cpu",)

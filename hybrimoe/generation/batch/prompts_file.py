@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from hybrimoe.errors import PromptError, did_you_mean
+from hybrimoe.text_files import parse_json
 
 __all__ = ["PromptLine", "is_json_lines", "read_prompts"]
 
@@ -58,7 +58,7 @@ def _plain_line(text: str, number: int, where: str) -> PromptLine:
 
 def _json_line(text: str, number: int, where: str) -> PromptLine:
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except ValueError as error:
         raise PromptError(f"{where}: expected a JSON object ({error})") from error
     if not isinstance(data, dict) or not isinstance(data.get("prompt"), str) or not data["prompt"].strip():

@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from hybrimoe.amounts import Amount, size_text
 from hybrimoe.errors import BudgetError, FileError
 from hybrimoe.generation.kv_memory import estimated_token_bytes
 from hybrimoe.generation.prefix.blocks import BLOCK_TOKENS, PrefixTree
 from hybrimoe.generation.prefix.disk import DiskLevel
-from hybrimoe.machine.memory import available_bytes
+from hybrimoe.machine.memory import available_bytes, total_bytes
 
 __all__ = ["DiskSettings", "PrefixSettings", "disk_budget_bytes", "prefix_budget_bytes", "prefix_tree"]
 
@@ -100,7 +98,7 @@ def prefix_budget_bytes(model: Any, setting: Amount, kv_bytes: int) -> int:
         return 0
     beside = kv_bytes if model.device.type == "cpu" else 0
     free = max(0, available_bytes() - beside)
-    budget = setting.to_bytes(psutil.virtual_memory().total, int(AUTO_SHARE * free))
+    budget = setting.to_bytes(total_bytes(), int(AUTO_SHARE * free))
     needed = BLOCK_TOKENS * estimated_token_bytes(model)
     if budget >= needed:
         return budget

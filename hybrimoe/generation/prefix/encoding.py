@@ -15,6 +15,8 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from hybrimoe.text_files import parse_json
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -72,7 +74,7 @@ def decode(file: torch.Tensor) -> tuple[Facts, Any]:
     first = FIRST_BYTES + n_header
     if first > len(data) or hashlib.sha256(data[begin:first]).digest() != bytes(data[len(MAGIC) : begin]):
         raise ValueError("the checksum of its header is another")
-    header = json.loads(bytes(data[FIRST_BYTES:first]))
+    header = parse_json(bytes(data[FIRST_BYTES:first]))
     tensors, end = [], first
     for dtype, shape, at, told in header["tensors"]:
         tensor = _tensor(file, first + at, dtype, shape)
@@ -96,7 +98,7 @@ def facts_of(file: BinaryIO) -> Facts:
     (n_header,) = LENGTH.unpack(first[-LENGTH.size :])
     if n_header > MOST_HEADER_BYTES:
         raise ValueError(f"its header has {n_header} bytes")
-    facts: Facts = json.loads(file.read(n_header))["facts"]
+    facts: Facts = parse_json(file.read(n_header))["facts"]
     return facts
 
 

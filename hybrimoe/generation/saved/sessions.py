@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hybrimoe.errors import FileError, PromptError
 from hybrimoe.generation.images.messages import as_json
 from hybrimoe.generation.saved.conversation_file import messages_of, write_whole
+from hybrimoe.text_files import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,7 @@ class Session:
         if not file.exists():
             return None
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = parse_json(file.read_text(encoding="utf-8"))
             system, messages = data["system"], messages_of(data)
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']}")

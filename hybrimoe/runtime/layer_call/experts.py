@@ -88,10 +88,10 @@ class Experts:
                 host = tier.view(index, space.demand.expert_ids, planner.costs.read_us(index))
             space.plan = planner.decide(space.demand, cpu_ready_us, accel_ready_us, link_ready_us, host)
         demand, plan = space.demand, space.plan
+        hits, late = space.found.tolist()
         self.stats.found(
-            space.counters, index, demand.expert_ids, demand.n_tokens_total, *space.found.tolist(), plan,
-            self.record_bytes,
-        )  # fmt: skip
+            space.counters, index, demand.expert_ids, demand.n_tokens_total, hits, late, plan, self.record_bytes
+        )
         if self.tracing:
             space.unit = self.lanes.unit_of(index)
             self.plans.append(PlannedLayer(plan.plan(demand), demand.frozen(), accelerator=space.unit, link=space.unit))

@@ -185,7 +185,7 @@ class Lanes:
 
     def read_back(self, layer: int, expert: int, n_bytes: int) -> npt.NDArray[np.uint8]:
         """The record of an expert that is in a slot, uint8 [n_bytes], as the accelerator has it."""
-        queue, planner = self._queue_of[layer], self._planner
+        queue, planner = self.queue_of[layer], self._planner
         assert queue is not None
         assert planner is not None
         slot = next(slot for slot, held in planner.contents().items() if held == (layer, expert))

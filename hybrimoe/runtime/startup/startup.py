@@ -12,6 +12,7 @@ from torch import nn
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from gpu_kernels import Accelerator, AcceleratorError
+from hybrimoe.amounts import size_text
 from hybrimoe.errors import BudgetError, debugging
 from hybrimoe.machine.disks import calibrated_disk
 from hybrimoe.machine.profiles import calibrated
@@ -140,6 +141,17 @@ class Startup:
         return slots_by_unit(
             setting, self.units, self.layers, self.slot_bytes, self.model, self.config.kv_reserve_bytes
         )
+
+    def check(self, setting: int | float | str) -> None:
+        """Raises BudgetError where the slots that a setting stands for do not fit, as far as that can be seen while
+        there are others."""
+        for unit, n_slots in zip(self.units, self.slots_of(setting), strict=True):
+            n_bytes, free_bytes = n_slots * self.slot_bytes, unit.accelerator.free_bytes()
+            if free_bytes is not None and n_bytes > free_bytes:
+                raise BudgetError(
+                    f"{n_slots} slots need {size_text(n_bytes)} of {unit.accelerator.name}, which has"
+                    f" {size_text(free_bytes)} for them: ask for fewer"
+                )
 
     def allocate(self, n_slots: Sequence[int]) -> None:
         """Replaces the slot memory of each accelerator. Raises BudgetError where it does not fit; each accelerator then

@@ -88,8 +88,8 @@ class HostCache:
         self.addresses = [np.zeros(layer.num_experts, np.uint64) for layer in places.layers]
         self.uses = np.zeros((n_layers, n_experts))
         self.copies: Copies | None = None
-        self.failed = 0
-        """Reads that did not succeed."""
+        self.failed, self.latest_failure = 0, ""
+        """Reads that did not succeed, and what was wrong with the latest."""
         self._slot_of = np.full(n_keys, -1, np.int64)
         self._key_of = np.full(n_slots, -1, np.int64)
         self._state = np.full(n_slots, FREE, np.uint8)
@@ -299,6 +299,7 @@ class HostCache:
             self._n_ahead -= read.urgency is Urgency.AHEAD
             if read.error is not None:
                 failures[key] = read.error
+                self.latest_failure = str(read.error)
                 self._vacate(key)
                 continue
             layer, expert = divmod(key, self.places.n_experts)

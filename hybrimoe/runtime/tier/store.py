@@ -10,12 +10,12 @@ from time import monotonic
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from cpu_kernels import ExpertWeights, unpack_expert
 from hybrimoe.amounts import Amount, size_text
 from hybrimoe.errors import BudgetError, ModelError
 from hybrimoe.machine.disks import calibrated_disk
+from hybrimoe.machine.memory import available_bytes
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec
 from hybrimoe.runtime.tier.cache import HostCache
 from hybrimoe.runtime.tier.reader import LEAST_IN_FLIGHT, READS_IN_FLIGHT, RecordReader
@@ -90,22 +90,34 @@ class TieredStore(ExpertStore):
         """Bytes of the records that host memory has room for."""
         return self.cache.slots.nbytes
 
-    def resize(self, budget: Amount) -> int:
-        """Room for another number of records, in place; how many fit then. Raises BudgetError for what cannot be, and
-        leaves it as it is."""
+    def slots_for(self, budget: Amount) -> int:
+        """How many records a budget has room for. Raises BudgetError for too small a one, and for more memory than is
+        available."""
         cache = self.cache
         places, slot_bytes = cache.places, cache.slots.slot_bytes
         n_bytes = int(budget.value)
         if budget.kind != "bytes":
             n_bytes = slot_bytes * budget.to_experts(places.n_records, slot_bytes, auto=cache.slots.n_slots)
         n_slots = places.slots_for(n_bytes)
-        missing, available = (n_slots - cache.slots.n_slots) * slot_bytes, psutil.virtual_memory().available
+        missing, available = (n_slots - cache.slots.n_slots) * slot_bytes, available_bytes()
         if missing > available:
             raise BudgetError(
                 f"{n_slots} experts need {size_text(missing)} more host memory, {size_text(available)} are available"
             )
-        cache.resize(n_slots)
         return n_slots
+
+    def resize(self, n_slots: int) -> int:
+        """Room for another number of records, in place; gives that number back. Raises BudgetError where the system
+        has no memory for more, and leaves it as it is."""
+        self.cache.resize(n_slots)
+        return n_slots
+
+    @property
+    def failed_reads(self) -> str | None:
+        cache = self.cache
+        if not cache.failed:
+            return None
+        return f"{cache.failed} reads of experts have failed since the start, the latest: {cache.latest_failure}"
 
     def begin_step(self, *, new_sequence: bool) -> None:
         """A step begins: now and then the usage is saved, beside it."""

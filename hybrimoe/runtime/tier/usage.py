@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrimoe.runtime.kept import keep
+from hybrimoe.text_files import parse_json
 
 FORMAT_VERSION = 1
 SUFFIX = ".usage.json"
@@ -56,7 +57,7 @@ class UsageFile:
         """The uses [layers, experts] that an earlier run has kept of this very file."""
         for path in self._paths:
             with contextlib.suppress(OSError, ValueError):
-                found = json.loads(path.read_text(encoding="utf-8"))
+                found = parse_json(path.read_text(encoding="utf-8"))
                 if not isinstance(found, dict) or {name: found.get(name) for name in self._head()} != self._head():
                     continue
                 uses = np.asarray(found.get("uses"), np.float64)

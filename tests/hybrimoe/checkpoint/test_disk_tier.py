@@ -18,6 +18,7 @@ from hybrimoe.checkpoint import load
 from hybrimoe.cli.common import deploy_config
 from hybrimoe.errors import BudgetError, CheckpointError, ModelError
 from hybrimoe.generation import PrefixCache, SamplingOptions, TextGenerator
+from hybrimoe.machine.memory import available_bytes, total_bytes
 from hybrimoe.runtime.tier import reader as reader_module
 from hybrimoe.runtime.tier.cache import HostCache
 from hybrimoe.runtime.tier.reader import BLOCK_BYTES
@@ -291,6 +292,26 @@ def test_the_budget_changes_while_the_model_runs(directory: Path, tiered: Callab
     assert session.stats().tier.n_slots == 32
     with pytest.raises(ModelError, match="--host-memory"):
         load(directory, **OPTIONS | AS_TRANSFORMERS).hybrimoe.session.resize_host(8)
+
+
+def test_a_control_groups_limit_holds_for_experts(
+    tiered: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot_bytes = cache_of(tiered(8)).slots.slot_bytes
+    group = tmp_path / "cgroup" / "service"
+    group.mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/service\n")
+    limit = 40 * slot_bytes
+    (group / "memory.max").write_text(f"{limit}\n")
+    (group / "memory.current").write_text(f"{limit // 2}\n")
+    for asks in (available_bytes, total_bytes):
+        monkeypatch.setattr(asks, "__defaults__", (tmp_path / "cgroup", tmp_path / "own"))
+    auto, share = tiered("auto").hybrimoe.session, tiered(0.5).hybrimoe.session
+    assert auto.stats().tier.n_slots == 15, "three quarters of the 20 that the group has left"
+    assert share.stats().tier.n_slots == 20, "half of what the group may have at all"
+    (group / "memory.current").write_text(f"{limit}\n")
+    with pytest.raises(BudgetError, match=r"32 experts need .* more host memory, .* are available"):
+        share.resize_host(32)
 
 
 def test_the_command_line_sets_the_budget(directory: Path) -> None:

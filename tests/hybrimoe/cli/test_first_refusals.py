@@ -190,10 +190,32 @@ def test_what_else_is_plainly_wrong(folder: Path) -> None:
     assert left.isdisjoint({"gone", "trace.npz", "run.json.gz", "predictor.onnx", "ablation"}), "a file was left behind"
 
 
+def test_a_value_that_an_option_cannot_have_is_wrong_usage(folder: Path) -> None:
+    cases = [
+        ("plan --dense-dtype int5", "--dense-dtype: unknown dtype 'int5'"),
+        ("plan --expert-dtype int5", "--expert-dtype: unknown dtype 'int5'"),
+        ("plan --kv-dtype fp8", "unknown dtype of keys and values 'fp8'"),
+        ("plan --gpu-memory much", "--gpu-memory: expected a size like 12GiB, found 'much'"),
+        ("plan --host-memory -5", "--host-memory: expected a size like 12GiB, found '-5'"),
+        ("plan --hardware abacus", "unknown hardware profile 'abacus'"),
+        ("plan --context 0", "--context"),
+        ("generate --prompt x --prefix-cache much", "--prefix-cache: expected a size like 4GiB"),
+        ("serve --prefix-cache-disk -1", "--prefix-cache-disk: expected a size like 4GiB"),
+        ("serve --port 70000", "--port"),
+        ("generate --prompt x --dtype int5", "--dtype: should be"),
+        ("serve --host-memory much", "--host-memory: "),
+        ("serve --parallel 65", "--parallel"),
+    ]
+    check(cases, folder, allowed=("numba", "scipy"))  # the scheduler's, which checks the policy before
+    lines = [line.split() for line, _ in cases]
+    assert {code for code, *_ in outcomes(lines, folder)} == {2}
+
+
 def test_names_of_policies_need_the_scheduler_but_not_torch(folder: Path) -> None:
     check(
         [
             ("generate --prompt x --policy nosuchpolicy", "nosuchpolicy"),
+            ("generate --prompt x --policy=", "--policy: unknown policy ''"),
             ("generate --prompt x --lossy nosuchkind", "nosuchkind"),
             ("generate --prompts rules.yaml --batching nosuchkind", "nosuchkind"),
             ("bench decode --policy nosuchpolicy", "nosuchpolicy"),

@@ -42,3 +42,14 @@ def test_the_same_reply_where_memory_is_short(
     monkeypatch.setattr(generator, "forward", noted)
     assert "".join(generator.reply(prompt, options)) == expected
     assert lengths[:2] == [64, 36]
+
+
+@pytest.mark.parametrize("n_tokens", [FEWEST_TOKENS, FEWEST_TOKENS + 1])
+def test_memory_is_asked_for_only_where_a_prompt_may_need_parts(
+    n_tokens: int, tiny_model: Any, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, asked = TextGenerator(tiny_model, byte_tokenizer), []
+    reply = generator.reply([3 + n % 50 for n in range(n_tokens)], SamplingOptions(max_new_tokens=1))
+    monkeypatch.setattr(kv_memory, "device_memory", lambda device: asked.append(device) or (0, 1))
+    assert list(reply)
+    assert bool(asked) == (n_tokens > FEWEST_TOKENS)

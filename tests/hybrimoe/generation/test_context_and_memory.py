@@ -18,7 +18,7 @@ from hybrimoe.errors import BudgetError, PromptError
 from hybrimoe.generation import Conversation, PrefixCache, SamplingOptions, TextGenerator
 from hybrimoe.generation.context import model_context_tokens
 from hybrimoe.generation.kv_memory import estimated_token_bytes, kv_budget_bytes, measured_token_bytes
-from hybrimoe.machine.memory import available_bytes
+from hybrimoe.machine.memory import available_bytes, total_bytes
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
 SMALL = {
@@ -156,6 +156,7 @@ def test_a_control_group_limits_what_is_free(tmp_path):
     control_group(root / "service", memory_max=1_100_000_000, memory_current=400_000_000, memory_stat="inactive_file 7")
     control_group(root / "service" / "job", memory_max="max", memory_current=300_000_000)
     assert available_bytes(root, own) == 700_000_007 < unlimited
+    assert total_bytes(root, own) == 1_100_000_000 < total_bytes(root, tmp_path / "none")
     control_group(root / "service" / "job", memory_max=100, memory_current=500)
     assert available_bytes(root, own) == 0
     own.write_text("5:cpu,memory:/old\n")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 
 import pytest
 
@@ -241,3 +242,11 @@ def test_a_taken_port_is_told_once_with_its_address(host, shown):
     assert str(refused.value).startswith(f"cannot listen on {shown}:")
     assert str(refused.value).count("Address already in use") == 1
     assert "bind" not in str(refused.value)
+
+
+def test_a_connection_sends_each_piece_at_once():
+    """Else the first text waits for the client's kernel to confirm the headers: 40 ms."""
+    with listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import torch
 import uvicorn
+from transformers import Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
 import hybrimoe
@@ -19,6 +21,7 @@ from hybrimoe.errors import BudgetError
 from hybrimoe.generation import SamplingOptions, TextGenerator
 from hybrimoe.generation.continuous_batching import BatchEngine
 from hybrimoe.generation.growing import LEAST_ROOM
+from hybrimoe.runtime.budgets import Resized, ResizeError
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.server.app import create_app
 from hybrimoe.server.live.state import offered_beside
@@ -284,6 +287,116 @@ def test_what_replies_under_way_need_is_not_taken(injected):
     assert engine.admit(prompt, options, lambda: False)
     assert not engine.has_room(prompt, options)
     injected.kv_bytes = None
+
+
+# Several budgets at once ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiered(generator, tmp_path, private_cache, monkeypatch):
+    """A server of a model with 32 experts and a tier on disk: budgets for slots, host memory, keys and values."""
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(private_cache(tmp_path / "cache")))
+    config = copy.deepcopy(generator.model.config)
+    config.update({"num_hidden_layers": 4, "num_experts": 8, "layer_types": None, "initializer_range": 0.2})
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    model = hybrimoe.load(
+        tmp_path / "model", accelerator="emulated", gpu_expert_slots=N_SLOTS, expert_dtype="float32", progress=False,
+        memory={"host": 16, "disk": "auto"},
+    )  # fmt: skip
+    served = Served("tiny", parallel=2)
+    served.open(TextGenerator(model, generator.tokenizer), lambda: model.hybrimoe.stats().as_dict())
+    with model.hybrimoe.session:
+        yield served
+        served.close()
+
+
+def budgets_of(served):
+    session = served.engine.generator.model.hybrimoe.session
+    return session.n_slots, session.stats().tier.n_slots, served.engine.generator.kv_bytes
+
+
+def test_three_budgets_change_at_once_while_replies_go_on(tiered, calling):
+    call = calling(create_app(tiered))
+    alone = call("POST", "/v1/completions", REPLY).json()["choices"][0]["text"]
+    answers = call.together(
+        ("POST", "/v1/completions", REPLY),
+        ("POST", "/hybrimoe/settings", {"slots": 2, "host_memory": "9", "kv": "1MiB"}),
+        ("POST", "/hybrimoe/settings", {"slots": 6, "host_memory": "20", "kv": "2MiB", "policy": "static"}),
+        ("POST", "/v1/completions", REPLY),
+    )
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert budgets_of(tiered) in {(6, 20, 2 << 20), (2, 9, 1 << 20)}
+    assert {answer.json()["choices"][0]["text"] for answer in answers[::3]} == {alone}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"slots": 33}, "slots"),
+        ({"host_memory": "1KiB"}, "host_memory"),
+        ({"host_memory": "much"}, "host_memory"),
+        ({"kv": "1B"}, "kv"),
+        ({"kv": "500TiB"}, "kv"),
+        ({"policy": "oracel"}, "policy"),
+    ],
+)
+def test_where_one_budget_cannot_be_none_is_changed(tiered, calling, wrong, field):
+    call, before = calling(create_app(tiered)), budgets_of(tiered)
+    slots = call("GET", "/hybrimoe/experts").json()["layers"]
+    fine = {"slots": 3, "host_memory": "12", "kv": "3MiB", "parallel": 3}
+    answer = call("POST", "/hybrimoe/settings", fine | wrong)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
+    assert answer.json()["error"]["message"].startswith(f"{field}: ")
+    assert (budgets_of(tiered), tiered.engine.parallel) == (before, 2)
+    assert call("GET", "/hybrimoe/experts").json()["layers"] == slots, "the slots keep what they hold"
+    assert call("POST", "/hybrimoe/settings", fine).status_code == 200
+    assert (budgets_of(tiered), tiered.engine.parallel) == ((3, 12, 3 << 20), 3)
+
+
+def test_a_reply_that_a_disk_ends_is_told_and_the_others_go_on(tiered, calling, monkeypatch):
+    call = calling(create_app(tiered))
+    assert call("POST", "/hybrimoe/settings", {"host_memory": "8"}).status_code == 200
+    alone = call("POST", "/v1/completions", REPLY).json()["choices"][0]["text"]
+    assert call("GET", "/health").json()["findings"] == []
+
+    def fails(descriptor, into, offset_bytes):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hybrimoe.runtime.tier.reader._read_at", fails)
+        ended = call("POST", "/v1/completions", REPLY | {"prompt": "Another one"})
+        streamed = call("POST", "/v1/completions", REPLY | {"prompt": "A third", "stream": True})
+    wrong = "cannot be read: Input/output error; check the disk"
+    assert (ended.status_code, wrong in ended.json()["error"]["message"]) == (500, True)
+    assert wrong in streamed.text
+    health = call("GET", "/health")
+    assert (health.status_code, health.json()["status"]) == (200, "ok")
+    (disk,) = [one for one in health.json()["findings"] if one["about"] == "disk"]
+    assert not disk["good"]
+    assert "reads of experts have failed since the start, the latest: " in disk["text"]
+    assert wrong in disk["text"]
+    assert call("POST", "/v1/completions", REPLY).json()["choices"][0]["text"] == alone
+
+
+def test_resize_says_what_there_is_now_and_which_budget_cannot_be(tiered):
+    session, engine = tiered.engine.generator.model.hybrimoe.session, tiered.engine
+    change = tiered.running_worker.between_steps
+    assert change(lambda: session.resize(slots="50%", kv="1MiB")).result(60) == Resized(16, None, 1 << 20)
+    with pytest.raises(ResizeError, match=r"^kv: memory\.kv: 1B is 1 bytes") as caught:
+        change(lambda: session.resize(slots=2, host=9, kv="1B")).result(60)
+    assert (caught.value.budget, budgets_of(tiered)) == ("kv", (16, 16, 1 << 20))
+
+    def refused(number):
+        raise BudgetError("no memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "_replace_slots", lambda slots, runner: refused(slots))
+        with pytest.raises(ResizeError, match=r"^slots: no memory"):
+            change(lambda: session.resize(slots=2, host=9, kv="2MiB")).result(60)
+    assert budgets_of(tiered) == (16, 16, 1 << 20)
+    assert engine.generator.kv_bytes == 1 << 20
 
 
 # hybrimoe ctl ---------------------------------------------------------------------------------------------------------

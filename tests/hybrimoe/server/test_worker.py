@@ -422,3 +422,19 @@ def test_a_piece_has_what_belongs_to_its_tokens_and_no_more(generator, top_logpr
     assert len(pieces) > 10
     assert sum(len(piece.logprobs) for piece in pieces) == n_recorded
     assert [offset for piece in pieces for offset in piece.text_offsets] == job.reply.text_offsets[:n_recorded]
+
+
+@pytest.mark.parametrize(("n_tokens", "n_pauses"), [(1, 0), (20, 1)])
+def test_the_first_text_of_a_reply_that_goes_on_is_left_time_to_be_sent(generator, monkeypatch, n_tokens, n_pauses):
+    pauses = []
+    monkeypatch.setattr(Worker, "_give_way", lambda self: pauses.append(1))
+
+    async def run():
+        worker = Worker(BatchEngine(generator))
+        worker.start()
+        options = SamplingOptions(max_new_tokens=n_tokens, temperature=0.0, ignore_eos=True)
+        await text_of(worker.submit(generator.encode("It was"), options))
+        await asyncio.to_thread(worker.close)
+
+    running(run())
+    assert len(pauses) == n_pauses
