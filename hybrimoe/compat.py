@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from traceback import walk_tb
@@ -23,10 +24,55 @@ if TYPE_CHECKING:
 
 TESTED = "5.23.0"
 """The release that the tests of this module last passed with."""
+NOT_NEEDED = ("is_torch_distributed_available", "is_scipy_available")
+"""What transformers' base of all models would import 1,000 modules for: models over several processes, and the losses
+of object detection. It runs without either, as where they are not installed."""
 
 
 class CompatibilityError(HybriMoEError):
     """The installed transformers has not what this version of HybriMoE needs of it."""
+
+
+@contextmanager
+def without_what_is_not_needed() -> Iterator[None]:
+    """Within the block transformers imports neither `NOT_NEEDED` nor reads its 2,000 files for names a second time.
+    A release other than `TESTED` is left as it is, and its import takes longer."""
+    if version("transformers") != TESTED:
+        yield
+        return
+    import transformers
+    from transformers.utils import import_utils
+
+    define = import_utils.define_import_structure
+    changes = [(home, name, lambda: False) for name in NOT_NEEDED for home in (import_utils, transformers.utils)]
+    changes.append((import_utils, define.__name__, names_by_module(define)))
+    before = [(home, name, getattr(home, name)) for home, name, _ in changes]
+    try:
+        for home, name, value in changes:
+            setattr(home, name, value)
+        yield
+    finally:
+        for home, name, value in before:
+            setattr(home, name, value)
+
+
+def names_by_module(define: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' own `define`, which remembers what it has read, for its package of models: read as a part of
+    transformers already, and now asked for as a package by itself."""
+    import transformers
+
+    models = Path(transformers.__file__).parent / "models"
+
+    def defined(path: Any, prefix: str | None = None) -> Any:
+        if prefix is not None or Path(path) != models / "__init__.py":
+            return define(path, prefix)
+        known = define(models, prefix=models.name)
+        return {
+            backends: {name.partition(".")[2]: names for name, names in of.items() if name.startswith("models.")}
+            for backends, of in known.items()
+        }
+
+    return defined
 
 
 def generation_settings(model: PreTrainedModel, options: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers.utils import import_utils
 
 from hybrimoe import compat
 
@@ -84,6 +85,23 @@ def test_an_interface_that_is_gone_is_named(model: transformers.PreTrainedModel)
 
     with pytest.raises(compat.CompatibilityError, match=r"has no _get_dtype_plan.*pip install 'transformers=="):
         compat.dtype_plan(Bare(), torch.bfloat16)  # type: ignore[arg-type]
+
+
+def test_the_names_of_models_are_those_that_transformers_finds_itself() -> None:
+    package = Path(transformers.__file__).parent / "models" / "__init__.py"
+    define, other = import_utils.define_import_structure, package.parent.parent / "utils"
+    assert compat.names_by_module(define)(str(package)) == define(str(package))
+    assert compat.names_by_module(define)(other, prefix="utils") == define(other, prefix="utils")
+
+
+def test_imports_of_another_release_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = import_utils.define_import_structure
+    with compat.without_what_is_not_needed():
+        assert import_utils.define_import_structure is not before
+    assert import_utils.define_import_structure is before
+    monkeypatch.setattr(compat, "TESTED", "5.0.0")
+    with compat.without_what_is_not_needed():
+        assert import_utils.define_import_structure is before
 
 
 def test_private_methods_of_models_are_called_here_only() -> None:

@@ -2,12 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
-
-import transformers
-from transformers.utils import import_utils
-
-from hybrimoe.cli.libraries import names_by_module
 
 PROGRAM = """
 import gc, sys
@@ -26,15 +20,6 @@ frozen = gc.get_freeze_count()
 import_libraries("json.tool")
 assert gc.get_freeze_count() == frozen
 """
-
-
-def test_the_names_of_models_are_those_that_transformers_finds_itself():
-    package = Path(transformers.__file__).parent / "models" / "__init__.py"
-    define = import_utils.define_import_structure
-    assert names_by_module(define)(str(package)) == define(str(package))
-    assert names_by_module(define)(package.parent.parent / "utils", prefix="utils") == define(
-        package.parent.parent / "utils", prefix="utils"
-    )
 
 
 def test_everything_is_imported_once_and_transformers_is_left_as_it_was():
