@@ -32,14 +32,16 @@ ByteArray = npt.NDArray[np.uint8]
 class Event(Protocol):
     """The end of one piece of work on one lane."""
 
-    def done(self) -> bool:
-        """True once the work has ended (also when it failed); never blocks."""
+    @property
+    def ended(self) -> bool:
+        """True once the work has ended (also when it failed)."""
         ...
 
     def wait(self) -> None:
         """Blocks until the work has ended. Raises LaneError if it failed."""
         ...
 
+    @property
     def span_us(self) -> tuple[float, float]:
         """Start and end in us on the host's monotonic clock (`clock_us`); each 0 until it is known to have come."""
         ...

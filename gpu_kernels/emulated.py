@@ -85,18 +85,20 @@ class EmulatedAccelerator:
             self._check_open()
         if record.nbytes > self._slot_bytes:
             raise SlotError(f"a record of {record.nbytes} bytes does not fit a slot of {self._slot_bytes} bytes")
-        event = HostEvent(f"copy into slot {slot}", self.wait_limit)
+        event = HostEvent()
+        event.limit, event.label = self.wait_limit, f"copy into slot {slot}"
         reader = self._events.on_write(slot, event)
         target, submitted_us = self._arena[slot], perf_counter_ns() * 1e-3
 
         def job(event: HostEvent) -> None:
             if reader is not None:
-                reader.wait_end()
+                reader.wait(also_failed=True)
             event.begin()
-            ready_us = submitted_us if reader is None else max(submitted_us, reader.end_us)
+            ready_us = submitted_us if reader is None else max(submitted_us, reader.span_us[1])
             self._transfer(target, record, event, ready_us, unfold)
 
-        return self._copy.submit(job, event)
+        self._copy.put((job, event))
+        return event
 
     def read_slot(self, slot: int, n_bytes: int) -> ByteArray:
         """The first bytes of a slot, a copy of them."""
@@ -110,7 +112,8 @@ class EmulatedAccelerator:
         """Submits experts in order; their rows are written into `work.host_rows`."""
         if self._closed:
             self._check_open()
-        event = HostEvent("experts on the emulated accelerator", self.wait_limit)
+        event = HostEvent()
+        event.limit, event.label = self.wait_limit, "experts on the emulated accelerator"
         writes = []
         for write in self._events.on_read(slots, event):
             if not write.succeeded:
@@ -129,10 +132,11 @@ class EmulatedAccelerator:
             event.begin()
             backend.run(spec, records, where, work.dispatch, work.host_hidden, work.host_rows)
             if self._pacing is not None:
-                ready_us = max([submitted_us, *(write.end_us for write in writes)])
+                ready_us = max([submitted_us, *(write.span_us[1] for write in writes)])
                 self._pace_compute(spec, where, work, event, ready_us)
 
-        return self._compute.submit(job, event)
+        self._compute.put((job, event))
+        return event
 
     combine = staticmethod(combine_on_host)
     """[T, H] float32, or like `work.like`: waits for the events, then adds each token's rows in top-k order."""

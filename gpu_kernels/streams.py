@@ -8,8 +8,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import NoReturn
 from weakref import WeakSet
 
 from gpu_kernels.errors import ClosedError, LaneError, LostError
@@ -31,66 +32,54 @@ class HostEvent:
 
     Who has to wait brings a lock, which the end releases: most events are never waited for. A waiter adds its lock
     before it looks whether the job has ended, and the end is marked before it looks for locks, so none is missed.
+    What an event begins with is its class's, so that making one runs no code.
     """
 
-    __slots__ = ("_error", "_gates", "_label", "_limit", "_state", "end_us", "start_us", "succeeded")
-
-    def __init__(self, label: str = "work", limit: WaitLimit | None = None) -> None:
-        """limit: of waits for it; None: any time."""
-        self._limit = limit
-        self._gates: list[threading.Lock] = []
-        self._state = 0
-        self._error: BaseException | None = None
-        self.succeeded = False
-        """True once the job has ended without an error."""
-        self._label = label
-        self.start_us = 0.0
-        self.end_us = 0.0
+    label: str = "work"
+    """What errors call the job."""
+    limit: WaitLimit | None = None
+    """Of waits for it; None: any time."""
+    ended: bool = False
+    """True once the job has ended or failed."""
+    succeeded: bool = False
+    """True once the job has ended without an error."""
+    span_us: tuple[float, float] = 0.0, 0.0
+    """(start, end) in us of `clock_us`, each 0 until it has come."""
+    _error: BaseException | None = None
+    _gates: Sequence[threading.Lock] = ()
 
     def begin(self) -> None:
         """Marks the start: after what the job had to wait for."""
-        self.start_us = clock_us()
+        self.span_us = clock_us(), 0.0
 
     def finish(self, error: BaseException | None = None) -> None:
         """Ends the job and wakes the waiters; further calls are ignored."""
-        if self._state:
+        if self.ended:
             return
-        self.end_us = clock_us()
+        self.span_us = self.span_us[0], clock_us()
         self._error = error
         self.succeeded = error is None
-        self._state = 1
-        while self._gates:
-            self._gates.pop().release()
+        self.ended = True
+        gates = self.__dict__.get("_gates")
+        while gates:
+            gates.pop().release()
 
-    def done(self) -> bool:
-        """True once the job has ended or failed."""
-        return self._state == 1
-
-    def wait_end(self) -> None:
-        """Blocks until the job has ended, failed or not. Raises LostError where it does not end in time."""
-        if self._state:
-            return
-        gate = threading.Lock()
-        gate.acquire()
-        self._gates.append(gate)
-        if not self._state:
-            if self._limit is None:
-                gate.acquire()
-            else:
-                self._limit.wait_for_lock(gate, self._label)
-
-    def wait(self) -> None:
-        """Blocks until the job has ended. Raises LaneError with the cause if it failed, LostError if its lane hangs."""
-        if not self._state:
-            self.wait_end()
-        if self._error is not None:
+    def wait(self, *, also_failed: bool = False) -> None:
+        """Blocks until the job has ended. Raises LaneError with the cause if it failed, unless `also_failed` will do,
+        and LostError where it does not end in time, or its lane hangs."""
+        if not self.ended:
+            gate = threading.Lock()
+            gate.acquire()
+            self.__dict__.setdefault("_gates", []).append(gate)  # one step, also for several waiters
+            if not self.ended:
+                if self.limit is None:
+                    gate.acquire()
+                else:
+                    self.limit.wait_for_lock(gate, self.label)
+        if self._error is not None and not also_failed:
             if isinstance(self._error, LostError):
                 raise LostError(str(self._error)) from self._error
-            raise LaneError(f"{self._label} failed: {self._error!r}") from self._error
-
-    def span_us(self) -> tuple[float, float]:
-        """(start, end) in us of `clock_us`."""
-        return self.start_us, self.end_us
+            raise LaneError(f"{self.label} failed: {self._error!r}") from self._error
 
 
 Job = Callable[[HostEvent], None]
@@ -105,6 +94,8 @@ class HostStream:
         self.limit = WaitLimit(name, LEAST_HOST_WAIT_S) if limit is None else limit
         self._precise_sleep = precise_sleep
         self._jobs: SimpleQueue[tuple[Job, HostEvent] | None] = SimpleQueue()
+        self.put: Callable[[tuple[Job, HostEvent]], None] = self._jobs.put
+        """Queues a job with its event, as `submit` does: while the stream takes jobs that is the queue's own."""
         self._closed = False
         self._lost = False
         """Whether this is a forked process, in which the thread is missing."""
@@ -115,23 +106,27 @@ class HostStream:
 
     def submit(self, job: Job, event: HostEvent) -> HostEvent:
         """Queues a job and returns its event. Raises ClosedError after close(), and in a forked process."""
+        self.put((job, event))
+        return event
+
+    def _refuse(self, _job: tuple[Job, HostEvent]) -> NoReturn:
+        """`put` of a stream that takes no jobs."""
         if self._closed:
             raise ClosedError(f"{self.name} is closed; open a new accelerator")
-        if self._lost:
-            raise ClosedError(f"{self.name} belongs to process {self._process}: threads do not survive a fork")
-        self._jobs.put((job, event))
-        return event
+        raise ClosedError(f"{self.name} belongs to process {self._process}: threads do not survive a fork")
 
     def drain(self) -> None:
         """Blocks until everything submitted so far has ended. Raises LostError where that takes too long."""
         if not self._closed and self.alive and self._thread is not threading.current_thread():
             self.limit.require()
-            self.submit(lambda event: event.begin(), HostEvent(f"all work of {self.name}", self.limit)).wait_end()
+            event = HostEvent()
+            event.limit, event.label = self.limit, f"all work of {self.name}"
+            self.submit(lambda event: event.begin(), event).wait(also_failed=True)
 
     def close(self) -> None:
         """Runs what is queued, stops the thread and joins it, unless that hangs; safe to call twice."""
         if not self._closed:
-            self._closed = True
+            self._closed, self.put = True, self._refuse
             self._jobs.put(None)
         if self.alive and self._thread is not threading.current_thread():
             self._thread.join(self.limit.seconds)
@@ -160,7 +155,7 @@ _STREAMS: WeakSet[HostStream] = WeakSet()
 
 def _after_fork() -> None:
     for stream in _STREAMS:
-        stream._lost = True
+        stream._lost, stream.put = True, stream._refuse
 
 
 if hasattr(os, "register_at_fork"):
@@ -178,7 +173,7 @@ class Pacer:
 
     def __init__(self) -> None:
         self._lane_end_us = 0.0
-        self._last = HostEvent("no job yet")
+        self._last = HostEvent()
 
     def pace(self, event: HostEvent, ready_us: float, duration_us: float, rest_us: float = 0.0) -> None:
         """Sleeps until `rest_us` before the job's end on the device; its start there becomes the event's.
@@ -188,7 +183,7 @@ class Pacer:
         never lets the job end before that start.
         """
         start_us = max(self._lane_end_us, ready_us)
-        event.start_us, self._last = max(start_us, self._last.end_us), event
+        event.span_us, self._last = (max(start_us, self._last.span_us[1]), 0.0), event
         self._lane_end_us = start_us + duration_us
         remaining_us = max(start_us, self._lane_end_us - rest_us) - clock_us()
         if remaining_us > 0.0:

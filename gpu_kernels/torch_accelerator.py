@@ -153,7 +153,7 @@ class TorchAccelerator:
             return DoneEvent(start_us, clock_us())
         stream = torch.accelerator.current_stream(self.device)
         for write in writes:
-            if isinstance(write, DeviceEvent) and not write.done():
+            if isinstance(write, DeviceEvent) and not write.ended:
                 stream.wait_event(write.end)
         with torch.no_grad(), self._current():
             end.start.record(stream)
@@ -242,7 +242,7 @@ class TorchAccelerator:
         self._read_by = stream
         for slot in awaited:
             write = self._events.write_of(slot)
-            if isinstance(write, DeviceEvent) and not write.done():
+            if isinstance(write, DeviceEvent) and not write.ended:
                 stream.wait_event(write.end)
         if not timed:
             replay()

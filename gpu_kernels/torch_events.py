@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import torch
 
@@ -14,21 +15,16 @@ from gpu_kernels.waiting import limit_of
 class DoneEvent:
     """Work that ran synchronously."""
 
-    __slots__ = ("_end_us", "_start_us")
+    __slots__ = ("span_us",)
+
+    ended: ClassVar[bool] = True
 
     def __init__(self, start_us: float, end_us: float) -> None:
-        self._start_us, self._end_us = start_us, end_us
-
-    def done(self) -> bool:
-        """Always True."""
-        return True
+        self.span_us = start_us, end_us
+        """(start, end) in us of `clock_us`."""
 
     def wait(self) -> None:
         """Returns at once."""
-
-    def span_us(self) -> tuple[float, float]:
-        """(start, end) in us of `clock_us`."""
-        return self._start_us, self._end_us
 
 
 class DeviceEvent:
@@ -39,7 +35,8 @@ class DeviceEvent:
     def __init__(self, origin: TimeOrigin, start: torch.Event, end: torch.Event) -> None:
         self._origin, self.start, self.end = origin, start, end
 
-    def done(self) -> bool:
+    @property
+    def ended(self) -> bool:
         """True once the device has passed the end."""
         return bool(self.end.query())
 
@@ -47,9 +44,10 @@ class DeviceEvent:
         """Blocks the host until the end. Raises LostError for an asynchronous device error, or where it hangs."""
         limit_of(self._origin.device).wait(self.end, "a copy or a computation")
 
+    @property
     def span_us(self) -> tuple[float, float]:
         """(start, end) in us of `clock_us`; (start, 0) while the work is under way, (0, 0) before."""
-        if not self.done():
+        if not self.ended:
             return (self._origin.host_us(self.start) if self.start.query() else 0.0), 0.0
         end_us = self._origin.host_us(self.end)
         return end_us - self.start.elapsed_time(self.end) * 1e3, end_us

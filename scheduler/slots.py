@@ -207,14 +207,9 @@ class SlotTable:
             raise self._refused(f"slot {self._at(bad)}: nothing to compute from", bad)
         self._happened("pin", slots)
 
-    def unpin_all(self, slots: npt.NDArray[np.int64]) -> None:
-        """``unpin`` for every slot of a plan, in one compiled call."""
-        bad = _unpin(slots, self.state, self.pins)
-        if bad >= 0:
-            raise self._refused(f"slot {self._at(bad)}: no plan uses it", bad)
-        self.events.append(("unpin", slots, NO_KEY))
-        if self.validating:
-            self.validate()
+    def not_pinned(self, slot: int) -> SlotError:
+        """What ``unpin_slots`` has found: a plan lets go of a slot that no plan uses."""
+        return self._refused(f"slot {self._at(slot)}: no plan uses it", slot)
 
     def free(self, slot: int) -> int:
         """A resident without a pin leaves; returns its key."""
@@ -298,8 +293,9 @@ def _pin(slots: npt.NDArray[np.int64], state: npt.NDArray[np.int64], pins: npt.N
 
 
 @compiled
-def _unpin(slots: npt.NDArray[np.int64], state: npt.NDArray[np.int64], pins: npt.NDArray[np.int64]) -> int:
-    """Unpins all slots; returns the first that no plan had pinned (-1: done)."""
+def unpin_slots(slots: npt.NDArray[np.int64], state: npt.NDArray[np.int64], pins: npt.NDArray[np.int64]) -> int:
+    """``SlotTable.unpin`` for every slot of a plan, on a table's arrays. Returns the first that no plan had pinned (-1:
+    done); who calls it adds the event to the table's, and raises ``SlotTable.not_pinned``."""
     for slot in slots:
         if pins[slot] < 1:
             return int(slot)

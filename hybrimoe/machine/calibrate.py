@@ -270,7 +270,7 @@ def _link_gbps(accelerator: Accelerator, pool: _Pool) -> float:
     spans = []
     for event in [accelerator.copy_to_slot(slot, pool.memory[slot]) for slot in range(N_EXPERTS)]:
         event.wait()
-        start_us, end_us = event.span_us()
+        start_us, end_us = event.span_us
         spans.append(end_us - start_us)
     return N_EXPERTS * pool.spec.record_bytes / (sum(spans) * 1e3)
 
@@ -279,7 +279,7 @@ def _accel_us(accelerator: Accelerator, pool: _Pool, work: LayerWork) -> float:
     work.hidden = work.hidden.to(accelerator.device)
     event = accelerator.run_experts(pool.spec, range(N_EXPERTS), range(N_EXPERTS), work)
     event.wait()
-    start_us, end_us = event.span_us()
+    start_us, end_us = event.span_us
     return end_us - start_us
 
 

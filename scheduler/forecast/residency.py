@@ -23,13 +23,15 @@ class Residency:
     """Counts transfers; ``horizon``: tokens over which residency pays now."""
 
     def __init__(self, n_slots: int, horizon_scale: float = HORIZON_SCALE) -> None:
-        self._transfers_a_token, self._count, self._counting = FIRST_TRANSFERS, 0, False
+        self._transfers_a_token, self._counting = FIRST_TRANSFERS, False
+        self.count = 0
+        """Transfers of this step, see ``transferred``."""
         self.horizon_scale = horizon_scale
         self.horizon = self._expected(n_slots)
 
     def transferred(self, n: int = 1) -> None:
         """So many experts start to move into slots."""
-        self._count += n
+        self.count += n
 
     def begin_step(self, n_slots: int, few_tokens: bool) -> None:
         """A step begins. Transfers are counted over steps of few tokens: a prefill's say nothing about decode.
@@ -38,8 +40,8 @@ class Residency:
         """
         if self._counting:
             rest = 1.0 - TRANSFER_WEIGHT
-            self._transfers_a_token = rest * self._transfers_a_token + TRANSFER_WEIGHT * self._count
-        self._count, self._counting = 0, few_tokens
+            self._transfers_a_token = rest * self._transfers_a_token + TRANSFER_WEIGHT * self.count
+        self.count, self._counting = 0, few_tokens
         self.horizon = self._expected(n_slots if few_tokens else 0)
 
     def _expected(self, n_slots: int) -> float:

@@ -237,15 +237,14 @@ class CostModel:
         if task.group > 0.0:
             self._follow_group(self._groups[int(task.recorded)], expected * task.group, task.us)
             return
-        self._follow(LANES[task.lane], task.us, expected)
+        lane = LANES[task.lane]
+        self.drift[lane] = _moved(float(self.drift[lane]), task.us, expected, DRIFT_BOUNDS)
 
     def observe_transfer(self, layer: int, us: float) -> None:
         """``observe`` for one copy over the link, which is expected to have run beside the CPU."""
         if not 0.0 <= us < np.inf:
             raise CostError(f"a transfer took {us} us: expected a finite number of at least 0")
-        self._follow(LANES["link"], us, self._link_by_layer[layer] / self.link_with_cpu)
-
-    def _follow(self, lane: int, us: float, expected_us: float) -> None:
+        lane, expected_us = LANES["link"], self._link_by_layer[layer] / self.link_with_cpu
         self.drift[lane] = _moved(float(self.drift[lane]), us, expected_us, DRIFT_BOUNDS)
 
     def _follow_group(self, groups: Floats, expected_us: float, us: float) -> None:

@@ -11,7 +11,6 @@ experts run, and ``prefetch_at_once``, for which nobody waits, brings experts of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 import numpy as np
@@ -31,7 +30,7 @@ from scheduler.planner.decide import EVICTED, REUSE, SLOT, decide_by_value, pick
 from scheduler.planner.movement import MAX_PREFETCHES, Movement
 from scheduler.planner.plan_view import PlanView
 from scheduler.prefetch.value import ValuePrefetch
-from scheduler.slots import FREE, IN_FLIGHT, NO_KEY, PINNED, RESIDENT
+from scheduler.slots import FREE, IN_FLIGHT, PINNED, RESIDENT
 from scheduler.views import floats_at, ids_at, ints_at, singles_at
 
 Floats = npt.NDArray[np.float64]
@@ -270,7 +269,8 @@ class Desk:
         self._flight = np.zeros(slots.n_slots, np.int64)
         self._rows = np.zeros(5 * (MAX_ACTIVE + 1), np.int64)
         self._gains, self._admitted = np.zeros(MAX_ACTIVE), np.zeros(MAX_ACTIVE, np.int64)
-        self._awaited, self._taken = np.zeros(MAX_ACTIVE, np.int64), np.zeros(MAX_ACTIVE, np.int64)
+        self.awaited, self.taken = np.zeros(MAX_ACTIVE, np.int64), np.zeros(MAX_ACTIVE, np.int64)
+        """Of the latest choice: positions of the experts on their way, and the slots of all accelerated ones."""
         self._fetched, self._fetch_gains = np.zeros((3, MAX_PREFETCHES), np.int64), np.zeros(MAX_PREFETCHES)
         numbers = np.zeros(N_NUMBERS)
         numbers[LINK_WITH_CPU], numbers[DENSE_US] = costs.link_with_cpu, costs.dense_us
@@ -292,13 +292,14 @@ class Desk:
             SHARED_BINS: model.shared, N_LISTED: model.n_listed, LISTED: model.listed, CELLS: model.cells,
             CHANCES: model.chances, SURE_KEYS: model.sure_keys, SURE_CHANCES: model.sure_chances, PARAMS: params,
             NUMBERS: numbers, FIXED: fixed, LANES: lanes, TABLE: np.zeros(5 * MAX_ACTIVE), ROWS: self._rows,
-            TAKEN: self._taken, GAINS: self._gains, ADMITTED: self._admitted, AWAITED: self._awaited,
+            TAKEN: self.taken, GAINS: self._gains, ADMITTED: self._admitted, AWAITED: self.awaited,
             FETCHED: self._fetched, FETCH_GAINS: self._fetch_gains,
         }  # fmt: skip
         for place, array in self._kept.items():
             assert array.flags.c_contiguous
             words[place] = array.ctypes.data
-        self._views = [self._rows[: 5 * (n + 1)].reshape(5, n + 1) for n in range(MAX_ACTIVE + 1)]
+        self.views: list[Ints] = [self._rows[: 5 * (n + 1)].reshape(5, n + 1) for n in range(MAX_ACTIVE + 1)]
+        """By the number of active experts: the plan int64[5, A + 1] of the latest choice (``decide.new_plan``)."""
         self._nothing = np.empty(0, np.int32), np.empty(0, np.float32)
 
     def __reduce__(self) -> NoReturn:
@@ -306,13 +307,12 @@ class Desk:
         raise SchedulerError("a planner of policy ours cannot be copied or pickled: make a new one")
 
     def decide(
-        self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float, plan: PlanView
-    ) -> tuple[Ints, list[int], float] | None:
-        """Fills ``plan`` and performs it in the slot table.
+        self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float
+    ) -> tuple[tuple[list[int], float, float, int], int] | None:
+        """Decides on a demand and performs that in the slot table.
 
-        Returns (the pinned slots, those of them whose expert leaves with the layer, share of the makespan during which
-        the link works), slots numbered as inside. None where one expert takes over another's slot: the forecast has
-        then followed the demand, and the rest is to be done piece by piece.
+        Returns (what ``Planner.chosen`` is told, the number of prefetches). None where one expert takes over another's
+        slot: the forecast has then followed the demand, and the rest is to be done piece by piece.
         """
         layer, use = demand.layer, self.model.use
         ids, n_tokens = demand.expert_ids, demand.n_tokens
@@ -329,11 +329,7 @@ class Desk:
         )  # fmt: skip
         if n_awaited == HANDS_ON:
             return None
-        counts = self._views[ids.size][:SLOT, COUNT].tolist()
-        taken, leaving = self.chosen(demand, counts, makespan_us, n_awaited, plan)
-        if n_fetched:
-            self.prefetched(n_fetched, plan)
-        return taken, leaving, link_share
+        return (self.views[ids.size][:SLOT, COUNT].tolist(), makespan_us, link_share, n_awaited), n_fetched
 
     def under_way(self) -> int:
         """How many transfers are under way; their slots are then in FLIGHT, in link order."""
@@ -343,34 +339,23 @@ class Desk:
             self._flight[:n_flight] = list(in_flight.values())
         return n_flight
 
-    def chosen(
-        self, demand: Demand, counts: Sequence[int], makespan_us: float, n_awaited: int, plan: PlanView
-    ) -> tuple[Ints, list[int]]:
-        """Fills ``plan`` with what ``choose_at_once`` has decided and performed for a demand; counts: see its ``take``.
-
-        Returns (the pinned slots, those of them whose expert leaves with the layer), numbered as inside.
-        """
-        table = self.movement.slots
-        plan.take(self._views[demand.expert_ids.size], counts, makespan_us, table.first_slot)
-        leaving: list[int] = []
-        if n_awaited:
-            plan.awaited = self._awaited[:n_awaited].tolist()
-        if plan.n_moved:
-            plan.transfers = self._started(demand, plan, leaving)
-        taken = self._taken[: plan.n_accel].copy()
-        table.events.append(("pin", taken, NO_KEY))
-        if table.validating:
-            table.validate()
-        return taken, leaving
-
     def prefetched(self, n_fetched: int, plan: PlanView) -> None:
         """Adds to ``plan`` what ``prefetch_at_once`` has started."""
-        plan.prefetches = self._prefetched(n_fetched)
-        if self.movement.slots.validating:
-            self.movement.slots.validate()
+        keys, slots, evicted = self._fetched[:, :n_fetched].tolist()
+        gains = self._fetch_gains[:n_fetched].tolist()
+        if self._setting.step >= 0:
+            self.residency.count += n_fetched
+        movement, started = self.movement, []
+        for key, slot, old, gain_us in zip(keys, slots, evicted, gains, strict=True):
+            movement.slots.events.append(("begin_transfer", slot, key))
+            started.append(movement.under_way(slot, key, old, "prefetch", gain_us, True))
+        plan.prefetches = started
+        if movement.slots.validating:
+            movement.slots.validate()
 
-    def _started(self, demand: Demand, plan: PlanView, leaving: list[int]) -> list[Transfer]:
-        """The demand transfers; ``leaving``: slots of those that are not admitted."""
+    def started(self, demand: Demand, plan: PlanView, leaving: list[int]) -> list[Transfer]:
+        """The transfers of a plan that ``choose_at_once`` has started; adds to ``leaving`` the slots of those that are
+        not admitted."""
         movement, first_key = self.movement, demand.layer * self.movement.slots.n_experts
         ids, started = demand.expert_ids.tolist(), []
         _, _, moved, slot_of, evicted = plan.lists()
@@ -382,16 +367,5 @@ class Desk:
             if not admitted:
                 leaving.append(slot)
         if self._setting.step >= 0:
-            self.residency.transferred(len(started))
-        return started
-
-    def _prefetched(self, n: int) -> list[Transfer]:
-        keys, slots, evicted = self._fetched[:, :n].tolist()
-        gains = self._fetch_gains[:n].tolist()
-        if self._setting.step >= 0:
-            self.residency.transferred(n)
-        movement, started = self.movement, []
-        for key, slot, old, gain_us in zip(keys, slots, evicted, gains, strict=True):
-            movement.slots.events.append(("begin_transfer", slot, key))
-            started.append(movement.under_way(slot, key, old, "prefetch", gain_us, True))
+            self.residency.count += len(started)
         return started

@@ -71,7 +71,9 @@ class PlanView:
 
     def accelerated(self) -> tuple[list[int], list[int]]:
         """Positions that the accelerator computes, in this order, and the slot of each."""
-        lists, first_slot = self._lists or self.lists(), self._first_slot
+        if self._lists is None:
+            self._lists = self.rows.tolist()
+        lists, first_slot = self._lists, self._first_slot
         accel = lists[ACCEL][: self.n_accel]
         slots = list(map(lists[SLOT].__getitem__, accel))
         return accel, [slot + first_slot for slot in slots] if first_slot else slots

@@ -39,7 +39,7 @@ from scheduler.prefetch import PREFETCH_POLICIES
 from scheduler.prefetch.base import PrefetchPolicy
 from scheduler.prefetch.value import ValuePrefetch
 from scheduler.setting import Scorer, Setting, make
-from scheduler.slots import RESIDENT, SlotTable
+from scheduler.slots import NO_KEY, RESIDENT, SlotTable, unpin_slots
 
 Floats = npt.NDArray[np.float64]
 
@@ -112,7 +112,9 @@ class Planner:
         self._lanes = np.zeros((n_layers, 3))
         self._scales = np.zeros(3)
         self._plan = PlanView()
-        self._desk = self._new_desk()
+        self.desk = self._new_desk()
+        """What decides at once (see ``desk_for``), made anew with the number of slots; None for policies that cannot.
+        """
 
     def _new_desk(self) -> Desk | None:
         """What decides at once, for the policies that can (``at_once``); None for others."""
@@ -233,12 +235,14 @@ class Planner:
         self._demands[layer] = demand
         plan = self._plan
         plan.step, plan.layer = self._step, layer + self.first_layer
-        forecast, desk = self._setting.forecast, self._desk
+        forecast, desk = self._setting.forecast, self.desk
         if forecast is not None:
             if forecast.arrive(demand) and desk is not None and n and self._known[layer] and host is None:
-                done = desk.decide(demand, cpu_ready_us, accel_ready_us, link_ready_us, plan)
+                done = desk.decide(demand, cpu_ready_us, accel_ready_us, link_ready_us)
                 if done is not None:
-                    self._open[layer].append(done)
+                    self.chosen(demand, *done[0])
+                    if done[1]:
+                        desk.prefetched(done[1], plan)
                     return plan
             else:
                 forecast.follow(demand)
@@ -249,7 +253,7 @@ class Planner:
     @property
     def decides_at_once(self) -> bool:
         """Whether decisions on few tokens are one compiled call (policy ``ours``)."""
-        return self._desk is not None
+        return self.desk is not None
 
     def desk_for(self, layer: int, n_tokens: int, n_most: int) -> Desk | None:
         """What decides at once on calls of a layer of ``n_tokens`` tokens and at most ``n_most`` active experts; None
@@ -260,23 +264,33 @@ class Planner:
         ``at_once.prefetch_at_once`` answers; or ``decide_rest`` where the first has found HANDS_ON.
         """
         few = n_tokens <= FEW_TOKENS and n_most <= MAX_ACTIVE
-        return self._desk if few and self._known[layer] else None
+        return self.desk if few and self._known[layer] else None
 
     def chosen(
         self, demand: Demand, counts: Sequence[int], makespan_us: float, link_share: float, n_awaited: int
     ) -> PlanView:
         """The plan that ``choose_at_once`` has performed for a demand; the numbers are its answers, counts: how many
         experts it has put on each lane (see ``PlanView.take``)."""
-        desk, plan = self._desk, self._plan
+        desk, plan, slots, layer = self.desk, self._plan, self.slots, demand.layer
         assert desk is not None
-        self._demands[demand.layer] = demand
-        plan.step, plan.layer = self._step, demand.layer + self.first_layer
-        self._open[demand.layer].append((*desk.chosen(demand, counts, makespan_us, n_awaited, plan), link_share))
+        self._demands[layer] = demand
+        plan.step, plan.layer = self._step, layer + self.first_layer
+        plan.take(desk.views[demand.expert_ids.size], counts, makespan_us, self.first_slot)
+        leaving: list[int] = []
+        if n_awaited:
+            plan.awaited = desk.awaited[:n_awaited].tolist()
+        if plan.n_moved:
+            plan.transfers = desk.started(demand, plan, leaving)
+        taken = desk.taken[: plan.n_accel].copy()
+        slots.events.append(("pin", taken, NO_KEY))
+        if slots.validating:
+            slots.validate()
+        self._open[layer].append((taken, leaving, link_share))
         return plan
 
     def prefetched(self, n_fetched: int) -> list[Transfer]:
         """Adds to the latest plan, which ``chosen`` has told, what ``prefetch_at_once`` has started for it."""
-        desk, plan = self._desk, self._plan
+        desk, plan = self.desk, self._plan
         assert desk is not None
         desk.prefetched(n_fetched, plan)
         return plan.prefetches
@@ -414,11 +428,17 @@ class Planner:
         if not 0 <= own < self.n_layers or not self._open[own]:
             raise SlotError(f"layer {layer} has ended, but no plan of it is open")
         pinned, leaving, link_share = self._open[own].popleft()
+        slots = self.slots
         if pinned.size:
-            self.slots.unpin_all(pinned)
+            bad = unpin_slots(pinned, slots.state, slots.pins)
+            if bad >= 0:
+                raise slots.not_pinned(bad)
+            slots.events.append(("unpin", pinned, NO_KEY))
+            if slots.validating:
+                slots.validate()
         for slot in leaving:
-            if self.slots.state[slot] == RESIDENT and not self.slots.pins[slot]:
-                self.slots.free(slot)
+            if slots.state[slot] == RESIDENT and not slots.pins[slot]:
+                slots.free(slot)
         for task in observed:
             self.observe(task, link_share)
 
@@ -441,22 +461,22 @@ class Planner:
             for key in gone:
                 self.cache.evicted(key)
         self._balance = self._balance_of_layers()
-        self._desk = self._new_desk()
+        self.desk = self._new_desk()
         return tuple(divmod(key, self.n_experts) for key in gone)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Planner:
         """An independent planner as this one is now; what the desk wrote down by address is written down anew."""
-        memo.update({id(self._desk): None, id(self.policy): self.policy})
+        memo.update({id(self.desk): None, id(self.policy): self.policy})
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.__dict__.update(deepcopy(self.__dict__, memo))
-        made._desk = made._new_desk()
+        made.desk = made._new_desk()
         return made
 
     def believe(self, costs: CostModel) -> None:
         """From now on work costs what ``costs`` says, as corrected so far."""
         self.costs.become(costs)
-        self._desk = self._new_desk()
+        self.desk = self._new_desk()
 
     def explain(self, plan: LayerPlan) -> Explanation:
         """Why the latest plan of a layer is as it is. Raises DemandError for an older plan."""

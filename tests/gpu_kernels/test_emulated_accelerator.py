@@ -83,11 +83,11 @@ def test_a_slot_is_not_rewritten_before_its_reader_has_ended(make_experts: Calla
     compute = accelerator.run_experts(experts.spec, [0], [0], work)
     assert backend.started.wait(timeout=600)
     rewrite = accelerator.copy_to_slot(0, experts.records[(first + 1) % 6])
-    assert not rewrite.done()
+    assert not rewrite.ended
     backend.gate.set()
     compute.wait()
     rewrite.wait()
-    assert rewrite.span_us()[0] >= compute.span_us()[1]
+    assert rewrite.span_us[0] >= compute.span_us[1]
     rows = work.dispatch.rows[: work.dispatch.offsets[1]]
     assert np.isfinite(work.host_rows[rows]).all()
     accelerator.close()
@@ -101,7 +101,7 @@ def test_a_read_that_does_not_wait_for_its_copy_gives_nan(make_experts: Callable
         accelerator.allocate(1, experts.spec.record_bytes)
         event = accelerator.copy_to_slot(0, experts.records[0])
         while accelerator._arena[0, 0] != POISON_BYTE:
-            assert not event.done()
+            assert not event.ended
         work = experts.work(1, 1)
         get_backend("torch").run(
             experts.spec, accelerator._addresses[:1], np.zeros(1, np.int32), work.dispatch, work.host_hidden,
@@ -160,10 +160,10 @@ def test_paced_lanes_take_the_time_of_the_imitated_device(make_experts: Callable
         compute.wait()
     accelerator.close()
     for event, wanted_us in ((copy, pacing.transfer_us(n_bytes)), (compute, pacing.expert_us(experts.spec, 1))):
-        start_us, end_us = event.span_us()
+        start_us, end_us = event.span_us
         assert wanted_us == pytest.approx(50_000.0, rel=0.01)
         assert 49_900.0 <= end_us - start_us < 95_000.0, "not twice as long, though other programs delay the thread"
-    assert compute.span_us()[0] >= copy.span_us()[1]
+    assert compute.span_us[0] >= copy.span_us[1]
 
 
 def test_misuse_is_named(make_experts: Callable[..., Experts]) -> None:

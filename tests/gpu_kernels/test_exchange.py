@@ -154,7 +154,7 @@ def test_timed_work_has_a_span(make_experts: Callable[..., Experts], device: str
     end = call.accelerator.launch(call.compute, [], timed=True)
     assert end is not None
     end.wait()
-    start_us, end_us = end.span_us()
+    start_us, end_us = end.span_us
     assert end_us > start_us > 0
 
 

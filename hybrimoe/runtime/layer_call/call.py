@@ -155,7 +155,9 @@ class ExpertsCall:
         if places is None:
             return False
         space, lanes, n_tokens = experts.spaces[call.layer], experts.lanes, places[3]
-        desk = at_once.planner.desk_for(call.layer, n_tokens, n_tokens * places[4])
+        planner, slate, shape = at_once.planner, at_once.slates[call.layer], (n_tokens, places[4])
+        known = slate is not None and slate.desk is planner.desk and slate.shape == shape
+        desk = planner.desk if known else planner.desk_for(call.layer, n_tokens, n_tokens * shape[1])
         if desk is None or not (at_once.is_ready or at_once.get_ready()):
             return False
         if experts.reports.finished is not None:
@@ -207,7 +209,10 @@ class ExpertsCall:
         prefetches = at_once.fetch(space, choice)
         if prefetches:
             experts.lanes.start_transfers(prefetches, space.step, traced=False)
-        experts.count(space, choice.n_hits, choice.n_late)
+        experts.stats.found(
+            space.counters, space.index, space.demand.expert_ids, space.demand.n_tokens_total, choice.n_hits,
+            choice.n_late, space.plan, experts.record_bytes,
+        )  # fmt: skip
         experts.reports.finish(space)
         experts.reports.collect(self.phase)
         now_ns = perf_counter_ns()
@@ -225,8 +230,9 @@ class ExpertsCall:
         """A call of few tokens where reading and planning are one: the output, or None where the long way runs the
         call, or says what is wrong with it."""
         experts, space = self.experts, self.experts.spaces[index]
-        shape = top_k_index.shape
-        desk = at_once.planner.desk_for(index, shape[0], shape[0] * shape[-1])
+        planner, slate, shape = at_once.planner, at_once.slates[index], top_k_index.shape
+        known = slate is not None and slate.desk is planner.desk and slate.shape == shape
+        desk = planner.desk if known else planner.desk_for(index, shape[0], shape[0] * shape[-1])
         if desk is None or space.norm is not None or not (at_once.is_ready or at_once.get_ready()):
             return None
         on_host, ids, weights = hidden, top_k_index, top_k_weights
@@ -244,7 +250,8 @@ class ExpertsCall:
             tracker.last_layer = index
         else:
             self.begin_step(tracker.next(index, places[3]), places[3])
-        link_us = lanes.link_busy_us(index)
+        queue = lanes.queue_of[index]
+        link_us = 0.0 if queue is None or not queue.pending else lanes.link_busy_us(index)
         choice = at_once.choose(desk, space, self.phase, hidden, on_host, places, None, link_us)
         if choice.n_active <= 0:
             self.consistent = True
@@ -266,7 +273,10 @@ class ExpertsCall:
         lanes_ns += perf_counter_ns()
         if at_once.foretells:
             at_once.foretell(space)
-        experts.count(space, choice.n_hits, choice.n_late)
+        experts.stats.found(
+            space.counters, index, space.demand.expert_ids, places[3], choice.n_hits, choice.n_late, space.plan,
+            experts.record_bytes,
+        )  # fmt: skip
         lanes_ns -= perf_counter_ns()
         output = lanes.combine(space)
         lanes_ns += perf_counter_ns()

@@ -184,7 +184,8 @@ class AtOnce:
     def __init__(self, experts: Experts, planner: Planner, lookahead: Lookahead | None) -> None:
         self.experts, self.planner, self._lookahead = experts, planner, lookahead
         n_layers = len(experts.layers)
-        self._slates: list[Slate | None] = [None] * n_layers
+        self.slates: list[Slate | None] = [None] * n_layers
+        """Each layer's, of its latest call that was decided so."""
         self.foretells = lookahead is not None and planner.layers_ahead > 0 and not planner.all_cached
         """Whether calls are decided with the gates' predictions, which `foretell` makes."""
         self.is_ready = not self.foretells
@@ -212,10 +213,10 @@ class AtOnce:
         if model.last_layer >= index or not model.few:
             model.arrive_few(index)
         model.last_layer = index
-        slate = self._slates[index]
+        slate = self.slates[index]
         known = slate is not None and slate.desk is desk and slate.buffers is space.buffers
         if slate is None or not known or slate.exchange is not exchange or slate.shape != (n_tokens, top_k):
-            slate = self._slates[index] = self._new_slate(space, desk, (n_tokens, top_k), exchange)
+            slate = self.slates[index] = self._new_slate(space, desk, (n_tokens, top_k), exchange)
         ahead = self._ahead[index] if self._ahead_of[index] == self.experts.step else NOTHING_AHEAD
         predictions, given_at, scores_at, n_given = ahead
         use, n_flight, choice = model.use, len(desk.movement.in_flight) and desk.under_way(), slate.choice
@@ -240,7 +241,7 @@ class AtOnce:
     def fetch(self, space: CallSpace, choice: Choice) -> Sequence[Transfer]:
         """The transfers of experts of later layers that start now, where they were not decided with the choice, which
         is the space's plan."""
-        slate = self._slates[space.index]
+        slate = self.slates[space.index]
         if choice.n_awaited == HANDS_ON or slate is None:
             return ()
         choice.n_fetched = prefetch_at_once(slate.desk.words, space.index, choice.idle_us)

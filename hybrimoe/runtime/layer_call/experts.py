@@ -87,7 +87,14 @@ class Experts:
             if tier is not None:
                 host = tier.view(index, space.demand.expert_ids, planner.costs.read_us(index))
             space.plan = planner.decide(space.demand, cpu_ready_us, accel_ready_us, link_ready_us, host)
-        self.count(space, *space.found.tolist())
+        demand, plan = space.demand, space.plan
+        hits, late = space.found.tolist()
+        self.stats.found(
+            space.counters, index, demand.expert_ids, demand.n_tokens_total, hits, late, plan, self.record_bytes
+        )
+        if self.tracing:
+            space.unit = self.lanes.unit_of(index)
+            self.plans.append(PlannedLayer(plan.plan(demand), demand.frozen(), accelerator=space.unit, link=space.unit))
 
     def expect(self, space: CallSpace, phase: Phase, predictions: tuple[Prediction, ...]) -> None:
         """A described call is about to be planned."""
@@ -98,15 +105,3 @@ class Experts:
             self.reports.forget(space)
         space.step, space.traced, space.stands_for, space.recorded = self.step, self.tracing, 1, False
         space.turns = None
-
-    def count(self, space: CallSpace, hits: int, late: int) -> None:
-        """Counts a planned call: what it found (see `StatsRecorder.found`), and what its plan does."""
-        index, stats, counters, demand, plan = space.index, self.stats, space.counters, space.demand, space.plan
-        stats.found(counters, index, demand.expert_ids, demand.n_tokens_total, hits, late)
-        counters.cpu_experts += plan.n_cpu
-        counters.accel_experts += plan.n_accel
-        if plan.transfers or plan.prefetches:
-            stats.moved(counters, plan, self.record_bytes)
-        if self.tracing:
-            space.unit = self.lanes.unit_of(index)
-            self.plans.append(PlannedLayer(plan.plan(demand), demand.frozen(), accelerator=space.unit, link=space.unit))

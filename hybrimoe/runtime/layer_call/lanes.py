@@ -51,9 +51,10 @@ class Lanes:
         queues: Sequence[TransferQueue], queue_of: Sequence[int],
     ) -> None:  # fmt: skip
         self.store, self.queues, self._planner = store, list(queues), planner
-        self._queue_of: list[TransferQueue | None] = [None] * len(layers)
+        self.queue_of: list[TransferQueue | None] = [None] * len(layers)
+        """Each layer's."""
         if queues:
-            self._queue_of = [self.queues[unit] for unit in queue_of]
+            self.queue_of = [self.queues[unit] for unit in queue_of]
         self._runs = [_runner_of(layer) for layer in layers]
         self.addresses = [store.addresses(index) for index in range(len(layers))]
         self.tiered = store if isinstance(store, TieredStore) else None
@@ -63,7 +64,7 @@ class Lanes:
 
     def link_busy_us(self, layer: int) -> float:
         """Expected us until the transfers under way have ended on the link of the layer's accelerator."""
-        queue = self._queue_of[layer]
+        queue = self.queue_of[layer]
         if queue is None or self._planner is None or not queue.pending:
             return 0.0
         return queue.busy_us(perf_counter_ns() * 1e-3, self._planner.costs.transfer_us)
@@ -81,7 +82,7 @@ class Lanes:
 
     def submit(self, space: CallSpace) -> None:
         """Starts the plan's transfers and its work on the accelerator; `compute` and `combine` must follow."""
-        plan, queue = space.plan, self._queue_of[space.index]
+        plan, queue = space.plan, self.queue_of[space.index]
         if queue is None:
             return
         if plan.n_moved or plan.awaited or space.traced:
@@ -140,8 +141,10 @@ class Lanes:
     def _interleave(self, space: CallSpace, queue: TransferQueue) -> Iterator[Transfer]:
         """Submits work and transfers in turn, so that each computation sees the slot contents that the plan means.
 
-        Yields each transfer before it starts it: the expert must be in host memory then.
+        Where experts are read from disk, yields each transfer before it starts it: the expert must be in host memory
+        then.
         """
+        may_wait = self.tier is not None
         plan, sent, begun = space.plan, 0, 0
         (accel, slots), moved = plan.accelerated(), plan.lists()[TRANSFER][: plan.n_moved]
         for at, position in enumerate(accel):
@@ -151,13 +154,15 @@ class Lanes:
                 begun = at
             if needed >= sent:
                 for transfer in plan.transfers[sent : needed + 1]:
-                    yield transfer
+                    if may_wait:
+                        yield transfer
                     self.start_transfers((transfer,), space.step, traced=space.traced)
                 sent = needed + 1
         if begun < len(accel):
             self._send(space, queue, accel[begun:], slots[begun:])
         for transfer in plan.transfers[sent:]:
-            yield transfer
+            if may_wait:
+                yield transfer
             self.start_transfers((transfer,), space.step, traced=space.traced)
         if plan.prefetches:
             self.start_transfers(plan.prefetches, space.step, traced=space.traced)
@@ -174,13 +179,13 @@ class Lanes:
     def start_transfers(self, transfers: Sequence[Transfer], step: int, *, traced: bool) -> None:
         """Submits transfers in the order of their links."""
         for transfer in transfers:
-            queue = self._queue_of[transfer.layer]
+            queue = self.queue_of[transfer.layer]
             assert queue is not None
             queue.submit(transfer, self.store.record(transfer.layer, transfer.expert), step, traced=traced)
 
     def read_back(self, layer: int, expert: int, n_bytes: int) -> npt.NDArray[np.uint8]:
         """The record of an expert that is in a slot, uint8 [n_bytes], as the accelerator has it."""
-        queue, planner = self._queue_of[layer], self._planner
+        queue, planner = self.queue_of[layer], self._planner
         assert queue is not None
         assert planner is not None
         slot = next(slot for slot, held in planner.contents().items() if held == (layer, expert))
@@ -271,7 +276,7 @@ class Lanes:
         It is on the accelerator's device if that computed some of it, else on the host; a norm over the experts'
         outputs runs where its weights are. Raises LaneError, with the story of the experts, where the lane failed.
         """
-        queue, work = self._queue_of[space.index], space.work
+        queue, work = self.queue_of[space.index], space.work
         on_device = work.transform is not None and work.hidden.device.type != "cpu"
         if queue is None or not (space.ends or on_device):
             return combine_on_host(work)
@@ -282,7 +287,7 @@ class Lanes:
 
     def unit_of(self, layer: int) -> int:
         """The number of the layer's accelerator."""
-        queue = self._queue_of[layer]
+        queue = self.queue_of[layer]
         return 0 if queue is None else queue.unit
 
 

@@ -51,23 +51,30 @@ class Reports:
         """
         for queue in self._queues:
             pending = queue.pending
-            while pending and pending[0].event.done():
+            while pending and pending[0].event.ended:
                 self._end_transfer(pending.popleft(), phase)
         if self._tier is not None:
-            ended = self._tier.take_ended()
-            for read in ended:
+            reads = self._tier.take_ended()
+            for read in reads:
                 self._end_read(read, phase)
-            if ended and self._planner is not None:
+            if reads and self._planner is not None:
                 us = self._tier.read_took_us()
-                self._planner.observe(ObservedTask("disk", ended[-1].layer, 0, us))
+                self._planner.observe(ObservedTask("disk", reads[-1].layer, 0, us))
         finished, planner = self.finished, self._planner
         if finished is not None and planner is not None:
             self.finished = None
             observing = not finished.step % OBSERVE_EVERY and finished.cpu_us > 0.0
             planner.end_layer(finished.index, self._observed_on_cpu(finished, planner) if observing else ())
         unreported = self._unreported
-        while unreported and unreported[0].ends[-1].done():  # a lane ends its work in the order of submission
-            self._end_work(unreported.popleft())
+        while unreported and unreported[0].ends[-1].ended:  # a lane ends its work in the order of submission
+            ended = unreported.popleft()
+            for end in ended.ends:
+                start_us, end_us = end.span_us
+                ended.counters.accel_us += (end_us - start_us) * ended.stands_for
+            if ended.traced or not ended.step % OBSERVE_EVERY:
+                self._tell_of_work(ended)
+            ended.ends.clear()
+            ended.sent.clear()
         while len(unreported) > MAX_UNREPORTED and not unreported[0].traced:
             unreported.popleft()
 
@@ -107,27 +114,26 @@ class Reports:
         """A copy has ended."""
         move = item.transfer
         try:
-            us = item.took_us()
+            item.event.wait()
         except LaneError as error:
             raise with_story(error, self._planner, move.layer, (move.expert,)) from error
+        start_us, end_us = item.event.span_us
+        us = end_us - (start_us if item.began is None else item.began.span_us[0])
         self._stats.counters[phase][move.layer].link_us += us
         if item.traced:
             self.timeline.append(item.record())
         if self._planner is not None:
             self._planner.end_transfer(move.layer, move.expert, move.slot, us)
 
-    def _end_work(self, space: CallSpace) -> None:
+    def _tell_of_work(self, space: CallSpace) -> None:
         """A layer's work on the accelerator has ended: recorded if traced, and in some steps it corrects the costs."""
         planner = None if space.step % OBSERVE_EVERY else self._planner
-        for at, end in enumerate(space.ends):
-            start_us, end_us = end.span_us()
-            space.counters.accel_us += (end_us - start_us) * space.stands_for
-            if planner is not None:
-                planner.observe(self._observed_group(space, planner, space.sent[at], end_us - start_us))
+        if planner is not None:
+            for end, positions in zip(space.ends, space.sent, strict=True):
+                start_us, end_us = end.span_us
+                planner.observe(self._observed_group(space, planner, positions, end_us - start_us))
         if space.traced:
             self._record_work(space)
-        space.ends.clear()
-        space.sent.clear()
 
     @staticmethod
     def _observed_group(
@@ -147,7 +153,7 @@ class Reports:
         for end, (position,) in zip(space.ends, space.sent, strict=True):
             self.timeline.append(
                 TaskRecord("accel", "accel_expert", space.index, int(ids[position]), int(n_tokens[position]), 0,
-                           *end.span_us(), space.step, space.unit)
+                           *end.span_us, space.step, space.unit)
             )  # fmt: skip
 
     def _observed_on_cpu(self, space: CallSpace, planner: LayerPlanner) -> tuple[ObservedTask, ...]:

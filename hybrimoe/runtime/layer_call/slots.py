@@ -21,7 +21,7 @@ class PlanError(HybriMoEError):
     """A plan that cannot be performed as it stands: a defect of a policy, not of the input."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class InFlight:
     """A transfer that was submitted and whose end was not reported yet. `began`: its first copy, where it has two."""
 
@@ -35,14 +35,8 @@ class InFlight:
 
     def span_us(self) -> tuple[float, float]:
         """Start and end of the whole transfer; only after it has ended."""
-        start_us, end_us = self.event.span_us()
-        return (start_us if self.began is None else self.began.span_us()[0]), end_us
-
-    def took_us(self) -> float:
-        """How long it took. Only after it has ended; raises LaneError if the copy failed."""
-        self.event.wait()
-        start_us, end_us = self.event.span_us()
-        return end_us - (start_us if self.began is None else self.began.span_us()[0])
+        start_us, end_us = self.event.span_us
+        return (start_us if self.began is None else self.began.span_us[0]), end_us
 
     def record(self) -> TaskRecord:
         """The finished copy as a timeline entry."""
@@ -76,7 +70,7 @@ class CopiesUnderWay:
         return np.concatenate([planner.resident_mask(layer) for layer in range(planner.n_layers)])
 
     def _pending(self) -> list[InFlight]:
-        return [item for queue in self._queues for item in queue.pending if not item.event.done()]
+        return [item for queue in self._queues for item in queue.pending if not item.event.ended]
 
 
 class TransferQueue:
@@ -131,5 +125,5 @@ class TransferQueue:
                 one_us = transfer_us(layer)
             total_us += one_us
         first = self.pending[0]
-        start_us = (first.event if first.began is None else first.began).span_us()[0]
+        start_us = (first.event if first.began is None else first.began).span_us[0]
         return max(0.0, total_us - (now_us - start_us if start_us else 0.0))

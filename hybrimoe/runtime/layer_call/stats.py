@@ -246,9 +246,11 @@ class StatsRecorder:
         self.found(counters, layer, expert_ids, n_tokens, *found)
 
     def found(
-        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int, hits: int, late: int
-    ) -> None:
-        """Counts one call's demand, of which `hits` experts are in slots, and `late` on their way."""
+        self, counters: Counters, layer: int, expert_ids: npt.NDArray[np.int32], n_tokens: int, hits: int, late: int,
+        plan: PlanView | None = None, record_bytes: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        """Counts one call's demand, of which `hits` experts are in slots, and `late` on their way; and what its plan
+        does with them."""
         n_active = len(expert_ids)
         counters.calls += 1
         counters.tokens += n_tokens
@@ -261,6 +263,11 @@ class StatsRecorder:
                 issued = self._prefetched.pop((layer, expert), None)
                 if issued is not None:
                     issued.prefetches_used += 1
+        if plan is not None:
+            counters.cpu_experts += plan.n_cpu
+            counters.accel_experts += plan.n_accel
+            if plan.transfers or plan.prefetches:
+                self.moved(counters, plan, record_bytes)
 
     def moved(self, counters: Counters, plan: LayerPlan | PlanView, record_bytes: tuple[int, ...]) -> None:
         """Counts what a plan moves."""

@@ -162,7 +162,7 @@ def _accel_call(accelerator: Accelerator, spec: ExpertSpec) -> Callable[[LayerWo
         work.hidden = work.hidden.to(accelerator.device)
         event = accelerator.run_experts(spec, range(n_experts), range(n_experts), work)
         event.wait()
-        start_us, end_us = event.span_us()
+        start_us, end_us = event.span_us
         return end_us - start_us
 
     return call
@@ -176,6 +176,6 @@ def _measure_link(store: ExpertStore, layer: int, accelerator: Accelerator) -> f
         events = [accelerator.copy_to_slot(slot, store.record(layer, slot)) for slot in range(n_slots)]
         for event in events:
             event.wait()
-        spans = [event.span_us() for event in events]
+        spans = [event.span_us for event in events]
         rates.append(store.layers[layer].spec.record_bytes * n_slots / sum(end - start for start, end in spans))
     return max(max(rates) * 1e-3, 1e-3)

@@ -67,7 +67,7 @@ def test_the_cpu_goes_on_with_a_reply(
     if lane == "copy":
         monkeypatch.setattr(EmulatedAccelerator, "_transfer", lambda *_: held.wait())
     else:
-        accelerator._compute.submit(lambda event: held.wait(), HostEvent("what hangs"))
+        accelerator._compute.submit(lambda event: held.wait(), HostEvent())
     with pytest.warns(RuntimeWarning, match="hangs") as warned:
         read(pieces)
     assert len([one for one in warned if "The CPU computes all experts" in str(one.message)]) == 1

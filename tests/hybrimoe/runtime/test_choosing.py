@@ -32,7 +32,7 @@ class Twins:
 
     def __init__(self, planner: Planner, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
         self.planner, self.parts = planner, copy.deepcopy(planner)
-        self.parts._desk = None
+        self.parts.desk = None
         self.plans: list[tuple[LayerPlan, LayerPlan]] = []
         self.lanes = LaneState()
         self.waits: list[tuple[set[int], set[int]]] = []

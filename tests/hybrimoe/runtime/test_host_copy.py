@@ -138,7 +138,7 @@ def test_a_lost_accelerator_is_an_error_that_says_so(dropping: MakeRig, monkeypa
     gate = threading.Event()
     accelerator = rig.session.accelerators[0]
     assert isinstance(accelerator, EmulatedAccelerator)
-    accelerator._compute.submit(lambda event: gate.wait(), HostEvent("what hangs"))
+    accelerator._compute.submit(lambda event: gate.wait(), HostEvent())
     for _ in range(2):
         with pytest.raises(LostError, match=r"hangs.*no copy of the experts in its slots.*host_copy: drop"):
             rig.call(0, *routing(20, 8, 3, seed=1))
@@ -185,7 +185,7 @@ def test_a_mapped_file_has_the_copies_so_that_nothing_is_read_back(
     assert 0 < rig.session.stats().dropped_bytes < dropped
     rig.session.resize_slots(N_SLOTS)
     gate = threading.Event()
-    rig.session.accelerators[0]._compute.submit(lambda event: gate.wait(), HostEvent("what hangs"))  # type: ignore[attr-defined]
+    rig.session.accelerators[0]._compute.submit(lambda event: gate.wait(), HostEvent())  # type: ignore[attr-defined]
     check_right(rig, 30)
     assert rig.session.lost is not None
     gate.set()

@@ -26,11 +26,13 @@ class Lane:
     def __init__(self, us: float) -> None:
         self._us = us
 
-    def done(self) -> bool:
+    @property
+    def ended(self) -> bool:
         return True
 
     def wait(self) -> None: ...
 
+    @property
     def span_us(self) -> tuple[float, float]:
         return 1000.0, 1000.0 + self._us
 

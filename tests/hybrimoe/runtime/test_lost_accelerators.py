@@ -45,7 +45,7 @@ def hang(monkeypatch: pytest.MonkeyPatch, lane: str, held: threading.Event) -> N
         computed = EmulatedAccelerator.run_experts
 
         def run_experts(self: Any, *arguments: Any) -> Any:
-            self._compute.submit(lambda event: held.wait(), computed.__globals__["HostEvent"]("what hangs"))
+            self._compute.submit(lambda event: held.wait(), computed.__globals__["HostEvent"]())
             return computed(self, *arguments)
 
         monkeypatch.setattr(EmulatedAccelerator, "run_experts", run_experts)

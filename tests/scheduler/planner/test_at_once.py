@@ -35,7 +35,7 @@ class Twin:
             )
             for _ in range(2)
         ]  # fmt: skip
-        self.both[1]._desk = None
+        self.both[1].desk = None
         self.under_way: list[Transfer] = []
         self.told("begin_sequence")
         self.land(self.told("warm_up"))
@@ -142,4 +142,4 @@ def test_predictions_that_are_said_not_to_be_read_change_nothing(seed: int, n_aw
 def test_a_desk_is_not_copied_to_decide_on_the_arrays_of_another_planner() -> None:
     planner = Planner(N_LAYERS, N_EXPERTS, 12, CostModel.uniform(N_LAYERS), "ours")
     with pytest.raises(SchedulerError, match="make a new one"):
-        copy.deepcopy(planner._desk)
+        copy.deepcopy(planner.desk)
