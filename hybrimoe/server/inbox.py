@@ -23,7 +23,9 @@ class Inbox(Generic[Item]):
         self._items: deque[Item] = deque()
         self._woken = False
         self._taker: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._rings_s = 0.0
+        """When the timer rings, on the loop's clock: those of uvloop that are due at once do not tell."""
         self._due_s = 0.0
         """When the task that waits is to go on with nothing, on the loop's clock."""
 
@@ -64,16 +66,20 @@ class Inbox(Generic[Item]):
     def _ring_in(self, seconds: float) -> None:
         """One timer serves all waits: most end before it rings, and then it is set anew."""
         self._due_s = self._loop.time() + seconds
-        if self._timer is not None and self._timer.when() > self._due_s:
+        if self._timer is not None and self._rings_s > self._due_s:
             self.close()
         if self._timer is None:
-            self._timer = self._loop.call_at(self._due_s, self._ring)
+            self._ring_when_due()
+
+    def _ring_when_due(self) -> None:
+        self._rings_s = self._due_s
+        self._timer = self._loop.call_at(self._due_s, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
         if self._taker is None:
             return
         if self._loop.time() < self._due_s:
-            self._timer = self._loop.call_at(self._due_s, self._ring)
+            self._ring_when_due()
         else:
             self._go_on()

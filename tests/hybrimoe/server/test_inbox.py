@@ -87,3 +87,24 @@ def test_a_loop_that_has_gone_is_told_nothing():
 
     inbox = asyncio.run(make())
     inbox.put("nobody hears it")
+
+
+def test_a_timer_that_only_can_be_cancelled_is_set_anew(monkeypatch):
+    """Of uvloop's timers those that are due by the next millisecond are such."""
+
+    class Timer:
+        def __init__(self, own):
+            self.cancel = own.cancel
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        call_at = loop.call_at
+        monkeypatch.setattr(loop, "call_at", lambda when, call: Timer(call_at(when, call)))
+        inbox = Inbox()
+        long = asyncio.ensure_future(inbox.take(600))
+        await asyncio.sleep(0)
+        inbox.put("a")
+        assert await long == ["a"]
+        return await inbox.take(0.01)
+
+    assert asyncio.run(run()) == []
