@@ -31,6 +31,7 @@ from hybrimoe import compat
 from hybrimoe.checkpoint.config_numbers import check_config, check_positions, check_sizes
 from hybrimoe.checkpoint.conversion import Conversion, ConversionPlan, ModelShapes
 from hybrimoe.checkpoint.errors import LeftOutWarning, listed
+from hybrimoe.checkpoint.reading import new_weight
 from hybrimoe.checkpoint.source import read_config_dict
 from hybrimoe.errors import CheckpointError, ModelError
 from hybrimoe.generation.sampling import check_settings
@@ -204,8 +205,12 @@ def read_checked(
         if key not in shapes.shapes:
             raise CheckpointError(f"{listed(conversion.source_keys())} gives {key}, which the model does not have")
         _check(key, tensor, shapes.shapes[key], dtypes[key], conversion)
-        checked[key] = tensor.to(dtypes[key])
+        checked[key] = _cast(tensor, dtypes[key])
     return checked
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype is dtype else new_weight(tensor.shape, dtype).copy_(tensor)
 
 
 def complete(

@@ -142,7 +142,11 @@ class RandomSource:
 
 def _draw_dense(model: Any) -> None:
     """Gives an injected model on the meta device the random weights of all that is not experts."""
+    from hybrimoe.checkpoint.reading import new_weight
+
     model.to_empty(device="cpu")
+    for weight in model.parameters():
+        weight.data = new_weight(weight.shape, weight.dtype)  # as those of a checkpoint
     torch.manual_seed(SEED)
     model.init_weights()
     model.tie_weights()

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import GraniteMoeConfig, MixtralConfig, PreTrainedModel
 
-from hybrimoe.checkpoint import load
+from hybrimoe.checkpoint import load, reading
 from tests.forked import Forked
 
 from .conftest import SMALL
@@ -107,3 +107,25 @@ def test_the_second_start_needs_no_memory_for_the_experts(
     with peak_growth() as growth:
         model = load(tmp_path / "large", **OPTIONS)
     assert growth[0] < model.hybrimoe.session.store.nbytes // 2
+
+
+@pytest.mark.parametrize("dense_dtype", ["float32", "bfloat16"], ids=["as stored", "cast"])
+def test_large_weights_around_the_experts_lie_on_huge_pages(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, dense_dtype: str
+) -> None:
+    rooms = []
+
+    def page_aligned(n_bytes: int) -> Any:
+        rooms.append(reading_aligned(n_bytes))
+        return rooms[-1]
+
+    reading_aligned = reading.page_aligned
+    monkeypatch.setattr(reading, "page_aligned", page_aligned)
+    monkeypatch.setattr(reading, "HUGE_PAGE", 1024)
+    model = load(directory, **OPTIONS, dense_dtype=dense_dtype)
+    there = [range(room.ctypes.data, room.ctypes.data + room.nbytes) for room in rooms]
+    large = {name: weight for name, weight in model.named_parameters() if weight.nbytes >= 1024}
+    assert len(large) > 4
+    for name, weight in large.items():
+        assert weight.dtype is getattr(torch, dense_dtype)
+        assert any(weight.data_ptr() in room for room in there), name
