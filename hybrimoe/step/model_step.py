@@ -148,7 +148,9 @@ class AsRead:
 
     def _present(self) -> list[Any]:
         """All that the modules' tables hold now, in order. The garbage collector tells it in three fifths of the time
-        that views of hundreds of tables take."""
+        that views of hundreds of tables take; torch.compile, which would trace this, does not know that call."""
+        if torch.compiler.is_compiling():
+            return [part for table in self._tables for part in table.values()]
         return gc.get_referents(*self._tables)
 
     def _state(self) -> tuple[list[int], list[int]]:
