@@ -150,8 +150,8 @@ def _row(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def in_group(job: Job, limit_bytes: int) -> dict[str, Any]:
-    """What `contender.measured` finds in a process under the limit, and its peak. Raises BudgetError where the system
-    ended the process, what the contender raises, and ModelError where it ended otherwise."""
+    """What `contender.measured` finds in a process under the limit, and its peak. Raises BudgetError where the limit
+    is too low for it, what the contender raises otherwise, and ModelError where it ended otherwise."""
     context = process_context()
     receiving, sending = context.Pipe(duplex=False)
     with memory_group(limit_bytes) as group:
@@ -171,6 +171,8 @@ def in_group(job: Job, limit_bytes: int) -> dict[str, Any]:
         )
     if found is None:
         raise ModelError(f"{job.name} ended without a result (exit code {process.exitcode}); its error stands above")
+    if isinstance(found, BudgetError):  # it saw the limit before the system did
+        raise BudgetError(f"{job.name} does not fit {size_text(limit_bytes)}; give a larger --allowance ({found})")
     if isinstance(found, HybriMoEError):
         raise found
     return {**found, "peak_bytes": peak_bytes}
