@@ -703,9 +703,9 @@ class Session:
 
     def _failed(self, error: Exception) -> LostError:
         """torch's error of a device that has failed, as ours."""
-        for device in self._accelerators:
-            return device.wait_limit.failed(error)
-        raise error
+        if not self._accelerators:
+            raise error
+        return self._accelerators[0].wait_limit.failed(error)
 
     def _go_on_without(self, error: LostError, hidden: torch.Tensor) -> None:
         """After the loss of an accelerator: the CPU computes all experts from here on, with a warning. Raises LostError
