@@ -232,9 +232,9 @@ def _kept_free(found: dict[str, Any]) -> list[tuple[str, str]]:
     names = ("unpack_bytes", "workspace_bytes", "graph_bytes", "reserve_bytes")
     total = found["dense_bytes"] + found["kv_bytes"] + first + sum(found[name] for name in names)
     return [
-        ("kept free: an expert that a prompt unpacks", _gib(found["unpack_bytes"])),
-        ("kept free: workspaces of matrix products", _gib(found["workspace_bytes"])),
-        ("kept free: recorded decode steps", _gib(found["graph_bytes"])),
+        ("kept free: an expert unpacked", _gib(found["unpack_bytes"])),
+        ("kept free: workspaces", _gib(found["workspace_bytes"])),
+        ("kept free: recorded steps", _gib(found["graph_bytes"])),
         ("kept free: activations", _gib(found["reserve_bytes"])),
         ("all of this on one device", f"{_gib(total)} of {_gib(found['device_bytes'])}"),
     ]
