@@ -242,7 +242,7 @@ def sketch(hidden: torch.Tensor, width: int) -> NDArray[np.float16]:
     n = states.shape[1]
     if width < n:
         states = states @ _projection(n, width)
-    return states.astype(np.float16)
+    return np.asarray(states, np.float16)
 
 
 @lru_cache(maxsize=4)

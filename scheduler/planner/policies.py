@@ -61,8 +61,8 @@ _PRESETS: dict[str, Policy] = {
 """static: KTransformers (most frequent experts resident by profile, never moved). llama_cpp: --n-cpu-moe (whole
 layers; batches of at least 32 tokens upload the experts that they need: its pull requests 13386 and 15346).
 moe_infinity: arXiv 2401.14361. fiddler: arXiv 2402.07033. freetoken: arXiv 2608.16157. adapmoe: arXiv
-2408.10284. hobbit: arXiv 2411.01433, its lossless part. fate: arXiv 2502.12224. promoe: arXiv 2410.22134 (predictions ``hidden`` give it
-its learned predictor). hybrimoe: arXiv 2504.05897;
+2408.10284. hobbit: arXiv 2411.01433, its lossless part. fate: arXiv 2502.12224. promoe: arXiv 2410.22134
+(predictions ``hidden`` give it its learned predictor). hybrimoe: arXiv 2504.05897;
 hybrimoe_released: with the balance of its published code, which its figures were measured with."""
 PRESETS: tuple[str, ...] = tuple(_PRESETS)
 """Names of those that are in the package; ``add_preset`` adds others."""
