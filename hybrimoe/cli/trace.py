@@ -149,7 +149,7 @@ def import_(
         typer.Argument(
             metavar="FILE...",
             help="llama.cpp's moe-trace (.csv), responses with routed_experts of vLLM or SGLang (.json, .jsonl), ids"
-            " [tokens, layers, k] (.npy).",
+            " [tokens, layers, k] or a collection of MoE-Infinity (.npy).",
         ),
     ],
     model_shape: Annotated[
@@ -173,6 +173,8 @@ def import_(
     trace = import_traces(files, open_shape(model_shape), prompt_tokens=prompt_tokens, licence=licence)
     trace.save(out)
     _tell(out, trace, as_json)
+    if "order" in trace.meta:
+        render.note("the file has counts of whole sequences: tokens were drawn that have them, in no recorded order")
 
 
 def _tell(out: Path, trace: Trace, as_json: bool) -> None:

@@ -31,6 +31,8 @@ OPTIONAL_ARRAYS: Mapping[str, type[np.generic]] = {
     "token_ids": np.int32, "hidden": np.float16,
 }  # fmt: skip
 REQUIRED_META = ("model", "num_layers", "num_experts", "top_k")
+DRAWN = "drawn"
+"""Value of the optional meta key ``order``: only how often each expert was used was recorded, not by which token."""
 
 
 class TraceError(SchedulerError):
