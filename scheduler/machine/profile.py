@@ -17,6 +17,13 @@ from scheduler.errors import ProfileError, did_you_mean
 Provenance = Literal["measured", "datasheet", "fitted"]
 CostTable = Mapping[str, tuple[tuple[int, float], ...]]
 
+FASTEST: Mapping[str, float] = {
+    "cpu.read_gbps": 4000.0, "accel.mem_gbps": 25000.0, "accel.tflops": 60000.0, "link.gbps": 1000.0, "disk.gbps": 500.0
+}  # fmt: skip
+"""Above every announced device, in the units of the names: a profile that is read with more has a wrong unit. Next to it
+come two sockets of 16 channels at 12,800 MT/s (3.3 TB/s), memory and FP4 rate of NVIDIA's Rubin (22 TB/s, 50 PFLOPS),
+and a link of 900 GB/s a direction beside it."""
+
 BYTES_PER_WEIGHT: Mapping[str, float] = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0625, "int4": 0.5625}
 """Bytes a weight; int8 and int4 carry one bfloat16 scale for 32 weights (8.5 and 4.5 bits a weight)."""
 
@@ -156,7 +163,9 @@ class HardwareProfile:
                 values[key] = section(**inner)
             elif key in values and key != "disk":
                 raise ProfileError(f"hardware profile: {key} is empty; expected a mapping")
-        return cls(**values)
+        made = cls(**values)
+        _check_units(made)
+        return made
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers; ``from_mapping`` of it gives an equal profile."""
@@ -309,6 +318,18 @@ def _check_profile(profile: HardwareProfile) -> None:
     for lane, table in (("cpu", profile.cpu.table), ("accel", profile.accel.table)):
         for key, points in table.items():
             _check_points(f"{profile.name}: {lane}.table[{key!r}]", points)
+
+
+def _check_units(profile: HardwareProfile) -> None:
+    """Raises ProfileError for a rate above FASTEST."""
+    for name, most in FASTEST.items():
+        section, _, key = name.partition(".")
+        part = getattr(profile, section)
+        if part is not None and getattr(part, key) > most:
+            unit, found = "GB/s" if key.endswith("gbps") else "TFLOPS", getattr(part, key)
+            raise ProfileError(
+                f"{profile.name}: {name} is {found:g} {unit}; no device's data sheet has more than {most:g}"
+            )
 
 
 def _number(profile: str, name: str, value: Any, above_zero: bool = False) -> None:
