@@ -78,7 +78,7 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(
         metavar="DTYPE",
-        help="Experts as float32, bfloat16, int8, int4; auto: as suits the file.",
+        help="Experts as float32, bfloat16, int8, int6, int5, int4, int3, int2; auto: as suits the file.",
         rich_help_panel=PLACEMENT,
     ),
 ]

@@ -296,7 +296,10 @@ class Session:
             n_host = checked("host", host, lambda budget: self._tier().slots_for(parse_amount(budget)))
             checked("slots", slots, self._check_slots)
             n_kv_bytes = checked("kv", kv, lambda budget: self._keys().checked_kv(budget))
-            runner.drain()
+            if slots is None:
+                runner.report()  # copies into slots may go on: what they read stays
+            else:
+                runner.drain()
             n_host_before = 0 if n_host is None else self._tier().cache.slots.n_slots
             if n_host is not None:
                 checked("host", host, lambda _: self._tier().resize(n_host))
@@ -333,7 +336,7 @@ class Session:
         with self._lock:
             runner, tier = self._ready(), self._tier()
             number = tier.slots_for(parse_amount(budget))
-            runner.drain()
+            runner.report()
             return tier.resize(number)
 
     def keep_keys(self, owner: KeysAndValues) -> None:

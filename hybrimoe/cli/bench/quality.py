@@ -9,10 +9,11 @@ import typer
 
 from hybrimoe.cli import common
 from hybrimoe.cli.bench import options
+from scheduler.machine.profile import BYTES_PER_WEIGHT
 
 CHANGES = {"skipped": "skipped", "substituted": "substituted", "lowered": "low", "deferred": "late"}
 DECODE_WINDOWS = 4
-DTYPES = ("float32", "bfloat16", "int8", "int4")
+DTYPES = tuple(BYTES_PER_WEIGHT)
 
 
 def register(app: typer.Typer) -> None:

@@ -115,7 +115,7 @@ def test_a_disk_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_wrong_dtype(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        app(["calibrate", "--dtype", "int3"])
+        app(["calibrate", "--dtype", "int9"])
     assert left.value.code == 2
     assert "int4, int8" in capsys.readouterr().err
 
