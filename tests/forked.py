@@ -22,7 +22,7 @@ from typing import IO
 HYBRIMOE = "from hybrimoe.cli.app import main; main()"
 """The program `hybrimoe`."""
 IMPORTED = (
-    "hybrimoe.cli.serve", "hybrimoe.server.app", "hybrimoe.checkpoint.loading", "hybrimoe.checkpoint.packed_dense",
+    "hybrimoe.cli.serve", "hybrimoe.server.app", "hybrimoe.checkpoint.loading", "hybrimoe.checkpoint.pack.dense",
     "hybrimoe.injection.inject", "hybrimoe.runtime.session", "hybrimoe.step.build", "cpu_kernels.step.run",
 )  # fmt: skip
 HANG_SECONDS = 600  # no machine is as slow: what takes so long hangs

@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from hybrimoe.checkpoint.errors import PackedFileWarning, UnsupportedCheckpointError
     from hybrimoe.checkpoint.loading import load
     from hybrimoe.checkpoint.pack.checksums import verify_pack
-    from hybrimoe.checkpoint.packed import PackedFile
+    from hybrimoe.checkpoint.pack.experts import PackedFile
     from hybrimoe.checkpoint.source import model_path
     from hybrimoe.checkpoint.tokenizer import load_tokenizer
     from hybrimoe.injection.restore import rebuild_experts
 
 _MODULE_OF = {
-    "PackedFile": "hybrimoe.checkpoint.packed",
+    "PackedFile": "hybrimoe.checkpoint.pack.experts",
     "PackedFileWarning": "hybrimoe.checkpoint.errors",
     "UnsupportedCheckpointError": "hybrimoe.checkpoint.errors",
     "convert": "hybrimoe.checkpoint.converting",

@@ -29,8 +29,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from hybrimoe.checkpoint.dequantise import Source
 from hybrimoe.checkpoint.errors import listed
+from hybrimoe.checkpoint.formats.dequantise import Source
 from hybrimoe.checkpoint.stored import Stored
 from hybrimoe.errors import CheckpointError
 

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from hybrimoe.checkpoint import packed, packed_dense
 from hybrimoe.checkpoint.dense import complete, load_dense, read_checked, strict_dtypes
 from hybrimoe.checkpoint.experts import pack_experts
+from hybrimoe.checkpoint.formats.quantisation import CONFIG_NAME, SIDE_FILES
 from hybrimoe.checkpoint.loading import Loader
+from hybrimoe.checkpoint.pack import dense as packed_dense
+from hybrimoe.checkpoint.pack import experts as packed
 from hybrimoe.checkpoint.pack.checksums import write_checksums
 from hybrimoe.checkpoint.pack.folder import whole_or_nothing
 from hybrimoe.checkpoint.pack.manifest import Manifest, read_manifest
 from hybrimoe.checkpoint.progress import Progress, progress_of
-from hybrimoe.checkpoint.quantisation import CONFIG_NAME, SIDE_FILES
 from hybrimoe.checkpoint.source import CHECKSUMS_NAME, MANIFEST_NAME, SINGLE_NAME, model_path
 from hybrimoe.checkpoint.tokenizer import load_tokenizer
 from hybrimoe.config.deploy import DeployConfig, load_config

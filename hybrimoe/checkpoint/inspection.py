@@ -19,8 +19,8 @@ from hybrimoe.checkpoint.adapters.merging import Merged, merge_adapters
 from hybrimoe.checkpoint.choice import ExpertChoice, choose_expert_dtype
 from hybrimoe.checkpoint.conversion import ConversionPlan, ModelShapes
 from hybrimoe.checkpoint.dense import dense_dtype, meta_model, read_config
-from hybrimoe.checkpoint.dequantise import Source
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources
+from hybrimoe.checkpoint.formats.dequantise import Source
 from hybrimoe.checkpoint.source import model_path, read_config_dict
 from hybrimoe.checkpoint.weights import open_weights
 from hybrimoe.compat import has_processor

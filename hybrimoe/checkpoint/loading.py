@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from cpu_kernels.jit.cache_dir import ENV_CACHE
 from hybrimoe import compat
 from hybrimoe.amounts import Amount, size_text
-from hybrimoe.checkpoint import packed, packed_dense
 from hybrimoe.checkpoint.adapters.file import open_adapter
 from hybrimoe.checkpoint.adapters.merging import Merged, merge_adapters
 from hybrimoe.checkpoint.choice import ExpertChoice, choose_expert_dtype, wanted_dtype
@@ -34,10 +33,12 @@ from hybrimoe.checkpoint.dense import (
 )
 from hybrimoe.checkpoint.errors import PackedFileWarning, TiedEmbeddingsWarning
 from hybrimoe.checkpoint.experts import LayerSource, layer_sources, pack_experts
-from hybrimoe.checkpoint.packed import PackedFile
-from hybrimoe.checkpoint.packed_dense import DenseSource
+from hybrimoe.checkpoint.pack import dense as packed_dense
+from hybrimoe.checkpoint.pack import experts as packed
+from hybrimoe.checkpoint.pack.dense import DenseSource
+from hybrimoe.checkpoint.pack.experts import PackedFile
+from hybrimoe.checkpoint.pack.record_file import Header, folders, other_folders
 from hybrimoe.checkpoint.progress import Progress, progress_of
-from hybrimoe.checkpoint.record_file import Header, folders, other_folders
 from hybrimoe.checkpoint.source import is_demo, model_path, read_config_dict
 from hybrimoe.checkpoint.weights import Weights, open_weights
 from hybrimoe.config.deploy import DeployConfig, load_config

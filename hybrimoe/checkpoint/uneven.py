@@ -22,7 +22,7 @@ from hybrimoe.experts.layout import find_experts, read
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from hybrimoe.checkpoint.dequantise import Source
+    from hybrimoe.checkpoint.formats.dequantise import Source
 
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configurations call the number of experts."""

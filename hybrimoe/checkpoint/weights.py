@@ -9,14 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hybrimoe.checkpoint import record_file
 from hybrimoe.checkpoint.conversion import ConversionPlan, plan_as_named, plan_conversions
-from hybrimoe.checkpoint.dequantise import Source, dequantised
+from hybrimoe.checkpoint.formats.dequantise import Source, dequantised
+from hybrimoe.checkpoint.formats.quantisation import read_quantisation
 from hybrimoe.checkpoint.gguf.file import open_gguf
 from hybrimoe.checkpoint.gguf.weights import sources_of
+from hybrimoe.checkpoint.pack import record_file
 from hybrimoe.checkpoint.pack.manifest import Manifest, read_manifest
 from hybrimoe.checkpoint.pack.sources import packed_sources
-from hybrimoe.checkpoint.quantisation import read_quantisation
 from hybrimoe.checkpoint.safetensors_file import open_checkpoint
 from hybrimoe.checkpoint.stored import WeightFile
 from hybrimoe.checkpoint.uneven import counts_of, fit_layers, uneven_counts

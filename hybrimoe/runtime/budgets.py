@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
-from hybrimoe.errors import BudgetError, HybriMoEError
+from hybrimoe.amounts import parse_amount
+from hybrimoe.errors import BudgetError, HybriMoEError, ModelError
+from hybrimoe.runtime.store import ExpertStore
+from hybrimoe.runtime.tier.store import TieredStore
 
 Budget = Literal["slots", "host", "kv"]
 Setting = int | float | str
@@ -53,3 +57,63 @@ def checked(budget: Budget, given: Setting | None, find: Callable[[Setting], Fou
         return find(given)
     except HybriMoEError as error:
         raise ResizeError(budget, str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """The budgets of one session.
+
+    store, keys_of: what host memory and keys and values belong to, where there is any. check_slots raises for a number
+    that cannot be, as far as that can be seen beforehand; replace_slots gives the number that there is then, or raises
+    and leaves it as it was.
+    """
+
+    store: ExpertStore | None
+    keys_of: weakref.ref[KeysAndValues] | None
+    check_slots: Callable[[Setting], None]
+    replace_slots: Callable[[Setting], int]
+
+    def change(
+        self, slots: Setting | None, host: Setting | None, kv: Setting | None, settled: Callable[[], None]
+    ) -> Resized:
+        """Changes those that are given, or none of them; `settled` is called between the looking and the changing.
+
+        Raises ResizeError, which names the budget that cannot be.
+        """
+        n_host = checked("host", host, lambda budget: tier_of(self.store).slots_for(parse_amount(budget)))
+        checked("slots", slots, self.check_slots)
+        n_kv_bytes = checked("kv", kv, lambda budget: keys_of(self.keys_of).checked_kv(budget))
+        settled()
+        n_host_before = 0 if n_host is None else tier_of(self.store).cache.slots.n_slots
+        if n_host is not None:
+            checked("host", host, lambda _: tier_of(self.store).resize(n_host))
+        try:
+            n_slots = checked("slots", slots, self.replace_slots)
+        except BudgetError:
+            if n_host is not None:
+                tier_of(self.store).resize(n_host_before)
+            raise
+        if n_kv_bytes is not None:
+            keys_of(self.keys_of).set_kv(n_kv_bytes)
+        return Resized(n_slots, n_host, n_kv_bytes)
+
+
+def tier_of(store: ExpertStore | None) -> TieredStore:
+    """The store, where it has a budget of host memory. Raises ModelError where all experts are in memory anyway."""
+    if not isinstance(store, TieredStore):
+        raise ModelError(
+            "all experts are in host memory, so there is no budget to change: load the model with"
+            " memory.host and memory.disk (--host-memory) to have one"
+        )
+    return store
+
+
+def keys_of(owner: weakref.ref[KeysAndValues] | None) -> KeysAndValues:
+    """Who has keys and values of the model. Raises ModelError where nobody has."""
+    found = None if owner is None else owner()
+    if found is None:
+        raise ModelError(
+            "no BatchEngine computes replies with this model, so its keys and values have no budget to change:"
+            " make one (hybrimoe.generation.continuous_batching), or serve the model"
+        )
+    return found

@@ -8,12 +8,29 @@ from collections.abc import Sequence
 import torch
 
 from gpu_kernels import Accelerator, LostError
+from gpu_kernels.waiting import DeviceFailure
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.store import ExpertStore
 
+DEVICE_ERRORS = (torch.OutOfMemoryError, LostError, DeviceFailure)
+"""What a call raises for the device's sake; all else is the call's own."""
 _ABANDONED: list[object] = []
 """What a lost accelerator may still read and write, if it ever goes on: it is never freed, and never used again."""
+
+
+def lost_of(accelerators: Sequence[Accelerator]) -> str | None:
+    """What has become of the first one that hangs or has failed; None as long as all work."""
+    return next((device.wait_limit.lost for device in accelerators if device.wait_limit.lost), None)
+
+
+def as_lost(error: Exception, accelerators: Sequence[Accelerator]) -> LostError:
+    """torch's error of a device that has failed, as ours. Raises it as it is where there is no accelerator."""
+    if isinstance(error, LostError):
+        return error
+    if not accelerators:
+        raise error
+    return accelerators[0].wait_limit.failed(error)
 
 
 def why_it_ends(config: RuntimeConfig, store: ExpertStore, hidden: torch.Tensor) -> str | None:

@@ -16,12 +16,11 @@ from torch import nn
 
 from cpu_kernels import ExpertDtype, ExpertSpec, ExpertWeights, unpack_expert
 from gpu_kernels import Accelerator, LostError
-from gpu_kernels.waiting import DeviceFailure, WaitLimit
 from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import BudgetError, HybriMoEError, ModelError
 from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
-from hybrimoe.runtime.budgets import KeysAndValues, Resized, checked
+from hybrimoe.runtime.budgets import Budgets, KeysAndValues, Resized, tier_of
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.exchanged import ExchangedExperts, find_exchanged
 from hybrimoe.runtime.host_copy import bring_back, drop, never_moves, require_droppable
@@ -35,7 +34,7 @@ from hybrimoe.runtime.layer_call.steps import StepTracker
 from hybrimoe.runtime.learnt import RoutingFile
 from hybrimoe.runtime.lossy.low_copy import LowCopy, make_low_copy
 from hybrimoe.runtime.lossy.startup import lossy_call
-from hybrimoe.runtime.lost import go_on_without, why_it_ends
+from hybrimoe.runtime.lost import DEVICE_ERRORS, as_lost, go_on_without, lost_of, why_it_ends
 from hybrimoe.runtime.resident import ResidentExperts, find_resident
 from hybrimoe.runtime.snapshot import snapshot
 from hybrimoe.runtime.startup.backends import backend_for, close_all, cpu_threads, open_devices
@@ -211,12 +210,8 @@ class Session:
                     if runner is None or not runner.consistent:
                         runner = self._ready()
                     return runner.run(layer, hidden, top_k_index, top_k_weights)
-                except torch.OutOfMemoryError as error:
-                    self.make_room(error)
-                except LostError as error:
-                    self._go_on_without(error, hidden)
-                except DeviceFailure as error:
-                    self._go_on_without(self._failed(error), hidden)
+                except DEVICE_ERRORS as error:
+                    self._go_on_after(error, hidden)
 
     def run_sent(self, call: SentCall) -> None:
         """One call that a recorded step has sent; see `ExpertsCall.run_sent`."""
@@ -226,12 +221,8 @@ class Session:
                 try:
                     runner.run_sent(call)
                     return
-                except torch.OutOfMemoryError as error:
-                    self.make_room(error)
-                except LostError as error:
-                    self._go_on_without(error, call.hidden)
-                except DeviceFailure as error:
-                    self._go_on_without(self._failed(error), call.hidden)
+                except DEVICE_ERRORS as error:
+                    self._go_on_after(error, call.hidden)
             output = self.run_layer(call.layer, call.hidden, call.ids, call.weights)
             call.exchange.put(output)
 
@@ -293,25 +284,12 @@ class Session:
         """
         with self._lock:
             runner = self._ready()
-            n_host = checked("host", host, lambda budget: self._tier().slots_for(parse_amount(budget)))
-            checked("slots", slots, self._check_slots)
-            n_kv_bytes = checked("kv", kv, lambda budget: self._keys().checked_kv(budget))
-            if slots is None:
-                runner.report()  # copies into slots may go on: what they read stays
-            else:
-                runner.drain()
-            n_host_before = 0 if n_host is None else self._tier().cache.slots.n_slots
-            if n_host is not None:
-                checked("host", host, lambda _: self._tier().resize(n_host))
-            try:
-                n_slots = checked("slots", slots, lambda number: self._replace_slots(number, runner))
-            except BudgetError:
-                if n_host is not None:
-                    self._tier().resize(n_host_before)
-                raise
-            if n_kv_bytes is not None:
-                self._keys().set_kv(n_kv_bytes)
-            return Resized(n_slots, n_host, n_kv_bytes)
+            budgets = Budgets(
+                self._store, self._keys_of, self._check_slots, lambda number: self._replace_slots(number, runner)
+            )
+            # Copies into slots may go on where the slots stay: what they read in host memory stays, too.
+            settled = runner.report if slots is None else runner.drain
+            return budgets.change(slots, host, kv, settled=settled)
 
     def resize_slots(self, slots: int | float | str) -> int:
         """Changes the number of slots while the session lives; contents start over with the most used experts.
@@ -334,7 +312,7 @@ class Session:
         as before.
         """
         with self._lock:
-            runner, tier = self._ready(), self._tier()
+            runner, tier = self._ready(), tier_of(self._store)
             number = tier.slots_for(parse_amount(budget))
             runner.report()
             return tier.resize(number)
@@ -362,23 +340,6 @@ class Session:
             self._start_runner(None, runner, used)  # what the slots held may be gone
             raise
         return self.n_slots
-
-    def _tier(self) -> TieredStore:
-        if not isinstance(self._store, TieredStore):
-            raise ModelError(
-                "all experts are in host memory, so there is no budget to change: load the model with"
-                " memory.host and memory.disk (--host-memory) to have one"
-            )
-        return self._store
-
-    def _keys(self) -> KeysAndValues:
-        owner = None if self._keys_of is None else self._keys_of()
-        if owner is None:
-            raise ModelError(
-                "no BatchEngine computes replies with this model, so its keys and values have no budget to change:"
-                " make one (hybrimoe.generation.continuous_batching), or serve the model"
-            )
-        return owner
 
     def change_policy(self, policy: str) -> None:
         """Plans by another policy while the session lives; slots start over with the most used experts, costs stay.
@@ -485,15 +446,12 @@ class Session:
     @property
     def lost(self) -> str | None:
         """What has become of an accelerator that hangs or has failed; None as long as all work."""
-        return self._lost or next((limit.lost for limit in self._limits() if limit.lost), None)
+        return self._lost or lost_of(self._accelerators)
 
     @property
     def is_stuck(self) -> bool:
         """Whether an accelerator is lost without which the session cannot go on, or has not yet."""
-        return not self._closed and any(limit.lost for limit in self._limits())
-
-    def _limits(self) -> list[WaitLimit]:
-        return [device.wait_limit for device in self._accelerators]
+        return not self._closed and lost_of(self._accelerators) is not None
 
     @property
     def planner(self) -> LayerPlanner | None:
@@ -704,11 +662,13 @@ class Session:
         self._tracker.restart()
         self._start_runner(n_slots, broken, None)
 
-    def _failed(self, error: Exception) -> LostError:
-        """torch's error of a device that has failed, as ours."""
-        if not self._accelerators:
-            raise error
-        return self._accelerators[0].wait_limit.failed(error)
+    def _go_on_after(self, error: Exception, hidden: torch.Tensor) -> None:
+        """After an error of an accelerator in a call with these hidden states: with fewer slots if it was out of
+        memory, else without it."""
+        if isinstance(error, torch.OutOfMemoryError):
+            self.make_room(error)
+        else:
+            self._go_on_without(as_lost(error, self._accelerators), hidden)
 
     def _go_on_without(self, error: LostError, hidden: torch.Tensor) -> None:
         """After the loss of an accelerator: the CPU computes all experts from here on, with a warning. Raises LostError

@@ -29,8 +29,8 @@ import torch
 from cpu_kernels import ExpertSpec, ExpertWeights, pack_expert
 from hybrimoe.bench.overhead import Experts
 from hybrimoe.bench.rounds import busy_warning, spread
-from hybrimoe.checkpoint import packed
-from hybrimoe.checkpoint.packed import PackedFile
+from hybrimoe.checkpoint.pack import experts as packed
+from hybrimoe.checkpoint.pack.experts import PackedFile
 from hybrimoe.errors import BudgetError, ConfigError, ModelError
 from hybrimoe.machine.facts import machine
 from hybrimoe.machine.profiles import open_shape

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from hybrimoe.checkpoint.dequantise import Source
+from hybrimoe.checkpoint.formats.dequantise import Source
 from hybrimoe.checkpoint.safetensors_file import StoredTensor
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError

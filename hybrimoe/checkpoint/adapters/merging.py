@@ -21,8 +21,8 @@ from hybrimoe.checkpoint.adapters.deltas import Delta, LowRank, Matrix, Nothing,
 from hybrimoe.checkpoint.adapters.file import Adapter, Factors
 from hybrimoe.checkpoint.adapters.settings import MERGE_FIRST, TRANSPOSED_BEFORE
 from hybrimoe.checkpoint.conversion import Change, Conversion, ConversionPlan, ModelShapes, Naming, merges_experts
-from hybrimoe.checkpoint.dequantise import Source
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError, listed
+from hybrimoe.checkpoint.formats.dequantise import Source
 from hybrimoe.errors import CheckpointError
 from hybrimoe.experts.layout import find_experts
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from hybrimoe.checkpoint.formats.codes import half_byte_values
+from hybrimoe.checkpoint.formats.quantisation import Quantisation
 from hybrimoe.checkpoint.formats.source import ROUNDED, DecodedSource, Parts
-from hybrimoe.checkpoint.quantisation import Quantisation
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 from hybrimoe.text_files import parse_json

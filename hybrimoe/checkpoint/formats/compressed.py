@@ -14,9 +14,9 @@ import torch
 
 from hybrimoe.checkpoint.formats.codes import FP4_PER_BYTE, WORD_BITS, fp4_values, n_words, unpack
 from hybrimoe.checkpoint.formats.gptq import RECORD_GROUP
+from hybrimoe.checkpoint.formats.quantisation import Quantisation
+from hybrimoe.checkpoint.formats.scales import E8M0_DTYPES, decoded
 from hybrimoe.checkpoint.formats.source import COLUMN_GROUPS, KEPT, ROUNDED, DecodedSource, Parts, grouped
-from hybrimoe.checkpoint.quantisation import Quantisation
-from hybrimoe.checkpoint.scales import E8M0_DTYPES, decoded
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 

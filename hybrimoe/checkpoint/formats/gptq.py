@@ -14,8 +14,8 @@ from functools import partial
 import torch
 
 from hybrimoe.checkpoint.formats.codes import WORD_BITS, n_words, unpack
+from hybrimoe.checkpoint.formats.quantisation import AWQ, Quantisation
 from hybrimoe.checkpoint.formats.source import COLUMN_GROUPS, KEPT, ROUNDED, DecodedSource, Parts, grouped
-from hybrimoe.checkpoint.quantisation import AWQ, Quantisation
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 

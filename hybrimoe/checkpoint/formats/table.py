@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from hybrimoe.checkpoint.formats import bitsandbytes, compressed, gptq
+from hybrimoe.checkpoint.formats.quantisation import Quantisation
 from hybrimoe.checkpoint.formats.source import DecodedSource, Parts
-from hybrimoe.checkpoint.quantisation import Quantisation
 from hybrimoe.checkpoint.safetensors_file import StoredTensor
 from hybrimoe.errors import CheckpointError
 

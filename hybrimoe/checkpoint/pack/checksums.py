@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hybrimoe.checkpoint.pack.manifest import MOST_SIZE, SHOWN_CHARACTERS, Manifest, read_manifest
+from hybrimoe.checkpoint.pack.record_file import READERS
 from hybrimoe.checkpoint.progress import Progress
-from hybrimoe.checkpoint.record_file import READERS
 from hybrimoe.checkpoint.safetensors_file import open_safetensors
 from hybrimoe.checkpoint.source import CHECKSUMS_NAME, CONFIG_NAME, MANIFEST_NAME, SINGLE_NAME, check_pack
 from hybrimoe.errors import CheckpointError

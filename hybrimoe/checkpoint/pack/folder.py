@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybrimoe.checkpoint.record_file import FILE_MODE, HAS_LOCKS, PARTIAL_SUFFIX, sync_folder
+from hybrimoe.checkpoint.pack.record_file import FILE_MODE, HAS_LOCKS, PARTIAL_SUFFIX, sync_folder
 
 if HAS_LOCKS:
     import fcntl

@@ -18,11 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 from cpu_kernels import DTYPES, ExpertDtype, ExpertSpec, ExpertWeights, LinearSpec, unpack_expert, unpack_linear
-from hybrimoe.checkpoint import packed, packed_dense, record_file
-from hybrimoe.checkpoint.dequantise import Source
+from hybrimoe.checkpoint.formats.dequantise import Source
+from hybrimoe.checkpoint.pack import dense as packed_dense
+from hybrimoe.checkpoint.pack import experts as packed
+from hybrimoe.checkpoint.pack import record_file
 from hybrimoe.checkpoint.pack.manifest import Manifest
+from hybrimoe.checkpoint.pack.record_file import Header
 from hybrimoe.checkpoint.reading import read_bytes
-from hybrimoe.checkpoint.record_file import Header
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 from hybrimoe.experts.layout import ExpertsLayout, find_experts, read

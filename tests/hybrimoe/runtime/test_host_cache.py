@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cpu_kernels import Activation, ExpertSpec
-from hybrimoe.checkpoint import record_file
+from hybrimoe.checkpoint.pack import record_file
 from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import LayerSpec
 from hybrimoe.runtime.tier.cache import HostCache

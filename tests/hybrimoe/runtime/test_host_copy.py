@@ -16,7 +16,7 @@ from cpu_kernels import relative_error
 from cpu_kernels.host.mapped import MappedFile
 from gpu_kernels import EmulatedAccelerator, LaneError, LostError
 from gpu_kernels.streams import HostEvent
-from hybrimoe.checkpoint.packed import MappedStore
+from hybrimoe.checkpoint.pack.experts import MappedStore
 from hybrimoe.config.deploy import load_config
 from hybrimoe.errors import CheckpointError, ConfigError, ModelError
 from hybrimoe.runtime.host_copy import never_moves

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from cpu_kernels import LinearSpec, pack_linear, unpack_linear
-from hybrimoe.checkpoint.dequantise import Source, dequantised
 from hybrimoe.checkpoint.formats.codes import unpack
-from hybrimoe.checkpoint.quantisation import Quantisation, read_quantisation
+from hybrimoe.checkpoint.formats.dequantise import Source, dequantised
+from hybrimoe.checkpoint.formats.quantisation import Quantisation, read_quantisation
 from hybrimoe.checkpoint.safetensors_file import open_safetensors
 from hybrimoe.errors import CheckpointError
 

@@ -17,10 +17,10 @@ import torch
 
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
 from hybrimoe.checkpoint.formats.codes import FP4_PER_BYTE, fp4_values
+from hybrimoe.checkpoint.formats.quantisation import Quantisation, check_tensor_names
+from hybrimoe.checkpoint.formats.scales import E8M0_DTYPES, MX_GROUP, ScaleGrid, block_size, decoded, grid_of
 from hybrimoe.checkpoint.formats.table import decoded_sources
-from hybrimoe.checkpoint.quantisation import Quantisation, check_tensor_names
 from hybrimoe.checkpoint.safetensors_file import StoredTensor
-from hybrimoe.checkpoint.scales import E8M0_DTYPES, MX_GROUP, ScaleGrid, block_size, decoded, grid_of
 from hybrimoe.checkpoint.stored import Storage, Stored
 from hybrimoe.errors import CheckpointError
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybrimoe.checkpoint import UnsupportedCheckpointError, load
-from hybrimoe.checkpoint.quantisation import Quantisation, WeightGroup, check_tensor_names, read_quantisation
+from hybrimoe.checkpoint.formats.quantisation import Quantisation, WeightGroup, check_tensor_names, read_quantisation
 from hybrimoe.errors import CheckpointError
 
 FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 64]}

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from cpu_kernels import LAYOUT_VERSION, pack_linear
-from hybrimoe.checkpoint import record_file
+from hybrimoe.checkpoint.pack import record_file
+from hybrimoe.checkpoint.pack.record_file import Header
 from hybrimoe.checkpoint.progress import Progress
-from hybrimoe.checkpoint.record_file import Header
 from hybrimoe.dense.records import DenseRecords, LinearEntry
 
 if TYPE_CHECKING:

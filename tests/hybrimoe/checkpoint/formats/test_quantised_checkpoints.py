@@ -17,12 +17,12 @@ from transformers import DeepseekV3Config, GptOssConfig, PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from hybrimoe.checkpoint import UnsupportedCheckpointError, load
-from hybrimoe.checkpoint.dequantise import Source, dequantised, scale_mxfp4
-from hybrimoe.checkpoint.quantisation import Quantisation
+from hybrimoe.checkpoint.formats.dequantise import Source, dequantised, scale_mxfp4
+from hybrimoe.checkpoint.formats.quantisation import Quantisation
 from hybrimoe.checkpoint.safetensors_file import open_safetensors
 from hybrimoe.errors import CheckpointError
 
-from .models import FLOAT32, logits
+from ..models import FLOAT32, logits
 
 BLOCK = 16
 E8M0 = torch.float8_e8m0fnu

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from cpu_kernels.host.mapped import is_watching
 from gpu_kernels.emulated import EmulatedAccelerator
-from hybrimoe.checkpoint import load, packed, record_file
+from hybrimoe.checkpoint import load
+from hybrimoe.checkpoint.pack import experts as packed
+from hybrimoe.checkpoint.pack import record_file
 from hybrimoe.errors import BudgetError, CheckpointError
 from hybrimoe.generation import PrefixCache, TextGenerator
 from hybrimoe.runtime.store import ExpertStore
 
-from .models import DENSE_OPTIONS, OPTIONS, done_in_loading, files_of, logits
+from ..models import DENSE_OPTIONS, OPTIONS, done_in_loading, files_of, logits
 
 
 def packing(directory: Path, **options: Any) -> bool:

@@ -17,13 +17,13 @@ from typer.testing import CliRunner, Result
 
 from hybrimoe.checkpoint import convert, load, verify_pack
 from hybrimoe.checkpoint.inspection import inspect
+from hybrimoe.checkpoint.pack.experts import MappedStore
 from hybrimoe.checkpoint.pack.folder import _lock, whole_or_nothing
-from hybrimoe.checkpoint.packed import MappedStore
 from hybrimoe.checkpoint.source import CHECKSUMS_NAME, MANIFEST_NAME
 from hybrimoe.cli.app import app
 from hybrimoe.errors import CheckpointError, FileError
 
-from .models import OPTIONS, logits
+from ..models import OPTIONS, logits
 
 START = {name: value for name, value in OPTIONS.items() if name != "expert_dtype"}
 INT4 = {"expert_dtype": "int4", "dense_dtype": "int8", "progress": False}

@@ -18,11 +18,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hybrimoe.checkpoint import PackedFileWarning, load, loading, packed, record_file
+from hybrimoe.checkpoint import PackedFileWarning, load, loading
+from hybrimoe.checkpoint.pack import experts as packed
+from hybrimoe.checkpoint.pack import record_file
 from hybrimoe.checkpoint.safetensors_file import open_safetensors
 from tests.forked import Forked
 
-from .models import DENSE_OPTIONS, OPTIONS, done_in_loading, files_of, logits
+from ..models import DENSE_OPTIONS, OPTIONS, done_in_loading, files_of, logits
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ EXPERTS = Kind(
     """
 import numpy as np
 from cpu_kernels import ExpertSpec
-from hybrimoe.checkpoint import packed
+from hybrimoe.checkpoint.pack import experts as packed
 from hybrimoe.runtime.store import LayerSpec
 layers = (LayerSpec("layer", ExpertSpec(64, 64, "float32"), 4),)
 header = packed.describe(layers, ())
@@ -61,8 +63,8 @@ DENSE = Kind(
     """
 import torch
 from cpu_kernels import LinearSpec
-from hybrimoe.checkpoint import packed_dense
-from hybrimoe.checkpoint.packed_dense import DenseSource
+from hybrimoe.checkpoint.pack import dense as packed_dense
+from hybrimoe.checkpoint.pack.dense import DenseSource
 from hybrimoe.dense.records import DenseRecords, LinearEntry
 source = DenseSource((LinearEntry("layer", LinearSpec(64, 64, "int8"), torch.bfloat16),), {})
 header = packed_dense.describe(source, ())
@@ -76,7 +78,7 @@ of_each_kind = pytest.mark.parametrize("kind", [EXPERTS, DENSE], ids=lambda kind
 PLACE = """
 import os, signal, sys
 from pathlib import Path
-from hybrimoe.checkpoint import record_file
+from hybrimoe.checkpoint.pack import record_file
 place = Path(sys.argv[1])
 """
 

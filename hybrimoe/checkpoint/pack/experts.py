@@ -13,8 +13,8 @@ import numpy as np
 
 from cpu_kernels import LAYOUT_VERSION, ExpertWeights
 from cpu_kernels.host.mapped import MappedFile
-from hybrimoe.checkpoint import record_file
-from hybrimoe.checkpoint.record_file import Header
+from hybrimoe.checkpoint.pack import record_file
+from hybrimoe.checkpoint.pack.record_file import Header
 from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.store import ByteArray, ExpertStore, LayerSpec, give_pages_back
 from hybrimoe.runtime.tier.store import TieredStore

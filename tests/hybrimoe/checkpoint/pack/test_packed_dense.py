@@ -17,9 +17,9 @@ from hybrimoe.checkpoint.safetensors_file import StoredTensor
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.errors import CheckpointError
 
-from .conftest import SMALL
-from .models import DENSE_OPTIONS, done_in_loading, files_of, logits
-from .test_memory import SLACK_BYTES, peak_growth
+from ..conftest import SMALL
+from ..models import DENSE_OPTIONS, done_in_loading, files_of, logits
+from ..test_memory import SLACK_BYTES, peak_growth
 
 LARGE = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 6, "vocab_size": 131072}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrimoe.checkpoint.quantisation import FP8, FP8_DEFAULT_BLOCK, Quantisation
+from hybrimoe.checkpoint.formats.quantisation import FP8, FP8_DEFAULT_BLOCK, Quantisation
 from hybrimoe.checkpoint.safetensors_file import StoredTensor
 from hybrimoe.errors import CheckpointError
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from hybrimoe.checkpoint import convert, load, verify_pack
-from hybrimoe.checkpoint.record_file import MAGIC, PAGE_BYTES
+from hybrimoe.checkpoint.pack.record_file import MAGIC, PAGE_BYTES
 from hybrimoe.checkpoint.source import CHECKSUMS_NAME, CONFIG_NAME, MANIFEST_NAME
 from hybrimoe.errors import CheckpointError, HybriMoEError
 
-from .models import logits
+from ..models import logits
 
 TRIALS = 80
 OPTIONS: dict[str, Any] = {"policy": "static", "accelerator": "none", "progress": False}
