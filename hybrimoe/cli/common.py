@@ -489,6 +489,17 @@ def check_writable(path: Path | None) -> None:
         path.unlink()
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of a result: a disk that fills in the middle is told with the file's name (FileError)."""
+    from hybrimoe.errors import FileError
+
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"cannot write {path} ({error.strerror}): make room, or give another file") from error
+
+
 def check_folder(path: Path | None) -> None:
     """Makes the folder `path` where it is not there. Raises FileError where that cannot be."""
     from hybrimoe.errors import FileError

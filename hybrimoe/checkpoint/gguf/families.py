@@ -72,7 +72,8 @@ def _qwen3_moe(fields: Fields) -> dict[str, Any]:
 
 
 def _groups(fields: Fields) -> dict[str, int]:
-    return {"n_group": fields.whole("expert_group_count", 1), "topk_group": fields.whole("expert_group_used_count", 1)}
+    groups = fields.whole("expert_group_count", 1)
+    return {"n_group": groups, "topk_group": fields.whole("expert_group_used_count", 1 if groups == 1 else None)}
 
 
 def _routed_and_shared(fields: Fields) -> dict[str, Any]:
@@ -103,6 +104,8 @@ def _deepseek(fields: Fields) -> dict[str, Any]:
         # The file has 0.1 x mscale_all_dim; in every DeepSeek model mscale is the same number.
         mscale = 10 * fields.number("rope.scaling.yarn_log_multiplier")
         parameters |= {"mscale": round(mscale, 6), "mscale_all_dim": round(mscale, 6)}
+    elif parameters["rope_type"] == "yarn":
+        parameters.setdefault("attention_factor", 1.0)  # without it llama.cpp leaves attention as it is
     return found | {
         "model_type": "deepseek_v3" if by_sigmoid else "deepseek_v2",
         "q_lora_rank": fields.whole("attention.q_lora_rank") if fields.given("attention.q_lora_rank") else None,

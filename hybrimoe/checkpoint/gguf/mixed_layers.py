@@ -55,7 +55,7 @@ def _afmoe(fields: Fields) -> dict[str, Any]:
 
 
 def _exaone(fields: Fields) -> dict[str, Any]:
-    types = layer_types(fields)
+    types, groups = layer_types(fields), fields.whole("expert_group_count", 1)
     dense = min(fields.whole("leading_dense_block_count", 0, least=0), len(types))
     return {
         "model_type": "exaone_moe",
@@ -65,8 +65,8 @@ def _exaone(fields: Fields) -> dict[str, Any]:
         "mlp_layer_types": ["dense"] * dense + ["sparse"] * (len(types) - dense),
         "routed_scaling_factor": fields.number("expert_weights_scale", 1.0),
         "norm_topk_prob": fields.flag("expert_weights_norm", True),
-        "n_group": fields.whole("expert_group_count", 1),
-        "topk_group": fields.whole("expert_group_used_count", 1),
+        "n_group": groups,
+        "topk_group": fields.whole("expert_group_used_count", 1 if groups == 1 else None),
         **expert_counts(fields, "num_experts"),
         **own_heads(fields),
         **_windows(fields),

@@ -105,13 +105,14 @@ LATENT_ATTENTION = (
 def rope(fields: Fields) -> dict[str, Any]:
     """`rope_parameters`. Raises UnsupportedCheckpointError for a scaling that metadata do not describe in full."""
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": fields.number("rope.freq_base", 10_000.0)}
-    scaling = fields.text("rope.scaling.type", "none")
+    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0))
+    scaling = fields.text("rope.scaling.type", "linear")  # as llama.cpp takes a factor without a type
     if fields.has("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"):
         scaling = "factors by frequency (rope_freqs)"
-    if scaling == "none":
+    if scaling == "none" or (scaling == "linear" and factor in (0.0, 1.0)):
         return found
     if scaling == "linear":
-        return found | {"rope_type": "linear", "factor": fields.number("rope.scaling.factor")}
+        return found | {"rope_type": "linear", "factor": factor}
     if scaling != "yarn":
         raise UnsupportedCheckpointError(
             f"{fields.model.path}: the rotary embedding is scaled by {scaling}, which is not read from GGUF for"

@@ -60,7 +60,8 @@ def quality(
     else:
         result, columns, lines, title = _of_dtypes(model, text, dtype or [], windows, experts)
     if csv is not None:
-        _write_csv(csv, result["rows"])
+        with common.writing(csv):
+            _write_csv(csv, result["rows"])
     if as_json:
         render.emit_json(result)
     else:
