@@ -15,7 +15,7 @@ from gpu_kernels.waiting import limit_of, wait_for_stream
 
 TIMED_REPLAYS = 5
 
-__all__ = ["Graph", "RecordsGraphs", "TorchGraphs", "graphs_of"]
+__all__ = ["Graph", "RecordsGraphs", "TorchGraphs", "graphs_of", "records_graphs"]
 
 
 class Graph(Protocol):
@@ -26,7 +26,11 @@ class Graph(Protocol):
 
 
 class RecordsGraphs(Protocol):
-    """Records what is submitted to a device, piece after piece, without running it."""
+    """Records what is submitted to a device, piece after piece, without running it.
+
+    pool_bytes: what the pieces of the latest recording take of the device, while one of them is there."""
+
+    pool_bytes: int
 
     def recording(self) -> AbstractContextManager[object]:
         """Within the block, pieces may be recorded, and what runs between them runs apart from all other work. Nothing
@@ -51,6 +55,7 @@ class TorchGraphs:
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
         self._open: Any = None
+        self.pool_bytes = self._reserved_before = 0
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -59,7 +64,7 @@ class TorchGraphs:
         part of the work."""
         wait_for_stream(self._device, "the work before a recording")
         torch.cuda.synchronize(self._device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self.pool_bytes = torch.cuda.graph_pool_handle(), 0
         collects = gc.isenabled()
         gc.disable()
         try:
@@ -76,6 +81,7 @@ class TorchGraphs:
     def begin(self) -> None:
         """As `RecordsGraphs.begin`; other threads may go on using the device meanwhile."""
         graph = torch.cuda.CUDAGraph()
+        self._reserved_before = torch.cuda.memory_reserved(self._device)
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         self._open = graph
 
@@ -86,6 +92,7 @@ class TorchGraphs:
             graph.capture_end()
         except RuntimeError as error:
             raise GraphError(f"the device cannot record this work: {_first_line(error)}") from error
+        self.pool_bytes += torch.cuda.memory_reserved(self._device) - self._reserved_before
         ended: Graph = graph
         return ended
 
@@ -121,7 +128,12 @@ class TorchGraphs:
 
 def graphs_of(device: torch.device) -> RecordsGraphs | None:
     """What records graphs of a device; None where torch has none for its kind."""
-    return TorchGraphs(device) if device.type == "cuda" and hasattr(torch.cuda, "CUDAGraph") else None
+    return TorchGraphs(device) if records_graphs(device) else None
+
+
+def records_graphs(device: torch.device) -> bool:
+    """Whether torch records graphs of a device's kind."""
+    return device.type == "cuda" and hasattr(torch.cuda, "CUDAGraph")
 
 
 def _first_line(error: BaseException) -> str:

@@ -83,6 +83,11 @@ class TorchAccelerator:
         """Bytes of one slot."""
         return self._slot_bytes
 
+    @property
+    def staging_bytes(self) -> int:
+        """Page-locked host memory of the buffers through which records go that are not page-locked themselves."""
+        return sum(buffer.nbytes for buffer, _ in self._staging)
+
     def allocate(self, n_slots: int, slot_bytes: int) -> None:
         """Replaces the slot memory; contents are lost. Raises SlotError where the device has not enough memory: the
         slots are then as many and as large as before, and keep what they hold if that could be seen beforehand."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,12 +41,13 @@ def explain_command(
 
     quiet_libraries()
     from hybrimoe.checkpoint.meta import expert_choice, meta_model, packing_remark
+    from hybrimoe.config.runtime import runtime_config
     from hybrimoe.injection import explain
 
     source = deployment.located_rules() if rules is None else rules
     meta = meta_model(deployment.model, deployment.vision)
     choice = expert_choice(deployment.model, meta, deployment.cpu.expert_dtype, deployment.adapters)
-    explanation = explain(meta, source, choice.dtype)
+    explanation = explain(meta, source, choice.dtype, runtime_config(deployment))
     if remark := choice.remark or packing_remark(deployment.model, choice.dtype):
         explanation = replace(explanation, remarks=(*explanation.remarks, remark))
     if as_json:
@@ -72,6 +74,8 @@ def show(explanation: Explanation, *, every_module: bool = False) -> None:
         totals = ", ".join(f"{size(total)} as {dtype}" for dtype, total in explanation.totals.items())
         out.print(f"\nreplaced experts: {totals}")
     out.print(f"modules without a rule: {size(explanation.other_bytes)}")
+    for device, parts in explanation.memory.items():
+        out.print(f"memory of {device}: {memory_text(parts)}", markup=False)
     for path in explanation.untouched_experts:
         out.print(f"experts without a rule: {path}")
     for path, way in explanation.ways.items():
@@ -88,6 +92,27 @@ def _cells(name: str, rows: tuple[Row, ...], source: str) -> tuple[str, ...]:
     place = first.rule.partition(": rule")[0]
     rule = place.removeprefix(f"{source}:") if place.startswith(f"{source}:") else short_rule(place)
     return name, operator, device, str(count * first.n_experts or ""), size(own), rule
+
+
+PART_NAMES = {
+    "dense": "weights around the experts",
+    "slots": "expert slots",
+    "experts": "experts",
+    "kv": "keys and values",
+    "unpack": "an expert that a prompt unpacks",
+    "workspaces": "workspaces of matrix products",
+    "graphs": "recorded steps",
+    "reserve": "activations",
+    "staging": "staging buffers (page-locked, of the host)",
+}
+"""In words, in the order in which they are told."""
+
+
+def memory_text(parts: Mapping[str, int]) -> str:
+    """What a device's memory is for, with the sum."""
+    told = [f"{size(parts[name])} {words}" for name, words in PART_NAMES.items() if parts.get(name)]
+    total = sum(n_bytes for name, n_bytes in parts.items() if name != "staging")
+    return f"{size(total)}: {', '.join(told)}"
 
 
 def short_rule(text: str) -> str:

@@ -169,7 +169,7 @@ def _show(found: dict[str, Any], expected: dict[str, Any]) -> None:
         (_cached(found), _kv(found)),
         *([("experts in device slots", experts(found["device_experts"]))] if has_device else []),
         *_by_accelerator(found),
-        *([_kept_free(found)] if has_device else []),
+        *(_kept_free(found) if has_device else []),
         ("experts in host memory", experts(found["host_experts"])),
         *_after_start(found, experts),
         ("experts outside host memory", experts(found["disk_experts"])),
@@ -226,11 +226,18 @@ def _after_start(found: dict[str, Any], experts: Callable[[int], str]) -> list[t
     return [] if kept == found["host_experts"] else [("  once the slots are filled (--host-copy drop)", experts(kept))]
 
 
-def _kept_free(found: dict[str, Any]) -> tuple[str, str]:
-    """What no slot takes of a device's memory."""
-    return "kept free on each device", (
-        f"{_gib(found['reserve_bytes'])}, and {_gib(found['unpack_bytes'])} for an expert that a prompt unpacks"
-    )
+def _kept_free(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What no slot takes of a device's memory, and what all parts of the first one come to."""
+    first = found["experts_by_accelerator"][0] * found["expert_bytes"]
+    names = ("unpack_bytes", "workspace_bytes", "graph_bytes", "reserve_bytes")
+    total = found["dense_bytes"] + found["kv_bytes"] + first + sum(found[name] for name in names)
+    return [
+        ("kept free: an expert unpacked", _gib(found["unpack_bytes"])),
+        ("kept free: workspaces", _gib(found["workspace_bytes"])),
+        ("kept free: recorded steps", _gib(found["graph_bytes"])),
+        ("kept free: activations", _gib(found["reserve_bytes"])),
+        ("all of this on one device", f"{_gib(total)} of {_gib(found['device_bytes'])}"),
+    ]
 
 
 def _kv(found: dict[str, Any]) -> str:

@@ -6,14 +6,20 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
+import torch
 from torch import nn
 
 from cpu_kernels import ExpertDtype
+from gpu_kernels.devices import auto_device, indexed, memory_info
 from hybrimoe.injection.operators import DefaultKwargs, ExpertsKwargs
 from hybrimoe.injection.resolve import Hit, Resolution, claimed_modules, resolve
 from hybrimoe.injection.rules import RulesSource, read_rules
+from hybrimoe.runtime.config import RuntimeConfig
+from hybrimoe.runtime.startup.backends import require_devices
+from hybrimoe.runtime.startup.budget import PlannedMemory, beside_slots, kv_cache_bytes, slots_asked_for
+from scheduler.planner.layer_blocks import layers_of, slots_of
 
 DTYPES: tuple[ExpertDtype, ...] = get_args(ExpertDtype)
 
@@ -43,7 +49,8 @@ class Explanation:
     """What the rules do to a model.
 
     rows: every module with a rule, in the model's order; untouched_experts: experts modules without one; other_bytes:
-    weights of all modules without a rule; totals: packed bytes of all replaced experts by dtype; ways: of a loaded
+    weights of all modules without a rule; totals: packed bytes of all replaced experts by dtype; memory: bytes of each
+    device by what they are for (`PlannedMemory`), those of experts in host memory under "host"; ways: of a loaded
     model, how decode steps run: by layer "compiled", or why transformers' own forward does.
     """
 
@@ -56,6 +63,7 @@ class Explanation:
     totals: Mapping[str, int]
     remarks: tuple[str, ...]
     ways: Mapping[str, str] = field(default_factory=dict)
+    memory: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -75,14 +83,18 @@ def explain(
     model: nn.Module,
     rules: RulesSource = "auto",
     expert_dtype: ExpertDtype = "bfloat16",
+    config: RuntimeConfig | None = None,
 ) -> Explanation:
     """Explain the rules for a model; no weights are read (of a checkpoint: `hybrimoe.checkpoint.meta.meta_model`).
 
-    expert_dtype: for rules that do not say one.
-    Raises ModelError, RuleError and UnsupportedExpertsError as `resolve` does.
+    expert_dtype: for rules that do not say one. config: of the session for which memory is to be planned.
+    Raises ModelError, RuleError and UnsupportedExpertsError as `resolve` does; with a configuration DeviceError for an
+    accelerator that is not here, and BudgetError for slots that there cannot be.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return explain_resolution(model, resolve(model, read_rules(rules, model_type)), expert_dtype)
+    resolution = resolve(model, read_rules(rules, model_type))
+    found = explain_resolution(model, resolution, expert_dtype)
+    return found if config is None else replace(found, memory=_memory(model, resolution, found, config))
 
 
 def explain_resolution(
@@ -131,6 +143,58 @@ def _row(hit: Hit, expert_dtype: ExpertDtype, claimed: frozenset[int]) -> Row:
         weight_bytes=own,
         bytes_by_dtype={dtype: layout.num_experts * layout.spec(dtype).record_bytes for dtype in DTYPES},
     )
+
+
+def _memory(
+    model: nn.Module, resolution: Resolution, found: Explanation, config: RuntimeConfig
+) -> dict[str, dict[str, int]]:
+    """What a session of this configuration will take, as far as that can be said before its weights are read: slots of
+    a card are as many as its memory has room for now."""
+    rows = {row.path: row for row in found.rows}
+    dtypes = [cast("ExpertDtype", rows[hit.path].expert_dtype) for hit in resolution.experts]
+    layouts = [hit.layout for hit in resolution.experts if hit.layout is not None]
+    slotted = [rows[hit.path].device != _DEVICE_OF["cpu"] for hit in resolution.experts]
+    counts = [layout.num_experts if takes else 0 for layout, takes in zip(layouts, slotted, strict=True)]
+    specs = [layout.spec(dtype) for layout, dtype, takes in zip(layouts, dtypes, slotted, strict=True) if takes]
+    host = sum(row.bytes_by_dtype[row.expert_dtype] for row in found.rows if row.bytes_by_dtype)
+    dense = found.other_bytes + sum(row.weight_bytes for row in found.rows if not row.bytes_by_dtype)
+    devices = _devices(config)
+    if not devices:
+        kv = kv_cache_bytes(model) if config.kv_reserve_bytes is None else config.kv_reserve_bytes
+        return {"host": {"dense": dense, "experts": host, "kv": kv}}
+    record = max((spec.record_bytes for spec in specs), default=0)
+    layers = layers_of(counts, [1.0] * len(devices)) if sum(counts) else [0] * len(devices)
+    asked = slots_of(counts, layers, slots_asked_for(config.gpu_expert_slots, sum(counts), record))
+    memory, first = {}, 0
+    for index, (name, device) in enumerate(devices.items()):
+        share, first = sum(counts[first : first + layers[index]]), first + layers[index]
+        mine = dense if index == 0 else 0
+        if device is None:
+            parts, n_slots = PlannedMemory(dense=mine), asked[index]
+        else:
+            parts = beside_slots(
+                device, specs, model if index == 0 else None, config.kv_reserve_bytes if index == 0 else 0
+            )
+            parts = replace(parts, dense=mine)
+            n_slots = asked[index]
+            if config.gpu_expert_slots == "auto":
+                n_slots = min(share, max(0, memory_info(device)[0] - parts.total) // record) if record else 0
+        memory[name] = asdict(replace(parts, slots=n_slots * record))
+    return {**memory, "host": {"experts": host}}
+
+
+def _devices(config: RuntimeConfig) -> dict[str, torch.device | None]:
+    """The accelerators of a configuration by name; None for the emulated one. Raises DeviceError."""
+    names = (config.accelerator,) if isinstance(config.accelerator, str) else config.accelerator
+    require_devices(names)
+    found: dict[str, torch.device | None] = {}
+    for name in names:
+        device = auto_device() if name == "auto" else None
+        if name not in ("auto", "none", "emulated"):
+            device = indexed(name)
+        if device is not None or name == "emulated":
+            found[f"{name} {len(found)}" if name in found else name if device is None else str(device)] = device
+    return found
 
 
 _DEVICE_OF: Mapping[str, str] = {"hybrid": "cpu + accelerator", "cpu": "cpu", "accelerator": "accelerator"}

@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -194,8 +194,8 @@ class Injection:
         )
 
     def explain(self) -> Explanation:
-        """Which rule is for which module, with its operator, device (which of several accelerators) and bytes, and
-        how decode steps run."""
+        """Which rule is for which module, with its operator, device (which of several accelerators) and bytes, how
+        decode steps run, and what each accelerator's memory is for."""
         experts = self.resolution.experts
         units = self.session.units if len(self.session.units) > 1 else ()
         places = {
@@ -205,7 +205,20 @@ class Injection:
         }
         dtype = self.session.config.expert_dtype
         explanation = explain_resolution(self.model, self.resolution, dtype, self.remarks, places)
+        explanation = replace(explanation, memory=self._memory())
         return explanation if self.way is None else replace(explanation, ways=self.way.described())
+
+    def _memory(self) -> dict[str, dict[str, int]]:
+        """As `Explanation.memory`, of the session as it is."""
+        accelerators, planned = self.session.accelerators, self.session.planned_memory()
+        names = [
+            f"{index}: {device.name}" if len(accelerators) > 1 else device.name
+            for index, device in enumerate(accelerators)
+        ]
+        return {
+            **{name: asdict(parts) for name, parts in zip(names, planned, strict=True)},
+            "host": {"experts": self.session.stats().store_bytes},
+        }
 
     def restore(self) -> None:
         """Make the model exactly what it was: the same modules and weights, no wrappers. A second call does nothing.

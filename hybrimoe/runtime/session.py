@@ -431,7 +431,8 @@ class Session:
         """What each accelerator holds for this session, and what it keeps free there, in bytes."""
         specs = {layer.spec for layer in self._layers if layer.placement != "cpu"}
         model = None if self._model is None else self._model()
-        return planned_memory(self._accelerators, specs, model, self.config.kv_reserve_bytes)
+        locked = self._store is None or self._store.is_locked
+        return planned_memory(self._accelerators, specs, model, self.config.kv_reserve_bytes, locked=locked)
 
     @property
     def n_slots(self) -> int:

@@ -102,6 +102,11 @@ class ExpertStore:
         """Bytes of all records but for the released pages."""
         return self.nbytes - self.released_bytes
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether its memory is page-locked, so that a device reads it by itself."""
+        return is_locked(self._buffer)
+
     def addresses(self, layer: int) -> npt.NDArray[np.uint64]:
         """uint64 [num_experts]: where each record of a layer starts."""
         return self._addresses[layer]
@@ -139,7 +144,7 @@ class ExpertStore:
         kept = [np.flatnonzero(~row[: layer.num_experts]) for row, layer in zip(gone, self._layers, strict=True)]
         sizes = [layer.spec.record_bytes for layer in self._layers]
         hole_bytes = max(sizes)
-        pinned = torch.from_numpy(self._buffer[:1]).is_pinned() if self._buffer.flags.writeable else False
+        pinned = self.is_locked
         total_bytes = sum(len(experts) * size for experts, size in zip(kept, sizes, strict=True))
         buffer = host_bytes(total_bytes + hole_bytes, pinned)
         buffer[total_bytes:] = 0
@@ -200,6 +205,11 @@ class ExpertStore:
             size = layer.spec.record_bytes
             self._records.append([buffer[offset : offset + size] for offset in offsets.tolist()])
             self._addresses.append(np.uint64(buffer.ctypes.data) + offsets.astype(np.uint64))
+
+
+def is_locked(memory: ByteArray) -> bool:
+    """Whether memory is page-locked for torch's accelerator."""
+    return bool(memory.flags.writeable and memory.nbytes and torch.from_numpy(memory[:1]).is_pinned())
 
 
 def host_bytes(n_bytes: int, pinned: bool) -> ByteArray:

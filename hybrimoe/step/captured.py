@@ -30,6 +30,7 @@ from hybrimoe.experts.module import HOOKS, HybridExperts
 from hybrimoe.generation.growing import Buffers, GrowingLayer, growing_cache
 from hybrimoe.runtime.exchanged import ExchangedExperts
 from hybrimoe.runtime.resident import ResidentExperts
+from hybrimoe.runtime.startup.budget import RECORDED_STEPS
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.fixed_attention import attention_by
@@ -41,8 +42,6 @@ from hybrimoe.step.pieces import Counts, ExpertsPlace, Pieces, Routed, Within
 
 MAX_SEQUENCES = 8
 """Sequences of a step that is captured."""
-KEPT = 4
-"""Captured steps that are kept where nothing else is said: of the latest conversations, and of numbers of sequences."""
 LEAST_ROOM = 1024
 """Room of a new buffer for keys and values: other buffers need other graphs, whose recording takes as long as some
 twenty steps."""
@@ -76,7 +75,7 @@ class CapturedStep(ModelStep):
             hooks for module in called for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self.device = device
-        self._n_kept = KEPT
+        self._n_kept = RECORDED_STEPS
         self.captures = 0
         """How often a step was recorded."""
         config: Any = model.config
@@ -133,7 +132,12 @@ class CapturedStep(ModelStep):
 
     def keep_for(self, n_sequences: int) -> None:
         """As `ModelStep.keep_for`: the graphs of each."""
-        self._n_kept = max(KEPT, n_sequences)
+        self._n_kept = max(RECORDED_STEPS, n_sequences)
+
+    @property
+    def graph_bytes(self) -> int:
+        """What the recorded steps that are kept take of the device."""
+        return sum(pieces.pool_bytes for pieces in self._captured)
 
     def undo(self) -> None:
         """Frees the graphs and lets go of the caches."""
@@ -294,6 +298,7 @@ class CapturedStep(ModelStep):
                 pieces.output = self._run_own(pieces, cache)
             pieces.graphs.append(self._graphs.end())
             alone = self._experts_alone(pieces)
+        pieces.pool_bytes = self._graphs.pool_bytes
         self._count(pieces, alone)
         self.captures += 1
         return pieces

@@ -61,7 +61,8 @@ class Pieces:
     """A captured step of `n_sequences` sequences over one cache's buffers.
 
     numbers: int64 [2 * sequences + 1] on the device: token ids, their positions, tokens before them. counts: of a step,
-    by layer of the session: calls of experts within the graphs, active experts, us of the device for them.
+    by layer of the session: calls of experts within the graphs, active experts, us of the device for them. pool_bytes:
+    of the device, for what the pieces compute with.
     """
 
     numbers: torch.Tensor
@@ -73,6 +74,7 @@ class Pieces:
     within: Within = None
     inside: list[InsideCall] = field(default_factory=list)
     counts: Counts = field(default_factory=lambda: np.zeros((0, 3)))
+    pool_bytes: int = 0
 
     def run(
         self, numbers: torch.Tensor, experts: Callable[[ExpertsPlace], None], settle: Callable[[], None]

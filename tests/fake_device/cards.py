@@ -23,6 +23,7 @@ import gpu_kernels.fused_choice
 import gpu_kernels.torch_accelerator
 import gpu_kernels.waiting
 import hybrimoe.config.values
+import hybrimoe.runtime.startup.budget
 from gpu_kernels.waiting import WaitLimit
 from tests.fake_device.fused import StreamedKernels
 from tests.fake_device.memory import POISON_BYTE, extent
@@ -77,7 +78,8 @@ class _Card:
 class Cards:
     """Some cards of `card_bytes` each.
 
-    refuses_locking: host memory cannot be locked by the runtime. findings: what a real card would have punished.
+    refuses_locking: host memory cannot be locked by the runtime. workspace_bytes: what is taken on each stream, and
+    while graphs are recorded, for products of matrices. findings: what a real card would have punished.
     counts: launches, copies, waits of the host by reason. sites: the same by the function that asked for them, as
     "file.py:function: what". locked: address -> bytes that the runtime was told to lock. noted: what is being recorded
     into a graph.
@@ -87,6 +89,7 @@ class Cards:
     card_bytes: int = DEFAULT_CARD_BYTES
     link_gbps: float = DEFAULT_LINK_GBPS
     refuses_locking: bool = False
+    workspace_bytes: int = 0
     clock: HostClock | ManualClock = field(default_factory=HostClock)
     findings: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -103,6 +106,8 @@ class Cards:
         self._deliveries: list[_Delivery] = []
         self._planned: set[tuple[torch.Size, ...]] = set()
         self.noted: list[Noted] | None = None
+        self.is_recording = False
+        self._workspaces: set[tuple[int, bool]] = set()
         self._cards = [_Card(torch.device(DEVICE_TYPE, index)) for index in range(self.n)]
         for card in self._cards:
             card.current = FakeStream(card.device, cards=self)
@@ -186,6 +191,13 @@ class Cards:
             )
         card.used_bytes += n_bytes
         card.peak_bytes = max(card.peak_bytes, card.used_bytes)
+
+    def multiply(self, stream: FakeStream) -> None:
+        """A product of matrices: the first one of a stream takes a workspace that stays. What is recorded runs on a
+        stream of its own."""
+        if (stream.number, self.is_recording) not in self._workspaces:
+            self._workspaces.add((stream.number, self.is_recording))
+            self.allocate(stream.device, self.workspace_bytes)
 
     def free(self, device: torch.device, n_bytes: int) -> None:
         """Gives bytes back."""
@@ -431,6 +443,8 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
             stack.enter_context(mock.patch.object(torch.accelerator, name, value))
         for name, kind in (("Stream", FakeStream), ("Event", FakeEvent)):
             stack.enter_context(mock.patch.object(torch, name, type(name, (kind,), {"cards": cards})))
+        workspace = functools.partial(_workspace_of, cards)
+        stack.enter_context(mock.patch.object(hybrimoe.runtime.startup.budget, "blas_workspace_bytes", workspace))
         for user in (gpu_kernels.torch_accelerator, gpu_kernels.fused_choice):
             stack.enter_context(mock.patch.object(user, "load_fused", new=kernels.choice))
         stack.enter_context(mock.patch.object(WaitLimit, "wait", _counted(cards)))
@@ -456,6 +470,11 @@ def _counted(cards: Cards) -> Callable[[WaitLimit, Any, str], None]:
         wait(limit, awaited, what)
 
     return noted
+
+
+def _workspace_of(cards: Cards, device: torch.device) -> int:
+    """Stands for `gpu_kernels.devices.blas_workspace_bytes`."""
+    return cards.workspace_bytes if cards.has(device) else 0
 
 
 def _without_gradient(mode: bool = True) -> contextlib.AbstractContextManager[object]:

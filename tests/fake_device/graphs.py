@@ -88,6 +88,7 @@ class NotedGraphs:
 
     n_recorded: int = 0
     is_recording: bool = False
+    pool_bytes: int = 0
     _open: Noting | None = None
     _graph: NotedGraph = field(default_factory=NotedGraph)
 
@@ -161,25 +162,29 @@ class CardGraphs:
 
     cards: Cards
     n_recorded: int = 0
+    pool_bytes: int = 0
+    _used_before: int = 0
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         self.cards.synchronize()
+        self.cards.is_recording, self.pool_bytes = True, 0
         try:
             yield
         finally:
-            self.cards.noted = None
+            self.cards.noted, self.cards.is_recording = None, False
             self.cards.synchronize()
 
     def begin(self) -> None:
         assert self.cards.noted is None
-        self.cards.noted = []
+        self.cards.noted, self._used_before = [], self.cards.used_bytes()
 
     def end(self) -> CardGraph:
         noted, self.cards.noted = self.cards.noted, None
         if noted is None:
             raise GraphError("nothing was begun")
         self.n_recorded += 1
+        self.pool_bytes += self.cards.used_bytes() - self._used_before
         return CardGraph(self.cards, noted)
 
     def time_us(self, graph: CardGraph) -> float:

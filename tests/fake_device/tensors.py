@@ -24,6 +24,8 @@ SIZED_BY_DATA = {
 """The host waits for the size of their result."""
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 """Take index tensors of the host too, by a blocking copy, and boolean ones, by `nonzero`."""
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+"""Of matrices: torch's library takes a workspace for each stream."""
 UNWRITTEN = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default}
 ATTENTION_BY_PLAIN_OPERATIONS = 0
 """The answer to `_fused_sdp_choice`."""
@@ -214,6 +216,8 @@ class Operations(TorchDispatchMode):
         stream = self._cards.stream(device.index)
         if func in INDEXING:
             self._check_indices(args[1], stream)
+        if func in PRODUCTS:
+            self._cards.multiply(stream)
         if touched is not None:
             self._cards.launch(stream, str(func), ours, touched)
         if func in READ_BY_HOST or func in SIZED_BY_DATA:

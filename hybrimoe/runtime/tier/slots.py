@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hybrimoe.amounts import size_text
 from hybrimoe.errors import BudgetError
-from hybrimoe.runtime.store import ByteArray, LayerSpec, host_bytes
+from hybrimoe.runtime.store import ByteArray, LayerSpec, host_bytes, is_locked
 from hybrimoe.runtime.tier.reader import BLOCK_BYTES
 
 LEAST_SLOTS = 8
@@ -102,6 +102,11 @@ class HostSlots:
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return self.n_slots * self.slot_bytes
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether all of them are page-locked."""
+        return all(is_locked(view) for view in self._views[:1])
 
     def view(self, slot: int) -> ByteArray:
         """uint8 [slot_bytes] of a slot."""

@@ -56,6 +56,10 @@ class TieredStore(ExpertStore):
         """float64 [layers, experts]: uses in earlier runs; None where they are not known."""
         return self._usage.earlier
 
+    @property
+    def is_locked(self) -> bool:
+        return self.cache.slots.is_locked
+
     def record(self, layer: int, expert: int) -> ByteArray:
         return self.cache.record(layer, expert)
 

@@ -173,7 +173,7 @@ def _with_room(shape: ModelShape, machine: Machine, wish: Wish, best: tuple[str,
 
 def _kv_room(found: Fit) -> int:
     """Bytes that keys and values may take where nobody says how many, at least those that are planned."""
-    device, kept_free = found.device_bytes, found.unpack_bytes + found.reserve_bytes
+    device, kept_free = found.device_bytes, found.kept_free_bytes
     beside = (device - kept_free if device else found.host_bytes - HOST_RESERVE_BYTES) - found.dense_bytes
     spare = beside - found.n_experts * found.expert_bytes
     if spare > 0:

@@ -9,7 +9,7 @@ from typing import Any
 from cpu_kernels import Activation, ExpertSpec
 from hybrimoe.errors import BudgetError, ConfigError
 from hybrimoe.extensions.policies import open_policy
-from hybrimoe.runtime.startup.budget import DEVICE_RESERVE_BYTES, unpack_bytes
+from hybrimoe.runtime.startup.budget import graph_bytes, kept_free, unpack_bytes
 from hybrimoe.tracing.study.public import Setting, speed_range
 from scheduler.machine.engine_profile import EngineProfile
 from scheduler.machine.profile import BYTES_PER_WEIGHT, HardwareProfile, ModelShape
@@ -38,7 +38,8 @@ class Fit:
     is the sum over ``experts_by_accelerator``. ``max_context`` is the longest context that would fit beside one slot a
     layer (without an accelerator: beside all experts in host memory), at most the model's own. ``kv_bytes`` are
     those of ``replies`` at once, each of ``context`` tokens. Each accelerator leaves ``unpack_bytes`` free for one
-    expert that a prompt takes apart, and ``reserve_bytes`` for activations, workspaces and recorded steps."""
+    expert that a prompt takes apart, ``workspace_bytes`` for libraries of matrix products (of the cards that take
+    most), ``graph_bytes`` for recorded steps, and ``reserve_bytes`` for activations."""
 
     model: str
     hardware: str
@@ -57,7 +58,14 @@ class Fit:
     layers_by_accelerator: tuple[int, ...]
     experts_by_accelerator: tuple[int, ...]
     unpack_bytes: int = 0
+    workspace_bytes: int = 0
+    graph_bytes: int = 0
     reserve_bytes: int = 0
+
+    @property
+    def kept_free_bytes(self) -> int:
+        """What each accelerator leaves free beside the KV cache."""
+        return self.unpack_bytes + self.workspace_bytes + self.graph_bytes + self.reserve_bytes
 
 
 def fit(
@@ -83,12 +91,13 @@ def fit(
     if not device:
         return _fit_host(shape, profile, (context, replies, cache), dense, kv, size, host_bytes)
     unpacked = unpack_bytes(_expert(shape))
-    free = DEVICE_RESERVE_BYTES + unpacked
+    kept = kept_free(None, graph_bytes(shape.n_layers + shape.n_dense_layers, shape.hidden, _vocabulary(shape)))
+    free = kept.total + unpacked
     room = device - dense - kv - free
     if room < 0:
         raise BudgetError(
             f"{shape.name}: dense weights ({_gib(dense)}), {cache} ({_gib(kv)}), one expert unpacked"
-            f" ({_gib(unpacked)}) and reserve ({_gib(DEVICE_RESERVE_BYTES)}) do not fit the {_gib(device)} of"
+            f" ({_gib(unpacked)}) and reserve ({_gib(kept.total)}) do not fit the {_gib(device)} of"
             f" {profile.name}; shorten --context, or use a smaller --dense-dtype"
         )
     rooms = [room, *[max(device - free, 0)] * (profile.accel.count - 1)]
@@ -105,8 +114,13 @@ def fit(
     return Fit(
         shape.name, profile.name, total, size, dense, kv, context, replies, device, host_bytes, int(slots),
         int(in_host), int(total - in_host), _longest(shape, spare // replies), tuple(blocks),
-        tuple(int(slots) for slots in by_device), unpacked, DEVICE_RESERVE_BYTES,
+        tuple(int(slots) for slots in by_device), unpacked, kept.workspaces,
+        kept.graphs, kept.reserve,
     )  # fmt: skip
+
+
+def _vocabulary(shape: ModelShape) -> int:
+    return shape.head_params // shape.hidden
 
 
 def _expert(shape: ModelShape) -> ExpertSpec:

@@ -283,10 +283,14 @@ def test_a_lost_copy_on_a_fake_card(small: Setting) -> None:
 
 
 def test_memory_on_a_fake_card(small: Setting) -> None:
-    with fake_cards(1):
+    with fake_cards(1, workspace_bytes=8_519_680):
         tables = run_here(memory.run, small)
-    for row in tables["MiB"]:
-        assert row["driver_idle"] == pytest.approx(row["planned_dense"] + row["planned_slots"], abs=1.0)
+    parts = ("dense", "slots", "workspaces", "graphs", "kv", "unpack", "reserve")
+    for number, (row, planned) in enumerate(zip(tables["MiB"], tables["MiB planned"], strict=True)):
+        assert planned["workspaces"] > 8.0
+        taken = parts[: 3 if number == 0 else 2]  # a workspace stays once it is there
+        assert row["driver_idle"] == pytest.approx(sum(planned[name] for name in taken), abs=1.0)
+        assert row["planned"] == pytest.approx(sum(planned[name] for name in parts), abs=1.0)
 
 
 def test_out_of_memory_on_a_fake_card(small: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hybrimoe.demo import demo_model_path
+from tests.fake_device import DEVICE_TYPE, fake_cards
 from yaml_rules import shipped
 
 DEMO = json.loads((demo_model_path() / "config.json").read_text(encoding="utf-8"))
@@ -33,6 +34,47 @@ def test_explain_as_json(hybrimoe: Any) -> None:
         ("cpu_experts", "int8", EXPERTS)
     }
     assert data["totals"]["int8"] == sum(row["bytes_by_dtype"]["int8"] for row in data["rows"])
+
+
+@pytest.mark.parametrize("accelerator", ["emulated", "none"])
+def test_explain_says_what_memory_is_for(hybrimoe: Any, tmp_path: Path, accelerator: str) -> None:
+    file = tmp_path / "deploy.yaml"
+    file.write_text(f"accelerator: {accelerator}\nmemory: {{gpu_experts: 7}}\n", encoding="utf-8")
+    data = hybrimoe("explain", "--config", file, "--dtype", "int8", "--json").data
+    memory, record = data["memory"], data["totals"]["int8"] // (LAYERS * EXPERTS)
+    assert memory["host"]["experts"] == data["totals"]["int8"]
+    if accelerator == "none":
+        assert memory["host"]["kv"] > 0
+        assert memory["host"]["dense"] == data["other_bytes"]
+    else:
+        assert memory["emulated"]["slots"] == 7 * record
+        assert memory["emulated"]["dense"] == data["other_bytes"]
+    shown = " ".join(hybrimoe("explain", "--config", file, "--dtype", "int8").out.split())
+    assert "weights around the experts" in shown
+    assert ("keys and values" in shown) == (accelerator == "none")
+    assert ("expert slots" in shown) == (accelerator == "emulated")
+
+
+def test_explain_refuses_more_slots_than_experts(hybrimoe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "deploy.yaml"
+    file.write_text("accelerator: emulated\nmemory: {gpu_experts: 7000}\n", encoding="utf-8")
+    outcome = hybrimoe("explain", "--config", file)
+    assert (outcome.code, "asked for 7000 expert slots" in outcome.err.replace("\n", " ")) == (1, True)
+
+
+def test_explain_plans_a_card_without_loading(hybrimoe: Any, tmp_path: Path) -> None:
+    """Of a card that is here: its parts, and as many slots as its memory has room for beside them."""
+    file = tmp_path / "deploy.yaml"
+    file.write_text(f"accelerator: '{DEVICE_TYPE}:0'\n", encoding="utf-8")
+    with fake_cards(1, card_bytes=(512 << 20) + (16 << 20), workspace_bytes=8_519_680):
+        data = hybrimoe("explain", "--config", file, "--dtype", "bfloat16", "--json").data
+    parts = data["memory"][f"{DEVICE_TYPE}:0"]
+    assert parts["workspaces"] + parts["graphs"] + parts["reserve"] == 512 << 20
+    assert parts["workspaces"] == 8_519_680
+    record = data["totals"]["bfloat16"] // (LAYERS * EXPERTS)
+    total = sum(n_bytes for name, n_bytes in parts.items() if name != "staging")
+    assert parts["slots"] > 0
+    assert total <= (512 << 20) + (16 << 20) < total + record
 
 
 def test_explain_every_module(hybrimoe: Any) -> None:

@@ -18,8 +18,9 @@ import hybrimoe
 from gpu_kernels import TorchAccelerator
 from gpu_kernels.errors import GraphError
 from gpu_kernels.step_kernels import StepKernels
+from hybrimoe.runtime.startup.budget import RECORDED_STEPS
 from hybrimoe.step.build import StepWay, capture_step
-from hybrimoe.step.captured import KEPT, CapturedStep
+from hybrimoe.step.captured import CapturedStep
 from hybrimoe.step.fused_norms import known_norms
 from tests.fake_device.graphs import NotedGraphs
 
@@ -227,7 +228,7 @@ def test_buffers_that_grow_are_recorded_anew_and_others_are_not(
 
 def test_conversations_keep_their_graphs_and_ended_ones_are_let_go(model: Any) -> None:
     ids = prompt()
-    caches = [after_prompt(model, ids) for _ in range(KEPT)]
+    caches = [after_prompt(model, ids) for _ in range(RECORDED_STEPS)]
     for cache in caches:
         step(model, ids[:, :1], cache)
     _, captures = steps_of(model)
@@ -243,7 +244,7 @@ def test_conversations_keep_their_graphs_and_ended_ones_are_let_go(model: Any) -
 
 def test_as_many_conversations_keep_their_graphs_as_take_turns(model: Any) -> None:
     ids, own = prompt(), model.hybrimoe.step
-    caches = [after_prompt(model, ids) for _ in range(KEPT + 2)]
+    caches = [after_prompt(model, ids) for _ in range(RECORDED_STEPS + 2)]
     own.keep_for(len(caches))
     try:
         for cache in caches:

@@ -75,8 +75,11 @@ def test_what_fits_adds_up():
     shape = open_shape("qwen3-30b-a3b")
     found = room(shape)
     used = found.dense_bytes + found.kv_bytes + found.device_experts * found.expert_bytes
-    kept_free = found.unpack_bytes + found.reserve_bytes
-    assert (found.unpack_bytes, found.reserve_bytes) == (5 * 4 * 2048 * 768, GIB // 2)
+    kept_free = found.kept_free_bytes
+    assert (found.unpack_bytes, kept_free) == (5 * 4 * 2048 * 768, found.unpack_bytes + GIB // 2)
+    assert kept_free == found.unpack_bytes + found.workspace_bytes + found.graph_bytes + found.reserve_bytes
+    assert found.workspace_bytes == 2 * (32 << 20), "of the cards that take most"
+    assert 0 < found.graph_bytes < GIB // 8
     assert used + kept_free <= 8 * GIB < used + kept_free + found.expert_bytes
     assert found.host_experts == found.n_experts
     assert found.disk_experts == 0
@@ -90,7 +93,7 @@ def test_a_large_expert_that_a_prompt_unpacks_takes_slots():
     found = room(open_shape("mixtral-8x7b"), device_bytes=12 * GIB)
     assert found.unpack_bytes == 5 * 4 * 4096 * 14336
     used = found.dense_bytes + found.kv_bytes + found.device_experts * found.expert_bytes
-    assert used + found.unpack_bytes + found.reserve_bytes <= 12 * GIB
+    assert used + found.kept_free_bytes <= 12 * GIB
 
 
 def test_what_does_not_fit_is_named():
