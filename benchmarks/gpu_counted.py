@@ -358,7 +358,8 @@ def page() -> str:
     beside += [f"| {what} | {us:.1f} | {measured:.1f} | {us / measured - 1:+.0%} |" for what, us, measured in rows]
     return PAGE.format(
         load_ns=LOAD_US * 1e3, launch_us=LAUNCH_US, first_loads=FIRST_LOADS, goal=GOAL, h200=H200.gbps,
-        n_rows=len(rows), middle=sorted(abs(error) for error in errors)[len(errors) // 2], least=errors[0], most=errors[-1],
+        n_rows=len(rows), middle=sorted(abs(error) for error in errors)[len(errors) // 2],
+        least=errors[0], most=errors[-1],
         loops="\n".join(loops_table()), calls="\n".join(calls_table()), short="\n".join(short_table()),
         attention="\n".join(attention_table()), beside="\n".join(beside),
     )  # fmt: skip
