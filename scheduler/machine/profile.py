@@ -20,7 +20,7 @@ CostTable = Mapping[str, tuple[tuple[int, float], ...]]
 FASTEST: Mapping[str, float] = {
     "cpu.read_gbps": 4000.0, "accel.mem_gbps": 25000.0, "accel.tflops": 60000.0, "link.gbps": 1000.0, "disk.gbps": 500.0
 }  # fmt: skip
-"""Above every announced device, in the units of the names: a profile that is read with more has a wrong unit. Next to it
+"""Above every announced device, in the units of the names: a profile that is read with more has a wrong unit. Nearest
 come two sockets of 16 channels at 12,800 MT/s (3.3 TB/s), memory and FP4 rate of NVIDIA's Rubin (22 TB/s, 50 PFLOPS),
 and a link of 900 GB/s a direction beside it."""
 
