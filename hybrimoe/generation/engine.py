@@ -19,7 +19,7 @@ from hybrimoe.generation.kv_memory import FEWEST_TOKENS, chunk_tokens, estimated
 from hybrimoe.generation.pace import DraftPace
 from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.prompt_logprobs import PromptScorer, most_scored_tokens
-from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
+from hybrimoe.generation.sampling import Sampler, SamplingOptions, Settings, TokenLogprob
 from hybrimoe.generation.speculation import Speculation, SpeculationStats, require_speculation
 from hybrimoe.generation.transcript import FinishReason, Transcript
 from hybrimoe.generation.vocabulary import check_token_ids, vocabulary_size
@@ -84,6 +84,7 @@ class TextGenerator:
             require_speculation(model)
         self.model = model
         self.tokenizer = tokenizer
+        self.settings = Settings(model)
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.kv_bytes = kv_bytes
         self.pace = DraftPace() if speculate else None
@@ -328,7 +329,7 @@ class Reply:
     """Iterating gives the text piece by piece; afterwards the attributes say what happened.
 
     Whoever computes several replies side by side drives each by hand instead: `begin`, `prefill` until it gives logits,
-    then `take` with the logits after each token until `has_ended`, and `end`.
+    then `take` with the logits after each token until `has_ended`, and `end`; `share_prompt` before the second token.
 
     text: all pieces joined. token_ids: the new tokens, an end-of-sequence token included. n_reused: prompt tokens that
     came from the cache, n_read: those of them that were read from disk. seed: with it the same reply comes again.
@@ -361,6 +362,8 @@ class Reply:
         """New tokens that are among them."""
         self.n_shifts = 0
         self._checkpoints: list[int] = []
+        self._unshared: torch.Tensor | None = None
+        """Logits after a prompt that others cannot use yet."""
         self._started = self._last = 0
         self._should_stop = should_stop
         limit = generator.context_tokens
@@ -368,7 +371,7 @@ class Reply:
             self._computed_ids = whole_images(self._shift.kept(prompt_ids, limit))
             self.n_shifts = 1
         self.n_kept = len(self._computed_ids)
-        self._sampler = Sampler(generator.model, options, prompt_ids)
+        self._sampler = Sampler(generator.model, options, prompt_ids, generator.settings)
         self._scorer: PromptScorer | None = None
         if options.prompt_logprobs is not None:
             self._scorer = PromptScorer(generator.forward_rows, prompt_ids, options.prompt_logprobs)
@@ -533,8 +536,16 @@ class Reply:
             self._transcript.complete()
         return text
 
+    def share_prompt(self) -> None:
+        """Others may use what was computed of the prompt. Called before any further token is computed, and after the
+        first one is told: whoever waits for it does not wait for this."""
+        logits, self._unshared = self._unshared, None
+        if logits is not None:
+            self.cache.share_prompt(logits)
+
     def next_logits(self) -> torch.Tensor:
         """Computes the newest token; returns the logits [V] after it."""
+        self.share_prompt()
         token = self.token_ids[-1]
         if self._speculation is None:
             return self._forward([token], self.cache)
@@ -549,6 +560,7 @@ class Reply:
         """The text that was held back; others may use what was computed."""
         if self._speculation is not None:
             self._speculation.give_up()
+        self.share_prompt()
         if self.token_ids:
             self.cache.share_reply()
         return self._transcript.end()
@@ -578,7 +590,7 @@ class Reply:
         if self._parts:
             self.cache.share_part()
         else:
-            self.cache.share_prompt(logits)
+            self._unshared = logits
         self._prefilled()
         return None if self._parts else logits
 
