@@ -62,17 +62,18 @@ class BatchEngine:
 
     prefixes: what any earlier prompt or reply computed, so that it is not computed again; None: nothing is kept beyond
     the latest replies. part_tokens: of a prompt, between two tokens of the others; None for the generator's own size.
+    part_slower: see `prompt_parts.PromptPart`.
     One thread calls all methods.
     """
 
     def __init__(
         self, generator: TextGenerator, *, parallel: int = 1, prefixes: PrefixTree | None = None,
-        part_tokens: int | None = None,
+        part_tokens: int | None = None, part_slower: float = 0.0,
     ) -> None:  # fmt: skip
         self.generator = generator
         self.parallel = parallel
         self.prefixes = prefixes
-        self.part_tokens = part_tokens
+        self.part_tokens, self.part_slower = part_tokens, part_slower
         self._rows = CacheRows(generator.model, parallel, prefixes)
         self._tell_step()
         self._places: list[_Place] = []
@@ -121,7 +122,12 @@ class BatchEngine:
         cache, n_bytes = self._rows.take(() if anew else prompt_ids)
         try:
             reply = self.generator.reply(
-                prompt_ids, options, cache=cache, should_stop=should_stop, part_tokens=self.part_tokens
+                prompt_ids,
+                options,
+                cache=cache,
+                should_stop=should_stop,
+                part_tokens=self.part_tokens,
+                part_slower=self.part_slower,
             )
         except Exception:
             self._rows.give_back(cache)

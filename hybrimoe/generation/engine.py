@@ -19,6 +19,7 @@ from hybrimoe.generation.kv_memory import FEWEST_TOKENS, chunk_tokens, estimated
 from hybrimoe.generation.pace import DraftPace
 from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.prompt_logprobs import PromptScorer, most_scored_tokens
+from hybrimoe.generation.prompt_parts import tokens_behind
 from hybrimoe.generation.sampling import Sampler, SamplingOptions, Settings, TokenLogprob
 from hybrimoe.generation.speculation import Speculation, SpeculationStats, require_speculation
 from hybrimoe.generation.transcript import FinishReason, Transcript
@@ -142,6 +143,7 @@ class TextGenerator:
         should_stop: Callable[[], bool] = _never,
         profile: Profile | None = None,
         part_tokens: int | None = None,
+        part_slower: float = 0.0,
     ) -> Reply:
         """A reply to `prompt_ids`, computed while it is iterated.
 
@@ -150,6 +152,7 @@ class TextGenerator:
             should_stop: asked between tokens and prefill chunks; True ends the reply, with what there is.
             profile: a new one, which then has where the time went.
             part_tokens: of the prompt, that are computed at once at most; None for `prefill_chunk_tokens`.
+            part_slower: by which a part is smaller for each token before it, see `prompt_parts.PromptPart`.
 
         Raises:
             PromptError: no token, one that the model does not have, or no room for a reply in the model's context.
@@ -160,7 +163,7 @@ class TextGenerator:
         check_token_ids(self.model, prompt_ids, self.tokenizer)
         options = (options or SamplingOptions()).with_seed()
         cache = cache or PrefixCache(self.model)
-        return Reply(self, list(prompt_ids), options, cache, should_stop, profile, part_tokens)
+        return Reply(self, list(prompt_ids), options, cache, should_stop, profile, part_tokens, part_slower)
 
     def check_prompt(self, n_tokens: int, *, may_shift: bool = True) -> None:
         """Raises PromptError unless a prompt of `n_tokens` leaves room for one token, or what is too much of it is left
@@ -346,6 +349,7 @@ class Reply:
         should_stop: Callable[[], bool],
         profile: Profile | None = None,
         part_tokens: int | None = None,
+        part_slower: float = 0.0,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.seed = options.seed
@@ -354,7 +358,7 @@ class Reply:
         self.text_offsets: list[int] = []
         self._generator = generator
         self.cache = cache
-        self._part_tokens = part_tokens
+        self._part_tokens, self._part_slower = part_tokens, part_slower
         self._parts: deque[tuple[int, int]] | None = None
         self._computed_ids = prompt_ids
         """What is computed as a prompt: the prompt, later what a shift has kept."""
@@ -604,15 +608,19 @@ class Reply:
         checkpoint."""
         short = len(self._computed_ids) - start <= FEWEST_TOKENS  # whose part fits in any case: memory is not asked for
         size = self._generator.prefill_chunk_tokens or (FEWEST_TOKENS if short else chunk_tokens(self._generator.model))
-        if self._part_tokens is not None:
-            size = min(size, self._part_tokens)
         if self._scorer is not None:
             size = min(size, most_scored_tokens(vocabulary_size(self._generator.model)))
         for end in (*self._checkpoints, len(self._computed_ids)):
             while start < end:
-                stop = self._after_image(min(start + size, end))
+                stop = self._after_image(min(start + self._part_size(start, size), end))
                 yield start, stop
                 start = stop
+
+    def _part_size(self, start: int, most: int) -> int:
+        """Tokens of a part that begins at `start`."""
+        if self._part_tokens is None:
+            return most
+        return min(most, tokens_behind(start, self._part_tokens, self._part_slower))
 
     def _after_image(self, stop: int) -> int:
         """The end of a part, moved behind an image that it would cut where images are computed whole."""
