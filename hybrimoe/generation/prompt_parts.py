@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from hybrimoe.generation.context import model_context_tokens
 from hybrimoe.generation.growing import growing_cache
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.kv_memory import chunk_tokens, keeps_every_token, number_of
 from hybrimoe.generation.vocabulary import vocabulary_size
-
-if TYPE_CHECKING:
-    from hybrimoe.generation.engine import TextGenerator
 
 __all__ = ["PromptPart", "attention_share", "chosen_part", "measured_part", "tokens_behind"]
 
@@ -32,6 +29,15 @@ TRIAL_SEED = 0
 ATTENTION_FACTOR = 1.3
 """Time of a multiplication within attention over one in a layer's matrices: of OLMoE's layer with int4 experts, prompts
 of 4,096 and 16,384 tokens on a Xeon (docs/long-chats.md): 1.26."""
+
+
+class Computes(Protocol):
+    """What a `TextGenerator` is here."""
+
+    model: Any
+
+    def forward(self, token_ids: Sequence[int], cache: PrefixCache) -> Any:
+        """Compute tokens on top of a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class PromptPart:
 
 
 def measured_part(
-    generator: TextGenerator, stall_us: float, clock_ns: Callable[[], int] = time.perf_counter_ns
+    generator: Computes, stall_us: float, clock_ns: Callable[[], int] = time.perf_counter_ns
 ) -> PromptPart:
     """The part of a prompt that takes at most `stall_us` on this machine; see `chosen_part`.
 
