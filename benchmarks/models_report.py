@@ -1,12 +1,13 @@
 """Whole models beside llama.cpp and plain transformers: runs `hybrimoe bench`, writes docs/models-measured.md and a
 block of README.md.
 
-    python benchmarks/models_report.py --measure  # 20 minutes on 2 cores; needs llama-cpp-python and the extra bench
-    HYBRIMOE_ISA=avx2 python benchmarks/models_report.py --measure --short  # this CPU as an older one; 10 minutes
+    python benchmarks/models_report.py --measure  # half an hour on 2 cores; needs llama-cpp-python and the extra bench
+    HYBRIMOE_ISA=avx2 python benchmarks/models_report.py --measure  # the same with this CPU as an older one
+    python benchmarks/models_report.py --measure --only decode --only "16 layers"  # some of the tables
     python benchmarks/models_report.py            # writes the pages anew from docs/models-measured.json
 
 The file holds the runs of several machines; what is measured takes the place of what the same CPU gave with the same
-instruction set.
+instruction set. Tables that are not measured stay as they are.
 """
 
 from __future__ import annotations
@@ -24,30 +25,23 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- models:begin (python benchmarks/models_report.py) -->", "<!-- models:end -->"
 SHAPE, LAYERS = "olmoe-1b-7b", 8
 DENSE = ("int8", "int4")
+STORED = [
+    *(word for dtype in ("bfloat16", "int8", "int4") for word in ("--kv-dtype", dtype)),
+    *(word for dtype in ("f16", "q8_0") for word in ("--llama-kv", dtype)),
+]
 RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "decode": (("decode", "--prompt-tokens", "32", "--new-tokens", "24", "--rounds", "5"), DENSE),
     "prefill": (("prefill", "--prompt-tokens", "512", "--rounds", "3", "--no-plain"), DENSE),
     "decode 8k": (
-        (
-            "decode",
-            "--prompt-tokens",
-            "8000",
-            "--new-tokens",
-            "24",
-            "--rounds",
-            "5",
-            "--no-plain",
-            "--kv-dtype",
-            "bfloat16",
-            "--kv-dtype",
-            "int8",
-            "--kv-dtype",
-            "int4",
-            "--llama-kv",
-            "f16",
-            "--llama-kv",
-            "q8_0",
-        ),
+        ("decode", "--prompt-tokens", "8000", "--new-tokens", "24", "--rounds", "5", "--no-plain", *STORED),
+        ("int8",),
+    ),
+    "16 layers": (
+        ("decode", "--prompt-tokens", "32", "--new-tokens", "24", "--rounds", "5", "--no-plain", "--layers", "16"),
+        ("int8",),
+    ),
+    "16 layers, prefill": (
+        ("prefill", "--prompt-tokens", "512", "--rounds", "3", "--no-plain", "--layers", "16"),
         ("int8",),
     ),
 }
@@ -56,15 +50,25 @@ OURS = "as configured"
 """How names of our rows begin; behind a comma they say how keys and values are stored, where several are measured."""
 BESIDE = {"llama.cpp": "bfloat16", "llama.cpp, q8_0 keys and values": "int8", "llama.cpp, q4_0 keys and values": "int4"}
 """Which of ours a peer is compared with: the one that stores keys and values in as many bits."""
+AT_ONCE = (1, 2, 4, 8)
 GROWTH: dict[str, tuple[str, ...]] = {
     **{f"{layers} layers, context 32": ("--layers", str(layers)) for layers in (2, 4, 16)},
-    **{f"{LAYERS} layers, context {n}": ("--layers", str(LAYERS), "--prompt-tokens", str(n)) for n in (1000, 4000)},
+    **{
+        f"4 layers, {experts} experts, {active} for a token": (
+            *("--layers", "4", "--experts", str(experts), "--active", str(active)),
+        )
+        for experts, active in ((16, 8), (256, 8), (64, 2), (64, 16))
+    },
+    **{f"{LAYERS} layers, context {n:,}": ("--layers", str(LAYERS), "--prompt-tokens", str(n)) for n in (1000, 4000)},
+    **{f"2 layers, context {n:,}": ("--layers", "2", "--prompt-tokens", str(n)) for n in (16000, 32000, 64000)},
 }
-"""Ours alone: how a step's time grows."""
+"""Ours alone: how a step's time grows. Long contexts with few layers, for the sake of their prompts."""
 TITLES = {
     "decode": "Decode, tokens/s (prompt of 32 tokens)",
     "prefill": "Prefill of 512 tokens, tokens/s",
     "decode 8k": "Decode at a context of 8,000 tokens, tokens/s",
+    "16 layers": "16 layers: decode, tokens/s (prompt of 32 tokens)",
+    "16 layers, prefill": "16 layers: prefill of 512 tokens, tokens/s",
 }
 INTRODUCTION = f"""# Whole models: measured
 
@@ -86,35 +90,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, if asked to, and write the pages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="run the benchmarks here, and keep what they say")
-    parser.add_argument("--short", action="store_true", help="measure no growth with layers and context")
+    parser.add_argument("--only", action="append", choices=[*RUNS, "growth"], help="measure this; may be repeated")
     parser.add_argument("--about", default="", help="a sentence on the machine or the programs, shown with its tables")
     parser.add_argument("--folder", type=Path, default=ROOT, help="with docs/ and README.md")
     given = parser.parse_args(arguments)
     kept = given.folder / "docs" / "models-measured.json"
     machines: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))["machines"]
     if given.measure:
-        new = measured(growth={} if given.short else GROWTH) | {"about": given.about}
+        new = measured(given.only or [*RUNS, "growth"])
         places = [place for place, old in enumerate(machines) if title(old) == title(new)] or [len(machines)]
-        machines[places[0] : places[0] + 1] = [new]
+        machines[places[0] : places[0] + 1] = [joined(*machines[places[0] : places[0] + 1], new, about=given.about)]
         kept.write_text(json.dumps({"machines": machines}, indent=1) + "\n", encoding="utf-8")
     (given.folder / "docs" / "models-measured.md").write_text(document(machines), encoding="utf-8")
     readme = given.folder / "README.md"
     readme.write_text(with_block(readme.read_text(encoding="utf-8"), summary(machines)), encoding="utf-8")
 
 
-def measured(growth: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    """The results of all runs, by kind and dtype of the dense layers, and of `growth`, by name."""
+def measured(kinds: Sequence[str]) -> dict[str, Any]:
+    """The results of runs of these kinds, by kind and dtype of the dense layers, and of "growth" by name."""
     compared: dict[str, dict[str, Any]] = {}
-    for kind, (words, dtypes) in RUNS.items():
+    for kind in (kind for kind in RUNS if kind in kinds):
+        words, dtypes = RUNS[kind]
         compared[kind] = {}
         for dense in dtypes:
             plain = ("--no-plain",) if dense != DENSE[0] and "--no-plain" not in words else ()
-            compared[kind][dense] = run(dense, *words, *plain, "--layers", str(LAYERS), "--llama-cpp")
+            layers = () if "--layers" in words else ("--layers", str(LAYERS))
+            compared[kind][dense] = run(dense, *words, *plain, *layers, "--llama-cpp")
+    if "growth" not in kinds:
+        return {"compared": compared, "growth": {}, "at_once": {}}
     grown = {
         name: run("int8", "decode", "--new-tokens", "32", "--rounds", "5", "--no-plain", *words)
-        for name, words in growth.items()
+        for name, words in GROWTH.items()
     }
-    return {"compared": compared, "growth": grown}
+    replies = [word for n in AT_ONCE for word in ("--replies", str(n))]
+    at_once = run("int8", "parallel", "--new-tokens", "32", "--rounds", "5", *replies, "--layers", str(LAYERS))
+    return {"compared": compared, "growth": grown, "at_once": at_once}
+
+
+def joined(*runs: dict[str, Any], about: str) -> dict[str, Any]:
+    """Runs of one machine, the later ones in place of the earlier ones."""
+    known = [run["about"] for run in runs if run.get("about")]
+    compared = {kind: results for run in runs for kind, results in run["compared"].items()}
+    grown = [run for run in runs if run["growth"]] or [{"growth": {}}]
+    return {
+        "compared": {kind: compared[kind] for kind in RUNS if kind in compared},
+        "growth": grown[-1]["growth"],
+        "at_once": grown[-1].get("at_once", {}),
+        "about": about or " ".join(known[-1:]),
+    }
 
 
 def run(dense: str, *words: str) -> dict[str, Any]:
@@ -131,7 +154,8 @@ def run(dense: str, *words: str) -> dict[str, Any]:
 
 def title(data: dict[str, Any]) -> str:
     """A machine in a line, with the instruction set that ours took."""
-    machine = data["compared"]["decode"][DENSE[0]]["machine"]
+    ran = [*(run for runs in data["compared"].values() for run in runs.values()), *data["growth"].values()]
+    machine = ran[0]["machine"]
     return f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}"
 
 
@@ -145,6 +169,8 @@ def document(machines: Sequence[dict[str, Any]]) -> str:
         parts += [f"### {TITLES[kind]}\n\n{table(results)}" for kind, results in data["compared"].items()]
         if data["growth"]:
             parts.append(f"### How a step grows\n\n{growth_table(data)}")
+        if data.get("at_once"):
+            parts.append(f"### How a step of several replies grows\n\n{at_once_table(data)}")
     return "\n".join(parts)
 
 
@@ -180,12 +206,26 @@ def ratio(ours: dict[str, Any], other: dict[str, Any]) -> float:
 
 def growth_table(data: dict[str, Any]) -> str:
     """Milliseconds of a step of ours, dense layers int8."""
-    usual = {f"{LAYERS} layers, context 32": data["compared"]["decode"]["int8"]}
-    far = {f"{LAYERS} layers, context 8000": data["compared"]["decode 8k"]["int8"]}
+    beside = {f"{LAYERS} layers, context 32": "decode", f"{LAYERS} layers, context 8,000": "decode 8k"}
+    usual, far = (
+        {name: data["compared"][kind]["int8"]} if kind in data["compared"] else {} for name, kind in beside.items()
+    )
     lines = ["| | ms a step | of the read rate |", "|---|---|---|"]
     for name, result in {**usual, **data["growth"], **far}.items():
         row = ours_beside(result)
         lines.append(f"| {name} | {1000 / row['tokens_per_s']['median']:.1f} | {row['of_read_rate']:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+def at_once_table(data: dict[str, Any]) -> str:
+    """Milliseconds of a step of several replies, dense layers int8."""
+    lines = [
+        f"| replies at once, {LAYERS} layers | ms a step | tokens/s of all | experts a layer |",
+        "|---|---|---|---|",
+    ]
+    for row in data["at_once"]["rows"]:
+        experts = "-" if row["experts"] is None else f"{row['experts']:.1f}"
+        lines.append(f"| {row['replies']} | {row['step_ms']:.1f} | {row['tokens_per_s']['median']:.1f} | {experts} |")
     return "\n".join(lines) + "\n"
 
 

@@ -39,7 +39,8 @@ class Request:
     profile: of decode, after the rounds: where a token's time goes, for each contender in this process.
     kv_dtypes: how the hybrid contenders store keys and values, each in turn; llama_kv: the same of llama.cpp, by the
     names of `contenders.LLAMA_KV`, with "-flash" behind them for flash attention. llama_weights: of the file that is
-    written for it, one of `gguf_file.WEIGHTS`.
+    written for it, one of `gguf_file.WEIGHTS`. experts, active: how many there are in a layer of a shape, and how many
+    a token takes, where that is not as in the shape.
     """
 
     kind: Literal["decode", "prefill"]
@@ -62,6 +63,8 @@ class Request:
     kv_dtypes: tuple[str, ...] = ()
     llama_kv: tuple[str, ...] = ()
     llama_weights: str = "q4_0"
+    experts: int | None = None
+    active: int | None = None
 
     def variants(self) -> list[tuple[str, dict[str, Any]]]:
         """(label, overrides of the deployment) of each hybrid contender, in the order in which they are shown."""
@@ -123,6 +126,11 @@ def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict
         "weights": "random" if request.shape else "checkpoint",
         "prompt_tokens": request.prompt_tokens,
         **({"new_tokens": request.new_tokens} if request.kind == "decode" else {}),
+        **{
+            name: getattr(request, name)
+            for name in ("layers", "experts", "active")
+            if getattr(request, name) is not None
+        },
         "rounds": request.rounds,
         "threads": request.threads,
         "read_gbps": read_gbps,
@@ -243,12 +251,14 @@ def _openers(request: Request, progress: Any) -> tuple[int, list[Callable[[ExitS
 
 
 def _source(request: Request) -> Any:
-    from hybrimoe.bench.model.sources import CheckpointSource, RandomSource
+    from hybrimoe.bench.model.sources import CheckpointSource, RandomSource, other_experts
 
     if request.shape is None:
-        if request.layers is not None:
-            raise ConfigError("--layers goes with --shape: a checkpoint is measured whole")
+        given = {"--layers": request.layers, "--experts": request.experts, "--active": request.active}
+        for name in (name for name, value in given.items() if value is not None):
+            raise ConfigError(f"{name} goes with --shape: a checkpoint is measured as it is")
         return CheckpointSource(request.model)
     if request.model is not None:
         raise ConfigError(f"give a model ({request.model}) or --shape {request.shape}, not both")
-    return RandomSource(request.shape, request.layers, request.context_tokens)
+    experts = other_experts(request.shape, request.experts, request.active)
+    return RandomSource(request.shape, request.layers, request.context_tokens, replaced=experts)

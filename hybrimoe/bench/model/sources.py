@@ -9,6 +9,7 @@ import torch
 from hybrimoe.errors import BudgetError, ConfigError, unknown
 from yaml_rules import shapes
 from yaml_rules.located import read_yaml
+from yaml_rules.shapes.derive import N_EXPERTS, TOP_K
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -71,14 +72,14 @@ class RandomSource:
     """Random weights in a shipped shape, as a whole or with its first `layers` layers. Nothing is downloaded."""
 
     def __init__(
-        self, shape: str, layers: int | None, n_tokens: int = 0, *, smaller: Mapping[str, int] | None = None
+        self, shape: str, layers: int | None, n_tokens: int = 0, *, replaced: Mapping[str, int] | None = None
     ) -> None:
         """n_tokens: the context is made longer where it does not hold so many; random weights know no limit.
 
-        smaller: entries of the shape's configuration that are replaced.
+        replaced: entries of the shape's configuration, and their values in place of its own.
         """
         self.tokenizer: Any = NoTokenizer()
-        self.config = _config(shape, layers, smaller or {})
+        self.config = _config(shape, layers, replaced or {})
         self.config.max_position_embeddings = max(self.config.max_position_embeddings, n_tokens + 1)
         self.vocab_size = int(self.config.vocab_size)
 
@@ -140,6 +141,18 @@ class RandomSource:
         write_gguf(path, self.config, dict(model.named_parameters()), experts, progress, weights)
 
 
+def other_experts(shape: str, experts: int | None, active: int | None) -> dict[str, int]:
+    """What a shape's configuration calls the number of its experts and of those that a token takes, with other values;
+    without those that are None. Raises ConfigError for a token that would take more experts than there are."""
+    config = read_yaml(shapes.FOLDER / f"{shape}.yaml").data["config"]
+    names = {n: next(name for name in known if name in config) for n, known in ((0, N_EXPERTS), (1, TOP_K))}
+    replaced = {names[n]: value for n, value in enumerate((experts, active)) if value is not None}
+    there_are, taken = (int({**config, **replaced}[names[n]]) for n in (0, 1))
+    if taken > there_are:
+        raise ConfigError(f"a token cannot take {taken} of {there_are} experts: lower --active, or raise --experts")
+    return replaced
+
+
 def _draw_dense(model: Any) -> None:
     """Gives an injected model on the meta device the random weights of all that is not experts."""
     from hybrimoe.checkpoint.reading import new_weight
@@ -156,6 +169,8 @@ def _config(shape: str, layers: int | None, replaced: Mapping[str, int]) -> Any:
     """The transformers configuration of a shape. Raises ConfigError for what cannot be."""
     from transformers import AutoConfig
 
+    from hybrimoe.checkpoint.config_numbers import check_config
+
     if shape not in shapes.shape_names():
         raise ConfigError(unknown("model shape", shape, shapes.shape_names()))
     data = read_yaml(shapes.FOLDER / f"{shape}.yaml").data
@@ -165,7 +180,9 @@ def _config(shape: str, layers: int | None, replaced: Mapping[str, int]) -> Any:
         if not 1 <= layers <= whole:
             raise ConfigError(f"--layers must be between 1 and {whole} for {shape}, found {layers}")
         settings["num_hidden_layers"] = layers
-    return AutoConfig.for_model(settings.pop("model_type"), dtype="bfloat16", **settings)
+    config = AutoConfig.for_model(settings.pop("model_type"), dtype="bfloat16", **settings)
+    check_config(shape, config)
+    return config
 
 
 def _fill(session: Any, progress: Callable[[int, int, str], None]) -> None:

@@ -216,7 +216,7 @@ def files(request: Request, routes: Routes, progress: Callable[[int, int, str], 
     whole = RandomSource(request.shape, None).config
     vocab = max(whole.vocab_size * request.layers // whole.num_hidden_layers, len(routes))
     source = RandomSource(
-        request.shape, request.layers, len(routes), smaller={"vocab_size": -(-vocab // BLOCK) * BLOCK}
+        request.shape, request.layers, len(routes), replaced={"vocab_size": -(-vocab // BLOCK) * BLOCK}
     )
     with tempfile.TemporaryDirectory(prefix="hybrimoe-bench-", dir=request.folder) as name:
         found = Files(Path(name) / "model.gguf", Path(name) / "pack")

@@ -33,6 +33,8 @@ class ContendersGroup:
 
     shape: options.ShapeOption = None
     layers: options.LayersOption = None
+    experts: options.ExpertsOption = None
+    active: options.ActiveOption = None
     policy: options.PolicyList = None
     lossy: common.LossyList = None
     dtype: options.DtypeList = None
@@ -121,6 +123,8 @@ class ContendersGroup:
             model=model,
             shape=self.shape,
             layers=self.layers,
+            experts=self.experts,
+            active=self.active,
             policies=tuple(self.policy or ()),
             lossy=tuple(self.lossy or ()),
             dtypes=tuple(self.dtype or ()),
@@ -228,7 +232,9 @@ def show(result: dict[str, Any]) -> None:
     }
     shown = {title: cells for title, cells in columns.items() if any(cell != "-" for cell in cells)}
     lines = list(zip(*shown.values(), strict=True))
-    what = f"{result['bench']}, {result['model']} ({result['weights']} weights), prompt {result['prompt_tokens']}"
+    sizes = [f"{name} {result[name]}" for name in ("layers", "experts", "active") if name in result]
+    model = ", ".join([f"{result['model']} ({result['weights']} weights)", *sizes])
+    what = f"{result['bench']}, {model}, prompt {result['prompt_tokens']}"
     render.out().print(render.table(f"{what}, {result['rounds']} alternating rounds", tuple(shown), lines))
     for row in rows:
         if "profile" in row:

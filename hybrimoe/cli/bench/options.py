@@ -15,6 +15,12 @@ ShapeOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Random weights in a real shape instead of a model.")
 ]
 LayersOption = Annotated[int | None, typer.Option(min=1, help="With --shape: only so many layers.")]
+ExpertsOption = Annotated[
+    int | None, typer.Option(min=1, help="With --shape: so many experts in a layer, in place of its own number.")
+]
+ActiveOption = Annotated[
+    int | None, typer.Option(min=1, help="With --shape: so many experts for each token, in place of its own number.")
+]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Counted rounds.")]
 CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows as CSV, too.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a figure here (matplotlib).")]

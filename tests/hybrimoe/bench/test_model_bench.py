@@ -307,6 +307,36 @@ def test_a_config_that_is_no_shape_is_refused():
         sources.RandomSource("no-such-shape", None)
 
 
+def test_a_shape_is_measured_with_other_numbers_of_experts():
+    result = run(
+        "prefill", "--shape", "olmoe-1b-7b", "--layers", "1", "--experts", "2", "--active", "1", "--no-plain",
+        "--dtype", "int4", "--accelerator", "none", "--rounds", "1", "--prompt-tokens", "4",
+    )  # fmt: skip
+    assert (result["layers"], result["experts"], result["active"]) == (1, 2, 1)
+    assert sources.other_experts("olmoe-1b-7b", None, None) == {}
+    replaced = sources.other_experts("deepseek-v2-lite", 128, 3)
+    assert replaced == {"n_routed_experts": 128, "num_experts_per_tok": 3}
+    config = sources.RandomSource("deepseek-v2-lite", 2, replaced=replaced).config
+    assert (config.n_routed_experts, config.num_experts_per_tok) == (128, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words", "said"),
+    [
+        ("olmoe-1b-7b", ["--experts", "4"], "a token cannot take 8 of 4 experts"),
+        ("olmoe-1b-7b", ["--active", "65"], "a token cannot take 65 of 64 experts"),
+        ("deepseek-v3", ["--experts", "100"], "n_group"),
+        (None, ["--experts", "4"], "--experts goes with --shape"),
+        (None, ["--active", "4"], "--active goes with --shape"),
+    ],
+)
+def test_numbers_of_experts_that_cannot_be_are_refused(shape, words, said):
+    given = ["--shape", shape, "--layers", "4"] if shape else []
+    done = CliRunner().invoke(app, ["bench", "decode", *given, *words, "--no-plain", "--accelerator", "none"])
+    assert done.exit_code in (1, 2)
+    assert said in " ".join(done.output.split())
+
+
 def test_lossy_policies_stand_beside_each_policy_and_are_not_judged_by_their_logits():
     request = model_bench.Request(
         kind="decode", model=None, shape=None, layers=None, policies=("ours", "static"), dtypes=(),

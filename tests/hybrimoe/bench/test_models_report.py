@@ -64,11 +64,47 @@ def test_a_new_run_takes_the_place_of_the_same_machine_and_set_only(
     for isa in ("avx1024", "avx1024", before[0]["compared"]["decode"]["int8"]["machine"]["isa"]):
         again = json.loads(json.dumps(before[0]))
         again["compared"]["decode"]["int8"]["machine"]["isa"] = isa
-        monkeypatch.setattr(report, "measured", lambda growth, again=again: again | {"growth": growth})
-        report.main(["--folder", str(tmp_path), "--measure", "--short"])
+        monkeypatch.setattr(report, "measured", lambda kinds, again=again: again)
+        report.main(["--folder", str(tmp_path), "--measure"])
     after = json.loads(kept.read_text(encoding="utf-8"))["machines"]
     assert [report.title(data) for data in after] == [
         *map(report.title, before),
         report.title(before[0]).replace("avx2", "avx1024"),
     ]
-    assert after[0]["growth"] == {}
+
+
+def test_what_is_not_measured_again_stays(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/models-measured.json"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    kept = tmp_path / "docs" / "models-measured.json"
+    before = json.loads(kept.read_text(encoding="utf-8"))["machines"][0]
+    asked, machine = [], before["compared"]["decode"]["int8"]["machine"]
+    results = {
+        "decode": {"results": [{"name": "as configured", "of_read_rate": 0.5, "logits_cosine": None, "resident_mib": 1,
+                                "tokens_per_s": {"median": 1.0, "min": 1.0, "max": 1.0}}]},
+        "parallel": {"rows": [{"replies": 2, "step_ms": 3.25, "tokens_per_s": {"median": 99.5}, "experts": None}]},
+    }  # fmt: skip
+
+    def run(dense: str, kind: str, *words: str) -> dict[str, object]:
+        asked.append((kind, *words))
+        return results[kind] | {"machine": machine}
+
+    monkeypatch.setattr(report, "run", run)
+    report.main(["--folder", str(tmp_path), "--measure", "--only", "growth", "--about", "now"])
+    after = json.loads(kept.read_text(encoding="utf-8"))["machines"][0]
+    assert after["compared"] == before["compared"]
+    assert after["growth"].keys() == report.GROWTH.keys()
+    assert after["about"] == "now"
+    assert any(words[-2] == "--active" for words in asked)
+    page = (tmp_path / "docs" / "models-measured.md").read_text(encoding="utf-8")
+    assert "| 2 layers, context 64,000 | 1000.0 | 50% |" in page
+    assert "| 2 | 3.2 | 99.5 | - |" in page
+    asked.clear()
+    report.main(["--folder", str(tmp_path), "--measure", "--only", "16 layers"])
+    again = json.loads(kept.read_text(encoding="utf-8"))["machines"][0]
+    assert [words[0] for words in asked] == ["decode"]
+    assert again["growth"] == after["growth"]
+    assert again["at_once"] == after["at_once"]
+    assert again["about"] == "now"
+    assert again["compared"].keys() == {*before["compared"], "16 layers"}

@@ -78,7 +78,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Request:
 
 
 def _source(shape: str, layers: int | None, n_tokens: int = 0, smaller: Any = None) -> RandomSource:
-    return RandomSource(shape, layers, n_tokens, smaller=SMALLER | (smaller or {}))
+    return RandomSource(shape, layers, n_tokens, replaced=SMALLER | (smaller or {}))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ SEED = 1
 def source(setting: Setting, layers: int | None = None) -> RandomSource:
     """Random weights in the setting's shape."""
     context = setting.long_prompt_tokens + max(setting.speed_tokens, setting.new_tokens) + 1
-    return RandomSource(setting.shape, layers or setting.layers, context, smaller=setting.smaller)
+    return RandomSource(setting.shape, layers or setting.layers, context, replaced=setting.smaller)
 
 
 WITHOUT_CARD = ("none", EMULATED)
