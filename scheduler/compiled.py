@@ -27,7 +27,7 @@ def _import_numba() -> None:
     sys.modules["scipy"] = None  # type: ignore[assignment]  # so an import of it fails
     try:
         importlib.import_module("numba")
-        importlib.import_module("numba.np.arraymath")._HAVE_BLAS = there
+        vars(importlib.import_module("numba.np.arraymath"))["_HAVE_BLAS"] = there
     finally:
         del sys.modules["scipy"]
 

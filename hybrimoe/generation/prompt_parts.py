@@ -20,9 +20,9 @@ from hybrimoe.generation.vocabulary import vocabulary_size
 
 __all__ = ["PromptPart", "attention_share", "chosen_part", "measured_part", "tokens_behind"]
 
-FEW_TOKENS, MANY_TOKENS = 16, 64
+FEW_TOKENS, MANY_TOKENS = 16, 128
 """Of the prompts that are timed. 16 tokens already choose most experts of a layer, so that what further ones take is
-their own."""
+their own. Prompts of up to 64 may be one compiled step, where a token takes less than in a part."""
 LEAST_TOKENS = 16
 """Of a part: fewer would read the weights for next to nothing."""
 TRIAL_SEED = 0
