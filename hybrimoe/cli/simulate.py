@@ -50,7 +50,10 @@ def simulate(
     expert_dtype: simulated.ExpertDtypeOption = "int4",
     dense_dtype: simulated.DenseDtypeOption = "int8",
     predictions: Annotated[
-        str, typer.Option(help="Routing known ahead: auto, recorded, transition, token, noisy, or none.")
+        str,
+        typer.Option(
+            help="Routing known ahead: auto, recorded, transition, hidden, residual, token, noisy, or none.",
+        ),
     ] = "auto",
     lookahead: Annotated[int, typer.Option(min=0, help="Layers ahead that are predicted.")] = 3,
     max_tokens: Annotated[

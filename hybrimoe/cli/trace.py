@@ -67,6 +67,16 @@ def record(
             help="Keep the tokens themselves, for predictions by token; the texts can be read from them.",
         ),
     ] = True,
+    hidden: Annotated[
+        int,
+        typer.Option(
+            "--hidden",
+            metavar="N",
+            min=0,
+            help="Keep N random projections of each layer's hidden state, for predictions by hidden states (0: none; "
+            "the model's width or more: the states themselves).",
+        ),
+    ] = 0,
     licence: Annotated[str, typer.Option(help="Licence of the trace, kept in the file.")] = "Apache-2.0",
     config: ConfigOption = None,
     unknown_keys: UnknownKeysOption = None,
@@ -88,7 +98,7 @@ def record(
     with open_model(deployment, show_progress=not as_json) as opened:
         trace = record_texts(
             opened.generator, texts, options, source=opened.name, licence=licence, horizon=horizon,
-            embeddings=embeddings, full_scores=full_scores, token_ids=token_ids,
+            embeddings=embeddings, full_scores=full_scores, token_ids=token_ids, hidden=hidden,
         )  # fmt: skip
     trace.save(out)
     _tell(out, trace, as_json)
@@ -139,7 +149,7 @@ def import_(
         typer.Argument(
             metavar="FILE...",
             help="llama.cpp's moe-trace (.csv), responses with routed_experts of vLLM or SGLang (.json, .jsonl), ids"
-            " [tokens, layers, k] (.npy).",
+            " [tokens, layers, k] or a collection of MoE-Infinity (.npy).",
         ),
     ],
     model_shape: Annotated[
@@ -163,6 +173,8 @@ def import_(
     trace = import_traces(files, open_shape(model_shape), prompt_tokens=prompt_tokens, licence=licence)
     trace.save(out)
     _tell(out, trace, as_json)
+    if "order" in trace.meta:
+        render.note("the file has counts of whole sequences: tokens were drawn that have them, in no recorded order")
 
 
 def _tell(out: Path, trace: Trace, as_json: bool) -> None:

@@ -1,10 +1,13 @@
-"""Routing that other programs recorded, as a trace: llama.cpp's `moe-trace`, responses of vLLM and SGLang, arrays.
+"""Routing that other programs recorded, as a trace: llama.cpp's `moe-trace`, responses of vLLM and SGLang, arrays,
+MoE-Infinity's collections.
 
 - `.csv`, of llama.cpp: `layer,expert`, a row for each expert that a token is sent to, step by step and layer by
   layer. Steps of many tokens are prompts; one that follows a reply begins a sequence, and so does a header.
 - `.json`, `.jsonl`: responses with `routed_experts` in base64, an .npy file from vLLM, bare integers from SGLang. A
   response is a sequence; its usage says how long the prompt is.
-- `.npy`: ids [tokens, layers, k], as vLLM's `RequestOutput` has them; one sequence.
+- `.npy`: integers [tokens, layers, k], ids as vLLM's `RequestOutput` has them; one sequence.
+- `.npy`: floats [sequences, layers, experts], a trace collection of MoE-Infinity: how many tokens of each sequence an
+  expert got. Tokens with these counts are drawn; their order is not what was recorded, and the trace says so.
 
 None of them has routing weights or forecasts. What is taken for granted is checked: sizes against the model's shape,
 steps through all layers, distinct experts.
@@ -26,7 +29,7 @@ from numpy.typing import NDArray
 
 from hybrimoe.text_files import read_text
 from scheduler.machine.profile import ModelShape
-from scheduler.traces.trace import Trace, TraceError
+from scheduler.traces.trace import DRAWN, Trace, TraceError
 
 CSV_HEADER = "layer,expert"
 ABSENT, PREFILL, DECODE = -1, 0, 1
@@ -41,10 +44,12 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """One sequence: ids [tokens, layers, k], and how many of the tokens are its prompt's."""
+    """One sequence: ids [tokens, layers, k], and how many of the tokens are its prompt's; ``drawn``: which token has
+    which experts was not recorded."""
 
     ids: Ids
     n_prompt: int
+    drawn: bool = False
 
 
 def import_traces(files: Sequence[Path], shape: ModelShape, *, prompt_tokens: int, licence: str) -> Trace:
@@ -64,7 +69,9 @@ def import_traces(files: Sequence[Path], shape: ModelShape, *, prompt_tokens: in
         raise TraceError(f"no sequence in {', '.join(map(str, files))}")
     ids = np.concatenate([one.ids for one in sequences])
     phase = [np.where(np.arange(len(one.ids)) < one.n_prompt, PREFILL, DECODE) for one in sequences]
+    drawn = {"order": DRAWN} if any(one.drawn for one in sequences) else {}
     meta = {
+        **drawn,
         "model": shape.name, "num_layers": shape.n_layers, "num_experts": shape.n_experts, "top_k": shape.top_k,
         "source": f"hybrimoe trace import {' '.join(file.name for file in files)}", "licence": licence,
     }  # fmt: skip
@@ -215,25 +222,68 @@ def _n_recorded_layers(file: Path, rows: Ids, shape: ModelShape) -> int:
 
 
 def _array(file: Path, shape: ModelShape, prompt_tokens: int) -> Iterator[Imported]:
-    """The one sequence of an .npy file."""
+    """The one sequence of an .npy file, or those of a collection."""
     try:
         with file.open("rb") as handle:
-            ids = _of_layers(file, _loaded(file, handle), shape)
+            array = _numbers(file, handle)
     except OSError as error:
         raise TraceError(f"{file} cannot be read: {error.strerror}") from error
+    if array.dtype.kind == "f" and array.ndim == 3:
+        yield from _collection(file, array, shape, prompt_tokens)
+        return
+    ids = _of_layers(file, _as_ids(file, array), shape)
     yield Imported(ids, min(prompt_tokens, len(ids)))
 
 
+def _collection(file: Path, counts: NDArray[Any], shape: ModelShape, prompt_tokens: int) -> Iterator[Imported]:
+    """Sequences with a collection's counts [sequences, layers, experts]; places that were never filled are zeros."""
+    if counts.shape[1:] != (shape.n_layers, shape.n_experts):
+        raise TraceError(
+            f"{file}: counts of {counts.shape[1]} layers with {counts.shape[2]} experts; {shape.name} has"
+            f" {shape.n_layers} with {shape.n_experts}"
+        )
+    if not np.isfinite(counts).all() or (counts < 0).any() or (counts != np.floor(counts)).any():
+        raise TraceError(f"{file}: expected how many tokens each expert got, found numbers that are no counts")
+    for at, of_sequence in enumerate(counts.astype(np.int64)):
+        totals = of_sequence.sum(axis=1)
+        n_tokens, rest = divmod(int(totals[0]), shape.top_k)
+        if not totals.any():
+            continue
+        if rest or (totals != totals[0]).any() or of_sequence.max() > n_tokens:
+            raise TraceError(
+                f"{file}: sequence {at} has {totals.min()} to {totals.max()} choices a layer, and up to"
+                f" {of_sequence.max()} of one expert; tokens that choose {shape.top_k} experts in each layer have a"
+                " multiple of that, the same in every layer, and no expert twice"
+            )
+        random = np.random.default_rng(at)
+        layers = [_drawn(one, n_tokens, shape.top_k, random) for one in of_sequence]
+        yield Imported(np.stack(layers, axis=1), min(prompt_tokens, n_tokens), drawn=True)
+
+
+def _drawn(counts: Ids, n_tokens: int, top_k: int, random: np.random.Generator) -> Ids:
+    """[tokens, k]: tokens with distinct experts, each expert as often as its count."""
+    experts = random.permutation(len(counts))
+    chosen = np.repeat(experts, counts[experts])  # in a row: one of at most n_tokens meets every token once
+    ids: Ids = chosen.reshape(top_k, n_tokens).T[random.permutation(n_tokens)]
+    return ids
+
+
 def _loaded(file: Path, handle: Any) -> Ids:
+    return _as_ids(file, _numbers(file, handle))
+
+
+def _numbers(file: Path, handle: Any) -> NDArray[Any]:
     try:
-        array = np.load(handle, allow_pickle=False)
+        return np.asarray(np.load(handle, allow_pickle=False))
     except (ValueError, EOFError) as error:
         raise TraceError(f"{file}: damaged, or no .npy array: {error}") from error
+
+
+def _as_ids(file: Path, array: NDArray[Any]) -> Ids:
     if array.dtype.kind not in "iu" or array.ndim != 3:
-        counts = "; counts of whole sequences (MoE-Infinity's collections) do not say which token chose what"
         raise TraceError(
-            f"{file}: expected integers [tokens, layers, k], found {array.dtype} {list(array.shape)}"
-            + (counts if array.dtype.kind == "f" and array.ndim == 3 else "")
+            f"{file}: expected integers [tokens, layers, k] or a collection's counts, floats [sequences, layers,"
+            f" experts], found {array.dtype} {list(array.shape)}"
         )
     ids: Ids = array.astype(np.int64)
     return ids

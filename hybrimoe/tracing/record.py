@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -46,6 +47,7 @@ DEFAULT_HORIZON = 3
 #: Predicted experts kept for each of a token's top-k, best first.
 WIDTH_PER_TOP_K = 2
 ABSENT = -1
+SKETCH_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +71,22 @@ class Recorded:
     embeddings: NDArray[np.float16] | None = None
     gate_scores: NDArray[np.float16] | None = None
     token_ids: NDArray[np.int32] | None = None
+    hidden: NDArray[np.float16] | None = None
 
 
 @dataclass(slots=True)
 class RoutingTap:
     """Listens to a model. Use :func:`listening`; call :meth:`begin_sequence` before each new text.
 
-    ``full_scores``: the gate's probabilities of all experts are kept, too.
+    ``full_scores``: the gate's probabilities of all experts are kept, too. ``hidden``: so many random projections of
+    each layer's hidden state are (0: none; at least its width: the state itself).
     Within a step the last call of a layer counts: earlier ones are lookahead probes of the runtime.
     """
 
     model: nn.Module
     horizon: int = DEFAULT_HORIZON
     full_scores: bool = False
+    hidden: int = 0
     steps: list[Recorded] = field(default_factory=list)
     _experts: list[nn.Module] = field(default_factory=list)
     _num_experts: list[int] = field(default_factory=list)
@@ -119,8 +124,9 @@ class RoutingTap:
         weights = np.stack([call.weights for call in calls], axis=1)
         predicted = self._predict(calls)
         scores = self._all_scores(calls) if self.full_scores else None
+        states = np.stack([sketch(call.hidden, self.hidden) for call in calls], axis=1) if self.hidden else None
         self.steps.append(
-            Recorded(ids, weights, predicted, self._sequence, phase, self._embeddings, scores, self._token_ids)
+            Recorded(ids, weights, predicted, self._sequence, phase, self._embeddings, scores, self._token_ids, states)
         )
 
     def heard(self, layer: int, arguments: tuple[Any, ...]) -> None:
@@ -222,8 +228,28 @@ class RoutingTap:
             embeddings=_joined([step.embeddings for step in self.steps]),
             gate_scores=_joined([step.gate_scores for step in self.steps]),
             token_ids=_joined([step.token_ids for step in self.steps]),
+            hidden=_joined([step.hidden for step in self.steps]),
             name=name,
         )
+
+
+def sketch(hidden: torch.Tensor, width: int) -> NDArray[np.float16]:
+    """float16 [T, width] of hidden states [T, H]: random projections that keep lengths and angles on average, of states
+    that are scaled to a root mean square of 1, as the router's norm leaves them up to its weights; the scaled states
+    where ``width`` is at least H. The projection depends on H and ``width`` alone."""
+    states = hidden.float().cpu().numpy()
+    states = states / np.sqrt(np.mean(np.square(states), axis=1, keepdims=True) + np.float32(1e-12))
+    n = states.shape[1]
+    if width < n:
+        states = states @ _projection(n, width)
+    return np.asarray(states, np.float16)
+
+
+@lru_cache(maxsize=4)
+def _projection(n: int, width: int) -> NDArray[np.float32]:
+    """[n, width], columns of length 1 on average."""
+    drawn = np.random.default_rng(SKETCH_SEED).standard_normal((n, width), np.float32)
+    return np.asarray(drawn / np.float32(np.sqrt(n)), np.float32)
 
 
 Kept = TypeVar("Kept", bound=np.generic)
@@ -260,11 +286,12 @@ def num_experts(module: nn.Module) -> int:
 @contextmanager
 def listening(
     model: nn.Module, horizon: int = DEFAULT_HORIZON, embeddings: bool = False, full_scores: bool = False,
-    token_ids: bool = True,
+    token_ids: bool = True, hidden: int = 0,
 ) -> Iterator[RoutingTap]:  # fmt: skip
     """Hooks on ``model`` for the block; the tap keeps what it heard: with ``token_ids`` the tokens too, with
-    ``embeddings`` their embeddings, with ``full_scores`` the gates' probabilities of all experts."""
-    tap = RoutingTap(model, horizon, full_scores)
+    ``embeddings`` their embeddings, with ``full_scores`` the gates' probabilities of all experts, with ``hidden`` so
+    many projections of the hidden states."""
+    tap = RoutingTap(model, horizon, full_scores, hidden)
     handles = [model.register_forward_pre_hook(lambda *_: tap.flush())]
     if token_ids:
         handles.append(input_embeddings(model).register_forward_hook(lambda _, given, __: tap.given(given[0])))
@@ -300,9 +327,10 @@ def _listener(tap: RoutingTap, layer: int) -> Any:
 def record_texts(
     generator: TextGenerator, prompts: Sequence[str], options: SamplingOptions, *, source: str, licence: str,
     horizon: int = DEFAULT_HORIZON, embeddings: bool = False, full_scores: bool = False, token_ids: bool = True,
+    hidden: int = 0,
 ) -> Trace:  # fmt: skip
     """Generate a reply to each prompt and record its routing; each prompt is one sequence."""
-    with listening(generator.model, horizon, embeddings, full_scores, token_ids) as tap:
+    with listening(generator.model, horizon, embeddings, full_scores, token_ids, hidden) as tap:
         for prompt in prompts:
             tap.begin_sequence()
             for _ in generator.reply(generator.encode(prompt), options):

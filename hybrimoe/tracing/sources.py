@@ -15,7 +15,7 @@ from hybrimoe.machine.profiles import open_shape
 from scheduler.machine.profile import ModelShape
 from scheduler.traces.analysis import expert_frequencies
 from scheduler.traces.synthetic import LOCALITIES, generate
-from scheduler.traces.trace import Trace
+from scheduler.traces.trace import DRAWN, Trace
 
 DEMO, SYNTHETIC = "demo", "synthetic"
 DEMO_MODEL = Path(str(files("hybrimoe"))) / "demo" / "model"
@@ -59,7 +59,18 @@ def open_trace(
 
 
 def _scores_of(trace: Trace) -> tuple[str, ...]:
-    """What must be said where policies that weigh experts by the gate see less than they do at run time."""
+    """What must be said where policies see less than they do at run time."""
+    drawn = (
+        ("the tokens were drawn from counts of whole sequences: how often each expert is used was recorded, which"
+         " experts follow each other was not, so that only policies that go by use can be compared",)
+        if trace.meta.get("order") == DRAWN
+        else ()
+    )  # fmt: skip
+    return (*drawn, *_weights_of(trace))
+
+
+def _weights_of(trace: Trace) -> tuple[str, ...]:
+    """That policies which weigh experts by the gate have no weights."""
     if trace.expert_weights is None and trace.gate_scores is None:
         return (
             "the trace has no routing weights: policies that read the gates' scores (mrs of hybrimoe, hobbit, learned, "

@@ -52,6 +52,7 @@ _PRESETS: dict[str, Policy] = {
     "adapmoe": _policy("on_demand", "gate_topk", "lru", sizes="dp", depth=1),
     "hobbit": _policy("on_demand", "gate_topk", "hobbit", depth=3, only_if_cached=True),
     "fate": _policy("on_demand", "gate_topk", "arc", depth=1, share=0.75, n_shallow=2),
+    "promoe": _policy("on_demand", "gate_topk", "lru", depth=3, pieces=4),
     "hybrimoe": _policy("hybrimoe", "impact", "mrs"),
     "hybrimoe_released": _policy("hybrimoe_released", "impact", "mrs"),
     "ours": _policy("value", "value", "value"),
@@ -60,7 +61,8 @@ _PRESETS: dict[str, Policy] = {
 """static: KTransformers (most frequent experts resident by profile, never moved). llama_cpp: --n-cpu-moe (whole
 layers; batches of at least 32 tokens upload the experts that they need: its pull requests 13386 and 15346).
 moe_infinity: arXiv 2401.14361. fiddler: arXiv 2402.07033. freetoken: arXiv 2608.16157. adapmoe: arXiv
-2408.10284. hobbit: arXiv 2411.01433, its lossless part. fate: arXiv 2502.12224. hybrimoe: arXiv 2504.05897;
+2408.10284. hobbit: arXiv 2411.01433, its lossless part. fate: arXiv 2502.12224. promoe: arXiv 2410.22134
+(predictions ``hidden`` give it its learned predictor). hybrimoe: arXiv 2504.05897;
 hybrimoe_released: with the balance of its published code, which its figures were measured with."""
 PRESETS: tuple[str, ...] = tuple(_PRESETS)
 """Names of those that are in the package; ``add_preset`` adds others."""

@@ -25,6 +25,14 @@ class PrefetchPolicy:
         """How many following layers' predictions are read."""
         return 0
 
+    @property
+    def pieces(self) -> int:
+        """In how many pieces the link carries an expert: between two of them what a layer needs overtakes prefetches.
+
+        0: experts are carried whole, in order. Simulated; the runtime carries them whole.
+        """
+        return 0
+
     def begin_sequence(self) -> None:
         """A new sequence starts."""
 

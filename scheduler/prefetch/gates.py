@@ -100,20 +100,31 @@ class GateTopK(PrefetchPolicy):
     ``depth`` layers ahead (AdapMoE, arXiv 2408.10284: 1). ``only_if_cached``: go one layer deeper only while all
     predicted experts of the nearer ones hold slots (HOBBIT, arXiv 2411.01433). ``share``: take the experts above that
     percentile of all the layer's gate scores instead of every predicted one (Fate, arXiv 2502.12224: 0.75, an
-    over-fetch; predictions must then name more than top-k experts).
+    over-fetch; predictions must then name more than top-k experts). ``pieces``: an expert crosses the link in so many,
+    and what a layer needs overtakes prefetches between them (ProMoE, arXiv 2410.22134); 0: whole, in order.
     """
 
     def __init__(
-        self, setting: Setting, depth: int = 1, only_if_cached: bool = False, share: float | None = None
+        self,
+        setting: Setting,
+        depth: int = 1,
+        only_if_cached: bool = False,
+        share: float | None = None,
+        pieces: int = 0,
     ) -> None:
         super().__init__(setting)
         self.depth = integer("gate_topk", "depth", depth, 1)
         self.only_if_cached = bool(only_if_cached)
         self.share = None if share is None else number("gate_topk", "share", share, 0.0, 1.0)
+        self._pieces = integer("gate_topk", "pieces", pieces, 0)
 
     @property
     def layers_ahead(self) -> int:
         return min(self.depth, self.setting.lookahead)
+
+    @property
+    def pieces(self) -> int:
+        return self._pieces
 
     def propose(self, demand: Demand, limit: int) -> Proposals:
         keys: list[npt.NDArray[np.int64]] = []

@@ -31,7 +31,8 @@ class SimulationSettingError(SimulationError):
 
 @dataclass(slots=True)
 class Copy:
-    """A transfer on its way through the link."""
+    """A transfer on its way through the link. ``fresh``: its layer's plan is the one being performed. ``carried_us``:
+    link time of the parts that were carried before others overtook it; the rest starts anew."""
 
     transfer: Transfer
     step: int
@@ -40,6 +41,8 @@ class Copy:
     n_bytes: int
     start_us: float = NOT_STARTED
     end_us: float = NOT_STARTED
+    fresh: bool = True
+    carried_us: float = 0.0
 
 
 @dataclass(slots=True)
@@ -57,7 +60,8 @@ class Busy:
 class Engine:
     """Lanes and clock. ``costs`` are the true durations; the planner has its own model of them.
 
-    ``handoff_us``: until the CPU can start on a layer's experts, see ``DenseProfile``.
+    ``handoff_us``: until the CPU can start on a layer's experts, see ``DenseProfile``. ``pieces``: in how many pieces
+    the link carries an expert: what a layer needs overtakes prefetches between two of them; 0: whole, in order.
     """
 
     costs: CostModel
@@ -65,6 +69,7 @@ class Engine:
     keep_records: bool = False
     host: HostTier | None = None
     handoff_us: float = 0.0
+    pieces: int = 0
     now_us: float = 0.0
     busy: Busy = field(default_factory=Busy)
     records: list[TaskRecord] = field(default_factory=list)
@@ -87,7 +92,7 @@ class Engine:
     def take_ended(self) -> list[TransferEnded]:
         """Events of the copies that have ended by now, in link order; each is reported once."""
         events = [
-            TransferEnded(c.transfer.layer, c.transfer.expert, c.transfer.slot, c.end_us - c.start_us)
+            TransferEnded(c.transfer.layer, c.transfer.expert, c.transfer.slot, c.carried_us + c.end_us - c.start_us)
             for c in self._ended_transfers()
         ]
         self._ended.clear()
@@ -103,12 +108,15 @@ class Engine:
         if self.host is not None:  # whoever planned it: the CPU computes what is there
             at = {expert: self._host_ready_us(plan.layer, expert, plan.step) for expert in plan.cpu}
             plan = replace(plan, cpu=tuple(sorted(plan.cpu, key=at.__getitem__)))
-        known = len(self._queue)
+        for copy in self._queue:
+            copy.fresh = False
         self._enqueue(plan)
+        if self.pieces:
+            self._overtake(plan)
         cpu_us, accel_us = self._compute_us(plan, tokens)
         cpu_from = self._cpu_from(plan)
         began_us = self.now_us
-        times = self._run(plan, known, cpu_us, cpu_from, accel_us, shared_us)
+        times = self._run(plan, cpu_us, cpu_from, accel_us, shared_us)
         self._account(plan, tokens, times, began_us, shared_us)
         return self._observe(plan, tokens, times)
 
@@ -126,6 +134,44 @@ class Engine:
     def _enqueue(self, plan: LayerPlan) -> None:
         for transfer in (*plan.transfers, *plan.prefetches):
             self._add(Copy, transfer, plan.step, self._transfer_us(transfer), self._transfer_bytes(transfer))
+
+    def _overtake(self, plan: LayerPlan) -> None:
+        """What this layer computes with goes to the head of the link, behind the piece under way; other copies wait.
+
+        Copies that were queued before for this layer come first: a slot that one of the plan's experts hands over to
+        another is read in that order.
+        """
+        needed = set(plan.accel)
+        wanted: list[Copy] = []
+        waiting: list[Copy] = []
+        for copy in self._queue:
+            own = copy.transfer.layer == plan.layer and copy.transfer.expert in needed
+            (wanted if own else waiting).append(copy)
+        if not wanted or not waiting:
+            return
+        first = self._queue[0]
+        if first is not waiting[0]:
+            self._queue = [*wanted, *waiting]
+            return
+        piece_us = self._transfer_us(first.transfer) / self.pieces
+        if first.start_us >= 0.0 and first.left_us <= piece_us:  # its last piece
+            self._queue = [first, *wanted, *waiting[1:]]
+            return
+        if first.start_us >= 0.0:
+            rest_us = first.left_us % piece_us
+            self._pause(first, rest_us)
+            wanted[0].from_us = max(wanted[0].from_us, self.now_us + rest_us)
+        self._queue = [*wanted, *waiting]
+
+    def _pause(self, copy: Copy, rest_us: float) -> None:
+        """A copy under way ends its piece, which takes ``rest_us``, and waits."""
+        copy.end_us = self.now_us + rest_us
+        self.busy.link += copy.end_us - copy.start_us
+        if self.keep_records:
+            self._record_copy(copy)
+        copy.carried_us += copy.end_us - copy.start_us
+        copy.left_us -= rest_us
+        copy.start_us = copy.end_us = NOT_STARTED
 
     def _add(self, kind: type[Copy], transfer: Transfer, step: int, us: float, n_bytes: int) -> None:
         """Puts a copy on the link, which carries it once its bytes are in host memory."""
@@ -164,16 +210,16 @@ class Engine:
         return [(copy.transfer.layer, copy.transfer.expert) for copy in self._queue]
 
     def _run(
-        self, plan: LayerPlan, known: int, cpu_us: Floats, cpu_from: Floats, accel_us: Floats, shared_us: float
+        self, plan: LayerPlan, cpu_us: Floats, cpu_from: Floats, accel_us: Floats, shared_us: float
     ) -> tuple[Floats, Floats, Floats, Floats]:
         queue = self._queue
         arriving = {(c.transfer.layer, c.transfer.expert): i for i, c in enumerate(queue)}
         wait = np.array([arriving.get((plan.layer, e), -1) for e in plan.accel], np.int64)
         position = {expert: i for i, expert in enumerate(plan.accel)}
         after = np.full(len(queue), -1, np.int64)
-        for i in range(known, len(queue)):
-            evicted = queue[i].transfer.evicts
-            if evicted is not None and evicted[0] == plan.layer:
+        for i, copy in enumerate(queue):
+            evicted = copy.transfer.evicts
+            if copy.fresh and evicted is not None and evicted[0] == plan.layer:
                 after[i] = position.get(evicted[1], -1)
         left, start, end, link_from = self._link_arrays()
         cpu_start, cpu_end = np.full(cpu_us.size, NOT_STARTED), np.full(cpu_us.size, NOT_STARTED)

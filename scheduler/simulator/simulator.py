@@ -147,6 +147,7 @@ class Simulator:
         if config.lossy is not None:
             self.stage = self._lossy_stage(config.lossy, n_low, scorer, prefetch_scorer, frequencies)
             self.engine = self.stage.engine
+        self.engine.pieces = self.planners()[0].prefetch.pieces
         self.layers: list[PlannedLayer] = []
         self.explanations: list[Explanation] = []
         self._judge, self._step = PrefetchJudge(trace.n_layers, trace.n_experts), 0

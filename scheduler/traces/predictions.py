@@ -1,4 +1,5 @@
-"""Routing predictions for traces: recorded ones, ones learned from other sequences, and ones of a stated recall.
+"""Routing predictions for traces: recorded ones, ones learned from other sequences (by their routing, or by hidden
+states), and ones of a stated recall.
 
 All have one form: for each token and layer, the experts expected 1..horizon layers ahead, best first.
 """
@@ -11,9 +12,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.traces.hidden import HiddenPredictor
 from scheduler.traces.trace import Trace, TraceError
 
-PredictionKind = Literal["auto", "recorded", "transition", "token", "noisy", "none"]
+PredictionKind = Literal["auto", "recorded", "transition", "token", "hidden", "residual", "noisy", "none"]
 DEFAULT_HORIZON = 3
 #: Recall assumed 1, 2 and 3 layers ahead by ``noisy``: about what next-layer gates reach on the current hidden state
 #: (Eliseev and Mazur, arXiv 2312.17238, figure 2, report 0.8 to 0.9 one layer ahead for as many guesses as experts).
@@ -208,4 +210,7 @@ def predictions_for(
         return by_token(trace)
     if kind == "noisy":
         return noisy(trace, seed=seed)
+    if kind == "hidden" or kind == "residual":
+        learned = HiddenPredictor(kind, DEFAULT_HORIZON).fit(trace if calibration is None else calibration)
+        return Predictions(*learned.predict(trace), kind)
     return TransitionPredictor().fit(trace if calibration is None else calibration).predict(trace)

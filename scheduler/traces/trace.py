@@ -6,7 +6,8 @@ Arrays: ``expert_ids`` int16 [tokens, layers, top_k] (``-1`` absent), ``expert_w
 layer l's hidden state, best first; optional ``embeddings`` float16 [tokens, hidden]: the model's input embeddings of
 the tokens, which predictors of routes learn from; optional ``gate_scores`` float16 [tokens, layers, num_experts]: the
 gate's probabilities of all experts, routed or not, which scores such as HybriMoE's MRS are defined on; optional
-``token_ids`` int32 [tokens]: the tokens themselves, by the model's tokenizer.
+``token_ids`` int32 [tokens]: the tokens themselves, by the model's tokenizer; optional ``hidden`` float16 [tokens,
+layers, width]: the hidden state that each layer's router saw, or random projections of it.
 """
 
 import json
@@ -27,9 +28,11 @@ PHASE_CODES: dict[Phase, int] = {"prefill": 0, "decode": 1}
 REQUIRED_ARRAYS = ("expert_ids", "sequence", "phase", "meta")
 OPTIONAL_ARRAYS: Mapping[str, type[np.generic]] = {
     "expert_weights": np.float16, "predicted_ids": np.int16, "embeddings": np.float16, "gate_scores": np.float16,
-    "token_ids": np.int32,
+    "token_ids": np.int32, "hidden": np.float16,
 }  # fmt: skip
 REQUIRED_META = ("model", "num_layers", "num_experts", "top_k")
+DRAWN = "drawn"
+"""Value of the optional meta key ``order``: only how often each expert was used was recorded, not by which token."""
 
 
 class TraceError(SchedulerError):
@@ -67,6 +70,7 @@ class Trace:
     embeddings: NDArray[np.float16] | None = None
     gate_scores: NDArray[np.float16] | None = None
     token_ids: NDArray[np.int32] | None = None
+    hidden: NDArray[np.float16] | None = None
     name: str = field(default="trace")
 
     def __post_init__(self) -> None:
@@ -262,7 +266,7 @@ def _check(trace: Trace) -> None:
     _check_ids(trace.expert_ids, n_experts, f"trace {trace.name!r}: expert_ids")
     if trace.predicted_ids is not None:
         _check_ids(trace.predicted_ids, n_experts, f"trace {trace.name!r}: predicted_ids")
-    named = {name: getattr(trace, name) for name in ("expert_weights", "embeddings", "gate_scores")}
+    named = {name: getattr(trace, name) for name in ("expert_weights", "embeddings", "gate_scores", "hidden")}
     for name, values in named.items():
         if values is not None and not np.isfinite(values).all():
             raise TraceError(f"trace {trace.name!r}: {name} hold NaN or infinite values")
@@ -305,6 +309,10 @@ def _check_shapes(trace: Trace) -> None:
         raise TraceError(f"{where}: gate_scores must be {list(wanted_scores)}, found {list(trace.gate_scores.shape)}")
     if trace.embeddings is not None and (trace.embeddings.ndim != 2 or len(trace.embeddings) != n_tokens):
         raise TraceError(f"{where}: embeddings must be [{n_tokens}, hidden], found {list(trace.embeddings.shape)}")
+    if trace.hidden is not None and (trace.hidden.ndim != 3 or trace.hidden.shape[:2] != ids.shape[:2]):
+        raise TraceError(
+            f"{where}: hidden must be [{n_tokens}, {ids.shape[1]}, width], found {list(trace.hidden.shape)}"
+        )
     if trace.token_ids is not None and trace.token_ids.shape != (n_tokens,):
         raise TraceError(f"{where}: token_ids must have {n_tokens} entries, found {list(trace.token_ids.shape)}")
 

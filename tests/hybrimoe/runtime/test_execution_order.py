@@ -19,7 +19,7 @@ from .conftest import PROFILE, MiniExperts, Rig, routing
 
 POLICIES = [
     "hybrimoe", "ours", "static", "llama_cpp", "moe_infinity", "fiddler", "freetoken", "adapmoe", "hobbit", "fate",
-    "cpu_only/none/lru", "accel_only/none/lru", "hybrimoe/gate_topk/lru", "on_demand/impact/mrs",
+    "promoe", "cpu_only/none/lru", "accel_only/none/lru", "hybrimoe/gate_topk/lru", "on_demand/impact/mrs",
 ]  # fmt: skip
 N_LAYERS, N_EXPERTS = 4, 6
 SLACK_US = 1.0

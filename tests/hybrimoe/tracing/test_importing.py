@@ -97,6 +97,41 @@ def test_arrays_and_files_in_turn(tmp_path: Path) -> None:
     assert trace.phase.tolist() == [0, 0, 1, 1, 1, 1] * 2
 
 
+def test_a_collection_of_counts_becomes_tokens_with_these_counts(tmp_path: Path) -> None:
+    """As MoE-Infinity writes it: float32, places that were never filled are zeros."""
+    told = np.zeros((4, 3, 8), np.float32)
+    for at, ids in ((0, routing(9)), (2, routing(5, seed=1))):
+        for layer in range(3):
+            told[at, layer] = np.bincount(ids[:, layer].ravel(), minlength=8)
+    np.save(tmp_path / "collection.npy", told)
+    trace = imported(tmp_path / "collection.npy", prompt_tokens=3)
+    assert [stop - start for start, stop in trace.sequence_spans()] == [9, 5]
+    assert trace.phase.tolist() == [0] * 3 + [1] * 6 + [0] * 3 + [1] * 2
+    for (start, stop), at in zip(trace.sequence_spans(), (0, 2), strict=True):
+        counted = [np.bincount(trace.expert_ids[start:stop, layer].ravel(), minlength=8) for layer in range(3)]
+        np.testing.assert_array_equal(counted, told[at])
+    assert all(len(set(row)) == 2 for row in trace.expert_ids.reshape(-1, 2).tolist())
+    assert trace.meta["order"] == "drawn"
+    np.testing.assert_array_equal(
+        imported(tmp_path / "collection.npy", prompt_tokens=3).expert_ids, trace.expert_ids, "drawn alike each time"
+    )
+
+
+def test_what_was_drawn_is_said_where_it_is_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    counts = np.zeros((1, 16, 64), np.float32)
+    counts[:, :, :16] = 5.0  # 10 tokens that choose 8 of 16
+    np.save("collection.npy", counts)
+    written = CliRunner().invoke(
+        app, ["trace", "import", "collection.npy", "--model-shape", "olmoe-1b-7b", "-o", "drawn.npz"]
+    )
+    assert written.exit_code == 0, written.output
+    assert "in no recorded order" in " ".join(written.output.split())
+    simulated = CliRunner().invoke(app, ["simulate", "--trace", "drawn.npz", "--policy", "static"])
+    assert simulated.exit_code == 0, simulated.output
+    assert "drawn from counts of whole sequences" in " ".join(simulated.output.split())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -119,8 +154,13 @@ def test_arrays_and_files_in_turn(tmp_path: Path) -> None:
         ("a.json", '{"prompt_tokens": 1, "routed_experts": "AAAA"}', "3 bytes of routed_experts are no multiple of 8"),
         ("a.json", '{"prompt_tokens": 1, "routed_experts_dtype": "f8", "routed_experts": ""}', "must be one of int32"),
         ("a.npy", "text", "damaged, or no .npy array"),
-        ("a.npy", np.zeros((5, 3, 8)), "MoE-Infinity's collections"),
-        ("a.npy", np.zeros((5, 3), int), "expected integers [tokens, layers, k], found int64 [5, 3]"),
+        ("a.npy", np.zeros((5, 3, 8)), "no sequence"),
+        ("a.npy", np.ones((5, 3, 6)), "counts of 3 layers with 6 experts; tiny has 3 with 8"),
+        ("a.npy", np.full((5, 3, 8), 0.5), "found numbers that are no counts"),
+        ("a.npy", np.full((5, 3, 8), np.nan), "found numbers that are no counts"),
+        ("a.npy", np.full((1, 3, 8), [3.0] + [0.0] * 7), "sequence 0 has 3 to 3 choices a layer, and up to 3 of one"),
+        ("a.npy", np.full((1, 3, 8), [4.0] + [0.0] * 7), "up to 4 of one expert; tokens that choose 2 experts"),
+        ("a.npy", np.zeros((5, 3), int), "expected integers [tokens, layers, k] or a collection's counts"),
         ("a.npy", routing(4)[:, :2], "2 layers with experts, top-2; tiny has 3 and top-2"),
     ],
 )  # fmt: skip

@@ -111,6 +111,27 @@ def test_embeddings_are_those_of_the_tokens(model):
         pass
 
 
+def test_hidden_states_are_what_the_router_saw_or_projections_that_keep_its_angles(model):
+    seen = []
+    experts = model.model.layers[1].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().reshape(-1, 32)))
+    traces = {}
+    for width in (0, 24, 32, 4096):
+        with listening(model, hidden=width) as tap:
+            run(model, tap)
+            traces[width] = tap.trace("tiny", "Apache-2.0")
+    handle.remove()
+    assert traces[0].hidden is None
+    states = torch.cat(seen)[:16].numpy()
+    states /= np.sqrt(np.square(states).mean(axis=1, keepdims=True))
+    np.testing.assert_allclose(traces[32].hidden[:, 1].astype(np.float32), states, atol=2e-3)
+    np.testing.assert_array_equal(traces[32].hidden, traces[4096].hidden)
+    sketched = traces[24].hidden[:, 1].astype(np.float32)
+    assert sketched.shape == (16, 24)
+    truth, kept = ((rows @ rows.T) / rows.shape[1] for rows in (states, sketched))
+    assert np.corrcoef(truth.ravel(), kept.ravel())[0, 1] > 0.8, "16 tokens, 24 of 32 dimensions: 0.86"
+
+
 def test_token_ids_are_those_that_the_model_was_given(model):
     with listening(model) as tap:
         run(model, tap)

@@ -62,7 +62,7 @@ def run(policy: str = "ours", steps: int = 30, n_accelerators: int = 1, *, on_di
 
 
 @pytest.mark.parametrize("n_accelerators", [1, 2])
-@pytest.mark.parametrize("policy", ["ours", "hybrimoe", "freetoken", "fate", "ours, on disk"])
+@pytest.mark.parametrize("policy", ["ours", "hybrimoe", "freetoken", "fate", "promoe", "ours, on disk"])
 def test_a_saved_recording_is_replayed_exactly(policy: str, n_accelerators: int, tmp_path: Path) -> None:
     recording = run(policy.split(",")[0], n_accelerators=n_accelerators, on_disk="disk" in policy)
     recording.save(tmp_path / "run.json.gz")

@@ -38,6 +38,7 @@ def test_round_trip(tmp_path):
         "embeddings": np.arange(18, dtype=np.float16).reshape(6, 3),
         "gate_scores": np.full((6, 2, 4), 0.25, np.float16),
         "token_ids": np.arange(6, dtype=np.int32),
+        "hidden": np.arange(36, dtype=np.float16).reshape(6, 2, 3),
     }
     assert set(optional) == set(OPTIONAL_ARRAYS)
     trace = Trace(**arrays(**optional))
@@ -87,6 +88,8 @@ def test_an_empty_phase_is_named(tmp_path):
     ("changed", "message"),
     [
         ({"expert_ids": np.full((6, 2, 2), 4, np.int16)}, r"must lie in -1..3, found 4..4"),
+        ({"hidden": np.zeros((6, 3, 4), np.float16)}, r"hidden must be \[6, 2, width\], found \[6, 3, 4\]"),
+        ({"hidden": np.full((6, 2, 4), np.nan, np.float16)}, "hidden hold NaN or infinite"),
         ({"expert_ids": np.full((6, 2, 2), -2, np.int16)}, r"must lie in -1..3"),
         ({"expert_ids": np.zeros((6, 3, 2), np.int16)}, r"expert_ids must be \[tokens, 2, 2\], found \[6, 3, 2\]"),
         ({"expert_ids": np.zeros((6, 2, 2), np.float32)}, "expert_ids must be int16, found float32"),
