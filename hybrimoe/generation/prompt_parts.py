@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hybrimoe.generation.context import model_context_tokens
-from hybrimoe.generation.growing import growing_cache
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.kv_memory import chunk_tokens, keeps_every_token, number_of
 from hybrimoe.generation.vocabulary import vocabulary_size
@@ -88,6 +87,8 @@ def tokens_behind(n_before: int, n_tokens: int, slower: float) -> int:
 def attention_share(model: Any) -> float:
     """What attention to one earlier token takes of a token's time, as a share of all else: multiplications, counted by
     the model's shape, times `ATTENTION_FACTOR`. Layers with windows or states of their own do not count."""
+    from hybrimoe.generation.growing import growing_cache
+
     config = model.config.get_text_config(decoder=True)
     width, heads = number_of(config, "hidden_size"), number_of(config, "num_attention_heads")
     head = number_of(config, "head_dim") or width // max(1, heads)
