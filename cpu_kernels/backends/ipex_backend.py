@@ -26,6 +26,7 @@ from cpu_kernels.backends.base import PerExpertBackend
 from cpu_kernels.backends.prepared import PreparedExperts, shared_cache
 from cpu_kernels.engine.dispatch import Dispatch
 from cpu_kernels.errors import BackendError
+from cpu_kernels.format.layout import is_quantised
 from cpu_kernels.format.pack import unpack_expert
 from cpu_kernels.format.reference import apply_activation
 from cpu_kernels.format.spec import ExpertSpec
@@ -125,7 +126,7 @@ class IpexBackend(PerExpertBackend):
 
     def supports(self, spec: ExpertSpec) -> str | None:
         """None, or why `spec` does not run here."""
-        if spec.dtype in ("int8", "int4"):
+        if is_quantised(spec.dtype):
             return "its weight-only int8 and int4 are right but slow, so they are left out; use numba"
         if spec.dtype == "bfloat16" and not self.has_bfloat16:
             return "bfloat16 needs AVX512-BF16 or AMX, which this CPU lacks; use expert_dtype float32, or numba"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cpu_kernels.errors import BackendError
-from cpu_kernels.format.layout import BITS, GROUP, is_quantised, padded
+from cpu_kernels.format.layout import GROUP, OFFSET, is_quantised, padded
 from cpu_kernels.format.pack import deinterleave, record_tensor, unpack_codes, unpack_expert
 from cpu_kernels.format.spec import Activation, ExpertSpec
 
@@ -46,7 +46,12 @@ def graph_bytes(spec: ExpertSpec) -> int:
     if not is_quantised(spec.dtype):
         return 4 * n_weights
     columns = padded(spec.hidden) * padded(spec.inter) * (3 if spec.activation.gated else 2)
-    return columns * BITS[spec.dtype] // 8 + columns // GROUP * 4
+    return columns * _graph_bits(spec.dtype) // 8 + columns // GROUP * 4
+
+
+def _graph_bits(dtype: str) -> int:
+    """Bits of a code in a graph, which knows 4 and 8: those of other dtypes become 8-bit ones."""
+    return 4 if dtype == "int4" else 8
 
 
 def export_expert(
@@ -135,7 +140,7 @@ class _Graph:
 def _expert(graph: _Graph, spec: ExpertSpec, record: np.ndarray) -> None:
     weights = unpack_expert(spec, record)
     if is_quantised(spec.dtype):
-        codes, bits = _expert_codes(spec, record), BITS[spec.dtype]
+        codes, bits = _expert_codes(spec, record), _graph_bits(spec.dtype)
 
         def product(x: str, name: str, bias: torch.Tensor | None, output: str) -> str:
             shape = (spec.hidden, spec.inter) if name == "down" else (spec.inter, spec.hidden)
@@ -172,7 +177,9 @@ def _blocks(codes: torch.Tensor, scales: torch.Tensor, rows: int, columns: int, 
     float32 [N, blocks], for the blocks of 32 columns that hold `columns`."""
     n_blocks = -(-columns // GROUP)
     kept = codes[:rows, : n_blocks * GROUP].reshape(rows, n_blocks, GROUP)
-    if BITS[dtype] == 4:
+    if _graph_bits(dtype) == 8:
+        kept = kept + (OFFSET["int8"] - OFFSET[dtype])
+    else:
         kept = kept[:, :, 0::2] | (kept[:, :, 1::2] << 4)
     return kept.contiguous().numpy(), scales[:rows, :n_blocks].float().contiguous().numpy()
 

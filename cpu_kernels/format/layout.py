@@ -10,10 +10,18 @@ by row block, columns ascending inside. A block is a list of 64-byte lines; in e
 | int8     | columns 4i .. 4i + 3, stored as q + 128                        | 16    | 2 x 16 bfloat16  | 1088 B |
 | int4     | group i // 4, j = i % 4: columns 4j .. 4j + 3 in the low and   | 8     | 2 x 16 bfloat16  |  576 B |
 |          | 16 + 4j .. 16 + 4j + 3 in the high nibbles, stored as q + 8    |       |                  |        |
+| int6     | planes of 2 and 4 bits, stored as q + 32                       | 12    | 2 x 16 bfloat16  |  832 B |
+| int5     | planes of 1 and 4 bits, stored as q + 16                       | 10    | 2 x 16 bfloat16  |  704 B |
+| int3     | planes of 1 and 2 bits, stored as q + 4                        | 6     | 2 x 16 bfloat16  |  448 B |
+| int2     | a plane of 2 bits, stored as q + 2                             | 4     | 2 x 16 bfloat16  |  320 B |
 
-Scales: one per row and group of 32 columns (group 0 for all rows, then group 1). Integer blocks are 8.5 and 4.5 bits a
-weight and a whole number of cache lines, so that a row block is one aligned stream. These words are what vpdpbusd,
-vdpbf16ps and a broadcast FMA want; a 256-bit path takes half a line, a 128-bit path a quarter.
+Planes: of each group of 32 columns, the high bits of all codes come first, then the bits below them. A plane of p bits
+has p lines; line j holds columns 4w .. 4w + 3 of its group, for w = j, j + p, j + 2p, ..., each in the next p bits of
+its bytes (int8 and int4 are codes of one plane).
+
+Scales: one per row and group of 32 columns (group 0 for all rows, then group 1). Integer blocks take half a bit a
+weight more than their codes and a whole number of cache lines, so that a row block is one aligned stream. These words
+are what vpdpbusd, vdpbf16ps and a broadcast FMA want; a 256-bit path takes half a line, a 128-bit path a quarter.
 
 Record: gate and up with their rows interleaved 32 by 32 (gate 0-31, up 0-31, gate 32-63, ...; only up if ungated), then
 down, then float32 biases (gate, up, down; padded). Every part starts on a 64-byte boundary of the record.
@@ -29,10 +37,12 @@ PAD = 64  # rows and columns are padded to multiples of this
 PANEL_ROWS = 64  # that the kernels take at a time
 INTERLEAVE = 32  # rows of gate, then as many rows of up
 SCALE_BYTES = BLOCK_ROWS * (BLOCK_COLUMNS // GROUP) * 2
-LINES = {"float32": 64, "bfloat16": 32, "int8": 16, "int4": 8}
 LINE_BYTES = 64
-BITS = {"int8": 8, "int4": 4}  # of a code
-OFFSET = {"int8": 128, "int4": 8}  # stored code = q + OFFSET: unsigned, as vpdpbusd wants its first operand
+PLANES = {"int8": (8,), "int6": (2, 4), "int5": (1, 4), "int4": (4,), "int3": (1, 2), "int2": (2,)}
+BITS = {dtype: sum(planes) for dtype, planes in PLANES.items()}  # of a code
+OFFSET = {dtype: 1 << bits - 1 for dtype, bits in BITS.items()}
+"""Stored code = q + OFFSET: unsigned, as vpdpbusd wants its first operand."""
+LINES = {"float32": 64, "bfloat16": 32} | {dtype: BLOCK_COLUMNS // GROUP * bits for dtype, bits in BITS.items()}
 
 
 def padded(size: int) -> int:
@@ -42,7 +52,7 @@ def padded(size: int) -> int:
 
 def is_quantised(dtype: str) -> bool:
     """Whether blocks of `dtype` carry scales."""
-    return dtype in ("int8", "int4")
+    return dtype in PLANES
 
 
 def block_bytes(dtype: str) -> int:

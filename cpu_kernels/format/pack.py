@@ -11,18 +11,18 @@ from torch.nn import functional
 
 from cpu_kernels.errors import LayoutError
 from cpu_kernels.format.layout import (
-    BITS,
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     GROUP,
     INTERLEAVE,
     LINES,
     PAD,
+    PLANES,
     block_bytes,
     is_quantised,
     padded,
 )
-from cpu_kernels.format.quantise import dequantise, pack_quantised, pack_words
+from cpu_kernels.format.quantise import dequantise, pack_quantised, pack_words, planes_of
 from cpu_kernels.format.spec import ExpertSpec, ExpertWeights
 
 Record = np.ndarray | torch.Tensor
@@ -105,7 +105,7 @@ def pack_matrix(matrix: torch.Tensor, dtype: str, name: str, out: torch.Tensor, 
         matrix = functional.pad(matrix, (0, 0, 0, padded(matrix.shape[0]) - matrix.shape[0]))
     if is_quantised(dtype):
         values = matrix.float().contiguous().numpy()
-        finite = bool(pack_quantised(values, BITS[dtype], out.numpy(), block_bytes(dtype), place, step))
+        finite = bool(pack_quantised(values, planes_of(dtype), out.numpy(), block_bytes(dtype), place, step))
     else:
         source = matrix.to(getattr(torch, dtype)).contiguous()
         finite = bool(torch.isfinite(source.abs().amax()))
@@ -122,8 +122,8 @@ def unpack_matrix(data: torch.Tensor, rows: int, columns: int, dtype: str) -> to
 
 
 def unpack_codes(data: torch.Tensor, rows: int, columns: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8[matrix_bytes] of int8 or int4 -> unsigned codes uint8 [rows, columns], scales bfloat16 [rows, columns / 32]
-    (padded sizes); what they mean: `cpu_kernels.format.quantise`."""
+    """uint8[matrix_bytes] of a quantised dtype -> unsigned codes uint8 [rows, columns], scales bfloat16
+    [rows, columns / 32] (padded sizes); what they mean: `cpu_kernels.format.quantise`."""
     words, blocks = _words(data, rows, columns, dtype)
     tail = blocks[:, :, LINES[dtype] * BLOCK_ROWS :].contiguous().view(torch.bfloat16)
     scales = tail.view(*blocks.shape[:2], -1, BLOCK_ROWS).permute(0, 3, 1, 2).reshape(rows, -1)
@@ -141,8 +141,13 @@ def _codes_of_words(words: torch.Tensor, dtype: str) -> torch.Tensor:
     raw = words.view(torch.uint8)
     if dtype == "int8":
         return raw
-    grouped = raw.view(raw.shape[0], -1, GROUP // 2)
-    return torch.cat([grouped & 15, grouped >> 4], dim=2).view(raw.shape[0], -1)
+    lines = raw.view(raw.shape[0], -1, sum(PLANES[dtype]), 4)  # a group's
+    codes, first = torch.zeros((*lines.shape[:2], GROUP), dtype=torch.uint8, device=raw.device), 0
+    for plane in PLANES[dtype]:
+        part = lines[:, :, first : first + plane].flatten(2)
+        fields = torch.cat([part >> shift & (1 << plane) - 1 for shift in range(0, 8, plane)], dim=2)
+        codes, first = codes << plane | fields, first + plane
+    return codes.view(raw.shape[0], -1)
 
 
 def _pack_biases(spec: ExpertSpec, weights: ExpertWeights, record: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from cpu_kernels.errors import KernelError, LayoutError
 from cpu_kernels.format.layout import RecordLayout, record_layout
 
-ExpertDtype = Literal["float32", "bfloat16", "int8", "int4"]
+ExpertDtype = Literal["float32", "bfloat16", "int8", "int6", "int5", "int4", "int3", "int2"]
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity", "custom"]
 DTYPES: tuple[ExpertDtype, ...] = get_args(ExpertDtype)
 KINDS: tuple[ActivationKind, ...] = get_args(ActivationKind)

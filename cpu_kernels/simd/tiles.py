@@ -11,6 +11,7 @@ multiply-adds in the same order of columns in every tile, so its bits depend on 
 bfloat16 weights take `cpu_kernels.simd.amx` instead.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from cpu_kernels.format.layout import (
     LINE_BYTES,
     LINES,
     PANEL_ROWS,
+    PLANES,
     block_bytes,
     is_quantised,
 )
@@ -46,19 +48,20 @@ SPARSE_LINES, SPARSE_BYTES = 8, 2 * L1_WEIGHT_BYTES
 # it always is: the prefetchers alone leave a third of the memory's rate unused. OLMoE's shape, 3 layers, int4 experts,
 # int8 dense layers, one token, on a Xeon of the Granite Rapids class, 2 threads: 8.0 ms a step in place of 9.2 with
 # AVX-512, 9.4 in place of 12.5 with AVX2 (medians; asking half as far ahead: 8.6 and 9.4).
-EACH_LINE_FROM = {"int4": (4, 2), "int8": (4, 2), "bfloat16": (4, 2), "float32": (8, 4)}
+EACH_LINE_FROM = {"bfloat16": (4, 2), "float32": (8, 4)} | dict.fromkeys(PLANES, (4, 2))
 # With 16 registers a single token asks for each line as well, and as read once (prefetchnta): the megabytes of a layer
 # then pass the caches by, and Python, which runs between two layers, finds its own code and data where it left them.
 # What takes it 236 us after a layer of int4 takes 100 us so, and 71 us without a layer. The kernels gain by it: int4
 # 8 %, int8 3 %, bfloat16 12 %. Those of float32 lose 4 %, and Python gains nothing (OLMoE's shape, Zen 1, 2 threads).
 # On Intel such lines come late: 2156 us a layer of int4 in place of 1566, for 33 us that Python gains (a Xeon of 2024,
 # forced to AVX2); so Zen alone does it.
-ONCE_DTYPES, ONCE_BYTES = ("int4", "int8", "bfloat16"), L1_WEIGHT_BYTES // 4
+ONCE_DTYPES, ONCE_BYTES = ("bfloat16", *PLANES), L1_WEIGHT_BYTES // 4
 # Tiles of so many tokens multiply float32 on Intel, with the same bits: vdpbf16ps takes 1.23 times as long as two
 # multiply-adds with 8 tokens, 1.33 times with 64, 0.92 with 1 and 0.98 with 4 (panels that lie in the caches,
 # a Xeon of the Granite Rapids class). On Zen 4 it doubles the products a cycle.
 PAIRS_BELOW = 8
 WORD_BYTES = 4  # of a row in a line
+WORDS = GROUP // WORD_BYTES  # of a row in a group, as bytes
 SCALE_BYTES = 2
 PANEL_ARGUMENTS = [POINTER, I64, I64, POINTER, I64, POINTER, I64, POINTER]
 Tiles = list[tuple[int, ir.Function]]  # tokens of a tile, its code; from large to small
@@ -250,13 +253,11 @@ class _Tile:
         for source in x:
             correction = s.splat_load(s.offset(source, X_CORRECTIONS + 4 * group), I32)
             dots.append([GroupDot(s, bits, correction) for _ in rows])
-        for line, columns in self._group_lines(group):
-            codes = [self._codes(row, line) for row in rows]
-            for half, column in enumerate(columns):
-                for source, row_dots in zip(x, dots, strict=True):
-                    signed = s.as_bytes(s.splat_load(s.offset(source, column), I32))
-                    for dot, code in zip(row_dots, codes, strict=True):
-                        dot.add(code[half], signed)
+        for word, codes in self._codes_of_group(rows, group):
+            for source, row_dots in zip(x, dots, strict=True):
+                signed = s.as_bytes(s.splat_load(s.offset(source, GROUP * group + 4 * word), I32))
+                for dot, code in zip(row_dots, codes, strict=True):
+                    dot.add(code, signed)
         return dots
 
     def _add_group(self, rows: list[Row], x: list[ir.Value], group: int, dots: list[list[GroupDot]]) -> None:
@@ -269,17 +270,40 @@ class _Tile:
             for vector, dot in enumerate(row_dots):
                 self._accumulate(token, vector, s.to_f32(dot.result()), s.b.fmul(scales[vector], x_scale))
 
-    def _group_lines(self, group: int) -> list[tuple[int, tuple[int, ...]]]:
-        """(line, first column of each of its parts) of a group: int4 lines hold two parts, in low and high nibbles."""
-        first = GROUP * group
-        if self.dtype == "int4":
-            return [(4 * group + j, (first + 4 * j, first + GROUP // 2 + 4 * j)) for j in range(4)]
-        return [(8 * group + j, (first + 4 * j,)) for j in range(8)]
+    def _codes_of_group(self, rows: list[Row], group: int) -> Iterator[tuple[int, list[ir.Value]]]:
+        """The words of four columns of a group, in the order of lines: (number, codes by vectors of rows).
 
-    def _codes(self, row: Row, line: int) -> tuple[ir.Value, ...]:
-        s = self.s
-        packed = self._read(row, LINE_BYTES * line, WORD_BYTES, s.u8)
-        return (s.low_nibbles(packed), s.high_nibbles(packed)) if self.dtype == "int4" else (packed,)
+        Lines of the planes above the last are read first and kept; each line of the last gives whole codes.
+        """
+        last = PLANES[self.dtype][-1]
+        start = BITS[self.dtype] * group
+        above = [self._planes_above(row, start) for row in rows]
+        for number in range(last):
+            low = [self._line(row, start + BITS[self.dtype] - last + number) for row in rows]
+            for part, word in enumerate(range(number, WORDS, last)):
+                fields = [self._field(line, last, part * last, 0) for line in low]
+                yield word, [high(field, word) for field, high in zip(fields, above, strict=True)]
+
+    def _planes_above(self, row: Row, start: int) -> Callable[[ir.Value, int], ir.Value]:
+        """Reads the lines of all planes but the last; what it gives adds their bits to a word of four columns."""
+        read, below = [], BITS[self.dtype]
+        for plane in PLANES[self.dtype][:-1]:
+            first, below = start + BITS[self.dtype] - below, below - plane
+            read.append((plane, below, [self._line(row, first + j) for j in range(plane)]))
+
+        def with_high_bits(code: ir.Value, word: int) -> ir.Value:
+            for plane, place, lines in read:
+                code = self.s.b.or_(code, self._field(lines[word % plane], plane, plane * (word // plane), place))
+            return code
+
+        return with_high_bits
+
+    def _line(self, row: Row, line: int) -> ir.Value:
+        return self._read(row, LINE_BYTES * line, WORD_BYTES, self.s.u8)
+
+    def _field(self, line: ir.Value, plane: int, shift: int, place: int) -> ir.Value:
+        """`plane` bits of each byte from bit `shift` on, moved to bit `place`."""
+        return line if plane == 8 else self.s.bit_field(line, plane, shift, place)
 
     def _float_lines(self, rows: list[Row], x: list[ir.Value]) -> None:
         """All lines of a float block, FLOAT_UNROLL at a time, two columns at a time: a line, or two of float32."""

@@ -278,6 +278,14 @@ class Simd:
         words = self.b.lshr(self.b.bitcast(x, self.i16), self.constant(self.i16, 4))
         return self.low_nibbles(self.b.bitcast(words, self.u8))
 
+    def bit_field(self, x: ir.Value, n_bits: int, shift: int, place: int) -> ir.Value:
+        """n_bits of each byte from bit `shift` on, moved to bit `place`; all other bits 0."""
+        moved = self.b.bitcast(x, self.i16)
+        if shift != place:
+            move = self.b.lshr if shift > place else self.b.shl
+            moved = move(moved, self.constant(self.i16, abs(shift - place)))
+        return self.b.and_(self.b.bitcast(moved, self.u8), self.constant(self.u8, (1 << n_bits) - 1 << place))
+
     def nibbles_of_halves(self, x: ir.Value) -> ir.Value:
         """Low four bits of the bytes in the lower half of x, high four bits of those in the upper half."""
         shift = ir.Constant(self.i16, [0] * self.lanes + [4] * self.lanes)

@@ -59,8 +59,8 @@ def candidates(spec: ExpertSpec, block: int, device: torch.device) -> tuple[Cuts
 
 
 def supports(spec: ExpertSpec) -> bool:
-    """True for every activation in closed form."""
-    return spec.activation.kind in KINDS
+    """True for every activation in closed form, and the dtypes that have kernels (others are dequantised by torch)."""
+    return spec.activation.kind in KINDS and spec.dtype in DTYPES
 
 
 def block_tokens(n_tokens: list[int]) -> int:

@@ -7,6 +7,7 @@ forward can run with, and nothing that transformers runs: real configurations ca
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,6 +36,13 @@ SIZES = (
     "sliding_window",
 )
 """What is multiplied, or made in that number, when a model is built."""
+CHOSEN = ("num_experts_per_tok", "top_k_experts")
+"""How many experts a token takes; families have one of them, or other names that stand for the first."""
+CHUNKS = ("mamba_chunk_size", "chunk_size")
+"""Tokens that state space layers take at a time: they divide by it."""
+DIVISORS = ("logits_scaling",)
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
+FACTORS = ("routed_scaling_factor", "router_scaling_factor", "route_scale", "residual_multiplier", *DIVISORS)
 MOST_LAYERS = 10_000
 """A model is built layer by layer before its weights are looked at, and no model has so many."""
 MOST = (1 << 31) - 1  # of any other of these numbers: sizes are multiplied, and must fit 64 bits
@@ -69,13 +77,16 @@ def check_config(place: object, config: PreTrainedConfig) -> None:
     text = config.get_text_config()
     check_sizes(place, {name: getattr(text, name, None) for name in SIZES})
     _check_windows(place, text)
+    _check_factors(place, text)
     n_experts = max(_count(text, name) for name in EXPERT_COUNTS)
     if n_experts:
         _check_choice(place, text, n_experts)
 
 
 def check_positions(model: nn.Module) -> None:
-    """Raises ModelError where the frequencies of rotary positions, computed from config.json, are NaN or infinite."""
+    """Raises ModelError where the frequencies of rotary positions, computed from config.json, are NaN or infinite, or
+    more than what they rotate."""
+    _check_rotated(model)
     for path, module in model.named_modules():
         buffers = [buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
         scaling = getattr(module, "attention_scaling", 1.0) if buffers else 1.0
@@ -98,13 +109,55 @@ def _check_windows(place: object, text: PreTrainedConfig) -> None:
             raise _refused(place, name, window, "expected 1 or more tokens, or null where no layer has a window")
 
 
+def _check_rotated(model: nn.Module) -> None:
+    """Of layers that share the frequencies of one module beside them."""
+    sizes: dict[str, set[int]] = defaultdict(set)
+    for path, module in model.named_modules():
+        rows = [2 * buffer.numel() for name, buffer in module.named_buffers(recurse=False) if name == "inv_freq"]
+        sizes[path.rpartition(".")[0]].update(rows)
+    for path, module in model.named_modules():
+        beside = [
+            prefix for prefix, found in sizes.items() if found and path.startswith(f"{prefix}." if prefix else "")
+        ]
+        if not beside or len(sizes[max(beside, key=len)]) != 1:
+            continue
+        (rotated,) = sizes[max(beside, key=len)]
+        part, whole = getattr(module, "qk_rope_head_dim", None), getattr(module, "head_dim", None)
+        if isinstance(part, int) and part and hasattr(module, "kv_lora_rank") and part != rotated:
+            raise ModelError(
+                f"head_dim in config.json gives positions for {rotated} dimensions of a head, qk_rope_head_dim has"
+                f" {part} of them ({path}); expected the same"
+            )
+        if isinstance(whole, int) and hasattr(module, "o_proj") and part is None and rotated > whole:
+            raise ModelError(
+                f"partial_rotary_factor in config.json gives positions for {rotated} dimensions of a head, which has"
+                f" head_dim {whole} ({path}); expected 1 at most"
+            )
+
+
+def _check_factors(place: object, text: PreTrainedConfig) -> None:
+    for name in FACTORS:
+        value = getattr(text, name, None)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _refused(place, name, value, "expected a finite number")
+        if name in DIVISORS and isinstance(value, int | float) and value == 0:
+            raise _refused(place, name, value, "expected another number: logits are divided by it")
+    for name in EPSILONS:
+        value = getattr(text, name, None)
+        if isinstance(value, int | float) and value < 0:
+            raise _refused(place, name, value, "expected 0 or more")
+    has_states = hasattr(text, "mamba_chunk_size") or hasattr(text, "ssm_state_size")
+    for name in CHUNKS if has_states else ():
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value < 1:
+            raise _refused(place, name, value, "expected 1 or more tokens")
+
+
 def _check_choice(place: object, text: PreTrainedConfig, n_experts: int) -> None:
-    chosen = _count(text, "num_experts_per_tok")
     choices = n_experts + _count(text, "zero_expert_num")
-    if chosen > choices:
-        raise _refused(
-            place, "num_experts_per_tok", chosen, f"expected {choices} at most, as many as there are experts"
-        )
+    for name in CHOSEN:
+        if (chosen := _count(text, name)) > choices:
+            raise _refused(place, name, chosen, f"expected {choices} at most, as many as there are experts")
     groups, kept = getattr(text, "n_group", None), getattr(text, "topk_group", None)
     method = getattr(text, "topk_method", None)
     if groups is None or method == UNGROUPED:

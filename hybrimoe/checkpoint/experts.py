@@ -146,8 +146,10 @@ def _check_counts(source: LayerSource) -> None:
     """Per-expert tensors must be there once per expert."""
     for name, conversion in source.parameters.items():
         counts = {pattern: len(group) for pattern, group in conversion.sources.items()}
-        if conversion.converter is not None and set(conversion.converter.source_patterns) != set(counts):
-            lacking = sorted(set(conversion.converter.source_patterns) - set(counts))
+        patterns = () if conversion.converter is None else conversion.converter.source_patterns
+        # Scales beside weights (`w13_weight_scale` of `w13_weight`) are there where the weights are quantised.
+        lacking = sorted(name for name in patterns if name not in counts and not name.startswith(tuple(counts)))
+        if lacking:
             raise CheckpointError(f"{source.path}.{name}: the checkpoint has no tensors like {listed(lacking)}")
         if len(set(counts.values())) > 1 or (
             conversion.converter is not None

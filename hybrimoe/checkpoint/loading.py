@@ -380,7 +380,7 @@ def check_host_memory(host: Amount, needed_bytes: int, num_experts: int) -> None
     if needed_bytes > allowed:
         raise BudgetError(
             f"the packed experts need {needed_bytes / 2**30:.2f} GiB of host memory, {what} {allowed / 2**30:.2f} GiB;"
-            " choose a smaller expert_dtype (int8, int4), or let them stay on disk (memory.disk: auto)"
+            " choose a smaller expert_dtype (int8 to int2), or let them stay on disk (memory.disk: auto)"
         )
 
 
@@ -389,7 +389,7 @@ def check_disk(disk: Amount, needed_bytes: int) -> None:
     if disk.kind == "bytes" and needed_bytes > disk.value:
         raise BudgetError(
             f"the packed experts need {needed_bytes / 2**30:.2f} GiB, memory.disk allows {disk.value / 2**30:.2f} GiB;"
-            " choose a smaller expert_dtype (int8, int4)"
+            " choose a smaller expert_dtype (int8 to int2)"
         )
 
 

@@ -11,6 +11,7 @@ import typer
 
 from hybrimoe.cli.common import JsonOption, check_folder, check_writable
 from hybrimoe.cli.views import render
+from scheduler.machine.profile import BYTES_PER_WEIGHT
 
 if TYPE_CHECKING:
     from hybrimoe.machine.calibrate import Request
@@ -29,7 +30,9 @@ def calibrate(
     shape: Annotated[
         list[str] | None, typer.Option(help="Model shape (a name, config.json or model directory); may be repeated.")
     ] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Expert dtype; may be repeated. Default: all four.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Expert dtype; may be repeated. Default: int4, int8, bfloat16, float32.")
+    ] = None,
     accelerator: Annotated[str, typer.Option(metavar="DEVICE", help="cuda:0, xpu:0, emulated, none, auto.")] = "auto",
     disk: Annotated[
         str | None,
@@ -50,9 +53,9 @@ def calibrate(
     from hybrimoe.errors import ConfigError
     from hybrimoe.machine.profiles import open_shape, profile_path
 
-    wrong = [name for name in dtype or () if name not in DTYPES]
+    wrong = [name for name in dtype or () if name not in BYTES_PER_WEIGHT]
     if wrong:
-        raise ConfigError(f"--dtype {wrong[0]}: expected one of {', '.join(DTYPES)}")
+        raise ConfigError(f"--dtype {wrong[0]}: expected one of {', '.join(BYTES_PER_WEIGHT)}")
     sizes = dict.fromkeys((found.hidden, found.inter) for found in map(open_shape, shape or [DEFAULT_SHAPE]))
     parse_accelerators(accelerator)
     path = output or profile_path()

@@ -78,7 +78,7 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(
         metavar="DTYPE",
-        help="Experts as float32, bfloat16, int8, int4; auto: as suits the file.",
+        help="Experts as float32, bfloat16, int8, int6, int5, int4, int3, int2; auto: as suits the file.",
         rich_help_panel=PLACEMENT,
     ),
 ]
@@ -487,6 +487,17 @@ def check_writable(path: Path | None) -> None:
         ) from error
     if not existed:
         path.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of a result: a disk that fills in the middle is told with the file's name (FileError)."""
+    from hybrimoe.errors import FileError
+
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"cannot write {path} ({error.strerror}): make room, or give another file") from error
 
 
 def check_folder(path: Path | None) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe.cli.common import writing
 from hybrimoe.cli.libraries import import_libraries
 from hybrimoe.cli.views import render
 
@@ -216,12 +217,13 @@ def progress_bar(
 
 
 def write_trace(path: Path, records: list[Any], label: str) -> None:
-    """Write a Chrome/Perfetto trace. Raises OSError with the path where it cannot be written."""
+    """Write a Chrome/Perfetto trace. Raises FileError, with the path, where it cannot be written."""
     import json
 
     from scheduler.graph.export import chrome_trace
 
-    path.write_text(json.dumps(chrome_trace(records, label)), encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(chrome_trace(records, label)), encoding="utf-8")
 
 
 def stream_out(pieces: Iterator[str] | Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hybrimoe.cli import simulated
-from hybrimoe.cli.common import JsonOption, TimelineOption, check_writable, grouped
+from hybrimoe.cli.common import JsonOption, TimelineOption, check_writable, grouped, writing
 from hybrimoe.cli.views import render
 
 #: Layers whose decisions are listed in the terminal (the slowest ones); --json has all.
@@ -56,7 +56,8 @@ def explain_step(
         render.note(text)
     if chrome is not None:
         label = f"{report.facts['model_shape']}, {policy}, step {step} (simulated)"
-        chrome.write_text(json.dumps(chrome_trace(report.records, label)), encoding="utf-8")
+        with writing(chrome):
+            chrome.write_text(json.dumps(chrome_trace(report.records, label)), encoding="utf-8")
     if as_json:
         render.emit_json(report.facts)
         return

@@ -23,7 +23,7 @@ CacheRatioOption = Annotated[
 HostRatioOption = Annotated[
     float, typer.Option(metavar="R", help="Share of all experts that host memory holds; the rest is on disk.")
 ]
-ExpertDtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, int8, or int4.")]
+ExpertDtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, int8, int6, int5, int4, int3, or int2.")]
 DenseDtypeOption = Annotated[str, typer.Option(help="Weights outside the experts.")]
 
 

@@ -25,8 +25,8 @@ from yaml_rules import shipped
 from yaml_rules.errors import YamlRulesError
 from yaml_rules.located import KeyPath, Located, read_yaml
 
-ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int4"]
-ExpertDtypeChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+ExpertDtypeName = Literal["float32", "bfloat16", "int8", "int6", "int5", "int4", "int3", "int2"]
+ExpertDtypeChoice = Literal["auto", "float32", "bfloat16", "int8", "int6", "int5", "int4", "int3", "int2"]
 DenseDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 UnknownKeys = Literal["error", "ignore"]
 VisionName = Literal["auto", "none"]

@@ -287,7 +287,9 @@ class Session:
             budgets = Budgets(
                 self._store, self._keys_of, self._check_slots, lambda number: self._replace_slots(number, runner)
             )
-            return budgets.change(slots, host, kv, settled=runner.drain)
+            # Copies into slots may go on where the slots stay: what they read in host memory stays, too.
+            settled = runner.report if slots is None else runner.drain
+            return budgets.change(slots, host, kv, settled=settled)
 
     def resize_slots(self, slots: int | float | str) -> int:
         """Changes the number of slots while the session lives; contents start over with the most used experts.
@@ -312,7 +314,7 @@ class Session:
         with self._lock:
             runner, tier = self._ready(), tier_of(self._store)
             number = tier.slots_for(parse_amount(budget))
-            runner.drain()
+            runner.report()
             return tier.resize(number)
 
     def keep_keys(self, owner: KeysAndValues) -> None:

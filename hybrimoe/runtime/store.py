@@ -221,7 +221,7 @@ def host_bytes(n_bytes: int, pinned: bool) -> ByteArray:
     except (OSError, ValueError, OverflowError) as error:
         raise BudgetError(
             f"the experts need {n_bytes / 2**30:.2f} GiB of host memory, which the system refused ({error});"
-            " choose a smaller expert_dtype (int8, int4)"
+            " choose a smaller expert_dtype (int8 to int2)"
         ) from error
 
 

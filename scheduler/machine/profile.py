@@ -17,8 +17,11 @@ from scheduler.errors import ProfileError, did_you_mean
 Provenance = Literal["measured", "datasheet", "fitted"]
 CostTable = Mapping[str, tuple[tuple[int, float], ...]]
 
-BYTES_PER_WEIGHT: Mapping[str, float] = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0625, "int4": 0.5625}
-"""Bytes a weight; int8 and int4 carry one bfloat16 scale for 32 weights (8.5 and 4.5 bits a weight)."""
+BYTES_PER_WEIGHT: Mapping[str, float] = {
+    "float32": 4.0, "bfloat16": 2.0,
+    "int8": 1.0625, "int6": 0.8125, "int5": 0.6875, "int4": 0.5625, "int3": 0.4375, "int2": 0.3125,
+}  # fmt: skip
+"""Bytes a weight; integers carry one bfloat16 scale for 32 weights (half a bit a weight: 8.5 for int8)."""
 
 
 def table_key(hidden: int, inter: int, dtype: str) -> str:

@@ -21,10 +21,12 @@ GATES = {
     "minimax_m3_vl": {"alpha": 1.702, "gate_max": 7.0, "up_limit": 7.0, "up_offset": 1.0},
     "deepseek_v4": {"gate_max": 10.0, "up_limit": 10.0},
     "hy_v4": {"gate_max": 10.0, "up_limit": 10.0},
+    "hy_v4_vl": {"gate_max": 10.0, "up_limit": 10.0},
     "glm5_next": {"gate_max": 10.0, "up_limit": 10.0},
     "nemotron_h": {"kind": "relu2", "gated": False},
     "gemma4": {"kind": "gelu_tanh"},
     "inkling2": {"kind": "custom"},
+    "inkling2_loop": {"kind": "custom"},
     "step3p7": {"act_max": 3.0, "up_limit": 3.0},
 }
 PLAIN = {

@@ -26,6 +26,7 @@ EXPERT_STD, ROUTER_STD = 0.3, 0.5  # large enough that a wrong expert moves the 
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
     "moe_intermediate_size": 16,
@@ -188,6 +189,13 @@ FAMILIES: dict[str, Tiny] = {
     "qwen3_vl_moe": Tiny("qwen3_vl_moe", text={}),
     "unlimited_ocr": Tiny("unlimited_ocr", text={"mlp_layer_types": SPARSE}),
 }
+NEWER: dict[str, Tiny] = {
+    "hy_v4_vl": Tiny("hy_v4_vl", text={**MLA, "mlp_layer_types": SPARSE, "rope_parameters": MROPE}),
+    "inkling2_loop": Tiny("inkling2_loop_text"),
+    "lara_mini": Tiny("lara_mini", {"layer_types": LINEAR_AND_FULL}),
+}
+"""Families of releases after the one that this project is pinned to: tested where such a release is installed."""
+FAMILIES |= {name: tiny for name, tiny in NEWER.items() if tiny.model_type in CONFIG_MAPPING}
 WRAPPED: dict[str, Tiny] = {
     "aria": Tiny(
         "aria",

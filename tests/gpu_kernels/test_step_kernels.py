@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,29 +33,9 @@ def test_parity_in_the_interpreter() -> None:
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize(("size", "dtype"), [(128, "bf16"), (256, "bf16"), (128, "fp32"), (192, "fp32")])
 def test_it_compiles_without_tf32_or_spills_and_fits_the_shared_memory(capability: int, size: int, dtype: str) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from gpu_kernels.triton.ahead import compiled_attention
 
-    from gpu_kernels.triton import attention
-    from gpu_kernels.triton.launch import COMPILED_WITH
-
-    padded, item = triton.next_power_of_2(size), 4 if dtype == "fp32" else 2
-    constants: dict[str, Any] = {
-        "GROUP": 8, "ROWS": 16, "SIZE": size, "PADDED": padded, "V_SIZE": size, "V_PADDED": padded,
-        "KEYS": attention.keys_at_once(2 * padded * item), "SPLITS": 16, "MASKED": True, "EXACT": dtype == "fp32",
-    }  # fmt: skip
-    kernel = attention.part_kernel
-    named = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}", "mask_ptr": "*u8", "n_past_ptr": "*i64",
-             "scale": "fp32"}  # fmt: skip
-    types = {
-        name: "constexpr" if name in constants else named.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-    }
-    at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    made = triton.compile(
-        ASTSource(kernel, types, constexprs=at), target=GPUTarget("cuda", capability, 32), options=COMPILED_WITH
-    )
+    made = compiled_attention(("cuda", capability, 32), size, dtype)
     assert "tf32" not in made.asm["ptx"]
     assert "ld.local" not in made.asm["ptx"]
     assert made.metadata.shared <= SHARED_BYTES[capability]

@@ -70,47 +70,11 @@ class Assembly:
         return max(self.loops, key=len)
 
 
-OURS = ("slots_ptr", "x_ptr", "inner_ptr", "target_ptr")
-"""Memory that torch gives or `fused` aligns: always to 16 bytes."""
-
-
 def compiled(target: tuple[str, int | str, int], spec: ExpertSpec, block: int, number: int = 0) -> list[Any]:
-    """Triton's results for both kernels, cut as the candidate of that number; target: backend, architecture, threads of
-    a warp."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    """Triton's results for both kernels, cut as the candidate of that number."""
+    from gpu_kernels.triton import ahead
 
-    from gpu_kernels.triton import cuts, fused
-    from gpu_kernels.triton.launch import COMPILED_WITH
-
-    known = {"rows_ptr": "*i64", "slots_ptr": "*i32", "slot_ids_ptr": "*i32", "offsets_ptr": "*i32"}
-    if is_quantised(spec.dtype):
-        known |= {"x_ptr": "*i32", "inner_ptr": "*i32"}
-    known |= dict.fromkeys(("alpha", "gate_max", "act_max", "up_limit", "up_offset"), "fp32")
-    nvidia = target[0] == "cuda"
-    chosen = cuts.candidates(spec.dtype, block, divmod(int(target[1]), 10) if nvidia else None)[number]
-    results = []
-    for kernel, options in (
-        fused.up_variant(spec, block, chosen, nvidia), fused.down_variant(spec, block, chosen, nvidia),
-    ):  # fmt: skip
-        names = kernel.arg_names
-        constants = {name: value for name, value in options.items() if name in names}
-        types = {
-            name: "constexpr" if name in constants else known.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-            for name in names
-        }  # fmt: skip
-        ours = [names.index(name) for name in OURS if name in names]
-        aligned = {(place,): [["tt.divisibility", 16]] for place in ours}
-        at = {(names.index(name),): value for name, value in constants.items()}
-        results.append(
-            triton.compile(
-                ASTSource(kernel, types, constexprs=at, attrs=aligned),
-                target=GPUTarget(*target),
-                options={"num_warps": options["num_warps"], **COMPILED_WITH},
-            )
-        )
-    return results
+    return ahead.compiled(target, spec, block, number)
 
 
 @functools.cache
@@ -120,26 +84,18 @@ def assembly(arch: int, dtype: ExpertDtype, block: int, number: int = 0) -> list
     return [Assembly(kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.shared) for kernel in found]
 
 
-def nvidia_tool(name: str) -> Path:
-    """A program that comes with Triton."""
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-
-
-def instructions(cubin: bytes, path: Path) -> list[str]:
+def instructions(cubin: bytes) -> list[str]:
     """The machine's instructions, in order."""
-    path.write_bytes(cubin)
-    listed = subprocess.run([nvidia_tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.split("\n") if re.search(r"/\*[0-9a-f]{4,5}\*/", line)]
+    from gpu_kernels.triton import ahead
+
+    return [line for line in ahead.assembly(cubin) if ahead.ADDRESS.search(line)]
 
 
-def stack_bytes(cubin: bytes, path: Path) -> int:
+def stack_bytes(cubin: bytes) -> int:
     """Bytes of local memory that each thread has: registers that did not suffice."""
-    path.write_bytes(cubin)
-    tool = nvidia_tool("cuobjdump")
-    usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+    from gpu_kernels.triton import ahead
+
+    return ahead.resources(cubin)["STACK"]
 
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
@@ -166,13 +122,11 @@ def test_kernels_compile_for_amd_without_a_device(dtype: ExpertDtype, block: int
 @needs_triton
 @pytest.mark.parametrize(("arch", "block"), EVERY_BLOCK)
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
-def test_no_product_is_rounded_to_tf32_and_no_register_spilled(
-    arch: int, dtype: ExpertDtype, block: int, tmp_path: Path
-) -> None:
+def test_no_product_is_rounded_to_tf32_and_no_register_spilled(arch: int, dtype: ExpertDtype, block: int) -> None:
     """Results are promised in float32, or in the integers of the CPU's kernels: TF32 would round to 10 bits."""
     for kernel in assembly(arch, dtype, block):
         assert "tf32" not in kernel.ptx
-        assert stack_bytes(kernel.cubin, tmp_path / "kernel.cubin") == 0
+        assert stack_bytes(kernel.cubin) == 0
         assert kernel.shared_bytes <= SHARED_KIB[arch] << 10
 
 
@@ -202,13 +156,13 @@ def test_many_tokens_take_tensor_cores(arch: int, dtype: ExpertDtype, block: int
 @needs_triton
 @pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
-def test_every_cut_keeps_its_sums_in_registers(dtype: ExpertDtype, block: int, tmp_path: Path) -> None:
+def test_every_cut_keeps_its_sums_in_registers(dtype: ExpertDtype, block: int) -> None:
     """What may be chosen on a card keeps the promises of the default."""
     from gpu_kernels.triton.cuts import candidates
 
     for number in range(1, len(candidates(dtype, block, (9, 0)))):
         for kernel in assembly(90, dtype, block, number):
-            assert stack_bytes(kernel.cubin, tmp_path / "kernel.cubin") == 0
+            assert stack_bytes(kernel.cubin) == 0
             assert re.search(r"ld\.global\S*\.v4\.b32", kernel.main_loop)
             assert "bar.sync" not in kernel.main_loop
             assert "tf32" not in kernel.ptx
@@ -217,13 +171,13 @@ def test_every_cut_keeps_its_sums_in_registers(dtype: ExpertDtype, block: int, t
 @needs_triton
 @pytest.mark.parametrize("arch", [80, 89, 90])
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
-def test_no_load_of_weights_waits_for_the_one_before(arch: int, dtype: ExpertDtype, tmp_path: Path) -> None:
+def test_no_load_of_weights_waits_for_the_one_before(arch: int, dtype: ExpertDtype) -> None:
     """NVIDIA's assembler once put the arithmetic of a line between the loads of two, to save registers: one load of a
     thread was under way, and a card gave half its rate."""
     arithmetic = r"IDP" if is_quantised(dtype) else r"FFMA"
     for kernel in assembly(arch, dtype, 1):
         runs, run = [], 0
-        for line in instructions(kernel.cubin, tmp_path / "kernel.cubin"):
+        for line in instructions(kernel.cubin):
             if "LDG" in line and ".128" in line:
                 run += 1
             elif re.search(arithmetic, line):
@@ -274,6 +228,7 @@ def test_kernels_read_weights_while_the_one_before_still_runs() -> None:
 def test_what_changes_from_call_to_call_is_not_compiled_in() -> None:
     """Only dtype, activation, bias and block decide what is compiled: one start compiles all that a session needs."""
     from gpu_kernels.triton import few, formats, many
+    from gpu_kernels.triton.ahead import OURS
 
     constants_and_reals = {"alpha", "gate_max", "act_max", "up_limit", "up_offset"}
     for kernel in (

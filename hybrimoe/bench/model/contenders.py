@@ -25,7 +25,8 @@ Progress = Callable[[int, int, str], None]
 CONTEXT = 8192
 """Tokens of llama.cpp's context at least."""
 
-LOGITS_COSINE = {"float32": 0.9999, "bfloat16": 0.998, "int8": 0.99, "int4": 0.9}
+LOGITS_COSINE = {"float32": 0.9999, "bfloat16": 0.998, "int8": 0.99, "int6": 0.97, "int5": 0.95, "int4": 0.9}
+LOGITS_COSINE |= {"int3": 0.6, "int2": 0.1}
 """Least cosine of the logits to plain transformers' for a contender's numbers to count, by expert dtype. A broken
 kernel or a wrong expert falls far below; int4 (group 32, symmetric) measures 0.95 and above on real models."""
 

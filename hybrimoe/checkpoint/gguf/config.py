@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from hybrimoe.checkpoint.gguf.families import family_of, rope
+from hybrimoe.checkpoint.gguf.families import family_of
 from hybrimoe.checkpoint.gguf.fields import Fields
 from hybrimoe.checkpoint.gguf.file import GgufModel
+from hybrimoe.checkpoint.gguf.places import rope
 from hybrimoe.errors import CheckpointError
 
 TOKEN_KEYS = {"bos_token_id": "bos", "pad_token_id": "padding"}
@@ -20,18 +21,20 @@ def config_of(model: GgufModel) -> dict[str, Any]:
     UnsupportedCheckpointError for an architecture that is not read."""
     fields = Fields(model)
     family = family_of(fields)  # before values are asked for that another architecture has not
-    return shared_config(fields) | family.config(fields)
+    return shared_config(fields, mixed=family.mixed) | family.config(fields)
 
 
-def shared_config(fields: Fields) -> dict[str, Any]:
-    """What every architecture's configuration has, dense ones included. Errors as `config_of`."""
+def shared_config(fields: Fields, *, mixed: bool = False) -> dict[str, Any]:
+    """What every architecture's configuration has, dense ones included. mixed: layers may have no heads of keys and
+    values. Errors as `config_of`."""
     head_count = fields.whole("attention.head_count")
+    kv_heads = fields.most_whole if mixed else fields.whole
     return {
         "num_hidden_layers": num_hidden_layers(fields),
         "hidden_size": fields.whole("embedding_length"),
         "intermediate_size": fields.whole("feed_forward_length", 1),
         "num_attention_heads": head_count,
-        "num_key_value_heads": fields.whole("attention.head_count_kv", head_count),
+        "num_key_value_heads": kv_heads("attention.head_count_kv", head_count),
         "max_position_embeddings": fields.whole("context_length"),
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "rope_parameters": rope(fields),

@@ -47,6 +47,10 @@ class Fields:
             raise self.wrong(name, value, "a number")
         return _shortest(float(value))
 
+    def each(self, name: str, default: Any) -> Any:
+        """A value as the file has it: of all layers, or a list with one of each."""
+        return self._value(name, default)
+
     def flag(self, name: str, default: bool | None = None) -> bool:
         """A truth value."""
         value = self._value(name, default)
@@ -83,6 +87,16 @@ class Fields:
             f"{self.model.path}: {self._key(name)} is {found}; expected {expected}. The file is damaged, or no"
             f" conversion of a {self.architecture} model; fetch it again"
         )
+
+    def most_whole(self, name: str, default: int) -> int:
+        """A size or number that is 0 in layers which have no such thing, and the same in all others."""
+        value = self._value(name, default)
+        if not isinstance(value, list):
+            return self.whole(name, default)
+        others = {n for n in value if n != 0 or isinstance(n, bool)}
+        if len(others) != 1 or not isinstance(found := others.pop(), int) or not 0 < found < MAX_WHOLE:
+            raise self.wrong(name, value, "one number, and 0 for layers without attention")
+        return found
 
     def _value(self, name: str, default: Any) -> Any:
         return self.metadata.get(self._key(name), default)

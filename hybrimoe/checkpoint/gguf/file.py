@@ -327,6 +327,8 @@ def _placed(reader: _Reader, entries: list[_Entry], data: int, alignment: int) -
             raise reader.damaged(f"{entry.key} is there twice")
         if entry.offset_bytes % alignment or tensor.offset_bytes < end:
             raise reader.damaged(f"{entry.key} starts at {tensor.offset_bytes}, inside {before or 'the header'}")
+        if tensor.offset_bytes - end >= alignment and before:  # llama.cpp writes no gaps, and reads none
+            raise reader.damaged(f"{before} ends at {end}, and {entry.key} starts at {tensor.offset_bytes} only")
         end, before = tensor.offset_bytes + tensor.nbytes, entry.key
         if end > reader.size_bytes:
             raise reader.damaged(f"{entry.key} ends at {end}")

@@ -13,9 +13,10 @@ import torch
 
 from hybrimoe.checkpoint.gguf.config import num_hidden_layers
 from hybrimoe.checkpoint.gguf.decoding import DecodedTensor
-from hybrimoe.checkpoint.gguf.families import SHARED_PLACES, WHOLE_MODEL, Arrangement, Place, family_of
+from hybrimoe.checkpoint.gguf.families import family_of
 from hybrimoe.checkpoint.gguf.fields import Fields
 from hybrimoe.checkpoint.gguf.file import GgufModel, GgufTensor
+from hybrimoe.checkpoint.gguf.places import SHARED_PLACES, WHOLE_MODEL, Arrangement, Place
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 
@@ -86,9 +87,10 @@ def sources_of(model: GgufModel, config: Mapping[str, Any]) -> dict[str, GgufSou
     config: as `config_of` gives it. Raises UnsupportedCheckpointError for an architecture that is not read.
     """
     fields = Fields(model)
-    places = (*family_of(fields).places, *SHARED_PLACES)
+    family = family_of(fields)
+    places = (*family.places, *SHARED_PLACES)
     whole, layers = _by_layer(model)
-    found = _placed(whole, WHOLE_MODEL, "", config)
+    found = _placed(whole, (*family.whole, *WHOLE_MODEL), "", config)
     for number, tensors in layers.items():
         prefix = f"model.layers.{number}."
         if number < num_hidden_layers(fields):
@@ -151,6 +153,7 @@ JOINS: dict[str, Join] = {
     "transposed": lambda tensor: tensor.transpose(-1, -2),
     "interleaved": lambda gate, up: torch.stack([gate, up], dim=-1).flatten(-2),
     "interleaved, transposed": lambda gate, up: torch.stack([gate, up], dim=-2).flatten(-3, -2).transpose(-1, -2),
+    "a channel": lambda tensor: tensor.unsqueeze(1),
     "a row": lambda tensor: tensor.reshape(1, -1),
     "heads of k and v": _keys_and_values,
 }

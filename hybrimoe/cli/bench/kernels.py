@@ -60,7 +60,8 @@ def kernels(
     )
     result = kernels_bench.run(request, render.note)
     if csv is not None:
-        kernels_bench.write_csv(result["rows"], csv)
+        with common.writing(csv):
+            kernels_bench.write_csv(result["rows"], csv)
     if plot is not None:
         kernels_bench.write_plot(result, plot)
     if as_json:
@@ -90,7 +91,8 @@ def _on_accelerator(
     )
     rows = [asdict(rate) for rate in rates]
     if csv is not None and rows:
-        write_csv(rows, csv)
+        with common.writing(csv):
+            write_csv(rows, csv)
     if as_json:
         render.emit_json({"device": card.device_name(device), "rows": rows})
     else:

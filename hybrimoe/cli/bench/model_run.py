@@ -204,7 +204,8 @@ def measure_and_show(request: Request, *, csv: Path | None, plot: Path | None, a
 
     result = _measured(partial(measure, request))
     if csv is not None:
-        write_csv(result, csv)
+        with common.writing(csv):
+            write_csv(result, csv)
     if plot is not None:
         write_plot(result, plot)
     if as_json:

@@ -9,10 +9,11 @@ import typer
 
 from hybrimoe.cli import common
 from hybrimoe.cli.bench import options
+from scheduler.machine.profile import BYTES_PER_WEIGHT
 
 CHANGES = {"skipped": "skipped", "substituted": "substituted", "lowered": "low", "deferred": "late"}
 DECODE_WINDOWS = 4
-DTYPES = ("float32", "bfloat16", "int8", "int4")
+DTYPES = tuple(BYTES_PER_WEIGHT)
 
 
 def register(app: typer.Typer) -> None:
@@ -59,7 +60,8 @@ def quality(
     else:
         result, columns, lines, title = _of_dtypes(model, text, dtype or [], windows, experts)
     if csv is not None:
-        _write_csv(csv, result["rows"])
+        with common.writing(csv):
+            _write_csv(csv, result["rows"])
     if as_json:
         render.emit_json(result)
     else:

@@ -27,7 +27,7 @@ from scheduler.host import HostView
 Ids = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
-FREE, READING, HELD = 0, 1, 2
+FREE, READING, HELD, GONE = 0, 1, 2, 3
 MAX_BEGUN = 16
 """Reads of earlier calls that a planner is still told of; without one nobody asks."""
 
@@ -263,12 +263,9 @@ class HostCache:
         self._forget_call()
         before = self.slots.n_slots
         if n_slots > before:
-            self.slots.resize(n_slots)
-            self._key_of = np.concatenate([self._key_of, np.full(n_slots - before, -1, np.int64)])
-            self._state = np.concatenate([self._state, np.full(n_slots - before, FREE, np.uint8)])
-            self._free += range(n_slots - 1, before - 1, -1)
+            self._grow(n_slots - before)
         else:
-            self._shrink(n_slots)
+            self._shrink(before - n_slots)
         self.worth.resized(n_slots)
 
     def close(self) -> None:
@@ -385,8 +382,7 @@ class HostCache:
         layer, expert = divmod(key, self.places.n_experts)
         self._slot_of[key], self._key_of[slot], self._state[slot] = -1, -1, FREE
         self.addresses[layer][expert] = 0
-        if slot < self.slots.n_slots:
-            self._free.append(slot)
+        self._free.append(slot)
 
     def _cancel_one(self, urgency: Urgency) -> bool:
         """Takes the slot of the latest queued read of this urgency; False where none is queued."""
@@ -448,30 +444,30 @@ class HostCache:
             if self._slot_of[key] < 0 and not self._begin(key, Urgency.AHEAD, gain):
                 self.ahead.forget()  # the likeliest come first
 
-    # Fewer slots ------------------------------------------------------------------------------------------------
+    # More and fewer slots ---------------------------------------------------------------------------------------
 
-    def _shrink(self, n_slots: int) -> None:
-        """Experts leave until `n_slots` remain, and the others move out of the slots that are given back."""
+    def _grow(self, n_more: int) -> None:
+        added = self.slots.add(n_more)
+        n_new = max(max(added) + 1 - len(self._state), 0)
+        self._key_of = np.concatenate([self._key_of, np.full(n_new, -1, np.int64)])
+        self._state = np.concatenate([self._state, np.full(n_new, GONE, np.uint8)])
+        self._state[added] = FREE
+        self._free += reversed(added)
+
+    def _shrink(self, n_less: int) -> None:
+        """Gives back slots that are free, then those of the experts that are worth least. What accelerators copy stays,
+        so that nobody waits for a link with much to do, unless nothing else is left."""
         while self._cancel_one(Urgency.PREHEAT) or self._cancel_one(Urgency.AHEAD):
             pass
         while self._reading:
             self.reader.wait()
             self._settle()
-        while self.copies is not None and self.copies.being_copied():
-            self.copies.wait_for_one()
-        while int((self._state == HELD).sum()) > n_slots:
-            self._vacate(self._victim(np.inf))
-        self._free = [slot for slot in reversed(range(n_slots)) if self._state[slot] == FREE]
-        for slot in np.flatnonzero(self._state[n_slots:] == HELD) + n_slots:
-            self._move(int(slot), self._free.pop())
-        self.slots.resize(n_slots)
-        self._key_of, self._state = self._key_of[:n_slots].copy(), self._state[:n_slots].copy()
-
-    def _move(self, slot: int, to: int) -> None:
-        key = int(self._key_of[slot])
-        layer, expert = divmod(key, self.places.n_experts)
-        self.slots.view(to)[:] = self.slots.view(slot)
-        lead = int(self.addresses[layer][expert]) - self.slots.address(slot)
-        self.addresses[layer][expert] = self.slots.address(to) + lead
-        self._slot_of[key], self._key_of[to], self._state[to] = to, key, HELD
-        self._key_of[slot], self._state[slot] = -1, FREE
+        while len(self._free) < n_less:
+            victim = self._victim(np.inf)
+            if victim >= 0:
+                self._vacate(victim)
+            else:
+                self._make_way()
+        gone, self._free = self._free[:n_less], self._free[n_less:]
+        self._state[gone] = GONE
+        self.slots.give_back(gone)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,19 @@ class RecordPlaces:
 
 
 class HostSlots:
-    """Memory for so many records, page aligned and never moved. Slots can be added, and the last ones given back."""
+    """Memory for so many records, page aligned and never moved. Slots can be added, and any of them given back."""
 
     def __init__(self, n_slots: int, slot_bytes: int, *, pinned: bool) -> None:
         self.slot_bytes, self._pinned = slot_bytes, pinned
         self._views: list[ByteArray] = []
         self._addresses: list[int] = []
-        self.n_slots = 0
-        self.resize(n_slots)
+        self._gone: list[int] = []
+        self.add(n_slots)
+
+    @property
+    def n_slots(self) -> int:
+        """Slots that there are."""
+        return len(self._views) - len(self._gone)
 
     @property
     def nbytes(self) -> int:
@@ -111,18 +116,24 @@ class HostSlots:
         """Where a slot begins in memory."""
         return self._addresses[slot]
 
-    def resize(self, n_slots: int) -> None:
-        """More slots, or fewer: those from `n_slots` on hold nothing that is needed. Raises BudgetError where the
-        system has no memory for more; there are then as many as before."""
-        missing = n_slots - len(self._views)
+    def add(self, n_slots: int) -> list[int]:
+        """So many more slots; gives their numbers, first of those that were given back. Raises BudgetError where the
+        system has no memory for them; there are then as many as before."""
+        missing = n_slots - len(self._gone)
         if missing > 0:
             memory = host_bytes(missing * self.slot_bytes, self._pinned)
+            self._gone += range(len(self._views), len(self._views) + missing)
             for start in range(0, memory.nbytes, self.slot_bytes):
                 self._views.append(memory[start : start + self.slot_bytes])
                 self._addresses.append(memory.ctypes.data + start)
-        for slot in range(n_slots, self.n_slots):
+        added, self._gone = self._gone[:n_slots], self._gone[n_slots:]
+        return added
+
+    def give_back(self, slots: Iterable[int]) -> None:
+        """These slots, which hold nothing that is needed, are no more: their memory is the system's."""
+        for slot in slots:
             _give_back(self._views[slot])
-        self.n_slots = n_slots
+            self._gone.append(slot)
 
 
 def _give_back(view: ByteArray) -> None:

@@ -11,6 +11,9 @@ from cpu_kernels.format import layout
 
 # Largest error as a share of a group's extreme. int4 may clip the other end: 8.6 steps to the extreme, 7 on that side.
 ROUNDING = {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.5 / 127 * 1.01, "int4": 1.6 / 8.6 * 1.02}
+ROUNDING |= {"int6": 3.4 / 34.4 * 1.05, "int5": 2.2 / 17.2 * 1.05, "int3": 0.5, "int2": 0.8}
+NORMAL_ERROR = {"int8": 0.0054, "int6": 0.0203, "int5": 0.0406, "int4": 0.0826, "int3": 0.1645, "int2": 0.3375}
+"""Root mean square of what normal weights lose, over theirs: computed apart, by a search in float64."""
 
 
 def weights_of(spec: ck.ExpertSpec, seed: int = 0) -> ck.ExpertWeights:
@@ -61,12 +64,47 @@ def assert_close_per_group(before: torch.Tensor, after: torch.Tensor, share: flo
     assert bool((error.abs().amax(2) <= share * groups.abs().amax(2) + 1e-30).all())
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [("float32", 32), ("bfloat16", 16), ("int8", 8.5), ("int4", 4.5)])
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [
+        ("float32", 32),
+        ("bfloat16", 16),
+        ("int8", 8.5),
+        ("int6", 6.5),
+        ("int5", 5.5),
+        ("int4", 4.5),
+        ("int3", 3.5),
+        ("int2", 2.5),
+    ],
+)
 def test_size(dtype: ck.ExpertDtype, bits: float) -> None:
     spec = ck.ExpertSpec(256, 128, dtype)
     assert spec.record_bytes == bits * 3 * 256 * 128 / 8
     assert spec.record_bytes % 64 == 0
     assert ck.ExpertSpec(250, 127, dtype, has_bias=True).record_bytes == spec.record_bytes + 4 * (256 + 2 * 128)
+
+
+@pytest.mark.parametrize("dtype", layout.PLANES)
+def test_the_scales_are_nearly_the_best(dtype: ck.ExpertDtype) -> None:
+    spec = ck.ExpertSpec(256, 512, dtype)
+    weights, record = weights_of(spec), np.zeros(spec.record_bytes, np.uint8)
+    ck.pack_expert(spec, weights, record)
+    error = float((ck.unpack_expert(spec, record).down - weights.down).square().mean().sqrt())
+    assert error == pytest.approx(NORMAL_ERROR[dtype], rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in layout.PLANES if dtype != "int8"])
+def test_weights_of_so_many_bits_keep_their_codes(dtype: ck.ExpertDtype) -> None:
+    """Symmetric codes with bfloat16 scales, as GPTQ and compressed-tensors write them."""
+    spec, half = ck.ExpertSpec(256, 64, dtype), layout.OFFSET[dtype]
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(-half, half, (256, 2, 32), generator=generator)
+    scales = torch.rand(256, 2, 1, generator=generator).add_(0.01).bfloat16().float()
+    weights = weights_of(spec)
+    down = (codes * scales).view(256, 64)
+    record = np.zeros(spec.record_bytes, np.uint8)
+    ck.pack_expert(spec, ck.ExpertWeights(weights.up, down, weights.gate), record)
+    assert torch.equal(ck.unpack_expert(spec, record).down, down)
 
 
 def test_int4_uses_the_better_end_of_the_code_range() -> None:
@@ -153,8 +191,8 @@ def test_wrong_shapes_and_buffers() -> None:
 
 
 def test_bad_specs() -> None:
-    with pytest.raises(ck.KernelError, match="int3"):
-        ck.ExpertSpec(64, 64, "int3")  # type: ignore[arg-type]
+    with pytest.raises(ck.KernelError, match="int7"):
+        ck.ExpertSpec(64, 64, "int7")  # type: ignore[arg-type]
     with pytest.raises(ck.KernelError, match="at least 1"):
         ck.ExpertSpec(0, 64, "int8")
     with pytest.raises(ck.KernelError, match="swish"):

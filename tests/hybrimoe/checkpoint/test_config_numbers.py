@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma4TextConfig,
+    Glm4MoeConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    GraniteMoeHybridConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 from hybrimoe.checkpoint import load
 from hybrimoe.errors import HybriMoEError, ModelError
@@ -24,6 +35,15 @@ GROUPED = DeepseekV3Config(
     first_k_dense_replace=0,
 )  # fmt: skip
 SINKS = GptOssConfig(**SMALL, head_dim=8, sliding_window=16)
+SCALED = GraniteMoeConfig(**SMALL)
+STATES = GraniteMoeHybridConfig(
+    **SMALL, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, shared_intermediate_size=16,
+    layer_types=["mamba", "attention"],
+)  # fmt: skip
+BY_TOP_K = Gemma4TextConfig(
+    **SMALL, head_dim=8, global_head_dim=8, num_experts=4, top_k_experts=2, moe_intermediate_size=16,
+    enable_moe_block=True, sliding_window=16, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8,
+)  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
 
 
@@ -50,6 +70,12 @@ def saved(make_model: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]
         (MIXTRAL, "intermediate_size", 0),
         *((GROUPED, "n_group", value) for value in (0, -1, 3, 4)),
         *((GROUPED, "topk_group", value) for value in (0, -1, 3)),
+        *((GROUPED, "head_dim", value) for value in (4, 16)),
+        (GROUPED, "routed_scaling_factor", float("inf")),
+        (MIXTRAL, "rms_norm_eps", -1.0),
+        (SCALED, "logits_scaling", 0.0),
+        (STATES, "mamba_chunk_size", 0),
+        (BY_TOP_K, "top_k_experts", 5),
     ],
 )
 def test_what_no_forward_can_run_with_is_named(config: Any, name: str, value: Any, saved: Callable[..., Path]) -> None:
@@ -62,6 +88,13 @@ def test_positions_that_are_not_finite(entries: dict[str, Any], saved: Callable[
     rope = {"rope_type": "default", "rope_theta": 1e4} | entries
     with pytest.raises(ModelError, match=r"rope_parameters in config\.json gives positions that are NaN or infinite"):
         load(saved(MIXTRAL, rope_parameters=rope), **FLOAT32)
+
+
+def test_more_positions_than_a_head_has(saved: Callable[..., Path]) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.5}
+    config = Glm4MoeConfig(**SMALL, head_dim=8, n_routed_experts=4, moe_intermediate_size=16, first_k_dense_replace=0)
+    with pytest.raises(ModelError, match=r"partial_rotary_factor in config\.json gives positions for 12 dimensions"):
+        load(saved(config, rope_parameters=rope), **FLOAT32)
 
 
 def test_nan_is_named_where_it_stands(saved: Callable[..., Path]) -> None:

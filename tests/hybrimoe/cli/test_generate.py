@@ -138,7 +138,7 @@ def test_without_a_prompt_a_terminal_is_told_how_to_give_one(monkeypatch):
         (("-p", "x", "-n", "0"), 2, "(greater than or equal to 1|range x>=1)"),
         (("-p", "x", "-t", "hot"), 2, "temperature"),
         (("-p", "x", "--policy", "hybrimo"), 2, "did you mean 'hybrimoe'"),
-        (("-p", "x", "--dtype", "int5"), 2, "int4"),
+        (("-p", "x", "--dtype", "int7"), 2, "int4"),
         (("-p", "x", "--slots", "10B"), 1, "10"),
         (("-p", "x", "--slots", "many"), 2, "many"),
         (("-p", "x", "--accelerator", "cuda:7"), 1, "cuda"),

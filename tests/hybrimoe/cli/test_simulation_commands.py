@@ -390,3 +390,10 @@ def test_bench_batching_as_a_table_and_as_json(hybrimoe):
     assert shown.code == 0
     assert "expertflow" in shown.out
     assert "micro-batches" in shown.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_fills_while_a_result_is_written(hybrimoe):
+    full = hybrimoe("explain-step", "--hardware", "laptop", "--step", "2", "--chrome", "/dev/full")
+    assert full.code == 1
+    assert "cannot write /dev/full (No space left on device): make room" in full.err

@@ -141,7 +141,7 @@ def test_amounts_as_experts() -> None:
     [
         ("rules: auto\nmemory:\n  gpu_expert: auto\n", 3, "unknown key 'memory.gpu_expert'; did you mean 'gpu_ex"),
         ("modle: x\n", 1, "unknown key 'modle'; did you mean 'model'"),
-        ("rules: auto\ncpu: {expert_dtype: int5}\n", 2, "cpu.expert_dtype: .*'int4'.*found 'int5'"),
+        ("rules: auto\ncpu: {expert_dtype: int7}\n", 2, "cpu.expert_dtype: .*'int4'.*found 'int7'"),
         ("cpu:\n  threads: 0\n", 2, "cpu.threads: expected a number of threads"),
         ("accelerator: cuda0\n", 1, "'cuda0' is no accelerator; .*did you mean 'cuda:0'"),
         ("accelerator: []\n", 1, "accelerator: expected a device"),
@@ -193,7 +193,7 @@ def test_bad_overrides() -> None:
     with pytest.raises(ConfigError, match="unknown option 'gpu_expert_slot'; did you mean 'gpu_expert_slots'"):
         load_config(gpu_expert_slot=1)
     with pytest.raises(ConfigError, match=r"^<option>: cpu.expert_dtype"):
-        load_config(expert_dtype="int3")
+        load_config(expert_dtype="int9")
 
 
 def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:

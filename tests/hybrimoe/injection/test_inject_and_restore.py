@@ -122,7 +122,7 @@ def test_a_dense_model_is_refused() -> None:
         ({"accelerator": "cuda63"}, ConfigError, "no accelerator"),
         ({"accelerator": "emulated", "gpu_expert_slots": "1B"}, BudgetError, "holds no expert"),
         ({"gpu_expert_slots": -1}, ConfigError, "cannot be negative"),
-        ({"expert_dtype": "int3"}, ConfigError, "int3"),
+        ({"expert_dtype": "int9"}, ConfigError, "int9"),
         ({"scheduler": {"policy": "hybrimo"}}, ConfigError, "did you mean 'hybrimoe'"),
         ({"gpu_expert_slot": 3}, ConfigError, "did you mean 'gpu_expert_slots'"),
         ({"runtime": {"profil": None}}, ConfigError, "unknown runtime setting 'profil'; did you mean 'profile'"),

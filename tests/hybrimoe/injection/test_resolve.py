@@ -120,7 +120,7 @@ def test_an_inherited_rule_may_be_shadowed_by_own_ones(qwen3_meta: PreTrainedMod
             rule({"name": "a"}, kwargs={"expert_dtyp": "int4"}),
             "rule 0: unknown key 'replace.kwargs.expert_dtyp'; did you mean 'expert_dtype'",
         ),
-        (rule({"name": "a"}, kwargs={"expert_dtype": "int5"}), "replace.kwargs.expert_dtype: .*found 'int5'"),
+        (rule({"name": "a"}, kwargs={"expert_dtype": "int7"}), "replace.kwargs.expert_dtype: .*found 'int7'"),
         (rule({"name": "a"}, "default", kwargs={"device": "cdua:0"}), "expected a device .* found 'cdua:0'"),
     ],
 )

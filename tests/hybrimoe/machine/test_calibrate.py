@@ -115,9 +115,9 @@ def test_a_disk_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_wrong_dtype(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        app(["calibrate", "--dtype", "int3"])
+        app(["calibrate", "--dtype", "int9"])
     assert left.value.code == 2
-    assert "int4, int8" in capsys.readouterr().err
+    assert "bfloat16, int8, int6, int5, int4" in capsys.readouterr().err
 
 
 CONFIG = {

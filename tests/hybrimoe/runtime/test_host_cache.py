@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,37 @@ def test_the_number_of_slots_can_change(make_cache: Callable[..., HostCache]) ->
                 assert np.array_equal(cache.record(layer, expert), in_file(cache, layer, expert))
             cache.hold(layer, [])
             compute(cache, layer, [1, 5])
+
+
+class SlowLink:
+    """Copies of some experts that do not end."""
+
+    def __init__(self, experts: Collection[tuple[int, int]], n_keys: int) -> None:
+        self.experts, self.n_keys = experts, n_keys
+
+    def being_copied(self) -> Collection[tuple[int, int]]:
+        return self.experts
+
+    def wait_for_one(self) -> None:
+        raise AssertionError("nothing that leaves is being copied")
+
+    def in_slots(self) -> np.ndarray:
+        return np.zeros(self.n_keys, np.bool_)
+
+
+def test_fewer_slots_do_not_wait_for_copies(make_cache: Callable[..., HostCache]) -> None:
+    """A link may have a second's work in its queue; what it reads stays where it is, in whichever slot."""
+    cache = make_cache(8)
+    for layer, experts in enumerate(([0, 1, 2], [0, 1, 2], [0, 1])):
+        compute(cache, layer, experts)
+    copied = [(2, 0), (2, 1), (0, 2)]
+    places = [int(cache.addresses[layer][expert]) for layer, expert in copied]
+    cache.copies = SlowLink(copied, N_LAYERS * cache.places.n_experts)
+    cache.resize(4)
+    assert cache.state().held == 4
+    assert [int(cache.addresses[layer][expert]) for layer, expert in copied] == places
+    for layer, expert in copied:
+        assert np.array_equal(cache.record(layer, expert), in_file(cache, layer, expert))
 
 
 def test_slots_that_are_given_up_are_the_systems_again(make_cache: Callable[..., HostCache]) -> None:

@@ -168,7 +168,7 @@ def test_predictions_of_kept_sets_name_kept_experts_only():
         ({"kind": "hobbit", "t1": 0.9, "t2": 0.1}, "t1 must not be above t2"),
         ({"kind": "hobbit", "t1": "much"}, "t1 must be a number"),
         ({"kind": "hobbit", "misses_only": 1}, "misses_only must be true or false"),
-        ({"kind": "hobbit", "low_dtype": "int5"}, r"low_dtype must be one of .* did you mean 'int"),
+        ({"kind": "hobbit", "low_dtype": "int7"}, r"low_dtype must be one of .* did you mean 'int"),
         ({"kind": "hobbit", "low_share": 2}, "low_share must be a number"),
         ({"kind": "skip", "low_dtype": "int4"}, "unknown parameter 'low_dtype'"),
         ({"kind": "skip", "threshold": -1}, "threshold must be a number"),

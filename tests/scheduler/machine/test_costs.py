@@ -133,7 +133,7 @@ def test_bad_shapes() -> None:
     with pytest.raises(ProfileError, match="did you mean 'hidden'"):
         ModelShape.from_mapping({"hiden": 3})
     with pytest.raises(ProfileError, match="unknown expert dtype"):
-        SHAPE.expert_bytes("int5")
+        SHAPE.expert_bytes("int7")
     assert SHAPE.expert_bytes("int4") == 1_500_000 * 0.5625
     assert SHAPE.expert_flops(2) == 6_000_000
 

@@ -233,7 +233,7 @@ def test_shared_experts_dense_layers_and_context_cost_time():
         ({"host_ratio": 0.0}, "host ratio"),
         ({"policy": "outs"}, "did you mean 'ours'"),
         ({"policy": "ours", "params": {"certainly": 1}}, "did you mean 'certainty'"),
-        ({"expert_dtype": "int5"}, "did you mean 'int4'"),
+        ({"expert_dtype": "int7"}, "did you mean 'int4'"),
     ],
 )
 def test_bad_settings(trace, fields, message):

@@ -19,43 +19,57 @@ from gguf import MODEL_ARCH, ExpertGatingFuncType, GGMLQuantizationType, GGUFWri
 from safetensors.torch import load_file
 
 ARCHITECTURES = {
-    "mixtral": MODEL_ARCH.LLAMA,
-    "olmoe": MODEL_ARCH.OLMOE,
-    "qwen2_moe": MODEL_ARCH.QWEN2MOE,
-    "qwen3_moe": MODEL_ARCH.QWEN3MOE,
-    "deepseek_v2": MODEL_ARCH.DEEPSEEK2,
-    "deepseek_v3": MODEL_ARCH.DEEPSEEK2,
-    "glm4_moe": MODEL_ARCH.GLM4_MOE,
-    "dots1": MODEL_ARCH.DOTS1,
-    "gpt_oss": MODEL_ARCH.GPT_OSS,
-    "granitemoe": MODEL_ARCH.GRANITE_MOE,
-    "granitemoeshared": MODEL_ARCH.GRANITE_MOE,
-    "ernie4_5_moe": MODEL_ARCH.ERNIE4_5_MOE,
-    "hunyuan_v1_moe": MODEL_ARCH.HUNYUAN_MOE,
-    "minimax_m2": MODEL_ARCH.MINIMAXM2,
+    "mixtral": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA],
+    "olmoe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.OLMOE],
+    "qwen2_moe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.QWEN2MOE],
+    "qwen3_moe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.QWEN3MOE],
+    "deepseek_v2": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.DEEPSEEK2],
+    "deepseek_v3": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.DEEPSEEK2],
+    "glm4_moe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.GLM4_MOE],
+    "dots1": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.DOTS1],
+    "gpt_oss": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.GPT_OSS],
+    "granitemoe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.GRANITE_MOE],
+    "granitemoeshared": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.GRANITE_MOE],
+    "ernie4_5_moe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.ERNIE4_5_MOE],
+    "hunyuan_v1_moe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.HUNYUAN_MOE],
+    "qwen3_vl_moe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.QWEN3VLMOE],
+    "afmoe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.AFMOE],
+    "exaone_moe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.EXAONE_MOE],
+    "lfm2_moe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.LFM2MOE],
+    "hy_v3": "hy_v3",
+    "mellum": "mellum",
+    "minimax_m2": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.MINIMAXM2],
 }
 """transformers' model type -> llama.cpp's architecture."""
+NAMED_AS = {"hy_v3": MODEL_ARCH.DOTS1, "mellum": MODEL_ARCH.QWEN3MOE}
+"""Architectures that are newer than the package, and those whose tensors have the same names."""
 ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight$")
-SIGMOID = ("deepseek_v3", "glm4_moe", "dots1", "minimax_m2")
+SIGMOID = ("deepseek_v3", "glm4_moe", "dots1", "minimax_m2", "exaone_moe", "lfm2_moe", "hy_v3")
+WINDOWED = ("gpt_oss", "afmoe", "exaone_moe", "mellum")
 F32 = GGMLQuantizationType.F32
 
 
 def to_gguf(
     directory: Path, path: Path, kind: GGMLQuantizationType = F32, *, split: int = 0, tokenizer: Any = None,
+    architecture: str | None = None,
     encode: Callable[[np.ndarray, GGMLQuantizationType], np.ndarray] = gguf.quants.quantize,
 ) -> Path:  # fmt: skip
     """Writes the model of `directory` to `path`; gives the (first) file.
 
-    kind: of all matrices but routers. split: tensors a file, 0 for one file. tokenizer: called with the writer. encode:
-    what makes blocks of a kind of a matrix.
+    architecture: llama.cpp's name, by default as the model's type has it. kind: of all matrices but routers. split:
+    tensors a file, 0 for one file. tokenizer: called with the writer. encode: what makes blocks of a kind of a matrix.
     """
     config = json.loads((directory / "config.json").read_text())
     tensors = {key: value for file in sorted(directory.glob("*.safetensors")) for key, value in load_file(file).items()}
-    architecture = ARCHITECTURES[config["model_type"]]
-    writer = GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[architecture], split_max_tensors=split)
+    architecture = architecture or ARCHITECTURES[config["model_type"]]
+    writer = GGUFWriter(str(path), architecture, split_max_tensors=split)
     describe(writer, config)
+    if architecture == "qwen3vlmoe":
+        writer.add_rope_dimension_sections([2, 1, 1, 0])  # of half a head
+        writer.add_num_deepstack_layers(0)
     (tokenizer or (lambda writer: writer.add_tokenizer_model("no_vocab")))(writer)
-    names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()} | NAMED_AS
+    names = gguf.get_tensor_name_map(known[architecture], config["num_hidden_layers"])
     for key, tensor in converted(tensors, config):
         name = key if key.startswith("blk.") else names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"llama.cpp has no name for {key}"
@@ -82,7 +96,8 @@ def converted(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Itera
         else:
             stacks.setdefault(f"{expert[1]}.{expert[3]}.weight", {})[int(expert[2])] = tensor
     for key, experts in stacks.items():
-        yield key, torch.stack([experts[index] for index in range(len(experts))])
+        name = key.removeprefix("model.") if "feed_forward" in key else key  # as the script of LFM2 does
+        yield name, torch.stack([experts[index] for index in range(len(experts))])
 
 
 def modified(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -106,6 +121,12 @@ def modified(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Iterator
         yield from gpt_oss_experts(block, key, tensor)
     elif key.endswith("sinks"):
         yield key + ".weight", tensor
+    elif kind == "hy_v3" and key.endswith("expert_bias"):
+        yield f"{block}.exp_probs_b", tensor
+    elif key.endswith("expert_bias"):
+        yield key + ".bias", tensor
+    elif key.endswith("conv.conv.weight"):
+        yield key, tensor.squeeze(1)
     elif key.endswith("e_score_correction_bias"):
         yield key.replace("_correction_bias", "_correction.bias"), tensor.squeeze()
     else:
@@ -141,10 +162,13 @@ def describe(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(1 if latent else config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_head_count_kv(1 if latent else _key_value_heads(config))
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     rotary = config["rope_parameters"]
+    if "sliding_attention" in rotary:
+        writer.add_rope_freq_base_swa(rotary["sliding_attention"]["rope_theta"])
+        rotary = rotary["full_attention"]
     writer.add_rope_freq_base(rotary["rope_theta"])
     if rotary["rope_type"] == "yarn":
         writer.add_rope_scaling_type(RopeScalingType.YARN)
@@ -167,8 +191,20 @@ def describe(writer: GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
-    if config["model_type"] == "gpt_oss":
+    if config["model_type"] in WINDOWED:
         writer.add_sliding_window(config["sliding_window"])
+    if config["model_type"] in ("exaone_moe", "mellum"):
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    if config["model_type"] == "lfm2_moe":
+        writer.add_shortconv_l_cache(config["conv_L_cache"])
+
+
+def _key_value_heads(config: dict[str, Any]) -> int | list[int]:
+    """None in layers that have a convolution for attention."""
+    heads: int = config["num_key_value_heads"]
+    if config["model_type"] != "lfm2_moe":
+        return heads
+    return [heads if kind == "full_attention" else 0 for kind in config["layer_types"]]
 
 
 def _describe_experts(writer: GGUFWriter, config: dict[str, Any]) -> None:
@@ -180,13 +216,29 @@ def _describe_experts(writer: GGUFWriter, config: dict[str, Any]) -> None:
     )
     if kind not in ("mixtral", "olmoe", "granitemoe", "granitemoeshared"):
         writer.add_expert_feed_forward_length(config.get("moe_intermediate_size") or config["intermediate_size"])
-    if "first_k_dense_replace" in config:
+    if kind == "exaone_moe":
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_shared_count(config["num_shared_experts"])
+        writer.add_expert_shared_feed_forward_length(config["num_shared_experts"] * config["moe_intermediate_size"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+    elif "first_k_dense_replace" in config:
         writer.add_leading_dense_block_count(config["first_k_dense_replace"])
         writer.add_expert_shared_count(config["n_shared_experts"])
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
         writer.add_expert_group_count(config["n_group"])
         writer.add_expert_group_used_count(config["topk_group"])
+    if kind in ("afmoe", "lfm2_moe"):
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+    if kind == "afmoe":
+        writer.add_expert_shared_count(config["num_shared_experts"])
+        writer.add_expert_weights_scale(config["route_scale"])
+    if kind == "hy_v3":
+        shared = config["num_shared_experts"] * config["moe_intermediate_size"]
+        writer.add_expert_shared_feed_forward_length(shared)
+        writer.add_expert_weights_norm(True)
+        writer.add_expert_weights_scale(config["router_scaling_factor"])
     if kind in SIGMOID:
         writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
     if kind == "qwen2_moe":

@@ -26,17 +26,34 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
     },
     "glm4_moe": {"first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True},
+    "afmoe": {"mup_enabled": True, "num_dense_layers": 1, "route_scale": 2.0, "sliding_window": 4},
+    "exaone_moe": {
+        "first_k_dense_replace": 1, "mlp_layer_types": ["dense", "sparse"], "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "lfm2_moe": {"num_dense_layers": 1},
+    "hy_v3": {"mlp_layer_types": ["dense", "sparse"]},
+    "mellum": {
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 500000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},  # llama.cpp takes one for both
+        },
+    },
     "ernie4_5_moe": {"tie_word_embeddings": True},
     "granitemoe": {
         "attention_multiplier": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.25, "logits_scaling": 4.0,
     },
 }  # fmt: skip
 """What a family has beyond `tiny_families`, so that more of its metadata and tensors matter."""
+TEXT_OF = {"qwen3_vl_moe": "qwen3_moe"}
+"""Families that see, and the one that is their text."""
 NOISE = 0.2  # on norms and biases, which are ones and zeros in a new model
 
 
 def saved_model(family: str, folder: Path) -> Path:
     """The directory of a new random model, as transformers saves it."""
+    family = TEXT_OF.get(family, family)
     tiny = FAMILIES[family]
     changed = {**tiny.overrides, **OVERRIDES.get(family, {})}
     FAMILIES[family] = type(tiny)(tiny.model_type, changed, tiny.text, tiny.towers)
@@ -51,7 +68,7 @@ def saved_model(family: str, folder: Path) -> Path:
 
 def gguf_model(family: str, folder: Path, **options: Any) -> Path:
     """The same model as a GGUF file. options: of `to_gguf`."""
-    return to_gguf(saved_model(family, folder), folder / "model.gguf", **options)
+    return to_gguf(saved_model(family, folder), folder / "model.gguf", architecture=ARCHITECTURES[family], **options)
 
 
 def _make_every_vector_matter(model: PreTrainedModel) -> None:

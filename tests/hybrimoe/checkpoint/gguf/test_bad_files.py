@@ -8,6 +8,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -111,6 +112,7 @@ WRONG_BYTES: dict[str, tuple[Change, str]] = {
     "dimensions": (put("blk.0.attn_q.weight", "<I", 5), "has 5 dimensions"),
     "a size": (put("blk.0.attn_q.weight", "<Q", 1 << 61, 4), "truncated or no valid GGUF"),
     "type": (put("blk.0.attn_q.weight", "<I", 999, AFTER_SHAPE[2]), "type of number 999; readable are F32"),
+    "a smaller type": (put("blk.0.attn_q.weight", "<I", 8, AFTER_SHAPE[2]), "starts at [0-9]+ only"),
     "blocks": (put("blk.0.attn_q_norm.weight", "<I", 12, 4 + 8), "no whole number of blocks"),
     "outside": (put("blk.0.attn_q.weight", "<Q", 1 << 40, AFTER_SHAPE[2] + 4), "ends at"),
     "overlap": (put("blk.1.attn_q.weight", "<Q", 64, AFTER_SHAPE[2] + 4), "inside"),
@@ -130,7 +132,9 @@ def test_what_is_wrong_is_named(what: str, file: Path, tmp_path: Path) -> None:
 
 def test_an_architecture_that_is_not_read_gives_the_list_of_those_that_are(file: Path, tmp_path: Path) -> None:
     (tmp_path / "other.gguf").write_bytes(file.read_bytes().replace(b"olmoe", b"gemma"))
-    with pytest.raises(UnsupportedCheckpointError, match=r"is a gemma model; .* deepseek2, .* qwen3moe are read"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match=r"is a gemma model; .* deepseek2, .* qwen3moe, qwen3vlmoe are read"
+    ):
         read_config_dict(tmp_path / "other.gguf")
 
 
@@ -139,6 +143,21 @@ def test_a_value_that_is_missing_is_named(name: str, file: Path, tmp_path: Path)
     (tmp_path / "less.gguf").write_bytes(file.read_bytes().replace(name.encode(), name[:-1].encode() + b"X"))
     with pytest.raises(CheckpointError, match=name):
         read_config_dict(tmp_path / "less.gguf")
+
+
+def test_metadata_that_are_missing_mean_what_llama_cpp_takes_them_for(tmp_path: Path) -> None:
+    data = gguf_model("deepseek_v3", tmp_path).read_bytes()
+
+    def without(name: bytes) -> dict[str, Any]:
+        assert name in data
+        (tmp_path / "less.gguf").write_bytes(data.replace(name, name[:-1] + b"X"))
+        return read_config_dict(tmp_path / "less.gguf")
+
+    rope = without(b"rope.scaling.type")["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)
+    assert without(b"rope.scaling.yarn_log_multiplier")["rope_parameters"]["attention_factor"] == 1.0
+    with pytest.raises(CheckpointError, match=r"expert_group_used_count is missing"):
+        without(b"expert_group_used_count")
 
 
 def test_a_tensor_that_is_missing_is_named(file: Path, tmp_path: Path) -> None:
