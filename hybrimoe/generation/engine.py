@@ -514,6 +514,7 @@ class Reply:
 
     def begin_shift(self) -> None:
         """Leaves the oldest tokens out; `prefill` then computes the others, and gives the logits after the newest."""
+        self.share_prompt()
         limit = self._generator.context_tokens
         assert self._shift is not None
         assert limit is not None
