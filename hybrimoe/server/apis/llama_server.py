@@ -232,7 +232,8 @@ def add_routes(app: FastAPI, models: Models) -> None:
                 ids = list(tokenizer(body.content, add_special_tokens=body.add_special)["input_ids"])
                 if not body.with_pieces:
                     return {"tokens": ids}
-                return {"tokens": [{"id": one, "piece": str(tokenizer.decode([one]))} for one in ids]}
+                pieces: list[Token] = [{"id": one, "piece": str(tokenizer.decode([one]))} for one in ids]
+                return {"tokens": pieces}
 
             return await unless_left(request, served.encode(encode))
 
