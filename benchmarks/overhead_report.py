@@ -30,10 +30,9 @@ Which number matters to whom:
 
 Kernels and waiting are wall time of the calling thread, everything else is its CPU time, so that what the threads of
 an emulated accelerator take away from it (cores, Python's lock) does not count as overhead. The sections are measured
-while the real kernels run. What a layer streams through the caches decides much of them: Python's own code and data
-come from memory where it has driven them out. On AVX2 the weights of one token pass the caches by
-([kernels.md](kernels.md)); here, on AVX-512, they do not. Beyond that it falls with the number of different things that
-are called, not with their work. A call's tensors are made just before it, as a model's router makes them.
+while the real kernels run. Python's own code and data have to be found in memory again after them
+([what bounds it](#what-bounds-it)), so that the time falls with the number of different things that are called, not
+with their work. A call's tensors are made just before it, as a model's router makes them.
 
 A cell is the median over {runs} runs, with the range of the runs. `bookkeeping` is the rest of the call: tensors,
 grouping by expert, counters, the sum of the experts' rows; reading the clocks is part of it. On the CPU alone all but
@@ -46,27 +45,39 @@ kernels' range is wide, compare the columns of CPU time and not the shares.
 
 
 REMARKS = """
-## Since the tables
+## Huge pages
 
-The tables were measured when the benchmark still held the tensors of all calls from its start. Since then they are made
-just before each call, outputs are made several at a time, and calls without slots are added up when somebody asks for
-the counters. A layer call with slots makes about 47 Python calls in place of 63 (counted by
-`tests/hybrimoe/runtime/test_call_budget.py`, small experts, one expert in three calls moves; 33 where nothing moves or
-is waited for). What that changes has not been measured on a quiet machine.
+Once a model with large experts has started, Python's own memory is moved onto huge pages
+(`hybrimoe/machine/interpreter.py`; Linux 6.1 and later). The runs above differ in that, from those under "Before"; in
+their first rounds the move was still under way, which the benchmark waits for since. What it gains differs between
+runs, and why was not found out. In one process each, before and after the move, four rounds while the machine was
+slower than in the tables: a layer with slots took 424 to 446 us before and
+275 to 306 after (planning, bookkeeping and dispatch), one that a card waits for 112 to 130 and 87 to 98, what comes
+after its release 94 to 118 and 52 to 63, on the CPU alone 45 to 50 and 37 to 41. A process that moved nothing did not
+get faster. The move takes 0.6 s of processor time for 200 MiB here, beside the first steps.
 
 ## What bounds it
 
 The goals are 60 us of planning, bookkeeping and dispatch for a layer with slots and 15 us without, 30 us that a card
 waits for, and 2 % of a decode step; they are not reached where Python runs the step. By hand, on the same machine:
 
-- The same calls with experts so small (intermediate size 64) that nothing leaves the caches: 10 us on the CPU alone, 32
-  us that a card waits for and 30 us after the release. The rest is code and data that come from memory again.
-- With the emulated accelerator they still take 175 us, so that there the caches are not the bound. Its threads run
-  Python as well; what their lock takes was not separated.
-- After 24 MB have passed the caches, a new output tensor takes 10 us (0.8 us without), a property of a tensor 2 to 3, a
-  compiled function 2 to 3.
-- The compiled decision takes 34 to 37 us in a running layer, 17 us where its machine code is in the caches, and 11 us
-  where its data is, too.
+- What costs is to find things again in memory, and what huge pages gain says that a part of it is to find the pages:
+  walks to them are twice as deep in a virtual machine. Python's objects and the planner's arrays lie on huge pages now.
+  The code of Python, of torch and of compiled functions does not: the system refuses that for files and small pieces.
+- What streams through the caches matters less: with AVX2, whose kernels ask for weights as read once, the same run
+  took 196 us of bookkeeping with slots and 71 us that a card waits for, with AVX-512 193 and 67. Asking for the
+  decision's machine code ahead (32 to 128 KiB) gained nothing either.
+- The compiled decision takes 39 to 48 us in a running layer, 20 where experts are so small (intermediate size 64) that
+  little else is touched, 10 to 13 at best. Of that the forecast takes 6 us with new routing in every call. It decides
+  by what the forecast has learnt from this very layer, so that nothing of it can wait for the release.
+- A layer with slots moves half an expert: to end a copy takes 18 us, a plan with one 21 in place of 7, to start one 18,
+  the second piece of work that waits for it 13. Counters take 9, the check of the router's tensors 6, an output 4. The
+  rest is in functions of 1 to 5 us each.
+- Of the 36 us on the CPU alone 8 to 9 are the stopwatch and a call that does nothing but run the kernel.
+
+A layer call with slots makes about 47 Python calls (counted by `tests/hybrimoe/runtime/test_call_budget.py`, small
+experts, one expert in three calls moves; 33 where nothing moves or is waited for). To reach the goals, collecting,
+deciding, submitting, computing and waiting would have to be one compiled call.
 
 ## A compiled step
 

@@ -20,6 +20,7 @@ from hybrimoe.bench.rounds import busy_warning, spread
 from hybrimoe.bench.stopwatch import Stopwatch, Timed, Times
 from hybrimoe.errors import ModelError
 from hybrimoe.machine.facts import machine
+from hybrimoe.machine.interpreter import gather_on_huge_pages
 from hybrimoe.machine.profiles import open_hardware
 from hybrimoe.runtime import HybridExperts, RuntimeConfig, Session
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
@@ -132,6 +133,7 @@ class Contender:
         self.session.finalize(self.model, accelerator=accelerator)
         self._fill_store(shape.n_experts, shape.hidden, shape.inter)
         self.session.start()
+        gather_on_huge_pages()  # as the session does beside the first steps: what is measured comes after it
 
     @staticmethod
     def _accelerator() -> Accelerator:

@@ -20,6 +20,7 @@ from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import BudgetError, HybriMoEError, ModelError
 from hybrimoe.experts import layout as experts_layout
 from hybrimoe.experts.module import HybridExperts
+from hybrimoe.machine.interpreter import gather_beside
 from hybrimoe.runtime.budgets import Budgets, KeysAndValues, Resized, tier_of
 from hybrimoe.runtime.config import RuntimeConfig
 from hybrimoe.runtime.exchanged import ExchangedExperts, find_exchanged
@@ -53,6 +54,8 @@ from scheduler.records import TaskRecord
 
 SLOTS_KEPT_PERCENT = 75
 """Of the slots there are, when a call found no memory on the accelerator."""
+LEAST_STREAMED_BYTES = 64 << 20
+"""Experts that take less leave Python's own memory in the processor's caches: moving that would gain nothing."""
 
 
 class Session:
@@ -193,6 +196,8 @@ class Session:
             if frequencies is None and isinstance(self._store, TieredStore):
                 frequencies = self._store.earlier_uses
             self._start_runner(self.config.gpu_expert_slots, None, frequencies)
+            if self.store.nbytes >= LEAST_STREAMED_BYTES:
+                gather_beside()
 
     # Running ----------------------------------------------------------------------------------------------------
 

@@ -18,13 +18,13 @@ from hybrimoe.checkpoint.gguf.tensor_types import TYPES, TensorType
 from hybrimoe.checkpoint.inspection import inspect
 
 from ...families.tiny_families import tiny_model
+from .formats.test_quantised_checkpoints import write_fp8_blocks, write_mxfp4
 from .formats.test_whole_models import SIZES, quantise
 from .formats.writers import CASES, Case
 from .gguf.models import OVERRIDES, gguf_model
 from .gguf.test_tensor_types import blocks
 from .models import FLOAT32, OPTIONS, logits
 from .test_adapters import ALPHA, RANK, STACKED, Tensors, pair, product, written
-from .test_quantised_checkpoints import write_fp8_blocks, write_mxfp4
 
 SCALE = 0.5
 EXACT = FLOAT32 | {"dense_dtype": "float32", "packed_file": False}
