@@ -6,10 +6,13 @@ Each is a method or attribute of a model that transformers offers under no publi
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from traceback import walk_tb
@@ -27,6 +30,9 @@ TESTED = "5.23.0"
 NOT_NEEDED = ("is_torch_distributed_available", "is_scipy_available")
 """What transformers' base of all models would import 1,000 modules for: models over several processes, and the losses
 of object detection. It runs without either, as where they are not installed."""
+
+
+DYNAMO = "torch._dynamo"
 
 
 class CompatibilityError(HybriMoEError):
@@ -54,6 +60,31 @@ def without_what_is_not_needed() -> Iterator[None]:
     finally:
         for home, name, value in before:
             setattr(home, name, value)
+
+
+def leave_dynamo_out() -> None:
+    """From now on this process imports `torch._dynamo`, torch's compiler of 800 modules, only for those who compile
+    with it. Functions that torch and others make known to it, to be left alone or taken as they are, stay unknown. For
+    programs that compile nothing with it."""
+    if DYNAMO in sys.modules:
+        return
+    spec = importlib.util.find_spec(DYNAMO)
+    if spec is None:
+        return
+    stand_in: Any = importlib.util.module_from_spec(ModuleSpec(DYNAMO, None, is_package=True))
+    stand_in.__path__ = spec.submodule_search_locations
+    stand_in.disable = lambda function=None, *_, **__: (lambda made: made) if function is None else function
+    stand_in.allow_in_graph = stand_in.assume_constant_result = lambda function: function
+
+    def ask_the_real_one(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if sys.modules.get(DYNAMO) is stand_in:
+            del sys.modules[DYNAMO]
+        return getattr(importlib.import_module(DYNAMO), name)
+
+    stand_in.__getattr__ = ask_the_real_one
+    sys.modules[DYNAMO] = stand_in
 
 
 def names_by_module(define: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,14 +8,34 @@ module too, since all of them may import it. Honours NUMBA_DISABLE_JIT=1.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numba  # type: ignore[import-untyped, unused-ignore]
-from numba.core.caching import IndexDataCacheFile  # type: ignore[import-untyped, unused-ignore]
+
+def _import_numba() -> None:
+    """Without SciPy, whose linear algebra Numba would import for functions that nothing here calls; others, who call
+    them, find it later."""
+    if "numba" in sys.modules or "scipy" in sys.modules:
+        return
+    there = importlib.util.find_spec("scipy") is not None
+    sys.modules["scipy"] = None  # type: ignore[assignment]  # so an import of it fails
+    try:
+        importlib.import_module("numba")
+        vars(importlib.import_module("numba.np.arraymath"))["_HAVE_BLAS"] = there
+    finally:
+        del sys.modules["scipy"]
+
+
+_import_numba()
+
+import numba  # type: ignore[import-untyped, unused-ignore]  # noqa: E402
+from numba.core.caching import IndexDataCacheFile  # type: ignore[import-untyped, unused-ignore]  # noqa: E402
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -6,7 +6,7 @@ import gc
 import importlib
 import sys
 
-from hybrimoe.compat import without_what_is_not_needed
+from hybrimoe.compat import leave_dynamo_out, without_what_is_not_needed
 
 MODELING = "transformers.modeling_utils"
 RUNS_MODELS = (
@@ -26,6 +26,7 @@ def import_libraries(*more: str) -> None:
     collects = gc.isenabled()
     gc.disable()
     try:
+        leave_dynamo_out()
         if MODELING not in sys.modules:
             with without_what_is_not_needed():
                 importlib.import_module(MODELING)

@@ -62,17 +62,18 @@ class BatchEngine:
 
     prefixes: what any earlier prompt or reply computed, so that it is not computed again; None: nothing is kept beyond
     the latest replies. part_tokens: of a prompt, between two tokens of the others; None for the generator's own size.
+    part_slower: see `prompt_parts.PromptPart`.
     One thread calls all methods.
     """
 
     def __init__(
         self, generator: TextGenerator, *, parallel: int = 1, prefixes: PrefixTree | None = None,
-        part_tokens: int | None = None,
+        part_tokens: int | None = None, part_slower: float = 0.0,
     ) -> None:  # fmt: skip
         self.generator = generator
         self.parallel = parallel
         self.prefixes = prefixes
-        self.part_tokens = part_tokens
+        self.part_tokens, self.part_slower = part_tokens, part_slower
         self._rows = CacheRows(generator.model, parallel, prefixes)
         self._tell_step()
         self._places: list[_Place] = []
@@ -118,15 +119,20 @@ class BatchEngine:
         should_stop: asked at every step; True ends the reply with what there is.
         """
         anew = options.prompt_logprobs is not None  # nothing is reused, so no conversation is taken for it
-        cache = self._rows.take(() if anew else prompt_ids)
+        cache, n_bytes = self._rows.take(() if anew else prompt_ids)
         try:
             reply = self.generator.reply(
-                prompt_ids, options, cache=cache, should_stop=should_stop, part_tokens=self.part_tokens
+                prompt_ids,
+                options,
+                cache=cache,
+                should_stop=should_stop,
+                part_tokens=self.part_tokens,
+                part_slower=self.part_slower,
             )
         except Exception:
             self._rows.give_back(cache)
             raise
-        self._places.append(_Place(reply, self._taken_over(cache, self._planned(prompt_ids, options))))
+        self._places.append(_Place(reply, self._taken_over(cache, n_bytes, self._planned(prompt_ids, options))))
         self._free_idle_memory()
         reply.begin()
         return reply
@@ -221,9 +227,19 @@ class BatchEngine:
         except Exception as error:  # noqa: BLE001  # it belongs to this reply; the others go on
             yield self._end(place, error)
             return
-        if logits is not None:
-            place.in_prompt = False
-            yield self._take(place, logits)
+        if logits is None:
+            return
+        place.in_prompt = False
+        taken = self._take(place, logits)
+        yield taken
+        if not taken.ended:
+            yield from self._share_prompt(place)
+
+    def _share_prompt(self, place: _Place) -> Iterator[Progress]:
+        try:
+            place.reply.share_prompt()
+        except Exception as error:  # noqa: BLE001  # as above
+            yield self._end(place, error)
 
     def _decode(self, places: list[_Place]) -> Iterator[Progress]:
         """One token of each."""
@@ -297,13 +313,13 @@ class BatchEngine:
         else:
             place.reply.finish("context")
 
-    def _taken_over(self, cache: PrefixCache, planned: int) -> int:
-        """Tokens that a reply has room for which plans some and takes over the memory of an earlier one.
+    def _taken_over(self, cache: PrefixCache, n_bytes: int, planned: int) -> int:
+        """Tokens that a reply has room for which plans some and takes over the memory of an earlier one, n_bytes.
 
         Memory that is far more than it needs, and more than its share of what there is for all, is freed. Else it
         stays: a long conversation that comes back would wait for new memory longer than for what is copied into it.
         """
-        brought, memory = cache.n_bytes() // max(1, self.generator.token_bytes()), self.generator.memory_tokens
+        brought, memory = n_bytes // max(1, self.generator.token_bytes()), self.generator.memory_tokens
         is_much = brought > MOST_BROUGHT * planned and memory is not None and brought > memory // self.parallel
         if is_much or not self._fits(brought):
             cache.clear()

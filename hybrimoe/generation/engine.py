@@ -19,7 +19,8 @@ from hybrimoe.generation.kv_memory import FEWEST_TOKENS, chunk_tokens, estimated
 from hybrimoe.generation.pace import DraftPace
 from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.prompt_logprobs import PromptScorer, most_scored_tokens
-from hybrimoe.generation.sampling import Sampler, SamplingOptions, TokenLogprob
+from hybrimoe.generation.prompt_parts import tokens_behind
+from hybrimoe.generation.sampling import Sampler, SamplingOptions, Settings, TokenLogprob
 from hybrimoe.generation.speculation import Speculation, SpeculationStats, require_speculation
 from hybrimoe.generation.transcript import FinishReason, Transcript
 from hybrimoe.generation.vocabulary import check_token_ids, vocabulary_size
@@ -84,6 +85,7 @@ class TextGenerator:
             require_speculation(model)
         self.model = model
         self.tokenizer = tokenizer
+        self.settings = Settings(model)
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.kv_bytes = kv_bytes
         self.pace = DraftPace() if speculate else None
@@ -141,6 +143,7 @@ class TextGenerator:
         should_stop: Callable[[], bool] = _never,
         profile: Profile | None = None,
         part_tokens: int | None = None,
+        part_slower: float = 0.0,
     ) -> Reply:
         """A reply to `prompt_ids`, computed while it is iterated.
 
@@ -149,6 +152,7 @@ class TextGenerator:
             should_stop: asked between tokens and prefill chunks; True ends the reply, with what there is.
             profile: a new one, which then has where the time went.
             part_tokens: of the prompt, that are computed at once at most; None for `prefill_chunk_tokens`.
+            part_slower: by which a part is smaller for each token before it, see `prompt_parts.PromptPart`.
 
         Raises:
             PromptError: no token, one that the model does not have, or no room for a reply in the model's context.
@@ -159,7 +163,7 @@ class TextGenerator:
         check_token_ids(self.model, prompt_ids, self.tokenizer)
         options = (options or SamplingOptions()).with_seed()
         cache = cache or PrefixCache(self.model)
-        return Reply(self, list(prompt_ids), options, cache, should_stop, profile, part_tokens)
+        return Reply(self, list(prompt_ids), options, cache, should_stop, profile, part_tokens, part_slower)
 
     def check_prompt(self, n_tokens: int, *, may_shift: bool = True) -> None:
         """Raises PromptError unless a prompt of `n_tokens` leaves room for one token, or what is too much of it is left
@@ -328,7 +332,7 @@ class Reply:
     """Iterating gives the text piece by piece; afterwards the attributes say what happened.
 
     Whoever computes several replies side by side drives each by hand instead: `begin`, `prefill` until it gives logits,
-    then `take` with the logits after each token until `has_ended`, and `end`.
+    then `take` with the logits after each token until `has_ended`, and `end`; `share_prompt` before the second token.
 
     text: all pieces joined. token_ids: the new tokens, an end-of-sequence token included. n_reused: prompt tokens that
     came from the cache, n_read: those of them that were read from disk. seed: with it the same reply comes again.
@@ -345,6 +349,7 @@ class Reply:
         should_stop: Callable[[], bool],
         profile: Profile | None = None,
         part_tokens: int | None = None,
+        part_slower: float = 0.0,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.seed = options.seed
@@ -353,7 +358,7 @@ class Reply:
         self.text_offsets: list[int] = []
         self._generator = generator
         self.cache = cache
-        self._part_tokens = part_tokens
+        self._part_tokens, self._part_slower = part_tokens, part_slower
         self._parts: deque[tuple[int, int]] | None = None
         self._computed_ids = prompt_ids
         """What is computed as a prompt: the prompt, later what a shift has kept."""
@@ -361,6 +366,8 @@ class Reply:
         """New tokens that are among them."""
         self.n_shifts = 0
         self._checkpoints: list[int] = []
+        self._unshared: torch.Tensor | None = None
+        """Logits after a prompt that others cannot use yet."""
         self._started = self._last = 0
         self._should_stop = should_stop
         limit = generator.context_tokens
@@ -368,7 +375,7 @@ class Reply:
             self._computed_ids = whole_images(self._shift.kept(prompt_ids, limit))
             self.n_shifts = 1
         self.n_kept = len(self._computed_ids)
-        self._sampler = Sampler(generator.model, options, prompt_ids)
+        self._sampler = Sampler(generator.model, options, prompt_ids, generator.settings)
         self._scorer: PromptScorer | None = None
         if options.prompt_logprobs is not None:
             self._scorer = PromptScorer(generator.forward_rows, prompt_ids, options.prompt_logprobs)
@@ -507,6 +514,7 @@ class Reply:
 
     def begin_shift(self) -> None:
         """Leaves the oldest tokens out; `prefill` then computes the others, and gives the logits after the newest."""
+        self.share_prompt()
         limit = self._generator.context_tokens
         assert self._shift is not None
         assert limit is not None
@@ -533,8 +541,16 @@ class Reply:
             self._transcript.complete()
         return text
 
+    def share_prompt(self) -> None:
+        """Others may use what was computed of the prompt. Called before any further token is computed, and after the
+        first one is told: whoever waits for it does not wait for this."""
+        logits, self._unshared = self._unshared, None
+        if logits is not None:
+            self.cache.share_prompt(logits)
+
     def next_logits(self) -> torch.Tensor:
         """Computes the newest token; returns the logits [V] after it."""
+        self.share_prompt()
         token = self.token_ids[-1]
         if self._speculation is None:
             return self._forward([token], self.cache)
@@ -549,6 +565,7 @@ class Reply:
         """The text that was held back; others may use what was computed."""
         if self._speculation is not None:
             self._speculation.give_up()
+        self.share_prompt()
         if self.token_ids:
             self.cache.share_reply()
         return self._transcript.end()
@@ -578,7 +595,7 @@ class Reply:
         if self._parts:
             self.cache.share_part()
         else:
-            self.cache.share_prompt(logits)
+            self._unshared = logits
         self._prefilled()
         return None if self._parts else logits
 
@@ -592,15 +609,19 @@ class Reply:
         checkpoint."""
         short = len(self._computed_ids) - start <= FEWEST_TOKENS  # whose part fits in any case: memory is not asked for
         size = self._generator.prefill_chunk_tokens or (FEWEST_TOKENS if short else chunk_tokens(self._generator.model))
-        if self._part_tokens is not None:
-            size = min(size, self._part_tokens)
         if self._scorer is not None:
             size = min(size, most_scored_tokens(vocabulary_size(self._generator.model)))
         for end in (*self._checkpoints, len(self._computed_ids)):
             while start < end:
-                stop = self._after_image(min(start + size, end))
+                stop = self._after_image(min(start + self._part_size(start, size), end))
                 yield start, stop
                 start = stop
+
+    def _part_size(self, start: int, most: int) -> int:
+        """Tokens of a part that begins at `start`."""
+        if self._part_tokens is None:
+            return most
+        return min(most, tokens_behind(start, self._part_tokens, self._part_slower))
 
     def _after_image(self, stop: int) -> int:
         """The end of a part, moved behind an image that it would cut where images are computed whole."""

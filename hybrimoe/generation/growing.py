@@ -270,7 +270,8 @@ def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
 
 def join_rows(target: torch.Tensor, parts: Sequence[torch.Tensor], threads: int | None = None) -> None:
     """Copy rows [B, heads, n, D] in host memory, one after another, into rows of a buffer, which are as many."""
-    if all(part.dtype == target.dtype and part.stride(-1) == 1 and part.stride(-2) == part.shape[-1] for part in parts):
+    in_rows = (part.stride(-1) == 1 and part.stride(-2) == part.shape[-1] for part in parts)
+    if len(parts) > 1 and all(part.dtype == target.dtype for part in parts) and all(in_rows):
         join_tokens(target, parts, threads)
         return
     at = 0

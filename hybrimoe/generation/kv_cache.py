@@ -330,7 +330,8 @@ class CacheRows:
 
     def __init__(self, model: Any, n_rows: int, prefixes: PrefixTree | None = None) -> None:
         self._model, self._prefixes = model, prefixes
-        self._idle: list[PrefixCache] = []
+        self._idle: dict[PrefixCache, int] = {}
+        """The idle ones, the longest idle first, and the bytes that each takes."""
         self.idle_bytes = 0
         """Memory of the idle ones, which any thread may read."""
         self.resize(n_rows)
@@ -339,25 +340,26 @@ class CacheRows:
         """So many idle ones: new ones are empty, and the longest idle go first."""
         missing = n_idle - len(self._idle)
         added = [PrefixCache(self._model, self._prefixes) for _ in range(missing)]
-        self._idle = added + self._idle[max(0, -missing) :]
-        self._measure()
+        self._idle = dict.fromkeys(added, 0) | dict(list(self._idle.items())[max(0, -missing) :])
+        self._count()
 
-    def take(self, prompt_ids: Sequence[int]) -> PrefixCache:
-        """An idle cache; there must be one. The one in which most is shared and least lost, else the longest idle."""
+    def take(self, prompt_ids: Sequence[int]) -> tuple[PrefixCache, int]:
+        """An idle cache, and the bytes that it takes; there must be one. The one in which most is shared and least
+        lost, else the longest idle."""
 
         def gain(cache: PrefixCache) -> int:
             shared = cache.n_shared(prompt_ids)
             return shared - (len(cache.token_ids) - shared)
 
         chosen = max(self._idle, key=gain)
-        self._idle.remove(chosen)
-        self._measure()
-        return chosen
+        n_bytes = self._idle.pop(chosen)
+        self._count()
+        return chosen, n_bytes
 
     def give_back(self, cache: PrefixCache) -> None:
         """The reply in `cache` has ended."""
-        self._idle.append(cache)
-        self._measure()
+        self._idle[cache] = cache.n_bytes()
+        self._count()
 
     def shrink(self, max_bytes: int) -> None:
         """Let idle caches, the longest idle first, forget what they hold until they take no more than `max_bytes`."""
@@ -365,10 +367,11 @@ class CacheRows:
             if self.idle_bytes <= max_bytes:
                 return
             cache.clear()
-            self._measure()
+            self._idle[cache] = cache.n_bytes()
+            self._count()
 
-    def _measure(self) -> None:
-        self.idle_bytes = sum(cache.n_bytes() for cache in self._idle)
+    def _count(self) -> None:
+        self.idle_bytes = sum(self._idle.values())
 
 
 def _can_crop(layer: Any) -> bool:

@@ -8,38 +8,51 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from hybrimoe.generation.context import model_context_tokens
 from hybrimoe.generation.kv_cache import PrefixCache
-from hybrimoe.generation.kv_memory import chunk_tokens
+from hybrimoe.generation.kv_memory import chunk_tokens, keeps_every_token, number_of
 from hybrimoe.generation.vocabulary import vocabulary_size
 
-if TYPE_CHECKING:
-    from hybrimoe.generation.engine import TextGenerator
+__all__ = ["PromptPart", "attention_share", "chosen_part", "measured_part", "tokens_behind"]
 
-__all__ = ["PromptPart", "chosen_part", "measured_part"]
-
-FEW_TOKENS, MANY_TOKENS = 16, 64
+FEW_TOKENS, MANY_TOKENS = 16, 128
 """Of the prompts that are timed. 16 tokens already choose most experts of a layer, so that what further ones take is
-their own."""
+their own. Prompts of up to 64 may be one compiled step, where a token takes less than in a part."""
 LEAST_TOKENS = 16
 """Of a part: fewer would read the weights for next to nothing."""
 TRIAL_SEED = 0
+ATTENTION_FACTOR = 1.3
+"""Time of a multiplication within attention over one in a layer's matrices: of OLMoE's layer with int4 experts, prompts
+of 4,096 and 16,384 tokens on a Xeon (docs/long-chats.md): 1.26."""
+
+
+class Computes(Protocol):
+    """What a `TextGenerator` is here."""
+
+    model: Any
+
+    def forward(self, token_ids: Sequence[int], cache: PrefixCache) -> Any:
+        """Compute tokens on top of a cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptPart:
-    """The size of a part and what it takes by what was measured."""
+    """The size of a part at a prompt's beginning and what it takes by what was measured.
+
+    slower: what each token before a part adds to the part's time, as a share of that.
+    """
 
     n_tokens: int
     expected_us: float
+    slower: float = 0.0
 
 
 def measured_part(
-    generator: TextGenerator, stall_us: float, clock_ns: Callable[[], int] = time.perf_counter_ns
+    generator: Computes, stall_us: float, clock_ns: Callable[[], int] = time.perf_counter_ns
 ) -> PromptPart:
     """The part of a prompt that takes at most `stall_us` on this machine; see `chosen_part`.
 
@@ -63,7 +76,30 @@ def measured_part(
     per_token_us = max((times_us[2] - times_us[1]) / max(1, longest - few), times_us[2] / longest / 100)
     part = chosen_part(max(0.0, times_us[1] - few * per_token_us), per_token_us, stall_us)
     n_tokens = min(part.n_tokens, chunk_tokens(generator.model))
-    return PromptPart(n_tokens, part.expected_us * n_tokens / part.n_tokens)
+    return PromptPart(n_tokens, part.expected_us * n_tokens / part.n_tokens, attention_share(generator.model))
+
+
+def tokens_behind(n_before: int, n_tokens: int, slower: float) -> int:
+    """The size of a part behind `n_before` tokens, where one at the beginning has `n_tokens`; see `PromptPart`."""
+    return min(n_tokens, max(LEAST_TOKENS, int(n_tokens / (1 + slower * n_before))))
+
+
+def attention_share(model: Any) -> float:
+    """What attention to one earlier token takes of a token's time, as a share of all else: multiplications, counted by
+    the model's shape, times `ATTENTION_FACTOR`. Layers with windows or states of their own do not count."""
+    from hybrimoe.generation.growing import growing_cache
+
+    config = model.config.get_text_config(decoder=True)
+    width, heads = number_of(config, "hidden_size"), number_of(config, "num_attention_heads")
+    head = number_of(config, "head_dim") or width // max(1, heads)
+    kv_heads = number_of(config, "num_key_value_heads") or heads
+    inner = number_of(config, "moe_intermediate_size") or number_of(config, "intermediate_size")
+    shared = number_of(config, "shared_expert_intermediate_size")
+    layers = growing_cache(config).layers
+    n_full = sum(map(keeps_every_token, layers))
+    of_layer = 2 * width * head * (heads + kv_heads)
+    of_layer += 3 * width * (max(1, number_of(config, "num_experts_per_tok")) * inner + shared)
+    return ATTENTION_FACTOR * 2 * heads * head * n_full / max(1, of_layer * len(layers))
 
 
 def chosen_part(fixed_us: float, per_token_us: float, stall_us: float) -> PromptPart:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import secrets
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ __all__ = [
     "UNLIMITED_TOKENS",
     "Sampler",
     "SamplingOptions",
+    "Settings",
     "TokenLogprob",
     "few_candidates",
     "reply_length",
@@ -45,6 +47,9 @@ PENALTY_RANGE = (0.01, 100.0)
 
 MAX_LOGIT_BIAS = 100.0
 """OpenAI's limit of a logit bias, either way; it decides any choice already."""
+
+KNOWN_SETTINGS = 64
+"""Kinds of replies (temperatures, lengths, ...) whose settings are remembered; with one more it begins anew."""
 
 MAX_FREQUENCY_PENALTY = 2.0
 """OpenAI's limit of frequency and presence penalties, either way."""
@@ -153,6 +158,27 @@ def _in_range(name: str, value: float | None, low: float, high: float, meaning: 
         raise ConfigError(f"{name} must be {limits} ({meaning}), found {value}")
 
 
+class Settings:
+    """The generation configuration of a model with the options of a reply over it. Those of the latest kinds of replies
+    are remembered: transformers takes half a millisecond to put one together. One thread asks."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._own: dict[str, Any] = {}
+        self._known: dict[tuple[tuple[str, Any], ...], Any] = {}
+
+    def of(self, options: SamplingOptions) -> Any:
+        """One of the caller's own. What the model's configuration says now holds."""
+        own = vars(self._model.generation_config)
+        if own != self._own or len(self._known) >= KNOWN_SETTINGS:
+            self._own, self._known = copy.deepcopy(own), {}
+        given = options.generation_kwargs()
+        key = tuple(given.items())
+        if key not in self._known:
+            self._known[key] = compat.generation_settings(self._model, given)
+        return copy.copy(self._known[key])
+
+
 class Sampler:
     """Chooses one token at a time for one reply: the tokens are those of `model.generate` with the same settings.
 
@@ -164,17 +190,19 @@ class Sampler:
     Logits on an accelerator stay there: what comes to the host is the best candidates or, where a processor or an
     option needs every token, the choice. A seed gives another text on another kind of device, as in transformers.
 
-    logprobs: of each chosen token, where `options.top_logprobs` asks for them.
+    logprobs: of each chosen token, where `options.top_logprobs` asks for them. settings: kept from reply to reply.
 
     Raises PromptError for a logit bias of a token that the model does not have, ModelError where its
     generation_config.json has a value that tokens cannot be chosen with.
     """
 
-    def __init__(self, model: Any, options: SamplingOptions, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self, model: Any, options: SamplingOptions, prompt_ids: Sequence[int], settings: Settings | None = None
+    ) -> None:
         import torch
 
         check_token_ids(model, (token for token, _ in options.logit_bias), what="logit_bias")
-        config = compat.generation_settings(model, options.generation_kwargs())
+        config = (settings or Settings(model)).of(options)
         self.greedy = not config.do_sample
         self.eos_token_ids = frozenset() if options.ignore_eos else _token_ids(config.eos_token_id)
         self.max_new_tokens = reply_length(model, options, len(prompt_ids))
@@ -223,7 +251,9 @@ class Sampler:
         allowed = self._adjustments.apply(own)
         if self._structure is not None:
             allowed = self._structure.masked(allowed)
-        scores = self._processors(self._ids, allowed[None])
+        scores = allowed[None]
+        for processor in self._processors:  # as their list does, but for asking each what it takes
+            scores = processor(self._ids, scores)
         on_host = own.device.type == "cpu" and token_ids is None
         token, chosen, largest = self._on_host(own, scores) if on_host else self._there(own, scores, token_ids)
         if not math.isfinite(largest):

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ OPEN = ("/health", "/openapi.json", "/docs", "/page/")
 """Paths that need no key where there are keys: for supervisors, for whoever wants to know what there is, and the files
 of the page, which hold no data."""
 PAGE = "/"
+ORIGIN = re.compile(r"^https?://[^/]*", re.IGNORECASE)
+"""Scheme and host before the path of a request."""
 SENT_BY_PAGES = ("origin", "sec-fetch-site")
 """Headers by which a browser tells that a page sends the request."""
 OFTEN = ("/page/", "/hybrimoe/state", "/hybrimoe/experts")
@@ -57,7 +60,8 @@ class _Sent:
 def _as_routed(scope: Scope) -> Scope:
     """The request as the routes take it.
 
-    HEAD is GET, whose body the connection leaves out. A body that does not say that it is JSON (`curl -d`) is read as
+    HEAD is GET, whose body the connection leaves out. An address with scheme and host, as proxies are sent, is one of
+    this server (RFC 9112, 3.2.2). A body that does not say that it is JSON (`curl -d`) is read as
     such, as llama-server and Ollama do, unless a web page sends it: pages of other places may send any other kind
     without asking, and must not get at a server on their reader's own machine. That is then plain bytes, which no route
     takes: of one without a kind FastAPI 0.115 would think that it is JSON.
@@ -65,6 +69,7 @@ def _as_routed(scope: Scope) -> Scope:
     scope = dict(scope)
     if scope["method"] == "HEAD":
         scope["method"] = "GET"
+    scope["path"] = ORIGIN.sub("", scope["path"], count=1) or "/"
     headers = Headers(scope=scope)
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if scope["method"] == "POST" and not kind.endswith("json"):

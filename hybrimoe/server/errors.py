@@ -163,6 +163,7 @@ ANTHROPIC_KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 503: "overloaded_error",
 }  # fmt: skip
+NESTED = "the body is nested too deeply"
 ANTHROPIC_PATH, OLLAMA_PATH = "/v1/messages", "/api/"
 
 
@@ -184,6 +185,8 @@ def error_answer(error: BaseException) -> ErrorAnswer:
     if isinstance(error, RequestValidationError):
         where, message = _first_problem(error)
         return ErrorAnswer(400, _body(message, INVALID_REQUEST, "invalid_request", where))
+    if isinstance(error, RecursionError):  # whatever goes down the levels of a request
+        return ErrorAnswer(400, _body(NESTED, INVALID_REQUEST, "invalid_request"))
     if isinstance(error, HTTPException):
         if error.status_code == 400:  # FastAPI's, for a body that json cannot read
             return ErrorAnswer(400, _body(_unreadable(error.__cause__), INVALID_REQUEST, "invalid_request"))
@@ -246,7 +249,7 @@ def _unreadable(cause: BaseException | None) -> str:
     if isinstance(cause, UnicodeDecodeError):
         return f"the body is not UTF-8: {cause.reason} at byte {cause.start}; send it uncompressed, in UTF-8"
     if isinstance(cause, RecursionError):
-        return "the body is nested too deeply"
+        return NESTED
     return f"the body cannot be read as JSON: {cause}"
 
 

@@ -11,7 +11,16 @@ import math
 from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from hybrimoe.errors import did_you_mean
 from hybrimoe.generation.sampling import (
@@ -34,6 +43,12 @@ MAX_SHOWN = 60
 """Characters of what was found that an error message shows."""
 LONGEST_NAME = 64
 """A longer name of a field is no misspelt one."""
+MOST_TOLD = 32
+"""Unknown fields of one request that are told of; a body of 8 MiB has room for a million."""
+LARGEST = 2.0**64
+"""Of any whole number: no field has a use for a larger one, and a float holds none beyond 10**308."""
+DEEPEST = 100
+"""Levels of free-form data. What handles it goes down them by recursion."""
 
 Refused = dict[str, tuple[str, tuple[Any, ...]]]
 """Fields without support: what for, and the values that ask for nothing which does not hold anyway."""
@@ -44,7 +59,11 @@ left_out: ContextVar[list[str] | None] = ContextVar("left_out", default=None)
 
 def _number(value: object) -> object:
     """JSON's numbers; not true, not "1", not NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"expected a number, found {shown(value)}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"expected a number, found one of {value.bit_length()} bits")
+    if not math.isfinite(value):
         raise ValueError(f"expected a number, found {shown(value)}")
     return value
 
@@ -84,25 +103,45 @@ def _unicode(value: str) -> str:
 
 
 def json_throughout(value: Any) -> Any:
-    """Free-form data, which may stand in an answer. Raises ValueError for halves of surrogate pairs, and for numbers
-    that Python reads and JSON does not have."""
+    """Free-form data, which may stand in an answer. Raises ValueError for halves of surrogate pairs, for numbers that
+    Python reads and JSON does not have, and below `DEEPEST` levels."""
+    _check_json(value, DEEPEST)
+    return value
+
+
+def _check_json(value: Any, levels: int) -> None:
+    """As `json_throughout`, with so many levels below."""
     if isinstance(value, str):
         _unicode(value)
     elif isinstance(value, float):
         _number(value)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            json_throughout(key)
-            json_throughout(item)
-    elif isinstance(value, list):
+    elif isinstance(value, dict | list):
+        if levels == 0:
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+        if isinstance(value, dict):
+            for key in value:
+                _unicode(key)
+            value = value.values()
         for item in value:
-            json_throughout(item)
-    return value
+            _check_json(item, levels - 1)
 
 
 def shown(value: object) -> str:
-    text = repr(value)
+    """The beginning of a value, as Python writes it."""
+    text = repr(value[:MAX_SHOWN] if isinstance(value, str | list) else value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def _token_ids(value: Any, check_each: ValidatorFunctionWrapHandler) -> Any:
+    """Plain whole numbers pass at once."""
+    return value if isinstance(value, list) and set(map(type, value)) <= {int} else check_each(value)
+
+
+def _few_biases(value: Any) -> Any:
+    """Before each is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_BIASED_TOKENS:
+        raise ValueError(f"expected at most {MAX_BIASED_TOKENS} tokens, found {len(value)}")
+    return value
 
 
 WholeNumber, AnyNumber = BeforeValidator(_whole_number), BeforeValidator(_number)
@@ -110,6 +149,9 @@ Integer = Annotated[int, WholeNumber]
 Number = Annotated[float, AnyNumber]
 Boolean = Annotated[bool, BeforeValidator(_boolean)]
 Text = Annotated[str, BeforeValidator(_text)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+TokenIds = Annotated[list[Integer], Field(fail_fast=True), WrapValidator(_token_ids)]
+"""A prompt. Millions fit a body, and a list of something else must not be looked through to its end."""
 Free = Annotated[dict[str, Any], AfterValidator(json_throughout)]
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS), WholeNumber]
@@ -127,7 +169,11 @@ Penalty = Annotated[float, Field(ge=-MAX_FREQUENCY_PENALTY, le=MAX_FREQUENCY_PEN
 Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS), AnyNumber]
 Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), WholeNumber]
 Seconds = Annotated[float, Field(ge=0.001, le=MAX_REPLY_SECONDS), AnyNumber]
-Biases = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASED_TOKENS)]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias],
+    Field(max_length=MAX_BIASED_TOKENS),
+    BeforeValidator(_few_biases),
+]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), BeforeValidator(_text)]
 StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 
@@ -155,6 +201,7 @@ class Strict(BaseModel):
         if not isinstance(data, dict):
             return data
         names = {field.alias or name: field for name, field in cls.model_fields.items()}
+        candidates = [*names, *cls.refused]
         known: dict[str, Any] = {}
         for name, value in data.items():
             if name in names:
@@ -165,12 +212,14 @@ class Strict(BaseModel):
                 if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
                     raise ValueError(f"{name}: this server has no support for {what}, found {shown(value)}")
             else:
-                cls._leave_out(name, [*names, *cls.refused])
+                cls._leave_out(name, candidates)
         return known
 
     @staticmethod
     def _leave_out(name: str, names: list[str]) -> None:
         """Raises ValueError for an unknown field, or tells it to the client."""
+        if len(left_out.get() or ()) >= MOST_TOLD:
+            return
         near = did_you_mean(name, names) if len(name) <= LONGEST_NAME else ""
         message, told = f"unknown field {shown(name)}{near}", left_out.get()
         if told is None:

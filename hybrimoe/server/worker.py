@@ -270,9 +270,9 @@ class Worker:
                 while (job := self._next()) is not None:
                     self._begin(job)
                 self._end_those_out_of_time()
-                begun = [self._deliver(progress) for progress in self.engine.step()]
-                if any(begun):
-                    self._give_way()
+                for progress in self.engine.step():
+                    if self._deliver(progress):
+                        self._give_way()
         except BaseException:
             self.drain()
             ended = ModelError("the generating thread has ended with an error; restart the server")

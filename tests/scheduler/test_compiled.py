@@ -143,3 +143,20 @@ def test_plain_python_runs_it_too(setting: str) -> None:
         "print(scheduler.balance(costs).makespan_us)\n"
     )
     assert run(ROOT, code, NUMBA_DISABLE_JIT=setting).stdout.split() == ["2.0"]
+
+
+WITHOUT_SCIPY = """
+import sys
+import scheduler.compiled
+assert not {name for name in sys.modules if name.split(".")[0] == "scipy"}
+import numba
+import numpy as np
+assert numba.njit(lambda a, b: a @ b)(np.eye(2), 3 * np.eye(2))[0, 0] == 3
+assert numba.njit(lambda a: np.cov(a))(np.eye(2)).shape == (2, 2)
+"""
+
+
+def test_numba_comes_without_scipy_until_somebody_needs_it() -> None:
+    pytest.importorskip("scipy", reason="not installed: nothing to leave out")
+    result = subprocess.run([sys.executable, "-c", WITHOUT_SCIPY], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

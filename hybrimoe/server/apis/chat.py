@@ -44,7 +44,8 @@ from hybrimoe.server.worker import Piece
 if TYPE_CHECKING:
     from hybrimoe.generation import TokenLogprob
 
-MAX_MESSAGES = 10_000
+MAX_MESSAGES, MAX_PARTS = 10_000, 10_000
+"""Of a conversation, and of one message's content."""
 REFUSED_OF_MESSAGES: Refused = {
     "function_call": ("functions; send tool_calls", ()),
     "audio": ("audio", ()),
@@ -87,6 +88,7 @@ def _no_other_parts(value: object) -> object:
 
 
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+ContentParts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class CalledFunction(Strict):
@@ -112,7 +114,7 @@ class Message(Strict):
     refused: ClassVar[Refused] = REFUSED_OF_MESSAGES
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Text | list[ContentPart] | None, BeforeValidator(_no_other_parts)] = None
+    content: Annotated[Text | ContentParts | None, BeforeValidator(_no_other_parts)] = None
     name: Text | None = None
     refusal: Text | None = None
     reasoning_content: Text | None = None

@@ -20,7 +20,18 @@ from hybrimoe.server.apis.openai import MOST_CHOICES, Sampling, Usage, choice_op
 from hybrimoe.server.asking import TextAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.errors import RequestError
-from hybrimoe.server.fields import MAX_TOKENS, Boolean, Integer, NoLimit, Text, TopLogprobs, WholeNumber, length_of
+from hybrimoe.server.fields import (
+    MAX_TOKENS,
+    Boolean,
+    Integer,
+    NoLimit,
+    Text,
+    Texts,
+    TokenIds,
+    TopLogprobs,
+    WholeNumber,
+    length_of,
+)
 from hybrimoe.server.forms import Ended, FinishReason, Form, Frame, StopReason, Update, WholeReply, sse
 from hybrimoe.server.models import Models
 from hybrimoe.server.urgency import urgency_of
@@ -40,7 +51,7 @@ Prompt = str | list[int]
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: Text | list[Text] | list[Integer] | list[list[Integer]]
+    prompt: Text | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     logprobs: TopLogprobs | None = Field(
         default=None, description="Log probabilities of each token and of so many best ones."
     )

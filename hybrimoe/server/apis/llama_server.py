@@ -18,7 +18,7 @@ from hybrimoe.server.apis.openai import Sampling
 from hybrimoe.server.asking import TextAsked
 from hybrimoe.server.delivery import deliver, unless_left
 from hybrimoe.server.errors import RequestError
-from hybrimoe.server.fields import Boolean, Integer, Refused, Strict, Text, TokensOrNoLimit
+from hybrimoe.server.fields import Boolean, Integer, Refused, Strict, Text, TokenIds, TokensOrNoLimit
 from hybrimoe.server.forms import Ended, Form, Update, WholeReply, sse
 from hybrimoe.server.models import Models
 from hybrimoe.server.served import Served
@@ -42,7 +42,7 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: Text | None = None
-    tokens: list[Integer]
+    tokens: TokenIds
 
 
 class CompletionRequest(Sampling):
@@ -54,7 +54,7 @@ class CompletionRequest(Sampling):
         "image_data": ("images here; send them to /v1/chat/completions", ([],)),
     }  # fmt: skip
 
-    prompt: Text | list[Integer] = ""
+    prompt: Text | TokenIds = ""
     n_predict: TokensOrNoLimit | None = Field(default=None, description="Tokens of the reply; below 1: no limit.")
     id_slot: Integer | None = Field(default=None, description="The server chooses.")
 
@@ -228,24 +228,28 @@ def add_routes(app: FastAPI, models: Models) -> None:
         async with models.using(body.model, request) as served:
             tokenizer = served.worker().generator.tokenizer
 
-            def encode() -> list[int]:
-                return list(tokenizer(body.content, add_special_tokens=body.add_special)["input_ids"])
+            def encode() -> Tokens:
+                ids = list(tokenizer(body.content, add_special_tokens=body.add_special)["input_ids"])
+                if not body.with_pieces:
+                    return {"tokens": ids}
+                pieces: list[Token] = [{"id": one, "piece": str(tokenizer.decode([one]))} for one in ids]
+                return {"tokens": pieces}
 
-            ids = await unless_left(request, served.encode(encode))
-        if not body.with_pieces:
-            return {"tokens": ids}
-        pieces: list[Token] = [{"id": one, "piece": str(tokenizer.decode([one]))} for one in ids]
-        return {"tokens": pieces}
+            return await unless_left(request, served.encode(encode))
 
     @app.post("/detokenize", responses=errors())
     async def detokenize(body: DetokenizeRequest, request: Request) -> Content:
         async with models.using(body.model, request) as served:
             generator = served.worker().generator
-            try:
-                check_token_ids(generator.model, body.tokens, what="tokens")
-            except PromptError as error:
-                raise RequestError(str(error), "tokens") from error
-            return {"content": str(generator.tokenizer.decode(body.tokens))}
+
+            def decode() -> Content:
+                try:
+                    check_token_ids(generator.model, body.tokens, what="tokens")
+                except PromptError as error:
+                    raise RequestError(str(error), "tokens") from error
+                return {"content": str(generator.tokenizer.decode(body.tokens))}
+
+            return await unless_left(request, served.encode(decode))
 
     @app.post("/apply-template", responses=errors())
     async def apply_template(body: ChatRequest, request: Request) -> RenderedPrompt:

@@ -37,7 +37,7 @@ from hybrimoe.server.images import image_part, text_part
 from hybrimoe.server.models import Models
 from hybrimoe.server.replies.events import Call, Event, Reasoning
 
-MAX_ITEMS = 10_000
+MAX_ITEMS, MAX_PARTS = 10_000, 10_000
 STREAM = "With stream: true. Events `event: TYPE` and `data: {...}` as OpenAI has them, from response.created to \
 response.completed, response.incomplete or response.failed."
 REFUSED: Refused = {
@@ -78,7 +78,8 @@ def _text_parts(value: object) -> object:
     return value
 
 
-Content = Annotated[Text | list[ContentPart], BeforeValidator(_text_parts)]
+ContentParts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+Content = Annotated[Text | ContentParts, BeforeValidator(_text_parts)]
 
 
 class InputItem(Strict):
@@ -94,7 +95,7 @@ class InputItem(Strict):
     name: Text | None = None
     arguments: Text | None = None
     output: Content | None = None
-    summary: list[ContentPart] | None = None
+    summary: ContentParts | None = None
     encrypted_content: Text | None = None
 
 
@@ -152,7 +153,7 @@ class ReasoningOptions(Strict):
 
 
 Tools = Annotated[list[Annotated[ResponseTool, BeforeValidator(only_functions)]], Field(max_length=MAX_TOOLS)]
-Items = Annotated[list[InputItem], BeforeValidator(_known_items), Field(max_length=MAX_ITEMS)]
+Items = Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True), BeforeValidator(_known_items)]
 
 
 class StreamOptions(Strict):

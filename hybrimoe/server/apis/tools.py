@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from hybrimoe.server.errors import RequestError
-from hybrimoe.server.fields import shown
+from hybrimoe.server.fields import json_throughout, shown
 from hybrimoe.server.replies.events import Tool
 from hybrimoe.server.replies.syntax import ToolUse
 
@@ -22,7 +22,7 @@ TOOL_NAME = r"^[a-zA-Z0-9_.:/-]{1,128}$"
 def called(id_: str | None, name: str, arguments: str) -> dict[str, Any]:
     """A call of an earlier reply as chat templates read it."""
     try:
-        data = json.loads(arguments)
+        data = json_throughout(json.loads(arguments))
     except (ValueError, RecursionError):
         data = arguments
     return {"id": id_, "type": "function", "function": {"name": name, "arguments": data}}

@@ -16,12 +16,36 @@ from transformers.utils import import_utils
 assert import_utils.define_import_structure.__module__ == import_utils.__name__
 assert import_utils.is_torch_distributed_available.__module__ == import_utils.__name__
 assert transformers.utils.is_scipy_available is import_utils.is_scipy_available
+assert "torch._dynamo.symbolic_convert" not in sys.modules
 frozen = gc.get_freeze_count()
 import_libraries("json.tool")
 assert gc.get_freeze_count() == frozen
 """
 
+COMPILES = """
+from hybrimoe.compat import leave_dynamo_out
+leave_dynamo_out()
+import torch
+torch.empty(2, device="meta").normal_()
+import sys
+assert "torch._dynamo.symbolic_convert" not in sys.modules
+assert torch.compiler.disable(len)("ab") == 2
+assert torch.compiler.disable(reason="a test")(len)("ab") == 2
+from torch._dynamo import config
+assert config is torch._dynamo.config
+twice = torch.compile(lambda x: 2 * x, backend="eager")
+assert twice(torch.ones(1)).item() == 2
+assert torch.compiler.disable(lambda: 1) != 1
+leave_dynamo_out()
+assert "torch._dynamo.symbolic_convert" in sys.modules
+"""
+
 
 def test_everything_is_imported_once_and_transformers_is_left_as_it_was():
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_who_compiles_with_torch_gets_its_compiler_all_the_same():
+    result = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -18,6 +18,8 @@ from hybrimoe.errors import PromptError
 from hybrimoe.generation import SamplingOptions, TextGenerator
 from hybrimoe.generation.continuous_batching import MOST_PARALLEL, PROMISED_TOKENS, BatchEngine, default_parallel
 from hybrimoe.generation.growing import LEAST_ROOM
+from hybrimoe.generation.kv_cache import PrefixCache
+from hybrimoe.generation.prefix.blocks import PrefixTree
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
 from tiny_families import Letters
@@ -406,3 +408,49 @@ class TestRows:
         assert progress.ended
         assert reply.finish_reason == "interrupted"
         assert engine.admit(PROMPTS[3], GREEDY, lambda: False).cache.token_ids == PROMPTS[3][: 2 * PART]
+
+
+class TestSharing:
+    def test_a_prompt_is_shared_after_its_first_token_is_told_and_before_the_second(
+        self, generator: TextGenerator
+    ) -> None:
+        tree = PrefixTree(generator.model, 1 << 30)
+        engine = BatchEngine(generator, parallel=2, prefixes=tree)
+        engine.admit(PROMPTS[1], GREEDY, lambda: False)
+        step = engine.step()
+        assert next(step).reply.token_ids
+        assert tree.n_blocks == 0, "whoever waits for the token does not wait for this"
+        list(step)
+        assert tree.look_up(PROMPTS[1]).n_tokens == len(PROMPTS[1])
+
+    def test_a_reply_of_one_token_and_one_that_is_iterated_share_theirs_too(self, generator: TextGenerator) -> None:
+        tree = PrefixTree(generator.model, 1 << 30)
+        engine = BatchEngine(generator, parallel=2, prefixes=tree)
+        engine.admit(PROMPTS[2], replace(GREEDY, max_new_tokens=1), lambda: False)
+        while engine.n_running:
+            list(engine.step())
+        "".join(generator.reply(PROMPTS[3], GREEDY, cache=PrefixCache(generator.model, tree)))
+        for prompt in PROMPTS[2:4]:
+            known = tree.look_up(prompt)
+            assert known.n_tokens == len(prompt)
+            assert known.checkpoint is not None, "the logits after it"
+
+    def test_where_sharing_fails_the_reply_ends_and_the_others_go_on(
+        self, generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = BatchEngine(generator, parallel=2, prefixes=PrefixTree(generator.model, 1 << 30))
+        requests = Requests(engine)
+        requests.submit(0)
+        requests.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(PrefixCache, "share_prompt", fails)
+            requests.submit(1)
+            requests.step()
+        requests.run()
+        assert isinstance(requests.told[1].error, RuntimeError)
+        assert requests.told[0].error is None
+        assert requests.told[0].ended
+
+
+def fails(*_: Any) -> None:
+    raise RuntimeError("no memory for it")

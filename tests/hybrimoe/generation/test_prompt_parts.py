@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import OlmoeConfig
 
 from hybrimoe.generation import TextGenerator
-from hybrimoe.generation.prompt_parts import FEW_TOKENS, LEAST_TOKENS, MANY_TOKENS, chosen_part, measured_part
+from hybrimoe.generation.prompt_parts import (
+    ATTENTION_FACTOR,
+    FEW_TOKENS,
+    LEAST_TOKENS,
+    MANY_TOKENS,
+    attention_share,
+    chosen_part,
+    measured_part,
+    tokens_behind,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,3 +58,33 @@ def test_noise_does_not_make_a_part_endless(tiny_model: Any, byte_tokenizer: Any
     ticks = count()  # every prompt takes as long
     part = measured_part(generator, 1.0, clock_ns=lambda: 1_000_000 * next(ticks))
     assert 0 < part.n_tokens <= 2048
+
+
+def shaped(**more: Any) -> Any:
+    """A model of which only the shape is asked: OLMoE-1B-7B's."""
+    shape = {
+        "num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "num_experts_per_tok": 8, "intermediate_size": 1024, "vocab_size": 128,
+    }  # fmt: skip
+    return SimpleNamespace(config=OlmoeConfig(**(shape | more)))
+
+
+def test_attention_to_earlier_tokens_counts_by_the_models_shape() -> None:
+    share = attention_share(shaped())
+    weights = 4 * 2048 * 2048 + 8 * 3 * 2048 * 1024
+    assert share == pytest.approx(ATTENTION_FACTOR * 2 * 2048 / weights)
+    assert 5e-5 < share < 1e-4, "7.7e-5 was measured"
+    assert attention_share(shaped(num_hidden_layers=2)) == pytest.approx(share), "of every layer alike"
+
+
+def test_a_part_far_into_a_prompt_has_fewer_tokens() -> None:
+    slower = 1e-4
+    sizes = [tokens_behind(n, 400, slower) for n in (0, 10_000, 30_000, 10_000_000)]
+    assert sizes == [400, 200, 100, LEAST_TOKENS]
+    assert tokens_behind(10_000_000, 5, slower) == 5, "never more than at the beginning"
+
+
+def test_a_prompt_is_cut_into_parts_that_take_as_long(tiny_model: Any, byte_tokenizer: Any) -> None:
+    generator = TextGenerator(tiny_model, byte_tokenizer)
+    reply = generator.reply([1] * 120, part_tokens=40, part_slower=0.01)
+    assert list(reply._cut(0)) == [(0, 40), (40, 68), (68, 91), (91, 111), (111, 120)]

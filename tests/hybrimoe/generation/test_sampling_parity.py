@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from hybrimoe.errors import ConfigError, ModelError
-from hybrimoe.generation import SamplingOptions, TextGenerator
+from hybrimoe.generation import SamplingOptions, TextGenerator, sampling
 from hybrimoe.generation.sampling import Sampler
 
 PROMPT = "It was a bright morning, and"
@@ -117,3 +117,24 @@ def test_the_first_of_the_largest_logits_is_chosen_where_nothing_else_has_a_say(
             sampler.next(logits.index_fill(0, torch.tensor([3]), damaged))
     with pytest.raises(ModelError, match="not finite"):
         sampler.next(torch.full((256,), float("-inf")))
+
+
+def test_settings_are_put_together_once_and_follow_the_model(tiny_model, monkeypatch):
+    asked = []
+    put_together = sampling.compat.generation_settings
+    monkeypatch.setattr(
+        sampling.compat, "generation_settings", lambda *given: asked.append(given) or put_together(*given)
+    )
+    settings = sampling.Settings(tiny_model)
+    warm, cold = SamplingOptions(temperature=0.5), SamplingOptions(temperature=0.0)
+    first = settings.of(warm)
+    first.max_length = 7
+    again = settings.of(warm)
+    assert (again.temperature, again.max_length != 7, len(asked)) == (0.5, True, 1), "each has one of its own"
+    assert settings.of(cold).do_sample is False
+    assert len(asked) == 2
+    monkeypatch.setattr(tiny_model.generation_config, "repetition_penalty", 1.5)
+    assert settings.of(warm).repetition_penalty == 1.5, "what the model's configuration says now"
+    for number in range(sampling.KNOWN_SETTINGS + 2):
+        settings.of(SamplingOptions(max_new_tokens=number + 1))
+    assert len(settings._known) <= sampling.KNOWN_SETTINGS

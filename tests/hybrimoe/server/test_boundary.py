@@ -222,6 +222,19 @@ def test_head_is_answered_as_get(ask, path):
     assert asked.headers["content-type"] == seen.headers["content-type"]
 
 
+@pytest.mark.parametrize("address", ["http://x:8000", "HTTPS://proxy.example", "http://[::1]:80"])
+def test_an_address_with_scheme_and_host_is_one_of_this_server(application, connect, address):
+    """As proxies are sent it."""
+
+    async def status(path):
+        asked = connect(application()[0], path, BODY)
+        await asked.run()
+        return (await asked.sent.get())["status"]
+
+    assert asyncio.run(status(address + PATH)) == 200
+    assert asyncio.run(status(f"{address}/nowhere")) == 404
+
+
 def test_a_path_that_there_is_not_gets_the_one_that_is_near_and_a_wrong_method_the_right_one(ask):
     for path in ("/chat/completions", "/v1/v1/chat/completions"):
         answer = ask({}, "POST", path, json=BODY)
