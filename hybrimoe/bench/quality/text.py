@@ -16,6 +16,18 @@ from hybrimoe.text_files import read_text
 WINDOW = 512  # tokens of a window of text
 
 
+def quality_text(folder: Path, text: Path | None) -> tuple[str, str]:
+    """The name of a text and what stands in it; text None: the held-out text beside the model, else its model card.
+
+    Raises ModelError where there is none.
+    """
+    named = [folder / HELD_OUT_FILE, folder / "README.md"] if text is None else [text]
+    path = next((candidate for candidate in named if candidate.is_file()), None)
+    if path is None:
+        raise ModelError(f"there is no text at {' or '.join(map(str, named))}; name one with --text")
+    return path.name, read_text(path)
+
+
 def text_windows(folder: Path, text: Path | None, count: int) -> tuple[list[torch.Tensor], str]:
     """Token ids [WINDOW] of at most `count` windows, evenly spread over the text, and the text's name.
 
@@ -23,17 +35,14 @@ def text_windows(folder: Path, text: Path | None, count: int) -> tuple[list[torc
     """
     from hybrimoe.checkpoint import load_tokenizer
 
-    named = [folder / HELD_OUT_FILE, folder / "README.md"] if text is None else [text]
-    path = next((candidate for candidate in named if candidate.is_file()), None)
-    if path is None:
-        raise ModelError(f"there is no text at {' or '.join(map(str, named))}; name one with --text")
-    encoded = load_tokenizer(folder)(read_text(path), verbose=False)["input_ids"]
+    name, read = quality_text(folder, text)
+    encoded = load_tokenizer(folder)(read, verbose=False)["input_ids"]
     windows = [window for window in torch.tensor(encoded).split(WINDOW) if len(window) > 1]
     if not windows:
-        raise ModelError(f"{path} is too short")
+        raise ModelError(f"{name} is too short")
     whole = [window for window in windows if len(window) == WINDOW] or windows
     some = min(count, len(whole))
-    return [whole[index * len(whole) // some] for index in range(some)], path.name
+    return [whole[index * len(whole) // some] for index in range(some)], name
 
 
 @torch.inference_mode()

@@ -86,7 +86,7 @@ WRONG_MODELS = [
 TAKES_A_MODEL = [
     "generate --prompt x", "chat", "serve --port 0", "trace record", "trace capture", "bench decode", "bench prefill",
     "bench quality", "bench quality --lossy skip", "bench contention", "bench serve", "bench speculate",
-    "bench parallel", "bench kv", "bench long-chat", "bench streaming", "bench soak", "inspect",
+    "bench parallel", "bench kv", "bench needle", "bench long-chat", "bench streaming", "bench soak", "inspect",
 ]  # fmt: skip
 READS_ONLY_THE_CONFIGURATION = ["explain", "rules check moe --model"]
 
