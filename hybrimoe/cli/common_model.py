@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hybrimoe.generation.context import ContextShift
     from hybrimoe.generation.prefix.blocks import PrefixTree
     from hybrimoe.generation.prefix.budget import PrefixSettings
+    from hybrimoe.server.slots import SlotFiles
 
 Progress = Callable[[int, int, str], None]
 KEEP_SECONDS = 5.0
@@ -99,6 +100,15 @@ def prefix_settings(config: DeployConfig) -> PrefixSettings:
         return PrefixSettings(server.prefix_cache)
     folder = Path(server.prefix_cache_folder or cache_home() / "prefixes").expanduser()
     return PrefixSettings(server.prefix_cache, DiskSettings(folder, server.prefix_cache_disk, states_identity(config)))
+
+
+def slot_files(name: str, config: DeployConfig) -> SlotFiles | None:
+    """Where a server saves slots of its model `name`; None where the deployment names no folder."""
+    from hybrimoe.server.slots import SlotFiles
+
+    if config.server.slot_save_path is None:
+        return None
+    return SlotFiles(Path(config.server.slot_save_path).expanduser(), states_identity(config), name)
 
 
 @contextmanager

@@ -84,6 +84,10 @@ def serve(
     tls_key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Private key (PEM) of the certificate.")
     ] = None,
+    slot_save_path: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where POST /slots saves what a slot holds, and restores it from."),
+    ] = None,
     fit: common.FitOption = False,
     access_log: Annotated[
         bool | None,
@@ -118,13 +122,14 @@ def serve(
         "parallel": parallel,
         "queue_length": queue_length, "max_wait_seconds": max_wait_seconds, "max_stall_ms": max_stall_ms,
         "max_reply_seconds": max_reply_seconds, "drain_seconds": drain_seconds, "page": page, "access_log": access_log,
-        "tls_cert_file": tls_cert_file, "tls_key_file": tls_key_file,
+        "tls_cert_file": tls_cert_file, "tls_key_file": tls_key_file, "slot_save_path": slot_save_path,
     }  # fmt: skip
     chosen: dict[str, object] = {key: value for key, value in given.items() if value is not None}
     deployment = deployment.model_copy(update={"server": deployment.server.model_copy(update=chosen)})
     deployment = prefixes.over(deployment)
     keys = read_api_keys(deployment.server)
     check_tls(deployment.server)
+    check_slots(deployment.server)
     with listening(deployment.server.host, deployment.server.port if port is None else port) as listener:
         run(deployment, keys, listener, fit=fit, as_json=as_json)
 
@@ -160,7 +165,7 @@ def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, f
 
 def loadable(name: str, deployment: DeployConfig, *, fit: bool = False) -> Loadable:
     """How the model of a deployment comes into memory, and how it is served there. fit: with what fits at that time."""
-    from hybrimoe.cli.common_model import OpenModel, open_model, prefix_settings
+    from hybrimoe.cli.common_model import OpenModel, open_model, prefix_settings, slot_files
     from hybrimoe.server.models import Loadable, Progress
     from hybrimoe.server.served import Served
 
@@ -180,6 +185,7 @@ def loadable(name: str, deployment: DeployConfig, *, fit: bool = False) -> Loada
             parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
             max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
             special_in_messages=settings.special_in_messages, max_reply_s=settings.max_reply_seconds,
+            slot_files=slot_files(name, settled[0]),
         )  # fmt: skip
 
     return Loadable(opening, serving, deployment.model or name, progress)
@@ -262,6 +268,14 @@ def check_tls(settings: ServerConfig) -> None:
             f"server.tls_cert_file, tls_key_file: cannot use {cert} with {key}: {error}; expected a certificate and its"
             " private key without a password, both in PEM"
         ) from error
+
+
+def check_slots(settings: ServerConfig) -> None:
+    """Raises ConfigError where the folder of slots cannot be used, before a model is loaded."""
+    from hybrimoe.server.slots import SlotFiles
+
+    if settings.slot_save_path is not None:
+        SlotFiles.check(Path(settings.slot_save_path).expanduser())
 
 
 def need_extra() -> None:

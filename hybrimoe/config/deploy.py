@@ -136,6 +136,12 @@ class ServerConfig(Section):
     prefix_cache_folder: str | None = Field(
         default=None, min_length=1, description="Folder of prefix_cache_disk; by default prefixes in HYBRIMOE_CACHE."
     )
+    slot_save_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder in which /slots saves what slots hold; what was said, readable by its user alone. Without "
+        "it, slots are not saved.",
+    )
     parallel: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         default="auto",
         description="Replies that are computed at once; auto: up to 4, as the memory for keys and values goes.",
@@ -411,8 +417,9 @@ def _server_paths(server: ServerConfig, folder: Path, where: Callable[[str], str
 
     paths = {key: getattr(server, key) for key in ("api_key_file", "tls_cert_file", "tls_key_file")}
     changed: dict[str, Any] = {key: resolved(key, path) for key, path in paths.items() if path is not None}
-    if server.prefix_cache_folder is not None:
-        changed["prefix_cache_folder"] = resolved("prefix_cache_folder", server.prefix_cache_folder)
+    for key in ("prefix_cache_folder", "slot_save_path"):
+        if getattr(server, key) is not None:
+            changed[key] = resolved(key, getattr(server, key))
     if isinstance(server.models, str):
         changed["models"] = resolved("models", server.models)
     elif server.models is not None:

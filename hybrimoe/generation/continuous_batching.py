@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from cpu_kernels.step.program import MAX_LOGITS
 from hybrimoe.amounts import parse_amount, size_text
-from hybrimoe.errors import BudgetError
+from hybrimoe.errors import BudgetError, PromptError
 from hybrimoe.generation.growing import LEAST_ROOM
 from hybrimoe.generation.kv_cache import CacheRows, PrefixCache
 from hybrimoe.generation.kv_memory import device_memory, kv_budget_bytes
@@ -77,6 +77,8 @@ class BatchEngine:
         self._rows = CacheRows(generator.model, parallel, prefixes)
         self._tell_step()
         self._places: list[_Place] = []
+        self._held: dict[PrefixCache, int] = {}
+        """Places without a reply, whose keys and values are saved or restored, and tokens for which each has room."""
         injection = getattr(generator.model, "hybrimoe", None)
         if injection is not None:
             injection.session.keep_keys(self)
@@ -89,10 +91,21 @@ class BatchEngine:
         return len(self._places)
 
     @property
+    def n_held(self) -> int:
+        """Places in which no reply may begin until `release`."""
+        return len(self._held)
+
+    @property
+    def places(self) -> dict[int, bool]:
+        """The number of each place for a reply, and whether it is taken. Any thread may ask."""
+        return self._rows.taken
+
+    @property
     def kv_bytes(self) -> int:
         """Memory of keys and values: of replies under way as many bytes as their tokens take, of those that have ended
         what is still held of them. Any thread may ask."""
-        n_running = sum(len(place.reply.cache.token_ids) for place in list(self._places))
+        under_way = [place.reply.cache for place in list(self._places)]
+        n_running = sum(len(cache.token_ids) for cache in [*under_way, *list(self._held)])
         return self._rows.idle_bytes + n_running * self.generator.token_bytes()
 
     @property
@@ -109,17 +122,25 @@ class BatchEngine:
 
     def has_room(self, prompt_ids: Sequence[int], options: SamplingOptions) -> bool:
         """Whether a reply to the prompt could begin now: a place is free, and memory for its keys and values."""
-        if len(self._places) >= self.parallel:
+        if len(self._places) + len(self._held) >= self.parallel:
             return False
-        return not self._places or self._fits(self._planned(prompt_ids, options))
+        return not (self._places or self._held) or self._fits(self._planned(prompt_ids, options))
 
-    def admit(self, prompt_ids: Sequence[int], options: SamplingOptions, should_stop: Callable[[], bool]) -> Reply:
+    def is_taken(self, number: int | None) -> bool:
+        """Whether a reply that is to have this place must wait for it."""
+        return number is not None and self.places.get(number, False)
+
+    def admit(
+        self, prompt_ids: Sequence[int], options: SamplingOptions, should_stop: Callable[[], bool],
+        number: int | None = None,
+    ) -> Reply:  # fmt: skip
         """A reply that the next steps compute; `has_room` has said that it may begin. Raises as `TextGenerator.reply`.
 
-        should_stop: asked at every step; True ends the reply with what there is.
+        should_stop: asked at every step; True ends the reply with what there is. number: of the place that it is to
+        have, which is not taken; None: the one that has most of the prompt.
         """
         anew = options.prompt_logprobs is not None  # nothing is reused, so no conversation is taken for it
-        cache, n_bytes = self._rows.take(() if anew else prompt_ids)
+        cache, n_bytes = self._rows.take(() if anew else prompt_ids, number)
         try:
             reply = self.generator.reply(
                 prompt_ids,
@@ -136,6 +157,39 @@ class BatchEngine:
         self._free_idle_memory()
         reply.begin()
         return reply
+
+    def hold(self, number: int, n_tokens: int | None = None) -> PrefixCache | None:
+        """The cache of a place, which any thread may use until `release`; None where a reply is under way there.
+
+        n_tokens: it forgets what it holds, and has room for so many. Raises PromptError where there is no such place,
+        or no room.
+        """
+        taken = self.places
+        if number not in taken:
+            raise PromptError(f"there is no slot {number}: this server has {', '.join(map(str, taken))}")
+        if taken[number]:
+            return None
+        if n_tokens is not None and not self._fits(n_tokens):
+            raise PromptError(
+                f"{n_tokens} tokens do not fit the memory for keys and values beside the replies under way: ask again"
+                " later, or give more (memory.kv)"
+            )
+        cache, _ = self._rows.take((), number)
+        if n_tokens is not None:
+            cache.clear()
+        self._held[cache] = len(cache.token_ids) if n_tokens is None else n_tokens
+        self._free_idle_memory()
+        return cache
+
+    def release(self, cache: PrefixCache, *, is_new: bool = False) -> None:
+        """The place is free again. is_new: what it holds was not computed here, and others may use it, too."""
+        del self._held[cache]
+        try:
+            if is_new:
+                cache.share_reply()
+        finally:
+            self._rows.give_back(cache)
+            self._free_idle_memory()
 
     def step(self) -> Iterator[Progress]:
         """One part of a prompt, one token of each other reply; iterate it to the end. A failure ends its reply only."""
@@ -195,15 +249,16 @@ class BatchEngine:
         Raises BudgetError, and nothing has changed, for fewer than run now.
         """
         self.check_parallel(parallel)
-        self._rows.resize(parallel - self.n_running)
+        self._rows.resize(parallel - self.n_running - self.n_held)
         self.parallel = parallel
         self._tell_step()
 
     def check_parallel(self, parallel: int) -> None:
         """Raises as `resize_parallel` does."""
-        if parallel < max(1, self.n_running):
+        n_taken = self.n_running + self.n_held
+        if parallel < max(1, n_taken):
             raise BudgetError(
-                f"{self.n_running} replies are under way: give {max(1, self.n_running)} or more, or wait until they"
+                f"{n_taken} replies are under way: give {max(1, n_taken)} or more, or wait until they"
                 f" have ended; asked for {parallel}"
             )
 
@@ -293,12 +348,16 @@ class BatchEngine:
     @property
     def _planned_bytes(self) -> int:
         """What the replies under way have room for."""
-        return sum(place.planned for place in self._places) * self.generator.token_bytes()
+        return self._planned_tokens * self.generator.token_bytes()
+
+    @property
+    def _planned_tokens(self) -> int:
+        return sum(place.planned for place in self._places) + sum(self._held.values())
 
     def _fits(self, n_more: int) -> bool:
         """Whether the memory holds so many tokens beside what the replies under way have planned."""
         limit = self.generator.memory_tokens
-        return limit is None or sum(place.planned for place in self._places) + n_more <= limit
+        return limit is None or self._planned_tokens + n_more <= limit
 
     def _extend_plan(self, place: _Place) -> None:
         """Before a token is added: a reply beyond its plan takes room that is free, and ends where there is none."""

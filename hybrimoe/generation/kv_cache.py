@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.compat import takes_dynamic_cache
@@ -44,10 +45,12 @@ class PrefixCache:
     beyond that is copied from there.
 
     prefixes: what other sequences computed, to which this one adds what it computes; None: it stands alone.
+    number: which one it is of those of an engine.
     """
 
-    def __init__(self, model: Any, prefixes: PrefixTree | None = None) -> None:
+    def __init__(self, model: Any, prefixes: PrefixTree | None = None, number: int = 0) -> None:
         self._model = model
+        self.number = number
         self._prefixes = prefixes
         self.states: Any = None
         self.token_ids: list[int] = []
@@ -241,6 +244,12 @@ class PrefixCache:
         self.token_ids.extend(token_ids)
         return True
 
+    def forget(self) -> None:
+        """As `clear`, and nobody else may use what was computed, as far as no other text goes on from there."""
+        if self._prefixes is not None:
+            self._prefixes.forget(self.token_ids)
+        self.clear()
+
     def n_bytes(self) -> int:
         """Memory that states and checkpoints take."""
         saved = [layer for point in self._checkpoints for layer in point.layers.values()]
@@ -323,7 +332,7 @@ class PrefixCache:
 
 
 class CacheRows:
-    """The caches in which replies are computed, each of which serves one reply at a time.
+    """The caches in which replies are computed, each of which serves one reply at a time, by their numbers from 0 on.
 
     An idle one keeps what it holds: a prompt that goes on from there needs no copy, and no new memory.
     """
@@ -332,32 +341,47 @@ class CacheRows:
         self._model, self._prefixes = model, prefixes
         self._idle: dict[PrefixCache, int] = {}
         """The idle ones, the longest idle first, and the bytes that each takes."""
+        self._taken: set[int] = set()
+        """Numbers of the others."""
+        self._numbers: tuple[int, ...] = ()
         self.idle_bytes = 0
         """Memory of the idle ones, which any thread may read."""
         self.resize(n_rows)
 
     def resize(self, n_idle: int) -> None:
-        """So many idle ones: new ones are empty, and the longest idle go first."""
+        """So many idle ones: new ones are empty, with the lowest numbers that are free, and the highest numbers go."""
         missing = n_idle - len(self._idle)
-        added = [PrefixCache(self._model, self._prefixes) for _ in range(missing)]
-        self._idle = dict.fromkeys(added, 0) | dict(list(self._idle.items())[max(0, -missing) :])
+        numbers = self._taken | {cache.number for cache in self._idle}
+        free = (number for number in count() if number not in numbers)
+        added = [PrefixCache(self._model, self._prefixes, number) for number in islice(free, max(0, missing))]
+        gone = sorted(cache.number for cache in self._idle)[n_idle:]
+        left = {cache: n_bytes for cache, n_bytes in self._idle.items() if cache.number not in gone}
+        self._idle = dict.fromkeys(added, 0) | left
+        self._numbers = tuple(sorted(self._taken | {cache.number for cache in self._idle}))
         self._count()
 
-    def take(self, prompt_ids: Sequence[int]) -> tuple[PrefixCache, int]:
-        """An idle cache, and the bytes that it takes; there must be one. The one in which most is shared and least
-        lost, else the longest idle."""
+    @property
+    def taken(self) -> dict[int, bool]:
+        """Of each cache, by number, whether it is not idle. Any thread may ask."""
+        return {number: number in self._taken for number in self._numbers}
 
-        def gain(cache: PrefixCache) -> int:
+    def take(self, prompt_ids: Sequence[int], number: int | None = None) -> tuple[PrefixCache, int]:
+        """An idle cache, and the bytes that it takes; there must be one. The one with this number, else that in which
+        most is shared and least lost, of equals the longest idle."""
+
+        def gain(cache: PrefixCache) -> tuple[bool, int]:
             shared = cache.n_shared(prompt_ids)
-            return shared - (len(cache.token_ids) - shared)
+            return cache.number == number, shared - (len(cache.token_ids) - shared)
 
         chosen = max(self._idle, key=gain)
         n_bytes = self._idle.pop(chosen)
+        self._taken.add(chosen.number)
         self._count()
         return chosen, n_bytes
 
     def give_back(self, cache: PrefixCache) -> None:
         """The reply in `cache` has ended."""
+        self._taken.discard(cache.number)
         self._idle[cache] = cache.n_bytes()
         self._count()
 

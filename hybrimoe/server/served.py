@@ -18,6 +18,7 @@ from hybrimoe.generation.prompt_parts import PromptPart, measured_part
 from hybrimoe.server.asking import Preparation
 from hybrimoe.server.errors import DrainingError, LoadingError
 from hybrimoe.server.selfcheck import CHECKED_TOKENS, Finding, disk_finding, findings
+from hybrimoe.server.slots import SlotFiles, Slots
 from hybrimoe.server.worker import QUEUE_LENGTH, Worker
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ MAX_STALL_MS = 500.0
 """What a part of a prompt may take while others get tokens, where nothing else is said."""
 ENCODING_THREADS = 4
 """Threads that turn text into tokens, beside the event loop: so many long prompts do not delay a short one."""
+KEEPING_THREADS = 4
+"""Threads that save and restore slots: one that waits for the end of a reply does not hold up the others."""
 KEEP_SECONDS = 5.0
 """Time for what is not on disk yet to get there when a model leaves memory."""
 DEFAULT_TAG = ":latest"
@@ -45,7 +48,7 @@ class Served:
     max_stall_ms: what a part of a prompt may take while others get tokens. tool_parser: the form of the model's calls
     of tools, where its template does not tell (see `ReplySyntax.of`). special_in_messages: see `Preparation`.
     max_wait_s: a request that has waited so long is refused; None: for any time. max_reply_s: a reply that is not
-    complete after so long ends with what there is.
+    complete after so long ends with what there is. slot_files: where slots are saved; None: they are not.
     on_reply: called with each reply that has ended and the seconds that it waited before it began, by the thread that
     generates. on_idle: called when nothing is left to answer, by the same thread.
     """
@@ -54,7 +57,7 @@ class Served:
         self, name: str, *, prefix_cache: PrefixSettings | None = None, queue_length: int = QUEUE_LENGTH,
         parallel: int | None = 1, max_stall_ms: float = MAX_STALL_MS, max_wait_s: float | None = None,
         tool_parser: str | None = None, special_in_messages: bool = False,
-        max_reply_s: float | None = None,
+        max_reply_s: float | None = None, slot_files: SlotFiles | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.created = int(time.time())
@@ -63,7 +66,7 @@ class Served:
         self.on_idle: Callable[[], None] = lambda: None
         self._prefix_cache, self._queue_length = prefix_cache or PrefixSettings(), queue_length
         self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
-        self._max_reply_s = max_reply_s
+        self._max_reply_s, self._slot_files = max_reply_s, slot_files
         self._tool_parser, self._special_in_messages = tool_parser, special_in_messages
         self.part: PromptPart | None = None
         self._preparation: Preparation | None = None
@@ -73,6 +76,7 @@ class Served:
         self._draining = False
         self._encoders = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="hybrimoe-encode")
         self._lookers = ThreadPoolExecutor(1, thread_name_prefix="hybrimoe-look")
+        self._keepers = ThreadPoolExecutor(KEEPING_THREADS, thread_name_prefix="hybrimoe-slots")
 
     def open(self, generator: TextGenerator, experts: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
         """The model is there. experts: the session's counters for /metrics, or None.
@@ -187,6 +191,11 @@ class Served:
         """
         return await asyncio.get_running_loop().run_in_executor(self._lookers if looks else self._encoders, work)
 
+    async def keep(self, work: Callable[[Slots], Result]) -> Result:
+        """Run what saves or restores slots beside the event loop. Raises as `worker`."""
+        slots = Slots(self.worker(), self._slot_files)
+        return await asyncio.get_running_loop().run_in_executor(self._keepers, work, slots)
+
     def drain(self, seconds: float) -> None:
         """Refuse what waits and what comes; replies under way have `seconds` left to end."""
         self._draining = True
@@ -201,6 +210,7 @@ class Served:
         self._draining = True
         self._encoders.shutdown(wait=False, cancel_futures=True)
         self._lookers.shutdown(wait=False, cancel_futures=True)
+        self._keepers.shutdown(wait=False, cancel_futures=True)
         if self._worker is not None:
             self._worker.close()
             prefixes = self._worker.engine.prefixes

@@ -1,4 +1,4 @@
-"""Whose request comes next, and how long it may take."""
+"""Whose request comes next, where it runs, and how long it may take."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ PRIORITY_HEADER, MAX_SECONDS_HEADER = "X-HybriMoE-Priority", "X-HybriMoE-Max-Rep
 @dataclass(frozen=True, slots=True)
 class Urgency:
     """client: who asks; places are shared fairly among clients. priority: a lower one comes first. max_s: from the
-    request's arrival to the end of its reply, None: any time."""
+    request's arrival to the end of its reply, None: any time. slot: the place that its reply is to have, None: any."""
 
     client: str = ""
     priority: int = 0
     max_s: float | None = None
+    slot: int | None = None
 
 
-def urgency_of(request: Request, priority: int | None = None, max_s: float | None = None) -> Urgency:
+def urgency_of(
+    request: Request, priority: int | None = None, max_s: float | None = None, slot: int | None = None
+) -> Urgency:  # fmt: skip
     """By the fields of a request, and its headers where these say nothing. Raises RequestError for a bad header."""
     if priority is None:
         said = _number(request, PRIORITY_HEADER, -MAX_PRIORITY, MAX_PRIORITY)
         priority = 0 if said is None else int(said)
     if max_s is None:
         max_s = _number(request, MAX_SECONDS_HEADER, 0.001, MAX_REPLY_SECONDS)
-    return Urgency(_client(request), priority, max_s)
+    return Urgency(_client(request), priority, max_s, None if slot is None or slot < 0 else slot)
 
 
 def _client(request: Request) -> str:

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hybrimoe.errors import ModelError
+from hybrimoe.errors import ModelError, PromptError
 from hybrimoe.generation import SamplingOptions
 from hybrimoe.generation.continuous_batching import BatchEngine, Progress
 from hybrimoe.generation.vocabulary import check_token_ids
@@ -34,6 +34,8 @@ GIVE_WAY_S = 0.0015
 """Seconds that the generating thread leaves to the event loop after a reply's first text: the loop takes Python's lock
 several times until that is sent, and each time would wait for what the next step computes in Python. Measured with the
 demo model: first byte after 5.3 ms instead of 7 to 9."""
+HELD_WAIT_S = 0.02
+"""Where requests wait for a place that is saved or restored, and nothing else runs: until one looks again."""
 
 Result = TypeVar("Result")
 
@@ -193,7 +195,7 @@ class Worker:
         """Queue a generation. Called by the event loop. inbox: of a request with several; else it gets one of its own.
 
         Raises:
-            PromptError: no token, one that the model does not have, or no room for a reply.
+            PromptError: no token, one that the model does not have, no room for a reply, or no such slot.
             QueueFullError: too many wait.
             DrainingError: the server is about to end.
             ModelError: nothing would answer, because the thread has ended.
@@ -201,6 +203,7 @@ class Worker:
         self.generator.check_prompt(len(prompt_ids))
         check_token_ids(self.generator.model, prompt_ids, self.generator.tokenizer)
         job = Job(prompt_ids, options, inbox or Inbox(), choice, urgency or Urgency())
+        self._check_slot(job.urgency.slot)
         with self._changed:
             if self._draining:
                 raise DrainingError("this server is about to end; ask another one, or again in a moment")
@@ -249,6 +252,11 @@ class Worker:
         if self.alive:
             self._thread.join(JOIN_SECONDS)
 
+    def _check_slot(self, slot: int | None) -> None:
+        places = self.engine.places
+        if slot is not None and slot not in places:
+            raise PromptError(f"id_slot: there is no slot {slot}: this server has {', '.join(map(str, places))}, or -1")
+
     def _under_way(self) -> list[Job]:
         with self._changed:
             beginning = [] if self._beginning is None else [self._beginning]
@@ -293,6 +301,8 @@ class Worker:
                 if self._draining:
                     return False
                 self._changed.wait()
+            if not self._running and not self._errands and self.engine.n_held:
+                self._changed.wait(HELD_WAIT_S)
         return True
 
     def _do_errands(self) -> None:
@@ -306,12 +316,16 @@ class Worker:
                 done.set_exception(error)
 
     def _next(self) -> Job | None:
-        """The job whose turn it is, where the engine has room for it; others do not overtake it."""
+        """The job whose turn it is, where the engine has room for it; others do not overtake it, unless it waits for a
+        slot of its own."""
         with self._changed:
             self._drop_those_that_end_waiting()
             if not self._waiting:
                 return None
-            job = self._turns.next(self._waiting, self._running.values())
+            waiting = [job for job in self._waiting if not self.engine.is_taken(job.urgency.slot)]
+            if not waiting:
+                return None
+            job = self._turns.next(waiting, self._running.values())
             if not self.engine.has_room(job.prompt_ids, job.options):
                 return None
             self._waiting.remove(job)
@@ -348,7 +362,7 @@ class Worker:
     def _begin(self, job: Job) -> None:
         job.waited_s = time.monotonic() - job.submitted_s
         try:
-            job.reply = self.engine.admit(job.prompt_ids, job.options, job.stopped.is_set)
+            job.reply = self.engine.admit(job.prompt_ids, job.options, job.stopped.is_set, job.urgency.slot)
         except Exception as error:  # noqa: BLE001  # it belongs to the request; the worker serves the others
             job.send(error)
         with self._changed:

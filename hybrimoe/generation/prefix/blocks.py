@@ -163,6 +163,21 @@ class PrefixTree:
         if lasting and self.disk is not None:
             self.disk.used(self._write_down(path))
 
+    def forget(self, token_ids: Sequence[int]) -> None:
+        """Let go of a text, in memory and on disk, from its end back to where another text goes on."""
+        path = self._path(token_ids)
+        rest = _beyond(path, token_ids)
+        end = self._covering(path[-1] if path else self._root, rest) if rest else None
+        if end is not None and len(end.token_ids) == len(rest):
+            path.append(end)
+        while path and not path[-1].children:
+            block = path.pop()
+            for n in list(block.checkpoints):
+                self._drop_checkpoint(block, n)
+            self._drop(block)
+        if self.disk is not None:
+            self.disk.forget(token_ids, sum(len(block.token_ids) for block in path), BLOCK_TOKENS)
+
     # The disk level ----------------------------------------------------------------------------------------------
 
     def begin_reading(self, prompt_ids: Sequence[int], n_held: int) -> Reading | None:
@@ -338,8 +353,7 @@ class PrefixTree:
             return
         (n,) = (n for n, one in block.checkpoints.items() if one is oldest)
         self._hand_down(_state_record(block, n))
-        del block.checkpoints[n], self._by_use[oldest]
-        self.n_bytes -= oldest.n_bytes()
+        self._drop_checkpoint(block, n)
 
     def _hand_down(self, record: Record) -> None:
         """The disk level keeps what leaves memory."""
@@ -352,6 +366,11 @@ class PrefixTree:
         del block.parent.children[block.token_ids], self._by_use[block]
         self.n_bytes -= block.n_bytes()
         self.n_blocks -= 1
+
+    def _drop_checkpoint(self, block: Block, n: int) -> None:
+        checkpoint = block.checkpoints.pop(n)
+        del self._by_use[checkpoint]
+        self.n_bytes -= checkpoint.n_bytes()
 
     def _used(self, path: Sequence[Block], checkpoint: Checkpoint | None = None) -> None:
         """The blocks of a path, and a checkpoint in its last one, are used now."""

@@ -25,7 +25,7 @@ from cpu_kernels.host.memory import page_aligned
 from hybrimoe.generation.images.tokens import identities
 from hybrimoe.generation.prefix.encoding import ALIGNMENT, decode, encode, facts_of
 from hybrimoe.generation.prefix.folder import Folder
-from hybrimoe.generation.prefix.keys import Kind, Record, first_key, n_alike, name_of
+from hybrimoe.generation.prefix.keys import KINDS, Kind, Record, first_key, n_alike, name_of, next_key
 
 __all__ = ["DiskLevel", "Readings"]
 
@@ -237,6 +237,29 @@ class DiskLevel:
             self._records.pop(name, None)
         if self.has(name):
             self._in_turn(lambda: self._folder.delete(name))
+
+    def forget(self, token_ids: Sequence[int], n_kept: int, block_tokens: int) -> None:
+        """Delete the files of a text, those that wait included, from its end back to where another text goes on, or to
+        its first `n_kept` tokens."""
+        tokens = tuple(token_ids)
+
+        def errand() -> None:
+            blocks: list[tuple[bytes, tuple[int, ...]]] = []
+            key = self.first_key
+            for begin in range(0, len(tokens), block_tokens):
+                block = tokens[begin : begin + block_tokens]
+                blocks.append((key, block))
+                key = next_key(key, block)
+            for before, block in reversed(blocks[-(-n_kept // block_tokens) :]):
+                if self._folder.after(next_key(before, block), "block"):
+                    return
+                for kind in KINDS:
+                    for n in {n for n, _ in self._folder.after(before, kind) if n <= len(block)}:
+                        name = name_of(kind, before, block[:n])
+                        if self.has(name):
+                            self._folder.delete(name)
+
+        self._in_turn(errand)
 
     def wait(self, seconds: float) -> bool:
         """Wait until everything is written; False where it is not after so long."""

@@ -11,9 +11,21 @@ from typing import Any, Literal
 
 from hybrimoe.generation.images.tokens import has_images, identities
 
-__all__ = ["KEY_BYTES", "NAME", "Kind", "Record", "first_key", "n_alike", "name_between", "name_of", "next_key"]
+__all__ = [
+    "KEY_BYTES",
+    "KINDS",
+    "NAME",
+    "Kind",
+    "Record",
+    "first_key",
+    "n_alike",
+    "name_between",
+    "name_of",
+    "next_key",
+]
 
 Kind = Literal["block", "state"]
+KINDS: tuple[Kind, ...] = ("block", "state")
 FORMAT = "2 "
 """Of the files, which are not found by the names that another one had."""
 COMPARED = 256

@@ -19,18 +19,16 @@ from typing import TYPE_CHECKING, Any
 from hybrimoe.errors import FileError, PromptError
 from hybrimoe.generation.images.messages import as_json
 from hybrimoe.generation.saved.conversation_file import messages_of, write_whole
+from hybrimoe.generation.saved.states_file import DamagedStatesError, OtherModelError, read_states, write_states
 from hybrimoe.text_files import parse_json
 
 if TYPE_CHECKING:
-    import torch
-
     from hybrimoe.generation.chat import Conversation
 
 __all__ = ["Session", "identity_of", "session_names"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 TEXT, STATES = "conversation.json", "states.safetensors"
-TOKENS = "token_ids"
 VERSION = 1
 
 
@@ -68,24 +66,16 @@ class Session:
         """Write the messages: cheap, after every turn. Raises FileError where that cannot be."""
         data = {"version": VERSION, "system": conversation.system, "messages": as_json(conversation.messages)}
         text = json.dumps(data, ensure_ascii=False, indent=1)
-        self._write(TEXT, lambda path: path.write_text(text, encoding="utf-8"))
+        self._write(TEXT, lambda path: write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8")))
 
     def save_states(self, conversation: Conversation) -> None:
         """Write keys and values, when the conversation pauses. Nothing is written for a model with other states
         (sliding windows, linear attention), nor for a conversation with images: they are computed again. Raises as
         `save_text`."""
-        import torch
-        from safetensors.torch import save_file
-
         cache = conversation.cache
         held = cache.keys_and_values()
-        if held is None:
-            return
-        tensors = {TOKENS: torch.tensor(cache.token_ids, dtype=torch.long)}
-        for index, (keys, values) in enumerate(held):
-            tensors |= {f"keys.{index}": keys.cpu().contiguous(), f"values.{index}": values.cpu().contiguous()}
-        metadata = {"identity": self.identity, "sha256": _checksum(tensors)}
-        self._write(STATES, lambda path: save_file(tensors, path, metadata=metadata))
+        if held is not None:
+            self._write(STATES, lambda path: write_states(path, cache.token_ids, held, self.identity))
 
     def restore(self, conversation: Conversation) -> str | None:
         """Give `conversation` the messages, and the states where they are whole and of this model.
@@ -120,41 +110,22 @@ class Session:
         shutil.rmtree(self.place)
 
     def _restore_states(self, conversation: Conversation) -> str | None:
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(self.place / STATES, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("identity") != self.identity:
-                    return "the saved states are of another model, template or configuration (such as memory.kv_dtype)"
-                tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+            saved = read_states(self.place / STATES, self.identity)
         except FileNotFoundError:
             return "no states were saved"
-        except (OSError, ValueError, SafetensorError) as error:
+        except OtherModelError:
+            return "the saved states are of another model, template or configuration (such as memory.kv_dtype)"
+        except DamagedStatesError as error:
             return f"the saved states are damaged ({error})"
-        if metadata.get("sha256") != _checksum(tensors):
-            return "the saved states are damaged (their checksum is another)"
-        token_ids = tensors.pop(TOKENS).tolist()
-        held = [(tensors[f"keys.{index}"], tensors[f"values.{index}"]) for index in range(len(tensors) // 2)]
-        if not conversation.cache.take_up(token_ids, held):
+        if not conversation.cache.take_up(saved.token_ids, saved.held):
             return "the model keeps other states now"
         return None
 
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
-        """A file under another name first, which takes its own when it is complete and on the disk."""
+        """`write` writes a file whole or not at all."""
         try:
             self.place.mkdir(parents=True, exist_ok=True)
-            write_whole(self.place / name, write)
+            write(self.place / name)
         except OSError as error:
             raise FileError(f"cannot save the session in {self.place} ({error.strerror})") from error
-
-
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of names, shapes, dtypes and bytes."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()

@@ -439,5 +439,5 @@ def add_routes(app: FastAPI, models: Models) -> None:
             )
             each = [replace(prepared, options=options) for options in choice_options(prepared.options, body.n or 1)]
             form = ChatForm(served.name, worker.generator.tokenizer, body, preparation.syntax.new_id)
-            urgency = urgency_of(request, body.priority, body.max_reply_seconds)
+            urgency = urgency_of(request, body.priority, body.max_reply_seconds, body.id_slot)
             return await deliver(worker, each, form, request, streamed=bool(body.stream), urgency=urgency)

@@ -291,7 +291,7 @@ def add_routes(app: FastAPI, models: Models) -> None:
                 for options in choice_options(one.options, body.n_computed)
             ]
             form = CompletionForm(served.name, tokenizer, body, echoes)
-            urgency = urgency_of(request, body.priority, body.max_reply_seconds)
+            urgency = urgency_of(request, body.priority, body.max_reply_seconds, body.id_slot)
             return await deliver(worker, each, form, request, streamed=bool(body.stream), urgency=urgency)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Path, Request
 from fastapi.responses import Response
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -17,15 +18,18 @@ from hybrimoe.server.apis.documented import errors, text_answers
 from hybrimoe.server.apis.openai import Sampling
 from hybrimoe.server.asking import TextAsked
 from hybrimoe.server.delivery import deliver, unless_left
-from hybrimoe.server.errors import RequestError
-from hybrimoe.server.fields import Boolean, Integer, Refused, Strict, Text, TokenIds, TokensOrNoLimit
+from hybrimoe.server.errors import ErrorBody, RequestError
+from hybrimoe.server.fields import Boolean, Refused, Strict, Text, TokenIds, TokensOrNoLimit
 from hybrimoe.server.forms import Ended, Form, Update, WholeReply, sse
 from hybrimoe.server.models import Models
 from hybrimoe.server.served import Served
+from hybrimoe.server.slots import Slots
 from hybrimoe.server.urgency import urgency_of
 
 STREAM = "With stream: true. Events `data: {...}` with content and stop; the last one has stop: true."
+NO_SPACE = "The disk does not take the file."
 MS_PER_US = 1000.0
+SlotNumber = Annotated[int, Path(ge=0, le=1_000)]
 
 
 class TokenizeRequest(Strict):
@@ -56,7 +60,6 @@ class CompletionRequest(Sampling):
 
     prompt: Text | TokenIds = ""
     n_predict: TokensOrNoLimit | None = Field(default=None, description="Tokens of the reply; below 1: no limit.")
-    id_slot: Integer | None = Field(default=None, description="The server chooses.")
 
     @property
     def longest_reply(self) -> int | None:
@@ -68,6 +71,13 @@ class CompletionRequest(Sampling):
         """In the server's own form. Raises RequestError."""
         structure, field = self.answer()
         return TextAsked(self.prompt, self.options(), "", structure, field)
+
+
+class SlotRequest(Strict):
+    """POST /slots/{id_slot}. filename: of a file in the folder of slots; action=erase needs none."""
+
+    model: Text | None = None
+    filename: Text | None = None
 
 
 class ExtraFile(Strict):
@@ -107,6 +117,7 @@ class NativeAnswer(TypedDict):
     """The whole answer of /completion and /infill."""
 
     content: str
+    id_slot: int
     stop: Literal[True]
     stop_type: Literal["eos", "limit", "word"]
     stopping_word: str
@@ -141,6 +152,7 @@ class NativeForm(Form):
         times, word = ended.reply.times, ended.reply.stop_text
         seconds = times.decode_us / 1e6
         return {
+            "id_slot": ended.reply.cache.number,
             "stop": True,
             "stop_type": "limit" if ended.reason == "length" else "word" if word else "eos",
             "stopping_word": word or "",
@@ -191,6 +203,45 @@ class Slot(TypedDict):
     n_ctx: int
     speculative: bool
     is_processing: bool
+
+
+class SaveTimings(TypedDict):
+    """In ms."""
+
+    save_ms: float
+
+
+class RestoreTimings(TypedDict):
+    """In ms."""
+
+    restore_ms: float
+
+
+class SavedSlot(TypedDict):
+    """The answer of action=save: tokens, and bytes of the file."""
+
+    id_slot: int
+    filename: str
+    n_saved: int
+    n_written: int
+    timings: SaveTimings
+
+
+class RestoredSlot(TypedDict):
+    """The answer of action=restore: tokens, and bytes of the file."""
+
+    id_slot: int
+    filename: str
+    n_restored: int
+    n_read: int
+    timings: RestoreTimings
+
+
+class ErasedSlot(TypedDict):
+    """The answer of action=erase: tokens that were forgotten."""
+
+    id_slot: int
+    n_erased: int
 
 
 class Modalities(TypedDict):
@@ -277,12 +328,49 @@ def add_routes(app: FastAPI, models: Models) -> None:
     async def slots() -> list[Slot]:
         return _slots(models.in_memory())
 
+    @app.post("/slots/{id_slot}", responses={**errors(), 507: {"model": ErrorBody, "description": NO_SPACE}})
+    async def slot(
+        id_slot: SlotNumber,
+        action: Literal["save", "restore", "erase"],
+        request: Request,
+        body: SlotRequest | None = None,
+    ) -> SavedSlot | RestoredSlot | ErasedSlot:
+        asked = body or SlotRequest()
+        if asked.model is None:
+            models.in_memory()
+        left = threading.Event()
+        async with models.using(asked.model, request) as served:
+            try:
+                return await unless_left(
+                    request, served.keep(lambda slots: _act(slots, action, id_slot, asked.filename, left))
+                )
+            finally:
+                left.set()
+
+
+def _act(
+    slots: Slots, action: str, id_slot: int, name: str | None, left: threading.Event
+) -> SavedSlot | RestoredSlot | ErasedSlot:
+    if action == "erase":
+        return {"id_slot": id_slot, "n_erased": slots.erase(id_slot, left).n_tokens}
+    if action == "save":
+        done = slots.save(id_slot, name, left)
+        return {
+            "id_slot": id_slot, "filename": str(name), "n_saved": done.n_tokens, "n_written": done.n_bytes,
+            "timings": {"save_ms": done.ms},
+        }  # fmt: skip
+    done = slots.restore(id_slot, name, left)
+    return {
+        "id_slot": id_slot, "filename": str(name), "n_restored": done.n_tokens, "n_read": done.n_bytes,
+        "timings": {"restore_ms": done.ms},
+    }  # fmt: skip
+
 
 async def _answer(models: Models, body: CompletionRequest, request: Request) -> Response:
     async with models.using(body.model, request) as served:
         preparation, asked = served.preparation, body.asked()
         prepared = await unless_left(request, served.encode(lambda: preparation.text(asked)))
-        urgency = urgency_of(request, body.priority, body.max_reply_seconds)
+        urgency = urgency_of(request, body.priority, body.max_reply_seconds, body.id_slot)
         form = NativeForm(served.name)
         return await deliver(
             served.worker(), [prepared], form, request, streamed=bool(body.stream), urgency=urgency
@@ -308,8 +396,8 @@ def _props(served: Served, path: str) -> Props:
 
 def _slots(served: Served) -> list[Slot]:
     engine = served.worker().engine
-    n_ctx, n_running = engine.generator.context_tokens or 0, served.n_running
+    n_ctx, speculative = engine.generator.context_tokens or 0, engine.generator.pace is not None
     return [
-        {"id": k, "n_ctx": n_ctx, "speculative": engine.generator.pace is not None, "is_processing": k < n_running}
-        for k in range(engine.parallel)
+        {"id": number, "n_ctx": n_ctx, "speculative": speculative, "is_processing": taken}
+        for number, taken in engine.places.items()
     ]

@@ -154,6 +154,9 @@ class Sampling(Strict):
     max_reply_seconds: Seconds | None = Field(
         default=None, description="The reply ends so long after the request came, with stop_reason: deadline."
     )
+    id_slot: Integer | None = Field(
+        default=None, description="The slot in which the reply is computed (llama-server); -1: the server chooses."
+    )
     user: Text | None = Field(default=None, description=UNUSED["user"])
     safety_identifier: Text | None = Field(default=None, description=UNUSED["safety_identifier"])
     metadata: Free | None = Field(default=None, description=UNUSED["metadata"])

@@ -55,18 +55,21 @@ def test_each_number_of_clients_has_a_row_and_clients_get_all_their_tokens(serve
 
 
 def test_the_engine_alone_is_without_the_text_and_the_served_reply_with_it(server, monkeypatch):
-    """Turning tokens into text that takes 20 ms is what the server adds, to each token of each reply."""
+    """Turning tokens into text that takes 100 ms is what the server adds, to each token of each reply.
+
+    That is far more than the engine takes, on a machine that others use, too.
+    """
     push = Transcript.push
 
     def slow(self, token):
-        time.sleep(0.02)
+        time.sleep(0.1)
         return push(self, token)
 
     monkeypatch.setattr(Transcript, "push", slow)
-    (row,) = measure(*server, clients=[2], new_tokens=12, rounds=1)
-    assert row.text_ms == pytest.approx(20, abs=5)
-    assert row.between.engine_ms < 20
-    assert row.between.added_ms > 30
+    (row,) = measure(*server, clients=[2], new_tokens=8, rounds=1)
+    assert row.text_ms >= 99
+    assert row.between.engine_ms < 100
+    assert row.between.added_ms > 120
 
 
 def test_time_between_tokens_is_of_the_middle_half():

@@ -77,8 +77,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Request:
     return dataclasses.replace(REQUEST, folder=tmp_path / "disk")
 
 
-def _source(shape: str, layers: int | None, n_tokens: int = 0, smaller: Any = None) -> RandomSource:
-    return RandomSource(shape, layers, n_tokens, replaced=SMALLER | (smaller or {}))
+def _source(shape: str, layers: int | None, n_tokens: int = 0, replaced: Any = None) -> RandomSource:
+    return RandomSource(shape, layers, n_tokens, replaced=SMALLER | (replaced or {}))
 
 
 @contextmanager

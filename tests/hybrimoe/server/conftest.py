@@ -40,7 +40,15 @@ def application(generator):
     def make(loaded=True, **settings):
         own = {
             name: settings.pop(name)
-            for name in ("queue_length", "parallel", "max_stall_ms", "tool_parser", "max_reply_s", "prefix_cache")
+            for name in (
+                "queue_length",
+                "parallel",
+                "max_stall_ms",
+                "tool_parser",
+                "max_reply_s",
+                "prefix_cache",
+                "slot_files",
+            )
             if name in settings
         }
         served = Served("tiny", **own)

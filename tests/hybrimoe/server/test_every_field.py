@@ -8,6 +8,7 @@ import copy
 import pytest
 
 from hybrimoe.server.fields import MAX_TOKENS, Strict
+from hybrimoe.server.slots import SlotFiles
 
 SURROGATE = "a\ud83d"
 VALUES = (
@@ -44,6 +45,7 @@ FULL = {
     "/apply-template": {"messages": USER},
     "/tokenize": {"content": "a", "add_special": True, "with_pieces": False},
     "/detokenize": {"tokens": [1]},
+    "/slots/0?action=erase": {"filename": "a"},
 }  # fmt: skip
 LENGTHS = {
     "/v1/completions": ("max_tokens",), "/v1/chat/completions": ("max_tokens",), "/v1/messages": ("max_tokens",),
@@ -71,8 +73,9 @@ def changed(body, place, value):
 
 
 @pytest.mark.parametrize("path", FULL)
-def test_no_value_is_a_failure_of_the_server(application, calling, path):
-    call, body = calling(application(queue_length=1000)[0]), FULL[path]
+def test_no_value_is_a_failure_of_the_server(application, calling, path, tmp_path):
+    files = SlotFiles(tmp_path, "this model")
+    call, body = calling(application(queue_length=1000, slot_files=files)[0]), FULL[path]
     assert call("POST", path, body).status_code == 200
     length = LENGTHS.get(path, ())
     others = [place for place in places(body) if place != length[: len(place)]]  # without a length replies are long

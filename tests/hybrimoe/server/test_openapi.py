@@ -71,6 +71,7 @@ def test_answers_of_the_other_endpoints_are_documented(call, application):
         check(document, path, "get", call("GET", path))
     check(document, "/v1/models/{model_id}", "get", call("GET", "/v1/models/tiny"))
     check(document, "/v1/models/{model_id}", "get", call("GET", "/v1/models/other"))
+    check(document, "/slots/{id_slot}", "post", call("POST", "/slots/0?action=save", {"filename": "x"}))
     for path, body in OTHERS.items():
         check(document, path, "post", call("POST", path, body))
 

@@ -26,11 +26,13 @@ MAX_REPLY_SECONDS = 0.2
 
 
 @pytest.fixture(scope="module")
-def schema(generator):
+def schema(generator, tmp_path_factory):
     from hybrimoe.server.app import create_app
     from hybrimoe.server.served import Served
+    from hybrimoe.server.slots import SlotFiles
 
-    served = Served("tiny", parallel=2, max_reply_s=MAX_REPLY_SECONDS)
+    files = SlotFiles(tmp_path_factory.mktemp("slots"), "this model", "tiny")
+    served = Served("tiny", parallel=2, max_reply_s=MAX_REPLY_SECONDS, slot_files=files)
     served.open(generator)
     app = create_app(served)
 
