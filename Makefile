@@ -16,7 +16,10 @@ STAMP_BROWSER := $(VENV)/.hybrimoe-browser
 STAMP_FLOOR := .venv-floor/.hybrimoe-floor
 FLOOR := .venv-floor/bin/python
 
-.PHONY: demo test test-fast test-all test-browser pictures test-floor coverage lint bench soak gpu-check test-ipex clean help
+STAMP_API := $(VENV)/.hybrimoe-api
+EXAMPLES ?= 40
+
+.PHONY: demo test test-fast test-all test-api test-browser pictures test-floor coverage lint bench soak gpu-check test-ipex clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -44,6 +47,13 @@ test-fast: $(STAMP_DEV)  ## what a change is tried with: the scheduler, rules, c
 
 test-all: $(STAMP_DEV)  ## every test, the slow ones too, with every model family of transformers (what CI runs)
 	$(BIN)/python -m pytest -q $(PARALLEL)
+
+$(STAMP_API): $(STAMP_DEV)
+	$(PIP) install -q -c constraints.txt schemathesis
+	@touch $@
+
+test-api: $(STAMP_API)  ## requests that schemathesis makes of the OpenAPI document, about two minutes (EXAMPLES=40 to each)
+	EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -p no:xdist tests/hybrimoe/server/test_schemathesis.py
 
 $(STAMP_BROWSER): $(STAMP_DEV)
 	$(PIP) install -q -c constraints.txt -e '.[browser]'
