@@ -47,14 +47,15 @@ kernels' range is wide, compare the columns of CPU time and not the shares.
 REMARKS = """
 ## Huge pages
 
-Once a model with large experts has started, Python's own memory is moved onto huge pages
+Some seconds after a model with large experts has started, Python's own memory is moved onto huge pages
 (`hybrimoe/machine/interpreter.py`; Linux 6.1 and later). The runs above differ in that, from those under "Before"; in
 their first rounds the move was still under way, which the benchmark waits for since. What it gains differs between
 runs, and why was not found out. In one process each, before and after the move, four rounds while the machine was
 slower than in the tables: a layer with slots took 424 to 446 us before and
 275 to 306 after (planning, bookkeeping and dispatch), one that a card waits for 112 to 130 and 87 to 98, what comes
 after its release 94 to 118 and 52 to 63, on the CPU alone 45 to 50 and 37 to 41. A process that moved nothing did not
-get faster. The move takes 0.6 s of processor time for 200 MiB here, beside the first steps.
+get faster. The move takes 0.6 s of processor time for 200 MiB here, ten seconds
+after the start, which it would slow down.
 
 ## What bounds it
 

@@ -133,7 +133,7 @@ class Contender:
         self.session.finalize(self.model, accelerator=accelerator)
         self._fill_store(shape.n_experts, shape.hidden, shape.inter)
         self.session.start()
-        gather_on_huge_pages()  # as the session does beside the first steps: what is measured comes after it
+        gather_on_huge_pages()  # as the session does some seconds after its start: measured is what comes then
 
     @staticmethod
     def _accelerator() -> Accelerator:

@@ -26,13 +26,16 @@ LEAST_PRESENT = 0.9
 """Share of a huge page's small pages that must be in memory: what is filled up with zeros is memory that is lost."""
 ENTRY_BYTES, PRESENT = 8, np.uint64(1 << 63)
 """Of a small page in /proc/self/pagemap (proc_pid_pagemap(5))."""
+AFTER_S = 10.0
+"""From the start of a session on: trial runs and the first requests of a server are over by then."""
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def gather_beside() -> threading.Thread:
+def gather_beside() -> threading.Timer:
     """`gather_on_huge_pages` in a thread of its own, which nobody has to wait for (0.6 s of processor time for 200 MiB,
-    in a virtual machine); returns it."""
-    thread = threading.Thread(target=gather_on_huge_pages, name="hybrimoe-huge-pages", daemon=True)
+    in a virtual machine), once the program has started: a start has no processor to spare. Returns the thread."""
+    thread = threading.Timer(AFTER_S, gather_on_huge_pages)
+    thread.name, thread.daemon = "hybrimoe-huge-pages", True
     thread.start()
     return thread
 

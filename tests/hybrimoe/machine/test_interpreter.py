@@ -93,6 +93,7 @@ def test_a_session_moves_it_where_its_experts_are_large(streams: bool, monkeypat
 def test_it_is_moved_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
     monkeypatch.setattr(interpreter, "gather_on_huge_pages", lambda: threads.append(threading.current_thread()))
+    monkeypatch.setattr(interpreter, "AFTER_S", 0.01)
     thread = gather_beside()
     thread.join()
     assert threads == [thread]
