@@ -65,9 +65,10 @@ waits for, and 2 % of a decode step; they are not reached where Python runs the 
 - What costs is to find things again in memory, and what huge pages gain says that a part of it is to find the pages:
   walks to them are twice as deep in a virtual machine. Python's objects and the planner's arrays lie on huge pages now.
   The code of Python, of torch and of compiled functions does not: the system refuses that for files and small pieces.
-- What streams through the caches matters less: with AVX2, whose kernels ask for weights as read once, the same run
-  took 196 us of bookkeeping with slots and 71 us that a card waits for, with AVX-512 193 and 67. Asking for the
-  decision's machine code ahead (32 to 128 KiB) gained nothing either.
+- Asking for the decision's machine code ahead (32 to 128 KiB) gained nothing. With AVX2 the same run took 196 us of
+  bookkeeping with slots and 71 us that a card waits for, with AVX-512 193 and 67: on Intel both stream the weights
+  through the caches. Whether reading them past the caches, as on Zen ([kernels.md](kernels.md)), would shorten it was
+  not measured here.
 - The compiled decision takes 39 to 48 us in a running layer, 20 where experts are so small (intermediate size 64) that
   little else is touched, 10 to 13 at best. Of that the forecast takes 6 us with new routing in every call. It decides
   by what the forecast has learnt from this very layer, so that nothing of it can wait for the release.
