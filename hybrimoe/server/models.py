@@ -153,6 +153,8 @@ class Models:
         """What answers with the model in memory. Raises LoadingError where there is none: questions load none."""
         served = self._served
         if served is None or served.engine is None:
+            if self._starting or "loading" in self.states.values():
+                raise LoadingError(f"the model {self.name!r} is being loaded; try again in a moment")
             raise LoadingError("no model is in memory; a request that names one loads it")
         return served
 

@@ -206,6 +206,9 @@ def test_a_model_that_is_being_loaded_says_how_far_it_is(calling, injected):
         assert (state["status"], state["models"], state["experts"]) == ("loading", {"slow": "loading"}, None)
         assert state["loading"] == {"done": 3, "total": 10, "what": "packing experts"}
         assert call("POST", "/hybrimoe/settings", {"slots": 1}).status_code == 503
+        refused = call("POST", "/slots/0?action=erase")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
+        assert "is being loaded" in refused.json()["error"]["message"]
         go.set()
         loading.join()
         assert call("GET", "/hybrimoe/state").json()["loading"] is None
