@@ -94,9 +94,9 @@ def test_the_server_takes_none_of_the_malformed_bodies(server, path):
 def test_replies_that_are_mixed_up_are_found(server, monkeypatch):
     admit, count = BatchEngine.admit, [0]
 
-    def other_prompt(self, prompt_ids, options, should_stop):
+    def other_prompt(self, prompt_ids, *others, **named):
         count[0] += 1
-        return admit(self, prompt_ids[::-1] if count[0] > 40 else prompt_ids, options, should_stop)
+        return admit(self, prompt_ids[::-1] if count[0] > 40 else prompt_ids, *others, **named)
 
     monkeypatch.setattr(BatchEngine, "admit", other_prompt)
     report = soak(server, LOAD)

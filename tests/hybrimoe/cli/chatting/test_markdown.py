@@ -1,6 +1,7 @@
 """Replies as Markdown: the same whatever pieces they come in, drawn once in a real terminal (tmux), and harmless."""
 
 import io
+import itertools
 import os
 import shlex
 import shutil
@@ -52,6 +53,7 @@ Some words and code, and a link
 
 last words"""
 WIDTH, HEIGHT = 40, 12
+SOCKETS = itertools.count()
 NEEDS_TMUX = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 
 
@@ -112,7 +114,7 @@ class Terminal:
     """A command in a terminal of tmux, of its own server."""
 
     def __init__(self, *command):
-        self._socket = f"hybrimoe-test-{os.getpid()}"
+        self._socket = f"hybrimoe-test-{os.getpid()}-{next(SOCKETS)}"  # one that ends is not asked for a session
         words = shlex.join(["env", "-u", "NO_COLOR", "-u", "COLUMNS", "-u", "LINES", *command]) + "; sleep 600"
         self._tmux("-f", "/dev/null", "new-session", "-d", "-x", str(WIDTH), "-y", str(HEIGHT), words)
 
