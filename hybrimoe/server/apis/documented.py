@@ -33,6 +33,9 @@ def service_errors(body: Any = ErrorBody) -> Responses:
 
 
 def text_answers(answer: Any, stream: str, *, media_type: str = EVENT_STREAM, error: Any = ErrorBody) -> Responses:
-    """Answers of an endpoint that generates. stream: what a streamed answer holds, in words."""
-    content = {media_type: {"schema": {"type": "string", "description": stream}}}
+    """Answers of an endpoint that generates. stream: what a streamed answer holds, in words.
+
+    Of a stream the document names no type: some readers take it for that of the whole, others for that of each event.
+    """
+    content = {media_type: {"schema": {"description": stream}}}
     return {200: {"model": answer, "content": content, "description": "The reply."}, **errors(error)}
