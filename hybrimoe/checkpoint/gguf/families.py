@@ -1,5 +1,5 @@
 """One table: for each architecture of llama.cpp the model type of transformers, what its metadata are in the
-configuration, and which parameters its tensors make (`places` has the words of it, `mixed_layers` a part).
+configuration, and which parameters its tensors make (`places` has the words of it, `mixed_layers` and `recurrent_layers` are parts).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hybrimoe.checkpoint.gguf.places import (
     partly_rotated,
     rope,
 )
+from hybrimoe.checkpoint.gguf.recurrent_layers import RECURRENT
 
 
 def _mixtral(fields: Fields) -> dict[str, Any]:
@@ -273,6 +274,7 @@ FAMILIES: Mapping[str, Family] = {
     "hy_v3": Family(_hy_v3, (Place("mlp.e_score_correction_bias", ("exp_probs_b",)),)),
     "minimax-m2": Family(_minimax, (Place("mlp.e_score_correction_bias", ("exp_probs_b.bias",)),)),
     **MIXED,
+    **RECURRENT,
 }
 """By `general.architecture`."""
 
