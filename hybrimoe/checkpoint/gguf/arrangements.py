@@ -79,6 +79,10 @@ JOINS: dict[Arrangement, Join] = {
     "heads of k and v": _keys_and_values,
     "less one": lambda tensor: tensor - 1,
     "log of minus": _log_of_minus,
+    "flat": torch.Tensor.flatten,
+    "flat, log of minus": lambda tensor: _log_of_minus(tensor).flatten(),
+    "by head, log of minus": lambda tensor: _log_of_minus(tensor).reshape(1, 1, -1, 1),
+    "channels joined": lambda *parts: torch.cat([part.reshape(-1, 1, part.shape[-1]) for part in parts]),
 }
 """Those that need no size."""
 SIZED: dict[Arrangement, Callable[..., torch.Tensor]] = {

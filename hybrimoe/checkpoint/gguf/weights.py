@@ -120,5 +120,7 @@ def _placed(
         if all(part in left for part in place.parts):
             parts = tuple(DecodedTensor(left.pop(part)) for part in place.parts)
             as_it_is = place.how == "as it is"
-            found[prefix + place.target] = parts[0] if as_it_is else ArrangedTensor.of(parts, join_of(place.how, config))
+            found[prefix + place.target] = (
+                parts[0] if as_it_is else ArrangedTensor.of(parts, join_of(place.how, config))
+            )
     return found | {prefix + name: DecodedTensor(tensor) for name, tensor in left.items()}

@@ -52,9 +52,16 @@ NAMED_AS = {
     **{script.architecture: NAMES[script.named_as or script.architecture] for script in SCRIPTS.values()},
 }
 """Architectures that are newer than the package, and those whose tensors have the same names."""
+STACKED: dict[str, Callable[[str], str]] = {
+    "lfm2_moe": lambda key: key.removeprefix("model."),
+    "jamba": lambda key: key.replace("feed_forward", "mlp"),
+}
+"""Names of stacked experts that the script chooses."""
 ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight$")
 SIGMOID = ("deepseek_v3", "glm4_moe", "dots1", "minimax_m2", "exaone_moe", "lfm2_moe", "hy_v3")
 WINDOWED = ("gpt_oss", "afmoe", "exaone_moe", "mellum")
+N_LAYERS = 4
+"""Of a configuration that names kinds of layers only."""
 F32 = GGMLQuantizationType.F32
 
 
@@ -78,7 +85,7 @@ def to_gguf(
         writer.add_rope_dimension_sections([2, 1, 1, 0])  # of half a head
         writer.add_num_deepstack_layers(0)
     (tokenizer or (lambda writer: writer.add_tokenizer_model("no_vocab")))(writer)
-    names = gguf.get_tensor_name_map((NAMES | NAMED_AS)[architecture], config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map((NAMES | NAMED_AS)[architecture], config.get("num_hidden_layers", N_LAYERS))
     for key, tensor in converted(tensors, config, script.modified if script else modified):
         name = key if key.startswith("blk.") else names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"llama.cpp has no name for {key}"
@@ -96,7 +103,9 @@ def to_gguf(
 
 
 def converted(
-    tensors: dict[str, torch.Tensor], config: dict[str, Any], modified: Callable[..., Iterator[tuple[str, torch.Tensor]]]
+    tensors: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    modified: Callable[..., Iterator[tuple[str, torch.Tensor]]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) as the scripts hand them to the writer: experts stacked, then what `modify_tensors` does."""
     stacks: dict[str, dict[int, torch.Tensor]] = {}
@@ -107,8 +116,8 @@ def converted(
         else:
             stacks.setdefault(f"{expert[1]}.{expert[3]}.weight", {})[int(expert[2])] = tensor
     for key, experts in stacks.items():
-        name = key.removeprefix("model.") if "feed_forward" in key else key  # as the script of LFM2 does
-        yield name, torch.stack([experts[index] for index in range(len(experts))])
+        name = STACKED.get(config["model_type"], str)(key)
+        yield from modified(name, torch.stack([experts[index] for index in range(len(experts))]), config)
 
 
 def modified(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
