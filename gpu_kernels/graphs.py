@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from gpu_kernels.errors import GraphError
 from gpu_kernels.waiting import limit_of, wait_for_stream
 
 TIMED_REPLAYS = 5
+UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
+"""Torch's variable, which counts with whatever value."""
 
 __all__ = ["Graph", "RecordsGraphs", "TorchGraphs", "graphs_of", "records_graphs"]
 
@@ -132,8 +135,9 @@ def graphs_of(device: torch.device) -> RecordsGraphs | None:
 
 
 def records_graphs(device: torch.device) -> bool:
-    """Whether torch records graphs of a device's kind."""
-    return device.type == "cuda" and hasattr(torch.cuda, "CUDAGraph")
+    """Whether torch records graphs of a device's kind: not where it takes each tensor from the driver by itself, which
+    a driver does not allow within a recording."""
+    return device.type == "cuda" and hasattr(torch.cuda, "CUDAGraph") and UNCACHED not in os.environ
 
 
 def _first_line(error: BaseException) -> str:

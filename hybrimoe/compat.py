@@ -12,10 +12,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from traceback import walk_tb
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybriMoEError
@@ -76,15 +78,49 @@ def leave_dynamo_out() -> None:
     stand_in.disable = lambda function=None, *_, **__: (lambda made: made) if function is None else function
     stand_in.allow_in_graph = stand_in.assume_constant_result = lambda function: function
 
+    def make_real() -> Any:
+        if sys.modules.get(DYNAMO) is stand_in:
+            del sys.modules[DYNAMO]
+        return importlib.import_module(DYNAMO)
+
     def ask_the_real_one(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if sys.modules.get(DYNAMO) is stand_in:
-            del sys.modules[DYNAMO]
-        return getattr(importlib.import_module(DYNAMO), name)
+        return getattr(make_real(), name)
+
+    class RealFirst(MetaPathFinder):
+        """Imports of its modules by their own names find the whole of it imported: by itself none of them can be."""
+
+        def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+            if not name.startswith(f"{DYNAMO}.") or sys.modules.get(DYNAMO) is not stand_in:
+                return None
+            make_real()
+            return _There.spec(sys.modules[name]) if name in sys.modules else None
 
     stand_in.__getattr__ = ask_the_real_one
     sys.modules[DYNAMO] = stand_in
+    sys.meta_path.insert(0, RealFirst())
+
+
+class _There(Loader):
+    """Of a module that was imported while Python looked for it, and is not to be imported once more."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._own = module, module.__spec__
+
+    @classmethod
+    def spec(cls, module: ModuleType) -> ModuleSpec:
+        """What Python then asks for it: it looks at the module's own, too, which is given back with the module."""
+        module.__spec__ = ModuleSpec(module.__name__, cls(module))
+        return module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The module as it is."""
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Runs nothing."""
+        module.__spec__ = self._own
 
 
 def names_by_module(define: Callable[..., Any]) -> Callable[..., Any]:

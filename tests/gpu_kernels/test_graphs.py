@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpu_kernels.errors import GraphError
-from gpu_kernels.graphs import Graph, TorchGraphs, graphs_of
+from gpu_kernels.graphs import UNCACHED, Graph, TorchGraphs, graphs_of, records_graphs
 
 on_a_card = [
     pytest.mark.gpu,
@@ -16,6 +16,15 @@ on_a_card = [
 
 def test_none_on_the_host() -> None:
     assert graphs_of(torch.device("cpu")) is None
+
+
+def test_none_where_torch_keeps_no_memory_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """compute-sanitizer's memcheck runs so: each tensor asks the driver, which ends a recording with an error."""
+    device = torch.device("cuda", 0)
+    monkeypatch.delenv(UNCACHED, raising=False)
+    assert records_graphs(device)
+    monkeypatch.setenv(UNCACHED, "1")
+    assert not records_graphs(device)
 
 
 def two_pieces(graphs: TorchGraphs, held: torch.Tensor) -> tuple[list[Graph], torch.Tensor, torch.Tensor]:

@@ -32,6 +32,7 @@ from hybrimoe.bench.gpu_check.sections import (
     no_memory,
     overlap,
     parity,
+    races,
 )
 from hybrimoe.bench.gpu_check.sections.profiled import (
     CPU_LANE,
@@ -325,3 +326,28 @@ def counted(cards: Cards) -> Callable[[Callable[[], object]], Seen]:
         return seen
 
     return watch
+
+
+SANITIZER = """#!/bin/sh
+echo "========= COMPUTE-SANITIZER"
+echo "a line of the program"
+echo "========= Invalid read: the first error"
+for i in $(seq 1000); do echo "=========     Host Frame: a later error with a long stack of frames, line $i"; done
+echo "========= ERROR SUMMARY: 12 errors"
+exit 86
+"""
+
+
+def test_the_first_errors_of_a_sanitizer_are_told(tmp_path, monkeypatch):
+    """Later ones follow from them, and there are more than a report holds."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setattr(races, "TOOLS", {"memcheck": ("transformers", {})})
+    monkeypatch.setattr(races.shutil, "which", lambda name: str(tool))
+    findings = Findings()
+    races.run(Setting("cuda:0", ""), findings)
+    (problem,), (remark,) = findings.problems, findings.remarks
+    assert "12 errors" in problem
+    assert remark.startswith("========= Invalid read: the first error")
+    assert len(remark.splitlines()) == races.TOLD_LINES

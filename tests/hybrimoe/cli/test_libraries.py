@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import gc, sys
 from hybrimoe.cli.libraries import RUNS_MODELS, import_libraries
@@ -41,6 +43,25 @@ assert "torch._dynamo.symbolic_convert" in sys.modules
 """
 
 
+BY_NAME = """
+from hybrimoe.compat import leave_dynamo_out
+leave_dynamo_out()
+import torch
+{statement}
+import importlib, sys
+module = sys.modules["{module}"]
+assert module.__spec__.origin == module.__file__
+compiler = importlib.import_module("torch._dynamo")
+assert compiler.optimize
+assert getattr(compiler, "{module}".rpartition(".")[2], module) is module
+from torch._dynamo import symbolic_convert
+assert symbolic_convert.trace_rules is sys.modules["torch._dynamo.trace_rules"]
+assert torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).item() == 2
+"""
+MODULES = ("utils", "decorators", "eval_frame", "trace_rules", "device_interface", "variables")
+"""Of torch's compiler: those that import the rest, or are imported by it before they are ready."""
+
+
 def test_everything_is_imported_once_and_transformers_is_left_as_it_was():
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -49,3 +70,26 @@ def test_everything_is_imported_once_and_transformers_is_left_as_it_was():
 def test_who_compiles_with_torch_gets_its_compiler_all_the_same():
     result = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        *(f"import torch._dynamo.{name}" for name in MODULES),
+        "from torch._dynamo.utils import counters",
+        "import torch._inductor",
+    ],
+)
+def test_parts_of_the_compiler_can_be_imported_by_their_names(statement):
+    """Torch's code for a card does so; until the compiler was imported as a whole first, it was a KeyError there."""
+    module = statement.split()[1]
+    program = BY_NAME.format(statement=statement, module=module)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_part_that_the_compiler_has_not_is_told_as_that():
+    program = "from hybrimoe.compat import leave_dynamo_out\nleave_dynamo_out()\nimport torch._dynamo.absent"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "No module named 'torch._dynamo.absent'" in result.stderr

@@ -1,9 +1,10 @@
-"""A decode step as torch's profiler sees it: do the lanes overlap, and how often does the host wait and launch."""
+"""Decode steps and prompts in torch's profiler: do the lanes overlap, how often does the host wait and launch."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 from hybrimoe.bench.gpu_check.findings import Findings, SkippedError
@@ -15,6 +16,7 @@ from hybrimoe.generation import PrefixCache, TextGenerator
 SHARE, DTYPE = 0.25, "int4"
 SHOWN_KERNELS = 12
 SHOWN_CALLS = 12
+PROMPTS = 3
 RECORD_COPY_US = 10.0
 """A copy to the device that takes longer brings an expert; shorter ones bring indices and rows."""
 
@@ -22,7 +24,8 @@ Watch = Callable[[Callable[[], object]], Seen]
 
 
 def run(setting: Setting, findings: Findings, watch: Watch = profile) -> None:
-    """Decode steps at a quarter of the slots and with all, by each policy. `watch` runs work and says what it saw."""
+    """Decode steps at a quarter of the slots and with all, by each policy; prompts by the first. `watch` runs work and
+    says what it saw."""
     if setting.emulated:
         raise SkippedError("the emulated device makes no calls of a driver")
     first = setting.policies[0]
@@ -38,6 +41,8 @@ def run(setting: Setting, findings: Findings, watch: Watch = profile) -> None:
             ) as generator,
         ):
             _steps(setting, findings, what, generator, watch)
+            if way == "auto" and policy == first:
+                _prompt(setting, findings, what, generator, watch)
 
 
 def _steps(setting: Setting, findings: Findings, what: str, generator: TextGenerator, watch: Watch) -> None:
@@ -79,6 +84,43 @@ def _steps(setting: Setting, findings: Findings, what: str, generator: TextGener
             "kernels", what=what, kernel=name[:80], us_a_token=round(us / tokens, 1),
             launches_a_token=round(seen.kernel_calls[name] / tokens, 2), us_each=round(us / seen.kernel_calls[name], 2),
         )  # fmt: skip
+
+
+def _prompt(setting: Setting, findings: Findings, what: str, generator: TextGenerator, watch: Watch) -> None:
+    """A prompt by the clock, the median of some, then one in the profiler."""
+    ids = models.prompt(setting, setting.long_prompt_tokens)
+
+    def compute() -> None:
+        generator.forward(ids, PrefixCache(generator.model)).argmax().item()
+
+    compute()
+    plain_us = median(_us(compute) for _ in range(PROMPTS))
+    seen = watch(compute)
+    layers, table = setting.layers, f"a prompt of {len(ids)} tokens, per layer"
+    findings.row(
+        table, what=what, us_unprofiled=round(plain_us / layers, 1),
+        kernels_busy_us=_each(busy_us(seen.kernels), layers),
+        **{kind.replace(" ", "_"): _each(seen.called(kind), layers) for kind in CALLS},
+        host_us_of_waits=_each(seen.spent_us("waits of the host"), layers),
+        host_us_of_launches=_each(seen.spent_us("launches"), layers),
+        mib_up=_each(seen.copied_bytes["HtoD"] / 2**20, layers),
+        mib_down=_each(seen.copied_bytes["DtoH"] / 2**20, layers),
+    )  # fmt: skip
+    for name, us in seen.kernel_us.most_common(SHOWN_KERNELS):
+        findings.row(
+            f"kernels of a prompt of {len(ids)} tokens", what=what, kernel=name[:80], us_a_layer=_each(us, layers),
+            launches_a_layer=_each(seen.kernel_calls[name], layers), us_each=_each(us, seen.kernel_calls[name]),
+        )  # fmt: skip
+
+
+def _us(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) * 1e6
+
+
+def _each(amount: float, of: int) -> float:
+    return round(amount / of, 2)
 
 
 def _decoding(generator: Any, ids: Sequence[int]) -> Callable[[], None]:

@@ -21,6 +21,8 @@ is an allocation of its own; no graph can be recorded then."""
 USUAL_PLACE = "/usr/local/cuda/bin/compute-sanitizer"
 FOUND_ERRORS = 86
 """The exit code that the tool is told to give."""
+FOUND = "========= "
+TOLD_LINES = 100
 KEPT_S = 12.0
 
 
@@ -37,11 +39,20 @@ def run(setting: Setting, findings: Findings) -> None:
             *python_child("-m", PROGRAM, setting.accelerator, step),
         ]  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="hybrimoe-") as folder:
-            ended = run_child(argv, (setting.limit_s - KEPT_S) / len(TOOLS), Path(folder) / "log", extra=extra)
+            log = Path(folder) / "log"
+            ended = run_child(argv, (setting.limit_s - KEPT_S) / len(TOOLS), log, extra=extra)
+            found = first_errors(log.read_text(encoding="utf-8", errors="replace"))
         summary = [line.strip("= ") for line in ended.output.splitlines() if "SUMMARY" in line]
         findings.row("compute-sanitizer", tool=tool, seconds=round(ended.seconds, 1), result="; ".join(summary))
         if ended.code is None:
             findings.remark(f"{tool} did not end in {ended.seconds:.0f} s: nothing is known of it")
         elif ended.why:
             findings.problem(f"{tool}: {ended.why}; {'; '.join(summary)}")
-            findings.remark(ended.output)
+            findings.remark(found)
+
+
+def first_errors(output: str) -> str:
+    """The first of what the tool found, from which the later ones often follow; all of an output without any."""
+    lines = output.splitlines()
+    first = next((number for number, line in enumerate(lines) if line.startswith(FOUND) and "COMPUTE" not in line), 0)
+    return "\n".join(lines[first : first + TOLD_LINES])
