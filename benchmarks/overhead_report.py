@@ -45,11 +45,14 @@ kernels' range is wide, compare the columns of CPU time and not the shares.
 
 
 REMARKS = """
+While these runs took turns others used both cores and the memory: the kernels took twice as long as in earlier runs.
+Two runs of each 20 minutes before, without that but with a version whose copies cost the host more, gave 33 to 35 us
+after the release in place of 46 and 47, and for `ours` on the emulated accelerator 244 to 251 in place of 234 to 258.
+
 ## Huge pages
 
 Some seconds after a model with large experts has started, Python's own memory is moved onto huge pages
-(`hybrimoe/machine/interpreter.py`; Linux 6.1 and later). The runs above differ in that, from those under "Before"; in
-their first rounds the move was still under way, which the benchmark waits for since. What it gains differs between
+(`hybrimoe/machine/interpreter.py`; Linux 6.1 and later), which the benchmark waits for. What it gains differs between
 runs, and why was not found out. In one process each, before and after the move, four rounds while the machine was
 slower than in the tables: a layer with slots took 424 to 446 us before and
 275 to 306 after (planning, bookkeeping and dispatch), one that a card waits for 112 to 130 and 87 to 98, what comes
@@ -69,17 +72,23 @@ waits for, and 2 % of a decode step; they are not reached where Python runs the 
   bookkeeping with slots and 71 us that a card waits for, with AVX-512 193 and 67: on Intel both stream the weights
   through the caches. Whether reading them past the caches, as on Zen ([kernels.md](kernels.md)), would shorten it was
   not measured here.
-- The compiled decision takes 39 to 48 us in a running layer, 20 where experts are so small (intermediate size 64) that
-  little else is touched, 10 to 13 at best. Of that the forecast takes 6 us with new routing in every call. It decides
-  by what the forecast has learnt from this very layer, so that nothing of it can wait for the release.
-- A layer with slots moves half an expert: to end a copy takes 18 us, a plan with one 21 in place of 7, to start one 18,
-  the second piece of work that waits for it 13. Counters take 9, the check of the router's tensors 6, an output 4. The
-  rest is in functions of 1 to 5 us each.
+- The compiled decision takes 36 to 48 us in a running layer. In a loop over 99 calls of this benchmark it takes 8
+  (the forecast 3.4, the rest balance and slots). Taken again at once on the same state it takes 24 at the median, 12
+  at best, 32 once 2 MiB of other data have gone through the caches, 38 after 48 MiB. Reading all of its code and data
+  ahead then gives back 3 us at most, and code without vectors takes as long. Why a call alone takes three times what
+  it takes in a loop was not found out. It decides by what the forecast has learnt from this very layer, so that
+  nothing of it can wait for the release.
+- What plans have pinned, copies under way, events of slots and counters are flat arrays since, which the decision
+  writes itself. By clocks around functions, beside other programs: the end of a copy takes 6 us in place of 16,
+  taking over a decision 5 to 9 in place of 13, counting none of its own in place of 6. What a card waits for did not
+  get faster by it. Adding to one number of a NumPy array from Python takes 4 us after kernels, so times are kept in a
+  list and added up when somebody asks.
+- In the same way, of a layer with slots: the check of the router's tensors takes 6, an output 4, letting go of a call
+  7, the second piece of work that waits for a copy 13. The rest is in functions of 1 to 5 us each.
 - Of the 36 us on the CPU alone 8 to 9 are the stopwatch and a call that does nothing but run the kernel.
 
-A layer call with slots makes about 47 Python calls (counted by `tests/hybrimoe/runtime/test_call_budget.py`, small
-experts, one expert in three calls moves; 33 where nothing moves or is waited for). To reach the goals, collecting,
-deciding, submitting, computing and waiting would have to be one compiled call.
+A layer call with slots makes about 44 Python calls (counted by `tests/hybrimoe/runtime/test_call_budget.py`, small
+experts, one expert in five calls moves), one that a card has sent 18 until its release and 40 in all.
 
 ## A compiled step
 

@@ -51,6 +51,16 @@ def compiled(function: Function) -> Function:
     return cast(Function, made)
 
 
+def straight(made: Function) -> Function:
+    """The machine code of `made`, called without Numba's look-up of what types the arguments have: for who gives those
+    that it was compiled for, once it was. `made` itself before that, or where it was compiled for several.
+
+    After work that has emptied the caches the look-up takes 1 to 3 us.
+    """
+    codes = getattr(made, "overloads", {})
+    return cast(Function, next(iter(codes.values())).entry_point) if len(codes) == 1 else made
+
+
 def once_for_all_values(made: Any) -> Any:
     """Lets compiled callers of `made` share one machine code of it. Returns `made`.
 

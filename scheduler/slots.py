@@ -18,24 +18,29 @@ copy waits for the last read of the one before.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from enum import IntEnum
-from typing import Any, Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.compiled import compiled
+from scheduler.compiled import compiled, straight
 from scheduler.errors import SlotError
+
+Ints = npt.NDArray[np.int64]
 
 NO_SLOT = -1
 NO_KEY = -1
-STORY_EVENTS: Final = 256
-"""Latest events that a table remembers, for its errors."""
+STORY_EVENTS: Final = 1024
+"""Latest events that a table remembers, for its errors; one for each slot that is pinned or let go of."""
 STORY_LINES: Final = 8
 """Of those, at most so many that concern the slot or the expert are printed."""
 
 EventName = Literal["begin_transfer", "hand_over", "end_transfer", "overtaken", "pin", "unpin", "free", "resize"]
+EVENT_NAMES: Final[tuple[EventName, ...]] = get_args(EventName)
+BEGIN_TRANSFER, HAND_OVER, END_TRANSFER, OVERTAKEN, PIN, UNPIN, FREED, RESIZE = range(8)
+"""The same as numbers, as a table's ``told`` has them."""
 
 
 class SlotState(IntEnum):
@@ -74,8 +79,10 @@ class SlotTable:
         self.pins = np.zeros(self.n_slots, np.int64)
         self.slot_of = np.full(n_layers * n_experts, NO_SLOT, np.int64)
         self._overtaken: Counter[tuple[int, int]] = Counter()
-        self.events: deque[tuple[EventName, Any, int]] = deque(maxlen=STORY_EVENTS)
-        """Latest (event, slot or slots, key or NO_KEY), for ``story``; who performs one in compiled code adds it."""
+        self.told = np.zeros((STORY_EVENTS + 1, 3), np.int64)
+        """Latest (event, slot, key or NO_KEY), for ``story``, in a ring behind row 0, which begins with how many there
+        were; who performs one tells it by ``tell``."""
+        self._tell = tell
 
     # Looking ----------------------------------------------------------------------------------------------------
 
@@ -115,13 +122,18 @@ class SlotTable:
 
     def story(self, slot: int | None = None, key: int | None = None) -> list[str]:
         """The latest events of a slot or of an expert (of either, where both are given), oldest first."""
-        told = []
-        for name, slots, moved in self.events:
-            among = list(slots) if isinstance(slots, list | np.ndarray) else [slots]
-            if slot in among or (key is not None and moved == key):
+        lines = []
+        for event, at, moved in self.events():
+            if at == slot or (key is not None and moved == key):
                 expert = "" if moved == NO_KEY else f" {self._expert(moved)}"
-                told.append(f"{name}{expert} slot {', '.join(str(at + self.first_slot) for at in among)}")
-        return told[-STORY_LINES:]
+                lines.append(f"{event}{expert} slot {at + self.first_slot}")
+        return lines[-STORY_LINES:]
+
+    def events(self) -> list[tuple[EventName, int, int]]:
+        """The latest (event, slot, key or NO_KEY), oldest first."""
+        n = int(self.told[0, 0])
+        rows = np.roll(self.told[1:], -n, axis=0)[-n:] if n else self.told[:0]
+        return [(EVENT_NAMES[event], slot, key) for event, slot, key in rows.tolist()]
 
     def validate(self) -> None:
         """Raises SlotError where the table contradicts itself: after each event in tests and under HYBRIMOE_DEBUG."""
@@ -151,7 +163,7 @@ class SlotTable:
             raise self._refused(
                 f"slot {self._at(slot)}: only a free slot or a resident without a pin can be rewritten", slot, key
             )
-        return self._receive("begin_transfer", slot, key)
+        return self._receive(BEGIN_TRANSFER, slot, key)
 
     def hand_over(self, slot: int, key: int) -> int:
         """The slot of an expert that a plan computes from receives ``key`` after its last read. Returns the old key.
@@ -164,23 +176,29 @@ class SlotTable:
         old = int(self.key_of[slot])
         if self.state[slot] == IN_FLIGHT:
             self._overtaken[(slot, old)] += 1
-        return self._receive("hand_over", slot, key)
+        return self._receive(HAND_OVER, slot, key)
 
     def end_transfer(self, slot: int, key: int) -> None:
         """The bytes of ``key`` are in ``slot``: resident, or pinned if a plan waits for it."""
         if self._overtaken and self._overtaken[(slot, key)] > 0:
             self._overtaken[(slot, key)] -= 1
             self._overtaken += Counter()
-            self._happened("overtaken", slot, key)
+            self._happened(OVERTAKEN, slot, key)
             return
         if not 0 <= slot < self.n_slots or self.key_of[slot] != key or self.state[slot] != IN_FLIGHT:
-            raise self._refused(
-                f"no transfer of {self._expert(key)} into slot {slot + self.first_slot} is under way", slot, key
-            )
+            raise self.not_under_way(slot, key)
         self.state[slot] = PINNED if self.pins[slot] else RESIDENT
-        self.events.append(("end_transfer", slot, key))
-        if self.validating:
-            self.validate()
+        self._happened(END_TRANSFER, slot, key)
+
+    @property
+    def overtaking(self) -> bool:
+        """Whether transfers are under way whose slot has been handed over since: their end is told in Python."""
+        return bool(self._overtaken)
+
+    def not_under_way(self, slot: int, key: int) -> SlotError:
+        """What ``land`` has found: no such transfer."""
+        reason = f"no transfer of {self._expert(key)} into slot {slot + self.first_slot} is under way"
+        return self._refused(reason, slot, key)
 
     def pin(self, slot: int) -> None:
         """A plan computes from this slot until ``unpin``."""
@@ -189,7 +207,7 @@ class SlotTable:
         self.pins[slot] += 1
         if self.state[slot] == RESIDENT:
             self.state[slot] = PINNED
-        self._happened("pin", slot)
+        self._happened(PIN, slot)
 
     def unpin(self, slot: int) -> None:
         """One plan that used this slot has ended."""
@@ -198,17 +216,18 @@ class SlotTable:
         self.pins[slot] -= 1
         if self.pins[slot] == 0 and self.state[slot] == PINNED:
             self.state[slot] = RESIDENT
-        self._happened("unpin", slot)
+        self._happened(UNPIN, slot)
 
     def pin_all(self, slots: npt.NDArray[np.int64]) -> None:
         """``pin`` for every slot of a plan, in one compiled call."""
-        bad = _pin(slots, self.state, self.pins)
+        bad = _pin(slots, self.state, self.pins, self.told)
         if bad >= 0:
             raise self._refused(f"slot {self._at(bad)}: nothing to compute from", bad)
-        self._happened("pin", slots)
+        if self.validating:
+            self.validate()
 
     def not_pinned(self, slot: int) -> SlotError:
-        """What ``unpin_slots`` has found: a plan lets go of a slot that no plan uses."""
+        """What ``unpin_slot`` has found: a plan lets go of a slot that no plan uses."""
         return self._refused(f"slot {self._at(slot)}: no plan uses it", slot)
 
     def free(self, slot: int) -> int:
@@ -219,7 +238,7 @@ class SlotTable:
         self.slot_of[key] = NO_SLOT
         self.key_of[slot] = NO_KEY
         self.state[slot] = FREE
-        self._happened("free", slot, key)
+        self._happened(FREED, slot, key)
         return key
 
     def resize(self, n_slots: int) -> list[int]:
@@ -239,12 +258,12 @@ class SlotTable:
         self.state = np.concatenate((self.state[:n], np.zeros(extra, np.int64)))
         self.pins = np.concatenate((self.pins[:n], np.zeros(extra, np.int64)))
         self.n_slots = n
-        self._happened("resize", n)
+        self._happened(RESIZE, n)
         return gone
 
     # Inside -----------------------------------------------------------------------------------------------------
 
-    def _receive(self, event: EventName, slot: int, key: int) -> int:
+    def _receive(self, event: int, slot: int, key: int) -> int:
         old = int(self.key_of[slot])
         if old != NO_KEY:
             self.slot_of[old] = NO_SLOT
@@ -254,8 +273,10 @@ class SlotTable:
         self._happened(event, slot, key)
         return old
 
-    def _happened(self, event: EventName, slots: int | npt.NDArray[np.int64], key: int = NO_KEY) -> None:
-        self.events.append((event, slots, key))
+    def _happened(self, event: int, slot: int, key: int = NO_KEY) -> None:
+        self._tell(self.told, event, slot, key)
+        if self._tell is tell:
+            self._tell = straight(tell)
         if self.validating:
             self.validate()
 
@@ -280,26 +301,60 @@ class SlotTable:
 
 
 @compiled
-def _pin(slots: npt.NDArray[np.int64], state: npt.NDArray[np.int64], pins: npt.NDArray[np.int64]) -> int:
+def tell(told: Ints, event: int, slot: int, key: int) -> None:
+    """Adds an event to a table's ``told``."""
+    at = 1 + told[0, 0] % (told.shape[0] - 1)
+    told[at, 0], told[at, 1], told[at, 2] = event, slot, key
+    told[0, 0] += 1
+
+
+@compiled
+def land(slot: int, key: int, key_of: Ints, state: Ints, pins: Ints, told: Ints) -> bool:
+    """``SlotTable.end_transfer``, on a table's arrays. Returns whether there was such a transfer; nothing has happened
+    where there was none, and who calls it raises ``SlotTable.not_under_way``."""
+    if not 0 <= slot < key_of.size or key_of[slot] != key or state[slot] != IN_FLIGHT:
+        return False
+    state[slot] = PINNED if pins[slot] > 0 else RESIDENT
+    tell(told, END_TRANSFER, slot, key)
+    return True
+
+
+@compiled
+def _pin(slots: Ints, state: Ints, pins: Ints, told: Ints) -> int:
     """Pins all slots, or none and returns the first that is free (-1: done)."""
     for slot in slots:
         if state[slot] == FREE:
             return int(slot)
     for slot in slots:
-        pins[slot] += 1
-        if state[slot] == RESIDENT:
-            state[slot] = PINNED
+        pin_slot(slot, state, pins, told)
     return -1
 
 
 @compiled
-def unpin_slots(slots: npt.NDArray[np.int64], state: npt.NDArray[np.int64], pins: npt.NDArray[np.int64]) -> int:
-    """``SlotTable.unpin`` for every slot of a plan, on a table's arrays. Returns the first that no plan had pinned (-1:
-    done); who calls it adds the event to the table's, and raises ``SlotTable.not_pinned``."""
-    for slot in slots:
-        if pins[slot] < 1:
-            return int(slot)
-        pins[slot] -= 1
-        if pins[slot] == 0 and state[slot] == PINNED:
-            state[slot] = RESIDENT
-    return -1
+def pin_slot(slot: int, state: Ints, pins: Ints, told: Ints) -> None:
+    """``SlotTable.pin`` of a slot that is not free, on a table's arrays."""
+    pins[slot] += 1
+    if state[slot] == RESIDENT:
+        state[slot] = PINNED
+    tell(told, PIN, slot, NO_KEY)
+
+
+@compiled
+def unpin_slot(slot: int, state: Ints, pins: Ints, told: Ints) -> bool:
+    """``SlotTable.unpin`` on a table's arrays. Returns whether a plan had pinned the slot; nothing has happened where
+    none had, and who calls it raises ``SlotTable.not_pinned``."""
+    if pins[slot] < 1:
+        return False
+    pins[slot] -= 1
+    if pins[slot] == 0 and state[slot] == PINNED:
+        state[slot] = RESIDENT
+    tell(told, UNPIN, slot, NO_KEY)
+    return True
+
+
+@compiled
+def free_slot(slot: int, slot_of: Ints, key_of: Ints, state: Ints, told: Ints) -> None:
+    """``SlotTable.free`` of a resident without a pin, on a table's arrays."""
+    key = key_of[slot]
+    slot_of[key], key_of[slot], state[slot] = NO_SLOT, NO_KEY, FREE
+    tell(told, FREED, slot, key)

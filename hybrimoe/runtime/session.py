@@ -75,7 +75,7 @@ class Session:
         self._resident: ResidentExperts | None = None
         self._exchanged: ExchangedExperts | None = None
         self._runner: ExpertsCall | None = None
-        self._stats = StatsRecorder(0)
+        self._stats = StatsRecorder(0, 0)
         self._low: LowCopy | None = None
         self._tracker = StepTracker(self.config.decode_max_tokens)
         self._model: weakref.ref[nn.Module] | None = None
@@ -723,8 +723,8 @@ class Session:
         return make_low_copy(self._layers, self.store, dtype, self._accelerators, self.config.backend, threads)
 
     def _new_stats(self) -> StatsRecorder:
-        lossy, n = self.config.lossy, len(self._layers)
-        return StatsRecorder(n, StatsRecorder(n) if lossy is not None and lossy.low is not None else None)
+        lossy, sizes = self.config.lossy, (len(self._layers), max(layer.num_experts for layer in self._layers))
+        return StatsRecorder(*sizes, StatsRecorder(*sizes) if lossy is not None and lossy.low is not None else None)
 
     def _probe(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The routing that `block` would give for hidden [T, H]; its experts are not run."""

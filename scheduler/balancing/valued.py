@@ -100,10 +100,11 @@ def valued(table: Floats, ready: Floats, victims: Floats, link_price: float, cpu
     for m in range(misses.size + 1):
         if m > 0:
             place[misses[m - 1]] = True
+        price = _price(table, place, victims, link_price)  # of those that move, so the same for every s
         for s in range(stolen + 1):
             if s > 0:
                 place[residents[s - 1]] = False
-            cost = contended_makespan(table, ready, order, place, cpu_rate) + _price(table, place, victims, link_price)
+            cost = contended_makespan(table, ready, order, place, cpu_rate) + price
             if cost < best - 1e-9 * abs(best):
                 best = cost
                 best_place[:] = place

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from scheduler.compiled import compiled
 from scheduler.errors import CostError, ProfileError, did_you_mean
 from scheduler.machine.profile import AccelProfile, DiskProfile, HardwareProfile, ModelShape, table_key
 from scheduler.plan import ObservedTask
@@ -279,6 +280,10 @@ def _moved(known: float, us: float, expected_us: float, bounds: tuple[float, flo
     seen = min(max(us / expected_us, known / OUTLIER), known * OUTLIER)
     moved = (1.0 - DRIFT_WEIGHT) * known + DRIFT_WEIGHT * seen
     return min(max(moved, bounds[0]), bounds[1])
+
+
+moved_drift = compiled(_moved)
+"""``_moved`` for compiled callers."""
 
 
 def _accel_curve(

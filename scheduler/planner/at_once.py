@@ -18,19 +18,21 @@ import numpy.typing as npt
 
 from scheduler.balancing.problem import ACCEL, COUNT, CPU, LINK, TRANSFER
 from scheduler.cache.value import WORTHLESS, ValueCache
-from scheduler.compiled import compiled
+from scheduler.compiled import compiled, straight
 from scheduler.demand import Demand
 from scheduler.errors import SchedulerError
 from scheduler.forecast.affinity import MAX_ACTIVE
 from scheduler.forecast.use_model import BLEND_SIZE, N_RATES, N_STEPS, take_turn
 from scheduler.forecast.value_model import CANDIDATES, MAX_SURE, N_BINS, follow_layer, saving_us, sure_absent
-from scheduler.machine.costs import CostModel
+from scheduler.machine.costs import DRIFT_BOUNDS, CostModel, moved_drift
 from scheduler.plan import Transfer
 from scheduler.planner.decide import EVICTED, REUSE, SLOT, decide_by_value, pick_slot
+from scheduler.planner.flight import add_flight, drop_flight, flight_slots
 from scheduler.planner.movement import MAX_PREFETCHES, Movement
+from scheduler.planner.open_plans import OpenPlans, has_room, leave_slot, open_plan
 from scheduler.planner.plan_view import PlanView
 from scheduler.prefetch.value import ValuePrefetch
-from scheduler.slots import FREE, IN_FLIGHT, PINNED, RESIDENT
+from scheduler.slots import BEGIN_TRANSFER, FREE, IN_FLIGHT, STORY_EVENTS, land, pin_slot, tell
 from scheduler.views import floats_at, ids_at, ints_at, singles_at
 
 Floats = npt.NDArray[np.float64]
@@ -41,15 +43,16 @@ Ids = npt.NDArray[np.int32]
 (N_LAYERS, N_EXPERTS, N_SLOTS, N_KINDS, N_GRID, N_SOURCES, DISTANCE, LOOKAHEAD, SLOT_OF, KEY_OF, STATE, PINS, ARRIVAL,
  FLIGHT, KEEP, CPU_US, ACCEL_US, LINK_US, KIND, DRIFT, RATES, ROUTES, GATES, OWN_ODDS, BLENDS, ODDS, FAR_ODDS, AHEAD,
  NEXT_TOKEN, SAME_TOKEN, SEEN, EVEN, FORETOLD, BINS, SHARED_BINS, N_LISTED, LISTED, CELLS, CHANCES, SURE_KEYS,
- SURE_CHANCES, PARAMS, NUMBERS, FIXED, LANES, TABLE, ROWS, TAKEN, GAINS, ADMITTED, AWAITED, FETCHED, FETCH_GAINS,
- DESK_SIZE) = range(54)  # fmt: skip
+ SURE_CHANCES, PARAMS, NUMBERS, FIXED, LANES, TABLE, ROWS, GAINS, ADMITTED, AWAITED, FETCHED, FETCH_GAINS, TOLD,
+ OPEN, DESK_SIZE) = range(55)  # fmt: skip
 """Places of a desk int64[DESK_SIZE]: sizes, then addresses."""
 LINK_WITH_CPU, DENSE_US, CERTAINTY, PRICE, N_NUMBERS = range(5)
 """Places of the desk's NUMBERS. PRICE: of a prefetch, as a share of a transfer's time."""
 FETCHED_KEY, FETCHED_SLOT, FETCHED_EVICTED = range(3)
 """Rows of the desk's FETCHED int64[3, MAX_PREFETCHES]."""
 HANDS_ON: Final = -1
-"""Number of awaited experts where nothing was started: one expert of the plan takes over the slot of another."""
+"""Number of awaited experts where nothing was started: one expert of the plan takes over the slot of another, or there
+is no room for another open plan of the layer."""
 
 
 @compiled
@@ -83,46 +86,62 @@ def follow_at_once(
 
 
 @compiled
-def receive(slot: int, key: int, slot_of: Ints, key_of: Ints, state: Ints) -> int:
-    """``SlotTable.begin_transfer`` into a slot that ``pick_slot`` found. Returns the evicted key, -1 for none."""
+def receive(desk: Ints, slot: int, key: int, slot_of: Ints, key_of: Ints, state: Ints, told: Ints) -> int:
+    """``Movement.start`` into a slot that ``pick_slot`` found. Returns the evicted key, -1 for none."""
     old = key_of[slot]
     if old >= 0:
         slot_of[old] = -1
     key_of[slot], slot_of[key], state[slot] = key, slot, IN_FLIGHT
+    tell(told, BEGIN_TRANSFER, slot, key)
+    add_flight(desk[FLIGHT], key, slot)
     return int(old)
 
 
 @compiled
+def land_at_once(desk_address: int, slot: int, key: int, us: float) -> bool:
+    """``Planner.end_transfer`` of a transfer whose slot nobody has taken over, which took ``us`` (0: not known); the
+    planner's own numbers. Returns whether there was such a transfer; nothing has happened where there was none."""
+    desk = ints_at(desk_address, DESK_SIZE)
+    n_slots, n_layers = desk[N_SLOTS], desk[N_LAYERS]
+    key_of, state, pins = ints_at(desk[KEY_OF], n_slots), ints_at(desk[STATE], n_slots), ints_at(desk[PINS], n_slots)
+    if not land(slot, key, key_of, state, pins, _told(desk)):
+        return False
+    drop_flight(desk[FLIGHT], key)
+    if us > 0.0:
+        link_us = floats_at(desk[LINK_US], n_layers)[key // desk[N_EXPERTS]]
+        expected_us = link_us / floats_at(desk[NUMBERS], N_NUMBERS)[LINK_WITH_CPU]
+        drift = floats_at(desk[DRIFT], 3)
+        drift[TRANSFER] = moved_drift(drift[TRANSFER], us, expected_us, DRIFT_BOUNDS)
+    return True
+
+
+@compiled
 def decide_at_once(
-    desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, n_flight: int, cpu_ready_us: float,
+    desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, cpu_ready_us: float,
     accel_ready_us: float, link_ready_us: float, ids: Ids, n_tokens: Ids, gate_scores: Singles, given: Ids,
     scores: Singles,
-) -> tuple[float, float, int, int]:  # fmt: skip
-    """``choose_at_once``, then ``prefetch_at_once``.
-
-    Returns (makespan in us, share of it during which the link works, number of awaited experts or HANDS_ON, number of
-    prefetches).
-    """
-    makespan_us, link_share, n_awaited, idle_us = choose_at_once(
-        desk, layer, n_total, now, run, horizon, n_flight, cpu_ready_us, accel_ready_us, link_ready_us, ids, n_tokens,
+) -> tuple[float, int, int]:  # fmt: skip
+    """``choose_at_once``, then ``prefetch_at_once``. Returns (makespan in us, number of awaited experts or HANDS_ON,
+    number of prefetches)."""
+    makespan_us, n_awaited, idle_us = choose_at_once(
+        desk, layer, n_total, now, run, horizon, cpu_ready_us, accel_ready_us, link_ready_us, ids, n_tokens,
         gate_scores, given, scores,
     )  # fmt: skip
     n_fetched = 0 if n_awaited == HANDS_ON else prefetch_at_once(desk, layer, idle_us)
-    return makespan_us, link_share, n_awaited, n_fetched
+    return makespan_us, n_awaited, n_fetched
 
 
 @compiled
 def choose_at_once(
-    desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, n_flight: int, cpu_ready_us: float,
+    desk: Ints, layer: int, n_total: int, now: int, run: int, horizon: float, cpu_ready_us: float,
     accel_ready_us: float, link_ready_us: float, ids: Ids, n_tokens: Ids, gate_scores: Singles, given: Ids,
     scores: Singles,
-) -> tuple[float, float, int, float]:  # fmt: skip
-    """Decides on a layer and performs that in the slot table; the plan is then in the desk's ROWS, and beside it the
-    slots TAKEN by its accelerated experts and which of these are AWAITED, GAINS and ADMITTED of its transfers.
+) -> tuple[float, int, float]:  # fmt: skip
+    """Decides on a layer and performs that in the slot table; the plan is then open, and in the desk's ROWS, and beside
+    it which of its accelerated experts are AWAITED, GAINS and ADMITTED of its transfers.
 
     gate_scores float32[E]: the demand's. given, scores: the gate's prediction for the layer that is forecast next.
-    n_flight: the slots in flight, in FLIGHT
-    in link order. Returns (makespan in us, share of it during which the link works, number of awaited experts or
+    Returns (makespan in us, number of awaited experts or
     HANDS_ON, us for which the link then idles until the next layer). At HANDS_ON the forecast has followed the layer,
     and nothing else has happened.
     """
@@ -132,10 +151,13 @@ def choose_at_once(
     slot_of, key_of = ints_at(desk[SLOT_OF], n_layers * n_experts), ints_at(desk[KEY_OF], n_slots)
     state, pins = ints_at(desk[STATE], n_slots), ints_at(desk[PINS], n_slots)
     keep, arrival = floats_at(desk[KEEP], n_layers * n_experts), floats_at(desk[ARRIVAL], n_slots)
+    told = _told(desk)
+    if not has_room(desk[OPEN], layer):
+        return 0.0, HANDS_ON, 0.0
     transfer_us = _transfer_us(desk, layer)
-    flight = ints_at(desk[FLIGHT], n_slots)
-    for i in range(n_flight):  # the link is in order: the last one lands when it gets free
-        arrival[flight[i]] = max(link_ready_us - (n_flight - 1 - i) * transfer_us, 0.0)
+    flight = flight_slots(desk[FLIGHT])
+    for i in range(flight.size):  # the link is in order: the last one lands when it gets free
+        arrival[flight[i]] = max(link_ready_us - (flight.size - 1 - i) * transfer_us, 0.0)
     ready = floats_at(desk[LANES] + 8 * 3 * layer, 3)
     ready[CPU], ready[ACCEL], ready[LINK] = cpu_ready_us, accel_ready_us, link_ready_us
     scales = np.empty(3)
@@ -150,7 +172,7 @@ def choose_at_once(
     )  # fmt: skip
     for i in range(plan[TRANSFER, COUNT]):
         if plan[EVICTED, plan[TRANSFER, i]] == REUSE:
-            return makespan_us, 0.0, HANDS_ON, 0.0
+            return makespan_us, HANDS_ON, 0.0
     awaited = ints_at(desk[AWAITED], n)
     n_awaited = 0
     for i in range(plan[ACCEL, COUNT]):
@@ -165,17 +187,18 @@ def choose_at_once(
         key, tokens = first_key + ids[position], n_tokens[position]
         gains[i] = cpu_us[tokens] * drift[CPU] - accel_us[tokens] * drift[ACCEL]
         admitted[i] = keep[key] >= WORTHLESS * saved_us
-        receive(plan[SLOT, position], key, slot_of, key_of, state)
-    taken = ints_at(desk[TAKEN], n)
-    for i in range(plan[ACCEL, COUNT]):
-        slot = plan[SLOT, plan[ACCEL, i]]
-        taken[i] = slot
-        pins[slot] += 1
-        if state[slot] == RESIDENT:
-            state[slot] = PINNED
+        receive(desk, plan[SLOT, position], key, slot_of, key_of, state, told)
+    taken = np.empty(plan[ACCEL, COUNT], np.int64)
+    for i in range(taken.size):
+        taken[i] = plan[SLOT, plan[ACCEL, i]]
+        pin_slot(taken[i], state, pins, told)
     link_us = plan[TRANSFER, COUNT] * transfer_us
     link_share = min((link_ready_us + link_us) / makespan_us, 1.0) if makespan_us > 0.0 else 0.0
-    return makespan_us, link_share, n_awaited, makespan_us + numbers[DENSE_US] - (link_ready_us + link_us)
+    open_plan(desk[OPEN], layer, taken, link_share)
+    for i in range(plan[TRANSFER, COUNT]):
+        if not admitted[i]:
+            leave_slot(desk[OPEN], layer, plan[SLOT, plan[TRANSFER, i]])
+    return makespan_us, n_awaited, makespan_us + numbers[DENSE_US] - (link_ready_us + link_us)
 
 
 @compiled
@@ -200,7 +223,7 @@ def prefetch_at_once(desk: Ints, layer: int, idle_us: float) -> int:
     )  # fmt: skip
     if n_sure == 0:
         return 0
-    fetched = ints_at(desk[FETCHED], (3, MAX_PREFETCHES))
+    fetched, told = ints_at(desk[FETCHED], (3, MAX_PREFETCHES)), _told(desk)
     gains, nobody = floats_at(desk[FETCH_GAINS], MAX_PREFETCHES), np.zeros(n_slots, np.bool_)
     price_us = numbers[PRICE] * transfer_us
     started = 0
@@ -216,10 +239,16 @@ def prefetch_at_once(desk: Ints, layer: int, idle_us: float) -> int:
         loss_us = 0.0 if state[slot] == FREE else keep[key_of[slot]]
         if gain_us + keep[key] > loss_us:
             fetched[FETCHED_KEY, started], fetched[FETCHED_SLOT, started] = key, slot
-            fetched[FETCHED_EVICTED, started] = receive(slot, key, slot_of, key_of, state)
+            fetched[FETCHED_EVICTED, started] = receive(desk, slot, key, slot_of, key_of, state, told)
             gains[started] = gain_us
             started += 1
     return started
+
+
+@compiled
+def _told(desk: Ints) -> Ints:
+    """The slot table's ``told``."""
+    return ints_at(desk[TOLD], (STORY_EVENTS + 1, 3))
 
 
 @compiled
@@ -256,21 +285,21 @@ class Desk:
     """What ``decide_at_once`` works on, of one planner, and how its answer becomes a plan.
 
     Made anew when the number of slots changes. ``cache`` and ``prefetch`` share ``cache.model``. ``params`` float64[2]:
-    of balance ``value``; ``lanes`` float64[n_layers, 3]: when each lane gets free, as of the layer's latest decision.
+    of balance ``value``; ``lanes`` float64[n_layers, 3]: when each lane gets free, as of the layer's latest decision;
+    ``plans``: the planner's open ones.
     """
 
     def __init__(
         self, movement: Movement, cache: ValueCache, prefetch: ValuePrefetch, costs: CostModel, params: Floats,
-        lanes: Floats,
+        lanes: Floats, plans: OpenPlans,
     ) -> None:  # fmt: skip
         self.movement, self.model = movement, cache.model
         slots, model, use, setting = movement.slots, cache.model, cache.model.use, cache.setting
         self.residency, self._setting = model.residency, setting
-        self._flight = np.zeros(slots.n_slots, np.int64)
         self._rows = np.zeros(5 * (MAX_ACTIVE + 1), np.int64)
         self._gains, self._admitted = np.zeros(MAX_ACTIVE), np.zeros(MAX_ACTIVE, np.int64)
-        self.awaited, self.taken = np.zeros(MAX_ACTIVE, np.int64), np.zeros(MAX_ACTIVE, np.int64)
-        """Of the latest choice: positions of the experts on their way, and the slots of all accelerated ones."""
+        self.awaited = np.zeros(MAX_ACTIVE, np.int64)
+        """Of the latest choice: positions of the experts on their way."""
         self._fetched, self._fetch_gains = np.zeros((3, MAX_PREFETCHES), np.int64), np.zeros(MAX_PREFETCHES)
         numbers = np.zeros(N_NUMBERS)
         numbers[LINK_WITH_CPU], numbers[DENSE_US] = costs.link_with_cpu, costs.dense_us
@@ -281,10 +310,11 @@ class Desk:
         words = self.words
         words[[N_LAYERS, N_EXPERTS, N_SLOTS]] = slots.n_layers, slots.n_experts, slots.n_slots
         words[[N_KINDS, N_GRID]] = costs.cpu_grid.shape
+        words[OPEN], words[FLIGHT] = plans.address, movement.in_flight.address
         words[[N_SOURCES, DISTANCE, LOOKAHEAD]] = use.next_token.shape[1], model.distance, setting.lookahead
         self._kept: dict[int, npt.NDArray[Any]] = {
             SLOT_OF: slots.slot_of, KEY_OF: slots.key_of, STATE: slots.state, PINS: slots.pins,
-            ARRIVAL: movement.arrival, FLIGHT: self._flight, KEEP: cache.keep, CPU_US: costs.cpu_grid,
+            ARRIVAL: movement.arrival, KEEP: cache.keep, CPU_US: costs.cpu_grid,
             ACCEL_US: costs.accel_grid, LINK_US: link_us, KIND: costs.kind, DRIFT: costs.drift, RATES: use.rates,
             ROUTES: use.routes, GATES: use.gates, OWN_ODDS: use.own, BLENDS: use.blends, ODDS: use.odds,
             FAR_ODDS: use.far, AHEAD: use.ahead, NEXT_TOKEN: use.next_token, SAME_TOKEN: use.same_token,
@@ -292,12 +322,14 @@ class Desk:
             SHARED_BINS: model.shared, N_LISTED: model.n_listed, LISTED: model.listed, CELLS: model.cells,
             CHANCES: model.chances, SURE_KEYS: model.sure_keys, SURE_CHANCES: model.sure_chances, PARAMS: params,
             NUMBERS: numbers, FIXED: fixed, LANES: lanes, TABLE: np.zeros(5 * MAX_ACTIVE), ROWS: self._rows,
-            TAKEN: self.taken, GAINS: self._gains, ADMITTED: self._admitted, AWAITED: self.awaited,
-            FETCHED: self._fetched, FETCH_GAINS: self._fetch_gains,
+            GAINS: self._gains, ADMITTED: self._admitted, AWAITED: self.awaited, FETCHED: self._fetched,
+            FETCH_GAINS: self._fetch_gains, TOLD: slots.told,
         }  # fmt: skip
         for place, array in self._kept.items():
             assert array.flags.c_contiguous
             words[place] = array.ctypes.data
+        self.address = words.ctypes.data
+        self._land = land_at_once
         self.views: list[Ints] = [self._rows[: 5 * (n + 1)].reshape(5, n + 1) for n in range(MAX_ACTIVE + 1)]
         """By the number of active experts: the plan int64[5, A + 1] of the latest choice (``decide.new_plan``)."""
         self._nothing = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -308,11 +340,11 @@ class Desk:
 
     def decide(
         self, demand: Demand, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float
-    ) -> tuple[tuple[list[int], float, float, int], int] | None:
+    ) -> tuple[tuple[list[int], float, int], int] | None:
         """Decides on a demand and performs that in the slot table.
 
-        Returns (what ``Planner.chosen`` is told, the number of prefetches). None where one expert takes over another's
-        slot: the forecast has then followed the demand, and the rest is to be done piece by piece.
+        Returns (what ``Planner.chosen`` is told, the number of prefetches). None at HANDS_ON: the forecast
+        has then followed the demand, and the rest is to be done piece by piece.
         """
         layer, use = demand.layer, self.model.use
         ids, n_tokens = demand.expert_ids, demand.n_tokens
@@ -323,21 +355,20 @@ class Desk:
         for prediction in demand.predictions:
             if prediction.layer == target:
                 given, scores = prediction.expert_ids, prediction.scores
-        makespan_us, link_share, n_awaited, n_fetched = decide_at_once(
-            self.words, layer, demand.n_tokens_total, use.now, use.run - 1, self.residency.horizon, self.under_way(),
-            cpu_ready_us, accel_ready_us, link_ready_us, ids, n_tokens, float32s(demand.gate_scores), given, scores,
+        makespan_us, n_awaited, n_fetched = decide_at_once(
+            self.words, layer, demand.n_tokens_total, use.now, use.run - 1, self.residency.horizon, cpu_ready_us,
+            accel_ready_us, link_ready_us, ids, n_tokens, float32s(demand.gate_scores), given, scores,
         )  # fmt: skip
         if n_awaited == HANDS_ON:
             return None
-        return (self.views[ids.size][:SLOT, COUNT].tolist(), makespan_us, link_share, n_awaited), n_fetched
+        return (self.views[ids.size][:SLOT, COUNT].tolist(), makespan_us, n_awaited), n_fetched
 
-    def under_way(self) -> int:
-        """How many transfers are under way; their slots are then in FLIGHT, in link order."""
-        in_flight = self.movement.in_flight
-        n_flight = len(in_flight)
-        if n_flight:
-            self._flight[:n_flight] = list(in_flight.values())
-        return n_flight
+    def land(self, slot: int, key: int, us: float) -> bool:
+        """See ``land_at_once``."""
+        done = self._land(self.address, slot, key, us)
+        if self._land is land_at_once:
+            self._land = straight(land_at_once)
+        return done
 
     def prefetched(self, n_fetched: int, plan: PlanView) -> None:
         """Adds to ``plan`` what ``prefetch_at_once`` has started."""
@@ -347,25 +378,20 @@ class Desk:
             self.residency.count += n_fetched
         movement, started = self.movement, []
         for key, slot, old, gain_us in zip(keys, slots, evicted, gains, strict=True):
-            movement.slots.events.append(("begin_transfer", slot, key))
-            started.append(movement.under_way(slot, key, old, "prefetch", gain_us, True))
+            started.append(movement.transfer(slot, key, old, "prefetch", gain_us, True))
         plan.prefetches = started
         if movement.slots.validating:
             movement.slots.validate()
 
-    def started(self, demand: Demand, plan: PlanView, leaving: list[int]) -> list[Transfer]:
-        """The transfers of a plan that ``choose_at_once`` has started; adds to ``leaving`` the slots of those that are
-        not admitted."""
+    def started(self, demand: Demand, plan: PlanView) -> list[Transfer]:
+        """The transfers of a plan that ``choose_at_once`` has started."""
         movement, first_key = self.movement, demand.layer * self.movement.slots.n_experts
         ids, started = demand.expert_ids.tolist(), []
         _, _, moved, slot_of, evicted = plan.lists()
         gains, admits = self._gains.tolist(), self._admitted.tolist()
         for position, gain_us, admitted in zip(moved[: plan.n_moved], gains, admits, strict=False):
             key, slot = first_key + ids[position], slot_of[position]
-            movement.slots.events.append(("begin_transfer", slot, key))
-            started.append(movement.under_way(slot, key, evicted[position], "demand", gain_us, bool(admitted)))
-            if not admitted:
-                leaving.append(slot)
+            started.append(movement.transfer(slot, key, evicted[position], "demand", gain_us, bool(admitted)))
         if self._setting.step >= 0:
             self.residency.count += len(started)
         return started

@@ -13,6 +13,7 @@ from scheduler.demand import Demand
 from scheduler.machine.costs import CostModel
 from scheduler.plan import Transfer, TransferKind
 from scheduler.planner.decide import REUSE, pick_slot
+from scheduler.planner.flight import Flight
 from scheduler.planner.plan_view import PlanView
 from scheduler.prefetch.base import PrefetchPolicy
 from scheduler.slots import SlotTable
@@ -35,13 +36,13 @@ class Movement:
         self, slots: SlotTable, cache: CachePolicy, prefetch: PrefetchPolicy, costs: CostModel, fixed: list[bool]
     ) -> None:
         self.slots, self.cache, self.prefetch, self.costs, self.fixed = slots, cache, prefetch, costs, fixed
-        self.in_flight: dict[int, int] = {}
+        self.in_flight = Flight(0)
         self._tells_evictions = type(cache).evicted is not CachePolicy.evicted
         self.resized()
 
     def resized(self) -> None:
         """The number of slots has changed."""
-        self.arrival = np.zeros(self.slots.n_slots)
+        self.arrival, self.in_flight = np.zeros(self.slots.n_slots), self.in_flight.resized(self.slots.n_slots)
         self._nobody = np.zeros(self.slots.n_slots, np.bool_)
 
     def start(
@@ -54,23 +55,22 @@ class Movement:
             if old >= 0 and self._tells_evictions:
                 self.cache.evicted(old)
             self.cache.inserted(key)
-        return self.under_way(slot, key, old, kind, gain_us, admit)
-
-    def under_way(self, slot: int, key: int, old: int, kind: TransferKind, gain_us: float, admit: bool) -> Transfer:
-        """A transfer that the slot table knows of is followed from here on; ``old``: the evicted key, -1 for none."""
-        slots, n_experts = self.slots, self.slots.n_experts
-        evicts = None
         if old >= 0:
-            self.in_flight.pop(old, None)
-            evicts = old // n_experts + slots.first_layer, old % n_experts
-        self.in_flight[key] = slot
+            self.in_flight.drop(old)
+        self.in_flight.add(key, slot)
+        return self.transfer(slot, key, old, kind, gain_us, admit)
+
+    def transfer(self, slot: int, key: int, old: int, kind: TransferKind, gain_us: float, admit: bool) -> Transfer:
+        """A transfer that is under way, as it is told outside; ``old``: the evicted key, -1 for none."""
+        slots, n_experts = self.slots, self.slots.n_experts
+        evicts = (old // n_experts + slots.first_layer, old % n_experts) if old >= 0 else None
         layer, expert = divmod(key, n_experts)
         return Transfer(layer + slots.first_layer, expert, slot + slots.first_slot, evicts, kind, gain_us, admit)
 
     def estimate_arrivals(self, link_ready_us: float, transfer_us: float) -> None:
         """The link is in order, so the last transfer in flight lands when the link gets free, the others before."""
         behind = len(self.in_flight)
-        for slot in self.in_flight.values():
+        for slot in self.in_flight.slots[:behind].tolist():
             behind -= 1
             self.arrival[slot] = max(link_ready_us - behind * transfer_us, 0.0)
 

@@ -5,10 +5,10 @@ No clock, no threads: the same calls give the same plans.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from math import inf
 from typing import Any, Final
 
 import numpy as np
@@ -32,6 +32,7 @@ from scheduler.planner.at_once import Desk, int32s
 from scheduler.planner.decide import SLOT, decision_of
 from scheduler.planner.explain import Explanation, explain
 from scheduler.planner.movement import Movement
+from scheduler.planner.open_plans import ENDED, NONE_OPEN, OpenPlans
 from scheduler.planner.plan_view import PlanView
 from scheduler.planner.policies import Policy, resolve_policy
 from scheduler.planner.warm_up import preferred
@@ -39,7 +40,7 @@ from scheduler.prefetch import PREFETCH_POLICIES
 from scheduler.prefetch.base import PrefetchPolicy
 from scheduler.prefetch.value import ValuePrefetch
 from scheduler.setting import Scorer, Setting, make
-from scheduler.slots import NO_KEY, RESIDENT, SlotTable, unpin_slots
+from scheduler.slots import SlotTable
 
 Floats = npt.NDArray[np.float64]
 
@@ -105,7 +106,7 @@ class Planner:
         by_forecast = type(self.cache) is ValueCache and type(self.prefetch) is ValuePrefetch
         self.layers_skipped = max(self.layers_ahead - 1, 0) if by_forecast else 0
         """Of few tokens, predictions of so many nearest layers are not read: what they need is under way or late."""
-        self._open: list[deque[tuple[npt.NDArray[np.int64], list[int], float]]] = [deque() for _ in range(n_layers)]
+        self._open = OpenPlans(self.slots)
         self._demands: list[Demand | None] = [None] * n_layers
         self._hosts: list[HostView | None] = [None] * n_layers
         self._priced = np.zeros(n_layers * n_experts)
@@ -120,7 +121,7 @@ class Planner:
         """What decides at once, for the policies that can (``at_once``); None for others."""
         cache, prefetch = self.cache, self.prefetch
         if self._by_value and self.slots.n_slots and type(cache) is ValueCache and type(prefetch) is ValuePrefetch:
-            return Desk(self._movement, cache, prefetch, self.costs, self._balance[0][1], self._lanes)
+            return Desk(self._movement, cache, prefetch, self.costs, self._balance[0][1], self._lanes, self._open)
         return None
 
     def _balance_of_layers(self) -> list[tuple[Callable[..., float], npt.NDArray[np.float64], bool]]:
@@ -266,9 +267,7 @@ class Planner:
         few = n_tokens <= FEW_TOKENS and n_most <= MAX_ACTIVE
         return self.desk if few and self._known[layer] else None
 
-    def chosen(
-        self, demand: Demand, counts: Sequence[int], makespan_us: float, link_share: float, n_awaited: int
-    ) -> PlanView:
+    def chosen(self, demand: Demand, counts: Sequence[int], makespan_us: float, n_awaited: int) -> PlanView:
         """The plan that ``choose_at_once`` has performed for a demand; the numbers are its answers, counts: how many
         experts it has put on each lane (see ``PlanView.take``)."""
         desk, plan, slots, layer = self.desk, self._plan, self.slots, demand.layer
@@ -276,16 +275,12 @@ class Planner:
         self._demands[layer] = demand
         plan.step, plan.layer = self._step, layer + self.first_layer
         plan.take(desk.views[demand.expert_ids.size], counts, makespan_us, self.first_slot)
-        leaving: list[int] = []
         if n_awaited:
             plan.awaited = desk.awaited[:n_awaited].tolist()
         if plan.n_moved:
-            plan.transfers = desk.started(demand, plan, leaving)
-        taken = desk.taken[: plan.n_accel].copy()
-        slots.events.append(("pin", taken, NO_KEY))
+            plan.transfers = desk.started(demand, plan)
         if slots.validating:
             slots.validate()
-        self._open[layer].append((taken, leaving, link_share))
         return plan
 
     def prefetched(self, n_fetched: int) -> list[Transfer]:
@@ -325,7 +320,7 @@ class Planner:
             self._choose(demand, lanes, transfer_us, plan, table, keep)
             link_end_us = self._start(demand, plan, link_ready_us, host)
         else:
-            self._open[layer].append((NO_SLOTS, [], 0.0))
+            self._open.open(layer, NO_SLOTS, [], 0.0)
         idle_us = plan.makespan_us + self.costs.dense_us - link_end_us
         if idle_us > 0.0 and self.slots.n_slots:
             plan.prefetches = self._movement.start_prefetches(demand, idle_us, transfer_us, keep, held)
@@ -359,7 +354,7 @@ class Planner:
         scales, drift = self._scales, costs.drift
         scales[CPU] = drift[CPU] / (costs.cpu_with_link if contended else 1.0)
         scales[ACCEL], scales[TRANSFER] = drift[ACCEL], transfer_us
-        if self._movement.in_flight:
+        if len(self._movement.in_flight):
             self._movement.estimate_arrivals(link_ready_us, transfer_us)
         decide, params, by_last_use = self._balance[layer]
         ids, n_tokens = demand.expert_ids, demand.n_tokens
@@ -379,10 +374,11 @@ class Planner:
         """Starts the decision's transfers and pins its slots. Returns the us from now until they leave the link."""
         movement, layer, first_slot = self._movement, demand.layer, self.first_slot
         plan.take(plan.rows, plan.rows[:SLOT, COUNT].tolist(), plan.makespan_us, first_slot)
-        if movement.in_flight:
+        if n_flight := len(movement.in_flight):
+            known = movement.in_flight.keys[:n_flight].tolist()
             first_key, ids = layer * self.n_experts, demand.expert_ids.tolist()
             for position in plan.accel:
-                if first_key + ids[position] in movement.in_flight:
+                if first_key + ids[position] in known:
                     plan.awaited.append(position)
         pinned_already = plan.n_moved > 0 and movement.start_demands(demand, plan, plan.slot_of)
         pinned, makespan_us = plan.rows[SLOT, plan.accel], plan.makespan_us
@@ -400,7 +396,7 @@ class Planner:
         for transfer in plan.transfers:
             if not transfer.admit:
                 leaving.append(transfer.slot - first_slot)
-        self._open[layer].append((pinned, leaving, link_share))
+        self._open.open(layer, pinned, leaving, link_share)
         return link_end_us
 
     def on_event(self, event: Event) -> None:
@@ -414,31 +410,33 @@ class Planner:
 
     def end_transfer(self, layer: int, expert: int, slot: int, us: float = 0.0) -> None:
         """The bytes of an expert are in its slot, see ``TransferEnded``. Raises SlotError if that was not planned."""
-        own, movement = layer - self.first_layer, self._movement
-        key = own * self.n_experts + expert
-        self.slots.end_transfer(slot - self.first_slot, key)
-        if movement.in_flight.get(key) == slot - self.first_slot:
-            del movement.in_flight[key]
+        own, slots, desk = layer - self.first_layer, self.slots, self.desk
+        key, slot = own * self.n_experts + expert, slot - self.first_slot
+        if desk is not None and not slots.overtaking and 0 <= own < self.n_layers and 0.0 <= us < inf:
+            if not desk.land(slot, key, us):
+                raise slots.not_under_way(slot, key)
+            if slots.validating:
+                slots.validate()
+            return
+        slots.end_transfer(slot, key)
+        if slots.slot_of[key] == slot:  # else another expert of the plan has the slot now, and is under way itself
+            self._movement.in_flight.drop(key)
         if us > 0.0:
             self.costs.observe_transfer(own, us)
 
     def end_layer(self, layer: int, observed: Sequence[ObservedTask] = ()) -> None:
         """The oldest open plan of the layer has run, see ``LayerEnded``. Raises SlotError if none is open."""
         own = layer - self.first_layer
-        if not 0 <= own < self.n_layers or not self._open[own]:
+        ended, link_share = NONE_OPEN, 0.0
+        if 0 <= own < self.n_layers:
+            link_share = self._open.oldest_link_share(own) if observed else 0.0
+            ended = self._open.end(own)
+        if ended == NONE_OPEN:
             raise SlotError(f"layer {layer} has ended, but no plan of it is open")
-        pinned, leaving, link_share = self._open[own].popleft()
-        slots = self.slots
-        if pinned.size:
-            bad = unpin_slots(pinned, slots.state, slots.pins)
-            if bad >= 0:
-                raise slots.not_pinned(bad)
-            slots.events.append(("unpin", pinned, NO_KEY))
-            if slots.validating:
-                slots.validate()
-        for slot in leaving:
-            if slots.state[slot] == RESIDENT and not slots.pins[slot]:
-                slots.free(slot)
+        if ended != ENDED:
+            raise self.slots.not_pinned(ended)
+        if self.slots.validating:
+            self.slots.validate()
         for task in observed:
             self.observe(task, link_share)
 
@@ -455,6 +453,7 @@ class Planner:
         """
         gone = self.slots.resize(n_slots)
         self._movement.resized()
+        self._open.write_down()
         self.cache.resized(self.slots.n_slots)
         self.all_cached = self.slots.n_slots == self.n_layers * self.n_experts
         if self.cache.tracks_slots:
@@ -470,6 +469,8 @@ class Planner:
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.__dict__.update(deepcopy(self.__dict__, memo))
+        made._open.write_down()
+        made._movement.resized()
         made.desk = made._new_desk()
         return made
 

@@ -89,7 +89,7 @@ def test_an_error_tells_what_happened_to_slot_and_expert_before() -> None:
         table.begin_transfer(0, 2)
     assert str(refused.value) == (
         "slot 100 is pinned (layer 10 expert 1): only a free slot or a resident without a pin can be rewritten; latest"
-        " events: begin_transfer layer 10 expert 1 slot 100; end_transfer layer 10 expert 1 slot 100; pin slot 100, 101"
+        " events: begin_transfer layer 10 expert 1 slot 100; end_transfer layer 10 expert 1 slot 100; pin slot 100"
     )
     assert table.story(key=6) == ["begin_transfer layer 11 expert 2 slot 101"]
 

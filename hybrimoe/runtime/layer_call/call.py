@@ -27,6 +27,7 @@ from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stages import LossyStage
 from hybrimoe.runtime.layer_call.stats import MOST_UNCOUNTED
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
+from hybrimoe.runtime.layer_call.tallies import OVERHEAD_US, WALL_US
 from scheduler import Phase, Planner, Transfer
 from scheduler.forecast.read_ahead import LAYERS_AHEAD
 from scheduler.graph import PlannedLayer
@@ -180,18 +181,17 @@ class ExpertsCall:
             return choice.n_active == 0
         transfers: Sequence[Transfer] = ()
         awaited: Sequence[int] = ()
-        n_cpu, n_accel, n_moved = choice.decided[0]
-        choice.is_planned = n_moved > 0 or choice.n_awaited != 0
+        choice.is_planned = choice.n_moved > 0 or choice.n_awaited != 0
         if choice.is_planned and choice.n_awaited != HANDS_ON:
-            space.plan = at_once.planner.chosen(space.demand, *choice.decided)
+            at_once.take(space, choice)
             transfers, awaited = space.plan.transfers, _awaited_slots(space)
         lanes_ns = -perf_counter_ns()
         if choice.n_awaited == HANDS_ON:
             at_once.decide_rest(space, link_us)
             self._compute_for(call, space)
         else:
-            lanes.launch(space, call, n_accel, transfers, awaited)
-            lanes.compute_taken(space, n_cpu)
+            lanes.launch(space, call, choice.n_accel, transfers, awaited)
+            lanes.compute_taken(space, choice.n_cpu)
         end_ns = perf_counter_ns()
         choice.took_ns, choice.lanes_ns = end_ns - start_ns, lanes_ns + end_ns
         self._released, self.consistent = (space, choice), True
@@ -206,24 +206,21 @@ class ExpertsCall:
         self._released, self.consistent, start_ns = None, False, perf_counter_ns()
         (space, choice), experts = released, self.experts
         if not choice.is_planned:
-            space.plan = at_once.planner.chosen(space.demand, *choice.decided)
+            at_once.take(space, choice)
         if at_once.foretells:
             at_once.foretell(space)
-        prefetches = at_once.fetch(space, choice)
+        prefetches = at_once.settle(space, self.phase)
         if prefetches:
             experts.lanes.start_transfers(prefetches, space.step, traced=False)
-        experts.stats.found(
-            space.counters, space.index, space.demand.expert_ids, space.demand.n_tokens_total, choice.n_hits,
-            choice.n_late, space.plan, experts.record_bytes,
-        )  # fmt: skip
         experts.reports.finish(space)
         experts.reports.collect(self.phase)
         now_ns = perf_counter_ns()
         self._link_free_us = now_ns * 1e-3
         if experts.lanes.queues[0].pending:
             self._link_free_us += experts.lanes.link_busy_us(space.index)
-        space.counters.wall_us += (choice.took_ns + now_ns - start_ns) * 1e-3
-        space.counters.overhead_us += (choice.took_ns + now_ns - start_ns - choice.lanes_ns) * 1e-3
+        took_ns, spent = choice.took_ns + now_ns - start_ns, experts.stats.spent
+        spent.append((space.counters, WALL_US, took_ns * 1e-3))
+        spent.append((space.counters, OVERHEAD_US, (took_ns - choice.lanes_ns) * 1e-3))
         self.consistent = True
 
     def _run_at_once(
@@ -261,6 +258,7 @@ class ExpertsCall:
             return None if choice.n_active else torch.zeros_like(hidden)
         if choice.n_awaited == HANDS_ON:
             at_once.decide_rest(space, link_us)
+            at_once.count(space)
         elif choice.n_fetched:
             at_once.planner.prefetched(choice.n_fetched)
         out: torch.Tensor | None = None
@@ -272,14 +270,10 @@ class ExpertsCall:
         if choice.n_awaited == HANDS_ON:
             lanes.compute(space)
         else:
-            lanes.compute_taken(space, choice.decided[0][0])
+            lanes.compute_taken(space, choice.n_cpu)
         lanes_ns += perf_counter_ns()
         if at_once.foretells:
             at_once.foretell(space)
-        experts.stats.found(
-            space.counters, index, space.demand.expert_ids, places[3], choice.n_hits, choice.n_late, space.plan,
-            experts.record_bytes,
-        )  # fmt: skip
         lanes_ns -= perf_counter_ns()
         output = lanes.combine(space)
         lanes_ns += perf_counter_ns()
@@ -327,6 +321,8 @@ class ExpertsCall:
         self.phase = step.phase
         for experts in self.every:
             experts.begin_step(step, n_tokens)
+            if len(experts.stats.whole) + len(experts.stats.spent) > MOST_UNCOUNTED:
+                experts.stats.add_up()
         if self.lossy is not None:
             self.lossy.begin_step(step)
 
@@ -382,9 +378,10 @@ class ExpertsCall:
 
     def _count(self, space: CallSpace, took_ns: int, lanes_ns: int) -> None:
         """The call has ended: its time, of which the lanes took `lanes_ns`."""
-        counters = self.experts.stats.counters[self.phase][space.index]
-        counters.wall_us += took_ns * 1e-3
-        counters.overhead_us += (took_ns - lanes_ns) * 1e-3
+        stats = self.experts.stats
+        counters = stats.counters[self.phase][space.index]
+        stats.spent.append((counters, WALL_US, took_ns * 1e-3))
+        stats.spent.append((counters, OVERHEAD_US, (took_ns - lanes_ns) * 1e-3))
         self.consistent = True
 
     def _run_whole(
@@ -406,8 +403,6 @@ class ExpertsCall:
                 tracker.last_layer = index
             else:
                 self.begin_step(tracker.next(index, n_tokens), n_tokens)
-                if len(stats.whole) > MOST_UNCOUNTED:
-                    stats.add_up()
             stats.whole.append(
                 (self.phase, index, n_tokens, n_active, ended_ns - kernels_ns, perf_counter_ns() - start_ns)
             )

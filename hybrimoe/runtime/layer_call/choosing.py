@@ -2,8 +2,8 @@
 
 For planners whose decision is compiled (`scheduler.planner.at_once`); others are asked once the routing has been read
 (`CallSpace.read`, `Experts.plan`). What a layer's experts wait for is only this call. The rest of planning comes when
-their output is there: experts of later layers that are fetched (`AtOnce.fetch`; at once where no card waits), and the
-gates' prediction for the layer that the next call forecasts (`AtOnce.foretell`).
+their output is there: counting, and experts of later layers that are fetched (`AtOnce.settle`; at once where no card
+waits), and the gates' prediction for the layer that the next call forecasts (`AtOnce.foretell`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ from hybrimoe.runtime.layer_call.compiled import HIT, ON_ITS_WAY, describe_routi
 from hybrimoe.runtime.layer_call.experts import Experts
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.routing import CallSpace
+from hybrimoe.runtime.layer_call.stats import StatsRecorder
+from hybrimoe.runtime.layer_call.tallies import N_TALLIES, count_call
 from scheduler import Phase, Planner, Prediction, Transfer
 from scheduler.balancing.problem import ACCEL, COUNT, CPU, TRANSFER
+from scheduler.compiled import straight
 from scheduler.planner.at_once import (
     DESK_SIZE,
+    FETCHED,
     HANDS_ON,
     N_SLOTS,
     ROWS,
@@ -39,15 +43,19 @@ from scheduler.planner.at_once import (
 )
 from scheduler.planner.at_once import N_EXPERTS as N_PLANNED
 from scheduler.planner.at_once import N_LAYERS as N_PLANNED_LAYERS
+from scheduler.planner.movement import MAX_PREFETCHES
 from scheduler.views import floats_at, ints_at
 
 Singles = npt.NDArray[np.float32]
 
 (HOST_HIDDEN, WIDTH, LAYER, N_EXPERTS, ROUTING, COUNTS, EXPERT_IDS, OFFSETS, PAIR_ROWS, USES, TOKENS, SCORES, FOUND,
- DESK, SLOTS, SOURCE, ADDRESSES, POSITIONS, RECORDS, SLATE_SIZE) = range(20)  # fmt: skip
-"""Places of a slate int64[SLATE_SIZE]: sizes and addresses. SLOTS and SOURCE are 0 where no exchange carries the call.
-"""
-Decided = tuple[tuple[int, int, int], float, float, int]
+ DESK, SLOTS, SOURCE, ADDRESSES, POSITIONS, RECORDS, RECORD_BYTES, TALLIES, N_ROWS, ISSUED, N_TOKENS, N_ACTIVE, IDLE_US,
+ SLATE_SIZE) = range(27)  # fmt: skip
+"""Places of a slate int64[SLATE_SIZE]: sizes and addresses; SLOTS and SOURCE are 0 where no exchange carries the call.
+The call's own are written when it is read: N_TOKENS, N_ACTIVE, and at the address IDLE_US for how many us the link
+idles before the next layer."""
+Answer = tuple[int, int, int, int, int, int, float]
+"""Of `read_and_choose`: the fields of a `Choice` down to makespan_us."""
 Ahead = tuple[tuple[Prediction, ...], int, int, int]
 """A prediction (or none), the addresses of its experts and scores, and how many they are."""
 NOTHING_AHEAD: Ahead = (), 0, 0, 0
@@ -57,20 +65,19 @@ NOTHING_AHEAD: Ahead = (), 0, 0, 0
 class Choice:
     """What was decided on a layer's latest call; filled anew by the next one.
 
-    First the answers of `read_and_choose`. n_active: 0, or negative for a routing that it refuses, and nothing has
-    happened; otherwise how many of the active experts were in slots and how many on their way, what the planner's
-    `chosen` is told (experts by lane as `PlanView.take` counts them, and the answers of `choose_at_once`, n_awaited
-    last), and the number of prefetches where they were decided with it. For a call whose output is there before all is
-    done: whether this is the space's plan already, and what the call took, of which the lanes.
+    First the answer of `read_and_choose`. n_active: 0, or negative for a routing that it refuses, and nothing has
+    happened; otherwise how many experts are active, how many of them are awaited (or HANDS_ON), run on each lane and
+    are moved, how many prefetches were decided with that, and when the lanes end. For a call whose output is there
+    before all is done: whether this is the space's plan already, and what the call took, of which the lanes.
     """
 
     n_active: int = 0
-    n_hits: int = 0
-    n_late: int = 0
     n_awaited: int = 0
-    decided: Decided = (0, 0, 0), 0.0, 0.0, 0
-    idle_us: float = 0.0
+    n_cpu: int = 0
+    n_accel: int = 0
+    n_moved: int = 0
     n_fetched: int = 0
+    makespan_us: float = 0.0
     is_planned: bool = False
     took_ns: int = 0
     lanes_ns: int = 0
@@ -79,19 +86,19 @@ class Choice:
 @with_gil
 def read_and_choose(
     slate_address: int, index: int, weights: int, weights_kind: int, n_tokens: int, top_k: int, hidden: int,
-    hidden_kind: int, given: int, scores: int, n_given: int, now: int, run: int, horizon: float, n_flight: int,
-    cpu_ready_us: float, accel_ready_us: float, link_ready_us: float,
-) -> tuple[int, int, int, int, Decided, float, int]:  # fmt: skip
+    hidden_kind: int, given: int, scores: int, n_given: int, now: int, run: int, horizon: float,
+    number: int, cpu_ready_us: float, accel_ready_us: float, link_ready_us: float,
+) -> Answer:  # fmt: skip
     """Reads and describes a call, has it decided, and writes the CPU lane's positions and records. For an exchange it
-    writes where each pair is computed; else, where no card waits, it decides on prefetches as well. Returns the answers
-    of a `Choice`.
+    writes where each pair is computed; else, where no card waits, it does what `settle_call` does as well.
 
     All that it works on is told by address, since taking an array into compiled code is ten times a number. index to
-    hidden_kind: `cpu_kernels.engine.routed.Places`; given, scores, n_given: an `Ahead`; then see `choose_at_once`.
+    hidden_kind: `cpu_kernels.engine.routed.Places`; given, scores, n_given: an `Ahead`; number: of the row of counters;
+    else see `choose_at_once`.
     """
     slate = int64s_at(slate_address, SLATE_SIZE)
     n_experts, layer = slate[N_EXPERTS], slate[LAYER]
-    n_rows = n_tokens * top_k
+    n_rows, desk = n_tokens * top_k, int64s_at(slate[DESK], DESK_SIZE)
     ids, offsets = int32s_at(slate[EXPERT_IDS], n_rows), int32s_at(slate[OFFSETS], n_rows + 1)
     routing, rows = singles_at(slate[ROUTING], n_rows), int32s_at(slate[PAIR_ROWS], n_rows)
     n_active = read_call(
@@ -100,8 +107,7 @@ def read_and_choose(
         offsets, rows,
     )  # fmt: skip
     if n_active <= 0:
-        return n_active, 0, 0, 0, ((0, 0, 0), 0.0, 0.0, 0), 0.0, 0
-    desk = int64s_at(slate[DESK], DESK_SIZE)
+        return n_active, 0, 0, 0, 0, 0, 0.0
     n_planned, n_slots = desk[N_PLANNED], desk[N_SLOTS]
     active, tokens, found = ids[:n_active], int32s_at(slate[TOKENS], n_planned), int64s_at(slate[FOUND], 2)
     gate_scores = singles_at(slate[SCORES], n_planned)
@@ -110,13 +116,13 @@ def read_and_choose(
         layer * n_planned, int64s_at(desk[SLOT_OF], desk[N_PLANNED_LAYERS] * n_planned),
         int64s_at(desk[STATE], n_slots), found,
     )  # fmt: skip
-    makespan_us, link_share, n_awaited, idle_us = choose_at_once(
-        desk, layer, n_tokens, now, run, horizon, n_flight, cpu_ready_us, accel_ready_us, link_ready_us, active,
+    makespan_us, n_awaited, idle_us = choose_at_once(
+        desk, layer, n_tokens, now, run, horizon, cpu_ready_us, accel_ready_us, link_ready_us, active,
         tokens[:n_active], gate_scores, int32s_at(given, n_given), singles_at(scores, n_given),
     )  # fmt: skip
-    hits, late = found[HIT], found[ON_ITS_WAY]
     if n_awaited == HANDS_ON:
-        return n_active, hits, late, n_awaited, ((0, 0, 0), makespan_us, link_share, n_awaited), idle_us, 0
+        return n_active, n_awaited, 0, 0, 0, 0, makespan_us
+    slate[N_TOKENS], slate[N_ACTIVE], floats_at(slate[IDLE_US], 1)[0] = n_tokens, n_active, idle_us
     plan = ints_at(desk[ROWS], (5, n_active + 1))
     n_cpu, n_accel = plan[CPU, COUNT], plan[ACCEL, COUNT]
     positions, records = int32s_at(slate[POSITIONS], n_cpu), int64s_at(slate[RECORDS], n_cpu)
@@ -126,12 +132,30 @@ def read_and_choose(
         records[i] = addresses[ids[plan[CPU, i]]]
     n_fetched = 0
     if slate[SLOTS] == 0:
-        n_fetched = prefetch_at_once(desk, layer, idle_us)
+        n_fetched = settle_call(slate_address, number)
     else:
         slots, source = int32s_at(slate[SLOTS], n_rows), int32s_at(slate[SOURCE], n_rows)
         place_pairs(plan, n_cpu, n_accel, offsets, rows, slots, source)
-    decided = (n_cpu, n_accel, plan[TRANSFER, COUNT]), makespan_us, link_share, n_awaited
-    return n_active, hits, late, n_awaited, decided, idle_us, n_fetched
+    return n_active, n_awaited, n_cpu, n_accel, plan[TRANSFER, COUNT], n_fetched, makespan_us
+
+
+@with_gil
+def settle_call(slate_address: int, number: int) -> int:
+    """What nobody waits for, once a call is decided: starts prefetches, counts the call in row `number`. Returns the
+    number of prefetches."""
+    slate = int64s_at(slate_address, SLATE_SIZE)
+    layer, desk = slate[LAYER], int64s_at(slate[DESK], DESK_SIZE)
+    n_planned, n_layers, n_active = desk[N_PLANNED], desk[N_PLANNED_LAYERS], slate[N_ACTIVE]
+    n_fetched = prefetch_at_once(desk, layer, floats_at(slate[IDLE_US], 1)[0])
+    found = int64s_at(slate[FOUND], 2)
+    count_call(
+        number, slate[N_TOKENS], found[HIT], found[ON_ITS_WAY], int32s_at(slate[EXPERT_IDS], n_active),
+        layer * n_planned,
+        ints_at(desk[ROWS], (5, n_active + 1)), ints_at(desk[FETCHED], (3, MAX_PREFETCHES)), n_fetched,
+        ints_at(slate[RECORD_BYTES], n_layers), n_planned, floats_at(slate[TALLIES], (slate[N_ROWS], N_TALLIES)),
+        ints_at(slate[ISSUED], n_layers * n_planned),
+    )  # fmt: skip
+    return n_fetched
 
 
 def make_ready() -> None:
@@ -143,8 +167,14 @@ def make_ready() -> None:
     slate[[HOST_HIDDEN, ROUTING]] = floats = weight.ctypes.data
     slate[[COUNTS, EXPERT_IDS, PAIR_ROWS]], slate[OFFSETS] = counts.ctypes.data, ends.ctypes.data
     places: Places = absent.ctypes.data, floats, FLOAT32, 1, 1, floats, FLOAT32
+    desk = np.zeros(DESK_SIZE, np.int64)
+    slate[DESK] = desk.ctypes.data
     read_and_choose(slate.ctypes.data, *places, *NOTHING_AHEAD[1:], 0, 0, 0.0, 0, 0.0, 0.0, 0.0)
-    prefetch_at_once(np.zeros(DESK_SIZE, np.int64), 0, 0.0)
+    row, plan = np.zeros(N_TALLIES), np.zeros(5, np.int64)
+    desk[ROWS], slate[TALLIES], slate[N_ROWS] = plan.ctypes.data, row.ctypes.data, 1
+    desk[N_PLANNED], slate[RECORD_BYTES] = 1, plan.ctypes.data
+    slate[FOUND], slate[IDLE_US] = plan.ctypes.data, row.ctypes.data
+    settle_call(slate.ctypes.data, 0)
 
 
 class Slate:
@@ -156,7 +186,8 @@ class Slate:
 
     def __init__(
         self, space: CallSpace, desk: Desk, addresses: npt.NDArray[np.uint64], shape: tuple[int, int],
-        exchange: Exchange | None, inputs: Singles, rows: Singles,
+        exchange: Exchange | None, inputs: Singles, rows: Singles, stats: StatsRecorder,
+        record_bytes: npt.NDArray[np.int64],
     ) -> None:  # fmt: skip
         self.desk, self.buffers, self.choice = desk, space.buffers, Choice()
         self.shape, self.exchange = shape, exchange
@@ -167,12 +198,14 @@ class Slate:
             HOST_HIDDEN: inputs, ROUTING: buffers.weights, COUNTS: buffers.counts, EXPERT_IDS: buffers.expert_ids,
             OFFSETS: buffers.offsets, PAIR_ROWS: buffers.rows, USES: routing_counts, TOKENS: tokens, SCORES: scores,
             FOUND: space.found, DESK: desk.words, ADDRESSES: addresses, POSITIONS: space.positions,
-            RECORDS: space.records,
+            RECORDS: space.records, RECORD_BYTES: record_bytes, TALLIES: stats.rows, ISSUED: stats.issued,
+            IDLE_US: np.zeros(1),
         }  # fmt: skip
         for place, array in self._kept.items():
             assert array.flags.c_contiguous
             words[place] = array.ctypes.data
         words[[WIDTH, LAYER, N_EXPERTS]] = space.layer.spec.hidden, space.index, space.layer.num_experts
+        words[N_ROWS] = stats.rows.size // N_TALLIES
         if exchange is not None:
             words[[SLOTS, SOURCE]] = exchange.plan_addresses
         self._words, self.address = words, words.ctypes.data
@@ -184,6 +217,9 @@ class AtOnce:
     def __init__(self, experts: Experts, planner: Planner, lookahead: Lookahead | None) -> None:
         self.experts, self.planner, self._lookahead = experts, planner, lookahead
         n_layers = len(experts.layers)
+        self.read_and_choose, self.settle_call = read_and_choose, settle_call
+        assert experts.stats.issued.size == n_layers * planner.n_experts
+        self._record_bytes = np.array(experts.record_bytes, np.int64)
         self.slates: list[Slate | None] = [None] * n_layers
         """Each layer's, of its latest call that was decided so."""
         self.foretells = lookahead is not None and planner.layers_ahead > 0 and not planner.all_cached
@@ -204,7 +240,7 @@ class AtOnce:
         exchange: Exchange | None, link_ready_us: float,
     ) -> Choice:  # fmt: skip
         """Decides on a call whose tensors are at `places` on the host; the space's `work` and `demand` are then filled,
-        and where no card waits its plan is there as well.
+        and where no card waits its plan is there and counted as well.
 
         desk: the planner's, for such calls. given, hidden: the hidden states where the model has them, and on the host.
         See `Choice` for what it refuses.
@@ -219,33 +255,53 @@ class AtOnce:
             slate = self.slates[index] = self._new_slate(space, desk, (n_tokens, top_k), exchange)
         ahead = self._ahead[index] if self._ahead_of[index] == self.experts.step else NOTHING_AHEAD
         predictions, given_at, scores_at, n_given = ahead
-        use, n_flight, choice = model.use, len(desk.movement.in_flight) and desk.under_way(), slate.choice
+        use, choice = model.use, slate.choice
+        launch_us = 0.0 if exchange is None else self.planner.costs.launch_us(index)
         (
-            choice.n_active, choice.n_hits, choice.n_late, choice.n_awaited, choice.decided, choice.idle_us,
-            choice.n_fetched,
-        ) = read_and_choose(
+            choice.n_active, choice.n_awaited, choice.n_cpu, choice.n_accel, choice.n_moved, choice.n_fetched,
+            choice.makespan_us,
+        ) = self.read_and_choose(
             slate.address, *places, given_at, scores_at, n_given, use.now, use.run - 1, desk.residency.horizon,
-            n_flight, 0.0, 0.0 if exchange is None else self.planner.costs.launch_us(index), link_ready_us,
+            self._row_of(phase, index), 0.0, launch_us, link_ready_us,
         )  # fmt: skip
         if choice.n_active > 0:
             space.filled(n_tokens, top_k, choice.n_active, given, hidden, slate.inputs, slate.rows)
             self.experts.expect(space, phase, predictions)
             if exchange is None and choice.n_awaited != HANDS_ON:
-                space.plan = self.planner.chosen(space.demand, *choice.decided)
+                self.take(space, choice)
         return choice
 
+    def take(self, space: CallSpace, choice: Choice) -> None:
+        """A choice becomes the space's plan; not at HANDS_ON."""
+        counts = choice.n_cpu, choice.n_accel, choice.n_moved
+        space.plan = self.planner.chosen(space.demand, counts, choice.makespan_us, choice.n_awaited)
+
     def decide_rest(self, space: CallSpace, link_ready_us: float) -> None:
-        """The plan of a call in which one expert takes over another's slot, of which `choose` has only told that."""
+        """The plan of a call on which `choose` has told HANDS_ON."""
         space.plan = self.planner.decide_rest(space.demand, 0.0, 0.0, link_ready_us)
 
-    def fetch(self, space: CallSpace, choice: Choice) -> Sequence[Transfer]:
-        """The transfers of experts of later layers that start now, where they were not decided with the choice, which
-        is the space's plan."""
+    def settle(self, space: CallSpace, phase: Phase) -> Sequence[Transfer]:
+        """What was not done with the choice, which is the space's plan: the call is counted, and transfers of experts
+        of later layers start, which are returned."""
         slate = self.slates[space.index]
-        if choice.n_awaited == HANDS_ON or slate is None:
+        if slate is None or slate.choice.n_awaited == HANDS_ON:
+            self.count(space)
             return ()
-        choice.n_fetched = prefetch_at_once(slate.desk.words, space.index, choice.idle_us)
+        choice = slate.choice
+        choice.n_fetched = self.settle_call(slate.address, self._row_of(phase, space.index))
         return self.planner.prefetched(choice.n_fetched) if choice.n_fetched else ()
+
+    def count(self, space: CallSpace) -> None:
+        """Counts a call that was decided by `decide_rest`."""
+        experts, demand, (hits, late) = self.experts, space.demand, space.found.tolist()
+        experts.stats.found(
+            space.counters, space.index, demand.expert_ids, demand.n_tokens_total, hits, late, space.plan,
+            experts.record_bytes,
+        )  # fmt: skip
+
+    def _row_of(self, phase: Phase, layer: int) -> int:
+        """Of `StatsRecorder.rows`, by number."""
+        return layer if phase == "prefill" else layer + len(self.slates)
 
     def foretell(self, space: CallSpace) -> None:
         """Predicts what the next layer's call needs to know, from this call's hidden states."""
@@ -267,6 +323,9 @@ class AtOnce:
 
     def _new_slate(self, space: CallSpace, desk: Desk, shape: tuple[int, int], exchange: Exchange | None) -> Slate:
         n_tokens, top_k = shape
+        if self.read_and_choose is read_and_choose:
+            self.read_and_choose, self.settle_call = straight(read_and_choose), straight(settle_call)
         space.room_for(n_tokens * top_k)
         memory = self.experts.workspace.of_few(n_tokens, top_k, space.layer.spec.hidden)
-        return Slate(space, desk, self.experts.lanes.addresses[space.index], shape, exchange, *memory)
+        addresses, stats = self.experts.lanes.addresses[space.index], self.experts.stats
+        return Slate(space, desk, addresses, shape, exchange, *memory, stats, self._record_bytes)

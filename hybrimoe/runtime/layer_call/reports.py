@@ -14,6 +14,7 @@ from hybrimoe.runtime.layer_call.failures import with_story
 from hybrimoe.runtime.layer_call.routing import CallSpace
 from hybrimoe.runtime.layer_call.slots import InFlight, TransferQueue
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
+from hybrimoe.runtime.layer_call.tallies import ACCEL_US, CPU_US, LINK_US
 from hybrimoe.runtime.tier.cache import EndedRead, HostCache
 from hybrimoe.runtime.tier.reader import Urgency
 from scheduler import ObservedTask, Phase
@@ -70,7 +71,7 @@ class Reports:
             ended = unreported.popleft()
             for end in ended.ends:
                 start_us, end_us = end.span_us
-                ended.counters.accel_us += (end_us - start_us) * ended.stands_for
+                self._stats.spent.append((ended.counters, ACCEL_US, (end_us - start_us) * ended.stands_for))
             if ended.traced or not ended.step % OBSERVE_EVERY:
                 self._tell_of_work(ended)
             ended.ends.clear()
@@ -104,7 +105,7 @@ class Reports:
         if space.ends and not space.sent:
             space.sent.append(space.plan.accel)  # by one launch
         space.release()
-        space.counters.cpu_us += space.cpu_us
+        self._stats.spent.append((space.counters, CPU_US, space.cpu_us))
         if space.traced:
             self.timeline += space.ran
         if space.ends:
@@ -119,7 +120,7 @@ class Reports:
             raise with_story(error, self._planner, move.layer, (move.expert,)) from error
         start_us, end_us = item.event.span_us
         us = end_us - (start_us if item.began is None else item.began.span_us[0])
-        self._stats.counters[phase][move.layer].link_us += us
+        self._stats.spent.append((self._stats.counters[phase][move.layer], LINK_US, us))
         if item.traced:
             self.timeline.append(item.record())
         if self._planner is not None:

@@ -3,57 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrimoe.runtime.layer_call.compiled import count_hits
+from hybrimoe.runtime.layer_call.tallies import (
+    ISSUED,
+    N_KEYS,
+    N_ROWS,
+    N_TALLIES,
+    N_WORDS,
+    NOT_ISSUED,
+    ROWS,
+    count_demand,
+    count_move,
+)
 from hybrimoe.runtime.tier.cache import TierState
 from scheduler import LayerPlan, Phase, SlotTable
+from scheduler.compiled import straight
 from scheduler.planner.plan_view import PlanView
+
+Floats = npt.NDArray[np.float64]
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
-@dataclass(slots=True)
+COUNTED = (
+    "calls", "tokens", "activated", "hits", "misses", "late_prefetches", "cpu_experts", "accel_experts", "transfers",
+    "prefetches", "prefetches_used", "prefetches_wasted", "transfer_bytes", "cpu_us", "accel_us", "link_us",
+    "overhead_us", "wall_us", "routed", "skipped", "substituted", "lowered", "deferred", "disk_reads", "disk_ahead",
+    "disk_bytes", "disk_us", "disk_wait_us",
+)  # fmt: skip
+"""The columns of a row of counters; `tallies` names the places of those that layer calls add to."""
+
+
+class Whole:
+    """A column that counts: whole numbers, or bytes."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._place = COUNTED.index(name)
+
+    def __get__(self, counters: Counters, owner: type) -> int:
+        return int(counters.row[self._place])
+
+    def __set__(self, counters: Counters, value: int) -> None:
+        counters.row[self._place] = value
+
+
+class Amount(Whole):
+    """A column of us."""
+
+    def __get__(self, counters: Counters, owner: type) -> float:  # type: ignore[override]
+        return float(counters.row[self._place])
+
+    def __set__(self, counters: Counters, value: float) -> None:
+        counters.row[self._place] = value
+
+
 class Counters:
-    """Sums over calls. An activated expert is a hit if its bytes were resident when it was demanded, else a miss;
+    """Sums over calls, in `row` float64 [len(COUNTED)]: its own, or one of a `StatsRecorder`, which then goes on.
+
+    An activated expert is a hit if its bytes were resident when it was demanded, else a miss;
     `late_prefetches` are misses whose prefetch was still under way. Times in us, sizes in bytes. Of a lossy policy:
     `routed` (token, expert) pairs that the router asked for, of which `skipped`, `substituted`, `lowered` (computed
     from the low-precision copy) and `deferred` (added to the next layer's output). Where experts are read from disk:
     `disk_reads` of which a call needed the expert at once, `disk_ahead` before one did, their `disk_bytes` and
     `disk_us`, and the `disk_wait_us` in which the CPU lane had nothing else to do."""
 
-    calls: int = 0
-    tokens: int = 0
-    activated: int = 0
-    hits: int = 0
-    misses: int = 0
-    late_prefetches: int = 0
-    cpu_experts: int = 0
-    accel_experts: int = 0
-    transfers: int = 0
-    prefetches: int = 0
-    prefetches_used: int = 0
-    prefetches_wasted: int = 0
-    transfer_bytes: int = 0
-    cpu_us: float = 0.0
-    accel_us: float = 0.0
-    link_us: float = 0.0
-    overhead_us: float = 0.0
-    wall_us: float = 0.0
-    routed: int = 0
-    skipped: int = 0
-    substituted: int = 0
-    lowered: int = 0
-    deferred: int = 0
-    disk_reads: int = 0
-    disk_ahead: int = 0
-    disk_bytes: int = 0
-    disk_us: float = 0.0
-    disk_wait_us: float = 0.0
+    __slots__ = ("number", "row")
+
+    calls, tokens, activated, hits, misses, late_prefetches = (Whole() for _ in range(6))
+    cpu_experts, accel_experts, transfers, prefetches, prefetches_used = (Whole() for _ in range(5))
+    prefetches_wasted, transfer_bytes = Whole(), Whole()
+    cpu_us, accel_us, link_us, overhead_us, wall_us = (Amount() for _ in range(5))
+    routed, skipped, substituted, lowered, deferred = (Whole() for _ in range(5))
+    disk_reads, disk_ahead, disk_bytes, disk_us, disk_wait_us = Whole(), Whole(), Whole(), Amount(), Amount()
+
+    def __init__(self, row: Floats | None = None, number: int = -1, **sums: float) -> None:
+        """number: of the row among a recorder's."""
+        self.row, self.number = np.zeros(len(COUNTED)) if row is None else row, number
+        for name, value in sums.items():
+            self.row[COUNTED.index(name)] = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Counters) and bool(np.array_equal(self.row, other.row))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        counted = ", ".join(f"{name}={getattr(self, name)}" for name in COUNTED if getattr(self, name))
+        return f"Counters({counted})"
 
     def ran_on_cpu(self, n_tokens: int, n_experts: int, cpu_us: float, wall_us: float) -> None:
         """Counts one call without slots: every active expert was a miss and ran on the CPU."""
@@ -84,12 +126,11 @@ class Counters:
 
     def add(self, other: Counters) -> None:
         """Adds another one's sums."""
-        for item in fields(self):
-            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+        self.row += other.row
 
     def since(self, before: Counters) -> Counters:
         """What was counted after an earlier reading of the same counters."""
-        return Counters(**{item.name: getattr(self, item.name) - getattr(before, item.name) for item in fields(self)})
+        return Counters(self.row - before.row)
 
     @property
     def hit_rate(self) -> float | None:
@@ -104,7 +145,7 @@ class Counters:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
-        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        values: dict[str, Any] = {name: getattr(self, name) for name in COUNTED}
         return values | {"hit_rate": self.hit_rate, "prefetch_precision": self.prefetch_precision}
 
 
@@ -216,11 +257,25 @@ class StatsRecorder:
     `whole`: calls without slots, which are added up when somebody asks: adding costs more where they run.
     """
 
-    def __init__(self, n_layers: int, low: StatsRecorder | None = None) -> None:
-        self.low = low
+    def __init__(self, n_layers: int, n_experts: int, low: StatsRecorder | None = None) -> None:
+        self.low, self._n_experts = low, n_experts
         self.whole: list[WholeCall] = []
-        self.counters = {phase: [Counters() for _ in range(n_layers)] for phase in PHASES}
-        self._prefetched: dict[tuple[int, int], Counters] = {}
+        self.rows = np.zeros((len(PHASES), n_layers, N_TALLIES))
+        """Of each phase and layer, a row of counters; it stays where it is."""
+        self.issued = np.full(n_layers * n_experts, NOT_ISSUED, np.int64)
+        """By (layer, expert): the row, counted over all phases, in which a prefetch of it was counted whose fate is not
+        known yet."""
+        numbers = iter(range(len(PHASES) * n_layers))
+        self.counters = {
+            phase: [Counters(row, next(numbers)) for row in rows] for phase, rows in zip(PHASES, self.rows, strict=True)
+        }
+        self.spent: list[tuple[Counters, int, float]] = []
+        """us that are added to a column of counters when somebody asks, like `whole`."""
+        self._words = np.zeros(N_WORDS, np.int64)
+        self._words[[ROWS, N_ROWS]] = self.rows.ctypes.data, len(PHASES) * n_layers
+        self._words[[ISSUED, N_KEYS]] = self.issued.ctypes.data, self.issued.size
+        self._address = self._words.ctypes.data
+        self._count_demand, self._count_move = count_demand, count_move
         self.warmup_transfers = 0
         self.failures = 0
 
@@ -229,6 +284,9 @@ class StatsRecorder:
         kept, self.whole[:] = list(self.whole), []
         for phase, layer, n_tokens, n_active, kernels_ns, wall_ns in kept:
             self.counters[phase][layer].ran_on_cpu(n_tokens, n_active, kernels_ns * 1e-3, wall_ns * 1e-3)
+        spent, self.spent[:] = list(self.spent), []
+        for counters, place, us in spent:
+            counters.row[place] += us
 
     def of(self, phase: Phase, layer: int) -> Counters:
         """The counters to add to."""
@@ -251,48 +309,39 @@ class StatsRecorder:
     ) -> None:  # fmt: skip
         """Counts one call's demand, of which `hits` experts are in slots, and `late` on their way; and what its plan
         does with them."""
-        n_active = len(expert_ids)
-        counters.calls += 1
-        counters.tokens += n_tokens
-        counters.activated += n_active
-        counters.hits += hits
-        counters.misses += n_active - hits
-        counters.late_prefetches += late
-        if self._prefetched:
-            for expert in expert_ids.tolist():
-                issued = self._prefetched.pop((layer, expert), None)
-                if issued is not None:
-                    issued.prefetches_used += 1
-        if plan is not None:
-            counters.cpu_experts += plan.n_cpu
-            counters.accel_experts += plan.n_accel
-            if plan.transfers or plan.prefetches:
-                self.moved(counters, plan, record_bytes)
+        n_cpu, n_accel = (0, 0) if plan is None else (plan.n_cpu, plan.n_accel)
+        self._count_demand(
+            self._address, counters.number, n_tokens, hits, late, n_cpu, n_accel, expert_ids, layer * self._n_experts
+        )
+        if self._count_demand is count_demand:
+            self._count_demand = straight(count_demand)
+        if plan is not None and (plan.transfers or plan.prefetches):
+            self.moved(counters, plan, record_bytes)
 
     def moved(self, counters: Counters, plan: LayerPlan | PlanView, record_bytes: tuple[int, ...]) -> None:
         """Counts what a plan moves."""
-        counters.transfers += len(plan.transfers)
-        counters.prefetches += len(plan.prefetches)
         for transfer in (*plan.transfers, *plan.prefetches):
-            counters.transfer_bytes += record_bytes[transfer.layer]
+            key, evicted = transfer.layer * self._n_experts + transfer.expert, NOT_ISSUED
             if transfer.evicts is not None:
-                wasted = self._prefetched.pop(transfer.evicts, None)
-                if wasted is not None:
-                    wasted.prefetches_wasted += 1
-            if transfer.kind == "prefetch":
-                self._prefetched[transfer.layer, transfer.expert] = counters
+                evicted = transfer.evicts[0] * self._n_experts + transfer.evicts[1]
+            is_prefetch = transfer.kind == "prefetch"
+            n_bytes = record_bytes[transfer.layer]
+            self._count_move(self._address, counters.number, is_prefetch, key, evicted, n_bytes)
+            if self._count_move is count_move:
+                self._count_move = straight(count_move)
 
     def forget_slots(self) -> None:
         """The slots were emptied: prefetches under way have no fate."""
-        self._prefetched.clear()
+        self.issued[:] = NOT_ISSUED
         if self.low is not None:
             self.low.forget_slots()
 
     def reset(self) -> None:
         """Sets every counter to zero; slot contents stay."""
         self.whole.clear()
-        self.counters = {phase: [Counters() for _ in layers] for phase, layers in self.counters.items()}
-        self._prefetched.clear()
+        self.spent.clear()
+        self.rows[:] = 0.0
+        self.issued[:] = NOT_ISSUED
         self.warmup_transfers = self.failures = 0
         if self.low is not None:
             self.low.reset()

@@ -17,7 +17,7 @@ from hybrimoe.errors import BudgetError, debugging
 from hybrimoe.machine.disks import calibrated_disk
 from hybrimoe.machine.profiles import calibrated
 from hybrimoe.runtime.config import RuntimeConfig
-from hybrimoe.runtime.layer_call import choosing
+from hybrimoe.runtime.layer_call import choosing, tallies
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.compiled import make_ready
 from hybrimoe.runtime.layer_call.experts import Experts
@@ -120,6 +120,7 @@ class Startup:
         if experts.planner is None:
             _rehearse_alone(self.layers[0], self.store)
             return
+        tallies.make_ready()
         rehearse(self.config.policy, self.config.policy_params, self.config.lookahead)
         if isinstance(experts.planner, Planner) and experts.planner.decides_at_once:
             choosing.make_ready()

@@ -25,14 +25,14 @@ from scheduler import HardwareProfile, SlotTable
 
 SHAPE = {"num_hidden_layers": 4, "num_experts": 32, "num_experts_per_tok": 4}
 WARM_STEPS, STEPS = 24, 24
-MOST_WITH_SLOTS, MOST_WITHOUT, MOST_SENT = 48, 13, 43
-MOST_UNTIL_RELEASE, UNTIL_RELEASE = 22, "until the release"
+MOST_WITH_SLOTS, MOST_WITHOUT, MOST_SENT = 46, 13, 41
+MOST_UNTIL_RELEASE, UNTIL_RELEASE = 20, "until the release"
 """Python calls a layer: compiled functions, torch's own module call and what moving experts takes included; of a layer
 that a card has sent, also the clocks of what stands for the card. Until the release: what the card waits for."""
 USUAL_MOVES, MOST_A_MOVE = 0.2, 30
 """Experts that move in a usual layer of these steps. How many do depends on the machine's pace; each further one may
 take so many calls: a transfer to start, to follow and to report, and a piece of work of its own that waits for it."""
-MOST_AT_ANY_PACE = 58
+MOST_AT_ANY_PACE = 57
 """With slots, where the number of experts that move does not depend on the machine, moves included."""
 CPU_GBPS = 1.0
 """At which experts of the test's size are worth moving."""

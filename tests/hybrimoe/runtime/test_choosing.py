@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_kernels import Accelerator
 from hybrimoe.bench.overhead import Call, Request, SentContender
 from hybrimoe.machine.profiles import open_hardware
-from hybrimoe.runtime.layer_call import choosing, lanes
+from hybrimoe.runtime import Session
+from hybrimoe.runtime.layer_call import lanes
 from scheduler import LaneState, LayerPlan, Planner
 
 N_LAYERS, N_STEPS = 6, 60
@@ -30,7 +30,12 @@ TOLD = ("begin_sequence", "begin_step", "end_transfer", "end_layer", "observe")
 class Twins:
     """The planner of a session, and one that lives through the same in parts, by what it is told beside the first."""
 
-    def __init__(self, planner: Planner, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        planner, accelerator, runner = session.planner, session.accelerators[0], session._runner
+        assert isinstance(planner, Planner)
+        assert runner is not None
+        at_once = runner._at_once
+        assert at_once is not None
         self.planner, self.parts = planner, copy.deepcopy(planner)
         self.parts.desk = None
         self.plans: list[tuple[LayerPlan, LayerPlan]] = []
@@ -42,7 +47,7 @@ class Twins:
         self._telling = False
         for name in TOLD:
             monkeypatch.setattr(planner, name, self._both(name))
-        own, chosen, told = choosing.read_and_choose, planner.chosen, planner.end_layer
+        own, chosen, told = at_once.read_and_choose, planner.chosen, planner.end_layer
 
         def read_and_choose(*args: Any) -> Any:
             self.lanes = LaneState(*args[-3:])
@@ -72,7 +77,7 @@ class Twins:
             return launch(replay, awaited, **options)
 
         monkeypatch.setattr(accelerator, "launch", launched)
-        monkeypatch.setattr(choosing, "read_and_choose", read_and_choose)
+        monkeypatch.setattr(at_once, "read_and_choose", read_and_choose)
         monkeypatch.setattr(planner, "chosen", ask_parts)
         monkeypatch.setattr(planner, "end_layer", compare)
 
@@ -133,7 +138,7 @@ def test_plans_and_slots_are_those_of_the_parts(
     contender.run(contender.calls(4))
     planner = contender.session.planner
     assert isinstance(planner, Planner)
-    twins = Twins(planner, contender.session.accelerators[0], monkeypatch)
+    twins = Twins(contender.session, monkeypatch)
     contender.run(recorded_steps(contender) if recorded else contender.calls(N_STEPS))
     assert len(twins.plans) == N_STEPS * N_LAYERS
     for ours, parts in twins.plans:

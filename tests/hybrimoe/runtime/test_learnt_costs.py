@@ -41,7 +41,7 @@ def experts_of_a_layer() -> Experts:
     module = MiniExperts(N_EXPERTS, 0, HIDDEN, 8)
     layer = Layer("experts", experts_layout.read(module).spec("float32"), N_EXPERTS, "hybrid", None, module)
     planner = Planner(1, N_EXPERTS, N_EXPERTS, CostModel.uniform(1, 100.0, OWN_US, 50.0), "static")
-    return Experts([layer], ExpertStore([layer.layer_spec]), planner, StatsRecorder(1))
+    return Experts([layer], ExpertStore([layer.layer_spec]), planner, StatsRecorder(1, layer.num_experts))
 
 
 def call_on_the_accelerator(experts: Experts, n_active: int, launch_us: float) -> None:

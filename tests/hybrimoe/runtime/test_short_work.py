@@ -37,7 +37,7 @@ def space_of_a_layer(n_experts: int = N_EXPERTS) -> CallSpace:
         spec = experts_layout.read(module).spec("float32")
         layers.append(Layer("experts", spec, number, "hybrid", None, module))
     store = ExpertStore([layer.layer_spec for layer in layers])
-    return Experts(layers, store, None, StatsRecorder(2)).spaces[0]
+    return Experts(layers, store, None, StatsRecorder(2, 8)).spaces[0]
 
 
 def layer_work(*tensors: torch.Tensor) -> LayerWork:

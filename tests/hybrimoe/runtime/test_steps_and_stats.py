@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hybrimoe.runtime.layer_call.stats import Counters, StatsRecorder
+from hybrimoe.runtime.layer_call import tallies
+from hybrimoe.runtime.layer_call.stats import COUNTED, Counters, StatsRecorder
 from hybrimoe.runtime.layer_call.steps import Step, StepTracker
 from scheduler import LayerPlan, SlotState, SlotTable, Transfer
 
@@ -54,7 +55,7 @@ def table_with(resident: list[int], in_flight: list[int]) -> SlotTable:
 
 
 def test_hits_misses_and_late_prefetches() -> None:
-    recorder = StatsRecorder(2)
+    recorder = StatsRecorder(2, 8)
     counters = recorder.of("decode", 1)
     recorder.demand(counters, 1, np.array([1, 2, 3, 5], np.int32), 1, (table_with([1, 5, 7], [3]), 1))
     assert (counters.hits, counters.misses, counters.late_prefetches) == (2, 2, 1)
@@ -65,7 +66,7 @@ def test_hits_misses_and_late_prefetches() -> None:
 
 
 def test_a_prefetch_is_used_by_the_first_demand_and_wasted_by_eviction() -> None:
-    recorder = StatsRecorder(2)
+    recorder = StatsRecorder(2, 8)
     issued = recorder.of("decode", 0)
     moves = tuple(Transfer(1, expert, expert, None, "prefetch", 1.0, True) for expert in (3, 4, 5))
     recorder.moved(issued, LayerPlan(0, 0, (), (), (), (), moves, 0.0), (100, 200))
@@ -85,7 +86,7 @@ def test_rates_of_nothing_are_unknown_not_zero() -> None:
 
 
 def test_calls_that_were_only_kept_are_in_every_sum_once_and_gone_after_a_reset() -> None:
-    stats = StatsRecorder(2)
+    stats = StatsRecorder(2, 8)
     stats.whole += [("decode", 1, 1, 4, 5_000, 7_000), ("prefill", 0, 3, 6, 1_000, 1_000)]
     for _ in range(2):
         by_phase, by_layer = stats.by_phase(), stats.by_layer()
@@ -105,3 +106,15 @@ def test_an_announced_step_is_new_whichever_layer_comes() -> None:
     assert tracker.last_layer > 1 << 30, "no layer goes on with the step"
     assert tracker.next(5, 1) == Step("decode", new=True, new_sequence=False)
     assert tracker.next(6, 1) == Step("decode", new=False, new_sequence=False)
+
+
+def test_compiled_code_counts_in_the_columns_of_these_names() -> None:
+    assert len(COUNTED) == tallies.N_TALLIES
+    for place, name in enumerate(COUNTED[: tallies.WALL_US + 1]):
+        assert getattr(tallies, name.upper()) == place
+    counters = Counters(calls=2, wall_us=1.5)
+    assert (counters.calls, counters.wall_us, type(counters.calls), type(counters.wall_us)) == (2, 1.5, int, float)
+    assert repr(counters) == "Counters(calls=2, wall_us=1.5)"
+    counters.hits += 3
+    assert counters.since(Counters(calls=1)).as_dict()["hits"] == counters.hits == 3
+    assert counters == Counters(calls=2, hits=3, wall_us=1.5)

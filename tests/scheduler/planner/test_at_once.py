@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scheduler import CostModel, LaneState, LayerDemand, LayerEnded, ObservedTask, Planner, Transfer, TransferEnded
 from scheduler.demand import Prediction
 from scheduler.errors import SchedulerError
+from scheduler.planner.open_plans import FIRST_DEPTH
 
 N_LAYERS, N_EXPERTS = 4, 12
 
@@ -112,6 +113,28 @@ def test_the_one_call_is_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     twin.random = np.random.default_rng(1)
     demand = LayerDemand(0, "decode", 1, np.arange(3, dtype=np.int32), np.ones(3, np.int32), np.zeros(12, np.float32))
     assert len(twin.both[0].plan_layer(demand).cpu) + len(twin.both[0].plan_layer(demand).accel) == 3
+
+
+def test_more_plans_of_a_layer_are_open_than_there_was_room_for() -> None:
+    """Each is ended once, oldest first, and then there is none."""
+    twin = Twin(3, 16, 3, fixed=False)
+    twin.step(1)
+    twin.land(twin.under_way)
+    n_plans, random = 3 * FIRST_DEPTH, np.random.default_rng(2)
+    for _ in range(n_plans):
+        twin.told("begin_step", "decode", 1)
+        active = np.sort(random.choice(N_EXPERTS, 3, replace=False)).astype(np.int32)
+        demand = LayerDemand(0, "decode", 1, active, np.ones(3, np.int32), np.zeros(N_EXPERTS, np.float32))
+        plan = twin.told("plan_layer", demand, LaneState())
+        twin.land([*plan.transfers, *plan.prefetches])
+        twin.compare()
+    assert twin.both[0].slots.pins.sum() > 0
+    for _ in range(n_plans):
+        twin.told("on_event", LayerEnded(2))
+        twin.compare()
+    assert twin.both[0].slots.pins.sum() == 0
+    with pytest.raises(SchedulerError, match="no plan of it is open"):
+        twin.both[0].on_event(LayerEnded(2))
 
 
 @settings(max_examples=20, deadline=None)
