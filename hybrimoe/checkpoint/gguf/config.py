@@ -32,7 +32,7 @@ def shared_config(fields: Fields, *, mixed: bool = False) -> dict[str, Any]:
     return {
         "num_hidden_layers": num_hidden_layers(fields),
         "hidden_size": fields.whole("embedding_length"),
-        "intermediate_size": fields.whole("feed_forward_length", 1),
+        "intermediate_size": (fields.most_whole if mixed else fields.whole)("feed_forward_length", 1),
         "num_attention_heads": head_count,
         "num_key_value_heads": kv_heads("attention.head_count_kv", head_count),
         "max_position_embeddings": fields.whole("context_length"),

@@ -1,5 +1,6 @@
 """One table: for each architecture of llama.cpp the model type of transformers, what its metadata are in the
-configuration, and which parameters its tensors make (`places` has the words of it, `mixed_layers` a part).
+configuration, and which parameters its tensors make (`places` has the words of it, `mixed_layers` and
+`recurrent_layers` are parts).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
 from hybrimoe.checkpoint.gguf.fields import Fields
 from hybrimoe.checkpoint.gguf.mixed_layers import MIXED
 from hybrimoe.checkpoint.gguf.places import (
+    GRANITE,
     LATENT_ATTENTION,
     PERMUTED_HEADS,
     SIGMOID,
@@ -18,7 +20,6 @@ from hybrimoe.checkpoint.gguf.places import (
     Place,
     attention_bias,
     expert_counts,
-    expert_places,
     expert_size,
     linear_places,
     mlp_places,
@@ -26,6 +27,7 @@ from hybrimoe.checkpoint.gguf.places import (
     partly_rotated,
     rope,
 )
+from hybrimoe.checkpoint.gguf.recurrent_layers import RECURRENT
 
 
 def _mixtral(fields: Fields) -> dict[str, Any]:
@@ -217,7 +219,6 @@ def _minimax(fields: Fields) -> dict[str, Any]:
     }
 
 
-_SPARSE = "block_sparse_moe"  # what the feed-forward part is called in Granite
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(_mixtral, PERMUTED_HEADS),
     "olmoe": Family(_olmoe),
@@ -248,16 +249,7 @@ FAMILIES: Mapping[str, Family] = {
             Place("mlp.experts.down_proj_bias", ("ffn_down_exps.bias",)),
         ),
     ),
-    "granitemoe": Family(
-        _granite,
-        (
-            *PERMUTED_HEADS,
-            Place(f"{_SPARSE}.router.weight", ("ffn_gate_inp.weight",)),
-            *expert_places(f"{_SPARSE}.experts"),
-            Place("shared_mlp.input_linear.weight", ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), "rows joined"),
-            Place("shared_mlp.output_linear.weight", ("ffn_down_shexp.weight",)),
-        ),
-    ),
+    "granitemoe": Family(_granite, GRANITE),
     "ernie4_5-moe": Family(
         _ernie, (Place("mlp.gate.moe_statics.e_score_correction_bias", ("exp_probs_b.bias",), "a row"),)
     ),
@@ -273,6 +265,7 @@ FAMILIES: Mapping[str, Family] = {
     "hy_v3": Family(_hy_v3, (Place("mlp.e_score_correction_bias", ("exp_probs_b",)),)),
     "minimax-m2": Family(_minimax, (Place("mlp.e_score_correction_bias", ("exp_probs_b.bias",)),)),
     **MIXED,
+    **RECURRENT,
 }
 """By `general.architecture`."""
 

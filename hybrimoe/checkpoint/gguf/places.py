@@ -2,7 +2,7 @@
 
 Names on the right of a place are those of parameters in transformers' model (its `state_dict`), where the experts of a
 layer are one tensor. What llama.cpp's conversion changed (rows of q and k permuted, gate and up taken apart, kv_b
-split) is named as an arrangement; `weights` undoes it.
+split) is named as an arrangement; `arrangements` undoes it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from hybrimoe.checkpoint.gguf.fields import Fields
 
 Arrangement = Literal[
     "as it is", "rows joined", "transposed", "interleaved", "interleaved, transposed", "a row", "a channel",
-    "heads of q", "heads of k", "heads of k and v",
+    "heads of q", "heads of k", "heads of k and v", "less one", "log of minus", "by key head", "values by key head",
+    "columns of values by key head", "values by key head, log of minus", "last values by key head",
+    "channels, last values by key head", "channels joined", "flat", "flat, log of minus", "by head, log of minus",
 ]  # fmt: skip
-"""How a parameter is made from its tensors; see `hybrimoe.checkpoint.gguf.weights`."""
+"""How a parameter is made from its tensors; see `hybrimoe.checkpoint.gguf.arrangements`."""
 
 SIGMOID = 2  # of llama.cpp's gating functions; 1 is softmax
 
@@ -91,6 +93,13 @@ PERMUTED_HEADS = (
     *linear_places("attn_k", "self_attn.k_proj", "heads of k"),
 )
 """llama.cpp rotates neighbours, transformers halves: its conversion permuted the rows of q and k for that."""
+GRANITE = (
+    *PERMUTED_HEADS,
+    Place("block_sparse_moe.router.weight", ("ffn_gate_inp.weight",)),
+    *expert_places("block_sparse_moe.experts"),
+    Place("shared_mlp.input_linear.weight", ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), "rows joined"),
+    Place("shared_mlp.output_linear.weight", ("ffn_down_shexp.weight",)),
+)
 LATENT_ATTENTION = (
     Place("self_attn.q_a_proj.weight", ("attn_q_a.weight",)),
     Place("self_attn.q_a_layernorm.weight", ("attn_q_a_norm.weight",)),

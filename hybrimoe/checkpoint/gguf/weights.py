@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
+from hybrimoe.checkpoint.gguf.arrangements import Join, join_of
 from hybrimoe.checkpoint.gguf.config import num_hidden_layers
 from hybrimoe.checkpoint.gguf.decoding import DecodedTensor
 from hybrimoe.checkpoint.gguf.families import family_of
 from hybrimoe.checkpoint.gguf.fields import Fields
 from hybrimoe.checkpoint.gguf.file import GgufModel, GgufTensor
-from hybrimoe.checkpoint.gguf.places import SHARED_PLACES, WHOLE_MODEL, Arrangement, Place
+from hybrimoe.checkpoint.gguf.places import SHARED_PLACES, WHOLE_MODEL, Place
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 
 LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
 UNUSED = re.compile(r"^(blk\.\d+\.attn_rot_embd|rope_freqs)\.")
 """Tables of rotary embeddings in old files, which the configuration gives as well."""
-
-Join = Callable[..., torch.Tensor]
-"""Takes the tensors of a place, whole or one entry [1, ...] of each, and gives the parameter, whole or its entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,38 +120,7 @@ def _placed(
         if all(part in left for part in place.parts):
             parts = tuple(DecodedTensor(left.pop(part)) for part in place.parts)
             as_it_is = place.how == "as it is"
-            found[prefix + place.target] = parts[0] if as_it_is else ArrangedTensor.of(parts, _join(place.how, config))
+            found[prefix + place.target] = (
+                parts[0] if as_it_is else ArrangedTensor.of(parts, join_of(place.how, config))
+            )
     return found | {prefix + name: DecodedTensor(tensor) for name, tensor in left.items()}
-
-
-def _join(how: Arrangement, config: Mapping[str, Any]) -> Join:
-    match how:
-        case "heads of q":
-            return partial(_halves, heads=config["num_attention_heads"])
-        case "heads of k":
-            return partial(_halves, heads=config["num_key_value_heads"])
-        case _:
-            return JOINS[how]
-
-
-def _halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from neighbours that are rotated together to first and second half."""
-    pairs = tensor.shape[0] // heads // 2
-    return tensor.reshape(heads, pairs, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-
-
-def _keys_and_values(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """[heads, rank, d_k] and [heads, d_v, rank] -> kv_b [heads x (d_k + d_v), rank]."""
-    return torch.cat([k.transpose(1, 2), v], dim=1).flatten(0, 1)
-
-
-JOINS: dict[str, Join] = {
-    "rows joined": lambda gate, up: torch.cat([gate, up], dim=-2),
-    "transposed": lambda tensor: tensor.transpose(-1, -2),
-    "interleaved": lambda gate, up: torch.stack([gate, up], dim=-1).flatten(-2),
-    "interleaved, transposed": lambda gate, up: torch.stack([gate, up], dim=-2).flatten(-3, -2).transpose(-1, -2),
-    "a channel": lambda tensor: tensor.unsqueeze(1),
-    "a row": lambda tensor: tensor.reshape(1, -1),
-    "heads of k and v": _keys_and_values,
-}
-"""By the names of the table; the joins of heads are made for a number of heads."""

@@ -18,6 +18,9 @@ import torch
 from gguf import MODEL_ARCH, ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter, RopeScalingType
 from safetensors.torch import load_file
 
+from .recurrent_scripts import RECURRENT
+
+SCRIPTS = RECURRENT
 ARCHITECTURES = {
     "mixtral": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA],
     "olmoe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.OLMOE],
@@ -39,13 +42,26 @@ ARCHITECTURES = {
     "hy_v3": "hy_v3",
     "mellum": "mellum",
     "minimax_m2": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.MINIMAXM2],
+    **{family: script.architecture for family, script in SCRIPTS.items()},
 }
-"""transformers' model type -> llama.cpp's architecture."""
-NAMED_AS = {"hy_v3": MODEL_ARCH.DOTS1, "mellum": MODEL_ARCH.QWEN3MOE}
+"""transformers' model type, or a family that has more than one -> llama.cpp's architecture."""
+NAMES = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+NAMED_AS = {
+    "hy_v3": MODEL_ARCH.DOTS1,
+    "mellum": MODEL_ARCH.QWEN3MOE,
+    **{script.architecture: NAMES[script.named_as or script.architecture] for script in SCRIPTS.values()},
+}
 """Architectures that are newer than the package, and those whose tensors have the same names."""
+STACKED: dict[str, Callable[[str], str]] = {
+    "lfm2_moe": lambda key: key.removeprefix("model."),
+    "jamba": lambda key: key.replace("feed_forward", "mlp"),
+}
+"""Names of stacked experts that the script chooses."""
 ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight$")
 SIGMOID = ("deepseek_v3", "glm4_moe", "dots1", "minimax_m2", "exaone_moe", "lfm2_moe", "hy_v3")
 WINDOWED = ("gpt_oss", "afmoe", "exaone_moe", "mellum")
+N_LAYERS = 4
+"""Of a configuration that names kinds of layers only."""
 F32 = GGMLQuantizationType.F32
 
 
@@ -63,17 +79,17 @@ def to_gguf(
     tensors = {key: value for file in sorted(directory.glob("*.safetensors")) for key, value in load_file(file).items()}
     architecture = architecture or ARCHITECTURES[config["model_type"]]
     writer = GGUFWriter(str(path), architecture, split_max_tensors=split)
-    describe(writer, config)
+    script = next((script for script in SCRIPTS.values() if script.architecture == architecture), None)
+    (script.describe if script else describe)(writer, config)
     if architecture == "qwen3vlmoe":
         writer.add_rope_dimension_sections([2, 1, 1, 0])  # of half a head
         writer.add_num_deepstack_layers(0)
     (tokenizer or (lambda writer: writer.add_tokenizer_model("no_vocab")))(writer)
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()} | NAMED_AS
-    names = gguf.get_tensor_name_map(known[architecture], config["num_hidden_layers"])
-    for key, tensor in converted(tensors, config):
+    names = gguf.get_tensor_name_map((NAMES | NAMED_AS)[architecture], config.get("num_hidden_layers", N_LAYERS))
+    for key, tensor in converted(tensors, config, script.modified if script else modified):
         name = key if key.startswith("blk.") else names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"llama.cpp has no name for {key}"
-        small = tensor.dim() == 1 or "ffn_gate_inp" in name
+        small = tensor.dim() == 1 or ".ssm_" in name or "ffn_gate_inp" in name
         values = tensor.float().contiguous().numpy()
         if small or kind == F32:
             writer.add_tensor(name, values, raw_dtype=F32)
@@ -86,7 +102,11 @@ def to_gguf(
     return next(iter(sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))), path)
 
 
-def converted(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def converted(
+    tensors: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    modified: Callable[..., Iterator[tuple[str, torch.Tensor]]],
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) as the scripts hand them to the writer: experts stacked, then what `modify_tensors` does."""
     stacks: dict[str, dict[int, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -96,8 +116,8 @@ def converted(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Itera
         else:
             stacks.setdefault(f"{expert[1]}.{expert[3]}.weight", {})[int(expert[2])] = tensor
     for key, experts in stacks.items():
-        name = key.removeprefix("model.") if "feed_forward" in key else key  # as the script of LFM2 does
-        yield name, torch.stack([experts[index] for index in range(len(experts))])
+        name = STACKED.get(config["model_type"], str)(key)
+        yield from modified(name, torch.stack([experts[index] for index in range(len(experts))]), config)
 
 
 def modified(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

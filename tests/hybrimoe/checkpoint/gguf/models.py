@@ -40,6 +40,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},  # llama.cpp takes one for both
         },
     },
+    "kimi_linear": {  # llama.cpp asks for no rank, and takes one epsilon for all norms
+        "q_lora_rank": None, "mlp_layer_types": ["dense", "sparse"], "rms_norm_eps": 1e-6,
+    },
+    "nemotron_h": {"sliding_window": None},
+    "granitemoehybrid": {"mamba_n_groups": 2, "attention_multiplier": 0.5, "residual_multiplier": 0.25},
+    "jamba": {
+        "num_hidden_layers": 4, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+    },
     "ernie4_5_moe": {"tie_word_embeddings": True},
     "granitemoe": {
         "attention_multiplier": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.25, "logits_scaling": 4.0,
@@ -48,6 +57,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """What a family has beyond `tiny_families`, so that more of its metadata and tensors matter."""
 TEXT_OF = {"qwen3_vl_moe": "qwen3_moe"}
 """Families that see, and the one that is their text."""
+ENLARGED = {"kimi_linear": ("conv1d", "kv_a_proj")}
+"""Weights that are too small in a new model: llama.cpp adds another epsilon to the norms of what they give."""
+LARGER = 100.0
 NOISE = 0.2  # on norms and biases, which are ones and zeros in a new model
 
 
@@ -62,6 +74,7 @@ def saved_model(family: str, folder: Path) -> Path:
     finally:
         FAMILIES[family] = tiny
     _make_every_vector_matter(model)
+    _enlarge(model, ENLARGED.get(family, ()))
     model.save_pretrained(folder / "model")
     return folder / "model"
 
@@ -78,6 +91,13 @@ def _make_every_vector_matter(model: PreTrainedModel) -> None:
         for name, values in (*model.named_parameters(), *buffers):
             if values.dim() == 1 or "e_score" in name:
                 values.add_(NOISE * torch.randn(values.shape, generator=generator))
+
+
+def _enlarge(model: PreTrainedModel, parts: tuple[str, ...]) -> None:
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if any(part in name for part in parts):
+                values.mul_(LARGER)
 
 
 def letters(writer: gguf.GGUFWriter, n_tokens: int = 96) -> None:
