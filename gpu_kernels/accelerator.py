@@ -63,6 +63,8 @@ class LayerWork:
     `like`: a contiguous host tensor of T * H values, float32 or bfloat16: the output's dtype, and its shape where rows
     are added on the host. None: float32 [T, H].
     `out`: where rows are added on the host, a tensor like `like` for the sum; None: one is made for it.
+    `in_turn`: (slots, positions) of all experts that `run_experts` will be given piece by piece, in this order, so that
+    a device is sent what it needs for them at once. None: not known, or one piece.
     `device_state`: the accelerator's own tensors for this call (rows, indices) when it has its own memory.
     """
 
@@ -75,6 +77,7 @@ class LayerWork:
     weights: npt.NDArray[np.float32] | None = None
     like: torch.Tensor | None = None
     out: torch.Tensor | None = None
+    in_turn: tuple[Sequence[int], Sequence[int]] | None = None
     device_state: object | None = None
 
 

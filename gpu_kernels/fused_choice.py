@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,10 @@ AGREEMENT = 1e-4
 which cut digits off within a sum, were seen to differ by 1.2e-5 (H200, 16 tokens of bfloat16 experts)."""
 
 
+Prepared = dict[ExpertSpec, torch.Tensor]
+"""A call's hidden states as the kernels for a kind of experts read them."""
+
+
 def agreement(spec: ExpertSpec) -> float:
     """Allowed ``max |y - reference| / max |reference|`` of the fused kernels.
 
@@ -34,7 +38,8 @@ def agreement(spec: ExpertSpec) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Experts of one call as device tensors; see `gpu_kernels.triton.fused.run_group`."""
+    """Experts of one call as device tensors; see `gpu_kernels.triton.fused.run_group`. A part of a group
+    has the whole one's `rows`, of which its own begin at `first_row`, and shares what is `prepared` for all parts."""
 
     slot_ids: torch.Tensor
     offsets: torch.Tensor
@@ -44,6 +49,21 @@ class Group:
     weights: torch.Tensor
     top_k: int
     out: torch.Tensor
+    prepared: Prepared | None = None
+    first_row: int = 0
+
+    @property
+    def own_rows(self) -> torch.Tensor:
+        """Those of `rows` that are the group's."""
+        return self.rows[self.first_row : self.first_row + sum(self.n_tokens)]
+
+    def part(self, begin: int, n_experts: int) -> Group:
+        """Some of the experts, from `begin` on."""
+        end = begin + n_experts
+        return replace(
+            self, slot_ids=self.slot_ids[begin:end], offsets=self.offsets[begin : end + 1],
+            n_tokens=self.n_tokens[begin:end], first_row=self.first_row + sum(self.n_tokens[:begin]),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +163,9 @@ class FusedChoice:
         problem = self._try(spec, slots, group)
         if problem is None and self._right.get(kernel):
             return
-        rows = group.out[group.rows].clone()
+        rows = group.out[group.own_rows].clone()
         by_torch()
-        expected = group.out[group.rows]
+        expected = group.out[group.own_rows]
         wait_for_stream(group.out.device, "the first run of a kernel")
         if problem is None and not torch.isfinite(expected).all():
             return  # nothing to compare with: the next group tells
@@ -196,7 +216,9 @@ class FusedChoice:
 
     def _launch(self, spec: ExpertSpec, slots: torch.Tensor, group: Group) -> None:
         cuts = self.cuts(spec, group.n_tokens)
-        more = {} if cuts is None else {"cuts": cuts}
+        more: dict[str, Any] = {} if cuts is None else {"cuts": cuts}
+        if group.prepared is not None:
+            more["prepared"] = group.prepared
         self.module.run_group(
             spec, slots, group.slot_ids, group.offsets, group.rows, group.n_tokens, group.hidden, group.weights,
             group.top_k, group.out, **more,

@@ -14,8 +14,8 @@ import torch
 from cpu_kernels import page_aligned
 
 
-def page_locked(n_bytes: int) -> npt.NDArray[np.uint8]:
-    """uint8 [n_bytes] of zeros at a page boundary, on huge pages where the system has them, page-locked.
+def page_locked(n_bytes: int, what: str = "experts") -> npt.NDArray[np.uint8]:
+    """uint8 [n_bytes] of zeros for `what` at a page boundary, on huge pages where the system has them, page-locked.
 
     torch's own page-locked allocations round up to a power of two (23.6 GiB of experts would take 32 GiB). So the
     memory is ours, and the device's runtime (CUDA, ROCm) is asked to lock it; where there is no such call (XPU) torch
@@ -27,9 +27,9 @@ def page_locked(n_bytes: int) -> npt.NDArray[np.uint8]:
         return page_aligned(n_bytes)
     runtime = getattr(torch.get_device_module(device), "cudart", None)
     if runtime is None:
-        return _allocated_by_torch(n_bytes)
+        return _allocated_by_torch(n_bytes, what)
     memory = page_aligned(n_bytes)
-    _lock(memory, runtime(), device)
+    _lock(memory, runtime(), device, what)
     return memory
 
 
@@ -44,7 +44,7 @@ def unlock(memory: npt.NDArray[np.uint8]) -> None:
         lock()
 
 
-def _lock(memory: npt.NDArray[np.uint8], runtime: Any, device: torch.device) -> None:
+def _lock(memory: npt.NDArray[np.uint8], runtime: Any, device: torch.device, what: str) -> None:
     """Locks the pages of `memory` until it is freed."""
     address = memory.ctypes.data
     code = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
@@ -54,21 +54,21 @@ def _lock(memory: npt.NDArray[np.uint8], runtime: Any, device: torch.device) -> 
         return
     with contextlib.suppress(RuntimeError):  # the failed call's error would else be blamed on the next kernel
         torch.zeros(1, device=device).add_(1)
-    _warn(memory.nbytes, f"error {code} of the device's runtime")
+    _warn(memory.nbytes, what, f"error {code} of the device's runtime")
 
 
-def _allocated_by_torch(n_bytes: int) -> npt.NDArray[np.uint8]:
+def _allocated_by_torch(n_bytes: int, what: str) -> npt.NDArray[np.uint8]:
     try:
         memory: npt.NDArray[np.uint8] = torch.zeros(n_bytes, dtype=torch.uint8, pin_memory=True).numpy()
     except RuntimeError as error:
-        _warn(n_bytes, str(error))
+        _warn(n_bytes, what, str(error))
         return page_aligned(n_bytes)
     return memory
 
 
-def _warn(n_bytes: int, reason: str) -> None:
+def _warn(n_bytes: int, what: str, reason: str) -> None:
     warnings.warn(
-        f"{n_bytes / 2**30:.2f} GiB of experts could not be page-locked ({reason}): transfers to the accelerator take a"
+        f"{n_bytes / 2**30:.2f} GiB of {what} could not be page-locked ({reason}): transfers to the accelerator take a"
         " copy on the host first and are slower. Raise the limit of locked memory (ulimit -l; in WSL2 the memory of the"
         " virtual machine), or choose a smaller expert_dtype",
         RuntimeWarning,

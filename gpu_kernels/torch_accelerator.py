@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -45,12 +45,13 @@ that converts those which are on the device."""
 class DeviceRows:
     """One call's tensors on the device: hidden float32 [T, H], routing weights float32 [T * top_k], and result rows
     float32 [T * top_k, H], 0 where there is no expert. `row_ids` int64: those with one, expert by expert, once they
-    were asked for."""
+    were asked for. `whole`: the group of all experts `LayerWork.in_turn`."""
 
     hidden: torch.Tensor
     weights: torch.Tensor
     rows: torch.Tensor
     row_ids: torch.Tensor | None = None
+    whole: Group | None = None
 
 
 class TorchAccelerator:
@@ -177,11 +178,22 @@ class TorchAccelerator:
                 return self._combine_by_torch(work, state, rows).to(dtype)
             host_rows = source = None
             if rows.size:
-                places = np.full(len(state.rows), -1, np.int32)
-                places[rows] = np.arange(rows.size, dtype=np.int32)
-                host_rows, source = self._uploads.send(work.host_rows[rows], places)
+                host_rows, source = self._host_rows(work, state, rows)
             given = RowsOfCall(state.rows, host_rows, source, work.dispatch.top_k, dtype)
             return self._fused.combine(given, lambda: self._combine_by_torch(work, state, rows).to(dtype))
+
+    def _host_rows(
+        self, work: LayerWork, state: DeviceRows, rows: npt.NDArray[np.int64]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `FusedChoice.combine` takes of the CPU lane's rows: page-locked ones where they are."""
+        places = np.full(len(state.rows), -1, np.int32)
+        held = torch.from_numpy(work.host_rows)
+        if held.is_pinned():
+            places[rows] = rows
+            return held, self._uploads.send(places)[0]
+        places[rows] = np.arange(rows.size, dtype=np.int32)
+        sent, source = self._uploads.send(work.host_rows[rows], places)
+        return sent, source
 
     def _combine_by_torch(self, work: LayerWork, state: DeviceRows, host_rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """The sum float32 [T, H]. `host_rows`: the CPU lane's rows, which are filled in first."""
@@ -321,11 +333,24 @@ class TorchAccelerator:
     def _send(
         self, spec: ExpertSpec, slots: Sequence[int], positions: list[int], work: LayerWork
     ) -> tuple[DeviceRows, Group | None]:
-        """The call's tensors, and what the fused kernels need (None where they are not to run), by one upload."""
-        starts = work.dispatch.offsets
-        n_tokens = [int(starts[position + 1] - starts[position]) for position in positions]
+        """The call's tensors, and what the fused kernels need (None where they are not to run), by one upload: of all
+        experts that come in turn, with the first of them."""
+        n_tokens = _tokens_of(work, positions)
         if self._fused is None or not self._fused.accepts(spec, n_tokens):
             return self._enter(work)[0], None
+        if work.in_turn is None:
+            return self._upload(work, slots, positions, n_tokens)
+        all_slots, everyone = work.in_turn
+        state = self._enter(work)[0]
+        if state.whole is None:
+            state, whole = self._upload(work, all_slots, everyone, _tokens_of(work, everyone))
+            state.whole = replace(whole, prepared={})
+        return state, state.whole.part(everyone.index(positions[0]), len(positions))
+
+    def _upload(
+        self, work: LayerWork, slots: Sequence[int], positions: Sequence[int], n_tokens: list[int]
+    ) -> tuple[DeviceRows, Group]:
+        """A group of experts on the device."""
         state, (slot_ids, offsets, rows) = self._enter(
             work, np.array(slots, np.int32), np.array([0, *accumulate(n_tokens)], np.int32), _rows_of(work, positions)
         )
@@ -408,6 +433,12 @@ def _device_name(device: torch.device) -> str:
 def _stride(slot_bytes: int) -> int:
     """Bytes from one slot to the next."""
     return -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _tokens_of(work: LayerWork, positions: Sequence[int]) -> list[int]:
+    """How many tokens the experts at `positions` have."""
+    starts = work.dispatch.offsets
+    return [int(starts[position + 1] - starts[position]) for position in positions]
 
 
 def _rows_of(work: LayerWork, positions: Sequence[int]) -> npt.NDArray[np.int64]:

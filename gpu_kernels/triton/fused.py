@@ -75,20 +75,28 @@ def block_tokens(n_tokens: list[int]) -> int:
 def run_group(
     spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor,
     n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int, out: torch.Tensor, *,
-    cuts: Cuts | None = None,
+    cuts: Cuts | None = None, prepared: dict[ExpertSpec, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Computes the rows of a group of experts.
 
     slots uint8 [n_slots, stride]; slot_ids int32 [n], negative: an expert that is left out; rows int64 [R]: the group's
-    rows, expert by expert, with offsets int32 [n + 1]; n_tokens: rows of each expert; hidden float32 [T, H]; weights
-    float32 [T * top_k]; out float32 [T * top_k, H], of which exactly the given rows are written, less those left out.
-    cuts: of `candidates`, by default the first.
+    rows, expert by expert, with offsets int32 [n + 1] into them, which may pass over some; n_tokens: rows of each
+    expert; hidden float32 [T, H]; weights float32 [T * top_k]; out float32 [T * top_k, H], of which exactly the rows of
+    these experts are written, less those left out.
+    cuts: of `candidates`, by default the first. prepared: where groups with the same `hidden` keep how the kernels for
+    many tokens read it.
     """
     layout, device = spec.layout, hidden.device
     words = slots.view(torch.int32)
     block = block_tokens(n_tokens)
     cuts = cuts or candidates(spec, block, device)[0]
-    x, inner = _activations(spec, block, hidden, rows.numel(), cuts.overlap)
+    shared = None if block <= FEW_TOKENS else prepared
+    inner = _rows(spec, rows.numel(), layout.inter_padded, device)
+    x = None if shared is None else shared.get(spec)
+    if x is None:
+        x = _activations(spec, block, hidden, cuts.overlap)
+        if shared is not None:
+            shared[spec] = x
     group = words, words.stride(0) * WORD_BYTES // LINE_BYTES, slot_ids, offsets, rows
     up = [
         *group, x, inner, x.stride(0) // QUAD, inner.stride(0) // QUAD, spec.hidden, spec.inter,
@@ -141,23 +149,20 @@ def on_nvidia(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def _activations(
-    spec: ExpertSpec, block: int, hidden: torch.Tensor, n_rows: int, overlap: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The input as the kernels read it, and memory for the intermediate of n_rows rows."""
+def _activations(spec: ExpertSpec, block: int, hidden: torch.Tensor, overlap: bool) -> torch.Tensor:
+    """The input as the kernels read it."""
     layout, quantised = spec.layout, is_quantised(spec.dtype)
-    inner = _rows(spec, n_rows, layout.inter_padded, hidden.device)
     if not needs_preparation(spec, block):
         if spec.hidden % QUAD or hidden.data_ptr() % (QUAD * WORD_BYTES):
             hidden = functional.pad(hidden, (0, -spec.hidden % QUAD + QUAD))  # a copy in any case
-        return hidden, inner
+        return hidden
     x = _rows(spec, len(hidden), layout.hidden_padded, hidden.device)
     n_blocks = layout.hidden_padded // BLOCK_COLUMNS
     formats.prepare_kernel[(len(hidden), -(-n_blocks * GROUPS // formats.PREPARED_GROUPS))](
         hidden, x, spec.hidden, n_blocks, x.stride(0) // QUAD,
         QUANTISED=quantised, GROUPS=formats.PREPARED_GROUPS, OVERLAP=overlap, num_warps=4, **COMPILED_WITH,
     )  # fmt: skip
-    return x, inner
+    return x
 
 
 def _rows(spec: ExpertSpec, n_rows: int, n_columns: int, device: torch.device) -> torch.Tensor:

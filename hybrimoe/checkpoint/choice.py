@@ -11,6 +11,8 @@ from hybrimoe.checkpoint.stored import Storage
 
 FLOAT_DTYPE: ExpertDtype = "bfloat16"
 """For experts that are not quantised: exact for most checkpoints, whose weights are bfloat16."""
+CODES: tuple[ExpertDtype, ...] = ("int2", "int3", "int4", "int5", "int6", "int8")
+"""What a quantised file may suit. Codes of fewer bits stay in records for more of them, but for int8, which rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +26,14 @@ class ExpertChoice:
 def choose_expert_dtype(wanted: ExpertDtype | None, sources: Iterable[LayerSource]) -> ExpertChoice:
     """The dtype for the experts of `sources`. wanted: what somebody says; None to follow the file.
 
-    Of experts that are quantised in several ways, or of which some are not, it is one that suits all, and at most int8.
+    Of experts that are quantised in several ways it is one that suits all: of several numbers of bits, whose codes stay
+    in records for more of them, that for most; else, or where some experts are not quantised, int8.
     """
     found = {storage for source in sources for storage in source.storages()}
     quantised = sorted((storage for storage in found if storage.suits is not None), key=lambda storage: storage.name)
     if not quantised:
         return ExpertChoice(wanted or FLOAT_DTYPE)
-    suited = {storage.suits for storage in quantised if storage.suits is not None}
-    followed: ExpertDtype = suited.pop() if len(suited) == 1 and len(found) == len(quantised) else "int8"
+    followed = _one_for_all(storage.suits for storage in quantised) if len(found) == len(quantised) else "int8"
     names = "; ".join(storage.name for storage in quantised)
     if wanted is not None and wanted != followed:
         return ExpertChoice(
@@ -42,10 +44,23 @@ def choose_expert_dtype(wanted: ExpertDtype | None, sources: Iterable[LayerSourc
     )
 
 
+def _one_for_all(suited: Iterable[ExpertDtype | None]) -> ExpertDtype:
+    """The dtype in which what suits one of these loses least: itself, or that for most bits."""
+    dtypes = sorted({dtype for dtype in suited if dtype is not None}, key=CODES.index)
+    return dtypes[-1]
+
+
+def _keeps(storage: Storage, dtype: ExpertDtype) -> bool:
+    """Whether experts that are stored so are not rounded again as `dtype`."""
+    if storage.suits is None or dtype == storage.suits:
+        return True
+    return dtype != CODES[-1] and CODES.index(storage.suits) < CODES.index(dtype)
+
+
 def _change(followed: ExpertDtype, quantised: Iterable[Storage]) -> str:
-    changes = {storage.remark if storage.suits == followed else "rounded again" for storage in quantised}
+    changes = {storage.remark if _keeps(storage, followed) else "rounded again" for storage in quantised}
     text = "; ".join(sorted(changes))
-    if followed == "int4" or "rounded again" not in changes:
+    if "rounded again" not in changes:
         return text
     return f"{text}, by less than int4 would (--dtype int4 takes half the memory)"
 

@@ -75,7 +75,7 @@ def check_config(place: object, config: PreTrainedConfig) -> None:
     """Raises ModelError for numbers of a language model that fit no forward: sizes, windows of attention, experts and
     groups of them that are chosen for a token. place: what the error names."""
     text = config.get_text_config()
-    check_sizes(place, {name: getattr(text, name, None) for name in SIZES})
+    check_sizes(place, {name: _given(text, name) for name in SIZES})
     _check_windows(place, text)
     _check_factors(place, text)
     n_experts = max(_count(text, name) for name in EXPERT_COUNTS)
@@ -168,6 +168,14 @@ def _check_choice(place: object, text: PreTrainedConfig, n_experts: int) -> None
         raise _refused(place, "n_group", groups, expected)
     if kept is not None and not 1 <= kept <= groups:
         raise _refused(place, "topk_group", kept, f"expected 1 to {groups}, the groups that there are (n_group)")
+
+
+def _given(text: PreTrainedConfig, name: str) -> Any:
+    """A value of the configuration; None where it has none, or (as Gemma 4's does by raising) none for all layers."""
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:
+        return None
 
 
 def _count(text: PreTrainedConfig, name: str) -> int:

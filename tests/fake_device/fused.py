@@ -37,9 +37,11 @@ class StreamedKernels:
     def run_group(
         self, spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor,
         rows: torch.Tensor, n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int,
-        out: torch.Tensor,
+        out: torch.Tensor, prepared: dict[ExpertSpec, torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Computes the group's rows into `out`; see `gpu_kernels.triton.fused.run_group`."""
+        if prepared is not None:
+            prepared.setdefault(spec, hidden)
         with self._cards.noting_whole():
             self._run_group(spec, slots, slot_ids, offsets, rows, n_tokens, hidden, weights, top_k, out)
         if self._cards.noted is not None:
@@ -67,7 +69,7 @@ class StreamedKernels:
     ) -> None:  # fmt: skip
         tensors: list[DeviceTensor] = [slots, slot_ids, offsets, rows, hidden, weights, out]  # type: ignore[list-item]
         inner = [tensor.inner for tensor in tensors]
-        at = 0
+        at = int(inner[2][0])
         used = []
         for slot, n in zip(inner[1].tolist(), n_tokens, strict=True):
             part = inner[3][at : at + n]

@@ -42,7 +42,7 @@ def test_parity_in_the_interpreter(dtypes: str) -> None:
     from gpu_kernels.triton.cuts import BLOCK_TOKENS, candidates
 
     other_cuts = sum(len(candidates(dtypes, block, None)) - 1 for block in BLOCK_TOKENS)  # type: ignore[arg-type]
-    assert done.stdout.count("ok") == 11 + other_cuts, done.stdout
+    assert done.stdout.count("ok") == 12 + other_cuts, done.stdout
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Arguments: dtypes, with a comma between them. One line "ok" for each case.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from cpu_kernels import (
 )
 from cpu_kernels import unpack_expert as unpack
 from cpu_kernels.format.layout import is_quantised
+from gpu_kernels.fused_choice import Group
 from gpu_kernels.triton import fused
 from gpu_kernels.triton.cuts import BLOCK_TOKENS, FEW_TOKENS, Cuts, candidates
 
@@ -39,8 +41,9 @@ ACTIVATIONS = (
 )
 SHAPES = ((80, 48), (65, 1), (33, 100), (200, 72), (2080, 64), (64, 1060))
 """(hidden, inter): the last two take several rounds of the loop over columns."""
-GROUPS = ([1], [1, 1], [3, 1], [4], [5, 2], [16], [17, 1], [64], [67, 3], [70, 33, 40])
-"""Tokens of each expert of a group: every block of tokens that there is, alone and mixed, and more than the largest."""
+GROUPS = ([1], [1, 1], [3, 1], [4], [5, 2], [16], [17, 1], [64], [67, 3], [70, 33, 40], [9, 12])
+"""Tokens of each expert of a group: every block of tokens that there is, alone and mixed, and more than the largest; in
+the last all have the same block, so that its parts can be compared with it."""
 ORDER = 2e-6
 """Relative error between the same sums in another order."""
 TRUNCATED = 1e-5
@@ -89,6 +92,8 @@ def check(spec: ExpertSpec, n_tokens: list[int], cuts: Cuts | None = None) -> No
     weights = torch.rand(n_all, generator=generator)
     out = torch.full((n_all, spec.hidden), float("nan"))
     fused.run_group(spec, slots, slot_ids, offsets, rows, n_tokens, hidden, weights, TOP_K, out, cuts=cuts)
+    if cuts is None:
+        check_parts(Group(slot_ids, offsets, rows, n_tokens, hidden, weights, TOP_K, out), spec, slots)
     tiles_of_bfloat16 = spec.dtype == "bfloat16" and fused.block_tokens(n_tokens) > FEW_TOKENS
     for slot, part in zip(slot_ids.tolist(), torch.split(rows, n_tokens), strict=True):
         record, x = slots[slot, : spec.record_bytes], hidden[part // TOP_K]
@@ -101,6 +106,22 @@ def check(spec: ExpertSpec, n_tokens: list[int], cuts: Cuts | None = None) -> No
     if not out[untouched].isnan().all():
         sys.exit(f"{spec}, {n_tokens}: rows of no expert were written")
     sys.stdout.write("ok\n")
+
+
+def check_parts(group: Group, spec: ExpertSpec, slots: torch.Tensor) -> None:
+    """Expert by expert, with what the parts share, where the same kernel serves both: the group's bits."""
+    n_tokens, out = group.n_tokens, torch.full_like(group.out, float("nan"))
+    if any(fused.block_tokens([n]) != fused.block_tokens(n_tokens) for n in n_tokens):
+        return
+    whole = replace(group, out=out, prepared={})
+    for number in range(len(n_tokens)):
+        part = whole.part(number, 1)
+        fused.run_group(
+            spec, slots, part.slot_ids, part.offsets, part.rows, part.n_tokens, part.hidden, part.weights, TOP_K, out,
+            prepared=part.prepared,
+        )  # fmt: skip
+    if not torch.equal(out.view(torch.int32), group.out.view(torch.int32)):
+        sys.exit(f"{spec}, {n_tokens}: parts of a group give other values than the whole")
 
 
 def same_as(spec: ExpertSpec, n_tokens: list[int], rows: torch.Tensor, expected: torch.Tensor, allowed: float) -> None:

@@ -13,10 +13,9 @@ from functools import partial
 import torch
 
 from hybrimoe.checkpoint.formats.codes import FP4_PER_BYTE, WORD_BITS, fp4_values, n_words, unpack
-from hybrimoe.checkpoint.formats.gptq import RECORD_GROUP
 from hybrimoe.checkpoint.formats.quantisation import Quantisation
 from hybrimoe.checkpoint.formats.scales import E8M0_DTYPES, decoded
-from hybrimoe.checkpoint.formats.source import COLUMN_GROUPS, KEPT, ROUNDED, DecodedSource, Parts, grouped
+from hybrimoe.checkpoint.formats.source import COLUMN_GROUPS, ROUNDED, DecodedSource, Parts, grouped, storage_of_groups
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 
@@ -139,14 +138,9 @@ def _scaled(
 
 
 def _storage(name: str, bits: int, columns: int, parts: Parts) -> Storage:
-    scale = parts["scale"].shape
+    scale, symmetric = parts["scale"].shape, "zero_point" not in parts
     n_groups = scale[-1] if len(scale) > 1 else 1
-    group = -(-columns // n_groups)
-    symmetric, ordered = "zero_point" not in parts, COLUMN_GROUPS in parts
-    ways = ["symmetric" if symmetric else "zero points", *(["act-order"] if ordered else [])]
-    name = f"{name}, {'a scale a row' if n_groups == 1 else f'groups of {group}'}, {', '.join(ways)}"
-    keeps = symmetric and not ordered and bits <= 4 and (n_groups == 1 or group % RECORD_GROUP == 0)
-    return Storage(name, "int4", KEPT) if keeps else Storage(name, "int8", ROUNDED)
+    return storage_of_groups(name, bits, columns, n_groups, symmetric=symmetric, ordered=COLUMN_GROUPS in parts)
 
 
 def _misfit(key: str, parts: Parts, what: str) -> CheckpointError:

@@ -15,15 +15,13 @@ import torch
 
 from hybrimoe.checkpoint.formats.codes import WORD_BITS, n_words, unpack
 from hybrimoe.checkpoint.formats.quantisation import AWQ, Quantisation
-from hybrimoe.checkpoint.formats.source import COLUMN_GROUPS, KEPT, ROUNDED, DecodedSource, Parts, grouped
-from hybrimoe.checkpoint.stored import Storage
+from hybrimoe.checkpoint.formats.source import COLUMN_GROUPS, DecodedSource, Parts, grouped, storage_of_groups
 from hybrimoe.errors import CheckpointError
 
 AWQ_BITS = 4
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word, in codes from its lowest bit on, each of eight output features stands."""
 GPTQ_BITS = (2, 3, 4, 8)
-RECORD_GROUP = 32  # columns that share a scale in records of ours (cpu_kernels.format.layout.GROUP)
 
 
 def source_of(key: str, parts: Parts, quantisation: Quantisation) -> DecodedSource:
@@ -49,7 +47,8 @@ def _gptq(key: str, parts: Parts, quantisation: Quantisation) -> DecodedSource:
     group = stated if stated and -(-columns // stated) == n_groups else -(-columns // n_groups)
     decode = partial(decode_gptq, bits=bits, columns=columns, zero_shift=quantisation.zero_shift, group=group)
     ordered = quantisation.act_order is not False and COLUMN_GROUPS in parts and n_groups > 1
-    storage = _storage(f"GPTQ int{bits}", bits, columns, n_groups, bool(quantisation.symmetric), ordered)
+    symmetric = bool(quantisation.symmetric)
+    storage = storage_of_groups(f"GPTQ int{bits}", bits, columns, n_groups, symmetric=symmetric, ordered=ordered)
     return DecodedSource(key, (rows, columns), parts, decode, storage)
 
 
@@ -84,9 +83,8 @@ def _awq(key: str, parts: Parts) -> DecodedSource:
     n_groups, rows = parts["scales"].shape
     if parts["qzeros"].shape != (n_groups, packed) or columns % n_groups:
         raise _misfit(key, parts, "the layout gemm of AWQ")
-    return DecodedSource(
-        key, (rows, columns), parts, decode_awq, _storage("AWQ int4", AWQ_BITS, columns, n_groups, False, False)
-    )
+    storage = storage_of_groups("AWQ int4", AWQ_BITS, columns, n_groups, symmetric=False, ordered=False)
+    return DecodedSource(key, (rows, columns), parts, decode_awq, storage)
 
 
 def decode_awq(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -102,15 +100,6 @@ def _awq_codes(words: torch.Tensor) -> torch.Tensor:
     codes = unpack(words, AWQ_BITS, words.shape[-1] * len(AWQ_ORDER))
     in_words: torch.Tensor = codes.unflatten(-1, (-1, len(AWQ_ORDER)))
     return in_words[..., list(AWQ_ORDER)].flatten(-2)
-
-
-def _storage(name: str, bits: int, columns: int, n_groups: int, symmetric: bool, ordered: bool) -> Storage:
-    group = -(-columns // n_groups)
-    of_groups = "a scale a row" if n_groups == 1 else f"groups of {group}"
-    ways = ["symmetric" if symmetric else "zero points", *(["act-order"] if ordered else [])]
-    name = f"{name}, {of_groups}, {', '.join(ways)}"
-    keeps = symmetric and not ordered and (n_groups == 1 or group % RECORD_GROUP == 0)
-    return Storage(name, "int4", KEPT) if keeps and bits <= 4 else Storage(name, "int8", ROUNDED)
 
 
 def _misfit(key: str, parts: Parts, what: str) -> CheckpointError:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from hybrimoe.checkpoint.safetensors_file import StoredTensor
 from hybrimoe.checkpoint.stored import Storage
+
+if TYPE_CHECKING:
+    from cpu_kernels import ExpertDtype
 
 Parts = Mapping[str, StoredTensor]
 Decode = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
@@ -17,6 +21,9 @@ Decode = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 COLUMN_GROUPS = "g_idx"
 """The part that gives the group of each column, of all experts alike."""
 KEPT = "codes stay, scales are rounded to bfloat16"
+RECORD_GROUP = 32  # columns that share a scale in records of ours (cpu_kernels.format.layout.GROUP)
+KEEPS: dict[int, ExpertDtype] = {1: "int2", 2: "int2", 3: "int3", 4: "int4", 5: "int5", 6: "int6"}
+"""Bits of symmetric codes -> the smallest records that have room for them. Codes of 7 and 8 bits are rounded again."""
 ROUNDED = "rounded again"
 
 
@@ -69,3 +76,14 @@ def grouped(values: torch.Tensor, columns: int, groups: torch.Tensor | None = No
     if n_groups == 1:
         return values
     return values.repeat_interleave(-(-columns // n_groups), dim=-1)[..., :columns]
+
+
+def storage_of_groups(name: str, bits: int, columns: int, n_groups: int, *, symmetric: bool, ordered: bool) -> Storage:
+    """How rows of codes lie in a checkpoint, and the records that suit them. n_groups: of a row, each with a scale;
+    ordered: columns of a group are not neighbours (act-order)."""
+    group = -(-columns // n_groups)
+    of_groups = "a scale a row" if n_groups == 1 else f"groups of {group}"
+    ways = ["symmetric" if symmetric else "zero points", *(["act-order"] if ordered else [])]
+    name = f"{name}, {of_groups}, {', '.join(ways)}"
+    keeps = symmetric and not ordered and bits in KEEPS and (n_groups == 1 or group % RECORD_GROUP == 0)
+    return Storage(name, KEEPS[bits], KEPT) if keeps else Storage(name, "int8", ROUNDED)

@@ -71,6 +71,7 @@ def _log_of_minus(tensor: torch.Tensor) -> torch.Tensor:
 
 JOINS: dict[Arrangement, Join] = {
     "rows joined": lambda gate, up: torch.cat([gate, up], dim=-2),
+    "rows joined, transposed": lambda gate, up: torch.cat([gate, up], dim=-2).transpose(-1, -2),
     "transposed": lambda tensor: tensor.transpose(-1, -2),
     "interleaved": lambda gate, up: torch.stack([gate, up], dim=-1).flatten(-2),
     "interleaved, transposed": lambda gate, up: torch.stack([gate, up], dim=-2).flatten(-3, -2).transpose(-1, -2),

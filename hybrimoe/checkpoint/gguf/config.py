@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
 from hybrimoe.checkpoint.gguf.families import family_of
 from hybrimoe.checkpoint.gguf.fields import Fields
 from hybrimoe.checkpoint.gguf.file import GgufModel
-from hybrimoe.checkpoint.gguf.places import rope
+from hybrimoe.checkpoint.gguf.places import Layers, rope
 from hybrimoe.errors import CheckpointError
 
 TOKEN_KEYS = {"bos_token_id": "bos", "pad_token_id": "padding"}
@@ -18,30 +19,41 @@ DENSE_DTYPES = {"F32": "float32", "F16": "float16"}  # of a file whose dense mat
 
 def config_of(model: GgufModel) -> dict[str, Any]:
     """What config.json would say. Raises CheckpointError for metadata that are missing or cannot be true,
-    UnsupportedCheckpointError for an architecture that is not read."""
+    UnsupportedCheckpointError for an architecture that is not read, and for a model without experts."""
     fields = Fields(model)
     family = family_of(fields)  # before values are asked for that another architecture has not
-    return shared_config(fields, mixed=family.mixed) | family.config(fields)
+    if fields.each("expert_count", 0) == 0:
+        key = f"{fields.architecture}.expert_count"
+        raise UnsupportedCheckpointError(f"{model.path} is a dense model: it has no experts ({key} is missing or 0)")
+    return shared_config(fields, family.layers) | family.config(fields)
 
 
-def shared_config(fields: Fields, *, mixed: bool = False) -> dict[str, Any]:
-    """What every architecture's configuration has, dense ones included. mixed: layers may have no heads of keys and
-    values. Errors as `config_of`."""
-    head_count = fields.whole("attention.head_count")
-    kv_heads = fields.most_whole if mixed else fields.whole
+def shared_config(fields: Fields, layers: Layers = "alike") -> dict[str, Any]:
+    """What every architecture's configuration has, dense ones included. layers: what may differ between them. Errors as
+    `config_of`."""
     return {
+        **_sizes_of_layers(fields, layers),
         "num_hidden_layers": num_hidden_layers(fields),
         "hidden_size": fields.whole("embedding_length"),
-        "intermediate_size": (fields.most_whole if mixed else fields.whole)("feed_forward_length", 1),
-        "num_attention_heads": head_count,
-        "num_key_value_heads": kv_heads("attention.head_count_kv", head_count),
         "max_position_embeddings": fields.whole("context_length"),
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": rope(fields),
         "vocab_size": fields.shape("token_embd.weight")[0],
         "tie_word_embeddings": not fields.has("output.weight"),
         "dtype": _dense_dtype(fields.model),
         **_special_tokens(fields),
+    }
+
+
+def _sizes_of_layers(fields: Fields, layers: Layers) -> dict[str, Any]:
+    if layers == "own":
+        return {}
+    number = fields.whole if layers == "alike" else fields.most_whole
+    head_count = fields.whole("attention.head_count")
+    return {
+        "rope_parameters": rope(fields),
+        "intermediate_size": number("feed_forward_length", 1),
+        "num_attention_heads": head_count,
+        "num_key_value_heads": number("attention.head_count_kv", head_count),
     }
 
 

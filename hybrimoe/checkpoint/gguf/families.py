@@ -1,6 +1,6 @@
 """One table: for each architecture of llama.cpp the model type of transformers, what its metadata are in the
-configuration, and which parameters its tensors make (`places` has the words of it, `mixed_layers` and
-`recurrent_layers` are parts).
+configuration, and which parameters its tensors make (`places` has the words of it, `mixed_layers`,
+`recurrent_layers` and `windowed_layers` are parts).
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ from hybrimoe.checkpoint.gguf.places import (
     rope,
 )
 from hybrimoe.checkpoint.gguf.recurrent_layers import RECURRENT
+from hybrimoe.checkpoint.gguf.windowed_layers import WINDOWED_FAMILIES
 
 
 def _mixtral(fields: Fields) -> dict[str, Any]:
-    if not fields.given("expert_count"):
-        raise UnsupportedCheckpointError(f"{fields.model.path} is a dense model ({fields.architecture}): no experts")
     return {
         "model_type": "mixtral",
         "sliding_window": None,
@@ -170,6 +169,23 @@ def _granite(fields: Fields) -> dict[str, Any]:
     return found | {"model_type": "granitemoeshared", "shared_intermediate_size": shared}
 
 
+def _phimoe(fields: Fields) -> dict[str, Any]:
+    parameters = rope(fields)
+    if (
+        parameters["rope_type"] == "longrope"
+    ):  # what cosines are multiplied by; the file has only llama.cpp's own factor
+        parameters |= {"short_mscale": PHIMOE_MSCALE, "long_mscale": PHIMOE_MSCALE}
+        del parameters["attention_factor"]
+    return {
+        "model_type": "phimoe",
+        "sliding_window": None,  # all that is published sees as much as its context
+        "attention_bias": attention_bias(fields),
+        "lm_head_bias": fields.has("output.bias"),
+        "rope_parameters": parameters,
+        **expert_counts(fields, "num_local_experts"),
+    }
+
+
 def _ernie(fields: Fields) -> dict[str, Any]:
     layers = fields.whole("block_count")
     return {
@@ -219,6 +235,7 @@ def _minimax(fields: Fields) -> dict[str, Any]:
     }
 
 
+PHIMOE_MSCALE = 1.243163121016122  # of Phi-3.5-MoE, the one published model with such a rotation
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(_mixtral, PERMUTED_HEADS),
     "olmoe": Family(_olmoe),
@@ -250,6 +267,15 @@ FAMILIES: Mapping[str, Family] = {
         ),
     ),
     "granitemoe": Family(_granite, GRANITE),
+    "phimoe": Family(
+        _phimoe,
+        (
+            Place("input_layernorm.bias", ("attn_norm.bias",)),
+            Place("post_attention_layernorm.bias", ("ffn_norm.bias",)),
+            Place("mlp.router.weight", ("ffn_gate_inp.weight",)),
+        ),
+        (Place("model.norm.bias", ("output_norm.bias",)), Place("lm_head.bias", ("output.bias",))),
+    ),
     "ernie4_5-moe": Family(
         _ernie, (Place("mlp.gate.moe_statics.e_score_correction_bias", ("exp_probs_b.bias",), "a row"),)
     ),
@@ -266,6 +292,7 @@ FAMILIES: Mapping[str, Family] = {
     "minimax-m2": Family(_minimax, (Place("mlp.e_score_correction_bias", ("exp_probs_b.bias",)),)),
     **MIXED,
     **RECURRENT,
+    **WINDOWED_FAMILIES,
 }
 """By `general.architecture`."""
 

@@ -12,6 +12,8 @@ from hybrimoe.checkpoint.gguf.file import GgufModel
 from hybrimoe.errors import CheckpointError
 
 ARCHITECTURE_KEY = "general.architecture"
+MAX_VALUES_BYTES = 1 << 16  # of a table: more than any head has
+FLOAT32_BYTES = 4
 MAX_WHOLE = 1 << 31  # no size or count of a model is more
 
 
@@ -79,6 +81,29 @@ class Fields:
         if found is None:
             raise CheckpointError(f"{self.model.path} lacks the tensor {' or '.join(tensors)}")
         return found.shape
+
+    def values(self, tensor: str) -> list[float]:
+        """A small float32 tensor. Raises CheckpointError where it is missing, of another type, or none."""
+        found = self.model.tensors.get(tensor)
+        if found is None or found.kind.name != "F32" or not 0 < found.nbytes <= MAX_VALUES_BYTES:
+            is_now = "missing" if found is None else f"{found.type_name} {list(found.shape)}"
+            raise CheckpointError(
+                f"{self.model.path}: {tensor} is {is_now}; expected some float32 values. Fetch the file again"
+            )
+        with found.file.open("rb") as stream:
+            stream.seek(found.offset_bytes)
+            values = [value for (value,) in struct.iter_unpack("<f", stream.read(found.nbytes))]
+        if len(values) * FLOAT32_BYTES != found.nbytes or not all(value > 0 for value in values):
+            raise CheckpointError(f"{self.model.path}: the values of {tensor} are none; fetch the file again")
+        return values
+
+    def each_whole(self, name: str, layers: int, default: int | None = None, least: int = 0) -> list[int]:
+        """A size or number of each layer, where the file has one for all or a list."""
+        value = self._value(name, default)
+        found = value[:layers] if isinstance(value, list) else [value] * layers
+        if len(found) < layers or not all(isinstance(n, int) and least <= n < MAX_WHOLE for n in found):
+            raise self.wrong(name, value, f"a whole number of {least} or more for each of {layers} layers")
+        return [int(n) for n in found]
 
     def wrong(self, name: str, value: Any, expected: str) -> CheckpointError:
         """The error for a value that is missing or not what it should be."""

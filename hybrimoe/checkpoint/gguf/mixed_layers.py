@@ -27,7 +27,7 @@ def layer_types(fields: Fields) -> list[str]:
     n_layers = fields.whole("block_count") - fields.whole("nextn_predict_layers", 0, least=0)
     pattern = fields.each("attention.sliding_window_pattern", FULL_EACH)
     if isinstance(pattern, list):
-        if len(pattern) < n_layers or not all(isinstance(windowed, bool) for windowed in pattern):
+        if len(pattern) < n_layers or not all(windowed in (0, 1) for windowed in pattern):
             raise fields.wrong("attention.sliding_window_pattern", pattern, f"true or false for {n_layers} layers")
         return [WINDOWED if windowed else FULL for windowed in pattern[:n_layers]]
     each = fields.whole("attention.sliding_window_pattern", FULL_EACH)
@@ -147,7 +147,7 @@ MIXED: Mapping[str, Family] = {
             *expert_places("feed_forward.experts"),
         ),
         (Place("model.embedding_norm.weight", ("token_embd_norm.weight",)),),
-        mixed=True,
+        layers="some without attention",
     ),
 }
 """By `general.architecture`; a part of `families.FAMILIES`."""

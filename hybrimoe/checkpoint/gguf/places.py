@@ -7,6 +7,7 @@ split) is named as an arrangement; `arrangements` undoes it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,13 +16,17 @@ from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
 from hybrimoe.checkpoint.gguf.fields import Fields
 
 Arrangement = Literal[
-    "as it is", "rows joined", "transposed", "interleaved", "interleaved, transposed", "a row", "a channel",
-    "heads of q", "heads of k", "heads of k and v", "less one", "log of minus", "by key head", "values by key head",
+    "as it is", "rows joined", "rows joined, transposed", "transposed", "interleaved", "interleaved, transposed",
+    "a row", "a channel", "channels joined", "flat", "less one", "log of minus", "flat, log of minus",
+    "by head, log of minus", "heads of q", "heads of k", "heads of k and v", "by key head", "values by key head",
     "columns of values by key head", "values by key head, log of minus", "last values by key head",
-    "channels, last values by key head", "channels joined", "flat", "flat, log of minus", "by head, log of minus",
+    "channels, last values by key head",
 ]  # fmt: skip
 """How a parameter is made from its tensors; see `hybrimoe.checkpoint.gguf.arrangements`."""
 
+Layers = Literal["alike", "some without attention", "own"]
+"""Where a layer has no attention, its number of heads of keys and values is 0, or its dense size. Where layers have
+their "own" heads, sizes and rotations, the family reads all of them itself."""
 SIGMOID = 2  # of llama.cpp's gating functions; 1 is softmax
 
 
@@ -37,12 +42,12 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Family:
     """An architecture of llama.cpp. config: its part of the configuration; places: before those that all share; whole:
-    the same of the model. mixed: some layers have no attention, and no heads of keys and values."""
+    the same of the model. layers: what may differ between them."""
 
     config: Callable[[Fields], dict[str, Any]]
     places: tuple[Place, ...] = ()
     whole: tuple[Place, ...] = ()
-    mixed: bool = False
+    layers: Layers = "alike"
 
 
 def linear_places(part: str, target: str, how: Arrangement = "as it is") -> tuple[Place, ...]:
@@ -111,13 +116,20 @@ LATENT_ATTENTION = (
 )
 
 
+LLAMA3 = ((1.0, 4.0), (1.0, 1.0))
+"""(low_freq_factor, high_freq_factor) of published models; their factors by frequency show which it is."""
+LLAMA3_CONTEXT = 8192  # as llama.cpp's conversion takes it
+
+
 def rope(fields: Fields) -> dict[str, Any]:
-    """`rope_parameters`. Raises UnsupportedCheckpointError for a scaling that metadata do not describe in full."""
+    """`rope_parameters`. Raises UnsupportedCheckpointError for a scaling that the file does not describe in full."""
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": fields.number("rope.freq_base", 10_000.0)}
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0))
     scaling = fields.text("rope.scaling.type", "linear")  # as llama.cpp takes a factor without a type
-    if fields.has("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"):
-        scaling = "factors by frequency (rope_freqs)"
+    if fields.has("rope_factors_long.weight"):
+        return found | _two_factors(fields)
+    if fields.has("rope_freqs.weight"):
+        return found | _by_frequency(fields, found["rope_theta"])
     if scaling == "none" or (scaling == "linear" and factor in (0.0, 1.0)):
         return found
     if scaling == "linear":
@@ -137,6 +149,61 @@ def rope(fields: Fields) -> dict[str, Any]:
     return found | {key: fields.number(name) for key, name in names.items() if fields.given(name)}
 
 
+def _two_factors(fields: Fields) -> dict[str, Any]:
+    """Of rotations with one factor for each frequency, and others in long contexts."""
+    original = fields.whole("rope.scaling.original_context_length")
+    return {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": original,
+        "factor": fields.whole("context_length") / original,
+        "long_factor": fields.values("rope_factors_long.weight"),
+        "short_factor": fields.values("rope_factors_short.weight"),
+        "attention_factor": fields.number("rope.scaling.attn_factor", 1.0),
+    }
+
+
+def _by_frequency(fields: Fields, theta: float) -> dict[str, Any]:
+    """Llama 3's scaling, where its factors are those of the file."""
+    factors = fields.values("rope_freqs.weight")
+    factor = _rounded(max(factors))
+    if factor == 1.0 == min(factors):
+        return {}
+    for low, high in LLAMA3:
+        expected = _llama3_factors(len(factors), theta, factor, low, high)
+        if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(factors, expected, strict=True)):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": LLAMA3_CONTEXT,
+            }
+    raise UnsupportedCheckpointError(
+        f"{fields.model.path}: the factors by frequency of its rotary embedding (rope_freqs) are not Llama 3's, which"
+        f" are read from GGUF for {fields.architecture}; use the model's safetensors"
+    )
+
+
+def _rounded(value: float) -> float:
+    """Without the error of float32: of a factor that is a small number."""
+    return round(value, 4)
+
+
+def _llama3_factors(n_pairs: int, theta: float, factor: float, low: float, high: float) -> list[float]:
+    """By which frequency i is divided: 1 where its wave is short, `factor` where it is long, between them smoothly."""
+    found = []
+    for pair in range(n_pairs):
+        waves = LLAMA3_CONTEXT / (2 * math.pi * theta ** (pair / n_pairs))
+        if waves > high:
+            found.append(1.0)
+        elif waves < low:
+            found.append(factor)
+        else:
+            smooth = (waves - low) / (high - low)
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return found
+
+
 def own_heads(fields: Fields) -> dict[str, Any]:
     """Attention with a head dimension of its own."""
     hidden, heads = fields.whole("embedding_length"), fields.whole("attention.head_count")
@@ -149,7 +216,13 @@ def partly_rotated(fields: Fields) -> dict[str, Any]:
     rotated = fields.whole("rope.dimension_count", head_dim)
     if rotated > head_dim:
         raise fields.wrong("rope.dimension_count", rotated, f"at most the {head_dim} dimensions of a head")
-    return {"head_dim": head_dim, "rope_parameters": rope(fields) | {"partial_rotary_factor": rotated / head_dim}}
+    return {"head_dim": head_dim, "rope_parameters": rope(fields) | rotated_part(rotated, head_dim)}
+
+
+def rotated_part(rotated: int, head_dim: int) -> dict[str, float]:
+    """The factor of which `head_dim` times, cut off, is `rotated` again."""
+    factor = rotated / head_dim
+    return {"partial_rotary_factor": factor if int(head_dim * factor) == rotated else math.nextafter(factor, 1.0)}
 
 
 def expert_size(fields: Fields) -> int:

@@ -296,7 +296,7 @@ RECURRENT: Mapping[str, Family] = {
         ),
         _NORM_OF_ALL,
     ),
-    "granitehybrid": Family(_granite_hybrid, (*_mamba2("mamba"), *GRANITE), mixed=True),
+    "granitehybrid": Family(_granite_hybrid, (*_mamba2("mamba"), *GRANITE), layers="some without attention"),
     "jamba": Family(
         _jamba,
         (
@@ -307,9 +307,9 @@ RECURRENT: Mapping[str, Family] = {
             *mlp_places("", "feed_forward"),
         ),
         (Place("model.final_layernorm.weight", ("output_norm.weight",)),),
-        mixed=True,
+        layers="some without attention",
     ),
-    "kimi-linear": Family(_kimi_linear, (*_KIMI_DELTA, *LATENT_ATTENTION), mixed=True),
+    "kimi-linear": Family(_kimi_linear, (*_KIMI_DELTA, *LATENT_ATTENTION), layers="some without attention"),
     "nemotron_h_moe": Family(
         _nemotron,
         (
@@ -331,7 +331,7 @@ RECURRENT: Mapping[str, Family] = {
             Place("model.embeddings.weight", ("token_embd.weight",)),
             Place("model.norm_f.weight", ("output_norm.weight",)),
         ),
-        mixed=True,
+        layers="some without attention",
     ),
 }
 """By `general.architecture`; a part of `families.FAMILIES`."""

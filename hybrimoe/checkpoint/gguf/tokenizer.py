@@ -25,7 +25,8 @@ CHAT_TEMPLATE = "tokenizer.chat_template"
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
 SPACE, SPACE_BEFORE = "▁", "tokenizer.ggml.add_space_prefix"
-READABLE = (BYTE_LEVEL, SENTENCEPIECE)
+GEMMA4 = "gemma4"  # SentencePiece's spelling, merges of its own
+READABLE = (BYTE_LEVEL, SENTENCEPIECE, GEMMA4)
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -104,7 +105,7 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerFa
     if not isinstance(tokens, list) or not tokens or metadata.get(MODEL) not in READABLE:
         found = metadata.get(MODEL, "no tokenizer")
         raise ModelError(
-            f"{path} has no tokenizer that is read: found {found!r}, readable are {' and '.join(READABLE)} (byte-level"
+            f"{path} has no tokenizer that is read: found {found!r}, readable are {', '.join(READABLE)} (byte-level"
             " BPE and SentencePiece BPE). hybrimoe.load gives the model all the same, for token ids of your own"
         )
     special = {name: _token(metadata, tokens, key) for name, key in SPECIAL_TOKENS.items()}
@@ -125,7 +126,10 @@ def _backend(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     backend: Tokenizer = compat.gguf_tokenizer(str(metadata[ARCHITECTURE_KEY]), metadata)
     name = metadata.get(SPLIT_NAME, "default")
     if metadata[MODEL] != BYTE_LEVEL:
-        return _with_sentencepieces_spaces(backend, metadata)
+        _set_sentencepieces_spaces(backend, metadata)
+        if metadata[MODEL] == GEMMA4:
+            backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), behavior="isolated")
+        return backend
     if name in STARTS_WITH_BOS:
         backend.model.ignore_merges = True
     if name in SPLITS:
@@ -141,13 +145,12 @@ def _backend(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     return backend
 
 
-def _with_sentencepieces_spaces(backend: Tokenizer, metadata: Mapping[str, Any]) -> Tokenizer:
+def _set_sentencepieces_spaces(backend: Tokenizer, metadata: Mapping[str, Any]) -> None:
     """Spaces as SentencePiece and llama.cpp have them: one more is put before a text, also before one that begins with
     spaces (which the library's own way leaves out), unless the file says that none is."""
     first = [] if metadata.get(SPACE_BEFORE, True) is False else [normalizers.Prepend(SPACE)]
     backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
     backend.pre_tokenizer = None
-    return backend
 
 
 def _token(metadata: Mapping[str, Any], tokens: list[str], key: str) -> str | None:

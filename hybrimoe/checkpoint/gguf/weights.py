@@ -21,8 +21,8 @@ from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 
 LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
-UNUSED = re.compile(r"^(blk\.\d+\.attn_rot_embd|rope_freqs)\.")
-"""Tables of rotary embeddings in old files, which the configuration gives as well."""
+UNUSED = re.compile(r"^(blk\.\d+\.attn_rot_embd|rope_freqs|rope_factors_(long|short))\.")
+"""Tables of rotary embeddings, which the configuration gives."""
 
 
 @dataclass(frozen=True, slots=True)

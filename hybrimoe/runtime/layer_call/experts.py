@@ -38,7 +38,7 @@ class Experts:
         self.reports = Reports(planner, stats, queues, self.lanes.tier)
         n_experts = max(layer.num_experts for layer in layers)
         self.spaces = [CallSpace(self, index, layer, n_experts) for index, layer in enumerate(layers)]
-        self.workspace = Workspace()
+        self.workspace = Workspace(read_by_device=any(queue.accelerator.needs_pinned_host() for queue in queues))
         self.count_in(np.zeros((len(self.layers), n_experts), np.float64))
         self.record_bytes = tuple(layer.spec.record_bytes for layer in layers)
         self.tracing, self.step = False, -1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from math import ceil, inf, isinf
 from time import perf_counter_ns
 
 import numpy as np
@@ -37,6 +38,9 @@ from scheduler.balancing.problem import CPU, TRANSFER
 from scheduler.planner.protocol import LayerPlanner
 from scheduler.records import TaskRecord
 
+FORGETS = 1.02
+"""By how much the least time of a piece of work is believed to have grown until the next."""
+
 
 class Lanes:
     """What runs the experts of all layers. All methods work on the `CallSpace` of a layer's planned call, in the order
@@ -55,6 +59,8 @@ class Lanes:
         """Each layer's."""
         if queues:
             self.queue_of = [self.queues[unit] for unit in queue_of]
+        self._piece_us = inf
+        """The least that the host took lately to submit a piece of work to an accelerator."""
         self._runs = [_runner_of(layer) for layer in layers]
         self.addresses = [store.addresses(index) for index in range(len(layers))]
         self.tiered = store if isinstance(store, TieredStore) else None
@@ -94,7 +100,8 @@ class Lanes:
                 self._submit_what_is_read(space, self.tier)
             return
         if plan.n_accel:
-            self._send(space, queue, *plan.accelerated())
+            accel, slots = plan.accelerated()
+            self._send(space, queue, accel, queue.own_slots(slots) if queue.first_slot else slots)
         if plan.prefetches:
             self.start_transfers(plan.prefetches, space.step, traced=space.traced)
 
@@ -141,17 +148,33 @@ class Lanes:
     def _interleave(self, space: CallSpace, queue: TransferQueue) -> Iterator[Transfer]:
         """Submits work and transfers in turn, so that each computation sees the slot contents that the plan means.
 
-        Where experts are read from disk, yields each transfer before it starts it: the expert must be in host memory
-        then.
+        Experts that arrive are computed one by one, or so many at once as arrive while the host submits a piece of
+        work. Where experts are read from disk, yields each transfer before it starts it: the expert must be in host
+        memory then.
         """
         may_wait = self.tier is not None
-        plan, sent, begun = space.plan, 0, 0
+        plan, sent, begun, arriving = space.plan, 0, 0, 0
         (accel, slots), moved = plan.accelerated(), plan.lists()[TRANSFER][: plan.n_moved]
+        if queue.first_slot:
+            slots = queue.own_slots(slots)
+        space.work.in_turn = slots, accel
+        at_once = 1
+        if plan.n_moved > 1 and not (may_wait or space.traced):
+            at_once = self._arrivals_at_once(space.index)
         for at, position in enumerate(accel):
             needed = moved.index(position) if position in moved else -1
-            if at > begun and (needed >= 0 or space.traced or position in plan.awaited):
+            arrives = needed >= 0 or position in plan.awaited
+            if at > begun and (
+                space.traced
+                or (arrives and arriving in (0, at_once))
+                or any(
+                    transfer.slot - queue.first_slot in slots[begun:at]
+                    for transfer in plan.transfers[sent : needed + 1]
+                )
+            ):
                 self._send(space, queue, accel[begun:at], slots[begun:at])
-                begun = at
+                begun, arriving = at, 0
+            arriving += arrives
             if needed >= sent:
                 for transfer in plan.transfers[sent : needed + 1]:
                     if may_wait:
@@ -167,13 +190,21 @@ class Lanes:
         if plan.prefetches:
             self.start_transfers(plan.prefetches, space.step, traced=space.traced)
 
+    def _arrivals_at_once(self, layer: int) -> int:
+        """Experts of a layer that cross the link while the host submits one piece of work."""
+        planner = self._planner
+        transfer_us = 0.0 if planner is None else planner.costs.transfer_us(layer)
+        if transfer_us <= 0.0 or isinf(self._piece_us):
+            return 1
+        return max(1, ceil(self._piece_us / transfer_us))
+
     def _send(self, space: CallSpace, queue: TransferQueue, positions: list[int], slots: list[int]) -> None:
-        """Submits accelerator experts as one piece of work."""
-        if queue.first_slot:
-            slots = [slot - queue.first_slot for slot in slots]
+        """Submits accelerator experts as one piece of work; slots are the accelerator's own."""
         if queue.prepares:
             queue.before_compute(space.index, space.demand.expert_ids, positions, slots)
+        start_ns = perf_counter_ns()
         space.ends.append(queue.accelerator.run_experts(space.layer.spec, slots, positions, space.work))
+        self._piece_us = min((perf_counter_ns() - start_ns) * 1e-3, self._piece_us * FORGETS)
         space.sent.append(positions)
 
     def start_transfers(self, transfers: Sequence[Transfer], step: int, *, traced: bool) -> None:

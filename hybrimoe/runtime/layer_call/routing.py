@@ -18,6 +18,7 @@ from cpu_kernels.engine.routed import Places, places_of
 from gpu_kernels import Event, LayerWork
 from gpu_kernels.downloads import Downloads
 from gpu_kernels.exchange import Exchange
+from gpu_kernels.page_locked import page_locked
 from gpu_kernels.uploads import Uploads
 from gpu_kernels.waiting import wait_for_stream
 from hybrimoe.errors import ModelError
@@ -31,10 +32,15 @@ from scheduler.planner.plan_view import PlanView
 from scheduler.planner.protocol import Costs
 from scheduler.records import TaskRecord
 
-SENT_TOGETHER_BYTES = 8 << 20
+SENT_TOGETHER_BYTES = 64 << 20
 """Tensors of a call up to this size come from a device by one wait; those of long prompts one after the other."""
 WORKSPACE_BYTES = 64 << 20
 """Result rows up to this size reuse one buffer; larger ones (long prompts) are allocated for the call."""
+LOCKED_FROM_BYTES, LOCKED_BYTES = 1 << 20, 256 << 20
+"""Rows of these sizes reuse one page-locked buffer where a device reads them by itself: smaller ones are sent, and to
+lock pages takes longer than to fill them."""
+WIDENED_BYTES = 64 << 10
+"""Hidden states above this size become float32 on their device; those of a few tokens where the routing is read."""
 NOTHING, NO_ROWS = torch.empty(0), np.empty((0, 0), np.float32)
 NOT_COUNTED = Counters()
 """Where a space counts before its first call: nobody reads it."""
@@ -47,9 +53,11 @@ FewTokens = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 class Workspace:
     """The reused float32 buffers of inputs and result rows, and the ways from and to the devices of hidden states. One
-    layer at a time, so one of each a session."""
+    layer at a time, so one of each a session. read_by_device: result rows are page-locked, for a device that adds them
+    to its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, read_by_device: bool = False) -> None:
+        self._read_by_device = read_by_device
         self._rows = np.empty(0, dtype=np.float32)
         self.outputs = Outputs()
         self._few: dict[tuple[int, int, int], FewTokens] = {}
@@ -67,11 +75,14 @@ class Workspace:
         return known
 
     def to_host(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        """A call's tensors on the host, valid until the next call: those of a device by one wait, unless they are large
-        (these stay where they are)."""
+        """A call's tensors on the host, the hidden states first, valid until the next call: those of a device by one
+        wait, unless they are large (these stay where they are). Hidden states of more than a few tokens come as
+        float32."""
         device = tensors[0].device
         if device.type == "cpu" or any(tensor.device != device for tensor in tensors):
             return tensors
+        if tensors[0].nbytes > WIDENED_BYTES and tensors[0].is_floating_point():
+            tensors = tensors[0].detach().float(), *tensors[1:]
         if sum(tensor.nbytes for tensor in tensors) > SENT_TOGETHER_BYTES:
             return tensors
         if device not in self._from:
@@ -87,12 +98,19 @@ class Workspace:
 
     def rows(self, n_rows: int, hidden: int) -> npt.NDArray[np.float32]:
         """float32 [n_rows, hidden], contents undefined."""
-        size = n_rows * hidden
-        if size * 4 > WORKSPACE_BYTES:
+        size, n_bytes = n_rows * hidden, n_rows * hidden * 4
+        if n_bytes > (LOCKED_BYTES if self._read_by_device else WORKSPACE_BYTES):
             return np.empty((n_rows, hidden), dtype=np.float32)
         if size > self._rows.size:
-            self._rows = np.empty(size, dtype=np.float32)
+            self._rows = self._new_rows(n_bytes)
         return self._rows[:size].reshape(n_rows, hidden)
+
+    def _new_rows(self, n_bytes: int) -> npt.NDArray[np.float32]:
+        if not self._read_by_device or n_bytes < LOCKED_FROM_BYTES:
+            return np.empty(n_bytes // 4, np.float32)
+        rows = page_locked(n_bytes, "a prompt's rows").view(np.float32)
+        self._read_by_device = torch.from_numpy(rows).is_pinned()  # a system that refuses is not asked again
+        return rows
 
 
 class RunsLanes(Protocol):
@@ -236,7 +254,7 @@ class CallSpace:
         work, demand = self._work, self.demand
         self.work = work
         work.dispatch, work.hidden, work.like, work.out, work.device_state = dispatch, given, hidden, None, None
-        work.host_hidden, work.host_rows = host_hidden, host_rows
+        work.host_hidden, work.host_rows, work.in_turn = host_hidden, host_rows, None
         demand.n_tokens_total, demand.expert_ids = n_tokens, dispatch.expert_ids
         demand.n_tokens = self.n_tokens[:n_active]
 
@@ -267,7 +285,7 @@ class CallSpace:
         """Lets go of the call's tensors and of rows made for it alone; what was counted stays."""
         work = self.work = self._work
         work.hidden, work.like, work.out, work.device_state = NOTHING, None, None, None
-        work.transform = work.weights = None
+        work.transform = work.weights = work.in_turn = None
         work.host_hidden = work.host_rows = NO_ROWS
 
     def _grow(self, n_rows: int) -> Buffers:
@@ -360,7 +378,7 @@ def host_floats(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
     """C-contiguous float32 values on the host; shares memory where they are so already."""
     if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
         wait_for_stream(tensor.device, "a layer's inputs")
-        tensor = tensor.to("cpu", torch.float32)
+        tensor = tensor.to(torch.float32).to("cpu")  # on its device, which has more threads
     return np.ascontiguousarray(tensor.numpy())
 
 

@@ -105,6 +105,10 @@ class TransferQueue:
             raise PlanError(f"{transfer} names slot {transfer.slot}, expected {self.first_slot}..{last}")
         return slot
 
+    def own_slots(self, slots: list[int]) -> list[int]:
+        """The accelerator's own numbers of slots that the planner has named."""
+        return [slot - self.first_slot for slot in slots]
+
     def before_compute(
         self, layer: int, expert_ids: npt.NDArray[np.int32], positions: Sequence[int], slots: Sequence[int]
     ) -> None:

@@ -232,8 +232,8 @@ CASES: dict[str, Case] = {
     "gptq-4-v2": _gptq(
         "GPTQ int4, groups of 32, zero points", "int8", bits=4, symmetric=False, shift=0, layout="gptq_v2"
     ),
-    "gptq-3": _gptq("GPTQ int3, groups of 32, symmetric", "int4", bits=3, layout="gptq"),
-    "gptq-2": _gptq("GPTQ int2, groups of 32, symmetric", "int4", bits=2),
+    "gptq-3": _gptq("GPTQ int3, groups of 32, symmetric", "int3", bits=3, layout="gptq"),
+    "gptq-2": _gptq("GPTQ int2, groups of 32, symmetric", "int2", bits=2),
     "gptq-8-row": _gptq("GPTQ int8, a scale a row, symmetric", "int8", bits=8, group=-1),
     "awq": Case(
         awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, "int8",
@@ -245,7 +245,12 @@ CASES: dict[str, Case] = {
     "packed-4-act-order": _packed(
         "compressed-tensors int4, groups of 32, symmetric, act-order", "int8", bits=4, act_order=True
     ),
-    "packed-6": _packed("compressed-tensors int6, groups of 32, symmetric", "int8", bits=6),
+    "packed-2": _packed("compressed-tensors int2, groups of 32, symmetric", "int2", bits=2),
+    "packed-3": _packed("compressed-tensors int3, groups of 64, symmetric", "int3", bits=3, group=64),
+    "packed-5-row": _packed("compressed-tensors int5, a scale a row, symmetric", "int5", bits=5, group=-1),
+    "packed-6": _packed("compressed-tensors int6, groups of 32, symmetric", "int6", bits=6),
+    "packed-6-narrow": _packed("compressed-tensors int6, groups of 16, symmetric", "int8", bits=6, group=16),
+    "packed-7": _packed("compressed-tensors int7, groups of 32, symmetric", "int8", bits=7),
     "packed-8-row": _packed("compressed-tensors int8, a scale a row, symmetric", "int8", bits=8, group=-1),
     "int8": Case(
         int_quantized, compressed("int-quantized", 8, strategy="channel"), "int8",

@@ -19,8 +19,9 @@ from gguf import MODEL_ARCH, ExpertGatingFuncType, GGMLQuantizationType, GGUFWri
 from safetensors.torch import load_file
 
 from .recurrent_scripts import RECURRENT
+from .windowed_scripts import WINDOWED
 
-SCRIPTS = RECURRENT
+SCRIPTS = RECURRENT | WINDOWED
 ARCHITECTURES = {
     "mixtral": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA],
     "olmoe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.OLMOE],
@@ -87,7 +88,7 @@ def to_gguf(
     (tokenizer or (lambda writer: writer.add_tokenizer_model("no_vocab")))(writer)
     names = gguf.get_tensor_name_map((NAMES | NAMED_AS)[architecture], config.get("num_hidden_layers", N_LAYERS))
     for key, tensor in converted(tensors, config, script.modified if script else modified):
-        name = key if key.startswith("blk.") else names.get_name(key, try_suffixes=(".weight", ".bias"))
+        name = key if key.startswith(("blk.", "rope_")) else names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"llama.cpp has no name for {key}"
         small = tensor.dim() == 1 or ".ssm_" in name or "ffn_gate_inp" in name
         values = tensor.float().contiguous().numpy()

@@ -49,6 +49,32 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 4,
         "attn_layer_offset": 2,
     },
+    "llama4": {
+        "num_hidden_layers": 4, "interleave_moe_layer_step": 2, "attention_chunk_size": 8192, "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    },
+    "gemma4": {
+        "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+        "final_logit_softcapping": 30.0,
+    },
+    "mimo_v2_flash": {"mlp_layer_types": ["dense", "sparse"], "v_head_dim": 16},
+    "laguna": {
+        "layer_types": ["full_attention", "sliding_attention"], "mlp_layer_types": ["dense", "sparse"],
+        "num_attention_heads_per_layer": [4, 2], "moe_routed_scaling_factor": 2.0, "sliding_window": 4,
+    },
+    "granitemoe_swa": {
+        "layer_rope_theta": [10000.0, 0.0], "attention_multiplier": 0.5, "residual_multiplier": 0.25,
+        "logits_scaling": 4.0, "sliding_window": 4,
+    },
+    "phimoe": {
+        "sliding_window": None, "attention_bias": True, "lm_head_bias": True, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8, "factor": 16.0,
+            "long_factor": [1.0, 2.0, 4.0, 8.0], "short_factor": [1.0, 1.5, 2.0, 2.5],
+            "short_mscale": 1.243163121016122, "long_mscale": 1.243163121016122,
+        },
+    },
     "ernie4_5_moe": {"tie_word_embeddings": True},
     "granitemoe": {
         "attention_multiplier": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.25, "logits_scaling": 4.0,

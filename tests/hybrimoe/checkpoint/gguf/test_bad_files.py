@@ -7,16 +7,19 @@ import struct
 import tracemalloc
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from hybrimoe.checkpoint.dense import dense_dtype, meta_model, read_config
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
 from hybrimoe.checkpoint.experts import layer_sources
+from hybrimoe.checkpoint.gguf.config import config_of
 from hybrimoe.checkpoint.gguf.file import open_file, open_gguf
 from hybrimoe.checkpoint.gguf.tokenizer import load_tokenizer
 from hybrimoe.checkpoint.source import model_path, read_config_dict
@@ -24,6 +27,7 @@ from hybrimoe.checkpoint.weights import open_weights
 from hybrimoe.errors import CheckpointError, HybriMoEError, ModelError
 from hybrimoe.experts.layout import find_experts, read
 
+from . import windowed_scripts
 from .models import gguf_model, letters
 
 FLIPS = 1000
@@ -235,3 +239,28 @@ def test_a_vocabulary_that_is_not_known_is_refused(tmp_path: Path) -> None:
         load_tokenizer(gguf_model("olmoe", tmp_path, tokenizer=unknown))
     with pytest.raises(ModelError, match="found 'no_vocab'"):
         load_tokenizer(gguf_model("mixtral", tmp_path))
+
+
+@pytest.mark.parametrize("factors", [[1.0, 3.0, 2.0, 8.0], [1.0, 1.0, 1.0, 0.0]])
+def test_rotations_that_are_scaled_in_an_unknown_way_are_refused(
+    factors: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windowed_scripts, "_llama3_factors", lambda config: torch.tensor(factors))
+    with pytest.raises(CheckpointError, match="rope_freqs"):
+        read_config_dict(gguf_model("llama4", tmp_path))
+
+
+def test_a_dense_model_of_a_family_with_experts_is_refused_as_one(tmp_path: Path) -> None:
+    file = gguf_model("qwen3_moe", tmp_path)
+    raw = file.read_bytes().replace(b"qwen3moe.expert_count", b"qwen3moe.expert_c0unt")
+    file.write_bytes(raw)
+    with pytest.raises(UnsupportedCheckpointError, match="is a dense model"):
+        read_config_dict(file)
+
+
+def test_layers_with_attention_at_other_distances_are_refused(tmp_path: Path) -> None:
+    model = open_gguf(gguf_model("jamba", tmp_path))
+    tensors = {name.replace("blk.0.ssm_a", "blk.0.attn_q.weight"): value for name, value in model.tensors.items()}
+    tensors["blk.1.attn_q.weight"] = tensors["blk.2.attn_q.weight"]
+    with pytest.raises(UnsupportedCheckpointError, match="equal distances"):
+        config_of(replace(model, tensors=tensors))

@@ -25,17 +25,24 @@ TEXTS = (
 N_SPECIAL, N_BYTES, N_MERGES = 3, 256, 120
 
 
-def vocabulary() -> dict[str, float]:
-    """Pieces and scores, as SentencePiece's BPE learns them: characters, then what is joined most often."""
-    words = [list("▁" + text.replace(" ", "▁")) for text in CORPUS]
-    pieces = dict.fromkeys(sorted({character for word in words for character in word}))
-    joined: list[str] = []
-    while len(joined) < N_MERGES:
+def spelled() -> list[list[str]]:
+    return [list("▁" + text.replace(" ", "▁")) for text in CORPUS]
+
+
+def merges() -> list[tuple[str, str]]:
+    """The neighbours that SentencePiece's BPE joins, those that come most often first."""
+    words, found = spelled(), list[tuple[str, str]]()
+    while len(found) < N_MERGES:
         pairs = Counter(pair for word in words for pair in pairwise(word))
-        (left, right), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
-        joined.append(left + right)
-        words = [merged(word, left + right) for word in words]
-    order = [*joined, *(piece for piece in pieces if piece not in joined)]
+        found.append(max(pairs.items(), key=lambda item: (item[1], item[0]))[0])
+        words = [merged(word, "".join(found[-1])) for word in words]
+    return found
+
+
+def vocabulary() -> dict[str, float]:
+    """Pieces and scores: what is joined, then characters."""
+    characters = sorted({character for word in spelled() for character in word})
+    order = [*map("".join, merges()), *characters]
     return {piece: -float(rank) for rank, piece in enumerate(dict.fromkeys(order))}
 
 
@@ -64,9 +71,13 @@ def encoded(text: str, scores: dict[str, float], *, space_before: bool = True) -
     ]
 
 
-def write(file: Path, pieces: list[str], scores: list[float], kinds: list[int], **settings: bool) -> Path:
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_tokenizer_model("llama")
+def write(
+    file: Path, pieces: list[str], scores: list[float], kinds: list[int], model: str = "llama", **settings: bool
+) -> Path:
+    writer = gguf.GGUFWriter(str(file), model)
+    writer.add_tokenizer_model(model)
+    if model == "gemma4":
+        writer.add_token_merges([f"{left} {right}" for left, right in merges()])
     writer.add_token_list([piece.encode() for piece in pieces])
     writer.add_token_scores(scores)
     writer.add_token_types(kinds)
@@ -80,6 +91,22 @@ def write(file: Path, pieces: list[str], scores: list[float], kinds: list[int], 
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def test_gemma4_has_merges_of_its_own_and_tokens_as_llama_cpp_makes_them(tmp_path: Path) -> None:
+    llama_cpp: Any = pytest.importorskip("llama_cpp")
+    kind = gguf.TokenType
+    pieces = ["<unk>", "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(N_BYTES)), "\n", *vocabulary()]
+    kinds = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *[kind.BYTE] * N_BYTES]
+    kinds += [kind.NORMAL] * (len(pieces) - len(kinds))
+    settings = {"add_space_prefix": False, "add_bos_token": True}
+    file = tmp_path / "vocabulary.gguf"
+    write(file, pieces, [0.0] * len(pieces), [int(k) for k in kinds], "gemma4", **settings)
+    tokenizer, theirs = load_tokenizer(file), llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == theirs.tokenize(text.encode(), add_bos=True, special=True), text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("space_before", [True, False])
