@@ -101,9 +101,12 @@ class ExpertsCall:
         lanes_ns = 0
         for space in parts:
             self._plan(space, parts, top_k_index)
-            lanes_ns -= perf_counter_ns()
+            begin_ns = perf_counter_ns()
             space.experts.lanes.submit(space)
-            lanes_ns += perf_counter_ns()
+            took_ns = perf_counter_ns() - begin_ns
+            lanes_ns += took_ns
+            if self.phase == "prefill":
+                space.experts.lanes.took_to_submit(space, took_ns * 1e-3)
         lanes_ns -= perf_counter_ns()
         output = self._compute(index, parts)
         lanes_ns += perf_counter_ns()
@@ -337,7 +340,8 @@ class ExpertsCall:
             index, phase = space.index, self.phase
             self.experts.lanes.want(space, phase, self.experts.stats.counters[phase][index])
         if lossy is None:
-            lanes = 0.0, launch_us, experts.lanes.link_busy_us(space.index)
+            cpu_ready_us = experts.lanes.cpu_ready_us() if self.phase == "prefill" else 0.0
+            lanes = cpu_ready_us, launch_us, experts.lanes.link_busy_us(space.index)
         else:
             lanes = lossy.lanes(space, parts)
         if experts is not self.experts:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from math import ceil, inf, isinf
+from statistics import median
 from time import perf_counter_ns
 
 import numpy as np
@@ -38,6 +39,8 @@ from scheduler.balancing.problem import CPU, TRANSFER
 from scheduler.planner.protocol import LayerPlanner
 from scheduler.records import TaskRecord
 
+SUBMISSIONS = 9
+"""Calls by whose median the time of a submission is told: kernels may be compiled in the first of them."""
 FORGETS = 1.02
 """By how much the least time of a piece of work is believed to have grown until the next."""
 
@@ -61,6 +64,8 @@ class Lanes:
             self.queue_of = [self.queues[unit] for unit in queue_of]
         self._piece_us = inf
         """The least that the host took lately to submit a piece of work to an accelerator."""
+        self._submitting_us: deque[float] = deque(maxlen=SUBMISSIONS)
+        """Of the latest prompts' calls: until all was submitted to a device, and the CPU's experts could begin."""
         self._runs = [_runner_of(layer) for layer in layers]
         self.addresses = [store.addresses(index) for index in range(len(layers))]
         self.tiered = store if isinstance(store, TieredStore) else None
@@ -74,6 +79,17 @@ class Lanes:
         if queue is None or self._planner is None or not queue.pending:
             return 0.0
         return queue.busy_us(perf_counter_ns() * 1e-3, self._planner.costs.transfer_us)
+
+    def cpu_ready_us(self) -> float:
+        """Expected us until the calling thread has submitted the work of a prompt's call, and computes the CPU's
+        experts. 0 where devices have no memory of their own: it is too short to count there."""
+        return median(self._submitting_us) if self._submitting_us else 0.0
+
+    def took_to_submit(self, space: CallSpace, us: float) -> None:
+        """`submit` of a prompt's call took so long."""
+        queue = self.queue_of[space.index]
+        if queue is not None and queue.accelerator.needs_pinned_host():
+            self._submitting_us.append(us)
 
     def want(self, space: CallSpace, phase: Phase, counters: Counters) -> None:
         """The routing is known: all experts that are neither in a slot nor in host memory begin to be read."""

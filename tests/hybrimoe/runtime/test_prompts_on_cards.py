@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpu_kernels import TorchAccelerator
-from hybrimoe.runtime.layer_call.lanes import Lanes
+from hybrimoe.runtime.layer_call.lanes import SUBMISSIONS, Lanes
 from tests.fake_device import DEVICE_TYPE, fake_cards
 from tests.fake_device.fused import StreamedKernels
 from tests.hybrimoe.runtime.conftest import Rig, routing
@@ -142,3 +142,30 @@ def test_memory_that_cannot_be_locked_is_told_once_and_rows_are_sent(
             call(rig, 0)
         call(rig, 1, N_TOKENS + 500)
         rig.session.close()
+
+
+def test_the_cpu_gets_less_of_a_prompt_the_longer_the_host_submits(
+    make_rig: Callable[..., Rig], pieces: list[list[int]]
+) -> None:
+    """The same thread submits the device's work first: what it takes for that is no time for experts."""
+    with fake_cards(1):
+        rig = make_rig(n_layers=1, accelerator=CARD, gpu_expert_slots=2, policy="ours")
+        lanes = rig.session._runner.experts.lanes  # type: ignore[union-attr]
+        assert lanes.cpu_ready_us() == 0.0
+        call(rig, 0, 40)
+        assert lanes.cpu_ready_us() > 0.0  # measured
+        n_on_cpu = []
+        for submitting_us in (0.0, 1e6):
+            lanes._submitting_us.extend([submitting_us] * SUBMISSIONS)
+            before = rig.session.stats().total.cpu_experts
+            call(rig, 1, 40)
+            n_on_cpu.append(rig.session.stats().total.cpu_experts - before)
+        assert n_on_cpu[0] > 0
+        assert n_on_cpu[1] == 0
+        rig.session.close()
+
+
+def test_without_a_device_of_its_own_nothing_is_said_of_submitting(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(n_layers=1, policy="ours")
+    rig.call(0, *routing(40, 8, 2, 0))
+    assert rig.session._runner.experts.lanes.cpu_ready_us() == 0.0  # type: ignore[union-attr]
