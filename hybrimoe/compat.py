@@ -6,20 +6,24 @@ Each is a method or attribute of a model that transformers offers under no publi
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache, wraps
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from traceback import walk_tb
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from cpu_kernels.jit.cache_dir import cache_home
 from hybrimoe.errors import HybriMoEError
 from hybrimoe.text_files import plain_texts, read_text
 
@@ -43,11 +47,14 @@ class CompatibilityError(HybriMoEError):
 
 @contextmanager
 def without_what_is_not_needed() -> Iterator[None]:
-    """Within the block transformers imports neither `NOT_NEEDED` nor reads its 2,000 files for names a second time.
-    A release other than `TESTED` is left as it is, and its import takes longer."""
+    """Within the block transformers imports neither `NOT_NEEDED` nor reads its 2,000 files for names a second time,
+    and not even once where an earlier process has (`KeptNames`). A release other than `TESTED` is left as it is, and
+    its import takes longer."""
     if version("transformers") != TESTED:
         yield
         return
+    if "transformers" not in sys.modules:
+        sys.meta_path.insert(0, KeptNames(names_file()))
     import transformers
     from transformers.utils import import_utils
 
@@ -102,6 +109,31 @@ def leave_dynamo_out() -> None:
     sys.meta_path.insert(0, RealFirst())
 
 
+MASKS = f"{DYNAMO}._trace_wrapped_higher_order_op"
+"""What transformers' masks take of torch's compiler. It imports nothing else of it."""
+NEEDS_DYNAMO = re.compile(rb"^(from|import)\s+(\.|torch\.(_dynamo|_inductor|compiler))", re.MULTILINE)
+
+
+def import_masks_alone() -> None:
+    """After `leave_dynamo_out`: imports `MASKS` by itself, so that transformers' import of it does not bring the whole
+    compiler. Does nothing where that is there, and where the module needs more of it."""
+    stand_in = sys.modules.get(DYNAMO)
+    if stand_in is None or MASKS in sys.modules or getattr(stand_in, "__file__", None):
+        return
+    spec = PathFinder.find_spec(MASKS, list(stand_in.__path__))
+    if spec is None or spec.loader is None or spec.origin is None:
+        return
+    if NEEDS_DYNAMO.search(Path(spec.origin).read_bytes()):
+        return
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[MASKS] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[MASKS]
+        raise
+
+
 class _There(Loader):
     """Of a module that was imported while Python looked for it, and is not to be imported once more."""
 
@@ -121,6 +153,87 @@ class _There(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Runs nothing."""
         module.__spec__ = self._own
+
+
+IMPORT_UTILS = "transformers.utils.import_utils"
+
+
+def names_file() -> Path:
+    """Where the names of transformers' models are kept, for its files as they lie there now."""
+    spec = importlib.util.find_spec("transformers")
+    folder = Path((spec and spec.origin) or "").parent / "models"
+    stamp = hashlib.sha256(repr((version("transformers"), str(folder), sorted(_files(str(folder))))).encode())
+    return cache_home() / f"transformers-names-{stamp.hexdigest()[:16]}.json"
+
+
+def _files(folder: str) -> Iterator[tuple[str, int, int]]:
+    """Path, time of the last change in ns, and size of all sources below."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                if entry.name != "__pycache__":
+                    yield from _files(entry.path)
+            elif entry.name.endswith(".py"):
+                about = entry.stat()
+                yield entry.path, about.st_mtime_ns, about.st_size
+
+
+class KeptNames(MetaPathFinder):
+    """For the one import of transformers that follows: what it finds out of the names of its models by reading 2,000
+    files, which takes a third of a second, is kept in `file`, and read from there where it is."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        """The module that reads names, which is changed once it is there; this finder then steps aside."""
+        if name != IMPORT_UTILS:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def changed(module: Any) -> None:
+            execute(module)
+            module.define_import_structure = self.keeping(module.define_import_structure)
+
+        spec.loader.exec_module = changed  # type: ignore[method-assign]
+        return spec
+
+    def keeping(self, define: Callable[..., Any]) -> Callable[..., Any]:
+        """transformers' own `define`, of which one answer is kept: that for all models."""
+
+        @cache
+        @wraps(define)
+        def defined(path: Any, prefix: str | None = None) -> Any:
+            if prefix != "models":
+                return define(path, prefix)
+            names = self.read()
+            if names is None:
+                names = define(path, prefix)
+                self.write(names)
+            return names
+
+        return defined
+
+    def read(self) -> dict[frozenset[str], dict[str, set[str]]] | None:
+        """The names by what they need and by module; None where there is no such file."""
+        try:
+            found = json.loads(self.file.read_bytes())
+            return {frozenset(needs): {path: set(names) for path, names in of.items()} for needs, of in found}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    def write(self, names: Mapping[frozenset[str], Mapping[str, set[str]]]) -> None:
+        """Keeps them, without a word where nothing can be written."""
+        told = [[sorted(needs), {path: sorted(of) for path, of in by.items()}] for needs, by in names.items()]
+        own = self.file.with_name(f"{self.file.name}.{os.getpid()}")
+        with suppress(OSError):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            own.write_text(json.dumps(told), encoding="utf-8")
+            own.replace(self.file)
 
 
 def names_by_module(define: Callable[..., Any]) -> Callable[..., Any]:

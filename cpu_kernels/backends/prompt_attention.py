@@ -15,7 +15,8 @@ from cpu_kernels.step.kv_rows import turned
 from cpu_kernels.step.stored_states import StoredStates
 
 BLOCK_BYTES = 16 << 20
-"""Of the floats that are made of keys, or of values, at a time."""
+"""Of keys, or of values, at a time: of the floats that are made of them, and of the copy that torch's kernel makes for
+the products, in new memory each time. Of all 16,384 tokens of 16 heads at once 128 queries take half as long again."""
 LEAST_BLOCK_TOKENS = 256
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 """torch's kernel, by its name among torch's operators: the one that also gives the logarithms of the sums."""
@@ -63,14 +64,13 @@ def prompt_attention(
         )
     n_new, n_tokens, n_kv_heads = query.shape[2], keys.shape[2], keys.shape[1]
     n_past, group = n_tokens - n_new, query.shape[1] // n_kv_heads
-    stored = isinstance(keys, StoredStates)
     asked = _turned(query, keys, threads).to(dtype).unflatten(1, (n_kv_heads, group))
     own = [_block(states, n_past, n_tokens, dtype, threads) for states in (keys, values)]
     own = [part.repeat_interleave(group, 1) if group > 1 else part for part in own]
     result, logarithms = _attend(asked.flatten(1, 2), own[0], own[1], scale, causal=True)
-    whole = n_past if not stored and keys.dtype == dtype else _block_tokens(keys, dtype)
+    whole = _block_tokens(keys, dtype)
     by_key_heads = asked.flatten(2, 3)  # queries that share keys stand under each other: nothing hides a token
-    for first in range(0, n_past, max(1, whole)):
+    for first in range(0, n_past, whole):
         block = [_block(states, first, min(n_past, first + whole), dtype, threads) for states in (keys, values)]
         more, its_logarithms = _attend(by_key_heads, block[0], block[1], scale, causal=False)
         more, its_logarithms = more.view_as(result), its_logarithms.view_as(logarithms)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ PREDICTION_KEY = re.compile(r"(^|\.)(mtp|mtp_layers|nextn)\.")
 BOUND_KEY = re.compile(r"\.(input|output)_(min|max)$")  # Gemma's towers: infinite where nothing is bounded
 LAYER_KEY = re.compile(r"(^|\.)layers\.(\d+)\.")
 OTHER_STACKS = re.compile(r"vision|visual|audio|encoder")  # have layers of their own, which num_hidden_layers is not of
+DRAWS = (
+    "normal_", "trunc_normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_",
+)  # fmt: skip
+"""Functions of `torch.nn.init` that fill a tensor with random values."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -118,6 +123,42 @@ def dense_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
     return DTYPES.get(name, own if isinstance(own, torch.dtype) else torch.float32)
 
 
+def on_meta(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What `make` makes, without storage; small tables of positions may have some. For one thread at a time."""
+    with torch.device("meta"):
+        torch.empty(0)  # torch now looks up, once and for all, which of its functions make tensors
+    try:
+        with torch.device("meta"), _without_sympy():
+            return make()
+    except RuntimeError:  # tensors with and without storage do not mix
+        with torch.device("meta"):
+            return make()
+
+
+@contextmanager
+def _without_sympy() -> Iterator[None]:
+    """Within the block modules are made without what torch imports sympy for, which takes a third of a second: to draw
+    values for tensors without storage, and to count with ranges that have none. Of other threads nothing changes."""
+
+    def drawing(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda tensor, *args, **named: tensor if tensor.is_meta else draw(tensor, *args, **named)
+
+    def stored(*args: Any, device: Any = None, **named: Any) -> torch.Tensor:
+        here = device is None and torch.get_default_device().type == "meta"
+        return arange(*args, device="cpu" if here else device, **named)
+
+    drawn, arange = {name: getattr(nn.init, name) for name in DRAWS}, torch.arange
+    try:
+        torch.arange = stored
+        for name, draw in drawn.items():
+            setattr(nn.init, name, drawing(draw))
+        yield
+    finally:
+        torch.arange = arange
+        for name, draw in drawn.items():
+            setattr(nn.init, name, draw)
+
+
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, whole: bool = False) -> PreTrainedModel:
     """The model of `config` without storage. Raises ModelError where transformers has no language model for it.
 
@@ -128,8 +169,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, whole: bool = Fa
     if auto is None:
         raise ModelError(f"transformers has no language model with experts for model_type {config.model_type!r}")
     try:
-        with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+        model = on_meta(lambda: auto.from_config(config, dtype=dtype))
     except Exception as error:  # and so is whatever is raised of a model that is built from it
         if isinstance(error, KeyError) and error.args[0] in _rope_types(config):
             known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))

@@ -25,6 +25,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_group
 
+from hybrimoe.cli.libraries import collect_seldom
 from hybrimoe.cli.views import render
 from hybrimoe.cli.views.waiting import set_wait_policy
 
@@ -266,5 +267,6 @@ def root(
 
 def main() -> None:
     """The console entry point."""
+    collect_seldom()
     set_wait_policy(sys.argv[1:])
     app()

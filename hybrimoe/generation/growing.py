@@ -43,6 +43,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
 
     least_room = LEAST_ROOM
     """Tokens of room that a new buffer has at least; more where new buffers are dear."""
+    expected = 0
+    """Tokens of the prompt that is being computed, for all of which a new buffer has room: else its parts would find
+    their buffers too small again and again, and each time all that is held would be copied between two tokens."""
     _buffers: Buffers | None = None
     _n_used = 0
     _set: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
@@ -180,7 +183,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         if buffers is not None and self._shows(buffers) and buffers.keys.shape[-2] >= n_held + n_new:
             self._n_used = n_held
             return buffers
-        n_tokens = n_held + n_new
+        n_tokens = max(n_held + n_new, self.expected)
         room = n_tokens + max(self.least_room, n_tokens // ROOM_SHARE)
         held = self._both()
         new = [_new_rows(part, room) for part in like or held]

@@ -186,8 +186,13 @@ class PrefixCache:
         """The prompt that is computed next, perhaps in several chunks, has `n_tokens`.
 
         Layers that keep the whole prompt and only a window of the reply (reference sliding-window attention) take the
-        first chunk for the prompt unless they are told.
+        first chunk for the prompt unless they are told. Those that keep every token find room for all of it at once.
         """
+        from hybrimoe.generation.growing import GrowingLayer
+
+        for layer in self._layers():
+            if isinstance(layer, GrowingLayer):
+                layer.expected = n_tokens
         for layer in self._layers_that_ask():
             layer.set_prefill_length(n_tokens)
 

@@ -82,7 +82,9 @@ class SamplingOptions:
     """How to choose tokens and when to stop. None means: as the model's generation_config.json says.
 
     temperature: 0 is greedy. Any of temperature, top_p, top_k, min_p given (and temperature not 0) samples.
-    top_p, min_p: in [0, 1]. top_k: 0 switches it off. repetition_penalty: of tokens in prompt and reply, 1 is none.
+    top_p, min_p: in [0, 1]. top_k: 0 switches it off.
+    repetition_penalty: of tokens in prompt and reply, 1 is none; where it is not given, the model's own, but none in a
+        reply with a `constraint`, whose names and values must repeat.
     frequency_penalty, presence_penalty: taken from the logit of each token of the reply, for every time that it
         stands there, and once; as OpenAI defines them.
     logit_bias: pairs of a token id and what is added to its logit.
@@ -202,6 +204,8 @@ class Sampler:
         import torch
 
         check_token_ids(model, (token for token, _ in options.logit_bias), what="logit_bias")
+        if options.constraint is not None and options.repetition_penalty is None:
+            options = replace(options, repetition_penalty=1.0)
         config = (settings or Settings(model)).of(options)
         self.greedy = not config.do_sample
         self.eos_token_ids = frozenset() if options.ignore_eos else _token_ids(config.eos_token_id)

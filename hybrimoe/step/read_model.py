@@ -171,15 +171,17 @@ class _Reader:
     session: Any
     n_threads: int
     ropes: RopeTables = field(init=False)
+    exact: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.ropes = RopeTables(self.trace)
+        self.exact = _is_exact(self.trace, self.session)
 
     def branch(self, site: Site, number: int) -> Branch:
         """The first form of a branch that agrees. Raises NotCompiled where none does."""
         error = float("inf")
         for branch in branches_of(self.trace, site, self.ropes, self.session):
-            found = _error(self.trace, site, branch, number, self.ropes, self.session, self.n_threads)
+            found = _error(self.trace, site, branch, number, self.ropes, self.exact, self.n_threads)
             if found <= 1:
                 return branch
             error = min(error, found)
@@ -231,9 +233,10 @@ def _returns_its_result(call: Call) -> bool:
 
 
 def _error(
-    trace: Trace, site: Site, branch: Branch, number: int, ropes: RopeTables, session: Any, n_threads: int
+    trace: Trace, site: Site, branch: Branch, number: int, ropes: RopeTables, exact: bool, n_threads: int
 ) -> float:
-    """Difference of what the compiled branch adds to the stream, as a multiple of what is allowed."""
+    """Difference of what the compiled branch adds to the stream, as a multiple of what is allowed. exact: see
+    `_is_exact`."""
     width = site.before.shape[-1]
     compiled = CompiledLayers(
         [(number, Layer((branch,)))], width, tuple(ropes.sizes), n_threads, detect().isa.name
@@ -255,13 +258,13 @@ def _error(
     compiled.run()
     base = before if branch.keep == 1.0 and not branch.renews else np.zeros_like(before)
     unknown = rounding(site.after) * np.abs(after)
-    error = _relative(compiled.stream[:n_rows] - base, after - base, _is_exact(trace, session), unknown)
+    error = _relative(compiled.stream[:n_rows] - base, after - base, exact, unknown)
     for layer, originals in kept.items():
         buffers = layers[layer].grown(0)
         for part, original in zip((buffers.keys, buffers.values), originals, strict=True):
             written = part[..., PROMPT_TOKENS : PROMPT_TOKENS + n_rows, :]
             pair = [x.float().transpose(1, 2).reshape(n_rows, -1).numpy() for x in (written, original)]
-            error = max(error, _relative(pair[0], pair[1], _is_exact(trace, session)))
+            error = max(error, _relative(pair[0], pair[1], exact))
             written.copy_(original)
     return error
 

@@ -60,6 +60,10 @@ class Trace:
     cache: DynamicCache
     calls: list[Call] = field(default_factory=list)
     output: Any = None
+    modules: dict[str, nn.Module] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.modules = dict(self.model.named_modules())
 
     def within(self, path: str) -> Iterator[Call]:
         """Calls of modules inside the module at `path`, in order."""
@@ -67,11 +71,10 @@ class Trace:
 
     def children(self, path: str) -> list[Call]:
         """Calls of the module's direct parts; of containers among them, their parts."""
-        modules = dict(self.model.named_modules())
         found = []
         for call in self.within(path):
             parent = call.path.rpartition(".")[0]
-            while parent != path and isinstance(modules[parent], nn.ModuleList | nn.ModuleDict):
+            while parent != path and isinstance(self.modules[parent], nn.ModuleList | nn.ModuleDict):
                 parent = parent.rpartition(".")[0]
             if parent == path:
                 found.append(call)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -132,3 +134,18 @@ def test_what_does_not_fit_is_refused() -> None:
         assert not supports_prompt_attention(query, wrong, keys)
     with pytest.raises(LayoutError, match=r"n <= T; found torch.float32\[1, 4, 3, 64\]"):
         prompt_attention(query, keys[:, :, :2], keys[:, :, :2], 1.0)
+
+
+def test_a_long_past_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is made into floats: torch's kernel copies all that it is given at once."""
+    monkeypatch.setattr(module, "_block_tokens", lambda *_: 8)
+    attend, sizes = module._attend, []
+
+    def counted(query: torch.Tensor, keys: torch.Tensor, *others: Any, **named: Any) -> Any:
+        sizes.append(keys.shape[2])
+        return attend(query, keys, *others, **named)
+
+    monkeypatch.setattr(module, "_attend", counted)
+    keys = normal(1, 2, 30, DIM)
+    prompt_attention(normal(1, 2, 9, DIM), keys, keys, 0.1)
+    assert sizes == [9, 8, 8, 5]

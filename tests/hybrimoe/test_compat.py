@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,3 +133,31 @@ def test_nothing_that_transformers_opens_may_run_code_beside_the_weights() -> No
                     wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {called}")
     assert found > 4
     assert not wrong, "\n".join(wrong)
+
+
+def test_names_of_models_are_kept_and_read(tmp_path: Path) -> None:
+    kept = compat.KeptNames(tmp_path / "made" / "names.json")
+    models = Path(transformers.__file__).parent / "models"
+    define = import_utils.define_import_structure.__wrapped__  # what it has cached, transformers has added to
+    own = define(models, prefix="models")
+    assert kept.read() is None
+    assert kept.keeping(define)(models, prefix="models") == own
+    assert kept.read() == own
+    asked: list[Any] = []
+    again = compat.KeptNames(kept.file).keeping(lambda *given: asked.append(given))
+    assert again(models, prefix="models") == own
+    assert not asked
+    again(models / "llama")
+    assert asked == [(models / "llama", None)]
+    kept.file.write_text("[[")
+    assert kept.read() is None
+
+
+def test_kept_names_are_those_of_the_files_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
+    before = compat.names_file()
+    assert before == compat.names_file()
+    assert before.parent == tmp_path
+    files = compat._files
+    monkeypatch.setattr(compat, "_files", lambda folder: [*files(folder), ("another.py", 1, 2)])
+    assert compat.names_file() != before

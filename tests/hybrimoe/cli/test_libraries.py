@@ -18,6 +18,7 @@ from transformers.utils import import_utils
 assert import_utils.define_import_structure.__module__ == import_utils.__name__
 assert import_utils.is_torch_distributed_available.__module__ == import_utils.__name__
 assert transformers.utils.is_scipy_available is import_utils.is_scipy_available
+import transformers.masking_utils
 assert "torch._dynamo.symbolic_convert" not in sys.modules
 frozen = gc.get_freeze_count()
 import_libraries("json.tool")
@@ -26,8 +27,11 @@ assert gc.get_freeze_count() == frozen
 
 COMPILES = """
 from hybrimoe.compat import leave_dynamo_out
+from hybrimoe.compat import import_masks_alone
 leave_dynamo_out()
 import torch
+import_masks_alone()
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 torch.empty(2, device="meta").normal_()
 import sys
 assert "torch._dynamo.symbolic_convert" not in sys.modules
@@ -37,6 +41,8 @@ from torch._dynamo import config
 assert config is torch._dynamo.config
 twice = torch.compile(lambda x: 2 * x, backend="eager")
 assert twice(torch.ones(1)).item() == 2
+from torch._dynamo.variables import tensor
+assert tensor.trace_wrapped is sys.modules[TransformGetItemToIndex.__module__].trace_wrapped
 assert torch.compiler.disable(lambda: 1) != 1
 leave_dynamo_out()
 assert "torch._dynamo.symbolic_convert" in sys.modules
@@ -93,3 +99,22 @@ def test_a_part_that_the_compiler_has_not_is_told_as_that():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "No module named 'torch._dynamo.absent'" in result.stderr
+
+
+LOADS = """
+import sys
+from hybrimoe.cli.libraries import import_libraries
+import_libraries()
+import hybrimoe
+model = hybrimoe.load(packed_file=False, accelerator="none")
+assert not {"sympy", "torch._dynamo.symbolic_convert"} & set(sys.modules)
+import torch
+with torch.device("meta"):
+    assert torch.arange(2).is_meta
+assert torch.nn.Linear(2, 2).weight.abs().sum() > 0
+"""
+
+
+def test_a_model_is_loaded_without_what_torch_compiles_with():
+    result = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -10,6 +10,7 @@ import pytest
 from transformers import OlmoeConfig
 
 from hybrimoe.generation import TextGenerator
+from hybrimoe.generation.growing import GrowingLayer
 from hybrimoe.generation.prompt_parts import (
     ATTENTION_FACTOR,
     FEW_TOKENS,
@@ -88,3 +89,15 @@ def test_a_prompt_is_cut_into_parts_that_take_as_long(tiny_model: Any, byte_toke
     generator = TextGenerator(tiny_model, byte_tokenizer)
     reply = generator.reply([1] * 120, part_tokens=40, part_slower=0.01)
     assert list(reply._cut(0)) == [(0, 40), (40, 68), (68, 91), (91, 111), (111, 120)]
+
+
+def test_a_prompt_in_parts_finds_its_room_at_once(tiny_model: Any, byte_tokenizer: Any, monkeypatch: Any) -> None:
+    """A new buffer is a copy of all that is held: of a long prompt one of them would take longer than many parts."""
+    monkeypatch.setattr(GrowingLayer, "least_room", 4)
+    generator = TextGenerator(tiny_model, byte_tokenizer)
+    reply = generator.reply([1] * 120, part_tokens=10)
+    rooms = set()
+    while reply.prefill() is None:
+        rooms.add(reply.cache.growing_layers()[0].buffers.keys.data_ptr())
+    assert len(rooms) == 1
+    assert reply.cache.growing_layers()[0].buffers.keys.shape[-2] == 120 * 9 // 8

@@ -138,3 +138,37 @@ def test_settings_are_put_together_once_and_follow_the_model(tiny_model, monkeyp
     for number in range(sampling.KNOWN_SETTINGS + 2):
         settings.of(SamplingOptions(max_new_tokens=number + 1))
     assert len(settings._known) <= sampling.KNOWN_SETTINGS
+
+
+class AnyStructure:
+    """A constraint that allows every token, and ends nothing."""
+
+    is_complete = False
+
+    def begin(self):
+        return self
+
+    def masked(self, logits):
+        return logits
+
+    def accept(self, token):
+        pass
+
+
+@pytest.mark.parametrize(("asked", "applied"), [(None, 1.0), (1.3, 1.3)])
+def test_a_structured_reply_has_the_penalty_that_is_asked_for_and_not_the_models(
+    tiny_model, byte_tokenizer, monkeypatch, asked, applied
+):
+    """The names and values of JSON must repeat what stands in prompt and reply."""
+    monkeypatch.setattr(tiny_model.generation_config, "repetition_penalty", 1.4)
+    generator = TextGenerator(tiny_model, byte_tokenizer)
+    prompt_ids = generator.encode(PROMPT)
+
+    def tokens(**options):
+        reply = generator.reply(prompt_ids, SamplingOptions(temperature=0.0, max_new_tokens=20, **options))
+        list(reply)
+        return reply.token_ids
+
+    structured = tokens(repetition_penalty=asked, constraint=AnyStructure())
+    assert structured == tokens(repetition_penalty=applied)
+    assert tokens() == tokens(repetition_penalty=1.4) != tokens(repetition_penalty=1.0)
