@@ -12,7 +12,8 @@ from hybrimoe.checkpoint.stored import Storage
 FLOAT_DTYPE: ExpertDtype = "bfloat16"
 """For experts that are not quantised: exact for most checkpoints, whose weights are bfloat16."""
 CODES: tuple[ExpertDtype, ...] = ("int2", "int3", "int4", "int5", "int6", "int8")
-"""What a quantised file may suit. Codes of fewer bits stay in records for more of them, but for int8, which rounds."""
+"""What a quantised file may suit (a packed one also floats). Codes of fewer bits stay in records for more of them, but
+for int8, which rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +46,19 @@ def choose_expert_dtype(wanted: ExpertDtype | None, sources: Iterable[LayerSourc
 
 
 def _one_for_all(suited: Iterable[ExpertDtype | None]) -> ExpertDtype:
-    """The dtype in which what suits one of these loses least: itself, or that for most bits."""
-    dtypes = sorted({dtype for dtype in suited if dtype is not None}, key=CODES.index)
-    return dtypes[-1]
+    """The dtype in which what suits one of these loses least: itself, of codes that for most bits, else int8."""
+    dtypes = {dtype for dtype in suited if dtype is not None}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return max(dtypes, key=CODES.index) if dtypes.issubset(CODES) else "int8"
 
 
 def _keeps(storage: Storage, dtype: ExpertDtype) -> bool:
     """Whether experts that are stored so are not rounded again as `dtype`."""
-    if storage.suits is None or dtype == storage.suits:
+    if storage.suits == dtype:
         return True
-    return dtype != CODES[-1] and CODES.index(storage.suits) < CODES.index(dtype)
+    narrow = CODES[: CODES.index(dtype)] if dtype in CODES[:-1] else ()
+    return storage.suits in narrow
 
 
 def _change(followed: ExpertDtype, quantised: Iterable[Storage]) -> str:

@@ -24,6 +24,8 @@ from hybrimoe.text_files import parse_json
 
 DIGITS = 16  # of each hash: 64 bits, for accidents and not for attacks
 CHUNK_BYTES = 8 << 20
+TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+"""Of configurations, tokenizers and chat templates."""
 WHOLE, HEADER = "the file", "the header"
 
 
@@ -89,14 +91,28 @@ def verify_pack(folder: Path, show: Progress = lambda done, total, what: None) -
         if digest != now
     ]
     if not damaged:  # so that the manifest is what was written
-        damaged = [f"{name}: it has no checksum" for name in _needed(folder) if name not in listed]
+        damaged = [f"{name}: it has no checksum" for name in _read_by_loading(folder) if name not in listed]
+        damaged += _named_otherwise(folder, listed)
     n_bytes = sum(section.n_bytes for section in expected)
     return Verified(str(folder), len(listed), len(expected), n_bytes, tuple(damaged))
 
 
-def _needed(folder: Path) -> tuple[str, ...]:
-    """Names of the files without which a pack is none. Raises CheckpointError."""
-    return (MANIFEST_NAME, CONFIG_NAME, *_manifest(folder).files)
+def _read_by_loading(folder: Path) -> list[str]:
+    """Names of the files without which a pack is none, and of those beside them that change what a model says. What
+    sessions leave there (learnt routing, uses of experts) is none of them. Raises CheckpointError."""
+    beside = [file.name for file in folder.iterdir() if file.is_file() and file.suffix in TEXT_SUFFIXES]
+    return list(dict.fromkeys((MANIFEST_NAME, CONFIG_NAME, *_manifest(folder).files, *sorted(beside))))
+
+
+def _named_otherwise(folder: Path, listed: Mapping[str, list[Any]]) -> list[str]:
+    """What a list of checksums says of parts that the files do not have: it is of another pack, or was edited."""
+    manifest = _manifest(folder)
+    return [
+        f"{name}: the list of checksums has other names or sizes for its parts"
+        for name, rows in listed.items()
+        if [(row[0], row[1]) for row in rows]
+        != [(s.name, s.n_bytes) for s in _sections(folder, folder / name, manifest)]
+    ]
 
 
 def _manifest(folder: Path) -> Manifest:

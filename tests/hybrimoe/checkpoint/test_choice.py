@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cpu_kernels import ExpertDtype
 from hybrimoe.checkpoint.choice import choose_expert_dtype
 from hybrimoe.checkpoint.formats.source import storage_of_groups
 from hybrimoe.checkpoint.stored import Storage
@@ -43,6 +44,13 @@ def test_groups_that_do_not_fit_records_and_layers_that_are_not_quantised_are_in
     assert choose_expert_dtype(None, layers(symmetric(3), symmetric(3, group=16))).dtype == "int8"
     assert choose_expert_dtype(None, layers(symmetric(3), Storage("BF16"))).dtype == "int8"
     assert choose_expert_dtype(None, layers(Storage("BF16"))).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int3"])
+def test_packed_experts_stay_what_they_are(dtype: ExpertDtype) -> None:
+    packed = Storage("a packed file", dtype, "they are packed already")
+    assert choose_expert_dtype(None, layers(packed)).dtype == dtype
+    assert choose_expert_dtype(None, layers(packed, symmetric(4))).dtype == ("int4" if dtype == "int3" else "int8")
 
 
 def test_what_somebody_says_is_taken_and_compared() -> None:
