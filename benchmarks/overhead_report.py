@@ -46,7 +46,7 @@ kernels' range is wide, compare the columns of CPU time and not the shares.
 
 REMARKS = """
 While these runs took turns others used both cores and the memory: the kernels took twice as long as in earlier runs.
-Two runs of each 20 minutes before, without that but with a version whose copies cost the host more, gave 33 to 35 us
+Two runs of each 12 minutes before, without that but with a version whose copies cost the host more, gave 33 to 35 us
 after the release in place of 46 and 47, and for `ours` on the emulated accelerator 244 to 251 in place of 234 to 258.
 
 ## Huge pages

@@ -39,6 +39,8 @@ of object detection. It runs without either, as where they are not installed."""
 
 
 DYNAMO = "torch._dynamo"
+MASKS = f"{DYNAMO}._trace_wrapped_higher_order_op"
+"""What transformers' masks take of torch's compiler. It imports nothing else of it."""
 
 
 class CompatibilityError(HybriMoEError):
@@ -88,7 +90,10 @@ def leave_dynamo_out() -> None:
     def make_real() -> Any:
         if sys.modules.get(DYNAMO) is stand_in:
             del sys.modules[DYNAMO]
-        return importlib.import_module(DYNAMO)
+        real = importlib.import_module(DYNAMO)
+        if MASKS in sys.modules:  # imported before it, which has not made it an attribute
+            setattr(real, MASKS.rpartition(".")[2], sys.modules[MASKS])
+        return real
 
     def ask_the_real_one(name: str) -> Any:
         if name.startswith("__"):
@@ -109,8 +114,6 @@ def leave_dynamo_out() -> None:
     sys.meta_path.insert(0, RealFirst())
 
 
-MASKS = f"{DYNAMO}._trace_wrapped_higher_order_op"
-"""What transformers' masks take of torch's compiler. It imports nothing else of it."""
 NEEDS_DYNAMO = re.compile(rb"^(from|import)\s+(\.|torch\.(_dynamo|_inductor|compiler))", re.MULTILINE)
 
 

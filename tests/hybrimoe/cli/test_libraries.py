@@ -26,8 +26,7 @@ assert gc.get_freeze_count() == frozen
 """
 
 COMPILES = """
-from hybrimoe.compat import leave_dynamo_out
-from hybrimoe.compat import import_masks_alone
+from hybrimoe.compat import import_masks_alone, leave_dynamo_out
 leave_dynamo_out()
 import torch
 import_masks_alone()
@@ -41,6 +40,7 @@ from torch._dynamo import config
 assert config is torch._dynamo.config
 twice = torch.compile(lambda x: 2 * x, backend="eager")
 assert twice(torch.ones(1)).item() == 2
+assert sys.modules["torch._dynamo"]._trace_wrapped_higher_order_op.TransformGetItemToIndex is TransformGetItemToIndex
 from torch._dynamo.variables import tensor
 assert tensor.trace_wrapped is sys.modules[TransformGetItemToIndex.__module__].trace_wrapped
 assert torch.compiler.disable(lambda: 1) != 1
