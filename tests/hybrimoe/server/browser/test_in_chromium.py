@@ -28,6 +28,15 @@ HOSTILE = """Look:
 ```
 """
 
+NEVER_ENDS = """() => {
+    const put = IDBObjectStore.prototype.put;
+    IDBObjectStore.prototype.put = function (record) {
+        if (record.role !== "assistant" || record.state === "arriving") return put.call(this, record);
+        window.ending = true;
+        return {};
+    };
+}"""
+"""The page's database takes no ended reply: it goes while the last of it is written."""
 TASKS = ["disabled-by-default-devtools.timeline"]
 """Chromium's traces with every task of a page's main thread, with the CPU time that it took."""
 FITS = (
@@ -133,6 +142,23 @@ def test_a_reload_in_the_middle_of_a_reply_loses_nothing_that_came(visit, site):
     site.answers("A new reply.")
     page.get_by_role("button", name="Try again").click()
     wait_for_text(page, "A new reply.")
+
+
+def test_a_reload_while_the_end_of_a_reply_is_written_loses_nothing(visit, site):
+    page = visit()
+    page.evaluate(NEVER_ENDS)
+    site.answers("Some words ", "and the last")
+    send(page, "go")
+    page.wait_for_function("() => window.ending")
+    page.reload()
+    wait_for_text(page, "Some words and the last")
+    assert replies(page).locator(".facts").inner_text().startswith("2 tokens"), "complete, with what the server counted"
+    assert not page.get_by_text("The page was closed").count()
+    site.answers("A second reply.")
+    send(page, "and on")
+    wait_for_text(page, "A second reply.")
+    told = [message["content"] for message in site.asked[-1]["messages"]]
+    assert told == ["go", "Some words and the last", "and on"]
 
 
 def test_two_tabs_do_not_overwrite_each_other(visit, site):
@@ -305,7 +331,7 @@ def test_images_are_shown_to_a_model_that_sees(visit, site, tmp_path, monkeypatc
     page.reload()
     shown = page.locator(".message.user canvas.thumbnail")
     shown.nth(1).wait_for()
-    page.wait_for_function("document.querySelectorAll('.thumbnail')[1].width === 240")
+    page.wait_for_function("() => document.querySelectorAll('.thumbnail')[1].width === 240")
     site.answers("still red")
     send(page, "and now?")
     wait_for_text(page, "still red")

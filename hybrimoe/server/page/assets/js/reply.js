@@ -49,15 +49,15 @@ export class Reply {
     window.addEventListener("pagehide", this.leaving);
     const touching = setInterval(() => this.touch(), TOUCH_MS);
     this.beganAt = performance.now();
-    let end;
     try {
-      end = await this.ended();
+      const end = await this.ended();
+      clearInterval(touching);
+      Object.assign(this.message, end, { note: null });
+      await this.save();
     } finally {
       clearInterval(touching);
-      window.removeEventListener("pagehide", this.leaving);
+      window.removeEventListener("pagehide", this.leaving); // not before the end is written
     }
-    Object.assign(this.message, end, { note: null });
-    await this.save();
     this.changed(this.message);
   }
 

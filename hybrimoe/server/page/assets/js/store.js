@@ -88,16 +88,19 @@ export async function removeConversation(id) {
 /** When the page is about to go: what has not been written yet. */
 export function keepUnsaved(message) {
   try {
-    localStorage.setItem(UNSAVED + message.id, JSON.stringify({ text: message.text, reasoning: message.reasoning }));
+    const { text, reasoning, state, problem, usage } = message;
+    localStorage.setItem(UNSAVED + message.id, JSON.stringify({ text, reasoning, state, problem, usage }));
   } catch { /* full, or nothing is kept: what was written before stays */ }
 }
 
 async function takeUpUnsaved() {
   const keys = Object.keys(localStorage).filter((key) => key.startsWith(UNSAVED));
   for (const key of keys) {
-    const { text, reasoning } = JSON.parse(localStorage.getItem(key));
+    const { text, reasoning, state, problem, usage } = JSON.parse(localStorage.getItem(key));
+    const end = state === "arriving" ? {} : { state, problem, usage };
     await database.change("messages", key.slice(UNSAVED.length), (one) => ({
       ...one,
+      ...(one.state === "arriving" ? end : {}),
       text: text.length > one.text.length ? text : one.text,
       reasoning: reasoning.length > one.reasoning.length ? reasoning : one.reasoning,
     }));
