@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli.common import ConfigOption, DtypeOption, JsonOption, ModelArgument, check_rules, deploy_config
+from hybrimoe.cli.shared.deployment import check_rules, deploy_config
+from hybrimoe.cli.shared.options import ConfigOption, DtypeOption, JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def explain_command(
     """Show which rule places which module where, and how many bytes that takes. No weights are read."""
     check_rules(rules)
     deployment = deploy_config(config, model=model, dtype=dtype, weights=False)
-    from hybrimoe.cli.common_model import quiet_libraries
+    from hybrimoe.cli.shared.opening import quiet_libraries
 
     quiet_libraries()
     from hybrimoe.checkpoint.meta import expert_choice, meta_model, packing_remark
