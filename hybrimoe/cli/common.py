@@ -18,7 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from hybrimoe.amounts import Amount
-    from hybrimoe.config.deploy import DeployConfig
+    from hybrimoe.config.deploy import DeployConfig, RopeConfig
     from hybrimoe.generation import SamplingOptions
 
 PLACEMENT, SAMPLING, OUTPUT, BATCHES = "Where it runs", "Sampling", "Output", "Many prompts"
@@ -183,6 +183,37 @@ SpeculateOption = Annotated[
         rich_help_panel=PLACEMENT,
     ),
 ]
+RopeScalingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rope-scaling",
+        metavar="none|linear|dynamic|yarn",
+        help="Stretch the model's context by --rope-scale; none: leave out what its configuration asks for.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+RopeFactorOption = Annotated[
+    float | None,
+    typer.Option(
+        "--rope-scale",
+        "--rope-factor",
+        metavar="N",
+        min=1,
+        max=1024,
+        help="With --rope-scaling: the context becomes N times as long as the model was trained for.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+RopeOriginalOption = Annotated[
+    int | None,
+    typer.Option(
+        "--yarn-orig-ctx",
+        metavar="TOKENS",
+        min=1,
+        help="With --rope-scaling: what the model was trained for, where its configuration does not say it.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
 ContextShiftOption = Annotated[
     bool | None,
     typer.Option(
@@ -279,6 +310,9 @@ class PlacementGroup:
     speculate: SpeculateOption = None
     context_shift: ContextShiftOption = None
     attention_sinks: SinksOption = None
+    rope_scaling: RopeScalingOption = None
+    rope_factor: RopeFactorOption = None
+    rope_original_context: RopeOriginalOption = None
     adapter: AdapterOption = None
 
     def deployment(self, model: str | None) -> DeployConfig:
@@ -365,7 +399,8 @@ OPTION_OF_KEY = {
     "accelerator": "--accelerator", "memory.gpu_experts": "--slots", "memory.host": "--host-memory",
     "memory.kv_dtype": "--kv-dtype", "cpu.expert_dtype": "--dtype", "cpu.threads": "--threads",
     "scheduler.policy": "--policy", "scheduler.lookahead": "--lookahead", "scheduler.lossy": "--lossy",
-    "generation.attention_sinks": "--attention-sinks",
+    "generation.attention_sinks": "--attention-sinks", "rope.scaling": "--rope-scaling",
+    "rope.factor": "--rope-scale", "rope.original_context": "--yarn-orig-ctx",
 }  # fmt: skip
 """Options by the key of a deployment file that they stand for."""
 
@@ -404,6 +439,9 @@ def deploy_config(
     speculate: bool | None = None,
     context_shift: bool | None = None,
     attention_sinks: int | None = None,
+    rope_scaling: str | None = None,
+    rope_factor: float | None = None,
+    rope_original_context: int | None = None,
     adapter: list[str] | None = None,
     weights: bool = True,
 ) -> DeployConfig:
@@ -436,6 +474,9 @@ def deploy_config(
         speculate=speculate,
         context_shift=context_shift,
         attention_sinks=attention_sinks,
+        rope_scaling=rope_scaling,
+        rope_factor=rope_factor,
+        rope_original_context=rope_original_context,
         adapters=adapter,
     )
     check_model(deployment.model, weights=weights)
@@ -443,6 +484,14 @@ def deploy_config(
     check_rules(deployment.rules)
     deployment.check_scheduler()
     return deployment
+
+
+@_options_named()
+def rope_config(scaling: str | None, factor: float | None, original_context: int | None) -> RopeConfig | None:
+    """What the options of a command without a deployment say of a model's context. Raises ConfigError."""
+    from hybrimoe.config.deploy import read_config
+
+    return read_config({}, rope_scaling=scaling, rope_factor=factor, rope_original_context=original_context).rope
 
 
 def check_rules(rules: Any) -> None:

@@ -39,6 +39,9 @@ def needle(
         list[str] | None,
         typer.Option("--kv-dtype", metavar="|".join(KV_DTYPES), help="Of keys and values; may be repeated."),
     ] = None,
+    rope_scaling: common.RopeScalingOption = None,
+    rope_factor: common.RopeFactorOption = None,
+    rope_original_context: common.RopeOriginalOption = None,
     text: Annotated[
         Path | None, typer.Option(help="Text around it; default: the held-out text beside the model, else its card.")
     ] = None,
@@ -54,9 +57,12 @@ def needle(
     """
     common.check_readable(text)
     deployments = {
-        name: common.deploy_config(config, model=model, dtype=dtype, accelerator="none", threads=threads, kv_dtype=name)
+        name: common.deploy_config(
+            config, model=model, dtype=dtype, accelerator="none", threads=threads, kv_dtype=name,
+            rope_scaling=rope_scaling, rope_factor=rope_factor, rope_original_context=rope_original_context,
+        )
         for name in dict.fromkeys(kv_dtype or ("auto",))
-    }
+    }  # fmt: skip
     from hybrimoe.cli.common_model import progress_bar, quiet_libraries
 
     quiet_libraries()
