@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hybrimoe.cli.common_model import OpenModel, open_model
+from hybrimoe.cli.shared.opening import OpenModel, open_model
 from hybrimoe.config.deploy import load_config
 from hybrimoe.demo import HELD_OUT_FILE, demo_model_path
 from hybrimoe.generation import SamplingOptions, TextGenerator

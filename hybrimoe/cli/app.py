@@ -25,7 +25,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_group
 
-from hybrimoe.cli.libraries import collect_seldom
+from hybrimoe.cli.shared.libraries import collect_seldom
 from hybrimoe.cli.views import render
 from hybrimoe.cli.views.waiting import set_wait_policy
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli.common import JsonOption, check_folder, check_writable
+from hybrimoe.cli.shared.files import check_folder, check_writable
+from hybrimoe.cli.shared.options import JsonOption
 from hybrimoe.cli.views import render
 from scheduler.machine.profile import BYTES_PER_WEIGHT
 

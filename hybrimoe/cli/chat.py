@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli import common
-from hybrimoe.cli.libraries import import_libraries
+from hybrimoe.cli.shared.groups import PlacementGroup, PrefixGroup, SamplingGroup, grouped
+from hybrimoe.cli.shared.libraries import import_libraries
+from hybrimoe.cli.shared.options import OUTPUT, FitOption, ModelArgument, ProfileOption
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from hybrimoe.cli.chatting.models import Opened
-    from hybrimoe.cli.common_model import OpenModel
+    from hybrimoe.cli.shared.opening import OpenModel
     from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation.saved.sessions import Session
 
@@ -26,12 +27,12 @@ SESSIONS = "Sessions"
 
 def register(app: typer.Typer) -> None:
     """Add `chat`."""
-    app.command("chat")(common.grouped(chat))
+    app.command("chat")(grouped(chat))
 
 
 def chat(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="A system message.")] = None,
     session: Annotated[
         str | None,
@@ -48,22 +49,22 @@ def chat(
     models: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Models of a folder to go on with; /models lists them.")
     ] = None,
-    sampling: common.SamplingGroup,
-    prefixes: common.PrefixGroup,
-    placement: common.PlacementGroup,
-    fit: common.FitOption = False,
-    profile: common.ProfileOption = False,
+    sampling: SamplingGroup,
+    prefixes: PrefixGroup,
+    placement: PlacementGroup,
+    fit: FitOption = False,
+    profile: ProfileOption = False,
     markdown: Annotated[
         bool,
         typer.Option(
             "--markdown/--no-markdown",
             help="Draw replies as Markdown in a terminal, or as they are (on).",
-            rich_help_panel=common.OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = True,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only replies.", rich_help_panel=common.OUTPUT)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only replies.", rich_help_panel=OUTPUT)] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line for each reply.", rich_help_panel=common.OUTPUT)
+        bool, typer.Option("--json", help="One JSON object a line for each reply.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
     """Talk with a model. Enter sends a message; Alt-Enter, or a backslash at the end of a line, begins a new line.
@@ -126,11 +127,12 @@ def opened_for_chat(
 ) -> Iterator[Opened]:
     """A model in memory, a new conversation with it, and the session with this model's states. fit: with what fits."""
     from hybrimoe.cli.chatting.models import Opened
-    from hybrimoe.cli.common_model import kept_prefixes, open_model
+    from hybrimoe.cli.shared.opening import open_model
+    from hybrimoe.cli.shared.states import kept_prefixes
     from hybrimoe.generation import Conversation
 
     if fit:
-        from hybrimoe.cli.fitting import fitted
+        from hybrimoe.cli.shared.fitting import fitted
 
         deployment = fitted(deployment, told=not quiet)
     with open_model(deployment, show_progress=not quiet) as opened, kept_prefixes(opened) as tree:
@@ -151,7 +153,7 @@ def sessions_folder() -> Path:
 
 def identity(opened: OpenModel) -> str:
     """Of the model as it runs here: a conversation's states are those of this one only."""
-    from hybrimoe.cli.common_model import states_identity
+    from hybrimoe.cli.shared.states import states_identity
 
     deployment = {key: value for key, value in opened.config.as_dict().items() if key not in NO_STATES}
     template = getattr(opened.generator.tokenizer, "chat_template", None)

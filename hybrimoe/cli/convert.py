@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hybrimoe.cli.common import AdapterOption, ConfigOption, DtypeOption, JsonOption, UnknownKeysOption, deploy_config
+from hybrimoe.cli.shared.deployment import deploy_config
+from hybrimoe.cli.shared.options import AdapterOption, ConfigOption, DtypeOption, JsonOption, UnknownKeysOption
 from hybrimoe.cli.views import render
 
 
@@ -35,7 +36,7 @@ def convert_command(
     when it is whole: nothing is left where the disk fills or the command is ended.
     """
     deployment = deploy_config(config, model=model, dtype=dtype, unknown_keys=unknown_keys, adapter=adapter)
-    from hybrimoe.cli.common_model import progress_bar, quiet_libraries, warnings_as_notes
+    from hybrimoe.cli.shared.opening import progress_bar, quiet_libraries, warnings_as_notes
 
     quiet_libraries()
     from hybrimoe.checkpoint import convert

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli.common import API_KEY_VARIABLE, JsonOption
+from hybrimoe.cli.shared.options import API_KEY_VARIABLE, JsonOption
 from hybrimoe.cli.views import render
 from hybrimoe.text_files import read_text
 

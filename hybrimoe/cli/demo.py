@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hybrimoe.cli import common
+from hybrimoe.cli.shared.files import check_readable
+from hybrimoe.cli.shared.options import OUTPUT, JsonOption
 from hybrimoe.cli.views import render
 
 
@@ -33,8 +34,8 @@ def smollm2(
         typer.Option(metavar="DIR", help="Where the model goes. Default: where commands find it as smollm2."),
     ] = None,
     experts_per_token: Annotated[int, typer.Option(min=1, max=32, help="Of 32; 32 is the dense model.")] = 24,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=common.OUTPUT)] = False,
-    as_json: common.JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=OUTPUT)] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Turn the dense SmolLM2-135M-Instruct into a mixture of 32 experts a layer, without training.
 
@@ -43,10 +44,10 @@ def smollm2(
     """
     from hybrimoe.demo.smollm2 import NAME, default_place, packaged_gguf
 
-    common.check_readable(gguf)
+    check_readable(gguf)
     file = packaged_gguf() if gguf is None else gguf
     place = default_place() if out is None else out
-    from hybrimoe.cli.common_model import progress_bar, quiet_libraries
+    from hybrimoe.cli.shared.opening import progress_bar, quiet_libraries
 
     quiet_libraries()
     from hybrimoe.cutting.conversion import Recipe

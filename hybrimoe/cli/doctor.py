@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.shared.options import JsonOption
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def doctor(
         check_gpu(accelerator, minutes or (QUICK_MINUTES if quick else FULL_MINUTES), report, only, as_json=as_json)
         return
     refuse_without_gpu(accelerator=accelerator, minutes=minutes, quick=quick or None, report=report, only=only)
-    from hybrimoe.cli.common_model import quiet_libraries
+    from hybrimoe.cli.shared.opening import quiet_libraries
     from hybrimoe.machine.doctor import examine, works
 
     quiet_libraries()
@@ -104,7 +104,7 @@ def check_gpu(
     from hybrimoe.bench.gpu_check.card import device_name
     from hybrimoe.bench.gpu_check.check import check
     from hybrimoe.bench.gpu_check.sections import chosen
-    from hybrimoe.cli.common_model import quiet_libraries
+    from hybrimoe.cli.shared.opening import quiet_libraries
 
     quiet_libraries()
     sections = chosen(only)

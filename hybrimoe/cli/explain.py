@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli.common import (
+from hybrimoe.cli.shared.deployment import check_rules, deploy_config
+from hybrimoe.cli.shared.options import (
     ConfigOption,
     DtypeOption,
     JsonOption,
@@ -16,8 +17,6 @@ from hybrimoe.cli.common import (
     RopeFactorOption,
     RopeOriginalOption,
     RopeScalingOption,
-    check_rules,
-    deploy_config,
 )
 from hybrimoe.cli.views import render
 
@@ -53,7 +52,7 @@ def explain_command(
         config, model=model, dtype=dtype, rope_scaling=rope_scaling, rope_factor=rope_factor,
         rope_original_context=rope_original_context, weights=False,
     )  # fmt: skip
-    from hybrimoe.cli.common_model import quiet_libraries
+    from hybrimoe.cli.shared.opening import quiet_libraries
 
     quiet_libraries()
     from hybrimoe.checkpoint.meta import expert_choice, meta_model, packing_remark

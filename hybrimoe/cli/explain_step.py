@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import simulated
-from hybrimoe.cli.common import JsonOption, TimelineOption, check_writable, grouped, writing
+from hybrimoe.cli.shared import simulated
+from hybrimoe.cli.shared.files import check_writable, writing
+from hybrimoe.cli.shared.groups import grouped
+from hybrimoe.cli.shared.options import JsonOption, TimelineOption
 from hybrimoe.cli.views import render
 
 #: Layers whose decisions are listed in the terminal (the slowest ones); --json has all.

@@ -9,12 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common
+from hybrimoe.cli.shared.files import check_readable, check_writable
+from hybrimoe.cli.shared.groups import PlacementGroup, PrefixGroup, SamplingGroup, grouped
+from hybrimoe.cli.shared.options import (
+    BATCHES,
+    OUTPUT,
+    FitOption,
+    JsonOption,
+    ModelArgument,
+    ProfileOption,
+    TimelineOption,
+    TraceOption,
+)
 from hybrimoe.cli.views import render
 from hybrimoe.text_files import MARK, read_text, require_text
 
 if TYPE_CHECKING:
-    from hybrimoe.cli.common_model import OpenModel
+    from hybrimoe.cli.shared.opening import OpenModel
     from hybrimoe.generation import Reply, SamplingOptions, TextGenerator
     from hybrimoe.generation.kv_cache import PrefixCache
 
@@ -24,12 +35,12 @@ INTERRUPTED = 130
 
 def register(app: typer.Typer) -> None:
     """Add `generate`."""
-    app.command("generate")(common.grouped(generate))
+    app.command("generate")(grouped(generate))
 
 
 def generate(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
@@ -46,7 +57,7 @@ def generate(
         typer.Option(
             metavar="FILE",
             help="Many prompts: one a line, or .jsonl; - is stdin. Prints JSON Lines.",
-            rich_help_panel=common.BATCHES,
+            rich_help_panel=BATCHES,
         ),
     ] = None,
     batching: Annotated[
@@ -55,7 +66,7 @@ def generate(
             metavar="KIND",
             help="Which prompts run together: none (as they come), expertflow (like routes), moe-lightning (sized by "
             "the hardware). All lossless. Default: none.",
-            rich_help_panel=common.BATCHES,
+            rich_help_panel=BATCHES,
         ),
     ] = None,
     batch_size: Annotated[
@@ -64,7 +75,7 @@ def generate(
             metavar="N",
             min=1,
             help="Prompts at once; for moe-lightning at most so many. Default: 8; its own plan.",
-            rich_help_panel=common.BATCHES,
+            rich_help_panel=BATCHES,
         ),
     ] = None,
     route_predictor: Annotated[
@@ -72,18 +83,18 @@ def generate(
         typer.Option(
             metavar="FILE",
             help="For expertflow: a net of `hybrimoe trace train --target routes`. Default: a prefill of all prompts.",
-            rich_help_panel=common.BATCHES,
+            rich_help_panel=BATCHES,
         ),
     ] = None,
-    sampling: common.SamplingGroup,
-    prefixes: common.PrefixGroup,
-    placement: common.PlacementGroup,
-    fit: common.FitOption = False,
-    timeline: common.TimelineOption = False,
-    trace: common.TraceOption = None,
-    profile: common.ProfileOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.", rich_help_panel=common.OUTPUT)] = False,
-    as_json: common.JsonOption = False,
+    sampling: SamplingGroup,
+    prefixes: PrefixGroup,
+    placement: PlacementGroup,
+    fit: FitOption = False,
+    timeline: TimelineOption = False,
+    trace: TraceOption = None,
+    profile: ProfileOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.", rich_help_panel=OUTPUT)] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Stream the completion of one prompt, then say how fast it was and what each lane did.
 
@@ -110,13 +121,13 @@ def generate(
         raise typer.BadParameter("--context-shift is for single replies: batches of prompts end at the context")
     text = read_prompt(prompt, prompt_file) if prompts is None else read_file(prompts)
     options = sampling.options()
-    common.check_readable(route_predictor)
+    check_readable(route_predictor)
     for file in image or []:
-        common.check_readable(file)
-    common.check_writable(trace)
+        check_readable(file)
+    check_writable(trace)
     deployment = prefixes.over(placement.deployment(model))
     if fit:
-        from hybrimoe.cli.fitting import fitted
+        from hybrimoe.cli.shared.fitting import fitted
 
         deployment = fitted(deployment, told=not quiet)
     if prompts is not None:
@@ -126,7 +137,8 @@ def generate(
         if generate_batch.run(deployment, text, options, job):
             raise typer.Exit(INTERRUPTED)
         return
-    from hybrimoe.cli.common_model import kept_prefixes, open_model
+    from hybrimoe.cli.shared.opening import open_model
+    from hybrimoe.cli.shared.states import kept_prefixes
     from hybrimoe.generation import interruptible
     from hybrimoe.generation.kv_cache import PrefixCache
 
@@ -180,7 +192,7 @@ def run(
     images: Sequence[Path] = (), record: bool, echo: bool, profiled: bool,
 ) -> Reply:  # fmt: skip
     """Generate; the text is written to stdout as it comes where `echo` is set."""
-    from hybrimoe.cli.common_model import stream_out
+    from hybrimoe.cli.shared.opening import stream_out
     from hybrimoe.generation import Profile
     from hybrimoe.generation.sampling import COMPLETION_TOKENS, with_length
 
@@ -215,7 +227,7 @@ def with_images(generator: TextGenerator, text: str, files: Sequence[Path]) -> l
 
 def report(opened: OpenModel, reply: Reply, *, timeline: bool, trace: Path | None, quiet: bool, as_json: bool) -> None:
     """The summary, the timeline, the profile and the trace file of one reply."""
-    from hybrimoe.cli.common_model import write_trace
+    from hybrimoe.cli.shared.files import write_trace
     from hybrimoe.cli.views import render_summary
 
     experts = opened.stats()

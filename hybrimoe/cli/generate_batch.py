@@ -12,7 +12,7 @@ import typer
 from hybrimoe.cli.views import render, render_summary
 
 if TYPE_CHECKING:
-    from hybrimoe.cli.common_model import OpenModel
+    from hybrimoe.cli.shared.opening import OpenModel
     from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation import SamplingOptions
     from hybrimoe.generation.batch.job import JobResult, JobTotals
@@ -49,7 +49,8 @@ def run(deployment: DeployConfig, text: str, options: SamplingOptions, job: JobO
             "generation.context_shift is for single replies: the prompts of --prompts end at the context; leave it out"
         )
     lines = read_prompts(text, job.name)
-    from hybrimoe.cli.common_model import kept_prefixes, open_model, progress_bar
+    from hybrimoe.cli.shared.opening import open_model, progress_bar
+    from hybrimoe.cli.shared.states import kept_prefixes
     from hybrimoe.generation import interruptible
     from hybrimoe.generation.batch.job import BatchJob, job_prompts
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from hybrimoe.cli.common import AdapterOption, JsonOption, ModelArgument
+from hybrimoe.cli.shared.options import AdapterOption, JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def inspect_command(model: ModelArgument = None, adapter: AdapterOption = None, 
     """
     from hybrimoe.checkpoint.adapters.settings import check_adapters
     from hybrimoe.checkpoint.source import check_model
-    from hybrimoe.cli.common_model import quiet_libraries, warnings_as_notes
+    from hybrimoe.cli.shared.opening import quiet_libraries, warnings_as_notes
 
     check_model(model)
     check_adapters(adapter or ())

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from hybrimoe.cli import simulated
-from hybrimoe.cli.common import (
+from hybrimoe.cli.shared import simulated
+from hybrimoe.cli.shared.deployment import rope_config
+from hybrimoe.cli.shared.options import (
     FitOption,
     JsonOption,
     ModelArgument,
     RopeFactorOption,
     RopeOriginalOption,
     RopeScalingOption,
-    rope_config,
 )
 from hybrimoe.cli.views import render
 
@@ -106,7 +106,7 @@ def plan(
     reasons: list[str] = []
     stored = KV_DTYPE if kv_dtype == "auto" else kv_dtype
     if fit_all:
-        from hybrimoe.cli.fitting import most_replies, stored_shapes
+        from hybrimoe.cli.shared.fitting import most_replies, stored_shapes
 
         wish = Wish(context=context, replies=parallel, most_replies=most_replies())
         on_cpu = not (profile.accel.memory_gib if device_bytes is None else device_bytes)

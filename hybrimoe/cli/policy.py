@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.shared.options import JsonOption
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:

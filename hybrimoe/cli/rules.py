@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli.common import JsonOption, check_rules
+from hybrimoe.cli.shared.deployment import check_rules
+from hybrimoe.cli.shared.options import JsonOption
 from hybrimoe.cli.views import render
 from hybrimoe.text_files import read_text
 
@@ -53,7 +54,7 @@ def check(file: FileArgument, model: OnModelOption = None, as_json: JsonOption =
 
 def _check_on_model(file: str, model: str) -> dict[str, Any]:
     from hybrimoe.checkpoint.meta import meta_model
-    from hybrimoe.cli.common_model import quiet_libraries
+    from hybrimoe.cli.shared.opening import quiet_libraries
     from hybrimoe.injection import explain
 
     quiet_libraries()

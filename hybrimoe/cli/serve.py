@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli import common
-from hybrimoe.cli.libraries import import_libraries
+from hybrimoe.cli.shared.groups import PlacementGroup, PrefixGroup, grouped
+from hybrimoe.cli.shared.libraries import import_libraries
+from hybrimoe.cli.shared.options import API_KEY_VARIABLE, FitOption, JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 from hybrimoe.text_files import read_text
 
@@ -31,12 +32,12 @@ EXIT_SECONDS = 10.0
 
 def register(app: typer.Typer) -> None:
     """Add `serve`."""
-    app.command("serve")(common.grouped(serve))
+    app.command("serve")(grouped(serve))
 
 
 def serve(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on, IPv4 or IPv6; the default only serves this machine.")
     ] = None,
@@ -88,14 +89,14 @@ def serve(
         str | None,
         typer.Option(metavar="FOLDER", help="Where POST /slots saves what a slot holds, and restores it from."),
     ] = None,
-    fit: common.FitOption = False,
+    fit: FitOption = False,
     access_log: Annotated[
         bool | None,
         typer.Option("--access-log/--no-access-log", help="A line on stderr for each request, without contents (on)."),
     ] = None,
-    prefixes: common.PrefixGroup,
-    placement: common.PlacementGroup,
-    as_json: common.JsonOption = False,
+    prefixes: PrefixGroup,
+    placement: PlacementGroup,
+    as_json: JsonOption = False,
 ) -> None:
     """Serve a page to chat at /, the APIs of OpenAI, Anthropic, Ollama and llama-server, /health and /metrics.
 
@@ -165,7 +166,8 @@ def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, f
 
 def loadable(name: str, deployment: DeployConfig, *, fit: bool = False) -> Loadable:
     """How the model of a deployment comes into memory, and how it is served there. fit: with what fits at that time."""
-    from hybrimoe.cli.common_model import OpenModel, open_model, prefix_settings, slot_files
+    from hybrimoe.cli.shared.opening import OpenModel, open_model
+    from hybrimoe.cli.shared.states import prefix_settings, slot_files
     from hybrimoe.server.models import Loadable, Progress
     from hybrimoe.server.served import Served
 
@@ -173,7 +175,7 @@ def loadable(name: str, deployment: DeployConfig, *, fit: bool = False) -> Loada
 
     def opening() -> contextlib.AbstractContextManager[OpenModel]:
         if fit:
-            from hybrimoe.cli.fitting import fitted
+            from hybrimoe.cli.shared.fitting import fitted
 
             settled[0] = fitted(deployment, serves=True)
         return open_model(settled[0], told=progress.tell)
@@ -236,7 +238,7 @@ def read_api_keys(settings: ServerConfig) -> list[str]:
     """Keys of the file and of the environment; none where neither is set. Raises ConfigError."""
     from hybrimoe.errors import ConfigError
 
-    key = os.environ.get(common.API_KEY_VARIABLE)
+    key = os.environ.get(API_KEY_VARIABLE)
     keys = [key] if key else []
     if settings.api_key_file is None:
         return keys

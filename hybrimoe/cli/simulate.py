@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli import simulated
-from hybrimoe.cli.common import JsonOption, LossyList, check_readable, grouped
+from hybrimoe.cli.shared import simulated
+from hybrimoe.cli.shared.files import check_readable
+from hybrimoe.cli.shared.groups import grouped
+from hybrimoe.cli.shared.options import JsonOption, LossyList
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:

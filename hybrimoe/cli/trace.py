@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli.common import (
+from hybrimoe.cli.generate import read_file, read_prompt
+from hybrimoe.cli.shared.deployment import deploy_config
+from hybrimoe.cli.shared.files import check_folder, check_writable
+from hybrimoe.cli.shared.options import (
     AcceleratorOption,
     ConfigOption,
     JsonOption,
@@ -15,12 +18,8 @@ from hybrimoe.cli.common import (
     PolicyOption,
     SlotsOption,
     UnknownKeysOption,
-    check_folder,
-    check_writable,
-    deploy_config,
 )
-from hybrimoe.cli.generate import read_file, read_prompt
-from hybrimoe.cli.simulated import check_trace
+from hybrimoe.cli.shared.simulated import check_trace
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def record(
     deployment = deploy_config(
         config, model=model, accelerator="none" if config is None else None, unknown_keys=unknown_keys
     )
-    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.cli.shared.opening import open_model
     from hybrimoe.tracing.record import DEFAULT_PROMPTS, record_texts
 
     texts = texts or list(DEFAULT_PROMPTS)
@@ -128,7 +127,7 @@ def capture(
     deployment = deploy_config(
         config, model=model, accelerator=device, slots=slots, policy=policy, unknown_keys=unknown_keys
     )
-    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.cli.shared.opening import open_model
     from hybrimoe.tracing.replay import capture_run
 
     with open_model(deployment, show_progress=not as_json) as opened:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybrimoe.cli.common import JsonOption
+from hybrimoe.cli.shared.options import JsonOption
 from hybrimoe.cli.views import render
 
 SHOWN = 20
@@ -30,7 +30,7 @@ def verify_command(
 
     check_pack(folder)
     from hybrimoe.checkpoint.pack.checksums import verify_pack
-    from hybrimoe.cli.common_model import progress_bar
+    from hybrimoe.cli.shared.opening import progress_bar
 
     with progress_bar(beginning="reading") as progress:
         found = verify_pack(folder, progress)

@@ -35,7 +35,8 @@ CACHE_OFF = "cache off (CPU only)"
 class Request:
     """One command line of `bench decode` or `bench prefill`.
 
-    deploy: the deployment with some options replaced (policy, slots, dtype, lossy), as `cli.common.deploy_config`.
+    deploy: the deployment with some options replaced (policy, slots, dtype, lossy), as of
+    `cli.shared.deployment.deploy_config`.
     profile: of decode, after the rounds: where a token's time goes, for each contender in this process.
     kv_dtypes: how the hybrid contenders store keys and values, each in turn; llama_kv: the same of llama.cpp, by the
     names of `contenders.LLAMA_KV`, with "-flash" behind them for flash attention. llama_weights: of the file that is

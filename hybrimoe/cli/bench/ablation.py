@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli.common import JsonOption, check_folder
-from hybrimoe.cli.simulated import check_trace
+from hybrimoe.cli.shared.files import check_folder
+from hybrimoe.cli.shared.options import JsonOption
+from hybrimoe.cli.shared.simulated import check_trace
 from hybrimoe.cli.views import render
 
 EXPERIMENTS = ("table3", "sensitivity", "paper", "hits", "policies", "lossy")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hybrimoe.cli import common
+from hybrimoe.cli.shared.options import JsonOption, ThreadsOption
 from hybrimoe.cli.views import render
 
 
@@ -23,8 +23,8 @@ def attention(
     kv_heads: Annotated[int, typer.Option(min=1, help="Heads of keys and values.")] = 4,
     head_size: Annotated[int, typer.Option(min=16, help="Columns of a head.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 15,
-    threads: common.ThreadsOption = None,
-    as_json: common.JsonOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """One layer's attention of one new token, bfloat16 on the CPU: medians of alternating rounds, beside PyTorch.
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli import common, simulated
+from hybrimoe.cli.shared import simulated
+from hybrimoe.cli.shared.groups import grouped
+from hybrimoe.cli.shared.options import JsonOption
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add `batching`."""
-    app.command("batching")(common.grouped(batching))
+    app.command("batching")(grouped(batching))
 
 
 def batching(
@@ -27,7 +29,7 @@ def batching(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence that are its prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after them that are its reply.")] = 64,
     sequences: Annotated[int, typer.Option(min=2, help="Sequences of a synthetic trace.")] = 24,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare groupings of a trace's sequences: distinct experts a step, speed, hit rate. All simulated, all lossless.
 

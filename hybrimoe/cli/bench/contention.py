@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import options
+from hybrimoe.cli.shared.deployment import deploy_config
+from hybrimoe.cli.shared.options import AcceleratorOption, ConfigOption, JsonOption, ThreadsOption
 
 QUICK_ROUNDS, QUICK_TOKENS = 2, 12
 
@@ -20,25 +21,25 @@ def register(app: typer.Typer) -> None:
 
 def contention(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As in generate; none: demo.")] = None,
-    config: common.ConfigOption = None,
-    accelerator: common.AcceleratorOption = None,
-    threads: common.ThreadsOption = None,
+    config: ConfigOption = None,
+    accelerator: AcceleratorOption = None,
+    threads: ThreadsOption = None,
     loops: Annotated[int, typer.Option(min=1, help="Busy programs beside it. Default: one a core.")] = (
         os.cpu_count() or 1
     ),
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a round's reply.")] = 60,
     rounds: options.RoundsOption = 5,
     quick: options.QuickOption = False,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Decode steps alone and beside busy loops, in alternating rounds: the share of the idle speed that is kept.
 
     A third row has threads that never sleep: what the others lose against them on an idle machine.
     """
-    settings = common.deploy_config(config, model=model, accelerator=accelerator, threads=threads)
+    settings = deploy_config(config, model=model, accelerator=accelerator, threads=threads)
     from hybrimoe.bench.contention import measure
     from hybrimoe.bench.rounds import busy_warning
-    from hybrimoe.cli.common_model import open_model, progress_bar
+    from hybrimoe.cli.shared.opening import open_model, progress_bar
     from hybrimoe.cli.views import render
     from hybrimoe.machine.facts import machine
 

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import model_run
+from hybrimoe.cli.shared.groups import grouped
+from hybrimoe.cli.shared.options import JsonOption, ModelArgument, ProfileOption
 
 QUICK_TOKENS = 24
 """Most tokens of a round with --quick."""
@@ -15,17 +16,17 @@ QUICK_TOKENS = 24
 
 def register(app: typer.Typer) -> None:
     """Add `decode`."""
-    app.command("decode")(common.grouped(decode))
+    app.command("decode")(grouped(decode))
 
 
 def decode(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Decode steps a round.")] = 64,
     contenders: model_run.ContendersGroup,
-    profile: common.ProfileOption = False,
-    as_json: common.JsonOption = False,
+    profile: ProfileOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Tokens a second of decoding: policies and dtypes side by side in alternating rounds.
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import options
+from hybrimoe.cli.shared.files import check_writable, writing
+from hybrimoe.cli.shared.options import JsonOption
 
 if TYPE_CHECKING:
     from hybrimoe.bench.kernels.card import KernelRate
@@ -32,7 +33,7 @@ def kernels(
     quick: options.QuickOption = False,
     csv: options.CsvOption = None,
     plot: options.PlotOption = None,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
     accelerator: Annotated[
         str | None,
         typer.Option(metavar="DEVICE", help="The fused kernels of this device (cuda:0); --only then names dtypes."),
@@ -42,8 +43,8 @@ def kernels(
 
     Contenders that are wrong are refused, those that are not installed are named and left out.
     """
-    common.check_writable(csv)
-    common.check_writable(plot)
+    check_writable(csv)
+    check_writable(plot)
     if accelerator is not None:
         if plot is not None:
             raise typer.BadParameter("--plot is for the CPU; with --accelerator there are --csv and --json")
@@ -60,7 +61,7 @@ def kernels(
     )
     result = kernels_bench.run(request, render.note)
     if csv is not None:
-        with common.writing(csv):
+        with writing(csv):
             kernels_bench.write_csv(result["rows"], csv)
     if plot is not None:
         kernels_bench.write_plot(result, plot)
@@ -91,7 +92,7 @@ def _on_accelerator(
     )
     rows = [asdict(rate) for rate in rates]
     if csv is not None and rows:
-        with common.writing(csv):
+        with writing(csv):
             write_csv(rows, csv)
     if as_json:
         render.emit_json({"device": card.device_name(device), "rows": rows})

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import model_run, options
+from hybrimoe.cli.shared.files import check_readable
+from hybrimoe.cli.shared.groups import grouped
+from hybrimoe.cli.shared.options import JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -19,12 +21,12 @@ QUICK_CONTEXT = 1024
 
 def register(app: typer.Typer) -> None:
     """Add `kv`."""
-    app.command("kv")(common.grouped(kv))
+    app.command("kv")(grouped(kv))
 
 
 def kv(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     kv_dtype: Annotated[
         list[str] | None, typer.Option(help="Dtype beside the model's own; may be repeated. Default: int8, int4.")
     ] = None,
@@ -37,7 +39,7 @@ def kv(
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens of the text.")] = 4,
     rounds: options.RoundsOption = 7,
     group: model_run.RepliesGroup,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Keys and values in fewer bits: what that costs in quality, and what it brings in memory and time.
 
@@ -51,7 +53,7 @@ def kv(
     for name in names:
         if name not in DTYPES:
             raise ConfigError(unknown("dtype of keys and values", name, DTYPES))
-    common.check_readable(text)
+    check_readable(text)
     deployment = group.deployment(model)
     from hybrimoe.bench.kv_dtypes import Request, measure
 

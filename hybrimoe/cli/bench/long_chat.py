@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import model_run, options
+from hybrimoe.cli.shared.files import check_folder, check_readable
+from hybrimoe.cli.shared.groups import grouped
+from hybrimoe.cli.shared.options import JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 CONTEXTS = (4096, 16384)
@@ -18,12 +20,12 @@ COLUMNS = ("context", "", "turn", "TTFT ms", "spread", "of first", "ms a token",
 
 def register(app: typer.Typer) -> None:
     """Add `long-chat`."""
-    app.command("long-chat")(common.grouped(long_chat))
+    app.command("long-chat")(grouped(long_chat))
 
 
 def long_chat(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     context: Annotated[
         list[int] | None,
         typer.Option("--context", min=64, help="Tokens of a first turn; may be repeated (4096 and 16384)."),
@@ -41,7 +43,7 @@ def long_chat(
         bool, typer.Option("--llama-cpp", help="With --shape: llama.cpp on the same weights beside it, as Q4_0.")
     ] = False,
     group: model_run.RepliesGroup,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Time to the first token and between tokens of a second turn, after a long first one, in alternating rounds.
 
@@ -50,9 +52,9 @@ def long_chat(
     states as llama-server does: in its slot, in a copy in memory, in a saved slot.
     """
     deployment = group.deployment(model)
-    common.check_folder(folder)
+    check_folder(folder)
     if gguf is not None:
-        common.check_readable(Path(gguf))
+        check_readable(Path(gguf))
     from hybrimoe.bench.model.long_chat import Request, measure
 
     request = Request(

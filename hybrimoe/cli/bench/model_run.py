@@ -11,14 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import options
+from hybrimoe.cli.shared.deployment import deploy_config
+from hybrimoe.cli.shared.files import check_readable, check_writable, writing
+from hybrimoe.cli.shared.options import (
+    AcceleratorOption,
+    ConfigOption,
+    DtypeOption,
+    LossyList,
+    SlotsOption,
+    ThreadsOption,
+    UnknownKeysOption,
+)
 from hybrimoe.cli.views import render, render_summary
 from hybrimoe.cli.views.render_profile import profile_table
 
 if TYPE_CHECKING:
     from hybrimoe.bench.model.measure import Request
-    from hybrimoe.cli.common_model import Progress
+    from hybrimoe.cli.shared.opening import Progress
     from hybrimoe.config.deploy import DeployConfig
 
 LLAMA_KV = ("f16", "f16-flash", "q8_0", "q4_0")
@@ -36,7 +46,7 @@ class ContendersGroup:
     experts: options.ExpertsOption = None
     active: options.ActiveOption = None
     policy: options.PolicyList = None
-    lossy: common.LossyList = None
+    lossy: LossyList = None
     dtype: options.DtypeList = None
     compare_policies: Annotated[
         bool,
@@ -73,11 +83,11 @@ class ContendersGroup:
         ),
     ] = None
     rounds: options.RoundsOption = 7
-    config: common.ConfigOption = None
-    accelerator: common.AcceleratorOption = None
-    slots: common.SlotsOption = None
-    threads: common.ThreadsOption = None
-    unknown_keys: common.UnknownKeysOption = None
+    config: ConfigOption = None
+    accelerator: AcceleratorOption = None
+    slots: SlotsOption = None
+    threads: ThreadsOption = None
+    unknown_keys: UnknownKeysOption = None
     quick: options.QuickOption = False
     csv: options.CsvOption = None
     plot: options.PlotOption = None
@@ -94,13 +104,13 @@ class ContendersGroup:
         from yaml_rules.shapes import shape_names
 
         if self.gguf is not None:
-            common.check_readable(Path(self.gguf))
-        common.check_writable(self.csv)
-        common.check_writable(self.plot)
+            check_readable(Path(self.gguf))
+        check_writable(self.csv)
+        check_writable(self.plot)
         if self.shape is not None and self.shape not in shape_names():
             raise ConfigError(unknown("model shape", self.shape, shape_names()))
         deploy = partial(
-            common.deploy_config, self.config, model=model if self.shape is None else None,
+            deploy_config, self.config, model=model if self.shape is None else None,
             accelerator=self.accelerator, threads=self.threads, unknown_keys=self.unknown_keys,
         )  # fmt: skip
         for name in self.llama_kv or ():
@@ -151,9 +161,9 @@ class RepliesGroup:
 
     shape: options.ShapeOption = None
     layers: options.LayersOption = None
-    config: common.ConfigOption = None
-    dtype: common.DtypeOption = None
-    threads: common.ThreadsOption = None
+    config: ConfigOption = None
+    dtype: DtypeOption = None
+    threads: ThreadsOption = None
     quick: options.QuickOption = False
 
     def deployment(self, model: str | None) -> DeployConfig:
@@ -164,9 +174,7 @@ class RepliesGroup:
             raise ConfigError(f"give a model ({model}) or --shape {self.shape}, not both")
         if self.layers is not None and self.shape is None:
             raise ConfigError("--layers goes with --shape: a checkpoint is measured whole")
-        return common.deploy_config(
-            self.config, model=model, accelerator="none", dtype=self.dtype, threads=self.threads
-        )
+        return deploy_config(self.config, model=model, accelerator="none", dtype=self.dtype, threads=self.threads)
 
     def sizes(self, new_tokens: int, rounds: int) -> tuple[int, int]:
         """Tokens of a reply and counted rounds: those given, or fewer with --quick."""
@@ -188,7 +196,7 @@ class RepliesGroup:
 def _measured(measure: Callable[[Progress], dict[str, Any]]) -> dict[str, Any]:
     """What `measure` returns, with a progress bar, and a remark before it if the machine is busy."""
     from hybrimoe.bench import rounds
-    from hybrimoe.cli.common_model import progress_bar, quiet_libraries
+    from hybrimoe.cli.shared.opening import progress_bar, quiet_libraries
 
     quiet_libraries()
     warning = rounds.busy_warning()
@@ -204,7 +212,7 @@ def measure_and_show(request: Request, *, csv: Path | None, plot: Path | None, a
 
     result = _measured(partial(measure, request))
     if csv is not None:
-        with common.writing(csv):
+        with writing(csv):
             write_csv(result, csv)
     if plot is not None:
         write_plot(result, plot)

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common
+from hybrimoe.cli.shared.deployment import deploy_config
+from hybrimoe.cli.shared.files import check_readable
+from hybrimoe.cli.shared.options import (
+    ConfigOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    RopeFactorOption,
+    RopeOriginalOption,
+    RopeScalingOption,
+    ThreadsOption,
+)
 from hybrimoe.cli.views import render
 
 KV_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4")
@@ -21,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def needle(
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     context: Annotated[
         list[int] | None,
         typer.Option("--context", min=1, help="Tokens of a text; may be repeated. Default: 1024, 2048."),
@@ -39,31 +50,31 @@ def needle(
         list[str] | None,
         typer.Option("--kv-dtype", metavar="|".join(KV_DTYPES), help="Of keys and values; may be repeated."),
     ] = None,
-    rope_scaling: common.RopeScalingOption = None,
-    rope_factor: common.RopeFactorOption = None,
-    rope_original_context: common.RopeOriginalOption = None,
+    rope_scaling: RopeScalingOption = None,
+    rope_factor: RopeFactorOption = None,
+    rope_original_context: RopeOriginalOption = None,
     text: Annotated[
         Path | None, typer.Option(help="Text around it; default: the held-out text beside the model, else its card.")
     ] = None,
-    dtype: common.DtypeOption = None,
-    threads: common.ThreadsOption = None,
-    config: common.ConfigOption = None,
-    as_json: common.JsonOption = False,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Long-context quality: a secret word stands somewhere in a text, whose last words ask for it.
 
     Shown are the word's rank among all tokens (1: the model says it) and its probability, beside those in the same text
     without the sentence. Depth 0 is the beginning of the text. On the CPU alone.
     """
-    common.check_readable(text)
+    check_readable(text)
     deployments = {
-        name: common.deploy_config(
+        name: deploy_config(
             config, model=model, dtype=dtype, accelerator="none", threads=threads, kv_dtype=name,
             rope_scaling=rope_scaling, rope_factor=rope_factor, rope_original_context=rope_original_context,
         )
         for name in dict.fromkeys(kv_dtype or ("auto",))
     }  # fmt: skip
-    from hybrimoe.cli.common_model import progress_bar, quiet_libraries
+    from hybrimoe.cli.shared.opening import progress_bar, quiet_libraries
 
     quiet_libraries()
     from hybrimoe.bench.quality.needle import Request, measure

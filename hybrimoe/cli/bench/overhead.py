@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import options
+from hybrimoe.cli.shared.options import JsonOption
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +24,7 @@ def overhead(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps a round.")] = 50,
     rounds: options.RoundsOption = 7,
     quick: options.QuickOption = False,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Microseconds of one layer call beside its kernels, without and with an emulated accelerator.
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import model_run, options
+from hybrimoe.cli.shared.groups import grouped
+from hybrimoe.cli.shared.options import JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 SHOWN_PARTS = 3
@@ -17,19 +18,19 @@ SHOWN_PARTS = 3
 
 def register(app: typer.Typer) -> None:
     """Add `parallel`."""
-    app.command("parallel")(common.grouped(parallel))
+    app.command("parallel")(grouped(parallel))
 
 
 def parallel(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     replies: Annotated[
         list[int] | None, typer.Option("--replies", "-r", min=1, max=64, help="Replies at once; may be repeated.")
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=4, help="Tokens of a reply.")] = 64,
     rounds: options.RoundsOption = 5,
     group: model_run.RepliesGroup,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Tokens a second of 1, 2 and 4 replies side by side, as the server computes them, in alternating rounds.
 

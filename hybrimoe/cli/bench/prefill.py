@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import model_run
+from hybrimoe.cli.shared.groups import grouped
+from hybrimoe.cli.shared.options import JsonOption, ModelArgument
 
 QUICK_TOKENS = 128
 """Most tokens of a round with --quick."""
@@ -15,15 +16,15 @@ QUICK_TOKENS = 128
 
 def register(app: typer.Typer) -> None:
     """Add `prefill`."""
-    app.command("prefill")(common.grouped(prefill))
+    app.command("prefill")(grouped(prefill))
 
 
 def prefill(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 512,
     contenders: model_run.ContendersGroup,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Tokens a second of computing a prompt: policies and dtypes side by side in alternating rounds.
 

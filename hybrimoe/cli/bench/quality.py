@@ -7,8 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import options
+from hybrimoe.cli.shared.deployment import deploy_config
+from hybrimoe.cli.shared.files import check_readable, check_writable, writing
+from hybrimoe.cli.shared.options import (
+    AcceleratorOption,
+    ConfigOption,
+    JsonOption,
+    ModelArgument,
+    PolicyOption,
+    SlotsOption,
+)
 from scheduler.machine.profile import BYTES_PER_WEIGHT
 
 CHANGES = {"skipped": "skipped", "substituted": "substituted", "lowered": "low", "deferred": "late"}
@@ -22,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def quality(
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     text: Annotated[
         Path | None, typer.Option(help="Text to read; default: the held-out text beside the model, else its card.")
     ] = None,
@@ -34,12 +43,12 @@ def quality(
         typer.Option(metavar="KIND", help="Compare lossy policies instead of dtypes: a kind as for --lossy, or all."),
     ] = None,
     decode_tokens: Annotated[int, typer.Option(min=2, help="With --lossy: decode steps in each of 4 texts.")] = 128,
-    policy: common.PolicyOption = None,
-    slots: common.SlotsOption = None,
-    accelerator: common.AcceleratorOption = None,
-    config: common.ConfigOption = None,
+    policy: PolicyOption = None,
+    slots: SlotsOption = None,
+    accelerator: AcceleratorOption = None,
+    config: ConfigOption = None,
     csv: options.CsvOption = None,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Perplexity and greedy agreement of expert dtypes, or of lossy policies (--lossy) beside their speed.
 
@@ -52,15 +61,15 @@ def quality(
     wrong = [name for name in dtype or () if name not in DTYPES]
     if wrong:
         raise ConfigError(f"--dtype {wrong[0]}: expected one of {', '.join(DTYPES)}")
-    common.check_readable(text)
-    common.check_writable(csv)
+    check_readable(text)
+    check_writable(csv)
     if lossy:
         placed = {"policy": policy, "slots": slots, "accelerator": accelerator, "config": config}
         result, columns, lines, title = _of_lossy(model, text, dtype or [], windows, lossy, decode_tokens, placed)
     else:
         result, columns, lines, title = _of_dtypes(model, text, dtype or [], windows, experts)
     if csv is not None:
-        with common.writing(csv):
+        with writing(csv):
             _write_csv(csv, result["rows"])
     if as_json:
         render.emit_json(result)
@@ -73,7 +82,7 @@ Shown = tuple[dict[str, Any], list[str], list[list[str]], str]
 
 
 def _of_dtypes(model: str | None, text: Path | None, dtypes: list[str], windows: int, experts: int) -> Shown:
-    common.deploy_config(None, model=model)
+    deploy_config(None, model=model)
     from hybrimoe.bench.quality import kernels as kernels_quality
     from hybrimoe.cli.views import render
 
@@ -103,13 +112,13 @@ def _of_lossy(
     if len(dtypes) > 1:
         raise ConfigError(f"--lossy takes one --dtype, found {', '.join(dtypes)}")
     dtype = dtypes[0] if dtypes else "bfloat16"
-    deployment = common.deploy_config(placed.pop("config"), model=model, dtype=dtype, **placed)
+    deployment = deploy_config(placed.pop("config"), model=model, dtype=dtype, **placed)
     from scheduler.lossy import LOSSY_POLICIES
 
     fitting = sorted(name for name, kind in LOSSY_POLICIES.items() if dtype == "int4" or not kind.uses_planes)
     kinds = [kind for given in lossy for kind in (fitting if given == "all" else [given])]
     from hybrimoe.bench.quality import lossy as lossy_quality
-    from hybrimoe.cli.common_model import quiet_libraries
+    from hybrimoe.cli.shared.opening import quiet_libraries
     from hybrimoe.cli.views import render
 
     quiet_libraries()

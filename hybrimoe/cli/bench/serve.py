@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench.options import measured_server
+from hybrimoe.cli.shared.groups import PlacementGroup, grouped
+from hybrimoe.cli.shared.options import JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -23,12 +24,12 @@ REPLY_S = 600.0
 
 def register(app: typer.Typer) -> None:
     """Add `serve`."""
-    app.command("serve")(common.grouped(serve))
+    app.command("serve")(grouped(serve))
 
 
 def serve(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Measure a server that runs (any OpenAI-compatible one).")
     ] = None,
@@ -39,14 +40,14 @@ def serve(
     turns: Annotated[int, typer.Option(min=1, help="Turns of a conversation: each sends all before it again.")] = 1,
     prompt_words: Annotated[int, typer.Option(min=1, help="Words of a conversation's first prompt.")] = 48,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Longest reply, in tokens.")] = 32,
-    placement: common.PlacementGroup,
+    placement: PlacementGroup,
     prefix_cache: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory for what the server's prompts and replies computed.")
     ] = None,
     parallel: Annotated[
         int | None, typer.Option(min=1, max=64, help="Replies that the server computes at once.")
     ] = None,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Times to the first token and between tokens, and tokens a second, for users who ask at the same time.
 
@@ -55,7 +56,7 @@ def serve(
     counts as time to the first token.
     """
     from hybrimoe.bench.serve import measure as serve_bench
-    from hybrimoe.cli.common_model import progress_bar
+    from hybrimoe.cli.shared.opening import progress_bar
 
     given = asdict(placement) | {"prefix_cache": prefix_cache, "parallel": parallel}
     options = {f"--{name.replace('_', '-')}": value for name, value in given.items() if value is not None}

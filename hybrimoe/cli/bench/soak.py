@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench.options import measured_server
+from hybrimoe.cli.shared.groups import PlacementGroup, grouped
+from hybrimoe.cli.shared.options import JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add `soak`."""
-    app.command("soak")(common.grouped(soak))
+    app.command("soak")(grouped(soak))
 
 
 def soak(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="A server that runs, instead of one that is started for this.")
     ] = None,
@@ -35,11 +36,11 @@ def soak(
         int, typer.Option(min=0, help="Tokens of a huge prompt; those beyond the context must be refused. 0: none.")
     ] = 65_536,
     seed: Annotated[int, typer.Option(min=0, help="The same seed, the same requests.")] = 0,
-    placement: common.PlacementGroup,
+    placement: PlacementGroup,
     parallel: Annotated[
         int | None, typer.Option(min=1, max=64, help="Replies that the server computes at once.")
     ] = None,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Chats and texts, whole and streamed, short, long and huge; a fifth of the clients leave, some read slowly.
 
@@ -50,7 +51,7 @@ def soak(
     than 2 % from the second quarter of the time to the last. 3 minutes are for every change, 30 for every night.
     """
     from hybrimoe.bench.serve import soak as soaking
-    from hybrimoe.cli.common_model import progress_bar
+    from hybrimoe.cli.shared.opening import progress_bar
 
     given = asdict(placement) | {"parallel": parallel}
     options = {f"--{name.replace('_', '-')}": value for name, value in given.items() if value is not None}

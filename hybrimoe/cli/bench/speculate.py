@@ -7,23 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import model_run, options
+from hybrimoe.cli.shared.groups import grouped
+from hybrimoe.cli.shared.options import JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 
 def register(app: typer.Typer) -> None:
     """Add `speculate`."""
-    app.command("speculate")(common.grouped(speculate))
+    app.command("speculate")(grouped(speculate))
 
 
 def speculate(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=4, help="Tokens of a reply.")] = 128,
     rounds: options.RoundsOption = 7,
     group: model_run.RepliesGroup,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """The time of a step of 1 to 4 tokens, and tokens a second with and without drafts, in alternating rounds.
 

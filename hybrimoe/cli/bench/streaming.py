@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench.options import RoundsOption
+from hybrimoe.cli.shared.groups import PlacementGroup, grouped
+from hybrimoe.cli.shared.options import JsonOption, ModelArgument
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -18,17 +19,17 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add `streaming`."""
-    app.command("streaming")(common.grouped(streaming))
+    app.command("streaming")(grouped(streaming))
 
 
 def streaming(
     *,
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     clients: Annotated[list[int] | None, typer.Option(min=1, max=64, help="Clients at once; may be repeated.")] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Tokens of each reply.")] = 256,
     rounds: RoundsOption = 5,
-    placement: common.PlacementGroup,
-    as_json: common.JsonOption = False,
+    placement: PlacementGroup,
+    as_json: JsonOption = False,
 ) -> None:
     """What the server adds to a streamed token: text, stop texts, queues, locks, JSON, HTTP, and what they delay.
 
@@ -54,7 +55,7 @@ def streaming(
 
 def _measured(deployment: DeployConfig, clients: list[int], new_tokens: int, rounds: int) -> list[Row]:
     from hybrimoe.bench.serve.streaming import measure
-    from hybrimoe.cli.common_model import open_model
+    from hybrimoe.cli.shared.opening import open_model
     from hybrimoe.server.http import HttpServer, listening
     from hybrimoe.server.models import Models
     from hybrimoe.server.served import Served

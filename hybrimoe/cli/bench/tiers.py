@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrimoe.cli import common
 from hybrimoe.cli.bench import options
+from hybrimoe.cli.shared.options import JsonOption, ThreadsOption
 
 SHARES = (0.25, 0.5, 0.75)
 MIB = 2**20
@@ -53,10 +53,10 @@ def tiers(
             metavar="SIZE", help="With --system-limit: memory beside dense weights and experts; default 96MiB."
         ),
     ] = None,
-    threads: common.ThreadsOption = None,
+    threads: ThreadsOption = None,
     rounds: options.RoundsOption = 3,
     quick: options.QuickOption = False,
-    as_json: common.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Tokens a second of expert layers of which host memory holds a share, in alternating cold rounds.
 
@@ -71,7 +71,7 @@ def tiers(
     allowance_bytes = _allowance_bytes(allowance, dtype, system_limit=system_limit)
     from cpu_kernels.jit.cache_dir import cache_home
     from hybrimoe.bench.tiers import layers as layers_alone
-    from hybrimoe.cli.common_model import progress_bar, quiet_libraries
+    from hybrimoe.cli.shared.opening import progress_bar, quiet_libraries
     from hybrimoe.cli.views import render
 
     shares = share or SHARES

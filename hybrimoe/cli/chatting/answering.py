@@ -10,7 +10,7 @@ from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
     from hybrimoe.cli.chatting.models import ChatModels, Opened
-    from hybrimoe.cli.common_model import OpenModel
+    from hybrimoe.cli.shared.opening import OpenModel
     from hybrimoe.generation import Conversation, Profile, SamplingOptions
     from hybrimoe.generation.images.reading import ImageFile
     from hybrimoe.generation.saved.sessions import Session
@@ -95,7 +95,7 @@ class Chat:
     def _show(self, turn: Iterable[str]) -> None:
         """A reply as it comes; with JSON it is told when it is complete."""
         from hybrimoe.cli.chatting.markdown import can_redraw, show_markdown
-        from hybrimoe.cli.common_model import stream_out
+        from hybrimoe.cli.shared.opening import stream_out
 
         console = render.out()
         if self.as_json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hybrimoe.errors import BudgetError, ConfigError, HybriMoEError, unknown
 
 if TYPE_CHECKING:
-    from hybrimoe.cli.common_model import OpenModel
+    from hybrimoe.cli.shared.opening import OpenModel
     from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation import Conversation
     from hybrimoe.generation.saved.sessions import Session

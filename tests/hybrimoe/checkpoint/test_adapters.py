@@ -25,7 +25,7 @@ import hybrimoe
 from hybrimoe.checkpoint import UnsupportedCheckpointError, convert, load
 from hybrimoe.checkpoint.inspection import inspect
 from hybrimoe.cli.chat import identity
-from hybrimoe.cli.common_model import OpenModel
+from hybrimoe.cli.shared.opening import OpenModel
 from hybrimoe.errors import CheckpointError, ConfigError, HybriMoEError, ModelError
 
 from .conftest import SMALL

@@ -15,7 +15,7 @@ from transformers import MixtralConfig, PreTrainedModel
 
 from hybrimoe.bench.model.sources import NoTokenizer
 from hybrimoe.checkpoint import load
-from hybrimoe.cli.common import deploy_config
+from hybrimoe.cli.shared.deployment import deploy_config
 from hybrimoe.errors import BudgetError, CheckpointError, ModelError
 from hybrimoe.generation import PrefixCache, SamplingOptions, TextGenerator
 from hybrimoe.machine.memory import available_bytes, total_bytes

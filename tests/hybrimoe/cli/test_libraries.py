@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import gc, sys
-from hybrimoe.cli.libraries import RUNS_MODELS, import_libraries
+from hybrimoe.cli.shared.libraries import RUNS_MODELS, import_libraries
 import_libraries("json.tool")
 assert gc.isenabled()
 assert gc.get_freeze_count() > 100_000
@@ -103,7 +103,7 @@ def test_a_part_that_the_compiler_has_not_is_told_as_that():
 
 LOADS = """
 import sys
-from hybrimoe.cli.libraries import import_libraries
+from hybrimoe.cli.shared.libraries import import_libraries
 import_libraries()
 import hybrimoe
 model = hybrimoe.load(packed_file=False, accelerator="none")

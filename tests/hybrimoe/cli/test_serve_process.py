@@ -190,12 +190,12 @@ def test_it_listens_and_says_so_while_the_model_is_loaded():
 
 SLOW_START = """
 import sys
-from hybrimoe.cli import common_model
-opened = common_model.open_model
+from hybrimoe.cli.shared import opening
+opened = opening.open_model
 def slowly(*args, **kwargs):
     sys.stdin.readline()
     return opened(*args, **kwargs)
-common_model.open_model = slowly
+opening.open_model = slowly
 from hybrimoe.cli.app import app
 app(["serve", "--port", sys.argv[1], "--json"])
 """

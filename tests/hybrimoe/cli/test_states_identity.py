@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hybrimoe.cli.common_model import prefix_settings, states_identity
+from hybrimoe.cli.shared.states import prefix_settings, states_identity
 from hybrimoe.config.deploy import load_config
 from hybrimoe.demo import demo_model_path
 

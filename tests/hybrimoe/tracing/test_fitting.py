@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hybrimoe.cli import fitting
+from hybrimoe.cli.shared import fitting
 from hybrimoe.config.deploy import load_config
 from hybrimoe.errors import BudgetError, ConfigError
 from hybrimoe.machine.profiles import open_hardware, open_shape

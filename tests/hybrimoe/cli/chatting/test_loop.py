@@ -8,8 +8,8 @@ from hybrimoe.amounts import Amount
 from hybrimoe.cli.chatting.answering import Chat
 from hybrimoe.cli.chatting.loop import ChatLoop
 from hybrimoe.cli.chatting.settings import SETTINGS, setting_lines
-from hybrimoe.cli.common import deploy_config
-from hybrimoe.cli.common_model import open_model
+from hybrimoe.cli.shared.deployment import deploy_config
+from hybrimoe.cli.shared.opening import open_model
 from hybrimoe.generation import Conversation, SamplingOptions
 from hybrimoe.generation.prefix.budget import DiskSettings, PrefixSettings, prefix_tree
 from hybrimoe.generation.saved.sessions import STATES, TEXT, Session

@@ -10,8 +10,8 @@ from hybrimoe.cli.chatting import models as chat_models
 from hybrimoe.cli.chatting.answering import Chat
 from hybrimoe.cli.chatting.loop import ChatLoop
 from hybrimoe.cli.chatting.models import ChatModels, Opened, needed_bytes
-from hybrimoe.cli.common import deploy_config
-from hybrimoe.cli.common_model import open_model
+from hybrimoe.cli.shared.deployment import deploy_config
+from hybrimoe.cli.shared.opening import open_model
 from hybrimoe.config.deploy import load_config
 from hybrimoe.errors import ModelError
 from hybrimoe.generation import Conversation, SamplingOptions

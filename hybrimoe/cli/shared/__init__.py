@@ -1,0 +1,1 @@
+"""What several commands share: options and groups of them, the deployment they describe, files, an open model."""
