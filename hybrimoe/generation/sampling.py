@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe import compat
 from hybrimoe.errors import ConfigError, ModelError
+from hybrimoe.generation.candidates import few_candidates, first_that_narrows, kept_by, sent_together
+from hybrimoe.generation.draws import Draws
 from hybrimoe.generation.vocabulary import check_token_ids
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ __all__ = [
     "SamplingOptions",
     "Settings",
     "TokenLogprob",
-    "few_candidates",
     "reply_length",
     "with_length",
 ]
@@ -213,13 +214,13 @@ class Sampler:
         config.max_length = len(prompt_ids) + self.max_new_tokens
         self._processors_on = partial(_processors, model, config, len(prompt_ids))
         self._processors = self._processors_on("cpu")
+        self._narrows = None if self.greedy else first_that_narrows(self._processors)
         self._ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
         self._adjustments = _Adjustments(options)
         self._structure = None if options.constraint is None else options.constraint.begin()
         self._top_logprobs = options.top_logprobs
         self.logprobs: list[TokenLogprob] = []
-        self._seed = options.seed if options.seed is not None else secrets.randbits(32)
-        self._generator = torch.Generator(device="cpu").manual_seed(self._seed)
+        self._draws = Draws(options.seed if options.seed is not None else secrets.randbits(32))
 
     @property
     def is_complete(self) -> bool:
@@ -252,14 +253,8 @@ class Sampler:
             own, token_ids = logits.to(torch.float32, copy=True), None
         else:
             own, token_ids = sent_together(*few)
-        allowed = self._adjustments.apply(own)
-        if self._structure is not None:
-            allowed = self._structure.masked(allowed)
-        scores = allowed[None]
-        for processor in self._processors:  # as their list does, but for asking each what it takes
-            scores = processor(self._ids, scores)
         on_host = own.device.type == "cpu" and token_ids is None
-        token, chosen, largest = self._on_host(own, scores) if on_host else self._there(own, scores, token_ids)
+        token, chosen, largest = self._on_host(own) if on_host else self._there(own, token_ids)
         if not math.isfinite(largest):
             raise ModelError(
                 f"the model's logits after {self._ids.shape[-1]} tokens are not finite numbers: its weights are"
@@ -273,46 +268,62 @@ class Sampler:
             self.logprobs.append(_logprob(own, chosen, self._top_logprobs))
         return chosen
 
-    def _on_host(self, own: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, int, float]:
-        """The token [1] that is chosen by scores [1, V], its number, and the largest of the model's own logits [V]: NaN
-        where one is. NumPy searches by vectors, and takes the first of several, as torch does one by one."""
+    def _on_host(self, own: torch.Tensor) -> tuple[torch.Tensor, int, float]:
+        """The token [1] that is chosen by the model's logits [V], its number, and the largest of them: NaN where one
+        is. NumPy searches by vectors, and takes the first of several, as torch does one by one."""
         import torch
 
-        token = torch.tensor([int(scores[0].numpy().argmax())]) if self.greedy else self._drawn(scores)
-        return token, int(token), float(own.numpy().max())
+        largest = float(own.numpy().max())
+        if not math.isfinite(largest):
+            return self._ids[0, -1:], -1, largest
+        narrows = len(self._processors) if self._narrows is None else self._narrows
+        scores, token_ids = self._processed(self._allowed(own), self._processors[:narrows]), None
+        if narrows < len(self._processors):
+            kept = kept_by(self._processors[narrows], scores[0].numpy())
+            if kept is not None:
+                token_ids, narrows = torch.from_numpy(kept), narrows + 1
+                scores = scores[:, token_ids]
+            scores = self._processed(scores[0], self._processors[narrows:])
+        if self.greedy:
+            token = torch.tensor([int(scores[0].numpy().argmax())])
+        else:
+            token = self._draws.choose(scores, token_ids, len(own))
+        if token_ids is not None:
+            token = token_ids[token]
+        return token, int(token), largest
 
-    def _there(
-        self, own: torch.Tensor, scores: torch.Tensor, token_ids: torch.Tensor | None
-    ) -> tuple[torch.Tensor, int, float]:
+    def _there(self, own: torch.Tensor, token_ids: torch.Tensor | None) -> tuple[torch.Tensor, int, float]:
         """The same, of logits on an accelerator, or of its best candidates, whose ids are `token_ids`."""
         import torch
 
-        token = torch.argmax(scores, dim=-1) if self.greedy else self._drawn(scores)
+        scores = self._processed(self._allowed(own), self._processors)
+        token = torch.argmax(scores, dim=-1) if self.greedy else self._draws.choose(scores)
         if token_ids is not None:
             token = token_ids[token]
         largest, chosen = sent_together(own.max()[None], token)
         return token, int(chosen), float(largest)
 
-    def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
-        """A token id [1] by the chances of `scores` [1, V].
+    def _allowed(self, own: torch.Tensor) -> torch.Tensor:
+        """The model's logits [V] with bias and penalties, and only what the structure of the reply allows."""
+        adjusted = self._adjustments.apply(own)
+        return adjusted if self._structure is None else self._structure.masked(adjusted)
 
-        It is the one that torch.multinomial draws, without the check of the chances, for which a card stops the host.
-        """
-        import torch
-
-        chances = torch.softmax(scores, dim=-1)
-        return (chances / torch.empty_like(chances).exponential_(generator=self._generator)).argmax(dim=-1)
+    def _processed(self, scores: torch.Tensor, processors: Sequence[Any]) -> torch.Tensor:
+        """Scores [1, k] from [k], as their list makes them, but for asking each what it takes."""
+        processed = scores[None]
+        for processor in processors:
+            processed = processor(self._ids, processed)
+        return processed
 
     def _move_to(self, device: torch.device) -> None:
         """What meets the logits lies on their device from now on; on another one than before, draws begin anew."""
-        import torch
 
         if self._ids.device == device:
             return
         self._ids = self._ids.to(device)
         self._processors = self._processors_on(str(device))
         self._adjustments.move_to(device)
-        self._generator = torch.Generator(device=device).manual_seed(self._seed)
+        self._draws.move_to(device)
 
 
 def check_settings(model: Any, what: str) -> None:
@@ -411,33 +422,3 @@ def _configured_length(model: Any, n_prompt: int) -> int | None:
         return int(config.max_new_tokens)
     left = (config.max_length or 0) - n_prompt
     return left if left > 0 else None
-
-
-def few_candidates(
-    processors: Sequence[Any], logits: torch.Tensor, *, greedy: bool
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Logits [k] and token ids [k] of the tokens among which `processors` choose, best first, on the logits' device.
-
-    k is 1 for greedy choice, else the sampler's top_k. None for logits on the host, and where a processor needs them
-    all, or changes their order (penalties, forbidden tokens). Of tokens that share the last place of the top k,
-    transformers keeps all; here one is kept.
-    """
-    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    ordered = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
-    if logits.device.type == "cpu" or any(type(processor) not in ordered for processor in processors):
-        return None
-    if greedy:
-        return logits.topk(1)
-    first = next((processor for processor in processors if not isinstance(processor, TemperatureLogitsWarper)), None)
-    if not isinstance(first, TopKLogitsWarper):  # what stands before it would see fewer tokens than it should
-        return None
-    return logits.topk(min(first.top_k, logits.shape[-1]))
-
-
-def sent_together(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits float32 [k] and token ids int64 [k] on the host, by one copy: the host waits for the card once."""
-    import torch
-
-    bits = torch.stack([logits.float().view(torch.int32), token_ids.to(torch.int32)]).cpu()
-    return bits[0].view(torch.float32), bits[1].long()
