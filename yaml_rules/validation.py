@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -77,8 +78,14 @@ def _section(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     for key in path:
         by_alias = {field.alias or name: field for name, field in current.model_fields.items()}
         field = by_alias.get(str(key))
-        annotation = field.annotation if field is not None else None
+        annotation = _without_none(field.annotation if field is not None else None)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return None
         current = annotation
     return current
+
+
+def _without_none(annotation: Any) -> Any:
+    """Of a section that may be left out: the section."""
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return kinds[0] if isinstance(annotation, UnionType) and len(kinds) == 1 else annotation

@@ -26,7 +26,7 @@ from hybrimoe.checkpoint.progress import Progress, progress_of
 from hybrimoe.checkpoint.source import CHECKSUMS_NAME, MANIFEST_NAME, SINGLE_NAME, model_path
 from hybrimoe.checkpoint.tokenizer import load_tokenizer
 from hybrimoe.config.deploy import DeployConfig, load_config
-from hybrimoe.errors import FileError, ModelError
+from hybrimoe.errors import ConfigError, FileError, ModelError
 
 if TYPE_CHECKING:
     from hybrimoe.injection import Injection
@@ -65,6 +65,8 @@ def convert(
     deployment = load_config(
         config, model=None if path_or_hub_id is None else str(path_or_hub_id), accelerator="none", **overrides
     )
+    if deployment.rope is not None:
+        raise ConfigError("rope: a pack has the positions of its model; leave it out, and give it where it is loaded")
     loader = Loader.open(deployment, packed_file=False)
     identity = _identity(loader)
     if not _is_free(target, identity):

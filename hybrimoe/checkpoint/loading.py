@@ -39,6 +39,7 @@ from hybrimoe.checkpoint.pack.dense import DenseSource
 from hybrimoe.checkpoint.pack.experts import PackedFile
 from hybrimoe.checkpoint.pack.record_file import Header, folders, other_folders
 from hybrimoe.checkpoint.progress import Progress, progress_of
+from hybrimoe.checkpoint.rope import check_stretched, forget_longer_texts, stretch
 from hybrimoe.checkpoint.source import is_demo, model_path, read_config_dict
 from hybrimoe.checkpoint.weights import Weights, open_weights
 from hybrimoe.config.deploy import DeployConfig, load_config
@@ -79,6 +80,7 @@ def load(
     config: deployment configuration (file, preset name, mapping or `DeployConfig`); `overrides` go over it
         (`accelerator`, `gpu_expert_slots`, `expert_dtype`, `policy`, `rules`, ... as in `hybrimoe.load_config`;
         `unknown_keys="ignore"` leaves out weights of the checkpoint that the model does not have;
+        `rope_scaling="yarn", rope_factor=4` stretches its context;
         `vision="none"` leaves out the part that sees images; `adapters=["lora", "style:0.5"]` merges PEFT adapters into
         the weights while these are read).
     progress: called with (bytes done, bytes in total, what); True draws a bar on stderr, False does not, None does
@@ -133,10 +135,12 @@ class Loader:
         if weights.pack is not None and deployment.cpu.dense_dtype == "auto":
             deployment = deployment.with_dtypes(dense=weights.pack.dense_dtype)
         hf_config = read_config(path)
+        stretch(hf_config, deployment.rope)
         sees = compat.has_processor(path)
         model = meta_model(hf_config, dense_dtype(deployment.cpu.dense_dtype, hf_config), whole=sees)
         if not find_experts(model):
             raise ModelError(f"{path} is a dense model ({hf_config.model_type}): it has no experts to place")
+        check_stretched(model, deployment.rope)
         plan = weights.plan(model)
         if deployment.vision == "none" or (weights.pack is not None and not has_towers(model, plan)):
             plan = without_towers(model, plan)
@@ -161,6 +165,7 @@ class Loader:
         sources, parts = self.sources, self.parts()
         loaded = load_dense(self.model, parts.early, self.shapes, dtypes)
         complete(self.model, loaded, parts.later, self.plan, unknown_keys=self.deployment.unknown_keys)
+        forget_longer_texts(self.model)
         injection = place_operators(self.model, self.deployment)
         session = injection.session
         injection.packing = self.choice.remark

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from hybrimoe.checkpoint.choice import ExpertChoice
+    from hybrimoe.config.deploy import RopeConfig
 
 KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
 HEADER_LENGTH = struct.Struct("<Q")  # a safetensors file begins with the bytes of its header
@@ -25,20 +26,25 @@ TOWER_KEY = re.compile(r"(^|\.)\w*(visual|vision|audio|projector)\w*\.")
 EXPERTS_OF_A_LAYER = "_exps.weight"  # in names of GGUF tensors
 
 
-def meta_model(source: str | Path | PreTrainedConfig | None, vision: str = "auto") -> PreTrainedModel:
+def meta_model(
+    source: str | Path | PreTrainedConfig | None, vision: str = "auto", rope: RopeConfig | None = None
+) -> PreTrainedModel:
     """The model of a directory, GGUF file, hub id or configuration, as `hybrimoe.load` builds it before it reads
-    weights. vision: as in the deployment file.
+    weights. vision, rope: as in the deployment file.
 
     None is the demo model. Of a hub id only config.json is fetched. Raises ModelError for a directory that is no model,
     a hub id that cannot be read, and a model type without a language model.
     """
     from hybrimoe.checkpoint.dense import dense_dtype
     from hybrimoe.checkpoint.dense import meta_model as build
+    from hybrimoe.checkpoint.rope import check_stretched, stretch
     from hybrimoe.experts.towers import remove_towers
 
     config = model_config(source) if source is None or isinstance(source, str | Path) else source
     sees = isinstance(source, str | Path) and vision == "auto" and _has_processor(source)
+    stretch(config, rope)
     model = build(config, dense_dtype("auto", config), whole=sees)
+    check_stretched(model, rope)
     if vision == "none":
         remove_towers(model)
     return model
@@ -52,15 +58,20 @@ def model_config(model: str | Path | None) -> PreTrainedConfig:
     return _hub_config(str(model)) if is_hub_id(model) else read_config(model_path(model))
 
 
-def model_shape(model: str | Path | None, vision: str = "auto") -> ModelShape:
-    """Sizes of a model, and of the part that sees images where it is loaded (vision: as in the deployment file).
+def model_shape(model: str | Path | None, vision: str = "auto", rope: RopeConfig | None = None) -> ModelShape:
+    """Sizes of a model, and of the part that sees images where it is loaded (vision, rope: as in the deployment file).
 
     model: a directory, a GGUF file, a hub id (its cached or fetched config.json), None for the demo model, or what
     `hybrimoe.machine.profiles.open_shape` takes (the name of a shipped shape, a file).
 
-    Raises ModelError where the hub's cache has no config.json of that id and none can be fetched, and CheckpointError
-    for a GGUF file that is damaged.
+    Raises ModelError where the hub's cache has no config.json of that id and none can be fetched, and for a context
+    that cannot be stretched so; CheckpointError for a GGUF file that is damaged.
     """
+    shape = _own_shape(model, vision)
+    return shape if rope is None else replace(shape, max_context=_stretched_context(model, rope))
+
+
+def _own_shape(model: str | Path | None, vision: str) -> ModelShape:
     from hybrimoe.checkpoint.source import HUB_FILE, hub_config_file, is_hub_id, model_path, read_config_dict
     from hybrimoe.machine.profiles import open_shape
     from yaml_rules.shapes import derive_shape
@@ -76,6 +87,23 @@ def model_shape(model: str | Path | None, vision: str = "auto") -> ModelShape:
         return ModelShape.from_mapping(derive_shape(read_config_dict(path), path.stem))
     shape = open_shape(path if model is None or path.is_dir() else str(model))
     return shape if vision == "none" else replace(shape, tower_bytes=_tower_bytes(path))
+
+
+def _stretched_context(model: str | Path | None, rope: RopeConfig) -> int:
+    """Tokens of the context that `rope` gives to `model`, which is what `model_shape` takes. Raises ModelError where it
+    gives none."""
+    from hybrimoe.checkpoint.rope import stretched
+    from yaml_rules import shapes
+    from yaml_rules.located import read_yaml
+
+    path = shapes.FOLDER / f"{model}.yaml" if model in shapes.shape_names() else Path(model or "")
+    if path.is_file() and path.suffix in (".json", ".yaml", ".yml"):
+        data = read_yaml(path).data
+        config = {"rope_parameters": {"rope_type": "default"}, **data.get("config", data)}  # files of shapes name none
+        return stretched({**config, **(config.get("text_config") or {})}, rope, str(model)).context
+    from hybrimoe.generation.context import model_context_tokens
+
+    return model_context_tokens(meta_model(model, "none", rope).config) or 0
 
 
 def _has_processor(model: str | Path) -> bool:

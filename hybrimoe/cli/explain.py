@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hybrimoe.cli.shared.deployment import check_rules, deploy_config
-from hybrimoe.cli.shared.options import ConfigOption, DtypeOption, JsonOption, ModelArgument
+from hybrimoe.cli.shared.options import (
+    ConfigOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    RopeFactorOption,
+    RopeOriginalOption,
+    RopeScalingOption,
+)
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -32,25 +40,36 @@ def explain_command(
     rules: RulesOption = None,
     config: ConfigOption = None,
     dtype: DtypeOption = None,
+    rope_scaling: RopeScalingOption = None,
+    rope_factor: RopeFactorOption = None,
+    rope_original_context: RopeOriginalOption = None,
     every_module: AllOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show which rule places which module where, and how many bytes that takes. No weights are read."""
     check_rules(rules)
-    deployment = deploy_config(config, model=model, dtype=dtype, weights=False)
+    deployment = deploy_config(
+        config, model=model, dtype=dtype, rope_scaling=rope_scaling, rope_factor=rope_factor,
+        rope_original_context=rope_original_context, weights=False,
+    )  # fmt: skip
     from hybrimoe.cli.shared.opening import quiet_libraries
 
     quiet_libraries()
     from hybrimoe.checkpoint.meta import expert_choice, meta_model, packing_remark
+    from hybrimoe.checkpoint.rope import told
     from hybrimoe.config.runtime import runtime_config
+    from hybrimoe.generation.context import model_context_tokens
     from hybrimoe.injection import explain
 
     source = deployment.located_rules() if rules is None else rules
-    meta = meta_model(deployment.model, deployment.vision)
+    meta = meta_model(deployment.model, deployment.vision, deployment.rope)
     choice = expert_choice(deployment.model, meta, deployment.cpu.expert_dtype, deployment.adapters)
     explanation = explain(meta, source, choice.dtype, runtime_config(deployment))
     if remark := choice.remark or packing_remark(deployment.model, choice.dtype):
         explanation = replace(explanation, remarks=(*explanation.remarks, remark))
+    if deployment.rope is not None:
+        context = told(model_context_tokens(meta.config), deployment.rope)
+        explanation = replace(explanation, remarks=(*explanation.remarks, context))
     if as_json:
         render.emit_json(explanation.as_dict())
     else:

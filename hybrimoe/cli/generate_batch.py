@@ -75,7 +75,7 @@ def _plan(opened: OpenModel, prompts: Any, options: SamplingOptions, job: JobOpt
     from hybrimoe.checkpoint.meta import model_shape
     from hybrimoe.generation.batch.plan import plan_job
 
-    shape = model_shape(opened.config.model, opened.config.vision)
+    shape = model_shape(opened.config.model, opened.config.vision, opened.config.rope)
     return plan_job(opened.generator, opened.session, shape, prompts, options, job.batch_size)
 
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from hybrimoe.cli.shared import simulated
-from hybrimoe.cli.shared.options import FitOption, JsonOption, ModelArgument
+from hybrimoe.cli.shared.deployment import rope_config
+from hybrimoe.cli.shared.options import (
+    FitOption,
+    JsonOption,
+    ModelArgument,
+    RopeFactorOption,
+    RopeOriginalOption,
+    RopeScalingOption,
+)
 from hybrimoe.cli.views import render
 
 if TYPE_CHECKING:
@@ -39,6 +47,9 @@ def plan(
             metavar="DTYPE", help="Keys and values as float32, bfloat16, int8, int4, on the CPU; auto: in 16 bit."
         ),
     ] = "auto",
+    rope_scaling: RopeScalingOption = None,
+    rope_factor: RopeFactorOption = None,
+    rope_original_context: RopeOriginalOption = None,
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of one device, like 12GiB. Default: profile.")
     ] = None,
@@ -67,7 +78,8 @@ def plan(
     from hybrimoe.checkpoint.meta import model_shape, packing_remark, with_kv_dtype
     from hybrimoe.machine.profiles import hardware_for_plan, open_hardware, with_accelerators
 
-    shape = with_kv_dtype(model_shape(model), model, kv_dtype)
+    rope = rope_config(rope_scaling, rope_factor, rope_original_context)
+    shape = with_kv_dtype(model_shape(model, rope=rope), model, kv_dtype)
     if hardware is not None:
         open_hardware(hardware)
     device_bytes = None if gpu_memory is None else _bytes("--gpu-memory", gpu_memory)
@@ -124,6 +136,10 @@ def plan(
         render.note(reason)
     if remark := packing_remark(model, expert_dtype):
         render.note(remark)
+    if rope is not None:
+        from hybrimoe.checkpoint import rope as positions
+
+        render.note(positions.told(shape.max_context, rope))
     kept = found.host_experts - (min(found.device_experts, found.host_experts) if host_copy == "drop" else 0)
     if as_json:
         dtypes = {"expert_dtype": expert_dtype, "dense_dtype": dense_dtype, "kv_dtype": stored, "reasons": reasons}

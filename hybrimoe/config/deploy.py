@@ -105,6 +105,35 @@ class GenerationConfig(Section):
         return self
 
 
+class RopeConfig(Section):
+    """Rotary embeddings stretched to a longer context than the model was trained for."""
+
+    scaling: Literal["none", "linear", "dynamic", "yarn"] = Field(
+        description="How; none takes out what the model's configuration asks for."
+    )
+    factor: float | None = Field(
+        default=None, ge=1.0, le=1024.0, allow_inf_nan=False, description="How many times as long the context becomes."
+    )
+    original_context: int | None = Field(
+        default=None, ge=1, le=(1 << 31) - 1, description="Tokens that the model was trained for; else as it says."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_scaling(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "scaling" not in given:
+            raise ValueError("scaling is missing (--rope-scaling): none, linear, dynamic or yarn")
+        return given
+
+    @model_validator(mode="after")
+    def _factor_of_scaling(self) -> RopeConfig:
+        if self.scaling == "none" and self.factor is not None:
+            raise ValueError("scaling none has no factor: leave that out, or choose linear, dynamic or yarn")
+        if self.scaling != "none" and self.factor is None:
+            raise ValueError(f"scaling {self.scaling} needs a factor (--rope-scale), as 2 for twice the context")
+        return self
+
+
 ModelsEntry = Annotated[str, Field(min_length=1)] | dict[str, Any]
 ToolParser = Literal["hermes", "qwen3_coder", "glm", "mistral", "llama3", "deepseek", "harmony"]
 
@@ -235,6 +264,9 @@ class DeployConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     cpu: CpuConfig = CpuConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    rope: RopeConfig | None = Field(
+        default=None, description="Context beyond the model's own; by default positions are as the model has them."
+    )
     generation: GenerationConfig = GenerationConfig()
     server: ServerConfig = ServerConfig()
 
@@ -328,6 +360,9 @@ _ALIASES: dict[str, KeyPath] = {
     "context_shift": ("generation", "context_shift"),
     "attention_sinks": ("generation", "attention_sinks"),
     "kv_dtype": ("memory", "kv_dtype"),
+    "rope_scaling": ("rope", "scaling"),
+    "rope_factor": ("rope", "factor"),
+    "rope_original_context": ("rope", "original_context"),
     "host_copy": ("memory", "host_copy"),
 }
 

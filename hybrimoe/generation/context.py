@@ -43,8 +43,9 @@ def model_context_tokens(config: Any) -> int | None:
     """The longest sequence that the model is made for, prompt and reply together; None where it sets no limit.
 
     config: of the model. Its max_position_embeddings, or more where YaRN stretches the positions and
-    max_position_embeddings was left as trained (as Qwen's documentation has it). The other stretched embeddings come
-    with the stretched length as max_position_embeddings (Llama 3, Phi, Gemma 3).
+    max_position_embeddings was left as trained (as Qwen's documentation has it), or where dynamic scaling says for what
+    it was trained (original_max_position_embeddings). The other stretched embeddings come with the stretched length as
+    max_position_embeddings (Llama 3, Phi, Gemma 3).
     """
     text_config = config.get_text_config(decoder=True)
     limit = getattr(text_config, "max_position_embeddings", None)
@@ -63,7 +64,8 @@ def _rope_parameters(text_config: Any) -> list[Mapping[str, Any]]:
 
 
 def _stretched(rope: Mapping[str, Any], limit: int) -> int:
-    if rope.get("rope_type", rope.get("type")) != "yarn":
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind != "yarn" and not (kind == "dynamic" and "original_max_position_embeddings" in rope):
         return 0
     original = rope.get("original_max_position_embeddings") or limit
     return int(original * (rope.get("factor") or 1.0))

@@ -31,7 +31,7 @@ AUTO_SHARE = 0.5
 prefix cache of a server, activations, copying a cache that grows, and other programs."""
 
 MOST_TOKENS = 2048
-"""More gain nothing: each expert has so many rows by then that its weights are read in no time."""
+"""More gain nothing where experts are in memory: each has so many rows by then that its weights are read in no time."""
 FEWEST_TOKENS = 64
 """Fewer would save little memory, and each would read most of the weights."""
 WORK_SHARE = 0.125
@@ -159,11 +159,19 @@ def _tensors(value: Any) -> Iterator[Any]:
 def chunk_tokens(model: Any, free_bytes: int | None = None) -> int:
     """Tokens that the intermediate results of `model` leave room for, between FEWEST_TOKENS and MOST_TOKENS.
 
+    Where experts are read from disk, as many as there is room for: each part of a prompt reads nearly all that host
+    memory does not hold, layer after layer, and a longer one reads them for more tokens.
     free_bytes: of the memory that they lie in; None asks for that of the model's device.
     """
     free = device_memory(model.device)[0] if free_bytes is None else free_bytes
     fits = int(free * WORK_SHARE) // max(1, token_bytes(model))
-    return max(FEWEST_TOKENS, min(MOST_TOKENS, fits))
+    return max(FEWEST_TOKENS, fits if _reads_experts(model) else min(MOST_TOKENS, fits))
+
+
+def _reads_experts(model: Any) -> bool:
+    """Whether some of a model's experts are on disk alone."""
+    injection = getattr(model, "hybrimoe", None)
+    return injection is not None and not injection.session.store.in_memory
 
 
 def token_bytes(model: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from hybrimoe.generation.context import model_context_tokens
 from hybrimoe.generation.kv_cache import PrefixCache
-from hybrimoe.generation.kv_memory import chunk_tokens, keeps_every_token, number_of
+from hybrimoe.generation.kv_memory import MOST_TOKENS, chunk_tokens, keeps_every_token, number_of
 from hybrimoe.generation.vocabulary import vocabulary_size
 
 __all__ = ["PromptPart", "attention_share", "chosen_part", "measured_part", "tokens_behind"]
@@ -75,7 +75,7 @@ def measured_part(
         session.forget_trial()
     per_token_us = max((times_us[2] - times_us[1]) / max(1, longest - few), times_us[2] / longest / 100)
     part = chosen_part(max(0.0, times_us[1] - few * per_token_us), per_token_us, stall_us)
-    n_tokens = min(part.n_tokens, chunk_tokens(generator.model))
+    n_tokens = min(part.n_tokens, MOST_TOKENS, chunk_tokens(generator.model))
     return PromptPart(n_tokens, part.expected_us * n_tokens / part.n_tokens, attention_share(generator.model))
 
 

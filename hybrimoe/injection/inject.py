@@ -68,6 +68,11 @@ def inject(
             f"adapters ({', '.join(deployment.adapters)}) are merged by hybrimoe.load while it reads weights; into"
             " a model in memory PEFT merges them: PeftModel.from_pretrained(model, folder).merge_and_unload()"
         )
+    if deployment.rope is not None:
+        raise ConfigError(
+            "rope: hybrimoe.load stretches a context before it builds a model; one in memory is as its configuration"
+            " says: leave it out"
+        )
     injection = place_operators(model, deployment, rules, runtime)
     try:
         injection.session.finalize(frequencies=frequencies)

@@ -182,6 +182,8 @@ class Injection:
 
     def _from_disk(self) -> tuple[str, ...]:
         """Where experts are read from, if host memory does not hold them all."""
+        from hybrimoe.generation.kv_memory import chunk_tokens
+
         tier = self.session.stats().tier
         if tier is None:
             return ()
@@ -191,6 +193,8 @@ class Injection:
         return (
             f"{tier.n_slots} of {tier.n_records} experts fit host memory (memory.host,"
             f" {size_text(tier.n_slots * tier.slot_bytes)}); the others are read from {tier.path}, {how}{measured}",
+            f"prompts go through in parts of up to {chunk_tokens(self.model)} tokens (what free memory has room for),"
+            " each of which reads an expert at most once",
         )
 
     def explain(self) -> Explanation:

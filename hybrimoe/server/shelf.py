@@ -68,7 +68,8 @@ def _merged(deployment: DeployConfig, name: str, entry: str | Mapping[str, Any])
             raise ConfigError("expected the key model, with a directory, a GGUF file or a hub id")
         if "models" in (own.get("server") or {}):
             raise ConfigError("server.models: a model has none of its own")
-        merged = read_config(deployment, **{"adapters": [], **own})  # those of another model do not fit this one
+        own_model = deployment.model_copy(update={"rope": None})  # what stretches another model does not fit this one
+        merged = read_config(own_model, **{"adapters": [], **own})  # nor do its adapters
         check_model(merged.model)
         check_adapters(merged.adapters)
         merged.check_scheduler()

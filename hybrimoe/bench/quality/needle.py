@@ -59,7 +59,8 @@ def measure(request: Request, progress: Callable[[int, int, str], None]) -> dict
                 rows += [{"kv_dtype": name, "context": context, **row} for row in hunt.rows(context, request.depths)]
         finally:
             hunt.close()
-        told = {"model": deployment.model or "demo", "model_context": hunt.limit, "text": hunt.source}
+        rope = None if deployment.rope is None else deployment.rope.model_dump(mode="json", exclude_none=True)
+        told = {"model": deployment.model or "demo", "model_context": hunt.limit, "text": hunt.source, "rope": rope}
     progress(total, total, "asked")
     return {"bench": "needle", **told, "machine": machine(), "rows": rows}
 
@@ -83,7 +84,10 @@ class _Hunt:
         try:
             limit, longest = model_context_tokens(model.config), max(request.contexts)
             if limit is not None and longest > limit:
-                raise ConfigError(f"--context {longest}: the model's context is {limit} tokens; ask for at most those")
+                raise ConfigError(
+                    f"--context {longest}: the model's context is {limit} tokens; ask for at most those, or"
+                    " stretch it (--rope-scaling yarn --rope-scale 2)"
+                )
             source, text = quality_text(Path(model.config._name_or_path), request.text)
             tokenizer = load_tokenizer(deployment.model)
             hay = tokenizer(text, verbose=False)["input_ids"]

@@ -65,6 +65,12 @@ def _last_grouped_values(config: Mapping[str, Any], tensor: torch.Tensor) -> tor
     return torch.cat([others, _grouped_values(config, values)])
 
 
+def _unscaled(config: Mapping[str, Any], tensor: torch.Tensor) -> torch.Tensor:
+    """The norm of a latent vector without the factor that makes up for its length (dots3-note)."""
+    scale: float = (config["hidden_size"] / tensor.shape[0]) ** 0.5
+    return tensor / scale
+
+
 def _log_of_minus(tensor: torch.Tensor) -> torch.Tensor:
     return (-tensor.float()).log()
 
@@ -82,6 +88,7 @@ JOINS: dict[Arrangement, Join] = {
     "log of minus": _log_of_minus,
     "flat": torch.Tensor.flatten,
     "flat, log of minus": lambda tensor: _log_of_minus(tensor).flatten(),
+    "flat, log": lambda tensor: tensor.float().log().flatten(),
     "by head, log of minus": lambda tensor: _log_of_minus(tensor).reshape(1, 1, -1, 1),
     "channels joined": lambda *parts: torch.cat([part.reshape(-1, 1, part.shape[-1]) for part in parts]),
 }
@@ -94,6 +101,7 @@ SIZED: dict[Arrangement, Callable[..., torch.Tensor]] = {
     "columns of values by key head": lambda config, tensor: _grouped_values(config, tensor.T).T,
     "values by key head, log of minus": lambda config, tensor: _log_of_minus(_grouped_values(config, tensor)),
     "last values by key head": _last_grouped_values,
+    "unscaled latents": _unscaled,
     "channels, last values by key head": lambda config, tensor: _last_grouped_values(config, tensor).unsqueeze(1),
 }
 """Those that are given the configuration first."""

@@ -36,7 +36,7 @@ def shared_config(fields: Fields, layers: Layers = "alike") -> dict[str, Any]:
         "num_hidden_layers": num_hidden_layers(fields),
         "hidden_size": fields.whole("embedding_length"),
         "max_position_embeddings": fields.whole("context_length"),
-        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": _rms_eps(fields, layers),
         "vocab_size": fields.shape("token_embd.weight")[0],
         "tie_word_embeddings": not fields.has("output.weight"),
         "dtype": _dense_dtype(fields.model),
@@ -44,10 +44,17 @@ def shared_config(fields: Fields, layers: Layers = "alike") -> dict[str, Any]:
     }
 
 
+def _rms_eps(fields: Fields, layers: Layers) -> float | None:
+    """None of models that may have layer norms instead, where the file says so."""
+    if layers == "any norm" and not fields.given("attention.layer_norm_rms_epsilon"):
+        return None
+    return fields.number("attention.layer_norm_rms_epsilon")
+
+
 def _sizes_of_layers(fields: Fields, layers: Layers) -> dict[str, Any]:
     if layers == "own":
         return {}
-    number = fields.whole if layers == "alike" else fields.most_whole
+    number = fields.most_whole if layers == "some without attention" else fields.whole
     head_count = fields.whole("attention.head_count")
     return {
         "rope_parameters": rope(fields),

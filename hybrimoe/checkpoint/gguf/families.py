@@ -1,6 +1,6 @@
 """One table: for each architecture of llama.cpp the model type of transformers, what its metadata are in the
-configuration, and which parameters its tensors make (`places` has the words of it, `mixed_layers`,
-`recurrent_layers` and `windowed_layers` are parts).
+configuration, and which parameters its tensors make (`places` has the words of it, `latent_layers`,
+`mixed_layers`, `recurrent_layers` and `windowed_layers` are parts).
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from typing import Any
 
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
 from hybrimoe.checkpoint.gguf.fields import Fields
+from hybrimoe.checkpoint.gguf.latent_layers import LATENT
 from hybrimoe.checkpoint.gguf.mixed_layers import MIXED
 from hybrimoe.checkpoint.gguf.places import (
     GRANITE,
-    LATENT_ATTENTION,
     PERMUTED_HEADS,
-    SIGMOID,
     Family,
     Place,
     attention_bias,
@@ -26,6 +25,7 @@ from hybrimoe.checkpoint.gguf.places import (
     own_heads,
     partly_rotated,
     rope,
+    routed_and_shared,
 )
 from hybrimoe.checkpoint.gguf.recurrent_layers import RECURRENT
 from hybrimoe.checkpoint.gguf.windowed_layers import WINDOWED_FAMILIES
@@ -72,60 +72,12 @@ def _qwen3_moe(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _groups(fields: Fields) -> dict[str, int]:
-    groups = fields.whole("expert_group_count", 1)
-    return {"n_group": groups, "topk_group": fields.whole("expert_group_used_count", 1 if groups == 1 else None)}
-
-
-def _routed_and_shared(fields: Fields) -> dict[str, Any]:
-    """DeepSeek's kind of layers: some dense ones first, then routed experts beside shared ones."""
-    return {
-        "moe_intermediate_size": expert_size(fields),
-        "n_shared_experts": fields.whole("expert_shared_count"),
-        "first_k_dense_replace": fields.whole("leading_dense_block_count", 0, least=0),
-        "routed_scaling_factor": fields.number("expert_weights_scale", 1.0),
-        "norm_topk_prob": fields.flag("expert_weights_norm", False),
-        **expert_counts(fields, "n_routed_experts"),
-        **_groups(fields),
-    }
-
-
-def _deepseek(fields: Fields) -> dict[str, Any]:
-    """DeepSeek-V2 where experts are chosen by softmax, DeepSeek-V3 (and Kimi-K2, GLM-4.7-Flash) by sigmoid."""
-    by_sigmoid = fields.whole("expert_gating_func", 1, least=0) == SIGMOID
-    found = _routed_and_shared(fields)
-    if not by_sigmoid:
-        found["topk_method"] = "group_limited_greedy" if found["n_group"] > 1 else "greedy"
-    rotated = fields.whole("rope.dimension_count")
-    key_length = fields.whole("attention.key_length_mla", fields.whole("attention.key_length"))
-    if rotated >= key_length:
-        raise fields.wrong("rope.dimension_count", rotated, f"less than the {key_length} dimensions of a key")
-    parameters = rope(fields)
-    if fields.given("rope.scaling.yarn_log_multiplier"):
-        # The file has 0.1 x mscale_all_dim; in every DeepSeek model mscale is the same number.
-        mscale = 10 * fields.number("rope.scaling.yarn_log_multiplier")
-        parameters |= {"mscale": round(mscale, 6), "mscale_all_dim": round(mscale, 6)}
-    elif parameters["rope_type"] == "yarn":
-        parameters.setdefault("attention_factor", 1.0)  # without it llama.cpp leaves attention as it is
-    return found | {
-        "model_type": "deepseek_v3" if by_sigmoid else "deepseek_v2",
-        "q_lora_rank": fields.whole("attention.q_lora_rank") if fields.given("attention.q_lora_rank") else None,
-        "kv_lora_rank": fields.whole("attention.kv_lora_rank"),
-        "qk_rope_head_dim": rotated,
-        "qk_nope_head_dim": key_length - rotated,
-        "v_head_dim": fields.whole("attention.value_length_mla", fields.whole("attention.value_length")),
-        "head_dim": rotated,
-        "num_key_value_heads": fields.whole("attention.head_count"),
-        "rope_parameters": parameters,
-    }
-
-
 def _glm4_moe(fields: Fields) -> dict[str, Any]:
     return {
         "model_type": "glm4_moe",
         "use_qk_norm": fields.has("blk.0.attn_q_norm.weight"),
         "attention_bias": attention_bias(fields),
-        **_routed_and_shared(fields),
+        **routed_and_shared(fields),
         **partly_rotated(fields),
     }
 
@@ -136,7 +88,7 @@ def _dots1(fields: Fields) -> dict[str, Any]:
         "attention_bias": attention_bias(fields),
         "sliding_window": None,
         "max_window_layers": fields.whole("block_count"),
-        **_routed_and_shared(fields),
+        **routed_and_shared(fields),
         **own_heads(fields),
     }
 
@@ -248,7 +200,6 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen3moe": Family(_qwen3_moe),
     "qwen3vlmoe": Family(_qwen3_moe),  # of text: positions of images are not asked for
-    "deepseek2": Family(_deepseek, LATENT_ATTENTION),
     "glm4moe": Family(_glm4_moe),
     "dots1": Family(_dots1),
     "gpt-oss": Family(
@@ -290,6 +241,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "hy_v3": Family(_hy_v3, (Place("mlp.e_score_correction_bias", ("exp_probs_b",)),)),
     "minimax-m2": Family(_minimax, (Place("mlp.e_score_correction_bias", ("exp_probs_b.bias",)),)),
+    **LATENT,
     **MIXED,
     **RECURRENT,
     **WINDOWED_FAMILIES,
@@ -297,6 +249,16 @@ FAMILIES: Mapping[str, Family] = {
 """By `general.architecture`."""
 
 
+NOT_READ: Mapping[str, str] = {
+    "dbrx": "its experts are cut out of one matrix by each layer, which HybriMoE refuses in every file",
+    "deepseek2-ocr": "transformers has its language model only inside a model that sees",
+    "deepseek4": "its compressed keys and values are not put together from GGUF yet",
+    "glm5-next": "transformers has its language model only inside a model that sees",
+    "minimax-01": "transformers' MiniMax rotates whole heads, and the published models half of each",
+    "qwen4exp": "its mixed streams and tables of n-grams are not put together from GGUF yet",
+    "step35": "transformers has its language model only inside a model that sees",
+}
+"""By `general.architecture`: why files of a mixture of experts that transformers knows are not read."""
 NO_MODELS = {
     "adapter": "a LoRA adapter for llama.cpp: give a model, and the adapter as PEFT has written it (--adapter DIR)",
     "mmproj": "the part of a model that sees or hears (mmproj): give the model's own file, read as one of text",
@@ -314,6 +276,11 @@ def family_of(fields: Fields) -> Family:
     kind = "mmproj" if fields.architecture == PROJECTOR else fields.metadata.get("general.type")
     if isinstance(kind, str) and kind in NO_MODELS:
         raise UnsupportedCheckpointError(f"{fields.model.path} is {NO_MODELS[kind]}")
+    if fields.architecture in NOT_READ:
+        raise UnsupportedCheckpointError(
+            f"{fields.model.path} is a {fields.architecture} model, which is not read from GGUF:"
+            f" {NOT_READ[fields.architecture]}. Use the model's safetensors, if its family is read (hybrimoe inspect)"
+        )
     if fields.architecture not in FAMILIES:
         raise UnsupportedCheckpointError(
             f"{fields.model.path} is a {fields.architecture} model; of GGUF files the architectures"

@@ -20,13 +20,14 @@ Arrangement = Literal[
     "a row", "a channel", "channels joined", "flat", "less one", "log of minus", "flat, log of minus",
     "by head, log of minus", "heads of q", "heads of k", "heads of k and v", "by key head", "values by key head",
     "columns of values by key head", "values by key head, log of minus", "last values by key head",
-    "channels, last values by key head",
+    "channels, last values by key head", "flat, log", "unscaled latents",
 ]  # fmt: skip
 """How a parameter is made from its tensors; see `hybrimoe.checkpoint.gguf.arrangements`."""
 
-Layers = Literal["alike", "some without attention", "own"]
+Layers = Literal["alike", "any norm", "some without attention", "own"]
 """Where a layer has no attention, its number of heads of keys and values is 0, or its dense size. Where layers have
-their "own" heads, sizes and rotations, the family reads all of them itself."""
+their "own" heads, sizes and rotations, the family reads all of them itself. Layers with "any norm" are alike, and have
+RMS norms or layer norms."""
 SIGMOID = 2  # of llama.cpp's gating functions; 1 is softmax
 
 
@@ -244,3 +245,22 @@ def expert_counts(fields: Fields, experts: str, used: str = "num_experts_per_tok
 def attention_bias(fields: Fields) -> bool:
     """Whether queries have a bias."""
     return fields.has("blk.0.attn_q.bias")
+
+
+def groups_of_experts(fields: Fields) -> dict[str, int]:
+    """Of routers that choose groups of experts first."""
+    groups = fields.whole("expert_group_count", 1)
+    return {"n_group": groups, "topk_group": fields.whole("expert_group_used_count", 1 if groups == 1 else None)}
+
+
+def routed_and_shared(fields: Fields) -> dict[str, Any]:
+    """DeepSeek's kind of layers: some dense ones first, then routed experts beside shared ones."""
+    return {
+        "moe_intermediate_size": expert_size(fields),
+        "n_shared_experts": fields.whole("expert_shared_count"),
+        "first_k_dense_replace": fields.whole("leading_dense_block_count", 0, least=0),
+        "routed_scaling_factor": fields.number("expert_weights_scale", 1.0),
+        "norm_topk_prob": fields.flag("expert_weights_norm", False),
+        **expert_counts(fields, "n_routed_experts"),
+        **groups_of_experts(fields),
+    }

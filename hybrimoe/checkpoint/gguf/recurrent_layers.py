@@ -170,6 +170,44 @@ def _kimi_linear(fields: Fields) -> dict[str, Any]:
     }
 
 
+def _bailing(fields: Fields) -> dict[str, Any]:
+    """Ling 3: Kimi's linear attention with gates that are bounded, and latent attention with a gate a head."""
+    kinds = kinds_of_layers(fields, "ssm_a")
+    groups = fields.whole("expert_group_count", 1)
+    rotated, key_length = fields.whole("rope.dimension_count"), fields.whole("attention.key_length_mla")
+    if rotated >= key_length:
+        raise fields.wrong("rope.dimension_count", rotated, f"less than the {key_length} dimensions of a key")
+    for unknown in ("attention.q_lora_rank", "swiglu_clamp_exp", "swiglu_clamp_shexp"):
+        given = fields.each(unknown, None)
+        if any(given) if isinstance(given, list) else given:
+            raise UnsupportedCheckpointError(
+                f"{fields.model.path}: it has {fields.architecture}.{unknown}, which transformers' model of this family"
+                " has not"
+            )
+    return {
+        "model_type": "bailing_hybrid",
+        "model_max_length": fields.whole("context_length"),
+        "layer_types": kinds,
+        "mlp_layer_types": kinds_of_layers(fields, "ffn_gate_inp.weight", "sparse", "dense"),
+        "head_dim": fields.whole("kda.head_dim"),
+        "short_conv_kernel_size": fields.whole("ssm.conv_kernel"),
+        "kda_safe_gate": fields.flag("kda.safe_gate", True),
+        "kda_lower_bound": fields.number("kda.gate_lower_bound"),
+        "num_key_value_heads": fields.whole("attention.head_count"),
+        "kv_lora_rank": fields.whole("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": key_length - rotated,
+        "v_head_dim": fields.whole("attention.value_length_mla"),
+        "moe_intermediate_size": expert_size(fields),
+        "num_shared_experts": fields.whole("expert_shared_count"),
+        "moe_renormalize": fields.flag("expert_weights_norm", True),
+        "routed_scaling_factor": fields.number("expert_weights_scale", 1.0),
+        "num_expert_group": groups,
+        "topk_group": fields.whole("expert_group_used_count", 1 if groups == 1 else None),
+        **expert_counts(fields, "num_experts", "num_experts_per_token"),
+    }
+
+
 def _nemotron(fields: Fields) -> dict[str, Any]:
     of_state, of_attention, of_experts = (
         kinds_of_layers(fields, tensor) for tensor in ("ssm_a", "attn_q.weight", "ffn_gate_inp.weight")
@@ -264,6 +302,16 @@ _KIMI_DELTA = (
     Place("self_attn.g_b_proj.weight", ("ssm_g_b.weight",)),
     Place("self_attn.o_norm.weight", ("ssm_norm.weight",)),
 )
+_BAILING_DELTA = (
+    Place("self_attn.conv1d.weight", tuple(f"ssm_conv1d_{part}.weight" for part in "qkv"), "channels joined"),
+    Place("self_attn.forget_gate.dt_bias", ("ssm_dt.bias",)),
+    Place("self_attn.forget_gate.A_log", ("ssm_a",), "flat, log"),
+    Place("self_attn.forget_gate.f_proj.weight", ("ssm_f_a.weight",)),
+    Place("self_attn.b_proj.weight", ("ssm_beta.weight",)),
+    Place("self_attn.g_proj.weight", ("ssm_g_a.weight",)),
+    Place("self_attn.g_proj.weight", ("attn_gate.weight",)),
+    Place("self_attn.o_norm.weight", ("ssm_norm.weight",)),
+)
 _NORM_OF_ALL = (Place("model.norm.weight", ("output_norm.weight",), "less one"),)
 
 RECURRENT: Mapping[str, Family] = {
@@ -310,6 +358,7 @@ RECURRENT: Mapping[str, Family] = {
         layers="some without attention",
     ),
     "kimi-linear": Family(_kimi_linear, (*_KIMI_DELTA, *LATENT_ATTENTION), layers="some without attention"),
+    "bailingmoe3": Family(_bailing, (*_BAILING_DELTA, *LATENT_ATTENTION), layers="some without attention"),
     "nemotron_h_moe": Family(
         _nemotron,
         (

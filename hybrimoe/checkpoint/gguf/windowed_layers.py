@@ -1,4 +1,4 @@
-"""Architectures of which some layers see a window of the text, and have heads, sizes or rotations of their own."""
+"""Architectures of which some layers see a part of the text, and have heads, sizes or rotations of their own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hybrimoe.checkpoint.gguf.fields import Fields
 from hybrimoe.checkpoint.gguf.mixed_layers import FULL, WINDOWED, layer_types
 from hybrimoe.checkpoint.gguf.places import (
     GRANITE,
+    SIGMOID,
     Family,
     Place,
     attention_bias,
@@ -17,6 +18,7 @@ from hybrimoe.checkpoint.gguf.places import (
     expert_size,
     mlp_places,
     own_heads,
+    partly_rotated,
     rope,
     rotated_part,
 )
@@ -185,6 +187,73 @@ def _granite_swa(fields: Fields) -> dict[str, Any]:
     }
 
 
+def _cohere2_moe(fields: Fields) -> dict[str, Any]:
+    """Layers with a window are rotated, and dense ones; an attention and its experts read the same norm."""
+    kinds = layer_types(fields)
+    gating = fields.whole("expert_gating_func", SIGMOID, least=0)
+    if gating != SIGMOID:
+        raise fields.wrong("expert_gating_func", gating, f"{SIGMOID} (sigmoid), as the conversion writes")
+    if fields.number("expert_weights_scale", 1.0) not in (0.0, 1.0):
+        raise fields.wrong("expert_weights_scale", fields.number("expert_weights_scale"), "1")
+    found = {
+        "model_type": "cohere2_moe",
+        "layer_types": kinds,
+        "mlp_layer_types": _sparse(fields, len(kinds)),
+        "sliding_window": fields.whole("attention.sliding_window"),
+        "logit_scale": fields.number("logit_scale"),
+        "intermediate_size": expert_size(fields),
+        "prefix_dense_intermediate_size": fields.whole("feed_forward_length"),
+        "prefix_dense_sliding_window_pattern": 1,
+        "num_shared_experts": fields.whole("expert_shared_count", 0, least=0),
+        "shared_expert_combination_strategy": "average",
+        "expert_selection_fn": "sigmoid",
+        "norm_topk_prob": fields.flag("expert_weights_norm", False),
+        "attention_bias": attention_bias(fields),
+        "rope_theta": fields.number("rope.freq_base", 10_000.0),
+        **expert_counts(fields, "num_experts"),
+        **own_heads(fields),
+    }
+    if not fields.given("attention.layer_norm_rms_epsilon"):
+        found["layer_norm_eps"] = fields.number("attention.layer_norm_epsilon")
+    return found
+
+
+def _minimax_m3(fields: Fields) -> dict[str, Any]:
+    """As a model of text. Layers with an indexer see the blocks of the text that it chooses."""
+    layers = range(fields.whole("block_count") - fields.whole("nextn_predict_layers", 0, least=0))
+    indexed = [fields.has(f"blk.{layer}.indexer.q_proj.weight") for layer in layers]
+    found = {
+        "model_type": "minimax_m3_vl_text",
+        "layer_types": ["minimax_m3_sparse" if chooses else FULL for chooses in indexed],
+        "mlp_layer_types": _sparse(fields, len(layers)),
+        "intermediate_size": expert_size(fields),
+        "dense_intermediate_size": fields.whole("feed_forward_length"),
+        "shared_intermediate_size": _shared_size(fields, len(layers)),
+        "routed_scaling_factor": fields.number("expert_weights_scale", 1.0),
+        **expert_counts(fields, "num_local_experts"),
+        **partly_rotated(fields),
+    }
+    if any(indexed):
+        found |= {
+            "index_n_heads": fields.whole("attention.indexer.head_count"),
+            "index_head_dim": fields.whole("attention.indexer.key_length"),
+            "index_topk_blocks": fields.whole("attention.indexer.top_k"),
+            "index_block_size": fields.whole("attention.indexer.block_size"),
+            "index_local_blocks": fields.whole("attention.indexer.local_blocks", least=0),
+        }
+    return found
+
+
+_NORMS_LESS_ONE = (
+    Place("input_layernorm.weight", ("attn_norm.weight",), "less one"),
+    Place("post_attention_layernorm.weight", ("ffn_norm.weight",), "less one"),
+    Place("self_attn.q_norm.weight", ("attn_q_norm.weight",), "less one"),
+    Place("self_attn.k_norm.weight", ("attn_k_norm.weight",), "less one"),
+    Place("self_attn.indexer.q_norm.weight", ("indexer.q_norm.weight",), "less one"),
+    Place("self_attn.indexer.k_norm.weight", ("indexer.k_norm.weight",), "less one"),
+)
+"""Norms scale by one more than their weights; the file has the sum."""
+
 WINDOWED_FAMILIES: Mapping[str, Family] = {
     "llama4": Family(
         _llama4,
@@ -240,6 +309,22 @@ WINDOWED_FAMILIES: Mapping[str, Family] = {
             Place("shared_mlp.input_linear.weight", ("ffn_up_shexp.weight",)),
             *GRANITE,
         ),
+    ),
+    "cohere2moe": Family(_cohere2_moe, layers="any norm"),
+    "minimax-m3": Family(
+        _minimax_m3,
+        (
+            *_NORMS_LESS_ONE,
+            Place("self_attn.indexer.q_proj.weight", ("indexer.q_proj.weight",)),
+            Place("self_attn.indexer.k_proj.weight", ("indexer.k_proj.weight",)),
+            Place("mlp.gate_up_proj.weight", ("ffn_gate.weight", "ffn_up.weight"), "rows joined"),
+            Place(
+                "mlp.shared_experts.gate_up_proj.weight",
+                ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
+                "rows joined",
+            ),
+        ),
+        (Place("model.norm.weight", ("output_norm.weight",), "less one"),),
     ),
 }
 """By `general.architecture`; a part of `families.FAMILIES`."""

@@ -9,7 +9,16 @@ import typer
 
 from hybrimoe.cli.shared.deployment import deploy_config
 from hybrimoe.cli.shared.files import check_readable
-from hybrimoe.cli.shared.options import ConfigOption, DtypeOption, JsonOption, ModelArgument, ThreadsOption
+from hybrimoe.cli.shared.options import (
+    ConfigOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    RopeFactorOption,
+    RopeOriginalOption,
+    RopeScalingOption,
+    ThreadsOption,
+)
 from hybrimoe.cli.views import render
 
 KV_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4")
@@ -41,6 +50,9 @@ def needle(
         list[str] | None,
         typer.Option("--kv-dtype", metavar="|".join(KV_DTYPES), help="Of keys and values; may be repeated."),
     ] = None,
+    rope_scaling: RopeScalingOption = None,
+    rope_factor: RopeFactorOption = None,
+    rope_original_context: RopeOriginalOption = None,
     text: Annotated[
         Path | None, typer.Option(help="Text around it; default: the held-out text beside the model, else its card.")
     ] = None,
@@ -56,9 +68,12 @@ def needle(
     """
     check_readable(text)
     deployments = {
-        name: deploy_config(config, model=model, dtype=dtype, accelerator="none", threads=threads, kv_dtype=name)
+        name: deploy_config(
+            config, model=model, dtype=dtype, accelerator="none", threads=threads, kv_dtype=name,
+            rope_scaling=rope_scaling, rope_factor=rope_factor, rope_original_context=rope_original_context,
+        )
         for name in dict.fromkeys(kv_dtype or ("auto",))
-    }
+    }  # fmt: skip
     from hybrimoe.cli.shared.opening import progress_bar, quiet_libraries
 
     quiet_libraries()

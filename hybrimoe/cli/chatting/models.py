@@ -124,7 +124,7 @@ def needed_bytes(deployment: DeployConfig) -> int | None:
     from yaml_rules.errors import YamlRulesError
 
     try:
-        shape = model_shape(deployment.model, deployment.vision)
+        shape = model_shape(deployment.model, deployment.vision, deployment.rope)
     except (ProfileError, YamlRulesError):
         return None
     cpu = deployment.cpu

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybrimoe.config.deploy import DeployConfig
+    from hybrimoe.config.deploy import DeployConfig, RopeConfig
 
 OPTION_OF_KEY = {
     "accelerator": "--accelerator", "memory.gpu_experts": "--slots", "memory.host": "--host-memory",
     "memory.kv_dtype": "--kv-dtype", "cpu.expert_dtype": "--dtype", "cpu.threads": "--threads",
     "scheduler.policy": "--policy", "scheduler.lookahead": "--lookahead", "scheduler.lossy": "--lossy",
-    "generation.attention_sinks": "--attention-sinks",
+    "generation.attention_sinks": "--attention-sinks", "rope.scaling": "--rope-scaling",
+    "rope.factor": "--rope-scale", "rope.original_context": "--yarn-orig-ctx",
 }  # fmt: skip
 """Options by the key of a deployment file that they stand for."""
 
@@ -53,6 +54,9 @@ def deploy_config(
     speculate: bool | None = None,
     context_shift: bool | None = None,
     attention_sinks: int | None = None,
+    rope_scaling: str | None = None,
+    rope_factor: float | None = None,
+    rope_original_context: int | None = None,
     adapter: list[str] | None = None,
     weights: bool = True,
 ) -> DeployConfig:
@@ -85,6 +89,9 @@ def deploy_config(
         speculate=speculate,
         context_shift=context_shift,
         attention_sinks=attention_sinks,
+        rope_scaling=rope_scaling,
+        rope_factor=rope_factor,
+        rope_original_context=rope_original_context,
         adapters=adapter,
     )
     check_model(deployment.model, weights=weights)
@@ -92,6 +99,14 @@ def deploy_config(
     check_rules(deployment.rules)
     deployment.check_scheduler()
     return deployment
+
+
+@_options_named()
+def rope_config(scaling: str | None, factor: float | None, original_context: int | None) -> RopeConfig | None:
+    """What the options of a command without a deployment say of a model's context. Raises ConfigError."""
+    from hybrimoe.config.deploy import read_config
+
+    return read_config({}, rope_scaling=scaling, rope_factor=factor, rope_original_context=original_context).rope
 
 
 def check_rules(rules: Any) -> None:

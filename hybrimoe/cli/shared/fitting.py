@@ -46,7 +46,7 @@ def chosen(deployment: DeployConfig, wish: Wish) -> Choice:
     from hybrimoe.machine.profiles import hardware_for_plan
     from hybrimoe.tracing.study.fitting import Machine, choose_stored
 
-    shape = model_shape(deployment.model, deployment.vision)
+    shape = model_shape(deployment.model, deployment.vision, deployment.rope)
     profile, _ = hardware_for_plan(None, lambda: quick_profile(shape.hidden, shape.inter, MEASURED_DTYPE))
     device_bytes = 0 if IN_HOST.issuperset(deployment.accelerator) else None
     on_cpu = device_bytes == 0 or not profile.accel.memory_gib

@@ -26,6 +26,9 @@ from hybrimoe.cli.shared.options import (
     NewTokensOption,
     PolicyOption,
     RepetitionOption,
+    RopeFactorOption,
+    RopeOriginalOption,
+    RopeScalingOption,
     SeedOption,
     SinksOption,
     SlotsOption,
@@ -109,6 +112,9 @@ class PlacementGroup:
     speculate: SpeculateOption = None
     context_shift: ContextShiftOption = None
     attention_sinks: SinksOption = None
+    rope_scaling: RopeScalingOption = None
+    rope_factor: RopeFactorOption = None
+    rope_original_context: RopeOriginalOption = None
     adapter: AdapterOption = None
 
     def deployment(self, model: str | None) -> DeployConfig:

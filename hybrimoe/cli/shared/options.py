@@ -168,6 +168,37 @@ SpeculateOption = Annotated[
         rich_help_panel=PLACEMENT,
     ),
 ]
+RopeScalingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rope-scaling",
+        metavar="none|linear|dynamic|yarn",
+        help="Stretch the model's context by --rope-scale; none: leave out what its configuration asks for.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+RopeFactorOption = Annotated[
+    float | None,
+    typer.Option(
+        "--rope-scale",
+        "--rope-factor",
+        metavar="N",
+        min=1,
+        max=1024,
+        help="With --rope-scaling: the context becomes N times as long as the model was trained for.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+RopeOriginalOption = Annotated[
+    int | None,
+    typer.Option(
+        "--yarn-orig-ctx",
+        metavar="TOKENS",
+        min=1,
+        help="With --rope-scaling: what the model was trained for, where its configuration does not say it.",
+        rich_help_panel=PLACEMENT,
+    ),
+]
 ContextShiftOption = Annotated[
     bool | None,
     typer.Option(

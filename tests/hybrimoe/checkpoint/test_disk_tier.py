@@ -18,6 +18,7 @@ from hybrimoe.checkpoint import load
 from hybrimoe.cli.shared.deployment import deploy_config
 from hybrimoe.errors import BudgetError, CheckpointError, ModelError
 from hybrimoe.generation import PrefixCache, SamplingOptions, TextGenerator
+from hybrimoe.generation.kv_memory import MOST_TOKENS
 from hybrimoe.machine.memory import available_bytes, total_bytes
 from hybrimoe.runtime.tier import reader as reader_module
 from hybrimoe.runtime.tier.cache import HostCache
@@ -334,3 +335,28 @@ def test_experts_can_be_had_back(directory: Path, tiered: Callable[..., PreTrain
     other = load(directory, **OPTIONS).hybrimoe.session
     for expert in (0, 5):
         assert torch.equal(session.read_expert(3, expert).up, other.read_expert(3, expert).up)
+
+
+def test_a_long_prompt_reads_each_expert_once(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    """It goes through in one part where memory has room for it; with experts in memory, in parts of MOST_TOKENS."""
+    config = MixtralConfig(**SMALL | {"num_hidden_layers": N_LAYERS, "num_local_experts": N_EXPERTS})
+    config.max_position_embeddings = 2 * MOST_TOKENS
+    make_model(config).save_pretrained(tmp_path / "model")
+    host = {"memory": {"disk": "auto", "host": N_LAYERS * N_EXPERTS // 4}}
+    model = load(tmp_path / "model", **OPTIONS | host)
+    session, cache = model.hybrimoe.session, PrefixCache(model)
+    ids = [3 + 7 * n % 50 for n in range(MOST_TOKENS + 300)]
+    reads = {}
+    try:
+        for name, size in (("whole", None), ("in parts", MOST_TOKENS)):
+            generator = TextGenerator(model, NoTokenizer(), prefill_chunk_tokens=size)
+            cache.clear()
+            session.reset_stats()
+            list(generator.reply(ids, SamplingOptions(max_new_tokens=1), cache=cache))
+            total = session.stats().total
+            reads[name] = total.disk_reads + total.disk_ahead
+        assert reads["whole"] <= N_LAYERS * N_EXPERTS < reads["in parts"]
+        remarks = " ".join(model.hybrimoe.explain().remarks)
+        assert "prompts go through in parts of up to" in remarks
+    finally:
+        session.close()

@@ -61,3 +61,12 @@ def test_a_context_that_cannot_be_is_refused(hybrimoe: Any, context: str, words:
     result = hybrimoe("bench", "needle", "--context", context)
     assert result.code == 2
     assert words in result.err
+
+
+def test_a_stretched_context(hybrimoe: Any) -> None:
+    stretched = ("--rope-scaling", "dynamic", "--rope-scale", "2")
+    result = hybrimoe("bench", "needle", "--context", "2500", "--depth", "0.9", *stretched, "--json")
+    assert result.code == 0, result.err
+    told = json.loads(result.out)
+    assert (told["model_context"], told["rope"]) == (4096, {"scaling": "dynamic", "factor": 2.0})
+    assert told["rows"][0]["context"] == 2500

@@ -30,6 +30,9 @@ def test_the_identity_follows_what_keys_and_values_depend_on(tmp_path):
         assert identity(**settings) == plain, settings
     others = (
         {"cpu.expert_dtype": "int4"}, {"cpu.dense_dtype": "int8"}, {"memory.kv_dtype": "int8"}, {"lossy": "skip"},
+        {"rope": {"scaling": "yarn", "factor": 2}}, {"rope": {"scaling": "linear", "factor": 2}},
+        {"rope": {"scaling": "yarn", "factor": 4}}, {"rope": {"scaling": "none"}},
+        {"rope": {"scaling": "yarn", "factor": 2, "original_context": 9}},
         {"accelerator": "emulated"}, {"adapters": [str(adapter)]}, {"adapters": [f"{adapter}:0.5"]},
     )  # fmt: skip
     assert len({plain, *(identity(**settings) for settings in others)}) == len(others) + 1

@@ -302,7 +302,7 @@ def test_what_follows_auto_is_for_machines_without_an_accelerator(here: bool, mo
 
 def test_json_schema_knows_every_section() -> None:
     keys = {"model", "adapters", "unknown_keys", "vision", "rules", "accelerator", "device_wait_seconds"}
-    sections = {"memory", "cpu", "scheduler", "generation", "server"}
+    sections = {"memory", "cpu", "scheduler", "rope", "generation", "server"}
     assert set(json_schema()["properties"]) == keys | sections
 
 
@@ -336,3 +336,20 @@ def test_a_share_is_never_none_and_never_more_than_all(share: float, total: int,
 def test_no_text_crashes_the_parser(text: str) -> None:
     with contextlib.suppress(ConfigError):  # any other exception fails
         assert parse_amount(text).value >= 0
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ("{scaling: yarn, factor: 0.5}", "rope.factor: should be greater than or equal to 1"),
+        ("{scaling: yarn}", "rope: scaling yarn needs a factor"),
+        ("{scaling: none, factor: 2}", "rope: scaling none has no factor"),
+        ("{factor: 2}", "rope: scaling is missing"),
+        ("{scaling: yarn, factor: 2, original: 9}", "unknown key 'rope.original'"),
+    ],
+)
+def test_a_scaling_of_positions_that_cannot_be(rope: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "deploy.yaml"
+    file.write_text(f"model: x\nrope: {rope}\n")
+    with pytest.raises(ConfigError, match=rf"deploy\.yaml:2: {re.escape(words)}"):
+        load_config(file)

@@ -6,6 +6,7 @@ import mmap
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,7 +93,12 @@ def test_a_session_moves_it_where_its_experts_are_large(streams: bool, monkeypat
 
 def test_it_is_moved_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
-    monkeypatch.setattr(interpreter, "gather_on_huge_pages", lambda: threads.append(threading.current_thread()))
+
+    def gathered(rests: float) -> None:
+        assert rests == interpreter.RESTS
+        threads.append(threading.current_thread())
+
+    monkeypatch.setattr(interpreter, "gather_on_huge_pages", gathered)
     monkeypatch.setattr(interpreter, "AFTER_S", 0.01)
     thread = gather_beside()
     thread.join()
@@ -107,3 +113,26 @@ def resident_bytes(memory: np.ndarray) -> int:
         pages.seek(8 * first)
         entries = np.frombuffer(pages.read(8 * n_pages), np.uint64)
     return int((entries >> np.uint64(63)).sum()) * mmap.PAGESIZE
+
+
+def test_beside_a_program_at_work_it_rests_after_every_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    asked: list[int] = []
+    rested: list[float] = []
+
+    def collapse(start: int, n_bytes: int) -> int:
+        asked.append(n_bytes)
+        clock[0] += 0.01
+        return n_bytes
+
+    monkeypatch.setattr(interpreter, "collapse", collapse)
+    monkeypatch.setattr(interpreter, "_allowed", lambda: True)
+    monkeypatch.setattr(interpreter, "_filled", lambda pages: iter([(0, 3 * HUGE_PAGE), (8 * HUGE_PAGE, HUGE_PAGE)]))
+    monkeypatch.setattr(
+        interpreter,
+        "time",
+        SimpleNamespace(perf_counter=lambda: clock[0], sleep=lambda seconds: rested.append(seconds)),
+    )
+    assert gather_on_huge_pages(5.0) == 4 * HUGE_PAGE
+    assert asked == [HUGE_PAGE] * 4
+    assert rested == pytest.approx([0.05] * 4)

@@ -15,13 +15,15 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter, RopeScalingType
+from gguf import MODEL_ARCH, ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter
 from safetensors.torch import load_file
 
+from .latent_scripts import LATENT
 from .recurrent_scripts import RECURRENT
+from .scripts import describe_latent, describe_rotation
 from .windowed_scripts import WINDOWED
 
-SCRIPTS = RECURRENT | WINDOWED
+SCRIPTS = LATENT | RECURRENT | WINDOWED
 ARCHITECTURES = {
     "mixtral": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA],
     "olmoe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.OLMOE],
@@ -88,7 +90,11 @@ def to_gguf(
     (tokenizer or (lambda writer: writer.add_tokenizer_model("no_vocab")))(writer)
     names = gguf.get_tensor_name_map((NAMES | NAMED_AS)[architecture], config.get("num_hidden_layers", N_LAYERS))
     for key, tensor in converted(tensors, config, script.modified if script else modified):
-        name = key if key.startswith(("blk.", "rope_")) else names.get_name(key, try_suffixes=(".weight", ".bias"))
+        name = (
+            key
+            if key.startswith(("blk.", "rope_", "output_hc"))
+            else names.get_name(key, try_suffixes=(".weight", ".bias"))
+        )
         assert name is not None, f"llama.cpp has no name for {key}"
         small = tensor.dim() == 1 or ".ssm_" in name or "ffn_gate_inp" in name
         values = tensor.float().contiguous().numpy()
@@ -190,23 +196,14 @@ def describe(writer: GGUFWriter, config: dict[str, Any]) -> None:
     if "sliding_attention" in rotary:
         writer.add_rope_freq_base_swa(rotary["sliding_attention"]["rope_theta"])
         rotary = rotary["full_attention"]
-    writer.add_rope_freq_base(rotary["rope_theta"])
-    if rotary["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rotary["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rotary["original_max_position_embeddings"])
-        for name in ("beta_fast", "beta_slow"):
-            if name in rotary:
-                getattr(writer, f"add_rope_scaling_yarn_{name}")(rotary[name])
-        if "mscale_all_dim" in rotary:
-            writer.add_rope_scaling_yarn_log_mul(0.1 * rotary["mscale_all_dim"])
+    describe_rotation(writer, rotary)
     if not latent:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
         writer.add_rope_dimension_count(int(head_dim * rotary.get("partial_rotary_factor", 1)))
     _describe_experts(writer, config)
     if latent:
-        _describe_latent(writer, config)
+        describe_latent(writer, config)
     if "granite" in config["model_type"]:
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_embedding_scale(config["embedding_multiplier"])
@@ -275,14 +272,3 @@ def _describe_experts(writer: GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_leading_dense_block_count(config["moe_layer_start_index"])
         writer.add_expert_shared_count(shared)
         writer.add_expert_shared_feed_forward_length(shared * config["moe_intermediate_size"])
-
-
-def _describe_latent(writer: GGUFWriter, config: dict[str, Any]) -> None:
-    if config["q_lora_rank"] is not None:
-        writer.add_q_lora_rank(config["q_lora_rank"])
-    writer.add_kv_lora_rank(config["kv_lora_rank"])
-    writer.add_key_length(config["kv_lora_rank"] + config["qk_rope_head_dim"])
-    writer.add_value_length(config["kv_lora_rank"])
-    writer.add_key_length_mla(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
-    writer.add_value_length_mla(config["v_head_dim"])
-    writer.add_rope_dimension_count(config["qk_rope_head_dim"])

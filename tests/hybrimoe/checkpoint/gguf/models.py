@@ -12,6 +12,11 @@ from transformers import PreTrainedModel
 from ....families.tiny_families import FAMILIES, tiny_model
 from .conversion import ARCHITECTURES, to_gguf
 
+INDEXED: dict[str, Any] = {
+    "mlp_layer_types": None, "index_topk": 4, "index_head_dim": 64, "index_n_heads": 16, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+"""Fewer tokens are seen than there are, by heads that llama.cpp can turn, so many that no two tokens count alike; and
+llama.cpp takes one epsilon for all norms."""
 OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},  # in every such model, says llama.cpp
     "olmoe": {"num_key_value_heads": 4, "intermediate_size": 64},  # llama.cpp reads no fewer; whole blocks of 32
@@ -75,6 +80,37 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "short_mscale": 1.243163121016122, "long_mscale": 1.243163121016122,
         },
     },
+    "mistral4": {  # texts of 4 tokens when it was trained, so that later queries are scaled
+        "first_k_dense_replace": 1, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 32.0, "original_max_position_embeddings": 4,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "deepseek_v32": {**INDEXED, "first_k_dense_replace": 1},
+    "glm_moe_dsa": {**INDEXED, "first_k_dense_replace": 1, "indexer_types": ["full", "shared"]},
+    "hy_v4": {
+        **INDEXED, "mlp_layer_types": ["dense", "sparse"], "indexer_types": ["full", "shared"], "swiglu_limit": 1.0,
+    },
+    "dots3_note": {
+        **INDEXED, "mlp_layer_types": ["dense", "sparse"], "layer_types": ["indexed_attention", "sliding_attention"],
+        "shared_experts_intermediate_size": 16, "sliding_window": 4, "head_dim": 16, "q_lora_rank": 8,
+        "kv_lora_rank": 8,  # whose norms are scaled by 2
+        "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 8, "swa_kv_lora_rank": 32,
+        "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16, "swa_qk_rope_head_dim": 8,
+        "index_topk": 32,  # of all tokens: llama.cpp rotates what chooses them otherwise
+    },
+    "cohere2_moe": {
+        "num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"], "prefix_dense_intermediate_size": 24, "sliding_window": 4,
+        "expert_selection_fn": "sigmoid", "logit_scale": 0.5,
+    },
+    "minimax_m3_vl": {
+        "mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "dense_intermediate_size": 24, "shared_intermediate_size": 48, "index_block_size": 4,
+        "index_topk_blocks": 3,  # all there are: llama.cpp chooses others
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "bailing_hybrid": {"mlp_layer_types": ["dense", "sparse"]},
     "ernie4_5_moe": {"tie_word_embeddings": True},
     "granitemoe": {
         "attention_multiplier": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.25, "logits_scaling": 4.0,

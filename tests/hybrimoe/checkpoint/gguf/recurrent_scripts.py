@@ -233,12 +233,47 @@ def _nemotron(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
     yield key, _permuted(key, tensor, config)
 
 
+def _describe_bailing(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    _describe_kimi(writer, config | {"q_lora_rank": None})
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_expert_weights_norm(config["moe_renormalize"])
+    writer.add_bool(f"{writer.arch}.kda.safe_gate", config["kda_safe_gate"])
+    writer.add_float32(f"{writer.arch}.kda.gate_lower_bound", config["kda_lower_bound"])
+
+
+def _bailing(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
+    linear = ".layers." in key and config["layer_types"][int(key.split(".")[2])] == "linear_attention"
+    block = f"blk.{key.split('.')[2]}" if ".layers." in key else ""
+    if key.endswith(".A_log"):
+        yield f"{block}.ssm_a", tensor.exp().reshape(-1, 1)
+        return
+    own = {
+        "attention.f_proj.weight": "ssm_f_a.weight",
+        "attention.g_proj.weight": "ssm_g_a.weight" if linear else "attn_gate.weight",
+        "attention.b_proj.weight": "ssm_beta.weight",
+        "attention.o_norm.weight": "ssm_norm.weight",
+        "attention.dense.weight": "attn_output.weight",
+        "attention.dt_bias": "ssm_dt.bias",
+        "gate.expert_bias": "exp_probs_b.bias",
+        **{f"{part}_conv1d.weight": f"ssm_conv1d_{part}.weight" for part in "qkv"},
+    }
+    mine = next((f"{block}.{name}" for end, name in own.items() if key.endswith(end)), None)
+    if "_conv1d" in key:
+        tensor = tensor.reshape(1, tensor.shape[0], 1, tensor.shape[-1])
+    if mine:
+        yield mine, tensor
+    else:
+        key = key.replace(".attention.", ".self_attn.").replace("word_embeddings", "embed_tokens")
+        yield from _kimi(key, tensor, config)
+
+
 RECURRENT = {
     "qwen3_next": Script("qwen3next", _describe_qwen, _qwen3_next),
     "qwen3_5_moe": Script("qwen35moe", _describe_qwen3_5, _qwen3_5),
     "granitemoehybrid": Script("granitehybrid", _describe_granite, _granite),
     "jamba": Script("jamba", _describe_jamba, _jamba),
     "kimi_linear": Script("kimi-linear", _describe_kimi, _kimi),
+    "bailing_hybrid": Script("bailingmoe3", _describe_bailing, _bailing, "kimi-linear"),
     "nemotron_h": Script("nemotron_h_moe", _describe_nemotron, _nemotron),
 }
 """By the family's name in `tiny_families`."""

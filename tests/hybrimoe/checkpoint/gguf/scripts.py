@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gguf import GGUFWriter
+from gguf import GGUFWriter, RopeScalingType
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ def describe_model(writer: GGUFWriter, config: dict[str, Any]) -> None:
     if "intermediate_size" in config:
         writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config["rms_norm_eps"] is not None:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
 def describe_heads(writer: GGUFWriter, config: dict[str, Any]) -> None:
@@ -52,3 +53,29 @@ def describe_experts(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if "moe_intermediate_size" in config:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+
+
+def describe_latent(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    """Of attention whose keys and values are made from one small vector a token."""
+    if config["q_lora_rank"] is not None:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(config["kv_lora_rank"])
+    writer.add_key_length(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+    writer.add_value_length(config["kv_lora_rank"])
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_rope_dimension_count(config["qk_rope_head_dim"])
+
+
+def describe_rotation(writer: GGUFWriter, rotary: dict[str, Any]) -> None:
+    """Its base, and how it is stretched for long texts."""
+    writer.add_rope_freq_base(rotary["rope_theta"])
+    if rotary["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rotary["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rotary["original_max_position_embeddings"])
+        for name in ("beta_fast", "beta_slow"):
+            if name in rotary:
+                getattr(writer, f"add_rope_scaling_yarn_{name}")(rotary[name])
+        if "mscale_all_dim" in rotary:
+            writer.add_rope_scaling_yarn_log_mul(0.1 * rotary["mscale_all_dim"])

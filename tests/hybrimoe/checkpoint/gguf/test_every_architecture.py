@@ -31,7 +31,8 @@ AMPLIFIED = {
     "gemma4": 1e-3,  # llama.cpp reads its GELU from a table of float16
 }
 OTHER_MATHS = {
-    "phimoe": "llama.cpp takes RMS norms and weights of a softmax; the model has layer norms and sparse mixing"
+    "phimoe": "llama.cpp takes RMS norms and weights of a softmax; the model has layer norms and sparse mixing",
+    "hy_v4": "llama.cpp rotates neighbouring dimensions, transformers halves of a head",
 }
 RUN_LLAMA_CPP = """
 import json, sys

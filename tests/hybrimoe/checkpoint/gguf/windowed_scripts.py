@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gguf import ExpertGatingFuncType, GGUFWriter
+from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
 
 from .scripts import Script, describe_experts, describe_heads, describe_model
 
@@ -188,6 +188,64 @@ def _phimoe(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
     yield key, tensor
 
 
+def _describe_cohere(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    dense = config["mlp_layer_types"].index("sparse")
+    describe_model(writer, config | {"intermediate_size": config["prefix_dense_intermediate_size"]})
+    describe_heads(writer, config)
+    describe_experts(writer, config)
+    _windows(writer, config)
+    size = config["intermediate_size"]
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_logit_scale(config["logit_scale"])
+    writer.add_expert_feed_forward_length(size)
+    writer.add_leading_dense_block_count(dense)
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_shared_count(config["num_shared_experts"])
+    writer.add_expert_shared_feed_forward_length(size * config["num_shared_experts"])
+    writer.add_rope_scaling_type(RopeScalingType.NONE)
+
+
+def _cohere(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
+    yield key, tensor
+
+
+def _describe_minimax(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    describe_model(writer, config | {"intermediate_size": config["dense_intermediate_size"]})
+    describe_heads(writer, config)
+    describe_experts(writer, config)
+    writer.add_expert_feed_forward_length(config["intermediate_size"])
+    writer.add_expert_shared_count(config["shared_intermediate_size"] // config["intermediate_size"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
+    writer.add_indexer_head_count(config["index_n_heads"])
+    writer.add_indexer_key_length(config["index_head_dim"])
+    writer.add_indexer_top_k(config["index_topk_blocks"])
+    writer.add_uint32(f"{writer.arch}.attention.indexer.block_size", config["index_block_size"])
+    writer.add_uint32(f"{writer.arch}.attention.indexer.local_blocks", config["index_local_blocks"])
+
+
+def _minimax(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
+    if key.endswith("norm.weight"):
+        tensor = tensor + 1
+    if ".indexer." in key:
+        yield f"{_block(key)}.{key.split('self_attn.')[1]}", tensor
+    elif "gate_up_proj" in key:
+        end = "_exps" if ".experts." in key else "_shexp" if "shared" in key else ""
+        for part, half in zip(("gate", "up"), tensor.chunk(2, dim=-2), strict=True):
+            yield f"{_block(key)}.ffn_{part}{end}.weight", half
+    elif key.endswith("experts.down_proj"):
+        yield f"{_block(key)}.ffn_down_exps.weight", tensor
+    elif key.endswith("down_proj.weight"):
+        yield f"{_block(key)}.ffn_down{'_shexp' if 'shared' in key else ''}.weight", tensor
+    elif key.endswith("e_score_correction_bias"):
+        yield f"{_block(key)}.exp_probs_b.bias", tensor
+    else:
+        yield key, tensor
+
+
 WINDOWED = {
     "llama4": Script("llama4", _describe_llama4, _llama4),
     "gemma4": Script("gemma4", _describe_gemma4, _gemma4),
@@ -195,5 +253,7 @@ WINDOWED = {
     "laguna": Script("laguna", _describe_laguna, _laguna, "dots1"),
     "granitemoe_swa": Script("granite_swa", _describe_granite_swa, _granite_swa, "granitemoe"),
     "phimoe": Script("phimoe", _describe_phimoe, _phimoe),
+    "cohere2_moe": Script("cohere2moe", _describe_cohere, _cohere, "dots1"),
+    "minimax_m3_vl": Script("minimax-m3", _describe_minimax, _minimax, "minimax-m2"),
 }
 """By the family's name in `tiny_families`."""

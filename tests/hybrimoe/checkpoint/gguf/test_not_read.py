@@ -1,0 +1,55 @@
+"""Architectures that are not read, each with its reason: the tests fail once the reason is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from transformers import MiniMaxConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.minimax.modeling_minimax import MiniMaxRotaryEmbedding
+
+from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
+from hybrimoe.checkpoint.gguf.config import config_of
+from hybrimoe.checkpoint.gguf.families import FAMILIES, NOT_READ
+from hybrimoe.checkpoint.gguf.file import open_gguf
+
+from ....families.tiny_families import FOREIGN
+
+DOCS = Path(__file__).parents[4] / "docs" / "gguf.md"
+INSIDE_MODELS_THAT_SEE = {"step35": "step3p7", "deepseek2-ocr": "deepseek_ocr2", "glm5-next": "glm5_next"}
+
+
+@pytest.mark.parametrize("architecture", sorted(NOT_READ))
+def test_the_error_says_why(architecture: str, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), architecture)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedCheckpointError) as error:
+        config_of(open_gguf(tmp_path / "model.gguf"))
+    assert NOT_READ[architecture] in str(error.value)
+    assert f"| `{architecture}` |" in DOCS.read_text()
+
+
+def test_what_is_read_has_no_reason_against_it() -> None:
+    assert NOT_READ.keys().isdisjoint(FAMILIES)
+
+
+@pytest.mark.parametrize(("architecture", "family"), INSIDE_MODELS_THAT_SEE.items())
+def test_transformers_has_no_language_model_of_its_own(architecture: str, family: str) -> None:
+    assert {family, f"{family}_text"}.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), f"{architecture} could be read"
+
+
+def test_minimax_rotates_whole_heads() -> None:
+    half = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    config = MiniMaxConfig(head_dim=16, rope_parameters=half)
+    assert len(MiniMaxRotaryEmbedding(config).inv_freq) == 16 // 2, "minimax-01 could be read"
+
+
+def test_dbrx_is_refused_in_every_file() -> None:
+    assert "dbrx" in FOREIGN, "dbrx could be read"
