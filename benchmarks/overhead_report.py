@@ -54,30 +54,44 @@ after the release in place of 46 and 47, and for `ours` on the emulated accelera
 Some seconds after a model with large experts has started, Python's own memory is moved onto huge pages
 (`hybrimoe/machine/interpreter.py`; Linux 6.1 and later), which the benchmark waits for. What it gains differs between
 runs, and why was not found out. In one process each, before and after the move, four rounds while the machine was
-slower than in the tables: a layer with slots took 424 to 446 us before and
-275 to 306 after (planning, bookkeeping and dispatch), one that a card waits for 112 to 130 and 87 to 98, what comes
-after its release 94 to 118 and 52 to 63, on the CPU alone 45 to 50 and 37 to 41. A process that moved nothing did not
-get faster. The move takes 0.6 s of processor time for 200 MiB here, ten seconds
-after the start, which it would slow down.
+slower than in the tables: a layer with slots took 424 to 446 us before and 275 to 306 after (planning, bookkeeping
+and dispatch), one that a card waits for 112 to 130 and 87 to 98, what comes after its release 94 to 118 and 52 to 63,
+on the CPU alone 45 to 50 and 37 to 41. A process that moved nothing did not get faster. The move takes 0.6 s of
+processor time for 200 MiB here, ten seconds after the start, which it would slow down. It is done page by page, with
+rests of nine times as long: all at once it took 4.6 s beside a long prompt over HTTP (one layer of OLMoE's shape, 2
+cores, alone), in which parts of 0.15 s took 0.6; with rests it took 51 s, and no part in them more than 0.31 (one run
+each, the second on a slower machine: median part 0.25 s in place of 0.19).
 
 ## What bounds it
 
 The goals are 60 us of planning, bookkeeping and dispatch for a layer with slots and 15 us without, 30 us that a card
 waits for, and 2 % of a decode step; they are not reached where Python runs the step. By hand, on the same machine:
 
-- What costs is to find things again in memory, and what huge pages gain says that a part of it is to find the pages:
-  walks to them are twice as deep in a virtual machine. Python's objects and the planner's arrays lie on huge pages now.
-  The code of Python, of torch and of compiled functions does not: the system refuses that for files and small pieces.
-- Asking for the decision's machine code ahead (32 to 128 KiB) gained nothing. With AVX2 the same run took 196 us of
-  bookkeeping with slots and 71 us that a card waits for, with AVX-512 193 and 67: on Intel both stream the weights
-  through the caches. Whether reading them past the caches, as on Zen ([kernels.md](kernels.md)), would shorten it was
-  not measured here.
-- The compiled decision takes 36 to 48 us in a running layer. In a loop over 99 calls of this benchmark it takes 8
-  (the forecast 3.4, the rest balance and slots). Taken again at once on the same state it takes 24 at the median, 12
-  at best, 32 once 2 MiB of other data have gone through the caches, 38 after 48 MiB. Reading all of its code and data
-  ahead then gives back 3 us at most, and code without vectors takes as long. Why a call alone takes three times what
-  it takes in a loop was not found out. It decides by what the forecast has learnt from this very layer, so that
-  nothing of it can wait for the release.
+- What costs is to find things again in memory. Decisions of a running layer were replayed in compiled code, 120 in
+  turn, with what changes between them written back and nothing else: what lies between two of them can be chosen. One
+  took 10 us after nothing, and after 64 or 512 KiB of other data had been read; 33 after 2 MiB, 36 to 49 after 4 MiB
+  and more. The L2 of a core has 2 MiB here, and a line that is not in it takes 55 ns out of 8 MiB and 180 to 230 out
+  of 64 MiB: the 35 us are some 200 of them, one after another. It is not one thing: taken out of the caches by
+  themselves, the decision's arrays made it 26 us, its machine code 19 to 34, the C library and its mathematics 21,
+  the stack 15.
+- It is not the translation of addresses: 13 us after 4,000 other pages of 4 KiB, and with all of its arrays in one
+  piece on one huge page 43 in place of 44 after 24 MiB. Nor is it mispredicted branches (13), other code of 1 MiB
+  (17) or products with AVX-512 (14) right before it.
+- Small arrays on the stack, in place of the allocator's, make the decision 32 to 35 us in place of 45 after 24 MiB
+  when it is replayed, 7.8 in place of 10.5 after nothing. By the benchmark, two runs of each in turn with nothing
+  beside them, a card then waits for 71 and 72 us in place of 77 and 71, but with slots on the emulated accelerator
+  the sums were 263 and 275 in place of 242 and 246: it was left out.
+- Policy `hybrimoe`, sent by a card, took 292 and 270 us in these runs, and 278 and 283 in a version from before plans
+  were flat arrays.
+- Smaller machine code (LLVM's optsize, minsize) took longer, 48 and 55 us in place of 44; logarithms and exponentials
+  in vectors, without the C library, took as long. Reading all of the decision's arrays and code ahead takes 50 to 64
+  us and gives back 5 to 13.
+- Weights cannot pass the caches by on Intel as they do on Zen ([kernels.md](kernels.md)): one core reads 18 to 22
+  GB/s into L2 and 5 to 9 as read once (prefetchnta, 0.5 to 8 KiB ahead), after which the decision takes 22 to 43 us.
+- The caches are a third of it. With experts so small that next to nothing streams, a layer with slots took 174 us in
+  place of 284, one that a card waits for 56 in place of 82, on the CPU alone 33 in place of 53 (one run each, beside
+  other programs): the rest is Python, the stopwatch and the change of threads.
+- The decision uses what the forecast has learnt from this very layer, so that nothing of it can wait for the release.
 - What plans have pinned, copies under way, events of slots and counters are flat arrays since, which the decision
   writes itself. By clocks around functions, beside other programs: the end of a copy takes 6 us in place of 16,
   taking over a decision 5 to 9 in place of 13, counting none of its own in place of 6. What a card waits for did not

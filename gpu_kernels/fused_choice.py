@@ -51,6 +51,8 @@ class Group:
     out: torch.Tensor
     prepared: Prepared | None = None
     first_row: int = 0
+    most: int | None = None
+    """Rows that an expert may have where the host does not know them: `n_tokens` are then those to be expected."""
 
     @property
     def own_rows(self) -> torch.Tensor:
@@ -219,6 +221,8 @@ class FusedChoice:
         more: dict[str, Any] = {} if cuts is None else {"cuts": cuts}
         if group.prepared is not None:
             more["prepared"] = group.prepared
+        if group.most is not None:
+            more["most"] = group.most
         self.module.run_group(
             spec, slots, group.slot_ids, group.offsets, group.rows, group.n_tokens, group.hidden, group.weights,
             group.top_k, group.out, **more,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from cpu_kernels import ExpertSpec
-from gpu_kernels.fused_choice import FusedChoice
+from gpu_kernels.fused_choice import FusedChoice, Group, RowsOfCall
 from gpu_kernels.pairs import Pairs, add_up, run_pairs
 
 
@@ -30,3 +30,31 @@ def run_resident(
     out = torch.empty((len(flat), hidden.shape[1]), dtype=torch.float32, device=hidden.device)
     run_pairs(spec, slots, slot_ids, hidden.float(), scales, pairs, out, fused)
     return add_up(out, top_k).to(hidden.dtype)
+
+
+def run_resident_prompt(
+    spec: ExpertSpec, slots: torch.Tensor, slot_of: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor,
+    weights: torch.Tensor, fused: FusedChoice | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:  # fmt: skip
+    """As `run_resident`, each expert's tokens together, so that its record is read for many of them at once; beside the
+    output int32 [E + 1], where each expert's rows begin among the rows sorted by experts.
+
+    None where the fused kernel for as many tokens as an expert is expected to have was not found right before.
+    """
+    (n_tokens, top_k), n_experts = ids.shape, len(slot_of)
+    expected = -(-n_tokens * top_k // n_experts)
+    if fused is None or not fused.is_right(spec, expected):
+        return None
+    flat = ids.reshape(-1)
+    present = (flat >= 0) & (flat < n_experts)
+    by_expert = torch.sort(torch.where(present, flat, n_experts), stable=True)
+    experts = torch.arange(n_experts + 1, dtype=flat.dtype, device=flat.device)
+    offsets = torch.searchsorted(by_expert.values, experts, out_int32=True)
+    out = torch.zeros((len(flat), hidden.shape[1]), dtype=torch.float32, device=hidden.device)
+    group = Group(
+        slot_of, offsets, by_expert.indices, [expected] * n_experts, hidden.float(),
+        torch.where(present, weights.reshape(-1).float(), 0.0), top_k, out, most=len(flat),
+    )  # fmt: skip
+    fused.run_known(spec, slots, group)
+    rows = RowsOfCall(out, None, None, top_k, hidden.dtype)
+    return fused.combine(rows, lambda: add_up(out, top_k).to(hidden.dtype)), offsets

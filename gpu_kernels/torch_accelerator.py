@@ -24,7 +24,7 @@ from gpu_kernels.devices import indexed, memory_info
 from gpu_kernels.errors import ClosedError, LostError, SlotError
 from gpu_kernels.exchange import Exchange
 from gpu_kernels.fused_choice import Group, RowsOfCall, load_fused
-from gpu_kernels.resident import run_resident
+from gpu_kernels.resident import run_resident, run_resident_prompt
 from gpu_kernels.slot_events import SlotEvents
 from gpu_kernels.streams import clock_us
 from gpu_kernels.torch_events import DeviceEvent, DoneEvent, TimeOrigin, on_stream
@@ -218,6 +218,21 @@ class TorchAccelerator:
         `gpu_kernels.resident.run_resident`. The slots' copies must have ended, and none may follow."""
         with torch.no_grad(), self._current():
             return run_resident(spec, self._slots, slot_of, hidden, ids, weights, self._fused)
+
+    def run_resident_prompt(
+        self, spec: ExpertSpec, slot_of: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Event] | None:
+        """`run_resident` for many tokens, with its end; see `gpu_kernels.resident.run_resident_prompt`."""
+        start_us = clock_us()
+        end = None if self._synchronous else self._device_event()
+        with torch.no_grad(), self._current():
+            stream = None if end is None else torch.accelerator.current_stream(self.device)
+            if end is not None:
+                end.start.record(stream)
+            found = run_resident_prompt(spec, self._slots, slot_of, hidden, ids, weights, self._fused)
+            if end is not None:
+                end.end.record(stream)
+        return None if found is None else (*found, end or DoneEvent(start_us, clock_us()))
 
     def tune(self, spec: ExpertSpec, seconds: float) -> bool:
         """Chooses how the fused kernels are cut for such experts, in so many seconds at most; see `FusedChoice.tune`.

@@ -75,7 +75,7 @@ def block_tokens(n_tokens: list[int]) -> int:
 def run_group(
     spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor,
     n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int, out: torch.Tensor, *,
-    cuts: Cuts | None = None, prepared: dict[ExpertSpec, torch.Tensor] | None = None,
+    cuts: Cuts | None = None, prepared: dict[ExpertSpec, torch.Tensor] | None = None, most: int | None = None,
 ) -> None:  # fmt: skip
     """Computes the rows of a group of experts.
 
@@ -84,7 +84,8 @@ def run_group(
     expert; hidden float32 [T, H]; weights float32 [T * top_k]; out float32 [T * top_k, H], of which exactly the rows of
     these experts are written, less those left out.
     cuts: of `candidates`, by default the first. prepared: where groups with the same `hidden` keep how the kernels for
-    many tokens read it.
+    many tokens read it. most: rows that an expert may have, where `n_tokens` are only what is to be expected: so many
+    programs are then launched, of which those behind an expert's last row end at once.
     """
     layout, device = spec.layout, hidden.device
     words = slots.view(torch.int32)
@@ -107,7 +108,7 @@ def run_group(
         *group, inner, weights, out, inner.stride(0) // QUAD, layout.inter_padded, spec.hidden,
         layout.inter_padded // BLOCK_COLUMNS, layout.down_offset // LINE_BYTES, layout.down_bias_offset // WORD_BYTES,
     ]  # fmt: skip
-    grid = len(n_tokens), -(-max(n_tokens) // block)
+    grid = len(n_tokens), -(-(most or max(n_tokens)) // block)
     up_kernel, up_options = up_variant(spec, block, cuts, on_nvidia(device))
     up_kernel[(layout.inter_padded // UP_COLUMNS, *grid)](*up, **up_options)
     down_kernel, down_options = down_variant(spec, block, cuts, on_nvidia(device))

@@ -214,6 +214,13 @@ class Session:
                     runner = self._runner
                     if runner is None or not runner.consistent:
                         runner = self._ready()
+                    if self._units and hidden.shape[:-1].numel() > 1:
+                        runner.settle()
+                        resident = self.resident()
+                        if resident is not None:
+                            output = resident.run_prompt(layer, hidden, top_k_index, top_k_weights)
+                            if output is not None:
+                                return output
                     return runner.run(layer, hidden, top_k_index, top_k_weights)
                 except DEVICE_ERRORS as error:
                     self._go_on_after(error, hidden)
@@ -581,6 +588,7 @@ class Session:
             if runner.routing_recorder is not None or runner.experts.tracing or self._sink is not None:
                 return None
             if self._resident is None or self._resident.runner is not runner:
+                self._report_prompts()
                 self._resident = find_resident(runner, self._units)
             return self._resident
 
@@ -610,6 +618,7 @@ class Session:
         with self._lock:
             for report in self._reporters:
                 report(self._stats)
+            self._report_prompts()
             runner = self._runner
             if runner is not None and runner.consistent and not self._closed:
                 runner.report()
@@ -623,6 +632,7 @@ class Session:
                 self._runner.report()
             for report in self._reporters:
                 report(self._stats)
+            self._report_prompts()
             self._stats.reset()
 
     def forget_trial(self) -> None:
@@ -654,6 +664,11 @@ class Session:
             self._recover(self._runner)
         self._runner.settle()
         return self._runner
+
+    def _report_prompts(self) -> None:
+        """Counts the calls that a device has computed by itself."""
+        if self._resident is not None and self._lost is None:
+            self._resident.report(self._stats)
 
     def _recover(self, broken: ExpertsCall, n_slots: int | None = None) -> None:
         """After a failed or interrupted call: waits for the lanes, forgets the slots, keeps costs and counters.

@@ -148,7 +148,7 @@ class CapturedStep(ModelStep):
         with self.lock:
             for layer, (n_calls, n_experts, us) in enumerate(self._unreported):
                 if n_calls:
-                    stats.of("decode", layer).ran_on_accelerator_often(int(n_calls), int(n_experts), us)
+                    stats.of("decode", layer).ran_on_accelerator(int(n_calls), int(n_calls), int(n_experts), us)
             self._unreported[:] = 0
 
     def meter(self) -> tuple[dict[str, int], float]:

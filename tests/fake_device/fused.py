@@ -37,16 +37,18 @@ class StreamedKernels:
     def run_group(
         self, spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor,
         rows: torch.Tensor, n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int,
-        out: torch.Tensor, prepared: dict[ExpertSpec, torch.Tensor] | None = None,
+        out: torch.Tensor, prepared: dict[ExpertSpec, torch.Tensor] | None = None, most: int | None = None,
     ) -> None:  # fmt: skip
         """Computes the group's rows into `out`; see `gpu_kernels.triton.fused.run_group`."""
         if prepared is not None:
             prepared.setdefault(spec, hidden)
         with self._cards.noting_whole():
-            self._run_group(spec, slots, slot_ids, offsets, rows, n_tokens, hidden, weights, top_k, out)
+            n_rows = n_tokens if most is None else offsets.inner.diff().tolist()  # type: ignore[attr-defined]
+            assert most is None or max(n_rows) <= most, "no program is launched for the others"
+            self._run_group(spec, slots, slot_ids, offsets, rows, n_rows, hidden, weights, top_k, out)
         if self._cards.noted is not None:
             again = partial(
-                self.run_group, spec, slots, slot_ids, offsets, rows, n_tokens, hidden, weights, top_k, out
+                self.run_group, spec, slots, slot_ids, offsets, rows, n_tokens, hidden, weights, top_k, out, most=most
             )  # fmt: skip
             self._cards.noted.append((again, None, "fused group"))
 

@@ -93,7 +93,9 @@ def check(spec: ExpertSpec, n_tokens: list[int], cuts: Cuts | None = None) -> No
     out = torch.full((n_all, spec.hidden), float("nan"))
     fused.run_group(spec, slots, slot_ids, offsets, rows, n_tokens, hidden, weights, TOP_K, out, cuts=cuts)
     if cuts is None:
-        check_parts(Group(slot_ids, offsets, rows, n_tokens, hidden, weights, TOP_K, out), spec, slots)
+        group = Group(slot_ids, offsets, rows, n_tokens, hidden, weights, TOP_K, out)
+        check_parts(group, spec, slots)
+        check_unknown_numbers(group, spec, slots)
     tiles_of_bfloat16 = spec.dtype == "bfloat16" and fused.block_tokens(n_tokens) > FEW_TOKENS
     for slot, part in zip(slot_ids.tolist(), torch.split(rows, n_tokens), strict=True):
         record, x = slots[slot, : spec.record_bytes], hidden[part // TOP_K]
@@ -122,6 +124,19 @@ def check_parts(group: Group, spec: ExpertSpec, slots: torch.Tensor) -> None:
         )  # fmt: skip
     if not torch.equal(out.view(torch.int32), group.out.view(torch.int32)):
         sys.exit(f"{spec}, {n_tokens}: parts of a group give other values than the whole")
+
+
+def check_unknown_numbers(group: Group, spec: ExpertSpec, slots: torch.Tensor) -> None:
+    """A host that knows only how many rows there are in all: the values of one that knows each expert's."""
+    n_rows, n_experts = sum(group.n_tokens), len(group.n_tokens)
+    expected, out = [-(-n_rows // n_experts)] * n_experts, torch.full_like(group.out, float("nan"))
+    fused.run_group(
+        spec, slots, group.slot_ids, group.offsets, group.rows, expected, group.hidden, group.weights, TOP_K, out,
+        most=n_rows,
+    )  # fmt: skip
+    same_as(spec, group.n_tokens, out[group.rows], group.out[group.rows], TRUNCATED)
+    if not torch.equal(out.isnan(), group.out.isnan()):
+        sys.exit(f"{spec}, {group.n_tokens}: other rows were written where only their sum was known")
 
 
 def same_as(spec: ExpertSpec, n_tokens: list[int], rows: torch.Tensor, expected: torch.Tensor, allowed: float) -> None:

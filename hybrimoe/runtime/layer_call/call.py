@@ -311,10 +311,14 @@ class ExpertsCall:
         if not n_tokens:
             return (), 0
         self.consistent = False
+        self.begin_call(index, n_tokens)
+        return (self._alone[index] if lossy is None else lossy.rewrite(self.phase, index, inputs)), n_tokens
+
+    def begin_call(self, index: int, n_tokens: int) -> None:
+        """Follows the steps that calls belong to, also of one that the device computes by itself."""
         step = self.tracker.next(index, n_tokens)
         if step.new:
             self.begin_step(step, n_tokens)
-        return (self._alone[index] if lossy is None else lossy.rewrite(self.phase, index, inputs)), n_tokens
 
     def begin_step(self, step: Step, n_tokens: int) -> None:
         """Tells planners and lossy stage of a new step."""

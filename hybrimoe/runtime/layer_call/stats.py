@@ -113,11 +113,11 @@ class Counters:
         self.ran_on_cpu(n_tokens, n_experts, us, us)
         self.calls += n_calls - 1
 
-    def ran_on_accelerator_often(self, n_calls: int, n_experts: int, us: float) -> None:
-        """Counts calls of one layer, of one token each, inside captured steps: every active expert was a hit, and what
-        the accelerator took for the experts is all that is theirs alone."""
+    def ran_on_accelerator(self, n_calls: int, n_tokens: int, n_experts: int, us: float) -> None:
+        """Counts calls of one layer without the host: every active expert was a hit, and what the accelerator took for
+        the experts is all that is theirs alone."""
         self.calls += n_calls
-        self.tokens += n_calls
+        self.tokens += n_tokens
         self.activated += n_experts
         self.hits += n_experts
         self.accel_experts += n_experts
