@@ -21,6 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from cpu_kernels.format.layout import record_layout
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- models:begin (python benchmarks/models_report.py) -->", "<!-- models:end -->"
 SHAPE, LAYERS = "olmoe-1b-7b", 8
@@ -70,6 +74,12 @@ TITLES = {
     "16 layers": "16 layers: decode, tokens/s (prompt of 32 tokens)",
     "16 layers, prefill": "16 layers: prefill of 512 tokens, tokens/s",
 }
+AT_ONCE_NOTE = """Replies share the dense layers, and few experts: random routing sends 4 tokens, each to 8 of 64
+experts, to 26.5 different ones (64 * (1 - (7/8)^4)). The last column is what a step would give that reads its weights,
+counted, as fast as that of one reply does. With more layers it is less, because the output layer is read once: with
+16, 4 replies get 1.76 times the tokens of one (counted).
+"""
+"""What bounds several replies at once."""
 INTRODUCTION = f"""# Whole models: measured
 
 Written by `benchmarks/models_report.py` from runs of `hybrimoe bench decode` and `bench prefill` on virtual machines,
@@ -218,15 +228,34 @@ def growth_table(data: dict[str, Any]) -> str:
 
 
 def at_once_table(data: dict[str, Any]) -> str:
-    """Milliseconds of a step of several replies, dense layers int8."""
+    """Milliseconds of a step of several replies, dense layers int8, and what reading the weights allows."""
     lines = [
-        f"| replies at once, {LAYERS} layers | ms a step | tokens/s of all | experts a layer |",
-        "|---|---|---|---|",
+        f"| replies at once, {LAYERS} layers | ms a step | tokens/s of all | experts a layer | MB of weights"
+        " | tokens/s at the rate of one reply |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in data["at_once"]["rows"]:
-        experts = "-" if row["experts"] is None else f"{row['experts']:.1f}"
-        lines.append(f"| {row['replies']} | {row['step_ms']:.1f} | {row['tokens_per_s']['median']:.1f} | {experts} |")
-    return "\n".join(lines) + "\n"
+    rows, read = data["at_once"]["rows"], bytes_at_once(data)
+    for row, n_bytes in zip(rows, read, strict=True):
+        speed = row["tokens_per_s"]["median"]
+        cells = ["-"] * 3
+        if n_bytes is not None:
+            bound = row["replies"] * rows[0]["tokens_per_s"]["median"] * read[0] / n_bytes
+            cells = [f"{row['experts']:.1f}", f"{n_bytes / 1e6:.0f}", f"{bound:.1f} ({speed / bound:.0%} measured)"]
+        lines.append(f"| {row['replies']} | {row['step_ms']:.1f} | {speed:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\n{AT_ONCE_NOTE}"
+
+
+def bytes_at_once(data: dict[str, Any]) -> list[Any]:
+    """Bytes of weights that a step of so many replies reads: those of one reply, and the records of further experts.
+    None where the experts were not counted."""
+    config = yaml.safe_load((ROOT / "yaml_rules" / "shapes" / f"{SHAPE}.yaml").read_text(encoding="utf-8"))["config"]
+    hidden, inter = config["hidden_size"], config["intermediate_size"]
+    record = record_layout(hidden, inter, data["at_once"]["expert_dtype"], gated=True, has_bias=False).record_bytes
+    of_one, first = ours_beside(data["compared"]["decode"]["int8"])["step_bytes"], data["at_once"]["rows"][0]["experts"]
+    return [
+        None if row["experts"] is None else of_one + LAYERS * (row["experts"] - first) * record
+        for row in data["at_once"]["rows"]
+    ]
 
 
 def summary(machines: Sequence[dict[str, Any]]) -> str:

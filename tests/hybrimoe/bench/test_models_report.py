@@ -82,8 +82,10 @@ def test_what_is_not_measured_again_stays(report: ModuleType, tmp_path: Path, mo
     asked, machine = [], before["compared"]["decode"]["int8"]["machine"]
     results = {
         "decode": {"results": [{"name": "as configured", "of_read_rate": 0.5, "logits_cosine": None, "resident_mib": 1,
+                                "step_bytes": 400e6,
                                 "tokens_per_s": {"median": 1.0, "min": 1.0, "max": 1.0}}]},
-        "parallel": {"rows": [{"replies": 2, "step_ms": 3.25, "tokens_per_s": {"median": 99.5}, "experts": None}]},
+        "parallel": {"expert_dtype": "int4", "rows": [{"replies": 2, "step_ms": 3.25, "tokens_per_s": {"median": 99.5},
+                                                       "experts": None}]},
     }  # fmt: skip
 
     def run(dense: str, kind: str, *words: str) -> dict[str, object]:
@@ -108,3 +110,18 @@ def test_what_is_not_measured_again_stays(report: ModuleType, tmp_path: Path, mo
     assert again["at_once"] == after["at_once"]
     assert again["about"] == "now"
     assert again["compared"].keys() == {*before["compared"], "16 layers"}
+
+
+def test_what_several_replies_may_reach_follows_from_what_their_step_reads(report: ModuleType) -> None:
+    rows = [
+        {"replies": n, "step_ms": 1.0, "tokens_per_s": {"median": speed}, "experts": experts}
+        for n, speed, experts in ((1, 60.0, 8.0), (2, 99.5, None), (4, 90.0, 16.0))
+    ]
+    own = {"name": "as configured", "step_bytes": 400e6}
+    data = {"compared": {"decode": {"int8": {"results": [own]}}}, "at_once": {"expert_dtype": "int4", "rows": rows}}
+    record_bytes = 3 * 2048 * 1024 * (4 + 0.5) / 8  # a scale of 16 bits for 32 weights
+    assert report.bytes_at_once(data) == [400e6, None, 400e6 + 8 * 8 * record_bytes]
+    lines = report.at_once_table(data).splitlines()
+    assert lines[2:4] == ["| 1 | 1.0 | 60.0 | 8.0 | 400 | 60.0 (100% measured) |", "| 2 | 1.0 | 99.5 | - | - | - |"]
+    bound = 4 * 60 * 400e6 / (400e6 + 64 * record_bytes)
+    assert lines[4].endswith(f"| {bound:.1f} ({90 / bound:.0%} measured) |")
