@@ -78,11 +78,11 @@ waits for, and 2 % of a decode step; they are not reached where Python runs the 
   piece on one huge page 43 in place of 44 after 24 MiB. Nor is it mispredicted branches (13), other code of 1 MiB
   (17) or products with AVX-512 (14) right before it.
 - Small arrays on the stack, in place of the allocator's, make the decision 32 to 35 us in place of 45 after 24 MiB
-  when it is replayed, 7.8 in place of 10.5 after nothing. By the benchmark, two runs of each in turn with nothing
-  beside them, a card then waits for 71 and 72 us in place of 77 and 71, but with slots on the emulated accelerator
-  the sums were 263 and 275 in place of 242 and 246: it was left out.
-- Policy `hybrimoe`, sent by a card, took 292 and 270 us in these runs, and 278 and 283 in a version from before plans
-  were flat arrays.
+  when it is replayed, 7.8 in place of 10.5 after nothing. By the benchmark, four runs of each in turn with nothing
+  beside them, a card then waits for 71, 72, 75 and 91 us in place of 71, 77, 79 and 83, and with slots on the
+  emulated accelerator the sums were 263, 275, 296 and 296 in place of 242, 246, 289 and 298: it was left out.
+- Policy `hybrimoe`, sent by a card, took 292 and 270 us in two of these runs, and 278 and 283 in a version from
+  before plans were flat arrays.
 - Smaller machine code (LLVM's optsize, minsize) took longer, 48 and 55 us in place of 44; logarithms and exponentials
   in vectors, without the C library, took as long. Reading all of the decision's arrays and code ahead takes 50 to 64
   us and gives back 5 to 13.
