@@ -31,7 +31,7 @@ from scheduler.planner.flight import add_flight, drop_flight, flight_slots
 from scheduler.planner.movement import MAX_PREFETCHES, Movement
 from scheduler.planner.open_plans import OpenPlans, has_room, leave_slot, open_plan
 from scheduler.planner.plan_view import PlanView
-from scheduler.prefetch.value import ValuePrefetch
+from scheduler.prefetch.value import ValuePrefetch, worth_us
 from scheduler.slots import BEGIN_TRANSFER, FREE, IN_FLIGHT, STORY_EVENTS, land, pin_slot, tell
 from scheduler.views import floats_at, ids_at, ints_at, singles_at
 
@@ -228,7 +228,7 @@ def prefetch_at_once(desk: Ints, layer: int, idle_us: float) -> int:
     price_us = numbers[PRICE] * transfer_us
     started = 0
     for i in range(min(n_sure, limit)):
-        key, gain_us = keys[i], chances[i] * saved_us - price_us
+        key, gain_us = keys[i], worth_us(chances[i], saved_us, price_us)
         target = key // n_experts
         if fixed[target]:
             continue
