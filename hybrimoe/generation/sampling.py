@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe import compat
 from hybrimoe.errors import ConfigError, ModelError
-from hybrimoe.generation.candidates import few_candidates, first_that_narrows, kept_by, sent_together
-from hybrimoe.generation.draws import Draws
+from hybrimoe.generation.drawing.candidates import few_candidates, first_that_narrows, kept_by, sent_together
+from hybrimoe.generation.drawing.draws import Draws
 from hybrimoe.generation.vocabulary import check_token_ids
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 import hybrimoe
 from hybrimoe.errors import ModelError
 from hybrimoe.generation import SamplingOptions, TextGenerator
-from hybrimoe.generation.candidates import few_candidates
+from hybrimoe.generation.drawing.candidates import few_candidates
 from hybrimoe.generation.sampling import Sampler
 from hybrimoe.runtime.layer_call.stats import SessionStats
 from tests.fake_device import DEVICE_TYPE, fake_cards
