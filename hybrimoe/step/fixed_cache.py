@@ -1,14 +1,21 @@
-"""A KV cache as a graph of a device needs it: buffers that stay where they are, and a length that is a tensor."""
+"""A cache as a graph of a device needs it: memory that stays where it is, and a length that is a tensor."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DummyLayer, LinearAttentionLayer, StaticLayer
 
 from hybrimoe.generation.growing import Buffers, GrowingLayer, GrowingWindowLayer, grow_in_place
+
+CacheLayer = Any
+"""A layer of transformers' caches, which are not typed. Graphs can keep three kinds: keys and values with room to grow,
+states that each token overwrites, and layers that hold nothing."""
 
 
 class FixedLayer(StaticLayer):  # type: ignore[misc] # transformers is not typed
@@ -50,28 +57,112 @@ class FixedWindowLayer(FixedLayer):
         self.sliding_window = sliding_window
 
 
-def growing_layers(cache: Any, n_past: int, n_sequences: int, device: torch.device) -> list[GrowingLayer] | None:
-    """The layers of a cache that holds `n_past` tokens on `device`, with room to grow; None where one of them is of
-    another kind (the states of linear attention), or in another state."""
+class HeldLayer:
+    """What a recorded step reads and writes of one layer of a cache, which it does not keep alive itself.
+
+    buffers: of a layer with keys and values, with room for one token more; None for others. states: what a layer of
+    linear attention has in their place, which transformers overwrites where it lies.
+    """
+
+    def __init__(self, layer: CacheLayer) -> None:
+        self._layer = weakref.ref(layer)
+        self.buffers = layer.grown(1) if isinstance(layer, GrowingLayer) else None
+        self.states = states_of(layer)
+
+    def is_of(self, layer: CacheLayer) -> bool:
+        """Whether these are a layer's buffers and states as they are now."""
+        return self._layer() is layer and self.is_there()
+
+    def is_there(self) -> bool:
+        """Whether the layer still exists, in the same memory."""
+        layer = self._layer()
+        if layer is None or (self.buffers is not None and layer.buffers is not self.buffers):
+            return False
+        now = states_of(layer)
+        return len(now) == len(self.states) and all(a is b for a, b in zip(now, self.states, strict=True))
+
+    def clear(self, n_past: int) -> None:
+        """Zeros behind the `n_past` tokens held: a mask hides what is there, but 0 times NaN is NaN."""
+        if self.buffers is not None:
+            for part in (self.buffers.keys, self.buffers.values):
+                part[..., n_past - self.buffers.first :, :] = 0
+
+    def fixed(self, n_past: torch.Tensor) -> Any:
+        """The layer as the model's forward is given it while it is recorded; n_past: as of `FixedLayer`."""
+        layer = self._layer()
+        assert layer is not None
+        if self.buffers is None:
+            return _twin(layer)
+        if isinstance(layer, GrowingWindowLayer):
+            return FixedWindowLayer(self.buffers, n_past, int(layer.sliding_window))
+        return FixedLayer(self.buffers, n_past)
+
+
+def states_of(layer: CacheLayer) -> list[torch.Tensor]:
+    """The states of a layer of linear attention that are there; of others none."""
+    if not isinstance(layer, LinearAttentionLayer):
+        return []
+    both = (*layer.conv_states.values(), *layer.recurrent_states.values())
+    return [state for state in both if state is not None]
+
+
+@contextmanager
+def unchanged_states(held: Sequence[HeldLayer]) -> Iterator[None]:
+    """Whatever the block computes, states are afterwards as they were: tokens are added to them, not written behind."""
+    states = [state for each in held for state in each.states]
+    before = [state.clone() for state in states]
+    try:
+        yield
+    finally:
+        for state, old in zip(states, before, strict=True):
+            state.copy_(old)
+
+
+def fixable_layers(cache: Any, n_past: int, n_sequences: int, device: torch.device) -> list[CacheLayer] | None:
+    """The layers of a cache that holds `n_past` tokens on `device`, those with keys and values with room to grow; None
+    where one of them is of another kind, or in another state."""
     if any(not isinstance(layer, GrowingLayer) for layer in cache.layers):
         grow_in_place(cache)
-    layers = cache.layers
-    for layer in layers:
-        if type(layer) not in (GrowingLayer, GrowingWindowLayer) or not layer.is_initialized:
-            return None
-        if layer.device != device or layer.get_seq_length() != n_past or layer.n_sequences != n_sequences:
-            return None
-        if getattr(layer, "record_past", False):
-            return None
-    return list(layers) or None
+    layers = list(cache.layers)
+    fits = all(
+        _has_rows(layer, n_past, n_sequences, device)
+        if isinstance(layer, GrowingLayer) else type(layer) is DummyLayer or _has_states(layer, n_sequences, device)
+        for layer in layers
+    )  # fmt: skip
+    return layers if fits and any(isinstance(layer, GrowingLayer) for layer in layers) else None
 
 
-def fixed_cache(layers: list[GrowingLayer], buffers: list[Buffers], n_past: torch.Tensor) -> DynamicCache:
-    """A cache over the buffers of growing layers."""
+def fixed_cache(held: Sequence[HeldLayer], n_past: torch.Tensor) -> DynamicCache:
+    """A cache over what is held of another one's layers."""
     cache = DynamicCache()
-    cache.layers = [
-        FixedWindowLayer(held, n_past, int(layer.sliding_window))
-        if isinstance(layer, GrowingWindowLayer) else FixedLayer(held, n_past)
-        for layer, held in zip(layers, buffers, strict=True)
-    ]  # fmt: skip
+    cache.layers = [each.fixed(n_past) for each in held]
     return cache
+
+
+def _has_rows(layer: GrowingLayer, n_past: int, n_sequences: int, device: torch.device) -> bool:
+    if type(layer) not in (GrowingLayer, GrowingWindowLayer) or not layer.is_initialized:
+        return False
+    if getattr(layer, "record_past", False):
+        return False
+    return layer.device == device and layer.get_seq_length() == n_past and layer.n_sequences == n_sequences
+
+
+def _has_states(layer: Any, n_sequences: int, device: torch.device) -> bool:
+    """Whether a layer of linear attention has seen tokens, and writes its states where a graph may write, too."""
+    if type(layer) is not LinearAttentionLayer or layer.record_past:
+        return False
+    states = states_of(layer)
+    return bool(states) and all(layer.has_previous_state.values()) and all(
+        state.device == device and len(state) == n_sequences
+        and (not state.is_inference() or torch.is_inference_mode_enabled())
+        for state in states
+    )  # fmt: skip
+
+
+def _twin(layer: CacheLayer) -> Any:
+    """A layer over the same states, without the layer itself."""
+    twin = type(layer)()
+    twin.__dict__.update(
+        {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+    )
+    return twin
