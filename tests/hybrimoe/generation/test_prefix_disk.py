@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cpu_kernels.engine.checksum import LINE_BYTES
+from cpu_kernels.host.ready_memory import ReadyMemory
 from hybrimoe.amounts import Amount
 from hybrimoe.errors import BudgetError, FileError
 from hybrimoe.generation import TextGenerator
@@ -404,3 +405,39 @@ def test_whoever_waits_for_a_file_is_told_what_went_wrong(tmp_path: Path, monkey
         with pytest.raises(MemoryError, match="none left"):
             result.result(PATIENCE_S)
     disk.close(PATIENCE_S)
+
+
+def test_memory_is_ready_for_the_text_that_was_used_last(
+    plain: TextGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = process(plain, tmp_path)
+    first.answers([95, *SYSTEM, *SYSTEM])
+    (reply,) = first.answers(SYSTEM)
+    ended(first)
+    second = process(plain, tmp_path)
+    disk = second.tree.disk
+    assert disk is not None
+    assert disk.ready.wait(PATIENCE_S)
+    latest = [disk.size(name) for name in disk._latest()]
+    assert disk.ready.n_bytes >= 2 * sum(latest) > 0
+    asked: list[int] = []
+    take = ReadyMemory.take
+    monkeypatch.setattr(ReadyMemory, "take", lambda self, n_bytes: asked.append(n_bytes) or take(self, n_bytes))
+    (again,) = second.answers([*SYSTEM, *reply.token_ids[:-1], 7])
+    assert again.n_read == len(SYSTEM) + len(reply.token_ids) - 1
+    assert sum(latest) - 64 * len(latest) <= asked[0] <= sum(latest)
+    assert disk.ready.n_bytes == 0
+    ended(second)
+
+
+def test_memory_that_is_ready_is_part_of_the_budget(plain: TextGenerator, tmp_path: Path) -> None:
+    first = process(plain, tmp_path)
+    first.answers(SYSTEM)
+    ended(first)
+    tree = process(plain, tmp_path, max_bytes=8 * BLOCK_TOKENS * plain.token_bytes()).tree
+    assert tree.disk is not None
+    assert 0 < tree.disk.ready.n_bytes <= tree.max_bytes // 2
+    tree.max_bytes = tree.disk.ready.n_bytes
+    assert tree._make_room(1, [])
+    assert tree.disk.ready.n_bytes == 0
+    tree.close(PATIENCE_S)
