@@ -24,7 +24,7 @@ import numpy as np
 from cpu_kernels.host.ready_memory import ReadyMemory
 from hybrimoe.generation.images.tokens import identities
 from hybrimoe.generation.prefix.encoding import ALIGNMENT, decode, encode, facts_of
-from hybrimoe.generation.prefix.folder import Folder
+from hybrimoe.generation.prefix.folder import Folder, room_bytes
 from hybrimoe.generation.prefix.keys import KINDS, Kind, Record, first_key, n_alike, name_of, next_key, own_key
 
 __all__ = ["DiskLevel", "Readings"]
@@ -176,8 +176,8 @@ class DiskLevel:
         return readings
 
     def _room_of(self, name: str) -> int:
-        """Bytes from where a file lies in memory to the next one."""
-        return -(-self.size(name) // ALIGNMENT) * ALIGNMENT
+        """Bytes of memory that a file is read into."""
+        return room_bytes(self.size(name))
 
     def _read_waiting(self, waiting: deque[Any]) -> None:
         """A reading thread: the next files that nobody else has taken, until there are none."""

@@ -25,7 +25,7 @@ from hybrimoe.generation.prefix.blocks import BLOCK_TOKENS, PrefixTree
 from hybrimoe.generation.prefix.budget import DiskSettings, PrefixSettings, prefix_tree
 from hybrimoe.generation.prefix.disk import DiskLevel
 from hybrimoe.generation.prefix.encoding import ALIGNMENT
-from hybrimoe.generation.prefix.folder import Folder
+from hybrimoe.generation.prefix.folder import Folder, room_bytes
 from hybrimoe.generation.prefix.keys import Record, first_key, name_of
 from tests.hybrimoe.generation.prefix_replies import FAMILIES, GREEDY, SYSTEM, Counting, has_plain_layers_only, made
 
@@ -227,7 +227,7 @@ def test_what_follows_a_damaged_block_is_computed(plain: TextGenerator, tmp_path
 KILLED = """
 import sys, time
 from pathlib import Path
-from hybrimoe.generation.prefix.folder import Folder
+from hybrimoe.generation.prefix.folder import Folder, room_bytes
 from hybrimoe.generation.prefix.keys import name_of
 
 folder = Folder(Path(sys.argv[1]), 1 << 30)
@@ -425,7 +425,7 @@ def test_memory_is_ready_for_the_text_that_was_used_last(
     monkeypatch.setattr(ReadyMemory, "take", lambda self, n_bytes: asked.append(n_bytes) or take(self, n_bytes))
     (again,) = second.answers([*SYSTEM, *reply.token_ids[:-1], 7])
     assert again.n_read == len(SYSTEM) + len(reply.token_ids) - 1
-    assert sum(latest) - 64 * len(latest) <= asked[0] <= sum(latest)
+    assert asked[0] == sum(map(room_bytes, latest))
     assert disk.ready.n_bytes == 0
     ended(second)
 
@@ -434,7 +434,7 @@ def test_memory_that_is_ready_is_part_of_the_budget(plain: TextGenerator, tmp_pa
     first = process(plain, tmp_path)
     first.answers(SYSTEM)
     ended(first)
-    tree = process(plain, tmp_path, max_bytes=8 * BLOCK_TOKENS * plain.token_bytes()).tree
+    tree = process(plain, tmp_path, max_bytes=1 << 16).tree
     assert tree.disk is not None
     assert 0 < tree.disk.ready.n_bytes <= tree.max_bytes // 2
     tree.max_bytes = tree.disk.ready.n_bytes
