@@ -434,7 +434,7 @@ def test_memory_that_is_ready_is_part_of_the_budget(plain: TextGenerator, tmp_pa
     first = process(plain, tmp_path)
     first.answers(SYSTEM)
     ended(first)
-    tree = process(plain, tmp_path, max_bytes=1 << 16).tree
+    tree = process(plain, tmp_path, max_bytes=1 << 20).tree
     assert tree.disk is not None
     assert 0 < tree.disk.ready.n_bytes <= tree.max_bytes // 2
     tree.max_bytes = tree.disk.ready.n_bytes
