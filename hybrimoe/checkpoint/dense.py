@@ -52,6 +52,7 @@ CHECKED_VALUES = 1 << 18  # at a time
 SCALE_KEY = re.compile(r"(^|[._])(input|activation|output|[kqv]|kv|prob)_scale(_ub|_inv)?$|\.qscale_act$")
 PREDICTION_KEY = re.compile(r"(^|\.)(mtp|mtp_layers|nextn)\.")
 BOUND_KEY = re.compile(r"\.(input|output)_(min|max)$")  # Gemma's towers: infinite where nothing is bounded
+EXPERTS_BY_TOKEN = ".tid2eid"  # DeepSeek-V4's; a router's weight beside it has a row an expert
 LAYER_KEY = re.compile(r"(^|\.)layers\.(\d+)\.")
 OTHER_STACKS = re.compile(r"vision|visual|audio|encoder")  # have layers of their own, which num_hidden_layers is not of
 DRAWS = (
@@ -245,6 +246,8 @@ def read_checked(
         if key not in shapes.shapes:
             raise CheckpointError(f"{listed(conversion.source_keys())} gives {key}, which the model does not have")
         _check(key, tensor, shapes.shapes[key], dtypes[key], conversion)
+        if key.endswith(EXPERTS_BY_TOKEN):
+            _check_experts(key, tensor, shapes.shapes[key.removesuffix(EXPERTS_BY_TOKEN) + ".weight"][0], conversion)
         checked[key] = _cast(tensor, dtypes[key])
     return checked
 
@@ -345,6 +348,15 @@ def _check(key: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype
         return
     if tensor.is_floating_point() and not _is_finite(tensor):
         raise CheckpointError(f"{names} has values that are NaN or infinite (for {key}); the checkpoint is damaged")
+
+
+def _check_experts(key: str, ids: torch.Tensor, num_experts: int, conversion: Conversion) -> None:
+    """Of a table that gives each token its experts."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_experts:
+        raise CheckpointError(
+            f"{key} sends tokens to experts {int(ids.min())} to {int(ids.max())}, of {num_experts} that there are"
+            f" ({listed(conversion.source_keys())}); the checkpoint is damaged"
+        )
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

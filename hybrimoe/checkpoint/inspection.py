@@ -127,9 +127,9 @@ def _summary(adapter: Adapter, merged: Merged, experts: Sequence[str]) -> Adapte
 
 
 def _sources(plan: ConversionPlan) -> list[Source]:
-    """Every weight once: an output layer and embeddings may be made from the same."""
+    """Every weight once: an output layer and embeddings may be made from the same. Numbers of the metadata are none."""
     groups = [group for conversion in plan.conversions.values() for group in conversion.sources.values()]
-    return list({source.key: source for group in groups for source in group}.values())
+    return list({source.key: source for group in groups for source in group if source.stored}.values())
 
 
 def _totals(sources: Iterable[Source]) -> tuple[TypeTotals, ...]:

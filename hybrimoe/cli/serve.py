@@ -167,7 +167,7 @@ def run(deployment: DeployConfig, keys: list[str], listener: socket.socket, *, f
 def loadable(name: str, deployment: DeployConfig, *, fit: bool = False) -> Loadable:
     """How the model of a deployment comes into memory, and how it is served there. fit: with what fits at that time."""
     from hybrimoe.cli.shared.opening import OpenModel, open_model
-    from hybrimoe.cli.shared.states import prefix_settings, slot_files
+    from hybrimoe.cli.shared.states import prefix_settings, slot_files, times_file
     from hybrimoe.server.models import Loadable, Progress
     from hybrimoe.server.served import Served
 
@@ -187,7 +187,7 @@ def loadable(name: str, deployment: DeployConfig, *, fit: bool = False) -> Loada
             parallel=None if settings.parallel == "auto" else settings.parallel, max_stall_ms=settings.max_stall_ms,
             max_wait_s=settings.max_wait_seconds, tool_parser=settings.tool_parser,
             special_in_messages=settings.special_in_messages, max_reply_s=settings.max_reply_seconds,
-            slot_files=slot_files(name, settled[0]),
+            slot_files=slot_files(name, settled[0]), times_file=times_file(settled[0]),
         )  # fmt: skip
 
     return Loadable(opening, serving, deployment.model or name, progress)

@@ -13,12 +13,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from cpu_kernels.host.memory import HUGE_PAGE, page_aligned
 from cpu_kernels.step.kv_copies import join_tokens
 
-__all__ = ["Buffers", "GrowingLayer", "GrowingWindowLayer", "copy_rows", "grow_in_place", "growing_cache"]
+__all__ = [
+    "Buffers",
+    "GrowingHybridLayer",
+    "GrowingHybridWindowLayer",
+    "GrowingIndexedLayer",
+    "GrowingLayer",
+    "GrowingWindowLayer",
+    "copy_rows",
+    "grow_hybrids_in_place",
+    "grow_in_place",
+    "growing_cache",
+]
 
 Memory = Callable[[int], np.ndarray]
 """uint8 [n] of host memory, page aligned, for n bytes."""
@@ -29,11 +47,13 @@ ROOM_SHARE = 8
 
 
 class Buffers(NamedTuple):
-    """keys and values [B, heads, capacity, D], of which the first tokens are used; `first`: number of the first one."""
+    """keys and values [B, heads, capacity, D], of which the first tokens are used; `first`: number of the first one;
+    `index_keys` [B, capacity or more, D]: keys by which tokens are found, of layers that have them."""
 
     keys: torch.Tensor
     values: torch.Tensor
     first: int = 0
+    index_keys: torch.Tensor | None = None
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not typed
@@ -269,6 +289,72 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         return same_tokens and all(_same_place(a, b) for a, b in zip(self._set, shown, strict=True))
 
 
+class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):  # type: ignore[misc] # transformers is not typed
+    """Sparse attention that finds its tokens by keys of their own: `indexer_keys` [B, T, D], in a buffer as well."""
+
+    _index: torch.Tensor | None = None
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Append [B, new tokens, D]; returns all of them."""
+        if not self.is_indexer_initialized:
+            self.lazy_initialization_indexer(indexer_key_states)
+        n_held, n_new = self.n_indexed, indexer_key_states.shape[1]
+        index = self._index_with_room(n_new, indexer_key_states)
+        index[:, n_held : n_held + n_new] = indexer_key_states
+        self.advance_index(n_new)
+        return self.indexer_keys
+
+    @property
+    def n_indexed(self) -> int:
+        """Tokens in the index, which are those held but while a step adds its own."""
+        held: torch.Tensor | None = self.indexer_keys
+        return 0 if held is None or not held.numel() else held.shape[1]
+
+    def grown(self, n_new: int) -> Buffers:
+        """As of a plain layer, the index with as much room."""
+        buffers = super().grown(n_new)
+        if self.is_indexer_initialized:
+            index = self._index_with_room(max(n_new, buffers.keys.shape[-2] - self.n_indexed), self.indexer_keys)
+            if index is not buffers.index_keys:
+                buffers = self._buffers = buffers._replace(index_keys=index)
+        return buffers
+
+    def advance_index(self, n_new: int) -> None:
+        """The next n_new tokens of the index's buffer are in use."""
+        assert self._index is not None
+        self.indexer_keys = self._index[:, : self.n_indexed + n_new]
+
+    def compact(self) -> GrowingIndexedLayer:
+        """As of a plain layer."""
+        twin = super().compact()
+        twin._index = None
+        return twin
+
+    def _index_with_room(self, n_new: int, like: torch.Tensor) -> torch.Tensor:
+        """A buffer that begins with what is held and has room for n_new tokens more, such as `like`."""
+        n_held, index = self.n_indexed, self._index
+        shown = index is not None and n_held > 0 and _same_place(self.indexer_keys, index[:, :n_held])
+        if index is not None and shown and index.shape[1] >= n_held + n_new:
+            return index
+        n_tokens = max(n_held + n_new, self.expected)
+        index = like.new_empty(like.shape[0], n_tokens + max(self.least_room, n_tokens // ROOM_SHARE), like.shape[-1])
+        if n_held:
+            index[:, :n_held] = self.indexer_keys
+        self._index = index
+        return index
+
+
+class GrowingHybridLayer(LinearAttentionAndFullAttentionLayer, GrowingLayer):  # type: ignore[misc] # as above
+    """States of linear attention or convolutions beside keys and values of every token."""
+
+
+class GrowingHybridWindowLayer(
+    LinearAttentionAndSlidingWindowAttentionLayer,  # type: ignore[misc] # as above
+    GrowingWindowLayer,
+):
+    """States of linear attention or convolutions beside a sliding window."""
+
+
 def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy rows [..., n, D] of one dtype into rows of a buffer.
 
@@ -323,20 +409,35 @@ def _same_place(one: Any, other: torch.Tensor) -> bool:
     )
 
 
+GROWING = {DynamicLayer: GrowingLayer, DynamicIndexedLayer: GrowingIndexedLayer}
+"""What stands for transformers' own layers that keep every token."""
+
+
 def growing_cache(text_config: Any) -> DynamicCache:
-    """transformers' cache for a model, its plain layers with room to grow; others (windows, states) as they are."""
+    """transformers' cache for a model, layers that keep every token with room to grow; others (windows, states) as they
+    are."""
     cache = DynamicCache(config=text_config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [GROWING[type(layer)]() if type(layer) in GROWING else layer for layer in cache.layers]
     return cache
 
 
 def grow_in_place(cache: DynamicCache) -> None:
-    """Gives plain and windowed layers of a cache that holds tokens already room to grow; others stay as they are."""
+    """Gives plain, indexed and windowed layers of a cache that holds tokens already room to grow; others stay as they
+    are."""
     for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = _adopted(GrowingLayer(), layer)
+        if type(layer) in GROWING:
+            cache.layers[index] = _adopted(GROWING[type(layer)](), layer)
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[index] = _adopted(GrowingWindowLayer(layer.sliding_window), layer)
+
+
+def grow_hybrids_in_place(cache: DynamicCache) -> None:
+    """The same of layers that have states as well: for steps that keep these, as those of compiled layers do not."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is LinearAttentionAndFullAttentionLayer:
+            cache.layers[index] = _adopted(GrowingHybridLayer(), layer)
+        elif type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+            cache.layers[index] = _adopted(GrowingHybridWindowLayer(layer.sliding_window), layer)
 
 
 def _adopted(own: GrowingLayer, layer: DynamicLayer) -> GrowingLayer:

@@ -1,15 +1,20 @@
 """How much of a prompt is computed between two tokens of the other replies, so that none of them waits long.
 
-The size is measured once and then kept: a prompt is always cut alike, so its results do not depend on who else is
-served.
+The size is measured once and then kept, also from one start to the next: a prompt is always cut alike, so its results
+do not depend on who else is served.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from hybrimoe.generation.context import model_context_tokens
@@ -17,7 +22,10 @@ from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.kv_memory import MOST_TOKENS, chunk_tokens, keeps_every_token, number_of
 from hybrimoe.generation.vocabulary import vocabulary_size
 
-__all__ = ["PromptPart", "attention_share", "chosen_part", "measured_part", "tokens_behind"]
+__all__ = [
+    "PromptPart", "PromptTimes", "TimesFile", "attention_share", "chosen_part", "measured_part", "measured_times",
+    "tokens_behind",
+]  # fmt: skip
 
 FEW_TOKENS, MANY_TOKENS = 16, 128
 """Of the prompts that are timed. 16 tokens already choose most experts of a layer, so that what further ones take is
@@ -25,6 +33,8 @@ their own. Prompts of up to 64 may be one compiled step, where a token takes les
 LEAST_TOKENS = 16
 """Of a part: fewer would read the weights for next to nothing."""
 TRIAL_SEED = 0
+KEPT_DAYS = 7
+"""Times that are older are measured anew: the machine may have been busy then."""
 ATTENTION_FACTOR = 1.3
 """Time of a multiplication within attention over one in a layer's matrices: of OLMoE's layer with int4 experts, prompts
 of 4,096 and 16,384 tokens on a Xeon (docs/long-chats.md): 1.26."""
@@ -51,14 +61,75 @@ class PromptPart:
     slower: float = 0.0
 
 
-def measured_part(
-    generator: Computes, stall_us: float, clock_ns: Callable[[], int] = time.perf_counter_ns
-) -> PromptPart:
-    """The part of a prompt that takes at most `stall_us` on this machine; see `chosen_part`.
+@dataclass(frozen=True, slots=True)
+class PromptTimes:
+    """What a part of a prompt takes on this machine: fixed_us + n * per_token_us."""
 
-    Computes three short prompts, which count in no statistics; the first is not timed, because a model's first call
-    does more than others.
+    fixed_us: float
+    per_token_us: float
+
+
+class TimesFile:
+    """Where the times of one model on one machine are kept for the next start, which then need not measure them.
+
+    path: its name tells all that the times depend on, the load of the machine apart. That is why they are measured anew
+    after `KEPT_DAYS`.
     """
+
+    def __init__(self, path: Path, now_s: Callable[[], float] = time.time) -> None:
+        self.path, self._now_s = path, now_s
+
+    def read(self) -> PromptTimes | None:
+        """What was measured; None where there is nothing, nothing that makes sense, or too old."""
+        try:
+            found = json.loads(self.path.read_bytes())
+            times = PromptTimes(float(found["fixed_us"]), float(found["per_token_us"]))
+            age_s = self._now_s() - float(found["measured_s"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        sound = 0.0 <= times.fixed_us < math.inf and 0.0 < times.per_token_us < math.inf
+        return times if sound and 0.0 <= age_s <= KEPT_DAYS * 86_400 else None
+
+    def _remove_old(self) -> None:
+        """Files that no start would read any more, of whatever model."""
+        for file in self.path.parent.glob(f"{self.path.name.rpartition('-')[0]}-*"):
+            if self._now_s() - file.stat().st_mtime > KEPT_DAYS * 86_400:
+                file.unlink()
+
+    def write(self, times: PromptTimes) -> None:
+        """Keeps them, without a word where nothing can be written: the next start measures, as this one did."""
+        told = {"fixed_us": times.fixed_us, "per_token_us": times.per_token_us, "measured_s": self._now_s()}
+        own = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            own.write_text(json.dumps(told), encoding="utf-8")
+            own.replace(self.path)
+            self._remove_old()
+
+
+def measured_part(
+    generator: Computes, stall_us: float, clock_ns: Callable[[], int] = time.perf_counter_ns,
+    kept: TimesFile | None = None,
+) -> PromptPart:  # fmt: skip
+    """The part of a prompt that takes at most `stall_us` on this machine; see `chosen_part`. kept: times of an earlier
+    start are taken from there, and those measured now go there."""
+    from hybrimoe.runtime.tier.store import TieredStore  # torch comes with it, which a server imports later
+
+    if isinstance(getattr(_session(generator), "store", None), TieredStore):
+        kept = None  # what is read from disk depends on the memory that is free at this start
+    times = None if kept is None else kept.read()
+    if times is None:
+        times = measured_times(generator, clock_ns)
+        if kept is not None:
+            kept.write(times)
+    part = chosen_part(times.fixed_us, times.per_token_us, stall_us)
+    n_tokens = min(part.n_tokens, MOST_TOKENS, chunk_tokens(generator.model))
+    return PromptPart(n_tokens, part.expected_us * n_tokens / part.n_tokens, attention_share(generator.model))
+
+
+def measured_times(generator: Computes, clock_ns: Callable[[], int] = time.perf_counter_ns) -> PromptTimes:
+    """Computes three short prompts, which count in no statistics; the first is not timed, because a model's first call
+    does more than others."""
     longest = min(MANY_TOKENS, model_context_tokens(generator.model.config) or MANY_TOKENS)
     few = max(1, longest // (MANY_TOKENS // FEW_TOKENS))
     numbers = random.Random(TRIAL_SEED)
@@ -70,13 +141,15 @@ def measured_part(
         began = clock_ns()
         generator.forward(ids[:n_tokens], cache)
         times_us.append((clock_ns() - began) / 1000)
-    session = getattr(getattr(generator.model, "hybrimoe", None), "session", None)
+    session = _session(generator)
     if session is not None:
         session.forget_trial()
     per_token_us = max((times_us[2] - times_us[1]) / max(1, longest - few), times_us[2] / longest / 100)
-    part = chosen_part(max(0.0, times_us[1] - few * per_token_us), per_token_us, stall_us)
-    n_tokens = min(part.n_tokens, MOST_TOKENS, chunk_tokens(generator.model))
-    return PromptPart(n_tokens, part.expected_us * n_tokens / part.n_tokens, attention_share(generator.model))
+    return PromptTimes(max(0.0, times_us[1] - few * per_token_us), per_token_us)
+
+
+def _session(generator: Computes) -> Any:
+    return getattr(getattr(generator.model, "hybrimoe", None), "session", None)
 
 
 def tokens_behind(n_before: int, n_tokens: int, slower: float) -> int:

@@ -14,7 +14,7 @@ from hybrimoe.amounts import size_text
 from hybrimoe.generation.continuous_batching import BatchEngine, default_parallel
 from hybrimoe.generation.prefix.blocks import PrefixTree
 from hybrimoe.generation.prefix.budget import PrefixSettings, prefix_tree
-from hybrimoe.generation.prompt_parts import PromptPart, measured_part
+from hybrimoe.generation.prompt_parts import PromptPart, TimesFile, measured_part
 from hybrimoe.server.asking import Preparation
 from hybrimoe.server.errors import DrainingError, LoadingError
 from hybrimoe.server.selfcheck import CHECKED_TOKENS, Finding, disk_finding, findings
@@ -48,7 +48,8 @@ class Served:
     max_stall_ms: what a part of a prompt may take while others get tokens. tool_parser: the form of the model's calls
     of tools, where its template does not tell (see `ReplySyntax.of`). special_in_messages: see `Preparation`.
     max_wait_s: a request that has waited so long is refused; None: for any time. max_reply_s: a reply that is not
-    complete after so long ends with what there is. slot_files: where slots are saved; None: they are not.
+    complete after so long ends with what there is. slot_files: where slots are saved; None: they are not. times_file:
+    where the times of parts of prompts are kept; None: each start measures them.
     on_reply: called with each reply that has ended and the seconds that it waited before it began, by the thread that
     generates. on_idle: called when nothing is left to answer, by the same thread.
     """
@@ -57,7 +58,7 @@ class Served:
         self, name: str, *, prefix_cache: PrefixSettings | None = None, queue_length: int = QUEUE_LENGTH,
         parallel: int | None = 1, max_stall_ms: float = MAX_STALL_MS, max_wait_s: float | None = None,
         tool_parser: str | None = None, special_in_messages: bool = False,
-        max_reply_s: float | None = None, slot_files: SlotFiles | None = None,
+        max_reply_s: float | None = None, slot_files: SlotFiles | None = None, times_file: TimesFile | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.created = int(time.time())
@@ -66,7 +67,7 @@ class Served:
         self.on_idle: Callable[[], None] = lambda: None
         self._prefix_cache, self._queue_length = prefix_cache or PrefixSettings(), queue_length
         self._parallel, self._max_stall_ms, self._max_wait_s = parallel, max_stall_ms, max_wait_s
-        self._max_reply_s, self._slot_files = max_reply_s, slot_files
+        self._max_reply_s, self._slot_files, self._times_file = max_reply_s, slot_files, times_file
         self._tool_parser, self._special_in_messages = tool_parser, special_in_messages
         self.part: PromptPart | None = None
         self._preparation: Preparation | None = None
@@ -82,7 +83,8 @@ class Served:
         """The model is there. experts: the session's counters for /metrics, or None.
 
         Where several replies run at once, some short prompts are computed to see how many tokens of a prompt fit the
-        time that the others may wait. Raises ConfigError for a `tool_parser` that there is not.
+        time that the others may wait, unless an earlier start has done so. Raises ConfigError for a `tool_parser` that
+        there is not.
         """
         generator.tokenizer("a")  # the first call settles the tokenizer's state; later ones may run side by side
         self.experts = experts
@@ -91,7 +93,7 @@ class Served:
         )  # fmt: skip
         parallel = default_parallel(generator) if self._parallel is None else self._parallel
         if parallel > 1:
-            self.part = measured_part(generator, 1000 * self._max_stall_ms)
+            self.part = measured_part(generator, 1000 * self._max_stall_ms, kept=self._times_file)
         engine = BatchEngine(
             generator, parallel=parallel,
             prefixes=prefix_tree(generator.model, self._prefix_cache, generator.kv_bytes or 0),

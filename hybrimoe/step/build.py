@@ -10,6 +10,7 @@ from torch import nn
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.errors import KernelError, LayoutError
+from cpu_kernels.host.threads import torch_threads
 from cpu_kernels.step.stored import KIND_OF
 from gpu_kernels.graphs import RecordsGraphs, graphs_of
 from gpu_kernels.step_kernels import StepKernels, load_step_kernels
@@ -77,7 +78,8 @@ def compile_step(model: nn.Module, session: Any) -> StepWay:
     was_training = model.training
     model.eval()
     try:
-        reading = read_model(record(model), session, backend.n_threads)
+        with torch_threads(1):  # thousands of small operations, for which its pool only waits where cores are busy
+            reading = read_model(record(model), session, backend.n_threads)
     except (NotCompiled, KernelError) as error:
         return StepWay(reason=str(error))
     except TRIAL_ERRORS as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,15 +25,24 @@ from gpu_kernels.errors import GraphError
 from gpu_kernels.graphs import Graph, RecordsGraphs
 from gpu_kernels.step_kernels import StepKernels
 from hybrimoe.dense.card_attention import cudnn_attention_off
+from hybrimoe.experts.identity import add_identity_experts
 from hybrimoe.experts.module import HOOKS, HybridExperts
-from hybrimoe.generation.growing import Buffers, GrowingLayer, growing_cache
+from hybrimoe.generation.growing import GrowingLayer, growing_cache
 from hybrimoe.runtime.exchanged import ExchangedExperts
 from hybrimoe.runtime.resident import ResidentExperts
 from hybrimoe.runtime.startup.budget import RECORDED_STEPS
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.fixed_attention import attention_by
-from hybrimoe.step.fixed_cache import fixed_cache, growing_layers
+from hybrimoe.step.fixed_cache import (
+    CacheLayer,
+    FixedLayer,
+    HeldLayer,
+    fixable_layers,
+    fixed_cache,
+    states_of,
+    unchanged_states,
+)
 from hybrimoe.step.forward import InPlaceOfForward
 from hybrimoe.step.fused_norms import known_norms, norms_by
 from hybrimoe.step.model_step import ModelStep
@@ -67,8 +75,6 @@ class CapturedStep(ModelStep):
     ) -> None:  # fmt: skip
         """`kernels` are used where they can be; without them all is torch's."""
         experts = [module for module in model.modules() if isinstance(module, HybridExperts)]
-        if any(module.num_identity for module in experts):
-            raise NotCompiled("some experts are the identity, which captured calls of experts leave out")
         called = [part for module in experts for part in module.modules()]
         super().__init__(model, session, called)
         self._experts_hooks = [
@@ -112,11 +118,11 @@ class CapturedStep(ModelStep):
             return None
         n_past = cache.get_seq_length()
         call = StepCall(list(token_ids), 1, [n_past], [cache], [n_past + shift], None, 1, "decode")
-        layers = self._layers_of(call) if n_past else None
-        if layers is None:
-            return None
-        self.session.announce_step("decode")
         with torch.inference_mode():  # as `TextGenerator` computes prompts
+            layers = self._layers_of(call) if n_past else None
+            if layers is None:
+                return None
+            self.session.announce_step("decode")
             found = self._step(call, layers)
         return None if found is None else found[0][0]
 
@@ -156,7 +162,8 @@ class CapturedStep(ModelStep):
         return {"pieces": self._pieces_ns}, self._pieces_ns / 1000
 
     def try_out(self, token_ids: Sequence[int]) -> int:
-        """Computes the last of some tokens in both ways, with the same outputs of the experts, and compares the logits.
+        """Computes the last of some tokens in both ways, with the same outputs of the experts, and compares the logits,
+        and the states that layers of linear attention are left in.
 
         Returns the number of calls of experts. Raises NotCompiled where the device does not record the step, or where
         it gives something else.
@@ -172,11 +179,11 @@ class CapturedStep(ModelStep):
             with self._experts_by(partial(_keep_output, outputs)):
                 own = self._own(input_ids=ids[:, -1:], past_key_values=twin, use_cache=True, return_dict=True)
             found = self._logits_given(cache, token_ids[-1], outputs)
-        expected = own.logits[:, -1].float()
-        error = float((found - expected).norm() / expected.norm())
         allowed = EXACT if own.logits.dtype == torch.float32 else ROUNDED
-        if not error <= allowed:
-            raise NotCompiled(f"its captured step differs: relative error {error:.1e} of the logits, allowed {allowed}")
+        _require_close(found, own.logits[:, -1], allowed, "the logits")
+        for number, (layer, expected) in enumerate(zip(cache.layers, twin.layers, strict=True)):
+            for state, own_state in zip(states_of(layer), states_of(expected), strict=True):
+                _require_close(state, own_state, allowed, f"a state of layer {number}")
         return len(outputs)
 
     def _logits_given(self, cache: DynamicCache, token_id: int, outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -185,10 +192,13 @@ class CapturedStep(ModelStep):
         call = StepCall([token_id], 1, [n_past], [cache], [n_past], None, 1, "decode")
         layers = self._layers_of(call)
         if layers is None:
-            raise NotCompiled("its cache has layers that are neither plain attention nor a sliding window")
+            raise NotCompiled(
+                "its cache has layers that are neither attention to all tokens, a window or those of an index, nor"
+                " states of linear attention"
+            )
         remaining = iter(outputs)
         try:
-            pieces = self._pieces(layers, 1)
+            pieces = self._pieces(call, layers)
             if len(pieces.experts) != len(outputs):
                 raise NotCompiled(
                     f"{len(pieces.experts)} calls of experts in a captured step, {len(outputs)} in its own"
@@ -198,16 +208,16 @@ class CapturedStep(ModelStep):
         finally:
             self._captured.clear()
 
-    def _layers_of(self, call: StepCall) -> list[GrowingLayer] | None:
+    def _layers_of(self, call: StepCall) -> list[CacheLayer] | None:
         if call.n_new != 1 or call.n_sequences > MAX_SEQUENCES:
             return None
-        return growing_layers(call.caches[0], call.n_past[0], call.n_sequences, self.device)
+        return fixable_layers(call.caches[0], call.n_past[0], call.n_sequences, self.device)
 
     def usable(self) -> bool:
         """As `ModelStep.usable`, and no recording has failed."""
         return not self._gave_up and super().usable()
 
-    def _step(self, call: StepCall, layers: list[GrowingLayer]) -> tuple[torch.Tensor, type] | None:
+    def _step(self, call: StepCall, layers: list[CacheLayer]) -> tuple[torch.Tensor, type] | None:
         """Runs a step; a copy of its logits [sequences, 1, V], and the class of the model's output. None, with nothing
         changed, where it cannot be recorded (any more): transformers' forward then runs it and all later ones."""
         with self.lock, torch.no_grad():
@@ -218,18 +228,18 @@ class CapturedStep(ModelStep):
                 self._numbers(call), lambda place: place.run(self.session), self.session.settle
             )
             self._unreported += pieces.counts
-            for layer in layers:
-                layer.advance(1)
+            for each in pieces.held:
+                each.advance()
             self._pieces_ns += busy_ns
             self.n_steps += 1
             return logits.clone(), type(pieces.output)
 
-    def _recorded(self, call: StepCall, layers: list[GrowingLayer]) -> Pieces | None:
+    def _recorded(self, call: StepCall, layers: list[CacheLayer]) -> Pieces | None:
         """The step's pieces; None, with a warning, where they cannot be recorded."""
         while True:
             within = self._within(call)
             try:
-                return self._pieces(layers, call.n_sequences, within)
+                return self._pieces(call, layers, within)
             except (GraphError, RuntimeError) as error:
                 self._captured.clear()
                 reason = str(error).strip().partition("\n")[0]
@@ -257,45 +267,40 @@ class CapturedStep(ModelStep):
         """On the host, as `Pieces.numbers`."""
         return torch.tensor([*call.token_ids, *call.positions, call.n_past[0]])
 
-    def _pieces(
-        self, layers: list[GrowingLayer], n_sequences: int, within: Within = None
-    ) -> Pieces:  # fmt: skip
+    def _pieces(self, call: StepCall, layers: list[CacheLayer], within: Within = None) -> Pieces:
         """The captured step for layers of a cache, with room for one token more; recorded now if there is none."""
         for layer in layers:
-            layer.least_room = LEAST_ROOM
-        buffers = [layer.grown(1) for layer in layers]
+            if isinstance(layer, GrowingLayer):
+                layer.least_room = LEAST_ROOM
+                layer.grown(1)
         for number, known in enumerate(self._captured):
-            if known.is_of(layers, n_sequences, within) and known.is_alive():
+            if known.is_of(layers, call.n_sequences, within):
                 self._captured.append(self._captured.pop(number))
                 return self._captured[-1]
         self._captured = [known for known in self._captured if known.is_alive()][1 - self._n_kept :]
-        pieces = self._capture(layers, buffers, n_sequences, within)
+        pieces = self._capture(call.n_past[0], [HeldLayer(layer) for layer in layers], call.n_sequences, within)
         self._captured.append(pieces)
         return pieces
 
-    def _capture(
-        self, layers: list[GrowingLayer], buffers: list[Buffers], n_sequences: int, within: Within
-    ) -> Pieces:  # fmt: skip
+    def _capture(self, n_past: int, held: list[HeldLayer], n_sequences: int, within: Within) -> Pieces:
         """Records the model's forward. It runs once before, so that everything is there that is made on first use; what
-        that writes into the cache is overwritten by the step itself.
+        that writes into the cache is overwritten by the step itself, or undone.
 
         Raises GraphError, or whatever error the model has of work that cannot be recorded.
         """
-        n_past = layers[0].get_seq_length()
-        for held in buffers:  # a mask hides what is there, but 0 times NaN is NaN
-            for part in (held.keys, held.values):
-                part[..., n_past - held.first :, :] = 0
+        for each in held:
+            each.clear(n_past)
         with torch.inference_mode(False):  # what every later step writes to, in whichever mode
             numbers = torch.zeros(2 * n_sequences + 1, dtype=torch.int64, device=self.device)
         numbers[-1] = n_past
-        pieces = Pieces(numbers, buffers, layers=[weakref.ref(layer) for layer in layers], within=within)
-        cache = fixed_cache(layers, buffers, numbers[-1])
-        with self._by_kernels(cache), self._graphs.recording():
+        pieces = Pieces(numbers, held, within=within)
+        cache = fixed_cache(held, numbers[-1])
+        with unchanged_states(held), self._by_kernels(cache), self._graphs.recording():
             with self._experts_by(partial(_warm_up, within)):
                 self._run_own(pieces, cache)
             self._graphs.begin()
             with self._experts_by(partial(self._interrupt, pieces)):
-                pieces.output = self._run_own(pieces, cache)
+                pieces.output = self._run_own(pieces, fixed_cache(held, numbers[-1]))
             pieces.graphs.append(self._graphs.end())
             alone = self._experts_alone(pieces)
         pieces.pool_bytes = self._graphs.pool_bytes
@@ -308,7 +313,7 @@ class CapturedStep(ModelStep):
         """Within the block the kernels stand for torch's operators, in this step's model and over this cache."""
         with (
             cudnn_attention_off,
-            attention_by(self._kernels.attention, cache.layers),
+            attention_by(self._kernels.attention, [each for each in cache.layers if isinstance(each, FixedLayer)]),
             norms_by(self._kernels.norm, self._norms),
         ):
             yield
@@ -350,9 +355,9 @@ class CapturedStep(ModelStep):
             layer = int(module.layer)  # type: ignore[arg-type]
             if isinstance(within, ResidentExperts):
                 pieces.inside.append((layer, call))
-                return within.run(layer, *call)
+                return _with_identity(module, within.run(layer, *call), call)
             if within.takes(layer, *call):
-                return self._send(pieces, within, module, call)
+                return _with_identity(module, self._send(pieces, within, module, call), call)
         pieces.graphs.append(self._graphs.end())
         with torch.inference_mode(False):
             result = torch.zeros_like(_hidden(args, kwargs))
@@ -411,13 +416,30 @@ def _warm_up(
     if within is not None and call is not None:
         layer = int(module.layer)  # type: ignore[arg-type]
         if isinstance(within, ResidentExperts):
-            return within.run(layer, *call)
+            return _with_identity(module, within.run(layer, *call), call)
         if within.takes(layer, *call):
             exchange = within.send(*call)
             if within.has_slots:
                 within.compute(layer, exchange, call[0], call[2])
-            return within.combine(exchange, call[0])
+            return _with_identity(module, within.combine(exchange, call[0]), call)
     return torch.zeros_like(_hidden(args, kwargs))
+
+
+def _with_identity(module: nn.Module, routed: torch.Tensor, call: Routed) -> torch.Tensor:
+    """What experts with weights have computed, and what those add that are the identity, which nobody computes."""
+    if not module.num_identity:
+        return routed
+    hidden, ids, weights = call
+    n_experts, n_identity = int(module.num_experts), int(module.num_identity)  # type: ignore[arg-type]
+    return add_identity_experts(routed, hidden, ids, weights, n_experts, n_identity)
+
+
+def _require_close(found: torch.Tensor, expected: torch.Tensor, allowed: float, what: str) -> None:
+    """Raises NotCompiled where a captured step has computed something else than transformers."""
+    found, expected = found.float(), expected.float()
+    error = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    if not error <= allowed:
+        raise NotCompiled(f"its captured step differs: relative error {error:.1e} of {what}, allowed {allowed}")
 
 
 def _nothing() -> None:

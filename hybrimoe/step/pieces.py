@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -15,10 +14,10 @@ import torch
 from torch import nn
 
 from gpu_kernels.graphs import Graph
-from hybrimoe.generation.growing import Buffers, GrowingLayer
 from hybrimoe.runtime.exchanged import ExchangedExperts
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.resident import ResidentExperts
+from hybrimoe.step.fixed_cache import CacheLayer, HeldLayer
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Hidden states, expert ids and weights."""
@@ -58,19 +57,19 @@ class ExpertsPlace:
 
 @dataclass(slots=True, eq=False)
 class Pieces:
-    """A captured step of `n_sequences` sequences over one cache's buffers.
+    """A captured step of `n_sequences` sequences over one cache's buffers and states.
 
-    numbers: int64 [2 * sequences + 1] on the device: token ids, their positions, tokens before them. counts: of a step,
+    numbers: int64 [2 * sequences + 1] on the device: token ids, their positions, tokens before them. held: of each
+    layer of the cache. counts: of a step,
     by layer of the session: calls of experts within the graphs, active experts, us of the device for them. pool_bytes:
     of the device, for what the pieces compute with.
     """
 
     numbers: torch.Tensor
-    buffers: list[Buffers]
+    held: list[HeldLayer]
     graphs: list[Graph] = field(default_factory=list)
     experts: list[ExpertsPlace] = field(default_factory=list)
     output: Any = None
-    layers: list[weakref.ref[GrowingLayer]] = field(default_factory=list)
     within: Within = None
     inside: list[InsideCall] = field(default_factory=list)
     counts: Counts = field(default_factory=lambda: np.zeros((0, 3)))
@@ -101,18 +100,15 @@ class Pieces:
         logits: torch.Tensor = self.output.logits
         return logits, busy_ns + time.perf_counter_ns()
 
-    def is_of(self, layers: Sequence[GrowingLayer], n_sequences: int, within: Within) -> bool:
+    def is_of(self, layers: Sequence[CacheLayer], n_sequences: int, within: Within) -> bool:
         """Whether these are the pieces for layers of a cache, and for experts, as they are now."""
         return (
             self.within is within
             and len(self.numbers) == 2 * n_sequences + 1
-            and len(self.layers) == len(layers)
-            and all(known() is layer for known, layer in zip(self.layers, layers, strict=True))
+            and len(self.held) == len(layers)
+            and all(held.is_of(layer) for held, layer in zip(self.held, layers, strict=True))
         )
 
     def is_alive(self) -> bool:
-        """Whether the cache is still there, in the same buffers."""
-        layers = [known() for known in self.layers]
-        return all(
-            layer is not None and layer.buffers is held for layer, held in zip(layers, self.buffers, strict=True)
-        )
+        """Whether the cache is still there, in the same memory."""
+        return all(held.is_there() for held in self.held)

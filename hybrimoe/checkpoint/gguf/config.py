@@ -13,7 +13,6 @@ from hybrimoe.checkpoint.gguf.places import Layers, rope
 from hybrimoe.errors import CheckpointError
 
 TOKEN_KEYS = {"bos_token_id": "bos", "pad_token_id": "padding"}
-END_KEYS = ("eos", "eot", "eom")
 DENSE_DTYPES = {"F32": "float32", "F16": "float16"}  # of a file whose dense matrices are in it; else bfloat16
 
 
@@ -66,7 +65,7 @@ def _sizes_of_layers(fields: Fields, layers: Layers) -> dict[str, Any]:
 
 def num_hidden_layers(fields: Fields) -> int:
     """Layers without those that predict several tokens. Raises CheckpointError where the file lacks a layer."""
-    layers = fields.whole("block_count") - fields.whole("nextn_predict_layers", 0, least=0)
+    layers = fields.n_layers()
     present = {name.split(".")[1] for name in fields.model.tensors if name.startswith("blk.")}
     if not 1 <= layers <= len(present):
         raise CheckpointError(
@@ -78,15 +77,9 @@ def num_hidden_layers(fields: Fields) -> int:
 
 def _special_tokens(fields: Fields) -> dict[str, Any]:
     """Ids of special tokens. Where a reply may end in several ways, `eos_token_id` is a list."""
-    found: dict[str, Any] = {name: _token(fields, key) for name, key in TOKEN_KEYS.items()}
-    ends = list(dict.fromkeys(end for key in END_KEYS if (end := _token(fields, key)) is not None))
+    found: dict[str, Any] = {name: fields.token(key) for name, key in TOKEN_KEYS.items()}
+    ends = fields.end_tokens()
     return found | {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}
-
-
-def _token(fields: Fields, key: str) -> int | None:
-    value = fields.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    vocabulary = fields.shape("token_embd.weight")[0]
-    return value if isinstance(value, int) and 0 <= value < vocabulary else None
 
 
 def _dense_dtype(model: GgufModel) -> str:

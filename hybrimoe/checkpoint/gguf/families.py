@@ -1,6 +1,6 @@
 """One table: for each architecture of llama.cpp the model type of transformers, what its metadata are in the
 configuration, and which parameters its tensors make (`places` has the words of it, `latent_layers`,
-`mixed_layers`, `recurrent_layers` and `windowed_layers` are parts).
+`mixed_layers`, `recurrent_layers`, `streamed_layers` and `windowed_layers` are parts).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from hybrimoe.checkpoint.gguf.places import (
     routed_and_shared,
 )
 from hybrimoe.checkpoint.gguf.recurrent_layers import RECURRENT
+from hybrimoe.checkpoint.gguf.streamed_layers import STREAMED
 from hybrimoe.checkpoint.gguf.windowed_layers import WINDOWED_FAMILIES
 
 
@@ -244,6 +245,7 @@ FAMILIES: Mapping[str, Family] = {
     **LATENT,
     **MIXED,
     **RECURRENT,
+    **STREAMED,
     **WINDOWED_FAMILIES,
 }
 """By `general.architecture`."""
@@ -252,10 +254,8 @@ FAMILIES: Mapping[str, Family] = {
 NOT_READ: Mapping[str, str] = {
     "dbrx": "its experts are cut out of one matrix by each layer, which HybriMoE refuses in every file",
     "deepseek2-ocr": "transformers has its language model only inside a model that sees",
-    "deepseek4": "its compressed keys and values are not put together from GGUF yet",
     "glm5-next": "transformers has its language model only inside a model that sees",
     "minimax-01": "transformers' MiniMax rotates whole heads, and the published models half of each",
-    "qwen4exp": "its mixed streams and tables of n-grams are not put together from GGUF yet",
     "step35": "transformers has its language model only inside a model that sees",
 }
 """By `general.architecture`: why files of a mixture of experts that transformers knows are not read."""

@@ -12,8 +12,12 @@ from hybrimoe.checkpoint.gguf.file import GgufModel
 from hybrimoe.errors import CheckpointError
 
 ARCHITECTURE_KEY = "general.architecture"
+END_KEYS = ("eos", "eot", "eom")
 MAX_VALUES_BYTES = 1 << 16  # of a table: more than any head has
 FLOAT32_BYTES = 4
+PREDICTION_UNCOUNTED = ("deepseek4",)
+"""Architectures whose first files name layers that predict several tokens, and neither have nor count them."""
+PREDICTS = "nextn.eh_proj.weight"
 MAX_WHOLE = 1 << 31  # no size or count of a model is more
 
 
@@ -49,6 +53,13 @@ class Fields:
             raise self.wrong(name, value, "a number")
         return _shortest(float(value))
 
+    def n_layers(self) -> int:
+        """How many the model has, without those that predict several tokens. Errors as `whole`."""
+        layers, predicting = self.whole("block_count"), self.whole("nextn_predict_layers", 0, least=0)
+        if self.architecture in PREDICTION_UNCOUNTED and not self.has(f"blk.{layers - predicting}.{PREDICTS}"):
+            return layers
+        return layers - predicting
+
     def each(self, name: str, default: Any) -> Any:
         """A value as the file has it: of all layers, or a list with one of each."""
         return self._value(name, default)
@@ -66,6 +77,15 @@ class Fields:
         if not isinstance(value, str):
             raise self.wrong(name, value, "a text")
         return value
+
+    def token(self, key: str) -> int | None:
+        """The id of a special token of the vocabulary; None where the file has none that is in it."""
+        value = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        return value if isinstance(value, int) and 0 <= value < self.shape("token_embd.weight")[0] else None
+
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens that a reply may end in."""
+        return list(dict.fromkeys(end for key in END_KEYS if (end := self.token(key)) is not None))
 
     def given(self, name: str) -> bool:
         """Whether the file has this value."""
@@ -96,6 +116,15 @@ class Fields:
         if len(values) * FLOAT32_BYTES != found.nbytes or not all(value > 0 for value in values):
             raise CheckpointError(f"{self.model.path}: the values of {tensor} are none; fetch the file again")
         return values
+
+    def wholes(self, name: str, count: int, most: int, least: int = 0) -> list[int]:
+        """A list of `count` numbers or more, of which the first `count`. Raises CheckpointError for anything else."""
+        value = self._value(name, None)
+        numbers = value[:count] if isinstance(value, list) else []
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and least <= n <= most for n in numbers)
+        if len(numbers) < count or not whole:
+            raise self.wrong(name, value, f"{count} whole numbers from {least} to {most}")
+        return numbers
 
     def each_whole(self, name: str, layers: int, default: int | None = None, least: int = 0) -> list[int]:
         """A size or number of each layer, where the file has one for all or a list."""

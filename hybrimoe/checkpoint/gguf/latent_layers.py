@@ -88,7 +88,7 @@ def _deepseek32(fields: Fields) -> dict[str, Any]:
 
 
 def _glm_dsa(fields: Fields) -> dict[str, Any]:
-    layers = fields.whole("block_count") - fields.whole("nextn_predict_layers", 0, least=0)
+    layers = fields.n_layers()
     return {
         "model_type": "glm_moe_dsa",
         "indexer_types": _indexer_types(fields, layers),

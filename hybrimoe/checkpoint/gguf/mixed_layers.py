@@ -24,7 +24,7 @@ FULL_EACH = 4
 
 def layer_types(fields: Fields) -> list[str]:
     """Which layers see only a window. Raises CheckpointError for a pattern that is none."""
-    n_layers = fields.whole("block_count") - fields.whole("nextn_predict_layers", 0, least=0)
+    n_layers = fields.n_layers()
     pattern = fields.each("attention.sliding_window_pattern", FULL_EACH)
     if isinstance(pattern, list):
         if len(pattern) < n_layers or not all(windowed in (0, 1) for windowed in pattern):

@@ -28,7 +28,7 @@ Layers = Literal["alike", "any norm", "some without attention", "own"]
 """Where a layer has no attention, its number of heads of keys and values is 0, or its dense size. Where layers have
 their "own" heads, sizes and rotations, the family reads all of them itself. Layers with "any norm" are alike, and have
 RMS norms or layer norms."""
-SIGMOID = 2  # of llama.cpp's gating functions; 1 is softmax
+SIGMOID, SQRT_SOFTPLUS = 2, 4  # of llama.cpp's gating functions; 1 is softmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,14 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Family:
     """An architecture of llama.cpp. config: its part of the configuration; places: before those that all share; whole:
-    the same of the model. layers: what may differ between them."""
+    the same of the model. layers: what may differ between them. numbers: int64 parameters that stand in the metadata,
+    by target: the metadata's name and the numbers."""
 
     config: Callable[[Fields], dict[str, Any]]
     places: tuple[Place, ...] = ()
     whole: tuple[Place, ...] = ()
     layers: Layers = "alike"
+    numbers: Callable[[Fields], dict[str, tuple[str, list[int]]]] = lambda fields: {}
 
 
 def linear_places(part: str, target: str, how: Arrangement = "as it is") -> tuple[Place, ...]:

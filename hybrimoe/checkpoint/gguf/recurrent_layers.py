@@ -29,11 +29,11 @@ LINEAR, FULL = "linear_attention", "full_attention"
 
 def kinds_of_layers(fields: Fields, of_state: str, state: str = LINEAR, attention: str = FULL) -> list[str]:
     """The kind of every layer: `state` where it has the tensor `of_state`, else `attention`."""
-    layers = range(fields.whole("block_count") - fields.whole("nextn_predict_layers", 0, least=0))
+    layers = range(fields.n_layers())
     return [state if fields.has(f"blk.{layer}.{of_state}") else attention for layer in layers]
 
 
-def _delta_net(fields: Fields) -> dict[str, Any]:
+def delta_net(fields: Fields) -> dict[str, Any]:
     """Qwen's layers of linear attention (gated delta net), and its experts."""
     value_heads = fields.whole("ssm.time_step_rank")
     n_values = fields.whole("ssm.inner_size")
@@ -60,12 +60,12 @@ def _delta_net(fields: Fields) -> dict[str, Any]:
 
 
 def _qwen3_next(fields: Fields) -> dict[str, Any]:
-    return {"model_type": "qwen3_next", "norm_topk_prob": True, **_delta_net(fields)}
+    return {"model_type": "qwen3_next", "norm_topk_prob": True, **delta_net(fields)}
 
 
 def _qwen3_5(fields: Fields) -> dict[str, Any]:
     """As a model of text: every position is one number, so that the sections of a rotation are alike."""
-    return {"model_type": "qwen3_5_moe_text", **_delta_net(fields)}
+    return {"model_type": "qwen3_5_moe_text", **delta_net(fields)}
 
 
 def _divided(fields: Fields, name: str, parts: int) -> int:
@@ -258,12 +258,24 @@ _MINUS_ONE = (
     Place("self_attn.k_norm.weight", ("attn_k_norm.weight",), "less one"),
 )
 """Norms of Qwen3-Next scale by one more than their weights; the file has the sum."""
-_DELTA_NET = (
+DELTA_NET = (
     *_MINUS_ONE,
     Place("linear_attn.norm.weight", ("ssm_norm.weight",)),
     *mlp_places("_shexp", "mlp.shared_expert"),
     Place("mlp.shared_expert_gate.weight", ("ffn_gate_inp_shexp.weight",), "a row"),
 )
+
+HEADS_IN_TURN = (
+    Place("linear_attn.in_proj_qkv.weight", ("attn_qkv.weight",), "last values by key head"),
+    Place("linear_attn.in_proj_z.weight", ("attn_gate.weight",), "values by key head"),
+    Place("linear_attn.in_proj_b.weight", ("ssm_beta.weight",), "values by key head"),
+    Place("linear_attn.in_proj_a.weight", ("ssm_alpha.weight",), "values by key head"),
+    Place("linear_attn.conv1d.weight", ("ssm_conv1d.weight",), "channels, last values by key head"),
+    Place("linear_attn.dt_bias", ("ssm_dt.bias",), "values by key head"),
+    Place("linear_attn.A_log", ("ssm_a",), "values by key head, log of minus"),
+    Place("linear_attn.out_proj.weight", ("ssm_out.weight",), "columns of values by key head"),
+)
+"""Heads of values stand by turns of the key heads in the file, in the model by key head."""
 
 
 def _mamba2(target: str) -> tuple[Place, ...]:
@@ -318,7 +330,7 @@ RECURRENT: Mapping[str, Family] = {
     "qwen3next": Family(
         _qwen3_next,
         (
-            *_DELTA_NET,
+            *DELTA_NET,
             Place("linear_attn.in_proj_qkvz.weight", ("attn_qkv.weight", "attn_gate.weight"), "by key head"),
             Place("linear_attn.in_proj_qkvz.weight", ("ssm_in.weight",)),  # as the first conversions left it
             Place("linear_attn.in_proj_ba.weight", ("ssm_ba.weight",)),
@@ -332,15 +344,8 @@ RECURRENT: Mapping[str, Family] = {
     "qwen35moe": Family(
         _qwen3_5,
         (
-            *_DELTA_NET,
-            Place("linear_attn.in_proj_qkv.weight", ("attn_qkv.weight",), "last values by key head"),
-            Place("linear_attn.in_proj_z.weight", ("attn_gate.weight",), "values by key head"),
-            Place("linear_attn.in_proj_b.weight", ("ssm_beta.weight",), "values by key head"),
-            Place("linear_attn.in_proj_a.weight", ("ssm_alpha.weight",), "values by key head"),
-            Place("linear_attn.conv1d.weight", ("ssm_conv1d.weight",), "channels, last values by key head"),
-            Place("linear_attn.dt_bias", ("ssm_dt.bias",), "values by key head"),
-            Place("linear_attn.A_log", ("ssm_a",), "values by key head, log of minus"),
-            Place("linear_attn.out_proj.weight", ("ssm_out.weight",), "columns of values by key head"),
+            *DELTA_NET,
+            *HEADS_IN_TURN,
         ),
         _NORM_OF_ALL,
     ),

@@ -35,6 +35,7 @@ TYPES: dict[int, TensorType] = {
         TensorType("F32", 0, 1, 4, "float32"),
         TensorType("F16", 1, 1, 2, "float16"),
         TensorType("BF16", 30, 1, 2, "bfloat16"),
+        TensorType("I32", 26, 1, 4, "int32"),
         TensorType("Q4_0", 2, 32, 18),
         TensorType("Q4_1", 3, 32, 20),
         TensorType("Q5_0", 6, 32, 22),

@@ -17,6 +17,7 @@ from hybrimoe.checkpoint.gguf.families import family_of
 from hybrimoe.checkpoint.gguf.fields import Fields
 from hybrimoe.checkpoint.gguf.file import GgufModel, GgufTensor
 from hybrimoe.checkpoint.gguf.places import SHARED_PLACES, WHOLE_MODEL, Place
+from hybrimoe.checkpoint.gguf.streamed_layers import NGRAM_LAYERS, NGRAM_TABLE, ngram_layer
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 
@@ -35,7 +36,10 @@ class ArrangedTensor:
 
     @classmethod
     def of(cls, parts: tuple[DecodedTensor, ...], join: Join) -> ArrangedTensor:
-        """Raises CheckpointError for tensors whose shapes do not go together."""
+        """Raises CheckpointError for tensors whose shapes or types do not go together."""
+        if len({part.dtype.is_floating_point for part in parts}) > 1:
+            kinds = ", ".join(f"{part.key} of {part.tensor.type_name}" for part in parts)
+            raise CheckpointError(f"{parts[0].tensor.file}: {kinds} do not fit each other; fetch the file again")
         try:
             shape = join(*[torch.empty(part.shape, device="meta") for part in parts]).shape
         except (RuntimeError, ValueError, ZeroDivisionError) as error:
@@ -75,7 +79,43 @@ class ArrangedTensor:
         return self.join(*[part.read_slice(index) for part in self.parts])
 
 
-GgufSource = DecodedTensor | ArrangedTensor
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A parameter of int64 that stands in the metadata. key: its name there."""
+
+    key: str
+    values: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One dimension."""
+        return (len(self.values),)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `read` gives."""
+        return torch.int64
+
+    @property
+    def stored(self) -> tuple[GgufTensor, ...]:
+        """No tensor of the file."""
+        return ()
+
+    @property
+    def storage(self) -> Storage:
+        """As llama.cpp calls such numbers."""
+        return Storage("I64")
+
+    def read(self) -> torch.Tensor:
+        """The whole parameter."""
+        return torch.tensor(self.values, dtype=torch.int64)
+
+    def read_slice(self, index: int) -> torch.Tensor:
+        """[1]: one of the numbers."""
+        return self.read()[index : index + 1]
+
+
+GgufSource = DecodedTensor | ArrangedTensor | Numbers
 
 
 def sources_of(model: GgufModel, config: Mapping[str, Any]) -> dict[str, GgufSource]:
@@ -86,8 +126,9 @@ def sources_of(model: GgufModel, config: Mapping[str, Any]) -> dict[str, GgufSou
     fields = Fields(model)
     family = family_of(fields)
     places = (*family.places, *SHARED_PLACES)
-    whole, layers = _by_layer(model)
+    whole, layers = _by_layer(fields)
     found = _placed(whole, (*family.whole, *WHOLE_MODEL), "", config)
+    found |= {target: Numbers(key, tuple(values)) for target, (key, values) in family.numbers(fields).items()}
     for number, tensors in layers.items():
         prefix = f"model.layers.{number}."
         if number < num_hidden_layers(fields):
@@ -97,10 +138,10 @@ def sources_of(model: GgufModel, config: Mapping[str, Any]) -> dict[str, GgufSou
     return found
 
 
-def _by_layer(model: GgufModel) -> tuple[dict[str, GgufTensor], dict[int, dict[str, GgufTensor]]]:
+def _by_layer(fields: Fields) -> tuple[dict[str, GgufTensor], dict[int, dict[str, GgufTensor]]]:
     whole: dict[str, GgufTensor] = {}
     layers: dict[int, dict[str, GgufTensor]] = defaultdict(dict)
-    for name, tensor in model.tensors.items():
+    for name, tensor in fields.model.tensors.items():
         if UNUSED.match(name):
             continue
         layer = LAYER.match(name)
@@ -108,6 +149,8 @@ def _by_layer(model: GgufModel) -> tuple[dict[str, GgufTensor], dict[int, dict[s
             whole[name] = tensor
         else:
             layers[int(layer[1])][layer[2]] = tensor
+    if fields.given(NGRAM_LAYERS) and NGRAM_TABLE in whole:
+        layers[ngram_layer(fields)][NGRAM_TABLE] = whole.pop(NGRAM_TABLE)
     return whole, dict(sorted(layers.items()))
 
 

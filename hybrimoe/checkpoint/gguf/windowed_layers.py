@@ -220,7 +220,7 @@ def _cohere2_moe(fields: Fields) -> dict[str, Any]:
 
 def _minimax_m3(fields: Fields) -> dict[str, Any]:
     """As a model of text. Layers with an indexer see the blocks of the text that it chooses."""
-    layers = range(fields.whole("block_count") - fields.whole("nextn_predict_layers", 0, least=0))
+    layers = range(fields.n_layers())
     indexed = [fields.has(f"blk.{layer}.indexer.q_proj.weight") for layer in layers]
     found = {
         "model_type": "minimax_m3_vl_text",

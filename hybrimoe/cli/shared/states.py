@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation.prefix.blocks import PrefixTree
     from hybrimoe.generation.prefix.budget import PrefixSettings
+    from hybrimoe.generation.prompt_parts import TimesFile
     from hybrimoe.server.slots import SlotFiles
 
 KEEP_SECONDS = 5.0
@@ -40,6 +42,29 @@ def slot_files(name: str, config: DeployConfig) -> SlotFiles | None:
     if config.server.slot_save_path is None:
         return None
     return SlotFiles(Path(config.server.slot_save_path).expanduser(), states_identity(config), name)
+
+
+def times_file(config: DeployConfig) -> TimesFile | None:
+    """Where the times of parts of prompts are kept: by the model, how it runs here, and this machine. None for models
+    with work on an accelerator: which it is, and what else it does, is not known before it is open."""
+    import torch
+
+    from cpu_kernels.host.isa import detect
+    from cpu_kernels.jit.cache_dir import cache_home
+    from hybrimoe.config.runtime import choose_accelerators
+    from hybrimoe.generation.prompt_parts import TimesFile
+    from hybrimoe.machine.facts import cpu_model
+    from scheduler.compiled import source_stamp
+
+    names = choose_accelerators(config.accelerator)
+    if any(name != "none" and (name != "auto" or torch.accelerator.is_available()) for name in names):
+        return None
+    more = {
+        "memory": config.as_dict()["memory"], "cpu": cpu_model(), "cores": os.cpu_count(), "isa": detect().isa.name,
+        "threads": torch.get_num_threads(), "sources": source_stamp("hybrimoe", "cpu_kernels", "scheduler"),
+    }  # fmt: skip
+    stamp = states_identity(config, prompt_times=more)
+    return TimesFile(cache_home() / f"prompt-times-{stamp[:16]}.json")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hybrimoe.cli.shared.states import prefix_settings, states_identity
+from hybrimoe.cli.shared.states import prefix_settings, states_identity, times_file
 from hybrimoe.config.deploy import load_config
 from hybrimoe.demo import demo_model_path
 
@@ -73,3 +73,20 @@ def test_the_folder_is_the_chosen_one_or_in_the_cache(tmp_path, monkeypatch):
         disk = prefix_settings(load_config(settings)).disk
         assert disk is not None
         assert (disk.folder, str(disk.size)) == (folder, "1GiB")
+
+
+def test_times_of_prompts_are_kept_by_all_that_they_depend_on(monkeypatch):
+    def path(**settings):
+        kept = times_file(load_config({"accelerator": "none", **settings}))
+        return None if kept is None else kept.path
+
+    plain = path()
+    assert plain is not None
+    assert plain == path()
+    assert plain != path(cpu={"threads": 1})
+    assert plain != path(memory={"host": "4GiB"})
+    assert plain != path(memory={"kv": "1GiB"})
+    assert path(server={"max_stall_ms": 50}) == plain, "the times stay, the part that fits them changes"
+    assert path(accelerator="emulated") is None
+    monkeypatch.setattr("hybrimoe.machine.facts.cpu_model", lambda: "another CPU")
+    assert path() != plain

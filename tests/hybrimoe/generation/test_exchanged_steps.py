@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,9 @@ from tests.hybrimoe.generation.test_on_cards import (
     save_model,
     tokens_of_the_cpu,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
+from tiny_families import tiny_model as tiny_family
 
 __all__ = ["own_cache", "tokens_of_the_cpu"]
 STEPS = N_TOKENS - 1
@@ -87,6 +91,41 @@ def test_tokens_are_those_of_the_cpu(run: Callable[..., Watched], expected: list
         assert total.accel_experts + total.cpu_experts == total.activated
         assert total.accel_experts > 0 or policy == "ours", "which finds the CPU faster for experts so small"
         assert (total.accel_us > 0) == (total.accel_experts > 0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear", "nemotron_h", "lfm2_moe", "inkling", "deepseek_v32"])
+def test_other_caches_than_keys_and_values_are_part_of_the_graphs(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """States of linear attention of two kinds; Mamba, and layers that are nothing but experts; convolutions, and such
+    beside a window; an index of the tokens."""
+    directory = tmp_path / family
+    tiny_family(family, vocab_size=258).save_pretrained(directory)
+    expected, _ = greedy(directory, byte_tokenizer, accelerator="none")
+    with fake_cards(1) as cards:
+        monkeypatch.setattr("hybrimoe.step.build.graphs_of", lambda device: CardGraphs(cards))
+        found = Watched(cards, directory, byte_tokenizer, gpu_expert_slots=6)
+        assert found.step is not None
+        assert found.step.n_steps == STEPS
+        assert found.tokens == expected
+        assert found.sends
+
+
+@pytest.mark.parametrize("slots", [6, 1.0])
+def test_experts_that_are_the_identity_add_their_share(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, slots: float
+) -> None:
+    """Within the graphs, with some experts in slots and with all."""
+    directory = tmp_path / "longcat"
+    tiny_family("longcat_flash", vocab_size=258).save_pretrained(directory)
+    expected, _ = greedy(directory, byte_tokenizer, accelerator="none")
+    with fake_cards(1) as cards:
+        monkeypatch.setattr("hybrimoe.step.build.graphs_of", lambda device: CardGraphs(cards))
+        found = Watched(cards, directory, byte_tokenizer, gpu_expert_slots=slots)
+        assert found.step is not None
+        assert found.step.n_steps == STEPS
+        assert found.tokens == expected
+        assert found.sends == (slots == 6)
 
 
 def test_a_layer_is_one_wait_and_two_launches(

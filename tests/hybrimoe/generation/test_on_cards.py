@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from hybrimoe.generation.drawing.candidates import few_candidates
 from hybrimoe.generation.sampling import Sampler
 from hybrimoe.runtime.layer_call.stats import SessionStats
 from tests.fake_device import DEVICE_TYPE, fake_cards
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
+from tiny_families import tiny_model as tiny_family
 
 PROMPT = list(b"It was a bright morning, and she had been so long in the world")
 N_TOKENS, N_LAYERS = 20, 4
@@ -127,6 +131,27 @@ def test_tokens_of_a_real_card_are_those_of_the_cpu(
     assert found == expected
     assert stats.total.accel_experts > 0
     assert [each.n_steps for each in captured] == ([N_TOKENS - 1] if step == "auto" else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no torch accelerator here")
+@pytest.mark.parametrize(
+    "family", ["qwen3_next", "kimi_linear", "nemotron_h", "lfm2_moe", "inkling", "deepseek_v32", "longcat_flash"]
+)
+def test_other_caches_are_part_of_a_real_cards_graphs(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
+    """As on the fake ones (`test_exchanged_steps.py`)."""
+    steps: list[Any] = []
+    directory = tmp_path / family
+    tiny_family(family, vocab_size=258).save_pretrained(directory)
+    expected, _ = greedy(directory, byte_tokenizer, accelerator="none")
+    found, _ = greedy(
+        directory, byte_tokenizer, lambda model: steps.append(model.hybrimoe.step), accelerator="auto",
+        gpu_expert_slots=6,
+    )  # fmt: skip
+    assert found == expected
+    assert [None if step is None else step.n_steps for step in steps] == [N_TOKENS - 1]
 
 
 def test_a_model_that_leaves_its_inputs_where_they_are(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:

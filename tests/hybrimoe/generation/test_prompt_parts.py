@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import OlmoeConfig
 
-from hybrimoe.generation import TextGenerator
+from hybrimoe.generation import TextGenerator, prompt_parts
 from hybrimoe.generation.growing import GrowingLayer
 from hybrimoe.generation.prompt_parts import (
     ATTENTION_FACTOR,
     FEW_TOKENS,
+    KEPT_DAYS,
     LEAST_TOKENS,
     MANY_TOKENS,
+    PromptTimes,
+    TimesFile,
     attention_share,
     chosen_part,
     measured_part,
     tokens_behind,
 )
+from hybrimoe.runtime.tier.store import TieredStore
 
 
 @pytest.mark.parametrize(
@@ -59,6 +65,64 @@ def test_noise_does_not_make_a_part_endless(tiny_model: Any, byte_tokenizer: Any
     ticks = count()  # every prompt takes as long
     part = measured_part(generator, 1.0, clock_ns=lambda: 1_000_000 * next(ticks))
     assert 0 < part.n_tokens <= 2048
+
+
+def test_a_later_start_takes_the_times_that_an_earlier_one_measured(
+    tiny_model: Any, byte_tokenizer: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    generator, now_s = TextGenerator(tiny_model, byte_tokenizer), [1e9]
+    kept = TimesFile(tmp_path / "new" / "times.json", lambda: now_s[0])
+    assert kept.read() is None
+    first = measured_part(generator, 200_000, kept=kept)
+    monkeypatch.setattr(generator, "forward", None)  # nothing is computed
+    now_s[0] += KEPT_DAYS * 86_400
+    assert measured_part(generator, 200_000, kept=kept) == first
+    assert [path.name for path in kept.path.parent.iterdir()] == ["times.json"]
+    now_s[0] += 1
+    assert kept.read() is None, "the machine may have been busy then"
+
+
+def test_of_experts_on_disk_no_times_are_kept(
+    tiny_model: Any, byte_tokenizer: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    generator, kept = TextGenerator(tiny_model, byte_tokenizer), TimesFile(tmp_path / "times.json")
+    tiered = SimpleNamespace(store=object.__new__(TieredStore), forget_trial=lambda: None)
+    monkeypatch.setattr(prompt_parts, "_session", lambda _: tiered)
+    measured_part(generator, 200_000, kept=kept)
+    assert not kept.path.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "{}", '{"fixed_us": 1, "per_token_us": 0, "measured_s": 9}',
+        '{"fixed_us": 1, "per_token_us": NaN, "measured_s": 9}', '{"fixed_us": -1, "per_token_us": 1, "measured_s": 9}',
+        '{"fixed_us": null, "per_token_us": 1, "measured_s": 9}',
+        '{"fixed_us": 1, "per_token_us": 1, "measured_s": 99}',
+    ],
+)  # fmt: skip
+def test_times_that_make_no_sense_are_measured_anew(content: str, tmp_path: Path) -> None:
+    kept = TimesFile(tmp_path / "times.json", lambda: 10.0)
+    kept.path.write_text(content, encoding="utf-8")
+    assert kept.read() is None
+    kept.write(PromptTimes(1.0, 2.0))
+    assert kept.read() == PromptTimes(1.0, 2.0)
+
+
+def test_files_that_are_too_old_to_be_read_are_removed(tmp_path: Path) -> None:
+    old, other = tmp_path / "prompt-times-1.json", tmp_path / "hardware.yaml"
+    for file in (old, other):
+        file.write_text("{}", encoding="utf-8")
+        os.utime(file, (1.0, 1.0))
+    TimesFile(tmp_path / "prompt-times-2.json").write(PromptTimes(1.0, 2.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hardware.yaml", "prompt-times-2.json"]
+
+
+def test_times_that_cannot_be_kept_are_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    kept = TimesFile(tmp_path / "file" / "times.json")
+    kept.write(PromptTimes(1.0, 2.0))
+    assert kept.read() is None
 
 
 def shaped(**more: Any) -> Any:

@@ -16,6 +16,7 @@ import hybrimoe
 from cpu_kernels.step import compiled
 from cpu_kernels.step.program import MAX_LOGITS, MAX_ROWS
 from hybrimoe.generation.stored import new_cache
+from hybrimoe.step import build
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
 from tiny_families import prompt, tiny_model
@@ -51,6 +52,19 @@ def step(model: Any, ids: torch.Tensor, cache: Any, **kwargs: Any) -> torch.Tens
 
 def served(model: Any) -> int:
     return int(model.hybrimoe.step.n_steps)
+
+
+def test_a_model_is_read_on_one_thread_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    for name in ("record", "read_model"):
+        own = getattr(build, name)
+        monkeypatch.setattr(build, name, lambda *given, own=own: (seen.append(torch.get_num_threads()), own(*given))[1])
+    torch.set_num_threads(2)
+    try:
+        hybrimoe.inject(tiny_model("qwen2_moe"), accelerator="none", expert_dtype="float32")
+        assert (seen, torch.get_num_threads()) == ([1, 1], 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("batch", "n_new"), [(1, 1), (1, 5), (3, 1), (4, 4), (1, MAX_LOGITS)])

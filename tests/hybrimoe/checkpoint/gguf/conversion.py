@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from .latent_scripts import LATENT
 from .recurrent_scripts import RECURRENT
 from .scripts import describe_latent, describe_rotation
+from .streamed_scripts import STREAMED
 from .windowed_scripts import WINDOWED
 
-SCRIPTS = LATENT | RECURRENT | WINDOWED
+SCRIPTS = LATENT | RECURRENT | STREAMED | WINDOWED
 ARCHITECTURES = {
     "mixtral": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA],
     "olmoe": gguf.MODEL_ARCH_NAMES[MODEL_ARCH.OLMOE],
@@ -66,6 +67,8 @@ WINDOWED = ("gpt_oss", "afmoe", "exaone_moe", "mellum")
 N_LAYERS = 4
 """Of a configuration that names kinds of layers only."""
 F32 = GGMLQuantizationType.F32
+OWN_NAMES = ("blk.", "rope_", "output", "token_embd", "per_layer_")
+"""How names begin that a script gives itself."""
 
 
 def to_gguf(
@@ -84,19 +87,20 @@ def to_gguf(
     writer = GGUFWriter(str(path), architecture, split_max_tensors=split)
     script = next((script for script in SCRIPTS.values() if script.architecture == architecture), None)
     (script.describe if script else describe)(writer, config)
+    if script:
+        script.numbers(writer, tensors)
     if architecture == "qwen3vlmoe":
         writer.add_rope_dimension_sections([2, 1, 1, 0])  # of half a head
         writer.add_num_deepstack_layers(0)
     (tokenizer or (lambda writer: writer.add_tokenizer_model("no_vocab")))(writer)
     names = gguf.get_tensor_name_map((NAMES | NAMED_AS)[architecture], config.get("num_hidden_layers", N_LAYERS))
     for key, tensor in converted(tensors, config, script.modified if script else modified):
-        name = (
-            key
-            if key.startswith(("blk.", "rope_", "output_hc"))
-            else names.get_name(key, try_suffixes=(".weight", ".bias"))
-        )
+        name = key if key.startswith(OWN_NAMES) else names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"llama.cpp has no name for {key}"
         small = tensor.dim() == 1 or ".ssm_" in name or "ffn_gate_inp" in name
+        if not tensor.is_floating_point():
+            writer.add_tensor(name, tensor.to(torch.int32).contiguous().numpy())
+            continue
         values = tensor.float().contiguous().numpy()
         if small or kind == F32:
             writer.add_tensor(name, values, raw_dtype=F32)

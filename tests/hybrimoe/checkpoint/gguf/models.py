@@ -111,6 +111,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     },
     "bailing_hybrid": {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_v4": {
+        "num_hidden_layers": 4, "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "layer_types": [
+            "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention",
+        ],
+        "num_key_value_heads": 1, "head_dim": 32, "partial_rotary_factor": 0.25, "o_groups": 2, "o_lora_rank": 16,
+        "index_head_dim": 64, "index_n_heads": 16, "index_topk": 2, "sliding_window": 4, "swiglu_limit": 0.25,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 8,
+            "beta_fast": 32.0, "beta_slow": 1.0,
+        },
+    },
+    "qwen4_exp": {
+        "num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "hc_lowrank": 16, "output_gate_type": "sigmoid", "indexer_head_dim": 64, "indexer_n_heads": 16,
+        "indexer_budget": 32,  # all tokens: beside chosen blocks llama.cpp sees tokens of another one
+        "eos_token_id": 5,  # among the tokens, so that n-grams end
+        "ple_layer_ids": [2], "ple_embed_dim": 32, "ngram_size": 3, "heads_per_ngram": 2, "ngram_vocab_size_base": 50,
+        "split_ngram_parts": 1,
+    },
     "ernie4_5_moe": {"tie_word_embeddings": True},
     "granitemoe": {
         "attention_multiplier": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.25, "logits_scaling": 4.0,
@@ -122,6 +141,8 @@ TEXT_OF = {"qwen3_vl_moe": "qwen3_moe"}
 ENLARGED = {"kimi_linear": ("conv1d", "kv_a_proj")}
 """Weights that are too small in a new model: llama.cpp adds another epsilon to the norms of what they give."""
 LARGER = 100.0
+ZEROS = ("position_bias", "ple.conv1d.weight")
+"""Matrices that are zeros in a new model."""
 NOISE = 0.2  # on norms and biases, which are ones and zeros in a new model
 
 
@@ -151,7 +172,7 @@ def _make_every_vector_matter(model: PreTrainedModel) -> None:
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if "e_score" in name]
     with torch.no_grad():
         for name, values in (*model.named_parameters(), *buffers):
-            if values.dim() == 1 or "e_score" in name:
+            if values.dim() == 1 or "e_score" in name or name.endswith(ZEROS):
                 values.add_(NOISE * torch.randn(values.shape, generator=generator))
 
 

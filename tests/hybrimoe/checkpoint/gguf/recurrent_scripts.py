@@ -27,7 +27,7 @@ def _describe_qwen(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_full_attention_interval(len(config["layer_types"]))
 
 
-def _describe_qwen3_5(writer: GGUFWriter, config: dict[str, Any]) -> None:
+def describe_qwen3_5(writer: GGUFWriter, config: dict[str, Any]) -> None:
     _describe_qwen(writer, config)
     writer.add_rope_dimension_sections([1, 0, 0, 0])
 
@@ -74,7 +74,7 @@ def _tiled(tensor: torch.Tensor, dim: int, head_dim: int, config: dict[str, Any]
     return split.transpose(dim, dim + 1).reshape(shape)
 
 
-def _qwen3_5(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
+def qwen3_5(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
     head_dim = config["linear_value_head_dim"]
     others = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
     if "in_proj_qkv" in key or "conv1d" in key:
@@ -269,7 +269,7 @@ def _bailing(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
 
 RECURRENT = {
     "qwen3_next": Script("qwen3next", _describe_qwen, _qwen3_next),
-    "qwen3_5_moe": Script("qwen35moe", _describe_qwen3_5, _qwen3_5),
+    "qwen3_5_moe": Script("qwen35moe", describe_qwen3_5, qwen3_5),
     "granitemoehybrid": Script("granitehybrid", _describe_granite, _granite),
     "jamba": Script("jamba", _describe_jamba, _jamba),
     "kimi_linear": Script("kimi-linear", _describe_kimi, _kimi),

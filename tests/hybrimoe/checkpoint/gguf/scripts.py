@@ -14,12 +14,13 @@ from gguf import GGUFWriter, RopeScalingType
 class Script:
     """architecture: llama.cpp's name. describe: writes the metadata. modified: (key, tensor, config) -> what of it is
     written, under transformers' name, or one of the file (`blk.0...`). named_as: the architecture of the package gguf
-    that has the names of tensors, by default the one itself."""
+    that has the names of tensors, by default the one itself. numbers: writes those that the model has as tensors."""
 
     architecture: str
     describe: Callable[[GGUFWriter, dict[str, Any]], None]
     modified: Callable[[str, torch.Tensor, dict[str, Any]], Iterator[tuple[str, torch.Tensor]]]
     named_as: str | None = None
+    numbers: Callable[[GGUFWriter, dict[str, torch.Tensor]], None] = lambda writer, tensors: None
 
 
 def describe_model(writer: GGUFWriter, config: dict[str, Any]) -> None:

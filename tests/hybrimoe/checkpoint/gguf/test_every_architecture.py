@@ -18,7 +18,7 @@ from hybrimoe.checkpoint.gguf.families import FAMILIES
 
 from ..models import FLOAT32, TOKENS, logits
 from .conversion import ARCHITECTURES
-from .models import gguf_model, saved_model
+from .models import OVERRIDES, gguf_model, saved_model
 
 REPRESENTATIVE = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")
 MODELS = [
@@ -37,7 +37,8 @@ OTHER_MATHS = {
 RUN_LLAMA_CPP = """
 import json, sys
 from llama_cpp import Llama
-model = Llama(sys.argv[1], logits_all=True, n_ctx=64, n_threads=1, verbose=False, type_k=0, type_v=0)  # float32 cache
+# with a cache of float32
+model = Llama(sys.argv[1], logits_all=True, n_ctx=256, n_batch=256, n_threads=1, verbose=False, type_k=0, type_v=0)
 model.eval(json.loads(sys.argv[2]))
 print(json.dumps(model._scores.tolist()))
 """
@@ -63,8 +64,35 @@ def test_llama_cpp_gives_the_same_logits_on_the_same_file(family: str, tmp_path:
     if family in OTHER_MATHS:
         pytest.skip(OTHER_MATHS[family])
     file = gguf_model(family, tmp_path)
-    arguments = [sys.executable, "-c", RUN_LLAMA_CPP, str(file), json.dumps(TOKENS[0].tolist())]
+    difference = logits(load(file, **FLOAT32)) - by_llama_cpp(file, TOKENS)
+    assert difference.abs().max() < AMPLIFIED.get(family, LLAMA_CPP_TOLERANCE)
+
+
+def by_llama_cpp(file: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of [1, n] tokens."""
+    arguments = [sys.executable, "-c", RUN_LLAMA_CPP, str(file), json.dumps(tokens[0].tolist())]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)  # it aborts on errors
     assert done.returncode == 0, done.stderr[-2000:]
-    found = torch.tensor(json.loads(done.stdout))[None]
-    assert (logits(load(file, **FLOAT32)) - found).abs().max() < AMPLIFIED.get(family, LLAMA_CPP_TOLERANCE)
+    return torch.tensor(json.loads(done.stdout))[None]
+
+
+@pytest.mark.families
+def test_long_texts_are_compressed_alike(tmp_path: Path) -> None:
+    """DeepSeek-V4 makes one entry of 128 tokens."""
+    tokens = torch.randint(3, 96, (1, 140), generator=torch.Generator().manual_seed(0))
+    expected = load(saved_model("deepseek_v4", tmp_path), **FLOAT32)
+    file = gguf_model("deepseek_v4", tmp_path)
+    with torch.no_grad():
+        found, wanted = load(file, **FLOAT32)(tokens).logits, expected(tokens).logits
+    assert torch.equal(found, wanted)
+    if importlib.util.find_spec("llama_cpp") is not None:
+        assert (found - by_llama_cpp(file, tokens)).abs().max() < LLAMA_CPP_TOLERANCE
+
+
+@pytest.mark.families
+def test_blocks_are_chosen_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OVERRIDES, "qwen4_exp", OVERRIDES["qwen4_exp"] | {"indexer_budget": 4})
+    expected = logits(load(saved_model("qwen4_exp", tmp_path), **FLOAT32))
+    assert torch.equal(logits(load(gguf_model("qwen4_exp", tmp_path), **FLOAT32)), expected)
+    monkeypatch.setitem(OVERRIDES, "qwen4_exp", OVERRIDES["qwen4_exp"] | {"indexer_budget": 32})
+    assert not torch.equal(logits(load(saved_model("qwen4_exp", tmp_path), **FLOAT32)), expected)

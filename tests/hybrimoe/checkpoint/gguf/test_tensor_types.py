@@ -19,6 +19,7 @@ from hybrimoe.checkpoint.gguf.tensor_types import TYPES, TensorType
 from hybrimoe.errors import MissingExtraError
 
 SHAPE = (3, 64, 512)
+WHOLE = next(kind for kind in TYPES.values() if kind.name == "I32")
 FLOATS = {"F32": np.float32, "F16": np.float16}
 SCALE_ERROR = 2.0**-8  # float16 scales rounded to bfloat16: half a unit of its last place, and the codes stay
 
@@ -55,7 +56,15 @@ def test_the_sizes_of_blocks_are_those_of_llama_cpp() -> None:
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind.code)] == (kind.block_values, kind.block_bytes)
 
 
-@pytest.mark.parametrize("kind", TYPES.values(), ids=lambda kind: kind.name)
+def test_whole_numbers_are_read_as_they_are(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(-(1 << 31), 1 << 31, SHAPE).astype(np.int32)
+    found = stored(WHOLE, values, tmp_path)
+    assert found.read().dtype == found.dtype == torch.int32
+    assert torch.equal(found.read(), torch.from_numpy(values))
+    assert torch.equal(found.read_slice(1), torch.from_numpy(values[1:2]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES.values() if kind is not WHOLE], ids=lambda kind: kind.name)
 def test_a_tensor_is_what_llama_cpps_package_says(
     kind: TensorType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
