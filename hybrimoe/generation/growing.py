@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers.cache_utils import (
     DynamicCache,
@@ -37,6 +38,8 @@ __all__ = [
     "growing_cache",
 ]
 
+Memory = Callable[[int], np.ndarray]
+"""uint8 [n] of host memory, page aligned, for n bytes."""
 LEAST_ROOM = 256
 """Tokens of room that a new buffer usually has at least."""
 ROOM_SHARE = 8
@@ -110,11 +113,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         return self.keys, self.values
 
     def append(
-        self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], n_expected: int, threads: int | None = None
-    ) -> None:
+        self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], n_expected: int, threads: int | None = None,
+        memory: Memory = page_aligned,
+    ) -> None:  # fmt: skip
         """Append what `keys` and `values` of such layers held; buffers get room for `n_expected` tokens in all.
 
-        In host memory all parts are copied at once, by so many threads (None for all); elsewhere one after another.
+        In host memory all parts are copied at once, by so many threads (None for all), into `memory` where what there
+        is has no room; elsewhere one after another.
         """
         waiting = iter(parts)
         first = next(waiting, None)
@@ -123,15 +128,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         if not self.is_initialized:
             self.lazy_initialization(*first)
         if first[0].device.type == "cpu":
-            self._join([first, *waiting], n_expected, threads)
+            self._join([first, *waiting], n_expected, threads, memory)
             return
         for keys, values in chain([first], waiting):
             self._append(keys, values, max(n_expected - self.get_seq_length(), keys.shape[-2]))
 
-    def _join(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], n_expected: int, threads: int | None) -> None:
+    def _join(
+        self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], n_expected: int, threads: int | None, memory: Memory
+    ) -> None:
         """As `append`, of parts in host memory."""
         n_new, n_held = sum(keys.shape[-2] for keys, _ in parts), self.get_seq_length()
-        buffers = self._with_room(max(n_expected - n_held, n_new), parts[0])
+        buffers = self._with_room(max(n_expected - n_held, n_new), parts[0], memory)
         for buffer, own in zip((buffers.keys, buffers.values), zip(*parts, strict=True), strict=True):
             join_rows(buffer[..., n_held : n_held + n_new, :], own, threads)
         self.advance(n_new)
@@ -213,9 +220,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         """Whether the tokens held are the first `_n_used` of the buffers."""
         return self._n_used == self.get_seq_length() and self._shows(buffers)
 
-    def _with_room(self, n_new: int, like: tuple[torch.Tensor, torch.Tensor] | None = None) -> Buffers:
+    def _with_room(
+        self, n_new: int, like: tuple[torch.Tensor, torch.Tensor] | None = None, memory: Memory = page_aligned
+    ) -> Buffers:
         """Buffers that begin with what is held and have room for n_new tokens more. like: keys and values such as they
-        are made for; None: such as are held."""
+        are made for; None: such as are held. memory: where new ones of the host find theirs."""
         n_held = self.get_seq_length()
         buffers = self._buffers
         if buffers is not None and self._shows(buffers) and buffers.keys.shape[-2] >= n_held + n_new:
@@ -224,7 +233,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         n_tokens = max(n_held + n_new, self.expected)
         room = n_tokens + max(self.least_room, n_tokens // ROOM_SHARE)
         held = self._both()
-        new = [_new_rows(part, room) for part in like or held]
+        new = [_new_rows(part, room, memory) for part in like or held]
         if n_held:
             for buffer, part in zip(new, held, strict=True):
                 buffer[..., :n_held, :] = part
@@ -268,7 +277,9 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         self.cumulative_length -= n_last
         super().retract(n_last)
 
-    def _with_room(self, n_new: int, like: tuple[torch.Tensor, torch.Tensor] | None = None) -> Buffers:
+    def _with_room(
+        self, n_new: int, like: tuple[torch.Tensor, torch.Tensor] | None = None, memory: Memory = page_aligned
+    ) -> Buffers:
         buffers = self._buffers
         if self._set is None or (buffers is not None and self._is_shown(buffers)):
             assert buffers is not None
@@ -302,6 +313,7 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
 class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):  # type: ignore[misc] # transformers is not typed
     """Sparse attention that finds its tokens by keys of their own: `indexer_keys` [B, T, D], in a buffer as well."""
 
+    indexer_keys: Any
     _index: torch.Tensor | None = None
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
@@ -312,7 +324,8 @@ class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):  # type: ignore[mi
         index = self._index_with_room(n_new, indexer_key_states)
         index[:, n_held : n_held + n_new] = indexer_key_states
         self.advance_index(n_new)
-        return self.indexer_keys
+        written: torch.Tensor = self.indexer_keys
+        return written
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """As of a plain layer, the index as well."""
@@ -404,14 +417,14 @@ def join_rows(target: torch.Tensor, parts: Sequence[torch.Tensor], threads: int 
         at += part.shape[-2]
 
 
-def _new_rows(like: torch.Tensor, n_tokens: int) -> torch.Tensor:
+def _new_rows(like: torch.Tensor, n_tokens: int, memory: Memory) -> torch.Tensor:
     """An empty buffer [..., n_tokens, D]; in host memory on huge pages where it is large, so that a copy into it does
     not stop at each page of 4 KiB."""
     shape = (*like.shape[:-2], n_tokens, like.shape[-1])
     n_bytes = math.prod(shape) * like.itemsize
     if like.device.type != "cpu" or n_bytes < HUGE_PAGE:
         return like.new_empty(shape)
-    return torch.from_numpy(page_aligned(n_bytes)).view(like.dtype).view(shape)
+    return torch.from_numpy(memory(n_bytes)).view(like.dtype).view(shape)
 
 
 def _begins(held: tuple[Any, Any], buffers: Buffers) -> bool:
