@@ -7,18 +7,39 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from cpu_kernels.host.memory import HUGE_PAGE, page_aligned
 from cpu_kernels.step.kv_copies import join_tokens
 
-__all__ = ["Buffers", "GrowingLayer", "GrowingWindowLayer", "copy_rows", "grow_in_place", "growing_cache"]
+__all__ = [
+    "Buffers",
+    "GrowingHybridLayer",
+    "GrowingHybridWindowLayer",
+    "GrowingIndexedLayer",
+    "GrowingLayer",
+    "GrowingWindowLayer",
+    "copy_rows",
+    "grow_hybrids_in_place",
+    "grow_in_place",
+    "growing_cache",
+]
 
+Memory = Callable[[int], np.ndarray]
+"""uint8 [n] of host memory, page aligned, for n bytes."""
 LEAST_ROOM = 256
 """Tokens of room that a new buffer usually has at least."""
 ROOM_SHARE = 8
@@ -26,11 +47,13 @@ ROOM_SHARE = 8
 
 
 class Buffers(NamedTuple):
-    """keys and values [B, heads, capacity, D], of which the first tokens are used; `first`: number of the first one."""
+    """keys and values [B, heads, capacity, D], of which the first tokens are used; `first`: number of the first one;
+    `index_keys` [B, capacity or more, D]: keys by which tokens are found, of layers that have them."""
 
     keys: torch.Tensor
     values: torch.Tensor
     first: int = 0
+    index_keys: torch.Tensor | None = None
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not typed
@@ -90,11 +113,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         return self.keys, self.values
 
     def append(
-        self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], n_expected: int, threads: int | None = None
-    ) -> None:
+        self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], n_expected: int, threads: int | None = None,
+        memory: Memory = page_aligned,
+    ) -> None:  # fmt: skip
         """Append what `keys` and `values` of such layers held; buffers get room for `n_expected` tokens in all.
 
-        In host memory all parts are copied at once, by so many threads (None for all); elsewhere one after another.
+        In host memory all parts are copied at once, by so many threads (None for all), into `memory` where what there
+        is has no room; elsewhere one after another.
         """
         waiting = iter(parts)
         first = next(waiting, None)
@@ -103,15 +128,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         if not self.is_initialized:
             self.lazy_initialization(*first)
         if first[0].device.type == "cpu":
-            self._join([first, *waiting], n_expected, threads)
+            self._join([first, *waiting], n_expected, threads, memory)
             return
         for keys, values in chain([first], waiting):
             self._append(keys, values, max(n_expected - self.get_seq_length(), keys.shape[-2]))
 
-    def _join(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], n_expected: int, threads: int | None) -> None:
+    def _join(
+        self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], n_expected: int, threads: int | None, memory: Memory
+    ) -> None:
         """As `append`, of parts in host memory."""
         n_new, n_held = sum(keys.shape[-2] for keys, _ in parts), self.get_seq_length()
-        buffers = self._with_room(max(n_expected - n_held, n_new), parts[0])
+        buffers = self._with_room(max(n_expected - n_held, n_new), parts[0], memory)
         for buffer, own in zip((buffers.keys, buffers.values), zip(*parts, strict=True), strict=True):
             join_rows(buffer[..., n_held : n_held + n_new, :], own, threads)
         self.advance(n_new)
@@ -132,6 +159,20 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
             super().crop(tokens_to_remove)
             return
         self._n_used, self._set = n_left, None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Go on with the sequences `beam_idx` [B], as beams do after each token: within the buffers where they are as
+        many, so that whatever is bound to the memory (graphs, compiled steps) stays."""
+        buffers = self._buffers
+        held = buffers is not None and self._holds(buffers) and len(beam_idx) == self.n_sequences
+        if buffers is None or not held or (buffers.keys.is_inference() and not torch.is_inference_mode_enabled()):
+            super().reorder_cache(beam_idx)
+            return
+        chosen = beam_idx.to(buffers.keys.device)
+        for part in (buffers.keys, buffers.values):
+            used = part[..., : self._n_used, :]
+            copy_rows(used, used.index_select(0, chosen))
+        self._set = None
 
     def compact(self) -> GrowingLayer:
         """A layer with the same keys and values, whose memory is no larger than they are; they are not copied here."""
@@ -175,9 +216,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         """Whether `keys` and `values` are the beginnings of the buffers: seen, not replaced."""
         return self._set is None or (self.get_seq_length() > 0 and _begins(self._set, buffers))
 
-    def _with_room(self, n_new: int, like: tuple[torch.Tensor, torch.Tensor] | None = None) -> Buffers:
+    def _holds(self, buffers: Buffers) -> bool:
+        """Whether the tokens held are the first `_n_used` of the buffers."""
+        return self._n_used == self.get_seq_length() and self._shows(buffers)
+
+    def _with_room(
+        self, n_new: int, like: tuple[torch.Tensor, torch.Tensor] | None = None, memory: Memory = page_aligned
+    ) -> Buffers:
         """Buffers that begin with what is held and have room for n_new tokens more. like: keys and values such as they
-        are made for; None: such as are held."""
+        are made for; None: such as are held. memory: where new ones of the host find theirs."""
         n_held = self.get_seq_length()
         buffers = self._buffers
         if buffers is not None and self._shows(buffers) and buffers.keys.shape[-2] >= n_held + n_new:
@@ -186,7 +233,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         n_tokens = max(n_held + n_new, self.expected)
         room = n_tokens + max(self.least_room, n_tokens // ROOM_SHARE)
         held = self._both()
-        new = [_new_rows(part, room) for part in like or held]
+        new = [_new_rows(part, room, memory) for part in like or held]
         if n_held:
             for buffer, part in zip(new, held, strict=True):
                 buffer[..., :n_held, :] = part
@@ -230,7 +277,9 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         self.cumulative_length -= n_last
         super().retract(n_last)
 
-    def _with_room(self, n_new: int, like: tuple[torch.Tensor, torch.Tensor] | None = None) -> Buffers:
+    def _with_room(
+        self, n_new: int, like: tuple[torch.Tensor, torch.Tensor] | None = None, memory: Memory = page_aligned
+    ) -> Buffers:
         buffers = self._buffers
         if self._set is None or (buffers is not None and self._is_shown(buffers)):
             assert buffers is not None
@@ -249,6 +298,9 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         self._buffers, self._n_used = Buffers(new[0], new[1], self.cumulative_length - n_held), n_held
         return self._buffers
 
+    def _holds(self, buffers: Buffers) -> bool:
+        return self._set is None or self._is_shown(buffers)
+
     def _is_shown(self, buffers: Buffers) -> bool:
         """Whether `keys` and `values` are still those of the buffers: seen, not replaced."""
         assert self._set is not None
@@ -256,6 +308,88 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         shown = buffers.keys[..., used, :], buffers.values[..., used, :]
         same_tokens = buffers.first + self._n_used == self.cumulative_length
         return same_tokens and all(_same_place(a, b) for a, b in zip(self._set, shown, strict=True))
+
+
+class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):  # type: ignore[misc] # transformers is not typed
+    """Sparse attention that finds its tokens by keys of their own: `indexer_keys` [B, T, D], in a buffer as well."""
+
+    indexer_keys: Any
+    _index: torch.Tensor | None = None
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Append [B, new tokens, D]; returns all of them."""
+        if not self.is_indexer_initialized:
+            self.lazy_initialization_indexer(indexer_key_states)
+        n_held, n_new = self.n_indexed, indexer_key_states.shape[1]
+        index = self._index_with_room(n_new, indexer_key_states)
+        index[:, n_held : n_held + n_new] = indexer_key_states
+        self.advance_index(n_new)
+        written: torch.Tensor = self.indexer_keys
+        return written
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """As of a plain layer, the index as well."""
+        held = self.indexer_keys
+        super().reorder_cache(beam_idx)
+        writable = held is not None and (not held.is_inference() or torch.is_inference_mode_enabled())
+        if writable and self._shows_index(held) and held.shape == self.indexer_keys.shape:
+            held.copy_(self.indexer_keys)
+            self.indexer_keys = held
+
+    @property
+    def n_indexed(self) -> int:
+        """Tokens in the index, which are those held but while a step adds its own."""
+        held: torch.Tensor | None = self.indexer_keys
+        return 0 if held is None or not held.numel() else held.shape[1]
+
+    def grown(self, n_new: int) -> Buffers:
+        """As of a plain layer, the index with as much room."""
+        buffers = super().grown(n_new)
+        if self.is_indexer_initialized:
+            index = self._index_with_room(max(n_new, buffers.keys.shape[-2] - self.n_indexed), self.indexer_keys)
+            if index is not buffers.index_keys:
+                buffers = self._buffers = buffers._replace(index_keys=index)
+        return buffers
+
+    def advance_index(self, n_new: int) -> None:
+        """The next n_new tokens of the index's buffer are in use."""
+        assert self._index is not None
+        self.indexer_keys = self._index[:, : self.n_indexed + n_new]
+
+    def compact(self) -> GrowingIndexedLayer:
+        """As of a plain layer."""
+        twin = super().compact()
+        twin._index = None
+        return twin
+
+    def _index_with_room(self, n_new: int, like: torch.Tensor) -> torch.Tensor:
+        """A buffer that begins with what is held and has room for n_new tokens more, such as `like`."""
+        n_held, index = self.n_indexed, self._index
+        if index is not None and self._shows_index(self.indexer_keys) and index.shape[1] >= n_held + n_new:
+            return index
+        n_tokens = max(n_held + n_new, self.expected)
+        index = like.new_empty(like.shape[0], n_tokens + max(self.least_room, n_tokens // ROOM_SHARE), like.shape[-1])
+        if n_held:
+            index[:, :n_held] = self.indexer_keys
+        self._index = index
+        return index
+
+    def _shows_index(self, held: torch.Tensor | None) -> bool:
+        """Whether what is held is the beginning of the buffer."""
+        if held is None or self._index is None or not held.numel():
+            return False
+        return _same_place(held, self._index[:, : held.shape[1]])
+
+
+class GrowingHybridLayer(LinearAttentionAndFullAttentionLayer, GrowingLayer):  # type: ignore[misc] # as above
+    """States of linear attention or convolutions beside keys and values of every token."""
+
+
+class GrowingHybridWindowLayer(
+    LinearAttentionAndSlidingWindowAttentionLayer,  # type: ignore[misc] # as above
+    GrowingWindowLayer,
+):
+    """States of linear attention or convolutions beside a sliding window."""
 
 
 def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -283,14 +417,14 @@ def join_rows(target: torch.Tensor, parts: Sequence[torch.Tensor], threads: int 
         at += part.shape[-2]
 
 
-def _new_rows(like: torch.Tensor, n_tokens: int) -> torch.Tensor:
+def _new_rows(like: torch.Tensor, n_tokens: int, memory: Memory) -> torch.Tensor:
     """An empty buffer [..., n_tokens, D]; in host memory on huge pages where it is large, so that a copy into it does
     not stop at each page of 4 KiB."""
     shape = (*like.shape[:-2], n_tokens, like.shape[-1])
     n_bytes = math.prod(shape) * like.itemsize
     if like.device.type != "cpu" or n_bytes < HUGE_PAGE:
         return like.new_empty(shape)
-    return torch.from_numpy(page_aligned(n_bytes)).view(like.dtype).view(shape)
+    return torch.from_numpy(memory(n_bytes)).view(like.dtype).view(shape)
 
 
 def _begins(held: tuple[Any, Any], buffers: Buffers) -> bool:
@@ -312,20 +446,35 @@ def _same_place(one: Any, other: torch.Tensor) -> bool:
     )
 
 
+GROWING = {DynamicLayer: GrowingLayer, DynamicIndexedLayer: GrowingIndexedLayer}
+"""What stands for transformers' own layers that keep every token."""
+
+
 def growing_cache(text_config: Any) -> DynamicCache:
-    """transformers' cache for a model, its plain layers with room to grow; others (windows, states) as they are."""
+    """transformers' cache for a model, layers that keep every token with room to grow; others (windows, states) as they
+    are."""
     cache = DynamicCache(config=text_config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [GROWING[type(layer)]() if type(layer) in GROWING else layer for layer in cache.layers]
     return cache
 
 
 def grow_in_place(cache: DynamicCache) -> None:
-    """Gives plain and windowed layers of a cache that holds tokens already room to grow; others stay as they are."""
+    """Gives plain, indexed and windowed layers of a cache that holds tokens already room to grow; others stay as they
+    are."""
     for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = _adopted(GrowingLayer(), layer)
+        if type(layer) in GROWING:
+            cache.layers[index] = _adopted(GROWING[type(layer)](), layer)
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[index] = _adopted(GrowingWindowLayer(layer.sliding_window), layer)
+
+
+def grow_hybrids_in_place(cache: DynamicCache) -> None:
+    """The same of layers that have states as well: for steps that keep these, as those of compiled layers do not."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is LinearAttentionAndFullAttentionLayer:
+            cache.layers[index] = _adopted(GrowingHybridLayer(), layer)
+        elif type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+            cache.layers[index] = _adopted(GrowingHybridWindowLayer(layer.sliding_window), layer)
 
 
 def _adopted(own: GrowingLayer, layer: DynamicLayer) -> GrowingLayer:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
+from cpu_kernels.host.memory import page_aligned
 from hybrimoe.compat import takes_dynamic_cache
 from hybrimoe.generation.images.forward import wants_whole_images
 from hybrimoe.generation.images.tokens import ImageToken, has_images, is_inside, kept
@@ -165,6 +166,8 @@ class PrefixCache:
     def share_prompt(self, logits: Any) -> None:
         """The prompt is complete, with these logits [V] after it, which the same prompt need not compute again."""
         checkpoints = self._checkpoints
+        if self._prefixes is not None and self.n_read:
+            self._prefixes.end_readiness()
         if self._prefixes is not None and not self.needs_checkpoints:
             from gpu_kernels.waiting import wait_for_stream
 
@@ -283,11 +286,14 @@ class PrefixCache:
         import torch
 
         known, device, first = self._known, self._model.device, len(self.token_ids)
+        memory = page_aligned if self._prefixes is None else self._prefixes.memory
         with torch.inference_mode():
             for index, layer in enumerate(self.states.layers):
                 if index in known.blocks[0].held:
-                    parts = ((keys.to(device), values.to(device)) for keys, values in known.parts(index, first))
-                    layer.append(parts, len(prompt_ids), threads)
+                    parts = known.parts(index, first)
+                    if device.type != "cpu":
+                        parts = ((keys.to(device), values.to(device)) for keys, values in parts)
+                    layer.append(parts, len(prompt_ids), threads, memory)
             for index, layer in known.checkpoint.layers.items() if known.checkpoint is not None else ():
                 self.states.layers[index] = copied(layer, device)
         self.token_ids.extend(kept(prompt_ids[first : known.n_tokens]))

@@ -80,9 +80,14 @@ def estimated_token_bytes(model: Any) -> int:
     if not takes_dynamic_cache(model):
         return _with_room(number_of(config, "num_hidden_layers") * plain)
     layers = [layer for layer in new_cache(model).layers if keeps_every_token(layer)]
+    index = number_of(config, "index_head_dim") * model.dtype.itemsize
     return _with_room(
-        sum(stored_bytes(config, layer.name) if isinstance(layer, StoredLayer) else plain for layer in layers)
-    )
+        sum(
+            stored_bytes(config, layer.name) if isinstance(layer, StoredLayer)
+            else plain + index * hasattr(layer, "indexer_keys")
+            for layer in layers
+        )
+    )  # fmt: skip
 
 
 def stored_bytes(config: Any, kv_dtype: str) -> int:
@@ -119,7 +124,8 @@ def number_of(config: Any, name: str) -> int:
 
 def measured_token_bytes(layers: Iterable[Any], n_tokens: int) -> int:
     """The same from the growing `layers` of a cache that holds `n_tokens`."""
-    held = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
+    tensors = [(layer.keys, layer.values, getattr(layer, "indexer_keys", None)) for layer in layers]
+    held = sum(tensor.nbytes for each in tensors for tensor in each if tensor is not None)
     return _with_room(held // n_tokens)
 
 

@@ -25,6 +25,7 @@ from gpu_kernels.errors import GraphError
 from gpu_kernels.graphs import Graph, RecordsGraphs
 from gpu_kernels.step_kernels import StepKernels
 from hybrimoe.dense.card_attention import cudnn_attention_off
+from hybrimoe.experts.identity import add_identity_experts
 from hybrimoe.experts.module import HOOKS, HybridExperts
 from hybrimoe.generation.growing import GrowingLayer, growing_cache
 from hybrimoe.runtime.exchanged import ExchangedExperts
@@ -53,6 +54,9 @@ LEAST_ROOM = 1024
 """Room of a new buffer for keys and values: other buffers need other graphs, whose recording takes as long as some
 twenty steps."""
 
+LEAST_REPLAYS = 4
+"""Of a recorded step whose cache then moves: where it was used less, recording again would not pay."""
+
 EXACT, ROUNDED = 1e-4, 3e-2
 """Relative error of the logits at which a captured step is another one: of float32, and of rounded dtypes, where
 attention over a buffer's room adds in another order than over the tokens held."""
@@ -74,8 +78,6 @@ class CapturedStep(ModelStep):
     ) -> None:  # fmt: skip
         """`kernels` are used where they can be; without them all is torch's."""
         experts = [module for module in model.modules() if isinstance(module, HybridExperts)]
-        if any(module.num_identity for module in experts):
-            raise NotCompiled("some experts are the identity, which captured calls of experts leave out")
         called = [part for module in experts for part in module.modules()]
         super().__init__(model, session, called)
         self._experts_hooks = [
@@ -194,8 +196,8 @@ class CapturedStep(ModelStep):
         layers = self._layers_of(call)
         if layers is None:
             raise NotCompiled(
-                "its cache has layers that are neither plain attention nor a sliding window nor states of linear"
-                " attention"
+                "its cache has layers that are neither attention to all tokens, a window or those of an index, nor"
+                " states of linear attention"
             )
         remaining = iter(outputs)
         try:
@@ -220,21 +222,28 @@ class CapturedStep(ModelStep):
 
     def _step(self, call: StepCall, layers: list[CacheLayer]) -> tuple[torch.Tensor, type] | None:
         """Runs a step; a copy of its logits [sequences, 1, V], and the class of the model's output. None, with nothing
-        changed, where it cannot be recorded (any more): transformers' forward then runs it and all later ones."""
+        changed, where transformers' forward is to run it: the cache moves with each token, or nothing can be recorded
+        (any more), and then it runs all later ones, too."""
         with self.lock, torch.no_grad():
-            pieces = self._recorded(call, layers)
+            pieces = None if self._moves(layers) else self._recorded(call, layers)
             if pieces is None:
                 return None
             logits, busy_ns = pieces.run(
                 self._numbers(call), lambda place: place.run(self.session), self.session.settle
             )
             self._unreported += pieces.counts
-            for layer in layers:
-                if isinstance(layer, GrowingLayer):
-                    layer.advance(1)
+            for each in pieces.held:
+                each.advance()
             self._pieces_ns += busy_ns
             self.n_steps += 1
             return logits.clone(), type(pieces.output)
+
+    def _moves(self, layers: list[CacheLayer]) -> bool:
+        """Whether a cache has left the memory of its recorded step after few tokens: beams choose states for each."""
+        return any(
+            known.n_replays < LEAST_REPLAYS and known.was_of(layers) and not known.is_alive()
+            for known in self._captured
+        )
 
     def _recorded(self, call: StepCall, layers: list[CacheLayer]) -> Pieces | None:
         """The step's pieces; None, with a warning, where they cannot be recorded."""
@@ -302,7 +311,7 @@ class CapturedStep(ModelStep):
                 self._run_own(pieces, cache)
             self._graphs.begin()
             with self._experts_by(partial(self._interrupt, pieces)):
-                pieces.output = self._run_own(pieces, cache)
+                pieces.output = self._run_own(pieces, fixed_cache(held, numbers[-1]))
             pieces.graphs.append(self._graphs.end())
             alone = self._experts_alone(pieces)
         pieces.pool_bytes = self._graphs.pool_bytes
@@ -357,9 +366,9 @@ class CapturedStep(ModelStep):
             layer = int(module.layer)  # type: ignore[arg-type]
             if isinstance(within, ResidentExperts):
                 pieces.inside.append((layer, call))
-                return within.run(layer, *call)
+                return _with_identity(module, within.run(layer, *call), call)
             if within.takes(layer, *call):
-                return self._send(pieces, within, module, call)
+                return _with_identity(module, self._send(pieces, within, module, call), call)
         pieces.graphs.append(self._graphs.end())
         with torch.inference_mode(False):
             result = torch.zeros_like(_hidden(args, kwargs))
@@ -418,13 +427,22 @@ def _warm_up(
     if within is not None and call is not None:
         layer = int(module.layer)  # type: ignore[arg-type]
         if isinstance(within, ResidentExperts):
-            return within.run(layer, *call)
+            return _with_identity(module, within.run(layer, *call), call)
         if within.takes(layer, *call):
             exchange = within.send(*call)
             if within.has_slots:
                 within.compute(layer, exchange, call[0], call[2])
-            return within.combine(exchange, call[0])
+            return _with_identity(module, within.combine(exchange, call[0]), call)
     return torch.zeros_like(_hidden(args, kwargs))
+
+
+def _with_identity(module: nn.Module, routed: torch.Tensor, call: Routed) -> torch.Tensor:
+    """What experts with weights have computed, and what those add that are the identity, which nobody computes."""
+    if not module.num_identity:
+        return routed
+    hidden, ids, weights = call
+    n_experts, n_identity = int(module.num_experts), int(module.num_identity)  # type: ignore[arg-type]
+    return add_identity_experts(routed, hidden, ids, weights, n_experts, n_identity)
 
 
 def _require_close(found: torch.Tensor, expected: torch.Tensor, allowed: float, what: str) -> None:

@@ -41,7 +41,7 @@ def attention_by(kernel: AttendsBuffers | None, layers: Sequence[FixedLayer]) ->
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
             )  # fmt: skip
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return kernel(query, key, value, attention_mask, layer.cumulative_length, layer.first, scale), None
+        return kernel(query, key, value, attention_mask, layer.n_past, layer.first, scale), None
 
     AttentionInterface.register(REPLACED, attention_forward)
     try:

@@ -19,7 +19,7 @@ from cpu_kernels.step.parts import Attention, Columns, LatentAttention, Rope
 from cpu_kernels.step.products import Product, plain_product
 from cpu_kernels.step.stream import Norm
 from hybrimoe.dense.linear import PackedLinear
-from hybrimoe.generation.growing import GrowingLayer
+from hybrimoe.generation.growing import GrowingIndexedLayer, GrowingLayer
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_parts import LINEARS, array, read_linear, read_matrix, read_norm
 from hybrimoe.step.trace import Call, Trace, same
@@ -104,6 +104,8 @@ def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Atte
     layer: Any = trace.cache.layers[cache] if cache < len(trace.cache.layers) else None
     if not isinstance(layer, GrowingLayer) or not layer.is_initialized:
         raise NotCompiled(f"{call.path} ({type(call.module).__name__}) keeps a state of its own, not keys and values")
+    if isinstance(layer, GrowingIndexedLayer):  # few tokens, which are compared, are all chosen; of many, some
+        raise NotCompiled(f"{call.path} ({type(call.module).__name__}) attends only to tokens that an index chooses")
     found = _parts(trace, call)
     table = ropes.find(call)
     if found.later:

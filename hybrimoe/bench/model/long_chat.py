@@ -243,9 +243,13 @@ class Hybrid:
         return self._ask(prompt_ids)
 
     def disk(self, prompt_ids: list[int]) -> Asked:
-        """See `Contender`. What is written and read leaves the page cache, so the disk is read."""
+        """See `Contender`. What is written and read leaves the page cache, so the disk is read.
+
+        A program that starts again has the memory ready before it has loaded its model.
+        """
         self._end_process()
         self._start_process()
+        self._tree.disk.ready.wait(KEEP_S)
         return self._ask(prompt_ids)
 
     def tiers(self) -> dict[str, int]:

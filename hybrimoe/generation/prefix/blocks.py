@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from cpu_kernels.host.memory import page_aligned
 from hybrimoe.generation.images.tokens import kept
 from hybrimoe.generation.prefix.disk import DiskLevel
 from hybrimoe.generation.prefix.keys import Record, n_alike, name_of, next_key
@@ -80,7 +83,8 @@ class Known:
             if end > first:
                 keys, values = block.held[layer]
                 used = slice(max(first - begin, 0), end - begin)
-                yield keys[..., used, :], values[..., used, :]
+                whole = first <= begin and end - begin == keys.shape[-2]
+                yield (keys, values) if whole else (keys[..., used, :], values[..., used, :])
             begin = end
 
 
@@ -105,6 +109,8 @@ class PrefixTree:
         """Blocks that made room for others."""
         self.n_read_tokens = 0
         """Tokens of prompts that came from disk."""
+        if disk is not None and self.reason is None:
+            disk.make_ready(max_bytes // 4, for_replies=model.device.type == "cpu")
         layers = [] if self.reason else growing_cache(model.config.get_text_config(decoder=True)).layers
         warm_up_copies()
         self._needs_checkpoints = any(is_bounded(layer) for layer in layers)
@@ -125,6 +131,11 @@ class PrefixTree:
         self.n_misses += found.n_tokens == 0
         self._used(found.blocks, found.checkpoint)
         return found
+
+    @property
+    def memory(self) -> Callable[[int], np.ndarray]:
+        """Where a reply finds memory, uint8 of so many bytes, for what it copies from here."""
+        return page_aligned if self.disk is None else self.disk.ready.take
 
     @property
     def holds_every_token(self) -> bool:
@@ -247,6 +258,11 @@ class PrefixTree:
             self.disk.keep(record)
         return [record.name for record in records]
 
+    def end_readiness(self) -> None:
+        """A text has come from disk: what was made ready for it, and was not needed, is given back."""
+        if self.disk is not None:
+            self.disk.ready.drop()
+
     # Finding -----------------------------------------------------------------------------------------------------
 
     def _find(self, token_ids: Sequence[int]) -> Known:
@@ -335,6 +351,8 @@ class PrefixTree:
 
     def _make_room(self, n_bytes: int, path: Sequence[Block]) -> bool:
         """Let go of what was used longest ago until n_bytes more fit; False where only `path` is left."""
+        if self.disk is not None and self.n_bytes + n_bytes + self.disk.ready.n_bytes > self.max_bytes:
+            self.disk.ready.drop()
         if self.n_bytes + n_bytes > self.max_bytes:
             self._used(path)
         while self.n_bytes + n_bytes > self.max_bytes:

@@ -15,25 +15,31 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cpu_kernels.host.memory import page_aligned
+from cpu_kernels.host.ready_memory import ReadyMemory
 from hybrimoe.generation.images.tokens import identities
 from hybrimoe.generation.prefix.encoding import ALIGNMENT, decode, encode, facts_of
-from hybrimoe.generation.prefix.folder import Folder
-from hybrimoe.generation.prefix.keys import KINDS, Kind, Record, first_key, n_alike, name_of, next_key
+from hybrimoe.generation.prefix.folder import Folder, room_bytes
+from hybrimoe.generation.prefix.keys import KINDS, Kind, Record, first_key, n_alike, name_of, next_key, own_key
 
 __all__ = ["DiskLevel", "Readings"]
 
 READERS = 4
 """Threads: a disk serves several reads at once, and most of the time they wait for it."""
-ROOM_BYTES = 4 << 20
+ROOM_BYTES = 32 << 20
 """Memory into which several files are read, neighbours in a text: new memory in small pieces takes longer than reading.
 It is free again when nothing holds any of them."""
+TURN_BYTES = 4 << 20
+"""Of files that one thread reads one after another: several threads would clear the same huge page of new memory."""
+MOST_READY_BYTES = 2 << 30
+"""Of memory that is made ready for a text before it is asked for, in each of the two places where it will lie."""
+REPLY_SHARE, REPLY_BLOCKS = 1.25, 8
+"""A reply that goes on with a text has room for more than the text: times what it takes, and so many blocks."""
 MOST_LENT_BYTES = 256 << 20
 """Of what memory has given up, that waits to be written; more is left out rather than held in memory."""
 MOST_LOOKED_AT = 16
@@ -71,6 +77,8 @@ class DiskLevel:
         """Bytes of waiting records that memory has given up, by name."""
         self._errands: deque[Callable[[], None]] = deque()
         self._writing = self._closing = False
+        self.ready = ReadyMemory(())
+        """For the first text that is read: whoever starts a program again goes on with what was said before."""
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="hybrimoe-prefix-read")
         self._writer = threading.Thread(target=self._write, name="hybrimoe-prefix-write", daemon=True)
         self._writer.start()
@@ -154,32 +162,35 @@ class DiskLevel:
     def read_each(self, files: Sequence[tuple[str, Sequence[int]]]) -> Readings:
         """The same of several, given by their names and tokens, in this order."""
         readings = Readings([Future() for _ in files], deque())
-        sizes = [-(-self.size(name) // ALIGNMENT) * ALIGNMENT for name, _ in files]
-        for some in _neighbours(sizes):
-            readings.waiting.append([(*files[n], sizes[n], readings.results[n]) for n in some])
+        sizes = [self._room_of(name) for name, _ in files]
+        for together in _neighbours(sizes, ROOM_BYTES):
+            room, at = self.ready.take(sum(sizes[n] for n in together)), 0
+            for some in _neighbours([sizes[n] for n in together], TURN_BYTES):
+                turn = []
+                for n in (together[i] for i in some):
+                    turn.append((*files[n], room[at : at + sizes[n]], readings.results[n]))
+                    at += sizes[n]
+                readings.waiting.append(turn)
         for _ in range(min(READERS, len(readings.waiting))):
             self._readers.submit(self._read_waiting, readings.waiting)
         return readings
 
-    def _read_waiting(self, waiting: deque[Any]) -> None:
-        """A reading thread: the next files that nobody else has taken, until there are none.
+    def _room_of(self, name: str) -> int:
+        """Bytes of memory that a file is read into."""
+        return room_bytes(self.size(name))
 
-        Each piece of memory is written by one thread: several would clear the same huge page of it.
-        """
+    def _read_waiting(self, waiting: deque[Any]) -> None:
+        """A reading thread: the next files that nobody else has taken, until there are none."""
         while waiting:
             try:
                 files = waiting.popleft()
             except IndexError:  # another thread was quicker
                 return
-            room, at = None, 0
-            for name, token_ids, size, result in files:
+            for name, token_ids, room, result in files:
                 try:
-                    if room is None:
-                        room = page_aligned(sum(size for _, _, size, _ in files))
-                    result.set_result(None if self._closing else self._read(name, token_ids, room[at : at + size]))
+                    result.set_result(None if self._closing else self._read(name, token_ids, room))
                 except Exception as error:  # noqa: BLE001  # whoever waits for the file raises it
                     result.set_exception(error)
-                at += size
 
     def _read(self, name: str, token_ids: Sequence[int], room: np.ndarray | None = None) -> Any:
         import torch
@@ -203,6 +214,24 @@ class DiskLevel:
             return None
         self.n_read_bytes += data.nbytes
         return content
+
+    def make_ready(self, most_bytes: int, *, for_replies: bool) -> None:
+        """Has memory written for the text that was used last, so that who goes on with it does not wait for memory:
+        for its blocks, and as much again for the reply (for_replies), each of them at most `most_bytes`."""
+        sizes = [self._room_of(name) for name in self._latest()]
+        most = min(most_bytes, MOST_READY_BYTES)
+        rooms = [sum(sizes[n] for n in some) for some in _neighbours(sizes, ROOM_BYTES)]
+        rooms = [size for size, end in zip(rooms, accumulate(rooms), strict=True) if end <= most]
+        of_reply = min(most, int(REPLY_SHARE * sum(rooms)) + REPLY_BLOCKS * max(sizes, default=0))
+        self.ready = ReadyMemory([*rooms, of_reply] if rooms and for_replies else rooms)
+
+    def _latest(self) -> Iterator[str]:
+        """The blocks of the text that was used last."""
+        key = self.first_key
+        while known := self._folder.after(key, "block"):
+            name = known[0][1]
+            yield name
+            key = own_key(name)
 
     # Writing -----------------------------------------------------------------------------------------------------
 
@@ -330,15 +359,16 @@ class DiskLevel:
         )
 
 
-def _neighbours(sizes: Sequence[int]) -> Iterator[range]:
-    """Numbers of files that follow each other and lie in one room."""
-    first, n_bytes = 0, 0
+def _neighbours(sizes: Sequence[int], n_bytes: int) -> Iterator[range]:
+    """Numbers of files that follow each other and have at most `n_bytes` together, or are one."""
+    first = held = 0
     for number, size in enumerate(sizes):
-        if number > first and n_bytes + size > ROOM_BYTES:
+        if number > first and held + size > n_bytes:
             yield range(first, number)
-            first, n_bytes = number, 0
-        n_bytes += size
-    yield range(first, len(sizes))
+            first, held = number, 0
+        held += size
+    if first < len(sizes):
+        yield range(first, len(sizes))
 
 
 def _load_checksum() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import threading
 import uuid
@@ -29,14 +30,13 @@ except ImportError:  # Windows
 
 HAS_DIRECT = hasattr(os, "O_DIRECT") and hasattr(os, "readv")
 
-__all__ = ["Folder"]
+__all__ = ["Folder", "room_bytes"]
 
 PARTIAL = ".partial-"
 MARK_BYTES = 16
 LOCK = ".lock"
-STAGE_BYTES = 1 << 20
-"""A disk that writes into new memory waits for each of its pages; so each thread lets it write into the same piece
-again and again, and copies from there, out of the CPU's cache."""
+PAGE_BYTES = 4096
+"""Past the page cache a file is read into whole pages, in one call: the disk writes where the bytes will lie."""
 FREED_SHARE = 16
 """Where there is no room, a sixteenth of the budget is freed at once: looking for the longest unused takes a while."""
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
@@ -98,7 +98,8 @@ class Folder:
     def read(self, name: str, room: np.ndarray | None = None) -> np.ndarray | None:
         """The bytes (uint8 [n]) of a file; None where it is no longer there. Raises OSError.
 
-        room: memory in which they lie where it has so many. Where the system can, no copy stays in the page cache.
+        room: memory in which they lie, page aligned, where it has `room_bytes` of them. Where the system can, no copy
+        stays in the page cache.
         """
         path = f"{self.path}/{name}"
         try:
@@ -245,18 +246,13 @@ class Folder:
                     del self._by_parent[_parent(name)]
 
 
+def room_bytes(n_bytes: int) -> int:
+    """Memory that a file of n_bytes is read into: whole pages."""
+    return -(-n_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
 class _NotDirect(Exception):  # not an error: the file is read in the ordinary way
     """A file system does not read past the page cache."""
-
-
-class _Stage(threading.local):
-    """Each thread's memory between disk and room."""
-
-    def __init__(self) -> None:
-        self.memory = page_aligned(STAGE_BYTES)
-
-
-_STAGE = _Stage()
 
 
 def _read(path: str, flags: int, room: np.ndarray | None) -> np.ndarray:
@@ -266,10 +262,10 @@ def _read(path: str, flags: int, room: np.ndarray | None) -> np.ndarray:
     try:
         descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
         n_bytes = os.fstat(descriptor).st_size
-        if room is None or len(room) < n_bytes:
-            room = page_aligned(n_bytes)
+        if room is None or len(room) < room_bytes(n_bytes):
+            room = page_aligned(room_bytes(n_bytes))
         at = 0
-        while at < n_bytes and (n := _read_once(descriptor, room[at:n_bytes], direct)):
+        while at < n_bytes and (n := _read_once(descriptor, room[at:], direct)):
             at += n
         if not direct:
             _leave_page_cache(descriptor)
@@ -286,12 +282,9 @@ def _read(path: str, flags: int, room: np.ndarray | None) -> np.ndarray:
 def _read_once(descriptor: int, room: np.ndarray, direct: bool) -> int:
     """Bytes that one call has read from where the file stands."""
     if direct:
-        n = min(len(room), os.readv(descriptor, [_STAGE.memory.data]))
-        room[:n] = _STAGE.memory[:n]
-        return n
-    data = os.read(descriptor, min(len(room), STAGE_BYTES))
-    room[: len(data)] = np.frombuffer(data, np.uint8)
-    return len(data)
+        return os.readv(descriptor, [room.data])
+    with io.FileIO(descriptor, closefd=False) as file:
+        return file.readinto(room.data) or 0
 
 
 def _parent(name: str) -> str:

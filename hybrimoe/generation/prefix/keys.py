@@ -22,6 +22,7 @@ __all__ = [
     "name_between",
     "name_of",
     "next_key",
+    "own_key",
 ]
 
 Kind = Literal["block", "state"]
@@ -55,6 +56,13 @@ def name_of(kind: Kind, parent: bytes, token_ids: Sequence[int]) -> str:
 def name_between(kind: Kind, n_tokens: int, parent: bytes, own: bytes) -> str:
     """The same, given the key of the text with the tokens, too."""
     return f"{kind}{n_tokens}-{parent.hex()}-{own.hex()}.kv"
+
+
+def own_key(name: str) -> bytes:
+    """The key of the text up to the end of what a file holds."""
+    match = NAME.fullmatch(name)
+    assert match is not None
+    return bytes.fromhex(match["own"])
 
 
 def n_alike(left: Sequence[int], right: Sequence[int]) -> int:

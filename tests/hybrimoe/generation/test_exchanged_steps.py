@@ -93,11 +93,12 @@ def test_tokens_are_those_of_the_cpu(run: Callable[..., Watched], expected: list
         assert (total.accel_us > 0) == (total.accel_experts > 0)
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear", "nemotron_h", "lfm2_moe"])
-def test_states_of_layers_without_keys_are_part_of_the_graphs(
+@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear", "nemotron_h", "lfm2_moe", "inkling", "deepseek_v32"])
+def test_other_caches_than_keys_and_values_are_part_of_the_graphs(
     tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """Linear attention of two kinds; Mamba, and layers that are nothing but experts; convolutions."""
+    """States of linear attention of two kinds; Mamba, and layers that are nothing but experts; convolutions, and such
+    beside a window; an index of the tokens."""
     directory = tmp_path / family
     tiny_family(family, vocab_size=258).save_pretrained(directory)
     expected, _ = greedy(directory, byte_tokenizer, accelerator="none")
@@ -108,6 +109,23 @@ def test_states_of_layers_without_keys_are_part_of_the_graphs(
         assert found.step.n_steps == STEPS
         assert found.tokens == expected
         assert found.sends
+
+
+@pytest.mark.parametrize("slots", [6, 1.0])
+def test_experts_that_are_the_identity_add_their_share(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, slots: float
+) -> None:
+    """Within the graphs, with some experts in slots and with all."""
+    directory = tmp_path / "longcat"
+    tiny_family("longcat_flash", vocab_size=258).save_pretrained(directory)
+    expected, _ = greedy(directory, byte_tokenizer, accelerator="none")
+    with fake_cards(1) as cards:
+        monkeypatch.setattr("hybrimoe.step.build.graphs_of", lambda device: CardGraphs(cards))
+        found = Watched(cards, directory, byte_tokenizer, gpu_expert_slots=slots)
+        assert found.step is not None
+        assert found.step.n_steps == STEPS
+        assert found.tokens == expected
+        assert found.sends == (slots == 6)
 
 
 def test_a_layer_is_one_wait_and_two_launches(

@@ -2,9 +2,17 @@
 
 import torch
 from transformers import DynamicCache, GptOssConfig, Qwen3MoeConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from hybrimoe.generation.growing import LEAST_ROOM, GrowingLayer, copy_rows, growing_cache
+from hybrimoe.generation.growing import (
+    LEAST_ROOM,
+    GrowingIndexedLayer,
+    GrowingLayer,
+    GrowingWindowLayer,
+    copy_rows,
+    growing_cache,
+)
+from hybrimoe.generation.prefix.states import copied
 
 
 def tokens(n, seed=0, batch=1):
@@ -31,6 +39,80 @@ def append(n, seed=0, batch=1):
 
 def test_appended_tokens_are_those_of_a_concatenation():
     both([append(3), append(1, 1), append(LEAST_ROOM, 2), append(1, 3), append(2 * LEAST_ROOM, 4), append(1, 5)])
+
+
+def index(n, seed=0, batch=1):
+    return lambda layer: layer.update_indexer(tokens(n, seed, batch)[0][:, 0])
+
+
+def test_an_index_is_that_of_a_concatenation_through_all_that_is_done_to_it():
+    beams, twice = torch.tensor([1, 0]), torch.tensor([1, 1, 0])
+    many = LEAST_ROOM
+    steps = [
+        index(3, 0, 2), append(3, 0, 2), append(1, 1, 2), index(1, 1, 2), append(many, 2, 2), index(many, 2, 2),
+        lambda layer: layer.crop(-5), index(1, 3, 2), append(1, 3, 2),
+        lambda layer: layer.reorder_cache(beams), index(1, 4, 2), append(1, 4, 2),
+        lambda layer: layer.batch_select_indices(twice), index(2, 5, 3), append(2, 5, 3),
+        lambda layer: layer.batch_repeat_interleave(2), index(1, 6, 6), append(1, 6, 6),
+        lambda layer: layer.reset(), index(2, 7), append(2, 7),
+    ]  # fmt: skip
+    ours, theirs = GrowingIndexedLayer(), DynamicIndexedLayer()
+    for step in steps:
+        step(ours)
+        step(theirs)
+        for name in ("keys", "values", "indexer_keys"):
+            found, expected = getattr(ours, name), getattr(theirs, name)
+            assert found is expected is None or torch.equal(found, expected)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+    twin = copied(ours, "cpu")
+    index(1, 8)(ours)
+    append(1, 8)(ours)
+    assert torch.equal(twin.indexer_keys, theirs.indexer_keys)
+    assert twin.indexer_keys.untyped_storage().nbytes() == theirs.indexer_keys.nbytes
+
+
+def test_beams_stay_in_their_buffers():
+    """Also of an index and of a window, whose buffers hold tokens that it no longer shows."""
+    layers = [GrowingLayer(), GrowingIndexedLayer(), GrowingWindowLayer(4)]
+    others = [DynamicLayer(), DynamicIndexedLayer(), DynamicSlidingWindowLayer(4)]
+    for layer, other in zip(layers, others, strict=True):
+        for each in (layer, other):
+            for seed, n in enumerate((6, 1)):
+                each.update(*tokens(n, seed, 3))
+        if hasattr(layer, "indexer_keys"):
+            index(7, 0, 3)(layer)
+            index(7, 0, 3)(other)
+        layer.grown(1)
+        places = [part.data_ptr() for part in layer.buffers if isinstance(part, torch.Tensor)]
+        for chosen in ([2, 0, 0], [1, 1, 2]):
+            layer.reorder_cache(torch.tensor(chosen))
+            other.reorder_cache(torch.tensor(chosen))
+            for name in ("keys", "values", *(["indexer_keys"] if hasattr(layer, "indexer_keys") else [])):
+                assert torch.equal(getattr(layer, name), getattr(other, name))
+        layer.grown(1)
+        assert [part.data_ptr() for part in layer.buffers if isinstance(part, torch.Tensor)] == places
+        layer.reorder_cache(torch.tensor([1]))  # fewer: buffers of their own
+        other.reorder_cache(torch.tensor([1]))
+        assert torch.equal(layer.keys, other.keys)
+
+
+def test_beams_of_inference_mode_are_reordered_outside_it():
+    layer = GrowingLayer()
+    with torch.inference_mode():
+        layer.update(*tokens(3, 0, 2))
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(layer.keys, tokens(3, 0, 2)[0][[1, 0]])
+
+
+def test_a_token_is_written_into_the_room_of_an_index():
+    layer = GrowingIndexedLayer()
+    index(10)(layer)
+    place = layer.indexer_keys.data_ptr()
+    for seed in range(LEAST_ROOM):
+        index(1, seed)(layer)
+    assert layer.indexer_keys.data_ptr() == place
+    index(1)(layer)
+    assert layer.indexer_keys.data_ptr() != place
 
 
 def test_a_token_is_written_into_the_room_there_is():

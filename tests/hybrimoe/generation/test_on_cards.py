@@ -135,11 +135,13 @@ def test_tokens_of_a_real_card_are_those_of_the_cpu(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="no torch accelerator here")
-@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear", "nemotron_h", "lfm2_moe"])
-def test_states_are_part_of_a_real_cards_graphs(
+@pytest.mark.parametrize(
+    "family", ["qwen3_next", "kimi_linear", "nemotron_h", "lfm2_moe", "inkling", "deepseek_v32", "longcat_flash"]
+)
+def test_other_caches_are_part_of_a_real_cards_graphs(
     tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, family: str
 ) -> None:
-    """Linear attention of two kinds, Mamba, convolutions."""
+    """As on the fake ones (`test_exchanged_steps.py`)."""
     steps: list[Any] = []
     directory = tmp_path / family
     tiny_family(family, vocab_size=258).save_pretrained(directory)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cpu_kernels.engine.checksum import LINE_BYTES
+from cpu_kernels.host.ready_memory import ReadyMemory
 from hybrimoe.amounts import Amount
 from hybrimoe.errors import BudgetError, FileError
 from hybrimoe.generation import TextGenerator
@@ -24,7 +25,7 @@ from hybrimoe.generation.prefix.blocks import BLOCK_TOKENS, PrefixTree
 from hybrimoe.generation.prefix.budget import DiskSettings, PrefixSettings, prefix_tree
 from hybrimoe.generation.prefix.disk import DiskLevel
 from hybrimoe.generation.prefix.encoding import ALIGNMENT
-from hybrimoe.generation.prefix.folder import Folder
+from hybrimoe.generation.prefix.folder import Folder, room_bytes
 from hybrimoe.generation.prefix.keys import Record, first_key, name_of
 from tests.hybrimoe.generation.prefix_replies import FAMILIES, GREEDY, SYSTEM, Counting, has_plain_layers_only, made
 
@@ -226,7 +227,7 @@ def test_what_follows_a_damaged_block_is_computed(plain: TextGenerator, tmp_path
 KILLED = """
 import sys, time
 from pathlib import Path
-from hybrimoe.generation.prefix.folder import Folder
+from hybrimoe.generation.prefix.folder import Folder, room_bytes
 from hybrimoe.generation.prefix.keys import name_of
 
 folder = Folder(Path(sys.argv[1]), 1 << 30)
@@ -404,3 +405,39 @@ def test_whoever_waits_for_a_file_is_told_what_went_wrong(tmp_path: Path, monkey
         with pytest.raises(MemoryError, match="none left"):
             result.result(PATIENCE_S)
     disk.close(PATIENCE_S)
+
+
+def test_memory_is_ready_for_the_text_that_was_used_last(
+    plain: TextGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = process(plain, tmp_path)
+    first.answers([95, *SYSTEM, *SYSTEM])
+    (reply,) = first.answers(SYSTEM)
+    ended(first)
+    second = process(plain, tmp_path)
+    disk = second.tree.disk
+    assert disk is not None
+    assert disk.ready.wait(PATIENCE_S)
+    latest = [disk.size(name) for name in disk._latest()]
+    assert disk.ready.n_bytes >= 2 * sum(latest) > 0
+    asked: list[int] = []
+    take = ReadyMemory.take
+    monkeypatch.setattr(ReadyMemory, "take", lambda self, n_bytes: asked.append(n_bytes) or take(self, n_bytes))
+    (again,) = second.answers([*SYSTEM, *reply.token_ids[:-1], 7])
+    assert again.n_read == len(SYSTEM) + len(reply.token_ids) - 1
+    assert asked[0] == sum(map(room_bytes, latest))
+    assert disk.ready.n_bytes == 0
+    ended(second)
+
+
+def test_memory_that_is_ready_is_part_of_the_budget(plain: TextGenerator, tmp_path: Path) -> None:
+    first = process(plain, tmp_path)
+    first.answers(SYSTEM)
+    ended(first)
+    tree = process(plain, tmp_path, max_bytes=1 << 20).tree
+    assert tree.disk is not None
+    assert 0 < tree.disk.ready.n_bytes <= tree.max_bytes // 2
+    tree.max_bytes = tree.disk.ready.n_bytes
+    assert tree._make_room(1, [])
+    assert tree.disk.ready.n_bytes == 0
+    tree.close(PATIENCE_S)
