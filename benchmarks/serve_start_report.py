@@ -26,8 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-LOOK_SECONDS = 0.01
-"""Between two looks at /health."""
+LOOK_SECONDS = 0.05
+"""Between two looks at /health, which the server answers beside its start."""
 PATIENCE_SECONDS = 1800.0
 """For a first start, which packs the model."""
 HEAD = """{model}, {rounds} starts each, in turn, on {cpu}, {cores} CPUs; medians (least to most).
