@@ -142,7 +142,7 @@ class Loader:
             raise ModelError(f"{path} is a dense model ({hf_config.model_type}): it has no experts to place")
         check_stretched(model, deployment.rope)
         plan = weights.plan(model)
-        if deployment.vision == "none" or (weights.pack is not None and not has_towers(model, plan)):
+        if deployment.vision == "none" or (weights.as_named and not has_towers(model, plan)):
             plan = without_towers(model, plan)
         layouts = {path: read(module) for path, module in find_experts(model)}
         tie_where_unsaid(model, raw_config, plan.conversions)

@@ -45,7 +45,7 @@ def meta_model(
     stretch(config, rope)
     model = build(config, dense_dtype("auto", config), whole=sees)
     check_stretched(model, rope)
-    if vision == "none":
+    if vision == "none" or (isinstance(source, str | Path) and is_gguf(Path(source))):
         remove_towers(model)
     return model
 

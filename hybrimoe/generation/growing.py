@@ -160,6 +160,20 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
             return
         self._n_used, self._set = n_left, None
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Go on with the sequences `beam_idx` [B], as beams do after each token: within the buffers where they are as
+        many, so that whatever is bound to the memory (graphs, compiled steps) stays."""
+        buffers = self._buffers
+        held = buffers is not None and self._holds(buffers) and len(beam_idx) == self.n_sequences
+        if buffers is None or not held or (buffers.keys.is_inference() and not torch.is_inference_mode_enabled()):
+            super().reorder_cache(beam_idx)
+            return
+        chosen = beam_idx.to(buffers.keys.device)
+        for part in (buffers.keys, buffers.values):
+            used = part[..., : self._n_used, :]
+            copy_rows(used, used.index_select(0, chosen))
+        self._set = None
+
     def compact(self) -> GrowingLayer:
         """A layer with the same keys and values, whose memory is no larger than they are; they are not copied here."""
         twin = copy.copy(self)
@@ -201,6 +215,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
     def _shows(self, buffers: Buffers) -> bool:
         """Whether `keys` and `values` are the beginnings of the buffers: seen, not replaced."""
         return self._set is None or (self.get_seq_length() > 0 and _begins(self._set, buffers))
+
+    def _holds(self, buffers: Buffers) -> bool:
+        """Whether the tokens held are the first `_n_used` of the buffers."""
+        return self._n_used == self.get_seq_length() and self._shows(buffers)
 
     def _with_room(
         self, n_new: int, like: tuple[torch.Tensor, torch.Tensor] | None = None, memory: Memory = page_aligned
@@ -280,6 +298,9 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
         self._buffers, self._n_used = Buffers(new[0], new[1], self.cumulative_length - n_held), n_held
         return self._buffers
 
+    def _holds(self, buffers: Buffers) -> bool:
+        return self._set is None or self._is_shown(buffers)
+
     def _is_shown(self, buffers: Buffers) -> bool:
         """Whether `keys` and `values` are still those of the buffers: seen, not replaced."""
         assert self._set is not None
@@ -292,6 +313,7 @@ class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: igno
 class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):  # type: ignore[misc] # transformers is not typed
     """Sparse attention that finds its tokens by keys of their own: `indexer_keys` [B, T, D], in a buffer as well."""
 
+    indexer_keys: Any
     _index: torch.Tensor | None = None
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
@@ -302,7 +324,17 @@ class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):  # type: ignore[mi
         index = self._index_with_room(n_new, indexer_key_states)
         index[:, n_held : n_held + n_new] = indexer_key_states
         self.advance_index(n_new)
-        return self.indexer_keys
+        written: torch.Tensor = self.indexer_keys
+        return written
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """As of a plain layer, the index as well."""
+        held = self.indexer_keys
+        super().reorder_cache(beam_idx)
+        writable = held is not None and (not held.is_inference() or torch.is_inference_mode_enabled())
+        if writable and self._shows_index(held) and held.shape == self.indexer_keys.shape:
+            held.copy_(self.indexer_keys)
+            self.indexer_keys = held
 
     @property
     def n_indexed(self) -> int:
@@ -333,8 +365,7 @@ class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):  # type: ignore[mi
     def _index_with_room(self, n_new: int, like: torch.Tensor) -> torch.Tensor:
         """A buffer that begins with what is held and has room for n_new tokens more, such as `like`."""
         n_held, index = self.n_indexed, self._index
-        shown = index is not None and n_held > 0 and _same_place(self.indexer_keys, index[:, :n_held])
-        if index is not None and shown and index.shape[1] >= n_held + n_new:
+        if index is not None and self._shows_index(self.indexer_keys) and index.shape[1] >= n_held + n_new:
             return index
         n_tokens = max(n_held + n_new, self.expected)
         index = like.new_empty(like.shape[0], n_tokens + max(self.least_room, n_tokens // ROOM_SHARE), like.shape[-1])
@@ -342,6 +373,12 @@ class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):  # type: ignore[mi
             index[:, :n_held] = self.indexer_keys
         self._index = index
         return index
+
+    def _shows_index(self, held: torch.Tensor | None) -> bool:
+        """Whether what is held is the beginning of the buffer."""
+        if held is None or self._index is None or not held.numel():
+            return False
+        return _same_place(held, self._index[:, : held.shape[1]])
 
 
 class GrowingHybridLayer(LinearAttentionAndFullAttentionLayer, GrowingLayer):  # type: ignore[misc] # as above

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -35,6 +37,9 @@ LEAST_FREE_SHARE = 0.5
 """Of an accelerator's memory: with less, others use it, too."""
 LOCKED_BYTES = 1 << 20
 """That are page-locked for a trial."""
+PACKAGES = ("hybrimoe", "scheduler", "cpu_kernels", "gpu_kernels", "yaml_rules")
+SELDOM_SHARE = 0.5
+"""Of the modules, that a start of a model does not import: missing bytecode of so many may be theirs."""
 LEAST_CAPABILITY = 7, 0
 """Of NVIDIA cards for which Triton compiles."""
 
@@ -50,6 +55,7 @@ def checks() -> Iterator[Check]:
     yield from _card_kernels()
     yield _memory()
     yield _disk()
+    yield _bytecode(Path(__file__).parents[2])
     yield _kernel_cache()
     yield _packed_cache()
     yield _profile()
@@ -178,6 +184,19 @@ def _disk() -> Check:
     if free < LEAST_DISK_GIB * GIB:
         return Check("disk", "warn", found, f"make room, or set {cache_dir.ENV_CACHE} to a larger disk")
     return Check("disk", "ok", found)
+
+
+def _bytecode(root: Path) -> Check:
+    """Whether Python finds the packages under `root` compiled, or compiles all modules of them at each start."""
+    sources = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
+    missing = sum(not Path(importlib.util.cache_from_source(path)).exists() for path in sources)
+    found = f"{len(sources) - missing} of {len(sources)} modules have bytecode"
+    if missing <= SELDOM_SHARE * len(sources) or not sys.dont_write_bytecode:
+        return Check("bytecode", "ok", found)
+    folders = " ".join(str(root / package) for package in PACKAGES)
+    why = "each start compiles the others, up to 0.5 s (PYTHONDONTWRITEBYTECODE is set)"
+    advice = f"{why}: python -m compileall -q {folders}"
+    return Check("bytecode", "warn", found, advice)
 
 
 def _kernel_cache() -> Check:

@@ -54,6 +54,9 @@ LEAST_ROOM = 1024
 """Room of a new buffer for keys and values: other buffers need other graphs, whose recording takes as long as some
 twenty steps."""
 
+LEAST_REPLAYS = 4
+"""Of a recorded step whose cache then moves: where it was used less, recording again would not pay."""
+
 EXACT, ROUNDED = 1e-4, 3e-2
 """Relative error of the logits at which a captured step is another one: of float32, and of rounded dtypes, where
 attention over a buffer's room adds in another order than over the tokens held."""
@@ -219,9 +222,10 @@ class CapturedStep(ModelStep):
 
     def _step(self, call: StepCall, layers: list[CacheLayer]) -> tuple[torch.Tensor, type] | None:
         """Runs a step; a copy of its logits [sequences, 1, V], and the class of the model's output. None, with nothing
-        changed, where it cannot be recorded (any more): transformers' forward then runs it and all later ones."""
+        changed, where transformers' forward is to run it: the cache moves with each token, or nothing can be recorded
+        (any more), and then it runs all later ones, too."""
         with self.lock, torch.no_grad():
-            pieces = self._recorded(call, layers)
+            pieces = None if self._moves(layers) else self._recorded(call, layers)
             if pieces is None:
                 return None
             logits, busy_ns = pieces.run(
@@ -233,6 +237,13 @@ class CapturedStep(ModelStep):
             self._pieces_ns += busy_ns
             self.n_steps += 1
             return logits.clone(), type(pieces.output)
+
+    def _moves(self, layers: list[CacheLayer]) -> bool:
+        """Whether a cache has left the memory of its recorded step after few tokens: beams choose states for each."""
+        return any(
+            known.n_replays < LEAST_REPLAYS and known.was_of(layers) and not known.is_alive()
+            for known in self._captured
+        )
 
     def _recorded(self, call: StepCall, layers: list[CacheLayer]) -> Pieces | None:
         """The step's pieces; None, with a warning, where they cannot be recorded."""

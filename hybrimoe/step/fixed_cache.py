@@ -130,6 +130,11 @@ class HeldLayer:
         self.buffers = layer.grown(1) if isinstance(layer, GrowingLayer) else None
         self.states = states_of(layer)
 
+    @property
+    def layer(self) -> CacheLayer | None:
+        """The layer; None once it is gone."""
+        return self._layer()
+
     def is_of(self, layer: CacheLayer) -> bool:
         """Whether these are a layer's buffers and states as they are now."""
         return self._layer() is layer and self.is_there()

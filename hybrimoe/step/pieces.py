@@ -62,7 +62,7 @@ class Pieces:
     numbers: int64 [2 * sequences + 1] on the device: token ids, their positions, tokens before them. held: of each
     layer of the cache. counts: of a step,
     by layer of the session: calls of experts within the graphs, active experts, us of the device for them. pool_bytes:
-    of the device, for what the pieces compute with.
+    of the device, for what the pieces compute with. n_replays: steps so far.
     """
 
     numbers: torch.Tensor
@@ -74,6 +74,7 @@ class Pieces:
     inside: list[InsideCall] = field(default_factory=list)
     counts: Counts = field(default_factory=lambda: np.zeros((0, 3)))
     pool_bytes: int = 0
+    n_replays: int = 0
 
     def run(
         self, numbers: torch.Tensor, experts: Callable[[ExpertsPlace], None], settle: Callable[[], None]
@@ -84,6 +85,7 @@ class Pieces:
         Returns the logits [sequences, 1, V], which the next step overwrites, and the nanoseconds that the host was busy
         with the pieces, or waited for one.
         """
+        self.n_replays += 1
         busy_ns = -time.perf_counter_ns()
         self.numbers.copy_(numbers, non_blocking=True)
         for graph, place in zip_longest(self.graphs, self.experts):
@@ -107,6 +109,12 @@ class Pieces:
             and len(self.numbers) == 2 * n_sequences + 1
             and len(self.held) == len(layers)
             and all(held.is_of(layer) for held, layer in zip(self.held, layers, strict=True))
+        )
+
+    def was_of(self, layers: Sequence[CacheLayer]) -> bool:
+        """Whether these were recorded for layers of a cache, in whichever memory they are now."""
+        return len(self.held) == len(layers) and all(
+            held.layer is layer for held, layer in zip(self.held, layers, strict=True)
         )
 
     def is_alive(self) -> bool:

@@ -13,6 +13,8 @@ from hybrimoe.checkpoint.gguf.places import Layers, rope
 from hybrimoe.errors import CheckpointError
 
 TOKEN_KEYS = {"bos_token_id": "bos", "pad_token_id": "padding"}
+OF_WRAPPERS = ("tie_word_embeddings", "dtype", "bos_token_id", "pad_token_id", "eos_token_id")
+"""What the configuration of a wrapper has once more."""
 DENSE_DTYPES = {"F32": "float32", "F16": "float16"}  # of a file whose dense matrices are in it; else bfloat16
 
 
@@ -24,7 +26,10 @@ def config_of(model: GgufModel) -> dict[str, Any]:
     if fields.each("expert_count", 0) == 0:
         key = f"{fields.architecture}.expert_count"
         raise UnsupportedCheckpointError(f"{model.path} is a dense model: it has no experts ({key} is missing or 0)")
-    return shared_config(fields, family.layers) | family.config(fields)
+    config = shared_config(fields, family.layers) | family.config(fields)
+    if family.wrapper is None:
+        return config
+    return {"model_type": family.wrapper, "text_config": config, **{key: config[key] for key in OF_WRAPPERS}}
 
 
 def shared_config(fields: Fields, layers: Layers = "alike") -> dict[str, Any]:

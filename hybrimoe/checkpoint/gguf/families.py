@@ -188,6 +188,23 @@ def _minimax(fields: Fields) -> dict[str, Any]:
     }
 
 
+def _deepseek_ocr(fields: Fields) -> dict[str, Any]:
+    """DeepSeek-V2's experts beside plain attention."""
+    if fields.whole("attention.sliding_window", 0, least=0):
+        raise UnsupportedCheckpointError(
+            f"{fields.model.path} is an Unlimited-OCR, whose window over what it wrote is not read from GGUF; use the"
+            " model's safetensors"
+        )
+    if fields.whole("expert_gating_func", 1, least=0) != 1 or fields.flag("expert_weights_norm", False):
+        raise fields.wrong("expert_gating_func", "another one, or normed", "weights of a softmax")
+    found, layers = routed_and_shared(fields), range(fields.whole("block_count"))
+    return {
+        "mlp_layer_types": ["sparse" if fields.has(f"blk.{i}.ffn_gate_inp.weight") else "dense" for i in layers],
+        "topk_method": "group_limited_greedy" if found["n_group"] > 1 else "greedy",
+        **{key: value for key, value in found.items() if key not in ("first_k_dense_replace", "norm_topk_prob")},
+    }
+
+
 PHIMOE_MSCALE = 1.243163121016122  # of Phi-3.5-MoE, the one published model with such a rotation
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(_mixtral, PERMUTED_HEADS),
@@ -241,6 +258,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
     ),
     "hy_v3": Family(_hy_v3, (Place("mlp.e_score_correction_bias", ("exp_probs_b",)),)),
+    "deepseek2-ocr": Family(_deepseek_ocr, wrapper="deepseek_ocr2"),
     "minimax-m2": Family(_minimax, (Place("mlp.e_score_correction_bias", ("exp_probs_b.bias",)),)),
     **LATENT,
     **MIXED,
@@ -253,10 +271,8 @@ FAMILIES: Mapping[str, Family] = {
 
 NOT_READ: Mapping[str, str] = {
     "dbrx": "its experts are cut out of one matrix by each layer, which HybriMoE refuses in every file",
-    "deepseek2-ocr": "transformers has its language model only inside a model that sees",
     "glm5-next": "transformers has its language model only inside a model that sees",
     "minimax-01": "transformers' MiniMax rotates whole heads, and the published models half of each",
-    "step35": "transformers has its language model only inside a model that sees",
 }
 """By `general.architecture`: why files of a mixture of experts that transformers knows are not read."""
 NO_MODELS = {

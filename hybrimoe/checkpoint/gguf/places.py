@@ -44,13 +44,15 @@ class Place:
 class Family:
     """An architecture of llama.cpp. config: its part of the configuration; places: before those that all share; whole:
     the same of the model. layers: what may differ between them. numbers: int64 parameters that stand in the metadata,
-    by target: the metadata's name and the numbers."""
+    by target: the metadata's name and the numbers. wrapper: the model type of transformers that has the language model
+    only inside a model that sees; `config` is then that of the part, and the model is loaded without its towers."""
 
     config: Callable[[Fields], dict[str, Any]]
     places: tuple[Place, ...] = ()
     whole: tuple[Place, ...] = ()
     layers: Layers = "alike"
     numbers: Callable[[Fields], dict[str, tuple[str, list[int]]]] = lambda fields: {}
+    wrapper: str | None = None
 
 
 def linear_places(part: str, target: str, how: Arrangement = "as it is") -> tuple[Place, ...]:
@@ -119,9 +121,9 @@ LATENT_ATTENTION = (
 )
 
 
-LLAMA3 = ((1.0, 4.0), (1.0, 1.0))
-"""(low_freq_factor, high_freq_factor) of published models; their factors by frequency show which it is."""
-LLAMA3_CONTEXT = 8192  # as llama.cpp's conversion takes it
+LLAMA3 = ((1.0, 4.0, 8192), (1.0, 1.0, 8192), (1.0, 32.0, 131072))
+"""(low_freq_factor, high_freq_factor, original_max_position_embeddings) of published models; their factors by
+frequency show which it is."""
 
 
 def rope(fields: Fields) -> dict[str, Any]:
@@ -171,15 +173,15 @@ def _by_frequency(fields: Fields, theta: float) -> dict[str, Any]:
     factor = _rounded(max(factors))
     if factor == 1.0 == min(factors):
         return {}
-    for low, high in LLAMA3:
-        expected = _llama3_factors(len(factors), theta, factor, low, high)
+    for low, high, context in LLAMA3:
+        expected = _llama3_factors(len(factors), theta, factor, low, high, context)
         if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(factors, expected, strict=True)):
             return {
                 "rope_type": "llama3",
                 "factor": factor,
                 "low_freq_factor": low,
                 "high_freq_factor": high,
-                "original_max_position_embeddings": LLAMA3_CONTEXT,
+                "original_max_position_embeddings": context,
             }
     raise UnsupportedCheckpointError(
         f"{fields.model.path}: the factors by frequency of its rotary embedding (rope_freqs) are not Llama 3's, which"
@@ -192,11 +194,11 @@ def _rounded(value: float) -> float:
     return round(value, 4)
 
 
-def _llama3_factors(n_pairs: int, theta: float, factor: float, low: float, high: float) -> list[float]:
+def _llama3_factors(n_pairs: int, theta: float, factor: float, low: float, high: float, context: int) -> list[float]:
     """By which frequency i is divided: 1 where its wave is short, `factor` where it is long, between them smoothly."""
     found = []
     for pair in range(n_pairs):
-        waves = LLAMA3_CONTEXT / (2 * math.pi * theta ** (pair / n_pairs))
+        waves = context / (2 * math.pi * theta ** (pair / n_pairs))
         if waves > high:
             found.append(1.0)
         elif waves < low:

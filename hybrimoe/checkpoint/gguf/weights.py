@@ -22,6 +22,7 @@ from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 
 LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
+INSIDE, INSIDE_WRAPPER = re.compile(r"^model\."), "model.language_model."
 UNUSED = re.compile(r"^(blk\.\d+\.attn_rot_embd|rope_freqs|rope_factors_(long|short))\.")
 """Tables of rotary embeddings, which the configuration gives."""
 
@@ -123,6 +124,7 @@ def sources_of(model: GgufModel, config: Mapping[str, Any]) -> dict[str, GgufSou
 
     config: as `config_of` gives it. Raises UnsupportedCheckpointError for an architecture that is not read.
     """
+    config = config.get("text_config", config)
     fields = Fields(model)
     family = family_of(fields)
     places = (*family.places, *SHARED_PLACES)
@@ -135,7 +137,9 @@ def sources_of(model: GgufModel, config: Mapping[str, Any]) -> dict[str, GgufSou
             found |= _placed(tensors, places, prefix, config)
         else:
             found |= {prefix + name: DecodedTensor(tensor) for name, tensor in tensors.items()}
-    return found
+    if family.wrapper is None:
+        return found
+    return {INSIDE.sub(INSIDE_WRAPPER, name): source for name, source in found.items()}
 
 
 def _by_layer(fields: Fields) -> tuple[dict[str, GgufTensor], dict[int, dict[str, GgufTensor]]]:

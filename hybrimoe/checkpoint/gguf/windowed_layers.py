@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from hybrimoe.checkpoint.gguf.places import (
 NO_WINDOW_EACH = 4  # of llama4: the last of so many layers sees everything, without a rotation
 CHUNK = 8192  # of llama4, in the file nowhere
 WITHOUT_NORM = 128  # experts of the llama4 whose queries and keys are not normed
+PADDING = 1  # of step35, where the file names none: its configuration must
 SWA_HEADS = 2  # in mimo2 layers with a window have so many times the heads of keys and values
 
 
@@ -168,6 +170,57 @@ def _laguna(fields: Fields) -> dict[str, Any]:
     }
 
 
+def _step35(fields: Fields) -> dict[str, Any]:
+    """Layers with a window have heads of their own and rotate them whole, the others half of each."""
+    kinds = layer_types(fields)
+    head_dim = fields.whole("attention.key_length")
+    heads = fields.each_whole("attention.head_count", len(kinds), least=1)
+    of_full = {n for n, kind in zip(heads, kinds, strict=True) if kind == FULL}
+    of_windowed = {n for n, kind in zip(heads, kinds, strict=True) if kind == WINDOWED}
+    key_heads = set(fields.each_whole("attention.head_count_kv", len(kinds), least=1))
+    if len(of_full) > 1 or len(of_windowed) > 1 or len(key_heads) > 1:
+        raise fields.wrong("attention.head_count", heads, "one number for layers with a window, one for the others")
+    if fields.whole("expert_gating_func", SIGMOID, least=0) != SIGMOID or not fields.flag("expert_weights_norm", True):
+        raise fields.wrong("expert_gating_func", "another one", "sigmoids, normed, as in every such model")
+    turned = fields.whole("rope.dimension_count", head_dim)
+    parameters = rope(fields)
+    theta = fields.number("rope.freq_base_swa", parameters["rope_theta"])
+    return {
+        "model_type": "step3p5",
+        "pad_token_id": PADDING if (padding := fields.token("padding")) is None else padding,
+        "layer_types": kinds,
+        "mlp_layer_types": _sparse(fields, len(kinds)),
+        "sliding_window": fields.whole("attention.sliding_window"),
+        "intermediate_size": fields.whole("feed_forward_length", 1),
+        "num_attention_heads": max(of_full or of_windowed),
+        "num_sliding_attention_heads": max(of_windowed or of_full),
+        "num_key_value_heads": key_heads.pop(),
+        "head_dim": head_dim,
+        "attention_bias": attention_bias(fields),
+        "rope_parameters": {
+            FULL: parameters | rotated_part(turned // 2, head_dim),
+            WINDOWED: {"rope_type": "default", "rope_theta": theta} | rotated_part(turned, head_dim),
+        },
+        "moe_intermediate_size": expert_size(fields),
+        "share_expert_dim": _shared_size(fields, len(kinds)),
+        "moe_router_scaling_factor": fields.number("expert_weights_scale", 1.0),
+        "swiglu_limits": _limits(fields, "swiglu_clamp_exp", len(kinds)),
+        "swiglu_limits_shared": _limits(fields, "swiglu_clamp_shexp", len(kinds)),
+        **expert_counts(fields, "n_routed_experts"),
+    }
+
+
+def _limits(fields: Fields, name: str, layers: int) -> list[float] | None:
+    """What is cut off in each layer; 0 where nothing is."""
+    limits = fields.each(name, None)
+    if limits is None:
+        return None
+    found = limits[:layers] if isinstance(limits, list) else [limits] * layers
+    if len(found) < layers or not all(isinstance(limit, float) and 0 <= limit < math.inf for limit in found):
+        raise fields.wrong(name, limits, f"a number of 0 or more for each of {layers} layers")
+    return found
+
+
 def _granite_swa(fields: Fields) -> dict[str, Any]:
     kinds = layer_types(fields)
     theta = fields.number("rope.freq_base", 10_000.0)
@@ -294,6 +347,13 @@ WINDOWED_FAMILIES: Mapping[str, Family] = {
         "own",
     ),
     "mimo2": Family(_mimo2, (Place("self_attn.sinks", ("attn_sinks.weight",)),), layers="own"),
+    "step35": Family(
+        _step35,
+        (*_NORMS_LESS_ONE, Place("self_attn.g_proj.weight", ("attn_gate.weight",))),
+        (Place("model.norm.weight", ("output_norm.weight",), "less one"),),
+        layers="own",
+        wrapper="step3p7",
+    ),
     "laguna": Family(
         _laguna,
         (

@@ -2,9 +2,16 @@
 
 import torch
 from transformers import DynamicCache, GptOssConfig, Qwen3MoeConfig
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from hybrimoe.generation.growing import LEAST_ROOM, GrowingIndexedLayer, GrowingLayer, copy_rows, growing_cache
+from hybrimoe.generation.growing import (
+    LEAST_ROOM,
+    GrowingIndexedLayer,
+    GrowingLayer,
+    GrowingWindowLayer,
+    copy_rows,
+    growing_cache,
+)
 from hybrimoe.generation.prefix.states import copied
 
 
@@ -62,6 +69,39 @@ def test_an_index_is_that_of_a_concatenation_through_all_that_is_done_to_it():
     append(1, 8)(ours)
     assert torch.equal(twin.indexer_keys, theirs.indexer_keys)
     assert twin.indexer_keys.untyped_storage().nbytes() == theirs.indexer_keys.nbytes
+
+
+def test_beams_stay_in_their_buffers():
+    """Also of an index and of a window, whose buffers hold tokens that it no longer shows."""
+    layers = [GrowingLayer(), GrowingIndexedLayer(), GrowingWindowLayer(4)]
+    others = [DynamicLayer(), DynamicIndexedLayer(), DynamicSlidingWindowLayer(4)]
+    for layer, other in zip(layers, others, strict=True):
+        for each in (layer, other):
+            for seed, n in enumerate((6, 1)):
+                each.update(*tokens(n, seed, 3))
+        if hasattr(layer, "indexer_keys"):
+            index(7, 0, 3)(layer)
+            index(7, 0, 3)(other)
+        layer.grown(1)
+        places = [part.data_ptr() for part in layer.buffers if isinstance(part, torch.Tensor)]
+        for chosen in ([2, 0, 0], [1, 1, 2]):
+            layer.reorder_cache(torch.tensor(chosen))
+            other.reorder_cache(torch.tensor(chosen))
+            for name in ("keys", "values", *(["indexer_keys"] if hasattr(layer, "indexer_keys") else [])):
+                assert torch.equal(getattr(layer, name), getattr(other, name))
+        layer.grown(1)
+        assert [part.data_ptr() for part in layer.buffers if isinstance(part, torch.Tensor)] == places
+        layer.reorder_cache(torch.tensor([1]))  # fewer: buffers of their own
+        other.reorder_cache(torch.tensor([1]))
+        assert torch.equal(layer.keys, other.keys)
+
+
+def test_beams_of_inference_mode_are_reordered_outside_it():
+    layer = GrowingLayer()
+    with torch.inference_mode():
+        layer.update(*tokens(3, 0, 2))
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(layer.keys, tokens(3, 0, 2)[0][[1, 0]])
 
 
 def test_a_token_is_written_into_the_room_of_an_index():

@@ -20,7 +20,7 @@ from gpu_kernels.errors import GraphError
 from gpu_kernels.step_kernels import StepKernels
 from hybrimoe.runtime.startup.budget import RECORDED_STEPS
 from hybrimoe.step.build import StepWay, capture_step
-from hybrimoe.step.captured import CapturedStep
+from hybrimoe.step.captured import LEAST_REPLAYS, CapturedStep
 from hybrimoe.step.fused_norms import known_norms
 from tests.fake_device.graphs import NotedGraphs
 
@@ -513,15 +513,35 @@ def test_an_index_grows_with_keys_and_values(monkeypatch: pytest.MonkeyPatch) ->
     assert same(step(model, new[:, :1], mine), step(plain, new[:, :1], theirs))
 
 
-def test_states_that_were_replaced_are_recorded_anew(states_model: Any) -> None:
-    """As beams do, whose states are chosen anew after each token."""
-    plain = tiny_model("qwen3_next")
-    ids, new, chosen = prompt(2), prompt(2, seed=1), torch.tensor([1, 0])
-    mine, theirs = after_prompt(states_model, ids), after_prompt(plain, ids)
-    for number in range(3):
-        assert same(step(states_model, new[:, [number]], mine), step(plain, new[:, [number]], theirs))
+@pytest.mark.parametrize(
+    ("family", "n_captured"), [("qwen2_moe", 5), ("gpt_oss", 5), ("deepseek_v32", 5), ("qwen3_next", 1)]
+)
+def test_beams_are_recorded_once(family: str, n_captured: int) -> None:
+    """Keys and values are reordered where they lie. States are new ones for each token: once they have moved so early,
+    transformers' forward goes on, and recording each token anew, which takes as long as twenty, is not tried."""
+    model, plain = tiny_model(family), tiny_model(family)
+    assert captured(model)[0].step is not None
+    ids, new, chosen = prompt(2), prompt(2, seed=1), torch.tensor([1, 1])
+    n_steps, captures = steps_of(model)
+    mine, theirs = after_prompt(model, ids), after_prompt(plain, ids)
+    for number in range(5):
+        assert same(step(model, new[:, [number]], mine), step(plain, new[:, [number]], theirs))
         mine.reorder_cache(chosen)
         theirs.reorder_cache(chosen)
+    assert steps_of(model) == (n_steps + n_captured, captures + 1)
+
+
+def test_states_that_move_later_are_recorded_anew(states_model: Any) -> None:
+    plain = tiny_model("qwen3_next")
+    ids, new, chosen = prompt(2), prompt(2, seed=1), torch.tensor([1, 0])
+    n_steps, captures = steps_of(states_model)
+    mine, theirs = after_prompt(states_model, ids), after_prompt(plain, ids)
+    for number in range(LEAST_REPLAYS + 2):
+        assert same(step(states_model, new[:, [number]], mine), step(plain, new[:, [number]], theirs))
+        if number == LEAST_REPLAYS:
+            mine.reorder_cache(chosen)
+            theirs.reorder_cache(chosen)
+    assert steps_of(states_model) == (n_steps + LEAST_REPLAYS + 2, captures + 2)
 
 
 def test_states_of_inference_mode_are_left_to_transformers_outside_it(states_model: Any) -> None:

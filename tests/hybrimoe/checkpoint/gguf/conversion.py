@@ -82,8 +82,9 @@ def to_gguf(
     tensors a file, 0 for one file. tokenizer: called with the writer. encode: what makes blocks of a kind of a matrix.
     """
     config = json.loads((directory / "config.json").read_text())
-    tensors = {key: value for file in sorted(directory.glob("*.safetensors")) for key, value in load_file(file).items()}
     architecture = architecture or ARCHITECTURES[config["model_type"]]
+    config = config | config.get("text_config", {})  # of a model that sees the part that is written
+    tensors = {key: value for file in sorted(directory.glob("*.safetensors")) for key, value in load_file(file).items()}
     writer = GGUFWriter(str(path), architecture, split_max_tensors=split)
     script = next((script for script in SCRIPTS.values() if script.architecture == architecture), None)
     (script.describe if script else describe)(writer, config)

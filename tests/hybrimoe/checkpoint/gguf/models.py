@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "beta_fast": 32.0, "beta_slow": 1.0,
         },
     },
+    "step3p7": {
+        "mlp_layer_types": ["dense", "sparse"], "layer_types": ["sliding_attention", "full_attention"],
+        "num_attention_heads": 4, "num_sliding_attention_heads": 2, "sliding_window": 4, "share_expert_dim": 16,
+        "moe_router_scaling_factor": 2.0, "swiglu_limits": [0.0, 0.5], "swiglu_limits_shared": [0.0, 0.25],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        },
+    },
+    "deepseek_ocr2": {
+        "mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": 4, "n_group": None, "topk_group": None,
+        "n_shared_experts": 2, "routed_scaling_factor": 1.5,
+    },
     "qwen4_exp": {
         "num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"],
         "hc_lowrank": 16, "output_gate_type": "sigmoid", "indexer_head_dim": 64, "indexer_n_heads": 16,
@@ -150,8 +164,9 @@ def saved_model(family: str, folder: Path) -> Path:
     """The directory of a new random model, as transformers saves it."""
     family = TEXT_OF.get(family, family)
     tiny = FAMILIES[family]
-    changed = {**tiny.overrides, **OVERRIDES.get(family, {})}
-    FAMILIES[family] = type(tiny)(tiny.model_type, changed, tiny.text, tiny.towers)
+    changed = {**(tiny.overrides if tiny.text is None else tiny.text), **OVERRIDES.get(family, {})}
+    of_text = tiny.text is not None
+    FAMILIES[family] = replace(tiny, text=changed) if of_text else replace(tiny, overrides=changed)
     try:
         model = tiny_model(family)
     finally:

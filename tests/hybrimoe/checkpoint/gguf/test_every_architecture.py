@@ -90,6 +90,23 @@ def test_long_texts_are_compressed_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.families
+def test_rotated_halves_of_heads_are_scaled_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers does it: llama.cpp takes the factors of whole heads."""
+    scaling = {
+        "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    rotations = OVERRIDES["step3p7"]["rope_parameters"]
+    full = rotations["full_attention"] | scaling
+    changed = OVERRIDES["step3p7"] | {"rope_parameters": rotations | {"full_attention": full}}
+    plain = logits(load(saved_model("step3p7", tmp_path / "plain"), **FLOAT32))
+    monkeypatch.setitem(OVERRIDES, "step3p7", changed)
+    expected = logits(load(saved_model("step3p7", tmp_path), **FLOAT32))
+    assert not torch.equal(plain, expected)
+    assert torch.equal(logits(load(gguf_model("step3p7", tmp_path), **FLOAT32)), expected)
+
+
+@pytest.mark.families
 def test_blocks_are_chosen_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OVERRIDES, "qwen4_exp", OVERRIDES["qwen4_exp"] | {"indexer_budget": 4})
     expected = logits(load(saved_model("qwen4_exp", tmp_path), **FLOAT32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,11 +16,13 @@ from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
 from hybrimoe.checkpoint.gguf.config import config_of
 from hybrimoe.checkpoint.gguf.families import FAMILIES, NOT_READ
 from hybrimoe.checkpoint.gguf.file import open_gguf
+from hybrimoe.errors import CheckpointError
 
 from ....families.tiny_families import FOREIGN
+from .models import gguf_model
 
 DOCS = Path(__file__).parents[4] / "docs" / "gguf.md"
-INSIDE_MODELS_THAT_SEE = {"step35": "step3p7", "deepseek2-ocr": "deepseek_ocr2", "glm5-next": "glm5_next"}
+INSIDE_MODELS_THAT_SEE = {"glm5-next": "glm5_next"}
 
 
 @pytest.mark.parametrize("architecture", sorted(NOT_READ))
@@ -53,3 +56,18 @@ def test_minimax_rotates_whole_heads() -> None:
 
 def test_dbrx_is_refused_in_every_file() -> None:
     assert "dbrx" in FOREIGN, "dbrx could be read"
+
+
+def test_a_window_over_what_was_written_is_refused(tmp_path: Path) -> None:
+    file = gguf_model("deepseek_ocr2", tmp_path, tokenizer=lambda writer: writer.add_sliding_window(8))
+    with pytest.raises(UnsupportedCheckpointError, match="is an Unlimited-OCR"):
+        config_of(open_gguf(file))
+
+
+@pytest.mark.parametrize(("name", "values"), [("swiglu_clamp_exp", [-1.0, 0.0]), ("attention.head_count", [2, 0])])
+def test_wrong_values_of_layers_are_named(name: str, values: list[Any], tmp_path: Path) -> None:
+    def wrong(writer: gguf.GGUFWriter) -> None:
+        writer.add_array(f"{writer.arch}.{name}", values)
+
+    with pytest.raises(CheckpointError, match=rf"step35.{name} is"):
+        config_of(open_gguf(gguf_model("step3p7", tmp_path, tokenizer=wrong)))

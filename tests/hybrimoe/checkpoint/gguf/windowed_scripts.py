@@ -139,6 +139,56 @@ def _laguna(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
     yield next((f"{_block(key)}.{name}" for end, name in own.items() if key.endswith(end)), key), tensor
 
 
+def _describe_step(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    rotary, windows = config["rope_parameters"], [kind == "sliding_attention" for kind in config["layer_types"]]
+    heads = config["num_attention_heads"], config["num_sliding_attention_heads"]
+    describe_model(writer, config | {"num_attention_heads": [heads[windowed] for windowed in windows]})
+    describe_experts(writer, config)
+    _windows(writer, config)
+    writer.add_head_count_kv([config["num_key_value_heads"]] * len(windows))
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_freq_base(rotary["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(rotary["sliding_attention"]["rope_theta"])
+    writer.add_expert_shared_feed_forward_length(config["share_expert_dim"])
+    writer.add_expert_weights_scale(config["moe_router_scaling_factor"])
+    writer.add_expert_weights_norm(True)
+    writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
+    writer.add_swiglu_clamp_exp([float(limit or 0) for limit in config["swiglu_limits"]])
+    writer.add_swiglu_clamp_shexp([float(limit or 0) for limit in config["swiglu_limits_shared"]])
+
+
+def _step(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
+    if not key.startswith(("model.embed_tokens", "model.layers", "model.norm", "lm_head")):
+        return  # what sees
+    full = config["rope_parameters"]["full_attention"]
+    if key == "model.embed_tokens.weight" and full["rope_type"] == "llama3":
+        yield "rope_freqs.weight", _llama3_factors(config | {"rope_parameters": full})
+    own = {
+        "self_attn.g_proj.weight": "attn_gate.weight",
+        "moe.router_bias": "exp_probs_b.bias",
+        "moe.gate.weight": "ffn_gate_inp.weight",
+        **{f"moe.{part}_proj.weight": f"ffn_{part}_exps.weight" for part in ("gate", "up", "down")},
+        **{f"share_expert.{part}_proj.weight": f"ffn_{part}_shexp.weight" for part in ("gate", "up", "down")},
+    }
+    name = next((f"{_block(key)}.{name}" for end, name in own.items() if key.endswith(end)), key)
+    yield name, tensor + 1 if key.endswith("norm.weight") else tensor
+
+
+def _describe_ocr(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    describe_model(writer, config)
+    describe_heads(writer, config)
+    describe_experts(writer, config)
+    writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+
+
+def _ocr(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
+    if key.startswith(("model.embed_tokens", "model.layers", "model.norm", "lm_head")):
+        yield key, tensor
+
+
 def _describe_granite_swa(writer: GGUFWriter, config: dict[str, Any]) -> None:
     describe_model(writer, config)
     describe_heads(writer, config)
@@ -250,6 +300,8 @@ WINDOWED = {
     "llama4": Script("llama4", _describe_llama4, _llama4),
     "gemma4": Script("gemma4", _describe_gemma4, _gemma4),
     "mimo_v2_flash": Script("mimo2", _describe_mimo, _mimo),
+    "step3p7": Script("step35", _describe_step, _step),
+    "deepseek_ocr2": Script("deepseek2-ocr", _describe_ocr, _ocr),
     "laguna": Script("laguna", _describe_laguna, _laguna, "dots1"),
     "granitemoe_swa": Script("granite_swa", _describe_granite_swa, _granite_swa, "granitemoe"),
     "phimoe": Script("phimoe", _describe_phimoe, _phimoe),
