@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Where PYTHONDONTWRITEBYTECODE is set, each start would compile all modules of a checkout.
+COMPILE = $(BIN)/python -m compileall -q hybrimoe scheduler cpu_kernels gpu_kernels yaml_rules
 STAMP_BASE := $(VENV)/.hybrimoe-base
 STAMP_DEV := $(VENV)/.hybrimoe-dev
 
@@ -29,10 +31,12 @@ $(BIN)/python:
 
 $(STAMP_BASE): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e .
+	@$(COMPILE)
 	@touch $@
 
 $(STAMP_DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@$(COMPILE)
 	@touch $@ $(STAMP_BASE)
 
 demo: $(STAMP_BASE)  ## set up, then stream a text from the demo model and show what ran where

@@ -62,18 +62,18 @@ class BatchEngine:
 
     prefixes: what any earlier prompt or reply computed, so that it is not computed again; None: nothing is kept beyond
     the latest replies. part_tokens: of a prompt, between two tokens of the others; None for the generator's own size.
-    part_slower: see `prompt_parts.PromptPart`.
+    part_slower: see `prompt_parts.PromptPart`; part_us: what the others may wait for where a part is interrupted.
     One thread calls all methods.
     """
 
     def __init__(
         self, generator: TextGenerator, *, parallel: int = 1, prefixes: PrefixTree | None = None,
-        part_tokens: int | None = None, part_slower: float = 0.0,
+        part_tokens: int | None = None, part_slower: float = 0.0, part_us: float | None = None,
     ) -> None:  # fmt: skip
         self.generator = generator
         self.parallel = parallel
         self.prefixes = prefixes
-        self.part_tokens, self.part_slower = part_tokens, part_slower
+        self.part_tokens, self.part_slower, self.part_us = part_tokens, part_slower, part_us
         self._rows = CacheRows(generator.model, parallel, prefixes)
         self._tell_step()
         self._places: list[_Place] = []
@@ -149,6 +149,7 @@ class BatchEngine:
                 should_stop=should_stop,
                 part_tokens=self.part_tokens,
                 part_slower=self.part_slower,
+                part_us=self.part_us,
             )
         except Exception:
             self._rows.give_back(cache)

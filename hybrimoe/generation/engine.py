@@ -15,7 +15,14 @@ from hybrimoe.generation.decoding import warn_of_other_decoding
 from hybrimoe.generation.images.forward import ImageForward
 from hybrimoe.generation.images.tokens import has_images, is_inside, whole_images
 from hybrimoe.generation.kv_cache import PrefixCache
-from hybrimoe.generation.kv_memory import FEWEST_TOKENS, chunk_tokens, estimated_token_bytes, measured_token_bytes
+from hybrimoe.generation.kv_memory import (
+    FEWEST_TOKENS,
+    chunk_tokens,
+    estimated_token_bytes,
+    measured_token_bytes,
+    reads_experts,
+)
+from hybrimoe.generation.layer_major import LayerMajor, group_of
 from hybrimoe.generation.pace import DraftPace
 from hybrimoe.generation.profile import Profile
 from hybrimoe.generation.prompt_logprobs import PromptScorer, most_scored_tokens
@@ -144,6 +151,7 @@ class TextGenerator:
         profile: Profile | None = None,
         part_tokens: int | None = None,
         part_slower: float = 0.0,
+        part_us: float | None = None,
     ) -> Reply:
         """A reply to `prompt_ids`, computed while it is iterated.
 
@@ -153,6 +161,7 @@ class TextGenerator:
             profile: a new one, which then has where the time went.
             part_tokens: of the prompt, that are computed at once at most; None for `prefill_chunk_tokens`.
             part_slower: by which a part is smaller for each token before it, see `prompt_parts.PromptPart`.
+            part_us: what `prefill` may take where parts pass the layers together; None for all of them at once.
 
         Raises:
             PromptError: no token, one that the model does not have, or no room for a reply in the model's context.
@@ -163,7 +172,7 @@ class TextGenerator:
         check_token_ids(self.model, prompt_ids, self.tokenizer)
         options = (options or SamplingOptions()).with_seed()
         cache = cache or PrefixCache(self.model)
-        return Reply(self, list(prompt_ids), options, cache, should_stop, profile, part_tokens, part_slower)
+        return Reply(self, list(prompt_ids), options, cache, should_stop, profile, part_tokens, part_slower, part_us)
 
     def check_prompt(self, n_tokens: int, *, may_shift: bool = True) -> None:
         """Raises PromptError unless a prompt of `n_tokens` leaves room for one token, or what is too much of it is left
@@ -198,17 +207,8 @@ class TextGenerator:
         self, token_ids: Sequence[int], cache: PrefixCache, more: Mapping[str, Any] = NOTHING
     ) -> torch.Tensor:
         """Logits [n, V] by the model's forward, for which `more` replaces arguments that it takes."""
-        import torch
-
-        kwargs = self.forward_kwargs | {name: more[name] for name in more if name in self.forward_kwargs}
-        ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.model.device)
         try:
-            with torch.inference_mode():
-                inputs = self.model.prepare_inputs_for_generation(
-                    ids, past_key_values=cache.states, is_first_iteration=not cache.token_ids, **kwargs
-                )
-                seen = self._of_images.arguments(token_ids, cache.token_ids, self._shift_of(cache))
-                outputs = self.model(**inputs | seen)
+            outputs = self._outputs(token_ids, cache.states, cache.token_ids, self._shift_of(cache), more)
         except BaseException:
             cache.clear()  # some layers hold the new tokens, some do not
             raise
@@ -216,6 +216,36 @@ class TextGenerator:
         self._measure(cache)
         logits: torch.Tensor = outputs.logits[0]
         return logits
+
+    def _outputs(
+        self, token_ids: Sequence[int], states: Any, past_ids: Sequence[int], shift: int,
+        more: Mapping[str, Any] = NOTHING,
+    ) -> Any:  # fmt: skip
+        """What the model's forward returns of tokens behind `past_ids`, whose keys and values are in `states`."""
+        import torch
+
+        kwargs = self.forward_kwargs | {name: more[name] for name in more if name in self.forward_kwargs}
+        ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.model.device)
+        with torch.inference_mode():
+            inputs = self.model.prepare_inputs_for_generation(
+                ids, past_key_values=states, is_first_iteration=not past_ids, **kwargs
+            )
+            return self.model(**inputs | self._of_images.arguments(token_ids, past_ids, shift))
+
+    def by_layers(self, parts: Sequence[Sequence[int]], cache: PrefixCache) -> LayerMajor | None:
+        """The first of the parts of a prompt, as many as should pass the model's layers together, on top of `cache`;
+        None where each is to be computed by itself."""
+        n_parts = group_of(self.model, cache, parts)
+        if not n_parts:
+            return None
+        shift = self._shift_of(cache)
+
+        def forward(token_ids: Sequence[int], states: Any, n_before: int) -> torch.Tensor:
+            with self._on_device():
+                logits: torch.Tensor = self._outputs(token_ids, states, range(n_before), shift).logits[0]
+            return logits
+
+        return LayerMajor(self.model, forward, cache, parts[:n_parts])
 
     def forward_each(self, token_ids: Sequence[int], caches: Sequence[PrefixCache]) -> torch.Tensor | None:
         """Compute a token of each of several sequences on top of its cache, in one compiled step; logits [n, V].
@@ -350,6 +380,7 @@ class Reply:
         profile: Profile | None = None,
         part_tokens: int | None = None,
         part_slower: float = 0.0,
+        part_us: float | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.seed = options.seed
@@ -358,7 +389,9 @@ class Reply:
         self.text_offsets: list[int] = []
         self._generator = generator
         self.cache = cache
-        self._part_tokens, self._part_slower = part_tokens, part_slower
+        self._part_tokens, self._part_slower, self._part_us = part_tokens, part_slower, part_us
+        self._together: LayerMajor | None = None
+        """Parts of the prompt that pass the layers together."""
         self._parts: deque[tuple[int, int]] | None = None
         self._computed_ids = prompt_ids
         """What is computed as a prompt: the prompt, later what a shift has kept."""
@@ -497,7 +530,7 @@ class Reply:
         try:
             return self._next_part()
         except torch.OutOfMemoryError as error:
-            self._parts = None
+            self._parts = self._together = None
             self.cache.clear()
             self._generator.make_room(error)
             return None
@@ -565,6 +598,8 @@ class Reply:
         """The text that was held back; others may use what was computed."""
         if self._speculation is not None:
             self._speculation.give_up()
+        if self._together is not None:
+            self._together.give_up()
         self.share_prompt()
         if self.token_ids:
             self.cache.share_reply()
@@ -587,9 +622,18 @@ class Reply:
             if not self._parts:
                 self._prefilled()
                 return self.cache.known_logits()
-        start, end = self._parts.popleft()
-        forward = self._forward if scorer is None else scorer.forward
-        logits = forward(token_ids[start:end], self.cache)
+        if scorer is None and self._together is None and len(self._parts) > 1:
+            self._together = self._generator.by_layers([token_ids[a:b] for a, b in self._parts], self.cache)
+        if self._together is not None:
+            logits = self._pass_layers(self._together)
+            if logits is None:
+                return None
+            end = [self._parts.popleft() for _ in self._together.parts][-1][1]
+            self._together = None
+        else:
+            start, end = self._parts.popleft()
+            forward = self._forward if scorer is None else scorer.forward
+            logits = forward(token_ids[start:end], self.cache)
         if end in self._checkpoints:
             self.cache.checkpoint()
         if self._parts:
@@ -598,6 +642,17 @@ class Reply:
             self._unshared = logits
         self._prefilled()
         return None if self._parts else logits
+
+    def _pass_layers(self, together: LayerMajor) -> torch.Tensor | None:
+        """Parts pass layers for as long as others may wait, one pass at least; logits [V] once all have passed all."""
+        began = time.perf_counter_ns()
+        while True:
+            logits = together.advance()
+            if logits is not None or self._should_stop():
+                return logits
+            took_us = (time.perf_counter_ns() - began) / 1000
+            if self._part_us is not None and took_us + together.longest_us > self._part_us:
+                return None
 
     def _prefilled(self) -> None:
         """A part of the prompt is computed; what a shift computes later counts as time between two tokens."""
@@ -613,7 +668,10 @@ class Reply:
             size = min(size, most_scored_tokens(vocabulary_size(self._generator.model)))
         for end in (*self._checkpoints, len(self._computed_ids)):
             while start < end:
-                stop = self._after_image(min(start + self._part_size(start, size), end))
+                stop = min(start + self._part_size(start, size), end)
+                if 0 < end - stop <= FEWEST_TOKENS and reads_experts(self._generator.model):
+                    stop = start + -(-(end - start) // 2)  # a short last part would read nearly all of them for little
+                stop = self._after_image(stop)
                 yield start, stop
                 start = stop
 

@@ -23,6 +23,7 @@ __all__ = [
     "kv_budget_bytes",
     "measured_token_bytes",
     "number_of",
+    "reads_experts",
     "stored_bytes",
 ]
 
@@ -171,10 +172,10 @@ def chunk_tokens(model: Any, free_bytes: int | None = None) -> int:
     """
     free = device_memory(model.device)[0] if free_bytes is None else free_bytes
     fits = int(free * WORK_SHARE) // max(1, token_bytes(model))
-    return max(FEWEST_TOKENS, fits if _reads_experts(model) else min(MOST_TOKENS, fits))
+    return max(FEWEST_TOKENS, fits if reads_experts(model) else min(MOST_TOKENS, fits))
 
 
-def _reads_experts(model: Any) -> bool:
+def reads_experts(model: Any) -> bool:
     """Whether some of a model's experts are on disk alone."""
     injection = getattr(model, "hybrimoe", None)
     return injection is not None and not injection.session.store.in_memory

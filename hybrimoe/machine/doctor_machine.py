@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -23,6 +25,8 @@ from gpu_kernels.page_locked import page_locked
 from gpu_kernels.tuning import Timings, setting_of
 from gpu_kernels.waiting import wait_for_stream
 from hybrimoe.errors import HybriMoEError
+from hybrimoe.machine import bytecode
+from hybrimoe.machine.bytecode import PACKAGES
 from hybrimoe.machine.check import Check, guarded
 from hybrimoe.machine.facts import cpu_model
 from hybrimoe.machine.memory import available_bytes, total_bytes
@@ -35,6 +39,8 @@ LEAST_FREE_SHARE = 0.5
 """Of an accelerator's memory: with less, others use it, too."""
 LOCKED_BYTES = 1 << 20
 """That are page-locked for a trial."""
+SELDOM_SHARE = 0.5
+"""Of the modules, that a start of a model does not import: missing bytecode of so many may be theirs."""
 LEAST_CAPABILITY = 7, 0
 """Of NVIDIA cards for which Triton compiles."""
 
@@ -50,6 +56,7 @@ def checks() -> Iterator[Check]:
     yield from _card_kernels()
     yield _memory()
     yield _disk()
+    yield _bytecode(Path(__file__).parents[2])
     yield _kernel_cache()
     yield _packed_cache()
     yield _profile()
@@ -178,6 +185,21 @@ def _disk() -> Check:
     if free < LEAST_DISK_GIB * GIB:
         return Check("disk", "warn", found, f"make room, or set {cache_dir.ENV_CACHE} to a larger disk")
     return Check("disk", "ok", found)
+
+
+def _bytecode(root: Path) -> Check:
+    """Whether Python finds the packages under `root` compiled, or compiles all modules of them at each start."""
+    sources = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
+    missing = sum(not Path(importlib.util.cache_from_source(path)).exists() for path in sources)
+    found = f"{len(sources) - missing} of {len(sources)} modules have bytecode beside them"
+    if missing <= SELDOM_SHARE * len(sources) or not (sys.dont_write_bytecode or not os.access(root, os.W_OK)):
+        return Check("bytecode", "ok", found)
+    kept = bytecode.folder()
+    if cache_dir.is_writable(kept):
+        return Check("bytecode", "ok", f"{found}, that of others is kept in {kept}")
+    folders = " ".join(str(root / package) for package in PACKAGES)
+    advice = f"each start compiles the others, 0.7 s: python -m compileall -q {folders}"
+    return Check("bytecode", "warn", f"{found}, and none can be kept in {kept}", advice)
 
 
 def _kernel_cache() -> Check:

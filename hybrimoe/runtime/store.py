@@ -167,6 +167,10 @@ class ExpertStore:
         """How many reads of experts from disk have failed, and why the latest did; None where none has."""
         return None
 
+    def expect_again(self, again: bool) -> None:
+        """Whether the layer that is called next will be called again before any later one: its experts then stay in
+        memory rather than those of other layers."""
+
     def close(self) -> None:
         """Nothing is brought into memory any more."""
 

@@ -99,6 +99,7 @@ class Served:
             prefixes=prefix_tree(generator.model, self._prefix_cache, generator.kv_bytes or 0),
             part_tokens=None if self.part is None else self.part.n_tokens,
             part_slower=0.0 if self.part is None else self.part.slower,
+            part_us=None if self.part is None else 1000 * self._max_stall_ms,
         )  # fmt: skip
         worker = Worker(
             engine, self._queue_length, self._max_wait_s, self._ended,

@@ -11,6 +11,7 @@ from torch import nn
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.errors import KernelError, LayoutError
 from cpu_kernels.host.threads import torch_threads
+from cpu_kernels.step.kv_rows import make_ready
 from cpu_kernels.step.stored import KIND_OF
 from gpu_kernels.graphs import RecordsGraphs, graphs_of
 from gpu_kernels.step_kernels import StepKernels, load_step_kernels
@@ -124,6 +125,7 @@ def require_readable(model: nn.Module, way: StepWay, kv_dtype: str) -> None:
             program.compiled.prepare(KIND_OF[kv_dtype], plain)
         except LayoutError as error:
             raise ConfigError(f"{asked}: {error}") from error
+    make_ready()
 
 
 def _way_of_layer(way: StepWay, number: int) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.demand import Demand
+from scheduler.demand import Demand, LayerDemand
 from scheduler.forecast.affinity import MAX_ACTIVE
 from scheduler.forecast.residency import Residency
 from scheduler.forecast.use_model import FEW_TOKENS, UseModel
 from scheduler.forecast.value_model import keep_by_use
 
 Floats = npt.NDArray[np.float64]
+
+__all__ = ["LAYERS_AHEAD", "Worth", "make_ready"]
 
 LAYERS_AHEAD = 1
 """Distance of the forecast that needs no gates."""
@@ -60,3 +62,10 @@ class Worth:
         target = self.use.observe(demand, few)
         keep_by_use(self.keep, layer * self.n_experts, self.use.odds, self.use.far, layer, self.residency.horizon, 1.0)
         return None if target < 0 else (target, self.use.ahead[target])
+
+
+def make_ready() -> None:
+    """Compiles (or loads from the cache) what the first call would otherwise wait for."""
+    worth, nobody = Worth(2, 1, 1), np.zeros(1, np.int32)
+    for layer in range(2):
+        worth.observe(LayerDemand(layer, "decode", 1, nobody, np.ones(1, np.int32), np.ones(1, np.float32)))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from scheduler.demand import LayerDemand, Phase, Prediction
+from scheduler.host import HostView
 from scheduler.machine.costs import CostModel
 from scheduler.plan import LayerEnded, LayerPlan, TransferEnded
 from scheduler.planner.planner import Planner
@@ -17,7 +18,8 @@ LAYERS, EXPERTS, SLOTS = 3, 8, 6
 
 
 def rehearse(policy: str | Policy, params: Mapping[str, Any] | None = None, lookahead: int = 3) -> None:
-    """Plans a prefill and two decode steps of a made-up model, so that later plans find everything compiled.
+    """Plans a prefill and two decode steps of a made-up model, and the same where a planner is told what is in host
+    memory (all, some of the experts), so that later plans find everything compiled.
 
     Takes about 20 s with an empty cache of compiled code and 1 s with a filled one. Raises PolicyError as `Planner`.
     """
@@ -26,10 +28,11 @@ def rehearse(policy: str | Policy, params: Mapping[str, Any] | None = None, look
     _settle(planner, LayerPlan(0, 0, (), (), (), planner.warm_up(), (), 0.0))
     planner.begin_sequence()
     steps: tuple[tuple[Phase, int], ...] = (("prefill", 6), ("decode", 1), ("decode", 1))
-    for turn, (phase, n_tokens) in enumerate(steps):
+    for turn, (phase, n_tokens) in enumerate(steps * 3):
         planner.begin_step(phase, n_tokens)
         for layer in range(LAYERS):
-            plan = planner.plan_layer(_demand(layer, phase, n_tokens, turn))
+            demand = _demand(layer, phase, n_tokens, turn)
+            plan = planner.plan_layer(demand, host=_host(demand, turn // len(steps)))
             _settle(planner, plan)
             planner.on_event(LayerEnded(layer, ()))
 
@@ -43,6 +46,14 @@ def _demand(layer: int, phase: Phase, n_tokens: int, turn: int) -> LayerDemand:
         Prediction(later, active, loads.astype(np.float32), scores[active]) for later in range(layer + 1, LAYERS)
     )
     return LayerDemand(layer, phase, n_tokens, active, loads, scores, ahead)
+
+
+def _host(demand: LayerDemand, period: int) -> HostView | None:
+    """Of period 0 nothing; in host memory are then all experts, and at last every second one."""
+    if not period:
+        return None
+    held = np.arange(LAYERS * EXPERTS) % period == 0
+    return HostView(np.where(held[demand.layer * EXPERTS + demand.expert_ids], 0.0, 30.0), held)
 
 
 def _settle(planner: Planner, plan: LayerPlan) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
+from cpu_kernels.engine.dispatch import build_dispatch
 from gpu_kernels import Accelerator, AcceleratorError
 from hybrimoe.amounts import size_text
 from hybrimoe.errors import BudgetError, debugging
@@ -32,6 +33,7 @@ from hybrimoe.runtime.startup.units import Unit, blocks_of, slots_by_unit
 from hybrimoe.runtime.store import ExpertStore
 from hybrimoe.runtime.tier.store import TieredStore
 from scheduler import CostModel, ModelShape, Planner
+from scheduler.forecast import host_worth
 from scheduler.forecast.use_model import SLOW, Learnt
 from scheduler.planner.protocol import LayerPlanner
 from scheduler.planner.rehearsal import rehearse
@@ -117,6 +119,8 @@ class Startup:
         learnt; makes ready what the first call would compile."""
         if self.config.lookahead > 0 or experts.planner is not None:
             make_ready()
+        if isinstance(self.store, TieredStore):
+            host_worth.make_ready()
         if experts.planner is None:
             _rehearse_alone(self.layers[0], self.store)
             return
@@ -229,8 +233,16 @@ class Startup:
 
 
 def _rehearse_alone(layer: Layer, store: ExpertStore) -> None:
-    """Compiles (or loads) the one call of few tokens on the CPU, with the first expert and a token of zeros."""
-    if isinstance(layer.backend, NumbaBackend):
-        hidden, nobody = torch.zeros(1, layer.spec.hidden), torch.zeros(1, 1, dtype=torch.int64)
-        store.hold(0, [0])
-        layer.backend.run_routed(layer.spec, store.addresses(0), hidden, nobody, torch.ones(1, 1))
+    """Compiles (or loads) calls on the CPU, with the first expert and a token of zeros: those of few tokens are one
+    compiled function, those of many group them and are counted by themselves."""
+    backend, spec = layer.backend, layer.spec
+    assert backend is not None
+    records = store.hold(0, [0])
+    if isinstance(backend, NumbaBackend):
+        hidden, nobody = torch.zeros(1, spec.hidden), torch.zeros(1, 1, dtype=torch.int64)
+        backend.run_routed(spec, store.addresses(0), hidden, nobody, torch.ones(1, 1))
+    tallies.make_ready()
+    dispatch = build_dispatch(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), layer.num_experts)
+    rows = np.zeros((1, spec.hidden), np.float32), np.empty((1, spec.hidden), np.float32)
+    run = backend.run_trusted if isinstance(backend, NumbaBackend) else backend.run
+    run(spec, records, np.zeros(1, np.int32), dispatch, *rows)

@@ -103,6 +103,8 @@ class HostCache:
         self._n_ahead = 0
         self._many_from = n_layers
         """In a step of many tokens: the first layer whose turn is still to come, which will need nearly all experts."""
+        self.is_called_again = False
+        """Whether the layer that is called next will be called again before any later one."""
         self._ended: list[EndedRead] = []
         self._begun: list[tuple[int, int]] = []
         """(layer, expert) of the reads that have begun since a planner was told of them."""
@@ -135,7 +137,8 @@ class HostCache:
         self.ahead.note_time(perf_counter_ns() * 1e-3, self._waited_us)
         self._waited_us = 0.0
         forecast = self.worth.observe(demand)
-        self._many_from = layer + 1 if demand.phase == "prefill" and forecast is None else len(self.addresses)
+        to_come = layer if self.is_called_again else layer + 1
+        self._many_from = to_come if demand.phase == "prefill" and forecast is None else len(self.addresses)
         if forecast is not None:
             target, odds = forecast
             self.ahead.by_odds(target, odds[: self.places.layers[target].num_experts], self._slot_of >= 0)

@@ -123,6 +123,9 @@ class TieredStore(ExpertStore):
             return None
         return f"{cache.failed} reads of experts have failed since the start, the latest: {cache.latest_failure}"
 
+    def expect_again(self, again: bool) -> None:
+        self.cache.is_called_again = again
+
     def begin_step(self, *, new_sequence: bool) -> None:
         """A step begins: now and then the usage is saved, beside it."""
         if new_sequence:

@@ -21,8 +21,8 @@ from tests.fake_device import DEVICE_TYPE, fake_cards
 PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 LINES = [
     "Python", "torch", "transformers", "numba", "numpy", "CPU", "instruction set", "threads", "accelerator", "memory",
-    "disk", "kernel cache", "packed models", "calibration", "demo model", "extra onnx", "extra gpu", "extra serve",
-    "extra fast-serve", "extra otel", "extra gguf", "extra images", "extra smollm2",
+    "disk", "bytecode", "kernel cache", "packed models", "calibration", "demo model", "extra onnx", "extra gpu",
+    "extra serve", "extra fast-serve", "extra otel", "extra gguf", "extra images", "extra smollm2",
     "extra ui", "extra cluster", "extra bench", "extra ipex",
 ]  # fmt: skip
 
@@ -168,6 +168,26 @@ def test_unwritable_caches_are_warnings_with_the_variable_to_set(monkeypatch, tm
         assert line(checks, name).status == "warn"
         assert variable in line(checks, name).advice
     assert line(checks, "disk").status == "ok"
+
+
+def test_modules_that_each_start_compiles_are_a_warning(monkeypatch, tmp_path) -> None:
+    for package in doctor_machine.PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("")
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert doctor_machine._bytecode(tmp_path).status == "ok"  # the next start writes it
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    check = doctor_machine._bytecode(tmp_path)
+    assert (check.status, check.advice) == ("ok", "")
+    assert str(tmp_path / "cache") in check.found
+    (tmp_path / "file").write_text("not a directory")
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path / "file"))
+    check = doctor_machine._bytecode(tmp_path)
+    assert check.status == "warn"
+    subprocess.run([sys.executable, *check.advice.partition("python ")[2].split()], check=True)
+    check = doctor_machine._bytecode(tmp_path)
+    assert (check.status, check.found) == ("ok", "5 of 5 modules have bytecode beside them")
 
 
 def test_little_memory_and_disk_are_warnings(monkeypatch) -> None:
