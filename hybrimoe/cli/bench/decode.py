@@ -31,8 +31,9 @@ def decode(
     """Tokens a second of decoding: policies and dtypes side by side in alternating rounds.
 
     Before anything is timed, the logits of every contender are compared with plain transformers'; wrong numbers end
-    the benchmark. Figures with an emulated accelerator say so: that lane runs on the CPU, too. With --profile, a reply
-    after the rounds shows where a token's time goes.
+    the benchmark. A shape runs as a model of it would; the demo model, and what needs slots (--policy, --slots), have
+    an emulated accelerator where there is none. Such figures say so: that lane runs on the CPU, too. With --profile, a
+    reply after the rounds shows where a token's time goes.
     """
     steps = min(new_tokens, QUICK_TOKENS) if contenders.quick else new_tokens
     contenders.measured("decode", model, prompt_tokens, steps, profile=profile, as_json=as_json)

@@ -111,7 +111,7 @@ class ContendersGroup:
             raise ConfigError(unknown("model shape", self.shape, shape_names()))
         deploy = partial(
             deploy_config, self.config, model=model if self.shape is None else None,
-            accelerator=self.accelerator, threads=self.threads, unknown_keys=self.unknown_keys,
+            accelerator=self._accelerator(), threads=self.threads, unknown_keys=self.unknown_keys,
         )  # fmt: skip
         for name in self.llama_kv or ():
             if name not in LLAMA_KV:
@@ -125,7 +125,7 @@ class ContendersGroup:
         for kv_dtype in self.kv_dtype or ():
             deploy(kv_dtype=kv_dtype)
         for policy in (None, *(self.policy or ())):
-            deploy(policy=policy, slots=self.slots)
+            deploy(policy=policy, slots=self._slots())
         from hybrimoe.bench.model.measure import Request
 
         request = Request(
@@ -148,11 +148,23 @@ class ContendersGroup:
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rounds=min(self.rounds, options.QUICK_ROUNDS) if self.quick else self.rounds,
-            slots=self.slots,
+            slots=self._slots(),
             profile=profile,
             deploy=deploy,
         )
         measure_and_show(request, csv=self.csv, plot=self.plot, as_json=as_json)
+
+    def _is_as_served(self) -> bool:
+        """Whether a shape is to run as a model of it would, not as the demo model, whose preset shows scheduling on
+        every machine: nobody has chosen how it runs, or compares what needs slots."""
+        asked = self.config or self.slots or self.policy or self.lossy or self.compare_policies
+        return self.shape is not None and not asked
+
+    def _accelerator(self) -> str | None:
+        return "auto" if self.accelerator is None and self._is_as_served() else self.accelerator
+
+    def _slots(self) -> str | None:
+        return "auto" if self._is_as_served() else self.slots
 
 
 @dataclass(frozen=True, slots=True)

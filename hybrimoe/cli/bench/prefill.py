@@ -29,7 +29,8 @@ def prefill(
     """Tokens a second of computing a prompt: policies and dtypes side by side in alternating rounds.
 
     Before anything is timed, the logits of every contender are compared with plain transformers'; wrong numbers end
-    the benchmark. Figures with an emulated accelerator say so: that lane runs on the CPU, too.
+    the benchmark. A shape runs as a model of it would; the demo model, and what needs slots (--policy, --slots), have
+    an emulated accelerator where there is none. Such figures say so: that lane runs on the CPU, too.
     """
     length = min(prompt_tokens, QUICK_TOKENS) if contenders.quick else prompt_tokens
     contenders.measured("prefill", model, length, 0, as_json=as_json)

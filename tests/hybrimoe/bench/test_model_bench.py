@@ -147,6 +147,28 @@ def test_random_weights_in_a_real_shape_need_no_checkpoint(monkeypatch):
         model.hybrimoe.session.close()
 
 
+@pytest.mark.parametrize(
+    ("words", "provenance"),
+    [
+        ([], "measured"),
+        (["--accelerator", "emulated"], "measured, accelerator emulated"),
+        (["--policy", "ours"], "measured, accelerator emulated"),
+        (["--slots", "0.5"], "measured, accelerator emulated"),
+        (["--slots", "0.5", "--accelerator", "none"], "measured"),
+    ],
+    ids=" ".join,
+)
+def test_a_shape_runs_as_a_model_of_it_would_unless_slots_are_asked_for(monkeypatch, words, provenance):
+    """It ran as the demo model, whose lanes are emulated without a card: at half the speed that a user gets."""
+    tiny = {"hidden_size": 64, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 100}
+    make = sources._config
+    monkeypatch.setattr(sources, "_config", lambda shape, layers, replaced: make(shape, layers, tiny))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    given = ("decode", "--shape", "olmoe-1b-7b", "--layers", "1", "--no-plain", "--rounds", "1", "-n", "2", *words)
+    (row,) = run(*given)["results"]
+    assert row["provenance"] == provenance
+
+
 def test_comparing_policies_sets_cache_off_beside_cache_on():
     request = model_bench.Request(
         kind="decode", model=None, shape=None, layers=None, policies=(), dtypes=("int4", "int8"), compare_policies=True,
