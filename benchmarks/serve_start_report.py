@@ -26,12 +26,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-LOOK_SECONDS = 0.01
-"""Between two looks at /health."""
+LOOK_SECONDS = 0.05
+"""Between two looks at /health, which the server answers beside its start."""
 PATIENCE_SECONDS = 1800.0
 """For a first start, which packs the model."""
 HEAD = """{model}, {rounds} starts each, in turn, on {cpu}, {cores} CPUs; medians (least to most).
-{bytecode}
+
 | sources | first /health that says ok | first token | CPU time |
 |---|---|---|---|
 """
@@ -61,7 +61,7 @@ def main() -> None:
     for number in range(given.rounds):
         for root in roots if number % 2 == 0 else reversed(roots):
             starts[root].append(start(root, given.model, given.arguments.split()))
-    print(HEAD.format(model=given.model, rounds=given.rounds, cpu=cpu(), cores=os.cpu_count(), bytecode=bytecode()))
+    print(HEAD.format(model=given.model, rounds=given.rounds, cpu=cpu(), cores=os.cpu_count()))
     for root, found in starts.items():
         columns = [spread([getattr(one, name) for one in found]) for name in Start.__dataclass_fields__]
         print(f"| {root} | {' | '.join(columns)} |")
@@ -128,13 +128,6 @@ def cpu() -> str:
     from hybrimoe.machine.facts import cpu_model
 
     return cpu_model()
-
-
-def bytecode() -> str:
-    """Whether Python keeps what it compiles of the sources."""
-    if sys.dont_write_bytecode:
-        return "PYTHONDONTWRITEBYTECODE is set: sources without __pycache__ are compiled at each start, about 0.5 s.\n"
-    return ""
 
 
 if __name__ == "__main__":

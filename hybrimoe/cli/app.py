@@ -28,6 +28,7 @@ from typer.main import get_group
 from hybrimoe.cli.shared.libraries import collect_seldom
 from hybrimoe.cli.views import render
 from hybrimoe.cli.views.waiting import set_wait_policy
+from hybrimoe.machine.bytecode import keep_bytecode
 
 RUN, UNDERSTAND, MEASURE = "Run a model", "Understand what happens", "Measure and simulate"
 
@@ -267,6 +268,7 @@ def root(
 
 def main() -> None:
     """The console entry point."""
+    keep_bytecode()
     collect_seldom()
     set_wait_policy(sys.argv[1:])
     app()

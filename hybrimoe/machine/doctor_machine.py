@@ -25,6 +25,8 @@ from gpu_kernels.page_locked import page_locked
 from gpu_kernels.tuning import Timings, setting_of
 from gpu_kernels.waiting import wait_for_stream
 from hybrimoe.errors import HybriMoEError
+from hybrimoe.machine import bytecode
+from hybrimoe.machine.bytecode import PACKAGES
 from hybrimoe.machine.check import Check, guarded
 from hybrimoe.machine.facts import cpu_model
 from hybrimoe.machine.memory import available_bytes, total_bytes
@@ -37,7 +39,6 @@ LEAST_FREE_SHARE = 0.5
 """Of an accelerator's memory: with less, others use it, too."""
 LOCKED_BYTES = 1 << 20
 """That are page-locked for a trial."""
-PACKAGES = ("hybrimoe", "scheduler", "cpu_kernels", "gpu_kernels", "yaml_rules")
 SELDOM_SHARE = 0.5
 """Of the modules, that a start of a model does not import: missing bytecode of so many may be theirs."""
 LEAST_CAPABILITY = 7, 0
@@ -190,13 +191,15 @@ def _bytecode(root: Path) -> Check:
     """Whether Python finds the packages under `root` compiled, or compiles all modules of them at each start."""
     sources = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
     missing = sum(not Path(importlib.util.cache_from_source(path)).exists() for path in sources)
-    found = f"{len(sources) - missing} of {len(sources)} modules have bytecode"
-    if missing <= SELDOM_SHARE * len(sources) or not sys.dont_write_bytecode:
+    found = f"{len(sources) - missing} of {len(sources)} modules have bytecode beside them"
+    if missing <= SELDOM_SHARE * len(sources) or not (sys.dont_write_bytecode or not os.access(root, os.W_OK)):
         return Check("bytecode", "ok", found)
+    kept = bytecode.folder()
+    if cache_dir.is_writable(kept):
+        return Check("bytecode", "ok", f"{found}, that of others is kept in {kept}")
     folders = " ".join(str(root / package) for package in PACKAGES)
-    why = "each start compiles the others, up to 0.5 s (PYTHONDONTWRITEBYTECODE is set)"
-    advice = f"{why}: python -m compileall -q {folders}"
-    return Check("bytecode", "warn", found, advice)
+    advice = f"each start compiles the others, 0.7 s: python -m compileall -q {folders}"
+    return Check("bytecode", "warn", f"{found}, and none can be kept in {kept}", advice)
 
 
 def _kernel_cache() -> Check:

@@ -18,13 +18,18 @@ import transformers
 from family_check import PLACEMENTS, compare, describe, plain_outputs
 from seeing_models import FAMILIES_THAT_SEE
 from tiny_families import ENCODER_DECODER, FAMILIES, FOREIGN, NOT_CAUSAL, WRAPPED, tiny_model
+from transformers import PreTrainedModel
 
+import hybrimoe
 from hybrimoe.experts.layout import FOREIGN_EXPERTS
+from hybrimoe.step.build import capture_step
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON_FILE, TABLE_FILE, README = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md", ROOT / "README.md"
 BEGIN, END = "<!-- families:begin (python tests/families/write_report.py) -->", "<!-- families:end -->"
 TOLERANCE = 1e-4
+REFUSED_BY_CARDS = {"phimoe": "makes its rotary embedding on the host in each step, which an H200 did not record"}
+"""What graphs that run on the host do not show."""
 WRAPPER = "ForConditionalGeneration"
 """In the class names of models that wrap a language model."""
 
@@ -38,7 +43,8 @@ def measure(family: str) -> dict[str, Any]:
         max(r.prefill_error, r.decode_error) <= TOLERANCE and r.same_tokens and r.restored for r in results.values()
     )
     errors = {name: float(f"{max(r.prefill_error, r.decode_error):.0e}") for name, r in results.items()}
-    return describe(family) | {"works": works, "max_logit_error": errors} | decode_step(results["cpu"].ways)
+    ways = decode_step(results["cpu"].ways) | captured_step(family, model)
+    return describe(family) | {"works": works, "max_logit_error": errors} | ways
 
 
 def decode_step(ways: Mapping[str, str]) -> dict[str, str]:
@@ -50,6 +56,21 @@ def decode_step(ways: Mapping[str, str]) -> dict[str, str]:
     if not mixed:
         return {"decode_step": "transformers", "why": next(iter(ways.values())).removeprefix("transformers: ")}
     return {"decode_step": f"in pieces: {len(compiled)} of {len(ways)} layers, {len(mixed) - len(compiled)} in part"}
+
+
+def captured_step(family: str, model: PreTrainedModel) -> dict[str, str]:
+    """Whether the decode steps of a model are captured on a card, told by graphs that run on the host, and why not."""
+    from tests.fake_device.graphs import NotedGraphs  # `main` has put it on the path
+
+    if family in REFUSED_BY_CARDS:
+        return {"on_a_card": "transformers", "why_not": REFUSED_BY_CARDS[family]}
+    injection = hybrimoe.inject(model, accelerator="emulated", gpu_expert_slots=4, expert_dtype="float32")
+    try:
+        way = injection.way = capture_step(model, injection.session, torch.device("cpu"), NotedGraphs())
+        reason = str(way.reason)
+        return {"on_a_card": "captured"} if way.step else {"on_a_card": "transformers", "why_not": reason}
+    finally:
+        injection.restore()
 
 
 def report() -> dict[str, Any]:
@@ -80,16 +101,17 @@ def long_table(data: Mapping[str, Any]) -> str:
         "the largest deviation of a logit, over a prompt and six tokens generated with a KV cache (allowed:",
         f"{data['tolerance']:g}); the same greedy tokens; and bit-exact equality after `restore()`. Placements: all",
         "experts on the CPU, all on the (emulated) accelerator, and mixed. Decode step: how a token is computed where",
-        "all experts are on the CPU, compiled as a whole, in pieces, or by the forward of transformers.",
+        "all experts are on the CPU, compiled as a whole, in pieces, or by the forward of transformers. On a card:",
+        "captured in its graphs (tested on a fake one, whose graphs run on the host), or by transformers.",
         "Written by `python tests/families/write_report.py`; `make test` checks it.",
         "",
-        "| family | model | experts | gate | stored | CPU | accelerator | mixed | decode step |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| family | model | experts | gate | stored | CPU | accelerator | mixed | decode step | on a card |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for family, row in data["families"].items():
         cells = [f"{row['max_logit_error'][placement]:.0e}" for placement in ("cpu", "accelerator", "mixed")]
         cells = cells if row["works"] else [f"{cell} (fails)" for cell in cells]
-        cells.append(row["decode_step"])
+        cells += [row["decode_step"], row["on_a_card"]]
         names = (f"`{row['model_class']}`", f"`{row['experts_class']}`", row["gate"], row["form"])
         lines.append(
             f"| {family} | {' | '.join(name.replace('|', chr(92) + '|') for name in names)} | {' | '.join(cells)} |"
@@ -105,6 +127,8 @@ def long_table(data: Mapping[str, Any]) -> str:
     ]
     lines += ["", "Decode steps by the forward of transformers, with the reason:", "", "| family | why |", "|---|---|"]
     lines += [f"| {family} | {row['why']} |" for family, row in data["families"].items() if "why" in row]
+    lines += ["", "On a card by the forward of transformers, with the reason:", "", "| family | why |", "|---|---|"]
+    lines += [f"| {family} | {row['why_not']} |" for family, row in data["families"].items() if "why_not" in row]
     lines += ["", "Not supported, with the reason:", "", "| family | why |", "|---|---|"]
     lines += [f"| {family} | {reason} |" for family, reason in data["not_supported"].items()]
     return "\n".join(lines) + "\n"
@@ -115,11 +139,13 @@ def short_table(data: Mapping[str, Any]) -> str:
     works = [family for family, row in data["families"].items() if row["works"]]
     fails = [family for family, row in data["families"].items() if not row["works"]]
     steps = Counter(row["decode_step"].partition(":")[0] for row in data["families"].values())
+    captured = sum(row["on_a_card"] == "captured" for row in data["families"].values())
     worst = max(max(row["max_logit_error"].values()) for row in data["families"].values())
     lines = [
         f"{len(works)} families of transformers {data['transformers']} run, {steps['compiled']} of them with decode",
-        f"steps compiled as a whole on the CPU, {steps['in pieces']} in pieces; the largest deviation of a logit from",
-        f"plain transformers is {worst:.0e} in float32. Not supported:",
+        f"steps compiled as a whole on the CPU, {steps['in pieces']} in pieces, and {captured} captured in graphs",
+        f"of a card (counted on a fake one); the largest deviation of a logit from plain transformers is {worst:.0e}",
+        "in float32. Not supported:",
         f"{', '.join(data['not_supported'])}.",
         "Each family, with what was compared, or the reason why not: [docs/families.md](docs/families.md).",
     ]
@@ -139,6 +165,7 @@ def with_table(readme: str, table: str) -> str:
 
 def main() -> None:
     """Measures and writes all three files; `--tables` writes the tables anew from the recorded results."""
+    sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     recorded = sys.argv[1:] == ["--tables"]
     write(json.loads(JSON_FILE.read_text(encoding="utf-8")) if recorded else report())

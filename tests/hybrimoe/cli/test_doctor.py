@@ -174,15 +174,20 @@ def test_modules_that_each_start_compiles_are_a_warning(monkeypatch, tmp_path) -
     for package in doctor_machine.PACKAGES:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("")
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     assert doctor_machine._bytecode(tmp_path).status == "ok"  # the next start writes it
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     check = doctor_machine._bytecode(tmp_path)
-    assert (check.status, check.found) == ("warn", "0 of 5 modules have bytecode")
-    words = check.advice.partition("python ")[2].split()
-    subprocess.run([sys.executable, *words], check=True)
+    assert (check.status, check.advice) == ("ok", "")
+    assert str(tmp_path / "cache") in check.found
+    (tmp_path / "file").write_text("not a directory")
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path / "file"))
     check = doctor_machine._bytecode(tmp_path)
-    assert (check.status, check.found) == ("ok", "5 of 5 modules have bytecode")
+    assert check.status == "warn"
+    subprocess.run([sys.executable, *check.advice.partition("python ")[2].split()], check=True)
+    check = doctor_machine._bytecode(tmp_path)
+    assert (check.status, check.found) == ("ok", "5 of 5 modules have bytecode beside them")
 
 
 def test_little_memory_and_disk_are_warnings(monkeypatch) -> None:
