@@ -22,12 +22,12 @@ from hybrimoe.checkpoint.progress import Progress
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 from hybrimoe.experts.layout import ExpertsLayout
-from hybrimoe.runtime.store import ExpertStore
+from hybrimoe.runtime.store import ExpertStore, LayerSpec
 
 MAX_WORKERS = 8  # beyond it, disk and memory bandwidth decide
-EXPERTS_PER_WORKER = 10
-"""Of a layer: packing an expert takes up to 20 bytes a weight for a while (measured, int4), ten times its bfloat16
-size, so that all workers together stay below one layer of the checkpoint."""
+WORKER_BYTES_PER_WEIGHT = 16
+"""Of an expert while it is read and packed: 4 to 8 bytes are counted (as the file has it or decoded, matrices alone and
+joined), 9 to 14 measured, since the C library keeps what was freed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,18 +171,25 @@ def _holder(entries: dict[str, torch.Tensor]) -> Any:
 def pack_experts(store: ExpertStore, sources: Sequence[LayerSource], shapes: ModelShapes, show: Progress) -> None:
     """Reads every layer of `store` from its source (by path) and packs it.
 
-    In memory at a time, beside the store: a few experts, less than one layer of the checkpoint. `show` is called from
-    this thread. Raises CheckpointError for what does not match or is not finite, naming the checkpoint's tensors.
+    In memory at a time, beside the store: a few experts, less than one layer as it is packed (where even one expert is
+    more than that, one). `show` is called from this thread. Raises CheckpointError for what does not match or is not
+    finite, naming the checkpoint's tensors.
     """
     by_path = {source.path: source for source in sources}
     done = 0
     for layer, spec in enumerate(store.layers):
         reader = by_path[spec.path].reader(shapes)
-        workers = max(1, min(os.cpu_count() or 1, MAX_WORKERS, spec.num_experts // EXPERTS_PER_WORKER))
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(_workers(spec)) as pool:
             for _ in pool.map(partial(_pack_one, store, layer, reader), range(spec.num_experts)):
                 done += spec.spec.record_bytes
                 show(done, store.nbytes, "packing experts")
+
+
+def _workers(layer: LayerSpec) -> int:
+    """Threads that pack a layer: so many that the experts in their hands take less than the packed layer."""
+    matrices = 3 if layer.spec.activation.gated else 2
+    worker_bytes = WORKER_BYTES_PER_WEIGHT * matrices * layer.spec.hidden * layer.spec.inter
+    return max(1, min(os.cpu_count() or 1, MAX_WORKERS, layer.nbytes // worker_bytes))
 
 
 def _pack_one(store: ExpertStore, layer: int, reader: ExpertReader, expert: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from hybrimoe.checkpoint.formats.codes import FP4_PER_BYTE, WORD_BITS, fp4_values, n_words, unpack
 from hybrimoe.checkpoint.formats.quantisation import Quantisation
 from hybrimoe.checkpoint.formats.scales import E8M0_DTYPES, decoded
-from hybrimoe.checkpoint.formats.source import COLUMN_GROUPS, ROUNDED, DecodedSource, Parts, grouped, storage_of_groups
+from hybrimoe.checkpoint.formats.source import COLUMN_GROUPS, ROUNDED, DecodedSource, Parts, scaled, storage_of_groups
 from hybrimoe.checkpoint.stored import Storage
 from hybrimoe.errors import CheckpointError
 
@@ -104,7 +104,7 @@ def decode_fp4(parts: Tensors) -> torch.Tensor:
         scale = scale / divisor.float().reshape(-1, *(1,) * (scale.dim() - 1))
     if (factor := parts.get("factor")) is not None:
         scale = scale * factor.float().reshape(-1, *(1,) * (scale.dim() - 1))
-    return values * grouped(scale, values.shape[-1])
+    return scaled(values, scale)
 
 
 def _check_groups(key: str, columns: int, parts: Parts) -> None:
@@ -130,11 +130,9 @@ def _groups(parts: Tensors) -> torch.Tensor | None:
 def _scaled(
     codes: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor | None, groups: torch.Tensor | None
 ) -> torch.Tensor:
-    columns = codes.shape[-1]
     if zeros is not None:
         zeros = zeros.float() if zeros.dim() > 1 else zeros.float().reshape(-1, 1)
-        codes = codes - grouped(zeros, columns, groups)
-    return codes * grouped(scale.float(), columns, groups)
+    return scaled(codes, scale.float(), zeros, groups)
 
 
 def _storage(name: str, bits: int, columns: int, parts: Parts) -> Storage:

@@ -15,7 +15,7 @@ import torch
 
 from hybrimoe.checkpoint.formats.codes import WORD_BITS, n_words, unpack
 from hybrimoe.checkpoint.formats.quantisation import AWQ, Quantisation
-from hybrimoe.checkpoint.formats.source import COLUMN_GROUPS, DecodedSource, Parts, grouped, storage_of_groups
+from hybrimoe.checkpoint.formats.source import COLUMN_GROUPS, DecodedSource, Parts, scaled, storage_of_groups
 from hybrimoe.errors import CheckpointError
 
 AWQ_BITS = 4
@@ -74,8 +74,10 @@ def decode_gptq(
     codes = unpack(parts["qweight"].T, bits, columns)
     zeros = unpack(parts["qzeros"], bits, scales.shape[0]).T.float()
     zeros = (zeros + zero_shift) % 2**bits
-    groups = parts[COLUMN_GROUPS] if COLUMN_GROUPS in parts else torch.arange(columns) // group
-    return (codes.float() - grouped(zeros, columns, groups)) * grouped(scales, columns, groups)
+    one_by_one = torch.arange(columns) // group
+    groups = parts.get(COLUMN_GROUPS, one_by_one)
+    neighbours = columns % group == 0 and torch.equal(groups.long(), one_by_one)
+    return scaled(codes, scales, zeros, None if neighbours else groups)
 
 
 def _awq(key: str, parts: Parts) -> DecodedSource:
@@ -89,10 +91,8 @@ def _awq(key: str, parts: Parts) -> DecodedSource:
 
 def decode_awq(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """float32 [N, K]."""
-    scales = parts["scales"].T.float()
-    codes, zeros = (_awq_codes(parts[name]).T.float() for name in ("qweight", "qzeros"))
-    columns = codes.shape[1]
-    return (codes - grouped(zeros, columns)) * grouped(scales, columns)
+    codes, zeros = (_awq_codes(parts[name]).T for name in ("qweight", "qzeros"))
+    return scaled(codes, parts["scales"].T.float(), zeros.float())
 
 
 def _awq_codes(words: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,26 @@ def grouped(values: torch.Tensor, columns: int, groups: torch.Tensor | None = No
     return values.repeat_interleave(-(-columns // n_groups), dim=-1)[..., :columns]
 
 
+def scaled(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None, groups: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(codes - zeros) x scales, float32 [..., K], in no more memory than that: codes that are float32 become it.
+
+    scales, zeros: [..., G], one for each group of columns, as `grouped` has them.
+    """
+    values, columns = codes.float(), codes.shape[-1]
+    if groups is None and columns % scales.shape[-1] == 0:
+        by_group = values.unflatten(-1, (scales.shape[-1], -1))
+        if zeros is not None:
+            by_group -= zeros[..., None]
+        by_group *= scales[..., None]
+        return values
+    if zeros is not None:
+        values -= grouped(zeros, columns, groups)
+    values *= grouped(scales, columns, groups)
+    return values
+
+
 def storage_of_groups(name: str, bits: int, columns: int, n_groups: int, *, symmetric: bool, ordered: bool) -> Storage:
     """How rows of codes lie in a checkpoint, and the records that suit them. n_groups: of a row, each with a scale;
     ordered: columns of a group are not neighbours (act-order)."""
