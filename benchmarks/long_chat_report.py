@@ -40,11 +40,13 @@ def table(result: dict[str, Any], cpu: str | None = None) -> str:
     """One measurement as Markdown. cpu: in place of the name that the CPU gave itself."""
     machine = result["machine"]
     layers = f"{result['layers']} layer{'' if result['layers'] == 1 else 's'}"
+    rounds = "one round"
+    if result["rounds"] > 1:
+        rounds = f"medians of {result['rounds']} alternating rounds, in brackets the least and the greatest"
     title = (
         f"\n{result['model']}, {layers} ({result['weights']} weights), {result['expert_dtype']} experts,"
         f"\non {cpu or machine['cpu']}, {machine['cores']} cores; {result['turn_tokens']} new tokens a turn, replies of"
-        f" {result['new_tokens']};\nmedians of {result['rounds']} alternating rounds, in brackets the least and the"
-        " greatest.\n"
+        f" {result['new_tokens']};\n{rounds}.\n"
     )
     rows = result["rows"]
     return title + HEAD + "".join(_lines(rows)) + "\n" + "".join(_compared(rows)) + "".join(_tiers(rows))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 from hybrimoe.generation.context import model_context_tokens
@@ -33,6 +34,12 @@ their own. Prompts of up to 64 may be one compiled step, where a token takes les
 LEAST_TOKENS = 16
 """Of a part: fewer would read the weights for next to nothing."""
 TRIAL_SEED = 0
+ROUNDS, TRIAL_US = 3, 1.5e6
+"""How often each of the prompts is timed, as long as all together take no longer than this: a program that runs beside
+for a moment would count for a week, and how far the times are apart says what a part may take."""
+LEAST_SPREAD = 1.1
+"""Longest time of a part over the usual one: beside a prompt of 65,000 tokens, alone on a machine, the longest wait was
+1.08 times what a part was to take (docs/server.md), and a stream waits for its own step, too."""
 KEPT_DAYS = 7
 """Times that are older are measured anew: the machine may have been busy then."""
 ATTENTION_FACTOR = 1.3
@@ -63,10 +70,11 @@ class PromptPart:
 
 @dataclass(frozen=True, slots=True)
 class PromptTimes:
-    """What a part of a prompt takes on this machine: fixed_us + n * per_token_us."""
+    """What a part of a prompt takes on this machine: fixed_us + n * per_token_us, and up to `spread` times as long."""
 
     fixed_us: float
     per_token_us: float
+    spread: float = LEAST_SPREAD
 
 
 class TimesFile:
@@ -83,11 +91,12 @@ class TimesFile:
         """What was measured; None where there is nothing, nothing that makes sense, or too old."""
         try:
             found = json.loads(self.path.read_bytes())
-            times = PromptTimes(float(found["fixed_us"]), float(found["per_token_us"]))
+            times = PromptTimes(float(found["fixed_us"]), float(found["per_token_us"]), float(found["spread"]))
             age_s = self._now_s() - float(found["measured_s"])
         except (OSError, ValueError, TypeError, KeyError):
             return None
         sound = 0.0 <= times.fixed_us < math.inf and 0.0 < times.per_token_us < math.inf
+        sound = sound and 1.0 <= times.spread < math.inf
         return times if sound and 0.0 <= age_s <= KEPT_DAYS * 86_400 else None
 
     def _remove_old(self) -> None:
@@ -98,7 +107,10 @@ class TimesFile:
 
     def write(self, times: PromptTimes) -> None:
         """Keeps them, without a word where nothing can be written: the next start measures, as this one did."""
-        told = {"fixed_us": times.fixed_us, "per_token_us": times.per_token_us, "measured_s": self._now_s()}
+        told = {
+            "fixed_us": times.fixed_us, "per_token_us": times.per_token_us, "spread": times.spread,
+            "measured_s": self._now_s(),
+        }  # fmt: skip
         own = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,30 +134,40 @@ def measured_part(
         times = measured_times(generator, clock_ns)
         if kept is not None:
             kept.write(times)
-    part = chosen_part(times.fixed_us, times.per_token_us, stall_us)
+    part = chosen_part(times.fixed_us, times.per_token_us, stall_us / times.spread)
     n_tokens = min(part.n_tokens, MOST_TOKENS, chunk_tokens(generator.model))
     return PromptPart(n_tokens, part.expected_us * n_tokens / part.n_tokens, attention_share(generator.model))
 
 
 def measured_times(generator: Computes, clock_ns: Callable[[], int] = time.perf_counter_ns) -> PromptTimes:
-    """Computes three short prompts, which count in no statistics; the first is not timed, because a model's first call
-    does more than others."""
+    """Computes short prompts, which count in no statistics; the first is not timed, because a model's first call does
+    more than others. Medians of up to `ROUNDS` of each length, and how far the longest of the longer ones is from them.
+    """
     longest = min(MANY_TOKENS, model_context_tokens(generator.model.config) or MANY_TOKENS)
     few = max(1, longest // (MANY_TOKENS // FEW_TOKENS))
     numbers = random.Random(TRIAL_SEED)
     ids = [numbers.randrange(vocabulary_size(generator.model)) for _ in range(longest)]
-    times_us = []
-    for n_tokens in (few, few, longest):
+
+    def took_us(n_tokens: int) -> float:
         cache = PrefixCache(generator.model)
         cache.reuse(ids[:n_tokens])
         began = clock_ns()
         generator.forward(ids[:n_tokens], cache)
-        times_us.append((clock_ns() - began) / 1000)
+        return (clock_ns() - began) / 1000
+
+    took_us(few)
+    of_few: list[float] = []
+    of_many: list[float] = []
+    while len(of_many) < ROUNDS and (not of_many or sum(of_few) + sum(of_many) < TRIAL_US):
+        of_few.append(took_us(few))
+        of_many.append(took_us(longest))
     session = _session(generator)
     if session is not None:
         session.forget_trial()
-    per_token_us = max((times_us[2] - times_us[1]) / max(1, longest - few), times_us[2] / longest / 100)
-    return PromptTimes(max(0.0, times_us[1] - few * per_token_us), per_token_us)
+    few_us, many_us = median(of_few), median(of_many)
+    per_token_us = max((many_us - few_us) / max(1, longest - few), many_us / longest / 100)
+    spread = max(LEAST_SPREAD, max(of_many) / many_us)
+    return PromptTimes(max(0.0, few_us - few * per_token_us), per_token_us, spread)
 
 
 def _session(generator: Computes) -> Any:

@@ -17,13 +17,16 @@ from hybrimoe.generation.prompt_parts import (
     ATTENTION_FACTOR,
     FEW_TOKENS,
     KEPT_DAYS,
+    LEAST_SPREAD,
     LEAST_TOKENS,
     MANY_TOKENS,
+    ROUNDS,
     PromptTimes,
     TimesFile,
     attention_share,
     chosen_part,
     measured_part,
+    measured_times,
     tokens_behind,
 )
 from hybrimoe.runtime.tier.store import TieredStore
@@ -55,9 +58,33 @@ def test_a_machine_is_measured_by_three_prompts(tiny_model: Any, byte_tokenizer:
     clock_us = [0]
     monkeypatch.setattr(generator, "forward", timed)
     part = measured_part(generator, 200_000, clock_ns=lambda: 1000 * clock_us[0])
-    assert lengths == [FEW_TOKENS, FEW_TOKENS, MANY_TOKENS]
-    assert part.n_tokens == 192
-    assert part.expected_us == pytest.approx(200_000)
+    assert lengths == [FEW_TOKENS] + ROUNDS * [FEW_TOKENS, MANY_TOKENS]
+    assert part.n_tokens == 173, "a tenth of the time is left for what a part may take longer"
+    assert part.expected_us == pytest.approx(200_000 / LEAST_SPREAD, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("many_ms", "spread", "per_token_us"),
+    [
+        ([136, 136, 136], LEAST_SPREAD, 1000),
+        ([136, 272, 136], 2.0, 1000),  # a moment in which another program ran changes the margin and not the size
+        ([1500, 136, 136], LEAST_SPREAD, (1_500_000 - 24_000) / 112),  # nobody waits for more at the start
+    ],
+)
+def test_the_margin_follows_the_times(
+    many_ms: list[int], spread: float, per_token_us: float, tiny_model: Any, byte_tokenizer: Any, monkeypatch: Any
+) -> None:
+    generator = TextGenerator(tiny_model, byte_tokenizer)
+    forward, clock_us, times_ms = generator.forward, [0], iter(many_ms)
+
+    def timed(ids: list[int], cache: Any) -> Any:
+        clock_us[0] += 24_000 if len(ids) == FEW_TOKENS else 1000 * next(times_ms)
+        return forward(ids, cache)
+
+    monkeypatch.setattr(generator, "forward", timed)
+    times = measured_times(generator, clock_ns=lambda: 1000 * clock_us[0])
+    assert times.spread == pytest.approx(spread)
+    assert times.per_token_us == pytest.approx(per_token_us)
 
 
 def test_noise_does_not_make_a_part_endless(tiny_model: Any, byte_tokenizer: Any) -> None:
@@ -95,10 +122,13 @@ def test_of_experts_on_disk_no_times_are_kept(
 @pytest.mark.parametrize(
     "content",
     [
-        "", "[]", "{}", '{"fixed_us": 1, "per_token_us": 0, "measured_s": 9}',
-        '{"fixed_us": 1, "per_token_us": NaN, "measured_s": 9}', '{"fixed_us": -1, "per_token_us": 1, "measured_s": 9}',
+        "", "[]", "{}", '{"fixed_us": 1, "per_token_us": 0, "spread": 1.2, "measured_s": 9}',
+        '{"fixed_us": 1, "per_token_us": NaN, "spread": 1.2, "measured_s": 9}',
+        '{"fixed_us": -1, "per_token_us": 1, "spread": 1.2, "measured_s": 9}',
         '{"fixed_us": null, "per_token_us": 1, "measured_s": 9}',
-        '{"fixed_us": 1, "per_token_us": 1, "measured_s": 99}',
+        '{"fixed_us": 1, "per_token_us": 1, "spread": 1.2, "measured_s": 99}',
+        '{"fixed_us": 1, "per_token_us": 1, "spread": 0.5, "measured_s": 9}',
+        '{"fixed_us": 1, "per_token_us": 1, "measured_s": 9}',
     ],
 )  # fmt: skip
 def test_times_that_make_no_sense_are_measured_anew(content: str, tmp_path: Path) -> None:
