@@ -271,7 +271,6 @@ FAMILIES: Mapping[str, Family] = {
 
 NOT_READ: Mapping[str, str] = {
     "dbrx": "its experts are cut out of one matrix by each layer, which HybriMoE refuses in every file",
-    "glm5-next": "its linear attention, mixed streams and pools of keys are not put together from GGUF yet",
     "minimax-01": "transformers' MiniMax rotates whole heads, and the published models half of each",
 }
 """By `general.architecture`: why files of a mixture of experts that transformers knows are not read."""

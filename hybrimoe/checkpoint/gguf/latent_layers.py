@@ -184,30 +184,32 @@ def _dots3(fields: Fields) -> dict[str, Any]:
     }
 
 
-_INDEXER = (
+INDEXER = (
     Place("self_attn.indexer.wq_b.weight", ("indexer.attn_q_b.weight",)),
     Place("self_attn.indexer.wk.weight", ("indexer.attn_k.weight",)),
     *linear_places("indexer.k_norm", "self_attn.indexer.k_norm"),
     Place("self_attn.indexer.weights_proj.weight", ("indexer.proj.weight",)),
 )
+"""What chooses the tokens that a token sees."""
 
 
-def _hyper_connection(part: str) -> tuple[Place, ...]:
+def hyper_connection(part: str) -> tuple[Place, ...]:
+    """How streams are mixed before and after a part of a layer ("attn" or "ffn")."""
     return tuple(Place(f"{part}_hc.{name}", (f"hc_{part}_{name}.weight",)) for name in ("fn", "base", "scale"))
 
 
 LATENT: Mapping[str, Family] = {
     "deepseek2": Family(_deepseek, LATENT_ATTENTION),
     "mistral4": Family(_mistral4, LATENT_ATTENTION),
-    "deepseek32": Family(_deepseek32, (*_INDEXER, *LATENT_ATTENTION)),
-    "glm-dsa": Family(_glm_dsa, (*_INDEXER, *LATENT_ATTENTION)),
+    "deepseek32": Family(_deepseek32, (*INDEXER, *LATENT_ATTENTION)),
+    "glm-dsa": Family(_glm_dsa, (*INDEXER, *LATENT_ATTENTION)),
     "hy_v4": Family(
         _hy_v4,
         (
-            *_INDEXER,
+            *INDEXER,
             *LATENT_ATTENTION,
-            *_hyper_connection("attn"),
-            *_hyper_connection("ffn"),
+            *hyper_connection("attn"),
+            *hyper_connection("ffn"),
             Place("self_attn.gate_proj.weight", ("attn_gate.weight",)),
             Place("self_attn.sinks", ("attn_sinks.weight",)),
         ),
@@ -220,7 +222,7 @@ LATENT: Mapping[str, Family] = {
             Place("self_attn.kv_a_layernorm.weight", ("attn_kv_a_norm.weight",), "unscaled latents"),
             Place("self_attn.k_rope_only_layernorm.weight", ("attn_k_norm.weight",)),
             Place("self_attn.g_proj.weight", ("attn_gate.weight",)),
-            *_INDEXER,
+            *INDEXER,
             *LATENT_ATTENTION,
         ),
         layers="own",

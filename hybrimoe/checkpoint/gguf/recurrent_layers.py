@@ -303,10 +303,9 @@ _MAMBA1 = (
     *(Place(f"mamba.{part}_layernorm.weight", (f"ssm_{part}_norm.weight",)) for part in ("dt", "b", "c")),
     *linear_places("ssm_out", "mamba.out_proj"),
 )
-_KIMI_DELTA = (
+KIMI_DELTA = (
     Place("self_attn.conv1d.weight", tuple(f"ssm_conv1d_{part}.weight" for part in "qkv"), "channels joined"),
     Place("self_attn.forget_gate.dt_bias", ("ssm_dt.bias",)),
-    Place("self_attn.forget_gate.A_log", ("ssm_a",), "by head, log of minus"),
     Place("self_attn.forget_gate.f_a_proj.weight", ("ssm_f_a.weight",)),
     Place("self_attn.forget_gate.f_b_proj.weight", ("ssm_f_b.weight",)),
     Place("self_attn.b_proj.weight", ("ssm_beta.weight",)),
@@ -314,6 +313,7 @@ _KIMI_DELTA = (
     Place("self_attn.g_b_proj.weight", ("ssm_g_b.weight",)),
     Place("self_attn.o_norm.weight", ("ssm_norm.weight",)),
 )
+"""Kimi's linear attention, but for `A_log`, whose shape is each family's."""
 _BAILING_DELTA = (
     Place("self_attn.conv1d.weight", tuple(f"ssm_conv1d_{part}.weight" for part in "qkv"), "channels joined"),
     Place("self_attn.forget_gate.dt_bias", ("ssm_dt.bias",)),
@@ -362,7 +362,15 @@ RECURRENT: Mapping[str, Family] = {
         (Place("model.final_layernorm.weight", ("output_norm.weight",)),),
         layers="some without attention",
     ),
-    "kimi-linear": Family(_kimi_linear, (*_KIMI_DELTA, *LATENT_ATTENTION), layers="some without attention"),
+    "kimi-linear": Family(
+        _kimi_linear,
+        (
+            *KIMI_DELTA,
+            Place("self_attn.forget_gate.A_log", ("ssm_a",), "by head, log of minus"),
+            *LATENT_ATTENTION,
+        ),
+        layers="some without attention",
+    ),
     "bailingmoe3": Family(_bailing, (*_BAILING_DELTA, *LATENT_ATTENTION), layers="some without attention"),
     "nemotron_h_moe": Family(
         _nemotron,

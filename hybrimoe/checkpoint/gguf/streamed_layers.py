@@ -1,5 +1,6 @@
 """Architectures in which several streams run beside each other through the layers, mixed before and after each part:
-DeepSeek-V4, whose attention also sees compressed stretches of the text, and Qwen4, whose tokens look n-grams up."""
+DeepSeek-V4, whose attention also sees compressed stretches of the text, Qwen4, whose tokens look n-grams up, and
+GLM-5.3, whose attention is linear, or sees pools of tokens."""
 
 from __future__ import annotations
 
@@ -8,16 +9,27 @@ from typing import Any
 
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
 from hybrimoe.checkpoint.gguf.fields import Fields
+from hybrimoe.checkpoint.gguf.latent_layers import INDEXED, INDEXER, hyper_connection
 from hybrimoe.checkpoint.gguf.places import (
+    LATENT_ATTENTION,
+    SIGMOID,
     SQRT_SOFTPLUS,
     Family,
     Place,
     expert_counts,
     expert_size,
+    groups_of_experts,
     rope,
     rotated_part,
 )
-from hybrimoe.checkpoint.gguf.recurrent_layers import DELTA_NET, HEADS_IN_TURN, delta_net
+from hybrimoe.checkpoint.gguf.recurrent_layers import (
+    DELTA_NET,
+    HEADS_IN_TURN,
+    KIMI_DELTA,
+    LINEAR,
+    delta_net,
+    kinds_of_layers,
+)
 
 KINDS_BY_RATIO = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
 """What a layer of DeepSeek-V4 is, by how many tokens it compresses into one."""
@@ -25,6 +37,8 @@ NGRAM_LAYERS = "ple.layers"
 NGRAM_TABLE = "per_layer_token_embd.weight"
 """Of Qwen4 a tensor outside of the layers, which one of them has."""
 MAX_INT64 = (1 << 63) - 1
+EPSILON_OF_KEYS = 1e-6
+"""Of the layer norm of keys that pools are made of, in transformers' GLM-5.3."""
 
 
 def _deepseek4(fields: Fields) -> dict[str, Any]:
@@ -180,6 +194,78 @@ def _ngram_numbers(fields: Fields) -> dict[str, tuple[str, list[int]]]:
     return {f"{part}.{name}": (f"{fields.architecture}.ple.{names[name]}", values) for name, values in found.items()}
 
 
+def _glm5(fields: Fields) -> dict[str, Any]:
+    """GLM-5.3: layers of Kimi's linear attention, and others with latent attention that is not rotated."""
+    kinds = kinds_of_layers(fields, "ssm_a", LINEAR, INDEXED)
+    heads = fields.whole("attention.head_count")
+    if rotated := fields.whole("rope.dimension_count", least=0):
+        raise fields.wrong("rope.dimension_count", rotated, "0: no such model rotates queries and keys")
+    if (scores := fields.whole("expert_gating_func", SIGMOID, least=0)) != SIGMOID:
+        raise fields.wrong("expert_gating_func", scores, f"{SIGMOID}, as in every such model")
+    if (epsilon := fields.number("attention.layer_norm_epsilon", EPSILON_OF_KEYS)) != EPSILON_OF_KEYS:
+        raise fields.wrong("attention.layer_norm_epsilon", epsilon, f"{EPSILON_OF_KEYS}, as in every such model")
+    return {
+        "model_type": "glm5_next_text",
+        "layer_types": kinds,
+        "mlp_layer_types": kinds_of_layers(fields, "ffn_gate_inp.weight", "sparse", "dense"),
+        "intermediate_size": fields.whole("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "q_lora_rank": fields.whole("attention.q_lora_rank"),
+        "kv_lora_rank": fields.whole("attention.kv_lora_rank"),
+        "qk_rope_head_dim": 0,
+        "qk_nope_head_dim": fields.whole("attention.key_length_mla"),
+        "v_head_dim": fields.whole("attention.value_length_mla"),
+        "linear_head_dim": fields.whole("kda.head_dim"),
+        "linear_num_heads": heads,
+        "linear_conv_kernel_dim": fields.whole("ssm.conv_kernel"),
+        "linear_lower_bound": _lower_bound(fields),
+        "moe_intermediate_size": expert_size(fields),
+        "n_shared_experts": fields.whole("expert_shared_count"),
+        "routed_scaling_factor": fields.number("expert_weights_scale", 1.0),
+        "norm_topk_prob": fields.flag("expert_weights_norm", False),
+        "swiglu_limit": _swiglu_limit(fields, len(kinds)),
+        "hc_mult": fields.whole("hyper_connection.count"),
+        "hc_sinkhorn_iters": fields.whole("hyper_connection.sinkhorn_iterations"),
+        "hc_eps": fields.number("hyper_connection.epsilon"),
+        **_pools(fields, kinds),
+        **expert_counts(fields, "n_routed_experts"),
+        **groups_of_experts(fields),
+    }
+
+
+def _lower_bound(fields: Fields) -> float | None:
+    """The least logarithm of what a state keeps of itself at a token; None where it has none."""
+    if not fields.given("kda.gate_lower_bound"):
+        return None
+    if (bound := fields.number("kda.gate_lower_bound")) >= 0:
+        raise fields.wrong("kda.gate_lower_bound", bound, "a number below 0")
+    return bound
+
+
+def _pools(fields: Fields, kinds: list[str]) -> dict[str, Any]:
+    """How the tokens that a token sees are chosen: by pools of neighbours, and those after the last whole pool."""
+    size, chosen = fields.whole("attention.indexer.kpool"), fields.whole("attention.indexer.top_k")
+    if chosen % size:
+        raise fields.wrong("attention.indexer.top_k", chosen, f"a multiple of the {size} tokens of a pool")
+    own = fields.each_whole("attention.indexer.types", len(kinds), 1)
+    for layer, kind in enumerate(kinds):
+        taken = kind == INDEXED and not own[layer]
+        if taken and not (layer and kinds[layer - 1] == INDEXED and own[layer - 1]):
+            raise UnsupportedCheckpointError(
+                f"{fields.model.path}: layer {layer} chooses no tokens of its own, and the layer before it does not"
+                " either; transformers' model takes the choice of that layer only"
+            )
+    return {
+        "index_n_heads": fields.whole("attention.indexer.head_count"),
+        "index_head_dim": fields.whole("attention.indexer.key_length"),
+        "index_topk": chosen,
+        "index_kpool": size,
+        "index_kpool_always_select_tail": fields.flag("attention.indexer.kpool_select_tail"),
+        "indexer_types": ["full" if chooses else "shared" for chooses in own],
+    }
+
+
 def _compressor(part: str, target: str) -> tuple[Place, ...]:
     return (
         Place(f"{target}.kv_proj.weight", (f"{part}_kv.weight",)),
@@ -203,11 +289,8 @@ STREAMED: Mapping[str, Family] = {
     "deepseek4": Family(
         _deepseek4,
         (
-            *(
-                Place(f"{part}_hc.{name}", (f"hc_{part}_{name}.weight",))
-                for part in ("attn", "ffn")
-                for name in ("fn", "base", "scale")
-            ),
+            *hyper_connection("attn"),
+            *hyper_connection("ffn"),
             Place("self_attn.q_a_proj.weight", ("attn_q_a.weight",)),
             Place("self_attn.q_a_norm.weight", ("attn_q_a_norm.weight",)),
             Place("self_attn.q_b_proj.weight", ("attn_q_b.weight",)),
@@ -250,6 +333,21 @@ STREAMED: Mapping[str, Family] = {
         ),
         _mixer("output_hc", "model.hyper_connection_mixer"),
         numbers=_ngram_numbers,
+    ),
+    "glm5-next": Family(
+        _glm5,
+        (
+            *KIMI_DELTA,
+            Place("self_attn.forget_gate.A_log", ("ssm_a",), "flat, log of minus"),
+            *LATENT_ATTENTION,
+            *INDEXER,
+            Place("self_attn.indexer.index_kpool_compress_gate", ("indexer_compressor_gate.weight",)),
+            Place("self_attn.indexer.index_kpool_compress_ape", ("indexer_compressor_ape.weight",)),
+            *hyper_connection("attn"),
+            *hyper_connection("ffn"),
+        ),
+        layers="own",
+        wrapper="glm5_next",
     ),
 }
 """By `general.architecture`; a part of `families.FAMILIES`."""

@@ -144,6 +144,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ple_layer_ids": [2], "ple_embed_dim": 32, "ngram_size": 3, "heads_per_ngram": 2, "ngram_vocab_size_base": 50,
         "split_ngram_parts": 1,
     },
+    "glm5_next": {
+        "num_hidden_layers": 3, "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"], "indexer_types": ["full", "full", "shared"],
+        "index_topk": 4, "index_kpool": 2, "index_head_dim": 64, "index_n_heads": 16, "swiglu_limit": 0.5,
+        "linear_lower_bound": -4.0, "routed_scaling_factor": 1.5, "rms_norm_eps": 1e-6,
+    },
     "ernie4_5_moe": {"tie_word_embeddings": True},
     "granitemoe": {
         "attention_multiplier": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.25, "logits_scaling": 4.0,
@@ -155,8 +161,8 @@ TEXT_OF = {"qwen3_vl_moe": "qwen3_moe"}
 ENLARGED = {"kimi_linear": ("conv1d", "kv_a_proj")}
 """Weights that are too small in a new model: llama.cpp adds another epsilon to the norms of what they give."""
 LARGER = 100.0
-ZEROS = ("position_bias", "ple.conv1d.weight")
-"""Matrices that are zeros in a new model."""
+ALIKE = ("position_bias", "ple.conv1d.weight", "kpool_compress_ape", "kpool_compress_gate")
+"""Matrices that are zeros or ones in a new model."""
 NOISE = 0.2  # on norms and biases, which are ones and zeros in a new model
 
 
@@ -187,7 +193,7 @@ def _make_every_vector_matter(model: PreTrainedModel) -> None:
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if "e_score" in name]
     with torch.no_grad():
         for name, values in (*model.named_parameters(), *buffers):
-            if values.dim() == 1 or "e_score" in name or name.endswith(ZEROS):
+            if values.dim() == 1 or "e_score" in name or name.endswith(ALIKE):
                 values.add_(NOISE * torch.randn(values.shape, generator=generator))
 
 

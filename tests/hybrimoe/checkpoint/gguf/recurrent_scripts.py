@@ -182,7 +182,8 @@ def _describe_kimi(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
 
 
-def _kimi(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
+def kimi(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
+    """Kimi-Linear's tensors."""
     block = f"blk.{key.split('.')[2]}" if ".layers." in key else ""
     key = re.sub(
         r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj", key
@@ -264,7 +265,7 @@ def _bailing(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
         yield mine, tensor
     else:
         key = key.replace(".attention.", ".self_attn.").replace("word_embeddings", "embed_tokens")
-        yield from _kimi(key, tensor, config)
+        yield from kimi(key, tensor, config)
 
 
 RECURRENT = {
@@ -272,7 +273,7 @@ RECURRENT = {
     "qwen3_5_moe": Script("qwen35moe", describe_qwen3_5, qwen3_5),
     "granitemoehybrid": Script("granitehybrid", _describe_granite, _granite),
     "jamba": Script("jamba", _describe_jamba, _jamba),
-    "kimi_linear": Script("kimi-linear", _describe_kimi, _kimi),
+    "kimi_linear": Script("kimi-linear", _describe_kimi, kimi),
     "bailing_hybrid": Script("bailingmoe3", _describe_bailing, _bailing, "kimi-linear"),
     "nemotron_h": Script("nemotron_h_moe", _describe_nemotron, _nemotron),
 }

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gguf import GGUFValueType, GGUFWriter
+from gguf import ExpertGatingFuncType, GGUFValueType, GGUFWriter
 
-from .recurrent_scripts import describe_qwen3_5, qwen3_5
-from .scripts import Script, describe_experts, describe_model, describe_rotation
+from .recurrent_scripts import describe_qwen3_5, kimi, qwen3_5
+from .scripts import Script, describe_experts, describe_latent, describe_model, describe_rotation
 
 Named = Iterator[tuple[str, torch.Tensor]]
 SQRT_SOFTPLUS = 4
@@ -186,8 +186,68 @@ def _numbers(writer: GGUFWriter, tensors: dict[str, torch.Tensor]) -> None:
             writer.add_key_value(*key_value, sub_type=GGUFValueType.UINT64)
 
 
+def _describe_glm(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    layers = config["num_hidden_layers"]
+    describe_model(writer, config)
+    describe_experts(writer, config)
+    describe_latent(writer, config)
+    writer.add_head_count_kv([0 if kind == "linear_attention" else 1 for kind in config["layer_types"]])
+    writer.add_layer_norm_eps(1e-6)
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_kda_head_dim(config["linear_head_dim"])
+    if config["linear_lower_bound"] is not None:
+        writer.add_float32(f"{writer.arch}.kda.gate_lower_bound", config["linear_lower_bound"])
+    writer.add_indexer_head_count(config["index_n_heads"])
+    writer.add_indexer_key_length(config["index_head_dim"])
+    writer.add_indexer_top_k(config["index_topk"])
+    own = {
+        "attention.indexer.kpool": config["index_kpool"],
+        "hyper_connection.count": config["hc_mult"],
+        "hyper_connection.sinkhorn_iterations": config["hc_sinkhorn_iters"],
+        "hyper_connection.epsilon": config["hc_eps"],
+    }
+    _add_all(writer, own)
+    indexer = f"{writer.arch}.attention.indexer"
+    writer.add_bool(f"{indexer}.kpool_select_tail", config["index_kpool_always_select_tail"])
+    writer.add_array(f"{indexer}.types", [kind == "full" for kind in config["indexer_types"]])
+    writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_group_count(config["n_group"])
+    writer.add_expert_group_used_count(config["topk_group"])
+    writer.add_swiglu_clamp_exp([config["swiglu_limit"]] * layers)
+    writer.add_swiglu_clamp_shexp([config["swiglu_limit"]] * layers)
+
+
+GLM = {
+    "self_attn.indexer.wq_b.weight": "indexer.attn_q_b.weight",
+    "self_attn.indexer.wk.weight": "indexer.attn_k.weight",
+    "self_attn.indexer.k_norm.weight": "indexer.k_norm.weight",
+    "self_attn.indexer.k_norm.bias": "indexer.k_norm.bias",
+    "self_attn.indexer.weights_proj.weight": "indexer.proj.weight",
+    "self_attn.indexer.index_kpool_compress_ape": "indexer_compressor_ape.weight",
+    "self_attn.indexer.index_kpool_compress_gate": "indexer_compressor_gate.weight",
+    **{f"hc_{p}_{name}": f"hc_{p}_{name}.weight" for p in ("attn", "ffn") for name in ("base", "fn", "scale")},
+}
+"""Within a layer, by the names that transformers saves."""
+
+
+def _glm(key: str, tensor: torch.Tensor, config: dict[str, Any]) -> Named:
+    if ".visual." in key:
+        return
+    key = key.replace("model.language_model.", "model.")
+    block, rest = (f"blk.{key.split('.')[2]}", key.split(".", 3)[3]) if ".layers." in key else ("", key)
+    if rest in GLM:
+        yield f"{block}.{GLM[rest]}", tensor
+    else:
+        yield from kimi(key, tensor, config)
+
+
 STREAMED = {
     "deepseek_v4": Script("deepseek4", _describe_deepseek, _deepseek, "glm-dsa"),
     "qwen4_exp": Script("qwen4exp", _describe_qwen, _qwen, "qwen35moe", _numbers),
+    "glm5_next": Script("glm5-next", _describe_glm, _glm, "kimi-linear"),
 }
 """By the family's name in `tiny_families`."""

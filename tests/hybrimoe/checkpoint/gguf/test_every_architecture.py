@@ -77,11 +77,12 @@ def by_llama_cpp(file: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.families
-def test_long_texts_are_compressed_alike(tmp_path: Path) -> None:
-    """DeepSeek-V4 makes one entry of 128 tokens."""
+@pytest.mark.parametrize("family", ["deepseek_v4", "glm5_next"])
+def test_long_texts_are_compressed_alike(family: str, tmp_path: Path) -> None:
+    """DeepSeek-V4 makes one entry of 128 tokens; GLM-5.3 sees two of 70 pools."""
     tokens = torch.randint(3, 96, (1, 140), generator=torch.Generator().manual_seed(0))
-    expected = load(saved_model("deepseek_v4", tmp_path), **FLOAT32)
-    file = gguf_model("deepseek_v4", tmp_path)
+    expected = load(saved_model(family, tmp_path), **FLOAT32)
+    file = gguf_model(family, tmp_path)
     with torch.no_grad():
         found, wanted = load(file, **FLOAT32)(tokens).logits, expected(tokens).logits
     assert torch.equal(found, wanted)
