@@ -18,9 +18,12 @@ OTHER_SENSES = ("vision_config", "audio_config")
 def tower_paths(model: nn.Module) -> tuple[str, ...]:
     """Paths of the modules that text never goes through: neighbours of the language model and of what holds it, but for
     those without weights (a cap on logits)."""
+    holders = list(_holders(model))
+    if not holders:
+        return ()
     found: list[str] = []
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    for here, holder, inner in _holders(model):
+    for here, holder, inner in holders:
         for name, child in holder.named_children():
             if name != inner and child is not output and any(True for _ in child.parameters()):
                 found.append(f"{here}{name}")
