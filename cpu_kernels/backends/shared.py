@@ -5,13 +5,16 @@ from functools import cache
 import numpy as np
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
+from cpu_kernels.engine.team import start_team
 from cpu_kernels.format.linear import LinearSpec
 
 
 @cache
 def shared_backend(threads: int | None = None) -> NumbaBackend:
-    """The backend with that many threads (None: all physical cores); the same object at every call."""
-    return NumbaBackend(threads)
+    """The backend with that many threads (None: all physical cores), which are there; the same object at every call."""
+    backend = NumbaBackend(threads)
+    start_team(backend.n_threads)
+    return backend
 
 
 def run_linear(spec: LinearSpec, address: int, x: np.ndarray, out: np.ndarray, threads: int | None = None) -> None:

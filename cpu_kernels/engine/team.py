@@ -165,6 +165,10 @@ def start_team(n_threads: int) -> None:
         return
     cores = pinned_cores()
     with _LOCK:
+        if not helpers:  # compiled here, so that no call finds its helpers compiling
+            _set(STOPPING, 1)
+            serve_team()
+            _set(STOPPING, 0)
         while len(helpers) < n_threads - 1:
             core = cores[(len(helpers) + 1) % len(cores)] if cores else None
             name = f"hybrimoe-cpu-{len(helpers) + 1}"

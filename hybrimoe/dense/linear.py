@@ -245,6 +245,7 @@ def pack_linears(
             record = None if records is None or candidate.path not in records else records.record(candidate.path)
             if record is not None or candidate.linear.weight.device.type == "cpu":
                 _replace(packed, candidate, record, keep_originals=keep_originals, threads=threads)
+        _call_once(packed, model)
     except BaseException:
         if packed.reversible:
             packed.undo()
@@ -299,6 +300,18 @@ def _replace(
     packed.paths.append(candidate.path)
     packed.originals.append((candidate.parent, candidate.name, linear if keep_originals else None))
     packed.nbytes += replacement.record_bytes
+
+
+def _call_once(packed: PackedDense, model: nn.Module) -> None:
+    """Compiles (or loads) what the first reply would otherwise wait for: the smallest layer of each dtype is called."""
+    smallest: dict[str, PackedLinear] = {}
+    for layer in map(model.get_submodule, packed.paths):
+        assert isinstance(layer, PackedLinear)
+        known = smallest.setdefault(layer.spec.dtype, layer)
+        if layer.record_bytes < known.record_bytes:
+            smallest[layer.spec.dtype] = layer
+    for layer in smallest.values():
+        layer.product(torch.zeros(1, layer.in_features))
 
 
 def _worth_packing(path: str, linear: nn.Linear, num_experts: frozenset[int]) -> bool:

@@ -29,7 +29,7 @@ from scheduler.plan import Transfer
 from scheduler.planner.decide import EVICTED, REUSE, SLOT, decide_by_value, pick_slot
 from scheduler.planner.flight import add_flight, drop_flight, flight_slots
 from scheduler.planner.movement import MAX_PREFETCHES, Movement
-from scheduler.planner.open_plans import OpenPlans, has_room, leave_slot, open_plan
+from scheduler.planner.open_plans import OpenPlans, has_room, open_plan
 from scheduler.planner.plan_view import PlanView
 from scheduler.prefetch.value import ValuePrefetch, worth_us
 from scheduler.slots import BEGIN_TRANSFER, FREE, IN_FLIGHT, STORY_EVENTS, land, pin_slot, tell
@@ -194,10 +194,12 @@ def choose_at_once(
         pin_slot(taken[i], state, pins, told)
     link_us = plan[TRANSFER, COUNT] * transfer_us
     link_share = min((link_ready_us + link_us) / makespan_us, 1.0) if makespan_us > 0.0 else 0.0
-    open_plan(desk[OPEN], layer, taken, link_share)
-    for i in range(plan[TRANSFER, COUNT]):
+    leaving, n_leaving = np.empty(plan[TRANSFER, COUNT], np.int64), 0
+    for i in range(leaving.size):
         if not admitted[i]:
-            leave_slot(desk[OPEN], layer, plan[SLOT, plan[TRANSFER, i]])
+            leaving[n_leaving] = plan[SLOT, plan[TRANSFER, i]]
+            n_leaving += 1
+    open_plan(desk[OPEN], layer, taken, leaving[:n_leaving], link_share)
     return makespan_us, n_awaited, makespan_us + numbers[DENSE_US] - (link_ready_us + link_us)
 
 

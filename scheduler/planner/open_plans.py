@@ -71,14 +71,12 @@ class OpenPlans:
         self.link_share = np.concatenate((self.link_share, np.zeros_like(self.link_share)), axis=1)
         self.write_down()
 
-    def open(self, layer: int, pinned: Ints, leaving: list[int], link_share: float) -> None:
+    def open(self, layer: int, pinned: Ints, leaving: Ints, link_share: float) -> None:
         """A plan of a layer has pinned these slots, of which some are left at its end."""
         self.make_room(layer)
-        self._open(self.address, layer, pinned, link_share)
+        self._open(self.address, layer, pinned, leaving, link_share)
         if self._open is open_plan:
             self._open = straight(open_plan)
-        for slot in leaving:
-            leave_slot(self.address, layer, slot)
 
     def end(self, layer: int) -> int:
         """See ``end_plan``."""
@@ -107,27 +105,19 @@ def _plans(words: Ints, layer: int) -> Ints:
 
 
 @compiled
-def open_plan(address: int, layer: int, pinned: Ints, link_share: float) -> None:
-    """Adds a plan of a layer that there is room for; ``leave_slot`` says which slots it leaves."""
+def open_plan(address: int, layer: int, pinned: Ints, leaving: Ints, link_share: float) -> None:
+    """Adds a plan of a layer that there is room for: the slots that it has pinned, and those it leaves at its end."""
     words = ints_at(address, N_WORDS)
     turns = ints_at(words[TURNS], (words[N_LAYERS], N_TURNS))
     at = (turns[layer, FIRST] + turns[layer, COUNT]) % words[DEPTH]
     plan = _plans(words, layer)[at]
     turns[layer, COUNT] += 1
     floats_at(words[SHARES], (words[N_LAYERS], words[DEPTH]))[layer, at] = link_share
-    plan[N_PINNED], plan[N_LEAVING] = pinned.size, 0
+    plan[N_PINNED], plan[N_LEAVING] = pinned.size, leaving.size
     for i in range(pinned.size):
         plan[SLOTS + i] = pinned[i]
-
-
-@compiled
-def leave_slot(address: int, layer: int, slot: int) -> None:
-    """The layer's newest plan leaves a slot when it ends."""
-    words = ints_at(address, N_WORDS)
-    turns = ints_at(words[TURNS], (words[N_LAYERS], N_TURNS))
-    plan = _plans(words, layer)[(turns[layer, FIRST] + turns[layer, COUNT] - 1) % words[DEPTH]]
-    plan[SLOTS + words[WIDTH] + plan[N_LEAVING]] = slot
-    plan[N_LEAVING] += 1
+    for i in range(leaving.size):
+        plan[SLOTS + words[WIDTH] + i] = leaving[i]
 
 
 @compiled

@@ -320,7 +320,7 @@ class Planner:
             self._choose(demand, lanes, transfer_us, plan, table, keep)
             link_end_us = self._start(demand, plan, link_ready_us, host)
         else:
-            self._open.open(layer, NO_SLOTS, [], 0.0)
+            self._open.open(layer, NO_SLOTS, NO_SLOTS, 0.0)
         idle_us = plan.makespan_us + self.costs.dense_us - link_end_us
         if idle_us > 0.0 and self.slots.n_slots:
             plan.prefetches = self._movement.start_prefetches(demand, idle_us, transfer_us, keep, held)
@@ -392,11 +392,8 @@ class Planner:
         link_share = 0.0
         if self._by_value and makespan_us > 0.0:
             link_share = min(link_end_us / makespan_us, 1.0)
-        leaving: list[int] = []
-        for transfer in plan.transfers:
-            if not transfer.admit:
-                leaving.append(transfer.slot - first_slot)
-        self._open.open(layer, pinned, leaving, link_share)
+        left = [transfer.slot - first_slot for transfer in plan.transfers if not transfer.admit]
+        self._open.open(layer, pinned, np.array(left, np.int64) if left else NO_SLOTS, link_share)
         return link_end_us
 
     def on_event(self, event: Event) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from scheduler.balancing.problem import HOST, new_plan
+from scheduler.balancing.timeline import keep_in_slots, plan_makespan
 from scheduler.demand import LayerDemand, Phase, Prediction
 from scheduler.host import HostView
 from scheduler.machine.costs import CostModel
 from scheduler.plan import LayerEnded, LayerPlan, TransferEnded
+from scheduler.planner.decide import pick_slot
 from scheduler.planner.planner import Planner
 from scheduler.planner.policies import Policy
 
@@ -35,6 +38,17 @@ def rehearse(policy: str | Policy, params: Mapping[str, Any] | None = None, look
             plan = planner.plan_layer(demand, host=_host(demand, turn // len(steps)))
             _settle(planner, plan)
             planner.on_event(LayerEnded(layer, ()))
+    _call_what_is_seldom(planner)
+
+
+def _call_what_is_seldom(planner: Planner) -> None:
+    """What a plan comes to only where something happens, whatever the policy: an expert that found no slot, a disk that
+    is waited for, a prefetch."""
+    slots, plan = planner.slots, new_plan(1)
+    taken = np.zeros(slots.n_slots, np.bool_)
+    pick_slot(slots.key_of, slots.state, slots.pins, planner.cache.keep, taken, 0, EXPERTS, -1)
+    keep_in_slots(np.zeros((HOST + 1, 1)), plan)
+    plan_makespan(np.zeros((HOST + 1, 1)), np.zeros(3), plan)
 
 
 def _demand(layer: int, phase: Phase, n_tokens: int, turn: int) -> LayerDemand:

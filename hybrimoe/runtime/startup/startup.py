@@ -12,6 +12,7 @@ from torch import nn
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.engine.dispatch import build_dispatch
+from cpu_kernels.engine.team import start_team
 from gpu_kernels import Accelerator, AcceleratorError
 from hybrimoe.amounts import size_text
 from hybrimoe.errors import BudgetError, debugging
@@ -117,12 +118,16 @@ class Startup:
     def fill_slots(self, experts: Experts, frequencies: Frequencies | None) -> None:
         """Starts the transfers of the experts that are used most, by `frequencies`, else by what the planner has
         learnt; makes ready what the first call would compile."""
+        for threads in {layer.backend.n_threads for layer in self.layers if isinstance(layer.backend, NumbaBackend)}:
+            start_team(threads)
         if self.config.lookahead > 0 or experts.planner is not None:
             make_ready()
         if isinstance(self.store, TieredStore):
             host_worth.make_ready()
+        unplanned = (i for i, layer in enumerate(self.layers) if experts.planner is None or layer.placement == "cpu")
+        if (first := next(unplanned, None)) is not None:
+            _rehearse_alone(self.layers[first], self.store, first)
         if experts.planner is None:
-            _rehearse_alone(self.layers[0], self.store)
             return
         tallies.make_ready()
         rehearse(self.config.policy, self.config.policy_params, self.config.lookahead)
@@ -232,15 +237,15 @@ class Startup:
         return Lookahead(blocks, experts, counts, depth, self.probe)
 
 
-def _rehearse_alone(layer: Layer, store: ExpertStore) -> None:
+def _rehearse_alone(layer: Layer, store: ExpertStore, index: int) -> None:
     """Compiles (or loads) calls on the CPU, with the first expert and a token of zeros: those of few tokens are one
     compiled function, those of many group them and are counted by themselves."""
     backend, spec = layer.backend, layer.spec
     assert backend is not None
-    records = store.hold(0, [0])
+    records = store.hold(index, [0])
     if isinstance(backend, NumbaBackend):
         hidden, nobody = torch.zeros(1, spec.hidden), torch.zeros(1, 1, dtype=torch.int64)
-        backend.run_routed(spec, store.addresses(0), hidden, nobody, torch.ones(1, 1))
+        backend.run_routed(spec, store.addresses(index), hidden, nobody, torch.ones(1, 1))
     tallies.make_ready()
     dispatch = build_dispatch(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), layer.num_experts)
     rows = np.zeros((1, spec.hidden), np.float32), np.empty((1, spec.hidden), np.float32)

@@ -40,7 +40,9 @@ TIERED = {"memory.host": 24, "memory.disk": "auto"}
         EMULATED, EMULATED | {"lookahead": 0}, EMULATED | TIERED,
         EMULATED | {"lossy": "hobbit"}, EMULATED | {"lossy": "defer"}, ALONE | {"lossy": "skip"},
         ALONE, ALONE | {"step": "transformers"}, ALONE | TIERED, ALONE | TIERED | {"step": "transformers"},
-        ALONE | {"kv_dtype": "int8"}, ALONE | {"backend": "torch"},
+        ALONE | {"kv_dtype": "int8"}, ALONE | {"backend": "torch"}, EMULATED | {"dense_dtype": "int8"},
+        ALONE | {"dense_dtype": "int8", "step": "transformers"}, EMULATED | {"policy": "moe_infinity"},
+        EMULATED | TIERED | {"policy": "hybrimoe"},
     ],
     ids=str,
 )  # fmt: skip
