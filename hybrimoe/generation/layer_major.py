@@ -140,7 +140,7 @@ def group_of(model: Any, cache: PrefixCache, parts: Sequence[Sequence[int]]) -> 
         n_parts += 1
     if n_parts < 2:
         return 0
-    call_us = pass_us(model, cache)
+    call_us = pass_us(model, cache, len(parts[0]))
     return 0 if call_us is None or rereading_us(model) <= call_us else n_parts
 
 
@@ -154,18 +154,18 @@ def rereading_us(model: Any) -> float:
     return float(n_absent * cache.slots.slot_bytes / len(cache.places.layers) * rate)
 
 
-def pass_us(model: Any, cache: PrefixCache) -> float | None:
-    """us that a call of the model takes around its layers, which each pass costs; None unless each layer of a model on
+def pass_us(model: Any, cache: PrefixCache, n_tokens: int) -> float | None:
+    """us that a call of the model with so many tokens takes around its layers, which each pass costs; None unless each layer of a model on
     the host keeps all of its tokens, and is called with what the layer before it has returned and with what no layer
     changes. Told by calls in which every layer returns what it is given, of which the second one counts."""
-    if not _hands_on_hidden_states(model, cache):
+    if not _hands_on_hidden_states(model, cache, n_tokens):
         return None
     began = time.perf_counter_ns()
-    again = _hands_on_hidden_states(model, cache)
+    again = _hands_on_hidden_states(model, cache, n_tokens)
     return (time.perf_counter_ns() - began) / 1000 if again else None
 
 
-def _hands_on_hidden_states(model: Any, cache: PrefixCache) -> bool:
+def _hands_on_hidden_states(model: Any, cache: PrefixCache, n_tokens: int) -> bool:
     import torch
 
     layers = _layers_of(model)
@@ -186,9 +186,8 @@ def _hands_on_hidden_states(model: Any, cache: PrefixCache) -> bool:
 
     with _replaced(layers, [noting] * len(layers)), torch.inference_mode():
         try:
-            model.get_decoder()(
-                input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=type(cache.states)(), use_cache=True
-            )
+            token_ids = torch.zeros(1, n_tokens, dtype=torch.long)
+            model.get_decoder()(input_ids=token_ids, past_key_values=type(cache.states)(), use_cache=True)
         except _Ended:
             return len(sound) == len(layers) and all(sound)
         except Exception:  # noqa: BLE001  # whatever it wants besides: such a model is called in the usual way

@@ -191,7 +191,7 @@ def test_parts_go_alone_where_the_disk_is_faster_than_another_call(
     model, cache = generator.model, PrefixCache(generator.model)
     cache.reuse(PROMPT)
     parts = [[5] * 80, [5] * 80]
-    call_us = pass_us(model, cache)
+    call_us = pass_us(model, cache, 80)
     assert call_us is not None
     for factor, n_together in ((1e-3, 0), (1e3, 2)):
         monkeypatch.setattr(layer_major, "rereading_us", lambda _, us=factor * call_us: us)
@@ -213,7 +213,7 @@ def test_rereading_takes_as_long_as_the_disk_has_taken_for_as_many_bytes(generat
 def test_a_model_whose_layers_hand_on_more_than_hidden_states(generator: TextGenerator, kind: str) -> None:
     model, cache = generator.model, PrefixCache(generator.model)
     cache.reuse(PROMPT)
-    assert pass_us(model, cache) is not None
+    assert pass_us(model, cache, 80) is not None
 
     def other(module: Any, args: Any, kwargs: Any) -> Any:
         if kind == "stream":
@@ -221,6 +221,6 @@ def test_a_model_whose_layers_hand_on_more_than_hidden_states(generator: TextGen
         return args, kwargs | {"seen": []}
 
     hook = model.get_decoder().layers[1].register_forward_pre_hook(other, with_kwargs=True)
-    assert pass_us(model, cache) is None
+    assert pass_us(model, cache, 80) is None
     hook.remove()
-    assert pass_us(model, cache) is not None
+    assert pass_us(model, cache, 80) is not None
