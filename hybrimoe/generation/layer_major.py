@@ -155,9 +155,12 @@ def rereading_us(model: Any) -> float:
 
 
 def pass_us(model: Any, cache: PrefixCache, n_tokens: int) -> float | None:
-    """us that a call of the model with so many tokens takes around its layers, which each pass costs; None unless each layer of a model on
-    the host keeps all of its tokens, and is called with what the layer before it has returned and with what no layer
-    changes. Told by calls in which every layer returns what it is given, of which the second one counts."""
+    """us that a call of the model with so many tokens takes around its layers, which each pass costs.
+
+    None unless each layer of a model on the host keeps all of its tokens, and is called with what the layer before it
+    has returned and with what no layer changes. Told by calls in which every layer returns what it is given, of which
+    the second one counts.
+    """
     if not _hands_on_hidden_states(model, cache, n_tokens):
         return None
     began = time.perf_counter_ns()
