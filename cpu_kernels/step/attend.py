@@ -364,9 +364,9 @@ def add_attention(
     """Adds out float32 [rows, n_heads * v_dim] = attention of query float32 [rows, n_heads, dim + shared]; returns its
     call. `give_room` must have set where runs are kept, and `set_kernels` those of the caches' kinds.
 
-    places: address of the table that says where the caches lie. sinks float32 [n_heads]: scores without values. shared: columns that the cache keeps where
-    values are otherwise; keys are dim columns of the cache's keys and then these, and values are the first v_dim
-    columns of the cache's keys.
+    places: address of the table that says where the caches lie. sinks float32 [n_heads]: scores without values. shared:
+    columns that the cache keeps where values are otherwise; keys are dim columns of the cache's keys and then these,
+    and values are the first v_dim columns of the cache's keys.
     """
     call = program.zeros(ATTEND_CALL, np.int64)
     call[[STATE, N_HEADS, N_KV_HEADS, DIM, V_DIM]] = program.state.ctypes.data, n_heads, n_kv_heads, dim, v_dim

@@ -133,7 +133,8 @@ class Emitter:
             self.program.floats(f"delta normed{whose}", self.width),
         )
         add_stream(
-            self.program, Part.NORMS, self._layer, delta, self.width, keep=0.0, summands=summands, norm=norm, out=normed,
+            self.program, Part.NORMS, self._layer, delta, self.width, keep=0.0, summands=summands, norm=norm,
+            out=normed,
         )  # fmt: skip
         return Summand(normed)
 
