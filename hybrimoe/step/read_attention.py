@@ -100,7 +100,7 @@ def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Atte
     Raises NotCompiled where it is none that the step knows.
     """
     _check_inputs(call)
-    cache = _cache_number(call)
+    cache = cache_number(call)
     layer: Any = trace.cache.layers[cache] if cache < len(trace.cache.layers) else None
     if not isinstance(layer, GrowingLayer) or not layer.is_initialized:
         raise NotCompiled(f"{call.path} ({type(call.module).__name__}) keeps a state of its own, not keys and values")
@@ -160,7 +160,8 @@ def _parts(trace: Trace, call: Call) -> _Found:
     return _Found(first, norms, later, output)
 
 
-def _cache_number(call: Call) -> int:
+def cache_number(call: Call) -> int:
+    """Which layer of the cache is the call's. Raises NotCompiled where its module does not say."""
     number = getattr(call.module, "layer_idx", None)
     if not isinstance(number, int):
         raise NotCompiled(f"{call.path}: it does not say which layer of the cache is its own (layer_idx)")

@@ -22,11 +22,11 @@ from tiny_families import FAMILIES, prompt, tiny_model
 COMPILED = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "glm4_moe", "gpt_oss", "ernie4_5_moe",
     "hunyuan_v1_moe", "dots1", "exaone_moe", "flex_olmo", "mellum", "kolibri1", "solar_open", "deepseek_v2",
-    "deepseek_v3", "llama4", "minimax_m2", "glm4_moe_lite", "afmoe", "hy_v3",
+    "deepseek_v3", "llama4", "minimax_m2", "glm4_moe_lite", "afmoe", "hy_v3", "qwen3_next", "qwen3_5_moe",
+    "kimi_linear",
 )  # fmt: skip
 MIXED: dict[str, dict[str, str]] = {
     "minimax": {"0": "compiled", "1": "mlp compiled; the rest by transformers"},
-    "qwen3_next": {"0": "mlp compiled; the rest by transformers", "1": "compiled"},
     "jamba": {"0": "feed_forward compiled; the rest by transformers", "1": "compiled"},
     "granitemoehybrid": {
         "0": "block_sparse_moe, shared_mlp compiled; the rest by transformers",
@@ -34,7 +34,7 @@ MIXED: dict[str, dict[str, str]] = {
     },
     "lfm2_moe": {"0": "feed_forward compiled; the rest by transformers", "1": "compiled"},
     "nemotron_h": {"0": "transformers: ", "2": "compiled"},
-    "kimi_linear": {"0": "mlp compiled; the rest by transformers", "1": "compiled"},
+    "bailing_hybrid": {"0": "compiled", "1": "mlp compiled; the rest by transformers"},
 }
 """Families with layers that are not understood as a whole, and how the way of each layer begins."""
 TOLERANCE = 1e-4
@@ -90,6 +90,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama4": {"attention_chunk_size": 12, "floor_scale": 4, "attn_scale": 0.5, "num_experts_per_tok": 2,
                "no_rope_layers": [1, 0], "use_qk_norm": True},
     "gpt_oss": {},
+    "qwen3_next": {"linear_num_value_heads": 6, "linear_value_head_dim": 12, "linear_conv_kernel_dim": 3},
+    "qwen3_5_moe": {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 20},
+    "kimi_linear": {"linear_num_heads": 3, "linear_head_dim": 10},
+    "bailing_hybrid": {"kda_safe_gate": True, "kda_lower_bound": -3.0},
 }  # fmt: skip
 """Settings that change the arithmetic, small enough that the tiny models meet them."""
 
@@ -139,7 +143,7 @@ def test_long_batches_with_padding_before_them(variant: Any, padding: int) -> No
     assert variant[1].hybrimoe.step.n_steps >= LONG
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "llama4"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama4", "qwen3_next", "kimi_linear"])
 def test_the_bits_do_not_depend_on_the_threads(family: str) -> None:
     model = tiny_model(family)
     injection = hybrimoe.inject(model, accelerator="none", expert_dtype="int8", dense_dtype="int8")
