@@ -115,6 +115,15 @@ def _describe_when_asked(app: FastAPI, strict: bool) -> None:
 
     app.router.add_api_route = add_undescribed  # type: ignore[method-assign] # where all its decorators end
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to change the document
+    at = next(i for i, route in enumerate(app.routes) if isinstance(route, Route) and route.path == app.openapi_url)
+    answer = app.routes[at].endpoint  # type: ignore[attr-defined]
+
+    async def answered(request: Request) -> Response:
+        await run_in_threadpool(app.openapi)  # half a second, in which others want their tokens
+        response: Response = await answer(request)
+        return response
+
+    app.router.routes[at] = Route(app.openapi_url or "", answered, include_in_schema=False)
 
 
 def _document(app: FastAPI, strict: bool) -> dict[str, Any]:

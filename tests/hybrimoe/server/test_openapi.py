@@ -1,11 +1,14 @@
 """The OpenAPI document against what is answered."""
 
 import json
+from threading import get_ident
 
 import jsonschema
 import pytest
 from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
 
+from hybrimoe.server import app as app_module
 from hybrimoe.server.app import create_app
 from hybrimoe.server.served import Served
 
@@ -51,6 +54,23 @@ def test_a_start_makes_no_validators_of_answers_that_are_only_documented():
     assert not any(route.response_fields for route in routes)
     told = app.openapi()["paths"]["/v1/completions"]["post"]["responses"]
     assert {"200", "400", "503"} <= told.keys()
+
+
+def test_others_get_their_tokens_while_the_document_is_made(call, monkeypatch):
+    threads, describe = [], app_module._document
+    monkeypatch.setattr(app_module, "_document", lambda *given: threads.append(get_ident()) or describe(*given))
+    app, loop = create_app(Served("tiny")), []
+
+    @app.get("/which-thread")
+    async def which_thread():
+        loop.append(get_ident())
+
+    with TestClient(app) as client:
+        client.get("/which-thread")
+        assert client.get("/openapi.json").json()["paths"]
+        assert client.get("/openapi.json").json()["paths"]
+    assert len(threads) == len(loop) == 1
+    assert threads != loop
 
 
 def test_nothing_is_documented_that_is_never_answered(call):

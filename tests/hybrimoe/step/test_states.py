@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from hybrimoe.step.read_states import read_gated_norm
 from hybrimoe.step.states import states_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
-from tiny_families import prompt, tiny_model
+from tiny_families import FAMILIES, prompt, tiny_model
 
-FAMILIES = ("qwen3_next", "qwen3_5_moe", "kimi_linear")
+COMPILED = ("qwen3_next", "qwen3_5_moe", "kimi_linear")
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=COMPILED)
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """A family's plain model, and the same with a compiled step."""
     plain, injected = tiny_model(request.param), tiny_model(request.param)
@@ -154,7 +155,7 @@ def test_a_failed_step_of_one_cache_spoils_its_states(pair: tuple[Any, Any]) -> 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", COMPILED)
 def test_packed_and_rounded_weights(family: str, dtype: str) -> None:
     model = tiny_model(family).to(torch.bfloat16)
     options = {} if dtype == "bfloat16" else {"dense_dtype": dtype}
@@ -170,6 +171,24 @@ def test_packed_and_rounded_weights(family: str, dtype: str) -> None:
     assert (n_steps, injection.step.n_steps) == (1, 1)
     assert alike(found, expected, 6e-2)
     assert all(alike(one.float(), other.float(), 6e-2) for one, other in zip(*map(states, caches), strict=True))
+
+
+@pytest.mark.parametrize("bound", [None, -3.0])
+def test_fading_within_a_bound(bound: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, own = FAMILIES["bailing_hybrid"], {"kda_safe_gate": bound is not None, "kda_lower_bound": bound}
+    monkeypatch.setitem(FAMILIES, "bailing_hybrid", dataclasses.replace(known, overrides=known.overrides | own))
+    plain, injected = tiny_model("bailing_hybrid"), tiny_model("bailing_hybrid")
+    injection = hybrimoe.inject(injected, accelerator="none", expert_dtype="float32")
+    assert injection.explain().ways["model.layers.0"] == "compiled"
+    caches = [after_prompt(model) for model in (plain, injected)]
+    for token in (5, 6, 7):
+        expected, found = (
+            step(model, cache, torch.tensor([[token]])) for model, cache in zip((plain, injected), caches, strict=True)
+        )
+        assert alike(found, expected)
+    assert all(alike(found, expected) for expected, found in zip(*map(states, caches), strict=True))
+    assert injection.step is not None
+    assert injection.step.n_steps == 3
 
 
 # Norms with a gate ----------------------------------------------------------------------------------------------------

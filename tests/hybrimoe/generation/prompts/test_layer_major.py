@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from hybrimoe.checkpoint import load
-from hybrimoe.generation import SamplingOptions, TextGenerator, engine
+from hybrimoe.generation import SamplingOptions, TextGenerator, runner
 from hybrimoe.generation.continuous_batching import BatchEngine
 from hybrimoe.generation.kv_cache import PrefixCache
-from hybrimoe.generation.layer_major import group_of, passes_hidden_states_alone
+from hybrimoe.generation.prompts import layer_major
+from hybrimoe.generation.prompts.layer_major import group_of, pass_us, rereading_us
 from tests.hybrimoe.generation.prefix_replies import Letters
 
 SIZES = {
@@ -55,6 +57,12 @@ def generator(folder: Path) -> Iterator[TextGenerator]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experts of these tests are so small that reading them again would cost less than another call."""
+    monkeypatch.setattr(layer_major, "rereading_us", lambda _: math.inf)
+
+
 def prefilled(generator: TextGenerator, part_us: float | None = None) -> tuple[Any, Any, list[torch.Tensor], int]:
     """Reply, logits, keys and values after the prompt, and the bytes that were read for it."""
     reader = generator.model.hybrimoe.session.store.cache.reader
@@ -72,7 +80,7 @@ def test_parts_have_the_bits_that_they_have_alone_and_experts_are_read_once(
     generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, logits, held, n_read = prefilled(generator)
-    monkeypatch.setattr(engine, "group_of", lambda *_: 0)
+    monkeypatch.setattr(runner, "group_of", lambda *_: 0)
     _, expected, by_parts, n_by_parts = prefilled(generator)
     assert torch.equal(logits, expected)
     assert all(torch.equal(one, other) for one, other in zip(held, by_parts, strict=True))
@@ -178,11 +186,35 @@ def test_experts_in_memory_and_windows_go_part_by_part(folder: Path, tmp_path: P
     windows.model.hybrimoe.session.close()
 
 
+def test_parts_go_alone_where_the_disk_is_faster_than_another_call(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cache = generator.model, PrefixCache(generator.model)
+    cache.reuse(PROMPT)
+    parts = [[5] * 80, [5] * 80]
+    call_us = pass_us(model, cache, 80)
+    assert call_us is not None
+    for factor, n_together in ((1e-3, 0), (1e3, 2)):
+        monkeypatch.setattr(layer_major, "rereading_us", lambda _, us=factor * call_us: us)
+        assert group_of(model, cache, parts) == n_together
+
+
+def test_rereading_takes_as_long_as_the_disk_has_taken_for_as_many_bytes(generator: TextGenerator) -> None:
+    "".join(generator.reply(PROMPT[:70], GREEDY))
+    cache = generator.model.hybrimoe.session.store.cache
+    busy_us, n_bytes = cache.reader.rate
+    n_absent = N_LAYERS * N_EXPERTS - cache.slots.n_slots
+    assert n_absent > 0
+    assert rereading_us(generator.model) == pytest.approx(
+        n_absent / N_LAYERS * cache.slots.slot_bytes * busy_us / n_bytes
+    )
+
+
 @pytest.mark.parametrize("kind", ["stream", "argument"])
 def test_a_model_whose_layers_hand_on_more_than_hidden_states(generator: TextGenerator, kind: str) -> None:
     model, cache = generator.model, PrefixCache(generator.model)
     cache.reuse(PROMPT)
-    assert passes_hidden_states_alone(model, cache)
+    assert pass_us(model, cache, 80) is not None
 
     def other(module: Any, args: Any, kwargs: Any) -> Any:
         if kind == "stream":
@@ -190,6 +222,6 @@ def test_a_model_whose_layers_hand_on_more_than_hidden_states(generator: TextGen
         return args, kwargs | {"seen": []}
 
     hook = model.get_decoder().layers[1].register_forward_pre_hook(other, with_kwargs=True)
-    assert not passes_hidden_states_alone(model, cache)
+    assert pass_us(model, cache, 80) is None
     hook.remove()
-    assert passes_hidden_states_alone(model, cache)
+    assert pass_us(model, cache, 80) is not None

@@ -12,6 +12,7 @@ its calls) is done as for the part alone, and each part has the bits that it has
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,7 +125,8 @@ class LayerMajor:
 def group_of(model: Any, cache: PrefixCache, parts: Sequence[Sequence[int]]) -> int:
     """How many of the `parts` of a prompt, from the first on, should pass the layers together; 0 where none should:
     experts are in memory or have slots, a policy changes the routing or somebody records it, the model's layers hand
-    each other more than hidden states, or one part is all there is."""
+    each other more than hidden states, reading the experts again takes less time than another call of the model, or
+    one part is all there is."""
     if len(parts) < 2 or not reads_experts(model) or not model.hybrimoe.session.plain:
         return 0
     config = model.config.get_text_config(decoder=True)
@@ -136,12 +138,37 @@ def group_of(model: Any, cache: PrefixCache, parts: Sequence[Sequence[int]]) -> 
         if len(ids) <= FEWEST_TOKENS or left < 0 or has_images(ids):
             break
         n_parts += 1
-    return n_parts if n_parts > 1 and passes_hidden_states_alone(model, cache) else 0
+    if n_parts < 2:
+        return 0
+    call_us = pass_us(model, cache, len(parts[0]))
+    return 0 if call_us is None or rereading_us(model) <= call_us else n_parts
 
 
-def passes_hidden_states_alone(model: Any, cache: PrefixCache) -> bool:
-    """Whether each layer of a model on the host keeps all of its tokens, and is called with what the layer before it
-    has returned and with what no layer changes. Told by a call in which every layer returns what it is given."""
+def rereading_us(model: Any) -> float:
+    """us for which the disk is busy with what a part reads of a layer, where the experts that memory has no room for
+    are read again for each: by the rate of the reads so far; infinite where there was none."""
+    cache = model.hybrimoe.session.store.cache
+    busy_us, n_bytes = cache.reader.rate
+    n_absent = cache.places.n_records - cache.slots.n_slots
+    rate = busy_us / n_bytes if n_bytes else math.inf
+    return float(n_absent * cache.slots.slot_bytes / len(cache.places.layers) * rate)
+
+
+def pass_us(model: Any, cache: PrefixCache, n_tokens: int) -> float | None:
+    """us that a call of the model with so many tokens takes around its layers, which each pass costs.
+
+    None unless each layer of a model on the host keeps all of its tokens, and is called with what the layer before it
+    has returned and with what no layer changes. Told by calls in which every layer returns what it is given, of which
+    the second one counts.
+    """
+    if not _hands_on_hidden_states(model, cache, n_tokens):
+        return None
+    began = time.perf_counter_ns()
+    again = _hands_on_hidden_states(model, cache, n_tokens)
+    return (time.perf_counter_ns() - began) / 1000 if again else None
+
+
+def _hands_on_hidden_states(model: Any, cache: PrefixCache, n_tokens: int) -> bool:
     import torch
 
     layers = _layers_of(model)
@@ -162,9 +189,8 @@ def passes_hidden_states_alone(model: Any, cache: PrefixCache) -> bool:
 
     with _replaced(layers, [noting] * len(layers)), torch.inference_mode():
         try:
-            model.get_decoder()(
-                input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=type(cache.states)(), use_cache=True
-            )
+            token_ids = torch.zeros(1, n_tokens, dtype=torch.long)
+            model.get_decoder()(input_ids=token_ids, past_key_values=type(cache.states)(), use_cache=True)
         except _Ended:
             return len(sound) == len(layers) and all(sound)
         except Exception:  # noqa: BLE001  # whatever it wants besides: such a model is called in the usual way
