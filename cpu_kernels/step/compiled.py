@@ -47,6 +47,15 @@ class CachePlace:
     first: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class StatePlace:
+    """Where a sequence's states in a layer lie: of its last inputs and of its matrices the addresses at which they are
+    read and written, and how they are stored (`floats`); 0: the layer has none."""
+
+    inputs: tuple[int, int, int] = (0, 0, 0)
+    matrices: tuple[int, int, int] = (0, 0, 0)
+
+
 @dataclass(slots=True)
 class Workspace:
     """What compiled layers write while they run: buffers of rows, and room for the runs of attention.
@@ -81,6 +90,8 @@ class CompiledLayers:
         self._caches = self._emitter.caches
         self.cache_layers = tuple(calls.layer for calls in self._caches)
         """Number of the cache layer of each attention, in order."""
+        self.state_layers = tuple(calls.layer for calls in self._emitter.states)
+        """The same of each layer that keeps states."""
         self._room = self._workspace.room
         self._room_for = (0, 0)  # rows, tokens
         self._array = {"stream": _floats(self._emitter.stream, width)}
@@ -114,6 +125,10 @@ class CompiledLayers:
         """Lets attention `number` read and write the cache of a step's sequence at `place`."""
         self._caches[number].places[sequence] = (*place.keys, *place.values, place.kind, place.first)
         attend.set_kernels(self._caches[number].attend, place.kind, self._isa_name)
+
+    def bind_states(self, number: int, sequence: int, place: StatePlace) -> None:
+        """Lets the layer with states `number` read and write those of a step's sequence at `place`."""
+        self._emitter.states[number].places[sequence] = (*place.inputs, *place.matrices)
 
     def prepare(self, kind: int, layers: Sequence[int]) -> None:
         """Compiles (or loads) now what attention in `layers` of the cache needs to read rows that are stored as `kind`.

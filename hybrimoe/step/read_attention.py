@@ -107,7 +107,7 @@ def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Atte
     Raises NotCompiled where it is none that the step knows.
     """
     _check_inputs(call)
-    cache = _cache_number(call)
+    cache = cache_number(call)
     layer: Any = trace.cache.layers[cache] if cache < len(trace.cache.layers) else None
     if not isinstance(layer, GrowingLayer) or not layer.is_initialized:
         raise NotCompiled(f"{call.path} ({type(call.module).__name__}) keeps a state of its own, not keys and values")
@@ -161,7 +161,7 @@ def at_positions(trace: Trace, call: Call, positions: list[int]) -> torch.Tensor
     """What an attention call of the trace gives if its tokens stand elsewhere, with the same angles. Raises NotCompiled
     where it does not run so."""
     cache = copy.deepcopy(trace.cache)
-    cache.layers[_cache_number(call)].crop(-NEW_TOKENS)
+    cache.layers[cache_number(call)].crop(-NEW_TOKENS)
 
     def other(name: str, value: Any) -> Any:
         return torch.tensor([positions]) if name == "position_ids" else cache if value is trace.cache else value
@@ -196,7 +196,8 @@ def _parts(trace: Trace, call: Call) -> _Found:
     return _Found(first, norms, later, output)
 
 
-def _cache_number(call: Call) -> int:
+def cache_number(call: Call) -> int:
+    """Which layer of the cache is the call's. Raises NotCompiled where its module does not say."""
     number = getattr(call.module, "layer_idx", None)
     if not isinstance(number, int):
         raise NotCompiled(f"{call.path}: it does not say which layer of the cache is its own (layer_idx)")

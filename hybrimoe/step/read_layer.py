@@ -12,9 +12,10 @@ from cpu_kernels.step.parts import Arm, Branch, Core, Mlp, Moe, Sum
 from cpu_kernels.step.stream import Norm
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.read_attention import RopeTables, read_attention
+from hybrimoe.step.read_attention import RopeTables, cache_number, read_attention
 from hybrimoe.step.read_experts import read_experts
 from hybrimoe.step.read_parts import FIT_TOLERANCE, nearest, read_mlp, read_norm
+from hybrimoe.step.read_states import read_state_layer
 from hybrimoe.step.trace import Call, Trace, same
 
 
@@ -223,6 +224,10 @@ def _cores(trace: Trace, call: Call, ropes: RopeTables, session: Any) -> Iterato
     if experts:
         yield read_experts(call, experts[0], inside, session)
     elif any(value is trace.cache for value in (*call.args, *call.kwargs.values())):
-        yield from read_attention(trace, call, ropes)
+        cache = cache_number(call)
+        if cache in trace.states:
+            yield from read_state_layer(trace, call, cache)
+        else:
+            yield from read_attention(trace, call, ropes)
     else:
         yield read_mlp(call, inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -25,6 +26,7 @@ from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_attention import RopeTables, angles_at, at_positions, far_positions, reads_positions
 from hybrimoe.step.read_layer import Site, branches_of, rounding, sites_of, whole_site
 from hybrimoe.step.read_parts import read_linear, read_norm
+from hybrimoe.step.states import States, place_of_states, states_of
 from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Call, Trace, same
 
 EXACT, ROUNDED = 1e-4, 6e-2
@@ -98,7 +100,7 @@ class Reading:
     """What was read of a model. reasons: by layer path, why it is not compiled; `model` is None unless all are; then
     `pieces` are what can be compiled all the same. blocks: by layer path, the compiled ones of layers that are not.
     session_layers: of the layers with experts, their number in the session. no_rows: by number of the cache layer, the
-    keys and values [1, heads, 0, D] of no token."""
+    keys and values [1, heads, 0, D] of no token; states: of the cache layers that keep states, what they are like."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -111,6 +113,7 @@ class Reading:
     logits_dtype: torch.dtype = torch.float32
     session_layers: dict[int, int] = field(default_factory=dict)
     no_rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    states: dict[int, States] = field(default_factory=dict)
 
     @property
     def reason(self) -> str | None:
@@ -137,6 +140,7 @@ def read_model(trace: Trace, session: Any, n_threads: int) -> Reading:
     reading = Reading(
         ropes=reader.ropes, output_type=type(trace.output), cache_type=type(trace.cache),
         logits_dtype=trace.output.logits.dtype, no_rows=_no_rows(trace.cache),
+        states={number: states.on_meta() for number, states in trace.states.items()},
     )  # fmt: skip
     paths = layer_paths(trace.model)
     for number, path in enumerate(paths):
@@ -275,6 +279,9 @@ def _error(
             part[..., PROMPT_TOKENS : PROMPT_TOKENS + n_rows, :].clone() for part in (buffers.keys, buffers.values)
         ]
         compiled.bind(index, 0, place_of(buffers))
+    states = {layer: trace.states[layer].copy() for layer in compiled.state_layers}
+    for index, held in enumerate(states.values()):
+        compiled.bind_states(index, 0, place_of_states(held, held, 0))
     compiled.give_room(n_rows, PROMPT_TOKENS + n_rows)
     compiled.set_rows([PROMPT_TOKENS], n_rows, positions=positions)
     fill_angles(compiled, ropes, torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + n_rows)[None])
@@ -290,6 +297,19 @@ def _error(
             pair = [x.float().transpose(1, 2).reshape(n_rows, -1).numpy() for x in (written, original)]
             error = max(error, _relative(pair[0], pair[1], exact))
             written.copy_(original)
+    return max([error, *(_states_error(trace, layer, held, exact) for layer, held in states.items())])
+
+
+def _states_error(trace: Trace, layer: int, found: States, exact: bool) -> float:
+    """Difference of the states after the step, as a multiple of what is allowed."""
+    expected = states_of(trace.cache, layer)
+    if expected is None:
+        return float("inf")
+    error = 0.0
+    for one, other in zip(found, expected, strict=True):
+        if one is not None and other is not None:
+            largest = float((one.float() - other.float()).abs().max() / (other.float().abs().max() + 1e-30))
+            error = max(error, largest / (EXACT if exact else ROUNDED)) if math.isfinite(largest) else float("inf")
     return error
 
 
