@@ -32,6 +32,8 @@ from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Call, Trace, same
 EXACT, ROUNDED = 1e-4, 6e-2
 """Relative error of what a branch adds to the stream: of float32 weights; where weights, activations or the cache are
 rounded (bfloat16, int8, int4), whose roundings fall differently."""
+CAP_TOLERANCE = 1e-2
+"""Of logits that are kept below a cap, as a share of it: of bfloat16."""
 ROUNDED_ROWS = NEW_TOKENS // 2
 """Rows that must agree where things are rounded: a router whose scores nearly tie may choose another expert."""
 
@@ -193,7 +195,7 @@ class _Reader:
         if len(site.cores) == 1:
             forms = branches_of(self.trace, site, self.ropes, self.session)
         else:
-            forms = iter([site.branch(*(self.branch(whole_site(core.call), number).core for core in site.cores))])
+            forms = iter([site.branch(*(self.branch(core.alone(), number).core for core in site.cores))])
         for branch in forms:
             found = _error(self.trace, site, branch, number, self.ropes, self.exact, self.n_threads)
             if found <= 1:
@@ -376,12 +378,18 @@ def _head(trace: Trace, model: Any, last: Call) -> Head:
         if same(norm_call.input, last.result) and norm_call.number > last.number:
             norm = read_norm(norm_call.module, last.result.shape[-1])
             if norm is not None and same(norm_call.result, call.input):
-                scale = _factor(
-                    call.result.double().flatten(), trace.output.logits.double().flatten(),
-                    "the logits are not those of the output layer",
-                )  # fmt: skip
-                return Head(norm, read_linear(output, path), scale)
+                scale, cap = _end(model, call.result.double().flatten(), trace.output.logits.double().flatten())
+                return Head(norm, read_linear(output, path), scale, cap)
     raise NotCompiled("between the last layer and the output layer stands more than a norm")
+
+
+def _end(model: Any, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    """(factor, cap) of the logits y behind the output layer, whose results x are large (`trace.record`)."""
+    config = model.config.get_text_config(decoder=True)
+    for cap in (value for value in vars(config).values() if isinstance(value, float) and value > 0):
+        if x.shape == y.shape and float((cap * (x / cap).tanh() - y).abs().max()) <= CAP_TOLERANCE * cap:
+            return 1.0, cap
+    return _factor(x, y, "the logits are not those of the output layer"), 0.0
 
 
 def _factor(x: torch.Tensor, y: torch.Tensor, problem: str) -> float:

@@ -18,6 +18,8 @@ from hybrimoe.step.states import States, states_of
 PROMPT_TOKENS, NEW_TOKENS = 6, 4
 """Tokens of the call before the recorded one, and of that: a mask among new tokens matters in it too."""
 SEED = 20250408
+LARGE_LOGIT = 300.0
+"""The largest logit of the recorded step."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,6 +136,9 @@ def record(model: nn.Module) -> Trace:
             for path, module in model.named_modules()
             if path
         ]
+        output = model.get_output_embeddings()  # type: ignore[operator]
+        if output is not None:
+            handles.insert(0, output.register_forward_hook(_enlarged, prepend=True))
         try:
             trace.output = model(input_ids=tokens[:, PROMPT_TOKENS:], past_key_values=cache, use_cache=True)
         finally:
@@ -147,6 +152,11 @@ def record(model: nn.Module) -> Trace:
 def _states(cache: DynamicCache, n_layers: int) -> dict[int, States]:
     held = {number: states_of(cache, number) for number in range(max(n_layers, len(cache.layers)))}
     return {number: states.copy() for number, states in held.items() if states is not None}
+
+
+def _enlarged(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """The output layer's results as large as they may become, so that what bounds the logits behind it shows."""
+    return output * (LARGE_LOGIT / output.abs().max()) if isinstance(output, torch.Tensor) else output
 
 
 def _recorder(trace: Trace, path: str) -> Any:
