@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -21,8 +22,14 @@ from cpu_kernels.step.stream import Norm
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.generation.growing import GrowingIndexedLayer, GrowingLayer
 from hybrimoe.step.errors import NotCompiled
+from hybrimoe.step.read_index import Choice, choice_of, read_index
 from hybrimoe.step.read_parts import LINEARS, array, read_linear, read_matrix, read_norm
 from hybrimoe.step.trace import Call, Trace, same
+
+FAR_POSITIONS = 1 << 20
+"""By how much positions are moved in order to see whether an attention reads them: further than contexts are long."""
+FEW_TOKENS = 3
+"""Chosen by an index meanwhile."""
 
 
 @dataclass(slots=True)
@@ -99,18 +106,20 @@ def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Atte
 
     Raises NotCompiled where it is none that the step knows.
     """
-    _check_inputs(call)
     cache = _cache_number(call)
     layer: Any = trace.cache.layers[cache] if cache < len(trace.cache.layers) else None
     if not isinstance(layer, GrowingLayer) or not layer.is_initialized:
         raise NotCompiled(f"{call.path} ({type(call.module).__name__}) keeps a state of its own, not keys and values")
-    if isinstance(layer, GrowingIndexedLayer):  # few tokens, which are compared, are all chosen; of many, some
-        raise NotCompiled(f"{call.path} ({type(call.module).__name__}) attends only to tokens that an index chooses")
-    found = _parts(trace, call)
+    choice = choice_of(trace, call, cache)
+    _check_inputs(trace, call, cache, choice)
+    found = _parts(trace, call, choice)
     table = ropes.find(call)
     if found.later:
-        yield from _latent(call, found, layer, cache, table)
+        for latent in _latent(call, found, layer, cache, table):
+            yield latent if choice is None else _with_choice(trace, call, latent, choice, found, table, layer)
         return
+    if choice is not None or isinstance(layer, GrowingIndexedLayer):
+        raise NotCompiled(f"{call.path} ({type(call.module).__name__}) attends only to tokens that an index chooses")
     module: Any = call.module
     n_kv_heads, dim, v_dim = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
     output = read_linear(found.output.module, found.output.path)
@@ -128,19 +137,37 @@ def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Atte
         yield replace(plain, norm=norm, rope=rope, tuning=_tuning(module) if rope is None else None)
 
 
-def _check_inputs(call: Call) -> None:
+def _check_inputs(trace: Trace, call: Call, cache: int, choice: Choice | None) -> None:
     """Raises NotCompiled for what a comparison over a few tokens cannot tell: effects of far positions."""
     known = [call.input, *_angles(call)]
     for name, value in call.kwargs.items():
         own = "mask" in name or any(value is item for item in known)
         if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()) and not own:
             raise NotCompiled(f"{call.path}: it is given {name}, which the step does not know")
-    if "position_ids" in inspect.signature(type(call.module).forward).parameters:
+    takes_positions = "position_ids" in inspect.signature(type(call.module).forward).parameters
+    if takes_positions and _reads_positions(trace, call, cache, choice):
         raise NotCompiled(f"{call.path}: it reads the tokens' positions itself, beside their angles")
 
 
-def _parts(trace: Trace, call: Call) -> _Found:
+def _reads_positions(trace: Trace, call: Call, cache: int, choice: Choice | None) -> bool:
+    """Whether other positions, with angles as they are, change a bit of the result; or it cannot be told. An index
+    chooses few tokens meanwhile, so that the result shows which."""
+    given = call.kwargs.get("position_ids")
+    if not isinstance(given, torch.Tensor):
+        return True
+    few = None if choice is None else (choice.call.module, choice.name, FEW_TOKENS)
+    here, far = (trace.again(call, cache, {"position_ids": given + moved}, setting=few) for moved in (0, FAR_POSITIONS))
+    if isinstance(here, NotCompiled) or isinstance(far, NotCompiled):
+        return True
+    return not torch.equal(replace(call, output=here).result, replace(call, output=far).result)
+
+
+def _parts(trace: Trace, call: Call, choice: Choice | None) -> _Found:
+    """What is inside an attention, without its index."""
     inside = list(trace.within(call.path))
+    if choice is not None and not choice.is_earlier:
+        own = choice.call
+        inside = [inner for inner in inside if inner is not own and not inner.path.startswith(f"{own.path}.")]
     linears = [inner for inner in inside if isinstance(inner.module, LINEARS)]
     if len(linears) < 2:
         raise NotCompiled(f"{call.path} ({type(call.module).__name__}) has {len(linears)} linear layers, expected more")
@@ -267,6 +294,23 @@ def _latent(
         yield LatentAttention(
             first, low, norm, matrix, output, sizes, rope, float(module.scaling), cache, query_norm, query_up, up_rows
         )
+
+
+def _with_choice(
+    trace: Trace, call: Call, latent: LatentAttention, choice: Choice, found: _Found, table: tuple[int, int] | None,
+    layer: Any,
+) -> LatentAttention:  # fmt: skip
+    """Latent attention to no more tokens than are chosen, by an index that reads the same short query."""
+    if choice.is_earlier:
+        return replace(latent, top_k=choice.top_k)
+    if latent.query_up is None:
+        raise NotCompiled(f"{choice.call.path}: an index without a short query")
+    own, others = ([value for value in _angles(one) if isinstance(value, torch.Tensor)] for one in (choice.call, call))
+    if table is None or len(own) != 2 or not all(same(one, other) for one, other in zip(own, others, strict=True)):
+        raise NotCompiled(f"{choice.call.path}: an index with other angles than its attention")
+    halves, ropes = [half_angles(value) for value in own], partial(_ropes, table)
+    index = read_index(trace, choice, found.later[0].input, halves, ropes, layer)
+    return replace(latent, top_k=choice.top_k, index=index)
 
 
 def _norm_before(found: _Found, rank: int, down: Call) -> Norm:

@@ -67,14 +67,17 @@ def compare(model: Any, rounds: list[list[int]], halved: tuple[int, ...] = ()) -
         for one, other in zip(ours.layers, theirs.layers, strict=True):
             assert torch.equal(one.keys, other.keys)
             assert torch.equal(one.values, other.values)
+            if getattr(one, "is_indexer_initialized", False):
+                assert torch.equal(one.indexer_keys, other.indexer_keys)
 
 
 ROUNDS = [[0, 1, 2, 3]] * 3 + [[3, 0]] + [[2]] + [[1, 3, 2]] * 18
 """The windows of some fill and move on the way."""
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"])
 def test_families_with_plain_windowed_and_latent_attention(family: str) -> None:
+    """The last two choose 32 tokens, which one prompt has already and another comes to have on the way."""
     compare(injected(family), ROUNDS)
 
 
