@@ -40,7 +40,8 @@ from cpu_kernels.step.program import (
 from cpu_kernels.step.stored import INT4, INT8, N_KINDS, is_turned, read_stored, row_bytes, turn
 
 (STATE, NEXT, NEXT_JOIN, N_HEADS, N_KV_HEADS, DIM, V_DIM, SHARED, WINDOW, IN_BLOCKS, SINKS, QUERY, PARTS, STATS,
- MAX_CHUNKS, OUT, OUT_ROW, GATE, GATE_ROW, GATE_HEAD, ZEROS, PLACES, TOP_K, CHOSEN, KERNELS) = range(25)  # fmt: skip
+ MAX_CHUNKS, OUT, OUT_ROW, GATE, GATE_ROW, GATE_HEAD, GATE_COLUMNS, GATE_KIND, ZEROS, PLACES, TOP_K, CHOSEN,
+ KERNELS) = range(27)  # fmt: skip
 # From KERNELS on, by how rows are stored: addresses of the kernels for HEAD_BLOCK heads and for fewer, those of chosen
 # tokens, and how many "fewer" are; 0: there are none.
 BLOCK, REST, CHOSEN_BLOCK, CHOSEN_REST, REST_HEADS, KIND_KERNELS = range(6)
@@ -73,6 +74,18 @@ class Sight:
 
 
 EVERYTHING = Sight()
+SIGMOID_GATE, SOFTPLUS_GATE = range(2)
+SOFTPLUS_LINEAR = 20.0
+"""From here on softplus(x) is x, as torch has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What each head's result is multiplied with: a function (`kind`) of v_dim columns for each head, or of one."""
+
+    source: Source
+    columns: int
+    kind: int = SIGMOID_GATE
 
 
 def _attend(call_address: int, thread: int) -> None:
@@ -327,9 +340,31 @@ def _join(call_address: int, thread: int) -> None:
         if is_turned(place_of(call[PLACES], rows[row, SEQUENCE])[KIND]):
             turn(result)
         if call[GATE]:
-            gate = floats_at(call[GATE] + 4 * (row * call[GATE_ROW] + head * call[GATE_HEAD]), v_dim)
-            for i in range(v_dim):
-                result[i] *= np.float32(1) / (np.float32(1) + np.exp(-gate[i]))
+            gate = floats_at(call[GATE] + 4 * (row * call[GATE_ROW] + head * call[GATE_HEAD]), call[GATE_COLUMNS])
+            _pass_gate(call[GATE_KIND], gate, result)
+
+
+@float_kernel
+def _pass_gate(kind: Whole, gate: np.ndarray, result: np.ndarray) -> None:
+    """result = result * what the gate lets through, by column or as a whole."""
+    if gate.size == 1:
+        factor = _opened(kind, gate[0])
+        for i in range(result.size):
+            result[i] *= factor
+    elif kind == SIGMOID_GATE:
+        for i in range(result.size):
+            result[i] *= _opened(SIGMOID_GATE, gate[i])
+    else:
+        for i in range(result.size):
+            result[i] *= _opened(SOFTPLUS_GATE, gate[i])
+
+
+@inline_kernel
+def _opened(kind: Whole, x: Real) -> Real:
+    """What a gate lets through."""
+    if kind == SIGMOID_GATE:
+        return np.float32(1) / (np.float32(1) + np.exp(-x))
+    return x if x > np.float32(SOFTPLUS_LINEAR) else np.log1p(np.exp(x))
 
 
 @inline_kernel
@@ -359,17 +394,16 @@ JOIN_WORK = Worker(_join)
 
 def add_attention(
     program: Program, n_heads: int, n_kv_heads: int, dim: int, v_dim: int, query: int, places: int, out: int, *,
-    sight: Sight = EVERYTHING, sinks: np.ndarray | None = None, gate: Source | None = None, shared: int = 0,
+    sight: Sight = EVERYTHING, sinks: np.ndarray | None = None, gate: Gate | None = None, shared: int = 0,
     top_k: int = 0, chosen: int = 0,
 ) -> np.ndarray:  # fmt: skip
     """Adds out float32 [rows, n_heads * v_dim] = attention of query float32 [rows, n_heads, dim + shared]; returns its
     call. `give_room` must have set where runs are kept, and `set_kernels` those of the caches' kinds.
 
-    places: address of the table that says where the caches lie. sinks float32 [n_heads]: scores without values. gate:
-    heads of v_dim columns, whose sigmoid the result is multiplied with. shared: columns that the cache keeps where
-    values are otherwise; keys are dim columns of the cache's keys and then these, and values are the first v_dim
-    columns of the cache's keys. chosen: where int32 [rows, top_k] tell the tokens that a row which sees more than top_k
-    attends to (top_k 0: every row attends to all that it sees).
+    places: address of the table that says where the caches lie. sinks float32 [n_heads]: scores without values. shared:
+    columns that the cache keeps where values are otherwise; keys are dim columns of the cache's keys and then these,
+    and values are the first v_dim columns of the cache's keys. chosen: where int32 [rows, top_k] tell the tokens that a
+    row which sees more than top_k attends to (top_k 0: every row attends to all that it sees).
     """
     call = program.zeros(ATTEND_CALL, np.int64)
     call[[STATE, N_HEADS, N_KV_HEADS, DIM, V_DIM]] = program.state.ctypes.data, n_heads, n_kv_heads, dim, v_dim
@@ -378,7 +412,8 @@ def add_attention(
     call[[TOP_K, CHOSEN]] = top_k, chosen
     call[SINKS] = 0 if sinks is None else program.keep(np.ascontiguousarray(sinks, np.float32))
     if gate is not None:
-        call[[GATE, GATE_ROW, GATE_HEAD]] = gate.address, gate.row, gate.head
+        call[[GATE, GATE_ROW, GATE_HEAD]] = gate.source.address, gate.source.row, gate.source.head
+        call[[GATE_COLUMNS, GATE_KIND]] = gate.columns, gate.kind
     call[ZEROS] = program.floats("zeros", CHUNK)
     program.count(call, NEXT)
     program.count(call, NEXT_JOIN)

@@ -1,5 +1,6 @@
 """From the description of layers to the operations of a program."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,7 @@ from cpu_kernels.step.parts import (
     Mlp,
     Moe,
     Rope,
+    Sum,
 )
 from cpu_kernels.step.products import PLAIN_FORMAT, Product, Shared, add_product, target_of
 from cpu_kernels.step.program import FIRST_ROW, MAX_ROWS, N_ROWS, Part, Program
@@ -59,6 +61,7 @@ class Emitter:
     _shared: Shared = field(init=False)
     _of_head: Shared = field(init=False)
     _layer: int = 0
+    _n_names: int = 0
 
     def __post_init__(self) -> None:
         self._shared = Shared.of(self.program, self.program.state)
@@ -105,26 +108,55 @@ class Emitter:
     def _branch(self, branch: Branch) -> None:
         core = branch.core
         rows, sources = self._normalised(branch.pre, self._formats(core), renews=branch.renews)
-        if isinstance(core, Attention):
-            results = [self._attention(core, sources)]
-        elif isinstance(core, LatentAttention):
-            results = [self._latent_attention(core, sources)]
-        elif isinstance(core, Moe):
-            results = self._moe(core, sources, rows)
-        else:
-            results = [self._mlp(core, sources, Part.PROJECTIONS)]
+        self._n_names = 0
+        results = self._core(core, rows, sources)
         if branch.post is not None:
-            delta, normed = self.program.floats("delta", self.width), self.program.floats("delta normed", self.width)
-            add_stream(
-                self.program, Part.NORMS, self._layer, delta, self.width, keep=0.0, summands=results,
-                norm=branch.post, out=normed,
-            )  # fmt: skip
-            results = [Summand(normed)]
+            results = [self._normed_sum(results, branch.post)]
         self.pending = [Summand(r.address, r.parts, r.scale * branch.scale, r.gate) for r in results]
         self.keep = branch.keep
 
+    def _core(self, core: Core, rows: int, sources: list[Target]) -> list[Summand]:
+        """What a core computes from float rows, which lie in `sources` as it reads them."""
+        if isinstance(core, Sum):
+            return self._sum(core, rows, sources)
+        if isinstance(core, Attention):
+            return [self._attention(core, sources)]
+        if isinstance(core, LatentAttention):
+            return [self._latent_attention(core, sources)]
+        if isinstance(core, Moe):
+            return self._moe(core, sources, rows)
+        return [self._mlp(core, sources, Part.PROJECTIONS)]
+
+    def _sum(self, core: Sum, rows: int, sources: list[Target]) -> list[Summand]:
+        """The results of cores that read the same rows, or norms of their own of these."""
+        read, results = iter(sources), []
+        for number, arm in enumerate(core.arms, self._numbers(len(core.arms))):
+            forms, own = self._formats(arm.core), rows
+            if arm.pre is None:
+                targets = [next(read) for _ in forms]
+            else:
+                own = self.program.floats(f"normed {number}", self.width)
+                targets = self._written(rows, arm.pre, own, forms, f"input {number} of")
+            found = self._core(arm.core, own, targets)
+            results += found if arm.post is None else [self._normed_sum(found, arm.post, f" {number}")]
+        return results
+
+    def _normed_sum(self, summands: list[Summand], norm: Norm, whose: str = "") -> Summand:
+        """Adds the norm of what summands come to."""
+        delta, normed = (
+            self.program.floats("delta", self.width),
+            self.program.floats(f"delta normed{whose}", self.width),
+        )
+        add_stream(
+            self.program, Part.NORMS, self._layer, delta, self.width, keep=0.0, summands=summands, norm=norm,
+            out=normed,
+        )  # fmt: skip
+        return Summand(normed)
+
     def _formats(self, core: Core) -> list[Format]:
         """Formats of what reads the normalised stream, in the order in which it is read."""
+        if isinstance(core, Sum):
+            return [form for arm in core.arms if arm.pre is None for form in self._formats(arm.core)]
         if isinstance(core, Attention):
             return [product.format(self.isa_name) for product in core.inputs]
         if isinstance(core, LatentAttention):
@@ -139,14 +171,22 @@ class Emitter:
     def _normalised(self, norm: Norm | None, forms: list[Format], *, renews: bool = False) -> tuple[int, list[Target]]:
         """Adds the row operation of a branch; returns where its float rows lie and where each reader finds them."""
         out = self.stream if norm is None or renews else self.program.floats("normed", self.width)
-        targets = {form: self._target("input", form, out, self.width) for form in forms}
+        targets = self._written(self.stream, norm, out, forms, "input", self.keep, self.pending)
+        self.pending, self.keep = [], 1.0
+        return out, targets
+
+    def _written(
+        self, rows: int, norm: Norm | None, out: int, forms: list[Format], name: str, keep: float = 1.0,
+        summands: Sequence[Summand] = (),
+    ) -> list[Target]:  # fmt: skip
+        """Adds a row operation on `rows`, whose result at `out` is written in formats too; where each lies."""
+        targets = {form: self._target(name, form, out, self.width) for form in forms}
         written = [target for form, target in targets.items() if target.address != out]
         add_stream(
-            self.program, Part.NORMS, self._layer, self.stream, self.width, keep=self.keep, summands=self.pending,
-            norm=norm, out=out, targets=written,
+            self.program, Part.NORMS, self._layer, rows, self.width, keep=keep, summands=summands, norm=norm, out=out,
+            targets=written,
         )  # fmt: skip
-        self.pending, self.keep = [], 1.0
-        return out, [targets[form] for form in forms]
+        return [targets[form] for form in forms]
 
     def _target(self, name: str, form: Format, rows: int, width: int) -> Target:
         """Where rows of floats [width] at `rows` are read in a format: as they lie, where that is the format."""
@@ -182,16 +222,17 @@ class Emitter:
             address = outs[columns.product] + 4 * columns.first
             return heads.Source(address, core.inputs[columns.product].n_out, columns.head)
 
-        query, places = program.floats("query", core.n_heads * core.dim), self._places()
+        gate, query, places = core.gate, program.floats("query", core.n_heads * core.dim), self._places()
         heads.add_heads(
             program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, source(core.q), source(core.k),
             source(core.v), query, places.ctypes.data, scale=core.scale, norm=core.norm, rotary=self._rotary(core.rope),
-            clip=core.clip, tuning=core.tuning,
+            clip=core.clip, tuning=core.tuning, v_scale=core.v_scale,
         )  # fmt: skip
         attended = program.floats("attended", core.n_heads * core.v_dim)
         call = attend.add_attention(
             program, core.n_heads, core.n_kv_heads, core.dim, core.v_dim, query, places.ctypes.data, attended,
-            sight=core.sight, sinks=core.sinks, gate=None if core.gate is None else source(core.gate),
+            sight=core.sight, sinks=core.sinks,
+            gate=None if gate is None else attend.Gate(source(gate.columns), gate.n, gate.kind),
         )  # fmt: skip
         self.caches.append(CacheCalls(core.cache, call, places))
         return self._attention_result(attended, core.output)
@@ -266,11 +307,12 @@ class Emitter:
 
     def _mlp(self, mlp: Mlp, sources: list[Target], part: Part) -> Summand:
         """A dense MLP by itself."""
-        switch = self._first_half(mlp, sources, part, 0, meets=True)
-        source = self._activation(mlp, part, 0, meets=True)
-        out = self.program.floats("dense 0", mlp.down.n_out)
+        number = self._numbers(1)
+        switch = self._first_half(mlp, sources, part, number, meets=True)
+        source = self._activation(mlp, part, number, meets=True)
+        out = self.program.floats(f"dense {number}", mlp.down.n_out)
         self._product(part, mlp.down, source, out)
-        return Summand(out, gate=switch)
+        return Summand(out, scale=mlp.scale, gate=switch)
 
     def _moe(self, core: Moe, sources: list[Target], normed: int) -> list[Summand]:
         """Routed and shared experts: what does not depend on each other has no meeting of threads between.
@@ -279,7 +321,8 @@ class Emitter:
         """
         program, part, read = self.program, Part.SHARED_EXPERTS, iter(sources)
         switches = []
-        for number, mlp in enumerate(core.shared):
+        first = self._numbers(len(core.shared))
+        for number, mlp in enumerate(core.shared, first):
             halves = [next(read) for _ in _first_half(mlp)]
             switches.append(self._first_half(mlp, halves, part, number, meets=False))
         logits = program.floats("router logits", core.router.n_out)
@@ -301,16 +344,21 @@ class Emitter:
         )  # fmt: skip
         results = [Summand(rows, parts=top_k)]
         prepared = []
-        for number, mlp in enumerate(core.shared):
-            prepared.append(self._activation(mlp, part, number, meets=number == len(core.shared) - 1))
+        for number, mlp in enumerate(core.shared, first):
+            prepared.append(self._activation(mlp, part, number, meets=mlp is core.shared[-1]))
         if core.scaled_inputs:
             add_scaled_inputs(program, self.width, top_k, normed, weights, source)
-        for number, (mlp, half, switch) in enumerate(zip(core.shared, prepared, switches, strict=True)):
+        for number, (mlp, half, switch) in enumerate(zip(core.shared, prepared, switches, strict=True), first):
             out = program.floats(f"dense {number}", mlp.down.n_out)
             self._product(part, mlp.down, half, out, meets=False)
-            results.append(Summand(out, gate=switch))
+            results.append(Summand(out, scale=mlp.scale, gate=switch))
         add_experts(program, call)
         return results
+
+    def _numbers(self, n: int) -> int:
+        """The first of n numbers that nothing else in this branch has: what is named by them lies apart."""
+        self._n_names += n
+        return self._n_names - n
 
     def _first_half(self, mlp: Mlp, sources: list[Target], part: Part, number: int, *, meets: bool) -> int:
         """Gate and up projections, and the switch; returns where the switch's logits lie, 0 without."""

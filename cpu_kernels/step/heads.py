@@ -21,8 +21,8 @@ from cpu_kernels.step.program import N_ROWS, SCRATCH, SCRATCH_BYTES, SEEN, SEQUE
 from cpu_kernels.step.stored import is_turned, store_row, turn
 
 (STATE, NEXT, N_HEADS, N_KV_HEADS, DIM, V_DIM, ROT, ROT_FIRST, ROT_KIND, COS, SIN, NORM, NORM_LAST, EPS, Q_WEIGHT,
- K_WEIGHT, SCALE, TUNING, TUNING_STEP, CLIP, Q, Q_ROW, Q_HEAD, K, K_ROW, K_HEAD, V, V_ROW, V_HEAD, QUERY,
- PLACES, HEADS_CALL) = range(32)  # fmt: skip
+ K_WEIGHT, SCALE, TUNING, TUNING_STEP, CLIP, Q, Q_ROW, Q_HEAD, K, K_ROW, K_HEAD, V, V_ROW, V_HEAD, V_SCALE,
+ V_WEIGHT, QUERY, PLACES, HEADS_CALL) = range(34)  # fmt: skip
 NO_NORM, HEAD_NORM, ROW_NORM = range(3)
 HALVES, PAIRS, PAIRS_TO_HALVES = range(3)
 NO_CLIP = 3.0e38
@@ -30,13 +30,17 @@ NO_CLIP = 3.0e38
 
 @dataclass(frozen=True, slots=True)
 class HeadNorm:
-    """RMS norm of each query and key head (weights [dim]), or of all heads of a row as one (weights [heads * dim])."""
+    """RMS norm of each query and key head (weights [dim]), or of all heads of a row as one (weights [heads * dim]).
+
+    v_weight [v_dim]: of each value head, too.
+    """
 
     q_weight: np.ndarray
     k_weight: np.ndarray
     eps: float
     whole_row: bool = False
     after_rotation: bool = False
+    v_weight: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ def _heads(call_address: int, thread: int) -> None:
     call = int64s_at(call_address, HEADS_CALL)
     state = int64s_at(call[STATE], STATE_SIZE)
     rows = rows_of(state)
-    head_room = floats_at(state[SCRATCH] + thread * SCRATCH_BYTES, 2 * call[DIM])
+    head_room = floats_at(state[SCRATCH] + thread * SCRATCH_BYTES, max(2 * call[DIM], call[V_DIM]))
     n_heads, n_kv_heads = call[N_HEADS], call[N_KV_HEADS]
     per_row = n_heads + 2 * n_kv_heads
     while True:
@@ -93,14 +97,28 @@ def _heads(call_address: int, thread: int) -> None:
         elif head < n_heads + n_kv_heads:
             head -= n_heads
             source = call[K] + 4 * (row * call[K_ROW] + head * call[K_HEAD])
-            key = head_room[call[DIM] :]
+            key = head_room[call[DIM] : 2 * call[DIM]]
             _place(call, row, head, n_kv_heads, source, call[K_WEIGHT], head_room, key)
             store_row(place[KIND], key_address(place, head, token), key)
         else:
             head -= n_heads + n_kv_heads
-            value = floats_at(call[V] + 4 * (row * call[V_ROW] + head * call[V_HEAD]), call[V_DIM])
-            _clip(value, float_of(call[CLIP]))
+            value = head_room[: call[V_DIM]]
+            _value(call, call[V] + 4 * (row * call[V_ROW] + head * call[V_HEAD]), value)
             store_row(place[KIND], value_address(place, head, token), value)
+
+
+@inline_kernel
+def _value(call: np.ndarray, source: Whole, value: np.ndarray) -> None:
+    """value = the head at `source`, normalised or clipped, and scaled."""
+    copy(floats_at(source, value.size), value)
+    if call[V_WEIGHT]:
+        factor = root_factor(square_sum(value), value.size, call[EPS])
+        scale_by(value, factor, floats_at(call[V_WEIGHT], value.size))
+    _clip(value, float_of(call[CLIP]))
+    scale = float_of(call[V_SCALE])
+    if scale != np.float32(1):
+        for i in range(value.size):
+            value[i] *= scale
 
 
 @inline_kernel
@@ -179,16 +197,17 @@ HEADS_WORK = Worker(_heads)
 def add_heads(
     program: Program, n_heads: int, n_kv_heads: int, dim: int, v_dim: int, q: Source, k: Source, v: Source, query: int,
     places: int, *, scale: float, norm: HeadNorm | None = None, rotary: Rotary | None = None, clip: float = NO_CLIP,
-    tuning: Tuning | None = None,
+    tuning: Tuning | None = None, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Adds the operation.
 
     places: address of the table that says where the caches lie. query: where float32 [rows, n_heads, dim] go,
-    multiplied with `scale` and what `tuning` says.
+    multiplied with `scale` and what `tuning` says. v_scale: of the values in the cache.
     """
     call = program.zeros(HEADS_CALL, np.int64)
     call[[STATE, N_HEADS, N_KV_HEADS, DIM, V_DIM]] = program.state.ctypes.data, n_heads, n_kv_heads, dim, v_dim
     call[[SCALE, CLIP, QUERY, PLACES]] = bits_of(scale), bits_of(clip), query, places
+    call[V_SCALE] = bits_of(v_scale)
     call[[Q, Q_ROW, Q_HEAD]] = q.address, q.row, q.head
     call[[K, K_ROW, K_HEAD]] = k.address, k.row, k.head
     call[[V, V_ROW, V_HEAD]] = v.address, v.row, v.head
@@ -200,5 +219,7 @@ def add_heads(
         call[[NORM, NORM_LAST, EPS]] = ROW_NORM if norm.whole_row else HEAD_NORM, norm.after_rotation, bits_of(norm.eps)
         call[Q_WEIGHT] = program.keep(np.ascontiguousarray(norm.q_weight, np.float32))
         call[K_WEIGHT] = program.keep(np.ascontiguousarray(norm.k_weight, np.float32))
+        if norm.v_weight is not None:
+            call[V_WEIGHT] = program.keep(np.ascontiguousarray(norm.v_weight, np.float32))
     program.count(call, NEXT)
     program.add(HEADS_WORK, call, Part.ATTENTION)

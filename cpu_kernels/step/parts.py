@@ -33,11 +33,21 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
+class GateColumns:
+    """Columns that let an attention's result through: `n` for each head, its v_dim or one. kind: how, one of
+    `cpu_kernels.step.attend`'s."""
+
+    columns: Columns
+    n: int
+    kind: int
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Attention over a KV cache. `inputs` read the normalised stream; q, k and v are columns of their results.
 
-    gate: columns whose sigmoid the result is multiplied with, before the output projection. cache: number of the cache
-    layer.
+    gate: what the result is multiplied with, before the output projection. v_scale: what values are multiplied with
+    before the cache holds them. cache: number of the cache layer.
     """
 
     inputs: tuple[Product, ...]
@@ -57,7 +67,8 @@ class Attention:
     sinks: np.ndarray | None = None
     clip: float = NO_CLIP
     tuning: Tuning | None = None
-    gate: Columns | None = None
+    gate: GateColumns | None = None
+    v_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +114,7 @@ class LatentAttention:
 class Mlp:
     """down(act(gate x) * up x), or down(act(up x)) without a gate. fused: `up` gives gate's columns, then up's.
 
-    switch: a product with one output, whose sigmoid the result is multiplied with.
+    switch: a product with one output, whose sigmoid the result is multiplied with. scale: of the result.
     """
 
     up: Product
@@ -112,6 +123,7 @@ class Mlp:
     gate: Product | None = None
     fused: bool = False
     switch: Product | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +141,23 @@ class Moe:
     scaled_inputs: bool = False
 
 
-Core = Attention | LatentAttention | Mlp | Moe
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One of several cores whose results are summed: post(core(pre(x))), where x is given to all of them."""
+
+    core: "Core"
+    pre: Norm | None = None
+    post: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """The sum of what cores compute side by side from the same rows."""
+
+    arms: tuple[Arm, ...]
+
+
+Core = Attention | LatentAttention | Mlp | Moe | Sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +173,15 @@ class Branch:
     scale: float = 1.0
     keep: float = 1.0
     renews: bool = False
+
+    @property
+    def cores(self) -> tuple[Core, ...]:
+        """What is computed: the core, or the cores that are summed."""
+        return _single(self.core)
+
+
+def _single(core: Core) -> tuple[Core, ...]:
+    return tuple(one for arm in core.arms for one in _single(arm.core)) if isinstance(core, Sum) else (core,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from hybrimoe.errors import ModelError, PromptError
-from hybrimoe.generation.engine import Reply, TextGenerator
+from hybrimoe.generation.engine import TextGenerator
 from hybrimoe.generation.images.messages import for_template, images_in, text_in, with_images
 from hybrimoe.generation.images.reading import ImageFile
 from hybrimoe.generation.images.vision import Vision
 from hybrimoe.generation.kv_cache import PrefixCache
 from hybrimoe.generation.prefix.blocks import PrefixTree
 from hybrimoe.generation.profile import Profile
+from hybrimoe.generation.reply import Reply
 from hybrimoe.generation.sampling import SamplingOptions
 from hybrimoe.generation.templates.form import in_the_templates_form
 from hybrimoe.generation.templates.limit import time_limit

@@ -24,7 +24,8 @@ from hybrimoe.generation.sampling import UNLIMITED_TOKENS, SamplingOptions, repl
 if TYPE_CHECKING:
     import torch
 
-    from hybrimoe.generation.engine import Reply, TextGenerator
+    from hybrimoe.generation.engine import TextGenerator
+    from hybrimoe.generation.reply import Reply
 
 __all__ = ["BatchEngine", "Progress", "default_parallel"]
 
@@ -62,7 +63,7 @@ class BatchEngine:
 
     prefixes: what any earlier prompt or reply computed, so that it is not computed again; None: nothing is kept beyond
     the latest replies. part_tokens: of a prompt, between two tokens of the others; None for the generator's own size.
-    part_slower: see `prompt_parts.PromptPart`; part_us: what the others may wait for where a part is interrupted.
+    part_slower: see `prompts.parts.PromptPart`; part_us: what the others may wait for where a part is interrupted.
     One thread calls all methods.
     """
 

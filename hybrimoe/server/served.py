@@ -14,7 +14,7 @@ from hybrimoe.amounts import size_text
 from hybrimoe.generation.continuous_batching import BatchEngine, default_parallel
 from hybrimoe.generation.prefix.blocks import PrefixTree
 from hybrimoe.generation.prefix.budget import PrefixSettings, prefix_tree
-from hybrimoe.generation.prompt_parts import PromptPart, TimesFile, measured_part
+from hybrimoe.generation.prompts.parts import PromptPart, TimesFile, measured_part
 from hybrimoe.server.asking import Preparation
 from hybrimoe.server.errors import DrainingError, LoadingError
 from hybrimoe.server.selfcheck import CHECKED_TOKENS, Finding, disk_finding, findings

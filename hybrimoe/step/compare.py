@@ -16,13 +16,13 @@ import torch
 
 from cpu_kernels.host.isa import detect
 from cpu_kernels.step.compiled import CompiledLayers
-from cpu_kernels.step.parts import Branch, LatentAttention, Layer
+from cpu_kernels.step.parts import Branch, Core, LatentAttention, Layer
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.generation.growing import Buffers
 from hybrimoe.step.caches import place_of
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_attention import RopeTables, angles_at
-from hybrimoe.step.read_index import narrowed
+from hybrimoe.step.read_index import choice_of, narrowed
 from hybrimoe.step.read_layer import Site, rounding, whole_site
 from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Trace
 
@@ -59,6 +59,8 @@ class Comparison:
         unknown = rounding(site.after) * np.abs(after)
         with self._ready(site, branch, number) as (compiled, parts):
             originals = [part.clone() for part in parts]
+            for core in branch.cores:
+                self._give_choice(compiled, site, core)
             compiled.run()
             error = self._relative(compiled.stream[: len(before)] - base, after - base, unknown)
             for part, original in zip(parts, originals, strict=True):
@@ -90,6 +92,15 @@ class Comparison:
             for part, original in zip(parts, originals, strict=True):
                 part.copy_(original)
 
+    def _give_choice(self, compiled: CompiledLayers, site: Site, core: Core) -> None:
+        """What an earlier layer's index has chosen in the recorded step, where that is not all."""
+        if not isinstance(core, LatentAttention) or not core.top_k or core.index is not None:
+            return
+        for own in site.cores:
+            choice = choice_of(self.trace, own.call, core.cache)
+            if choice is not None and choice.call.result.shape[-1] == core.top_k:
+                compiled.chosen(core.top_k)[:NEW_TOKENS] = choice.call.result.reshape(NEW_TOKENS, -1).numpy()
+
     def _relative(self, found: np.ndarray, expected: np.ndarray, unknown: np.ndarray | float = 0.0) -> float:
         """Largest error of a row over what is allowed; where things are rounded, that of the ROUNDED_ROWS best rows.
 
@@ -109,12 +120,12 @@ class Comparison:
         errors = [self._held_to(n_tokens, site, core, number) for n_tokens in FEWER_TOKENS]
         compared = [error for error in errors if error is not None]
         if not compared:
-            raise NotCompiled(f"{site.core.path}: which tokens it chooses cannot be compared, their scores are equal")
+            raise NotCompiled(f"{site.path}: which tokens it chooses cannot be compared, their scores are equal")
         return max(compared)
 
     def _held_to(self, top_k: int, site: Site, core: LatentAttention, number: int) -> float | None:
         """The same with `top_k` tokens; None where equal scores leave open what each row chooses."""
-        call, places = narrowed(self.trace, site.core, core.cache, top_k)
+        call, places = narrowed(self.trace, site.cores[0].call, core.cache, top_k)
         block = whole_site(call)
         expected = _rows(block.after)
         with self._ready(block, block.branch(replace(core, top_k=top_k)), number) as (compiled, _):

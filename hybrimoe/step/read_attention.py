@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from cpu_kernels.step.attend import Sight
+from cpu_kernels.step.attend import SIGMOID_GATE, SOFTPLUS_GATE, Sight
 from cpu_kernels.step.heads import HALVES, NO_CLIP, PAIRS, PAIRS_TO_HALVES, HeadNorm, Tuning
 from cpu_kernels.step.latent import LatentSizes
-from cpu_kernels.step.parts import Attention, Columns, LatentAttention, Rope
+from cpu_kernels.step.parts import Attention, Columns, GateColumns, LatentAttention, Rope
 from cpu_kernels.step.products import Product, plain_product
 from cpu_kernels.step.stream import Norm
 from hybrimoe.dense.linear import PackedLinear
@@ -24,7 +24,10 @@ from hybrimoe.generation.growing import GrowingIndexedLayer, GrowingLayer
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_index import Choice, choice_of, read_index
 from hybrimoe.step.read_parts import LINEARS, array, read_linear, read_matrix, read_norm
-from hybrimoe.step.trace import Call, Trace, same
+from hybrimoe.step.trace import NEW_TOKENS, Call, Trace, same
+
+VALUE_SCALE_TOLERANCE = 1e-2
+"""Relative, of a factor that is found from bfloat16 values."""
 
 FAR_POSITIONS = 1 << 20
 """By how much positions are moved in order to see whether an attention reads them: further than contexts are long."""
@@ -127,13 +130,13 @@ def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Atte
     if output.n_in != n_heads * v_dim or n_heads % n_kv_heads:
         raise NotCompiled(f"{call.path}: {output.n_in} columns are no whole number of heads of {v_dim}")
     sinks = getattr(module, "sinks", None)
-    plain = _heads(
+    forms = _heads(
         call, found, output=output, n_heads=n_heads, n_kv_heads=n_kv_heads, dim=dim, v_dim=v_dim, cache=cache,
         scale=float(getattr(module, "scaling", dim**-0.5)), sight=_sight(trace, call, layer),
         sinks=array(sinks) if isinstance(sinks, torch.Tensor) else None,
-        clip=float(getattr(module.config, "clip_qkv", None) or NO_CLIP),
+        clip=float(getattr(module.config, "clip_qkv", None) or NO_CLIP), v_scale=_value_scale(call, found, layer),
     )  # fmt: skip
-    for norm, rope in product(_head_norms(found, n_heads, n_kv_heads, dim), _ropes(table, dim)):
+    for plain, norm, rope in product(forms, _head_norms(found, n_heads, n_kv_heads, dim), _ropes(table, dim)):
         yield replace(plain, norm=norm, rope=rope, tuning=_tuning(module) if rope is None else None)
 
 
@@ -229,24 +232,40 @@ def _ropes(table: tuple[int, int] | None, dim: int) -> list[Rope | None]:
     return [*(Rope(number, n, first, kind) for first in firsts for kind in (HALVES, PAIRS, PAIRS_TO_HALVES)), None]
 
 
-def _heads(call: Call, found: _Found, **sizes: Any) -> Attention:
+def _heads(call: Call, found: _Found, **sizes: Any) -> list[Attention]:
     """Queries, keys and values from three products, or from one; a gate of the result by itself, or behind each query
-    head."""
+    head. Where there is one by itself, the ways in which it may work."""
     n_heads, n_kv_heads, dim, v_dim = (sizes[name] for name in ("n_heads", "n_kv_heads", "dim", "v_dim"))
     inputs = tuple(read_linear(inner.module, inner.path) for inner in found.first)
     q, k, v = n_heads * dim, n_kv_heads * dim, n_kv_heads * v_dim
     widths = [item.n_out for item in inputs]
     own = [Columns(0, 0, dim), Columns(1, 0, dim), Columns(2, 0, v_dim)]
-    gate = None
-    if widths == [q, k, v, n_heads * v_dim]:
-        gate = Columns(3, 0, v_dim)
+    gates: list[GateColumns | None] = [None]
+    if widths[:3] == [q, k, v] and widths[3:] in ([n_heads * v_dim], [n_heads]):
+        n = widths[3] // n_heads
+        gates = [GateColumns(Columns(3, 0, n), n, kind) for kind in (SIGMOID_GATE, SOFTPLUS_GATE)]
     elif widths == [2 * q, k, v] and dim == v_dim:
-        own[0], gate = Columns(0, 0, 2 * dim), Columns(0, dim, 2 * dim)
+        own[0], gates = Columns(0, 0, 2 * dim), [GateColumns(Columns(0, dim, 2 * dim), dim, SIGMOID_GATE)]
     elif widths == [q + k + v]:
         own = [Columns(0, 0, dim), Columns(0, q, dim), Columns(0, q + k, v_dim)]
     elif widths != [q, k, v]:
         raise NotCompiled(f"{call.path}: projections give {widths} columns, expected {[q, k, v]} for q, k and v")
-    return Attention(inputs, q=own[0], k=own[1], v=own[2], gate=gate, **sizes)
+    return [Attention(inputs, q=own[0], k=own[1], v=own[2], gate=gate, **sizes) for gate in gates]
+
+
+def _value_scale(call: Call, found: _Found, layer: Any) -> float:
+    """What the values of the recorded step were multiplied with between their projection and the cache: a number of the
+    module's own, where one is near."""
+    if len(found.first) < 3 or len(found.norms) > 2:
+        return 1.0
+    given = found.first[2].result.double().flatten()
+    kept = layer.values[0, :, -NEW_TOKENS:].transpose(0, 1).double().flatten()
+    if given.numel() != kept.numel():
+        return 1.0
+    scale = float(given @ kept / (given @ given + 1e-300))
+    known = [1.0, *(value for value in vars(call.module).values() if isinstance(value, float))]
+    nearest = min(known, key=lambda one: abs(one - scale))
+    return nearest if abs(nearest - scale) <= VALUE_SCALE_TOLERANCE * abs(scale) else scale
 
 
 def _head_norms(found: _Found, n_heads: int, n_kv_heads: int, dim: int) -> list[HeadNorm | None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from cpu_kernels.backends.numba_backend import NumbaBackend
-from cpu_kernels.step.parts import Branch, Core, Mlp, Moe
+from cpu_kernels.step.parts import Arm, Branch, Core, Mlp, Moe, Sum
 from cpu_kernels.step.products import Product
 from cpu_kernels.step.stream import Norm
 from hybrimoe.experts.module import HybridExperts
@@ -24,13 +24,33 @@ FIT_TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True, slots=True)
+class SiteCore:
+    """The call of a core in a recorded layer, and the calls of norms around it."""
+
+    call: Call
+    pre: tuple[Call, Norm] | None = None
+    post: tuple[Call, Norm] | None = None
+
+    @property
+    def before(self) -> torch.Tensor:
+        """The stream that it reads, or its norm."""
+        return self.call.input if self.pre is None else self.pre[0].input
+
+    @property
+    def result(self) -> torch.Tensor:
+        """What it, or the norm behind it, gives."""
+        return self.call.result if self.post is None else self.post[0].result
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
-    """One branch of a recorded layer: the call of its core, its norms, and the stream before and after it.
+    """One branch of a recorded layer: its cores (several: their results are summed), a norm before all of them and one
+    behind their sum, and the stream before and after it.
 
     scale, keep, renews: as in `cpu_kernels.step.parts.Branch`.
     """
 
-    core: Call
+    cores: tuple[SiteCore, ...]
     pre: Norm | None
     post: Norm | None
     before: torch.Tensor
@@ -39,9 +59,37 @@ class Site:
     keep: float = 1.0
     renews: bool = False
 
-    def branch(self, core: Core) -> Branch:
-        """The branch with a core in its place."""
+    @property
+    def path(self) -> str:
+        """Of its cores."""
+        return ", ".join(core.call.path for core in self.cores)
+
+    def branch(self, *cores: Core) -> Branch:
+        """The branch with a core in each place."""
+        arms = _arms([
+            Arm(core, None if self.pre else norm_of(found.pre), norm_of(found.post) if len(self.cores) > 1 else None)
+            for core, found in zip(cores, self.cores, strict=True)
+        ])  # fmt: skip
+        alone = len(arms) == 1 and arms[0].pre is None and arms[0].post is None
+        core = arms[0].core if alone else Sum(arms)
         return Branch(core, self.pre, self.post, self.scale, self.keep, self.renews)
+
+
+def norm_of(pair: tuple[Call, Norm] | None) -> Norm | None:
+    """The norm of a call that was read as one."""
+    return pair and pair[1]
+
+
+def _arms(arms: list[Arm]) -> tuple[Arm, ...]:
+    """MLPs beside routed experts are shared experts of these: they are computed at the same time."""
+    plain = [arm for arm in arms if arm.pre is None and arm.post is None]
+    experts = next((arm.core for arm in plain if isinstance(arm.core, Moe)), None)
+    if experts is None:
+        return tuple(arms)
+    shared = [arm for arm in plain if isinstance(arm.core, Mlp)]
+    whole = replace(experts, shared=(*experts.shared, *(arm.core for arm in shared if isinstance(arm.core, Mlp))))
+    rest = [arm for arm in arms if arm not in shared]
+    return tuple(replace(arm, core=whole) if arm.core is experts else arm for arm in rest)
 
 
 def sites_of(trace: Trace, call: Call) -> list[Site]:
@@ -53,46 +101,85 @@ def sites_of(trace: Trace, call: Call) -> list[Site]:
             norms[child.number] = (child, norm)
         else:
             cores.append(child)
-    open_sites = []
-    for core in cores:
-        pre = next((pair for pair in norms.values() if same(pair[0].result, core.input)), None)
-        post = next((pair for pair in norms.values() if same(pair[0].input, core.result)), None)
-        for pair in (pre, post):
+    groups, left = _groups(cores, norms), dict(norms)
+    for core in (core for group in groups for core in group):
+        for pair in (core.pre, core.post):
             if pair is not None:
-                norms.pop(pair[0].number)
-        before = core.input if pre is None else pre[0].input
-        open_sites.append((core, pre, post, before))
-    if norms or not open_sites:
-        left = ", ".join(child.path for child, _ in norms.values()) or "no part at all"
-        raise NotCompiled(f"{call.path}: it is not clear what {left} is for")
-    afters = [before for _, _, _, before in open_sites[1:]] + [call.result]
-    return [_site(call, *item, after) for item, after in zip(open_sites, afters, strict=True)]
+                left.pop(pair[0].number, None)
+    joined = [_joined(group, left) for group in groups]
+    if left or not groups:
+        names = ", ".join(child.path for child, _ in left.values()) or "no part at all"
+        raise NotCompiled(f"{call.path}: it is not clear what {names} is for")
+    afters = [group[0].before for group in groups[1:]] + [call.result]
+    return [_site(call, *item) for item in zip(groups, joined, afters, strict=True)]
+
+
+def _groups(cores: list[Call], norms: dict[int, tuple[Call, Norm]]) -> list[list[SiteCore]]:
+    """Cores with the norms before and behind them; those that follow each other and read the same stream together."""
+    behind: set[int] = set()
+    groups: list[list[SiteCore]] = []
+    for call in cores:
+        free = [pair for number, pair in norms.items() if number not in behind]
+        pre = next((pair for pair in free if same(pair[0].result, call.input)), None)
+        post = next((pair for pair in free if pair is not pre and same(pair[0].input, call.result)), None)
+        if post is not None:
+            behind.add(post[0].number)
+        core = SiteCore(call, pre, post)
+        if groups and same(groups[-1][0].before, core.before):
+            groups[-1].append(core)
+        else:
+            groups.append([core])
+    return groups
+
+
+def _joined(group: list[SiteCore], left: dict[int, tuple[Call, Norm]]) -> tuple[Call, Norm] | None:
+    """The norm behind the sum of several cores, which is taken from those whose place is not known; None: there is
+    none."""
+    if len(group) == 1:
+        return group[0].post
+    total = _total(group)
+    for number, (call, norm) in left.items():
+        found = call.input.double()
+        if (
+            found.numel() == total.numel()
+            and (found.reshape(total.shape) - total).norm() <= FIT_TOLERANCE * total.norm()
+        ):
+            left.pop(number)
+            return call, norm
+    return None
+
+
+def _total(group: list[SiteCore]) -> torch.Tensor:
+    """The sum of what cores give, float64. Raises NotCompiled where sizes differ."""
+    results = [core.result for core in group]
+    if any(result.numel() != results[0].numel() for result in results):
+        raise NotCompiled(f"{group[0].call.path}: what is computed beside it has another size")
+    return torch.stack([result.double().reshape(results[0].shape) for result in results]).sum(0)
 
 
 def whole_site(core: Call) -> Site:
     """A block by itself, in a layer that is not understood: its result takes the place of its input."""
-    return Site(core, None, None, core.input, core.result, 1.0, keep=0.0)
+    return Site((SiteCore(core),), None, None, core.input, core.result, 1.0, keep=0.0)
 
 
-def _site(
-    layer: Call, core: Call, pre: tuple[Call, Norm] | None, post: tuple[Call, Norm] | None, before: torch.Tensor,
-    after: torch.Tensor,
-) -> Site:  # fmt: skip
+def _site(layer: Call, group: list[SiteCore], post: tuple[Call, Norm] | None, after: torch.Tensor) -> Site:
     """Finds after = keep * stream + scale * result, where the stream is what it was or (it is renewed) its norm."""
-    result = core.result if post is None else post[0].result
+    path, pre, before = group[0].call.path, group[0].pre, group[0].before
+    if any(core.pre is not pre for core in group):
+        pre = None
+    result = post[0].result if post is not None else group[0].result if len(group) == 1 else _total(group)
     if not result.numel() == after.numel() == before.numel():
-        raise NotCompiled(f"{core.path}: its result has another size than the stream")
+        raise NotCompiled(f"{path}: its result has another size than the stream")
     known = [1.0, *(value for value in vars(layer.module).values() if isinstance(value, float) and value > 0)]
-    streams = [before] if pre is None else [before, core.input]
+    streams = [before] if pre is None else [before, pre[0].result]
     fits = [_fit(stream, result, after) for stream in streams]
     number = min(range(len(fits)), key=lambda number: fits[number][3])
     (keep, scale, left, _), renews = fits[number], number == 1
     factors = _nearest(known, keep), _nearest(known, scale)
     off = max(abs(one - found) / one for one, found in zip(factors, (keep, scale), strict=True))
     if left > FIT_TOLERANCE * (10 if keep == 1.0 else 1) or off > FIT_TOLERANCE:
-        raise NotCompiled(f"{core.path}: its result is not simply added to the stream (off by {max(left, off):.2g})")
-    norms = pre and pre[1], post and post[1]
-    return Site(core, *norms, before, after, factors[1], factors[0], renews)
+        raise NotCompiled(f"{path}: its result is not simply added to the stream (off by {max(left, off):.2g})")
+    return Site(tuple(group), norm_of(pre), norm_of(post), before, after, factors[1], factors[0], renews)
 
 
 def _nearest(known: list[float], value: float) -> float:
@@ -133,8 +220,9 @@ def rounding(stream: torch.Tensor) -> float:
 
 
 def branches_of(trace: Trace, site: Site, ropes: RopeTables, session: Any) -> Iterator[Branch]:
-    """The forms that a branch may have; which one it is, the comparison tells. Raises NotCompiled for none."""
-    for core in _cores(trace, site.core, ropes, session):
+    """The forms that a branch with one core may have; which one it is, the comparison tells. Raises NotCompiled for
+    none."""
+    for core in _cores(trace, site.cores[0].call, ropes, session):
         yield site.branch(core)
 
 
@@ -170,19 +258,58 @@ def _moe(call: Call, experts: Call, inside: list[Call], session: Any) -> Iterato
         inner for inner in inside if not any(inner.path == path or inner.path.startswith(f"{path}.") for path in known)
     ]
     for shared in _shared(call, rest):
-        yield Moe(routing.product, routing.selection, layer.spec, addresses, shared, routing.scaled_inputs)
+        of_routed, of_shared = _factors(call, experts, rest, shared)
+        yield Moe(
+            routing.product, replace(routing.selection, scale=routing.selection.scale * of_routed), layer.spec,
+            addresses, tuple(replace(mlp, scale=of_shared) for mlp in shared), routing.scaled_inputs,
+        )  # fmt: skip
+
+
+def _factors(call: Call, experts: Call, rest: list[Call], shared: tuple[Mlp, ...]) -> tuple[float, float]:
+    """What the results of the routed and of the shared experts are multiplied with, before they are the block's: such
+    numbers as the modules hold, or halves of the sum. Where no such numbers agree, each is 1."""
+    if experts.result.numel() != call.result.numel():
+        return 1.0, 1.0
+    parts = [experts.result.double().flatten()]
+    if shared:
+        parts.append(_shared_result(call, rest))
+    target = call.result.double().flatten()
+    found = torch.linalg.lstsq(torch.stack(parts, 1), target[:, None]).solution[:, 0].tolist()
+    numbers = [value for module in (call.module, experts.module) for value in vars(module).values()]
+    known = [1.0, 0.5, *(float(value) for value in numbers if isinstance(value, float) and value > 0)]
+    factors = [_nearest(known, value) for value in found]
+    if any(abs(one - value) > FIT_TOLERANCE * one for one, value in zip(factors, found, strict=True)):
+        return 1.0, 1.0
+    return factors[0], factors[-1] if shared else 1.0
+
+
+def _shared_result(call: Call, rest: list[Call]) -> torch.Tensor:
+    """What the shared expert gives to the block's sum, float64 [rows * width]."""
+    switches, outer = _switches(call, rest), _outer(call, rest)
+    result = outer[0].result.double().reshape(-1, call.input.shape[-1])
+    return (result * switches[0].result.double().reshape(-1, 1).sigmoid() if switches else result).flatten()
+
+
+def _switches(call: Call, rest: list[Call]) -> list[Call]:
+    """Linear layers of one output, which read the block's input."""
+    return [
+        inner for inner in rest
+        if isinstance(inner.module, LINEARS) and inner.module.out_features == 1 and same(inner.input, call.input)
+    ]  # fmt: skip
+
+
+def _outer(call: Call, rest: list[Call]) -> list[Call]:
+    """The other parts of the block, without what is inside of them."""
+    switches = _switches(call, rest)
+    return [
+        inner for inner in rest
+        if inner not in switches and not any(inner.path.startswith(f"{other.path}.") for other in rest)
+    ]  # fmt: skip
 
 
 def _shared(call: Call, rest: list[Call]) -> list[tuple[Mlp, ...]]:
     """The forms that the shared expert may have: none, with or without a switch."""
-    switches = [
-        inner for inner in rest
-        if isinstance(inner.module, LINEARS) and inner.module.out_features == 1 and same(inner.input, call.input)
-    ]  # fmt: skip
-    outer = [
-        inner for inner in rest
-        if inner not in switches and not any(inner.path.startswith(f"{other.path}.") for other in rest)
-    ]  # fmt: skip
+    switches, outer = _switches(call, rest), _outer(call, rest)
     if not outer and not switches:
         return [()]
     if len(outer) != 1 or len(switches) > 1:

@@ -78,7 +78,9 @@ class PieceReading:
     @property
     def has_experts(self) -> bool:
         """Whether experts are in it."""
-        return any(isinstance(branch.core, Moe) for _, layer in self.layers for branch in layer.branches)
+        return any(
+            isinstance(core, Moe) for _, layer in self.layers for branch in layer.branches for core in branch.cores
+        )
 
 
 @dataclass(slots=True)
@@ -165,14 +167,21 @@ class _Reader:
         self.comparison = Comparison(self.trace, self.ropes, is_exact(self.trace, self.session), self.n_threads)
 
     def branch(self, site: Site, number: int) -> Branch:
-        """The first form of a branch that agrees. Raises NotCompiled where none does."""
+        """The first form of a branch that agrees. Raises NotCompiled where none does.
+
+        Several cores have each found their own form before.
+        """
         error = float("inf")
-        for branch in branches_of(self.trace, site, self.ropes, self.session):
+        if len(site.cores) == 1:
+            forms = branches_of(self.trace, site, self.ropes, self.session)
+        else:
+            forms = iter([site.branch(*(self.branch(whole_site(core.call), number).core for core in site.cores))])
+        for branch in forms:
             found = self.comparison.error(site, branch, number)
             if found <= 1:
                 return branch
             error = min(error, found)
-        raise NotCompiled(f"{site.core.path}: its compiled form differs from the original ({error:.3g} x allowed)")
+        raise NotCompiled(f"{site.path}: its compiled form differs from the original ({error:.3g} x allowed)")
 
     def find_pieces(self, reading: Reading, paths: list[str]) -> None:
         """Runs of layers that were understood, and blocks of the others."""
@@ -216,7 +225,7 @@ class _Reader:
 def _stands_alone(layer: Layer) -> bool:
     """Whether no branch attends to tokens that another layer's index chooses: the forward of transformers may have
     computed that one."""
-    cores = [branch.core for branch in layer.branches]
+    cores = [core for branch in layer.branches for core in branch.cores]
     return not any(isinstance(core, LatentAttention) and core.top_k and core.index is None for core in cores)
 
 

@@ -15,10 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hybrimoe.bench.model.gguf_layout import describe_delta_net, laid_out
 from hybrimoe.errors import ConfigError, MissingExtraError
 
-ARCHITECTURES = {"olmoe": "OLMOE", "qwen3_moe": "QWEN3MOE"}
-"""Model type -> llama.cpp's architecture, for those whose tensors it takes as transformers has them."""
+ARCHITECTURES = {"olmoe": "OLMOE", "qwen3_moe": "QWEN3MOE", "qwen3_next": "QWEN3NEXT", "qwen3_5_moe_text": "QWEN35MOE"}
+"""Model type -> llama.cpp's architecture. It takes tensors as transformers has them, or as `gguf_layout` turns them."""
+NORMALISED = ("qwen3_moe", "qwen3_next")
+"""Model types whose chosen experts' weights have the sum 1 in llama.cpp, whatever the configuration says."""
 
 WEIGHTS = {"q4_0": ("Q4_0", "Q8_0"), "bf16": ("BF16", "BF16")}
 """Name of a file's weights -> GGUF types of matrices, and of the output layer."""
@@ -33,7 +36,7 @@ def write_gguf(
 ) -> None:  # fmt: skip
     """Writes the model; dense: its state dict without experts, any float dtype. weights: one of WEIGHTS.
 
-    Raises MissingExtraError without the package gguf, ConfigError for a model type without an architecture.
+    Raises MissingExtraError without the package gguf, ConfigError for a model that llama.cpp computes otherwise or not.
     """
     try:
         import gguf
@@ -42,11 +45,15 @@ def write_gguf(
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ConfigError(f"a GGUF file of random weights is written for {known}, found {config.model_type}")
+    if config.model_type in NORMALISED and not config.norm_topk_prob:
+        raise ConfigError(
+            f"llama.cpp normalises the weights of {config.model_type}'s experts: set norm_topk_prob: true"
+        )
     architecture = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
     writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[architecture])
     _describe(writer, config)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for key, tensor in dense.items():
+    for key, tensor in laid_out(dense, config):
         kind = _type_of(gguf, key, tensor, weights)
         writer.add_tensor(_name(names, key), _values(gguf, tensor, kind), raw_dtype=kind)
     kind = gguf.GGMLQuantizationType[WEIGHTS[weights][0]]
@@ -72,18 +79,23 @@ def _describe(writer: Any, config: Any) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    rotation = config.rope_parameters or {}
+    writer.add_rope_dimension_count(int(head_dim * rotation.get("partial_rotary_factor", 1)))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(float((config.rope_parameters or {}).get("rope_theta", 10_000.0)))
+    writer.add_rope_freq_base(float(rotation.get("rope_theta", 10_000.0)))
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
     if hasattr(config, "moe_intermediate_size"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if hasattr(config, "linear_conv_kernel_dim"):
+        describe_delta_net(writer, config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
 
 
 def _name(names: Any, key: str) -> str:
+    if key.startswith("blk."):  # its own already
+        return key
     found = names.get_name(key, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise ConfigError(f"llama.cpp has no name for the tensor {key}")
@@ -92,7 +104,7 @@ def _name(names: Any, key: str) -> str:
 
 def _type_of(gguf: Any, key: str, tensor: torch.Tensor, weights: str) -> Any:
     kinds, (matrices, output) = gguf.GGMLQuantizationType, WEIGHTS[weights]
-    if tensor.dim() == 1 or key.endswith("gate.weight"):
+    if tensor.dim() == 1 or key.endswith(("gate.weight", "conv1d.weight")):
         return kinds.F32
     return kinds[output if key.startswith("lm_head") else matrices]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 from typing import Any
 
 from hybrimoe.checkpoint.errors import UnsupportedCheckpointError
@@ -88,7 +89,10 @@ def _special_tokens(fields: Fields) -> dict[str, Any]:
 
 
 def _dense_dtype(model: GgufModel) -> str:
-    """What most matrices outside the experts are in; quantised ones are computed in bfloat16."""
-    dense = {name: tensor for name, tensor in model.tensors.items() if "ffn_gate_inp" not in name}
-    most = Counter(tensor.kind.name for tensor in dense.values() if len(tensor.shape) == 2).most_common(1)
+    """What most values of matrices outside the experts are in; quantised ones are computed in bfloat16."""
+    n_values = Counter[str]()
+    for name, tensor in model.tensors.items():
+        if "ffn_gate_inp" not in name and len(tensor.shape) == 2:
+            n_values[tensor.kind.name] += prod(tensor.shape)
+    most = n_values.most_common(1)
     return DENSE_DTYPES.get(most[0][0] if most else "", "bfloat16")

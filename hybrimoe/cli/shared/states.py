@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hybrimoe.config.deploy import DeployConfig
     from hybrimoe.generation.prefix.blocks import PrefixTree
     from hybrimoe.generation.prefix.budget import PrefixSettings
-    from hybrimoe.generation.prompt_parts import TimesFile
+    from hybrimoe.generation.prompts.parts import TimesFile
     from hybrimoe.server.slots import SlotFiles
 
 KEEP_SECONDS = 5.0
@@ -52,7 +52,7 @@ def times_file(config: DeployConfig) -> TimesFile | None:
     from cpu_kernels.host.isa import detect
     from cpu_kernels.jit.cache_dir import cache_home
     from hybrimoe.config.runtime import choose_accelerators
-    from hybrimoe.generation.prompt_parts import TimesFile
+    from hybrimoe.generation.prompts.parts import TimesFile
     from hybrimoe.machine.facts import cpu_model
     from scheduler.compiled import source_stamp
 

@@ -352,7 +352,7 @@ def test_a_long_prompt_reads_each_expert_once(
     try:
         for name, size in (("whole", None), ("together", MOST_TOKENS), ("each alone", MOST_TOKENS)):
             if name == "each alone":
-                monkeypatch.setattr("hybrimoe.generation.engine.group_of", lambda *_: 0)
+                monkeypatch.setattr("hybrimoe.generation.runner.group_of", lambda *_: 0)
             generator = TextGenerator(model, NoTokenizer(), prefill_chunk_tokens=size)
             cache.clear()
             session.reset_stats()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from cpu_kernels import LinearSpec, pack_linear, unpack_linear
-from hybrimoe.checkpoint.gguf import decoding
+from hybrimoe.checkpoint.gguf import config, decoding
 from hybrimoe.checkpoint.gguf.decoding import DecodedTensor
 from hybrimoe.checkpoint.gguf.file import open_gguf
 from hybrimoe.checkpoint.gguf.tensor_types import TYPES, TensorType
@@ -54,6 +55,15 @@ def test_the_sizes_of_blocks_are_those_of_llama_cpp() -> None:
     for kind in TYPES.values():
         assert gguf.GGMLQuantizationType(kind.code).name == kind.name
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind.code)] == (kind.block_values, kind.block_bytes)
+
+
+def test_a_models_dtype_is_that_of_most_values_not_of_most_matrices() -> None:
+    """Models with state spaces have more small matrices in float32 than others."""
+    small = {f"blk.{n}.ssm_conv1d.weight": SimpleNamespace(kind=TYPES[0], shape=(64, 4)) for n in range(9)}
+    large = {f"blk.{n}.attn_q.weight": SimpleNamespace(kind=TYPES[1], shape=(64, 64)) for n in range(3)}
+    assert [TYPES[n].name for n in (0, 1)] == ["F32", "F16"]
+    model: Any = SimpleNamespace(tensors=small | large)
+    assert config._dense_dtype(model) == "float16"
 
 
 def test_whole_numbers_are_read_as_they_are(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from transformers import OlmoeConfig
 
-from hybrimoe.generation import TextGenerator, prompt_parts
+from hybrimoe.generation import TextGenerator
 from hybrimoe.generation.growing import GrowingLayer
-from hybrimoe.generation.prompt_parts import (
+from hybrimoe.generation.prompts import parts
+from hybrimoe.generation.prompts.parts import (
     ATTENTION_FACTOR,
     FEW_TOKENS,
     KEPT_DAYS,
@@ -114,7 +115,7 @@ def test_of_experts_on_disk_no_times_are_kept(
 ) -> None:
     generator, kept = TextGenerator(tiny_model, byte_tokenizer), TimesFile(tmp_path / "times.json")
     tiered = SimpleNamespace(store=object.__new__(TieredStore), forget_trial=lambda: None)
-    monkeypatch.setattr(prompt_parts, "_session", lambda _: tiered)
+    monkeypatch.setattr(parts, "_session", lambda _: tiered)
     measured_part(generator, 200_000, kept=kept)
     assert not kept.path.exists()
 

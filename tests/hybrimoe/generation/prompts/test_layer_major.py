@@ -12,10 +12,11 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from hybrimoe.checkpoint import load
-from hybrimoe.generation import SamplingOptions, TextGenerator, engine, layer_major
+from hybrimoe.generation import SamplingOptions, TextGenerator, runner
 from hybrimoe.generation.continuous_batching import BatchEngine
 from hybrimoe.generation.kv_cache import PrefixCache
-from hybrimoe.generation.layer_major import group_of, pass_us, rereading_us
+from hybrimoe.generation.prompts import layer_major
+from hybrimoe.generation.prompts.layer_major import group_of, pass_us, rereading_us
 from tests.hybrimoe.generation.prefix_replies import Letters
 
 SIZES = {
@@ -79,7 +80,7 @@ def test_parts_have_the_bits_that_they_have_alone_and_experts_are_read_once(
     generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, logits, held, n_read = prefilled(generator)
-    monkeypatch.setattr(engine, "group_of", lambda *_: 0)
+    monkeypatch.setattr(runner, "group_of", lambda *_: 0)
     _, expected, by_parts, n_by_parts = prefilled(generator)
     assert torch.equal(logits, expected)
     assert all(torch.equal(one, other) for one, other in zip(held, by_parts, strict=True))

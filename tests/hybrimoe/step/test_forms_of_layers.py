@@ -1,0 +1,98 @@
+"""Layers that look like a known form and are not: the comparison finds them, and they stay with transformers."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hybrimoe
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
+from family_check import outputs
+from tiny_families import tiny_model
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def granite(change: str) -> Callable[..., Any]:
+    """A layer of GraniteMoeShared whose experts and shared MLP meet in another way."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        stream, factor = hidden_states, self.residual_multiplier
+        stream = stream + factor * self.self_attn(hidden_states=self.input_layernorm(stream), **kwargs)[0]
+        given = self.post_attention_layernorm(stream)
+        routed, shared = self.block_sparse_moe(given), self.shared_mlp(given)
+        if change == "a part counts twice":
+            return stream + factor * (routed + 2 * shared)
+        if change == "a part is left out":
+            return stream + factor * routed
+        if change == "a norm of the sum that is no module":
+            return stream + factor * rms(routed + shared)
+        if change == "the product of both":
+            return stream + factor * routed * shared
+        if change == "one behind the other":
+            return stream + factor * (routed + self.shared_mlp(self.post_attention_layernorm(stream + routed)))
+        return stream + factor * (routed + shared)
+
+    return forward
+
+
+CHANGES = (
+    "a part counts twice", "a part is left out", "a norm of the sum that is no module", "the product of both",
+    "one behind the other",
+)  # fmt: skip
+
+
+def ways_of(model: nn.Module) -> dict[str, str]:
+    """The way of each layer; what is generated is what plain transformers generate."""
+    plain = outputs(model)  # type: ignore[arg-type]
+    injection = hybrimoe.inject(model, accelerator="none", expert_dtype="float32")
+    found = outputs(model)  # type: ignore[arg-type]
+    assert float((found.decode - plain.decode).abs().max()) <= 1e-4
+    assert torch.equal(found.tokens, plain.tokens)
+    return {path.rpartition(".")[2]: way for path, way in injection.explain().ways.items()}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, None])
+def test_parts_that_meet_in_another_way(change: str | None) -> None:
+    model: Any = tiny_model("granitemoeshared", residual_multiplier=0.5)
+    layer = model.model.layers[0]
+    layer.forward = types.MethodType(granite(change or ""), layer)
+    ways = ways_of(model)
+    assert ways["1"] == "compiled"
+    assert (ways["0"] == "compiled") is (change is None), ways
+
+
+HOOKED = {
+    "granitemoeshared": ("shared_mlp", "block_sparse_moe", "post_attention_layernorm"),
+    "cohere2_moe": ("self_attn.o_proj", "mlp", "input_layernorm", "mlp.shared_experts"),
+    "laguna": ("self_attn.g_proj", "self_attn.v_proj"),
+    "mimo_v2_flash": ("self_attn.v_proj",),
+}
+
+
+@pytest.mark.parametrize(("family", "part"), [(family, part) for family, parts in HOOKED.items() for part in parts])
+def test_a_hook_that_changes_a_part(family: str, part: str) -> None:
+    """In a call of its own kind, whatever it does to the values: a step leaves it to the model."""
+    options = {"num_shared_experts": 1} if family == "cohere2_moe" else {}
+    model: Any = tiny_model(family, **options)
+    layer = model.model.layers[0]
+    layer.get_submodule(part).register_forward_hook(lambda _, __, output: _changed(output))
+    ways = ways_of(model)
+    assert ways["1"] == "compiled"
+    assert ways["0"] != "compiled", ways
+
+
+def _changed(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (_changed(output[0]), *output[1:])
+    return output + 0.3 * output.roll(1, -1)
