@@ -19,6 +19,7 @@ from cpu_kernels.step.program import (
     N_ROWS,
     NOT_FINITE,
     PADDING,
+    POSITION,
     SEEN,
     SEQUENCE,
     TOKEN,
@@ -46,6 +47,15 @@ class CachePlace:
     kind: int
     first: int = 0
     index: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StatePlace:
+    """Where a sequence's states in a layer lie: of its last inputs and of its matrices the addresses at which they are
+    read and written, and how they are stored (`floats`); 0: the layer has none."""
+
+    inputs: tuple[int, int, int] = (0, 0, 0)
+    matrices: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(slots=True)
@@ -84,6 +94,8 @@ class CompiledLayers:
         """Number of the cache layer of each attention, in order."""
         self.index_layers = tuple(calls.layer for calls in self._caches if calls.index is not None)
         """The same of those with an index."""
+        self.state_layers = tuple(calls.layer for calls in self._emitter.states)
+        """The same of each layer that keeps states."""
         self._room = self._workspace.room
         self._room_for = (0, 0)  # rows, tokens
         self._array = {"stream": _floats(self._emitter.stream, width)}
@@ -133,6 +145,10 @@ class CompiledLayers:
         if calls.index is not None:
             index.set_index_kernel(calls.index, place.index[2], self._isa_name)
 
+    def bind_states(self, number: int, sequence: int, place: StatePlace) -> None:
+        """Lets the layer with states `number` read and write those of a step's sequence at `place`."""
+        self._emitter.states[number].places[sequence] = (*place.inputs, *place.matrices)
+
     def prepare(self, kind: int, layers: Sequence[int]) -> None:
         """Compiles (or loads) now what attention in `layers` of the cache needs to read rows that are stored as `kind`.
 
@@ -166,10 +182,14 @@ class CompiledLayers:
         row_bytes = max((sum(_room_bytes(calls, 1, n_tokens)) for calls in self._caches), default=0)
         return max(MAX_LOGITS, min(MAX_ROWS, ROOM_BYTES // max(1, row_bytes)))
 
-    def set_rows(self, n_past: Sequence[int], n_new: int, tokens: Sequence[int] = (), n_logits: int = 0) -> None:
+    def set_rows(
+        self, n_past: Sequence[int], n_new: int, tokens: Sequence[int] = (), n_logits: int = 0,
+        positions: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         """The rows of the next run: n_new tokens of each sequence, sequence by sequence, behind its n_past cached ones.
 
-        n_logits: of one sequence, how many of its last rows get logits; 0: as many as there can be.
+        n_logits: of one sequence, how many of its last rows get logits; 0: as many as there can be. positions: where
+        the rows stand; none given: behind the cached tokens.
         Raises LayoutError for more rows than a step has, or rows with logits.
         """
         n_rows = len(n_past) * n_new
@@ -182,6 +202,7 @@ class CompiledLayers:
         for row in range(n_rows):
             sequence, number = divmod(row, n_new)
             rows[row, SEQUENCE], rows[row, SEEN], rows[row, PADDING] = sequence, n_past[sequence] + number + 1, 0
+        rows[:n_rows, POSITION] = positions or rows[:n_rows, SEEN] - 1
         if tokens:
             rows[:n_rows, TOKEN] = tokens
         self._emitter.set_rows(n_rows, n_logits)

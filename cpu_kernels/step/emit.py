@@ -1,29 +1,35 @@
 """From the description of layers to the operations of a program."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from cpu_kernels.engine.plans import activation_parameters
 from cpu_kernels.host.isa import BY_NAME
 from cpu_kernels.simd.formats import Format, format_of
-from cpu_kernels.step import attend, heads, index, latent
+from cpu_kernels.step import attend, heads, index, latent, recurrence
 from cpu_kernels.step.cached import PLACE_SIZE
+from cpu_kernels.step.channels import Unit, add_channels
 from cpu_kernels.step.experts import add_experts, add_scaled_inputs, experts_call
 from cpu_kernels.step.gated import add_gated
+from cpu_kernels.step.gated_norm import add_gated_norm
+from cpu_kernels.step.held_states import STATES_SIZE
 from cpu_kernels.step.parts import (
     Attention,
     Branch,
     Columns,
     Core,
     Head,
+    HeadColumns,
     Index,
     LatentAttention,
     Layer,
     Mlp,
     Moe,
     Rope,
+    Segment,
+    StateLayer,
     Sum,
 )
 from cpu_kernels.step.products import PLAIN_FORMAT, Product, Shared, add_product, target_of
@@ -44,6 +50,14 @@ class CacheCalls:
 
 
 @dataclass(slots=True)
+class StateCalls:
+    """The table that says where the step's sequences keep the states of one layer."""
+
+    layer: int
+    places: np.ndarray  # int64 [MAX_ROWS, held_states.STATES_SIZE]
+
+
+@dataclass(slots=True)
 class Emitter:
     """Adds layers to a program. pending: results that the next row operation adds to the stream; keep: what the stream
     is multiplied with before."""
@@ -53,6 +67,7 @@ class Emitter:
     isa_name: str
     ropes: tuple[int, ...]
     caches: list[CacheCalls] = field(default_factory=list)
+    states: list[StateCalls] = field(default_factory=list)
     active: dict[int, np.ndarray] = field(default_factory=dict)
     pending: list[Summand] = field(default_factory=list)
     keep: float = 1.0
@@ -123,6 +138,8 @@ class Emitter:
             return [self._attention(core, sources)]
         if isinstance(core, LatentAttention):
             return [self._latent_attention(core, sources)]
+        if isinstance(core, StateLayer):
+            return [self._state_layer(core, sources)]
         if isinstance(core, Moe):
             return self._moe(core, sources, rows)
         return [self._mlp(core, sources, Part.PROJECTIONS)]
@@ -157,7 +174,7 @@ class Emitter:
         """Formats of what reads the normalised stream, in the order in which it is read."""
         if isinstance(core, Sum):
             return [form for arm in core.arms if arm.pre is None for form in self._formats(arm.core)]
-        if isinstance(core, Attention):
+        if isinstance(core, Attention | StateLayer):
             return [product.format(self.isa_name) for product in core.inputs]
         if isinstance(core, LatentAttention):
             of_index = () if core.index is None else (core.index.key, core.index.weights)
@@ -273,7 +290,7 @@ class Emitter:
             index_call = self._index(core.index, core.top_k, source, places, chosen)
         latent.add_absorption(
             program, sizes, core.up, core.norm, self._rotary(core.rope), query, joined, absorbed,
-            places.ctypes.data, scale=core.scale,
+            places.ctypes.data, scale=core.scale, tuning=core.tuning,
         )  # fmt: skip
         if index_call is not None:
             index.add_choice(program, index_call)
@@ -304,6 +321,41 @@ class Emitter:
             program.floats("index key", sizes.dim), program.floats("index weight", sizes.n_heads), places.ctypes.data,
             chosen, self.isa_name,
         )  # fmt: skip
+
+    def _state_layer(self, core: StateLayer, sources: list[Target]) -> Summand:
+        """Projections, channels, matrices, norm and the output projection."""
+        program = self.program
+        products = [*core.inputs, *(product for _, product in core.behind)]
+        outs = [program.floats(f"projection {i}", product.n_out) for i, product in enumerate(products)]
+        for i, product in enumerate(core.inputs):
+            self._product(Part.PROJECTIONS, product, sources[i], outs[i], meets=i == len(core.inputs) - 1)
+        for (number, product), out in zip(core.behind, outs[len(core.inputs) :], strict=True):
+            source = self._prepared(f"behind {number}", outs[number], product.n_in, product)
+            self._product(Part.PROJECTIONS, product, source, out)
+
+        def of(columns: HeadColumns) -> recurrence.Places:
+            at = outs[columns.product]
+            return recurrence.Places(tuple(at + 4 * first for first in columns.firsts), products[columns.product].n_out)
+
+        places = program.zeros(MAX_ROWS * STATES_SIZE, np.int64).reshape(MAX_ROWS, STATES_SIZE)
+        self.states.append(StateCalls(core.cache, places))
+        units = [unit for segment in core.segments for unit in _units(segment, of)]
+        n_channels = sum(unit.n for unit in units)
+        result = program.floats("channels", n_channels)
+        add_channels(
+            program, units, result, places.ctypes.data, weight=core.weight, bias=core.bias, has_silu=core.has_silu
+        )  # fmt: skip
+        if core.recurrence is not None:
+            own = core.recurrence
+            inputs = recurrence.Inputs(
+                result, n_channels, None if own.beta is None else of(own.beta),
+                None if own.fades is None else of(own.fades), own.skip,
+            )  # fmt: skip
+            result = program.floats("recalled", own.heads.n * own.heads.v_dim)
+            recurrence.add_recurrence(program, own.rule, own.heads, inputs, own.fading, result, places.ctypes.data)
+        if core.norm is not None:
+            add_gated_norm(program, core.norm, result, None if core.gate is None else of(core.gate))
+        return self._attention_result(result, core.output)
 
     def _mlp(self, mlp: Mlp, sources: list[Target], part: Part) -> Summand:
         """A dense MLP by itself."""
@@ -389,3 +441,17 @@ class Emitter:
 def _first_half(mlp: Mlp) -> tuple[Product, ...]:
     """What reads the MLP's input: gate, up (or both in one), then the switch."""
     return tuple(product for product in (mlp.gate, mlp.up, mlp.switch) if product is not None)
+
+
+def _units(segment: Segment, of: Callable[[HeadColumns], recurrence.Places]) -> list[Unit]:
+    """The channels of a segment: a unit of each head, or one of all where they have no norm and follow each other."""
+    columns = of(segment.columns)
+    n, row = len(columns.addresses), columns.row
+    before, after = ((0,) * n if part is None else of(part).addresses for part in (segment.before, segment.after))
+    heads = zip(columns.addresses, before, after, strict=True)
+    units = [Unit(segment.dim, source, row, one, other, segment.eps, segment.scale) for source, one, other in heads]
+    in_order = all(
+        list(part) in ([0] * n, list(range(part[0], part[0] + 4 * segment.dim * n, 4 * segment.dim)))
+        for part in (columns.addresses, before, after)
+    )
+    return [replace(units[0], n=n * segment.dim)] if in_order and not segment.eps else units

@@ -8,6 +8,10 @@ from cpu_kernels.jit.primitives import bits_of_float, float_from_bits, floats_at
 FLOAT32, BFLOAT16 = 0, 1
 """How elements of a weight, an embedding or a KV cache are stored."""
 ELEMENT_BYTES = (4, 2)
+LOWEST_EXPONENT, LARGEST_EXPONENT = -87.0, 88.0
+"""Where e ** x is a normal float32."""
+LOG2_E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693145751953125, 1.42860682030941723212e-6
+"""ln(2) in two parts, of which the first has few enough bits that n times it is exact (Cody and Waite)."""
 
 
 @inline_kernel
@@ -140,3 +144,42 @@ def read_row(kind: Whole, source: Whole, values: np.ndarray, scale: Real) -> Non
         halves = halves_at(source, values.size)
         for i in range(values.size):
             values[i] = scale * from_half(halves[i])
+
+
+@inline_kernel
+def exp_of(x: Real) -> Real:
+    """e ** x, to about 1e-7 of itself, in a form of which LLVM makes vector code; NaN stays NaN.
+
+    2 ** n * e ** r with |r| <= ln(2) / 2, by its Taylor polynomial; beyond the range of float32 its last values.
+    """
+    x = np.float32(LOWEST_EXPONENT) if x < np.float32(LOWEST_EXPONENT) else x
+    x = np.float32(LARGEST_EXPONENT) if x > np.float32(LARGEST_EXPONENT) else x
+    n = np.rint(x * np.float32(LOG2_E)) if x == x else np.float32(0)
+    r = (x - n * np.float32(LN2_HIGH)) - n * np.float32(LN2_LOW)
+    power = np.float32(1 / 5040)
+    power = power * r + np.float32(1 / 720)
+    power = power * r + np.float32(1 / 120)
+    power = power * r + np.float32(1 / 24)
+    power = power * r + np.float32(1 / 6)
+    power = power * r + np.float32(0.5)
+    power = power * r + np.float32(1)
+    power = power * r + np.float32(1)
+    return power * float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+@inline_kernel
+def sigmoid(x: Real) -> Real:
+    """1 / (1 + e ** -x)."""
+    return np.float32(1) / (np.float32(1) + exp_of(-x))
+
+
+@inline_kernel
+def silu(x: Real) -> Real:
+    """x * sigmoid(x)."""
+    return x / (np.float32(1) + exp_of(-x))
+
+
+@inline_kernel
+def softplus(x: Real) -> Real:
+    """log(1 + e ** x), as torch does: x itself above 20."""
+    return x if x > np.float32(20) else np.log1p(np.exp(x))

@@ -6,9 +6,11 @@ import numpy as np
 
 from cpu_kernels.format.spec import Activation, ExpertSpec
 from cpu_kernels.step.attend import EVERYTHING, Sight
+from cpu_kernels.step.gated_norm import GatedNorm
 from cpu_kernels.step.heads import NO_CLIP, HeadNorm, Tuning
 from cpu_kernels.step.latent import LatentSizes
 from cpu_kernels.step.products import Product
+from cpu_kernels.step.recurrence import Fading, Heads
 from cpu_kernels.step.router import Selection
 from cpu_kernels.step.stream import Embedding, Norm
 
@@ -106,8 +108,66 @@ class LatentAttention:
     query_norm: Norm | None = None
     query_up: Product | None = None
     up_rows: np.ndarray | None = None
+    tuning: Tuning | None = None
     top_k: int = 0
     index: Index | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadColumns:
+    """Columns of heads in the results of one projection: its number, and the first column of each head."""
+
+    product: int
+    firsts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Channels of heads that follow each other, `dim` of each. before, after: columns that they are multiplied with
+    before the convolution and after it. eps: of the L2 norm of each head (0: none), then times `scale`."""
+
+    columns: HeadColumns
+    dim: int
+    eps: float = 0.0
+    scale: float = 1.0
+    before: HeadColumns | None = None
+    after: HeadColumns | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recurrence:
+    """What a layer's matrices do with its channels: `recurrence` has the rules. beta, fades: of each head, or (fading
+    for each column of a key) where its columns begin. skip float32 [heads]."""
+
+    rule: int
+    heads: Heads
+    fading: Fading
+    beta: HeadColumns | None = None
+    fades: HeadColumns | None = None
+    skip: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayer:
+    """A layer that keeps states: linear attention, Mamba 2, or a convolution alone (no recurrence: the channels are
+    the result).
+
+    inputs: read the normalised stream; behind: (number of the projection that it reads, the projection), which have the
+    numbers after those. weight float32 [channels, taps], bias float32 [channels]: of the convolution over time, None
+    where there is none. gate: columns of each group of the norm. cache: number of the cache layer.
+    """
+
+    inputs: tuple[Product, ...]
+    segments: tuple[Segment, ...]
+    output: Product
+    cache: int
+    behind: tuple[tuple[int, Product], ...] = ()
+    weight: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    has_silu: bool = False
+    recurrence: Recurrence | None = None
+    norm: GatedNorm | None = None
+    gate: HeadColumns | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +217,7 @@ class Sum:
     arms: tuple[Arm, ...]
 
 
-Core = Attention | LatentAttention | Mlp | Moe | Sum
+Core = Attention | LatentAttention | StateLayer | Mlp | Moe | Sum
 
 
 @dataclass(frozen=True, slots=True)

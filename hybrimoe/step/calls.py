@@ -45,6 +45,11 @@ class StepCall:
         """Sequences of the call."""
         return len(self.n_past)
 
+    @property
+    def hides_new_tokens(self) -> bool:
+        """Whether some of several new tokens are hidden from the others. (A single one is padding for nobody.)"""
+        return self.mask is not None and self.n_new > 1 and bool(self.mask[:, -self.n_new :].any())
+
 
 def read_call(
     config: Any, cache_type: type[DynamicCache], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -6,7 +6,8 @@ called again with an index that chooses fewer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,14 +17,15 @@ import torch
 
 from cpu_kernels.host.isa import detect
 from cpu_kernels.step.compiled import CompiledLayers
-from cpu_kernels.step.parts import Branch, Core, LatentAttention, Layer
+from cpu_kernels.step.parts import Attention, Branch, Core, LatentAttention, Layer
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.generation.growing import Buffers
 from hybrimoe.step.caches import place_of
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.read_attention import RopeTables, angles_at
+from hybrimoe.step.read_attention import RopeTables, angles_at, at_positions, far_positions, reads_positions
 from hybrimoe.step.read_index import choice_of, narrowed
 from hybrimoe.step.read_layer import Site, rounding, whole_site
+from hybrimoe.step.states import States, place_of_states, states_of
 from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Trace
 
 EXACT, ROUNDED = 1e-4, 6e-2
@@ -46,30 +48,61 @@ class Comparison:
 
     def error(self, site: Site, branch: Branch, number: int) -> float:
         """Difference of what the compiled branch adds to the stream, as a multiple of what is allowed."""
-        error = self._added(site, branch, number)
-        core = branch.core
-        if isinstance(core, LatentAttention) and core.top_k and error <= 1:
-            error = max(error, self._chosen(site, branch, core, number))
+        error, core = self._added(site, branch, number), branch.core
+        if error <= 1 and len(site.cores) == 1 and isinstance(core, Attention | LatentAttention):
+            far = far_positions(core.tuning) if reads_positions(site.cores[0].call) else []
+            if far:
+                error = self._far(site, core, number, far)
+            if error <= 1 and isinstance(core, LatentAttention) and core.top_k:
+                error = self._chosen(site, core, number, far)
         return error
 
-    def _added(self, site: Site, branch: Branch, number: int) -> float:
-        """The same of the step as it was recorded, and of what it leaves in the cache."""
+    def _far(self, site: Site, core: Attention | LatentAttention, number: int, positions: list[int]) -> float:
+        """The same at far positions, where attention is given these for itself."""
+        call = site.cores[0].call
+        block = replace(whole_site(call), after=at_positions(self.trace, call, positions))
+        return self._added(block, block.branch(core), number, positions)
+
+    def _added(self, site: Site, branch: Branch, number: int, positions: Sequence[int] = ()) -> float:
+        """The same of the step as it was recorded, and of what it leaves in the cache. positions: of the tokens, where
+        they are not those of their angles."""
         before, after = _rows(site.before), _rows(site.after)
         base = before if branch.keep == 1.0 and not branch.renews else np.zeros_like(before)
         unknown = rounding(site.after) * np.abs(after)
-        with self._ready(site, branch, number) as (compiled, parts):
+        with self._ready(site, branch, number, positions) as (compiled, parts):
             originals = [part.clone() for part in parts]
+            states = self._bind_states(compiled)
             for core in branch.cores:
                 self._give_choice(compiled, site, core)
             compiled.run()
             error = self._relative(compiled.stream[: len(before)] - base, after - base, unknown)
             for part, original in zip(parts, originals, strict=True):
                 error = max(error, self._relative(_by_token(part), _by_token(original)))
+        return max([error, *(self._states_error(layer, held) for layer, held in states.items())])
+
+    def _bind_states(self, compiled: CompiledLayers) -> dict[int, States]:
+        """Copies of the recorded states before the step, which it changes, by layer of the cache."""
+        states = {layer: self.trace.states[layer].copy() for layer in compiled.state_layers}
+        for index, held in enumerate(states.values()):
+            compiled.bind_states(index, 0, place_of_states(held, held, 0))
+        return states
+
+    def _states_error(self, layer: int, found: States) -> float:
+        """Difference of the states after the step, as a multiple of what is allowed."""
+        expected = states_of(self.trace.cache, layer)
+        if expected is None:
+            return float("inf")
+        error = 0.0
+        for one, other in zip(found, expected, strict=True):
+            if one is not None and other is not None:
+                largest = float((one.float() - other.float()).abs().max() / (other.float().abs().max() + 1e-30))
+                allowed = EXACT if self.exact else ROUNDED
+                error = max(error, largest / allowed) if math.isfinite(largest) else float("inf")
         return error
 
     @contextmanager
     def _ready(
-        self, site: Site, branch: Branch, number: int
+        self, site: Site, branch: Branch, number: int, positions: Sequence[int] = ()
     ) -> Iterator[tuple[CompiledLayers, list[torch.Tensor]]]:  # fmt: skip
         """The compiled branch before its run, and what that overwrites in the cache, which is put back afterwards."""
         before = _rows(site.before)
@@ -81,7 +114,7 @@ class Comparison:
         for index, buffers in enumerate(held):
             compiled.bind(index, 0, place_of(buffers))
         compiled.give_room(n_rows, PROMPT_TOKENS + n_rows)
-        compiled.set_rows([PROMPT_TOKENS], n_rows)
+        compiled.set_rows([PROMPT_TOKENS], n_rows, positions=positions)
         _fill_angles(compiled, self.ropes, torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + n_rows)[None])
         compiled.stream[:n_rows] = before
         parts = [part for buffers in held for part in _written(buffers, n_rows)]
@@ -112,23 +145,27 @@ class Comparison:
             return float("inf")
         return float(rows[-1] / EXACT) if self.exact else float(rows[:ROUNDED_ROWS][-1] / ROUNDED)
 
-    def _chosen(self, site: Site, branch: Branch, core: LatentAttention, number: int) -> float:
-        """The same of attention by itself, held to fewer tokens than there are.
+    def _chosen(self, site: Site, core: LatentAttention, number: int, far: list[int]) -> float:
+        """The same of attention by itself, held to fewer tokens than there are, at far positions as well if there are.
 
         Raises NotCompiled where it cannot be compared.
         """
         errors = [self._held_to(n_tokens, site, core, number) for n_tokens in FEWER_TOKENS]
+        errors += [self._held_to(n_tokens, site, core, number, far) for n_tokens in FEWER_TOKENS if far]
         compared = [error for error in errors if error is not None]
         if not compared:
             raise NotCompiled(f"{site.path}: which tokens it chooses cannot be compared, their scores are equal")
         return max(compared)
 
-    def _held_to(self, top_k: int, site: Site, core: LatentAttention, number: int) -> float | None:
+    def _held_to(
+        self, top_k: int, site: Site, core: LatentAttention, number: int, positions: Sequence[int] = ()
+    ) -> float | None:
         """The same with `top_k` tokens; None where equal scores leave open what each row chooses."""
-        call, places = narrowed(self.trace, site.cores[0].call, core.cache, top_k)
+        changed = {"position_ids": torch.tensor([positions])} if positions else {}
+        call, places = narrowed(self.trace, site.cores[0].call, core.cache, top_k, changed)
         block = whole_site(call)
         expected = _rows(block.after)
-        with self._ready(block, block.branch(replace(core, top_k=top_k)), number) as (compiled, _):
+        with self._ready(block, block.branch(replace(core, top_k=top_k)), number, positions) as (compiled, _):
             chosen = compiled.chosen(top_k)
             if core.index is None:
                 chosen[: len(places)] = places

@@ -50,6 +50,7 @@ class MixedStep(ServedStep):
         compiled = CompiledLayers(piece.layers, width, sizes, n_threads, detect().isa.name, self._workspace)
         bound = BoundLayers(compiled, self.angles)
         self.programs.append(bound)
+        self.states |= {layer: self.reading.states[layer] for layer in compiled.state_layers}
         if not piece.is_block or piece.has_experts:
             self._untimed.append(bound)
         self._installed.append(InPlaceOfForward(first.module, partial(self._run, bound, first)))

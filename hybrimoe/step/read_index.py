@@ -3,7 +3,7 @@ numbers of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,8 +77,11 @@ def _number(trace: Trace, call: Call, layer: int) -> tuple[int, str]:
     raise NotCompiled(f"{call.path}: no number of it says how many tokens it chooses")
 
 
-def narrowed(trace: Trace, call: Call, layer: int, top_k: int) -> tuple[Call, np.ndarray]:
-    """The recorded call of an attention once more, to `top_k` tokens at most; and these, int32 [rows, top_k].
+def narrowed(
+    trace: Trace, call: Call, layer: int, top_k: int, changed: Mapping[str, torch.Tensor]
+) -> tuple[Call, np.ndarray]:
+    """The recorded call of an attention once more, to `top_k` tokens at most; and these, int32 [rows, top_k]. changed:
+    arguments by name.
 
     An earlier choice is made up: of the prompt's tokens, other ones for each row. Raises NotCompiled where that fails.
     """
@@ -90,12 +93,12 @@ def narrowed(trace: Trace, call: Call, layer: int, top_k: int) -> tuple[Call, np
         places = np.stack([np.sort(generator.permutation(n)[:top_k]) for n in n_seen]).astype(np.int32)
         name = next(name for name, value in _places_given(call).items() if same(value, choice.call.result))
         given = torch.from_numpy(places).view(1, NEW_TOKENS, top_k).to(choice.call.result.dtype)
-        output = trace.again(call, layer, {name: given})
+        output = trace.again(call, layer, {name: given, **changed})
     else:
         kept: list[Any] = []
         handle = choice.call.module.register_forward_hook(lambda _, __, output: kept.append(output))
         try:
-            output = trace.again(call, layer, setting=(choice.call.module, choice.name, top_k))
+            output = trace.again(call, layer, changed, setting=(choice.call.module, choice.name, top_k))
         finally:
             handle.remove()
         places = kept[-1].reshape(NEW_TOKENS, -1).numpy() if kept else np.empty((0, 0), np.int32)

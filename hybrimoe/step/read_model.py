@@ -21,6 +21,7 @@ from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_attention import RopeTables
 from hybrimoe.step.read_layer import Site, branches_of, sites_of, whole_site
 from hybrimoe.step.read_parts import read_linear, read_norm
+from hybrimoe.step.states import States
 from hybrimoe.step.trace import PROMPT_TOKENS, Call, Trace, same
 
 
@@ -88,7 +89,7 @@ class Reading:
     """What was read of a model. reasons: by layer path, why it is not compiled; `model` is None unless all are; then
     `pieces` are what can be compiled all the same. blocks: by layer path, the compiled ones of layers that are not.
     session_layers: of the layers with experts, their number in the session. no_rows: by number of the cache layer, the
-    keys and values of no token."""
+    keys and values of no token; states: of the cache layers that keep states, what they are like."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -101,6 +102,7 @@ class Reading:
     logits_dtype: torch.dtype = torch.float32
     session_layers: dict[int, int] = field(default_factory=dict)
     no_rows: dict[int, NoRows] = field(default_factory=dict)
+    states: dict[int, States] = field(default_factory=dict)
 
     @property
     def reason(self) -> str | None:
@@ -127,6 +129,7 @@ def read_model(trace: Trace, session: Any, n_threads: int) -> Reading:
     reading = Reading(
         ropes=reader.ropes, output_type=type(trace.output), cache_type=type(trace.cache),
         logits_dtype=trace.output.logits.dtype, no_rows=_no_rows(trace.cache),
+        states={number: states.on_meta() for number, states in trace.states.items()},
     )  # fmt: skip
     paths = layer_paths(trace.model)
     for number, path in enumerate(paths):

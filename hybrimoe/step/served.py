@@ -14,6 +14,7 @@ from hybrimoe.step.caches import BoundLayers, fits
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.model_step import ModelStep
 from hybrimoe.step.read_model import Reading
+from hybrimoe.step.states import States
 from scheduler import Phase
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -30,6 +31,8 @@ class ServedStep(ModelStep):
         assert reading.ropes is not None
         self.angles = [Angles(source, doubled) for source, doubled in reading.ropes.sources]
         self.programs = []
+        self.states: dict[int, States] = {}
+        """Of the layers whose states the programs change, what these are like."""
         self._counted: dict[Phase, list[float]] = {phase: [0, 0, 0.0] for phase in PHASES}  # calls, tokens, us
         self._experts_seen: dict[int, int] = {}
 
@@ -45,6 +48,8 @@ class ServedStep(ModelStep):
         call = read_call(self.model.config, self.reading.cache_type, args, kwargs)
         if call is None or not self.fits(call.caches[0], call.n_past[0], call.n_sequences):
             return None
+        if self.states and call.hides_new_tokens:  # which must not reach states
+            return None
         most = min(program.compiled.most_rows(call.n_past[0] + call.n_new) for program in self.programs)
         return call if call.n_sequences * call.n_new <= most else None
 
@@ -56,7 +61,7 @@ class ServedStep(ModelStep):
         """Whether the cache's layers are such as the step reads."""
         used = {layer for program in self.programs for layer in program.compiled.cache_layers}
         indexed = {layer for program in self.programs for layer in program.compiled.index_layers}
-        return fits(cache, used, indexed, n_past, n_sequences)
+        return fits(cache, used, indexed, self.states, n_past, n_sequences)
 
     @property
     def one_by_one(self) -> str | None:

@@ -15,7 +15,7 @@ from cpu_kernels.step.compiled import CompiledStep
 from cpu_kernels.step.program import MAX_LOGITS, MAX_ROWS
 from hybrimoe.errors import ModelError
 from hybrimoe.step.caches import BoundLayers, begin
-from hybrimoe.step.calls import StepCall
+from hybrimoe.step.calls import StepCall, tokens_held
 from hybrimoe.step.read_model import Reading
 from hybrimoe.step.served import ServedStep
 from scheduler import Phase
@@ -32,6 +32,7 @@ class Step(ServedStep):
         self._bound = BoundLayers(self._compiled, self.angles)
         self.programs = [self._bound]
         self._no_rows = {layer: reading.no_rows[layer] for layer in set(self._compiled.cache_layers)}
+        self.states = {layer: reading.states[layer] for layer in self._compiled.state_layers}
 
     def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output, computed here where that is possible."""
@@ -46,6 +47,8 @@ class Step(ServedStep):
     ) -> torch.Tensor | None:
         """As `ModelStep.next_logits`."""
         n_new = len(token_ids)
+        if drafted and n_new > 1 and self.states:  # which no draft can be taken out of again
+            return None
         if n_new > (MAX_LOGITS if drafted else MAX_ROWS) or not self.usable():
             return None
         n_past = self._n_past(cache)
@@ -80,24 +83,26 @@ class Step(ServedStep):
         is_known = isinstance(cache, DynamicCache) and type(cache) is self.reading.cache_type
         if not is_known:
             return None
-        n_past = int(cache.get_seq_length())
+        n_past = tokens_held(cache)
         if not n_past:
             if self._in_a_plane:  # the model's own forward forgets the images of its latest prompt
                 return None
-            begin(cache, self._no_rows)
+            begin(cache, self._no_rows, self.states)
         return n_past if self.fits(cache, n_past, 1) else None
 
     @property
     def differs_in_batches(self) -> str | None:
         """As `ModelStep.differs_in_batches`."""
-        if any(angles.changes for angles in self.angles):
-            return "the angles of the model's rotary embedding depend on the longest position of a step"
-        return None
+        if self.states:
+            return f"layer {min(self.states)} keeps a state, which gives no drafted token back"
+        return self.one_by_one
 
     @property
     def one_by_one(self) -> str | None:
         """As `ModelStep.one_by_one`."""
-        return self.differs_in_batches
+        if any(angles.changes for angles in self.angles):
+            return "the angles of the model's rotary embedding depend on the longest position of a step"
+        return None
 
     def _logits(self, call: StepCall) -> torch.Tensor:
         """Runs the step; logits [sequences, kept, V] in the dtype that the model itself gives."""

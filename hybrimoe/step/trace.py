@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from hybrimoe.generation.growing import grow_in_place
 from hybrimoe.step.errors import NotCompiled
+from hybrimoe.step.states import States, states_of
 
 PROMPT_TOKENS, NEW_TOKENS = 6, 4
 """Tokens of the call before the recorded one, and of that: a mask among new tokens matters in it too."""
@@ -61,6 +62,8 @@ class Trace:
     model: nn.Module
     token_ids: torch.Tensor
     cache: DynamicCache
+    states: dict[int, States] = field(default_factory=dict)
+    """Of the layers of the cache that keep states: those before the step."""
     calls: list[Call] = field(default_factory=list)
     output: Any = None
     modules: dict[str, nn.Module] = field(init=False)
@@ -155,7 +158,7 @@ def record(model: nn.Module) -> Trace:
         if not isinstance(cache, DynamicCache):
             raise NotCompiled(f"the model keeps its past in a {type(cache).__name__}")
         grow_in_place(cache)
-        trace = Trace(model, tokens, cache)
+        trace = Trace(model, tokens, cache, _states(cache, text_config.num_hidden_layers))
         handles = [
             module.register_forward_hook(_recorder(trace, path), with_kwargs=True)
             for path, module in model.named_modules()
@@ -169,6 +172,11 @@ def record(model: nn.Module) -> Trace:
     if trace.output.past_key_values is not cache or cache.get_seq_length() != tokens.shape[1]:
         raise NotCompiled("the model puts another cache in the place of the one it was given")
     return trace
+
+
+def _states(cache: DynamicCache, n_layers: int) -> dict[int, States]:
+    held = {number: states_of(cache, number) for number in range(max(n_layers, len(cache.layers)))}
+    return {number: states.copy() for number, states in held.items() if states is not None}
 
 
 def _recorder(trace: Trace, path: str) -> Any:

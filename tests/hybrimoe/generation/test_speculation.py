@@ -403,10 +403,11 @@ def test_several_sequences_are_refused() -> None:
     [
         ("qwen2_moe", {"accelerator": "emulated", "gpu_expert_slots": 4}, r"slots on an accelerator.*accelerator none"),
         ("qwen2_moe", {"accelerator": "none", "step": "transformers"}, "step: transformers"),
-        ("qwen3_next", {"accelerator": "none"}, "no compiled step"),
+        ("qwen3_next", {"accelerator": "none"}, "keeps a state"),
+        ("granitemoehybrid", {"accelerator": "none"}, "no compiled step"),
         ("qwen2_moe", None, "not replaced"),
     ],
-    ids=["slots", "transformers", "linear attention", "plain"],
+    ids=["slots", "transformers", "linear attention", "in pieces", "plain"],
 )
 def test_models_that_cannot_verify_drafts_are_refused(family: str, options: Any, reason: str) -> None:
     model = tiny_family(family)

@@ -28,7 +28,7 @@ LENGTHS = (1, 3, 40, 17)
 def injected(family: str, **options: Any) -> Any:
     model = tiny_model(family)
     hybrimoe.inject(model, accelerator="none", **({"expert_dtype": "float32"} | options))
-    assert model.hybrimoe.step.differs_in_batches is None, model.hybrimoe.way
+    assert model.hybrimoe.step.one_by_one is None, model.hybrimoe.way
     return model
 
 
@@ -65,18 +65,26 @@ def compare(model: Any, rounds: list[list[int]], halved: tuple[int, ...] = ()) -
             assert torch.equal(found[row], expected[0]), (number, sequence)
     for ours, theirs in zip(together, alone, strict=True):
         for one, other in zip(ours.layers, theirs.layers, strict=True):
-            assert torch.equal(one.keys, other.keys)
-            assert torch.equal(one.values, other.values)
-            if getattr(one, "is_indexer_initialized", False):
-                assert torch.equal(one.indexer_keys, other.indexer_keys)
+            for held, expected in zip(tensors(one), tensors(other), strict=True):
+                assert torch.equal(held, expected)
+
+
+def tensors(layer: Any) -> list[torch.Tensor]:
+    """Keys and values, or states."""
+    if not hasattr(layer, "recurrent_states"):
+        index = [layer.indexer_keys] if getattr(layer, "is_indexer_initialized", False) else []
+        return [layer.keys, layer.values, *index]
+    return [state for state in (layer.conv_states[0], layer.recurrent_states[0]) if state is not None]
 
 
 ROUNDS = [[0, 1, 2, 3]] * 3 + [[3, 0]] + [[2]] + [[1, 3, 2]] * 18
 """The windows of some fill and move on the way."""
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"])
-def test_families_with_plain_windowed_and_latent_attention(family: str) -> None:
+@pytest.mark.parametrize(
+    "family", ["olmoe", "gpt_oss", "deepseek_v3", "qwen3_next", "kimi_linear", "deepseek_v32", "glm_moe_dsa"]
+)
+def test_families_with_plain_windowed_latent_linear_and_indexed_attention(family: str) -> None:
     """The last two choose 32 tokens, which one prompt has already and another comes to have on the way."""
     compare(injected(family), ROUNDS)
 
@@ -98,15 +106,23 @@ def test_any_order_of_joining_and_leaving(model: Any, rounds: list[list[int]]) -
     compare(model, rounds)
 
 
-def test_a_failed_step_leaves_every_cache_as_it_was(model: Any) -> None:
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_next"])
+def test_a_failed_step_leaves_every_cache_as_it_was(family: str) -> None:
+    model = injected(family)
     caches = prompts(model)[:3]
-    layer = caches[1].layers[0]
+    step = model.hybrimoe.step
+    for _ in range(2):  # states lie elsewhere after each
+        assert step.logits_of_each([5, 6, 7], caches) is not None
+    layer = caches[1].layers[-1]
     layer.keys = torch.full_like(layer.keys, float("nan"))
     lengths = [cache.get_seq_length() for cache in caches]
-    step = model.hybrimoe.step
+    before = copy.deepcopy(caches)
     with pytest.raises(ActivationValueError):
         step.logits_of_each([5, 6, 7], caches)
     assert [cache.get_seq_length() for cache in caches] == lengths
+    for cache, old in zip(caches, before, strict=True):
+        for one, other in zip(cache.layers, old.layers, strict=True):
+            assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(tensors(one), tensors(other), strict=True))
     for sequence in (0, 2):
         twin = copy.deepcopy(caches[sequence])
         assert torch.equal(step.next_logits([9], caches[sequence]), step.next_logits([9], twin))
@@ -117,6 +133,6 @@ def test_what_a_step_of_several_leaves_to_others(model: Any) -> None:
     empty = growing_cache(model.config)
     assert step.logits_of_each([5, 6], [caches[0], empty]) is None, "a first token"
     assert step.logits_of_each([5] * (MAX_ROWS + 1), [caches[0]] * (MAX_ROWS + 1)) is None
-    mixed = tiny_model("qwen3_next")
+    mixed = tiny_model("granitemoehybrid")
     hybrimoe.inject(mixed, accelerator="none", expert_dtype="float32")
     assert mixed.hybrimoe.step.logits_of_each([5], [caches[0]]) is None

@@ -1,0 +1,226 @@
+"""Compiled layers that keep states: they leave in a cache what transformers' forward does, and goes on from."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+import hybrimoe
+from cpu_kernels.errors import ActivationValueError
+from hybrimoe.generation.growing import growing_cache
+from hybrimoe.step.read_states import read_gated_norm
+from hybrimoe.step.states import states_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
+from tiny_families import FAMILIES, prompt, tiny_model
+
+COMPILED = ("qwen3_next", "qwen3_5_moe", "kimi_linear")
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=COMPILED)
+def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """A family's plain model, and the same with a compiled step."""
+    plain, injected = tiny_model(request.param), tiny_model(request.param)
+    hybrimoe.inject(injected, accelerator="none", expert_dtype="float32")
+    assert injected.hybrimoe.step.states, injected.hybrimoe.way
+    return plain, injected
+
+
+def after_prompt(model: Any, n_sequences: int = 1) -> Any:
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    with torch.no_grad():
+        return model(input_ids=prompt(n_sequences), past_key_values=cache, use_cache=True).past_key_values
+
+
+def step(model: Any, cache: Any, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True, **options).logits
+    return logits
+
+
+def states(cache: Any) -> list[torch.Tensor]:
+    """All that the cache's layers keep as states."""
+    held = [states_of(cache, number) for number in range(len(cache.layers))]
+    return [part for each in held if each is not None for part in each if part is not None]
+
+
+def alike(one: torch.Tensor, other: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    one, other = one.detach(), other.detach()
+    return float((one - other).abs().max()) <= tolerance * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("n_new", [1, 2, 5])
+@pytest.mark.parametrize("n_sequences", [1, 3])
+def test_states_are_those_of_transformers(pair: tuple[Any, Any], n_new: int, n_sequences: int) -> None:
+    plain, injected = pair
+    generator = torch.Generator().manual_seed(3)
+    caches = [after_prompt(model, n_sequences) for model in pair]
+    before = injected.hybrimoe.step.n_steps
+    for _ in range(3):
+        tokens = torch.randint(3, 90, (n_sequences, n_new), generator=generator)
+        expected, found = (step(model, cache, tokens) for model, cache in zip(pair, caches, strict=True))
+        assert alike(found, expected)
+    assert injected.hybrimoe.step.n_steps == before + 3
+    assert all(alike(found, expected) for expected, found in zip(*map(states, caches), strict=True))
+    assert alike(step(plain, caches[1], tokens), step(plain, caches[0], tokens)), "transformers goes on from there"
+
+
+def test_a_step_changes_states_where_they_lie(pair: tuple[Any, Any]) -> None:
+    cache = after_prompt(pair[1])
+    before = states(cache)
+    old = [state.clone() for state in before]
+    step(pair[1], cache, torch.tensor([[5]]))
+    assert all(one is other for one, other in zip(states(cache), before, strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(before, old, strict=True))
+
+
+def test_beams_take_other_rows(pair: tuple[Any, Any]) -> None:
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    plain, found = (model.generate(prompt(1), **options) for model in pair)
+    assert torch.equal(found, plain)
+
+
+def test_new_tokens_that_a_mask_hides_are_left_to_transformers(pair: tuple[Any, Any]) -> None:
+    tokens = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    mask = torch.ones(2, prompt(2).shape[1] + 3, dtype=torch.long)
+    mask[1, -1] = 0
+    caches = [after_prompt(model, 2) for model in pair]
+    before = pair[1].hybrimoe.step.n_steps
+    expected, found = (
+        step(model, cache, tokens, attention_mask=mask) for model, cache in zip(pair, caches, strict=True)
+    )
+    assert pair[1].hybrimoe.step.n_steps == before
+    assert alike(found[0], expected[0])
+    assert all(alike(found, expected) for expected, found in zip(*map(states, caches), strict=True))
+
+
+def test_a_first_token_finds_states_of_zeros(pair: tuple[Any, Any]) -> None:
+    plain, injected = pair
+    cache = growing_cache(injected.config.get_text_config(decoder=True))
+    tokens = prompt(1)[0].tolist()
+    logits = injected.hybrimoe.step.next_logits(tokens, cache)
+    assert logits is not None
+    other = after_prompt(plain)
+    assert all(alike(found, expected) for found, expected in zip(states(cache), states(other), strict=True))
+    new = torch.tensor([[11]])
+    assert alike(step(injected, cache, new), step(plain, other, new))
+
+
+def test_drafts_are_not_verified(pair: tuple[Any, Any]) -> None:
+    own, cache = pair[1].hybrimoe.step, after_prompt(pair[1])
+    before = [state.clone() for state in states(cache)]
+    assert own.next_logits([5, 6], cache, drafted=True) is None
+    assert all(torch.equal(one, other) for one, other in zip(states(cache), before, strict=True))
+    assert "keeps a state" in str(own.differs_in_batches)
+    assert own.one_by_one is None
+
+
+@pytest.mark.parametrize("change", ["dtype", "rows", "recorded"])
+def test_states_of_another_form_are_left_to_transformers(pair: tuple[Any, Any], change: str) -> None:
+    cache = after_prompt(pair[1])
+    (number,) = pair[1].hybrimoe.step.states
+    layer: Any = cache.layers[number]
+    if change == "dtype":
+        layer.recurrent_states[0] = layer.recurrent_states[0].double()
+    elif change == "rows":
+        layer.recurrent_states[0] = layer.recurrent_states[0].transpose(-1, -2).contiguous().transpose(-1, -2)
+    else:
+        cache.activate_past_recording()
+    before = pair[1].hybrimoe.step.n_steps
+    own = copy.deepcopy(cache)
+    assert alike(step(pair[1], cache, torch.tensor([[5]])), step(pair[0], own, torch.tensor([[5]])))
+    assert pair[1].hybrimoe.step.n_steps == before
+
+
+def test_a_failed_step_of_one_cache_spoils_its_states(pair: tuple[Any, Any]) -> None:
+    """They have the failed token in them: to go on from there must fail, not be wrong."""
+    cache = after_prompt(pair[1])
+    layer = cache.layers[-1]
+    keys = layer.keys
+    layer.keys = torch.full_like(keys, float("nan"))
+    with pytest.raises(ActivationValueError):
+        step(pair[1], cache, torch.tensor([[5]]))
+    layer.keys = keys
+    with pytest.raises(ActivationValueError):
+        step(pair[1], cache, torch.tensor([[5]]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("family", COMPILED)
+def test_packed_and_rounded_weights(family: str, dtype: str) -> None:
+    model = tiny_model(family).to(torch.bfloat16)
+    options = {} if dtype == "bfloat16" else {"dense_dtype": dtype}
+    injection = hybrimoe.inject(model, accelerator="none", expert_dtype="bfloat16", **options)
+    assert injection.explain().ways["model.layers.0"] == "compiled", injection.explain().ways
+    caches = [after_prompt(model) for _ in range(2)]
+    tokens = torch.tensor([[5]])
+    found = step(model, caches[0], tokens)
+    assert injection.step is not None
+    n_steps = injection.step.n_steps
+    with torch.enable_grad():  # left to transformers
+        expected = model(input_ids=tokens, past_key_values=caches[1], use_cache=True).logits.detach()
+    assert (n_steps, injection.step.n_steps) == (1, 1)
+    assert alike(found, expected, 6e-2)
+    assert all(alike(one.float(), other.float(), 6e-2) for one, other in zip(*map(states, caches), strict=True))
+
+
+@pytest.mark.parametrize("bound", [0.0, -3.0])
+def test_fading_within_a_bound(bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, own = FAMILIES["bailing_hybrid"], {"kda_safe_gate": bound < 0, "kda_lower_bound": bound}
+    monkeypatch.setitem(FAMILIES, "bailing_hybrid", dataclasses.replace(known, overrides=known.overrides | own))
+    plain, injected = tiny_model("bailing_hybrid"), tiny_model("bailing_hybrid")
+    injection = hybrimoe.inject(injected, accelerator="none", expert_dtype="float32")
+    assert injection.explain().ways["model.layers.0"] == "compiled"
+    caches = [after_prompt(model) for model in (plain, injected)]
+    for token in (5, 6, 7):
+        expected, found = (
+            step(model, cache, torch.tensor([[token]])) for model, cache in zip((plain, injected), caches, strict=True)
+        )
+        assert alike(found, expected)
+    assert all(alike(found, expected) for expected, found in zip(*map(states, caches), strict=True))
+    assert injection.step is not None
+    assert injection.step.n_steps == 3
+
+
+# Norms with a gate ----------------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """A norm of groups of columns, with a gate before or after it."""
+
+    def __init__(self, width: int, group: int, act: Any, *, first: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+        self.group, self.eps, self.first = group, 1e-5, first
+        self._act = act
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        x = x * self._act(gate) if self.first else x
+        groups = x.unflatten(-1, (-1, self.group))
+        x = (groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2) * self.weight
+        return x if self.first else x * self._act(gate)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("group", [12, 4])
+@pytest.mark.parametrize("act", [torch.sigmoid, nn.functional.silu])
+def test_what_a_gated_norm_computes_is_found_out(act: Any, group: int, first: bool) -> None:
+    norm = read_gated_norm(Gated(12, group, act, first=first))
+    assert norm is not None
+    assert (norm.group, norm.eps, norm.gate_first) == (group, 1e-5, first)
+    assert norm.has_sigmoid == (act is torch.sigmoid)
+
+
+def test_other_norms_are_refused() -> None:
+    assert read_gated_norm(Gated(12, 12, torch.tanh, first=False)) is None
+    assert read_gated_norm(nn.Linear(12, 12)) is None
+    assert read_gated_norm(nn.Bilinear(12, 12, 12)) is None
