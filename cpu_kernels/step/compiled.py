@@ -19,6 +19,7 @@ from cpu_kernels.step.program import (
     N_ROWS,
     NOT_FINITE,
     PADDING,
+    POSITION,
     SEEN,
     SEQUENCE,
     TOKEN,
@@ -160,10 +161,14 @@ class CompiledLayers:
         row_bytes = max((sum(attend.room_bytes(calls.attend, 1, n_tokens)) for calls in self._caches), default=0)
         return max(MAX_LOGITS, min(MAX_ROWS, ROOM_BYTES // max(1, row_bytes)))
 
-    def set_rows(self, n_past: Sequence[int], n_new: int, tokens: Sequence[int] = (), n_logits: int = 0) -> None:
+    def set_rows(
+        self, n_past: Sequence[int], n_new: int, tokens: Sequence[int] = (), n_logits: int = 0,
+        positions: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         """The rows of the next run: n_new tokens of each sequence, sequence by sequence, behind its n_past cached ones.
 
-        n_logits: of one sequence, how many of its last rows get logits; 0: as many as there can be.
+        n_logits: of one sequence, how many of its last rows get logits; 0: as many as there can be. positions: where
+        the rows stand; none given: behind the cached tokens.
         Raises LayoutError for more rows than a step has, or rows with logits.
         """
         n_rows = len(n_past) * n_new
@@ -176,6 +181,7 @@ class CompiledLayers:
         for row in range(n_rows):
             sequence, number = divmod(row, n_new)
             rows[row, SEQUENCE], rows[row, SEEN], rows[row, PADDING] = sequence, n_past[sequence] + number + 1, 0
+        rows[:n_rows, POSITION] = positions or rows[:n_rows, SEEN] - 1
         if tokens:
             rows[:n_rows, TOKEN] = tokens
         self._emitter.set_rows(n_rows, n_logits)

@@ -276,7 +276,7 @@ class Emitter:
         absorbed, places = program.floats("query", sizes.n_heads * (sizes.rank + sizes.rotated)), self._places()
         latent.add_absorption(
             program, sizes, core.up, core.norm, self._rotary(core.rope), query, joined, absorbed,
-            places.ctypes.data, scale=core.scale,
+            places.ctypes.data, scale=core.scale, tuning=core.tuning,
         )  # fmt: skip
         gathered = program.floats("gathered", sizes.n_heads * sizes.rank)
         call = attend.add_attention(

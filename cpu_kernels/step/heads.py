@@ -17,12 +17,12 @@ from cpu_kernels.jit.compiled import Real, Whole, Worker, inline_kernel
 from cpu_kernels.jit.primitives import floats_at, int64s_at, take_ticket
 from cpu_kernels.step.cached import KIND, key_address, place_of, rows_of, value_address
 from cpu_kernels.step.floats import bits_of, copy, float_of, square_sum
-from cpu_kernels.step.program import N_ROWS, SCRATCH, SCRATCH_BYTES, SEEN, SEQUENCE, STATE_SIZE, Part, Program
+from cpu_kernels.step.program import N_ROWS, POSITION, SCRATCH, SCRATCH_BYTES, SEEN, SEQUENCE, STATE_SIZE, Part, Program
 from cpu_kernels.step.stored import is_turned, store_row, turn
 
 (STATE, NEXT, N_HEADS, N_KV_HEADS, DIM, V_DIM, ROT, ROT_FIRST, ROT_KIND, COS, SIN, NORM, NORM_LAST, EPS, Q_WEIGHT,
- K_WEIGHT, SCALE, TUNING, TUNING_STEP, CLIP, Q, Q_ROW, Q_HEAD, K, K_ROW, K_HEAD, V, V_ROW, V_HEAD, V_SCALE,
- V_WEIGHT, QUERY, PLACES, HEADS_CALL) = range(34)  # fmt: skip
+ K_WEIGHT, SCALE, TUNING, CLIP, Q, Q_ROW, Q_HEAD, K, K_ROW, K_HEAD, V, V_ROW, V_HEAD, V_SCALE,
+ V_WEIGHT, QUERY, PLACES, HEADS_CALL) = range(33)  # fmt: skip
 NO_NORM, HEAD_NORM, ROW_NORM = range(3)
 HALVES, PAIRS, PAIRS_TO_HALVES = range(3)
 NO_CLIP = 3.0e38
@@ -45,10 +45,16 @@ class HeadNorm:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Queries grow with their place: by 1 + factor * log(1 + floor((place + 1) / step)), where the first place is 0."""
+    """Queries grow with their place: by 1 + factor * log(1 + floor(place / step)). The place of the first token is 1,
+    or (by_position) it is where the model says that a token stands."""
 
     factor: float
     step: float
+    by_position: bool = False
+
+    def packed(self, program: Program) -> int:
+        """Address of its numbers, as `tuned` reads them."""
+        return program.keep(np.array([bits_of(self.factor), bits_of(self.step), self.by_position], np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,7 @@ def _heads(call_address: int, thread: int) -> None:
             source = call[Q] + 4 * (row * call[Q_ROW] + head * call[Q_HEAD])
             query = floats_at(call[QUERY] + 4 * (row * n_heads + head) * call[DIM], call[DIM])
             _place(call, row, head, n_heads, source, call[Q_WEIGHT], head_room, query)
-            scale = _query_scale(call, token)
+            scale = tuned(call[TUNING], rows[row], float_of(call[SCALE]))
             for i in range(query.size):
                 query[i] *= scale
             if is_turned(place[KIND]):
@@ -122,12 +128,13 @@ def _value(call: np.ndarray, source: Whole, value: np.ndarray) -> None:
 
 
 @inline_kernel
-def _query_scale(call: np.ndarray, token: Whole) -> Real:
-    scale = float_of(call[SCALE])
-    if call[TUNING]:
-        place = np.floor(np.float32(token + 1) / float_of(call[TUNING_STEP]))
-        scale *= np.float32(1) + float_of(call[TUNING]) * np.log1p(place)
-    return scale
+def tuned(tuning: Whole, row: np.ndarray, scale: Real) -> Real:
+    """The scale of a row's query, which a tuning at an address (0: none) changes."""
+    if tuning == 0:
+        return scale
+    factor, step, by_position = int64s_at(tuning, 3)
+    place = row[POSITION] if by_position else row[SEEN]
+    return scale * (np.float32(1) + float_of(factor) * np.log1p(np.floor(np.float32(place) / float_of(step))))
 
 
 @inline_kernel
@@ -212,7 +219,7 @@ def add_heads(
     call[[K, K_ROW, K_HEAD]] = k.address, k.row, k.head
     call[[V, V_ROW, V_HEAD]] = v.address, v.row, v.head
     if tuning is not None:
-        call[[TUNING, TUNING_STEP]] = bits_of(tuning.factor), bits_of(tuning.step)
+        call[TUNING] = tuning.packed(program)
     if rotary is not None:
         call[[ROT, ROT_FIRST, ROT_KIND, COS, SIN]] = rotary.n, rotary.first, rotary.kind, rotary.cos, rotary.sin
     if norm is not None:

@@ -24,14 +24,14 @@ from cpu_kernels.step.floats import (
     float_of,
     square_sum,
 )
-from cpu_kernels.step.heads import Rotary, root_factor, rotate, scale_by
+from cpu_kernels.step.heads import Rotary, Tuning, root_factor, rotate, scale_by, tuned
 from cpu_kernels.step.products import Product
 from cpu_kernels.step.program import N_ROWS, SCRATCH, SCRATCH_BYTES, SEEN, SEQUENCE, STATE_SIZE, Part, Program
 from cpu_kernels.step.stored import is_turned, store_row, turn
 from cpu_kernels.step.stream import Norm
 
 (STATE, NEXT, N_HEADS, OWN, ROT, RANK, V_DIM, UP, UP_KIND, UP_ROW, Q, QUERY, SCALE, JOINED, WEIGHT, EPS, ROT_KIND, COS,
- SIN, GATHERED, OUT, PLACES, LATENT_CALL) = range(23)  # fmt: skip
+ SIN, GATHERED, OUT, PLACES, TUNING, LATENT_CALL) = range(24)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def _absorb(call_address: int, thread: int) -> None:
 @inline_kernel
 def _absorb_query(call: np.ndarray, seen: np.ndarray, row: Whole, head: Whole) -> None:
     """query [rank + rotated] = scale * [K^T own, rotated], each turned where the cache stores codes."""
-    own, rot, rank, scale = call[OWN], call[ROT], call[RANK], float_of(call[SCALE])
+    own, rot, rank, scale = call[OWN], call[ROT], call[RANK], tuned(call[TUNING], seen, float_of(call[SCALE]))
     number = row * call[N_HEADS] + head
     source = floats_at(call[Q] + 4 * number * (own + rot), own + rot)
     query = floats_at(call[QUERY] + 4 * number * (rank + rot), rank + rot)
@@ -131,7 +131,7 @@ EXPAND_WORK = Worker(_expand)
 
 def add_absorption(
     program: Program, sizes: LatentSizes, up: Product, norm: Norm, rotary: Rotary | None, q: int, joined: int,
-    query: int, places: int, *, scale: float,
+    query: int, places: int, *, scale: float, tuning: Tuning | None = None,
 ) -> None:  # fmt: skip
     """Adds query float32 [rows, n_heads, rank + rotated] from q float32 [rows, n_heads, own + rotated], and the cache's
     new rows from joined float32 [rows, rank + rotated]. places: address of the table that says where the caches lie.
@@ -139,6 +139,7 @@ def add_absorption(
     up: rows [n_heads, own + v_dim, rank] that are not packed. norm: over the rank columns, a plain RMS norm.
     """
     call = _latent_call(program, sizes, up)
+    call[TUNING] = 0 if tuning is None else tuning.packed(program)
     call[[Q, JOINED, QUERY, PLACES, SCALE]] = q, joined, query, places, bits_of(scale)
     call[[WEIGHT, EPS]] = program.keep(np.ascontiguousarray(norm.weight, np.float32)), bits_of(norm.eps)
     if rotary is not None:

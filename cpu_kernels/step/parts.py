@@ -95,6 +95,7 @@ class LatentAttention:
     query_norm: Norm | None = None
     query_up: Product | None = None
     up_rows: np.ndarray | None = None
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ WORKER, CALL, MEETS, PART, PRESENT, OP_SIZE = range(6)
 (N_ROWS, N_THREADS, OPERATIONS, FIRST, STOP, ROWS, NOT_FINITE, SCRATCH, TICKS, MASK, MASK_ROW,
  FIRST_ROW, STATE_SIZE) = range(13)  # fmt: skip
 # A row: one new token of a sequence. SEEN: cached tokens up to itself, itself included; PADDING: those of them that are
-# padding before the sequence.
-TOKEN, SEQUENCE, SEEN, PADDING, ROW_SIZE = range(5)
+# padding before the sequence. POSITION: where the model says that it stands.
+TOKEN, SEQUENCE, SEEN, PADDING, POSITION, ROW_SIZE = range(6)
 
 
 class Part(IntEnum):

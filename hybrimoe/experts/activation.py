@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, product
 
 import torch
 from torch import nn
@@ -93,13 +93,28 @@ def recognise_activation(module: nn.Module, *, gated: bool, concatenated: bool) 
 
 
 def _recognise(module: nn.Module, own: GateFunction, gated: bool) -> Activation:
-    constants = sorted({value for value in _constants(module).values() if 0 < value < math.inf})
-    gate, up = probe_grid(constants, gated)
+    found = recognise_function(own, _constants(module).values(), gated=gated)
+    return found or Activation(kind="custom", gated=gated, custom=own)
+
+
+def recognise_function(
+    own: Callable[[torch.Tensor], torch.Tensor],
+    constants: Iterable[float],
+    *,
+    gated: bool,
+    likely: Iterable[Activation] = (),
+) -> Activation | None:
+    """The closed form of a function of [n, 2] (gate and up; or [n, 1]) to [n, 1], None where it has none here.
+
+    constants: limits and slopes that it may have. likely: forms that are tried first.
+    """
+    numbers = sorted({value for value in constants if 0 < value < math.inf})
+    gate, up = probe_grid(numbers, gated)
     expected = _evaluate(own, gate, up, gated)
-    for candidate in _candidates(constants, gated):
+    for candidate in chain(likely, _candidates(numbers, gated)):
         if agrees(apply_activation(candidate, gate if gated else None, up), expected, gate, up):
             return candidate
-    return Activation(kind="custom", gated=gated, custom=own)
+    return None
 
 
 def agrees(found: torch.Tensor, expected: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> bool:
@@ -123,7 +138,9 @@ def probe_grid(constants: list[float], gated: bool) -> tuple[torch.Tensor, torch
     return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
 
 
-def _evaluate(own: GateFunction, gate: torch.Tensor, up: torch.Tensor, gated: bool) -> torch.Tensor:
+def _evaluate(
+    own: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor, gated: bool
+) -> torch.Tensor:
     first = torch.stack([gate, up], dim=-1) if gated else up[:, None]
     with torch.no_grad():
         return own(first)[:, 0].float()

@@ -99,7 +99,8 @@ class BoundLayers:
             self._bind(number, [cache.layers[layer].grown(call.n_new) for cache in call.caches], call)
         n_tokens = max(call.n_past) + call.n_new
         compiled.give_room(call.n_sequences * call.n_new, n_tokens)
-        compiled.set_rows(call.n_past, call.n_new, call.token_ids, call.n_logits if call.n_sequences == 1 else 0)
+        n_logits = call.n_logits if call.n_sequences == 1 else 0
+        compiled.set_rows(call.n_past, call.n_new, call.token_ids, n_logits, call.positions)
         compiled.set_mask(call.mask)
         for angles, (cos, sin) in zip(self._angles, compiled.angles, strict=True):
             angles.write(call.positions, cos, sin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,9 @@ from hybrimoe.generation.growing import GrowingIndexedLayer, GrowingLayer
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_parts import LINEARS, array, read_linear, read_matrix, read_norm
 from hybrimoe.step.trace import NEW_TOKENS, Call, Trace, same
+
+FAR, FAR_STEPS = 100_000, 3
+"""A far position where nothing says which are, and steps of what grows that lie before a far one."""
 
 VALUE_SCALE_TOLERANCE = 1e-2
 """Relative, of a factor that is found from bfloat16 values."""
@@ -128,7 +132,9 @@ def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Atte
         clip=float(getattr(module.config, "clip_qkv", None) or NO_CLIP), v_scale=_value_scale(call, found, layer),
     )  # fmt: skip
     for plain, norm, rope in product(forms, _head_norms(found, n_heads, n_kv_heads, dim), _ropes(table, dim)):
-        yield replace(plain, norm=norm, rope=rope, tuning=_tuning(module) if rope is None else None)
+        yield replace(
+            plain, norm=norm, rope=rope, tuning=_tuning(module) if rope is None else _tuning_by_position(call)
+        )
 
 
 def _check_inputs(call: Call) -> None:
@@ -138,8 +144,35 @@ def _check_inputs(call: Call) -> None:
         own = "mask" in name or any(value is item for item in known)
         if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()) and not own:
             raise NotCompiled(f"{call.path}: it is given {name}, which the step does not know")
-    if "position_ids" in inspect.signature(type(call.module).forward).parameters:
-        raise NotCompiled(f"{call.path}: it reads the tokens' positions itself, beside their angles")
+
+
+def reads_positions(call: Call) -> bool:
+    """Whether a module is given the tokens' positions for itself, beside their angles: it is compared at far ones."""
+    return "position_ids" in inspect.signature(type(call.module).forward).parameters
+
+
+def far_positions(tuning: Tuning | None) -> list[int]:
+    """Positions of the new tokens at which what grows with them has grown, and grows again from token to token."""
+    step = int(tuning.step) if tuning is not None else FAR
+    return [FAR_STEPS * step - NEW_TOKENS // 2 + row for row in range(NEW_TOKENS)]
+
+
+def at_positions(trace: Trace, call: Call, positions: list[int]) -> torch.Tensor:
+    """What an attention call of the trace gives if its tokens stand elsewhere, with the same angles. Raises NotCompiled
+    where it does not run so."""
+    cache = copy.deepcopy(trace.cache)
+    cache.layers[cache_number(call)].crop(-NEW_TOKENS)
+
+    def other(name: str, value: Any) -> Any:
+        return torch.tensor([positions]) if name == "position_ids" else cache if value is trace.cache else value
+
+    kwargs = {name: other(name, value) for name, value in call.kwargs.items()}
+    with torch.no_grad():
+        try:
+            output = call.module.forward(*(other("", value) for value in call.args), **kwargs)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise NotCompiled(f"{call.path} does not run at far positions ({type(error).__name__}: {error})") from error
+    return replace(call, output=output).result
 
 
 def _parts(trace: Trace, call: Call) -> _Found:
@@ -193,6 +226,16 @@ def _tuning(module: Any) -> Tuning | None:
     if not getattr(module, "attn_temperature_tuning", False):
         return None
     return Tuning(float(module.attn_scale), float(module.floor_scale))
+
+
+def _tuning_by_position(call: Call) -> Tuning | None:
+    """Mistral's, of the same form, which counts where a token stands; it is compared at far positions."""
+    config: Any = call.module.config
+    numbers = getattr(config, "rope_parameters", None) or {}
+    factor, step = numbers.get("llama_4_scaling_beta"), numbers.get("original_max_position_embeddings")
+    if not reads_positions(call) or not factor or not step:
+        return None
+    return Tuning(float(factor), float(step), by_position=True)
 
 
 def _ropes(table: tuple[int, int] | None, dim: int) -> list[Rope | None]:
@@ -285,8 +328,9 @@ def _latent(
         raise NotCompiled(f"{call.path}: it has {len(found.norms)} norms, expected {1 + len(behind)}")
     for rope in _ropes(table, sizes.rotated):
         yield LatentAttention(
-            first, low, norm, matrix, output, sizes, rope, float(module.scaling), cache, query_norm, query_up, up_rows
-        )
+            first, low, norm, matrix, output, sizes, rope, float(module.scaling), cache, query_norm, query_up, up_rows,
+            _tuning_by_position(call),
+        )  # fmt: skip
 
 
 def _norm_before(found: _Found, rank: int, down: Call) -> Norm:

@@ -8,20 +8,15 @@ from typing import Any
 
 import torch
 
-from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.step.parts import Arm, Branch, Core, Mlp, Moe, Sum
-from cpu_kernels.step.products import Product
 from cpu_kernels.step.stream import Norm
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_attention import RopeTables, cache_number, read_attention
-from hybrimoe.step.read_parts import LINEARS, read_linear, read_mlp, read_norm
-from hybrimoe.step.read_router import read_router
+from hybrimoe.step.read_experts import read_experts
+from hybrimoe.step.read_parts import FIT_TOLERANCE, nearest, read_mlp, read_norm
 from hybrimoe.step.read_states import read_state_layer
 from hybrimoe.step.trace import Call, Trace, same
-
-FIT_TOLERANCE = 2e-2
-"""Relative, of the factor of a branch that is found from bfloat16 values; float32 ones agree to 1e-5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +171,11 @@ def _site(layer: Call, group: list[SiteCore], post: tuple[Call, Norm] | None, af
     fits = [_fit(stream, result, after) for stream in streams]
     number = min(range(len(fits)), key=lambda number: fits[number][3])
     (keep, scale, left, _), renews = fits[number], number == 1
-    factors = _nearest(known, keep), _nearest(known, scale)
+    factors = nearest(known, keep), nearest(known, scale)
     off = max(abs(one - found) / one for one, found in zip(factors, (keep, scale), strict=True))
     if left > FIT_TOLERANCE * (10 if keep == 1.0 else 1) or off > FIT_TOLERANCE:
         raise NotCompiled(f"{path}: its result is not simply added to the stream (off by {max(left, off):.2g})")
     return Site(tuple(group), norm_of(pre), norm_of(post), before, after, factors[1], factors[0], renews)
-
-
-def _nearest(known: list[float], value: float) -> float:
-    return min(known, key=lambda one: abs(one - value))
 
 
 def _fit(stream: torch.Tensor, result: torch.Tensor, after: torch.Tensor) -> tuple[float, float, float, float]:
@@ -231,7 +222,7 @@ def _cores(trace: Trace, call: Call, ropes: RopeTables, session: Any) -> Iterato
     inside = list(trace.within(call.path))
     experts = [inner for inner in inside if isinstance(inner.module, HybridExperts)]
     if experts:
-        yield from _moe(call, experts[0], inside, session)
+        yield read_experts(call, experts[0], inside, session)
     elif any(value is trace.cache for value in (*call.args, *call.kwargs.values())):
         cache = cache_number(call)
         if cache in trace.states:
@@ -239,87 +230,4 @@ def _cores(trace: Trace, call: Call, ropes: RopeTables, session: Any) -> Iterato
         else:
             yield from read_attention(trace, call, ropes)
     else:
-        yield from read_mlp(call, inside)
-
-
-def _moe(call: Call, experts: Call, inside: list[Call], session: Any) -> Iterator[Moe]:
-    """Router, routed experts and shared experts of a block."""
-    module: Any = experts.module
-    layer = session.layers[module.layer]
-    if not isinstance(layer.backend, NumbaBackend):
-        raise NotCompiled(f"{experts.path}: the experts run on the backend {getattr(layer.backend, 'name', '?')!r}")
-    if layer.spec.activation.custom is not None:
-        raise NotCompiled(f"{experts.path}: the experts' activation has no closed form")
-    if layer.transform() is not None:
-        raise NotCompiled(f"{experts.path}: a norm stands behind each expert")
-    if module.num_identity:
-        raise NotCompiled(f"{experts.path}: some experts are the identity")
-    if not session.store.in_memory:
-        raise NotCompiled(f"{experts.path}: experts are read from disk when they are needed")
-    routing = read_router(call, experts, layer.num_experts, call.input.shape[-1])
-    addresses = session.store.addresses(module.layer).astype("int64")
-    known = (routing.path, experts.path)
-    rest = [
-        inner for inner in inside if not any(inner.path == path or inner.path.startswith(f"{path}.") for path in known)
-    ]
-    for shared in _shared(call, rest):
-        of_routed, of_shared = _factors(call, experts, rest, shared)
-        yield Moe(
-            routing.product, replace(routing.selection, scale=routing.selection.scale * of_routed), layer.spec,
-            addresses, tuple(replace(mlp, scale=of_shared) for mlp in shared), routing.scaled_inputs,
-        )  # fmt: skip
-
-
-def _factors(call: Call, experts: Call, rest: list[Call], shared: tuple[Mlp, ...]) -> tuple[float, float]:
-    """What the results of the routed and of the shared experts are multiplied with, before they are the block's: such
-    numbers as the modules hold, or halves of the sum. Where no such numbers agree, each is 1."""
-    if experts.result.numel() != call.result.numel():
-        return 1.0, 1.0
-    parts = [experts.result.double().flatten()]
-    if shared:
-        parts.append(_shared_result(call, rest))
-    target = call.result.double().flatten()
-    found = torch.linalg.lstsq(torch.stack(parts, 1), target[:, None]).solution[:, 0].tolist()
-    numbers = [value for module in (call.module, experts.module) for value in vars(module).values()]
-    known = [1.0, 0.5, *(float(value) for value in numbers if isinstance(value, float) and value > 0)]
-    factors = [_nearest(known, value) for value in found]
-    if any(abs(one - value) > FIT_TOLERANCE * one for one, value in zip(factors, found, strict=True)):
-        return 1.0, 1.0
-    return factors[0], factors[-1] if shared else 1.0
-
-
-def _shared_result(call: Call, rest: list[Call]) -> torch.Tensor:
-    """What the shared expert gives to the block's sum, float64 [rows * width]."""
-    switches, outer = _switches(call, rest), _outer(call, rest)
-    result = outer[0].result.double().reshape(-1, call.input.shape[-1])
-    return (result * switches[0].result.double().reshape(-1, 1).sigmoid() if switches else result).flatten()
-
-
-def _switches(call: Call, rest: list[Call]) -> list[Call]:
-    """Linear layers of one output, which read the block's input."""
-    return [
-        inner for inner in rest
-        if isinstance(inner.module, LINEARS) and inner.module.out_features == 1 and same(inner.input, call.input)
-    ]  # fmt: skip
-
-
-def _outer(call: Call, rest: list[Call]) -> list[Call]:
-    """The other parts of the block, without what is inside of them."""
-    switches = _switches(call, rest)
-    return [
-        inner for inner in rest
-        if inner not in switches and not any(inner.path.startswith(f"{other.path}.") for other in rest)
-    ]  # fmt: skip
-
-
-def _shared(call: Call, rest: list[Call]) -> list[tuple[Mlp, ...]]:
-    """The forms that the shared expert may have: none, with or without a switch."""
-    switches, outer = _switches(call, rest), _outer(call, rest)
-    if not outer and not switches:
-        return [()]
-    if len(outer) != 1 or len(switches) > 1:
-        names = ", ".join(inner.path for inner in (*outer, *switches))
-        raise NotCompiled(f"{call.path}: beside its experts it has {names}, expected one shared expert")
-    switch: Product | None = read_linear(switches[0].module, switches[0].path) if switches else None
-    within = [inner for inner in rest if inner.path.startswith(f"{outer[0].path}.")]
-    return [(mlp,) for mlp in read_mlp(outer[0], within, switch)]
+        yield read_mlp(call, inside)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,14 +16,14 @@ from transformers import DynamicCache
 from cpu_kernels.host.isa import detect
 from cpu_kernels.step.compiled import CompiledLayers
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32
-from cpu_kernels.step.parts import Branch, Head, Layer, Model, Moe
+from cpu_kernels.step.parts import Attention, Branch, Head, LatentAttention, Layer, Model, Moe
 from cpu_kernels.step.stream import Embedding
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.generation.growing import GrowingLayer
 from hybrimoe.step.caches import place_of
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.read_attention import RopeTables, angles_at
+from hybrimoe.step.read_attention import RopeTables, angles_at, at_positions, far_positions, reads_positions
 from hybrimoe.step.read_layer import Site, branches_of, rounding, sites_of, whole_site
 from hybrimoe.step.read_parts import read_linear, read_norm
 from hybrimoe.step.states import States, place_of_states, states_of
@@ -196,9 +197,22 @@ class _Reader:
         for branch in forms:
             found = _error(self.trace, site, branch, number, self.ropes, self.exact, self.n_threads)
             if found <= 1:
+                found = self._far_error(site, branch, number)
+            if found <= 1:
                 return branch
             error = min(error, found)
         raise NotCompiled(f"{site.path}: its compiled form differs from the original ({error:.3g} x allowed)")
+
+    def _far_error(self, site: Site, branch: Branch, number: int) -> float:
+        """The difference at far positions, where attention is given these for itself; 0 where it is not."""
+        call = site.cores[0].call
+        if len(site.cores) > 1 or not isinstance(branch.core, Attention | LatentAttention) or not reads_positions(call):
+            return 0.0
+        positions = far_positions(branch.core.tuning)
+        far = replace(whole_site(call), after=at_positions(self.trace, call, positions))
+        return _error(
+            self.trace, far, far.branch(branch.core), number, self.ropes, self.exact, self.n_threads, positions
+        )
 
     def find_pieces(self, reading: Reading, paths: list[str]) -> None:
         """Runs of layers that were understood, and blocks of the others."""
@@ -246,10 +260,11 @@ def _returns_its_result(call: Call) -> bool:
 
 
 def _error(
-    trace: Trace, site: Site, branch: Branch, number: int, ropes: RopeTables, exact: bool, n_threads: int
-) -> float:
+    trace: Trace, site: Site, branch: Branch, number: int, ropes: RopeTables, exact: bool, n_threads: int,
+    positions: Sequence[int] = (),
+) -> float:  # fmt: skip
     """Difference of what the compiled branch adds to the stream, as a multiple of what is allowed. exact: see
-    `_is_exact`."""
+    `_is_exact`. positions: of the tokens, where they are not those of their angles."""
     width = site.before.shape[-1]
     compiled = CompiledLayers(
         [(number, Layer((branch,)))], width, tuple(ropes.sizes), n_threads, detect().isa.name
@@ -268,7 +283,7 @@ def _error(
     for index, held in enumerate(states.values()):
         compiled.bind_states(index, 0, place_of_states(held, held, 0))
     compiled.give_room(n_rows, PROMPT_TOKENS + n_rows)
-    compiled.set_rows([PROMPT_TOKENS], n_rows)
+    compiled.set_rows([PROMPT_TOKENS], n_rows, positions=positions)
     fill_angles(compiled, ropes, torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + n_rows)[None])
     compiled.stream[:n_rows] = before
     compiled.run()

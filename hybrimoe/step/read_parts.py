@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from cpu_kernels.step.parts import Mlp
 from cpu_kernels.step.products import Product, plain_product
 from cpu_kernels.step.stream import Norm
 from hybrimoe.dense.linear import PackedLinear
-from hybrimoe.experts.activation import recognise_activation
+from hybrimoe.experts.activation import recognise_function
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.trace import Call, same
 
@@ -23,6 +23,13 @@ LINEARS = (nn.Linear, PackedLinear)
 NORM_TOLERANCE = 1e-5
 """Relative, of a norm in float32 arithmetic."""
 SAMPLES = 8
+FIT_TOLERANCE = 2e-2
+"""Relative, of a factor that is found from bfloat16 values; float32 ones agree to 1e-5."""
+
+
+def nearest(known: list[float], value: float) -> float:
+    """The known number next to one that was found."""
+    return min(known, key=lambda one: abs(one - value))
 
 
 def array(tensor: Any) -> np.ndarray:
@@ -94,11 +101,8 @@ def read_matrix(weight: Any, path: str, bias: np.ndarray | None = None) -> Produ
     return plain_product(weight.data_ptr(), weight.shape[0], weight.shape[1], halves=halves, bias=bias)
 
 
-def read_mlp(call: Call, calls: list[Call], switch: Product | None = None) -> list[Mlp]:
-    """The forms that a dense MLP may have; which one it is, the comparison tells.
-
-    calls: of the modules inside. Raises NotCompiled where it is none.
-    """
+def read_mlp(call: Call, calls: list[Call], switch: Product | None = None) -> Mlp:
+    """A dense MLP. calls: of the modules inside. Raises NotCompiled where it is none."""
     linears = [inner for inner in calls if isinstance(inner.module, LINEARS)]
     first = [inner for inner in linears if same(inner.input, call.input)]
     second = [inner for inner in linears if inner not in first]
@@ -110,27 +114,67 @@ def read_mlp(call: Call, calls: list[Call], switch: Product | None = None) -> li
     if not fused and any(product.n_out != down.n_in for product in products):
         raise NotCompiled(f"{call.path}: sizes of its products do not fit together")
     gated = fused or len(products) == 2
-    activation = _activation(call.module, gated=gated)
+    activation, by_first = _activation(call.module, [inner.module for inner in first], second[0].module, gated=gated)
     if fused or not gated:
-        return [Mlp(products[0], down, activation, fused=fused, switch=switch)]
-    one, other = products
-    return [
-        Mlp(other, down, activation, gate=one, switch=switch),
-        Mlp(one, down, activation, gate=other, switch=switch),
-    ]
+        return Mlp(products[0], down, activation, fused=fused, switch=switch)
+    gate, up = products if by_first else reversed(products)
+    return Mlp(up, down, activation, gate=gate, switch=switch)
 
 
-def _activation(module: nn.Module, *, gated: bool) -> Activation:
-    """The closed form of an MLP's activation. Raises NotCompiled where it has none."""
-    act: Any = next((getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name)), None)
-    if act is None:
-        raise NotCompiled(f"{type(module).__name__}: no activation function is found on it")
-    shell = nn.Module()
-    shell.act_fn = act
-    found = recognise_activation(shell, gated=gated, concatenated=True)
-    if found.custom is not None:
-        raise NotCompiled(f"{type(module).__name__}: its activation {act} has no closed form here")
-    return found
+class _Given(nn.Module):
+    """Stands for a linear layer that reads an MLP's input: gives what it was told."""
+
+    values: torch.Tensor
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The values, whatever it is given."""
+        return self.values
 
 
-ACTIVATION_NAMES = ("act_fn", "activation_fn", "activation", "act", "hidden_act")
+class _Passed(nn.Module):
+    """Stands for the last linear layer of an MLP: gives what it is given."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same tensor."""
+        return hidden
+
+
+_found_in: dict[type, tuple[Activation, bool]] = {}
+"""By class of MLP, the form that was found last: it is tried first."""
+
+
+def _activation(module: nn.Module, first: list[nn.Module], last: nn.Module, *, gated: bool) -> tuple[Activation, bool]:
+    """The closed form of what an MLP computes between its linear layers, and whether the first one is the gate.
+
+    Its own forward tells, over values far beyond those of the recorded step. Raises NotCompiled where it has none.
+    """
+    acts = [child for child in module.children() if child is not last and child not in first]
+    numbers = [value for part in (module, *acts) for value in vars(part).values() if isinstance(value, float)]
+    likely = _found_in.get(type(module))
+    orders = (True, False)[: len(first)]
+    for by_first in orders if likely is None or likely[1] else orders[::-1]:
+        own = _between(module, first if by_first else first[::-1], last)
+        hints = [likely[0]] if likely is not None and likely[0].gated is gated else []
+        try:
+            found = recognise_function(own, numbers, gated=gated, likely=hints)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise NotCompiled(f"{type(module).__name__} does not run on sample values ({error})") from error
+        if found is not None:
+            _found_in[type(module)] = found, by_first
+            return found, by_first
+    raise NotCompiled(f"{type(module).__name__}: what it computes between its products has no closed form here")
+
+
+def _between(module: nn.Module, first: list[nn.Module], last: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What an MLP computes between its linear layers, of values [n, 1 or 2] that the first ones would give."""
+    twin, given = copy.copy(module), [_Given() for _ in first]
+    stands_for = {id(last): _Passed(), **{id(one): other for one, other in zip(first, given, strict=True)}}
+    twin._modules = {name: stands_for.get(id(child), child) for name, child in module._modules.items() if child}
+
+    def own(values: torch.Tensor) -> torch.Tensor:
+        for stand_in, part in zip(given, values.chunk(len(given), -1), strict=True):
+            stand_in.values = part[None]
+        result: torch.Tensor = twin.forward(values[None, :, :1])
+        return result[0]
+
+    return own

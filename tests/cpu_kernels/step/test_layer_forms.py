@@ -12,7 +12,7 @@ from cpu_kernels.host.isa import detect
 from cpu_kernels.step.attend import SIGMOID_GATE, SOFTPLUS_GATE
 from cpu_kernels.step.compiled import CachePlace, CompiledLayers
 from cpu_kernels.step.floats import FLOAT32
-from cpu_kernels.step.heads import HeadNorm
+from cpu_kernels.step.heads import HeadNorm, Tuning
 from cpu_kernels.step.parts import Arm, Attention, Branch, Columns, GateColumns, Layer, Mlp, Sum
 from cpu_kernels.step.products import Product, plain_product
 from cpu_kernels.step.stream import Norm
@@ -60,7 +60,9 @@ def normed(norm: Norm | None, x: np.ndarray) -> np.ndarray:
     return x if norm is None else rms(x, norm.weight)
 
 
-def run(branch: Branch, x: np.ndarray, caches: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+def run(
+    branch: Branch, x: np.ndarray, caches: tuple[np.ndarray, np.ndarray] | None = None, positions: tuple[int, ...] = ()
+) -> np.ndarray:
     """What a branch leaves of stream float32 [rows, width]; caches: keys, values [heads, tokens, columns]."""
     found = []
     for threads in (1, 3):
@@ -69,7 +71,7 @@ def run(branch: Branch, x: np.ndarray, caches: tuple[np.ndarray, np.ndarray] | N
             places = [(c.ctypes.data, c.strides[0], c.strides[1]) for c in caches]
             layers.bind(0, 0, CachePlace(places[0], places[1], FLOAT32))
         layers.give_room(len(x), N_PAST + len(x))
-        layers.set_rows([N_PAST], len(x))
+        layers.set_rows([N_PAST], len(x), positions=positions)
         layers.stream[: len(x)] = x
         layers.run()
         found.append(layers.stream[: len(x)].copy())
@@ -128,6 +130,30 @@ def test_gates_and_values(n_heads: int, n_kv_heads: int, dim: int, v_dim: int, g
     np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
     for one, other in zip(mine, past, strict=True):
         np.testing.assert_allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("step", [1.0, 2.0, 100.0])
+def test_queries_that_grow(step: float, *, by_position: bool) -> None:
+    """With the tokens that they see, or with where they stand."""
+    width, dim, weights = 24, 16, Weights(int(step))
+    inputs = tuple(weights.product(dim, width) for _ in range(3))
+    core = Attention(
+        inputs, weights.product(width, dim), Columns(0, 0, dim), Columns(1, 0, dim), Columns(2, 0, dim), 1, 1, dim, dim,
+        1.0, 0, tuning=Tuning(0.7, step, by_position=by_position),
+    )  # fmt: skip
+    x = weights.rng.standard_normal((N_NEW, width), np.float32)
+    positions = (99, 100, 1_000_000)
+    places = np.array(positions if by_position else [N_PAST + row + 1 for row in range(N_NEW)], np.float64)
+    past = [weights.rng.standard_normal((1, N_PAST + N_NEW, dim), np.float32) for _ in range(2)]
+    found = run(Branch(core, None), x, (past[0].copy(), past[1].copy()), positions)
+    grown = 1 + 0.7 * np.log(1 + np.floor(places / step))
+    plain = replace(core, tuning=None)
+    expected = np.zeros_like(x)
+    for row in range(N_NEW):  # each row by itself, with a scale of its own
+        own = attention_of(weights, replace(plain, scale=float(grown[row])), x, (past[0], past[1]))
+        expected[row] = x[row] + own[row]
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("width", [8, 40, 64, 130])

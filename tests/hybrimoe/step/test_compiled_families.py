@@ -13,6 +13,8 @@ import torch
 from transformers import DynamicCache
 
 import hybrimoe
+from cpu_kernels.step.heads import Tuning
+from hybrimoe.step import read_attention
 from hybrimoe.step.step import Step
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
@@ -23,8 +25,8 @@ COMPILED = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "glm4_moe", "gpt_oss", "ernie4_5_moe",
     "hunyuan_v1_moe", "dots1", "exaone_moe", "flex_olmo", "mellum", "kolibri1", "solar_open", "deepseek_v2",
     "deepseek_v3", "llama4", "minimax_m2", "glm4_moe_lite", "afmoe", "hy_v3", "granitemoeshared", "granitemoe_swa",
-    "cohere2_moe", "laguna", "step3p7", "mimo_v2_flash", "qwen3_next", "qwen3_5_moe",
-    "kimi_linear", "minimax", "lfm2_moe", "granitemoehybrid",
+    "cohere2_moe", "laguna", "step3p7", "mimo_v2_flash", "axk1", "ernie4_5_vl_moe", "minimax_m3_vl", "mistral4",
+    "qwen3_next", "qwen3_5_moe", "kimi_linear", "minimax", "lfm2_moe", "granitemoehybrid",
 )  # fmt: skip
 MIXED: dict[str, dict[str, str]] = {
     "jamba": {"0": "feed_forward compiled; the rest by transformers", "1": "compiled"},
@@ -79,6 +81,10 @@ def test_a_family_runs_in_pieces(family: str) -> None:
 
 LONG = 24
 """Decode steps that cross several blocks and windows of the tiny models."""
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 128.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0,
+    "mscale": 1.0, "partial_rotary_factor": 0.5, "max_position_embeddings": 128,
+}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"q_lora_rank": None, "v_head_dim": 16, "qk_rope_head_dim": 4},
     "deepseek_v3": {"rope_interleave": False, "v_head_dim": 16, "kv_lora_rank": 24, "n_group": 4, "topk_group": 2},
@@ -96,6 +102,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
                     "expert_selection_fn": "sigmoid", "norm_topk_prob": True},
     "laguna": {"gating": "per-element", "moe_routed_scaling_factor": 1.5},
     "mimo_v2_flash": {"attention_value_scale": 0.7, "v_head_dim": 8},
+    "mistral4": {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.9, "original_max_position_embeddings": 4}},
 }  # fmt: skip
 """Settings that change the arithmetic, small enough that the tiny models meet them."""
 
@@ -166,12 +173,24 @@ def test_the_bits_do_not_depend_on_the_threads(family: str) -> None:
     assert torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("family", ["deepseek_v32", "mistral4", "beam"])
+@pytest.mark.parametrize("family", ["deepseek_v32", "beam"])
 def test_what_only_shows_far_on_is_refused(family: str) -> None:
     """Sparse attention, or queries that grow with their position: a comparison over a few tokens does not tell."""
     injection = hybrimoe.inject(tiny_model(family), accelerator="none", expert_dtype="float32")
     way = injection.explain().ways["model.layers.1"]  # in Beam the layer whose queries grow; layer 0 has a window
     assert way.startswith(("mlp compiled", "transformers"))
+
+
+@pytest.mark.parametrize("tuning", [None, Tuning(0.1, 8192.0, by_position=True), Tuning(0.2, 4000.0, by_position=True)])
+def test_queries_that_grow_in_another_way_are_refused(monkeypatch: pytest.MonkeyPatch, tuning: Tuning | None) -> None:
+    """Attention that is given the positions is compared at far ones, where that shows."""
+    monkeypatch.setattr(read_attention, "_tuning_by_position", lambda call: tuning)
+    rope = YARN | {"llama_4_scaling_beta": 0.2, "original_max_position_embeddings": 8192}
+    model = tiny_model("mistral4", rope_parameters=rope)
+    ways = hybrimoe.inject(model, accelerator="none", expert_dtype="float32").explain().ways
+    assert all(
+        way.startswith("mlp compiled; ") and "self_attn: its compiled form differs" in way for way in ways.values()
+    )
 
 
 def test_a_window_that_moves_in_the_comparison_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

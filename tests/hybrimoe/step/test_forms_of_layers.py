@@ -77,7 +77,12 @@ HOOKED = {
     "cohere2_moe": ("self_attn.o_proj", "mlp", "input_layernorm", "mlp.shared_experts"),
     "laguna": ("self_attn.g_proj", "self_attn.v_proj"),
     "mimo_v2_flash": ("self_attn.v_proj",),
+    "axk1": ("mlp.post_mlp_layernorm", "mlp.shared_experts", "mlp.experts"),
+    "minimax_m3_vl": ("mlp.shared_experts",),
+    "mistral4": ("self_attn.q_b_proj", "self_attn.kv_b_proj"),
 }
+
+LARGER = 10
 
 
 @pytest.mark.parametrize(("family", "part"), [(family, part) for family, parts in HOOKED.items() for part in parts])
@@ -86,7 +91,11 @@ def test_a_hook_that_changes_a_part(family: str, part: str) -> None:
     options = {"num_shared_experts": 1} if family == "cohere2_moe" else {}
     model: Any = tiny_model(family, **options)
     layer = model.model.layers[0]
-    layer.get_submodule(part).register_forward_hook(lambda _, __, output: _changed(output))
+    hooked = layer.get_submodule(part)
+    with torch.no_grad():
+        for weight in hooked.parameters():
+            weight.mul_(LARGER)  # such that what the hook changes is no rounding beside the rest
+    hooked.register_forward_hook(lambda _, __, output: _changed(output))
     ways = ways_of(model)
     assert ways["1"] == "compiled"
     assert ways["0"] != "compiled", ways

@@ -1,0 +1,119 @@
+"""Blocks of routed experts: the router, shared experts, and what their results are multiplied with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cpu_kernels.backends.numba_backend import NumbaBackend
+from cpu_kernels.step.parts import Arm, Core, Mlp, Moe, Sum
+from cpu_kernels.step.stream import Norm
+from hybrimoe.step.errors import NotCompiled
+from hybrimoe.step.read_parts import FIT_TOLERANCE, LINEARS, nearest, read_linear, read_mlp, read_norm
+from hybrimoe.step.read_router import read_router
+from hybrimoe.step.trace import Call, same
+
+
+def read_experts(call: Call, experts: Call, inside: list[Call], session: Any) -> Core:
+    """Router, routed experts and shared experts of a block. Raises NotCompiled for one of another form."""
+    module: Any = experts.module
+    layer = session.layers[module.layer]
+    if not isinstance(layer.backend, NumbaBackend):
+        raise NotCompiled(f"{experts.path}: the experts run on the backend {getattr(layer.backend, 'name', '?')!r}")
+    if layer.spec.activation.custom is not None:
+        raise NotCompiled(f"{experts.path}: the experts' activation has no closed form")
+    if layer.transform() is not None:
+        raise NotCompiled(f"{experts.path}: a norm stands behind each expert")
+    if module.num_identity:
+        raise NotCompiled(f"{experts.path}: some experts are the identity")
+    if not session.store.in_memory:
+        raise NotCompiled(f"{experts.path}: experts are read from disk when they are needed")
+    block = next((inner for inner in inside if inner.path == experts.path.rpartition(".")[0]), call)
+    if not same(block.input, call.input):
+        raise NotCompiled(f"{block.path}: it reads something else than {call.path}")
+    routing = read_router(block, experts, layer.num_experts, call.input.shape[-1])
+    addresses = session.store.addresses(module.layer).astype("int64")
+    known = (routing.path, experts.path)
+    rest = [
+        inner for inner in inside
+        if inner is not block and not any(inner.path == path or inner.path.startswith(f"{path}.") for path in known)
+    ]  # fmt: skip
+    behind = _norm_behind(call, rest)
+    if behind is not None:
+        rest.remove(behind[0])
+    result = call.result if behind is None else behind[0].input
+    shared = _shared(call, rest)
+    of_routed, of_shared = _factors(call, result, experts, rest, shared)
+    core = Moe(
+        routing.product, replace(routing.selection, scale=routing.selection.scale * of_routed), layer.spec, addresses,
+        tuple(replace(mlp, scale=of_shared) for mlp in shared), routing.scaled_inputs,
+    )  # fmt: skip
+    return core if behind is None else Sum((Arm(core, post=behind[1]),))
+
+
+def _norm_behind(call: Call, rest: list[Call]) -> tuple[Call, Norm] | None:
+    """The norm inside a block that gives its result."""
+    for inner in rest:
+        if isinstance(inner.output, torch.Tensor) and same(inner.result, call.result):
+            norm = read_norm(inner.module, call.input.shape[-1])
+            return None if norm is None else (inner, norm)
+    return None
+
+
+def _factors(
+    call: Call, result: torch.Tensor, experts: Call, rest: list[Call], shared: tuple[Mlp, ...]
+) -> tuple[float, float]:
+    """What the results of the routed and of the shared experts are multiplied with in the block's `result`: numbers
+    that the modules hold, or halves. Where none agree, each is 1."""
+    if experts.result.numel() != result.numel():
+        return 1.0, 1.0
+    parts = [experts.result.double().flatten()]
+    if shared:
+        parts.append(_shared_result(call, rest))
+    target = result.double().flatten()
+    found = torch.linalg.lstsq(torch.stack(parts, 1), target[:, None]).solution[:, 0].tolist()
+    numbers = [value for module in (call.module, experts.module) for value in vars(module).values()]
+    known = [1.0, 0.5, *(float(value) for value in numbers if isinstance(value, float) and value > 0)]
+    factors = [nearest(known, value) for value in found]
+    if any(abs(one - value) > FIT_TOLERANCE * one for one, value in zip(factors, found, strict=True)):
+        return 1.0, 1.0
+    return factors[0], factors[-1] if shared else 1.0
+
+
+def _shared_result(call: Call, rest: list[Call]) -> torch.Tensor:
+    """What the shared expert gives to the block's sum, float64 [rows * width]."""
+    switches, outer = _switches(call, rest), _outer(call, rest)
+    result = outer[0].result.double().reshape(-1, call.input.shape[-1])
+    return (result * switches[0].result.double().reshape(-1, 1).sigmoid() if switches else result).flatten()
+
+
+def _switches(call: Call, rest: list[Call]) -> list[Call]:
+    """Linear layers of one output, which read the block's input."""
+    return [
+        inner for inner in rest
+        if isinstance(inner.module, LINEARS) and inner.module.out_features == 1 and same(inner.input, call.input)
+    ]  # fmt: skip
+
+
+def _outer(call: Call, rest: list[Call]) -> list[Call]:
+    """The other parts of the block, without what is inside of them."""
+    switches = _switches(call, rest)
+    return [
+        inner for inner in rest
+        if inner not in switches and not any(inner.path.startswith(f"{other.path}.") for other in rest)
+    ]  # fmt: skip
+
+
+def _shared(call: Call, rest: list[Call]) -> tuple[Mlp, ...]:
+    """The shared expert, with or without a switch, or none."""
+    switches, outer = _switches(call, rest), _outer(call, rest)
+    if not outer and not switches:
+        return ()
+    if len(outer) != 1 or len(switches) > 1:
+        names = ", ".join(inner.path for inner in (*outer, *switches))
+        raise NotCompiled(f"{call.path}: beside its experts it has {names}, expected one shared expert")
+    switch = read_linear(switches[0].module, switches[0].path) if switches else None
+    within = [inner for inner in rest if inner.path.startswith(f"{outer[0].path}.")]
+    return (read_mlp(outer[0], within, switch),)
