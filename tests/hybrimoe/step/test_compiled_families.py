@@ -79,6 +79,15 @@ def test_a_family_runs_in_pieces(family: str) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_a_shared_expert_as_wide_as_there_are_experts() -> None:
+    """Its matrices have the shape of the router's, as Qwen3-Next-80B's have."""
+    model = tiny_model("qwen3_next", shared_expert_intermediate_size=8)
+    plain = outputs(model)
+    injection = hybrimoe.inject(model, accelerator="none", expert_dtype="float32")
+    assert set(injection.explain().ways.values()) == {"compiled"}, injection.explain().ways
+    assert float((outputs(model).decode - plain.decode).abs().max()) <= TOLERANCE
+
+
 LONG = 24
 """Decode steps that cross several blocks and windows of the tiny models."""
 YARN = {
