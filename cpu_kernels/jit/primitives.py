@@ -107,6 +107,48 @@ def call_attend(
 
 
 @intrinsic
+def call_attend_chosen(
+    typingctx: Any,
+    function: Any,
+    query: Any,
+    keys: Any,
+    key_bytes: Any,
+    values: Any,
+    value_bytes: Any,
+    bias: Any,
+    n_tokens: Any,
+    dim: Any,
+    v_dim: Any,
+    scores: Any,
+    stats: Any,
+    out: Any,
+    more: Any,
+    more_bytes: Any,
+    more_dim: Any,
+    positions: Any,
+) -> Any:
+    """Calls the compiled `attend` (cpu_kernels.simd.attention) of chosen tokens at address `function`."""
+    return _kernel_call(16, types.void)
+
+
+@intrinsic
+def call_index_scores(
+    typingctx: Any,
+    function: Any,
+    queries: Any,
+    weights: Any,
+    width: Any,
+    keys: Any,
+    key_bytes: Any,
+    dim: Any,
+    n_tokens: Any,
+    scores: Any,
+) -> Any:
+    """Calls the compiled `index_scores` (cpu_kernels.simd.index_scores) at address `function`."""
+    return _kernel_call(8, types.void)
+
+
+@intrinsic
 def take_ticket(typingctx: Any, counter: Any) -> Any:
     """Adds 1 to the int64 at address `counter` atomically; returns the value before."""
 

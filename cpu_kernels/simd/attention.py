@@ -9,6 +9,9 @@ bias float32 [n_tokens] is added to every head's scores. scores: scratch float32
 gets m = max score and the sum of exp(score - m) (float32 [heads, 2]), out the sum of exp(score - m) * v (float32
 [heads, v_dim]). dim, v_dim and more_dim are multiples of the ISA's lanes; n_tokens is 1 to CHUNK.
 
+`attend` of chosen tokens has one argument more, positions int32 [n_tokens]: token t is row positions[t] of k, v and
+more.
+
 Partial results of runs are joined by ``exp(m - max m)`` (Dao et al., Flash-Decoding, 2023).
 """
 
@@ -21,7 +24,7 @@ from llvmlite import ir
 from cpu_kernels.format.layout import LINE_BYTES
 from cpu_kernels.host.isa import Isa, is_zen
 from cpu_kernels.simd.functions import exp
-from cpu_kernels.simd.vectors import F32, I64, POINTER, VOID, Simd
+from cpu_kernels.simd.vectors import F32, I32, I64, POINTER, VOID, Simd
 
 RUN = 256
 """Cached tokens of a run: keys and values of 128 columns (128 KiB) stay in L2 for the heads that share them."""
@@ -47,18 +50,20 @@ and one prefetch a line besides; OLMoE's heads, 8,000 tokens, 2 threads of a Xeo
 class AttendKernel:
     """`attend` for a number of query heads that share keys and values, which are stored as `dtype`.
 
-    far: every line of keys and values is asked for, far ahead of its use.
+    far: every line of keys and values is asked for, far ahead of its use. chosen: tokens lie where positions say.
     """
 
     n_heads: int
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     far: bool = field(default_factory=lambda: not is_zen())
+    chosen: bool = False
     symbol: ClassVar[str] = "attend"
 
     @property
     def name(self) -> str:
         """Of the file that keeps it."""
-        return f"attend-{self.n_heads}" + ("" if self.dtype == "bfloat16" else f"-{self.dtype}") + "-far" * self.far
+        dtype = "" if self.dtype == "bfloat16" else f"-{self.dtype}"
+        return f"attend-{self.n_heads}{dtype}" + "-far" * self.far + "-chosen" * self.chosen
 
     def build(self, isa: Isa) -> ir.Module:
         """LLVM module with `attend`."""
@@ -92,6 +97,13 @@ class _Arguments(Arguments):
 
     is_bf16: bool
     far: bool
+    positions: ir.Value | None
+
+    def row(self, s: Simd, token: ir.Value) -> ir.Value:
+        """The number of the row of a token of the run."""
+        if self.positions is None:
+            return token
+        return s.b.sext(s.load(s.offset(self.positions, s.b.mul(token, s.const(4))), I32, 4), I64)
 
     @property
     def element_bytes(self) -> int:
@@ -108,18 +120,19 @@ class _Arguments(Arguments):
         return s.load_bf16(place) if self.is_bf16 else s.load(place, s.f32)
 
 
-def begin(name: str, symbol: str, isa: Isa) -> tuple[ir.Module, Simd, list[Any]]:
-    """A module with `attend` as function `symbol`, still without instructions; its arguments."""
+def begin(name: str, symbol: str, isa: Isa, *, chosen: bool = False) -> tuple[ir.Module, Simd, list[Any]]:
+    """A module with `attend` (of chosen tokens) as function `symbol`, still without instructions; its arguments."""
     module = ir.Module(name)
     kinds = [POINTER, POINTER, I64, POINTER, I64, POINTER, I64, I64, I64, POINTER, POINTER, POINTER]
-    kinds += [POINTER, I64, I64]
+    kinds += [POINTER, I64, I64, *[POINTER] * chosen]
     function = ir.Function(module, ir.FunctionType(VOID, kinds), symbol)
     return module, Simd(ir.IRBuilder(function.append_basic_block()), isa), list(function.args)
 
 
 def _module(kernel: AttendKernel, isa: Isa) -> ir.Module:
-    module, s, arguments = begin(kernel.name, kernel.symbol, isa)
-    a = _Arguments(*[*arguments, kernel.dtype == "bfloat16", kernel.far])
+    module, s, arguments = begin(kernel.name, kernel.symbol, isa, chosen=kernel.chosen)
+    positions = arguments.pop() if kernel.chosen else None
+    a = _Arguments(*[*arguments, kernel.dtype == "bfloat16", kernel.far, positions])
     _scores(s, a, kernel.n_heads)
     softmax(s, a, kernel.n_heads)
     _values(s, a, kernel.n_heads)
@@ -167,7 +180,7 @@ def _scores_by_blocks(s: Simd, a: _Arguments, n_heads: int) -> ir.Value:
 
 def _products(s: Simd, a: _Arguments, n_heads: int, token: ir.Value, n_tokens: int) -> list[ir.Value]:
     """Vectors, head by head, whose lanes add up to q[head] . k[token + i] for n_tokens tokens."""
-    tokens = [s.b.add(token, s.const(i)) for i in range(n_tokens)]
+    tokens = [a.row(s, s.b.add(token, s.const(i))) for i in range(n_tokens)]
     query_bytes = s.b.mul(s.b.add(a.dim, a.more_dim), s.const(4))
     sums = [s.zero(s.f32)] * (n_heads * n_tokens)
     for first, row_bytes, n_columns, query in (
@@ -186,7 +199,7 @@ def _add_line(
     sums: list[ir.Value],
 ) -> list[ir.Value]:  # fmt: skip
     """The sums of `_products` with the columns of a cache line more."""
-    if a.far:
+    if a.far and a.positions is None:
         for key in keys:
             s.prefetch(s.offset(s.offset(key, s.b.mul(column, s.const(a.element_bytes))), FAR_KEY_BYTES))
     for first in range(0, a.line_columns, s.lanes):
@@ -248,7 +261,7 @@ def _values(s: Simd, a: _Arguments, n_heads: int) -> None:
 
 def _add_values(s: Simd, a: _Arguments, n_heads: int, tokens: list[ir.Value]) -> None:
     """Adds the tokens' weighted values to the heads' results."""
-    rows = [s.offset(a.v, s.b.mul(token, a.v_bytes)) for token in tokens]
+    rows = [s.offset(a.v, s.b.mul(a.row(s, token), a.v_bytes)) for token in tokens]
     weights = [
         [s.splat_load(s.offset(a.scores, floats(s, token, CHUNK * head)), F32) for token in tokens]
         for head in range(n_heads)
@@ -258,7 +271,7 @@ def _add_values(s: Simd, a: _Arguments, n_heads: int, tokens: list[ir.Value]) ->
     step = n_lines * a.line_columns
     whole = _whole(s, a.v_dim, step)
     with s.loop(s.const(0), whole, step) as column:
-        for row in rows:
+        for row in rows if a.positions is None else ():  # chosen rows do not follow each other
             s.prefetch(s.offset(s.offset(row, s.b.mul(column, s.const(a.element_bytes))), ahead))
         for first in range(0, step, s.lanes):
             _add_value_columns(s, a, rows, weights, s.b.add(column, s.const(first)))

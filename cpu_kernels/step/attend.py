@@ -5,6 +5,8 @@ A run has RUN tokens, or up to CHUNK in a long context (`_run_tokens`): by what 
 Rows of one sequence that follow each other see the same keys and values in all runs but the last ones. Where fewer
 heads share keys than a kernel takes, such rows share them instead: the kernel is given the queries of several rows.
 Each query's result has the same bits, whoever shares its keys.
+
+Behind an index (`step.index`) a row that sees more than TOP_K tokens attends to those of them that were chosen.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import numpy as np
 
 from cpu_kernels.host.isa import BY_NAME, Isa
 from cpu_kernels.jit.compiled import Real, Truth, Whole, Worker, float_kernel, inline_kernel
-from cpu_kernels.jit.primitives import call_attend, floats_at, int64s_at, take_ticket
+from cpu_kernels.jit.primitives import call_attend, call_attend_chosen, floats_at, int32s_at, int64s_at, take_ticket
 from cpu_kernels.simd.attention import CHUNK, HEAD_BLOCK, LOWEST, RUN, AttendKernel
 from cpu_kernels.simd.coded_attention import CodedAttendKernel, takes_columns
 from cpu_kernels.simd.compile import VectorKernel, kernel_address
@@ -38,11 +40,11 @@ from cpu_kernels.step.program import (
 from cpu_kernels.step.stored import INT4, INT8, N_KINDS, is_turned, read_stored, row_bytes, turn
 
 (STATE, NEXT, NEXT_JOIN, N_HEADS, N_KV_HEADS, DIM, V_DIM, SHARED, WINDOW, IN_BLOCKS, SINKS, QUERY, PARTS, STATS,
- MAX_CHUNKS, OUT, OUT_ROW, GATE, GATE_ROW, GATE_HEAD, GATE_COLUMNS, GATE_KIND, ZEROS, PLACES,
- KERNELS) = range(25)  # fmt: skip
-# From KERNELS on, by how rows are stored: addresses of the kernels for HEAD_BLOCK heads and for fewer, and how many
-# these are; 0: there are none.
-BLOCK, REST, REST_HEADS, KIND_KERNELS = range(4)
+ MAX_CHUNKS, OUT, OUT_ROW, GATE, GATE_ROW, GATE_HEAD, GATE_COLUMNS, GATE_KIND, ZEROS, PLACES, TOP_K, CHOSEN,
+ KERNELS) = range(27)  # fmt: skip
+# From KERNELS on, by how rows are stored: addresses of the kernels for HEAD_BLOCK heads and for fewer, those of chosen
+# tokens, and how many "fewer" are; 0: there are none.
+BLOCK, REST, CHOSEN_BLOCK, CHOSEN_REST, REST_HEADS, KIND_KERNELS = range(6)
 ATTEND_CALL = KERNELS + KIND_KERNELS * N_KINDS
 KERNEL_DTYPES: dict[int, Literal["float32", "bfloat16"]] = {FLOAT32: "float32", BFLOAT16: "bfloat16"}
 KERNEL_BITS: dict[int, Literal[8, 4]] = {INT8: 8, INT4: 4}
@@ -123,7 +125,9 @@ def _attend(call_address: int, thread: int) -> None:
 @inline_kernel
 def _may_share(call: np.ndarray, rows: np.ndarray, group: Whole) -> Truth:
     """Whether rows may share runs: several of one sequence, too few heads for a kernel, and room for the queries."""
-    if rows.shape[0] == 1 or group % HEAD_BLOCK == 0 or rows[0, SEQUENCE] != rows[1, SEQUENCE] or call[WINDOW]:
+    if rows.shape[0] == 1 or group % HEAD_BLOCK == 0 or rows[0, SEQUENCE] != rows[1, SEQUENCE]:
+        return False
+    if call[WINDOW] or call[TOP_K]:
         return False
     n_floats = call[DIM] + call[SHARED] + call[V_DIM] + 2
     return 4 * HEAD_BLOCK * n_floats <= SCRATCH_BYTES - GATHERED
@@ -199,9 +203,16 @@ def _first_seen(call: np.ndarray, place: np.ndarray) -> Whole:
 
 
 @inline_kernel
+def _n_attended(call: np.ndarray, place: np.ndarray) -> Whole:
+    """Tokens that a row attends to."""
+    n_seen = place[SEEN] - _first_seen(call, place)
+    return min(n_seen, call[TOP_K]) if call[TOP_K] else n_seen
+
+
+@inline_kernel
 def _n_chunks(call: np.ndarray, place: np.ndarray) -> Whole:
     n_tokens = _run_tokens(call, place)
-    return (place[SEEN] - _first_seen(call, place) + n_tokens - 1) // n_tokens
+    return (_n_attended(call, place) + n_tokens - 1) // n_tokens
 
 
 @inline_kernel
@@ -210,7 +221,7 @@ def _run_tokens(call: np.ndarray, place: np.ndarray) -> Whole:
     n_tokens = RUN
     if call[N_HEADS] // call[N_KV_HEADS] > HEAD_BLOCK:
         return n_tokens
-    n_seen = place[SEEN] - _first_seen(call, place)
+    n_seen = _n_attended(call, place)
     while n_tokens < CHUNK and n_seen > 2 * n_tokens * (FEWEST_RUNS - 1):
         n_tokens *= 2
     return n_tokens
@@ -223,13 +234,19 @@ def _run(
 ) -> None:  # fmt: skip
     """The run `chunk` of a row, for query heads from `head` to `stop` of those that share a head of keys."""
     n_tokens = _run_tokens(call, seen)
-    first = _first_seen(call, seen) + chunk * n_tokens
-    n_tokens = min(n_tokens, seen[SEEN] - first)
+    begin = chunk * n_tokens
+    n_tokens = min(n_tokens, _n_attended(call, seen) - begin)
     place = place_of(call[PLACES], seen[SEQUENCE])
+    is_chosen = 0 < call[TOP_K] < seen[SEEN]
+    first = 0 if is_chosen else _first_seen(call, seen) + begin
+    positions = call[CHOSEN] + 4 * (row * call[TOP_K] + begin) if is_chosen else 0
     keys, key_bytes, values, value_bytes, more, more_bytes, bias = _memory(call, state, seen, place, kv_head, first)
+    if is_chosen and state[MASK]:
+        bias = _gathered(bias, positions, n_tokens, scores + GATHERED)
     kind = place[KIND]
     kernels = call[KERNELS + KIND_KERNELS * kind :]
-    block, rest, n_rest = kernels[BLOCK], kernels[REST], kernels[REST_HEADS]
+    n_rest = kernels[REST_HEADS]
+    block, rest = kernels[CHOSEN_BLOCK if is_chosen else BLOCK], kernels[CHOSEN_REST if is_chosen else REST]
     dim, v_dim, shared = call[DIM], call[V_DIM], call[SHARED]
     while head < stop:
         many = stop - head >= HEAD_BLOCK and block != 0
@@ -238,33 +255,50 @@ def _run(
         part = (row * call[MAX_CHUNKS] + chunk) * call[N_HEADS] + own
         query = call[QUERY] + 4 * (row * call[N_HEADS] + own) * (dim + shared)
         stats, out = call[STATS] + 8 * part, call[PARTS] + 4 * part * v_dim
-        if n_rest != 0:
+        if n_rest == 0:
+            _attend_plainly(
+                call, kind, query, keys, key_bytes, values, value_bytes, bias, n_tokens, scores, stats, out, more,
+                more_bytes, positions,
+            )  # fmt: skip
+        elif is_chosen:
+            call_attend_chosen(
+                block if many else rest, query, keys, key_bytes, values, value_bytes, bias, n_tokens, dim, v_dim,
+                scores, stats, out, more, more_bytes, shared, positions,
+            )  # fmt: skip
+        else:
             call_attend(
                 block if many else rest, query, keys, key_bytes, values, value_bytes, bias, n_tokens, dim, v_dim,
                 scores, stats, out, more, more_bytes, shared,
             )  # fmt: skip
-        else:
-            _attend_plainly(
-                call, kind, query, keys, key_bytes, values, value_bytes, bias, n_tokens, scores, stats, out, more,
-                more_bytes,
-            )  # fmt: skip
         head += n_now
+
+
+@inline_kernel
+def _gathered(source: Whole, positions: Whole, n: Whole, target: Whole) -> Whole:
+    """The address of n floats, those of `source` at the positions int32 [n]."""
+    places, values = int32s_at(positions, n), floats_at(target, n)
+    for i in range(n):
+        values[i] = floats_at(source + 4 * places[i], 1)[0]
+    return target
 
 
 @float_kernel
 def _attend_plainly(
     call: np.ndarray, kind: Whole, query: Whole, keys: Whole, key_bytes: Whole, values: Whole, value_bytes: Whole,
     bias: Whole, n_tokens: Whole, scores: Whole, stats: Whole, out: Whole, more: Whole, more_bytes: Whole,
+    positions: Whole,
 ) -> None:  # fmt: skip
-    """What `attend` of `cpu_kernels.simd.attention` does, for head sizes that are no whole number of vectors."""
+    """What `attend` of `cpu_kernels.simd.attention` does, for head sizes that are no whole number of vectors.
+    positions: of chosen tokens; 0: there are none."""
     dim, v_dim, shared = call[DIM], call[V_DIM], call[SHARED]
     q, added, weights = floats_at(query, dim + shared), floats_at(bias, n_tokens), floats_at(scores, n_tokens)
     row = floats_at(scores + 4 * CHUNK, max(dim + shared, v_dim))
     top = np.float32(LOWEST)
     for token in range(n_tokens):
-        read_stored(kind, keys + token * key_bytes, row[:dim], np.float32(1))
+        number = np.int64(int32s_at(positions, n_tokens)[token]) if positions else token
+        read_stored(kind, keys + number * key_bytes, row[:dim], np.float32(1))
         if shared:
-            read_stored(kind, more + token * more_bytes, row[dim : dim + shared], np.float32(1))
+            read_stored(kind, more + number * more_bytes, row[dim : dim + shared], np.float32(1))
         total = np.float32(0)
         for i in range(q.size):
             total += q[i] * row[i]
@@ -276,7 +310,8 @@ def _attend_plainly(
     for token in range(n_tokens):
         weight = np.exp(weights[token] - top)
         total += weight
-        read_stored(kind, values + token * value_bytes, row[:v_dim], weight)
+        number = np.int64(int32s_at(positions, n_tokens)[token]) if positions else token
+        read_stored(kind, values + number * value_bytes, row[:v_dim], weight)
         for i in range(v_dim):
             result[i] += row[i]
     kept[0], kept[1] = top, total
@@ -360,18 +395,21 @@ JOIN_WORK = Worker(_join)
 def add_attention(
     program: Program, n_heads: int, n_kv_heads: int, dim: int, v_dim: int, query: int, places: int, out: int, *,
     sight: Sight = EVERYTHING, sinks: np.ndarray | None = None, gate: Gate | None = None, shared: int = 0,
+    top_k: int = 0, chosen: int = 0,
 ) -> np.ndarray:  # fmt: skip
     """Adds out float32 [rows, n_heads * v_dim] = attention of query float32 [rows, n_heads, dim + shared]; returns its
     call. `give_room` must have set where runs are kept, and `set_kernels` those of the caches' kinds.
 
     places: address of the table that says where the caches lie. sinks float32 [n_heads]: scores without values. shared:
     columns that the cache keeps where values are otherwise; keys are dim columns of the cache's keys and then these,
-    and values are the first v_dim columns of the cache's keys.
+    and values are the first v_dim columns of the cache's keys. chosen: where int32 [rows, top_k] tell the tokens that a
+    row which sees more than top_k attends to (top_k 0: every row attends to all that it sees).
     """
     call = program.zeros(ATTEND_CALL, np.int64)
     call[[STATE, N_HEADS, N_KV_HEADS, DIM, V_DIM]] = program.state.ctypes.data, n_heads, n_kv_heads, dim, v_dim
     call[[WINDOW, IN_BLOCKS, SHARED]] = sight.window, sight.in_blocks, shared
     call[[QUERY, PLACES, OUT, OUT_ROW]] = query, places, out, n_heads * v_dim
+    call[[TOP_K, CHOSEN]] = top_k, chosen
     call[SINKS] = 0 if sinks is None else program.keep(np.ascontiguousarray(sinks, np.float32))
     if gate is not None:
         call[[GATE, GATE_ROW, GATE_HEAD]] = gate.source.address, gate.source.row, gate.source.head
@@ -397,7 +435,10 @@ def set_kernels(call: np.ndarray, kind: int, isa_name: str) -> None:
     if kind in KERNEL_DTYPES and all(size % isa.lanes == 0 for size in sizes):
         dtype = KERNEL_DTYPES[kind]
         _set(own, AttendKernel(HEAD_BLOCK, dtype), AttendKernel(1, dtype), isa)
-    elif kind in KERNEL_BITS and all(takes_columns(KERNEL_BITS[kind], size) for size in sizes):
+        if call[TOP_K]:
+            own[CHOSEN_BLOCK] = kernel_address(AttendKernel(HEAD_BLOCK, dtype, chosen=True), isa_name)
+            own[CHOSEN_REST] = kernel_address(AttendKernel(1, dtype, chosen=True), isa_name)
+    elif kind in KERNEL_BITS and not call[TOP_K] and all(takes_columns(KERNEL_BITS[kind], size) for size in sizes):
         bits, split = KERNEL_BITS[kind], bool(call[SHARED])
         fewer = CodedAttendKernel(group % HEAD_BLOCK or 1, bits, split)
         _set(own, CodedAttendKernel(HEAD_BLOCK, bits, split), fewer, isa)
@@ -410,6 +451,7 @@ def _set(own: np.ndarray, block: VectorKernel, rest: AttendKernel | CodedAttendK
 
 def most_runs(call: np.ndarray, n_tokens: int) -> int:
     """Runs of a row that sees up to `n_tokens`, at most."""
+    n_tokens = min(n_tokens, int(call[TOP_K]) or n_tokens)
     if call[N_HEADS] // call[N_KV_HEADS] > HEAD_BLOCK:
         return -(-n_tokens // RUN)
     return max(min(-(-n_tokens // RUN), 2 * (FEWEST_RUNS - 1)), -(-n_tokens // CHUNK))

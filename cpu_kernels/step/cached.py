@@ -11,8 +11,9 @@ from cpu_kernels.jit.primitives import int64s_at
 from cpu_kernels.step.program import N_ROWS, ROW_SIZE, ROWS
 
 # A place: addresses of one sequence's keys and values in one layer, each with the bytes from one head and token to the
-# next; how they are stored (`stored.KIND_OF`); the number of the first token that is held.
-(KEYS, K_HEAD, K_TOKEN, VALUES, V_HEAD, V_TOKEN, KIND, PAST_FIRST, PLACE_SIZE) = range(9)
+# next; how they are stored (`stored.KIND_OF`); the number of the first token that is held; the keys of its index, with
+# the bytes from one token to the next and how they are stored.
+(KEYS, K_HEAD, K_TOKEN, VALUES, V_HEAD, V_TOKEN, KIND, PAST_FIRST, INDEX, I_TOKEN, I_KIND, PLACE_SIZE) = range(12)
 
 
 @inline_kernel
@@ -37,3 +38,9 @@ def key_address(place: np.ndarray, head: Whole, token: Whole) -> Whole:
 def value_address(place: np.ndarray, head: Whole, token: Whole) -> Whole:
     """Of a cached value, as `key_address`."""
     return place[VALUES] + head * place[V_HEAD] + (token - place[PAST_FIRST]) * place[V_TOKEN]
+
+
+@inline_kernel
+def index_address(place: np.ndarray, token: Whole) -> Whole:
+    """Of the key that an index has of a token, as `key_address`."""
+    return place[INDEX] + (token - place[PAST_FIRST]) * place[I_TOKEN]

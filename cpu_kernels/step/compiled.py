@@ -8,8 +8,8 @@ import numpy as np
 from cpu_kernels.engine.call import LINE
 from cpu_kernels.errors import ActivationValueError, LayoutError
 from cpu_kernels.simd.attention import CHUNK
-from cpu_kernels.step import attend
-from cpu_kernels.step.emit import Emitter
+from cpu_kernels.step import attend, index
+from cpu_kernels.step.emit import CacheCalls, Emitter
 from cpu_kernels.step.parts import Layer, Model
 from cpu_kernels.step.program import (
     MASK,
@@ -38,13 +38,15 @@ class CachePlace:
     """Where a sequence's keys and values lie in a layer: addresses, and the bytes from one head and token to the next.
 
     kind: how they are stored, one of `stored.KIND_OF`. first: number of the first token that is held (earlier ones are
-    gone).
+    gone). index: of a layer with an index, the address of its keys, the bytes from one token to the next, and how they
+    are stored.
     """
 
     keys: tuple[int, int, int]
     values: tuple[int, int, int]
     kind: int
     first: int = 0
+    index: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ class CompiledLayers:
         self._caches = self._emitter.caches
         self.cache_layers = tuple(calls.layer for calls in self._caches)
         """Number of the cache layer of each attention, in order."""
+        self.index_layers = tuple(calls.layer for calls in self._caches if calls.index is not None)
+        """The same of those with an index."""
         self.state_layers = tuple(calls.layer for calls in self._emitter.states)
         """The same of each layer that keeps states."""
         self._room = self._workspace.room
@@ -111,6 +115,18 @@ class CompiledLayers:
         """float32 [MAX_ROWS, width]: set before a run, read after it."""
         return self._array["stream"]
 
+    def chosen(self, top_k: int) -> np.ndarray:
+        """int32 [MAX_ROWS, top_k]: the tokens that the last index with as many has chosen, of rows that see more; where
+        the layers have none, set before a run."""
+        return _floats(self.program.floats("chosen", top_k), top_k).view(np.int32)
+
+    def scores(self, number: int) -> np.ndarray:
+        """float32 [MAX_ROWS, tokens]: what the index of attention `number` gave tokens in the last run, of rows that
+        see more than are chosen."""
+        call = self._caches[number].index
+        assert call is not None
+        return _floats(int(call[index.SCORES]), int(call[index.MAX_TOKENS]))
+
     @property
     def experts_activated(self) -> dict[int, int]:
         """Activated experts of each layer with experts, over all runs so far."""
@@ -123,8 +139,11 @@ class CompiledLayers:
 
     def bind(self, number: int, sequence: int, place: CachePlace) -> None:
         """Lets attention `number` read and write the cache of a step's sequence at `place`."""
-        self._caches[number].places[sequence] = (*place.keys, *place.values, place.kind, place.first)
-        attend.set_kernels(self._caches[number].attend, place.kind, self._isa_name)
+        calls = self._caches[number]
+        calls.places[sequence] = (*place.keys, *place.values, place.kind, place.first, *place.index)
+        attend.set_kernels(calls.attend, place.kind, self._isa_name)
+        if calls.index is not None:
+            index.set_index_kernel(calls.index, place.index[2], self._isa_name)
 
     def bind_states(self, number: int, sequence: int, place: StatePlace) -> None:
         """Lets the layer with states `number` read and write those of a step's sequence at `place`."""
@@ -147,18 +166,20 @@ class CompiledLayers:
         if n_tokens > known_tokens:
             n_tokens = -(-n_tokens * 5 // 4 // CHUNK) * CHUNK
         n_tokens = max(n_tokens, known_tokens)
-        sizes = [attend.room_bytes(calls.attend, n_rows, n_tokens) for calls in self._caches]
-        parts, stats = max((size[0] for size in sizes), default=0), max((size[1] for size in sizes), default=0)
-        if parts + stats + LINE > self._workspace.room.size:
-            self._workspace.room = np.empty(parts + stats + LINE, np.uint8)
+        sizes = [_room_bytes(calls, n_rows, n_tokens) for calls in self._caches]
+        parts, stats, scores = (max((size[part] for size in sizes), default=0) for part in range(3))
+        if parts + stats + scores + LINE > self._workspace.room.size:
+            self._workspace.room = np.empty(parts + stats + scores + LINE, np.uint8)
         self._room, self._room_for = self._workspace.room, (n_rows, n_tokens)
         start = int(self._room.ctypes.data) + -int(self._room.ctypes.data) % LINE
         for calls in self._caches:
             attend.give_room(calls.attend, start, start + parts, n_tokens)
+            if calls.index is not None:
+                index.give_scores(calls.index, start + parts + stats, n_tokens)
 
     def most_rows(self, n_tokens: int) -> int:
         """Rows of a run over up to `n_tokens` cached tokens whose intermediate results take at most ROOM_BYTES."""
-        row_bytes = max((sum(attend.room_bytes(calls.attend, 1, n_tokens)) for calls in self._caches), default=0)
+        row_bytes = max((sum(_room_bytes(calls, 1, n_tokens)) for calls in self._caches), default=0)
         return max(MAX_LOGITS, min(MAX_ROWS, ROOM_BYTES // max(1, row_bytes)))
 
     def set_rows(
@@ -209,6 +230,12 @@ class CompiledLayers:
                 f"layer {found - 1}: a hidden state before its products is NaN or infinite; the error "
                 "lies in this layer or before it: a damaged weight, or NaN in the KV cache of the conversation"
             )
+
+
+def _room_bytes(calls: CacheCalls, n_rows: int, n_tokens: int) -> tuple[int, int, int]:
+    """Bytes of (results, statistics, scores of the index) of attention."""
+    scores = 0 if calls.index is None else index.scores_bytes(calls.index, n_rows, n_tokens)
+    return (*attend.room_bytes(calls.attend, n_rows, n_tokens), scores)
 
 
 class CompiledStep(CompiledLayers):

@@ -8,7 +8,7 @@ import numpy as np
 from cpu_kernels.engine.plans import activation_parameters
 from cpu_kernels.host.isa import BY_NAME
 from cpu_kernels.simd.formats import Format, format_of
-from cpu_kernels.step import attend, heads, latent, recurrence
+from cpu_kernels.step import attend, heads, index, latent, recurrence
 from cpu_kernels.step.cached import PLACE_SIZE
 from cpu_kernels.step.channels import Unit, add_channels
 from cpu_kernels.step.experts import add_experts, add_scaled_inputs, experts_call
@@ -22,6 +22,7 @@ from cpu_kernels.step.parts import (
     Core,
     Head,
     HeadColumns,
+    Index,
     LatentAttention,
     Layer,
     Mlp,
@@ -39,11 +40,13 @@ from cpu_kernels.step.stream import Norm, Summand, Target, add_stream
 
 @dataclass(slots=True)
 class CacheCalls:
-    """The call vector of one attention, and the table that says where the step's sequences lie in caches."""
+    """The call vectors of one attention and of its index, and the table that says where the step's sequences lie in
+    caches."""
 
     layer: int
     attend: np.ndarray
     places: np.ndarray  # int64 [MAX_ROWS, cached.PLACE_SIZE]
+    index: np.ndarray | None = None
 
 
 @dataclass(slots=True)
@@ -174,7 +177,8 @@ class Emitter:
         if isinstance(core, Attention | StateLayer):
             return [product.format(self.isa_name) for product in core.inputs]
         if isinstance(core, LatentAttention):
-            return [product.format(self.isa_name) for product in (core.query, core.down)]
+            of_index = () if core.index is None else (core.index.key, core.index.weights)
+            return [product.format(self.isa_name) for product in (core.query, core.down, *of_index)]
         if isinstance(core, Mlp):
             return [product.format(self.isa_name) for product in _first_half(core)]
         shared = [product.format(self.isa_name) for mlp in core.shared for product in _first_half(mlp)]
@@ -263,30 +267,60 @@ class Emitter:
         return Summand(out)
 
     def _latent_attention(self, core: LatentAttention, sources: list[Target]) -> Summand:
-        program, sizes = self.program, core.sizes
+        program, sizes, places = self.program, core.sizes, self._places()
         query, joined = program.floats("projection 0", core.query.n_out), program.floats("joined", core.down.n_out)
         self._product(Part.PROJECTIONS, core.query, sources[0], query, meets=False)
+        if core.index is not None:
+            self._index_products(core.index, sources[2:])
         self._product(Part.PROJECTIONS, core.down, sources[1], joined)
+        short, source = query, sources[0]
         if core.query_up is not None:
-            short = self._prepared("short query", query, core.query_up.n_in, core.query_up, core.query_norm)
+            source = self._prepared("short query", short, core.query_up.n_in, core.query_up, core.query_norm)
             query = program.floats("query up", core.query_up.n_out)
-            self._product(Part.PROJECTIONS, core.query_up, short, query)
+            self._product(Part.PROJECTIONS, core.query_up, source, query, meets=core.index is None)
         if core.up_rows is not None:
             program.keep(core.up_rows)
-        absorbed, places = program.floats("query", sizes.n_heads * (sizes.rank + sizes.rotated)), self._places()
+        absorbed = program.floats("query", sizes.n_heads * (sizes.rank + sizes.rotated))
+        chosen = program.floats("chosen", core.top_k) if core.top_k else 0
+        index_call = None
+        if core.index is not None:
+            assert core.query_up is not None
+            if core.index.query.format(self.isa_name) != core.query_up.format(self.isa_name):
+                source = self._prepared("short query", short, core.index.query.n_in, core.index.query)
+            index_call = self._index(core.index, core.top_k, source, places, chosen)
         latent.add_absorption(
             program, sizes, core.up, core.norm, self._rotary(core.rope), query, joined, absorbed,
             places.ctypes.data, scale=core.scale, tuning=core.tuning,
         )  # fmt: skip
+        if index_call is not None:
+            index.add_choice(program, index_call)
         gathered = program.floats("gathered", sizes.n_heads * sizes.rank)
         call = attend.add_attention(
             program, sizes.n_heads, 1, sizes.rank, sizes.rank, absorbed, places.ctypes.data, gathered,
-            shared=sizes.rotated,
+            shared=sizes.rotated, top_k=core.top_k, chosen=chosen,
         )  # fmt: skip
-        self.caches.append(CacheCalls(core.cache, call, places))
+        self.caches.append(CacheCalls(core.cache, call, places, index_call))
         attended = program.floats("attended", sizes.n_heads * sizes.v_dim)
         latent.add_expansion(program, sizes, core.up, gathered, attended)
         return self._attention_result(attended, core.output)
+
+    def _index_products(self, own: Index, sources: list[Target]) -> None:
+        """Those of the stream: nothing waits for them before the next one that does."""
+        for name, product, source in zip(("key", "weight"), (own.key, own.weights), sources, strict=True):
+            out = self.program.floats(f"index {name}", product.n_out)
+            self._product(Part.PROJECTIONS, product, source, out, meets=False)
+
+    def _index(self, own: Index, top_k: int, source: Target, places: np.ndarray, chosen: int) -> np.ndarray:
+        """The index's query from the short vector, which is prepared at `source`, and what is made of its products."""
+        program = self.program
+        sizes = index.IndexSizes(own.weights.n_out, own.key.n_out, top_k)
+        query = program.floats("index query", own.query.n_out)
+        self._product(Part.PROJECTIONS, own.query, source, query)
+        return index.add_index(
+            program, self._layer, sizes, own.norm, self._rotary(own.rope), query,
+            program.floats("index key", sizes.dim), program.floats("index weight", sizes.n_heads), places.ctypes.data,
+            chosen, self.isa_name,
+        )  # fmt: skip
 
     def _state_layer(self, core: StateLayer, sources: list[Target]) -> Summand:
         """Projections, channels, matrices, norm and the output projection."""

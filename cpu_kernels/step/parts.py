@@ -74,13 +74,26 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Index:
+    """What chooses the tokens that attention reads: queries from the short vector (`query`), keys and each head's
+    weight from the stream. norm: over the keys. rope: of queries and keys alike."""
+
+    query: Product
+    key: Product
+    weights: Product
+    norm: Norm
+    rope: Rope | None
+
+
+@dataclass(frozen=True, slots=True)
 class LatentAttention:
     """Latent attention: the cache holds one vector of each token and a rotated part, which all heads share.
 
     query: the heads' queries from the stream, or a short vector, from which `query_up` makes them behind `query_norm`.
     down: the vector and the rotated part of a token; norm: over the vector. up: from it the keys and values of each
     head; rows that are not packed, in `up_rows` where they lie nowhere else. rope: its first column counts from the
-    rotated part's beginning.
+    rotated part's beginning. top_k: to how many tokens a row attends at most, which `index` chooses, or (None) those
+    that the last attention before with as many has chosen; 0: to all.
     """
 
     query: Product
@@ -96,6 +109,8 @@ class LatentAttention:
     query_up: Product | None = None
     up_rows: np.ndarray | None = None
     tuning: Tuning | None = None
+    top_k: int = 0
+    index: Index | None = None
 
 
 @dataclass(frozen=True, slots=True)

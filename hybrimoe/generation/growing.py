@@ -204,6 +204,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is not ty
         self._n_used += n_new
         self._set = None
 
+    def stepped(self, n_new: int) -> None:
+        """A compiled step or a graph has written the next n_new tokens, whatever is kept of them."""
+        self.advance(n_new)
+
     def retract(self, n_last: int) -> None:
         """The last n_last of the tokens that the latest `advance` added are no longer in use: their room is free again.
 
@@ -350,6 +354,18 @@ class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):  # type: ignore[mi
             if index is not buffers.index_keys:
                 buffers = self._buffers = buffers._replace(index_keys=index)
         return buffers
+
+    def stepped(self, n_new: int) -> None:
+        """As of a plain layer."""
+        super().stepped(n_new)
+        if self.is_indexer_initialized:
+            self.advance_index(n_new)
+
+    def retract(self, n_last: int) -> None:
+        """As of a plain layer, the index as well."""
+        super().retract(n_last)
+        if self.is_indexer_initialized and n_last:
+            self.indexer_keys = self.indexer_keys[:, :-n_last]
 
     def advance_index(self, n_new: int) -> None:
         """The next n_new tokens of the index's buffer are in use."""

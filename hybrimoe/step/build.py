@@ -26,12 +26,10 @@ from hybrimoe.step.model_step import ModelStep
 from hybrimoe.step.read_model import Reading, read_model
 from hybrimoe.step.served import ServedStep
 from hybrimoe.step.step import Step
-from hybrimoe.step.trace import SEED, record, without_earlier_images
+from hybrimoe.step.trace import CALL_ERRORS, SEED, record, without_earlier_images
 
 TRIAL_TOKENS = 7
 """Of the step that a captured one is compared with; the last is computed in both ways."""
-TRIAL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
-"""What a model that wants more than tokens may raise in its trial run: it then keeps its own way."""
 
 
 @dataclass(slots=True)
@@ -83,7 +81,7 @@ def compile_step(model: nn.Module, session: Any) -> StepWay:
             reading = read_model(record(model), session, backend.n_threads)
     except (NotCompiled, KernelError) as error:
         return StepWay(reason=str(error))
-    except TRIAL_ERRORS as error:
+    except CALL_ERRORS as error:
         return StepWay(reason=f"its recorded step failed: {type(error).__name__}: {error}")
     finally:
         model.train(was_training)

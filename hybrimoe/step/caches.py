@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from cpu_kernels.step.compiled import CachePlace, CompiledLayers
 from cpu_kernels.step.program import MAX_ROWS
 from cpu_kernels.step.stored import KIND_OF
-from hybrimoe.generation.growing import Buffers, GrowingLayer, grow_in_place
+from hybrimoe.generation.growing import Buffers, GrowingIndexedLayer, GrowingLayer, grow_in_place
 from hybrimoe.generation.stored import ROW_DTYPES
 from hybrimoe.step.angles import Angles
 from hybrimoe.step.calls import StepCall
@@ -20,14 +20,22 @@ from hybrimoe.step.states import States, begin_states, place_of_states, put_stat
 
 KINDS = {dtype: KIND_OF[name] for name, dtype in ROW_DTYPES.items()}
 """How the rows of caches that the step reads and writes are stored, by the dtype of the tensors that hold them."""
+INDEX_DTYPES = (torch.float32, torch.bfloat16)
+"""Of keys of an index."""
+NoRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Keys and values [1, heads, 0, D] of no token, and the keys of an index [1, 0, D], where there is one."""
 Exchange = tuple[int, int, States, States]
 """A layer, the number of a cache, and where its states are read and written."""
 
 
 def place_of(buffers: Buffers, row: int = 0) -> CachePlace:
     """Where the step finds keys and values of sequence `row` of the buffers; those of a token are contiguous."""
-    keys, values = buffers.keys, buffers.values
-    return CachePlace(_strides(keys, row), _strides(values, row), KINDS[keys.dtype], buffers.first)
+    keys, values, index = buffers.keys, buffers.values, buffers.index_keys
+    of_index = (0, 0, 0)
+    if index is not None:
+        address, _, token = _strides(index[:, None], row)
+        of_index = address, token, KINDS[index.dtype]
+    return CachePlace(_strides(keys, row), _strides(values, row), KINDS[keys.dtype], buffers.first, of_index)
 
 
 def _strides(tensor: torch.Tensor, row: int) -> tuple[int, int, int]:
@@ -36,8 +44,11 @@ def _strides(tensor: torch.Tensor, row: int) -> tuple[int, int, int]:
     return tensor.data_ptr() + size * sequence * row, size * head, size * token
 
 
-def fits(cache: DynamicCache, used: set[int], states: Mapping[int, States], n_past: int, n_sequences: int) -> bool:
-    """Whether the layers `used` of a cache are such as the step reads; plain ones are given room to grow.
+def fits(
+    cache: DynamicCache, used: set[int], indexed: set[int], states: Mapping[int, States], n_past: int, n_sequences: int
+) -> bool:
+    """Whether the layers `used` of a cache, `indexed` of them with an index, are such as the step reads; plain ones are
+    given room to grow.
 
     states: of layers that keep states, what these are like.
     """
@@ -49,21 +60,30 @@ def fits(cache: DynamicCache, used: set[int], states: Mapping[int, States], n_pa
     held = [(states_of(cache, number), like) for number, like in states.items()]
     if any(found is None or not found.are_like(like, n_sequences) for found, like in held):
         return False
-    return all(_is_readable(layers[number], n_past, n_sequences) for number in used)
+    return all(_is_readable(layers[number], n_past, n_sequences) for number in used) and all(
+        _has_index(layers[number], n_past) for number in indexed
+    )
 
 
-def begin(
-    cache: DynamicCache, no_rows: Mapping[int, tuple[torch.Tensor, torch.Tensor]], states: Mapping[int, States]
-) -> None:
-    """Gives layers of a cache without tokens the form that they have after a prompt: keys and values [1, heads, 0, D]
-    by layer, and states like `states`."""
+def no_rows_of(layer: GrowingLayer) -> NoRows:
+    """Of no token, what a layer keeps of tokens."""
+    index = layer.indexer_keys if isinstance(layer, GrowingIndexedLayer) and layer.is_indexer_initialized else None
+    none = layer.keys[..., :0, :].clone(), layer.values[..., :0, :].clone()
+    return (*none, None if index is None else index[:, :0].clone())
+
+
+def begin(cache: DynamicCache, no_rows: Mapping[int, NoRows], states: Mapping[int, States]) -> None:
+    """Gives layers of a cache without tokens the form that they have after a prompt, with states like `states`."""
     if not all(0 <= number < len(cache.layers) for number in no_rows):
         return
     if any(not isinstance(cache.layers[number], GrowingLayer) for number in no_rows):
         grow_in_place(cache)
-    for number, (keys, values) in no_rows.items():
-        if not cache.layers[number].is_initialized:
-            cache.layers[number].update(keys, values)
+    for number, (keys, values, index) in no_rows.items():
+        layer = cache.layers[number]
+        if not layer.is_initialized:
+            layer.update(keys, values)
+        if index is not None and isinstance(layer, GrowingIndexedLayer) and not layer.is_indexer_initialized:
+            layer.update_indexer(index)
     for number, like in states.items():
         begin_states(cache, number, like)
 
@@ -74,6 +94,15 @@ def _is_readable(layer: Any, n_past: int, n_sequences: int) -> bool:
     if getattr(layer, "record_past", False) or layer.dtype not in KINDS or layer.device.type != "cpu":
         return False
     return layer.n_sequences == n_sequences
+
+
+def _has_index(layer: Any, n_past: int) -> bool:
+    """Whether a layer has a key of its index for each of its tokens."""
+    if not isinstance(layer, GrowingIndexedLayer) or not layer.is_indexer_initialized:
+        return False
+    keys: torch.Tensor = layer.indexer_keys
+    readable = keys.dtype in INDEX_DTYPES and keys.device.type == "cpu" and layer.indexer_position_ids is None
+    return readable and layer.n_indexed == n_past
 
 
 class BoundLayers:
@@ -117,7 +146,7 @@ class BoundLayers:
         self._exchange(call, states)
         for cache in call.caches:
             for layer in self._used:
-                cache.layers[layer].advance(call.n_new)
+                cache.layers[layer].stepped(call.n_new)
         return us
 
     def _bind(self, number: int, buffers: list[Buffers], call: StepCall) -> None:

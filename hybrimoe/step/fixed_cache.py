@@ -151,9 +151,7 @@ class HeldLayer:
         """A step has written one token."""
         layer = self._layer()
         if isinstance(layer, GrowingLayer):
-            layer.advance(1)
-        if isinstance(layer, GrowingIndexedLayer) and layer.is_indexer_initialized:
-            layer.advance_index(1)
+            layer.stepped(1)
 
     def clear(self, n_past: int) -> None:
         """Zeros behind the `n_past` tokens held: a mask hides what is there, but 0 times NaN is NaN."""

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -22,6 +23,7 @@ from cpu_kernels.step.stream import Norm
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.generation.growing import GrowingIndexedLayer, GrowingLayer
 from hybrimoe.step.errors import NotCompiled
+from hybrimoe.step.read_index import Choice, choice_of, read_index
 from hybrimoe.step.read_parts import LINEARS, array, read_linear, read_matrix, read_norm
 from hybrimoe.step.trace import NEW_TOKENS, Call, Trace, same
 
@@ -111,13 +113,15 @@ def read_attention(trace: Trace, call: Call, ropes: RopeTables) -> Iterator[Atte
     layer: Any = trace.cache.layers[cache] if cache < len(trace.cache.layers) else None
     if not isinstance(layer, GrowingLayer) or not layer.is_initialized:
         raise NotCompiled(f"{call.path} ({type(call.module).__name__}) keeps a state of its own, not keys and values")
-    if isinstance(layer, GrowingIndexedLayer):  # few tokens, which are compared, are all chosen; of many, some
-        raise NotCompiled(f"{call.path} ({type(call.module).__name__}) attends only to tokens that an index chooses")
-    found = _parts(trace, call)
+    choice = choice_of(trace, call, cache)
+    found = _parts(trace, call, choice)
     table = ropes.find(call)
     if found.later:
-        yield from _latent(call, found, layer, cache, table)
+        for latent in _latent(call, found, layer, cache, table):
+            yield latent if choice is None else _with_choice(trace, call, latent, choice, found, table, layer)
         return
+    if choice is not None or isinstance(layer, GrowingIndexedLayer):
+        raise NotCompiled(f"{call.path} ({type(call.module).__name__}) attends only to tokens that an index chooses")
     module: Any = call.module
     n_kv_heads, dim, v_dim = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
     output = read_linear(found.output.module, found.output.path)
@@ -175,8 +179,12 @@ def at_positions(trace: Trace, call: Call, positions: list[int]) -> torch.Tensor
     return replace(call, output=output).result
 
 
-def _parts(trace: Trace, call: Call) -> _Found:
+def _parts(trace: Trace, call: Call, choice: Choice | None) -> _Found:
+    """What is inside an attention, without its index."""
     inside = list(trace.within(call.path))
+    if choice is not None and not choice.is_earlier:
+        own = choice.call
+        inside = [inner for inner in inside if inner is not own and not inner.path.startswith(f"{own.path}.")]
     linears = [inner for inner in inside if isinstance(inner.module, LINEARS)]
     if len(linears) < 2:
         raise NotCompiled(f"{call.path} ({type(call.module).__name__}) has {len(linears)} linear layers, expected more")
@@ -331,6 +339,23 @@ def _latent(
             first, low, norm, matrix, output, sizes, rope, float(module.scaling), cache, query_norm, query_up, up_rows,
             _tuning_by_position(call),
         )  # fmt: skip
+
+
+def _with_choice(
+    trace: Trace, call: Call, latent: LatentAttention, choice: Choice, found: _Found, table: tuple[int, int] | None,
+    layer: Any,
+) -> LatentAttention:  # fmt: skip
+    """Latent attention to no more tokens than are chosen, by an index that reads the same short query."""
+    if choice.is_earlier:
+        return replace(latent, top_k=choice.top_k)
+    if latent.query_up is None:
+        raise NotCompiled(f"{choice.call.path}: an index without a short query")
+    own, others = ([value for value in _angles(one) if isinstance(value, torch.Tensor)] for one in (choice.call, call))
+    if table is None or len(own) != 2 or not all(same(one, other) for one, other in zip(own, others, strict=True)):
+        raise NotCompiled(f"{choice.call.path}: an index with other angles than its attention")
+    halves, ropes = [half_angles(value) for value in own], partial(_ropes, table)
+    index = read_index(trace, choice, found.later[0].input, halves, ropes, layer)
+    return replace(latent, top_k=choice.top_k, index=index)
 
 
 def _norm_before(found: _Found, rank: int, down: Call) -> Norm:

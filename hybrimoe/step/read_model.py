@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache
 
-from cpu_kernels.host.isa import detect
-from cpu_kernels.step.compiled import CompiledLayers
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32
-from cpu_kernels.step.parts import Attention, Branch, Head, LatentAttention, Layer, Model, Moe
+from cpu_kernels.step.parts import Branch, Head, LatentAttention, Layer, Model, Moe
 from cpu_kernels.step.stream import Embedding
-from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.generation.growing import GrowingLayer
-from hybrimoe.step.caches import place_of
+from hybrimoe.step.caches import NoRows, no_rows_of
+from hybrimoe.step.compare import Comparison, is_exact
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.read_attention import RopeTables, angles_at, at_positions, far_positions, reads_positions
-from hybrimoe.step.read_layer import Site, branches_of, rounding, sites_of, whole_site
+from hybrimoe.step.read_attention import RopeTables
+from hybrimoe.step.read_layer import Site, branches_of, sites_of, whole_site
 from hybrimoe.step.read_parts import read_linear, read_norm
-from hybrimoe.step.states import States, place_of_states, states_of
-from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Call, Trace, same
-
-EXACT, ROUNDED = 1e-4, 6e-2
-"""Relative error of what a branch adds to the stream: of float32 weights; where weights, activations or the cache are
-rounded (bfloat16, int8, int4), whose roundings fall differently."""
-ROUNDED_ROWS = NEW_TOKENS // 2
-"""Rows that must agree where things are rounded: a router whose scores nearly tie may choose another expert."""
+from hybrimoe.step.states import States
+from hybrimoe.step.trace import PROMPT_TOKENS, Call, Trace, same
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +89,7 @@ class Reading:
     """What was read of a model. reasons: by layer path, why it is not compiled; `model` is None unless all are; then
     `pieces` are what can be compiled all the same. blocks: by layer path, the compiled ones of layers that are not.
     session_layers: of the layers with experts, their number in the session. no_rows: by number of the cache layer, the
-    keys and values [1, heads, 0, D] of no token; states: of the cache layers that keep states, what they are like."""
+    keys and values of no token; states: of the cache layers that keep states, what they are like."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -112,7 +101,7 @@ class Reading:
     cache_type: type = DynamicCache
     logits_dtype: torch.dtype = torch.float32
     session_layers: dict[int, int] = field(default_factory=dict)
-    no_rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    no_rows: dict[int, NoRows] = field(default_factory=dict)
     states: dict[int, States] = field(default_factory=dict)
 
     @property
@@ -161,13 +150,9 @@ def read_model(trace: Trace, session: Any, n_threads: int) -> Reading:
     return reading
 
 
-def _no_rows(cache: DynamicCache) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def _no_rows(cache: DynamicCache) -> dict[int, NoRows]:
     layers = [(number, layer) for number, layer in enumerate(cache.layers) if isinstance(layer, GrowingLayer)]
-    return {
-        number: (layer.keys[..., :0, :].clone(), layer.values[..., :0, :].clone())
-        for number, layer in layers
-        if layer.is_initialized
-    }
+    return {number: no_rows_of(layer) for number, layer in layers if layer.is_initialized}
 
 
 @dataclass(slots=True)
@@ -178,11 +163,11 @@ class _Reader:
     session: Any
     n_threads: int
     ropes: RopeTables = field(init=False)
-    exact: bool = field(init=False)
+    comparison: Comparison = field(init=False)
 
     def __post_init__(self) -> None:
         self.ropes = RopeTables(self.trace)
-        self.exact = _is_exact(self.trace, self.session)
+        self.comparison = Comparison(self.trace, self.ropes, is_exact(self.trace, self.session), self.n_threads)
 
     def branch(self, site: Site, number: int) -> Branch:
         """The first form of a branch that agrees. Raises NotCompiled where none does.
@@ -195,31 +180,18 @@ class _Reader:
         else:
             forms = iter([site.branch(*(self.branch(whole_site(core.call), number).core for core in site.cores))])
         for branch in forms:
-            found = _error(self.trace, site, branch, number, self.ropes, self.exact, self.n_threads)
-            if found <= 1:
-                found = self._far_error(site, branch, number)
+            found = self.comparison.error(site, branch, number)
             if found <= 1:
                 return branch
             error = min(error, found)
         raise NotCompiled(f"{site.path}: its compiled form differs from the original ({error:.3g} x allowed)")
-
-    def _far_error(self, site: Site, branch: Branch, number: int) -> float:
-        """The difference at far positions, where attention is given these for itself; 0 where it is not."""
-        call = site.cores[0].call
-        if len(site.cores) > 1 or not isinstance(branch.core, Attention | LatentAttention) or not reads_positions(call):
-            return 0.0
-        positions = far_positions(branch.core.tuning)
-        far = replace(whole_site(call), after=at_positions(self.trace, call, positions))
-        return _error(
-            self.trace, far, far.branch(branch.core), number, self.ropes, self.exact, self.n_threads, positions
-        )
 
     def find_pieces(self, reading: Reading, paths: list[str]) -> None:
         """Runs of layers that were understood, and blocks of the others."""
         run: list[tuple[int, Call]] = []
         for number, path in enumerate(paths):
             calls = [call for call in self.trace.calls if call.path == path]
-            if path in reading.layers and _returns_its_result(calls[0]):
+            if path in reading.layers and _stands_alone(reading.layers[path]) and _returns_its_result(calls[0]):
                 if run and not same(run[-1][1].result, calls[0].input):
                     self._add_run(reading, run)
                 run.append((number, calls[0]))
@@ -246,9 +218,18 @@ class _Reader:
                 branch = self.branch(whole_site(block), number)
             except NotCompiled:
                 continue
+            if not _stands_alone(Layer((branch,))):
+                continue
             piece = PieceReading((seat,), ((number, Layer((branch,))),), block.input.shape[-1], is_block=True)
             reading.pieces.append(piece)
             reading.blocks.setdefault(layer.path, []).append(block.path.removeprefix(f"{layer.path}."))
+
+
+def _stands_alone(layer: Layer) -> bool:
+    """Whether no branch attends to tokens that another layer's index chooses: the forward of transformers may have
+    computed that one."""
+    cores = [core for branch in layer.branches for core in branch.cores]
+    return not any(isinstance(core, LatentAttention) and core.top_k and core.index is None for core in cores)
 
 
 def _returns_its_result(call: Call) -> bool:
@@ -257,87 +238,6 @@ def _returns_its_result(call: Call) -> bool:
     except NotCompiled:
         return False
     return True
-
-
-def _error(
-    trace: Trace, site: Site, branch: Branch, number: int, ropes: RopeTables, exact: bool, n_threads: int,
-    positions: Sequence[int] = (),
-) -> float:  # fmt: skip
-    """Difference of what the compiled branch adds to the stream, as a multiple of what is allowed. exact: see
-    `_is_exact`. positions: of the tokens, where they are not those of their angles."""
-    width = site.before.shape[-1]
-    compiled = CompiledLayers(
-        [(number, Layer((branch,)))], width, tuple(ropes.sizes), n_threads, detect().isa.name
-    )  # fmt: skip
-    before, after = (x.float().reshape(-1, width).numpy() for x in (site.before, site.after))
-    n_rows = len(before)
-    layers = trace.cache.layers
-    kept = {}
-    for index, layer in enumerate(compiled.cache_layers):
-        buffers = layers[layer].grown(0)
-        kept[layer] = [
-            part[..., PROMPT_TOKENS : PROMPT_TOKENS + n_rows, :].clone() for part in (buffers.keys, buffers.values)
-        ]
-        compiled.bind(index, 0, place_of(buffers))
-    states = {layer: trace.states[layer].copy() for layer in compiled.state_layers}
-    for index, held in enumerate(states.values()):
-        compiled.bind_states(index, 0, place_of_states(held, held, 0))
-    compiled.give_room(n_rows, PROMPT_TOKENS + n_rows)
-    compiled.set_rows([PROMPT_TOKENS], n_rows, positions=positions)
-    fill_angles(compiled, ropes, torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + n_rows)[None])
-    compiled.stream[:n_rows] = before
-    compiled.run()
-    base = before if branch.keep == 1.0 and not branch.renews else np.zeros_like(before)
-    unknown = rounding(site.after) * np.abs(after)
-    error = _relative(compiled.stream[:n_rows] - base, after - base, exact, unknown)
-    for layer, originals in kept.items():
-        buffers = layers[layer].grown(0)
-        for part, original in zip((buffers.keys, buffers.values), originals, strict=True):
-            written = part[..., PROMPT_TOKENS : PROMPT_TOKENS + n_rows, :]
-            pair = [x.float().transpose(1, 2).reshape(n_rows, -1).numpy() for x in (written, original)]
-            error = max(error, _relative(pair[0], pair[1], exact))
-            written.copy_(original)
-    return max([error, *(_states_error(trace, layer, held, exact) for layer, held in states.items())])
-
-
-def _states_error(trace: Trace, layer: int, found: States, exact: bool) -> float:
-    """Difference of the states after the step, as a multiple of what is allowed."""
-    expected = states_of(trace.cache, layer)
-    if expected is None:
-        return float("inf")
-    error = 0.0
-    for one, other in zip(found, expected, strict=True):
-        if one is not None and other is not None:
-            largest = float((one.float() - other.float()).abs().max() / (other.float().abs().max() + 1e-30))
-            error = max(error, largest / (EXACT if exact else ROUNDED)) if math.isfinite(largest) else float("inf")
-    return error
-
-
-def _relative(found: np.ndarray, expected: np.ndarray, exact: bool, unknown: np.ndarray | float = 0.0) -> float:
-    """Largest error of a row over what is allowed; where things are rounded, that of the ROUNDED_ROWS best rows.
-
-    unknown: how far each value of `expected` may be from what it stands for.
-    """
-    scale = np.abs(expected).max() + 1e-30
-    rows = np.sort(np.maximum(np.abs(found - expected) - unknown, 0).max(-1) / scale)
-    if not np.isfinite(rows).all():
-        return float("inf")
-    return float(rows[-1] / EXACT) if exact else float(rows[ROUNDED_ROWS - 1] / ROUNDED)
-
-
-def _is_exact(trace: Trace, session: Any) -> bool:
-    """Whether everything is float32: nothing is rounded on the way."""
-    if any(isinstance(module, PackedLinear) for module in trace.model.modules()):
-        return False
-    specs = {layer.spec.dtype for layer in session.layers}
-    return specs == {"float32"} and all(p.dtype == torch.float32 for p in trace.model.parameters() if not p.is_meta)
-
-
-def fill_angles(compiled: CompiledLayers, ropes: RopeTables, positions: torch.Tensor) -> None:
-    """Writes the angles of the rows' positions int64 [1, rows] (as one sequence) for the next run."""
-    for (cos, sin), (source, doubled) in zip(compiled.angles, ropes.sources, strict=False):
-        own_cos, own_sin = angles_at(source, positions, doubled)
-        cos[: len(own_cos)], sin[: len(own_sin)] = own_cos, own_sin
 
 
 def _whole(trace: Trace, paths: list[str], reading: Reading) -> Model:

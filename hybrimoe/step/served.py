@@ -60,7 +60,8 @@ class ServedStep(ModelStep):
     def fits(self, cache: DynamicCache, n_past: int, n_sequences: int) -> bool:
         """Whether the cache's layers are such as the step reads."""
         used = {layer for program in self.programs for layer in program.compiled.cache_layers}
-        return fits(cache, used, self.states, n_past, n_sequences)
+        indexed = {layer for program in self.programs for layer in program.compiled.index_layers}
+        return fits(cache, used, indexed, self.states, n_past, n_sequences)
 
     @property
     def one_by_one(self) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from hybrimoe.step.states import States, states_of
 PROMPT_TOKENS, NEW_TOKENS = 6, 4
 """Tokens of the call before the recorded one, and of that: a mask among new tokens matters in it too."""
 SEED = 20250408
+CALL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
+"""What a module may raise that is called with what it was not written for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +92,33 @@ class Trace:
         if len(found) != 1:
             raise NotCompiled(f"{path} is called {len(found)} times in a step, expected once")
         return found[0]
+
+    def again(
+        self, call: Call, layer: int, changed: Mapping[str, Any] | None = None, *,
+        setting: tuple[nn.Module, str, int] | None = None,
+    ) -> Any:  # fmt: skip
+        """What a module returns for a recorded call once more, or a NotCompiled where it fails.
+
+        layer: of the cache, the only one that it uses; it is given a copy of that, as it was before the step. changed:
+        arguments by name; setting: a module's number, and what it is meanwhile.
+        """
+        own = copy.deepcopy(self.cache.layers[layer])
+        cache = DynamicCache()
+        cache.layers = [None] * len(self.cache.layers)
+        cache.layers[layer] = own
+        args = [cache if value is self.cache else value for value in call.args]
+        kwargs = {name: cache if value is self.cache else value for name, value in call.kwargs.items()}
+        module, name, number = setting or (call.module, "training", False)
+        before = getattr(module, name)
+        try:
+            with torch.no_grad():
+                own.crop(-NEW_TOKENS)
+                setattr(module, name, number)
+                return call.module(*args, **kwargs | dict(changed or {}))
+        except CALL_ERRORS as error:
+            return NotCompiled(f"{call.path}: {error}")
+        finally:
+            setattr(module, name, before)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from yaml_rules.shapes import shape_names
 #: Published sizes in 10^9 parameters (model cards).
 PARAMETERS = {
     "mixtral-8x7b": 46.7, "deepseek-v2-lite": 15.7, "qwen2-57b-a14b": 57.4, "qwen3-30b-a3b": 30.5, "olmoe-1b-7b": 6.9,
-    "gpt-oss-20b": 20.9, "deepseek-v3": 671.0,
+    "gpt-oss-20b": 20.9, "deepseek-v3": 671.0, "deepseek-v3.2": 671.9,
 }  # fmt: skip
 
 
@@ -53,7 +53,12 @@ def test_every_shipped_shape_is_checked():
 
 
 @pytest.mark.parametrize(
-    ("config_class", "shape"), [("MixtralConfig", "mixtral-8x7b"), ("DeepseekV3Config", "deepseek-v3")]
+    ("config_class", "shape"),
+    [
+        ("MixtralConfig", "mixtral-8x7b"),
+        ("DeepseekV3Config", "deepseek-v3"),
+        ("DeepseekV32Config", "deepseek-v3.2"),
+    ],
 )
 def test_shapes_agree_with_transformers_defaults(tmp_path, config_class, shape):
     """Where the class's defaults are the published model."""

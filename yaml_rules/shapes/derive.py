@@ -183,13 +183,20 @@ def _mla_params(config: Mapping[str, Any], hidden: int, heads: int) -> int:
     nope, rope, value = (int(config.get(key) or 0) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     kv_rank, q_rank = int(config["kv_lora_rank"]), int(config.get("q_lora_rank") or 0)
     query = q_rank * (hidden + heads * (nope + rope)) if q_rank else hidden * heads * (nope + rope)
-    return query + hidden * (kv_rank + rope) + kv_rank * heads * (nope + value) + heads * value * hidden
+    whole = query + hidden * (kv_rank + rope) + kv_rank * heads * (nope + value) + heads * value * hidden
+    return whole + _index_params(config, hidden, q_rank)
+
+
+def _index_params(config: Mapping[str, Any], hidden: int, q_rank: int) -> int:
+    """The index that chooses tokens (DeepSeek-V3.2, section 2.1): queries, one key, and a weight of each head."""
+    heads, dim = int(config.get("index_n_heads") or 0), int(config.get("index_head_dim") or 0)
+    return q_rank * heads * dim + hidden * (dim + heads)
 
 
 def _kv_values(config: Mapping[str, Any], hidden: int, name: str) -> int:
     """Cached numbers per token and layer."""
     rank = _first(config, ("kv_lora_rank",))
     if rank:
-        return rank + int(config.get("qk_rope_head_dim") or 0)
+        return rank + sum(int(config.get(name) or 0) for name in ("qk_rope_head_dim", "index_head_dim"))
     heads = _need(config, ("num_attention_heads", "n_head"), name)
     return 2 * (_first(config, ("num_key_value_heads",)) or heads) * _head_dim(config, hidden, name)

@@ -72,7 +72,8 @@ def compare(model: Any, rounds: list[list[int]], halved: tuple[int, ...] = ()) -
 def tensors(layer: Any) -> list[torch.Tensor]:
     """Keys and values, or states."""
     if not hasattr(layer, "recurrent_states"):
-        return [layer.keys, layer.values]
+        index = [layer.indexer_keys] if getattr(layer, "is_indexer_initialized", False) else []
+        return [layer.keys, layer.values, *index]
     return [state for state in (layer.conv_states[0], layer.recurrent_states[0]) if state is not None]
 
 
@@ -80,8 +81,11 @@ ROUNDS = [[0, 1, 2, 3]] * 3 + [[3, 0]] + [[2]] + [[1, 3, 2]] * 18
 """The windows of some fill and move on the way."""
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "qwen3_next", "kimi_linear"])
-def test_families_with_plain_windowed_latent_and_linear_attention(family: str) -> None:
+@pytest.mark.parametrize(
+    "family", ["olmoe", "gpt_oss", "deepseek_v3", "qwen3_next", "kimi_linear", "deepseek_v32", "glm_moe_dsa"]
+)
+def test_families_with_plain_windowed_latent_linear_and_indexed_attention(family: str) -> None:
+    """The last two choose 32 tokens, which one prompt has already and another comes to have on the way."""
     compare(injected(family), ROUNDS)
 
 
