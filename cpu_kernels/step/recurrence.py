@@ -11,7 +11,7 @@ S is [columns of a key, columns of a value], in SCAN the other way round. Severa
 keys and queries. beta is a sigmoid. How much is kept::
 
     STEADY        a = rate
-    BY_SOFTPLUS   a = e ** -(rate * step), step = softplus(x + bias), within limits
+    BY_SOFTPLUS   a = e ** -(rate * step), step = softplus(x + bias)
     BY_SIGMOID    a = e ** (limit * sigmoid(rate * (x + bias)))
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels.errors import LayoutError
-from cpu_kernels.jit.compiled import Real, Whole, Worker, float_kernel, inline_kernel
+from cpu_kernels.jit.compiled import Real, Truth, Whole, Worker, float_kernel, inline_kernel
 from cpu_kernels.jit.primitives import floats_at, halves_at, int64s_at, take_ticket
 from cpu_kernels.step.cached import rows_of
 from cpu_kernels.step.floats import FLOAT32, bits_of, fill, float_of, read_row, softplus, write_row
@@ -46,7 +46,8 @@ class Places:
 @dataclass(frozen=True, slots=True)
 class Fading:
     """How much of a head's matrix is kept. kind: see above; rate float32 [heads]; bias float32 [heads] or (each: a
-    value for each column of a key) [heads * columns]. low, high: limits of a step, or low that of BY_SIGMOID."""
+    value for each column of a key) [heads * columns]. low, high: limits of a step where several tokens of a sequence
+    are computed at once (as in transformers, which has none for a single one); low is also that of BY_SIGMOID."""
 
     kind: int
     rate: np.ndarray
@@ -102,7 +103,7 @@ def _recur(call_address: int, thread: int) -> None:
         if source != target:
             _copy_words(source, target, size * (4 if kind == FLOAT32 else 2) // 2)
         for row in range(sequence * n_new, (sequence + 1) * n_new):
-            _token(call, row, head, kind, target, room)
+            _token(call, row, head, kind, target, room, n_new > 1)
 
 
 @inline_kernel
@@ -114,7 +115,9 @@ def _copy_words(source: Whole, target: Whole, n: Whole) -> None:
 
 
 @inline_kernel
-def _token(call: np.ndarray, row: Whole, head: Whole, kind: Whole, matrix: Whole, room: Whole) -> None:
+def _token(
+    call: np.ndarray, row: Whole, head: Whole, kind: Whole, matrix: Whole, room: Whole, is_limited: Truth
+) -> None:
     """One token of a head. room: for the values that a token adds, what is kept of each row, and a row."""
     k_dim, v_dim = call[K_DIM], call[V_DIM]
     channels = call[CHANNELS] + 4 * row * call[CHANNELS_ROW]
@@ -125,7 +128,7 @@ def _token(call: np.ndarray, row: Whole, head: Whole, kind: Whole, matrix: Whole
     out = floats_at(call[OUT] + 4 * (row * call[N_HEADS] + head) * v_dim, v_dim)
     added, kept = floats_at(room, v_dim), floats_at(room + 4 * v_dim, k_dim)
     spare = room + 4 * (v_dim + k_dim)
-    step = _fade(call, row, head, kept)
+    step = _fade(call, row, head, kept, is_limited)
     if call[RULE] == DELTA:
         beta = np.float32(1)
         if call[BETA]:
@@ -148,7 +151,7 @@ def _value(table: Whole, row_floats: Whole, head: Whole, row: Whole) -> Real:
 
 
 @inline_kernel
-def _fade(call: np.ndarray, row: Whole, head: Whole, kept: np.ndarray) -> Real:
+def _fade(call: np.ndarray, row: Whole, head: Whole, kept: np.ndarray, is_limited: Truth) -> Real:
     """kept [columns of a key] = how much of them is kept; returns the step of BY_SOFTPLUS, of the last one."""
     rate, step = floats_at(call[RATE] + 4 * head, 1)[0], np.float32(1)
     if call[FADING] == STEADY:
@@ -161,7 +164,8 @@ def _fade(call: np.ndarray, row: Whole, head: Whole, kept: np.ndarray) -> Real:
     for i in range(n):
         if call[FADING] == BY_SOFTPLUS:
             step = softplus(x[i] + bias[i])
-            step = low if step < low else high if step > high else step
+            if is_limited:
+                step = low if step < low else high if step > high else step
             kept[i] = np.exp(-rate * step)
         else:
             kept[i] = np.exp(low / (np.float32(1) + np.exp(-rate * (x[i] + bias[i]))))

@@ -122,12 +122,15 @@ def _norm_like(module: nn.Module, x: torch.Tensor, y: torch.Tensor, name: str) -
 
 
 def _router(block: Call, experts: Call, n_experts: int, width: int) -> tuple[str, nn.Module]:
-    """The part of a block that holds a matrix [experts, width], and its name."""
+    """The part of a block that holds a matrix [experts, width], and its name. Of several it is the one that holds no
+    other matrix: a shared expert with as many columns inside as there are experts has matrices of that shape, too."""
     own = experts.path.removeprefix(f"{block.path}.").partition(".")[0]
     found = [
         (name, child) for name, child in block.module.named_children()
         if name != own and any(tuple(weight.shape) == (n_experts, width) for weight in child.parameters())
     ]  # fmt: skip
+    if len(found) > 1:
+        found = [(name, child) for name, child in found if sum(one.dim() == 2 for one in child.parameters()) == 1]
     if len(found) != 1:
         raise NotCompiled(
             f"{block.path}: {len(found)} of its parts have a matrix [{n_experts}, {width}], expected one router"

@@ -18,9 +18,19 @@ from torch import nn
 
 from cpu_kernels.step.gated_norm import GatedNorm
 from cpu_kernels.step.parts import HeadColumns, Recurrence, Segment, StateLayer
-from cpu_kernels.step.recurrence import BY_SIGMOID, BY_SOFTPLUS, DELTA, Fading, Heads
+from cpu_kernels.step.recurrence import (
+    BY_SIGMOID,
+    BY_SOFTPLUS,
+    DELTA,
+    NO_LIMIT,
+    SCAN,
+    STEADY,
+    SUM,
+    Fading,
+    Heads,
+)
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.read_parts import LINEARS, NORM_TOLERANCE, SAMPLES, array, read_linear
+from hybrimoe.step.read_parts import LINEARS, NORM_TOLERANCE, SAMPLES, array, read_linear, read_norm
 from hybrimoe.step.states import States
 from hybrimoe.step.trace import Call, Trace, same
 
@@ -31,7 +41,7 @@ L2_EPS = 1e-6
 @dataclass(frozen=True, slots=True)
 class _Found:
     """What is inside a call: projections of the block's input (`first`) and of those (`behind`), the output projection,
-    the norm with its gate, the convolution's weight [channels, taps] and bias, and the states before the step."""
+    norms of its results, the convolution's weight [channels, taps] and bias, and the states before the step."""
 
     call: Call
     cache: int
@@ -39,7 +49,7 @@ class _Found:
     first: list[Call]
     behind: list[tuple[int, Call]]
     output: Call
-    norm: Call | None
+    norms: list[Call]
     weight: np.ndarray | None
     bias: np.ndarray | None
 
@@ -73,10 +83,14 @@ def read_state_layer(trace: Trace, call: Call, cache: int) -> Iterator[StateLaye
     Raises NotCompiled where it is none that the step knows.
     """
     found = _parts(trace, call, cache)
-    if found.states.matrices is not None and found.weight is not None:
+    if found.states.matrices is None:
+        yield from _short_convolution(found)
+    elif found.weight is None:
+        yield from _lightning(found)
+    elif any(path.rpartition(".")[2] == "D" for path, _ in call.module.named_parameters()):
+        yield _scan(found)
+    else:
         yield from _delta(found)
-        return
-    raise found.refused("its form is not known")
 
 
 def _parts(trace: Trace, call: Call, cache: int) -> _Found:
@@ -94,14 +108,15 @@ def _parts(trace: Trace, call: Call, cache: int) -> _Found:
             if read is None:
                 raise NotCompiled(f"{name}: {inner.path} reads what no projection of its input gives")
             behind.append((read, inner))
-    norms = [inner for inner in inside if len(inner.args) == 2 and not isinstance(inner.module, LINEARS)]
+    norms = [inner for inner in inside if inner not in linears and list(inner.module.named_parameters())]
+    norms = [inner for inner in norms if not any(True for _ in inner.module.children())]
     convolutions = [module for module in call.module.modules() if isinstance(module, nn.Conv1d)]
-    if len(norms) > 1 or len(convolutions) > 1:
-        raise NotCompiled(f"{name}: it has {len(convolutions)} convolutions and {len(norms)} norms with a gate")
+    if len(convolutions) > 1:
+        raise NotCompiled(f"{name}: it has {len(convolutions)} convolutions")
     weight = bias = None
     if convolutions:
         weight, bias = _convolution(name, convolutions[0])
-    return _Found(call, cache, trace.states[cache], first, behind, output, norms[0] if norms else None, weight, bias)
+    return _Found(call, cache, trace.states[cache], first, behind, output, norms, weight, bias)
 
 
 def _convolution(name: str, module: nn.Conv1d) -> tuple[np.ndarray, np.ndarray | None]:
@@ -109,6 +124,62 @@ def _convolution(name: str, module: nn.Conv1d) -> tuple[np.ndarray, np.ndarray |
     if module.groups != module.in_channels or module.in_channels != module.out_channels or module.stride != (1,):
         raise NotCompiled(f"{name}: its convolution is not of each channel by itself")
     return array(module.weight)[:, 0], None if module.bias is None else array(module.bias)
+
+
+# Convolutions, lightning attention, Mamba 2 ---------------------------------------------------------------------------
+
+
+def _short_convolution(found: _Found) -> Iterator[StateLayer]:
+    """A convolution alone, of two thirds of a projection multiplied with each other, then times the last third."""
+    weight = found.weight
+    if weight is None or found.widths != [3 * len(weight)]:
+        raise found.refused(f"its projections give {found.widths} columns beside its convolution")
+    n = len(weight)
+    for after in (1, 0, 2):
+        one, other = (HeadColumns(0, (n * third,)) for third in range(3) if third != after)
+        yield found.layer((Segment(other, n, before=one, after=HeadColumns(0, (n * after,))),))
+
+
+def _lightning(found: _Found) -> Iterator[StateLayer]:
+    """Linear attention whose heads fade at a steady rate, with a norm over all of them and then a gate."""
+    assert found.states.matrices is not None
+    _, n, k_dim, v_dim = found.states.matrices.shape
+    width = 2 * k_dim + v_dim
+    if found.widths != [n * width, n * v_dim] or len(found.norms) != 1:
+        raise found.refused(f"its projections give {found.widths} columns, and it has {len(found.norms)} norms")
+    plain = read_norm(found.norms[0].module, n * v_dim)
+    if plain is None or plain.centred or plain.bias is not None:
+        raise found.refused(f"{found.norms[0].path} is no plain norm over all heads")
+    fading = Fading(STEADY, np.exp(-_tensor(found, "slope_rate", n)))
+    heads = Heads(n, n, k_dim, v_dim, 0, n * k_dim, 2 * n * k_dim)
+    norm = GatedNorm(plain.weight, plain.eps, n * v_dim, has_sigmoid=True)
+    grouped = [HeadColumns(0, tuple(width * head + first for head in range(n))) for first in (0, k_dim, 2 * k_dim)]
+    for q, k, v in (grouped, [_row(0, *part) for part in _joined(heads)]):
+        segments = (Segment(q, k_dim), Segment(k, k_dim), Segment(v, v_dim))
+        yield found.layer(
+            segments, has_silu=True, recurrence=Recurrence(SUM, heads, fading), norm=norm, gate=HeadColumns(1, (0,))
+        )  # fmt: skip
+
+
+def _scan(found: _Found) -> StateLayer:
+    """Mamba 2: one projection gives the gate, what is convolved (values, keys, queries) and the steps."""
+    assert found.states.matrices is not None
+    assert found.weight is not None
+    _, n, v_dim, k_dim = found.states.matrices.shape
+    value, n_channels = n * v_dim, len(found.weight)
+    n_keys, rest = divmod(n_channels - value, 2 * k_dim)
+    if rest or n_keys < 1 or n % n_keys or found.widths != [value + n_channels + n]:
+        raise found.refused(f"its projections give {found.widths} columns for {n_channels} channels of {n} heads")
+    low, high = getattr(found.call.module, "time_step_limit", (0.0, NO_LIMIT))
+    rate, bias, skip = np.exp(_tensor(found, "A_log", n)), _tensor(found, "dt_bias", n), _tensor(found, "D", n)
+    fading = Fading(BY_SOFTPLUS, rate, bias, low=float(low), high=min(float(high), NO_LIMIT))
+    heads = Heads(n, n_keys, k_dim, v_dim, value + n_keys * k_dim, value, 0)
+    norm = _gated_norm(found, value)
+    return found.layer(
+        (Segment(HeadColumns(0, (value,)), n_channels),), has_silu=True, norm=norm,
+        recurrence=Recurrence(SCAN, heads, fading, fades=_row(0, value + n_channels, n, 1), skip=skip),
+        gate=HeadColumns(0, tuple(range(0, value, norm.group))),
+    )  # fmt: skip
 
 
 # Gated delta rule -----------------------------------------------------------------------------------------------------
@@ -125,6 +196,8 @@ def _delta(found: _Found) -> Iterator[StateLayer]:
         raise found.refused(f"{len(found.weight)} channels are no queries, keys and values of {n} heads")
     heads = Heads(n, n_keys, k_dim, v_dim, 0, n_keys * k_dim, 2 * n_keys * k_dim)
     norm = _gated_norm(found, n * v_dim)
+    if norm.group != v_dim:
+        raise found.refused(f"its norm is over {norm.group} columns, its heads have {v_dim}")
     for fading, columns in product(_fadings(found, heads), _columns(found, heads)):
         q, k, v, gate, beta, fades = columns
         segments = (Segment(q, k_dim, L2_EPS, k_dim**-0.5), Segment(k, k_dim, L2_EPS), Segment(v, v_dim))
@@ -190,8 +263,8 @@ def _grouped(heads: Heads) -> _Columns:
 
 def _gate_number(found: _Found) -> int:
     """Number of the projection that the norm is given as its gate."""
-    assert found.norm is not None
-    gate = found.norm.args[1]
+    (norm,) = found.norms
+    gate = norm.args[1]
     number = next((number for number, made in enumerate(found.projections) if same(made.result, gate)), None)
     if number is None:
         raise found.refused("the gate of its norm comes from no projection")
@@ -210,8 +283,9 @@ def _fadings(found: _Found, heads: Heads) -> Iterator[Fading]:
 
 
 def _tensor(found: _Found, name: str, *sizes: int) -> np.ndarray:
-    """The values of a parameter of the layer by its name, float32, one after another."""
-    named = [value for path, value in found.call.module.named_parameters() if path.rpartition(".")[2] == name]
+    """The values of a parameter or buffer of the layer by its name, float32, one after another."""
+    own = (*found.call.module.named_parameters(), *found.call.module.named_buffers())
+    named = [value for path, value in own if path.rpartition(".")[2] == name]
     if len(named) != 1 or named[0].numel() not in sizes:
         raise found.refused(f"expected one {name} of {' or '.join(map(str, sizes))} values, found {len(named)}")
     return array(named[0]).ravel()
@@ -222,11 +296,11 @@ def _tensor(found: _Found, name: str, *sizes: int) -> np.ndarray:
 
 def _gated_norm(found: _Found, n_columns: int) -> GatedNorm:
     """The norm behind the recurrence, over all `n_columns` of a row."""
-    if found.norm is None:
-        raise found.refused("no norm with a gate stands behind its heads")
-    norm = read_gated_norm(found.norm.module)
+    if len(found.norms) != 1 or len(found.norms[0].args) != 2:
+        raise found.refused(f"{len(found.norms)} norms stand behind its heads, expected one with a gate")
+    norm = read_gated_norm(found.norms[0].module)
     if norm is None or n_columns % norm.weight.size:
-        raise found.refused(f"{found.norm.path} is no norm with a gate that the step knows")
+        raise found.refused(f"{found.norms[0].path} is no norm with a gate that the step knows")
     weight = np.tile(norm.weight, n_columns // norm.weight.size)
     return GatedNorm(weight, norm.eps, norm.group, norm.has_sigmoid, norm.gate_first)
 

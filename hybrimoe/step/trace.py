@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from hybrimoe.generation.growing import grow_in_place
+from hybrimoe.step.calls import tokens_held
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.states import States, states_of
 
@@ -170,13 +171,22 @@ def record(model: nn.Module) -> Trace:
         if output is not None:
             handles.insert(0, output.register_forward_hook(_enlarged, prepend=True))
         try:
-            trace.output = model(input_ids=tokens[:, PROMPT_TOKENS:], past_key_values=cache, use_cache=True)
+            trace.output = model(
+                input_ids=tokens[:, PROMPT_TOKENS:], past_key_values=cache, use_cache=True, **_positions(cache)
+            )
         finally:
             for handle in handles:
                 handle.remove()
-    if trace.output.past_key_values is not cache or cache.get_seq_length() != tokens.shape[1]:
+    if trace.output.past_key_values is not cache or tokens_held(cache) != tokens.shape[1]:
         raise NotCompiled("the model puts another cache in the place of the one it was given")
     return trace
+
+
+def _positions(cache: DynamicCache) -> dict[str, torch.Tensor]:
+    """Where the new tokens stand, for models that would ask a layer without tokens for it, as MiniMax does."""
+    if cache.get_seq_length() == PROMPT_TOKENS:
+        return {}
+    return {"position_ids": torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS)[None]}
 
 
 def _states(cache: DynamicCache, n_layers: int) -> dict[int, States]:

@@ -298,7 +298,7 @@ class Recalled:
         x = (gates + self.bias)[head * each : (head + 1) * each]
         if case.fading == BY_SIGMOID:
             return np.exp(case.limits[0] * sigmoid(rate * x)), 1.0
-        step = softplus(x).clip(*case.limits)
+        step = softplus(x).clip(*case.limits) if self.batch[1] > 1 else softplus(x)
         return np.exp(-rate * step), step
 
 

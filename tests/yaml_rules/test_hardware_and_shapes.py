@@ -10,10 +10,11 @@ from yaml_rules.errors import YamlRulesError
 from yaml_rules.hardware import hardware_names
 from yaml_rules.shapes import shape_names
 
-#: Published sizes in 10^9 parameters (model cards).
+#: Published sizes in 10^9 parameters (model cards; Qwen3.5's says 35, with the part that sees images).
 PARAMETERS = {
     "mixtral-8x7b": 46.7, "deepseek-v2-lite": 15.7, "qwen2-57b-a14b": 57.4, "qwen3-30b-a3b": 30.5, "olmoe-1b-7b": 6.9,
-    "gpt-oss-20b": 20.9, "deepseek-v3": 671.0, "deepseek-v3.2": 671.9,
+    "gpt-oss-20b": 20.9, "deepseek-v3": 671.0, "deepseek-v3.2": 671.9, "qwen3-next-80b-a3b": 80.0,
+    "qwen3.5-35b-a3b": 34.7,
 }  # fmt: skip
 
 
@@ -44,6 +45,14 @@ def test_the_width_of_attention_is_that_of_its_heads():
     widths = {"qwen3-30b-a3b": 32 * 128, "gpt-oss-20b": 64 * 64, "deepseek-v2-lite": 16 * (192 + 128) // 2}
     assert {name: open_shape(name).attention_width for name in widths} == widths
     assert open_shape("olmoe-1b-7b").attention_width == 0
+
+
+def test_attention_of_models_with_linear_layers_is_their_mean():
+    """Of four layers one has gated attention, three have a delta net: their projections by hand."""
+    full = 2048 * (16 * 256 * 2 + 2 * 2 * 256 + 16 * 256)
+    linear = 2048 * (2 * 16 * 128 + 2 * 32 * 128 + 2 * 32) + 32 * 128 * 2048
+    for name in ("qwen3-next-80b-a3b", "qwen3.5-35b-a3b"):
+        assert open_shape(name).attention_params == (full + 3 * linear) // 4
 
 
 def test_every_shipped_shape_is_checked():

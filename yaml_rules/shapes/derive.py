@@ -175,7 +175,17 @@ def _attention_params(config: Mapping[str, Any], hidden: int, name: str) -> int:
         return _mla_params(config, hidden, heads)
     head_dim = _head_dim(config, hidden, name)
     kv_heads = _first(config, ("num_key_value_heads",)) or heads
+    if _is_linear(config):
+        share, gated = _full_attention(config), hidden * head_dim * (3 * heads + 2 * kv_heads)
+        return round(share * gated + (1 - share) * _linear_params(config, hidden, name))
     return 2 * hidden * head_dim * (heads + kv_heads)
+
+
+def _linear_params(config: Mapping[str, Any], hidden: int, name: str) -> int:
+    """A gated delta net: queries, keys, values, their gate, two numbers for each head, and the output."""
+    n_keys, n_values = (_need(config, (f"linear_num_{part}_heads",), name) for part in ("key", "value"))
+    key, value = (_need(config, (f"linear_{part}_head_dim",), name) for part in ("key", "value"))
+    return hidden * (2 * n_keys * key + 3 * n_values * value + 2 * n_values)
 
 
 def _mla_params(config: Mapping[str, Any], hidden: int, heads: int) -> int:

@@ -171,7 +171,7 @@ def test_all_running_replies_get_their_token_in_one_step(generator: TextGenerato
     assert [len(told.reply.token_ids) for told in requests.told.values()] == [n + 1 for n in tokens]
 
 
-@pytest.mark.parametrize("family", ["granitemoehybrid", None])
+@pytest.mark.parametrize("family", ["jamba", None])
 def test_models_without_a_step_for_all_of_them_are_computed_in_turn(family: str | None) -> None:
     model = tiny_family(family or "olmoe")
     if family is not None:

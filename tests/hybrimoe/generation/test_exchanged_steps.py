@@ -90,7 +90,8 @@ def test_tokens_are_those_of_the_cpu(run: Callable[..., Watched], expected: list
         assert (total.calls, total.activated) == (STEPS * N_LAYERS, 2 * STEPS * N_LAYERS)
         assert total.accel_experts + total.cpu_experts == total.activated
         assert total.accel_experts > 0 or policy == "ours", "which finds the CPU faster for experts so small"
-        assert (total.accel_us > 0) == (total.accel_experts > 0)
+        assert total.accel_us > 0 or policy == "ours", "of one step in several, of which it may have none"
+        assert total.accel_experts > 0 or not total.accel_us
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear", "nemotron_h", "lfm2_moe", "inkling", "deepseek_v32"])

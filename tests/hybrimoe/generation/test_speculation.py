@@ -404,7 +404,7 @@ def test_several_sequences_are_refused() -> None:
         ("qwen2_moe", {"accelerator": "emulated", "gpu_expert_slots": 4}, r"slots on an accelerator.*accelerator none"),
         ("qwen2_moe", {"accelerator": "none", "step": "transformers"}, "step: transformers"),
         ("qwen3_next", {"accelerator": "none"}, "keeps a state"),
-        ("granitemoehybrid", {"accelerator": "none"}, "no compiled step"),
+        ("jamba", {"accelerator": "none"}, "no compiled step"),
         ("qwen2_moe", None, "not replaced"),
     ],
     ids=["slots", "transformers", "linear attention", "in pieces", "plain"],

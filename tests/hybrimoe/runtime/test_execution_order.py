@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cpu_kernels import relative_error
+from cpu_kernels.backends.torch_backend import TorchBackend
+from gpu_kernels import EmulatedAccelerator
 from hybrimoe.runtime import RuntimeConfig, Session
 from scheduler import CostModel, HardwareProfile
 from scheduler.graph import TaskGraph
@@ -112,8 +117,23 @@ def check_each_expert_once(plans: list, records: list[TaskRecord]) -> None:
     assert ran == wanted
 
 
-def test_lanes_overlap() -> None:
-    """With a slow link the CPU lane works while a transfer is under way."""
+def test_lanes_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU lane works while a transfer is under way, which here ends once somebody works, or after a while."""
+    works, met = threading.Event(), list[bool]()
+    copy, run = EmulatedAccelerator._transfer, TorchBackend.run
+
+    def copying(accelerator: EmulatedAccelerator, *arguments: Any) -> None:
+        works.clear()
+        copy(accelerator, *arguments)
+        if sum(met) < 5:  # one may have begun to work right before the copy began
+            met.append(works.wait(0.25))
+
+    def running(backend: TorchBackend, *arguments: Any) -> None:
+        works.set()
+        run(backend, *arguments)
+
+    monkeypatch.setattr(EmulatedAccelerator, "_transfer", copying)
+    monkeypatch.setattr(TorchBackend, "run", running)
     rig = open_rig("hybrimoe", 4, ["hybrid"] * 4, slow=True)
     rig.session.record_timeline(True)
     for step in range(4):

@@ -26,17 +26,11 @@ COMPILED = (
     "hunyuan_v1_moe", "dots1", "exaone_moe", "flex_olmo", "mellum", "kolibri1", "solar_open", "deepseek_v2",
     "deepseek_v3", "llama4", "minimax_m2", "glm4_moe_lite", "afmoe", "hy_v3", "granitemoeshared", "granitemoe_swa",
     "cohere2_moe", "laguna", "step3p7", "mimo_v2_flash", "axk1", "ernie4_5_vl_moe", "minimax_m3_vl", "mistral4",
-    "qwen3_next", "qwen3_5_moe", "kimi_linear", "deepseek_v32", "glm_moe_dsa",
+    "qwen3_next", "qwen3_5_moe", "kimi_linear", "minimax", "lfm2_moe", "granitemoehybrid", "deepseek_v32",
+    "glm_moe_dsa", "nemotron_h",
 )  # fmt: skip
 MIXED: dict[str, dict[str, str]] = {
-    "minimax": {"0": "compiled", "1": "mlp compiled; the rest by transformers"},
     "jamba": {"0": "feed_forward compiled; the rest by transformers", "1": "compiled"},
-    "granitemoehybrid": {
-        "0": "block_sparse_moe, shared_mlp compiled; the rest by transformers",
-        "1": "compiled",
-    },
-    "lfm2_moe": {"0": "feed_forward compiled; the rest by transformers", "1": "compiled"},
-    "nemotron_h": {"0": "transformers: ", "1": "compiled", "2": "compiled", "3": "compiled"},
     "bailing_hybrid": {"0": "compiled", "1": "mlp compiled; the rest by transformers"},
 }
 """Families with layers that are not understood as a whole, and how the way of each layer begins."""
@@ -85,6 +79,15 @@ def test_a_family_runs_in_pieces(family: str) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_a_shared_expert_as_wide_as_there_are_experts() -> None:
+    """Its matrices have the shape of the router's, as Qwen3-Next-80B's have."""
+    model = tiny_model("qwen3_next", shared_expert_intermediate_size=8)
+    plain = outputs(model)
+    injection = hybrimoe.inject(model, accelerator="none", expert_dtype="float32")
+    assert set(injection.explain().ways.values()) == {"compiled"}, injection.explain().ways
+    assert float((outputs(model).decode - plain.decode).abs().max()) <= TOLERANCE
+
+
 LONG = 24
 """Decode steps that cross several blocks and windows of the tiny models."""
 YARN = {
@@ -103,6 +106,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3_next": {"linear_num_value_heads": 6, "linear_value_head_dim": 12, "linear_conv_kernel_dim": 3},
     "qwen3_5_moe": {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 20},
     "kimi_linear": {"linear_num_heads": 3, "linear_head_dim": 10},
+    "lfm2_moe": {"conv_L_cache": 4, "conv_bias": True},
+    "granitemoehybrid": {"mamba_n_groups": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 12,
+                         "mamba_proj_bias": True, "time_step_limit": (0.5, 0.7)},
     "granitemoeshared": {"residual_multiplier": 0.5, "attention_multiplier": 0.2},
     "cohere2_moe": {"num_shared_experts": 2, "shared_expert_combination_strategy": "average",
                     "expert_selection_fn": "sigmoid", "norm_topk_prob": True},
@@ -174,7 +180,10 @@ def test_long_batches_with_padding_before_them(variant: Any, padding: int) -> No
     assert variant[1].hybrimoe.step.n_steps >= LONG
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "llama4", "cohere2_moe", "laguna", "qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize(
+    "family",
+    ["deepseek_v3", "llama4", "cohere2_moe", "laguna", "qwen3_next", "kimi_linear", "lfm2_moe", "granitemoehybrid"],
+)
 def test_the_bits_do_not_depend_on_the_threads(family: str) -> None:
     model = tiny_model(family)
     injection = hybrimoe.inject(model, accelerator="none", expert_dtype="int8", dense_dtype="int8")

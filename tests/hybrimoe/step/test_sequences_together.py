@@ -82,7 +82,8 @@ ROUNDS = [[0, 1, 2, 3]] * 3 + [[3, 0]] + [[2]] + [[1, 3, 2]] * 18
 
 
 @pytest.mark.parametrize(
-    "family", ["olmoe", "gpt_oss", "deepseek_v3", "qwen3_next", "kimi_linear", "deepseek_v32", "glm_moe_dsa"]
+    "family",
+    ["olmoe", "gpt_oss", "deepseek_v3", "qwen3_next", "kimi_linear", "lfm2_moe", "deepseek_v32", "glm_moe_dsa"],
 )
 def test_families_with_plain_windowed_latent_linear_and_indexed_attention(family: str) -> None:
     """The last two choose 32 tokens, which one prompt has already and another comes to have on the way."""
@@ -133,6 +134,6 @@ def test_what_a_step_of_several_leaves_to_others(model: Any) -> None:
     empty = growing_cache(model.config)
     assert step.logits_of_each([5, 6], [caches[0], empty]) is None, "a first token"
     assert step.logits_of_each([5] * (MAX_ROWS + 1), [caches[0]] * (MAX_ROWS + 1)) is None
-    mixed = tiny_model("granitemoehybrid")
+    mixed = tiny_model("jamba")
     hybrimoe.inject(mixed, accelerator="none", expert_dtype="float32")
     assert mixed.hybrimoe.step.logits_of_each([5], [caches[0]]) is None
