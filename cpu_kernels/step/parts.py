@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels.format.spec import Activation, ExpertSpec
-from cpu_kernels.step.attend import EVERYTHING, Sight
+from cpu_kernels.step.attend import EVERYTHING, SIGMOID_GATE, Sight
 from cpu_kernels.step.gated_norm import GatedNorm
 from cpu_kernels.step.heads import NO_CLIP, HeadNorm, Tuning
 from cpu_kernels.step.latent import LatentSizes
@@ -93,7 +93,8 @@ class LatentAttention:
     down: the vector and the rotated part of a token; norm: over the vector. up: from it the keys and values of each
     head; rows that are not packed, in `up_rows` where they lie nowhere else. rope: its first column counts from the
     rotated part's beginning. top_k: to how many tokens a row attends at most, which `index` chooses, or (None) those
-    that the last attention before with as many has chosen; 0: to all.
+    that the last attention before with as many has chosen; 0: to all. gate: a column for each head, whose function
+    (`gate_kind`, one of `cpu_kernels.step.attend`'s) the head's result is multiplied with.
     """
 
     query: Product
@@ -109,6 +110,8 @@ class LatentAttention:
     query_up: Product | None = None
     up_rows: np.ndarray | None = None
     tuning: Tuning | None = None
+    gate: Product | None = None
+    gate_kind: int = SIGMOID_GATE
     top_k: int = 0
     index: Index | None = None
 
@@ -188,7 +191,8 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Moe:
-    """Routed experts and shared ones. addresses int64 [experts]: of the packed records.
+    """Routed experts and shared ones. addresses int64 [experts]: of the packed records; experts of the router beyond
+    these are the identity.
 
     scaled_inputs: an expert's input is multiplied with its weight, and its output is not. router_norm: of the block's
     input, which the router reads. What routed experts read goes through `enter` and `expert_norm`, and their sum
@@ -209,11 +213,15 @@ class Moe:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One of several cores whose results are summed: post(core(pre(x))), where x is given to all of them."""
+    """One of several cores whose results are summed: post(core(pre(x))), where x is given to all of them.
+
+    late: its result is not in this sum, but in that of the next branch that takes it.
+    """
 
     core: "Core"
     pre: Norm | None = None
     post: Norm | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +238,8 @@ Core = Attention | LatentAttention | StateLayer | Mlp | Moe | Sum
 class Branch:
     """stream = keep * stream + scale * post(core(pre(stream))).
 
-    renews: from here on pre(stream) is the stream, which is kept and added to.
+    renews: from here on pre(stream) is the stream, which is kept and added to. takes: the results of late arms before
+    are added as well.
     """
 
     core: Core
@@ -239,6 +248,7 @@ class Branch:
     scale: float = 1.0
     keep: float = 1.0
     renews: bool = False
+    takes: bool = False
 
     @property
     def cores(self) -> tuple[Core, ...]:

@@ -32,6 +32,8 @@ FAR, FAR_STEPS = 100_000, 3
 
 VALUE_SCALE_TOLERANCE = 1e-2
 """Relative, of a factor that is found from bfloat16 values."""
+RATIO_OF_ONE = 1e-4
+"""A factor that is found over many values and differs by less from one is one."""
 
 
 @dataclass(slots=True)
@@ -321,28 +323,31 @@ def _latent(
     """Multi-head latent attention: what the cache holds goes through one projection to all keys and values."""
     module: Any = call.module
     *behind, up = found.later
-    if len(found.first) != 2 or len(behind) > 1 or not same(up.input, layer.keys):
+    if not 2 <= len(found.first) <= 3 or len(behind) > 1 or not same(up.input, layer.keys):
         raise NotCompiled(f"{call.path}: projections behind projections, but no latent attention")
     if getattr(layer, "is_sliding", False):
         raise NotCompiled(f"{call.path}: latent attention with a window")
-    (query, down), norms = found.first, {id(inner): norm for inner, norm in found.norms}
-    norm = _norm_before(found, layer.keys.shape[-1], down)
+    query, down, *gates = found.first
+    norm = _norm_before(found, layer, down)
     query_up = query_norm = None
     if behind:
-        before = next((inner for inner, _ in found.norms if same(inner.result, behind[0].input)), None)
-        if before is None:
-            raise NotCompiled(f"{call.path}: the short query reaches {behind[0].path} without a norm")
-        query_up, query_norm = read_linear(behind[0].module, behind[0].path), norms[id(before)]
+        query_up, query_norm = read_linear(behind[0].module, behind[0].path), _short_query_norm(found, behind[0])
     low, output = read_linear(down.module, down.path), read_linear(found.output.module, found.output.path)
     first = read_linear(query.module, query.path)
     matrix, up_rows = _rows_of(up)
     sizes = _latent_sizes(call, (query_up or first).n_out, matrix, output.n_in, low.n_out - matrix.n_in)
     if len(found.norms) != 1 + len(behind):
         raise NotCompiled(f"{call.path}: it has {len(found.norms)} norms, expected {1 + len(behind)}")
-    for rope in _ropes(table, sizes.rotated):
+    gate = None if not gates else read_linear(gates[0].module, gates[0].path)
+    if gate is not None and gate.n_out != sizes.n_heads:
+        raise NotCompiled(f"{gates[0].path}: {gate.n_out} columns beside latent attention, expected one for each head")
+    own = [float(value) for value in vars(module).values() if isinstance(value, float) and value > 0]
+    scales = [float(module.scaling), *(float(module.scaling) * value for value in own)]
+    kinds = [SIGMOID_GATE] if gate is None else [SIGMOID_GATE, SOFTPLUS_GATE]
+    for scale, kind, rope in product(scales, kinds, _ropes(table, sizes.rotated)):
         yield LatentAttention(
-            first, low, norm, matrix, output, sizes, rope, float(module.scaling), cache, query_norm, query_up, up_rows,
-            _tuning_by_position(call),
+            first, low, norm, matrix, output, sizes, rope, scale, cache, query_norm, query_up, up_rows,
+            _tuning_by_position(call), gate=gate, gate_kind=kind,
         )  # fmt: skip
 
 
@@ -363,12 +368,38 @@ def _with_choice(
     return replace(latent, top_k=choice.top_k, index=index)
 
 
-def _norm_before(found: _Found, rank: int, down: Call) -> Norm:
-    """The norm between `down` and the cache."""
-    own = [norm for inner, norm in found.norms if inner.input.data_ptr() == down.result.data_ptr()]
-    if len(own) != 1 or own[0].weight.size != rank or own[0].centred or own[0].bias is not None:
+def _norm_before(found: _Found, layer: Any, down: Call) -> Norm:
+    """The norm between `down` and the cache, with what its result is multiplied with."""
+    rank = layer.keys.shape[-1]
+    own = [pair for pair in found.norms if pair[0].input.data_ptr() == down.result.data_ptr()]
+    if len(own) != 1 or own[0][1].weight.size != rank or own[0][1].centred or own[0][1].bias is not None:
         raise NotCompiled(f"{down.path}: the vector that the cache holds comes through no plain norm")
-    return own[0]
+    call, norm = own[0]
+    return _times(norm, _ratio(call.result, layer.keys[0, 0, -NEW_TOKENS:]) or 1.0)
+
+
+def _short_query_norm(found: _Found, up: Call) -> Norm:
+    """The norm before the product that makes queries of a short one, with what its result is multiplied with."""
+    for call, norm in found.norms:
+        ratio = 1.0 if same(call.result, up.input) else _ratio(call.result, up.input)
+        if ratio is not None:
+            return _times(norm, ratio)
+    raise NotCompiled(f"the short query reaches {up.path} without a norm")
+
+
+def _times(norm: Norm, factor: float) -> Norm:
+    return norm if factor == 1.0 else replace(norm, weight=norm.weight * np.float32(factor))
+
+
+def _ratio(x: torch.Tensor, y: torch.Tensor) -> float | None:
+    """s of y = s * x, or None where there is none."""
+    if x.numel() != y.numel():
+        return None
+    one, other = x.double().flatten(), y.double().flatten()
+    ratio = float(one @ other / (one @ one + 1e-300))
+    if float((other - ratio * one).norm()) > VALUE_SCALE_TOLERANCE * float(other.norm()):
+        return None
+    return 1.0 if abs(ratio - 1) <= RATIO_OF_ONE else ratio
 
 
 def _latent_sizes(call: Call, n_query: int, up: Product, n_result: int, rotated: int) -> LatentSizes:
