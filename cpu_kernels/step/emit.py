@@ -10,6 +10,7 @@ from cpu_kernels.host.isa import BY_NAME
 from cpu_kernels.simd.formats import Format, format_of
 from cpu_kernels.step import attend, heads, index, latent, recurrence
 from cpu_kernels.step.cached import PLACE_SIZE
+from cpu_kernels.step.capped import add_cap
 from cpu_kernels.step.channels import Unit, add_channels
 from cpu_kernels.step.experts import add_experts, add_scaled_inputs, experts_call
 from cpu_kernels.step.gated import add_gated
@@ -119,6 +120,8 @@ class Emitter:
         add_product(
             self.program, self._of_head, Part.OUTPUT_LAYER, head.output, source, logits, self.isa_name, scale=head.scale
         )
+        if head.cap:
+            add_cap(self.program, self._of_head.state, logits, head.output.n_out, head.cap)
         return logits
 
     def _branch(self, branch: Branch) -> None:
@@ -184,8 +187,11 @@ class Emitter:
         if isinstance(core, Mlp):
             return [product.format(self.isa_name) for product in _first_half(core)]
         shared = [product.format(self.isa_name) for mlp in core.shared for product in _first_half(mlp)]
-        experts = [] if core.scaled_inputs else [format_of(core.spec.dtype, BY_NAME[self.isa_name])]
-        return [*shared, core.router.format(self.isa_name), *experts]
+        router = [core.router.format(self.isa_name)] if core.router_norm is None else []
+        if core.enter is not None:
+            return [*shared, *router, core.enter.format(self.isa_name)]
+        own = core.scaled_inputs or core.expert_norm is not None
+        return [*shared, *router, *([] if own else [format_of(core.spec.dtype, BY_NAME[self.isa_name])])]
 
     def _normalised(self, norm: Norm | None, forms: list[Format], *, renews: bool = False) -> tuple[int, list[Target]]:
         """Adds the row operation of a branch; returns where its float rows lie and where each reader finds them."""
@@ -196,13 +202,15 @@ class Emitter:
 
     def _written(
         self, rows: int, norm: Norm | None, out: int, forms: list[Format], name: str, keep: float = 1.0,
-        summands: Sequence[Summand] = (),
+        summands: Sequence[Summand] = (), width: int = 0,
     ) -> list[Target]:  # fmt: skip
-        """Adds a row operation on `rows`, whose result at `out` is written in formats too; where each lies."""
-        targets = {form: self._target(name, form, out, self.width) for form in forms}
+        """Adds a row operation on `rows`, whose result at `out` is written in formats too; where each lies. width: 0:
+        the stream's."""
+        width = width or self.width
+        targets = {form: self._target(name, form, out, width) for form in forms}
         written = [target for form, target in targets.items() if target.address != out]
         add_stream(
-            self.program, Part.NORMS, self._layer, rows, self.width, keep=keep, summands=summands, norm=norm, out=out,
+            self.program, Part.NORMS, self._layer, rows, width, keep=keep, summands=summands, norm=norm, out=out,
             targets=written,
         )  # fmt: skip
         return [targets[form] for form in forms]
@@ -386,16 +394,17 @@ class Emitter:
         for number, mlp in enumerate(core.shared, first):
             halves = [next(read) for _ in _first_half(mlp)]
             switches.append(self._first_half(mlp, halves, part, number, meets=False))
-        logits = program.floats("router logits", core.router.n_out)
-        self._product(Part.ROUTER, core.router, next(read), logits)
+        router = self._router_source(core, normed) if core.router_norm is not None else next(read)
+        logits, width = program.floats("router logits", core.router.n_out), core.spec.hidden
+        self._product(Part.ROUTER, core.router, router, logits)
         top_k = core.selection.top_k
         ids, weights = program.floats("ids", top_k), program.floats("weights", top_k)
-        rows = program.floats("expert rows", top_k * self.width)
+        rows = program.floats("expert rows", top_k * width)
         if core.scaled_inputs:
             form = format_of(core.spec.dtype, BY_NAME[self.isa_name])
             source = target_of(program, "scaled input", form, self.width, self.isa_name, top_k)
         else:
-            source = next(read)
+            source = self._experts_source(core, next(read, None), normed)
         call = experts_call(
             program, core.spec, top_k, source, 0 if core.scaled_inputs else weights, rows, self.isa_name
         )
@@ -403,7 +412,7 @@ class Emitter:
             program, core.selection, logits, call, core.addresses, ids, weights, meets=not core.shared,
             by_entry=core.scaled_inputs,
         )  # fmt: skip
-        results = [Summand(rows, parts=top_k)]
+        results: list[Summand] = []
         prepared = []
         for number, mlp in enumerate(core.shared, first):
             prepared.append(self._activation(mlp, part, number, meets=mlp is core.shared[-1]))
@@ -414,7 +423,35 @@ class Emitter:
             self._product(part, mlp.down, half, out, meets=False)
             results.append(Summand(out, scale=mlp.scale, gate=switch))
         add_experts(program, call)
-        return results
+        routed = Summand(rows, parts=top_k)
+        return [routed if core.leave is None else self._leave(core.leave, routed), *results]
+
+    def _router_source(self, core: Moe, rows: int) -> Target:
+        """Adds the router's own norm of the block's input."""
+        out, form = self.program.floats("normed of router", self.width), core.router.format(self.isa_name)
+        return self._written(rows, core.router_norm, out, [form], "input of router")[0]
+
+    def _experts_source(self, core: Moe, given: Target | None, rows: int) -> Target:
+        """Where routed experts find their input: `given`, or what a product of that or a norm makes of it."""
+        width, form = core.spec.hidden, format_of(core.spec.dtype, BY_NAME[self.isa_name])
+        if core.enter is not None:
+            assert given is not None
+            rows = self.program.floats("entered", width)
+            self._product(Part.EXPERTS, core.enter, given, rows)
+        elif core.expert_norm is None:
+            assert given is not None
+            return given
+        out = rows if core.expert_norm is None else self.program.floats("normed of experts", width)
+        return self._written(rows, core.expert_norm, out, [form], "input of experts", width=width)[0]
+
+    def _leave(self, product: Product, routed: Summand) -> Summand:
+        """Adds the product of the sum of what routed experts give."""
+        total, width = self.program.floats("sum of experts", product.n_in), product.n_in
+        form = product.format(self.isa_name)
+        source = self._written(total, None, total, [form], "leaving", 0.0, [routed], width)[0]
+        out = self.program.floats("left", product.n_out)
+        self._product(Part.EXPERTS, product, source, out)
+        return Summand(out)
 
     def _numbers(self, n: int) -> int:
         """The first of n numbers that nothing else in this branch has: what is named by them lies apart."""

@@ -201,7 +201,9 @@ class Mlp:
 class Moe:
     """Routed experts and shared ones. addresses int64 [experts]: of the packed records.
 
-    scaled_inputs: an expert's input is multiplied with its weight, and its output is not.
+    scaled_inputs: an expert's input is multiplied with its weight, and its output is not. router_norm: of the block's
+    input, which the router reads. What routed experts read goes through `enter` and `expert_norm`, and their sum
+    through `leave`, where there are such.
     """
 
     router: Product
@@ -210,6 +212,10 @@ class Moe:
     addresses: np.ndarray
     shared: tuple[Mlp, ...] = ()
     scaled_inputs: bool = False
+    router_norm: Norm | None = None
+    expert_norm: Norm | None = None
+    enter: Product | None = None
+    leave: Product | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,11 +270,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """After the last layer: norm, output layer, and what the logits are multiplied with."""
+    """After the last layer: norm, output layer, and what the logits are multiplied with. cap: logits x are then
+    cap * tanh(x / cap); 0: they stay."""
 
     norm: Norm
     output: Product
     scale: float = 1.0
+    cap: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from cpu_kernels.step.program import N_ROWS, STATE_SIZE, Part, Program
 
 (STATE, NEXT, LOGITS, N_EXPERTS, TOP_K, SCORING, CORRECTION, N_GROUPS, TOP_GROUPS, BEST_OF_GROUP, WEIGHING,
  SCALE, JITTER, SCORES, CHOICE, ROOM, IDS, WEIGHTS, ADDRESSES, EXPERTS_CALL, COUNTS, ACTIVE, BY_ENTRY,
- ROUTER_CALL) = range(24)  # fmt: skip
+ EXPERT_SCALES, ROUTER_CALL) = range(25)  # fmt: skip
 SOFTMAX, SIGMOID = range(2)
 """What a score is, from the logits."""
 AS_SCORED, SUM_TO_ONE, SOFTMAX_OF_CHOSEN, SIGMOID_OF_CHOSEN = range(4)
@@ -29,8 +29,8 @@ class Selection:
 
     correction float32 [experts] is added to scores for the choice only. n_groups: only experts of the `top_groups` best
     groups are chosen; a group's value is the sum of its `best_of_group` best.
-    scale: of the weights. jitter: Phi's sparse mixer, in which a weight is a softmax over the scores near the chosen
-    one (0: none).
+    scale: of the weights; expert_scales float32 [experts]: of the weight of each. jitter: Phi's sparse mixer, in which
+    a weight is a softmax over the scores near the chosen one (0: none).
     """
 
     top_k: int
@@ -42,6 +42,7 @@ class Selection:
     best_of_group: int = 2
     scale: float = 1.0
     jitter: float = 0.0
+    expert_scales: np.ndarray | None = None
 
 
 def _select(call_address: int, thread: int) -> None:
@@ -60,6 +61,10 @@ def _select(call_address: int, thread: int) -> None:
             _mix_sparsely(logits, float_of(call[JITTER]), scores, ids, weights)
         else:
             _choose(call, logits, scores, choice, ids, weights)
+        if call[EXPERT_SCALES]:
+            scales = floats_at(call[EXPERT_SCALES], n_experts)
+            for k in range(top_k):
+                weights[k] *= scales[ids[k]]
     _fill_tables(call, n_rows)
 
 
@@ -232,6 +237,8 @@ def add_selection(
     call[[SCORING, WEIGHING]] = selection.scoring, selection.weighing
     if selection.correction is not None:
         call[CORRECTION] = program.keep(np.ascontiguousarray(selection.correction, np.float32))
+    if selection.expert_scales is not None:
+        call[EXPERT_SCALES] = program.keep(np.ascontiguousarray(selection.expert_scales, np.float32))
     call[[N_GROUPS, TOP_GROUPS]] = selection.n_groups, selection.top_groups
     call[BEST_OF_GROUP] = selection.best_of_group
     call[[SCALE, JITTER]] = bits_of(selection.scale), bits_of(selection.jitter) if selection.jitter else 0

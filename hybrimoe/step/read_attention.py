@@ -273,6 +273,8 @@ def _heads(call: Call, found: _Found, **sizes: Any) -> list[Attention]:
         own[0], gates = Columns(0, 0, 2 * dim), [GateColumns(Columns(0, dim, 2 * dim), dim, SIGMOID_GATE)]
     elif widths == [q + k + v]:
         own = [Columns(0, 0, dim), Columns(0, q, dim), Columns(0, q + k, v_dim)]
+    elif widths == [q, k] and dim == v_dim:  # values are what keys are before their norm and rotation
+        own[2] = Columns(1, 0, v_dim)
     elif widths != [q, k, v]:
         raise NotCompiled(f"{call.path}: projections give {widths} columns, expected {[q, k, v]} for q, k and v")
     return [Attention(inputs, q=own[0], k=own[1], v=own[2], gate=gate, **sizes) for gate in gates]
@@ -297,16 +299,19 @@ def _head_norms(found: _Found, n_heads: int, n_kv_heads: int, dim: int) -> list[
     """What the two norms of queries and keys may be: before the rotation or after it."""
     if not found.norms:
         return [None]
-    if len(found.norms) != 2:
+    if len(found.norms) not in (2, 3):
         paths = ", ".join(inner.path for inner, _ in found.norms)
-        raise NotCompiled(f"attention has {len(found.norms)} norms ({paths}), expected none or two")
-    (_, q), (_, k) = found.norms
+        raise NotCompiled(f"attention has {len(found.norms)} norms ({paths}), expected none, two or three")
+    (_, q), (_, k), *others = found.norms
+    if any(norm.centred or norm.bias is not None or norm.eps != q.eps for _, norm in others):
+        raise NotCompiled("a norm of values with a mean, a bias or another eps")
+    v_weight = others[0][1].weight if others else None
     if q.centred or k.centred or q.bias is not None or k.bias is not None or q.eps != k.eps:
         raise NotCompiled("norms of queries and keys with a mean, a bias or unlike eps")
     whole = (q.weight.size, k.weight.size) == (n_heads * dim, n_kv_heads * dim) and n_heads * n_kv_heads > 1
     if not whole and (q.weight.size, k.weight.size) != (dim, dim):
         raise NotCompiled(f"norms of queries and keys over {q.weight.size} and {k.weight.size} columns")
-    norm = HeadNorm(q.weight, k.weight, q.eps, whole_row=whole)
+    norm = HeadNorm(q.weight, k.weight, q.eps, whole_row=whole, v_weight=v_weight)
     return [norm] if whole else [norm, replace(norm, after_rotation=True)]
 
 

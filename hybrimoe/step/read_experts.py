@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,50 @@ from cpu_kernels.step.parts import Arm, Core, Mlp, Moe, Sum
 from cpu_kernels.step.stream import Norm
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_parts import FIT_TOLERANCE, LINEARS, nearest, read_linear, read_mlp, read_norm
-from hybrimoe.step.read_router import read_router
+from hybrimoe.step.read_router import Routing, read_router, read_router_alone
 from hybrimoe.step.trace import Call, same
 
 
 def read_experts(call: Call, experts: Call, inside: list[Call], session: Any) -> Core:
     """Router, routed experts and shared experts of a block. Raises NotCompiled for one of another form."""
+    layer = _layer_of(experts, session)
+    block = next((inner for inner in inside if inner.path == experts.path.rpartition(".")[0]), call)
+    if not same(block.input, call.input):
+        raise NotCompiled(f"{block.path}: it reads something else than {call.path}")
+    around = _around(experts, inside)
+    routing = read_router(block, experts, layer.num_experts, call.input.shape[-1], direct=not around.before)
+    known = (routing.path, experts.path)
+    rest = [
+        inner for inner in inside
+        if inner is not block and inner not in around.calls and not _is_identity(inner)
+        and not any(inner.path == path or inner.path.startswith(f"{path}.") for path in known)
+    ]  # fmt: skip
+    behind = _norm_behind(call, rest)
+    if behind is not None:
+        rest.remove(behind[0])
+    result = call.result if behind is None else behind[0].input
+    shared = _shared(call, rest)
+    of_routed, of_shared = _factors(call, result, around.leave or experts, rest, shared)
+    core = _moe(routing, layer, experts, session, around)
+    core = replace(
+        core, selection=replace(core.selection, scale=core.selection.scale * of_routed),
+        shared=tuple(replace(mlp, scale=of_shared) for mlp in shared),
+    )  # fmt: skip
+    return core if behind is None else Sum((Arm(core, post=behind[1]),))
+
+
+def read_experts_alone(
+    experts: Call, router: Call, inside: list[Call], norm: Norm | None, session: Any
+) -> Moe:  # fmt: skip
+    """Experts that are a part of the layer, as their router is. inside: calls of the router's parts; norm: of the
+    experts' input, beside the router's. Raises NotCompiled for a form that is not known."""
+    layer = _layer_of(experts, session)
+    routing = read_router_alone(router, inside, layer.num_experts, experts.input.shape[-1])
+    return replace(_moe(routing, layer, experts, session, _Around()), expert_norm=norm)
+
+
+def _layer_of(experts: Call, session: Any) -> Any:
+    """The session's layer of experts. Raises NotCompiled where the step cannot compute them."""
     module: Any = experts.module
     layer = session.layers[module.layer]
     if not isinstance(layer.backend, NumbaBackend):
@@ -30,27 +68,62 @@ def read_experts(call: Call, experts: Call, inside: list[Call], session: Any) ->
         raise NotCompiled(f"{experts.path}: some experts are the identity")
     if not session.store.in_memory:
         raise NotCompiled(f"{experts.path}: experts are read from disk when they are needed")
-    block = next((inner for inner in inside if inner.path == experts.path.rpartition(".")[0]), call)
-    if not same(block.input, call.input):
-        raise NotCompiled(f"{block.path}: it reads something else than {call.path}")
-    routing = read_router(block, experts, layer.num_experts, call.input.shape[-1])
-    addresses = session.store.addresses(module.layer).astype("int64")
-    known = (routing.path, experts.path)
-    rest = [
-        inner for inner in inside
-        if inner is not block and not any(inner.path == path or inner.path.startswith(f"{path}.") for path in known)
-    ]  # fmt: skip
-    behind = _norm_behind(call, rest)
-    if behind is not None:
-        rest.remove(behind[0])
-    result = call.result if behind is None else behind[0].input
-    shared = _shared(call, rest)
-    of_routed, of_shared = _factors(call, result, experts, rest, shared)
-    core = Moe(
-        routing.product, replace(routing.selection, scale=routing.selection.scale * of_routed), layer.spec, addresses,
-        tuple(replace(mlp, scale=of_shared) for mlp in shared), routing.scaled_inputs,
+    return layer
+
+
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """What stands around routed experts alone: a product and a norm before them, a product behind their sum."""
+
+    enter: Call | None = None
+    norm: tuple[Call, Norm] | None = None
+    leave: Call | None = None
+
+    @property
+    def before(self) -> bool:
+        """Whether the experts read something else than the block's input."""
+        return self.enter is not None or self.norm is not None
+
+    @property
+    def calls(self) -> list[Call]:
+        """All of them."""
+        found = (self.enter, self.norm and self.norm[0], self.leave)
+        return [call for call in found if call is not None]
+
+
+def _around(experts: Call, inside: list[Call]) -> _Around:
+    before = next((inner for inner in inside if _gives(inner, experts.input)), None)
+    norm = None
+    if before is not None and not isinstance(before.module, LINEARS):
+        found = read_norm(before.module, experts.input.shape[-1])
+        norm = None if found is None else (before, found)
+        given = before.input
+        before = next((inner for inner in inside if norm is not None and _gives(inner, given)), None)
+    enter = before if before is not None and isinstance(before.module, LINEARS) else None
+    leave = next(
+        (inner for inner in inside if isinstance(inner.module, LINEARS) and same(inner.input, experts.result)), None
+    )
+    return _Around(enter, norm, leave)
+
+
+def _gives(call: Call, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is what a call gave, and not what it was given."""
+    return isinstance(call.output, torch.Tensor) and same(call.output, tensor) and not same(call.input, tensor)
+
+
+def _is_identity(call: Call) -> bool:
+    """Whether a part gives what it is given."""
+    return isinstance(call.output, torch.Tensor) and same(call.output, call.input)
+
+
+def _moe(routing: Routing, layer: Any, experts: Call, session: Any, around: _Around) -> Moe:
+    module: Any = experts.module
+    products = [None if call is None else read_linear(call.module, call.path) for call in (around.enter, around.leave)]
+    return Moe(
+        routing.product, routing.selection, layer.spec, session.store.addresses(module.layer).astype("int64"),
+        scaled_inputs=routing.scaled_inputs, router_norm=routing.norm, expert_norm=around.norm and around.norm[1],
+        enter=products[0], leave=products[1],
     )  # fmt: skip
-    return core if behind is None else Sum((Arm(core, post=behind[1]),))
 
 
 def _norm_behind(call: Call, rest: list[Call]) -> tuple[Call, Norm] | None:
@@ -63,18 +136,18 @@ def _norm_behind(call: Call, rest: list[Call]) -> tuple[Call, Norm] | None:
 
 
 def _factors(
-    call: Call, result: torch.Tensor, experts: Call, rest: list[Call], shared: tuple[Mlp, ...]
+    call: Call, result: torch.Tensor, routed: Call, rest: list[Call], shared: tuple[Mlp, ...]
 ) -> tuple[float, float]:
     """What the results of the routed and of the shared experts are multiplied with in the block's `result`: numbers
     that the modules hold, or halves. Where none agree, each is 1."""
-    if experts.result.numel() != result.numel():
+    if routed.result.numel() != result.numel():
         return 1.0, 1.0
-    parts = [experts.result.double().flatten()]
+    parts = [routed.result.double().flatten()]
     if shared:
         parts.append(_shared_result(call, rest))
     target = result.double().flatten()
     found = torch.linalg.lstsq(torch.stack(parts, 1), target[:, None]).solution[:, 0].tolist()
-    numbers = [value for module in (call.module, experts.module) for value in vars(module).values()]
+    numbers = [value for module in (call.module, routed.module) for value in vars(module).values()]
     known = [1.0, 0.5, *(float(value) for value in numbers if isinstance(value, float) and value > 0)]
     factors = [nearest(known, value) for value in found]
     if any(abs(one - value) > FIT_TOLERANCE * one for one, value in zip(factors, found, strict=True)):

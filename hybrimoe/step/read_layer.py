@@ -13,7 +13,7 @@ from cpu_kernels.step.stream import Norm
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.read_attention import RopeTables, cache_number, read_attention
-from hybrimoe.step.read_experts import read_experts
+from hybrimoe.step.read_experts import read_experts, read_experts_alone
 from hybrimoe.step.read_parts import FIT_TOLERANCE, nearest, read_mlp, read_norm
 from hybrimoe.step.read_states import read_state_layer
 from hybrimoe.step.trace import Call, Trace, same
@@ -21,16 +21,36 @@ from hybrimoe.step.trace import Call, Trace, same
 
 @dataclass(frozen=True, slots=True)
 class SiteCore:
-    """The call of a core in a recorded layer, and the calls of norms around it."""
+    """The call of a core in a recorded layer, and the calls of norms around it. router: where the core is experts by
+    themselves, the call that chose them."""
 
     call: Call
     pre: tuple[Call, Norm] | None = None
     post: tuple[Call, Norm] | None = None
+    router: Call | None = None
 
     @property
     def before(self) -> torch.Tensor:
         """The stream that it reads, or its norm."""
         return self.call.input if self.pre is None else self.pre[0].input
+
+    @property
+    def own_pre(self) -> tuple[Call, Norm] | None:
+        """The norm before the whole core: that of experts by themselves is not before their router."""
+        return self.pre if self.router is None else None
+
+    def alone(self) -> Site:
+        """The core by itself: its result takes the place of what it reads."""
+        before = self.call.input if self.router is None else self.before
+        return Site(
+            (replace(self, pre=None if self.router is None else self.pre, post=None),),
+            None,
+            None,
+            before,
+            self.call.result,
+            1.0,
+            keep=0.0,
+        )
 
     @property
     def result(self) -> torch.Tensor:
@@ -62,8 +82,9 @@ class Site:
 
     def branch(self, *cores: Core) -> Branch:
         """The branch with a core in each place."""
+        several = len(self.cores) > 1
         arms = _arms([
-            Arm(core, None if self.pre else norm_of(found.pre), norm_of(found.post) if len(self.cores) > 1 else None)
+            Arm(core, None if self.pre else norm_of(found.own_pre), norm_of(found.post) if several else None)
             for core, found in zip(cores, self.cores, strict=True)
         ])  # fmt: skip
         alone = len(arms) == 1 and arms[0].pre is None and arms[0].post is None
@@ -97,7 +118,7 @@ def sites_of(trace: Trace, call: Call) -> list[Site]:
             norms[child.number] = (child, norm)
         else:
             cores.append(child)
-    groups, left = _groups(cores, norms), dict(norms)
+    groups, left = _groups(cores, norms, _routers(trace, call)), dict(norms)
     for core in (core for group in groups for core in group):
         for pair in (core.pre, core.post):
             if pair is not None:
@@ -110,17 +131,35 @@ def sites_of(trace: Trace, call: Call) -> list[Site]:
     return [_site(call, *item) for item in zip(groups, joined, afters, strict=True)]
 
 
-def _groups(cores: list[Call], norms: dict[int, tuple[Call, Norm]]) -> list[list[SiteCore]]:
+def _routers(trace: Trace, call: Call) -> dict[int, Call]:
+    """By number of a call of experts that are parts of the layer itself: the part that chose them."""
+    found, parts = {}, trace.children(call.path)
+    for experts in parts:
+        if isinstance(experts.module, HybridExperts):
+            given = [value for value in (*experts.args, *experts.kwargs.values()) if isinstance(value, torch.Tensor)]
+            ids = [value for value in given if not value.is_floating_point()]
+            for part in parts:
+                outputs = part.output if isinstance(part.output, tuple | list) else ()
+                if any(value is one for value in outputs for one in ids):
+                    found[experts.number] = part
+    return found
+
+
+def _groups(
+    cores: list[Call], norms: dict[int, tuple[Call, Norm]], routers: dict[int, Call]
+) -> list[list[SiteCore]]:  # fmt: skip
     """Cores with the norms before and behind them; those that follow each other and read the same stream together."""
     behind: set[int] = set()
     groups: list[list[SiteCore]] = []
-    for call in cores:
+    for call in (call for call in cores if call not in routers.values()):
         free = [pair for number, pair in norms.items() if number not in behind]
         pre = next((pair for pair in free if same(pair[0].result, call.input)), None)
         post = next((pair for pair in free if pair is not pre and same(pair[0].input, call.result)), None)
         if post is not None:
             behind.add(post[0].number)
-        core = SiteCore(call, pre, post)
+        core = SiteCore(call, pre, post, routers.get(call.number))
+        if core.router is not None and not same(core.router.input, core.before):
+            raise NotCompiled(f"{core.router.path}: it reads another stream than {call.path}")
         if groups and same(groups[-1][0].before, core.before):
             groups[-1].append(core)
         else:
@@ -155,18 +194,19 @@ def _total(group: list[SiteCore]) -> torch.Tensor:
 
 def whole_site(core: Call) -> Site:
     """A block by itself, in a layer that is not understood: its result takes the place of its input."""
-    return Site((SiteCore(core),), None, None, core.input, core.result, 1.0, keep=0.0)
+    return SiteCore(core).alone()
 
 
 def _site(layer: Call, group: list[SiteCore], post: tuple[Call, Norm] | None, after: torch.Tensor) -> Site:
     """Finds after = keep * stream + scale * result, where the stream is what it was or (it is renewed) its norm."""
-    path, pre, before = group[0].call.path, group[0].pre, group[0].before
-    if any(core.pre is not pre for core in group):
+    path, pre, before = group[0].call.path, group[0].own_pre, group[0].before
+    if any(core.own_pre is not pre for core in group):
         pre = None
     result = post[0].result if post is not None else group[0].result if len(group) == 1 else _total(group)
     if not result.numel() == after.numel() == before.numel():
         raise NotCompiled(f"{path}: its result has another size than the stream")
-    known = [1.0, *(value for value in vars(layer.module).values() if isinstance(value, float) and value > 0)]
+    values = [*vars(layer.module).values(), *_single_values(layer.module)]
+    known = [1.0, *(value for value in values if isinstance(value, float) and value > 0)]
     streams = [before] if pre is None else [before, pre[0].result]
     fits = [_fit(stream, result, after) for stream in streams]
     number = min(range(len(fits)), key=lambda number: fits[number][3])
@@ -176,6 +216,12 @@ def _site(layer: Call, group: list[SiteCore], post: tuple[Call, Norm] | None, af
     if left > FIT_TOLERANCE * (10 if keep == 1.0 else 1) or off > FIT_TOLERANCE:
         raise NotCompiled(f"{path}: its result is not simply added to the stream (off by {max(left, off):.2g})")
     return Site(tuple(group), norm_of(pre), norm_of(post), before, after, factors[1], factors[0], renews)
+
+
+def _single_values(module: torch.nn.Module) -> list[float]:
+    """Those of a layer's own parameters and buffers that are one number."""
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return [float(tensor) for tensor in tensors if tensor.numel() == 1]
 
 
 def _fit(stream: torch.Tensor, result: torch.Tensor, after: torch.Tensor) -> tuple[float, float, float, float]:
@@ -214,8 +260,13 @@ def rounding(stream: torch.Tensor) -> float:
 def branches_of(trace: Trace, site: Site, ropes: RopeTables, session: Any) -> Iterator[Branch]:
     """The forms that a branch with one core may have; which one it is, the comparison tells. Raises NotCompiled for
     none."""
-    for core in _cores(trace, site.cores[0].call, ropes, session):
-        yield site.branch(core)
+    core = site.cores[0]
+    if core.router is not None:
+        inside = list(trace.within(core.router.path))
+        yield site.branch(read_experts_alone(core.call, core.router, inside, norm_of(core.pre), session))
+        return
+    for form in _cores(trace, core.call, ropes, session):
+        yield site.branch(form)
 
 
 def _cores(trace: Trace, call: Call, ropes: RopeTables, session: Any) -> Iterator[Core]:

@@ -24,6 +24,9 @@ from hybrimoe.step.read_parts import read_linear, read_norm
 from hybrimoe.step.states import States
 from hybrimoe.step.trace import PROMPT_TOKENS, Call, Trace, same
 
+CAP_TOLERANCE = 1e-2
+"""Relative, of logits that are kept below a cap: of bfloat16."""
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
@@ -178,7 +181,7 @@ class _Reader:
         if len(site.cores) == 1:
             forms = branches_of(self.trace, site, self.ropes, self.session)
         else:
-            forms = iter([site.branch(*(self.branch(whole_site(core.call), number).core for core in site.cores))])
+            forms = iter([site.branch(*(self.branch(core.alone(), number).core for core in site.cores))])
         for branch in forms:
             found = self.comparison.error(site, branch, number)
             if found <= 1:
@@ -276,12 +279,27 @@ def _head(trace: Trace, model: Any, last: Call) -> Head:
         if same(norm_call.input, last.result) and norm_call.number > last.number:
             norm = read_norm(norm_call.module, last.result.shape[-1])
             if norm is not None and same(norm_call.result, call.input):
-                scale = _factor(
-                    call.result.double().flatten(), trace.output.logits.double().flatten(),
-                    "the logits are not those of the output layer",
-                )  # fmt: skip
-                return Head(norm, read_linear(output, path), scale)
+                scale, cap = _end(model, call.result.double().flatten(), trace.output.logits.double().flatten())
+                return Head(norm, read_linear(output, path), scale, cap)
     raise NotCompiled("between the last layer and the output layer stands more than a norm")
+
+
+def _end(model: Any, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    """(factor, cap) of the logits y behind the output layer, whose results x are large (`trace.record`); cap 0: none.
+
+    Raises NotCompiled where they are neither multiplied nor bounded by a number of the configuration.
+    """
+    problem = "the logits are not those of the output layer"
+    if x.shape != y.shape:
+        raise NotCompiled(problem)
+    config = model.config.get_text_config(decoder=True)
+    caps = [value for value in vars(config).values() if isinstance(value, float) and value > 0]
+    off = {cap: float((cap * (x / cap).tanh() - y).norm() / y.norm()) for cap in caps}
+    best = min(off, key=lambda cap: off[cap], default=0.0)
+    plain = float((x * (x @ y / (x @ x)) - y).norm() / y.norm())
+    if off and off[best] <= CAP_TOLERANCE and off[best] < plain / 2:
+        return 1.0, best
+    return _factor(x, y, problem), 0.0
 
 
 def _factor(x: torch.Tensor, y: torch.Tensor, problem: str) -> float:

@@ -22,8 +22,9 @@ from cpu_kernels.step.router import (
     SUM_TO_ONE,
     Selection,
 )
+from cpu_kernels.step.stream import Norm
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.read_parts import LINEARS, array, read_matrix
+from hybrimoe.step.read_parts import LINEARS, NORM_TOLERANCE, array, read_linear, read_matrix
 from hybrimoe.step.trace import Call
 
 SAMPLE_ROWS = 256
@@ -36,16 +37,18 @@ SAME_CHOICE = 0.99
 @dataclass(frozen=True, slots=True)
 class Routing:
     """How a block chooses experts. path: of the router. scaled_inputs: weights go to the experts' inputs instead of
-    their outputs."""
+    their outputs. norm: of what the router reads, its own."""
 
     path: str
     product: Product
     selection: Selection
-    scaled_inputs: bool
+    scaled_inputs: bool = False
+    norm: Norm | None = None
 
 
-def read_router(block: Call, experts: Call, n_experts: int, width: int) -> Routing:
-    """Weights and choice of the router in a block that calls experts. Raises NotCompiled where no way agrees."""
+def read_router(block: Call, experts: Call, n_experts: int, width: int, *, direct: bool = True) -> Routing:
+    """Weights and choice of the router in a block that calls experts. direct: these read the block's input as it is.
+    Raises NotCompiled where no way agrees."""
     name, router = _router(block, experts, n_experts, width)
     path = f"{block.path}.{name}"
     weight, bias, others = _weights(router, block.module, n_experts, width)
@@ -53,14 +56,69 @@ def read_router(block: Call, experts: Call, n_experts: int, width: int) -> Routi
     hidden = torch.randn(SAMPLE_ROWS, width, generator=torch.Generator().manual_seed(0))
     given = _given_to_experts(block, experts, name, hidden)
     scaled = len(given) == 1
-    ids, weights = _from_sorted(given[0], hidden, n_experts, path) if scaled else _ids_and_weights(given, hidden, path)
+    if scaled:
+        ids, weights = _from_sorted(given[0], hidden, n_experts, path)
+    else:
+        ids, weights = _ids_and_weights(given, hidden, path, direct=direct)
     logits = nn.functional.linear(hidden, weight.detach().float(), None if bias is None else bias.detach().float())
     numbers = [value for module in (router, block.module) for value in vars(module).values()]
-    for candidate in _candidates(numbers, others, n_experts, ids.shape[-1]):
+    selection = _selection(numbers, others, logits, ids, weights, f"{path} ({type(router).__name__})")
+    return Routing(path, product, selection, scaled)
+
+
+def _selection(
+    numbers: list[Any], others: list[torch.Tensor], logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor,
+    name: str,
+) -> Selection:  # fmt: skip
+    """The way of choosing that gives these experts and weights. Raises NotCompiled where none does."""
+    for candidate in _candidates(numbers, others, logits.shape[1], ids.shape[-1]):
         found = _agreed(candidate, logits, ids, weights)
         if found is not None:
-            return Routing(path, product, found, scaled)
-    raise NotCompiled(f"{path} ({type(router).__name__}) chooses experts in a way that the step does not know")
+            return found
+    raise NotCompiled(f"{name} chooses experts in a way that the step does not know")
+
+
+def read_router_alone(router: Call, inside: list[Call], n_experts: int, width: int) -> Routing:
+    """A router that is a module beside its experts, and gives their numbers and weights. inside: calls of its parts.
+
+    Raises NotCompiled where it is none that the step knows.
+    """
+    module, name = router.module, f"{router.path} ({type(router.module).__name__})"
+    linears = [inner for inner in inside if isinstance(inner.module, LINEARS)]
+    if len(linears) != 1 or tuple(linears[0].module.weight.shape) != (n_experts, width):  # type: ignore[arg-type]
+        raise NotCompiled(f"{name}: it has no single product of {n_experts} x {width}")
+    hidden = torch.randn(SAMPLE_ROWS, width, generator=torch.Generator().manual_seed(0))
+    twin, linear = copy.deepcopy(module).float(), linears[0]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    inner = twin.get_submodule(linear.path.removeprefix(f"{router.path}."))
+    inner.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        output = twin(hidden)
+    given = [value.reshape(SAMPLE_ROWS, -1) for value in output if isinstance(value, torch.Tensor)]
+    ids = [value for value in given if not value.is_floating_point()]
+    weights = [value for value in given if value.is_floating_point() and ids and value.shape == ids[0].shape]
+    if len(seen) != 1 or len(ids) != 1 or len(weights) != 1:
+        raise NotCompiled(f"{name}: it does not give experts and their weights")
+    read, logits = (value.reshape(SAMPLE_ROWS, -1) for value in seen[0])
+    norm = None if torch.equal(read, hidden) else _norm_like(module, hidden, read, name)
+    others = [value for value in (*module.parameters(), *module.buffers()) if value.numel() == n_experts]
+    selection = _selection(list(vars(module).values()), others, logits, ids[0].long(), weights[0].float(), name)
+    return Routing(router.path, read_linear(linear.module, linear.path), selection, norm=norm)
+
+
+def _norm_like(module: nn.Module, x: torch.Tensor, y: torch.Tensor, name: str) -> Norm:
+    """The norm that makes y of x, [rows, width], whose weight may come of several factors.
+
+    Raises NotCompiled where there is none.
+    """
+    parts = [value for part in module.modules() for value in vars(part).values()]
+    eps = sorted({value for value in parts if isinstance(value, float) and 0 < value < 1e-2})
+    for one in eps:
+        plain = x / (x.pow(2).mean(-1, keepdim=True) + one).sqrt()
+        weight = (plain * y).sum(0) / (plain * plain).sum(0)
+        if float((plain * weight - y).abs().max()) <= NORM_TOLERANCE * float(y.abs().max()):
+            return Norm(array(weight), one)
+    raise NotCompiled(f"{name}: its product reads something else than a norm of its input")
 
 
 def _router(block: Call, experts: Call, n_experts: int, width: int) -> tuple[str, nn.Module]:
@@ -142,12 +200,14 @@ def _given_to_experts(block: Call, experts: Call, router: str, hidden: torch.Ten
     raise NotCompiled(f"{block.path} does not call its experts for sample rows")
 
 
-def _ids_and_weights(given: list[torch.Tensor], hidden: torch.Tensor, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _ids_and_weights(
+    given: list[torch.Tensor], hidden: torch.Tensor, path: str, *, direct: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 and float32 [rows, top_k] of a common call: hidden states, experts, weights."""
     ids = [value for value in given if not value.is_floating_point()]
     if len(given) != 3 or len(ids) != 1 or given[2].shape != ids[0].shape or len(ids[0]) != len(hidden):
         raise NotCompiled(f"{path}: the experts are called in a form of their own")
-    if not torch.equal(given[0], hidden):
+    if direct and not torch.equal(given[0], hidden):
         raise NotCompiled(f"{path}: the experts read something else than the block's input")
     return ids[0].long(), given[2].float()
 
@@ -181,6 +241,8 @@ def _candidates(numbers: list[Any], others: list[torch.Tensor], n_experts: int, 
         ):  # fmt: skip
             plain = Selection(top_k, scoring, weighing, correction)
             yield plain
+            for value in others:
+                yield replace(plain, expert_scales=array(value).reshape(-1))
             for n_groups in groups:
                 for top_groups in range(1, n_groups):
                     for best in (1, 2):
@@ -226,6 +288,8 @@ def select(selection: Selection, logits: torch.Tensor) -> tuple[torch.Tensor, to
         weights = logits.gather(1, ids).sigmoid()
     elif selection.weighing == SUM_TO_ONE:
         weights = weights / weights.sum(-1, keepdim=True)
+    if selection.expert_scales is not None:
+        weights = weights * torch.as_tensor(selection.expert_scales)[ids]
     return ids, weights * selection.scale
 
 

@@ -20,6 +20,8 @@ from hybrimoe.step.states import States, states_of
 PROMPT_TOKENS, NEW_TOKENS = 6, 4
 """Tokens of the call before the recorded one, and of that: a mask among new tokens matters in it too."""
 SEED = 20250408
+LARGE_LOGIT = 300.0
+"""The largest logit of the recorded step."""
 CALL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
 """What a module may raise that is called with what it was not written for."""
 
@@ -165,6 +167,9 @@ def record(model: nn.Module) -> Trace:
             for path, module in model.named_modules()
             if path
         ]
+        output = model.get_output_embeddings()  # type: ignore[operator]
+        if output is not None:
+            handles.insert(0, output.register_forward_hook(_enlarged, prepend=True))
         try:
             trace.output = model(
                 input_ids=tokens[:, PROMPT_TOKENS:], past_key_values=cache, use_cache=True, **_positions(cache)
@@ -187,6 +192,11 @@ def _positions(cache: DynamicCache) -> dict[str, torch.Tensor]:
 def _states(cache: DynamicCache, n_layers: int) -> dict[int, States]:
     held = {number: states_of(cache, number) for number in range(max(n_layers, len(cache.layers)))}
     return {number: states.copy() for number, states in held.items() if states is not None}
+
+
+def _enlarged(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """The output layer's results as large as they may become, so that what bounds the logits behind it shows."""
+    return output * (LARGE_LOGIT / output.abs().max()) if isinstance(output, torch.Tensor) else output
 
 
 def _recorder(trace: Trace, path: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 from cpu_kernels.format.spec import Activation
 from cpu_kernels.host.isa import detect
 from cpu_kernels.step.attend import SIGMOID_GATE, SOFTPLUS_GATE
+from cpu_kernels.step.capped import add_cap
 from cpu_kernels.step.compiled import CachePlace, CompiledLayers
 from cpu_kernels.step.floats import FLOAT32
 from cpu_kernels.step.heads import HeadNorm, Tuning
 from cpu_kernels.step.parts import Arm, Attention, Branch, Columns, GateColumns, Layer, Mlp, Sum
 from cpu_kernels.step.products import Product, plain_product
+from cpu_kernels.step.program import N_ROWS, Program
+from cpu_kernels.step.run import perform
 from cpu_kernels.step.stream import Norm
 
 N_PAST, N_NEW = 5, 3
@@ -174,3 +178,20 @@ def test_cores_side_by_side(width: int, n_rows: int) -> None:
     )
     expected = 0.9 * x + 0.3 * normed(branch.post, np.asarray(total))
     np.testing.assert_allclose(run(branch, x), expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("width", [1, 7, 8191, 8192, 20_011])
+@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_capped_logits(width: int, n_rows: int, threads: int) -> None:
+    program = Program(threads)
+    address = program.logits(width)
+    add_cap(program, program.state, address, width, 30.0)
+    program.seal()
+    program.state[N_ROWS] = n_rows
+    values = np.ctypeslib.as_array((ctypes.c_float * (n_rows * width)).from_address(address))
+    x = np.random.default_rng(width).standard_normal(values.size, np.float32) * 40
+    x[: min(4, x.size)] = np.array([0.0, -1e-3, 3e4, -3e4])[: min(4, x.size)]
+    values[:] = x
+    perform(program)
+    np.testing.assert_allclose(values, 30 * np.tanh(x.astype(np.float64) / 30), rtol=1e-5, atol=4e-6)

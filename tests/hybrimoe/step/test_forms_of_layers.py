@@ -80,16 +80,23 @@ HOOKED = {
     "axk1": ("mlp.post_mlp_layernorm", "mlp.shared_experts", "mlp.experts"),
     "minimax_m3_vl": ("mlp.shared_experts",),
     "mistral4": ("self_attn.q_b_proj", "self_attn.kv_b_proj"),
-}
+    "gemma4": (
+        "mlp", "router.proj", "router.norm", "experts", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_1",
+        "post_feedforward_layernorm_2", "post_feedforward_layernorm", "self_attn.v_norm",
+    ),
+}  # fmt: skip
 
 LARGER = 10
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cohere2_moe": {"num_shared_experts": 1},
+    "gemma4": {"hidden_size_per_layer_input": 0},
+}
 
 
 @pytest.mark.parametrize(("family", "part"), [(family, part) for family, parts in HOOKED.items() for part in parts])
 def test_a_hook_that_changes_a_part(family: str, part: str) -> None:
     """In a call of its own kind, whatever it does to the values: a step leaves it to the model."""
-    options = {"num_shared_experts": 1} if family == "cohere2_moe" else {}
-    model: Any = tiny_model(family, **options)
+    model: Any = tiny_model(family, **OPTIONS.get(family, {}))
     layer = model.model.layers[0]
     hooked = layer.get_submodule(part)
     with torch.no_grad():
@@ -99,6 +106,63 @@ def test_a_hook_that_changes_a_part(family: str, part: str) -> None:
     ways = ways_of(model)
     assert ways["1"] == "compiled"
     assert ways["0"] != "compiled", ways
+
+
+def gemma(change: str) -> Callable[..., Any]:
+    """A layer of Gemma 4 whose MLP and experts meet in another way."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        stream = hidden_states
+        attended = self.self_attn(hidden_states=self.input_layernorm(stream), **kwargs)[0]
+        stream = stream + self.post_attention_layernorm(attended)
+        flat = stream.reshape(-1, stream.shape[-1])
+        given = self.pre_feedforward_layernorm_2(flat)
+        _, weights, ids = self.router(given if change == "the router reads the experts' norm" else flat)
+        if change == "weights that are changed on their way":
+            weights = weights**2
+        routed = self.post_feedforward_layernorm_2(self.experts(given, ids, weights).reshape(stream.shape))
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(stream)))
+        if change == "the norm of the difference":
+            return stream + self.post_feedforward_layernorm(dense - routed)
+        if change == "no norm of the sum":
+            return stream + dense + routed + 0 * self.post_feedforward_layernorm(dense)
+        return stream + self.post_feedforward_layernorm(dense + routed)
+
+    return forward
+
+
+OTHER_GEMMAS = (
+    "the router reads the experts' norm", "weights that are changed on their way", "the norm of the difference",
+    "no norm of the sum",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [*OTHER_GEMMAS, None])
+def test_experts_beside_an_mlp_in_another_way(change: str | None) -> None:
+    model: Any = tiny_model("gemma4", **OPTIONS["gemma4"])
+    layer = model.model.layers[0]
+    layer.forward = types.MethodType(gemma(change or ""), layer)
+    ways = ways_of(model)
+    assert ways["1"] == "compiled"
+    assert (ways["0"] == "compiled") is (change is None), ways
+
+
+@pytest.mark.parametrize("latent", [None, 16, 40])
+def test_experts_between_projections(latent: int | None) -> None:
+    ways = ways_of(tiny_model("nemotron_h", moe_latent_size=latent))
+    assert ways["1"] == ways["3"] == "compiled", ways
+
+
+@pytest.mark.parametrize("part", ["fc1_latent_proj", "fc2_latent_proj", "shared_experts"])
+def test_projections_around_experts_with_a_hook(part: str) -> None:
+    model: Any = tiny_model("nemotron_h", moe_latent_size=16)
+    hooked = model.model.layers[1].mixer.get_submodule(part)
+    with torch.no_grad():
+        for weight in hooked.parameters():
+            weight.mul_(LARGER)
+    hooked.register_forward_hook(lambda _, __, output: _changed(output))
+    ways = ways_of(model)
+    assert ways["3"] == "compiled" != ways["1"], ways
 
 
 def _changed(output: Any) -> Any:
