@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels.format.spec import Activation, ExpertSpec
-from cpu_kernels.step.attend import EVERYTHING, SIGMOID_GATE, Sight
+from cpu_kernels.step.attend import EVERYTHING, Sight
 from cpu_kernels.step.gated_norm import GatedNorm
 from cpu_kernels.step.heads import NO_CLIP, HeadNorm, Tuning
 from cpu_kernels.step.latent import LatentSizes
@@ -86,6 +86,14 @@ class Index:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadGate:
+    """A product of the stream that lets each head's result through, one column a head. kind: as of `GateColumns`."""
+
+    product: Product
+    kind: int
+
+
+@dataclass(frozen=True, slots=True)
 class LatentAttention:
     """Latent attention: the cache holds one vector of each token and a rotated part, which all heads share.
 
@@ -93,8 +101,8 @@ class LatentAttention:
     down: the vector and the rotated part of a token; norm: over the vector. up: from it the keys and values of each
     head; rows that are not packed, in `up_rows` where they lie nowhere else. rope: its first column counts from the
     rotated part's beginning. top_k: to how many tokens a row attends at most, which `index` chooses, or (None) those
-    that the last attention before with as many has chosen; 0: to all. gate: a column for each head, whose function
-    (`gate_kind`, one of `cpu_kernels.step.attend`'s) the head's result is multiplied with.
+    that the last attention before with as many has chosen; 0: to all. rotated_norm: a plain RMS norm over the
+    rotated part, before it is rotated.
     """
 
     query: Product
@@ -110,10 +118,10 @@ class LatentAttention:
     query_up: Product | None = None
     up_rows: np.ndarray | None = None
     tuning: Tuning | None = None
-    gate: Product | None = None
-    gate_kind: int = SIGMOID_GATE
     top_k: int = 0
     index: Index | None = None
+    gate: HeadGate | None = None
+    rotated_norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from cpu_kernels.step.attend import SIGMOID_GATE, SOFTPLUS_GATE, Sight
 from cpu_kernels.step.heads import HALVES, NO_CLIP, PAIRS, PAIRS_TO_HALVES, HeadNorm, Tuning
 from cpu_kernels.step.latent import LatentSizes
-from cpu_kernels.step.parts import Attention, Columns, GateColumns, LatentAttention, Rope
+from cpu_kernels.step.parts import Attention, Columns, GateColumns, HeadGate, LatentAttention, Rope
 from cpu_kernels.step.products import Product, plain_product
 from cpu_kernels.step.stream import Norm
 from hybrimoe.dense.linear import PackedLinear
@@ -32,8 +32,6 @@ FAR, FAR_STEPS = 100_000, 3
 
 VALUE_SCALE_TOLERANCE = 1e-2
 """Relative, of a factor that is found from bfloat16 values."""
-RATIO_OF_ONE = 1e-4
-"""A factor that is found over many values and differs by less from one is one."""
 
 
 @dataclass(slots=True)
@@ -323,32 +321,46 @@ def _latent(
     """Multi-head latent attention: what the cache holds goes through one projection to all keys and values."""
     module: Any = call.module
     *behind, up = found.later
-    if not 2 <= len(found.first) <= 3 or len(behind) > 1 or not same(up.input, layer.keys):
+    if len(found.first) not in (2, 3) or len(behind) > 1 or not same(up.input, layer.keys):
         raise NotCompiled(f"{call.path}: projections behind projections, but no latent attention")
     if getattr(layer, "is_sliding", False):
         raise NotCompiled(f"{call.path}: latent attention with a window")
-    query, down, *gates = found.first
-    norm = _norm_before(found, layer, down)
+    query, down, *gate = found.first
+    rank, kept = layer.keys.shape[-1], layer.keys[0, 0, -NEW_TOKENS:]
+    norm = _norm_between(call, found, down.result[..., :rank], kept)
+    rotated_norm = _norm_between(call, found, down.result[..., rank:], None)
+    if norm is None or any(one.centred or one.bias is not None for one in (norm, rotated_norm) if one is not None):
+        raise NotCompiled(f"{down.path}: the vector that the cache holds comes through no plain norm")
     query_up = query_norm = None
     if behind:
-        query_up, query_norm = read_linear(behind[0].module, behind[0].path), _short_query_norm(found, behind[0])
+        query_up = read_linear(behind[0].module, behind[0].path)
+        query_norm = _norm_between(call, found, query.result, behind[0].input)
+        if query_norm is None:
+            raise NotCompiled(f"{call.path}: the short query reaches {behind[0].path} without a norm")
     low, output = read_linear(down.module, down.path), read_linear(found.output.module, found.output.path)
     first = read_linear(query.module, query.path)
     matrix, up_rows = _rows_of(up)
     sizes = _latent_sizes(call, (query_up or first).n_out, matrix, output.n_in, low.n_out - matrix.n_in)
-    if len(found.norms) != 1 + len(behind):
-        raise NotCompiled(f"{call.path}: it has {len(found.norms)} norms, expected {1 + len(behind)}")
-    gate = None if not gates else read_linear(gates[0].module, gates[0].path)
-    if gate is not None and gate.n_out != sizes.n_heads:
-        raise NotCompiled(f"{gates[0].path}: {gate.n_out} columns beside latent attention, expected one for each head")
-    own = [float(value) for value in vars(module).values() if isinstance(value, float) and value > 0]
-    scales = [float(module.scaling), *(float(module.scaling) * value for value in own)]
-    kinds = [SIGMOID_GATE] if gate is None else [SIGMOID_GATE, SOFTPLUS_GATE]
-    for scale, kind, rope in product(scales, kinds, _ropes(table, sizes.rotated)):
+    n_norms = 1 + len(behind) + (rotated_norm is not None)
+    if len(found.norms) != n_norms:
+        raise NotCompiled(f"{call.path}: it has {len(found.norms)} norms, expected {n_norms}")
+    factors = [1.0, *(value for value in vars(module).values() if isinstance(value, float) and value > 0)]
+    for factor, form, rope in product(factors, _head_gates(gate, sizes.n_heads), _ropes(table, sizes.rotated)):
+        scale = factor * float(module.scaling)  # some multiply queries with a number of the module's own
         yield LatentAttention(
             first, low, norm, matrix, output, sizes, rope, scale, cache, query_norm, query_up, up_rows,
-            _tuning_by_position(call), gate=gate, gate_kind=kind,
+            _tuning_by_position(call), gate=form, rotated_norm=rotated_norm,
         )  # fmt: skip
+
+
+def _head_gates(gate: list[Call], n_heads: int) -> list[HeadGate | None]:
+    """The ways in which a projection may let each head's result through; none where there is none."""
+    if not gate:
+        return [None]
+    own = read_linear(gate[0].module, gate[0].path)
+    if own.n_out != n_heads:
+        raise NotCompiled(f"{gate[0].path}: {own.n_out} columns beside latent attention, expected {n_heads} for heads")
+    return [HeadGate(own, kind) for kind in (SIGMOID_GATE, SOFTPLUS_GATE)]
 
 
 def _with_choice(
@@ -368,38 +380,29 @@ def _with_choice(
     return replace(latent, top_k=choice.top_k, index=index)
 
 
-def _norm_before(found: _Found, layer: Any, down: Call) -> Norm:
-    """The norm between `down` and the cache, with what its result is multiplied with."""
-    rank = layer.keys.shape[-1]
-    own = [pair for pair in found.norms if pair[0].input.data_ptr() == down.result.data_ptr()]
-    if len(own) != 1 or own[0][1].weight.size != rank or own[0][1].centred or own[0][1].bias is not None:
-        raise NotCompiled(f"{down.path}: the vector that the cache holds comes through no plain norm")
-    call, norm = own[0]
-    return _times(norm, _ratio(call.result, layer.keys[0, 0, -NEW_TOKENS:]) or 1.0)
+def _norm_between(call: Call, found: _Found, before: torch.Tensor, after: torch.Tensor | None) -> Norm | None:
+    """The norm that reads `before`, and what it is multiplied with until it is `after` (None: with nothing) as a part
+    of its weights; None where there is no such norm."""
+    for inner, norm in found.norms:
+        reads = inner.input.numel() == before.numel() and torch.equal(inner.input.flatten(), before.flatten())
+        if not reads or norm.weight.size != before.shape[-1]:
+            continue
+        scale = 1.0 if after is None else _own_factor(call.module, inner.result, after)
+        if scale is not None:
+            return replace(norm, weight=norm.weight * np.float32(scale))
+    return None
 
 
-def _short_query_norm(found: _Found, up: Call) -> Norm:
-    """The norm before the product that makes queries of a short one, with what its result is multiplied with."""
-    for call, norm in found.norms:
-        ratio = 1.0 if same(call.result, up.input) else _ratio(call.result, up.input)
-        if ratio is not None:
-            return _times(norm, ratio)
-    raise NotCompiled(f"the short query reaches {up.path} without a norm")
-
-
-def _times(norm: Norm, factor: float) -> Norm:
-    return norm if factor == 1.0 else replace(norm, weight=norm.weight * np.float32(factor))
-
-
-def _ratio(x: torch.Tensor, y: torch.Tensor) -> float | None:
-    """s of y = s * x, or None where there is none."""
-    if x.numel() != y.numel():
+def _own_factor(module: Any, given: torch.Tensor, kept: torch.Tensor) -> float | None:
+    """s of kept = s * given, a number of the module's own or 1; None where there is none such."""
+    if given.numel() != kept.numel():
         return None
-    one, other = x.double().flatten(), y.double().flatten()
-    ratio = float(one @ other / (one @ one + 1e-300))
-    if float((other - ratio * one).norm()) > VALUE_SCALE_TOLERANCE * float(other.norm()):
-        return None
-    return 1.0 if abs(ratio - 1) <= RATIO_OF_ONE else ratio
+    one, other = given.double().flatten(), kept.double().flatten()
+    scale = float(one @ other / (one @ one + 1e-300))
+    known = [1.0, *(value for value in vars(module).values() if isinstance(value, float))]
+    nearest = min(known, key=lambda value: abs(value - scale))
+    left = float((other - nearest * one).norm() / (other.norm() + 1e-300))
+    return nearest if left <= VALUE_SCALE_TOLERANCE else None
 
 
 def _latent_sizes(call: Call, n_query: int, up: Product, n_result: int, rotated: int) -> LatentSizes:

@@ -27,7 +27,7 @@ COMPILED = (
     "deepseek_v3", "llama4", "minimax_m2", "glm4_moe_lite", "afmoe", "hy_v3", "granitemoeshared", "granitemoe_swa",
     "cohere2_moe", "laguna", "step3p7", "mimo_v2_flash", "axk1", "ernie4_5_vl_moe", "minimax_m3_vl", "mistral4",
     "qwen3_next", "qwen3_5_moe", "kimi_linear", "minimax", "lfm2_moe", "granitemoehybrid", "deepseek_v32",
-    "glm_moe_dsa", "nemotron_h", "bailing_hybrid", "longcat_flash",
+    "glm_moe_dsa", "nemotron_h", "dots3_note", "bailing_hybrid", "longcat_flash",
 )  # fmt: skip
 MIXED: dict[str, dict[str, str]] = {
     "jamba": {"0": "feed_forward compiled; the rest by transformers", "1": "compiled"},
