@@ -55,7 +55,7 @@ class StatePrompts:
     """Answers calls of layers with states that the step does not serve, where several tokens are new."""
 
     def __init__(
-        self, readings: list[PromptReading], like: Mapping[int, States], cache_type: type, n_threads: int,
+        self, readings: list[PromptReading], like: Mapping[int, States], cache_type: type[DynamicCache], n_threads: int,
         usable: Callable[[], bool],
     ) -> None:  # fmt: skip
         self._cache_type, self._like, self._usable = cache_type, like, usable
