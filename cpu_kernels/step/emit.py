@@ -23,6 +23,7 @@ from cpu_kernels.step.parts import (
     Core,
     Head,
     HeadColumns,
+    HeadGate,
     Index,
     LatentAttention,
     Layer,
@@ -181,7 +182,8 @@ class Emitter:
             return [product.format(self.isa_name) for product in core.inputs]
         if isinstance(core, LatentAttention):
             of_index = () if core.index is None else (core.index.key, core.index.weights)
-            return [product.format(self.isa_name) for product in (core.query, core.down, *of_index)]
+            of_gate = () if core.gate is None else (core.gate.product,)
+            return [product.format(self.isa_name) for product in (core.query, core.down, *of_index, *of_gate)]
         if isinstance(core, Mlp):
             return [product.format(self.isa_name) for product in _first_half(core)]
         shared = [product.format(self.isa_name) for mlp in core.shared for product in _first_half(mlp)]
@@ -279,7 +281,8 @@ class Emitter:
         query, joined = program.floats("projection 0", core.query.n_out), program.floats("joined", core.down.n_out)
         self._product(Part.PROJECTIONS, core.query, sources[0], query, meets=False)
         if core.index is not None:
-            self._index_products(core.index, sources[2:])
+            self._index_products(core.index, sources[2:4])
+        gate = None if core.gate is None else self._head_gate(core.gate, sources[-1])
         self._product(Part.PROJECTIONS, core.down, sources[1], joined)
         short, source = query, sources[0]
         if core.query_up is not None:
@@ -298,19 +301,25 @@ class Emitter:
             index_call = self._index(core.index, core.top_k, source, places, chosen)
         latent.add_absorption(
             program, sizes, core.up, core.norm, self._rotary(core.rope), query, joined, absorbed,
-            places.ctypes.data, scale=core.scale, tuning=core.tuning,
+            places.ctypes.data, scale=core.scale, tuning=core.tuning, rotated_norm=core.rotated_norm,
         )  # fmt: skip
         if index_call is not None:
             index.add_choice(program, index_call)
         gathered = program.floats("gathered", sizes.n_heads * sizes.rank)
         call = attend.add_attention(
             program, sizes.n_heads, 1, sizes.rank, sizes.rank, absorbed, places.ctypes.data, gathered,
-            shared=sizes.rotated, top_k=core.top_k, chosen=chosen,
+            shared=sizes.rotated, top_k=core.top_k, chosen=chosen, gate=gate,
         )  # fmt: skip
         self.caches.append(CacheCalls(core.cache, call, places, index_call))
         attended = program.floats("attended", sizes.n_heads * sizes.v_dim)
         latent.add_expansion(program, sizes, core.up, gathered, attended)
         return self._attention_result(attended, core.output)
+
+    def _head_gate(self, own: HeadGate, source: Target) -> attend.Gate:
+        """Adds its product. What a head gathers is multiplied, from which its result is a matrix product."""
+        out = self.program.floats("head gates", own.product.n_out)
+        self._product(Part.PROJECTIONS, own.product, source, out, meets=False)
+        return attend.Gate(heads.Source(out, own.product.n_out, 1), 1, own.kind)
 
     def _index_products(self, own: Index, sources: list[Target]) -> None:
         """Those of the stream: nothing waits for them before the next one that does."""

@@ -31,7 +31,7 @@ from cpu_kernels.step.stored import is_turned, store_row, turn
 from cpu_kernels.step.stream import Norm
 
 (STATE, NEXT, N_HEADS, OWN, ROT, RANK, V_DIM, UP, UP_KIND, UP_ROW, Q, QUERY, SCALE, JOINED, WEIGHT, EPS, ROT_KIND, COS,
- SIN, GATHERED, OUT, PLACES, TUNING, LATENT_CALL) = range(24)  # fmt: skip
+ SIN, GATHERED, OUT, PLACES, TUNING, ROT_WEIGHT, ROT_EPS, LATENT_CALL) = range(26)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,13 @@ def _store(call: np.ndarray, seen: np.ndarray, row: Whole, room: Whole) -> None:
     vector, rotated = floats_at(room, rank), floats_at(room + 4 * rank, rot)
     copy(joined, vector)
     scale_by(vector, root_factor(square_sum(vector), rank, call[EPS]), floats_at(call[WEIGHT], rank))
-    _rotate(call, row, joined[rank:], rotated)
+    if call[ROT_WEIGHT]:
+        part = floats_at(room + 4 * (rank + rot), rot)
+        copy(joined[rank:], part)
+        scale_by(part, root_factor(square_sum(part), rot, call[ROT_EPS]), floats_at(call[ROT_WEIGHT], rot))
+        _rotate(call, row, part, rotated)
+    else:
+        _rotate(call, row, joined[rank:], rotated)
     place, token = place_of(call[PLACES], seen[SEQUENCE]), seen[SEEN] - 1
     store_row(place[KIND], key_address(place, 0, token), vector)
     store_row(place[KIND], value_address(place, 0, token), rotated)
@@ -131,7 +137,7 @@ EXPAND_WORK = Worker(_expand)
 
 def add_absorption(
     program: Program, sizes: LatentSizes, up: Product, norm: Norm, rotary: Rotary | None, q: int, joined: int,
-    query: int, places: int, *, scale: float, tuning: Tuning | None = None,
+    query: int, places: int, *, scale: float, tuning: Tuning | None = None, rotated_norm: Norm | None = None,
 ) -> None:  # fmt: skip
     """Adds query float32 [rows, n_heads, rank + rotated] from q float32 [rows, n_heads, own + rotated], and the cache's
     new rows from joined float32 [rows, rank + rotated]. places: address of the table that says where the caches lie.
@@ -139,6 +145,9 @@ def add_absorption(
     up: rows [n_heads, own + v_dim, rank] that are not packed. norm: over the rank columns, a plain RMS norm.
     """
     call = _latent_call(program, sizes, up)
+    if rotated_norm is not None:
+        call[ROT_WEIGHT] = program.keep(np.ascontiguousarray(rotated_norm.weight, np.float32))
+        call[ROT_EPS] = bits_of(rotated_norm.eps)
     call[TUNING] = 0 if tuning is None else tuning.packed(program)
     call[[Q, JOINED, QUERY, PLACES, SCALE]] = q, joined, query, places, bits_of(scale)
     call[[WEIGHT, EPS]] = program.keep(np.ascontiguousarray(norm.weight, np.float32)), bits_of(norm.eps)

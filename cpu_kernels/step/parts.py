@@ -86,6 +86,14 @@ class Index:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadGate:
+    """A product of the stream that lets each head's result through, one column a head. kind: as of `GateColumns`."""
+
+    product: Product
+    kind: int
+
+
+@dataclass(frozen=True, slots=True)
 class LatentAttention:
     """Latent attention: the cache holds one vector of each token and a rotated part, which all heads share.
 
@@ -93,7 +101,8 @@ class LatentAttention:
     down: the vector and the rotated part of a token; norm: over the vector. up: from it the keys and values of each
     head; rows that are not packed, in `up_rows` where they lie nowhere else. rope: its first column counts from the
     rotated part's beginning. top_k: to how many tokens a row attends at most, which `index` chooses, or (None) those
-    that the last attention before with as many has chosen; 0: to all.
+    that the last attention before with as many has chosen; 0: to all. rotated_norm: a plain RMS norm over the
+    rotated part, before it is rotated.
     """
 
     query: Product
@@ -111,6 +120,8 @@ class LatentAttention:
     tuning: Tuning | None = None
     top_k: int = 0
     index: Index | None = None
+    gate: HeadGate | None = None
+    rotated_norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from cpu_kernels.step.attend import SIGMOID_GATE, SOFTPLUS_GATE, Sight
 from cpu_kernels.step.heads import HALVES, NO_CLIP, PAIRS, PAIRS_TO_HALVES, HeadNorm, Tuning
 from cpu_kernels.step.latent import LatentSizes
-from cpu_kernels.step.parts import Attention, Columns, GateColumns, LatentAttention, Rope
+from cpu_kernels.step.parts import Attention, Columns, GateColumns, HeadGate, LatentAttention, Rope
 from cpu_kernels.step.products import Product, plain_product
 from cpu_kernels.step.stream import Norm
 from hybrimoe.dense.linear import PackedLinear
@@ -321,29 +321,44 @@ def _latent(
     """Multi-head latent attention: what the cache holds goes through one projection to all keys and values."""
     module: Any = call.module
     *behind, up = found.later
-    if len(found.first) != 2 or len(behind) > 1 or not same(up.input, layer.keys):
+    if len(found.first) not in (2, 3) or len(behind) > 1 or not same(up.input, layer.keys):
         raise NotCompiled(f"{call.path}: projections behind projections, but no latent attention")
     if getattr(layer, "is_sliding", False):
         raise NotCompiled(f"{call.path}: latent attention with a window")
-    (query, down), norms = found.first, {id(inner): norm for inner, norm in found.norms}
-    norm = _norm_before(found, layer.keys.shape[-1], down)
+    query, down, *gate = found.first
+    rank, kept = layer.keys.shape[-1], layer.keys[0, 0, -NEW_TOKENS:]
+    norm = _norm_between(call, found, down.result[..., :rank], kept)
+    rotated_norm = _norm_between(call, found, down.result[..., rank:], None)
+    if norm is None or any(one.centred or one.bias is not None for one in (norm, rotated_norm) if one is not None):
+        raise NotCompiled(f"{down.path}: the vector that the cache holds comes through no plain norm")
     query_up = query_norm = None
     if behind:
-        before = next((inner for inner, _ in found.norms if same(inner.result, behind[0].input)), None)
-        if before is None:
+        query_up = read_linear(behind[0].module, behind[0].path)
+        query_norm = _norm_between(call, found, query.result, behind[0].input)
+        if query_norm is None:
             raise NotCompiled(f"{call.path}: the short query reaches {behind[0].path} without a norm")
-        query_up, query_norm = read_linear(behind[0].module, behind[0].path), norms[id(before)]
     low, output = read_linear(down.module, down.path), read_linear(found.output.module, found.output.path)
     first = read_linear(query.module, query.path)
     matrix, up_rows = _rows_of(up)
     sizes = _latent_sizes(call, (query_up or first).n_out, matrix, output.n_in, low.n_out - matrix.n_in)
-    if len(found.norms) != 1 + len(behind):
-        raise NotCompiled(f"{call.path}: it has {len(found.norms)} norms, expected {1 + len(behind)}")
-    for rope in _ropes(table, sizes.rotated):
+    n_norms = 1 + len(behind) + (rotated_norm is not None)
+    if len(found.norms) != n_norms:
+        raise NotCompiled(f"{call.path}: it has {len(found.norms)} norms, expected {n_norms}")
+    for form, rope in product(_head_gates(gate, sizes.n_heads), _ropes(table, sizes.rotated)):
         yield LatentAttention(
             first, low, norm, matrix, output, sizes, rope, float(module.scaling), cache, query_norm, query_up, up_rows,
-            _tuning_by_position(call),
+            _tuning_by_position(call), gate=form, rotated_norm=rotated_norm,
         )  # fmt: skip
+
+
+def _head_gates(gate: list[Call], n_heads: int) -> list[HeadGate | None]:
+    """The ways in which a projection may let each head's result through; none where there is none."""
+    if not gate:
+        return [None]
+    own = read_linear(gate[0].module, gate[0].path)
+    if own.n_out != n_heads:
+        raise NotCompiled(f"{gate[0].path}: {own.n_out} columns beside latent attention, expected {n_heads} for heads")
+    return [HeadGate(own, kind) for kind in (SIGMOID_GATE, SOFTPLUS_GATE)]
 
 
 def _with_choice(
@@ -363,12 +378,29 @@ def _with_choice(
     return replace(latent, top_k=choice.top_k, index=index)
 
 
-def _norm_before(found: _Found, rank: int, down: Call) -> Norm:
-    """The norm between `down` and the cache."""
-    own = [norm for inner, norm in found.norms if inner.input.data_ptr() == down.result.data_ptr()]
-    if len(own) != 1 or own[0].weight.size != rank or own[0].centred or own[0].bias is not None:
-        raise NotCompiled(f"{down.path}: the vector that the cache holds comes through no plain norm")
-    return own[0]
+def _norm_between(call: Call, found: _Found, before: torch.Tensor, after: torch.Tensor | None) -> Norm | None:
+    """The norm that reads `before`, and what it is multiplied with until it is `after` (None: with nothing) as a part
+    of its weights; None where there is no such norm."""
+    for inner, norm in found.norms:
+        reads = inner.input.numel() == before.numel() and torch.equal(inner.input.flatten(), before.flatten())
+        if not reads or norm.weight.size != before.shape[-1]:
+            continue
+        scale = 1.0 if after is None else _own_factor(call.module, inner.result, after)
+        if scale is not None:
+            return replace(norm, weight=norm.weight * np.float32(scale))
+    return None
+
+
+def _own_factor(module: Any, given: torch.Tensor, kept: torch.Tensor) -> float | None:
+    """s of kept = s * given, a number of the module's own or 1; None where there is none such."""
+    if given.numel() != kept.numel():
+        return None
+    one, other = given.double().flatten(), kept.double().flatten()
+    scale = float(one @ other / (one @ one + 1e-300))
+    known = [1.0, *(value for value in vars(module).values() if isinstance(value, float))]
+    nearest = min(known, key=lambda value: abs(value - scale))
+    left = float((other - nearest * one).norm() / (other.norm() + 1e-300))
+    return nearest if left <= VALUE_SCALE_TOLERANCE else None
 
 
 def _latent_sizes(call: Call, n_query: int, up: Product, n_result: int, rotated: int) -> LatentSizes:

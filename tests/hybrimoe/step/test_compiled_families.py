@@ -27,11 +27,10 @@ COMPILED = (
     "deepseek_v3", "llama4", "minimax_m2", "glm4_moe_lite", "afmoe", "hy_v3", "granitemoeshared", "granitemoe_swa",
     "cohere2_moe", "laguna", "step3p7", "mimo_v2_flash", "axk1", "ernie4_5_vl_moe", "minimax_m3_vl", "mistral4",
     "qwen3_next", "qwen3_5_moe", "kimi_linear", "minimax", "lfm2_moe", "granitemoehybrid", "deepseek_v32",
-    "glm_moe_dsa", "nemotron_h",
+    "glm_moe_dsa", "nemotron_h", "dots3_note", "bailing_hybrid",
 )  # fmt: skip
 MIXED: dict[str, dict[str, str]] = {
     "jamba": {"0": "feed_forward compiled; the rest by transformers", "1": "compiled"},
-    "bailing_hybrid": {"0": "compiled", "1": "mlp compiled; the rest by transformers"},
 }
 """Families with layers that are not understood as a whole, and how the way of each layer begins."""
 TOLERANCE = 1e-4
