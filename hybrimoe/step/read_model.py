@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -155,7 +155,7 @@ class _Reader:
             if found <= 1:
                 if len(site.cores) == 1 and isinstance(branch.core, StateLayer):
                     self._add_prompts(site.cores[0].call, branch.core)
-                return branch
+                return replace(branch, takes=site.taken is not None)
             error = min(error, found)
         raise NotCompiled(f"{site.path}: its compiled form differs from the original ({error:.3g} x allowed)")
 
