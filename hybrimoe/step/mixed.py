@@ -1,7 +1,7 @@
 """A step that mixes both ways: the model's own forward runs, with compiled pieces in the place of what is understood.
 
 A piece is a run of decoder layers, or one block (attention, experts, MLP) of a layer that is not understood as a whole,
-such as one with linear attention or Mamba.
+such as one with several streams beside each other.
 """
 
 from __future__ import annotations
